@@ -1,0 +1,105 @@
+"""`outrider doctor`: does this pair fit, and what is to be expected of it?"""
+
+import statistics
+import time
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from actors.cli.generate import Dtype
+from runtime import config
+from runtime.models.base import Model, Rows
+from runtime.models.prefill import prefill
+from runtime.sampling import Sampling
+
+WIDTHS = (1, 4, 8, 16, 32)
+PROMPTS = (
+    "def read_lines(path):\n    with open(path) as file:\n",
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n",
+    "Once upon a time there was",
+    "import os\nimport sys\n\n\ndef main(argv):\n",
+)
+
+
+def doctor(
+    target: Annotated[str | None, typer.Option(help="model name or folder; default: the one that ships")] = None,
+    draft: Annotated[str | None, typer.Option(help="model name or folder; default: the one that ships")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's own on CUDA")] = Dtype.auto,
+    temperature: float = 0.0,
+) -> None:
+    """Say whether target and draft fit, how long their steps take, and what speed-up that allows. One thread each."""
+    # torch and transformers: `--help` needs neither
+    from actors.cli.prepare import context_length
+    from runtime.models.acceptance import RANKS, acceptance
+    from runtime.models.load import load_model, load_tokenizer
+    from runtime.models.pair import check_pair
+
+    names = (target or config.shipped("target"), draft or config.shipped("draft"))
+    contexts = (context_length(names[0]), context_length(names[1]))
+    tokenizer = load_tokenizer(names[0])
+    warnings = check_pair(tokenizer, load_tokenizer(names[1]), names, contexts)
+    console, progress = Console(highlight=False), Console(stderr=True)
+    with progress.status("loading both models") as status:
+        large, small = (load_model(name, dtype.value, threads=1) for name in names)
+        status.update("measuring steps")
+        large_times, small_times = step_times(large), step_times(small)
+        status.update("measuring acceptance")
+        prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+        sampling = Sampling(temperature=temperature, max_tokens=min(64, contexts[0] // 2))
+        rates = acceptance(large, small, prompts, sampling, frozenset())
+    console.print(f"The pair fits: {len(tokenizer)} tokens in both vocabularies, context {contexts[0]} and {contexts[1]}.")
+    for warning in warnings:
+        console.print(f"note: {warning}", style="yellow")
+    console.print(steps_table(large_times, small_times))
+    console.print("acceptance  " + "  ".join(f"first {rank}: {rates[rank]:.2f}" for rank in RANKS))
+    ratio = large_times[1] / small_times[1]
+    console.print(f"c = T/t     {ratio:.1f}: no drafter of this kind can bring more than {1 + ratio:.1f} times")
+    console.print(f"to expect   {expected(rates, large_times, small_times):.1f} times, if target and draft have a device each")
+
+
+def step_times(model: Model, text: int = 64, repeats: int = 15) -> dict[int, float]:
+    """Seconds (median) of one pass with so many rows below one root, behind `text` tokens."""
+    text = min(text, model.context - 2)
+    cache = model.new_cache()
+    prefill(model, cache, np.zeros(text, dtype=np.int64))
+    found: dict[int, float] = {}
+    for width in WIDTHS:
+        visible = np.eye(width, dtype=np.bool_)
+        visible[:, 0] = True
+        positions = np.full(width, text + 1, dtype=np.int64)
+        positions[0] = text
+        seconds: list[float] = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            model.forward(cache, Rows(np.zeros(width, dtype=np.int64), positions, text, visible))[0, 0].item()
+            seconds.append(time.perf_counter() - began)
+            cache.truncate(text)
+        found[width] = statistics.median(seconds)
+    return found
+
+
+def expected(rates: dict[int, float], large: dict[int, float], small: dict[int, float]) -> float:
+    """Speed-up over plain decoding, by a rule of thumb.
+
+    While a step of n rows runs, the draft gets T(n)/t(4) levels of four children each further; a level is passed with the
+    rate of rank 4 at the first, where siblings hedge, and of rank 2 below. Whatever n promises most is taken.
+    """
+    best = 1.0
+    for width in WIDTHS[1:]:
+        levels = int(min(width, large[width] / small[4]))
+        reached = rates[4] * sum(rates[2] ** depth for depth in range(levels))
+        best = max(best, (1.0 + reached) * large[1] / large[width])
+    return min(best, 1.0 + large[1] / small[1])
+
+
+def steps_table(large: dict[int, float], small: dict[int, float]) -> Table:
+    found = Table(title="milliseconds of a step", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    found.add_column("rows")
+    for width in WIDTHS:
+        found.add_column(str(width), justify="right")
+    for name, times in (("target T", large), ("draft t", small)):
+        found.add_row(name, *(f"{1000 * times[width]:.1f}" for width in WIDTHS))
+    return found

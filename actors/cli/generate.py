@@ -1,0 +1,128 @@
+"""`outrider generate`: one prompt in, the target's exact tokens out."""
+
+import asyncio
+import json
+import secrets
+import sys
+import uuid
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from actors.cli.service import Opener, serving
+from actors.cli.show import Progress, Stream, answer
+from runtime import config
+from runtime.errors import InvalidRequest, Unavailable
+from runtime.messages import Chunk, Request
+from runtime.sampling import Sampling
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Switch(StrEnum):
+    on = "on"
+    off = "off"
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def generate(
+    target: Annotated[str | None, typer.Option(help="model name or folder; default: the one that ships")] = None,
+    draft: Annotated[list[str] | None, typer.Option(help="draft model or method (repeatable); default: the one that ships")] = None,
+    drafters: Annotated[int, typer.Option(min=0, max=64, help="actors for each --draft")] = 1,
+    prompt: Annotated[str | None, typer.Option(help="the text to continue")] = None,
+    prompt_file: Annotated[str | None, typer.Option(help="read it from a file; - for standard input")] = None,
+    max_tokens: Annotated[int, typer.Option(help="at most so many new tokens")] = 128,
+    min_tokens: Annotated[int, typer.Option(help="no end before so many")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    top_p: float = 1.0,
+    top_k: Annotated[int, typer.Option(help="0: all")] = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    seed: Annotated[int | None, typer.Option(help="same seed, same tokens; default: drawn, and reported")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="end before this text (repeatable)")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="go on after the end-of-text token")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's own on CUDA")] = Dtype.auto,
+    device: Device = Device.auto,
+    speculation: Annotated[Switch, typer.Option(help="off: the target alone")] = Switch.on,
+    deployment: Annotated[Path | None, typer.Option(help="YAML file with models and placement, instead of the options above")] = None,
+    address: Annotated[str | None, typer.Option(help="a Ray cluster, e.g. auto or ray://host:10001; default: start a local one")] = None,
+    in_process: Annotated[bool, typer.Option("--in-process", help="the same code without Ray and sockets")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on standard output, nothing else")] = False,
+) -> None:
+    """Continue a prompt. At a terminal, drafted tokens are green and the target's own white."""
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=secrets.randbits(63) if seed is None else seed,
+        stop=tuple(stop or ()),
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        ignore_eos=ignore_eos,
+    )
+    wanted = speculation is Switch.on
+    if deployment is None:
+        drafts = tuple(draft or (config.shipped("draft"),)) if wanted else ()
+        plan = config.deployment(target or config.shipped("target"), drafts, drafters, dtype.value, device.value, local=address is None)
+    else:
+        plan = config.read(deployment)
+    from actors.cli.prepare import prepare  # torch and transformers: `--help` and a wrong flag need neither
+
+    prepared = prepare(plan, prompt_text(prompt, prompt_file), sampling)
+    request = Request(uuid.uuid4().hex, prepared.prompt, sampling, speculation=wanted)
+    with Progress(quiet=as_json) as progress, serving(plan, address, in_process, progress.note) as opener:
+        stream = Stream(progress, quiet=as_json)
+        last = asyncio.run(consume(opener, request, stream))
+    if last.finish_reason == "error":
+        raise Unavailable(f"the target failed: {last.error}")
+    if as_json:
+        sys.stdout.write(json.dumps(answer(plan, request, stream, last)) + "\n")
+    else:
+        stream.summary(prepared.warnings, last)
+
+
+async def consume(opener: Opener, request: Request, stream: Stream) -> Chunk:
+    """All pieces to the stream; returns the last."""
+    async with opener() as service:
+        async for chunk in service.generate(request):
+            stream.show(chunk)
+            if chunk.finish_reason is not None:
+                return chunk
+    raise Unavailable("the target ended the stream without a reason: see its log")
+
+
+def prompt_text(prompt: str | None, prompt_file: str | None) -> str:
+    """The one prompt that was given. Raises InvalidRequest for none, two, an unreadable one, an empty one."""
+    if (prompt is None) == (prompt_file is None):
+        raise InvalidRequest("give exactly one of --prompt TEXT and --prompt-file FILE (or - for standard input)", "prompt")
+    if prompt is not None:
+        text = prompt
+    else:
+        try:
+            raw = sys.stdin.buffer.read() if prompt_file == "-" else Path(str(prompt_file)).read_bytes()
+            text = raw.decode("utf-8")
+        except OSError as error:
+            raise InvalidRequest(f"cannot read {prompt_file} ({error.strerror}): give a readable file", "prompt_file") from error
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(f"{prompt_file} is not UTF-8 (byte {error.start}): convert it first", "prompt_file") from error
+    if not text:
+        raise InvalidRequest("the prompt is empty: give at least one character", "prompt")
+    return text

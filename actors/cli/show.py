@@ -1,0 +1,141 @@
+"""What people see of a generation: a note of what is being started, the text in two colours, a summary; or one JSON object."""
+
+import sys
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+
+from runtime.config import Deployment
+from runtime.messages import Chunk, Request, Stats
+from runtime.metrics import speculative_decoding
+
+DRAFTED, OWN = "green", "bold white"
+
+
+class Progress:
+    """A line with a spinner on standard error while things start; silent where that is no terminal or `quiet`."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.console = Console(stderr=True, quiet=quiet)
+        self.status: Status | None = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def note(self, what: str) -> None:
+        if self.status is None:
+            self.status = self.console.status(what)
+            self.status.start()
+        self.status.update(what)
+
+    def done(self) -> None:
+        if self.status is not None:
+            self.status.stop()
+            self.status = None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.done()
+
+
+class Stream:
+    """The pieces as they come: to standard output unless `quiet`, in colour where that is a terminal; and kept."""
+
+    def __init__(self, progress: Progress, quiet: bool) -> None:
+        self.progress, self.quiet = progress, quiet
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.text = ""
+        self.tokens: list[int] = []
+        self.drafters: list[str] = []
+
+    def show(self, chunk: Chunk) -> None:
+        self.progress.done()
+        self.text += "".join(chunk.pieces)
+        self.tokens.extend(chunk.tokens)
+        self.drafters.extend(chunk.drafters)
+        if not self.quiet:
+            for piece, drafter in zip(chunk.pieces, chunk.drafters, strict=True):
+                self.console.print(Text(piece, style=DRAFTED if drafter else OWN), end="")
+            sys.stdout.flush()
+
+    def summary(self, warnings: tuple[str, ...], last: Chunk) -> None:
+        if self.quiet or last.stats is None:
+            return
+        self.console.print()
+        errors = Console(stderr=True, highlight=False)
+        for warning in warnings:
+            errors.print(f"note: {warning}", style="yellow")
+        errors.print(table(last.stats, last.finish_reason or ""))
+
+
+def tokens_per_second(stats: Stats) -> float:
+    """Tokens delivered over the time from the target's taking the request to its last token, prefill included."""
+    return stats.completion_tokens / stats.elapsed if stats.elapsed else 0.0
+
+
+def table(stats: Stats, reason: str) -> Table:
+    """The summary under the text."""
+    found = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    found.add_column(style="dim")
+    found.add_column()
+    for name, value in lines(stats, reason):
+        found.add_row(name, value)
+    return found
+
+
+def lines(stats: Stats, reason: str) -> list[tuple[str, str]]:
+    rounds = max(stats.rounds, 1)
+    spent = {"prefill": stats.prefill, "computing": stats.computed, "waiting": stats.waited, "bookkeeping": stats.bookkeeping}
+    guessed = ", ".join(f"{name} {count}" for name, count in sorted(stats.by_drafter.items())) or "none"
+    return [
+        (
+            "speed",
+            f"{tokens_per_second(stats):.1f} tokens/s ({stats.completion_tokens} tokens in {stats.elapsed:.2f} s, ended by {reason})",
+        ),
+        ("per step", f"{stats.completion_tokens / rounds:.2f} tokens in each of {stats.rounds} target steps"),
+        ("acceptance", f"{stats.accepted} of {stats.verified} verified nodes; accepted by drafter: {guessed}"),
+        ("hit rate", f"{stats.hits / rounds:.0%} of the new roots were in the tree already"),
+        ("target's time", ", ".join(f"{name} {seconds / max(stats.elapsed, 1e-9):.0%}" for name, seconds in spent.items())),
+    ]
+
+
+def answer(plan: Deployment, request: Request, stream: Stream, last: Chunk) -> dict[str, Any]:
+    """The object of --json."""
+    stats = last.stats
+    if stats is None:
+        raise ValueError("the last piece of an output carries its figures")
+    return {
+        "text": stream.text,
+        "token_ids": stream.tokens,
+        "finish_reason": last.finish_reason,
+        "usage": {
+            "prompt_tokens": stats.prompt_tokens,
+            "completion_tokens": stats.completion_tokens,
+            "total_tokens": stats.prompt_tokens + stats.completion_tokens,
+        },
+        "seed": request.sampling.seed,
+        "model": plan.target.model,
+        "metrics": {
+            "tokens_per_second": tokens_per_second(stats),
+            "speculative_decoding": speculative_decoding(stats),
+            "outrider": {
+                "target_steps": stats.rounds,
+                "hit_rate": stats.hits / stats.rounds if stats.rounds else 0.0,
+                "nodes_drafted": stats.drafted,
+                "nodes_verified": stats.verified,
+                "nodes_accepted": stats.accepted,
+                "accepted_by_drafter": stats.by_drafter,
+                "ignored": stats.ignored,
+                "seconds": {
+                    "elapsed": stats.elapsed,
+                    "prefill": stats.prefill,
+                    "computing": stats.computed,
+                    "waiting": stats.waited,
+                    "bookkeeping": stats.bookkeeping,
+                },
+            },
+        },
+    }

@@ -1,0 +1,47 @@
+"""The process that hosts a drafter: a model's thread, and a gRPC loop on a thread of its own."""
+
+import grpc
+
+from actors.grpc_server import DraftingService, serve
+from actors.loop_thread import LoopThread
+from actors.peers import Place, own_host, own_place
+from protos.handshake import Hello
+from runtime.config import DrafterConfig
+from runtime.drafting import DraftHost
+from runtime.models.pair import vocabulary_hash
+
+
+class DraftActor:
+    """A Ray actor, or used as it is. It knows no target: targets come to it."""
+
+    def __init__(self, config: DrafterConfig, incarnation: int = 0) -> None:
+        from actors.compose import build_drafter, settle  # torch: only the process that computes pays for it
+        from runtime.models.load import load_tokenizer
+
+        settle(config.placement)
+        self.host = build_drafter(config)
+        vocabulary = vocabulary_hash(load_tokenizer(config.model or config.target))
+        self.network = LoopThread()
+        host = config.placement.listen or own_host()
+        hello = Hello(vocabulary, config.model or config.method, config.name, incarnation)
+        self.host.start()
+        self.server, port = self.network.run(serve([DraftingService(self.host, hello)], host))
+        self.address = f"{host}:{port}"
+
+    def where(self) -> Place:
+        """Answered once the model is loaded and the server is up."""
+        return own_place(self.address)
+
+    def sessions(self) -> int:
+        """Sessions that this drafter grows trees for."""
+        return len(self.host.grower.growing)
+
+    def stop(self) -> None:
+        """Ends all streams and the server; the process may go then."""
+        self.network.run(stop(self.host, self.server))
+        self.network.stop()
+
+
+async def stop(host: DraftHost, server: grpc.aio.Server) -> None:
+    await server.stop(0.2)
+    await host.stop()

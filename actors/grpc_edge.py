@@ -1,0 +1,90 @@
+"""What every gRPC client and server of the project shares: the options of a connection, and how errors cross it."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import grpc
+from grpc import StatusCode
+
+from runtime import limits
+from runtime.errors import InvalidRequest, LinkLost, ModelRefused, OutriderError, Overloaded, PairMismatch, Unavailable
+
+HANDSHAKE_S = 3.0  # a peer that has not said Hello by then is mute
+ERROR_PARAM = "outrider-param"  # trailing metadata: which parameter an INVALID_ARGUMENT is about
+
+# A peer that is cut off or stopped is noticed after about two seconds. keepalive_timeout alone sees the cut, whose packets
+# nobody acknowledges; behind a stopped process the kernel still does, and a ping would wait its own time-out of a minute.
+# The server must allow pings that often, or it closes the connection (GOAWAY, too_many_pings).
+SHARED = [
+    ("grpc.max_send_message_length", limits.MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", limits.MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 1000),
+    ("grpc.keepalive_timeout_ms", 1000),
+    ("grpc.http2.ping_timeout_ms", 1000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+CLIENT_OPTIONS = [
+    *SHARED,
+    ("grpc.enable_http_proxy", 0),  # actors reach each other directly
+    ("grpc.use_local_subchannel_pool", 1),  # or a new channel inherits the back-off of a lost one
+    ("grpc.min_reconnect_backoff_ms", 2000),  # gRPC's name for the time that one connection attempt gets
+    ("grpc.max_reconnect_backoff_ms", 2000),
+]
+SERVER_OPTIONS = [
+    *SHARED,
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.so_reuseport", 0),
+]
+
+STATUS = {
+    InvalidRequest: StatusCode.INVALID_ARGUMENT,
+    Overloaded: StatusCode.RESOURCE_EXHAUSTED,
+    PairMismatch: StatusCode.FAILED_PRECONDITION,
+    ModelRefused: StatusCode.INTERNAL,
+    LinkLost: StatusCode.UNAVAILABLE,
+    Unavailable: StatusCode.UNAVAILABLE,
+}
+
+Item = TypeVar("Item")
+
+
+@asynccontextmanager
+async def aborting(context: Any) -> AsyncIterator[None]:
+    """Ends the RPC of this servicer context with the status that belongs to an OutriderError raised inside."""
+    try:
+        yield
+    except OutriderError as error:
+        param = error.param if isinstance(error, InvalidRequest) else None
+        metadata = () if param is None else ((ERROR_PARAM, param),)
+        await context.abort(STATUS.get(type(error), StatusCode.INTERNAL), str(error), metadata)
+
+
+def reason(error: grpc.aio.AioRpcError) -> str:
+    return f"{error.code().name}: {error.details()}"
+
+
+def error_of(error: grpc.aio.AioRpcError, peer: str) -> OutriderError:
+    """The error that `aborting` was given at the other end; Unavailable for all that gRPC itself has to say."""
+    match error.code():
+        case StatusCode.INVALID_ARGUMENT:
+            return InvalidRequest(error.details() or "", dict(error.trailing_metadata() or ()).get(ERROR_PARAM))
+        case StatusCode.RESOURCE_EXHAUSTED:
+            return Overloaded(error.details())
+        case StatusCode.FAILED_PRECONDITION:
+            return PairMismatch(error.details())
+        case _:
+            return Unavailable(f"{peer} cannot be reached or has failed ({reason(error)}): start it again")
+
+
+@asynccontextmanager
+async def closing(iterator: AsyncIterator[Item]) -> AsyncIterator[AsyncIterator[Item]]:
+    """Closes the iterator, where it can be closed, before going on."""
+    try:
+        yield iterator
+    finally:
+        close = getattr(iterator, "aclose", None)
+        if close is not None:
+            await close()

@@ -1,0 +1,160 @@
+"""The client's side of both services: a drafter seen from a target, and a target seen from its callers."""
+
+import asyncio
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any
+
+import grpc
+
+from actors.grpc_edge import CLIENT_OPTIONS, HANDSHAKE_S, error_of, reason
+from protos import codec
+from protos.handshake import Hello, mismatch
+from runtime.errors import InvalidRequest, LinkLost, Unavailable
+from runtime.messages import Chunk, Event, Reply, Request
+
+logger = logging.getLogger(__name__)
+
+STRIKES, STRIKE_S = 3, 60.0  # so many malformed replies within so many seconds end the link
+
+
+class GrpcLink:
+    """A drafter in another process (a runtime.links.DraftLink). One connection for each call of `speculate`.
+
+    counters  what had no effect, by reason: `malformed` and `unknown` replies, `unsent` events that the wire cannot carry
+    peer      what the drafter said of itself, after the handshake
+
+    A stop or cut of the drafter raises LinkLost after about two seconds, a kill at once, `handshake_s` seconds of
+    silence at the start too. Three malformed replies within a minute raise LinkLost, on this connection or a later one.
+    """
+
+    def __init__(self, address: str, hello: Hello, handshake_s: float = HANDSHAKE_S, now: Callable[[], float] = time.monotonic) -> None:
+        self.address = address
+        self.hello = hello
+        self.peer: Hello | None = None
+        self.counters: Counter[str] = Counter()
+        self._handshake_s = handshake_s
+        self._now = now
+        self._strikes: deque[float] = deque(maxlen=STRIKES)
+
+    async def speculate(self, events: AsyncIterator[Event]) -> AsyncGenerator[Reply, None]:
+        """As in DraftLink. An error raised by `events` itself is raised here as it is."""
+        async with grpc.aio.insecure_channel(self.address, CLIENT_OPTIONS) as channel:
+            call = channel.stream_stream(f"/{codec.DRAFTING}/Speculate")()
+            ended = asyncio.Event()
+            forwarding: asyncio.Task[None] | None = None
+            try:
+                await self._greet(call)
+                forwarding = asyncio.create_task(self._forward(call, events, ended))
+                while (data := await call.read()) is not grpc.aio.EOF:
+                    reply = self._reply(data)
+                    if isinstance(reply, codec.Bye):
+                        break
+                    if reply is not None:
+                        yield reply
+                if not ended.is_set():
+                    raise self._lost("the stream ended without a goodbye" if data is grpc.aio.EOF else "it said goodbye")
+            except grpc.aio.AioRpcError as error:
+                raise self._lost(reason(error)) from error
+            except asyncio.CancelledError:
+                if forwarding is not None and forwarding.done():
+                    forwarding.result()
+                raise
+            finally:
+                if forwarding is not None:
+                    forwarding.cancel()
+                    await asyncio.gather(forwarding, return_exceptions=True)
+                call.cancel()
+
+    async def _greet(self, call: Any) -> None:
+        """Raises LinkLost, and AioRpcError where the drafter refuses."""
+        try:
+            async with asyncio.timeout(self._handshake_s):
+                await call.write(codec.encode_hello_to_drafter(self.hello))
+                data = await call.read()
+        except TimeoutError as error:
+            raise self._lost(f"no hello within {self._handshake_s:g} s") from error
+        if data is grpc.aio.EOF:
+            raise self._lost("the stream ended before its hello")
+        try:
+            self.peer = codec.decode_hello_from_drafter(data)
+        except InvalidRequest as error:
+            raise self._lost(str(error)) from error
+        if (why := mismatch(self.hello, self.peer)) is not None:
+            raise self._lost(f"FAILED_PRECONDITION: {why}")
+
+    async def _forward(self, call: Any, events: AsyncIterator[Event], ended: asyncio.Event) -> None:
+        try:
+            async for event in events:
+                try:
+                    data = codec.encode_event(event)
+                except InvalidRequest as error:  # one session does without this drafter, the others keep it
+                    self._count("unsent", str(error))
+                else:
+                    await call.write(data)
+            ended.set()
+            await call.done_writing()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return  # the stream is over, and its reader knows why
+        except BaseException:
+            call.cancel()  # wakes the reader
+            raise
+
+    def _reply(self, data: bytes) -> Reply | codec.Bye | None:
+        """None for what has no effect. Raises LinkLost at the last strike."""
+        try:
+            reply = codec.decode_reply(data, self.hello.drafter)
+        except InvalidRequest as error:
+            self._strike(str(error))
+            return None
+        if reply is None:
+            self._count("unknown", "reply of an unknown kind")
+        return reply
+
+    def _strike(self, why: str) -> None:
+        self._count("malformed", why)
+        self._strikes.append(self._now())
+        if len(self._strikes) == STRIKES and self._strikes[-1] - self._strikes[0] <= STRIKE_S:
+            raise self._lost(f"quarantined after {STRIKES} malformed replies, the last: {why}")
+
+    def _count(self, what: str, why: str) -> None:
+        self.counters[what] += 1
+        logger.warning("drafter %s: %s: %s", self.hello.drafter, what, why)
+
+    def _lost(self, why: str) -> LinkLost:
+        return LinkLost(f"drafter {self.hello.drafter} at {self.address} is lost ({why})")
+
+
+class GrpcTarget:
+    """A target in another process. To be made, used and closed on one running event loop."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = grpc.aio.insecure_channel(address, CLIENT_OPTIONS)
+        self._generate = self._channel.unary_stream(f"/{codec.TARGET}/Generate")
+
+    async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
+        """The output, piece by piece. Closing the iterator, or cancelling its reader, cancels the work at the target.
+
+        Raises InvalidRequest, Overloaded, PairMismatch as the target does; Unavailable where it is gone or mute.
+        """
+        call = self._generate(codec.encode_request(request))
+        try:
+            while (data := await call.read()) is not grpc.aio.EOF:
+                yield self._chunk(data)
+        except grpc.aio.AioRpcError as error:
+            raise error_of(error, f"target at {self.address}") from error
+        finally:
+            call.cancel()
+
+    def _chunk(self, data: bytes) -> Chunk:
+        try:
+            return codec.decode_chunk(data)
+        except InvalidRequest as error:
+            raise Unavailable(f"target at {self.address} answers nonsense ({error}): install the same version") from error
+
+    async def close(self) -> None:
+        """Ends the connection and every call on it."""
+        await self._channel.close()

@@ -1,0 +1,130 @@
+"""The server's side of both services. The bodies are what runs without gRPC too: a DraftLink, an object with `generate`."""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import Any, Protocol
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from actors.grpc_edge import HANDSHAKE_S, SERVER_OPTIONS, aborting, closing
+from protos import codec
+from protos.handshake import Hello, mismatch
+from runtime import limits
+from runtime.errors import InvalidRequest, PairMismatch, Unavailable
+from runtime.links import DraftLink
+from runtime.messages import Chunk, Event, Request
+
+logger = logging.getLogger(__name__)
+
+CALLS = 2 * limits.SESSIONS  # at one time, of all kinds: the bodies refuse sessions themselves, with a better message
+
+
+class Generator(Protocol):
+    """A target, seen from its callers."""
+
+    def generate(self, request: Request) -> AsyncIterator[Chunk]: ...
+
+
+class DraftingService:
+    """Serves a drafter. Each stream is one `body.speculate` of its own; it is closed before the stream is gone.
+
+    counters  what had no effect, by reason: `malformed` and `unknown` events, `unsent` replies, `refused` handshakes
+    """
+
+    name = codec.DRAFTING
+
+    def __init__(self, body: DraftLink, hello: Hello, handshake_s: float = HANDSHAKE_S) -> None:
+        self.body = body
+        self.hello = hello
+        self.counters: Counter[str] = Counter()
+        self._handshake_s = handshake_s
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        # Bytes in and out: a frame that does not parse must not end the stream.
+        return grpc.method_handlers_generic_handler(self.name, {"Speculate": grpc.stream_stream_rpc_method_handler(self._speculate)})
+
+    async def _speculate(self, _: AsyncIterator[bytes], context: Any) -> None:
+        async with aborting(context):
+            await self._greet(context)
+            async with closing(self.body.speculate(self._events(context))) as replies:
+                async for reply in replies:
+                    try:
+                        data = codec.encode_reply(reply)
+                    except InvalidRequest as error:
+                        self._count("unsent", str(error))
+                    else:
+                        await context.write(data)
+            await context.write(codec.encode_reply(codec.Bye()))
+
+    async def _greet(self, context: Any) -> None:
+        """Raises InvalidRequest and PairMismatch. The own Hello is sent only where the target's fits."""
+        try:
+            async with asyncio.timeout(self._handshake_s):
+                data = await context.read()
+        except TimeoutError as error:
+            raise InvalidRequest(f"no hello within {self._handshake_s:g} s: send it first") from error
+        if data is grpc.aio.EOF:
+            raise InvalidRequest("the stream ended before its hello: send it first")
+        if (why := mismatch(codec.decode_hello_to_drafter(data), self.hello)) is not None:
+            self._count("refused", why)
+            raise PairMismatch(why)
+        await context.write(codec.encode_hello_from_drafter(self.hello))
+
+    async def _events(self, context: Any) -> AsyncGenerator[Event, None]:
+        while (data := await context.read()) is not grpc.aio.EOF:
+            try:
+                event = codec.decode_event(data)
+            except InvalidRequest as error:
+                self._count("malformed", str(error))
+                continue
+            if event is None:
+                self._count("unknown", "event of an unknown kind")
+            else:
+                yield event
+
+    def _count(self, what: str, why: str) -> None:
+        self.counters[what] += 1
+        logger.warning("a target: %s: %s", what, why)
+
+
+class TargetService:
+    """Serves a target. The body's iterator is closed when the caller has gone."""
+
+    name = codec.TARGET
+
+    def __init__(self, body: Generator) -> None:
+        self.body = body
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        return grpc.method_handlers_generic_handler(self.name, {"Generate": grpc.unary_stream_rpc_method_handler(self._generate)})
+
+    async def _generate(self, data: bytes, context: Any) -> None:
+        async with aborting(context), closing(self.body.generate(codec.decode_request(data))) as chunks:
+            async for chunk in chunks:
+                await context.write(codec.encode_chunk(chunk))
+
+
+async def serve(services: Sequence[DraftingService | TargetService], host: str, port: int = 0) -> tuple[grpc.aio.Server, int]:
+    """A running server with these, health and reflection; and its port, chosen by the system where `port` is 0.
+
+    To be stopped by `await server.stop(grace)` on the same event loop. Raises Unavailable where the port cannot be had.
+    """
+    server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=CALLS)
+    server.add_generic_rpc_handlers([service.handler() for service in services])
+    names = [service.name for service in services]
+    servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    for name in ["", *names]:
+        await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    try:
+        bound: int = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        await server.stop(None)
+        raise Unavailable(f"no server at {host}:{port} ({error}): choose another port, or 0 for any") from error
+    await server.start()
+    return server, bound

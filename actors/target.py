@@ -1,0 +1,73 @@
+"""The process that hosts a target: a model's thread, and a gRPC loop on a thread of its own."""
+
+import grpc
+
+from actors.grpc_links import GrpcLink
+from actors.grpc_server import TargetService, serve
+from actors.loop_thread import LoopThread
+from actors.peers import Peer, Place, own_host, own_place
+from protos.handshake import Hello
+from runtime.config import TargetConfig
+from runtime.models.pair import vocabulary_hash
+from runtime.target import Target
+
+
+class TargetActor:
+    """A Ray actor, or used as it is. Ray's calls place and inform it; requests and drafts come by gRPC."""
+
+    def __init__(self, config: TargetConfig) -> None:
+        from actors.compose import build_target, settle  # torch: only the process that computes pays for it
+
+        settle(config.placement)
+        self.config = config
+        self.target, tokenizer = build_target(config)
+        self.vocabulary = vocabulary_hash(tokenizer)
+        self.peers: dict[str, Peer] = {}
+        self.network = LoopThread()
+        host = config.placement.listen or own_host()
+        self.server, port = self.network.run(start(self.target, host))
+        self.address = f"{host}:{port}"
+
+    def where(self) -> Place:
+        """Answered once the model is loaded and the server is up."""
+        return own_place(self.address)
+
+    def drafters(self, peers: list[Peer]) -> None:
+        """Who is there now: new ones are attached, also to sessions under way; those not named are let go."""
+        wanted = {peer.name: peer for peer in peers}
+        changed = [name for name in self.target.drafters if wanted.get(name) != self.peers.get(name)]
+        links = {peer.name: GrpcLink(peer.address, self._hello(peer)) for peer in peers}
+        self.network.run(exchange(self.target, changed, links))
+        self.peers = wanted
+
+    def _hello(self, peer: Peer) -> Hello:
+        return Hello(self.vocabulary, self.config.model, peer.name, peer.incarnation)
+
+    def attached(self) -> list[str]:
+        """Names of the drafters whose links are up."""
+        return list(self.target.drafters)
+
+    def stop(self) -> None:
+        """Ends sessions, links and server; the process may go then."""
+        self.network.run(stop(self.target, self.server))
+        self.network.stop()
+
+
+# Outside the class: Ray would take a class with coroutines for an async actor and run all of it on a loop of its own.
+
+
+async def start(target: Target, host: str) -> tuple[grpc.aio.Server, int]:
+    target.start()
+    return await serve([TargetService(target)], host)
+
+
+async def exchange(target: Target, leaving: list[str], links: dict[str, GrpcLink]) -> None:
+    for name in leaving:
+        await target.detach(name)
+    for name, link in links.items():
+        target.attach(name, link)
+
+
+async def stop(target: Target, server: grpc.aio.Server) -> None:
+    await target.stop()
+    await server.stop(0.2)

@@ -1,0 +1,149 @@
+"""The last stage of training: what was learned, in figures. Writes models/README.md and models/loss.png."""
+
+import json
+import math
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch.nn import functional as F
+
+from models import corpus, loop
+from models.shapes import CONTEXT, DRAFT, TARGET, VOCABULARY
+from runtime.models.acceptance import RANKS, acceptance
+from runtime.models.hf import HFModel
+from runtime.models.load import load_model, load_tokenizer
+from runtime.sampling import Sampling
+
+HERE = Path(__file__).parent
+TEMPERATURES = (0.0, 0.5, 1.0)
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 40, 64, 128
+
+TEMPLATE = """# The pair that ships
+
+Two small Llama models that continue Python code, made so that everything here can be tried, tested and measured without a
+download. They know Python's looks, not its meaning: do not use what they write.
+
+| | target (`models/target`) | draft (`models/draft`) |
+|---|---|---|
+| parameters | {target_size:.2f} million | {draft_size:.2f} million |
+| shape (hidden, layers, feed-forward) | {target_shape} | {draft_shape} |
+| trained on | {target_tokens:.1f} million tokens, next-token loss | {draft_tokens:.1f} million tokens, KL to the target's distribution |
+| final training loss | {target_loss:.3f} nats per token | {draft_loss:.3f} nats per token (KL) |
+| held-out perplexity | {target_perplexity:.1f} | {draft_perplexity:.1f} |
+| file | bf16 safetensors, {target_bytes:.1f} MB | bf16 safetensors, {draft_bytes:.1f} MB |
+
+Both share one byte-level BPE tokenizer of {vocabulary} tokens and a context of {context} tokens.
+
+## Data
+
+The sources of the Python {python} standard library, as installed with the interpreter that ran the training: {files} files for
+training, {held_out} held out (one in twenty, by a hash of the path, so the split is the same everywhere). Of the test modules one in
+four takes part; tables of encodings are left out. The draft learned from the target: half of its text is the target's own
+continuations of training excerpts (temperatures 0, 0.5 and 1), half is the library.
+
+Licence: the Python standard library is under the PSF License Agreement, version 2 (<https://docs.python.org/3/license.html>), which permits derived
+works; the weights are published under the project's Apache-2.0.
+
+## Acceptance
+
+How often the draft's first k guesses hold the token that the target chooses, on {prompts} excerpts of {prompt_tokens} tokens from held-out
+files, continued by the target for up to {new_tokens} tokens. At temperature > 0 draft and target use the same noise, as in the runtime.
+
+{acceptance}
+
+## Loss
+
+![training loss](loss.png)
+
+Made by `make train` (`python -m models.train`): Muon for the matrices, AdamW for embeddings and norms, warm-up, hold and linear decay, in
+float32 where the processor does not multiply bf16 natively. It resumes where it was interrupted; this page is its last stage.
+"""
+
+
+def write_card(work: Path) -> None:
+    target, draft = (load_model(str(HERE / name), "float32", "cpu") for name in ("target", "draft"))
+    tokenizer = load_tokenizer(str(HERE / "target"))
+    logs = {name: read_log(work / name / "loss.jsonl") for name in ("target", "draft")}
+    draw(logs, HERE / "loss.png")
+    held_out = corpus.token_stream(tokenizer.backend_tokenizer, corpus.files(held_out=True))
+    text = TEMPLATE.format(
+        target_size=size(target),
+        draft_size=size(draft),
+        target_shape=f"{TARGET.hidden}, {TARGET.layers}, {TARGET.intermediate}",
+        draft_shape=f"{DRAFT.hidden}, {DRAFT.layers}, {DRAFT.intermediate}",
+        target_tokens=logs["target"][-1][0] / 1e6,
+        draft_tokens=logs["draft"][-1][0] / 1e6,
+        target_loss=smooth(logs["target"])[-1],
+        draft_loss=smooth(logs["draft"])[-1],
+        target_perplexity=perplexity(target, held_out),
+        draft_perplexity=perplexity(draft, held_out),
+        target_bytes=(HERE / "target" / "model.safetensors").stat().st_size / 1e6,
+        draft_bytes=(HERE / "draft" / "model.safetensors").stat().st_size / 1e6,
+        vocabulary=VOCABULARY,
+        context=CONTEXT,
+        python=platform.python_version(),
+        files=len(corpus.files(held_out=False)),
+        held_out=len(corpus.files(held_out=True)),
+        prompts=PROMPTS,
+        prompt_tokens=PROMPT_TOKENS,
+        new_tokens=NEW_TOKENS,
+        acceptance=acceptance_table(target, draft, corpus.prompts(tokenizer.backend_tokenizer, PROMPTS, PROMPT_TOKENS)),
+    )
+    (HERE / "README.md").write_text(text)
+
+
+def size(model: HFModel) -> float:
+    return sum(parameter.numel() for parameter in model.module.parameters()) / 1e6
+
+
+def acceptance_table(target: HFModel, draft: HFModel, prompts: Sequence[Sequence[int]]) -> str:
+    rows = ["| temperature | " + " | ".join(f"k = {rank}" for rank in RANKS) + " |", "|---" * (len(RANKS) + 1) + "|"]
+    eos = frozenset({int(target.module.config.eos_token_id)})
+    for temperature in track(TEMPERATURES, description="acceptance"):
+        sampling = Sampling(temperature=temperature, seed=1, max_tokens=NEW_TOKENS)
+        rates = acceptance(target, draft, prompts, sampling, eos)
+        rows.append(f"| {temperature:g} | " + " | ".join(f"{rates[rank]:.3f}" for rank in RANKS) + " |")
+    return "\n".join(rows)
+
+
+def perplexity(model: HFModel, stream: loop.Stream) -> float:
+    """exp of the mean next-token loss over windows of the whole context."""
+    rows = torch.from_numpy(stream[: len(stream) // CONTEXT * CONTEXT].astype(np.int64)).view(-1, CONTEXT)
+    losses: list[float] = []
+    with torch.inference_mode():
+        for batch in track(rows.split(8), description="perplexity"):
+            logits = model.module(batch, use_cache=False).logits
+            losses.append(float(F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())) * len(batch))
+    return math.exp(sum(losses) / len(rows))
+
+
+def read_log(file: Path) -> list[tuple[int, float]]:
+    """(tokens, loss) of each step; a step that was done again after an interruption counts once."""
+    steps = {entry["step"]: (entry["tokens"], entry["loss"]) for entry in map(json.loads, file.read_text().splitlines())}
+    return [steps[step] for step in sorted(steps)]
+
+
+def smooth(log: Sequence[tuple[int, float]], over: int = 20) -> list[float]:
+    losses = [loss for _, loss in log]
+    return [sum(losses[max(0, i + 1 - over) : i + 1]) / min(i + 1, over) for i in range(len(losses))]
+
+
+def draw(logs: dict[str, list[tuple[int, float]]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6))
+    titles = {"target": "target: next-token loss (nats)", "draft": "draft: KL to the target (nats)"}
+    for axis, (name, log) in zip(axes, logs.items(), strict=True):
+        axis.plot([tokens / 1e6 for tokens, _ in log], [loss for _, loss in log], alpha=0.3, linewidth=0.8)
+        axis.plot([tokens / 1e6 for tokens, _ in log], smooth(log), linewidth=1.5)
+        axis.set(title=titles[name], xlabel="million tokens")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)

@@ -1,0 +1,75 @@
+"""The text that the shipped pair learns from: the Python standard library of the interpreter that runs this.
+
+A file belongs to the held-out split by a hash of its path, so the split is the same on every machine and for every
+Python version that has the file.
+"""
+
+import hashlib
+import sysconfig
+import tokenize
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+END_OF_TEXT = "<|endoftext|>"
+HELD_OUT_SHARE = 20  # one file in twenty
+TESTS_SHARE = 4  # one test module in four: tests outnumber the library itself
+TABLES = ("encodings/", "pydoc_data/", "lib2to3/tests/data/", "site-packages/", "unidata_version")
+
+
+def standard_library() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def bucket(path: str, of: int) -> int:
+    """A number in [0, of) that depends on the path alone."""
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") % of
+
+
+def files(held_out: bool) -> list[str]:
+    """Paths relative to the standard library, sorted."""
+    root = standard_library()
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    return [name for name in names if wanted(name) and (bucket(name, HELD_OUT_SHARE) == 0) == held_out]
+
+
+def wanted(name: str) -> bool:
+    if name.startswith(TABLES):
+        return False
+    is_test = name.startswith("test/") or "/test" in name
+    return not is_test or bucket("tests:" + name, TESTS_SHARE) == 0
+
+
+def read(name: str) -> str:
+    """The source text, or nothing where a file is broken on purpose (some tests are)."""
+    try:
+        with tokenize.open(standard_library() / name) as file:
+            return file.read()
+    except (SyntaxError, UnicodeDecodeError, OSError):
+        return ""
+
+
+def token_stream(tokenizer: Tokenizer, names: Sequence[str]) -> npt.NDArray[np.uint16]:
+    """All files as one run of token ids, each file followed by the end-of-text token."""
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    parts: list[npt.NDArray[np.uint16]] = []
+    for encoded in tokenizer.encode_batch([read(name) for name in names]):
+        parts.append(np.array([*encoded.ids, end], dtype=np.uint16))
+    return np.concatenate(parts)
+
+
+def prompts(tokenizer: Tokenizer, count: int, length: int) -> list[list[int]]:
+    """The first `count` held-out excerpts of `length` tokens, one a file, each starting at a top-level definition."""
+    found: list[list[int]] = []
+    for name in files(held_out=True):
+        text = read(name)
+        start = max(text.find("\nclass "), text.find("\ndef "))
+        ids = tokenizer.encode(text[start + 1 :]).ids
+        if start >= 0 and len(ids) >= 2 * length:
+            found.append(ids[:length])
+        if len(found) == count:
+            return found
+    return found

@@ -1,0 +1,162 @@
+"""Train the pair that ships: `python -m models.train` (all stages), or one of them by name.
+
+    tokenizer   byte-level BPE on the training files
+    target      next-token training of the target
+    outputs     the target's own continuations of training excerpts
+    draft       distillation of the draft on them
+    card        acceptance, perplexity, curves: models/README.md
+
+Each stage leaves its result under build/train and starts again where it was interrupted.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.progress import track
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from models import corpus, loop
+from models.card import write_card
+from models.shapes import CONTEXT, DRAFT, TARGET, VOCABULARY, Shape
+
+HERE = Path(__file__).parent
+WORK = HERE.parent / "build" / "train"
+
+
+class Stage(StrEnum):
+    tokenizer = "tokenizer"
+    target = "target"
+    outputs = "outputs"
+    draft = "draft"
+    card = "card"
+
+
+def train_tokenizer() -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[corpus.END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator((corpus.read(name) for name in corpus.files(held_out=False)), trainer)
+    end = corpus.END_OF_TEXT
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end, pad_token=end, model_max_length=CONTEXT)
+    for name in ("target", "draft"):
+        wrapped.save_pretrained(HERE / name)
+
+
+def load_tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(HERE / "target" / "tokenizer.json"))
+
+
+def new_model(shape: Shape, seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(shape.config(load_tokenizer().token_to_id(corpus.END_OF_TEXT)))
+
+
+def training_stream() -> loop.Stream:
+    cached = WORK / "tokens.npy"
+    if not cached.exists():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        np.save(cached, corpus.token_stream(load_tokenizer(), corpus.files(held_out=False)))
+    return np.asarray(np.load(cached))
+
+
+def save(model: LlamaForCausalLM, folder: Path) -> None:
+    """A Hugging Face folder with bf16 safetensors."""
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def train_target(steps: int, compiled: bool) -> None:
+    model = new_model(TARGET, seed=0)
+    forward = torch.compile(model) if compiled else model
+    stream = training_stream()
+
+    def loss(rows: Tensor) -> Tensor:
+        logits = forward(rows, use_cache=False).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten())
+
+    settings = loop.Settings(steps=steps, batch_tokens=8192)
+    loop.train(model, loss, lambda context, seed: loop.windows(stream, context, seed), settings, WORK / "target")
+    save(model, HERE / "target")
+
+
+def write_outputs(tokens: int) -> None:
+    """Continue training excerpts at several temperatures; what comes out is what the draft will meet at work."""
+    model = LlamaForCausalLM.from_pretrained(HERE / "target", dtype=torch.float32)
+    stream, generator = training_stream(), np.random.default_rng(1)
+    batch, prompt, new = 64, 64, 192
+    folder = WORK / "outputs"
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(1)
+    for number in track(range(tokens // (batch * new)), description="outputs"):
+        if (folder / f"{number:04}.npy").exists():
+            continue
+        starts = generator.integers(0, len(stream) - prompt, batch)
+        rows = torch.from_numpy(np.stack([stream[s : s + prompt] for s in starts]).astype(np.int64))
+        temperature = (0.0, 0.5, 1.0)[number % 3]
+        how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        out = model.generate(rows, attention_mask=torch.ones_like(rows), min_new_tokens=new, max_new_tokens=new, **how)
+        np.save(folder / f"{number:04}.npy", out.numpy().astype(np.uint16))
+
+
+def train_draft(steps: int, compiled: bool) -> None:
+    """Forward KL to the target's distribution, on its own outputs and on corpus windows in equal parts."""
+    teacher = LlamaForCausalLM.from_pretrained(HERE / "target", dtype=torch.float32).eval()
+    model = new_model(DRAFT, seed=1)
+    teach, forward = (torch.compile(teacher), torch.compile(model)) if compiled else (teacher, model)
+    own = np.concatenate([np.load(file).ravel() for file in sorted((WORK / "outputs").glob("*.npy"))])
+    written = training_stream()
+
+    def loss(rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = teach(rows, use_cache=False).logits.float().log_softmax(-1)
+        got = forward(rows, use_cache=False).logits.float().log_softmax(-1)
+        return F.kl_div(got.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean")
+
+    def batches(context: int, seed: int) -> Iterator[Tensor]:
+        streams = [loop.windows(own, context, seed), loop.windows(written, context, seed + 1)]
+        while True:
+            for stream in streams:
+                yield next(stream)
+
+    loop.train(model, loss, batches, loop.Settings(steps=steps, batch_tokens=8192, seed=7), WORK / "draft")
+    save(model, HERE / "draft")
+
+
+def main(
+    stages: Annotated[list[Stage] | None, typer.Argument(help="default: all, in order")] = None,
+    target_steps: int = 900,
+    draft_steps: int = 900,
+    output_tokens: int = 1_000_000,
+    compiled: Annotated[bool, typer.Option(help="torch.compile: about 1.5 times as fast; wants a C++ compiler")] = shutil.which("g++")
+    is not None,
+) -> None:
+    for stage in stages or list(Stage):
+        match stage:
+            case Stage.tokenizer:
+                train_tokenizer()
+            case Stage.target:
+                train_target(target_steps, compiled)
+            case Stage.outputs:
+                write_outputs(output_tokens)
+            case Stage.draft:
+                train_draft(draft_steps, compiled)
+            case Stage.card:
+                write_card(WORK)
+
+
+if __name__ == "__main__":
+    typer.run(main)

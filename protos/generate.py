@@ -1,0 +1,42 @@
+"""`python -m protos.generate` writes the code that belongs to speculation.proto; with --check it only says whether it is stale."""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from grpc_tools import protoc
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = "protos/speculation.proto"
+
+
+def generated() -> dict[Path, bytes]:
+    """What the installed compiler makes of the source, by the file it belongs in."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [f"--{kind}_out={folder}" for kind in ("python", "pyi", "grpc_python")]
+        # From the root of the repository, so that the imports in the output read `from protos import ...`.
+        status = protoc.main(["protoc", f"-I{ROOT}", *outputs, str(ROOT / SOURCE)])
+        if status:
+            sys.exit(f"protoc could not compile {SOURCE} (status {status}): see the lines above")
+        found = sorted(Path(folder).rglob("*.py*"))
+        return {ROOT / path.relative_to(folder): path.read_bytes() for path in found}
+
+
+def stale() -> list[Path]:
+    """The files that are not what the compiler would write."""
+    return [path for path, content in generated().items() if not path.exists() or path.read_bytes() != content]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the files are stale")
+    if not parser.parse_args().check:
+        for path, content in generated().items():
+            path.write_bytes(content)
+    elif names := [str(path.relative_to(ROOT)) for path in stale()]:
+        sys.exit(f"stale: {', '.join(names)}: run `make proto` and commit the result")
+
+
+if __name__ == "__main__":
+    main()

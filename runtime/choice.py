@@ -1,0 +1,123 @@
+"""The rule by which a target chooses its tokens, in plain numpy: the oracle of every faster implementation.
+
+Order and meaning of the parameters are those of vLLM and of transformers' generate(): logit_bias, the ban of min_tokens,
+repetition_penalty, frequency_penalty, presence_penalty; then, above temperature 0, temperature, top_k, top_p, min_p.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime import noise
+from runtime.sampling import Sampling
+
+Scores = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What is asked of a chooser: the token that follows each of some rows, all of one session.
+
+    Row i's text is `text`, all that is committed, continued by `paths[i]`. `prompt` of the tokens of `text` came from the
+    user; `eos` are the token ids that end a text.
+    """
+
+    sampling: Sampling
+    prompt: int
+    text: Sequence[int]
+    paths: Sequence[Sequence[int]]
+    eos: frozenset[int]
+
+    def positions(self) -> list[int]:
+        """The place in its text, from 0, of the token that each row chooses."""
+        return [len(self.text) + len(path) for path in self.paths]
+
+    def too_short(self) -> list[int]:
+        """Rows that may not end the text yet, because of min_tokens."""
+        return [row for row, position in enumerate(self.positions()) if position - self.prompt < self.sampling.min_tokens]
+
+
+class Chooser(Protocol):
+    """`choose` below and its twins: pure functions, of which a row's token depends on that row and its text alone."""
+
+    def __call__(self, logits: Any, ask: Ask) -> npt.NDArray[np.int64]:
+        """The token (rows,) that follows each row of `logits` (rows, vocabulary), which are left as they are."""
+        ...
+
+
+def choose(logits: npt.ArrayLike, ask: Ask) -> npt.NDArray[np.int64]:
+    """The Chooser of numpy logits: argmax at temperature 0, else argmax of the scores and the noise of its position."""
+    scores = shape(logits, ask)
+    if ask.sampling.temperature > 0:
+        scores = scores + noise.gumbel(ask.sampling.seed, ask.positions(), np.arange(scores.shape[1]))
+    tokens: npt.NDArray[np.int64] = scores.argmax(axis=1)
+    return tokens
+
+
+def shape(logits: npt.ArrayLike, ask: Ask) -> Scores:
+    """New scores (rows, vocabulary): softmax of them is the law of each row's token. At temperature 0 only the argmax counts."""
+    sampling, scores = ask.sampling, np.array(logits, dtype=np.float32)
+    for token, bias in dict(sampling.logit_bias).items():
+        scores[:, token] += np.float32(bias)
+    scores[np.ix_(ask.too_short(), sorted(ask.eos))] = -np.inf
+    for row, path in zip(scores, ask.paths, strict=True):
+        text = [*ask.text, *path]
+        repeat(row, text, sampling.repetition_penalty)
+        count(row, text[ask.prompt :], sampling.frequency_penalty, sampling.presence_penalty)
+    if sampling.temperature == 0:
+        return scores
+    scores /= np.float32(sampling.temperature)
+    for row in scores:
+        keep_k(row, sampling.top_k)
+        keep_p(row, sampling.top_p)
+        keep_near(row, sampling.min_p)
+    return scores
+
+
+def repeat(row: Scores, text: Sequence[int], penalty: float) -> None:
+    """Divide the scores above 0, and multiply those below, of all tokens that are in the text."""
+    if penalty == 1:
+        return
+    seen = sorted({token for token in text if token < len(row)})
+    row[seen] = np.where(row[seen] < 0, row[seen] * np.float32(penalty), row[seen] / np.float32(penalty))
+
+
+def count(row: Scores, output: Sequence[int], frequency: float, presence: float) -> None:
+    """Lower the scores of the output's tokens: `frequency` for each occurrence, `presence` once."""
+    if frequency == presence == 0:
+        return
+    times = np.bincount(np.array(output, dtype=np.int64), minlength=len(row))[: len(row)].astype(np.float32)
+    row -= np.float32(frequency) * times
+    row -= np.float32(presence) * (times > 0)
+
+
+def keep_k(row: Scores, top_k: int) -> None:
+    """Bar all scores below the k-th highest."""
+    if 0 < top_k < len(row):
+        row[row < np.sort(row)[-top_k]] = -np.inf
+
+
+def keep_p(row: Scores, top_p: float) -> None:
+    """Bar all but the fewest most probable tokens whose probabilities add up to `top_p` or more."""
+    if top_p < 1:
+        ascending = np.argsort(row, kind="stable")
+        barred = np.cumsum(softmax(row[ascending])) <= 1 - top_p
+        barred[-1] = False
+        row[ascending[barred]] = -np.inf
+
+
+def keep_near(row: Scores, min_p: float) -> None:
+    """Bar all tokens less probable than `min_p` times the most probable."""
+    if min_p > 0:
+        p = softmax(row)
+        row[p < min_p * p.max()] = -np.inf
+
+
+def softmax(row: Scores) -> npt.NDArray[np.float64]:
+    """Probabilities of scores (vocabulary,), of which one at least is finite."""
+    raised = np.exp(row.astype(np.float64) - row.max())
+    p: npt.NDArray[np.float64] = raised / raised.sum()
+    return p

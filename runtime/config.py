@@ -1,0 +1,115 @@
+"""What is started where. Checked here, at the edge; trusted inside. The only place that reads files or the machine's shape."""
+
+import importlib.resources
+import os
+import pkgutil
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import runtime.drafters
+from runtime.errors import InvalidRequest
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors; values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Placement(Strict):
+    """Where an actor runs: what it takes from Ray, and what it uses of the machine it lands on."""
+
+    num_cpus: float = Field(1.0, ge=0)
+    num_gpus: float = Field(0.0, ge=0)
+    resources: dict[str, float] = {}
+    node: str | None = Field(None, description="IP address of the node; default: Ray chooses")
+    cores: tuple[int, ...] = Field((), description="CPU cores to stay on; default: all")
+    threads: int | None = Field(None, ge=1, description="torch threads; default: as many as cores")
+    listen: str = Field("", description="IP address that its gRPC server binds; default: that of its Ray node")
+
+
+class TargetConfig(Strict):
+    model: str
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    placement: Placement = Placement()
+
+
+class DrafterConfig(Strict):
+    """`method` is a file in runtime/drafters; `model` the draft model of the methods that have one."""
+
+    name: str
+    method: str = "model"
+    model: str = ""
+    target: str = ""
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    width: int = Field(4, ge=1, le=64, description="leaves expanded in one forward pass")
+    placement: Placement = Placement()
+
+
+class Deployment(Strict):
+    target: TargetConfig
+    drafters: tuple[DrafterConfig, ...] = ()
+
+
+def methods() -> list[str]:
+    """Names of the drafting methods: the files in runtime/drafters."""
+    return sorted(module.name for module in pkgutil.iter_modules(runtime.drafters.__path__) if module.name != "base")
+
+
+def shipped(name: Literal["target", "draft"]) -> str:
+    """Folder of a model that comes with the project."""
+    return str(importlib.resources.files("models") / name)
+
+
+def deployment(target: str, drafts: tuple[str, ...], drafters: int, dtype: Dtype, device: Device, local: bool) -> Deployment:
+    """`drafters` actors for each of `drafts` (a method's name or a model), beside one target.
+
+    With `local`, target and drafters share this machine's cores between them and listen on loopback alone.
+    """
+    listen = "127.0.0.1" if local else ""
+    count = len(drafts) * drafters
+    cores = split_cores(sorted(os.sched_getaffinity(0)), count) if local else [()] * (count + 1)
+    found: list[DrafterConfig] = []
+    for draft in drafts:
+        method, model = (draft, "") if draft in methods() and draft != "model" else ("model", draft)
+        for number in range(drafters):
+            name = f"{Path(draft).name}-{number}" if drafts.count(draft) == 1 else f"{Path(draft).name}-{len(found)}"
+            place = Placement(cores=cores[len(found) + 1], listen=listen)
+            found.append(DrafterConfig(name=name, method=method, model=model, target=target, dtype=dtype, device=device, placement=place))
+    return Deployment(
+        target=TargetConfig(model=target, dtype=dtype, device=device, placement=Placement(cores=cores[0], listen=listen)),
+        drafters=tuple(found),
+    )
+
+
+def split_cores(cores: list[int], drafters: int) -> list[tuple[int, ...]]:
+    """Cores of the target, then of each drafter: the target has half of them, the drafters share the rest in turn.
+
+    With a single core all use it; without drafters the target has one half too, so that a comparison is fair.
+    """
+    half = max(1, len(cores) // 2)
+    mine, rest = cores[:half], cores[half:] or cores
+    shares = [tuple(rest[i::drafters]) or (rest[i % len(rest)],) for i in range(drafters)]
+    return [tuple(mine), *shares]
+
+
+def read(file: Path) -> Deployment:
+    """A deployment from a YAML file. Raises InvalidRequest that names the first wrong key or value."""
+    try:
+        return Deployment.model_validate(yaml.safe_load(file.read_text()))
+    except FileNotFoundError as error:
+        raise InvalidRequest(f"{file} does not exist: give the path of a deployment file", "config") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{file} is not YAML: {str(error).splitlines()[0]}", "config") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidRequest(f"{file}: {where or 'content'}: {first['msg']}", "config") from error

@@ -1,0 +1,46 @@
+"""Prompt lookup: what followed the last time these tokens stood together (Saxena 2023; LLMA, arXiv 2304.04487)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from runtime.drafters.base import Children, Ingredients, Text
+
+LONGEST = 4  # tokens that must agree, most first
+SHORTEST = 2
+LOOK_BACK = 1024  # tokens searched
+
+
+class Ngram:
+    """Keeps nothing: every answer is read off the text."""
+
+    def expand(self, text: Text, leaves: Sequence[int]) -> Children:
+        parents: list[int] = []
+        tokens: list[int] = []
+        scores: list[float] = []
+        for leaf in leaves:
+            found = lookup([*text.tokens[-LOOK_BACK:], *text.tree.tokens_to(leaf)])
+            if found is not None:
+                token, agreed = found
+                parents.append(leaf)
+                tokens.append(token)
+                scores.append(float(np.log(agreed / (agreed + 1.0))))
+        return Children(np.asarray(parents, dtype=np.int32), np.asarray(tokens, dtype=np.int32), np.asarray(scores, dtype=np.float32))
+
+    def close(self, session: str) -> None:
+        pass
+
+
+def lookup(tokens: Sequence[int]) -> tuple[int, int] | None:
+    """The token that followed the latest earlier occurrence of the longest suffix, and how long that suffix is."""
+    text = np.asarray(tokens)
+    for length in range(min(LONGEST, len(text) - 1), SHORTEST - 1, -1):
+        windows = np.lib.stride_tricks.sliding_window_view(text[:-1], length)
+        places = np.flatnonzero((windows == text[-length:]).all(axis=1))
+        if len(places):
+            return int(text[places[-1] + length]), length
+    return None
+
+
+def build(ingredients: Ingredients) -> Ngram:
+    return Ngram()

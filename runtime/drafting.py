@@ -1,0 +1,55 @@
+"""A drafter as a target sees it: the host of a drafting method is itself the in-process link."""
+
+import asyncio
+import itertools
+import threading
+from collections.abc import AsyncIterator
+
+from runtime.grower import Gone, Grower, Heard, Stop
+from runtime.messages import Event, Reply
+
+REPLIES_WAITING = 256  # growth that nobody fetches is dropped beyond this
+
+
+class DraftHost:
+    """Implements DraftLink for any number of targets at a time. Owns the grower's thread."""
+
+    def __init__(self, grower: Grower) -> None:
+        self.grower = grower
+        self._streams = itertools.count()
+        self._thread = threading.Thread(target=grower.run, name="drafter", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Returns when the grower's thread is over."""
+        self.grower.inbox.put(Stop())
+        await asyncio.to_thread(self._thread.join)
+
+    async def speculate(self, events: AsyncIterator[Event]) -> AsyncIterator[Reply]:
+        """See DraftLink. Replies that are not fetched in time are dropped and counted: they would be stale."""
+        loop, stream = asyncio.get_running_loop(), next(self._streams)
+        waiting: asyncio.Queue[Reply | None] = asyncio.Queue(REPLIES_WAITING)
+
+        def push(reply: Reply) -> None:
+            if waiting.full():
+                self.grower.counters["dropped replies"] += 1
+            else:
+                waiting.put_nowait(reply)
+
+        def send(reply: Reply) -> None:
+            loop.call_soon_threadsafe(push, reply)
+
+        async def listen() -> None:
+            async for event in events:
+                self.grower.inbox.put(Heard(stream, event, send))
+            await waiting.put(None)
+
+        listening = loop.create_task(listen())
+        try:
+            while (reply := await waiting.get()) is not None:
+                yield reply
+        finally:
+            listening.cancel()
+            self.grower.inbox.put(Gone(stream))

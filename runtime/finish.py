@@ -1,0 +1,71 @@
+"""Where a text ends, and what of it may be shown: one token at a time, so that grouping cannot matter."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from runtime.sampling import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one token adds: text that is now certain, and why the text ends, where it does. The token counts in any case."""
+
+    text: str
+    reason: Literal["stop", "length"] | None = None
+
+
+class Finish:
+    """Takes the tokens of one output in order, decides its end, and hands out its text.
+
+    - a token of `eos` ends it ("stop"), unless ignore_eos; its own text is none of the output;
+    - a stop string ends it ("stop") with the token that completes it; the text is cut before the string. Where one
+      character completes several, the cut is before the longest. Neither rule holds for the first min_tokens tokens;
+    - the max_tokens-th token ends it ("length"), unless it ends for one of the reasons above.
+
+    Text that may be the beginning of a stop string is held back until that is certain. `decode` gives the text that a
+    token adds (perhaps "", where a character is not complete), `flush` what it still holds when the tokens end.
+    """
+
+    def __init__(self, sampling: Sampling, eos: frozenset[int], decode: Callable[[int], str], flush: Callable[[], str]) -> None:
+        self._sampling, self._eos, self._decode, self._flush = sampling, eos, decode, flush
+        self._held = ""
+        self.count = 0
+        self.reason: Literal["stop", "length"] | None = None
+
+    def feed(self, token: int) -> Delta:
+        """The next token, counted in `count`. Raises RuntimeError where the text has ended (`reason` is not None)."""
+        if self.reason is not None:
+            raise RuntimeError(f"token {token} follows the end of the text")
+        self.count += 1
+        may_stop = self.count > self._sampling.min_tokens
+        ended = may_stop and token in self._eos and not self._sampling.ignore_eos
+        last = ended or self.count == self._sampling.max_tokens
+        piece = "" if ended else self._decode(token)
+        if last:
+            piece += self._flush()
+        text = self._held + piece
+        cut = cut_at(text, len(self._held), self._sampling.stop) if may_stop else None
+        if cut is not None:
+            return self._end(text[:cut], "stop")
+        if last:
+            return self._end(text, "stop" if ended else "length")
+        sure = len(text) - undecided(text, self._sampling.stop)
+        self._held = text[sure:]
+        return Delta(text[:sure])
+
+    def _end(self, text: str, reason: Literal["stop", "length"]) -> Delta:
+        self._held, self.reason = "", reason
+        return Delta(text, reason)
+
+
+def cut_at(text: str, old: int, stops: tuple[str, ...]) -> int | None:
+    """Where the stop string begins that is complete first, beyond the first `old` characters; None where there is none."""
+    found = [(start + len(stop), start) for stop in stops if (start := text.find(stop, max(0, old + 1 - len(stop)))) >= 0]
+    return min(found)[1] if found else None
+
+
+def undecided(text: str, stops: tuple[str, ...]) -> int:
+    """Length of the longest end of `text` that a stop string goes on from."""
+    longest = min(len(text), max(map(len, stops), default=1) - 1)
+    return next((n for n in range(longest, 0, -1) if any(len(stop) > n and stop.startswith(text[-n:]) for stop in stops)), 0)

@@ -1,0 +1,148 @@
+"""Keys and values of one text in torch tensors: a transformers `Cache` that rolls back exactly.
+
+Layers of equal shape share one tensor (planes, heads, capacity, dim), a plane being the keys or the values of a layer, so a
+rollback is one copy per shape and not one per layer. Sliding-window layers are stored whole: their window is a matter of
+the mask, which the model makes from the positions kept here.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
+
+from runtime.errors import InvalidRequest
+
+FIRST_SLOTS = 256
+
+Shape = tuple[int, int]  # heads, dim
+Layout = Sequence[tuple[Shape, Shape]]  # of the keys and of the values, layer by layer
+
+
+class TorchCache(Cache):
+    """A KVCache (runtime.kv.base). Memory is taken as it is used, in steps that double, up to `capacity` slots.
+
+    positions  int64 (length,)  place in the text of what is in each slot, written by the model
+    """
+
+    def __init__(self, layout: Layout, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.capacity, self.length, self.start = capacity, 0, 0
+        self._places = np.zeros(0, dtype=np.int64)
+        self._planes: dict[Shape, torch.Tensor] = {}
+        for shape in dict.fromkeys(shape for pair in layout for shape in pair):
+            count = sum(pair.count(shape) for pair in layout)
+            self._planes[shape] = torch.zeros((count, shape[0], 0, shape[1]), dtype=dtype, device=device)
+        taken = dict.fromkeys(self._planes, 0)
+        layers: list[CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer] = []
+        for pair in layout:
+            places = []
+            for shape in pair:
+                places.append((shape, taken[shape]))
+                taken[shape] += 1
+            layers.append(TorchLayer(self, *places))
+        super().__init__(layers=layers)
+
+    @property
+    def positions(self) -> npt.NDArray[np.int64]:
+        return self._places[: self.length]
+
+    def append(self, rows: int) -> int:
+        length = self.length + rows
+        if length > self.capacity:
+            raise InvalidRequest(f"{length} tokens and guesses do not fit the cache of {self.capacity}: shorten the prompt or the output")
+        if length > len(self._places):
+            self._grow(min(self.capacity, max(length, 2 * len(self._places), FIRST_SLOTS)))
+        self.start, self.length = self.length, length
+        return self.start
+
+    def keep(self, prefix: int, slots: Sequence[int]) -> None:
+        if not 0 <= prefix <= self.length or any(not prefix <= slot < self.length for slot in slots):
+            raise IndexError(f"prefix {prefix} and slots {list(slots)} of a cache of {self.length} slots")
+        if len(set(slots)) != len(slots):
+            raise IndexError(f"slots {list(slots)} name one twice")
+        end = prefix + len(slots)
+        still = 0
+        while still < len(slots) and slots[still] == prefix + still:
+            still += 1
+        if still < len(slots):
+            chosen = np.asarray(slots[still:], dtype=np.int64)
+            self._places[prefix + still : end] = self._places[chosen]
+            with torch.inference_mode():
+                for planes in self._planes.values():
+                    index = torch.from_numpy(chosen).to(planes.device)
+                    planes[:, :, prefix + still : end] = planes.index_select(2, index)
+        self.start = self.length = end
+
+    def truncate(self, length: int) -> None:
+        if not 0 <= length <= self.length:
+            raise IndexError(f"length {length} of a cache of {self.length} slots")
+        self.start = self.length = length
+
+    def plane(self, shape: Shape, place: int) -> torch.Tensor:
+        """One layer's keys or values, (1, heads, length, dim): a view."""
+        return self._planes[shape][place : place + 1, :, : self.length]
+
+    def _grow(self, slots: int) -> None:
+        places = np.zeros(slots, dtype=np.int64)
+        places[: self.length] = self.positions
+        self._places = places
+        with torch.inference_mode():
+            for shape, old in self._planes.items():
+                # Uninitialised memory may hold NaN, but no slot is read before it is written.
+                new = old.new_empty((old.shape[0], old.shape[1], slots, old.shape[3]))
+                new[:, :, : self.length] = old[:, :, : self.length]
+                self._planes[shape] = new
+
+
+class TorchLayer(CacheLayerMixin):
+    """What one attention layer sees of the cache: transformers writes through `update` and asks for the sizes of a mask."""
+
+    is_sliding = False
+
+    def __init__(self, cache: TorchCache, keys: tuple[Shape, int], values: tuple[Shape, int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.cache, self.places = cache, (keys, values)
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing: the cache is made whole."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write the rows of the pass into the slots that were appended for it; all slots in use, the new ones included."""
+        return self._write(self.places[0], key_states), self._write(self.places[1], value_states)
+
+    def _write(self, place: tuple[Shape, int], states: torch.Tensor) -> torch.Tensor:
+        plane = self.cache.plane(*place)
+        plane[:, :, self.cache.start :] = states
+        return plane
+
+    def get_seq_length(self) -> int:
+        return self.cache.start
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.start + query_length, 0
+
+    def get_max_length(self) -> int:
+        return self.cache.capacity
+
+
+def layout_of(layers: Iterable[Any]) -> list[tuple[Shape, Shape]]:
+    """The shapes that a filled transformers cache has, layer by layer.
+
+    Raises ValueError for a layer that stores anything but keys and values of single tokens.
+    """
+    layout = []
+    for layer in layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
+            raise ValueError(f"cache layer of type {type(layer).__name__}")
+        layout.append(((layer.keys.shape[1], layer.keys.shape[3]), (layer.values.shape[1], layer.values.shape[3])))
+    return layout

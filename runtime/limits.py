@@ -1,0 +1,11 @@
+"""Bounds on everything that comes from outside, used by the command line, gRPC and the session alike."""
+
+MESSAGE_BYTES = 1 << 20  # a gRPC message
+DRAFT_NODES = 256  # nodes in one growth
+TREE_NODES = 512  # live nodes of one session's tree
+TREE_DEPTH = 64  # tokens that a tree may run ahead of its root
+SESSIONS = 256  # open at one time on one target or drafter
+NAME_LENGTH = 256  # characters of the name of a session, a model or a drafter
+STOP_STRINGS = 4
+STOP_LENGTH = 64  # characters
+LOGIT_BIAS = 300  # entries

@@ -1,0 +1,148 @@
+"""The values that travel between target and drafters, and out of the target. Frozen; arrays in them are never written to."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.sampling import Sampling
+
+Key = int  # 64-bit content name of a token prefix (runtime.tree)
+Tokens = tuple[int, ...]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which part of the tree a drafter owns: branch roots whose key is `index` modulo `of`."""
+
+    session: str
+    index: int
+    of: int
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """A session begins, or begins again for a drafter that has lost it.
+
+    `tokens` are all tokens committed so far, prompt included; `prompt` is how many of them came from the user.
+    """
+
+    session: str
+    epoch: int
+    tokens: Tokens
+    prompt: int
+    sampling: Sampling
+    share: Share
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Tokens that the target has decided: they follow the first `base` tokens; `key` names the text they make."""
+
+    session: str
+    epoch: int
+    base: int
+    tokens: Tokens
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """The session is over; nothing of it need be kept."""
+
+    session: str
+
+
+Event = Open | Commit | Share | Close
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Growth: new nodes of one session's tree, as parallel arrays of equal length. Parents come before their children.
+
+    parents  uint64 (n,)   key of each node's parent
+    tokens   int32 (n,)    its token id
+    scores   float32 (n,)  log of the drafter's own estimate that the target chooses it after its parent; at most 0
+    """
+
+    session: str
+    epoch: int
+    drafter: str
+    parents: npt.NDArray[np.uint64]
+    tokens: npt.NDArray[np.int32]
+    scores: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Resync:
+    """A drafter has noticed that its text is not the target's: please open the session again."""
+
+    session: str
+    drafter: str
+
+
+Reply = Draft | Resync
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a caller asks of a target. `committed` are output tokens decided before, by a target that is gone."""
+
+    session: str
+    prompt: Tokens
+    sampling: Sampling
+    speculation: bool = True
+    committed: Tokens = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of output, as parallel tuples.
+
+    pieces    the text that became certain with each token (held back or inside a character: "")
+    drafters  who guessed each token; "" = nobody, the target's own
+    """
+
+    pieces: tuple[str, ...]
+    tokens: Tokens
+    drafters: tuple[str, ...]
+    finish_reason: FinishReason | None = None
+    stats: "Stats | None" = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One target step of one session; times in seconds. The only record that metrics are made of."""
+
+    session: str
+    number: int
+    width: int  # rows beside the root
+    accepted: int  # of them, on the path that the target took
+    hit: bool  # the new root was already a node of the mirror
+    waited: float
+    computed: float
+    bookkeeping: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What a finished session cost and gained; times in seconds."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    rounds: int
+    drafted: int  # nodes that arrived from drafters and were put into the mirror
+    verified: int  # of them, given a row
+    accepted: int  # of them, delivered
+    hits: int
+    histogram: tuple[int, ...]  # rounds by number of accepted nodes
+    by_drafter: dict[str, int] = field(default_factory=dict)  # accepted tokens of each
+    ignored: dict[str, int] = field(default_factory=dict)  # messages without effect, by reason
+    elapsed: float = 0.0  # from the taking of the request to its last token
+    prefill: float = 0.0
+    waited: float = 0.0
+    computed: float = 0.0
+    bookkeeping: float = 0.0

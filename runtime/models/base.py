@@ -1,0 +1,64 @@
+"""What the runtime asks of a model: one forward pass over rows of a tree, with a cache that rolls back exactly."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.kv.base import KVCache
+
+# Logits stay where the model computed them: a torch tensor (rows, vocabulary) in float32 on the model's device, or a
+# numpy array from the toy model. Only a Chooser and the drafter of the same family look inside.
+Logits = Any
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The input of one forward pass: n new rows behind a cache that holds a prefix and, perhaps, tree slots.
+
+    tokens     int64 (n,)
+    positions  int64 (n,)  place of each token in its text, from 0
+    prefix     slots [0, prefix) of the cache are visible to every row
+    visible    bool (n, cache.length - prefix + n): which later slots each row attends to, the rows' own slots included
+               (a row always sees itself)
+    """
+
+    tokens: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    prefix: int
+    visible: npt.NDArray[np.bool_]
+
+
+def causal(tokens: npt.NDArray[np.int64], start: int) -> Rows:
+    """Rows of plain text that continues a cache of `start` slots."""
+    n = len(tokens)
+    return Rows(tokens, np.arange(start, start + n), start, np.tri(n, dtype=np.bool_))
+
+
+class Model(Protocol):
+    """A decoder-only language model. Not safe for use by two threads at a time."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids: logits have that many columns."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """The most tokens that a text may have, output included."""
+        ...
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for one text."""
+        ...
+
+    def forward(self, cache: KVCache, rows: Rows, last: int | None = None) -> Logits:
+        """One pass: appends the rows to `cache` and returns the logits that follow each of them.
+
+        With `last`, only those of the last `last` rows are computed. float32 in any case.
+        """
+        ...

@@ -1,0 +1,200 @@
+"""From a name or a folder to a model that has proved itself; everything in the folder is data from a stranger.
+
+Only safetensors are read, no code of the model's author is run, and nothing outside the folder is opened.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError, safe_open
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from runtime.errors import InvalidRequest, ModelRefused
+from runtime.models.hf import HFModel, check_config
+from runtime.models.rollback import check_rollback
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+HUB_PATIENCE = 5.0  # seconds
+JSON_BYTES = 1 << 20  # of a config; a tokenizer may be larger
+TOKENIZER_BYTES = 1 << 27
+
+
+def load_model(name_or_folder: str, dtype: str = "auto", device: str = "auto", threads: int | None = None) -> HFModel:
+    """A folder with config.json and safetensors, or a name on the Hugging Face hub (or in its local cache).
+
+    dtype "auto" is float32 on a CPU and the checkpoint's own on a GPU; device "auto" is the first GPU where there is one. `threads`
+    sets torch's threads for the whole process. Raises ModelRefused (the model), InvalidRequest (dtype or device).
+    """
+    place = find_device(device)
+    kind = find_dtype(dtype, place)
+    folder = find_folder(name_or_folder)
+    config = read_config(folder, name_or_folder)
+    check_weights(folder, name_or_folder)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model = HFModel(read_weights(folder, name_or_folder, config, kind).to(place), name_or_folder)
+    check_rollback(model)
+    return model
+
+
+def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder or of a hub name, from its tokenizer.json. Raises ModelRefused."""
+    folder = find_folder(name_or_folder)
+    refuse_code(folder, name_or_folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise ModelRefused(f"{name_or_folder} has no tokenizer.json: save a fast tokenizer into it with save_pretrained()")
+    if (folder / "tokenizer.json").stat().st_size > TOKENIZER_BYTES:
+        raise ModelRefused(f"{name_or_folder}/tokenizer.json is larger than {TOKENIZER_BYTES >> 20} MiB: choose another model")
+    try:
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the Rust tokenizers raise plain Exception for a file they cannot parse
+        raise ModelRefused(f"{name_or_folder}/tokenizer.json cannot be read ({one_line(error)}): copy it again") from error
+    return tokenizer
+
+
+def find_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise InvalidRequest(f"device {device[:64]!r} is not known: give auto, cpu, cuda or cuda:0", "device")
+    found = torch.device(device)
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InvalidRequest(f"device {device} is not here ({torch.cuda.device_count()} GPUs): give auto or cpu", "device")
+    return found
+
+
+def find_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    if dtype == "auto":
+        return "auto" if device.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise InvalidRequest(f"dtype {dtype[:64]!r} is not known: give auto, {', '.join(DTYPES)}", "dtype")
+    return DTYPES[dtype]
+
+
+def find_folder(name: str) -> Path:
+    """The folder itself, or the hub's local copy, fetched where it is not there yet."""
+    if not name or "\0" in name or len(name) > 1024:
+        raise ModelRefused(f"model name {name[:64]!r} is not a name: give a folder or a name on the Hugging Face hub")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ModelRefused(f"{name} is a file: give the folder that holds config.json and the weights")
+    if not HUB_NAME.fullmatch(name):
+        raise ModelRefused(f"model folder {name[:256]!r} does not exist: give a folder with config.json and *.safetensors")
+    try:
+        return Path(snapshot_download(name, allow_patterns=FETCHED, etag_timeout=HUB_PATIENCE))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise ModelRefused(
+            f"model {name} is neither a folder nor to be had from the Hugging Face hub ({type(error).__name__}): "
+            "check the name or the network, or give a folder"
+        ) from error
+
+
+def refuse_code(folder: Path, name: str) -> None:
+    """No code of the model's author, nothing that leads out of the folder. The hub's local cache links to its own blobs."""
+    for scripts in folder.rglob("*.py"):
+        raise ModelRefused(f"{name} brings code of its own ({scripts.name}): choose a model that transformers knows")
+    root = folder.resolve()
+    root = root.parents[1] if root.parent.name == "snapshots" else root
+    for file in folder.iterdir():
+        if not file.resolve().is_relative_to(root):
+            raise ModelRefused(f"{name}/{file.name} is a link that leads out of the folder: copy the file into it")
+    for file in (folder / "config.json", folder / "tokenizer_config.json"):
+        if file.is_file() and "auto_map" in read_json(file, name):
+            raise ModelRefused(f"{name}/{file.name} asks for code of its own (auto_map): choose a model that transformers knows")
+
+
+def read_json(file: Path, name: str) -> dict[str, Any]:
+    if file.stat().st_size > JSON_BYTES:
+        raise ModelRefused(f"{name}/{file.name} is larger than {JSON_BYTES >> 20} MiB: choose another model")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelRefused(f"{name}/{file.name} is not JSON ({one_line(error)}): copy it again") from error
+    if not isinstance(value, dict):
+        raise ModelRefused(f"{name}/{file.name} is not a JSON object: copy it again")
+    return value
+
+
+def read_config(folder: Path, name: str) -> PreTrainedConfig:
+    """The configuration of a decoder-only model that transformers knows and that can be rolled back."""
+    if not (folder / "config.json").is_file():
+        raise ModelRefused(f"{name} has no config.json: give the folder of a whole model")
+    refuse_code(folder, name)
+    kind = read_json(folder / "config.json", name).get("model_type")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # validators of the configuration classes raise what they like
+        raise ModelRefused(f"{name}/config.json cannot be read, model_type {str(kind)[:64]!r} ({one_line(error)})") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelRefused(f"{name} ({config.model_type}) is not a causal language model: choose a decoder-only model")
+    kinds: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    check_config(config, kinds[0] if isinstance(kinds, tuple) else kinds, name)
+    return config
+
+
+def check_weights(folder: Path, name: str) -> None:
+    """The safetensors of the model are there, whole, and in the folder itself."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        listed = read_index(index, name)
+    elif (folder / "model.safetensors").is_file():
+        listed = ["model.safetensors"]
+    elif others := sorted(file.name for ending in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.gguf") for file in folder.glob(ending)):
+        raise ModelRefused(f"{name} has no safetensors, only {others[0]}: convert it where you trust it, with save_pretrained()")
+    else:
+        raise ModelRefused(f"{name} has no model.safetensors: give the folder of a whole model")
+    for file in listed:
+        if Path(file).name != file or not (folder / file).is_file():
+            raise ModelRefused(f"{name} has no weight file {file[:64]!r} although its index names it: copy it again")
+        try:
+            with safe_open(folder / file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelRefused(f"{name}/{file} is not a whole safetensors file ({one_line(error)}): copy it again") from error
+
+
+def read_index(index: Path, name: str) -> list[str]:
+    """Names of the weight files in an index of shards."""
+    if index.stat().st_size > TOKENIZER_BYTES:
+        raise ModelRefused(f"{name}/{index.name} is larger than {TOKENIZER_BYTES >> 20} MiB: choose another model")
+    try:
+        weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return sorted({str(file) for file in weights.values()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelRefused(f"{name}/{index.name} is not an index of weights: copy it again") from error
+
+
+def read_weights(folder: Path, name: str, config: PreTrainedConfig, dtype: torch.dtype | str) -> Any:
+    """The module with all of its weights: transformers would fill missing ones with random numbers and warn."""
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        reader: Any = AutoModelForCausalLM
+        safely = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
+        module, report = reader.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True, **safely)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise ModelRefused(f"{name} cannot be loaded ({one_line(error)}): copy it again or choose another model") from error
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+    wrong = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
+    if wrong:
+        raise ModelRefused(f"{name} lacks {len(wrong)} of its weights, {wrong[0][:100]} among them: copy it again")
+    return module
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}"

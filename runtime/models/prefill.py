@@ -1,0 +1,21 @@
+"""Reading a long text in pieces, so that its masks and activations stay small."""
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.errors import InvalidRequest
+from runtime.kv.base import KVCache
+from runtime.models.base import Logits, Model, causal
+
+
+def prefill(model: Model, cache: KVCache, tokens: npt.NDArray[np.int64], chunk: int = 512) -> Logits:
+    """Append `tokens` to a cache that holds plain text alone; the logits (1, vocabulary) that follow the last of them.
+
+    Raises InvalidRequest for no tokens. The cache is left with the pieces that were read where a later one fails.
+    """
+    if len(tokens) == 0:
+        raise InvalidRequest("the text is empty: give at least one token", "prompt")
+    logits: Logits = None
+    for start in range(0, len(tokens), chunk):
+        logits = model.forward(cache, causal(tokens[start : start + chunk], cache.length), last=1)
+    return logits

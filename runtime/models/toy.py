@@ -1,0 +1,78 @@
+"""The exact, tiny model that serves as oracle: its logits are a pure function of the tokens that a row can see.
+
+It reads those through cache, positions and mask like any model, so that a fault in one of them changes the output; and
+it computes in integers first, so that the number of rows in a pass changes nothing.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.errors import InvalidRequest
+from runtime.models.base import Rows
+from runtime.tree import text_key
+
+
+class ToyCache:
+    """Tokens and positions in place of keys and values."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.tokens: list[int] = []
+        self.positions: list[int] = []
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    def append(self, rows: int) -> int:
+        first = self.length
+        if first + rows > self.capacity:
+            raise InvalidRequest(f"{first} + {rows} slots are over the capacity of {self.capacity}: shorten the text")
+        self.tokens += [-1] * rows
+        self.positions += [-1] * rows
+        return first
+
+    def keep(self, prefix: int, slots: Sequence[int]) -> None:
+        if any(not prefix <= slot < self.length for slot in slots) or prefix > self.length:
+            raise IndexError(f"slots {list(slots)} are not all in [{prefix}, {self.length})")
+        self.tokens = self.tokens[:prefix] + [self.tokens[slot] for slot in slots]
+        self.positions = self.positions[:prefix] + [self.positions[slot] for slot in slots]
+
+    def truncate(self, length: int) -> None:
+        if length > self.length:
+            raise IndexError(f"length {length} is above the present {self.length}")
+        del self.tokens[length:], self.positions[length:]
+
+
+class ToyModel:
+    """`sharpness` scales the logits: 0 makes all tokens equally likely. `memory`: how many last tokens matter (0 = all)."""
+
+    name = "toy"
+
+    def __init__(self, vocabulary: int = 32, context: int = 512, sharpness: float = 2.0, memory: int = 0) -> None:
+        self.vocabulary, self.context, self.sharpness, self.memory = vocabulary, context, sharpness, memory
+
+    def new_cache(self) -> ToyCache:
+        return ToyCache(self.context + 512)
+
+    def forward(self, cache: ToyCache, rows: Rows, last: int | None = None) -> npt.NDArray[np.float32]:
+        first = cache.append(len(rows.tokens))
+        cache.tokens[first:] = rows.tokens.tolist()
+        cache.positions[first:] = rows.positions.tolist()
+        wanted = range(len(rows.tokens))[-last if last else 0 :]
+        return np.stack([self.logits(self.seen(cache, rows.prefix, rows.visible[row])) for row in wanted])
+
+    def seen(self, cache: ToyCache, prefix: int, visible: npt.NDArray[np.bool_]) -> list[int]:
+        """The tokens of the visible slots by position. Raises ValueError where the positions are not 0, 1, 2, ..."""
+        slots = [*range(prefix), *(prefix + np.flatnonzero(visible)).tolist()]
+        slots.sort(key=lambda slot: cache.positions[slot])
+        if [cache.positions[slot] for slot in slots] != list(range(len(slots))):
+            raise ValueError(f"positions of the visible slots are not contiguous: {[cache.positions[slot] for slot in slots]}")
+        return [cache.tokens[slot] for slot in slots]
+
+    def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """(vocabulary,) of the text `tokens`."""
+        generator = np.random.default_rng(text_key(tokens[-self.memory :]))
+        return (self.sharpness * generator.standard_normal(self.vocabulary)).astype(np.float32)

@@ -1,0 +1,88 @@
+"""One generation as a state machine without I/O: growth is offered, rows are selected, a verdict is applied."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from runtime import limits
+from runtime.calibration import Calibration
+from runtime.messages import Commit, Draft, Open, Request, Share
+from runtime.tree import TokenTree, text_key
+from runtime.verify import Verdict
+
+
+class Session:
+    """The committed tokens of one request and the target's mirror of its token tree.
+
+    `drafted` counts the nodes that were merged, `ignored` those that changed nothing, by reason.
+    """
+
+    def __init__(self, request: Request, vocabulary: int, context: int, calibration: Calibration, epoch: int = 0) -> None:
+        self.request = request
+        self.id = request.session
+        self.epoch = epoch
+        self.vocabulary = vocabulary
+        self.calibration = calibration
+        self.tokens = [*request.prompt, *request.committed]
+        self.prompt = len(request.prompt)
+        self.end = min(context, self.prompt + request.sampling.max_tokens)  # length of the longest text allowed
+        self.tree = TokenTree(text_key(self.tokens), self.tokens[-1], limits.TREE_NODES, limits.TREE_DEPTH)
+        self.drafted = 0
+        self.ignored: Counter[str] = Counter()
+
+    def open(self, share: Share) -> Open:
+        """What a drafter must know to join now."""
+        return Open(self.id, self.epoch, tuple(self.tokens), self.prompt, self.request.sampling, share)
+
+    def offer(self, draft: Draft) -> int:
+        """Merge growth into the mirror; returns how many nodes were new.
+
+        Idempotent and, between messages, free of order: a node whose parent is not alive is dropped. Nothing in a draft
+        can do more than add nodes.
+        """
+        if draft.epoch != self.epoch or len(draft.tokens) > limits.DRAFT_NODES:
+            self.ignored["stale" if draft.epoch != self.epoch else "oversize"] += len(draft.tokens)
+            return 0
+        tree, added = self.tree, 0
+        for parent_key, token, said in zip(draft.parents.tolist(), draft.tokens.tolist(), draft.scores.tolist(), strict=True):
+            parent = tree.index.get(parent_key)
+            if parent is None:
+                self.ignored["stale"] += 1
+            elif not 0 <= token < self.vocabulary or not said <= 0.0:
+                self.ignored["invalid"] += 1
+            else:
+                score = self.calibration.score(len(tree.children[parent]), said)
+                new = tree.add(parent, token, score, said, draft.drafter) is not None
+                added += new
+                if not new:
+                    self.ignored["repeated" if token in tree.children[parent] else "full"] += 1
+        self.drafted += added
+        return added
+
+    def gains(self) -> list[float]:
+        """Path probabilities of all nodes that could be verified, falling."""
+        deepest = self.end - len(self.tokens) - 1
+        paths = [path for path, depth in zip(self.tree.path, self.tree.depth, strict=True) if 0 < depth <= deepest]
+        return np.exp(-np.sort(-np.asarray(paths))).tolist() if paths else []
+
+    def select(self, count: int) -> list[int]:
+        """At most `count` nodes to verify, most probable first to be chosen, parents before children.
+
+        Nodes so deep that their token could not be delivered are left out.
+        """
+        deepest = self.end - len(self.tokens) - 1
+        return [node for node in self.tree.best(count) if self.tree.depth[node] <= deepest]
+
+    def paths(self, nodes: Sequence[int]) -> list[list[int]]:
+        """Token ids below the root for each row of a step: the root's own (empty), then those of `nodes`."""
+        return [[], *(self.tree.tokens_to(node) for node in nodes)]
+
+    def apply(self, verdict: Verdict) -> tuple[Commit, bool]:
+        """Append what the target decided and move the root; the second value is whether the new root was a node (hit)."""
+        tree, base = self.tree, len(self.tokens)
+        decided = [tree.token[node] for node in verdict.path] + [verdict.token]
+        self.calibration.observe_path(tree, decided)
+        hit = tree.reroot(decided)
+        self.tokens.extend(decided)
+        return Commit(self.id, self.epoch, base, tuple(decided), tree.key[0]), hit

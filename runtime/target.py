@@ -1,0 +1,135 @@
+"""A target as its callers and its drafters see it: `generate(request)` out, links in. The deciding is the engine's, on its own thread."""
+
+import asyncio
+import logging
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+
+from runtime import limits
+from runtime.engine import Admit, Cancel, Engine, Join, Leave, Stop
+from runtime.errors import InvalidRequest, LinkLost, Overloaded
+from runtime.finish import Finish
+from runtime.links import DraftLink
+from runtime.messages import Chunk, Event, Request
+
+log = logging.getLogger(__name__)
+
+EVENTS_WAITING = 1024  # a link that lets so many pile up is mute
+
+
+def check(request: Request, vocabulary: int, context: int) -> None:
+    """Raises InvalidRequest where the model could not serve the request to its end."""
+    if not request.prompt:
+        raise InvalidRequest("the prompt is empty: give at least one token", "prompt")
+    wrong = [token for token in request.prompt + request.committed if not 0 <= token < vocabulary]
+    if wrong:
+        raise InvalidRequest(f"token id {wrong[0]} is not in the vocabulary: ids go from 0 to {vocabulary - 1}", "prompt")
+    for token, _ in request.sampling.logit_bias:
+        if token >= vocabulary:
+            raise InvalidRequest(f"logit_bias token {token} is not in the vocabulary: ids go from 0 to {vocabulary - 1}", "logit_bias")
+    length, most = len(request.prompt), request.sampling.max_tokens
+    if length >= context:
+        raise InvalidRequest(f"the prompt has {length} tokens, the model's context {context}: shorten the prompt", "prompt")
+    if length + most > context:
+        raise InvalidRequest(
+            f"prompt of {length} tokens + max_tokens {most} is over the context of {context}: lower max_tokens to {context - length}",
+            "max_tokens",
+        )
+
+
+class Target:
+    """Owns the engine's thread. All methods are called on one event loop, the one that was running at `start`."""
+
+    def __init__(self, engine: Engine, finish: Callable[[Request], Finish]) -> None:
+        self.engine, self.finish = engine, finish
+        self.lost: Counter[str] = Counter()  # links that ended, by drafter
+        self._links: dict[str, asyncio.Task[None]] = {}
+        self._sessions: set[str] = set()
+        self._thread = threading.Thread(target=engine.run, name="target", daemon=True)
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Ends links and sessions; returns when the engine's thread is over."""
+        for name in tuple(self._links):
+            await self.detach(name)
+        self.engine.inbox.put(Stop())
+        await asyncio.to_thread(self._thread.join)
+
+    async def generate(self, request: Request) -> AsyncIterator[Chunk]:
+        """The output in pieces; the last has a finish reason and the session's figures.
+
+        Raises InvalidRequest or Overloaded before the first piece. Closing the iterator frees all that the session holds,
+        here and at the drafters.
+        """
+        check(request, self.engine.model.vocabulary, self.engine.model.context)
+        if request.session in self._sessions:
+            raise InvalidRequest(f"session {request.session!r} is under way: give another name", "session")
+        if len(self._sessions) >= limits.SESSIONS or not self._thread.is_alive():
+            raise Overloaded(f"{len(self._sessions)} sessions are under way, the most is {limits.SESSIONS}: try again later")
+        chunks: asyncio.Queue[Chunk] = asyncio.Queue()
+
+        def deliver(chunk: Chunk) -> None:
+            self._loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+
+        self._sessions.add(request.session)
+        over = False
+        try:
+            self.engine.inbox.put(Admit(request, self.finish(request), deliver))
+            while not over:
+                chunk = await chunks.get()
+                over = chunk.finish_reason is not None
+                yield chunk
+        finally:
+            self._sessions.discard(request.session)
+            if not over:
+                self.engine.inbox.put(Cancel(request.session))
+
+    def attach(self, name: str, link: DraftLink) -> None:
+        """Let this drafter guess for all sessions, those under way included. A link that ends is detached and counted."""
+        if name not in self._links:
+            self._links[name] = self._loop.create_task(self._follow(name, link))
+
+    async def detach(self, name: str) -> None:
+        """Go on without this drafter; no error where it is not attached."""
+        task = self._links.pop(name, None)
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    @property
+    def drafters(self) -> tuple[str, ...]:
+        """Names of those attached now."""
+        return tuple(self._links)
+
+    async def _follow(self, name: str, link: DraftLink) -> None:
+        waiting: asyncio.Queue[Event] = asyncio.Queue(EVENTS_WAITING)
+        this = asyncio.current_task()
+
+        def push(event: Event) -> None:
+            if waiting.full() and this is not None:
+                this.cancel()
+            else:
+                waiting.put_nowait(event)
+
+        async def events() -> AsyncIterator[Event]:
+            while True:
+                yield await waiting.get()
+
+        replies = link.speculate(events())
+        self.engine.inbox.put(Join(name, lambda event: self._loop.call_soon_threadsafe(push, event) and None))
+        try:
+            async for reply in replies:
+                # Who speaks is known from the link, not from the message.
+                self.engine.inbox.put(replace(reply, drafter=name))
+        except LinkLost as error:
+            log.warning("drafter %s lost: %s", name, error)
+        finally:
+            self.engine.inbox.put(Leave(name))
+            self.lost[name] += 1
+            if self._links.get(name) is this:
+                del self._links[name]

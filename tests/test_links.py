@@ -1,0 +1,568 @@
+"""Links and servers over gRPC: the contract on both transports, and what only a network can do to it."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from actors.grpc_edge import closing
+from actors.grpc_links import GrpcLink, GrpcTarget
+from actors.grpc_server import DraftingService, TargetService, serve
+from protos import codec
+from protos import speculation_pb2 as pb
+from protos.speculation_pb2_grpc import DraftingStub, TargetStub
+from runtime import limits
+from runtime.errors import InvalidRequest, LinkLost, OutriderError, Overloaded, PairMismatch, Unavailable
+from runtime.links import DraftLink
+from runtime.messages import Chunk, Draft, Event, Open, Reply, Request
+from runtime.sampling import Sampling
+from runtime.tree import text_key
+from tests.contracts import PATIENCE_S, LinkContract, draft_for, in_process, over_grpc, soon
+from tests.fakes import DRAFTER, HELLO, HOST, Feed, ScriptedDrafter, ScriptedTarget, chain, opening, raw_drafter
+
+ROOT = Path(__file__).resolve().parent.parent
+GOOD = codec.encode_reply(chain("s", 1, text_key((5, 6, 7))))
+BAD: bytes = pb.FromDrafter(draft=pb.Draft(session="s", parents=bytes(8), tokens=bytes(4), scores=b"\x00\x00\xc0\x7f")).SerializeToString()
+LATER = b"\xfa\x01\x03abc"  # a kind of frame that this version does not know
+GARBAGE = b"\xff" * 20
+
+
+class TestScriptedDrafter(LinkContract):
+    def drafter(self) -> AbstractAsyncContextManager[DraftLink]:
+        return in_process(ScriptedDrafter())
+
+    def held(self, drafter: DraftLink) -> int:
+        assert isinstance(drafter, ScriptedDrafter)
+        return sum(len(sessions) for sessions in drafter.open.values())
+
+
+async def drain(link: DraftLink, events: AsyncIterator[Event]) -> None:
+    async with asyncio.timeout(PATIENCE_S), closing(link.speculate(events)) as replies:
+        async for _ in replies:
+            pass
+
+
+async def lost(link: GrpcLink, *events: Event) -> str:
+    """What LinkLost says, whatever comes before it."""
+    with pytest.raises(LinkLost) as caught:
+        await drain(link, Feed(*events))
+    return str(caught.value)
+
+
+async def greeted(context: Any, *frames: bytes) -> None:
+    """A raw drafter that says hello, then these frames, then nothing until the target goes."""
+    await context.read()
+    await context.write(codec.encode_hello_from_drafter(HELLO))
+    for frame in frames:
+        await context.write(frame)
+    while await context.read() is not grpc.aio.EOF:
+        pass
+
+
+# The handshake
+
+
+def test_a_refused_handshake_names_both_values() -> None:
+    async def main() -> None:
+        service = DraftingService(ScriptedDrafter(), replace(HELLO, vocabulary="feedbeef", model="small"))
+        server, port = await serve([service], HOST)
+        why = await lost(GrpcLink(f"{HOST}:{port}", HELLO))
+        await server.stop(None)
+        assert all(part in why for part in ("FAILED_PRECONDITION", "0123abcd", "feedbeef", "big", "small", DRAFTER))
+        assert service.counters["refused"] == 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("first", "says"),
+    [
+        (codec.encode_hello_from_drafter(replace(HELLO, vocabulary="feedbeef")), "feedbeef"),
+        (codec.encode_hello_from_drafter(replace(HELLO, incarnation=1)), "life 0 was asked for, drafter scripted in life 1 is here"),
+        (GOOD, "not hello"),
+        (GARBAGE, "20 bytes are no frame"),
+    ],
+)
+def test_the_target_checks_the_drafters_hello_too(first: bytes, says: str) -> None:
+    async def script(context: Any) -> None:
+        await context.write(first)
+        await context.read()
+
+    async def main() -> None:
+        async with raw_drafter(script) as address:
+            assert says in await lost(GrpcLink(address, HELLO))
+
+    asyncio.run(main())
+
+
+def test_the_peer_is_known_after_the_handshake() -> None:
+    async def main() -> None:
+        hello = replace(HELLO, model="small")
+        server, port = await serve([DraftingService(ScriptedDrafter(), hello)], HOST)
+        link = GrpcLink(f"{HOST}:{port}", HELLO)
+        async with closing(link.speculate(Feed(opening()))) as replies:
+            await draft_for(replies, "s")
+        await server.stop(None)
+        assert link.peer == hello
+
+    asyncio.run(main())
+
+
+def test_a_peer_that_accepts_and_says_nothing_is_given_up() -> None:
+    async def main() -> None:
+        with socket.create_server((HOST, 0)) as mute:  # the kernel accepts, as it does for a stopped process
+            why = await lost(GrpcLink("{}:{}".format(*mute.getsockname()), HELLO, handshake_s=0.2), opening())
+        assert "no hello within 0.2 s" in why
+
+    asyncio.run(main())
+
+
+def test_a_drafter_that_says_no_hello_is_given_up() -> None:
+    async def main() -> None:
+        async with raw_drafter(lambda context: asyncio.Event().wait()) as address:  # type: ignore[arg-type,return-value]
+            assert "no hello within 0.2 s" in await lost(GrpcLink(address, HELLO, handshake_s=0.2))
+
+    asyncio.run(main())
+
+
+def test_nobody_there() -> None:
+    async def main() -> None:
+        with socket.create_server((HOST, 0)) as gone:
+            address = "{}:{}".format(*gone.getsockname())
+        why = await lost(GrpcLink(address, HELLO))
+        assert address in why
+        assert "UNAVAILABLE" in why
+
+    asyncio.run(main())
+
+
+# A drafter that breaks the protocol
+
+
+def test_replies_without_sense_are_dropped_and_counted() -> None:
+    async def main() -> None:
+        async with raw_drafter(lambda context: greeted(context, LATER, BAD, LATER, GARBAGE, GOOD)) as address:
+            link = GrpcLink(address, HELLO)
+            async with closing(link.speculate(Feed(opening()))) as replies:
+                draft = await anext(replies)
+        assert isinstance(draft, Draft)
+        assert draft.tokens.tolist() == [0, 1, 2, 3]
+        assert draft.drafter == DRAFTER
+        assert link.counters == {"unknown": 2, "malformed": 2}
+
+    asyncio.run(main())
+
+
+def test_three_malformed_replies_in_a_minute_are_the_end() -> None:
+    async def main() -> None:
+        async with raw_drafter(lambda context: greeted(context, BAD, BAD, BAD, GOOD)) as address:
+            link = GrpcLink(address, HELLO)
+            why = await lost(link)
+        assert "quarantined after 3 malformed replies" in why
+        assert "scores" in why
+        assert link.counters == {"malformed": 3}
+
+    asyncio.run(main())
+
+
+def test_strikes_outlive_a_connection() -> None:
+    async def main() -> None:
+        async with raw_drafter(lambda context: greeted(context, BAD, BAD, GOOD)) as address:
+            link = GrpcLink(address, HELLO)
+            async with closing(link.speculate(Feed())) as replies:
+                await draft_for(replies, "s")
+            assert "quarantined" in await lost(link)
+
+    asyncio.run(main())
+
+
+def test_malformed_replies_far_apart_are_forgiven() -> None:
+    async def main() -> None:
+        clock = count(0.0, 31.0)
+        async with raw_drafter(lambda context: greeted(context, *[BAD] * 9, GOOD)) as address:
+            link = GrpcLink(address, HELLO, now=lambda: next(clock))
+            async with closing(link.speculate(Feed())) as replies:
+                await draft_for(replies, "s")
+        assert link.counters == {"malformed": 9}
+
+    asyncio.run(main())
+
+
+def test_a_reply_over_the_limit_loses_the_link() -> None:
+    async def main() -> None:
+        async with raw_drafter(lambda context: greeted(context, bytes(limits.MESSAGE_BYTES + 1))) as address:
+            why = await lost(GrpcLink(address, HELLO))
+        assert "RESOURCE_EXHAUSTED" in why
+
+    asyncio.run(main())
+
+
+def test_an_end_without_a_goodbye_is_a_loss() -> None:
+    async def script(context: Any) -> None:
+        await context.read()
+        await context.write(codec.encode_hello_from_drafter(HELLO))
+
+    async def main() -> None:
+        async with raw_drafter(script) as address:
+            assert "without a goodbye" in await lost(GrpcLink(address, HELLO))
+
+    asyncio.run(main())
+
+
+# What the drafter's own side does
+
+
+class EndsItself(ScriptedDrafter):
+    async def speculate(self, events: AsyncIterator[Event]) -> AsyncIterator[Reply]:
+        async for _ in events:
+            return
+        yield chain("s", 1, 0)
+
+
+class Full(ScriptedDrafter):
+    async def speculate(self, events: AsyncIterator[Event]) -> AsyncIterator[Reply]:
+        async for _ in events:
+            raise Overloaded("256 sessions are open: try later")
+        yield chain("s", 1, 0)
+
+
+@pytest.mark.parametrize(("body", "says"), [(EndsItself(), "it said goodbye"), (Full(), "RESOURCE_EXHAUSTED: 256 sessions")])
+def test_a_drafter_that_stops_says_why(body: DraftLink, says: str) -> None:
+    async def main() -> None:
+        async with over_grpc(body) as link:
+            assert isinstance(link, GrpcLink)
+            assert says in await lost(link, opening())
+
+    asyncio.run(main())
+
+
+class Verbose(ScriptedDrafter):
+    """Sends what no frame may hold before each answer."""
+
+    async def speculate(self, events: AsyncIterator[Event]) -> AsyncIterator[Reply]:
+        async for reply in super().speculate(events):
+            yield chain("s", 1, 0, nodes=limits.MESSAGE_BYTES // 16 + 1)
+            yield reply
+
+
+def test_replies_that_the_wire_cannot_carry_are_kept_back() -> None:
+    async def main() -> None:
+        service = DraftingService(Verbose(), HELLO)
+        server, port = await serve([service], HOST)
+        async with closing(GrpcLink(f"{HOST}:{port}", HELLO).speculate(Feed(opening()))) as replies:
+            assert len((await draft_for(replies, "s")).tokens) == 4
+        await server.stop(None)
+        assert service.counters == {"unsent": 1}
+
+    asyncio.run(main())
+
+
+# What the target's side sends
+
+
+def test_events_that_the_wire_cannot_carry_cost_only_their_session() -> None:
+    async def main() -> None:
+        body = ScriptedDrafter()
+        huge = Open("huge", 1, (10**6,) * limits.MESSAGE_BYTES, 1, Sampling(), opening("huge").share)
+        alien = replace(opening("alien"), sampling=Sampling(stop=("\udcff",)))
+        async with over_grpc(body) as link, closing(link.speculate(Feed(huge, alien, opening()))) as replies:
+            await draft_for(replies, "s")
+            assert isinstance(link, GrpcLink)
+            assert link.counters == {"unsent": 2}
+        assert body.seen == [opening()]
+
+    asyncio.run(main())
+
+
+def test_an_error_of_the_events_is_raised_as_it_is() -> None:
+    async def broken() -> AsyncIterator[Event]:
+        yield opening()
+        raise ZeroDivisionError
+
+    async def main() -> None:
+        body = ScriptedDrafter()
+        async with over_grpc(body) as link:
+            with pytest.raises(ZeroDivisionError):
+                await drain(link, broken())
+            await soon(lambda: not body.open)
+
+    asyncio.run(main())
+
+
+def test_events_without_sense_change_nothing_and_are_counted() -> None:
+    async def main() -> None:
+        body = ScriptedDrafter()
+        service = DraftingService(body, HELLO)
+        server, port = await serve([service], HOST)
+        async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
+            call = channel.stream_stream(f"/{codec.DRAFTING}/Speculate")()
+            hello = codec.encode_hello_to_drafter(HELLO)
+            negative: bytes = pb.ToDrafter(commit=pb.Commit(session="s", tokens=[-1])).SerializeToString()
+            for frame in (hello, GARBAGE, LATER, hello, negative, codec.encode_event(opening())):
+                await call.write(frame)
+            assert codec.decode_hello_from_drafter(await call.read()) == HELLO
+            assert isinstance(codec.decode_reply(await call.read(), DRAFTER), Draft)
+            call.cancel()
+        await server.stop(None)
+        assert body.seen == [opening()]
+        assert service.counters == {"malformed": 3, "unknown": 1}
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("frames", "code", "says"),
+    [
+        ([], grpc.StatusCode.INVALID_ARGUMENT, "no hello within 0.2 s"),
+        ([codec.encode_event(opening())], grpc.StatusCode.INVALID_ARGUMENT, "not hello"),
+        ([GARBAGE], grpc.StatusCode.INVALID_ARGUMENT, "no frame"),
+        ([bytes(limits.MESSAGE_BYTES + 1)], grpc.StatusCode.RESOURCE_EXHAUSTED, ""),
+        ([codec.encode_hello_to_drafter(replace(HELLO, protocol=9))], grpc.StatusCode.FAILED_PRECONDITION, "protocol 9"),
+    ],
+)
+def test_a_client_that_does_not_keep_to_the_handshake_is_told(frames: list[bytes], code: grpc.StatusCode, says: str) -> None:
+    async def main() -> None:
+        server, port = await serve([DraftingService(ScriptedDrafter(), HELLO, handshake_s=0.2)], HOST)
+        async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
+            call = channel.stream_stream(f"/{codec.DRAFTING}/Speculate")()
+            for frame in frames:
+                await call.write(frame)
+            async with asyncio.timeout(PATIENCE_S):
+                assert await call.code() == code
+                assert says in await call.details()
+        await server.stop(None)
+
+    asyncio.run(main())
+
+
+# Processes that go
+
+
+@contextmanager
+def drafter_process() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    process = subprocess.Popen([sys.executable, "-m", "tests.fakes"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield process, f"{HOST}:{int(process.stdout.readline())}"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_drafter_that_dies_or_stops_is_noticed(how: signal.Signals) -> None:
+    async def main(process: subprocess.Popen[str], address: str) -> float:
+        async with asyncio.timeout(3 * PATIENCE_S), closing(GrpcLink(address, HELLO).speculate(Feed(opening()))) as replies:
+            await draft_for(replies, "s")
+            os.kill(process.pid, how)
+            start = time.monotonic()
+            with pytest.raises(LinkLost, match="UNAVAILABLE"):
+                await anext(replies)
+            return time.monotonic() - start
+
+    with drafter_process() as (process, address):
+        assert asyncio.run(main(process, address)) < 4.0  # about 2 by design; a busy machine may be late
+
+
+def test_a_server_that_stops_loses_the_link() -> None:
+    async def main() -> None:
+        server, port = await serve([DraftingService(ScriptedDrafter(), HELLO)], HOST)
+        async with closing(GrpcLink(f"{HOST}:{port}", HELLO).speculate(Feed(opening()))) as replies:
+            await draft_for(replies, "s")
+            stopping = asyncio.create_task(server.stop(None))
+            with pytest.raises(LinkLost):
+                async with asyncio.timeout(PATIENCE_S):
+                    await anext(replies)
+            await stopping
+
+    asyncio.run(main())
+
+
+# The target's service
+
+REQUEST = Request("s", (1, 2, 3), Sampling(temperature=0.5, seed=-7, stop=("x",)), False, (4,))
+CHUNKS = (Chunk("a", (7,), ("",)), Chunk("bc", (8, 9), ("d0", ""), "stop"))
+
+
+@asynccontextmanager
+async def target_over_grpc(body: ScriptedTarget) -> AsyncIterator[GrpcTarget]:
+    server, port = await serve([TargetService(body)], HOST)
+    target = GrpcTarget(f"{HOST}:{port}")
+    try:
+        yield target
+    finally:
+        await target.close()
+        await server.stop(None)
+
+
+def test_a_request_arrives_whole_and_its_output_comes_back() -> None:
+    async def main() -> None:
+        body = ScriptedTarget(*CHUNKS)
+        async with target_over_grpc(body) as target:
+            assert tuple([chunk async for chunk in target.generate(REQUEST)]) == CHUNKS
+        assert body.asked == [REQUEST]
+
+    asyncio.run(main())
+
+
+def test_closing_the_output_ends_the_work() -> None:
+    async def main() -> None:
+        body = ScriptedTarget(*CHUNKS, hangs=True)
+        async with target_over_grpc(body) as target:
+            async with closing(target.generate(REQUEST)) as chunks:
+                assert await anext(chunks) == CHUNKS[0]
+                assert body.running == 1
+            await soon(lambda: body.running == 0)
+
+    asyncio.run(main())
+
+
+def test_cancelling_the_reader_ends_the_work() -> None:
+    async def main() -> None:
+        body = ScriptedTarget(hangs=True)
+        async with target_over_grpc(body) as target:
+            reading = asyncio.ensure_future(anext(target.generate(REQUEST)))
+            await soon(lambda: body.running == 1)
+            reading.cancel()
+            await soon(lambda: body.running == 0)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "says"),
+    [
+        (InvalidRequest("top_k is wrong", "top_k"), InvalidRequest, "top_k is wrong"),
+        (Overloaded("256 sessions"), Overloaded, "256 sessions"),
+        (PairMismatch("other words"), PairMismatch, "other words"),
+        (Unavailable("no model"), Unavailable, "UNAVAILABLE: no model"),
+        (OutriderError("odd"), Unavailable, "INTERNAL: odd"),
+        (ZeroDivisionError(), Unavailable, "UNKNOWN"),
+    ],
+)
+def test_errors_cross_as_what_they_are(raised: Exception, kind: type[Exception], says: str) -> None:
+    async def main() -> None:
+        async with target_over_grpc(ScriptedTarget(CHUNKS[0], fails=raised)) as target:
+            chunks = target.generate(REQUEST)
+            assert await anext(chunks) == CHUNKS[0]
+            with pytest.raises(kind, match=says) as caught:
+                await anext(chunks)
+            assert type(caught.value) is kind
+            assert getattr(caught.value, "param", None) == getattr(raised, "param", None)
+
+    asyncio.run(main())
+
+
+def test_a_malformed_request_is_refused_by_the_server() -> None:
+    async def main() -> None:
+        body = ScriptedTarget(*CHUNKS)
+        server, port = await serve([TargetService(body)], HOST)
+        async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
+            call = TargetStub(channel).Generate(pb.GenerateRequest(session="s", prompt=[1], sampling=pb.Sampling(top_p=2.0)))
+            assert await call.code() == grpc.StatusCode.INVALID_ARGUMENT
+            assert "top_p 2.0" in await call.details()
+        await server.stop(None)
+        assert body.asked == []
+
+    asyncio.run(main())
+
+
+def test_a_request_over_the_limit_is_refused_before_it_is_sent() -> None:
+    async def main() -> None:
+        body = ScriptedTarget(*CHUNKS)
+        async with target_over_grpc(body) as target:
+            with pytest.raises(InvalidRequest, match="at most 1048576"):
+                await anext(target.generate(replace(REQUEST, prompt=(10**6,) * limits.MESSAGE_BYTES)))
+        assert body.asked == []
+
+    asyncio.run(main())
+
+
+def test_a_target_that_is_mute_or_gone_is_unavailable() -> None:
+    async def main() -> None:
+        with socket.create_server((HOST, 0)) as mute:
+            address = "{}:{}".format(*mute.getsockname())
+            target = GrpcTarget(address)
+            with pytest.raises(Unavailable, match=address):
+                async with asyncio.timeout(2 * PATIENCE_S):
+                    await anext(target.generate(REQUEST))
+        await target.close()
+
+    asyncio.run(main())
+
+
+def test_a_target_that_speaks_nonsense_is_unavailable() -> None:
+    async def generate(_: bytes, context: Any) -> None:
+        await context.write(GARBAGE)
+
+    async def main() -> None:
+        server = grpc.aio.server()
+        handler = grpc.unary_stream_rpc_method_handler(generate)
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(codec.TARGET, {"Generate": handler})])
+        target = GrpcTarget(f"{HOST}:{server.add_insecure_port(f'{HOST}:0')}")
+        await server.start()
+        with pytest.raises(Unavailable, match="nonsense"):
+            await anext(target.generate(REQUEST))
+        await target.close()
+        await server.stop(None)
+
+    asyncio.run(main())
+
+
+# The server itself
+
+
+def test_health_and_reflection() -> None:
+    async def main() -> None:
+        server, port = await serve([DraftingService(ScriptedDrafter(), HELLO), TargetService(ScriptedTarget())], HOST)
+        async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            for name in ("", "outrider.v1.Drafting", "outrider.v1.Target"):
+                answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
+                assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
+            await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+            names = {service.name for service in (await call.read()).list_services_response.service}
+            call.cancel()
+        await server.stop(None)
+        assert {"outrider.v1.Drafting", "outrider.v1.Target", "grpc.health.v1.Health"} <= names
+
+    asyncio.run(main())
+
+
+def test_a_port_in_use_is_refused_in_one_line() -> None:
+    async def main() -> None:
+        with socket.create_server((HOST, 0)) as taken:
+            port = taken.getsockname()[1]
+            with pytest.raises(Unavailable, match=f"no server at {HOST}:{port} .*: choose another port") as caught:
+                await serve([], HOST, port)
+        assert "\n" not in str(caught.value)
+
+    asyncio.run(main())
+
+
+def test_the_generated_client_speaks_to_the_server() -> None:
+    async def main() -> None:
+        server, port = await serve([DraftingService(ScriptedDrafter(), HELLO)], HOST)
+        async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
+            call = DraftingStub(channel).Speculate()
+            await call.write(pb.ToDrafter(hello=pb.Hello(protocol=1, vocabulary=HELLO.vocabulary, model="other", drafter=DRAFTER)))
+            assert (await call.read()).hello.drafter == DRAFTER
+            call.cancel()
+        await server.stop(None)
+
+    asyncio.run(main())
