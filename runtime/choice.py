@@ -70,10 +70,9 @@ def shape(logits: npt.ArrayLike, ask: Ask) -> Scores:
     if sampling.temperature == 0:
         return scores
     scores /= np.float32(sampling.temperature)
-    for row in scores:
-        keep_k(row, sampling.top_k)
-        keep_p(row, sampling.top_p)
-        keep_near(row, sampling.min_p)
+    keep_k(scores, sampling.top_k)
+    keep_p(scores, sampling.top_p)
+    keep_near(scores, sampling.min_p)
     return scores
 
 
@@ -94,30 +93,30 @@ def count(row: Scores, output: Sequence[int], frequency: float, presence: float)
     row -= np.float32(presence) * (times > 0)
 
 
-def keep_k(row: Scores, top_k: int) -> None:
-    """Bar all scores below the k-th highest."""
-    if 0 < top_k < len(row):
-        row[row < np.sort(row)[-top_k]] = -np.inf
+def keep_k(scores: Scores, top_k: int) -> None:
+    """Bar all scores of a row below its k-th highest."""
+    if 0 < top_k < scores.shape[1]:
+        scores[scores < np.sort(scores, axis=1)[:, [-top_k]]] = -np.inf
 
 
-def keep_p(row: Scores, top_p: float) -> None:
-    """Bar all but the fewest most probable tokens whose probabilities add up to `top_p` or more."""
+def keep_p(scores: Scores, top_p: float) -> None:
+    """Bar all but the fewest most probable tokens of a row whose probabilities add up to `top_p` or more."""
     if top_p < 1:
-        ascending = np.argsort(row, kind="stable")
-        barred = np.cumsum(softmax(row[ascending])) <= 1 - top_p
-        barred[-1] = False
-        row[ascending[barred]] = -np.inf
+        ascending = np.argsort(scores, axis=1, kind="stable")
+        barred = np.cumsum(np.take_along_axis(softmax(scores), ascending, axis=1), axis=1) <= 1 - top_p
+        barred[:, -1] = False
+        scores[np.take_along_axis(barred, np.argsort(ascending, axis=1), axis=1)] = -np.inf
 
 
-def keep_near(row: Scores, min_p: float) -> None:
-    """Bar all tokens less probable than `min_p` times the most probable."""
+def keep_near(scores: Scores, min_p: float) -> None:
+    """Bar all tokens less probable than `min_p` times the most probable of their row."""
     if min_p > 0:
-        p = softmax(row)
-        row[p < min_p * p.max()] = -np.inf
+        p = softmax(scores)
+        scores[p < min_p * p.max(axis=1, keepdims=True)] = -np.inf
 
 
-def softmax(row: Scores) -> npt.NDArray[np.float64]:
-    """Probabilities of scores (vocabulary,), of which one at least is finite."""
-    raised = np.exp(row.astype(np.float64) - row.max())
-    p: npt.NDArray[np.float64] = raised / raised.sum()
+def softmax(scores: Scores) -> npt.NDArray[np.float64]:
+    """Probabilities of scores (rows, vocabulary), of which one at least in each row is finite."""
+    raised = np.exp(scores.astype(np.float64) - scores.max(axis=1, keepdims=True))
+    p: npt.NDArray[np.float64] = raised / raised.sum(axis=1, keepdims=True)
     return p

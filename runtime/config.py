@@ -3,16 +3,19 @@
 import importlib.resources
 import os
 import pkgutil
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 import runtime.drafters
 from runtime.errors import InvalidRequest
+from runtime.sampling import whole
 
 Device = Literal["auto", "cpu", "cuda"]
+MOST_DRAFTERS = 64
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -53,10 +56,25 @@ class DrafterConfig(Strict):
     width: int = Field(4, ge=1, le=64, description="leaves expanded in one forward pass")
     placement: Placement = Placement()
 
+    @field_validator("method")
+    @classmethod
+    def known(cls, method: str) -> str:
+        if method not in methods():
+            raise ValueError(f"{method!r} is no drafting method: give one of {', '.join(methods())}")
+        return method
+
 
 class Deployment(Strict):
     target: TargetConfig
     drafters: tuple[DrafterConfig, ...] = ()
+
+    @field_validator("drafters")
+    @classmethod
+    def distinct(cls, drafters: tuple[DrafterConfig, ...]) -> tuple[DrafterConfig, ...]:
+        twice = [name for name, count in Counter(drafter.name for drafter in drafters).items() if count > 1]
+        if twice:
+            raise ValueError(f"name {twice[0]!r} is given twice: name each drafter differently")
+        return drafters
 
 
 def methods() -> list[str]:
@@ -75,13 +93,17 @@ def deployment(target: str, drafts: tuple[str, ...], drafters: int, dtype: Dtype
     With `local`, target and drafters share this machine's cores between them and listen on loopback alone.
     """
     listen = "127.0.0.1" if local else ""
+    whole("drafters", drafters, 0, MOST_DRAFTERS)
     count = len(drafts) * drafters
     cores = split_cores(sorted(os.sched_getaffinity(0)), count) if local else [()] * (count + 1)
     found: list[DrafterConfig] = []
+    alike: Counter[str] = Counter()  # folders of different models may end in the same name
     for draft in drafts:
         method, model = (draft, "") if draft in methods() and draft != "model" else ("model", draft)
-        for number in range(drafters):
-            name = f"{Path(draft).name}-{number}" if drafts.count(draft) == 1 else f"{Path(draft).name}-{len(found)}"
+        stem = Path(draft).name
+        for _ in range(drafters):
+            name = f"{stem}-{alike[stem]}"
+            alike[stem] += 1
             place = Placement(cores=cores[len(found) + 1], listen=listen)
             found.append(DrafterConfig(name=name, method=method, model=model, target=target, dtype=dtype, device=device, placement=place))
     return Deployment(
@@ -107,6 +129,8 @@ def read(file: Path) -> Deployment:
         return Deployment.model_validate(yaml.safe_load(file.read_text()))
     except FileNotFoundError as error:
         raise InvalidRequest(f"{file} does not exist: give the path of a deployment file", "config") from error
+    except OSError as error:
+        raise InvalidRequest(f"{file} cannot be read ({error.strerror}): give the path of a deployment file", "config") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"{file} is not YAML: {str(error).splitlines()[0]}", "config") from error
     except ValidationError as error:

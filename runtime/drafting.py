@@ -5,8 +5,8 @@ import itertools
 import threading
 from collections.abc import AsyncIterator
 
-from runtime.grower import Gone, Grower, Heard, Stop
-from runtime.messages import Event, Reply
+from runtime.grower import Gone, Grower, Heard, Stop, Unheard
+from runtime.messages import Draft, Event, Reply
 
 REPLIES_WAITING = 256  # growth that nobody fetches is dropped beyond this
 
@@ -28,13 +28,18 @@ class DraftHost:
         await asyncio.to_thread(self._thread.join)
 
     async def speculate(self, events: AsyncIterator[Event]) -> AsyncIterator[Reply]:
-        """See DraftLink. Replies that are not fetched in time are dropped and counted: they would be stale."""
+        """See DraftLink. Growth that is not fetched in time is dropped and counted: it would be stale.
+
+        An error that `events` raises is raised here as it is.
+        """
         loop, stream = asyncio.get_running_loop(), next(self._streams)
-        waiting: asyncio.Queue[Reply | None] = asyncio.Queue(REPLIES_WAITING)
+        waiting: asyncio.Queue[Reply | None] = asyncio.Queue()
+        dropped: set[str] = set()
 
         def push(reply: Reply) -> None:
-            if waiting.full():
+            if isinstance(reply, Draft) and waiting.qsize() >= REPLIES_WAITING:
                 self.grower.counters["dropped replies"] += 1
+                dropped.add(reply.session)
             else:
                 waiting.put_nowait(reply)
 
@@ -42,14 +47,21 @@ class DraftHost:
             loop.call_soon_threadsafe(push, reply)
 
         async def listen() -> None:
-            async for event in events:
-                self.grower.inbox.put(Heard(stream, event, send))
-            await waiting.put(None)
+            try:
+                async for event in events:
+                    self.grower.inbox.put(Heard(stream, event, send))
+            finally:
+                waiting.put_nowait(None)
 
         listening = loop.create_task(listen())
         try:
             while (reply := await waiting.get()) is not None:
                 yield reply
+                if waiting.empty():
+                    for session in dropped:
+                        self.grower.inbox.put(Unheard(stream, session))
+                    dropped.clear()
+            await listening
         finally:
             listening.cancel()
             self.grower.inbox.put(Gone(stream))

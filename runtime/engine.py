@@ -49,6 +49,7 @@ class Join:
 @dataclass(frozen=True, slots=True)
 class Leave:
     drafter: str
+    send: Send  # as at Join: who has joined under the same name since then stays
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,27 +95,32 @@ class Engine:
         self.live: dict[str, Live] = {}
         self.drafters: dict[str, Send] = {}
         self.calibrations: dict[float, Calibration] = {}
-        self.unknown = 0  # replies about sessions that are over
+        self.unknown = 0  # drafts for sessions that are over or want none
 
     def run(self) -> None:
-        """Until Stop. Sessions still under way then end as cancelled."""
-        while self.take_in(block=not self.live):
+        """Until Stop. Sessions still under way then, or when the thread ends by a fault, end as cancelled."""
+        try:
+            while self.take_in(block=not self.live):
+                for live in tuple(self.live.values()):
+                    self.advance(live)
+        finally:
             for live in tuple(self.live.values()):
-                self.advance(live)
-        for live in tuple(self.live.values()):
-            self.end(live, Chunk((), (), (), "cancelled", self.stats(live)))
+                self.end(live, Chunk((), (), (), "cancelled", self.stats(live)))
 
     def take_in(self, block: bool, timeout: float | None = None) -> bool:
-        """Handle all that has arrived, waiting for the first of it if asked to; False once Stop was there."""
+        """Handle all that has arrived, waiting for the first of it if asked to; False once Stop was there.
+
+        What arrives meanwhile is left for the next time: a drafter that floods the target does not keep it from its steps.
+        """
         try:
-            while True:
-                arrived = self.inbox.get(block, timeout)
-                if isinstance(arrived, Stop):
-                    return False
-                self.handle(arrived)
-                block = False
+            first = self.inbox.get(block, timeout)
         except queue.Empty:
             return True
+        for arrived in [first, *(self.inbox.get() for _ in range(self.inbox.qsize()))]:
+            if isinstance(arrived, Stop):
+                return False
+            self.handle(arrived)
+        return True
 
     def handle(self, arrived: Input) -> None:
         match arrived:
@@ -128,19 +134,21 @@ class Engine:
             case Join(drafter=name, send=send):
                 self.drafters[name] = send
                 self.share_out(joined=name)
-            case Leave(drafter=name):
-                self.drafters.pop(name, None)
-                self.share_out()
+            case Leave(drafter=name, send=send):
+                if self.drafters.get(name) is send:
+                    del self.drafters[name]
+                    self.share_out()
             case Resync(session=name, drafter=drafter):
-                if name in self.live and drafter in self.drafters:
+                live = self.live.get(name)
+                if live is not None and live.session.request.speculation and drafter in self.drafters:
                     index = list(self.drafters).index(drafter)
-                    self.drafters[drafter](self.live[name].session.open(Share(name, index, len(self.drafters))))
+                    self.drafters[drafter](live.session.open(Share(name, index, len(self.drafters))))
             case Stop():
                 pass
 
     def grow(self, name: str, draft: Draft) -> None:
         live = self.live.get(name)
-        if live is None:
+        if live is None or not live.session.request.speculation:
             self.unknown += 1
         elif live.session.offer(draft) and not live.grown:
             live.grown = True
@@ -184,7 +192,7 @@ class Engine:
 
     def step(self, live: Live) -> None:
         nodes, waited = self.choose_rows(live)
-        if live.session.id not in self.live:
+        if not self.under_way(live):
             return
         began = self.clock()
         verdict = self.verify(live, nodes)
@@ -194,7 +202,7 @@ class Engine:
     def choose_rows(self, live: Live) -> tuple[list[int], float]:
         """Ask the scheduler until it says to go; with other sessions waiting for their step, patience is theirs to pay."""
         began, session = self.clock(), live.session
-        while session.id in self.live:
+        while self.under_way(live):
             now = self.clock()
             view = View(session.gains(), len(self.listeners(session)), live.hit, now - began, now - live.committed_at)
             plan = self.scheduler.plan(view)
@@ -207,6 +215,10 @@ class Engine:
             if session.drafted == before and self.clock() - now >= plan.wait:
                 return session.select(plan.rows), self.clock() - began
         return [], self.clock() - began
+
+    def under_way(self, live: Live) -> bool:
+        """False once the session is over, even where another one of its name has begun."""
+        return self.live.get(live.session.id) is live
 
     def verify(self, live: Live, nodes: list[int]) -> Verdict:
         """One forward pass over root and nodes, and the descent along what the target chose."""

@@ -37,7 +37,5 @@ def frontier(tree: TokenTree, width: int, index: int, of: int, deepest: int, flo
         and tree.path[node] >= floor
         and (not owner or owner[node] is None or owner[node] == index)
     ]
-    if len(ripe) <= width:
-        return ripe
     scores = np.asarray([tree.path[node] for node in ripe])
     return [ripe[i] for i in np.argsort(-scores, kind="stable")[:width]]

@@ -14,6 +14,7 @@ import numpy as np
 from runtime import limits
 from runtime.calibration import Calibration
 from runtime.drafters.base import Children, Drafter, Text
+from runtime.errors import OutriderError
 from runtime.frontier import frontier
 from runtime.messages import Close, Commit, Draft, Event, Open, Reply, Resync, Share
 from runtime.tree import TokenTree, text_key
@@ -35,6 +36,14 @@ class Heard:
 
 
 @dataclass(frozen=True, slots=True)
+class Unheard:
+    """Growth of a session was dropped on the way: what hangs on it means nothing to the target."""
+
+    stream: int
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
 class Gone:
     """A stream is over, and with it all its sessions."""
 
@@ -46,7 +55,7 @@ class Stop:
     pass
 
 
-Input = Heard | Gone | Stop
+Input = Heard | Unheard | Gone | Stop
 Name = tuple[int, str]  # stream, session
 
 
@@ -93,6 +102,8 @@ class Grower:
                     case Gone(stream=stream):
                         for name in [name for name in self.growing if name[0] == stream]:
                             self.forget(name)
+                    case Unheard(stream=stream, session=session):
+                        self.grow_anew((stream, session))
                     case Heard(stream=stream, event=event, send=send):
                         self.hear((stream, event.session), event, send)
                 block = False
@@ -119,8 +130,14 @@ class Grower:
         if len(self.growing) >= limits.SESSIONS or not event.tokens:
             self.counters["refused"] += 1
             return
-        tree = TokenTree(text_key(event.tokens), event.tokens[-1], limits.TREE_NODES, limits.TREE_DEPTH)
+        tree = sapling(text_key(event.tokens), event.tokens[-1])
         self.growing[name] = Growing(event.session, event.epoch, list(event.tokens), event.prompt, event, event.share, tree, send)
+
+    def grow_anew(self, name: Name) -> None:
+        """From the root, so that all is sent again."""
+        growing = self.growing.get(name)
+        if growing is not None:
+            growing.tree = sapling(growing.tree.key[0], growing.tree.token[0])
 
     def forget(self, name: Name) -> None:
         if self.growing.pop(name, None) is not None:
@@ -150,7 +167,8 @@ class Grower:
         growing = self.growing[name]
         tree, sampling = growing.tree, growing.opened.sampling
         room = growing.prompt + sampling.max_tokens - len(growing.tokens)
-        if growing.lost or len(tree) > RUN_AHEAD:
+        # The mirror has room for the trees of all: a node that is refused there takes all below it along.
+        if growing.lost or len(tree) > min(RUN_AHEAD, limits.TREE_NODES // (growing.share.of + 1)):
             return False
         leaves = frontier(tree, self.width, growing.share.index, growing.share.of, min(limits.TREE_DEPTH, room - 1), FLOOR)
         if not leaves:
@@ -158,7 +176,7 @@ class Grower:
         text = Text(private(name), growing.tokens, growing.prompt, sampling, tree)
         try:
             children = self.drafter.expand(text, leaves)
-        except (RuntimeError, ValueError, MemoryError) as error:
+        except (OutriderError, RuntimeError, ValueError, MemoryError) as error:
             log.warning("drafter %s gives a session up: %s: %s", self.name, type(error).__name__, error)
             self.counters["failed"] += 1
             self.forget(name)
@@ -184,6 +202,10 @@ class Grower:
             keys = np.asarray(parents, dtype=np.uint64)
             draft = (keys, np.asarray(tokens, dtype=np.int32), np.asarray(scores, dtype=np.float32))
             growing.send(Draft(growing.session, growing.epoch, self.name, *draft))
+
+
+def sapling(key: int, token: int) -> TokenTree:
+    return TokenTree(key, token, limits.TREE_NODES, limits.TREE_DEPTH)
 
 
 def private(name: Name) -> str:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from runtime import limits
 from runtime.engine import Admit, Cancel, Engine, Join, Leave, Stop
-from runtime.errors import InvalidRequest, LinkLost, Overloaded
+from runtime.errors import InvalidRequest, LinkLost, Overloaded, Unavailable
 from runtime.finish import Finish
 from runtime.links import DraftLink
 from runtime.messages import Chunk, Event, Request
@@ -39,6 +39,14 @@ def check(request: Request, vocabulary: int, context: int) -> None:
         )
 
 
+def resumed(finish: Finish, request: Request) -> Finish:
+    """`finish` after the tokens that were decided before. Raises InvalidRequest where they end the text already."""
+    for token in request.committed:
+        if finish.feed(token).reason is not None:
+            raise InvalidRequest(f"the text ended with token {finish.count} of those committed: nothing follows it", "committed")
+    return finish
+
+
 class Target:
     """Owns the engine's thread. All methods are called on one event loop, the one that was running at `start`."""
 
@@ -47,6 +55,7 @@ class Target:
         self.lost: Counter[str] = Counter()  # links that ended, by drafter
         self._links: dict[str, asyncio.Task[None]] = {}
         self._sessions: set[str] = set()
+        self._stopping = False
         self._thread = threading.Thread(target=engine.run, name="target", daemon=True)
 
     def start(self) -> None:
@@ -55,6 +64,7 @@ class Target:
 
     async def stop(self) -> None:
         """Ends links and sessions; returns when the engine's thread is over."""
+        self._stopping = True
         for name in tuple(self._links):
             await self.detach(name)
         self.engine.inbox.put(Stop())
@@ -63,14 +73,17 @@ class Target:
     async def generate(self, request: Request) -> AsyncIterator[Chunk]:
         """The output in pieces; the last has a finish reason and the session's figures.
 
-        Raises InvalidRequest or Overloaded before the first piece. Closing the iterator frees all that the session holds,
+        Raises InvalidRequest, Overloaded or Unavailable before the first piece. Closing the iterator frees all that the session holds,
         here and at the drafters.
         """
         check(request, self.engine.model.vocabulary, self.engine.model.context)
         if request.session in self._sessions:
             raise InvalidRequest(f"session {request.session!r} is under way: give another name", "session")
-        if len(self._sessions) >= limits.SESSIONS or not self._thread.is_alive():
+        if self._stopping or not self._thread.is_alive():
+            raise Unavailable("the target has stopped: start it again")
+        if len(self._sessions) >= limits.SESSIONS:
             raise Overloaded(f"{len(self._sessions)} sessions are under way, the most is {limits.SESSIONS}: try again later")
+        finish = resumed(self.finish(request), request)
         chunks: asyncio.Queue[Chunk] = asyncio.Queue()
 
         def deliver(chunk: Chunk) -> None:
@@ -79,7 +92,7 @@ class Target:
         self._sessions.add(request.session)
         over = False
         try:
-            self.engine.inbox.put(Admit(request, self.finish(request), deliver))
+            self.engine.inbox.put(Admit(request, finish, deliver))
             while not over:
                 chunk = await chunks.get()
                 over = chunk.finish_reason is not None
@@ -111,17 +124,21 @@ class Target:
         this = asyncio.current_task()
 
         def push(event: Event) -> None:
-            if waiting.full() and this is not None:
-                this.cancel()
-            else:
+            if not waiting.full():
                 waiting.put_nowait(event)
+            elif this is not None and not this.cancelling():
+                log.warning("drafter %s lost: it has not taken its last %d events", name, EVENTS_WAITING)
+                this.cancel()
 
         async def events() -> AsyncIterator[Event]:
             while True:
                 yield await waiting.get()
 
+        def send(event: Event) -> None:
+            self._loop.call_soon_threadsafe(push, event)
+
         replies = link.speculate(events())
-        self.engine.inbox.put(Join(name, lambda event: self._loop.call_soon_threadsafe(push, event) and None))
+        self.engine.inbox.put(Join(name, send))
         try:
             async for reply in replies:
                 # Who speaks is known from the link, not from the message.
@@ -129,7 +146,7 @@ class Target:
         except LinkLost as error:
             log.warning("drafter %s lost: %s", name, error)
         finally:
-            self.engine.inbox.put(Leave(name))
+            self.engine.inbox.put(Leave(name, send))
             self.lost[name] += 1
             if self._links.get(name) is this:
                 del self._links[name]

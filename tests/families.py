@@ -1,6 +1,7 @@
 """One tiny random model of each family that the runtime promises to read exactly. Seeded: the same weights in every run."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,5 +62,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
+@cache
 def hf_model(family: str) -> HFModel:
+    """The family's model, made once in a process."""
     return HFModel(FAMILIES[family](), family)

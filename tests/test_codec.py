@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
@@ -19,6 +19,7 @@ from runtime.messages import Chunk, Close, Commit, Draft, Event, Open, Request, 
 from runtime.sampling import Sampling
 
 DRAFTER = "d0"
+quick = settings(max_examples=50, deadline=None)  # a busy machine is no failure
 
 names = st.text(min_size=1, max_size=limits.NAME_LENGTH)
 counts = st.integers(0, 2**32 - 1)
@@ -86,21 +87,25 @@ def drafts(draw: st.DrawFn) -> Draft:
     return Draft(draw(names), draw(epochs), DRAFTER, parents, random.integers(0, 2**31, nodes, dtype=np.int32), scores)
 
 
+@quick
 @given(events)
 def test_event_round_trip(event: Event) -> None:
     assert codec.decode_event(codec.encode_event(event)) == event
 
 
+@quick
 @given(requests)
 def test_request_round_trip(request: Request) -> None:
     assert codec.decode_request(codec.encode_request(request)) == request
 
 
+@quick
 @given(chunks())
 def test_chunk_round_trip(chunk: Chunk) -> None:
     assert codec.decode_chunk(codec.encode_chunk(chunk)) == chunk
 
 
+@quick
 @given(drafts())
 def test_draft_round_trip(draft: Draft) -> None:
     found = codec.decode_reply(codec.encode_reply(draft), DRAFTER)
@@ -113,18 +118,21 @@ def test_draft_round_trip(draft: Draft) -> None:
         assert not here.flags.writeable
 
 
+@quick
 @given(names)
 def test_short_replies_round_trip(session: str) -> None:
     assert codec.decode_reply(codec.encode_reply(Resync(session, DRAFTER)), DRAFTER) == Resync(session, DRAFTER)
     assert codec.decode_reply(codec.encode_reply(codec.Bye()), DRAFTER) == codec.Bye()
 
 
+@quick
 @given(st.builds(Hello, names, names, names, epochs, counts))
 def test_hello_round_trip(hello: Hello) -> None:
     assert codec.decode_hello_to_drafter(codec.encode_hello_to_drafter(hello)) == hello
     assert codec.decode_hello_from_drafter(codec.encode_hello_from_drafter(hello)) == hello
 
 
+@quick
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_value_or_an_invalid_request(data: bytes) -> None:
     decoders: list[Callable[[bytes], object]] = [
@@ -226,6 +234,20 @@ def test_malformed_requests_name_the_parameter(fields: dict[str, Any], param: st
     with pytest.raises(InvalidRequest) as caught:
         codec.decode_request(pb.GenerateRequest(**{"session": "s", **fields}).SerializeToString())
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("chunk", "says"),
+    [
+        (pb.GenerateChunk(pieces=["a"], tokens=[1, 2], drafters=["", ""]), "2 tokens, 2 drafters and 1 pieces"),
+        (pb.GenerateChunk(pieces=["a", "b"], tokens=[1, 2], drafters=[""]), "1 drafters"),
+        (pb.GenerateChunk(pieces=["a"], tokens=[-1], drafters=[""]), "token id -1"),
+        (pb.GenerateChunk(finish_reason=99), "finish_reason 99"),  # type: ignore[arg-type]
+    ],
+)
+def test_malformed_chunks_are_refused(chunk: Any, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        codec.decode_chunk(chunk.SerializeToString())
 
 
 def test_absent_fields_have_the_defaults() -> None:

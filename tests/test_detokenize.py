@@ -57,24 +57,29 @@ def byte(tokenizer: Tokenizer, value: int) -> int:
     return token
 
 
-@given(st.text(max_size=30), st.text(max_size=30), st.booleans())
+@given(st.text(max_size=30), st.floats(0, 1))
 @settings(max_examples=150, deadline=None)
-def test_real_text(tokenizer: Tokenizer, start: str, rest: str, as_bytes: bool) -> None:
-    """Of any text cut anywhere between tokens, also inside a character: no piece holds half a character."""
-    tokens = tokenizer.encode(start + "x" + rest).ids
-    if as_bytes:
-        tokens = [*tokenizer.encode("x").ids, *(byte(tokenizer, value) for value in (start + rest).encode())]
-    whole = decoded(tokenizer, tokens)
-    for cut in range(1, len(tokens) + 1):
-        given_out = pieces(tokenizer, tokens[:cut], tokens[cut:])
-        before = decoded(tokenizer, tokens[:cut])
-        if whole.startswith(before):
-            assert before + "".join(given_out) == whole
-        else:
-            assert whole.endswith("".join(given_out))
-            assert before.rstrip(UNKNOWN) + "".join(given_out) == whole or tokenizer.token_to_id("<0x00>") is not None
-        if UNKNOWN not in whole:
-            assert UNKNOWN not in "".join(given_out)
+def test_real_text(tokenizer: Tokenizer, text: str, where: float) -> None:
+    """Wherever the prompt ends, prompt and output together are the text, and no piece holds half a character."""
+    tokens = tokenizer.encode("x" + text).ids
+    cut = 1 + round(where * (len(tokens) - 1))
+    given_out, whole, before = pieces(tokenizer, tokens[:cut], tokens[cut:]), decoded(tokenizer, tokens), decoded(tokenizer, tokens[:cut])
+    assert whole.endswith("".join(given_out))
+    if whole.startswith(before):
+        assert before + "".join(given_out) == whole
+    if UNKNOWN not in whole:
+        assert UNKNOWN not in "".join(given_out)
+
+
+@given(st.text(min_size=1, max_size=12), st.floats(0, 1))
+@settings(max_examples=150, deadline=None)
+def test_a_prompt_that_ends_inside_a_character(tokenizer: Tokenizer, text: str, where: float) -> None:
+    """The output then begins with that character."""
+    data, prefix = text.replace(UNKNOWN, "").encode(), tokenizer.encode("x").ids
+    cut = round(where * len(data))
+    tokens = [byte(tokenizer, value) for value in data]
+    complete = data[:cut].decode(errors="ignore")
+    assert "".join(pieces(tokenizer, [*prefix, *tokens[:cut]], tokens[cut:])) == data.decode()[len(complete) :]
 
 
 @given(st.text(min_size=1, max_size=30))
@@ -85,8 +90,10 @@ def test_as_the_library_streams(tokenizer: Tokenizer, text: str) -> None:
     assert pieces(tokenizer, prompt, output) == [*(stream.step(tokenizer, token) or "" for token in output), ""]
 
 
-@given(st.lists(st.integers(0, 4095) | st.integers(90, 350), max_size=20), st.lists(st.integers(0, 4095) | st.integers(90, 350), max_size=20))
-@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.integers(0, 4095) | st.integers(90, 350), max_size=20), st.lists(st.integers(0, 4095) | st.integers(90, 350), max_size=20)
+)
+@settings(max_examples=200, deadline=None)
 def test_any_tokens_of_a_byte_level_vocabulary(shipped: Tokenizer, prompt: list[int], output: list[int]) -> None:
     whole, before = decoded(shipped, prompt + output), decoded(shipped, prompt)
     given_out = "".join(pieces(shipped, prompt, output))
@@ -96,7 +103,7 @@ def test_any_tokens_of_a_byte_level_vocabulary(shipped: Tokenizer, prompt: list[
 
 
 @given(st.lists(st.integers(0, 511) | st.integers(3, 258), max_size=20), st.lists(st.integers(0, 511) | st.integers(3, 258), max_size=20))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_tokens_of_a_byte_fallback_vocabulary(stories: Tokenizer, prompt: list[int], output: list[int]) -> None:
     """Its decoder takes characters back when an invalid byte follows them; what was given out stays, and nothing is lost."""
     given_out = "".join(pieces(stories, prompt, output))
@@ -139,12 +146,12 @@ def test_an_unknown_character_of_the_prompt_is_not_repeated(tokenizer: Tokenizer
 
 
 def test_invalid_bytes(tokenizer: Tokenizer) -> None:
-    c3, a9, ff, a = (byte(tokenizer, value) for value in (0xC3, 0xA9, 0xFF, ord("a")))
+    c3, a9, ff = (byte(tokenizer, value) for value in (0xC3, 0xA9, 0xFF))
     prompt = tokenizer.encode("x").ids
-    letter = tokenizer.encode("o").ids[-1]
+    letter = tokenizer.token_to_id("o")
     assert "".join(pieces(tokenizer, prompt, [c3, a9, ff, letter])) == f"é{UNKNOWN}o"
     assert "".join(pieces(tokenizer, prompt, [letter, c3])) == f"o{UNKNOWN}"
-    assert "".join(pieces(tokenizer, prompt, [ff, a])).endswith(UNKNOWN + "a") or tokenizer.token_to_id("<0x00>") is not None
+    assert pieces(tokenizer, prompt, [ff, ff, letter, letter]) == ["", "", f"{UNKNOWN}{UNKNOWN}o", "o", ""]
 
 
 def test_the_work_does_not_grow_with_the_text(shipped: Tokenizer) -> None:

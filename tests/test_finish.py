@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 from hypothesis import example, given, settings
@@ -37,10 +38,8 @@ def finish(sampling: Sampling, slow: bool = False) -> Finish:
 
 def run(sampling: Sampling, tokens: list[int], slow: bool = False) -> tuple[list[str], int, str | None]:
     """What is given out token by token, the number of tokens, the reason."""
-    end, shown = finish(sampling, slow), []
-    for token in tokens:
-        if end.reason is None:
-            shown.append(end.feed(token).text)
+    end = finish(sampling, slow)
+    shown = [end.feed(token).text for token in tokens if end.reason is None]
     return shown, end.count, end.reason
 
 
@@ -73,7 +72,7 @@ stops_of = st.lists(st.text("abéö\n𝄞", min_size=1, max_size=5), max_size=4)
 @given(tokens_of, stops_of, st.integers(1, 12), st.integers(0, 5), st.booleans())
 @example([1, 2, 1, 2], ("ab", "b"), 9, 2, False)
 @example([5, 2], ("b", "abb"), 9, 1, False)
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_oracle(tokens: list[int], stops: tuple[str, ...], most: int, least: int, ignore_eos: bool) -> None:
     sampling = Sampling(stop=stops, max_tokens=most, min_tokens=min(least, most), ignore_eos=ignore_eos)
     shown, count, reason = run(sampling, tokens)
@@ -83,7 +82,7 @@ def test_oracle(tokens: list[int], stops: tuple[str, ...], most: int, least: int
 
 
 @given(tokens_of, stops_of)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_nothing_is_shown_that_is_taken_back_and_nothing_is_held_without_need(tokens: list[int], stops: tuple[str, ...]) -> None:
     sampling = Sampling(stop=stops, max_tokens=100)
     shown, _, reason = run(sampling, tokens)
@@ -94,12 +93,12 @@ def test_nothing_is_shown_that_is_taken_back_and_nothing_is_held_without_need(to
 
 
 @given(st.text("abéö\n𝄞", max_size=24), stops_of, st.data())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_how_a_text_is_cut_into_tokens_does_not_matter(text: str, stops: tuple[str, ...], data: st.DataObject) -> None:
     """The same characters as other tokens end at the same character."""
     borders = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=8)) | {0, len(text)})
     results = []
-    for pieces in (list(text), [text[a:b] for a, b in zip(borders, borders[1:], strict=False)]):
+    for pieces in (list(text), [text[a:b] for a, b in pairwise(borders)]):
         end = Finish(Sampling(stop=stops, max_tokens=100), frozenset(), pieces.__getitem__, str)
         shown = ""
         for token in range(len(pieces)):
@@ -110,7 +109,7 @@ def test_how_a_text_is_cut_into_tokens_does_not_matter(text: str, stops: tuple[s
 
 
 @given(tokens_of, stops_of, st.integers(1, 12))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_a_decoder_that_lags_loses_no_text(tokens: list[int], stops: tuple[str, ...], most: int) -> None:
     """What it still holds when the text ends comes with the last token, and stop strings are found in it."""
     sampling = Sampling(stop=stops, max_tokens=most)

@@ -91,7 +91,12 @@ def test_ceiling_is_close_above() -> None:
 
 @pytest.mark.parametrize(
     ("seeds", "positions", "tokens"),
-    [(range(1), range(1), range(200_000)), (range(1), range(200_000), range(1)), (range(3000), range(1), range(1)), (range(50), range(50), range(50))],
+    [
+        (range(1), range(1), range(200_000)),
+        (range(1), range(200_000), range(1)),
+        (range(3000), range(1), range(1)),
+        (range(50), range(50), range(50)),
+    ],
     ids=["tokens", "positions", "seeds", "all"],
 )
 def test_uniform(seeds: range, positions: range, tokens: range) -> None:

@@ -40,7 +40,7 @@ class Device(StrEnum):
 def generate(
     target: Annotated[str | None, typer.Option(help="model name or folder; default: the one that ships")] = None,
     draft: Annotated[list[str] | None, typer.Option(help="draft model or method (repeatable); default: the one that ships")] = None,
-    drafters: Annotated[int, typer.Option(min=0, max=64, help="actors for each --draft")] = 1,
+    drafters: Annotated[int, typer.Option(help="actors for each --draft")] = 1,
     prompt: Annotated[str | None, typer.Option(help="the text to continue")] = None,
     prompt_file: Annotated[str | None, typer.Option(help="read it from a file; - for standard input")] = None,
     max_tokens: Annotated[int, typer.Option(help="at most so many new tokens")] = 128,

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from typing import Protocol
@@ -15,6 +16,7 @@ from runtime.messages import Chunk, Request
 Note = Callable[[str], None]  # told what is being done, for people
 OBJECT_STORE = 100 * 2**20  # bytes; nothing of ours goes through it
 NAMESPACE = "outrider"
+KNOCK = 3.0  # seconds for a cluster to answer
 
 
 class Service(Protocol):
@@ -84,6 +86,7 @@ def cluster(deployment: Deployment, address: str | None, note: Note) -> Iterator
     actors = len(deployment.drafters) + 1
     try:
         if address:
+            knock(address)
             ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(
@@ -94,7 +97,7 @@ def cluster(deployment: Deployment, address: str | None, note: Note) -> Iterator
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, OverflowError) as error:
         raise Unavailable(unreachable(address, str(error))) from error
     try:
         note(f"loading {deployment.target.model} and {actors - 1} drafters")
@@ -106,6 +109,13 @@ def cluster(deployment: Deployment, address: str | None, note: Note) -> Iterator
             raise cause_of(error) from error
     finally:
         ray.shutdown()
+
+
+def knock(address: str) -> None:
+    """Raises OSError where nobody listens: Ray itself would try for two minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=KNOCK).close()
 
 
 def unreachable(address: str | None, why: str) -> str:

@@ -52,7 +52,8 @@ class ModelDrafter:
         logits = self.model.forward(kept.cache, self.rows(kept, text, leaves))
         positions = [base + text.tree.depth[leaf] + 1 for leaf in leaves]
         tokens, scores = candidates(torch.as_tensor(logits), text.sampling, positions, self.branches)
-        return children(np.repeat(leaves, tokens.shape[1]), tokens.ravel(), scores.ravel())
+        allowed = np.isfinite(scores)  # the target would not choose what the filters bar
+        return children(np.repeat(leaves, allowed.sum(axis=1)), tokens[allowed], scores[allowed])
 
     def close(self, session: str) -> None:
         self.kept.pop(session, None)

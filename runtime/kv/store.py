@@ -40,7 +40,7 @@ class TorchCache(Cache):
         self._planes: dict[Shape, torch.Tensor] = {}
         for shape in dict.fromkeys(shape for pair in layout for shape in pair):
             count = sum(pair.count(shape) for pair in layout)
-            self._planes[shape] = torch.zeros((count, shape[0], 0, shape[1]), dtype=dtype, device=device)
+            self._planes[shape] = torch.empty((count, shape[0], 0, shape[1]), dtype=dtype, device=device)
         taken = dict.fromkeys(self._planes, 0)
         layers: list[CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer] = []
         for pair in layout:
@@ -76,7 +76,7 @@ class TorchCache(Cache):
         if still < len(slots):
             chosen = np.asarray(slots[still:], dtype=np.int64)
             self._places[prefix + still : end] = self._places[chosen]
-            with torch.inference_mode():
+            with torch.no_grad():
                 for planes in self._planes.values():
                     index = torch.from_numpy(chosen).to(planes.device)
                     planes[:, :, prefix + still : end] = planes.index_select(2, index)
@@ -95,7 +95,8 @@ class TorchCache(Cache):
         places = np.zeros(slots, dtype=np.int64)
         places[: self.length] = self.positions
         self._places = places
-        with torch.inference_mode():
+        # A tensor made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
             for shape, old in self._planes.items():
                 # Uninitialised memory may hold NaN, but no slot is read before it is written.
                 new = old.new_empty((old.shape[0], old.shape[1], slots, old.shape[3]))

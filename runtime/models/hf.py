@@ -36,7 +36,10 @@ class HFModel:
         self._context = context_of(config, name)
         self._windows = windows_of(config)
         self._masks_by_type = len(set(getattr(config, "layer_types", None) or ())) > 1
-        self._sliced = "logits_to_keep" in inspect.signature(module.forward).parameters
+        accepted = inspect.signature(module.forward).parameters
+        if "position_ids" not in accepted:
+            raise ModelRefused(f"model {name} ({config.model_type}) cannot be told positions: choose one with rotary or learned positions")
+        self._sliced = "logits_to_keep" in accepted
         self._device: torch.device = module.device
         self._dtype: torch.dtype = module.dtype
         self._lowest = torch.finfo(self._dtype).min

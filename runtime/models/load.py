@@ -10,9 +10,16 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
 
 from runtime.errors import InvalidRequest, ModelRefused
@@ -54,9 +61,11 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
     if (folder / "tokenizer.json").stat().st_size > TOKENIZER_BYTES:
         raise ModelRefused(f"{name_or_folder}/tokenizer.json is larger than {TOKENIZER_BYTES >> 20} MiB: choose another model")
     try:
-        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust tokenizers raise plain Exception for a file they cannot parse
         raise ModelRefused(f"{name_or_folder}/tokenizer.json cannot be read ({one_line(error)}): copy it again") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ModelRefused(f"{name_or_folder} has a tokenizer of type {type(tokenizer).__name__}: save a fast one into it")
     return tokenizer
 
 
@@ -133,7 +142,7 @@ def read_config(folder: Path, name: str) -> PreTrainedConfig:
     kind = read_json(folder / "config.json", name).get("model_type")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # validators of the configuration classes raise what they like
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, StrictDataclassError) as error:
         raise ModelRefused(f"{name}/config.json cannot be read, model_type {str(kind)[:64]!r} ({one_line(error)})") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelRefused(f"{name} ({config.model_type}) is not a causal language model: choose a decoder-only model")

@@ -1,0 +1,124 @@
+"""The real actors on a local Ray: placed, talking gRPC, losing a drafter in mid-stream."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from actors.cli.service import cause_of
+from actors.controller import Controller
+from actors.grpc_links import GrpcTarget
+from actors.peers import Place
+from runtime.config import Deployment, deployment
+from runtime.errors import ModelRefused
+from runtime.messages import Chunk, Request
+from runtime.sampling import Sampling
+from tests.pair import save_model
+
+PATIENCE_S = 120.0
+LONG = Sampling(max_tokens=4000, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"
+    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Deployment:
+    """The draft is the target itself, so that its tokens are accepted; deep, so that its output outlasts a restart."""
+    folder = str(save_model(tmp_path_factory.mktemp("models") / "deep", num_hidden_layers=24))
+    return deployment(folder, (folder,), 1, "auto", "cpu", local=True)
+
+
+@pytest.fixture(scope="module")
+def controller(cluster: None, plan: Deployment) -> Iterator[Any]:
+    handle = ray.remote(Controller).options(num_cpus=0, max_concurrency=4).remote(plan, "test")
+    yield handle
+    ray.get(handle.stop.remote(), timeout=PATIENCE_S)
+
+
+@pytest.fixture(scope="module")
+def address(controller: Any) -> str:
+    return str(ray.get(controller.start.remote(), timeout=PATIENCE_S))
+
+
+@asynccontextmanager
+async def asked(address: str, name: str, sampling: Sampling, speculation: bool = True) -> AsyncIterator[AsyncIterator[Chunk]]:
+    client = GrpcTarget(address)
+    chunks = client.generate(Request(name, (5, 6, 7), sampling, speculation))
+    try:
+        yield chunks
+    finally:
+        await chunks.aclose()
+        await client.close()
+
+
+async def output(address: str, name: str, sampling: Sampling, speculation: bool) -> list[int]:
+    async with asked(address, name, sampling, speculation) as chunks:
+        return [token async for chunk in chunks for token in chunk.tokens]
+
+
+def test_speculation_over_real_actors_changes_no_token(address: str) -> None:
+    for temperature in (0.0, 0.9):
+        sampling = Sampling(temperature=temperature, seed=3, max_tokens=200, ignore_eos=True)
+        plain = asyncio.run(output(address, f"off-{temperature}", sampling, False))
+        assert len(plain) == 200
+        assert asyncio.run(output(address, f"on-{temperature}", sampling, True)) == plain
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_drafter_lost_in_mid_stream_is_replaced_and_no_token_changes(blow: int, address: str, controller: Any) -> None:
+    async def through_the_loss() -> list[int]:
+        """Tokens up to the first that the new life of the drafter has guessed."""
+        tokens: list[int] = []
+        before = place(controller)
+        struck, replaced = False, False
+        async with asked(address, f"blow-{blow}", LONG) as chunks:
+            async for chunk in chunks:
+                tokens.extend(chunk.tokens)
+                if not struck and any(chunk.drafters):
+                    os.kill(before.pid, blow)
+                    struck = True
+                elif struck and not replaced:
+                    replaced = await asyncio.to_thread(place, controller) not in (before, None)
+                elif replaced and any(chunk.drafters):
+                    return tokens
+        raise AssertionError(f"the output of {len(tokens)} tokens ended before the drafter was back")
+
+    async def all_of_it() -> list[int]:
+        async with asyncio.timeout(PATIENCE_S):
+            return await through_the_loss()
+
+    lives = ray.get(controller.status.remote())["replaced"]
+    tokens = asyncio.run(all_of_it())
+    plain = asyncio.run(output(address, f"after-{blow}", Sampling(max_tokens=len(tokens), ignore_eos=True), False))
+    assert tokens == plain
+    assert ray.get(controller.status.remote())["replaced"] == lives + 1
+
+
+def place(controller: Any) -> Place | None:
+    """Where the one drafter is; None while there is none."""
+    found: list[Place] = list(ray.get(controller.places.remote(), timeout=PATIENCE_S).values())
+    return found[0] if found else None
+
+
+def test_what_an_actor_raises_at_its_start_reaches_the_caller(cluster: None, plan: Deployment, tmp_path: Path) -> None:
+    broken = deployment(str(tmp_path), (), 1, "auto", "cpu", local=True)
+    handle = ray.remote(Controller).options(num_cpus=0, max_concurrency=4).remote(broken, "broken")
+    with pytest.raises(ray.exceptions.RayTaskError) as caught:
+        ray.get(handle.start.remote(), timeout=PATIENCE_S)
+    error = cause_of(caught.value)
+    assert isinstance(error, ModelRefused), error
+    assert str(tmp_path) in str(error)
+    ray.kill(handle)

@@ -1,0 +1,32 @@
+"""What all tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+import runtime
+
+# The models of the tests are tiny: a second thread only costs. Set before anything loads torch, and inherited by Ray's workers.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+ROOT = Path(__file__).parents[1]
+
+# The same examples in every run, and no limit of time for one: a slow machine is not a fault.
+settings.register_profile("outrider", deadline=None, derandomize=True)
+settings.load_profile("outrider")
+
+# The packages have general names: another `runtime` on the path would be tested in place of this one.
+assert Path(str(runtime.__file__)).parent == ROOT / "runtime", f"runtime is imported from {runtime.__file__}, not from {ROOT}"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of larger models and prompts that may lie beside the checkout."""
+    folder = ROOT.parent / "shared"
+    if not (folder / "models").is_dir():
+        pytest.skip(f"needs the models of {folder}")
+    return folder

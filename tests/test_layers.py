@@ -1,0 +1,103 @@
+"""Who may import whom (ARCHITECTURE.md), held by reading the import statements of every file; and the rules on files."""
+
+import ast
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("runtime", "actors", "protos", "models", "bench", "tests", "deploy")
+FILES = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+SOURCES = [file for file in FILES if "_pb2" not in file]
+
+# A file of runtime/ belongs to the first layer that has a pattern for it, and may use its own layer and those before.
+LAYERS = (
+    ("*__init__", "errors", "messages", "tree", "clock", "limits", "sampling"),
+    ("noise", "verify", "finish", "choice", "calibration", "frontier", "links", "*/base"),
+    ("session", "metrics", "schedulers/*", "drafters/ngram", "models/toy", "models/prefill", "models/pair"),
+    ("config",),
+    ("kv/*", "models/*", "drafters/*"),
+    ("engine", "grower", "drafting", "target"),
+)
+LIBRARIES: tuple[set[str], ...] = (
+    {"numpy"},
+    {"numpy"},
+    {"numpy"},
+    {"pydantic", "yaml"},
+    {"numpy", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"},
+    {"numpy"},
+)
+NEVER: tuple[set[str], ...] = (set(), {"asyncio", "time", "random"}, {"asyncio"}, {"asyncio"}, {"asyncio"}, set())
+HIDDEN = {"runtime/drafters/*": ("session", "verify", "engine", "target"), "runtime/schedulers/*": ("session", "tree", "verify")}
+
+
+def layer(name: str) -> int:
+    """Of a module of runtime/, given as a path without ".py"."""
+    found = [number for number, patterns in enumerate(LAYERS) if any(fnmatch(name, pattern) for pattern in patterns)]
+    assert found, f"runtime/{name}.py has no layer: name it in LAYERS and in ARCHITECTURE.md"
+    return found[0]
+
+
+def imports(source: str) -> set[str]:
+    """Files of this project as paths without ".py" (a package as its __init__), other modules by their top-level name; lazy ones too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse((ROOT / source).read_text("utf-8"))):
+        match node:
+            case ast.Import(names):
+                found.update(alias.name for alias in names)
+            case ast.ImportFrom(str(module), names, 0):
+                found.update(f"{module}.{alias.name}" if is_ours(f"{module}.{alias.name}") else module for alias in names)
+            case ast.ImportFrom():
+                pytest.fail(f"{source}:{node.lineno}: a relative import")
+    tops = {name: name.partition(".")[0] for name in found}
+    return {path_of(name) if top in FOLDERS else top for name, top in tops.items()}
+
+
+def is_ours(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.with_suffix(".py").exists() or path.is_dir()
+
+
+def path_of(name: str) -> str:
+    path = name.replace(".", "/")
+    return f"{path}/__init__" if (ROOT / path).is_dir() else path
+
+
+@pytest.mark.parametrize("source", [source for source in SOURCES if source.startswith("runtime/")])
+def test_runtime_keeps_its_layers(source: str) -> None:
+    own = layer(source.removeprefix("runtime/").removesuffix(".py"))
+    for name in imports(source):
+        if name.startswith("runtime/"):
+            assert layer(name.removeprefix("runtime/")) <= own, f"{source} imports {name} of a layer above it"
+        else:
+            assert name in sys.stdlib_module_names - NEVER[own] | LIBRARIES[own], f"{source} (layer {own}) imports {name}"
+    for pattern, hidden in HIDDEN.items():
+        if fnmatch(source, pattern):
+            assert imports(source).isdisjoint(f"runtime/{name}" for name in hidden), source
+
+
+@pytest.mark.parametrize("source", [source for source in SOURCES if not source.startswith(("runtime/", "tests/"))])
+def test_the_rest_looks_inwards_only(source: str) -> None:
+    folder, used = source.partition("/")[0], imports(source)
+    folders = {name.partition("/")[0] for name in used if "/" in name}
+    if folder not in ("actors", "bench"):
+        assert "actors" not in folders, f"{source} imports actors"
+        assert used.isdisjoint({"ray", "grpc", "http", "fastapi", "uvicorn"}), f"{source} does the work of actors"
+    if folder == "protos":
+        assert folders <= {"protos", "runtime"}, source
+        assert all(layer(name.removeprefix("runtime/")) == 0 for name in used if name.startswith("runtime/")), source
+
+
+def test_the_target_loads_neither_torch_nor_ray_nor_grpc() -> None:
+    program = "import runtime.target, sys; print(*sorted({'torch', 'ray', 'grpc'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_files_are_short_and_hide_no_module_of_the_standard_library() -> None:
+    assert [source for source in SOURCES if len((ROOT / source).read_text("utf-8").splitlines()) > 400] == []
+    names = {part.removesuffix(".py"): source for source in SOURCES for part in source.split("/")}
+    assert {name: source for name, source in names.items() if name in sys.stdlib_module_names} == {}
