@@ -55,5 +55,8 @@ clean: ## remove .venv, caches and build results (not build/train, which holds h
 	  exit 2; \
 	fi; \
 	if [[ ! -x $(BIN)/pip ]]; then echo "$$python -m venv .venv"; $$python -m venv .venv; fi
+	@echo "installing the pinned dependencies into .venv (one to three minutes)"
+	@# Compiling all of them takes longer than installing them: only what a start loads is compiled, by loading it.
 	$(BIN)/pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c 'import grpc, ray, transformers.models.llama.modeling_llama'
 	@touch $@

@@ -19,7 +19,8 @@ from runtime.models.choose import choose
 from runtime.models.detokenize import Detokenizer
 from runtime.models.hf import HFModel
 from runtime.models.load import load_model, load_tokenizer
-from runtime.schedulers.living import Living
+from runtime.models.profile import step_times
+from runtime.schedulers.living import ROWS, Living
 from runtime.target import Target
 
 SWITCH_INTERVAL = 0.0002  # seconds; Python's own 5 ms would let the model's thread hold up the exchange
@@ -56,7 +57,7 @@ def build_target(config: TargetConfig) -> tuple[Target, PreTrainedTokenizerFast]
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, config.dtype, config.device, threads(config.placement))
     eos = end_tokens(model, tokenizer)
-    engine = Engine(model, choose, Living(), eos, time.monotonic)
+    engine = Engine(model, choose, Living(step_times(model, ROWS, time.monotonic)), eos, time.monotonic)
     return Target(engine, finisher(tokenizer, eos)), tokenizer
 
 

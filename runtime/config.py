@@ -28,13 +28,13 @@ class Strict(BaseModel):
 class Placement(Strict):
     """Where an actor runs: what it takes from Ray, and what it uses of the machine it lands on."""
 
-    num_cpus: float = Field(1.0, ge=0)
-    num_gpus: float = Field(0.0, ge=0)
+    num_cpus: float = Field(default=1.0, ge=0)
+    num_gpus: float = Field(default=0.0, ge=0)
     resources: dict[str, float] = {}
-    node: str | None = Field(None, description="IP address of the node; default: Ray chooses")
-    cores: tuple[int, ...] = Field((), description="CPU cores to stay on; default: all")
-    threads: int | None = Field(None, ge=1, description="torch threads; default: as many as cores")
-    listen: str = Field("", description="IP address that its gRPC server binds; default: that of its Ray node")
+    node: str | None = Field(default=None, description="IP address of the node; default: Ray chooses")
+    cores: tuple[int, ...] = Field(default=(), description="CPU cores to stay on; default: all")
+    threads: int | None = Field(default=None, ge=1, description="torch threads; default: as many as cores")
+    listen: str = Field(default="", description="IP address that its gRPC server binds; default: that of its Ray node")
 
 
 class TargetConfig(Strict):
@@ -53,7 +53,7 @@ class DrafterConfig(Strict):
     target: str = ""
     dtype: Dtype = "auto"
     device: Device = "auto"
-    width: int = Field(4, ge=1, le=64, description="leaves expanded in one forward pass")
+    width: int = Field(default=4, ge=1, le=64, description="leaves expanded in one forward pass")
     placement: Placement = Placement()
 
     @field_validator("method")

@@ -34,7 +34,7 @@ def tiny(model_type: str, **options: Any) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.dim() >= 2:
-                parameter.normal_(0.0, 1.5 / parameter.shape[-1] ** 0.5)
+                parameter.normal_(0.0, 1.5 / min(parameter.shape[-2:]) ** 0.5)
         module.get_input_embeddings().weight.normal_(0.0, 1.0)
     return module
 

@@ -1,6 +1,6 @@
 """The choice of tokens: numpy rule and torch rule against the exact law, against each other and against transformers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from math import exp
 
 import numpy as np
@@ -20,6 +20,7 @@ DRAWS = 100_000
 ROWS = 500  # of one call
 LOGITS = np.array([1.5, 0.3, -0.7, 2.0, 0.0, -2.5, 1.1, 0.9, -0.2, 1.5], dtype=np.float32)
 
+Tokens = npt.NDArray[np.int64]
 build: Callable[..., Sampling] = Sampling
 chooser = pytest.mark.parametrize("choose", CHOOSERS.values(), ids=list(CHOOSERS))
 
@@ -28,12 +29,12 @@ def ask(sampling: Sampling, paths: list[list[int]], text: tuple[int, ...] = (1, 
     return Ask(sampling, prompt, text, paths, EOS)
 
 
-def law(temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> list[float]:
+def law(temperature: float, top_k: float = 0, top_p: float = 1.0, min_p: float = 0.0) -> list[float]:
     """The exact law of LOGITS, in words: order by probability, cut, cut, cut, and share out what is left."""
     weight = {token: exp(logit / temperature) for token, logit in enumerate(LOGITS.astype(float).tolist())}
     order = sorted(weight, key=lambda token: -weight[token])
     if top_k:
-        weakest = weight[order[top_k - 1]]
+        weakest = weight[order[int(top_k) - 1]]
         order = [token for token in order if weight[token] >= weakest]
     total, above, kept = sum(weight[token] for token in order), 0.0, []
     for token in order:
@@ -44,7 +45,7 @@ def law(temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0
     return [weight[token] / total if token in kept else 0.0 for token in range(len(LOGITS))]
 
 
-def chi_square(observed: npt.NDArray[np.int64], probability: list[float]) -> float:
+def chi_square(observed: Tokens, probability: list[float]) -> float:
     """Probability of a deviation at least this large; 0 where something impossible was observed."""
     p = np.array(probability)
     if observed[p == 0].any():
@@ -75,31 +76,35 @@ def test_the_law(choose: Chooser, parameters: dict[str, float]) -> None:
     assert chi_square(np.bincount(drawn, minlength=len(LOGITS)), law(**parameters)) >= 1e-6
 
 
-def wrong_resampled(seed: int, positions: range) -> npt.NDArray[np.int64]:
+def drawn_from(logits: npt.NDArray[np.float32], seed: int, positions: Sequence[int]) -> Tokens:
+    tokens: Tokens = (logits + noise.gumbel(seed, positions, np.arange(len(logits)))).argmax(axis=1)
+    return tokens
+
+
+def wrong_resampled(seed: int, positions: range) -> Tokens:
     """A guess is kept where the choice confirms it; where not, the token is drawn again instead of taken from the choice."""
-    tokens = np.arange(len(LOGITS))
-    guess, first, second = ((LOGITS + noise.gumbel(seed + shift, positions, tokens)).argmax(axis=1) for shift in (10**6, 0, 2 * 10**6))
+    guess, first, second = (drawn_from(LOGITS, seed + shift, positions) for shift in (10**6, 0, 2 * 10**6))
     return np.where(guess == first, guess, second)
 
 
-def wrong_same_noise(seed: int, positions: range) -> npt.NDArray[np.int64]:
+def wrong_same_noise(seed: int, positions: range) -> Tokens:
     """The noise of the first position at all positions."""
-    return (LOGITS + noise.gumbel(seed, [0] * len(positions), np.arange(len(LOGITS)))).argmax(axis=1)
+    return drawn_from(LOGITS, seed, [0] * len(positions))
 
 
-def wrong_truncated(seed: int, positions: range) -> npt.NDArray[np.int64]:
+def wrong_truncated(seed: int, positions: range) -> Tokens:
     """Only the tokens that a draft of eight would name."""
     cut = np.where(np.sort(LOGITS)[-8] <= LOGITS, LOGITS, -np.inf)
-    return (cut + noise.gumbel(seed, positions, np.arange(len(LOGITS)))).argmax(axis=1)
+    return drawn_from(cut, seed, positions)
 
 
-def wrong_spread(seed: int, positions: range) -> npt.NDArray[np.int64]:
+def wrong_spread(seed: int, positions: range) -> Tokens:
     """Noise that is 3 % too wide."""
-    return (LOGITS + 1.03 * noise.gumbel(seed, positions, np.arange(len(LOGITS)))).argmax(axis=1)
+    return drawn_from(LOGITS / 1.03, seed, positions)
 
 
 @pytest.mark.parametrize("rule", [wrong_resampled, wrong_same_noise, wrong_truncated, wrong_spread])
-def test_a_wrong_rule_is_caught(rule: Callable[[int, range], npt.NDArray[np.int64]]) -> None:
+def test_a_wrong_rule_is_caught(rule: Callable[[int, range], Tokens]) -> None:
     drawn = np.concatenate([rule(seed, range(ROWS)) for seed in seeds()])
     assert chi_square(np.bincount(drawn, minlength=len(LOGITS)), law(1.0)) < 1e-6
 
@@ -229,7 +234,8 @@ def test_candidates_at_temperature_0_are_the_most_probable() -> None:
     tokens, scores = fast.candidates(logits, build(logit_bias=((7, 50.0),)), range(5), 4)
     logits[:, 7] += 50
     expected = logits.log_softmax(dim=-1).topk(4)
-    assert (tokens.dtype, scores.dtype) == (np.int32, np.float32)
+    assert tokens.dtype == np.int32
+    assert scores.dtype == np.float32
     assert np.array_equal(tokens, expected.indices.numpy())
     assert np.allclose(scores, expected.values.numpy(), atol=1e-5)
     assert (tokens[:, 0] == 7).all()

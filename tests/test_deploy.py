@@ -10,6 +10,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from runtime.config import Deployment, methods
+
 ROOT = Path(__file__).parents[1]
 HEAD, WORKERS = "192.0.2.1", ["192.0.2.2", "192.0.2.3"]
 
@@ -54,3 +56,11 @@ def test_the_image_copies_what_is_there_and_all_packages() -> None:
     copied = {source for line in lines for source in line.split()[:-1]}
     assert {name for name in copied if not (ROOT / name).exists()} == set()
     assert copied >= {"pyproject.toml", "constraints.txt", "runtime", "actors", "protos", "models", "bench"}
+
+
+def test_the_deployment_in_the_readme_is_one() -> None:
+    text = (ROOT / "deploy" / "README.md").read_text("utf-8")
+    example = text[text.index("    target:\n") : text.index("A host offers")]
+    deployment = Deployment.model_validate(yaml.safe_load(example))
+    assert deployment.target.placement.resources == {"target": 1}
+    assert {drafter.method for drafter in deployment.drafters} <= set(methods())

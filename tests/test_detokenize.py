@@ -149,6 +149,7 @@ def test_invalid_bytes(tokenizer: Tokenizer) -> None:
     c3, a9, ff = (byte(tokenizer, value) for value in (0xC3, 0xA9, 0xFF))
     prompt = tokenizer.encode("x").ids
     letter = tokenizer.token_to_id("o")
+    assert letter is not None
     assert "".join(pieces(tokenizer, prompt, [c3, a9, ff, letter])) == f"é{UNKNOWN}o"
     assert "".join(pieces(tokenizer, prompt, [letter, c3])) == f"o{UNKNOWN}"
     assert pieces(tokenizer, prompt, [ff, ff, letter, letter]) == ["", "", f"{UNKNOWN}{UNKNOWN}o", "o", ""]

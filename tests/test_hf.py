@@ -40,7 +40,7 @@ def rows_of(tree: TokenTree, start: int) -> Rows:
 
 def plain(model: HFModel, tokens: list[int]) -> torch.Tensor:
     with torch.inference_mode():
-        logits: torch.Tensor = model.module(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
+        logits: torch.Tensor = model.module(input_ids=torch.tensor([[int(token) for token in tokens]]), use_cache=False).logits[0]
         return logits
 
 
@@ -70,7 +70,9 @@ def test_a_row_of_a_tree_reads_as_its_path_alone(family: str) -> None:
 def test_a_second_generation_of_rows_sees_its_own_branch_in_the_cache(family: str) -> None:
     model, kv = hf_model(family), begun(hf_model(family))
     close(
-        model.forward(kv, Rows(np.array([PROMPT[-1], 4, 5]), np.array([9, 10, 10]), 9, np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], np.bool_))),
+        model.forward(
+            kv, Rows(np.array([PROMPT[-1], 4, 5]), np.array([9, 10, 10]), 9, np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], np.bool_))
+        ),
         torch.stack([plain(model, [*PROMPT, *path])[-1] for path in ([], [4], [5])]),
     )
     below = np.array([[1, 1, 0, 1, 0], [1, 0, 1, 0, 1]], np.bool_)
@@ -89,7 +91,11 @@ def test_a_second_generation_of_rows_sees_its_own_branch_in_the_cache(family: st
 def test_greedy_steps_are_those_of_transformers(family: str) -> None:
     model = hf_model(family)
     expected = model.module.generate(
-        torch.tensor([PROMPT]), attention_mask=torch.ones((1, 10), dtype=torch.int64), max_new_tokens=24, do_sample=False, eos_token_id=None
+        torch.from_numpy(PROMPT[None]),
+        attention_mask=torch.ones((1, 10), dtype=torch.int64),
+        max_new_tokens=24,
+        do_sample=False,
+        eos_token_id=None,
     )[0, 10:].tolist()
     kv = model.new_cache()
     found = [int(prefill(model, kv, PROMPT).argmax())]
@@ -228,7 +234,7 @@ def test_models_that_keep_more_than_keys_and_values_are_refused(model_type: str)
 
 def test_a_recurrent_model_in_memory_is_refused() -> None:
     module = tiny("mamba", state_size=4, expand=2, conv_kernel=2, time_step_rank=2)
-    with pytest.raises(ModelRefused, match="recurrent state|linear_attention"):
+    with pytest.raises(ModelRefused, match=r"recurrent state|linear_attention"):
         HFModel(module, "mamba")
 
 
@@ -240,5 +246,5 @@ def test_longrope_ends_where_its_angles_would_change() -> None:
 
 
 def test_no_context_length_is_refused() -> None:
-    with pytest.raises(ModelRefused, match="endless .* names no context length"):
+    with pytest.raises(ModelRefused, match=r"endless .* names no context length"):
         context_of(PreTrainedConfig(), "endless")

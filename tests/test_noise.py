@@ -1,6 +1,7 @@
 """The noise: the same bits everywhere, uniform, independent, and exact in the tails."""
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ def plain(seed: int, position: int, token: int) -> float:
     return -math.log(-math.log((x >> 12 | 1) / 2**52))
 
 
-def chi_square(observed: npt.NDArray[np.int64], expected: npt.NDArray[np.float64]) -> float:
+def chi_square(observed: npt.NDArray[Any], expected: npt.NDArray[np.float64]) -> float:
     """Probability of a deviation at least this large."""
     statistic = float(((observed - expected) ** 2 / expected).sum())
     return float(torch.special.gammaincc(torch.tensor((observed.size - 1) / 2.0).double(), torch.tensor(statistic / 2).double()))

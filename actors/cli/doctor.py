@@ -1,18 +1,14 @@
 """`outrider doctor`: does this pair fit, and what is to be expected of it?"""
 
-import statistics
 import time
 from typing import Annotated
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from actors.cli.generate import Dtype
 from runtime import config
-from runtime.models.base import Model, Rows
-from runtime.models.prefill import prefill
 from runtime.sampling import Sampling
 
 WIDTHS = (1, 4, 8, 16, 32)
@@ -36,6 +32,7 @@ def doctor(
     from runtime.models.acceptance import RANKS, acceptance
     from runtime.models.load import load_model, load_tokenizer
     from runtime.models.pair import check_pair
+    from runtime.models.profile import step_times
 
     names = (target or config.shipped("target"), draft or config.shipped("draft"))
     contexts = (context_length(names[0]), context_length(names[1]))
@@ -45,7 +42,7 @@ def doctor(
     with progress.status("loading both models") as status:
         large, small = (load_model(name, dtype.value, threads=1) for name in names)
         status.update("measuring steps")
-        large_times, small_times = step_times(large), step_times(small)
+        large_times, small_times = step_times(large, WIDTHS, time.monotonic), step_times(small, WIDTHS, time.monotonic)
         status.update("measuring acceptance")
         prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
         sampling = Sampling(temperature=temperature, max_tokens=min(64, contexts[0] // 2))
@@ -58,27 +55,6 @@ def doctor(
     ratio = large_times[1] / small_times[1]
     console.print(f"c = T/t     {ratio:.1f}: no drafter of this kind can bring more than {1 + ratio:.1f} times")
     console.print(f"to expect   {expected(rates, large_times, small_times):.1f} times, if target and draft have a device each")
-
-
-def step_times(model: Model, text: int = 64, repeats: int = 15) -> dict[int, float]:
-    """Seconds (median) of one pass with so many rows below one root, behind `text` tokens."""
-    text = min(text, model.context - 2)
-    cache = model.new_cache()
-    prefill(model, cache, np.zeros(text, dtype=np.int64))
-    found: dict[int, float] = {}
-    for width in WIDTHS:
-        visible = np.eye(width, dtype=np.bool_)
-        visible[:, 0] = True
-        positions = np.full(width, text + 1, dtype=np.int64)
-        positions[0] = text
-        seconds: list[float] = []
-        for _ in range(repeats):
-            began = time.perf_counter()
-            model.forward(cache, Rows(np.zeros(width, dtype=np.int64), positions, text, visible))[0, 0].item()
-            seconds.append(time.perf_counter() - began)
-            cache.truncate(text)
-        found[width] = statistics.median(seconds)
-    return found
 
 
 def expected(rates: dict[int, float], large: dict[int, float], small: dict[int, float]) -> float:

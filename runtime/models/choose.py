@@ -60,30 +60,28 @@ def candidates(
         top = scores.topk(min(k, scores.shape[1]), dim=-1)
         likely = (top.values - scores.logsumexp(dim=-1, keepdim=True)).clamp(max=0.0)
         return top.indices.int().cpu().numpy(), likely.cpu().numpy()
-    scores = scores / sampling.temperature
     top = scores.topk(min(max(pool, k), scores.shape[1]), dim=-1)
-    kept, total = top.values.cpu().double().numpy(), scores.logsumexp(dim=-1, keepdim=True).cpu().numpy()
-    perturbed = _kept(kept, total, sampling) + noise.gumbel(sampling.seed, positions, top.indices.cpu().numpy())
-    order = np.argsort(-perturbed, axis=1, kind="stable")[:, :k]
-    lead = np.take_along_axis(perturbed, order, axis=1)
-    high = lead[:, :1]
-    shares = lead - high - np.log(np.exp(perturbed - high).sum(axis=1, keepdims=True))
-    return np.take_along_axis(top.indices.int().cpu().numpy(), order, axis=1), shares.astype(np.float32)
-
-
-def _kept(scores: npt.NDArray[np.float64], total: npt.NDArray[np.float32], sampling: Sampling) -> npt.NDArray[np.float64]:
-    """Descending scores (rows, pool) with -inf for what the filters bar; `total` is the log of the sum of exp over all."""
+    tokens, kept = top.indices.cpu().numpy(), (top.values / sampling.temperature).double().cpu().numpy()
     if sampling.top_k:
-        scores = scores.copy()
-        scores[:, sampling.top_k :] = -inf
-        if sampling.top_k <= scores.shape[1]:
-            total = scores[:, :1] + np.log(np.exp(scores - scores[:, :1]).sum(axis=1, keepdims=True))
-    probability = np.exp(scores - total)
-    barred = np.cumsum(probability, axis=1) - probability >= sampling.top_p
+        kept[:, sampling.top_k :] = -inf
+    if sampling.top_p < 1:
+        all_tokens = (scores / sampling.temperature).logsumexp(dim=-1, keepdim=True).cpu().numpy()
+        total = _logsumexp(kept) if 0 < sampling.top_k <= kept.shape[1] else all_tokens
+        probability = np.exp(kept - total)
+        kept[:, 1:][(np.cumsum(probability, axis=1) - probability >= sampling.top_p)[:, 1:]] = -inf
     if sampling.min_p:
-        barred |= scores < scores[:, :1] + log(sampling.min_p)
-    barred[:, 0] = False
-    return np.where(barred, -inf, scores)
+        kept[kept < kept[:, :1] + log(sampling.min_p)] = -inf
+    perturbed = kept + noise.gumbel(sampling.seed, positions, tokens)
+    order = np.argsort(-perturbed, axis=1, kind="stable")[:, :k]
+    shares = np.take_along_axis(perturbed - _logsumexp(perturbed), order, axis=1)
+    return np.take_along_axis(tokens, order, axis=1).astype(np.int32), shares.clip(max=0).astype(np.float32)
+
+
+def _logsumexp(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """log of the sum of exp of each row, as a column; one score at least is finite in each."""
+    high = scores.max(axis=1, keepdims=True)
+    total: npt.NDArray[np.float64] = high + np.log(np.exp(scores - high).sum(axis=1, keepdims=True))
+    return total
 
 
 def _warped(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:

@@ -20,7 +20,7 @@ from runtime.models.base import Rows
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # What transformers' modelling code is known to raise for a model that cannot take our masks, positions or cache.
-MISFITS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError)
+MISFITS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 
 class HFModel:

@@ -13,6 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,7 +24,7 @@ from transformers import (
 from transformers.utils import logging
 
 from runtime.errors import InvalidRequest, ModelRefused
-from runtime.models.hf import HFModel, check_config
+from runtime.models.hf import MISFITS, HFModel, check_config
 from runtime.models.rollback import check_rollback
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,7 +48,7 @@ def load_model(name_or_folder: str, dtype: str = "auto", device: str = "auto", t
     check_weights(folder, name_or_folder)
     if threads is not None:
         torch.set_num_threads(threads)
-    model = HFModel(read_weights(folder, name_or_folder, config, kind).to(place), name_or_folder)
+    model = HFModel(read_weights(folder, name_or_folder, config, kind, place), name_or_folder)
     check_rollback(model)
     return model
 
@@ -55,9 +56,9 @@ def load_model(name_or_folder: str, dtype: str = "auto", device: str = "auto", t
 def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder or of a hub name, from its tokenizer.json. Raises ModelRefused."""
     folder = find_folder(name_or_folder)
-    refuse_code(folder, name_or_folder)
     if not (folder / "tokenizer.json").is_file():
         raise ModelRefused(f"{name_or_folder} has no tokenizer.json: save a fast tokenizer into it with save_pretrained()")
+    refuse_code(folder, name_or_folder)
     if (folder / "tokenizer.json").stat().st_size > TOKENIZER_BYTES:
         raise ModelRefused(f"{name_or_folder}/tokenizer.json is larger than {TOKENIZER_BYTES >> 20} MiB: choose another model")
     try:
@@ -110,16 +111,24 @@ def find_folder(name: str) -> Path:
 
 def refuse_code(folder: Path, name: str) -> None:
     """No code of the model's author, nothing that leads out of the folder. The hub's local cache links to its own blobs."""
-    for scripts in folder.rglob("*.py"):
-        raise ModelRefused(f"{name} brings code of its own ({scripts.name}): choose a model that transformers knows")
+    for script in folder.glob("*.py"):
+        raise ModelRefused(f"{name} brings code of its own ({script.name}): choose a model that transformers knows")
     root = folder.resolve()
     root = root.parents[1] if root.parent.name == "snapshots" else root
     for file in folder.iterdir():
-        if not file.resolve().is_relative_to(root):
+        if not resolved(file).is_relative_to(root):
             raise ModelRefused(f"{name}/{file.name} is a link that leads out of the folder: copy the file into it")
     for file in (folder / "config.json", folder / "tokenizer_config.json"):
         if file.is_file() and "auto_map" in read_json(file, name):
             raise ModelRefused(f"{name}/{file.name} asks for code of its own (auto_map): choose a model that transformers knows")
+
+
+def resolved(file: Path) -> Path:
+    """Where a path leads; the root of the file system for a link that leads nowhere but to itself."""
+    try:
+        return file.resolve()
+    except (OSError, RuntimeError):
+        return Path(file.anchor or "/")
 
 
 def read_json(file: Path, name: str) -> dict[str, Any]:
@@ -127,8 +136,8 @@ def read_json(file: Path, name: str) -> dict[str, Any]:
         raise ModelRefused(f"{name}/{file.name} is larger than {JSON_BYTES >> 20} MiB: choose another model")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelRefused(f"{name}/{file.name} is not JSON ({one_line(error)}): copy it again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelRefused(f"{name}/{file.name} is not readable JSON ({one_line(error)}): copy it again") from error
     if not isinstance(value, dict):
         raise ModelRefused(f"{name}/{file.name} is not a JSON object: copy it again")
     return value
@@ -140,10 +149,12 @@ def read_config(folder: Path, name: str) -> PreTrainedConfig:
         raise ModelRefused(f"{name} has no config.json: give the folder of a whole model")
     refuse_code(folder, name)
     kind = read_json(folder / "config.json", name).get("model_type")
+    if str(kind) not in CONFIG_MAPPING:
+        raise ModelRefused(f"{name}/config.json names model_type {str(kind)[:64]!r}: choose a model that transformers knows")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, StrictDataclassError) as error:
-        raise ModelRefused(f"{name}/config.json cannot be read, model_type {str(kind)[:64]!r} ({one_line(error)})") from error
+    except (OSError, ImportError, StrictDataclassError, *MISFITS) as error:
+        raise ModelRefused(f"{name}/config.json does not fit model_type {kind} ({one_line(error)}): copy it again") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelRefused(f"{name} ({config.model_type}) is not a causal language model: choose a decoder-only model")
     kinds: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -183,7 +194,7 @@ def read_index(index: Path, name: str) -> list[str]:
         raise ModelRefused(f"{name}/{index.name} is not an index of weights: copy it again") from error
 
 
-def read_weights(folder: Path, name: str, config: PreTrainedConfig, dtype: torch.dtype | str) -> Any:
+def read_weights(folder: Path, name: str, config: PreTrainedConfig, dtype: torch.dtype | str, device: torch.device) -> Any:
     """The module with all of its weights: transformers would fill missing ones with random numbers and warn."""
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
@@ -192,7 +203,8 @@ def read_weights(folder: Path, name: str, config: PreTrainedConfig, dtype: torch
         reader: Any = AutoModelForCausalLM
         safely = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
         module, report = reader.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True, **safely)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError) as error:
+        module.to(device)
+    except (OSError, ImportError, StrictDataclassError, *MISFITS) as error:
         raise ModelRefused(f"{name} cannot be loaded ({one_line(error)}): copy it again or choose another model") from error
     finally:
         logging.set_verbosity(level)

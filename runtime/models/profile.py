@@ -1,0 +1,34 @@
+"""How long a step takes with so many rows: T(n) of a target, t(w) of a drafter, on the device they are on."""
+
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+
+from runtime.clock import Clock
+from runtime.models.base import Model, Rows
+from runtime.models.prefill import prefill
+
+TEXT = 64  # tokens in the cache while it is measured
+
+
+def step_times(model: Model, widths: Sequence[int], clock: Clock, repeats: int = 5) -> dict[int, float]:
+    """Seconds (median) of one pass by its rows: a root and `width - 1` children of it, logits brought to the CPU."""
+    text = min(TEXT, model.context - 2)
+    cache = model.new_cache()
+    prefill(model, cache, np.zeros(text, dtype=np.int64))
+    found: dict[int, float] = {}
+    for width in widths:
+        visible = np.eye(width, dtype=np.bool_)
+        visible[:, 0] = True
+        positions = np.full(width, text + 1, dtype=np.int64)
+        positions[0] = text
+        rows = Rows(np.zeros(width, dtype=np.int64), positions, text, visible)
+        seconds: list[float] = []
+        for _ in range(repeats + 1):
+            began = clock()
+            float(model.forward(cache, rows)[0, 0])  # waits for the device
+            seconds.append(clock() - began)
+            cache.truncate(text)
+        found[width] = statistics.median(seconds[1:])
+    return found

@@ -1,0 +1,266 @@
+"""Targets and drafters put together in a few lines: on one thread and in lock-step, or as they run in earnest."""
+
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from runtime.choice import Chooser, choose
+from runtime.drafters.base import Children, Drafter, Text
+from runtime.drafting import DraftHost
+from runtime.engine import Admit, Engine, Join, Leave
+from runtime.errors import LinkLost
+from runtime.finish import Finish
+from runtime.grower import Grower, Heard
+from runtime.links import DraftLink
+from runtime.messages import Chunk, Event, FinishReason, Reply, Request, Round, Stats
+from runtime.models.base import Model
+from runtime.sampling import Sampling
+from runtime.schedulers.base import Plan, Scheduler, View
+from runtime.schedulers.fixed import Fixed
+from runtime.target import Target
+
+HANG_S = 20.0  # a wait that takes so long is a fault, and fails
+NOBODY: frozenset[int] = frozenset()
+
+
+# What is asked and what comes out
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Everything a caller sees of one generation."""
+
+    text: str
+    tokens: tuple[int, ...]
+    drafters: tuple[str, ...]
+    reason: FinishReason | None
+    stats: Stats
+    error: str
+
+    def said(self) -> tuple[object, ...]:
+        """What must not depend on drafters: text, ids, the reason of the end, usage."""
+        return self.text, self.tokens, self.reason, self.error, self.stats.prompt_tokens, self.stats.completion_tokens
+
+
+def output(chunks: Iterable[Chunk]) -> Output:
+    """Chunks joined; nothing follows the one with a finish reason."""
+    *others, last = chunks
+    assert last.stats is not None
+    assert all(chunk.finish_reason is None and chunk.tokens for chunk in others)
+    pieces, tokens, drafters = (tuple(itertools.chain(*parts)) for parts in zip(*map(parallel, (*others, last)), strict=True))
+    return Output("".join(pieces), tokens, drafters, last.finish_reason, last.stats, last.error)
+
+
+def parallel(chunk: Chunk) -> tuple[tuple[str, ...], tuple[int, ...], tuple[str, ...]]:
+    assert len(chunk.pieces) == len(chunk.tokens) == len(chunk.drafters)
+    return chunk.pieces, chunk.tokens, chunk.drafters
+
+
+def letter(token: int) -> str:
+    """The text of a token, in tests that need no tokenizer."""
+    return chr(ord("a") + token % 26)
+
+
+def lettering(eos: frozenset[int] = NOBODY) -> Callable[[Request], Finish]:
+    return lambda request: Finish(request.sampling, eos, letter, lambda: "")
+
+
+def asking(prompt: Sequence[int], session: str = "s", speculation: bool = True, **sampling: Any) -> Request:
+    return Request(session, tuple(prompt), Sampling(**{"max_tokens": 24, **sampling}), speculation)
+
+
+# Drafters
+
+
+class Known:
+    """Knows what will be written: its first guess is right; the others, and all below them, are wrong."""
+
+    def __init__(self, text: Sequence[int], vocabulary: int, branches: int = 1) -> None:
+        self.text, self.vocabulary, self.branches = list(text), vocabulary, branches
+
+    def expand(self, text: Text, leaves: Sequence[int]) -> Children:
+        found: list[tuple[int, int, float]] = []
+        for leaf in leaves:
+            before = [*text.tokens, *text.tree.tokens_to(leaf)]
+            right = len(before) < len(self.text) and before == self.text[: len(before)]
+            first = self.text[len(before)] if right else before[-1]
+            for rank in range(self.branches):
+                found.append((leaf, (first + rank + (not right)) % self.vocabulary, -0.1 if rank == 0 else -2.0))
+        return children(found)
+
+    def close(self, session: str) -> None:
+        pass
+
+
+class Mute:
+    def expand(self, text: Text, leaves: Sequence[int]) -> Children:
+        return children([])
+
+    def close(self, session: str) -> None:
+        pass
+
+
+def children(found: Sequence[tuple[int, int, float]]) -> Children:
+    parents, tokens, scores = zip(*found, strict=True) if found else ((), (), ())
+    return Children(np.asarray(parents, np.int32), np.asarray(tokens, np.int32), np.asarray(scores, np.float32))
+
+
+# Lock-step: no thread, no clock, the same in every run
+
+
+Tamper = Callable[[Any], Iterable[Any]]  # what becomes of one message on the way
+
+
+def engine_of(model: Model, rows: int = 8, eos: frozenset[int] = NOBODY, chooser: Chooser = choose) -> Engine:
+    ticks = itertools.count()
+    return Engine(model, chooser, Fixed(rows), eos, lambda: float(next(ticks)))
+
+
+class Lockstep:
+    """An engine and its growers on one thread. In each round every grower hears what is there for it, expands each of its
+    sessions `passes` times, and is heard; then every session makes one step."""
+
+    def __init__(self, engine: Engine, *growers: Grower, passes: int = 2, tamper: Tamper = lambda message: [message]) -> None:
+        self.engine, self.passes, self.tamper = engine, passes, tamper
+        self.growers: list[Grower] = []
+        self.sends: dict[str, Callable[[Event], None]] = {}
+        for grower in growers:
+            self.join(grower)
+
+    def join(self, grower: Grower) -> None:
+        def reply(message: Reply) -> None:
+            for arriving in self.tamper(message):
+                self.engine.inbox.put(replace(arriving, drafter=grower.name))
+
+        def send(event: Event) -> None:
+            for arriving in self.tamper(event):
+                grower.inbox.put(Heard(0, arriving, reply))
+
+        self.growers.append(grower)
+        self.sends[grower.name] = send
+        self.engine.handle(Join(grower.name, send))
+
+    def leave(self, grower: Grower) -> None:
+        self.growers.remove(grower)
+        self.engine.handle(Leave(grower.name, self.sends.pop(grower.name)))
+
+    def admit(self, request: Request) -> list[Chunk]:
+        """Begins a session; its chunks come into the list that is returned."""
+        chunks: list[Chunk] = []
+        self.engine.handle(Admit(request, lettering(self.engine.eos)(request), chunks.append))
+        return chunks
+
+    def round(self) -> None:
+        for grower in self.growers:
+            grower.take_in(block=False)
+            for _ in range(self.passes):
+                for name in tuple(grower.growing):
+                    grower.grow(name)
+        self.engine.take_in(block=False)
+        for live in tuple(self.engine.live.values()):
+            self.engine.advance(live)
+
+    def run(self, *requests: Request) -> list[Output]:
+        """All of them to their end, beside each other."""
+        chunks = [self.admit(request) for request in requests]
+        while self.engine.live:
+            self.round()
+        for grower in self.growers:
+            grower.take_in(block=False)
+        return [output(of_one) for of_one in chunks]
+
+
+def plain(model: Model, request: Request, eos: frozenset[int] = NOBODY, chooser: Chooser = choose) -> Output:
+    """What the target says alone."""
+    return Lockstep(engine_of(model, eos=eos, chooser=chooser)).run(replace(request, speculation=False))[0]
+
+
+def continued(model: Model, prompt: Sequence[int], count: int, chooser: Chooser = choose) -> list[int]:
+    """The prompt and `count` tokens more, as the target writes greedily."""
+    return [*prompt, *plain(model, asking(prompt, max_tokens=count), chooser=chooser).tokens]
+
+
+# In earnest: a target and drafters with their threads
+
+
+@dataclass(frozen=True, slots=True)
+class Patient:
+    """Waits until `rows` nodes are there, however long it takes: makes the number of rounds a matter of the drafter alone.
+
+    To be used with outputs of a multiple of rows + 1 tokens: at their end a shorter tree would be waited for in vain.
+    """
+
+    rows: int
+
+    def plan(self, view: View) -> Plan:
+        if view.drafters and len(view.gains) < self.rows and view.waited < HANG_S:
+            return Plan(min(self.rows, len(view.gains)), HANG_S - view.waited)
+        return Plan(min(self.rows, len(view.gains)))
+
+    def observe(self, done: Round) -> None:
+        pass
+
+    def grew(self, delay: float, hit: bool) -> None:
+        pass
+
+
+@asynccontextmanager
+async def running(
+    model: Model, scheduler: Scheduler, eos: frozenset[int] = NOBODY, chooser: Chooser = choose, finish: Callable[[Request], Finish] | None = None
+) -> AsyncIterator[Target]:
+    """A target on this event loop, stopped in the end."""
+    target = Target(Engine(model, chooser, scheduler, eos, time.monotonic), finish or lettering(eos))
+    target.start()
+    try:
+        yield target
+    finally:
+        await target.stop()
+
+
+@asynccontextmanager
+async def hosted(drafter: Drafter, name: str = "d", width: int = 1) -> AsyncIterator[DraftHost]:
+    """A drafter with its thread, stopped in the end."""
+    host = DraftHost(Grower(drafter, name, width))
+    host.start()
+    try:
+        yield host
+    finally:
+        await host.stop()
+
+
+async def answer(target: Target, request: Request) -> Output:
+    """The whole output of one request."""
+    return output([chunk async for chunk in target.generate(request)])
+
+
+# Links that fail
+
+
+class Dying:
+    """A link that is lost after so many replies."""
+
+    def __init__(self, inner: DraftLink, replies: int) -> None:
+        self.inner, self.left = inner, replies
+
+    async def speculate(self, events: AsyncIterator[Event]) -> AsyncIterator[Reply]:
+        replies: Any = self.inner.speculate(events)
+        async with aclosing(replies):
+            async for reply in replies:
+                if self.left == 0:
+                    raise LinkLost("killed by the test")
+                self.left -= 1
+                yield reply
+
+
+def transformers_greedy(module: Any, prompt: Sequence[int], count: int) -> tuple[int, ...]:
+    """What transformers' own generate() writes after `prompt`."""
+    ids = torch.tensor([list(prompt)])
+    with torch.inference_mode():
+        found = module.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0)
+    return tuple(found[0, len(prompt) :].tolist())

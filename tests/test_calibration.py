@@ -1,0 +1,68 @@
+"""Scores come from what was observed, and from the drafter's own number as long as nothing was."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.calibration import BINS, PRIOR, RANKS, Calibration, bin_of
+from runtime.tree import TokenTree
+
+
+def test_bins_cover_all_scores_and_are_finer_near_certainty() -> None:
+    scores = [math.log(p) if p else -math.inf for p in (1.0, 0.995, 0.98, 0.9, 0.7, 0.5, 0.3, 0.1, 0.0)]
+    bins = [bin_of(score) for score in scores]
+    assert bins == sorted(bins)
+    assert (bins[0], bins[-1]) == (0, BINS - 1)
+    assert {bin_of(math.log1p(-((n + 0.5) / BINS) ** 2)) for n in range(BINS)} == set(range(BINS))
+
+
+@given(st.floats(-50.0, 0.0), st.integers(0, 40))
+def test_without_observations_the_drafter_is_believed(score: float, rank: int) -> None:
+    assert math.exp(Calibration().score(rank, score)) == pytest.approx(max(1e-6, math.exp(score)))
+
+
+@pytest.mark.parametrize("said", [math.log(0.25), math.log(0.9), -math.inf])
+def test_it_learns_the_rate_of_its_rank_and_bin_alone(said: float) -> None:
+    calibration = Calibration()
+    for n in range(1000):
+        calibration.observe(0, said, n % 10 < 7)
+    assert math.exp(calibration.score(0, said)) == pytest.approx(0.7, abs=0.01)
+    assert math.exp(calibration.score(1, said)) == pytest.approx(max(1e-6, math.exp(said)))
+    assert math.exp(calibration.score(0, math.log(0.5))) == pytest.approx(0.5)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.floats(-20.0, 0.0), st.booleans()), max_size=60), st.integers(0, 20), st.floats(-60.0, 0.0))
+def test_scores_are_logarithms_of_probabilities(seen: list[tuple[int, float, bool]], rank: int, said: float) -> None:
+    calibration = Calibration()
+    for observed in seen:
+        calibration.observe(*observed)
+    assert math.log(1e-6) <= calibration.score(rank, said) <= 0.0
+    assert calibration.score(rank, -math.inf) <= 0.0
+
+
+def test_the_prior_weighs_as_so_many_observations() -> None:
+    calibration = Calibration()
+    for _ in range(int(PRIOR)):
+        calibration.observe(0, math.log(0.5), True)
+    assert math.exp(calibration.score(0, math.log(0.5))) == pytest.approx(0.75)
+
+
+def test_far_ranks_share_a_row() -> None:
+    calibration = Calibration()
+    calibration.observe(RANKS + 5, -1.0, True)
+    assert calibration.score(RANKS - 1, -1.0) == calibration.score(RANKS + 9, -1.0) > -1.0
+
+
+def test_only_nodes_that_the_decision_passed_are_counted() -> None:
+    """root -> 5, 6; 5 -> 7, 8; 6 -> 9; 7 -> 4. Decided: 5, 8, 1. Passed: the root, 5 and 8; 6 and 7 were not."""
+    tree = TokenTree(1, 0, 64, 8)
+    for parent, token in ((0, 5), (0, 6), (1, 7), (1, 8), (2, 9), (3, 4)):
+        tree.add(parent, token, -0.1, said=-0.5)
+    calibration = Calibration()
+    calibration.observe_path(tree, [5, 8, 1])
+    column = bin_of(-0.5)
+    assert [row[column] for row in calibration.tries[:3]] == [2.0, 2.0, 0.0]
+    assert [row[column] for row in calibration.hits[:3]] == [1.0, 1.0, 0.0]
+    assert sum(map(sum, calibration.tries)) == 4.0

@@ -1,0 +1,128 @@
+"""What is started where: from flags, and from a file that a stranger may have written."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from runtime import config
+from runtime.config import Deployment, DrafterConfig, Placement, TargetConfig, deployment, methods, read, shipped, split_cores
+from runtime.errors import InvalidRequest
+
+
+def named(*drafts: str, drafters: int = 1) -> list[str]:
+    return [drafter.name for drafter in deployment("t", drafts, drafters, "auto", "cpu", local=False).drafters]
+
+
+def test_the_methods_are_the_files() -> None:
+    assert {"model", "ngram", "noisy"} <= set(methods())
+    assert "base" not in methods()
+
+
+def test_a_draft_is_a_method_or_a_model() -> None:
+    made = deployment("big", ("ngram", "org/small", "model"), 1, "float32", "cpu", local=False)
+    assert made.target == TargetConfig(model="big", dtype="float32", device="cpu")
+    assert [(drafter.name, drafter.method, drafter.model) for drafter in made.drafters] == [
+        ("ngram-0", "ngram", ""),
+        ("small-0", "model", "org/small"),
+        ("model-0", "model", "model"),
+    ]
+    assert {(drafter.target, drafter.dtype, drafter.device) for drafter in made.drafters} == {("big", "float32", "cpu")}
+
+
+def test_names_are_distinct_whatever_is_asked_for() -> None:
+    assert named("small", drafters=3) == ["small-0", "small-1", "small-2"]
+    assert named("small", "small") == ["small-0", "small-1"]
+    assert named("a/small", "b/small", drafters=2) == ["small-0", "small-1", "small-2", "small-3"]
+    assert named() == []
+
+
+def test_on_one_machine_the_cores_are_shared_and_nothing_listens_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config.os, "sched_getaffinity", lambda _: {3, 1, 2, 0})
+    made = deployment("big", ("small", "ngram"), 1, "auto", "auto", local=True)
+    assert [made.target.placement.cores, *(drafter.placement.cores for drafter in made.drafters)] == [(0, 1), (2,), (3,)]
+    assert {made.target.placement.listen, *(drafter.placement.listen for drafter in made.drafters)} == {"127.0.0.1"}
+    spread = deployment("big", ("small",), 2, "auto", "auto", local=False)
+    assert [place.placement for place in (spread.target, *spread.drafters)] == [Placement()] * 3
+
+
+@pytest.mark.parametrize(
+    ("cores", "drafters", "shares"),
+    [
+        ([0], 1, [(0,), (0,)]),
+        ([0, 1], 0, [(0,)]),
+        ([0, 1], 1, [(0,), (1,)]),
+        ([0, 1], 3, [(0,), (1,), (1,), (1,)]),
+        ([4, 5, 6, 7], 2, [(4, 5), (6,), (7,)]),
+        ([0, 1, 2, 3, 4, 5, 6, 7], 3, [(0, 1, 2, 3), (4, 7), (5,), (6,)]),
+    ],
+)
+def test_split_cores(cores: list[int], drafters: int, shares: list[tuple[int, ...]]) -> None:
+    assert split_cores(cores, drafters) == shares
+
+
+def test_the_shipped_pair_lies_in_the_project() -> None:
+    for name in ("target", "draft"):
+        assert (Path(shipped(name)) / "tokenizer.json").is_file()  # type: ignore[arg-type]
+
+
+GOOD = """
+target: {model: big, dtype: float32, placement: {num_gpus: 0.5, resources: {fast: 1}, cores: [0, 1]}}
+drafters:
+  - {name: a, model: small, target: big, width: 8}
+  - {name: b, method: ngram, placement: {node: 10.0.0.7, listen: 10.0.0.7, threads: 2}}
+"""
+
+
+def test_a_deployment_file(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(GOOD)
+    assert read(file) == Deployment(
+        target=TargetConfig(model="big", dtype="float32", placement=Placement(num_gpus=0.5, resources={"fast": 1.0}, cores=(0, 1))),
+        drafters=(
+            DrafterConfig(name="a", model="small", target="big", width=8),
+            DrafterConfig(name="b", method="ngram", placement=Placement(node="10.0.0.7", listen="10.0.0.7", threads=2)),
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "content"),
+        ("- 1", "content"),
+        ("target: {model: big", "is not YAML"),
+        ("\x00", "is not YAML"),
+        ("drafters: []", "target: Field required"),
+        ("target: {model: big, dtyp: float32}", "target.dtyp: Extra inputs"),
+        ("target: {model: big, dtype: float64}", "target.dtype: Input should be"),
+        ("target: {model: big, placement: {num_cpus: -1}}", "target.placement.num_cpus"),
+        ("target: {model: big}\ndrafters: [{name: a, width: 0}]", "drafters.0.width"),
+        ("target: {model: big}\ndrafters: [{name: a, method: telepathy}]", "'telepathy' is no drafting method: give one of"),
+        ("target: {model: big}\ndrafters: [{name: a}, {name: a}]", "name 'a' is given twice"),
+    ],
+)
+def test_a_wrong_file_is_named_with_what_is_wrong(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(text)
+    with pytest.raises(InvalidRequest) as caught:
+        read(file)
+    assert says in str(caught.value)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.param == "config"
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="does not exist"):
+        read(tmp_path / "none.yaml")
+    with pytest.raises(InvalidRequest, match="cannot be read"):
+        read(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"target: \xff")
+    with pytest.raises(InvalidRequest, match="is not YAML"):
+        read(tmp_path / "latin.yaml")
+
+
+def test_values_do_not_change() -> None:
+    with pytest.raises(ValidationError):
+        Placement().cores = (1,)  # type: ignore[misc]

@@ -1,0 +1,165 @@
+"""One generation without I/O: what a draft can do to it, and what it cannot."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime import limits
+from runtime.calibration import Calibration
+from runtime.messages import Commit, Draft, Request, Share
+from runtime.sampling import Sampling
+from runtime.session import Session
+from runtime.tree import mix64, text_key
+from runtime.verify import Verdict
+
+PROMPT = (3, 1, 4)
+ROOT = text_key(PROMPT)
+V = 8
+
+Node = tuple[tuple[int, ...], int]  # path of the parent, token
+
+
+def session(max_tokens: int = 20, context: int = 100, committed: tuple[int, ...] = (), **options: int) -> Session:
+    request = Request("s", PROMPT, Sampling(max_tokens=max_tokens), committed=committed)
+    return Session(request, V, context, Calibration(), **options)
+
+
+def draft(*nodes: Node, scores: list[float] | None = None, root: int = ROOT, epoch: int = 0, drafter: str = "d") -> Draft:
+    parents = np.array([text_key(path, root) for path, _ in nodes], np.uint64)
+    tokens = np.array([token for _, token in nodes], np.int32)
+    return Draft("s", epoch, drafter, parents, tokens, np.array([-0.5] * len(nodes) if scores is None else scores, np.float32))
+
+
+def paths(of: Session) -> set[tuple[int, ...]]:
+    return {tuple(of.tree.tokens_to(node)) for node in range(1, len(of.tree))}
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple), min_size=1, max_size=8),
+    st.lists(st.integers(0, 100), min_size=1, max_size=6),
+    st.randoms(use_true_random=False),
+)
+def test_merging_needs_no_order_and_bears_repetition(leaves: list[tuple[int, ...]], cuts: list[int], random: object) -> None:
+    """Drafts of whole paths, in any order and some of them twice, make the same tree as one draft of all of it."""
+    nodes = sorted({leaf[:n] for leaf in leaves for n in range(1, len(leaf) + 1)}, key=len)
+    whole, parts = session(), session()
+    added = whole.offer(draft(*((path[:-1], path[-1]) for path in nodes)))
+    messages = [draft(*((leaf[:n], leaf[n]) for n in range(len(leaf)))) for leaf in leaves]
+    messages += [messages[cut % len(messages)] for cut in cuts]
+    random.shuffle(messages)  # type: ignore[attr-defined]
+    assert sum(parts.offer(message) for message in messages) == added == len(nodes)
+    assert paths(parts) == paths(whole) == set(nodes)
+    assert parts.drafted == whole.drafted == added
+    assert set(parts.ignored) == {"repeated"}
+    assert whole.ignored == Counter()
+
+
+def test_growth_is_kept_with_what_the_drafter_said_and_its_calibrated_score() -> None:
+    of = session()
+    of.calibration.observe(0, -0.5, False)
+    assert of.offer(draft(((), 5), ((5,), 6), drafter="a")) == 2
+    assert of.offer(draft(((), 5), ((), 7), scores=[-0.1, -2.0], drafter="b")) == 1
+    tree = of.tree
+    assert tree.said == [0.0, -0.5, -0.5, -2.0]
+    assert tree.rank == [0, 0, 0, 1]
+    assert tree.drafter == ["", "a", "a", "b"]
+    assert tree.score[1] == of.calibration.score(0, -0.5) < -0.5
+    assert tree.score[3] == of.calibration.score(1, -2.0)
+
+
+@pytest.mark.parametrize(
+    ("message", "why", "count"),
+    [
+        (draft(((), 5), epoch=1), "stale", 1),
+        (draft(((7,), 5)), "stale", 1),
+        (draft(((), 5), root=ROOT ^ 1), "stale", 1),
+        (draft(((), V)), "invalid", 1),
+        (draft(((), -1)), "invalid", 1),
+        (draft(((), 5), scores=[0.01]), "invalid", 1),
+        (draft(((), 5), scores=[math.nan]), "invalid", 1),
+        (draft(((), 5), scores=[math.inf]), "invalid", 1),
+        (draft(*[((), 5)] * (limits.DRAFT_NODES + 1)), "oversize", limits.DRAFT_NODES + 1),
+        (draft(), "", 0),
+    ],
+)
+def test_what_makes_no_sense_changes_nothing_and_is_counted(message: Draft, why: str, count: int) -> None:
+    of = session()
+    assert of.offer(message) == 0
+    assert paths(of) == set()
+    assert +of.ignored == Counter({why: count} if count else {})
+    assert of.offer(draft(((), 5))) == 1
+
+
+def test_an_impossible_guess_is_worth_little_but_breaks_nothing() -> None:
+    of = session()
+    assert of.offer(draft(((), 5), scores=[-math.inf])) == 1
+    assert of.gains() == [pytest.approx(1e-6)]
+
+
+def test_the_mirror_is_bounded_in_nodes_and_depth() -> None:
+    of = Session(Request("s", PROMPT, Sampling(max_tokens=10**6)), 10**6, 10**7, Calibration())
+    deep = (1,) * (limits.TREE_DEPTH + 5)
+    assert of.offer(draft(*((deep[:n], 1) for n in range(len(deep))))) == limits.TREE_DEPTH
+    assert of.ignored == Counter({"full": 1, "stale": 4})
+    for start in range(2, 1000, limits.DRAFT_NODES):
+        of.offer(draft(*(((), start + n) for n in range(limits.DRAFT_NODES))))
+    assert len(of.tree) == limits.TREE_NODES + 1
+    assert of.drafted == limits.TREE_NODES
+
+
+def test_rows_are_the_best_nodes_whose_tokens_could_be_delivered() -> None:
+    of = session(max_tokens=3)
+    of.offer(draft(((), 5), ((5,), 6), ((5, 6), 7), ((), 2), scores=[-0.1, -0.1, -0.1, -3.0]))
+    assert of.gains() == pytest.approx([math.exp(-0.1), math.exp(-0.2), math.exp(-3.0)])
+    assert of.select(1) == [1]
+    assert of.select(2) == [1, 2]
+    assert of.select(9) == [1, 2, 4]
+    assert of.paths(of.select(9)) == [[], [5], [5, 6], [2]]
+
+
+@pytest.mark.parametrize(("max_tokens", "context", "deepest"), [(1, 100, 0), (2, 100, 1), (50, 6, 2), (50, 4, 0)])
+def test_nothing_is_verified_beyond_the_end(max_tokens: int, context: int, deepest: int) -> None:
+    of = session(max_tokens, context)
+    of.offer(draft(((), 5), ((5,), 5), ((5, 5), 5)))
+    assert len(of.gains()) == len(of.select(9)) == deepest
+
+
+def test_a_verdict_moves_the_root_and_says_so() -> None:
+    of = session(epoch=4)
+    of.offer(draft(((), 5), ((5,), 6), ((5, 6), 2), ((), 7), epoch=4))
+    commit, hit = of.apply(Verdict((1, 2), 2))
+    assert (commit, hit) == (Commit("s", 4, 3, (5, 6, 2), text_key([3, 1, 4, 5, 6, 2])), True)
+    assert of.tokens == [3, 1, 4, 5, 6, 2]
+    assert paths(of) == set()
+    commit, hit = of.apply(Verdict((), 1))
+    assert (commit, hit) == (Commit("s", 4, 6, (1,), mix64(text_key([3, 1, 4, 5, 6, 2]), 1)), False)
+
+
+def test_growth_below_the_new_root_survives_and_late_growth_still_fits() -> None:
+    of = session()
+    of.offer(draft(((), 5), ((5,), 6), ((), 7)))
+    of.apply(Verdict((), 5))
+    assert paths(of) == {(6,)}
+    assert of.offer(draft(((), 7), ((5,), 4), ((5, 6), 3), ((7,), 1))) == 2
+    assert paths(of) == {(6,), (4,), (6, 3)}
+    assert of.ignored == Counter({"stale": 2})
+
+
+def test_calibration_learns_from_verdicts() -> None:
+    of = session()
+    of.offer(draft(((), 5), ((), 6)))
+    of.apply(Verdict((), 6))
+    assert of.calibration.score(0, -0.5) < -0.5 < of.calibration.score(1, -0.5)
+
+
+def test_who_joins_late_learns_the_whole_text() -> None:
+    of = session(committed=(1, 5), epoch=2)
+    of.apply(Verdict((), 7))
+    opened = of.open(Share("s", 1, 3))
+    assert (opened.session, opened.epoch, opened.tokens, opened.prompt) == ("s", 2, (3, 1, 4, 1, 5, 7), 3)
+    assert opened.share == Share("s", 1, 3)
+    assert of.end == 3 + 20

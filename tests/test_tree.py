@@ -1,0 +1,145 @@
+"""The token tree against a dictionary of paths, through any sequence of growth and re-roots."""
+
+import math
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from runtime.tree import EMPTY_TEXT, MASK, TokenTree, mix64, text_key
+
+TEXT = (3, 1, 4)
+MAX_NODES, MAX_DEPTH = 12, 4
+TOKENS = st.integers(0, 3)
+Path = tuple[int, ...]
+
+
+class TreeMachine(RuleBasedStateMachine):
+    """`paths` is the oracle: the score and whether it is expanded, of every path below the root, in order of arrival."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = list(TEXT)
+        self.tree = TokenTree(text_key(TEXT), TEXT[-1], MAX_NODES, MAX_DEPTH)
+        self.paths: dict[Path, tuple[float, bool]] = {}
+        self.root_expanded = False
+
+    def node(self, path: Path) -> int:
+        """Found by name, as everyone outside does."""
+        return self.tree.index[text_key([*self.text, *path])]
+
+    @rule(data=st.data(), token=TOKENS, score=st.floats(-9.0, 0.0))
+    def add(self, data: st.DataObject, token: int, score: float) -> None:
+        parent: Path = data.draw(st.sampled_from([(), *self.paths]))
+        path = (*parent, token)
+        fits = path not in self.paths and len(self.paths) < MAX_NODES and len(path) <= MAX_DEPTH
+        added = self.tree.add(self.node(parent), token, score, drafter=f"d{token}")
+        assert added == (len(self.tree) - 1 if fits else None)
+        if fits:
+            self.paths[path] = (score, False)
+
+    @rule(paths=st.lists(st.lists(TOKENS, min_size=1, max_size=MAX_DEPTH).map(tuple), max_size=8))
+    def merge(self, paths: list[Path]) -> None:
+        """A draft by name, each node twice; where a parent is not there, or there is no room, its children are none either."""
+        nodes = sorted({path[:n] for path in paths for n in range(1, len(path) + 1)}, key=len)
+        for path in [*nodes, *nodes]:
+            parent = self.tree.index.get(text_key([*self.text, *path[:-1]]))
+            if parent is not None and self.tree.add(parent, path[-1], -1.0) is not None:
+                self.paths[path] = (-1.0, False)
+
+    @rule(data=st.data())
+    def expand(self, data: st.DataObject) -> None:
+        path: Path = data.draw(st.sampled_from([(), *self.paths]))
+        self.tree.expanded[self.node(path)] = True
+        if path:
+            self.paths[path] = (self.paths[path][0], True)
+        else:
+            self.root_expanded = True
+
+    @rule(data=st.data(), beyond=st.lists(TOKENS, max_size=2))
+    def reroot(self, data: st.DataObject, beyond: list[int]) -> None:
+        tokens = (*data.draw(st.sampled_from([(), *self.paths])), *beyond)
+        hit = tokens in self.paths or not tokens
+        if tokens:
+            self.root_expanded = hit and self.paths[tokens][1]
+        survivors = {path[len(tokens) :]: kept for path, kept in self.paths.items() if path[: len(tokens)] == tokens and path != tokens}
+        ranks = {path: self.tree.rank[self.node((*tokens, *path))] for path in survivors}
+        assert self.tree.reroot(tokens) == hit
+        self.text.extend(tokens)
+        self.paths = survivors
+        assert {path: self.tree.rank[self.node(path)] for path in survivors} == ranks
+        assert self.tree.key[0] == text_key(self.text)
+        assert self.tree.token[0] == self.text[-1]
+
+    @invariant()
+    def holds_exactly_the_paths(self) -> None:
+        tree = self.tree
+        found = {tuple(tree.tokens_to(node)): node for node in range(1, len(tree))}
+        assert found.keys() == self.paths.keys()
+        assert len(tree) == 1 + len(self.paths) <= 1 + MAX_NODES
+        assert tree.expanded[0] == self.root_expanded
+        for path, node in found.items():
+            score, expanded = self.paths[path]
+            assert tree.descend(path) == node
+            assert tree.index[text_key([*self.text, *path])] == node
+            assert 0 <= tree.parent[node] < node
+            assert tree.depth[node] == len(path) <= MAX_DEPTH
+            assert (tree.score[node], tree.said[node], tree.expanded[node]) == (score, score, expanded)
+            assert math.isclose(tree.path[node], sum(self.paths[path[:n]][0] for n in range(1, len(path) + 1)), abs_tol=1e-9)
+        assert len(tree.index) == len(tree)
+        for node in range(len(tree)):
+            assert tree.children[node] == {path[-1]: child for path, child in found.items() if tree.parent[child] == node}
+
+    @invariant()
+    def the_best_are_best_and_hold_their_parents(self) -> None:
+        for count in range(len(self.tree) + 1):
+            best = self.tree.best(count)
+            assert best == sorted(set(best))
+            assert len(best) == min(count, len(self.paths))
+            assert {self.tree.parent[node] for node in best} <= {0, *best}
+            rest = set(range(1, len(self.tree))) - set(best)
+            assert all(self.tree.path[node] >= self.tree.path[other] for node in best for other in rest)
+
+    @invariant()
+    def a_node_sees_its_ancestors_and_itself(self) -> None:
+        for count in (len(self.paths), len(self.paths) // 2):
+            nodes = self.tree.best(count)
+            paths = [self.tree.tokens_to(node) for node in nodes]
+            expected = [[path[: len(above)] == above for above in paths] for path in paths]
+            assert np.array_equal(self.tree.visible(nodes), np.array(expected, dtype=bool).reshape(len(nodes), len(nodes)))
+
+
+TestTree = TreeMachine.TestCase
+TestTree.settings = settings(max_examples=40, stateful_step_count=25)
+
+
+def test_a_name_is_that_of_the_whole_text() -> None:
+    assert text_key([]) == EMPTY_TEXT
+    assert text_key([5, 6, 7]) == mix64(mix64(mix64(EMPTY_TEXT, 5), 6), 7) == text_key([6, 7], text_key([5]))
+    names = {text_key(text) for n in range(4) for text in np.ndindex(*[6] * n)}
+    assert len(names) == 1 + 6 + 36 + 216
+    assert all(0 <= name <= MASK for name in names)
+
+
+def test_names_are_the_same_in_every_process_and_version() -> None:
+    """The first three numbers of SplitMix64 from seed 0, as published."""
+    assert [mix64(0, 0), mix64(0, 1), mix64(0, 2)] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert text_key([0]) == mix64(0, 1)
+
+
+def test_what_is_said_stands_beside_the_score() -> None:
+    tree = TokenTree(1, 0, 8, 8)
+    node = tree.add(0, 5, -0.1, said=-3.0, drafter="a")
+    assert node == 1
+    assert (tree.score[1], tree.said[1], tree.path[1], tree.drafter[1]) == (-0.1, -3.0, -0.1, "a")
+    assert tree.reroot([6]) is False
+    assert (len(tree), tree.key[0], tree.token[0]) == (1, mix64(1, 6), 6)
+
+
+def test_no_path_leads_to_a_node_that_is_not_there() -> None:
+    tree = TokenTree(1, 0, 8, 8)
+    tree.add(0, 5, -0.1)
+    assert tree.descend([5, 5]) is None
+    assert tree.descend([]) == 0
+    assert tree.tokens_to(0) == []
