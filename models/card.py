@@ -45,8 +45,8 @@ training, {held_out} held out (one in twenty, by a hash of the path, so the spli
 four takes part; tables of encodings are left out. The draft learned from the target: half of its text is the target's own
 continuations of training excerpts (temperatures 0, 0.5 and 1), half is the library.
 
-Licence: the Python standard library is under the PSF License Agreement, version 2 (<https://docs.python.org/3/license.html>), which permits derived
-works; the weights are published under the project's Apache-2.0.
+Licence: the Python standard library is under the PSF License Agreement, version 2 (<https://docs.python.org/3/license.html>),
+which permits derived works; the weights are published under the project's Apache-2.0.
 
 ## Acceptance
 

@@ -55,10 +55,8 @@ def read(name: str) -> str:
 def token_stream(tokenizer: Tokenizer, names: Sequence[str]) -> npt.NDArray[np.uint16]:
     """All files as one run of token ids, each file followed by the end-of-text token."""
     end = tokenizer.token_to_id(END_OF_TEXT)
-    parts: list[npt.NDArray[np.uint16]] = []
-    for encoded in tokenizer.encode_batch([read(name) for name in names]):
-        parts.append(np.array([*encoded.ids, end], dtype=np.uint16))
-    return np.concatenate(parts)
+    texts = tokenizer.encode_batch([read(name) for name in names])
+    return np.concatenate([np.array([*text.ids, end], dtype=np.uint16) for text in texts])
 
 
 def prompts(tokenizer: Tokenizer, count: int, length: int) -> list[list[int]]:

@@ -9,7 +9,6 @@
 Each stage leaves its result under build/train and starts again where it was interrupted.
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from enum import StrEnum

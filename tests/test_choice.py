@@ -231,7 +231,7 @@ def some_logits(rows: int, vocabulary: int) -> torch.Tensor:
 
 def test_candidates_at_temperature_0_are_the_most_probable() -> None:
     logits = some_logits(5, 300)
-    tokens, scores = fast.candidates(logits, build(logit_bias=((7, 50.0),)), range(5), 4)
+    tokens, scores = fast.candidates(logits, ask(build(logit_bias=((7, 50.0),)), [[]] * 5), 4)
     logits[:, 7] += 50
     expected = logits.log_softmax(dim=-1).topk(4)
     assert tokens.dtype == np.int32
@@ -243,12 +243,21 @@ def test_candidates_at_temperature_0_are_the_most_probable() -> None:
 
 
 @pytest.mark.parametrize(
-    "parameters", [{}, {"top_k": 9}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 30, "top_p": 0.9, "logit_bias": ((3, 4.0),)}], ids=str
+    "parameters",
+    [
+        {},
+        {"top_k": 9},
+        {"top_p": 0.7},
+        {"min_p": 0.2},
+        {"top_k": 30, "top_p": 0.9, "logit_bias": ((3, 4.0),)},
+        {"repetition_penalty": 1.5, "presence_penalty": 1.0},
+    ],
+    ids=str,
 )
 def test_the_first_candidate_of_a_perfect_drafter_is_the_choice(parameters: dict[str, object]) -> None:
     logits, sampling = some_logits(200, 300), build(temperature=0.8, seed=4, **parameters)
     question = ask(sampling, [[1] * length for length in range(200)])
-    tokens, scores = fast.candidates(logits, sampling, question.positions(), 5, pool=300)
+    tokens, scores = fast.candidates(logits, question, 5, pool=300)
     assert tokens[:, 0].tolist() == fast.choose(logits, question).tolist()
     assert (scores[:, 1:] <= scores[:, :-1]).all()
     shaped = fast.shape(logits, question).numpy()
@@ -256,11 +265,11 @@ def test_the_first_candidate_of_a_perfect_drafter_is_the_choice(parameters: dict
 
 
 def test_scores_of_candidates_are_shares_of_the_pool() -> None:
-    _, scores = fast.candidates(some_logits(6, 40), build(temperature=1.0), range(6), 10, pool=10)
+    _, scores = fast.candidates(some_logits(6, 40), ask(build(temperature=1.0), [[1] * i for i in range(6)]), 10, pool=10)
     assert np.allclose(np.exp(scores).sum(axis=1), 1, atol=1e-5)
 
 
 def test_more_candidates_than_tokens() -> None:
     for temperature in (0.0, 1.0):
-        tokens, _ = fast.candidates(some_logits(2, 3), build(temperature=temperature), range(2), 8)
+        tokens, _ = fast.candidates(some_logits(2, 3), ask(build(temperature=temperature), [[], [1]]), 8)
         assert np.sort(tokens, axis=1).tolist() == [[0, 1, 2]] * 2

@@ -60,7 +60,9 @@ def outrider(monkeypatch: pytest.MonkeyPatch, *arguments: object, stdin: bytes =
         (["--prompt", "a", "--deployment", "/nowhere/file.yaml"], "/nowhere/file.yaml"),
     ],
 )
-def test_one_line_names_the_value(arguments: list[str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_line_names_the_value(
+    arguments: list[str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert outrider(monkeypatch, "generate", *arguments) == 2
     one_line_about(named, capsys)
 
@@ -89,14 +91,18 @@ def test_an_output_over_the_context(tiny: Path, monkeypatch: pytest.MonkeyPatch,
     one_line_about("max_tokens 64", capsys)
 
 
-def test_a_folder_without_tokenizer(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_tokenizer(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((tiny / name).read_bytes())
     assert outrider(monkeypatch, "generate", "--target", tmp_path, "--draft", "ngram", "--prompt", "a") == 2
     one_line_about("tokenizer.json", capsys)
 
 
-def test_a_folder_with_pickled_weights(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_with_pickled_weights(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
     save_tokenizer(tmp_path)
     torch.save({}, tmp_path / "pytorch_model.bin")
@@ -104,7 +110,9 @@ def test_a_folder_with_pickled_weights(tiny: Path, tmp_path: Path, monkeypatch: 
     one_line_about("pytorch_model.bin", capsys)
 
 
-def test_a_model_with_code_of_its_own(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_with_code_of_its_own(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = json.loads((tiny / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(settings | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}))
     save_tokenizer(tmp_path)
@@ -112,10 +120,13 @@ def test_a_model_with_code_of_its_own(tiny: Path, tmp_path: Path, monkeypatch: p
     one_line_about("auto_map", capsys)
 
 
-def test_a_draft_of_another_vocabulary(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_draft_of_another_vocabulary(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     draft = save_model(tmp_path / "other", context=64)
     tokenizer = json.loads((SHIPPED / "tokenizer.json").read_text())
-    tokenizer["model"]["vocab"]["Ġdef"], tokenizer["model"]["vocab"]["Ġreturn"] = (tokenizer["model"]["vocab"][name] for name in ("Ġreturn", "Ġdef"))
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["Ġdef"], vocabulary["Ġreturn"] = vocabulary["Ġreturn"], vocabulary["Ġdef"]
     (draft / "tokenizer.json").write_text(json.dumps(tokenizer))
     capsys.readouterr()  # saving has shown a progress bar
     assert outrider(monkeypatch, "generate", "--target", tiny, "--draft", draft, "--prompt", "a", "--max-tokens", "4") == 2
@@ -161,7 +172,8 @@ def test_json_is_one_object_and_the_same_tokens_whatever_drafts(
     draft: str, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drafts = {"ngram": ["--draft", "ngram"], "itself": ["--draft", tiny], "none": ["--speculation", "off"]}[draft]
-    common = ("generate", "--target", tiny, "--prompt", "def f(", "--max-tokens", 40, "--seed", 4, "--temperature", 0.7, "--json", "--in-process")
+    common = ("generate", "--target", tiny, "--prompt", "def f(", "--max-tokens", 40, "--temperature", 0.7, "--seed", 4)
+    common += ("--json", "--in-process")
     assert outrider(monkeypatch, *common, *drafts) == 0
     found = json.loads(capsys.readouterr().out)
     assert outrider(monkeypatch, *common, "--speculation", "off") == 0

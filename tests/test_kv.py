@@ -35,7 +35,7 @@ def fill(kv: TorchCache, marks: list[int]) -> None:
 
 def marks(kv: TorchCache) -> list[int]:
     """What the slots hold, after a check that all layers agree."""
-    found = kv.positions.tolist()
+    found: list[int] = kv.positions.tolist()
     for (keys, values), layer, index in zip(LAYOUT, kv.layers, range(2), strict=True):
         for shape, place, offset in ((keys, layer.places[0], index), (values, layer.places[1], -index)):
             plane = kv.plane(*place)

@@ -22,7 +22,7 @@ def fed(model: ToyModel, tokens: list[int]) -> ToyCache:
 @given(st.lists(st.integers(1, 4), max_size=5))
 @settings(max_examples=20)
 def test_how_a_text_is_cut_into_passes_changes_nothing(cuts: list[int]) -> None:
-    model, cache, rows = ToyModel(), None, []
+    model, rows = ToyModel(), []
     cache = model.new_cache()
     for cut in [*cuts, len(TEXT)]:
         part = np.asarray(TEXT[cache.length : cache.length + cut])

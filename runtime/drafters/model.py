@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from runtime.choice import Ask
 from runtime.drafters.base import Children, Ingredients, Text
 from runtime.kv.base import KVCache
 from runtime.models.base import Model, Rows
@@ -50,8 +51,8 @@ class ModelDrafter:
         if not leaves:
             return children([], [], [])
         logits = self.model.forward(kept.cache, self.rows(kept, text, leaves))
-        positions = [base + text.tree.depth[leaf] + 1 for leaf in leaves]
-        tokens, scores = candidates(torch.as_tensor(logits), text.sampling, positions, self.branches)
+        ask = Ask(text.sampling, text.prompt, text.tokens, [text.tree.tokens_to(leaf) for leaf in leaves], frozenset())
+        tokens, scores = candidates(torch.as_tensor(logits), ask, self.branches)
         allowed = np.isfinite(scores)  # the target would not choose what the filters bar
         return children(np.repeat(leaves, allowed.sum(axis=1)), tokens[allowed], scores[allowed])
 

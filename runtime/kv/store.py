@@ -110,7 +110,7 @@ class TorchLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, cache: TorchCache, keys: tuple[Shape, int], values: tuple[Shape, int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.cache, self.places = cache, (keys, values)
         self.is_initialized = True
 

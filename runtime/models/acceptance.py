@@ -47,7 +47,8 @@ def acceptance(
         if output:
             text = np.asarray([*prompt, *output])
             logits = draft.forward(draft.new_cache(), causal(text[:-1], 0), last=len(output))
-            guesses, _ = candidates(logits, sampling, range(len(prompt), len(text)), max(RANKS))
+            paths = [output[:i] for i in range(len(output))]
+            guesses, _ = candidates(logits, Ask(sampling, len(prompt), prompt, paths, frozenset()), max(RANKS))
             right = guesses == np.asarray(output)[:, None]
             hits += [right[:, :rank].any(axis=1).sum() for rank in RANKS]
             positions += len(output)

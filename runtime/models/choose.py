@@ -1,6 +1,5 @@
 """The rule of runtime.choice on torch tensors, through transformers' logits processors, on the device of the logits."""
 
-from collections.abc import Sequence
 from functools import lru_cache
 from math import inf, log
 
@@ -29,6 +28,12 @@ def choose(logits: torch.Tensor, ask: Ask) -> npt.NDArray[np.int64]:
 
 def shape(logits: torch.Tensor, ask: Ask) -> torch.Tensor:
     """As runtime.choice.shape. Where nothing is to be changed, the result is `logits` itself."""
+    scores = _edited(logits, ask)
+    return scores if ask.sampling.temperature == 0 else _warped(scores, ask.sampling)
+
+
+def _edited(logits: torch.Tensor, ask: Ask) -> torch.Tensor:
+    """Bias, the ban of min_tokens and penalties: what counts at temperature 0 too."""
     sampling, scores = ask.sampling, logits
     if sampling.logit_bias:
         scores = _biased(scores, sampling)
@@ -41,21 +46,19 @@ def shape(logits: torch.Tensor, ask: Ask) -> torch.Tensor:
     if sampling.frequency_penalty or sampling.presence_penalty:
         times = _times(ask, scores.shape[1]).to(scores.device)
         scores = scores - sampling.frequency_penalty * times - sampling.presence_penalty * (times > 0)
-    return scores if sampling.temperature == 0 else _warped(scores, sampling)
+    return scores
 
 
-def candidates(
-    logits: torch.Tensor, sampling: Sampling, positions: Sequence[int], k: int, pool: int = POOL
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-    """A drafter's guesses for the token at `positions` of each row: token ids and scores (rows, k), best first.
+def candidates(logits: torch.Tensor, ask: Ask, k: int, pool: int = POOL) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """A drafter's guesses for what the target answers to `ask`: token ids and scores (rows, k), best first.
 
     At temperature 0 the k most probable tokens with the log of their probability. Above it, coupled to the target: the
     `pool` most probable tokens ranked by score / temperature + the very noise that the target will use. Their scores are
     then the log of the softmax of those sums over the pool: it falls as the lead does, and is no calibrated probability.
-    Of the parameters, logit_bias counts, and top_k, top_p and min_p inside the pool: a token that they bar has score
-    -inf, and so is none. Penalties are left out. `k` and `pool` above the vocabulary are cut to it.
+    The filters top_k, top_p and min_p are applied inside the pool: a token that they bar has score -inf, and so is none. `k`
+    and `pool` above the vocabulary are cut to it.
     """
-    scores = _biased(logits, sampling) if sampling.logit_bias else logits
+    sampling, scores = ask.sampling, _edited(logits, ask)
     if sampling.temperature == 0:
         top = scores.topk(min(k, scores.shape[1]), dim=-1)
         likely = (top.values - scores.logsumexp(dim=-1, keepdim=True)).clamp(max=0.0)
@@ -71,7 +74,7 @@ def candidates(
         kept[:, 1:][(np.cumsum(probability, axis=1) - probability >= sampling.top_p)[:, 1:]] = -inf
     if sampling.min_p:
         kept[kept < kept[:, :1] + log(sampling.min_p)] = -inf
-    perturbed = kept + noise.gumbel(sampling.seed, positions, tokens)
+    perturbed = kept + noise.gumbel(sampling.seed, ask.positions(), tokens)
     order = np.argsort(-perturbed, axis=1, kind="stable")[:, :k]
     shares = np.take_along_axis(perturbed - _logsumexp(perturbed), order, axis=1)
     return np.take_along_axis(tokens, order, axis=1).astype(np.int32), shares.clip(max=0).astype(np.float32)

@@ -93,7 +93,7 @@ def find_folder(name: str) -> Path:
     """The folder itself, or the hub's local copy, fetched where it is not there yet."""
     if not name or "\0" in name or len(name) > 1024:
         raise ModelRefused(f"model name {name[:64]!r} is not a name: give a folder or a name on the Hugging Face hub")
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if folder.is_dir():
         return folder
     if folder.exists():

@@ -7,6 +7,7 @@ T(n) is measured at start and corrected by the steps themselves; `rate` is the m
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 from runtime.messages import Round
 from runtime.schedulers.base import Plan, View
@@ -52,7 +53,7 @@ class Living:
     def time(self, nodes: int) -> float:
         """T of a pass over the root and so many nodes: linear between measured widths, never falling with the width."""
         rows, highest = nodes + 1, 0.0
-        for low, high in zip(ROWS, ROWS[1:], strict=False):
+        for low, high in pairwise(ROWS):
             highest = max(highest, self.times[low])
             if rows <= high:
                 above = max(highest, self.times[high])
