@@ -61,10 +61,12 @@ def build_target(config: TargetConfig) -> tuple[Target, PreTrainedTokenizerFast]
     return Target(engine, finisher(tokenizer, eos)), tokenizer
 
 
-def build_drafter(config: DrafterConfig) -> DraftHost:
+def build_drafter(config: DrafterConfig, target: str) -> DraftHost:
+    """`target` is the name of the target's model: some methods read it, all speak its vocabulary."""
+
     def load(name: str) -> HFModel:
         return load_model(name, config.dtype, config.device, threads(config.placement))
 
     method = importlib.import_module(f"runtime.drafters.{config.method}")
-    drafter = method.build(Ingredients(config.target, config.model, load))
+    drafter = method.build(Ingredients(target, config.model, load))
     return DraftHost(Grower(drafter, config.name, config.width))

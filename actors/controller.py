@@ -82,7 +82,7 @@ class Controller:
 
     def _new(self, config: DrafterConfig, incarnation: int) -> Drafter:
         name = f"{self.names}-{config.name}-{incarnation}"
-        handle = options(DraftActor, name, config.placement).remote(config, incarnation)
+        handle = options(DraftActor, name, config.placement).remote(config, self.deployment.target.model, incarnation)
         return Drafter(config, incarnation, handle, handle.where.remote(), time.monotonic())
 
     def _watch(self) -> None:
@@ -113,7 +113,7 @@ class Controller:
         if drafter.place is not None:
             # A stopped process does not hear Ray, and holds its device until it is gone.
             there = NodeAffinitySchedulingStrategy(drafter.place.node, soft=True)
-            end_process.options(scheduling_strategy=there).remote(drafter.place.pid)
+            ray.remote(end_process).options(num_cpus=0, scheduling_strategy=there).remote(drafter.place.pid)
         self.drafters[name] = self._new(drafter.config, drafter.incarnation + 1)
 
     def _publish(self) -> None:
@@ -122,7 +122,6 @@ class Controller:
         ray.get(self.target.drafters.remote(peers), timeout=PATIENCE)
 
 
-@ray.remote(num_cpus=0)
 def end_process(pid: int) -> None:
     """SIGKILL to a drafter's process on this node, if it is still one."""
     with contextlib.suppress(OSError):

@@ -14,13 +14,13 @@ from runtime.models.pair import vocabulary_hash
 class DraftActor:
     """A Ray actor, or used as it is. It knows no target: targets come to it."""
 
-    def __init__(self, config: DrafterConfig, incarnation: int = 0) -> None:
+    def __init__(self, config: DrafterConfig, target: str, incarnation: int = 0) -> None:
         from actors.compose import build_drafter, settle  # torch: only the process that computes pays for it
         from runtime.models.load import load_tokenizer
 
         settle(config.placement)
-        self.host = build_drafter(config)
-        vocabulary = vocabulary_hash(load_tokenizer(config.model or config.target))
+        self.host = build_drafter(config, target)
+        vocabulary = vocabulary_hash(load_tokenizer(config.model or target))
         self.network = LoopThread()
         host = config.placement.listen or own_host()
         hello = Hello(vocabulary, config.model or config.method, config.name, incarnation)

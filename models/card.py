@@ -97,7 +97,7 @@ def write_card(work: Path) -> None:
 
 
 def size(model: HFModel) -> float:
-    return sum(parameter.numel() for parameter in model.module.parameters()) / 1e6
+    return float(sum(parameter.numel() for parameter in model.module.parameters())) / 1e6
 
 
 def acceptance_table(target: HFModel, draft: HFModel, prompts: Sequence[Sequence[int]]) -> str:

@@ -62,7 +62,10 @@ def load_tokenizer() -> Tokenizer:
 
 def new_model(shape: Shape, seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(shape.config(load_tokenizer().token_to_id(corpus.END_OF_TEXT)))
+    end = load_tokenizer().token_to_id(corpus.END_OF_TEXT)
+    if end is None:
+        raise RuntimeError(f"the tokenizer has no {corpus.END_OF_TEXT}: run the stage `tokenizer` again")
+    return LlamaForCausalLM(shape.config(end))
 
 
 def training_stream() -> loop.Stream:

@@ -50,7 +50,6 @@ class DrafterConfig(Strict):
     name: str
     method: str = "model"
     model: str = ""
-    target: str = ""
     dtype: Dtype = "auto"
     device: Device = "auto"
     width: int = Field(default=4, ge=1, le=64, description="leaves expanded in one forward pass")
@@ -105,7 +104,7 @@ def deployment(target: str, drafts: tuple[str, ...], drafters: int, dtype: Dtype
             name = f"{stem}-{alike[stem]}"
             alike[stem] += 1
             place = Placement(cores=cores[len(found) + 1], listen=listen)
-            found.append(DrafterConfig(name=name, method=method, model=model, target=target, dtype=dtype, device=device, placement=place))
+            found.append(DrafterConfig(name=name, method=method, model=model, dtype=dtype, device=device, placement=place))
     return Deployment(
         target=TargetConfig(model=target, dtype=dtype, device=device, placement=Placement(cores=cores[0], listen=listen)),
         drafters=tuple(found),

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
 
 from runtime import limits
@@ -70,7 +70,7 @@ class Target:
         self.engine.inbox.put(Stop())
         await asyncio.to_thread(self._thread.join)
 
-    async def generate(self, request: Request) -> AsyncIterator[Chunk]:
+    async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
         """The output in pieces; the last has a finish reason and the session's figures.
 
         Raises InvalidRequest, Overloaded or Unavailable before the first piece. Closing the iterator frees all that the session holds,

@@ -151,9 +151,10 @@ class Lockstep:
         self.engine.handle(Leave(grower.name, self.sends.pop(grower.name)))
 
     def admit(self, request: Request) -> list[Chunk]:
-        """Begins a session; its chunks come into the list that is returned."""
+        """Begins a session and reads its prompt; its chunks come into the list that is returned."""
         chunks: list[Chunk] = []
         self.engine.handle(Admit(request, lettering(self.engine.eos)(request), chunks.append))
+        self.engine.advance(self.engine.live[request.session])
         return chunks
 
     def round(self) -> None:

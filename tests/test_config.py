@@ -27,7 +27,7 @@ def test_a_draft_is_a_method_or_a_model() -> None:
         ("small-0", "model", "org/small"),
         ("model-0", "model", "model"),
     ]
-    assert {(drafter.target, drafter.dtype, drafter.device) for drafter in made.drafters} == {("big", "float32", "cpu")}
+    assert {(drafter.dtype, drafter.device) for drafter in made.drafters} == {("float32", "cpu")}
 
 
 def test_names_are_distinct_whatever_is_asked_for() -> None:
@@ -69,7 +69,7 @@ def test_the_shipped_pair_lies_in_the_project() -> None:
 GOOD = """
 target: {model: big, dtype: float32, placement: {num_gpus: 0.5, resources: {fast: 1}, cores: [0, 1]}}
 drafters:
-  - {name: a, model: small, target: big, width: 8}
+  - {name: a, model: small, width: 8}
   - {name: b, method: ngram, placement: {node: 10.0.0.7, listen: 10.0.0.7, threads: 2}}
 """
 
@@ -80,7 +80,7 @@ def test_a_deployment_file(tmp_path: Path) -> None:
     assert read(file) == Deployment(
         target=TargetConfig(model="big", dtype="float32", placement=Placement(num_gpus=0.5, resources={"fast": 1.0}, cores=(0, 1))),
         drafters=(
-            DrafterConfig(name="a", model="small", target="big", width=8),
+            DrafterConfig(name="a", model="small", width=8),
             DrafterConfig(name="b", method="ngram", placement=Placement(node="10.0.0.7", listen="10.0.0.7", threads=2)),
         ),
     )

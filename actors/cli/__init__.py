@@ -3,12 +3,11 @@
 import sys
 
 import typer
+from typer._click.exceptions import UsageError  # Typer brings its own copy of Click; constraints.txt pins it
 
 from actors.cli.doctor import doctor
 from actors.cli.generate import generate
 from runtime.errors import OutriderError
-
-UsageError = typer.BadParameter.__mro__[1]  # Typer keeps its own copy of Click, under a private name
 
 app = typer.Typer(
     add_completion=False,
@@ -25,7 +24,7 @@ def main() -> None:
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except UsageError as error:
-        fail(f"{error.format_message()} (see outrider --help)")  # type: ignore[attr-defined]
+        fail(f"{error.format_message()} (see outrider --help)")
     except OutriderError as error:
         fail(str(error))
     except (KeyboardInterrupt, typer.Abort):

@@ -47,7 +47,7 @@ async def local_service(deployment: Deployment, note: Note) -> AsyncIterator[Ser
     try:
         for config in deployment.drafters:
             note(f"loading drafter {config.name}")
-            host = await asyncio.to_thread(build_drafter, config)
+            host = await asyncio.to_thread(build_drafter, config, deployment.target.model)
             host.start()
             hosts.append(host)
             target.attach(config.name, host)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.errors import InvalidRequest
+from runtime.kv.base import KVCache
 from runtime.models.base import Rows
 from runtime.tree import text_key
 
@@ -57,7 +58,9 @@ class ToyModel:
     def new_cache(self) -> ToyCache:
         return ToyCache(self.context + 512)
 
-    def forward(self, cache: ToyCache, rows: Rows, last: int | None = None) -> npt.NDArray[np.float32]:
+    def forward(self, cache: KVCache, rows: Rows, last: int | None = None) -> npt.NDArray[np.float32]:
+        if not isinstance(cache, ToyCache):
+            raise TypeError(f"a cache of type {type(cache).__name__}: use new_cache()")
         first = cache.append(len(rows.tokens))
         cache.tokens[first:] = rows.tokens.tolist()
         cache.positions[first:] = rows.positions.tolist()

@@ -87,7 +87,7 @@ def test_a_drafter_lost_in_mid_stream_is_replaced_and_no_token_changes(blow: int
         async with asked(address, f"blow-{blow}", LONG) as chunks:
             async for chunk in chunks:
                 tokens.extend(chunk.tokens)
-                if not struck and any(chunk.drafters):
+                if before is not None and not struck and any(chunk.drafters):
                     os.kill(before.pid, blow)
                     struck = True
                 elif struck and not replaced:
