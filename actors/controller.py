@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.draft import DraftActor
@@ -34,7 +34,7 @@ class Drafter:
     config: DrafterConfig
     incarnation: int
     handle: Any  # Ray's, untyped
-    answer: Any  # to `where`, asked again after each
+    answer: Any  # to `start`, then to `where`, asked again after each
     asked: float
     place: Place | None = None
 
@@ -57,7 +57,7 @@ class Controller:
         self.target = options(TargetActor, f"{self.names}-target", self.deployment.target.placement).remote(self.deployment.target)
         for config in self.deployment.drafters:
             self.drafters[config.name] = self._new(config, incarnation=0)
-        ready = first_answer("target", self.target.where.remote())
+        ready = first_answer("target", self.target.start.remote())
         for name, drafter in self.drafters.items():
             drafter.place = first_answer(f"drafter {name}", drafter.answer)
             drafter.answer, drafter.asked = drafter.handle.where.remote(), time.monotonic()
@@ -83,7 +83,7 @@ class Controller:
     def _new(self, config: DrafterConfig, incarnation: int) -> Drafter:
         name = f"{self.names}-{config.name}-{incarnation}"
         handle = options(DraftActor, name, config.placement).remote(config, self.deployment.target.model, incarnation)
-        return Drafter(config, incarnation, handle, handle.where.remote(), time.monotonic())
+        return Drafter(config, incarnation, handle, handle.start.remote(), time.monotonic())
 
     def _watch(self) -> None:
         while not self.stopping.wait(PERIOD):
@@ -149,7 +149,10 @@ def first_answer(what: str, answer: Any) -> Place:
     answered, _ = ray.wait([answer], timeout=START)
     if not answered:
         raise Unavailable(f"{what} did not start within {START:g} s: the cluster has no room for it, or its node is too slow")
-    place = ray.get(answer)
+    try:
+        place = ray.get(answer)
+    except RayTaskError as error:
+        raise error.cause from error
     if not isinstance(place, Place):
         raise Unavailable(f"{what} answered {place!r} and not its place: install the same version on all nodes")
     return place

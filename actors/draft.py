@@ -15,21 +15,27 @@ class DraftActor:
     """A Ray actor, or used as it is. It knows no target: targets come to it."""
 
     def __init__(self, config: DrafterConfig, target: str, incarnation: int = 0) -> None:
+        self.config, self.target, self.incarnation = config, target, incarnation
+
+    def start(self) -> Place:
+        """Loads the model and opens the server; raises what is wrong with either. (Ray would hide it in a constructor.)"""
         from actors.compose import build_drafter, settle  # torch: only the process that computes pays for it
         from runtime.models.load import load_tokenizer
 
+        config = self.config
         settle(config.placement)
-        self.host = build_drafter(config, target)
-        vocabulary = vocabulary_hash(load_tokenizer(config.model or target))
+        self.host = build_drafter(config, self.target)
+        vocabulary = vocabulary_hash(load_tokenizer(config.model or self.target))
         self.network = LoopThread()
         host = config.placement.listen or own_host()
-        hello = Hello(vocabulary, config.model or config.method, config.name, incarnation)
+        hello = Hello(vocabulary, config.model or config.method, config.name, self.incarnation)
         self.host.start()
         self.server, port = self.network.run(serve([DraftingService(self.host, hello)], host))
         self.address = f"{host}:{port}"
+        return self.where()
 
     def where(self) -> Place:
-        """Answered once the model is loaded and the server is up."""
+        """A sign of life."""
         return own_place(self.address)
 
     def sessions(self) -> int:

@@ -16,20 +16,24 @@ class TargetActor:
     """A Ray actor, or used as it is. Ray's calls place and inform it; requests and drafts come by gRPC."""
 
     def __init__(self, config: TargetConfig) -> None:
+        self.config = config
+        self.peers: dict[str, Peer] = {}
+
+    def start(self) -> Place:
+        """Loads the model and opens the server; raises what is wrong with either. (Ray would hide it in a constructor.)"""
         from actors.compose import build_target, settle  # torch: only the process that computes pays for it
 
-        settle(config.placement)
-        self.config = config
-        self.target, tokenizer = build_target(config)
+        settle(self.config.placement)
+        self.target, tokenizer = build_target(self.config)
         self.vocabulary = vocabulary_hash(tokenizer)
-        self.peers: dict[str, Peer] = {}
         self.network = LoopThread()
-        host = config.placement.listen or own_host()
+        host = self.config.placement.listen or own_host()
         self.server, port = self.network.run(start(self.target, host))
         self.address = f"{host}:{port}"
+        return self.where()
 
     def where(self) -> Place:
-        """Answered once the model is loaded and the server is up."""
+        """A sign of life."""
         return own_place(self.address)
 
     def drafters(self, peers: list[Peer]) -> None:

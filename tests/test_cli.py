@@ -164,15 +164,15 @@ def test_ray_that_cannot_start(tiny: Path, tmp_path: Path) -> None:
 
 def test_no_port_to_be_had(tiny: Path) -> None:
     with pytest.raises(Unavailable, match=r"203\.0\.113\.1"):
-        DraftActor(DrafterConfig(name="d", method="ngram", placement=Placement(listen="203.0.113.1")), str(tiny))
+        DraftActor(DrafterConfig(name="d", method="ngram", placement=Placement(listen="203.0.113.1")), str(tiny)).start()
 
 
 @pytest.mark.parametrize("draft", ["ngram", "itself", "none"])
 def test_json_is_one_object_and_the_same_tokens_whatever_drafts(
     draft: str, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    drafts = {"ngram": ["--draft", "ngram"], "itself": ["--draft", tiny], "none": ["--speculation", "off"]}[draft]
-    common = ["generate", "--target", tiny, "--prompt", "def f(", "--max-tokens", 40, "--temperature", 0.7, "--seed", 4]
+    drafts: list[object] = {"ngram": ["--draft", "ngram"], "itself": ["--draft", tiny], "none": ["--speculation", "off"]}[draft]
+    common: list[object] = ["generate", "--target", tiny, "--prompt", "def f(", "--max-tokens", 40, "--temperature", 0.7, "--seed", 4]
     common += ["--json", "--in-process"]
     assert outrider(monkeypatch, *common, *drafts) == 0
     found = json.loads(capsys.readouterr().out)

@@ -7,11 +7,14 @@ import os
 import socket
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from runtime.config import Deployment
 from runtime.errors import OutriderError, Unavailable
 from runtime.messages import Chunk, Request
+
+if TYPE_CHECKING:
+    from ray.exceptions import RayTaskError
 
 Note = Callable[[str], None]  # told what is being done, for people
 OBJECT_STORE = 100 * 2**20  # bytes; nothing of ours goes through it
@@ -125,13 +128,8 @@ def unreachable(address: str | None, why: str) -> str:
     return f"Ray does not start on this machine ({first}): see /tmp/ray/session_latest/logs, or use --in-process"
 
 
-def cause_of(error: Exception) -> OutriderError:
-    """The project's own error inside Ray's wrapping; Unavailable with its last line where there is none."""
-    seen: BaseException | None = error
-    while seen is not None:
-        inner = getattr(seen, "cause", None)
-        for candidate in (seen, inner):
-            if isinstance(candidate, OutriderError):
-                return candidate
-        seen = inner if isinstance(inner, BaseException) and inner is not seen else seen.__cause__
+def cause_of(error: "RayTaskError") -> OutriderError:
+    """The project's own error inside Ray's wrapping; Unavailable with the last line where it is none of ours."""
+    if isinstance(error.cause, OutriderError):
+        return error.cause
     return Unavailable(f"the deployment did not start: {str(error).strip().splitlines()[-1]}")
