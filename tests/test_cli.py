@@ -167,14 +167,13 @@ def test_no_port_to_be_had(tiny: Path) -> None:
         DraftActor(DrafterConfig(name="d", method="ngram", placement=Placement(listen="203.0.113.1")), str(tiny)).start()
 
 
-@pytest.mark.parametrize("draft", ["ngram", "itself", "none"])
+@pytest.mark.parametrize("drafts", [["--draft", "ngram"], ["--draft", "TARGET"], ["--speculation", "off"]], ids="/".join)
 def test_json_is_one_object_and_the_same_tokens_whatever_drafts(
-    draft: str, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    drafts: list[str], tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    drafts: list[object] = {"ngram": ["--draft", "ngram"], "itself": ["--draft", tiny], "none": ["--speculation", "off"]}[draft]
     common: list[object] = ["generate", "--target", tiny, "--prompt", "def f(", "--max-tokens", 40, "--temperature", 0.7, "--seed", 4]
     common += ["--json", "--in-process"]
-    assert outrider(monkeypatch, *common, *drafts) == 0
+    assert outrider(monkeypatch, *common, *(str(tiny) if word == "TARGET" else word for word in drafts)) == 0
     found = json.loads(capsys.readouterr().out)
     assert outrider(monkeypatch, *common, "--speculation", "off") == 0
     plain = json.loads(capsys.readouterr().out)

@@ -172,6 +172,8 @@ def through(request: Request, *happenings: tuple[int, Callable[[Lockstep], None]
             break
         lockstep.round()
     assert not due
+    for grower in lockstep.growers:
+        grower.take_in(block=False)
     return output(chunks), lockstep
 
 

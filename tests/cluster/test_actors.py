@@ -22,6 +22,7 @@ from runtime.sampling import Sampling
 from tests.pair import save_model
 
 PATIENCE_S = 120.0
+pytestmark = pytest.mark.cluster
 LONG = Sampling(max_tokens=4000, ignore_eos=True)
 
 
