@@ -204,7 +204,8 @@ class Engine:
         began, session = self.clock(), live.session
         while self.under_way(live):
             now = self.clock()
-            view = View(session.gains(), len(self.listeners(session)), live.hit, now - began, now - live.committed_at)
+            drafters = len(self.listeners(session)) if session.room > 0 else 0  # nobody can help with the last token
+            view = View(session.gains(), drafters, live.hit, now - began, now - live.committed_at)
             plan = self.scheduler.plan(view)
             if plan.wait <= 0.0 or len(self.live) > 1:
                 return session.select(plan.rows), now - began

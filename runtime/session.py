@@ -60,10 +60,15 @@ class Session:
         self.drafted += added
         return added
 
+    @property
+    def room(self) -> int:
+        """Depth of the deepest node whose token could be delivered: one token more comes from the target in any case."""
+        return self.end - len(self.tokens) - 1
+
     def gains(self) -> list[float]:
         """Path probabilities of all nodes that could be verified, falling."""
-        deepest = self.end - len(self.tokens) - 1
-        paths = [path for path, depth in zip(self.tree.path, self.tree.depth, strict=True) if 0 < depth <= deepest]
+        room = self.room
+        paths = [path for path, depth in zip(self.tree.path, self.tree.depth, strict=True) if 0 < depth <= room]
         return np.exp(-np.sort(-np.asarray(paths))).tolist() if paths else []
 
     def select(self, count: int) -> list[int]:
@@ -71,8 +76,8 @@ class Session:
 
         Nodes so deep that their token could not be delivered are left out.
         """
-        deepest = self.end - len(self.tokens) - 1
-        return [node for node in self.tree.best(count) if self.tree.depth[node] <= deepest]
+        room = self.room
+        return [node for node in self.tree.best(count) if self.tree.depth[node] <= room]
 
     def paths(self, nodes: Sequence[int]) -> list[list[int]]:
         """Token ids below the root for each row of a step: the root's own (empty), then those of `nodes`."""

@@ -24,6 +24,7 @@ from runtime.sampling import Sampling
 from runtime.schedulers.base import Plan, Scheduler, View
 from runtime.schedulers.fixed import Fixed
 from runtime.target import Target
+from tests.contracts import soon
 
 HANG_S = 20.0  # a wait that takes so long is a fault, and fails
 NOBODY: frozenset[int] = frozenset()
@@ -233,6 +234,12 @@ async def hosted(drafter: Drafter, name: str = "d", width: int = 1) -> AsyncIter
         yield host
     finally:
         await host.stop()
+
+
+async def attached(target: Target, name: str, link: DraftLink) -> None:
+    """Attaches a drafter and returns when the engine knows of it."""
+    target.attach(name, link)
+    await soon(lambda: name in target.engine.drafters)
 
 
 async def answer(target: Target, request: Request) -> Output:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from runtime import limits
 from runtime.choice import Ask
+from runtime.choice import Ask
 from runtime.config import methods
 from runtime.drafters.base import Children, Drafter, Ingredients, Text
 from runtime.drafters.model import ModelDrafter

@@ -3,12 +3,13 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing
+from contextlib import AbstractAsyncContextManager
 from typing import cast
 
 import numpy as np
 import pytest
 
+from actors.grpc_edge import closing
 from runtime import drafting, limits
 from runtime.drafters.base import Children, Text
 from runtime.drafters.model import ModelDrafter
@@ -20,7 +21,7 @@ from runtime.messages import Close, Commit, Draft, Event, Open, Reply, Resync, S
 from runtime.models.toy import ToyModel
 from runtime.sampling import Sampling
 from runtime.tree import text_key
-from tests.contracts import LinkContract, draft_for, soon
+from tests.contracts import PATIENCE_S, LinkContract, draft_for, soon
 from tests.fakes import Feed, opening
 from tests.rig import Known, Mute, children, hosted
 
@@ -239,24 +240,26 @@ def test_growth_that_was_dropped_is_sent_again() -> None:
     assert hand.grow(4) == list(TEXT[5:9])
 
 
-def test_replies_that_nobody_fetches_are_dropped_but_no_question(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reader sleeps over a queue of two; then it gets those two, the question, and after that the growth anew."""
+def test_growth_that_nobody_fetches_is_dropped_but_no_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader sleeps over a queue of two. It finds those two, and behind them the question that came last."""
     monkeypatch.setattr(drafting, "REPLIES_WAITING", 2)
 
     async def main() -> None:
         async with hosted(Known(TEXT, V)) as host:
             feed = Feed(opened(most=9))
-            async with aclosing(cast("AsyncIterator[Reply]", host.speculate(feed))) as replies:  # type: ignore[type-var]
-                first = await draft_for(replies, "s")
+            async with closing(host.speculate(feed)) as replies, asyncio.timeout(PATIENCE_S):
+                await draft_for(replies, "s")
                 await soon(lambda: host.grower.counters["dropped replies"] >= 5)
                 feed.put(commit(9, 1))
                 await soon(lambda: host.grower.counters["resync"] == 1)
-                assert isinstance(first, Draft)
-                rest = [await anext(replies) for _ in range(3)]
-                assert [type(reply) for reply in rest] == [Draft, Draft, Resync]
+                before = []
+                async for reply in replies:
+                    if isinstance(reply, Resync):
+                        break
+                    before.append(reply)
+                assert 1 <= len(before) <= 2
                 feed.put(opened(tokens=TEXT[:10], most=9))
-                while int((await draft_for(replies, "s")).parents[0]) != text_key(TEXT[:10]):
-                    pass
+                assert (await draft_for(replies, "s")).parents.tolist() == [text_key(TEXT[:10])]
 
     asyncio.run(main())
 
@@ -266,16 +269,13 @@ def test_a_clogged_link_becomes_useful_again(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(drafting, "REPLIES_WAITING", 2)
 
     async def main() -> None:
-        async with hosted(Known(TEXT, V)) as host:
-            async with aclosing(cast("AsyncIterator[Reply]", host.speculate(Feed(opened(most=9))))) as replies:  # type: ignore[type-var]
-                await draft_for(replies, "s")
+        async with hosted(Known(TEXT, V)) as host, closing(host.speculate(Feed(opened(most=9)))) as replies:
+            known = {text_key(PROMPT)}
+            while text_key(TEXT[:13]) not in known:
+                draft = await draft_for(replies, "s")
                 await soon(lambda: host.grower.counters["dropped replies"] >= 5)
-                known = {text_key(PROMPT)}
-                while text_key(TEXT[:12]) not in known:
-                    draft = await draft_for(replies, "s")
-                    for parent, token in zip(draft.parents.tolist(), draft.tokens.tolist(), strict=True):
-                        if parent in known or parent == text_key(TEXT[:6]):
-                            known.add(text_key([token], parent))
+                parents = draft.parents.tolist()
+                known.update(text_key([token], parent) for parent, token in zip(parents, draft.tokens.tolist(), strict=True) if parent in known)
 
     asyncio.run(main())
 

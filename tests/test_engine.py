@@ -368,6 +368,13 @@ def test_a_fault_in_the_loop_leaves_no_caller_waiting() -> None:
     assert [chunk.finish_reason for chunk in chunks] == ["cancelled"]
 
 
+def test_nobody_is_waited_for_at_the_last_token() -> None:
+    """Fixed waits where a drafter is there and has said nothing; the clock of the rig would let it wait for ever."""
+    engine = Engine(TOY, choose, Fixed(8, 1e9), NOBODY, lambda: 0.0)
+    (found,) = Lockstep(engine, Grower(Mute(), "d")).run(asking(PROMPT, max_tokens=1))
+    assert found.tokens == tuple(TEXT[5:6])
+
+
 class Waiting:
     """Waits as long as it is let. `asked` is fed at each question."""
 
@@ -376,7 +383,7 @@ class Waiting:
 
     def plan(self, view: View) -> Plan:
         self.asked.put(view)
-        return Plan(len(view.gains), 0.0 if view.gains else 20.0)
+        return Plan(len(view.gains), 0.0 if view.gains or view.drafters == 0 else 20.0)
 
     def observe(self, done: Round) -> None:
         pass
@@ -535,7 +542,7 @@ def test_the_network_changes_nothing_but_speed(temperature: float, seed: int) ->
 def test_the_adversary_does_all_it_can_and_some_drafts_get_through() -> None:
     fates: set[str] = set()
     accepted, ignored = 0, set()
-    for seed in range(20):
+    for seed in range(60):
         adversary = Adversary(seed)
         (found,) = Lockstep(engine_of(TOY), Grower(ModelDrafter(TOY), "d", 3), tamper=adversary).run(asking(PROMPT))
         fates |= adversary.fates
@@ -543,7 +550,7 @@ def test_the_adversary_does_all_it_can_and_some_drafts_get_through() -> None:
         accepted += found.stats.accepted
     assert fates == {"deliver", "lose", "repeat", "hold", "forge"}
     assert ignored == {"stale", "repeated", "invalid", "oversize"}
-    assert accepted > 60
+    assert accepted > 200
 
 
 def test_a_lost_commit_costs_a_question_and_then_all_is_well() -> None:

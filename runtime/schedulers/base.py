@@ -12,7 +12,7 @@ class View:
     """One session before a step. `gains`: path probabilities of its mirror's nodes, falling; times in seconds."""
 
     gains: Sequence[float]
-    drafters: int  # attached now
+    drafters: int  # attached now; 0 where no growth could be used
     hit: bool  # the last commit's new root was a node of the mirror
     waited: float  # in this step so far
     since_commit: float
