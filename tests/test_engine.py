@@ -383,7 +383,7 @@ class Waiting:
 
     def plan(self, view: View) -> Plan:
         self.asked.put(view)
-        return Plan(len(view.gains), 0.0 if view.gains or view.drafters == 0 else 20.0)
+        return Plan(len(view.gains), 0.0 if view.gains else 20.0)
 
     def observe(self, done: Round) -> None:
         pass

@@ -1,0 +1,298 @@
+"""The promise: with drafters or without, whatever they say, the tokens are the target's own, which are transformers' own.
+
+float32 on the CPU. Where lock-step is used, nothing depends on time, so the number of rounds is asserted too: a fault that costs only
+speed would pass unseen otherwise.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from actors.compose import build_drafter, build_target
+from models.corpus import prompts
+from runtime.choice import choose as choose_by_numpy
+from runtime.config import DrafterConfig, TargetConfig, shipped
+from runtime.drafters.base import Drafter
+from runtime.drafters.model import ModelDrafter
+from runtime.drafters.ngram import Ngram
+from runtime.drafters.noisy import Noisy
+from runtime.grower import Grower
+from runtime.messages import Request
+from runtime.models.base import Model
+from runtime.models.choose import choose
+from runtime.models.hf import HFModel
+from runtime.models.toy import ToyModel
+from runtime.sampling import Sampling
+from runtime.schedulers.fixed import Fixed
+from runtime.target import Target
+from tests.families import FAMILIES, VOCABULARY, hf_model
+from tests.rig import (
+    Dying,
+    Known,
+    Lockstep,
+    Mute,
+    Output,
+    answer,
+    asking,
+    attached,
+    engine_of,
+    hosted,
+    output,
+    plain,
+    running,
+    transformers_greedy,
+)
+
+EOS = frozenset({1})
+PROMPT = (5, 6, 7, 8, 5, 6, 7, 8, 5, 6)  # n-grams find something in it
+COUNT = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A tree of `depth` levels: a pass expands `width` leaves by `branches` children; `rows` of them are verified."""
+
+    width: int
+    branches: int
+    depth: int
+    rows: int
+
+
+TREES = {
+    "chain": Shape(1, 1, 4, 4),
+    "2x2": Shape(2, 2, 2, 6),
+    "4x4": Shape(4, 4, 2, 20),
+    "64 nodes": Shape(16, 4, 3, 64),
+}
+
+# A drafter for a text that is known to the test, with so many branches.
+DRAFTERS: dict[str, Callable[[Sequence[int], int], Drafter]] = {
+    "perfect": lambda text, branches: Known(text, VOCABULARY, branches),
+    "noisy": lambda text, branches: Noisy(Known(text, VOCABULARY, branches), VOCABULARY, 0.3),
+    "wrong": lambda text, branches: Noisy(Known(text, VOCABULARY, branches), VOCABULARY, 1.0),
+    "ngram": lambda text, branches: Ngram(),
+    "mute": lambda text, branches: Mute(),
+    "killed": lambda text, branches: Known(text, VOCABULARY, branches),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A tiny model and what it says to PROMPT, plainly: by transformers, and by the engine without drafters."""
+
+    model: HFModel
+    tokens: tuple[int, ...]
+    alone: Output
+
+    @property
+    def text(self) -> list[int]:
+        return [*PROMPT, *self.tokens]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Family:
+    return made(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Family:
+    return made("llama")
+
+
+def made(name: str) -> Family:
+    model = hf_model(name)
+    tokens = transformers_greedy(model.module, PROMPT, COUNT)
+    return Family(model, tokens, plain(model, asking(PROMPT, max_tokens=COUNT), EOS, choose))
+
+
+def test_speculation_off_is_what_transformers_generates(family: Family) -> None:
+    assert family.alone.tokens == family.tokens
+    assert (family.alone.reason, len(family.tokens)) == ("length", COUNT)
+    assert len(set(family.tokens)) > 5
+    assert family.alone.stats.rounds == COUNT
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_speculation_on_is_speculation_off(family: Family, drafter: str, tree: str) -> None:
+    shape = TREES[tree]
+    grower = Grower(DRAFTERS[drafter](family.text, shape.branches), "d", shape.width)
+    lockstep = Lockstep(engine_of(family.model, shape.rows, EOS, choose), grower, passes=shape.depth)
+    chunks = lockstep.admit(asking(PROMPT, max_tokens=COUNT))
+    while lockstep.engine.live:
+        if drafter == "killed" and lockstep.growers and len(chunks) == 2:
+            lockstep.leave(grower)
+        lockstep.round()
+    found = output(chunks)
+    assert found.tokens == family.tokens
+    assert found.said() == family.alone.said()
+    check_speed(drafter, found, -(-COUNT // (shape.depth + 1)), 2 * shape.depth)
+
+
+def check_speed(drafter: str, found: Output, best: int, before: int) -> None:
+    """`best`: the rounds of a perfect drafter; `before`: what it brings before it is killed."""
+    stats = found.stats
+    match drafter:
+        case "perfect":
+            assert (stats.rounds, stats.accepted) == (best, COUNT - best)
+        case "noisy":
+            assert best < stats.rounds < COUNT
+        case "wrong":
+            assert (stats.rounds, stats.accepted) == (COUNT, 0)
+            assert stats.verified >= COUNT - 1
+        case "ngram":
+            assert stats.verified > 0
+        case "mute":
+            assert (stats.rounds, stats.drafted) == (COUNT, 0)
+        case "killed":
+            assert (stats.accepted, stats.rounds) == (before, COUNT - before)
+
+
+def test_a_model_drafts_perfectly_for_itself(family: Family) -> None:
+    """Its own cache, with branches, misses and prefills, is as exact as the target's: greedy and with noise."""
+    for temperature in (0.0, 0.9):
+        request = asking(PROMPT, max_tokens=COUNT, temperature=temperature, seed=11)
+        lockstep = Lockstep(engine_of(family.model, 6, EOS, choose), Grower(ModelDrafter(family.model, branches=2), "d", 2))
+        (found,) = lockstep.run(request)
+        assert found.said() == plain(family.model, request, EOS, choose).said()
+        # Noise draws all orders of probability: now and then the better path is the third or lies outside the pool.
+        assert found.stats.rounds == COUNT // 3 if temperature == 0.0 else found.stats.rounds <= COUNT // 2
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_with_threads_and_links(llama: Family, drafter: str, tree: str) -> None:
+    shape = TREES[tree]
+
+    async def main() -> Output:
+        body = DRAFTERS[drafter](llama.text, shape.branches)
+        async with (
+            running(llama.model, Fixed(shape.rows, 0.002 if drafter == "mute" else 0.05), EOS, choose) as target,
+            hosted(body, width=shape.width) as host,
+        ):
+            await attached(target, "d", Dying(host, 2) if drafter == "killed" else host)
+            found = await answer(target, asking(PROMPT, max_tokens=COUNT))
+            assert target.lost == ({"d": 1} if drafter == "killed" else {})
+            return found
+
+    found = asyncio.run(main())
+    assert found.tokens == llama.tokens
+    assert found.said() == llama.alone.said()
+    assert (found.stats.accepted > 0) == (drafter in ("perfect", "noisy", "killed") or found.stats.accepted > 0)
+    assert found.stats.drafted > 0 or drafter == "mute"
+    if drafter == "perfect":
+        assert found.stats.rounds <= COUNT // 2
+
+
+# Sampling
+
+
+MIXES: tuple[dict[str, Any], ...] = (
+    {},
+    {"top_p": 0.9},
+    {"top_k": 6, "min_p": 0.05},
+    {"presence_penalty": 0.7, "frequency_penalty": 0.4},
+    {"repetition_penalty": 1.4, "logit_bias": ((5, 3.0), (7, -100.0), (9, 1.5))},
+    {"top_p": 0.95, "top_k": 12, "min_p": 0.02, "repetition_penalty": 1.1, "presence_penalty": -0.3, "logit_bias": ((3, 2.0),), "min_tokens": 9},
+)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**40])
+@pytest.mark.parametrize("temperature", [0.4, 0.8, 1.3])
+def test_seeded_sampling_on_is_off(temperature: float, seed: int) -> None:
+    model = ToyModel(vocabulary=24, memory=4)
+    accepted = sampled(model, range(20), temperature, seed, choose_by_numpy)
+    assert accepted > 20 * COUNT / 3
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**40])
+@pytest.mark.parametrize("temperature", [0.4, 0.8, 1.3])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_seeded_sampling_on_is_off_for_models(name: str, temperature: float, seed: int, loaded: dict[str, HFModel]) -> None:
+    assert sampled(loaded[name], (1, 3, 5), temperature, seed, choose) > 3 * COUNT / 3
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, HFModel]:
+    return {name: hf_model(name) for name in ("llama", "gemma2")}
+
+
+def sampled(model: Model, numbers: Sequence[int], temperature: float, seed: int, chooser: Any) -> int:
+    """Runs one prompt for each number, on and off; returns how many drafted tokens were accepted."""
+    accepted, outputs = 0, set()
+    for number in numbers:
+        prompt = [(number * 5 + place * place) % 24 for place in range(3 + number)]
+        request = asking(prompt, max_tokens=COUNT, temperature=temperature, seed=seed, **MIXES[number % len(MIXES)])
+        lockstep = Lockstep(engine_of(model, 8, EOS, chooser), Grower(ModelDrafter(model, branches=2), "d", 2))
+        (found,) = lockstep.run(request)
+        assert found.said() == plain(model, request, EOS, chooser).said()
+        accepted += found.stats.accepted
+        outputs.add(found.tokens)
+    assert len(outputs) == len(numbers)
+    return accepted
+
+
+# Real pairs, composed as in a deployment, in one process
+
+
+@asynccontextmanager
+async def composed(target: str, draft: str) -> AsyncIterator[Target]:
+    made, _ = build_target(TargetConfig(model=target, dtype="float32", device="cpu"))
+    host = build_drafter(DrafterConfig(name="d", model=draft, dtype="float32", device="cpu"), target)
+    made.start()
+    host.start()
+    try:
+        await attached(made, "d", host)
+        yield made
+    finally:
+        await made.stop()
+        await host.stop()
+
+
+def on_and_off(target: str, draft: str, asked: Sequence[Sequence[int]], count: int, reference: bool) -> float:
+    """Asserts that the outputs are equal, and to transformers' own if asked to; returns the tokens for each step of the target."""
+
+    async def main() -> float:
+        tokens = rounds = 0
+        async with composed(target, draft) as pair:
+            for number, prompt in enumerate(asked):
+                on, off = [
+                    await answer(pair, Request(f"{number}-{speculation}", tuple(prompt), Sampling(max_tokens=count), speculation))
+                    for speculation in (True, False)
+                ]
+                assert on.said() == off.said()
+                if reference:
+                    assert isinstance(pair.engine.model, HFModel)
+                    assert off.tokens == transformers_greedy(pair.engine.model.module, prompt, count)
+                tokens += len(on.tokens)
+                rounds += on.stats.rounds
+        return tokens / rounds
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize(("target", "draft"), [("stories260K", "llama2xs-500it"), ("babyllama361-as105", "babyllama105")])
+def test_pairs_of_others_on_story_openings(shared: Path, target: str, draft: str) -> None:
+    openings = json.loads((shared / "prompts" / "tinystories_20_openings.json").read_text())
+    assert len(openings) == 20
+    tokenizer = Tokenizer.from_file(str(shared / "models" / target / "tokenizer.json"))
+    asked = [tokenizer.encode(opening).ids for opening in openings]
+    assert on_and_off(str(shared / "models" / target), str(shared / "models" / draft), asked, 64, reference=True) > 1.1
+
+
+@pytest.mark.slow
+def test_the_shipped_pair_on_held_out_prompts() -> None:
+    target, draft = shipped("target"), shipped("draft")
+    for folder in (target, draft):
+        if not (Path(folder) / "model.safetensors").is_file():
+            pytest.skip(f"{folder} has no weights: make train")
+    asked = prompts(Tokenizer.from_file(str(Path(target) / "tokenizer.json")), 20, 32)
+    assert len(asked) == 20
+    assert on_and_off(target, draft, asked, 128, reference=False) > 1.3
