@@ -91,8 +91,8 @@ class Known:
             before = [*text.tokens, *text.tree.tokens_to(leaf)]
             right = len(before) < len(self.text) and before == self.text[: len(before)]
             first = self.text[len(before)] if right else before[-1]
-            for rank in range(self.branches):
-                found.append((leaf, (first + rank + (not right)) % self.vocabulary, -0.1 if rank == 0 else -2.0))
+            tokens = [(first + rank + (not right)) % self.vocabulary for rank in range(self.branches)]
+            found.extend((leaf, token, -0.1 if rank == 0 else -2.0) for rank, token in enumerate(tokens))
         return children(found)
 
     def close(self, session: str) -> None:
@@ -214,7 +214,11 @@ class Patient:
 
 @asynccontextmanager
 async def running(
-    model: Model, scheduler: Scheduler, eos: frozenset[int] = NOBODY, chooser: Chooser = choose, finish: Callable[[Request], Finish] | None = None
+    model: Model,
+    scheduler: Scheduler,
+    eos: frozenset[int] = NOBODY,
+    chooser: Chooser = choose,
+    finish: Callable[[Request], Finish] | None = None,
 ) -> AsyncIterator[Target]:
     """A target on this event loop, stopped in the end."""
     target = Target(Engine(model, chooser, scheduler, eos, time.monotonic), finish or lettering(eos))

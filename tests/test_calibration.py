@@ -15,7 +15,7 @@ def test_bins_cover_all_scores_and_are_finer_near_certainty() -> None:
     bins = [bin_of(score) for score in scores]
     assert bins == sorted(bins)
     assert (bins[0], bins[-1]) == (0, BINS - 1)
-    assert {bin_of(math.log1p(-((n + 0.5) / BINS) ** 2)) for n in range(BINS)} == set(range(BINS))
+    assert {bin_of(math.log1p(-(((n + 0.5) / BINS) ** 2))) for n in range(BINS)} == set(range(BINS))
 
 
 @given(st.floats(-50.0, 0.0), st.integers(0, 40))

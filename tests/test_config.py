@@ -1,11 +1,11 @@
 """What is started where: from flags, and from a file that a stranger may have written."""
 
+import os
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from runtime import config
 from runtime.config import Deployment, DrafterConfig, Placement, TargetConfig, deployment, methods, read, shipped, split_cores
 from runtime.errors import InvalidRequest
 
@@ -38,12 +38,12 @@ def test_names_are_distinct_whatever_is_asked_for() -> None:
 
 
 def test_on_one_machine_the_cores_are_shared_and_nothing_listens_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config.os, "sched_getaffinity", lambda _: {3, 1, 2, 0})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 1, 2, 0})
     made = deployment("big", ("small", "ngram"), 1, "auto", "auto", local=True)
     assert [made.target.placement.cores, *(drafter.placement.cores for drafter in made.drafters)] == [(0, 1), (2,), (3,)]
     assert {made.target.placement.listen, *(drafter.placement.listen for drafter in made.drafters)} == {"127.0.0.1"}
     spread = deployment("big", ("small",), 2, "auto", "auto", local=False)
-    assert [place.placement for place in (spread.target, *spread.drafters)] == [Placement()] * 3
+    assert [spread.target.placement, *(drafter.placement for drafter in spread.drafters)] == [Placement()] * 3
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_split_cores(cores: list[int], drafters: int, shares: list[tuple[int, ..
 
 def test_the_shipped_pair_lies_in_the_project() -> None:
     for name in ("target", "draft"):
-        assert (Path(shipped(name)) / "tokenizer.json").is_file()  # type: ignore[arg-type]
+        assert (Path(shipped(name)) / "tokenizer.json").is_file()
 
 
 GOOD = """

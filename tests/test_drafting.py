@@ -200,11 +200,14 @@ def test_a_share_holds_from_when_it_is_told() -> None:
     alone.hear(opened())
     for hand in (alone, first, second):
         hand.grow(3)
-    grown = [{(int(p), int(t)) for d in hand.sent if isinstance(d, Draft) for p, t in zip(d.parents, d.tokens, strict=True)} for hand in (first, second)]
+    grown = [
+        {(int(p), int(t)) for d in hand.sent if isinstance(d, Draft) for p, t in zip(d.parents, d.tokens, strict=True)}
+        for hand in (first, second)
+    ]
     root_children = {(text_key(PROMPT), token) for token in (TEXT[5], TEXT[5] + 1, TEXT[5] + 2, TEXT[5] + 3)}
     main = {(text_key(TEXT[:n]), (TEXT[n] + k) % V) for n in (5, 6, 7) for k in range(4)}
     assert root_children <= main <= grown[0] & grown[1]
-    off = [{node for node in nodes - main} for nodes in grown]
+    off = [set(nodes - main) for nodes in grown]
     assert off[0] or off[1]
     assert off[0].isdisjoint(off[1])
 
@@ -275,7 +278,9 @@ def test_a_clogged_link_becomes_useful_again(monkeypatch: pytest.MonkeyPatch) ->
                 draft = await draft_for(replies, "s")
                 await soon(lambda: host.grower.counters["dropped replies"] >= 5)
                 parents = draft.parents.tolist()
-                known.update(text_key([token], parent) for parent, token in zip(parents, draft.tokens.tolist(), strict=True) if parent in known)
+                known.update(
+                    text_key([token], parent) for parent, token in zip(parents, draft.tokens.tolist(), strict=True) if parent in known
+                )
 
     asyncio.run(main())
 

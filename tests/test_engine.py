@@ -1,31 +1,22 @@
 """The target's loop by hand: what is decided, who is told, and what becomes of it when others misbehave."""
 
 import itertools
-import queue
-import threading
 from collections.abc import Callable, Iterable
-from dataclasses import replace
-from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from runtime import limits
 from runtime.choice import Ask, choose
 from runtime.drafters.base import Drafter
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.ngram import Ngram
 from runtime.drafters.noisy import Noisy
-from runtime.engine import Admit, Cancel, Engine, Join, Leave, Stop
+from runtime.engine import Admit, Join, Leave
 from runtime.grower import Grower
-from runtime.messages import Chunk, Close, Commit, Draft, Event, Open, Reply, Request, Resync, Round, Share
+from runtime.messages import Chunk, Close, Commit, Draft, Event, Open, Request, Resync, Share
 from runtime.models.toy import ToyModel
 from runtime.sampling import Sampling
-from runtime.schedulers.base import Plan, View
-from runtime.schedulers.fixed import Fixed
 from runtime.tree import text_key
 from tests.rig import NOBODY, Known, Lockstep, Mute, Output, asking, continued, engine_of, lettering, output, plain
 
@@ -160,7 +151,9 @@ def test_drafters_share_a_session() -> None:
     assert found.stats.ignored["repeated"] > 0
 
 
-def through(request: Request, *happenings: tuple[int, Callable[[Lockstep], None]], growers: Iterable[Grower] = ()) -> tuple[Output, Lockstep]:
+def through(
+    request: Request, *happenings: tuple[int, Callable[[Lockstep], None]], growers: Iterable[Grower] = ()
+) -> tuple[Output, Lockstep]:
     """A generation to which something happens after so many rounds."""
     lockstep = Lockstep(engine_of(TOY), *growers)
     chunks = lockstep.admit(request)
@@ -203,7 +196,8 @@ def test_the_last_drafter_leaves_in_mid_stream() -> None:
 
 
 def test_who_left_late_does_not_take_along_who_has_joined_since() -> None:
-    engine, heard = engine_of(TOY), []
+    heard: list[Event] = []
+    engine = engine_of(TOY)
     old: Callable[[Event], None] = lambda event: None  # noqa: E731
     engine.handle(Join("d", old))
     engine.handle(Join("d", heard.append))
@@ -252,7 +246,8 @@ def test_the_events_of_a_generation() -> None:
 
 
 def test_who_joins_learns_the_text_and_the_others_their_new_share() -> None:
-    told, events = Told(), []
+    events: list[Event] = []
+    told = Told()
     send: Callable[[Event], None] = events.append
     told.admit(asking(PROMPT))
     told.advance(3)
@@ -298,288 +293,3 @@ def test_growth_of_sessions_that_are_over_is_counted() -> None:
     told = Told()
     told.engine.handle(draft([(PROMPT, 1)]))
     assert told.engine.unknown == 1
-
-
-# Endings
-
-
-def test_cancelling_frees_the_session_here_and_at_the_drafter() -> None:
-    drafter = ModelDrafter(TOY)
-    grower = Grower(drafter, "d", 2)
-    found, lockstep = through(asking(PROMPT), (3, lambda lockstep: lockstep.engine.handle(Cancel("s"))), growers=(grower,))
-    assert found.reason == "cancelled"
-    assert found.said()[:2] == ("".join(chr(97 + token % 26) for token in found.tokens), tuple(TEXT[5 : 5 + len(found.tokens)]))
-    assert 0 < found.stats.completion_tokens < 24
-    lockstep.round()
-    assert (lockstep.engine.live, grower.growing, drafter.kept) == ({}, {}, {})
-    lockstep.engine.handle(Cancel("s"))
-
-
-class Breaking(ToyModel):
-    """Fails on texts that hold a certain token, at a certain length."""
-
-    def logits(self, tokens: Any) -> Any:
-        if tokens[0] == 23 and len(tokens) == 12:
-            raise self.error
-        return super().logits(tokens)
-
-    error: Exception = RuntimeError("out of memory")
-
-
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), ValueError("shape"), MemoryError("cache")])
-def test_an_error_ends_its_session_and_no_other(error: Exception) -> None:
-    model = Breaking(vocabulary=24, memory=3)
-    model.error = error
-    requests = [asking(PROMPT, "a"), asking((23, *PROMPT), "b"), asking(PROMPT, "c")]
-    grower = Grower(Known(TEXT, 24), "d")
-    found = Lockstep(engine_of(model), grower).run(*requests)
-    assert [one.reason for one in found] == ["length", "error", "length"]
-    assert found[1].error == f"{type(error).__name__}: {error}"
-    assert 0 < len(found[1].tokens) <= 6
-    assert found[1].tokens == plain(TOY, asking((23, *PROMPT))).tokens[: len(found[1].tokens)]
-    assert [one.said() for one in (found[0], found[2])] == [alone(asking(PROMPT))] * 2
-    assert grower.growing == {}
-
-
-def test_an_error_while_reading_the_prompt() -> None:
-    model = Breaking(vocabulary=24, memory=0)
-    (found,) = Lockstep(engine_of(model)).run(asking((23,) * 13))
-    assert (found.reason, found.tokens, found.stats.rounds) == ("error", (), 0)
-
-
-def test_stop_ends_what_is_under_way() -> None:
-    engine, chunks = engine_of(TOY), []
-    engine.inbox.put(Admit(asking(PROMPT, "a"), lettering()(asking(PROMPT)), chunks.append))
-    engine.inbox.put(Stop())
-    engine.run()
-    assert engine.live == {}
-    assert [(chunk.finish_reason, chunk.tokens) for chunk in chunks] == [("cancelled", ())]
-
-
-def test_a_fault_in_the_loop_leaves_no_caller_waiting() -> None:
-    class Faulty(Fixed):
-        def plan(self, view: View) -> Plan:
-            raise ZeroDivisionError
-
-    engine, chunks = Engine(TOY, choose, Faulty(8), NOBODY, lambda: 0.0), []
-    engine.inbox.put(Admit(asking(PROMPT), lettering()(asking(PROMPT)), chunks.append))
-    with pytest.raises(ZeroDivisionError):
-        engine.run()
-    assert [chunk.finish_reason for chunk in chunks] == ["cancelled"]
-
-
-def test_nobody_is_waited_for_at_the_last_token() -> None:
-    """Fixed waits where a drafter is there and has said nothing; the clock of the rig would let it wait for ever."""
-    engine = Engine(TOY, choose, Fixed(8, 1e9), NOBODY, lambda: 0.0)
-    (found,) = Lockstep(engine, Grower(Mute(), "d")).run(asking(PROMPT, max_tokens=1))
-    assert found.tokens == tuple(TEXT[5:6])
-
-
-class Waiting:
-    """Waits as long as it is let. `asked` is fed at each question."""
-
-    def __init__(self) -> None:
-        self.asked: queue.SimpleQueue[View] = queue.SimpleQueue()
-
-    def plan(self, view: View) -> Plan:
-        self.asked.put(view)
-        return Plan(len(view.gains), 0.0 if view.gains else 20.0)
-
-    def observe(self, done: Round) -> None:
-        pass
-
-    def grew(self, delay: float, hit: bool) -> None:
-        pass
-
-
-@pytest.fixture
-def waiting() -> Iterable[tuple[Engine, Waiting]]:
-    """An engine on its thread that waits whenever there is nothing to verify."""
-    scheduler = Waiting()
-    engine = Engine(TOY, choose, scheduler, NOBODY, lambda: 0.0)
-    thread = threading.Thread(target=engine.run)
-    thread.start()
-    yield engine, scheduler
-    engine.inbox.put(Stop())
-    thread.join(20.0)
-    assert not thread.is_alive()
-
-
-def admitted(engine: Engine, request: Request) -> "queue.SimpleQueue[Chunk]":
-    chunks: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
-    engine.inbox.put(Admit(request, lettering()(request), chunks.put))
-    return chunks
-
-
-def test_growth_ends_a_wait_at_once(waiting: tuple[Engine, Waiting]) -> None:
-    engine, _ = waiting
-    chunks = admitted(engine, asking(PROMPT, max_tokens=2))
-    engine.inbox.put(draft([(PROMPT, TEXT[5])]))
-    assert chunks.get(timeout=20.0).tokens == tuple(TEXT[5:7])
-
-
-def test_cancelling_ends_a_wait_at_once(waiting: tuple[Engine, Waiting]) -> None:
-    engine, scheduler = waiting
-    chunks = admitted(engine, asking(PROMPT))
-    scheduler.asked.get(timeout=20.0)
-    engine.inbox.put(Cancel("s"))
-    assert chunks.get(timeout=20.0).finish_reason == "cancelled"
-    assert engine.live == {}
-
-
-def test_another_session_of_the_same_name_is_another_session(waiting: tuple[Engine, Waiting]) -> None:
-    """Cancelled and begun anew while the engine waits for growth: what was left of the first one does not go on."""
-    engine, scheduler = waiting
-    first = admitted(engine, asking(PROMPT))
-    scheduler.asked.get(timeout=20.0)
-    engine.inbox.put(Cancel("s"))
-    second = admitted(engine, asking(PROMPT[:2], max_tokens=2))
-    assert first.get(timeout=20.0).finish_reason == "cancelled"
-    text = continued(TOY, PROMPT[:2], 2)
-    engine.inbox.put(draft([(PROMPT[:2], text[2])]))
-    assert second.get(timeout=20.0).tokens == tuple(text[2:])
-    assert first.empty()
-    assert engine.live == {}
-
-
-def test_stopping_ends_a_wait_at_once(waiting: tuple[Engine, Waiting]) -> None:
-    engine, scheduler = waiting
-    chunks = admitted(engine, asking(PROMPT))
-    scheduler.asked.get(timeout=20.0)
-    engine.inbox.put(Stop())
-    while chunks.get(timeout=20.0).finish_reason is None:
-        pass
-
-
-def test_a_flood_does_not_keep_the_target_from_its_steps() -> None:
-    """Whoever answers every message with another is heard once a round."""
-    engine, chunks = engine_of(TOY), []
-
-    def flood(event: Event) -> None:
-        engine.inbox.put(Resync("s", "d"))
-
-    engine.handle(Join("d", flood))
-    engine.handle(Admit(asking(PROMPT), lettering()(asking(PROMPT)), chunks.append))
-    for _ in range(25):
-        assert engine.take_in(block=False)
-        for live in tuple(engine.live.values()):
-            engine.advance(live)
-    assert output(chunks).said() == alone(asking(PROMPT))
-
-
-# A network that loses, repeats, reorders and invents
-
-
-class Adversary:
-    """Does to each message on the way what its dice say; forges others from what it has seen."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = Random(seed)
-        self.held: list[tuple[bool, Any]] = []
-        self.keys: list[int] = [0, 2**64 - 1]
-        self.worst = self.random.choice([0.1, 0.5, 0.9])
-        self.fates: set[str] = set()
-
-    def __call__(self, message: Event | Reply) -> list[Event | Reply]:
-        inbound = isinstance(message, Draft | Resync)
-        if isinstance(message, Commit):
-            self.keys.append(message.key)
-        elif isinstance(message, Draft):
-            self.keys.extend(message.parents.tolist())
-        fate = self.random.choice(["lose", "repeat", "hold", "forge", "forge"]) if self.random.random() < self.worst else "deliver"
-        self.fates.add(fate)
-        passed: list[Any] = {"lose": [], "repeat": [message, message], "hold": []}.get(fate, [message])
-        if fate == "hold":
-            self.held.append((inbound, message))
-        if fate == "forge":
-            passed.insert(self.random.randint(0, 1), self.forged_reply() if inbound else self.forged_event())
-        mine = [place for place, kept in enumerate(self.held) if kept[0] == inbound]
-        if mine and self.random.random() < 0.5:
-            passed.append(self.held.pop(self.random.choice(mine))[1])
-        return passed
-
-    def forged_reply(self) -> Reply:
-        n = self.random.choice([0, 1, 3, 40, limits.DRAFT_NODES + 1])
-        if self.random.random() < 0.2:
-            return Resync(self.random.choice(["s", "ghost"]), "x")
-        return Draft(
-            self.random.choice(["s", "s", "s", "ghost"]),
-            self.random.choice([0, 0, 0, 1]),
-            "x",
-            np.array([self.random.choice(self.keys) for _ in range(n)], np.uint64),
-            np.array([self.random.choice([0, 5, 23, 24, -1, 2**31 - 1]) for _ in range(n)], np.int32),
-            np.array([self.random.choice([0.0, -0.1, -99.0, 1.0, float("nan"), -float("inf"), float("inf")]) for _ in range(n)], np.float32),
-        )
-
-    def forged_event(self) -> Event:
-        session = self.random.choice(["s", "s", "s", "ghost"])
-        tokens = tuple(self.random.randrange(24) for _ in range(self.random.choice([0, 1, 3])))
-        share = Share(session, self.random.choice([0, 1, 9]), self.random.choice([0, 1, 2]))
-        return self.random.choice(
-            [
-                Commit(session, self.random.choice([0, 1]), self.random.choice([0, 5, 6, 20, 10**9]), tokens, self.random.choice(self.keys)),
-                Open(session, 0, (*PROMPT, *tokens), 5, Sampling(max_tokens=24), share),
-                Open(session, 0, (), 0, Sampling(), share),
-                share,
-                Close(session),
-            ]
-        )
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-@given(seed=st.integers(0, 10**9))
-@settings(max_examples=60)
-def test_the_network_changes_nothing_but_speed(temperature: float, seed: int) -> None:
-    adversary = Adversary(seed)
-    drafters: list[Drafter] = [ModelDrafter(TOY, branches=2), Noisy(ModelDrafter(TOY), TOY.vocabulary, 0.3)]
-    growers = [Grower(drafter, f"d{n}", 3) for n, drafter in enumerate(drafters)]
-    request = asking(PROMPT, temperature=temperature, seed=seed, max_tokens=20)
-    (found,) = Lockstep(engine_of(TOY), *growers, tamper=adversary).run(request)
-    assert found.said() == alone(request)
-    assert found.stats.rounds <= 20
-
-
-def test_the_adversary_does_all_it_can_and_some_drafts_get_through() -> None:
-    fates: set[str] = set()
-    accepted, ignored = 0, set()
-    for seed in range(60):
-        adversary = Adversary(seed)
-        (found,) = Lockstep(engine_of(TOY), Grower(ModelDrafter(TOY), "d", 3), tamper=adversary).run(asking(PROMPT))
-        fates |= adversary.fates
-        ignored |= set(found.stats.ignored)
-        accepted += found.stats.accepted
-    assert fates == {"deliver", "lose", "repeat", "hold", "forge"}
-    assert ignored == {"stale", "repeated", "invalid", "oversize"}
-    assert accepted > 200
-
-
-def test_a_lost_commit_costs_a_question_and_then_all_is_well() -> None:
-    """Everything towards the drafter is lost for five rounds."""
-    sent = itertools.count()
-
-    def lossy(message: Event | Reply) -> list[Event | Reply]:
-        return [] if isinstance(message, Commit) and next(sent) in range(1, 6) else [message]
-
-    grower = perfect()
-    lockstep = Lockstep(engine_of(TOY, rows=4), grower, passes=4, tamper=lossy)
-    (found,) = lockstep.run(asking(PROMPT, max_tokens=60))
-    assert found.tokens == tuple(TEXT[5:65])
-    assert grower.counters["resync"] >= 1
-    assert found.stats.rounds <= 12 + 8
-
-
-def test_what_was_decided_before_is_gone_on_from() -> None:
-    whole = asking(PROMPT, temperature=0.9, seed=5, presence_penalty=0.5, repetition_penalty=1.3, min_tokens=20)
-    expected = plain(TOY, whole, EOS)
-    for cut in (1, 7, 20):
-        request = replace(whole, committed=expected.tokens[:cut])
-        finish = lettering(EOS)(request)
-        before = "".join(finish.feed(token).text for token in request.committed)
-        engine, chunks = engine_of(TOY, eos=EOS), []
-        lockstep = Lockstep(engine, Grower(ModelDrafter(TOY), "d", 2))
-        engine.handle(Admit(request, finish, chunks.append))
-        while engine.live:
-            lockstep.round()
-        found = output(chunks)
-        assert (before + found.text, (*request.committed, *found.tokens)) == (expected.text, expected.tokens)
-        assert (found.reason, found.stats.completion_tokens) == (expected.reason, expected.stats.completion_tokens)

@@ -200,7 +200,15 @@ MIXES: tuple[dict[str, Any], ...] = (
     {"top_k": 6, "min_p": 0.05},
     {"presence_penalty": 0.7, "frequency_penalty": 0.4},
     {"repetition_penalty": 1.4, "logit_bias": ((5, 3.0), (7, -100.0), (9, 1.5))},
-    {"top_p": 0.95, "top_k": 12, "min_p": 0.02, "repetition_penalty": 1.1, "presence_penalty": -0.3, "logit_bias": ((3, 2.0),), "min_tokens": 9},
+    {
+        "top_p": 0.95,
+        "top_k": 12,
+        "min_p": 0.02,
+        "repetition_penalty": 1.1,
+        "presence_penalty": -0.3,
+        "logit_bias": ((3, 2.0),),
+        "min_tokens": 9,
+    },
 )
 
 
