@@ -19,7 +19,7 @@ from runtime.models.choose import choose
 from runtime.models.detokenize import Detokenizer
 from runtime.models.hf import HFModel
 from runtime.models.load import load_model, load_tokenizer
-from runtime.models.profile import step_times
+from runtime.models.timing import step_times
 from runtime.schedulers.living import ROWS, Living
 from runtime.target import Target
 

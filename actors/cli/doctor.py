@@ -32,7 +32,7 @@ def doctor(
     from runtime.models.acceptance import RANKS, acceptance
     from runtime.models.load import load_model, load_tokenizer
     from runtime.models.pair import check_pair
-    from runtime.models.profile import step_times
+    from runtime.models.timing import step_times
 
     names = (target or config.shipped("target"), draft or config.shipped("draft"))
     contexts = (context_length(names[0]), context_length(names[1]))
