@@ -210,7 +210,7 @@ def test_with_threads_and_links(llama: Family, drafter: str, tree: str) -> None:
         case "perfect":
             assert found.stats.rounds <= COUNT // 2
         case "noisy" | "killed":
-            assert 0 < found.stats.accepted
+            assert found.stats.accepted > 0
         case "wrong":
             assert found.stats.accepted == 0 < found.stats.verified
         case "mute":
