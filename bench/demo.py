@@ -81,7 +81,7 @@ async def collect(service: Service, request: Request, stream: Stream) -> Stats:
 
 def summary(results: Sequence[Pair]) -> Table:
     found = Table(title="the same tokens, with and without the drafter", title_justify="left")
-    for name in ("", "target alone", "with drafts", "speed-up", "tokens per target step"):
+    for name in ("", "target alone", "with drafts", "speed-up", "tokens per step"):
         found.add_column(name, justify="right")
     for pair in results:
         alone, drafted = tokens_per_second(pair.plain), tokens_per_second(pair.fast)
@@ -89,7 +89,7 @@ def summary(results: Sequence[Pair]) -> Table:
         found.add_row(pair.setting, f"{alone:.1f} tokens/s", f"{drafted:.1f} tokens/s", f"{drafted / alone:.2f} x", f"{steps:.2f}")
     ratios = [tokens_per_second(pair.fast) / tokens_per_second(pair.plain) for pair in results]
     found.add_section()
-    found.add_row("median", "", "", f"{statistics.median(ratios):.2f} x", f"({min(ratios):.2f} to {max(ratios):.2f} x)")
+    found.add_row("median", "", "", f"{statistics.median(ratios):.2f} x", f"{min(ratios):.2f} to {max(ratios):.2f} x")
     return found
 
 
