@@ -16,19 +16,7 @@ from runtime.models.toy import ToyModel
 from runtime.schedulers.base import Plan, View
 from runtime.schedulers.fixed import Fixed
 from tests.rig import NOBODY, Known, Lockstep, Mute, asking, continued, engine_of, lettering, output, plain
-from tests.test_engine import draft, through
-
-PROMPT = (3, 1, 4, 1, 5)
-TOY = ToyModel(vocabulary=24, memory=3)
-TEXT = continued(TOY, PROMPT, 100)
-
-
-def perfect(name: str = "d", width: int = 1, branches: int = 1) -> Grower:
-    return Grower(Known(TEXT, TOY.vocabulary, branches), name, width)
-
-
-def alone(request: Request, eos: frozenset[int] = NOBODY) -> tuple[object, ...]:
-    return plain(TOY, request, eos).said()
+from tests.test_engine import PROMPT, TEXT, TOY, alone, draft, through
 
 
 def test_cancelling_frees_the_session_here_and_at_the_drafter() -> None:

@@ -16,24 +16,10 @@ from runtime.drafters.model import ModelDrafter
 from runtime.drafters.noisy import Noisy
 from runtime.engine import Admit
 from runtime.grower import Grower
-from runtime.messages import Chunk, Close, Commit, Draft, Event, Open, Reply, Request, Resync, Share
-from runtime.models.toy import ToyModel
+from runtime.messages import Chunk, Close, Commit, Draft, Event, Open, Reply, Resync, Share
 from runtime.sampling import Sampling
-from tests.rig import NOBODY, Known, Lockstep, asking, continued, engine_of, lettering, output, plain
-
-PROMPT = (3, 1, 4, 1, 5)
-TOY = ToyModel(vocabulary=24, memory=3)
-TEXT = continued(TOY, PROMPT, 100)
-EOS = frozenset({TEXT[5 + 10]})
-
-
-def perfect(name: str = "d", width: int = 1, branches: int = 1) -> Grower:
-    return Grower(Known(TEXT, TOY.vocabulary, branches), name, width)
-
-
-def alone(request: Request, eos: frozenset[int] = NOBODY) -> tuple[object, ...]:
-    return plain(TOY, request, eos).said()
-
+from tests.rig import Lockstep, asking, engine_of, lettering, output, plain
+from tests.test_engine import EOS, PROMPT, TEXT, TOY, alone, perfect
 
 # A network that loses, repeats, reorders and invents
 
