@@ -321,12 +321,12 @@ def end_of_text(folder: str) -> frozenset[int]:
 @pytest.mark.parametrize(("target", "draft"), [("stories260K", "llama2xs-500it"), ("babyllama361-as105", "babyllama105")])
 def test_pairs_of_others_on_story_openings(shared: Path, target: str, draft: str) -> None:
     openings = json.loads((shared / "prompts" / "tinystories_20_openings.json").read_text())
-    pair = [str(shared / "models" / name) for name in (target, draft)]
-    tokenizer = Tokenizer.from_file(f"{pair[0]}/tokenizer.json")
+    target, draft = str(shared / "models" / target), str(shared / "models" / draft)
+    tokenizer = Tokenizer.from_file(f"{target}/tokenizer.json")
     asked = [tokenizer.encode(opening).ids for opening in openings]
     assert len(asked) == 20
-    assert in_lockstep(*pair, asked, 64, reference=True) > 1.5
-    composed(*pair, asked[:3], 64)
+    assert in_lockstep(target, draft, asked, 64, reference=True) > 1.5
+    composed(target, draft, asked[:3], 64)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,9 @@ def test_with_and_without_ray_and_drafter_the_tokens_are_the_same(model: str) ->
 
 def test_ctrl_c_ends_everything_that_was_started(model: str) -> None:
     call = command("--target", model, "--draft", model, "--prompt", "def f(", "--max-tokens", 4000, "--ignore-eos")
-    with subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+    # Where the tests run in the background, Ctrl-C is ignored, and what they start inherits that.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed) as running:  # noqa: PLW1509
         assert running.stdout is not None
         assert os.read(running.stdout.fileno(), 1)  # the first text is there
         started = descendants(running.pid)
