@@ -81,7 +81,7 @@ async def collect(service: Service, request: Request, stream: Stream) -> Stats:
 
 def summary(results: Sequence[Pair]) -> Table:
     found = Table(title="the same tokens, with and without the drafter", title_justify="left")
-    for name in ("", "target alone", "with drafts", "speed-up", "tokens per step"):
+    for name in ("", "target alone", "with drafts", "speed-up", "tokens/step"):
         found.add_column(name, justify="right")
     for pair in results:
         alone, drafted = tokens_per_second(pair.plain), tokens_per_second(pair.fast)

@@ -197,7 +197,11 @@ class Engine:
         began = self.clock()
         verdict = self.verify(live, nodes)
         decided = self.clock()
-        self.commit(live, nodes, verdict, Timing(waited, decided - began, decided))
+        # What was guessed during the pass hangs on the old root: taken in before the root moves, it may hold the new one.
+        if not self.take_in(block=False):
+            self.inbox.put(Stop())
+        if self.under_way(live):
+            self.commit(live, nodes, verdict, Timing(waited, decided - began, decided))
 
     def choose_rows(self, live: Live) -> tuple[list[int], float]:
         """Ask the scheduler until it says to go; with other sessions waiting for their step, patience is theirs to pay."""

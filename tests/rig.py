@@ -276,3 +276,10 @@ def transformers_greedy(module: Any, prompt: Sequence[int], count: int) -> tuple
     with torch.inference_mode():
         found = module.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0)
     return tuple(found[0, len(prompt) :].tolist())
+
+
+def transformers_replay(module: Any, prompt: Sequence[int], tokens: Sequence[int]) -> tuple[int, ...]:
+    """The most probable token at each place of `tokens`, read in one pass: `tokens` itself exactly where generate() writes it."""
+    with torch.inference_mode():
+        logits = module(torch.tensor([[*prompt, *tokens]])).logits[0]
+    return tuple(logits[len(prompt) - 1 : -1].argmax(dim=-1).tolist())
