@@ -21,9 +21,9 @@ from runtime.messages import Chunk, Request
 from runtime.sampling import Sampling
 from tests.pair import save_model
 
-PATIENCE_S = 120.0
+PATIENCE_S = 240.0
 pytestmark = pytest.mark.cluster
-LONG = Sampling(max_tokens=4000, ignore_eos=True)
+LONG = Sampling(max_tokens=16_000, ignore_eos=True)  # far more than a drafter's restart lasts; it is not read to its end
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def cluster() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Deployment:
     """The draft is the target itself, so that its tokens are accepted; deep, so that its output outlasts a restart."""
-    folder = str(save_model(tmp_path_factory.mktemp("models") / "deep", num_hidden_layers=24))
+    folder = str(save_model(tmp_path_factory.mktemp("models") / "deep", context=16_384, num_hidden_layers=24))
     return deployment(folder, (folder,), 1, "auto", "cpu", local=True)
 
 
