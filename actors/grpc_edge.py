@@ -13,31 +13,44 @@ from runtime.errors import InvalidRequest, LinkLost, ModelRefused, OutriderError
 HANDSHAKE_S = 3.0  # a peer that has not said Hello by then is mute
 ERROR_PARAM = "outrider-param"  # trailing metadata: which parameter an INVALID_ARGUMENT is about
 
-# A peer that is cut off or stopped is noticed after about two seconds. keepalive_timeout alone sees the cut, whose packets
-# nobody acknowledges; behind a stopped process the kernel still does, and a ping would wait its own time-out of a minute.
-# The server must allow pings that often, or it closes the connection (GOAWAY, too_many_pings).
-SHARED = [
-    ("grpc.max_send_message_length", limits.MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", limits.MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 1000),
-    ("grpc.keepalive_timeout_ms", 1000),
-    ("grpc.http2.ping_timeout_ms", 1000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-]
-CLIENT_OPTIONS = [
-    *SHARED,
-    ("grpc.enable_http_proxy", 0),  # actors reach each other directly
-    ("grpc.use_local_subchannel_pool", 1),  # or a new channel inherits the back-off of a lost one
-    ("grpc.min_reconnect_backoff_ms", 2000),  # gRPC's name for the time that one connection attempt gets
-    ("grpc.max_reconnect_backoff_ms", 2000),
-]
-SERVER_OPTIONS = [
-    *SHARED,
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
-    ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.so_reuseport", 0),
-]
+# How long, beyond a second, a peer may leave a ping unanswered. A drafter that is lost by mistake costs speed only, and is
+# back at once; a caller that loses its target loses its answer, so a busy machine gets more time there.
+DRAFTER_SILENCE_MS, TARGET_SILENCE_MS = 1000, 3000
+
+
+def shared_options(silence_ms: int) -> list[tuple[str, int]]:
+    """A peer that is cut off or stopped is noticed after `silence_ms` and a second. keepalive_timeout alone sees the cut, whose
+    packets nobody acknowledges; behind a stopped process the kernel still does, and a ping would wait its own minute."""
+    return [
+        ("grpc.max_send_message_length", limits.MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", limits.MESSAGE_BYTES),
+        ("grpc.keepalive_time_ms", 1000),
+        ("grpc.keepalive_timeout_ms", silence_ms),
+        ("grpc.http2.ping_timeout_ms", silence_ms),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+
+
+def client_options(silence_ms: int) -> list[tuple[str, int]]:
+    return [
+        *shared_options(silence_ms),
+        ("grpc.enable_http_proxy", 0),  # actors reach each other directly
+        ("grpc.use_local_subchannel_pool", 1),  # or a new channel inherits the back-off of a lost one
+        ("grpc.min_reconnect_backoff_ms", 2000),  # gRPC's name for the time that one connection attempt gets
+        ("grpc.max_reconnect_backoff_ms", 2000),
+    ]
+
+
+def server_options(silence_ms: int) -> list[tuple[str, int]]:
+    """The server must allow pings as often as clients send them, or it closes the connection (GOAWAY, too_many_pings)."""
+    return [
+        *shared_options(silence_ms),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.so_reuseport", 0),
+    ]
+
 
 STATUS = {
     InvalidRequest: StatusCode.INVALID_ARGUMENT,

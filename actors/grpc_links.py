@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from actors.grpc_edge import CLIENT_OPTIONS, HANDSHAKE_S, error_of, reason
+from actors.grpc_edge import DRAFTER_SILENCE_MS, HANDSHAKE_S, TARGET_SILENCE_MS, client_options, error_of, reason
 from protos import codec
 from protos.handshake import Hello, mismatch
 from runtime.errors import InvalidRequest, LinkLost, Unavailable
@@ -41,7 +41,7 @@ class GrpcLink:
 
     async def speculate(self, events: AsyncIterator[Event]) -> AsyncGenerator[Reply, None]:
         """As in DraftLink. An error raised by `events` itself is raised here as it is."""
-        async with grpc.aio.insecure_channel(self.address, CLIENT_OPTIONS) as channel:
+        async with grpc.aio.insecure_channel(self.address, client_options(DRAFTER_SILENCE_MS)) as channel:
             call = channel.stream_stream(f"/{codec.DRAFTING}/Speculate")()
             ended = asyncio.Event()
             forwarding: asyncio.Task[None] | None = None
@@ -132,7 +132,7 @@ class GrpcTarget:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._channel = grpc.aio.insecure_channel(address, CLIENT_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(address, client_options(TARGET_SILENCE_MS))
         self._generate = self._channel.unary_stream(f"/{codec.TARGET}/Generate")
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:

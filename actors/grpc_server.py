@@ -10,7 +10,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from actors.grpc_edge import HANDSHAKE_S, SERVER_OPTIONS, aborting, closing
+from actors.grpc_edge import DRAFTER_SILENCE_MS, HANDSHAKE_S, TARGET_SILENCE_MS, aborting, closing, server_options
 from protos import codec
 from protos.handshake import Hello, mismatch
 from runtime import limits
@@ -113,7 +113,9 @@ async def serve(services: Sequence[DraftingService | TargetService], host: str, 
 
     To be stopped by `await server.stop(grace)` on the same event loop. Raises Unavailable where the port cannot be had.
     """
-    server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=CALLS)
+    for_callers = any(isinstance(service, TargetService) for service in services)
+    options = server_options(TARGET_SILENCE_MS if for_callers else DRAFTER_SILENCE_MS)
+    server = grpc.aio.server(options=options, maximum_concurrent_rpcs=CALLS)
     server.add_generic_rpc_handlers([service.handler() for service in services])
     names = [service.name for service in services]
     servicer = health.aio.HealthServicer()
