@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from runtime.models.hf import HFModel
+from runtime.models.quick import quicken
 
 VOCABULARY = 96
 WINDOW = 6  # of the sliding layers: smaller than the texts of the tests
@@ -64,5 +65,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 
 @cache
 def hf_model(family: str) -> HFModel:
-    """The family's model, made once in a process."""
-    return HFModel(FAMILIES[family](), family)
+    """The family's model, made once in a process, with the pass that a loaded one would have."""
+    model = HFModel(FAMILIES[family](), family)
+    quicken(model)
+    return model

@@ -1,15 +1,21 @@
 """Every family reads a tree as it would read each of its paths alone."""
 
+import logging
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.modeling_utils import AttentionInterface
 
 from runtime.errors import InvalidRequest, ModelRefused
 from runtime.kv.base import KVCache
-from runtime.models.base import Model, Rows, causal
+from runtime.models.base import Model, Part, Rows, causal
+from runtime.models.generic import NAME
 from runtime.models.hf import HFModel, check_config, context_of
 from runtime.models.prefill import prefill
+from runtime.models.quick import quicken
 from runtime.models.rollback import check_rollback
 from runtime.tree import TokenTree
 from tests.families import FAMILIES, VOCABULARY, hf_model, tiny
@@ -179,10 +185,109 @@ def test_a_cache_of_another_kind() -> None:
 
         def keep(self, prefix: int, slots: object) -> None: ...
 
+        def fork(self, length: int) -> "Other":
+            return self
+
         def truncate(self, length: int) -> None: ...
 
     with pytest.raises(TypeError, match="Other"):
         hf_model("llama").forward(Other(), causal(PROMPT, 0))
+
+
+def three(model: HFModel) -> list[Part]:
+    """Texts of other lengths, each with some rows to read: a tree, one row, plain text of which two rows are wanted."""
+    parts = []
+    for length, rows, last in ((4, None, None), (9, 1, None), (0, 12, 2), (7, 3, 0)):
+        text = np.random.default_rng(length).integers(0, VOCABULARY, 20)
+        kv = model.new_cache()
+        model.forward(kv, causal(text[:length], 0), last=0) if length else None
+        read = rows_of(grown(7), length) if rows is None else causal(text[length : length + rows], length)
+        parts.append(Part(kv, read, last))
+    return parts
+
+
+@families
+def test_several_texts_in_one_pass(family: str) -> None:
+    model = hf_model(family)
+    apart = [model.forward(part.cache, part.rows, part.last) for part in three(model)]
+    parts = three(model)
+    together = model.forward_all(parts)
+    assert [len(logits) for logits in together] == [8, 1, 2, 0]
+    for found, expected in zip(together, apart, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    more = model.forward_all([Part(part.cache, causal(np.array([5]), part.cache.length)) for part in parts[1:3]])
+    text = np.random.default_rng(9).integers(0, VOCABULARY, 20)
+    close(more[0], plain(model, [*text[:10], 5])[-1:])
+    assert [part.cache.length for part in parts] == [12, 11, 13, 10]
+
+
+@families
+def test_one_pass_is_one_pass(family: str) -> None:
+    """Of transformers' own module where there is no faster one; Falcon alone does not ask for attention through the interface."""
+    model = HFModel(FAMILIES[family](), family)
+    assert model.generic.together == (family != "falcon")
+    parts, passes = three(model), []
+    with model.module.register_forward_hook(lambda *_: passes.append(1)):
+        model.forward_all(parts)
+    assert len(passes) == (4 if family == "falcon" else 1)
+    assert model.module.config._attn_implementation in ("sdpa", "eager")
+
+
+def test_a_module_that_reads_several_texts_wrongly_reads_them_one_by_one(caplog: pytest.LogCaptureFixture) -> None:
+    """Here each row attends to itself alone."""
+    module = FAMILIES["llama"]()
+    with caplog.at_level(logging.WARNING), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(
+            AttentionInterface._global_mapping,
+            NAME,
+            lambda module, query, key, value, mask, **_: (value.transpose(1, 2).repeat(1, 1, 2, 1), None),
+        )
+        model = HFModel(module, "own way")
+    assert not model.generic.together
+    assert "model own way reads several texts one by one: in one pass its logits are off by" in caplog.text
+    assert [len(logits) for logits in model.forward_all(three(model))] == [8, 1, 2, 0]
+
+
+def test_no_texts() -> None:
+    assert hf_model("llama").forward_all([]) == []
+    assert HFModel(FAMILIES["gpt2"](), "gpt2").forward_all([]) == []
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
+def test_an_error_in_one_text_leaves_all_caches_as_they_were(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = HFModel(FAMILIES[family](), family)
+    if family == "llama":
+        quicken(model)
+    parts = three(model)
+    lengths = [part.cache.length for part in parts]
+    bad = Part(model.new_cache(), causal(np.array([VOCABULARY]), 0))
+    full = model.new_cache()
+    full.append(full.capacity)
+    for culprit in (bad, Part(full, Rows(np.array([1]), np.array([0]), full.capacity, np.ones((1, 1), np.bool_)))):
+        with pytest.raises(InvalidRequest):
+            model.forward_all([*parts, culprit])
+        assert [part.cache.length for part in parts] == lengths
+    step = model.step
+
+    def broken(parts: Sequence[Part]) -> list[torch.Tensor]:
+        step(parts)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model, "step", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model.forward_all(parts)
+    assert [part.cache.length for part in parts] == lengths
+
+
+def test_an_error_in_a_pass_over_several_texts_leaves_the_module_as_it_was() -> None:
+    model = HFModel(FAMILIES["gpt2"](), "gpt2")
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with model.module.lm_head.register_forward_pre_hook(broken), pytest.raises(RuntimeError, match="out of memory"):
+        model.forward_all(three(model))
+    assert model.module.config._attn_implementation == "sdpa"
 
 
 def test_nothing_to_prefill() -> None:
@@ -206,16 +311,11 @@ def test_low_precision(family: str, dtype: torch.dtype) -> None:
     assert {kv.plane(*place).dtype for layer in kv.layers for place in layer.places} == {dtype}
 
 
-class Leaking(HFModel):
-    """All rows see all others."""
-
-    def _mask(self, rows: Rows, positions: object) -> None:
-        return None
-
-
-def test_the_proof_fails_where_branches_see_each_other() -> None:
+def test_the_proof_fails_where_branches_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = HFModel(FAMILIES["llama"](), "leaking")
+    monkeypatch.setattr(model.generic, "mask", lambda part, window: torch.zeros((1, 1, len(part.rows.tokens), part.cache.length)))
     with pytest.raises(ModelRefused, match="cannot be rolled back exactly"):
-        check_rollback(Leaking(FAMILIES["llama"](), "leaking"))
+        check_rollback(model)
 
 
 def test_positions_by_slot_are_refused() -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from runtime.errors import InvalidRequest
+from runtime.kv.packed import PackedCache
 from runtime.kv.store import FIRST_SLOTS, TorchCache
 from runtime.models.base import Rows
 from runtime.models.prefill import prefill
@@ -108,6 +109,62 @@ def test_truncate_refuses_what_is_not_in_use(length: int) -> None:
     fill(kv, [1, 2, 3])
     with pytest.raises(IndexError):
         kv.truncate(length)
+
+
+@pytest.mark.parametrize("length", [0, 1, 3, 4])
+def test_a_fork_goes_its_own_way(length: int) -> None:
+    kv = small()
+    fill(kv, [10, 11, 12, 13])
+    other = kv.fork(length)
+    assert (other.length, other.capacity) == (length, kv.capacity)
+    fill(other, [20, 21])
+    kv.keep(1, [3])
+    fill(kv, [30])
+    assert marks(other) == [*range(10, 10 + length), 20, 21]
+    assert marks(kv) == [10, 13, 30]
+
+
+def test_a_fork_takes_memory_for_what_it_holds() -> None:
+    kv = small(capacity=8 * FIRST_SLOTS)
+    fill(kv, list(range(3 * FIRST_SLOTS)))
+    assert storage(kv.fork(5)) == FIRST_SLOTS
+
+
+@pytest.mark.parametrize("length", [4, -1])
+def test_fork_refuses_what_is_not_in_use(length: int) -> None:
+    kv = small()
+    fill(kv, [1, 2, 3])
+    with pytest.raises(IndexError):
+        kv.fork(length)
+
+
+def test_planes_alternate_where_all_layers_have_one_shape() -> None:
+    kv = TorchCache([((2, 8), (2, 8))] * 3, 100, torch.float32, torch.device("cpu"))
+    kv.append(4)
+    for index in range(3):
+        kv.update(torch.full((1, 2, 4, 8), 1.0 + index), torch.full((1, 2, 4, 8), -1.0 - index), index)
+    assert kv.planes()[:, :, :4].mean(dim=(1, 2, 3)).tolist() == [1.0, -1.0, 2.0, -2.0, 3.0, -3.0]
+    kv.planes()[0, :, :4] = 9.0
+    assert torch.equal(kv.plane(*kv.layers[0].places[0]), torch.full((1, 2, 4, 8), 9.0))
+
+
+def test_rows_of_several_texts_go_to_their_own_caches() -> None:
+    caches = [small(), small()]
+    fill(caches[0], [5])
+    for kv, rows in zip(caches, (2, 1), strict=True):
+        start = kv.append(rows)
+        kv.positions[start:] = [6, 7][:rows]
+    packed = PackedCache(caches, 2)
+    for index, (keys, values) in enumerate(LAYOUT):
+        states = [torch.tensor([6.0, 7.0, 6.0]).view(1, 1, 3, 1).expand(1, heads, 3, dim) for heads, dim in (keys, values)]
+        packed.update(states[0] + index, states[1] - index, index)
+        read = packed.take()
+        assert [[tuple(state.shape) for state in pair] for pair in read] == [
+            [(1, heads, slots, dim) for heads, dim in (keys, values)] for slots in (3, 1)
+        ]
+        with pytest.raises(LookupError):
+            packed.take()
+    assert [marks(kv) for kv in caches] == [[5, 6, 7], [6]]
 
 
 @cache

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from runtime.errors import InvalidRequest, ModelRefused
 from runtime.models.base import causal
+from runtime.models.llama import LlamaPass
 from runtime.models.load import load_model, load_tokenizer
 from runtime.models.pair import vocabulary_hash
 from tests.families import FAMILIES, VOCABULARY, hf_model, tiny
@@ -66,6 +67,16 @@ def test_a_folder_becomes_the_model_that_was_saved(folder: Path) -> None:
     assert (model.name, model.dtype, model.device.type) == (str(folder), torch.float32, "cpu")
     rows = causal(np.arange(9), 0)
     assert torch.equal(model.forward(model.new_cache(), rows), hf_model("llama").forward(hf_model("llama").new_cache(), rows))
+
+
+def test_the_step_may_be_left_to_transformers(folder: Path) -> None:
+    generic, auto = load_model(str(folder), device="cpu", step="generic"), load_model(str(folder), device="cpu")
+    assert generic.step is generic.generic
+    assert isinstance(auto.step, LlamaPass)
+    rows = causal(np.arange(9), 0)
+    own = generic.module(torch.arange(9)[None], use_cache=False).logits[0]
+    torch.testing.assert_close(generic.forward(generic.new_cache(), rows), own, atol=1e-5, rtol=0)
+    torch.testing.assert_close(auto.forward(auto.new_cache(), rows), own, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16), ("float32", torch.float32)])

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import InvalidRequest
-from runtime.models.base import Rows, causal
+from runtime.models.base import Part, Rows, causal
 from runtime.models.prefill import prefill
 from runtime.models.toy import ToyCache, ToyModel
 
@@ -86,3 +86,34 @@ def test_the_cache_keeps_its_promises_at_the_edges() -> None:
     cache.keep(1, [4, 2])
     assert cache.tokens == [3, 5, 4]
     assert cache.length == 3
+
+
+def test_several_texts_in_one_pass_bit_by_bit() -> None:
+    model = ToyModel()
+    parts = [Part(fed(model, TEXT[:length]), causal(np.array([7, length]), length), last) for length, last in ((1, None), (5, 1), (3, 0))]
+    logits = model.forward_all(parts)
+    for found, length, rows in zip(logits, (1, 5, 3), (2, 1, 0), strict=True):
+        both = [model.logits([*TEXT[:length], 7]), model.logits([*TEXT[:length], 7, length])]
+        assert np.array_equal(found, np.reshape(both[2 - rows :], (rows, 32)))
+    assert [part.cache.length for part in parts] == [3, 7, 5]
+    assert model.forward_all([]) == []
+
+
+def test_an_error_in_one_text_leaves_all_caches_as_they_were() -> None:
+    model = ToyModel()
+    caches = [fed(model, TEXT), fed(model, TEXT)]
+    parts = [Part(caches[0], causal(np.array([7]), 5)), Part(caches[1], Rows(np.array([7]), np.array([9]), 5, np.ones((1, 1), np.bool_)))]
+    with pytest.raises(ValueError, match="not contiguous"):
+        model.forward_all(parts)
+    assert [cache.tokens for cache in caches] == [TEXT, TEXT]
+
+
+def test_a_fork_goes_its_own_way() -> None:
+    model = ToyModel()
+    cache = fed(model, TEXT)
+    other = cache.fork(3)
+    assert np.array_equal(model.forward(other, causal(np.array([9]), 3))[0], model.logits([*TEXT[:3], 9]))
+    assert (cache.tokens, other.tokens, other.capacity) == (TEXT, [*TEXT[:3], 9], cache.capacity)
+    for length in (-1, 6):
+        with pytest.raises(IndexError):
+            cache.fork(length)

@@ -26,6 +26,10 @@ class KVCache(Protocol):
         """
         ...
 
+    def fork(self, length: int) -> "KVCache":
+        """A cache of its own that begins with a copy of slots [0, length). Raises IndexError as `truncate` does."""
+        ...
+
     def truncate(self, length: int) -> None:
         """Forget all slots from `length` on. Raises IndexError where `length` is above the present length."""
         ...

@@ -36,6 +36,7 @@ class TorchCache(Cache):
 
     def __init__(self, layout: Layout, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         self.capacity, self.length, self.start = capacity, 0, 0
+        self._layout, self._dtype, self._device = layout, dtype, device
         self._places = np.zeros(0, dtype=np.int64)
         self._planes: dict[Shape, torch.Tensor] = {}
         for shape in dict.fromkeys(shape for pair in layout for shape in pair):
@@ -54,6 +55,11 @@ class TorchCache(Cache):
     @property
     def positions(self) -> npt.NDArray[np.int64]:
         return self._places[: self.length]
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of one token, all layers together."""
+        return sum(planes.shape[0] * planes.shape[1] * planes.shape[3] * planes.element_size() for planes in self._planes.values())
 
     def append(self, rows: int) -> int:
         length = self.length + rows
@@ -87,9 +93,26 @@ class TorchCache(Cache):
             raise IndexError(f"length {length} of a cache of {self.length} slots")
         self.start = self.length = length
 
+    def fork(self, length: int) -> "TorchCache":
+        if not 0 <= length <= self.length:
+            raise IndexError(f"length {length} of a cache of {self.length} slots")
+        other = TorchCache(self._layout, self.capacity, self._dtype, self._device)
+        other.append(length)
+        other.positions[:] = self.positions[:length]
+        with torch.no_grad():
+            for shape, planes in self._planes.items():
+                other._planes[shape][:, :, :length] = planes[:, :, :length]
+        other.start = length
+        return other
+
     def plane(self, shape: Shape, place: int) -> torch.Tensor:
         """One layer's keys or values, (1, heads, length, dim): a view."""
         return self._planes[shape][place : place + 1, :, : self.length]
+
+    def planes(self) -> torch.Tensor:
+        """All layers' keys and values, alternating, (2 x layers, heads, slots, dim), where all have one shape; a view with room behind."""
+        (planes,) = self._planes.values()
+        return planes
 
     def _grow(self, slots: int) -> None:
         places = np.zeros(slots, dtype=np.int64)

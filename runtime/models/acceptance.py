@@ -1,8 +1,10 @@
 """How often a draft's first k guesses hold the token that the target chooses, on the target's own outputs."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from runtime.choice import Ask
 from runtime.models.base import causal
@@ -28,6 +30,51 @@ def continuation(target: HFModel, prompt: Sequence[int], sampling: Sampling, eos
         logits = target.forward(cache, causal(np.asarray([token]), cache.length))
 
 
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A draft's guesses at the positions of a target's texts, in order.
+
+    ranks   int64 (n,)  place of the target's choice among the guesses of its position, from 0; -1 where it is not there
+    scores  float32 (n, k)  logs of the probabilities that the draft gives to its guesses, falling along a row
+    """
+
+    ranks: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float32]
+
+    def rates(self) -> dict[int, float]:
+        """Share of the positions, by number k of guesses, at which the target's choice is among the first k."""
+        found = self.ranks[self.ranks >= 0]
+        return {k: float((found < k).sum() / max(1, len(self.ranks))) for k in RANKS}
+
+
+def replay(
+    target: HFModel,
+    draft: HFModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    eos: frozenset[int],
+    step: Callable[[], None] = lambda: None,
+) -> Replay:
+    """What the draft guesses along the target's own continuations of `prompts`.
+
+    At temperature > 0 the guesses are coupled to the target by the noise of their position, as in the runtime. `step` is
+    called after each prompt.
+    """
+    ranks, scores = [np.zeros(0, np.int64)], [np.zeros((0, max(RANKS)), np.float32)]
+    for prompt in prompts:
+        output = continuation(target, prompt, sampling, eos)
+        if output:
+            text = np.asarray([*prompt, *output])
+            logits = draft.forward(draft.new_cache(), causal(text[:-1], 0), last=len(output))
+            paths = [output[:i] for i in range(len(output))]
+            guesses, said = candidates(logits, Ask(sampling, len(prompt), prompt, paths, frozenset()), max(RANKS))
+            right = guesses == np.asarray(output)[:, None]
+            ranks.append(np.where(right.any(axis=1), right.argmax(axis=1), -1))
+            scores.append(said)
+        step()
+    return Replay(np.concatenate(ranks), np.concatenate(scores))
+
+
 def acceptance(
     target: HFModel,
     draft: HFModel,
@@ -36,21 +83,5 @@ def acceptance(
     eos: frozenset[int],
     step: Callable[[], None] = lambda: None,
 ) -> dict[int, float]:
-    """Share of positions, by rank k, at which the target's choice is among the draft's first k candidates.
-
-    At temperature > 0 the candidates are coupled to the target by the noise of their position, as in the runtime. `step`
-    is called after each prompt.
-    """
-    hits, positions = np.zeros(len(RANKS)), 0
-    for prompt in prompts:
-        output = continuation(target, prompt, sampling, eos)
-        if output:
-            text = np.asarray([*prompt, *output])
-            logits = draft.forward(draft.new_cache(), causal(text[:-1], 0), last=len(output))
-            paths = [output[:i] for i in range(len(output))]
-            guesses, _ = candidates(logits, Ask(sampling, len(prompt), prompt, paths, frozenset()), max(RANKS))
-            right = guesses == np.asarray(output)[:, None]
-            hits += [right[:, :rank].any(axis=1).sum() for rank in RANKS]
-            positions += len(output)
-        step()
-    return {rank: float(count / max(positions, 1)) for rank, count in zip(RANKS, hits, strict=True)}
+    """The rates of a replay."""
+    return replay(target, draft, prompts, sampling, eos, step).rates()

@@ -1,5 +1,6 @@
 """What the runtime asks of a model: one forward pass over rows of a tree, with a cache that rolls back exactly."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,6 +37,15 @@ def causal(tokens: npt.NDArray[np.int64], start: int) -> Rows:
     return Rows(tokens, np.arange(start, start + n), start, np.tri(n, dtype=np.bool_))
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One text's share of a packed pass. With `last`, logits are computed for the last `last` rows only (0: for none)."""
+
+    cache: KVCache
+    rows: Rows
+    last: int | None = None
+
+
 class Model(Protocol):
     """A decoder-only language model. Not safe for use by two threads at a time."""
 
@@ -59,6 +69,13 @@ class Model(Protocol):
     def forward(self, cache: KVCache, rows: Rows, last: int | None = None) -> Logits:
         """One pass: appends the rows to `cache` and returns the logits that follow each of them.
 
-        With `last`, only those of the last `last` rows are computed. float32 in any case.
+        With `last`, only those of the last `last` rows are computed. float32 in any case. On an error the cache is as before.
+        """
+        ...
+
+    def forward_all(self, parts: Sequence[Part]) -> list[Logits]:
+        """One pass over the rows of several texts, each with its own cache: for each part what `forward` would return.
+
+        The weights are read once for all of them. On an error all caches are as before.
         """
         ...

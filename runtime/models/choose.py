@@ -1,6 +1,8 @@
 """The rule of runtime.choice on torch tensors, through transformers' logits processors, on the device of the logits."""
 
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from math import inf, log
 
 import numpy as np
@@ -10,9 +12,13 @@ from transformers.generation import logits_process as processors
 
 from runtime import noise
 from runtime.choice import Ask
+from runtime.models.top import top
 from runtime.sampling import Sampling
 
 POOL = 64  # most likely tokens among which a drafter looks for its candidates
+
+Scores = npt.NDArray[np.float32]
+Guesses = tuple[npt.NDArray[np.int32], Scores]
 
 
 def choose(logits: torch.Tensor, ask: Ask) -> npt.NDArray[np.int64]:
@@ -49,7 +55,7 @@ def _edited(logits: torch.Tensor, ask: Ask) -> torch.Tensor:
     return scores
 
 
-def candidates(logits: torch.Tensor, ask: Ask, k: int, pool: int = POOL) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+def candidates(logits: torch.Tensor, ask: Ask, k: int, pool: int = POOL) -> Guesses:
     """A drafter's guesses for what the target answers to `ask`: token ids and scores (rows, k), best first.
 
     At temperature 0 the k most probable tokens with the log of their probability. Above it, coupled to the target: the
@@ -58,26 +64,51 @@ def candidates(logits: torch.Tensor, ask: Ask, k: int, pool: int = POOL) -> tupl
     The filters top_k, top_p and min_p are applied inside the pool: a token that they bar has score -inf, and so is none. `k`
     and `pool` above the vocabulary are cut to it.
     """
-    sampling, scores = ask.sampling, _edited(logits, ask)
+    return candidates_all([(logits, ask, k)], pool)[0]
+
+
+def candidates_all(questions: Sequence[tuple[torch.Tensor, Ask, int]], pool: int = POOL) -> list[Guesses]:
+    """`candidates` for each (logits, ask, k): one look at the vocabulary and one transfer for all of them."""
+    if not questions:
+        return []
+    edited = [_edited(logits, ask) for logits, ask, _ in questions]
+    scores = edited[0] if len(edited) == 1 else torch.cat(edited)
+    if any(ask.sampling.temperature == 0 for _, ask, _ in questions):
+        scores = scores.log_softmax(dim=-1)  # changes nothing for the others
+    most = max(k if ask.sampling.temperature == 0 else max(pool, k) for _, ask, k in questions)
+    best = top(scores, min(most, scores.shape[1]))
+    values, places = best[0].cpu().numpy(), best[1].cpu().numpy()
+    totals = np.zeros((len(values), 1), dtype=np.float32)
+    if any(ask.sampling.temperature > 0 and ask.sampling.top_p < 1 for _, ask, _ in questions):
+        temperatures = [ask.sampling.temperature or 1.0 for logits, ask, _ in questions for _ in range(len(logits))]
+        totals = (scores / scores.new_tensor(temperatures)[:, None]).logsumexp(dim=-1, keepdim=True).cpu().numpy()
+    ends = accumulate(len(logits) for logits, _, _ in questions)
+    rows = [slice(end - len(logits), end) for end, (logits, _, _) in zip(ends, questions, strict=True)]
+    return [_ranked(values[of], places[of], totals[of], ask, k, pool) for of, (_, ask, k) in zip(rows, questions, strict=True)]
+
+
+def _ranked(values: Scores, places: npt.NDArray[np.int64], total: Scores, ask: Ask, k: int, pool: int) -> Guesses:
+    """The best `k` of each row's most likely tokens `places`, whose scores `values` fall.
+
+    total  (rows, 1)  log of the sum of exp of all scores over the temperature; looked at for top_p alone
+    """
+    sampling = ask.sampling
     if sampling.temperature == 0:
-        top = scores.topk(min(k, scores.shape[1]), dim=-1)
-        likely = (top.values - scores.logsumexp(dim=-1, keepdim=True)).clamp(max=0.0)
-        return top.indices.int().cpu().numpy(), likely.cpu().numpy()
-    top = scores.topk(min(max(pool, k), scores.shape[1]), dim=-1)
-    tokens, kept = top.indices.cpu().numpy(), (top.values / sampling.temperature).double().cpu().numpy()
+        return places[:, :k].astype(np.int32), np.minimum(values[:, :k], 0)
+    most = max(pool, k)
+    tokens, kept = places[:, :most], values[:, :most].astype(np.float64) / sampling.temperature
     if sampling.top_k:
         kept[:, sampling.top_k :] = -inf
     if sampling.top_p < 1:
-        all_tokens = (scores / sampling.temperature).logsumexp(dim=-1, keepdim=True).cpu().numpy()
-        total = _logsumexp(kept) if 0 < sampling.top_k <= kept.shape[1] else all_tokens
-        probability = np.exp(kept - total)
+        within = 0 < sampling.top_k <= kept.shape[1]
+        probability = np.exp(kept - (_logsumexp(kept) if within else total))
         kept[:, 1:][(np.cumsum(probability, axis=1) - probability >= sampling.top_p)[:, 1:]] = -inf
     if sampling.min_p:
         kept[kept < kept[:, :1] + log(sampling.min_p)] = -inf
     perturbed = kept + noise.gumbel(sampling.seed, ask.positions(), tokens)
-    order = np.argsort(-perturbed, axis=1, kind="stable")[:, :k]
-    shares = np.take_along_axis(perturbed - _logsumexp(perturbed), order, axis=1)
-    return np.take_along_axis(tokens, order, axis=1).astype(np.int32), shares.clip(max=0).astype(np.float32)
+    rows, order = np.arange(len(tokens))[:, None], np.argsort(-perturbed, axis=1, kind="stable")[:, :k]
+    shares = (perturbed - _logsumexp(perturbed))[rows, order]
+    return tokens[rows, order].astype(np.int32), np.minimum(shares, 0).astype(np.float32)
 
 
 def _logsumexp(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

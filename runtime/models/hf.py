@@ -1,14 +1,10 @@
-"""Any decoder-only causal language model of transformers, reading trees of guesses in one pass.
-
-The tree is told by a 4-D additive mask and explicit positions. A layer with a sliding window sees what lies less than the
-window before the row *in the text*: slots of a tree are not in the order of the text, so its mask is made from positions.
-"""
+"""Any decoder-only causal language model of transformers, reading trees of guesses, of one text or of several, in one pass."""
 
 import inspect
-from typing import Any
+import logging
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -16,11 +12,20 @@ from runtime import limits
 from runtime.errors import InvalidRequest, ModelRefused
 from runtime.kv.base import KVCache
 from runtime.kv.store import TorchCache, layout_of
-from runtime.models.base import Rows
+from runtime.models.base import Part, Rows, causal
+from runtime.models.generic import Generic, stored
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # What transformers' modelling code is known to raise for a model that cannot take our masks, positions or cache.
 MISFITS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+
+ROUNDING = {True: 1e-3, False: 5e-2}  # relative error of logits that rounding explains, in float32 and in shorter types
+PROBE = [1, 2]  # a text; token 0 is often padding, of which the embedding is zero
+
+log = logging.getLogger(__name__)
+
+# Logits of parts whose rows have their slots; see Generic, the one that fits every model.
+Pass = Callable[[Sequence[Part]], list[torch.Tensor]]
 
 
 class HFModel:
@@ -34,23 +39,35 @@ class HFModel:
         config = module.config.get_text_config(decoder=True)
         self.module, self._name = module.eval(), name
         self._context = context_of(config, name)
-        self._windows = windows_of(config)
-        self._masks_by_type = len(set(getattr(config, "layer_types", None) or ())) > 1
-        accepted = inspect.signature(module.forward).parameters
-        if "position_ids" not in accepted:
+        if "position_ids" not in inspect.signature(module.forward).parameters:
             raise ModelRefused(f"model {name} ({config.model_type}) cannot be told positions: choose one with rotary or learned positions")
-        self._sliced = "logits_to_keep" in accepted
         self._device: torch.device = module.device
         self._dtype: torch.dtype = module.dtype
-        self._lowest = torch.finfo(self._dtype).min
         try:
             with torch.inference_mode():
-                probe = module(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=self._device), use_cache=True)
+                probe = module(input_ids=torch.tensor([PROBE], device=self._device), use_cache=True)
             self._layout = layout_of(probe.past_key_values.layers)
             self._stored: torch.dtype = probe.past_key_values.layers[0].keys.dtype
         except MISFITS as error:
             raise ModelRefused(f"model {name} cannot be rolled back exactly ({error}): choose one of plain attention layers") from error
         self._vocabulary = int(probe.logits.shape[-1])
+        self.generic = Generic(module)
+        self.step: Pass = self.generic
+        self.generic.together = self._reads_together(probe.logits[0].float())
+
+    def _reads_together(self, expected: torch.Tensor) -> bool:
+        """Whether the module can read two texts in one pass: PROBE, whose logits are known, and its beginning."""
+        parts = [Part(self.new_cache(), causal(np.array(text), 0)) for text in (PROBE, PROBE[:1])]
+        self.generic.together = True
+        try:
+            error = relative_error(torch.cat(self.forward_all(parts)), expected[[0, 1, 0]])
+        except (InvalidRequest, *MISFITS) as misfit:
+            log.info("model %s reads several texts one by one: %s", self._name, misfit)
+            return False
+        if not error <= ROUNDING[self._dtype == torch.float32]:
+            log.warning("model %s reads several texts one by one: in one pass its logits are off by %.2g", self._name, error)
+            return False
+        return True
 
     @property
     def name(self) -> str:
@@ -81,30 +98,29 @@ class HFModel:
 
         Raises InvalidRequest for a token outside the vocabulary or a position outside the context.
         """
-        if not isinstance(cache, TorchCache):
-            raise TypeError(f"a cache of type {type(cache).__name__}: use new_cache()")
-        self._check(rows)
-        n = len(rows.tokens)
-        kept = n if last is None else min(last, n)
-        start = cache.append(n)
-        cache.positions[start:] = rows.positions
-        options = {"logits_to_keep": max(kept, 1)} if self._sliced else {}
+        return self.forward_all([Part(cache, rows, last)])[0]
+
+    def forward_all(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+        """As promised by Model; errors as of `forward`. A text may be in one part only."""
+        caches = [stored(part) for part in parts]
+        for part in parts:
+            self._check(part.rows)
+        if not parts:
+            return []
+        lengths = [cache.length for cache in caches]
         done = False
         try:
+            for cache, part in zip(caches, parts, strict=True):
+                start = cache.append(len(part.rows.tokens))
+                cache.positions[start:] = part.rows.positions
             with torch.inference_mode():
-                logits: torch.Tensor = self.module(
-                    input_ids=self._row(rows.tokens),
-                    position_ids=self._row(rows.positions),
-                    attention_mask=self._mask(rows, cache.positions),
-                    past_key_values=cache,
-                    use_cache=True,
-                    **options,
-                ).logits[0]
-                done = True
-                return logits[logits.shape[0] - kept :].float()
+                logits = self.step(parts)
+            done = True
+            return logits
         finally:
             if not done:
-                cache.truncate(start)
+                for cache, length in zip(caches, lengths, strict=True):
+                    cache.truncate(length)
 
     def _check(self, rows: Rows) -> None:
         # On a GPU an index out of range would end the process and not the request.
@@ -115,32 +131,11 @@ class HFModel:
                 f"position {rows.positions.max()} is beyond the context of {self._context} of model {self._name}: shorten it"
             )
 
-    def _row(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)[None]).to(self._device)
 
-    def _mask(self, rows: Rows, positions: npt.NDArray[np.int64]) -> Any:
-        """None where all rows see all slots and there is one row; else the additive mask, by layer type where there are several."""
-        masks = {kind: self._additive(rows, positions, window) for kind, window in self._windows.items()}
-        if self._masks_by_type and any(mask is not None for mask in masks.values()):
-            # A layer type that needs no mask gets one all the same: None would have transformers make its own for all.
-            n = len(rows.tokens)
-            zeros = torch.zeros((1, 1, n, len(positions)), dtype=self._dtype, device=self._device)
-            return {kind: zeros if mask is None else mask for kind, mask in masks.items()}
-        return next(iter(masks.values()))
-
-    def _additive(self, rows: Rows, positions: npt.NDArray[np.int64], window: int | None) -> torch.Tensor | None:
-        """(1, 1, n, slots): 0 where a row looks, the lowest number where it does not; None for one row that sees every slot."""
-        n, slots = len(rows.tokens), len(positions)
-        first, hidden = rows.prefix, ~rows.visible
-        if window is not None and rows.positions.max() - positions.min() >= window:
-            far = rows.positions[:, None] - positions[None, :] >= window
-            far[:, first:] |= hidden
-            first, hidden = 0, far
-        if n == 1 and not hidden.any():
-            return None
-        mask = torch.zeros((1, 1, n, slots), dtype=self._dtype, device=self._device)
-        mask[..., first:].masked_fill_(torch.from_numpy(hidden).to(self._device), self._lowest)
-        return mask
+def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """The worst row's root mean square error, relative to the spread of what is expected."""
+    centred = expected - expected.mean(dim=1, keepdim=True)
+    return float(((logits - expected).square().mean(dim=1) / centred.square().mean(dim=1).clamp_min(1e-12)).max().sqrt())
 
 
 def check_config(config: PreTrainedConfig, kind: type[PreTrainedModel], name: str) -> None:
@@ -172,12 +167,3 @@ def context_of(config: PreTrainedConfig, name: str) -> int:
         if variant.get("rope_type") == "longrope":
             limit = min(limit, variant.get("original_max_position_embeddings") or limit)
     return limit
-
-
-def windows_of(config: PreTrainedConfig) -> dict[str, int | None]:
-    """The window of each type of layer that the model has (None = all of the text); one entry where all layers are alike."""
-    window = getattr(config, "sliding_window", None)
-    types = sorted(set(getattr(config, "layer_types", None) or ()))
-    if not types:
-        return {"": window}
-    return {kind: window if kind == "sliding_attention" else None for kind in types}

@@ -6,7 +6,7 @@ Only safetensors are read, no code of the model's author is run, and nothing out
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -25,7 +25,10 @@ from transformers.utils import logging
 
 from runtime.errors import InvalidRequest, ModelRefused
 from runtime.models.hf import MISFITS, HFModel, check_config
+from runtime.models.quick import quicken
 from runtime.models.rollback import check_rollback
+
+Step = Literal["auto", "generic"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -35,11 +38,12 @@ JSON_BYTES = 1 << 20  # of a config; a tokenizer may be larger
 TOKENIZER_BYTES = 1 << 27
 
 
-def load_model(name_or_folder: str, dtype: str = "auto", device: str = "auto", threads: int | None = None) -> HFModel:
+def load_model(name_or_folder: str, dtype: str = "auto", device: str = "auto", threads: int | None = None, step: Step = "auto") -> HFModel:
     """A folder with config.json and safetensors, or a name on the Hugging Face hub (or in its local cache).
 
     dtype "auto" is float32 on a CPU and the checkpoint's own on a GPU; device "auto" is the first GPU where there is one. `threads`
-    sets torch's threads for the whole process. Raises ModelRefused (the model), InvalidRequest (dtype or device).
+    sets torch's threads for the whole process. `step` "generic" leaves every pass to transformers' own code; "auto" takes a faster one
+    where there is one that agrees with it. Raises ModelRefused (the model), InvalidRequest (dtype or device).
     """
     place = find_device(device)
     kind = find_dtype(dtype, place)
@@ -49,6 +53,8 @@ def load_model(name_or_folder: str, dtype: str = "auto", device: str = "auto", t
     if threads is not None:
         torch.set_num_threads(threads)
     model = HFModel(read_weights(folder, name_or_folder, config, kind, place), name_or_folder)
+    if step == "auto":
+        quicken(model)
     check_rollback(model)
     return model
 

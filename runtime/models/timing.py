@@ -13,22 +13,29 @@ TEXT = 64  # tokens in the cache while it is measured
 
 
 def step_times(model: Model, widths: Sequence[int], clock: Clock, repeats: int = 5) -> dict[int, float]:
-    """Seconds (median) of one pass by its rows: a root and `width - 1` children of it, logits brought to the CPU."""
+    """Seconds (median) of one pass by its rows: a root and `width - 1` children of it, logits brought to the CPU.
+
+    All widths are measured in turn, `repeats` times: what else the machine does at the moment falls on all of them. A first turn is
+    not counted.
+    """
     text = min(TEXT, model.context - 2)
     cache = model.new_cache()
     prefill(model, cache, np.zeros(text, dtype=np.int64))
-    found: dict[int, float] = {}
-    for width in widths:
-        visible = np.eye(width, dtype=np.bool_)
-        visible[:, 0] = True
-        positions = np.full(width, text + 1, dtype=np.int64)
-        positions[0] = text
-        rows = Rows(np.zeros(width, dtype=np.int64), positions, text, visible)
-        seconds: list[float] = []
-        for _ in range(repeats + 1):
+    seconds: dict[int, list[float]] = {width: [] for width in widths}
+    for _ in range(repeats + 1):
+        for width, found in seconds.items():
+            rows = fan(text, width)
             began = clock()
             float(model.forward(cache, rows)[0, 0])  # waits for the device
-            seconds.append(clock() - began)
+            found.append(clock() - began)
             cache.truncate(text)
-        found[width] = statistics.median(seconds[1:])
-    return found
+    return {width: statistics.median(found[1:]) for width, found in seconds.items()}
+
+
+def fan(text: int, width: int) -> Rows:
+    """A root behind `text` tokens, and its children."""
+    visible = np.eye(width, dtype=np.bool_)
+    visible[:, 0] = True
+    positions = np.full(width, text + 1, dtype=np.int64)
+    positions[0] = text
+    return Rows(np.zeros(width, dtype=np.int64), positions, text, visible)

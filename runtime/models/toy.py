@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from runtime.errors import InvalidRequest
 from runtime.kv.base import KVCache
-from runtime.models.base import Rows
+from runtime.models.base import Part, Rows
 from runtime.tree import text_key
 
 
@@ -41,8 +41,15 @@ class ToyCache:
         self.tokens = self.tokens[:prefix] + [self.tokens[slot] for slot in slots]
         self.positions = self.positions[:prefix] + [self.positions[slot] for slot in slots]
 
+    def fork(self, length: int) -> "ToyCache":
+        if not 0 <= length <= self.length:
+            raise IndexError(f"length {length} is above the present {self.length}")
+        other = ToyCache(self.capacity)
+        other.tokens, other.positions = self.tokens[:length], self.positions[:length]
+        return other
+
     def truncate(self, length: int) -> None:
-        if length > self.length:
+        if not 0 <= length <= self.length:
             raise IndexError(f"length {length} is above the present {self.length}")
         del self.tokens[length:], self.positions[length:]
 
@@ -59,13 +66,32 @@ class ToyModel:
         return ToyCache(self.context + 512)
 
     def forward(self, cache: KVCache, rows: Rows, last: int | None = None) -> npt.NDArray[np.float32]:
+        return self.forward_all([Part(cache, rows, last)])[0]
+
+    def forward_all(self, parts: Sequence[Part]) -> list[npt.NDArray[np.float32]]:
+        lengths = [part.cache.length for part in parts]
+        done = False
+        try:
+            logits = [self.read(part) for part in parts]
+            done = True
+            return logits
+        finally:
+            if not done:
+                for part, length in zip(parts, lengths, strict=True):
+                    part.cache.truncate(length)
+
+    def read(self, part: Part) -> npt.NDArray[np.float32]:
+        """One part of a pass. An error leaves its rows in the cache."""
+        cache, rows = part.cache, part.rows
         if not isinstance(cache, ToyCache):
             raise TypeError(f"a cache of type {type(cache).__name__}: use new_cache()")
-        first = cache.append(len(rows.tokens))
+        first, n = cache.append(len(rows.tokens)), len(rows.tokens)
         cache.tokens[first:] = rows.tokens.tolist()
         cache.positions[first:] = rows.positions.tolist()
-        wanted = range(len(rows.tokens))[-last if last else 0 :]
-        return np.stack([self.logits(self.seen(cache, rows.prefix, rows.visible[row])) for row in wanted])
+        logits = np.empty((n if part.last is None else min(part.last, n), self.vocabulary), dtype=np.float32)
+        for place, row in enumerate(range(n - len(logits), n)):
+            logits[place] = self.logits(self.seen(cache, rows.prefix, rows.visible[row]))
+        return logits
 
     def seen(self, cache: ToyCache, prefix: int, visible: npt.NDArray[np.bool_]) -> list[int]:
         """The tokens of the visible slots by position. Raises ValueError where the positions are not 0, 1, 2, ..."""

@@ -1,0 +1,74 @@
+"""Caches of finished texts, kept so that a text that begins like one of them need not be read again."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.kv.base import KVCache
+
+Ids = npt.NDArray[np.int64]
+
+
+class Prefixes:
+    """Owns the caches given to it: at most `budget` slots together, the least recently used go first.
+
+    What two texts have in common counts from `least` tokens on: fewer are read faster than looked for.
+    """
+
+    def __init__(self, budget: int, least: int = 16) -> None:
+        self.budget, self.least = budget, least
+        self.kept: list[tuple[Ids, KVCache]] = []  # the least recently used first
+
+    @property
+    def slots(self) -> int:
+        """In use."""
+        return sum(len(ids) for ids, _ in self.kept)
+
+    def keep(self, tokens: Sequence[int], cache: KVCache) -> None:
+        """Take the cache over. Its first slots hold `tokens`; what is behind them is dropped.
+
+        A text that continues a kept one takes its place; one that a kept one continues adds nothing. Raises IndexError where
+        the cache has fewer slots than there are tokens.
+        """
+        cache.truncate(len(tokens))
+        ids = np.asarray(tokens, dtype=np.int64)
+        if not self.least <= len(ids) <= self.budget:
+            return
+        for i, (other, _) in enumerate(self.kept):
+            if common(ids, other) == len(ids):
+                self.kept.append(self.kept.pop(i))
+                return
+        self.kept = [entry for entry in self.kept if common(ids, entry[0]) < len(entry[0])]
+        self.kept.append((ids, cache))
+        while self.slots > self.budget:
+            self.kept.pop(0)
+
+    def longest(self, tokens: Sequence[int], others: Iterable[tuple[Sequence[int], KVCache]] = ()) -> tuple[KVCache, int] | None:
+        """The cache whose text has most in common with `tokens`, and how many tokens: at most all but the last.
+
+        Looked through are the kept texts and `others`: caches in use, whose first slots hold the text as far as they reach. To
+        be forked before it is used. None where nothing is worth it.
+        """
+        ids = np.asarray(tokens[:-1], dtype=np.int64)
+        found, most = None, max(self.least, 1) - 1
+        for other, cache in others:
+            # Most texts differ at their beginning, and need not be made arrays.
+            if tuple(other[: self.least]) == tuple(tokens[: self.least]):
+                n = min(common(ids, np.asarray(other, dtype=np.int64)), cache.length)
+                if n > most:
+                    found, most = cache, n
+        place = None
+        for i, (kept, cache) in enumerate(self.kept):
+            if (n := common(ids, kept)) > most:
+                found, most, place = cache, n, i
+        if place is not None:
+            self.kept.append(self.kept.pop(place))
+        return None if found is None else (found, most)
+
+
+def common(a: Ids, b: Ids) -> int:
+    """Length of the longest common prefix."""
+    n = min(len(a), len(b))
+    differs = a[:n] != b[:n]
+    return int(differs.argmax()) if differs.any() else n

@@ -1,0 +1,180 @@
+"""A pass through transformers' own code, for any decoder of plain attention; the oracle of faster passes.
+
+The tree is told by a 4-D additive mask and explicit positions.
+
+Several texts are one pass: their rows lie behind each other as if they were one text, so that linear layers, norms and experts run
+once over all of them; attention alone runs text by text, each with its own cache and mask. That is an attention function of
+transformers' AttentionInterface. A model that does not go through that interface gets one pass for each text.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from runtime.kv.packed import PackedCache
+from runtime.kv.store import TorchCache
+from runtime.models.base import Part
+from runtime.models.mask import additive, windows_of
+
+NAME = "outrider"  # of our attention function in transformers' register
+
+
+class Generic:
+    """Runs `module` over parts whose caches are TorchCaches with the rows' slots appended and their positions written.
+
+    `together`: whether several parts are read in one pass.
+    """
+
+    def __init__(self, module: PreTrainedModel) -> None:
+        self.module, self.together = module, False
+        self._config = module.config.get_text_config(decoder=True)
+        self._windows = windows_of(self._config)
+        self._masks_by_type = len(set(getattr(self._config, "layer_types", None) or ())) > 1
+        self._sliced = "logits_to_keep" in inspect.signature(module.forward).parameters
+        self._device: torch.device = module.device
+        self._dtype: torch.dtype = module.dtype
+        self._lowest = torch.finfo(self._dtype).min
+
+    def __call__(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+        """For each part the logits of its rows, float32, as `Model.forward_all` promises; caches are not rolled back on an error."""
+        if len(parts) > 1 and self.together:
+            return self.read_together(parts)
+        return [self.read(part) for part in parts]
+
+    def read(self, part: Part) -> torch.Tensor:
+        """One text in a pass of its own."""
+        rows, cache = part.rows, stored(part)
+        mask = self._by_type({kind: self.mask(part, window) for kind, window in self._windows.items()})
+        kept = wanted(part)
+        logits = self._run(rows.tokens, rows.positions, mask, cache, max(kept, 1))
+        return logits[logits.shape[0] - kept :].float()
+
+    def read_together(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+        """All texts in one pass. Raises LookupError where the model does not ask for attention as transformers' interface has it."""
+        caches = [stored(part) for part in parts]
+        masks: dict[str, torch.Tensor | None] = {}
+        for kind, window in self._windows.items():
+            pieces = [self.mask(part, window) for part in parts]
+            filled = [self._zeros(cache.length) if piece is None else piece for piece, cache in zip(pieces, caches, strict=True)]
+            masks[kind] = torch.cat([piece.view(1, 1, 1, -1) for piece in filled], dim=-1)
+        ends = list(accumulate(len(part.rows.tokens) for part in parts))
+        kept = [wanted(part) for part in parts]
+        rows = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, kept, strict=True)])
+        index = torch.from_numpy(rows).to(self._device)
+        packed = PackedCache(caches, len(caches[0].layers))
+        tokens, positions = (np.concatenate([getattr(part.rows, name) for part in parts]) for name in ("tokens", "positions"))
+        with self._splitting(packed):
+            logits = self._run(tokens, positions, self._by_type(masks), packed, index if len(index) else 1)
+        if not len(index) or not self._sliced:
+            logits = logits[index[: len(logits)]]
+        return list(logits.float().split(kept))
+
+    def _run(self, tokens: Any, positions: Any, mask: Any, cache: Any, keep: torch.Tensor | int) -> torch.Tensor:
+        logits: torch.Tensor = self.module(
+            input_ids=self._row(tokens),
+            position_ids=self._row(positions),
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            **({"logits_to_keep": keep} if self._sliced else {}),
+        ).logits[0]
+        return logits
+
+    @contextmanager
+    def _splitting(self, packed: PackedCache) -> Iterator[None]:
+        """Attention is ours as long as this lasts; at all other times the module is as transformers made it."""
+        usual = self._config._attn_implementation
+        token = CURRENT.set((packed, usual))
+        self._config._attn_implementation = NAME
+        try:
+            yield
+        finally:
+            self._config._attn_implementation = usual
+            CURRENT.reset(token)
+
+    def _row(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)[None]).to(self._device)
+
+    def _zeros(self, slots: int) -> torch.Tensor:
+        return torch.zeros((1, 1, 1, slots), dtype=self._dtype, device=self._device)
+
+    def _by_type(self, masks: dict[str, torch.Tensor | None]) -> Any:
+        """One mask, None where nothing is hidden; by layer type where the model has several."""
+        first = next((mask for mask in masks.values() if mask is not None), None)
+        if self._masks_by_type and first is not None:
+            # A layer type that needs no mask gets one all the same: None would have transformers make its own for all.
+            return {kind: torch.zeros_like(first) if mask is None else mask for kind, mask in masks.items()}
+        return first
+
+    def mask(self, part: Part, window: int | None) -> torch.Tensor | None:
+        """(1, 1, n, slots) of one part, as runtime.models.mask has it."""
+        mask = additive(part.rows, stored(part).positions, window, self._lowest)
+        return None if mask is None else torch.from_numpy(mask).to(self._device, self._dtype)[None, None]
+
+
+def stored(part: Part) -> TorchCache:
+    if not isinstance(part.cache, TorchCache):
+        raise TypeError(f"a cache of type {type(part.cache).__name__}: use new_cache()")
+    return part.cache
+
+
+def wanted(part: Part) -> int:
+    """How many of the rows, counted from the last, are to have logits."""
+    rows = len(part.rows.tokens)
+    return rows if part.last is None else min(part.last, rows)
+
+
+CURRENT: ContextVar[tuple[PackedCache, str]] = ContextVar("CURRENT")
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of the pass in progress, text by text, each by the function that the model would use for one.
+
+    query           (1, heads, rows, dim), rows of all texts
+    attention_mask  (1, 1, 1, sum of rows x slots), the masks of the texts one after the other
+    """
+    packed, usual = CURRENT.get()
+    function = usual_attention(module, usual)
+    outputs, row, place = [], 0, 0
+    for cache, (keys, values) in zip(packed.caches, packed.take(), strict=True):
+        n, slots = cache.length - cache.start, cache.length
+        mask = attention_mask[..., place : place + n * slots].view(1, 1, n, slots)
+        outputs.append(function(module, query[:, :, row : row + n], keys, values, mask, **options)[0])
+        row, place = row + n, place + n * slots
+    return torch.cat(outputs, dim=1), None
+
+
+def usual_attention(module: torch.nn.Module, name: str) -> Callable[..., tuple[torch.Tensor, Any]]:
+    """The function that an attention module of transformers would call under the implementation `name`.
+
+    Raises LookupError for one that does not follow its conventions.
+    """
+    if name == "eager":
+        name = "eager_attention_forward"
+        function = getattr(sys.modules[type(module).__module__], name, None)
+    else:
+        function = ALL_ATTENTION_FUNCTIONS.get(name)
+    if function is None:
+        raise LookupError(f"no attention function {name} for {type(module).__name__}")
+    found: Callable[..., tuple[torch.Tensor, Any]] = function
+    return found
+
+
+AttentionInterface.register(NAME, attend)
