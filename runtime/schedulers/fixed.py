@@ -1,8 +1,9 @@
-"""The naive twin: always the same number of rows, a fixed patience while there is nothing to verify."""
+"""The naive twin: always the same number of rows for each session, a fixed patience while one has nothing to verify."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runtime.messages import Round
+from runtime.messages import Round, Style
 from runtime.schedulers.base import Plan, View
 
 
@@ -11,13 +12,17 @@ class Fixed:
     rows: int
     patience: float = 0.0  # seconds
 
-    def plan(self, view: View) -> Plan:
-        if not view.gains and view.drafters and view.waited < self.patience:
-            return Plan(0, self.patience - view.waited)
-        return Plan(min(self.rows, len(view.gains)))
+    @property
+    def style(self) -> Style:
+        return Style()
 
-    def observe(self, done: Round) -> None:
+    def plan(self, views: Sequence[View]) -> Plan:
+        rows = tuple(min(self.rows, len(view.gains)) for view in views)
+        lefts = [self.patience - view.waited for view in views if view.drafters and not len(view.gains)]
+        return Plan(rows, max([0.0, *lefts]))
+
+    def observe(self, step: Sequence[Round]) -> None:
         pass
 
-    def grew(self, delay: float, hit: bool) -> None:
+    def grew(self, delay: float, first: bool) -> None:
         pass

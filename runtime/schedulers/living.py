@@ -1,77 +1,104 @@
-"""Rows by marginal gain, patience by the long-run rate.
+"""Rows by marginal gain across sessions, patience by the long-run rate.
 
-    rows   the n that maximises E(n) - rate * T(n),  E(n) = 1 + the n highest path probabilities
-    wait   only while the gain expected from it beats rate * time
+    rows   the n that maximises E(n) - rate * T(n),  E(n) = one token per session + the n highest path probabilities of all
+    wait   while the next growth is expected to bring more tokens than the target earns meanwhile:
+           promise * (sum of the path probabilities of the leaves that it will expand) > rate * time
 
-T(n) is measured at start and corrected by the steps themselves; `rate` is the moving average of tokens per second.
+T(n) is measured at start and corrected by the steps themselves; `rate` is the long-run tokens per second.
 """
 
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 
-from runtime.messages import Round
+import numpy as np
+import numpy.typing as npt
+
+from runtime.messages import AS_IT_LIKES, Round
 from runtime.schedulers.base import Plan, View
 
-ROWS = (1, 2, 3, 5, 9, 17, 33)  # of a pass, the root's included, for which T is kept
-MEMORY = 0.1  # weight of a new observation
-PATIENCE = 1.5  # how many times the usual delay of growth a step may wait
+ROWS = (1, 2, 4, 8, 16, 17, 32, 33, 64)  # of a pass for which T is measured; kernels work in tiles of 16 rows
+MOST = 64  # nodes verified in one pass
+MEMORY = 0.05  # weight of a new observation
+LATE = 2.0  # times its usual delay: growth that has not come by then is not waited for
+WIDTH = 8  # leaves that a drafter is taken to expand at once
+MARGIN = 1.0  # tokens gained per token forgone that waiting must exceed
 
 
 class Living:
-    """One instance per target; sessions share what it has learned. `times`: seconds of a pass by its rows, for all of ROWS."""
+    """See Scheduler. `times`: seconds of a pass by its rows, for some numbers of rows, 1 among them."""
+
+    style = AS_IT_LIKES
 
     def __init__(self, times: Mapping[int, float]) -> None:
-        self.times = dict(times)
-        self.rate = 1.0 / times[1]  # tokens per second
-        self.delay: dict[bool, float | None] = {True: None, False: None}  # from a commit to the next growth, after hit and miss
-        self.gain = 1.0  # tokens that a step with drafted rows brings beyond its first
+        self.rows = np.asarray(sorted(times), dtype=np.float64)
+        self.times = np.maximum.accumulate(np.asarray([times[int(rows)] for rows in self.rows]))
+        self.tokens, self.seconds = 1.0, float(self.times[0])  # moving averages, of a step
+        self.delay: dict[bool, float | None] = {True: None, False: None}  # of the first growth after a miss, of others
 
-    def plan(self, view: View) -> Plan:
-        if not view.gains:
-            return Plan(0, self.patience(view))
-        best, rows, expected = -self.rate * self.time(0), 0, 0.0
-        for n, gain in enumerate(view.gains[: ROWS[-1] - 1], start=1):
-            expected += gain
-            value = expected - self.rate * self.time(n)
-            if value > best:
-                best, rows = value, n
-        return Plan(rows)
+    @property
+    def rate(self) -> float:
+        """Tokens per second of all sessions together, over many steps."""
+        return self.tokens / self.seconds
 
-    def patience(self, view: View) -> float:
-        """Seconds still to wait for the first growth of a tree; 0 where no drafter is there or it does not pay.
+    def plan(self, views: Sequence[View]) -> Plan:
+        wait = self.patience(views)
+        return Plan((0,) * len(views), wait) if wait > 0.0 else Plan(self.budget(views))
 
-        Before the first growth ever, as long as a plain step takes: without a try nothing would be learned.
-        """
-        usual = self.delay[view.hit]
-        if usual is None:
-            usual = self.times[1] / PATIENCE
-        left = PATIENCE * usual - view.since_commit
-        if view.drafters == 0 or left <= 0.0 or self.gain <= self.rate * usual:
+    def budget(self, views: Sequence[View]) -> tuple[int, ...]:
+        """Rows for each session: the best nodes of all of them, as many as pay for the time that they add to the pass."""
+        gains = np.concatenate([view.gains[:MOST] for view in views])
+        owners = np.repeat(np.arange(len(views)), [min(MOST, len(view.gains)) for view in views])
+        order = np.argsort(-gains, kind="stable")[:MOST]
+        value = np.concatenate([[0.0], np.cumsum(gains[order])]) - self.rate * self.time(len(views) + np.arange(len(order) + 1))
+        chosen = owners[order[: int(value.argmax())]]
+        return tuple(np.bincount(chosen, minlength=len(views)).tolist())
+
+    def patience(self, views: Sequence[View]) -> float:
+        """Seconds to wait for the next growth; 0 where none is due or it would not pay."""
+        hopeful = [view for view in views if view.drafters]
+        if not hopeful:
             return 0.0
-        return left
+        usual = [self.usual(view) for view in hopeful]
+        due = min(max(0.0, delay - view.since_growth) for delay, view in zip(usual, hopeful, strict=True))
+        left = max(LATE * delay - view.since_growth for delay, view in zip(usual, hopeful, strict=True))
+        leaves = np.sort(np.concatenate([view.promise * view.leaves[:WIDTH] for view in hopeful]))[-WIDTH:]
+        return left if left > 0.0 and float(leaves.sum()) > MARGIN * self.rate * due else 0.0
 
-    def time(self, nodes: int) -> float:
-        """T of a pass over the root and so many nodes: linear between measured widths, never falling with the width."""
-        rows, highest = nodes + 1, 0.0
-        for low, high in pairwise(ROWS):
-            highest = max(highest, self.times[low])
-            if rows <= high:
-                above = max(highest, self.times[high])
-                return highest + (above - highest) * (rows - low) / (high - low)
-        return max(highest, self.times[ROWS[-1]])
+    def usual(self, view: View) -> float:
+        """Seconds from a miss, or from the growth before, to the next growth. Before any was seen half a step: a try, to learn it."""
+        missed = not view.hit and view.growths == 0
+        delay = self.delay[missed]
+        return float(self.times[0]) / (2 * LATE) if delay is None else delay
 
-    def observe(self, done: Round) -> None:
-        if done.width + 1 in self.times:
-            self.times[done.width + 1] = blend(self.times[done.width + 1], done.computed)
-        spent = done.computed + done.waited + done.bookkeeping
-        if spent > 0.0:
-            self.rate = blend(self.rate, (done.accepted + 1) / spent)
-        if done.width:
-            self.gain = blend(self.gain, float(done.accepted))
+    def time(self, rows: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """T, linear between and beyond the measured widths."""
+        n = np.asarray(rows, dtype=np.float64)
+        inside: npt.NDArray[np.float64] = np.interp(n, self.rows, self.times)
+        if len(self.rows) < 2:
+            return inside
+        slope = (self.times[-1] - self.times[-2]) / (self.rows[-1] - self.rows[-2])
+        beyond: npt.NDArray[np.float64] = inside + np.maximum(0.0, n - self.rows[-1]) * slope
+        return beyond
 
-    def grew(self, delay: float, hit: bool) -> None:
-        self.delay[hit] = blend(self.delay[hit], delay)
+    def observe(self, step: Sequence[Round]) -> None:
+        if not step:
+            return
+        one = step[0]  # their times are the same
+        self.correct(sum(done.width + 1 for done in step), one.computed)
+        spent = one.waited + one.computed + one.bookkeeping
+        self.tokens += MEMORY * (sum(done.accepted + 1 for done in step) - self.tokens)
+        self.seconds += MEMORY * (max(spent, 1e-9) - self.seconds)
 
+    def correct(self, rows: int, computed: float) -> None:
+        """Move the measured widths on both sides towards what was seen, by their nearness; T stays monotone."""
+        error = computed - float(self.time(rows))
+        above = min(int(np.searchsorted(self.rows, rows)), len(self.rows) - 1)
+        below = max(0, above - 1)
+        span = max(1.0, self.rows[above] - self.rows[below])
+        near = float(np.clip((rows - self.rows[below]) / span, 0.0, 1.0)) if above != below else 1.0
+        self.times[above] += MEMORY * near * error
+        self.times[below] += MEMORY * (1.0 - near) * error
+        self.times = np.maximum(np.maximum.accumulate(self.times), 1e-9)
 
-def blend(old: float | None, new: float) -> float:
-    return new if old is None else old + MEMORY * (new - old)
+    def grew(self, delay: float, first: bool) -> None:
+        old = self.delay[first]
+        self.delay[first] = delay if old is None else old + MEMORY * (delay - old)

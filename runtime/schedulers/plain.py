@@ -1,0 +1,19 @@
+"""Plain decoding: a token a step, whatever the drafters say. What every speed-up is measured against."""
+
+from collections.abc import Sequence
+
+from runtime.messages import Round, Style
+from runtime.schedulers.base import Plan, View
+
+
+class Plain:
+    style = Style(width=1, branches=1, passes=1)  # the least that drafters can be asked to do
+
+    def plan(self, views: Sequence[View]) -> Plan:
+        return Plan((0,) * len(views))
+
+    def observe(self, step: Sequence[Round]) -> None:
+        pass
+
+    def grew(self, delay: float, first: bool) -> None:
+        pass

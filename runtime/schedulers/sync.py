@@ -1,0 +1,28 @@
+"""Draft and verify in turn: the drafter makes its passes while the target waits, then rests while the target verifies.
+
+Speculative decoding as first published (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318) is a chain of k:
+width 1, branches 1, passes k, rows k; a round lasts k*t + T. Level by level drafted trees (SpecInfer, arXiv 2305.09781; EAGLE-2,
+arXiv 2406.16858) expand `width` leaves in each of `passes` passes, with `branches` children of each, and verify the best `rows`
+nodes.
+"""
+
+from runtime.messages import Style
+from runtime.schedulers.base import View
+from runtime.schedulers.turns import Turns
+
+
+class Sync(Turns):
+    def __init__(self, width: int, branches: int, passes: int, rows: int, t: float) -> None:
+        """`t`: see Turns. All at least 1."""
+        super().__init__(t)
+        self.style = Style(width, branches, passes)
+        self.rows = rows
+
+    def lacks(self, view: View) -> bool:
+        """A chain is through when it is long enough, counting what a re-root has left of it; a tree after so many growths."""
+        if self.style.width == self.style.branches == 1:
+            return view.depth < self.style.passes
+        return view.growths < self.style.passes
+
+    def wanted(self, view: View) -> int:
+        return self.rows
