@@ -1,0 +1,260 @@
+"""A trace file read back, and the figures that are drawn from it. Times are seconds since the trace began."""
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
+
+from runtime.chrome_trace import FORMAT, chrome
+from runtime.errors import InvalidRequest
+from runtime.tracing import COMMIT, COMPUTE, GROWTH, STEP, TARGET, WIRE, Recording
+
+Time = Annotated[FiniteFloat, Field(ge=0)]  # microseconds
+Interval = tuple[float, float]
+
+
+class Name(BaseModel):
+    ph: Literal["M"]
+    name: str
+    pid: int
+    tid: int = 0
+    args: dict[str, str | int]
+
+
+class Complete(BaseModel):
+    ph: Literal["X"]
+    name: str
+    pid: int
+    tid: int
+    ts: Time
+    dur: Time
+    args: dict[str, FiniteFloat | str]
+
+
+class Mark(BaseModel):
+    ph: Literal["i"]
+    name: str
+    pid: int
+    tid: int
+    ts: Time
+
+
+class Counted(BaseModel):
+    ph: Literal["C"]
+    name: str
+    pid: int
+    ts: Time
+    args: dict[Literal["value"], FiniteFloat]
+
+
+class Bound(BaseModel):
+    ph: Literal["s", "f"]
+
+
+class Other(BaseModel):
+    format: Literal["outrider"]
+    cut: bool
+    unanswered: dict[str, int]
+
+
+class Document(BaseModel):
+    events: list[Annotated[Name | Complete | Mark | Counted | Bound, Field(discriminator="ph")]] = Field(alias="traceEvents")
+    other: Other = Field(alias="otherData")
+
+
+class Block(NamedTuple):
+    """Something that a lane did."""
+
+    name: str
+    began: float
+    ended: float
+    figures: dict[str, float]
+
+
+class Message(NamedTuple):
+    kind: str
+    source: str  # lanes
+    sink: str
+    sent: float
+    taken: float  # before `sent` where the clocks of two machines disagree
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """`blocks` and `marks` by lane, `counts` by name and process, each list by time; lanes in their order, the wire left out."""
+
+    blocks: dict[str, list[Block]]
+    marks: dict[str, list[tuple[str, float]]]
+    counts: dict[str, dict[str, list[tuple[float, float]]]]
+    messages: list[Message]
+    unanswered: dict[str, int]
+    cut: bool
+
+    @property
+    def drafters(self) -> list[str]:
+        return [lane for lane in self.blocks if lane != TARGET]
+
+    @property
+    def bounds(self) -> Interval:
+        """From the first to the last thing that anybody did."""
+        return extent([block for lane in self.blocks.values() for block in lane])
+
+    @property
+    def run(self) -> Interval:
+        """From the first to the last thing that the target did; the bounds where it did nothing."""
+        own = self.blocks.get(TARGET)
+        return extent(own) if own else self.bounds
+
+
+def extent(blocks: Sequence[Block]) -> Interval:
+    return min(block.began for block in blocks), max(block.ended for block in blocks)
+
+
+def save(file: Path, parts: Sequence[Recording]) -> None:
+    """Write the recordings as one trace. Raises InvalidRequest where the file cannot be written."""
+    try:
+        file.write_text(json.dumps(chrome(parts), separators=(",", ":")), "utf-8")
+    except OSError as error:
+        raise InvalidRequest(
+            f"cannot write the trace to {file} ({error.strerror}): give a file in a folder that exists", "trace"
+        ) from error
+
+
+def read(file: Path) -> Timeline:
+    """Raises InvalidRequest where this is no file, no JSON or no trace of ours, or nothing happens in it."""
+    try:
+        document = Document.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise InvalidRequest(f"cannot read {file} ({error.strerror}): give a file that `generate --trace` has written", "file") from error
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        if first["type"] == "json_invalid":
+            raise InvalidRequest(f"{file} is not JSON ({first['msg']}): give a file that `generate --trace` has written", "file") from error
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise InvalidRequest(
+            f"{file} is not a trace of {FORMAT} ({where}: {first['msg']}): give a file that `generate --trace` has written", "file"
+        ) from error
+    found = timeline(document)
+    if not any(found.blocks.values()):
+        raise InvalidRequest(f"{file} is an empty trace: neither the target nor a drafter did anything while it was recorded", "file")
+    return found
+
+
+def timeline(document: Document) -> Timeline:
+    processes: dict[int, str] = {}
+    lanes: dict[int, str] = {}
+    for event in document.events:
+        if isinstance(event, Name) and event.name == "process_name":
+            processes[event.pid] = str(event.args.get("name", ""))
+        elif isinstance(event, Name) and event.name == "thread_name":
+            lanes[event.tid] = str(event.args.get("name", ""))
+    wires = {pid for pid, name in processes.items() if name == WIRE}
+    blocks: defaultdict[str, list[Block]] = defaultdict(list)
+    marks: defaultdict[str, list[tuple[str, float]]] = defaultdict(list)
+    counts: defaultdict[str, defaultdict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    messages: list[Message] = []
+    for event in document.events:
+        match event:
+            case Complete(pid=pid, name=kind, ts=ts, args=args) if pid in wires:
+                delay = args.get("ms", 0.0)
+                if isinstance(delay, float):
+                    messages.append(Message(kind, str(args.get("from")), str(args.get("to")), ts / 1e6, ts / 1e6 + delay / 1e3))
+            case Complete(tid=tid, name=name, ts=ts, dur=dur, args=args):
+                figures = {name: value for name, value in args.items() if isinstance(value, float)}
+                blocks[lanes.get(tid, str(tid))].append(Block(name, ts / 1e6, (ts + dur) / 1e6, figures))
+            case Mark(tid=tid, name=name, ts=ts):
+                marks[lanes.get(tid, str(tid))].append((name, ts / 1e6))
+            case Counted(pid=pid, name=name, ts=ts, args=args):
+                counts[name][processes.get(pid, str(pid))].extend((ts / 1e6, value) for value in args.values())
+            case _:
+                pass
+    order = sorted(blocks.keys() | marks.keys(), key=lambda lane: (lane != TARGET, lane))
+    return Timeline(
+        blocks={lane: sorted(blocks[lane], key=lambda block: block.began) for lane in order},
+        marks={lane: sorted(marks[lane], key=lambda mark: mark[1]) for lane in order},
+        counts={name: {process: sorted(values) for process, values in of.items()} for name, of in counts.items()},
+        messages=messages,
+        unanswered=document.other.unanswered,
+        cut=document.other.cut,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Delay:
+    """Of one kind of message: how many, and the median and the least seconds from sent to taken in (NaN for none)."""
+
+    count: int
+    median: float
+    least: float
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Shares of the seconds of one window."""
+
+    target: dict[str, float]  # by name of what it did; "other" is the rest
+    drafters: dict[str, float]  # in a step
+    overlap: float  # target in a forward pass and some drafter in a step
+    delays: dict[str, Delay]
+
+
+def figures(found: Timeline, window: Interval) -> Figures:
+    seconds = window[1] - window[0]
+    own = found.blocks.get(TARGET, [])
+    names = dict.fromkeys(block.name for block in own)
+    shares = {name: length(busy(own, name, window)) / seconds for name in names}
+    steps = {lane: busy(found.blocks[lane], STEP, window) for lane in found.drafters}
+    together = common(busy(own, COMPUTE, window), union(interval for intervals in steps.values() for interval in intervals))
+    return Figures(
+        target=shares | {"other": max(0.0, 1.0 - sum(shares.values()))},
+        drafters={lane: length(intervals) / seconds for lane, intervals in steps.items()},
+        overlap=length(together) / seconds,
+        delays={kind: delay(found.messages, kind, window) for kind in (GROWTH, COMMIT)},
+    )
+
+
+def busy(blocks: Iterable[Block], name: str, window: Interval) -> list[Interval]:
+    """When a block of this name was open within the window, as intervals that do not touch."""
+    clipped = ((max(block.began, window[0]), min(block.ended, window[1])) for block in blocks if block.name == name)
+    return union(interval for interval in clipped if interval[0] < interval[1])
+
+
+def union(intervals: Iterable[Interval]) -> list[Interval]:
+    merged: list[Interval] = []
+    for began, ended in sorted(intervals):
+        if merged and began <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], ended))
+        else:
+            merged.append((began, ended))
+    return merged
+
+
+def common(one: Sequence[Interval], other: Sequence[Interval]) -> list[Interval]:
+    """Where both are open; each as `union` leaves them."""
+    found: list[Interval] = []
+    i = j = 0
+    while i < len(one) and j < len(other):
+        began, ended = max(one[i][0], other[j][0]), min(one[i][1], other[j][1])
+        if began < ended:
+            found.append((began, ended))
+        if one[i][1] < other[j][1]:
+            i += 1
+        else:
+            j += 1
+    return found
+
+
+def length(intervals: Iterable[Interval]) -> float:
+    return sum(ended - began for began, ended in intervals)
+
+
+def delay(messages: Iterable[Message], kind: str, window: Interval) -> Delay:
+    """Of the messages sent within the window."""
+    delays = [message.taken - message.sent for message in messages if message.kind == kind and window[0] <= message.sent <= window[1]]
+    return Delay(len(delays), statistics.median(delays) if delays else math.nan, min(delays, default=math.nan))

@@ -1,0 +1,79 @@
+"""`outrider trace`: what a recorded run did with its time, as figures and as a picture."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from actors.cli.timeline import Delay, Figures, Interval, Timeline, figures, read
+from runtime.errors import InvalidRequest
+from runtime.tracing import COMMIT, COMPUTE, GROWTH, TARGET
+
+EXCERPT = 0.5  # seconds in a picture where no window is given
+
+
+def trace(
+    file: Annotated[Path, typer.Argument(help="what `generate --trace FILE` has written; ui.perfetto.dev opens it too")],
+    png: Annotated[Path | None, typer.Option(help="draw it into this file")] = None,
+    begin: Annotated[float | None, typer.Option("--from", help="seconds since the trace began; default: where the run begins")] = None,
+    end: Annotated[
+        float | None, typer.Option("--to", help="default: where it ends; with neither, half a second in its middle is drawn")
+    ] = None,
+) -> None:
+    """Say what target, drafters and wire did with their time, and draw it."""
+    found = read(file)
+    window = chosen(found, begin, end)
+    if png is not None:
+        from actors.cli.picture import draw  # matplotlib
+
+        draw(found, window if (begin, end) != (None, None) else middle(found), png)
+    Console(highlight=False).print(table(found, figures(found, window), window))
+
+
+def chosen(found: Timeline, begin: float | None, end: float | None) -> Interval:
+    """The run, or what is asked for of the trace. Raises InvalidRequest where that is empty."""
+    first, last = found.bounds
+    wanted = (found.run[0] if begin is None else begin, found.run[1] if end is None else end)
+    if not wanted[0] < wanted[1]:
+        raise InvalidRequest(f"the window from {wanted[0]:g} s to {wanted[1]:g} s is empty: give --from a smaller value than --to", "from")
+    window = (max(wanted[0], first), min(wanted[1], last))
+    if not window[0] < window[1]:
+        raise InvalidRequest(
+            f"nothing happens between {wanted[0]:g} s and {wanted[1]:g} s: the trace goes from {first:.3f} s to {last:.3f} s", "from"
+        )
+    return window
+
+
+def middle(found: Timeline) -> Interval:
+    """Half a second around the middle of the target's steps, which does not fall between two sessions."""
+    run = found.run
+    steps = [block.began for block in found.blocks.get(TARGET, []) if block.name == COMPUTE] or [sum(run) / 2]
+    begin = max(run[0], min(steps[len(steps) // 2] - EXCERPT / 2, run[1] - EXCERPT))
+    return begin, min(run[1], begin + EXCERPT)
+
+
+def table(found: Timeline, seen: Figures, window: Interval) -> Table:
+    title = f"{window[0]:.3f} s to {window[1]:.3f} s"
+    shown = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    shown.add_column(style="dim")
+    shown.add_column()
+    shown.add_row("target's time", ", ".join(f"{name} {share:.0%}" for name, share in seen.target.items()))
+    for name, share in seen.drafters.items():
+        shown.add_row(Text(name), f"in a step {share:.0%} of the time")
+    shown.add_row("overlap", f"target and some drafter compute {seen.overlap:.0%} of the time")
+    for kind in (GROWTH, COMMIT):
+        shown.add_row(f"{kind}s", told(seen.delays[kind], found.unanswered.get(kind, 0)))
+    if found.cut:
+        shown.add_row("note", "the recording was full: what happened before may be missing")
+    return shown
+
+
+def told(delay: Delay, unanswered: int) -> str:
+    lost = f"; in the whole trace {unanswered} that nobody took in" if unanswered else ""
+    if not delay.count:
+        return f"0{lost}"
+    skew = f" (clocks disagree: the least is {1e3 * delay.least:.2f} ms)" if delay.least < 0 else ""
+    return f"{delay.count}, median {1e3 * delay.median:.2f} ms from sent to taken in{skew}{lost}"
