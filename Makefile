@@ -12,7 +12,7 @@ FITS := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 BIN := .venv/bin
 UNUSED := /(tests?|testing|rllib|sympy|_inductor|onnx|transformers/models)/
 
-.PHONY: help install demo test check format proto train clean
+.PHONY: help install demo bench test check format proto train clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ install: .venv/installed ## make .venv with the command .venv/bin/outrider in it
 
 demo: install ## the pair that ships writes Python code, guessed ahead and then plainly: same text, the speed-up
 	@$(BIN)/python -m bench.demo
+
+bench: install ## compare with every other way to use the same models and cores: about half an hour on two cores
+	@$(BIN)/python -m bench
 
 test: install ## all tests
 	$(BIN)/pytest -q --durations=10

@@ -5,10 +5,13 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
-from runtime.config import DrafterConfig, Placement, TargetConfig
+from actors.memory import recall
+from runtime.config import DrafterConfig, Placement, TargetConfig, memory_of
 from runtime.drafters.base import Ingredients
 from runtime.drafting import DraftHost
 from runtime.engine import Engine
@@ -20,8 +23,10 @@ from runtime.models.detokenize import Detokenizer
 from runtime.models.hf import HFModel
 from runtime.models.load import load_model, load_tokenizer
 from runtime.models.timing import step_times
-from runtime.schedulers.living import ROWS, Living
+from runtime.policy import scheduler
+from runtime.schedulers.living import ROWS
 from runtime.target import Target
+from runtime.tracing import OFF, TARGET, Trace
 
 SWITCH_INTERVAL = 0.0002  # seconds; Python's own 5 ms would let the model's thread hold up the exchange
 
@@ -53,20 +58,42 @@ def finisher(tokenizer: PreTrainedTokenizerFast, eos: frozenset[int]) -> Callabl
     return finish
 
 
-def build_target(config: TargetConfig) -> tuple[Target, PreTrainedTokenizerFast]:
+class Built(NamedTuple):
+    target: Target
+    tokenizer: PreTrainedTokenizerFast
+    times: dict[int, float]  # T, seconds of a pass by its rows
+
+
+def kv_slots(model: HFModel) -> int:
+    """Tokens that fit into a quarter of the memory that is free on the model's device."""
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(free // 4 // model.new_cache().slot_bytes)
+
+
+def build_target(config: TargetConfig, record: bool = False) -> Built:
+    """With `record`, the engine keeps a trace."""
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, config.dtype, config.device, threads(config.placement))
     eos = end_tokens(model, tokenizer)
-    engine = Engine(model, choose, Living(step_times(model, ROWS, time.monotonic)), eos, time.monotonic)
-    return Target(engine, finisher(tokenizer, eos)), tokenizer
+    times = step_times(model, ROWS, time.monotonic)
+    slots = config.kv_tokens or kv_slots(model)
+    known = recall(memory_of(config.model, "target"))
+    trace = Trace(TARGET) if record else OFF
+    engine = Engine(model, choose, scheduler(config.schedule, times), eos, time.monotonic, slots, known, trace)
+    return Built(Target(engine, finisher(tokenizer, eos)), tokenizer, times)
 
 
-def build_drafter(config: DrafterConfig, target: str) -> DraftHost:
-    """`target` is the name of the target's model: some methods read it, all speak its vocabulary."""
+def build_drafter(config: DrafterConfig, target: str, record: bool = False) -> DraftHost:
+    """`target` is the name of the target's model: some methods read it, all speak its vocabulary. `record`: as for a target."""
 
     def load(name: str) -> HFModel:
         return load_model(name, config.dtype, config.device, threads(config.placement))
 
     method = importlib.import_module(f"runtime.drafters.{config.method}")
     drafter = method.build(Ingredients(target, config.model, load))
-    return DraftHost(Grower(drafter, config.name, config.width))
+    known = recall(memory_of(target, "drafter", f"{config.method} {config.model}"))
+    trace = Trace(config.name) if record else OFF
+    return DraftHost(Grower(drafter, config.name, config.width, calibrations=known, trace=trace))

@@ -19,11 +19,13 @@ from actors.peers import Peer, Place
 from actors.target import TargetActor
 from runtime.config import Deployment, DrafterConfig, Placement
 from runtime.errors import Unavailable
+from runtime.tracing import Recording
 
 log = logging.getLogger(__name__)
 
 PERIOD = 0.5  # seconds between two looks at a drafter
 PATIENCE = 2.0  # seconds without an answer after which it is replaced
+KEEP = 60.0  # seconds between two savings of what was learned
 START = 180.0  # seconds that an actor may take to start and load its model
 
 
@@ -42,8 +44,8 @@ class Drafter:
 class Controller:
     """A Ray actor. Its actors end with it. Threads: the one that calls it, and one that watches."""
 
-    def __init__(self, deployment: Deployment, names: str) -> None:
-        self.deployment, self.names = deployment, names
+    def __init__(self, deployment: Deployment, names: str, record: bool = False) -> None:
+        self.deployment, self.names, self.record = deployment, names, record
         self.drafters: dict[str, Drafter] = {}
         self.replaced = 0
         self.stopping = threading.Event()
@@ -54,7 +56,8 @@ class Controller:
 
         Raises what an actor's own start raised, and Unavailable where the cluster has no room for it.
         """
-        self.target = options(TargetActor, f"{self.names}-target", self.deployment.target.placement).remote(self.deployment.target)
+        target = self.deployment.target
+        self.target = options(TargetActor, f"{self.names}-target", target.placement).remote(target, self.record)
         for config in self.deployment.drafters:
             self.drafters[config.name] = self._new(config, incarnation=0)
         ready = first_answer("target", self.target.start.remote())
@@ -74,19 +77,37 @@ class Controller:
         attached = ray.get(self.target.attached.remote(), timeout=PATIENCE)
         return {"drafters": sorted(self.places()), "attached": sorted(attached), "replaced": self.replaced}
 
+    def trace(self) -> list[Recording]:
+        """What target and drafters have recorded since the last call. What a drafter had recorded before it was lost is missing."""
+        answers = [handle.trace.remote() for handle in self._actors()]
+        answered, _ = ray.wait(answers, num_returns=len(answers), timeout=PATIENCE)
+        return ray.get(answered)  # type: ignore[no-any-return]
+
     def stop(self) -> None:
-        """Ends every actor that this one started; returns when they were told."""
+        """Ends every actor that this one started; returns when they were told. What they learned is kept, if they answer in time."""
         self.stopping.set()
-        for handle in [self.target, *(drafter.handle for drafter in self.drafters.values())]:
+        self._remember()
+        for handle in self._actors():
             ray.kill(handle)
+
+    def _actors(self) -> list[Any]:
+        return [self.target, *(drafter.handle for drafter in self.drafters.values())]
+
+    def _remember(self) -> None:
+        answers = [handle.remember.remote() for handle in self._actors()]
+        ray.wait(answers, num_returns=len(answers), timeout=PATIENCE)
 
     def _new(self, config: DrafterConfig, incarnation: int) -> Drafter:
         name = f"{self.names}-{config.name}-{incarnation}"
-        handle = options(DraftActor, name, config.placement).remote(config, self.deployment.target.model, incarnation)
+        handle = options(DraftActor, name, config.placement).remote(config, self.deployment.target.model, incarnation, self.record)
         return Drafter(config, incarnation, handle, handle.start.remote(), time.monotonic())
 
     def _watch(self) -> None:
+        remembered = time.monotonic()
         while not self.stopping.wait(PERIOD):
+            if time.monotonic() - remembered > KEEP:
+                self._remember()
+                remembered = time.monotonic()
             for name, drafter in tuple(self.drafters.items()):
                 self._look(name, drafter)
             with contextlib.suppress(RayError):  # a target that is gone is its callers' to notice

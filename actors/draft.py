@@ -4,18 +4,20 @@ import grpc
 
 from actors.grpc_server import DraftingService, serve
 from actors.loop_thread import LoopThread
+from actors.memory import remember
 from actors.peers import Place, own_host, own_place
 from protos.handshake import Hello
-from runtime.config import DrafterConfig
+from runtime.config import DrafterConfig, memory_of
 from runtime.drafting import DraftHost
 from runtime.models.pair import vocabulary_hash
+from runtime.tracing import Recording
 
 
 class DraftActor:
     """A Ray actor, or used as it is. It knows no target: targets come to it."""
 
-    def __init__(self, config: DrafterConfig, target: str, incarnation: int = 0) -> None:
-        self.config, self.target, self.incarnation = config, target, incarnation
+    def __init__(self, config: DrafterConfig, target: str, incarnation: int = 0, record: bool = False) -> None:
+        self.config, self.target, self.incarnation, self.record = config, target, incarnation, record
 
     def start(self) -> Place:
         """Loads the model and opens the server; raises what is wrong with either. (Ray would hide it in a constructor.)"""
@@ -24,7 +26,7 @@ class DraftActor:
 
         config = self.config
         settle(config.placement)
-        self.host = build_drafter(config, self.target)
+        self.host = build_drafter(config, self.target, self.record)
         vocabulary = vocabulary_hash(load_tokenizer(config.model or self.target))
         self.network = LoopThread()
         host = config.placement.listen or own_host()
@@ -41,6 +43,15 @@ class DraftActor:
     def sessions(self) -> int:
         """Sessions that this drafter grows trees for."""
         return len(self.host.grower.growing)
+
+    def trace(self) -> Recording:
+        """What was recorded since the last call."""
+        return self.host.grower.trace.take()
+
+    def remember(self) -> None:
+        """Keep what was learned of this target for the next life."""
+        method = f"{self.config.method} {self.config.model}"
+        remember(memory_of(self.target, "drafter", method), self.host.grower.calibrations)
 
     def stop(self) -> None:
         """Ends all streams and the server; the process may go then."""

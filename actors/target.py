@@ -5,18 +5,23 @@ import grpc
 from actors.grpc_links import GrpcLink
 from actors.grpc_server import TargetService, serve
 from actors.loop_thread import LoopThread
+from actors.memory import remember
 from actors.peers import Peer, Place, own_host, own_place
 from protos.handshake import Hello
-from runtime.config import TargetConfig
+from runtime.config import ScheduleConfig, TargetConfig, memory_of
 from runtime.models.pair import vocabulary_hash
+from runtime.policy import scheduler
+from runtime.schedulers.base import Scheduler
 from runtime.target import Target
+from runtime.tracing import Recording
 
 
 class TargetActor:
     """A Ray actor, or used as it is. Ray's calls place and inform it; requests and drafts come by gRPC."""
 
-    def __init__(self, config: TargetConfig) -> None:
-        self.config = config
+    def __init__(self, config: TargetConfig, record: bool = False) -> None:
+        self.config, self.record = config, record
+        self.schedulers: dict[ScheduleConfig, Scheduler] = {}
         self.peers: dict[str, Peer] = {}
 
     def start(self) -> Place:
@@ -24,7 +29,8 @@ class TargetActor:
         from actors.compose import build_target, settle  # torch: only the process that computes pays for it
 
         settle(self.config.placement)
-        self.target, tokenizer = build_target(self.config)
+        self.target, tokenizer, self.times = build_target(self.config, self.record)
+        self.schedulers[self.config.schedule] = self.target.engine.scheduler
         self.vocabulary = vocabulary_hash(tokenizer)
         self.network = LoopThread()
         host = self.config.placement.listen or own_host()
@@ -46,6 +52,20 @@ class TargetActor:
 
     def _hello(self, peer: Peer) -> Hello:
         return Hello(self.vocabulary, self.config.model, peer.name, peer.incarnation)
+
+    def schedule(self, config: ScheduleConfig) -> None:
+        """Schedule like this from the next step on. A policy that comes back knows what it had learned."""
+        if config not in self.schedulers:
+            self.schedulers[config] = scheduler(config, self.times)
+        self.target.schedule(self.schedulers[config])
+
+    def trace(self) -> Recording:
+        """What was recorded since the last call."""
+        return self.target.engine.trace.take()
+
+    def remember(self) -> None:
+        """Keep what was learned of the drafters for the next life."""
+        remember(memory_of(self.config.model, "target"), self.target.engine.calibrations)
 
     def attached(self) -> list[str]:
         """Names of the drafters whose links are up."""

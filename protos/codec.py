@@ -18,7 +18,7 @@ from protos import speculation_pb2 as pb
 from protos.handshake import Hello
 from runtime import limits
 from runtime.errors import InvalidRequest
-from runtime.messages import Chunk, Close, Commit, Draft, Event, FinishReason, Open, Reply, Request, Resync, Share, Stats, Tokens
+from runtime.messages import Chunk, Close, Commit, Draft, Event, FinishReason, Open, Reply, Request, Resync, Share, Stats, Style, Tokens
 from runtime.sampling import Sampling
 
 DRAFTING: str = pb.DESCRIPTOR.services_by_name["Drafting"].full_name
@@ -85,9 +85,10 @@ def decode_hello_from_drafter(data: bytes) -> Hello:
 @_carried
 def encode_event(event: Event) -> Message:
     match event:
-        case Open(session, epoch, tokens, prompt, sampling, share):
+        case Open(session, epoch, tokens, prompt, sampling, share, style):
             opened = pb.Open(session=session, epoch=epoch, tokens=tokens, prompt=prompt, sampling=_pb_sampling(sampling))
             opened.share_index, opened.share_of = share.index, share.of
+            opened.style.CopyFrom(pb.Style(width=style.width, branches=style.branches, passes=style.passes))
             return pb.ToDrafter(open=opened)
         case Commit(session, epoch, base, tokens, key):
             return pb.ToDrafter(commit=pb.Commit(session=session, epoch=epoch, base=base, tokens=tokens, key=key))
@@ -229,11 +230,18 @@ def _open(open_: pb.Open) -> Open:
     if not 1 <= open_.prompt <= len(tokens):
         raise InvalidRequest(f"prompt {open_.prompt} of {len(tokens)} tokens is not allowed: give 1 to their number", "prompt")
     share = _share(open_.share_index, open_.share_of, session)
-    return Open(session, open_.epoch, tokens, open_.prompt, _sampling(open_.sampling), share)
+    return Open(session, open_.epoch, tokens, open_.prompt, _sampling(open_.sampling), share, _style(open_.style))
+
+
+def _style(style: pb.Style) -> Style:
+    most = max(style.width, style.branches)
+    if most > limits.TREE_NODES:
+        raise InvalidRequest(f"a style of width {style.width}, branches {style.branches}: at most {limits.TREE_NODES} are allowed", "style")
+    return Style(style.width, style.branches, style.passes)
 
 
 def _share(index: int, of: int, session: str) -> Share:
-    if index >= of:
+    if index >= max(of, 1):
         raise InvalidRequest(f"share {index} of {of} is not allowed: count from 0", "share")
     return Share(session, index, of)
 

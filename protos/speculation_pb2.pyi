@@ -61,7 +61,7 @@ class Hello(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., vocabulary: _Optional[str] = ..., model: _Optional[str] = ..., drafter: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("session", "epoch", "tokens", "prompt", "sampling", "share_index", "share_of")
+    __slots__ = ("session", "epoch", "tokens", "prompt", "sampling", "share_index", "share_of", "style")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +69,7 @@ class Open(_message.Message):
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     SHARE_INDEX_FIELD_NUMBER: _ClassVar[int]
     SHARE_OF_FIELD_NUMBER: _ClassVar[int]
+    STYLE_FIELD_NUMBER: _ClassVar[int]
     session: str
     epoch: int
     tokens: _containers.RepeatedScalarFieldContainer[int]
@@ -76,7 +77,18 @@ class Open(_message.Message):
     sampling: Sampling
     share_index: int
     share_of: int
-    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., prompt: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., share_index: _Optional[int] = ..., share_of: _Optional[int] = ...) -> None: ...
+    style: Style
+    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., prompt: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., share_index: _Optional[int] = ..., share_of: _Optional[int] = ..., style: _Optional[_Union[Style, _Mapping]] = ...) -> None: ...
+
+class Style(_message.Message):
+    __slots__ = ("width", "branches", "passes")
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    BRANCHES_FIELD_NUMBER: _ClassVar[int]
+    PASSES_FIELD_NUMBER: _ClassVar[int]
+    width: int
+    branches: int
+    passes: int
+    def __init__(self, width: _Optional[int] = ..., branches: _Optional[int] = ..., passes: _Optional[int] = ...) -> None: ...
 
 class Commit(_message.Message):
     __slots__ = ("session", "epoch", "base", "tokens", "key")
@@ -195,7 +207,7 @@ class GenerateChunk(_message.Message):
     def __init__(self, pieces: _Optional[_Iterable[str]] = ..., tokens: _Optional[_Iterable[int]] = ..., drafters: _Optional[_Iterable[str]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stats: _Optional[_Union[Stats, _Mapping]] = ..., error: _Optional[str] = ...) -> None: ...
 
 class Stats(_message.Message):
-    __slots__ = ("prompt_tokens", "completion_tokens", "rounds", "drafted", "verified", "accepted", "hits", "histogram", "by_drafter", "ignored", "elapsed", "prefill", "waited", "computed", "bookkeeping")
+    __slots__ = ("prompt_tokens", "completion_tokens", "rounds", "drafted", "verified", "accepted", "hits", "histogram", "by_drafter", "ignored", "elapsed", "prefill", "waited", "computed", "bookkeeping", "reused")
     class ByDrafterEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -225,6 +237,7 @@ class Stats(_message.Message):
     WAITED_FIELD_NUMBER: _ClassVar[int]
     COMPUTED_FIELD_NUMBER: _ClassVar[int]
     BOOKKEEPING_FIELD_NUMBER: _ClassVar[int]
+    REUSED_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     completion_tokens: int
     rounds: int
@@ -240,4 +253,5 @@ class Stats(_message.Message):
     waited: float
     computed: float
     bookkeeping: float
-    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., rounds: _Optional[int] = ..., drafted: _Optional[int] = ..., verified: _Optional[int] = ..., accepted: _Optional[int] = ..., hits: _Optional[int] = ..., histogram: _Optional[_Iterable[int]] = ..., by_drafter: _Optional[_Mapping[str, int]] = ..., ignored: _Optional[_Mapping[str, int]] = ..., elapsed: _Optional[float] = ..., prefill: _Optional[float] = ..., waited: _Optional[float] = ..., computed: _Optional[float] = ..., bookkeeping: _Optional[float] = ...) -> None: ...
+    reused: int
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., rounds: _Optional[int] = ..., drafted: _Optional[int] = ..., verified: _Optional[int] = ..., accepted: _Optional[int] = ..., hits: _Optional[int] = ..., histogram: _Optional[_Iterable[int]] = ..., by_drafter: _Optional[_Mapping[str, int]] = ..., ignored: _Optional[_Mapping[str, int]] = ..., elapsed: _Optional[float] = ..., prefill: _Optional[float] = ..., waited: _Optional[float] = ..., computed: _Optional[float] = ..., bookkeeping: _Optional[float] = ..., reused: _Optional[int] = ...) -> None: ...

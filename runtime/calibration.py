@@ -1,17 +1,22 @@
 """From a drafter's confidence to the acceptance that was observed.
 
 A small model is badly calibrated at temperature 0: the 0.25 of its first choice may mean 0.7. Nodes are therefore
-scored by what happened to earlier ones of the same rank (place among its siblings) and confidence.
+scored by what happened to earlier ones of the same drafter, rank (place among its siblings) and confidence, at a similar
+temperature.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from runtime.tree import TokenTree
 
 RANKS = 8
 BINS = 10
 PRIOR = 8.0  # as many observations as the drafter's own number counts for
+ENOUGH = 1000.0  # observations of one kind; then old ones count half, so that a change is noticed
+MEMORY = 0.02  # weight of a new observation in `promise`
+HOPE = 0.7  # `promise` before anything was observed
 
 
 def bin_of(score: float) -> int:
@@ -30,6 +35,9 @@ class Calibration:
 
     def observe(self, rank: int, score: float, taken: bool) -> None:
         row, column = min(rank, RANKS - 1), bin_of(score)
+        if self.tries[row][column] >= ENOUGH:
+            self.tries[row][column] /= 2
+            self.hits[row][column] /= 2
         self.tries[row][column] += 1.0
         self.hits[row][column] += taken
 
@@ -39,6 +47,20 @@ class Calibration:
         estimate = (self.hits[row][column] + PRIOR * math.exp(score)) / (self.tries[row][column] + PRIOR)
         return math.log(min(1.0, max(1e-6, estimate)))
 
+
+class Band:
+    """What is known at one temperature. `promise`: how often the target's choice is among the children of an expanded node."""
+
+    __slots__ = ("promise", "tables")
+
+    def __init__(self) -> None:
+        self.tables: dict[str, Calibration] = {}
+        self.promise = HOPE
+
+    def of(self, drafter: str) -> Calibration:
+        """The table of all drafters of this one's kind."""
+        return self.tables.setdefault(kind(drafter), Calibration())
+
     def observe_path(self, tree: TokenTree, decided: Sequence[int]) -> None:
         """Every node that the decided tokens pass, the root first, has seen one choice of the target: count its children."""
         node: int | None = 0
@@ -46,5 +68,51 @@ class Calibration:
             if node is None:
                 return
             for child_token, child in tree.children[node].items():
-                self.observe(tree.rank[child], tree.said[child], child_token == token)
+                self.of(tree.drafter[child]).observe(tree.rank[child], tree.said[child], child_token == token)
+            if tree.children[node]:
+                self.promise += MEMORY * ((token in tree.children[node]) - self.promise)
             node = tree.children[node].get(token)
+
+
+class Calibrations:
+    """All bands of one target or drafter. `saved` and `restored` are inverse; what is saved is plain JSON.
+
+    `saved` may be called by another thread than the one that observes.
+    """
+
+    def __init__(self) -> None:
+        self.bands: dict[str, Band] = {}
+
+    def band(self, temperature: float) -> Band:
+        return self.bands.setdefault(f"{temperature:.1f}", Band())
+
+    def saved(self) -> dict[str, Any]:
+        return {
+            name: {"promise": band.promise, "tables": {kind: [table.tries, table.hits] for kind, table in tuple(band.tables.items())}}
+            for name, band in tuple(self.bands.items())
+        }
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any]) -> "Calibrations":
+        """Raises ValueError, KeyError or TypeError for what was not made by `saved`."""
+        found = cls()
+        for name, band in saved.items():
+            known = found.band(float(name))
+            known.promise = min(1.0, max(0.0, float(band["promise"])))
+            for drafter, (tries, hits) in band["tables"].items():
+                table = known.of(drafter)
+                table.tries, table.hits = counts(tries), counts(hits)
+        return found
+
+
+def counts(rows: Sequence[Sequence[float]]) -> list[list[float]]:
+    found = [[float(count) for count in row] for row in rows]
+    if len(found) != RANKS or any(len(row) != BINS or not all(0 <= count < math.inf for count in row) for row in found):
+        raise ValueError(f"a calibration table has {RANKS} rows of {BINS} counts")
+    return found
+
+
+def kind(drafter: str) -> str:
+    """The name without its number: drafters NAME-0, NAME-1 of one pool share what is known of them."""
+    name, dash, number = drafter.rpartition("-")
+    return name if dash and number.isdecimal() else drafter

@@ -1,5 +1,6 @@
 """What is started where. Checked here, at the edge; trusted inside. The only place that reads files or the machine's shape."""
 
+import hashlib
 import importlib.resources
 import os
 import pkgutil
@@ -17,6 +18,8 @@ from runtime.sampling import whole
 Device = Literal["auto", "cpu", "cuda"]
 MOST_DRAFTERS = 64
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Policy = Literal["living", "plain", "sync", "amusd", "pearl"]
+LANES = ("target", "wire")  # of a trace; every other lane is a drafter's
 
 
 class Strict(BaseModel):
@@ -37,10 +40,25 @@ class Placement(Strict):
     listen: str = Field(default="", description="IP address that its gRPC server binds; default: that of its Ray node")
 
 
+class ScheduleConfig(Strict):
+    """When the target verifies what (runtime/schedulers). The living tree is the product; the others are what it is compared with.
+
+    `width`, `branches`, `passes` and `rows` shape the tree of `sync`; `passes` is also the gamma of `pearl`.
+    """
+
+    policy: Policy = "living"
+    width: int = Field(default=1, ge=1, le=64)
+    branches: int = Field(default=1, ge=1, le=64)
+    passes: int = Field(default=4, ge=1, le=32)
+    rows: int = Field(default=4, ge=1, le=64)
+
+
 class TargetConfig(Strict):
     model: str
     dtype: Dtype = "auto"
     device: Device = "auto"
+    schedule: ScheduleConfig = ScheduleConfig()
+    kv_tokens: int | None = Field(default=None, ge=128, description="tokens that fit its KV memory; default: a quarter of what is free")
     placement: Placement = Placement()
 
 
@@ -54,6 +72,13 @@ class DrafterConfig(Strict):
     device: Device = "auto"
     width: int = Field(default=4, ge=1, le=64, description="leaves expanded in one forward pass")
     placement: Placement = Placement()
+
+    @field_validator("name")
+    @classmethod
+    def free(cls, name: str) -> str:
+        if name in LANES:
+            raise ValueError(f"{name!r} has a meaning of its own in traces: give the drafter another name")
+        return name
 
     @field_validator("method")
     @classmethod
@@ -86,7 +111,9 @@ def shipped(name: Literal["target", "draft"]) -> str:
     return str(importlib.resources.files("models") / name)
 
 
-def deployment(target: str, drafts: tuple[str, ...], drafters: int, dtype: Dtype, device: Device, local: bool) -> Deployment:
+def deployment(
+    target: str, drafts: tuple[str, ...], drafters: int, dtype: Dtype, device: Device, local: bool, policy: Policy = "living"
+) -> Deployment:
     """`drafters` actors for each of `drafts` (a method's name or a model), beside one target.
 
     With `local`, target and drafters share this machine's cores between them and listen on loopback alone.
@@ -106,7 +133,13 @@ def deployment(target: str, drafts: tuple[str, ...], drafters: int, dtype: Dtype
             place = Placement(cores=cores[len(found) + 1], listen=listen)
             found.append(DrafterConfig(name=name, method=method, model=model, dtype=dtype, device=device, placement=place))
     return Deployment(
-        target=TargetConfig(model=target, dtype=dtype, device=device, placement=Placement(cores=cores[0], listen=listen)),
+        target=TargetConfig(
+            model=target,
+            dtype=dtype,
+            device=device,
+            schedule=ScheduleConfig(policy=policy),
+            placement=Placement(cores=cores[0], listen=listen),
+        ),
         drafters=tuple(found),
     )
 
@@ -120,6 +153,13 @@ def split_cores(cores: list[int], drafters: int) -> list[tuple[int, ...]]:
     mine, rest = cores[:half], cores[half:] or cores
     shares = [tuple(rest[i::drafters]) or (rest[i % len(rest)],) for i in range(drafters)]
     return [tuple(mine), *shares]
+
+
+def memory_of(model: str, role: Literal["target", "drafter"], method: str = "") -> Path:
+    """The file in which a target or a drafter keeps what it has learned: of one model, beside the user's other caches."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    name = hashlib.sha256(f"{Path(model).resolve() if Path(model).is_dir() else model}\n{method}".encode()).hexdigest()[:16]
+    return Path(base) / "outrider" / f"{role}-{name}.json"
 
 
 def read(file: Path) -> Deployment:

@@ -1,38 +1,46 @@
-"""The target's loop: take in growth, verify the best of each tree, commit, tell the drafters; never wait for a network by rule.
+"""The target's loop: take in growth, verify the best of all trees in one pass, commit, tell the drafters; never wait for a network by rule.
 
-It runs on the model's thread and knows no event loop: what comes in is a queue, what goes out are callables.
+It runs on the model's thread and knows no event loop: what comes in is a queue, what goes out are callables. Everything
+that may take long is `compute`, so that a simulator can put a virtual clock around it.
 """
 
 import queue
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from runtime.calibration import Calibration
+from runtime import limits
+from runtime.admission import Admission
+from runtime.calibration import Calibrations
 from runtime.choice import Ask, Chooser
 from runtime.clock import Clock
 from runtime.errors import OutriderError
-from runtime.finish import Finish
-from runtime.kv.base import KVCache
-from runtime.messages import Chunk, Close, Commit, Draft, Event, Reply, Request, Resync, Round, Share, Stats
+from runtime.kv.prefixes import Prefixes
+from runtime.live import Admit, Live
+from runtime.merit import Merit
+from runtime.messages import Chunk, Close, Commit, Draft, Event, Reply, Resync, Round, Share
 from runtime.metrics import Tally
-from runtime.models.base import Model, Rows
-from runtime.models.prefill import prefill
-from runtime.schedulers.base import Scheduler, View
+from runtime.models.base import Model, Part, causal
+from runtime.packing import pack, unpack
+from runtime.schedulers.base import Plan, Scheduler
 from runtime.session import Session
+from runtime.tracing import NODES, OFF, PREFILL, TARGET, Trace
 from runtime.verify import Verdict, match
 
+CHUNK = 512  # tokens of a prompt that are read at once
+CHUNK_BESIDE = 64  # where other sessions wait for their step meanwhile
+
 Send = Callable[[Event], None]
-Deliver = Callable[[Chunk], None]
+FAILURES = (OutriderError, RuntimeError, ValueError, MemoryError)  # of one session
 
 
 @dataclass(frozen=True, slots=True)
-class Admit:
-    request: Request
-    finish: Finish
-    deliver: Deliver
+class Heard:
+    """A drafter's reply, and the clock when it arrived."""
+
+    reply: Reply
+    at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,67 +61,97 @@ class Leave:
 
 
 @dataclass(frozen=True, slots=True)
+class Policy:
+    """Schedule like this from now on."""
+
+    scheduler: Scheduler
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     pass
 
 
-Input = Admit | Cancel | Join | Leave | Reply | Stop
-
-
-@dataclass(slots=True)
-class Live:
-    """A session under way, with what belongs to it on this device."""
-
-    session: Session
-    cache: KVCache
-    finish: Finish
-    deliver: Deliver
-    started: float
-    tally: Tally = field(default_factory=Tally)
-    prefilled: float = 0.0  # seconds that the prompt took; 0 until it is in the cache
-    committed_at: float = 0.0
-    hit: bool = False
-    accepted: Counter[str] = field(default_factory=Counter)  # delivered tokens by the drafter that guessed them
-    grown: bool = False  # growth has arrived since the last commit
+Input = Admit | Cancel | Heard | Join | Leave | Policy | Stop
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
-    """Of one step: seconds waited and computed, and the clock when the choice was known."""
+class Step:
+    """One packed pass: the sessions it serves, for each the nodes that get a row; times are readings of the clock."""
 
-    waited: float
-    computed: float
-    decided: float
+    sessions: list[Live]
+    nodes: list[list[int]]
+    parts: list[Part]
+    opened: float  # when its planning began
+    waited: float  # seconds
+    began: float
 
 
 class Engine:
     """Sessions, drafters and the one model that decides. `run` belongs to one thread; `inbox` may be filled from any."""
 
-    def __init__(self, model: Model, chooser: Chooser, scheduler: Scheduler, eos: frozenset[int], clock: Clock) -> None:
-        self.model, self.chooser, self.scheduler, self.eos, self.clock = model, chooser, scheduler, eos, clock
+    def __init__(
+        self,
+        model: Model,
+        chooser: Chooser,
+        scheduler: Scheduler,
+        eos: frozenset[int],
+        clock: Clock,
+        kv_slots: int = 1 << 20,
+        calibrations: Calibrations | None = None,
+        trace: Trace = OFF,
+    ) -> None:
+        self.model, self.chooser, self.scheduler, self.eos, self.clock, self.trace = model, chooser, scheduler, eos, clock, trace
         self.inbox: queue.SimpleQueue[Input] = queue.SimpleQueue()
+        self.admission = Admission(kv_slots - kv_slots // 4)
+        self.prefixes = Prefixes(kv_slots // 4)
         self.live: dict[str, Live] = {}
         self.drafters: dict[str, Send] = {}
-        self.calibrations: dict[float, Calibration] = {}
+        self.merit = Merit()
+        self.calibrations = calibrations or Calibrations()
         self.unknown = 0  # drafts for sessions that are over or want none
+        self.opened: float | None = None  # clock when the planning of the next step began
+        self.waited = 0.0  # seconds, for the next step
+        self.pausing: float | None = None  # clock when the present wait began
+
+    # The loop
 
     def run(self) -> None:
-        """Until Stop. Sessions still under way then, or when the thread ends by a fault, end as cancelled."""
+        """Until Stop. Sessions still under way or waiting then, or when the thread ends by a fault, end as cancelled."""
+        wait: float | None = None
         try:
-            while self.take_in(block=not self.live):
-                for live in tuple(self.live.values()):
-                    self.advance(live)
+            while self.take_in(wait):
+                wait = self.advance()
         finally:
-            for live in tuple(self.live.values()):
-                self.end(live, Chunk((), (), (), "cancelled", self.stats(live)))
+            for name in [*self.live, *(admitted.request.session for admitted in self.admission.waiting)]:
+                self.cancel(name)
 
-    def take_in(self, block: bool, timeout: float | None = None) -> bool:
-        """Handle all that has arrived, waiting for the first of it if asked to; False once Stop was there.
+    def advance(self) -> float | None:
+        """One piece of prompt and one step; returns how long to wait for the inbox before the next (None: until it has something)."""
+        self.begin()
+        self.prefill()
+        ready = [live for live in self.live.values() if live.ready]
+        if not ready:
+            return 0.0 if self.live else None
+        plan = self.plan(ready)
+        if plan.wait > 0.0:
+            return plan.wait
+        step = self.pack(ready, plan)
+        choices = self.compute(step)
+        decided = self.clock()
+        # What was guessed during the pass hangs on the old root: taken in before the root moves, it may hold the new one.
+        if not self.take_in(0.0):
+            self.inbox.put(Stop())
+        self.commit(step, choices, decided)
+        return 0.0 if self.live else None
+
+    def take_in(self, wait: float | None) -> bool:
+        """Handle all that has arrived, waiting so long for the first of it; False once Stop was there.
 
         What arrives meanwhile is left for the next time: a drafter that floods the target does not keep it from its steps.
         """
         try:
-            first = self.inbox.get(block, timeout)
+            first = self.inbox.get(wait != 0.0, wait or None)
         except queue.Empty:
             return True
         for arrived in [first, *(self.inbox.get() for _ in range(self.inbox.qsize()))]:
@@ -124,170 +162,211 @@ class Engine:
 
     def handle(self, arrived: Input) -> None:
         match arrived:
-            case Draft(session=name):
-                self.grow(name, arrived)
+            case Heard(reply=Draft() as draft, at=at):
+                self.grow(draft, at)
+            case Heard(reply=Resync(session=name, drafter=drafter)):
+                self.open_again(name, drafter)
             case Admit():
-                self.admit(arrived)
+                self.admission.waiting.append(arrived)
+                self.begin()
             case Cancel(session=name):
-                if name in self.live:
-                    self.end(self.live[name], Chunk((), (), (), "cancelled", self.stats(self.live[name])))
+                self.cancel(name)
             case Join(drafter=name, send=send):
                 self.drafters[name] = send
                 self.share_out(joined=name)
             case Leave(drafter=name, send=send):
                 if self.drafters.get(name) is send:
                     del self.drafters[name]
+                    self.merit.forget(name)
                     self.share_out()
-            case Resync(session=name, drafter=drafter):
-                live = self.live.get(name)
-                if live is not None and live.session.request.speculation and drafter in self.drafters:
-                    index = list(self.drafters).index(drafter)
-                    self.drafters[drafter](live.session.open(Share(name, index, len(self.drafters))))
-            case Stop():
-                pass
+            case Policy(scheduler=scheduler):
+                self.scheduler = scheduler
 
-    def grow(self, name: str, draft: Draft) -> None:
-        live = self.live.get(name)
-        if live is None or not live.session.request.speculation:
-            self.unknown += 1
-        elif live.session.offer(draft) and not live.grown:
-            live.grown = True
-            self.scheduler.grew(self.clock() - live.committed_at, live.hit)
+    # Sessions come and go
 
-    def admit(self, asked: Admit) -> None:
-        request, now = asked.request, self.clock()
-        calibration = self.calibrations.setdefault(round(request.sampling.temperature, 1), Calibration())
-        session = Session(request, self.model.vocabulary, self.model.context, calibration)
-        self.live[session.id] = Live(session, self.model.new_cache(), asked.finish, asked.deliver, now, committed_at=now)
-        for index, send in enumerate(self.listeners(session)):
-            send(session.open(Share(session.id, index, len(self.drafters))))
+    def begin(self) -> None:
+        """Admit those for whom there is room now."""
+        while (admitted := self.admission.next(len(self.live), self.model.context)) is not None:
+            asked, slots = admitted
+            request, now = asked.request, self.clock()
+            band = self.calibrations.band(request.sampling.temperature)
+            session = Session(request, self.model.vocabulary, self.model.context, band, style=self.scheduler.style)
+            self.live[session.id] = Live(session, self.model.new_cache(), asked, slots, committed_at=now, growth_at=now, missed=True)
+            for name, send in self.listeners(session).items():
+                send(session.open(self.share(session.id, name)))
 
-    def share_out(self, joined: str = "") -> None:
-        """Tell every drafter its part of every session; the one that has joined learns the whole text."""
-        for live in self.live.values():
-            if live.session.request.speculation:
-                for index, (name, send) in enumerate(self.drafters.items()):
-                    share = Share(live.session.id, index, len(self.drafters))
-                    send(live.session.open(share) if name == joined else share)
+    def end(self, live: Live, last: Chunk) -> None:
+        """Forget the session everywhere, then say so. What it has computed is kept for texts that begin alike."""
+        del self.live[live.session.id]
+        self.admission.release(live.slots)
+        length = min(live.cache.length, len(live.session.tokens) - 1)
+        self.prefixes.keep(live.session.tokens[:length], live.cache)
+        for send in self.listeners(live.session).values():
+            send(Close(live.session.id))
+        live.admitted.deliver(last)
 
-    def listeners(self, session: Session) -> list[Send]:
-        return list(self.drafters.values()) if session.request.speculation else []
+    def cancel(self, name: str) -> None:
+        live, waiting = self.live.get(name), self.admission.withdraw(name)
+        if live is not None:
+            self.end(live, Chunk((), (), (), "cancelled", live.stats(self.clock())))
+        elif waiting is not None:
+            prompt = len(waiting.request.prompt)
+            waiting.deliver(Chunk((), (), (), "cancelled", Tally().stats(prompt, 0, 0, {}, {}, 0.0, self.clock() - waiting.asked)))
 
-    def advance(self, live: Live) -> None:
-        """One step of one session. What fails in it ends that session and no other."""
-        try:
-            if live.prefilled == 0.0:
-                self.prefill(live)
-            else:
-                self.step(live)
-        except (OutriderError, RuntimeError, ValueError, MemoryError) as error:
-            self.end(live, Chunk((), (), (), "error", self.stats(live), error=f"{type(error).__name__}: {error}"))
-
-    def prefill(self, live: Live) -> None:
-        """Everything but the last token, which is the root row of the first step."""
-        began = self.clock()
-        if len(live.session.tokens) > 1:
-            prefill(self.model, live.cache, np.asarray(live.session.tokens[:-1], dtype=np.int64))
-        live.prefilled = max(self.clock() - began, 1e-9)
-
-    def step(self, live: Live) -> None:
-        nodes, waited = self.choose_rows(live)
-        if not self.under_way(live):
-            return
-        began = self.clock()
-        verdict = self.verify(live, nodes)
-        decided = self.clock()
-        # What was guessed during the pass hangs on the old root: taken in before the root moves, it may hold the new one.
-        if not self.take_in(block=False):
-            self.inbox.put(Stop())
-        if self.under_way(live):
-            self.commit(live, nodes, verdict, Timing(waited, decided - began, decided))
-
-    def choose_rows(self, live: Live) -> tuple[list[int], float]:
-        """Ask the scheduler until it says to go; with other sessions waiting for their step, patience is theirs to pay."""
-        began, session = self.clock(), live.session
-        while self.under_way(live):
-            now = self.clock()
-            drafters = len(self.listeners(session)) if session.room > 0 else 0  # nobody can help with the last token
-            view = View(session.gains(), drafters, live.hit, now - began, now - live.committed_at)
-            plan = self.scheduler.plan(view)
-            if plan.wait <= 0.0 or len(self.live) > 1:
-                return session.select(plan.rows), now - began
-            before = session.drafted
-            if not self.take_in(block=True, timeout=plan.wait):
-                self.inbox.put(Stop())
-                break
-            if session.drafted == before and self.clock() - now >= plan.wait:
-                return session.select(plan.rows), self.clock() - began
-        return [], self.clock() - began
+    def fail(self, live: Live, error: Exception) -> None:
+        self.end(live, Chunk((), (), (), "error", live.stats(self.clock()), error=f"{type(error).__name__}: {error}"))
 
     def under_way(self, live: Live) -> bool:
         """False once the session is over, even where another one of its name has begun."""
         return self.live.get(live.session.id) is live
 
-    def verify(self, live: Live, nodes: list[int]) -> Verdict:
-        """One forward pass over root and nodes, and the descent along what the target chose."""
-        session = live.session
-        tree, prefix, n = session.tree, len(session.tokens) - 1, len(nodes) + 1
-        visible = np.zeros((n, n), dtype=np.bool_)
-        visible[:, 0] = True
-        visible[1:, 1:] = tree.visible(nodes)
-        tokens = np.asarray([tree.token[node] for node in (0, *nodes)], dtype=np.int64)
-        positions = prefix + np.asarray([tree.depth[node] for node in (0, *nodes)], dtype=np.int64)
-        logits = self.model.forward(live.cache, Rows(tokens, positions, prefix, visible))
-        ask = Ask(session.request.sampling, session.prompt, session.tokens, session.paths(nodes), self.eos)
-        return match(tree, nodes, self.chooser(logits, ask).tolist())
+    # Drafters
 
-    def commit(self, live: Live, nodes: list[int], verdict: Verdict, timing: Timing) -> None:
-        """Move the root, tell the drafters, roll the cache back to the accepted path, hand the tokens out."""
-        session, prefix = live.session, len(live.session.tokens) - 1
+    def grow(self, draft: Draft, at: float) -> None:
+        live = self.live.get(draft.session)
+        if live is None or not live.session.request.speculation:
+            self.unknown += 1
+        elif live.session.offer(draft):
+            self.scheduler.grew(*live.grown(at))
+            self.trace.taken(draft, at, TARGET)
+
+    def open_again(self, session: str, drafter: str) -> None:
+        live = self.live.get(session)
+        if live is not None and drafter in self.listeners(live.session):
+            self.drafters[drafter](live.session.open(self.share(session, drafter)))
+
+    def share_out(self, joined: str = "") -> None:
+        """Tell every drafter its part of every session; the one that has joined learns the whole text."""
+        for live in self.live.values():
+            for name, send in self.listeners(live.session).items():
+                share = self.share(live.session.id, name)
+                send(live.session.open(share) if name == joined else share)
+
+    def share(self, session: str, drafter: str) -> Share:
+        sharers = self.merit.sharers(self.drafters)
+        return Share(session, sharers.index(drafter), len(sharers)) if drafter in sharers else Share(session, 0, 0)
+
+    def listeners(self, session: Session) -> dict[str, Send]:
+        return self.drafters if session.request.speculation else {}
+
+    # One step
+
+    def prefill(self) -> None:
+        """The next piece of the oldest prompt that is not in the cache yet: all but its last token, the root row of the first step."""
+        live = next((live for live in self.live.values() if not live.ready), None)
+        if live is None:
+            return
+        began, others = self.clock(), any(other.ready for other in self.live.values())
+        wanted = live.session.tokens[:-1]
+        try:
+            if live.cache.length == 0:
+                self.reuse(live)
+            start = live.cache.length
+            piece = np.asarray(wanted[start : start + (CHUNK_BESIDE if others else CHUNK)], dtype=np.int64)
+            if len(piece):
+                self.model.forward_all([Part(live.cache, causal(piece, start), last=0)])
+        except FAILURES as error:
+            self.fail(live, error)
+            return
+        live.ready = live.cache.length == len(wanted)
+        done = self.clock()
+        live.prefilled += done - began
+        live.committed_at = live.growth_at = done
+        self.trace.span(TARGET, PREFILL, began, done, rows=len(piece))
+
+    def reuse(self, live: Live) -> None:
+        """Begin with a copy of the longest beginning that some text in a cache has in common with this one."""
+        others = [(other.session.tokens[:-1], other.cache) for other in self.live.values() if other.ready]
+        found = self.prefixes.longest(live.session.tokens, others)
+        if found is not None:
+            cache, live.reused = found
+            live.cache = cache.fork(live.reused)
+
+    def plan(self, ready: Sequence[Live]) -> Plan:
+        """What the scheduler says; the clock runs for the next step from the first time it is asked."""
+        now = self.clock()
+        if self.opened is None:
+            self.opened = now
+        if self.pausing is not None:
+            self.waited += now - self.pausing
+            self.pausing = None
+        views = [live.view(now, self.waited, len(self.merit.sharers(self.listeners(live.session)))) for live in ready]
+        plan = self.scheduler.plan(views)
+        if plan.wait > 0.0:
+            self.pausing = now
+        return plan
+
+    def pack(self, ready: Sequence[Live], plan: Plan) -> Step:
+        nodes = [live.session.select(min(rows, limits.STEP_ROWS)) for live, rows in zip(ready, plan.rows, strict=True)]
+        parts = [pack(live.session, live.cache, chosen) for live, chosen in zip(ready, nodes, strict=True)]
+        now = self.clock()
+        step = Step(list(ready), nodes, parts, now if self.opened is None else self.opened, self.waited, now)
+        self.opened, self.waited = None, 0.0
+        return step
+
+    def compute(self, step: Step) -> list[list[int]]:
+        """For each session what the target chooses after each of its rows; empty where its part of the pass failed."""
+        try:
+            logits = self.model.forward_all(step.parts)
+        except FAILURES:
+            return [self.compute_alone(*of_one) for of_one in zip(step.sessions, step.nodes, step.parts, strict=True)]
+        return [self.choose(*of_one) for of_one in zip(step.sessions, step.nodes, logits, strict=True)]
+
+    def compute_alone(self, live: Live, nodes: list[int], part: Part) -> list[int]:
+        """What fails ends its own session and no other."""
+        try:
+            logits = self.model.forward_all([part])[0]
+        except FAILURES as error:
+            self.fail(live, error)
+            return []
+        return self.choose(live, nodes, logits)
+
+    def choose(self, live: Live, nodes: list[int], logits: object) -> list[int]:
+        session = live.session
+        ask = Ask(session.request.sampling, session.prompt, session.tokens, session.paths(nodes), self.eos)
+        try:
+            chosen: list[int] = self.chooser(logits, ask).tolist()
+        except FAILURES as error:
+            self.fail(live, error)
+            return []
+        return chosen
+
+    def commit(self, step: Step, choices: Sequence[Sequence[int]], decided: float) -> None:
+        """Move the roots and tell the drafters at once, so that they go on; then roll the caches back and hand the tokens out."""
+        told = [self.tell(*of_one) for of_one in zip(step.sessions, step.nodes, choices, strict=True)]
+        rounds, chunks = [], []
+        for live, nodes, one in zip(step.sessions, step.nodes, told, strict=True):
+            if one is not None:
+                verdict, commit, guessed, hit = one
+                unpack(live.cache, commit.base - 1, nodes, verdict.path)
+                chunks.append((live, live.hand_out(commit, guessed)))
+                number, accepted = len(live.tally.rounds), len(verdict.path)
+                rounds.append(Round(live.session.id, number, len(nodes), accepted, hit, step.waited, decided - step.began, 0.0))
+        done = self.clock()
+        bookkeeping = max(0.0, step.began - step.opened - step.waited) + done - decided
+        rounds = [replace(round_, bookkeeping=bookkeeping) for round_ in rounds]
+        self.scheduler.observe(rounds)
+        for (live, chunk), round_ in zip(chunks, rounds, strict=True):
+            live.committed(round_, decided)
+            if chunk.finish_reason is None:
+                live.admitted.deliver(chunk)
+            else:
+                self.end(live, Chunk(chunk.pieces, chunk.tokens, chunk.drafters, chunk.finish_reason, live.stats(self.clock())))
+        self.trace.step(step, rounds, decided, done)
+        self.trace.count(NODES, decided, sum(len(live.session.tree) - 1 for live in step.sessions))
+
+    def tell(self, live: Live, nodes: Sequence[int], choices: Sequence[int]) -> tuple[Verdict, Commit, tuple[str, ...], bool] | None:
+        """What was decided, and who had guessed each token of it ("": nobody); None for a session that is over."""
+        if not self.under_way(live):
+            return None
+        session = live.session
+        verdict = match(session.tree, nodes, choices)
         guessed = (*(session.tree.drafter[node] for node in verdict.path), "")
         commit, hit = session.apply(verdict)
-        for send in self.listeners(session):
+        listeners = self.listeners(session)
+        for send in listeners.values():
             send(commit)
-        row_of = {node: prefix + row for row, node in enumerate(nodes, start=1)}
-        live.cache.keep(prefix + 1, [row_of[node] for node in verdict.path])
-        live.hit, live.grown, live.committed_at = hit, False, timing.decided
-        chunk = self.hand_out(live, commit, guessed)
-        number, width, accepted = len(live.tally.rounds), len(nodes), len(verdict.path)
-        bookkeeping = self.clock() - timing.decided
-        done = Round(session.id, number, width, accepted, hit, timing.waited, timing.computed, bookkeeping)
-        live.tally.add(done)
-        self.scheduler.observe(done)
-        if chunk.finish_reason is None:
-            live.deliver(chunk)
-        else:
-            self.end(live, Chunk(chunk.pieces, chunk.tokens, chunk.drafters, chunk.finish_reason, self.stats(live)))
-
-    def hand_out(self, live: Live, commit: Commit, guessed: tuple[str, ...]) -> Chunk:
-        """Tokens one by one through the finish function: what comes after the end is not handed out."""
-        pieces: list[str] = []
-        reason = None
-        for token in commit.tokens:
-            delta = live.finish.feed(token)
-            pieces.append(delta.text)
-            reason = delta.reason
-            if reason is not None:
-                break
-        count = len(pieces)
-        live.accepted.update(name for name in guessed[:count] if name)
-        return Chunk(tuple(pieces), commit.tokens[:count], guessed[:count], reason)
-
-    def end(self, live: Live, last: Chunk) -> None:
-        """Forget the session everywhere, then say so."""
-        del self.live[live.session.id]
-        for send in self.listeners(live.session):
-            send(Close(live.session.id))
-        live.deliver(last)
-
-    def stats(self, live: Live) -> Stats:
-        session = live.session
-        return live.tally.stats(
-            prompt_tokens=session.prompt,
-            completion_tokens=live.finish.count,
-            drafted=session.drafted,
-            by_drafter=live.accepted,
-            ignored=session.ignored,
-            prefill=live.prefilled,
-            elapsed=self.clock() - live.started,
-        )
+        self.trace.sent(commit, self.clock(), TARGET)
+        if self.merit.observe(listeners, guessed):
+            self.share_out()
+        return verdict, commit, guessed, hit

@@ -1,41 +1,65 @@
-"""Which nodes a drafter expands next: best first, within its share of the tree."""
+"""Which nodes a drafter expands next: best first, within its share of each tree and a budget of rows for all of them."""
 
-import numpy as np
+from collections.abc import Sequence
+from itertools import islice
 
+from runtime.messages import Share
 from runtime.tree import TokenTree
 
+ALL = Share("", 0, 1)
 
-def owners(tree: TokenTree, of: int) -> list[int | None]:
-    """For each node the index of the drafter that owns it; None for the main line, which all of `of` drafters grow.
 
-    The main line is the root, its first child, that one's first child, and so on. Every other node belongs to the drafter
-    that the name of its branch points to: its first ancestor off the main line.
+class Frontier:
+    """The nodes of one tree that may be expanded, the most probable first, kept in order while the tree grows.
+
+    They are those that nobody has expanded here, that do not belong to others, whose children lie no deeper than `deepest`,
+    and whose path score is at least `floor`. Of equals the older comes first. To be made anew after a re-root.
+
+    The main line is the root, its first child, that one's first child, and so on: all drafters grow it. Every other node
+    belongs to the drafter that the name of its branch points to, its first ancestor off the main line.
     """
-    found: list[int | None] = [None]
-    for node in range(1, len(tree)):
-        parent = tree.parent[node]
-        inherited = found[parent]
-        if inherited is not None:
-            found.append(inherited)
-        else:
-            found.append(None if tree.rank[node] == 0 else tree.key[node] % of)
-    return found
+
+    def __init__(self, tree: TokenTree, deepest: int, floor: float, share: Share = ALL) -> None:
+        self.tree, self.deepest, self.floor, self.share = tree, deepest, floor, share
+        self.owners: list[int | None] = [None]  # of each node seen so far; None on the main line
+        self.ripe: list[tuple[float, int]] = []  # (-path score, node)
+        self._take(0)
+        self.extend()
+
+    def extend(self) -> None:
+        """See the nodes that the tree has got since."""
+        tree, owners, of = self.tree, self.owners, self.share.of
+        before = len(self.ripe)
+        for node in range(len(owners), len(tree)):
+            owner = owners[tree.parent[node]]
+            if owner is None and tree.rank[node] > 0:
+                owner = tree.key[node] % of
+            owners.append(owner)
+            self._take(node)
+        if len(self.ripe) > before:
+            self.ripe.sort()
+
+    def _take(self, node: int) -> None:
+        tree, path, owner = self.tree, self.tree.path[node], self.owners[node]
+        if path >= self.floor and tree.depth[node] < self.deepest and not tree.expanded[node] and owner in (None, self.share.index):
+            self.ripe.append((-path, node))
+
+    def best(self, count: int) -> list[int]:
+        """The `count` first, or all where there are fewer."""
+        return [node for _, node in self.ripe[:count]]
+
+    def drop_expanded(self) -> None:
+        """Forget the nodes that have been expanded since."""
+        self.ripe = [entry for entry in self.ripe if not self.tree.expanded[entry[1]]]
 
 
-def frontier(tree: TokenTree, width: int, index: int, of: int, deepest: int, floor: float) -> list[int]:
-    """At most `width` nodes that nobody has expanded here, the most probable first.
+def allot(frontiers: Sequence[Frontier], widths: Sequence[int], rows: int) -> list[int]:
+    """How many nodes of each frontier are expanded in one pass over all of them.
 
-    Left out are nodes that belong to others, whose children would lie deeper than `deepest`, or whose path score is below
-    `floor`.
+    One of each that has any; beyond that the most probable of all, at most widths[i] of frontier i and `rows` together.
     """
-    owner = owners(tree, of) if of > 1 else []
-    ripe = [
-        node
-        for node in range(len(tree))
-        if not tree.expanded[node]
-        and tree.depth[node] < deepest
-        and tree.path[node] >= floor
-        and (not owner or owner[node] is None or owner[node] == index)
-    ]
-    scores = np.asarray([tree.path[node] for node in ripe])
-    return [ripe[i] for i in np.argsort(-scores, kind="stable")[:width]]
+    counts = [min(1, len(frontier.ripe)) for frontier in frontiers]
+    others = [(path, i) for i, frontier in enumerate(frontiers) for path, _ in islice(frontier.ripe, 1, widths[i])]
+    for _, i in sorted(others)[: max(0, rows - sum(counts))]:
+        counts[i] += 1
+    return counts

@@ -5,25 +5,30 @@ It runs on the model's thread and knows no event loop, like the target's engine.
 
 import logging
 import queue
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from runtime import limits
-from runtime.calibration import Calibration
-from runtime.drafters.base import Children, Drafter, Text
+from runtime.calibration import Band, Calibrations
+from runtime.clock import Clock
+from runtime.drafters.base import Children, Drafter, Text, Wish
 from runtime.errors import OutriderError
-from runtime.frontier import frontier
+from runtime.frontier import Frontier, allot
 from runtime.messages import Close, Commit, Draft, Event, Open, Reply, Resync, Share
+from runtime.tracing import LEAD, OFF, REROOT, STEP, Trace
 from runtime.tree import TokenTree, text_key
 
 log = logging.getLogger(__name__)
 
 Send = Callable[[Reply], None]
 RUN_AHEAD = 192  # nodes that wait for a commit
-FLOOR = -7.0  # log of the least path probability worth a row
+FLOOR = -7.0  # log of the least path probability worth a node
+ROWS = 16  # leaves in one pass over several sessions: a pass with so many rows costs little more than one with a single row
+FAULTS = (OutriderError, RuntimeError, ValueError, MemoryError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,97 +61,216 @@ class Stop:
 
 
 Input = Heard | Unheard | Gone | Stop
-Name = tuple[int, str]  # stream, session
 
 
 @dataclass(slots=True)
 class Growing:
     """One session at the drafter: the text as far as it is known, and the tree that grows from it."""
 
-    session: str
-    epoch: int
-    tokens: list[int]
-    prompt: int
+    stream: int
     opened: Open
-    share: Share
-    tree: TokenTree
     send: Send
+    share: Share
+    tokens: list[int]
+    tree: TokenTree
+    frontier: Frontier | None = None  # None where it is to be made anew
+    passes: int = 0  # answered since the last commit
     lost: bool = False  # has missed a commit and asked for the text again
+
+    def restart(self, tree: TokenTree) -> None:
+        """Go on with this tree."""
+        self.tree, self.frontier, self.passes = tree, None, 0
+
+    @property
+    def limit(self) -> int:
+        """Nodes. The mirror has room for the trees of all: one that is refused there takes all below it along."""
+        return min(RUN_AHEAD, limits.TREE_NODES // (self.share.of + 1))
+
+    def rests(self) -> bool:
+        """Whether nothing is to be grown until the next event, whatever may be expanded."""
+        passes = self.opened.style.passes
+        return self.lost or len(self.tree) > self.limit or self.share.of == 0 or 0 < passes <= self.passes
+
+    def width(self, own: int) -> int:
+        """The most leaves for the next pass: as asked for, or at most `own`.
+
+        A drafter's own choice: the fuller the tree, the nearer a leaf must come to the best. Where the target takes long, the
+        nodes that are left then go into depth.
+        """
+        asked, ripe = self.opened.style.width, self.ripe().ripe
+        if asked or not ripe:
+            return asked
+        least = ripe[0][0] - FLOOR * (1 - len(self.tree) / self.limit)
+        return sum(path <= least for path, _ in ripe[:own]) or 1
+
+    def ripe(self) -> Frontier:
+        """What may be expanded now."""
+        if self.frontier is None:
+            room = self.opened.prompt + self.opened.sampling.max_tokens - len(self.tokens)
+            self.frontier = Frontier(self.tree, min(limits.TREE_DEPTH, room - 1), FLOOR, self.share)
+        return self.frontier
 
 
 class Grower:
-    """`run` belongs to one thread; `inbox` may be filled from any. `counters`: events without effect, by reason."""
+    """`run` belongs to one thread; `inbox` may be filled from any. `growing`: sessions by the name that the method knows them
+    by, in the order of their opening. `counters`: events without effect, by reason.
 
-    def __init__(self, drafter: Drafter, name: str, width: int = 4) -> None:
-        self.drafter, self.name, self.width = drafter, name, width
+    `width`: leaves of one session in a pass, where its style does not say; `rows`: of several sessions together.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        name: str,
+        width: int = 4,
+        rows: int = ROWS,
+        calibrations: Calibrations | None = None,
+        trace: Trace = OFF,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self.drafter, self.name, self.width, self.rows, self.trace, self.clock = drafter, name, width, rows, trace, clock
         self.inbox: queue.SimpleQueue[Input] = queue.SimpleQueue()
-        self.growing: dict[Name, Growing] = {}
-        self.calibrations: dict[float, Calibration] = {}
+        self.growing: dict[str, Growing] = {}
+        self.calibrations = calibrations or Calibrations()
         self.counters: Counter[str] = Counter()
 
     def run(self) -> None:
         """Until Stop. Nothing is kept of any session then."""
         idle = True
         while self.take_in(block=idle):
-            grown = [self.grow(name) for name in tuple(self.growing)]
-            idle = not any(grown)
+            idle = not self.grow()
         for name in tuple(self.growing):
             self.forget(name)
 
     def take_in(self, block: bool) -> bool:
+        """Apply all events that have arrived, waiting for the first if asked to; False once Stop was there."""
         try:
             while True:
                 match self.inbox.get(block):
                     case Stop():
                         return False
                     case Gone(stream=stream):
-                        for name in [name for name in self.growing if name[0] == stream]:
+                        for name in [name for name, growing in self.growing.items() if growing.stream == stream]:
                             self.forget(name)
                     case Unheard(stream=stream, session=session):
-                        self.grow_anew((stream, session))
+                        self.grow_anew(private(stream, session))
                     case Heard(stream=stream, event=event, send=send):
-                        self.hear((stream, event.session), event, send)
+                        self.hear(stream, event, send)
                 block = False
         except queue.Empty:
             return True
 
-    def hear(self, name: Name, event: Event, send: Send) -> None:
+    def grow(self) -> bool:
+        """One pass of the method over all sessions; False where there is nothing to expand until the next event."""
+        wishes = self.plan()
+        if wishes:
+            began = self.clock()
+            self.add(wishes, self.ask(wishes))
+            self.record(wishes, began)
+        return bool(wishes)
+
+    def plan(self) -> list[Wish]:
+        """What to expand now, of each session at most one wish. Changes nothing."""
+        awake = [(name, growing) for name, growing in self.growing.items() if not growing.rests()]
+        widths = [growing.width(self.width) for _, growing in awake]
+        counts = allot([growing.ripe() for _, growing in awake], widths, max([self.rows, *widths]))
+        return [wish_of(name, growing, count) for (name, growing), count in zip(awake, counts, strict=True) if count]
+
+    def ask(self, wishes: Sequence[Wish]) -> Sequence[Children | None]:
+        """The method's answers. Where it fails, each session is asked about alone: those that fail again are given up."""
+        try:
+            return self.drafter.expand(wishes)
+        except FAULTS as error:
+            if len(wishes) > 1:
+                return [self.ask([wish])[0] for wish in wishes]
+            log.warning("drafter %s gives a session up: %s: %s", self.name, type(error).__name__, error)
+            self.counters["failed"] += 1
+            self.forget(wishes[0].text.session)
+            return [None]
+
+    def add(self, wishes: Sequence[Wish], answers: Sequence[Children | None]) -> None:
+        """Put the answers to `plan` into the trees and send them, with no event taken in between."""
+        for wish, children in zip(wishes, answers, strict=True):
+            growing = self.growing.get(wish.text.session)
+            if growing is not None and children is not None:
+                self.expanded(growing, wish.leaves)
+                self.sprout(growing, children)
+                growing.ripe().extend()
+
+    def expanded(self, growing: Growing, leaves: Sequence[int]) -> None:
+        growing.passes += 1
+        for leaf in leaves:
+            growing.tree.expanded[leaf] = True
+        growing.ripe().drop_expanded()
+
+    def sprout(self, growing: Growing, children: Children) -> None:
+        """Put new children into the tree and send them, named by their parents.
+
+        Siblings that are hardly possible after their parent are left out, but not the first child: a node is asked about once,
+        and may become the root.
+        """
+        tree, calibration = growing.tree, self.calibration(growing).of(self.name)
+        parents: list[int] = []
+        tokens: list[int] = []
+        scores: list[float] = []
+        for parent, token, said in zip(children.parents.tolist(), children.tokens.tolist(), children.scores.tolist(), strict=True):
+            score = calibration.score(len(tree.children[parent]), said)
+            if (score >= FLOOR or not tree.children[parent]) and tree.add(parent, token, score, said, self.name) is not None:
+                parents.append(tree.key[parent])
+                tokens.append(token)
+                scores.append(said)
+        opened = growing.opened
+        for start in range(0, len(tokens), limits.DRAFT_NODES):
+            part = slice(start, start + limits.DRAFT_NODES)
+            keys, ids = np.asarray(parents[part], dtype=np.uint64), np.asarray(tokens[part], dtype=np.int32)
+            draft = Draft(opened.session, opened.epoch, self.name, keys, ids, np.asarray(scores[part], dtype=np.float32))
+            self.trace.sent(draft, self.clock(), self.name)
+            growing.send(draft)
+
+    def record(self, wishes: Sequence[Wish], began: float) -> None:
+        if self.trace is not OFF:
+            now = self.clock()
+            self.trace.span(self.name, STEP, began, now, leaves=sum(len(wish.leaves) for wish in wishes), sessions=len(wishes))
+            self.trace.count(LEAD, now, max(max(wish.text.tree.depth) for wish in wishes))
+
+    def hear(self, stream: int, event: Event, send: Send) -> None:
+        name = private(stream, event.session)
         known = self.growing.get(name)
         match event:
             case Open():
-                self.open(name, event, send)
+                self.open(name, stream, event, send)
             case Close():
                 self.forget(name)
             case Share() if known is not None:
-                known.share = event
+                known.share, known.frontier = event, None
             case Commit() if known is not None:
                 self.commit(known, event)
             case _:
                 self.counters["unknown session"] += 1
 
-    def open(self, name: Name, event: Open, send: Send) -> None:
+    def open(self, name: str, stream: int, event: Open, send: Send) -> None:
         if name in self.growing:
             self.forget(name)
         if len(self.growing) >= limits.SESSIONS or not event.tokens:
             self.counters["refused"] += 1
             return
         tree = sapling(text_key(event.tokens), event.tokens[-1])
-        self.growing[name] = Growing(event.session, event.epoch, list(event.tokens), event.prompt, event, event.share, tree, send)
+        self.growing[name] = Growing(stream, event, send, event.share, list(event.tokens), tree)
 
-    def grow_anew(self, name: Name) -> None:
+    def grow_anew(self, name: str) -> None:
         """From the root, so that all is sent again."""
         growing = self.growing.get(name)
         if growing is not None:
-            growing.tree = sapling(growing.tree.key[0], growing.tree.token[0])
+            growing.restart(sapling(growing.tree.key[0], growing.tree.token[0]))
 
-    def forget(self, name: Name) -> None:
+    def forget(self, name: str) -> None:
         if self.growing.pop(name, None) is not None:
-            self.drafter.close(private(name))
+            self.drafter.close(name)
 
     def commit(self, growing: Growing, event: Commit) -> None:
         """Follow the target. A repeated or late commit changes nothing; after a lost one the text is asked for again."""
         have = len(growing.tokens)
-        if growing.lost or event.epoch != growing.epoch or event.base + len(event.tokens) <= have:
+        if growing.lost or event.epoch != growing.opened.epoch or event.base + len(event.tokens) <= have:
             self.counters["stale commit"] += 1
             return
         if event.base <= have:
@@ -154,60 +278,29 @@ class Grower:
             self.calibration(growing).observe_path(growing.tree, decided)
             growing.tree.reroot(decided)
             growing.tokens.extend(decided)
+            growing.restart(growing.tree)
+            now = self.clock()
+            self.trace.taken(event, now, self.name)
+            self.trace.instant(self.name, REROOT, now)
         if growing.tree.key[0] != event.key:
             growing.lost = True
             self.counters["resync"] += 1
-            growing.send(Resync(growing.session, self.name))
+            growing.send(Resync(growing.opened.session, self.name))
 
-    def calibration(self, growing: Growing) -> Calibration:
-        return self.calibrations.setdefault(round(growing.opened.sampling.temperature, 1), Calibration())
+    def calibration(self, growing: Growing) -> Band:
+        return self.calibrations.band(growing.opened.sampling.temperature)
 
-    def grow(self, name: Name) -> bool:
-        """One forward pass for one session; False where there is nothing to expand until the next event."""
-        growing = self.growing[name]
-        tree, sampling = growing.tree, growing.opened.sampling
-        room = growing.prompt + sampling.max_tokens - len(growing.tokens)
-        # The mirror has room for the trees of all: a node that is refused there takes all below it along.
-        if growing.lost or len(tree) > min(RUN_AHEAD, limits.TREE_NODES // (growing.share.of + 1)):
-            return False
-        leaves = frontier(tree, self.width, growing.share.index, growing.share.of, min(limits.TREE_DEPTH, room - 1), FLOOR)
-        if not leaves:
-            return False
-        text = Text(private(name), growing.tokens, growing.prompt, sampling, tree)
-        try:
-            children = self.drafter.expand(text, leaves)
-        except (OutriderError, RuntimeError, ValueError, MemoryError) as error:
-            log.warning("drafter %s gives a session up: %s: %s", self.name, type(error).__name__, error)
-            self.counters["failed"] += 1
-            self.forget(name)
-            return False
-        for leaf in leaves:
-            tree.expanded[leaf] = True
-        self.add(growing, children)
-        return True
 
-    def add(self, growing: Growing, children: Children) -> None:
-        """Put new children into the tree and send them, named by their parents."""
-        tree, calibration = growing.tree, self.calibration(growing)
-        parents: list[int] = []
-        tokens: list[int] = []
-        scores: list[float] = []
-        for parent, token, said in zip(children.parents.tolist(), children.tokens.tolist(), children.scores.tolist(), strict=True):
-            score = calibration.score(len(tree.children[parent]), said)
-            if tree.add(parent, token, score, said, self.name) is not None:
-                parents.append(tree.key[parent])
-                tokens.append(token)
-                scores.append(said)
-        if tokens:
-            keys = np.asarray(parents, dtype=np.uint64)
-            draft = (keys, np.asarray(tokens, dtype=np.int32), np.asarray(scores, dtype=np.float32))
-            growing.send(Draft(growing.session, growing.epoch, self.name, *draft))
+def wish_of(name: str, growing: Growing, count: int) -> Wish:
+    opened = growing.opened
+    text = Text(name, growing.tokens, opened.prompt, opened.sampling, growing.tree)
+    return Wish(text, growing.ripe().best(count), opened.style.branches)
 
 
 def sapling(key: int, token: int) -> TokenTree:
     return TokenTree(key, token, limits.TREE_NODES, limits.TREE_DEPTH)
 
 
-def private(name: Name) -> str:
+def private(stream: int, session: str) -> str:
     """A session's name at the drafting method: unlike those of other streams."""
-    return f"{name[0]}/{name[1]}"
+    return f"{stream}/{session}"

@@ -15,11 +15,28 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Which part of the tree a drafter owns: branch roots whose key is `index` modulo `of`."""
+    """Which part of the tree a drafter owns: branch roots whose key is `index` modulo `of`. With `of` 0 it owns none, and rests."""
 
     session: str
     index: int
     of: int
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How a schedule wants the tree to grow; 0 leaves the choice to the drafter. The living tree leaves all of it.
+
+    width     leaves expanded in one forward pass
+    branches  children of a leaf
+    passes    forward passes after a commit, or after the opening; then the drafter rests until the next commit
+    """
+
+    width: int = 0
+    branches: int = 0
+    passes: int = 0
+
+
+AS_IT_LIKES = Style()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +52,7 @@ class Open:
     prompt: int
     sampling: Sampling
     share: Share
+    style: Style = AS_IT_LIKES
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +161,7 @@ class Stats:
     ignored: dict[str, int] = field(default_factory=dict)  # messages without effect, by reason
     elapsed: float = 0.0  # from the taking of the request to its last token
     prefill: float = 0.0
+    reused: int = 0  # prompt tokens whose keys and values were there already
     waited: float = 0.0
     computed: float = 0.0
     bookkeeping: float = 0.0

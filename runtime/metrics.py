@@ -24,6 +24,7 @@ class Tally:
         ignored: Mapping[str, int],
         prefill: float,
         elapsed: float,
+        reused: int = 0,
     ) -> Stats:
         """Times in seconds. `elapsed` runs from the taking of the request to its last token."""
         histogram = Counter(done.accepted for done in self.rounds)
@@ -40,6 +41,7 @@ class Tally:
             ignored=dict(ignored),
             elapsed=elapsed,
             prefill=prefill,
+            reused=reused,
             waited=sum(done.waited for done in self.rounds),
             computed=sum(done.computed for done in self.rounds),
             bookkeeping=sum(done.bookkeeping for done in self.rounds),

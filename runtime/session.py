@@ -4,12 +4,15 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from runtime import limits
-from runtime.calibration import Calibration
-from runtime.messages import Commit, Draft, Open, Request, Share
+from runtime.calibration import Band
+from runtime.messages import AS_IT_LIKES, Commit, Draft, Open, Request, Share, Style
 from runtime.tree import TokenTree, text_key
 from runtime.verify import Verdict
+
+Probabilities = npt.NDArray[np.float64]
 
 
 class Session:
@@ -18,12 +21,13 @@ class Session:
     `drafted` counts the nodes that were merged, `ignored` those that changed nothing, by reason.
     """
 
-    def __init__(self, request: Request, vocabulary: int, context: int, calibration: Calibration, epoch: int = 0) -> None:
+    def __init__(self, request: Request, vocabulary: int, context: int, band: Band, epoch: int = 0, style: Style = AS_IT_LIKES) -> None:
         self.request = request
         self.id = request.session
         self.epoch = epoch
+        self.style = style
         self.vocabulary = vocabulary
-        self.calibration = calibration
+        self.band = band
         self.tokens = [*request.prompt, *request.committed]
         self.prompt = len(request.prompt)
         self.end = min(context, self.prompt + request.sampling.max_tokens)  # length of the longest text allowed
@@ -33,7 +37,7 @@ class Session:
 
     def open(self, share: Share) -> Open:
         """What a drafter must know to join now."""
-        return Open(self.id, self.epoch, tuple(self.tokens), self.prompt, self.request.sampling, share)
+        return Open(self.id, self.epoch, tuple(self.tokens), self.prompt, self.request.sampling, share, self.style)
 
     def offer(self, draft: Draft) -> int:
         """Merge growth into the mirror; returns how many nodes were new.
@@ -44,7 +48,7 @@ class Session:
         if draft.epoch != self.epoch or len(draft.tokens) > limits.DRAFT_NODES:
             self.ignored["stale" if draft.epoch != self.epoch else "oversize"] += len(draft.tokens)
             return 0
-        tree, added = self.tree, 0
+        tree, added, table = self.tree, 0, self.band.of(draft.drafter)
         for parent_key, token, said in zip(draft.parents.tolist(), draft.tokens.tolist(), draft.scores.tolist(), strict=True):
             parent = tree.index.get(parent_key)
             if parent is None:
@@ -52,7 +56,7 @@ class Session:
             elif not 0 <= token < self.vocabulary or not said <= 0.0:
                 self.ignored["invalid"] += 1
             else:
-                score = self.calibration.score(len(tree.children[parent]), said)
+                score = table.score(len(tree.children[parent]), said)
                 new = tree.add(parent, token, score, said, draft.drafter) is not None
                 added += new
                 if not new:
@@ -65,17 +69,25 @@ class Session:
         """Depth of the deepest node whose token could be delivered: one token more comes from the target in any case."""
         return self.end - len(self.tokens) - 1
 
-    def gains(self) -> list[float]:
-        """Path probabilities of all nodes that could be verified, falling."""
-        room = self.room
-        paths = [path for path, depth in zip(self.tree.path, self.tree.depth, strict=True) if 0 < depth <= room]
-        return np.exp(-np.sort(-np.asarray(paths))).tolist() if paths else []
+    def worth(self) -> tuple[Probabilities, Probabilities, int]:
+        """Path probabilities of all nodes that could be verified and of those among them without children, falling; the
+        depth of the deepest. With an empty tree the leaf is the root, of probability 1."""
+        tree, room = self.tree, self.room
+        paths, depths = np.asarray(tree.path), np.asarray(tree.depth)
+        inside = depths <= room
+        inside[0] = False
+        ends = inside & np.asarray([not children for children in tree.children])
+        gains = np.exp(-np.sort(-paths[inside]))
+        leaves = np.exp(-np.sort(-paths[ends])) if len(tree) > 1 else np.ones(1)
+        return gains, leaves, int(depths[inside].max(initial=0))
 
     def select(self, count: int) -> list[int]:
         """At most `count` nodes to verify, most probable first to be chosen, parents before children.
 
         Nodes so deep that their token could not be delivered are left out.
         """
+        if count == 0:
+            return []
         room = self.room
         return [node for node in self.tree.best(count) if self.tree.depth[node] <= room]
 
@@ -87,7 +99,7 @@ class Session:
         """Append what the target decided and move the root; the second value is whether the new root was a node (hit)."""
         tree, base = self.tree, len(self.tokens)
         decided = [tree.token[node] for node in verdict.path] + [verdict.token]
-        self.calibration.observe_path(tree, decided)
+        self.band.observe_path(tree, decided)
         hit = tree.reroot(decided)
         self.tokens.extend(decided)
         return Commit(self.id, self.epoch, base, tuple(decided), tree.key[0]), hit

@@ -8,11 +8,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
 
 from runtime import limits
-from runtime.engine import Admit, Cancel, Engine, Join, Leave, Stop
+from runtime.engine import Cancel, Engine, Heard, Join, Leave, Policy, Stop
 from runtime.errors import InvalidRequest, LinkLost, Overloaded, Unavailable
 from runtime.finish import Finish
 from runtime.links import DraftLink
+from runtime.live import Admit
 from runtime.messages import Chunk, Event, Request
+from runtime.schedulers.base import Scheduler
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +83,9 @@ class Target:
             raise InvalidRequest(f"session {request.session!r} is under way: give another name", "session")
         if self._stopping or not self._thread.is_alive():
             raise Unavailable("the target has stopped: start it again")
-        if len(self._sessions) >= limits.SESSIONS:
-            raise Overloaded(f"{len(self._sessions)} sessions are under way, the most is {limits.SESSIONS}: try again later")
+        self.engine.admission.check(request, self.engine.model.context)
+        if len(self._sessions) >= (most := limits.SESSIONS + limits.QUEUE):
+            raise Overloaded(f"{len(self._sessions)} sessions are under way or waiting, the most is {most}: try again later")
         finish = resumed(self.finish(request), request)
         chunks: asyncio.Queue[Chunk] = asyncio.Queue()
 
@@ -92,7 +95,7 @@ class Target:
         self._sessions.add(request.session)
         over = False
         try:
-            self.engine.inbox.put(Admit(request, finish, deliver))
+            self.engine.inbox.put(Admit(request, finish, deliver, self.engine.clock()))
             while not over:
                 chunk = await chunks.get()
                 over = chunk.finish_reason is not None
@@ -101,6 +104,10 @@ class Target:
             self._sessions.discard(request.session)
             if not over:
                 self.engine.inbox.put(Cancel(request.session))
+
+    def schedule(self, scheduler: Scheduler) -> None:
+        """From now on; sessions under way keep the style in which their drafters grow."""
+        self.engine.inbox.put(Policy(scheduler))
 
     def attach(self, name: str, link: DraftLink) -> None:
         """Let this drafter guess for all sessions, those under way included. A link that ends is detached and counted."""
@@ -142,7 +149,7 @@ class Target:
         try:
             async for reply in replies:
                 # Who speaks is known from the link, not from the message.
-                self.engine.inbox.put(replace(reply, drafter=name))
+                self.engine.inbox.put(Heard(replace(reply, drafter=name), self.engine.clock()))
         except LinkLost as error:
             log.warning("drafter %s lost: %s", name, error)
         finally:

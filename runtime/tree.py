@@ -7,6 +7,7 @@ so equal guesses of different drafters are one node, and a name stays valid when
 """
 
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -125,22 +126,32 @@ class TokenTree:
         if node is None:
             self._start(text_key(tokens, self.key[0]), tokens[-1])
             return False
-        if node == 0:
-            return True
-        keys, token_ids, parents, expanded = self.key, self.token, self.parent, self.expanded
-        scores, said, ranks, drafters = self.score, self.said, self.rank, self.drafter
-        self._start(keys[node], token_ids[node])
-        self.expanded[0] = expanded[node]
-        moved = {node: 0}
-        for i in range(node + 1, len(keys)):
-            parent = moved.get(parents[i])
-            if parent is None:
-                continue
-            added = self.add(parent, token_ids[i], scores[i], said[i], drafters[i])
-            if added is not None:
-                self.expanded[added], self.rank[added] = expanded[i], ranks[i]
-                moved[i] = added
+        if node > 0:
+            self._keep_below(node)
         return True
+
+    def _keep_below(self, root: int) -> None:
+        """Make `root` the root. The nodes below it stay in their order: sums and names are not computed again."""
+        place = {root: 0}  # new index by old
+        for node, parent in enumerate(self.parent[root + 1 :], root + 1):
+            if parent in place:
+                place[node] = len(place)
+        if len(place) == 1:
+            expanded = self.expanded[root]
+            self._start(self.key[root], self.token[root])
+            self.expanded[0] = expanded
+            return
+        of = itemgetter(*place)
+        depth, path = self.depth[root], self.path[root]
+        self.parent = [-1, *map(place.__getitem__, of(self.parent)[1:])]
+        self.depth = [below - depth for below in of(self.depth)]
+        self.path = [below - path for below in of(self.path)]
+        self.children = [{token: place[child] for token, child in below.items()} if below else {} for below in of(self.children)]
+        self.key, self.token, self.expanded = list(of(self.key)), list(of(self.token)), list(of(self.expanded))
+        self.said, self.score, self.rank = list(of(self.said)), list(of(self.score)), list(of(self.rank))
+        self.drafter = list(of(self.drafter))
+        self.said[0], self.score[0], self.rank[0], self.drafter[0] = 0.0, 0.0, 0, ""
+        self.index = dict(zip(self.key, range(len(place)), strict=True))
 
     def best(self, count: int) -> list[int]:
         """The `count` nodes below the root with the highest path score, closed under parents, parents first."""
@@ -153,11 +164,12 @@ class TokenTree:
 
     def visible(self, nodes: Sequence[int]) -> npt.NDArray[np.bool_]:
         """Ancestor mask (n, n) of `nodes`, which are closed under parents and in order; the root counts as prefix."""
-        row_of = {node: row for row, node in enumerate(nodes)}
-        mask = np.zeros((len(nodes), len(nodes)), dtype=np.bool_)
+        row_of: dict[int, int] = {}
+        lines: list[int] = []  # one bit for each row that is seen
         for row, node in enumerate(nodes):
-            parent = row_of.get(self.parent[node])
-            if parent is not None:
-                mask[row] = mask[parent]
-            mask[row, row] = True
-        return mask
+            above = row_of.get(self.parent[node])
+            lines.append(1 << row if above is None else lines[above] | 1 << row)
+            row_of[node] = row
+        n, size = len(nodes), (len(nodes) + 7) // 8
+        packed = np.frombuffer(b"".join([line.to_bytes(size, "little") for line in lines]), dtype=np.uint8).reshape(n, size)
+        return np.unpackbits(packed, axis=1, count=n, bitorder="little").view(np.bool_)

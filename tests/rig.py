@@ -5,20 +5,22 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from runtime.choice import Chooser, choose
-from runtime.drafters.base import Children, Drafter, Text
+from runtime.drafters.base import Children, Drafter, Text, Wish
 from runtime.drafting import DraftHost
-from runtime.engine import Admit, Engine, Join, Leave
+from runtime.engine import Engine, Join, Leave
+from runtime.engine import Heard as Answered
 from runtime.errors import LinkLost
 from runtime.finish import Finish
 from runtime.grower import Grower, Heard
 from runtime.links import DraftLink
-from runtime.messages import Chunk, Event, FinishReason, Reply, Request, Round, Stats
+from runtime.live import Admit
+from runtime.messages import Chunk, Event, FinishReason, Reply, Request, Round, Stats, Style
 from runtime.models.base import Model
 from runtime.sampling import Sampling
 from runtime.schedulers.base import Plan, Scheduler, View
@@ -85,7 +87,10 @@ class Known:
     def __init__(self, text: Sequence[int], vocabulary: int, branches: int = 1) -> None:
         self.text, self.vocabulary, self.branches = list(text), vocabulary, branches
 
-    def expand(self, text: Text, leaves: Sequence[int]) -> Children:
+    def expand(self, wishes: Sequence[Wish]) -> list[Children]:
+        return [self.guess(wish.text, wish.leaves) for wish in wishes]
+
+    def guess(self, text: Text, leaves: Sequence[int]) -> Children:
         found: list[tuple[int, int, float]] = []
         for leaf in leaves:
             before = [*text.tokens, *text.tree.tokens_to(leaf)]
@@ -100,8 +105,8 @@ class Known:
 
 
 class Mute:
-    def expand(self, text: Text, leaves: Sequence[int]) -> Children:
-        return children([])
+    def expand(self, wishes: Sequence[Wish]) -> list[Children]:
+        return [children([]) for _ in wishes]
 
     def close(self, session: str) -> None:
         pass
@@ -124,8 +129,8 @@ def engine_of(model: Model, rows: int = 8, eos: frozenset[int] = NOBODY, chooser
 
 
 class Lockstep:
-    """An engine and its growers on one thread. In each round every grower hears what is there for it, expands each of its
-    sessions `passes` times, and is heard; then every session makes one step."""
+    """An engine and its growers on one thread. In each round every grower hears what is there for it, makes `passes` passes,
+    and is heard; then the target makes one step."""
 
     def __init__(self, engine: Engine, *growers: Grower, passes: int = 2, tamper: Tamper = lambda message: [message]) -> None:
         self.engine, self.passes, self.tamper = engine, passes, tamper
@@ -137,7 +142,7 @@ class Lockstep:
     def join(self, grower: Grower) -> None:
         def reply(message: Reply) -> None:
             for arriving in self.tamper(message):
-                self.engine.inbox.put(replace(arriving, drafter=grower.name))
+                self.engine.inbox.put(Answered(replace(arriving, drafter=grower.name), self.engine.clock()))
 
         def send(event: Event) -> None:
             for arriving in self.tamper(event):
@@ -155,18 +160,18 @@ class Lockstep:
         """Begins a session and reads its prompt; its chunks come into the list that is returned."""
         chunks: list[Chunk] = []
         self.engine.handle(Admit(request, lettering(self.engine.eos)(request), chunks.append))
-        self.engine.advance(self.engine.live[request.session])
+        self.engine.begin()
+        while (live := self.engine.live.get(request.session)) is not None and not live.ready:
+            self.engine.prefill()
         return chunks
 
     def round(self) -> None:
         for grower in self.growers:
             grower.take_in(block=False)
             for _ in range(self.passes):
-                for name in tuple(grower.growing):
-                    grower.grow(name)
-        self.engine.take_in(block=False)
-        for live in tuple(self.engine.live.values()):
-            self.engine.advance(live)
+                grower.grow()
+        self.engine.take_in(0.0)
+        self.engine.advance()
 
     def run(self, *requests: Request) -> list[Output]:
         """All of them to their end, beside each other."""
@@ -199,16 +204,17 @@ class Patient:
     """
 
     rows: int
+    style: ClassVar[Style] = Style()
 
-    def plan(self, view: View) -> Plan:
-        if view.drafters and len(view.gains) < self.rows and view.waited < HANG_S:
-            return Plan(min(self.rows, len(view.gains)), HANG_S - view.waited)
-        return Plan(min(self.rows, len(view.gains)))
+    def plan(self, views: Sequence[View]) -> Plan:
+        rows = tuple(min(self.rows, len(view.gains)) for view in views)
+        lacking = [view for view in views if view.drafters and len(view.gains) < self.rows]
+        return Plan(rows, max((HANG_S - view.waited for view in lacking), default=0.0))
 
-    def observe(self, done: Round) -> None:
+    def observe(self, step: Sequence[Round]) -> None:
         pass
 
-    def grew(self, delay: float, hit: bool) -> None:
+    def grew(self, delay: float, first: bool) -> None:
         pass
 
 

@@ -1,12 +1,13 @@
 """Scores come from what was observed, and from the drafter's own number as long as nothing was."""
 
+import json
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.calibration import BINS, PRIOR, RANKS, Calibration, bin_of
+from runtime.calibration import BINS, ENOUGH, HOPE, PRIOR, RANKS, Band, Calibration, Calibrations, bin_of, kind
 from runtime.tree import TokenTree
 
 
@@ -55,14 +56,69 @@ def test_far_ranks_share_a_row() -> None:
     assert calibration.score(RANKS - 1, -1.0) == calibration.score(RANKS + 9, -1.0) > -1.0
 
 
-def test_only_nodes_that_the_decision_passed_are_counted() -> None:
-    """root -> 5, 6; 5 -> 7, 8; 6 -> 9; 7 -> 4. Decided: 5, 8, 1. Passed: the root, 5 and 8; 6 and 7 were not."""
+def test_a_change_is_noticed_in_spite_of_a_long_history() -> None:
+    calibration = Calibration()
+    for n in range(int(20 * ENOUGH)):
+        calibration.observe(0, -0.5, n < 18 * ENOUGH)
+    assert math.exp(calibration.score(0, -0.5)) < 0.2
+
+
+def grown() -> TokenTree:
+    """root -> 5, 6; 5 -> 7, 8; 6 -> 9; 7 -> 4; all by one drafter but 6 and 9."""
     tree = TokenTree(1, 0, 64, 8)
     for parent, token in ((0, 5), (0, 6), (1, 7), (1, 8), (2, 9), (3, 4)):
-        tree.add(parent, token, -0.1, said=-0.5)
-    calibration = Calibration()
-    calibration.observe_path(tree, [5, 8, 1])
+        tree.add(parent, token, -0.1, said=-0.5, drafter="b-0" if token in (6, 9) else "a-1")
+    return tree
+
+
+def test_only_nodes_that_the_decision_passed_are_counted() -> None:
+    """Decided: 5, 8, 1. Passed: the root, 5 and 8; 6 and 7 were not."""
+    band = Band()
+    band.observe_path(grown(), [5, 8, 1])
     column = bin_of(-0.5)
-    assert [row[column] for row in calibration.tries[:3]] == [2.0, 2.0, 0.0]
-    assert [row[column] for row in calibration.hits[:3]] == [1.0, 1.0, 0.0]
-    assert sum(map(sum, calibration.tries)) == 4.0
+    first, other = band.of("a-0"), band.of("b-9")
+    assert [row[column] for row in first.tries[:3]] == [2.0, 1.0, 0.0]
+    assert [row[column] for row in first.hits[:3]] == [1.0, 1.0, 0.0]
+    assert [row[column] for row in other.tries[:3]] == [0.0, 1.0, 0.0]
+    assert sum(map(sum, first.tries)) + sum(map(sum, other.tries)) == 4.0
+
+
+def test_a_promise_is_the_share_of_expanded_nodes_whose_children_held_the_choice() -> None:
+    band = Band()
+    for _ in range(400):
+        band.observe_path(grown(), [5, 8, 1])  # at the root and at 5 it was among them; 8 was never expanded
+    assert band.promise == pytest.approx(1.0, abs=0.01)
+    for _ in range(400):
+        band.observe_path(grown(), [9])
+    assert band.promise == pytest.approx(0.0, abs=0.01)
+    assert Band().promise == HOPE
+
+
+@pytest.mark.parametrize(("name", "of"), [("draft-0", "draft"), ("draft-12", "draft"), ("a-b", "a-b"), ("ngram", "ngram"), ("x-", "x-")])
+def test_drafters_of_a_pool_are_of_one_kind(name: str, of: str) -> None:
+    assert kind(name) == of
+
+
+def test_what_is_saved_can_be_restored() -> None:
+    known = Calibrations()
+    known.band(0.0).observe_path(grown(), [5, 8, 1])
+    known.band(0.81).observe_path(grown(), [6])
+    again = Calibrations.restored(json.loads(json.dumps(known.saved())))
+    assert again.saved() == known.saved()
+    assert again.band(0.8).of("b-3").score(1, -0.5) == known.band(0.8).of("b").score(1, -0.5) > -0.5
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"warm": {}},
+        {"0.0": {}},
+        {"0.0": {"promise": "much", "tables": {}}},
+        {"0.0": {"promise": 1.0, "tables": {"a": [[[0.0] * BINS] * RANKS]}}},
+        {"0.0": {"promise": 1.0, "tables": {"a": [[[0.0]], [[0.0]]]}}},
+        {"0.0": {"promise": 1.0, "tables": {"a": [[[math.nan] * BINS] * RANKS] * 2}}},
+    ],
+)
+def test_what_was_not_saved_by_us_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        Calibrations.restored(wrong)

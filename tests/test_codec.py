@@ -15,7 +15,7 @@ from protos import speculation_pb2 as pb
 from protos.handshake import PROTOCOL, Hello, mismatch
 from runtime import limits
 from runtime.errors import InvalidRequest
-from runtime.messages import Chunk, Close, Commit, Draft, Event, Open, Request, Resync, Share, Stats
+from runtime.messages import Chunk, Close, Commit, Draft, Event, Open, Request, Resync, Share, Stats, Style
 from runtime.sampling import Sampling
 
 DRAFTER = "d0"
@@ -43,13 +43,15 @@ samplings = st.builds(
     min_tokens=st.integers(0, 10),
     ignore_eos=st.booleans(),
 )
+widths = st.integers(0, limits.TREE_NODES)
+styles = st.builds(Style, widths, widths, counts)
 
 
 @st.composite
 def opens(draw: st.DrawFn) -> Open:
-    session, text, of = draw(names), draw(st.lists(ids, min_size=1, max_size=20)), draw(st.integers(1, 2**32 - 1))
-    share = Share(session, draw(st.integers(0, of - 1)), of)
-    return Open(session, draw(epochs), tuple(text), draw(st.integers(1, len(text))), draw(samplings), share)
+    session, text, of = draw(names), draw(st.lists(ids, min_size=1, max_size=20)), draw(counts)
+    share = Share(session, draw(st.integers(0, max(0, of - 1))), of)
+    return Open(session, draw(epochs), tuple(text), draw(st.integers(1, len(text))), draw(samplings), share, draw(styles))
 
 
 events: SearchStrategy[Event] = st.one_of(
@@ -65,7 +67,9 @@ stats = st.builds(
     st.lists(epochs, max_size=8).map(tuple),
     st.dictionaries(st.text(), epochs, max_size=4),
     st.dictionaries(st.text(), epochs, max_size=4),
-    *[seconds] * 5,
+    *[seconds] * 2,
+    epochs,
+    *[seconds] * 3,
 )
 
 
@@ -202,7 +206,9 @@ def test_one_bad_score_among_good_ones_is_found() -> None:
         (pb.ToDrafter(open=pb.Open(session="s", prompt=1, share_of=1)), "prompt 1 of 0 tokens"),
         (pb.ToDrafter(open=pb.Open(session="s", tokens=[1], prompt=0, share_of=1)), "prompt 0 of 1"),
         (pb.ToDrafter(open=pb.Open(session="s", tokens=[1], prompt=2, share_of=1)), "prompt 2 of 1"),
-        (pb.ToDrafter(open=pb.Open(session="s", tokens=[1], prompt=1)), "share 0 of 0"),
+        (pb.ToDrafter(open=pb.Open(session="s", tokens=[1], prompt=1, share_index=1)), "share 1 of 0"),
+        (pb.ToDrafter(open=pb.Open(session="s", tokens=[1], prompt=1, style=pb.Style(width=513))), "width 513, branches 0"),
+        (pb.ToDrafter(open=pb.Open(session="s", tokens=[1], prompt=1, style=pb.Style(branches=2**32 - 1))), "branches 4294967295"),
         (pb.ToDrafter(open=pb.Open(session="s", tokens=[-7], prompt=1, share_of=1)), "token id -7"),
         (
             pb.ToDrafter(open=pb.Open(session="s", tokens=[1], prompt=1, share_of=1, sampling=pb.Sampling(temperature=math.nan))),
@@ -252,6 +258,8 @@ def test_malformed_chunks_are_refused(chunk: Any, says: str) -> None:
 
 def test_absent_fields_have_the_defaults() -> None:
     assert codec.decode_request(pb.GenerateRequest(session="s").SerializeToString()) == Request("s", (), Sampling())
+    opened = pb.ToDrafter(open=pb.Open(session="s", tokens=[7], prompt=1))
+    assert codec.decode_event(opened.SerializeToString()) == Open("s", 0, (7,), 1, Sampling(), Share("s", 0, 0), Style(0, 0, 0))
 
 
 def test_a_frame_of_a_later_protocol_is_neither_a_value_nor_an_error() -> None:

@@ -16,20 +16,19 @@ from hypothesis import strategies as st
 from runtime import limits
 from runtime.choice import Ask
 from runtime.config import methods
-from runtime.drafters.base import Children, Drafter, Ingredients, Text
+from runtime.drafters.base import Children, Drafter, Ingredients, Text, Wish
 from runtime.drafters.model import ModelDrafter
-from runtime.drafters.ngram import LONGEST, SHORTEST, Ngram, lookup
-from runtime.drafters.noisy import Noisy
-from runtime.frontier import frontier
+from runtime.errors import InvalidRequest
+from runtime.frontier import Frontier
 from runtime.grower import RUN_AHEAD, Grower
-from runtime.messages import Close, Draft, Open, Reply, Request, Share
+from runtime.messages import Commit, Draft, Open, Reply, Share
+from runtime.models.base import Part
 from runtime.models.choose import candidates
 from runtime.models.toy import ToyModel
 from runtime.sampling import Sampling
 from runtime.schedulers.fixed import Fixed
 from runtime.tree import TokenTree, text_key
 from tests.rig import Lockstep, answer, asking, engine_of, hosted, plain, running
-from tests.rig import children as guesses
 
 PROMPT = [3, 1, 4, 1, 5, 9, 3, 1, 4, 1]
 LOOPING = ToyModel(vocabulary=16, memory=2)  # its greedy output repeats itself: something for every method to find
@@ -45,6 +44,13 @@ def built(method: str) -> Drafter:
 def text_of(tokens: Sequence[int], session: str = "s", **sampling: object) -> Text:
     tree = TokenTree(text_key(tokens), tokens[-1], limits.TREE_NODES, limits.TREE_DEPTH)
     return Text(session, list(tokens), len(tokens), Sampling(**sampling), tree)  # type: ignore[arg-type]
+
+
+def expanded(drafter: Drafter, text: Text, leaves: Sequence[int], branches: int = 0) -> Children:
+    """The method's answer to one wish."""
+    (found,) = drafter.expand([Wish(text, leaves, branches)])
+    assert found is not None
+    return found
 
 
 def holds(thing: object, name: str) -> bool:
@@ -97,9 +103,9 @@ def test_replies_are_bounded_and_make_sense(method: str, width: int, temperature
     sent: list[Reply] = []
     grower = Grower(built(method), "d", width)
     sampling = Sampling(max_tokens=400, temperature=temperature, top_k=3)
-    grower.hear((0, "s"), Open("s", 0, tuple(PROMPT), len(PROMPT), sampling, Share("s", 0, 1)), sent.append)
+    grower.hear(0, Open("s", 0, tuple(PROMPT), len(PROMPT), sampling, Share("s", 0, 1)), sent.append)
     passes = 0
-    while grower.grow((0, "s")):
+    while grower.grow():
         passes += 1
         assert passes <= RUN_AHEAD + limits.TREE_DEPTH
     known = {text_key(PROMPT)}
@@ -118,37 +124,69 @@ def test_replies_are_bounded_and_make_sense(method: str, width: int, temperature
 @METHODS
 def test_children_are_of_the_leaves_that_were_asked_about(method: str) -> None:
     drafter, text = built(method), text_of(PROMPT)
-    first = drafter.expand(text, [0])
+    first = expanded(drafter, text, [0])
     assert set(first.parents.tolist()) <= {0}
     for token, score in zip(first.tokens.tolist(), first.scores.tolist(), strict=True):
         text.tree.add(0, token, score)
     leaves = list(range(1, len(text.tree)))
-    second = drafter.expand(text, leaves)
+    second = expanded(drafter, text, leaves)
     assert set(second.parents.tolist()) <= set(leaves)
     assert [str(array.dtype) for array in (second.parents, second.tokens, second.scores)] == ["int32", "int32", "float32"]
+
+
+@METHODS
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_sessions_do_not_show_in_each_other(method: str, temperature: float) -> None:
+    """Asked about together, in any order, each gets what it would get alone."""
+    texts = {name: text_of([*PROMPT, *more], name, temperature=temperature) for name, more in (("a", [7]), ("b", [1, 5, 9]), ("c", []))}
+    together, alone = built(method), {name: built(method) for name in texts}
+    for names in (["a", "b"], ["b", "c", "a"], ["c", "a"]):
+        wishes = [Wish(texts[name], Frontier(texts[name].tree, 20, -50.0).best(3)) for name in names]
+        for wish, found in zip(wishes, together.expand(wishes), strict=True):
+            text = wish.text
+            expected = expanded(alone[text.session], text, wish.leaves)
+            assert found is not None
+            assert (found.parents.tolist(), found.tokens.tolist()) == (expected.parents.tolist(), expected.tokens.tolist())
+            assert np.allclose(found.scores, expected.scores, atol=1e-5)
+            for leaf in wish.leaves:
+                text.tree.expanded[leaf] = True
+            for parent, token, score in zip(found.parents.tolist(), found.tokens.tolist(), found.scores.tolist(), strict=True):
+                text.tree.add(parent, token, score)
 
 
 @METHODS
 def test_nothing_is_left_of_a_closed_session(method: str) -> None:
     drafter = built(method)
     for session in ("session-one", "session-two"):
-        drafter.expand(text_of(PROMPT, session), [0])
+        expanded(drafter, text_of(PROMPT, session), [0])
     drafter.close("session-one")
     drafter.close("session-one")
     drafter.close("session-never-seen")
     assert not holds(drafter, "session-one")
-    again = drafter.expand(text_of([*PROMPT, 7, 7], "session-one"), [0])
-    fresh = built(method).expand(text_of([*PROMPT, 7, 7], "session-one"), [0])
+    again = expanded(drafter, text_of([*PROMPT, 7, 7], "session-one"), [0])
+    fresh = expanded(built(method), text_of([*PROMPT, 7, 7], "session-one"), [0])
     assert again.tokens.tolist() == fresh.tokens.tolist()
 
 
 def test_what_is_kept_would_be_found() -> None:
     drafter = built("model")
-    drafter.expand(text_of(PROMPT, "session-one"), [0])
+    expanded(drafter, text_of(PROMPT, "session-one"), [0])
     assert holds(drafter, "session-one")
 
 
 # A model
+
+
+class Counting(ToyModel):
+    """Remembers the rows of each part of each pass."""
+
+    def __init__(self, vocabulary: int = 12) -> None:
+        super().__init__(vocabulary)
+        self.passes: list[list[int]] = []
+
+    def forward_all(self, parts: Sequence[Part]) -> list[np.ndarray]:
+        self.passes.append([len(part.rows.tokens) for part in parts])
+        return super().forward_all(parts)
 
 
 @given(
@@ -165,8 +203,8 @@ def test_its_cache_never_shows(history: list[tuple[int, int, int]], seed: int, t
     assert isinstance(tokens, list)
     for passes, known, unknown in [*history, (1, 0, 0)]:
         for _ in range(passes):
-            leaves = frontier(tree, random.randint(1, 4), 0, 1, 20, -50.0)
-            found = drafter.expand(text, leaves)
+            leaves = Frontier(tree, 20, -50.0).best(random.randint(1, 4))
+            found = expanded(drafter, text, leaves)
             assert sorted(set(found.parents.tolist())) == sorted(leaves)
             for leaf in leaves:
                 path = [*tokens, *tree.tokens_to(leaf)]
@@ -192,31 +230,106 @@ def test_its_cache_never_shows(history: list[tuple[int, int, int]], seed: int, t
 def test_after_a_hit_nothing_is_computed_twice() -> None:
     """Commits along its own guesses: every token of the text and of the tree goes through the model once."""
 
-    class Counting(ToyModel):
-        rows = 0
-
-        def forward(self, cache, rows, last=None):  # type: ignore[no-untyped-def]
-            self.rows += len(rows.tokens)
-            return super().forward(cache, rows, last)
-
     model = Counting(vocabulary=12)
     drafter, text = ModelDrafter(model, branches=1), text_of(PROMPT)
     tokens = text.tokens
     assert isinstance(tokens, list)
     for _ in range(12):
-        (leaf,) = frontier(text.tree, 1, 0, 1, 20, -1e9)
-        found = drafter.expand(text, [leaf])
+        (leaf,) = Frontier(text.tree, 20, -1e9).best(1)
+        found = expanded(drafter, text, [leaf])
         text.tree.expanded[leaf] = True
         text.tree.add(leaf, int(found.tokens[0]), -0.1)
         if len(text.tree) > 4:
             decided = text.tree.tokens_to(2)
             text.tree.reroot(decided)
             tokens.extend(decided)
-    assert model.rows == len(PROMPT) + 11
+    assert sum(sum(rows) for rows in model.passes) == len(PROMPT) + 11
+
+
+def test_leaves_of_all_sessions_go_through_the_model_together() -> None:
+    model = Counting()
+    drafter = ModelDrafter(model, branches=2)
+    texts = [text_of([*PROMPT, token], f"s{token}") for token in range(3)]
+    drafter.expand([Wish(text, [0]) for text in texts])
+    for text in texts:
+        for token in (1, 2):
+            text.tree.add(0, token, -0.5)
+    found = drafter.expand([Wish(text, [1, 2], branches) for branches, text in enumerate(texts)])
+    assert model.passes == [[11, 11, 11], [2, 2, 2]]
+    assert [len(children.tokens) for children in found if children is not None] == [4, 2, 4]
+
+
+def test_after_a_miss_one_narrow_pass_gives_the_children_of_the_new_root() -> None:
+    model, sent = Counting(), list[Reply]()
+    grower = Grower(ModelDrafter(model), "d", 4)
+    grower.hear(0, Open("s", 0, tuple(PROMPT), len(PROMPT), Sampling(), Share("s", 0, 1)), sent.append)
+    for _ in range(5):
+        grower.grow()
+    known = grower.growing["0/s"].tree.children[0]
+    missed = next(token for token in range(12) if token not in known)
+    grower.hear(0, Commit("s", 0, len(PROMPT), (missed, 3), text_key([*PROMPT, missed, 3])), sent.append)
+    model.passes.clear()
+    sent.clear()
+    grower.grow()
+    assert model.passes == [[2]]
+    (draft,) = sent
+    assert isinstance(draft, Draft)
+    assert set(draft.parents.tolist()) == {text_key([*PROMPT, missed, 3])}
+
+
+def test_a_long_text_is_read_in_pieces_beside_the_others() -> None:
+    model = Counting()
+    drafter = ModelDrafter(model, branches=1, chunk=20)
+    short, long = text_of(PROMPT, "short"), text_of([n * n % 12 for n in range(60)], "long")
+    answers = []
+    for _ in range(4):
+        first, second = drafter.expand([Wish(long, [0]), Wish(short, Frontier(short.tree, 20, -50.0).best(1))])
+        assert second is not None
+        (leaf,) = second.parents.tolist()
+        short.tree.expanded[leaf] = True
+        short.tree.add(leaf, int(second.tokens[0]), -0.1)
+        answers.append(first)
+    assert model.passes == [[11, 10], [20, 1], [20, 1], [9, 1]]
+    assert answers[:3] == [None] * 3
+    assert answers[3] is not None
+    assert answers[3].tokens.tolist() == [int(model.logits(long.tokens).argmax())]
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_beginning_that_was_read_is_not_read_again(closed: bool) -> None:
+    model = Counting()
+    drafter = ModelDrafter(model, branches=1)
+    common = [n * 5 % 12 for n in range(40)]
+    expanded(drafter, text_of([*common, 1, 2], "first"), [0])
+    if closed:
+        drafter.close("first")
+    found = expanded(drafter, text_of([*common, 7, 7, 7], "second"), [0])
+    assert model.passes == [[42], [3]]
+    assert found.tokens.tolist() == [int(model.logits([*common, 7, 7, 7]).argmax())]
+
+
+def test_a_session_whose_pass_fails_is_given_up_alone() -> None:
+    """Its text has a token that its model has not: the pass of all fails, and then its own."""
+
+    class Strict(ToyModel):
+        def forward_all(self, parts: Sequence[Part]) -> list[np.ndarray]:
+            if any((part.rows.tokens == 99).any() for part in parts):
+                raise InvalidRequest("token 99")
+            return super().forward_all(parts)
+
+    sent: list[Reply] = []
+    grower = Grower(ModelDrafter(Strict(vocabulary=12), branches=1), "d", 4)
+    for session, text in (("a", PROMPT), ("bad", [1, 99]), ("b", PROMPT[:-1])):
+        grower.hear(0, Open(session, 0, tuple(text), len(text), Sampling(), Share(session, 0, 1)), sent.append)
+    grower.grow()
+    grower.grow()
+    assert [reply.session for reply in sent] == ["a", "b"] * 2
+    assert list(grower.growing) == ["0/a", "0/b"]
+    assert grower.counters == {"failed": 1}
 
 
 def test_what_the_filters_bar_is_not_proposed() -> None:
-    found = ModelDrafter(LOOPING, branches=4).expand(text_of(PROMPT, temperature=1.0, top_k=1), [0])
+    found = expanded(ModelDrafter(LOOPING, branches=4), text_of(PROMPT, temperature=1.0, top_k=1), [0])
     assert found.tokens.tolist() == [int(LOOPING.logits(PROMPT).argmax())]
     assert found.scores.tolist() == [0.0]
 
@@ -224,96 +337,9 @@ def test_what_the_filters_bar_is_not_proposed() -> None:
 def test_it_is_silent_beyond_its_own_context() -> None:
     small = ToyModel(vocabulary=16, memory=2, context=16)
     drafter = ModelDrafter(small)
-    assert len(drafter.expand(text_of(PROMPT + [1] * 6), [0]).tokens) > 0
-    assert len(drafter.expand(text_of(PROMPT + [1] * 7), [0]).tokens) == 0
+    assert len(expanded(drafter, text_of(PROMPT + [1] * 6), [0]).tokens) > 0
+    assert len(expanded(drafter, text_of(PROMPT + [1] * 7), [0]).tokens) == 0
     request = asking(PROMPT, max_tokens=40)
     (drafted,) = Lockstep(engine_of(LOOPING), Grower(ModelDrafter(small), "d")).run(request)
     assert drafted.said() == plain(LOOPING, request).said()
     assert 0 < drafted.stats.accepted < 10
-
-
-# N-grams
-
-
-@pytest.mark.parametrize(
-    ("tokens", "found"),
-    [
-        ([1, 2, 3, 9, 1, 2, 3], (9, 3)),
-        ([1, 2, 7, 5, 1, 2, 8, 0, 1, 2], (8, 2)),  # the latest place of those that agree in as much
-        ([5, 1, 2, 7, 0, 1, 2, 8, 5, 1, 2], (7, 3)),  # more agreement before a later place
-        ([4, 4, 4, 4, 4, 4], (4, LONGEST)),
-        ([4, 4, 4], (4, SHORTEST)),
-        ([1, 2, 3], None),
-        ([2, 1, 3, 1], None),  # one token is no evidence
-        ([7], None),
-        ([], None),
-    ],
-)
-def test_lookup(tokens: list[int], found: tuple[int, int] | None) -> None:
-    assert lookup(tokens) == found
-
-
-@given(st.lists(st.integers(0, 2), max_size=40))
-def test_lookup_is_the_longest_and_latest(tokens: list[int]) -> None:
-    for length in range(LONGEST, SHORTEST - 1, -1):
-        places = [i for i in range(len(tokens) - length) if tokens[i : i + length] == tokens[len(tokens) - length :]]
-        if places and length < len(tokens):
-            assert lookup(tokens) == (tokens[places[-1] + length], length)
-            return
-    assert lookup(tokens) is None
-
-
-def test_ngrams_look_along_the_tree() -> None:
-    text = text_of([1, 2, 3, 4, 5, 1, 2])
-    drafter, leaf, written = Ngram(), 0, []
-    for _ in range(4):
-        found = drafter.expand(text, [leaf])
-        written.append(int(found.tokens[0]))
-        added = text.tree.add(leaf, written[-1], float(found.scores[0]))
-        assert added is not None
-        leaf = added
-    assert written == [3, 4, 5, 1]
-
-
-# Noise
-
-
-class Same:
-    """Says one token, whatever it is asked."""
-
-    def __init__(self) -> None:
-        self.closed: list[str] = []
-
-    def expand(self, text: Text, leaves: Sequence[int]) -> Children:
-        return guesses([(leaf, 31, -0.5) for leaf in leaves])
-
-    def close(self, session: str) -> None:
-        self.closed.append(session)
-
-
-@pytest.mark.parametrize(("wrong", "low", "high"), [(0.0, 0, 0), (0.3, 90, 150), (1.0, 400, 400)])
-def test_a_share_of_the_guesses_is_spoilt_the_same_in_every_run(wrong: float, low: int, high: int) -> None:
-    text = text_of(PROMPT)
-    for token in range(400):
-        text.tree.add(0, token, -0.5)
-    leaves = list(range(1, 401))
-    inner = Same()
-    noisy = Noisy(inner, 32, wrong)
-    found = noisy.expand(text, leaves)
-    spoilt = found.tokens != 31
-    assert low <= spoilt.sum() <= high
-    assert set(found.tokens[spoilt].tolist()) <= {0}
-    assert np.array_equal(found.parents, leaves)
-    assert np.array_equal(found.tokens, Noisy(Same(), 32, wrong).expand(text, leaves).tokens)
-    noisy.close("s")
-    assert inner.closed == ["s"]
-
-
-def test_the_sessions_of_a_request_are_closed_at_the_drafter() -> None:
-    inner = Same()
-    grower = Grower(inner, "d")
-    Lockstep(engine_of(LOOPING), grower).run(Request("x", tuple(PROMPT), Sampling(max_tokens=4)))
-    assert inner.closed == ["0/x"]
-    grower.hear((0, "x"), Close("x"), lambda reply: None)
-    assert inner.closed == ["0/x"]
-    assert grower.counters == {}

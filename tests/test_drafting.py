@@ -1,29 +1,24 @@
 """The drafter's loop by hand, and its host as a link."""
 
-import asyncio
-import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import cast
 
 import numpy as np
 import pytest
 
-from actors.grpc_edge import closing
-from runtime import drafting, limits
-from runtime.drafters.base import Children, Text
+from runtime import limits
+from runtime.drafters.base import Children, Text, Wish
 from runtime.drafters.model import ModelDrafter
 from runtime.drafting import DraftHost
-from runtime.errors import InvalidRequest
-from runtime.grower import FLOOR, RUN_AHEAD, Gone, Grower, Heard, Stop, Unheard
+from runtime.grower import FLOOR, ROWS, RUN_AHEAD, Gone, Grower, Heard, Stop, Unheard
 from runtime.links import DraftLink
-from runtime.messages import Close, Commit, Draft, Event, Open, Reply, Resync, Share
+from runtime.messages import AS_IT_LIKES, Close, Commit, Draft, Event, Open, Reply, Resync, Share, Style
 from runtime.models.toy import ToyModel
 from runtime.sampling import Sampling
 from runtime.tree import text_key
-from tests.contracts import PATIENCE_S, LinkContract, draft_for, soon
-from tests.fakes import Feed, opening
-from tests.rig import Known, Mute, children, hosted
+from tests.contracts import LinkContract
+from tests.rig import Known, children, hosted
 
 V = 64
 TEXT = tuple(n * n % V for n in range(200))
@@ -38,8 +33,15 @@ class TestDraftHost(LinkContract):
         return len(cast(DraftHost, drafter).grower.growing)
 
 
-def opened(session: str = "s", tokens: Sequence[int] = PROMPT, epoch: int = 0, share: tuple[int, int] = (0, 1), most: int = 100) -> Open:
-    return Open(session, epoch, tuple(tokens), len(PROMPT), Sampling(max_tokens=most), Share(session, *share))
+def opened(
+    session: str = "s",
+    tokens: Sequence[int] = PROMPT,
+    epoch: int = 0,
+    share: tuple[int, int] = (0, 1),
+    most: int = 100,
+    style: Style = AS_IT_LIKES,
+) -> Open:
+    return Open(session, epoch, tuple(tokens), len(PROMPT), Sampling(max_tokens=most), Share(session, *share), style)
 
 
 def commit(base: int, count: int, session: str = "s", epoch: int = 0) -> Commit:
@@ -58,14 +60,17 @@ class Hand:
             self.grower.inbox.put(Heard(stream, event, self.sent.append))
         assert self.grower.take_in(block=False)
 
-    def grow(self, times: int, name: tuple[int, str] = (0, "s")) -> list[int]:
-        """Tokens that were sent in so many passes."""
+    def grow(self, times: int, session: str = "s") -> list[int]:
+        """Tokens of the session that were sent in so many passes."""
         before = len(self.sent)
         for _ in range(times):
-            self.grower.grow(name)
-        return [token for draft in self.sent[before:] if isinstance(draft, Draft) for token in draft.tokens.tolist()]
+            self.grower.grow()
+        return [token for draft in self.drafts(session, before) for token in draft.tokens.tolist()]
 
-    def text(self, name: tuple[int, str] = (0, "s")) -> tuple[int, ...]:
+    def drafts(self, session: str = "s", start: int = 0) -> list[Draft]:
+        return [reply for reply in self.sent[start:] if isinstance(reply, Draft) and reply.session == session]
+
+    def text(self, name: str = "0/s") -> tuple[int, ...]:
         return tuple(self.grower.growing[name].tokens)
 
 
@@ -131,10 +136,10 @@ def test_streams_have_names_of_their_own() -> None:
     hand = Hand()
     hand.hear(opened(), opened("t"))
     hand.hear(opened(tokens=TEXT[:9]), stream=1)
-    assert [hand.text(name) for name in ((0, "s"), (0, "t"), (1, "s"))] == [PROMPT, PROMPT, TEXT[:9]]
+    assert [hand.text(name) for name in ("0/s", "0/t", "1/s")] == [PROMPT, PROMPT, TEXT[:9]]
     hand.grower.inbox.put(Gone(0))
     hand.grower.take_in(block=False)
-    assert list(hand.grower.growing) == [(1, "s")]
+    assert list(hand.grower.growing) == ["1/s"]
 
 
 def test_stop_forgets_all() -> None:
@@ -152,7 +157,7 @@ def test_sessions_are_bounded() -> None:
     hand.hear(Open("empty", 0, (), 0, Sampling(), Share("empty", 0, 1)))
     assert hand.grower.counters == {"refused": 2}
     hand.hear(opened("s0", TEXT[:7]))
-    assert hand.text((0, "s0")) == TEXT[:7]
+    assert hand.text("0/s0") == TEXT[:7]
 
 
 # How far it goes
@@ -167,7 +172,7 @@ def test_it_stops_where_the_output_will_end() -> None:
 def test_it_stops_at_the_depth_of_a_tree() -> None:
     hand = Hand()
     hand.hear(opened())
-    hand.grower.growing[0, "s"].opened = opened(most=10**6)
+    hand.grower.growing["0/s"].opened = opened(most=10**6)
     assert len(hand.grow(200)) == limits.TREE_DEPTH
 
 
@@ -184,13 +189,13 @@ def test_run_ahead_is_bounded_so_that_the_mirror_holds_the_trees_of_all(of: int,
 
 def test_what_is_hardly_possible_is_not_grown() -> None:
     class Doubting(Known):
-        def expand(self, text: Text, leaves: Sequence[int]) -> Children:
+        def guess(self, text: Text, leaves: Sequence[int]) -> Children:
             return children([(leaf, 1, FLOOR / 2.5) for leaf in leaves])
 
     hand = Hand()
     hand.grower.drafter = Doubting(TEXT, V)
     hand.hear(opened())
-    assert len(hand.grow(9)) == 3
+    assert len(hand.grow(9)) == 3  # of a node that may become the root, the first child is kept
 
 
 def test_a_share_holds_from_when_it_is_told() -> None:
@@ -212,99 +217,143 @@ def test_a_share_holds_from_when_it_is_told() -> None:
     assert off[0].isdisjoint(off[1])
 
 
-# What goes wrong
-
-
-@pytest.mark.parametrize("error", [RuntimeError("no memory"), InvalidRequest("token 99 is not in the vocabulary"), ValueError("shape")])
-def test_a_method_that_fails_gives_up_that_session_alone(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
-    class Failing(Known):
-        def expand(self, text: Text, leaves: Sequence[int]) -> Children:
-            if text.session == "0/bad":
-                raise error
-            return super().expand(text, leaves)
-
+def test_without_a_share_it_rests_and_follows_until_it_gets_one() -> None:
     hand = Hand()
-    hand.grower.drafter = Failing(TEXT, V)
-    hand.hear(opened("bad"), opened("good"))
-    with caplog.at_level(logging.WARNING):
-        assert hand.grow(1, (0, "bad")) == []
-    assert hand.grow(1, (0, "good")) == [TEXT[5]]
-    assert hand.grower.counters == {"failed": 1}
-    assert "gives a session up" in caplog.text
+    hand.hear(opened(share=(0, 0)), commit(5, 2))
+    assert hand.grow(2) == []
+    hand.hear(Share("s", 0, 1))
+    assert hand.grow(1) == [TEXT[7]]
+    hand.hear(Share("s", 0, 0), commit(7, 1))
+    assert hand.grow(1) == []
+    hand.hear(Share("s", 1, 2), commit(8, 3))
+    assert hand.text() == TEXT[:11]
+    assert hand.grow(1) == [TEXT[11]]
+    assert hand.grower.counters == {}
 
 
-def test_growth_that_was_dropped_is_sent_again() -> None:
+# How it is asked to grow
+
+
+def test_so_many_passes_after_each_commit() -> None:
     hand = Hand()
-    hand.hear(opened())
-    assert hand.grow(3) == list(TEXT[5:8])
+    hand.hear(opened(style=Style(passes=2)))
+    assert hand.grow(9) == list(TEXT[5:7])
+    hand.hear(commit(5, 1))
+    assert hand.grow(9) == list(TEXT[7:9])
+    hand.hear(commit(5, 1))  # late: nothing new to grow from
+    assert hand.grow(9) == []
     hand.grower.inbox.put(Unheard(0, "s"))
-    hand.grower.inbox.put(Unheard(0, "over"))
-    hand.grower.take_in(block=False)
-    assert hand.grow(4) == list(TEXT[5:9])
+    hand.hear()
+    assert hand.grow(9) == list(TEXT[6:8])
 
 
-def test_growth_that_nobody_fetches_is_dropped_but_no_question(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reader sleeps over a queue of two. It finds those two, and behind them the question that came last."""
-    monkeypatch.setattr(drafting, "REPLIES_WAITING", 2)
-
-    async def main() -> None:
-        async with hosted(Known(TEXT, V)) as host:
-            feed = Feed(opened(most=9))
-            async with closing(host.speculate(feed)) as replies, asyncio.timeout(PATIENCE_S):
-                await draft_for(replies, "s")
-                await soon(lambda: host.grower.counters["dropped replies"] >= 5)
-                feed.put(commit(9, 1))
-                await soon(lambda: host.grower.counters["resync"] == 1)
-                before = []
-                async for reply in replies:
-                    if isinstance(reply, Resync):
-                        break
-                    before.append(reply)
-                assert 1 <= len(before) <= 2
-                feed.put(opened(tokens=TEXT[:10], most=9))
-                assert (await draft_for(replies, "s")).parents.tolist() == [text_key(TEXT[:10])]
-
-    asyncio.run(main())
+def test_width_and_branches_as_asked_or_its_own() -> None:
+    hand = Hand(width=2, branches=4)
+    hand.hear(opened(), opened("wide", style=Style(width=3, branches=7)))
+    hand.grow(1)
+    found = {wish.text.session: (len(wish.leaves), wish.branches) for wish in hand.grower.plan()}
+    assert found == {"0/s": (2, 0), "0/wide": (3, 7)}
 
 
-def test_a_clogged_link_becomes_useful_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What hangs on dropped growth would mean nothing to the target: once there is room all is sent from the root."""
-    monkeypatch.setattr(drafting, "REPLIES_WAITING", 2)
-
-    async def main() -> None:
-        async with hosted(Known(TEXT, V)) as host, closing(host.speculate(Feed(opened(most=9)))) as replies:
-            known = {text_key(PROMPT)}
-            while text_key(TEXT[:13]) not in known:
-                draft = await draft_for(replies, "s")
-                await soon(lambda: host.grower.counters["dropped replies"] >= 5)
-                parents = draft.parents.tolist()
-                known.update(
-                    text_key([token], parent) for parent, token in zip(parents, draft.tokens.tolist(), strict=True) if parent in known
-                )
-
-    asyncio.run(main())
-
-
-def test_an_error_of_the_events_is_raised_to_the_reader() -> None:
-    async def events() -> AsyncIterator[Event]:
-        yield opening()
-        raise ZeroDivisionError
-
-    async def main() -> None:
-        async with hosted(Mute()) as host:
-            with pytest.raises(ZeroDivisionError):
-                async for _ in host.speculate(events()):
-                    pass
-            await soon(lambda: not host.grower.growing)
-
-    asyncio.run(main())
-
-
-def test_a_silent_method_sends_nothing_and_rests() -> None:
-    hand = Hand()
-    hand.grower.drafter = Mute()
+def test_a_growth_of_any_size_goes_out_in_messages_that_a_target_takes() -> None:
+    hand = Hand(branches=400)
+    hand.grower.drafter = Known(TEXT, 1000, 400)
     hand.hear(opened())
-    assert hand.grower.grow((0, "s")) is True
-    assert hand.grower.grow((0, "s")) is False
-    assert hand.sent == []
-    assert np.array_equal(hand.grower.growing[0, "s"].tree.expanded, [True])
+    assert len(hand.grow(1)) == 400
+    assert [len(draft.tokens) for draft in hand.drafts()] == [limits.DRAFT_NODES, 400 - limits.DRAFT_NODES]
+
+
+# Several sessions in one pass
+
+
+def test_all_sessions_are_expanded_in_one_call() -> None:
+    class Counting(Known):
+        calls = 0
+
+        def expand(self, wishes: Sequence[Wish]) -> list[Children]:
+            self.calls += 1
+            return super().expand(wishes)
+
+    hand = Hand()
+    hand.grower.drafter = counting = Counting(TEXT, V)
+    hand.hear(opened("s"), opened("t", TEXT[:9]), opened("resting", share=(0, 0)))
+    assert hand.grow(2) == list(TEXT[5:7])
+    assert [draft.tokens.tolist() for draft in hand.drafts("t")] == [[TEXT[9]], [TEXT[10]]]
+    assert counting.calls == 2
+
+
+@pytest.mark.parametrize(("sessions", "rows"), [(1, 4), (3, 12), (6, ROWS), (30, 30)])
+def test_rows_are_bounded_and_everyone_gets_one(sessions: int, rows: int) -> None:
+    hand = Hand(width=4, branches=4)
+    hand.hear(*(opened(f"s{n}") for n in range(sessions)))
+    for _ in range(3):
+        hand.grower.grow()
+    wishes = hand.grower.plan()
+    assert len(wishes) == sessions
+    assert sum(len(wish.leaves) for wish in wishes) == rows
+
+
+def test_a_look_at_the_plan_changes_nothing() -> None:
+    hand = Hand(width=4, branches=4)
+    hand.hear(opened(), opened("t"))
+    for _ in range(4):
+        before = [(wish.text.session, list(wish.leaves)) for wish in hand.grower.plan()]
+        wishes = hand.grower.plan()
+        assert [(wish.text.session, list(wish.leaves)) for wish in wishes] == before
+        hand.grower.add(wishes, hand.grower.ask(wishes))
+    assert hand.drafts()
+
+
+def test_a_method_that_asks_for_patience_is_asked_again() -> None:
+    class Slow(Known):
+        def __init__(self) -> None:
+            super().__init__(TEXT, V)
+            self.asked = 0
+
+        def expand(self, wishes: Sequence[Wish]) -> list[Children | None]:  # type: ignore[override]
+            self.asked += 1
+            return [None if self.asked < 4 and wish.text.session == "0/s" else self.guess(wish.text, wish.leaves) for wish in wishes]
+
+    hand = Hand()
+    hand.grower.drafter = Slow()
+    hand.hear(opened(style=Style(passes=1)), opened("t"))
+    assert hand.grow(3) == []
+    assert len(hand.drafts("t")) == 3
+    assert hand.grow(2) == [TEXT[5]]
+
+
+# How far ahead
+
+
+def test_a_drafter_that_is_sure_of_one_token_runs_as_deep_as_a_tree_may_be() -> None:
+    class Sure(Known):
+        """Four guesses, of which it believes the first."""
+
+        def guess(self, text: Text, leaves: Sequence[int]) -> Children:
+            found = super().guess(text, leaves)
+            return Children(found.parents, found.tokens, np.where(found.scores > -1, -0.01, -8.0).astype(np.float32))
+
+    hand = Hand(width=4, branches=4)
+    hand.grower.drafter = Sure(TEXT, V, 4)
+    hand.hear(opened(most=10**6))
+    assert hand.grow(limits.TREE_DEPTH) == list(TEXT[5 : 5 + limits.TREE_DEPTH])
+
+
+@pytest.mark.parametrize(("first", "passes", "deep"), [(0.97, 24, 24), (0.9, 18, 18)])
+def test_a_tree_that_fills_up_goes_on_in_depth(first: float, passes: int, deep: int) -> None:
+    """At width 4 a good drafter would be at the limit of nodes after a dozen passes."""
+
+    class Even(Known):
+        """Four guesses that fall off evenly."""
+
+        def guess(self, text: Text, leaves: Sequence[int]) -> Children:
+            found = super().guess(text, leaves)
+            scores = np.log([first * (1 - first) ** rank for rank in range(4)] * len(leaves))
+            return Children(found.parents, found.tokens, scores.astype(np.float32))
+
+    hand = Hand(width=4, branches=4)
+    hand.grower.drafter = Even(TEXT, V, 4)
+    hand.hear(opened(most=10**6))
+    hand.grow(passes)
+    assert max(hand.grower.growing["0/s"].tree.depth) >= deep
+    assert max(len(draft.tokens) for draft in hand.drafts()) > 4

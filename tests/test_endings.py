@@ -2,16 +2,18 @@
 
 import queue
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
 
 from runtime.choice import choose
 from runtime.drafters.model import ModelDrafter
-from runtime.engine import Admit, Cancel, Engine, Join, Stop
+from runtime.engine import Cancel, Engine, Heard, Join, Stop
 from runtime.grower import Grower
-from runtime.messages import Chunk, Event, Request, Resync, Round
+from runtime.live import Admit
+from runtime.messages import Chunk, Event, Request, Resync, Round, Style
+from runtime.models.base import Part
 from runtime.models.toy import ToyModel
 from runtime.schedulers.base import Plan, View
 from runtime.schedulers.fixed import Fixed
@@ -58,8 +60,13 @@ def test_an_error_ends_its_session_and_no_other(error: Exception) -> None:
 
 
 def test_an_error_while_reading_the_prompt() -> None:
-    model = Breaking(vocabulary=24, memory=0)
-    (found,) = Lockstep(engine_of(model)).run(asking((23,) * 13))
+    class Unreadable(ToyModel):
+        def read(self, part: Part) -> Any:
+            if len(part.rows.tokens) == 12:
+                raise RuntimeError("out of memory")
+            return super().read(part)
+
+    (found,) = Lockstep(engine_of(Unreadable())).run(asking((23,) * 13))
     assert (found.reason, found.tokens, found.stats.rounds) == ("error", (), 0)
 
 
@@ -75,7 +82,7 @@ def test_stop_ends_what_is_under_way() -> None:
 
 def test_a_fault_in_the_loop_leaves_no_caller_waiting() -> None:
     class Faulty(Fixed):
-        def plan(self, view: View) -> Plan:
+        def plan(self, views: Sequence[View]) -> Plan:
             raise ZeroDivisionError
 
     chunks: list[Chunk] = []
@@ -96,17 +103,20 @@ def test_nobody_is_waited_for_at_the_last_token() -> None:
 class Waiting:
     """Waits as long as it is let. `asked` is fed at each question."""
 
+    style = Style()
+
     def __init__(self) -> None:
-        self.asked: queue.SimpleQueue[View] = queue.SimpleQueue()
+        self.asked: queue.SimpleQueue[Sequence[View]] = queue.SimpleQueue()
 
-    def plan(self, view: View) -> Plan:
-        self.asked.put(view)
-        return Plan(len(view.gains), 0.0 if view.gains else 20.0)
+    def plan(self, views: Sequence[View]) -> Plan:
+        self.asked.put(views)
+        rows = tuple(len(view.gains) for view in views)
+        return Plan(rows, 0.0 if all(rows) else 20.0)
 
-    def observe(self, done: Round) -> None:
+    def observe(self, step: Sequence[Round]) -> None:
         pass
 
-    def grew(self, delay: float, hit: bool) -> None:
+    def grew(self, delay: float, first: bool) -> None:
         pass
 
 
@@ -132,7 +142,7 @@ def admitted(engine: Engine, request: Request) -> "queue.SimpleQueue[Chunk]":
 def test_growth_ends_a_wait_at_once(waiting: tuple[Engine, Waiting]) -> None:
     engine, _ = waiting
     chunks = admitted(engine, asking(PROMPT, max_tokens=2))
-    engine.inbox.put(draft([(PROMPT, TEXT[5])]))
+    engine.inbox.put(Heard(draft([(PROMPT, TEXT[5])]), 0.0))
     assert chunks.get(timeout=20.0).tokens == tuple(TEXT[5:7])
 
 
@@ -154,7 +164,7 @@ def test_another_session_of_the_same_name_is_another_session(waiting: tuple[Engi
     second = admitted(engine, asking(PROMPT[:2], max_tokens=2))
     assert first.get(timeout=20.0).finish_reason == "cancelled"
     text = continued(TOY, PROMPT[:2], 2)
-    engine.inbox.put(draft([(PROMPT[:2], text[2])]))
+    engine.inbox.put(Heard(draft([(PROMPT[:2], text[2])]), 0.0))
     assert second.get(timeout=20.0).tokens == tuple(text[2:])
     assert first.empty()
     assert engine.live == {}
@@ -175,12 +185,11 @@ def test_a_flood_does_not_keep_the_target_from_its_steps() -> None:
     engine = engine_of(TOY)
 
     def flood(event: Event) -> None:
-        engine.inbox.put(Resync("s", "d"))
+        engine.inbox.put(Heard(Resync("s", "d"), 0.0))
 
     engine.handle(Join("d", flood))
     engine.handle(Admit(asking(PROMPT), lettering()(asking(PROMPT)), chunks.append))
     for _ in range(25):
-        assert engine.take_in(block=False)
-        for live in tuple(engine.live.values()):
-            engine.advance(live)
+        assert engine.take_in(0.0)
+        engine.advance()
     assert output(chunks).said() == alone(asking(PROMPT))

@@ -298,7 +298,7 @@ def composed(target: str, draft: str, asked: Sequence[Sequence[int]], count: int
     """Asserts that on is off, with everything as in a deployment but in one process: threads, scheduler, tokenizer."""
 
     async def main() -> None:
-        running_target, _ = build_target(TargetConfig(model=target, dtype="float32", device="cpu"))
+        running_target = build_target(TargetConfig(model=target, dtype="float32", device="cpu")).target
         host = build_drafter(DrafterConfig(name="d", model=draft, dtype="float32", device="cpu"), target)
         running_target.start()
         host.start()

@@ -15,12 +15,25 @@ SOURCES = [file for file in FILES if "_pb2" not in file]
 
 # A file of runtime/ belongs to the first layer that has a pattern for it, and may use its own layer and those before.
 LAYERS = (
-    ("*__init__", "errors", "messages", "tree", "clock", "limits", "sampling"),
+    ("*__init__", "errors", "messages", "tree", "clock", "limits", "sampling", "tracing", "chrome_trace"),
     ("noise", "verify", "finish", "choice", "calibration", "frontier", "links", "*/base"),
-    ("session", "metrics", "schedulers/*", "drafters/ngram", "models/toy", "models/prefill", "models/pair"),
+    (
+        "session",
+        "metrics",
+        "live",
+        "admission",
+        "merit",
+        "packing",
+        "schedulers/*",
+        "drafters/ngram",
+        "models/toy",
+        "models/prefill",
+        "models/pair",
+    ),
     ("config",),
     ("kv/*", "models/*", "drafters/*"),
     ("engine", "grower", "drafting", "target"),
+    ("policy", "sim/*"),
 )
 LIBRARIES: tuple[set[str], ...] = (
     {"numpy"},
@@ -29,8 +42,17 @@ LIBRARIES: tuple[set[str], ...] = (
     {"pydantic", "yaml"},
     {"numpy", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"},
     {"numpy"},
+    {"numpy", "pydantic"},
 )
-NEVER: tuple[set[str], ...] = (set(), {"asyncio", "time", "random"}, {"asyncio"}, {"asyncio"}, {"asyncio"}, set())
+NEVER: tuple[set[str], ...] = (
+    set(),
+    {"asyncio", "time", "random"},
+    {"asyncio"},
+    {"asyncio"},
+    {"asyncio"},
+    set(),
+    {"asyncio", "time", "random"},
+)
 HIDDEN = {"runtime/drafters/*": ("session", "verify", "engine", "target"), "runtime/schedulers/*": ("session", "tree", "verify")}
 
 

@@ -14,8 +14,8 @@ from runtime import limits
 from runtime.drafters.base import Drafter
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.noisy import Noisy
-from runtime.engine import Admit
 from runtime.grower import Grower
+from runtime.live import Admit
 from runtime.messages import Chunk, Close, Commit, Draft, Event, Open, Reply, Resync, Share
 from runtime.sampling import Sampling
 from tests.rig import Lockstep, asking, engine_of, lettering, output, plain

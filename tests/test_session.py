@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime import limits
-from runtime.calibration import Calibration
+from runtime.calibration import Band
 from runtime.messages import Commit, Draft, Request, Share
 from runtime.sampling import Sampling
 from runtime.session import Session
@@ -23,9 +23,9 @@ V = 8
 Node = tuple[tuple[int, ...], int]  # path of the parent, token
 
 
-def session(max_tokens: int = 20, context: int = 100, committed: tuple[int, ...] = (), **options: int) -> Session:
+def session(max_tokens: int = 20, context: int = 100, committed: tuple[int, ...] = (), epoch: int = 0) -> Session:
     request = Request("s", PROMPT, Sampling(max_tokens=max_tokens), committed=committed)
-    return Session(request, V, context, Calibration(), **options)
+    return Session(request, V, context, Band(), epoch)
 
 
 def draft(*nodes: Node, scores: list[float] | None = None, root: int = ROOT, epoch: int = 0, drafter: str = "d") -> Draft:
@@ -60,15 +60,15 @@ def test_merging_needs_no_order_and_bears_repetition(leaves: list[tuple[int, ...
 
 def test_growth_is_kept_with_what_the_drafter_said_and_its_calibrated_score() -> None:
     of = session()
-    of.calibration.observe(0, -0.5, False)
+    of.band.of("a").observe(0, -0.5, False)
     assert of.offer(draft(((), 5), ((5,), 6), drafter="a")) == 2
     assert of.offer(draft(((), 5), ((), 7), scores=[-0.1, -2.0], drafter="b")) == 1
     tree = of.tree
     assert tree.said == [0.0, -0.5, -0.5, -2.0]
     assert tree.rank == [0, 0, 0, 1]
     assert tree.drafter == ["", "a", "a", "b"]
-    assert tree.score[1] == of.calibration.score(0, -0.5) < -0.5
-    assert tree.score[3] == of.calibration.score(1, -2.0)
+    assert tree.score[1] == of.band.of("a").score(0, -0.5) < -0.5
+    assert tree.score[3] == of.band.of("b").score(1, -2.0)
 
 
 @pytest.mark.parametrize(
@@ -97,11 +97,11 @@ def test_what_makes_no_sense_changes_nothing_and_is_counted(message: Draft, why:
 def test_an_impossible_guess_is_worth_little_but_breaks_nothing() -> None:
     of = session()
     assert of.offer(draft(((), 5), scores=[-math.inf])) == 1
-    assert of.gains() == [pytest.approx(1e-6)]
+    assert of.worth()[0].tolist() == [pytest.approx(1e-6)]
 
 
 def test_the_mirror_is_bounded_in_nodes_and_depth() -> None:
-    of = Session(Request("s", PROMPT, Sampling(max_tokens=10**6)), 10**6, 10**7, Calibration())
+    of = Session(Request("s", PROMPT, Sampling(max_tokens=10**6)), 10**6, 10**7, Band())
     deep = (1,) * (limits.TREE_DEPTH + 5)
     assert of.offer(draft(*((deep[:n], 1) for n in range(len(deep))))) == limits.TREE_DEPTH
     assert of.ignored == Counter({"full": 1, "stale": 4})
@@ -114,7 +114,10 @@ def test_the_mirror_is_bounded_in_nodes_and_depth() -> None:
 def test_rows_are_the_best_nodes_whose_tokens_could_be_delivered() -> None:
     of = session(max_tokens=3)
     of.offer(draft(((), 5), ((5,), 6), ((5, 6), 7), ((), 2), scores=[-0.1, -0.1, -0.1, -3.0]))
-    assert of.gains() == pytest.approx([math.exp(-0.1), math.exp(-0.2), math.exp(-3.0)])
+    gains, leaves, depth = of.worth()
+    assert gains.tolist() == pytest.approx([math.exp(-0.1), math.exp(-0.2), math.exp(-3.0)])
+    assert leaves.tolist() == pytest.approx([math.exp(-3.0)])  # the deepest node is beyond the end, and so no leaf to speak of
+    assert depth == 2
     assert of.select(1) == [1]
     assert of.select(2) == [1, 2]
     assert of.select(9) == [1, 2, 4]
@@ -125,7 +128,18 @@ def test_rows_are_the_best_nodes_whose_tokens_could_be_delivered() -> None:
 def test_nothing_is_verified_beyond_the_end(max_tokens: int, context: int, deepest: int) -> None:
     of = session(max_tokens, context)
     of.offer(draft(((), 5), ((5,), 5), ((5, 5), 5)))
-    assert len(of.gains()) == len(of.select(9)) == deepest
+    assert len(of.worth()[0]) == len(of.select(9)) == deepest
+
+
+def test_what_a_tree_is_worth() -> None:
+    of = session()
+    gains, leaves, depth = of.worth()
+    assert (gains.tolist(), leaves.tolist(), depth) == ([], [1.0], 0)
+    of.offer(draft(((), 5), ((), 6), ((5,), 7), scores=[-0.5, -1.0, -0.25]))
+    gains, leaves, depth = of.worth()
+    assert gains.tolist() == pytest.approx([math.exp(-0.5), math.exp(-0.75), math.exp(-1.0)])
+    assert leaves.tolist() == pytest.approx([math.exp(-0.75), math.exp(-1.0)])
+    assert depth == 2
 
 
 def test_a_verdict_moves_the_root_and_says_so() -> None:
@@ -153,7 +167,7 @@ def test_calibration_learns_from_verdicts() -> None:
     of = session()
     of.offer(draft(((), 5), ((), 6)))
     of.apply(Verdict((), 6))
-    assert of.calibration.score(0, -0.5) < -0.5 < of.calibration.score(1, -0.5)
+    assert of.band.of("d").score(0, -0.5) < -0.5 < of.band.of("d").score(1, -0.5)
 
 
 def test_who_joins_late_learns_the_whole_text() -> None:

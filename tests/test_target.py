@@ -215,13 +215,14 @@ def test_cancelling_the_reader_frees_the_session() -> None:
 
 
 def test_sessions_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "SESSIONS", 2)
+    monkeypatch.setattr(limits, "SESSIONS", 1)
+    monkeypatch.setattr(limits, "QUEUE", 1)
 
     async def main() -> None:
         async with running(TOY, Patient(3)) as asked, hosted(Mute()) as host:
             await attached(asked, "d", host)
             readers = [asyncio.create_task(answer(asked, asking(PROMPT, f"s{n}"))) for n in range(2)]
-            await soon(lambda: len(asked.engine.live) == 2)
+            await soon(lambda: len(asked.engine.live) == len(asked.engine.admission.waiting) == 1)
             with pytest.raises(Overloaded, match="the most is 2: try again later"):
                 await anext(asked.generate(asking(PROMPT, "more")))
             for reader in readers:

@@ -5,8 +5,11 @@ import sys
 import typer
 from typer._click.exceptions import UsageError  # Typer brings its own copy of Click; constraints.txt pins it
 
+from actors.cli.bench import bench
 from actors.cli.doctor import doctor
 from actors.cli.generate import generate
+from actors.cli.plan import plan
+from actors.cli.tracing import trace
 from runtime.errors import OutriderError
 
 app = typer.Typer(
@@ -17,6 +20,9 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(doctor)
+app.command()(plan)
+app.command()(trace)
+app.command()(bench)
 
 
 def main() -> None:

@@ -13,10 +13,12 @@ import typer
 
 from actors.cli.service import Opener, serving
 from actors.cli.show import Progress, Stream, answer
+from actors.cli.timeline import save
 from runtime import config
 from runtime.errors import InvalidRequest, Unavailable
 from runtime.messages import Chunk, Request
 from runtime.sampling import Sampling
+from runtime.tracing import Recording
 
 
 class Dtype(StrEnum):
@@ -29,6 +31,14 @@ class Dtype(StrEnum):
 class Switch(StrEnum):
     on = "on"
     off = "off"
+
+
+class Schedule(StrEnum):
+    living = "living"
+    plain = "plain"
+    sync = "sync"
+    amusd = "amusd"
+    pearl = "pearl"
 
 
 class Device(StrEnum):
@@ -58,6 +68,8 @@ def generate(
     dtype: Annotated[Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's own on CUDA")] = Dtype.auto,
     device: Device = Device.auto,
     speculation: Annotated[Switch, typer.Option(help="off: the target alone")] = Switch.on,
+    schedule: Annotated[Schedule, typer.Option(help="when the target verifies what; the others are for comparison")] = Schedule.living,
+    trace: Annotated[Path | None, typer.Option(help="record what happens when: for `outrider trace` and ui.perfetto.dev")] = None,
     deployment: Annotated[Path | None, typer.Option(help="YAML file with models and placement, instead of the options above")] = None,
     address: Annotated[str | None, typer.Option(help="a Ray cluster, e.g. auto or ray://host:10001; default: start a local one")] = None,
     in_process: Annotated[bool, typer.Option("--in-process", help="the same code without Ray and sockets")] = False,
@@ -81,16 +93,21 @@ def generate(
     wanted = speculation is Switch.on
     if deployment is None:
         drafts = tuple(draft or (config.shipped("draft"),)) if wanted else ()
-        plan = config.deployment(target or config.shipped("target"), drafts, drafters, dtype.value, device.value, local=address is None)
+        plan = config.deployment(
+            target or config.shipped("target"), drafts, drafters, dtype.value, device.value, address is None, schedule.value
+        )
     else:
         plan = config.read(deployment)
     from actors.cli.prepare import prepare  # torch and transformers: `--help` and a wrong flag need neither
 
     prepared = prepare(plan, prompt_text(prompt, prompt_file), sampling)
     request = Request(uuid.uuid4().hex, prepared.prompt, sampling, speculation=wanted)
-    with Progress(quiet=as_json) as progress, serving(plan, address, in_process, progress.note) as opener:
+    recordings: list[Recording] | None = [] if trace else None
+    with Progress(quiet=as_json) as progress, serving(plan, address, in_process, progress.note, recordings) as opener:
         stream = Stream(progress, quiet=as_json)
         last = asyncio.run(consume(opener, request, stream))
+    if trace is not None and recordings is not None:
+        save(trace, recordings)
     if last.finish_reason == "error":
         raise Unavailable(f"the target failed: {last.error}")
     if as_json:

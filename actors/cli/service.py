@@ -10,8 +10,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from runtime.config import Deployment
+from runtime.drafting import DraftHost
 from runtime.errors import OutriderError, Unavailable
 from runtime.messages import Chunk, Request
+from runtime.tracing import Recording
 
 if TYPE_CHECKING:
     from ray.exceptions import RayTaskError
@@ -30,27 +32,33 @@ Opener = Callable[[], contextlib.AbstractAsyncContextManager[Service]]
 
 
 @contextlib.contextmanager
-def serving(deployment: Deployment, address: str | None, in_process: bool, note: Note) -> Iterator[Opener]:
-    """Start it; what is handed out opens the service on a running event loop. Everything started ends with the block."""
+def serving(
+    deployment: Deployment, address: str | None, in_process: bool, note: Note, recordings: list[Recording] | None = None
+) -> Iterator[Opener]:
+    """Start it; what is handed out opens the service on a running event loop. Everything started ends with the block.
+
+    `recordings`: to be filled with what target and drafters record, when all is over.
+    """
     if in_process:
-        yield lambda: local_service(deployment, note)
+        yield lambda: local_service(deployment, note, recordings)
     else:
-        with cluster(deployment, address, note) as target:
+        with cluster(deployment, address, note, recordings) as target:
             yield lambda: remote_service(target)
 
 
 @contextlib.asynccontextmanager
-async def local_service(deployment: Deployment, note: Note) -> AsyncIterator[Service]:
+async def local_service(deployment: Deployment, note: Note, recordings: list[Recording] | None = None) -> AsyncIterator[Service]:
     from actors.compose import build_drafter, build_target
 
+    record = recordings is not None
     note(f"loading {deployment.target.model}")
-    target, _ = await asyncio.to_thread(build_target, deployment.target)
+    target = (await asyncio.to_thread(build_target, deployment.target, record)).target
     target.start()
-    hosts = []
+    hosts: list[DraftHost] = []
     try:
         for config in deployment.drafters:
             note(f"loading drafter {config.name}")
-            host = await asyncio.to_thread(build_drafter, config, deployment.target.model)
+            host = await asyncio.to_thread(build_drafter, config, deployment.target.model, record)
             host.start()
             hosts.append(host)
             target.attach(config.name, host)
@@ -59,6 +67,8 @@ async def local_service(deployment: Deployment, note: Note) -> AsyncIterator[Ser
         await target.stop()
         for host in hosts:
             await host.stop()
+        if recordings is not None:
+            recordings += [target.engine.trace.take(), *(host.grower.trace.take() for host in hosts)]
 
 
 @contextlib.asynccontextmanager
@@ -73,7 +83,7 @@ async def remote_service(address: str) -> AsyncIterator[Service]:
 
 
 @contextlib.contextmanager
-def cluster(deployment: Deployment, address: str | None, note: Note) -> Iterator[str]:
+def cluster(deployment: Deployment, address: str | None, note: Note, recordings: list[Recording] | None = None) -> Iterator[str]:
     """Controller, target and drafters on a Ray cluster; yields the target's gRPC address.
 
     Raises Unavailable where the cluster cannot be reached or started, and what an actor's own start raised.
@@ -104,9 +114,15 @@ def cluster(deployment: Deployment, address: str | None, note: Note) -> Iterator
         raise Unavailable(unreachable(address, str(error))) from error
     try:
         note(f"loading {deployment.target.model} and {actors - 1} drafters")
-        controller = ray.remote(Controller).options(num_cpus=0, max_concurrency=4).remote(deployment, f"outrider-{uuid.uuid4().hex[:6]}")
+        controller = (
+            ray.remote(Controller)
+            .options(num_cpus=0, max_concurrency=4)
+            .remote(deployment, f"outrider-{uuid.uuid4().hex[:6]}", recordings is not None)
+        )
         try:
             yield ray.get(controller.start.remote())
+            if recordings is not None:
+                recordings += ray.get(controller.trace.remote())
             ray.get(controller.stop.remote(), timeout=10)
         except RayTaskError as error:
             raise cause_of(error) from error

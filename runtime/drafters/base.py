@@ -35,19 +35,33 @@ class Children:
     scores: npt.NDArray[np.float32]
 
 
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """Nodes of one session's tree (indices) whose children are wanted; a node that was answered for is not asked about again.
+
+    `branches`: so many children of each; 0 leaves it to the method.
+    """
+
+    text: Text
+    leaves: Sequence[int]
+    branches: int = 0
+
+
 class Drafter(Protocol):
     """Anything that proposes continuations. It may be wrong or silent; nothing it says is trusted."""
 
-    def expand(self, text: Text, leaves: Sequence[int]) -> Children:
-        """Guess the children of these nodes of `text.tree` (indices; a node is asked about at most once per life).
+    def expand(self, wishes: Sequence[Wish]) -> Sequence[Children | None]:
+        """Guess the children of the leaves of several sessions, of each session at most one wish; the answers are parallel.
 
-        One forward pass where the method has a model. Nothing need be returned for a leaf that the method has no
-        opinion on; the host does not ask again.
+        One forward pass for all of them where the method has a model. Nothing need be returned for a leaf that the method
+        has no opinion on; the host does not ask again. None asks for patience, while a long text is read: the host asks
+        again. Where one wish cannot be answered the whole call raises, and any of them may be asked again.
         """
         ...
 
     def close(self, session: str) -> None:
-        """Forget all that is kept for the session; no error where nothing is."""
+        """The session is over, and its name means nothing any more; no error where nothing is kept. What was read of its text
+        may serve later texts that begin alike."""
         ...
 
 

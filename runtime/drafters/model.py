@@ -1,122 +1,192 @@
-"""A smaller causal language model as drafter: one forward pass expands several leaves of the tree.
+"""A smaller causal language model as drafter: one forward pass expands leaves of the trees of all sessions.
 
-Its cache is addressed by content: a slot is known by the key of the text that ends in it. After a commit the slots of
-the surviving subtree are kept, whatever has happened in between; what is missing is computed again.
+Its caches are addressed by content: a slot is known by the key of the text that ends in it. After a commit the slots of
+the surviving subtree are kept, whatever has happened in between; what is missing is computed in the pass of the leaves.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import numpy as np
 import torch
 
 from runtime.choice import Ask
-from runtime.drafters.base import Children, Ingredients, Text
+from runtime.drafters.base import Children, Ingredients, Text, Wish
 from runtime.kv.base import KVCache
-from runtime.models.base import Model, Rows
-from runtime.models.choose import candidates
-from runtime.models.prefill import prefill
+from runtime.kv.prefixes import Prefixes
+from runtime.models.base import Model, Part, Rows
+from runtime.models.choose import candidates_all
 from runtime.tree import EMPTY_TEXT, TokenTree, mix64, text_key
 
 BRANCHES = 4  # children of a leaf
+CHUNK = 512  # tokens of texts that are read in one pass, of all sessions together
+FINISHED = 16384  # slots for the texts of sessions that are over
+NOTHING = Children(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
 
 
 @dataclass(slots=True)
 class Kept:
-    """One session's cache: `prefix` committed tokens, the last of which makes the text named `key`; then tree slots."""
+    """One session's cache: the first `prefix` tokens of its text, which make the text named `key`; then tree slots."""
 
     cache: KVCache
     prefix: int = 0
     key: int = EMPTY_TEXT
+    text: Sequence[int] = ()
     slots: dict[int, int] = field(default_factory=dict)  # node key -> slot, in order of slots
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One session's part of a pass: committed tokens that are not in its cache yet, then leaves.
+
+    above  of each leaf, the slots of its ancestors, counted from the cache's prefix; none where tokens are missing
+    """
+
+    wish: Wish
+    kept: Kept
+    missing: Sequence[int]
+    leaves: Sequence[int]
+    above: Sequence[Sequence[int]]
+    reading: bool = False  # there is too much to read for one pass
+
+    def part(self) -> Part:
+        kept, tree, root = self.kept, self.wish.text.tree, len(self.wish.text.tokens) - 1
+        m, behind = len(self.missing), kept.cache.length - kept.prefix
+        n = m + len(self.leaves)
+        visible = np.zeros((n, behind + n), dtype=np.bool_)
+        if m:
+            visible[:, :m] = np.tri(n, m, dtype=np.bool_)
+        start = m * (behind + n)  # of each leaf's row in the flattened array
+        seen: list[int] = []
+        for row, slots in enumerate(self.above, start=m):
+            seen += [start + slot for slot in slots]
+            seen.append(start + behind + row)
+            start += behind + n
+        visible.put(seen, True)
+        tokens = np.asarray([*self.missing, *[tree.token[leaf] for leaf in self.leaves]], dtype=np.int64)
+        positions = [*range(kept.prefix, kept.prefix + m), *[root + tree.depth[leaf] for leaf in self.leaves]]
+        return Part(kept.cache, Rows(tokens, np.asarray(positions, dtype=np.int64), kept.prefix, visible), last=len(self.leaves))
+
+    def done(self) -> None:
+        """Know the rows of the pass, which are in the cache now."""
+        kept, tree = self.kept, self.wish.text.tree
+        kept.key, kept.prefix = text_key(self.missing, kept.key), kept.prefix + len(self.missing)
+        for slot, leaf in enumerate(self.leaves, start=kept.cache.length - len(self.leaves)):
+            if leaf == 0:
+                kept.key, kept.prefix = tree.key[0], kept.prefix + 1
+            else:
+                kept.slots[tree.key[leaf]] = slot
+
+    def ask(self) -> Ask:
+        text = self.wish.text
+        return Ask(text.sampling, text.prompt, text.tokens, [text.tree.tokens_to(leaf) for leaf in self.leaves], frozenset())
+
+
 class ModelDrafter:
-    """Any Model with the target's vocabulary. Silent beyond its own context."""
+    """Any Model with the target's vocabulary. Silent beyond its own context.
 
-    def __init__(self, model: Model, branches: int = BRANCHES) -> None:
-        self.model, self.branches = model, branches
+    Long texts are read `chunk` tokens a pass, what is shortest first, so that other sessions go on meanwhile. Caches of
+    sessions that are over serve texts that begin alike, up to `finished` slots.
+    """
+
+    def __init__(self, model: Model, branches: int = BRANCHES, chunk: int = CHUNK, finished: int = FINISHED) -> None:
+        self.model, self.branches, self.chunk = model, branches, chunk
         self.kept: dict[str, Kept] = {}
+        self.finished = Prefixes(finished)
 
-    def expand(self, text: Text, leaves: Sequence[int]) -> Children:
-        base = len(text.tokens) - 1  # position of the root
-        leaves = [leaf for leaf in leaves if base + text.tree.depth[leaf] < self.model.context]
-        if not leaves:
-            return children([], [], [])
-        kept = self.kept.get(text.session)
-        if kept is None:
-            kept = self.kept[text.session] = Kept(self.model.new_cache())
-        self.settle(kept, text, again=0 in leaves)
-        leaves = [leaf for leaf in leaves if known(kept, text.tree, leaf)]
-        if not leaves:
-            return children([], [], [])
-        logits = self.model.forward(kept.cache, self.rows(kept, text, leaves))
-        ask = Ask(text.sampling, text.prompt, text.tokens, [text.tree.tokens_to(leaf) for leaf in leaves], frozenset())
-        tokens, scores = candidates(torch.as_tensor(logits), ask, self.branches)
-        allowed = np.isfinite(scores)  # the target would not choose what the filters bar
-        return children(np.repeat(leaves, allowed.sum(axis=1)), tokens[allowed], scores[allowed])
+    def expand(self, wishes: Sequence[Wish]) -> list[Children | None]:
+        steps = rationed([self.step(wish) for wish in wishes], self.chunk)
+        passing = [step for step in steps if step.missing or step.leaves]
+        passed = self.model.forward_all([step.part() for step in passing]) if passing else []
+        for step in passing:
+            step.done()
+        asking = [(step, torch.as_tensor(rows)) for step, rows in zip(passing, passed, strict=True) if step.leaves]
+        guesses = candidates_all([(rows, step.ask(), step.wish.branches or self.branches) for step, rows in asking])
+        found = {id(step): children(step.leaves, *guess) for (step, _), guess in zip(asking, guesses, strict=True)}
+        return [None if step.reading else found.get(id(step), NOTHING) for step in steps]
 
     def close(self, session: str) -> None:
-        self.kept.pop(session, None)
+        kept = self.kept.pop(session, None)
+        if kept is not None:
+            self.finished.keep(kept.text[: kept.prefix], kept.cache)
 
-    def settle(self, kept: Kept, text: Text, again: bool) -> None:
-        """Bring the cache to the text: the committed tokens (all but the root, if it is to be computed `again`) are its
-        prefix; of the tree slots, those of the new subtree remain."""
-        tree, wanted = text.tree, len(text.tokens)
-        if kept.key == tree.key[0] and not again:
-            return
-        reach, key, path = kept.prefix, kept.key, []
-        for token in text.tokens[reach:]:
-            below = mix64(key, token)
-            if below not in kept.slots:
-                break
-            path.append(kept.slots[below])
-            key, reach = below, reach + 1
-        alive = reach == wanted and not again
-        survivors = {name: slot for name, slot in kept.slots.items() if alive and name in tree.index and name != key}
-        kept.cache.keep(kept.prefix, [*path, *survivors.values()])
-        kept.slots = dict(zip(survivors, range(reach, reach + len(survivors)), strict=True))
-        if again and reach == wanted:
-            reach = wanted - 1
-            kept.cache.truncate(reach)
-        missing = text.tokens[reach : wanted - 1]
-        if missing:
-            prefill(self.model, kept.cache, np.asarray(missing, dtype=np.int64))
-            key, reach = text_key(missing, key), wanted - 1
-        kept.prefix, kept.key = reach, key
+    def step(self, wish: Wish) -> Step:
+        """Bring the session's cache to its text, and find out what is to be computed."""
+        text, tree = wish.text, wish.text.tree
+        base = len(text.tokens) - 1  # position of the root
+        kept = self.kept.get(text.session)
+        if kept is None:
+            kept = self.kept[text.session] = self.begin(text)
+        settle(kept, text, again=0 in wish.leaves)
+        if 0 in wish.leaves and base < self.model.context:
+            return Step(wish, kept, text.tokens[kept.prefix : base], [0], [[]])
+        paths = {leaf: above(kept, tree, leaf) for leaf in wish.leaves if base + tree.depth[leaf] < self.model.context}
+        known = {leaf: slots for leaf, slots in paths.items() if slots is not None}
+        return Step(wish, kept, [], list(known), list(known.values()))
 
-    def rows(self, kept: Kept, text: Text, leaves: Sequence[int]) -> Rows:
-        """Rows of the leaves; each sees the slots of its ancestors and itself. Their slots are known from now on."""
-        tree, base, first = text.tree, kept.prefix, kept.cache.length
-        visible = np.zeros((len(leaves), first - base + len(leaves)), dtype=np.bool_)
-        for row, leaf in enumerate(leaves):
-            visible[row, first - base + row] = True
-            node = tree.parent[leaf]
-            while node > 0:
-                visible[row, kept.slots[tree.key[node]] - base] = True
-                node = tree.parent[node]
-        for row, leaf in enumerate(leaves):
-            if leaf == 0:
-                kept.prefix, kept.key = base + 1, tree.key[0]
-            else:
-                kept.slots[tree.key[leaf]] = first + row
-        tokens = np.asarray([tree.token[leaf] for leaf in leaves], dtype=np.int64)
-        depths = np.asarray([tree.depth[leaf] for leaf in leaves], dtype=np.int64)
-        return Rows(tokens, len(text.tokens) - 1 + depths, base, visible)
+    def begin(self, text: Text) -> Kept:
+        """With a copy of what some other text has in common with this one."""
+        others = ((other.text[: other.prefix], other.cache) for other in self.kept.values())
+        found = self.finished.longest(text.tokens, others)
+        if found is None:
+            return Kept(self.model.new_cache())
+        cache, length = found
+        return Kept(cache.fork(length), length, text_key(text.tokens[:length]))
 
 
-def known(kept: Kept, tree: TokenTree, leaf: int) -> bool:
-    """Whether every ancestor of `leaf` below the root is in the cache, and the root is or is the leaf itself."""
+def settle(kept: Kept, text: Text, again: bool) -> None:
+    """Of the cache, keep the text's tokens (not the root, if it is to be computed `again`) and then the slots of its tree."""
+    tree, wanted = text.tree, len(text.tokens) - again
+    kept.text = text.tokens
+    if kept.key == tree.key[0] and not again:
+        return
+    if kept.prefix > wanted:
+        kept.prefix, kept.key = wanted, text_key(text.tokens[:wanted])
+    reach, key, path = kept.prefix, kept.key, []
+    for token in islice(text.tokens, reach, wanted):
+        below = mix64(key, token)
+        if below not in kept.slots:
+            break
+        path.append(kept.slots[below])
+        key, reach = below, reach + 1
+    alive = key == tree.key[0]
+    survivors = {name: slot for name, slot in kept.slots.items() if name in tree.index and name != key} if alive else {}
+    kept.cache.keep(kept.prefix, [*path, *survivors.values()])
+    kept.slots = dict(zip(survivors, range(reach, reach + len(survivors)), strict=True))
+    kept.prefix, kept.key = reach, key
+
+
+def above(kept: Kept, tree: TokenTree, leaf: int) -> list[int] | None:
+    """The slots of a leaf's ancestors below the root, counted from the prefix; None where one is not in the cache, or the root."""
+    if kept.key != tree.key[0]:
+        return None
+    found = []
     node = tree.parent[leaf]
     while node > 0:
-        if tree.key[node] not in kept.slots:
-            return False
+        slot = kept.slots.get(tree.key[node])
+        if slot is None:
+            return None
+        found.append(slot - kept.prefix)
         node = tree.parent[node]
-    return leaf == 0 or kept.key == tree.key[0]
+    return found
 
 
-def children(parents: Sequence[int] | np.ndarray, tokens: Sequence[int] | np.ndarray, scores: Sequence[float] | np.ndarray) -> Children:
-    return Children(np.asarray(parents, dtype=np.int32), np.asarray(tokens, dtype=np.int32), np.asarray(scores, dtype=np.float32))
+def rationed(steps: Sequence[Step], tokens: int) -> list[Step]:
+    """The steps of one pass that reads at most so many tokens of texts; who reads on in the next one has no leaves in it."""
+    found = list(steps)
+    for place in sorted(range(len(steps)), key=lambda place: len(steps[place].missing)):
+        step = steps[place]
+        if len(step.missing) > tokens:
+            found[place] = replace(step, missing=step.missing[:tokens], leaves=[], above=[], reading=True)
+        tokens -= len(found[place].missing)
+    return found
+
+
+def children(leaves: Sequence[int], tokens: np.ndarray, scores: np.ndarray) -> Children:
+    found = np.repeat(np.asarray(leaves, dtype=np.int32), tokens.shape[1]), tokens.ravel(), scores.ravel()
+    allowed = np.isfinite(found[2])  # the target would not choose what the filters bar
+    return Children(*found) if allowed.all() else Children(*(array[allowed] for array in found))
 
 
 def build(ingredients: Ingredients) -> ModelDrafter:

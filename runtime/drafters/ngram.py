@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runtime.drafters.base import Children, Ingredients, Text
+from runtime.drafters.base import Children, Ingredients, Text, Wish
 
 LONGEST = 4  # tokens that must agree, most first
 SHORTEST = 2
@@ -14,12 +14,16 @@ LOOK_BACK = 1024  # tokens searched
 class Ngram:
     """Keeps nothing: every answer is read off the text."""
 
-    def expand(self, text: Text, leaves: Sequence[int]) -> Children:
+    def expand(self, wishes: Sequence[Wish]) -> list[Children]:
+        return [self.guess(wish.text, wish.leaves) for wish in wishes]
+
+    def guess(self, text: Text, leaves: Sequence[int]) -> Children:
         parents: list[int] = []
         tokens: list[int] = []
         scores: list[float] = []
+        recent = text.tokens[-LOOK_BACK:]
         for leaf in leaves:
-            found = lookup([*text.tokens[-LOOK_BACK:], *text.tree.tokens_to(leaf)])
+            found = lookup([*recent, *text.tree.tokens_to(leaf)])
             if found is not None:
                 token, agreed = found
                 parents.append(leaf)

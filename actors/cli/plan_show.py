@@ -1,0 +1,170 @@
+"""A plan as people see it: tables, one sentence for each recommendation, a picture; and as one JSON object."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from runtime.config import ScheduleConfig
+from runtime.errors import InvalidRequest
+from runtime.sim import guesses
+from runtime.sim.forecast import Setting
+from runtime.sim.measured import Measured
+from runtime.sim.sweep import Done, fewest
+from runtime.sim.world import linear
+
+SWEEPS: dict[str, tuple[str, Callable[[float], str]]] = {  # by group: what varies, and how a value of it is written
+    "drafters": ("drafters", "{:g}".format),
+    "round trips": ("round trip, ms", lambda seconds: f"{1e3 * seconds:g}"),
+    "load": ("sessions", "{:g}".format),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`fastest` of the drafts is the one that all but the group "schedules" is about."""
+
+    drafts: tuple[Measured, ...]
+    fastest: Measured
+    setting: Setting
+    done: tuple[Done, ...]
+
+    def of(self, group: str, draft: Measured | None = None) -> list[Done]:
+        return [done for done in self.done if done[0].group == group and draft in (None, done[0].measured)]
+
+    def rates(self, group: str) -> dict[str, dict[float, float]]:
+        """Tokens per second by schedule and value."""
+        found: dict[str, dict[float, float]] = {}
+        for job, forecast in self.of(group):
+            found.setdefault(job.schedule, {})[job.label] = forecast.tokens_per_second
+        return found
+
+    def plain(self, draft: Measured) -> float | None:
+        return next((found.tokens_per_second for job, found in self.of("schedules", draft) if job.schedule == "plain"), None)
+
+
+def tables(plan: Plan) -> list[Table]:
+    found = [schedules(plan, draft) for draft in plan.drafts]
+    return found + [swept(plan, group) for group in SWEEPS if plan.of(group)]
+
+
+def bare(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+
+
+def schedules(plan: Plan, draft: Measured) -> Table:
+    examples, setting = guesses.of(draft), plan.setting
+    rates = ", ".join(f"{examples.rate(k):.2f}" for k in (1, 2, 4, 8))
+    found = bare(
+        f"{draft.name}: T(1) {1e3 * draft.target[1]:.1f} ms, t(1) {1e3 * draft.draft[1]:.1f} ms, "
+        f"c {draft.target[1] / draft.draft[1]:.1f}, acceptance of 1, 2, 4, 8 guesses {rates}, round trip {1e3 * draft.rtt:g} ms; "
+        f"sessions {setting.sessions}, drafters {setting.drafters}, targets {setting.targets}"
+    )
+    found.add_column("schedule")
+    for name in ("tokens/s", "/ plain", "tokens a step", "rows", "hits", "waiting"):
+        found.add_column(name, justify="right")
+    plain = plan.plain(draft)
+    for job, seen in plan.of("schedules", draft):
+        rate = seen.tokens_per_second
+        faster = f"{rate / plain:.2f}" if plain else "-"
+        figures = (f"{rate:.1f}", faster, f"{seen.tokens_per_round:.2f}", f"{seen.rows:.1f}", f"{seen.hits:.0%}", f"{seen.waiting:.0%}")
+        found.add_row(named(job.schedule, job.config), *figures)
+    return found
+
+
+def named(schedule: str, config: ScheduleConfig) -> str:
+    match schedule:
+        case "sync chain":
+            return f"sync chain of {config.passes}"
+        case "sync tree":
+            return f"sync tree, {config.passes} passes of {config.width} leaves x {config.branches}, {config.rows} rows"
+        case "pearl":
+            return f"pearl, gamma {config.passes}"
+    return schedule
+
+
+def swept(plan: Plan, group: str) -> Table:
+    rates, (what, written) = plan.rates(group), SWEEPS[group]
+    values = sorted({value for by_value in rates.values() for value in by_value})
+    found = bare(f"tokens/s by {group}" + (", all sessions together" if group == "load" else ""))
+    found.add_column(what)
+    for value in values:
+        found.add_column(written(value), justify="right")
+    for schedule, by_value in rates.items():
+        found.add_row(schedule, *(f"{by_value[value]:.1f}" if value in by_value else "-" for value in values))
+    return found
+
+
+def sentences(plan: Plan) -> list[str]:
+    """What is recommended, each with its numbers. Nothing without the living schedule."""
+    living = {job.measured.name: seen for job, seen in plan.of("schedules") if job.schedule == "living"}
+    if not living:
+        return []
+    seen, best = living[plan.fastest.name], plan.fastest
+    others = "".join(f", {name} {other.tokens_per_second:.1f}" for name, other in living.items() if other is not seen)
+    half = next(found for job, found in plan.of("half as deep"))
+    by_drafters = plan.rates("drafters")["living"]
+    count = fewest(by_drafters)
+    time = linear(best.target)
+    return [
+        f"Draft: {best.name}, {seen.tokens_per_second:.1f} tokens/s{others}; with half the layers, were it as often right, "
+        f"{half.tokens_per_second:.1f}: depth costs latency, width hardly does (arXiv 2402.01528).",
+        f"Rows: {seen.rows:.0f} of a step on average, which then takes {time(round(seen.rows)) / time(1):.2f} times as long as with one "
+        f"and brings {seen.tokens_per_round:.2f} tokens.",
+        f"Drafters: {count}, {by_drafters[count]:.1f} tokens/s; one brings {by_drafters[1]:.1f}, "
+        f"{max(by_drafters):g} bring {by_drafters[max(by_drafters)]:.1f}.",
+    ]
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """`measured` holds what --measured reads."""
+    return {
+        "measured": [draft.model_dump(by_alias=True) for draft in plan.drafts],
+        "setting": asdict(plan.setting),
+        "forecasts": [
+            {
+                "group": job.group,
+                "draft": job.measured.name,
+                "schedule": job.schedule,
+                "config": job.config.model_dump(),
+                "drafters": job.setting.drafters,
+                "sessions": job.setting.sessions,
+                "rtt": job.measured.rtt,
+                **asdict(seen),
+            }
+            for job, seen in plan.done
+        ],
+        "recommended": sentences(plan),
+    }
+
+
+def plot(plan: Plan, file: Path) -> None:
+    """Raises InvalidRequest where the file cannot be written."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13.0, 8.5), dpi=110, layout="constrained")
+    axes = figure.subplots(2, 2).ravel()
+    figure.suptitle(f"Forecast for {plan.fastest.name}: tokens per second", x=0.01, ha="left")
+    done = plan.of("schedules", plan.fastest)
+    bars = axes[0].barh([job.schedule for job, _ in done], [seen.tokens_per_second for _, seen in done], color="#2b6cb0")
+    axes[0].bar_label(bars, fmt="%.0f", padding=3)
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel("tokens/s")
+    for axis, group in zip(axes[1:], SWEEPS, strict=True):
+        what, written = SWEEPS[group]
+        for schedule, by_value in plan.rates(group).items():
+            places = range(len(by_value))
+            axis.plot(places, list(by_value.values()), marker="o", label=schedule)
+            axis.set_xticks(places, [written(value) for value in by_value])
+        axis.set_xlabel(what)
+        axis.set_ylabel("tokens/s" + (", all sessions" if group == "load" else ""))
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        if plan.of(group):
+            axis.legend()
+    try:
+        figure.savefig(file, format="png")
+    except OSError as error:
+        raise InvalidRequest(f"cannot write {file} ({error.strerror}): give a file in a folder that exists", "png") from error

@@ -1,0 +1,26 @@
+"""The rows of one session in a packed pass: its root, and the nodes of its tree that are to be verified."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from runtime.kv.base import KVCache
+from runtime.models.base import Part, Rows
+from runtime.session import Session
+
+
+def pack(session: Session, cache: KVCache, nodes: Sequence[int]) -> Part:
+    """`nodes` are closed under parents and in order; the cache holds all of the text but its last token."""
+    tree, prefix, n = session.tree, len(session.tokens) - 1, len(nodes) + 1
+    visible = np.zeros((n, n), dtype=np.bool_)
+    visible[:, 0] = True
+    visible[1:, 1:] = tree.visible(nodes)
+    tokens = np.asarray([tree.token[node] for node in (0, *nodes)], dtype=np.int64)
+    positions = prefix + np.asarray([tree.depth[node] for node in (0, *nodes)], dtype=np.int64)
+    return Part(cache, Rows(tokens, positions, prefix, visible))
+
+
+def unpack(cache: KVCache, prefix: int, nodes: Sequence[int], path: Sequence[int]) -> None:
+    """After the pass: of its slots keep the root's and those of the accepted `path`."""
+    row_of = {node: prefix + row for row, node in enumerate(nodes, start=1)}
+    cache.keep(prefix + 1, [row_of[node] for node in path])

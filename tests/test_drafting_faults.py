@@ -1,0 +1,119 @@
+"""What goes wrong at a drafter, and what becomes of it."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+
+import numpy as np
+import pytest
+
+from actors.grpc_edge import closing
+from runtime import drafting
+from runtime.drafters.base import Children, Text
+from runtime.errors import InvalidRequest
+from runtime.grower import Unheard
+from runtime.messages import Draft, Event, Resync
+from runtime.tree import text_key
+from tests.contracts import PATIENCE_S, draft_for, soon
+from tests.fakes import Feed, opening
+from tests.rig import Known, Mute, hosted
+from tests.test_drafting import PROMPT, TEXT, Hand, V, commit, opened
+
+# What goes wrong
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no memory"), InvalidRequest("token 99 is not in the vocabulary"), ValueError("shape")])
+def test_a_method_that_fails_gives_up_that_session_alone(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(Known):
+        def guess(self, text: Text, leaves: Sequence[int]) -> Children:
+            if text.session == "0/bad":
+                raise error
+            return super().guess(text, leaves)
+
+    hand = Hand()
+    hand.grower.drafter = Failing(TEXT, V)
+    hand.hear(opened("good"), opened("bad"), opened("s"))
+    with caplog.at_level(logging.WARNING):
+        hand.grow(1)
+    assert [draft.session for draft in hand.sent if isinstance(draft, Draft)] == ["good", "s"]
+    assert list(hand.grower.growing) == ["0/good", "0/s"]
+    assert hand.grow(1) == [TEXT[6]]
+    assert hand.grower.counters == {"failed": 1}
+    assert "gives a session up" in caplog.text
+
+
+def test_growth_that_was_dropped_is_sent_again() -> None:
+    hand = Hand()
+    hand.hear(opened())
+    assert hand.grow(3) == list(TEXT[5:8])
+    hand.grower.inbox.put(Unheard(0, "s"))
+    hand.grower.inbox.put(Unheard(0, "over"))
+    hand.grower.take_in(block=False)
+    assert hand.grow(4) == list(TEXT[5:9])
+
+
+def test_growth_that_nobody_fetches_is_dropped_but_no_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader sleeps over a queue of two. It finds those two, and behind them the question that came last."""
+    monkeypatch.setattr(drafting, "REPLIES_WAITING", 2)
+
+    async def main() -> None:
+        async with hosted(Known(TEXT, V)) as host:
+            feed = Feed(opened(most=9))
+            async with closing(host.speculate(feed)) as replies, asyncio.timeout(PATIENCE_S):
+                await draft_for(replies, "s")
+                await soon(lambda: host.grower.counters["dropped replies"] >= 5)
+                feed.put(commit(9, 1))
+                await soon(lambda: host.grower.counters["resync"] == 1)
+                before = []
+                async for reply in replies:
+                    if isinstance(reply, Resync):
+                        break
+                    before.append(reply)
+                assert 1 <= len(before) <= 2
+                feed.put(opened(tokens=TEXT[:10], most=9))
+                assert (await draft_for(replies, "s")).parents.tolist() == [text_key(TEXT[:10])]
+
+    asyncio.run(main())
+
+
+def test_a_clogged_link_becomes_useful_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What hangs on dropped growth would mean nothing to the target: once there is room all is sent from the root."""
+    monkeypatch.setattr(drafting, "REPLIES_WAITING", 2)
+
+    async def main() -> None:
+        async with hosted(Known(TEXT, V)) as host, closing(host.speculate(Feed(opened(most=9)))) as replies:
+            known = {text_key(PROMPT)}
+            while text_key(TEXT[:13]) not in known:
+                draft = await draft_for(replies, "s")
+                await soon(lambda: host.grower.counters["dropped replies"] >= 5)
+                parents = draft.parents.tolist()
+                known.update(
+                    text_key([token], parent) for parent, token in zip(parents, draft.tokens.tolist(), strict=True) if parent in known
+                )
+
+    asyncio.run(main())
+
+
+def test_an_error_of_the_events_is_raised_to_the_reader() -> None:
+    async def events() -> AsyncIterator[Event]:
+        yield opening()
+        raise ZeroDivisionError
+
+    async def main() -> None:
+        async with hosted(Mute()) as host:
+            with pytest.raises(ZeroDivisionError):
+                async for _ in host.speculate(events()):
+                    pass
+            await soon(lambda: not host.grower.growing)
+
+    asyncio.run(main())
+
+
+def test_a_silent_method_sends_nothing_and_rests() -> None:
+    hand = Hand()
+    hand.grower.drafter = Mute()
+    hand.hear(opened())
+    assert hand.grower.grow() is True
+    assert hand.grower.grow() is False
+    assert hand.sent == []
+    assert np.array_equal(hand.grower.growing["0/s"].tree.expanded, [True])
