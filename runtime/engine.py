@@ -191,7 +191,7 @@ class Engine:
             request, now = asked.request, self.clock()
             band = self.calibrations.band(request.sampling.temperature)
             session = Session(request, self.model.vocabulary, self.model.context, band, style=self.scheduler.style)
-            self.live[session.id] = Live(session, self.model.new_cache(), asked, slots, committed_at=now, growth_at=now, missed=True)
+            self.live[session.id] = Live(session, self.model.new_cache(), asked, slots, committed_at=now, growth_at=now)
             for name, send in self.listeners(session).items():
                 send(session.open(self.share(session.id, name)))
 

@@ -35,10 +35,9 @@ class Live:
     reused: int = 0  # tokens of the prompt that came from another text's cache
     prefilled: float = 0.0  # seconds that the prompt took
     committed_at: float = 0.0
-    growth_at: float = 0.0  # last growth, or last miss where none has come since
+    growth_at: float = 0.0  # last growth, or last commit where none has come since
     growths: int = 0  # since the last commit
     hit: bool = False
-    missed: bool = False  # and no growth has come since
     width: int = 0  # rows beside the root in its last step
     accepted: Counter[str] = field(default_factory=Counter)  # delivered tokens by the drafter that guessed them
 
@@ -60,15 +59,13 @@ class Live:
 
     def committed(self, done: Round, at: float) -> None:
         self.tally.add(done)
-        self.hit, self.missed, self.width, self.growths = done.hit, not done.hit, done.width, 0
-        self.committed_at = at
-        if self.missed:
-            self.growth_at = at
+        self.hit, self.width, self.growths = done.hit, done.width, 0
+        self.committed_at = self.growth_at = at
 
     def grown(self, at: float) -> tuple[float, bool]:
-        """Seconds since the miss or the growth before this one, and whether it was a miss."""
-        delay, first = max(0.0, at - self.growth_at), self.missed
-        self.growth_at, self.missed = at, False
+        """Seconds since the commit or the growth before this one, and whether it was a commit."""
+        delay, first = max(0.0, at - self.growth_at), self.growths == 0
+        self.growth_at = at
         self.growths += 1
         return delay, first
 

@@ -79,7 +79,7 @@ def test_after_a_miss_it_waits_for_what_is_worth_it(options: dict[str, float], w
 
 
 def test_it_waits_for_more_as_long_as_the_leaves_promise_more_than_the_target_earns() -> None:
-    found, seen = living(300.0), {"drafters": 1, "promise": 0.9, "hit": True}
+    found, seen = living(300.0), {"drafters": 1, "promise": 0.9, "growths": 1}
     assert found.plan([view([0.5], **seen)]).wait > 0.0  # 0.45 > 0.3
     assert found.plan([view([0.3], **seen)]).wait == 0.0
     assert found.plan([view([0.3], **{**seen, "since_growth": 0.0005})]).wait > 0.0  # it is half way here

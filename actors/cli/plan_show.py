@@ -150,6 +150,7 @@ def plot(plan: Plan, file: Path) -> None:
     done = plan.of("schedules", plan.fastest)
     bars = axes[0].barh([job.schedule for job, _ in done], [seen.tokens_per_second for _, seen in done], color="#2b6cb0")
     axes[0].bar_label(bars, fmt="%.0f", padding=3)
+    axes[0].margins(x=0.12)
     axes[0].invert_yaxis()
     axes[0].set_xlabel("tokens/s")
     for axis, group in zip(axes[1:], SWEEPS, strict=True):

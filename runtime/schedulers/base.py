@@ -24,7 +24,7 @@ class View:
     waited        in this step so far
     since_commit  since its last commit, or its first step
     growths       messages of growth that have arrived since its last commit
-    since_growth  since its last growth arrived, or its last miss where none has since
+    since_growth  since its last growth arrived, or its last commit where none has since
     """
 
     gains: npt.NDArray[np.float64]
@@ -63,5 +63,5 @@ class Scheduler(Protocol):
         ...
 
     def grew(self, delay: float, first: bool) -> None:
-        """Learn after how many seconds growth arrived: since the miss before it (`first`), or since the last growth of its session."""
+        """Learn after how many seconds growth arrived: since the commit before it (`first`), or since the last growth of its session."""
         ...

@@ -32,7 +32,7 @@ class Living:
         self.rows = np.asarray(sorted(times), dtype=np.float64)
         self.times = np.maximum.accumulate(np.asarray([times[int(rows)] for rows in self.rows]))
         self.tokens, self.seconds = 1.0, float(self.times[0])  # moving averages, of a step
-        self.delay: dict[bool, float | None] = {True: None, False: None}  # of the first growth after a miss, of others
+        self.delay: dict[bool, float | None] = {True: None, False: None}  # of the first growth after a commit, of others
 
     @property
     def rate(self) -> float:
@@ -64,9 +64,8 @@ class Living:
         return left if left > 0.0 and float(leaves.sum()) > MARGIN * self.rate * due else 0.0
 
     def usual(self, view: View) -> float:
-        """Seconds from a miss, or from the growth before, to the next growth. Before any was seen half a step: a try, to learn it."""
-        missed = not view.hit and view.growths == 0
-        delay = self.delay[missed]
+        """Seconds from a commit, or from the growth before, to the next growth. Before any was seen half a step: a try, to learn it."""
+        delay = self.delay[view.growths == 0]
         return float(self.times[0]) / (2 * LATE) if delay is None else delay
 
     def time(self, rows: npt.ArrayLike) -> npt.NDArray[np.float64]:

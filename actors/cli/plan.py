@@ -1,0 +1,144 @@
+"""`outrider plan`: how fast each schedule would be, with how many drafters, at what distance, under what load; by simulation."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from actors.cli.generate import Dtype
+from actors.cli.plan_show import Plan, as_json, plot, sentences, tables
+from runtime import config
+from runtime.errors import InvalidRequest
+from runtime.sampling import Sampling, in_range, whole
+from runtime.sim import sweep
+from runtime.sim.forecast import Forecast, Setting
+from runtime.sim.measured import Measured, read
+from runtime.sim.sweep import Job
+
+MOST_SESSIONS, MOST_TARGETS = 10_000, 64
+LONGEST_TRIP = 10_000.0  # milliseconds
+DEFAULT_RTT = 1.0
+KIND = "schedules"
+
+
+def plan(
+    target: Annotated[str | None, typer.Option(help="model name or folder; default: the one that ships")] = None,
+    draft: Annotated[list[str] | None, typer.Option(help="model name or folder; several are compared; default: the one that ships")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's own on CUDA")] = Dtype.auto,
+    temperature: float = 0.0,
+    measured: Annotated[
+        list[Path] | None, typer.Option(help="figures in place of models, as --save writes them; several are compared")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="write the figures of one pair into this file")] = None,
+    rtt: Annotated[
+        float | None, typer.Option(help="milliseconds from target to drafter and back; default: 1, or what the figures say")
+    ] = None,
+    sessions: Annotated[int, typer.Option(help="at a time")] = 1,
+    drafters: int = 1,
+    targets: Annotated[int, typer.Option(help="sessions are divided among them, drafters serve all")] = 1,
+    schedule: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(sweep.SCHEDULES)}; default: all")] = None,
+    png: Annotated[Path | None, typer.Option(help="draw the forecast into this file")] = None,
+    as_object: Annotated[bool, typer.Option("--json", help="one JSON object in place of tables")] = False,
+) -> None:
+    """Forecast tokens per second of each schedule from measured step times and guesses: the runtime itself, on a virtual clock."""
+    names = tuple(dict.fromkeys(schedule or sweep.SCHEDULES))
+    setting = checked(names, sessions, drafters, targets, rtt, temperature)
+    if measured and (target or draft):
+        raise InvalidRequest("--measured stands in place of models: give either figures or --target and --draft", "measured")
+    errors = Console(stderr=True, highlight=False)
+    if measured:
+        pairs = [read(file) for file in measured]
+        pairs = pairs if rtt is None else [pair.model_copy(update={"rtt": rtt / 1e3}) for pair in pairs]
+    else:
+        pairs = measure(target, draft, dtype, temperature, DEFAULT_RTT if rtt is None else rtt, errors)
+    if save is not None:
+        write(save, pairs)
+    with simulator(errors) as run_all:
+        found = forecasts(pairs, names, setting, run_all)
+    if png is not None:
+        plot(found, png)
+    console = Console(highlight=False)
+    if as_object:
+        typer.echo(json.dumps(as_json(found)))
+        return
+    for table in tables(found):
+        console.print(table)
+        console.print()
+    for sentence in sentences(found):
+        console.print(sentence)
+
+
+def checked(names: Sequence[str], sessions: int, drafters: int, targets: int, rtt: float | None, temperature: float) -> Setting:
+    """Raises InvalidRequest for what is out of range."""
+    wrong = [name for name in names if name not in sweep.SCHEDULES]
+    if wrong:
+        raise InvalidRequest(f"schedule {wrong[0]!r} is not known: give one of {', '.join(sweep.SCHEDULES)}", "schedule")
+    whole("sessions", sessions, 1, MOST_SESSIONS)
+    whole("drafters", drafters, 1, config.MOST_DRAFTERS)
+    whole("targets", targets, 1, MOST_TARGETS)
+    if rtt is not None:
+        in_range("rtt", rtt, 0.0, LONGEST_TRIP)
+    Sampling(temperature=temperature)
+    return Setting(drafters=drafters, sessions=sessions, targets=targets)
+
+
+def measure(target: str | None, drafts: list[str] | None, dtype: Dtype, temperature: float, rtt: float, errors: Console) -> list[Measured]:
+    with errors.status("loading torch") as status:
+        from actors.cli.measure import measure as of_models  # torch and transformers: `--help` needs neither
+
+        chosen = tuple(dict.fromkeys(drafts or [config.shipped("draft")]))
+        pairs, warnings = of_models(target or config.shipped("target"), chosen, dtype.value, temperature, rtt / 1e3, status.update)
+    for warning in warnings:
+        errors.print(f"note: {warning}", style="yellow")
+    return pairs
+
+
+def write(file: Path, pairs: Sequence[Measured]) -> None:
+    if len(pairs) != 1:
+        raise InvalidRequest(f"--save holds one pair, not {len(pairs)}: give one --draft", "save")
+    try:
+        file.write_text(pairs[0].model_dump_json(indent=1, by_alias=True) + "\n", "utf-8")
+    except OSError as error:
+        raise InvalidRequest(f"cannot write {file} ({error.strerror}): give a file in a folder that exists", "save") from error
+
+
+@contextmanager
+def simulator(errors: Console) -> Iterator[sweep.RunAll]:
+    """Runs simulations on all cores that this process may use, under a progress bar."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn"))
+    with pool, Progress(*columns, console=errors, transient=True) as progress:
+
+        def run_all(jobs: Sequence[Job]) -> list[Forecast]:
+            distinct = {job.same: job for job in jobs}
+            bar = progress.add_task("simulating", total=len(distinct))
+            longest_first = sorted(distinct, key=lambda same: -distinct[same].effort)
+            coming = {same: pool.submit(distinct[same].run) for same in longest_first}
+            for _ in as_completed(coming.values()):
+                progress.advance(bar)
+            progress.remove_task(bar)
+            return [coming[job.same].result() for job in jobs]
+
+        yield run_all
+
+
+def forecasts(pairs: Sequence[Measured], names: Sequence[str], setting: Setting, run_all: sweep.RunAll) -> Plan:
+    """All schedules for every draft; the rest for the one that is fastest."""
+    configs = [sweep.chosen(pair, names, setting, run_all) for pair in pairs]
+    jobs = [job for pair, chosen in zip(pairs, configs, strict=True) for job in sweep.jobs(pair, chosen, setting) if job.group == KIND]
+    compared = list(zip(jobs, run_all(jobs), strict=True))
+    fastest = max(compared, key=lambda done: done[1].tokens_per_second)[0].measured
+    jobs = [job for job in sweep.jobs(fastest, configs[pairs.index(fastest)], setting) if job.group != KIND]
+    if "living" in names:
+        shallow = sweep.half_as_deep(fastest)
+        jobs.append(Job("half as deep", "living", 0, shallow, config.ScheduleConfig(), replace(setting)))
+    return Plan(tuple(pairs), fastest, setting, (*compared, *zip(jobs, run_all(jobs), strict=True)))

@@ -1,0 +1,246 @@
+"""Our methods as they are used: target and drafters are Ray actors on cores of their own and talk gRPC; requests come from this process."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from actors.cli.service import NAMESPACE, OBJECT_STORE, cause_of, unreachable
+from actors.controller import first_answer, options
+from actors.draft import DraftActor
+from actors.grpc_links import GrpcTarget
+from actors.peers import Peer
+from actors.target import TargetActor
+from bench import recorded
+from bench.methods import Cores, Method, Ours, Outcome
+from bench.prompts import Prompt
+from runtime.calibration import Calibrations
+from runtime.config import DrafterConfig, Dtype, Placement, ScheduleConfig, TargetConfig
+from runtime.errors import InvalidRequest, Unavailable
+from runtime.kv.prefixes import Prefixes
+from runtime.messages import Chunk, Request, Stats, Tokens
+from runtime.policy import scheduler
+from runtime.sampling import Sampling
+from runtime.schedulers.base import Scheduler
+from runtime.tracing import Recording
+
+NAMES = {"model": "draft-0", "ngram": "ngram-0", "wrong": "wrong-0"}  # of drafters, by method
+PATIENCE = 10.0  # seconds until a target has its drafters
+LOOK = 0.01  # seconds between two looks
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Folders or names of target and draft, and the numbers of the cores that may be used: `Cores` are places among these."""
+
+    target: str
+    draft: str
+    dtype: Dtype
+    cores: tuple[int, ...]
+
+    def placed(self, cores: Cores) -> Placement:
+        return Placement(cores=tuple(self.cores[place] for place in cores), listen="127.0.0.1")
+
+    def target_config(self, cores: Cores) -> TargetConfig:
+        return TargetConfig(model=self.target, dtype=self.dtype, device="cpu", placement=self.placed(cores))
+
+    def drafter_config(self, method: str, cores: Cores) -> DrafterConfig:
+        model = "" if method == "ngram" else self.draft
+        named = {"name": NAMES[method], "method": method, "model": model, "dtype": self.dtype}
+        return DrafterConfig.model_validate({**named, "device": "cpu", "placement": self.placed(cores)})
+
+
+def schedule_of(how: Ours) -> ScheduleConfig:
+    return ScheduleConfig.model_validate({"policy": how.schedule, **dict(how.options)})
+
+
+class MethodTarget(TargetActor):
+    """A target that takes one method after the other, and lets none of them profit or suffer from what another has learned or read."""
+
+    def __init__(self, config: TargetConfig, record: bool = False) -> None:
+        super().__init__(config, record)
+        self.policies: dict[Ours, Scheduler] = {}
+        self.known: dict[tuple[str, tuple[str, ...]], Calibrations] = {}
+
+    def become(self, how: Ours, peers: list[Peer]) -> None:
+        """From the next request on; to be called when none is under way.
+
+        A method that comes back knows what it had learned: a schedule of its own for each, calibrations for each policy with
+        these drafters. Prompts are read anew, as the others read them.
+        """
+        engine = self.target.engine
+        if how not in self.policies:
+            self.policies[how] = scheduler(schedule_of(how), self.times)
+        self.target.schedule(self.policies[how])
+        engine.calibrations = self.known.setdefault((how.schedule, how.drafters), Calibrations())
+        engine.prefixes = Prefixes(engine.prefixes.budget)
+        self.drafters(peers)
+
+
+class Service(Protocol):
+    def generate(self, request: Request) -> AsyncGenerator[Chunk, None]: ...
+
+
+@dataclass(slots=True)
+class Answer:
+    """Of one request: its tokens, and how many of them were there at each moment (`time.perf_counter`)."""
+
+    tokens: list[int] = field(default_factory=list)
+    moments: list[tuple[float, int]] = field(default_factory=list)
+    stats: Stats | None = None
+
+
+async def ask(service: Service, prompts: Sequence[Tokens], sampling: Sampling) -> tuple[float, list[Answer]]:
+    """All prompts at the same time; returns also when that began. Raises Unavailable where one of them ends by an error."""
+    requests = [Request(uuid.uuid4().hex, prompt, sampling) for prompt in prompts]
+    began = time.perf_counter()
+    return began, list(await asyncio.gather(*(listen(service, request) for request in requests)))
+
+
+async def listen(service: Service, request: Request) -> Answer:
+    answer = Answer()
+    async for chunk in service.generate(request):
+        if chunk.finish_reason in ("error", "cancelled"):
+            raise Unavailable(f"the target did not finish ({chunk.error or chunk.finish_reason}): see the message above")
+        answer.tokens += chunk.tokens
+        answer.moments.append((time.perf_counter(), len(answer.tokens)))
+        answer.stats = chunk.stats or answer.stats
+    return answer
+
+
+def outcome(began: float, answers: Sequence[Answer]) -> Outcome:
+    """Of requests that were made when it `began`; without the figures of the steps."""
+    first = max(next(at for at, count in answer.moments if count) for answer in answers)
+    return Outcome(
+        outputs=tuple(tuple(answer.tokens) for answer in answers),
+        seconds=max(answer.moments[-1][0] for answer in answers) - began,
+        first_seconds=first - began,
+        first_tokens=sum(max(count for at, count in answer.moments if at <= first) for answer in answers),
+    )
+
+
+class Cluster:
+    """A Runner for the methods that it was started for. `recordings`: of the last run, target first, then its drafters."""
+
+    def __init__(self, targets: Mapping[Cores, Any], drafters: Mapping[tuple[str, Cores], Any]) -> None:
+        """Handles of actors that have started, MethodTarget and DraftActor."""
+        self.targets, self.drafters = targets, drafters
+        self.recordings: list[Recording] = []
+        self._loop = asyncio.Runner()
+        self._services: dict[str, GrpcTarget] = {}
+
+    def run(self, method: Method, prompts: Sequence[Prompt], sampling: Sampling) -> Outcome:
+        """Raises InvalidRequest for a method of others, Unavailable where an actor has ended or a drafter was lost on the way."""
+        if not isinstance(method.how, Ours):
+            raise InvalidRequest(f"method {method.name!r} is transformers': run it with its own runner", "method")
+        how, target = method.how, self.targets[method.how.target_cores]
+        drafters = {NAMES[name]: self.drafters[name, how.drafter_cores] for name in how.drafters}
+        with known_errors():
+            peers = [Peer(name, ray.get(handle.where.remote()).address, 0) for name, handle in drafters.items()]
+            ray.get(target.become.remote(how, peers))
+            self._await_drafters(target, sorted(drafters))
+            actors = [target, *drafters.values()]
+            ray.get([actor.trace.remote() for actor in actors])  # what came after the last run
+            address = ray.get(target.where.remote()).address
+            began, answers = self._loop.run(self._ask(address, [prompt.tokens for prompt in prompts], sampling))
+            if (left := sorted(ray.get(target.attached.remote()))) != sorted(drafters):
+                raise Unavailable(f"of the drafters {sorted(drafters)} only {left} were left after {method.name}: see the message above")
+            self.recordings = ray.get([actor.trace.remote() for actor in actors])
+        return with_steps(outcome(began, answers), answers, self.recordings)
+
+    def _await_drafters(self, target: Any, names: list[str]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while (attached := sorted(ray.get(target.attached.remote()))) != names:
+            if time.monotonic() > deadline:
+                raise Unavailable(f"the target has the drafters {attached} and not {names}: see the message above")
+            time.sleep(LOOK)
+
+    async def _ask(self, address: str, prompts: Sequence[Tokens], sampling: Sampling) -> tuple[float, list[Answer]]:
+        if address not in self._services:
+            self._services[address] = GrpcTarget(address)
+        return await ask(self._services[address], prompts, sampling)
+
+    def close(self) -> None:
+        """Ends the connections, not the actors."""
+        for service in self._services.values():
+            self._loop.run(service.close())
+        self._loop.close()
+
+
+def with_steps(found: Outcome, answers: Sequence[Answer], parts: Sequence[Recording]) -> Outcome:
+    """With the figures of the target's steps where it served one prompt: several share theirs."""
+    stats = answers[0].stats if len(answers) == 1 else None
+    if stats is None:
+        return found
+    target, *drafters = parts
+    steps = recorded.steps(stats, target, drafters)
+    return Outcome(found.outputs, found.seconds, found.first_seconds, found.first_tokens, steps)
+
+
+@contextlib.contextmanager
+def running(pair: Pair, methods: Iterable[Method]) -> Iterator[Cluster]:
+    """A Ray cluster on this machine with the actors that these methods need. All of it ends with the block.
+
+    Targets start one by one, before any drafter: each measures its T(n) then, alone on its cores. All of them record, which
+    costs some microseconds a step. Raises what an actor's own start raised, Unavailable where Ray does not start.
+    """
+    hows = [method.how for method in methods if isinstance(method.how, Ours)]
+    wanted_targets = sorted({how.target_cores for how in hows})
+    wanted_drafters = sorted({(name, how.drafter_cores) for how in hows for name in how.drafters})
+    with local_ray(len(wanted_targets) + len(wanted_drafters)), known_errors():
+        targets = {}
+        for cores in wanted_targets:
+            config = pair.target_config(cores)
+            targets[cores] = options(MethodTarget, name_of("target", cores), config.placement).remote(config, True)
+            first_answer("target", targets[cores].start.remote())
+        drafters = {}
+        for method, cores in wanted_drafters:
+            drafter = pair.drafter_config(method, cores)
+            handle = options(DraftActor, name_of(method, cores), drafter.placement).remote(drafter, pair.target, 0, True)
+            drafters[method, cores] = handle
+        for (method, _), answer in [(key, handle.start.remote()) for key, handle in drafters.items()]:
+            first_answer(f"drafter {NAMES[method]}", answer)
+        found = Cluster(targets, drafters)
+        try:
+            yield found
+        finally:
+            found.close()
+
+
+def name_of(what: str, cores: Cores) -> str:
+    return f"bench-{what}-{'-'.join(map(str, cores))}"
+
+
+@contextlib.contextmanager
+def local_ray(cpus: int) -> Iterator[None]:
+    """A cluster of this process alone. Raises Unavailable where it does not start."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray 2.60 warns without it
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let any other process hold up target and drafters
+    quiet: Any = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        ray.init(num_cpus=cpus, object_store_memory=OBJECT_STORE, namespace=NAMESPACE, **quiet)
+    except (RuntimeError, ValueError, OSError, OverflowError) as error:
+        raise Unavailable(unreachable(None, str(error))) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def known_errors() -> Iterator[None]:
+    """Ray's errors as the project's own."""
+    try:
+        yield
+    except RayTaskError as error:
+        raise cause_of(error) from error
+    except RayError as error:
+        raise Unavailable(f"an actor has ended ({str(error).strip().splitlines()[0]}): see its log") from error

@@ -1,0 +1,135 @@
+"""What the benchmark's models go on from: held-out files of the standard library, or a user's file. None was chosen for its figures."""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from models import corpus
+from runtime.errors import InvalidRequest
+from runtime.messages import Tokens
+
+SHORTEST, LONGEST = 64, 256  # tokens of context
+FIELDS = ("prompt", "question", "turns", "text")  # where the sets in use keep it: HumanEval, GSM8K, MT-Bench and Spec-Bench, plain text
+LARGEST = 1 << 26  # bytes of a prompt file
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """`name` says where it is from, and is the same in every run."""
+
+    name: str
+    tokens: Tokens
+
+
+def held_out(tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> list[Prompt]:
+    """Excerpts of SHORTEST to LONGEST tokens, of as many different held-out files, that begin and end where a line does.
+
+    Files, places and lengths are drawn with `seed` alone. Raises InvalidRequest where there are fewer files than `count`.
+    """
+    draw = random.Random(seed)
+    names = corpus.files(held_out=True)
+    draw.shuffle(names)
+    found: list[Prompt] = []
+    for name in names:
+        if len(found) == count:
+            break
+        cut = excerpt(tokenizer, corpus.read(name), draw)
+        if cut is not None:
+            line, tokens = cut
+            found.append(Prompt(f"{name}:{line}", tokens))
+    if len(found) < count:
+        raise InvalidRequest(f"{count} prompts are more than the {len(found)} held-out files hold: ask for fewer", "count")
+    return found
+
+
+def excerpt(tokenizer: PreTrainedTokenizerFast, text: str, draw: random.Random) -> tuple[int, Tokens] | None:
+    """Whole lines from a drawn one on, as many as fit into a drawn length; with its number. None for a text too short for that."""
+    lines = text.splitlines(keepends=True)
+    most = draw.randint(SHORTEST, LONGEST)
+    first = draw.randrange(max(1, len(lines)))
+    tokens: Tokens = ()
+    for last in range(first + 1, len(lines) + 1):
+        longer = tuple(tokenizer.encode("".join(lines[first:last])))
+        if len(longer) > most:
+            break
+        tokens = longer
+    return (first + 1, tokens) if len(tokens) >= SHORTEST else None
+
+
+def from_file(path: Path) -> dict[str, str]:
+    """Texts by name, in the order of the file.
+
+    - .jsonl: an object a line, with the prompt under `prompt`, `question`, `turns` (a list: its first) or `text`; or a string a line;
+    - .json: a list of such objects or strings;
+    - a folder: each file in it is a prompt;
+    - anything else: each line that is not blank is a prompt.
+
+    Raises InvalidRequest that names file and line.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+        return some({file.name: read(file) for file in files}, path)
+    text = read(path)
+    if path.suffix == ".json":
+        values = parse(text, str(path))
+        if not isinstance(values, list):
+            raise InvalidRequest(f"{path} holds no list: give a list of prompts", "prompts")
+        return some({f"{path.name}:{number}": prompt_of(value, f"{path}, entry {number}") for number, value in enumerate(values, 1)}, path)
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if path.suffix == ".jsonl":
+        return some({f"{path.name}:{n}": prompt_of(parse(line, f"{path}, line {n}"), f"{path}, line {n}") for n, line in lines}, path)
+    return some({f"{path.name}:{number}": line for number, line in lines}, path)
+
+
+def read(path: Path) -> str:
+    try:
+        if path.stat().st_size > LARGEST:
+            raise InvalidRequest(f"{path} is larger than {LARGEST >> 20} MiB: give a smaller file of prompts", "prompts")
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise InvalidRequest(f"{path} cannot be read ({error.strerror}): give a file of prompts", "prompts") from error
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{path} is not UTF-8 text: give a file of prompts", "prompts") from error
+
+
+def parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{where} is not JSON ({str(error).splitlines()[0]}): mend it", "prompts") from error
+
+
+def prompt_of(value: object, where: str) -> str:
+    if isinstance(value, dict):
+        field = next((field for field in FIELDS if field in value), None)
+        if field is None:
+            raise InvalidRequest(f"{where} has no prompt: name the field {', '.join(FIELDS[:-1])} or {FIELDS[-1]}", "prompts")
+        value, where = value[field], f"{where}, {field}"
+        if isinstance(value, list) and value:
+            value = value[0]
+    if not isinstance(value, str) or not value:
+        raise InvalidRequest(f"{where} is {type(value).__name__}, not a text: give a string that is not empty", "prompts")
+    return value
+
+
+def some(texts: dict[str, str], path: Path) -> dict[str, str]:
+    full = {name: text for name, text in texts.items() if text}
+    if not full:
+        raise InvalidRequest(f"{path} holds no prompt: give a file of prompts", "prompts")
+    return full
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: dict[str, str], most: int) -> list[Prompt]:
+    """The texts as tokens; of one that is longer than `most` the beginning is cut away, as the output continues its end."""
+    return [Prompt(name, tuple(tokenizer.encode(text))[-most:]) for name, text in texts.items()]
+
+
+def pick(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
+    """`count` of them, drawn with `seed` alone, in the order of the file; all where there are no more."""
+    chosen = sorted(random.Random(seed).sample(range(len(prompts)), min(count, len(prompts))))
+    return [prompts[index] for index in chosen]

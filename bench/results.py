@@ -1,0 +1,170 @@
+"""What a benchmark found, as it is kept in bench/results/NAME.json. Times are in seconds."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from runtime.config import Strict
+from runtime.errors import InvalidRequest
+from runtime.messages import Stats
+
+
+class Machine(Strict):
+    """`cores` are those that the benchmark used; `flags` those of the processor that decide how fast bf16 is."""
+
+    processor: str
+    flags: tuple[str, ...]
+    cores: int
+    memory_gib: float
+    gpu: str = ""
+    python: str
+    torch: str
+    transformers: str
+    date: str
+
+
+class PairFacts(Strict):
+    """Names, parameters and data type of the two models."""
+
+    target: str
+    draft: str
+    target_parameters: int
+    draft_parameters: int
+    dtype: str
+
+
+class Settings(Strict):
+    prompts: str  # where they are from
+    count: int
+    new_tokens: int
+    repetitions: int
+    seed: int
+
+
+class MethodFacts(Strict):
+    name: str
+    who: Literal["ours", "transformers"]
+    cores: int
+    detail: str
+
+
+class Steps(Strict):
+    """Of the target's steps in one run of ours. `lead` is the mean number of tokens by which drafting was ahead when a step began."""
+
+    rounds: int
+    drafted: int
+    verified: int
+    accepted: int
+    hits: int
+    computed: float
+    waited: float
+    bookkeeping: float
+    by_drafter: dict[str, int] = Field(default_factory=dict)
+    lead: float | None = None
+
+
+class Run(Strict):
+    """One run of one method. `prompt` names the prompt, or where `batch` is above 1 the group of them; `text` is a digest of the output.
+
+    `first_seconds` and `first_tokens` end with the first token of every prompt: what is left of the run is decoding.
+    """
+
+    method: str
+    temperature: float
+    batch: int
+    prompt: str
+    repetition: int
+    tokens: int
+    seconds: float
+    first_tokens: int
+    first_seconds: float
+    text: str
+    steps: Steps | None = None
+
+
+class Acceptance(Strict):
+    """By number k of guesses: the share of positions at which the draft's first k hold the target's choice."""
+
+    temperature: float
+    ranks: dict[int, float]
+
+
+class Profile(Strict):
+    """The pair on one core each (or on the GPU). Step times by rows, the root included.
+
+    `floor` is the time that the memory alone needs for a step with one row: bytes of weights over the measured bandwidth.
+    `round_trip` is that from target to drafter and back, in a recorded run.
+    """
+
+    target: dict[int, float] = Field(default_factory=dict)
+    draft: dict[int, float] = Field(default_factory=dict)
+    acceptance: tuple[Acceptance, ...] = ()
+    floor: float | None = None
+    round_trip: float | None = None
+
+
+class Tried(Strict):
+    """A setting that the sweep tried, on prompts that were not measured later; `name` is the method's if it was the best."""
+
+    name: str
+    detail: str
+    tokens_per_second: float
+
+
+class Forecast(Strict):
+    """What the planner expects of a method, decoding alone, all prompts of the batch together."""
+
+    method: str
+    temperature: float
+    batch: int
+    tokens_per_second: float
+
+
+class Results(Strict):
+    format: Literal[1] = 1
+    name: str
+    machine: Machine
+    pair: PairFacts
+    settings: Settings
+    methods: tuple[MethodFacts, ...]
+    profile: Profile = Profile()
+    sweep: tuple[Tried, ...] = ()
+    runs: tuple[Run, ...] = ()
+    forecasts: tuple[Forecast, ...] = ()
+
+
+def steps_of(stats: Stats, lead: float | None = None) -> Steps:
+    return Steps(
+        rounds=stats.rounds,
+        drafted=stats.drafted,
+        verified=stats.verified,
+        accepted=stats.accepted,
+        hits=stats.hits,
+        computed=stats.computed,
+        waited=stats.waited,
+        bookkeeping=stats.bookkeeping,
+        by_drafter=stats.by_drafter,
+        lead=lead,
+    )
+
+
+def write(results: Results, file: Path) -> None:
+    """Replaces the file at once: who reads or interrupts sees the old content or the new."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(results.model_dump_json(indent=1) + "\n", "utf-8")
+    partial.replace(file)
+
+
+def read(file: Path) -> Results:
+    try:
+        return Results.model_validate_json(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{file} cannot be read: give a file that the benchmark wrote", "results") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidRequest(
+            f"{file} holds no results ({where or 'content'}: {first['msg']}): run the benchmark again", "results"
+        ) from error

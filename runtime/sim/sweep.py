@@ -1,0 +1,107 @@
+"""What a plan compares: schedules, numbers of drafters, round trips and loads, each as a list of simulations and its outcome."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from runtime import limits
+from runtime.config import ScheduleConfig
+from runtime.errors import InvalidRequest
+from runtime.schedulers.pearl import gamma
+from runtime.sim.forecast import Forecast, Setting, forecast
+from runtime.sim.measured import Measured
+
+CHAINS = (1, 2, 3, 4, 5, 6, 8, 12)
+SHAPES = ((2, 2, 4, 8), (4, 2, 4, 12), (4, 4, 4, 16), (4, 2, 6, 16), (4, 4, 8, 24), (8, 4, 6, 32))  # width, branches, passes, rows
+SCHEDULES = ("plain", "sync chain", "sync tree", "amusd", "pearl", "living")
+DRAFTERS = (1, 2, 4, 8, 16, 32, 64)
+ROUND_TRIPS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)  # seconds
+SESSIONS = (1, 4, 16, 64, 256, 1000)
+LOADED = ("plain", "living")  # schedules of which the load is swept: the others serve one session
+ENOUGH = 0.97  # of the best rate: fewer drafters that reach it are preferred
+SHORT = 200  # tokens of a simulation that only chooses a setting
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One simulation. `group` and `label` say where its outcome belongs."""
+
+    group: str
+    schedule: str
+    label: float
+    measured: Measured
+    config: ScheduleConfig
+    setting: Setting
+
+    @property
+    def same(self) -> tuple[object, ...]:
+        """Equal for simulations with the same outcome: what waits for a full target does not change it."""
+        most = limits.SESSIONS * self.setting.targets
+        return id(self.measured), self.config, replace(self.setting, sessions=min(self.setting.sessions, most))
+
+    @property
+    def effort(self) -> int:
+        """Grows with the time that the simulation takes."""
+        return self.setting.sessions * self.setting.drafters
+
+    def run(self) -> Forecast:
+        return forecast(self.measured, self.config, self.setting)
+
+
+Done = tuple[Job, Forecast]
+RunAll = Callable[[Sequence[Job]], list[Forecast]]  # in their order
+
+
+def settings(name: str, measured: Measured) -> list[ScheduleConfig]:
+    """All settings in which a schedule is tried; one where it has none. Raises InvalidRequest for an unknown name."""
+    match name:
+        case "plain" | "amusd" | "living":
+            return [ScheduleConfig.model_validate({"policy": name})]
+        case "pearl":
+            return [ScheduleConfig(policy="pearl", passes=gamma(measured.target[1], measured.draft[1] + measured.pass_))]
+        case "sync chain":
+            return [ScheduleConfig(policy="sync", width=1, branches=1, passes=k, rows=k) for k in CHAINS]
+        case "sync tree":
+            return [ScheduleConfig(policy="sync", width=w, branches=b, passes=p, rows=n) for w, b, p, n in SHAPES]
+    raise InvalidRequest(f"schedule {name!r} is not known: give one of {', '.join(SCHEDULES)}", "schedule")
+
+
+def chosen(measured: Measured, names: Sequence[str], setting: Setting, run_all: RunAll) -> dict[str, ScheduleConfig]:
+    """The best setting of each schedule, by short simulations."""
+    short = replace(setting, tokens=SHORT)
+    tried = {name: settings(name, measured) for name in names}
+    jobs = [
+        Job("settings", name, number, measured, config, short)
+        for name, configs in tried.items()
+        if len(configs) > 1
+        for number, config in enumerate(configs)
+    ]
+    best = {name: configs[0] for name, configs in tried.items()}
+    reached = dict.fromkeys(names, 0.0)
+    for job, found in zip(jobs, run_all(jobs), strict=True):
+        if found.tokens_per_second > reached[job.schedule]:
+            best[job.schedule], reached[job.schedule] = job.config, found.tokens_per_second
+    return best
+
+
+def jobs(measured: Measured, configs: dict[str, ScheduleConfig], setting: Setting) -> list[Job]:
+    """Every schedule as it is, by round trips, and, where it makes sense, by drafters and by load."""
+    found = [Job("schedules", name, 0, measured, config, setting) for name, config in configs.items()]
+    for name, config in configs.items():
+        if name == "living":
+            found += [Job("drafters", name, count, measured, config, replace(setting, drafters=count)) for count in DRAFTERS]
+        if name != "plain":
+            found += [Job("round trips", name, rtt, measured.model_copy(update={"rtt": rtt}), config, setting) for rtt in ROUND_TRIPS]
+        if name in LOADED:
+            found += [Job("load", name, count, measured, config, replace(setting, sessions=count)) for count in SESSIONS]
+    return found
+
+
+def half_as_deep(measured: Measured) -> Measured:
+    """The same guesses in half the time: what a draft of half the layers would be worth, were it as good."""
+    return measured.model_copy(update={"draft": {rows: seconds / 2 for rows, seconds in measured.draft.items()}})
+
+
+def fewest(by_drafters: dict[float, float]) -> int:
+    """The smallest number of drafters with nearly the best rate."""
+    best = max(by_drafters.values())
+    return int(min(count for count, rate in by_drafters.items() if rate >= ENOUGH * best))

@@ -1,0 +1,147 @@
+"""The runtime on a virtual clock: engines, growers and the messages between them, as discrete events.
+
+Nothing here decides anything: engine, session, scheduler and grower are those that run in earnest, called in the order of
+their own loops, with the clock moved on where a model would be computing and where a message would be on its way.
+"""
+
+import heapq
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from runtime.drafters.base import Wish
+from runtime.engine import Engine, Heard, Input, Join, Step
+from runtime.grower import Grower
+from runtime.grower import Heard as Told
+from runtime.messages import Event, Reply
+
+TICK = 1e-6  # seconds: the shortest wait, so that a rest too small for the clock's last digit passes too
+Seconds = Callable[[int], float]  # of a pass, by its rows
+
+
+class World:
+    """Things that are going to happen, in the order of their times; of those at one time the earlier arranged comes first."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.coming: list[tuple[float, int, Callable[[], None]]] = []
+        self.order = itertools.count()
+
+    def clock(self) -> float:
+        return self.now
+
+    def after(self, delay: float, happens: Callable[[], None]) -> None:
+        heapq.heappush(self.coming, (self.now + delay, next(self.order), happens))
+
+    def step(self) -> bool:
+        """Let the next thing happen; False where nothing is left."""
+        if not self.coming:
+            return False
+        self.now, _, happens = heapq.heappop(self.coming)
+        happens()
+        return True
+
+
+class TargetSide:
+    """An engine whose passes take `seconds` (rows of all sessions together), and `message` more for each growth to take in."""
+
+    def __init__(self, world: World, engine: Engine, seconds: Seconds, message: float) -> None:
+        self.world, self.engine, self.seconds, self.message = world, engine, seconds, message
+        self.computing = False
+        self.plans = 0  # made so far: an alarm that was set before the last of them has been overtaken
+
+    def hear(self, arrived: Input) -> None:
+        self.engine.inbox.put(arrived)
+        if not self.computing:
+            self.go_on()
+
+    def go_on(self) -> None:
+        """Engine.run and the first half of Engine.advance, up to the pass. Reading a prompt takes no time here."""
+        engine = self.engine
+        self.plans += 1
+        taken = engine.inbox.qsize()
+        engine.take_in(0.0)
+        engine.begin()
+        while not all(live.ready for live in engine.live.values()):
+            engine.prefill()
+        ready = list(engine.live.values())
+        if not ready:
+            return
+        plan = engine.plan(ready)
+        if plan.wait > 0.0:
+            this = self.plans
+            self.world.after(max(plan.wait, TICK), lambda: self.wake(this))
+            return
+        step = engine.pack(ready, plan)
+        choices = engine.compute(step)
+        self.computing = True
+        rows = sum(len(part.rows.tokens) for part in step.parts)
+        self.world.after(self.seconds(rows) + self.message * taken, lambda: self.decided(step, choices))
+
+    def wake(self, plan: int) -> None:
+        if plan == self.plans and not self.computing:
+            self.go_on()
+
+    def decided(self, step: Step, choices: Sequence[Sequence[int]]) -> None:
+        """The second half of Engine.advance."""
+        self.computing = False
+        self.engine.take_in(0.0)
+        self.engine.commit(step, choices, self.world.now)
+        self.go_on()
+
+
+class DrafterSide:
+    """A grower whose passes take `seconds`. It serves all targets that it is joined to as one queue."""
+
+    def __init__(self, world: World, grower: Grower, seconds: Seconds) -> None:
+        self.world, self.grower, self.seconds = world, grower, seconds
+        self.computing = False
+        self.answered = 0  # wishes
+
+    def hear(self, told: Told) -> None:
+        self.grower.inbox.put(told)
+        if not self.computing:
+            self.go_on()
+
+    def go_on(self) -> None:
+        """Grower.run up to the method's pass."""
+        self.grower.take_in(block=False)
+        wishes = self.grower.plan()
+        if not wishes:
+            return
+        self.computing = True
+        self.answered += len(wishes)
+        rows = sum(len(wish.leaves) for wish in wishes)
+        self.world.after(self.seconds(rows), lambda: self.computed(wishes))
+
+    def computed(self, wishes: Sequence[Wish]) -> None:
+        self.computing = False
+        self.grower.add(wishes, self.grower.ask(wishes))
+        self.go_on()
+
+    def join(self, target: TargetSide, stream: int, one_way: float) -> None:
+        """A link between the two, on which every message is under way for `one_way` seconds."""
+        name = self.grower.name
+
+        def reply(message: Reply) -> None:
+            named = replace(message, drafter=name)
+            self.world.after(one_way, lambda: target.hear(Heard(named, self.world.now)))
+
+        def send(event: Event) -> None:
+            self.world.after(one_way, lambda: self.hear(Told(stream, event, reply)))
+
+        target.engine.handle(Join(name, send))
+
+
+def linear(times: dict[int, float], more: float = 0.0) -> Seconds:
+    """Between the measured rows straight lines, never falling; beyond them the last of these goes on. `more` is added to all."""
+    rows = np.asarray(sorted(times), dtype=np.float64)
+    seconds = np.maximum.accumulate(np.asarray([times[int(n)] for n in rows]))
+    slope = float((seconds[-1] - seconds[-2]) / (rows[-1] - rows[-2])) if len(rows) > 1 else 0.0
+
+    def of(n: int) -> float:
+        return more + float(np.interp(n, rows, seconds)) + max(0.0, n - float(rows[-1])) * slope
+
+    return of
