@@ -1,5 +1,6 @@
 """Composition: a target or a drafter from its configuration, on the machine this runs on. No Ray, no sockets."""
 
+import gc
 import importlib
 import os
 import sys
@@ -12,7 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from actors.memory import recall
 from runtime.config import DrafterConfig, Placement, TargetConfig, memory_of
-from runtime.drafters.base import Ingredients
+from runtime.drafters.base import Drafter, Ingredients
+from runtime.drafters.model import ModelDrafter
+from runtime.drafters.noisy import Noisy
 from runtime.drafting import DraftHost
 from runtime.engine import Engine
 from runtime.finish import Finish
@@ -22,12 +25,14 @@ from runtime.models.choose import choose
 from runtime.models.detokenize import Detokenizer
 from runtime.models.hf import HFModel
 from runtime.models.load import load_model, load_tokenizer
-from runtime.models.timing import step_times
+from runtime.models.timing import knee, step_times
 from runtime.policy import scheduler
 from runtime.schedulers.living import ROWS
 from runtime.target import Target
 from runtime.tracing import OFF, TARGET, Trace
 
+WIDTHS = (1, 2, 4, 8)  # of a drafter's pass, among which the knee is looked for
+UNMEASURED = 4
 SWITCH_INTERVAL = 0.0002  # seconds; Python's own 5 ms would let the model's thread hold up the exchange
 
 
@@ -36,6 +41,12 @@ def settle(placement: Placement) -> None:
     sys.setswitchinterval(SWITCH_INTERVAL)
     if placement.cores:
         os.sched_setaffinity(0, placement.cores)
+
+
+def settle_memory() -> None:
+    """What is loaded stays: Python need not look through it for garbage while tokens wait."""
+    gc.collect()
+    gc.freeze()
 
 
 def threads(placement: Placement) -> int | None:
@@ -96,4 +107,13 @@ def build_drafter(config: DrafterConfig, target: str, record: bool = False) -> D
     drafter = method.build(Ingredients(target, config.model, load))
     known = recall(memory_of(target, "drafter", f"{config.method} {config.model}"))
     trace = Trace(config.name) if record else OFF
-    return DraftHost(Grower(drafter, config.name, config.width, calibrations=known, trace=trace))
+    return DraftHost(Grower(drafter, config.name, config.width or width_of(drafter), calibrations=known, trace=trace))
+
+
+def width_of(drafter: Drafter) -> int:
+    """Leaves that a drafter expands in one pass: up to the knee of its model's step time; `UNMEASURED` where it has none."""
+    if isinstance(drafter, Noisy):
+        return width_of(drafter.inner)
+    if not isinstance(drafter, ModelDrafter):
+        return UNMEASURED
+    return knee(step_times(drafter.model, WIDTHS, time.monotonic))

@@ -21,13 +21,14 @@ class DraftActor:
 
     def start(self) -> Place:
         """Loads the model and opens the server; raises what is wrong with either. (Ray would hide it in a constructor.)"""
-        from actors.compose import build_drafter, settle  # torch: only the process that computes pays for it
+        from actors.compose import build_drafter, settle, settle_memory  # torch: only the process that computes pays for it
         from runtime.models.load import load_tokenizer
 
         config = self.config
         settle(config.placement)
         self.host = build_drafter(config, self.target, self.record)
         vocabulary = vocabulary_hash(load_tokenizer(config.model or self.target))
+        settle_memory()
         self.network = LoopThread()
         host = config.placement.listen or own_host()
         hello = Hello(vocabulary, config.model or config.method, config.name, self.incarnation)

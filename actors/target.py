@@ -26,12 +26,13 @@ class TargetActor:
 
     def start(self) -> Place:
         """Loads the model and opens the server; raises what is wrong with either. (Ray would hide it in a constructor.)"""
-        from actors.compose import build_target, settle  # torch: only the process that computes pays for it
+        from actors.compose import build_target, settle, settle_memory  # torch: only the process that computes pays for it
 
         settle(self.config.placement)
         self.target, tokenizer, self.times = build_target(self.config, self.record)
         self.schedulers[self.config.schedule] = self.target.engine.scheduler
         self.vocabulary = vocabulary_hash(tokenizer)
+        settle_memory()
         self.network = LoopThread()
         host = self.config.placement.listen or own_host()
         self.server, port = self.network.run(start(self.target, host))

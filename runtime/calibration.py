@@ -21,7 +21,11 @@ HOPE = 0.7  # `promise` before anything was observed
 
 def bin_of(score: float) -> int:
     """Ten bins, finer near certainty: by the square root of the probability that it is wrong."""
-    return min(BINS - 1, int(BINS * math.sqrt(max(0.0, 1.0 - math.exp(score)))))
+    return column_of(math.exp(score))
+
+
+def column_of(said: float) -> int:
+    return min(BINS - 1, int(BINS * math.sqrt(max(0.0, 1.0 - said))))
 
 
 class Calibration:
@@ -43,8 +47,9 @@ class Calibration:
 
     def score(self, rank: int, score: float) -> float:
         """Log of the estimated acceptance, at most 0: observed where there is enough, the drafter's own number before."""
-        row, column = min(rank, RANKS - 1), bin_of(score)
-        estimate = (self.hits[row][column] + PRIOR * math.exp(score)) / (self.tries[row][column] + PRIOR)
+        said = math.exp(score)
+        row, column = min(rank, RANKS - 1), column_of(said)
+        estimate = (self.hits[row][column] + PRIOR * said) / (self.tries[row][column] + PRIOR)
         return math.log(min(1.0, max(1e-6, estimate)))
 
 

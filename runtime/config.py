@@ -70,7 +70,9 @@ class DrafterConfig(Strict):
     model: str = ""
     dtype: Dtype = "auto"
     device: Device = "auto"
-    width: int = Field(default=4, ge=1, le=64, description="leaves expanded in one forward pass")
+    width: int | None = Field(
+        default=None, ge=1, le=64, description="leaves expanded in one forward pass; default: as many as cost little more than one"
+    )
     placement: Placement = Placement()
 
     @field_validator("name")

@@ -227,7 +227,7 @@ class Engine:
         if live is None or not live.session.request.speculation:
             self.unknown += 1
         elif live.session.offer(draft):
-            self.scheduler.grew(*live.grown(at))
+            self.scheduler.grew(*live.grown(at), leaves=len(np.unique(draft.parents)))
             self.trace.taken(draft, at, TARGET)
 
     def open_again(self, session: str, drafter: str) -> None:

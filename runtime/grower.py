@@ -4,6 +4,7 @@ It runs on the model's thread and knows no event loop, like the target's engine.
 """
 
 import logging
+import math
 import queue
 import time
 from collections import Counter
@@ -25,7 +26,7 @@ from runtime.tree import TokenTree, text_key
 log = logging.getLogger(__name__)
 
 Send = Callable[[Reply], None]
-RUN_AHEAD = 192  # nodes that wait for a commit
+RUN_AHEAD = 512  # nodes that wait for a commit
 FLOOR = -7.0  # log of the least path probability worth a node
 ROWS = 16  # leaves in one pass over several sessions: a pass with so many rows costs little more than one with a single row
 FAULTS = (OutriderError, RuntimeError, ValueError, MemoryError)
@@ -61,6 +62,7 @@ class Stop:
 
 
 Input = Heard | Unheard | Gone | Stop
+Node = tuple[int, int, float]  # key of the parent, token, score
 
 
 @dataclass(slots=True)
@@ -107,7 +109,8 @@ class Growing:
         """What may be expanded now."""
         if self.frontier is None:
             room = self.opened.prompt + self.opened.sampling.max_tokens - len(self.tokens)
-            self.frontier = Frontier(self.tree, min(limits.TREE_DEPTH, room - 1), FLOOR, self.share)
+            floor = -math.inf if self.opened.style.width else FLOOR  # who asks for a chain wants it however unlikely it is
+            self.frontier = Frontier(self.tree, min(limits.TREE_DEPTH, room - 1), floor, self.share)
         return self.frontier
 
 
@@ -194,7 +197,7 @@ class Grower:
             growing = self.growing.get(wish.text.session)
             if growing is not None and children is not None:
                 self.expanded(growing, wish.leaves)
-                self.sprout(growing, children)
+                self.send(growing, self.sprout(growing, children))
                 growing.ripe().extend()
 
     def expanded(self, growing: Growing, leaves: Sequence[int]) -> None:
@@ -203,27 +206,27 @@ class Grower:
             growing.tree.expanded[leaf] = True
         growing.ripe().drop_expanded()
 
-    def sprout(self, growing: Growing, children: Children) -> None:
-        """Put new children into the tree and send them, named by their parents.
+    def sprout(self, growing: Growing, children: Children) -> list[Node]:
+        """Put new children into the tree; returns what is to be sent of them.
 
-        Siblings that are hardly possible after their parent are left out, but not the first child: a node is asked about once,
-        and may become the root.
+        Siblings that are hardly possible are left out, but not the first child: a node is asked about once, and may become the root.
         """
         tree, calibration = growing.tree, self.calibration(growing).of(self.name)
-        parents: list[int] = []
-        tokens: list[int] = []
-        scores: list[float] = []
+        grown: list[Node] = []
         for parent, token, said in zip(children.parents.tolist(), children.tokens.tolist(), children.scores.tolist(), strict=True):
             score = calibration.score(len(tree.children[parent]), said)
-            if (score >= FLOOR or not tree.children[parent]) and tree.add(parent, token, score, said, self.name) is not None:
-                parents.append(tree.key[parent])
-                tokens.append(token)
-                scores.append(said)
+            possible = tree.path[parent] + score >= FLOOR or not tree.children[parent]
+            if possible and tree.add(parent, token, score, said, self.name) is not None:
+                grown.append((tree.key[parent], token, said))
+        return grown
+
+    def send(self, growing: Growing, grown: Sequence[Node]) -> None:
+        """In messages that a target takes."""
         opened = growing.opened
-        for start in range(0, len(tokens), limits.DRAFT_NODES):
-            part = slice(start, start + limits.DRAFT_NODES)
-            keys, ids = np.asarray(parents[part], dtype=np.uint64), np.asarray(tokens[part], dtype=np.int32)
-            draft = Draft(opened.session, opened.epoch, self.name, keys, ids, np.asarray(scores[part], dtype=np.float32))
+        for start in range(0, len(grown), limits.DRAFT_NODES):
+            parents, tokens, scores = zip(*grown[start : start + limits.DRAFT_NODES], strict=True)
+            keys, ids = np.asarray(parents, dtype=np.uint64), np.asarray(tokens, dtype=np.int32)
+            draft = Draft(opened.session, opened.epoch, self.name, keys, ids, np.asarray(scores, dtype=np.float32))
             self.trace.sent(draft, self.clock(), self.name)
             growing.send(draft)
 

@@ -2,7 +2,7 @@
 
 MESSAGE_BYTES = 1 << 20  # a gRPC message
 DRAFT_NODES = 256  # nodes in one growth
-TREE_NODES = 512  # live nodes of one session's tree
+TREE_NODES = 2048  # live nodes of one session's tree
 TREE_DEPTH = 64  # tokens that a tree may run ahead of its root
 STEP_ROWS = 64  # nodes of one session that a target verifies in one step
 SESSIONS = 256  # open at one time on one target or drafter

@@ -70,15 +70,15 @@ class Session:
         return self.end - len(self.tokens) - 1
 
     def worth(self) -> tuple[Probabilities, Probabilities, int]:
-        """Path probabilities of all nodes that could be verified and of those among them without children, falling; the
-        depth of the deepest. With an empty tree the leaf is the root, of probability 1."""
+        """Path probabilities of all nodes that could be verified, and of those among them that could still get children,
+        falling; the depth of the deepest. With an empty tree the leaf is the root, of probability 1."""
         tree, room = self.tree, self.room
         paths, depths = np.asarray(tree.path), np.asarray(tree.depth)
         inside = depths <= room
         inside[0] = False
-        ends = inside & np.asarray([not children for children in tree.children])
+        ends = (depths < room) & np.asarray([not children for children in tree.children])
         gains = np.exp(-np.sort(-paths[inside]))
-        leaves = np.exp(-np.sort(-paths[ends])) if len(tree) > 1 else np.ones(1)
+        leaves = np.exp(-np.sort(-paths[ends]))
         return gains, leaves, int(depths[inside].max(initial=0))
 
     def select(self, count: int) -> list[int]:

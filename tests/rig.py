@@ -214,7 +214,7 @@ class Patient:
     def observe(self, step: Sequence[Round]) -> None:
         pass
 
-    def grew(self, delay: float, first: bool) -> None:
+    def grew(self, delay: float, first: bool, leaves: int) -> None:
         pass
 
 

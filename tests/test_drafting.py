@@ -176,7 +176,7 @@ def test_it_stops_at_the_depth_of_a_tree() -> None:
     assert len(hand.grow(200)) == limits.TREE_DEPTH
 
 
-@pytest.mark.parametrize(("of", "most"), [(1, RUN_AHEAD), (2, limits.TREE_NODES // 3), (8, limits.TREE_NODES // 9)])
+@pytest.mark.parametrize(("of", "most"), [(1, RUN_AHEAD), (8, limits.TREE_NODES // 9), (16, limits.TREE_NODES // 17)])
 def test_run_ahead_is_bounded_so_that_the_mirror_holds_the_trees_of_all(of: int, most: int) -> None:
     hand = Hand(width=4, branches=4)
     hand.hear(opened(share=(0, of)))

@@ -116,7 +116,7 @@ class Waiting:
     def observe(self, step: Sequence[Round]) -> None:
         pass
 
-    def grew(self, delay: float, first: bool) -> None:
+    def grew(self, delay: float, first: bool, leaves: int) -> None:
         pass
 
 

@@ -41,6 +41,7 @@ def test_every_file_is_under_contract() -> None:
 class Growth:
     delay: float
     first: bool
+    leaves: int
 
 
 SECONDS = st.floats(1e-5, 0.5)
@@ -54,7 +55,7 @@ ROUNDS = st.builds(
     st.floats(0.0, 0.1),
 )
 STEPS = st.lists(ROUNDS, min_size=1, max_size=3).map(lambda rounds: [replace(done, computed=rounds[0].computed) for done in rounds])
-HISTORIES = st.lists(st.one_of(STEPS, st.builds(Growth, SECONDS, st.booleans())), max_size=40)
+HISTORIES = st.lists(st.one_of(STEPS, st.builds(Growth, SECONDS, st.booleans(), st.integers(0, 40))), max_size=40)
 History = list[list[Round] | Growth]
 SCHEDULERS = pytest.mark.parametrize("make", list(MAKERS.values()), ids=list(MAKERS))
 
@@ -93,7 +94,7 @@ def taught(make: Callable[[], Scheduler], history: History) -> Scheduler:
     scheduler = make()
     for seen in history:
         if isinstance(seen, Growth):
-            scheduler.grew(seen.delay, seen.first)
+            scheduler.grew(seen.delay, seen.first, seen.leaves)
         else:
             scheduler.observe(seen)
     return scheduler
@@ -172,7 +173,7 @@ def view(nodes: int = 0, drafters: int = 1, waited: float = 0.0, **others: float
 def test_fixed(views: list[View], plan: Plan) -> None:
     scheduler = Fixed(8, PATIENCE)
     scheduler.observe([Round("s", 0, 8, 0, False, 0.0, 9.0, 0.0)])
-    scheduler.grew(9.0, True)
+    scheduler.grew(9.0, True, 1)
     assert scheduler.plan(views) == plan
 
 
@@ -221,8 +222,8 @@ def test_taking_turns(scheduler: Scheduler, views: list[View], plan: Plan) -> No
 def test_patience_follows_the_delays_seen_and_for_an_empty_tree_the_steps() -> None:
     scheduler = Sync(1, 1, 4, 4, 1.0)
     for _ in range(200):
-        scheduler.grew(2.0, True)
-        scheduler.grew(3.0, False)
+        scheduler.grew(2.0, True, 1)
+        scheduler.grew(3.0, False, 1)
         scheduler.observe([Round("s", 0, 8, 0, False, 0.0, 5.0, 0.0)])
     assert scheduler.plan([view()]).wait == pytest.approx(20.0)
     assert scheduler.plan([view(2)]).wait == pytest.approx(8.0)
@@ -233,8 +234,8 @@ def test_rests_of_the_drafter_hardly_count_as_delays() -> None:
     """After a hit, the span from growth to growth holds the target's step: here every second one."""
     scheduler = Sync(2, 2, 2, 5, 1.0)
     for _ in range(200):
-        scheduler.grew(1.0, False)
-        scheduler.grew(31.0, False)
+        scheduler.grew(1.0, False, 1)
+        scheduler.grew(31.0, False, 1)
     assert scheduler.plan([view(2, growths=1)]).wait < 10.0
 
 

@@ -105,7 +105,7 @@ def test_the_mirror_is_bounded_in_nodes_and_depth() -> None:
     deep = (1,) * (limits.TREE_DEPTH + 5)
     assert of.offer(draft(*((deep[:n], 1) for n in range(len(deep))))) == limits.TREE_DEPTH
     assert of.ignored == Counter({"full": 1, "stale": 4})
-    for start in range(2, 1000, limits.DRAFT_NODES):
+    for start in range(2, limits.TREE_NODES + limits.DRAFT_NODES, limits.DRAFT_NODES):
         of.offer(draft(*(((), start + n) for n in range(limits.DRAFT_NODES))))
     assert len(of.tree) == limits.TREE_NODES + 1
     assert of.drafted == limits.TREE_NODES

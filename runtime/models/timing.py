@@ -1,7 +1,7 @@
 """How long a step takes with so many rows: T(n) of a target, t(w) of a drafter, on the device they are on."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -39,3 +39,8 @@ def fan(text: int, width: int) -> Rows:
     positions = np.full(width, text + 1, dtype=np.int64)
     positions[0] = text
     return Rows(np.zeros(width, dtype=np.int64), positions, text, visible)
+
+
+def knee(times: Mapping[int, float]) -> int:
+    """The most rows that cost at most a quarter more than one, of those that were measured."""
+    return max(width for width, seconds in times.items() if seconds <= 1.25 * times[1])

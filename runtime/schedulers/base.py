@@ -15,7 +15,7 @@ class View:
     """One session before a step; times in seconds.
 
     gains         path probabilities of the mirror's nodes that could be verified, falling
-    leaves        of them, those of the nodes without children, falling; with an empty tree the root's: 1
+    leaves        of them, those of the nodes that may still get children, falling; with an empty tree the root's: 1
     depth         of the deepest node
     drafters      that guess for it now; 0 where no growth could be used
     promise       how often the target's choice is among the children of an expanded node
@@ -62,6 +62,7 @@ class Scheduler(Protocol):
         """Learn from a finished step: the rounds of all sessions that it served, which share its times."""
         ...
 
-    def grew(self, delay: float, first: bool) -> None:
-        """Learn after how many seconds growth arrived: since the commit before it (`first`), or since the last growth of its session."""
+    def grew(self, delay: float, first: bool, leaves: int) -> None:
+        """Learn after how many seconds growth arrived: since the commit before it (`first`), or since the last growth of its session;
+        and how many nodes it gave children to."""
         ...

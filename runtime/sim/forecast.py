@@ -97,8 +97,8 @@ class Watched:
         self.seen.rounds += step
         self.inner.observe(step)
 
-    def grew(self, delay: float, first: bool) -> None:
-        self.inner.grew(delay, first)
+    def grew(self, delay: float, first: bool, leaves: int) -> None:
+        self.inner.grew(delay, first, leaves)
 
 
 def forecast(measured: Measured, schedule: ScheduleConfig, setting: Setting = Setting()) -> Forecast:
