@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from actors.memory import recall
-from runtime.config import DrafterConfig, Placement, TargetConfig, memory_of
+from runtime.config import DrafterConfig, Placement, TargetConfig, memory_of, memory_of_drafter
 from runtime.drafters.base import Drafter, Ingredients
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.noisy import Noisy
@@ -58,7 +58,7 @@ def end_tokens(model: HFModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[
     settings = getattr(model.module, "generation_config", None)
     said = getattr(settings, "eos_token_id", None)
     listed = said if isinstance(said, list) else [said]
-    return frozenset(token for token in (*listed, tokenizer.eos_token_id) if isinstance(token, int))
+    return frozenset(token for token in (*listed, tokenizer.eos_token_id) if isinstance(token, int) and 0 <= token < model.vocabulary)
 
 
 def finisher(tokenizer: PreTrainedTokenizerFast, eos: frozenset[int]) -> Callable[[Request], Finish]:
@@ -105,7 +105,7 @@ def build_drafter(config: DrafterConfig, target: str, record: bool = False) -> D
 
     method = importlib.import_module(f"runtime.drafters.{config.method}")
     drafter = method.build(Ingredients(target, config.model, load))
-    known = recall(memory_of(target, "drafter", f"{config.method} {config.model}"))
+    known = recall(memory_of_drafter(config, target))
     trace = Trace(config.name) if record else OFF
     return DraftHost(Grower(drafter, config.name, config.width or width_of(drafter), calibrations=known, trace=trace))
 

@@ -7,8 +7,9 @@ from actors.loop_thread import LoopThread
 from actors.memory import remember
 from actors.peers import Place, own_host, own_place
 from protos.handshake import Hello
-from runtime.config import DrafterConfig, memory_of
+from runtime.config import DrafterConfig, memory_of_drafter
 from runtime.drafting import DraftHost
+from runtime.errors import Unavailable
 from runtime.models.pair import vocabulary_hash
 from runtime.tracing import Recording
 
@@ -38,7 +39,9 @@ class DraftActor:
         return self.where()
 
     def where(self) -> Place:
-        """A sign of life."""
+        """A sign of life. Raises Unavailable where the thread that drafts has ended: whoever asks replaces this one."""
+        if not self.host.alive:
+            raise Unavailable("the drafter's thread has ended: see its log")
         return own_place(self.address)
 
     def sessions(self) -> int:
@@ -51,8 +54,7 @@ class DraftActor:
 
     def remember(self) -> None:
         """Keep what was learned of this target for the next life."""
-        method = f"{self.config.method} {self.config.model}"
-        remember(memory_of(self.target, "drafter", method), self.host.grower.calibrations)
+        remember(memory_of_drafter(self.config, self.target), self.host.grower.calibrations)
 
     def stop(self) -> None:
         """Ends all streams and the server; the process may go then."""

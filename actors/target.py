@@ -23,6 +23,7 @@ class TargetActor:
         self.config, self.record = config, record
         self.schedulers: dict[ScheduleConfig, Scheduler] = {}
         self.peers: dict[str, Peer] = {}
+        self.links: dict[Peer, GrpcLink] = {}
 
     def start(self) -> Place:
         """Loads the model and opens the server; raises what is wrong with either. (Ray would hide it in a constructor.)"""
@@ -47,8 +48,9 @@ class TargetActor:
         """Who is there now: new ones are attached, also to sessions under way; those not named are let go."""
         wanted = {peer.name: peer for peer in peers}
         changed = [name for name in self.target.drafters if wanted.get(name) != self.peers.get(name)]
-        links = {peer.name: GrpcLink(peer.address, self._hello(peer)) for peer in peers}
-        self.network.run(exchange(self.target, changed, links))
+        # A link that is kept remembers what it has been through: one that broke the protocol too often stays shut.
+        self.links = {peer: self.links.get(peer) or GrpcLink(peer.address, self._hello(peer)) for peer in peers}
+        self.network.run(exchange(self.target, changed, {peer.name: link for peer, link in self.links.items()}))
         self.peers = wanted
 
     def _hello(self, peer: Peer) -> Hello:

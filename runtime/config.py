@@ -164,6 +164,11 @@ def memory_of(model: str, role: Literal["target", "drafter"], method: str = "") 
     return Path(base) / "outrider" / f"{role}-{name}.json"
 
 
+def memory_of_drafter(config: DrafterConfig, target: str) -> Path:
+    """As memory_of: what this kind of drafter has learned of this target."""
+    return memory_of(target, "drafter", f"{config.method} {config.model}")
+
+
 def read(file: Path) -> Deployment:
     """A deployment from a YAML file. Raises InvalidRequest that names the first wrong key or value."""
     try:

@@ -22,6 +22,11 @@ class DraftHost:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """False once the grower's thread has ended, by `stop` or by a fault."""
+        return self._thread.is_alive()
+
     async def stop(self) -> None:
         """Returns when the grower's thread is over."""
         self.grower.inbox.put(Stop())

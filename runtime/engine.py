@@ -5,7 +5,7 @@ that may take long is `compute`, so that a simulator can put a virtual clock aro
 """
 
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,10 +16,11 @@ from runtime.calibration import Calibrations
 from runtime.choice import Ask, Chooser
 from runtime.clock import Clock
 from runtime.errors import OutriderError
+from runtime.inputs import Cancel, Heard, Input, Join, Leave, Policy, Send, Stop
 from runtime.kv.prefixes import Prefixes
 from runtime.live import Admit, Live
 from runtime.merit import Merit
-from runtime.messages import Chunk, Close, Commit, Draft, Event, Reply, Resync, Round, Share
+from runtime.messages import Chunk, Close, Commit, Draft, Resync, Round, Share
 from runtime.metrics import Tally
 from runtime.models.base import Model, Part, causal
 from runtime.packing import pack, unpack
@@ -31,48 +32,11 @@ from runtime.verify import Verdict, match
 CHUNK = 512  # tokens of a prompt that are read at once
 CHUNK_BESIDE = 64  # where other sessions wait for their step meanwhile
 
-Send = Callable[[Event], None]
-FAILURES = (OutriderError, RuntimeError, ValueError, MemoryError)  # of one session
+# What a request, a model or a tokenizer may raise: it ends that session. Any other error is a fault of the loop itself.
+FAILURES = (OutriderError, RuntimeError, ValueError, MemoryError, LookupError, TypeError, AttributeError, ArithmeticError)
 
 
-@dataclass(frozen=True, slots=True)
-class Heard:
-    """A drafter's reply, and the clock when it arrived."""
-
-    reply: Reply
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    session: str
-
-
-@dataclass(frozen=True, slots=True)
-class Join:
-    drafter: str
-    send: Send
-
-
-@dataclass(frozen=True, slots=True)
-class Leave:
-    drafter: str
-    send: Send  # as at Join: who has joined under the same name since then stays
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """Schedule like this from now on."""
-
-    scheduler: Scheduler
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    pass
-
-
-Input = Admit | Cancel | Heard | Join | Leave | Policy | Stop
+Told = tuple[Verdict, Commit, tuple[str, ...], bool]  # what was decided of a session, who had guessed each token, whether it was a hit
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +73,7 @@ class Engine:
         self.drafters: dict[str, Send] = {}
         self.merit = Merit()
         self.calibrations = calibrations or Calibrations()
+        self.over = False  # `run` has ended: nobody answers any more
         self.unknown = 0  # drafts for sessions that are over or want none
         self.opened: float | None = None  # clock when the planning of the next step began
         self.waited = 0.0  # seconds, for the next step
@@ -123,6 +88,10 @@ class Engine:
             while self.take_in(wait):
                 wait = self.advance()
         finally:
+            self.over = True
+            while not self.inbox.empty():
+                if isinstance(arrived := self.inbox.get(), Admit):
+                    self.admission.waiting.append(arrived)
             for name in [*self.live, *(admitted.request.session for admitted in self.admission.waiting)]:
                 self.cancel(name)
 
@@ -132,10 +101,11 @@ class Engine:
         self.prefill()
         ready = [live for live in self.live.values() if live.ready]
         if not ready:
-            return 0.0 if self.live else None
+            self.opened, self.pausing, self.waited = None, None, 0.0
+            return self.idle()
         plan = self.plan(ready)
         if plan.wait > 0.0:
-            return plan.wait
+            return 0.0 if len(ready) < len(self.live) else plan.wait
         step = self.pack(ready, plan)
         choices = self.compute(step)
         decided = self.clock()
@@ -143,7 +113,10 @@ class Engine:
         if not self.take_in(0.0):
             self.inbox.put(Stop())
         self.commit(step, choices, decided)
-        return 0.0 if self.live else None
+        return self.idle()
+
+    def idle(self) -> float | None:
+        return 0.0 if self.live or self.admission.waiting else None
 
     def take_in(self, wait: float | None) -> bool:
         """Handle all that has arrived, waiting so long for the first of it; False once Stop was there.
@@ -151,13 +124,15 @@ class Engine:
         What arrives meanwhile is left for the next time: a drafter that floods the target does not keep it from its steps.
         """
         try:
-            first = self.inbox.get(wait != 0.0, wait or None)
+            arrived = self.inbox.get(wait != 0.0, wait or None)
         except queue.Empty:
             return True
-        for arrived in [first, *(self.inbox.get() for _ in range(self.inbox.qsize()))]:
+        for left in range(self.inbox.qsize(), -1, -1):
             if isinstance(arrived, Stop):
                 return False
             self.handle(arrived)
+            if left:
+                arrived = self.inbox.get()
         return True
 
     def handle(self, arrived: Input) -> None:
@@ -180,7 +155,8 @@ class Engine:
                     self.merit.forget(name)
                     self.share_out()
             case Policy(scheduler=scheduler):
-                self.scheduler = scheduler
+                self.scheduler, self.merit = scheduler, Merit()
+                self.share_out()
 
     # Sessions come and go
 
@@ -224,10 +200,12 @@ class Engine:
 
     def grow(self, draft: Draft, at: float) -> None:
         live = self.live.get(draft.session)
-        if live is None or not live.session.request.speculation:
+        if live is None or not live.session.request.speculation or draft.drafter in self.merit.resting:
             self.unknown += 1
         elif live.session.offer(draft):
-            self.scheduler.grew(*live.grown(at), leaves=len(np.unique(draft.parents)))
+            delay, first = live.grown(at)
+            if live.ready:
+                self.scheduler.grew(delay, first, leaves=len(np.unique(draft.parents)))
             self.trace.taken(draft, at, TARGET)
 
     def open_again(self, session: str, drafter: str) -> None:
@@ -336,12 +314,20 @@ class Engine:
         told = [self.tell(*of_one) for of_one in zip(step.sessions, step.nodes, choices, strict=True)]
         rounds, chunks = [], []
         for live, nodes, one in zip(step.sessions, step.nodes, told, strict=True):
-            if one is not None:
-                verdict, commit, guessed, hit = one
+            if one is None:
+                continue
+            verdict, commit, guessed, hit = one
+            try:
                 unpack(live.cache, commit.base - 1, nodes, verdict.path)
-                chunks.append((live, live.hand_out(commit, guessed)))
-                number, accepted = len(live.tally.rounds), len(verdict.path)
-                rounds.append(Round(live.session.id, number, len(nodes), accepted, hit, step.waited, decided - step.began, 0.0))
+                chunk = live.hand_out(commit, guessed)
+            except FAILURES as error:
+                live.cache.truncate(min(live.cache.length, commit.base - 1))  # what is behind is in no order
+                self.fail(live, error)
+                continue
+            chunks.append((live, chunk))
+            number, accepted = len(live.tally.rounds), len(verdict.path)
+            rounds.append(Round(live.session.id, number, len(nodes), accepted, hit, step.waited, decided - step.began, 0.0))
+        self.judge(step, told)
         done = self.clock()
         bookkeeping = max(0.0, step.began - step.opened - step.waited) + done - decided
         rounds = [replace(round_, bookkeeping=bookkeeping) for round_ in rounds]
@@ -355,7 +341,14 @@ class Engine:
         self.trace.step(step, rounds, decided, done)
         self.trace.count(NODES, decided, sum(len(live.session.tree) - 1 for live in step.sessions))
 
-    def tell(self, live: Live, nodes: Sequence[int], choices: Sequence[int]) -> tuple[Verdict, Commit, tuple[str, ...], bool] | None:
+    def judge(self, step: Step, told: Sequence[Told | None]) -> None:
+        """Who guessed something in this step, and who has brought nothing for long."""
+        heard = any(one is not None and live.session.request.speculation for live, one in zip(step.sessions, told, strict=True))
+        guessed = [name for one in told if one is not None for name in one[2]]
+        if heard and self.merit.observe(self.drafters, guessed):
+            self.share_out()
+
+    def tell(self, live: Live, nodes: Sequence[int], choices: Sequence[int]) -> Told | None:
         """What was decided, and who had guessed each token of it ("": nobody); None for a session that is over."""
         if not self.under_way(live):
             return None
@@ -367,6 +360,4 @@ class Engine:
         for send in listeners.values():
             send(commit)
         self.trace.sent(commit, self.clock(), TARGET)
-        if self.merit.observe(listeners, guessed):
-            self.share_out()
         return verdict, commit, guessed, hit

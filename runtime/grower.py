@@ -29,7 +29,7 @@ Send = Callable[[Reply], None]
 RUN_AHEAD = 512  # nodes that wait for a commit
 FLOOR = -7.0  # log of the least path probability worth a node
 ROWS = 16  # leaves in one pass over several sessions: a pass with so many rows costs little more than one with a single row
-FAULTS = (OutriderError, RuntimeError, ValueError, MemoryError)
+FAULTS = (OutriderError, RuntimeError, ValueError, MemoryError, LookupError, TypeError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True, slots=True)

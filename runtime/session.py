@@ -1,5 +1,6 @@
 """One generation as a state machine without I/O: growth is offered, rows are selected, a verdict is applied."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -13,6 +14,10 @@ from runtime.tree import TokenTree, text_key
 from runtime.verify import Verdict
 
 Probabilities = npt.NDArray[np.float64]
+
+MEMORY = 0.05  # weight of a new position in what is known of this text
+USUAL = 0.8  # share of first guesses that are right, before anything was seen of the text
+LEAST, MOST = 0.3, 2.0  # of the tilt
 
 
 class Session:
@@ -32,6 +37,7 @@ class Session:
         self.prompt = len(request.prompt)
         self.end = min(context, self.prompt + request.sampling.max_tokens)  # length of the longest text allowed
         self.tree = TokenTree(text_key(self.tokens), self.tokens[-1], limits.TREE_NODES, limits.TREE_DEPTH)
+        self.right = self.expected = USUAL  # moving averages: first guesses that were right, and what they were scored
         self.drafted = 0
         self.ignored: Counter[str] = Counter()
 
@@ -69,6 +75,14 @@ class Session:
         """Depth of the deepest node whose token could be delivered: one token more comes from the target in any case."""
         return self.end - len(self.tokens) - 1
 
+    @property
+    def tilt(self) -> float:
+        """How much likelier this text is to be guessed than scores say: a node's probability is exp(tilt * score), so 1 is neutral.
+
+        Easy passages are easy for a while: scores are right on average over texts, and too low in one, too high in another.
+        """
+        return min(MOST, max(LEAST, math.log(self.right) / math.log(self.expected)))
+
     def worth(self) -> tuple[Probabilities, Probabilities, int]:
         """Path probabilities of all nodes that could be verified, and of those among them that could still get children,
         falling; the depth of the deepest. With an empty tree the leaf is the root, of probability 1."""
@@ -77,8 +91,8 @@ class Session:
         inside = depths <= room
         inside[0] = False
         ends = (depths < room) & np.asarray([not children for children in tree.children])
-        gains = np.exp(-np.sort(-paths[inside]))
-        leaves = np.exp(-np.sort(-paths[ends]))
+        gains = np.exp(-self.tilt * np.sort(-paths[inside]))
+        leaves = np.exp(-self.tilt * np.sort(-paths[ends]))
         return gains, leaves, int(depths[inside].max(initial=0))
 
     def select(self, count: int) -> list[int]:
@@ -100,6 +114,22 @@ class Session:
         tree, base = self.tree, len(self.tokens)
         decided = [tree.token[node] for node in verdict.path] + [verdict.token]
         self.band.observe_path(tree, decided)
+        self.observe(decided)
         hit = tree.reroot(decided)
         self.tokens.extend(decided)
         return Commit(self.id, self.epoch, base, tuple(decided), tree.key[0]), hit
+
+    def observe(self, decided: Sequence[int]) -> None:
+        """Compare the first guesses that the decided tokens passed with their scores."""
+        tree, node = self.tree, 0
+        for token in decided:
+            children = tree.children[node]
+            if not children:
+                return
+            first = next(iter(children.values()))
+            self.right += MEMORY * ((tree.token[first] == token) - self.right)
+            self.expected += MEMORY * (math.exp(tree.score[first]) - self.expected)
+            self.right, self.expected = (min(0.99, max(0.05, mean)) for mean in (self.right, self.expected))
+            if token not in children:
+                return
+            node = children[token]

@@ -8,9 +8,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
 
 from runtime import limits
-from runtime.engine import Cancel, Engine, Heard, Join, Leave, Policy, Stop
+from runtime.engine import Engine
 from runtime.errors import InvalidRequest, LinkLost, Overloaded, Unavailable
 from runtime.finish import Finish
+from runtime.inputs import Cancel, Heard, Join, Leave, Policy, Stop
 from runtime.links import DraftLink
 from runtime.live import Admit
 from runtime.messages import Chunk, Event, Request
@@ -18,6 +19,7 @@ from runtime.schedulers.base import Scheduler
 
 log = logging.getLogger(__name__)
 
+HEARD_WAITING = 4096  # messages that the engine has not taken in; beyond, links are not read: a flood holds up its sender
 EVENTS_WAITING = 1024  # a link that lets so many pile up is mute
 
 
@@ -96,6 +98,8 @@ class Target:
         over = False
         try:
             self.engine.inbox.put(Admit(request, finish, deliver, self.engine.clock()))
+            if self.engine.over:
+                raise Unavailable("the target has stopped: start it again")
             while not over:
                 chunk = await chunks.get()
                 over = chunk.finish_reason is not None
@@ -148,6 +152,8 @@ class Target:
         self.engine.inbox.put(Join(name, send))
         try:
             async for reply in replies:
+                while self.engine.inbox.qsize() > HEARD_WAITING:  # noqa: ASYNC110 - the engine's thread sets no event here
+                    await asyncio.sleep(0.001)
                 # Who speaks is known from the link, not from the message.
                 self.engine.inbox.put(Heard(replace(reply, drafter=name), self.engine.clock()))
         except LinkLost as error:

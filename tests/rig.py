@@ -13,11 +13,12 @@ import torch
 from runtime.choice import Chooser, choose
 from runtime.drafters.base import Children, Drafter, Text, Wish
 from runtime.drafting import DraftHost
-from runtime.engine import Engine, Join, Leave
-from runtime.engine import Heard as Answered
+from runtime.engine import Engine
 from runtime.errors import LinkLost
 from runtime.finish import Finish
 from runtime.grower import Grower, Heard
+from runtime.inputs import Heard as Answered
+from runtime.inputs import Join, Leave
 from runtime.links import DraftLink
 from runtime.live import Admit
 from runtime.messages import Chunk, Event, FinishReason, Reply, Request, Round, Stats, Style

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from runtime.choice import choose
-from runtime.engine import CHUNK_BESIDE, Cancel, Engine, Heard, Join, Policy, Stop
+from runtime.engine import CHUNK_BESIDE, Engine
 from runtime.errors import InvalidRequest
+from runtime.inputs import Cancel, Heard, Join, Policy, Stop
 from runtime.live import Admit
 from runtime.merit import REST, TRIAL
 from runtime.messages import Chunk, Event, Open, Request, Share, Style

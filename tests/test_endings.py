@@ -9,8 +9,9 @@ import pytest
 
 from runtime.choice import choose
 from runtime.drafters.model import ModelDrafter
-from runtime.engine import Cancel, Engine, Heard, Join, Stop
+from runtime.engine import Engine
 from runtime.grower import Grower
+from runtime.inputs import Cancel, Heard, Join, Stop
 from runtime.live import Admit
 from runtime.messages import Chunk, Event, Request, Resync, Round, Style
 from runtime.models.base import Part

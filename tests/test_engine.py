@@ -12,8 +12,8 @@ from runtime.drafters.base import Drafter
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.ngram import Ngram
 from runtime.drafters.noisy import Noisy
-from runtime.engine import Heard, Join, Leave
 from runtime.grower import Grower
+from runtime.inputs import Heard, Join, Leave
 from runtime.live import Admit
 from runtime.messages import Chunk, Close, Commit, Draft, Event, Open, Reply, Request, Resync, Share
 from runtime.models.toy import ToyModel

@@ -183,6 +183,10 @@ def test_a_cache_of_another_kind() -> None:
         def append(self, rows: int) -> int:
             return rows
 
+        @property
+        def room(self) -> int:
+            return 0
+
         def keep(self, prefix: int, slots: object) -> None: ...
 
         def fork(self, length: int) -> "Other":

@@ -22,6 +22,7 @@ LAYERS = (
         "metrics",
         "live",
         "admission",
+        "inputs",
         "merit",
         "packing",
         "schedulers/*",

@@ -177,3 +177,25 @@ def test_who_joins_late_learns_the_whole_text() -> None:
     assert (opened.session, opened.epoch, opened.tokens, opened.prompt) == ("s", 2, (3, 1, 4, 1, 5, 7), 3)
     assert opened.share == Share("s", 1, 3)
     assert of.end == 3 + 20
+
+
+def test_a_text_that_is_guessed_better_than_scored_is_worth_more_and_the_other_way_round() -> None:
+    easy, hard = session(max_tokens=400, context=1000), session(max_tokens=400, context=1000)
+    for of, right in ((easy, True), (hard, False)):
+        assert of.tilt == 1.0
+        for _ in range(200):
+            of.band = Band()  # scores as the drafter says them
+            of.offer(draft(((), 5), ((), 6), scores=[-0.5, -2.0], root=of.tree.key[0]))
+            of.apply(Verdict((), 5 if right else 6))
+        of.band = Band()
+        of.offer(draft(((), 5), ((5,), 6), scores=[-0.5, -0.5], root=of.tree.key[0]))
+    assert easy.tilt < 1.0 < hard.tilt
+    assert easy.worth()[0][1] > math.exp(-1.0) > hard.worth()[0][1]
+    assert easy.select(1) == hard.select(1) == [1]
+
+
+def test_without_guesses_nothing_is_known_of_a_text() -> None:
+    of = session()
+    for _ in range(9):
+        of.apply(Verdict((), 1))
+    assert of.tilt == 1.0

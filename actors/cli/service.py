@@ -9,7 +9,8 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from runtime.config import Deployment
+from actors.memory import remember
+from runtime.config import Deployment, memory_of, memory_of_drafter
 from runtime.drafting import DraftHost
 from runtime.errors import OutriderError, Unavailable
 from runtime.messages import Chunk, Request
@@ -67,6 +68,9 @@ async def local_service(deployment: Deployment, note: Note, recordings: list[Rec
         await target.stop()
         for host in hosts:
             await host.stop()
+        remember(memory_of(deployment.target.model, "target"), target.engine.calibrations)
+        for host, config in zip(hosts, deployment.drafters, strict=False):
+            remember(memory_of_drafter(config, deployment.target.model), host.grower.calibrations)
         if recordings is not None:
             recordings += [target.engine.trace.take(), *(host.grower.trace.take() for host in hosts)]
 

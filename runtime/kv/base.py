@@ -15,6 +15,11 @@ class KVCache(Protocol):
         """Slots in use."""
         ...
 
+    @property
+    def room(self) -> int:
+        """Slots for which memory is taken: at least `length`."""
+        ...
+
     def append(self, rows: int) -> int:
         """Make room for `rows` more slots; returns the first. Raises InvalidRequest beyond the capacity."""
         ...

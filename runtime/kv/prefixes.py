@@ -22,8 +22,8 @@ class Prefixes:
 
     @property
     def slots(self) -> int:
-        """In use."""
-        return sum(len(ids) for ids, _ in self.kept)
+        """For which memory is taken."""
+        return sum(cache.room for _, cache in self.kept)
 
     def keep(self, tokens: Sequence[int], cache: KVCache) -> None:
         """Take the cache over. Its first slots hold `tokens`; what is behind them is dropped.
@@ -40,7 +40,8 @@ class Prefixes:
                 self.kept.append(self.kept.pop(i))
                 return
         self.kept = [entry for entry in self.kept if common(ids, entry[0]) < len(entry[0])]
-        self.kept.append((ids, cache))
+        # A long text's cache may be mostly empty now.
+        self.kept.append((ids, cache.fork(len(ids)) if cache.room > 2 * len(ids) else cache))
         while self.slots > self.budget:
             self.kept.pop(0)
 

@@ -22,14 +22,14 @@ from transformers.cache_utils import (
 
 from runtime.errors import InvalidRequest
 
-FIRST_SLOTS = 256
+FIRST_SLOTS = 64
 
 Shape = tuple[int, int]  # heads, dim
 Layout = Sequence[tuple[Shape, Shape]]  # of the keys and of the values, layer by layer
 
 
 class TorchCache(Cache):
-    """A KVCache (runtime.kv.base). Memory is taken as it is used, in steps that double, up to `capacity` slots.
+    """A KVCache (runtime.kv.base). Memory is taken as it is used, in steps of a quarter, up to `capacity` slots.
 
     positions  int64 (length,)  place in the text of what is in each slot, written by the model
     """
@@ -57,6 +57,10 @@ class TorchCache(Cache):
         return self._places[: self.length]
 
     @property
+    def room(self) -> int:
+        return len(self._places)
+
+    @property
     def slot_bytes(self) -> int:
         """Of one token, all layers together."""
         return sum(planes.shape[0] * planes.shape[1] * planes.shape[3] * planes.element_size() for planes in self._planes.values())
@@ -66,7 +70,7 @@ class TorchCache(Cache):
         if length > self.capacity:
             raise InvalidRequest(f"{length} tokens and guesses do not fit the cache of {self.capacity}: shorten the prompt or the output")
         if length > len(self._places):
-            self._grow(min(self.capacity, max(length, 2 * len(self._places), FIRST_SLOTS)))
+            self._grow(min(self.capacity, max(length, len(self._places) * 5 // 4, FIRST_SLOTS)))
         self.start, self.length = self.length, length
         return self.start
 
@@ -115,16 +119,16 @@ class TorchCache(Cache):
         return planes
 
     def _grow(self, slots: int) -> None:
-        places = np.zeros(slots, dtype=np.int64)
-        places[: self.length] = self.positions
-        self._places = places
+        grown: dict[Shape, torch.Tensor] = {}
         # A tensor made in inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
             for shape, old in self._planes.items():
                 # Uninitialised memory may hold NaN, but no slot is read before it is written.
-                new = old.new_empty((old.shape[0], old.shape[1], slots, old.shape[3]))
-                new[:, :, : self.length] = old[:, :, : self.length]
-                self._planes[shape] = new
+                grown[shape] = old.new_empty((old.shape[0], old.shape[1], slots, old.shape[3]))
+                grown[shape][:, :, : self.length] = old[:, :, : self.length]
+        places = np.zeros(slots, dtype=np.int64)
+        places[: self.length] = self.positions
+        self._planes, self._places = grown, places  # all or, where there was no memory for it, nothing
 
 
 class TorchLayer(CacheLayerMixin):

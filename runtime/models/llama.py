@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from runtime.models.base import Part
 from runtime.models.generic import stored, wanted
+from runtime.models.hf import context_of
 from runtime.models.linear import Product, has_room
 from runtime.models.mask import additive, windows_of
 
@@ -85,7 +86,7 @@ class LlamaPass:
         self._layers = [self._layer(layer, kind, pack) for layer, kind in zip(body.layers, kinds, strict=True)]
         self._norm = norm(body.norm)
         self._head = fused(module.lm_head, pack=pack)
-        self._rotary, self._context = body.rotary_emb, config.max_position_embeddings
+        self._rotary, self._context = body.rotary_emb, context_of(config, config.model_type)
         self._angles = self._table(min(ANGLES, self._context))
 
     def __call__(self, parts: Sequence[Part]) -> list[torch.Tensor]:

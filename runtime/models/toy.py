@@ -27,6 +27,10 @@ class ToyCache:
     def length(self) -> int:
         return len(self.tokens)
 
+    @property
+    def room(self) -> int:
+        return self.length
+
     def append(self, rows: int) -> int:
         first = self.length
         if first + rows > self.capacity:

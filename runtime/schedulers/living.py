@@ -65,7 +65,7 @@ class Living:
         (view,) = views
         # Before any growth was seen half a step: a try, to learn it.
         usual = self.delay[view.growths == 0] or float(self.times[0]) / (2 * LATE)
-        left = LATE * usual - view.since_growth
+        left = min(LATE * usual - view.since_growth, float(self.times[0]) - view.waited)  # a step's time at most, whatever dribbles in
         due = max(usual - view.since_growth, usual / 2)  # what is late is not there the next moment
         promised = view.promise * float(view.leaves[: max(1, round(self.width))].sum())
         return left if left > 0.0 and promised > MARGIN * self.rate * due else 0.0

@@ -36,6 +36,10 @@ class NameCache:
     def length(self) -> int:
         return len(self.names)
 
+    @property
+    def room(self) -> int:
+        return self.length
+
     def append(self, rows: int) -> int:
         self.names += [0] * rows
         return len(self.names) - rows

@@ -12,9 +12,10 @@ from dataclasses import replace
 import numpy as np
 
 from runtime.drafters.base import Wish
-from runtime.engine import Engine, Heard, Input, Join, Step
+from runtime.engine import Engine, Step
 from runtime.grower import Grower
 from runtime.grower import Heard as Told
+from runtime.inputs import Heard, Input, Join
 from runtime.messages import Event, Reply
 
 TICK = 1e-6  # seconds: the shortest wait, so that a rest too small for the clock's last digit passes too

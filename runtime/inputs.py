@@ -1,0 +1,50 @@
+"""What may be put into an engine's inbox, from any thread."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from runtime.live import Admit
+from runtime.messages import Event, Reply
+from runtime.schedulers.base import Scheduler
+
+Send = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """A drafter's reply, and the clock when it arrived."""
+
+    reply: Reply
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    drafter: str
+    send: Send
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    drafter: str
+    send: Send  # as at Join: who has joined under the same name since then stays
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Schedule like this from now on."""
+
+    scheduler: Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    pass
+
+
+Input = Admit | Cancel | Heard | Join | Leave | Policy | Stop
