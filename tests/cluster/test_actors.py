@@ -37,9 +37,10 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Deployment:
-    """The draft is the target itself, so that its tokens are accepted; deep, so that its output outlasts a restart."""
+    """The draft is the target itself, so that its tokens are right, and waited for, since it is no faster; deep, so that its output
+    outlasts a restart."""
     folder = str(save_model(tmp_path_factory.mktemp("models") / "deep", context=16_384, num_hidden_layers=24))
-    return deployment(folder, (folder,), 1, "auto", "cpu", local=True)
+    return deployment(folder, (folder,), 1, "auto", "cpu", local=True, policy="sync")
 
 
 @pytest.fixture(scope="module")
