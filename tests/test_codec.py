@@ -207,7 +207,7 @@ def test_one_bad_score_among_good_ones_is_found() -> None:
         (pb.ToDrafter(open=pb.Open(session="s", tokens=[1], prompt=0, share_of=1)), "prompt 0 of 1"),
         (pb.ToDrafter(open=pb.Open(session="s", tokens=[1], prompt=2, share_of=1)), "prompt 2 of 1"),
         (pb.ToDrafter(open=pb.Open(session="s", tokens=[1], prompt=1, share_index=1)), "share 1 of 0"),
-        (pb.ToDrafter(open=pb.Open(session="s", tokens=[1], prompt=1, style=pb.Style(width=513))), "width 513, branches 0"),
+        (pb.ToDrafter(open=pb.Open(session="s", tokens=[1], prompt=1, style=pb.Style(width=2**20))), "width 1048576, branches 0"),
         (pb.ToDrafter(open=pb.Open(session="s", tokens=[1], prompt=1, style=pb.Style(branches=2**32 - 1))), "branches 4294967295"),
         (pb.ToDrafter(open=pb.Open(session="s", tokens=[-7], prompt=1, share_of=1)), "token id -7"),
         (

@@ -177,7 +177,7 @@ class LlamaPass:
 def fits(module: PreTrainedModel) -> bool:
     """Whether `module` is built as LlamaPass expects; that they agree is shown by comparison."""
     config = module.config
-    if config.model_type not in MODEL_TYPES or config.hidden_act not in ("silu", "swish") or module.device.type != "cpu":
+    if config.model_type not in MODEL_TYPES or config.hidden_act not in ("silu", "swish"):
         return False
     linear = all(isinstance(child, nn.Linear) for name, child in module.named_modules() if name.endswith(("_proj", "lm_head")))
     return linear and len({layer.self_attn.head_dim for layer in module.model.layers}) == 1

@@ -25,10 +25,10 @@ from transformers.utils import logging
 
 from runtime.errors import InvalidRequest, ModelRefused
 from runtime.models.hf import MISFITS, HFModel, check_config
-from runtime.models.quick import quicken
+from runtime.models.quick import quicken, steady
 from runtime.models.rollback import check_rollback
 
-Step = Literal["auto", "generic"]
+Step = Literal["auto", "generic", "static"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -43,7 +43,8 @@ def load_model(name_or_folder: str, dtype: str = "auto", device: str = "auto", t
 
     dtype "auto" is float32 on a CPU and the checkpoint's own on a GPU; device "auto" is the first GPU where there is one. `threads`
     sets torch's threads for the whole process. `step` "generic" leaves every pass to transformers' own code; "auto" takes a faster one
-    where there is one that agrees with it. Raises ModelRefused (the model), InvalidRequest (dtype or device).
+    where there is one that agrees with it; "static" does so with the one of fixed shapes, which is meant for GPUs, on any device.
+    Raises ModelRefused (the model), InvalidRequest (dtype or device).
     """
     place = find_device(device)
     kind = find_dtype(dtype, place)
@@ -55,6 +56,8 @@ def load_model(name_or_folder: str, dtype: str = "auto", device: str = "auto", t
     model = HFModel(read_weights(folder, name_or_folder, config, kind, place), name_or_folder)
     if step == "auto":
         quicken(model)
+    elif step == "static":
+        steady(model)
     check_rollback(model)
     return model
 
