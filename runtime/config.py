@@ -59,6 +59,7 @@ class TargetConfig(Strict):
     device: Device = "auto"
     schedule: ScheduleConfig = ScheduleConfig()
     kv_tokens: int | None = Field(default=None, ge=128, description="tokens that fit its KV memory; default: a quarter of what is free")
+    replicas: int = Field(default=1, ge=0, le=64)
     placement: Placement = Placement()
 
 
@@ -90,8 +91,66 @@ class DrafterConfig(Strict):
         return method
 
 
+class PoolConfig(Strict):
+    """Drafters of one kind, as many as are wanted at the time. Its drafters are called NAME-0, NAME-1, ...
+
+    `min` and `max` bound how many there are; `count` is how many there are at first, and stays unless `auto` is set or somebody scales.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,40}$")
+    method: str = "model"
+    model: str = ""
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    width: int | None = Field(default=None, ge=1, le=64)
+    min: int = Field(default=0, ge=0, le=MOST_DRAFTERS)
+    max: int = Field(default=MOST_DRAFTERS, ge=0, le=MOST_DRAFTERS)
+    count: int = Field(default=1, ge=0, le=MOST_DRAFTERS)
+    auto: bool = Field(default=False, description="between min and max by what one more drafter brings")
+    placement: Placement = Placement()
+
+
+class TlsConfig(Strict):
+    """PEM files, on every node at the same path. Made by `outrider certs`."""
+
+    ca: Path
+    cert: Path
+    key: Path
+
+
+class GatewayConfig(Strict):
+    """The OpenAI-compatible HTTP server: one on each of `nodes` (IP addresses; none: one, wherever Ray puts it)."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    nodes: tuple[str, ...] = ()
+    served_model: str = Field(default="", description="name that clients ask for; default: the model's own")
+    api_keys: Path | None = Field(default=None, description="file of `NAME:KEY[:MODEL,...]` lines")
+    tls: TlsConfig | None = None
+    insecure: bool = Field(default=False, description="allow a public address without keys or TLS")
+
+
+class LimitsConfig(Strict):
+    """Of the gateway. What is beyond is refused early, never dropped later."""
+
+    requests: int = Field(default=256, ge=1, description="under way at one time in one gateway; beyond: 503")
+    per_key: int = Field(default=64, ge=1, description="of one key at one time; beyond: 429")
+    request_seconds: float = Field(default=600.0, gt=0, description="deadline of a request that names none")
+    strict: bool = Field(default=True, description="refuse unknown fields; else they are ignored and counted")
+
+
+class SecurityConfig(Strict):
+    """Between actors. Without `tls` they talk in the clear: for a machine or a network of one's own."""
+
+    tls: TlsConfig | None = None
+
+
 class Deployment(Strict):
     target: TargetConfig
+    pools: tuple[PoolConfig, ...] = ()
+    gateway: GatewayConfig = GatewayConfig()
+    limits: LimitsConfig = LimitsConfig()
+    security: SecurityConfig = SecurityConfig()
     drafters: tuple[DrafterConfig, ...] = ()
 
     @field_validator("drafters")

@@ -10,7 +10,7 @@ from runtime.sampling import Sampling
 
 Key = int  # 64-bit content name of a token prefix (runtime.tree)
 Tokens = tuple[int, ...]
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +106,31 @@ Reply = Draft | Resync
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a caller asks of a target. `committed` are output tokens decided before, by a target that is gone."""
+    """What a caller asks of a target.
+
+    committed  output tokens decided before, by a target that is gone
+    epoch      which life of the session: one more with each target that takes it over
+    deadline   seconds after which nobody wants the rest any more; None: whenever
+    max_rows   tree nodes that a step may verify for it; None: as many as pay
+    """
 
     session: str
     prompt: Tokens
     sampling: Sampling
     speculation: bool = True
     committed: Tokens = ()
+    epoch: int = 0
+    deadline: float | None = None
+    max_rows: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Natural logarithms of the target's own probabilities, before temperature and filters: of the token that was chosen, and of the
+    most likely ones (token id, logprob), falling."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +139,7 @@ class Chunk:
 
     pieces    the text that became certain with each token (held back or inside a character: "")
     drafters  who guessed each token; "" = nobody, the target's own
+    logprobs  of each token, where the request asked for them; else empty
     """
 
     pieces: tuple[str, ...]
@@ -129,6 +148,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     stats: "Stats | None" = None
     error: str = ""
+    logprobs: tuple[Logprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,21 @@
 """Sampling parameters, checked once. What they do to the logits: runtime.choice."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from runtime import limits
 from runtime.errors import InvalidRequest
 
+Kind = Literal["json_object", "json_schema", "regex"]
 COLDEST = 0.001  # lowest temperature above 0: below it, logits / temperature leave the range of float32
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What form the output must have. `text`: the JSON schema, or the regular expression; empty for json_object."""
+
+    kind: Kind
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +42,8 @@ class Sampling:
     max_tokens: int = 128
     min_tokens: int = 0
     ignore_eos: bool = False
+    logprobs: int | None = None  # how many of the most likely tokens are reported beside the chosen one; None: not even that
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         in_range("temperature", self.temperature, 0.0, 100.0)
