@@ -9,7 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from runtime.tree import TokenTree
+import numpy as np
+import numpy.typing as npt
+
+from runtime.tree import Floats, Ints, TokenTree
 
 RANKS = 8
 BINS = 10
@@ -21,11 +24,7 @@ HOPE = 0.7  # `promise` before anything was observed
 
 def bin_of(score: float) -> int:
     """Ten bins, finer near certainty: by the square root of the probability that it is wrong."""
-    return column_of(math.exp(score))
-
-
-def column_of(said: float) -> int:
-    return min(BINS - 1, int(BINS * math.sqrt(max(0.0, 1.0 - said))))
+    return min(BINS - 1, int(BINS * math.sqrt(max(0.0, 1.0 - math.exp(score)))))
 
 
 class Calibration:
@@ -34,23 +33,24 @@ class Calibration:
     __slots__ = ("hits", "tries")
 
     def __init__(self) -> None:
-        self.tries = [[0.0] * BINS for _ in range(RANKS)]
-        self.hits = [[0.0] * BINS for _ in range(RANKS)]
+        self.tries = np.zeros((RANKS, BINS))
+        self.hits = np.zeros((RANKS, BINS))
 
     def observe(self, rank: int, score: float, taken: bool) -> None:
-        row, column = min(rank, RANKS - 1), bin_of(score)
-        if self.tries[row][column] >= ENOUGH:
-            self.tries[row][column] /= 2
-            self.hits[row][column] /= 2
-        self.tries[row][column] += 1.0
-        self.hits[row][column] += taken
+        cell = min(rank, RANKS - 1), bin_of(score)
+        if self.tries[cell] >= ENOUGH:
+            self.tries[cell] /= 2
+            self.hits[cell] /= 2
+        self.tries[cell] += 1.0
+        self.hits[cell] += taken
 
-    def score(self, rank: int, score: float) -> float:
-        """Log of the estimated acceptance, at most 0: observed where there is enough, the drafter's own number before."""
-        said = math.exp(score)
-        row, column = min(rank, RANKS - 1), column_of(said)
-        estimate = (self.hits[row][column] + PRIOR * said) / (self.tries[row][column] + PRIOR)
-        return math.log(min(1.0, max(1e-6, estimate)))
+    def scores(self, ranks: Ints, scores: Floats) -> Floats:
+        """Logs (n,) of the estimated acceptance, at most 0: observed where there is enough, the drafter's own number before."""
+        said = np.exp(scores)
+        cells = np.minimum(ranks, RANKS - 1), np.minimum(BINS * np.sqrt(np.maximum(1.0 - said, 0.0)), BINS - 1).astype(np.int64)
+        estimates = (self.hits[cells] + PRIOR * said) / (self.tries[cells] + PRIOR)
+        found: Floats = np.log(np.minimum(np.maximum(estimates, 1e-6), 1.0))
+        return found
 
 
 class Band:
@@ -72,11 +72,12 @@ class Band:
         for token in decided:
             if node is None:
                 return
-            for child_token, child in tree.children[node].items():
-                self.of(tree.drafter[child]).observe(tree.rank[child], tree.said[child], child_token == token)
-            if tree.children[node]:
-                self.promise += MEMORY * ((token in tree.children[node]) - self.promise)
-            node = tree.children[node].get(token)
+            taken, children = tree.child(node, token), tree.children(node)
+            for child in children:
+                self.of(tree.drafter[child]).observe(tree.rank[child], tree.said[child], child == taken)
+            if children:
+                self.promise += MEMORY * ((taken is not None) - self.promise)
+            node = taken
 
 
 class Calibrations:
@@ -93,7 +94,10 @@ class Calibrations:
 
     def saved(self) -> dict[str, Any]:
         return {
-            name: {"promise": band.promise, "tables": {kind: [table.tries, table.hits] for kind, table in tuple(band.tables.items())}}
+            name: {
+                "promise": band.promise,
+                "tables": {kind: [table.tries.tolist(), table.hits.tolist()] for kind, table in tuple(band.tables.items())},
+            }
             for name, band in tuple(self.bands.items())
         }
 
@@ -110,9 +114,9 @@ class Calibrations:
         return found
 
 
-def counts(rows: Sequence[Sequence[float]]) -> list[list[float]]:
-    found = [[float(count) for count in row] for row in rows]
-    if len(found) != RANKS or any(len(row) != BINS or not all(0 <= count < math.inf for count in row) for row in found):
+def counts(rows: Sequence[Sequence[float]]) -> npt.NDArray[np.float64]:
+    found = np.array(rows, dtype=np.float64)
+    if found.shape != (RANKS, BINS) or not (np.isfinite(found) & (found >= 0)).all():
         raise ValueError(f"a calibration table has {RANKS} rows of {BINS} counts")
     return found
 

@@ -127,18 +127,25 @@ class Engine:
             arrived = self.inbox.get(wait != 0.0, wait or None)
         except queue.Empty:
             return True
+        growth: dict[tuple[str, str], list[Heard]] = {}  # by session and drafter: merging it at once costs a third
         for left in range(self.inbox.qsize(), -1, -1):
-            if isinstance(arrived, Stop):
-                return False
-            self.handle(arrived)
+            match arrived:
+                case Stop():
+                    return False
+                case Heard(reply=Draft(session=name, drafter=drafter)):
+                    growth.setdefault((name, drafter), []).append(arrived)
+                case _:
+                    self.handle(arrived)
             if left:
                 arrived = self.inbox.get()
+        for (name, drafter), heard in growth.items():
+            self.grow(name, drafter, heard)
         return True
 
     def handle(self, arrived: Input) -> None:
         match arrived:
-            case Heard(reply=Draft() as draft, at=at):
-                self.grow(draft, at)
+            case Heard(reply=Draft(session=name, drafter=drafter)):
+                self.grow(name, drafter, [arrived])
             case Heard(reply=Resync(session=name, drafter=drafter)):
                 self.open_again(name, drafter)
             case Admit():
@@ -198,14 +205,18 @@ class Engine:
 
     # Drafters
 
-    def grow(self, draft: Draft, at: float) -> None:
-        live = self.live.get(draft.session)
-        if live is None or not live.session.request.speculation or draft.drafter in self.merit.resting:
-            self.unknown += 1
-        elif live.session.offer(draft):
+    def grow(self, session: str, drafter: str, heard: Sequence[Heard]) -> None:
+        live = self.live.get(session)
+        if live is None or not live.session.request.speculation or drafter in self.merit.resting:
+            self.unknown += len(heard)
+            return
+        drafts = [(one.reply, one.at) for one in heard if isinstance(one.reply, Draft)]
+        if not live.session.offer(*(draft for draft, _ in drafts)):
+            return
+        for draft, at in drafts:
             delay, first = live.grown(at)
             if live.ready:
-                self.scheduler.grew(delay, first, leaves=len(np.unique(draft.parents)))
+                self.scheduler.grew(delay, first, leaves=len(set(draft.parents.tolist())))
             self.trace.taken(draft, at, TARGET)
 
     def open_again(self, session: str, drafter: str) -> None:

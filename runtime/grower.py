@@ -10,8 +10,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from runtime import limits
 from runtime.calibration import Band, Calibrations
@@ -62,7 +64,14 @@ class Stop:
 
 
 Input = Heard | Unheard | Gone | Stop
-Node = tuple[int, int, float]  # key of the parent, token, score
+
+
+class Grown(NamedTuple):
+    """New nodes (n,): names of their parents, tokens, and what the drafter says of them."""
+
+    parents: npt.NDArray[np.uint64]
+    tokens: npt.NDArray[np.int32]
+    scores: npt.NDArray[np.float32]
 
 
 @dataclass(slots=True)
@@ -186,7 +195,8 @@ class Grower:
         except FAULTS as error:
             if len(wishes) > 1:
                 return [self.ask([wish])[0] for wish in wishes]
-            log.warning("drafter %s gives a session up: %s: %s", self.name, type(error).__name__, error)
+            log.warning("drafter %s gives a session up: %s", self.name, type(error).__name__)
+            log.debug("the fault, whose words may quote the session", exc_info=error)
             self.counters["failed"] += 1
             self.forget(wishes[0].text.session)
             return [None]
@@ -206,27 +216,25 @@ class Grower:
             growing.tree.expanded[leaf] = True
         growing.ripe().drop_expanded()
 
-    def sprout(self, growing: Growing, children: Children) -> list[Node]:
+    def sprout(self, growing: Growing, children: Children) -> Grown:
         """Put new children into the tree; returns what is to be sent of them.
 
         Siblings that are hardly possible are left out, but not the first child: a node is asked about once, and may become the root.
         """
         tree, calibration = growing.tree, self.calibration(growing).of(self.name)
-        grown: list[Node] = []
-        for parent, token, said in zip(children.parents.tolist(), children.tokens.tolist(), children.scores.tolist(), strict=True):
-            score = calibration.score(len(tree.children[parent]), said)
-            possible = tree.path[parent] + score >= FLOOR or not tree.children[parent]
-            if possible and tree.add(parent, token, score, said, self.name) is not None:
-                grown.append((tree.key[parent], token, said))
-        return grown
+        parents, said = children.parents.astype(np.int64), children.scores.astype(np.float64)
+        ranks = np.frombuffer(tree.fanout, np.int64)[parents] + place_in_run(parents)
+        possible = (ranks == 0) | (np.frombuffer(tree.path)[parents] + calibration.scores(ranks, said) >= FLOOR)
+        keys, tokens, said = np.frombuffer(tree.key, np.uint64)[parents[possible]], children.tokens[possible], said[possible]
+        new = tree.merge(keys, tokens.astype(np.int64), said, self.name, calibration.scores).rows
+        return Grown(keys[new], tokens[new].astype(np.int32), said[new].astype(np.float32))
 
-    def send(self, growing: Growing, grown: Sequence[Node]) -> None:
+    def send(self, growing: Growing, grown: Grown) -> None:
         """In messages that a target takes."""
         opened = growing.opened
-        for start in range(0, len(grown), limits.DRAFT_NODES):
-            parents, tokens, scores = zip(*grown[start : start + limits.DRAFT_NODES], strict=True)
-            keys, ids = np.asarray(parents, dtype=np.uint64), np.asarray(tokens, dtype=np.int32)
-            draft = Draft(opened.session, opened.epoch, self.name, keys, ids, np.asarray(scores, dtype=np.float32))
+        for start in range(0, len(grown.tokens), limits.DRAFT_NODES):
+            keys, ids, scores = (part[start : start + limits.DRAFT_NODES] for part in grown)
+            draft = Draft(opened.session, opened.epoch, self.name, keys, ids, scores)
             self.trace.sent(draft, self.clock(), self.name)
             growing.send(draft)
 
@@ -298,6 +306,13 @@ def wish_of(name: str, growing: Growing, count: int) -> Wish:
     opened = growing.opened
     text = Text(name, growing.tokens, opened.prompt, opened.sampling, growing.tree)
     return Wish(text, growing.ripe().best(count), opened.style.branches)
+
+
+def place_in_run(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """For each value, how many equal ones stand right before it."""
+    places = np.arange(len(values))
+    begins = np.concatenate(([True], values[1:] != values[:-1])) if len(values) else np.zeros(0, dtype=np.bool_)
+    return places - np.maximum.accumulate(np.where(begins, places, 0))
 
 
 def sapling(key: int, token: int) -> TokenTree:

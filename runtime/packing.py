@@ -15,8 +15,8 @@ def pack(session: Session, cache: KVCache, nodes: Sequence[int]) -> Part:
     visible = np.zeros((n, n), dtype=np.bool_)
     visible[:, 0] = True
     visible[1:, 1:] = tree.visible(nodes)
-    tokens = np.asarray([tree.token[node] for node in (0, *nodes)], dtype=np.int64)
-    positions = prefix + np.asarray([tree.depth[node] for node in (0, *nodes)], dtype=np.int64)
+    rows = np.asarray([0, *nodes])
+    tokens, positions = np.frombuffer(tree.token, dtype=np.int64)[rows], prefix + np.frombuffer(tree.depth, dtype=np.int64)[rows]
     return Part(cache, Rows(tokens, positions, prefix, visible))
 
 

@@ -45,30 +45,33 @@ class Session:
         """What a drafter must know to join now."""
         return Open(self.id, self.epoch, tuple(self.tokens), self.prompt, self.request.sampling, share, self.style)
 
-    def offer(self, draft: Draft) -> int:
-        """Merge growth into the mirror; returns how many nodes were new.
+    def offer(self, *drafts: Draft) -> int:
+        """Merge growth of one drafter into the mirror; returns how many nodes were new.
 
         Idempotent and, between messages, free of order: a node whose parent is not alive is dropped. Nothing in a draft
         can do more than add nodes.
         """
-        if draft.epoch != self.epoch or len(draft.tokens) > limits.DRAFT_NODES:
-            self.ignored["stale" if draft.epoch != self.epoch else "oversize"] += len(draft.tokens)
+        fitting = [draft for draft in drafts if self.fits(draft)]
+        if not fitting:
             return 0
-        tree, added, table = self.tree, 0, self.band.of(draft.drafter)
-        for parent_key, token, said in zip(draft.parents.tolist(), draft.tokens.tolist(), draft.scores.tolist(), strict=True):
-            parent = tree.index.get(parent_key)
-            if parent is None:
-                self.ignored["stale"] += 1
-            elif not 0 <= token < self.vocabulary or not said <= 0.0:
-                self.ignored["invalid"] += 1
-            else:
-                score = table.score(len(tree.children[parent]), said)
-                new = tree.add(parent, token, score, said, draft.drafter) is not None
-                added += new
-                if not new:
-                    self.ignored["repeated" if token in tree.children[parent] else "full"] += 1
-        self.drafted += added
-        return added
+        parents, drafter = np.concatenate([draft.parents for draft in fitting]), fitting[0].drafter
+        tokens = np.concatenate([draft.tokens for draft in fitting], dtype=np.int64)
+        said = np.concatenate([draft.scores for draft in fitting], dtype=np.float64)
+        valid = (tokens >= 0) & (tokens < self.vocabulary) & (said <= 0.0)
+        merged = self.tree.merge(parents[valid], tokens[valid], said[valid], drafter, self.band.of(drafter).scores)
+        dropped = {"invalid": int((~valid).sum()), "stale": merged.stale, "repeated": merged.repeated, "full": merged.full}
+        for reason, count in dropped.items():
+            if count:
+                self.ignored[reason] += count
+        self.drafted += len(merged.rows)
+        return len(merged.rows)
+
+    def fits(self, draft: Draft) -> bool:
+        """Whether it may be merged; counted where it may not."""
+        if draft.epoch == self.epoch and len(draft.tokens) <= limits.DRAFT_NODES:
+            return True
+        self.ignored["stale" if draft.epoch != self.epoch else "oversize"] += len(draft.tokens)
+        return False
 
     @property
     def room(self) -> int:
@@ -87,10 +90,10 @@ class Session:
         """Path probabilities of all nodes that could be verified, and of those among them that could still get children,
         falling; the depth of the deepest. With an empty tree the leaf is the root, of probability 1."""
         tree, room = self.tree, self.room
-        paths, depths = np.asarray(tree.path), np.asarray(tree.depth)
+        paths, depths, fanout = np.frombuffer(tree.path), np.frombuffer(tree.depth, np.int64), np.frombuffer(tree.fanout, np.int64)
         inside = depths <= room
         inside[0] = False
-        ends = (depths < room) & np.asarray([not children for children in tree.children])
+        ends = (depths < room) & (fanout == 0)
         gains = np.exp(-self.tilt * np.sort(-paths[inside]))
         leaves = np.exp(-self.tilt * np.sort(-paths[ends]))
         return gains, leaves, int(depths[inside].max(initial=0))
@@ -123,13 +126,14 @@ class Session:
         """Compare the first guesses that the decided tokens passed with their scores."""
         tree, node = self.tree, 0
         for token in decided:
-            children = tree.children[node]
+            children = tree.children(node)
             if not children:
                 return
-            first = next(iter(children.values()))
+            first = children[0]
             self.right += MEMORY * ((tree.token[first] == token) - self.right)
             self.expected += MEMORY * (math.exp(tree.score[first]) - self.expected)
             self.right, self.expected = (min(0.99, max(0.05, mean)) for mean in (self.right, self.expected))
-            if token not in children:
+            taken = tree.child(node, token)
+            if taken is None:
                 return
-            node = children[token]
+            node = taken

@@ -6,22 +6,37 @@
 so equal guesses of different drafters are one node, and a name stays valid when the root moves.
 """
 
-from collections.abc import Iterable, Sequence
-from operator import itemgetter
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 MASK = (1 << 64) - 1
 EMPTY_TEXT = 0x9E3779B97F4A7C15
+STEP, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+Keys = npt.NDArray[np.uint64]
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Estimate = Callable[[Ints, Floats], Floats]  # ranks and what was said of nodes -> their scores
 
 
 def mix64(key: int, token: int) -> int:
     """The name of the text `key` continued by `token` (finaliser of SplitMix64, Steele et al. 2014)."""
-    x = (key + (token + 1) * 0x9E3779B97F4A7C15) & MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    x = (key + (token + 1) * STEP) & MASK
+    x = ((x ^ (x >> 30)) * FIRST) & MASK
+    x = ((x ^ (x >> 27)) * SECOND) & MASK
     return x ^ (x >> 31)
+
+
+def mix64_all(keys: Keys, tokens: Ints) -> Keys:
+    """mix64 of each pair."""
+    x = keys + (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(STEP)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(FIRST)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(SECOND)
+    return x ^ (x >> np.uint64(31))
 
 
 def text_key(tokens: Iterable[int], start: int = EMPTY_TEXT) -> int:
@@ -32,19 +47,33 @@ def text_key(tokens: Iterable[int], start: int = EMPTY_TEXT) -> int:
     return key
 
 
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What became of nodes that were offered. `rows`: places of those that are new, in order.
+
+    stale: their parent is not there; repeated: they were there; full: beyond the limit of nodes or depth.
+    """
+
+    rows: list[int]
+    stale: int
+    repeated: int
+    full: int
+
+
 class TokenTree:
-    """Parallel lists in order of arrival: a parent always stands before its children. Index 0 is the root.
+    """Parallel arrays in order of arrival: a parent always stands before its children. Index 0 is the root.
 
     said[i] is the log of the drafter's estimate that the target takes node i once it is at i's parent, score[i] the same
-    after calibration; path[i] is the sum of scores from the root; rank[i] is i's place among its siblings by arrival;
-    drafter[i] names who guessed the node first; expanded[i] tells whether somebody was asked for its children.
+    after calibration; path[i] is the sum of scores from the root; fanout[i] is the number of i's children, rank[i] its own place
+    among its siblings by arrival; drafter[i] names who guessed the node first; expanded[i] tells whether somebody was asked for
+    its children.
     """
 
     __slots__ = (
-        "children",
         "depth",
         "drafter",
         "expanded",
+        "fanout",
         "index",
         "key",
         "max_depth",
@@ -62,17 +91,12 @@ class TokenTree:
         self._start(root_key, root_token)
 
     def _start(self, root_key: int, root_token: int) -> None:
-        self.key = [root_key]
-        self.token = [root_token]
-        self.parent = [-1]
-        self.depth = [0]
-        self.said = [0.0]
-        self.score = [0.0]
-        self.path = [0.0]
-        self.rank = [0]
+        # Arrays of the standard library: quick to read and to append one by one, and numpy sees them without a copy.
+        self.key = array("Q", [root_key])
+        self.token, self.parent, self.depth = array("q", [root_token]), array("q", [-1]), array("q", [0])
+        self.rank, self.fanout, self.expanded = array("q", [0]), array("q", [0]), array("b", [False])
+        self.said, self.score, self.path = array("d", [0.0]), array("d", [0.0]), array("d", [0.0])
         self.drafter = [""]
-        self.expanded = [False]
-        self.children: list[dict[int, int]] = [{}]
         self.index = {root_key: 0}
 
     def __len__(self) -> int:
@@ -84,9 +108,9 @@ class TokenTree:
 
         `said` is `score` before calibration; without it they are the same.
         """
-        if token in self.children[parent] or len(self.key) > self.max_nodes or self.depth[parent] >= self.max_depth:
-            return None
         node, key = len(self.key), mix64(self.key[parent], token)
+        if key in self.index or node > self.max_nodes or self.depth[parent] >= self.max_depth:
+            return None
         self.key.append(key)
         self.token.append(token)
         self.parent.append(parent)
@@ -94,22 +118,69 @@ class TokenTree:
         self.said.append(score if said is None else said)
         self.score.append(score)
         self.path.append(self.path[parent] + score)
-        self.rank.append(len(self.children[parent]))
-        self.drafter.append(drafter)
+        self.rank.append(self.fanout[parent])
+        self.fanout[parent] += 1
+        self.fanout.append(0)
         self.expanded.append(False)
-        self.children[parent][token] = node
-        self.children.append({})
+        self.drafter.append(drafter)
         self.index[key] = node
         return node
 
+    def merge(self, parents: Keys, tokens: Ints, said: Floats, drafter: str, estimate: Estimate) -> Merged:
+        """Add many nodes (n,), given by the names of their parents, in their order: as by `add` for each, with estimate(rank, said)
+        for score."""
+        names = mix64_all(parents, tokens)
+        index, depth, fanout, size = self.index, self.depth, self.fanout, len(self.key)
+        stale = repeated = full = 0
+        rows, placed, ranks = [], [], []
+        for row, (above, name) in enumerate(zip(parents.tolist(), names.tolist(), strict=True)):
+            parent = index.get(above)
+            if parent is None:
+                stale += 1
+            elif name in index:
+                repeated += 1
+            elif size > self.max_nodes or (below := depth[parent] + 1) > self.max_depth:
+                full += 1
+            else:
+                index[name] = size
+                size += 1
+                rows.append(row)
+                placed.append(parent)
+                ranks.append(fanout[parent])
+                fanout[parent] += 1
+                fanout.append(0)
+                depth.append(below)
+        if rows:
+            new = np.array(rows)
+            scores = estimate(np.array(ranks), said[new])
+            self.key.frombytes(names[new].tobytes())
+            self.token.frombytes(tokens[new].tobytes())
+            self.said.frombytes(said[new].tobytes())
+            self.score.frombytes(scores.tobytes())
+            self.expanded.frombytes(bytes(len(rows)))
+            self.parent.extend(placed)
+            self.rank.extend(ranks)
+            self.drafter += [drafter] * len(rows)
+            path = self.path
+            for parent, score in zip(placed, scores.tolist(), strict=True):
+                path.append(path[parent] + score)
+        return Merged(rows, stale, repeated, full)
+
+    def child(self, node: int, token: int) -> int | None:
+        """The child of `node` with this token; None where there is none."""
+        return self.index.get(mix64(self.key[node], token))
+
+    def children(self, node: int) -> list[int]:
+        """In order of arrival."""
+        found: list[int] = np.flatnonzero(np.frombuffer(self.parent, dtype=np.int64) == node).tolist() if self.fanout[node] else []
+        return found
+
     def descend(self, tokens: Sequence[int]) -> int | None:
         """The node at the end of these tokens, counted from the root; None where the tree does not have it."""
-        node = 0
+        node: int | None = 0
         for token in tokens:
-            child = self.children[node].get(token)
-            if child is None:
+            if (node := self.child(node, token)) is None:
                 return None
-            node = child
         return node
 
     def tokens_to(self, node: int) -> list[int]:
@@ -132,26 +203,34 @@ class TokenTree:
 
     def _keep_below(self, root: int) -> None:
         """Make `root` the root. The nodes below it stay in their order: sums and names are not computed again."""
-        place = {root: 0}  # new index by old
-        for node, parent in enumerate(self.parent[root + 1 :], root + 1):
-            if parent in place:
-                place[node] = len(place)
-        if len(place) == 1:
+        if not self.fanout[root]:
             expanded = self.expanded[root]
             self._start(self.key[root], self.token[root])
             self.expanded[0] = expanded
             return
-        of = itemgetter(*place)
+        kept = self._below(root)
         depth, path = self.depth[root], self.path[root]
-        self.parent = [-1, *map(place.__getitem__, of(self.parent)[1:])]
-        self.depth = [below - depth for below in of(self.depth)]
-        self.path = [below - path for below in of(self.path)]
-        self.children = [{token: place[child] for token, child in below.items()} if below else {} for below in of(self.children)]
-        self.key, self.token, self.expanded = list(of(self.key)), list(of(self.token)), list(of(self.expanded))
-        self.said, self.score, self.rank = list(of(self.said)), list(of(self.score)), list(of(self.rank))
-        self.drafter = list(of(self.drafter))
-        self.said[0], self.score[0], self.rank[0], self.drafter[0] = 0.0, 0.0, 0, ""
-        self.index = dict(zip(self.key, range(len(place)), strict=True))
+        place = np.zeros(len(self), dtype=np.int64)  # new index by old
+        place[kept] = np.arange(len(kept))
+        for name in ("key", "token", "depth", "rank", "fanout", "expanded", "said", "score", "path"):
+            old = getattr(self, name)
+            setattr(self, name, array(old.typecode, np.frombuffer(old, dtype=old.typecode)[kept].tobytes()))
+        self.parent = array("q", place[np.frombuffer(self.parent, dtype=np.int64)[kept]].tobytes())
+        np.frombuffer(self.depth, dtype=np.int64)[:] -= depth
+        np.frombuffer(self.path)[:] -= path
+        self.drafter = [self.drafter[node] for node in kept.tolist()]
+        self.parent[0], self.rank[0], self.said[0], self.score[0], self.drafter[0] = -1, 0, 0.0, 0.0, ""
+        self.index = dict(zip(self.key.tolist(), range(len(kept)), strict=True))
+
+    def _below(self, root: int) -> Ints:
+        """Indices of `root` and all below it, in order. By pointer doubling: after n rounds every node has looked 2^n ancestors up."""
+        inside = np.zeros(len(self), dtype=np.bool_)
+        inside[root] = True
+        jump = np.maximum(np.frombuffer(self.parent, dtype=np.int64), 0)
+        for _ in range(self.max_depth.bit_length()):
+            inside |= inside[jump]
+            jump = jump[jump]
+        return np.flatnonzero(inside)
 
     def best(self, count: int) -> list[int]:
         """The `count` nodes below the root with the highest path score, closed under parents, parents first."""
@@ -159,7 +238,7 @@ class TokenTree:
         if n - 1 <= count:
             return list(range(1, n))
         # A path score never rises on the way down, and ties go to the older node: the best set holds its own parents.
-        order = np.argsort(-np.asarray(self.path[1:]), kind="stable")[:count] + 1
+        order = np.argsort(-np.frombuffer(self.path)[1:], kind="stable")[:count] + 1
         return sorted(order.tolist())
 
     def visible(self, nodes: Sequence[int]) -> npt.NDArray[np.bool_]:

@@ -26,7 +26,7 @@ def match(tree: TokenTree, nodes: Sequence[int], choices: Sequence[int]) -> Verd
     node, row = 0, 0
     while True:
         token = choices[row]
-        child = tree.children[node].get(token)
+        child = tree.child(node, token)
         if child is None or child not in row_of:
             return Verdict(tuple(path), token)
         path.append(child)

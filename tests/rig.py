@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from runtime.calibration import Calibration
 from runtime.choice import Chooser, choose
 from runtime.drafters.base import Children, Drafter, Text, Wish
 from runtime.drafting import DraftHost
@@ -122,6 +123,11 @@ def children(found: Sequence[tuple[int, int, float]]) -> Children:
 
 
 Tamper = Callable[[Any], Iterable[Any]]  # what becomes of one message on the way
+
+
+def score_of(calibration: Calibration, rank: int, said: float) -> float:
+    """Of one node."""
+    return float(calibration.scores(np.array([rank]), np.array([said]))[0])
 
 
 def engine_of(model: Model, rows: int = 8, eos: frozenset[int] = NOBODY, chooser: Chooser = choose) -> Engine:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from runtime.calibration import BINS, ENOUGH, HOPE, PRIOR, RANKS, Band, Calibration, Calibrations, bin_of, kind
 from runtime.tree import TokenTree
+from tests.rig import score_of
 
 
 def test_bins_cover_all_scores_and_are_finer_near_certainty() -> None:
@@ -21,7 +22,7 @@ def test_bins_cover_all_scores_and_are_finer_near_certainty() -> None:
 
 @given(st.floats(-50.0, 0.0), st.integers(0, 40))
 def test_without_observations_the_drafter_is_believed(score: float, rank: int) -> None:
-    assert math.exp(Calibration().score(rank, score)) == pytest.approx(max(1e-6, math.exp(score)))
+    assert math.exp(score_of(Calibration(), rank, score)) == pytest.approx(max(1e-6, math.exp(score)))
 
 
 @pytest.mark.parametrize("said", [math.log(0.25), math.log(0.9), -math.inf])
@@ -29,9 +30,9 @@ def test_it_learns_the_rate_of_its_rank_and_bin_alone(said: float) -> None:
     calibration = Calibration()
     for n in range(1000):
         calibration.observe(0, said, n % 10 < 7)
-    assert math.exp(calibration.score(0, said)) == pytest.approx(0.7, abs=0.01)
-    assert math.exp(calibration.score(1, said)) == pytest.approx(max(1e-6, math.exp(said)))
-    assert math.exp(calibration.score(0, math.log(0.5))) == pytest.approx(0.5)
+    assert math.exp(score_of(calibration, 0, said)) == pytest.approx(0.7, abs=0.01)
+    assert math.exp(score_of(calibration, 1, said)) == pytest.approx(max(1e-6, math.exp(said)))
+    assert math.exp(score_of(calibration, 0, math.log(0.5))) == pytest.approx(0.5)
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.floats(-20.0, 0.0), st.booleans()), max_size=60), st.integers(0, 20), st.floats(-60.0, 0.0))
@@ -39,28 +40,28 @@ def test_scores_are_logarithms_of_probabilities(seen: list[tuple[int, float, boo
     calibration = Calibration()
     for observed in seen:
         calibration.observe(*observed)
-    assert math.log(1e-6) <= calibration.score(rank, said) <= 0.0
-    assert calibration.score(rank, -math.inf) <= 0.0
+    assert math.log(1e-6) <= score_of(calibration, rank, said) <= 0.0
+    assert score_of(calibration, rank, -math.inf) <= 0.0
 
 
 def test_the_prior_weighs_as_so_many_observations() -> None:
     calibration = Calibration()
     for _ in range(int(PRIOR)):
         calibration.observe(0, math.log(0.5), True)
-    assert math.exp(calibration.score(0, math.log(0.5))) == pytest.approx(0.75)
+    assert math.exp(score_of(calibration, 0, math.log(0.5))) == pytest.approx(0.75)
 
 
 def test_far_ranks_share_a_row() -> None:
     calibration = Calibration()
     calibration.observe(RANKS + 5, -1.0, True)
-    assert calibration.score(RANKS - 1, -1.0) == calibration.score(RANKS + 9, -1.0) > -1.0
+    assert score_of(calibration, RANKS - 1, -1.0) == score_of(calibration, RANKS + 9, -1.0) > -1.0
 
 
 def test_a_change_is_noticed_in_spite_of_a_long_history() -> None:
     calibration = Calibration()
     for n in range(int(20 * ENOUGH)):
         calibration.observe(0, -0.5, n < 18 * ENOUGH)
-    assert math.exp(calibration.score(0, -0.5)) < 0.2
+    assert math.exp(score_of(calibration, 0, -0.5)) < 0.2
 
 
 def grown() -> TokenTree:
@@ -105,7 +106,7 @@ def test_what_is_saved_can_be_restored() -> None:
     known.band(0.81).observe_path(grown(), [6])
     again = Calibrations.restored(json.loads(json.dumps(known.saved())))
     assert again.saved() == known.saved()
-    assert again.band(0.8).of("b-3").score(1, -0.5) == known.band(0.8).of("b").score(1, -0.5) > -0.5
+    assert score_of(again.band(0.8).of("b-3"), 1, -0.5) == score_of(known.band(0.8).of("b"), 1, -0.5) > -0.5
 
 
 @pytest.mark.parametrize(

@@ -219,9 +219,9 @@ def test_its_cache_never_shows(history: list[tuple[int, int, int]], seed: int, t
             assert drafter.kept["s"].cache.length <= len(tokens) + len(tree)
         decided, node = [], 0
         for _ in range(known):
-            if tree.children[node]:
-                token, node = random.choice(list(tree.children[node].items()))
-                decided.append(token)
+            if children := tree.children(node):
+                node = random.choice(children)
+                decided.append(tree.token[node])
         decided += [random.randrange(12) for _ in range(unknown)]
         if decided:
             tree.reroot(decided)
@@ -266,8 +266,8 @@ def test_after_a_miss_one_narrow_pass_gives_the_children_of_the_new_root() -> No
     grower.hear(0, Open("s", 0, tuple(PROMPT), len(PROMPT), Sampling(), Share("s", 0, 1)), sent.append)
     for _ in range(5):
         grower.grow()
-    known = grower.growing["0/s"].tree.children[0]
-    missed = next(token for token in range(12) if token not in known)
+    tree = grower.growing["0/s"].tree
+    missed = next(token for token in range(12) if tree.child(0, token) is None)
     grower.hear(0, Commit("s", 0, len(PROMPT), (missed, 3), text_key([*PROMPT, missed, 3])), sent.append)
     model.passes.clear()
     sent.clear()

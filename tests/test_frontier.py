@@ -29,8 +29,8 @@ def trees(draw: st.DrawFn) -> TokenTree:
 
 def main_line(tree: TokenTree) -> list[int]:
     line = [0]
-    while tree.children[line[-1]]:
-        line.append(min(tree.children[line[-1]].values()))
+    while children := tree.children(line[-1]):
+        line.append(min(children))
     return line
 
 

@@ -112,7 +112,7 @@ class Race:
 
     def view(self) -> View:
         gains = np.sort(np.exp(self.tree.path[1:]))[::-1]
-        leaves = [path for path, children in zip(self.tree.path, self.tree.children, strict=True) if not children]
+        leaves = [path for path, fanout in zip(self.tree.path, self.tree.fanout, strict=True) if not fanout]
         return View(
             gains,
             np.sort(np.exp(leaves))[::-1],
@@ -148,8 +148,8 @@ class Race:
         while self.drafter.ends <= began + self.computed:
             self.grow()
         node, accepted = 0, 0
-        while self.tree.children[node].get(RIGHT) in nodes:
-            node, accepted = self.tree.children[node][RIGHT], accepted + 1
+        while (child := self.tree.child(node, RIGHT)) is not None and child in nodes:
+            node, accepted = child, accepted + 1
         self.hit = self.tree.reroot([RIGHT] * (accepted + 1))
         self.steps.append(Step(began, rows, accepted + 1))
         self.scheduler.observe([Round("s", len(self.steps), rows, accepted, self.hit, began - self.ready, self.computed, 0.0)])

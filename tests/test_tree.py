@@ -43,10 +43,18 @@ class TreeMachine(RuleBasedStateMachine):
     def merge(self, paths: list[Path]) -> None:
         """A draft by name, each node twice; where a parent is not there, or there is no room, its children are none either."""
         nodes = sorted({path[:n] for path in paths for n in range(1, len(path) + 1)}, key=len)
-        for path in [*nodes, *nodes]:
-            parent = self.tree.index.get(text_key([*self.text, *path[:-1]]))
-            if parent is not None and self.tree.add(parent, path[-1], -1.0) is not None:
-                self.paths[path] = (-1.0, False)
+        offered = [*nodes, *nodes]
+        above = np.array([text_key([*self.text, *path[:-1]]) for path in offered], dtype=np.uint64)
+        tokens, said = np.array([path[-1] for path in offered], dtype=np.int64), np.full(len(offered), -2.0)
+        expected: list[int] = []
+        for row, path in enumerate(offered):
+            fits = path not in self.paths and len(self.paths) < MAX_NODES and len(path) <= MAX_DEPTH
+            if fits and (len(path) == 1 or path[:-1] in self.paths):
+                expected.append(row)
+                self.paths[path] = (-2.0, False)
+        merged = self.tree.merge(above, tokens, said, "many", lambda ranks, said: said)
+        assert merged.rows == expected
+        assert len(expected) + merged.stale + merged.repeated + merged.full == len(offered)
 
     @rule(data=st.data())
     def expand(self, data: st.DataObject) -> None:
@@ -89,7 +97,10 @@ class TreeMachine(RuleBasedStateMachine):
             assert math.isclose(tree.path[node], sum(self.paths[path[:n]][0] for n in range(1, len(path) + 1)), abs_tol=1e-9)
         assert len(tree.index) == len(tree)
         for node in range(len(tree)):
-            assert tree.children[node] == {path[-1]: child for path, child in found.items() if tree.parent[child] == node}
+            below = {path[-1]: child for path, child in found.items() if tree.parent[child] == node}
+            assert tree.children(node) == sorted(below.values())
+            assert tree.fanout[node] == len(below)
+            assert {token: tree.child(node, token) for token in range(4)} == {token: below.get(token) for token in range(4)}
 
     @invariant()
     def the_best_are_best_and_hold_their_parents(self) -> None:
