@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-from bench import compare
 from bench.methods import FIRST, SECOND, Method, Ours
 from bench.ours import schedule_of
 from bench.results import Forecast, Results
@@ -30,11 +29,17 @@ def forecasts(results: Results, methods: Iterable[Method]) -> tuple[Forecast, ..
 def measured(results: Results, temperature: float) -> Measured | None:
     """The pair as the planner wants it; None where its profile is not complete."""
     profile = results.profile
-    ranks = next((found.ranks for found in profile.acceptance if found.temperature == temperature), None)
-    if not ranks or not profile.target or not profile.draft:
+    guesses = next((found for found in profile.acceptance if found.temperature == temperature), None)
+    if guesses is None or not guesses.ranks or not profile.target or not profile.draft:
         return None
-    costs = {"rtt": profile.round_trip} if profile.round_trip is not None else {}
-    plain = compare.totals(results, "plain", temperature)
-    if plain is not None and plain.rounds:
-        costs["step"] = plain.bookkeeping / plain.rounds
-    return Measured.model_validate({"target": profile.target, "draft": profile.draft, "acceptance": ranks, **costs})
+    known = {
+        "rtt": profile.round_trip,
+        "text": profile.text,
+        "beside": profile.beside,
+        "step": profile.step,
+        "message": profile.message,
+        "pass": profile.draft_pass,
+    }
+    costs = {name: value for name, value in known.items() if value is not None}
+    pair = {"target": profile.target, "draft": profile.draft, "acceptance": guesses.ranks, "positions": guesses.positions}
+    return Measured.model_validate({**pair, **costs})

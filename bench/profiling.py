@@ -11,6 +11,7 @@ from runtime.sampling import Sampling
 
 TARGET_ROWS = (1, 2, 4, 8, 16, 32, 64)
 DRAFT_ROWS = (1, 2, 4, 8, 16, 32)
+TEXTS = 8
 REPEATS = 7
 STREAM = 1 << 26  # float32 numbers read at once to find the memory's bandwidth: more than any cache holds
 
@@ -39,9 +40,10 @@ def measure(job: Job) -> Measured:
     """Stays on its core from then on: to be called in a process of its own (bench/apart.py)."""
     os.sched_setaffinity(0, (job.core,))
     from actors.compose import end_tokens
-    from runtime.models.acceptance import acceptance
+    from runtime.models.acceptance import replay
     from runtime.models.load import load_model, load_tokenizer
-    from runtime.models.timing import step_times
+    from runtime.models.timing import step_times, text_time
+    from runtime.sim.measured import positions
 
     target, draft = (load_model(name, job.dtype, "cpu", threads=1) for name in (job.target, job.draft))
     eos = end_tokens(target, load_tokenizer(job.target))
@@ -51,10 +53,12 @@ def measure(job: Job) -> Measured:
         target=step_times(target, TARGET_ROWS, time.monotonic, REPEATS),
         draft=step_times(draft, DRAFT_ROWS, time.monotonic, REPEATS),
         acceptance=tuple(
-            Acceptance(temperature=sampling.temperature, ranks=acceptance(target, draft, texts, sampling, eos))
+            Acceptance(temperature=sampling.temperature, ranks=found.rates(), positions=positions(found.ranks, found.scores))
             for sampling in job.samplings
+            for found in [replay(target, draft, texts, sampling, eos)]
         ),
         floor=size / bandwidth(),
+        text=text_time(target, TEXTS, time.monotonic, REPEATS),
     )
     return Measured(profile, (target.module.num_parameters(), draft.module.num_parameters()))
 

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError
 from runtime.config import Strict
 from runtime.errors import InvalidRequest
 from runtime.messages import Stats
+from runtime.sim.measured import Position
 
 
 class Machine(Strict):
@@ -84,24 +85,32 @@ class Run(Strict):
 
 
 class Acceptance(Strict):
-    """By number k of guesses: the share of positions at which the draft's first k hold the target's choice."""
+    """By number k of guesses: the share of positions at which the draft's first k hold the target's choice; and position by position."""
 
     temperature: float
     ranks: dict[int, float]
+    positions: tuple[Position, ...] = ()
 
 
 class Profile(Strict):
     """The pair on one core each (or on the GPU). Step times by rows, the root included.
 
     `floor` is the time that the memory alone needs for a step with one row: bytes of weights over the measured bandwidth.
-    `round_trip` is that from target to drafter and back, in a recorded run.
+    `text` is what each further text adds to a pass of the target. The others are of recorded runs with a prompt that is not measured:
+    `round_trip` from target to drafter and back; `beside`, how many times as long as alone a pass of the target takes beside a busy
+    drafter; bookkeeping of the target in each `step`, more of it for each `message` of growth, and of the drafter in each `draft_pass`.
     """
 
     target: dict[int, float] = Field(default_factory=dict)
     draft: dict[int, float] = Field(default_factory=dict)
     acceptance: tuple[Acceptance, ...] = ()
     floor: float | None = None
+    text: float | None = None
     round_trip: float | None = None
+    beside: float | None = None
+    step: float | None = None
+    message: float | None = None
+    draft_pass: float | None = None
 
 
 class Tried(Strict):

@@ -16,12 +16,12 @@ from bench.apart import apart
 from bench.forecasts import forecasts
 from bench.loop import Round, cases, measure, rounds
 from bench.machine import machine, two_cores
-from bench.methods import BOTH, FIRST, LIVING, Cores, Method, Ours, Outcome, Rival, Runner
+from bench.methods import BOTH, FIRST, LIVING, PLAIN, Cores, Method, Ours, Outcome, Rival, Runner
 from bench.options import SWEPT, WARMING, Options, Suite, batch_cases, expected_seconds, main_rounds, own, suite
 from bench.ours import Cluster, Pair, running
 from bench.profiling import Job, Measured
 from bench.prompts import Prompt, encode, from_file, held_out, pick
-from bench.recorded import round_trip
+from bench.recorded import in_place
 from bench.results import PairFacts, Results, Settings, Tried
 from bench.rivals import Place, Rivals
 from bench.widen import CACHE, SMALL, widened
@@ -106,10 +106,11 @@ def measured_all(
         short = [Round(loop.Case("", one.case.prompts, Sampling(max_tokens=max(2, new // 4))), one.methods) for one in batched]
         list(do(short, "warming up"))
         found = loop.collect(found, do(batched, "batches"), keep)
-        list(do(rounds(cases(measured[:1], 1, (lowest,), 1, new, seed), [LIVING]), "a recorded run"))
+        list(do(rounds(cases(warming[:1], 1, (lowest,), 1, new, seed), [PLAIN]), "a recorded run"))
+        alone = runner.cluster.recordings[0]
+        list(do(rounds(cases(warming[:1], 1, (lowest,), 1, new, seed), [LIVING]), "a recorded run"))
     recordings = runner.cluster.recordings
-    profile = found.profile.model_copy(update={"round_trip": round_trip(recordings)})
-    found = found.model_copy(update={"profile": profile})
+    found = found.model_copy(update={"profile": in_place(found.profile, alone, recordings)})
     with console.status("forecasts"):
         found = found.model_copy(update={"forecasts": forecasts(found, methods)})
     keep(found)

@@ -6,14 +6,15 @@ from pathlib import Path
 
 from actors.cli.doctor import PROMPTS
 from actors.cli.prepare import context_length
-from runtime.models.acceptance import Replay, replay
+from runtime.models.acceptance import replay
 from runtime.models.load import load_model, load_tokenizer
 from runtime.models.pair import check_pair
-from runtime.models.timing import step_times
+from runtime.models.timing import step_times, text_time
 from runtime.sampling import Sampling
-from runtime.sim.measured import Measured, Position
+from runtime.sim.measured import Measured, positions
 
 WIDTHS = (1, 2, 4, 8, 16, 17, 32, 33, 64)  # rows; kernels work in tiles of 16
+TEXTS = 8  # of a pass over several
 TOKENS = 96  # of the target's text for each prompt
 
 
@@ -33,7 +34,7 @@ def measure(
     ]
     large = load_model(target, dtype, threads=1)
     note("measuring the target's steps")
-    times = step_times(large, WIDTHS, time.monotonic)
+    times, text = step_times(large, WIDTHS, time.monotonic), text_time(large, TEXTS, time.monotonic)
     sampling = Sampling(temperature=temperature, max_tokens=min(TOKENS, context // 2))
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     found = []
@@ -42,10 +43,9 @@ def measure(
         small = load_model(draft, dtype, threads=1)
         steps = step_times(small, WIDTHS, time.monotonic)
         guessed = replay(large, small, prompts, sampling, frozenset())
-        found.append(Measured(name=Path(draft).name, target=times, draft=steps, positions=positions(guessed), rtt=rtt))
+        found.append(
+            Measured(
+                name=Path(draft).name, target=times, draft=steps, text=text, positions=positions(guessed.ranks, guessed.scores), rtt=rtt
+            )
+        )
     return found, warnings
-
-
-def positions(found: Replay) -> tuple[Position, ...]:
-    pairs = zip(found.ranks.tolist(), found.scores.tolist(), strict=True)
-    return tuple(Position(rank=None if rank < 0 else rank, scores=tuple(scores)) for rank, scores in pairs)

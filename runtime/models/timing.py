@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from runtime.clock import Clock
-from runtime.models.base import Model, Rows
+from runtime.models.base import Model, Part, Rows
 from runtime.models.prefill import prefill
 
 TEXT = 64  # tokens in the cache while it is measured
@@ -30,6 +30,29 @@ def step_times(model: Model, widths: Sequence[int], clock: Clock, repeats: int =
             found.append(clock() - began)
             cache.truncate(text)
     return {width: statistics.median(found[1:]) for width, found in seconds.items()}
+
+
+def text_time(model: Model, texts: int, clock: Clock, repeats: int = 5) -> float:
+    """Seconds (median) that each text beyond the first adds to a pass with one row of each of `texts` texts; never below 0.
+
+    Against a pass with as many rows of one text.
+    """
+    length = min(TEXT, model.context - 2)
+    caches = [model.new_cache() for _ in range(texts)]
+    for cache in caches:
+        prefill(model, cache, np.zeros(length, dtype=np.int64))
+    differences = []
+    for _ in range(repeats + 1):
+        began = clock()
+        rows = model.forward_all([Part(cache, fan(length, 1), None) for cache in caches])
+        float(rows[-1][0, 0])
+        middle = clock()
+        caches[0].truncate(length)
+        float(model.forward(caches[0], fan(length, texts))[0, 0])
+        differences.append((middle - began) - (clock() - middle))
+        for cache in caches:
+            cache.truncate(length)
+    return max(0.0, statistics.median(differences[1:]) / (texts - 1))
 
 
 def fan(text: int, width: int) -> Rows:

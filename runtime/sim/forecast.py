@@ -129,7 +129,13 @@ def simulate(measured: Measured, policy: Callable[[], Scheduler], setting: Setti
 def target(world: World, measured: Measured, policy: Scheduler, known: Mapping[str, Any]) -> TargetSide:
     """`known`: saved calibrations; target and drafters begin as after a long time together."""
     engine = Engine(NamingModel(), choose, policy, frozenset(), world.clock, CONTEXT, Calibrations.restored(known))
-    return TargetSide(world, engine, linear(measured.target, measured.step), measured.message)
+    of_rows = linear(measured.target)
+
+    def seconds(rows: int, sessions: int, taken: int, busy: bool) -> float:
+        model = (of_rows(rows) + measured.text * (sessions - 1)) * (measured.beside if busy else 1.0)
+        return model + measured.step * sessions + measured.message * taken
+
+    return TargetSide(world, engine, seconds)
 
 
 def drafter(world: World, measured: Measured, name: str, guesser: Guesser, known: Mapping[str, Any], width: int) -> DrafterSide:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from runtime.config import Strict
@@ -29,7 +31,9 @@ class Measured(Strict):
     acceptance     by number k of guesses: the share of positions at which the draft's first k hold the target's choice
     positions      what a replay of the draft on the target's texts has found, in order: says more, and is preferred
     rtt            from target to drafter and back
-    step           the target's bookkeeping in each of its steps; `message`: more of it for each growth that arrives
+    text           more of a target's pass for each text in it beyond the first
+    beside         times as long as alone that a target's pass takes while a drafter computes: they may share a memory
+    step           the target's bookkeeping in each step for each session; `message`: more of it for each growth that arrives
     pass_          ("pass" in JSON) a drafter's bookkeeping in each of its passes
     """
 
@@ -39,6 +43,8 @@ class Measured(Strict):
     acceptance: dict[int, Share] = Field(default={})
     positions: tuple[Position, ...] = ()
     rtt: Cost = 0.001
+    text: Cost = 0.0
+    beside: Annotated[float, Field(ge=1, lt=1e3, allow_inf_nan=False)] = 1.0
     step: Cost = 0.0
     message: Cost = 0.0
     pass_: Cost = Field(default=0.0, alias="pass")
@@ -63,6 +69,12 @@ class Measured(Strict):
         if not (self.acceptance or self.positions):
             raise ValueError("give acceptance or positions")
         return self
+
+
+def positions(ranks: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]) -> tuple[Position, ...]:
+    """Of a replay (runtime.models.acceptance.Replay)."""
+    pairs = zip(ranks.tolist(), scores.astype(np.float64).round(4).tolist(), strict=True)
+    return tuple(Position(rank=None if rank < 0 else rank, scores=tuple(min(0.0, score) for score in of)) for rank, of in pairs)
 
 
 def read(file: Path) -> Measured:

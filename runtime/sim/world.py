@@ -20,6 +20,7 @@ from runtime.messages import Event, Reply
 
 TICK = 1e-6  # seconds: the shortest wait, so that a rest too small for the clock's last digit passes too
 Seconds = Callable[[int], float]  # of a pass, by its rows
+Costs = Callable[[int, int, int, bool], float]  # of a step: rows, sessions, growths taken in before it, whether a drafter computes
 
 
 class World:
@@ -46,10 +47,11 @@ class World:
 
 
 class TargetSide:
-    """An engine whose passes take `seconds` (rows of all sessions together), and `message` more for each growth to take in."""
+    """An engine whose steps take `seconds`."""
 
-    def __init__(self, world: World, engine: Engine, seconds: Seconds, message: float) -> None:
-        self.world, self.engine, self.seconds, self.message = world, engine, seconds, message
+    def __init__(self, world: World, engine: Engine, seconds: Costs) -> None:
+        self.world, self.engine, self.seconds = world, engine, seconds
+        self.drafters: list[DrafterSide] = []
         self.computing = False
         self.plans = 0  # made so far: an alarm that was set before the last of them has been overtaken
 
@@ -78,8 +80,8 @@ class TargetSide:
         step = engine.pack(ready, plan)
         choices = engine.compute(step)
         self.computing = True
-        rows = sum(len(part.rows.tokens) for part in step.parts)
-        self.world.after(self.seconds(rows) + self.message * taken, lambda: self.decided(step, choices))
+        rows, busy = sum(len(part.rows.tokens) for part in step.parts), any(drafter.computing for drafter in self.drafters)
+        self.world.after(self.seconds(rows, len(step.parts), taken, busy), lambda: self.decided(step, choices))
 
     def wake(self, plan: int) -> None:
         if plan == self.plans and not self.computing:
@@ -133,6 +135,7 @@ class DrafterSide:
         def send(event: Event) -> None:
             self.world.after(one_way, lambda: self.hear(Told(stream, event, reply)))
 
+        target.drafters.append(self)
         target.engine.handle(Join(name, send))
 
 
