@@ -233,8 +233,8 @@ class Grower:
         """In messages that a target takes."""
         opened = growing.opened
         for start in range(0, len(grown.tokens), limits.DRAFT_NODES):
-            keys, ids, scores = (part[start : start + limits.DRAFT_NODES] for part in grown)
-            draft = Draft(opened.session, opened.epoch, self.name, keys, ids, scores)
+            piece = slice(start, start + limits.DRAFT_NODES)
+            draft = Draft(opened.session, opened.epoch, self.name, grown.parents[piece], grown.tokens[piece], grown.scores[piece])
             self.trace.sent(draft, self.clock(), self.name)
             growing.send(draft)
 

@@ -36,7 +36,8 @@ def mix64_all(keys: Keys, tokens: Ints) -> Keys:
     x = keys + (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(STEP)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(FIRST)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(SECOND)
-    return x ^ (x >> np.uint64(31))
+    names: Keys = x ^ (x >> np.uint64(31))
+    return names
 
 
 def text_key(tokens: Iterable[int], start: int = EMPTY_TEXT) -> int:
@@ -177,10 +178,12 @@ class TokenTree:
 
     def descend(self, tokens: Sequence[int]) -> int | None:
         """The node at the end of these tokens, counted from the root; None where the tree does not have it."""
-        node: int | None = 0
+        node = 0
         for token in tokens:
-            if (node := self.child(node, token)) is None:
+            child = self.child(node, token)
+            if child is None:
                 return None
+            node = child
         return node
 
     def tokens_to(self, node: int) -> list[int]:
