@@ -21,8 +21,9 @@ from runtime.engine import Engine
 from runtime.finish import Finish
 from runtime.grower import Grower
 from runtime.messages import Request
-from runtime.models.choose import choose
+from runtime.models.choose import choose, logprobs
 from runtime.models.detokenize import Detokenizer
+from runtime.models.grammar import Grammars
 from runtime.models.hf import HFModel
 from runtime.models.load import load_model, load_tokenizer
 from runtime.models.timing import knee, step_times
@@ -93,8 +94,9 @@ def build_target(config: TargetConfig, record: bool = False) -> Built:
     slots = config.kv_tokens or kv_slots(model)
     known = recall(memory_of(config.model, "target"))
     trace = Trace(TARGET) if record else OFF
-    engine = Engine(model, choose, scheduler(config.schedule, times), eos, time.monotonic, slots, known, trace)
-    return Built(Target(engine, finisher(tokenizer, eos)), tokenizer, times)
+    engine = Engine(model, choose, scheduler(config.schedule, times), eos, time.monotonic, slots, known, trace, logprobs)
+    target = Target(engine, finisher(tokenizer, eos), Grammars(tokenizer, model.vocabulary, eos))
+    return Built(target, tokenizer, times)
 
 
 def build_drafter(config: DrafterConfig, target: str, record: bool = False) -> DraftHost:

@@ -5,9 +5,11 @@ limits.MESSAGE_BYTES, a number beyond its field, text that is not Unicode. Every
 else, for bytes that are no valid message; token ids are checked to be non-negative, but not against a vocabulary.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import wraps
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,15 +20,31 @@ from protos import speculation_pb2 as pb
 from protos.handshake import Hello
 from runtime import limits
 from runtime.errors import InvalidRequest
-from runtime.messages import Chunk, Close, Commit, Draft, Event, FinishReason, Open, Reply, Request, Resync, Share, Stats, Style, Tokens
-from runtime.sampling import Sampling
+from runtime.messages import (
+    Chunk,
+    Close,
+    Commit,
+    Draft,
+    Event,
+    FinishReason,
+    Logprob,
+    Open,
+    Reply,
+    Request,
+    Resync,
+    Share,
+    Stats,
+    Style,
+    Tokens,
+)
+from runtime.sampling import Constraint, Kind, Sampling
 
 DRAFTING: str = pb.DESCRIPTOR.services_by_name["Drafting"].full_name
 TARGET: str = pb.DESCRIPTOR.services_by_name["Target"].full_name
 
 KEYS, IDS, SCORES = np.dtype("<u8"), np.dtype("<i4"), np.dtype("<f4")
-ARRAYS = ("stop", "logit_bias")
-SCALARS = tuple(field.name for field in fields(Sampling) if field.name not in ARRAYS)
+COMPOUND = ("stop", "logit_bias", "constraint")
+SCALARS = tuple(field.name for field in fields(Sampling) if field.name not in COMPOUND)
 STATS = tuple(field.name for field in fields(Stats))
 REASONS: dict[FinishReason | None, pb.FinishReason] = {
     None: pb.FINISH_REASON_UNSPECIFIED,
@@ -34,8 +52,15 @@ REASONS: dict[FinishReason | None, pb.FinishReason] = {
     "length": pb.FINISH_REASON_LENGTH,
     "cancelled": pb.FINISH_REASON_CANCELLED,
     "error": pb.FINISH_REASON_ERROR,
+    "deadline": pb.FINISH_REASON_DEADLINE,
 }
 REASON_OF = {number: reason for reason, number in REASONS.items()}
+KINDS: dict[Kind, pb.ConstraintKind] = {
+    "json_object": pb.CONSTRAINT_KIND_JSON_OBJECT,
+    "json_schema": pb.CONSTRAINT_KIND_JSON_SCHEMA,
+    "regex": pb.CONSTRAINT_KIND_REGEX,
+}
+KIND_OF = {number: kind for kind, number in KINDS.items()}
 
 Value = TypeVar("Value")
 Frame = TypeVar("Frame")
@@ -157,6 +182,9 @@ def encode_request(request: Request) -> Message:
         sampling=_pb_sampling(request.sampling),
         speculation=request.speculation,
         committed=request.committed,
+        epoch=request.epoch,
+        deadline=request.deadline,
+        max_rows=request.max_rows,
     )
 
 
@@ -168,6 +196,9 @@ def decode_request(data: bytes) -> Request:
         _sampling(request.sampling),
         request.speculation if request.HasField("speculation") else True,
         _tokens(request.committed, "committed"),
+        request.epoch,
+        _seconds(request.deadline) if request.HasField("deadline") else None,
+        request.max_rows if request.HasField("max_rows") else None,
     )
 
 
@@ -180,6 +211,7 @@ def encode_chunk(chunk: Chunk) -> Message:
         finish_reason=REASONS[chunk.finish_reason],
         stats=None if chunk.stats is None else pb.Stats(**{name: getattr(chunk.stats, name) for name in STATS}),
         error=chunk.error,
+        logprobs=_pb_logprobs(chunk.logprobs) if chunk.logprobs else None,
     )
 
 
@@ -197,6 +229,7 @@ def decode_chunk(data: bytes) -> Chunk:
         REASON_OF[chunk.finish_reason],
         _stats(chunk.stats) if chunk.HasField("stats") else None,
         chunk.error,
+        _logprobs(chunk.logprobs, len(chunk.tokens)) if chunk.HasField("logprobs") else (),
     )
 
 
@@ -278,6 +311,7 @@ def _pb_sampling(sampling: Sampling) -> pb.Sampling:
         stop=sampling.stop,
         bias_tokens=[token for token, _ in sampling.logit_bias],
         bias_values=[value for _, value in sampling.logit_bias],
+        constraint=None if sampling.constraint is None else _pb_constraint(sampling.constraint),
     )
 
 
@@ -287,7 +321,44 @@ def _sampling(sampling: pb.Sampling) -> Sampling:
         raise InvalidRequest(f"logit_bias has {counts}: send as many of each", "logit_bias")
     given = {name: getattr(sampling, name) for name in SCALARS if sampling.HasField(name)}
     bias = tuple(zip(sampling.bias_tokens, sampling.bias_values, strict=True))
-    return Sampling(**given, stop=tuple(sampling.stop), logit_bias=bias)
+    constraint = _constraint(sampling.constraint) if sampling.HasField("constraint") else None
+    return Sampling(**given, stop=tuple(sampling.stop), logit_bias=bias, constraint=constraint)
+
+
+def _pb_constraint(constraint: Constraint) -> pb.Constraint:
+    return pb.Constraint(kind=KINDS[constraint.kind], text=constraint.text)
+
+
+def _constraint(constraint: pb.Constraint) -> Constraint:
+    if constraint.kind not in KIND_OF:
+        raise InvalidRequest(f"constraint {constraint.kind} is not known: install the same version", "response_format")
+    return Constraint(KIND_OF[constraint.kind], constraint.text)
+
+
+def _pb_logprobs(logprobs: tuple[Logprob, ...]) -> pb.Logprobs:
+    top = [entry for logprob in logprobs for entry in logprob.top]
+    return pb.Logprobs(
+        chosen=[logprob.chosen for logprob in logprobs],
+        counts=[len(logprob.top) for logprob in logprobs],
+        top_tokens=[token for token, _ in top],
+        top_values=[value for _, value in top],
+    )
+
+
+def _logprobs(logprobs: pb.Logprobs, tokens: int) -> tuple[Logprob, ...]:
+    chosen, counts, values = logprobs.chosen, logprobs.counts, logprobs.top_values
+    if not len(chosen) == len(counts) == tokens or not sum(counts) == len(logprobs.top_tokens) == len(values):
+        raise InvalidRequest(f"logprobs of {len(chosen)} tokens and {len(values)} others: send those of all {tokens} tokens", "logprobs")
+    if not all(value <= 0 for value in (*chosen, *values)):  # a comparison with NaN is false
+        raise InvalidRequest("logprobs above 0 are not allowed: give logarithms of probabilities", "logprobs")
+    top = iter(zip(_tokens(logprobs.top_tokens, "logprobs"), values, strict=True))
+    return tuple(Logprob(value, tuple(islice(top, count))) for value, count in zip(chosen, counts, strict=True))
+
+
+def _seconds(deadline: float) -> float:
+    if math.isnan(deadline):
+        raise InvalidRequest("deadline nan is not allowed: give a number of seconds", "deadline")
+    return deadline
 
 
 def _stats(stats: pb.Stats) -> Stats:

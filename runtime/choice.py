@@ -1,7 +1,7 @@
 """The rule by which a target chooses its tokens, in plain numpy: the oracle of every faster implementation.
 
-Order and meaning of the parameters are those of vLLM and of transformers' generate(): logit_bias, the ban of min_tokens,
-repetition_penalty, frequency_penalty, presence_penalty; then, above temperature 0, temperature, top_k, top_p, min_p.
+Order and meaning of the parameters are those of vLLM and of transformers' generate(): the constraint, logit_bias, the ban of
+min_tokens, repetition_penalty, frequency_penalty, presence_penalty; then, above temperature 0, temperature, top_k, top_p, min_p.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,26 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime import noise
+from runtime.messages import Logprob
 from runtime.sampling import Sampling
 
 Scores = npt.NDArray[np.float32]
+Allowed = npt.NDArray[np.bool_]
+
+
+class Guide(Protocol):
+    """A constraint after some text: what that may go on with. Belongs to one text; made by what knows grammars.
+
+    A text that may end allows the tokens that end it, and one that is complete allows no other.
+    """
+
+    def allowed(self) -> Allowed:
+        """For each token (vocabulary,) whether it may follow; some may. Raises InvalidRequest where that takes too much to find out."""
+        ...
+
+    def take(self, token: int) -> None:
+        """The text goes on with this token; one that ends it changes nothing. Raises InvalidRequest for one that is not allowed."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +39,7 @@ class Ask:
     """What is asked of a chooser: the token that follows each of some rows, all of one session.
 
     Row i's text is `text`, all that is committed, continued by `paths[i]`. `prompt` of the tokens of `text` came from the
-    user; `eos` are the token ids that end a text.
+    user; `eos` are the token ids that end a text. `allowed` (rows, vocabulary) are the tokens that a constraint leaves each row.
     """
 
     sampling: Sampling
@@ -30,14 +47,25 @@ class Ask:
     text: Sequence[int]
     paths: Sequence[Sequence[int]]
     eos: frozenset[int]
+    allowed: Allowed | None = None
 
     def positions(self) -> list[int]:
         """The place in its text, from 0, of the token that each row chooses."""
         return [len(self.text) + len(path) for path in self.paths]
 
     def too_short(self) -> list[int]:
-        """Rows that may not end the text yet, because of min_tokens."""
-        return [row for row, position in enumerate(self.positions()) if position - self.prompt < self.sampling.min_tokens]
+        """Rows that may not end the text yet, because of min_tokens or, under a constraint, of ignore_eos.
+
+        A row that is left nothing but the end by its constraint may: there is no other token that it could choose. (In vLLM such a text
+        goes on with one end after the other up to max_tokens.)
+        """
+        most = self.sampling.min_tokens
+        if self.allowed is None:
+            return [row for row, position in enumerate(self.positions()) if position - self.prompt < most]
+        ends = sorted(self.eos)
+        more = self.allowed.sum(axis=1) > self.allowed[:, ends].sum(axis=1)
+        short = [position - self.prompt < most or self.sampling.ignore_eos for position in self.positions()]
+        return [row for row, (is_short, has_more) in enumerate(zip(short, more.tolist(), strict=True)) if is_short and has_more]
 
 
 class Chooser(Protocol):
@@ -45,6 +73,17 @@ class Chooser(Protocol):
 
     def __call__(self, logits: Any, ask: Ask) -> npt.NDArray[np.int64]:
         """The token (rows,) that follows each row of `logits` (rows, vocabulary), which are left as they are."""
+        ...
+
+
+class Scorer(Protocol):
+    """`logprobs` below and its twins."""
+
+    def __call__(self, logits: Any, tokens: Sequence[int], k: int) -> tuple[Logprob, ...]:
+        """What the target thought of the token chosen after each row of `logits` (rows, vocabulary), and its `k` favourites there.
+
+        From the logits as they are, before constraint, bias, penalties and temperature: vLLM's `raw_logprobs`, its default.
+        """
         ...
 
 
@@ -57,9 +96,28 @@ def choose(logits: npt.ArrayLike, ask: Ask) -> npt.NDArray[np.int64]:
     return tokens
 
 
+def logprobs(logits: npt.ArrayLike, tokens: Sequence[int], k: int) -> tuple[Logprob, ...]:
+    """The Scorer of numpy logits."""
+    scores = np.asarray(logits, dtype=np.float64)
+    high = scores.max(axis=1, keepdims=True)
+    logs = scores - high - np.log(np.exp(scores - high).sum(axis=1, keepdims=True))
+    chosen = logs[np.arange(len(tokens)), list(tokens)]
+    best = np.argsort(-logs, axis=1, kind="stable")[:, :k]
+    return pair_up(chosen, best, np.take_along_axis(logs, best, axis=1))
+
+
+def pair_up(chosen: npt.NDArray[Any], best: npt.NDArray[Any], values: npt.NDArray[Any]) -> tuple[Logprob, ...]:
+    """Logprobs of the chosen tokens (rows,), and the best tokens with theirs (rows, k). Rounding lifts none above 0."""
+    tops = zip(best.tolist(), np.minimum(values, 0.0).tolist(), strict=True)
+    tuples = [tuple(zip(ids, logs, strict=True)) for ids, logs in tops]
+    return tuple(Logprob(log, top) for log, top in zip(np.minimum(chosen, 0.0).tolist(), tuples, strict=True))
+
+
 def shape(logits: npt.ArrayLike, ask: Ask) -> Scores:
     """New scores (rows, vocabulary): softmax of them is the law of each row's token. At temperature 0 only the argmax counts."""
     sampling, scores = ask.sampling, np.array(logits, dtype=np.float32)
+    if ask.allowed is not None:
+        scores[~ask.allowed] = -np.inf
     for token, bias in dict(sampling.logit_bias).items():
         scores[:, token] += np.float32(bias)
     scores[np.ix_(ask.too_short(), sorted(ask.eos))] = -np.inf

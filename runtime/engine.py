@@ -4,30 +4,31 @@ It runs on the model's thread and knows no event loop: what comes in is a queue,
 that may take long is `compute`, so that a simulator can put a virtual clock around it.
 """
 
+import math
 import queue
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from runtime import limits
 from runtime.admission import Admission
 from runtime.calibration import Calibrations
-from runtime.choice import Ask, Chooser
+from runtime.choice import Chooser, Scorer, logprobs
 from runtime.clock import Clock
+from runtime.crowd import Crowd
+from runtime.decide import Decider, Decision
 from runtime.errors import OutriderError
 from runtime.inputs import Cancel, Heard, Input, Join, Leave, Policy, Send, Stop
 from runtime.kv.prefixes import Prefixes
 from runtime.live import Admit, Live
-from runtime.merit import Merit
-from runtime.messages import Chunk, Close, Commit, Draft, Resync, Round, Share
-from runtime.metrics import Tally
+from runtime.messages import Chunk, Close, Commit, Draft, FinishReason, Resync, Round
+from runtime.metrics import Ledger, Tally
 from runtime.models.base import Model, Part, causal
 from runtime.packing import pack, unpack
+from runtime.reports import TargetReport
 from runtime.schedulers.base import Plan, Scheduler
 from runtime.session import Session
 from runtime.tracing import NODES, OFF, PREFILL, TARGET, Trace
-from runtime.verify import Verdict, match
 
 CHUNK = 512  # tokens of a prompt that are read at once
 CHUNK_BESIDE = 64  # where other sessions wait for their step meanwhile
@@ -36,7 +37,7 @@ CHUNK_BESIDE = 64  # where other sessions wait for their step meanwhile
 FAILURES = (OutriderError, RuntimeError, ValueError, MemoryError, LookupError, TypeError, AttributeError, ArithmeticError)
 
 
-Told = tuple[Verdict, Commit, tuple[str, ...], bool]  # what was decided of a session, who had guessed each token, whether it was a hit
+Told = tuple[Commit, tuple[str, ...], bool]  # what was decided of a session, who had guessed each token, whether it was a hit
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +65,21 @@ class Engine:
         kv_slots: int = 1 << 20,
         calibrations: Calibrations | None = None,
         trace: Trace = OFF,
+        scorer: Scorer = logprobs,
     ) -> None:
-        self.model, self.chooser, self.scheduler, self.eos, self.clock, self.trace = model, chooser, scheduler, eos, clock, trace
+        self.model, self.scheduler, self.eos, self.clock, self.trace = model, scheduler, eos, clock, trace
+        self.decider = Decider(chooser, scorer, eos)
         self.inbox: queue.SimpleQueue[Input] = queue.SimpleQueue()
         self.admission = Admission(kv_slots - kv_slots // 4)
         self.prefixes = Prefixes(kv_slots // 4)
         self.live: dict[str, Live] = {}
-        self.drafters: dict[str, Send] = {}
-        self.merit = Merit()
+        self.ledger = Ledger()
+        self.crowd = Crowd(self.ledger)
         self.calibrations = calibrations or Calibrations()
+        self.soonest = math.inf  # clock when the first deadline ends
         self.over = False  # `run` has ended: nobody answers any more
-        self.unknown = 0  # drafts for sessions that are over or want none
+        self.kv_slots, self.kv_kept = kv_slots, 0  # the latter hold finished texts
+        self.published = self.ledger.report(0, 0, 0, kv_slots, ())
         self.opened: float | None = None  # clock when the planning of the next step began
         self.waited = 0.0  # seconds, for the next step
         self.pausing: float | None = None  # clock when the present wait began
@@ -87,13 +92,29 @@ class Engine:
         try:
             while self.take_in(wait):
                 wait = self.advance()
+                if not wait or self.published.live != len(self.live) or self.published.waiting != len(self.admission.waiting):
+                    self.publish()
         finally:
             self.over = True
             while not self.inbox.empty():
                 if isinstance(arrived := self.inbox.get(), Admit):
                     self.admission.waiting.append(arrived)
             for name in [*self.live, *(admitted.request.session for admitted in self.admission.waiting)]:
-                self.cancel(name)
+                self.drop(name, "cancelled")
+            self.publish()
+
+    @property
+    def drafters(self) -> Mapping[str, Send]:
+        """Those that are there now."""
+        return self.crowd.sends
+
+    def report(self) -> TargetReport:
+        """As of the last step, or of the last session that has come or gone. From any thread."""
+        return self.published
+
+    def publish(self) -> None:
+        used, resting = self.admission.reserved + self.kv_kept, self.crowd.merit.resting
+        self.published = self.ledger.report(len(self.live), len(self.admission.waiting), used, self.kv_slots, resting)
 
     def advance(self) -> float | None:
         """One piece of prompt and one step; returns how long to wait for the inbox before the next (None: until it has something)."""
@@ -105,18 +126,22 @@ class Engine:
             return self.idle()
         plan = self.plan(ready)
         if plan.wait > 0.0:
-            return 0.0 if len(ready) < len(self.live) else plan.wait
+            return 0.0 if len(ready) < len(self.live) else self.within(plan.wait)
         step = self.pack(ready, plan)
-        choices = self.compute(step)
+        decisions = self.compute(step)
         decided = self.clock()
         # What was guessed during the pass hangs on the old root: taken in before the root moves, it may hold the new one.
         if not self.take_in(0.0):
             self.inbox.put(Stop())
-        self.commit(step, choices, decided)
+        self.commit(step, decisions, decided)
         return self.idle()
 
     def idle(self) -> float | None:
         return 0.0 if self.live or self.admission.waiting else None
+
+    def within(self, wait: float) -> float:
+        """A wait that no deadline ends in."""
+        return wait if self.soonest == math.inf else min(wait, max(0.0, self.soonest - self.clock()))
 
     def take_in(self, wait: float | None) -> bool:
         """Handle all that has arrived, waiting so long for the first of it; False once Stop was there.
@@ -147,36 +172,35 @@ class Engine:
             case Heard(reply=Draft(session=name, drafter=drafter)):
                 self.grow(name, drafter, [arrived])
             case Heard(reply=Resync(session=name, drafter=drafter)):
-                self.open_again(name, drafter)
+                if (live := self.live.get(name)) is not None:
+                    self.crowd.open_again(live, drafter)
             case Admit():
                 self.admission.waiting.append(arrived)
+                self.soonest = min(self.soonest, arrived.expires)
                 self.begin()
             case Cancel(session=name):
-                self.cancel(name)
+                self.drop(name, "cancelled")
             case Join(drafter=name, send=send):
-                self.drafters[name] = send
-                self.share_out(joined=name)
+                self.crowd.join(name, send, self.live.values())
             case Leave(drafter=name, send=send):
-                if self.drafters.get(name) is send:
-                    del self.drafters[name]
-                    self.merit.forget(name)
-                    self.share_out()
+                self.crowd.leave(name, send, self.live.values())
             case Policy(scheduler=scheduler):
-                self.scheduler, self.merit = scheduler, Merit()
-                self.share_out()
+                self.scheduler = scheduler
+                self.crowd.forget_merits(self.live.values())
 
     # Sessions come and go
 
     def begin(self) -> None:
-        """Admit those for whom there is room now."""
+        """Admit those for whom there is room now. Whose deadline is over ends, and does not begin."""
+        self.expire()
         while (admitted := self.admission.next(len(self.live), self.model.context)) is not None:
             asked, slots = admitted
             request, now = asked.request, self.clock()
             band = self.calibrations.band(request.sampling.temperature)
             session = Session(request, self.model.vocabulary, self.model.context, band, style=self.scheduler.style)
             self.live[session.id] = Live(session, self.model.new_cache(), asked, slots, committed_at=now, growth_at=now)
-            for name, send in self.listeners(session).items():
-                send(session.open(self.share(session.id, name)))
+            self.ledger.prompt += session.prompt
+            self.crowd.open(session)
 
     def end(self, live: Live, last: Chunk) -> None:
         """Forget the session everywhere, then say so. What it has computed is kept for texts that begin alike."""
@@ -184,17 +208,36 @@ class Engine:
         self.admission.release(live.slots)
         length = min(live.cache.length, len(live.session.tokens) - 1)
         self.prefixes.keep(live.session.tokens[:length], live.cache)
-        for send in self.listeners(live.session).values():
-            send(Close(live.session.id))
-        live.admitted.deliver(last)
+        self.kv_kept = self.prefixes.slots
+        self.ledger.dropped += len(live.session.tree) - 1
+        self.crowd.tell(live.session, Close(live.session.id))
+        self.answer(live.admitted, last)
 
-    def cancel(self, name: str) -> None:
+    def answer(self, admitted: Admit, last: Chunk) -> None:
+        """The last a caller hears. What it counts for is published before: who has waited for it finds it in the report."""
+        if last.finish_reason is not None:
+            self.ledger.finished[last.finish_reason] += 1
+        self.publish()
+        admitted.deliver(last)
+
+    def drop(self, name: str, reason: FinishReason) -> None:
+        """End a session as it is, whether it is under way or waits; no error where there is none of that name."""
         live, waiting = self.live.get(name), self.admission.withdraw(name)
         if live is not None:
-            self.end(live, Chunk((), (), (), "cancelled", live.stats(self.clock())))
+            self.end(live, Chunk((), (), (), reason, live.stats(self.clock())))
         elif waiting is not None:
-            prompt = len(waiting.request.prompt)
-            waiting.deliver(Chunk((), (), (), "cancelled", Tally().stats(prompt, 0, 0, {}, {}, 0.0, self.clock() - waiting.asked)))
+            stats = Tally().stats(len(waiting.request.prompt), 0, 0, {}, {}, 0.0, self.clock() - waiting.asked)
+            self.answer(waiting, Chunk((), (), (), reason, stats))
+
+    def expire(self) -> None:
+        """End what nobody wants any more."""
+        if self.soonest == math.inf or (now := self.clock()) < self.soonest:
+            return
+        everyone = [*(live.admitted for live in self.live.values()), *self.admission.waiting]
+        for admitted in everyone:
+            if admitted.expires <= now:
+                self.drop(admitted.request.session, "deadline")
+        self.soonest = min((admitted.expires for admitted in everyone if admitted.expires > now), default=math.inf)
 
     def fail(self, live: Live, error: Exception) -> None:
         self.end(live, Chunk((), (), (), "error", live.stats(self.clock()), error=f"{type(error).__name__}: {error}"))
@@ -203,40 +246,17 @@ class Engine:
         """False once the session is over, even where another one of its name has begun."""
         return self.live.get(live.session.id) is live
 
-    # Drafters
-
     def grow(self, session: str, drafter: str, heard: Sequence[Heard]) -> None:
-        live = self.live.get(session)
-        if live is None or not live.session.request.speculation or drafter in self.merit.resting:
-            self.unknown += len(heard)
-            return
-        drafts = [(one.reply, one.at) for one in heard if isinstance(one.reply, Draft)]
-        if not live.session.offer(*(draft for draft, _ in drafts)):
+        live, drafts = self.live.get(session), [(one.reply, one.at) for one in heard if isinstance(one.reply, Draft)]
+        if not self.crowd.heard(live, drafter, [draft for draft, _ in drafts]) or live is None:
             return
         for draft, at in drafts:
+            if (seconds := live.round_trip(draft, at)) is not None:
+                self.ledger.guesses[drafter].answered(seconds)
             delay, first = live.grown(at)
             if live.ready:
                 self.scheduler.grew(delay, first, leaves=len(set(draft.parents.tolist())))
             self.trace.taken(draft, at, TARGET)
-
-    def open_again(self, session: str, drafter: str) -> None:
-        live = self.live.get(session)
-        if live is not None and drafter in self.listeners(live.session):
-            self.drafters[drafter](live.session.open(self.share(session, drafter)))
-
-    def share_out(self, joined: str = "") -> None:
-        """Tell every drafter its part of every session; the one that has joined learns the whole text."""
-        for live in self.live.values():
-            for name, send in self.listeners(live.session).items():
-                share = self.share(live.session.id, name)
-                send(live.session.open(share) if name == joined else share)
-
-    def share(self, session: str, drafter: str) -> Share:
-        sharers = self.merit.sharers(self.drafters)
-        return Share(session, sharers.index(drafter), len(sharers)) if drafter in sharers else Share(session, 0, 0)
-
-    def listeners(self, session: Session) -> dict[str, Send]:
-        return self.drafters if session.request.speculation else {}
 
     # One step
 
@@ -260,6 +280,7 @@ class Engine:
         live.ready = live.cache.length == len(wanted)
         done = self.clock()
         live.prefilled += done - began
+        self.ledger.prefilled += done - began
         live.committed_at = live.growth_at = done
         self.trace.span(TARGET, PREFILL, began, done, rows=len(piece))
 
@@ -270,6 +291,7 @@ class Engine:
         if found is not None:
             cache, live.reused = found
             live.cache = cache.fork(live.reused)
+            self.ledger.reused += live.reused
 
     def plan(self, ready: Sequence[Live]) -> Plan:
         """What the scheduler says; the clock runs for the next step from the first time it is asked."""
@@ -279,96 +301,90 @@ class Engine:
         if self.pausing is not None:
             self.waited += now - self.pausing
             self.pausing = None
-        views = [live.view(now, self.waited, len(self.merit.sharers(self.listeners(live.session)))) for live in ready]
+        views = [live.view(now, self.waited, len(self.crowd.sharers(live.session))) for live in ready]
         plan = self.scheduler.plan(views)
         if plan.wait > 0.0:
             self.pausing = now
         return plan
 
     def pack(self, ready: Sequence[Live], plan: Plan) -> Step:
-        nodes = [live.session.select(min(rows, limits.STEP_ROWS)) for live, rows in zip(ready, plan.rows, strict=True)]
+        self.crowd.note(ready)
+        nodes = [live.session.select(rows) for live, rows in zip(ready, plan.rows, strict=True)]
         parts = [pack(live.session, live.cache, chosen) for live, chosen in zip(ready, nodes, strict=True)]
         now = self.clock()
         step = Step(list(ready), nodes, parts, now if self.opened is None else self.opened, self.waited, now)
         self.opened, self.waited = None, 0.0
         return step
 
-    def compute(self, step: Step) -> list[list[int]]:
-        """For each session what the target chooses after each of its rows; empty where its part of the pass failed."""
+    def compute(self, step: Step) -> list[Decision | None]:
+        """What the target decides for each session; None where its part of the pass failed."""
         try:
             logits = self.model.forward_all(step.parts)
         except FAILURES:
+            self.ledger.fallbacks["alone"] += 1
             return [self.compute_alone(*of_one) for of_one in zip(step.sessions, step.nodes, step.parts, strict=True)]
-        return [self.choose(*of_one) for of_one in zip(step.sessions, step.nodes, logits, strict=True)]
+        return [self.decide(*of_one) for of_one in zip(step.sessions, step.nodes, logits, strict=True)]
 
-    def compute_alone(self, live: Live, nodes: list[int], part: Part) -> list[int]:
+    def compute_alone(self, live: Live, nodes: list[int], part: Part) -> Decision | None:
         """What fails ends its own session and no other."""
         try:
             logits = self.model.forward_all([part])[0]
         except FAILURES as error:
             self.fail(live, error)
-            return []
-        return self.choose(live, nodes, logits)
+            return None
+        return self.decide(live, nodes, logits)
 
-    def choose(self, live: Live, nodes: list[int], logits: object) -> list[int]:
-        session = live.session
-        ask = Ask(session.request.sampling, session.prompt, session.tokens, session.paths(nodes), self.eos)
+    def decide(self, live: Live, nodes: list[int], logits: object) -> Decision | None:
         try:
-            chosen: list[int] = self.chooser(logits, ask).tolist()
+            return self.decider.decide(live.session, live.admitted.guide, nodes, logits)
         except FAILURES as error:
             self.fail(live, error)
-            return []
-        return chosen
+            return None
 
-    def commit(self, step: Step, choices: Sequence[Sequence[int]], decided: float) -> None:
+    def commit(self, step: Step, decisions: Sequence[Decision | None], decided: float) -> None:
         """Move the roots and tell the drafters at once, so that they go on; then roll the caches back and hand the tokens out."""
-        told = [self.tell(*of_one) for of_one in zip(step.sessions, step.nodes, choices, strict=True)]
+        told = [self.tell(*of_one) for of_one in zip(step.sessions, decisions, strict=True)]
         rounds, chunks = [], []
-        for live, nodes, one in zip(step.sessions, step.nodes, told, strict=True):
-            if one is None:
+        for live, nodes, decision, one in zip(step.sessions, step.nodes, decisions, told, strict=True):
+            if one is None or decision is None:
                 continue
-            verdict, commit, guessed, hit = one
+            path, (commit, guessed, hit) = decision.verdict.path, one
             try:
-                unpack(live.cache, commit.base - 1, nodes, verdict.path)
-                chunk = live.hand_out(commit, guessed)
+                unpack(live.cache, commit.base - 1, nodes, path)
+                chunk = live.hand_out(commit, guessed, decision.logprobs)
             except FAILURES as error:
                 live.cache.truncate(min(live.cache.length, commit.base - 1))  # what is behind is in no order
                 self.fail(live, error)
                 continue
             chunks.append((live, chunk))
-            number, accepted = len(live.tally.rounds), len(verdict.path)
-            rounds.append(Round(live.session.id, number, len(nodes), accepted, hit, step.waited, decided - step.began, 0.0))
-        self.judge(step, told)
+            number = len(live.tally.rounds)
+            rounds.append(Round(live.session.id, number, len(nodes), len(path), hit, step.waited, decided - step.began, 0.0))
+        if any(one is not None and live.session.request.speculation for live, one in zip(step.sessions, told, strict=True)):
+            self.crowd.judge([name for one in told if one is not None for name in one[1]], self.live.values())
         done = self.clock()
         bookkeeping = max(0.0, step.began - step.opened - step.waited) + done - decided
         rounds = [replace(round_, bookkeeping=bookkeeping) for round_ in rounds]
         self.scheduler.observe(rounds)
+        self.ledger.step(rounds)
         for (live, chunk), round_ in zip(chunks, rounds, strict=True):
             live.committed(round_, decided)
+            self.ledger.delivered(chunk.drafters)
+        for live, chunk in chunks:
             if chunk.finish_reason is None:
                 live.admitted.deliver(chunk)
             else:
-                self.end(live, Chunk(chunk.pieces, chunk.tokens, chunk.drafters, chunk.finish_reason, live.stats(self.clock())))
+                self.end(live, replace(chunk, stats=live.stats(self.clock())))
         self.trace.step(step, rounds, decided, done)
         self.trace.count(NODES, decided, sum(len(live.session.tree) - 1 for live in step.sessions))
 
-    def judge(self, step: Step, told: Sequence[Told | None]) -> None:
-        """Who guessed something in this step, and who has brought nothing for long."""
-        heard = any(one is not None and live.session.request.speculation for live, one in zip(step.sessions, told, strict=True))
-        guessed = [name for one in told if one is not None for name in one[2]]
-        if heard and self.merit.observe(self.drafters, guessed):
-            self.share_out()
-
-    def tell(self, live: Live, nodes: Sequence[int], choices: Sequence[int]) -> Told | None:
+    def tell(self, live: Live, decision: Decision | None) -> Told | None:
         """What was decided, and who had guessed each token of it ("": nobody); None for a session that is over."""
-        if not self.under_way(live):
+        if decision is None or not self.under_way(live):
             return None
-        session = live.session
-        verdict = match(session.tree, nodes, choices)
-        guessed = (*(session.tree.drafter[node] for node in verdict.path), "")
+        session, verdict = live.session, decision.verdict
+        guessed, nodes = (*(session.tree.drafter[node] for node in verdict.path), ""), len(session.tree)
         commit, hit = session.apply(verdict)
-        listeners = self.listeners(session)
-        for send in listeners.values():
-            send(commit)
+        self.ledger.dropped += nodes - len(session.tree)
+        self.crowd.tell(session, commit)
         self.trace.sent(commit, self.clock(), TARGET)
-        return verdict, commit, guessed, hit
+        return commit, guessed, hit

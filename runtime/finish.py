@@ -18,7 +18,8 @@ class Delta:
 class Finish:
     """Takes the tokens of one output in order, decides its end, and hands out its text.
 
-    - a token of `eos` ends it ("stop"), unless ignore_eos; its own text is none of the output;
+    - a token of `eos` ends it ("stop"), unless ignore_eos; its own text is none of the output. Under a constraint it ends the text
+      in any case, the first min_tokens tokens included: it is chosen there only where nothing else is allowed;
     - a stop string ends it ("stop") with the token that completes it; the text is cut before the string. Where one
       character completes several, the cut is before the longest. Neither rule holds for the first min_tokens tokens;
     - the max_tokens-th token ends it ("length"), unless it ends for one of the reasons above.
@@ -39,7 +40,8 @@ class Finish:
             raise RuntimeError(f"token {token} follows the end of the text")
         self.count += 1
         may_stop = self.count > self._sampling.min_tokens
-        ended = may_stop and token in self._eos and not self._sampling.ignore_eos
+        free = self._sampling.constraint is None
+        ended = token in self._eos and not (free and (self._sampling.ignore_eos or not may_stop))
         last = ended or self.count == self._sampling.max_tokens
         piece = "" if ended else self._decode(token)
         if last:

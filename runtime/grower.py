@@ -22,6 +22,7 @@ from runtime.drafters.base import Children, Drafter, Text, Wish
 from runtime.errors import OutriderError
 from runtime.frontier import Frontier, allot
 from runtime.messages import Close, Commit, Draft, Event, Open, Reply, Resync, Share
+from runtime.reports import DrafterReport
 from runtime.tracing import LEAD, OFF, REROOT, STEP, Trace
 from runtime.tree import TokenTree, text_key
 
@@ -145,6 +146,12 @@ class Grower:
         self.growing: dict[str, Growing] = {}
         self.calibrations = calibrations or Calibrations()
         self.counters: Counter[str] = Counter()
+        self.passes = self.nodes = 0  # made and guessed so far
+        self.computed = 0.0  # seconds that the method took
+
+    def report(self) -> DrafterReport:
+        """What it has done since its start. From any thread."""
+        return DrafterReport(len(self.growing), self.passes, self.nodes, self.computed, dict(self.counters))
 
     def run(self) -> None:
         """Until Stop. Nothing is kept of any session then."""
@@ -177,7 +184,10 @@ class Grower:
         wishes = self.plan()
         if wishes:
             began = self.clock()
-            self.add(wishes, self.ask(wishes))
+            answers = self.ask(wishes)
+            self.passes += 1
+            self.computed += self.clock() - began
+            self.add(wishes, answers)
             self.record(wishes, began)
         return bool(wishes)
 
@@ -232,6 +242,7 @@ class Grower:
     def send(self, growing: Growing, grown: Grown) -> None:
         """In messages that a target takes."""
         opened = growing.opened
+        self.nodes += len(grown.tokens)
         for start in range(0, len(grown.tokens), limits.DRAFT_NODES):
             piece = slice(start, start + limits.DRAFT_NODES)
             draft = Draft(opened.session, opened.epoch, self.name, grown.parents[piece], grown.tokens[piece], grown.scores[piece])
@@ -260,7 +271,10 @@ class Grower:
                 self.counters["unknown session"] += 1
 
     def open(self, name: str, stream: int, event: Open, send: Send) -> None:
-        if name in self.growing:
+        if (known := self.growing.get(name)) is not None:
+            if event.epoch < known.opened.epoch:
+                self.counters["old epoch"] += 1
+                return
             self.forget(name)
         if len(self.growing) >= limits.SESSIONS or not event.tokens:
             self.counters["refused"] += 1

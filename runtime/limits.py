@@ -11,3 +11,20 @@ NAME_LENGTH = 256  # characters of the name of a session, a model or a drafter
 STOP_STRINGS = 4
 STOP_LENGTH = 64  # characters
 LOGIT_BIAS = 300  # entries
+LOGPROBS = 20  # most likely tokens reported beside each chosen one
+CONSTRAINT_BYTES = 16 << 10  # of a JSON schema or a regular expression
+
+# Of a gateway's HTTP side
+BODY_BYTES = 4 << 20
+BODY_SECONDS = 10.0  # from the head of a request to the end of its body, and from a connection to the end of that head
+HEADERS = 100  # of one request
+HEADER_BYTES = 16 << 10  # all of them and the address together
+JSON_DEPTH = 32  # of arrays and objects inside each other
+JSON_ITEMS = 10_000  # of one array or object
+JSON_TOTAL = 100_000  # values of one body
+JSON_NUMBER = 64  # characters
+CHOICES = 8  # of one prompt
+PROMPTS = 8  # of one request
+ECHO = 64  # characters of what was sent that an error repeats
+DEADLINE = 86_400.0  # seconds: the longest that a request may ask for
+OUTPUT_TOKENS = 2048  # of a request that names no maximum

@@ -1,12 +1,16 @@
 """A session under way, with what belongs to it on the target's device."""
 
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from runtime.choice import Guide
 from runtime.finish import Finish
 from runtime.kv.base import KVCache
-from runtime.messages import Chunk, Commit, Request, Round, Stats
+from runtime.messages import Chunk, Commit, Draft, Logprob, Request, Round, Stats
 from runtime.metrics import Tally
 from runtime.schedulers.base import View
 from runtime.session import Session
@@ -20,6 +24,13 @@ class Admit:
     finish: Finish
     deliver: Deliver
     asked: float = 0.0  # clock when the target took the request
+    guide: Guide | None = None  # the request's constraint, after what is committed
+
+    @property
+    def expires(self) -> float:
+        """Clock from which on nobody wants the rest."""
+        deadline = self.request.deadline
+        return math.inf if deadline is None else self.asked + deadline
 
 
 @dataclass(slots=True)
@@ -39,15 +50,20 @@ class Live:
     growths: int = 0  # since the last commit
     hit: bool = False
     width: int = 0  # rows beside the root in its last step
+    depth: int = 0  # of its tree, when it was looked at last
+    reach: dict[str, int] = field(default_factory=dict)  # length of the longest text that each drafter has guessed
+    answered: set[str] = field(default_factory=set)  # drafters that have guessed what follows the last commit
+    reopened: set[str] = field(default_factory=set)  # drafters that were told the whole text since the last commit
     accepted: Counter[str] = field(default_factory=Counter)  # delivered tokens by the drafter that guessed them
 
     def view(self, now: float, waited: float, drafters: int) -> View:
         gains, leaves, depth = self.session.worth()
+        self.depth = depth
         return View(
             gains=gains,
             leaves=leaves,
             depth=depth,
-            drafters=drafters if self.session.room > 0 else 0,  # nobody can help with the last token
+            drafters=drafters if min(self.session.room, self.session.most) > 0 else 0,  # nobody can help with the last token
             promise=self.session.band.promise,
             hit=self.hit,
             width=self.width,
@@ -61,6 +77,8 @@ class Live:
         self.tally.add(done)
         self.hit, self.width, self.growths = done.hit, done.width, 0
         self.committed_at = self.growth_at = at
+        self.answered.clear()
+        self.reopened.clear()
 
     def grown(self, at: float) -> tuple[float, bool]:
         """Seconds since the commit or the growth before this one, and whether it was a commit."""
@@ -69,7 +87,34 @@ class Live:
         self.growths += 1
         return delay, first
 
-    def hand_out(self, commit: Commit, guessed: tuple[str, ...]) -> Chunk:
+    def reached(self, drafter: str, new: int) -> None:
+        """`new` nodes, the newest of the tree, came from this drafter."""
+        length = len(self.session.tokens) + max(self.session.tree.depth[-new:])
+        self.reach[drafter] = max(length, self.reach.get(drafter, 0))
+
+    def round_trip(self, draft: Draft, at: float) -> float | None:
+        """Seconds from the last commit to this growth, where it is this drafter's first to follow it."""
+        if draft.drafter in self.answered or not (draft.parents == np.uint64(self.session.tree.key[0])).any():
+            return None
+        self.answered.add(draft.drafter)
+        return max(0.0, at - self.committed_at)
+
+    def lead(self, drafter: str) -> int:
+        """Tokens that the drafter is ahead: at most those that the tree is, for what it guessed may be gone."""
+        return max(0, min(self.depth, self.reach.get(drafter, 0) - len(self.session.tokens)))
+
+    def without(self, drafters: Sized, sharers: Sized) -> str | None:
+        """What this step lacks, in the words of TargetReport; None where it lacks nothing, or nothing could help."""
+        session = self.session
+        if not session.request.speculation or min(session.room, session.most) <= 0:
+            return None
+        if not len(drafters):
+            return "no drafter"
+        if not len(sharers):
+            return "all resting"
+        return "empty tree" if len(session.tree) == 1 else None
+
+    def hand_out(self, commit: Commit, guessed: tuple[str, ...], logprobs: tuple[Logprob, ...] = ()) -> Chunk:
         """Tokens one by one through the finish function: what comes after the end is not handed out."""
         pieces: list[str] = []
         reason = None
@@ -81,7 +126,7 @@ class Live:
                 break
         count = len(pieces)
         self.accepted.update(name for name in guessed[:count] if name)
-        return Chunk(tuple(pieces), commit.tokens[:count], guessed[:count], reason)
+        return Chunk(tuple(pieces), commit.tokens[:count], guessed[:count], reason, logprobs=logprobs[:count])
 
     def stats(self, now: float) -> Stats:
         return self.tally.stats(

@@ -8,7 +8,8 @@ class GuessReport:
     """What one drafter has brought to one target, in tokens (nodes of trees).
 
     proposed  arrived and put into a mirror;  accepted  of them, delivered;  late  arrived after the root had passed them;
-    stale     for a session, epoch or parent that is gone;  lead  mean tokens from a root to its deepest node when a step begins
+    stale     for a session, epoch or parent that is gone, or sent while it rests
+    lead      mean tokens from a root to its deepest node when a step begins
     """
 
     proposed: int = 0
@@ -24,7 +25,13 @@ class GuessReport:
 class TargetReport:
     """Counters since the start, and what is under way now.
 
-    `rounds` counts a step once for each session in it; `fallbacks` counts steps that did without something, by cause.
+    `rounds` counts a step once for each session in it. Where nothing is under way, drafted = accepted + rejected + expired; before,
+    live trees hold the rest. `fallbacks` counts what went on without something, by cause:
+
+    no drafter   rounds of sessions that want guesses while nobody is there to guess
+    all resting  rounds while all drafters rest, having brought nothing for long
+    empty tree   rounds for which no guess was there in time
+    alone        packed passes that failed and were made again session by session
     """
 
     live: int = 0
@@ -40,6 +47,8 @@ class TargetReport:
     drafted: int = 0  # nodes that arrived from drafters and were put into a mirror
     verified: int = 0  # of them, given a row
     accepted: int = 0  # of them, delivered
+    rejected: int = 0  # verified and not delivered
+    expired: int = 0  # dropped without a row, with the branch or the session that they belonged to
     accepted_at: tuple[int, ...] = ()  # accepted nodes by their place on the path, from 0
     waited: float = 0.0
     computed: float = 0.0

@@ -1,7 +1,7 @@
 """Sampling parameters, checked once. What they do to the logits: runtime.choice."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from runtime import limits
 from runtime.errors import InvalidRequest
@@ -12,10 +12,21 @@ COLDEST = 0.001  # lowest temperature above 0: below it, logits / temperature le
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What form the output must have. `text`: the JSON schema, or the regular expression; empty for json_object."""
+    """What form the output must have. `text`: the JSON schema, or the regular expression; empty for json_object.
+
+    Raises InvalidRequest for a text that is not there or too long; whether it means anything: runtime.models.grammar.
+    """
 
     kind: Kind
     text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise InvalidRequest(f"constraint {str(self.kind)[:64]!r} is not known: give {', '.join(get_args(Kind))}", "response_format")
+        if (size := len(self.text.encode(errors="replace"))) > limits.CONSTRAINT_BYTES:
+            raise InvalidRequest(f"{self.kind} of {size} bytes: at most {limits.CONSTRAINT_BYTES} are allowed", "response_format")
+        if not self.text and self.kind != "json_object":
+            raise InvalidRequest(f"{self.kind} is empty: give its text", "response_format")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +83,8 @@ class Sampling:
         for token, bias in self.logit_bias:
             whole("logit_bias token", token, 0)
             in_range("logit_bias", bias, -100.0, 100.0)
+        if self.logprobs is not None:
+            whole("logprobs", self.logprobs, 0, limits.LOGPROBS)
 
 
 def in_range(name: str, value: float, low: float, high: float, above: bool = False) -> None:

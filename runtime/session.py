@@ -1,7 +1,7 @@
 """One generation as a state machine without I/O: growth is offered, rows are selected, a verdict is applied."""
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from runtime import limits
 from runtime.calibration import Band
-from runtime.messages import AS_IT_LIKES, Commit, Draft, Open, Request, Share, Style
+from runtime.messages import AS_IT_LIKES, Commit, Draft, Key, Open, Request, Share, Style
 from runtime.tree import TokenTree, text_key
 from runtime.verify import Verdict
 
@@ -23,21 +23,24 @@ LEAST, MOST = 0.3, 2.0  # of the tilt
 class Session:
     """The committed tokens of one request and the target's mirror of its token tree.
 
-    `drafted` counts the nodes that were merged, `ignored` those that changed nothing, by reason.
+    `drafted` counts the nodes that were merged, `ignored` those that changed nothing, by reason: `late` where their parent is a text
+    that was decided to go on meanwhile, `stale` where it is none that was decided.
     """
 
-    def __init__(self, request: Request, vocabulary: int, context: int, band: Band, epoch: int = 0, style: Style = AS_IT_LIKES) -> None:
+    def __init__(self, request: Request, vocabulary: int, context: int, band: Band, style: Style = AS_IT_LIKES) -> None:
         self.request = request
         self.id = request.session
-        self.epoch = epoch
+        self.epoch = request.epoch
         self.style = style
         self.vocabulary = vocabulary
         self.band = band
         self.tokens = [*request.prompt, *request.committed]
         self.prompt = len(request.prompt)
         self.end = min(context, self.prompt + request.sampling.max_tokens)  # length of the longest text allowed
+        self.most = limits.STEP_ROWS if request.max_rows is None else min(limits.STEP_ROWS, request.max_rows)  # nodes of a step
         self.tree = TokenTree(text_key(self.tokens), self.tokens[-1], limits.TREE_NODES, limits.TREE_DEPTH)
         self.right = self.expected = USUAL  # moving averages: first guesses that were right, and what they were scored
+        self.passed: deque[Key] = deque(maxlen=limits.TREE_DEPTH)  # names of the texts that the root has left behind
         self.drafted = 0
         self.ignored: Counter[str] = Counter()
 
@@ -59,7 +62,14 @@ class Session:
         said = np.concatenate([draft.scores for draft in fitting], dtype=np.float64)
         valid = (tokens >= 0) & (tokens < self.vocabulary) & (said <= 0.0)
         merged = self.tree.merge(parents[valid], tokens[valid], said[valid], drafter, self.band.of(drafter).scores)
-        dropped = {"invalid": int((~valid).sum()), "stale": merged.stale, "repeated": merged.repeated, "full": merged.full}
+        late = sum(map(set(self.passed).__contains__, parents[valid].tolist())) if merged.stale else 0
+        dropped = {
+            "invalid": int((~valid).sum()),
+            "late": late,
+            "stale": merged.stale - late,
+            "repeated": merged.repeated,
+            "full": merged.full,
+        }
         for reason, count in dropped.items():
             if count:
                 self.ignored[reason] += count
@@ -88,13 +98,14 @@ class Session:
 
     def worth(self) -> tuple[Probabilities, Probabilities, int]:
         """Path probabilities of all nodes that could be verified, and of those among them that could still get children,
-        falling; the depth of the deepest. With an empty tree the leaf is the root, of probability 1."""
+        falling; the depth of the deepest. With an empty tree the leaf is the root, of probability 1. No more nodes than may be
+        verified in one step."""
         tree, room = self.tree, self.room
         paths, depths, fanout = np.frombuffer(tree.path), np.frombuffer(tree.depth, np.int64), np.frombuffer(tree.fanout, np.int64)
         inside = depths <= room
         inside[0] = False
         ends = (depths < room) & (fanout == 0)
-        gains = np.exp(-self.tilt * np.sort(-paths[inside]))
+        gains = np.exp(-self.tilt * np.sort(-paths[inside])[: self.most])
         leaves = np.exp(-self.tilt * np.sort(-paths[ends]))
         return gains, leaves, int(depths[inside].max(initial=0))
 
@@ -103,10 +114,10 @@ class Session:
 
         Nodes so deep that their token could not be delivered are left out.
         """
-        if count == 0:
+        if (most := min(count, self.most)) == 0:
             return []
         room = self.room
-        return [node for node in self.tree.best(count) if self.tree.depth[node] <= room]
+        return [node for node in self.tree.best(most) if self.tree.depth[node] <= room]
 
     def paths(self, nodes: Sequence[int]) -> list[list[int]]:
         """Token ids below the root for each row of a step: the root's own (empty), then those of `nodes`."""
@@ -118,6 +129,7 @@ class Session:
         decided = [tree.token[node] for node in verdict.path] + [verdict.token]
         self.band.observe_path(tree, decided)
         self.observe(decided)
+        self.passed.extend(tree.key[node] for node in (0, *verdict.path))
         hit = tree.reroot(decided)
         self.tokens.extend(decided)
         return Commit(self.id, self.epoch, base, tuple(decided), tree.key[0]), hit

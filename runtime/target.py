@@ -2,12 +2,14 @@
 
 import asyncio
 import logging
+import math
 import threading
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
 
 from runtime import limits
+from runtime.choice import Guide
 from runtime.engine import Engine
 from runtime.errors import InvalidRequest, LinkLost, Overloaded, Unavailable
 from runtime.finish import Finish
@@ -15,9 +17,13 @@ from runtime.inputs import Cancel, Heard, Join, Leave, Policy, Stop
 from runtime.links import DraftLink
 from runtime.live import Admit
 from runtime.messages import Chunk, Event, Request
+from runtime.reports import TargetReport
+from runtime.sampling import Constraint, whole
 from runtime.schedulers.base import Scheduler
 
 log = logging.getLogger(__name__)
+
+Grammar = Callable[[Constraint], Guide]  # the beginning of a text; may take a while, and be called from any thread
 
 HEARD_WAITING = 4096  # messages that the engine has not taken in; beyond, links are not read: a flood holds up its sender
 EVENTS_WAITING = 1024  # a link that lets so many pile up is mute
@@ -33,6 +39,10 @@ def check(request: Request, vocabulary: int, context: int) -> None:
     for token, _ in request.sampling.logit_bias:
         if token >= vocabulary:
             raise InvalidRequest(f"logit_bias token {token} is not in the vocabulary: ids go from 0 to {vocabulary - 1}", "logit_bias")
+    if request.max_rows is not None:
+        whole("max_rows", request.max_rows, 0)
+    if request.deadline is not None and math.isnan(request.deadline):
+        raise InvalidRequest("deadline nan is not allowed: give a number of seconds", "deadline")
     length, most = len(request.prompt), request.sampling.max_tokens
     if length >= context:
         raise InvalidRequest(f"the prompt has {length} tokens, the model's context {context}: shorten the prompt", "prompt")
@@ -51,15 +61,30 @@ def resumed(finish: Finish, request: Request) -> Finish:
     return finish
 
 
-class Target:
-    """Owns the engine's thread. All methods are called on one event loop, the one that was running at `start`."""
+def guided(grammar: Grammar, constraint: Constraint, request: Request) -> Guide:
+    """The constraint after the tokens that were decided before. Raises InvalidRequest where they break it."""
+    guide = grammar(constraint)
+    for place, token in enumerate(request.committed):
+        try:
+            guide.take(token)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"token {token}, number {place} of those committed, breaks the response_format", "committed") from error
+    return guide
 
-    def __init__(self, engine: Engine, finish: Callable[[Request], Finish]) -> None:
-        self.engine, self.finish = engine, finish
+
+class Target:
+    """Owns the engine's thread. All methods are called on one event loop, the one that was running at `start`.
+
+    `grammar` compiles constraints; without it, requests that have one are refused.
+    """
+
+    def __init__(self, engine: Engine, finish: Callable[[Request], Finish], grammar: Grammar | None = None) -> None:
+        self.engine, self.finish, self.grammar = engine, finish, grammar
         self.lost: Counter[str] = Counter()  # links that ended, by drafter
         self._links: dict[str, asyncio.Task[None]] = {}
         self._sessions: set[str] = set()
-        self._stopping = False
+        self._idle = asyncio.Event()
+        self._draining = self._stopping = False
         self._thread = threading.Thread(target=engine.run, name="target", daemon=True)
 
     def start(self) -> None:
@@ -74,17 +99,31 @@ class Target:
         self.engine.inbox.put(Stop())
         await asyncio.to_thread(self._thread.join)
 
+    async def drain(self) -> None:
+        """Take no more sessions, from now on; returns when those that were admitted, waiting ones included, have ended."""
+        self._draining = True
+        while self._sessions:
+            self._idle.clear()
+            await self._idle.wait()
+
+    def report(self) -> TargetReport:
+        """What the target has done since its start, as of its last step. From any thread."""
+        return replace(self.engine.report(), lost_links=dict(self.lost))
+
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
         """The output in pieces; the last has a finish reason and the session's figures.
 
         Raises InvalidRequest, Overloaded or Unavailable before the first piece. Closing the iterator frees all that the session holds,
         here and at the drafters.
         """
+        asked = self.engine.clock()
         check(request, self.engine.model.vocabulary, self.engine.model.context)
         if request.session in self._sessions:
             raise InvalidRequest(f"session {request.session!r} is under way: give another name", "session")
         if self._stopping or not self._thread.is_alive():
             raise Unavailable("the target has stopped: start it again")
+        if self._draining:
+            raise Unavailable("the target is draining: ask another one")
         self.engine.admission.check(request, self.engine.model.context)
         if len(self._sessions) >= (most := limits.SESSIONS + limits.QUEUE):
             raise Overloaded(f"{len(self._sessions)} sessions are under way or waiting, the most is {most}: try again later")
@@ -97,7 +136,8 @@ class Target:
         self._sessions.add(request.session)
         over = False
         try:
-            self.engine.inbox.put(Admit(request, finish, deliver, self.engine.clock()))
+            guide = await self._guide(request)
+            self.engine.inbox.put(Admit(request, finish, deliver, asked, guide))
             if self.engine.over:
                 raise Unavailable("the target has stopped: start it again")
             while not over:
@@ -106,8 +146,18 @@ class Target:
                 yield chunk
         finally:
             self._sessions.discard(request.session)
+            self._idle.set()
             if not over:
                 self.engine.inbox.put(Cancel(request.session))
+
+    async def _guide(self, request: Request) -> Guide | None:
+        """Made on a thread of its own: neither the event loop nor the model waits for a grammar."""
+        constraint = request.sampling.constraint
+        if constraint is None:
+            return None
+        if self.grammar is None:
+            raise InvalidRequest("this target knows no grammars: ask without response_format", "response_format")
+        return await asyncio.to_thread(guided, self.grammar, constraint, request)
 
     def schedule(self, scheduler: Scheduler) -> None:
         """From now on; sessions under way keep the style in which their drafters grow."""

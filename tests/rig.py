@@ -22,12 +22,12 @@ from runtime.inputs import Heard as Answered
 from runtime.inputs import Join, Leave
 from runtime.links import DraftLink
 from runtime.live import Admit
-from runtime.messages import Chunk, Event, FinishReason, Reply, Request, Round, Stats, Style
+from runtime.messages import Chunk, Event, FinishReason, Logprob, Reply, Request, Round, Stats, Style
 from runtime.models.base import Model
 from runtime.sampling import Sampling
 from runtime.schedulers.base import Plan, Scheduler, View
 from runtime.schedulers.fixed import Fixed
-from runtime.target import Target
+from runtime.target import Grammar, Target
 from tests.contracts import soon
 
 HANG_S = 20.0  # a wait that takes so long is a fault, and fails
@@ -47,6 +47,7 @@ class Output:
     reason: FinishReason | None
     stats: Stats
     error: str
+    logprobs: tuple[Logprob, ...] = ()
 
     def said(self) -> tuple[object, ...]:
         """What must not depend on drafters: text, ids, the reason of the end, usage."""
@@ -59,11 +60,13 @@ def output(chunks: Iterable[Chunk]) -> Output:
     assert last.stats is not None
     assert all(chunk.finish_reason is None and chunk.tokens for chunk in others)
     pieces, tokens, drafters = (tuple(itertools.chain(*parts)) for parts in zip(*map(parallel, (*others, last)), strict=True))
-    return Output("".join(pieces), tokens, drafters, last.finish_reason, last.stats, last.error)
+    logprobs = tuple(itertools.chain(*(chunk.logprobs for chunk in (*others, last))))
+    return Output("".join(pieces), tokens, drafters, last.finish_reason, last.stats, last.error, logprobs)
 
 
 def parallel(chunk: Chunk) -> tuple[tuple[str, ...], tuple[int, ...], tuple[str, ...]]:
     assert len(chunk.pieces) == len(chunk.tokens) == len(chunk.drafters)
+    assert len(chunk.logprobs) in (0, len(chunk.tokens))
     return chunk.pieces, chunk.tokens, chunk.drafters
 
 
@@ -139,8 +142,15 @@ class Lockstep:
     """An engine and its growers on one thread. In each round every grower hears what is there for it, makes `passes` passes,
     and is heard; then the target makes one step."""
 
-    def __init__(self, engine: Engine, *growers: Grower, passes: int = 2, tamper: Tamper = lambda message: [message]) -> None:
-        self.engine, self.passes, self.tamper = engine, passes, tamper
+    def __init__(
+        self,
+        engine: Engine,
+        *growers: Grower,
+        passes: int = 2,
+        tamper: Tamper = lambda message: [message],
+        grammar: Grammar | None = None,
+    ) -> None:
+        self.engine, self.passes, self.tamper, self.grammar = engine, passes, tamper, grammar
         self.growers: list[Grower] = []
         self.sends: dict[str, Callable[[Event], None]] = {}
         for grower in growers:
@@ -166,7 +176,8 @@ class Lockstep:
     def admit(self, request: Request) -> list[Chunk]:
         """Begins a session and reads its prompt; its chunks come into the list that is returned."""
         chunks: list[Chunk] = []
-        self.engine.handle(Admit(request, lettering(self.engine.eos)(request), chunks.append))
+        guide = self.grammar(request.sampling.constraint) if self.grammar and request.sampling.constraint else None
+        self.engine.handle(Admit(request, lettering(self.engine.eos)(request), chunks.append, self.engine.clock(), guide))
         self.engine.begin()
         while (live := self.engine.live.get(request.session)) is not None and not live.ready:
             self.engine.prefill()
@@ -190,9 +201,11 @@ class Lockstep:
         return [output(of_one) for of_one in chunks]
 
 
-def plain(model: Model, request: Request, eos: frozenset[int] = NOBODY, chooser: Chooser = choose) -> Output:
+def plain(
+    model: Model, request: Request, eos: frozenset[int] = NOBODY, chooser: Chooser = choose, grammar: Grammar | None = None
+) -> Output:
     """What the target says alone."""
-    return Lockstep(engine_of(model, eos=eos, chooser=chooser)).run(replace(request, speculation=False))[0]
+    return Lockstep(engine_of(model, eos=eos, chooser=chooser), grammar=grammar).run(replace(request, speculation=False))[0]
 
 
 def continued(model: Model, prompt: Sequence[int], count: int, chooser: Chooser = choose) -> list[int]:
@@ -232,9 +245,10 @@ async def running(
     eos: frozenset[int] = NOBODY,
     chooser: Chooser = choose,
     finish: Callable[[Request], Finish] | None = None,
+    grammar: Grammar | None = None,
 ) -> AsyncIterator[Target]:
     """A target on this event loop, stopped in the end."""
-    target = Target(Engine(model, chooser, scheduler, eos, time.monotonic), finish or lettering(eos))
+    target = Target(Engine(model, chooser, scheduler, eos, time.monotonic), finish or lettering(eos), grammar)
     target.start()
     try:
         yield target

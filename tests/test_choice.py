@@ -1,6 +1,7 @@
 """The choice of tokens: numpy rule and torch rule against the exact law, against each other and against transformers."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from math import exp
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from runtime import choice, noise
-from runtime.choice import Ask, Chooser
+from runtime.choice import Ask, Chooser, Scorer
 from runtime.models import choose as fast
 from runtime.sampling import Sampling
 
@@ -27,6 +28,10 @@ chooser = pytest.mark.parametrize("choose", CHOOSERS.values(), ids=list(CHOOSERS
 
 def ask(sampling: Sampling, paths: list[list[int]], text: tuple[int, ...] = (1, 2), prompt: int = 1) -> Ask:
     return Ask(sampling, prompt, text, paths, EOS)
+
+
+def constrained(sampling: Sampling, paths: list[list[int]], allowed: npt.NDArray[np.bool_]) -> Ask:
+    return replace(ask(sampling, paths), allowed=allowed)
 
 
 def law(temperature: float, top_k: float = 0, top_p: float = 1.0, min_p: float = 0.0) -> list[float]:
@@ -213,6 +218,66 @@ def test_frequency_and_presence_count_the_output_alone(choose: Chooser) -> None:
 def test_the_end_is_barred_for_min_tokens(choose: Chooser) -> None:
     logits = np.array([[9.0, 1.0, 0.0, 8.0, 0.5]] * 3, dtype=np.float32)
     assert choose(logits, ask(build(min_tokens=2), [[], [1], [1, 2]], (1, 2), prompt=2)).tolist() == [1, 1, 0]
+
+
+@chooser
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_what_a_constraint_bars_is_never_chosen(choose: Chooser, temperature: float) -> None:
+    """However likely it is, however it is favoured, and however few the filters leave."""
+    rng = np.random.default_rng(1)
+    logits, allowed = rng.standard_normal((200, 50)).astype(np.float32) * 5, rng.random((200, 50)) < 0.1
+    allowed[np.arange(200), rng.integers(0, 50, 200)] = True
+    barred = (int((~allowed).sum(axis=0).argmax()), 100.0)
+    sampling = build(temperature=temperature, top_k=2, top_p=0.7, min_p=0.2, logit_bias=(barred,), repetition_penalty=1.3)
+    paths = [[7] * (row % 5) for row in range(200)]
+    chosen = choose(logits, constrained(sampling, paths, allowed))
+    assert allowed[np.arange(200), chosen].all()
+    assert len(set(chosen.tolist())) > 20
+
+
+@chooser
+def test_a_constraint_that_bars_nothing_changes_nothing(choose: Chooser) -> None:
+    logits, paths = some_logits(6, 40).numpy(), [[3] * row for row in range(6)]
+    for sampling in (build(), build(temperature=0.7, top_p=0.8, min_tokens=4)):
+        free = choose(logits, constrained(sampling, paths, np.ones((6, 40), np.bool_)))
+        assert free.tolist() == choose(logits, ask(sampling, paths)).tolist()
+
+
+@chooser
+@pytest.mark.parametrize("early", [{"min_tokens": 9}, {"ignore_eos": True}, {"min_tokens": 9, "temperature": 1.0}])
+def test_an_end_that_comes_too_early_is_chosen_where_nothing_else_is_allowed(choose: Chooser, early: dict[str, object]) -> None:
+    logits = np.array([[9.0, 1.0, 0.0, 8.0, 0.5]] * 3, dtype=np.float32)
+    allowed = np.array([[1, 0, 1, 1, 0], [1, 0, 0, 1, 0], [0, 0, 0, 1, 0]], dtype=np.bool_)  # ends are 0 and 3
+    assert choose(logits, constrained(build(**early), [[]] * 3, allowed)).tolist()[0] == 2
+    assert choose(logits, constrained(build(**early | {"temperature": 0.0}), [[]] * 3, allowed)).tolist() == [2, 0, 3]
+
+
+SCORERS: dict[str, Scorer] = {
+    "numpy": choice.logprobs,
+    "torch": lambda logits, tokens, k: fast.logprobs(torch.as_tensor(logits), tokens, k),
+}
+
+
+@pytest.mark.parametrize("scorer", SCORERS.values(), ids=list(SCORERS))
+@pytest.mark.parametrize(("vocabulary", "k"), [(5, 0), (5, 3), (5, 20), (3000, 20)])
+def test_logprobs_are_those_of_the_logits_as_they_are(scorer: Scorer, vocabulary: int, k: int) -> None:
+    logits = some_logits(3, vocabulary)
+    expected = logits.double().log_softmax(dim=-1)
+    found = scorer(logits.numpy(), [1, 4, 2], k)
+    assert [one.chosen for one in found] == pytest.approx([float(expected[row, token]) for row, token in enumerate([1, 4, 2])], abs=1e-5)
+    best = expected.topk(min(k, vocabulary), dim=-1)
+    assert [[token for token, _ in one.top] for one in found] == best.indices.tolist()
+    for one, values in zip(found, best.values.tolist(), strict=True):
+        assert [value for _, value in one.top] == pytest.approx(values, abs=1e-5)
+        assert max([one.chosen, *(value for _, value in one.top)]) <= 0.0
+
+
+@pytest.mark.parametrize("scorer", SCORERS.values(), ids=list(SCORERS))
+def test_a_certain_token_has_logprob_0_and_an_impossible_one_the_lowest(scorer: Scorer) -> None:
+    (found,) = scorer(np.array([[-np.inf, 60.0, -60.0]], dtype=np.float32), [1], 3)
+    assert found.chosen == 0.0
+    assert [token for token, _ in found.top] == [1, 2, 0]
+    assert found.top[2][1] == -np.inf
 
 
 @chooser

@@ -15,8 +15,8 @@ from protos import speculation_pb2 as pb
 from protos.handshake import PROTOCOL, Hello, mismatch
 from runtime import limits
 from runtime.errors import InvalidRequest
-from runtime.messages import Chunk, Close, Commit, Draft, Event, Open, Request, Resync, Share, Stats, Style
-from runtime.sampling import Sampling
+from runtime.messages import Chunk, Close, Commit, Draft, Event, Logprob, Open, Request, Resync, Share, Stats, Style
+from runtime.sampling import Constraint, Sampling
 
 DRAFTER = "d0"
 quick = settings(max_examples=50, deadline=None)  # a busy machine is no failure
@@ -27,6 +27,7 @@ epochs = st.integers(0, 2**64 - 1)
 ids = st.integers(0, 2**31 - 1)
 tokens = st.lists(ids, max_size=20).map(tuple)
 seconds = st.floats(0, 1e9)
+constraints = st.builds(Constraint, st.sampled_from(list(codec.KINDS)), st.text(min_size=1, max_size=30))
 samplings = st.builds(
     Sampling,
     temperature=st.just(0.0) | st.floats(0.01, 100),
@@ -42,6 +43,8 @@ samplings = st.builds(
     max_tokens=st.integers(10, 2**31 - 1),
     min_tokens=st.integers(0, 10),
     ignore_eos=st.booleans(),
+    logprobs=st.none() | st.integers(0, limits.LOGPROBS),
+    constraint=st.none() | constraints,
 )
 widths = st.integers(0, limits.TREE_NODES)
 styles = st.builds(Style, widths, widths, counts)
@@ -60,7 +63,8 @@ events: SearchStrategy[Event] = st.one_of(
     opens().map(lambda opened: opened.share),
     st.builds(Close, names),
 )
-requests = st.builds(Request, names, tokens, samplings, st.booleans(), tokens)
+deadlines = st.none() | st.floats(allow_nan=False)
+requests = st.builds(Request, names, tokens, samplings, st.booleans(), tokens, epochs, deadlines, st.none() | counts)
 stats = st.builds(
     Stats,
     *[epochs] * 7,
@@ -73,13 +77,18 @@ stats = st.builds(
 )
 
 
+logs = st.floats(max_value=0, allow_nan=False)
+logprobs = st.builds(Logprob, logs, st.lists(st.tuples(ids, logs), max_size=3).map(tuple))
+
+
 @st.composite
 def chunks(draw: st.DrawFn) -> Chunk:
     ids_ = draw(tokens)
     by = draw(st.lists(st.text(max_size=8), min_size=len(ids_), max_size=len(ids_)).map(tuple))
     reason = draw(st.sampled_from(list(codec.REASONS)))
     pieces = draw(st.lists(st.text(max_size=8), min_size=len(ids_), max_size=len(ids_)).map(tuple))
-    return Chunk(pieces, ids_, by, reason, draw(st.none() | stats), draw(st.text()))
+    logged = draw(st.just(()) | st.lists(logprobs, min_size=len(ids_), max_size=len(ids_)).map(tuple))
+    return Chunk(pieces, ids_, by, reason, draw(st.none() | stats), draw(st.text()), logged)
 
 
 @st.composite
@@ -234,12 +243,22 @@ def test_malformed_events_are_refused(frame: Any, says: str) -> None:
         ({"prompt": [1, -1]}, "prompt"),
         ({"committed": [-1]}, "committed"),
         ({"session": ""}, "session"),
+        ({"deadline": math.nan}, "deadline"),
+        ({"sampling": pb.Sampling(logprobs=21)}, "logprobs"),
+        ({"sampling": pb.Sampling(constraint=pb.Constraint(text="a"))}, "response_format"),
+        ({"sampling": pb.Sampling(constraint=pb.Constraint(kind=pb.CONSTRAINT_KIND_REGEX))}, "response_format"),
+        ({"sampling": pb.Sampling(constraint=pb.Constraint(kind=pb.CONSTRAINT_KIND_REGEX, text="a" * 16385))}, "response_format"),
     ],
 )
 def test_malformed_requests_name_the_parameter(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         codec.decode_request(pb.GenerateRequest(**{"session": "s", **fields}).SerializeToString())
     assert caught.value.param == param
+
+
+def logged(**fields: Any) -> pb.GenerateChunk:
+    """A chunk of one token."""
+    return pb.GenerateChunk(pieces=["a"], tokens=[1], drafters=[""], logprobs=pb.Logprobs(**fields))
 
 
 @pytest.mark.parametrize(
@@ -249,6 +268,13 @@ def test_malformed_requests_name_the_parameter(fields: dict[str, Any], param: st
         (pb.GenerateChunk(pieces=["a", "b"], tokens=[1, 2], drafters=[""]), "1 drafters"),
         (pb.GenerateChunk(pieces=["a"], tokens=[-1], drafters=[""]), "token id -1"),
         (pb.GenerateChunk(finish_reason=99), "finish_reason 99"),  # type: ignore[arg-type]
+        (logged(chosen=[-1.0]), "logprobs of 1 tokens and 0 others"),
+        (logged(chosen=[-1.0], counts=[1]), "logprobs of 1 tokens and 0 others"),
+        (logged(chosen=[-1.0] * 2, counts=[0] * 2), "logprobs of 2 tokens"),
+        (logged(chosen=[-1.0], counts=[1], top_tokens=[3, 4], top_values=[-1.0] * 2), "logprobs of 1 tokens and 2 others"),
+        (logged(chosen=[math.nan], counts=[0]), "logprobs above 0"),
+        (logged(chosen=[-1.0], counts=[1], top_tokens=[3], top_values=[0.5]), "logprobs above 0"),
+        (logged(chosen=[-1.0], counts=[1], top_tokens=[-3], top_values=[-0.5]), "token id -3"),
     ],
 )
 def test_malformed_chunks_are_refused(chunk: Any, says: str) -> None:

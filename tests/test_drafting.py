@@ -125,6 +125,17 @@ def test_a_commit_of_another_epoch_changes_nothing() -> None:
     assert hand.text() == TEXT[:6]
 
 
+def test_an_opening_of_an_older_epoch_changes_nothing() -> None:
+    hand = Hand()
+    hand.hear(opened(epoch=2, tokens=TEXT[:7]), opened(epoch=1), commit(5, 3, epoch=1))
+    (growing,) = hand.grower.growing.values()
+    assert (growing.opened.epoch, tuple(growing.tokens)) == (2, TEXT[:7])
+    assert hand.grower.counters == {"old epoch": 1, "stale commit": 1}
+    hand.hear(opened(epoch=3))
+    (growing,) = hand.grower.growing.values()
+    assert (growing.opened.epoch, tuple(growing.tokens)) == (3, PROMPT)
+
+
 def test_events_of_unknown_sessions_are_counted() -> None:
     hand = Hand()
     hand.hear(commit(5, 1), Share("s", 0, 2), Close("s"), Close("s"))

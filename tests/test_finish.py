@@ -9,9 +9,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from runtime.finish import Finish
-from runtime.sampling import Sampling
+from runtime.sampling import Constraint, Sampling
 
 EOS = 0
+ANYTHING = Constraint("regex", ".*")
 PIECES = ["<eos>", "a", "b", "ab", "ba", "aab", "é", "ö", "aé", "\n", "", "abab", "𝄞b"]  # text of each token id
 
 
@@ -138,6 +139,9 @@ def test_a_decoder_that_lags_loses_no_text(tokens: list[int], stops: tuple[str, 
         ({"stop": ("aaé",)}, [1, 1, EOS], ("aa", 3, "stop")),
         ({"stop": ("aaé",), "max_tokens": 2}, [1, 1], ("aa", 2, "length")),
         ({"stop": ("éa",)}, [8, 1], ("a", 2, "stop")),
+        # under a constraint an end is chosen where nothing else may follow: it is the end, come what may
+        ({"constraint": ANYTHING, "ignore_eos": True}, [1, EOS], ("a", 2, "stop")),
+        ({"constraint": ANYTHING, "min_tokens": 5}, [1, EOS], ("a", 2, "stop")),
     ],
 )
 def test_cases(arguments: dict[str, object], tokens: list[int], expected: tuple[str, int, str]) -> None:

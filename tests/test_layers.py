@@ -19,11 +19,14 @@ LAYERS = (
     ("noise", "verify", "finish", "choice", "calibration", "frontier", "links", "*/base"),
     (
         "session",
+        "crowd",
+        "decide",
         "metrics",
         "live",
         "admission",
         "inputs",
         "merit",
+        "scaling",
         "packing",
         "schedulers/*",
         "drafters/ngram",
@@ -41,7 +44,7 @@ LIBRARIES: tuple[set[str], ...] = (
     {"numpy"},
     {"numpy"},
     {"pydantic", "yaml"},
-    {"numpy", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub"},
+    {"numpy", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "llguidance"},
     {"numpy"},
     {"numpy", "pydantic"},
 )

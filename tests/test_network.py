@@ -104,7 +104,7 @@ def test_the_adversary_does_all_it_can_and_some_drafts_get_through() -> None:
         ignored |= set(found.stats.ignored)
         accepted += found.stats.accepted
     assert fates == {"deliver", "lose", "repeat", "hold", "forge"}
-    assert ignored == {"stale", "repeated", "invalid", "oversize"}
+    assert ignored == {"stale", "late", "repeated", "invalid", "oversize"}
     assert accepted > 200
 
 

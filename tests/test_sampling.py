@@ -1,12 +1,13 @@
 """Sampling parameters are refused by name."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from runtime import limits
 from runtime.errors import InvalidRequest
-from runtime.sampling import Sampling
+from runtime.sampling import Constraint, Sampling
 
 build: Callable[..., Sampling] = Sampling
 BAD: list[tuple[str, object]] = [
@@ -22,6 +23,7 @@ BAD: list[tuple[str, object]] = [
     ("logit_bias", ((1, float("nan")),)), ("logit_bias", ((1, 101.0),)),
     ("logit_bias", tuple((i, 0.0) for i in range(limits.LOGIT_BIAS + 1))),
     ("logit_bias token", ((-1, 0.0),)), ("logit_bias token", ((1.0, 0.0),)),
+    ("logprobs", -1), ("logprobs", limits.LOGPROBS + 1), ("logprobs", True), ("logprobs", 1.0),
 ]  # fmt: skip
 
 
@@ -49,8 +51,28 @@ def test_refused_with_the_name(param: str, value: object) -> None:
         {"stop": ("x" * limits.STOP_LENGTH, "é", "\n", " ")},
         {"logit_bias": ((0, -100.0), (2**31 - 1, 100))},
         {"presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 0.01},
+        {"logprobs": None},
+        {"logprobs": 0},
+        {"logprobs": limits.LOGPROBS, "constraint": Constraint("json_object")},
+        {"constraint": Constraint("regex", "a" * limits.CONSTRAINT_BYTES)},
     ],
     ids=str,
 )
 def test_accepted(parameters: dict[str, object]) -> None:
     assert {name: getattr(build(**parameters), name) for name in parameters} == parameters
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "says"),
+    [
+        ("xml", "a", "constraint 'xml' is not known: give json_object, json_schema, regex"),
+        ("regex", "", "regex is empty"),
+        ("json_schema", "", "json_schema is empty"),
+        ("regex", "a" * (limits.CONSTRAINT_BYTES + 1), "regex of 16385 bytes: at most 16384"),
+        ("json_schema", "é" * (limits.CONSTRAINT_BYTES // 2 + 1), "json_schema of 16386 bytes"),
+    ],
+)
+def test_a_constraint_without_sense_is_refused_as_the_response_format(kind: Any, text: str, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says) as caught:
+        Constraint(kind, text)
+    assert caught.value.param == "response_format"

@@ -11,7 +11,8 @@ import torch
 from transformers.generation import logits_process as processors
 
 from runtime import noise
-from runtime.choice import Ask
+from runtime.choice import Ask, pair_up
+from runtime.messages import Logprob
 from runtime.models.top import top
 from runtime.sampling import Sampling
 
@@ -32,6 +33,14 @@ def choose(logits: torch.Tensor, ask: Ask) -> npt.NDArray[np.int64]:
     return chosen
 
 
+def logprobs(logits: torch.Tensor, tokens: Sequence[int], k: int) -> tuple[Logprob, ...]:
+    """The Scorer of float32 torch logits (rows, vocabulary): what runtime.choice.logprobs finds, but for rounding."""
+    logs = logits.log_softmax(dim=-1)
+    chosen = logs.gather(1, torch.tensor(tokens, dtype=torch.int64, device=logs.device)[:, None])[:, 0]
+    values, best = top(logs, min(k, logs.shape[1])) if k else (logs[:, :0], logs[:, :0])
+    return pair_up(chosen.cpu().numpy(), best.cpu().numpy(), values.cpu().numpy())
+
+
 def shape(logits: torch.Tensor, ask: Ask) -> torch.Tensor:
     """As runtime.choice.shape. Where nothing is to be changed, the result is `logits` itself."""
     scores = _edited(logits, ask)
@@ -39,8 +48,10 @@ def shape(logits: torch.Tensor, ask: Ask) -> torch.Tensor:
 
 
 def _edited(logits: torch.Tensor, ask: Ask) -> torch.Tensor:
-    """Bias, the ban of min_tokens and penalties: what counts at temperature 0 too."""
+    """The constraint, bias, the ban of min_tokens and penalties: what counts at temperature 0 too."""
     sampling, scores = ask.sampling, logits
+    if ask.allowed is not None:
+        scores = scores.masked_fill(torch.from_numpy(~ask.allowed).to(scores.device), -inf)
     if sampling.logit_bias:
         scores = _biased(scores, sampling)
     if short := ask.too_short():

@@ -24,6 +24,10 @@ class Amusd(Turns):
         super().__init__(t)
         self.least, self.rows = least, rows
 
+    @property
+    def due(self) -> int:
+        return max(1, self.least)
+
     def lacks(self, view: View) -> bool:
         return view.depth < self.least
 

@@ -35,6 +35,10 @@ class Pearl(Turns):
         super().__init__(t)
         self.style = Style(width=1, branches=1, passes=gamma)
 
+    @property
+    def due(self) -> int:
+        return self.style.passes
+
     def lacks(self, view: View) -> bool:
         return view.depth < self.wanted(view)
 

@@ -18,6 +18,10 @@ class Sync(Turns):
         self.style = Style(width, branches, passes)
         self.rows = rows
 
+    @property
+    def due(self) -> int:
+        return self.style.passes
+
     def lacks(self, view: View) -> bool:
         """A chain is through when it is long enough, counting what a re-root has left of it; a tree after so many growths."""
         if self.style.width == self.style.branches == 1:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from runtime.decide import Decision
 from runtime.drafters.base import Wish
 from runtime.engine import Engine, Step
 from runtime.grower import Grower
@@ -78,20 +79,20 @@ class TargetSide:
             self.world.after(max(plan.wait, TICK), lambda: self.wake(this))
             return
         step = engine.pack(ready, plan)
-        choices = engine.compute(step)
+        decisions = engine.compute(step)
         self.computing = True
         rows, busy = sum(len(part.rows.tokens) for part in step.parts), any(drafter.computing for drafter in self.drafters)
-        self.world.after(self.seconds(rows, len(step.parts), taken, busy), lambda: self.decided(step, choices))
+        self.world.after(self.seconds(rows, len(step.parts), taken, busy), lambda: self.decided(step, decisions))
 
     def wake(self, plan: int) -> None:
         if plan == self.plans and not self.computing:
             self.go_on()
 
-    def decided(self, step: Step, choices: Sequence[Sequence[int]]) -> None:
+    def decided(self, step: Step, decisions: Sequence[Decision | None]) -> None:
         """The second half of Engine.advance."""
         self.computing = False
         self.engine.take_in(0.0)
-        self.engine.commit(step, choices, self.world.now)
+        self.engine.commit(step, decisions, self.world.now)
         self.go_on()
 
 

@@ -1,0 +1,98 @@
+"""The drafters of a target: who is there, which part of a tree is whose, and what each has brought."""
+
+from collections.abc import Iterable, Sequence
+
+from runtime.inputs import Send
+from runtime.live import Live
+from runtime.merit import Merit
+from runtime.messages import Draft, Event, Share
+from runtime.metrics import Ledger
+from runtime.session import Session
+
+
+class Crowd:
+    """`sends`: how to reach those that are there now, in the order of their coming. What they bring is written into `ledger`."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.sends: dict[str, Send] = {}
+        self.merit = Merit()
+        self.ledger = ledger
+
+    def join(self, name: str, send: Send, sessions: Iterable[Live]) -> None:
+        self.sends[name] = send
+        self.share_out(sessions, joined=name)
+
+    def leave(self, name: str, send: Send, sessions: Iterable[Live]) -> None:
+        """Who has joined under the same name since then stays."""
+        if self.sends.get(name) is send:
+            del self.sends[name]
+            self.merit.forget(name)
+            self.share_out(sessions)
+
+    def forget_merits(self, sessions: Iterable[Live]) -> None:
+        """All may show again what they are good for."""
+        self.merit = Merit()
+        self.share_out(sessions)
+
+    def listeners(self, session: Session) -> dict[str, Send]:
+        return self.sends if session.request.speculation else {}
+
+    def sharers(self, session: Session) -> list[str]:
+        return self.merit.sharers(self.listeners(session))
+
+    def tell(self, session: Session, event: Event) -> None:
+        for send in self.listeners(session).values():
+            send(event)
+
+    def open(self, session: Session) -> None:
+        """A session begins."""
+        for name, send in self.listeners(session).items():
+            send(session.open(self.share(session.id, name)))
+
+    def open_again(self, live: Live, name: str) -> None:
+        """Once for each commit at most: a drafter that asks again and again would have the whole text sent each time."""
+        session = live.session
+        if name in self.listeners(session) and name not in live.reopened:
+            live.reopened.add(name)
+            self.sends[name](session.open(self.share(session.id, name)))
+
+    def share_out(self, sessions: Iterable[Live], joined: str = "") -> None:
+        """Tell every drafter its part of every session; the one that has joined learns the whole text."""
+        for live in sessions:
+            for name, send in self.listeners(live.session).items():
+                share = self.share(live.session.id, name)
+                send(live.session.open(share) if name == joined else share)
+
+    def share(self, session: str, name: str) -> Share:
+        sharers = self.merit.sharers(self.sends)
+        return Share(session, sharers.index(name), len(sharers)) if name in sharers else Share(session, 0, 0)
+
+    def heard(self, live: Live | None, name: str, drafts: Sequence[Draft]) -> int:
+        """Offer growth to its session; returns how many nodes were new. None is where nobody asked for it."""
+        guesses = self.ledger.guesses[name]
+        if live is None or not live.session.request.speculation or name in self.merit.resting:
+            guesses.stale += sum(len(draft.tokens) for draft in drafts)
+            return 0
+        ignored = live.session.ignored
+        late, stale = ignored["late"], ignored["stale"]
+        new = live.session.offer(*drafts)
+        guesses.proposed += new
+        guesses.late += ignored["late"] - late
+        guesses.stale += ignored["stale"] - stale
+        if new:
+            live.reached(name, new)
+        return new
+
+    def note(self, ready: Iterable[Live]) -> None:
+        """How far the drafters are ahead as a step begins, and what it goes without."""
+        for live in ready:
+            sharers = self.sharers(live.session)
+            if (cause := live.without(self.sends, sharers)) is not None:
+                self.ledger.fallbacks[cause] += 1
+            for name in sharers:
+                self.ledger.guesses[name].lead(live.lead(name))
+
+    def judge(self, guessed: Iterable[str], sessions: Iterable[Live]) -> None:
+        """After a step: these have guessed its tokens. Who has brought nothing for long rests, or is tried again."""
+        if self.merit.observe(self.sends, guessed):
+            self.share_out(sessions)

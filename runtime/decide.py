@@ -1,0 +1,61 @@
+"""The target's decision for one session of a step, from its logits to a verdict."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.choice import Ask, Chooser, Guide, Scorer
+from runtime.messages import Logprob
+from runtime.session import Session
+from runtime.verify import Verdict, match, walk
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """`logprobs`: of the verdict's tokens, the target's own included; empty where nobody asked for them."""
+
+    verdict: Verdict
+    logprobs: tuple[Logprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Decider:
+    """How the logits of one family of models are read; `eos` are the tokens that end a text."""
+
+    choose: Chooser
+    logprobs: Scorer
+    eos: frozenset[int]
+
+    def decide(self, session: Session, guide: Guide | None, nodes: Sequence[int], logits: Any) -> Decision:
+        """`logits` (rows, vocabulary) are those of the root and of `nodes`. `guide` goes along with what is decided.
+
+        Nothing else changes, and each decision is committed: so the state of a constraint needs no rollback.
+        """
+        verdict = self.verdict(session, nodes, logits) if guide is None else self.guided(session, guide, nodes, logits)
+        k = session.request.sampling.logprobs
+        if k is None:
+            return Decision(verdict, ())
+        rows = [0, *(nodes.index(node) + 1 for node in verdict.path)]
+        tokens = [*(session.tree.token[node] for node in verdict.path), verdict.token]
+        return Decision(verdict, self.logprobs(logits[rows], tokens, k))
+
+    def verdict(self, session: Session, nodes: Sequence[int], logits: Any) -> Verdict:
+        ask = Ask(session.request.sampling, session.prompt, session.tokens, session.paths(nodes), self.eos)
+        return match(session.tree, nodes, self.choose(logits, ask).tolist())
+
+    def guided(self, session: Session, guide: Guide, nodes: Sequence[int], logits: Any) -> Verdict:
+        """Row by row down the path that the target takes: one mask for each token that is decided, however many nodes there are.
+
+        A guess that breaks the constraint is never chosen, so nothing below it is looked at. Drafters know of no constraint: where
+        it bites, their guesses are wrong.
+        """
+        sampling, path = session.request.sampling, list[int]()
+
+        def choose(row: int) -> int:
+            ask = Ask(sampling, session.prompt, session.tokens, [path], self.eos, guide.allowed()[None])
+            token = int(self.choose(logits[row : row + 1], ask)[0])
+            guide.take(token)
+            path.append(token)
+            return token
+
+        return walk(session.tree, nodes, choose)
