@@ -1,5 +1,6 @@
 """What every gRPC client and server of the project shares: the options of a connection, and how errors cross it."""
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -11,11 +12,16 @@ from runtime import limits
 from runtime.errors import InvalidRequest, LinkLost, ModelRefused, OutriderError, Overloaded, PairMismatch, Unavailable
 
 HANDSHAKE_S = 3.0  # a peer that has not said Hello by then is mute
+CONNECT_MS = 5000  # a connection that has not finished its TLS and HTTP/2 handshakes by then is closed
+ADDRESS = re.compile(r"\b(?:ipv4|ipv6|unix):\S*[^\s:]")  # as gRPC writes them
+SAID = 500  # characters of a peer's own words that are passed on
 ERROR_PARAM = "outrider-param"  # trailing metadata: which parameter an INVALID_ARGUMENT is about
 
-# How long, beyond a second, a peer may leave a ping unanswered. A drafter that is lost by mistake costs speed only, and is
-# back at once; a caller that loses its target loses its answer, so a busy machine gets more time there.
-DRAFTER_SILENCE_MS, TARGET_SILENCE_MS = 1000, 3000
+# How long, beyond a second, a peer may leave a ping unanswered. A drafter or, for a router, a target that is lost by mistake costs
+# speed only: it is back at once, and others go on meanwhile. A caller of a single target loses its answer with it, and a target does
+# in vain what it did for a caller: there, a busy machine gets more time.
+DRAFTER_SILENCE_MS = TARGET_SILENCE_MS = 1000
+CALLER_SILENCE_MS = 3000
 
 
 def shared_options(silence_ms: int) -> list[tuple[str, int]]:
@@ -49,6 +55,7 @@ def server_options(silence_ms: int) -> list[tuple[str, int]]:
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.so_reuseport", 0),
+        ("grpc.server_handshake_timeout_ms", CONNECT_MS),
     ]
 
 
@@ -76,7 +83,13 @@ async def aborting(context: Any) -> AsyncIterator[None]:
 
 
 def reason(error: grpc.aio.AioRpcError) -> str:
-    return f"{error.code().name}: {error.details()}"
+    """Without the addresses that gRPC puts into its own words: this goes into logs and answers."""
+    return f"{error.code().name}: {printable(ADDRESS.sub('the peer', error.details() or ''))}"
+
+
+def printable(said: str) -> str:
+    """The words of a peer, fit for a line of a log: it cannot begin another one, nor move the cursor of who reads it."""
+    return "".join(character if character.isprintable() else " " for character in said[:SAID])
 
 
 def error_of(error: grpc.aio.AioRpcError, peer: str) -> OutriderError:

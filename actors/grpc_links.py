@@ -9,9 +9,11 @@ from typing import Any
 
 import grpc
 
+from actors.credentials import channel
 from actors.grpc_edge import DRAFTER_SILENCE_MS, HANDSHAKE_S, TARGET_SILENCE_MS, client_options, error_of, reason
 from protos import codec
 from protos.handshake import Hello, mismatch
+from runtime.config import TlsConfig
 from runtime.errors import InvalidRequest, LinkLost, Unavailable
 from runtime.messages import Chunk, Event, Reply, Request
 
@@ -30,19 +32,33 @@ class GrpcLink:
     silence at the start too. Three malformed replies within a minute raise LinkLost, on this connection or a later one.
     """
 
-    def __init__(self, address: str, hello: Hello, handshake_s: float = HANDSHAKE_S, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        address: str,
+        hello: Hello,
+        handshake_s: float = HANDSHAKE_S,
+        now: Callable[[], float] = time.monotonic,
+        tls: TlsConfig | None = None,
+    ) -> None:
         self.address = address
         self.hello = hello
         self.peer: Hello | None = None
         self.counters: Counter[str] = Counter()
+        self._tls = tls
         self._handshake_s = handshake_s
         self._now = now
         self._strikes: deque[float] = deque(maxlen=STRIKES)
 
     async def speculate(self, events: AsyncIterator[Event]) -> AsyncGenerator[Reply, None]:
         """As in DraftLink. An error raised by `events` itself is raised here as it is."""
-        async with grpc.aio.insecure_channel(self.address, client_options(DRAFTER_SILENCE_MS)) as channel:
-            call = channel.stream_stream(f"/{codec.DRAFTING}/Speculate")()
+        logger.debug("drafter %s is at %s", self.hello.drafter, self.address)  # said nowhere else: the lines above debug name no addresses
+        options = client_options(DRAFTER_SILENCE_MS)
+        try:
+            connection = channel(self.address, options, self._tls, own="target", peer="drafter")
+        except InvalidRequest as error:  # certificates that have run out, or are being replaced
+            raise self._lost(str(error)) from error
+        async with connection:
+            call = connection.stream_stream(f"/{codec.DRAFTING}/Speculate")()
             ended = asyncio.Event()
             forwarding: asyncio.Task[None] | None = None
             try:
@@ -124,15 +140,19 @@ class GrpcLink:
         logger.warning("drafter %s: %s: %s", self.hello.drafter, what, why)
 
     def _lost(self, why: str) -> LinkLost:
-        return LinkLost(f"drafter {self.hello.drafter} at {self.address} is lost ({why})")
+        return LinkLost(f"drafter {self.hello.drafter} is lost ({why})")
 
 
 class GrpcTarget:
-    """A target in another process. To be made, used and closed on one running event loop."""
+    """A target in another process. To be made, used and closed on one running event loop.
 
-    def __init__(self, address: str) -> None:
+    With `tls` it is called as a gateway. A stop or cut of the target is noticed after `silence_ms` and a second, a kill at once.
+    Raises InvalidRequest where the files of `tls` cannot be used.
+    """
+
+    def __init__(self, address: str, tls: TlsConfig | None = None, silence_ms: int = TARGET_SILENCE_MS) -> None:
         self.address = address
-        self._channel = grpc.aio.insecure_channel(address, client_options(TARGET_SILENCE_MS))
+        self._channel = channel(address, client_options(silence_ms), tls, own="gateway", peer="target")
         self._generate = self._channel.unary_stream(f"/{codec.TARGET}/Generate")
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
@@ -145,7 +165,7 @@ class GrpcTarget:
             while (data := await call.read()) is not grpc.aio.EOF:
                 yield self._chunk(data)
         except grpc.aio.AioRpcError as error:
-            raise error_of(error, f"target at {self.address}") from error
+            raise error_of(error, "the target") from error
         finally:
             call.cancel()
 
@@ -153,7 +173,7 @@ class GrpcTarget:
         try:
             return codec.decode_chunk(data)
         except InvalidRequest as error:
-            raise Unavailable(f"target at {self.address} answers nonsense ({error}): install the same version") from error
+            raise Unavailable(f"the target answers nonsense ({error}): install the same version") from error
 
     async def close(self) -> None:
         """Ends the connection and every call on it."""

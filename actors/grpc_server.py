@@ -10,10 +10,12 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from actors.grpc_edge import DRAFTER_SILENCE_MS, HANDSHAKE_S, TARGET_SILENCE_MS, aborting, closing, server_options
+from actors.credentials import only, server_credentials
+from actors.grpc_edge import CALLER_SILENCE_MS, DRAFTER_SILENCE_MS, HANDSHAKE_S, aborting, closing, printable, server_options
 from protos import codec
 from protos.handshake import Hello, mismatch
 from runtime import limits
+from runtime.config import TlsConfig
 from runtime.errors import InvalidRequest, PairMismatch, Unavailable
 from runtime.links import DraftLink
 from runtime.messages import Chunk, Event, Request
@@ -43,9 +45,11 @@ class DraftingService:
         self.counters: Counter[str] = Counter()
         self._handshake_s = handshake_s
 
-    def handler(self) -> grpc.GenericRpcHandler:
+    def handler(self, secured: bool = False) -> grpc.GenericRpcHandler:
+        """With `secured`, for targets alone."""
         # Bytes in and out: a frame that does not parse must not end the stream.
-        return grpc.method_handlers_generic_handler(self.name, {"Speculate": grpc.stream_stream_rpc_method_handler(self._speculate)})
+        method = only("target", self._speculate) if secured else self._speculate
+        return grpc.method_handlers_generic_handler(self.name, {"Speculate": grpc.stream_stream_rpc_method_handler(method)})
 
     async def _speculate(self, _: AsyncIterator[bytes], context: Any) -> None:
         async with aborting(context):
@@ -88,7 +92,7 @@ class DraftingService:
 
     def _count(self, what: str, why: str) -> None:
         self.counters[what] += 1
-        logger.warning("a target: %s: %s", what, why)
+        logger.warning("a target: %s: %s", what, printable(why))
 
 
 class TargetService:
@@ -99,8 +103,10 @@ class TargetService:
     def __init__(self, body: Generator) -> None:
         self.body = body
 
-    def handler(self) -> grpc.GenericRpcHandler:
-        return grpc.method_handlers_generic_handler(self.name, {"Generate": grpc.unary_stream_rpc_method_handler(self._generate)})
+    def handler(self, secured: bool = False) -> grpc.GenericRpcHandler:
+        """With `secured`, for gateways alone."""
+        method = only("gateway", self._generate) if secured else self._generate
+        return grpc.method_handlers_generic_handler(self.name, {"Generate": grpc.unary_stream_rpc_method_handler(method)})
 
     async def _generate(self, data: bytes, context: Any) -> None:
         async with aborting(context), closing(self.body.generate(codec.decode_request(data))) as chunks:
@@ -108,15 +114,20 @@ class TargetService:
                 await context.write(codec.encode_chunk(chunk))
 
 
-async def serve(services: Sequence[DraftingService | TargetService], host: str, port: int = 0) -> tuple[grpc.aio.Server, int]:
+async def serve(
+    services: Sequence[DraftingService | TargetService], host: str, port: int = 0, tls: TlsConfig | None = None
+) -> tuple[grpc.aio.Server, int]:
     """A running server with these, health and reflection; and its port, chosen by the system where `port` is 0.
 
-    To be stopped by `await server.stop(grace)` on the same event loop. Raises Unavailable where the port cannot be had.
+    With `tls` it lets in certificates of the deployment alone, and each service the role that it is for. To be stopped by
+    `await server.stop(grace)` on the same event loop. Raises Unavailable where the port cannot be had, InvalidRequest where
+    the files of `tls` cannot be used.
     """
     for_callers = any(isinstance(service, TargetService) for service in services)
-    options = server_options(TARGET_SILENCE_MS if for_callers else DRAFTER_SILENCE_MS)
+    credentials = None if tls is None else server_credentials(tls, "target" if for_callers else "drafter")
+    options = server_options(CALLER_SILENCE_MS if for_callers else DRAFTER_SILENCE_MS)
     server = grpc.aio.server(options=options, maximum_concurrent_rpcs=CALLS)
-    server.add_generic_rpc_handlers([service.handler() for service in services])
+    server.add_generic_rpc_handlers([service.handler(secured=tls is not None) for service in services])
     names = [service.name for service in services]
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
@@ -124,7 +135,8 @@ async def serve(services: Sequence[DraftingService | TargetService], host: str, 
         await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     try:
-        bound: int = server.add_insecure_port(f"{host}:{port}")
+        where = f"{host}:{port}"
+        bound: int = server.add_insecure_port(where) if credentials is None else server.add_secure_port(where, credentials)
     except RuntimeError as error:
         await server.stop(None)
         raise Unavailable(f"no server at {host}:{port} ({error}): choose another port, or 0 for any") from error

@@ -1,0 +1,258 @@
+"""Sessions spread over targets by load; where a target is lost, its sessions go on elsewhere, and their clients see a pause at most.
+
+What a session has said stands in its journal before its client hears it. The next target gets the journal and goes on behind it:
+a choice is a function of text, seed and position, so it continues the very text that the lost one would have written.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from actors.course import Course, Life
+from actors.fleet import TargetState
+from actors.journal import Journal
+from runtime.errors import InvalidRequest, Overloaded, Unavailable
+from runtime.messages import Chunk, Request
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 300.0  # that a session without a deadline waits for a target
+GRACE_S = 2.0  # that a target gets beyond a deadline to end the session itself
+SUSPECT_S = 3.0  # for which a target that was lost is chosen after all others: until the next `update` can tell, it looks idle
+AGAIN_S = 0.5  # before a session asks a target again that has lost or refused it
+FRUITLESS = 8  # targets lost one after the other without a token between: perhaps it is the session that ends them
+
+Key = TypeVar("Key")
+
+
+class Remote(Protocol):
+    """A target in another process, as actors.grpc_links.GrpcTarget."""
+
+    def generate(self, request: Request) -> AsyncGenerator[Chunk, None]: ...
+
+    async def close(self) -> None:
+        """Ends the connection and every call on it."""
+        ...
+
+
+Connect = Callable[[str], Remote]  # from a target's address
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A target, as the choice sees it.
+
+    sessions  live and waiting;  capacity  slots of KV memory, 0 where not known;  suspect  lost a moment ago
+    given     rises with each session that is given out: when it got its last one
+    """
+
+    sessions: int
+    capacity: int = 0
+    suspect: bool = False
+    given: int = 0
+
+
+def choose(loads: Mapping[Key, Load]) -> Key | None:
+    """The target that would have the fewest sessions for its capacity; of equals the one that was given none for longest.
+
+    Suspects come last. A capacity that is not known counts as the largest known. None where there is no target.
+    """
+    most = max((load.capacity for load in loads.values()), default=0) or 1
+
+    def rank(key: Key) -> tuple[bool, float, int]:
+        load = loads[key]
+        return load.suspect, (load.sessions + 1) / (load.capacity or most), load.given
+
+    return min(loads, key=rank, default=None)
+
+
+@dataclass(slots=True, eq=False)
+class Link:
+    """One life of a target. `reading`: scopes of those who wait for its next chunk, to be woken when it leaves."""
+
+    life: Life
+    remote: Remote
+    state: TargetState
+    sessions: int = 0  # of this router
+    others: int = 0  # of other callers, when `state` was told
+    given: int = 0
+    suspect_until: float = -math.inf
+    left: bool = False
+    reading: set[asyncio.Timeout] = field(default_factory=set)
+
+    def load(self, now: float) -> Load:
+        report = self.state.report
+        return Load(self.sessions + self.others, report.kv_slots if report else 0, now < self.suspect_until, self.given)
+
+
+class Router:
+    """All methods are called on one event loop. `patience`: seconds that a session without a deadline waits for a target.
+
+    lost      targets that sessions had to leave, by name: once for each session
+    """
+
+    def __init__(self, connect: Connect, patience: float = PATIENCE_S) -> None:
+        self.connect, self.patience = connect, patience
+        self.lost: Counter[str] = Counter()
+        self._links: dict[Life, Link] = {}
+        self._given = 0
+        self._changed = asyncio.Event()  # another one after each update
+        self._closing: set[asyncio.Task[None]] = set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether some target takes sessions."""
+        return any(link.state.state == "ready" for link in self._links.values())
+
+    def update(self, targets: Sequence[TargetState]) -> None:
+        """Who is there now. Sessions on a target that is not there any more, or lives anew, leave it at once; so does one that is said to
+        be starting (again): it is lost, and its next life not there yet."""
+        told = {(state.name, state.incarnation, state.address): state for state in targets if state.state != "starting"}
+        for life in self._links.keys() - told.keys():
+            self._part_with(self._links.pop(life))
+        for life, state in told.items():
+            link = self._links.get(life)
+            if link is not None:
+                link.state, link.others = state, max(0, state.sessions - link.sessions)
+            elif state.state == "ready":
+                self._meet(life, state)
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def close(self) -> None:
+        """Ends all connections; returns when they are closed. Sessions still under way find no target any more."""
+        self.update(())
+        await asyncio.gather(*self._closing)
+
+    async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
+        """The output in pieces, as of one target: the last has a finish reason and the figures of all that worked on it.
+
+        Raises InvalidRequest as the target does; Overloaded where two targets, or the only one, refuse a new session; Unavailable
+        where no target was there in time, or one after the other was lost. A session that has said something already ends with finish
+        reason "deadline" where its time is over. Closing the iterator cancels the work at the target at once.
+        """
+        now = asyncio.get_running_loop().time
+        ends = math.inf if request.deadline is None else now() + request.deadline
+        course = Course(request, now(), ends, Journal(request.committed, request.epoch))
+        while not course.over:
+            link = await self._next_target(course)
+            if link is None:
+                yield course.late(now())
+                return
+            asked = course.ask(now())
+            async with self._calling(link, course, asked) as call:
+                while not course.over:
+                    chunk = await read(link, call, course.ends + GRACE_S)
+                    yield course.late(now()) if chunk is None else course.take(chunk, asked.epoch, now())
+
+    async def _next_target(self, course: Course) -> Link | None:
+        """Waited for until the deadline; None where that passes and the client has heard something. Raises Unavailable else."""
+        now = asyncio.get_running_loop().time
+        until = course.ends if course.ends < math.inf else now() + self.patience
+        while (at := now()) < until:
+            if (link := self._choose(course)) is not None:
+                return link
+            again = min([until, *(time for time in course.shunned.values() if time > at)])
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(again):
+                    await self._changed.wait()
+        if len(course.journal) > len(course.request.committed) and until == course.ends:
+            return None
+        raise Unavailable(f"no target has taken the session within {until - course.began:.1f} s: see `outrider status`")
+
+    def _choose(self, course: Course) -> Link | None:
+        """The target that may be asked now, if there is one."""
+        now = asyncio.get_running_loop().time()
+        open_to = {
+            life: link.load(now)
+            for life, link in self._links.items()
+            if link.state.state == "ready" and course.shunned.get(life, -math.inf) <= now
+        }
+        life = choose(open_to)
+        return None if life is None else self._links[life]
+
+    @asynccontextmanager
+    async def _calling(self, link: Link, course: Course, request: Request) -> AsyncIterator[AsyncGenerator[Chunk, None]]:
+        """The call at this target; it is over when the block is. A loss and a refusal end here, if another target may be asked."""
+        self._given += 1
+        link.given = self._given
+        link.sessions += 1
+        try:
+            async with aclosing(link.remote.generate(request)) as call:
+                yield call
+        except Overloaded:
+            self._refused(link, course)
+            if not course.begun and (course.calls > 1 or self._choose(course) is None):
+                raise
+        except InvalidRequest as error:
+            if error.param != "session" or not course.begun:
+                raise
+            self._refused(link, course)  # it has not noticed yet that our last call there is over
+        except Unavailable as error:
+            self._lose(link, course, error)
+            if len(course.fruitless) >= FRUITLESS:
+                lives = len(course.fruitless)
+                raise Unavailable(
+                    f"{lives} targets were lost one after the other without a token of this session: see their logs"
+                ) from error
+        finally:
+            link.sessions -= 1
+
+    def _refused(self, link: Link, course: Course) -> None:
+        """A new session asks no target twice; one that has begun is owed its rest, and asks again."""
+        now = asyncio.get_running_loop().time()
+        course.shunned[link.life] = now + AGAIN_S if course.begun else math.inf
+
+    def _lose(self, link: Link, course: Course, error: Unavailable) -> None:
+        now = asyncio.get_running_loop().time()
+        if not link.left and now >= link.suspect_until:
+            log.warning("target %s is lost or refuses sessions, they go on elsewhere: %s", link.state.name, error)
+        self.lost[link.state.name] += 1
+        link.suspect_until = now + SUSPECT_S
+        course.shunned[link.life] = now + AGAIN_S
+        course.fruitless.add(link.life)
+        course.leave()
+
+    def _meet(self, life: Life, state: TargetState) -> None:
+        try:
+            self._links[life] = Link(life, self.connect(state.address), state, others=state.sessions)
+        except InvalidRequest as error:  # certificates that have run out, or are being replaced: the next update tries again
+            log.warning("target %s cannot be called: %s", state.name, error)
+
+    def _part_with(self, link: Link) -> None:
+        """Wakes those who read from it; its calls end with its connection, those of clients who do not read just now too."""
+        link.left = True
+        now = asyncio.get_running_loop().time()
+        for scope in link.reading:
+            scope.reschedule(now)
+        closing = asyncio.get_running_loop().create_task(link.remote.close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+
+async def read(link: Link, call: AsyncGenerator[Chunk, None], until: float) -> Chunk | None:
+    """The call's next chunk; None where it has not come by then. Raises Unavailable where the target leaves meanwhile."""
+    if link.left:
+        raise Unavailable("it has left the cluster")
+    scope = asyncio.timeout_at(until if until < math.inf else None)
+    try:
+        async with scope:
+            link.reading.add(scope)
+            try:
+                return await anext(call)
+            finally:
+                link.reading.discard(scope)
+    except StopAsyncIteration as error:
+        raise Unavailable("its stream has ended before the text") from error
+    except TimeoutError as error:
+        if link.left:
+            raise Unavailable("it has left the cluster") from error
+        if scope.expired():
+            return None
+        raise

@@ -1,0 +1,48 @@
+"""`python -m bench.chaos`: kill and stop targets and drafters, or change their number, while clients compare every token."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from bench.chaos.run import Options, run
+from runtime.config import shipped
+from runtime.errors import OutriderError
+
+
+def main(
+    streams: Annotated[int, typer.Option(min=1, help="clients that ask at one time")] = 200,
+    seconds: Annotated[float, typer.Option(min=1, help="how long it goes on")] = 120.0,
+    targets: Annotated[int, typer.Option(min=1)] = 2,
+    drafters: Annotated[int, typer.Option(min=0)] = 3,
+    seed: Annotated[int, typer.Option(help="of requests and blows")] = 1,
+    tokens: Annotated[int, typer.Option(min=1, help="of each answer")] = 96,
+    every: Annotated[float, typer.Option(min=0.01, help="seconds between two blows or changes")] = 1.0,
+    scale: Annotated[int | None, typer.Option(min=1, help="no blows: change the number of drafters, from 0 to this")] = None,
+    target: Annotated[str, typer.Option(help="model")] = shipped("target"),
+    draft: Annotated[str, typer.Option(help="model")] = shipped("draft"),
+    out: Annotated[Path | None, typer.Option("--json", help="write the result into this file")] = None,
+) -> None:
+    """Exit code 1 where an answer failed, differed or did not come."""
+    logging.disable(logging.WARNING)  # losses are counted here
+    console = Console(highlight=False)
+    options = Options(target, draft, streams, seconds, targets, drafters, tokens, seed, every, scale)
+    try:
+        with console.status("starting Ray") as status:
+            outcome = run(options, status.update if console.is_terminal else console.log)
+    except OutriderError as error:
+        console.print(str(error), style="red")
+        raise typer.Exit(2) from error
+    console.print(outcome.grid().terminal())
+    for line in outcome.wrong[:20]:
+        console.print(line, markup=False)
+    if out is not None:
+        out.write_text(json.dumps(outcome.as_json(), indent=1) + "\n")
+    raise typer.Exit(0 if outcome.right else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,116 @@
+"""The parts of the chaos harness that decide and count. The harness itself: tests/cluster/test_chaos.py."""
+
+import asyncio
+import random
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from actors.fleet import DrafterState, Fleet
+from actors.peers import Place
+from actors.router import Router
+from bench.chaos.blows import Blow, next_blow, next_count, strike
+from bench.chaos.clients import Answer, Case, Seen, stream
+from bench.chaos.outcome import Outcome, percentile
+from runtime.errors import Unavailable
+from tests.stage import ANSWER, ASKED, COUNT, PLAIN, Scripted, played, there
+
+DRAFTER = DrafterState("d-0", "d", "d/0", 0, "ready", 0, None, "node")
+FLEET = Fleet("m", "m", "1", (there("t0"), there("t1")), (DRAFTER, replace(DRAFTER, name="d-1", state="starting")), (), (), 0)
+OUTCOME = Outcome(8, 2, 1, 0, 10.0, 30, 0, 0, 0, 900, 3, 0, {"target SIGKILL": 1}, (0.5, 1.0, 2.5))
+
+
+def test_blows_fall_on_all_that_serve_but_never_on_the_last_target() -> None:
+    draw = random.Random(0)
+    blows = {blow.name for _ in range(100) if (blow := next_blow(FLEET, set(), draw))}
+    assert blows == {"t0", "t1", "d-0"}
+    blows = {blow.name for _ in range(100) if (blow := next_blow(FLEET, {("t0", 0)}, draw))}
+    assert blows == {"d-0"}, "t1 is the last whole target"
+    assert next_blow(replace(FLEET, drafters=()), {("t0", 0)}, draw) is None
+
+
+def test_a_blow_misses_who_has_moved_or_is_gone() -> None:
+    blow = next_blow(replace(FLEET, targets=()), set(), random.Random(0))
+    assert isinstance(blow, Blow)
+    assert not strike(blow, {})
+    assert not strike(blow, {"d-0": Place("elsewhere", 1, "node")})
+    assert not strike(blow, {"d-0": Place("d/0", 2**22 + 1, "node")}), "no process has this number"
+
+
+def test_the_number_of_drafters_changes_each_time() -> None:
+    draw, counts = random.Random(0), [0]
+    for _ in range(50):
+        counts.append(next_count(counts[-1], 4, draw))
+    assert set(counts) == {0, 1, 2, 3, 4}
+    assert all(one != other for one, other in pairwise(counts))
+
+
+def test_percentiles() -> None:
+    values = [float(value) for value in range(1, 101)]
+    assert [percentile(values, share) for share in (50, 99, 100)] == [50.0, 99.0, 100.0]
+    assert percentile([7.0], 99) == 7.0
+
+
+@pytest.mark.parametrize("bad", [{"failed": 1}, {"differing": 1}, {"unfinished": 1}, {"finished": 0}])
+def test_an_outcome_is_right_only_where_all_of_it_is(bad: dict[str, int]) -> None:
+    wrong = Outcome(**{name: getattr(OUTCOME, name) for name in OUTCOME.__slots__} | bad)
+    assert OUTCOME.right
+    assert not wrong.right
+    assert OUTCOME.as_json()["gap_p99"] == 2.5
+    assert "1.00 s, 2.50 s, 2.50 s" in OUTCOME.grid().markdown()
+
+
+def test_a_client_compares_and_measures() -> None:
+    """A target falls silent after 9 tokens and is struck then; 4 s later it is missed."""
+
+    async def main(expected: Answer) -> Seen:
+        seen, over = Seen(), asyncio.Event()
+        lives = {"t0/0": Scripted(ANSWER, cut=9, death="silent"), "t1/0": Scripted(ANSWER)}
+
+        class Noted(Scripted):
+            def __init__(self, address: str) -> None:
+                super().__init__(ANSWER, cut=lives[address].cut, death=lives[address].death)
+                self.address = address
+                lives[address] = self
+
+            def generate(self, request):  # type: ignore[no-untyped-def]
+                seen.asked.setdefault(request.session, []).append(self.address)
+                return super().generate(request)
+
+        router = Router(Noted)
+        router.update([there("t0"), there("t1")])
+        asking = asyncio.ensure_future(stream(router, [Case(ASKED.prompt, ASKED.sampling, expected)], 0, over, seen))
+        await lives["t0/0"].silent.wait()
+        await asyncio.sleep(2.0)
+        seen.struck["t0/0"] = asyncio.get_running_loop().time()
+        await asyncio.sleep(4.0)
+        over.set()
+        router.update([there("t1")])
+        await asking
+        return seen
+
+    right = Answer(PLAIN.tokens, "".join(PLAIN.pieces), "stop")
+    seen = played(main(right))
+    assert (seen.counts["finished"], seen.counts["differing"], seen.counts["tokens"]) == (1, 0, COUNT)
+    assert seen.gaps == [pytest.approx(4.0)]
+    assert not seen.wrong
+    seen = played(main(replace(right, tokens=(*right.tokens[:-1], 5))))
+    assert seen.counts["differing"] == 1
+    assert f"differs at token {COUNT - 1}" in seen.wrong[0]
+
+
+def test_an_answer_that_fails_is_counted() -> None:
+    async def main() -> Seen:
+        seen, over = Seen(), asyncio.Event()
+        router = Router(lambda _: Scripted(ANSWER, refuses=Unavailable("gone")))
+        router.update([there("t0")])
+        asking = asyncio.ensure_future(stream(router, [Case(ASKED.prompt, ASKED.sampling, Answer((), "", "stop"))], 0, over, seen))
+        over_soon = asyncio.get_running_loop().call_later(1.0, over.set)
+        await asking
+        over_soon.cancel()
+        return seen
+
+    seen = played(main())
+    assert (seen.counts["failed"], seen.counts["finished"]) == (1, 0)
+    assert "no target has taken the session" in seen.wrong[0]
