@@ -12,10 +12,10 @@ FITS := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 BIN := .venv/bin
 UNUSED := /(tests?|testing|rllib|sympy|_inductor|onnx|transformers/models)/
 
-.PHONY: help install demo bench test check format proto train clean
+.PHONY: help install demo bench test test-chaos test-cluster check format proto train audit sbom clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: .venv/installed ## make .venv with the command .venv/bin/outrider in it
 
@@ -27,6 +27,13 @@ bench: install ## compare with every other way to use the same models and cores:
 
 test: install ## all tests
 	$(BIN)/pytest -q --durations=10
+
+test-chaos: install ## kill and stop targets and drafters under 200 streams, then change their number under 20; ten minutes
+	$(BIN)/python -m bench.chaos --streams 200 --seconds 240 --targets 2 --drafters 3 --json build/chaos-blows.json
+	$(BIN)/python -m bench.chaos --streams 20 --seconds 205 --targets 1 --drafters 1 --scale 4 --every 4 --json build/chaos-scale.json
+
+test-cluster: install ## the on-premise cluster file for real, on hosts made of namespaces (needs root): minutes
+	$(BIN)/python -m tests.cluster.try_cluster
 
 check: install ## format, lint, types, import layers, freshness of generated code; changes nothing
 	$(BIN)/ruff format --check
@@ -45,9 +52,26 @@ proto: install ## write the code generated from protos/*.proto anew
 train: install ## train the pair that ships (hours; goes on where it was interrupted)
 	$(BIN)/python -m models.train
 
+# The tools for these two know more packages than the project does, so they live in an environment of their own. ADVISORIES names who is
+# asked: pypi (an index that serves advisories too; many mirrors do not) or osv. A package that nobody knows of is a failure, not a pass.
+AUDITORS := pip-audit==2.10.1 cyclonedx-bom==7.5.0
+ADVISORIES ?= pypi
+
+audit: build/audit/installed ## known vulnerabilities of the pinned packages; needs the network
+	@build/audit/bin/pip-audit --strict --progress-spinner off -s $(ADVISORIES) --no-deps --disable-pip -r constraints.txt || \
+	  { echo "make audit: not audited, or not clean, see above; without advisories at the index try ADVISORIES=osv" >&2; exit 1; }
+
+sbom: install build/audit/installed ## build/sbom.json (CycloneDX): every package of .venv with version and licence
+	build/audit/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --of JSON -o build/sbom.json
+
 clean: ## remove .venv, caches and build results (not build/train, which holds hours of training)
-	rm -rf .venv dist build/lib build/bdist.* *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv dist build/lib build/bdist.* *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis build/audit build/sbom.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+build/audit/installed: Makefile | install
+	$(BIN)/python -m venv --clear build/audit
+	build/audit/bin/pip install -q --disable-pip-version-check $(AUDITORS)
+	@touch $@
 
 .venv/installed: pyproject.toml constraints.txt
 	@python='$(PYTHON)'; \

@@ -1,6 +1,8 @@
 """A folder is data from a stranger: each fault is one line that names it and the way out."""
 
 import json
+import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -208,12 +210,109 @@ def test_code_of_the_authors_in_the_tokenizer(folder: Path) -> None:
     refused(folder, "tokenizer_config.json asks for code of its own", load_tokenizer)
 
 
+def test_pickled_weights_beside_safe_ones_are_not_opened(folder: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    assert load_model(str(folder)).vocabulary == VOCABULARY
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os._exit, (66,)
+
+
+@pytest.mark.parametrize(
+    "asking",
+    [
+        {"text_config": {"auto_map": {"AutoModel": "x.X"}}},
+        {"custom_generate": "x"},
+        {"_attn_implementation": "someone/kernels"},
+        {"attn_implementation": {"text_config": "someone/kernels@v1:f"}},
+        {"layers": [[{"experts_implementation": "someone/kernels"}]]},
+    ],
+)
+def test_code_that_is_asked_for_in_a_corner(folder: Path, asking: dict[str, object]) -> None:
+    edit(folder / "config.json", **asking)
+    refused(folder, "config.json asks for code of its own")
+
+
+def test_a_known_way_to_attend_is_no_code(folder: Path) -> None:
+    edit(folder / "config.json", _attn_implementation="sdpa")
+    assert load_model(str(folder)).vocabulary == VOCABULARY
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_configurations_nested_as_deep_as_json_may_be(folder: Path, file: str) -> None:
+    (folder / file).write_text('{"model_type": "llama", "a": ' + "[" * 900 + "]" * 900 + "}")
+    refused(folder, "copy it again")
+
+
+@pytest.mark.parametrize(
+    ("file", "size", "said"),
+    [
+        ("config.json", 1 << 30, "1 MiB"),
+        ("generation_config.json", 1 << 30, "16 MiB"),
+        ("tokenizer_config.json", 1 << 30, "16 MiB"),
+        ("tokenizer.json", 1 << 30, "128 MiB"),
+        ("chat_template.jinja", 1 << 30, "1 MiB"),
+        ("additional_chat_templates/rag.jinja", 1 << 30, "1 MiB"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_file_of_a_gigabyte_is_not_read(folder: Path, file: str, size: int, said: str, load: Callable[[str], object]) -> None:
+    (folder / file).parent.mkdir(exist_ok=True)
+    with (folder / file).open("ab") as sparse:
+        sparse.truncate(size)
+    refused(folder, f"{Path(file).name} is larger than {said}", load)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% if messages|length == 3 %}{{ 9 ** (9 ** 9) }}{% else %}{{ raise_exception('system first') }}{% endif %}",
+        "{% set x = namespace(s='aaaaaaaaaaaaaaaa') %}{% for i in range(40) %}{% set x.s = x.s ~ x.s %}{% endfor %}",
+        "{{ 'long' * 1000000 }}",
+    ],
+    ids=["loops", "power", "memory", "long"],
+)
+def test_a_template_that_does_not_end(folder: Path, template: str) -> None:
+    (folder / "chat_template.jinja").write_text(template)
+    refused(folder, "has a chat template that does not end within", load_tokenizer)
+    assert load_model(str(folder)).vocabulary == VOCABULARY, "who does not chat does without"
+
+
+def test_templates_that_end(folder: Path) -> None:
+    speak = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    choosy = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + speak
+    (folder / "chat_template.jinja").write_text(choosy)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "other.jinja").write_text(speak)
+    tokenizer = load_tokenizer(str(folder))
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "user: hi\n"
+    assert set(tokenizer.chat_template) == {"default", "other"}
+
+
+def test_a_template_cannot_reach_out_of_its_sandbox(folder: Path, tmp_path: Path) -> None:
+    code = f"open('{tmp_path}/reached', 'w')"
+    (folder / "chat_template.jinja").write_text(
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__.os." + code + " }}"
+    )
+    load_tokenizer(str(folder))
+    assert not (tmp_path / "reached").exists()
+
+
 @pytest.mark.parametrize("file", [WEIGHTS, "config.json", "tokenizer.json"])
 def test_a_link_out_of_the_folder(folder: Path, file: str) -> None:
     outside = folder.parent / "outside"
     (folder / file).rename(outside)
     (folder / file).symlink_to(outside)
     refused(folder, f"{file} is a link that leads out of the folder")
+
+
+def test_a_template_of_another_folder(folder: Path) -> None:
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool.jinja").symlink_to("/etc/hostname")
+    refused(folder, "tool.jinja is a link that leads out of the folder", load_tokenizer)
 
 
 def test_a_link_to_itself(folder: Path) -> None:

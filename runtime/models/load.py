@@ -27,6 +27,7 @@ from runtime.errors import InvalidRequest, ModelRefused
 from runtime.models.hf import MISFITS, HFModel, check_config
 from runtime.models.quick import quicken, steady
 from runtime.models.rollback import check_rollback
+from runtime.models.template import check_template
 
 Step = Literal["auto", "generic", "static"]
 
@@ -34,8 +35,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 HUB_PATIENCE = 5.0  # seconds
-JSON_BYTES = 1 << 20  # of a config; a tokenizer may be larger
-TOKENIZER_BYTES = 1 << 27
+INDEX = "model.safetensors.index.json"
+# The most bytes of each file that is read whole; and of a template.
+SIZES = {
+    "config.json": 1 << 20,
+    **dict.fromkeys(("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"), 1 << 24),
+    **dict.fromkeys(("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", INDEX), 1 << 27),
+}
+TEMPLATE_BYTES = 1 << 20
+TEMPLATES = "additional_chat_templates"  # the only folder within a model's that is looked into
+CODE = ("auto_map", "custom_generate", "custom_pipelines")  # keys of configurations that name code of the author's
+KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation", "kernel_config")
 
 
 def load_model(name_or_folder: str, dtype: str = "auto", device: str = "auto", threads: int | None = None, step: Step = "auto") -> HFModel:
@@ -63,19 +73,18 @@ def load_model(name_or_folder: str, dtype: str = "auto", device: str = "auto", t
 
 
 def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder or of a hub name, from its tokenizer.json. Raises ModelRefused."""
+    """The tokenizer of a folder or of a hub name, from its tokenizer.json, its chat template tried out. Raises ModelRefused."""
     folder = find_folder(name_or_folder)
     if not (folder / "tokenizer.json").is_file():
         raise ModelRefused(f"{name_or_folder} has no tokenizer.json: save a fast tokenizer into it with save_pretrained()")
     refuse_code(folder, name_or_folder)
-    if (folder / "tokenizer.json").stat().st_size > TOKENIZER_BYTES:
-        raise ModelRefused(f"{name_or_folder}/tokenizer.json is larger than {TOKENIZER_BYTES >> 20} MiB: choose another model")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust tokenizers raise plain Exception for a file they cannot parse
         raise ModelRefused(f"{name_or_folder}/tokenizer.json cannot be read ({one_line(error)}): copy it again") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelRefused(f"{name_or_folder} has a tokenizer of type {type(tokenizer).__name__}: save a fast one into it")
+    check_template(tokenizer.chat_template, name_or_folder)
     return tokenizer
 
 
@@ -124,12 +133,31 @@ def refuse_code(folder: Path, name: str) -> None:
         raise ModelRefused(f"{name} brings code of its own ({script.name}): choose a model that transformers knows")
     root = folder.resolve()
     root = root.parents[1] if root.parent.name == "snapshots" else root
-    for file in folder.iterdir():
+    inner = folder / TEMPLATES
+    for file in (*folder.iterdir(), *(inner.iterdir() if inner.is_dir() else ())):
         if not resolved(file).is_relative_to(root):
             raise ModelRefused(f"{name}/{file.name} is a link that leads out of the folder: copy the file into it")
-    for file in (folder / "config.json", folder / "tokenizer_config.json"):
-        if file.is_file() and "auto_map" in read_json(file, name):
-            raise ModelRefused(f"{name}/{file.name} asks for code of its own (auto_map): choose a model that transformers knows")
+        most = SIZES.get(file.name) or (TEMPLATE_BYTES if file.suffix == ".jinja" else None)
+        if most is not None and file.is_file() and file.stat().st_size > most:
+            raise ModelRefused(f"{name}/{file.name} is larger than {most >> 20} MiB: choose another model")
+    for file in (folder / "config.json", folder / "tokenizer_config.json", folder / "generation_config.json"):
+        if file.is_file() and (asked := code_asked_for(read_json(file, name))):
+            raise ModelRefused(f"{name}/{file.name} asks for code of its own ({asked}): choose a model that transformers knows")
+
+
+def code_asked_for(settings: dict[str, Any]) -> str | None:
+    """A key, at any depth, that names code of the author's: a module of the folder, or a kernel to be fetched ("owner/name")."""
+    waiting: list[object] = [settings]
+    while waiting:
+        match waiting.pop():
+            case dict() as entries:
+                for key, value in entries.items():
+                    if key in CODE or (key in KERNELS and "/" in str(value)):
+                        return str(key)
+                waiting.extend(entries.values())
+            case list() as values:
+                waiting.extend(values)
+    return None
 
 
 def resolved(file: Path) -> Path:
@@ -141,8 +169,6 @@ def resolved(file: Path) -> Path:
 
 
 def read_json(file: Path, name: str) -> dict[str, Any]:
-    if file.stat().st_size > JSON_BYTES:
-        raise ModelRefused(f"{name}/{file.name} is larger than {JSON_BYTES >> 20} MiB: choose another model")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -173,7 +199,7 @@ def read_config(folder: Path, name: str) -> PreTrainedConfig:
 
 def check_weights(folder: Path, name: str) -> None:
     """The safetensors of the model are there, whole, and in the folder itself."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         listed = read_index(index, name)
     elif (folder / "model.safetensors").is_file():
@@ -194,8 +220,6 @@ def check_weights(folder: Path, name: str) -> None:
 
 def read_index(index: Path, name: str) -> list[str]:
     """Names of the weight files in an index of shards."""
-    if index.stat().st_size > TOKENIZER_BYTES:
-        raise ModelRefused(f"{name}/{index.name} is larger than {TOKENIZER_BYTES >> 20} MiB: choose another model")
     try:
         weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return sorted({str(file) for file in weights.values()})
