@@ -9,9 +9,9 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from actors.gateway.figures import metrics, tokens_per_second, usage
 from runtime.config import Deployment
 from runtime.messages import Chunk, Request, Stats
-from runtime.metrics import speculative_decoding
 
 DRAFTED, OWN = "green", "bold white"
 
@@ -71,11 +71,6 @@ class Stream:
         errors.print(table(last.stats, last.finish_reason or ""))
 
 
-def tokens_per_second(stats: Stats) -> float:
-    """Tokens delivered over the time from the target's taking the request to its last token, prefill included."""
-    return stats.completion_tokens / stats.elapsed if stats.elapsed else 0.0
-
-
 def table(stats: Stats, reason: str) -> Table:
     """The summary under the text."""
     found = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -111,31 +106,8 @@ def answer(plan: Deployment, request: Request, stream: Stream, last: Chunk) -> d
         "text": stream.text,
         "token_ids": stream.tokens,
         "finish_reason": last.finish_reason,
-        "usage": {
-            "prompt_tokens": stats.prompt_tokens,
-            "completion_tokens": stats.completion_tokens,
-            "total_tokens": stats.prompt_tokens + stats.completion_tokens,
-        },
+        "usage": usage(stats.prompt_tokens, stats.completion_tokens),
         "seed": request.sampling.seed,
         "model": plan.target.model,
-        "metrics": {
-            "tokens_per_second": tokens_per_second(stats),
-            "speculative_decoding": speculative_decoding(stats),
-            "outrider": {
-                "target_steps": stats.rounds,
-                "hit_rate": stats.hits / stats.rounds if stats.rounds else 0.0,
-                "nodes_drafted": stats.drafted,
-                "nodes_verified": stats.verified,
-                "nodes_accepted": stats.accepted,
-                "accepted_by_drafter": stats.by_drafter,
-                "ignored": stats.ignored,
-                "seconds": {
-                    "elapsed": stats.elapsed,
-                    "prefill": stats.prefill,
-                    "computing": stats.computed,
-                    "waiting": stats.waited,
-                    "bookkeeping": stats.bookkeeping,
-                },
-            },
-        },
+        "metrics": metrics(stats),
     }

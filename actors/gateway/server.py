@@ -1,0 +1,114 @@
+"""The HTTP server itself: its address, its bounds, its patience. No access log: addresses and keys are nobody's to read there."""
+
+import asyncio
+import ipaddress
+import logging
+import socket
+from typing import Any
+
+import h11
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from runtime import limits
+from runtime.config import GatewayConfig
+from runtime.errors import InvalidRequest, Unavailable
+
+log = logging.getLogger(__name__)
+
+CONNECTIONS = 4096  # open at one time
+IDLE_SECONDS = 5  # between two requests of one connection
+LEAVE_SECONDS = 5  # that answers under way get at the end
+
+
+class Impatient(H11Protocol):
+    """Closes a connection whose request has no complete head in time, however its bytes trickle."""
+
+    _waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unwatch()
+        super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.conn.their_state is not h11.IDLE:
+            self._unwatch()
+        elif self._waiting is None and self.conn.trailing_data[0]:
+            self._watch()
+
+    def _watch(self) -> None:
+        self._waiting = self.loop.call_later(limits.BODY_SECONDS, self.transport.close)
+
+    def _unwatch(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+
+def check_closed(config: GatewayConfig) -> None:
+    """Raises InvalidRequest for an address that others reach without keys or without TLS, unless that is said to be right."""
+    if is_loopback(config.host) or (config.api_keys is not None and config.tls is not None):
+        return
+    lacking = " and ".join(name for name, value in (("api_keys", config.api_keys), ("tls", config.tls)) if value is None)
+    if not config.insecure:
+        raise InvalidRequest(
+            f"the gateway on {config.host} has no {lacking}: give them, or listen on 127.0.0.1, or set insecure", "gateway"
+        )
+    log.warning("insecure, as configured: the gateway can be reached from elsewhere without %s", lacking)
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Raises Unavailable where the port cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        found = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise Unavailable(f"no HTTP server at {host}:{port} ({error}): choose another address") from error
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+        found.listen(CONNECTIONS // 2)
+    except OSError as error:
+        found.close()
+        raise Unavailable(f"no HTTP server at {host}:{port} ({error}): choose another port, or 0 for any") from error
+    return found
+
+
+def server(app: ASGIApp, config: GatewayConfig) -> uvicorn.Server:
+    """To be run by `serve(sockets=[...])`, ended by `should_exit`. Raises InvalidRequest for certificates that cannot be read."""
+    secured: dict[str, Any] = {}
+    if config.tls is not None:
+        secured = {"ssl_certfile": str(config.tls.cert), "ssl_keyfile": str(config.tls.key)}
+    settings = uvicorn.Config(
+        app,
+        http=Impatient,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=limits.HEADER_BYTES,
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=IDLE_SECONDS,
+        timeout_graceful_shutdown=LEAVE_SECONDS,
+        **secured,
+    )
+    try:
+        settings.load()
+    except OSError as error:  # ssl.SSLError is one
+        raise InvalidRequest(f"the gateway's certificate or key cannot be used ({type(error).__name__}): see gateway.tls", "tls") from error
+    return uvicorn.Server(settings)
