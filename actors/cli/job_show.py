@@ -1,0 +1,57 @@
+"""What people see of a job: a bar with rates and the time left at a terminal, else a line now and then; a table of all jobs."""
+
+import time
+from datetime import timedelta
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from actors.jobs.index import Totals
+
+EVERY = 10.0  # seconds between two lines where there is no terminal
+
+
+class Bar:
+    """On standard error; silent if `quiet`. Rates are those since it was made."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._progress = Progress(BarColumn(), TextColumn("{task.description}"), console=self._console, transient=True)
+        self._task = self._progress.add_task("", total=None)
+        self._began = self._shown = time.monotonic()
+        self._first: Totals | None = None
+
+    def __enter__(self) -> "Bar":
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def note(self, what: str) -> None:
+        self._progress.update(self._task, description=what)
+
+    def show(self, totals: Totals) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._began = totals, now
+        text = state(totals, self._first, now - self._began)
+        self._progress.update(self._task, description=text, total=totals.items, completed=totals.done)
+        if not self._console.is_terminal and now - self._shown >= EVERY:
+            self._shown = now
+            self._console.print(text)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._console.is_terminal:
+            self._progress.stop()
+
+
+def state(totals: Totals, first: Totals, seconds: float) -> str:
+    """One line; `first` is what it was `seconds` ago."""
+    parts = [f"{totals.done}/{totals.items} items"]
+    if totals.failed:
+        parts.append(f"{totals.failed} failed")
+    if seconds > 0 and totals.done > first.done:
+        rate = (totals.done - first.done) / seconds
+        left = timedelta(seconds=round((totals.items - totals.done) / rate))
+        parts += [f"{rate:.1f} items/s", f"{(totals.tokens - first.tokens) / seconds:.0f} tokens/s", f"{left} left"]
+    return ", ".join(parts)

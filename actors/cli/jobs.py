@@ -1,0 +1,58 @@
+"""`outrider jobs`: which batch jobs there are and how far they are; one of them followed to its end, or cancelled."""
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from actors.cli.job_show import Bar
+from actors.jobs.known import Known, cancel, find, known, look
+from runtime.errors import InvalidRequest
+
+PERIOD = 1.0  # seconds between two looks
+
+
+def jobs(
+    job: Annotated[str | None, typer.Argument(help="follow this one until it ends or stops; default: list all")] = None,
+    cancelled: Annotated[bool, typer.Option("--cancel", help="make whoever works on it leave it; submitted again it goes on")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line on standard output, as it is now")] = False,
+) -> None:
+    """Batch jobs of this user on this machine, detached ones too."""
+    if cancelled and job is None:
+        raise InvalidRequest("--cancel without a job: say which", "job")
+    found = known() if job is None else [cancel(job) if cancelled else find(job)]
+    if as_json:
+        sys.stdout.writelines(json.dumps(told(one)) + "\n" for one in found)
+    elif job is None:
+        Console(highlight=False).print(table(found))
+    elif not cancelled:
+        follow(found[0])
+
+
+def follow(one: Known) -> None:
+    with Bar(quiet=False) as bar:
+        bar.show(one.totals)
+        while one.state == "running":
+            time.sleep(PERIOD)
+            one = look(one.file) or one
+            bar.show(one.totals)
+    totals = one.totals
+    line = f"{one.record.id} {one.state}: {totals.done} of {totals.items} items, {totals.failed} of them failed: {one.record.output}"
+    sys.stdout.write(f"{line}\n")
+
+
+def told(one: Known) -> dict[str, Any]:
+    return {**asdict(one.record), "state": one.state, **asdict(one.totals)}
+
+
+def table(found: list[Known]) -> Table:
+    rows = Table("job", "state", "answered", "failed", "tokens", "output")
+    for one in found:
+        answered = f"{one.totals.done}/{one.totals.items}"
+        rows.add_row(one.record.id, one.state, answered, str(one.totals.failed), str(one.totals.tokens), one.record.output)
+    return rows

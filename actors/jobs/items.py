@@ -1,0 +1,115 @@
+"""Lines of a batch file, as OpenAI's: {"custom_id", "method": "POST", "url", "body"} in, {"id", "custom_id", "response", "error"} out."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from actors.gateway.bodies import KINDS
+from actors.gateway.errors import plain, refused
+from actors.gateway.json_body import parse
+from runtime import limits
+from runtime.errors import InvalidRequest
+
+FIELDS = {"custom_id", "method", "url", "body"}
+SEED_BYTES = 6  # so that a seed is a whole number in every reader of JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A line to be asked. `body` is as in the file, but for the seed (see `read`); what it says is for the gateway's functions to judge."""
+
+    line: int
+    custom_id: str
+    url: str
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Misfit:
+    """A line whose answer is known without asking: it is no request, and says so in its own answer."""
+
+    line: int
+    custom_id: str
+    error: InvalidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a gateway would answer over HTTP. `tokens` counts those that were generated."""
+
+    status: int
+    body: dict[str, Any]
+    request_id: str = ""
+
+    @property
+    def tokens(self) -> int:
+        usage = self.body.get("usage")
+        count = usage.get("completion_tokens") if isinstance(usage, dict) else None
+        return count if isinstance(count, int) else 0
+
+
+def custom_id(line: int, raw: bytes) -> str:
+    """The name of the item on this line. Raises InvalidRequest, naming the line, where nothing could be answered to it."""
+    return _name(line, _object(line, raw))
+
+
+def read(line: int, raw: bytes, job: str) -> Item | Misfit:
+    """The item on this line. One without a seed gets its own, the same in each life of `job`. Raises as `custom_id` does."""
+    found = _object(line, raw)
+    name = _name(line, found)
+    try:
+        body = _body(found)
+    except InvalidRequest as error:
+        return Misfit(line, name, error)
+    if body.get("seed") is None:
+        body["seed"] = seed(job, name)
+    return Item(line, name, found["url"], body)
+
+
+def seed(job: str, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{job}\n{name}".encode()).digest()[:SEED_BYTES])
+
+
+def refusal(error: InvalidRequest) -> Answer:
+    """To a request that is wrong in itself."""
+    found = refused(error)
+    return Answer(found.status, found.body())
+
+
+def output_line(job: str, name: str, answer: Answer) -> bytes:
+    """ASCII throughout: no reader can take a character inside for the end of the line."""
+    number = hashlib.sha256(f"{job}\n{name}".encode()).hexdigest()[:24]
+    response = {"status_code": answer.status, "request_id": answer.request_id, "body": answer.body}
+    return json.dumps({"id": f"batch_req_{number}", "custom_id": name, "response": response, "error": None}).encode() + b"\n"
+
+
+def _object(line: int, raw: bytes) -> dict[str, Any]:
+    try:
+        return parse(raw)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"line {line}: {error}", "line") from error
+
+
+def _name(line: int, found: dict[str, Any]) -> str:
+    name = found.get("custom_id")
+    if not isinstance(name, str) or not 0 < len(name) <= limits.NAME_LENGTH or not name.isprintable():
+        given = "no custom_id" if name is None else f"custom_id {plain(json.dumps(name))}"
+        raise InvalidRequest(f"line {line} has {given}: give a printable string of 1 to {limits.NAME_LENGTH} characters", "custom_id")
+    return name
+
+
+def _body(found: dict[str, Any]) -> dict[str, Any]:
+    unknown = sorted(found.keys() - FIELDS)
+    if unknown:
+        raise InvalidRequest(f"unknown field {plain(unknown[0])!r}: an item has custom_id, method, url and body", "line")
+    for field, allowed in (("method", ("POST",)), ("url", tuple(KINDS))):
+        if found.get(field) not in allowed:
+            given = "is missing" if field not in found else f"{plain(json.dumps(found[field]))} is not allowed"
+            raise InvalidRequest(f"{field} {given}: give {' or '.join(allowed)}", field)
+    body = found.get("body")
+    if not isinstance(body, dict):
+        raise InvalidRequest("body is missing or no object: give the body of the request", "body")
+    if body.get("stream"):
+        raise InvalidRequest("stream is not possible in a batch: leave it out", "stream")
+    return body

@@ -1,0 +1,95 @@
+"""Items answered by a deployment's targets, asked from this process as a gateway would ask them: its journal is here."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager, suppress
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from actors.controller import NAME
+from actors.fleet import Fleet
+from actors.gateway import answers, bodies, translate
+from actors.gateway.errors import Refused, refused
+from actors.gateway.served import Served, serve
+from actors.gateway.streams import Generator, ended, merged
+from actors.grpc_links import GrpcTarget
+from actors.jobs.items import Answer, Item
+from actors.ray_edge import NAMESPACE, known_errors
+from actors.router import Router
+from runtime.config import Deployment
+from runtime.errors import InvalidRequest, Unavailable
+from runtime.messages import Request
+
+PERIOD = 0.5  # seconds between two looks at who is there
+PATIENCE = 5.0  # seconds for the controller to answer
+GIVEN_UP = 503  # by a target that drains or was lost for good
+
+
+class ClusterAnswerer:
+    """`targets`: anything that generates; `served` is what it serves. Made by `deployment`."""
+
+    def __init__(self, targets: Generator, served: Served, now: Callable[[], float] = time.time) -> None:
+        self._targets, self._served, self._now = targets, served, now
+
+    async def answer(self, item: Item) -> Answer:
+        """As in Answerer."""
+        name = uuid.uuid4().hex
+        try:
+            return Answer(200, await self._answered(item, name), name)
+        except InvalidRequest as error:
+            found = refused(error)
+            if found.status == GIVEN_UP:
+                raise Unavailable(str(error)) from error
+            return Answer(found.status, found.body(), name)
+
+    async def _answered(self, item: Item, name: str) -> dict[str, Any]:
+        body, asked = await asyncio.to_thread(self._translated, item, name)
+        answer = answers.Answer(body, self._served, asked, name, int(self._now()))
+        async with aclosing(merged(self._targets, asked)) as chunks:
+            async for index, chunk in chunks:
+                answer.add(index, chunk)
+        return answer.whole()
+
+    def _translated(self, item: Item, name: str) -> tuple[bodies.AnyBody, list[Request]]:
+        body, _ = bodies.read(item.url, item.body)
+        if body.model != self._served.name:
+            raise Refused(404, "model_not_found", f"there is no such model: ask for {self._served.name}", "model")
+        return body, translate.requests(body, self._served, name, item.body["seed"], body.timeout)
+
+
+@asynccontextmanager
+async def deployment() -> AsyncIterator[ClusterAnswerer]:
+    """What is served in the cluster that this process has joined. Raises Unavailable where nothing is, ModelRefused where this machine
+    does not have the model's tokenizer."""
+    with known_errors():
+        plan: Deployment = await asyncio.to_thread(told, "wanted")
+    served = await asyncio.to_thread(serve, plan, int(time.time()))
+    router = Router(lambda address: GrpcTarget(address, plan.security.tls))
+    watching = asyncio.create_task(watch(router))
+    try:
+        yield ClusterAnswerer(router, served)
+    finally:
+        await ended([watching])
+        await router.close()
+
+
+async def watch(router: Router) -> None:
+    """Tells the router who is there, again and again. While the controller itself is away, who was there is thought to be."""
+    while True:
+        with suppress(RayError, GetTimeoutError, Unavailable):
+            fleet: Fleet = await asyncio.to_thread(told, "fleet")
+            router.update(fleet.targets)
+        await asyncio.sleep(PERIOD)
+
+
+def told(what: str) -> Any:
+    """By the controller, found by its name each time: one that was lost comes back under it. Raises Unavailable where there is none."""
+    try:
+        controller = ray.get_actor(NAME, namespace=NAMESPACE)
+    except ValueError as error:
+        raise Unavailable("nothing is served in this cluster: start it with `outrider serve`, or give --url or --address") from error
+    return ray.get(getattr(controller, what).remote(), timeout=PATIENCE)

@@ -1,0 +1,57 @@
+"""A batch file, read as a stream: a path, or any URL that fsspec can open."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
+
+import fsspec
+
+from runtime import limits
+from runtime.errors import InvalidRequest
+
+PIECE = 1 << 20
+
+
+def fingerprint(url: str) -> str:
+    """SHA-256 of its bytes. Raises InvalidRequest where it cannot be read."""
+    digest = hashlib.sha256()
+    with _opened(url) as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def lines(url: str) -> Iterator[tuple[int, bytes]]:
+    """Its lines that are not blank, without their ends, each with its number from 1.
+
+    Raises InvalidRequest where it cannot be read, and for a line of more than limits.BODY_BYTES: such a line is never held whole.
+    """
+    number, rest = 0, b""
+    with _opened(url) as file:
+        while piece := file.read(PIECE):
+            *whole, rest = (rest + piece).split(b"\n")
+            for line in whole:
+                number += 1
+                yield from _checked(number, line)
+            if len(rest) > limits.BODY_BYTES:
+                break
+    yield from _checked(number + 1, rest)
+
+
+def _checked(number: int, line: bytes) -> Iterator[tuple[int, bytes]]:
+    if len(line) > limits.BODY_BYTES:
+        raise InvalidRequest(f"line {number} is longer than {limits.BODY_BYTES} bytes: shorten or split it", "line")
+    if line.strip():
+        yield number, line.rstrip(b"\r")
+
+
+@contextmanager
+def _opened(url: str) -> Iterator[IO[bytes]]:
+    try:
+        with fsspec.open(url, "rb") as file:
+            yield file
+    except OSError as error:
+        raise InvalidRequest(f"cannot read {url} ({error.strerror or error}): give a readable file", "file") from error
+    except (ImportError, ValueError) as error:  # a protocol whose package is not installed, or that nobody knows
+        raise InvalidRequest(f"cannot open {url} ({error}): give a path, or a URL that fsspec knows", "file") from error
