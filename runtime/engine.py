@@ -9,33 +9,24 @@ import queue
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from runtime.admission import Admission
 from runtime.calibration import Calibrations
 from runtime.choice import Chooser, Scorer, logprobs
 from runtime.clock import Clock
 from runtime.crowd import Crowd
 from runtime.decide import Decider, Decision
-from runtime.errors import OutriderError
 from runtime.inputs import Cancel, Heard, Input, Join, Leave, Policy, Send, Stop
 from runtime.kv.prefixes import Prefixes
 from runtime.live import Admit, Live
 from runtime.messages import Chunk, Close, Commit, Draft, FinishReason, Resync, Round
 from runtime.metrics import Ledger, Tally
-from runtime.models.base import Model, Part, causal
+from runtime.models.base import Model, Part
 from runtime.packing import pack, unpack
+from runtime.reading import FAILURES, read_on
 from runtime.reports import TargetReport
 from runtime.schedulers.base import Plan, Scheduler
 from runtime.session import Session
 from runtime.tracing import NODES, OFF, PREFILL, TARGET, Trace
-
-CHUNK = 512  # tokens of a prompt that are read at once
-CHUNK_BESIDE = 64  # where other sessions wait for their step meanwhile
-
-# What a request, a model or a tokenizer may raise: it ends that session. Any other error is a fault of the loop itself.
-FAILURES = (OutriderError, RuntimeError, ValueError, MemoryError, LookupError, TypeError, AttributeError, ArithmeticError)
-
 
 Told = tuple[Commit, tuple[str, ...], bool]  # what was decided of a session, who had guessed each token, whether it was a hit
 
@@ -261,37 +252,16 @@ class Engine:
     # One step
 
     def prefill(self) -> None:
-        """The next piece of the oldest prompt that is not in the cache yet: all but its last token, the root row of the first step."""
-        live = next((live for live in self.live.values() if not live.ready), None)
-        if live is None:
+        """Read on in the prompts that are not in the cache yet: all but the last token of each, the root row of its first step."""
+        if all(live.ready for live in self.live.values()):
             return
-        began, others = self.clock(), any(other.ready for other in self.live.values())
-        wanted = live.session.tokens[:-1]
-        try:
-            if live.cache.length == 0:
-                self.reuse(live)
-            start = live.cache.length
-            piece = np.asarray(wanted[start : start + (CHUNK_BESIDE if others else CHUNK)], dtype=np.int64)
-            if len(piece):
-                self.model.forward_all([Part(live.cache, causal(piece, start), last=0)])
-        except FAILURES as error:
+        began = self.clock()
+        found = read_on(self.model, self.prefixes, list(self.live.values()), began, self.clock)
+        for live, error in found.failed:
             self.fail(live, error)
-            return
-        live.ready = live.cache.length == len(wanted)
-        done = self.clock()
-        live.prefilled += done - began
-        self.ledger.prefilled += done - began
-        live.committed_at = live.growth_at = done
-        self.trace.span(TARGET, PREFILL, began, done, rows=len(piece))
-
-    def reuse(self, live: Live) -> None:
-        """Begin with a copy of the longest beginning that some text in a cache has in common with this one."""
-        others = [(other.session.tokens[:-1], other.cache) for other in self.live.values() if other.ready]
-        found = self.prefixes.longest(live.session.tokens, others)
-        if found is not None:
-            cache, live.reused = found
-            live.cache = cache.fork(live.reused)
-            self.ledger.reused += live.reused
+        self.ledger.prefilled += found.done - began
+        self.ledger.reused += found.reused
+        self.trace.span(TARGET, PREFILL, began, found.done, rows=found.rows)
 
     def plan(self, ready: Sequence[Live]) -> Plan:
         """What the scheduler says; the clock runs for the next step from the first time it is asked."""

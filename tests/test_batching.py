@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from runtime.choice import choose
-from runtime.engine import CHUNK_BESIDE, Engine
+from runtime.engine import Engine
 from runtime.errors import InvalidRequest
 from runtime.inputs import Cancel, Heard, Join, Policy, Stop
 from runtime.live import Admit
@@ -14,6 +14,7 @@ from runtime.merit import REST, TRIAL
 from runtime.messages import Chunk, Event, Open, Request, Share, Style
 from runtime.models.base import Part
 from runtime.models.toy import ToyModel
+from runtime.reading import ALIKE, CHUNK_BESIDE
 from runtime.schedulers.fixed import Fixed
 from runtime.schedulers.sync import Sync
 from tests.rig import NOBODY, Output, asking, engine_of, lettering, output, plain
@@ -88,6 +89,26 @@ def test_a_long_prompt_does_not_stall_the_others() -> None:
     assert [rows for rows in model.passes if rows[0] > 5] == [[CHUNK_BESIDE]] * 5
     at.engine.advance()
     assert len(at.chunks["long"]) == 1
+
+
+def test_several_prompts_are_read_in_one_pass_but_not_what_a_cache_will_have() -> None:
+    model, alike = Watched(), tuple(n % 23 for n in range(ALIKE + 8))
+    at = desk(model)
+    for number, prompt in enumerate([(1, *alike), (2, *alike), (2, *alike, 5), (3,) * 6]):
+        at.admit(asking(prompt, f"s{number}", max_tokens=4))
+    at.engine.advance()
+    assert model.passes[0] == [ALIKE + 8, ALIKE + 8, 5]
+    at.engine.advance()
+    assert [len(at.chunks[f"s{number}"]) > 0 for number in range(4)] == [True] * 4
+    assert at.run()["s2"].stats.reused == ALIKE + 9  # all that the two have in common: a step has added the last token
+
+
+def test_a_prompt_that_cannot_be_read_ends_alone() -> None:
+    at = desk(Watched(most=20))
+    for number, length in enumerate((10, 30, 12)):
+        at.admit(asking(tuple((number + n) % 24 for n in range(length)), f"s{number}", max_tokens=4))
+    found = at.run()
+    assert [found[f"s{number}"].reason for number in range(3)] == ["length", "error", "length"]
 
 
 def test_who_does_not_fit_waits_for_its_turn() -> None:
@@ -220,4 +241,4 @@ def test_replies_for_sessions_that_wait_are_counted() -> None:
     at.admit(asking(PROMPT, "first"))
     at.admit(asking(PROMPT))
     at.engine.handle(Heard(draft([(PROMPT, 1)]), 0.0))
-    assert at.engine.unknown == 1
+    assert at.engine.ledger.guesses["d"].stale == 1

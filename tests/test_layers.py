@@ -36,7 +36,7 @@ LAYERS = (
     ),
     ("config",),
     ("kv/*", "models/*", "drafters/*"),
-    ("engine", "grower", "drafting", "target"),
+    ("engine", "reading", "grower", "drafting", "target"),
     ("policy", "sim/*"),
 )
 LIBRARIES: tuple[set[str], ...] = (
@@ -44,7 +44,7 @@ LIBRARIES: tuple[set[str], ...] = (
     {"numpy"},
     {"numpy"},
     {"pydantic", "yaml"},
-    {"numpy", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "llguidance"},
+    {"numpy", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "llguidance", "llvmlite"},
     {"numpy"},
     {"numpy", "pydantic"},
 )

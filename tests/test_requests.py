@@ -12,13 +12,14 @@ import pytest
 
 from runtime.choice import choose
 from runtime.drafters.model import ModelDrafter
-from runtime.engine import CHUNK, Engine
+from runtime.engine import Engine
 from runtime.errors import InvalidRequest
 from runtime.grower import Grower
 from runtime.inputs import Heard, Join
 from runtime.messages import Chunk, Commit, Draft, Event, Logprob, Open, Request
 from runtime.models.base import Part
 from runtime.models.toy import ToyModel
+from runtime.reading import CHUNK
 from runtime.schedulers.amusd import Amusd
 from runtime.schedulers.base import Scheduler
 from runtime.schedulers.fixed import Fixed

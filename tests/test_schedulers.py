@@ -230,6 +230,17 @@ def test_patience_follows_the_delays_seen_and_for_an_empty_tree_the_steps() -> N
     assert scheduler.plan([view(2, growths=1)]).wait == pytest.approx(12.0)
 
 
+@pytest.mark.parametrize("scheduler", [Sync(1, 1, 4, 4, 1.0), Amusd(1.0, least=4), Pearl(5, 1.0)])
+def test_a_drafter_that_dribbles_what_nobody_lacks_gets_no_more_time_than_one_that_works(scheduler: Scheduler) -> None:
+    """Siblings of the only node, one at a time, each just before patience ends: the tree does not get deeper."""
+    waited = 0.0
+    for growths in range(1, 100):
+        wait = scheduler.plan([view(1, waited=waited, hit=True, growths=growths)]).wait
+        waited += wait
+        scheduler.grew(wait, False, 1)
+    assert 16.0 <= waited <= 30.0  # four times four growths or five, at what has become their usual delay
+
+
 def test_rests_of_the_drafter_hardly_count_as_delays() -> None:
     """After a hit, the span from growth to growth holds the target's step: here every second one."""
     scheduler = Sync(2, 2, 2, 5, 1.0)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.tree import TokenTree
-from runtime.verify import Verdict, match
+from runtime.verify import Verdict, match, walk
 
 SMALL = st.integers(0, 2)
 
@@ -27,6 +27,14 @@ def test_tokens_are_the_targets_own_for_any_tree_and_any_part_of_it(growth: list
     while written in texts:
         written = (*written, follows(written))
     assert (*(tree.token[node] for node in verdict.path), verdict.token) == written
+    asked: list[tuple[int, ...]] = []
+
+    def choose(row: int) -> int:
+        asked.append(texts[row])
+        return follows(texts[row])
+
+    assert walk(tree, nodes, choose) == verdict
+    assert asked == [written[:n] for n in range(len(written))]
     assert set(verdict.path) <= set(nodes)
 
 
