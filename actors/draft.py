@@ -1,5 +1,7 @@
 """The process that hosts a drafter: a model's thread, and a gRPC loop on a thread of its own."""
 
+import threading
+
 import grpc
 
 from actors.grpc_server import DraftingService, serve
@@ -7,21 +9,32 @@ from actors.loop_thread import LoopThread
 from actors.memory import remember
 from actors.peers import Place, own_host, own_place
 from protos.handshake import Hello
-from runtime.config import DrafterConfig, memory_of_drafter
+from runtime.config import DrafterConfig, TlsConfig, memory_of_drafter
 from runtime.drafting import DraftHost
 from runtime.errors import Unavailable
 from runtime.models.pair import vocabulary_hash
+from runtime.reports import DrafterReport
 from runtime.tracing import Recording
 
 
 class DraftActor:
     """A Ray actor, or used as it is. It knows no target: targets come to it."""
 
-    def __init__(self, config: DrafterConfig, target: str, incarnation: int = 0, record: bool = False) -> None:
-        self.config, self.target, self.incarnation, self.record = config, target, incarnation, record
+    def __init__(
+        self, config: DrafterConfig, target: str, incarnation: int = 0, record: bool = False, tls: TlsConfig | None = None
+    ) -> None:
+        self.config, self.target, self.incarnation, self.record, self.tls = config, target, incarnation, record, tls
+        self.address = ""
+        self.changing = threading.Lock()  # Ray calls from several threads
 
     def start(self) -> Place:
-        """Loads the model and opens the server; raises what is wrong with either. (Ray would hide it in a constructor.)"""
+        """Loads the model and opens the server, once; raises what is wrong with either. (Ray would hide it in a constructor.)"""
+        with self.changing:
+            if not self.address:
+                self._start()
+        return self.where()
+
+    def _start(self) -> None:
         from actors.compose import build_drafter, settle, settle_memory  # torch: only the process that computes pays for it
         from runtime.models.load import load_tokenizer
 
@@ -34,19 +47,17 @@ class DraftActor:
         host = config.placement.listen or own_host()
         hello = Hello(vocabulary, config.model or config.method, config.name, self.incarnation)
         self.host.start()
-        self.server, port = self.network.run(serve([DraftingService(self.host, hello)], host))
+        self.server, port = self.network.run(serve([DraftingService(self.host, hello)], host, tls=self.tls))
         self.address = f"{host}:{port}"
-        return self.where()
 
     def where(self) -> Place:
-        """A sign of life. Raises Unavailable where the thread that drafts has ended: whoever asks replaces this one."""
-        if not self.host.alive:
-            raise Unavailable("the drafter's thread has ended: see its log")
         return own_place(self.address)
 
-    def sessions(self) -> int:
-        """Sessions that this drafter grows trees for."""
-        return len(self.host.grower.growing)
+    def report(self) -> DrafterReport:
+        """What it has done, and a sign of life. Raises Unavailable where the thread that drafts has ended."""
+        if not self.host.alive:
+            raise Unavailable("the drafter's thread has ended: see its log")
+        return self.host.grower.report()
 
     def trace(self) -> Recording:
         """What was recorded since the last call."""

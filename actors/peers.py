@@ -3,9 +3,6 @@
 import os
 from dataclasses import dataclass
 
-import ray
-from ray.util import get_node_ip_address
-
 
 @dataclass(frozen=True, slots=True)
 class Peer:
@@ -18,7 +15,7 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Of a running actor: its gRPC server, its process, and the Ray node it is on ("" without Ray)."""
+    """Of a running actor: its server, its process, and the Ray node it is on ("" without Ray)."""
 
     address: str
     pid: int
@@ -27,9 +24,14 @@ class Place:
 
 def own_host() -> str:
     """The address that other actors reach this process at: its Ray node's, or loopback without Ray."""
+    import ray
+    from ray.util import get_node_ip_address
+
     return get_node_ip_address() if ray.is_initialized() else "127.0.0.1"
 
 
 def own_place(address: str) -> Place:
+    import ray
+
     node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
     return Place(address, os.getpid(), node)

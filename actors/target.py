@@ -1,5 +1,7 @@
 """The process that hosts a target: a model's thread, and a gRPC loop on a thread of its own."""
 
+import threading
+
 import grpc
 
 from actors.grpc_links import GrpcLink
@@ -8,9 +10,11 @@ from actors.loop_thread import LoopThread
 from actors.memory import remember
 from actors.peers import Peer, Place, own_host, own_place
 from protos.handshake import Hello
-from runtime.config import ScheduleConfig, TargetConfig, memory_of
+from runtime.config import ScheduleConfig, TargetConfig, TlsConfig, memory_of
+from runtime.errors import Unavailable
 from runtime.models.pair import vocabulary_hash
 from runtime.policy import scheduler
+from runtime.reports import TargetReport
 from runtime.schedulers.base import Scheduler
 from runtime.target import Target
 from runtime.tracing import Recording
@@ -19,14 +23,22 @@ from runtime.tracing import Recording
 class TargetActor:
     """A Ray actor, or used as it is. Ray's calls place and inform it; requests and drafts come by gRPC."""
 
-    def __init__(self, config: TargetConfig, record: bool = False) -> None:
-        self.config, self.record = config, record
+    def __init__(self, config: TargetConfig, record: bool = False, tls: TlsConfig | None = None) -> None:
+        self.config, self.record, self.tls = config, record, tls
+        self.address = ""
+        self.changing = threading.Lock()  # Ray calls from several threads
         self.schedulers: dict[ScheduleConfig, Scheduler] = {}
         self.peers: dict[str, Peer] = {}
         self.links: dict[Peer, GrpcLink] = {}
 
     def start(self) -> Place:
-        """Loads the model and opens the server; raises what is wrong with either. (Ray would hide it in a constructor.)"""
+        """Loads the model and opens the server, once; raises what is wrong with either. (Ray would hide it in a constructor.)"""
+        with self.changing:
+            if not self.address:
+                self._start()
+        return self.where()
+
+    def _start(self) -> None:
         from actors.compose import build_target, settle, settle_memory  # torch: only the process that computes pays for it
 
         settle(self.config.placement)
@@ -36,22 +48,31 @@ class TargetActor:
         settle_memory()
         self.network = LoopThread()
         host = self.config.placement.listen or own_host()
-        self.server, port = self.network.run(start(self.target, host))
+        self.server, port = self.network.run(start(self.target, host, self.tls))
         self.address = f"{host}:{port}"
-        return self.where()
 
     def where(self) -> Place:
-        """A sign of life."""
         return own_place(self.address)
 
+    def report(self) -> TargetReport:
+        """What it has done, and a sign of life. Raises Unavailable where the thread that decides has ended."""
+        if self.target.engine.over:
+            raise Unavailable("the target's thread has ended: see its log")
+        return self.target.report()
+
+    def drain(self) -> None:
+        """Refuses new sessions from now on; returns when those under way are over. May be called again."""
+        self.network.run(self.target.drain())
+
     def drafters(self, peers: list[Peer]) -> None:
-        """Who is there now: new ones are attached, also to sessions under way; those not named are let go."""
-        wanted = {peer.name: peer for peer in peers}
-        changed = [name for name in self.target.drafters if wanted.get(name) != self.peers.get(name)]
-        # A link that is kept remembers what it has been through: one that broke the protocol too often stays shut.
-        self.links = {peer: self.links.get(peer) or GrpcLink(peer.address, self._hello(peer)) for peer in peers}
-        self.network.run(exchange(self.target, changed, {peer.name: link for peer, link in self.links.items()}))
-        self.peers = wanted
+        """Who is there now: new ones are attached, also to sessions under way; those not named are let go, their share is taken back."""
+        with self.changing:
+            wanted = {peer.name: peer for peer in peers}
+            changed = [name for name in self.target.drafters if wanted.get(name) != self.peers.get(name)]
+            # A link that is kept remembers what it has been through: one that broke the protocol too often stays shut.
+            self.links = {peer: self.links.get(peer) or GrpcLink(peer.address, self._hello(peer), tls=self.tls) for peer in peers}
+            self.network.run(exchange(self.target, changed, {peer.name: link for peer, link in self.links.items()}))
+            self.peers = wanted
 
     def _hello(self, peer: Peer) -> Hello:
         return Hello(self.vocabulary, self.config.model, peer.name, peer.incarnation)
@@ -83,9 +104,9 @@ class TargetActor:
 # Outside the class: Ray would take a class with coroutines for an async actor and run all of it on a loop of its own.
 
 
-async def start(target: Target, host: str) -> tuple[grpc.aio.Server, int]:
+async def start(target: Target, host: str, tls: TlsConfig | None) -> tuple[grpc.aio.Server, int]:
     target.start()
-    return await serve([TargetService(target)], host)
+    return await serve([TargetService(target)], host, tls=tls)
 
 
 async def exchange(target: Target, leaving: list[str], links: dict[str, GrpcLink]) -> None:

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from actors.cli.prepare import prepare
 from actors.cli.service import Opener, Service, serving
-from actors.cli.show import Progress, Stream, table, tokens_per_second
+from actors.cli.show import Progress, Stream, table
+from actors.gateway.figures import tokens_per_second
 from runtime import config
 from runtime.messages import Chunk, Request, Stats
 from runtime.sampling import Sampling

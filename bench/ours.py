@@ -2,8 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
-import os
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
@@ -11,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import RayError, RayTaskError
 
-from actors.cli.service import NAMESPACE, OBJECT_STORE, cause_of, unreachable
-from actors.controller import first_answer, options
 from actors.draft import DraftActor
+from actors.grpc_edge import CALLER_SILENCE_MS
 from actors.grpc_links import GrpcTarget
+from actors.lives import START, options
 from actors.peers import Peer
+from actors.ray_edge import joined, known_errors
 from actors.target import TargetActor
 from bench import recorded
 from bench.methods import Cores, Method, Ours, Outcome
@@ -165,7 +163,7 @@ class Cluster:
 
     async def _ask(self, address: str, prompts: Sequence[Tokens], sampling: Sampling) -> tuple[float, list[Answer]]:
         if address not in self._services:
-            self._services[address] = GrpcTarget(address)
+            self._services[address] = GrpcTarget(address, silence_ms=CALLER_SILENCE_MS)
         return await ask(self._services[address], prompts, sampling)
 
     def close(self) -> None:
@@ -195,19 +193,18 @@ def running(pair: Pair, methods: Iterable[Method]) -> Iterator[Cluster]:
     hows = [method.how for method in methods if isinstance(method.how, Ours)]
     wanted_targets = sorted({how.target_cores for how in hows})
     wanted_drafters = sorted({(name, how.drafter_cores) for how in hows for name in how.drafters})
-    with local_ray(len(wanted_targets) + len(wanted_drafters)), known_errors():
+    with joined(None, cpus=len(wanted_targets) + len(wanted_drafters)):
         targets = {}
         for cores in wanted_targets:
             config = pair.target_config(cores)
             targets[cores] = options(MethodTarget, name_of("target", cores), config.placement).remote(config, True)
-            first_answer("target", targets[cores].start.remote())
+            ray.get(targets[cores].start.remote(), timeout=START)
         drafters = {}
         for method, cores in wanted_drafters:
             drafter = pair.drafter_config(method, cores)
             handle = options(DraftActor, name_of(method, cores), drafter.placement).remote(drafter, pair.target, 0, True)
             drafters[method, cores] = handle
-        for (method, _), answer in [(key, handle.start.remote()) for key, handle in drafters.items()]:
-            first_answer(f"drafter {NAMES[method]}", answer)
+        ray.get([handle.start.remote() for handle in drafters.values()], timeout=START)
         found = Cluster(targets, drafters)
         try:
             yield found
@@ -217,30 +214,3 @@ def running(pair: Pair, methods: Iterable[Method]) -> Iterator[Cluster]:
 
 def name_of(what: str, cores: Cores) -> str:
     return f"bench-{what}-{'-'.join(map(str, cores))}"
-
-
-@contextlib.contextmanager
-def local_ray(cpus: int) -> Iterator[None]:
-    """A cluster of this process alone. Raises Unavailable where it does not start."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray 2.60 warns without it
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let any other process hold up target and drafters
-    quiet: Any = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
-    try:
-        ray.init(num_cpus=cpus, object_store_memory=OBJECT_STORE, namespace=NAMESPACE, **quiet)
-    except (RuntimeError, ValueError, OSError, OverflowError) as error:
-        raise Unavailable(unreachable(None, str(error))) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextlib.contextmanager
-def known_errors() -> Iterator[None]:
-    """Ray's errors as the project's own."""
-    try:
-        yield
-    except RayTaskError as error:
-        raise cause_of(error) from error
-    except RayError as error:
-        raise Unavailable(f"an actor has ended ({str(error).strip().splitlines()[0]}): see its log") from error

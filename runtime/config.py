@@ -2,14 +2,17 @@
 
 import hashlib
 import importlib.resources
+import itertools
 import os
 import pkgutil
+import re
 from collections import Counter
+from collections.abc import Container
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 import runtime.drafters
 from runtime.errors import InvalidRequest
@@ -17,9 +20,11 @@ from runtime.sampling import whole
 
 Device = Literal["auto", "cpu", "cuda"]
 MOST_DRAFTERS = 64
+POOL_NAME = r"^[a-z0-9][a-z0-9._-]{0,40}$"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Policy = Literal["living", "plain", "sync", "amusd", "pearl"]
 LANES = ("target", "wire")  # of a trace; every other lane is a drafter's
+ROLES = (*LANES, "controller", "gateway")  # actors that are no drafters
 
 
 class Strict(BaseModel):
@@ -63,11 +68,20 @@ class TargetConfig(Strict):
     placement: Placement = Placement()
 
 
+def known(method: str) -> str:
+    if method not in methods():
+        raise ValueError(f"{method!r} is no drafting method: give one of {', '.join(methods())}")
+    return method
+
+
+Method = Annotated[str, AfterValidator(known), Field(description="a file in runtime/drafters")]
+
+
 class DrafterConfig(Strict):
-    """`method` is a file in runtime/drafters; `model` the draft model of the methods that have one."""
+    """One drafter. `model` is the draft model of the methods that have one."""
 
     name: str
-    method: str = "model"
+    method: Method = "model"
     model: str = ""
     dtype: Dtype = "auto"
     device: Device = "auto"
@@ -83,35 +97,58 @@ class DrafterConfig(Strict):
             raise ValueError(f"{name!r} has a meaning of its own in traces: give the drafter another name")
         return name
 
-    @field_validator("method")
-    @classmethod
-    def known(cls, method: str) -> str:
-        if method not in methods():
-            raise ValueError(f"{method!r} is no drafting method: give one of {', '.join(methods())}")
-        return method
-
 
 class PoolConfig(Strict):
-    """Drafters of one kind, as many as are wanted at the time. Its drafters are called NAME-0, NAME-1, ...
+    """Drafters of one kind, as many as are wanted at the time. They are called NAME-0, NAME-1, ...
 
     `min` and `max` bound how many there are; `count` is how many there are at first, and stays unless `auto` is set or somebody scales.
     """
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,40}$")
-    method: str = "model"
-    model: str = ""
+    name: str = Field(pattern=POOL_NAME)
+    method: Method = "model"
+    model: str = Field(default="", description="draft model of the methods that have one: a folder or a hub name")
     dtype: Dtype = "auto"
     device: Device = "auto"
-    width: int | None = Field(default=None, ge=1, le=64)
+    width: int | None = Field(
+        default=None, ge=1, le=64, description="leaves expanded in one forward pass; default: as many as cost little more than one"
+    )
     min: int = Field(default=0, ge=0, le=MOST_DRAFTERS)
     max: int = Field(default=MOST_DRAFTERS, ge=0, le=MOST_DRAFTERS)
     count: int = Field(default=1, ge=0, le=MOST_DRAFTERS)
     auto: bool = Field(default=False, description="between min and max by what one more drafter brings")
     placement: Placement = Placement()
 
+    @field_validator("name")
+    @classmethod
+    def free(cls, name: str) -> str:
+        if name in ROLES:
+            raise ValueError(f"{name!r} names actors that are no drafters: give the pool another name")
+        return name
+
+    @model_validator(mode="after")
+    def ordered(self) -> Self:
+        if not self.min <= self.count <= self.max:
+            raise ValueError(f"count {self.count} is not between min {self.min} and max {self.max}: change one of them")
+        return self
+
+    def member(self, index: int) -> DrafterConfig:
+        """The drafter NAME-`index`. The first `count` of them divide the pool's cores; those beyond sit beside them, in turn."""
+        of = self.count or 1
+        cores = share_of(self.placement.cores, index % of, of)
+        return DrafterConfig(
+            name=f"{self.name}-{index}",
+            method=self.method,
+            model=self.model,
+            dtype=self.dtype,
+            device=self.device,
+            width=self.width,
+            placement=self.placement.model_copy(update={"cores": cores}),
+        )
+
 
 class TlsConfig(Strict):
-    """PEM files, on every node at the same path. Made by `outrider certs`."""
+    """PEM files, on every node at the same path; under `security`, "{role}" in a path stands for target, drafter or gateway. Made by
+    `outrider certs`."""
 
     ca: Path
     cert: Path
@@ -146,20 +183,30 @@ class SecurityConfig(Strict):
 
 
 class Deployment(Strict):
+    """Everything that is served together."""
+
     target: TargetConfig
     pools: tuple[PoolConfig, ...] = ()
     gateway: GatewayConfig = GatewayConfig()
     limits: LimitsConfig = LimitsConfig()
     security: SecurityConfig = SecurityConfig()
-    drafters: tuple[DrafterConfig, ...] = ()
 
-    @field_validator("drafters")
+    @field_validator("pools")
     @classmethod
-    def distinct(cls, drafters: tuple[DrafterConfig, ...]) -> tuple[DrafterConfig, ...]:
-        twice = [name for name, count in Counter(drafter.name for drafter in drafters).items() if count > 1]
+    def distinct(cls, pools: tuple[PoolConfig, ...]) -> tuple[PoolConfig, ...]:
+        twice = [name for name, count in Counter(pool.name for pool in pools).items() if count > 1]
         if twice:
-            raise ValueError(f"name {twice[0]!r} is given twice: name each drafter differently")
-        return drafters
+            raise ValueError(f"name {twice[0]!r} is given twice: name each pool differently")
+        return pools
+
+    def served_model(self) -> str:
+        """What clients ask for: as configured; else the model's name on the hub, or the last part of its folder's."""
+        model = self.target.model
+        return self.gateway.served_model or (Path(model).resolve().name if Path(model).is_dir() else model)
+
+    def drafters(self) -> tuple[DrafterConfig, ...]:
+        """Those that there are at first, pool after pool."""
+        return tuple(pool.member(index) for pool in self.pools for index in range(pool.count))
 
 
 def methods() -> list[str]:
@@ -175,52 +222,62 @@ def shipped(name: Literal["target", "draft"]) -> str:
 def deployment(
     target: str, drafts: tuple[str, ...], drafters: int, dtype: Dtype, device: Device, local: bool, policy: Policy = "living"
 ) -> Deployment:
-    """`drafters` actors for each of `drafts` (a method's name or a model), beside one target.
+    """A pool of `drafters` actors for each of `drafts` (a method's name or a model), beside one target.
 
-    With `local`, target and drafters share this machine's cores between them and listen on loopback alone.
+    With `local`, target and pools share this machine's cores between them and listen on loopback alone; Ray has nothing to ration.
     """
-    listen = "127.0.0.1" if local else ""
+    here = Placement(num_cpus=0, listen="127.0.0.1") if local else Placement()
     whole("drafters", drafters, 0, MOST_DRAFTERS)
-    count = len(drafts) * drafters
-    cores = split_cores(sorted(os.sched_getaffinity(0)), count) if local else [()] * (count + 1)
-    found: list[DrafterConfig] = []
-    alike: Counter[str] = Counter()  # folders of different models may end in the same name
-    for draft in drafts:
+    mine, *shares = split_cores(sorted(os.sched_getaffinity(0)), len(drafts)) if local else [()] * (len(drafts) + 1)
+    pools: list[PoolConfig] = []
+    for draft, cores in zip(drafts, shares, strict=True):
         method, model = (draft, "") if draft in methods() and draft != "model" else ("model", draft)
-        stem = Path(draft).name
-        for _ in range(drafters):
-            name = f"{stem}-{alike[stem]}"
-            alike[stem] += 1
-            place = Placement(cores=cores[len(found) + 1], listen=listen)
-            found.append(DrafterConfig(name=name, method=method, model=model, dtype=dtype, device=device, placement=place))
+        name = pool_name(draft, {pool.name for pool in pools})
+        place = here.model_copy(update={"cores": cores})
+        pools.append(PoolConfig(name=name, method=method, model=model, dtype=dtype, device=device, count=drafters, placement=place))
     return Deployment(
         target=TargetConfig(
             model=target,
             dtype=dtype,
             device=device,
             schedule=ScheduleConfig(policy=policy),
-            placement=Placement(cores=cores[0], listen=listen),
+            placement=here.model_copy(update={"cores": mine}),
         ),
-        drafters=tuple(found),
+        pools=tuple(pools),
     )
 
 
-def split_cores(cores: list[int], drafters: int) -> list[tuple[int, ...]]:
-    """Cores of the target, then of each drafter: the target has half of them, the drafters share the rest in turn.
+def pool_name(draft: str, taken: Container[str]) -> str:
+    """The last part of a model's name, as far as a pool may be called so; with a number where it is taken already."""
+    stem = re.sub(r"[^a-z0-9._-]+", "-", Path(draft).name.lower()).lstrip("._-")[:32] or "draft"
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if name not in taken and name not in ROLES)
 
-    With a single core all use it; without drafters the target has one half too, so that a comparison is fair.
+
+def split_cores(cores: list[int], pools: int) -> list[tuple[int, ...]]:
+    """Cores of the target, then of each pool: the target has half of them, the pools share the rest in turn.
+
+    With a single core all use it; without pools the target has one half too, so that a comparison is fair.
     """
     half = max(1, len(cores) // 2)
-    mine, rest = cores[:half], cores[half:] or cores
-    shares = [tuple(rest[i::drafters]) or (rest[i % len(rest)],) for i in range(drafters)]
-    return [tuple(mine), *shares]
+    mine, rest = tuple(cores[:half]), tuple(cores[half:] or cores)
+    return [mine, *(share_of(rest, index, pools) for index in range(pools))]
+
+
+def share_of(cores: tuple[int, ...], index: int, of: int) -> tuple[int, ...]:
+    """The part of number `index` where `of` divide the cores in turn; several are on one core where there are too few."""
+    return cores[index::of] or cores[index % len(cores) :][:1] if cores else ()
+
+
+def cache_folder() -> Path:
+    """What this project keeps between its runs: beside the user's other caches."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outrider"
 
 
 def memory_of(model: str, role: Literal["target", "drafter"], method: str = "") -> Path:
-    """The file in which a target or a drafter keeps what it has learned: of one model, beside the user's other caches."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    """The file in which a target or a drafter keeps what it has learned of one model."""
     name = hashlib.sha256(f"{Path(model).resolve() if Path(model).is_dir() else model}\n{method}".encode()).hexdigest()[:16]
-    return Path(base) / "outrider" / f"{role}-{name}.json"
+    return cache_folder() / f"{role}-{name}.json"
 
 
 def memory_of_drafter(config: DrafterConfig, target: str) -> Path:

@@ -6,12 +6,23 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from runtime.config import Deployment, DrafterConfig, Placement, TargetConfig, deployment, methods, read, shipped, split_cores
+from runtime.config import (
+    Deployment,
+    GatewayConfig,
+    Placement,
+    PoolConfig,
+    TargetConfig,
+    deployment,
+    methods,
+    read,
+    shipped,
+    split_cores,
+)
 from runtime.errors import InvalidRequest
 
 
 def named(*drafts: str, drafters: int = 1) -> list[str]:
-    return [drafter.name for drafter in deployment("t", drafts, drafters, "auto", "cpu", local=False).drafters]
+    return [drafter.name for drafter in deployment("t", drafts, drafters, "auto", "cpu", local=False).drafters()]
 
 
 def test_the_methods_are_the_files() -> None:
@@ -22,32 +33,35 @@ def test_the_methods_are_the_files() -> None:
 def test_a_draft_is_a_method_or_a_model() -> None:
     made = deployment("big", ("ngram", "org/small", "model"), 1, "float32", "cpu", local=False)
     assert made.target == TargetConfig(model="big", dtype="float32", device="cpu")
-    assert [(drafter.name, drafter.method, drafter.model) for drafter in made.drafters] == [
+    assert [(drafter.name, drafter.method, drafter.model) for drafter in made.drafters()] == [
         ("ngram-0", "ngram", ""),
         ("small-0", "model", "org/small"),
         ("model-0", "model", "model"),
     ]
-    assert {(drafter.dtype, drafter.device) for drafter in made.drafters} == {("float32", "cpu")}
+    assert {(drafter.dtype, drafter.device) for drafter in made.drafters()} == {("float32", "cpu")}
 
 
 def test_names_are_distinct_whatever_is_asked_for() -> None:
     assert named("small", drafters=3) == ["small-0", "small-1", "small-2"]
-    assert named("small", "small") == ["small-0", "small-1"]
-    assert named("a/small", "b/small", drafters=2) == ["small-0", "small-1", "small-2", "small-3"]
+    assert named("small", "small") == ["small-0", "small-2-0"]
+    assert named("a/small", "b/small", drafters=2) == ["small-0", "small-1", "small-2-0", "small-2-1"]
+    assert named("small", "small-2", "b/small") == ["small-0", "small-2-0", "small-3-0"]
+    assert named("Org/Big_Model v2", "target", "___", drafters=1) == ["big_model-v2-0", "target-2-0", "draft-0"]
     assert named() == []
 
 
 def test_on_one_machine_the_cores_are_shared_and_nothing_listens_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 1, 2, 0})
     made = deployment("big", ("small", "ngram"), 1, "auto", "auto", local=True)
-    assert [made.target.placement.cores, *(drafter.placement.cores for drafter in made.drafters)] == [(0, 1), (2,), (3,)]
-    assert {made.target.placement.listen, *(drafter.placement.listen for drafter in made.drafters)} == {"127.0.0.1"}
+    assert [made.target.placement.cores, *(drafter.placement.cores for drafter in made.drafters())] == [(0, 1), (2,), (3,)]
+    assert {made.target.placement.listen, *(drafter.placement.listen for drafter in made.drafters())} == {"127.0.0.1"}
     spread = deployment("big", ("small",), 2, "auto", "auto", local=False)
-    assert [spread.target.placement, *(drafter.placement for drafter in spread.drafters)] == [Placement()] * 3
+    assert {made.target.placement.num_cpus, *(pool.placement.num_cpus for pool in made.pools)} == {0}
+    assert [spread.target.placement, *(drafter.placement for drafter in spread.drafters())] == [Placement()] * 3
 
 
 @pytest.mark.parametrize(
-    ("cores", "drafters", "shares"),
+    ("cores", "pools", "shares"),
     [
         ([0], 1, [(0,), (0,)]),
         ([0, 1], 0, [(0,)]),
@@ -57,8 +71,34 @@ def test_on_one_machine_the_cores_are_shared_and_nothing_listens_outside(monkeyp
         ([0, 1, 2, 3, 4, 5, 6, 7], 3, [(0, 1, 2, 3), (4, 7), (5,), (6,)]),
     ],
 )
-def test_split_cores(cores: list[int], drafters: int, shares: list[tuple[int, ...]]) -> None:
-    assert split_cores(cores, drafters) == shares
+def test_split_cores(cores: list[int], pools: int, shares: list[tuple[int, ...]]) -> None:
+    assert split_cores(cores, pools) == shares
+
+
+@pytest.mark.parametrize(
+    ("cores", "count", "shares"),
+    [
+        ((), 2, [(), (), ()]),
+        ((4, 5, 6, 7), 3, [(4, 7), (5,), (6,), (4, 7)]),
+        ((4,), 2, [(4,), (4,), (4,)]),
+        ((4, 5), 0, [(4, 5), (4, 5)]),
+    ],
+)
+def test_the_members_of_a_pool_divide_its_cores_and_those_beyond_its_count_sit_beside_them(
+    cores: tuple[int, ...], count: int, shares: list[tuple[int, ...]]
+) -> None:
+    pool = PoolConfig(name="small", model="m", width=3, dtype="float32", count=count, placement=Placement(cores=cores, num_gpus=0.5))
+    members = [pool.member(index) for index in range(len(shares))]
+    assert [member.placement.cores for member in members] == shares
+    assert [member.name for member in members] == [f"small-{index}" for index in range(len(shares))]
+    assert {(member.model, member.width, member.dtype, member.placement.num_gpus) for member in members} == {("m", 3, "float32", 0.5)}
+
+
+def test_what_clients_ask_for(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    assert Deployment(target=TargetConfig(model=str(tmp_path / "mine"))).served_model() == "mine"
+    assert Deployment(target=TargetConfig(model="org/big")).served_model() == "org/big"
+    assert Deployment(target=TargetConfig(model="org/big"), gateway=GatewayConfig(served_model="other")).served_model() == "other"
 
 
 def test_the_shipped_pair_lies_in_the_project() -> None:
@@ -68,8 +108,8 @@ def test_the_shipped_pair_lies_in_the_project() -> None:
 
 GOOD = """
 target: {model: big, dtype: float32, placement: {num_gpus: 0.5, resources: {fast: 1}, cores: [0, 1]}}
-drafters:
-  - {name: a, model: small, width: 8}
+pools:
+  - {name: a, model: small, width: 8, count: 2, min: 1, max: 4, auto: true}
   - {name: b, method: ngram, placement: {node: 10.0.0.7, listen: 10.0.0.7, threads: 2}}
 """
 
@@ -79,9 +119,9 @@ def test_a_deployment_file(tmp_path: Path) -> None:
     file.write_text(GOOD)
     assert read(file) == Deployment(
         target=TargetConfig(model="big", dtype="float32", placement=Placement(num_gpus=0.5, resources={"fast": 1.0}, cores=(0, 1))),
-        drafters=(
-            DrafterConfig(name="a", model="small", width=8),
-            DrafterConfig(name="b", method="ngram", placement=Placement(node="10.0.0.7", listen="10.0.0.7", threads=2)),
+        pools=(
+            PoolConfig(name="a", model="small", width=8, count=2, min=1, max=4, auto=True),
+            PoolConfig(name="b", method="ngram", placement=Placement(node="10.0.0.7", listen="10.0.0.7", threads=2)),
         ),
     )
 
@@ -93,13 +133,18 @@ def test_a_deployment_file(tmp_path: Path) -> None:
         ("- 1", "content"),
         ("target: {model: big", "is not YAML"),
         ("\x00", "is not YAML"),
-        ("drafters: []", "target: Field required"),
+        ("pools: []", "target: Field required"),
         ("target: {model: big, dtyp: float32}", "target.dtyp: Extra inputs"),
         ("target: {model: big, dtype: float64}", "target.dtype: Input should be"),
         ("target: {model: big, placement: {num_cpus: -1}}", "target.placement.num_cpus"),
-        ("target: {model: big}\ndrafters: [{name: a, width: 0}]", "drafters.0.width"),
-        ("target: {model: big}\ndrafters: [{name: a, method: telepathy}]", "'telepathy' is no drafting method: give one of"),
-        ("target: {model: big}\ndrafters: [{name: a}, {name: a}]", "name 'a' is given twice"),
+        ("target: {model: big}\npools: [{name: a, width: 0}]", "pools.0.width"),
+        ("target: {model: big}\npools: [{name: a, method: telepathy}]", "'telepathy' is no drafting method: give one of"),
+        ("target: {model: big}\npools: [{name: a}, {name: a}]", "name 'a' is given twice"),
+        ("target: {model: big}\npools: [{name: target}]", "'target' names actors that are no drafters"),
+        ("target: {model: big}\npools: [{name: A b}]", "pools.0.name"),
+        ("target: {model: big}\npools: [{name: a, min: 2}]", "count 1 is not between min 2 and max 64"),
+        ("target: {model: big}\npools: [{name: a, count: 65}]", "pools.0.count"),
+        ("target: {model: big}\ndrafters: [{name: a}]", "drafters: Extra inputs"),
     ],
 )
 def test_a_wrong_file_is_named_with_what_is_wrong(tmp_path: Path, text: str, says: str) -> None:

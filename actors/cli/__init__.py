@@ -6,9 +6,21 @@ import typer
 from typer._click.exceptions import UsageError  # Typer brings its own copy of Click; constraints.txt pins it
 
 from actors.cli.bench import bench
+from actors.cli.certs import certs
+from actors.cli.compare import compare
+from actors.cli.configure import configure
 from actors.cli.doctor import doctor
+from actors.cli.down import down
+from actors.cli.drain import drain
 from actors.cli.generate import generate
+from actors.cli.jobs import jobs
+from actors.cli.logs import logs
 from actors.cli.plan import plan
+from actors.cli.scale import scale
+from actors.cli.serve import serve
+from actors.cli.status import status
+from actors.cli.submit import submit
+from actors.cli.top import top
 from actors.cli.tracing import trace
 from runtime.errors import OutriderError
 
@@ -23,6 +35,18 @@ app.command()(doctor)
 app.command()(plan)
 app.command()(trace)
 app.command()(bench)
+app.command()(certs)
+app.command()(submit)
+app.command()(jobs)
+app.command()(serve)
+app.command()(status)
+app.command()(top)
+app.command()(scale)
+app.command()(drain)
+app.command()(logs)
+app.command()(compare)
+app.command("config")(configure)
+app.command()(down)
 
 
 def main() -> None:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from transformers import PreTrainedTokenizerFast
+
 from runtime.config import Deployment
 from runtime.messages import Request, Tokens
 from runtime.models.hf import context_of
@@ -12,21 +14,36 @@ from runtime.target import check
 
 
 @dataclass(frozen=True, slots=True)
+class Checked:
+    """Of a target: its tokenizer and context; and what should be known of the pairs."""
+
+    tokenizer: PreTrainedTokenizerFast
+    context: int
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
     prompt: Tokens
     warnings: tuple[str, ...]
 
 
-def prepare(plan: Deployment, text: str, sampling: Sampling) -> Prepared:
-    """Tokenise, and raise now what the target or a drafter would raise later: ModelRefused, PairMismatch, InvalidRequest."""
+def check_models(plan: Deployment) -> Checked:
+    """Raise now what the target or a drafter would raise later of its model: ModelRefused, PairMismatch."""
     target = plan.target.model
     context, tokenizer = context_length(target), load_tokenizer(target)
     warnings: list[str] = []
-    for draft in dict.fromkeys(drafter.model for drafter in plan.drafters if drafter.model):
+    for draft in dict.fromkeys(pool.model for pool in plan.pools if pool.model):
         warnings += check_pair(tokenizer, load_tokenizer(draft), (target, draft), (context, context_length(draft)))
-    prompt = tuple(tokenizer.encode(text))
-    check(Request("", prompt, sampling), len(tokenizer), context)
-    return Prepared(prompt, tuple(warnings))
+    return Checked(tokenizer, context, tuple(warnings))
+
+
+def prepare(plan: Deployment, text: str, sampling: Sampling) -> Prepared:
+    """Tokenise. Raises as `check_models`, and InvalidRequest as the target would."""
+    found = check_models(plan)
+    prompt = tuple(found.tokenizer.encode(text))
+    check(Request("", prompt, sampling), len(found.tokenizer), found.context)
+    return Prepared(prompt, found.warnings)
 
 
 def context_length(model: str) -> int:

@@ -6,14 +6,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from actors.fleet import Fleet
+from actors.fleet import Fleet, TargetState
 from actors.gateway.app import build
 from actors.gateway.keys import Keys
 from actors.gateway.served import serve
@@ -85,12 +85,14 @@ class Gateway:
             except Unavailable as error:
                 log.warning("the fleet is as it was: %s", error)
             else:
-                self.network.run(told(self.router, self.fleet))
+                # While a deployment changes there may be targets of another model, too.
+                ours = [target for target in self.fleet.targets if target.model in ("", self.plan.target.model)]
+                self.network.run(told(self.router, ours))
             self._stopping.wait(PERIOD)
 
 
-async def told(router: Router, fleet: Fleet) -> None:
-    router.update(fleet.targets)
+async def told(router: Router, targets: Sequence[TargetState]) -> None:
+    router.update(targets)
 
 
 class GatewayActor(Gateway):

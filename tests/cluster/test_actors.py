@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import ray
 
-from actors.cli.service import cause_of
 from actors.controller import Controller
 from actors.grpc_links import GrpcTarget
 from actors.peers import Place
+from actors.ray_edge import ENVIRONMENT, cause_of
 from runtime.config import Deployment, deployment
 from runtime.errors import ModelRefused
 from runtime.messages import Chunk, Request
@@ -28,8 +28,7 @@ LONG = Sampling(max_tokens=16_000, ignore_eos=True)  # far more than a drafter's
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ.update(ENVIRONMENT)
     ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
@@ -45,14 +44,14 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Deployment:
 
 @pytest.fixture(scope="module")
 def controller(cluster: None, plan: Deployment) -> Iterator[Any]:
-    handle = ray.remote(Controller).options(num_cpus=0, max_concurrency=4).remote(plan, "test")
+    handle = ray.remote(Controller).options(num_cpus=0, max_concurrency=4).remote(plan, "test-")
     yield handle
     ray.get(handle.stop.remote(), timeout=PATIENCE_S)
 
 
 @pytest.fixture(scope="module")
 def address(controller: Any) -> str:
-    return str(ray.get(controller.start.remote(), timeout=PATIENCE_S))
+    return str(ray.get(controller.start.remote(), timeout=PATIENCE_S).targets[0].address)
 
 
 @asynccontextmanager
@@ -102,22 +101,22 @@ def test_a_drafter_lost_in_mid_stream_is_replaced_and_no_token_changes(blow: int
         async with asyncio.timeout(PATIENCE_S):
             return await through_the_loss()
 
-    lives = ray.get(controller.status.remote())["replaced"]
+    lives = ray.get(controller.fleet.remote()).replaced
     tokens = asyncio.run(all_of_it())
     plain = asyncio.run(output(address, f"after-{blow}", Sampling(max_tokens=len(tokens), ignore_eos=True), False))
     assert tokens == plain
-    assert ray.get(controller.status.remote())["replaced"] == lives + 1
+    assert ray.get(controller.fleet.remote()).replaced == lives + 1
 
 
 def place(controller: Any) -> Place | None:
     """Where the one drafter is; None while there is none."""
-    found: list[Place] = list(ray.get(controller.places.remote(), timeout=PATIENCE_S).values())
-    return found[0] if found else None
+    found: dict[str, Place] = ray.get(controller.places.remote(), timeout=PATIENCE_S)
+    return next((place for name, place in found.items() if name != "target-0"), None)
 
 
 def test_what_an_actor_raises_at_its_start_reaches_the_caller(cluster: None, plan: Deployment, tmp_path: Path) -> None:
     broken = deployment(str(tmp_path), (), 1, "auto", "cpu", local=True)
-    handle = ray.remote(Controller).options(num_cpus=0, max_concurrency=4).remote(broken, "broken")
+    handle = ray.remote(Controller).options(num_cpus=0, max_concurrency=4).remote(broken, "broken-")
     with pytest.raises(ray.exceptions.RayTaskError) as caught:
         ray.get(handle.start.remote(), timeout=PATIENCE_S)
     error = cause_of(caught.value)

@@ -1,0 +1,90 @@
+"""`outrider compare`: two pools of drafters on the same sessions."""
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from actors.cli import reach
+from actors.cli.fleet_show import Guessed, guessed, life, ratio, short, table
+from actors.cli.scale import pool_of
+from actors.cli.show import Progress
+from actors.fleet import Fleet
+from runtime.reports import GuessReport
+from runtime.sampling import in_range
+
+LONGEST = 86_400.0
+
+
+def compare(
+    first: Annotated[str, typer.Argument(metavar="POOL_A")],
+    second: Annotated[str, typer.Argument(metavar="POOL_B")],
+    seconds: Annotated[float, typer.Option(help="how long to watch")] = 10.0,
+    address: reach.Address = None,
+    as_json: reach.Json = False,
+) -> None:
+    """Accepted tokens, acceptance and lag of two pools while both work on the same sessions: those of the next seconds."""
+    in_range("seconds", seconds, 0.1, LONGEST)
+    with Progress(quiet=as_json) as progress, reach.controller(address) as controller:
+        before = controller.fleet()
+        pools = [pool_of(before, name) for name in (first, second)]
+        progress.note(f"watching for {seconds:g} s")
+        time.sleep(seconds)
+        now = controller.fleet()
+    found = {pool.name: brought(before, now, pool.name) for pool in pools}
+    if as_json:
+        sys.stdout.write(json.dumps({name: asdict(one) for name, one in found.items()}) + "\n")
+    else:
+        Console(highlight=False).print(compared(found, now, seconds))
+
+
+def brought(before: Fleet, now: Fleet, pool: str) -> Guessed:
+    """What the drafters of a pool have brought between the two looks, to targets that were there at both."""
+    last = {life(target): target.report for target in before.targets}
+    names = {drafter.name for drafter in (*before.drafters, *now.drafters) if drafter.pool == pool}
+    found = []
+    for target in now.targets:
+        earlier = last.get(life(target))
+        if target.report is None or earlier is None:
+            continue
+        found += [
+            since(earlier.guesses.get(name, GuessReport()), report) for name, report in target.report.guesses.items() if name in names
+        ]
+    return guessed(found)
+
+
+def since(before: GuessReport, now: GuessReport) -> GuessReport:
+    """Counters of the time between; those of a drafter that has begun anew count from there."""
+    begun = before if before.proposed <= now.proposed and before.accepted <= now.accepted else GuessReport()
+    return GuessReport(
+        now.proposed - begun.proposed,
+        now.accepted - begun.accepted,
+        max(0, now.late - begun.late),
+        max(0, now.stale - begun.stale),
+        now.lead,
+        now.round_trip,
+        now.resting,
+    )
+
+
+def compared(found: dict[str, Guessed], fleet: Fleet, seconds: float) -> Table:
+    shown = table("pool", "draft", "drafters", "proposed", "accepted", "tokens/s", "of them", "lag", "ahead")
+    for name, one in found.items():
+        pool = pool_of(fleet, name)
+        shown.add_row(
+            name,
+            short(pool.draft),
+            str(pool.ready),
+            str(one.proposed),
+            str(one.accepted),
+            f"{one.accepted / seconds:.1f}",
+            ratio(one.accepted, one.proposed, "{:.0%}"),
+            f"{1000 * one.round_trip:.1f} ms" if one.proposed else "-",
+            f"{one.lead:.1f}" if one.proposed else "-",
+        )
+    return shown

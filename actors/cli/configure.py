@@ -1,0 +1,32 @@
+"""`outrider config`: a commented deployment file, and whether a given one is right."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from actors.cli import reach
+from runtime import config
+from runtime.errors import InvalidRequest
+
+EXAMPLE = Path(__file__).with_name("example.yaml")
+
+
+def configure(
+    file: Annotated[Path | None, typer.Argument(help="deployment file to be checked")] = None,
+    example: Annotated[bool, typer.Option("--example", help="print a commented one that names every field")] = False,
+    as_json: reach.Json = False,
+) -> None:
+    """Check a deployment file, or print an example of one."""
+    if (file is not None) == example:
+        raise InvalidRequest("give either a deployment file or --example", "file")
+    if file is None:
+        sys.stdout.write(EXAMPLE.read_text("utf-8"))
+        return
+    plan = config.read(file)
+    if as_json:
+        sys.stdout.write(plan.model_dump_json() + "\n")
+    else:
+        pools = ", ".join(f"{pool.name} ({pool.count} of {pool.model or pool.method})" for pool in plan.pools) or "none"
+        sys.stdout.write(f"{file} is right: target {plan.target.model}, {plan.target.replicas} replicas; pools: {pools}\n")

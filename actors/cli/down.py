@@ -1,0 +1,39 @@
+"""`outrider down`: the end of what `outrider serve` has started."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from actors.cli import local_ray, reach
+from actors.cli.show import Progress
+from runtime.errors import OutriderError
+
+
+def down(
+    address: reach.Address = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on standard output, nothing else")] = False,
+) -> None:
+    """End the deployment, and the local Ray where `outrider serve` has started one. Requests under way end."""
+    with Progress(quiet=as_json) as progress:
+        progress.note("ending targets, drafters and gateways")
+        try:
+            with reach.cluster(address) as local:
+                end()
+        except OutriderError:
+            if address is not None or (local := local_ray.find()) is None:
+                raise
+        if local is not None:  # also where it does not answer, or holds no deployment
+            progress.note("ending Ray")
+            local_ray.end(local)
+    if as_json:
+        sys.stdout.write(json.dumps({"ended": True, "local_ray": local is not None}) + "\n")
+
+
+def end() -> None:
+    import ray
+
+    found = reach.Controller()
+    found.ask("stop")
+    ray.kill(found.handle)

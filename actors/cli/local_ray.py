@@ -1,0 +1,164 @@
+"""The Ray of this machine that `outrider serve` starts and `outrider down` ends: it outlives both, and listens to this user alone."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from actors.ray_edge import ENVIRONMENT, OBJECT_STORE
+from runtime.config import cache_folder
+from runtime.errors import Unavailable
+
+HOST = "127.0.0.2"  # Ray would put the machine's own address in place of 127.0.0.1
+CPUS = 256  # Ray's, to be taken by actors: none is to wait for room on the only machine
+START, END = 120.0, 10.0  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRay:
+    """`address` is what processes join it by.
+
+    session  the system's number of the session that all its processes are in
+    born     of those that it began with, the time in ticks since boot: a later process of the same number has another
+    folder   holds its logs, sockets and the token that everybody who joins must show
+    """
+
+    address: str
+    dashboard: str
+    folder: Path
+    session: int
+    born: dict[int, int]
+
+    @property
+    def token(self) -> Path:
+        return self.folder / "token"
+
+    def environment(self) -> dict[str, str]:
+        """What a process needs to join it."""
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
+
+
+FORMAT = TypeAdapter(LocalRay)
+
+
+def find() -> LocalRay | None:
+    """The one that serves, if it is there."""
+    try:
+        found = FORMAT.validate_json(record().read_bytes())
+    except (OSError, ValidationError):
+        return None
+    return found if any(birth(pid) == born for pid, born in found.born.items()) else None
+
+
+def start() -> LocalRay:
+    """Raises Unavailable where Ray does not start."""
+    folder = Path(tempfile.mkdtemp(prefix="outrider-"))  # short: Ray keeps sockets in it
+    token = folder / "token"
+    with token.open("x") as file:
+        file.write(secrets.token_hex(32))
+    token.chmod(0o600)
+    gcs, client, dashboard, agent = free_ports(4)
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--node-ip-address={HOST}", f"--port={gcs}"]
+    command += [f"--ray-client-server-port={client}", "--include-dashboard=true", "--dashboard-host=127.0.0.1"]
+    command += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats", f"--temp-dir={folder}"]
+    command += [f"--object-store-memory={OBJECT_STORE}", f"--num-cpus={CPUS}", "--include-log-monitor=false"]
+    new = LocalRay(f"{HOST}:{gcs}", f"http://127.0.0.1:{dashboard}", folder, 0, {})
+    environment = os.environ | ENVIRONMENT | new.environment() | {"RAY_prestart_worker_first_driver": "0"}
+    said = folder / "start.log"
+    with said.open("wb") as output:
+        starting = subprocess.Popen(  # a session of its own: Ctrl-C at this command is not for it, and `end` finds all of it
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            failed = starting.wait(START) != 0
+        except subprocess.TimeoutExpired:
+            starting.kill()
+            failed = starting.wait() != 0
+    found = replace(new, session=starting.pid, born=processes(starting.pid))
+    if failed or not found.born:
+        last = said.read_text("utf-8", "replace").strip().splitlines()[-1:] or ["no reason given"]
+        end(found)
+        raise Unavailable(f"Ray does not start on this machine ({last[0]}): give --address of a cluster that runs")
+    record().parent.mkdir(parents=True, exist_ok=True)
+    record().write_bytes(FORMAT.dump_json(found))
+    return found
+
+
+def end(ray: LocalRay) -> None:
+    """Ends its processes and those that they have started, and nobody else's; returns when they are gone."""
+    if any(birth(pid) == born for pid, born in ray.born.items()):
+        members = processes(ray.session)
+        tell(members, signal.SIGTERM)
+        deadline = time.monotonic() + END
+        while processes(ray.session) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        tell(processes(ray.session), signal.SIGKILL)
+    shutil.rmtree(ray.folder, ignore_errors=True)
+    if (remembered := find()) is None or remembered == ray:
+        record().unlink(missing_ok=True)
+
+
+def record() -> Path:
+    """Where the one that serves is remembered."""
+    return cache_folder() / "local-ray.json"
+
+
+def processes(session: int) -> dict[int, int]:
+    """Processes of a session that are alive, each with its birth."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal() and (fields := status(int(folder.name))) and int(fields[3]) == session and fields[0] != "Z":
+            found[int(folder.name)] = int(fields[19])
+    return found
+
+
+def birth(pid: int) -> int | None:
+    fields = status(pid)
+    return int(fields[19]) if fields and fields[0] != "Z" else None
+
+
+def status(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat from the state on; none where there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def tell(members: dict[int, int], what: signal.Signals) -> None:
+    for pid, born in members.items():
+        if birth(pid) == born:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, what)
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [opened.getsockname()[1] for opened in sockets]
+
+
+@contextlib.contextmanager
+def joining(ray: LocalRay) -> Iterator[None]:
+    """This process may join it inside the block; to be entered before Ray is imported."""
+    before = {name: os.environ.get(name) for name in ray.environment()}
+    os.environ.update(ray.environment())
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,55 @@
+"""`outrider scale`: more drafters or fewer, while sessions run."""
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from actors.cli import reach
+from actors.cli.show import Progress
+from actors.fleet import Fleet, PoolState
+from runtime.errors import InvalidRequest
+
+PERIOD = 0.2  # seconds between two looks
+
+
+def scale(
+    wish: Annotated[str, typer.Argument(metavar="POOL=N", help="so many drafters in this pool, also 0")],
+    address: reach.Address = None,
+    as_json: reach.Json = False,
+) -> None:
+    """Change the number of drafters of a pool; return when it is so. Those that go are drained first; no token changes.
+
+    Where the cluster has no room it waits until there is; Ctrl-C ends the waiting, not the wish.
+    """
+    pool, count = parsed(wish)
+    with Progress(quiet=as_json) as progress, reach.controller(address) as controller:
+        fleet: Fleet = controller.ask("scale", pool, count)
+        while not settled(fleet, pool):
+            progress.note(f"{pool_of(fleet, pool).ready} of {count} drafters are ready")
+            time.sleep(PERIOD)
+            fleet = controller.fleet()
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(pool_of(fleet, pool))) + "\n")
+
+
+def parsed(wish: str) -> tuple[str, int]:
+    pool, _, count = wish.rpartition("=")
+    if not pool or not count.isdecimal() or len(count) > 4:
+        raise InvalidRequest(f"{wish[:64]!r} is not POOL=N: give a pool's name and a number, for example draft=3", "wish")
+    return pool, int(count)
+
+
+def settled(fleet: Fleet, pool: str) -> bool:
+    """As many are ready as are wanted, and nobody is on the way out or in."""
+    return pool_of(fleet, pool).ready == pool_of(fleet, pool).count == sum(drafter.pool == pool for drafter in fleet.drafters)
+
+
+def pool_of(fleet: Fleet, name: str) -> PoolState:
+    for pool in fleet.pools:
+        if pool.name == name:
+            return pool
+    raise InvalidRequest(f"pool {name!r} is gone: another deployment was applied meanwhile", "pool")

@@ -1,0 +1,122 @@
+"""`outrider serve`: a deployment that goes on when the command is over; again, with another file, it changes to that one."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from actors.cli import local_ray, reach
+from actors.cli.generate import Device, Dtype
+from actors.cli.show import Progress
+from actors.fleet import Fleet
+from actors.ray_edge import NAMESPACE
+from runtime import config
+from runtime.config import Deployment, GatewayConfig
+from runtime.errors import InvalidRequest, OutriderError
+from runtime.sampling import whole
+
+CALLS = 32  # of the controller at one time: gateways, commands, and those that wait for something
+
+
+def serve(
+    file: Annotated[Path | None, typer.Argument(help="deployment file; `outrider config --example` prints one")] = None,
+    target: Annotated[str | None, typer.Option(help="model name or folder; default: the one that ships")] = None,
+    draft: Annotated[list[str] | None, typer.Option(help="draft model or method (repeatable); default: the one that ships")] = None,
+    drafters: Annotated[int, typer.Option(help="actors for each --draft")] = 1,
+    dtype: Annotated[Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's own on CUDA")] = Dtype.auto,
+    device: Device = Device.auto,
+    host: Annotated[str, typer.Option(help="address that the gateway listens on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="of the gateway; 0: any")] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="file of `NAME:KEY[:MODEL,...]` lines; default: nobody is asked for a key")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="allow a public address without keys or TLS")] = False,
+    address: reach.Address = None,
+    as_json: reach.Json = False,
+) -> None:
+    """Start what is not there yet, change what is; return when all of it is ready. `outrider down` ends it."""
+    chosen = address or os.environ.get("RAY_ADDRESS")
+    fresh = chosen is None and local_ray.find() is None
+    if file is not None:
+        if target or draft or api_key_file:
+            raise InvalidRequest("give either a file or --target, --draft and the like: the file says all of it", "file")
+        plan = config.read(file)
+    else:
+        whole("port", port, 0, 65535)
+        gateway = GatewayConfig(host=host, port=port, api_keys=api_key_file and api_key_file.resolve(), insecure=insecure)
+        drafts = tuple(draft or (config.shipped("draft"),))
+        pair = config.deployment(target or config.shipped("target"), drafts, drafters, dtype.value, device.value, chosen is None)
+        plan = pair.model_copy(update={"gateway": gateway})
+    with Progress(quiet=as_json) as progress:
+        warnings = check(plan, chosen is None, progress)
+        try:
+            progress.note("joining Ray" if chosen or not fresh else "starting Ray")
+            with reach.cluster(address, start=True):
+                progress.note(f"loading {plan.target.model} and {len(plan.drafters())} drafters")
+                fleet = deploy(plan)
+        except (OutriderError, KeyboardInterrupt):
+            if fresh and (started := local_ray.find()) is not None:
+                local_ray.end(started)
+            raise
+    if as_json:
+        sys.stdout.write(json.dumps({"model": fleet.served_model, "gateways": list(fleet.gateways)}) + "\n")
+    else:
+        show(plan, fleet, warnings)
+
+
+def check(plan: Deployment, local: bool, progress: Progress) -> tuple[str, ...]:
+    """What can be said before anything is started; of the models, where they are on this machine. Returns what should be known of them."""
+    progress.note("looking at the deployment")
+    from actors.cli.prepare import check_models  # torch and transformers: `--help` and a wrong flag need neither
+    from actors.gateway.server import check_closed
+
+    check_closed(plan.gateway)
+    return check_models(plan).warnings if local else ()
+
+
+def deploy(plan: Deployment) -> Fleet:
+    """By the controller of this cluster; by a new one where there is none, which ends with all it has started if that fails."""
+    import ray
+    from ray.exceptions import RayTaskError
+
+    from actors.controller import NAME, Controller
+
+    try:
+        ray.get_actor(NAME, namespace=NAMESPACE)
+    except ValueError:
+        kind = ray.remote(Controller).options(
+            name=NAME, namespace=NAMESPACE, lifetime="detached", max_restarts=-1, num_cpus=0, max_concurrency=CALLS
+        )
+        handle: Any = kind.remote(plan, served=True)
+        try:
+            found: Fleet = ray.get(handle.start.remote())
+        except RayTaskError:
+            ray.get(handle.stop.remote())
+            ray.kill(handle)
+            raise
+        return found
+    changed: Fleet = reach.Controller().ask("apply", plan, patience=None)
+    return changed
+
+
+def show(plan: Deployment, fleet: Fleet, warnings: tuple[str, ...]) -> None:
+    console, errors = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
+    for warning in warnings:
+        errors.print(f"note: {warning}", style="yellow")
+    for url in fleet.gateways:
+        console.print(f"{fleet.served_model} is served at {url}/v1")
+    if fleet.gateways:
+        console.print(curl(fleet.gateways[0], fleet.served_model, plan.gateway))
+
+
+def curl(url: str, model: str, gateway: GatewayConfig) -> str:
+    """A first request, to be copied."""
+    words = ["curl", f"{url}/v1/completions", "-H 'Content-Type: application/json'"]
+    words += ['-H "Authorization: Bearer $KEY"'] if gateway.api_keys else []
+    words += [f"--cacert {gateway.tls.ca}"] if gateway.tls else []
+    body = json.dumps({"model": model, "prompt": "def main(", "max_tokens": 64}).replace("'", "'\\''")
+    return " ".join([*words, f"-d '{body}'"])

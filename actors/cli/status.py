@@ -1,0 +1,29 @@
+"""`outrider status`: what is there and how it does."""
+
+import json
+import sys
+import time
+
+from rich.console import Console
+
+from actors.cli import reach
+from actors.cli.fleet_show import Look, as_json, shown
+from actors.cli.reach import Controller
+
+BETWEEN = 1.0  # seconds between the two looks that tokens per second are made of
+
+
+def status(address: reach.Address = None, as_object: reach.Json = False) -> None:
+    """Targets, pools, drafters, sessions, acceptance and lag of each drafter, tokens per second, versions."""
+    with reach.controller(address) as controller:
+        before = look(controller)
+        time.sleep(BETWEEN)
+        now = look(controller)
+    if as_object:
+        sys.stdout.write(json.dumps(as_json(before, now)) + "\n")
+    else:
+        Console(highlight=False).print(shown(before, now))
+
+
+def look(controller: Controller) -> Look:
+    return Look(time.monotonic(), controller.fleet())

@@ -1,0 +1,37 @@
+"""`outrider top`: status, again and again."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.live import Live
+
+from actors.cli import reach
+from actors.cli.fleet_show import Look, as_json, shown
+from actors.cli.reach import Controller
+from actors.cli.status import look
+
+PERIOD = 1.0  # seconds
+
+
+def top(address: reach.Address = None, as_object: reach.Json = False) -> None:
+    """The status, live, until Ctrl-C; with --json one object in each line."""
+    with reach.controller(address) as controller:
+        before = look(controller)
+        if as_object:
+            for now in looks(controller):
+                sys.stdout.write(json.dumps(as_json(before, now)) + "\n")
+                sys.stdout.flush()
+                before = now
+        with Live(shown(before, before), console=Console(highlight=False), screen=True, auto_refresh=False) as screen:
+            for now in looks(controller):
+                screen.update(shown(before, now), refresh=True)
+                before = now
+
+
+def looks(controller: Controller) -> Iterator[Look]:
+    while True:
+        time.sleep(PERIOD)
+        yield look(controller)

@@ -1,0 +1,250 @@
+"""What a controller decides, knows again after its own restart, and tells of its members. No Ray."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors import census, ledger
+from actors.fleet import Fleet, State
+from actors.ledger import Ledger
+from actors.peers import Place
+from actors.roster import CRAMPED, GATEWAY, TARGET, Action, Drain, End, Member, Replace, Start, backoff, decide, first_counts, mute, spec_of
+from runtime.config import Deployment, TlsConfig
+from runtime.reports import DrafterReport, GuessReport, TargetReport
+from runtime.scaling import Decision
+
+NOW = 1000.0
+TWO: dict[str, Any] = {"name": "small", "model": "s", "count": 2}
+PLAN = Deployment.model_validate({"target": {"model": "big", "replicas": 2}, "pools": [TWO, {"name": "lookup", "method": "ngram"}]})
+OTHER = Deployment.model_validate({"target": {"model": "big", "replicas": 2}, "pools": [TWO | {"model": "better"}]})
+COUNTS = first_counts(PLAN, gateways=False)
+
+
+def member(role: str, index: int, state: State = "ready", plan: Deployment = PLAN, **others: Any) -> Member:
+    spec = spec_of(plan, role, index)
+    assert spec is not None
+    place = None if state == "starting" else Place(f"10.0.0.1:{index}", 7, "node")
+    return replace(Member(f"{role}-{index}", role, index, 0, spec, state, NOW - 1, place, placed=place is not None), **others)
+
+
+ALL = (member(TARGET, 0), member(TARGET, 1), member("small", 0), member("small", 1), member("lookup", 0))
+
+
+def kinds(actions: list[Action]) -> list[tuple[str, str]]:
+    return [(type(action).__name__, f"{action.role}-{action.index}" if isinstance(action, Start) else action.name) for action in actions]
+
+
+def decided(
+    *members: Member, plan: Deployment = PLAN, counts: dict[str, int] | None = None, gateways: bool = False
+) -> list[tuple[str, str]]:
+    return kinds(decide(plan, first_counts(plan, gateways) if counts is None else counts, members, NOW))
+
+
+def test_at_first_everything_is_started() -> None:
+    assert decided() == [("Start", name) for name in ("target-0", "target-1", "small-0", "small-1", "lookup-0")]
+    start = decide(PLAN, COUNTS, (), NOW)[2]
+    assert start == Start("small", 0, spec_of(PLAN, "small", 0))  # type: ignore[arg-type]
+
+
+def test_when_all_is_there_nothing_is_done() -> None:
+    assert decided(*ALL) == []
+    assert decided(*(replace(one, state="starting", place=None, placed=False) for one in ALL)) == []
+
+
+def test_scaling_up_takes_the_first_free_numbers() -> None:
+    there = (member("small", 1), member("small", 3, "draining"))
+    assert decided(*there, counts={"small": 4}) == [("Start", "small-0"), ("Start", "small-2"), ("Start", "small-4")]
+
+
+def test_scaling_down_drains_who_has_least_to_do_and_ends_at_once_who_is_not_ready() -> None:
+    busy, quiet, idle = (member("small", index, sessions=sessions) for index, sessions in enumerate((5, 3, 0)))
+    assert decided(busy, quiet, idle, counts={"small": 2}) == [("Drain", "small-2")]
+    assert decided(busy, quiet, idle, counts={"small": 0}) == [("Drain", "small-0"), ("Drain", "small-1"), ("Drain", "small-2")]
+    assert decided(member("small", 0, "starting"), idle, counts={"small": 1}) == [("End", "small-0")]
+    assert decided(member("small", 0, lost="mute"), idle, counts={"small": 1}) == [("End", "small-0")]
+
+
+def test_who_is_being_drained_is_left_alone_until_it_is_done() -> None:
+    leaving = member("small", 0, "draining")
+    assert decided(leaving, counts={"small": 0}) == []
+    assert decided(replace(leaving, drained=True), counts={"small": 0}) == [("End", "small-0")]
+    assert decided(replace(leaving, lost="mute"), counts={"small": 0}) == [("End", "small-0")]
+    assert decided(leaving, counts={"small": 1}) == [("Start", "small-1")], "it does not come back"
+
+
+def test_who_is_lost_is_replaced_at_once_and_who_does_not_start_more_and_more_rarely() -> None:
+    assert decided(member("small", 0, lost="no answer", since=NOW), counts={"small": 1}) == [("Replace", "small-0")]
+    failing = member("small", 0, "starting", lost="it does not start", since=NOW, failures=2)
+    assert decided(failing, counts={"small": 1}) == []
+    assert decided(replace(failing, since=NOW - backoff(2)), counts={"small": 1}) == [("Replace", "small-0")]
+    assert [backoff(failures) for failures in (0, 1, 2, 3, 20)] == [0, 1, 2, 4, 30]
+
+
+def test_silence_counts_from_when_others_are_heard() -> None:
+    assert not mute(asked=10.0, ear=10.5, now=11.9)
+    assert mute(asked=10.0, ear=10.5, now=12.1)
+    assert not mute(asked=10.0, ear=10.0, now=12.1), "nobody has answered since: is it the controller that hears nothing?"
+    assert mute(asked=10.0, ear=10.0, now=16.1)
+
+
+def test_a_lost_target_is_replaced_though_others_are_there() -> None:
+    assert decided(replace(ALL[0], lost="no answer"), *ALL[1:]) == [("Replace", "target-0")]
+
+
+def test_what_changes_is_started_before_what_was_is_drained() -> None:
+    old = (member("small", 0), member("small", 1))
+    assert decided(*old, plan=OTHER, counts={"small": 2}) == [("Start", "small-2"), ("Start", "small-3")]
+    coming = (member("small", 2, "starting", OTHER), member("small", 3, "starting", OTHER))
+    assert decided(*old, *coming, plan=OTHER, counts={"small": 2}) == []
+    one = (member("small", 2, plan=OTHER), coming[1])
+    assert decided(*old, *one, plan=OTHER, counts={"small": 2}) == [("Drain", "small-1")]
+    both = (one[0], member("small", 3, plan=OTHER))
+    gone = replace(old[1], state="draining", drained=True)
+    assert decided(old[0], gone, *both, plan=OTHER, counts={"small": 2}) == [("End", "small-1"), ("Drain", "small-0")]
+
+
+def test_what_is_outdated_makes_room_where_the_cluster_has_none() -> None:
+    old = (member("small", 0), member("small", 1))
+    waiting = member("small", 2, "starting", OTHER, since=NOW - CRAMPED)
+    assert decided(*old, waiting, member("small", 3, "starting", OTHER), plan=OTHER, counts={"small": 2}) == [("Drain", "small-1")]
+    loading = replace(waiting, placed=True)
+    assert decided(*old, loading, member("small", 3, "starting", OTHER), plan=OTHER, counts={"small": 2}) == []
+
+
+def test_a_pool_that_is_gone_is_drained_and_what_is_unchanged_stays() -> None:
+    assert decided(*ALL, plan=OTHER) == [("Start", "small-2"), ("Start", "small-3"), ("Drain", "lookup-0")]
+
+
+def test_drafters_of_another_target_are_other_drafters() -> None:
+    bigger = PLAN.model_copy(update={"target": PLAN.target.model_copy(update={"model": "bigger"})})
+    assert [name for kind, name in decided(*ALL, plan=bigger) if kind == "Start"] == [
+        "target-2",
+        "target-3",
+        "small-2",
+        "small-3",
+        "lookup-1",
+    ]
+    more = PLAN.model_copy(update={"target": PLAN.target.model_copy(update={"replicas": 3})})
+    assert decided(*ALL, plan=more) == [("Start", "target-2")], "more replicas change none of those that are there"
+
+
+def test_gateways_are_one_for_each_node_and_change_in_place() -> None:
+    plan = Deployment.model_validate({"target": {"model": "big"}, "gateway": {"nodes": ["10.0.0.1", "10.0.0.2"]}})
+    assert decided(plan=plan, gateways=True)[1:] == [("Start", "gateway-0"), ("Start", "gateway-1")]
+    there = (member(TARGET, 0, plan=plan), member(GATEWAY, 0, plan=plan), member(GATEWAY, 1, plan=plan))
+    bigger = plan.model_copy(update={"target": plan.target.model_copy(update={"model": "bigger"})})
+    assert decided(*there, plan=bigger, gateways=True) == [("Start", "target-1")], "they serve the targets of before meanwhile"
+    led = member(TARGET, 1, plan=bigger)
+    changing = [("Drain", "target-0"), ("Drain", "gateway-0"), ("Drain", "gateway-1")]
+    assert decided(*there, led, plan=bigger, gateways=True) == changing
+    moved = Deployment.model_validate({"target": {"model": "big"}, "gateway": {"nodes": ["10.0.0.1", "10.0.0.3"]}})
+    assert decided(*there, plan=moved, gateways=True) == [("Drain", "gateway-1")], "its port is not free while it is there"
+    assert decided(*there[:2], plan=moved, gateways=True) == [("Start", "gateway-1")]
+    assert spec_of(plan, GATEWAY, 2) is None
+    assert first_counts(PLAN, gateways=True)[GATEWAY] == 1
+
+
+STATES: tuple[State, ...] = ("starting", "ready", "draining")
+
+
+@st.composite
+def members(draw: st.DrawFn) -> list[Member]:
+    found = []
+    for index in draw(st.lists(st.integers(0, 6), unique=True, max_size=6)):
+        plan, state = draw(st.sampled_from([PLAN, OTHER])), draw(st.sampled_from(STATES))
+        lost = draw(st.sampled_from(["", "", "mute"]))
+        found.append(member("small", index, state, plan, lost=lost, sessions=draw(st.integers(0, 3))))
+    return found
+
+
+def arrived(one: Member) -> Member:
+    """What was under way is done."""
+    match one.state:
+        case "starting":
+            return one if one.lost else replace(one, state="ready")
+        case "draining":
+            return replace(one, drained=True)
+        case "ready":
+            return one
+
+
+@given(members(), st.integers(0, 5))
+def test_whatever_the_beginning_it_ends_with_as_many_as_are_wanted_and_never_fewer_serve_than_could(
+    there: list[Member], count: int
+) -> None:
+    """A cluster that does at once what is decided."""
+    now = {one.name: one for one in there}
+    could = min(count, sum(one.state == "ready" and not one.lost for one in there))
+    for _ in range(20):
+        serving = sum(one.state == "ready" and not one.lost for one in now.values())
+        assert serving >= could
+        actions = decide(PLAN, {"small": count}, tuple(now.values()), NOW)
+        for action in actions:
+            match action:
+                case Start(role, index, spec):
+                    assert f"{role}-{index}" not in now
+                    now[f"{role}-{index}"] = Member(f"{role}-{index}", role, index, 0, spec, "ready", NOW, Place("", 1, "node"))
+                case Replace(name):
+                    now[name] = replace(now[name], lost="", state="ready")
+                case Drain(name):
+                    now[name] = replace(now[name], state="draining", drained=True)
+                case End(name):
+                    del now[name]
+        now = {name: arrived(one) for name, one in now.items()}
+    assert actions == []
+    assert sorted(one.spec == spec_of(PLAN, "small", one.index) for one in now.values()) == [True] * count
+
+
+def test_what_was_written_down_is_read_again() -> None:
+    tls = TlsConfig.model_validate({"ca": "/a.pem", "cert": "/c.pem", "key": "/k.pem"})
+    plan = Deployment.model_validate({**PLAN.model_dump(), "security": {"tls": tls}})
+    there = [member(role, index, plan=plan, restarts=3) for role, index in ((TARGET, 1), ("small", 1), (GATEWAY, 0))]
+    written = Ledger(plan, {"small": 1}, (*there, member("small", 0, "starting", lost="mute")), {"small-1": 4}, 9)
+    assert ledger.decode(ledger.encode(written)) == written
+
+
+def told(*found: Member, **reports: TargetReport | DrafterReport) -> Fleet:
+    named = {name.replace("_", "-"): report for name, report in reports.items()}
+    decision = Decision("small", 5.0, 1, 2, "to see what one more brings", None, None, 80.0)
+    return census.fleet(PLAN, COUNTS, found, named, {"small": decision}, 4, NOW)
+
+
+def test_what_is_told_of_a_fleet() -> None:
+    target, drafter = TargetReport(live=2, waiting=1), DrafterReport(sessions=2)
+    lost = member("small", 1, lost="no answer for 2.1 s", restarts=1)
+    waiting = member("lookup", 0, "starting", since=NOW - CRAMPED)
+    found = told(waiting, lost, member("small", 0), member(TARGET, 0, sessions=3), target_0=target, small_0=drafter)
+    assert (found.model, found.served_model, found.replaced) == ("big", "big", 4)
+    assert [(one.name, one.state, one.sessions, one.address, one.node) for one in found.targets] == [
+        ("target-0", "ready", 3, "10.0.0.1:0", "node")
+    ]
+    assert found.targets[0].report is target
+    assert found.targets[0].model == "big"
+    assert [(one.name, one.pool, one.state, one.trouble) for one in found.drafters] == [
+        ("lookup-0", "lookup", "starting", "it waits for room in the cluster"),
+        ("small-0", "small", "ready", ""),
+        ("small-1", "small", "starting", "no answer for 2.1 s"),
+    ]
+    assert found.drafters[1].report is drafter
+    assert [(pool.name, pool.draft, pool.count, pool.ready) for pool in found.pools] == [("small", "s", 2, 1), ("lookup", "ngram", 1, 0)]
+    assert str(found.pools[0].decision) == "pool small: 1 -> 2 drafters (to see what one more brings; of 80.0 tokens/s)"
+    assert found.gateways == ()
+
+
+def test_only_gateways_that_serve_are_named() -> None:
+    there = [replace(member(GATEWAY, 0), place=Place("http://127.0.0.1:8000", 7, "node"))]
+    assert told(*there).gateways == ("http://127.0.0.1:8000",)
+    assert told(replace(there[0], state="draining")).gateways == ()
+
+
+def test_counters_of_all_targets_make_a_sample() -> None:
+    one = TargetReport(
+        steps=10, rounds=20, accepted=30, computed=1.0, waited=2.0, bookkeeping=3.0, guesses={"small-0": GuessReport(accepted=9)}
+    )
+    two = TargetReport(steps=1, rounds=2, accepted=3, guesses={"small-0": GuessReport(accepted=1), "lookup-0": GuessReport(accepted=2)})
+    found = census.sample(NOW, 1, [one, two], {"small-0", "small-1"})
+    assert (found.at, found.ready, found.steps, found.rounds, found.accepted, found.own) == (NOW, 1, 11, 22, 33, 10)
+    assert found.busy == pytest.approx(6.0)
