@@ -7,6 +7,8 @@ same up to rounding. Three facts make that so:
   sqrt(old / new), its epsilon by old / new;
 - grouped key and value heads are repeated until each query head has one of its own, so that any number of heads can be added behind them;
 - a head, a neuron or a layer writes into the residual stream only through o_proj or down_proj, whose added entries are zero.
+
+Like the weights of nearly every published model those that are added are in bfloat16, whatever type they are kept in.
 """
 
 import hashlib
@@ -28,7 +30,7 @@ from runtime.models.load import DTYPES
 CACHE = Path(__file__).parents[1] / "build" / "bench"
 SPREAD = 0.02  # standard deviation of the weights that only cost time
 NOISE = 1 << 20  # of them drawn, then repeated: billions would take minutes
-VERSION = 1  # of what `widen` computes; part of the name in the cache
+VERSION = 2  # of what `widen` computes; part of the name in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ def widen(source: LlamaForCausalLM, hidden: int, layers: int, ffn: int, heads: i
         model = LlamaForCausalLM(LlamaConfig(**kept | changes)).eval()
     model.tie_weights()
     model.generation_config = source.generation_config
-    noise = torch.randn(NOISE, generator=torch.Generator().manual_seed(seed)) * SPREAD
+    noise = (torch.randn(NOISE, generator=torch.Generator().manual_seed(seed)) * SPREAD).bfloat16().float()
 
     def ungroup(rows: Tensor) -> Tensor:
         return rows.view(-1, size, *rows.shape[1:]).repeat_interleave(group, 0).flatten(0, 1)

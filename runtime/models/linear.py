@@ -1,15 +1,18 @@
 """Products with weight matrices on a CPU, for the few rows that a step has.
 
-BLAS libraries rearrange a matrix before they multiply it with 4 rows or more, which costs more than the product. oneDNN can be given
-a copy that is arranged already. Measured on one core with AVX-512 and without bf16 units, six layers of a Llama of width 768, float32,
-milliseconds a layer by rows (least of nine, machine busy, compared in turn):
+Reading the matrix is what a product with few rows costs, and BLAS libraries make it dearer: they rearrange it before they multiply it
+with 4 rows or more. A copy that is arranged already, and in 16 bits where that is exact (`panels`), leaves hardly more than the reading.
+Where the processor multiplies bfloat16, a model of that type is served by oneDNN, which can be given an arranged copy too; so is float32
+where there are no panels. Measured on one core with AVX-512 and without bf16 units, 63 million weights as in six layers of a Llama of width
+768, float32, milliseconds by rows (least of eight for each matrix, compared in turn, the machine busy):
 
-                 1     2     4     6     8    12    16    32
-    F.linear   5.3   5.2  10.5  11.0  15.0  21.7  14.7  16.2
-    packed     5.3   6.7   6.5   6.7   8.1   8.8   9.4  11.6
+                              1     2     4     8    14    16    24    32    64
+    F.linear               25.7  26.2  50.0  71.2   107  67.5  76.4  84.5   118
+    oneDNN                 30.8  31.1  30.8  35.9  40.8  42.7  51.9  60.3  91.1
+    panels in float32      26.7  26.3  26.8  27.6  29.4  32.4  36.6  46.3  83.9
+    panels in bfloat16     13.8  13.9  14.3  15.2  18.2  22.0  28.6  39.0  79.3
 
-A call costs 0.03 ms more, so small matrices are left as they are. In bfloat16 packing pays from one row on where the processor has
-units for it (measured elsewhere: a step of an 88M model 35.5 -> 26.8 ms), and not at all where it has none.
+A call costs some microseconds more than one of torch, so small matrices are left to it.
 """
 
 import os
@@ -18,15 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-WEIGHTS = 1 << 19  # of a matrix, from which on packing pays
+from runtime.models.kernel import able
+from runtime.models.panels import Panels, shortest
+
+WEIGHTS = 1 << 16  # of a matrix, from which on panels pay
+ONEDNN_WEIGHTS = 1 << 19  # the same of oneDNN's copy
 HINT = 16  # rows that oneDNN arranges a matrix for; others are served as well
-LEAST = {torch.float32: 4, torch.bfloat16: 1}  # rows from which on the packed copy is used
-
-
-def pays(weight: torch.Tensor) -> bool:
-    """Whether a packed copy of this matrix would be used."""
-    able = torch.backends.mkldnn.is_available() and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and native_bf16()))
-    return able and weight.device.type == "cpu" and weight.numel() >= WEIGHTS
+LEAST = {torch.float32: 4, torch.bfloat16: 1}  # rows from which on oneDNN's copy is used
 
 
 def native_bf16() -> bool:
@@ -35,22 +36,45 @@ def native_bf16() -> bool:
     return found
 
 
+def panelled(weight: torch.Tensor) -> bool:
+    """Whether a copy in panels would be used."""
+    fits = weight.dtype in (torch.float32, torch.float16) or (weight.dtype == torch.bfloat16 and not native_bf16())
+    return fits and weight.device.type == "cpu" and weight.numel() >= WEIGHTS and able()
+
+
+def reordered(weight: torch.Tensor) -> bool:
+    """Whether oneDNN's copy would be used: only where there are no panels."""
+    fits = torch.backends.mkldnn.is_available() and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and native_bf16()))
+    return fits and weight.device.type == "cpu" and weight.numel() >= ONEDNN_WEIGHTS and not panelled(weight)
+
+
+def copy_bytes(weight: torch.Tensor) -> int:
+    """Of the copy that would be used; 0 where none would."""
+    if panelled(weight):
+        return weight.numel() * shortest(weight).itemsize
+    return weight.numel() * weight.element_size() if reordered(weight) else 0
+
+
 def has_room(module: nn.Module) -> bool:
-    """Whether packed copies would take no more than half of the memory that is free."""
-    needed = sum(p.numel() * p.element_size() for p in module.parameters() if p.dim() == 2 and pays(p))
+    """Whether the copies would take no more than half of the memory that is free."""
+    needed = sum(copy_bytes(p.detach()) for p in module.parameters() if p.dim() == 2)
     return needed <= os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 class Product:
-    """rows @ weight.T + bias; `rows` (n, inner) -> (n, outer). With `pack`, by a packed copy where that pays."""
+    """rows @ weight.T + bias; `rows` (n, inner) -> (n, outer). With `pack`, by a copy of the matrix where that pays."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, pack: bool) -> None:
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self._turned, self._least = self.weight.t(), LEAST.get(weight.dtype, 1)
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), HINT) if pack and pays(weight) else None
+        self._panels = Panels(self.weight, self.bias, shortest(self.weight)) if pack and panelled(self.weight) else None
+        reorder = pack and reordered(self.weight)
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), HINT) if reorder else None
 
     def __call__(self, rows: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
         """`onto` is added to the result."""
+        if self._panels is not None:
+            return self._panels(rows, onto)
         if self._packed is not None and len(rows) >= self._least:
             result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")
             return result if onto is None else result.add_(onto)
@@ -77,5 +101,5 @@ def pack(module: nn.Module) -> None:
     """Replace the linear layers of a model for which packing pays; its parameters stay what and where they are."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and pays(child.weight):
+            if type(child) is nn.Linear and (panelled(child.weight) or reordered(child.weight)):
                 setattr(parent, name, PackedLinear(child))
