@@ -30,8 +30,8 @@ def threads() -> Iterator[None]:
 
 
 def matrix(shape: tuple[int, int], kind: torch.dtype, seed: int = 0) -> torch.Tensor:
-    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return (numbers / shape[1] ** 0.5).to(kind).float()
+    numbers: torch.Tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / shape[1] ** 0.5
+    return numbers.to(kind).float()
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,7 +10,7 @@ whatever rows are beside it and on however many threads.
 """
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -133,12 +133,8 @@ class Program:
         at.ret_void()
 
     def share(self) -> None:
-        """Does shares until none is left. Of each panel piece by piece, with all rows, in blocks that are as equal as can be; meanwhile
-        the next piece is fetched, a part with each block."""
+        """Does shares until none is left, whichever threads come."""
         at, given = self.entry("share")
-        blocks = ceiling(at, given["count"], len(self.blocks))
-        pieces = ceiling(at, given["inner"], PIECE)
-        step = at.udiv(WIDE(self.line), blocks)
         take, work, done = (at.append_basic_block(name) for name in ("take", "work", "done"))
         at.branch(take)
         at.position_at_end(take)
@@ -147,44 +143,42 @@ class Program:
         at.position_at_end(work)
         first, panels = part(at, given["panels"], number, given["shares"])
         with at.if_then(at.icmp_unsigned(">", panels, WIDE(0))), loop(at, panels) as (index, _):
-            panel = at.add(first, index)
-            column = at.mul(panel, WIDE(2 * self.lanes))
-            with loop(at, pieces) as (piece, _):
-                line, lines = part(at, given["inner"], piece, pieces)
-                here = move(at, given["matrix"], BYTE, at.mul(at.add(at.mul(panel, given["inner"]), line), WIDE(self.line)))
-                beyond = move(at, here, BYTE, at.mul(lines, WIDE(self.line)))
-                turned = move(at, given["turned"], FLOAT, at.mul(line, given["count"]))
-                begun = at.icmp_unsigned(">", piece, WIDE(0))
-                ends = at.icmp_unsigned("==", piece, at.sub(pieces, WIDE(1)))
-                start_stride, onto_stride = (
-                    at.select(used, given[stride], WIDE(0)) for used, stride in ((begun, "out_stride"), (ends, "onto_stride"))
-                )
-                with loop(at, blocks) as (block, _):
-                    row, rows = part(at, given["count"], block, blocks)
-                    onto, out = (
-                        move(at, given[name], FLOAT, at.add(at.mul(row, given[f"{name}_stride"]), column)) for name in ("onto", "out")
-                    )
-                    self.choose(
-                        at,
-                        rows,
-                        [
-                            move(at, turned, FLOAT, row),
-                            given["count"],
-                            here,
-                            move(at, beyond, BYTE, at.mul(at.mul(block, lines), step)),
-                            step,
-                            at.select(begun, out, self.zeros),
-                            start_stride,
-                            at.select(ends, onto, self.zeros),
-                            onto_stride,
-                            out,
-                            given["out_stride"],
-                            lines,
-                        ],
-                    )
+            self.panel(at, given, at.add(first, index))
         at.branch(take)
         at.position_at_end(done)
         at.ret_void()
+
+    def panel(self, at: ir.IRBuilder, given: Mapping[str, ir.Value], panel: ir.Value) -> None:
+        """A panel piece by piece, with all rows, in blocks that are as equal as can be; each block fetches its part of the next piece."""
+        column = at.mul(panel, WIDE(2 * self.lanes))
+        blocks, pieces = ceiling(at, given["count"], len(self.blocks)), ceiling(at, given["inner"], PIECE)
+        step = at.udiv(WIDE(self.line), blocks)
+        with loop(at, pieces) as (piece, _):
+            line, lines = part(at, given["inner"], piece, pieces)
+            here = move(at, given["matrix"], BYTE, at.mul(at.add(at.mul(panel, given["inner"]), line), WIDE(self.line)))
+            beyond = move(at, here, BYTE, at.mul(lines, WIDE(self.line)))
+            turned = move(at, given["turned"], FLOAT, at.mul(line, given["count"]))
+            begun = at.icmp_unsigned(">", piece, WIDE(0))
+            ends = at.icmp_unsigned("==", at.add(piece, WIDE(1)), pieces)
+            with loop(at, blocks) as (block, _):
+                row, rows = part(at, given["count"], block, blocks)
+                onto = move(at, given["onto"], FLOAT, at.add(at.mul(row, given["onto_stride"]), column))
+                out = move(at, given["out"], FLOAT, at.add(at.mul(row, given["out_stride"]), column))
+                given_to_block = [
+                    move(at, turned, FLOAT, row),
+                    given["count"],
+                    here,
+                    move(at, beyond, BYTE, at.mul(at.mul(block, lines), step)),
+                    step,
+                    at.select(begun, out, self.zeros),
+                    at.select(begun, given["out_stride"], WIDE(0)),
+                    at.select(ends, onto, self.zeros),
+                    at.select(ends, given["onto_stride"], WIDE(0)),
+                    out,
+                    given["out_stride"],
+                    lines,
+                ]
+                self.choose(at, rows, given_to_block)
 
     def choose(self, at: ir.IRBuilder, rows: ir.Value, arguments: Sequence[ir.Value]) -> None:
         """Calls the block of so many rows."""
@@ -203,9 +197,10 @@ class Program:
         function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [POINTER]), name)
         at = ir.IRBuilder(function.append_basic_block())
         addresses = ("rows", "turned", "matrix", "onto", "out")
+        fields = [field[0] for field in Arguments._fields_]
         return at, {
             field: at.load(move(at, function.args[0], WIDE, WIDE(index)), typ=POINTER if field in addresses else WIDE, align=8)
-            for index, (field, _) in enumerate(Arguments._fields_)
+            for index, field in enumerate(fields)
         }
 
 
@@ -220,9 +215,9 @@ def loop(at: ir.IRBuilder, count: ir.Value, values: Sequence[ir.Value] = ()) -> 
     becoming = phis[1:]
     yield phis[0], becoming
     leaving = [at.add(phis[0], WIDE(1)), *becoming]
-    for phi, first, last in zip(phis, entering, leaving, strict=True):
-        phi.add_incoming(first, before)
-        phi.add_incoming(last, at.block)
+    for phi, entered, left in zip(phis, entering, leaving, strict=True):
+        phi.add_incoming(entered, before)
+        phi.add_incoming(left, at.block)
     at.cbranch(at.icmp_unsigned("<", leaving[0], count), body, after)
     at.position_at_end(after)
 
