@@ -132,13 +132,29 @@ def test_processors_that_are_not_known_have_no_kernel(monkeypatch: pytest.Monkey
     assert registers_of({"avx2": True, "fma": True}) is None
     assert registers_of({"neon": True}) is None
     monkeypatch.setattr(kernels, "registers_of", lambda _: None)
-    able.cache_clear()
-    try:
-        assert not able()
-        with pytest.raises(LookupError, match="no kernel"):
-            kernel.__wrapped__(torch.bfloat16)
-    finally:
-        able.cache_clear()
+    with pytest.raises(LookupError, match="no kernel"):
+        kernel.__wrapped__(torch.bfloat16)
+    monkeypatch.setattr(kernels, "kernel", kernel.__wrapped__)
+    assert not able.__wrapped__()
+
+
+def test_without_threads_of_torch_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "openmp", SimpleNamespace)
+    assert not able.__wrapped__()
+
+
+def test_other_shapes_are_refused() -> None:
+    product = Panels(matrix((40, 30), torch.bfloat16), None, torch.bfloat16)
+    with pytest.raises(ValueError, match="the matrix is 40 x 30"):
+        product(torch.zeros(2, 31))
+    with pytest.raises(ValueError, match="onto \\(1, 40\\)"):
+        product(torch.zeros(2, 30), torch.zeros(1, 40))
+
+
+def test_rows_and_matrices_need_not_be_dense() -> None:
+    weight, x, old = matrix((64, 96), torch.bfloat16), torch.randn(5, 192), torch.randn(64, 5)
+    product = Panels(weight.t().contiguous().t(), None, torch.bfloat16)
+    assert torch.equal(product(x[:, ::2], old.t()), Panels(weight, None, torch.bfloat16)(x[:, ::2].contiguous(), old.t().contiguous()))
 
 
 def test_a_kernel_is_translated_once() -> None:

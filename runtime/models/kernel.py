@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from llvmlite import binding
 
 from runtime.models.assembly import Arguments, Program, Registers
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +37,23 @@ class Kernel:
 
 @functools.cache
 def able() -> bool:
-    """Whether there are kernels for this processor, and threads of torch that they can use."""
-    return registers_of(binding.get_host_cpu_features()) is not None and hasattr(openmp(), "GOMP_parallel")
+    """Whether there are kernels for this processor, shown by translating one, and threads of torch that they can use."""
+    if not hasattr(openmp(), "GOMP_parallel"):
+        return False
+    try:
+        kernel(torch.bfloat16)
+    except (LookupError, RuntimeError) as error:
+        log.warning("products are left to torch: %s", error)
+        return False
+    return True
 
 
 @functools.cache
 def kernel(kind: torch.dtype) -> Kernel:
-    """For matrices of this type. Takes half a second. Raises LookupError where `able` says no."""
+    """For matrices of this type. Takes half a second at first.
+
+    Raises LookupError for a processor that is not known, RuntimeError where LLVM does not serve it.
+    """
     features = binding.get_host_cpu_features()
     registers = registers_of(features)
     if registers is None:
@@ -64,12 +77,11 @@ def openmp() -> ctypes.CDLL:
 
 
 def translate(kind: torch.dtype, registers: Registers, processor: str, features: str) -> Kernel:
-    """Raises RuntimeError where LLVM cannot."""
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     machine = binding.Target.from_default_triple().create_target_machine(
         cpu=processor,
-        features=f"{features},-prefer-256-bit",
+        features=f"{features},-prefer-256-bit",  # or vectors of 512 bits would be split in two
         opt=3,
     )
     module = binding.parse_assembly(str(Program(kind, registers).module))

@@ -3,8 +3,8 @@
 Reading the matrix is what a product with few rows costs, and BLAS libraries make it dearer: they rearrange it before they multiply it
 with 4 rows or more. A copy that is arranged already, and in 16 bits where that is exact (`panels`), leaves hardly more than the reading.
 Where the processor multiplies bfloat16, a model of that type is served by oneDNN, which can be given an arranged copy too; so is float32
-where there are no panels. Measured on one core with AVX-512 and without bf16 units, 63 million weights as in six layers of a Llama of width
-768, float32, milliseconds by rows (least of eight for each matrix, compared in turn, the machine busy):
+where there are no panels. Measured on one core with AVX-512 and without bf16 units, 63 million weights as in nine layers of a Llama of
+width 768, float32, milliseconds by rows (least of eight for each matrix, compared in turn, the machine busy):
 
                               1     2     4     8    14    16    24    32    64
     F.linear               25.7  26.2  50.0  71.2   107  67.5  76.4  84.5   118

@@ -22,17 +22,17 @@ def shortest(weight: torch.Tensor) -> torch.dtype:
 class Panels:
     """rows @ weight.T + bias on a CPU, computed in float32. What a row becomes depends on the row alone, bit for bit.
 
-    `rows` (n, inner) -> (n, outer), in the type of the rows.
+    `rows` (n, inner) -> (n, outer), in the type of the rows. Raises ValueError for other shapes.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, kind: torch.dtype) -> None:
-        """`kind` holds the weights exactly. `kernel.able()`."""
+        """`kind` holds the weights exactly. Raises what `kernel` raises."""
         self._kernel = kernel(kind)
         self._outer, self._inner = weight.shape
         panels = -(-self._outer // self._kernel.width)
         self._width = panels * self._kernel.width
         self._spare = self._width - self._outer
-        halves = F.pad(weight.to(kind), (0, 0, 0, self._spare)).view(panels, 2, self._kernel.width // 2, self._inner)
+        halves = F.pad(weight.to(kind), (0, 0, 0, self._spare)).reshape(panels, 2, self._kernel.width // 2, self._inner)
         # In bfloat16 the halves of a line lie between each other: see `Program.widened`.
         self._matrix = halves.permute((0, 3, 2, 1) if kind == torch.bfloat16 else (0, 3, 1, 2)).contiguous()
         self._bias = None if bias is None else F.pad(bias.float(), (0, self._spare))
@@ -42,7 +42,11 @@ class Panels:
         """`onto` is added to the result."""
         if rows.dtype != torch.float32:
             return self(rows.float(), None if onto is None else onto.float()).to(rows.dtype)
-        count, rows = rows.shape[0], rows.contiguous()
+        count, inner = rows.shape
+        if inner != self._inner or (onto is not None and onto.shape != (count, self._outer)):
+            added = "nothing" if onto is None else tuple(onto.shape)
+            raise ValueError(f"rows {tuple(rows.shape)} onto {added} do not fit: the matrix is {self._outer} x {self._inner}")
+        rows = rows.contiguous()
         more, stride = self._more(onto)
         out = rows.new_empty(count, self._width)
         turned = rows if count == 1 else rows.new_empty(min(count, ROWS), self._inner)
