@@ -4,13 +4,14 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from typing import Any
 
 import grpc
 
 from actors.credentials import channel
-from actors.grpc_edge import DRAFTER_SILENCE_MS, HANDSHAKE_S, TARGET_SILENCE_MS, client_options, error_of, reason
+from actors.grpc_edge import DRAFTER_SILENCE_MS, HANDSHAKE_S, TARGET_SILENCE_MS, client_options, closing, error_of, reason
+from actors.together import together
 from protos import codec
 from protos.handshake import Hello, mismatch
 from runtime.config import TlsConfig
@@ -65,11 +66,12 @@ class GrpcLink:
                 await self._greet(call)
                 forwarding = asyncio.create_task(self._forward(call, events, ended))
                 while (data := await call.read()) is not grpc.aio.EOF:
-                    reply = self._reply(data)
-                    if isinstance(reply, codec.Bye):
+                    replies = self._replies(data)
+                    for reply in replies:
+                        if not isinstance(reply, codec.Bye):
+                            yield reply
+                    if any(isinstance(reply, codec.Bye) for reply in replies):
                         break
-                    if reply is not None:
-                        yield reply
                 if not ended.is_set():
                     raise self._lost("the stream ended without a goodbye" if data is grpc.aio.EOF else "it said goodbye")
             except grpc.aio.AioRpcError as error:
@@ -103,13 +105,10 @@ class GrpcLink:
 
     async def _forward(self, call: Any, events: AsyncIterator[Event], ended: asyncio.Event) -> None:
         try:
-            async for event in events:
-                try:
-                    data = codec.encode_event(event)
-                except InvalidRequest as error:  # one session does without this drafter, the others keep it
-                    self._count("unsent", str(error))
-                else:
-                    await call.write(data)
+            async with closing(together(events)) as waiting:
+                async for some in waiting:
+                    for data in codec.bundled_to_drafter(self._encoded(some)):
+                        await call.write(data)
             ended.set()
             await call.done_writing()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
@@ -118,16 +117,34 @@ class GrpcLink:
             call.cancel()  # wakes the reader
             raise
 
-    def _reply(self, data: bytes) -> Reply | codec.Bye | None:
-        """None for what has no effect. Raises LinkLost at the last strike."""
+    def _encoded(self, events: Iterable[Event]) -> list[bytes]:
+        found = []
+        for event in events:
+            try:
+                found.append(codec.encode_event(event))
+            except InvalidRequest as error:  # one session does without this drafter, the others keep it
+                self._count("unsent", str(error))
+        return found
+
+    def _replies(self, data: bytes) -> list[Reply | codec.Bye]:
+        """Without what has no effect. Raises LinkLost at the last strike."""
         try:
-            reply = codec.decode_reply(data, self.hello.drafter)
+            frames = codec.unbundled_from_drafter(data)
         except InvalidRequest as error:
             self._strike(str(error))
-            return None
-        if reply is None:
-            self._count("unknown", "reply of an unknown kind")
-        return reply
+            return []
+        found = []
+        for frame in frames:
+            try:
+                reply = codec.decode_reply(frame, self.hello.drafter)
+            except InvalidRequest as error:
+                self._strike(str(error))
+                continue
+            if reply is None:
+                self._count("unknown", "reply of an unknown kind")
+            else:
+                found.append(reply)
+        return found
 
     def _strike(self, why: str) -> None:
         self._count("malformed", why)

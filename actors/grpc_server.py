@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from typing import Any, Protocol
 
 import grpc
@@ -12,13 +12,14 @@ from grpc_reflection.v1alpha import reflection
 
 from actors.credentials import only, server_credentials
 from actors.grpc_edge import CALLER_SILENCE_MS, DRAFTER_SILENCE_MS, HANDSHAKE_S, aborting, closing, printable, server_options
+from actors.together import together
 from protos import codec
 from protos.handshake import Hello, mismatch
 from runtime import limits
 from runtime.config import TlsConfig
 from runtime.errors import InvalidRequest, PairMismatch, Unavailable
 from runtime.links import DraftLink
-from runtime.messages import Chunk, Event, Request
+from runtime.messages import Chunk, Event, Reply, Request
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +55,9 @@ class DraftingService:
     async def _speculate(self, _: AsyncIterator[bytes], context: Any) -> None:
         async with aborting(context):
             await self._greet(context)
-            async with closing(self.body.speculate(self._events(context))) as replies:
-                async for reply in replies:
-                    try:
-                        data = codec.encode_reply(reply)
-                    except InvalidRequest as error:
-                        self._count("unsent", str(error))
-                    else:
+            async with closing(self.body.speculate(self._events(context))) as replies, closing(together(replies)) as waiting:
+                async for some in waiting:
+                    for data in codec.bundled_from_drafter(self._encoded(some)):
                         await context.write(data)
             await context.write(codec.encode_reply(codec.Bye()))
 
@@ -80,15 +77,36 @@ class DraftingService:
 
     async def _events(self, context: Any) -> AsyncGenerator[Event, None]:
         while (data := await context.read()) is not grpc.aio.EOF:
+            for event in self._decoded(data):
+                yield event
+
+    def _encoded(self, replies: Iterable[Reply]) -> list[bytes]:
+        found = []
+        for reply in replies:
             try:
-                event = codec.decode_event(data)
+                found.append(codec.encode_reply(reply))
+            except InvalidRequest as error:
+                self._count("unsent", str(error))
+        return found
+
+    def _decoded(self, data: bytes) -> list[Event]:
+        try:
+            frames = codec.unbundled_to_drafter(data)
+        except InvalidRequest as error:
+            self._count("malformed", str(error))
+            return []
+        found = []
+        for frame in frames:
+            try:
+                event = codec.decode_event(frame)
             except InvalidRequest as error:
                 self._count("malformed", str(error))
                 continue
             if event is None:
                 self._count("unknown", "event of an unknown kind")
             else:
-                yield event
+                found.append(event)
+        return found
 
     def _count(self, what: str, why: str) -> None:
         self.counters[what] += 1

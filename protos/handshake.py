@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-PROTOCOL = 1  # raised when an old reader would misunderstand a new writer; new kinds of frames and new fields do not
+PROTOCOL = 2  # raised when an old reader would misunderstand a new writer; new kinds of frames and new fields do not
 
 
 @dataclass(frozen=True, slots=True)

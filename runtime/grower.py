@@ -1,4 +1,4 @@
-"""The drafter's loop: apply the commits that have arrived, expand the best leaves, send the growth at once.
+"""The drafter's loop: apply the commits that have arrived, expand the best leaves, send the growth.
 
 It runs on the model's thread and knows no event loop, like the target's engine.
 """
@@ -9,7 +9,7 @@ import queue
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 Send = Callable[[Reply], None]
 RUN_AHEAD = 512  # nodes that wait for a commit
 FLOOR = -7.0  # log of the least path probability worth a node
+HELD = 0.25  # of the passes since the last commit may be held back: their messages cost both sides more than the newest guesses are worth
 ROWS = 16  # leaves in one pass over several sessions: a pass with so many rows costs little more than one with a single row
 FAULTS = (OutriderError, RuntimeError, ValueError, MemoryError, LookupError, TypeError, AttributeError, ArithmeticError)
 
@@ -87,11 +88,19 @@ class Growing:
     tree: TokenTree
     frontier: Frontier | None = None  # None where it is to be made anew
     passes: int = 0  # answered since the last commit
+    heard: int = 0  # of them, those that the target has been told of
+    unsent: list[Grown] = field(default_factory=list)
     lost: bool = False  # has missed a commit and asked for the text again
 
     def restart(self, tree: TokenTree) -> None:
         """Go on with this tree."""
-        self.tree, self.frontier, self.passes = tree, None, 0
+        self.tree, self.frontier, self.passes, self.heard = tree, None, 0, 0
+        self.unsent.clear()
+
+    @property
+    def due(self) -> bool:
+        """Whether the target should hear now: at once after a commit, when it may have little else, then ever more rarely."""
+        return self.passes - self.heard >= HELD * self.passes
 
     @property
     def limit(self) -> int:
@@ -182,6 +191,7 @@ class Grower:
     def grow(self) -> bool:
         """One pass of the method over all sessions; False where there is nothing to expand until the next event."""
         wishes = self.plan()
+        self.send_rest(wishes)
         if wishes:
             began = self.clock()
             answers = self.ask(wishes)
@@ -217,8 +227,17 @@ class Grower:
             growing = self.growing.get(wish.text.session)
             if growing is not None and children is not None:
                 self.expanded(growing, wish.leaves)
-                self.send(growing, self.sprout(growing, children))
+                growing.unsent.append(self.sprout(growing, children))
+                if growing.due:
+                    self.send(growing)
                 growing.ripe().extend()
+
+    def send_rest(self, wishes: Sequence[Wish]) -> None:
+        """What was held back of the sessions that are not wished for now."""
+        wished = {wish.text.session for wish in wishes}
+        for name, growing in self.growing.items():
+            if growing.unsent and name not in wished:
+                self.send(growing)
 
     def expanded(self, growing: Growing, leaves: Sequence[int]) -> None:
         growing.passes += 1
@@ -239,9 +258,11 @@ class Grower:
         new = tree.merge(keys, tokens.astype(np.int64), said, self.name, calibration.scores).rows
         return Grown(keys[new], tokens[new].astype(np.int32), said[new].astype(np.float32))
 
-    def send(self, growing: Growing, grown: Grown) -> None:
-        """In messages that a target takes."""
-        opened = growing.opened
+    def send(self, growing: Growing) -> None:
+        """All that the target has not heard of, in messages that it takes."""
+        opened, grown = growing.opened, Grown(*map(np.concatenate, zip(*growing.unsent, strict=True)))
+        growing.unsent.clear()
+        growing.heard = growing.passes
         self.nodes += len(grown.tokens)
         for start in range(0, len(grown.tokens), limits.DRAFT_NODES):
             piece = slice(start, start + limits.DRAFT_NODES)
@@ -300,6 +321,8 @@ class Grower:
             return
         if event.base <= have:
             decided = event.tokens[have - event.base :]
+            if growing.unsent:
+                self.send(growing)
             self.calibration(growing).observe_path(growing.tree, decided)
             growing.tree.reroot(decided)
             growing.tokens.extend(decided)

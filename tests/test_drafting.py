@@ -171,6 +171,32 @@ def test_sessions_are_bounded() -> None:
     assert hand.text("0/s0") == TEXT[:7]
 
 
+# When it says so
+
+
+def test_the_longer_it_grows_the_rarer_it_speaks() -> None:
+    hand = Hand()
+    hand.hear(opened())
+    assert hand.grow(21) == list(TEXT[5:25])
+    assert [len(draft.tokens) for draft in hand.drafts()] == [1, 1, 1, 1, 2, 2, 3, 4, 5]
+    hand.hear(commit(5, 1))
+    assert hand.drafts()[-1].tokens.tolist() == [TEXT[25]]  # was held back, and may live on under the new root
+    assert hand.grow(2) == list(TEXT[26:28])
+
+
+def test_nothing_is_held_back_when_there_is_nothing_more_to_say() -> None:
+    hand = Hand()
+    hand.hear(opened(most=11))
+    assert hand.grow(20) == list(TEXT[5:15])
+
+
+def test_a_session_that_gets_no_pass_has_said_all() -> None:
+    hand = Hand()
+    hand.hear(opened(most=11), opened("t"))
+    hand.grow(20)
+    assert [token for draft in hand.drafts() for token in draft.tokens.tolist()] == list(TEXT[5:15])
+
+
 # How far it goes
 
 

@@ -61,7 +61,7 @@ def test_growth_that_nobody_fetches_is_dropped_but_no_question(monkeypatch: pyte
             feed = Feed(opened(most=9))
             async with closing(host.speculate(feed)) as replies, asyncio.timeout(PATIENCE_S):
                 await draft_for(replies, "s")
-                await soon(lambda: host.grower.counters["dropped replies"] >= 5)
+                await soon(lambda: host.grower.counters["dropped replies"] >= 2)
                 feed.put(commit(9, 1))
                 await soon(lambda: host.grower.counters["resync"] == 1)
                 before = []
@@ -85,7 +85,7 @@ def test_a_clogged_link_becomes_useful_again(monkeypatch: pytest.MonkeyPatch) ->
             known = {text_key(PROMPT)}
             while text_key(TEXT[:13]) not in known:
                 draft = await draft_for(replies, "s")
-                await soon(lambda: host.grower.counters["dropped replies"] >= 5)
+                await soon(lambda: host.grower.counters["dropped replies"] >= 2)
                 parents = draft.parents.tolist()
                 known.update(
                     text_key([token], parent) for parent, token in zip(parents, draft.tokens.tolist(), strict=True) if parent in known

@@ -17,6 +17,7 @@ from actors.grpc_links import GrpcTarget
 from actors.grpc_server import DraftingService, TargetService, serve
 from protos import codec
 from protos import speculation_pb2 as pb
+from protos.handshake import PROTOCOL
 from protos.speculation_pb2_grpc import DraftingStub, TargetStub
 from runtime import limits
 from runtime.errors import InvalidRequest, OutriderError, Overloaded, PairMismatch, Unavailable
@@ -194,7 +195,7 @@ def test_the_generated_client_speaks_to_the_server() -> None:
         server, port = await serve([DraftingService(ScriptedDrafter(), HELLO)], HOST)
         async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
             call = DraftingStub(channel).Speculate()
-            await call.write(pb.ToDrafter(hello=pb.Hello(protocol=1, vocabulary=HELLO.vocabulary, model="other", drafter=DRAFTER)))
+            await call.write(pb.ToDrafter(hello=pb.Hello(protocol=PROTOCOL, vocabulary=HELLO.vocabulary, model="other", drafter=DRAFTER)))
             assert (await call.read()).hello.drafter == DRAFTER
             call.cancel()
         await server.stop(None)

@@ -285,6 +285,26 @@ def test_events_that_the_wire_cannot_carry_cost_only_their_session() -> None:
     asyncio.run(main())
 
 
+def test_what_comes_at_once_crosses_in_order_whatever_is_wrong_with_one() -> None:
+    async def main() -> None:
+        body = ScriptedDrafter()
+        service = DraftingService(body, HELLO)
+        server, port = await serve([service], HOST)
+        async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
+            call = channel.stream_stream(f"/{codec.DRAFTING}/Speculate")()
+            await call.write(codec.encode_hello_to_drafter(HELLO))
+            frames = [codec.encode_event(opening("a")), GARBAGE, LATER, codec.encode_event(opening("b"))]
+            (bundle,) = codec.bundled_to_drafter(frames)
+            await call.write(bundle)
+            await soon(lambda: len(body.seen) == 2)
+            call.cancel()
+        await server.stop(None)
+        assert body.seen == [opening("a"), opening("b")]
+        assert service.counters == {"malformed": 1, "unknown": 1}
+
+    asyncio.run(main())
+
+
 def test_an_error_of_the_events_is_raised_as_it_is() -> None:
     async def broken() -> AsyncIterator[Event]:
         yield opening()
@@ -383,7 +403,7 @@ def test_a_drafter_that_dies_or_stops_is_noticed(how: signal.Signals) -> None:
             return time.monotonic() - start
 
     with drafter_process() as (process, address):
-        assert asyncio.run(main(process, address)) < PATIENCE_S  # about 2 s by design; a busy machine may be late
+        assert asyncio.run(main(process, address)) < PATIENCE_S  # 2 s by design; a busy machine is late
 
 
 def test_a_server_that_stops_loses_the_link() -> None:

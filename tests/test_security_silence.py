@@ -19,6 +19,7 @@ from actors.peers import Peer
 from actors.target import TargetActor
 from protos import codec
 from protos import speculation_pb2 as pb
+from protos.handshake import PROTOCOL
 from runtime.config import DrafterConfig, Placement, TargetConfig, TlsConfig
 from runtime.errors import InvalidRequest, Unavailable
 from runtime.messages import Request
@@ -94,7 +95,7 @@ def test_actors_speak_by_certificate_and_keep_silent(
         """From a target that does not keep to the protocol."""
         async with channel(address, [], tls, "target", "drafter") as connection:
             call = connection.stream_stream(f"/{codec.DRAFTING}/Speculate")()
-            hello = pb.Hello(protocol=1, vocabulary="other", model="other", drafter="lookup")
+            hello = pb.Hello(protocol=PROTOCOL, vocabulary="other", model="other", drafter="lookup")
             await call.write(pb.ToDrafter(hello=hello).SerializeToString())
             assert await call.code() is grpc.StatusCode.FAILED_PRECONDITION
             call = connection.stream_stream(f"/{codec.DRAFTING}/Speculate")()

@@ -113,6 +113,7 @@ class DrafterSide:
         """Grower.run up to the method's pass."""
         self.grower.take_in(block=False)
         wishes = self.grower.plan()
+        self.grower.send_rest(wishes)
         if not wishes:
             return
         self.computing = True
