@@ -12,7 +12,7 @@ FITS := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 BIN := .venv/bin
 UNUSED := /(tests?|testing|rllib|sympy|_inductor|onnx|transformers/models)/
 
-.PHONY: help install demo bench test test-chaos test-cluster check format proto train audit sbom clean
+.PHONY: help install demo bench test test-chaos test-load test-cluster check format proto train audit sbom clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,12 +25,20 @@ demo: install ## the pair that ships writes Python code, guessed ahead and then 
 bench: install ## compare with every other way to use the same models and cores: about half an hour on two cores
 	@$(BIN)/python -m bench
 
-test: install ## all tests
-	$(BIN)/pytest -q --durations=10
+test: install ## all tests, on up to four cores
+	$(BIN)/pytest -q --durations=10 --numprocesses auto --maxprocesses 4
 
-test-chaos: install ## kill and stop targets and drafters under 200 streams, then change their number under 20; ten minutes
+test-chaos: install ## kill and stop targets and drafters under 200 streams, change their number under 20, kill everything under a batch; 20 minutes
+	@mkdir -p build
 	$(BIN)/python -m bench.chaos --streams 200 --seconds 240 --targets 2 --drafters 3 --json build/chaos-blows.json
 	$(BIN)/python -m bench.chaos --streams 20 --seconds 205 --targets 1 --drafters 1 --scale 4 --every 4 --json build/chaos-scale.json
+	$(BIN)/python -m bench.batch_chaos --items 500 --kills 5 | tee build/chaos-batch.json
+
+test-load: install ## what the gateway adds, ten times too many requests, clients that leave; thousands of malformed ones; 15 minutes
+	@mkdir -p build
+	$(BIN)/python -m bench.load --json build/load.json
+	OUTRIDER_TEST_DISCONNECTS=1000 OUTRIDER_TEST_MALFORMED=5000 OUTRIDER_FUZZ=5000 $(BIN)/pytest -q --durations=10 \
+	  tests/test_gateway_life.py tests/test_gateway_fuzz.py tests/test_fuzz_wire.py
 
 test-cluster: install ## the on-premise cluster file for real, on hosts made of namespaces (needs root): minutes
 	$(BIN)/python -m tests.cluster.try_cluster

@@ -79,11 +79,14 @@ def drafter(member: Member, report: object, now: float) -> DrafterState:
 
 def state(member: Member) -> State:
     """As others are to treat it: one that is lost gets nothing until its next life is ready."""
-    return "starting" if member.lost else member.state
+    return "starting" if member.lost and member.state != "failed" else member.state
 
 
 def trouble(member: Member, now: float) -> str:
     """What is wrong with it; "" where nothing is."""
+    if member.state == "failed":
+        again = f"`outrider scale {member.role}=N` tries again"
+        return f"given up after {member.failures} failures in a row, the last: {member.lost}; {again}"
     return member.lost or ("it waits for room in the cluster" if waits(member, now) else "")
 
 

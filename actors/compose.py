@@ -3,7 +3,6 @@
 import gc
 import importlib
 import os
-import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from actors.memory import recall
-from runtime.config import DrafterConfig, Placement, TargetConfig, memory_of, memory_of_drafter
+from runtime.config import DrafterConfig, HeadConfig, Placement, TargetConfig, folder_of, memory_of, memory_of_drafter, module_of
 from runtime.drafters.base import Drafter, Ingredients
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.noisy import Noisy
@@ -20,6 +19,7 @@ from runtime.drafting import DraftHost
 from runtime.engine import Engine
 from runtime.finish import Finish
 from runtime.grower import Grower
+from runtime.heads.base import Head, Mount
 from runtime.messages import Request
 from runtime.models.choose import choose, logprobs
 from runtime.models.detokenize import Detokenizer
@@ -27,6 +27,7 @@ from runtime.models.grammar import Grammars
 from runtime.models.hf import HFModel
 from runtime.models.load import load_model, load_tokenizer
 from runtime.models.timing import knee, step_times
+from runtime.models.trained import identity_of
 from runtime.policy import scheduler
 from runtime.schedulers.living import ROWS
 from runtime.target import Target
@@ -34,14 +35,6 @@ from runtime.tracing import OFF, TARGET, Trace
 
 WIDTHS = (1, 2, 4, 8)  # of a drafter's pass, among which the knee is looked for
 UNMEASURED = 4
-SWITCH_INTERVAL = 0.0002  # seconds; Python's own 5 ms would let the model's thread hold up the exchange
-
-
-def settle(placement: Placement) -> None:
-    """Stay on the given cores, from this thread on: the threads it starts inherit that."""
-    sys.setswitchinterval(SWITCH_INTERVAL)
-    if placement.cores:
-        os.sched_setaffinity(0, placement.cores)
 
 
 def settle_memory() -> None:
@@ -94,9 +87,18 @@ def build_target(config: TargetConfig, record: bool = False) -> Built:
     slots = config.kv_tokens or kv_slots(model)
     known = recall(memory_of(config.model, "target"))
     trace = Trace(TARGET) if record else OFF
-    engine = Engine(model, choose, scheduler(config.schedule, times), eos, time.monotonic, slots, known, trace, logprobs)
+    heads = {name: build_head(head, model, tokenizer) for name, head in config.named_heads().items()}
+    engine = Engine(model, choose, scheduler(config.schedule, times), eos, time.monotonic, slots, known, trace, logprobs, heads)
     target = Target(engine, finisher(tokenizer, eos), Grammars(tokenizer, model.vocabulary, eos))
     return Built(target, tokenizer, times)
+
+
+def build_head(config: HeadConfig, model: HFModel, tokenizer: PreTrainedTokenizerFast) -> Head:
+    """Raises ModelRefused for what was not trained for this model, or cannot sit on it."""
+    method = importlib.import_module(f"runtime.heads.{module_of(config.method)}")
+    head: Head = method.build(Mount(model, identity_of(model.module.config, tokenizer), folder_of(config)))
+    model.check(head.look)
+    return head
 
 
 def build_drafter(config: DrafterConfig, target: str, record: bool = False) -> DraftHost:
@@ -105,8 +107,11 @@ def build_drafter(config: DrafterConfig, target: str, record: bool = False) -> D
     def load(name: str) -> HFModel:
         return load_model(name, config.dtype, config.device, threads(config.placement))
 
-    method = importlib.import_module(f"runtime.drafters.{config.method}")
-    drafter = method.build(Ingredients(target, config.model, load))
+    def load_layers(name: str) -> HFModel:
+        return load_model(name, config.dtype, config.device, threads(config.placement), layers=config.layers)
+
+    method = importlib.import_module(f"runtime.drafters.{module_of(config.method)}")
+    drafter = method.build(Ingredients(target, config.model, load, load_layers))
     known = recall(memory_of_drafter(config, target))
     trace = Trace(config.name) if record else OFF
     return DraftHost(Grower(drafter, config.name, config.width or width_of(drafter), calibrations=known, trace=trace))

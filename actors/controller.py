@@ -8,19 +8,20 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import replace
 
 import ray
 from ray.autoscaler.sdk import request_resources
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
-from actors import census, ledger, lives
+from actors import census, ledger, lives, roster
 from actors.credentials import warn_if_open
 from actors.fleet import Fleet
 from actors.ledger import Ledger
 from actors.lives import Life
 from actors.peers import Peer, Place
-from actors.roster import PATIENCE, TARGET, Action, Drain, End, Member, Replace, Start, decide, drafts, first_counts, fitting, serves, waits
+from actors.roster import PATIENCE, TARGET, Action, Drain, End, GiveUp, Member, Replace, Start, drafts, serves
 from runtime import scaling
 from runtime.config import MOST_DRAFTERS, Deployment, PoolConfig
 from runtime.errors import InvalidRequest, OutriderError, Unavailable
@@ -49,7 +50,7 @@ class Controller:
     def __init__(self, deployment: Deployment, prefix: str = "", served: bool = False, record: bool = False) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
         self.deployment, self.prefix, self.served, self.record = deployment, prefix, served, record
-        self.counts = first_counts(deployment, gateways=served)
+        self.counts = roster.first_counts(deployment, gateways=served)
         self.members: dict[str, Member] = {}
         self.actors: dict[str, Life] = {}
         self.life_of: dict[str, int] = {}  # how many each name has had
@@ -57,6 +58,7 @@ class Controller:
         self.scalings: dict[str, Scaling] = {}
         self.decisions: dict[str, Decision] = {}
         self.requested: list[dict[str, float]] = []
+        self.leaving: frozenset[str] = frozenset()  # nodes
         self.saved = b""
         self.changed = threading.Condition()
         self.stopping = threading.Event()
@@ -96,8 +98,9 @@ class Controller:
             before = self.deployment, self.counts
             auto = {pool.name: pool for pool in deployment.pools if pool.auto and pool.name in self.counts}
             kept = {name: max(pool.min, min(pool.max, self.counts[name])) for name, pool in auto.items()}
-            self.deployment, self.counts = deployment, first_counts(deployment, gateways=self.served) | kept
+            self.deployment, self.counts = deployment, roster.first_counts(deployment, gateways=self.served) | kept
             self.scalings = {}
+            self._forgive({member.role for member in self.members.values()})
             log.info("a deployment is applied")
         try:
             return self._await(patience)
@@ -108,7 +111,8 @@ class Controller:
             raise
 
     def scale(self, pool: str, count: int) -> Fleet:
-        """From now on so many drafters; returns at once. Raises InvalidRequest for an unknown pool, or a count out of its bounds."""
+        """From now on so many drafters, also in place of those that were given up; returns at once. Raises InvalidRequest for an unknown
+        pool, or a count out of its bounds."""
         with self.changed:
             config = self._pool(pool)
             whole("count", count, 0, MOST_DRAFTERS)
@@ -118,6 +122,7 @@ class Controller:
                 )
             log.info("pool %s: %d -> %d drafters (asked for)", pool, self.counts[pool], count)
             self._count(pool, count)
+            self._forgive({pool})
             return self._fleet()
 
     def drain(self, name: str) -> Fleet:
@@ -139,6 +144,14 @@ class Controller:
         """Where each member is now; those that are starting are left out."""
         with self.changed:
             return {name: member.place for name, member in self.members.items() if member.place is not None}
+
+    def recording(self, on: bool) -> None:
+        """Whether targets and drafters record what they do; those that are started later do as well."""
+        with self.changed:
+            self.record = on
+        told = [life.handle.recording.remote(on) for life in self._computing()]
+        if told:
+            ray.wait(told, num_returns=len(told), timeout=PATIENCE)
 
     def trace(self) -> list[Recording]:
         """What targets and drafters have recorded since the last call. What one had recorded before it was lost is missing."""
@@ -164,6 +177,7 @@ class Controller:
         remembered = measured = time.monotonic()
         try:
             while not self.stopping.wait(PERIOD):
+                self.leaving = lives.leaving_nodes(self.leaving)
                 now = time.monotonic()
                 with self.changed:
                     if self.stopping.is_set():
@@ -185,8 +199,9 @@ class Controller:
         """Hear all members, decide, act."""
         ear = max((life.heard for life in self.actors.values()), default=0.0)
         for name, member in self.members.items():
-            self._change(lives.listen(member, self.actors[name], ear, now))
-        for action in decide(self.deployment, self.counts, tuple(self.members.values()), now):
+            found = lives.listen(member, self.actors[name], ear, now)
+            self._change(replace(found, leaves=found.place is not None and found.place.node in self.leaving))
+        for action in roster.decide(self.deployment, self.counts, tuple(self.members.values()), now):
             self._act(action, now)
         self._save()
         for name in self.members.keys() - self.actors.keys():
@@ -205,6 +220,11 @@ class Controller:
                 lives.kill(lost, self.actors.pop(name))
                 started = Member(name, lost.role, lost.index, 0, lost.spec, "starting", now)
                 self._begin(replace(started, failures=lost.failures, restarts=lost.restarts + 1))
+            case GiveUp(name):
+                lost = self.members[name]
+                log.error("%s is given up: it failed %d times in a row, at last: %s", name, lost.failures, lost.lost)
+                lives.kill(lost, self.actors[name])
+                self.members[name] = replace(lost, state="failed")
             case Drain():
                 self._drain(action)
             case End():
@@ -262,7 +282,7 @@ class Controller:
 
     def _ask_for_room(self, now: float) -> None:
         """Where members wait for room, ask Ray's autoscaler for a cluster that holds all of them; else for nothing."""
-        waiting = any(waits(member, now) for member in self.members.values())
+        waiting = any(roster.waits(member, now) for member in self.members.values())
         wanted = [found for member in self.members.values() if (found := lives.bundle(member.spec))] if waiting else []
         if wanted != self.requested:
             log.info("the cluster is asked for room for %d members", len(wanted))
@@ -317,7 +337,7 @@ class Controller:
         )
 
     def _fit(self, role: str) -> list[Member]:
-        return fitting(self.deployment, role, tuple(self.members.values()))
+        return roster.fitting(self.deployment, role, tuple(self.members.values()))
 
     def _unready(self) -> str:
         starting = {member.name: member.placed for member in self.members.values() if member.state == "starting"}
@@ -335,6 +355,12 @@ class Controller:
                 return pool
         known = ", ".join(pool.name for pool in self.deployment.pools) or "none"
         raise InvalidRequest(f"there is no pool {name!r}: the deployment has {known}", "pool")
+
+    def _forgive(self, roles: Collection[str]) -> None:
+        """What does not start is tried again at once, also what was given up."""
+        for name, member in self.members.items():
+            if member.role in roles and member.lost:
+                self.members[name], self.actors[name].failure = roster.forgiven(member), None
 
     def _count(self, role: str, count: int) -> None:
         self.counts = self.counts | {role: count}

@@ -4,6 +4,7 @@ import threading
 
 import grpc
 
+from actors.cores import settle
 from actors.grpc_server import DraftingService, serve
 from actors.loop_thread import LoopThread
 from actors.memory import remember
@@ -14,7 +15,7 @@ from runtime.drafting import DraftHost
 from runtime.errors import Unavailable
 from runtime.models.pair import vocabulary_hash
 from runtime.reports import DrafterReport
-from runtime.tracing import Recording
+from runtime.tracing import OFF, Recording, Trace
 
 
 class DraftActor:
@@ -35,11 +36,11 @@ class DraftActor:
         return self.where()
 
     def _start(self) -> None:
-        from actors.compose import build_drafter, settle, settle_memory  # torch: only the process that computes pays for it
+        settle(self.config.placement)  # before torch is loaded: who starts does not take the cores of those that serve
+        from actors.compose import build_drafter, settle_memory  # torch: only the process that computes pays for it
         from runtime.models.load import load_tokenizer
 
         config = self.config
-        settle(config.placement)
         self.host = build_drafter(config, self.target, self.record)
         vocabulary = vocabulary_hash(load_tokenizer(config.model or self.target))
         settle_memory()
@@ -58,6 +59,10 @@ class DraftActor:
         if not self.host.alive:
             raise Unavailable("the drafter's thread has ended: see its log")
         return self.host.grower.report()
+
+    def recording(self, on: bool) -> None:
+        """Whether it records what it does, from now on. What was recorded before is forgotten."""
+        self.host.grower.trace = Trace(self.config.name) if on else OFF
 
     def trace(self) -> Recording:
         """What was recorded since the last call."""

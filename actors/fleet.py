@@ -1,17 +1,20 @@
 """Who is there: what the controller says of targets, drafters and gateways, for routers, status and metrics."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from runtime.reports import DrafterReport, TargetReport
 from runtime.scaling import Decision
 
-State = Literal["starting", "ready", "draining"]
+State = Literal["starting", "ready", "draining", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
 class TargetState:
-    """Only a `ready` one gets new sessions. `address` is that of its gRPC server, "" until it has one; `node` is Ray's name of its node.
+    """Only a `ready` one gets new sessions; a `failed` one, a drafter that failed again and again, is not started any more.
+
+    `address` is that of its gRPC server, "" until it has one; `node` is Ray's name of its node.
 
     `trouble`: why it does not start, "" where nothing is known to be wrong. `model`: what it serves; while a deployment changes there
     may be targets of two.
@@ -27,6 +30,11 @@ class TargetState:
     restarts: int = 0  # lives lost under this name
     trouble: str = ""
     model: str = ""
+
+
+def serving(targets: Sequence[TargetState], model: str) -> list[TargetState]:
+    """Those of this model. One of an older version does not say what it serves."""
+    return [target for target in targets if target.model in ("", model)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ ADDRESS = re.compile(r"\b(?:ipv4|ipv6|unix):\S*[^\s:]")  # as gRPC writes them
 SAID = 500  # characters of a peer's own words that are passed on
 ERROR_PARAM = "outrider-param"  # trailing metadata: which parameter an INVALID_ARGUMENT is about
 
-# How long, beyond a second, a peer may leave a ping unanswered. A drafter or, for a router, a target that is lost by mistake costs
+KEEPALIVE_MS = 500  # of silence until a peer is asked for a sign of life
+# How long, beyond that, a peer may leave a ping unanswered. A drafter or, for a router, a target that is lost by mistake costs
 # speed only: it is back at once, and others go on meanwhile. A caller of a single target loses its answer with it, and a target does
 # in vain what it did for a caller: there, a busy machine gets more time.
 DRAFTER_SILENCE_MS = TARGET_SILENCE_MS = 1000
@@ -25,12 +26,12 @@ CALLER_SILENCE_MS = 3000
 
 
 def shared_options(silence_ms: int) -> list[tuple[str, int]]:
-    """A peer that is cut off or stopped is noticed after `silence_ms` and a second. keepalive_timeout alone sees the cut, whose
+    """A peer that is cut off or stopped is noticed within `silence_ms` and half a second. keepalive_timeout alone sees the cut, whose
     packets nobody acknowledges; behind a stopped process the kernel still does, and a ping would wait its own minute."""
     return [
         ("grpc.max_send_message_length", limits.MESSAGE_BYTES),
         ("grpc.max_receive_message_length", limits.MESSAGE_BYTES),
-        ("grpc.keepalive_time_ms", 1000),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", silence_ms),
         ("grpc.http2.ping_timeout_ms", silence_ms),
         ("grpc.keepalive_permit_without_calls", 1),
@@ -52,7 +53,7 @@ def server_options(silence_ms: int) -> list[tuple[str, int]]:
     """The server must allow pings as often as clients send them, or it closes the connection (GOAWAY, too_many_pings)."""
     return [
         *shared_options(silence_ms),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 500),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.so_reuseport", 0),
         ("grpc.server_handshake_timeout_ms", CONNECT_MS),

@@ -29,7 +29,7 @@ class GrpcLink:
     counters  what had no effect, by reason: `malformed` and `unknown` replies, `unsent` events that the wire cannot carry
     peer      what the drafter said of itself, after the handshake
 
-    A stop or cut of the drafter raises LinkLost after about two seconds, a kill at once, `handshake_s` seconds of
+    A stop or cut of the drafter raises LinkLost within two seconds, a kill at once, `handshake_s` seconds of
     silence at the start too. Three malformed replies within a minute raise LinkLost, on this connection or a later one.
     """
 
@@ -163,7 +163,7 @@ class GrpcLink:
 class GrpcTarget:
     """A target in another process. To be made, used and closed on one running event loop.
 
-    With `tls` it is called as a gateway. A stop or cut of the target is noticed after `silence_ms` and a second, a kill at once.
+    With `tls` it is called as a gateway. A stop or cut of the target is noticed within `silence_ms` and half a second, a kill at once.
     Raises InvalidRequest where the files of `tls` cannot be used.
     """
 

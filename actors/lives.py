@@ -10,18 +10,20 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.experimental.internal_kv import internal_kv_get_gcs_client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.draft import DraftActor
 from actors.peers import Peer, Place
 from actors.ray_edge import cause_of, first_line
-from actors.roster import DrafterSpec, GatewaySpec, Member, Spec, TargetSpec, mute
+from actors.roster import DEAF, FORBEARANCE, PATIENCE, DrafterSpec, GatewaySpec, Member, Spec, TargetSpec, bereft, mute
 from actors.target import TargetActor
 from runtime.config import Placement
 from runtime.errors import OutriderError, Unavailable
 from runtime.reports import DrafterReport, TargetReport
 
 START = 600.0  # seconds that one may take to load its model once its process is there
+HASTE = 0.5  # seconds for an answer of Ray's head
 CALLS = 8  # of an actor at one time: signs of life come through while others wait
 
 
@@ -85,7 +87,7 @@ def listen(member: Member, life: Life, ear: float, now: float) -> Member:
     try:
         return started(member, life, now) if member.place is None else heard(member, life, ear, now)
     except RayError as error:
-        return replace(member, lost=first_line(error), since=now)
+        return bereft(member, first_line(error), now)
 
 
 def started(member: Member, life: Life, now: float) -> Member:
@@ -98,17 +100,17 @@ def started(member: Member, life: Life, now: float) -> Member:
         except RayError as error:
             life.failure = cause_of(error) if isinstance(error, RayTaskError) else None
             why = type(life.failure).__name__ if life.failure else first_line(error)
-            return replace(member, lost=f"it does not start: {why}", since=now, failures=member.failures + 1)
+            return bereft(member, f"it does not start: {why}", now)
         if isinstance(place, str):  # a gateway's URL
             life.starting = life.handle.where.remote()
             return member
         if not isinstance(place, Place):
             life.failure = Unavailable(f"{member.name} answered {place!r} and not its place: install the same version on all nodes")
-            return replace(member, lost="it is of another version", since=now, failures=member.failures + 1)
+            return bereft(member, "it is of another version", now)
         ask(member, life, now)
-        return replace(member, state="ready", place=place, placed=True, since=now, failures=0)
+        return replace(member, state="ready", place=place, placed=True, since=now)
     if member.placed and now - member.since > START:
-        return replace(member, lost=f"it did not start within {START:g} s", since=now, failures=member.failures + 1)
+        return bereft(member, f"it did not start within {START:g} s", now)
     return member
 
 
@@ -118,8 +120,8 @@ def heard(member: Member, life: Life, ear: float, now: float) -> Member:
         life.report, life.heard = None if isinstance(answer, Place) else answer, life.asked
         ask(member, life, now)
         member = replace(member, sessions=sessions(life.report))
-    elif mute(life.asked, ear, now):
-        return replace(member, lost=f"no answer for {now - life.asked:.1f} s", since=now)
+    elif mute(life.asked, ear, now, FORBEARANCE if isinstance(member.spec, GatewaySpec) else PATIENCE if life.heard else DEAF):
+        return bereft(member, f"no answer for {now - life.asked:.1f} s", now)
     if life.draining is not None and answered(life.draining):
         ray.get(life.draining)
         return replace(member, drained=True)
@@ -166,6 +168,15 @@ def end_process(pid: int, kind: str) -> None:
     with contextlib.suppress(OSError):
         if kind.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(pid, signal.SIGKILL)
+
+
+def leaving_nodes(before: frozenset[str]) -> frozenset[str]:
+    """Nodes that Ray was told to let go, by its names for them; as before where it does not answer at once."""
+    ray_says: Any = internal_kv_get_gcs_client
+    try:
+        return frozenset(ray_says().get_draining_nodes(timeout=HASTE))
+    except RayError:
+        return before
 
 
 def answered(answer: Any) -> bool:

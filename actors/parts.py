@@ -14,7 +14,7 @@ def seen(prompt: int, guessed: Sequence[Sequence[str]]) -> Stats:
     guessed  for each chunk, who guessed each token of it ("": nobody)
     """
     accepted = [[name for name in names if name] for names in guessed]
-    lengths = Counter(map(len, accepted))
+    lengths = Counter(len(names) for names in accepted if names)
     total = sum(map(len, accepted))
     return Stats(
         prompt_tokens=prompt,

@@ -5,7 +5,7 @@ interchangeable, and one whose spec is not the wanted one any more is outdated.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count as numbers
 
 from actors.fleet import State
@@ -14,9 +14,12 @@ from runtime.config import Deployment, DrafterConfig, TargetConfig, TlsConfig
 
 TARGET, GATEWAY = "target", "gateway"  # roles; every other is the name of a pool
 PATIENCE = 2.0  # seconds without an answer after which a member is lost ...
-DEAF = 6.0  # ... and where nobody answers at all: then it is rather the controller, or the whole machine, that is held up
+DEAF = 6.0  # ... and where nobody answers at all, or it has not answered yet: then it is rather the controller that is held up
+FORBEARANCE = 15.0  # ... and of a gateway: streams of clients end with it, and no journal brings them back
 CRAMPED = 15.0  # seconds without a process after which a member waits for room in the cluster, and not just for its start
 LONGEST_BACKOFF = 30.0  # seconds between two starts of what does not start
+SOON = 4.0  # seconds that a drafter must live after its start to have started well
+MOST_FAILURES = 10  # in a row, after which a drafter is given up: with the waits between them three minutes of trying
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ class Member:
 
     index     its number among those of its role
     placed    its process is there; a member that starts and has none waits for room in the cluster
+    leaves    Ray was told to let its node go
     drained   it has nothing to do any more
     failures  starts under this name that failed, one after the other;  restarts: lives lost under it
     """
@@ -60,6 +64,7 @@ class Member:
     since: float
     place: Place | None = None
     placed: bool = False
+    leaves: bool = False
     sessions: int = 0
     drained: bool = False
     lost: str = ""
@@ -84,6 +89,13 @@ class Replace:
 
 
 @dataclass(frozen=True, slots=True)
+class GiveUp:
+    """No further life for a member that is lost, until somebody asks for it."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Drain:
     """Let it finish what it has, and give it nothing new."""
 
@@ -99,7 +111,7 @@ class End:
     why: str
 
 
-Action = Start | Replace | Drain | End
+Action = Start | Replace | GiveUp | Drain | End
 
 
 def first_counts(deployment: Deployment, gateways: bool) -> dict[str, int]:
@@ -140,8 +152,9 @@ def of_role(deployment: Deployment, role: str, count: int, everybody: Sequence[M
     else:
         least = count - sum(succeeds(member, now) for member in kept)
     return [
-        *(Replace(member.name) for member in kept if member.lost and now - member.since >= backoff(member.failures)),
+        *replacements(kept, now),
         *(End(member.name, member.lost or ("drained" if member.drained else "not needed")) for member in leaving if idle(member)),
+        *evictions(role, leaving, kept),
         *drains(leaving, fit, least),
         *starts(deployment, role, count, members, len(kept)),
     ]
@@ -152,7 +165,10 @@ def fitting(deployment: Deployment, role: str, members: Sequence[Member]) -> lis
     return [
         member
         for member in members
-        if member.role == role and member.state != "draining" and member.spec == spec_of(deployment, role, member.index)
+        if member.role == role
+        and member.state != "draining"
+        and not member.leaves
+        and member.spec == spec_of(deployment, role, member.index)
     ]
 
 
@@ -166,9 +182,24 @@ def idle(member: Member) -> bool:
     return bool(member.lost) or member.state == "starting" or member.drained
 
 
+def replacements(kept: Sequence[Member], now: float) -> list[Action]:
+    """Of those that are lost: at once, or some time after a start that failed."""
+    lost = [member for member in kept if member.lost and member.state != "failed"]
+    return [
+        *(GiveUp(member.name) for member in lost if is_hopeless(member)),
+        *(Replace(member.name) for member in lost if not is_hopeless(member) and now - member.since >= backoff(member.failures)),
+    ]
+
+
+def evictions(role: str, leaving: Sequence[Member], kept: Sequence[Member]) -> list[Action]:
+    """Whose node goes finishes what it has, and gets nothing new; but for targets as long as no other serves."""
+    going = [member for member in leaving if serves(member) and member.leaves]
+    return [Drain(member.name, "its node leaves") for member in going if role != TARGET or any(map(serves, kept))]
+
+
 def drains(leaving: Sequence[Member], fit: Sequence[Member], least: int) -> list[Action]:
     """Surplus goes at once; of what is outdated so many stay that nobody has succeeded yet."""
-    serving = [member for member in leaving if serves(member)]
+    serving = [member for member in leaving if serves(member) and not member.leaves]
     outdated = sorted((member for member in serving if member not in fit), key=preference)
     return [
         *(Drain(member.name, "one too many") for member in serving if member in fit),
@@ -186,10 +217,10 @@ def waits(member: Member, now: float) -> bool:
     return member.state == "starting" and not member.placed and not member.lost and now - member.since >= CRAMPED
 
 
-def mute(asked: float, ear: float, now: float) -> bool:
+def mute(asked: float, ear: float, now: float, patience: float = PATIENCE) -> bool:
     """Whether a member that was asked then, and has not answered, is lost. `ear`: when the latest question was asked that anybody has
     answered."""
-    return now - asked > (PATIENCE if ear > asked else DEAF)
+    return now - asked > (patience if ear > asked else max(patience, DEAF))
 
 
 def serves(member: Member) -> bool:
@@ -211,6 +242,22 @@ def starts(deployment: Deployment, role: str, count: int, members: Sequence[Memb
         if index not in taken:
             found.append(Start(role, index, spec))
     return found
+
+
+def bereft(member: Member, why: str, now: float) -> Member:
+    """The member without its life. One that failed to start, or a drafter's that ended soon after, is one failure more; a target is too
+    sorely missed to wait because its last life was short."""
+    failed = member.place is None or (drafts(member) and now - member.since < SOON)
+    return replace(member, lost=why, since=now, failures=member.failures + 1 if failed else 0)
+
+
+def is_hopeless(member: Member) -> bool:
+    return drafts(member) and member.failures >= MOST_FAILURES
+
+
+def forgiven(member: Member) -> Member:
+    """One that is lost, to be replaced at once whatever it has failed at before."""
+    return replace(member, state="starting", failures=0)
 
 
 def backoff(failures: int) -> float:

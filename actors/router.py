@@ -26,6 +26,7 @@ PATIENCE_S = 300.0  # that a session without a deadline waits for a target
 GRACE_S = 2.0  # that a target gets beyond a deadline to end the session itself
 SUSPECT_S = 3.0  # for which a target that was lost is chosen after all others: until the next `update` can tell, it looks idle
 AGAIN_S = 0.5  # before a session asks a target again that has lost or refused it
+PERIOD_S = 0.5  # between two looks at who is there
 FRUITLESS = 8  # targets lost one after the other without a token between: perhaps it is the session that ends them
 
 Key = TypeVar("Key")
@@ -42,6 +43,7 @@ class Remote(Protocol):
 
 
 Connect = Callable[[str], Remote]  # from a target's address
+Look = Callable[[], Sequence[TargetState]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,3 +258,25 @@ async def read(link: Link, call: AsyncGenerator[Chunk, None], until: float) -> C
         if scope.expired():
             return None
         raise
+
+
+@asynccontextmanager
+async def following(router: Router, look: Look) -> AsyncIterator[Router]:
+    """The router, told again and again who is there; closed with the block.
+
+    `look` is called on a thread of its own. While it raises Unavailable, who was there is thought to be.
+    """
+    watching = asyncio.create_task(follow(router, look))
+    try:
+        yield router
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        await router.close()
+
+
+async def follow(router: Router, look: Look) -> None:
+    while True:
+        with contextlib.suppress(Unavailable):
+            router.update(await asyncio.to_thread(look))
+        await asyncio.sleep(PERIOD_S)

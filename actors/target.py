@@ -4,6 +4,7 @@ import threading
 
 import grpc
 
+from actors.cores import settle
 from actors.grpc_links import GrpcLink
 from actors.grpc_server import TargetService, serve
 from actors.loop_thread import LoopThread
@@ -17,7 +18,7 @@ from runtime.policy import scheduler
 from runtime.reports import TargetReport
 from runtime.schedulers.base import Scheduler
 from runtime.target import Target
-from runtime.tracing import Recording
+from runtime.tracing import OFF, TARGET, Recording, Trace
 
 
 class TargetActor:
@@ -39,9 +40,9 @@ class TargetActor:
         return self.where()
 
     def _start(self) -> None:
-        from actors.compose import build_target, settle, settle_memory  # torch: only the process that computes pays for it
+        settle(self.config.placement)  # before torch is loaded: who starts does not take the cores of those that serve
+        from actors.compose import build_target, settle_memory  # torch: only the process that computes pays for it
 
-        settle(self.config.placement)
         self.target, tokenizer, self.times = build_target(self.config, self.record)
         self.schedulers[self.config.schedule] = self.target.engine.scheduler
         self.vocabulary = vocabulary_hash(tokenizer)
@@ -82,6 +83,10 @@ class TargetActor:
         if config not in self.schedulers:
             self.schedulers[config] = scheduler(config, self.times)
         self.target.schedule(self.schedulers[config])
+
+    def recording(self, on: bool) -> None:
+        """Whether it records what it does, from now on. What was recorded before is forgotten."""
+        self.target.engine.trace = Trace(TARGET) if on else OFF
 
     def trace(self) -> Recording:
         """What was recorded since the last call."""

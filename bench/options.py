@@ -15,7 +15,9 @@ from runtime.errors import InvalidRequest
 from runtime.sampling import Sampling, whole
 
 RESULTS = Path(__file__).parent / "results"
-SWEPT, WARMING = 2, 2  # prompts for the sweep and for warming up, none of them measured
+# Prompts for the sweep, for warming up, and for those methods that learn what guesses are worth: a target keeps that from one life to
+# the next, here it begins with nothing. None of them is measured.
+SWEPT, WARMING, LEARNING = 2, 2, 4
 Wanted = Literal["auto", "float32", "bfloat16"]
 
 
@@ -143,6 +145,7 @@ def expected_seconds(which: Suite, size: Size, step: float) -> float:
     methods, one = which.final([group[0] for group in which.groups.values()]), (size.new_tokens + 10) * step
     again = size.count * (size.repetitions - 1) + WARMING * len(size.temperatures)
     main = size.count * len(size.temperatures) * sum(map(cost, methods)) * one + again * sum(map(cost, own(methods))) * one
+    learning = LEARNING * len(size.temperatures) * sum(map(cost, LIVINGS)) * one
     sweep = SWEPT * sum(cost(method) for group in which.groups.values() for method in group) * one
     batched = sum((size.new_tokens * (1 + batch / 16) + 10 * batch) * step for batch in size.batches) * 1.5 * len(which.batched)
-    return 60.0 + main + sweep + batched
+    return 60.0 + main + learning + sweep + batched

@@ -49,7 +49,8 @@ def markdown(results: Results, pictures: dict[str, str]) -> str:
 SPEED = (
     "Tokens per second of decoding, from the first token to the last: median, and quartiles over prompts. Each prompt counts with the "
     "median of its repetitions; ratios are paired by prompt and repetition. *With prompt* counts the reading of the prompt too; no target "
-    "has kept it from an earlier run."
+    "has kept it from an earlier run. What guesses are worth, living has learned from other prompts, as a target does that has served "
+    "before."
 )
 BATCHES = "Tokens per second of all texts together, at temperature 0."
 SWEEP = "On prompts that are not measured; the best setting of each method is the one that is measured."

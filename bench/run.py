@@ -16,15 +16,15 @@ from bench.apart import apart
 from bench.forecasts import forecasts
 from bench.loop import Round, cases, measure, rounds
 from bench.machine import machine, two_cores
-from bench.methods import BOTH, FIRST, LIVING, PLAIN, Cores, Method, Ours, Outcome, Rival, Runner
-from bench.options import SWEPT, WARMING, Options, Suite, batch_cases, expected_seconds, main_rounds, own, suite
+from bench.methods import BOTH, FIRST, LIVING, LIVINGS, PLAIN, Cores, Method, Ours, Outcome, Rival, Runner
+from bench.options import LEARNING, SWEPT, WARMING, Options, Suite, batch_cases, expected_seconds, main_rounds, own, suite
 from bench.ours import Cluster, Pair, running
 from bench.profiling import Job, Measured
 from bench.prompts import Prompt, encode, from_file, held_out, pick
 from bench.recorded import in_place
 from bench.results import PairFacts, Results, Settings, Tried
 from bench.rivals import Place, Rivals
-from bench.widen import CACHE, SMALL, widened
+from bench.widen import CACHE, SMALL, widened_small
 from runtime.errors import InvalidRequest
 from runtime.messages import Tokens
 from runtime.models.load import load_tokenizer
@@ -48,14 +48,14 @@ def benchmark(options: Options, console: Console) -> Results:
     """Does all of it, and writes NAME.json, NAME.md and pictures; what was measured until then is kept where it is interrupted."""
     cores = two_cores()
     with aside(cores), console.status("preparing the pair") as status:
-        target = str(apart(wide, (options.target, options.dtype))) if options.widen else options.target
+        target = str(apart(widened_small, (options.target, options.dtype))) if options.widen else options.target
         tokenizer = load_tokenizer(target)
         contexts = (context_length(target), context_length(options.draft))
         check_pair(tokenizer, load_tokenizer(options.draft), (target, options.draft), contexts)
         most = min(contexts) - options.size.new_tokens
         if most < 1:
             raise InvalidRequest(f"new_tokens {options.size.new_tokens} leave no room in a context of {min(contexts)}", "new_tokens")
-        others = SWEPT + WARMING
+        others = SWEPT + WARMING + (0 if options.quick else LEARNING)
         wanted = max((options.size.count, *options.size.batches))
         if options.prompts is None:
             drawn = held_out(tokenizer, others + wanted, options.seed)
@@ -82,7 +82,8 @@ def measured_all(
 ) -> Results:
     size, seed = options.size, options.seed
     file = options.folder / f"{options.name}.json"
-    measured, swept, warming = prompts[: size.count], asides[:SWEPT], asides[SWEPT:]
+    measured, swept = prompts[: size.count], asides[:SWEPT]
+    warming, learned = asides[SWEPT : SWEPT + WARMING], asides[SWEPT + WARMING :]
 
     def keep(so_far: Results) -> None:
         results.write(so_far, file)
@@ -101,6 +102,7 @@ def measured_all(
         methods = which.final(best)
         found = found.model_copy(update={"methods": tuple(method.facts for method in methods), "sweep": told(sweep, which, lowest)})
         list(do(rounds(cases(warming, 1, size.temperatures, 1, new, seed), own(methods)), "warming up"))
+        list(do(rounds(cases(learned, 1, size.temperatures, 1, new, seed), LIVINGS), "learning"))
         found = loop.collect(found, do(main_rounds(measured, size, seed, methods), "runs"), keep)
         batched = rounds(batch_cases(prompts, size, seed), which.batched)
         short = [Round(loop.Case("", one.case.prompts, Sampling(max_tokens=max(2, new // 4))), one.methods) for one in batched]
@@ -121,11 +123,6 @@ def measured_all(
     draw(timeline, middle(timeline), picture)
     report.write(found, options.folder, picture)
     return found
-
-
-def wide(given: tuple[str, str]) -> Path:
-    folder, dtype = given
-    return widened(Path(folder), SMALL, dtype)
 
 
 def job(options: Options, target: str, core: int, prompts: Sequence[Prompt]) -> Job:

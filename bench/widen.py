@@ -146,6 +146,12 @@ def widened(folder: Path, shape: Shape, dtype: str) -> Path:
     return done
 
 
+def widened_small(given: tuple[str, str]) -> Path:
+    """`widened` to SMALL, by folder and dtype; for bench.apart."""
+    folder, dtype = given
+    return widened(Path(folder), SMALL, dtype)
+
+
 def name_of(folder: Path, shape: Shape, dtype: str) -> str:
     """Equal for equal content: a hash of the configuration, the weights and what is made of them."""
     try:

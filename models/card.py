@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from rich.progress import track
 from torch.nn import functional as F
 
-from models import corpus, loop
+from models import corpus
 from models.shapes import CONTEXT, DRAFT, TARGET, VOCABULARY
 from runtime.models.acceptance import RANKS, acceptance
 from runtime.models.hf import HFModel
 from runtime.models.load import load_model, load_tokenizer
 from runtime.sampling import Sampling
+from training.loop import smooth
 
 HERE = Path(__file__).parent
 TEMPERATURES = (0.0, 0.5, 1.0)
@@ -55,6 +57,11 @@ files, continued by the target for up to {new_tokens} tokens. At temperature > 0
 
 {acceptance}
 
+## Heads
+
+Beside the draft, heads on the target itself, trained on the same texts by `python -m models.train medusa hidden-transfer`, each with a
+card of its own: [medusa](heads/medusa/README.md), [hidden-transfer](heads/hidden-transfer/README.md).
+
 ## Loss
 
 ![training loss](loss.png)
@@ -70,15 +77,15 @@ def write_card(work: Path) -> None:
     logs = {name: read_log(work / name / "loss.jsonl") for name in ("target", "draft")}
     draw(logs, HERE / "loss.png")
     held_out = corpus.token_stream(tokenizer.backend_tokenizer, corpus.files(held_out=True))
-    text = TEMPLATE.format(
+    page = TEMPLATE.format(
         target_size=size(target),
         draft_size=size(draft),
         target_shape=f"{TARGET.hidden}, {TARGET.layers}, {TARGET.intermediate}",
         draft_shape=f"{DRAFT.hidden}, {DRAFT.layers}, {DRAFT.intermediate}",
         target_tokens=logs["target"][-1][0] / 1e6,
         draft_tokens=logs["draft"][-1][0] / 1e6,
-        target_loss=smooth(logs["target"])[-1],
-        draft_loss=smooth(logs["draft"])[-1],
+        target_loss=smooth(losses_of(logs["target"]))[-1],
+        draft_loss=smooth(losses_of(logs["draft"]))[-1],
         target_perplexity=perplexity(target, held_out),
         draft_perplexity=perplexity(draft, held_out),
         target_bytes=(HERE / "target" / "model.safetensors").stat().st_size / 1e6,
@@ -93,7 +100,7 @@ def write_card(work: Path) -> None:
         new_tokens=NEW_TOKENS,
         acceptance=acceptance_table(target, draft, corpus.prompts(tokenizer.backend_tokenizer, PROMPTS, PROMPT_TOKENS)),
     )
-    (HERE / "README.md").write_text(text)
+    (HERE / "README.md").write_text(page)
 
 
 def size(model: HFModel) -> float:
@@ -110,7 +117,7 @@ def acceptance_table(target: HFModel, draft: HFModel, prompts: Sequence[Sequence
     return "\n".join(rows)
 
 
-def perplexity(model: HFModel, stream: loop.Stream) -> float:
+def perplexity(model: HFModel, stream: npt.NDArray[np.uint16]) -> float:
     """exp of the mean next-token loss over windows of the whole context."""
     rows = torch.from_numpy(stream[: len(stream) // CONTEXT * CONTEXT].astype(np.int64)).view(-1, CONTEXT)
     losses: list[float] = []
@@ -127,9 +134,8 @@ def read_log(file: Path) -> list[tuple[int, float]]:
     return [steps[step] for step in sorted(steps)]
 
 
-def smooth(log: Sequence[tuple[int, float]], over: int = 20) -> list[float]:
-    losses = [loss for _, loss in log]
-    return [sum(losses[max(0, i + 1 - over) : i + 1]) / min(i + 1, over) for i in range(len(losses))]
+def losses_of(log: Sequence[tuple[int, float]]) -> list[float]:
+    return [loss for _, loss in log]
 
 
 def draw(logs: dict[str, list[tuple[int, float]]], file: Path) -> None:
@@ -141,8 +147,8 @@ def draw(logs: dict[str, list[tuple[int, float]]], file: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6))
     titles = {"target": "target: next-token loss (nats)", "draft": "draft: KL to the target (nats)"}
     for axis, (name, log) in zip(axes, logs.items(), strict=True):
-        axis.plot([tokens / 1e6 for tokens, _ in log], [loss for _, loss in log], alpha=0.3, linewidth=0.8)
-        axis.plot([tokens / 1e6 for tokens, _ in log], smooth(log), linewidth=1.5)
+        axis.plot([tokens / 1e6 for tokens, _ in log], losses_of(log), alpha=0.3, linewidth=0.8)
+        axis.plot([tokens / 1e6 for tokens, _ in log], smooth(losses_of(log)), linewidth=1.5)
         axis.set(title=titles[name], xlabel="million tokens")
         axis.grid(alpha=0.3)
     figure.tight_layout()

@@ -4,7 +4,6 @@ A file belongs to the held-out split by a hash of its path, so the split is the 
 Python version that has the file.
 """
 
-import hashlib
 import sysconfig
 import tokenize
 from collections.abc import Sequence
@@ -14,19 +13,15 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from training.text import HELD_OUT_SHARE, bucket
+
 END_OF_TEXT = "<|endoftext|>"
-HELD_OUT_SHARE = 20  # one file in twenty
 TESTS_SHARE = 4  # one test module in four: tests outnumber the library itself
 TABLES = ("encodings/", "pydoc_data/", "lib2to3/tests/data/", "site-packages/", "unidata_version")
 
 
 def standard_library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
-
-
-def bucket(path: str, of: int) -> int:
-    """A number in [0, of) that depends on the path alone."""
-    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") % of
 
 
 def files(held_out: bool) -> list[str]:

@@ -4,13 +4,15 @@
     target      next-token training of the target
     outputs     the target's own continuations of training excerpts
     draft       distillation of the draft on them
+    medusa, hidden-transfer    heads on the target, trained on the same: models/heads
     card        acceptance, perplexity, curves: models/README.md
 
 Each stage leaves its result under build/train and starts again where it was interrupted.
 """
 
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -21,15 +23,20 @@ import typer
 from rich.progress import track
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from models import corpus, loop
+from models import corpus
 from models.card import write_card
+from models.head import train as train_head
 from models.shapes import CONTEXT, DRAFT, TARGET, VOCABULARY, Shape
+from training import loop, text
+from training.folder import write
+from training.losses import forward_kl, next_token
+from training.progress import Bar
 
 HERE = Path(__file__).parent
 WORK = HERE.parent / "build" / "train"
+BATCH_TOKENS, DECAY = 8192, 0.05
 
 
 class Stage(StrEnum):
@@ -37,6 +44,8 @@ class Stage(StrEnum):
     target = "target"
     outputs = "outputs"
     draft = "draft"
+    medusa = "medusa"
+    hidden_transfer = "hidden-transfer"
     card = "card"
 
 
@@ -68,12 +77,36 @@ def new_model(shape: Shape, seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(shape.config(end))
 
 
-def training_stream() -> loop.Stream:
+def training_stream() -> text.Stream:
     cached = WORK / "tokens.npy"
     if not cached.exists():
         cached.parent.mkdir(parents=True, exist_ok=True)
         np.save(cached, corpus.token_stream(load_tokenizer(), corpus.files(held_out=False)))
-    return np.asarray(np.load(cached))
+    return np.asarray(np.load(cached), dtype=np.int32)
+
+
+def context_at(step: int, steps: int) -> int:
+    """Half the context for the first three quarters, since attention's share of a step grows with it; then all of it."""
+    return CONTEXT // 2 if step < 0.75 * steps else CONTEXT
+
+
+def learn(name: str, model: LlamaForCausalLM, loss: loop.Loss, streams: Sequence[text.Stream], settings: loop.Settings) -> None:
+    """Batches of all streams in equal parts; what was learned goes into models/NAME, the log of losses beside the checkpoint."""
+    folder = WORK / name
+    folder.mkdir(parents=True, exist_ok=True)
+    by_context = {
+        context: text.batches([text.windows(stream, context, settings.seed) for stream in streams], BATCH_TOKENS // context)
+        for context in (CONTEXT // 2, CONTEXT)
+    }
+
+    def batches(step: int) -> Tensor:
+        return by_context[context_at(step, settings.steps)](step)
+
+    with Bar() as bar:
+        losses = loop.train(model, loss, batches, settings, folder / "checkpoint.pt", bar.steps(settings.steps))
+    entries = [{"step": step, "tokens": (step + 1) * BATCH_TOKENS, "loss": round(value, 4)} for step, value in enumerate(losses)]
+    write(folder / "loss.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries).encode())
+    save(model, HERE / name)
 
 
 def save(model: LlamaForCausalLM, folder: Path) -> None:
@@ -84,15 +117,13 @@ def save(model: LlamaForCausalLM, folder: Path) -> None:
 def train_target(steps: int, compiled: bool) -> None:
     model = new_model(TARGET, seed=0)
     forward = torch.compile(model) if compiled else model
-    stream = training_stream()
 
-    def loss(rows: Tensor) -> Tensor:
-        logits = forward(rows, use_cache=False).logits
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten())
+    def loss(rows: Tensor, _: float) -> Tensor:
+        with loop.low_precision(rows.device):
+            logits = forward(rows, use_cache=False).logits
+        return next_token(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten())
 
-    settings = loop.Settings(steps=steps, batch_tokens=8192)
-    loop.train(model, loss, lambda context, seed: loop.windows(stream, context, seed), settings, WORK / "target")
-    save(model, HERE / "target")
+    learn("target", model, loss, [training_stream()], loop.Settings(steps, decay=DECAY))
 
 
 def write_outputs(tokens: int) -> None:
@@ -119,23 +150,16 @@ def train_draft(steps: int, compiled: bool) -> None:
     teacher = LlamaForCausalLM.from_pretrained(HERE / "target", dtype=torch.float32).eval()
     model = new_model(DRAFT, seed=1)
     teach, forward = (torch.compile(teacher), torch.compile(model)) if compiled else (teacher, model)
-    own = np.concatenate([np.load(file).ravel() for file in sorted((WORK / "outputs").glob("*.npy"))])
-    written = training_stream()
+    own = np.concatenate([np.load(file).ravel() for file in sorted((WORK / "outputs").glob("*.npy"))]).astype(np.int32)
 
-    def loss(rows: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = teach(rows, use_cache=False).logits.float().log_softmax(-1)
-        got = forward(rows, use_cache=False).logits.float().log_softmax(-1)
-        return F.kl_div(got.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean")
+    def loss(rows: Tensor, _: float) -> Tensor:
+        with torch.no_grad(), loop.low_precision(rows.device):
+            wanted = teach(rows, use_cache=False).logits.float()
+        with loop.low_precision(rows.device):
+            got = forward(rows, use_cache=False).logits.float()
+        return forward_kl(got.flatten(0, 1), wanted.flatten(0, 1))
 
-    def batches(context: int, seed: int) -> Iterator[Tensor]:
-        streams = [loop.windows(own, context, seed), loop.windows(written, context, seed + 1)]
-        while True:
-            for stream in streams:
-                yield next(stream)
-
-    loop.train(model, loss, batches, loop.Settings(steps=steps, batch_tokens=8192, seed=7), WORK / "draft")
-    save(model, HERE / "draft")
+    learn("draft", model, loss, [own, training_stream()], loop.Settings(steps, seed=7, decay=DECAY))
 
 
 def main(
@@ -156,6 +180,8 @@ def main(
                 write_outputs(output_tokens)
             case Stage.draft:
                 train_draft(draft_steps, compiled)
+            case Stage.medusa | Stage.hidden_transfer:
+                train_head(stage.value, WORK / "outputs")
             case Stage.card:
                 write_card(WORK)
 

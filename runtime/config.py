@@ -3,11 +3,12 @@
 import hashlib
 import importlib.resources
 import itertools
+import json
 import os
 import pkgutil
 import re
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -15,6 +16,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 import runtime.drafters
+import runtime.heads
 from runtime.errors import InvalidRequest
 from runtime.sampling import whole
 
@@ -58,14 +60,36 @@ class ScheduleConfig(Strict):
     rows: int = Field(default=4, ge=1, le=64)
 
 
+def known_head(method: str) -> str:
+    if method not in heads():
+        raise ValueError(f"{method!r} is no head: give one of {', '.join(heads())}")
+    return method
+
+
+class HeadConfig(Strict):
+    """One head of a target; they are called METHOD-0, METHOD-1, ... `folder`: what was trained for this target; default: what ships."""
+
+    method: Annotated[str, AfterValidator(known_head), Field(description="a file in runtime/heads")]
+    folder: str = ""
+
+
 class TargetConfig(Strict):
     model: str
     dtype: Dtype = "auto"
     device: Device = "auto"
     schedule: ScheduleConfig = ScheduleConfig()
     kv_tokens: int | None = Field(default=None, ge=128, description="tokens that fit its KV memory; default: a quarter of what is free")
+    heads: tuple[HeadConfig, ...] = Field(default=(), description="guess from the target's own passes, beside the drafters")
     replicas: int = Field(default=1, ge=0, le=64)
     placement: Placement = Placement()
+
+    def named_heads(self) -> dict[str, HeadConfig]:
+        count: Counter[str] = Counter()
+        named: dict[str, HeadConfig] = {}
+        for head in self.heads:
+            named[f"{head.method}-{count[head.method]}"] = head
+            count[head.method] += 1
+        return named
 
 
 def known(method: str) -> str:
@@ -77,12 +101,19 @@ def known(method: str) -> str:
 Method = Annotated[str, AfterValidator(known), Field(description="a file in runtime/drafters")]
 
 
+Layers = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...],
+    Field(description="of the target, for layer-skip (`outrider tune layers`); default: every second"),
+]
+
+
 class DrafterConfig(Strict):
     """One drafter. `model` is the draft model of the methods that have one."""
 
     name: str
     method: Method = "model"
     model: str = ""
+    layers: Layers = ()
     dtype: Dtype = "auto"
     device: Device = "auto"
     width: int | None = Field(
@@ -107,6 +138,7 @@ class PoolConfig(Strict):
     name: str = Field(pattern=POOL_NAME)
     method: Method = "model"
     model: str = Field(default="", description="draft model of the methods that have one: a folder or a hub name")
+    layers: Layers = ()
     dtype: Dtype = "auto"
     device: Device = "auto"
     width: int | None = Field(
@@ -139,6 +171,7 @@ class PoolConfig(Strict):
             name=f"{self.name}-{index}",
             method=self.method,
             model=self.model,
+            layers=self.layers,
             dtype=self.dtype,
             device=self.device,
             width=self.width,
@@ -199,6 +232,12 @@ class Deployment(Strict):
             raise ValueError(f"name {twice[0]!r} is given twice: name each pool differently")
         return pools
 
+    @model_validator(mode="after")
+    def unmistakable(self) -> Self:
+        for name in {pool.name for pool in self.pools} & {head.method for head in self.target.heads}:
+            raise ValueError(f"name {name!r} is that of a head: name the pool differently")
+        return self
+
     def served_model(self) -> str:
         """What clients ask for: as configured; else the model's name on the hub, or the last part of its folder's."""
         model = self.target.model
@@ -211,7 +250,21 @@ class Deployment(Strict):
 
 def methods() -> list[str]:
     """Names of the drafting methods: the files in runtime/drafters."""
-    return sorted(module.name for module in pkgutil.iter_modules(runtime.drafters.__path__) if module.name != "base")
+    return named_files(runtime.drafters.__path__)
+
+
+def heads() -> list[str]:
+    """Names of the heads: the files in runtime/heads."""
+    return named_files(runtime.heads.__path__)
+
+
+def named_files(folders: Iterable[str]) -> list[str]:
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(folders) if module.name != "base")
+
+
+def module_of(method: str) -> str:
+    """The file's name of a drafting method or a head."""
+    return method.replace("-", "_")
 
 
 def shipped(name: Literal["target", "draft"]) -> str:
@@ -219,28 +272,60 @@ def shipped(name: Literal["target", "draft"]) -> str:
     return str(importlib.resources.files("models") / name)
 
 
+def folder_of(head: HeadConfig) -> Path | None:
+    """As configured, or of the head that comes with the project, trained for the target that does; None where none does."""
+    folder = Path(head.folder or str(importlib.resources.files("models") / "heads" / head.method))
+    return folder if head.folder or folder.is_dir() else None
+
+
+def head_of(draft: str) -> HeadConfig | None:
+    """The head that is meant: by its name, or by a folder that was trained to be one. None for what is a drafter or a model."""
+    if draft in heads():
+        return HeadConfig(method=draft)
+    try:
+        method = json.loads((Path(draft) / "config.json").read_bytes())["method"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return HeadConfig(method=method, folder=draft) if method in heads() else None
+
+
+def layers_of(draft: str) -> tuple[int, ...]:
+    """What `outrider tune layers` has written into a file; empty for anything else."""
+    try:
+        found = json.loads(Path(draft).read_bytes())
+        layers = tuple(int(layer) for layer in found["layers"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ()
+    return layers if found.get("method") == "layer-skip" else ()
+
+
 def deployment(
     target: str, drafts: tuple[str, ...], drafters: int, dtype: Dtype, device: Device, local: bool, policy: Policy = "living"
 ) -> Deployment:
-    """A pool of `drafters` actors for each of `drafts` (a method's name or a model), beside one target.
+    """A pool of `drafters` actors for each of `drafts` (a method's name or a model), beside one target with those of them that are heads.
 
     With `local`, target and pools share this machine's cores between them and listen on loopback alone; Ray has nothing to ration.
     """
     here = Placement(num_cpus=0, listen="127.0.0.1") if local else Placement()
     whole("drafters", drafters, 0, MOST_DRAFTERS)
-    mine, *shares = split_cores(sorted(os.sched_getaffinity(0)), len(drafts)) if local else [()] * (len(drafts) + 1)
+    mounted = {draft: head for draft in drafts if (head := head_of(draft)) is not None}
+    apart = [draft for draft in drafts if draft not in mounted]
+    mine, *shares = split_cores(sorted(os.sched_getaffinity(0)), len(apart)) if local else [()] * (len(apart) + 1)
     pools: list[PoolConfig] = []
-    for draft, cores in zip(drafts, shares, strict=True):
-        method, model = (draft, "") if draft in methods() and draft != "model" else ("model", draft)
-        name = pool_name(draft, {pool.name for pool in pools})
+    for draft, cores in zip(apart, shares, strict=True):
+        layers = layers_of(draft)
+        method, model = ("layer-skip", "") if layers else (draft, "") if draft in methods() and draft != "model" else ("model", draft)
+        name = pool_name(draft, {*(pool.name for pool in pools), *(head.method for head in mounted.values())})
         place = here.model_copy(update={"cores": cores})
-        pools.append(PoolConfig(name=name, method=method, model=model, dtype=dtype, device=device, count=drafters, placement=place))
+        kind = {"method": method, "model": model, "layers": layers, "dtype": dtype, "device": device}
+        pools.append(PoolConfig.model_validate({"name": name, "count": drafters, "placement": place, **kind}))
     return Deployment(
         target=TargetConfig(
             model=target,
             dtype=dtype,
             device=device,
             schedule=ScheduleConfig(policy=policy),
+            heads=tuple(mounted.values()),
             placement=here.model_copy(update={"cores": mine}),
         ),
         pools=tuple(pools),
@@ -282,7 +367,7 @@ def memory_of(model: str, role: Literal["target", "drafter"], method: str = "") 
 
 def memory_of_drafter(config: DrafterConfig, target: str) -> Path:
     """As memory_of: what this kind of drafter has learned of this target."""
-    return memory_of(target, "drafter", f"{config.method} {config.model}")
+    return memory_of(target, "drafter", f"{config.method} {config.model}" + "".join(f" {layer}" for layer in config.layers))
 
 
 def read(file: Path) -> Deployment:

@@ -1,6 +1,6 @@
-"""The drafters of a target: who is there, which part of a tree is whose, and what each has brought."""
+"""The drafters of a target: who is there, which part of a tree is whose, and what each has brought; and what its own heads have."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from runtime.inputs import Send
 from runtime.live import Live
@@ -11,12 +11,15 @@ from runtime.session import Session
 
 
 class Crowd:
-    """`sends`: how to reach those that are there now, in the order of their coming. What they bring is written into `ledger`."""
+    """`sends`: how to reach those that are there now, in the order of their coming. What they bring is written into `ledger`.
 
-    def __init__(self, ledger: Ledger) -> None:
+    `heads`: names of those that sit on the target. Nobody tells them anything and they have no share, but they rest by the same rule.
+    """
+
+    def __init__(self, ledger: Ledger, heads: Collection[str] = ()) -> None:
         self.sends: dict[str, Send] = {}
         self.merit = Merit()
-        self.ledger = ledger
+        self.ledger, self.heads = ledger, heads
 
     def join(self, name: str, send: Send, sessions: Iterable[Live]) -> None:
         self.sends[name] = send
@@ -39,6 +42,14 @@ class Crowd:
 
     def sharers(self, session: Session) -> list[str]:
         return self.merit.sharers(self.listeners(session))
+
+    def working_heads(self) -> list[str]:
+        return self.merit.sharers(self.heads)
+
+    def spend(self, heads: Collection[str], seconds: float) -> None:
+        """The target has waited so long for these together."""
+        for name in heads:
+            self.merit.spend(name, seconds / len(heads))
 
     def tell(self, session: Session, event: Event) -> None:
         for send in self.listeners(session).values():
@@ -85,14 +96,16 @@ class Crowd:
 
     def note(self, ready: Iterable[Live]) -> None:
         """How far the drafters are ahead as a step begins, and what it goes without."""
+        everyone = [*self.sends, *self.heads]
+        awake = self.merit.sharers(everyone)
         for live in ready:
             sharers = self.sharers(live.session)
-            if (cause := live.without(self.sends, sharers)) is not None:
+            if (cause := live.without(everyone, awake)) is not None:
                 self.ledger.fallbacks[cause] += 1
             for name in sharers:
                 self.ledger.guesses[name].lead(live.lead(name))
 
     def judge(self, guessed: Iterable[str], sessions: Iterable[Live]) -> None:
         """After a step: these have guessed its tokens. Who has brought nothing for long rests, or is tried again."""
-        if self.merit.observe(self.sends, guessed):
+        if self.merit.observe([*self.sends, *self.heads], guessed, self.ledger.rate) & self.sends.keys():
             self.share_out(sessions)

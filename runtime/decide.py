@@ -6,16 +6,18 @@ from typing import Any
 
 from runtime.choice import Ask, Chooser, Guide, Scorer
 from runtime.messages import Logprob
+from runtime.models.base import Shown
 from runtime.session import Session
 from runtime.verify import Verdict, match, walk
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """`logprobs`: of the verdict's tokens, the target's own included; empty where nobody asked for them."""
+    """`logprobs`: of the verdict's tokens, the target's own included; empty where nobody asked for them. `shown`: what it was made of."""
 
     verdict: Verdict
     logprobs: tuple[Logprob, ...]
+    shown: Shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,18 +28,19 @@ class Decider:
     logprobs: Scorer
     eos: frozenset[int]
 
-    def decide(self, session: Session, guide: Guide | None, nodes: Sequence[int], logits: Any) -> Decision:
-        """`logits` (rows, vocabulary) are those of the root and of `nodes`. `guide` goes along with what is decided.
+    def decide(self, session: Session, guide: Guide | None, nodes: Sequence[int], shown: Shown) -> Decision:
+        """`shown` is of the rows of the root and of `nodes`. `guide` goes along with what is decided.
 
         Nothing else changes, and each decision is committed: so the state of a constraint needs no rollback.
         """
+        logits = shown.logits
         verdict = self.verdict(session, nodes, logits) if guide is None else self.guided(session, guide, nodes, logits)
         k = session.request.sampling.logprobs
         if k is None:
-            return Decision(verdict, ())
+            return Decision(verdict, (), shown)
         rows = [0, *(nodes.index(node) + 1 for node in verdict.path)]
         tokens = [*(session.tree.token[node] for node in verdict.path), verdict.token]
-        return Decision(verdict, self.logprobs(logits[rows], tokens, k))
+        return Decision(verdict, self.logprobs(logits[rows], tokens, k), shown)
 
     def verdict(self, session: Session, nodes: Sequence[int], logits: Any) -> Verdict:
         ask = Ask(session.request.sampling, session.prompt, session.tokens, session.paths(nodes), self.eos)

@@ -6,7 +6,7 @@ that may take long is `compute`, so that a simulator can put a virtual clock aro
 
 import math
 import queue
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from runtime.admission import Admission
@@ -15,18 +15,20 @@ from runtime.choice import Chooser, Scorer, logprobs
 from runtime.clock import Clock
 from runtime.crowd import Crowd
 from runtime.decide import Decider, Decision
+from runtime.heads.base import Head
 from runtime.inputs import Cancel, Heard, Input, Join, Leave, Policy, Send, Stop
 from runtime.kv.prefixes import Prefixes
 from runtime.live import Admit, Live
 from runtime.messages import Chunk, Close, Commit, Draft, FinishReason, Resync, Round
 from runtime.metrics import Ledger, Tally
-from runtime.models.base import Model, Part
+from runtime.models.base import Model, Part, Shown
+from runtime.mounted import Mounted, seen_by
 from runtime.packing import pack, unpack
 from runtime.reading import FAILURES, read_on
 from runtime.reports import TargetReport
-from runtime.schedulers.base import Plan, Scheduler
+from runtime.schedulers.base import Plan, Scheduler, View
 from runtime.session import Session
-from runtime.tracing import NODES, OFF, PREFILL, TARGET, Trace
+from runtime.tracing import NODES, OFF, PREFILL, STEP, TARGET, Trace
 
 Told = tuple[Commit, tuple[str, ...], bool]  # what was decided of a session, who had guessed each token, whether it was a hit
 
@@ -57,6 +59,7 @@ class Engine:
         calibrations: Calibrations | None = None,
         trace: Trace = OFF,
         scorer: Scorer = logprobs,
+        heads: Mapping[str, Head] | None = None,
     ) -> None:
         self.model, self.scheduler, self.eos, self.clock, self.trace = model, scheduler, eos, clock, trace
         self.decider = Decider(chooser, scorer, eos)
@@ -65,7 +68,8 @@ class Engine:
         self.prefixes = Prefixes(kv_slots // 4)
         self.live: dict[str, Live] = {}
         self.ledger = Ledger()
-        self.crowd = Crowd(self.ledger)
+        self.mounted = Mounted(model, heads or {}, self.ledger)
+        self.crowd = Crowd(self.ledger, self.mounted.heads)
         self.calibrations = calibrations or Calibrations()
         self.soonest = math.inf  # clock when the first deadline ends
         self.over = False  # `run` has ended: nobody answers any more
@@ -175,8 +179,9 @@ class Engine:
                 self.crowd.join(name, send, self.live.values())
             case Leave(drafter=name, send=send):
                 self.crowd.leave(name, send, self.live.values())
-            case Policy(scheduler=scheduler):
+            case Policy(scheduler=scheduler, heads=heads):
                 self.scheduler = scheduler
+                self.mounted.use(self.mounted.built if heads is None else heads)
                 self.crowd.forget_merits(self.live.values())
 
     # Sessions come and go
@@ -202,6 +207,7 @@ class Engine:
         self.kv_kept = self.prefixes.slots
         self.ledger.dropped += len(live.session.tree) - 1
         self.crowd.tell(live.session, Close(live.session.id))
+        self.mounted.close(live.session.id)
         self.answer(live.admitted, last)
 
     def answer(self, admitted: Admit, last: Chunk) -> None:
@@ -271,42 +277,60 @@ class Engine:
         if self.pausing is not None:
             self.waited += now - self.pausing
             self.pausing = None
-        views = [live.view(now, self.waited, len(self.crowd.sharers(live.session))) for live in ready]
-        plan = self.scheduler.plan(views)
+        plan = self.scheduler.plan(self.views(ready, now))
+        if plan.wait == 0.0 and any(live.sprouts for live in ready):
+            plan = self.sprout(ready, now)
         if plan.wait > 0.0:
             self.pausing = now
+        return plan
+
+    def views(self, ready: Sequence[Live], now: float) -> list[View]:
+        return [live.view(now, self.waited, len(self.crowd.sharers(live.session))) for live in ready]
+
+    def sprout(self, ready: Sequence[Live], now: float) -> Plan:
+        """A new plan, with what the heads have guessed. Only here does it come into the mirrors: it must not keep the target from waiting
+        for somebody who knows better."""
+        began, heads = self.clock(), {draft.drafter for live in ready for draft in live.sprouts}
+        for live in ready:
+            for draft in live.sprouts:
+                self.crowd.heard(live, draft.drafter, [draft])
+            live.sprouts.clear()
+        plan = self.scheduler.plan(self.views(ready, now))
+        self.crowd.spend(heads, self.clock() - began)
         return plan
 
     def pack(self, ready: Sequence[Live], plan: Plan) -> Step:
         self.crowd.note(ready)
         nodes = [live.session.select(rows) for live, rows in zip(ready, plan.rows, strict=True)]
         parts = [pack(live.session, live.cache, chosen) for live, chosen in zip(ready, nodes, strict=True)]
+        self.mounted.wake(self.crowd.working_heads())
+        riding = [self.mounted.riding(*of_one) for of_one in zip(ready, nodes, parts, strict=True)]
         now = self.clock()
-        step = Step(list(ready), nodes, parts, now if self.opened is None else self.opened, self.waited, now)
+        step = Step(list(ready), nodes, riding, now if self.opened is None else self.opened, self.waited, now)
         self.opened, self.waited = None, 0.0
         return step
 
     def compute(self, step: Step) -> list[Decision | None]:
         """What the target decides for each session; None where its part of the pass failed."""
         try:
-            logits = self.model.forward_all(step.parts)
+            shown = self.mounted.forward(step.parts)
         except FAILURES:
             self.ledger.fallbacks["alone"] += 1
             return [self.compute_alone(*of_one) for of_one in zip(step.sessions, step.nodes, step.parts, strict=True)]
-        return [self.decide(*of_one) for of_one in zip(step.sessions, step.nodes, logits, strict=True)]
+        return [self.decide(*of_one) for of_one in zip(step.sessions, step.nodes, shown, strict=True)]
 
     def compute_alone(self, live: Live, nodes: list[int], part: Part) -> Decision | None:
         """What fails ends its own session and no other."""
         try:
-            logits = self.model.forward_all([part])[0]
+            (shown,) = self.mounted.forward([part])
         except FAILURES as error:
             self.fail(live, error)
             return None
-        return self.decide(live, nodes, logits)
+        return self.decide(live, nodes, shown)
 
-    def decide(self, live: Live, nodes: list[int], logits: object) -> Decision | None:
+    def decide(self, live: Live, nodes: list[int], shown: Shown) -> Decision | None:
         try:
-            return self.decider.decide(live.session, live.admitted.guide, nodes, logits)
+            return self.decider.decide(live.session, live.admitted.guide, nodes, shown)
         except FAILURES as error:
             self.fail(live, error)
             return None
@@ -331,6 +355,8 @@ class Engine:
             rounds.append(Round(live.session.id, number, len(nodes), len(path), hit, step.waited, decided - step.began, 0.0))
         if any(one is not None and live.session.request.speculation for live, one in zip(step.sessions, told, strict=True)):
             self.crowd.judge([name for one in told if one is not None for name in one[1]], self.live.values())
+        if self.mounted.awake:
+            self.guess(step, decisions, {live.session.id for live, chunk in chunks if chunk.finish_reason is None})
         done = self.clock()
         bookkeeping = max(0.0, step.began - step.opened - step.waited) + done - decided
         rounds = [replace(round_, bookkeeping=bookkeeping) for round_ in rounds]
@@ -346,6 +372,17 @@ class Engine:
                 self.end(live, replace(chunk, stats=live.stats(self.clock())))
         self.trace.step(step, rounds, decided, done)
         self.trace.count(NODES, decided, sum(len(live.session.tree) - 1 for live in step.sessions))
+
+    def guess(self, step: Step, decisions: Sequence[Decision | None], going: Container[str]) -> None:
+        """The heads guess from the new roots of the sessions that go on; `sprout` makes use of it."""
+        seen = seen_by(zip(step.sessions, step.nodes, step.parts, decisions, strict=True), going)
+        for name in tuple(self.mounted.awake) if seen else ():
+            began = self.clock()
+            for live, draft in self.mounted.propose(name, seen):
+                live.sprouts.append(draft)
+            ended = self.clock()
+            self.crowd.spend({name}, ended - began)
+            self.trace.span(name, STEP, began, ended, sessions=len(seen))
 
     def tell(self, live: Live, decision: Decision | None) -> Told | None:
         """What was decided, and who had guessed each token of it ("": nobody); None for a session that is over."""

@@ -37,9 +37,10 @@ class Leave:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Schedule like this from now on."""
+    """Schedule like this from now on, and ask these heads; None: all that there are."""
 
     scheduler: Scheduler
+    heads: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

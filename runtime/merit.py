@@ -1,6 +1,6 @@
-"""Which drafters get a share of the tree: all but those whose guesses have brought nothing for a while."""
+"""Which drafters get a share of the tree, and which heads are asked: all but those whose guesses have brought nothing for a while."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 TRIAL = 64  # commits that a drafter is given to show something
@@ -14,22 +14,31 @@ class Merit:
     def __init__(self) -> None:
         self.commits: Counter[str] = Counter()  # since its trial or rest began
         self.tokens: Counter[str] = Counter()
+        self.spent: defaultdict[str, float] = defaultdict(float)  # seconds of the target's
         self.resting: set[str] = set()
 
-    def observe(self, drafters: Iterable[str], guessed: Iterable[str]) -> bool:
-        """One commit to these drafters, with accepted tokens guessed by those; True where somebody's rest begins or ends."""
-        changed = False
+    def spend(self, head: str, seconds: float) -> None:
+        """The target has waited so long for a head."""
+        self.spent[head] += seconds
+
+    def observe(self, drafters: Iterable[str], guessed: Iterable[str], rate: float = 0.0) -> set[str]:
+        """One commit to these drafters, with accepted tokens guessed by those; returns whose rest begins or ends.
+
+        `rate`: tokens a second of the target. A head must bring more than the target would have written in the time that it took.
+        """
+        changed: set[str] = set()
         self.tokens.update(name for name in guessed if name)
         for name in drafters:
             self.commits[name] += 1
             resting = name in self.resting
             if self.commits[name] < (REST if resting else TRIAL):
                 continue
-            useless = not resting and self.tokens[name] < LEAST * self.commits[name]
+            useless = not resting and self.tokens[name] < max(LEAST * self.commits[name], rate * self.spent[name])
             if useless != resting:
-                changed = True
+                changed.add(name)
                 self.resting ^= {name}
             self.commits[name] = self.tokens[name] = 0
+            self.spent[name] = 0.0
         return changed
 
     def forget(self, drafter: str) -> None:

@@ -176,7 +176,7 @@ class Stats:
     verified: int  # of them, given a row
     accepted: int  # of them, delivered
     hits: int
-    histogram: tuple[int, ...]  # rounds by number of accepted nodes
+    histogram: tuple[int, ...]  # rounds in which guesses were verified, by how many of them were accepted
     by_drafter: dict[str, int] = field(default_factory=dict)  # accepted tokens of each
     ignored: dict[str, int] = field(default_factory=dict)  # messages without effect, by reason
     elapsed: float = 0.0  # from the taking of the request to its last token

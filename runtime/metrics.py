@@ -31,7 +31,7 @@ class Tally:
         reused: int = 0,
     ) -> Stats:
         """Times in seconds. `elapsed` runs from the taking of the request to its last token."""
-        histogram = Counter(done.accepted for done in self.rounds)
+        histogram = Counter(done.accepted for done in self.rounds if done.width)
         return Stats(
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
@@ -88,6 +88,12 @@ class Ledger:
         self.fallbacks: Counter[str] = Counter()
         self.guesses: defaultdict[str, Guesses] = defaultdict(Guesses)
 
+    @property
+    def rate(self) -> float:
+        """Tokens of all sessions in a second of steps."""
+        seconds = self.waited + self.computed + self.bookkeeping
+        return self.completion / seconds if seconds else 0.0
+
     def step(self, rounds: Sequence[Round]) -> None:
         """The rounds of one step, which share its times."""
         self.steps += 1
@@ -141,14 +147,14 @@ class Ledger:
 def speculative_decoding(stats: Stats) -> dict[str, object]:
     """The object that vLLM reports under this name.
 
-    mean_acceptance_length counts the target's own token, as there. A tree spends several rows on one position, so
-    draft_acceptance_rate (accepted over verified nodes) is lower than for a chain of the same use.
+    mean_acceptance_length counts the target's own token, as there; num_drafts is the rounds in which something was speculated. A tree
+    spends several rows on one position, so draft_acceptance_rate (accepted over verified nodes) is lower than for a chain of the same use.
     """
     return {
         "mean_acceptance_length": stats.completion_tokens / stats.rounds if stats.rounds else 0.0,
         "draft_acceptance_rate": stats.accepted / stats.verified if stats.verified else 0.0,
         "acceptance_histogram": list(stats.histogram),
-        "num_drafts": sum(stats.histogram[1:]) if stats.verified else 0,
+        "num_drafts": sum(stats.histogram),
         "num_draft_tokens": stats.verified,
         "num_accepted_tokens": stats.accepted,
     }

@@ -1,19 +1,19 @@
 """Prompts are read piece by piece between steps, those of several sessions in one pass; what some cache holds already is copied."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from runtime.clock import Clock
 from runtime.errors import OutriderError
-from runtime.kv.prefixes import Prefixes
+from runtime.kv.prefixes import Ids, Prefixes, common
 from runtime.live import Live
 from runtime.models.base import Model, Part, causal
 
 CHUNK = 512  # tokens that are read at once
 CHUNK_BESIDE = 64  # of each text, where other sessions wait for their step meanwhile
-ALIKE = 32  # first tokens by which texts are taken to begin alike
+ALIKE = 32  # tokens that are worth waiting for, and by which texts are taken to begin alike
 
 # What a request, a model or a tokenizer may raise: it ends that session. Any other error is a fault of the loop itself.
 FAILURES = (OutriderError, RuntimeError, ValueError, MemoryError, LookupError, TypeError, AttributeError, ArithmeticError)
@@ -32,24 +32,32 @@ class Read:
 def read_on(model: Model, prefixes: Prefixes, sessions: Sequence[Live], began: float, clock: Clock) -> Read:
     """Read the next piece of what is not in the caches of `sessions`, oldest first: all but the last token of each text.
 
-    A text that begins like another one waits until it can have that beginning from its cache.
+    A text waits while one that is read now has more in common with it than any cache: it can be copied next time.
     """
     reading = [live for live in sessions if not live.ready]
     budget = CHUNK if len(reading) == len(sessions) else min(CHUNK, CHUNK_BESIDE * len(reading))
-    found, pieces, beginnings = Read(began), list[tuple[Live, Part]](), set[tuple[int, ...]]()
+    others = [(other.session.tokens[:-1], other.cache) for other in sessions if other.ready]
+    found, pieces, read_now = Read(began), list[tuple[Live, Part]](), dict[tuple[int, ...], list[Ids]]()
     for live in reading:
-        beginning = tuple(live.session.tokens[:ALIKE])
-        if budget <= 0 or beginning in beginnings:
-            continue
-        beginnings.add(beginning)
+        if budget <= 0:
+            break
+        text = np.asarray(live.session.tokens[:-1], dtype=np.int64)
+        alike = read_now.setdefault(tuple(live.session.tokens[:ALIKE]), [])
         try:
             if live.cache.length == 0:
-                found.reused += reuse(live, prefixes, sessions)
+                cached = prefixes.longest(live.session.tokens, others)
+                most = 0 if cached is None else cached[1]
+                if max((common(text, other) for other in alike), default=0) >= most + ALIKE:
+                    continue
+                if cached is not None:
+                    live.cache, live.reused = cached[0].fork(most), most
+                    found.reused += most
         except FAILURES as error:
             found.failed.append((live, error))
             continue
+        alike.append(text)
         start = live.cache.length
-        tokens = np.asarray(live.session.tokens[:-1][start : start + budget], dtype=np.int64)
+        tokens = text[start : start + budget]
         budget -= len(tokens)
         pieces.append((live, Part(live.cache, causal(tokens, start), last=0)))
     compute(model, pieces, found)
@@ -60,16 +68,6 @@ def read_on(model: Model, prefixes: Prefixes, sessions: Sequence[Live], began: f
         live.prefilled += found.done - began
         live.committed_at = live.growth_at = found.done
     return found
-
-
-def reuse(live: Live, prefixes: Prefixes, sessions: Iterable[Live]) -> int:
-    """Begin with a copy of the longest beginning that some text in a cache has in common with this one; returns its length."""
-    others = [(other.session.tokens[:-1], other.cache) for other in sessions if other.ready]
-    found = prefixes.longest(live.session.tokens, others)
-    if found is not None:
-        cache, live.reused = found
-        live.cache = cache.fork(live.reused)
-    return live.reused
 
 
 def compute(model: Model, pieces: Sequence[tuple[Live, Part]], found: Read) -> None:

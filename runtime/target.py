@@ -159,9 +159,9 @@ class Target:
             raise InvalidRequest("this target knows no grammars: ask without response_format", "response_format")
         return await asyncio.to_thread(guided, self.grammar, constraint, request)
 
-    def schedule(self, scheduler: Scheduler) -> None:
-        """From now on; sessions under way keep the style in which their drafters grow."""
-        self.engine.inbox.put(Policy(scheduler))
+    def schedule(self, scheduler: Scheduler, heads: frozenset[str] | None = None) -> None:
+        """From now on, with these heads (None: all that there are); sessions under way keep the style in which their drafters grow."""
+        self.engine.inbox.put(Policy(scheduler, heads))
 
     def attach(self, name: str, link: DraftLink) -> None:
         """Let this drafter guess for all sessions, those under way included. A link that ends is detached and counted."""

@@ -5,11 +5,16 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
 import runtime
+
+if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadFileScheduling
 
 # The models of the tests are tiny: a second thread only costs. Set before anything loads torch, and inherited by Ray's workers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -37,3 +42,17 @@ def shared() -> Path:
     if not (folder / "models").is_dir():
         pytest.skip(f"needs the models of {folder}")
     return folder
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: "Producer") -> "LoadFileScheduling":
+    """In several processes (`make test`) each file is run by one of them, and all that starts Ray by one: it shares a Ray, and waits
+    more than it computes. It comes first, beside everything else."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "cluster" if nodeid.startswith("tests/cluster/") else super()._split_scope(nodeid)
+
+    config.option.loadscopereorder = False  # as they are collected: by name
+    return ByFile(config, log)

@@ -15,7 +15,7 @@ from runtime.messages import Close, Commit, Draft, Event, Reply, Share
 from runtime.tree import mix64, text_key
 from tests.fakes import HELLO, HOST, Feed, opening
 
-PATIENCE_S = 5.0
+PATIENCE_S = 30.0  # seconds: a wait that takes so long is a fault. A silent peer would not be missed in 45 without keepalive.
 
 Attach = Callable[[DraftLink], AbstractAsyncContextManager[DraftLink]]
 

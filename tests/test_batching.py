@@ -103,6 +103,24 @@ def test_several_prompts_are_read_in_one_pass_but_not_what_a_cache_will_have() -
     assert at.run()["s2"].stats.reused == ALIKE + 9  # all that the two have in common: a step has added the last token
 
 
+def test_what_a_cache_has_already_is_waited_for_by_nobody() -> None:
+    """Sessions that come from a lost target, of a prompt that is served here, are read in one pass, whatever they have in common."""
+    model, alike = Watched(), tuple(n % 23 for n in range(ALIKE + 8))
+    at = desk(model)
+    at.admit(asking(alike, "here", max_tokens=40))
+    at.engine.advance()
+    moved = [(*alike, number, 1, 2) for number in range(5)]
+    for number, prompt in enumerate(moved):
+        at.admit(asking(prompt, f"s{number}", max_tokens=4))
+    at.engine.advance()
+    assert model.passes[-2] == [2] * 5
+    assert all(at.chunks[f"s{number}"] for number in range(5))
+    found = at.run()
+    for number, prompt in enumerate(moved):
+        assert found[f"s{number}"].stats.reused == ALIKE + 8
+        assert found[f"s{number}"].said() == plain(ToyModel(24, memory=3), asking(prompt, f"s{number}", max_tokens=4)).said()
+
+
 def test_a_prompt_that_cannot_be_read_ends_alone() -> None:
     at = desk(Watched(most=20))
     for number, length in enumerate((10, 30, 12)):

@@ -1,33 +1,26 @@
-"""The benchmark's own methods: what is read from recordings and answers, sizes and settings, and a small benchmark from end to end."""
+"""The benchmark's own methods: what is read from recordings and answers, sizes and settings."""
 
 import asyncio
-import io
 import os
 import sys
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from actors import cli
-from bench import compare
-from bench import results as kept
 from bench.apart import apart
 from bench.forecasts import forecasts
-from bench.machine import two_cores
 from bench.methods import ALONE, GREEDY, LIVING, PLAIN, RIVALS, Method, Ours
-from bench.options import FULL, QUICK, Options, Size, batch_cases, checked, chosen_dtype, expected_seconds, main_rounds, suite
+from bench.options import FULL, QUICK, Size, batch_cases, checked, chosen_dtype, expected_seconds, main_rounds, suite
 from bench.ours import Answer, Cluster, ask, outcome, schedule_of
 from bench.prompts import Prompt, from_file
 from bench.recorded import lead, round_trip, steps
-from bench.run import benchmark, differing
 from runtime.errors import InvalidRequest, Unavailable
 from runtime.messages import Chunk, Request, Stats
 from runtime.sampling import Sampling
 from runtime.tracing import BOOKKEEPING, COMMIT, COMPUTE, GROWTH, LEAD, TARGET, WAIT, Recording, Trace
 from tests.benchmarks import run, synthetic
-from tests.pair import save_model
 
 PROMPTS = [Prompt(f"p{number}", (number, number + 1)) for number in range(1, 9)]
 
@@ -170,33 +163,3 @@ def test_wrong_flags_are_named(
     error = capsys.readouterr().err
     assert named in error
     assert error.count("\n") == 1
-
-
-@pytest.mark.cluster
-def test_a_small_benchmark_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The draft is the target itself: every guess is right."""
-    monkeypatch.setattr("bench.run.CACHE", tmp_path / "cache")
-    model = str(save_model(tmp_path / "tiny", context=512))
-    texts = tmp_path / "texts.txt"
-    texts.write_text("def f(x):\nimport os\nclass A:\nreturn None\n")
-    options = Options(model, model, False, "float32", texts, Size(1, 1, 24, (0.0,), (2,)), 1, True, tmp_path / "found", "tiny")
-    before = os.sched_getaffinity(0)
-    found = benchmark(options, Console(file=io.StringIO()))
-    assert os.sched_getaffinity(0) == before
-    assert len(two_cores()) == 2
-    assert found == kept.read(tmp_path / "found" / "tiny.json")
-    assert {(one.method, one.batch) for one in found.runs if one.batch > 1} == {
-        (name, 2) for name in ("plain", "living", "transformers greedy")
-    }
-    assert differing(found) == []
-    tree, living, plain = (compare.totals(found, name) for name in ("sync tree", "living", PLAIN.name))
-    assert tree is not None
-    assert living is not None
-    assert plain is not None
-    assert tree.by_drafter["draft-0"] == tree.accepted > 0 == plain.drafted
-    assert tree.rounds < plain.rounds == 24
-    assert sum(living.by_drafter.values()) == living.accepted  # which may be 0: it need not wait for a draft as slow as its target
-    assert {forecast.method for forecast in found.forecasts} == {"plain", "living", "sync tree"}
-    page = (tmp_path / "found" / "tiny.md").read_text("utf-8")
-    assert "tiny-trace.png" in page
-    assert (tmp_path / "found" / "tiny-trace.png").read_bytes().startswith(b"\x89PNG")

@@ -10,6 +10,7 @@ from models import corpus
 from runtime.errors import InvalidRequest
 from runtime.models.load import load_tokenizer
 from tests.pair import SHIPPED
+from training.text import HELD_OUT_SHARE, bucket
 
 
 def test_held_out_prompts_are_whole_lines_of_different_held_out_files() -> None:
@@ -18,7 +19,7 @@ def test_held_out_prompts_are_whole_lines_of_different_held_out_files() -> None:
     assert len({prompt.name.rpartition(":")[0] for prompt in found}) == 6
     for prompt in found:
         name, _, line = prompt.name.rpartition(":")
-        assert corpus.bucket(name, corpus.HELD_OUT_SHARE) == 0
+        assert bucket(name, HELD_OUT_SHARE) == 0
         assert SHORTEST <= len(prompt.tokens) <= LONGEST
         text = tokenizer.decode(list(prompt.tokens))
         rest = "".join(corpus.read(name).splitlines(keepends=True)[int(line) - 1 :])

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from contextlib import aclosing
 from dataclasses import replace
 from itertools import pairwise
 
@@ -11,14 +12,15 @@ from actors.fleet import DrafterState, Fleet
 from actors.peers import Place
 from actors.router import Router
 from bench.chaos.blows import Blow, next_blow, next_count, strike
-from bench.chaos.clients import Answer, Case, Seen, stream
-from bench.chaos.outcome import Outcome, percentile
+from bench.chaos.clients import Answer, Call, Case, Seen, stream
+from bench.chaos.outcome import Gap, Outcome, percentile
 from runtime.errors import Unavailable
 from tests.stage import ANSWER, ASKED, COUNT, PLAIN, Scripted, played, there
 
 DRAFTER = DrafterState("d-0", "d", "d/0", 0, "ready", 0, None, "node")
 FLEET = Fleet("m", "m", "1", (there("t0"), there("t1")), (DRAFTER, replace(DRAFTER, name="d-1", state="starting")), (), (), 0)
-OUTCOME = Outcome(8, 2, 1, 0, 10.0, 30, 0, 0, 0, 900, 3, 0, {"target SIGKILL": 1}, (0.5, 1.0, 2.5))
+GAPS = (Gap(0.25, 0.0, 0.25), Gap(0.0, 0.5, 0.5, 0.25), Gap(2.0, 0.0, 0.5, 0.125))
+OUTCOME = Outcome(8, 2, 1, 0, 10.0, 30, 0, 0, 0, 900, 3, 0, {"target SIGKILL": 1}, GAPS)
 
 
 def test_blows_fall_on_all_that_serve_but_never_on_the_last_target() -> None:
@@ -57,7 +59,8 @@ def test_an_outcome_is_right_only_where_all_of_it_is(bad: dict[str, int]) -> Non
     wrong = Outcome(**{name: getattr(OUTCOME, name) for name in OUTCOME.__slots__} | bad)
     assert OUTCOME.right
     assert not wrong.right
-    assert OUTCOME.as_json()["gap_p99"] == 2.5
+    parts = OUTCOME.as_json()["parts"]
+    assert (parts["gap at a target's death"]["p99"], parts["noticed"]["p50"], parts["read in"]["p99"]) == (2.5, 0.25, 0.25)
     assert "1.00 s, 2.50 s, 2.50 s" in OUTCOME.grid().markdown()
 
 
@@ -74,9 +77,16 @@ def test_a_client_compares_and_measures() -> None:
                 self.address = address
                 lives[address] = self
 
-            def generate(self, request):  # type: ignore[no-untyped-def]
-                seen.asked.setdefault(request.session, []).append(self.address)
-                return super().generate(request)
+            async def generate(self, request):  # type: ignore[no-untyped-def]
+                now = asyncio.get_running_loop().time
+                call = Call(self.address, now())
+                seen.calls.setdefault(request.session, []).append(call)
+                try:
+                    async with aclosing(super().generate(request)) as chunks:
+                        async for chunk in chunks:
+                            yield chunk
+                finally:
+                    call.ended = now()
 
         router = Router(Noted)
         router.update([there("t0"), there("t1")])
@@ -93,11 +103,22 @@ def test_a_client_compares_and_measures() -> None:
     right = Answer(PLAIN.tokens, "".join(PLAIN.pieces), "stop")
     seen = played(main(right))
     assert (seen.counts["finished"], seen.counts["differing"], seen.counts["tokens"]) == (1, 0, COUNT)
-    assert seen.gaps == [pytest.approx(4.0)]
+    (gap,) = seen.gaps
+    assert [gap.noticed, gap.placed, gap.answered] == pytest.approx([4.0, 0.0, 0.0])
     assert not seen.wrong
     seen = played(main(replace(right, tokens=(*right.tokens[:-1], 5))))
     assert seen.counts["differing"] == 1
     assert f"differs at token {COUNT - 1}" in seen.wrong[0]
+
+
+def test_who_is_away_is_timed_until_it_is_back() -> None:
+    seen = Seen()
+    seen.look(FLEET, 0.0)
+    (target, *others) = FLEET.targets
+    away, back = replace(target, state="starting", restarts=1), replace(target, restarts=1)
+    for at, state in ((1.0, away), (2.0, away), (8.0, back), (9.0, back)):
+        seen.look(replace(FLEET, targets=(state, *others)), at)
+    assert seen.returned == [7.0]
 
 
 def test_an_answer_that_fails_is_counted() -> None:

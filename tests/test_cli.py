@@ -152,7 +152,7 @@ def test_ray_that_cannot_start(tiny: Path, tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 2, done.stderr

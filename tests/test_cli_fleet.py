@@ -20,7 +20,7 @@ from actors.cli.drain import sessions
 from actors.cli.fleet_show import Look, as_json, guessed, of_drafter, shown, speed
 from actors.cli.local_ray import LocalRay
 from actors.cli.logs import is_life
-from actors.cli.scale import parsed, settled
+from actors.cli.scale import check_hope, parsed, settled
 from actors.cli.serve import curl
 from actors.fleet import DrafterState, Fleet, PoolState, TargetState
 from runtime.config import Deployment, GatewayConfig, cache_folder
@@ -135,6 +135,11 @@ def test_the_object_of_json() -> None:
 def test_when_scaling_and_draining_are_over() -> None:
     assert not settled(FLEET, "small"), "one is still on its way out"
     assert settled(FLEET, "lookup")
+    given_up = replace(FLEET, drafters=(replace(FLEET.drafters[1], state="failed", trouble="given up after 10 failures"),))
+    check_hope(FLEET, "small")
+    check_hope(given_up, "lookup")
+    with pytest.raises(Unavailable, match="small-0 is given up after 10 failures"):
+        check_hope(given_up, "small")
     assert sessions(FLEET, "small-1") == 1
     assert sessions(FLEET, "small-0") is None
     assert sessions(replace(FLEET, targets=(replace(FLEET.targets[0], state="draining"),)), "target-0") == 3

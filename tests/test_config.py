@@ -1,5 +1,6 @@
 """What is started where: from flags, and from a file that a stranger may have written."""
 
+import json
 import os
 from pathlib import Path
 
@@ -9,10 +10,13 @@ from pydantic import ValidationError
 from runtime.config import (
     Deployment,
     GatewayConfig,
+    HeadConfig,
     Placement,
     PoolConfig,
     TargetConfig,
     deployment,
+    folder_of,
+    heads,
     methods,
     read,
     shipped,
@@ -28,6 +32,33 @@ def named(*drafts: str, drafters: int = 1) -> list[str]:
 def test_the_methods_are_the_files() -> None:
     assert {"model", "ngram", "noisy"} <= set(methods())
     assert "base" not in methods()
+
+
+def test_the_heads_are_the_files_and_sit_on_the_target(tmp_path: Path) -> None:
+    assert {"token-recycling", "medusa", "hidden-transfer"} <= set(heads())
+    trained, model = tmp_path / "trained", tmp_path / "model"
+    for folder, config in ((trained, {"method": "medusa"}), (model, {"model_type": "llama"})):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+    made = deployment("big", ("token-recycling", "small", str(trained), "medusa", str(model)), 2, "auto", "cpu", local=True)
+    assert made.target.named_heads() == {
+        "token-recycling-0": HeadConfig(method="token-recycling"),
+        "medusa-0": HeadConfig(method="medusa", folder=str(trained)),
+        "medusa-1": HeadConfig(method="medusa"),
+    }
+    assert [pool.name for pool in made.pools] == ["small", "model"]
+    assert folder_of(HeadConfig(method="token-recycling")) is None
+    assert folder_of(HeadConfig(method="medusa", folder="x")) == Path("x")
+
+
+def test_a_pool_is_not_called_as_a_head_is() -> None:
+    mounted = TargetConfig(model="t", heads=(HeadConfig(method="medusa"),))
+    with pytest.raises(ValidationError, match="'medusa' is that of a head"):
+        Deployment(target=mounted, pools=(PoolConfig(name="medusa", method="ngram"),))
+    made = deployment("big", ("medusa", "org/medusa"), 1, "auto", "cpu", local=False)
+    assert [pool.name for pool in made.pools] == ["medusa-2"]
+    with pytest.raises(ValidationError, match="'ngram' is no head"):
+        HeadConfig(method="ngram")
 
 
 def test_a_draft_is_a_method_or_a_model() -> None:

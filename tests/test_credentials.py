@@ -6,6 +6,8 @@ import logging
 import re
 import ssl
 import stat
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -31,6 +33,7 @@ from runtime.sampling import Sampling
 from tests.contracts import PATIENCE_S, draft_for
 from tests.fakes import HELLO, HOST, Feed, ScriptedDrafter, ScriptedTarget, opening
 
+ROOT = Path(__file__).parents[1]
 NOW = datetime.datetime.now(datetime.UTC)
 REQUEST = Request("s", (1, 2, 3), Sampling())
 CHUNK = Chunk(("a",), (7,), ("",), "length")
@@ -246,6 +249,13 @@ def test_a_certificate_that_has_run_out_is_refused(tmp_path: Path) -> None:
 def test_a_server_does_not_start_with_files_that_cannot_be_used(tls: TlsConfig) -> None:
     with pytest.raises(InvalidRequest, match="for role gateway, not drafter"):
         asyncio.run(serve([DraftingService(ScriptedDrafter(), HELLO)], HOST, tls=shown(tls, "gateway")))
+
+
+def test_callers_that_shake_hands_at_the_same_time_end_nothing(tmp_path: Path) -> None:
+    call = [sys.executable, "-m", "tests.handshakes", str(tmp_path)]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=4 * PATIENCE_S, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[0]) > 0
 
 
 def test_a_link_without_usable_files_is_lost_and_may_come_back(tmp_path: Path, tls: TlsConfig) -> None:

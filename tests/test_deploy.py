@@ -19,6 +19,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from actors.gateway.keys import is_open
 from actors.gateway.metrics import Meter
 from actors.gateway.quota import Ledger
 from actors.serve_app import Arguments
@@ -31,7 +32,7 @@ from tests.kubernetes import schema_of
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 CLUSTERS = sorted((DEPLOY / "ray").glob("*.yaml"))
-SCRIPTS = ("certify", "keys", "node")
+SCRIPTS = ("certify", "keys", "leave", "node")
 EXAMPLES = sorted((DEPLOY / "examples").glob("*.yaml"))
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
 SETTINGS = {
@@ -200,6 +201,19 @@ def test_the_pods_are_closed_placed_and_complete(file: Path) -> None:
         assert pod["initContainers"][0]["command"][0] == "/srv/outrider/deploy/ray/certify"
 
 
+@by_name(MANIFESTS)
+def test_the_gateway_finds_its_keys_and_takes_them_for_closed(file: Path) -> None:
+    deployment = config.read(DEPLOY / "examples" / "kubernetes.yaml")
+    pod = ray_cluster(file.stem)["headGroupSpec"]["template"]["spec"]
+    (laid,) = [volume["secret"] for volume in pod["volumes"] if volume["name"] == "api-keys"]
+    (mount,) = [mount for mount in pod["containers"][0]["volumeMounts"] if mount["name"] == "api-keys"]
+    assert deployment.gateway.api_keys == Path(mount["mountPath"]) / "api-keys", "the name of the key within the secret"
+    assert "subPath" not in mount, "or a new key would not be seen"
+    user = pod["securityContext"]
+    assert user["fsGroup"] == user["runAsUser"] != 0, "the files are root's, and of this group"
+    assert not is_open(laid["defaultMode"], owner=0, reader=user["runAsUser"])
+
+
 def test_the_service_is_the_cluster_but_for_what_the_operator_asks() -> None:
     cluster, service = ray_cluster("cluster"), ray_cluster("service")
     mine, theirs = (spec["headGroupSpec"]["template"]["spec"]["containers"][0] for spec in (cluster, service))
@@ -224,7 +238,7 @@ def test_the_image_copies_what_is_there_and_all_packages() -> None:
     text = (DEPLOY / "Dockerfile").read_text("utf-8")
     copied = {source for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE) for source in line.split()[:-1]}
     assert {name for name in copied if not (ROOT / name).exists()} == set()
-    assert copied >= {"pyproject.toml", "constraints.txt", "runtime", "actors", "protos", "models", "bench"}
+    assert copied >= {"pyproject.toml", "constraints.txt", "runtime", "actors", "protos", "models", "training", "bench"}
     sent = {line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")}
     assert sent == copied
     assert text.index("\nUSER outrider") < text.index("\nENTRYPOINT")
@@ -261,6 +275,35 @@ def test_each_rule_says_what_to_do_and_each_panel_has_its_place() -> None:
     ]
     assert len(cells) == len(set(cells)), "two panels lie over each other"
     assert max(x for x, _ in cells) == 23
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool: apt-get install prometheus")
+@pytest.mark.parametrize(("accepted", "fires"), [(90, False), (1, True)])
+def test_collapsed_acceptance_is_told_from_that_of_a_healthy_tree(accepted: int, fires: bool, tmp_path: Path) -> None:
+    """A target makes 10 rounds a second, for each of which its drafter sends a tree of 30 nodes; so many are accepted in 10 seconds."""
+    names = 'drafter="a-0", pool="a"'
+    series = [
+        {"series": f'outrider:{name}{{instance="{gateway}", target="t", {labels}}}', "values": f"0+{step}x120"}
+        for gateway in ("g0", "g1")  # each tells of the whole fleet
+        for name, labels, step in (
+            ("target_rounds_total", "", 100),
+            ("drafter_proposed_tokens_total", names, 3000),
+            ("drafter_accepted_tokens_total", names, accepted),
+        )
+    ]
+    alert = {"exp_labels": {"severity": "ticket", "pool": "a"}, "exp_annotations": {}}
+    expected = [alert | {"exp_annotations": annotations("OutriderAcceptanceCollapsed", "a")}] if fires else []
+    asked = [{"eval_time": "15m", "alertname": "OutriderAcceptanceCollapsed", "exp_alerts": expected}]
+    trial = {"rule_files": ["rules.yml"], "tests": [{"interval": "10s", "input_series": series, "alert_rule_test": asked}]}
+    shutil.copy(DEPLOY / "prometheus" / "rules.yml", tmp_path)
+    (tmp_path / "trial.yml").write_text(yaml.safe_dump(trial), "utf-8")
+    done = subprocess.run(["promtool", "test", "rules", "trial.yml"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def annotations(alert: str, pool: str) -> dict[str, str]:
+    found: dict[str, str] = next(rule["annotations"] for rule in rules() if rule["alert"] == alert)
+    return {name: text.replace("{{ $labels.pool }}", pool) for name, text in found.items()}
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool: apt-get install prometheus")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from runtime import limits
 from runtime.choice import Ask
-from runtime.config import methods
+from runtime.config import methods, module_of
 from runtime.drafters.base import Children, Drafter, Ingredients, Text, Wish
 from runtime.drafters.model import ModelDrafter
 from runtime.errors import InvalidRequest
@@ -36,8 +36,8 @@ METHODS = pytest.mark.parametrize("method", methods())
 
 
 def built(method: str) -> Drafter:
-    module = importlib.import_module(f"runtime.drafters.{method}")
-    drafter: Drafter = module.build(Ingredients("target", "draft", lambda name: LOOPING))
+    module = importlib.import_module(f"runtime.drafters.{module_of(method)}")
+    drafter: Drafter = module.build(Ingredients("target", "draft", lambda name: LOOPING, lambda name: LOOPING))
     return drafter
 
 

@@ -7,7 +7,7 @@ speed would pass unseen otherwise.
 import asyncio
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -278,20 +278,24 @@ def sampled(model: Model, numbers: Sequence[int], temperature: float, seed: int,
 
 def in_lockstep(target: str, draft: str, asked: Sequence[Sequence[int]], count: int, generated: int, passes: int) -> float:
     """Asserts that on is off, and transformers' own: what it generates to the first `generated` prompts, and what it would generate
-    to all. Returns the tokens for each step of the target."""
+    to all. The first prompt is answered alone, all of them beside each other. Returns the tokens for each step of the target."""
     model, eos = load_model(target, "float32", "cpu"), end_of_text(target)
     drafter = ModelDrafter(load_model(draft, "float32", "cpu"), branches=2)
-    tokens = rounds = 0
-    for number, prompt in enumerate(asked):
-        request = asking(prompt, max_tokens=count)
-        (on,) = Lockstep(engine_of(model, 8, eos, choose), Grower(drafter, "d", 2), passes=passes).run(request)
-        assert on.said() == plain(model, request, eos, choose).said()
+    requests = [asking(prompt, f"s{number}", max_tokens=count) for number, prompt in enumerate(asked)]
+
+    def guided(*requests: Request) -> list[Output]:
+        grower = Grower(drafter, "d", 2 * len(requests))
+        return Lockstep(engine_of(model, 8, eos, choose), grower, passes=passes).run(*requests)
+
+    found = guided(*requests)
+    alone = Lockstep(engine_of(model, eos=eos, chooser=choose)).run(*(replace(request, speculation=False) for request in requests))
+    assert [on.said() for on in found] == [off.said() for off in alone]
+    assert guided(requests[0])[0].said() == plain(model, requests[0], eos, choose).said() == found[0].said()
+    for number, (prompt, on) in enumerate(zip(asked, found, strict=True)):
         assert on.tokens == transformers_replay(model.module, prompt, on.tokens)
         if number < generated:
             assert on.tokens == transformers_greedy(model.module, prompt, count)
-        tokens += len(on.tokens)
-        rounds += on.stats.rounds
-    return tokens / rounds
+    return sum(len(on.tokens) for on in found) / sum(on.stats.rounds for on in found)
 
 
 def composed(target: str, draft: str, asked: Sequence[Sequence[int]], count: int) -> None:

@@ -11,7 +11,27 @@ from actors import census, ledger
 from actors.fleet import Fleet, State
 from actors.ledger import Ledger
 from actors.peers import Place
-from actors.roster import CRAMPED, GATEWAY, TARGET, Action, Drain, End, Member, Replace, Start, backoff, decide, first_counts, mute, spec_of
+from actors.roster import (
+    CRAMPED,
+    GATEWAY,
+    MOST_FAILURES,
+    SOON,
+    TARGET,
+    Action,
+    Drain,
+    End,
+    GiveUp,
+    Member,
+    Replace,
+    Start,
+    backoff,
+    bereft,
+    decide,
+    first_counts,
+    forgiven,
+    mute,
+    spec_of,
+)
 from runtime.config import Deployment, TlsConfig
 from runtime.reports import DrafterReport, GuessReport, TargetReport
 from runtime.scaling import Decision
@@ -83,11 +103,54 @@ def test_who_is_lost_is_replaced_at_once_and_who_does_not_start_more_and_more_ra
     assert [backoff(failures) for failures in (0, 1, 2, 3, 20)] == [0, 1, 2, 4, 30]
 
 
+def test_a_drafter_that_fails_soon_after_each_start_waits_longer_each_time_and_is_given_up() -> None:
+    one, now, failures = member("small", 0, since=NOW), NOW, []
+    while one.state != "failed":
+        one = bereft(replace(one, since=now), "its thread has ended", now + SOON / 2)
+        failures.append(one.failures)
+        now = one.since + backoff(one.failures)
+        match decide(PLAN, {"small": 1}, (one,), now):
+            case [Replace(name)] if name == one.name:
+                assert decide(PLAN, {"small": 1}, (one,), now - 0.01) == []
+                one = replace(one, lost="", state="ready")
+            case [GiveUp(name)] if name == one.name:
+                one = replace(one, state="failed")
+    assert failures == list(range(1, MOST_FAILURES + 1))
+    assert decided(one, counts={"small": 1}) == [], "and nobody is started in its place"
+    assert decided(one, counts={"small": 2}) == [("Start", "small-1")]
+    assert decided(one, counts={"small": 0}) == [("End", "small-0")]
+    assert decide(PLAN, {"small": 1}, (forgiven(one),), now) == [Replace("small-0")]
+    (shown,) = census.fleet(PLAN, {"small": 1, "lookup": 0}, [one], {}, {}, 0, now).drafters
+    assert (shown.state, shown.restarts) == ("failed", 0)
+    assert shown.trouble == ("given up after 10 failures in a row, the last: its thread has ended; `outrider scale small=N` tries again")
+
+
+def test_who_has_lived_long_enough_begins_anew_and_a_target_never_waits_for_a_short_life() -> None:
+    assert bereft(member("small", 0, since=NOW, failures=9), "killed", NOW + SOON).failures == 0
+    assert bereft(member("small", 0, "starting", since=NOW, failures=2), "no such file", NOW + 60).failures == 3
+    assert bereft(member(TARGET, 0, since=NOW, failures=9), "killed", NOW + SOON / 2).failures == 0
+    stubborn = member(TARGET, 0, "starting", lost="it does not start", since=NOW - 30, failures=99)
+    assert decided(stubborn, counts={TARGET: 1}) == [("Replace", "target-0")]
+
+
+def test_who_is_on_a_node_that_leaves_is_drained_and_followed_elsewhere() -> None:
+    going = replace(ALL[0], leaves=True)
+    assert decided(going, *ALL[1:]) == [("Drain", "target-0"), ("Start", "target-2")], "another target takes the new sessions"
+    only = (replace(going, leaves=True), replace(ALL[1], leaves=True))
+    assert decided(*only, counts={TARGET: 2}) == [("Start", "target-2"), ("Start", "target-3")], "nobody else would take them"
+    follower = member(TARGET, 2)
+    assert decided(*only, follower, counts={TARGET: 2}) == [("Drain", "target-0"), ("Drain", "target-1"), ("Start", "target-3")]
+    assert decided(replace(ALL[2], leaves=True), counts={"small": 1}) == [("Drain", "small-0"), ("Start", "small-1")]
+    assert decided(replace(going, lost="killed"), ALL[1])[:1] == [("End", "target-0")]
+
+
 def test_silence_counts_from_when_others_are_heard() -> None:
     assert not mute(asked=10.0, ear=10.5, now=11.9)
     assert mute(asked=10.0, ear=10.5, now=12.1)
     assert not mute(asked=10.0, ear=10.0, now=12.1), "nobody has answered since: is it the controller that hears nothing?"
     assert mute(asked=10.0, ear=10.0, now=16.1)
+    assert not mute(asked=10.0, ear=10.5, now=24.9, patience=15.0)
+    assert mute(asked=10.0, ear=10.5, now=25.1, patience=15.0)
 
 
 def test_a_lost_target_is_replaced_though_others_are_there() -> None:
@@ -167,7 +230,7 @@ def arrived(one: Member) -> Member:
             return one if one.lost else replace(one, state="ready")
         case "draining":
             return replace(one, drained=True)
-        case "ready":
+        case "ready" | "failed":
             return one
 
 
@@ -189,6 +252,8 @@ def test_whatever_the_beginning_it_ends_with_as_many_as_are_wanted_and_never_few
                     now[f"{role}-{index}"] = Member(f"{role}-{index}", role, index, 0, spec, "ready", NOW, Place("", 1, "node"))
                 case Replace(name):
                     now[name] = replace(now[name], lost="", state="ready")
+                case GiveUp(name):
+                    now[name] = replace(now[name], state="failed")
                 case Drain(name):
                     now[name] = replace(now[name], state="draining", drained=True)
                 case End(name):

@@ -193,7 +193,7 @@ def test_malformed_messages_are_refused_and_a_stream_beside_them_is_as_alone(cap
                     target.attach("hostile", GrpcLink(hostile, HELLO))
                     await canary()
 
-            async with raw_drafter(forged.as_drafter) as hostile, asyncio.timeout(60 + COUNT / 20):
+            async with raw_drafter(forged.as_drafter) as hostile, asyncio.timeout(240 + COUNT / 20):
                 await asyncio.gather(
                     *(repeated(lambda: asked.on_target(channels[0]), asked) for _ in range(AT_ONCE)),
                     *(repeated(lambda: guessed.on_drafter(channels[1]), guessed) for _ in range(AT_ONCE)),

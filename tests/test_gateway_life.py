@@ -131,12 +131,12 @@ def test_the_deadline_travels_to_the_target(how: str) -> None:
         asked.append(request)
         yield Chunk(("a",), (5,), ("",), "stop", stats())
 
-    with serving(Scripted(speak), LimitsConfig(request_seconds=33.0)) as gateway, gateway.http() as client:
-        headers = {"x-request-timeout": "33"} if how == "header" else {}
-        fields = {"timeout": 33} if how == "field" else {}
+    with serving(Scripted(speak), LimitsConfig(request_seconds=333.0)) as gateway, gateway.http() as client:
+        headers = {"x-request-timeout": "333"} if how == "header" else {}
+        fields = {"timeout": 333} if how == "field" else {}
         assert client.post(COMPLETIONS, json=body(**fields), headers=headers).status_code == 200
     assert asked[0].deadline is not None
-    assert 33 - HANG_S < asked[0].deadline <= 33
+    assert 333 - HANG_S < asked[0].deadline <= 333
 
 
 def test_a_target_that_never_answers_ends_with_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,16 @@
 """Items asked of targets directly: answers as the gateway's own, and errors that are the item's."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any, cast
 
 import pytest
 
+from actors.fleet import Fleet, TargetState
+from actors.jobs import over_cluster
 from actors.jobs.items import Answer, Item
 from actors.jobs.over_cluster import ClusterAnswerer
+from actors.router import Router
 from runtime.errors import InvalidRequest, OutriderError, Overloaded, Unavailable
 from runtime.messages import Chunk, Request
 from tests.gateway import MODEL, Scripted, served
@@ -97,6 +100,23 @@ def test_what_a_target_finds_wrong_is_the_items_answer() -> None:
 def test_what_may_be_better_later_is_raised(error: OutriderError) -> None:
     with pytest.raises(type(error)):
         asked(failing(error), item(n=2))
+
+
+def test_targets_of_another_model_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a deployment changes, its fleet has both."""
+    old, new = (TargetState(name, "a:1", 0, "ready", 0, None, "node", model=name) for name in ("old", "new"))
+    monkeypatch.setattr(over_cluster, "told", lambda what: Fleet("new", MODEL, "0", (old, new), (), (), (), 0))
+
+    class Heard:
+        def update(self, targets: Sequence[TargetState]) -> None:
+            raise Seen(targets)
+
+    class Seen(Exception):
+        pass
+
+    with pytest.raises(Seen) as seen:
+        asyncio.run(over_cluster.watch(cast("Router", Heard()), "old"))
+    assert seen.value.args == ([old],)
 
 
 def test_a_session_that_a_target_gave_up_is_asked_again() -> None:

@@ -20,7 +20,7 @@ from actors import cli
 from tests.jobs_rig import answers, batch, line, said
 
 ROOT = Path(__file__).parents[1]
-PATIENCE_S = 120.0
+PATIENCE_S = 240.0
 
 
 class Gateway(ThreadingHTTPServer):

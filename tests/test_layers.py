@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("runtime", "actors", "protos", "models", "bench", "tests", "deploy")
+FOLDERS = ("runtime", "actors", "protos", "models", "training", "bench", "tests", "deploy")
 FILES = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 SOURCES = [file for file in FILES if "_pb2" not in file]
 
@@ -28,6 +28,7 @@ LAYERS = (
         "merit",
         "scaling",
         "packing",
+        "levels",
         "schedulers/*",
         "drafters/ngram",
         "models/toy",
@@ -35,8 +36,8 @@ LAYERS = (
         "models/pair",
     ),
     ("config",),
-    ("kv/*", "models/*", "drafters/*"),
-    ("engine", "reading", "grower", "drafting", "target"),
+    ("kv/*", "models/*", "drafters/*", "heads/*"),
+    ("engine", "mounted", "reading", "grower", "drafting", "target"),
     ("policy", "sim/*"),
 )
 LIBRARIES: tuple[set[str], ...] = (
@@ -57,7 +58,11 @@ NEVER: tuple[set[str], ...] = (
     set(),
     {"asyncio", "time", "random"},
 )
-HIDDEN = {"runtime/drafters/*": ("session", "verify", "engine", "target"), "runtime/schedulers/*": ("session", "tree", "verify")}
+HIDDEN = {
+    "runtime/drafters/*": ("session", "verify", "engine", "target"),
+    "runtime/heads/*": ("session", "verify", "engine", "target"),
+    "runtime/schedulers/*": ("session", "tree", "verify"),
+}
 
 
 def layer(name: str) -> int:

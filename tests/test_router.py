@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.router import AGAIN_S, FRUITLESS, GRACE_S, Load, Router, choose
+from actors.fleet import TargetState
+from actors.router import AGAIN_S, FRUITLESS, GRACE_S, Load, Router, choose, following
 from runtime.errors import InvalidRequest, Overloaded, Unavailable
 from tests.stage import ANSWER, ASKED, COUNT, DEATHS, PLAIN, PROMPT, TEXT, Death, Scripted, all_of, heard, played, spoken, stage, there
 
@@ -364,6 +365,28 @@ def test_sessions_are_spread_evenly() -> None:
         await asyncio.gather(*reading, return_exceptions=True)
 
     played(main())
+
+
+def test_it_follows_whoever_knows_who_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first life is lost while nobody knows of the second; nor is there always somebody who knows."""
+    monkeypatch.setattr("actors.router.PERIOD_S", 0.001)
+    first, second = Scripted(ANSWER, cut=5), Scripted(ANSWER)
+    bodies = {"t/0": first, "t/1": second}
+    said: list[TargetState | None] = [None, there("t"), None]
+
+    def look() -> list[TargetState]:
+        known = said.pop(0) if said else there("t", int(bool(first.asked)))
+        if known is None:
+            raise Unavailable("the controller does not answer")
+        return [known]
+
+    async def main() -> None:
+        async with following(Router(bodies.__getitem__), look) as router:
+            assert heard(await all_of(router.generate(ASKED))) == PLAIN
+        assert first.closed
+        assert second.closed
+
+    asyncio.run(main())
 
 
 def test_the_choice() -> None:

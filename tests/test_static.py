@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from runtime.kv.arena import Arena
 from runtime.kv.store import TorchCache
-from runtime.models.base import Part, Rows, causal
+from runtime.models.base import Look, Part, Rows, Shown, causal
 from runtime.models.capture import Capture, Record, Run, straight
 from runtime.models.hf import HFModel
 from runtime.models.load import Step, load_model
@@ -65,13 +65,25 @@ def recorded(counts: list[int], function: Run) -> Run:
     return replay
 
 
-def give(model: HFModel, seats: int = 2, slots: int = 512, record: Record = straight) -> StaticPass:
-    """Put a StaticPass into the model. What goes past it fails."""
+class Never:
+    """A Pass that nothing may come to."""
 
-    def otherwise(parts: Sequence[Part]) -> list[torch.Tensor]:
+    def __call__(self, parts: Sequence[Part]) -> list[torch.Tensor]:
         raise AssertionError("read by the other pass")
 
-    step = StaticPass(model.module, Arena(model.new_cache(), seats, slots), otherwise, record)
+    def check(self, look: Look) -> None:
+        raise AssertionError("asked of the other pass")
+
+    def show(self, parts: Sequence[Part], look: Look) -> list[Shown]:
+        raise AssertionError("shown by the other pass")
+
+    def unembed(self, hidden: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("asked of the other pass")
+
+
+def give(model: HFModel, seats: int = 2, slots: int = 512, record: Record = straight) -> StaticPass:
+    """Put a StaticPass into the model. What goes past it fails."""
+    step = StaticPass(model.module, Arena(model.new_cache(), seats, slots), Never(), record)
     model.step = step
     return step
 
@@ -279,10 +291,10 @@ def test_all_that_it_reads_is_on_the_device_of_the_module() -> None:
     """No GPU here: shapes on the meta device, which refuses tensors of another."""
     module = spread(tiny("qwen3", head_dim=16)).to("meta")
     like = TorchCache([((2, 16), (2, 16))] * 2, 600, torch.float32, module.device)
-    step = StaticPass(module, Arena(like, 4, 512), lambda parts: [], straight)
+    step = StaticPass(module, Arena(like, 4, 512), Never(), straight)
     shape = Shape(2, 2, 8, 256)
     with torch.inference_mode():
-        logits = step._compute(shape, step._frame(shape))
+        logits = step._compute(shape, step._frame(shape), True)
     assert (logits.device.type, logits.shape) == ("meta", (8, VOCABULARY))
     # Scalars of the CPU would be let pass.
     norms = [step._norm, *(norm for layer in step._layers for norm in (layer.before, layer.after, layer.heads) if norm is not None)]

@@ -22,6 +22,8 @@ from actors.cli.status import status
 from actors.cli.submit import submit
 from actors.cli.top import top
 from actors.cli.tracing import trace
+from actors.cli.train import train
+from actors.cli.tune import tune
 from runtime.errors import OutriderError
 
 app = typer.Typer(
@@ -47,6 +49,8 @@ app.command()(logs)
 app.command()(compare)
 app.command("config")(configure)
 app.command()(down)
+app.add_typer(train, name="train")
+app.add_typer(tune, name="tune")
 
 
 def main() -> None:

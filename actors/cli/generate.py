@@ -49,7 +49,7 @@ class Device(StrEnum):
 
 def generate(
     target: Annotated[str | None, typer.Option(help="model name or folder; default: the one that ships")] = None,
-    draft: Annotated[list[str] | None, typer.Option(help="draft model or method (repeatable); default: the one that ships")] = None,
+    draft: Annotated[list[str] | None, typer.Option(help="draft model, method or head (repeatable); default: the model that ships")] = None,
     drafters: Annotated[int, typer.Option(help="actors for each --draft")] = 1,
     prompt: Annotated[str | None, typer.Option(help="the text to continue")] = None,
     prompt_file: Annotated[str | None, typer.Option(help="read it from a file; - for standard input")] = None,

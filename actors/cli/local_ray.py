@@ -62,7 +62,7 @@ def find() -> LocalRay | None:
 
 
 def start() -> LocalRay:
-    """Raises Unavailable where Ray does not start."""
+    """Raises Unavailable where Ray does not start. Whatever else ends this before it returns ends what has been started, too."""
     folder = Path(tempfile.mkdtemp(prefix="outrider-"))  # short: Ray keeps sockets in it
     token = folder / "token"
     with token.open("x") as file:
@@ -76,23 +76,30 @@ def start() -> LocalRay:
     new = LocalRay(f"{HOST}:{gcs}", f"http://127.0.0.1:{dashboard}", folder, 0, {})
     environment = os.environ | ENVIRONMENT | new.environment() | {"RAY_prestart_worker_first_driver": "0"}
     said = folder / "start.log"
-    with said.open("wb") as output:
-        starting = subprocess.Popen(  # a session of its own: Ctrl-C at this command is not for it, and `end` finds all of it
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    with contextlib.ExitStack() as undoing:
+        undoing.callback(shutil.rmtree, folder, ignore_errors=True)
+        with said.open("wb") as output:
+            starting = subprocess.Popen(  # a session of its own: Ctrl-C at this command is not for it, and `end` finds all of it
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        undoing.callback(starting.wait)
+        undoing.callback(lambda: end(began(new, starting.pid)))
         try:
             failed = starting.wait(START) != 0
         except subprocess.TimeoutExpired:
-            starting.kill()
-            failed = starting.wait() != 0
-    found = replace(new, session=starting.pid, born=processes(starting.pid))
-    if failed or not found.born:
-        last = said.read_text("utf-8", "replace").strip().splitlines()[-1:] or ["no reason given"]
-        end(found)
-        raise Unavailable(f"Ray does not start on this machine ({last[0]}): give --address of a cluster that runs")
-    record().parent.mkdir(parents=True, exist_ok=True)
-    record().write_bytes(FORMAT.dump_json(found))
+            failed = True
+        found = began(new, starting.pid)
+        if failed or not found.born:
+            last = said.read_text("utf-8", "replace").strip().splitlines()[-1:] or ["no reason given"]
+            raise Unavailable(f"Ray does not start on this machine ({last[0]}): give --address of a cluster that runs")
+        record().parent.mkdir(parents=True, exist_ok=True)
+        record().write_bytes(FORMAT.dump_json(found))
+        undoing.pop_all()
     return found
+
+
+def began(ray: LocalRay, session: int) -> LocalRay:
+    return replace(ray, session=session, born=processes(session))
 
 
 def end(ray: LocalRay) -> None:

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from runtime.config import Deployment
+from runtime.config import Deployment, folder_of
 from runtime.messages import Request, Tokens
 from runtime.models.hf import context_of
 from runtime.models.load import check_weights, find_folder, load_tokenizer, read_config
 from runtime.models.pair import check_pair
+from runtime.models.trained import identity_of, read_settings
 from runtime.sampling import Sampling
 from runtime.target import check
 
@@ -29,9 +30,12 @@ class Prepared:
 
 
 def check_models(plan: Deployment) -> Checked:
-    """Raise now what the target or a drafter would raise later of its model: ModelRefused, PairMismatch."""
+    """Raise now what the target, a head or a drafter would raise later of its model: ModelRefused, PairMismatch."""
     target = plan.target.model
     context, tokenizer = context_length(target), load_tokenizer(target)
+    for head in plan.target.heads:
+        if folder := folder_of(head):
+            read_settings(folder, head.method, identity_of(read_config(find_folder(target), target), tokenizer))
     warnings: list[str] = []
     for draft in dict.fromkeys(pool.model for pool in plan.pools if pool.model):
         warnings += check_pair(tokenizer, load_tokenizer(draft), (target, draft), (context, context_length(draft)))

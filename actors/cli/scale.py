@@ -11,7 +11,7 @@ import typer
 from actors.cli import reach
 from actors.cli.show import Progress
 from actors.fleet import Fleet, PoolState
-from runtime.errors import InvalidRequest
+from runtime.errors import InvalidRequest, Unavailable
 
 PERIOD = 0.2  # seconds between two looks
 
@@ -23,12 +23,14 @@ def scale(
 ) -> None:
     """Change the number of drafters of a pool; return when it is so. Those that go are drained first; no token changes.
 
-    Where the cluster has no room it waits until there is; Ctrl-C ends the waiting, not the wish.
+    Where the cluster has no room it waits until there is; Ctrl-C ends the waiting, not the wish. Drafters that fail again and again are
+    given up after some minutes, which ends it too.
     """
     pool, count = parsed(wish)
     with Progress(quiet=as_json) as progress, reach.controller(address) as controller:
         fleet: Fleet = controller.ask("scale", pool, count)
         while not settled(fleet, pool):
+            check_hope(fleet, pool)
             progress.note(f"{pool_of(fleet, pool).ready} of {count} drafters are ready")
             time.sleep(PERIOD)
             fleet = controller.fleet()
@@ -46,6 +48,13 @@ def parsed(wish: str) -> tuple[str, int]:
 def settled(fleet: Fleet, pool: str) -> bool:
     """As many are ready as are wanted, and nobody is on the way out or in."""
     return pool_of(fleet, pool).ready == pool_of(fleet, pool).count == sum(drafter.pool == pool for drafter in fleet.drafters)
+
+
+def check_hope(fleet: Fleet, pool: str) -> None:
+    """Raises Unavailable where a drafter of the pool was given up."""
+    for drafter in fleet.drafters:
+        if drafter.pool == pool and drafter.state == "failed":
+            raise Unavailable(f"{drafter.name} is {drafter.trouble}")
 
 
 def pool_of(fleet: Fleet, name: str) -> PoolState:

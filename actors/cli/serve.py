@@ -2,7 +2,11 @@
 
 import json
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,14 +15,16 @@ from rich.console import Console
 
 from actors.cli import local_ray, reach
 from actors.cli.generate import Device, Dtype
+from actors.cli.recording import check_file, record
 from actors.cli.show import Progress
 from actors.fleet import Fleet
 from actors.ray_edge import NAMESPACE
 from runtime import config
 from runtime.config import Deployment, GatewayConfig
-from runtime.errors import InvalidRequest, OutriderError
+from runtime.errors import InvalidRequest
 from runtime.sampling import whole
 
+ON_HEAD = {"node:__internal_head__": 0.001}  # where nothing but the loss of the cluster itself takes it along
 CALLS = 32  # of the controller at one time: gateways, commands, and those that wait for something
 
 
@@ -35,10 +41,15 @@ def serve(
         Path | None, typer.Option(help="file of `NAME:KEY[:MODEL,...]` lines; default: nobody is asked for a key")
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="allow a public address without keys or TLS")] = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="record what happens when, until Ctrl-C: for `outrider trace` and ui.perfetto.dev")
+    ] = None,
     address: reach.Address = None,
     as_json: reach.Json = False,
 ) -> None:
     """Start what is not there yet, change what is; return when all of it is ready. `outrider down` ends it."""
+    if trace is not None:
+        check_file(trace)
     chosen = address or os.environ.get("RAY_ADDRESS")
     fresh = chosen is None and local_ray.find() is None
     if file is not None:
@@ -51,21 +62,47 @@ def serve(
         drafts = tuple(draft or (config.shipped("draft"),))
         pair = config.deployment(target or config.shipped("target"), drafts, drafters, dtype.value, device.value, chosen is None)
         plan = pair.model_copy(update={"gateway": gateway})
-    with Progress(quiet=as_json) as progress:
+    with Progress(quiet=as_json) as progress, orderly(), ExitStack() as undoing:
         warnings = check(plan, chosen is None, progress)
-        try:
-            progress.note("joining Ray" if chosen or not fresh else "starting Ray")
-            with reach.cluster(address, start=True):
-                progress.note(f"loading {plan.target.model} and {len(plan.drafters())} drafters")
-                fleet = deploy(plan)
-        except (OutriderError, KeyboardInterrupt):
-            if fresh and (started := local_ray.find()) is not None:
-                local_ray.end(started)
-            raise
+        progress.note("joining Ray" if chosen or not fresh else "starting Ray")
+        if fresh:
+            undoing.callback(end_local)
+        with reach.cluster(address, start=True):
+            progress.note(f"loading {plan.target.model} and {len(plan.drafters())} drafters")
+            fleet = deploy(plan)
+        undoing.pop_all()
     if as_json:
         sys.stdout.write(json.dumps({"model": fleet.served_model, "gateways": list(fleet.gateways)}) + "\n")
+        sys.stdout.flush()
     else:
         show(plan, fleet, warnings)
+    if trace is not None:
+        Console(stderr=True, highlight=False).print(f"recording; Ctrl-C ends that and writes {trace}, the service goes on")
+        with orderly(), reach.controller(address) as controller:
+            record(controller, trace, threading.Event().wait)
+
+
+@contextmanager
+def orderly() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP end this command as Ctrl-C does, and what it has begun is undone. (Ray sees to SIGTERM while this
+    process is in its cluster, and to the same effect.)"""
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    heeded = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in heeded:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in heeded:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def end_local() -> None:
+    if (started := local_ray.find()) is not None:
+        local_ray.end(started)
 
 
 def check(plan: Deployment, local: bool, progress: Progress) -> tuple[str, ...]:
@@ -89,7 +126,7 @@ def deploy(plan: Deployment) -> Fleet:
         ray.get_actor(NAME, namespace=NAMESPACE)
     except ValueError:
         kind = ray.remote(Controller).options(
-            name=NAME, namespace=NAMESPACE, lifetime="detached", max_restarts=-1, num_cpus=0, max_concurrency=CALLS
+            name=NAME, namespace=NAMESPACE, lifetime="detached", max_restarts=-1, num_cpus=0, max_concurrency=CALLS, resources=ON_HEAD
         )
         handle: Any = kind.remote(plan, served=True)
         try:

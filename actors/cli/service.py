@@ -3,17 +3,19 @@
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from typing import Protocol
 
+from actors.fleet import Fleet, TargetState
 from actors.memory import remember
-from actors.ray_edge import joined
+from actors.ray_edge import joined, known_errors
 from runtime.config import Deployment, TlsConfig, memory_of, memory_of_drafter
 from runtime.drafting import DraftHost
 from runtime.messages import Chunk, Request
 from runtime.tracing import Recording
 
 Note = Callable[[str], None]  # told what is being done, for people
+PATIENCE = 5.0  # seconds for the controller's answer
 STOP = 10.0  # seconds that actors may take to be told
 
 
@@ -21,6 +23,7 @@ class Service(Protocol):
     def generate(self, request: Request) -> AsyncGenerator[Chunk, None]: ...
 
 
+Look = Callable[[], Sequence[TargetState]]
 Opener = Callable[[], contextlib.AbstractAsyncContextManager[Service]]
 
 
@@ -35,8 +38,8 @@ def serving(
     if in_process:
         yield lambda: local_service(deployment, note, recordings)
     else:
-        with cluster(deployment, address, note, recordings) as target:
-            yield lambda: remote_service(target, deployment.security.tls)
+        with cluster(deployment, address, note, recordings) as look:
+            yield lambda: remote_service(look, deployment.security.tls)
 
 
 @contextlib.asynccontextmanager
@@ -68,20 +71,19 @@ async def local_service(deployment: Deployment, note: Note, recordings: list[Rec
 
 
 @contextlib.asynccontextmanager
-async def remote_service(address: str, tls: TlsConfig | None) -> AsyncIterator[Service]:
-    from actors.grpc_edge import CALLER_SILENCE_MS
+async def remote_service(look: Look, tls: TlsConfig | None) -> AsyncIterator[Service]:
+    """A session goes on at the target's next life where it dies."""
     from actors.grpc_links import GrpcTarget
+    from actors.router import Router, following
 
-    client = GrpcTarget(address, tls, CALLER_SILENCE_MS)
-    try:
-        yield client
-    finally:
-        await client.close()
+    async with following(Router(lambda address: GrpcTarget(address, tls)), look) as router:
+        yield router
 
 
 @contextlib.contextmanager
-def cluster(deployment: Deployment, address: str | None, note: Note, recordings: list[Recording] | None = None) -> Iterator[str]:
-    """Controller, target and drafters on a Ray cluster; yields the target's gRPC address.
+def cluster(deployment: Deployment, address: str | None, note: Note, recordings: list[Recording] | None = None) -> Iterator[Look]:
+    """Controller, targets and drafters on a Ray cluster; what is yielded says which targets are there, and raises Unavailable where it
+    cannot tell.
 
     Raises Unavailable where the cluster cannot be reached or started, and what an actor's own start raised.
     """
@@ -95,7 +97,14 @@ def cluster(deployment: Deployment, address: str | None, note: Note, recordings:
         note(f"loading {deployment.target.model} and {drafters} drafters")
         kind = ray.remote(Controller).options(num_cpus=0, max_concurrency=4)
         controller = kind.remote(deployment, prefix=f"outrider-{uuid.uuid4().hex[:6]}-", record=recordings is not None)
-        yield ray.get(controller.start.remote()).targets[0].address
+
+        def look() -> Sequence[TargetState]:
+            with known_errors():
+                fleet: Fleet = ray.get(controller.fleet.remote(), timeout=PATIENCE)
+            return fleet.targets
+
+        ray.get(controller.start.remote())
+        yield look
         if recordings is not None:
             recordings += ray.get(controller.trace.remote())
         ray.get(controller.stop.remote(), timeout=STOP)

@@ -131,14 +131,14 @@ def read(file: Path) -> Timeline:
     try:
         document = Document.model_validate_json(file.read_bytes())
     except OSError as error:
-        raise InvalidRequest(f"cannot read {file} ({error.strerror}): give a file that `generate --trace` has written", "file") from error
+        raise InvalidRequest(f"cannot read {file} ({error.strerror}): give a file that `--trace` has written", "file") from error
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         if first["type"] == "json_invalid":
-            raise InvalidRequest(f"{file} is not JSON ({first['msg']}): give a file that `generate --trace` has written", "file") from error
+            raise InvalidRequest(f"{file} is not JSON ({first['msg']}): give a file that `--trace` has written", "file") from error
         where = ".".join(map(str, first["loc"])) or "the whole"
         raise InvalidRequest(
-            f"{file} is not a trace of {FORMAT} ({where}: {first['msg']}): give a file that `generate --trace` has written", "file"
+            f"{file} is not a trace of {FORMAT} ({where}: {first['msg']}): give a file that `--trace` has written", "file"
         ) from error
     found = timeline(document)
     if not any(found.blocks.values()):

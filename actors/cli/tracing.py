@@ -16,7 +16,7 @@ EXCERPT = 0.5  # seconds in a picture where no window is given
 
 
 def trace(
-    file: Annotated[Path, typer.Argument(help="what `generate --trace FILE` has written; ui.perfetto.dev opens it too")],
+    file: Annotated[Path, typer.Argument(help="what `--trace FILE` of generate, serve or bench has written; ui.perfetto.dev opens it too")],
     png: Annotated[Path | None, typer.Option(help="draw it into this file")] = None,
     begin: Annotated[float | None, typer.Option("--from", help="seconds since the trace began; default: where the run begins")] = None,
     end: Annotated[

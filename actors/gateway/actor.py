@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from actors.fleet import Fleet, TargetState
+from actors.fleet import Fleet, TargetState, serving
 from actors.gateway.app import build
 from actors.gateway.keys import Keys
 from actors.gateway.served import serve
@@ -86,8 +86,7 @@ class Gateway:
                 log.warning("the fleet is as it was: %s", error)
             else:
                 # While a deployment changes there may be targets of another model, too.
-                ours = [target for target in self.fleet.targets if target.model in ("", self.plan.target.model)]
-                self.network.run(told(self.router, ours))
+                self.network.run(told(self.router, serving(self.fleet.targets, self.plan.target.model)))
             self._stopping.wait(PERIOD)
 
 

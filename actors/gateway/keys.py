@@ -1,10 +1,10 @@
-"""API keys: a file of NAME:KEY[:MODEL,...] lines, for its owner's eyes alone. Read again when it changes."""
+"""API keys: a file of NAME:KEY[:MODEL,...] lines, for its reader's eyes alone. Read again when it changes."""
 
 import hashlib
 import hmac
 import logging
+import os
 import re
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,11 +64,11 @@ def version(file: Path) -> tuple[int, ...]:
 def read(file: Path) -> tuple[Key, ...]:
     """Raises InvalidRequest, which names the line and never a key."""
     try:
-        mode = file.stat().st_mode
+        found = file.stat()
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the API keys in {file} cannot be read ({type(error).__name__}): give a file of text", "api_keys") from error
-    if stat.S_IMODE(mode) & 0o077:
+    if is_open(found.st_mode, found.st_uid, os.geteuid()):
         raise InvalidRequest(f"others than its owner can use {file}: chmod 600 {file}", "api_keys")
     keys = [of_line(number, line) for number, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
     if not keys:
@@ -77,6 +77,12 @@ def read(file: Path) -> tuple[Key, ...]:
         if len({getattr(key, what) for key in keys}) < len(keys):
             raise InvalidRequest(f"a {'name' if what == 'name' else 'key'} stands twice in {file}: give each once", "api_keys")
     return tuple(keys)
+
+
+def is_open(mode: int, owner: int, reader: int) -> bool:
+    """Whether others than this user can use a file of that mode and owner. Where root has laid it down for another user, as Kubernetes
+    does with secrets, that one reads it as its group, and by nothing else: reading is the group's then, all else is nobody's."""
+    return bool(mode & (0o037 if owner == 0 != reader else 0o077))
 
 
 def of_line(number: int, line: str) -> Key:

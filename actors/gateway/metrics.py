@@ -42,7 +42,7 @@ class Meter:
         self.prompts = own(Counter, "prompt_tokens_total", "Prompt tokens of requests that have given a token")
         self.generated = own(Counter, "generation_tokens_total", "Tokens generated")
         self.success = own(Counter, "request_success_total", "Generations that ended, by reason", "finished_reason")
-        self.drafts = own(Counter, "spec_decode_num_drafts_total", "Speculation rounds, as answers report them: num_drafts")
+        self.drafts = own(Counter, "spec_decode_num_drafts_total", "Rounds in which draft tokens were verified")
         self.draft_tokens = own(Counter, "spec_decode_num_draft_tokens_total", "Draft tokens that the target has verified")
         self.accepted = own(Counter, "spec_decode_num_accepted_tokens_total", "Draft tokens that were accepted")
         self.accepted_at = own(

@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from actors.controller import NAME
-from actors.fleet import Fleet
+from actors.fleet import Fleet, serving
 from actors.gateway import answers, bodies, translate
 from actors.gateway.errors import Refused, refused
 from actors.gateway.served import Served, serve
@@ -69,7 +69,7 @@ async def deployment() -> AsyncIterator[ClusterAnswerer]:
         plan: Deployment = await asyncio.to_thread(told, "wanted")
     served = await asyncio.to_thread(serve, plan, int(time.time()))
     router = Router(lambda address: GrpcTarget(address, plan.security.tls))
-    watching = asyncio.create_task(watch(router))
+    watching = asyncio.create_task(watch(router, plan.target.model))
     try:
         yield ClusterAnswerer(router, served)
     finally:
@@ -77,12 +77,13 @@ async def deployment() -> AsyncIterator[ClusterAnswerer]:
         await router.close()
 
 
-async def watch(router: Router) -> None:
-    """Tells the router who is there, again and again. While the controller itself is away, who was there is thought to be."""
+async def watch(router: Router, model: str) -> None:
+    """Tells the router who is there of those that serve the model, again and again. While the controller itself is away, who was there
+    is thought to be."""
     while True:
         with suppress(RayError, GetTimeoutError, Unavailable):
             fleet: Fleet = await asyncio.to_thread(told, "fleet")
-            router.update(fleet.targets)
+            router.update(serving(fleet.targets, model))
         await asyncio.sleep(PERIOD)
 
 

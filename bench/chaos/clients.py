@@ -1,14 +1,17 @@
 """Clients that ask again and again, compare every answer with plain decoding, and measure what they see of a target's death."""
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from actors.compose import build_target
+from actors.fleet import DrafterState, Fleet, TargetState
 from actors.grpc_links import GrpcTarget
 from actors.router import Router
+from bench.chaos.outcome import Gap
 from runtime.config import TargetConfig
 from runtime.errors import OutriderError
 from runtime.messages import Chunk, FinishReason, Request, Tokens
@@ -46,32 +49,61 @@ class Case:
 
 
 @dataclass(slots=True)
+class Call:
+    """Of a session at one target: when it was asked, and when that was over."""
+
+    address: str
+    began: float
+    ended: float = math.inf
+
+
+@dataclass(slots=True)
 class Seen:
     """What all clients have seen. Times are the event loop's, or seconds.
 
-    asked   addresses of the targets that each session under way was given to, one after the other
-    struck  by a target's address, when it was struck
-    gaps    of each session that has left a target: from the blow, or from the last piece where that came later, to the next piece
-    wrong   one line for each answer that failed or differed
+    calls     of each session under way, one after the other
+    struck    by a target's address, when it was struck
+    gaps      of all sessions, one for each target that they left
+    down      by the name of each member that is lost, since when
+    returned  how long those were away that are back
+    wrong     one line for each answer that failed or differed
     """
 
-    asked: dict[str, list[str]] = field(default_factory=dict)
+    calls: dict[str, list[Call]] = field(default_factory=dict)
     struck: dict[str, float] = field(default_factory=dict)
-    gaps: list[float] = field(default_factory=list)
+    gaps: list[Gap] = field(default_factory=list)
+    down: dict[str, float] = field(default_factory=dict)
+    returned: list[float] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)  # "finished", "failed", "differing", "tokens"
 
+    def look(self, fleet: Fleet, now: float) -> None:
+        """Who is away, and who is back."""
+        members: list[TargetState | DrafterState] = [*fleet.targets, *fleet.drafters]
+        for member in members:
+            if member.restarts and member.state == "starting":
+                self.down.setdefault(member.name, now)
+            elif member.name in self.down and member.state == "ready":
+                self.returned.append(now - self.down.pop(member.name))
+
 
 class Watched(GrpcTarget):
-    """A target that notes which sessions it is given."""
+    """A target that notes which sessions it is given, and how long it has them."""
 
     def __init__(self, address: str, seen: Seen) -> None:
         super().__init__(address)
         self._seen = seen
 
-    def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
-        self._seen.asked.setdefault(request.session, []).append(self.address)
-        return super().generate(request)
+    async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
+        now = asyncio.get_running_loop().time
+        call = Call(self.address, now())
+        self._seen.calls.setdefault(request.session, []).append(call)
+        try:
+            async with aclosing(super().generate(request)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        finally:
+            call.ended = now()
 
 
 async def cases(config: TargetConfig, count: int, tokens: int, seed: int) -> list[Case]:
@@ -112,22 +144,27 @@ async def stream(router: Router, known: Sequence[Case], number: int, over: async
         except OutriderError as error:
             seen.counts["failed"] += 1
             seen.wrong.append(f"{session}: {type(error).__name__}: {error}")
-        del seen.asked[session]
+        del seen.calls[session]
         number += len(known) * 1000 + 1  # a name of its own, the next case
 
 
 async def ask(router: Router, case: Case, session: str, seen: Seen) -> None:
     now = asyncio.get_running_loop().time
-    chunks: list[Chunk] = []
-    last, served = now(), 0  # the last piece, and which of the targets asked sent it
-    asked = seen.asked[session] = list[str]()
+    chunks, gaps = list[Chunk](), list[Gap]()
+    last, served = now(), 0  # the last piece, and which of the calls it came by
+    calls = seen.calls[session] = list[Call]()
     async with aclosing(router.generate(Request(session, case.prompt, case.sampling, deadline=DEADLINE_S))) as pieces:
         async for chunk in pieces:
             at = now()
-            if len(asked) - 1 > served:
-                seen.gaps.append(at - max(last, seen.struck.get(asked[served], last)))
-            last, served = at, len(asked) - 1
+            if len(calls) - 1 > served:
+                left = calls[served]
+                since = max(last, min(seen.struck.get(left.address, last), left.ended))
+                gaps.append(Gap(left.ended - since, calls[-1].began - left.ended, at - calls[-1].began))
+            last, served = at, len(calls) - 1
             chunks.append(chunk)
+    if len(gaps) == 1 and (stats := chunks[-1].stats) is not None:
+        gaps = [replace(gaps[0], read=stats.prefill)]  # a lost target takes its own figures along: this is of the other
+    seen.gaps += gaps
     answer = joined(chunks)
     seen.counts["tokens"] += len(answer.tokens)
     seen.counts["finished"] += 1
@@ -139,4 +176,5 @@ async def ask(router: Router, case: Case, session: str, seen: Seen) -> None:
         place = next(
             (place for place, pair in enumerate(zip(answer.tokens, case.expected.tokens, strict=False)) if len(set(pair)) > 1), None
         )
-        seen.wrong.append(f"{session}: differs at token {place}, on targets {asked}, temperature {case.sampling.temperature:g}")
+        targets = [call.address for call in calls]
+        seen.wrong.append(f"{session}: differs at token {place}, on targets {targets}, temperature {case.sampling.temperature:g}")

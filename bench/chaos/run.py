@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
+import os
 import random
+import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +15,17 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from actors.controller import Controller
-from actors.fleet import Fleet
+from actors.fleet import Fleet, TargetState
 from actors.peers import Place
-from actors.ray_edge import joined
-from actors.router import Router
+from actors.ray_edge import joined, known_errors
+from actors.router import Router, following
 from bench.chaos.blows import Struck, next_blow, next_count, strike
 from bench.chaos.clients import DEADLINE_S, Seen, Watched, cases, stream
 from bench.chaos.outcome import Outcome
-from runtime.config import Deployment, Placement, PoolConfig, TargetConfig
+from runtime.config import Deployment, Placement, PoolConfig, TargetConfig, split_cores
 
 HERE = Placement(num_cpus=1, threads=1, listen="127.0.0.1")
 POOL = "chaos"
-PERIOD = 0.5  # seconds between two looks at the fleet
 PATIENCE = 5.0  # seconds for an answer of the controller
 END = 30.0  # seconds for actors to be told that it is over
 
@@ -50,8 +50,11 @@ class Options:
 
 
 def plan(options: Options) -> Deployment:
-    target = TargetConfig(model=options.target, dtype="float32", device="cpu", replicas=options.targets, placement=HERE)
-    pool = PoolConfig(name=POOL, model=options.draft, dtype="float32", device="cpu", count=options.drafters, placement=HERE)
+    """Targets on one half of the cores, drafters on the other, as where they have devices of their own."""
+    mine, others = split_cores(sorted(os.sched_getaffinity(0)), 1)
+    here, there = (HERE.model_copy(update={"cores": cores}) for cores in (mine, others))
+    target = TargetConfig(model=options.target, dtype="float32", device="cpu", replicas=options.targets, placement=here)
+    pool = PoolConfig(name=POOL, model=options.draft, dtype="float32", device="cpu", count=options.drafters, placement=there)
     return Deployment(target=target, pools=(pool,))
 
 
@@ -79,7 +82,14 @@ async def storm(options: Options, controller: Any, note: Note) -> Outcome:
     config = TargetConfig(model=options.target, dtype="float32", device="cpu", placement=HERE)
     known = await cases(config, options.cases, options.tokens, options.seed)
     seen, over, blows = Seen(), asyncio.Event(), Counter[str]()
-    async with following(controller, seen) as router:
+
+    def look() -> Sequence[TargetState]:
+        with known_errors():
+            fleet: Fleet = ray.get(controller.fleet.remote(), timeout=PATIENCE)
+        seen.look(fleet, time.monotonic())  # as the event loop's
+        return fleet.targets
+
+    async with following(Router(lambda address: Watched(address, seen)), look) as router:
         began = asyncio.get_running_loop().time()
         streams = [asyncio.create_task(stream(router, known, number, over, seen)) for number in range(options.streams)]
         changes = 0
@@ -115,6 +125,8 @@ async def storm(options: Options, controller: Any, note: Note) -> Outcome:
         changes=changes,
         blows=dict(blows),
         gaps=tuple(seen.gaps),
+        returned=tuple(seen.returned),
+        load=os.getloadavg()[0],
         wrong=tuple(seen.wrong),
     )
 
@@ -123,26 +135,6 @@ def progress(seen: Seen, blows: Counter[str], changes: int) -> str:
     done = f"{changes} changes" if changes else f"{blows.total()} blows"
     bad = seen.counts["failed"] + seen.counts["differing"]
     return f"{done}, {seen.counts['finished']} answers, {bad} of them wrong, {len(seen.gaps)} continuations"
-
-
-@asynccontextmanager
-async def following(controller: Any, seen: Seen) -> AsyncIterator[Router]:
-    """A router that is told again and again who is there."""
-    router = Router(lambda address: Watched(address, seen))
-
-    async def follow() -> None:
-        while True:
-            if (fleet := await told(controller.fleet)) is not None:
-                router.update(fleet.targets)
-            await asyncio.sleep(PERIOD)
-
-    watching = asyncio.create_task(follow())
-    try:
-        yield router
-    finally:
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
-        await router.close()
 
 
 async def told(method: Any, *arguments: object) -> Any:

@@ -67,8 +67,10 @@ class Drafter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ingredients:
-    """What a method's `build()` may use: names of models, and the way to load one on this drafter's device."""
+    """What a method's `build()` may use: names of models, and the ways to load one on this drafter's device, whole or in part: the layers
+    that were configured, else every second."""
 
     target: str
     draft: str
     load: Callable[[str], Model]
+    load_layers: Callable[[str], Model]

@@ -1,6 +1,6 @@
 """What the runtime asks of a model: one forward pass over rows of a tree, with a cache that rolls back exactly."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,11 +39,50 @@ def causal(tokens: npt.NDArray[np.int64], start: int) -> Rows:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One text's share of a packed pass. With `last`, logits are computed for the last `last` rows only (0: for none)."""
+    """One text's share of a packed pass. With `last`, logits are computed for the last `last` rows only (0: for none).
+
+    `riders`: those of its rows that pseudo rows ride beside, where a pass has any (see Branch).
+    """
 
     cache: KVCache
     rows: Rows
     last: int | None = None
+    riders: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A pseudo row for each rider: it has no token, and begins above the first `layer` layers.
+
+    There `map` makes its state, (n, d) -> (n, d), out of that of the row it rides beside. The i-th branch of a pass, from 0, stands i + 1
+    places behind its row and sees what the row sees, the row, and the branches of that row before it. No row sees a pseudo row, and
+    nothing of it stays in a cache.
+    """
+
+    layer: int
+    map: Callable[[Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What of a pass is wanted beside its logits: the states that they are made of; branches, whose layers do not fall."""
+
+    hidden: bool = False
+    branches: tuple[Branch, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What a pass has computed of one part.
+
+    logits  (rows, vocabulary), as `Model.forward` returns them
+    hidden  (rows, d) where they were wanted: what `unembed` makes the logits of
+    ridden  (riders, branches, vocabulary) float32, of pseudo rows; None where the part had none
+    """
+
+    logits: Logits
+    hidden: Any = None
+    ridden: Any = None
 
 
 class Model(Protocol):
@@ -78,4 +117,28 @@ class Model(Protocol):
 
         The weights are read once for all of them. On an error all caches are as before.
         """
+        ...
+
+
+class Open(Model, Protocol):
+    """A Model in torch that shows more of a pass than logits."""
+
+    @property
+    def device(self) -> Any: ...
+
+    @property
+    def dtype(self) -> Any:
+        """Of its states."""
+        ...
+
+    def check(self, look: Look) -> None:
+        """Raises ModelRefused where this cannot be shown."""
+        ...
+
+    def show_all(self, parts: Sequence[Part], look: Look) -> list[Shown]:
+        """`forward_all`, and what was looked at. Logits are computed for all rows."""
+        ...
+
+    def unembed(self, hidden: Any) -> Logits:
+        """float32 (rows, vocabulary) of states (rows, d) such as `show_all` shows."""
         ...

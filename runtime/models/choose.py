@@ -95,10 +95,10 @@ def candidates_all(questions: Sequence[tuple[torch.Tensor, Ask, int]], pool: int
         totals = (scores / scores.new_tensor(temperatures)[:, None]).logsumexp(dim=-1, keepdim=True).cpu().numpy()
     ends = accumulate(len(logits) for logits, _, _ in questions)
     rows = [slice(end - len(logits), end) for end, (logits, _, _) in zip(ends, questions, strict=True)]
-    return [_ranked(values[of], places[of], totals[of], ask, k, pool) for of, (_, ask, k) in zip(rows, questions, strict=True)]
+    return [ranked(values[of], places[of], totals[of], ask, k, pool) for of, (_, ask, k) in zip(rows, questions, strict=True)]
 
 
-def _ranked(values: Scores, places: npt.NDArray[np.int64], total: Scores, ask: Ask, k: int, pool: int) -> Guesses:
+def ranked(values: Scores, places: npt.NDArray[np.int64], total: Scores, ask: Ask, k: int, pool: int) -> Guesses:
     """The best `k` of each row's most likely tokens `places`, whose scores `values` fall.
 
     total  (rows, 1)  log of the sum of exp of all scores over the temperature; looked at for top_p alone
@@ -116,7 +116,7 @@ def _ranked(values: Scores, places: npt.NDArray[np.int64], total: Scores, ask: A
         kept[:, 1:][(np.cumsum(probability, axis=1) - probability >= sampling.top_p)[:, 1:]] = -inf
     if sampling.min_p:
         kept[kept < kept[:, :1] + log(sampling.min_p)] = -inf
-    perturbed = kept + noise.gumbel(sampling.seed, ask.positions(), tokens)
+    perturbed = kept + noise.nearly(sampling.seed, ask.positions(), tokens)
     rows, order = np.arange(len(tokens))[:, None], np.argsort(-perturbed, axis=1, kind="stable")[:, :k]
     shares = (perturbed - _logsumexp(perturbed))[rows, order]
     return tokens[rows, order].astype(np.int32), np.minimum(shares, 0).astype(np.float32)

@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from runtime.kv.packed import PackedCache
 from runtime.kv.store import TorchCache
-from runtime.models.base import Part
+from runtime.models.base import Look, Part, Shown
 from runtime.models.mask import additive, windows_of
 
 NAME = "outrider"  # of our attention function in transformers' register
@@ -50,6 +50,30 @@ class Generic:
         if len(parts) > 1 and self.together:
             return self.read_together(parts)
         return [self.read(part) for part in parts]
+
+    def check(self, look: Look) -> None:
+        """As promised by Pass (runtime.models.hf)."""
+        if look.branches:
+            raise LookupError("transformers' own pass takes no pseudo rows")
+        if look.hidden and self.module.get_output_embeddings() is None:
+            raise LookupError("nothing is known to turn its hidden states into logits")
+
+    def show(self, parts: Sequence[Part], look: Look) -> list[Shown]:
+        """Hidden states are what the unembedding is given. Pseudo rows are not taken along."""
+        if not look.hidden:
+            return [Shown(logits) for logits in self(parts)]
+        given: list[torch.Tensor] = []
+        hook = self.module.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: given.append(inputs[0][0]))
+        try:
+            logits = self(parts)
+        finally:
+            hook.remove()
+        hidden = torch.cat(given).split([len(part.rows.tokens) for part in parts])
+        return [Shown(*of_one) for of_one in zip(logits, hidden, strict=True)]
+
+    def unembed(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.module.get_output_embeddings()(hidden.to(self._dtype))
+        return logits.float()
 
     def read(self, part: Part) -> torch.Tensor:
         """One text in a pass of its own."""

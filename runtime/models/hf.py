@@ -3,8 +3,10 @@
 import inspect
 import logging
 from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -12,7 +14,7 @@ from runtime import limits
 from runtime.errors import InvalidRequest, ModelRefused
 from runtime.kv.base import KVCache
 from runtime.kv.store import TorchCache, layout_of
-from runtime.models.base import Part, Rows, causal
+from runtime.models.base import Look, Part, Rows, Shown, causal
 from runtime.models.generic import Generic, stored
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
@@ -24,8 +26,25 @@ PROBE = [1, 2]  # a text; token 0 is often padding, of which the embedding is ze
 
 log = logging.getLogger(__name__)
 
-# Logits of parts whose rows have their slots; see Generic, the one that fits every model.
-Pass = Callable[[Sequence[Part]], list[torch.Tensor]]
+Result = TypeVar("Result")
+
+
+class Pass(Protocol):
+    """Reads parts whose rows have their slots; see Generic, the one that fits every model."""
+
+    def __call__(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+        """Logits of each part."""
+        ...
+
+    def check(self, look: Look) -> None:
+        """As Open.check. Raises LookupError that says what is missing."""
+        ...
+
+    def show(self, parts: Sequence[Part], look: Look) -> list[Shown]:
+        """As Open.show_all; the pseudo rows have their slots behind the rows of their part, those of one branch together."""
+        ...
+
+    def unembed(self, hidden: torch.Tensor) -> torch.Tensor: ...
 
 
 class HFModel:
@@ -102,34 +121,59 @@ class HFModel:
 
     def forward_all(self, parts: Sequence[Part]) -> list[torch.Tensor]:
         """As promised by Model; errors as of `forward`. A text may be in one part only."""
+        return self._read(parts, 0, self.step)
+
+    def check(self, look: Look) -> None:
+        """As promised by Open."""
+        try:
+            self.step.check(look)
+        except LookupError as error:
+            raise ModelRefused(f"model {self._name} cannot carry this head ({error}): choose another head") from error
+
+    def show_all(self, parts: Sequence[Part], look: Look) -> list[Shown]:
+        """As promised by Open; errors as of `forward`."""
+        return self._read(parts, len(look.branches), lambda parts: self.step.show(parts, look))
+
+    def unembed(self, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return self.step.unembed(hidden)
+
+    def _read(self, parts: Sequence[Part], branches: int, read: Callable[[Sequence[Part]], list[Result]]) -> list[Result]:
+        """`read`, with slots for the rows of the parts and, as long as it runs, for `branches` pseudo rows beside each rider."""
         caches = [stored(part) for part in parts]
-        for part in parts:
-            self._check(part.rows)
+        positions = [positions_of(part, branches) for part in parts]
+        for part, places in zip(parts, positions, strict=True):
+            self._check(part.rows.tokens, places)
         if not parts:
             return []
-        lengths = [cache.length for cache in caches]
-        done = False
+        kept = [cache.length for cache in caches]
         try:
-            for cache, part in zip(caches, parts, strict=True):
-                start = cache.append(len(part.rows.tokens))
-                cache.positions[start:] = part.rows.positions
+            for cache, places in zip(caches, positions, strict=True):
+                start = cache.append(len(places))
+                cache.positions[start:] = places
             with torch.inference_mode():
-                logits = self.step(parts)
-            done = True
-            return logits
+                found = read(parts)
+            kept = [length + len(part.rows.tokens) for length, part in zip(kept, parts, strict=True)]
+            return found
         finally:
-            if not done:
-                for cache, length in zip(caches, lengths, strict=True):
+            for cache, length in zip(caches, kept, strict=True):
+                if cache.length != length:
                     cache.truncate(length)
 
-    def _check(self, rows: Rows) -> None:
+    def _check(self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> None:
         # On a GPU an index out of range would end the process and not the request.
-        if rows.tokens.min() < 0 or rows.tokens.max() >= self._vocabulary:
+        if tokens.min() < 0 or tokens.max() >= self._vocabulary:
             raise InvalidRequest(f"a token id outside the vocabulary of {self._vocabulary} of model {self._name}: check the tokenizer")
-        if rows.positions.min() < 0 or rows.positions.max() >= self._context:
-            raise InvalidRequest(
-                f"position {rows.positions.max()} is beyond the context of {self._context} of model {self._name}: shorten it"
-            )
+        if positions.min() < 0 or positions.max() >= self._context:
+            raise InvalidRequest(f"position {positions.max()} is beyond the context of {self._context} of model {self._name}: shorten it")
+
+
+def positions_of(part: Part, branches: int) -> npt.NDArray[np.int64]:
+    """Of the rows, then of the pseudo rows, branch by branch."""
+    if not part.riders:
+        return part.rows.positions
+    ridden = part.rows.positions[list(part.riders)]
+    return np.concatenate([part.rows.positions, *(ridden + ahead for ahead in range(1, branches + 1))])
 
 
 def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:

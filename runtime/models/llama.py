@@ -2,11 +2,12 @@
 
 Rotary positions, grouped heads, a gated MLP and RMS norms; biases, norms of queries and keys, and sliding windows where the model has
 them. It computes what transformers' code computes, from the same parameters: products that share their input become one, angles are
-looked up, a layer's keys and values are written at once.
+looked up, a layer's keys and values are written at once. Pseudo rows (see Branch) come behind all others where they enter: each matrix
+is read once for both.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from runtime.models.base import Part
+from runtime.models.base import Look, Part, Rows, Shown
 from runtime.models.generic import stored, wanted
 from runtime.models.hf import context_of
 from runtime.models.linear import Product, has_room
@@ -66,6 +67,7 @@ class Lane:
     keys: Sequence[torch.Tensor]  # (1, heads, slots, dim)
     values: Sequence[torch.Tensor]
     masks: dict[str, torch.Tensor | None]
+    places: torch.Tensor | None = None  # of its rows, where they are not [start, end): pseudo rows come behind those of all parts
 
 
 class LlamaPass:
@@ -90,32 +92,78 @@ class LlamaPass:
         self._angles = self._table(min(ANGLES, self._context))
 
     def __call__(self, parts: Sequence[Part]) -> list[torch.Tensor]:
-        tokens, positions = joint([part.rows.tokens for part in parts]), joint([part.rows.positions for part in parts])
-        lanes = self._lanes(parts)
-        n, middle = len(tokens), self._heads + self._kv
+        lanes, ends = self._lanes(parts), ends_of(parts)
+        cos, sin = self._rotations(np.concatenate([part.rows.positions for part in parts]))
+        x = self._embedded(parts)
+        for index in range(len(self._layers)):
+            x = self._through(index, x, cos, sin, lanes)
+        kept = [wanted(part) for part in parts]
+        if sum(kept) < len(x):
+            x = torch.cat([x[end - count : end] for end, count in zip(ends, kept, strict=True)])
+        return list(self._head(self._norm(x)).float().split(kept))
+
+    def check(self, look: Look) -> None:
+        """As promised by Pass (runtime.models.hf)."""
+        layers = [branch.layer for branch in look.branches]
+        if layers != sorted(layers) or not all(0 < layer < len(self._layers) for layer in layers):
+            raise LookupError(f"pseudo rows that enter at layers {layers} of {len(self._layers)}")
+
+    def show(self, parts: Sequence[Part], look: Look) -> list[Shown]:
+        """As promised by Pass."""
+        counts, riders = [len(part.rows.tokens) for part in parts], [len(part.riders) for part in parts]
+        n, m = sum(counts), sum(riders)
+        branches = look.branches if m else ()
+        beginnings = [end - count for end, count in zip(ends_of(parts), counts, strict=True)]
+        sources = np.array([start + row for part, start in zip(parts, beginnings, strict=True) for row in part.riders], dtype=np.int64)
+        positions = np.concatenate([part.rows.positions for part in parts])
+        cos, sin = self._rotations(np.concatenate([positions, *(positions[sources] + ahead for ahead in range(1, len(branches) + 1))]))
+        ridden = torch.from_numpy(sources).to(self._embedding.device)
+        lanes, x = self._lanes(parts), self._embedded(parts)
+        for index in range(len(self._layers)):
+            if entering := [branch for branch in branches if branch.layer == index]:
+                states = x.index_select(0, ridden)
+                x = torch.cat([x, *(branch.map(states).to(x.dtype) for branch in entering)])
+                lanes = self._wide_lanes(parts, (len(x) - n) // m, len(branches))
+            x = self._through(index, x, cos[: len(x)], sin[: len(x)], lanes)
+        hidden = self._norm(x)
+        logits = self._head(hidden).float()
+        pseudo = logits[n:].unflatten(0, (len(branches), m)).transpose(0, 1).split(riders) if m else [None] * len(parts)
+        return [Shown(*of_one) for of_one in zip(logits[:n].split(counts), hidden[:n].split(counts), pseudo, strict=True)]
+
+    def unembed(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._head(hidden.to(self._dtype)).float()
+
+    def _embedded(self, parts: Sequence[Part]) -> torch.Tensor:
+        return self._embedding.index_select(0, joint([part.rows.tokens for part in parts]).to(self._embedding.device))
+
+    def _rotations(self, positions: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of each row, (rows, 1, dim)."""
         if len(self._angles) < self._context and (longest := int(positions.max())) >= len(self._angles):
             self._angles = self._table(min(2 * longest, self._context))
-        cos, sin = self._angles.index_select(0, positions).unbind(1)
-        x = self._embedding.index_select(0, tokens)
-        for index, layer in enumerate(self._layers):
-            qkv = layer.qkv(layer.before(x)).view(n, middle + self._kv, self._dim)
-            qk = qkv.narrow(1, 0, middle)
-            plain = qk if layer.heads is None else layer.heads(qk)
-            torch.addcmul(plain * cos, plain.roll(self._dim // 2, -1), sin, out=qk)
-            x = layer.out(self._attend(index, layer.kind, qkv, lanes), x)
-            gate, up = layer.gate_up(layer.after(x)).chunk(2, -1)
-            x = layer.down(F.silu(gate).mul_(up), x)
-        kept = [wanted(part) for part in parts]
-        if sum(kept) < n:
-            x = torch.cat([x[lane.end - count : lane.end] for lane, count in zip(lanes, kept, strict=True)])
-        return list(self._head(self._norm(x)).float().split(kept))
+        cos, sin = self._angles.index_select(0, torch.from_numpy(positions).to(self._angles.device)).unbind(1)
+        return cos, sin
+
+    def _through(self, index: int, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, lanes: Sequence[Lane]) -> torch.Tensor:
+        """The rows behind layer `index`."""
+        layer, middle = self._layers[index], self._heads + self._kv
+        qkv = layer.qkv(layer.before(x)).view(len(x), middle + self._kv, self._dim)
+        qk = qkv.narrow(1, 0, middle)
+        plain = qk if layer.heads is None else layer.heads(qk)
+        torch.addcmul(plain * cos, plain.roll(self._dim // 2, -1), sin, out=qk)
+        x = layer.out(self._attend(index, layer.kind, qkv, lanes), x)
+        gate, up = layer.gate_up(layer.after(x)).chunk(2, -1)
+        return layer.down(F.silu(gate).mul_(up), x)
 
     def _attend(self, index: int, kind: str, qkv: torch.Tensor, lanes: Sequence[Lane]) -> torch.Tensor:
         """(rows, heads * dim), from (rows, heads of queries, of keys, of values, dim)."""
         outputs = []
         for lane in lanes:
-            rows = lane.end - lane.start
-            own = qkv if len(lanes) == 1 else qkv.narrow(0, lane.start, rows)
+            own = qkv
+            if lane.places is not None:
+                own = qkv.index_select(0, lane.places)
+            elif len(lanes) > 1:
+                own = qkv.narrow(0, lane.start, lane.end - lane.start)
+            rows = len(own)
             queries, new = own.split((self._heads, 2 * self._kv), 1)
             lane.new[index].copy_(new.view(rows, 2, self._kv, self._dim).permute(1, 2, 0, 3))
             output = F.scaled_dot_product_attention(
@@ -127,24 +175,42 @@ class LlamaPass:
                 enable_gqa=self._heads != self._kv,
             )
             outputs.append(output.transpose(1, 2).reshape(rows, -1))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        places = [lane.places for lane in lanes if lane.places is not None]
+        return torch.empty_like(joined).index_copy_(0, torch.cat(places), joined) if places else joined
 
     def _lanes(self, parts: Sequence[Part]) -> list[Lane]:
-        ends = accumulate(len(part.rows.tokens) for part in parts)
-        return [self._lane(part, end) for part, end in zip(parts, ends, strict=True)]
+        """Of the rows alone, without pseudo rows."""
+        return [self._lane(part, part.rows, end) for part, end in zip(parts, ends_of(parts), strict=True)]
 
-    def _lane(self, part: Part, end: int) -> Lane:
-        cache, rows = stored(part), part.rows
-        masks = {kind: additive(rows, cache.positions, window, -np.inf) for kind, window in self._windows.items()}
+    def _wide_lanes(self, parts: Sequence[Part], entered: int, branches: int) -> list[Lane]:
+        """Of the rows and the pseudo rows of the branches that have entered."""
+        ends, before = ends_of(parts), 0
+        n, m = ends[-1], sum(len(part.riders) for part in parts)
+        lanes = []
+        for part, end in zip(parts, ends, strict=True):
+            rows, own = with_riders(part, entered), np.arange(before, before + len(part.riders))
+            if len(parts) == 1:
+                lanes.append(self._lane(part, rows, len(rows.positions)))
+                continue
+            places = np.concatenate([np.arange(end - len(part.rows.tokens), end), *(n + branch * m + own for branch in range(entered))])
+            lanes.append(replace(self._lane(part, rows, end), places=torch.from_numpy(places).to(self._embedding.device)))
+            before += len(part.riders)
+        return lanes
+
+    def _lane(self, part: Part, rows: Rows, end: int) -> Lane:
+        cache, count = stored(part), len(rows.positions)
+        slots, device = cache.start + count, self._embedding.device
+        masks = {kind: additive(rows, cache.positions[:slots], window, -np.inf) for kind, window in self._windows.items()}
         planes = cache.planes()
-        in_use = planes.narrow(2, 0, cache.length).unsqueeze(1).unbind(0)
+        in_use = planes.narrow(2, 0, slots).unsqueeze(1).unbind(0)
         return Lane(
-            end - len(rows.tokens),
+            end - count,
             end,
-            planes.narrow(2, cache.start, len(rows.tokens)).unflatten(0, (-1, 2)).unbind(0),
+            planes.narrow(2, cache.start, count).unflatten(0, (-1, 2)).unbind(0),
             in_use[::2],
             in_use[1::2],
-            {kind: None if mask is None else torch.from_numpy(mask).to(self._dtype) for kind, mask in masks.items()},
+            {kind: None if mask is None else torch.from_numpy(mask).to(device, self._dtype) for kind, mask in masks.items()},
         )
 
     def _layer(self, layer: Any, kind: str, pack: bool) -> Layer:
@@ -169,7 +235,7 @@ class LlamaPass:
     def _table(self, positions: int) -> torch.Tensor:
         """(positions, 2, 1, dim): cosines, and sines whose first half is negative, so that rotation is x cos + roll(x, dim / 2) sin."""
         with torch.inference_mode():
-            cos, sin = self._rotary(self._embedding, torch.arange(positions)[None])
+            cos, sin = self._rotary(self._embedding, torch.arange(positions, device=self._embedding.device)[None])
             sin[..., : self._dim // 2].neg_()
             return torch.stack([cos[0], sin[0]], dim=1)[:, :, None]
 
@@ -181,6 +247,21 @@ def fits(module: PreTrainedModel) -> bool:
         return False
     linear = all(isinstance(child, nn.Linear) for name, child in module.named_modules() if name.endswith(("_proj", "lm_head")))
     return linear and len({layer.self_attn.head_dim for layer in module.model.layers}) == 1
+
+
+def ends_of(parts: Sequence[Part]) -> list[int]:
+    """Of the rows of each part among those of all."""
+    return list(accumulate(len(part.rows.tokens) for part in parts))
+
+
+def with_riders(part: Part, branches: int) -> Rows:
+    """The rows of a part and behind them its pseudo rows, branch by branch; these have no tokens."""
+    rows, riders = part.rows, list(part.riders)
+    positions = np.concatenate([rows.positions, *(rows.positions[riders] + ahead for ahead in range(1, branches + 1))])
+    own = np.kron(np.tri(branches, dtype=np.bool_), np.eye(len(riders), dtype=np.bool_))
+    hidden = np.zeros((len(rows.positions), len(own)), dtype=np.bool_)
+    visible = np.block([[rows.visible, hidden], [np.tile(rows.visible[riders], (branches, 1)), own]])
+    return Rows(rows.tokens, positions, rows.prefix, visible)
 
 
 def joint(arrays: Sequence[npt.NDArray[np.int64]]) -> torch.Tensor:

@@ -5,6 +5,7 @@ Only safetensors are read, no code of the model's author is run, and nothing out
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from transformers.utils import logging
 
 from runtime.errors import InvalidRequest, ModelRefused
 from runtime.models.hf import MISFITS, HFModel, check_config
+from runtime.models.layers import every_second, keep, up_to
 from runtime.models.quick import quicken, steady
 from runtime.models.rollback import check_rollback
 from runtime.models.template import check_template
@@ -48,13 +50,21 @@ CODE = ("auto_map", "custom_generate", "custom_pipelines")  # keys of configurat
 KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation", "kernel_config")
 
 
-def load_model(name_or_folder: str, dtype: str = "auto", device: str = "auto", threads: int | None = None, step: Step = "auto") -> HFModel:
+def load_model(
+    name_or_folder: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    step: Step = "auto",
+    layers: Sequence[int] | None = None,
+) -> HFModel:
     """A folder with config.json and safetensors, or a name on the Hugging Face hub (or in its local cache).
 
     dtype "auto" is float32 on a CPU and the checkpoint's own on a GPU; device "auto" is the first GPU where there is one. `threads`
     sets torch's threads for the whole process. `step` "generic" leaves every pass to transformers' own code; "auto" takes a faster one
     where there is one that agrees with it; "static" does so with the one of fixed shapes, which is meant for GPUs, on any device.
-    Raises ModelRefused (the model), InvalidRequest (dtype or device).
+    `layers` takes those of the model alone, by their numbers; none of them: every second. Raises ModelRefused (the model), InvalidRequest
+    (dtype or device).
     """
     place = find_device(device)
     kind = find_dtype(dtype, place)
@@ -63,7 +73,13 @@ def load_model(name_or_folder: str, dtype: str = "auto", device: str = "auto", t
     check_weights(folder, name_or_folder)
     if threads is not None:
         torch.set_num_threads(threads)
-    model = HFModel(read_weights(folder, name_or_folder, config, kind, place), name_or_folder)
+    if layers is None:
+        module = read_weights(folder, name_or_folder, config, kind, place)
+    else:
+        kept = list(layers) or every_second(config)
+        module = read_weights(folder, name_or_folder, up_to(config, kept, name_or_folder), kind, place)
+        keep(module, kept, name_or_folder)
+    model = HFModel(module, name_or_folder)
     if step == "auto":
         quicken(model)
     elif step == "static":

@@ -5,10 +5,9 @@ an Arena. All rows are read against all seats of a block of neighbouring seats, 
 with few rows attention waits for memory, not for arithmetic, and linear layers see no row twice.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +16,11 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from runtime.kv.arena import Arena
-from runtime.models.base import Part
+from runtime.models.base import Look, Part, Shown
 from runtime.models.capture import Record, Run
 from runtime.models.generic import stored, wanted
-from runtime.models.llama import LlamaPass
+from runtime.models.hf import Pass
+from runtime.models.llama import LlamaPass, ends_of
 from runtime.models.mask import additive
 
 ROWS = 128  # of all texts together; a step of one text has at most limits.STEP_ROWS nodes and the root, one more than 64
@@ -51,13 +51,13 @@ class Frame:
 
 
 class StaticPass(LlamaPass):
-    """Runs parts as Generic does; those that are too many, too long or too wide for it go to `otherwise`.
+    """Runs parts as Generic does; those that are too many, too long or too wide for it go to `otherwise`. Pseudo rows are not recorded.
 
     `record` makes of a function one that does the same in the same memory. A slot that is hidden must hold finite numbers: a text of
     which a guess overflowed can come out as not a number, where `otherwise` would have ignored the guess.
     """
 
-    def __init__(self, module: PreTrainedModel, arena: Arena, otherwise: Callable[[Sequence[Part]], list[torch.Tensor]], record: Record):
+    def __init__(self, module: PreTrainedModel, arena: Arena, otherwise: Pass, record: Record) -> None:
         # What LlamaPass makes without naming a device is made on this one.
         with module.device:
             super().__init__(module)
@@ -67,23 +67,37 @@ class StaticPass(LlamaPass):
         self._group = self._heads // self._kv
         # One for all shapes: a GPU would otherwise keep the logits of every graph.
         self._logits = torch.zeros((ROWS, self._head.weight.shape[0]), device=module.device)
+        self._hidden = torch.zeros((ROWS, self._embedding.shape[1]), dtype=self._dtype, device=module.device)
         self._frames: dict[Shape, Frame] = {}
-        self._runs: dict[Shape, Run] = {}
+        self._runs: dict[tuple[Shape, bool], Run] = {}  # which leave the hidden states, or do not
 
     def __call__(self, parts: Sequence[Part]) -> list[torch.Tensor]:
         if not self.has_room(parts):
             return self._otherwise(parts)
+        logits, ends = self._replayed(parts, hidden=False), ends_of(parts)
+        return [logits[end - wanted(part) : end].clone() for part, end in zip(parts, ends, strict=True)]
+
+    def show(self, parts: Sequence[Part], look: Look) -> list[Shown]:
+        """As promised by Pass. Parts that go to `otherwise` have no pseudo rows there."""
+        if not self.has_room(parts):
+            return self._otherwise.show(parts, Look(look.hidden))
+        if look.branches and any(part.riders for part in parts):
+            return super().show(parts, look)
+        logits, counts = self._replayed(parts, look.hidden), [len(part.rows.tokens) for part in parts]
+        hidden = self._hidden[: sum(counts)].clone().split(counts) if look.hidden else [None] * len(parts)
+        return [Shown(*of_one) for of_one in zip(logits[: sum(counts)].clone().split(counts), hidden, strict=True)]
+
+    def _replayed(self, parts: Sequence[Part], hidden: bool) -> torch.Tensor:
+        """Logits of the rows of all parts, and of more rows behind them; valid until the next pass."""
         seats = self._arena.take([stored(part) for part in parts])
         shape = shape_of(parts, seats, self._arena.slots)
         frame = self._frame(shape)
         for buffer, values in zip((frame.ids, frame.hidden), laid_out(parts, seats, shape, self._arena.slots, self._windows), strict=True):
             buffer.copy_(torch.from_numpy(values))
-        run = self._runs.get(shape)
+        run = self._runs.get((shape, hidden))
         if run is None:
-            run = self._runs[shape] = self._record(partial(self._compute, shape, frame))
-        logits = run()
-        ends = accumulate(len(part.rows.tokens) for part in parts)
-        return [logits[end - wanted(part) : end].clone() for part, end in zip(parts, ends, strict=True)]
+            run = self._runs[shape, hidden] = self._record(partial(self._compute, shape, frame, hidden))
+        return run()
 
     def has_room(self, parts: Sequence[Part]) -> bool:
         """Whether these parts can be read here."""
@@ -101,8 +115,9 @@ class StaticPass(LlamaPass):
             )
         return self._frames[shape]
 
-    def _compute(self, shape: Shape, frame: Frame) -> torch.Tensor:
-        """Logits of all rows of the frame, (rows, vocabulary) in float32, valid until the next call for any shape.
+    def _compute(self, shape: Shape, frame: Frame, hidden: bool) -> torch.Tensor:
+        """Logits of all rows of the frame, (rows, vocabulary) in float32, valid until the next call for any shape. `hidden`: what they
+        are made of is left, too.
 
         Which operations run does not depend on what the frame holds.
         """
@@ -121,7 +136,10 @@ class StaticPass(LlamaPass):
             x = layer.out(self._over_seats(index, shape, queries, masks[layer.kind], own), x)
             gate, up = layer.gate_up(layer.after(x)).chunk(2, -1)
             x = layer.down(F.silu(gate).mul_(up), x)
-        return self._logits[:n].copy_(self._head(self._norm(x)))
+        x = self._norm(x)
+        if hidden:
+            self._hidden[:n].copy_(x)
+        return self._logits[:n].copy_(self._head(x))
 
     def _masks(self, hidden: torch.Tensor) -> list[torch.Tensor]:
         """For each window (query heads of one head of keys x rows, slots), to be added."""

@@ -1,11 +1,9 @@
 """Targets and drafters that are killed, stopped, added and removed while clients compare every token. The full size: `make test-chaos`."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 
-from actors.ray_edge import joined
 from bench.chaos.run import Options, inside
 from tests.pair import save_model
 
@@ -16,13 +14,7 @@ pytestmark = pytest.mark.cluster
 def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
     """The draft is the target itself, so that its guesses are right. The first blow of this seed falls on a target."""
     folder = str(save_model(tmp_path_factory.mktemp("models") / "tiny", context=512))
-    return Options(folder, folder, streams=8, seconds=10.0, targets=2, drafters=1, tokens=200, seed=2, every=2.0, cases=8)
-
-
-@pytest.fixture(scope="module")
-def cluster(options: Options) -> Iterator[None]:
-    with joined(None, cpus=5):
-        yield
+    return Options(folder, folder, streams=8, seconds=8.0, targets=2, drafters=1, tokens=200, seed=2, every=2.0, cases=8)
 
 
 def test_blows_change_no_token(cluster: None, options: Options) -> None:

@@ -19,6 +19,8 @@ import openai
 
 from tests.cluster.hosts import await_
 
+PAUSE_S = 0.5  # after a request that failed
+
 
 class Traffic:
     """The program above, running somewhere, and the answers that it has reported so far."""
@@ -99,6 +101,8 @@ def ask(client: openai.OpenAI, model: str, cases: list[dict[str, Any]], over: th
         sys.stdout.write(json.dumps(said) + "\n")
         sys.stdout.flush()
         number += 1
+        if "error" in said:
+            over.wait(PAUSE_S)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """`make test-cluster`: the on-premise cluster file for real, on hosts made out of this machine.
 
 `ray up` on a head, two target hosts and a drafter host; `outrider serve`; the `openai` package asks without pause while drafters are
-scaled, a host is cut off and another powered down; a batch goes through `ray job submit`; everything goes down again. Every answer is
-compared with plain decoding. Prints each check with the seconds it took; ends with code 1 at the first that fails.
+scaled, a host is cut off, another leaves and then is stopped, a third is powered down, the gateway is killed; a batch goes through
+`ray job submit`; everything goes down again. Every answer is compared with plain decoding. Prints each check with the seconds it took;
+ends with code 1 at the first that fails.
 """
 
 import contextlib
@@ -15,11 +16,11 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from runtime.config import shipped
 from tests.cluster.hosts import ROOT, Hosts, await_, hosts, missing
+from tests.cluster.looks import Looks
 from tests.cluster.plainly import cases
 from tests.cluster.queries import rules, shown
 from tests.cluster.traffic import Traffic
@@ -46,6 +47,13 @@ gateway:
   tls: {{ca: {KEYS}/certs/ca.pem, cert: {KEYS}/certs/https.pem, key: {KEYS}/certs/https-key.pem}}
 security:
   tls: {{ca: {KEYS}/certs/ca.pem, cert: "{KEYS}/certs/{{role}}.pem", key: "{KEYS}/certs/{{role}}-key.pem"}}
+"""
+
+# Whether the gateway takes requests.
+READY = f"""
+import pathlib, ssl, urllib.request
+trusted = ssl.create_default_context(cafile=pathlib.Path("{KEYS}/certs/ca.pem"))
+urllib.request.urlopen("https://{HEAD}:8443/ready", timeout=5, context=trusted)
 """
 
 # The first bytes that Ray's server says to who shows no certificate, and to who shows that of a node.
@@ -129,10 +137,6 @@ class Operator:
         status: dict[str, Any] = json.loads(self.outrider("status --address auto --json").splitlines()[-1])
         return status
 
-    def ready(self, what: str) -> int:
-        """How many "targets" or "drafters" take sessions."""
-        return sum(actor["state"] == "ready" for actor in self.fleet()[what])
-
     def queries(self) -> dict[str, int]:
         """Series found by each query of dashboard and rules; none before Prometheus answers."""
         said = self.made.run(
@@ -145,12 +149,12 @@ class Operator:
         lines = {line.strip() for line in self.made.run("head", "ray status 2>&1").splitlines()}
         return {"0.0/2.0 target", "0.0/4.0 drafter"} <= lines
 
-    def has(self, what: str, count: int) -> bool:
-        return self.ready(what) == count
-
     def logs(self) -> str:
         """Ends of the logs on the head, and of the drafters' and targets' hosts that are still there."""
-        tail = "tail -n 15 /tmp/ray/session_latest/logs/{monitor.log,monitor.err,*worker*.err} 2>&1 | tail -n 150"
+        names = "{gcs_server.out,raylet.out,raylet.err,dashboard_agent.log,monitor.log,monitor.err,worker*.err}"
+        # Without the frames of a stack and the counters that would hide what was said before them.
+        one = "grep -vE '^/|total|state-dump|num_|^ *$' $log | tail -n 25 | cut -c 1-300"
+        tail = f'cd /tmp/ray/session_latest/logs && for log in {names}; do [ ! -s $log ] || {{ echo "==> $log"; {one}; }}; done'
         found = [f"--- {host}\n{self._try(host, tail)}" for host in ADDRESSES if host != "client"]
         return "\n".join(found)
 
@@ -164,18 +168,20 @@ class Operator:
 def whole_life(operator: Operator, known: list[dict[str, Any]]) -> None:
     bring_up(operator)
     serve(operator, known)
-    traffic = ask(operator)
-    try:
+    with contextlib.ExitStack() as stack:
+        traffic = ask(operator)
+        stack.callback(traffic.stop)
+        looks = Looks(operator.made.command("head", "outrider top --address auto --json"))
+        stack.callback(looks.stop)
         watched = watch(operator)
-        scale(operator, traffic)
+        scale(operator, traffic, looks)
         if watched:
             ask_prometheus(operator)
         submit(operator, known)
-        lose(operator, traffic)
+        lose(operator, traffic, looks)
         with check("the client ends") as more:
             more.append(traffic.end())
-    finally:
-        traffic.stop()
+    lose_gateway(operator)
     take_down(operator)
 
 
@@ -206,7 +212,8 @@ def serve(operator: Operator, known: list[dict[str, Any]]) -> None:
         operator.client("ray rsync-up ~/cluster.yaml ~/deployment.yaml ~/deployment.yaml 2>&1")
         operator.on_head("outrider serve ~/deployment.yaml --address auto")
     with check("outrider status: two targets and a drafter are ready"):
-        assert (operator.ready("targets"), operator.ready("drafters")) == (2, 1), operator.fleet()
+        fleet = operator.fleet()
+        assert [actor["state"] for actor in (*fleet["targets"], *fleet["drafters"])] == ["ready"] * 3, fleet
 
 
 def ask(operator: Operator) -> Traffic:
@@ -243,11 +250,11 @@ def ask_prometheus(operator: Operator) -> None:
         more.append(f"alerts that would be on: {', '.join(rule['alert'] for rule in rules() if answered[rule['expr']]) or 'none'}")
 
 
-def scale(operator: Operator, traffic: Traffic) -> None:
+def scale(operator: Operator, traffic: Traffic, looks: Looks) -> None:
     for count in (3, 0, 2):
         with check(f"outrider scale draft={count}") as more:
             operator.outrider(f"scale draft={count} --address auto")
-            await_(partial(operator.has, "drafters", count), f"{count} drafters", PATIENCE_S)
+            looks.await_("drafters", count)
             more.append(traffic.more(6))
 
 
@@ -272,19 +279,50 @@ def submit(operator: Operator, known: list[dict[str, Any]]) -> None:
         more.append(f"{len(lines)} items, each once and as plain decoding")
 
 
-def lose(operator: Operator, traffic: Traffic) -> None:
+def lose(operator: Operator, traffic: Traffic, looks: Looks) -> None:
     with check("a target host is cut off") as more:
         operator.made.cut("target-a")
-        await_(partial(operator.has, "targets", 1), "the loss to be seen", PATIENCE_S)
+        more.append(missed(looks, "targets", 1))
         more.append(traffic.more(9))
     with check("its cable is back, and so is its target") as more:
         operator.made.mend("target-a")
-        await_(partial(operator.has, "targets", 2), "two targets", PATIENCE_S)
+        looks.await_("targets", 2)
         more.append(traffic.more(6))
+    with check("a target host leaves when it is told to: deploy/ray/leave") as more:
+        operator.made.run("target-b", "outrider/deploy/ray/leave 120")
+        log = operator.outrider("logs controller --lines 1000 --address auto")
+        assert "is drained: its node leaves" in log, log[-2000:]
+        more.append(traffic.more(6))
+    with check("the head starts Ray there again, and the second target") as more:
+        looks.await_("targets", 2)
+        more.append(traffic.more(6))
+    with check("`ray stop` on a target host: SIGTERM to all that Ray has started") as more:
+        operator.made.run("target-b", "ray stop")
+        more.append(missed(looks, "targets", 1))
+        more.append(traffic.more(9))
     with check("the drafters' host is powered down") as more:
         operator.made.power_off("drafters")
-        await_(partial(operator.has, "drafters", 0), "the loss to be seen", PATIENCE_S)
+        more.append(missed(looks, "drafters", 0))
         more.append(traffic.more(9))
+
+
+def missed(looks: Looks, what: str, left: int) -> str:
+    """Wait until no more are there, as the controller sees it."""
+    begin = time.monotonic()
+    looks.await_(what, left)
+    return f"seen after {time.monotonic() - begin:.1f} s"
+
+
+def lose_gateway(operator: Operator) -> None:
+    with check("the gateway is killed, and is back at its address"):
+        operator.made.run("head", "pkill -KILL -f '^ray::[G]ateway'")
+        operator.client(f"until python -c {shlex.quote(READY)} 2>/dev/null; do sleep 0.1; done")
+    traffic = ask(operator)
+    try:
+        with check("the client ends") as more:
+            more.append(traffic.end())
+    finally:
+        traffic.stop()
 
 
 def take_down(operator: Operator) -> None:

@@ -1,0 +1,30 @@
+"""`outrider serve --trace FILE`: what targets and drafters of a service do, from when it is ready until Ctrl-C."""
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from actors.cli import reach
+from actors.cli.timeline import save
+from runtime.errors import InvalidRequest
+
+PATIENCE = 60.0  # seconds: half an hour of a busy fleet is some hundred megabytes
+
+
+def check_file(file: Path) -> None:
+    """Raises InvalidRequest where it could not be written: better before the recording than after it."""
+    if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+        raise InvalidRequest(f"cannot write the trace to {file}: give a file in a folder that exists", "trace")
+
+
+def record(controller: reach.Controller, file: Path, wait: Callable[[], object]) -> None:
+    """Until `wait` is over, or interrupted; the service goes on. Raises Unavailable where the controller is gone by then."""
+    controller.ask("recording", True)
+    try:
+        with suppress(KeyboardInterrupt):
+            wait()
+    finally:
+        recordings = controller.ask("trace", patience=PATIENCE)
+        controller.ask("recording", False)
+        save(file, recordings)

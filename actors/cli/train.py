@@ -1,0 +1,265 @@
+"""`outrider train METHOD`: something that guesses ahead of a target, trained on texts and on what the target itself writes."""
+
+import asyncio
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from actors.cli.generate import Device
+from actors.cli.service import serving
+from runtime import config
+from runtime.errors import InvalidRequest
+from runtime.sampling import in_range, whole
+from training.goal import Goal
+
+if TYPE_CHECKING:
+    from runtime.messages import Request
+    from training.acceptance import Acceptance
+    from training.loop import Tell
+    from training.outputs import Written
+    from training.progress import Bar
+    from training.run import Material, Order
+    from training.shapes import Shape
+    from training.teacher import Teacher
+    from training.text import Document
+
+MOST_STEPS, MOST_TEXTS, MOST_OWN, MOST_LAYERS = 10_000_000, 4096, 10_000_000_000, 256
+
+train = typer.Typer(
+    help="Train what guesses ahead of a target. Interrupted and started again by the same command, it goes on where it was; "
+    "the folder is there once it is whole, a Hugging Face folder of safetensors with a card.",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+)
+
+Target = Annotated[str | None, typer.Option(help="model name or folder; default: the one that ships")]
+Data = Annotated[list[Path] | None, typer.Option(help="files or folders of UTF-8 text (repeatable); default: Python's standard library")]
+Out = Annotated[Path, typer.Option(help="the folder to be made; unfinished work is in FOLDER.partial beside it")]
+Steps = Annotated[int, typer.Option(help="of the optimizer")]
+Batch = Annotated[int, typer.Option(help="texts in each step")]
+Context = Annotated[int, typer.Option(help="tokens of a text")]
+Own = Annotated[int, typer.Option(help="so many tokens are written by the target itself first, and are half of each batch; 0: none")]
+Seed = Annotated[int, typer.Option(help="same seed, same result on the same CPU and number of threads")]
+
+
+@train.command()
+def medusa(
+    out: Out,
+    target: Target = None,
+    data: Data = None,
+    heads: Annotated[int, typer.Option(help="places ahead")] = 4,
+    blocks: Annotated[int, typer.Option(help="residual blocks of each head")] = 1,
+    steps: Steps = 600,
+    batch: Batch = 8,
+    context: Context = 256,
+    own: Own = 200_000,
+    seed: Seed = 0,
+    device: Device = Device.auto,
+) -> None:
+    """Heads on the target's last hidden state, one for each place ahead (arXiv 2401.10774). Small, and quick to train."""
+    whole("heads", heads, 1, 16)
+    whole("blocks", blocks, 1, 8)
+    order = ordered("medusa", target, out, {"heads": heads, "blocks": blocks}, steps, batch, context, own, seed)
+    with prepared(order, data, device) as (material, work, tell):
+        from runtime.heads.medusa import Medusa
+        from training.medusa import ahead
+        from training.run import train_head
+
+        made = Medusa(material.teacher.hidden_size, heads, blocks)
+        report(order, train_head(order, material, made, ahead(made), work, tell))
+
+
+@train.command("hidden-transfer")
+def hidden_transfer(
+    out: Out,
+    target: Target = None,
+    data: Data = None,
+    positions: Annotated[int, typer.Option(help="places ahead")] = 3,
+    layers: Annotated[list[int] | None, typer.Option(help="where each enters (repeatable, rising); default: a third of the way up")] = None,
+    steps: Steps = 400,
+    batch: Batch = 4,
+    context: Context = 256,
+    own: Own = 200_000,
+    seed: Seed = 0,
+    device: Device = Device.auto,
+) -> None:
+    """Linear maps to pseudo hidden states, which pass the target's upper layers (arXiv 2404.12022). Dearer to train, guesses better."""
+    whole("positions", positions, 1, 16)
+    chosen = entries(target or config.shipped("target"), layers, positions)
+    order = ordered("hidden-transfer", target, out, {"layers": chosen}, steps, batch, context, own, seed)
+    from training.hidden_transfer import ahead, check
+
+    with prepared(order, data, device, lambda teacher: check(teacher, context)) as (material, work, tell):
+        from runtime.heads.hidden_transfer import HiddenTransfer
+        from training.run import train_head
+
+        made = HiddenTransfer(material.teacher.hidden_size, chosen)
+        report(order, train_head(order, material, made, ahead(made, material.teacher), work, tell))
+
+
+@train.command()
+def draft(
+    out: Out,
+    target: Target = None,
+    data: Data = None,
+    latency: Annotated[float | None, typer.Option(help="milliseconds that a pass of 4 rows may take here: proposes the shape")] = None,
+    shape: Annotated[str | None, typer.Option(help="HIDDENxLAYERS, such as 128x2")] = None,
+    start: Annotated[str | None, typer.Option(help="a draft model to go on from: name or folder")] = None,
+    loss: Annotated[Goal, typer.Option(help="distance to the target's distribution, or the next token alone")] = Goal.tvd_plus_plus,
+    steps: Steps = 900,
+    batch: Batch = 16,
+    context: Context = 256,
+    own: Own = 500_000,
+    seed: Seed = 0,
+    device: Device = Device.auto,
+) -> None:
+    """A draft model, small enough for a budget of time, aligned with its target (arXiv 2402.01528, 2403.00858)."""
+    if sum(choice is not None for choice in (latency, shape, start)) != 1:
+        raise InvalidRequest("give exactly one of --latency, --shape and --start: how large the draft model is to be", "latency")
+    if latency is not None:
+        in_range("latency", latency, 0.0, 1e5, above=True)
+    given = parsed(shape) if shape is not None else None
+    settings = {"loss": loss.value, "latency": latency, "shape": shape, "start": start and f"{start} ({named(start)})"}
+    order = ordered("draft", target, out, settings, steps, batch, context, own, seed)
+    if start is not None:
+        same_vocabulary(order.target, start)
+    with prepared(order, data, device) as (material, work, tell):
+        from training import draft as method
+        from training.run import train_draft
+        from training.shapes import Shape, measurer
+
+        teacher = material.teacher
+        curve: dict[Shape, dict[int, float]] = {}
+        if latency is not None:
+            measure = measurer(teacher.model.vocabulary, teacher.model.device)
+            given, curve = method.settled(work, latency / 1e3, teacher.model.vocabulary, measure)
+        module = method.new(given, teacher, seed) if given else method.started(str(start), teacher.model.device)
+        report(order, train_draft(order, material, module, loss, curve, work, tell))
+
+
+def parsed(shape: str) -> "Shape":
+    """Raises InvalidRequest for what is no shape."""
+    from training.shapes import STEP, WIDEST, Shape
+
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,3})", shape)
+    if not found or int(found[1]) % STEP or not STEP <= int(found[1]) <= WIDEST or not 1 <= int(found[2]) <= MOST_LAYERS:
+        what = f"a multiple of {STEP} up to {WIDEST}, and 1 to {MOST_LAYERS} layers"
+        raise InvalidRequest(f"shape {shape[:32]!r} is not allowed: give HIDDENxLAYERS, {what}, such as 128x2", "shape")
+    return Shape(int(found[1]), int(found[2]))
+
+
+def named(model: str) -> str:
+    """Of its files, so that other ones are another training."""
+    from training.teacher import fingerprint
+
+    return fingerprint(model)[:12]
+
+
+def same_vocabulary(target: str, start: str) -> None:
+    """Raises PairMismatch, and ModelRefused as of loading."""
+    from actors.cli.prepare import context_length
+    from runtime.models.load import load_tokenizer
+    from runtime.models.pair import check_pair
+
+    check_pair(load_tokenizer(target), load_tokenizer(start), (target, start), (context_length(target), context_length(start)))
+
+
+def entries(target: str, layers: list[int] | None, positions: int) -> list[int]:
+    """Layers at which pseudo states enter. Raises InvalidRequest for layers that the target has not."""
+    from runtime.models.load import find_folder, read_config
+    from training.hidden_transfer import default_layers
+
+    depth = read_config(find_folder(target), target).get_text_config(decoder=True).num_hidden_layers
+    chosen = layers or default_layers(depth, positions)
+    if chosen != sorted(chosen) or not 1 <= chosen[0] <= chosen[-1] < depth:
+        raise InvalidRequest(f"layers {', '.join(map(str, chosen))} are not allowed: give rising numbers from 1 to {depth - 1}", "layers")
+    return chosen
+
+
+def ordered(
+    method: str, target: str | None, out: Path, settings: dict[str, Any], steps: int, batch: int, context: int, own: int, seed: int
+) -> "Order":
+    from training.run import Order
+
+    whole("steps", steps, 1, MOST_STEPS)
+    whole("batch", batch, 1, MOST_TEXTS)
+    whole("own", own, 0, MOST_OWN)
+    whole("seed", seed, 0, 2**31 - 1)
+    return Order(method, target or config.shipped("target"), out.absolute(), settings, steps, batch, context, own, seed)
+
+
+@contextmanager
+def prepared(
+    order: "Order", data: list[Path] | None, device: Device, check: "Callable[[Teacher], None]" = lambda teacher: None
+) -> Iterator[tuple["Material", Path, "Tell"]]:
+    """What to learn from, the folder to work in, and who is told of each step. All that can be refused is, before anything is written.
+
+    `check` raises where the method cannot use the target.
+    """
+    import torch
+
+    from actors.cli.prepare import context_length
+    from training import folder, outputs, text
+    from training.progress import Bar
+    from training.run import Material, fitting_context
+    from training.teacher import fingerprint, load_teacher
+
+    threads = torch.get_num_threads()
+    folder.refuse(order.out)
+    context = fitting_context(order.context, context_length(order.target))
+    texts = documents(data)
+    with Bar() as bar:
+        bar.note("loading the target")
+        teacher = load_teacher(order.target, device.value)
+        check(teacher)
+        corpus = text.corpus(texts, teacher.tokenizer.backend_tokenizer, teacher.tokenizer.eos_token_id, 2 * context)
+        target = fingerprint(order.target)
+        learn, hold = outputs.to_learn(corpus, order.own, context, order.seed), outputs.to_measure(corpus, context, order.seed)
+        with folder.opened(order.out, order.recipe(target, corpus.digest)) as work:
+            own, held_out = (written(order.target, device, asked, outputs.named(target, asked), bar) for asked in (learn, hold))
+            torch.set_num_threads(threads)  # the runtime has set its own
+            yield Material(teacher, corpus, outputs.rows_of(own), held_out), work, bar.steps(order.steps)
+
+
+def documents(data: list[Path] | None) -> "list[Document]":
+    from training import text
+
+    if data is not None:
+        return text.read(data)
+    from models import corpus
+
+    names = sorted([*corpus.files(held_out=False), *corpus.files(held_out=True)])
+    return [text.Document(name, corpus.read(name)) for name in names]
+
+
+def written(target: str, device: Device, requests: "Sequence[Request]", name: str, bar: "Bar") -> "list[Written]":
+    """The answers of the runtime to `requests`: from the cache, as far as they are there."""
+    from training import outputs
+
+    folder = config.cache_folder() / "outputs" / name
+    if left := outputs.missing(folder, requests):
+        plan = config.deployment(target, (), 0, "auto", device.value, local=True)
+        tell = bar.counts("the target writes texts to learn from", left)
+
+        async def ask() -> None:
+            with serving(plan, None, in_process=True, note=lambda what: None) as opener:
+                async with opener() as service:
+                    await outputs.answer(service.generate, requests, folder, tell)
+
+        asyncio.run(ask())
+    return outputs.answered(folder, requests)
+
+
+def report(order: "Order", measured: "list[Acceptance]") -> None:
+    console = Console(highlight=False)
+    console.print(f"{order.out} is ready: its card has the figures")
+    for at in measured:
+        rates = "  ".join(f"{rates[1]:.2f}" for rates in at.rates)
+        console.print(
+            f"temperature {at.temperature:g}: right at each place ahead {rates}; {at.chain:.2f} tokens per step with one guess for each"
+        )

@@ -1,0 +1,125 @@
+"""`outrider tune shapes`: draft models of one size and several depths, trained alike: what they take, how often they are right."""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from actors.cli.doctor import WIDTHS, expected
+from actors.cli.generate import Device
+from actors.cli.train import Batch, Context, Data, Own, Seed, Steps, Target, draft
+from runtime import config
+from runtime.errors import InvalidRequest
+from runtime.sampling import in_range
+from training.goal import Goal
+
+if TYPE_CHECKING:
+    from training.shapes import Shape
+
+SMALLEST, LARGEST = 0.1, 10_000.0  # million parameters
+RESULT, PICTURE, FIGURES = "shapes.json", "shapes.png", "training.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A shape, its seconds of a pass by rows, its acceptance at temperature 0 by rank, and the speed-up to expect of it."""
+
+    name: str
+    parameters: int
+    times: dict[int, float]
+    rates: dict[int, float]
+    promise: float
+
+
+def shapes(
+    out: Annotated[Path, typer.Option(help="folder for the draft models, the table and the picture; finished models there are kept")],
+    million: Annotated[float, typer.Option(help="parameters of each draft model, about")],
+    target: Target = None,
+    data: Data = None,
+    loss: Annotated[Goal, typer.Option(help="what they are trained with")] = Goal.tvd_plus_plus,
+    steps: Steps = 300,
+    batch: Batch = 8,
+    context: Context = 256,
+    own: Own = 200_000,
+    seed: Seed = 0,
+    device: Device = Device.auto,
+) -> None:
+    """Train draft models of one size, from shallow and wide to deep and narrow, and say which makes this target fastest here.
+
+    What a step takes is measured, the speed-up is the rule of thumb of `outrider doctor` (arXiv 2402.01528).
+    """
+    in_range("million", million, SMALLEST, LARGEST)
+    from runtime.models.load import load_model
+    from runtime.models.timing import step_times
+    from training.shapes import measurer, of_size
+
+    model = load_model(target or config.shipped("target"), "auto", device.value)
+    chosen = of_size(round(1e6 * million), model.vocabulary)
+    for shape in chosen:
+        if not (out / called(shape)).exists():
+            draft(out / called(shape), target, data, None, called(shape), None, loss, steps, batch, context, own, seed, device)
+    large, measure = step_times(model, WIDTHS, time.monotonic), measurer(model.vocabulary, model.device)
+    points = [point(shape, shape.parameters(model.vocabulary), out, measure(shape), large) for shape in chosen]
+    best = max(points, key=lambda found: found.promise)
+    from training.folder import writable, write
+
+    with writable(out):
+        write(out / RESULT, (json.dumps({"best": best.name, "shapes": [asdict(found) for found in points]}, indent=2) + "\n").encode())
+        draw(points, best, out / PICTURE)
+    show(points, best, out)
+
+
+def called(shape: "Shape") -> str:
+    return f"{shape.hidden}x{shape.layers}"
+
+
+def point(shape: "Shape", parameters: int, out: Path, times: dict[int, float], large: dict[int, float]) -> Point:
+    """`large`: seconds of a pass of the target, by rows. Raises InvalidRequest where a finished model has no figures."""
+    file = out / called(shape) / FIGURES
+    try:
+        found: dict[str, Any] = json.loads(file.read_bytes())
+        rates = {int(rank): float(rate) for rank, rate in found["acceptance"][0]["positions"][0].items()}
+        return Point(called(shape), parameters, times, rates, expected(rates, large, times))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InvalidRequest(f"{file} does not hold the figures of a training: remove {file.parent} to train it again", "out") from error
+
+
+def draw(points: list[Point], best: Point, file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6.5, 4.2))
+    axis.plot([1e3 * found.times[4] for found in points], [found.rates[1] for found in points], color="0.7", zorder=1)
+    for found in points:
+        axis.scatter(1e3 * found.times[4], found.rates[1], color="tab:green" if found is best else "tab:blue", zorder=2)
+        axis.annotate(f"{found.name}\n{found.promise:.2f} x", (1e3 * found.times[4], found.rates[1]), (6, -4), textcoords="offset points")
+    axis.set(
+        xlabel="milliseconds of a pass of 4 rows",
+        ylabel="acceptance, first guess",
+        title="draft models of one size; green: fastest to expect",
+    )
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
+def show(points: list[Point], best: Point, out: Path) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("shape", "million parameters", "t(1) ms", "t(4) ms", "first guess right", "of 4", "to expect"):
+        table.add_column(heading, justify="right")
+    for found in points:
+        times = (f"{1e3 * found.times[rows]:.2f}" for rows in (1, 4))
+        rates = (f"{found.rates[rank]:.2f}" for rank in (1, 4))
+        style = "bold" if found is best else None
+        table.add_row(found.name, f"{found.parameters / 1e6:.2f}", *times, *rates, f"{found.promise:.2f} x", style=style)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"{out / best.name} is the draft to take; {out / PICTURE} shows them all")

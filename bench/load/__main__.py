@@ -1,0 +1,71 @@
+"""`python -m bench.load`: what the gateway adds, ten times more requests than it has room for, and clients that leave."""
+
+import asyncio
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from bench.chaos.clients import Case, cases
+from bench.load.added import Added, added
+from bench.load.departures import Departures, departures
+from bench.load.overload import Overload, overload
+from bench.load.site import Site, serving
+from bench.tables import Grid
+from runtime.config import Placement, TargetConfig, shipped
+from runtime.errors import OutriderError
+
+CASES, TOKENS = 24, 96
+WARM = 200  # clients
+TURNS = 4
+
+
+def main(
+    streams: Annotated[int, typer.Option(min=1, help="at one time, for what the gateway adds")] = 16,
+    places: Annotated[int, typer.Option(min=24, help="of the gateway: requests that may be under way")] = 24,
+    rounds: Annotated[int, typer.Option(min=1, help="each way")] = 8,
+    seconds: Annotated[float, typer.Option(min=1, help="of overload, in turns with as many of a gateway that is just full")] = 30.0,
+    times: Annotated[float, typer.Option(min=1, help="as many requests as are answered")] = 10.0,
+    clients: Annotated[int, typer.Option(min=8, help="that leave")] = 1000,
+    seed: Annotated[int, typer.Option(help="of what clients do")] = 1,
+    target: Annotated[str, typer.Option(help="model")] = shipped("target"),
+    draft: Annotated[str, typer.Option(help="model")] = shipped("draft"),
+    out: Annotated[Path | None, typer.Option("--json", help="write the result into this file")] = None,
+) -> None:
+    """Exit code 1 where a goal is missed."""
+    console = Console(highlight=False)
+
+    async def loaded(site: Site, known: list[Case]) -> tuple[Added, Overload, Departures]:
+        console.log("what the gateway adds")
+        cost = await added(site, known, streams, rounds)
+        console.log("overload")
+        crowd = await overload(site, known, places, times, seconds / TURNS, TURNS)
+        console.log("clients that leave")
+        return cost, crowd, await departures(site, known, clients, WARM, seed)
+
+    try:
+        console.log("answering each request plainly")
+        here = Placement(num_cpus=1, threads=1, listen="127.0.0.1")
+        known = asyncio.run(cases(TargetConfig(model=target, dtype="float32", device="cpu", placement=here), CASES, TOKENS, seed))
+        console.log("starting target, drafter and gateway")
+        with serving(target, draft, places) as site:
+            found = asyncio.run(loaded(site, known))
+    except OutriderError as error:
+        console.print(str(error), style="red")
+        raise typer.Exit(2) from error
+    met = [one.met for one in found]
+    rows = [row for one in found for row in one.rows()]
+    rows.append(("load of the machine", f"{os.getloadavg()[0]:.1f}"))
+    console.print(Grid("load", ("what", "result"), tuple(rows), ("result",)).terminal())
+    if out is not None:
+        told = {type(one).__name__.lower(): asdict(one) | {"met": one.met} for one in found}
+        out.write_text(json.dumps({**told, "rows": rows, "load": os.getloadavg()[0]}, indent=1) + "\n")
+    raise typer.Exit(0 if all(met) else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,83 @@
+"""A client of the gateway that costs little beside it: plain HTTP/1.1 over a socket, one connection for each request."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from bench.chaos.clients import Case
+
+HOST = "127.0.0.1"
+URL = "/v1/completions"
+
+
+@dataclass(slots=True)
+class Reply:
+    """Of one request. Times are the event loop's: when it was sent, when each piece of text came, when all was over.
+
+    `reason`: OpenAI's finish reason, or the code of the error that ended the stream.
+    """
+
+    sent: float
+    status: int = 0
+    text: str = ""
+    reason: str = ""
+    came: list[float] = field(default_factory=list)
+    over: float = 0.0
+
+    def right(self, case: Case) -> bool:
+        """Whether it is what plain decoding says."""
+        return (self.status, self.text, self.reason) == (200, case.expected.text, case.expected.reason)
+
+
+def body(model: str, case: Case, **fields: Any) -> dict[str, Any]:
+    sampling = case.sampling
+    asked = {"temperature": sampling.temperature, "seed": sampling.seed, "max_tokens": sampling.max_tokens, "ignore_eos": True}
+    return {"model": model, "prompt": list(case.prompt), "stream": True, **asked, **fields}
+
+
+def encoded(value: dict[str, Any]) -> bytes:
+    data = json.dumps(value).encode()
+    head = (
+        f"POST {URL} HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
+    return head.encode() + data
+
+
+@asynccontextmanager
+async def connected(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    reader, writer = await asyncio.open_connection(HOST, port)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+async def ask(port: int, data: bytes) -> Reply:
+    """A stream to its end, or the refusal; status 0 where the connection is lost before."""
+    now = asyncio.get_running_loop().time
+    reply = Reply(sent=now())
+    try:
+        async with connected(port) as (reader, writer):
+            writer.write(data)
+            status = int((await reader.readline()).split()[1])
+            while line := await reader.readline():
+                if line.startswith(b"data: {"):  # each event is one line of one chunk
+                    take(reply, json.loads(line.removeprefix(b"data: ")), now())
+            reply.status = status
+    except (OSError, LookupError) as error:
+        reply.reason = type(error).__name__
+    reply.over = now()
+    return reply
+
+
+def take(reply: Reply, event: dict[str, Any], at: float) -> None:
+    if "error" in event:
+        reply.reason = event["error"]["code"]
+    for choice in event.get("choices", ()):
+        reply.text += choice["text"]
+        reply.reason = choice["finish_reason"] or reply.reason
+        if choice["text"]:
+            reply.came.append(at)

@@ -1,0 +1,111 @@
+"""Ten times more requests than there is room for: who is refused hears it at once, who is admitted does not notice."""
+
+import asyncio
+import itertools
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from bench.chaos.clients import Case
+from bench.chaos.outcome import percentile
+from bench.load.added import between
+from bench.load.http import Reply, ask, body, encoded
+from bench.load.site import Site
+
+GOAL_S = 0.05
+SLOWER = 1.25  # times the pace of a gateway that is just full: more would be harm
+FULL = 503
+
+
+@dataclass(frozen=True, slots=True)
+class Overload:
+    """In seconds.
+
+    offered   requests a second: `times` as many as were answered where all places were taken and nobody was refused
+    refused   how long each of those waited for its answer that there was no room for
+    calm      from token to token, with all places taken and nobody refused;  stormy  the same under overload
+    wrong     admitted requests whose answer was not that of plain decoding, and refusals that were none
+    """
+
+    times: float
+    offered: float
+    admitted: int
+    refused: tuple[float, ...]
+    calm: float
+    stormy: float
+    wrong: int
+
+    @property
+    def met(self) -> bool:
+        return not self.wrong and bool(self.refused) and percentile(self.refused, 99) <= GOAL_S and self.stormy <= SLOWER * self.calm
+
+    def rows(self) -> list[tuple[str, str]]:
+        waits = ", ".join(f"{1e3 * percentile(self.refused, share):.1f} ms" for share in (50, 99, 100)) if self.refused else "none"
+        return [
+            (
+                f"requests a second, {self.times:g} times what is answered; admitted, refused",
+                f"{self.offered:.0f}; {self.admitted}, {len(self.refused)}",
+            ),
+            ("admitted or refused wrongly", str(self.wrong)),
+            (f"refusals: p50, p99, longest (goal: p99 at most {1e3 * GOAL_S:.0f} ms)", waits),
+            (
+                f"token to token of those admitted: just full, overload (goal: at most {SLOWER:g} times)",
+                f"{1e3 * self.calm:.2f} ms, {1e3 * self.stormy:.2f} ms",
+            ),
+        ]
+
+
+async def overload(site: Site, cases: Sequence[Case], places: int, times: float, seconds: float, turns: int) -> Overload:
+    """In turns, each for so many seconds: as many clients as there are places, each asking again when it is answered; then requests at
+    `times` that rate, whoever has been answered."""
+    numbers, offered = itertools.count(), list[float]()
+    calm, stormy = Answered(), Answered()
+    for _ in range(turns):
+        found = await full(site, cases, places, seconds, numbers)
+        offered.append(times * len(found) / seconds)
+        calm += found
+        stormy += await flood(site, cases, offered[-1], seconds, numbers)
+    served = [(reply, case) for reply, case in stormy if reply.status != FULL]
+    return Overload(
+        times=times,
+        offered=statistics.mean(offered),
+        admitted=len(served),
+        refused=tuple(reply.over - reply.sent for reply, _ in stormy if reply.status == FULL),
+        calm=pace(calm),
+        stormy=pace(served),
+        wrong=sum(not reply.right(case) for reply, case in (*calm, *served)),
+    )
+
+
+Answered = list[tuple[Reply, Case]]
+
+
+async def full(site: Site, cases: Sequence[Case], places: int, seconds: float, numbers: Iterator[int]) -> Answered:
+    now, found = asyncio.get_running_loop().time, Answered()
+    until = now() + seconds
+
+    async def client() -> None:
+        while now() < until:
+            found.append(await once(site, cases, next(numbers)))
+
+    await asyncio.gather(*(client() for _ in range(places)))
+    return found
+
+
+async def flood(site: Site, cases: Sequence[Case], rate: float, seconds: float, numbers: Iterator[int]) -> Answered:
+    asking = list[asyncio.Task[tuple[Reply, Case]]]()
+    async with asyncio.TaskGroup() as group:
+        for _ in range(round(rate * seconds)):
+            asking.append(group.create_task(once(site, cases, next(numbers))))
+            await asyncio.sleep(1 / rate)
+    return [task.result() for task in asking]
+
+
+async def once(site: Site, cases: Sequence[Case], number: int) -> tuple[Reply, Case]:
+    case = cases[number % len(cases)]
+    return await ask(site.port, encoded(body(site.model, case))), case
+
+
+def pace(served: Answered) -> float:
+    """Seconds from token to token: the median of all streams."""
+    return statistics.median(between(reply.came, case) for reply, case in served) if served else 0.0

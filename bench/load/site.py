@@ -1,0 +1,88 @@
+"""What the load falls on: a served fleet, and what can be seen of it from outside."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import ray
+
+from actors.controller import NAME, Controller
+from actors.fleet import Fleet
+from actors.peers import Place
+from actors.ray_edge import NAMESPACE, joined
+from runtime.config import Deployment, GatewayConfig, LimitsConfig, Placement, PoolConfig, TargetConfig, split_cores
+from runtime.reports import TargetReport
+
+KV_TOKENS = 6144  # enough for all places; finished texts are kept up to a quarter of it: it is full soon, and memory grows no more by that
+END = 30.0  # seconds for actors to be told that it is over
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A gateway on this machine's loopback with one target behind it.
+
+    target  its gRPC address;  report  what it says of itself now;  pids  of the processes that serve, by name
+    """
+
+    port: int
+    model: str
+    target: str
+    report: Callable[[], TargetReport]
+    pids: Mapping[str, int]
+
+
+@contextlib.contextmanager
+def serving(target: str, draft: str, requests: int) -> Iterator[Site]:
+    """One target, one drafter and a gateway with room for so many requests, on a Ray of their own, which ends with the block.
+
+    Raises Unavailable, ModelRefused where they do not start.
+    """
+    with joined(None, cpus=3):
+        kind = ray.remote(Controller).options(name=NAME, namespace=NAMESPACE, num_cpus=0, max_concurrency=8)
+        controller = kind.remote(plan(target, draft, requests), served=True)
+        try:
+            fleet: Fleet = ray.get(controller.start.remote())
+            places: dict[str, Place] = ray.get(controller.places.remote())
+            yield found(fleet, places)
+        finally:
+            ray.get(controller.stop.remote(), timeout=END)
+
+
+def plan(target: str, draft: str, requests: int) -> Deployment:
+    """The target on one half of the cores, the drafter and whatever else there is on the other."""
+    mine, others = split_cores(sorted(os.sched_getaffinity(0)), 1)
+    here, there = (Placement(num_cpus=1, threads=1, listen="127.0.0.1", cores=cores) for cores in (mine, others))
+    return Deployment(
+        target=TargetConfig(model=target, dtype="float32", device="cpu", kv_tokens=KV_TOKENS, placement=here),
+        pools=(PoolConfig(name="load", model=draft, dtype="float32", device="cpu", placement=there),),
+        gateway=GatewayConfig(port=0),
+        limits=LimitsConfig(requests=requests),
+    )
+
+
+def found(fleet: Fleet, places: Mapping[str, Place]) -> Site:
+    (state,) = fleet.targets
+    actor: Any = ray.get_actor(f"{state.name}-{state.incarnation}", namespace=NAMESPACE)
+    return Site(
+        port=urlsplit(fleet.gateways[0]).port or 0,
+        model=fleet.served_model,
+        target=state.address,
+        report=lambda: ray.get(actor.report.remote()),
+        pids={name: place.pid for name, place in places.items()},
+    )
+
+
+def held(pid: int) -> int:
+    """Bytes of memory that a process has of its own: without the pages of files, which the system drops and brings back as it likes."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return sum(int(fields[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem", "VmSwap"))
+
+
+def computed(pid: int) -> float:
+    """Seconds of processor time that a process has had."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

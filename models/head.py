@@ -1,0 +1,72 @@
+"""The heads that ship with the pair: trained on what its draft was trained on, and left under models/heads."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from rich.progress import track
+from torch import nn
+
+from models import corpus
+from runtime.heads.hidden_transfer import HiddenTransfer
+from runtime.heads.medusa import Medusa
+from runtime.models.acceptance import continuation
+from runtime.models.load import load_model
+from training import hidden_transfer, medusa, outputs, text
+from training.folder import opened
+from training.heads import Ahead
+from training.progress import Bar
+from training.run import Material, Order, train_head
+from training.teacher import Teacher, fingerprint, load_teacher
+
+HERE = Path(__file__).parent
+CONTEXT = 256
+OUT = HERE / "heads"
+
+
+def order(method: str) -> Order:
+    target = str(HERE / "target")
+    if method == "medusa":
+        return Order(method, target, OUT / method, {"heads": 3, "blocks": 1}, steps=160, batch=4, context=CONTEXT, own=0, seed=0)
+    return Order(method, target, OUT / method, {"layers": [3, 4, 5]}, steps=160, batch=2, context=CONTEXT, own=0, seed=0)
+
+
+def built(method: str, teacher: Teacher) -> tuple[nn.Module, Ahead]:
+    settings = order(method).settings
+    if method == "medusa":
+        heads = Medusa(teacher.hidden_size, settings["heads"], settings["blocks"])
+        return heads, medusa.ahead(heads)
+    maps = HiddenTransfer(teacher.hidden_size, settings["layers"])
+    return maps, hidden_transfer.ahead(maps, teacher)
+
+
+def train(method: str, own: Path) -> None:
+    """`own`: the folder with the target's own texts, as the stage `outputs` has left them."""
+    rows = np.concatenate([np.load(file) for file in sorted(own.glob("*.npy"))]).astype(np.int32)
+    asked = replace(order(method), own=rows.size)
+    teacher = load_teacher(asked.target, "cpu")
+    names = sorted([*corpus.files(held_out=False), *corpus.files(held_out=True)])
+    documents = [text.Document(name, corpus.read(name)) for name in names]
+    data = text.corpus(documents, teacher.tokenizer.backend_tokenizer, teacher.tokenizer.eos_token_id, 2 * CONTEXT)
+    with opened(asked.out, asked.recipe(fingerprint(asked.target), data.digest)) as work, Bar() as bar:
+        module, ahead = built(method, teacher)
+        train_head(
+            asked,
+            Material(teacher, data, rows, held_out(asked.target, data, own.parent / "held-out")),
+            module,
+            ahead,
+            work,
+            bar.steps(asked.steps),
+        )
+
+
+def held_out(target: str, data: text.Corpus, folder: Path) -> list[outputs.Written]:
+    """The target's answers to beginnings of held-out files: written once, under `folder`."""
+    requests = outputs.to_measure(data, CONTEXT, seed=0)
+    place = folder / outputs.named(fingerprint(target), requests)
+    if left := outputs.missing(place, requests):
+        quick = load_model(target, "float32", "cpu")
+        for number, group in track(list(enumerate(outputs.grouped(requests))), description=f"{left} texts to be measured on"):
+            if not outputs.there(place, number):
+                outputs.keep(place, number, [continuation(quick, asked.prompt, asked.sampling, frozenset()) for asked in group])
+    return outputs.answered(place, requests)

@@ -1,0 +1,12 @@
+"""Some of the target's own layers as drafter ("Draft & Verify", arXiv 2309.08168; LayerSkip, 2404.16710): nothing is trained.
+
+Which layers is found by `outrider tune layers`. It runs on a device of its own and loads those layers alone, so it has a cache of its own:
+unlike there, target and drafter compute at the same time.
+"""
+
+from runtime.drafters.base import Ingredients
+from runtime.drafters.model import ModelDrafter
+
+
+def build(ingredients: Ingredients) -> ModelDrafter:
+    return ModelDrafter(ingredients.load_layers(ingredients.target))

@@ -1,0 +1,86 @@
+"""What a head promises. It sits on the target and guesses from what the target's own pass has computed, without a pass of its own.
+
+A new head is one new file in this folder with a `build()`; what it needs of a pass it says by its `look`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.drafters.base import Text
+from runtime.models.base import Look, Open, Shown
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a step has shown of one session, whose root has moved since.
+
+    text    the session as a drafter sees it; its tree is the target's own and is not to be changed
+    tokens  int64 (rows,)  the token of each row that was verified: the old root's, then those of nodes
+    path    rows on the way that the target took, from 0 on: what it chose after the last of them is the new root
+    shown   of each row the logits, and what was looked at
+    riders  the rows that pseudo rows rode beside
+    """
+
+    text: Text
+    tokens: npt.NDArray[np.int64]
+    path: Sequence[int]
+    shown: Shown
+    riders: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """A tree of guesses below the root of a text, as parallel arrays (n,), parents before their children.
+
+    parents  0 for the root, i for the i-th node of this growth, from 1 on
+    tokens   token ids
+    scores   log of the estimated acceptance of a node once its parent is accepted, at most 0
+    """
+
+    parents: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float64]
+
+
+NOTHING = Growth(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float64))
+
+
+class Head(Protocol):
+    """Like a drafter it may be wrong or silent, and nothing it says is trusted. It runs on the target's thread, within the step."""
+
+    @property
+    def look(self) -> Look:
+        """What it needs of every pass; the same at all times."""
+        ...
+
+    def propose(self, seen: Sequence[Seen]) -> Sequence[Growth]:
+        """Guess how the texts of several sessions go on, each from its root; the answers are parallel."""
+        ...
+
+    def close(self, session: str) -> None:
+        """The session is over, and its name means nothing any more; no error where nothing is kept."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Of a target, what a head must have been trained on. `tokenizer` is the hash of its vocabulary."""
+
+    hidden_size: int
+    layers: int
+    vocabulary: int
+    tokenizer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """What a head's `build()` may use: the target, and the folder of what was trained for it, if any."""
+
+    model: Open
+    identity: Identity
+    folder: Path | None

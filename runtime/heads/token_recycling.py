@@ -1,0 +1,131 @@
+"""Token recycling (Luo et al. 2024, arXiv 2408.08696): what the target thought likely after a token, the last time that it met it.
+
+The first candidates of every row that was verified are kept by the row's token, also those of rows that were rejected, and the tree below
+a new root is grown from them alone: a table is looked up, nothing is computed. One table serves all sessions of a target: it holds tokens
+that the target thought likely in texts of others, and no text of more than two tokens can be read from it.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from runtime.choice import Ask
+from runtime.drafters.base import Text
+from runtime.heads.base import Growth, Mount, Seen
+from runtime.models.base import Look
+from runtime.models.choose import ranked
+from runtime.models.top import top
+
+KEPT = 8  # candidates of a token
+NODES = 48  # of a tree at most
+DEEPEST = 6
+FLOOR = np.log(0.01)  # path probability below which no row is spent on a node
+# How likely a token is the target's choice by its rank; it shapes the tree. Measured on the target that ships at temperature 0.
+USUAL = (0.4, 0.12, 0.06, 0.04, 0.03, 0.02, 0.02, 0.01)
+UNKNOWN = -1
+
+Ints = npt.NDArray[np.int64]
+Candidates = tuple[npt.NDArray[np.signedinteger[Any]], npt.NDArray[np.floating[Any]]]  # token ids and logs of their shares
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """The nodes of one depth: `nodes` are their places in the tree, each is child number ranks[i] of parents[i], that is above[rows[i]]."""
+
+    nodes: slice
+    parents: Ints
+    ranks: Ints
+    above: Ints
+    rows: Ints
+
+
+class TokenRecycling:
+    """A Head for any target. `tokens` and `scores` (vocabulary + 1, kept): candidates by the token before them, most likely first."""
+
+    look = Look()
+
+    def __init__(self, vocabulary: int, kept: int = KEPT) -> None:
+        self.kept = min(kept, vocabulary)
+        # The last row is that of UNKNOWN: nothing is known of what follows it.
+        self.tokens = np.full((vocabulary + 1, self.kept), UNKNOWN, dtype=np.int64)
+        self.scores = np.zeros((vocabulary + 1, self.kept), dtype=np.float32)
+
+    def propose(self, seen: Sequence[Seen]) -> list[Growth]:
+        self.learn(seen)
+        return [self.grow(one.text) for one in seen]
+
+    def close(self, session: str) -> None:
+        pass
+
+    def learn(self, seen: Sequence[Seen]) -> None:
+        """Where a token has several rows, those that were accepted count, and of them the last."""
+        logits = [torch.as_tensor(one.shown.logits) for one in seen]
+        values, tokens = top(logits[0] if len(logits) == 1 else torch.cat(logits), self.kept)
+        places, start = [], 0
+        for one in seen:
+            places += [*range(start, start + len(one.tokens)), *(start + row for row in one.path)]
+            start += len(one.tokens)
+        met = np.concatenate([one.tokens for one in seen])[places]
+        self.tokens[met] = tokens.cpu().numpy()[places]
+        self.scores[met] = values.log_softmax(-1).cpu().numpy()[places]
+
+    def grow(self, text: Text) -> Growth:
+        levels, parents = shape(self.kept)
+        tokens, said, path = np.full(len(parents), UNKNOWN), np.zeros(len(parents)), np.full(len(parents), -np.inf)
+        tokens[0], path[0] = text.tokens[-1], 0.0
+        for depth, level in enumerate(levels):
+            if text.sampling.temperature > 0:
+                (guesses, scores), rows = self.perturbed(text, tokens[level.above], depth), level.rows
+            else:
+                guesses, scores, rows = self.tokens, self.scores, tokens[level.parents]
+            tokens[level.nodes], said[level.nodes] = guesses[rows, level.ranks], scores[rows, level.ranks]
+            path[level.nodes] = path[level.parents] + said[level.nodes]
+            if path[level.nodes].max() < FLOOR:
+                break
+        kept = (tokens != UNKNOWN) & (path >= FLOOR)  # with a node go all below it
+        number = np.cumsum(kept) - 1
+        return Growth(number[parents[kept]][1:], tokens[kept][1:], said[kept][1:])
+
+    def perturbed(self, text: Text, tokens: Ints, depth: int) -> Candidates:
+        """What follows each of these (n,) at `depth` below the root, (n, kept), ranked with the noise that the target will choose by."""
+        guesses, scores = self.tokens[tokens], self.scores[tokens]
+        ask = Ask(text.sampling, text.prompt, text.tokens, [range(depth)] * len(tokens), frozenset())
+        total = np.zeros((len(tokens), 1), dtype=np.float32)  # looked at for top_p alone
+        if text.sampling.top_p < 1:
+            total = np.logaddexp.reduce(scores / np.float32(text.sampling.temperature), axis=1, keepdims=True)
+        return ranked(scores, guesses, total, ask, self.kept, self.kept)
+
+
+@cache
+def shape(kept: int) -> tuple[list[Level], Ints]:
+    """The NODES nodes that are likeliest by USUAL, level by level, and the parent of each (n,), the root and its own parent 0 first."""
+    found: list[tuple[int, ...]] = [()]  # by the ranks on the way to them
+    ahead: list[tuple[float, tuple[int, ...]]] = [(-USUAL[0], (0,))]
+    while len(found) <= NODES:
+        chance, way = heapq.heappop(ahead)
+        found.append(way)
+        if way[-1] + 1 < kept:
+            heapq.heappush(ahead, (chance / USUAL[way[-1]] * USUAL[way[-1] + 1], (*way[:-1], way[-1] + 1)))
+        if len(way) < DEEPEST:
+            heapq.heappush(ahead, (chance * USUAL[0], (*way, 0)))
+    found.sort(key=lambda way: (len(way), way))
+    place = {way: number for number, way in enumerate(found)}
+    parents = np.array([0, *(place[way[:-1]] for way in found[1:])])
+    ranks = np.array([0, *(way[-1] for way in found[1:])])
+    depths = np.array([len(way) for way in found])
+    levels = []
+    for depth in range(1, depths[-1] + 1):
+        first, end = np.searchsorted(depths, [depth, depth + 1]).tolist()
+        above, rows = np.unique(parents[first:end], return_inverse=True)
+        levels.append(Level(slice(first, end), parents[first:end], ranks[first:end], above, rows))
+    return levels, parents
+
+
+def build(mount: Mount) -> TokenRecycling:
+    return TokenRecycling(mount.model.vocabulary)

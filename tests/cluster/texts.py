@@ -1,0 +1,52 @@
+"""Texts that a target writes while a test does something to it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from actors.grpc_links import GrpcTarget
+from runtime.messages import Request
+from runtime.sampling import Sampling
+
+PATIENCE_S = 240.0
+
+
+class Text:
+    """Tokens as they come."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.grown = asyncio.Event()
+
+    async def first(self, count: int) -> list[int]:
+        async with asyncio.timeout(PATIENCE_S):
+            while len(self.tokens) < count:
+                self.grown.clear()
+                await self.grown.wait()
+        return self.tokens[:count]
+
+    async def more(self, count: int) -> list[int]:
+        return await self.first(len(self.tokens) + count)
+
+
+@asynccontextmanager
+async def stream(address: str, name: str, speculation: bool = True) -> AsyncIterator[Text]:
+    """A text that is written while the block runs."""
+    client, text = GrpcTarget(address), Text()
+    request = Request(name, (5, 6, 7), Sampling(max_tokens=16_000, ignore_eos=True), speculation)
+
+    async def read() -> None:
+        async for chunk in client.generate(request):
+            assert chunk.finish_reason is None, "the text must outlast the test"
+            text.tokens.extend(chunk.tokens)
+            text.grown.set()
+
+    reading = asyncio.create_task(read())
+    try:
+        yield text
+        if reading.done():
+            reading.result()
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        await client.close()

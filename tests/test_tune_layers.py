@@ -1,0 +1,69 @@
+"""The search for layers to draft with, on scores that are known; and on a target with a layer that does nothing."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime.errors import ModelRefused
+from tests.pair import save_model
+from training.layers import Subset, agreement, best, layers_of, only, search, speed_up, trials
+from training.teacher import Teacher, load_teacher
+
+WORTH = (0.4, 0.0, 0.3, 0.1)
+
+
+def worth(layers: Sequence[int]) -> float:
+    return 0.2 + sum(WORTH[layer] for layer in layers)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
+    return load_teacher(str(save_model(tmp_path_factory.mktemp("tune") / "target", num_hidden_layers=3)), "cpu")
+
+
+def test_the_layer_that_is_missed_least_goes_first() -> None:
+    told: list[int] = []
+    found = search(4, worth, told.append)
+    assert [subset.layers for subset in found] == [(0, 2, 3), (0, 2), (0,)]
+    assert [subset.acceptance for subset in found] == pytest.approx([1.0, 0.9, 0.6])
+    assert sum(told) == trials(4) == 9
+
+
+def test_the_promise_is_the_formula_and_never_below_plain_decoding() -> None:
+    promise, length = speed_up(0.8, 0.1)
+    assert promise == pytest.approx(max((1 - 0.8 ** (n + 1)) / (0.2 * (n * 0.1 + 1)) for n in range(17)))
+    assert length == 6
+    assert speed_up(0.1, 0.9) == (1.0, 0)
+    assert speed_up(1.0, 0.5)[0] == pytest.approx(17 / 9)
+
+
+def test_the_best_subset_weighs_acceptance_against_cost() -> None:
+    subsets = [Subset((0, 1, 2), 0.99), Subset((0, 1), 0.9), Subset((0,), 0.1)]
+    assert best(subsets, 4).layers == (0, 1)
+    assert best(subsets, 40).layers == (0, 1, 2)
+
+
+def test_a_layer_that_does_nothing_is_not_missed(teacher: Teacher) -> None:
+    layer = teacher.module.model.layers[1]
+    with torch.no_grad():
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    score = agreement(teacher, [torch.randint(0, 4096, (2, 16), generator=torch.Generator().manual_seed(0))])
+    assert score((0, 2)) == score((0, 1, 2)) == 1.0
+    assert score((0,)) < 1.0
+    assert search(3, score)[0] == Subset((0, 2), 1.0)
+
+
+def test_all_layers_are_back_afterwards(teacher: Teacher) -> None:
+    whole = layers_of(teacher)
+    with only(teacher, (0, 2)):
+        assert len(layers_of(teacher)) == 2
+    assert layers_of(teacher) is whole
+
+
+def test_a_target_of_one_layer_has_nothing_to_choose(tmp_path: Path) -> None:
+    single = load_teacher(str(save_model(tmp_path / "one", num_hidden_layers=1)), "cpu")
+    with pytest.raises(ModelRefused, match="layers to choose from: choose a target"):
+        layers_of(single)

@@ -1,0 +1,71 @@
+"""How often guesses hold the token that the target chooses, on its own held-out texts, by the runtime's own coupled rule."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from runtime.choice import Ask
+from runtime.models.acceptance import RANKS
+from runtime.models.choose import candidates
+from training.outputs import Written
+
+# Logits (positions, context, vocabulary) of a text (context,): row p of position i says what is at p + offset + i.
+Guess = Callable[[Sequence[int]], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """At one temperature.
+
+    rates  of each position ahead: share of the target's choices among the first k guesses, by k of RANKS
+    chain  tokens of a step that verifies the best guess of each position, one behind the other, and no tree: from 1 to positions + 1
+    """
+
+    temperature: float
+    rates: tuple[dict[int, float], ...]
+    chain: float
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "temperature": self.temperature,
+            "positions": [{str(k): round(rate, 4) for k, rate in of.items()} for of in self.rates],
+            "chain": round(self.chain, 4),
+        }
+
+
+def measure(texts: Sequence[Written], guess: Guess, offset: int) -> list[Acceptance]:
+    """By temperature, rising. `offset`: 1 for a draft, whose row says what comes next, 2 for a head, whose target says that itself."""
+    temperatures = sorted({text.sampling.temperature for text in texts})
+    return [
+        summary(temperature, [text for text in texts if text.sampling.temperature == temperature], guess, offset)
+        for temperature in temperatures
+    ]
+
+
+def summary(temperature: float, texts: Sequence[Written], guess: Guess, offset: int) -> Acceptance:
+    ranks = np.concatenate([ranks_of(text, guess((*text.prompt, *text.output)), offset) for text in texts], axis=1)
+    rates = tuple({k: float(((of >= 0) & (of < k)).mean()) for k in RANKS} for of in ranks)
+    return Acceptance(temperature, rates, 1.0 + float(np.logical_and.accumulate(ranks == 0, axis=0).sum(axis=0).mean()))
+
+
+def ranks_of(text: Written, logits: Tensor, offset: int) -> npt.NDArray[np.int64]:
+    """(positions, n): place of the target's choice among the guesses, from 0, or -1. Column m is of a step whose guesses begin at output m.
+
+    The last steps, whose guesses reach beyond the text, are left out.
+    """
+    positions, prompt, output = len(logits), len(text.prompt), np.asarray(text.output)
+    n = len(output) - positions + 1
+    found = np.empty((positions, n), dtype=np.int64)
+    for i in range(positions):
+        rows = logits[
+            i, prompt - offset : prompt - offset + n
+        ]  # row p guesses place p + offset + i, which is output p + offset + i - prompt
+        paths = [text.output[: m + i] for m in range(n)]
+        tokens, _ = candidates(rows, Ask(text.sampling, prompt, text.prompt, paths, frozenset()), max(RANKS))
+        right = tokens == output[i : i + n, None]
+        found[i] = np.where(right.any(axis=1), right.argmax(axis=1), -1)
+    return found

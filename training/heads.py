@@ -1,0 +1,45 @@
+"""Training of heads: what a head guesses at each place ahead is drawn towards what the target itself says there, later."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from training.loop import Loss
+from training.losses import forward_kl
+from training.teacher import States, Teacher
+
+# Of a batch of texts: states after the final norm (positions, batch, context, hidden), for each position ahead; and a loss of their own.
+Ahead = Callable[[States], tuple[Tensor, Tensor]]
+
+FADE = 0.8  # weight of each position against the one before: what is further ahead is reached less often (Medusa, arXiv 2401.10774)
+
+
+def distillation(teacher: Teacher, ahead: Ahead) -> Loss:
+    """Forward KL to the target's own distribution at each position, plus what `ahead` itself asks for.
+
+    The state of position i in row p says what is at p + 2 + i; so does the target's own state in row p + 1 + i.
+    """
+
+    def loss(rows: Tensor, _: float) -> Tensor:
+        seen = teacher.states(rows.to(teacher.model.device))
+        with torch.no_grad():
+            truth = teacher.unembed(seen.last[:, 1:])
+        states, total = ahead(seen)
+        for i, state in enumerate(states):
+            n = state.shape[1] - 1 - i
+            total = total + FADE**i * forward_kl(teacher.unembed(state[:, :n]).flatten(0, 1), truth[:, i:].flatten(0, 1))
+        return total
+
+    return loss
+
+
+def guesser(teacher: Teacher, ahead: Ahead) -> Callable[[Sequence[int]], Tensor]:
+    """Logits (positions, context, vocabulary) of a text's heads, on the CPU."""
+
+    def guess(text: Sequence[int]) -> Tensor:
+        with torch.no_grad():
+            states, _ = ahead(teacher.states(torch.tensor([text], device=teacher.model.device)))
+            return teacher.unembed(states[:, 0]).cpu()
+
+    return guess

@@ -1,0 +1,98 @@
+"""Hidden transfer (arXiv 2404.12022): pseudo states of places ahead, which pass the upper layers of the frozen target beside its own."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.errors import ModelRefused
+from runtime.heads.hidden_transfer import HiddenTransfer
+from runtime.models.llama import fits
+from runtime.models.mask import windows_of
+from training.heads import Ahead
+from training.teacher import States, Teacher
+
+NEARNESS = 0.5  # weight of the distance between pseudo states and true ones, layer by layer, beside the distance of what they say
+
+
+class Beside:
+    """The target's own keys and values of a text, for rows that read them and leave none. Has the method of a cache that layers call."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
+        real = self.cache.layers[layer]
+        return torch.cat([real.keys, keys], dim=2), torch.cat([real.values, values], dim=2)
+
+
+def check(teacher: Teacher, context: int) -> None:
+    """Raises ModelRefused for a target whose layers cannot be run one by one over a text of so many tokens."""
+    name, config = teacher.model.name, teacher.module.config
+    if not fits(teacher.module):
+        raise ModelRefused(f"model {name} ({config.model_type}) is not built as Llama is: train medusa for it")
+    if any(window is not None and window <= context for window in windows_of(config).values()):
+        raise ModelRefused(f"model {name} looks back over less than {context} tokens: give a smaller --context")
+
+
+def default_layers(layers: int, positions: int) -> list[int]:
+    """Where the pseudo states of each position enter: a third of the way up, those further ahead a layer later."""
+    return [min(layers - 1, max(1, layers // 3) + i) for i in range(positions)]
+
+
+def ahead(maps: HiddenTransfer, teacher: Teacher) -> Ahead:
+    """The pseudo row i of the row at p enters layer l_i and stands at place p + 1 + i. It sees what that row sees, the row, the pseudo
+    rows before it, itself.
+
+    The loss of its own: the squared distance of pseudo from true states after each layer, relative to the size of the true ones.
+    """
+    body: Any = teacher.module.model
+    lowest, positions = min(maps.layers), len(maps.layers)
+
+    def states(seen: States) -> tuple[Tensor, Tensor]:
+        batch, context = seen.last.shape[:2]
+        places = (
+            torch.arange(context, device=seen.last.device).repeat(positions, 1) + torch.arange(positions)[:, None].to(seen.last.device) + 1
+        )
+        mask, keys = sight(context, positions, seen.last.device), Beside(seen.cache)
+        x = seen.last[:, :0]
+        far, terms = torch.zeros((), device=seen.last.device), 0
+        for number in range(lowest, len(body.layers)):
+            for entering in range(x.shape[1] // context, sum(layer <= number for layer in maps.layers)):
+                x = torch.cat([x, maps.pseudo(entering, seen.layers[number].float()).to(x.dtype)], dim=1)
+            n = x.shape[1]
+            where = places.flatten()[None, :n]
+            x = body.layers[number](
+                x,
+                attention_mask=mask[:, :, :n, : context + n],
+                position_ids=where,
+                past_key_values=keys,
+                position_embeddings=body.rotary_emb(x, where),
+            )
+            if number + 1 < len(body.layers):
+                far = far + distance(x.view(batch, -1, context, x.shape[-1]), seen.layers[number + 1])
+                terms += 1
+        found: Tensor = body.norm(x).view(batch, positions, context, -1).movedim(1, 0)
+        return found, NEARNESS * far / max(1, terms)
+
+    return states
+
+
+def sight(context: int, positions: int, device: torch.device) -> Tensor:
+    """bool (1, 1, positions * context, (1 + positions) * context): which keys, of the text, then of pseudo rows, a pseudo row sees."""
+    text = torch.ones(context, context, dtype=torch.bool, device=device).tril()
+    own = torch.eye(context, dtype=torch.bool, device=device)
+    none = torch.zeros_like(own)
+    rows = [[text, *(own if j <= i else none for j in range(positions))] for i in range(positions)]
+    return torch.cat([torch.cat(row, dim=1) for row in rows])[None, None]
+
+
+def distance(pseudo: Tensor, true: Tensor) -> Tensor:
+    """Mean over positions of the squared distance, relative to the true states' squares. pseudo (batch, positions, context, hidden) stands
+    one further to the right than true (batch, context, hidden) for each position."""
+    total = torch.zeros((), device=true.device)
+    for i in range(pseudo.shape[1]):
+        wanted = true[:, 1 + i :].float()
+        off = pseudo[:, i, : wanted.shape[1]].float() - wanted
+        total = total + off.square().sum(-1).div(wanted.square().sum(-1).clamp_min(1e-6)).mean()
+    return total / pseudo.shape[1]

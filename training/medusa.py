@@ -1,0 +1,16 @@
+"""Medusa heads (arXiv 2401.10774, its first form: the target stays as it is)."""
+
+import torch
+from torch import Tensor
+
+from runtime.heads.medusa import Medusa
+from training.heads import Ahead
+from training.teacher import States
+
+
+def ahead(heads: Medusa) -> Ahead:
+    def states(seen: States) -> tuple[Tensor, Tensor]:
+        found = heads(seen.last.float()).movedim(-2, 0)
+        return found, torch.zeros((), device=found.device)
+
+    return states

@@ -1,0 +1,63 @@
+"""What people see of a training: a bar at a terminal, else a line now and then."""
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from training.loop import Tell
+
+EVERY = 10.0  # seconds between two lines where there is no terminal
+
+
+class Bar:
+    """Progress on standard error: what is done, how much of it, how long it will take; a line now and then where that is no terminal."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self._console
+        )
+        self._task = self._progress.add_task("", total=None)
+        self._shown = time.monotonic()
+
+    def __enter__(self) -> "Bar":
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._console.is_terminal:
+            self._progress.stop()
+
+    def note(self, what: str) -> None:
+        self._begin(what, None)
+
+    def counts(self, what: str, total: int) -> Callable[[int], None]:
+        """Told how many more are done."""
+        self._begin(what, total)
+        return lambda more: self._show(what, more)
+
+    def steps(self, total: int) -> Tell:
+        self._begin("training", total)
+
+        def tell(done: int, loss: float) -> None:
+            more = done - int(self._progress.tasks[0].completed)
+            self._show(f"training, loss {loss:.3f}" if done else "training", more)
+
+        return tell
+
+    def _begin(self, what: str, total: int | None) -> None:
+        for task in self._progress.task_ids:
+            self._progress.remove_task(task)
+        self._task = self._progress.add_task(what, total=total)
+
+    def _show(self, what: str, more: int) -> None:
+        self._progress.update(self._task, description=what, advance=more)
+        task, now = self._progress.tasks[0], time.monotonic()
+        over = task.completed == task.total
+        if not self._console.is_terminal and (now - self._shown >= EVERY or over):
+            self._shown = now
+            self._console.print(f"{what}, {task.completed:.0f} of {task.total or 0:.0f}")

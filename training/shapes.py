@@ -1,0 +1,115 @@
+"""What a draft model should look like: as fast as a budget of milliseconds asks, shallow and wide rather than deep and narrow.
+
+"Decoding Speculative Decoding" (arXiv 2402.01528): what a draft costs is its depth, what it guesses right follows its size.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from runtime.errors import InvalidRequest
+from runtime.models.hf import HFModel
+from runtime.models.quick import quicken
+from runtime.models.timing import step_times
+
+DEPTHS = (2, 3, 4, 6, 8)  # one layer alone cannot look up what followed an earlier occurrence, which takes two
+WIDTHS = (1, 2, 4, 8)  # rows of a pass that are measured
+ROWS = 4  # of the pass that the budget is for: the children of one leaf
+HEAD = 64  # dimensions of an attention head
+STEP = 64  # hidden sizes are multiples of it
+WIDEST = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    hidden: int
+    layers: int
+
+    @property
+    def intermediate(self) -> int:
+        """Of the gated MLP: eight thirds of the hidden size, in multiples of 64."""
+        return max(64, round(self.hidden * 8 / 3 / 64) * 64)
+
+    def parameters(self, vocabulary: int) -> int:
+        """Of all matrices; the embedding counts once, it is the unembedding too."""
+        return self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.intermediate) + vocabulary * self.hidden
+
+    def config(self, vocabulary: int, context: int, end: int | None) -> LlamaConfig:
+        heads = max(1, self.hidden // HEAD)
+        return LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            intermediate_size=self.intermediate,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            max_position_embeddings=context,
+            tie_word_embeddings=True,
+            bos_token_id=end,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+
+
+Times = dict[int, float]  # seconds of a pass by its rows
+Measure = Callable[[Shape], Times]
+
+
+def measurer(vocabulary: int, device: torch.device) -> Measure:
+    """t(w) of untrained models: what a pass takes does not depend on what the weights are."""
+
+    def measure(shape: Shape) -> Times:
+        module = LlamaForCausalLM(shape.config(vocabulary, 128, None)).to(device)
+        model = HFModel(module, f"{shape.layers} layers of {shape.hidden}")
+        quicken(model)
+        return step_times(model, WIDTHS, time.monotonic)
+
+    return measure
+
+
+def of_size(parameters: int, vocabulary: int) -> list[Shape]:
+    """For each depth the shape whose size is nearest to so many parameters."""
+    hidden = range(STEP, WIDEST + 1, STEP)
+    return [
+        min((Shape(width, depth) for width in hidden), key=lambda shape: abs(math.log(shape.parameters(vocabulary) / parameters)))
+        for depth in DEPTHS
+    ]
+
+
+def within(budget: float, depth: int, measure: Measure) -> tuple[Shape, Times] | None:
+    """The widest shape of so many layers whose pass of ROWS rows takes at most `budget` seconds; None where the narrowest takes longer.
+
+    Twice as wide as long as that fits, then halfway between what fits and what does not: no model far beyond the budget is made.
+    """
+    fitting, good, bad = None, 0, WIDEST // STEP + 1
+    while bad - good > 1:
+        width = min(max(1, 2 * good), (good + bad) // 2) if bad > WIDEST // STEP else (good + bad) // 2
+        shape = Shape(width * STEP, depth)
+        times = measure(shape)
+        if times[ROWS] <= budget:
+            fitting, good = (shape, times), width
+        else:
+            bad = width
+    return fitting
+
+
+def propose(budget: float, vocabulary: int, measure: Measure) -> tuple[Shape, dict[Shape, Times]]:
+    """The largest shape within `budget` seconds, and t(w) of the shapes of its size at every depth.
+
+    Of shapes that are about as large (a tenth less), the shallowest. Raises InvalidRequest for a budget that nothing fits into.
+    """
+    fitting = [found for depth in DEPTHS if (found := within(budget, depth, measure)) is not None]
+    if not fitting:
+        least = measure(Shape(STEP, DEPTHS[0]))[ROWS]
+        raise InvalidRequest(
+            f"latency {1e3 * budget:g} ms is below what the smallest shape takes here ({1e3 * least:.2f} ms): raise it", "latency"
+        )
+    largest = max(shape.parameters(vocabulary) for shape, _ in fitting)
+    chosen = min((shape for shape, _ in fitting if shape.parameters(vocabulary) >= 0.9 * largest), key=lambda shape: shape.layers)
+    known = dict(fitting)
+    curve = {shape: known.get(shape) or measure(shape) for shape in (chosen, *of_size(chosen.parameters(vocabulary), vocabulary))}
+    return chosen, curve
