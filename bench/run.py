@@ -57,12 +57,11 @@ def benchmark(options: Options, console: Console) -> Results:
             raise InvalidRequest(f"new_tokens {options.size.new_tokens} leave no room in a context of {min(contexts)}", "new_tokens")
         others = SWEPT + WARMING + (0 if options.quick else LEARNING)
         wanted = max((options.size.count, *options.size.batches))
-        if options.prompts is None:
-            drawn = held_out(tokenizer, others + wanted, options.seed)
-            prompts, asides = drawn[others:], drawn[:others]
-        else:
+        of_file = None if options.prompts is None else encode(tokenizer, from_file(options.prompts), most)
+        drawn = held_out(tokenizer, wanted + others, options.seed) if of_file is None else pick(of_file, wanted + others, options.seed)
+        prompts, asides = drawn[:wanted], drawn[wanted:]
+        if len(asides) < others:  # the file has not enough for both
             asides = held_out(tokenizer, others, options.seed)
-            prompts = pick(encode(tokenizer, from_file(options.prompts), most), wanted, options.seed)
         status.update("measuring the pair by itself: step times and acceptance")
         measured = apart(profiling.measure, job(options, target, cores[0], prompts[: options.size.count]))
     step = measured.profile.target[1]
