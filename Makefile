@@ -12,7 +12,7 @@ FITS := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 BIN := .venv/bin
 UNUSED := /(tests?|testing|rllib|sympy|_inductor|onnx|transformers/models)/
 
-.PHONY: help install demo bench test test-chaos test-load test-cluster check format proto train audit sbom clean
+.PHONY: help install demo bench bench-methods test test-chaos test-load test-cluster check format proto train audit sbom clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ demo: install ## the pair that ships writes Python code, guessed ahead and then 
 
 bench: install ## compare with every other way to use the same models and cores: about half an hour on two cores
 	@$(BIN)/python -m bench
+
+bench-methods: install ## compare all ways to guess, alone and beside the draft model: about a quarter of an hour
+	@$(BIN)/python -m bench.drafting
 
 test: install ## all tests, on up to four cores
 	$(BIN)/pytest -q --durations=10 --numprocesses auto --maxprocesses 4
@@ -37,7 +40,7 @@ test-chaos: install ## kill and stop targets and drafters under 200 streams, cha
 test-load: install ## what the gateway adds, ten times too many requests, clients that leave; thousands of malformed ones; 15 minutes
 	@mkdir -p build
 	$(BIN)/python -m bench.load --json build/load.json
-	OUTRIDER_TEST_DISCONNECTS=1000 OUTRIDER_TEST_MALFORMED=5000 OUTRIDER_FUZZ=5000 $(BIN)/pytest -q --durations=10 \
+	OUTRIDER_TEST_DISCONNECTS=1000 OUTRIDER_TEST_MALFORMED=5000 OUTRIDER_FUZZ=5000 $(BIN)/pytest -q --durations=10 -o faulthandler_timeout=0 \
 	  tests/test_gateway_life.py tests/test_gateway_fuzz.py tests/test_fuzz_wire.py
 
 test-cluster: install ## the on-premise cluster file for real, on hosts made of namespaces (needs root): minutes

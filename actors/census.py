@@ -106,3 +106,10 @@ def sample(now: float, ready: int, reports: Sequence[TargetReport], drafters: Co
         own=sum(guess.accepted for report in reports for name, guess in report.guesses.items() if name in drafters),
         busy=sum(report.computed + report.waited + report.bookkeeping for report in reports),
     )
+
+
+def unready(members: Iterable[Member]) -> str:
+    """Why not all is there yet."""
+    starting = {member.name: member.placed for member in members if member.state == "starting"}
+    said = [f"{name} {'is loading' if placed else 'waits for room in the cluster'}" for name, placed in sorted(starting.items())]
+    return ", ".join(said) or "targets and drafters do not reach each other"

@@ -326,7 +326,7 @@ class Controller:
                 if self.stopping.is_set():
                     raise Unavailable("the deployment was ended meanwhile: start it again")
                 if not self.changed.wait(deadline - time.monotonic()):
-                    raise Unavailable(f"not ready within {patience:g} s: {self._unready()}")
+                    raise Unavailable(f"not ready within {patience:g} s: {census.unready(self.members.values())}")
             return self._fleet()
 
     def _is_ready(self) -> bool:
@@ -338,11 +338,6 @@ class Controller:
 
     def _fit(self, role: str) -> list[Member]:
         return roster.fitting(self.deployment, role, tuple(self.members.values()))
-
-    def _unready(self) -> str:
-        starting = {member.name: member.placed for member in self.members.values() if member.state == "starting"}
-        said = [f"{name} {'is loading' if placed else 'waits for room in the cluster'}" for name, placed in sorted(starting.items())]
-        return ", ".join(said) or "targets and drafters do not reach each other"
 
     def _fleet(self) -> Fleet:
         reports = {name: life.report for name, life in self.actors.items()}

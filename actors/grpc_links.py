@@ -12,7 +12,7 @@ import grpc
 from actors.credentials import channel
 from actors.grpc_edge import DRAFTER_SILENCE_MS, HANDSHAKE_S, TARGET_SILENCE_MS, client_options, closing, error_of, reason
 from actors.together import together
-from protos import codec
+from protos import bundle, codec
 from protos.handshake import Hello, mismatch
 from runtime.config import TlsConfig
 from runtime.errors import InvalidRequest, LinkLost, Unavailable
@@ -107,7 +107,7 @@ class GrpcLink:
         try:
             async with closing(together(events)) as waiting:
                 async for some in waiting:
-                    for data in codec.bundled_to_drafter(self._encoded(some)):
+                    for data in bundle.to_drafter(self._encoded(some)):
                         await call.write(data)
             ended.set()
             await call.done_writing()
@@ -129,7 +129,7 @@ class GrpcLink:
     def _replies(self, data: bytes) -> list[Reply | codec.Bye]:
         """Without what has no effect. Raises LinkLost at the last strike."""
         try:
-            frames = codec.unbundled_from_drafter(data)
+            frames = bundle.frames_from_drafter(data)
         except InvalidRequest as error:
             self._strike(str(error))
             return []

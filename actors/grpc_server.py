@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection
 from actors.credentials import only, server_credentials
 from actors.grpc_edge import CALLER_SILENCE_MS, DRAFTER_SILENCE_MS, HANDSHAKE_S, aborting, closing, printable, server_options
 from actors.together import together
-from protos import codec
+from protos import bundle, codec
 from protos.handshake import Hello, mismatch
 from runtime import limits
 from runtime.config import TlsConfig
@@ -57,7 +57,7 @@ class DraftingService:
             await self._greet(context)
             async with closing(self.body.speculate(self._events(context))) as replies, closing(together(replies)) as waiting:
                 async for some in waiting:
-                    for data in codec.bundled_from_drafter(self._encoded(some)):
+                    for data in bundle.from_drafter(self._encoded(some)):
                         await context.write(data)
             await context.write(codec.encode_reply(codec.Bye()))
 
@@ -91,7 +91,7 @@ class DraftingService:
 
     def _decoded(self, data: bytes) -> list[Event]:
         try:
-            frames = codec.unbundled_to_drafter(data)
+            frames = bundle.frames_to_drafter(data)
         except InvalidRequest as error:
             self._count("malformed", str(error))
             return []

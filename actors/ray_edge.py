@@ -37,7 +37,8 @@ def joined(address: str | None, cpus: int = 1) -> Iterator[None]:
             knock(address)
             ray.init(address=address, **quiet)
         else:
-            ray.init(num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet)
+            # "local": not the one that RAY_ADDRESS or an earlier `ray start` names.
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet)
     except (RuntimeError, ValueError, OSError, OverflowError) as error:
         raise Unavailable(unreachable(address, str(error))) from error
     try:

@@ -20,6 +20,7 @@ class Ours:
     schedule  a file in runtime/schedulers
     options   its settings, by name
     drafters  drafting methods (files in runtime/drafters), or "wrong": the draft model with every guess spoilt
+    heads     files in runtime/heads
     """
 
     schedule: str
@@ -27,6 +28,7 @@ class Ours:
     drafters: tuple[str, ...] = ()
     target_cores: Cores = FIRST
     drafter_cores: Cores = SECOND
+    heads: tuple[str, ...] = ()
 
     @property
     def cores(self) -> Cores:
@@ -52,10 +54,10 @@ class Method:
     @property
     def facts(self) -> MethodFacts:
         match self.how:
-            case Ours(schedule, options, drafters):
+            case Ours(schedule, options, drafters, heads=heads):
                 settings = [f"{name} {value:g}" for name, value in options]
                 helpers = f"drafters: {' and '.join(drafters)}" if drafters else "no drafter"
-                detail = ", ".join([schedule, *settings, helpers])
+                detail = ", ".join([schedule, *settings, helpers, *(f"head: {head}" for head in heads)])
                 return MethodFacts(name=self.name, who="ours", cores=len(self.how.cores), detail=detail)
             case Rival(kind, guesses):
                 detail = {

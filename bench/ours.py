@@ -21,7 +21,7 @@ from bench import recorded
 from bench.methods import Cores, Method, Ours, Outcome
 from bench.prompts import Prompt
 from runtime.calibration import Calibrations
-from runtime.config import DrafterConfig, Dtype, Placement, ScheduleConfig, TargetConfig
+from runtime.config import DrafterConfig, Dtype, HeadConfig, Placement, ScheduleConfig, TargetConfig
 from runtime.errors import InvalidRequest, Unavailable
 from runtime.kv.prefixes import Prefixes
 from runtime.messages import Chunk, Request, Stats, Tokens
@@ -30,28 +30,33 @@ from runtime.sampling import Sampling
 from runtime.schedulers.base import Scheduler
 from runtime.tracing import Recording
 
-NAMES = {"model": "draft-0", "ngram": "ngram-0", "wrong": "wrong-0"}  # of drafters, by method
+NAMES = {"model": "draft-0", "ngram": "ngram-0", "wrong": "wrong-0", "layer-skip": "layer-skip-0"}  # of drafters, by method
 PATIENCE = 10.0  # seconds until a target has its drafters
 LOOK = 0.01  # seconds between two looks
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Folders or names of target and draft, and the numbers of the cores that may be used: `Cores` are places among these."""
+    """Folders or names of target and draft, and the numbers of the cores that may be used: `Cores` are places among these.
+
+    `heads`: their folders by method, "" for what needs none.
+    """
 
     target: str
     draft: str
     dtype: Dtype
     cores: tuple[int, ...]
+    heads: Mapping[str, str] = field(default_factory=dict)
 
     def placed(self, cores: Cores) -> Placement:
         return Placement(cores=tuple(self.cores[place] for place in cores), listen="127.0.0.1")
 
     def target_config(self, cores: Cores) -> TargetConfig:
-        return TargetConfig(model=self.target, dtype=self.dtype, device="cpu", placement=self.placed(cores))
+        heads = tuple(HeadConfig(method=method, folder=folder) for method, folder in self.heads.items())
+        return TargetConfig(model=self.target, dtype=self.dtype, device="cpu", heads=heads, placement=self.placed(cores))
 
     def drafter_config(self, method: str, cores: Cores) -> DrafterConfig:
-        model = "" if method == "ngram" else self.draft
+        model = "" if method in ("ngram", "layer-skip") else self.draft
         named = {"name": NAMES[method], "method": method, "model": model, "dtype": self.dtype}
         return DrafterConfig.model_validate({**named, "device": "cpu", "placement": self.placed(cores)})
 
@@ -66,7 +71,7 @@ class MethodTarget(TargetActor):
     def __init__(self, config: TargetConfig, record: bool = False) -> None:
         super().__init__(config, record)
         self.policies: dict[Ours, Scheduler] = {}
-        self.known: dict[tuple[str, tuple[str, ...]], Calibrations] = {}
+        self.known: dict[tuple[str, ...], Calibrations] = {}
 
     def become(self, how: Ours, peers: list[Peer]) -> None:
         """From the next request on; to be called when none is under way.
@@ -77,10 +82,14 @@ class MethodTarget(TargetActor):
         engine = self.target.engine
         if how not in self.policies:
             self.policies[how] = scheduler(schedule_of(how), self.times)
-        self.target.schedule(self.policies[how])
-        engine.calibrations = self.known.setdefault((how.schedule, how.drafters), Calibrations())
+        self.target.schedule(self.policies[how], frozenset(f"{head}-0" for head in how.heads))
+        engine.calibrations = self.known.setdefault((how.schedule, *how.drafters, *how.heads), Calibrations())
         engine.prefixes = Prefixes(engine.prefixes.budget)
         self.drafters(peers)
+
+    def learned(self) -> dict[str, Any]:
+        """What guesses of the present method were worth so far, as Calibrations saves it."""
+        return self.target.engine.calibrations.saved()
 
 
 class Service(Protocol):
@@ -126,12 +135,14 @@ def outcome(began: float, answers: Sequence[Answer]) -> Outcome:
 
 
 class Cluster:
-    """A Runner for the methods that it was started for. `recordings`: of the last run, target first, then its drafters."""
+    """A Runner for the methods that it was started for. `recordings`: of the last run, target first, then its drafters; `learned`: as of
+    MethodTarget, after it."""
 
     def __init__(self, targets: Mapping[Cores, Any], drafters: Mapping[tuple[str, Cores], Any]) -> None:
         """Handles of actors that have started, MethodTarget and DraftActor."""
         self.targets, self.drafters = targets, drafters
         self.recordings: list[Recording] = []
+        self.learned: dict[str, Any] = {}
         self._loop = asyncio.Runner()
         self._services: dict[str, GrpcTarget] = {}
 
@@ -152,6 +163,7 @@ class Cluster:
             if (left := sorted(ray.get(target.attached.remote()))) != sorted(drafters):
                 raise Unavailable(f"of the drafters {sorted(drafters)} only {left} were left after {method.name}: see the message above")
             self.recordings = ray.get([actor.trace.remote() for actor in actors])
+            self.learned = ray.get(target.learned.remote())
         return with_steps(outcome(began, answers), answers, self.recordings)
 
     def _await_drafters(self, target: Any, names: list[str]) -> None:

@@ -19,13 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from runtime.errors import InvalidRequest, ModelRefused
-from runtime.models.load import DTYPES
+from runtime.models.load import DTYPES, load_tokenizer
+from runtime.models.trained import identity_of, write_trained
 
 CACHE = Path(__file__).parents[1] / "build" / "bench"
 SPREAD = 0.02  # standard deviation of the weights that only cost time
@@ -169,3 +172,15 @@ def name_of(folder: Path, shape: Shape, dtype: str) -> str:
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return f"{folder.resolve().name}-{shape.hidden}x{shape.layers}-{dtype}-{digest.hexdigest()[:12]}"
+
+
+def widened_head(folder: Path, target: Path) -> Path:
+    """The folder, in the cache, of a trained head made to fit `target`, which `widened` has made of the target that it was trained for: the
+    channels that were added are zero, and stay so."""
+    config, tensors = json.loads((folder / "config.json").read_text("utf-8")), load_file(folder / "model.safetensors")
+    hidden = int(AutoConfig.from_pretrained(target).hidden_size)
+    wide = {name: F.pad(tensor, (0, hidden - tensor.shape[-1]) * tensor.ndim) for name, tensor in tensors.items()}
+    done = CACHE / f"{folder.name}-{target.name}"
+    identity = identity_of(AutoConfig.from_pretrained(target), load_tokenizer(str(target)))
+    write_trained(done, config["method"], identity, config["settings"], wide)
+    return done

@@ -6,7 +6,7 @@ else, for bytes that are no valid message; token ids are checked to be non-negat
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import wraps
 from itertools import islice
@@ -43,7 +43,6 @@ DRAFTING: str = pb.DESCRIPTOR.services_by_name["Drafting"].full_name
 TARGET: str = pb.DESCRIPTOR.services_by_name["Target"].full_name
 
 KEYS, IDS, SCORES = np.dtype("<u8"), np.dtype("<i4"), np.dtype("<f4")
-WRAPPING = 16  # bytes around a frame in a bundle, and around all of them, at most
 COMPOUND = ("stop", "logit_bias", "constraint")
 SCALARS = tuple(field.name for field in fields(Sampling) if field.name not in COMPOUND)
 STATS = tuple(field.name for field in fields(Stats))
@@ -173,42 +172,6 @@ def decode_reply(data: bytes, drafter: str) -> Reply | Bye | None:
             return None
         case other:
             raise InvalidRequest(f"{other} has no place among the replies: send it first, once")
-
-
-def bundled_to_drafter(frames: Sequence[bytes]) -> list[bytes]:
-    """Encoded events as the fewest messages that the wire carries."""
-    return [few[0] if len(few) == 1 else pb.ToDrafter(bundle=pb.Bundle(frames=few)).SerializeToString() for few in _within(frames)]
-
-
-def bundled_from_drafter(frames: Sequence[bytes]) -> list[bytes]:
-    """Encoded replies as the fewest messages that the wire carries."""
-    return [few[0] if len(few) == 1 else pb.FromDrafter(bundle=pb.Bundle(frames=few)).SerializeToString() for few in _within(frames)]
-
-
-def unbundled_to_drafter(data: bytes) -> Sequence[bytes]:
-    """The frames of a message, one or several, for decode_event."""
-    frame = _parse(pb.ToDrafter.FromString, data)
-    return frame.bundle.frames if frame.HasField("bundle") else (data,)
-
-
-def unbundled_from_drafter(data: bytes) -> Sequence[bytes]:
-    """The frames of a message, one or several, for decode_reply."""
-    frame = _parse(pb.FromDrafter.FromString, data)
-    return frame.bundle.frames if frame.HasField("bundle") else (data,)
-
-
-def _within(frames: Sequence[bytes]) -> list[list[bytes]]:
-    """In order, in groups that fit into a message."""
-    groups: list[list[bytes]] = []
-    room = 0
-    for frame in frames:
-        needed = len(frame) + WRAPPING
-        if needed > room:
-            groups.append([])
-            room = limits.MESSAGE_BYTES - WRAPPING
-        groups[-1].append(frame)
-        room -= needed
-    return groups
 
 
 @_carried

@@ -331,39 +331,3 @@ def test_models_of_one_vocabulary_match() -> None:
 
 def test_generated_code_is_fresh() -> None:
     assert generate.stale() == []
-
-
-# Several frames in one message
-
-
-@quick
-@given(st.lists(events, max_size=5))
-def test_bundled_events_round_trip(several: list[Event]) -> None:
-    messages = codec.bundled_to_drafter([codec.encode_event(event) for event in several])
-    assert len(messages) == (1 if several else 0)
-    assert [codec.decode_event(frame) for message in messages for frame in codec.unbundled_to_drafter(message)] == several
-
-
-def test_bundles_stay_within_a_message() -> None:
-    frame = codec.encode_reply(Draft("s", 0, DRAFTER, *wide(limits.DRAFT_NODES)))
-    frames = [frame] * (3 * limits.MESSAGE_BYTES // len(frame))
-    messages = codec.bundled_from_drafter(frames)
-    assert len(messages) == 4
-    assert max(map(len, messages)) <= limits.MESSAGE_BYTES
-    assert [one for message in messages for one in codec.unbundled_from_drafter(message)] == frames
-
-
-def test_a_frame_as_large_as_a_message_goes_alone() -> None:
-    frame = bytes(limits.MESSAGE_BYTES)
-    assert codec.bundled_to_drafter([b"x", frame, b"y"]) == [b"x", frame, b"y"]
-
-
-def test_a_bundle_in_a_bundle_is_of_no_kind() -> None:
-    inner = pb.FromDrafter(bundle=pb.Bundle(frames=[codec.encode_reply(Resync("s", DRAFTER))])).SerializeToString()
-    (frame,) = codec.unbundled_from_drafter(pb.FromDrafter(bundle=pb.Bundle(frames=[inner])).SerializeToString())
-    with pytest.raises(InvalidRequest, match="bundle has no place"):
-        codec.decode_reply(frame, DRAFTER)
-
-
-def wide(nodes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return np.zeros(nodes, np.uint64), np.zeros(nodes, np.int32), np.zeros(nodes, np.float32)

@@ -20,7 +20,7 @@ import pytest
 from actors.grpc_edge import closing
 from actors.grpc_links import GrpcLink
 from actors.grpc_server import DraftingService, serve
-from protos import codec
+from protos import bundle, codec
 from protos import speculation_pb2 as pb
 from runtime import limits
 from runtime.errors import LinkLost, Overloaded
@@ -294,8 +294,8 @@ def test_what_comes_at_once_crosses_in_order_whatever_is_wrong_with_one() -> Non
             call = channel.stream_stream(f"/{codec.DRAFTING}/Speculate")()
             await call.write(codec.encode_hello_to_drafter(HELLO))
             frames = [codec.encode_event(opening("a")), GARBAGE, LATER, codec.encode_event(opening("b"))]
-            (bundle,) = codec.bundled_to_drafter(frames)
-            await call.write(bundle)
+            (together,) = bundle.to_drafter(frames)
+            await call.write(together)
             await soon(lambda: len(body.seen) == 2)
             call.cancel()
         await server.stop(None)

@@ -14,7 +14,7 @@ from runtime.models.load import load_tokenizer
 from tests.learner import CONTEXT, documents, rows
 from tests.pair import SHIPPED
 from training import folder, losses, text
-from training.loop import Settings, rate_at, smooth, train
+from training.loop import Settings, is_matrix, rate_at, smooth, train
 
 
 def logits(seed: int, rows: int = 5, vocabulary: int = 7) -> Tensor:
@@ -147,6 +147,14 @@ def test_the_rate_warms_up_holds_and_falls() -> None:
     assert rates[2:60] == [1.0] * 58
     assert rates[65:] == sorted(rates[65:], reverse=True)
     assert rates[-1] == 0.05
+
+
+def test_embeddings_and_vectors_are_no_matrices() -> None:
+    matrix, vector = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))
+    assert is_matrix("layers.0.up.weight", matrix)
+    assert not is_matrix("layers.0.up.bias", vector)
+    assert not is_matrix("model.embed_tokens.weight", matrix)
+    assert not is_matrix("lm_head.weight", matrix)
 
 
 def test_smoothing_is_a_mean_over_what_came_before() -> None:

@@ -52,6 +52,13 @@ def test_a_draft_goes_on_from_another_and_tvd_begins_with_kl(teacher: Teacher, t
     assert values[Goal.next_token, 0.0] == values[Goal.next_token, 0.9] > 1.0
 
 
+def test_what_a_draft_knows_already_is_changed_gently() -> None:
+    fresh, gentle = draft.settings(9, 1, fresh=True), draft.settings(9, 1, fresh=False)
+    assert gentle.matrix_rate == pytest.approx(0.1 * fresh.matrix_rate)
+    assert gentle.other_rate == pytest.approx(0.1 * fresh.other_rate)
+    assert (gentle.steps, gentle.seed, gentle.decay) == (9, 1, fresh.decay)
+
+
 def by_parameters(shape: shapes.Shape) -> shapes.Times:
     """A machine on which a layer costs 0.1 ms and a million parameters 1 ms."""
     return {rows: shape.layers * 1e-4 + shape.parameters(1000) * 1e-9 for rows in shapes.WIDTHS}

@@ -34,7 +34,7 @@ Guesses ahead of its target and changes none of its tokens. Use it: `outrider ge
 | the target's own texts | {own} |
 | steps | {steps} of {batch} texts of {context} tokens, {passed:.2f} million tokens together |
 | loss at the end | {loss:.3f} |
-| time | {minutes:.1f} minutes |
+| time of the last run | {minutes:.1f} minutes |
 | seed | {seed} |
 
 ## Acceptance

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,19 @@ from runtime.models.load import find_folder, read_config, read_weights
 from training import losses
 from training.folder import write
 from training.goal import Goal
-from training.loop import Loss, low_precision
+from training.loop import Loss, Settings, low_precision
 from training.shapes import Measure, Shape, Times, propose
 from training.teacher import Teacher
 
 DISTANCES = {Goal.kl: losses.forward_kl, Goal.tvd: losses.tvd, Goal.tvd_plus_plus: losses.tvd_plus_plus}
 WARM = 0.5  # share of the steps in which tvd and tvd++ follow KL: where a draft guesses nothing right yet, their gradient is almost nothing
-MATRIX_DECAY = 0.05
+GENTLE = 0.1  # of the learning rates, for a draft that knows something already
 PROPOSAL = "shape.json"
+
+
+def settings(steps: int, seed: int, fresh: bool) -> Settings:
+    usual = Settings(steps, seed, decay=0.05)
+    return usual if fresh else replace(usual, matrix_rate=GENTLE * usual.matrix_rate, other_rate=GENTLE * usual.other_rate)
 
 
 def new(shape: Shape, teacher: Teacher, seed: int) -> PreTrainedModel:

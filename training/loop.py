@@ -25,8 +25,7 @@ DECAY = 0.35
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`matrix_rate` is Muon's learning rate, for matrices; `other_rate` AdamW's, for embeddings,
-    norms and biases; `decay` draws matrices towards nothing."""
+    """`matrix_rate` is Muon's learning rate, for matrices; `other_rate` AdamW's, for all else; `decay` draws matrices towards nothing."""
 
     steps: int
     seed: int = 0
@@ -43,16 +42,20 @@ def rate_at(step: int, steps: int) -> float:
 
 
 def optimizers(module: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices (kellerjordan.github.io/posts/muon), AdamW for embeddings and the rest."""
+    """Muon for the matrices (kellerjordan.github.io/posts/muon), AdamW for embeddings, unembedding and the rest."""
     learned = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    matrices = [parameter for name, parameter in learned if parameter.ndim == 2 and "embed" not in name]
-    others = [parameter for name, parameter in learned if parameter.ndim != 2 or "embed" in name]
+    matrices = [parameter for name, parameter in learned if is_matrix(name, parameter)]
+    others = [parameter for name, parameter in learned if not is_matrix(name, parameter)]
     made: list[torch.optim.Optimizer] = []
     if matrices:
         made.append(torch.optim.Muon(matrices, lr=settings.matrix_rate, weight_decay=settings.decay))
     if others:
         made.append(torch.optim.AdamW(others, lr=settings.other_rate, betas=(0.9, 0.95), weight_decay=0.0))
     return made
+
+
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
 
 
 def low_precision(device: torch.device) -> torch.autocast:

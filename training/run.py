@@ -101,7 +101,7 @@ def train_draft(
 ) -> list[Acceptance]:
     """As train_head, for a draft model. `curve`: what was measured when its shape was chosen."""
     teacher = material.teacher
-    settings = Settings(order.steps, order.seed, decay=draft.MATRIX_DECAY)
+    settings = draft.settings(order.steps, order.seed, fresh=not order.settings.get("start"))
     losses, seconds = fit(order, material, module, draft.distillation(teacher, module, goal), settings, work, tell)
     draft.save(module, teacher, work / FINISHED)
     measured = measure(material.held_out, draft.guesser(module), offset=1)  # of the weights as they are kept

@@ -67,7 +67,7 @@ def serve(
         progress.note("joining Ray" if chosen or not fresh else "starting Ray")
         if fresh:
             undoing.callback(end_local)
-        with reach.cluster(address, start=True):
+        with reach.cluster(address, start=True), orderly():  # again: Ray's own answer to SIGTERM, from here on, is to abort
             progress.note(f"loading {plan.target.model} and {len(plan.drafters())} drafters")
             fleet = deploy(plan)
         undoing.pop_all()
@@ -84,20 +84,20 @@ def serve(
 
 @contextmanager
 def orderly() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP end this command as Ctrl-C does, and what it has begun is undone. (Ray sees to SIGTERM while this
-    process is in its cluster, and to the same effect.)"""
+    """Inside, SIGTERM and SIGHUP end this command as Ctrl-C does, and what it has begun is undone."""
 
     def leave(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
-    heeded = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
-    for number in heeded:
-        signal.signal(number, leave)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as `nohup` wants it
+            signal.signal(number, leave)
     try:
         yield
     finally:
-        for number in heeded:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def end_local() -> None:

@@ -110,7 +110,7 @@ class LlamaPass:
 
     def show(self, parts: Sequence[Part], look: Look) -> list[Shown]:
         """As promised by Pass."""
-        counts, riders = [len(part.rows.tokens) for part in parts], [len(part.riders) for part in parts]
+        counts, riders = [len(part.rows.tokens) for part in parts], [len(part.riders) if look.branches else 0 for part in parts]
         n, m = sum(counts), sum(riders)
         branches = look.branches if m else ()
         beginnings = [end - count for end, count in zip(ends_of(parts), counts, strict=True)]
@@ -127,8 +127,10 @@ class LlamaPass:
             x = self._through(index, x, cos[: len(x)], sin[: len(x)], lanes)
         hidden = self._norm(x)
         logits = self._head(hidden).float()
+        of_rows = hidden[:n].split(counts) if look.hidden else [None] * len(parts)
         pseudo = logits[n:].unflatten(0, (len(branches), m)).transpose(0, 1).split(riders) if m else [None] * len(parts)
-        return [Shown(*of_one) for of_one in zip(logits[:n].split(counts), hidden[:n].split(counts), pseudo, strict=True)]
+        of_pseudo = [rows if count else None for rows, count in zip(pseudo, riders, strict=True)]
+        return [Shown(*of_one) for of_one in zip(logits[:n].split(counts), of_rows, of_pseudo, strict=True)]
 
     def unembed(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._head(hidden.to(self._dtype)).float()

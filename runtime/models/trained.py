@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
 from runtime.errors import ModelRefused
@@ -61,15 +61,16 @@ def whole_number(folder: Path, settings: Settings, name: str, least: int, most: 
 
 
 def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
-    """Exactly these, in the type that they are stored in. Raises ModelRefused where the file holds anything else."""
+    """Exactly these, in the type that they are stored in. Raises ModelRefused where the file holds anything else, before that is read."""
     try:
-        tensors = load_file(folder / "model.safetensors")
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            if found != dict(shapes):
+                wrong = min(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
+                raise ModelRefused(f"{folder}/model.safetensors does not fit its config.json ({wrong[:64]}): copy it again, or {TRAIN}")
+            tensors = {name: file.get_tensor(name) for name in found}
     except (SafetensorError, OSError, ValueError) as error:
         raise ModelRefused(f"{folder}/model.safetensors cannot be read ({one_line(error)}): copy it again") from error
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if found != dict(shapes):
-        wrong = min(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
-        raise ModelRefused(f"{folder}/model.safetensors does not fit its config.json ({wrong[:64]}): copy it again, or {TRAIN}")
     if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in tensors.values()):
         raise ModelRefused(f"{folder}/model.safetensors holds what are no finite numbers: copy it again, or {TRAIN}")
     return tensors

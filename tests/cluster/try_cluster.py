@@ -178,7 +178,8 @@ def whole_life(operator: Operator, known: list[dict[str, Any]]) -> None:
         if watched:
             ask_prometheus(operator)
         submit(operator, known)
-        lose(operator, traffic, looks)
+        for loss in (cut_off, leave, stop, power_off):
+            loss(operator, traffic, looks)
         with check("the client ends") as more:
             more.append(traffic.end())
     lose_gateway(operator)
@@ -279,7 +280,7 @@ def submit(operator: Operator, known: list[dict[str, Any]]) -> None:
         more.append(f"{len(lines)} items, each once and as plain decoding")
 
 
-def lose(operator: Operator, traffic: Traffic, looks: Looks) -> None:
+def cut_off(operator: Operator, traffic: Traffic, looks: Looks) -> None:
     with check("a target host is cut off") as more:
         operator.made.cut("target-a")
         more.append(missed(looks, "targets", 1))
@@ -288,6 +289,9 @@ def lose(operator: Operator, traffic: Traffic, looks: Looks) -> None:
         operator.made.mend("target-a")
         looks.await_("targets", 2)
         more.append(traffic.more(6))
+
+
+def leave(operator: Operator, traffic: Traffic, looks: Looks) -> None:
     with check("a target host leaves when it is told to: deploy/ray/leave") as more:
         operator.made.run("target-b", "outrider/deploy/ray/leave 120")
         log = operator.outrider("logs controller --lines 1000 --address auto")
@@ -296,10 +300,16 @@ def lose(operator: Operator, traffic: Traffic, looks: Looks) -> None:
     with check("the head starts Ray there again, and the second target") as more:
         looks.await_("targets", 2)
         more.append(traffic.more(6))
+
+
+def stop(operator: Operator, traffic: Traffic, looks: Looks) -> None:
     with check("`ray stop` on a target host: SIGTERM to all that Ray has started") as more:
         operator.made.run("target-b", "ray stop")
         more.append(missed(looks, "targets", 1))
         more.append(traffic.more(9))
+
+
+def power_off(operator: Operator, traffic: Traffic, looks: Looks) -> None:
     with check("the drafters' host is powered down") as more:
         operator.made.power_off("drafters")
         more.append(missed(looks, "drafters", 0))

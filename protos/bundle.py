@@ -1,0 +1,53 @@
+"""Several encoded frames as one message: what a message costs is mostly not what is in it."""
+
+from collections.abc import Sequence
+
+from google.protobuf.message import DecodeError
+
+from protos import speculation_pb2 as pb
+from runtime import limits
+from runtime.errors import InvalidRequest
+
+WRAPPING = 16  # bytes around a frame in a bundle, and around all of them, at most
+
+
+def to_drafter(frames: Sequence[bytes]) -> list[bytes]:
+    """Encoded events, as the fewest messages that the wire carries."""
+    return [few[0] if len(few) == 1 else pb.ToDrafter(bundle=pb.Bundle(frames=few)).SerializeToString() for few in within(frames)]
+
+
+def from_drafter(frames: Sequence[bytes]) -> list[bytes]:
+    """Encoded replies, as the fewest messages that the wire carries."""
+    return [few[0] if len(few) == 1 else pb.FromDrafter(bundle=pb.Bundle(frames=few)).SerializeToString() for few in within(frames)]
+
+
+def frames_to_drafter(data: bytes) -> Sequence[bytes]:
+    """The frames of a message, one or several, for codec.decode_event. Raises InvalidRequest for what is no message."""
+    return frames_of(pb.ToDrafter, data)
+
+
+def frames_from_drafter(data: bytes) -> Sequence[bytes]:
+    """The frames of a message, one or several, for codec.decode_reply. Raises InvalidRequest for what is no message."""
+    return frames_of(pb.FromDrafter, data)
+
+
+def frames_of(kind: type[pb.ToDrafter] | type[pb.FromDrafter], data: bytes) -> Sequence[bytes]:
+    try:
+        frame = kind.FromString(data)
+    except DecodeError as error:
+        raise InvalidRequest(f"{len(data)} bytes are no frame of this protocol: send messages of speculation.proto") from error
+    return frame.bundle.frames if frame.HasField("bundle") else (data,)
+
+
+def within(frames: Sequence[bytes]) -> list[list[bytes]]:
+    """In order, in groups that fit into a message."""
+    groups: list[list[bytes]] = []
+    room = 0
+    for frame in frames:
+        needed = len(frame) + WRAPPING
+        if needed > room:
+            groups.append([])
+            room = limits.MESSAGE_BYTES - WRAPPING
+        groups[-1].append(frame)
+        room -= needed
+    return groups
