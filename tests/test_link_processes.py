@@ -1,0 +1,62 @@
+"""Links to processes that die, stop or end: each is noticed."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from actors.grpc_edge import closing
+from actors.grpc_links import GrpcLink
+from actors.grpc_server import DraftingService, serve
+from runtime.errors import LinkLost
+from tests.contracts import PATIENCE_S, draft_for
+from tests.fakes import HELLO, HOST, Feed, ScriptedDrafter, opening
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@contextmanager
+def drafter_process() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    process = subprocess.Popen([sys.executable, "-m", "tests.fakes"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield process, f"{HOST}:{int(process.stdout.readline())}"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_drafter_that_dies_or_stops_is_noticed(how: signal.Signals) -> None:
+    async def main(process: subprocess.Popen[str], address: str) -> float:
+        async with asyncio.timeout(3 * PATIENCE_S), closing(GrpcLink(address, HELLO).speculate(Feed(opening()))) as replies:
+            await draft_for(replies, "s")
+            os.kill(process.pid, how)
+            start = time.monotonic()
+            with pytest.raises(LinkLost, match="UNAVAILABLE"):
+                await anext(replies)
+            return time.monotonic() - start
+
+    with drafter_process() as (process, address):
+        assert asyncio.run(main(process, address)) < PATIENCE_S  # 2 s by design; a busy machine is late
+
+
+def test_a_server_that_stops_loses_the_link() -> None:
+    async def main() -> None:
+        server, port = await serve([DraftingService(ScriptedDrafter(), HELLO)], HOST)
+        async with closing(GrpcLink(f"{HOST}:{port}", HELLO).speculate(Feed(opening()))) as replies:
+            await draft_for(replies, "s")
+            stopping = asyncio.create_task(server.stop(None))
+            with pytest.raises(LinkLost):
+                async with asyncio.timeout(PATIENCE_S):
+                    await anext(replies)
+            await stopping
+
+    asyncio.run(main())
