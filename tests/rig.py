@@ -188,6 +188,7 @@ class Lockstep:
             grower.take_in(block=False)
             for _ in range(self.passes):
                 grower.grow()
+            grower.send_rest(())  # as if there had been no time for more
         self.engine.take_in(0.0)
         self.engine.advance()
 

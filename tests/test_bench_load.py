@@ -14,7 +14,7 @@ from bench.chaos.clients import Answer, Case
 from bench.load.added import Added, added, step_of
 from bench.load.departures import Departures, departures
 from bench.load.overload import Overload, overload
-from bench.load.site import Site, computed, held
+from bench.load.served import Site, computed, held
 from runtime.config import LimitsConfig
 from runtime.messages import Request
 from runtime.reports import TargetReport

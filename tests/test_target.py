@@ -71,7 +71,7 @@ def test_a_link_that_is_lost_costs_speed_and_is_counted(caplog: pytest.LogCaptur
             await attached(asked, "d", Dying(host, 5))
             found = await answer(asked, asking(PROMPT, max_tokens=40))
             assert found.tokens == tuple(TEXT[5:45])
-            assert 0 < found.stats.drafted <= 5
+            assert found.stats.drafted > 0  # five messages came through, of one guess or some
             await soon(lambda: asked.drafters == ())
             assert asked.lost == {"d": 1}
             await soon(lambda: not host.grower.growing)

@@ -256,7 +256,7 @@ def written(target: str, device: Device, requests: "Sequence[Request]", name: st
 
 
 def report(order: "Order", measured: "list[Acceptance]") -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     console.print(f"{order.out} is ready: its card has the figures")
     for at in measured:
         rates = "  ".join(f"{rates[1]:.2f}" for rates in at.rates)

@@ -14,7 +14,7 @@ from bench.chaos.clients import Case, cases
 from bench.load.added import Added, added
 from bench.load.departures import Departures, departures
 from bench.load.overload import Overload, overload
-from bench.load.site import Site, serving
+from bench.load.served import Site, serving
 from bench.tables import Grid
 from runtime.config import Placement, TargetConfig, shipped
 from runtime.errors import OutriderError

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from actors.grpc_links import GrpcTarget
 from bench.chaos.clients import Case
-from bench.load.http import ask, body, encoded
-from bench.load.site import Site, computed
+from bench.load.calls import ask, body, encoded
+from bench.load.served import Site, computed
 from runtime.messages import Request
 from runtime.reports import TargetReport
 

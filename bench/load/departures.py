@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from bench.chaos.clients import Case
 from bench.chaos.outcome import percentile
-from bench.load.http import ask, body, connected, encoded
-from bench.load.site import Site, held
+from bench.load.calls import ask, body, connected, encoded
+from bench.load.served import Site, held
 
 GOAL_S, GOAL_BYTES = 1.0, 20 << 20
 AT_ONCE = 8

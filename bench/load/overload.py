@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from bench.chaos.clients import Case
 from bench.chaos.outcome import percentile
 from bench.load.added import between
-from bench.load.http import Reply, ask, body, encoded
-from bench.load.site import Site
+from bench.load.calls import Reply, ask, body, encoded
+from bench.load.served import Site
 
 GOAL_S = 0.05
 SLOWER = 1.25  # times the pace of a gateway that is just full: more would be harm
