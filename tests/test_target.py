@@ -82,9 +82,11 @@ def test_a_link_that_is_lost_costs_speed_and_is_counted(caplog: pytest.LogCaptur
 
 
 def test_a_drafter_joins_and_leaves_in_mid_stream(attach: Attach) -> None:
+    text = continued(TOY, PROMPT, 500)  # so long that it is under way when the drafter comes
+
     async def main() -> None:
-        async with running(TOY, Fixed(3, PATIENCE_S)) as asked, hosted(Known(TEXT, 24)) as host, attach(host) as link:
-            async with aclosing(asked.generate(asking(PROMPT, max_tokens=48))) as chunks:
+        async with running(TOY, Fixed(3, PATIENCE_S)) as asked, hosted(Known(text, 24)) as host, attach(host) as link:
+            async with aclosing(asked.generate(asking(PROMPT, max_tokens=400))) as chunks:
                 found = [await anext(chunks)]
                 await attached(asked, "d", link)
                 while not any(found[-1].drafters):
@@ -92,7 +94,7 @@ def test_a_drafter_joins_and_leaves_in_mid_stream(attach: Attach) -> None:
                 await asked.detach("d")
                 assert asked.drafters == ()
                 found += [chunk async for chunk in chunks]
-            assert tuple(token for chunk in found for token in chunk.tokens) == tuple(TEXT[5:53])
+            assert tuple(token for chunk in found for token in chunk.tokens) == tuple(text[5:405])
             assert found[0].drafters == ("",)
             await asked.detach("d")
             await soon(lambda: not host.grower.growing)
