@@ -18,6 +18,7 @@ Probabilities = npt.NDArray[np.float64]
 MEMORY = 0.05  # weight of a new position in what is known of this text
 USUAL = 0.8  # share of first guesses that are right, before anything was seen of the text
 LEAST, MOST = 0.3, 2.0  # of the tilt
+LEAST_TURN = -3.0
 
 
 class Session:
@@ -90,23 +91,35 @@ class Session:
 
     @property
     def tilt(self) -> float:
-        """How much likelier this text is to be guessed than scores say: a node's probability is exp(tilt * score), so 1 is neutral.
+        """How much likelier this text's first guesses are right than scores say: their probability is exp(tilt * score), so 1 is neutral.
 
         Easy passages are easy for a while: scores are right on average over texts, and too low in one, too high in another.
         """
         return min(MOST, max(LEAST, math.log(self.right) / math.log(self.expected)))
 
+    @property
+    def turn(self) -> float:
+        """What a path loses where it leaves the first guess, beside the score of the guess that it takes: the likelier the first are
+        right, the less is left for others. Never above 0: no node is worth more than its parent."""
+        return max(LEAST_TURN, min(0.0, math.log((1.0 - self.right) / (1.0 - self.expected))))
+
+    def values(self) -> Probabilities:
+        """Logs of the path probabilities of all nodes, (n,), as far as this text is like its last positions."""
+        aside, turns = np.frombuffer(self.tree.aside), np.frombuffer(self.tree.turns, np.int64)
+        found: Probabilities = self.tilt * (np.frombuffer(self.tree.path) - aside) + aside + self.turn * turns
+        return found
+
     def worth(self) -> tuple[Probabilities, Probabilities, int]:
         """Path probabilities of all nodes that could be verified, and of those among them that could still get children,
         falling; the depth of the deepest. With an empty tree the leaf is the root, of probability 1. No more nodes than may be
         verified in one step."""
-        tree, room = self.tree, self.room
-        paths, depths, fanout = np.frombuffer(tree.path), np.frombuffer(tree.depth, np.int64), np.frombuffer(tree.fanout, np.int64)
+        tree, room, values = self.tree, self.room, self.values()
+        depths, fanout = np.frombuffer(tree.depth, np.int64), np.frombuffer(tree.fanout, np.int64)
         inside = depths <= room
         inside[0] = False
         ends = (depths < room) & (fanout == 0)
-        gains = np.exp(-self.tilt * np.sort(-paths[inside])[: self.most])
-        leaves = np.exp(-self.tilt * np.sort(-paths[ends]))
+        gains = np.exp(-np.sort(-values[inside])[: self.most])
+        leaves = np.exp(-np.sort(-values[ends]))
         return gains, leaves, int(depths[inside].max(initial=0))
 
     def select(self, count: int) -> list[int]:
@@ -117,7 +130,7 @@ class Session:
         if (most := min(count, self.most)) == 0:
             return []
         room = self.room
-        return [node for node in self.tree.best(most) if self.tree.depth[node] <= room]
+        return [node for node in self.tree.best(most, self.values()) if self.tree.depth[node] <= room]
 
     def paths(self, nodes: Sequence[int]) -> list[list[int]]:
         """Token ids below the root for each row of a step: the root's own (empty), then those of `nodes`."""

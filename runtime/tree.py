@@ -65,12 +65,14 @@ class TokenTree:
     """Parallel arrays in order of arrival: a parent always stands before its children. Index 0 is the root.
 
     said[i] is the log of the drafter's estimate that the target takes node i once it is at i's parent, score[i] the same
-    after calibration; path[i] is the sum of scores from the root; fanout[i] is the number of i's children, rank[i] its own place
+    after calibration; path[i] is the sum of scores from the root, aside[i] the part of it by the turns[i] nodes on the way that are not
+    the first among their siblings; fanout[i] is the number of i's children, rank[i] its own place
     among its siblings by arrival; drafter[i] names who guessed the node first; expanded[i] tells whether somebody was asked for
     its children.
     """
 
     __slots__ = (
+        "aside",
         "depth",
         "drafter",
         "expanded",
@@ -85,6 +87,7 @@ class TokenTree:
         "said",
         "score",
         "token",
+        "turns",
     )
 
     def __init__(self, root_key: int, root_token: int, max_nodes: int, max_depth: int) -> None:
@@ -97,6 +100,7 @@ class TokenTree:
         self.token, self.parent, self.depth = array("q", [root_token]), array("q", [-1]), array("q", [0])
         self.rank, self.fanout, self.expanded = array("q", [0]), array("q", [0]), array("b", [False])
         self.said, self.score, self.path = array("d", [0.0]), array("d", [0.0]), array("d", [0.0])
+        self.aside, self.turns = array("d", [0.0]), array("q", [0])
         self.drafter = [""]
         self.index = {root_key: 0}
 
@@ -119,6 +123,9 @@ class TokenTree:
         self.said.append(score if said is None else said)
         self.score.append(score)
         self.path.append(self.path[parent] + score)
+        turned = self.fanout[parent] > 0
+        self.aside.append(self.aside[parent] + score * turned)
+        self.turns.append(self.turns[parent] + turned)
         self.rank.append(self.fanout[parent])
         self.fanout[parent] += 1
         self.fanout.append(0)
@@ -162,9 +169,11 @@ class TokenTree:
             self.parent.extend(placed)
             self.rank.extend(ranks)
             self.drafter += [drafter] * len(rows)
-            path = self.path
-            for parent, score in zip(placed, scores.tolist(), strict=True):
+            path, aside, turns = self.path, self.aside, self.turns
+            for parent, score, rank in zip(placed, scores.tolist(), ranks, strict=True):
                 path.append(path[parent] + score)
+                aside.append(aside[parent] + score if rank else aside[parent])
+                turns.append(turns[parent] + 1 if rank else turns[parent])
         return Merged(rows, stale, repeated, full)
 
     def child(self, node: int, token: int) -> int | None:
@@ -212,15 +221,17 @@ class TokenTree:
             self.expanded[0] = expanded
             return
         kept = self._below(root)
-        depth, path = self.depth[root], self.path[root]
+        depth, path, aside, turns = self.depth[root], self.path[root], self.aside[root], self.turns[root]
         place = np.zeros(len(self), dtype=np.int64)  # new index by old
         place[kept] = np.arange(len(kept))
-        for name in ("key", "token", "depth", "rank", "fanout", "expanded", "said", "score", "path"):
+        for name in ("key", "token", "depth", "rank", "fanout", "expanded", "said", "score", "path", "aside", "turns"):
             old = getattr(self, name)
             setattr(self, name, array(old.typecode, np.frombuffer(old, dtype=old.typecode)[kept].tobytes()))
         self.parent = array("q", place[np.frombuffer(self.parent, dtype=np.int64)[kept]].tobytes())
         np.frombuffer(self.depth, dtype=np.int64)[:] -= depth
         np.frombuffer(self.path)[:] -= path
+        np.frombuffer(self.aside)[:] -= aside
+        np.frombuffer(self.turns, dtype=np.int64)[:] -= turns
         self.drafter = [self.drafter[node] for node in kept.tolist()]
         self.parent[0], self.rank[0], self.said[0], self.score[0], self.drafter[0] = -1, 0, 0.0, 0.0, ""
         self.index = dict(zip(self.key.tolist(), range(len(kept)), strict=True))
@@ -235,13 +246,16 @@ class TokenTree:
             jump = jump[jump]
         return np.flatnonzero(inside)
 
-    def best(self, count: int) -> list[int]:
-        """The `count` nodes below the root with the highest path score, closed under parents, parents first."""
+    def best(self, count: int, values: Floats | None = None) -> list[int]:
+        """The `count` nodes below the root with the highest path score, closed under parents, parents first.
+
+        `values` (n,) are other scores of the paths; they too never rise on the way down.
+        """
         n = len(self.key)
         if n - 1 <= count:
             return list(range(1, n))
-        # A path score never rises on the way down, and ties go to the older node: the best set holds its own parents.
-        order = np.argsort(-np.frombuffer(self.path)[1:], kind="stable")[:count] + 1
+        # Ties go to the older node: the best set holds its own parents.
+        order = np.argsort(-(np.frombuffer(self.path) if values is None else values)[1:], kind="stable")[:count] + 1
         return sorted(order.tolist())
 
     def visible(self, nodes: Sequence[int]) -> npt.NDArray[np.bool_]:

@@ -200,3 +200,21 @@ def test_without_guesses_nothing_is_known_of_a_text() -> None:
     for _ in range(9):
         of.apply(Verdict((), 1))
     assert of.tilt == 1.0
+
+
+def test_where_first_guesses_are_right_more_often_others_are_worth_less() -> None:
+    session = Session(Request("s", (1, 2), Sampling(max_tokens=20)), 64, 100, Band())
+    for token, score in ((5, math.log(0.8)), (6, math.log(0.15))):
+        session.tree.add(0, token, score)
+    session.tree.add(2, 7, math.log(0.8))  # below the second
+    neutral = session.values()
+    np.testing.assert_allclose(np.exp(neutral), [1.0, 0.8, 0.15, 0.12])
+    session.right = 0.95  # of those that were scored 0.8
+    first, second, below = np.exp(session.values())[1:]
+    assert first > 0.9
+    assert second == pytest.approx(0.15 * (1 - 0.95) / (1 - 0.8))
+    assert below == pytest.approx(second * first)
+    session.right = 0.5
+    harder = np.exp(session.values())
+    assert harder[1] < 0.8
+    assert harder[2] == pytest.approx(0.15), "no node is worth more than its parent"
