@@ -220,7 +220,7 @@ def test_a_process_that_dies_or_stops_is_left_in_time(blow: signal.Signals) -> N
             return gap
 
     with target_process() as (process, address):
-        assert asyncio.run(main(process, address)) < PATIENCE_S  # 2 s by design; a busy machine is late
+        assert asyncio.run(main(process, address)) < 5.0  # about 2 s by design; a busy machine may be late
 
 
 class Halting:

@@ -45,7 +45,7 @@ def test_a_drafter_that_dies_or_stops_is_noticed(how: signal.Signals) -> None:
             return time.monotonic() - start
 
     with drafter_process() as (process, address):
-        assert asyncio.run(main(process, address)) < PATIENCE_S  # 2 s by design; a busy machine is late
+        assert asyncio.run(main(process, address)) < 5.0  # about 2 s by design; a busy machine may be late
 
 
 def test_a_server_that_stops_loses_the_link() -> None:

@@ -40,10 +40,9 @@ def test_a_small_benchmark_from_end_to_end(cluster: None, tmp_path: Path, monkey
     assert tree is not None
     assert living is not None
     assert plain is not None
-    assert tree.drafted > 0 == plain.drafted
-    assert tree.rounds <= plain.rounds == 24
-    for found_by in (tree, living):  # how much is a matter of whose turn it is on a busy machine
-        assert sum(found_by.by_drafter.values()) == found_by.accepted
+    assert tree.by_drafter["draft-0"] == tree.accepted > 0 == plain.drafted
+    assert tree.rounds < plain.rounds == 24
+    assert sum(living.by_drafter.values()) == living.accepted  # which may be 0: it need not wait for a draft as slow as its target
     assert {forecast.method for forecast in found.forecasts} == {"plain", "living", "sync tree"}
     page = (tmp_path / "found" / "tiny.md").read_text("utf-8")
     assert "tiny-trace.png" in page
