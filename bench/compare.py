@@ -110,23 +110,27 @@ def totals(results: Results, method: str, temperature: float = 0.0, batch: int =
 
 def limit(results: Results, temperature: float = 0.0) -> Bound | None:
     """The bound of the measured step times and acceptance. None where one of them is missing."""
-    ranks = next((found.ranks for found in results.profile.acceptance if found.temperature == temperature), None)
+    ranks = next((found.ranks for found in results.profile.acceptance if (found.temperature, found.batch) == (temperature, 1)), None)
     if not ranks or 1 not in results.profile.target or 1 not in results.profile.draft:
         return None
     return bound(results.profile.draft[1], results.profile.target, by_rank(ranks))
 
 
 def reached(results: Results, method: str, temperature: float = 0.0) -> float | None:
-    """Share of the bound."""
-    found, most = speed(results, method, temperature), limit(results, temperature)
-    return found.median / most.rate if found and most else None
+    """Share of the bound, which is that of all texts together."""
+    found, most = aggregate(results, method, temperature), limit(results, temperature)
+    return found / most.rate if found and most else None
 
 
 def misses(results: Results) -> dict[tuple[str, float, int], tuple[float, float]]:
-    """By (method, temperature, batch): what the planner expected and what was measured, where both are there."""
+    """By (method, temperature, batch): what the planner expected and what was measured, where both are there.
+
+    The planner lets a method write all the texts one after the other, so that is what it is held to: all tokens over all time, where
+    a hard text weighs more than in a median over prompts.
+    """
     found = {}
     for forecast in results.forecasts:
-        measured = speed(results, forecast.method, forecast.temperature, forecast.batch)
+        measured = aggregate(results, forecast.method, forecast.temperature, forecast.batch)
         if measured:
-            found[forecast.method, forecast.temperature, forecast.batch] = (forecast.tokens_per_second, measured.median)
+            found[forecast.method, forecast.temperature, forecast.batch] = (forecast.tokens_per_second, measured)
     return found

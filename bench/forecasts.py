@@ -18,18 +18,19 @@ def forecasts(results: Results, methods: Iterable[Method]) -> tuple[Forecast, ..
         if not isinstance(how, Ours) or how.target_cores != FIRST or how.drafters not in ((), ("model",)) or how.drafter_cores != SECOND:
             continue
         for temperature, batch in sorted({(run.temperature, run.batch) for run in results.runs if run.method == method.name}):
-            pair = measured(results, temperature)
+            pair = measured(results, temperature, batch)
             if pair is not None:
-                setting = Setting(drafters=len(how.drafters), sessions=batch)
+                together = {"length": results.settings.new_tokens, "once": True} if batch > 1 else {}  # texts that end leave others alone
+                setting = Setting(drafters=len(how.drafters), sessions=batch, **together)
                 rate = forecast(pair, schedule_of(how), setting).tokens_per_second
                 found.append(Forecast(method=method.name, temperature=temperature, batch=batch, tokens_per_second=rate))
     return tuple(found)
 
 
-def measured(results: Results, temperature: float) -> Measured | None:
+def measured(results: Results, temperature: float, batch: int) -> Measured | None:
     """The pair as the planner wants it; None where its profile is not complete."""
     profile = results.profile
-    guesses = next((found for found in profile.acceptance if found.temperature == temperature), None)
+    guesses = next((found for found in profile.acceptance if (found.temperature, found.batch) == (temperature, batch)), None)
     if guesses is None or not guesses.ranks or not profile.target or not profile.draft:
         return None
     known = {

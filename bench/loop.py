@@ -71,6 +71,7 @@ def record(method: Method, case: Case, outcome: Outcome) -> Run:
         first_tokens=outcome.first_tokens,
         first_seconds=outcome.first_seconds,
         text=digest(outcome),
+        answers=tuple((prompt.tokens, output) for prompt, output in zip(case.prompts, outcome.outputs, strict=True)),
         steps=outcome.steps,
     )
 

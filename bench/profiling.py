@@ -5,8 +5,7 @@ import statistics
 import time
 from dataclasses import dataclass
 
-from bench.prompts import Prompt
-from bench.results import Acceptance, Profile
+from bench.results import Acceptance, Profile, Run
 from runtime.sampling import Sampling
 
 TARGET_ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -18,14 +17,10 @@ STREAM = 1 << 26  # float32 numbers read at once to find the memory's bandwidth:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """`samplings`: one for each temperature."""
-
     target: str
     draft: str
     dtype: str
     core: int
-    prompts: tuple[Prompt, ...]
-    samplings: tuple[Sampling, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,28 +34,45 @@ class Measured:
 def measure(job: Job) -> Measured:
     """Stays on its core from then on: to be called in a process of its own (bench/apart.py)."""
     os.sched_setaffinity(0, (job.core,))
-    from actors.compose import end_tokens
-    from runtime.models.acceptance import replay
-    from runtime.models.load import load_model, load_tokenizer
+    from runtime.models.load import load_model
     from runtime.models.timing import step_times, text_time
-    from runtime.sim.measured import positions
 
     target, draft = (load_model(name, job.dtype, "cpu", threads=1) for name in (job.target, job.draft))
-    eos = end_tokens(target, load_tokenizer(job.target))
-    texts = [prompt.tokens for prompt in job.prompts]
     size = sum(weight.nbytes for weight in target.module.parameters())
     profile = Profile(
         target=step_times(target, TARGET_ROWS, time.monotonic, REPEATS),
         draft=step_times(draft, DRAFT_ROWS, time.monotonic, REPEATS),
-        acceptance=tuple(
-            Acceptance(temperature=sampling.temperature, ranks=found.rates(), positions=positions(found.ranks, found.scores))
-            for sampling in job.samplings
-            for found in [replay(target, draft, texts, sampling, eos)]
-        ),
         floor=size / bandwidth(),
         text=text_time(target, TEXTS, time.monotonic, REPEATS),
     )
     return Measured(profile, (target.module.num_parameters(), draft.module.num_parameters()))
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """`runs` of plain decoding. `seed`: of their first repetition."""
+
+    job: Job
+    seed: int
+    runs: tuple[Run, ...]
+
+
+def acceptance(answered: Answered) -> tuple[Acceptance, ...]:
+    """What the draft guesses along these answers, by temperature and batch; a text that was repeated counts once. As `measure`, for a
+    process of its own."""
+    job, firsts = answered.job, [run for run in answered.runs if run.repetition == 0]
+    os.sched_setaffinity(0, (job.core,))
+    from runtime.models.acceptance import along
+    from runtime.models.load import load_model
+    from runtime.sim.measured import positions
+
+    draft, found = load_model(job.draft, job.dtype, "cpu", threads=1), []
+    for temperature, batch in sorted({(run.temperature, run.batch) for run in firsts}):
+        answers = [answer for run in firsts if (run.temperature, run.batch) == (temperature, batch) for answer in run.answers]
+        guessed = along(draft, answers, Sampling(temperature=temperature, seed=answered.seed))
+        place = positions(guessed.ranks, guessed.scores)
+        found.append(Acceptance(temperature=temperature, batch=batch, ranks=guessed.rates(), positions=place))
+    return tuple(found)
 
 
 def bandwidth() -> float:

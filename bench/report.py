@@ -40,7 +40,7 @@ def markdown(results: Results, pictures: dict[str, str]) -> str:
         parts += ["## Half a second of living", image(pictures, "trace").strip()]
     parts += section("The pair", image(pictures, "steps") + cost_ratio(results), tables.profile(results), tables.acceptance(results))
     parts += section("The bound", BOUND, tables.bounds(results))
-    parts += section("The planner's forecast", "", tables.forecasts(results))
+    parts += section("The planner's forecast", FORECAST, tables.forecasts(results))
     parts += section("Settings tried", SWEEP, tables.sweep(results))
     parts += section("Methods", "", methods(results))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -52,6 +52,7 @@ SPEED = (
     "has kept it from an earlier run. What guesses are worth, living has learned from other prompts, as a target does that has served "
     "before."
 )
+FORECAST = "Tokens of all texts over the time of all, at one batch, expected and measured: decoding alone."
 BATCHES = "Tokens per second of all texts together, at temperature 0."
 SWEEP = "On prompts that are not measured; the best setting of each method is the one that is measured."
 STEPS = (

@@ -7,7 +7,7 @@ from pydantic import Field, ValidationError
 
 from runtime.config import Strict
 from runtime.errors import InvalidRequest
-from runtime.messages import Stats
+from runtime.messages import Stats, Tokens
 from runtime.sim.measured import Position
 
 
@@ -68,7 +68,8 @@ class Steps(Strict):
 class Run(Strict):
     """One run of one method. `prompt` names the prompt, or where `batch` is above 1 the group of them; `text` is a digest of the output.
 
-    `first_seconds` and `first_tokens` end with the first token of every prompt: what is left of the run is decoding.
+    `first_seconds` and `first_tokens` end with the first token of every prompt: what is left of the run is decoding. `answers`: each
+    prompt and its output; the file of results does not keep them.
     """
 
     method: str
@@ -82,12 +83,15 @@ class Run(Strict):
     first_seconds: float
     text: str
     steps: Steps | None = None
+    answers: tuple[tuple[Tokens, Tokens], ...] = Field(default=(), exclude=True, repr=False)
 
 
 class Acceptance(Strict):
-    """By number k of guesses: the share of positions at which the draft's first k hold the target's choice; and position by position."""
+    """Along plain decoding's texts of one temperature and batch. By number k of guesses: the share of positions at which the draft's
+    first k hold the target's choice; and position by position."""
 
     temperature: float
+    batch: int = 1
     ranks: dict[int, float]
     positions: tuple[Position, ...] = ()
 

@@ -19,7 +19,7 @@ from bench.machine import machine, two_cores
 from bench.methods import BOTH, FIRST, LIVING, LIVINGS, PLAIN, Cores, Method, Ours, Outcome, Rival, Runner
 from bench.options import LEARNING, SWEPT, WARMING, Options, Suite, batch_cases, expected_seconds, main_rounds, own, suite
 from bench.ours import Cluster, Pair, running
-from bench.profiling import Job, Measured
+from bench.profiling import Answered, Job, Measured
 from bench.prompts import Prompt, encode, from_file, held_out, pick
 from bench.recorded import in_place
 from bench.results import PairFacts, Results, Settings, Tried
@@ -31,6 +31,7 @@ from runtime.models.load import load_tokenizer
 from runtime.models.pair import check_pair
 from runtime.sampling import Sampling
 from runtime.schedulers.pearl import gamma
+from runtime.tracing import Recording
 
 
 class Everything:
@@ -62,8 +63,9 @@ def benchmark(options: Options, console: Console) -> Results:
         prompts, asides = drawn[:wanted], drawn[wanted:]
         if len(asides) < others:  # the file has not enough for both
             asides = held_out(tokenizer, others, options.seed)
-        status.update("measuring the pair by itself: step times and acceptance")
-        measured = apart(profiling.measure, job(options, target, cores[0], prompts[: options.size.count]))
+        status.update("measuring the pair by itself")
+        alone = Job(target, options.draft, options.dtype, cores[0])
+        measured = apart(profiling.measure, alone)
     step = measured.profile.target[1]
     which = suite(options.quick, gamma(step, measured.profile.draft[1]))
     found = empty(options, target, measured, len(prompts[: options.size.count]))
@@ -73,12 +75,27 @@ def benchmark(options: Options, console: Console) -> Results:
     )
     pair = Pair(target, options.draft, options.dtype, cores)
     with aside(cores), everything(pair, which, console) as runner:
-        return measured_all(options, which, runner, found, prompts, asides, console)
+        found, methods, recordings = measured_all(options, which, runner, found, prompts, asides)
+    with aside(cores), console.status("acceptance and forecasts"):
+        plain = tuple(run for run in found.runs if run.method == PLAIN.name)
+        guessed = apart(profiling.acceptance, Answered(alone, options.seed, plain))
+        found = found.model_copy(update={"profile": found.profile.model_copy(update={"acceptance": guessed})})
+        kept = tuple(run.model_copy(update={"answers": ()}) for run in found.runs)
+        found = found.model_copy(update={"runs": kept, "forecasts": forecasts(found, methods)})
+    results.write(found, options.folder / f"{options.name}.json")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    trace, picture = CACHE / f"{options.name}-trace.json", options.folder / f"{options.name}-trace.png"
+    save(trace, recordings)
+    timeline = read(trace)
+    draw(timeline, middle(timeline), picture)
+    report.write(found, options.folder, picture)
+    return found
 
 
 def measured_all(
-    options: Options, which: Suite, runner: Everything, found: Results, prompts: list[Prompt], asides: list[Prompt], console: Console
-) -> Results:
+    options: Options, which: Suite, runner: Everything, found: Results, prompts: list[Prompt], asides: list[Prompt]
+) -> tuple[Results, tuple[Method, ...], Sequence[Recording]]:
+    """All runs; the methods in their best settings; the recordings of the last run. What was measured until then is kept in the file."""
     size, seed = options.size, options.seed
     file = options.folder / f"{options.name}.json"
     measured, swept = prompts[: size.count], asides[:SWEPT]
@@ -112,22 +129,8 @@ def measured_all(
         list(do(rounds(cases(warming[:1], 1, (lowest,), 1, new, seed), [LIVING]), "a recorded run"))
     recordings = runner.cluster.recordings
     found = found.model_copy(update={"profile": in_place(found.profile, alone, recordings)})
-    with console.status("forecasts"):
-        found = found.model_copy(update={"forecasts": forecasts(found, methods)})
     keep(found)
-    CACHE.mkdir(parents=True, exist_ok=True)
-    trace, picture = CACHE / f"{options.name}-trace.json", options.folder / f"{options.name}-trace.png"
-    save(trace, recordings)
-    timeline = read(trace)
-    draw(timeline, middle(timeline), picture)
-    report.write(found, options.folder, picture)
-    return found
-
-
-def job(options: Options, target: str, core: int, prompts: Sequence[Prompt]) -> Job:
-    size = options.size
-    samplings = tuple(Sampling(temperature=t, seed=options.seed, max_tokens=size.new_tokens) for t in size.temperatures)
-    return Job(target, options.draft, options.dtype, core, tuple(prompts), samplings)
+    return found, methods, recordings
 
 
 def empty(options: Options, target: str, measured: Measured, count: int) -> Results:

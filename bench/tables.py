@@ -121,15 +121,15 @@ def milliseconds(seconds: float | None) -> str:
 def acceptance(results: Results) -> Grid:
     ranks = sorted({rank for found in results.profile.acceptance for rank in found.ranks})
     rows = [
-        (f"{found.temperature:g}", *(f"{found.ranks[rank]:.3f}" if rank in found.ranks else "-" for rank in ranks))
+        (f"{found.temperature:g}", str(found.batch), *(f"{found.ranks[rank]:.3f}" if rank in found.ranks else "-" for rank in ranks))
         for found in results.profile.acceptance
     ]
-    return Grid("acceptance", ("temperature", *(f"k = {rank}" for rank in ranks)), tuple(rows))
+    return Grid("acceptance", ("temperature", "texts at a time", *(f"k = {rank}" for rank in ranks)), tuple(rows))
 
 
 def bounds(results: Results) -> Grid:
     rows = []
-    for found in results.profile.acceptance:
+    for found in (of for of in results.profile.acceptance if of.batch == 1):
         limit = compare.limit(results, found.temperature)
         share = compare.reached(results, "living", found.temperature)
         if limit:

@@ -1,6 +1,6 @@
 """How often a draft's first k guesses hold the token that the target chooses, on the target's own outputs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,22 +47,13 @@ class Replay:
         return {k: float((found < k).sum() / max(1, len(self.ranks))) for k in RANKS}
 
 
-def replay(
-    target: HFModel,
-    draft: HFModel,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    eos: frozenset[int],
-    step: Callable[[], None] = lambda: None,
-) -> Replay:
-    """What the draft guesses along the target's own continuations of `prompts`.
+def along(draft: HFModel, texts: Iterable[tuple[Sequence[int], Sequence[int]]], sampling: Sampling) -> Replay:
+    """What the draft guesses along prompts and what a target answered to each.
 
-    At temperature > 0 the guesses are coupled to the target by the noise of their position, as in the runtime. `step` is
-    called after each prompt.
+    At temperature > 0 the guesses are coupled to the target by the noise of their position, as in the runtime.
     """
     ranks, scores = [np.zeros(0, np.int64)], [np.zeros((0, max(RANKS)), np.float32)]
-    for prompt in prompts:
-        output = continuation(target, prompt, sampling, eos)
+    for prompt, output in texts:
         if output:
             text = np.asarray([*prompt, *output])
             logits = draft.forward(draft.new_cache(), causal(text[:-1], 0), last=len(output))
@@ -71,8 +62,25 @@ def replay(
             right = guesses == np.asarray(output)[:, None]
             ranks.append(np.where(right.any(axis=1), right.argmax(axis=1), -1))
             scores.append(said)
-        step()
     return Replay(np.concatenate(ranks), np.concatenate(scores))
+
+
+def replay(
+    target: HFModel,
+    draft: HFModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    eos: frozenset[int],
+    step: Callable[[], None] = lambda: None,
+) -> Replay:
+    """What the draft guesses along the target's own continuations of `prompts`. `step` is called after each of them."""
+
+    def texts() -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+        for prompt in prompts:
+            yield prompt, continuation(target, prompt, sampling, eos)
+            step()
+
+    return along(draft, texts(), sampling)
 
 
 def acceptance(

@@ -1,5 +1,6 @@
 """What to expect: tokens per second of a schedule, by letting the runtime run on a virtual clock."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,8 +36,9 @@ EFFORT_EACH = 100  # the same for each session, where that is more
 class Setting:
     """What is simulated beside the pair. Sessions are divided evenly over the targets; every drafter serves all of these.
 
-    `length`: tokens of each session, after which another takes its place (0: none ends). A target holds 256 sessions at most:
-    others wait, and do not change how many tokens there are in a second.
+    `length`: tokens of each session, after which another takes its place (0: none ends); `once`: none does, and what counts is the
+    whole of them, from the first token to the last, as when a batch is measured. A target holds 256 sessions at most: others wait,
+    and do not change how many tokens there are in a second.
     """
 
     drafters: int = 1
@@ -44,6 +46,7 @@ class Setting:
     targets: int = 1
     width: int = WIDTH
     length: int = 0
+    once: bool = False
     tokens: int = TOKENS
     effort: int = EFFORT
 
@@ -118,6 +121,9 @@ def simulate(measured: Measured, policy: Callable[[], Scheduler], setting: Setti
         admit(targets[number % len(targets)].engine, number, setting, seen)
     for one in targets:
         one.go_on()
+    if setting.once:
+        advance(world, drafters, seen, setting.length * setting.sessions, sys.maxsize)
+        return seen.forecast(world.now)
     wanted = max(setting.tokens, STEPS * setting.sessions)
     effort = max(setting.effort, EFFORT_EACH * setting.sessions)
     advance(world, drafters, seen, int(WARM_UP * wanted), effort // 3)
@@ -148,7 +154,7 @@ def admit(engine: Engine, number: int, setting: Setting, seen: Seen) -> None:
 
     def deliver(chunk: Chunk) -> None:
         seen.tokens += len(chunk.tokens)
-        if chunk.finish_reason is not None:
+        if chunk.finish_reason is not None and not setting.once:
             admit(engine, number + limits.SESSIONS * setting.targets, setting, seen)
 
     prompt = tuple(number // VOCABULARY**digit % VOCABULARY for digit in range(PROMPT))
