@@ -81,11 +81,13 @@ class Bound:
 
     drafting   1/t + 1/T(1): an autoregressive drafter that is always right, and the target's own tokens
     verifying  the most that E(n) / T(n) reaches, at `rows` rows
+    chain      the same for chains, which guess one token for each place: what verifying is above it, trees can gain
     """
 
     drafting: float
     verifying: float
     rows: int
+    chain: float
 
     @property
     def rate(self) -> float:
@@ -98,5 +100,6 @@ def bound(draft_step: float, target_steps: Mapping[int, float], ranks: Sequence[
     E(n) is that of independent positions (`expected_tokens`).
     """
     rates = {rows: expected_tokens(ranks, rows) / seconds for rows, seconds in target_steps.items()}
+    chain = max(expected_tokens(ranks[:1], rows) / seconds for rows, seconds in target_steps.items())
     rows = max(rates, key=lambda n: rates[n])
-    return Bound(1 / draft_step + 1 / target_steps[1], rates[rows], rows)
+    return Bound(1 / draft_step + 1 / target_steps[1], rates[rows], rows, chain)

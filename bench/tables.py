@@ -134,8 +134,11 @@ def bounds(results: Results) -> Grid:
         share = compare.reached(results, "living", found.temperature)
         if limit:
             verifying = f"{limit.verifying:.1f} at {limit.rows} rows"
-            rows.append((f"{found.temperature:g}", f"{limit.drafting:.1f}", verifying, f"{share:.0%}" if share else "not measured"))
-    return Grid("bound", ("temperature", "1/t + 1/T, tokens/s", "most of E(n)/T(n), tokens/s", "living reaches"), tuple(rows))
+            times = f"{limit.rate * results.profile.target[1]:.2f}"
+            reached = f"{share:.0%}" if share else "not measured"
+            rows.append((f"{found.temperature:g}", f"{limit.drafting:.1f}", verifying, f"{limit.chain:.1f}", times, reached))
+    head = ("temperature", "1/t + 1/T, tokens/s", "most of E(n)/T(n), tokens/s", "of chains alone", "bound, x plain", "living reaches")
+    return Grid("bound", head, tuple(rows))
 
 
 def forecasts(results: Results) -> Grid:

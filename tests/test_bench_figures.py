@@ -69,3 +69,10 @@ def test_the_bound_is_the_lower_of_the_two() -> None:
     assert found.rows == 2
     assert found.rate == found.verifying
     assert bound(0.1, times, [0.6, 0.3]).rate == pytest.approx(60.0)
+
+
+def test_the_bound_of_chains() -> None:
+    times = {1: 0.02, 2: 0.02, 3: 0.02}
+    assert bound(0.002, times, [0.6, 0.3]).verifying == pytest.approx(1.96 / 0.02)  # 1 + 0.6 + 0.36
+    assert bound(0.002, times, [0.4, 0.3]).verifying == pytest.approx(1.7 / 0.02)  # 1 + 0.4 + 0.3, a sibling
+    assert bound(0.002, times, [0.4, 0.3]).chain == pytest.approx(1.56 / 0.02)
