@@ -32,14 +32,14 @@ from tests.kubernetes import schema_of
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 CLUSTERS = sorted((DEPLOY / "ray").glob("*.yaml"))
-SCRIPTS = ("certify", "keys", "leave", "node")
+SCRIPTS = ("again", "certify", "keys", "leave", "node")
 EXAMPLES = sorted((DEPLOY / "examples").glob("*.yaml"))
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
 SETTINGS = {
     "RAY_AUTH_MODE": "token",
     "RAY_USE_TLS": "1",
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_timeout_ms": "5000",
     "RAY_health_check_failure_threshold": "3",
 }
 
@@ -119,6 +119,19 @@ def test_the_scripts_are_shell_that_stops_at_a_fault(name: str) -> None:
     assert script.stat().st_mode & stat.S_IXUSR
     assert "set -euo pipefail" in script.read_text("utf-8")
     subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.mark.parametrize(("starts_at", "tries", "code"), [(1, 1, 0), (3, 3, 0), (1000, 20, 1)])
+def test_ray_is_started_again_until_it_is_there(starts_at: int, tries: int, code: int, tmp_path: Path) -> None:
+    ray = f'echo "$@" >>"{tmp_path}/calls"\n[ "$1" = stop ] || [ "$(grep -c ^start "{tmp_path}/calls")" -ge {starts_at} ]\n'
+    for name, body in (("ray", ray), ("sleep", "")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}", "utf-8")
+        (tmp_path / name).chmod(0o755)
+    command = [str(DEPLOY / "ray" / "again"), "ray", "start", "--resources={}"]
+    done = subprocess.run(command, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, check=False)
+    assert done.returncode == code
+    calls = (tmp_path / "calls").read_text("utf-8").splitlines()
+    assert calls == (["start --resources={}", "stop"] * tries)[: None if code else -1], "what a failed start has left is ended"
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")

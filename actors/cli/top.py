@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 from rich.console import Console
 from rich.live import Live
@@ -12,6 +13,7 @@ from actors.cli import reach
 from actors.cli.fleet_show import Look, as_json, shown
 from actors.cli.reach import Controller
 from actors.cli.status import look
+from runtime.errors import Unavailable
 
 PERIOD = 1.0  # seconds
 
@@ -32,6 +34,8 @@ def top(address: reach.Address = None, as_object: reach.Json = False) -> None:
 
 
 def looks(controller: Controller) -> Iterator[Look]:
+    """One after the other, without those that the controller does not answer in time: when all are busy, people look."""
     while True:
         time.sleep(PERIOD)
-        yield look(controller)
+        with suppress(Unavailable):
+            yield look(controller)

@@ -28,18 +28,21 @@ class Traffic:
     def __init__(self, command: list[str]) -> None:
         self.running = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.answers: list[dict[str, Any]] = []
+        self.judged = 0
         self.other: list[str] = []
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
 
     def more(self, count: int, patience: float = 600.0) -> str:
-        """Wait for so many further answers; says what they were like. Raises AssertionError where one differs."""
+        """Wait for so many further answers; says what all were like that came since it was last said. Raises AssertionError where one
+        differs."""
         before = len(self.answers)
         await_(lambda: len(self.answers) >= before + count or not self.reader.is_alive(), f"{count} answers", patience)
-        return self.judge(before)
+        return self.judge()
 
-    def judge(self, since: int = 0) -> str:
-        seen = self.answers[since:]
+    def judge(self) -> str:
+        since, self.judged = self.judged, len(self.answers)
+        seen = self.answers[since : self.judged]
         wrong = [answer for answer in seen if not answer["right"]]
         assert seen, f"there were no answers: {''.join(self.other)}"
         assert not wrong, f"{len(wrong)} of {len(seen)} answers were not as plain decoding: {json.dumps(wrong[0])}"
@@ -49,6 +52,7 @@ class Traffic:
         assert self.running.stdin is not None
         self.running.stdin.close()
         self.reader.join(600)
+        self.judged = 0
         return self.judge()
 
     def stop(self) -> None:

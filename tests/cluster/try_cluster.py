@@ -3,7 +3,7 @@
 `ray up` on a head, two target hosts and a drafter host; `outrider serve`; the `openai` package asks without pause while drafters are
 scaled, a host is cut off, another leaves and then is stopped, a third is powered down, the gateway is killed; a batch goes through
 `ray job submit`; everything goes down again. Every answer is compared with plain decoding. Prints each check with the seconds it took;
-ends with code 1 at the first that fails.
+ends with code 1 at the first that fails. Each step is a function: from a Python prompt, within `hosts`, one `bring_up` serves many trials.
 """
 
 import contextlib
