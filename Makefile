@@ -31,17 +31,30 @@ bench-methods: install ## compare all ways to guess, alone and beside the draft 
 test: install ## all tests, on up to four cores
 	$(BIN)/pytest -q --durations=10 --numprocesses auto --maxprocesses 4
 
+# Sizes of these two, to be had smaller: make test-chaos CHAOS_SECONDS=60
+CHAOS_STREAMS ?= 200
+CHAOS_SECONDS ?= 240
+SCALE_SECONDS ?= 205
+BATCH_ITEMS ?= 500
+BATCH_KILLS ?= 5
+LOAD_CLIENTS ?= 1000
+LOAD_MALFORMED ?= 5000
+
 test-chaos: install ## kill and stop targets and drafters under 200 streams, change their number under 20, kill everything under a batch; 20 minutes
 	@mkdir -p build
-	$(BIN)/python -m bench.chaos --streams 200 --seconds 240 --targets 2 --drafters 3 --json build/chaos-blows.json
-	$(BIN)/python -m bench.chaos --streams 20 --seconds 205 --targets 1 --drafters 1 --scale 4 --every 4 --json build/chaos-scale.json
-	$(BIN)/python -m bench.batch_chaos --items 500 --kills 5 | tee build/chaos-batch.json
+	@failed=0; \
+	$(BIN)/python -m bench.chaos --streams $(CHAOS_STREAMS) --seconds $(CHAOS_SECONDS) --json build/chaos-blows.json || failed=1; \
+	$(BIN)/python -m bench.chaos --streams 20 --seconds $(SCALE_SECONDS) --targets 1 --drafters 1 --scale 4 --every 4 --json build/chaos-scale.json || failed=1; \
+	$(BIN)/python -m bench.batch_chaos --items $(BATCH_ITEMS) --kills $(BATCH_KILLS) --json build/chaos-batch.json || failed=1; \
+	exit $$failed
 
 test-load: install ## what the gateway adds, ten times too many requests, clients that leave; thousands of malformed ones; 15 minutes
 	@mkdir -p build
-	$(BIN)/python -m bench.load --json build/load.json
-	OUTRIDER_TEST_DISCONNECTS=1000 OUTRIDER_TEST_MALFORMED=5000 OUTRIDER_FUZZ=5000 $(BIN)/pytest -q --durations=10 -o faulthandler_timeout=0 \
-	  tests/test_gateway_life.py tests/test_gateway_fuzz.py tests/test_fuzz_wire.py
+	@failed=0; \
+	$(BIN)/python -m bench.load --clients $(LOAD_CLIENTS) --json build/load.json || failed=1; \
+	OUTRIDER_TEST_DISCONNECTS=$(LOAD_CLIENTS) OUTRIDER_TEST_MALFORMED=$(LOAD_MALFORMED) OUTRIDER_FUZZ=$(LOAD_MALFORMED) $(BIN)/pytest -q --durations=10 \
+	  -o faulthandler_timeout=0 tests/test_gateway_life.py tests/test_gateway_fuzz.py tests/test_fuzz_wire.py || failed=1; \
+	exit $$failed
 
 test-cluster: install ## the on-premise cluster file for real, on hosts made of namespaces (needs root): minutes
 	$(BIN)/python -m tests.cluster.try_cluster

@@ -45,6 +45,7 @@ def fleet(
         ),
         gateways=tuple(member.place.address for member in ordered if member.role == GATEWAY and serves(member) and member.place),
         replaced=replaced,
+        heads=tuple(deployment.target.named_heads()),
     )
 
 

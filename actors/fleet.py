@@ -68,7 +68,8 @@ class PoolState:
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """`gateways`: addresses of those that serve. `replaced`: lives of targets, drafters and gateways that were lost and followed."""
+    """`gateways`: addresses of those that serve. `replaced`: lives of targets, drafters and gateways that were lost and followed.
+    `heads`: names of those that sit on each target."""
 
     model: str
     served_model: str
@@ -78,3 +79,4 @@ class Fleet:
     pools: tuple[PoolState, ...]
     gateways: tuple[str, ...]
     replaced: int
+    heads: tuple[str, ...] = ()

@@ -2,7 +2,7 @@
 
 `python -m bench.batch_chaos --items 500 --kills 5` serves the pair that ships on a Ray of its own, answers the items by plain decoding,
 and then again with drafters: at random moments the command and all of Ray (head, controller, target, drafter, gateway) are killed, and
-both are started anew. Prints one JSON object; exit code 1 where the goal is missed.
+both are started anew. Exit code 1 where the goal is missed.
 """
 
 import argparse
@@ -17,12 +17,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from actors.cli import local_ray
+from bench.tables import Grid
 
 COMMAND = [sys.executable, "-c", "from actors.cli import main; main()"]
 LOOK = 0.05  # seconds between two looks at the output
 PROMPTS = ("def f{}(self, path):", "import os\nclass A{}:", "for item{} in ", "# {} is")
 TEMPERATURES = (0.0, 0.7, 1.0)
+WRONG = ("missing", "doubled", "failed", "differing")  # each is to be 0
 
 
 def body(number: int, tokens: int, speculation: bool) -> dict[str, Any]:
@@ -117,12 +121,24 @@ def run(items: int, kills: int, tokens: int, seed: int, folder: Path) -> dict[st
     }
 
 
+def grid(found: dict[str, Any]) -> Grid:
+    rows = (
+        ("items; lines of answers", f"{found['items']}; {found['lines']}"),
+        ("missing, doubled, failed, differing", ", ".join(str(found[what]) for what in WRONG)),
+        ("processes killed each time", ", ".join(map(str, found["killed"]))),
+        ("after so many answers", ", ".join(map(str, found["at"]))),
+        ("from the first start to the last answer", f"{found['seconds']:.0f} s"),
+    )
+    return Grid("a batch whose every process is killed", ("what", "result"), rows, ("result",))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--items", type=int, default=500)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=24, help="at most so many for each item")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--json", type=Path, help="write the result into this file")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # Ray ends with us then too
     with tempfile.TemporaryDirectory(prefix="outrider-batch-") as folder:
@@ -133,8 +149,10 @@ def main() -> None:
         finally:
             if (left := local_ray.find()) is not None:
                 local_ray.end(left)
-    sys.stdout.write(json.dumps(found) + "\n")
-    sys.exit(any(found[what] for what in ("missing", "doubled", "failed", "differing")))
+    Console(highlight=False).print(grid(found).terminal())
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    sys.exit(any(found[what] for what in WRONG))
 
 
 if __name__ == "__main__":

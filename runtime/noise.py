@@ -91,9 +91,11 @@ def argmax(scores: npt.NDArray[np.floating[Any]], seed: int, positions: Sequence
     bound = ceiling(x)
     bound += scores
     rows = np.arange(len(scores))
-    guess = bound.argmax(axis=1)
+    guess: npt.NDArray[np.int64] = bound.argmax(axis=1)
     reached = scores[rows, guess] + from_bits(x[rows, guess])
     row, token = np.nonzero(bound >= reached[:, None])
+    if len(row) == len(rows):  # nobody else's: so it is for most
+        return guess
     bound.fill(-np.inf)
     bound[row, token] = scores[row, token] + from_bits(x[row, token])
     bound[rows, guess] = reached

@@ -1,9 +1,12 @@
 """What every implementation of an interface must do. A test module subclasses a contract and names its implementation."""
 
 import asyncio
+import subprocess
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +38,19 @@ async def over_grpc(body: DraftLink) -> AsyncIterator[GrpcLink]:
 
 
 TRANSPORTS: dict[str, Attach] = {"in-process": in_process, "grpc": over_grpc}
+
+
+@contextmanager
+def process_of(module: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A process that runs this module, and the address that it serves at: it says its port first. Killed with the block."""
+    root = Path(__file__).resolve().parent.parent
+    process = subprocess.Popen([sys.executable, "-m", module], cwd=root, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield process, f"{HOST}:{int(process.stdout.readline())}"
+    finally:
+        process.kill()
+        process.communicate()
 
 
 async def soon(condition: Callable[[], bool]) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from contextlib import aclosing
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from itertools import pairwise
 
@@ -12,9 +12,10 @@ from actors.fleet import DrafterState, Fleet
 from actors.peers import Place
 from actors.router import Router
 from bench.chaos.blows import Blow, next_blow, next_count, strike
-from bench.chaos.clients import Answer, Call, Case, Seen, stream
+from bench.chaos.clients import Answer, Case, Seen, stream
 from bench.chaos.outcome import Gap, Outcome, percentile
 from runtime.errors import Unavailable
+from runtime.messages import Chunk, Request
 from tests.stage import ANSWER, ASKED, COUNT, PLAIN, Scripted, played, there
 
 DRAFTER = DrafterState("d-0", "d", "d/0", 0, "ready", 0, None, "node")
@@ -77,16 +78,8 @@ def test_a_client_compares_and_measures() -> None:
                 self.address = address
                 lives[address] = self
 
-            async def generate(self, request):  # type: ignore[no-untyped-def]
-                now = asyncio.get_running_loop().time
-                call = Call(self.address, now())
-                seen.calls.setdefault(request.session, []).append(call)
-                try:
-                    async with aclosing(super().generate(request)) as chunks:
-                        async for chunk in chunks:
-                            yield chunk
-                finally:
-                    call.ended = now()
+            def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
+                return seen.noted(self.address, request.session, super().generate(request))
 
         router = Router(Noted)
         router.update([there("t0"), there("t1")])

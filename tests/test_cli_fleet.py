@@ -1,6 +1,7 @@
 """The commands around a served fleet: their input, their figures and tables, the local Ray that they find. Nothing is started."""
 
 import io
+import itertools
 import json
 import os
 import socket
@@ -22,6 +23,7 @@ from actors.cli.local_ray import LocalRay
 from actors.cli.logs import is_life
 from actors.cli.scale import check_hope, parsed, settled
 from actors.cli.serve import curl
+from actors.cli.top import looks
 from actors.fleet import DrafterState, Fleet, PoolState, TargetState
 from runtime.config import Deployment, GatewayConfig, cache_folder
 from runtime.errors import InvalidRequest, Unavailable
@@ -118,6 +120,35 @@ def test_the_status_shows_it_all() -> None:
     assert target == ["target-0", "ready", "2", "1", "3.70", "25%", "25%", "0"]
     assert drafter == ["small-0", "small", "ready", "2", "300", "90", "30%", "2.0", "ms", "4.0", "0"]
     assert "pool small: 2 -> 1 drafters (not worth it; gain 1.5 tokens/s, worth 2.5 tokens/s, of 80.0 tokens/s)" in said
+
+
+def test_heads_are_shown_beside_drafters() -> None:
+    with_heads = replace(later(0, recycling_0=GuessReport(proposed=80, accepted=20)), heads=("recycling-0", "medusa-0"))
+    lines = [line.split() for line in text(shown(Look(0.0, with_heads), Look(1.0, with_heads))).splitlines()]
+    assert ["head", "state", "proposed", "accepted", "of", "them"] in lines
+    assert ["recycling-0", "ready", "80", "20", "25%"] in lines
+    assert ["medusa-0", "ready", "0", "0", "-"] in lines
+    found = as_json(Look(0.0, with_heads), Look(1.0, with_heads))["heads"]
+    assert [(head["name"], head["guesses"]["accepted"]) for head in found] == [("recycling-0", 20), ("medusa-0", 0)]
+
+
+class Busy:
+    """A controller that answers every other time."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def fleet(self) -> Fleet:
+        self.asked += 1
+        if self.asked % 2:
+            raise Unavailable("the controller does not answer")
+        return FLEET
+
+
+def test_top_waits_for_a_controller_that_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["actors.cli.top"], "PERIOD", 0.0)
+    seen = looks(Busy())  # type: ignore[arg-type]
+    assert [look.fleet for look in itertools.islice(seen, 3)] == [FLEET] * 3
 
 
 def test_a_fleet_without_pools_is_shown_too() -> None:

@@ -5,12 +5,10 @@ import functools
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import grpc
 import pytest
@@ -24,12 +22,11 @@ from runtime.models.toy import ToyModel
 from runtime.sampling import Sampling
 from runtime.schedulers.fixed import Fixed
 from runtime.target import Target
-from tests.contracts import PATIENCE_S, soon
+from tests.contracts import PATIENCE_S, process_of, soon
 from tests.fakes import HOST
 from tests.rig import Known, attached, hosted, running
 from tests.stage import PROMPT, Heard, all_of, finish_of, heard, there
 
-ROOT = Path(__file__).resolve().parent.parent
 TOKENS = 40
 MODEL = ToyModel(vocabulary=1024, sharpness=3.0)
 FREE = Sampling(temperature=0.7, seed=11, max_tokens=TOKENS, logprobs=2, frequency_penalty=0.3, repetition_penalty=1.1)
@@ -189,17 +186,6 @@ def test_a_router_lets_go_of_a_target_that_is_not_named_any_more() -> None:
 # A process of its own
 
 
-@contextmanager
-def target_process() -> Iterator[tuple[subprocess.Popen[str], str]]:
-    process = subprocess.Popen([sys.executable, "-m", "tests.test_failover"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield process, f"{HOST}:{int(process.stdout.readline())}"
-    finally:
-        process.kill()
-        process.communicate()
-
-
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_process_that_dies_or_stops_is_left_in_time(blow: signal.Signals) -> None:
     async def main(process: subprocess.Popen[str], address: str) -> float:
@@ -219,7 +205,7 @@ def test_a_process_that_dies_or_stops_is_left_in_time(blow: signal.Signals) -> N
             await router.close()
             return gap
 
-    with target_process() as (process, address):
+    with process_of("tests.test_failover") as (process, address):
         assert asyncio.run(main(process, address)) < 5.0  # about 2 s by design; a busy machine may be late
 
 

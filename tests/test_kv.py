@@ -1,6 +1,8 @@
 """The cache reads as a fresh prefill would, whatever was appended, kept and forgotten before."""
 
+import gc
 from functools import cache
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -66,6 +68,19 @@ def test_rollbacks_add_up() -> None:
     fill(kv, [30])
     kv.truncate(0)
     assert (marks(kv), kv.length, kv.get_seq_length()) == ([], 0, 0)
+
+
+def test_the_memory_of_a_text_is_free_as_soon_as_nobody_holds_it() -> None:
+    kv = small()
+    fill(kv, [1, 2, 3])
+    held, fork = ref(kv), kv.fork(2)
+    gc.disable()
+    try:
+        del kv
+        assert held() is None
+        assert marks(fork) == [1, 2]
+    finally:
+        gc.enable()
 
 
 def test_growth_keeps_what_is_there_and_takes_memory_as_it_goes() -> None:

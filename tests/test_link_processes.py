@@ -4,11 +4,7 @@ import asyncio
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -16,21 +12,8 @@ from actors.grpc_edge import closing
 from actors.grpc_links import GrpcLink
 from actors.grpc_server import DraftingService, serve
 from runtime.errors import LinkLost
-from tests.contracts import PATIENCE_S, draft_for
+from tests.contracts import PATIENCE_S, draft_for, process_of
 from tests.fakes import HELLO, HOST, Feed, ScriptedDrafter, opening
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-@contextmanager
-def drafter_process() -> Iterator[tuple[subprocess.Popen[str], str]]:
-    process = subprocess.Popen([sys.executable, "-m", "tests.fakes"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield process, f"{HOST}:{int(process.stdout.readline())}"
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
@@ -44,7 +27,7 @@ def test_a_drafter_that_dies_or_stops_is_noticed(how: signal.Signals) -> None:
                 await anext(replies)
             return time.monotonic() - start
 
-    with drafter_process() as (process, address):
+    with process_of("tests.fakes") as (process, address):
         assert asyncio.run(main(process, address)) < 5.0  # about 2 s by design; a busy machine may be late
 
 

@@ -3,10 +3,9 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -26,7 +25,6 @@ from runtime.tree import text_key
 from tests.contracts import PATIENCE_S, LinkContract, draft_for, in_process, over_grpc, soon
 from tests.fakes import DRAFTER, HELLO, HOST, Feed, ScriptedDrafter, chain, opening, raw_drafter
 
-ROOT = Path(__file__).resolve().parent.parent
 GOOD = codec.encode_reply(chain("s", 1, text_key((5, 6, 7))))
 BAD: bytes = pb.FromDrafter(draft=pb.Draft(session="s", parents=bytes(8), tokens=bytes(4), scores=b"\x00\x00\xc0\x7f")).SerializeToString()
 LATER = b"\xfa\x01\x03abc"  # a kind of frame that this version does not know
@@ -46,6 +44,17 @@ async def drain(link: DraftLink, events: AsyncIterator[Event]) -> None:
     async with asyncio.timeout(PATIENCE_S), closing(link.speculate(events)) as replies:
         async for _ in replies:
             pass
+
+
+@asynccontextmanager
+async def called(service: DraftingService) -> AsyncIterator[Any]:
+    """A call to this service, to be written and read frame by frame; over, with its server, when the block is."""
+    server, port = await serve([service], HOST)
+    async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
+        call = channel.stream_stream(f"/{codec.DRAFTING}/Speculate")()
+        yield call
+        call.cancel()
+    await server.stop(None)
 
 
 async def lost(link: GrpcLink, *events: Event) -> str:
@@ -284,16 +293,12 @@ def test_what_comes_at_once_crosses_in_order_whatever_is_wrong_with_one() -> Non
     async def main() -> None:
         body = ScriptedDrafter()
         service = DraftingService(body, HELLO)
-        server, port = await serve([service], HOST)
-        async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
-            call = channel.stream_stream(f"/{codec.DRAFTING}/Speculate")()
+        async with called(service) as call:
             await call.write(codec.encode_hello_to_drafter(HELLO))
             frames = [codec.encode_event(opening("a")), GARBAGE, LATER, codec.encode_event(opening("b"))]
             (together,) = bundle.to_drafter(frames)
             await call.write(together)
             await soon(lambda: len(body.seen) == 2)
-            call.cancel()
-        await server.stop(None)
         assert body.seen == [opening("a"), opening("b")]
         assert service.counters == {"malformed": 1, "unknown": 1}
 
@@ -319,17 +324,13 @@ def test_events_without_sense_change_nothing_and_are_counted() -> None:
     async def main() -> None:
         body = ScriptedDrafter()
         service = DraftingService(body, HELLO)
-        server, port = await serve([service], HOST)
-        async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
-            call = channel.stream_stream(f"/{codec.DRAFTING}/Speculate")()
+        async with called(service) as call:
             hello = codec.encode_hello_to_drafter(HELLO)
             negative: bytes = pb.ToDrafter(commit=pb.Commit(session="s", tokens=[-1])).SerializeToString()
             for frame in (hello, GARBAGE, LATER, hello, negative, codec.encode_event(opening())):
                 await call.write(frame)
             assert codec.decode_hello_from_drafter(await call.read()) == HELLO
             assert isinstance(codec.decode_reply(await call.read(), DRAFTER), Draft)
-            call.cancel()
-        await server.stop(None)
         assert body.seen == [opening()]
         assert service.counters == {"malformed": 3, "unknown": 1}
 

@@ -69,15 +69,15 @@ def test_the_budget_holds_and_the_least_recently_used_goes_first(history: list[t
             oracle.remove(used)
             oracle.append(used)
         assert prefixes.slots == sum(map(len, oracle)) <= budget
-        assert [ids.tolist() for ids, _ in prefixes.kept] == oracle
-        assert all(cache.length == len(ids) for ids, cache in prefixes.kept)
+        assert [kept.ids.tolist() for kept in prefixes.kept] == oracle
+        assert all(kept.cache.length == len(kept.ids) for kept in prefixes.kept)
 
 
 def test_a_text_that_goes_on_takes_the_place_of_its_beginning() -> None:
     prefixes = Prefixes(100, least=2)
     for text in ([1, 2, 3], [9, 9, 9], [1, 2, 3, 4], [1, 2]):
         prefixes.keep(text, cache_of(text))
-    assert [ids.tolist() for ids, _ in prefixes.kept] == [[9, 9, 9], [1, 2, 3, 4]]
+    assert [kept.ids.tolist() for kept in prefixes.kept] == [[9, 9, 9], [1, 2, 3, 4]]
     assert prefixes.slots == 7
 
 

@@ -84,7 +84,7 @@ def test_hidden_states_are_those_that_logits_are_made_of(family: str) -> None:
 
 
 def test_layers_that_are_none_are_refused() -> None:
-    for layers in ((0,), (2,), (1, 0)):
+    for layers in ((-1,), (2,), (1, 0)):
         with pytest.raises(ModelRefused, match="pseudo rows that enter at layers"):
             hf_model("llama").check(Look(branches=tuple(Branch(layer, lambda states: states) for layer in layers)))
 

@@ -63,6 +63,7 @@ def guessed(reports: Iterable[GuessReport]) -> Guessed:
 
 
 def of_drafter(fleet: Fleet, name: str) -> Guessed:
+    """Or of a head."""
     return guessed(report.guesses[name] for report in reports(fleet) if name in report.guesses)
 
 
@@ -75,6 +76,7 @@ def as_json(before: Look, now: Look) -> dict[str, Any]:
     found = asdict(now.fleet)
     for drafter in found["drafters"]:
         drafter["guesses"] = asdict(of_drafter(now.fleet, drafter["name"]))
+    found["heads"] = [{"name": name, "guesses": asdict(of_drafter(now.fleet, name))} for name in now.fleet.heads]
     return found | {"tokens_per_second": speed(before, now), "sessions": sum(target.sessions for target in now.fleet.targets)}
 
 
@@ -84,7 +86,7 @@ def shown(before: Look, now: Look) -> RenderableType:
     delivered, lost = f"{speed(before, now):.1f} tokens/s", f"{fleet.replaced} lives lost"
     head = Text("  ".join([fleet.served_model, delivered, f"{sessions} sessions", lost, f"outrider {fleet.version}"]), style="bold")
     parts = [head, *(Text(f"gateway {url}/v1") for url in fleet.gateways)]
-    return Group(*parts, Text(), targets(fleet), Text(), *drafters(fleet))
+    return Group(*parts, Text(), targets(fleet), Text(), *heads(fleet), *drafters(fleet))
 
 
 def targets(fleet: Fleet) -> Table:
@@ -103,6 +105,18 @@ def targets(fleet: Fleet) -> Table:
             Text(target.trouble, style="yellow"),
         )
     return found
+
+
+def heads(fleet: Fleet) -> list[RenderableType]:
+    """A table of what sits on the targets; nothing where nothing does."""
+    if not fleet.heads:
+        return []
+    found = table("head", "state", "proposed", "accepted", "of them")
+    for name in fleet.heads:
+        brought = of_drafter(fleet, name)
+        numbers = (str(brought.proposed), str(brought.accepted), ratio(brought.accepted, brought.proposed, "{:.0%}"))
+        found.add_row(name, "resting" if brought.resting else "ready", *numbers)
+    return [found, Text()]
 
 
 def drafters(fleet: Fleet) -> list[RenderableType]:
@@ -144,7 +158,7 @@ def short(draft: str) -> str:
 def table(*columns: str) -> Table:
     """Words to the left, numbers to the right."""
     found = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
-    words = {"target", "pool", "drafter", "draft", "state", ""}
+    words = {"target", "pool", "head", "drafter", "draft", "state", ""}
     for column in columns:
         found.add_column(column, justify="left" if column in words else "right")
     return found

@@ -77,6 +77,18 @@ class Seen:
     wrong: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)  # "finished", "failed", "differing", "tokens"
 
+    async def noted(self, address: str, session: str, chunks: AsyncGenerator[Chunk, None]) -> AsyncGenerator[Chunk, None]:
+        """What this target says to this session, with when it was asked and when that was over."""
+        now = asyncio.get_running_loop().time
+        call = Call(address, now())
+        self.calls.setdefault(session, []).append(call)
+        try:
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    yield chunk
+        finally:
+            call.ended = now()
+
     def look(self, fleet: Fleet, now: float) -> None:
         """Who is away, and who is back."""
         members: list[TargetState | DrafterState] = [*fleet.targets, *fleet.drafters]
@@ -94,16 +106,8 @@ class Watched(GrpcTarget):
         super().__init__(address)
         self._seen = seen
 
-    async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
-        now = asyncio.get_running_loop().time
-        call = Call(self.address, now())
-        self._seen.calls.setdefault(request.session, []).append(call)
-        try:
-            async with aclosing(super().generate(request)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-        finally:
-            call.ended = now()
+    def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
+        return self._seen.noted(self.address, request.session, super().generate(request))
 
 
 async def cases(config: TargetConfig, count: int, tokens: int, seed: int) -> list[Case]:

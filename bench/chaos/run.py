@@ -22,7 +22,8 @@ from actors.router import Router, following
 from bench.chaos.blows import Struck, next_blow, next_count, strike
 from bench.chaos.clients import DEADLINE_S, Seen, Watched, cases, stream
 from bench.chaos.outcome import Outcome
-from runtime.config import Deployment, Placement, PoolConfig, TargetConfig, split_cores
+from runtime.config import Deployment, Placement, PoolConfig, TargetConfig
+from runtime.shares import split_cores
 
 HERE = Placement(num_cpus=1, threads=1, listen="127.0.0.1")
 POOL = "chaos"

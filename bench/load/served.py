@@ -14,8 +14,9 @@ from actors.controller import NAME, Controller
 from actors.fleet import Fleet
 from actors.peers import Place
 from actors.ray_edge import NAMESPACE, joined
-from runtime.config import Deployment, GatewayConfig, LimitsConfig, Placement, PoolConfig, TargetConfig, split_cores
+from runtime.config import Deployment, GatewayConfig, LimitsConfig, Placement, PoolConfig, TargetConfig
 from runtime.reports import TargetReport
+from runtime.shares import split_cores
 
 KV_TOKENS = 6144  # enough for all places; finished texts are kept up to a quarter of it: it is full soon, and memory grows no more by that
 END = 30.0  # seconds for actors to be told that it is over

@@ -1,7 +1,8 @@
 """The caches of several texts as one transformers `Cache`: each text's rows of a pass go into the cache of that text."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
+from weakref import proxy
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
@@ -44,7 +45,8 @@ class PackedLayer(CacheLayerMixin):
 
     def __init__(self, cache: PackedCache, index: int) -> None:
         super().__init__()
-        self.cache, self.index = cache, index
+        self.cache = cast(PackedCache, proxy(cache))  # not held, or the caches of a pass would wait for a search for cycles
+        self.index = index
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
 """Caches of finished texts, kept so that a text that begins like one of them need not be read again."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -8,6 +9,16 @@ import numpy.typing as npt
 from runtime.kv.base import KVCache
 
 Ids = npt.NDArray[np.int64]
+Head = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """A finished text, and the cache that holds it. `head`: its first tokens; most texts differ there already."""
+
+    head: Head
+    ids: Ids
+    cache: KVCache
 
 
 class Prefixes:
@@ -18,12 +29,12 @@ class Prefixes:
 
     def __init__(self, budget: int, least: int = 16) -> None:
         self.budget, self.least = budget, least
-        self.kept: list[tuple[Ids, KVCache]] = []  # the least recently used first
+        self.kept: list[Kept] = []  # the least recently used first
 
     @property
     def slots(self) -> int:
         """For which memory is taken."""
-        return sum(cache.room for _, cache in self.kept)
+        return sum(kept.cache.room for kept in self.kept)
 
     def keep(self, tokens: Sequence[int], cache: KVCache) -> None:
         """Take the cache over. Its first slots hold `tokens`; what is behind them is dropped.
@@ -32,16 +43,17 @@ class Prefixes:
         the cache has fewer slots than there are tokens.
         """
         cache.truncate(len(tokens))
-        ids = np.asarray(tokens, dtype=np.int64)
+        ids, head = np.asarray(tokens, dtype=np.int64), self.head(tokens)
         if not self.least <= len(ids) <= self.budget:
             return
-        for i, (other, _) in enumerate(self.kept):
-            if common(ids, other) == len(ids):
+        shared = {i: common(ids, kept.ids) for i, kept in enumerate(self.kept) if kept.head == head}
+        for i, count in shared.items():
+            if count == len(ids):
                 self.kept.append(self.kept.pop(i))
                 return
-        self.kept = [entry for entry in self.kept if common(ids, entry[0]) < len(entry[0])]
+        self.kept = [kept for i, kept in enumerate(self.kept) if shared.get(i, 0) < len(kept.ids)]
         # A long text's cache may be mostly empty now.
-        self.kept.append((ids, cache.fork(len(ids)) if cache.room > 2 * len(ids) else cache))
+        self.kept.append(Kept(head, ids, cache.fork(len(ids)) if cache.room > 2 * len(ids) else cache))
         while self.slots > self.budget:
             self.kept.pop(0)
 
@@ -51,21 +63,24 @@ class Prefixes:
         Looked through are the kept texts and `others`: caches in use, whose first slots hold the text as far as they reach. To
         be forked before it is used. None where nothing is worth it.
         """
-        ids = np.asarray(tokens[:-1], dtype=np.int64)
+        ids, head = np.asarray(tokens[:-1], dtype=np.int64), self.head(tokens)
         found, most = None, max(self.least, 1) - 1
         for other, cache in others:
-            # Most texts differ at their beginning, and need not be made arrays.
-            if tuple(other[: self.least]) == tuple(tokens[: self.least]):
+            if self.head(other) == head:
                 n = min(common(ids, np.asarray(other, dtype=np.int64)), cache.length)
                 if n > most:
                     found, most = cache, n
         place = None
-        for i, (kept, cache) in enumerate(self.kept):
-            if (n := common(ids, kept)) > most:
-                found, most, place = cache, n, i
+        for i, kept in enumerate(self.kept):
+            if kept.head == head and (n := common(ids, kept.ids)) > most:
+                found, most, place = kept.cache, n, i
         if place is not None:
             self.kept.append(self.kept.pop(place))
         return None if found is None else (found, most)
+
+    def head(self, tokens: Sequence[int]) -> Head:
+        """What two texts must have in common to have enough in common."""
+        return tuple(tokens[: self.least])
 
 
 def common(a: Ids, b: Ids) -> int:

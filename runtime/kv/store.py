@@ -6,7 +6,8 @@ the mask, which the model makes from the positions kept here.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
+from weakref import proxy
 
 import numpy as np
 import numpy.typing as npt
@@ -138,7 +139,9 @@ class TorchLayer(CacheLayerMixin):
 
     def __init__(self, cache: TorchCache, keys: tuple[Shape, int], values: tuple[Shape, int]) -> None:
         super().__init__()
-        self.cache, self.places = cache, (keys, values)
+        # Not held, or the memory of a text that is over would wait for a search for cycles, and many would pile up until then.
+        self.cache = cast(TorchCache, proxy(cache))
+        self.places = keys, values
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

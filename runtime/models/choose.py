@@ -1,6 +1,6 @@
 """The rule of runtime.choice on torch tensors, through transformers' logits processors, on the device of the logits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from math import inf, log
@@ -131,7 +131,7 @@ def _logsumexp(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 def _warped(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Temperature above 0, then the filters, each left out where it changes nothing. None of them looks at the text."""
-    chain = processors.LogitsProcessorList()
+    chain: list[Callable[[torch.LongTensor, torch.Tensor], torch.Tensor]] = []  # a LogitsProcessorList inspects each at each call
     if sampling.temperature != 1:
         chain.append(processors.TemperatureLogitsWarper(float(sampling.temperature)))
     if sampling.top_k:
@@ -140,8 +140,11 @@ def _warped(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         chain.append(processors.TopPLogitsWarper(sampling.top_p))
     if sampling.min_p:
         chain.append(processors.MinPLogitsWarper(sampling.min_p))
-    shaped: torch.Tensor = chain(_no_text(scores), scores)
-    return shaped
+    if chain:
+        text = _no_text(scores)
+        for processor in chain:
+            scores = processor(text, scores)
+    return scores
 
 
 def _biased(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:

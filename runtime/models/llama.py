@@ -105,7 +105,7 @@ class LlamaPass:
     def check(self, look: Look) -> None:
         """As promised by Pass (runtime.models.hf)."""
         layers = [branch.layer for branch in look.branches]
-        if layers != sorted(layers) or not all(0 < layer < len(self._layers) for layer in layers):
+        if layers != sorted(layers) or not all(0 <= layer < len(self._layers) for layer in layers):
             raise LookupError(f"pseudo rows that enter at layers {layers} of {len(self._layers)}")
 
     def show(self, parts: Sequence[Part], look: Look) -> list[Shown]:
@@ -125,12 +125,16 @@ class LlamaPass:
                 x = torch.cat([x, *(branch.map(states).to(x.dtype) for branch in entering)])
                 lanes = self._wide_lanes(parts, (len(x) - n) // m, len(branches))
             x = self._through(index, x, cos[: len(x)], sin[: len(x)], lanes)
+        kept = [wanted(part) for part in parts]
+        if sum(kept) < n:
+            x = torch.cat([*(x[end - count : end] for end, count in zip(ends_of(parts), kept, strict=True)), x[n:]])
+            n = sum(kept)
         hidden = self._norm(x)
         logits = self._head(hidden).float()
-        of_rows = hidden[:n].split(counts) if look.hidden else [None] * len(parts)
+        of_rows = hidden[:n].split(kept) if look.hidden else [None] * len(parts)
         pseudo = logits[n:].unflatten(0, (len(branches), m)).transpose(0, 1).split(riders) if m else [None] * len(parts)
         of_pseudo = [rows if count else None for rows, count in zip(pseudo, riders, strict=True)]
-        return [Shown(*of_one) for of_one in zip(logits[:n].split(counts), of_rows, of_pseudo, strict=True)]
+        return [Shown(*of_one) for of_one in zip(logits[:n].split(kept), of_rows, of_pseudo, strict=True)]
 
     def unembed(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._head(hidden.to(self._dtype)).float()
@@ -157,29 +161,30 @@ class LlamaPass:
         return layer.down(F.silu(gate).mul_(up), x)
 
     def _attend(self, index: int, kind: str, qkv: torch.Tensor, lanes: Sequence[Lane]) -> torch.Tensor:
-        """(rows, heads * dim), from (rows, heads of queries, of keys, of values, dim)."""
-        outputs = []
+        """(rows, heads * dim), from (rows, heads of queries, of keys, of values, dim).
+
+        With many texts most of a small model's pass is the calls that are made for each of them: what can be done for all at once is.
+        """
+        places = torch.cat([lane.places for lane in lanes if lane.places is not None]) if lanes[0].places is not None else None
+        by_head = (qkv if places is None else qkv.index_select(0, places)).transpose(0, 1)
+        queries = by_head.narrow(0, 0, self._heads).unsqueeze(0)
+        new = by_head.narrow(0, self._heads, 2 * self._kv).unflatten(0, (2, self._kv))
+        outputs, start = [], 0
         for lane in lanes:
-            own = qkv
-            if lane.places is not None:
-                own = qkv.index_select(0, lane.places)
-            elif len(lanes) > 1:
-                own = qkv.narrow(0, lane.start, lane.end - lane.start)
-            rows = len(own)
-            queries, new = own.split((self._heads, 2 * self._kv), 1)
-            lane.new[index].copy_(new.view(rows, 2, self._kv, self._dim).permute(1, 2, 0, 3))
+            count = lane.end - lane.start
+            lane.new[index].copy_(new.narrow(2, start, count))
             output = F.scaled_dot_product_attention(
-                queries.transpose(0, 1).unsqueeze(0),
+                queries.narrow(2, start, count),
                 lane.keys[index],
                 lane.values[index],
                 attn_mask=lane.masks[kind],
                 scale=self._scale,
                 enable_gqa=self._heads != self._kv,
             )
-            outputs.append(output.transpose(1, 2).reshape(rows, -1))
-        joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        places = [lane.places for lane in lanes if lane.places is not None]
-        return torch.empty_like(joined).index_copy_(0, torch.cat(places), joined) if places else joined
+            outputs.append(output.transpose(1, 2))
+            start += count
+        joined = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)).reshape(start, -1)
+        return joined if places is None else torch.empty_like(joined).index_copy_(0, places, joined)
 
     def _lanes(self, parts: Sequence[Part]) -> list[Lane]:
         """Of the rows alone, without pseudo rows."""
