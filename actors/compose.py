@@ -4,14 +4,14 @@ import gc
 import importlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from actors.memory import recall
-from runtime.config import DrafterConfig, HeadConfig, Placement, TargetConfig, folder_of, memory_of, memory_of_drafter, module_of
+from runtime.config import DrafterConfig, HeadConfig, Placement, TargetConfig, draft_of, folder_of, memory_of, memory_of_drafter, module_of
 from runtime.drafters.base import Drafter, Ingredients
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.noisy import Noisy
@@ -26,8 +26,9 @@ from runtime.models.detokenize import Detokenizer
 from runtime.models.grammar import Grammars
 from runtime.models.hf import HFModel
 from runtime.models.load import load_model, load_tokenizer
-from runtime.models.timing import knee, step_times
+from runtime.models.timing import knee, riding_time, step_times
 from runtime.models.trained import identity_of
+from runtime.mounted import RIDDEN
 from runtime.policy import scheduler
 from runtime.schedulers.living import ROWS
 from runtime.target import Target
@@ -88,7 +89,8 @@ def build_target(config: TargetConfig, record: bool = False) -> Built:
     known = recall(memory_of(config.model, "target"))
     trace = Trace(TARGET) if record else OFF
     heads = {name: build_head(head, model, tokenizer) for name, head in config.named_heads().items()}
-    engine = Engine(model, choose, scheduler(config.schedule, times), eos, time.monotonic, slots, known, trace, logprobs, heads)
+    prices = {name: riding_time(model, head.look, RIDDEN, time.monotonic) for name, head in heads.items() if head.look.branches}
+    engine = Engine(model, choose, scheduler(config.schedule, times), eos, time.monotonic, slots, known, trace, logprobs, heads, prices)
     target = Target(engine, finisher(tokenizer, eos), Grammars(tokenizer, model.vocabulary, eos))
     return Built(target, tokenizer, times)
 
@@ -110,8 +112,11 @@ def build_drafter(config: DrafterConfig, target: str, record: bool = False) -> D
     def load_layers(name: str) -> HFModel:
         return load_model(name, config.dtype, config.device, threads(config.placement), layers=config.layers)
 
+    def load_changed(name: str, layers: Sequence[int], change: Callable[[PreTrainedModel], None]) -> HFModel:
+        return load_model(name, config.dtype, config.device, threads(config.placement), layers=layers, change=change)
+
     method = importlib.import_module(f"runtime.drafters.{module_of(config.method)}")
-    drafter = method.build(Ingredients(target, config.model, load, load_layers))
+    drafter = method.build(Ingredients(target, draft_of(config), load, load_layers, load_changed))
     known = recall(memory_of_drafter(config, target))
     trace = Trace(config.name) if record else OFF
     return DraftHost(Grower(drafter, config.name, config.width or width_of(drafter), calibrations=known, trace=trace))

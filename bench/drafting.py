@@ -1,194 +1,194 @@
-"""`make bench-methods`: every way to guess, alone and beside the draft model, on the target that ships, widened; one table."""
+"""`make bench-methods`: every way to guess, alone and beside the draft model, on widened targets; one table."""
 
 import argparse
 import json
-import statistics
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
+import ray
 from rich.console import Console
 
 from bench import loop
 from bench.apart import apart
+from bench.guess_page import BESIDE, MODEL, PLAIN, Study, draw, methods, page, papers
+from bench.guessed import Found, add
 from bench.loop import cases, rounds
 from bench.machine import machine, two_cores
-from bench.methods import Method, Ours, Outcome
+from bench.methods import FIRST, Method, Ours
 from bench.options import RESULTS
 from bench.ours import Cluster, Pair, running
-from bench.prompts import Prompt, held_out
-from bench.tables import Grid
+from bench.prompts import Prompt, encode, from_file, held_out
+from bench.weights import Cost, line_of, parameters, training_of
 from bench.widen import widened_head, widened_small
 from runtime import config
-from runtime.models.load import load_tokenizer
-from runtime.tracing import STEP, Recording, Span
+from runtime.heads.token_recycling import TokenRecycling
+from runtime.models.layers import every_second
+from runtime.models.load import load_tokenizer, read_config, read_json
 
-DRAFTERS = ("model", "ngram", "layer-skip")
+DRAFTERS = (MODEL, "ngram", "layer-skip")  # and, where they ship, those that were trained
 HEADS = ("token-recycling", "medusa", "hidden-transfer")
-LEARNING = 3  # prompts from which each method learns what its guesses are worth; they are not measured
+UNTRAINED = ("ngram", "layer-skip", "token-recycling")
+LEARNING = 2  # prompts from which each method learns what its guesses are worth; they are not measured
 NEW_TOKENS = 96
 TEMPERATURES = (0.0, 0.8)
-FIRST_RANKS = 4
+SHIPPED = "the target that ships"
+LAYERS = RESULTS / "layers.json"  # as `outrider tune layers` has found them for the target that ships
+SHARED = Path(__file__).parents[2] / "shared"
+OTHERS = (("babyllama361-as105", "babyllama105"), ("stories260K", "llama2xs-500it"))  # targets and drafts in SHARED / "models"
+STORIES = SHARED / "prompts" / "tinystories_20_openings.json"
+FEW, LONGEST = 2, 128  # prompts of each of these that are measured; tokens of one
 
 
-@dataclass(slots=True)
-class Found:
-    """Of one method at one temperature. `rates`: tokens per second of decoding, by prompt; `acceptance`: by method, of the first ranks."""
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """One target to be measured. `source`: its folder before it was widened; the first LEARNING of the `prompts` are not measured."""
 
     name: str
-    temperature: float
-    rates: dict[str, float] = field(default_factory=dict)
-    tokens: int = 0
-    steps: int = 0
-    accepted: dict[str, int] = field(default_factory=dict)
-    own: dict[str, list[float]] = field(default_factory=dict)  # milliseconds of its passes, by who guessed
-    computed: float = 0.0  # seconds
-    acceptance: dict[str, list[float]] = field(default_factory=dict)
-    same: bool = True  # tokens as plain decoding
+    source: Path
+    pair: Pair
+    prompts: Sequence[Prompt]
+    which: Sequence[str]
+
+    @property
+    def about(self) -> str:
+        model = read_config(Path(self.pair.target), self.pair.target)
+        return (
+            f"{self.source.name}, widened to {model.hidden_size}x{model.num_hidden_layers} without changing its function "
+            f"({parameters(Path(self.pair.target)) / 1e6:.0f} million parameters), float32; draft model: {Path(self.pair.draft).name}. "
+            f"{len(self.prompts) - LEARNING} prompts, {NEW_TOKENS} new tokens, all methods in turns."
+        )
 
 
-def methods() -> list[Method]:
-    """Plain decoding; each drafter and head alone; all but layers beside the model; and what costs next to nothing together with it."""
-    alone = [Method(name, Ours("living", drafters=(name,))) for name in DRAFTERS]
-    alone += [Method(name, Ours("living", heads=(name,))) for name in HEADS]
-    beside = [Method("model + ngram", Ours("living", drafters=("model", "ngram")))]
-    beside += [Method(f"model + {name}", Ours("living", drafters=("model",), heads=(name,))) for name in HEADS]
-    last = Method("model + ngram + token-recycling", Ours("living", drafters=("model", "ngram"), heads=("token-recycling",)))
-    return [Method("plain", Ours("plain")), *alone, *beside, last]
+def ways(which: Sequence[str]) -> list[Method]:
+    """Plain decoding; the model; each other way to guess alone, then beside the model; and what costs next to nothing together with it."""
+
+    def guessing(*names: str) -> Ours:
+        drafters, heads = (tuple(name for name in names if (name in config.heads()) == is_head) for is_head in (False, True))
+        return Ours("living", drafters=drafters, heads=heads)
+
+    others = [name for name in which if name != MODEL]
+    together = Method(f"{BESIDE}ngram + token-recycling", guessing(MODEL, "ngram", "token-recycling"))
+    alone = [Method(name, guessing(name)) for name in (MODEL, *others)]
+    beside = [Method(BESIDE + name, guessing(MODEL, name)) for name in others]
+    return [Method(PLAIN, Ours("plain")), *alone, *beside, together]
 
 
 def measured(cluster: Cluster, plan: Sequence[loop.Round], note: str, found: dict[tuple[str, float], Found]) -> None:
     with loop.bar() as progress:
         task = progress.add_task(note, total=sum(len(round_.methods) for round_ in plan))
         for round_ in plan:
-            outputs = {}
+            temperature, outputs = round_.case.sampling.temperature, {}
             for method in round_.methods:
                 progress.update(task, description=f"{note}: {method.name}")
+                before = proposed(cluster)
                 outcome = cluster.run(method, round_.case.prompts, round_.case.sampling)
-                temperature = round_.case.sampling.temperature
+                nodes = {who: count - before.get(who, 0) for who, count in proposed(cluster).items()}
                 one = found.setdefault((method.name, temperature), Found(method.name, temperature))
-                add(one, round_.case.name, outcome, cluster.recordings, cluster.learned)
+                add(one, round_.case.name, outcome, cluster.recordings, cluster.learned, nodes)
                 outputs[method.name] = outcome.outputs
                 progress.advance(task)
             for name, output in outputs.items():
-                found[name, round_.case.sampling.temperature].same &= output == outputs["plain"]
+                found[name, temperature].same &= output == outputs[PLAIN]
 
 
-def add(one: Found, prompt: str, outcome: Outcome, recordings: Sequence[Recording], learned: Mapping[str, Any]) -> None:
-    tokens, seconds = sum(map(len, outcome.outputs)) - outcome.first_tokens, outcome.seconds - outcome.first_seconds
-    if outcome.steps is None or tokens < 1 or seconds <= 0:
-        return
-    one.rates[prompt] = tokens / seconds
-    one.tokens += sum(map(len, outcome.outputs))
-    one.steps += outcome.steps.rounds
-    one.computed += outcome.steps.computed
-    one.accepted = dict(Counter(one.accepted) + Counter(outcome.steps.by_drafter))
-    for part in recordings:
-        for event in part.events:
-            if isinstance(event, Span) and event.name == STEP:
-                one.own.setdefault(event.lane, []).append(1e3 * (event.ended - event.began))
-    one.acceptance = by_rank(learned.get(f"{one.temperature:.1f}", {}))
+def proposed(cluster: Cluster) -> dict[str, int]:
+    """Nodes that were new to the target's trees since its start, by who guessed."""
+    report = ray.get(cluster.targets[FIRST].report.remote())
+    return {who: guesses.proposed for who, guesses in report.guesses.items()}
 
 
-def by_rank(band: Mapping[str, Any]) -> dict[str, list[float]]:
-    """How often a guess was right once its parent was, for the first ranks of each who guessed."""
-    found = {}
-    for who, (tries, hits) in band.get("tables", {}).items():
-        sums = [(sum(tries[rank]), sum(hits[rank])) for rank in range(FIRST_RANKS)]
-        found[who] = [right / all_ if all_ else 0.0 for all_, right in sums]
+def benches(count: int) -> list[Bench]:
+    cores = two_cores()
+    shipped = Path(config.shipped("target"))
+    target = apart(widened_small, (str(shipped), "float32"))
+    trained = {name: folder for name in HEADS if (folder := shipped.parent / "heads" / name).is_dir()}
+    heads = {name: str(widened_head(trained[name], target)) if name in trained else "" for name in HEADS}
+    others = {name: str(widened_head(folder, target)) for name in sorted(config.TRAINED) if (folder := shipped.parent / name).is_dir()}
+    layers = config.layers_of(str(LAYERS)) or every_second(read_config(shipped, shipped.name))
+    pair = Pair(str(target), config.shipped("draft"), "float32", cores, heads, tuple(layers), others)
+    found = [Bench(SHIPPED, shipped, pair, held_out(load_tokenizer(str(target)), LEARNING + count, 2), (*DRAFTERS, *others, *HEADS))]
+    for name, draft in OTHERS:
+        source, small = SHARED / "models" / name, SHARED / "models" / draft
+        if source.is_dir() and small.is_dir() and STORIES.is_file():
+            target = apart(widened_small, (str(source), "float32"))
+            openings = encode(load_tokenizer(str(target)), from_file(STORIES), LONGEST)[: LEARNING + min(count, FEW)]
+            layers = every_second(read_config(source, name))
+            pair = Pair(str(target), str(small), "float32", cores, {"token-recycling": ""}, tuple(layers))
+            found.append(Bench(name, source, pair, openings, (MODEL, *UNTRAINED)))
     return found
 
 
-def table(found: Iterable[Found], temperature: float) -> Grid:
-    rows = [one for one in found if one.temperature == temperature and one.rates]
-    plain = next(one for one in rows if one.name == "plain")
-    model = next(one for one in rows if one.name == "model")
-    lines = []
-    for one in rows:
-        speed = statistics.median(one.rates.values())
-        own = {who: statistics.median(times) for who, times in one.own.items()}
-        lines.append(
-            (
-                one.name,
-                f"{speed:.1f}",
-                f"{paired(one, plain):.2f}",
-                f"{paired(one, model):.2f}",
-                f"{one.tokens / one.steps:.2f}",
-                f"{1e3 * one.computed / one.steps:.1f}",
-                ", ".join(f"{who} {count}" for who, count in sorted(one.accepted.items()) if who) or "-",
-                "; ".join(f"{who} {' '.join(f'{share:.2f}' for share in shares)}" for who, shares in one.acceptance.items()) or "-",
-                ", ".join(f"{who} {time:.2f}" for who, time in own.items()) or "-",
-                "yes" if one.same else "NO",
-            )
-        )
-    head = ("method", "tokens/s", "x plain", "x model", "tokens/step", "pass, ms", "accepted", "right by rank", "own ms", "text as plain")
-    return Grid(f"temperature {temperature:g}", head, tuple(lines), ("accepted", "right by rank", "own ms"))
+def costs(bench: Bench) -> dict[str, Cost]:
+    """By method, in the order of the table."""
+    target, pair = Path(bench.pair.target), bench.pair
+    model = read_config(target, pair.target)
+    table = TokenRecycling(model.vocab_size)
+    own = (
+        line_of(Path(config.shipped("target")).parent / "README.md", "trained on", column=2)
+        if pair.draft == config.shipped("draft")
+        else ""
+    )
+    searched = bench.name == SHIPPED and LAYERS.is_file()
+    known = {
+        MODEL: Cost(2 * parameters(Path(pair.draft)), own or "by others"),
+        "ngram": Cost(0, "none"),
+        "layer-skip": Cost(2 * parameters(target, pair.layers), "a search" if searched else "none: every second layer"),
+        "token-recycling": Cost(table.tokens.nbytes + table.scores.nbytes, "none"),
+    }
+    for name, folder in pair.heads.items():
+        if folder:
+            known[name] = Cost(4 * parameters(Path(folder)), training_of(Path(config.shipped("target")).parent / "heads" / name))
+    for name, folder in pair.trained.items():
+        stay = read_json(Path(folder) / "config.json", folder)["settings"]["layers"]
+        known[name] = Cost(2 * parameters(target, stay), training_of(Path(config.shipped("target")).parent / name))
+    return {name: known[name] for name in bench.which}
 
 
-def paired(above: Found, below: Found) -> float:
-    return statistics.median(above.rates[prompt] / below.rates[prompt] for prompt in above.rates.keys() & below.rates.keys())
+def plan_of(prompts: Sequence[Prompt], which: Sequence[Method]) -> list[loop.Round]:
+    """Every text goes on for NEW_TOKENS, also where the target would end it: one that ends at once tells nothing."""
+    every = cases(prompts, 1, TEMPERATURES, 1, NEW_TOKENS, 1)
+    return rounds([replace(case, sampling=replace(case.sampling, ignore_eos=True)) for case in every], which)
 
 
-def sizes() -> Grid:
-    """What is loaded, and what training it took."""
-    lines = []
-    for name in HEADS[1:]:
-        folder = Path(config.shipped("target")).parent / "heads" / name
-        bytes_ = (folder / "model.safetensors").stat().st_size
-        lines.append((name, f"{bytes_ / 1e6:.2f} MB", line_of(folder, "steps"), line_of(folder, "time of the last run")))
-    draft = Path(config.shipped("draft"))
-    lines.append(("model", f"{(draft / 'model.safetensors').stat().st_size / 1e6:.2f} MB", "see its card", ""))
-    return Grid("size and training", ("method", "weights", "steps", "time"), tuple(lines), ("steps", "time"))
+def study(bench: Bench) -> Study:
+    which = ways(bench.which)
+    found: dict[tuple[str, float], Found] = {}
+    learned, measuring = bench.prompts[:LEARNING], bench.prompts[LEARNING:]
+    with running(bench.pair, which) as cluster:
+        measured(cluster, plan_of(learned, which), f"{bench.name}: learning", {})
+        measured(cluster, plan_of(measuring, which), bench.name, found)
+    return Study(bench.name, bench.about, tuple(found.values()), costs(bench))
 
 
-def line_of(folder: Path, name: str) -> str:
-    """What the card's table says of `name`."""
-    lines = (folder / "README.md").read_text("utf-8").splitlines()
-    return next((line.split("|")[2].strip() for line in lines if line.startswith(f"| {name} |")), "")
-
-
-def page(found: Sequence[Found], prompts: int) -> str:
+def write(studies: Sequence[Study], folder: Path) -> Path:
+    """methods.json, methods.md and methods.png; returns the page."""
+    folder.mkdir(parents=True, exist_ok=True)
     facts = machine(2)
-    parts = [
-        "# Ways to guess",
-        "The target that ships, widened to the cost of 88 million parameters, float32, on one core; drafters on another. "
-        f"{facts.processor}, {facts.date}. {prompts} prompts from held-out files, {NEW_TOKENS} new tokens, in turns. "
-        f"What its guesses are worth each method has learned from {LEARNING} others. Medians over prompts; ratios are paired by prompt.",
-        "*pass*: the target's, in milliseconds. *right by rank*: share of first, second, ... guesses that were right once their parent "
-        "was. *own ms*: a head's time in a step of the target, a drafter's pass.",
-    ]
-    for temperature in TEMPERATURES:
-        parts += [f"## Temperature {temperature:g}", table(found, temperature).markdown()]
-    parts += ["## Size and training", sizes().markdown()]
-    return "\n\n".join(parts) + "\n"
+    content: Mapping[str, object] = {"machine": facts.model_dump(), "studies": [asdict(one) for one in studies]}
+    (folder / "methods.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    draw(studies[0], folder / "methods.png")
+    (folder / "methods.md").write_text(page(studies, facts, "methods.png"), "utf-8")
+    return folder / "methods.md"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=5, help="prompts")
+    parser.add_argument("--count", type=int, default=3, help="prompts")
+    parser.add_argument("--shipped", action="store_true", help="the target that ships alone")
     parser.add_argument("--folder", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    console, cores = Console(), two_cores()
-    with console.status("widening the target and its heads"):
-        target = apart(widened_small, (config.shipped("target"), "float32"))
-        shipped = Path(config.shipped("target")).parent / "heads"
-        heads = {name: str(widened_head(shipped / name, target)) if (shipped / name).is_dir() else "" for name in HEADS}
-    drawn: list[Prompt] = held_out(load_tokenizer(str(target)), LEARNING + arguments.count, 2)
-    which = methods()
-    found: dict[tuple[str, float], Found] = {}
-    pair = Pair(str(target), config.shipped("draft"), "float32", cores, heads)
-    with running(pair, which) as cluster:
-        measured(cluster, rounds(cases(drawn[:LEARNING], 1, TEMPERATURES, 1, NEW_TOKENS, 1), which), "learning", {})
-        measured(cluster, rounds(cases(drawn[LEARNING:], 1, TEMPERATURES, 1, NEW_TOKENS, 1), which), "runs", found)
-    everything = list(found.values())
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    (arguments.folder / "methods.json").write_text(json.dumps([asdict(one) for one in everything], indent=1) + "\n", "utf-8")
-    (arguments.folder / "methods.md").write_text(page(everything, arguments.count), "utf-8")
-    for temperature in TEMPERATURES:
-        console.print(table(everything, temperature).terminal())
-    console.print(arguments.folder / "methods.md")
+    console, studies = Console(), []
+    with console.status("widening targets and heads"):
+        chosen = benches(arguments.count)[: 1 if arguments.shipped else None]
+    for bench in chosen:
+        studies.append(study(bench))
+        file = write(studies, arguments.folder)  # after each: an interruption loses one target
+    for one in studies:
+        for temperature in one.temperatures:
+            console.print(methods(one, temperature).terminal())
+    console.print(papers(studies[0]).terminal())
+    console.print(file)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ def forecasts(results: Results, methods: Iterable[Method]) -> tuple[Forecast, ..
         for temperature, batch in sorted({(run.temperature, run.batch) for run in results.runs if run.method == method.name}):
             pair = measured(results, temperature, batch)
             if pair is not None:
-                together = {"length": results.settings.new_tokens, "once": True} if batch > 1 else {}  # texts that end leave others alone
-                setting = Setting(drafters=len(how.drafters), sessions=batch, **together)
+                together = batch > 1  # texts that end leave others alone
+                length = results.settings.new_tokens if together else 0
+                setting = Setting(drafters=len(how.drafters), sessions=batch, length=length, once=together)
                 rate = forecast(pair, schedule_of(how), setting).tokens_per_second
                 found.append(Forecast(method=method.name, temperature=temperature, batch=batch, tokens_per_second=rate))
     return tuple(found)

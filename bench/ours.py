@@ -30,7 +30,7 @@ from runtime.sampling import Sampling
 from runtime.schedulers.base import Scheduler
 from runtime.tracing import Recording
 
-NAMES = {"model": "draft-0", "ngram": "ngram-0", "wrong": "wrong-0", "layer-skip": "layer-skip-0"}  # of drafters, by method
+NAMES = {"model": "draft-0", "ngram": "ngram-0", "wrong": "wrong-0", "layer-skip": "layer-skip-0", "s3d": "s3d-0"}  # of drafters, by method
 PATIENCE = 10.0  # seconds until a target has its drafters
 LOOK = 0.01  # seconds between two looks
 
@@ -39,7 +39,8 @@ LOOK = 0.01  # seconds between two looks
 class Pair:
     """Folders or names of target and draft, and the numbers of the cores that may be used: `Cores` are places among these.
 
-    `heads`: their folders by method, "" for what needs none.
+    `heads`: their folders by method, "" for what needs none. `layers`: those that layer-skip keeps; default: every second.
+    `trained`: folders of drafters that were trained for the target, by method.
     """
 
     target: str
@@ -47,6 +48,8 @@ class Pair:
     dtype: Dtype
     cores: tuple[int, ...]
     heads: Mapping[str, str] = field(default_factory=dict)
+    layers: tuple[int, ...] = ()
+    trained: Mapping[str, str] = field(default_factory=dict)
 
     def placed(self, cores: Cores) -> Placement:
         return Placement(cores=tuple(self.cores[place] for place in cores), listen="127.0.0.1")
@@ -56,8 +59,9 @@ class Pair:
         return TargetConfig(model=self.target, dtype=self.dtype, device="cpu", heads=heads, placement=self.placed(cores))
 
     def drafter_config(self, method: str, cores: Cores) -> DrafterConfig:
-        model = "" if method in ("ngram", "layer-skip") else self.draft
-        named = {"name": NAMES[method], "method": method, "model": model, "dtype": self.dtype}
+        model = self.trained.get(method, "" if method in ("ngram", "layer-skip") else self.draft)
+        layers = self.layers if method == "layer-skip" else ()
+        named = {"name": NAMES[method], "method": method, "model": model, "layers": layers, "dtype": self.dtype}
         return DrafterConfig.model_validate({**named, "device": "cpu", "placement": self.placed(cores)})
 
 

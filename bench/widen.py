@@ -175,12 +175,29 @@ def name_of(folder: Path, shape: Shape, dtype: str) -> str:
 
 
 def widened_head(folder: Path, target: Path) -> Path:
-    """The folder, in the cache, of a trained head made to fit `target`, which `widened` has made of the target that it was trained for: the
-    channels that were added are zero, and stay so."""
+    """The folder, in the cache, of a trained head or S3D made to fit `target`, which `widened` has made of the target that it was trained
+    for: the channels that were added are zero, and stay so. Of an S3D's target, keys have as many heads as queries."""
     config, tensors = json.loads((folder / "config.json").read_text("utf-8")), load_file(folder / "model.safetensors")
-    hidden = int(AutoConfig.from_pretrained(target).hidden_size)
-    wide = {name: F.pad(tensor, (0, hidden - tensor.shape[-1]) * tensor.ndim) for name, tensor in tensors.items()}
+    shape = AutoConfig.from_pretrained(target)
+    wide = {name: padded(name, tensor, shape) for name, tensor in tensors.items()}
     done = CACHE / f"{folder.name}-{target.name}"
     identity = identity_of(AutoConfig.from_pretrained(target), load_tokenizer(str(target)))
     write_trained(done, config["method"], identity, config["settings"], wide)
     return done
+
+
+def padded(name: str, tensor: Tensor, shape: LlamaConfig) -> Tensor:
+    """One tensor of something trained, with zeros behind. Of an adapter's pair, (rank, inner) and (outer, rank), the rank stays."""
+    heads, ffn = shape.num_attention_heads * head_size(shape), shape.intermediate_size
+    reads = {"o_proj": heads, "down_proj": ffn}
+    writes = {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), heads), **dict.fromkeys(("gate_proj", "up_proj"), ffn)}
+    *_, part, side = f".{name}".split(".")
+    if side == "down":
+        sizes = (tensor.shape[0], reads.get(part, shape.hidden_size))
+    elif side == "up":
+        sizes = (writes.get(part, shape.hidden_size), tensor.shape[1])
+    elif side == "mask_embed":
+        sizes = (tensor.shape[0], shape.hidden_size)
+    else:
+        sizes = (shape.hidden_size,) * tensor.ndim
+    return F.pad(tensor, [count for size, old in zip(reversed(sizes), reversed(tensor.shape), strict=True) for count in (0, size - old)])

@@ -60,6 +60,7 @@ class Engine:
         trace: Trace = OFF,
         scorer: Scorer = logprobs,
         heads: Mapping[str, Head] | None = None,
+        prices: Mapping[str, float] | None = None,
     ) -> None:
         self.model, self.scheduler, self.eos, self.clock, self.trace = model, scheduler, eos, clock, trace
         self.decider = Decider(chooser, scorer, eos)
@@ -68,7 +69,7 @@ class Engine:
         self.prefixes = Prefixes(kv_slots // 4)
         self.live: dict[str, Live] = {}
         self.ledger = Ledger()
-        self.mounted = Mounted(model, heads or {}, self.ledger)
+        self.mounted = Mounted(model, heads or {}, self.ledger, prices)
         self.crowd = Crowd(self.ledger, self.mounted.heads)
         self.calibrations = calibrations or Calibrations()
         self.soonest = math.inf  # clock when the first deadline ends
@@ -312,6 +313,8 @@ class Engine:
 
     def compute(self, step: Step) -> list[Decision | None]:
         """What the target decides for each session; None where its part of the pass failed."""
+        for name, seconds in self.mounted.riding_time(step.parts).items():
+            self.crowd.spend({name}, seconds)
         try:
             shown = self.mounted.forward(step.parts)
         except FAILURES:

@@ -30,12 +30,14 @@ class Mounted:
     """Heads by name: those that were `built`, of them those in use, and of these those `awake` in the present step. Without any a pass is
     the model's own, and nothing else happens.
 
-    One that fails is taken off, logged and counted in `ledger`: the target goes on without it.
+    One that fails is taken off, logged and counted in `ledger`: the target goes on without it. `prices`: seconds by which the pseudo rows
+    of a head prolong a pass, for each session; none where that was not measured.
     """
 
-    def __init__(self, model: Model, heads: Mapping[str, Head], ledger: Ledger) -> None:
+    def __init__(self, model: Model, heads: Mapping[str, Head], ledger: Ledger, prices: Mapping[str, float] | None = None) -> None:
         """Raises InvalidRequest for two heads whose branches would meet."""
         self.model, self.built, self.ledger = model, dict(heads), ledger
+        self.prices = dict(prices or {})
         self.heads: dict[str, Head] = {}
         self.awake: list[str] = []
         self.look = NOTHING  # of those awake
@@ -74,6 +76,11 @@ class Mounted:
                 self.take_off(name, failure)
             return found
         return [Shown(logits) for logits in self.model.forward_all(parts)]
+
+    def riding_time(self, parts: Sequence[Part]) -> dict[str, float]:
+        """Seconds that a pass over these takes longer for the pseudo rows of heads, by head."""
+        ridden = sum(bool(part.riders) for part in parts)
+        return {name: ridden * self.prices[name] for name in self.awake if ridden and name in self.prices}
 
     def propose(self, name: str, seen: Sequence[tuple[Live, Seen]]) -> list[tuple[Live, Draft]]:
         """What one head guesses, as a drafter would send it."""

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from runtime.errors import ModelRefused
+from runtime.heads.base import Identity
 from tests.pair import save_model
-from training.layers import Subset, agreement, best, layers_of, only, search, speed_up, trials
+from training.layers import Subset, agreement, as_json, best, cost, layers_of, only, rates, search, speed_up, trials
 from training.teacher import Teacher, load_teacher
 
 WORTH = (0.4, 0.0, 0.3, 0.1)
@@ -31,18 +32,31 @@ def test_the_layer_that_is_missed_least_goes_first() -> None:
     assert sum(told) == trials(4) == 9
 
 
-def test_the_promise_is_the_formula_and_never_below_plain_decoding() -> None:
-    promise, length = speed_up(0.8, 0.1)
-    assert promise == pytest.approx(max((1 - 0.8 ** (n + 1)) / (0.2 * (n * 0.1 + 1)) for n in range(17)))
-    assert length == 6
-    assert speed_up(0.1, 0.9) == (1.0, 0)
-    assert speed_up(1.0, 0.5)[0] == pytest.approx(17 / 9)
+TIMES = {1: 0.03, 8: 0.032}
 
 
-def test_the_best_subset_weighs_acceptance_against_cost() -> None:
-    subsets = [Subset((0, 1, 2), 0.99), Subset((0, 1), 0.9), Subset((0,), 0.1)]
-    assert best(subsets, 4).layers == (0, 1)
-    assert best(subsets, 40).layers == (0, 1, 2)
+def test_the_promise_grows_with_acceptance_and_falls_with_cost() -> None:
+    known = {1: 0.6, 2: 0.7, 4: 0.8, 8: 0.85}
+    promise = speed_up(known, 0.2, TIMES)
+    assert promise > 1.2
+    assert speed_up({k: 1.1 * rate for k, rate in known.items()}, 0.2, TIMES) > promise > speed_up(known, 0.6, TIMES)
+    assert speed_up(dict.fromkeys(known, 0.0), 0.2, TIMES) == pytest.approx(1.0, abs=0.1)
+
+
+def test_the_best_subset_promises_most() -> None:
+    one, two = Subset((0, 1), 0.9), Subset((0,), 0.4)
+    assert best({one: 1.2, two: 1.3}) is two
+    written = as_json(Identity(8, 3, 16, "abc"), {one: 1.2, two: 1.3})
+    assert (written["layers"], written["speed_up"]) == ([0], 1.3)
+    assert [other["layers"] for other in written["others"]] == [[0, 1], [0]]
+
+
+def test_rates_and_cost_of_layers(teacher: Teacher) -> None:
+    known = rates(teacher, [torch.randint(0, 4096, (2, 16), generator=torch.Generator().manual_seed(1))])
+    assert known((0, 1, 2)) == dict.fromkeys((1, 2, 4, 8), 1.0)
+    some = known((0,))
+    assert sorted(some.values()) == list(some.values())
+    assert 0 < cost(teacher, (0,)) < cost(teacher, (0, 2)) < cost(teacher, (0, 1, 2)) == 1.0
 
 
 def test_a_layer_that_does_nothing_is_not_missed(teacher: Teacher) -> None:

@@ -4,7 +4,7 @@ Draft & Verify (arXiv 2309.08168) and LayerSkip (2404.16710) draft with some of 
 the other, the layer without which the rest still says most often what the whole target says: a greedy path through all numbers of layers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,12 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from runtime.config import ScheduleConfig
 from runtime.errors import ModelRefused
 from runtime.heads.base import Identity
+from runtime.models.acceptance import RANKS
 from runtime.models.hf import MISFITS
+from runtime.sim.forecast import Setting, forecast
+from runtime.sim.measured import Measured
 from training.teacher import Teacher
 
-LONGEST = 16  # tokens that a chain of guesses may have
+TOKENS = 200  # of a forecast
 
 Score = Callable[[Sequence[int]], float]  # layers that are kept -> share of tokens on which they agree with all
 
@@ -50,28 +54,31 @@ def trials(count: int) -> int:
     return count * (count + 1) // 2 - 1
 
 
-def speed_up(acceptance: float, cost: float) -> tuple[float, int]:
-    """Of drafting chains, at `cost` target passes a token, before every pass of the target: the best over all lengths, and that length.
+def speed_up(rates: Mapping[int, float], share: float, times: Mapping[int, float]) -> float:
+    """What the planner expects of layers that draft on a device of their own while the target computes, over plain decoding.
 
-    (1 - a^(n + 1)) / ((1 - a) (n c + 1)), theorem 3.8 of Leviathan et al. (arXiv 2211.17192). 1.0 and 0 where no length pays.
+    rates  how often their first k guesses hold the target's choice, by k
+    share  of the time of a pass of the target
+    times  seconds of a pass of the target, by rows
     """
-    return max(((sum(acceptance**i for i in range(n + 1)) / (n * cost + 1), n) for n in range(LONGEST + 1)), key=lambda found: found[0])
+    draft = {rows: share * seconds for rows, seconds in times.items()}
+    pair = Measured(target=dict(times), draft=draft, acceptance=dict(rates), rtt=0.0)
+    return forecast(pair, ScheduleConfig(), Setting(tokens=TOKENS)).tokens_per_second * times[1]
 
 
-def best(subsets: Sequence[Subset], count: int) -> Subset:
-    """That with the greatest speed-up, where a layer takes 1 / count of a pass."""
-    return max(subsets, key=lambda subset: speed_up(subset.acceptance, len(subset.layers) / count)[0])
+def best(promises: Mapping[Subset, float]) -> Subset:
+    """That with the greatest speed-up."""
+    return max(promises, key=lambda subset: promises[subset])
 
 
-def as_json(identity: Identity, best: Subset, found: Sequence[Subset], count: int) -> dict[str, Any]:
+def as_json(identity: Identity, promises: Mapping[Subset, float]) -> dict[str, Any]:
     """What `--draft layer-skip` reads, `layers`, and how it was found."""
 
     def told(subset: Subset) -> dict[str, Any]:
-        promise, length = speed_up(subset.acceptance, len(subset.layers) / count)
-        kept = {"layers": list(subset.layers), "acceptance": round(subset.acceptance, 4)}
-        return {**kept, "speed_up": round(promise, 4), "chain": length}
+        return {"layers": list(subset.layers), "acceptance": round(subset.acceptance, 4), "speed_up": round(promises[subset], 4)}
 
-    return {"method": "layer-skip", "target": asdict(identity), **told(best), "others": [told(subset) for subset in found]}
+    others = [told(subset) for subset in promises]
+    return {"method": "layer-skip", "target": asdict(identity), **told(best(promises)), "others": others}
 
 
 def layers_of(teacher: Teacher) -> nn.ModuleList:
@@ -95,20 +102,34 @@ def only(teacher: Teacher, layers: Sequence[int]) -> Iterator[None]:
 
 def agreement(teacher: Teacher, texts: Sequence[Tensor]) -> Score:
     """On texts (batch, context) each: how often the kept layers' most likely token is the whole target's."""
-    wanted = [choices(teacher, rows) for rows in texts]
+    found = rates(teacher, texts, (1,))
+    return lambda layers: found(layers)[1]
 
-    def score(layers: Sequence[int]) -> float:
+
+def rates(teacher: Teacher, texts: Sequence[Tensor], ranks: Sequence[int] = RANKS) -> Callable[[Sequence[int]], dict[int, float]]:
+    """On texts (batch, context) each: how often the kept layers' first k guesses hold the whole target's choice, by k."""
+    wanted = [guesses(teacher, rows, 1) for rows in texts]
+
+    def found(layers: Sequence[int]) -> dict[int, float]:
         with only(teacher, layers):
-            right = [float((choices(teacher, rows) == truth).float().mean()) for rows, truth in zip(texts, wanted, strict=True)]
-        return sum(right) / len(right)
+            right = torch.cat([guesses(teacher, rows, max(ranks)) == truth for rows, truth in zip(texts, wanted, strict=True)])
+        return {k: float(right[..., :k].any(-1).float().mean()) for k in ranks}
 
-    return score
+    return found
 
 
-def choices(teacher: Teacher, rows: Tensor) -> Tensor:
+def cost(teacher: Teacher, layers: Sequence[int]) -> float:
+    """Share of a pass of the whole target, by the weights that are read: the layers and the unembedding."""
+    unembedding = teacher.module.get_output_embeddings().weight.numel()
+    sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in layers_of(teacher)]
+    return float((sum(sizes[layer] for layer in layers) + unembedding) / (sum(sizes) + unembedding))
+
+
+def guesses(teacher: Teacher, rows: Tensor, most: int) -> Tensor:
+    """(batch, context, most), most likely first."""
     try:
         with torch.no_grad():
-            found: Tensor = teacher.module(rows.to(teacher.model.device), use_cache=False).logits.argmax(-1)
+            found: Tensor = teacher.module(rows.to(teacher.model.device), use_cache=False).logits.topk(most).indices
         return found
     except MISFITS as misfit:
         raise ModelRefused(f"model {teacher.model.name} does not run without some of its layers ({misfit}): choose another") from misfit

@@ -1,16 +1,21 @@
-"""What `outrider plan` measures of models when it is given no figures: step times, and the draft's guesses on the target's texts."""
+"""What `outrider plan` measures of models when it is given no figures: step times, and guesses on the target's own texts."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from actors.cli.doctor import PROMPTS
+from actors.cli.measure_guesses import Answer, of_drafter, of_head
 from actors.cli.prepare import context_length
-from runtime.models.acceptance import replay
+from actors.compose import build_drafter, build_head
+from runtime.config import DrafterConfig, Dtype, HeadConfig, Placement
+from runtime.models.acceptance import along, continuation
 from runtime.models.load import load_model, load_tokenizer
 from runtime.models.pair import check_pair
 from runtime.models.timing import step_times, text_time
 from runtime.sampling import Sampling
+from runtime.sim.heads import HeadFigures
 from runtime.sim.measured import Measured, positions
 
 WIDTHS = (1, 2, 4, 8, 16, 17, 32, 33, 64)  # rows; kernels work in tiles of 16
@@ -19,9 +24,16 @@ TOKENS = 96  # of the target's text for each prompt
 
 
 def measure(
-    target: str, drafts: Sequence[str], dtype: str, temperature: float, rtt: float, note: Callable[[str], None]
-) -> tuple[list[Measured], list[str]]:
-    """Figures for each draft beside that target, one thread each; and what should be known of the pairs. `note` is told what is being done.
+    target: str,
+    drafters: Sequence[DrafterConfig],
+    heads: Sequence[HeadConfig],
+    dtype: Dtype,
+    temperature: float,
+    rtt: float,
+    note: Callable[[str], None],
+) -> tuple[list[Measured], list[HeadFigures], list[str]]:
+    """Figures for each drafter beside that target, and of each head on it, one thread each; and what should be known of the pairs. `note`
+    is told what is being done.
 
     Raises PairMismatch or ModelRefused for models that cannot be used together.
     """
@@ -29,23 +41,37 @@ def measure(
     tokenizer, context = load_tokenizer(target), context_length(target)
     warnings = [
         warning
-        for draft in drafts
-        for warning in check_pair(tokenizer, load_tokenizer(draft), (target, draft), (context, context_length(draft)))
+        for drafter in drafters
+        if drafter.method == "model"
+        for warning in check_pair(
+            tokenizer, load_tokenizer(drafter.model), (target, drafter.model), (context, context_length(drafter.model))
+        )
     ]
     large = load_model(target, dtype, threads=1)
     note("measuring the target's steps")
     times, text = step_times(large, WIDTHS, time.monotonic), text_time(large, TEXTS, time.monotonic)
     sampling = Sampling(temperature=temperature, max_tokens=min(TOKENS, context // 2))
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
-    found = []
-    for draft in drafts:
-        note(f"measuring {draft}")
-        small = load_model(draft, dtype, threads=1)
-        steps = step_times(small, WIDTHS, time.monotonic)
-        guessed = replay(large, small, prompts, sampling, frozenset())
-        found.append(
-            Measured(
-                name=Path(draft).name, target=times, draft=steps, text=text, positions=positions(guessed.ranks, guessed.scores), rtt=rtt
-            )
-        )
-    return found, warnings
+    answers: list[Answer] = [(prompt, continuation(large, prompt, sampling, frozenset())) for prompt in prompts]
+    found, sitting = [], []
+    for head in heads:
+        note(f"measuring {head.method}")
+        sitting.append(of_head(head.method, build_head(head, large, tokenizer), large, answers, sampling))
+    for drafter in drafters:
+        name = Path(drafter.model).name or drafter.method
+        note(f"measuring {name}")
+        known = {"name": name, "target": times, "text": text, "rtt": rtt, **figures(drafter, target, dtype, answers, sampling)}
+        found.append(Measured.model_validate(known))
+    return found, sitting, warnings
+
+
+def figures(drafter: DrafterConfig, target: str, dtype: Dtype, answers: Sequence[Answer], sampling: Sampling) -> dict[str, object]:
+    """Its t(w) and its guesses. A method that is not simply a model is asked for one node at a time."""
+    if drafter.method in ("model", "layer-skip"):
+        layers = drafter.layers if drafter.method == "layer-skip" else None
+        small = load_model(drafter.model or target, dtype, threads=1, layers=layers)
+        guessed = along(small, answers, sampling)
+        return {"draft": step_times(small, WIDTHS, time.monotonic), "positions": positions(guessed.ranks, guessed.scores)}
+    here = Placement(cores=(min(os.sched_getaffinity(0)),))
+    seconds, places = of_drafter(build_drafter(drafter.model_copy(update={"placement": here}), target).grower.drafter, answers, sampling)
+    return {"draft": {1: seconds}, "positions": places}

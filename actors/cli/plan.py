@@ -21,6 +21,7 @@ from runtime.errors import InvalidRequest
 from runtime.sampling import Sampling, in_range, whole
 from runtime.sim import sweep
 from runtime.sim.forecast import Forecast, Setting
+from runtime.sim.heads import HeadFigures
 from runtime.sim.measured import Measured, read
 from runtime.sim.sweep import Job
 
@@ -32,7 +33,10 @@ KIND = "schedules"
 
 def plan(
     target: Annotated[str | None, typer.Option(help="model name or folder; default: the one that ships")] = None,
-    draft: Annotated[list[str] | None, typer.Option(help="model name or folder; several are compared; default: the one that ships")] = None,
+    draft: Annotated[
+        list[str] | None,
+        typer.Option(help="model, drafting method or head, as for generate; several are compared; default: the model that ships"),
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's own on CUDA")] = Dtype.auto,
     temperature: float = 0.0,
     measured: Annotated[
@@ -55,15 +59,16 @@ def plan(
     if measured and (target or draft):
         raise InvalidRequest("--measured stands in place of models: give either figures or --target and --draft", "measured")
     errors = Console(stderr=True, highlight=False)
+    heads: list[HeadFigures] = []
     if measured:
         pairs = [read(file) for file in measured]
         pairs = pairs if rtt is None else [pair.model_copy(update={"rtt": rtt / 1e3}) for pair in pairs]
     else:
-        pairs = measure(target, draft, dtype, temperature, DEFAULT_RTT if rtt is None else rtt, errors)
+        pairs, heads = measure(target, draft, dtype, temperature, DEFAULT_RTT if rtt is None else rtt, errors)
     if save is not None:
         write(save, pairs)
     with simulator(errors) as run_all:
-        found = forecasts(pairs, names, setting, run_all)
+        found = forecasts(pairs, heads, names, setting, run_all)
     if png is not None:
         plot(found, png)
     console = Console(highlight=False)
@@ -91,15 +96,23 @@ def checked(names: Sequence[str], sessions: int, drafters: int, targets: int, rt
     return Setting(drafters=drafters, sessions=sessions, targets=targets)
 
 
-def measure(target: str | None, drafts: list[str] | None, dtype: Dtype, temperature: float, rtt: float, errors: Console) -> list[Measured]:
+def measure(
+    target: str | None, drafts: list[str] | None, dtype: Dtype, temperature: float, rtt: float, errors: Console
+) -> tuple[list[Measured], list[HeadFigures]]:
+    """Of drafters, of which there is one at least, and of heads. Heads that are asked for alone are set beside the draft model that ships,
+    and on another target beside n-grams."""
+    name, chosen = target or config.shipped("target"), tuple(dict.fromkeys(drafts or ()))
+    if all(config.head_of(draft) for draft in chosen):
+        chosen = (*chosen, config.shipped("draft") if target is None else "ngram")
+    wanted = config.deployment(name, chosen, 1, dtype.value, "auto", local=False)
     with errors.status("loading torch") as status:
         from actors.cli.measure import measure as of_models  # torch and transformers: `--help` needs neither
 
-        chosen = tuple(dict.fromkeys(drafts or [config.shipped("draft")]))
-        pairs, warnings = of_models(target or config.shipped("target"), chosen, dtype.value, temperature, rtt / 1e3, status.update)
+        drafters = [pool.member(0) for pool in wanted.pools]
+        pairs, heads, warnings = of_models(name, drafters, wanted.target.heads, dtype.value, temperature, rtt / 1e3, status.update)
     for warning in warnings:
         errors.print(f"note: {warning}", style="yellow")
-    return pairs
+    return pairs, heads
 
 
 def write(file: Path, pairs: Sequence[Measured]) -> None:
@@ -131,8 +144,10 @@ def simulator(errors: Console) -> Iterator[sweep.RunAll]:
         yield run_all
 
 
-def forecasts(pairs: Sequence[Measured], names: Sequence[str], setting: Setting, run_all: sweep.RunAll) -> Plan:
-    """All schedules for every draft; the rest for the one that is fastest."""
+def forecasts(
+    pairs: Sequence[Measured], heads: Sequence[HeadFigures], names: Sequence[str], setting: Setting, run_all: sweep.RunAll
+) -> Plan:
+    """All schedules for every drafter; the rest for the one that is fastest, beside which heads are set."""
     configs = [sweep.chosen(pair, names, setting, run_all) for pair in pairs]
     jobs = [job for pair, chosen in zip(pairs, configs, strict=True) for job in sweep.jobs(pair, chosen, setting) if job.group == KIND]
     compared = list(zip(jobs, run_all(jobs), strict=True))
@@ -141,4 +156,5 @@ def forecasts(pairs: Sequence[Measured], names: Sequence[str], setting: Setting,
     if "living" in names:
         shallow = sweep.half_as_deep(fastest)
         jobs.append(Job("half as deep", "living", 0, shallow, config.ScheduleConfig(), replace(setting)))
+        jobs += sweep.head_jobs(fastest, heads, setting)
     return Plan(tuple(pairs), fastest, setting, (*compared, *zip(jobs, run_all(jobs), strict=True)))

@@ -10,7 +10,7 @@ from rich.table import Table
 from runtime.config import ScheduleConfig
 from runtime.errors import InvalidRequest
 from runtime.sim import guesses
-from runtime.sim.forecast import Setting
+from runtime.sim.forecast import Forecast, Setting
 from runtime.sim.measured import Measured
 from runtime.sim.sweep import Done, fewest
 from runtime.sim.world import linear
@@ -47,6 +47,7 @@ class Plan:
 
 def tables(plan: Plan) -> list[Table]:
     found = [schedules(plan, draft) for draft in plan.drafts]
+    found += [heads(plan)] if plan.of("heads") else []
     return found + [swept(plan, group) for group in SWEEPS if plan.of(group)]
 
 
@@ -74,6 +75,27 @@ def schedules(plan: Plan, draft: Measured) -> Table:
     return found
 
 
+def heads(plan: Plan) -> Table:
+    """Heads of the target under the living schedule."""
+    found = bare("heads on the target, living: ms more a step, places ahead that are right, tokens/s")
+    found.add_column("head", no_wrap=True)
+    for name in ("ms", "1st", "2nd", "3rd", "alone", f"beside {plan.fastest.name}", "/ without"):
+        found.add_column(name, justify="right")
+    without = living(plan)[plan.fastest.name].tokens_per_second
+    for (job, both), (_, alone) in zip(plan.of("heads"), plan.of("heads alone"), strict=True):
+        head = job.setting.head
+        if head is not None:
+            rights = (f"{head.right(ahead):.2f}" for ahead in (1, 2, 3))
+            rates = (f"{alone.tokens_per_second:.1f}", f"{both.tokens_per_second:.1f}", f"{both.tokens_per_second / without:.2f}")
+            found.add_row(head.name, f"{1e3 * head.seconds:.2f}", *rights, *rates)
+    return found
+
+
+def living(plan: Plan) -> dict[str, Forecast]:
+    """What is expected of the living schedule without heads, by drafter."""
+    return {job.measured.name: seen for job, seen in plan.of("schedules") if job.schedule == "living"}
+
+
 def named(schedule: str, config: ScheduleConfig) -> str:
     match schedule:
         case "sync chain":
@@ -99,11 +121,11 @@ def swept(plan: Plan, group: str) -> Table:
 
 def sentences(plan: Plan) -> list[str]:
     """What is recommended, each with its numbers. Nothing without the living schedule."""
-    living = {job.measured.name: seen for job, seen in plan.of("schedules") if job.schedule == "living"}
-    if not living:
+    by_drafter = living(plan)
+    if not by_drafter:
         return []
-    seen, best = living[plan.fastest.name], plan.fastest
-    others = "".join(f", {name} {other.tokens_per_second:.1f}" for name, other in living.items() if other is not seen)
+    seen, best = by_drafter[plan.fastest.name], plan.fastest
+    others = "".join(f", {name} {other.tokens_per_second:.1f}" for name, other in by_drafter.items() if other is not seen)
     half = next(found for job, found in plan.of("half as deep"))
     by_drafters = plan.rates("drafters")["living"]
     count = fewest(by_drafters)
@@ -115,7 +137,20 @@ def sentences(plan: Plan) -> list[str]:
         f"and brings {seen.tokens_per_round:.2f} tokens.",
         f"Drafters: {count}, {by_drafters[count]:.1f} tokens/s; one brings {by_drafters[1]:.1f}, "
         f"{max(by_drafters):g} bring {by_drafters[max(by_drafters)]:.1f}.",
+        *with_heads(plan, seen),
     ]
+
+
+def with_heads(plan: Plan, without: Forecast) -> list[str]:
+    """The best head, alone or beside the fastest drafter; nothing where none was measured."""
+    tried = [(seen, f"{job.setting.head.name} alone") for job, seen in plan.of("heads alone") if job.setting.head]
+    tried += [(seen, f"{job.setting.head.name} beside {plan.fastest.name}") for job, seen in plan.of("heads") if job.setting.head]
+    if not tried:
+        return []
+    seen, name = max(tried, key=lambda one: one[0].tokens_per_second)
+    gain = seen.tokens_per_second / without.tokens_per_second
+    verdict = name if gain > 1.0 else f"none; the best, {name}, would bring less"
+    return [f"Head: {verdict}: {seen.tokens_per_second:.1f} tokens/s, {gain:.2f} times {plan.fastest.name} alone."]
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -130,6 +165,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "schedule": job.schedule,
                 "config": job.config.model_dump(),
                 "drafters": job.setting.drafters,
+                "head": job.setting.head.name if job.setting.head else None,
                 "sessions": job.setting.sessions,
                 "rtt": job.measured.rtt,
                 **asdict(seen),

@@ -1,10 +1,11 @@
 """What can be checked before anything is started: folders, tokenizers, lengths."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from runtime.config import Deployment, folder_of
+from runtime.config import TRAINED, Deployment, draft_of, folder_of
 from runtime.messages import Request, Tokens
 from runtime.models.hf import context_of
 from runtime.models.load import check_weights, find_folder, load_tokenizer, read_config
@@ -33,11 +34,12 @@ def check_models(plan: Deployment) -> Checked:
     """Raise now what the target, a head or a drafter would raise later of its model: ModelRefused, PairMismatch."""
     target = plan.target.model
     context, tokenizer = context_length(target), load_tokenizer(target)
-    for head in plan.target.heads:
-        if folder := folder_of(head):
-            read_settings(folder, head.method, identity_of(read_config(find_folder(target), target), tokenizer))
+    trained = [(head.method, folder) for head in plan.target.heads if (folder := folder_of(head))]
+    trained += [(pool.method, Path(draft_of(pool))) for pool in plan.pools if pool.method in TRAINED]
+    for method, folder in trained:
+        read_settings(folder, method, identity_of(read_config(find_folder(target), target), tokenizer))
     warnings: list[str] = []
-    for draft in dict.fromkeys(pool.model for pool in plan.pools if pool.model):
+    for draft in dict.fromkeys(pool.model for pool in plan.pools if pool.model and pool.method not in TRAINED):
         warnings += check_pair(tokenizer, load_tokenizer(draft), (target, draft), (context, context_length(draft)))
     return Checked(tokenizer, context, tuple(warnings))
 

@@ -103,6 +103,37 @@ def hidden_transfer(
 
 
 @train.command()
+def s3d(
+    out: Out,
+    target: Target = None,
+    data: Data = None,
+    skip: Annotated[str | None, typer.Option(help="layers to leave out, such as 3-7 or 2,4-6; default: the middle ones")] = None,
+    masks: Annotated[int, typer.Option(help="places ahead of the next that a pass guesses")] = 3,
+    rank: Annotated[int, typer.Option(help="of the adapter on the layers that stay")] = 16,
+    steps: Steps = 600,
+    batch: Batch = 4,
+    context: Context = 256,
+    own: Own = 200_000,
+    seed: Seed = 0,
+    device: Device = Device.auto,
+) -> None:
+    """A drafter out of some of the target's own layers, which guesses several places in a pass (arXiv 2405.20314)."""
+    whole("masks", masks, 1, 16)
+    whole("rank", rank, 1, 1024)
+    layers = staying(depth_of(target or config.shipped("target")), skip)
+    order = ordered("s3d", target, out, {"layers": layers, "masks": masks, "rank": rank}, steps, batch, context, own, seed)
+    from training import s3d as method
+    from training.hidden_transfer import check
+
+    with prepared(order, data, device, lambda teacher: check(teacher, context)) as (material, work, tell):
+        from training.heads import DRAFT
+        from training.run import train_head
+
+        made = method.new(material.teacher, layers, masks, rank, seed)
+        report(order, train_head(order, material, made, method.ahead(made, material.teacher, layers), work, tell, DRAFT))
+
+
+@train.command()
 def draft(
     out: Out,
     target: Target = None,
@@ -169,12 +200,33 @@ def same_vocabulary(target: str, start: str) -> None:
     check_pair(load_tokenizer(target), load_tokenizer(start), (target, start), (context_length(target), context_length(start)))
 
 
+def depth_of(target: str) -> int:
+    """Its layers. Raises ModelRefused."""
+    from runtime.models.load import find_folder, read_config
+
+    depth: int = read_config(find_folder(target), target).get_text_config(decoder=True).num_hidden_layers
+    return depth
+
+
+def staying(depth: int, skip: str | None) -> list[int]:
+    """The layers that are left. Raises InvalidRequest for numbers that are none, and for all of them."""
+    from training.s3d import middle
+
+    left_out = set(middle(depth))
+    if skip is not None:
+        pieces = re.fullmatch(r"(\d{1,4}(-\d{1,4})?,)*", f"{skip},") and [piece.partition("-") for piece in skip.split(",")]
+        left_out = {layer for first, _, last in pieces or () for layer in range(int(first), int(last or first) + 1)}
+    layers = [layer for layer in range(depth) if layer not in left_out]
+    if not layers or not left_out <= set(range(depth)) or (skip is not None and not left_out):
+        raise InvalidRequest(f"skip {str(skip)[:32]!r} is not allowed: give some of layers 0 to {depth - 1}, such as 2-4 or 1,3", "skip")
+    return layers
+
+
 def entries(target: str, layers: list[int] | None, positions: int) -> list[int]:
     """Layers at which pseudo states enter. Raises InvalidRequest for layers that the target has not."""
-    from runtime.models.load import find_folder, read_config
     from training.hidden_transfer import default_layers
 
-    depth = read_config(find_folder(target), target).get_text_config(decoder=True).num_hidden_layers
+    depth = depth_of(target)
     chosen = layers or default_layers(depth, positions)
     if chosen != sorted(chosen) or not 1 <= chosen[0] <= chosen[-1] < depth:
         raise InvalidRequest(f"layers {', '.join(map(str, chosen))} are not allowed: give rising numbers from 1 to {depth - 1}", "layers")

@@ -1,6 +1,7 @@
 """`outrider tune layers`: which of the target's own layers make the best drafter, found on texts; `outrider tune shapes`."""
 
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,8 +38,8 @@ def layers(
 ) -> None:
     """Search for the layers that the target can draft with (Draft & Verify, arXiv 2309.08168; LayerSkip, 2404.16710).
 
-    Layers are left out one after the other, always the one that is missed least; of all numbers of layers the one that promises most is
-    written down, with what was found for the others.
+    Layers are left out one after the other, always the one that is missed least; of all numbers of layers the one of which the planner
+    expects most, on a device of its own, is written down, with what was found for the others.
     """
     whole("texts", texts, 1, MOST_TEXTS)
     if out.exists():
@@ -46,7 +47,10 @@ def layers(
     import torch
 
     from actors.cli.prepare import context_length
+    from runtime.models.load import load_model
+    from runtime.models.timing import step_times
     from runtime.models.trained import identity_of
+    from runtime.schedulers.living import ROWS
     from training import folder, text
     from training import layers as method
     from training.progress import Bar
@@ -63,26 +67,27 @@ def layers(
         rows = [torch.tensor([excerpt]) for excerpt in text.excerpts(corpus.train, texts, length)]
         score = method.agreement(teacher, rows)
         found = method.search(count, score, bar.counts("leaving layers out", method.trials(count)))
-    best = method.best(found, count)
+        bar.note("measuring the target's steps, and what to expect")
+        rates, times = method.rates(teacher, rows), step_times(load_model(name, "auto", device.value), ROWS, time.monotonic)
+        promises = {subset: method.speed_up(rates(subset.layers), method.cost(teacher, subset.layers), times) for subset in found}
     with folder.writable(out):
-        content = method.as_json(identity_of(teacher.module.config, teacher.tokenizer), best, found, count)
+        content = method.as_json(identity_of(teacher.module.config, teacher.tokenizer), promises)
         folder.write(out, (json.dumps(content, indent=2) + "\n").encode())
-    show(found, best, count, out)
+    show(promises, count, out)
 
 
-def show(found: "list[Subset]", best: "Subset", count: int, out: Path) -> None:
-    from training.layers import speed_up
+def show(promises: "dict[Subset, float]", count: int, out: Path) -> None:
+    from training.layers import best
 
+    chosen = best(promises)
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("layers", "agree with all", "promise", "kept"):
+    for heading in ("layers", "agree with all", "to expect", "kept"):
         table.add_column(heading)
-    for subset in found:
-        promise, length = speed_up(subset.acceptance, len(subset.layers) / count)
-        style = "bold" if subset is best else None
-        kept = " ".join(map(str, subset.layers))
-        table.add_row(
-            f"{len(subset.layers)} of {count}", f"{subset.acceptance:.2f}", f"{promise:.2f} x in chains of {length}", kept, style=style
-        )
-    console = Console(highlight=False)
+    for subset, promise in promises.items():
+        kept, style = " ".join(map(str, subset.layers)), "bold" if subset is chosen else None
+        table.add_row(f"{len(subset.layers)} of {count}", f"{subset.acceptance:.2f}", f"{promise:.2f} x plain", kept, style=style)
+    console = Console(highlight=False, soft_wrap=True)
     console.print(table)
-    console.print(f"{out} names layers {', '.join(map(str, best.layers))} for the drafting method layer-skip")
+    if promises[chosen] <= 1.0:
+        console.print("Drafting with layers of this target is not expected to pay: choose another method.")
+    console.print(f"{out} names layers {', '.join(map(str, chosen.layers))}: `--draft {out}` drafts with them")

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from runtime.clock import Clock
-from runtime.models.base import Model, Part, Rows
+from runtime.models.base import Look, Model, Open, Part, Rows
 from runtime.models.prefill import prefill
 
 TEXT = 64  # tokens in the cache while it is measured
+RIDDEN = 8  # rows of a usual step
 
 
 def step_times(model: Model, widths: Sequence[int], clock: Clock, repeats: int = 5) -> dict[int, float]:
@@ -53,6 +54,24 @@ def text_time(model: Model, texts: int, clock: Clock, repeats: int = 5) -> float
         for cache in caches:
             cache.truncate(length)
     return max(0.0, statistics.median(differences[1:]) / (texts - 1))
+
+
+def riding_time(model: Open, look: Look, riders: int, clock: Clock, repeats: int = 5) -> float:
+    """Seconds (median) by which pseudo rows beside `riders` rows prolong a pass of `RIDDEN` rows; never below 0."""
+    text = min(TEXT, model.context - 2 - len(look.branches))
+    cache = model.new_cache()
+    prefill(model, cache, np.zeros(text, dtype=np.int64))
+    differences = []
+    for _ in range(repeats + 1):
+        times = []
+        for ridden in (range(riders), ()):
+            began = clock()
+            (shown,) = model.show_all([Part(cache, fan(text, RIDDEN), None, ridden)], look)
+            float(shown.logits[0, 0])
+            times.append(clock() - began)
+            cache.truncate(text)
+        differences.append(times[0] - times[1])
+    return max(0.0, statistics.median(differences[1:]))
 
 
 def fan(text: int, width: int) -> Rows:

@@ -17,6 +17,7 @@ from runtime.policy import scheduler
 from runtime.sampling import Sampling
 from runtime.schedulers.base import Plan, Scheduler, View
 from runtime.sim import guesses
+from runtime.sim.heads import HeadFigures, ReplayedHead
 from runtime.sim.measured import Measured
 from runtime.sim.pair import BRANCHES, CONTEXT, VOCABULARY, Guesser, NamingModel, choose
 from runtime.sim.world import DrafterSide, TargetSide, World, linear
@@ -38,7 +39,7 @@ class Setting:
 
     `length`: tokens of each session, after which another takes its place (0: none ends); `once`: none does, and what counts is the
     whole of them, from the first token to the last, as when a batch is measured. A target holds 256 sessions at most: others wait,
-    and do not change how many tokens there are in a second.
+    and do not change how many tokens there are in a second. `head`: one that sits on every target.
     """
 
     drafters: int = 1
@@ -49,6 +50,7 @@ class Setting:
     once: bool = False
     tokens: int = TOKENS
     effort: int = EFFORT
+    head: HeadFigures | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +113,12 @@ def forecast(measured: Measured, schedule: ScheduleConfig, setting: Setting = Se
 def simulate(measured: Measured, policy: Callable[[], Scheduler], setting: Setting) -> Forecast:
     """`policy` makes the scheduler of one target."""
     world, seen, examples = World(), Seen(), guesses.of(measured)
-    guesser, known = Guesser(examples), examples.learned(DRAFTER, BRANCHES).saved()
-    targets = [target(world, measured, Watched(policy(), seen), known) for _ in range(min(setting.targets, setting.sessions))]
+    guesser, learned = Guesser(examples), examples.learned(DRAFTER, BRANCHES)
+    if setting.head is not None:
+        setting.head.teach(learned)
+    known = learned.saved()
+    wanted_targets = range(min(setting.targets, setting.sessions))
+    targets = [target(world, measured, Watched(policy(), seen), known, setting.head) for _ in wanted_targets]
     drafters = [drafter(world, measured, f"{DRAFTER}-{n}", guesser, known, setting.width) for n in range(setting.drafters)]
     for stream, one in enumerate(targets):
         for draft in drafters:
@@ -132,14 +138,16 @@ def simulate(measured: Measured, policy: Callable[[], Scheduler], setting: Setti
     return seen.forecast(world.now - began)
 
 
-def target(world: World, measured: Measured, policy: Scheduler, known: Mapping[str, Any]) -> TargetSide:
+def target(world: World, measured: Measured, policy: Scheduler, known: Mapping[str, Any], head: HeadFigures | None) -> TargetSide:
     """`known`: saved calibrations; target and drafters begin as after a long time together."""
-    engine = Engine(NamingModel(), choose, policy, frozenset(), world.clock, CONTEXT, Calibrations.restored(known))
+    heads = {f"{head.name}-0": ReplayedHead(head)} if head is not None else {}
+    engine = Engine(NamingModel(), choose, policy, frozenset(), world.clock, CONTEXT, Calibrations.restored(known), heads=heads)
     of_rows = linear(measured.target)
 
     def seconds(rows: int, sessions: int, taken: int, busy: bool) -> float:
         model = (of_rows(rows) + measured.text * (sessions - 1)) * (measured.beside if busy else 1.0)
-        return model + measured.step * sessions + measured.message * taken
+        looked = head.seconds if head is not None and engine.mounted.awake else 0.0
+        return model + (measured.step + looked) * sessions + measured.message * taken
 
     return TargetSide(world, engine, seconds)
 

@@ -8,6 +8,7 @@ from runtime.config import ScheduleConfig
 from runtime.errors import InvalidRequest
 from runtime.schedulers.pearl import gamma
 from runtime.sim.forecast import Forecast, Setting, forecast
+from runtime.sim.heads import HeadFigures
 from runtime.sim.measured import Measured
 
 CHAINS = (1, 2, 3, 4, 5, 6, 8, 12)
@@ -94,6 +95,13 @@ def jobs(measured: Measured, configs: dict[str, ScheduleConfig], setting: Settin
         if name in LOADED:
             found += [Job("load", name, count, measured, config, replace(setting, sessions=count)) for count in SESSIONS]
     return found
+
+
+def head_jobs(measured: Measured, heads: Sequence[HeadFigures], setting: Setting) -> list[Job]:
+    """Each head by itself, and beside the drafters."""
+    living = ScheduleConfig()
+    beside = [Job("heads", "living", number, measured, living, replace(setting, head=head)) for number, head in enumerate(heads)]
+    return [replace(job, group="heads alone", setting=replace(job.setting, drafters=0)) for job in beside] + beside
 
 
 def half_as_deep(measured: Measured) -> Measured:

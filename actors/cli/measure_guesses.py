@@ -1,0 +1,78 @@
+"""What `outrider plan` measures of heads, and of drafters without a model, along the target's own texts."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from runtime import limits
+from runtime.drafters.base import Drafter, Text, Wish
+from runtime.heads.base import Head, Seen
+from runtime.messages import Tokens
+from runtime.models.base import Part, causal
+from runtime.models.hf import HFModel
+from runtime.sampling import Sampling
+from runtime.sim.heads import HeadFigures, Place, along
+from runtime.sim.measured import Position
+from runtime.tree import TokenTree, text_key
+
+Answer = tuple[Sequence[int], Sequence[int]]  # prompt, and what the target said
+SILENT = -14.0  # log of the chance of what stands for no guess
+
+
+def of_head(name: str, head: Head, model: HFModel, answers: Sequence[Answer], sampling: Sampling) -> HeadFigures:
+    """It looks at steps of plain decoding along the answers. Each pass is made without it and then with it: the difference is its price."""
+    steps: list[tuple[Place, ...]] = []
+    without, passes, own = [], [], []
+    for number, (prompt, output) in enumerate(answers):
+        cache = model.new_cache()
+        if len(prompt) > 1:
+            model.forward(cache, causal(np.asarray(prompt[:-1]), 0), last=0)
+        for place in range(len(output) - 1):
+            text = (*prompt, *output[:place])
+            rows = causal(np.asarray(text[-1:]), cache.length)
+            began = time.monotonic()
+            model.forward_all([Part(cache, rows)])
+            middle = time.monotonic()
+            cache.truncate(len(text) - 1)
+            part = Part(cache, rows)
+            if head.look.branches and rows.positions[0] + len(head.look.branches) < model.context:
+                part = replace(part, riders=(0,))
+            looking = time.monotonic()
+            (shown,) = model.show_all([part], head.look)
+            seen = time.monotonic()
+            growth = head.propose([Seen(begun(number, (*text, output[place]), prompt, sampling), rows.tokens, (0,), shown, part.riders)])[0]
+            own.append(time.monotonic() - seen)
+            without.append(middle - began)
+            passes.append(seen - looking)
+            steps.append(along(growth, output[place + 1 :]))
+        head.close(str(number))
+    price = statistics.median(own) + max(0.0, statistics.median(passes) - statistics.median(without))
+    return HeadFigures(name, price, tuple(steps))
+
+
+def of_drafter(drafter: Drafter, answers: Sequence[Answer], sampling: Sampling) -> tuple[float, tuple[Position, ...]]:
+    """Seconds (median) of a pass that guesses what follows a text, and its guesses at each place of the answers."""
+    seconds, found = [], []
+    for number, (prompt, output) in enumerate(answers):
+        for place, right in enumerate(output):
+            wish = Wish(begun(number, (*prompt, *output[:place]), prompt, sampling), [0])
+            guessed = None
+            while guessed is None:
+                began = time.monotonic()
+                (guessed,) = drafter.expand([wish])
+            seconds.append(time.monotonic() - began)
+            best = np.argsort(-guessed.scores, kind="stable")
+            ranks = np.flatnonzero(guessed.tokens[best] == right)
+            scores = tuple(np.minimum(guessed.scores[best].astype(float), 0.0).tolist()) or (SILENT,)
+            found.append(Position(rank=int(ranks[0]) if len(ranks) else None, scores=scores))
+        drafter.close(str(number))
+    return statistics.median(seconds), tuple(found)
+
+
+def begun(number: int, tokens: Tokens, prompt: Sequence[int], sampling: Sampling) -> Text:
+    """A text with no guesses yet."""
+    tree = TokenTree(text_key(tokens), tokens[-1], limits.TREE_NODES, limits.TREE_DEPTH)
+    return Text(str(number), tokens, len(prompt), sampling, tree)

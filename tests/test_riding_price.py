@@ -1,0 +1,66 @@
+"""What pseudo rows take of a pass is measured, and charged to the head that wants them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from runtime.engine import Engine
+from runtime.heads.hidden_transfer import HiddenTransfer, HiddenTransferHead
+from runtime.metrics import Ledger
+from runtime.models.base import Look, Part, Shown, causal
+from runtime.models.choose import choose
+from runtime.models.hf import HFModel
+from runtime.models.timing import RIDDEN, riding_time
+from runtime.models.toy import ToyModel
+from runtime.mounted import Mounted
+from runtime.schedulers.fixed import Fixed
+from tests.families import hf_model
+from tests.rig import NOBODY, Lockstep, asking
+
+
+class Slow(ToyModel):
+    """Takes as many seconds as it has rows, and two more for each that is ridden; every third pass is disturbed."""
+
+    def __init__(self) -> None:
+        super().__init__(context=32)
+        self.now, self.passes, self.looks = 0.0, 0, set[Look]()
+
+    def show_all(self, parts: Sequence[Part], look: Look) -> list[Shown]:
+        self.looks.add(look)
+        self.now += sum(len(part.rows.tokens) + 2 * len(part.riders) for part in parts) + (100.0 if self.passes % 6 == 1 else 0.0)
+        self.passes += 1
+        return [Shown(logits) for logits in self.forward_all(parts)]
+
+
+def head(model: HFModel) -> HiddenTransferHead:
+    return HiddenTransferHead(HiddenTransfer(int(model.module.config.hidden_size), (1,)))
+
+
+def test_the_price_is_what_riders_add() -> None:
+    model, look = Slow(), head(hf_model("llama")).look
+    assert riding_time(model, look, 3, lambda: model.now) == 6.0  # type: ignore[arg-type]
+    assert model.passes == 2 * 6
+    assert model.looks == {look}
+    assert RIDDEN >= 3
+
+
+@pytest.mark.parametrize(("riders", "expected"), [(((0,), (1, 2)), {"h-0": 1.0}), (((0,), ()), {"h-0": 0.5}), (((), ()), {})])
+def test_it_is_paid_once_for_each_session_that_is_ridden(riders: Sequence[Sequence[int]], expected: dict[str, float]) -> None:
+    model = hf_model("llama")
+    mounted = Mounted(model, {"h-0": head(model)}, Ledger(), {"h-0": 0.5})
+    parts = [Part(model.new_cache(), causal(np.arange(3), 0), riders=of) for of in riders]
+    assert mounted.riding_time(parts) == {}  # it is not awake
+    mounted.wake(["h-0"])
+    assert mounted.riding_time(parts) == expected
+
+
+@pytest.mark.parametrize("price", [0.0, 1e9])
+def test_the_head_is_charged_for_them_in_each_step(price: float) -> None:
+    model = hf_model("llama")
+    engine = Engine(model, choose, Fixed(4), NOBODY, lambda: 0.0, heads={"h-0": head(model)}, prices={"h-0": price})
+    lockstep = Lockstep(engine)
+    lockstep.admit(asking([1, 2, 3], max_tokens=40))
+    lockstep.round()
+    lockstep.round()
+    assert engine.crowd.merit.spent["h-0"] == pytest.approx(2 * price)
