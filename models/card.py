@@ -61,6 +61,7 @@ files, continued by the target for up to {new_tokens} tokens. At temperature > 0
 
 Beside the draft, heads on the target itself, trained on the same texts by `python -m models.train medusa hidden-transfer`, each with a
 card of its own: [medusa](heads/medusa/README.md), [hidden-transfer](heads/hidden-transfer/README.md).
+A drafter out of three of the target's layers is trained by `python -m models.train s3d`: [s3d](s3d/README.md).
 
 ## Loss
 

@@ -1,4 +1,4 @@
-"""The heads that ship with the pair: trained on what its draft was trained on, and left under models/heads."""
+"""What ships beside the pair, trained on what its draft was trained on: heads under models/heads, and models/s3d."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +12,9 @@ from runtime.heads.hidden_transfer import HiddenTransfer
 from runtime.heads.medusa import Medusa
 from runtime.models.acceptance import continuation
 from runtime.models.load import load_model
-from training import hidden_transfer, medusa, outputs, text
+from training import hidden_transfer, medusa, outputs, s3d, text
 from training.folder import opened
-from training.heads import Ahead
+from training.heads import DRAFT, HEAD, Ahead
 from training.progress import Bar
 from training.run import Material, Order, train_head
 from training.teacher import Teacher, fingerprint, load_teacher
@@ -22,22 +22,30 @@ from training.teacher import Teacher, fingerprint, load_teacher
 HERE = Path(__file__).parent
 CONTEXT = 256
 OUT = HERE / "heads"
+STAY, MASKS, RANK = [0, 1, 6], 3, 16  # of S3D; these three layers are what `outrider tune layers` finds
 
 
 def order(method: str) -> Order:
     target = str(HERE / "target")
     if method == "medusa":
         return Order(method, target, OUT / method, {"heads": 3, "blocks": 1}, steps=160, batch=4, context=CONTEXT, own=0, seed=0)
-    return Order(method, target, OUT / method, {"layers": [3, 4, 5]}, steps=160, batch=2, context=CONTEXT, own=0, seed=0)
+    if method == "hidden-transfer":
+        return Order(method, target, OUT / method, {"layers": [3, 4, 5]}, steps=160, batch=2, context=CONTEXT, own=0, seed=0)
+    settings = {"layers": STAY, "masks": MASKS, "rank": RANK}
+    return Order(method, target, HERE / method, settings, steps=400, batch=2, context=CONTEXT, own=0, seed=0)
 
 
-def built(method: str, teacher: Teacher) -> tuple[nn.Module, Ahead]:
+def built(method: str, teacher: Teacher) -> tuple[nn.Module, Ahead, int]:
+    """What is trained, what it guesses, and the offset of the first place that it guesses."""
     settings = order(method).settings
     if method == "medusa":
         heads = Medusa(teacher.hidden_size, settings["heads"], settings["blocks"])
-        return heads, medusa.ahead(heads)
-    maps = HiddenTransfer(teacher.hidden_size, settings["layers"])
-    return maps, hidden_transfer.ahead(maps, teacher)
+        return heads, medusa.ahead(heads), HEAD
+    if method == "hidden-transfer":
+        maps = HiddenTransfer(teacher.hidden_size, settings["layers"])
+        return maps, hidden_transfer.ahead(maps, teacher), HEAD
+    made = s3d.new(teacher, **settings, seed=0)
+    return made, s3d.ahead(made, teacher, settings["layers"]), DRAFT
 
 
 def train(method: str, own: Path) -> None:
@@ -49,15 +57,9 @@ def train(method: str, own: Path) -> None:
     documents = [text.Document(name, corpus.read(name)) for name in names]
     data = text.corpus(documents, teacher.tokenizer.backend_tokenizer, teacher.tokenizer.eos_token_id, 2 * CONTEXT)
     with opened(asked.out, asked.recipe(fingerprint(asked.target), data.digest)) as work, Bar() as bar:
-        module, ahead = built(method, teacher)
-        train_head(
-            asked,
-            Material(teacher, data, rows, held_out(asked.target, data, own.parent / "held-out")),
-            module,
-            ahead,
-            work,
-            bar.steps(asked.steps),
-        )
+        module, ahead, offset = built(method, teacher)
+        material = Material(teacher, data, rows, held_out(asked.target, data, own.parent / "held-out"))
+        train_head(asked, material, module, ahead, work, bar.steps(asked.steps), offset)
 
 
 def held_out(target: str, data: text.Corpus, folder: Path) -> list[outputs.Written]:

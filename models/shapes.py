@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from transformers import LlamaConfig
 
+from training.shapes import llama
+
 VOCABULARY = 4096
 CONTEXT = 512
 
@@ -15,20 +17,7 @@ class Shape:
     intermediate: int
 
     def config(self, end_of_text: int) -> LlamaConfig:
-        heads = self.hidden // 64
-        return LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=self.hidden,
-            num_hidden_layers=self.layers,
-            intermediate_size=self.intermediate,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            max_position_embeddings=CONTEXT,
-            tie_word_embeddings=True,
-            bos_token_id=end_of_text,
-            eos_token_id=end_of_text,
-            pad_token_id=end_of_text,
-        )
+        return llama(self.hidden, self.layers, self.intermediate, VOCABULARY, CONTEXT, end_of_text)
 
 
 TARGET = Shape(hidden=256, layers=9, intermediate=704)  # 8.3M parameters

@@ -5,6 +5,7 @@
     outputs     the target's own continuations of training excerpts
     draft       distillation of the draft on them
     medusa, hidden-transfer    heads on the target, trained on the same: models/heads
+    s3d         masks and an adapter for some of the target's layers, on the same: models/s3d
     card        acceptance, perplexity, curves: models/README.md
 
 Each stage leaves its result under build/train and starts again where it was interrupted.
@@ -46,6 +47,7 @@ class Stage(StrEnum):
     draft = "draft"
     medusa = "medusa"
     hidden_transfer = "hidden-transfer"
+    s3d = "s3d"
     card = "card"
 
 
@@ -180,7 +182,7 @@ def main(
                 write_outputs(output_tokens)
             case Stage.draft:
                 train_draft(draft_steps, compiled)
-            case Stage.medusa | Stage.hidden_transfer:
+            case Stage.medusa | Stage.hidden_transfer | Stage.s3d:
                 train_head(stage.value, WORK / "outputs")
             case Stage.card:
                 write_card(WORK)

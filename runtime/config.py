@@ -19,12 +19,14 @@ import runtime.drafters
 import runtime.heads
 from runtime.errors import InvalidRequest
 from runtime.sampling import whole
+from runtime.shares import share_of, split_cores
 
 Device = Literal["auto", "cpu", "cuda"]
 MOST_DRAFTERS = 64
 POOL_NAME = r"^[a-z0-9][a-z0-9._-]{0,40}$"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Policy = Literal["living", "plain", "sync", "amusd", "pearl"]
+TRAINED = frozenset({"s3d"})  # drafting methods whose model is a folder that was trained for this target
 LANES = ("target", "wire")  # of a trace; every other lane is a drafter's
 ROLES = (*LANES, "controller", "gateway")  # actors that are no drafters
 
@@ -108,7 +110,7 @@ Layers = Annotated[
 
 
 class DrafterConfig(Strict):
-    """One drafter. `model` is the draft model of the methods that have one."""
+    """One drafter. `model` is the draft model of the methods that have one, or the folder of what was trained for this target."""
 
     name: str
     method: Method = "model"
@@ -137,7 +139,7 @@ class PoolConfig(Strict):
 
     name: str = Field(pattern=POOL_NAME)
     method: Method = "model"
-    model: str = Field(default="", description="draft model of the methods that have one: a folder or a hub name")
+    model: str = Field(default="", description="draft model of the methods that have one: a folder or a hub name; or what was trained")
     layers: Layers = ()
     dtype: Dtype = "auto"
     device: Device = "auto"
@@ -278,15 +280,36 @@ def folder_of(head: HeadConfig) -> Path | None:
     return folder if head.folder or folder.is_dir() else None
 
 
+def draft_of(drafter: DrafterConfig | PoolConfig) -> str:
+    """The model, or the folder of what was trained, that it drafts with: as configured, or what comes with the project for its method."""
+    folder = importlib.resources.files("models") / drafter.method
+    return drafter.model or (str(folder) if folder.is_dir() else "")
+
+
+def trained_as(folder: str) -> str:
+    """The method that something was trained for; nothing for any other folder or name."""
+    try:
+        return str(json.loads((Path(folder) / "config.json").read_bytes())["method"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+
+
 def head_of(draft: str) -> HeadConfig | None:
     """The head that is meant: by its name, or by a folder that was trained to be one. None for what is a drafter or a model."""
     if draft in heads():
         return HeadConfig(method=draft)
-    try:
-        method = json.loads((Path(draft) / "config.json").read_bytes())["method"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
+    method = trained_as(draft)
     return HeadConfig(method=method, folder=draft) if method in heads() else None
+
+
+def drafter_of(draft: str) -> tuple[str, str, tuple[int, ...]]:
+    """Method, model and layers of what is no head: a method's name, what was tuned or trained for one, or a model."""
+    if layers := layers_of(draft):
+        return "layer-skip", "", layers
+    if draft in methods() and draft != "model":
+        return draft, "", ()
+    method = trained_as(draft)
+    return method if method in methods() else "model", draft, ()
 
 
 def layers_of(draft: str) -> tuple[int, ...]:
@@ -313,8 +336,7 @@ def deployment(
     mine, *shares = split_cores(sorted(os.sched_getaffinity(0)), len(apart)) if local else [()] * (len(apart) + 1)
     pools: list[PoolConfig] = []
     for draft, cores in zip(apart, shares, strict=True):
-        layers = layers_of(draft)
-        method, model = ("layer-skip", "") if layers else (draft, "") if draft in methods() and draft != "model" else ("model", draft)
+        method, model, layers = drafter_of(draft)
         name = pool_name(draft, {*(pool.name for pool in pools), *(head.method for head in mounted.values())})
         place = here.model_copy(update={"cores": cores})
         kind = {"method": method, "model": model, "layers": layers, "dtype": dtype, "device": device}
@@ -337,21 +359,6 @@ def pool_name(draft: str, taken: Container[str]) -> str:
     stem = re.sub(r"[^a-z0-9._-]+", "-", Path(draft).name.lower()).lstrip("._-")[:32] or "draft"
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
     return next(name for name in names if name not in taken and name not in ROLES)
-
-
-def split_cores(cores: list[int], pools: int) -> list[tuple[int, ...]]:
-    """Cores of the target, then of each pool: the target has half of them, the pools share the rest in turn.
-
-    With a single core all use it; without pools the target has one half too, so that a comparison is fair.
-    """
-    half = max(1, len(cores) // 2)
-    mine, rest = tuple(cores[:half]), tuple(cores[half:] or cores)
-    return [mine, *(share_of(rest, index, pools) for index in range(pools))]
-
-
-def share_of(cores: tuple[int, ...], index: int, of: int) -> tuple[int, ...]:
-    """The part of number `index` where `of` divide the cores in turn; several are on one core where there are too few."""
-    return cores[index::of] or cores[index % len(cores) :][:1] if cores else ()
 
 
 def cache_folder() -> Path:

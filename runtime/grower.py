@@ -227,7 +227,7 @@ class Grower:
             growing = self.growing.get(wish.text.session)
             if growing is not None and children is not None:
                 self.expanded(growing, wish.leaves)
-                growing.unsent.append(self.sprout(growing, children))
+                growing.unsent += self.sprout(growing, children)
                 if growing.due:
                     self.send(growing)
                 growing.ripe().extend()
@@ -245,15 +245,26 @@ class Grower:
             growing.tree.expanded[leaf] = True
         growing.ripe().drop_expanded()
 
-    def sprout(self, growing: Growing, children: Children) -> Grown:
-        """Put new children into the tree; returns what is to be sent of them.
+    def sprout(self, growing: Growing, children: Children) -> list[Grown]:
+        """Put new children, and what is below them, into the tree; returns what is to be sent of them. What is below a guess that is left
+        out is left out too."""
+        nodes = children.parents.astype(np.int64)
+        grown = [self.put(growing, nodes, children)]
+        while children.below is not None:
+            nodes, children = became(growing.tree, nodes, children.tokens)[children.below.parents], children.below
+            grown.append(self.put(growing, nodes, children))
+        return grown
+
+    def put(self, growing: Growing, parents: npt.NDArray[np.int64], children: Children) -> Grown:
+        """Of guesses below these nodes, -1 for none.
 
         Siblings that are hardly possible are left out, but not the first child: a node is asked about once, and may become the root.
         """
         tree, calibration = growing.tree, self.calibration(growing).of(self.name)
-        parents, said = children.parents.astype(np.int64), children.scores.astype(np.float64)
+        said = children.scores.astype(np.float64)
         ranks = np.frombuffer(tree.fanout, np.int64)[parents] + place_in_run(parents)
-        possible = (ranks == 0) | (np.frombuffer(tree.path)[parents] + calibration.scores(ranks, said) >= FLOOR)
+        likely = (ranks == 0) | (np.frombuffer(tree.path)[parents] + calibration.scores(ranks, said) >= FLOOR)
+        possible = likely & (parents >= 0)
         keys, tokens, said = np.frombuffer(tree.key, np.uint64)[parents[possible]], children.tokens[possible], said[possible]
         new = tree.merge(keys, tokens.astype(np.int64), said, self.name, calibration.scores).rows
         return Grown(keys[new], tokens[new].astype(np.int32), said[new].astype(np.float32))
@@ -343,6 +354,12 @@ def wish_of(name: str, growing: Growing, count: int) -> Wish:
     opened = growing.opened
     text = Text(name, growing.tokens, opened.prompt, opened.sampling, growing.tree)
     return Wish(text, growing.ripe().best(count), opened.style.branches)
+
+
+def became(tree: TokenTree, parents: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    """Of children of these nodes, -1 for none; -1 where they are not in the tree."""
+    found = (tree.child(parent, token) if parent >= 0 else None for parent, token in zip(parents.tolist(), tokens.tolist(), strict=True))
+    return np.array([-1 if node is None else node for node in found], dtype=np.int64)
 
 
 def place_in_run(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -20,9 +20,9 @@ from runtime.config import (
     methods,
     read,
     shipped,
-    split_cores,
 )
 from runtime.errors import InvalidRequest
+from runtime.shares import split_cores
 
 
 def named(*drafts: str, drafters: int = 1) -> list[str]:

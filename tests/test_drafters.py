@@ -5,6 +5,7 @@ import gc
 import importlib
 import types
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from runtime import limits
 from runtime.choice import Ask
 from runtime.config import methods, module_of
-from runtime.drafters.base import Children, Drafter, Ingredients, Text, Wish
+from runtime.drafters.base import Children, Drafter, Text, Wish
 from runtime.drafters.model import ModelDrafter
 from runtime.errors import InvalidRequest
 from runtime.frontier import Frontier
@@ -28,6 +29,7 @@ from runtime.models.toy import ToyModel
 from runtime.sampling import Sampling
 from runtime.schedulers.fixed import Fixed
 from runtime.tree import TokenTree, text_key
+from tests import masks
 from tests.rig import Lockstep, answer, asking, engine_of, hosted, plain, running
 
 PROMPT = [3, 1, 4, 1, 5, 9, 3, 1, 4, 1]
@@ -37,7 +39,9 @@ METHODS = pytest.mark.parametrize("method", methods())
 
 def built(method: str) -> Drafter:
     module = importlib.import_module(f"runtime.drafters.{module_of(method)}")
-    drafter: Drafter = module.build(Ingredients("target", "draft", lambda name: LOOPING, lambda name: LOOPING))
+    found = masks.tiny(LOOPING.vocabulary)  # a method that reads the target's folder, and what was trained for it, finds one
+    given = masks.ingredients(found.target, found.folder)
+    drafter: Drafter = module.build(replace(given, load=lambda name: LOOPING, load_layers=lambda name: LOOPING))
     return drafter
 
 

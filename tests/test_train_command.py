@@ -76,6 +76,20 @@ def test_an_interrupted_training_goes_on(
     assert not (tmp_path / "h.partial").exists()
 
 
+def test_layers_of_the_target_from_the_command_line_draft_for_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Path, data: Path, tmp_path: Path
+) -> None:
+    given = ("--skip", "0,2", "--masks", 2, "--rank", 2, "--target", tiny, "--data", data, "--out", tmp_path / "s")
+    assert outrider(monkeypatch, "train", "s3d", *given, *SMALL) == 0
+    assert json.loads((tmp_path / "s" / "config.json").read_text())["settings"] == {"layers": [1], "masks": 2, "rank": 2}
+    capsys.readouterr()
+    asked = ("--target", tiny, "--in-process", "--json", "--max-tokens", 12, "--prompt", "import os")
+    assert outrider(monkeypatch, "generate", *asked, "--draft", tmp_path / "s") == 0
+    drafted = json.loads(capsys.readouterr().out)
+    assert outrider(monkeypatch, "generate", *asked, "--speculation", "off") == 0
+    assert drafted["text"] == json.loads(capsys.readouterr().out)["text"]
+
+
 def test_a_draft_of_a_given_shape(monkeypatch: pytest.MonkeyPatch, tiny: Path, data: Path, tmp_path: Path) -> None:
     given = ("--shape", "64x1", "--loss", "kl", "--target", tiny, "--data", data, "--out", tmp_path / "d")
     assert outrider(monkeypatch, "train", "draft", *given, *SMALL) == 0
@@ -100,6 +114,12 @@ def test_a_draft_of_a_given_shape(monkeypatch: pytest.MonkeyPatch, tiny: Path, d
         (["medusa", "--out", "OUT", "--target", "TAKEN"], "has no config.json"),
         (["hidden-transfer", "--out", "OUT", "--layers", "2", "--layers", "1"], "layers 2, 1 are not allowed"),
         (["hidden-transfer", "--out", "OUT", "--layers", "3"], "layers 3 are not allowed: give rising numbers from 1 to 2"),
+        (["s3d", "--out", "OUT", "--skip", "1-3"], "skip '1-3' is not allowed: give some of layers 0 to 2"),
+        (["s3d", "--out", "OUT", "--skip", "0-2"], "skip '0-2' is not allowed"),
+        (["s3d", "--out", "OUT", "--skip", "1-"], "skip '1-' is not allowed"),
+        (["s3d", "--out", "OUT", "--skip", "2-1"], "skip '2-1' is not allowed"),
+        (["s3d", "--out", "OUT", "--masks", "0"], "masks 0"),
+        (["s3d", "--out", "OUT", "--rank", "1025"], "rank 1025"),
         (["draft", "--out", "OUT"], "exactly one of --latency, --shape and --start"),
         (["draft", "--out", "OUT", "--shape", "64x1", "--latency", "1"], "exactly one"),
         (["draft", "--out", "OUT", "--latency", "0"], "latency 0"),

@@ -16,7 +16,7 @@ from runtime.models.trained import identity_of, read_settings, read_tensors
 from runtime.sampling import Sampling
 from tests.learner import CONTEXT, material, order, rows
 from tests.pair import save_model
-from training import folder, heads, hidden_transfer, medusa, outputs
+from training import folder, heads, hidden_transfer, medusa, outputs, s3d
 from training.acceptance import measure
 from training.run import train_head
 from training.teacher import Teacher, fingerprint, load_teacher
@@ -66,16 +66,17 @@ def test_untrained_medusa_heads_say_what_the_target_says_of_the_next_place(teach
         torch.testing.assert_close(state, teacher.states(tokens).last)
 
 
-def test_the_loss_of_a_head_looks_at_the_places_it_is_to_guess(teacher: Teacher) -> None:
-    """A head that knew the future would have none: row p of position i against what the target says in row p + 1 + i."""
+@pytest.mark.parametrize("offset", [heads.DRAFT, heads.HEAD])
+def test_the_loss_looks_at_the_places_that_are_to_be_guessed(teacher: Teacher, offset: int) -> None:
+    """Who knew the future would have none: row p of position i against what the target says in row p + offset - 1 + i."""
 
     def ahead(seen: object) -> tuple[Tensor, Tensor]:
         last = teacher.states(tokens).last
-        return torch.stack([last.roll(-1 - i, dims=1) for i in range(3)]), torch.zeros(())
+        return torch.stack([last.roll(1 - offset - i, dims=1) for i in range(3)]), torch.zeros(())
 
     tokens = rows()
-    assert float(heads.distillation(teacher, ahead)(tokens, 0.0)) == pytest.approx(0.0, abs=1e-5)
-    assert float(heads.distillation(teacher, lambda seen: (torch.stack([seen.last] * 3), torch.zeros(())))(tokens, 0.0)) > 0.1
+    assert float(heads.distillation(teacher, ahead, offset)(tokens, 0.0)) == pytest.approx(0.0, abs=1e-5)
+    assert float(heads.distillation(teacher, lambda seen: (torch.stack([seen.last] * 3), torch.zeros(())), offset)(tokens, 0.0)) > 0.1
 
 
 def pseudo_alone(teacher: Teacher, maps: HiddenTransfer, tokens: Tensor, place: int) -> Tensor:
@@ -121,21 +122,24 @@ def test_hidden_transfer_wants_a_target_that_it_can_run(teacher: Teacher, target
         hidden_transfer.check(other, CONTEXT)
 
 
-@pytest.mark.parametrize("method", ["medusa", "hidden-transfer"])
+@pytest.mark.parametrize("method", ["medusa", "hidden-transfer", "s3d"])
 def test_a_trained_head_is_a_folder_that_the_runtime_reads(teacher: Teacher, target: Path, tmp_path: Path, method: str) -> None:
     made: nn.Module
     settings: dict[str, object]
     if method == "medusa":
         made, settings = Medusa(teacher.hidden_size, 2), {"heads": 2, "blocks": 1}
-        ahead = medusa.ahead(made)
+        ahead, offset = medusa.ahead(made), heads.HEAD
+    elif method == "s3d":
+        made, settings = s3d.new(teacher, [0, 2], 1, 2, seed=0), {"layers": [0, 2], "masks": 1, "rank": 2}
+        ahead, offset = s3d.ahead(made, teacher, [0, 2]), heads.DRAFT
     else:
         made, settings = HiddenTransfer(teacher.hidden_size, [1, 2]), {"layers": [1, 2]}
-        ahead = hidden_transfer.ahead(made, teacher)
+        ahead, offset = hidden_transfer.ahead(made, teacher), heads.HEAD
     out, found = tmp_path / "out", material(teacher)
     asked = order(out, target, method, settings)
     before = {name: value.clone() for name, value in made.state_dict().items()}
     with folder.opened(out, asked.recipe("f", "d")) as work:
-        measured = train_head(asked, found, made, ahead, work, lambda done, loss: None)
+        measured = train_head(asked, found, made, ahead, work, lambda done, loss: None, offset)
     identity = identity_of(teacher.module.config, teacher.tokenizer)
     assert read_settings(out, method, identity) == settings
     tensors = read_tensors(out, {name: tuple(value.shape) for name, value in before.items()})

@@ -12,22 +12,23 @@ from training.teacher import States, Teacher
 # Of a batch of texts: states after the final norm (positions, batch, context, hidden), for each position ahead; and a loss of their own.
 Ahead = Callable[[States], tuple[Tensor, Tensor]]
 
+DRAFT, HEAD = 1, 2  # offsets: how far behind its row the first place is that is guessed. What is at 1 the target itself says in the row
 FADE = 0.8  # weight of each position against the one before: what is further ahead is reached less often (Medusa, arXiv 2401.10774)
 
 
-def distillation(teacher: Teacher, ahead: Ahead) -> Loss:
+def distillation(teacher: Teacher, ahead: Ahead, offset: int = HEAD) -> Loss:
     """Forward KL to the target's own distribution at each position, plus what `ahead` itself asks for.
 
-    The state of position i in row p says what is at p + 2 + i; so does the target's own state in row p + 1 + i.
+    The state of position i in row p says what is at p + offset + i; so does the target's own state in row p + offset - 1 + i.
     """
 
     def loss(rows: Tensor, _: float) -> Tensor:
         seen = teacher.states(rows.to(teacher.model.device))
         with torch.no_grad():
-            truth = teacher.unembed(seen.last[:, 1:])
+            truth = teacher.unembed(seen.last[:, offset - 1 :])
         states, total = ahead(seen)
         for i, state in enumerate(states):
-            n = state.shape[1] - 1 - i
+            n = state.shape[1] - (offset - 1) - i
             total = total + FADE**i * forward_kl(teacher.unembed(state[:, :n]).flatten(0, 1), truth[:, i:].flatten(0, 1))
         return total
 

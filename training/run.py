@@ -19,7 +19,7 @@ from training.acceptance import Acceptance, measure
 from training.card import card, shapes_table
 from training.folder import FINISHED, publish, write
 from training.goal import Goal
-from training.heads import Ahead, distillation, guesser
+from training.heads import HEAD, Ahead, distillation, guesser
 from training.loop import Batches, Loss, Settings, Tell, train
 from training.outputs import Written
 from training.shapes import Shape, Times
@@ -84,12 +84,14 @@ def fit(
     return losses, time.monotonic() - began
 
 
-def train_head(order: Order, material: Material, head: nn.Module, ahead: Ahead, work: Path, tell: Tell) -> list[Acceptance]:
-    """Train, measure, and leave the folder of the head at `order.out`."""
+def train_head(
+    order: Order, material: Material, head: nn.Module, ahead: Ahead, work: Path, tell: Tell, offset: int = HEAD
+) -> list[Acceptance]:
+    """Train, measure, and leave the folder of the head at `order.out`. `offset`: as of training.heads."""
     teacher = material.teacher
     head.to(teacher.model.device)
-    losses, seconds = fit(order, material, head, distillation(teacher, ahead), Settings(order.steps, order.seed), work, tell)
-    measured = measure(material.held_out, guesser(teacher, ahead), offset=2)
+    losses, seconds = fit(order, material, head, distillation(teacher, ahead, offset), Settings(order.steps, order.seed), work, tell)
+    measured = measure(material.held_out, guesser(teacher, ahead), offset)
     identity = identity_of(teacher.module.config, teacher.tokenizer)
     write_trained(work / FINISHED, order.method, identity, order.settings, dict(head.state_dict()))
     leave(order, material, losses, seconds, measured, work)

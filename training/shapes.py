@@ -39,20 +39,25 @@ class Shape:
         return self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.intermediate) + vocabulary * self.hidden
 
     def config(self, vocabulary: int, context: int, end: int | None) -> LlamaConfig:
-        heads = max(1, self.hidden // HEAD)
-        return LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=self.hidden,
-            num_hidden_layers=self.layers,
-            intermediate_size=self.intermediate,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            max_position_embeddings=context,
-            tie_word_embeddings=True,
-            bos_token_id=end,
-            eos_token_id=end,
-            pad_token_id=end,
-        )
+        return llama(self.hidden, self.layers, self.intermediate, vocabulary, context, end)
+
+
+def llama(hidden: int, layers: int, intermediate: int, vocabulary: int, context: int, end: int | None) -> LlamaConfig:
+    """Of heads of HEAD dimensions; embedding and unembedding are one."""
+    heads = max(1, hidden // HEAD)
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
 
 
 Times = dict[int, float]  # seconds of a pass by its rows

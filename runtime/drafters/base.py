@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from runtime.models.base import Model
+from runtime.models.base import Model, Open
 from runtime.sampling import Sampling
 from runtime.tree import TokenTree
 
@@ -28,11 +28,15 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Children:
-    """Guesses, as parallel arrays: index of the parent in the tree, token id, log of the estimated acceptance (<= 0)."""
+    """Guesses, as parallel arrays: index of the parent in the tree, token id, log of the estimated acceptance (<= 0).
+
+    below  guesses that hang on these, where a method knows more than was asked for: their parents are places among these, from 0
+    """
 
     parents: npt.NDArray[np.int32]
     tokens: npt.NDArray[np.int32]
     scores: npt.NDArray[np.float32]
+    below: "Children | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +71,16 @@ class Drafter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ingredients:
-    """What a method's `build()` may use: names of models, and the ways to load one on this drafter's device, whole or in part: the layers
-    that were configured, else every second."""
+    """What a method's `build()` may use: names of models, or the folder of what was trained, and the ways to load one on this drafter's
+    device.
+
+    load          whole
+    load_layers   in part: the layers that were configured, else every second
+    load_changed  in part: the layers of these numbers, once the function has changed the module that they make
+    """
 
     target: str
     draft: str
     load: Callable[[str], Model]
     load_layers: Callable[[str], Model]
+    load_changed: Callable[[str, Sequence[int], Callable[[Any], None]], Open]

@@ -4,7 +4,7 @@ Its caches are addressed by content: a slot is known by the key of the text that
 the surviving subtree are kept, whatever has happened in between; what is missing is computed in the pass of the leaves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -15,7 +15,7 @@ from runtime.choice import Ask
 from runtime.drafters.base import Children, Ingredients, Text, Wish
 from runtime.kv.base import KVCache
 from runtime.kv.prefixes import Prefixes
-from runtime.models.base import Model, Part, Rows
+from runtime.models.base import Logits, Model, Part, Rows
 from runtime.models.choose import candidates_all
 from runtime.tree import EMPTY_TEXT, TokenTree, mix64, text_key
 
@@ -40,7 +40,7 @@ class Kept:
 class Step:
     """One session's part of a pass: committed tokens that are not in its cache yet, then leaves.
 
-    above  of each leaf, the slots of its ancestors, counted from the cache's prefix; none where tokens are missing
+    above  of each leaf, the slots of its ancestors below the prefix, counted from there; leaves of this step among them
     """
 
     wish: Wish
@@ -98,13 +98,21 @@ class ModelDrafter:
     def expand(self, wishes: Sequence[Wish]) -> list[Children | None]:
         steps = rationed([self.step(wish) for wish in wishes], self.chunk)
         passing = [step for step in steps if step.missing or step.leaves]
-        passed = self.model.forward_all([step.part() for step in passing]) if passing else []
-        for step in passing:
-            step.done()
-        asking = [(step, torch.as_tensor(rows)) for step, rows in zip(passing, passed, strict=True) if step.leaves]
-        guesses = candidates_all([(rows, step.ask(), step.wish.branches or self.branches) for step, rows in asking])
-        found = {id(step): children(step.leaves, *guess) for (step, _), guess in zip(asking, guesses, strict=True)}
+        found = dict(zip(map(id, passing), self.guess(passing), strict=True))
         return [None if step.reading else found.get(id(step), NOTHING) for step in steps]
+
+    def guess(self, steps: Sequence[Step]) -> list[Children]:
+        """The children of the leaves of each step, by one pass over all of them."""
+        passed = self.model.forward_all([step.part() for step in steps]) if steps else []
+        for step in steps:
+            step.done()
+        return self.children(steps, passed)
+
+    def children(self, steps: Sequence[Step], passed: Sequence[Logits]) -> list[Children]:
+        """Out of the logits of the leaves of each step."""
+        asking = [(torch.as_tensor(rows), step) for step, rows in zip(steps, passed, strict=True) if step.leaves]
+        guesses = iter(candidates_all([(rows, step.ask(), step.wish.branches or self.branches) for rows, step in asking]))
+        return [children(step.leaves, *next(guesses)) if step.leaves else NOTHING for step in steps]
 
     def close(self, session: str) -> None:
         kept = self.kept.pop(session, None)
@@ -118,12 +126,18 @@ class ModelDrafter:
         kept = self.kept.get(text.session)
         if kept is None:
             kept = self.kept[text.session] = self.begin(text)
-        settle(kept, text, again=0 in wish.leaves)
-        if 0 in wish.leaves and base < self.model.context:
-            return Step(wish, kept, text.tokens[kept.prefix : base], [0], [[]])
-        paths = {leaf: above(kept, tree, leaf) for leaf in wish.leaves if base + tree.depth[leaf] < self.model.context}
-        known = {leaf: slots for leaf, slots in paths.items() if slots is not None}
-        return Step(wish, kept, [], list(known), list(known.values()))
+        again = 0 in wish.leaves and base < self.model.context
+        settle(kept, text, again)
+        missing = text.tokens[kept.prefix : base] if again else []
+        first = kept.cache.length - kept.prefix + len(missing)
+        rows: dict[int, int] = {}  # leaf -> its slot, counted from the prefix
+        paths: list[list[int]] = []
+        for leaf in wish.leaves:  # the likeliest first, so what is above others is a row already
+            slots = above(kept, tree, leaf, rows) if base + tree.depth[leaf] < self.model.context else None
+            if slots is not None:
+                rows[leaf] = first + len(rows)
+                paths.append(slots)
+        return Step(wish, kept, missing, list(rows), paths)
 
     def begin(self, text: Text) -> Kept:
         """With a copy of what some other text has in common with this one."""
@@ -157,17 +171,18 @@ def settle(kept: Kept, text: Text, again: bool) -> None:
     kept.prefix, kept.key = reach, key
 
 
-def above(kept: Kept, tree: TokenTree, leaf: int) -> list[int] | None:
-    """The slots of a leaf's ancestors below the root, counted from the prefix; None where one is not in the cache, or the root."""
-    if kept.key != tree.key[0]:
+def above(kept: Kept, tree: TokenTree, leaf: int, rows: Mapping[int, int]) -> list[int] | None:
+    """The slots of a leaf's ancestors, counted from the prefix, of which the root may be the last token; `rows`: those of nodes that are
+    read in the same pass. None where one is neither there nor in the cache."""
+    if kept.key != tree.key[0] and leaf != 0 and 0 not in rows:
         return None
     found = []
     node = tree.parent[leaf]
-    while node > 0:
+    while node > 0 or node in rows:
         slot = kept.slots.get(tree.key[node])
-        if slot is None:
+        if node not in rows and slot is None:
             return None
-        found.append(slot - kept.prefix)
+        found.append(rows[node] if slot is None else slot - kept.prefix)
         node = tree.parent[node]
     return found
 

@@ -136,7 +136,7 @@ class Open(Model, Protocol):
         ...
 
     def show_all(self, parts: Sequence[Part], look: Look) -> list[Shown]:
-        """`forward_all`, and what was looked at. Logits are computed for all rows."""
+        """`forward_all`, and what was looked at. Logits may be there for more rows than a part's `last`, before those."""
         ...
 
     def unembed(self, hidden: Any) -> Logits:

@@ -128,7 +128,7 @@ class HFModel:
         try:
             self.step.check(look)
         except LookupError as error:
-            raise ModelRefused(f"model {self._name} cannot carry this head ({error}): choose another head") from error
+            raise ModelRefused(f"model {self._name} cannot show what this method looks at ({error}): choose another method") from error
 
     def show_all(self, parts: Sequence[Part], look: Look) -> list[Shown]:
         """As promised by Open; errors as of `forward`."""

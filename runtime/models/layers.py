@@ -24,7 +24,7 @@ def keep(module: PreTrainedModel, layers: Sequence[int], name: str) -> None:
     """Let go of all layers but these. Raises ModelRefused where they do not lie where Llama's do."""
     body: Any = getattr(module, "model", None)
     if not isinstance(getattr(body, "layers", None), nn.ModuleList):
-        raise ModelRefused(f"{name} has its layers in another place than Llama: choose another drafting method than layer-skip")
+        raise ModelRefused(f"{name} has its layers in another place than Llama: choose another drafting method")
     body.layers = nn.ModuleList(body.layers[layer] for layer in layers)
     for index, layer in enumerate(body.layers):
         for part in layer.modules():

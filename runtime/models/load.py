@@ -5,7 +5,7 @@ Only safetensors are read, no code of the model's author is run, and nothing out
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging
@@ -57,14 +58,15 @@ def load_model(
     threads: int | None = None,
     step: Step = "auto",
     layers: Sequence[int] | None = None,
+    change: Callable[[PreTrainedModel], None] = lambda module: None,
 ) -> HFModel:
     """A folder with config.json and safetensors, or a name on the Hugging Face hub (or in its local cache).
 
     dtype "auto" is float32 on a CPU and the checkpoint's own on a GPU; device "auto" is the first GPU where there is one. `threads`
     sets torch's threads for the whole process. `step` "generic" leaves every pass to transformers' own code; "auto" takes a faster one
     where there is one that agrees with it; "static" does so with the one of fixed shapes, which is meant for GPUs, on any device.
-    `layers` takes those of the model alone, by their numbers; none of them: every second. Raises ModelRefused (the model), InvalidRequest
-    (dtype or device).
+    `layers` takes those of the model alone, by their numbers; none of them: every second. `change` may then change the module in place.
+    Raises ModelRefused (the model), InvalidRequest (dtype or device).
     """
     place = find_device(device)
     kind = find_dtype(dtype, place)
@@ -79,6 +81,7 @@ def load_model(
         kept = list(layers) or every_second(config)
         module = read_weights(folder, name_or_folder, up_to(config, kept, name_or_folder), kind, place)
         keep(module, kept, name_or_folder)
+    change(module)
     model = HFModel(module, name_or_folder)
     if step == "auto":
         quicken(model)

@@ -1,0 +1,120 @@
+"""S3D (Zhong, Bharadwaj 2024, arXiv 2405.20314): the target without its middle layers, and mask rows behind the token that is to be
+continued, each of which guesses a place further ahead: several tokens for one pass.
+
+What the masks are and a low-rank adapter on the layers that stay are trained; the target is left as it is. A device of its own needs
+these layers alone. Mask rows are the pseudo rows of runtime.models.base, begun below the first layer: nothing of them stays in a cache.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from runtime.choice import Ask
+from runtime.drafters.base import Children, Ingredients
+from runtime.drafters.model import ModelDrafter, Step, children
+from runtime.errors import ModelRefused
+from runtime.models.adapter import adapter, merge
+from runtime.models.base import Branch, Look, Open, Part
+from runtime.models.choose import Guesses, candidates_all
+from runtime.models.load import find_folder, load_tokenizer, read_config
+from runtime.models.trained import Settings, identity_of, read_settings, read_tensors, whole_number
+
+BRANCHES = 2  # guesses of a mask row
+MOST, MOST_RANK = 16, 1024  # masks; rank of the adapter
+
+
+class S3D(nn.Module):
+    """What is trained: the embeddings of the masks, (masks, hidden size), and an adapter for `layers`, the target's own that stay."""
+
+    def __init__(self, layers: Sequence[nn.Module], hidden_size: int, masks: int, rank: int) -> None:
+        super().__init__()
+        self.mask_embed = nn.Parameter(torch.randn(masks, hidden_size))
+        self.layers = adapter(layers, rank)
+
+
+class MaskDrafter(ModelDrafter):
+    """A ModelDrafter whose passes have mask rows beside the likeliest leaf of each session, but at the end of the context.
+
+    What they guess of a place hangs below the best guess of the place before; a leaf there can still be asked about, and is then read.
+    """
+
+    def __init__(self, model: Open, masks: torch.Tensor) -> None:
+        super().__init__(model)
+        self.open, self.look = model, Look(branches=tuple(Branch(0, partial(repeated, mask)) for mask in masks))
+
+    def guess(self, steps: Sequence[Step]) -> list[Children]:
+        shown = self.open.show_all([self.masked(step) for step in steps], self.look) if steps else []
+        for step in steps:
+            step.done()
+        near = self.children(steps, [one.logits[len(one.logits) - len(step.leaves) :] for step, one in zip(steps, shown, strict=True)])
+        ridden = [(step, one.ridden[0]) for step, one in zip(steps, shown, strict=True) if one.ridden is not None]
+        far = iter(candidates_all([(rows, further(step, len(rows)), BRANCHES) for step, rows in ridden]))
+        return [
+            found if one.ridden is None else hung(found, step.leaves[0], next(far))
+            for step, one, found in zip(steps, shown, near, strict=True)
+        ]
+
+    def masked(self, step: Step) -> Part:
+        part, row = step.part(), len(step.missing)
+        fits = step.leaves and part.rows.positions[row] + len(self.look.branches) < self.model.context
+        return replace(part, riders=(row,)) if fits else part
+
+
+def repeated(mask: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    return mask.to(states.dtype).expand_as(states)
+
+
+def further(step: Step, places: int) -> Ask:
+    """What follows the first leaf's child, what follows that, and so on, whatever they may be: of these tokens only the number is known."""
+    text, leaf = step.wish.text, step.leaves[0]
+    path, unknown = text.tree.tokens_to(leaf), text.tree.token[leaf]
+    paths = [[*path, *[unknown] * place] for place in range(1, places + 1)]
+    return Ask(text.sampling, text.prompt, text.tokens, paths, frozenset())
+
+
+def hung(near: Children, leaf: int, far: Guesses) -> Children:
+    """The guesses `near` with those of each place further ahead, (places, k), below the best child of `leaf`."""
+    best = np.flatnonzero(near.parents == leaf)
+    below: Children | None = None
+    for tokens, scores in reversed(list(zip(*far, strict=True))):
+        level = children([0], tokens[None], scores[None])
+        below = replace(level, below=below) if len(level.tokens) else None
+    if below is None or not len(best):
+        return near
+    return replace(near, below=replace(below, parents=np.full_like(below.parents, best[0])))
+
+
+def kept_layers(folder: Path, settings: Settings, most: int) -> list[int]:
+    """Raises ModelRefused for what are no layers of the target in their order."""
+    layers: Any = settings.get("layers")
+    whole = isinstance(layers, list) and bool(layers) and all(type(layer) is int and 0 <= layer < most for layer in layers)
+    if not whole or layers != sorted(set(layers)):
+        raise ModelRefused(f"{folder}/config.json: layers {str(layers)[:32]} are not some of 0 to {most - 1} that rise: copy it again")
+    return [*layers]
+
+
+def build(ingredients: Ingredients) -> MaskDrafter:
+    """Raises ModelRefused for a folder that was not trained for this target, and for a target that takes no mask rows."""
+    folder, target = Path(ingredients.draft), ingredients.target
+    identity = identity_of(read_config(find_folder(target), target), load_tokenizer(target))
+    settings = read_settings(folder, "s3d", identity)
+    layers = kept_layers(folder, settings, identity.layers)
+    masks, rank = whole_number(folder, settings, "masks", 1, MOST), whole_number(folder, settings, "rank", 1, MOST_RANK)
+    learned: list[S3D] = []
+
+    def change(module: Any) -> None:
+        made = S3D(module.model.layers, identity.hidden_size, masks, rank)
+        made.load_state_dict(read_tensors(folder, {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}))
+        merge(module.model.layers, made.layers)
+        learned.append(made)
+
+    model = ingredients.load_changed(target, layers, change)
+    drafter = MaskDrafter(model, learned[0].mask_embed.detach().to(model.device))
+    model.check(drafter.look)
+    return drafter

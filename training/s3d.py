@@ -1,0 +1,55 @@
+"""S3D (arXiv 2405.20314): mask rows behind each token of a text, through the layers that stay, with an adapter on these."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from runtime.drafters.s3d import S3D
+from runtime.models.adapter import added
+from training.heads import Ahead
+from training.hidden_transfer import sight
+from training.teacher import States, Teacher
+
+
+def middle(layers: int) -> list[int]:
+    """Those that are skipped where nobody says which: a quarter stays before them, one layer behind."""
+    return list(range(max(1, layers // 4), layers - 1))
+
+
+def new(teacher: Teacher, layers: list[int], masks: int, rank: int, seed: int) -> S3D:
+    """Untrained. Mask rows begin as strange tokens of the usual size."""
+    torch.manual_seed(seed)
+    body: Any = teacher.module.model
+    made = S3D([body.layers[layer] for layer in layers], teacher.hidden_size, masks, rank)
+    with torch.no_grad():
+        made.mask_embed.mul_(body.embed_tokens.weight.float().std().cpu())
+    return made
+
+
+def ahead(made: S3D, teacher: Teacher, layers: list[int]) -> Ahead:
+    """State 0 of the row at p is its own, behind the layers that stay; state i that of its mask row i, which stands at place p + i."""
+    body: Any = teacher.module.model
+    kept: list[nn.Module] = [body.layers[layer] for layer in layers]
+
+    def states(seen: States) -> tuple[Tensor, Tensor]:
+        tokens, masks = seen.layers[0], made.mask_embed
+        (batch, context), device = tokens.shape[:2], tokens.device
+        rows = masks.to(tokens.dtype).repeat_interleave(context, 0).expand(batch, -1, -1)
+        x = torch.cat([tokens, rows], dim=1)
+        places = (torch.arange(context).repeat(1 + len(masks), 1) + torch.arange(1 + len(masks))[:, None]).flatten()[None].to(device)
+        mask, angles = seen_by(context, len(masks), device), body.rotary_emb(x, places)
+        with added(kept, made.layers):
+            for layer in kept:
+                x = layer(x, attention_mask=mask, position_ids=places, position_embeddings=angles)
+        found: Tensor = body.norm(x).view(batch, 1 + len(masks), context, -1).movedim(1, 0)
+        return found, torch.zeros((), device=device)
+
+    return states
+
+
+def seen_by(context: int, masks: int, device: torch.device) -> Tensor:
+    """bool (1, 1, n, n), n rows of the text and then of masks, place by place: a text's row sees the text so far, no mask row."""
+    text = torch.ones(context, context, dtype=torch.bool, device=device).tril()
+    none = torch.zeros(context, masks * context, dtype=torch.bool, device=device)
+    return torch.cat([torch.cat([text, none], dim=1)[None, None], sight(context, masks, device)], dim=2)
