@@ -90,4 +90,4 @@ def show(promises: "dict[Subset, float]", count: int, out: Path) -> None:
     console.print(table)
     if promises[chosen] <= 1.0:
         console.print("Drafting with layers of this target is not expected to pay: choose another method.")
-    console.print(f"{out} names layers {', '.join(map(str, chosen.layers))}: `--draft {out}` drafts with them")
+    console.print(f"{out} names layers {', '.join(map(str, chosen.layers))} for the drafting method layer-skip: `--draft {out}`")
