@@ -3,6 +3,7 @@
 import os
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.results import Acceptance, Profile, Run
@@ -46,6 +47,26 @@ def measure(job: Job) -> Measured:
         text=text_time(target, TEXTS, time.monotonic, REPEATS),
     )
     return Measured(profile, (target.module.num_parameters(), draft.module.num_parameters()))
+
+
+def middle(profiles: Sequence[Profile]) -> Profile:
+    """The medians of what was measured at several times: on a shared machine a core may be twice as fast in one minute as in the next."""
+
+    def times(of: Callable[[Profile], dict[int, float]]) -> dict[int, float]:
+        return {rows: statistics.median(of(profile)[rows] for profile in profiles) for rows in of(profiles[0])}
+
+    def one(of: Callable[[Profile], float | None]) -> float | None:
+        known = [found for profile in profiles if (found := of(profile)) is not None]
+        return statistics.median(known) if known else None
+
+    return profiles[0].model_copy(
+        update={
+            "target": times(lambda profile: profile.target),
+            "draft": times(lambda profile: profile.draft),
+            "floor": one(lambda profile: profile.floor),
+            "text": one(lambda profile: profile.text),
+        }
+    )
 
 
 @dataclass(frozen=True, slots=True)

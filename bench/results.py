@@ -97,7 +97,8 @@ class Acceptance(Strict):
 
 
 class Profile(Strict):
-    """The pair on one core each (or on the GPU). Step times by rows, the root included.
+    """The pair on one core each (or on the GPU): medians of three times, before, between and after the runs. Step times by rows, the
+    root included.
 
     `floor` is the time that the memory alone needs for a step with one row: bytes of weights over the measured bandwidth.
     `text` is what each further text adds to a pass of the target. The others are of recorded runs with a prompt that is not measured:

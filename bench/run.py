@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -22,7 +22,7 @@ from bench.ours import Cluster, Pair, running
 from bench.profiling import Answered, Job, Measured
 from bench.prompts import Prompt, encode, from_file, held_out, pick
 from bench.recorded import in_place
-from bench.results import PairFacts, Results, Settings, Tried
+from bench.results import PairFacts, Profile, Results, Settings, Tried
 from bench.rivals import Place, Rivals
 from bench.widen import CACHE, SMALL, widened_small
 from runtime.errors import InvalidRequest
@@ -75,7 +75,9 @@ def benchmark(options: Options, console: Console) -> Results:
     )
     pair = Pair(target, options.draft, options.dtype, cores)
     with aside(cores), everything(pair, which, console) as runner:
-        found, methods, recordings = measured_all(options, which, runner, found, prompts, asides)
+        found, methods, recordings = measured_all(
+            options, which, runner, found, prompts, asides, lambda: apart(profiling.measure, alone).profile
+        )
     with aside(cores), console.status("acceptance and forecasts"):
         plain = tuple(run for run in found.runs if run.method == PLAIN.name)
         guessed = apart(profiling.acceptance, Answered(alone, options.seed, plain))
@@ -93,9 +95,18 @@ def benchmark(options: Options, console: Console) -> Results:
 
 
 def measured_all(
-    options: Options, which: Suite, runner: Everything, found: Results, prompts: list[Prompt], asides: list[Prompt]
+    options: Options,
+    which: Suite,
+    runner: Everything,
+    found: Results,
+    prompts: list[Prompt],
+    asides: list[Prompt],
+    profile: Callable[[], Profile],
 ) -> tuple[Results, tuple[Method, ...], Sequence[Recording]]:
-    """All runs; the methods in their best settings; the recordings of the last run. What was measured until then is kept in the file."""
+    """All runs; the methods in their best settings; the recordings of the last run. What was measured until then is kept in the file.
+
+    `profile` measures the pair by itself again: between the runs and after them, so that it speaks of the machine as they met it.
+    """
     size, seed = options.size, options.seed
     file = options.folder / f"{options.name}.json"
     measured, swept = prompts[: size.count], asides[:SWEPT]
@@ -120,15 +131,17 @@ def measured_all(
         list(do(rounds(cases(warming, 1, size.temperatures, 1, new, seed), own(methods)), "warming up"))
         list(do(rounds(cases(learned, 1, size.temperatures, 1, new, seed), LIVINGS), "learning"))
         found = loop.collect(found, do(main_rounds(measured, size, seed, methods), "runs"), keep)
+        profiles = [found.profile, profile()]
         batched = rounds(batch_cases(prompts, size, seed), which.batched)
         short = [Round(loop.Case("", one.case.prompts, Sampling(max_tokens=max(2, new // 4))), one.methods) for one in batched]
         list(do(short, "warming up"))
         found = loop.collect(found, do(batched, "batches"), keep)
+        profiles.append(profile())
         list(do(rounds(cases(warming[:1], 1, (lowest,), 1, new, seed), [PLAIN]), "a recorded run"))
         alone = runner.cluster.recordings[0]
         list(do(rounds(cases(warming[:1], 1, (lowest,), 1, new, seed), [LIVING]), "a recorded run"))
     recordings = runner.cluster.recordings
-    found = found.model_copy(update={"profile": in_place(found.profile, alone, recordings)})
+    found = found.model_copy(update={"profile": in_place(profiling.middle(profiles), alone, recordings)})
     keep(found)
     return found, methods, recordings
 

@@ -12,8 +12,9 @@ from bench.compare import speed
 from bench.loop import bar, cases, chosen, collect, digest, measure, record, rounds
 from bench.machine import cpu_facts, machine
 from bench.methods import ALONE, AMUSD, BATCHED, LIVINGS, RIVALS, Method, Ours, Outcome, Rival, candidates
+from bench.profiling import middle
 from bench.prompts import Prompt
-from bench.results import Results
+from bench.results import Profile, Results
 from runtime.errors import Unavailable
 from runtime.sampling import Sampling
 from tests.benchmarks import run, synthetic
@@ -133,3 +134,14 @@ def test_the_bar_shows_the_time_left() -> None:
     with bar() as progress:
         progress.console.file = io.StringIO()
         assert list(measure([], Counted(), progress, "nothing")) == []
+
+
+def test_a_profile_is_the_middle_of_several() -> None:
+    profiles = [
+        Profile(target={1: one, 8: 2 * one}, draft={1: one / 10}, floor=one, text=text)
+        for one, text in ((3.0, 0.0), (1.0, 0.5), (2.0, 0.1))
+    ]
+    found = middle(profiles)
+    assert (found.target, found.draft) == ({1: 2.0, 8: 4.0}, {1: 0.2})
+    assert (found.floor, found.text) == (2.0, 0.1)
+    assert middle(profiles[:1]) == profiles[0]
