@@ -10,7 +10,7 @@ from actors.loop_thread import LoopThread
 from actors.memory import remember
 from actors.peers import Place, own_host, own_place
 from protos.handshake import Hello
-from runtime.config import DrafterConfig, TlsConfig, memory_of_drafter
+from runtime.config import TRAINED, DrafterConfig, TlsConfig, memory_of_drafter
 from runtime.drafting import DraftHost
 from runtime.errors import Unavailable
 from runtime.models.pair import vocabulary_hash
@@ -42,7 +42,8 @@ class DraftActor:
 
         config = self.config
         self.host = build_drafter(config, self.target, self.record)
-        vocabulary = vocabulary_hash(load_tokenizer(config.model or self.target))
+        own = config.model if config.method not in TRAINED else ""  # what was trained for the target has the target's tokenizer
+        vocabulary = vocabulary_hash(load_tokenizer(own or self.target))
         settle_memory()
         self.network = LoopThread()
         host = config.placement.listen or own_host()

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from actors.cli.prepare import check_models
 from actors.compose import build_drafter
+from actors.draft import DraftActor
 from bench import widen as widening
 from bench.widen import Shape, widened, widened_head
 from runtime import limits
-from runtime.config import DrafterConfig, deployment, draft_of, drafter_of
+from runtime.config import DrafterConfig, Placement, deployment, draft_of, drafter_of
 from runtime.drafters.base import Children, Text, Wish
 from runtime.drafters.s3d import BRANCHES, MaskDrafter, build
 from runtime.errors import ModelRefused
@@ -300,3 +301,14 @@ def test_widened_with_its_target_it_guesses_the_same(tmp_path: Path, monkeypatch
     for narrow, same in zip(*answers, strict=True):
         assert narrow.tokens.tolist() == same.tokens.tolist()
         np.testing.assert_allclose(narrow.scores, same.scores, atol=1e-2)
+
+
+def test_an_actor_serves_a_folder_of_what_was_trained() -> None:
+    """Which has no tokenizer: it is the target's."""
+    found = tiny()
+    config = DrafterConfig(name="d", method="s3d", model=str(found.folder), placement=Placement(listen="127.0.0.1"))
+    actor = DraftActor(config, str(found.target))
+    try:
+        assert actor.start().address
+    finally:
+        actor.stop()
