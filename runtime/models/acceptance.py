@@ -65,24 +65,6 @@ def along(draft: HFModel, texts: Iterable[tuple[Sequence[int], Sequence[int]]], 
     return Replay(np.concatenate(ranks), np.concatenate(scores))
 
 
-def replay(
-    target: HFModel,
-    draft: HFModel,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    eos: frozenset[int],
-    step: Callable[[], None] = lambda: None,
-) -> Replay:
-    """What the draft guesses along the target's own continuations of `prompts`. `step` is called after each of them."""
-
-    def texts() -> Iterator[tuple[Sequence[int], Sequence[int]]]:
-        for prompt in prompts:
-            yield prompt, continuation(target, prompt, sampling, eos)
-            step()
-
-    return along(draft, texts(), sampling)
-
-
 def acceptance(
     target: HFModel,
     draft: HFModel,
@@ -91,5 +73,11 @@ def acceptance(
     eos: frozenset[int],
     step: Callable[[], None] = lambda: None,
 ) -> dict[int, float]:
-    """The rates of a replay."""
-    return replay(target, draft, prompts, sampling, eos, step).rates()
+    """The rates along the target's own continuations of `prompts`. `step` is called after each of them."""
+
+    def texts() -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+        for prompt in prompts:
+            yield prompt, continuation(target, prompt, sampling, eos)
+            step()
+
+    return along(draft, texts(), sampling).rates()
