@@ -39,7 +39,7 @@ SETTINGS = {
     "RAY_AUTH_MODE": "token",
     "RAY_USE_TLS": "1",
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
 
