@@ -108,12 +108,19 @@ def totals(results: Results, method: str, temperature: float = 0.0, batch: int =
     )
 
 
+def steps_in_place(results: Results, temperature: float = 0.0) -> dict[int, float]:
+    """T(n) where the methods ran, one prompt at a time; that of the pair by itself where no passes were recorded."""
+    found = (place.target for place in results.profile.places if (place.temperature, place.batch) == (temperature, 1))
+    return next(found, results.profile.target)
+
+
 def limit(results: Results, temperature: float = 0.0) -> Bound | None:
     """The bound of the measured step times and acceptance. None where one of them is missing."""
     ranks = next((found.ranks for found in results.profile.acceptance if (found.temperature, found.batch) == (temperature, 1)), None)
-    if not ranks or 1 not in results.profile.target or 1 not in results.profile.draft:
+    steps = steps_in_place(results, temperature)
+    if not ranks or 1 not in steps or 1 not in results.profile.draft:
         return None
-    return bound(results.profile.draft[1], results.profile.target, by_rank(ranks))
+    return bound(results.profile.draft[1], steps, by_rank(ranks))
 
 
 def reached(results: Results, method: str, temperature: float = 0.0) -> float | None:

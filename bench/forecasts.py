@@ -1,8 +1,9 @@
-"""What the planner expects of the methods that were measured, from the profile of the pair and the figures of the wire alone."""
+"""What the planner expects of the methods that were measured, from what the pair costs where it ran and what the draft guesses."""
 
 from collections.abc import Iterable
+from typing import TypeGuard
 
-from bench.methods import FIRST, SECOND, Method, Ours
+from bench.methods import FIRST, SECOND, Method, Ours, Rival
 from bench.ours import schedule_of
 from bench.results import Forecast, Results
 from runtime.sim.forecast import Setting, forecast
@@ -10,12 +11,11 @@ from runtime.sim.measured import Measured
 
 
 def forecasts(results: Results, methods: Iterable[Method]) -> tuple[Forecast, ...]:
-    """For each method, temperature and batch that was measured, of those that the planner knows: the target on the first core, and
-    on the second a model drafter or none."""
+    """For each method, temperature and batch that was measured, of those that the planner knows."""
     found = []
     for method in methods:
         how = method.how
-        if not isinstance(how, Ours) or how.target_cores != FIRST or how.drafters not in ((), ("model",)) or how.drafter_cores != SECOND:
+        if not foreseen(how):
             continue
         for temperature, batch in sorted({(run.temperature, run.batch) for run in results.runs if run.method == method.name}):
             pair = measured(results, temperature, batch)
@@ -28,20 +28,20 @@ def forecasts(results: Results, methods: Iterable[Method]) -> tuple[Forecast, ..
     return tuple(found)
 
 
+def foreseen(how: Ours | Rival) -> TypeGuard[Ours]:
+    """The target on the first core, and on the second a model drafter or none."""
+    return isinstance(how, Ours) and how.target_cores == FIRST and how.drafters in ((), ("model",)) and how.drafter_cores == SECOND
+
+
 def measured(results: Results, temperature: float, batch: int) -> Measured | None:
-    """The pair as the planner wants it; None where its profile is not complete."""
-    profile = results.profile
-    guesses = next((found for found in profile.acceptance if (found.temperature, found.batch) == (temperature, batch)), None)
+    """The pair as the planner wants it, by itself where nothing is known of its place; None where its profile is not complete."""
+    profile, key = results.profile, (temperature, batch)
+    guesses = next((found for found in profile.acceptance if (found.temperature, found.batch) == key), None)
     if guesses is None or not guesses.ranks or not profile.target or not profile.draft:
         return None
-    known = {
-        "rtt": profile.round_trip,
-        "text": profile.text,
-        "beside": profile.beside,
-        "step": profile.step,
-        "message": profile.message,
-        "pass": profile.draft_pass,
-    }
-    costs = {name: value for name, value in known.items() if value is not None}
-    pair = {"target": profile.target, "draft": profile.draft, "acceptance": guesses.ranks, "positions": guesses.positions}
-    return Measured.model_validate({**pair, **costs})
+    known = {"target": profile.target, "draft": profile.draft, "text": profile.text}
+    if (place := next((found for found in profile.places if (found.temperature, found.batch) == key), None)) is not None:
+        costs = {"step": place.step, "message": place.message, "rtt": place.round_trip, "pass": place.draft_pass}
+        known |= {"target": place.target, **costs}
+    given = {name: value for name, value in known.items() if value is not None}
+    return Measured.model_validate({**given, "acceptance": guesses.ranks, "positions": guesses.positions})

@@ -73,6 +73,7 @@ def record(method: Method, case: Case, outcome: Outcome) -> Run:
         text=digest(outcome),
         answers=tuple((prompt.tokens, output) for prompt, output in zip(case.prompts, outcome.outputs, strict=True)),
         steps=outcome.steps,
+        passes=outcome.passes,
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from bench.prompts import Prompt
-from bench.results import MethodFacts, Steps
+from bench.results import MethodFacts, Passes, Steps
 from runtime.messages import Tokens
 from runtime.sampling import Sampling
 
@@ -83,6 +83,7 @@ class Outcome:
     first_seconds: float
     first_tokens: int
     steps: Steps | None = None
+    passes: Passes | None = None
 
 
 class Runner(Protocol):

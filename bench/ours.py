@@ -5,7 +5,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import ray
@@ -190,13 +190,11 @@ class Cluster:
 
 
 def with_steps(found: Outcome, answers: Sequence[Answer], parts: Sequence[Recording]) -> Outcome:
-    """With the figures of the target's steps where it served one prompt: several share theirs."""
-    stats = answers[0].stats if len(answers) == 1 else None
-    if stats is None:
-        return found
+    """With the passes, and the figures of the target's steps where it served one prompt: several share theirs."""
     target, *drafters = parts
-    steps = recorded.steps(stats, target, drafters)
-    return Outcome(found.outputs, found.seconds, found.first_seconds, found.first_tokens, steps)
+    stats = answers[0].stats if len(answers) == 1 else None
+    steps = None if stats is None else recorded.steps(stats, target, drafters)
+    return replace(found, steps=steps, passes=recorded.passes(target, drafters))
 
 
 @contextlib.contextmanager

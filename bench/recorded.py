@@ -4,11 +4,9 @@ import bisect
 import itertools
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import numpy as np
-
-from bench.results import Profile, Steps, steps_of
+from bench.results import Passes, Steps, steps_of
 from runtime.messages import Stats
 from runtime.tracing import BOOKKEEPING, COMMIT, COMPUTE, GROWTH, LEAD, STEP, WAIT, Count, Flow, Recording, Span
 
@@ -51,34 +49,17 @@ def round_trip(parts: Sequence[Recording]) -> float | None:
     return sum(statistics.median(of_kind) for of_kind in delays) if all(delays) else None
 
 
-def in_place(profile: Profile, alone: Recording, parts: Sequence[Recording]) -> Profile:
-    """What passes and bookkeeping cost where they run: of a run of plain decoding (`alone`), and of one with a drafter (`parts`)."""
-    small, (step, _) = by_name(alone), cost_of_steps(alone)
-    target, *drafters = parts
-    passes = by_name(target)[COMPUTE]
-    factors = [(one.ended - one.began) / interpolated(profile.target, one.figures["rows"]) for one in passes]
-    busy, messages = cost_of_steps(target)
-    drafting = [span for part in drafters for span in by_name(part)[STEP]]
-    periods = [
-        after.began - before.began - interpolated(profile.draft, before.figures["leaves"]) for before, after in itertools.pairwise(drafting)
-    ]
-    return profile.model_copy(
-        update={
-            "round_trip": round_trip(parts),
-            "beside": max(1.0, statistics.median(factors)) if factors else None,
-            "step": step if small[COMPUTE] else None,
-            "message": max(0.0, busy - step) / messages if messages else None,
-            "draft_pass": max(0.0, statistics.median(periods)) if periods else None,
-        }
+def passes(target: Recording, drafters: Sequence[Recording]) -> Passes:
+    spans, drafting = by_name(target), [by_name(part)[STEP] for part in drafters]
+    return Passes(
+        target=tuple((int(one.figures["rows"]), int(one.figures["sessions"]), one.ended - one.began) for one in spans[COMPUTE]),
+        bookkeeping=sum(one.ended - one.began for one in spans[BOOKKEEPING]),
+        messages=sum(isinstance(event, Flow) and event.kind == GROWTH and not event.begins for event in target.events),
+        drafting=tuple(
+            (int(one.figures["leaves"]), after.began - one.began) for of_one in drafting for one, after in itertools.pairwise(of_one)
+        ),
+        round_trip=round_trip([target, *drafters]),
     )
-
-
-def cost_of_steps(target: Recording) -> tuple[float, float]:
-    """Bookkeeping in seconds, and growths taken in, for each step of a target; 0 where there was none."""
-    spans = by_name(target)
-    count = max(1, len(spans[COMPUTE]))
-    taken = sum(isinstance(event, Flow) and event.kind == GROWTH and not event.begins for event in target.events)
-    return sum(span.ended - span.began for span in spans[BOOKKEEPING]) / count, taken / count
 
 
 def by_name(part: Recording) -> defaultdict[str, list[Span]]:
@@ -87,11 +68,6 @@ def by_name(part: Recording) -> defaultdict[str, list[Span]]:
         if isinstance(event, Span):
             found[event.name].append(event)
     return found
-
-
-def interpolated(times: Mapping[int, float], rows: float) -> float:
-    measured = sorted(times)
-    return float(np.interp(rows, measured, [times[n] for n in measured]))
 
 
 def moments(parts: Sequence[Recording], kind: str, begins: bool) -> dict[int, float]:

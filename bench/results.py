@@ -65,11 +65,28 @@ class Steps(Strict):
     lead: float | None = None
 
 
+class Passes(Strict):
+    """What one run of ours recorded of its costs.
+
+    target       rows, sessions and seconds of each pass of the target
+    bookkeeping  seconds between them, all together
+    messages     of growth that the target took in
+    drafting     leaves of each pass of a drafter, and seconds until its next one began
+    round_trip   from target to drafter and back; None without a drafter
+    """
+
+    target: tuple[tuple[int, int, float], ...]
+    bookkeeping: float
+    messages: int
+    drafting: tuple[tuple[int, float], ...] = ()
+    round_trip: float | None = None
+
+
 class Run(Strict):
     """One run of one method. `prompt` names the prompt, or where `batch` is above 1 the group of them; `text` is a digest of the output.
 
     `first_seconds` and `first_tokens` end with the first token of every prompt: what is left of the run is decoding. `answers`: each
-    prompt and its output; the file of results does not keep them.
+    prompt and its output; the file of results does not keep them, nor the passes.
     """
 
     method: str
@@ -84,6 +101,7 @@ class Run(Strict):
     text: str
     steps: Steps | None = None
     answers: tuple[tuple[Tokens, Tokens], ...] = Field(default=(), exclude=True, repr=False)
+    passes: Passes | None = Field(default=None, exclude=True, repr=False)
 
 
 class Acceptance(Strict):
@@ -96,26 +114,36 @@ class Acceptance(Strict):
     positions: tuple[Position, ...] = ()
 
 
+class InPlace(Strict):
+    """What passes and bookkeeping cost where they ran, of all runs of one temperature and batch.
+
+    `target` is T(n) of one text, a drafter at work beside it. `round_trip` is from target to drafter and back; `step` the target's
+    bookkeeping for each session of a pass, `message` more of it for each growth taken in, `draft_pass` a drafter's between two passes.
+    """
+
+    temperature: float
+    batch: int = 1
+    target: dict[int, float]
+    step: float
+    message: float | None = None
+    round_trip: float | None = None
+    draft_pass: float | None = None
+
+
 class Profile(Strict):
     """The pair on one core each (or on the GPU): medians of three times, before, between and after the runs. Step times by rows, the
     root included.
 
     `floor` is the time that the memory alone needs for a step with one row: bytes of weights over the measured bandwidth.
-    `text` is what each further text adds to a pass of the target. The others are of recorded runs with a prompt that is not measured:
-    `round_trip` from target to drafter and back; `beside`, how many times as long as alone a pass of the target takes beside a busy
-    drafter; bookkeeping of the target in each `step`, more of it for each `message` of growth, and of the drafter in each `draft_pass`.
+    `text` is what each further text adds to a pass of the target.
     """
 
     target: dict[int, float] = Field(default_factory=dict)
     draft: dict[int, float] = Field(default_factory=dict)
     acceptance: tuple[Acceptance, ...] = ()
+    places: tuple[InPlace, ...] = ()
     floor: float | None = None
     text: float | None = None
-    round_trip: float | None = None
-    beside: float | None = None
-    step: float | None = None
-    message: float | None = None
-    draft_pass: float | None = None
 
 
 class Tried(Strict):

@@ -13,15 +13,15 @@ from actors.cli.timeline import read, save
 from actors.cli.tracing import middle
 from bench import compare, loop, profiling, report, results
 from bench.apart import apart
-from bench.forecasts import forecasts
+from bench.forecasts import forecasts, foreseen
 from bench.loop import Round, cases, measure, rounds
 from bench.machine import machine, two_cores
 from bench.methods import BOTH, FIRST, LIVING, LIVINGS, PLAIN, Cores, Method, Ours, Outcome, Rival, Runner
 from bench.options import LEARNING, SWEPT, WARMING, Options, Suite, batch_cases, expected_seconds, main_rounds, own, suite
 from bench.ours import Cluster, Pair, running
+from bench.places import places
 from bench.profiling import Answered, Job, Measured
 from bench.prompts import Prompt, encode, from_file, held_out, pick
-from bench.recorded import in_place
 from bench.results import PairFacts, Profile, Results, Settings, Tried
 from bench.rivals import Place, Rivals
 from bench.widen import CACHE, SMALL, widened_small
@@ -82,7 +82,7 @@ def benchmark(options: Options, console: Console) -> Results:
         plain = tuple(run for run in found.runs if run.method == PLAIN.name)
         guessed = apart(profiling.acceptance, Answered(alone, options.seed, plain))
         found = found.model_copy(update={"profile": found.profile.model_copy(update={"acceptance": guessed})})
-        kept = tuple(run.model_copy(update={"answers": ()}) for run in found.runs)
+        kept = tuple(run.model_copy(update={"answers": (), "passes": None}) for run in found.runs)
         found = found.model_copy(update={"runs": kept, "forecasts": forecasts(found, methods)})
     results.write(found, options.folder / f"{options.name}.json")
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -137,13 +137,12 @@ def measured_all(
         list(do(short, "warming up"))
         found = loop.collect(found, do(batched, "batches"), keep)
         profiles.append(profile())
-        list(do(rounds(cases(warming[:1], 1, (lowest,), 1, new, seed), [PLAIN]), "a recorded run"))
-        alone = runner.cluster.recordings[0]
         list(do(rounds(cases(warming[:1], 1, (lowest,), 1, new, seed), [LIVING]), "a recorded run"))
-    recordings = runner.cluster.recordings
-    found = found.model_copy(update={"profile": in_place(profiling.middle(profiles), alone, recordings)})
+    alone, like = profiling.middle(profiles), {method.name for method in own(methods) if foreseen(method.how)}
+    where = places(alone, [run for run in found.runs if run.method in like])
+    found = found.model_copy(update={"profile": alone.model_copy(update={"places": where})})
     keep(found)
-    return found, methods, recordings
+    return found, methods, runner.cluster.recordings
 
 
 def empty(options: Options, target: str, measured: Measured, count: int) -> Results:

@@ -109,9 +109,13 @@ def batches(results: Results, temperature: float = 0.0) -> Grid:
 
 
 def profile(results: Results) -> Grid:
-    widths = sorted(results.profile.target.keys() | results.profile.draft.keys())
-    rows = [(str(n), *(milliseconds(times.get(n)) for times in (results.profile.target, results.profile.draft))) for n in widths]
-    return Grid("step times", ("rows", "target T(n), ms", "draft t(n), ms"), tuple(rows))
+    """The pair by itself, then the target where the methods ran."""
+    places = results.profile.places
+    columns = [results.profile.target, results.profile.draft, *(place.target for place in places)]
+    head = [f"T(n) at temperature {place.temperature:g}, {place.batch} at a time, ms" for place in places]
+    widths = sorted(set().union(*columns))
+    rows = [(str(n), *(milliseconds(times.get(n)) for times in columns)) for n in widths]
+    return Grid("step times", ("rows", "target T(n), ms", "draft t(n), ms", *head), tuple(rows))
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -134,7 +138,7 @@ def bounds(results: Results) -> Grid:
         share = compare.reached(results, "living", found.temperature)
         if limit:
             verifying = f"{limit.verifying:.1f} at {limit.rows} rows"
-            times = f"{limit.rate * results.profile.target[1]:.2f}"
+            times = f"{limit.rate * compare.steps_in_place(results, found.temperature)[1]:.2f}"
             reached = f"{share:.0%}" if share else "not measured"
             rows.append((f"{found.temperature:g}", f"{limit.drafting:.1f}", verifying, f"{limit.chain:.1f}", times, reached))
     head = ("temperature", "1/t + 1/T, tokens/s", "most of E(n)/T(n), tokens/s", "of chains alone", "bound, x plain", "living reaches")
