@@ -10,7 +10,7 @@ keys=$(cat "$folder/id.pub")
 private=$(cat "$folder/id")
 names=$(cat "$folder/hosts")
 mount -t tmpfs -o size=4g tmpfs "$folder" # seen by this host alone
-mkdir "$folder"/{written,work,root}
+mkdir "$folder"/{written,work,root,written-checkout,work-checkout}
 mount -t overlay overlay -o "lowerdir=/,upperdir=$folder/written,workdir=$folder/work" "$folder/root"
 root=$folder/root
 mount -t proc proc "$root/proc"
@@ -19,6 +19,8 @@ mount --rbind /dev "$root/dev"
 mount -t tmpfs -o size=512m tmpfs "$root/dev/shm"
 mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
 mount -t tmpfs tmpfs "$root/run"
+mkdir -p "$root$checkout" # it may lie in what has just been hidden
+mount -t overlay overlay -o "lowerdir=$checkout,upperdir=$folder/written-checkout,workdir=$folder/work-checkout" "$root$checkout"
 
 hostname "$name"
 echo "$name" >"$root/etc/hostname"

@@ -97,11 +97,13 @@ def hosts(addresses: Mapping[str, str]) -> Iterator[Hosts]:
 
 def first_process(stack: contextlib.ExitStack, command: Sequence[str]) -> int:
     """Start `unshare --fork ...` and return its child's id. It is killed with the stack, and with this process, whatever ends that."""
-    running = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *command], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    running = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *command], stdin=subprocess.DEVNULL)
     stack.callback(running.wait)
     stack.callback(running.kill)
     children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
-    await_(lambda: bool(children.read_text().split()), f"the child of {command[0]}")
+    await_(lambda: bool(children.read_text().split()) or running.poll() is not None, f"the child of {command[0]}")
+    if running.poll() is not None:
+        raise RuntimeError(f"{' '.join(command)} has ended with code {running.returncode}: see its message above")
     return int(children.read_text().split()[0])
 
 
