@@ -134,7 +134,7 @@ class Controller:
                 raise InvalidRequest(f"there is no {name!r}: give one of {', '.join(sorted(self.members)) or 'none'}", "actor")
             if member.state != "draining":
                 self._count(member.role, max(0, self.counts.get(member.role, 0) - 1))
-                if member.state == "ready":
+                if serves(member):
                     self._drain(Drain(name, "asked for"))
                 else:
                     self._end(End(name, "asked for"))
@@ -391,10 +391,5 @@ class Controller:
         self.deployment, self.counts, self.life_of, self.replaced = known.deployment, known.counts, known.lives, known.replaced
         now = time.monotonic()
         for saved in known.members:
-            member = replace(saved, since=now)
-            try:
-                self.actors[member.name] = lives.adopt(member, self._actor(member), now)
-            except ValueError:
-                self.actors[member.name] = Life(handle=None)
-                member = replace(member, lost=member.lost or "it ended while the controller was away")
-            self.members[member.name] = member
+            member, life = lives.adopt(replace(saved, since=now), self._actor(saved), now)
+            self.members[saved.name], self.actors[saved.name] = member, life

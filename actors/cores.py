@@ -1,11 +1,15 @@
-"""Which cores a process computes on. Loads nothing: it comes before what takes long to load."""
+"""Which cores a process computes on, and who goes first there. Loads nothing: it comes before what takes long to load."""
 
+import contextlib
+import importlib
 import os
 import sys
+from threading import Thread, get_native_id
 
 from runtime.config import Placement
 
 SWITCH_INTERVAL = 0.0002  # seconds; Python's own 5 ms would let the model's thread hold up the exchange
+NICE = 10  # what serves on the same core gets nine tenths of it
 
 
 def settle(placement: Placement) -> None:
@@ -13,3 +17,19 @@ def settle(placement: Placement) -> None:
     sys.setswitchinterval(SWITCH_INTERVAL)
     if placement.cores:
         os.sched_setaffinity(0, placement.cores)
+
+
+def load_gently(module: str) -> None:
+    """Import what takes long on a thread of low priority, which is over then: who starts does not hold up those that serve.
+
+    Where that fails, the next import of it says why.
+    """
+
+    def load() -> None:
+        os.setpriority(os.PRIO_PROCESS, get_native_id(), NICE)  # of this thread alone: nobody needs a privilege to rise again
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+
+    thread = Thread(target=load, name="load")
+    thread.start()
+    thread.join()

@@ -4,7 +4,7 @@ import threading
 
 import grpc
 
-from actors.cores import settle
+from actors.cores import load_gently, settle
 from actors.grpc_server import DraftingService, serve
 from actors.loop_thread import LoopThread
 from actors.memory import remember
@@ -37,6 +37,7 @@ class DraftActor:
 
     def _start(self) -> None:
         settle(self.config.placement)  # before torch is loaded: who starts does not take the cores of those that serve
+        load_gently("actors.compose")
         from actors.compose import build_drafter, settle_memory  # torch: only the process that computes pays for it
         from runtime.models.load import load_tokenizer
 

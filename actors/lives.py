@@ -25,6 +25,7 @@ from runtime.reports import DrafterReport, TargetReport
 START = 600.0  # seconds that one may take to load its model once its process is there
 HASTE = 0.5  # seconds for an answer of Ray's head
 CALLS = 8  # of an actor at one time: signs of life come through while others wait
+KINDS = {TargetSpec: "TargetActor", DrafterSpec: "DraftActor", GatewaySpec: "GatewayActor"}  # names of actors, as their processes show them
 
 
 @dataclass(slots=True)
@@ -62,9 +63,13 @@ def create(member: Member, name: str, detached: bool, record: bool) -> Life:
     return Life(handle, starting=handle.start.remote(), placed=handle.__ray_ready__.remote())
 
 
-def adopt(member: Member, name: str, now: float) -> Life:
-    """An actor that was there before this controller. Raises ValueError where it is gone."""
-    handle = ray.get_actor(name)
+def adopt(member: Member, name: str, now: float) -> tuple[Member, Life]:
+    """An actor that was there before this controller. The member is lost where it is gone, or Ray does not find it."""
+    try:
+        handle = ray.get_actor(name)
+    except (ValueError, RayError) as error:
+        found = "it ended while the controller was away" if isinstance(error, ValueError) else f"Ray does not find it: {first_line(error)}"
+        return replace(member, lost=member.lost or found), Life(handle=None)
     life = Life(handle)
     if member.place is None:
         life.starting, life.placed = handle.start.remote(), handle.__ray_ready__.remote()
@@ -72,7 +77,7 @@ def adopt(member: Member, name: str, now: float) -> Life:
         ask(member, life, now)
     if member.state == "draining" and not isinstance(member.spec, DrafterSpec):
         life.draining = handle.drain.remote()
-    return life
+    return member, life
 
 
 def ask(member: Member, life: Life, now: float) -> None:
@@ -156,11 +161,14 @@ def kill(member: Member, life: Life) -> None:
     if life.handle is not None:
         with contextlib.suppress(RayError):
             ray.kill(life.handle)
-    if member.lost and member.place is not None and member.place.node:
-        there = NodeAffinitySchedulingStrategy(member.place.node, soft=False)
-        kinds = {TargetSpec: "TargetActor", DrafterSpec: "DraftActor", GatewaySpec: "GatewayActor"}
-        end = ray.remote(end_process).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
-        end.remote(member.place.pid, kinds[type(member.spec)])
+    if not (member.lost and member.place is not None and (node := member.place.node)):
+        return
+    pid, kind = member.place.pid, KINDS[type(member.spec)]
+    if node == ray.get_runtime_context().get_node_id():  # without a worker, which would start beside those that go on for it
+        end_process(pid, kind)
+        return
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    ray.remote(end_process).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(pid, kind)
 
 
 def end_process(pid: int, kind: str) -> None:

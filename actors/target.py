@@ -4,7 +4,7 @@ import threading
 
 import grpc
 
-from actors.cores import settle
+from actors.cores import load_gently, settle
 from actors.grpc_links import GrpcLink
 from actors.grpc_server import TargetService, serve
 from actors.loop_thread import LoopThread
@@ -41,6 +41,7 @@ class TargetActor:
 
     def _start(self) -> None:
         settle(self.config.placement)  # before torch is loaded: who starts does not take the cores of those that serve
+        load_gently("actors.compose")
         from actors.compose import build_target, settle_memory  # torch: only the process that computes pays for it
 
         self.target, tokenizer, self.times = build_target(self.config, self.record)

@@ -211,23 +211,34 @@ class Grower:
     def ask(self, wishes: Sequence[Wish]) -> Sequence[Children | None]:
         """The method's answers. Where it fails, each session is asked about alone: those that fail again are given up."""
         try:
-            return self.drafter.expand(wishes)
+            answers = self.drafter.expand(wishes)
+            if len(answers) != len(wishes):
+                raise ValueError(f"{len(answers)} answers to {len(wishes)} wishes")
         except FAULTS as error:
             if len(wishes) > 1:
                 return [self.ask([wish])[0] for wish in wishes]
-            log.warning("drafter %s gives a session up: %s", self.name, type(error).__name__)
-            log.debug("the fault, whose words may quote the session", exc_info=error)
-            self.counters["failed"] += 1
-            self.forget(wishes[0].text.session)
+            self.give_up(wishes[0].text.session, error)
             return [None]
+        return answers
+
+    def give_up(self, session: str, error: Exception) -> None:
+        log.warning("drafter %s gives a session up: %s", self.name, type(error).__name__)
+        log.debug("the fault, whose words may quote the session", exc_info=error)
+        self.counters["failed"] += 1
+        self.forget(session)
 
     def add(self, wishes: Sequence[Wish], answers: Sequence[Children | None]) -> None:
-        """Put the answers to `plan` into the trees and send them, with no event taken in between."""
+        """Put the answers to `plan` into the trees and send them, with no event taken in between. A session whose answer cannot be one
+        is given up."""
         for wish, children in zip(wishes, answers, strict=True):
             growing = self.growing.get(wish.text.session)
             if growing is not None and children is not None:
                 self.expanded(growing, wish.leaves)
-                growing.unsent += self.sprout(growing, children)
+                try:
+                    growing.unsent += self.sprout(growing, children)
+                except FAULTS as error:
+                    self.give_up(wish.text.session, error)
+                    continue
                 if growing.due:
                     self.send(growing)
                 growing.ripe().extend()

@@ -133,7 +133,10 @@ def seen_by(step: Iterable[tuple[Live, Sequence[int], Part, Decision | None]], g
 
 
 def draft_of(session: Session, growth: Growth, name: str) -> Draft:
-    """Nodes by the names of their parents. Raises ValueError for a parent that does not come before its child."""
+    """Nodes by the names of their parents. Raises ValueError for a parent that does not come before its child, and for arrays of unequal
+    length."""
+    if len(growth.scores) != len(growth.tokens):
+        raise ValueError(f"{len(growth.scores)} scores of {len(growth.tokens)} nodes: give one of each")
     keys = [session.tree.key[0]]
     for parent, token in zip(growth.parents.tolist(), growth.tokens.tolist(), strict=True):
         if not 0 <= parent < len(keys):

@@ -30,14 +30,30 @@ class Read:
 
 
 def read_on(model: Model, prefixes: Prefixes, sessions: Sequence[Live], began: float, clock: Clock) -> Read:
-    """Read the next piece of what is not in the caches of `sessions`, oldest first: all but the last token of each text.
+    """Read on in what is not in the caches of `sessions`: all but the last token of each text. One pass in general.
 
-    A text waits while one that is read now has more in common with it than any cache: it can be copied next time.
+    Texts that were begun elsewhere come first, then the oldest. Their clients wait in the midst of them, as those do of texts that are
+    read: so where many come at once, there are more passes, for a piece of each, and not a step of all others after each pass.
     """
-    reading = [live for live in sessions if not live.ready]
+    found, left = Read(began), CHUNK_BESIDE * len(resuming(sessions))
+    while True:
+        before = found.rows
+        read_pieces(model, prefixes, sessions, found, clock)
+        left -= found.rows - before
+        if left <= 0 or found.failed or not resuming(sessions):
+            return found
+
+
+def resuming(sessions: Sequence[Live]) -> list[Live]:
+    return [live for live in sessions if not live.ready and live.session.request.committed]
+
+
+def read_pieces(model: Model, prefixes: Prefixes, sessions: Sequence[Live], found: Read, clock: Clock) -> None:
+    """One pass. A text waits while one that is read now has more in common with it than any cache: it can be copied next time."""
+    began, reading = found.done, sorted((live for live in sessions if not live.ready), key=lambda live: not live.session.request.committed)
     budget = CHUNK if len(reading) == len(sessions) else min(CHUNK, CHUNK_BESIDE * len(reading))
     others = [(other.session.tokens[:-1], other.cache) for other in sessions if other.ready]
-    found, pieces, read_now = Read(began), list[tuple[Live, Part]](), dict[tuple[int, ...], list[Ids]]()
+    pieces, read_now = list[tuple[Live, Part]](), dict[tuple[int, ...], list[Ids]]()
     for live in reading:
         if budget <= 0:
             break
@@ -67,7 +83,6 @@ def read_on(model: Model, prefixes: Prefixes, sessions: Sequence[Live], began: f
         live.ready = live.cache.length == len(live.session.tokens) - 1
         live.prefilled += found.done - began
         live.committed_at = live.growth_at = found.done
-    return found
 
 
 def compute(model: Model, pieces: Sequence[tuple[Live, Part]], found: Read) -> None:

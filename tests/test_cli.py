@@ -58,6 +58,7 @@ def outrider(monkeypatch: pytest.MonkeyPatch, *arguments: object, stdin: bytes =
         (["--prompt", "a", "--speculation", "maybe"], "maybe"),
         (["--prompt", "a", "--no-such-flag"], "--no-such-flag"),
         (["--prompt", "a", "--deployment", "/nowhere/file.yaml"], "/nowhere/file.yaml"),
+        (["--prompt", "a", "--deployment", "file.yaml", "--draft", "ngram"], "either a file or --draft"),
     ],
 )
 def test_one_line_names_the_value(

@@ -246,6 +246,8 @@ def test_a_cluster_that_is_not_there(
     [
         (["/nowhere/file.yaml"], "/nowhere/file.yaml"),
         (["file.yaml", "--target", "x"], "either a file"),
+        (["file.yaml", "--port", "8000"], "either a file or --port"),
+        (["file.yaml", "--insecure"], "either a file or --insecure"),
         (["--port", "70000"], "port 70000"),
         (["--drafters", "-1"], "drafters -1"),
         (["--host", "0.0.0.0"], "0.0.0.0 has no api_keys and tls"),

@@ -9,7 +9,7 @@ import pytest
 
 from actors.grpc_edge import closing
 from runtime import drafting
-from runtime.drafters.base import Children, Text
+from runtime.drafters.base import Children, Text, Wish
 from runtime.errors import InvalidRequest
 from runtime.grower import Unheard
 from runtime.messages import Draft, Event, Resync
@@ -40,6 +40,46 @@ def test_a_method_that_fails_gives_up_that_session_alone(error: Exception, caplo
     assert hand.grow(1) == [TEXT[6]]
     assert hand.grower.counters == {"failed": 1}
     assert "gives a session up" in caplog.text
+
+
+def answer(parents: Sequence[int], tokens: Sequence[int], scores: Sequence[float], below: Children | None = None) -> Children:
+    return Children(np.array(parents, np.int32), np.array(tokens, np.int32), np.array(scores, np.float32), below)
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        answer([99], [1], [-0.1]),
+        answer([0, 0], [1], [-0.1]),
+        answer([0], [1], [-0.1, -0.2]),
+        answer([0], [1], [-0.1], below=answer([7], [1], [-0.1])),
+    ],
+    ids=["a parent that is not there", "too few tokens", "too many scores", "below what is not there"],
+)
+def test_an_answer_that_can_be_none_gives_up_that_session_alone(nonsense: Children) -> None:
+    class Confused(Known):
+        def guess(self, text: Text, leaves: Sequence[int]) -> Children:
+            return nonsense if text.session == "0/bad" else super().guess(text, leaves)
+
+    hand = Hand()
+    hand.grower.drafter = Confused(TEXT, V)
+    hand.hear(opened("bad"), opened("s"))
+    assert hand.grow(2) == list(TEXT[5:7])
+    assert list(hand.grower.growing) == ["0/s"]
+    assert hand.grower.counters == {"failed": 1}
+
+
+def test_a_method_that_answers_too_little_is_asked_about_each_session_alone() -> None:
+    class Terse(Known):
+        def expand(self, wishes: Sequence[Wish]) -> list[Children]:
+            return super().expand(wishes)[:1]
+
+    hand = Hand()
+    hand.grower.drafter = Terse(TEXT, V)
+    hand.hear(opened("other"), opened("s"))
+    assert hand.grow(1) == [TEXT[5]]
+    assert list(hand.grower.growing) == ["0/other", "0/s"]
+    assert hand.grower.counters == {}
 
 
 def test_growth_that_was_dropped_is_sent_again() -> None:

@@ -203,6 +203,30 @@ def test_answers_are_kept_for_a_time_and_while_there_is_room(monkeypatch: pytest
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("fault", [KeyError("ours"), Refused(503, "unavailable", "not now")])
+def test_an_answer_that_failed_half_way_is_not_taken_for_whole(fault: Exception) -> None:
+    """All that listen hear of it, and the next one under its key begins anew."""
+
+    async def failing() -> AsyncGenerator[bytes, None]:
+        yield b"1"
+        await asyncio.sleep(0)
+        raise fault
+
+    async def heard(replays: Replays, pieces: list[bytes]) -> None:
+        async with aclosing(replays.share((None, "a"), b"", failing)) as shared:
+            async for piece in shared:
+                pieces += [piece]
+
+    async def main() -> None:
+        replays, first, second = Replays(Clock(), lambda: None), list[bytes](), list[bytes]()
+        ends = await asyncio.gather(heard(replays, first), heard(replays, second), return_exceptions=True)
+        assert list(ends) == [fault, fault]
+        assert first == second == [b"1"]
+        assert await all_of(replays, "a", said=[b"2"]) == [b"2"]
+
+    asyncio.run(main())
+
+
 # Templates
 
 

@@ -267,6 +267,11 @@ class Circular(Oracle):
         return Growth(np.array([1]), np.array([3]), np.array([-0.1]))
 
 
+class Lopsided(Oracle):
+    def grow(self, text: Text) -> Growth:
+        return Growth(np.array([0]), np.array([3]), np.array([-0.1, -0.2]))
+
+
 class Blind(Oracle):
     """Wants to look at what the model does not show."""
 
@@ -280,7 +285,7 @@ class Clinging(Oracle):
         raise ValueError(session)
 
 
-@pytest.mark.parametrize("kind", [Failing, Circular, Blind, Clinging])
+@pytest.mark.parametrize("kind", [Failing, Circular, Lopsided, Blind, Clinging])
 def test_a_head_that_fails_is_taken_off(kind: type[Oracle], caplog: pytest.LogCaptureFixture) -> None:
     engine = headed(TOY, kind(TEXT, 2), Oracle(TEXT, 2), chooser=choose_by_numpy)
     (found,) = Lockstep(engine).run(asking(PROMPT))

@@ -1,16 +1,16 @@
 """Items asked of targets directly: answers as the gateway's own, and errors that are the item's."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any, cast
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
 
 import pytest
+from ray.exceptions import GetTimeoutError
 
 from actors.fleet import Fleet, TargetState
 from actors.jobs import over_cluster
 from actors.jobs.items import Answer, Item
 from actors.jobs.over_cluster import ClusterAnswerer
-from actors.router import Router
 from runtime.errors import InvalidRequest, OutriderError, Overloaded, Unavailable
 from runtime.messages import Chunk, Request
 from tests.gateway import MODEL, Scripted, served
@@ -107,16 +107,16 @@ def test_targets_of_another_model_are_not_asked(monkeypatch: pytest.MonkeyPatch)
     old, new = (TargetState(name, "a:1", 0, "ready", 0, None, "node", model=name) for name in ("old", "new"))
     monkeypatch.setattr(over_cluster, "told", lambda what: Fleet("new", MODEL, "0", (old, new), (), (), (), 0))
 
-    class Heard:
-        def update(self, targets: Sequence[TargetState]) -> None:
-            raise Seen(targets)
+    assert over_cluster.look("old") == [old]
 
-    class Seen(Exception):
-        pass
 
-    with pytest.raises(Seen) as seen:
-        asyncio.run(over_cluster.watch(cast("Router", Heard()), "old"))
-    assert seen.value.args == ([old],)
+def test_while_the_controller_is_away_nobody_is_thought_to_be_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(what: str) -> Fleet:
+        raise GetTimeoutError
+
+    monkeypatch.setattr(over_cluster, "told", told)
+    with pytest.raises(Unavailable):
+        over_cluster.look("old")
 
 
 def test_a_session_that_a_target_gave_up_is_asked_again() -> None:

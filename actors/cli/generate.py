@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from actors.cli.given import refuse_beside
 from actors.cli.service import Opener, serving
 from actors.cli.show import Progress, Stream, answer
 from actors.cli.timeline import save
@@ -47,7 +48,11 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+IN_FILE = ("target", "draft", "drafters", "dtype", "device", "schedule")
+
+
 def generate(
+    context: typer.Context,
     target: Annotated[str | None, typer.Option(help="model name or folder; default: the one that ships")] = None,
     draft: Annotated[list[str] | None, typer.Option(help="draft model, method or head (repeatable); default: the model that ships")] = None,
     drafters: Annotated[int, typer.Option(help="actors for each --draft")] = 1,
@@ -70,7 +75,7 @@ def generate(
     speculation: Annotated[Switch, typer.Option(help="off: the target alone")] = Switch.on,
     schedule: Annotated[Schedule, typer.Option(help="when the target verifies what; the others are for comparison")] = Schedule.living,
     trace: Annotated[Path | None, typer.Option(help="record what happens when: for `outrider trace` and ui.perfetto.dev")] = None,
-    deployment: Annotated[Path | None, typer.Option(help="YAML file with models and placement, instead of the options above")] = None,
+    deployment: Annotated[Path | None, typer.Option(help="YAML file with models, schedule and placement, instead of their options")] = None,
     address: Annotated[str | None, typer.Option(help="a Ray cluster, e.g. auto or ray://host:10001; default: start a local one")] = None,
     in_process: Annotated[bool, typer.Option("--in-process", help="the same code without Ray and sockets")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on standard output, nothing else")] = False,
@@ -97,6 +102,7 @@ def generate(
             target or config.shipped("target"), drafts, drafters, dtype.value, device.value, address is None, schedule.value
         )
     else:
+        refuse_beside(context, str(deployment), *IN_FILE)
         plan = config.read(deployment)
     from actors.cli.prepare import prepare  # torch and transformers: `--help` and a wrong flag need neither
 

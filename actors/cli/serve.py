@@ -15,20 +15,22 @@ from rich.console import Console
 
 from actors.cli import local_ray, reach
 from actors.cli.generate import Device, Dtype
+from actors.cli.given import refuse_beside
 from actors.cli.recording import check_file, record
 from actors.cli.show import Progress
 from actors.fleet import Fleet
 from actors.ray_edge import NAMESPACE
 from runtime import config
 from runtime.config import Deployment, GatewayConfig
-from runtime.errors import InvalidRequest
 from runtime.sampling import whole
 
 ON_HEAD = {"node:__internal_head__": 0.001}  # where nothing but the loss of the cluster itself takes it along
+IN_FILE = ("target", "draft", "drafters", "dtype", "device", "host", "port", "api_key_file", "insecure")
 CALLS = 32  # of the controller at one time: gateways, commands, and those that wait for something
 
 
 def serve(
+    context: typer.Context,
     file: Annotated[Path | None, typer.Argument(help="deployment file; `outrider config --example` prints one")] = None,
     target: Annotated[str | None, typer.Option(help="model name or folder; default: the one that ships")] = None,
     draft: Annotated[list[str] | None, typer.Option(help="draft model or method (repeatable); default: the one that ships")] = None,
@@ -53,8 +55,7 @@ def serve(
     chosen = address or os.environ.get("RAY_ADDRESS")
     fresh = chosen is None and local_ray.find() is None
     if file is not None:
-        if target or draft or api_key_file:
-            raise InvalidRequest("give either a file or --target, --draft and the like: the file says all of it", "file")
+        refuse_beside(context, str(file), *IN_FILE)
         plan = config.read(file)
     else:
         whole("port", port, 0, 65535)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from actors.gateway.errors import Refused
 from actors.gateway.streams import Make, Pieces, ended
-from runtime.errors import OutriderError
 
 KEEP_SECONDS = 600.0
 KEEP_ENTRIES = 1024
@@ -26,7 +25,6 @@ class Run:
     pieces: list[bytes] = field(default_factory=list)
     listeners: int = 0
     over: bool = False
-    error: OutriderError | None = None
     expires: float = 0.0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
@@ -62,15 +60,15 @@ class Replays:
                 while read < len(run.pieces):
                     read += 1
                     yield run.pieces[read - 1]
-                if run.error is not None:
-                    raise run.error
-                if run.over:
+                if run.over and run.task is not None:
+                    run.task.result()
                     return
                 await changed.wait()
         finally:
             run.listeners -= 1
-            if run.listeners == 0 and not run.over and run.task is not None:
-                self._forget(name, run)
+            if run.listeners == 0 and run.task is not None:
+                if not run.over:
+                    self._forget(name, run)
                 await ended([run.task])
 
     def _run(self, name: Name, digest: bytes, make: Make) -> Run:
@@ -85,15 +83,16 @@ class Replays:
         return run
 
     async def _make(self, name: Name, run: Run, make: Make) -> None:
+        whole = False
         try:
             async with aclosing(make()) as pieces:
                 async for piece in pieces:
                     run.pieces.append(piece)
                     run.tell()
-        except OutriderError as error:
-            run.error = error
-            self._forget(name, run)
+            whole = True
         finally:
+            if not whole:
+                self._forget(name, run)
             run.over, run.expires = True, self._now() + KEEP_SECONDS
             run.tell()
 

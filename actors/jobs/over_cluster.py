@@ -4,27 +4,25 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
 
 from actors.controller import NAME
-from actors.fleet import Fleet, serving
+from actors.fleet import Fleet, TargetState, serving
 from actors.gateway import answers, bodies, translate
 from actors.gateway.errors import Refused, refused
 from actors.gateway.served import Served, serve
-from actors.gateway.streams import Generator, ended, merged
+from actors.gateway.streams import Generator, merged
 from actors.grpc_links import GrpcTarget
 from actors.jobs.items import Answer, Item
 from actors.ray_edge import NAMESPACE, known_errors
-from actors.router import Router
+from actors.router import Router, following
 from runtime.config import Deployment
 from runtime.errors import InvalidRequest, Unavailable
 from runtime.messages import Request
 
-PERIOD = 0.5  # seconds between two looks at who is there
 PATIENCE = 5.0  # seconds for the controller to answer
 GIVEN_UP = 503  # by a target that drains or was lost for good
 
@@ -69,22 +67,15 @@ async def deployment() -> AsyncIterator[ClusterAnswerer]:
         plan: Deployment = await asyncio.to_thread(told, "wanted")
     served = await asyncio.to_thread(serve, plan, int(time.time()))
     router = Router(lambda address: GrpcTarget(address, plan.security.tls))
-    watching = asyncio.create_task(watch(router, plan.target.model))
-    try:
+    async with following(router, lambda: look(plan.target.model)):
         yield ClusterAnswerer(router, served)
-    finally:
-        await ended([watching])
-        await router.close()
 
 
-async def watch(router: Router, model: str) -> None:
-    """Tells the router who is there of those that serve the model, again and again. While the controller itself is away, who was there
-    is thought to be."""
-    while True:
-        with suppress(RayError, GetTimeoutError, Unavailable):
-            fleet: Fleet = await asyncio.to_thread(told, "fleet")
-            router.update(serving(fleet.targets, model))
-        await asyncio.sleep(PERIOD)
+def look(model: str) -> list[TargetState]:
+    """Who serves the model now. Raises Unavailable while the controller is away."""
+    with known_errors():
+        fleet: Fleet = told("fleet")
+    return serving(fleet.targets, model)
 
 
 def told(what: str) -> Any:

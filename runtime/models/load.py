@@ -47,6 +47,8 @@ SIZES = {
 }
 TEMPLATE_BYTES = 1 << 20
 TEMPLATES = "additional_chat_templates"  # the only folder within a model's that is looked into
+# transformers' name for a warning that it gives once, on standard error. A text that is too long is refused in words of our own.
+TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
 CODE = ("auto_map", "custom_generate", "custom_pipelines")  # keys of configurations that name code of the author's
 KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation", "kernel_config")
 
@@ -104,6 +106,7 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelRefused(f"{name_or_folder} has a tokenizer of type {type(tokenizer).__name__}: save a fast one into it")
     check_template(tokenizer.chat_template, name_or_folder)
+    tokenizer.deprecation_warnings[TOO_LONG] = True
     return tokenizer
 
 

@@ -21,6 +21,7 @@ from runtime.schedulers.base import Plan, View
 ROWS = (1, 2, 4, 8, 16, 17, 32, 33, 64)  # of a pass for which T is measured; kernels work in tiles of 16 rows
 MOST = 64  # nodes verified in one pass
 MEMORY = 0.05  # weight of a new observation
+PACE = 0.2  # the same for T: a shared machine is slower by half from one second to the next, and every row is paid for at that price
 LATE = 2.0  # times its usual delay: growth that has not come by then is not waited for
 WIDTH = 4.0  # leaves that a drafter is taken to expand at once, until some growth was seen
 MARGIN = 2.0  # tokens gained per token forgone that waiting must exceed: much of what is waited for comes during the step anyway
@@ -96,8 +97,8 @@ class Living:
         below = max(0, above - 1)
         span = max(1.0, self.rows[above] - self.rows[below])
         near = float(np.clip((rows - self.rows[below]) / span, 0.0, 1.0)) if above != below else 1.0
-        self.times[above] += MEMORY * near * error
-        self.times[below] += MEMORY * (1.0 - near) * error
+        self.times[above] += PACE * near * error
+        self.times[below] += PACE * (1.0 - near) * error
         self.times = np.maximum(np.maximum.accumulate(self.times), 1e-9)
 
     def grew(self, delay: float, first: bool, leaves: int) -> None:
