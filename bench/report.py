@@ -38,7 +38,7 @@ def markdown(results: Results, pictures: dict[str, str]) -> str:
     parts += section("Where the target's time went", image(pictures, "time") + STEPS, *steps)
     if "trace" in pictures:
         parts += ["## Half a second of living", image(pictures, "trace").strip()]
-    parts += section("The pair", image(pictures, "steps") + cost_ratio(results), tables.profile(results), tables.acceptance(results))
+    parts += section("The pair", image(pictures, "steps") + PAIR + cost_ratio(results), tables.profile(results), tables.acceptance(results))
     parts += section("The bound", BOUND, tables.bounds(results))
     parts += section("The planner's forecast", FORECAST, tables.forecasts(results))
     parts += section("Settings tried", SWEEP, tables.sweep(results))
@@ -58,6 +58,11 @@ SWEEP = "On prompts that are not measured; the best setting of each method is th
 STEPS = (
     "Shares of the time of decoding. *Accepted*: of the nodes that were verified, those on the target's path. *Hits*: steps whose new "
     "root had been guessed. *Lead*: tokens by which drafting was ahead when a step began."
+)
+PAIR = (
+    "The first two columns: each model by itself on one core, before, between and after the runs, medians. The others: T(n) as the runs' own "
+    "passes had it, those of plain decoding and of all schedules with the draft together; a shared machine is slower in some minutes than "
+    "in others, so the bound and the forecasts are reckoned with these. "
 )
 BOUND = (
     "With an autoregressive drafter no scheme exceeds 1/t + 1/T tokens per second, and none with n rows E(n)/T(n), where E(n) is what the "
