@@ -60,9 +60,9 @@ STEPS = (
     "root had been guessed. *Lead*: tokens by which drafting was ahead when a step began."
 )
 PAIR = (
-    "The first two columns: each model by itself on one core, before, between and after the runs, medians. The others: T(n) as the runs' own "
-    "passes had it, those of plain decoding and of all schedules with the draft together; a shared machine is slower in some minutes than "
-    "in others, so the bound and the forecasts are reckoned with these. "
+    "The first two columns: each model by itself on one core, before, between and after the runs, medians. The others: T(n) as the passes "
+    "of the runs had it, of plain decoding and of all schedules with the draft together; a shared machine is slower in some minutes "
+    "than in others, so the bound and the forecasts are reckoned with these. "
 )
 BOUND = (
     "With an autoregressive drafter no scheme exceeds 1/t + 1/T tokens per second, and none with n rows E(n)/T(n), where E(n) is what the "
