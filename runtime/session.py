@@ -148,13 +148,13 @@ class Session:
         return Commit(self.id, self.epoch, base, tuple(decided), tree.key[0]), hit
 
     def observe(self, decided: Sequence[int]) -> None:
-        """Compare the first guesses that the decided tokens passed with their scores."""
+        """Compare the best guesses that the decided tokens passed with their scores."""
         tree, node = self.tree, 0
         for token in decided:
             children = tree.children(node)
             if not children:
                 return
-            first = children[0]
+            first = max(children, key=tree.score.__getitem__)
             self.right += MEMORY * ((tree.token[first] == token) - self.right)
             self.expected += MEMORY * (math.exp(tree.score[first]) - self.expected)
             self.right, self.expected = (min(0.99, max(0.05, mean)) for mean in (self.right, self.expected))

@@ -9,6 +9,7 @@ so equal guesses of different drafters are one node, and a name stays valid when
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 import numpy.typing as npt
@@ -65,10 +66,10 @@ class TokenTree:
     """Parallel arrays in order of arrival: a parent always stands before its children. Index 0 is the root.
 
     said[i] is the log of the drafter's estimate that the target takes node i once it is at i's parent, score[i] the same
-    after calibration; path[i] is the sum of scores from the root, aside[i] the part of it by the turns[i] nodes on the way that are not
-    the first among their siblings; fanout[i] is the number of i's children, rank[i] its own place
-    among its siblings by arrival; drafter[i] names who guessed the node first; expanded[i] tells whether somebody was asked for
-    its children.
+    after calibration, the highest of those of all who have guessed it; path[i] is the sum of scores from the root, aside[i] the part of
+    it by the turns[i] nodes on the way that were not the best of their siblings when they were scored; fanout[i] is the number of i's
+    children, rank[i] its own place among its siblings by arrival; drafter[i] names who guessed the node first; expanded[i] tells whether
+    somebody was asked for its children.
     """
 
     __slots__ = (
@@ -116,6 +117,7 @@ class TokenTree:
         node, key = len(self.key), mix64(self.key[parent], token)
         if key in self.index or node > self.max_nodes or self.depth[parent] >= self.max_depth:
             return None
+        turned = self.best_below(parent) >= score
         self.key.append(key)
         self.token.append(token)
         self.parent.append(parent)
@@ -123,7 +125,6 @@ class TokenTree:
         self.said.append(score if said is None else said)
         self.score.append(score)
         self.path.append(self.path[parent] + score)
-        turned = self.fanout[parent] > 0
         self.aside.append(self.aside[parent] + score * turned)
         self.turns.append(self.turns[parent] + turned)
         self.rank.append(self.fanout[parent])
@@ -136,20 +137,26 @@ class TokenTree:
 
     def merge(self, parents: Keys, tokens: Ints, said: Floats, drafter: str, estimate: Estimate) -> Merged:
         """Add many nodes (n,), given by the names of their parents, in their order: as by `add` for each, with estimate(rank, said)
-        for score."""
+        for score. A node that somebody else has guessed is scored higher where this drafter is surer of it."""
         names = mix64_all(parents, tokens)
         index, depth, fanout, size = self.index, self.depth, self.fanout, len(self.key)
         stale = repeated = full = 0
         rows, placed, ranks = [], [], []
+        had: set[int] = set()  # nodes with children of before
+        again: list[tuple[int, int, int]] = []  # node, row, rank
         for row, (above, name) in enumerate(zip(parents.tolist(), names.tolist(), strict=True)):
             parent = index.get(above)
             if parent is None:
                 stale += 1
-            elif name in index:
+            elif (known := index.get(name)) is not None:
                 repeated += 1
+                if known < len(self.key) and self.drafter[known] != drafter:
+                    again.append((known, row, sum(self.parent[node] == parent for node, _, _ in again)))
             elif size > self.max_nodes or (below := depth[parent] + 1) > self.max_depth:
                 full += 1
             else:
+                if fanout[parent]:
+                    had.add(parent)
                 index[name] = size
                 size += 1
                 rows.append(row)
@@ -158,9 +165,13 @@ class TokenTree:
                 fanout[parent] += 1
                 fanout.append(0)
                 depth.append(below)
+        if again:
+            nodes, of, places = map(np.array, zip(*again, strict=True))
+            self.raise_to(nodes, estimate(places, said[of]))
         if rows:
             new = np.array(rows)
             scores = estimate(np.array(ranks), said[new])
+            best = {parent: self.best_below(parent) for parent in had if parent < len(self.key)}
             self.key.frombytes(names[new].tobytes())
             self.token.frombytes(tokens[new].tobytes())
             self.said.frombytes(said[new].tobytes())
@@ -170,11 +181,35 @@ class TokenTree:
             self.rank.extend(ranks)
             self.drafter += [drafter] * len(rows)
             path, aside, turns = self.path, self.aside, self.turns
-            for parent, score, rank in zip(placed, scores.tolist(), ranks, strict=True):
+            for parent, score in zip(placed, scores.tolist(), strict=True):
                 path.append(path[parent] + score)
-                aside.append(aside[parent] + score if rank else aside[parent])
-                turns.append(turns[parent] + 1 if rank else turns[parent])
+                turned = best.get(parent, -inf) >= score
+                aside.append(aside[parent] + score if turned else aside[parent])
+                turns.append(turns[parent] + 1 if turned else turns[parent])
+                if not turned:
+                    best[parent] = score
         return Merged(rows, stale, repeated, full)
+
+    def raise_to(self, nodes: Ints, scores: Floats) -> None:
+        """Somebody else has guessed these nodes (n,) too, parents first: their scores become these where they are lower."""
+        for node, score in zip(nodes.tolist(), scores.tolist(), strict=True):
+            more = score - self.score[node]
+            if more <= 0.0:
+                continue
+            parent = self.parent[node]
+            turned = self.turns[node] > self.turns[parent]
+            stays = turned and self.best_below(parent) >= score
+            below = self._below(node)
+            np.frombuffer(self.path)[below] += more
+            if turned:
+                np.frombuffer(self.aside)[below] += more if stays else -self.score[node]
+            if turned and not stays:
+                np.frombuffer(self.turns, dtype=np.int64)[below] -= 1
+            self.score[node] = score
+
+    def best_below(self, parent: int) -> float:
+        """The highest score of a child; -inf where there is none."""
+        return max((self.score[child] for child in self.children(parent)), default=-inf)
 
     def child(self, node: int, token: int) -> int | None:
         """The child of `node` with this token; None where there is none."""

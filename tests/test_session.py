@@ -63,12 +63,16 @@ def test_growth_is_kept_with_what_the_drafter_said_and_its_calibrated_score() ->
     of = session()
     of.band.of("a").observe(0, -0.5, False)
     assert of.offer(draft(((), 5), ((5,), 6), drafter="a")) == 2
-    assert of.offer(draft(((), 5), ((), 7), scores=[-0.1, -2.0], drafter="b")) == 1
     tree = of.tree
+    assert tree.score[1] == score_of(of.band.of("a"), 0, -0.5) < -0.5
+    assert of.offer(draft(((), 5), ((), 7), scores=[-0.125, -2.0], drafter="b")) == 1
     assert tree.said.tolist() == [0.0, -0.5, -0.5, -2.0]
     assert tree.rank.tolist() == [0, 0, 0, 1]
     assert tree.drafter == ["", "a", "a", "b"]
-    assert tree.score[1] == score_of(of.band.of("a"), 0, -0.5) < -0.5
+    assert tree.score[1] == score_of(of.band.of("b"), 0, -0.125)  # the surer of the two is believed
+    assert of.offer(draft(((), 5), scores=[-3.0], drafter="c")) == 0
+    assert tree.score[1] == score_of(of.band.of("b"), 0, -0.125)
+    assert tree.path[2] == tree.score[1] + tree.score[2]
     assert tree.score[3] == score_of(of.band.of("b"), 1, -2.0)
 
 

@@ -16,13 +16,15 @@ Path = tuple[int, ...]
 
 
 class TreeMachine(RuleBasedStateMachine):
-    """`paths` is the oracle: the score and whether it is expanded, of every path below the root, in order of arrival."""
+    """`paths` is the oracle: the score and whether it is expanded, of every path below the root, in order of arrival; `said` what its first
+    drafter said of it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.text = list(TEXT)
         self.tree = TokenTree(text_key(TEXT), TEXT[-1], MAX_NODES, MAX_DEPTH)
         self.paths: dict[Path, tuple[float, bool]] = {}
+        self.said: dict[Path, float] = {}
         self.root_expanded = False
 
     def node(self, path: Path) -> int:
@@ -37,11 +39,12 @@ class TreeMachine(RuleBasedStateMachine):
         added = self.tree.add(self.node(parent), token, score, drafter=f"d{token}")
         assert added == (len(self.tree) - 1 if fits else None)
         if fits:
-            self.paths[path] = (score, False)
+            self.paths[path], self.said[path] = (score, False), score
 
     @rule(paths=st.lists(st.lists(TOKENS, min_size=1, max_size=MAX_DEPTH).map(tuple), max_size=8))
     def merge(self, paths: list[Path]) -> None:
-        """A draft by name, each node twice; where a parent is not there, or there is no room, its children are none either."""
+        """A draft by name, each node twice; where a parent is not there, or there is no room, its children are none either. What others
+        thought less likely is scored as this drafter scores it."""
         nodes = sorted({path[:n] for path in paths for n in range(1, len(path) + 1)}, key=len)
         offered = [*nodes, *nodes]
         above = np.array([text_key([*self.text, *path[:-1]]) for path in offered], dtype=np.uint64)
@@ -51,7 +54,10 @@ class TreeMachine(RuleBasedStateMachine):
             fits = path not in self.paths and len(self.paths) < MAX_NODES and len(path) <= MAX_DEPTH
             if fits and (len(path) == 1 or path[:-1] in self.paths):
                 expected.append(row)
-                self.paths[path] = (-2.0, False)
+                self.paths[path], self.said[path] = (-2.0, False), -2.0
+            elif path in self.paths:
+                score, expanded = self.paths[path]
+                self.paths[path] = max(score, -2.0), expanded
         merged = self.tree.merge(above, tokens, said, "many", lambda ranks, said: said)
         assert merged.rows == expected
         assert len(expected) + merged.stale + merged.repeated + merged.full == len(offered)
@@ -76,6 +82,7 @@ class TreeMachine(RuleBasedStateMachine):
         assert self.tree.reroot(tokens) == hit
         self.text.extend(tokens)
         self.paths = survivors
+        self.said = {path: self.said[(*tokens, *path)] for path in survivors}
         assert {path: self.tree.rank[self.node(path)] for path in survivors} == ranks
         assert self.tree.key[0] == text_key(self.text)
         assert self.tree.token[0] == self.text[-1]
@@ -93,13 +100,18 @@ class TreeMachine(RuleBasedStateMachine):
             assert tree.index[text_key([*self.text, *path])] == node
             assert 0 <= tree.parent[node] < node
             assert tree.depth[node] == len(path) <= MAX_DEPTH
-            assert (tree.score[node], tree.said[node], tree.expanded[node]) == (score, score, expanded)
+            assert (tree.score[node], tree.said[node], tree.expanded[node]) == (score, self.said[path], expanded)
             assert math.isclose(tree.path[node], sum(self.paths[path[:n]][0] for n in range(1, len(path) + 1)), abs_tol=1e-9)
+            turned = tree.turns[node] - tree.turns[tree.parent[node]]
+            assert turned in (0, 1)
+            assert math.isclose(tree.aside[node] - tree.aside[tree.parent[node]], turned * score, abs_tol=1e-9)
         assert len(tree.index) == len(tree)
         for node in range(len(tree)):
             below = {path[-1]: child for path, child in found.items() if tree.parent[child] == node}
             assert tree.children(node) == sorted(below.values())
             assert tree.fanout[node] == len(below)
+            best = [child for child in below.values() if tree.score[child] == tree.best_below(node)]
+            assert not best or any(tree.turns[child] == tree.turns[node] for child in best)  # the likeliest is no turn
             assert {token: tree.child(node, token) for token in range(4)} == {token: below.get(token) for token in range(4)}
 
     @invariant()
