@@ -107,7 +107,6 @@ build/audit/installed: Makefile | install
 	  exit 2; \
 	fi; \
 	if [[ ! -x $(BIN)/pip ]]; then echo "$$python -m venv .venv"; $$python -m venv .venv; fi
-	@echo "installing the pinned dependencies into .venv (one to three minutes)"
 	@echo 'installing the pinned packages: one to three minutes, more where torch has to be fetched'
 	$(BIN)/pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	@# Compiled on all cores, where pip would use one, and without what no start loads. Ray gives its agents only seconds to start.

@@ -4,12 +4,14 @@ import contextlib
 import importlib
 import os
 import sys
-from threading import Thread, get_native_id
+from threading import Thread
 
 from runtime.config import Placement
 
 SWITCH_INTERVAL = 0.0002  # seconds; Python's own 5 ms would let the model's thread hold up the exchange
-NICE = 10  # what serves on the same core gets nine tenths of it
+# In the system's measure of priority, how much lower than all else:
+LOADING = 5  # of a core that both want, what serves gets three quarters; more would starve those who start where much else runs
+DRAFTING = 10  # ... nine tenths
 
 
 def settle(placement: Placement) -> None:
@@ -26,10 +28,15 @@ def load_gently(module: str) -> None:
     """
 
     def load() -> None:
-        os.setpriority(os.PRIO_PROCESS, get_native_id(), NICE)  # of this thread alone: nobody needs a privilege to rise again
+        os.nice(LOADING)  # of this thread alone: to rise again would take a privilege
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
 
     thread = Thread(target=load, name="load")
     thread.start()
     thread.join()
+
+
+def give_way() -> None:
+    """From this thread on: the threads it starts inherit that. Nobody waits for guesses by rule, but for all else that runs here."""
+    os.nice(DRAFTING)

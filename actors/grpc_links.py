@@ -30,7 +30,8 @@ class GrpcLink:
     peer      what the drafter said of itself, after the handshake
 
     A stop or cut of the drafter raises LinkLost within two seconds, a kill at once, `handshake_s` seconds of
-    silence at the start too. Three malformed replies within a minute raise LinkLost, on this connection or a later one.
+    silence at the start too. Three malformed replies within a minute raise LinkLost, on this connection or a later one; the link is
+    `shut` then.
     """
 
     def __init__(
@@ -49,6 +50,11 @@ class GrpcLink:
         self._handshake_s = handshake_s
         self._now = now
         self._strikes: deque[float] = deque(maxlen=STRIKES)
+
+    @property
+    def shut(self) -> bool:
+        """Whether the drafter is in quarantine: for a minute after the last of three strikes nobody should call `speculate`."""
+        return self._struck_out() and self._now() - self._strikes[-1] < STRIKE_S
 
     async def speculate(self, events: AsyncIterator[Event]) -> AsyncGenerator[Reply, None]:
         """As in DraftLink. An error raised by `events` itself is raised here as it is."""
@@ -149,12 +155,16 @@ class GrpcLink:
     def _strike(self, why: str) -> None:
         self._count("malformed", why)
         self._strikes.append(self._now())
-        if len(self._strikes) == STRIKES and self._strikes[-1] - self._strikes[0] <= STRIKE_S:
+        if self._struck_out():
             raise self._lost(f"quarantined after {STRIKES} malformed replies, the last: {why}")
 
+    def _struck_out(self) -> bool:
+        return len(self._strikes) == STRIKES and self._strikes[-1] - self._strikes[0] <= STRIKE_S
+
     def _count(self, what: str, why: str) -> None:
+        """The log tells of the first of each kind: a peer cannot fill it."""
         self.counters[what] += 1
-        logger.warning("drafter %s: %s: %s", self.hello.drafter, what, why)
+        logger.log(logging.WARNING if self.counters[what] == 1 else logging.DEBUG, "drafter %s: %s: %s", self.hello.drafter, what, why)
 
     def _lost(self, why: str) -> LinkLost:
         return LinkLost(f"drafter {self.hello.drafter} is lost ({why})")

@@ -109,8 +109,9 @@ class DraftingService:
         return found
 
     def _count(self, what: str, why: str) -> None:
+        """The log tells of the first of each kind: a peer cannot fill it."""
         self.counters[what] += 1
-        logger.warning("a target: %s: %s", what, printable(why))
+        logger.log(logging.WARNING if self.counters[what] == 1 else logging.DEBUG, "a target: %s: %s", what, printable(why))
 
 
 class TargetService:

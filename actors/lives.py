@@ -6,6 +6,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import ray
@@ -165,7 +166,7 @@ def kill(member: Member, life: Life) -> None:
         return
     pid, kind = member.place.pid, KINDS[type(member.spec)]
     if node == ray.get_runtime_context().get_node_id():  # without a worker, which would start beside those that go on for it
-        end_process(pid, kind)
+        Thread(target=end_process, args=(pid, kind), daemon=True).start()  # /proc waits for a process that is stuck in the kernel
         return
     there = NodeAffinitySchedulingStrategy(node, soft=False)
     ray.remote(end_process).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(pid, kind)

@@ -71,9 +71,9 @@ class TargetActor:
         with self.changing:
             wanted = {peer.name: peer for peer in peers}
             changed = [name for name in self.target.drafters if wanted.get(name) != self.peers.get(name)]
-            # A link that is kept remembers what it has been through: one that broke the protocol too often stays shut.
+            # A link that is kept remembers what it has been through: one that broke the protocol too often stays shut for a while.
             self.links = {peer: self.links.get(peer) or GrpcLink(peer.address, self._hello(peer), tls=self.tls) for peer in peers}
-            self.network.run(exchange(self.target, changed, {peer.name: link for peer, link in self.links.items()}))
+            self.network.run(exchange(self.target, changed, {peer.name: link for peer, link in self.links.items() if not link.shut}))
             self.peers = wanted
 
     def _hello(self, peer: Peer) -> Hello:

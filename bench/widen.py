@@ -47,7 +47,6 @@ class Shape:
 
 
 SMALL = Shape(hidden=768, layers=12, ffn=2048)  # 88M parameters for the target that ships
-LARGE = Shape(hidden=4096, layers=32, ffn=14336)  # the matrices of an 8B model
 
 
 def head_size(config: LlamaConfig) -> int:

@@ -36,6 +36,8 @@ def frames_of(kind: type[pb.ToDrafter] | type[pb.FromDrafter], data: bytes) -> S
         frame = kind.FromString(data)
     except DecodeError as error:
         raise InvalidRequest(f"{len(data)} bytes are no frame of this protocol: send messages of speculation.proto") from error
+    if len(frame.bundle.frames) > limits.FRAMES:
+        raise InvalidRequest(f"a message of {len(frame.bundle.frames)} frames: at most {limits.FRAMES} are allowed, send several messages")
     return frame.bundle.frames if frame.HasField("bundle") else (data,)
 
 
@@ -45,7 +47,7 @@ def within(frames: Sequence[bytes]) -> list[list[bytes]]:
     room = 0
     for frame in frames:
         needed = len(frame) + WRAPPING
-        if needed > room:
+        if needed > room or len(groups[-1]) == limits.FRAMES:
             groups.append([])
             room = limits.MESSAGE_BYTES - WRAPPING
         groups[-1].append(frame)

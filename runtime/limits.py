@@ -1,6 +1,7 @@
 """Bounds on everything that comes from outside, used by the command line, gRPC and the session alike."""
 
 MESSAGE_BYTES = 1 << 20  # a gRPC message
+FRAMES = 256  # of one such message
 DRAFT_NODES = 256  # nodes in one growth
 TREE_NODES = 2048  # live nodes of one session's tree
 TREE_DEPTH = 64  # tokens that a tree may run ahead of its root

@@ -30,27 +30,39 @@ class Read:
 
 
 def read_on(model: Model, prefixes: Prefixes, sessions: Sequence[Live], began: float, clock: Clock) -> Read:
-    """Read on in what is not in the caches of `sessions`: all but the last token of each text. One pass in general.
+    """Read on in what is not in the caches of `sessions`: all but the last token of each text.
 
-    Texts that were begun elsewhere come first, then the oldest. Their clients wait in the midst of them, as those do of texts that are
-    read: so where many come at once, there are more passes, for a piece of each, and not a step of all others after each pass.
+    One pass. Where others wait for their step and many texts are in a hurry, as many as these need for a piece of each: else the last
+    of them would wait for a step of all those before it, again after each pass.
     """
-    found, left = Read(began), CHUNK_BESIDE * len(resuming(sessions))
+    found, stepping = Read(began), any(live.ready for live in sessions)
+    left = sum(min(CHUNK_BESIDE, missing(live)) for live in sessions if hurries(live)) if stepping else 0
     while True:
         before = found.rows
         read_pieces(model, prefixes, sessions, found, clock)
         left -= found.rows - before
-        if left <= 0 or found.failed or not resuming(sessions):
+        if left <= 0 or found.failed or not any(map(hurries, sessions)):
             return found
 
 
-def resuming(sessions: Sequence[Live]) -> list[Live]:
-    return [live for live in sessions if not live.ready and live.session.request.committed]
+def missing(live: Live) -> int:
+    """Tokens that are yet to be read."""
+    return len(live.session.tokens) - 1 - live.cache.length
+
+
+def hurries(live: Live) -> bool:
+    """Whether its client waits in the midst of a text that was begun elsewhere, or it is read in one piece."""
+    return not live.ready and (bool(live.session.request.committed) or missing(live) <= CHUNK_BESIDE)
+
+
+def order(live: Live) -> tuple[bool, bool]:
+    return missing(live) > CHUNK_BESIDE, not live.session.request.committed
 
 
 def read_pieces(model: Model, prefixes: Prefixes, sessions: Sequence[Live], found: Read, clock: Clock) -> None:
-    """One pass. A text waits while one that is read now has more in common with it than any cache: it can be copied next time."""
-    began, reading = found.done, sorted((live for live in sessions if not live.ready), key=lambda live: not live.session.request.committed)
+    """One pass: what can be read in one piece first, then what was begun elsewhere, then the oldest. A text waits while one that is read
+    now has more in common with it than any cache: it can be copied next time."""
+    began, reading = found.done, sorted((live for live in sessions if not live.ready), key=order)
     budget = CHUNK if len(reading) == len(sessions) else min(CHUNK, CHUNK_BESIDE * len(reading))
     others = [(other.session.tokens[:-1], other.cache) for other in sessions if other.ready]
     pieces, read_now = list[tuple[Live, Part]](), dict[tuple[int, ...], list[Ids]]()

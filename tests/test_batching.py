@@ -1,6 +1,7 @@
 """Many sessions on one target: who begins when, what is computed together, and what nobody notices of the others."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from runtime.merit import REST, TRIAL
 from runtime.messages import Chunk, Event, Open, Request, Share, Style
 from runtime.models.base import Part
 from runtime.models.toy import ToyModel
-from runtime.reading import ALIKE, CHUNK_BESIDE
+from runtime.reading import ALIKE, CHUNK, CHUNK_BESIDE
 from runtime.schedulers.fixed import Fixed
 from runtime.schedulers.sync import Sync
+from runtime.target import resumed
 from tests.rig import NOBODY, Output, asking, engine_of, lettering, output, plain
 from tests.test_engine import draft
 
@@ -47,7 +49,8 @@ class Desk:
 
     def admit(self, request: Request) -> None:
         self.chunks[request.session] = []
-        self.engine.handle(Admit(request, lettering()(request), self.chunks[request.session].append, self.engine.clock()))
+        finish = resumed(lettering()(request), request)
+        self.engine.handle(Admit(request, finish, self.chunks[request.session].append, self.engine.clock()))
 
     def run(self) -> dict[str, Output]:
         while self.engine.live or self.engine.admission.waiting:
@@ -119,6 +122,34 @@ def test_what_a_cache_has_already_is_waited_for_by_nobody() -> None:
     for number, prompt in enumerate(moved):
         assert found[f"s{number}"].stats.reused == ALIKE + 8
         assert found[f"s{number}"].said() == plain(ToyModel(24, memory=3), asking(prompt, f"s{number}", max_tokens=4)).said()
+
+
+def test_many_short_texts_and_those_begun_elsewhere_wait_for_no_step_between_their_passes() -> None:
+    """Each gets a piece before the others' next step; what is longer than that holds them up no longer than any text would."""
+    model = Watched()
+    at = desk(model)
+    at.admit(asking(PROMPT, "here", max_tokens=40))
+    at.engine.advance()
+    before, passes = len(at.chunks["here"]), len(model.passes)
+    prompts = [(number, *((7 * n + number) % 23 for n in range(CHUNK_BESIDE - 8))) for number in range(CHUNK // CHUNK_BESIDE + 8)]
+    requests = [asking(prompt, f"s{number}") for number, prompt in enumerate(prompts)]
+    whole = [plain(ToyModel(24, memory=3), request) for request in requests]
+    cuts = [4 * (number % 2) for number in range(len(requests))]
+    at.admit(asking([n % 24 for n in range(CHUNK)], "long"))
+    at.admit(replace(asking([n % 23 for n in range(CHUNK)], "long and begun"), committed=(1, 2)))
+    for request, answer, cut in zip(requests, whole, cuts, strict=True):
+        at.admit(replace(request, committed=answer.tokens[:cut], epoch=1))
+    at.engine.advance()
+    assert all(at.chunks[request.session] for request in requests)
+    assert len(at.chunks["here"]) == before + 1
+    *read, step = model.passes[passes:]
+    assert len(step) == 1 + len(requests)
+    assert max(map(sum, read)) <= CHUNK
+    assert sum(map(sum, read)) < (len(requests) + 1) * CHUNK_BESIDE + CHUNK
+    for name in ("long", "long and begun"):
+        at.engine.handle(Cancel(name))
+    found = at.run()
+    assert [found[request.session].tokens for request in requests] == [answer.tokens[cut:] for answer, cut in zip(whole, cuts, strict=True)]
 
 
 def test_a_prompt_that_cannot_be_read_ends_alone() -> None:

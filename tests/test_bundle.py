@@ -35,6 +35,15 @@ def test_a_frame_as_large_as_a_message_goes_alone() -> None:
     assert bundle.to_drafter([b"x", frame, b"y"]) == [b"x", frame, b"y"]
 
 
+def test_a_message_holds_so_many_frames_and_no_more() -> None:
+    """A frame may be empty: a message of them would be a million lines of work."""
+    frames = [codec.encode_reply(Resync("s", DRAFTER))] * (2 * limits.FRAMES + 1)
+    messages = bundle.from_drafter(frames)
+    assert [len(bundle.frames_from_drafter(message)) for message in messages] == [limits.FRAMES, limits.FRAMES, 1]
+    with pytest.raises(InvalidRequest, match="257 frames"):
+        bundle.frames_from_drafter(pb.FromDrafter(bundle=pb.Bundle(frames=[b""] * (limits.FRAMES + 1))).SerializeToString())
+
+
 def test_a_bundle_in_a_bundle_is_of_no_kind() -> None:
     inner = pb.FromDrafter(bundle=pb.Bundle(frames=[codec.encode_reply(Resync("s", DRAFTER))])).SerializeToString()
     (frame,) = bundle.frames_from_drafter(pb.FromDrafter(bundle=pb.Bundle(frames=[inner])).SerializeToString())

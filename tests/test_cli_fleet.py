@@ -20,7 +20,7 @@ from actors.cli.compare import brought, compared
 from actors.cli.drain import sessions
 from actors.cli.fleet_show import Look, as_json, guessed, of_drafter, shown, speed
 from actors.cli.local_ray import LocalRay
-from actors.cli.logs import is_life
+from actors.cli.logs import is_life, tail
 from actors.cli.scale import check_hope, parsed, settled
 from actors.cli.serve import curl
 from actors.cli.top import looks
@@ -241,6 +241,19 @@ def test_a_cluster_that_is_not_there(
     one_line_about(address, capsys)
 
 
+def test_a_cluster_that_is_named_and_does_not_answer_does_not_cost_the_local_one(
+    nobody: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(local_ray, "find", lambda: LocalRay("127.0.0.2:1", "http://127.0.0.1:2", tmp_path, 1, {}))
+    monkeypatch.setattr(local_ray, "end", lambda ray: pytest.fail("the local Ray is ended"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert outrider(monkeypatch, "down") == 2
+    one_line_about(address, capsys)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -260,6 +273,28 @@ def test_serve_starts_nothing_that_cannot_be(
     monkeypatch.setattr(local_ray, "start", lambda: pytest.fail("Ray is started"))
     assert outrider(monkeypatch, "serve", *arguments) == 2
     one_line_about(named, capsys)
+
+
+# Logs
+
+
+def test_the_end_of_what_a_process_has_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Context:
+        def get_temp_dir(self) -> str:
+            return str(tmp_path)
+
+        def get_session_name(self) -> str:
+            return "session"
+
+    monkeypatch.setattr("ray.get_runtime_context", Context)
+    folder = tmp_path / "session" / "logs"
+    folder.mkdir(parents=True)
+    (folder / "worker-a-7.out").write_text(":job_id:01\none\ntwo\n")
+    (folder / "worker-a-7.err").write_bytes(b"three\xff\n:actor_name:x\nfour")
+    (folder / "worker-a-77.out").write_text("of another process\n")
+    assert tail(7, 3) == ["two", "three\N{REPLACEMENT CHARACTER}", "four"]
+    assert tail(7, 100) == ["one", "two", "three\N{REPLACEMENT CHARACTER}", "four"]
+    assert tail(8, 3) == []
 
 
 # The deployment file

@@ -132,17 +132,6 @@ def test_unknown_device(device: str, message: str) -> None:
 @pytest.mark.parametrize(
     "name", ["/no/such/folder", "./folder", "../folder", "~/no-such-folder", "a/b/c", "C:\\models", "hf://a/b", "a//b"]
 )
-def test_a_text_that_is_too_long_is_not_the_tokenizers_affair(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who refuses it says so in one line; a warning of transformers on standard error would be another."""
-    warned: list[tuple[object, ...]] = []
-    monkeypatch.setattr(tokenization_utils_base.logger, "warning", lambda *said: warned.append(said))
-    edit(folder / "tokenizer_config.json", model_max_length=1)
-    tokenizer = load_tokenizer(str(folder))
-    tokenizer.backend_tokenizer.pre_tokenizer = Whitespace()
-    assert tokenizer.encode("w1 w2 w3") == [1, 2, 3]
-    assert warned == []
-
-
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
 def test_no_such_folder(name: str, load: Callable[[str], object]) -> None:
     refused(name, "does not exist", load)
@@ -167,6 +156,17 @@ def test_a_file_is_no_folder(folder: Path) -> None:
 def test_a_missing_file(folder: Path, file: str, message: str) -> None:
     (folder / file).unlink()
     refused(folder, message)
+
+
+def test_a_text_that_is_too_long_is_not_the_tokenizers_affair(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who refuses it says so in one line; a warning of transformers on standard error would be another."""
+    warned: list[tuple[object, ...]] = []
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", lambda *said: warned.append(said))
+    edit(folder / "tokenizer_config.json", model_max_length=1)
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.backend_tokenizer.pre_tokenizer = Whitespace()
+    assert tokenizer.encode("w1 w2 w3") == [1, 2, 3]
+    assert warned == []
 
 
 def test_a_missing_tokenizer(folder: Path) -> None:

@@ -2,19 +2,13 @@
 
 import json
 import sys
-from typing import Annotated
-
-import typer
 
 from actors.cli import local_ray, reach
 from actors.cli.show import Progress
 from runtime.errors import OutriderError
 
 
-def down(
-    address: reach.Address = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on standard output, nothing else")] = False,
-) -> None:
+def down(address: reach.Address = None, as_json: reach.Json = False) -> None:
     """End the deployment, and the local Ray where `outrider serve` has started one. Requests under way end."""
     with Progress(quiet=as_json) as progress:
         progress.note("ending targets, drafters and gateways")
@@ -22,7 +16,7 @@ def down(
             with reach.cluster(address) as local:
                 end()
         except OutriderError:
-            if address is not None or (local := local_ray.find()) is None:
+            if reach.chosen(address) or (local := local_ray.find()) is None:
                 raise
         if local is not None:  # also where it does not answer, or holds no deployment
             progress.note("ending Ray")

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import deque
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,9 @@ RAYS_OWN = (":job_id:", ":actor_name:", ":task_name:")  # lines that Ray writes 
 
 
 def logs(
-    actor: Annotated[str, typer.Argument(help="name of a target or a drafter as in `outrider status`, or controller")] = "controller",
+    actor: Annotated[
+        str, typer.Argument(help="name of a target or a drafter as in `outrider status`, gateway-0, or controller")
+    ] = "controller",
     lines: Annotated[int, typer.Option(help="the last so many")] = 100,
     address: reach.Address = None,
     as_json: reach.Json = False,
@@ -62,5 +65,8 @@ def tail(pid: int, lines: int) -> list[str]:
     context = ray.get_runtime_context()
     folder = Path(context.get_temp_dir()) / context.get_session_name() / "logs"
     files = sorted(folder.glob(f"worker-*-{pid}.out")) + sorted(folder.glob(f"worker-*-{pid}.err"))
-    written = [line for file in files for line in file.read_text("utf-8", "replace").splitlines()]
-    return [line for line in written if not line.startswith(RAYS_OWN)][-lines:]
+    last: deque[str] = deque(maxlen=lines)  # Ray lets a log grow to half a gigabyte
+    for file in files:
+        with file.open(encoding="utf-8", errors="replace") as written:
+            last.extend(line.rstrip("\n") for line in written if not line.startswith(RAYS_OWN))
+    return list(last)

@@ -20,14 +20,19 @@ Address = Annotated[str | None, typer.Option(help=ADDRESS)]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output, nothing else")]
 
 
+def chosen(address: str | None) -> str | None:
+    """The cluster that the user names, by --address or in the environment; None where the local one is meant."""
+    return address or os.environ.get("RAY_ADDRESS") or None
+
+
 @contextlib.contextmanager
 def cluster(address: str | None, start: bool = False) -> Iterator[LocalRay | None]:
     """This process in the cluster; yields the local one if it is that. With `start`, a local one is started where there is none.
 
     Raises Unavailable where there is none, or it does not answer.
     """
-    if chosen := address or os.environ.get("RAY_ADDRESS"):
-        with joined(chosen):
+    if named := chosen(address):
+        with joined(named):
             yield None
         return
     local = local_ray.find() or (local_ray.start() if start else None)

@@ -25,6 +25,8 @@ def record(controller: reach.Controller, file: Path, wait: Callable[[], object])
         with suppress(KeyboardInterrupt):
             wait()
     finally:
-        recordings = controller.ask("trace", patience=PATIENCE)
-        controller.ask("recording", False)
+        try:
+            recordings = controller.ask("trace", patience=PATIENCE)
+        finally:
+            controller.ask("recording", False)
         save(file, recordings)

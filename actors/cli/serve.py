@@ -1,7 +1,6 @@
 """`outrider serve`: a deployment that goes on when the command is over; again, with another file, it changes to that one."""
 
 import json
-import os
 import signal
 import sys
 import threading
@@ -52,7 +51,7 @@ def serve(
     """Start what is not there yet, change what is; return when all of it is ready. `outrider down` ends it."""
     if trace is not None:
         check_file(trace)
-    chosen = address or os.environ.get("RAY_ADDRESS")
+    chosen = reach.chosen(address)
     fresh = chosen is None and local_ray.find() is None
     if file is not None:
         refuse_beside(context, str(file), *IN_FILE)

@@ -108,7 +108,7 @@ FIGURES = (
     ),
     parted("sessions_finished_total", "finished", "finished_reason", "Sessions that ended, by reason"),
     parted("fallbacks_total", "fallbacks", "cause", "Steps that did without something, by cause"),
-    parted("lost_links_total", "lost_links", "drafter", "Connections to a drafter that were lost"),
+    parted("lost_links_total", "lost_links", "drafter", "Connections to a drafter that ended: lost, or let go by scaling"),
     Figure(
         "outrider:target_restarts_total",
         "counter",
