@@ -4,6 +4,7 @@
 scaled, a host is cut off, another leaves and then is stopped, a third is powered down, the gateway is killed; a batch goes through
 `ray job submit`; everything goes down again. Every answer is compared with plain decoding. Prints each check with the seconds it took;
 ends with code 1 at the first that fails. Each step is a function: from a Python prompt, within `hosts`, one `bring_up` serves many trials.
+With the argument `short` it does a part of that in a few minutes: up, served, asked, drafters scaled to none, a host cut off, down again.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +95,10 @@ def check(what: str) -> Iterator[list[str]]:
 
 
 def main() -> int:
+    if sys.argv[1:] not in ([], ["short"]):
+        say(f"{' '.join(sys.argv[1:])}: give `short`, or nothing for the whole")
+        return 2
+    life, tokens = (short_life, TOKENS // 2) if sys.argv[1:] else (whole_life, TOKENS)
     why = missing()
     if why:
         say(f"skipped: this {why}")
@@ -101,10 +106,10 @@ def main() -> int:
     begin = time.monotonic()
     try:
         with check("plain decoding of what will be asked"):
-            known = cases(TOKENS)
+            known = cases(tokens)
         with hosts(ADDRESSES) as made:
             try:
-                whole_life(Operator(made), known)
+                life(Operator(made), known)
             except Failed:
                 say(Operator(made).logs())
                 raise
@@ -174,16 +179,31 @@ def whole_life(operator: Operator, known: list[dict[str, Any]]) -> None:
         looks = Looks(operator.made.command("head", "outrider top --address auto --json"))
         stack.callback(looks.stop)
         watched = watch(operator)
-        scale(operator, traffic, looks)
+        scale(operator, traffic, looks, (3, 0, 2))
         if watched:
             ask_prometheus(operator)
         submit(operator, known)
-        for loss in (cut_off, leave, stop, power_off):
-            loss(operator, traffic, looks)
+        for change in (cut_off, mend, leave, stop, power_off):
+            change(operator, traffic, looks)
         with check("the client ends") as more:
             more.append(traffic.end())
     lose_gateway(operator)
-    take_down(operator)
+    take_down(operator, ("target-a", "target-b"))
+
+
+def short_life(operator: Operator, known: list[dict[str, Any]]) -> None:
+    bring_up(operator)
+    serve(operator, known)
+    with contextlib.ExitStack() as stack:
+        traffic = ask(operator)
+        stack.callback(traffic.stop)
+        looks = Looks(operator.made.command("head", "outrider top --address auto --json"))
+        stack.callback(looks.stop)
+        scale(operator, traffic, looks, (0,))
+        cut_off(operator, traffic, looks)
+        with check("the client ends") as more:
+            more.append(traffic.end())
+    take_down(operator, ("target-b",))
 
 
 def bring_up(operator: Operator) -> None:
@@ -251,8 +271,8 @@ def ask_prometheus(operator: Operator) -> None:
         more.append(f"alerts that would be on: {', '.join(rule['alert'] for rule in rules() if answered[rule['expr']]) or 'none'}")
 
 
-def scale(operator: Operator, traffic: Traffic, looks: Looks) -> None:
-    for count in (3, 0, 2):
+def scale(operator: Operator, traffic: Traffic, looks: Looks, counts: Sequence[int]) -> None:
+    for count in counts:
         with check(f"outrider scale draft={count}") as more:
             operator.outrider(f"scale draft={count} --address auto")
             looks.await_("drafters", count)
@@ -285,6 +305,9 @@ def cut_off(operator: Operator, traffic: Traffic, looks: Looks) -> None:
         operator.made.cut("target-a")
         more.append(missed(looks, "targets", 1))
         more.append(traffic.more(9))
+
+
+def mend(operator: Operator, traffic: Traffic, looks: Looks) -> None:
     with check("its cable is back, and so is its target") as more:
         operator.made.mend("target-a")
         looks.await_("targets", 2)
@@ -335,14 +358,15 @@ def lose_gateway(operator: Operator) -> None:
         traffic.stop()
 
 
-def take_down(operator: Operator) -> None:
+def take_down(operator: Operator, reached: Sequence[str]) -> None:
+    """`reached`: targets' hosts that can be reached."""
     with check("outrider down, ray down"):
         operator.on_head("outrider down --address auto")
         operator.client("ray down -y ~/cluster.yaml 2>&1")
     with check("no Ray is left, after `ray stop` on the hosts that it leaves running"):
-        for host in ("target-a", "target-b"):
+        for host in reached:
             operator.made.run(host, "ray stop")
-        for host in ("head", "target-a", "target-b"):
+        for host in ("head", *reached):
             operator.made.run(host, "! pgrep -f '[r]aylet/raylet|[g]cs_server'")
 
 
