@@ -102,6 +102,7 @@ def test_the_bytes_of_a_character_that_is_spread_over_tokens() -> None:
             },
             Constraint("json_schema", '{"type":"object","a":null}'),
         ),
+        ({"response_format": {"type": "regex", "regex": "[ab]+"}}, Constraint("regex", "[ab]+")),
         ({"structured_outputs": {"regex": "[ab]+"}}, Constraint("regex", "[ab]+")),
         (
             {"structured_outputs": {"json": {"$ref": "#/$defs/a", "$defs": {"a": {}}}}},

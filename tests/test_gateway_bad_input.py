@@ -186,6 +186,7 @@ def rows() -> Iterator[Any]:
     yield pytest.param(CHAT, part("input_audio", input_audio={}), {}, 400, "unsupported_content", "messages", id="audio")
     yield pytest.param(CHAT, part("text"), {}, 400, "unsupported_content", "messages", id="text-without-text")
     yield pytest.param(CHAT, chat(response_format={"type": "json_schema"}), {}, 400, "missing_field", "response_format", id="no-schema")
+    yield pytest.param(CHAT, chat(response_format={"type": "regex"}), {}, 400, "missing_field", "response_format", id="no-regex")
     yield pytest.param(
         COMPLETIONS, completion(), {"x-request-timeout": "soon"}, 400, "invalid_value", "X-Request-Timeout", id="timeout-header"
     )

@@ -45,8 +45,11 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    type: Literal["text", "json_object", "json_schema"]
+    """OpenAI's, and `regex` beside it."""
+
+    type: Literal["text", "json_object", "json_schema", "regex"]
     json_schema: JsonSchema | None = None
+    regex: str | None = None
 
 
 class StructuredOutputs(Body):

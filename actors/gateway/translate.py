@@ -145,6 +145,10 @@ def constraint(body: AnyBody) -> Constraint | None:
         if form.json_schema is None:
             raise Refused(400, "missing_field", "response_format.json_schema is missing: give it", "response_format")
         found.append(schema(form.json_schema.schema_))
+    if form is not None and form.type == "regex":
+        if form.regex is None:
+            raise Refused(400, "missing_field", "response_format.regex is missing: give it", "response_format")
+        found.append(Constraint("regex", form.regex))
     if structured is not None and structured.json_ is not None:
         found.append(schema(structured.json_))
     if structured is not None and structured.regex is not None:
