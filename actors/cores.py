@@ -9,9 +9,7 @@ from threading import Thread
 from runtime.config import Placement
 
 SWITCH_INTERVAL = 0.0002  # seconds; Python's own 5 ms would let the model's thread hold up the exchange
-# In the system's measure of priority, how much lower than all else:
-LOADING = 5  # of a core that both want, what serves gets three quarters; more would starve those who start where much else runs
-DRAFTING = 10  # ... nine tenths
+LOADING = 5  # how much lower the priority is of who loads: what serves on the same core gets three quarters of it
 
 
 def settle(placement: Placement) -> None:
@@ -35,8 +33,3 @@ def load_gently(module: str) -> None:
     thread = Thread(target=load, name="load")
     thread.start()
     thread.join()
-
-
-def give_way() -> None:
-    """From this thread on: the threads it starts inherit that. Nobody waits for guesses by rule, but for all else that runs here."""
-    os.nice(DRAFTING)

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import ray
 from ray.exceptions import GetTimeoutError, RpcError
 
 from actors import controller, ledger, lives
@@ -55,7 +56,7 @@ def resumed(monkeypatch: pytest.MonkeyPatch, answers: dict[str, Actor | Exceptio
 
     written = ledger.encode(Ledger(PLAN, {TARGET: len(members)}, members, {one.name: 3 for one in members}, 5))
     monkeypatch.setattr(controller, "_internal_kv_get", {ledger.KEY: written}.get)
-    monkeypatch.setattr(lives.ray, "get_actor", get_actor)
+    monkeypatch.setattr(ray, "get_actor", get_actor)
     monkeypatch.setattr(Controller, "_watch", lambda self: None)
     return Controller(Deployment.model_validate({"target": {"model": "other"}}), served=True)
 

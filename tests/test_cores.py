@@ -1,24 +1,15 @@
-"""Who loads and who guesses does not hold up those that serve: priorities of threads, which those started by them inherit."""
+"""Who loads does not hold up those that serve."""
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from threading import Thread
 
 import pytest
 
-from actors.cores import DRAFTING, LOADING, give_way, load_gently
+from actors.cores import LOADING, load_gently
 
 LOWEST = 19
 NOTES = "import os\nfound = os.nice(0)\n"
-
-
-def apart(work: Callable[[], None]) -> None:
-    """On a thread of its own: what it does to its priority ends with it."""
-    thread = Thread(target=work)
-    thread.start()
-    thread.join()
 
 
 def test_what_is_loaded_gently_is_loaded_at_low_priority_and_nothing_else_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,15 +27,3 @@ def test_what_cannot_be_loaded_says_so_to_who_imports_it(tmp_path: Path, monkeyp
     load_gently("broken_inside")
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         __import__("broken_inside")
-
-
-def test_who_guesses_gives_way_with_all_threads_that_it_starts() -> None:
-    before, found = os.nice(0), list[int]()
-
-    def drafter() -> None:
-        give_way()
-        apart(lambda: found.append(os.nice(0)))
-
-    apart(drafter)
-    assert found == [min(before + DRAFTING, LOWEST)]
-    assert os.nice(0) == before
