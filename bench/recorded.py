@@ -4,11 +4,11 @@ import bisect
 import itertools
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from bench.results import Passes, Steps, steps_of
 from runtime.messages import Stats
-from runtime.tracing import BOOKKEEPING, COMMIT, COMPUTE, GROWTH, LEAD, STEP, WAIT, Count, Flow, Recording, Span
+from runtime.tracing import BOOKKEEPING, COMMIT, COMPUTE, GROWTH, LEAD, PREFILL, STEP, WAIT, Count, Flow, Recording, Span
 
 
 def steps(stats: Stats, target: Recording, drafters: Sequence[Recording]) -> Steps:
@@ -51,15 +51,22 @@ def round_trip(parts: Sequence[Recording]) -> float | None:
 
 def passes(target: Recording, drafters: Sequence[Recording]) -> Passes:
     spans, drafting = by_name(target), [by_name(part)[STEP] for part in drafters]
+    computing, apart = spans[COMPUTE], (*spans[WAIT], *spans[PREFILL])
     return Passes(
-        target=tuple((int(one.figures["rows"]), int(one.figures["sessions"]), one.ended - one.began) for one in spans[COMPUTE]),
-        bookkeeping=sum(one.ended - one.began for one in spans[BOOKKEEPING]),
+        target=tuple((int(one.figures["rows"]), int(one.figures["sessions"]), one.ended - one.began) for one in computing),
+        bookkeeping=sum(between(one, after, apart) for one, after in itertools.pairwise(computing)),
         messages=sum(isinstance(event, Flow) and event.kind == GROWTH and not event.begins for event in target.events),
         drafting=tuple(
             (int(one.figures["leaves"]), after.began - one.began) for of_one in drafting for one, after in itertools.pairwise(of_one)
         ),
         round_trip=round_trip([target, *drafters]),
     )
+
+
+def between(one: Span, after: Span, apart: Iterable[Span]) -> float:
+    """Seconds from the end of a span to the beginning of another, without what lies there of the spans `apart`."""
+    inside = (min(other.ended, after.began) - max(other.began, one.ended) for other in apart)
+    return after.began - one.ended - sum(seconds for seconds in inside if seconds > 0.0)
 
 
 def by_name(part: Recording) -> defaultdict[str, list[Span]]:

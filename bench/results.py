@@ -69,7 +69,7 @@ class Passes(Strict):
     """What one run of ours recorded of its costs.
 
     target       rows, sessions and seconds of each pass of the target
-    bookkeeping  seconds between them, all together
+    bookkeeping  seconds from each to the next, without waits and the reading of prompts, all together
     messages     of growth that the target took in
     drafting     leaves of each pass of a drafter, and seconds until its next one began
     round_trip   from target to drafter and back; None without a drafter
