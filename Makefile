@@ -56,7 +56,7 @@ test-load: install ## what the gateway adds, ten times too many requests, client
 	  -o faulthandler_timeout=0 tests/test_gateway_life.py tests/test_gateway_fuzz.py tests/test_fuzz_wire.py || failed=1; \
 	exit $$failed
 
-CLUSTER ?= # make test-cluster CLUSTER=short is a part of it, in some four minutes
+CLUSTER ?= # make test-cluster CLUSTER=short is a part of it, in some three minutes
 
 test-cluster: install ## the on-premise cluster file for real, on hosts made of namespaces (needs root): 25 minutes
 	$(BIN)/python -m tests.cluster.try_cluster $(CLUSTER)
