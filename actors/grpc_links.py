@@ -16,7 +16,7 @@ from protos import bundle, codec
 from protos.handshake import Hello, mismatch
 from runtime.config import TlsConfig
 from runtime.errors import InvalidRequest, LinkLost, Unavailable
-from runtime.messages import Chunk, Event, Reply, Request
+from runtime.messages import Chunk, Draft, Event, Reply, Request
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +41,14 @@ class GrpcLink:
         handshake_s: float = HANDSHAKE_S,
         now: Callable[[], float] = time.monotonic,
         tls: TlsConfig | None = None,
+        tokens: int | None = None,
     ) -> None:
+        """`tokens`: how many the target's vocabulary has; guesses of others are malformed. None where that is not looked at."""
         self.address = address
         self.hello = hello
         self.peer: Hello | None = None
         self.counters: Counter[str] = Counter()
-        self._tls = tls
+        self._tls, self._tokens = tls, tokens
         self._handshake_s = handshake_s
         self._now = now
         self._strikes: deque[float] = deque(maxlen=STRIKES)
@@ -142,7 +144,7 @@ class GrpcLink:
         found = []
         for frame in frames:
             try:
-                reply = codec.decode_reply(frame, self.hello.drafter)
+                reply = self._known(codec.decode_reply(frame, self.hello.drafter))
             except InvalidRequest as error:
                 self._strike(str(error))
                 continue
@@ -151,6 +153,14 @@ class GrpcLink:
             else:
                 found.append(reply)
         return found
+
+    def _known(self, reply: Reply | codec.Bye | None) -> Reply | codec.Bye | None:
+        """Raises InvalidRequest for a token that there is not."""
+        if self._tokens is not None and isinstance(reply, Draft):
+            strange = reply.tokens[(reply.tokens < 0) | (reply.tokens >= self._tokens)]
+            if len(strange):
+                raise InvalidRequest(f"token {strange[0]} of a vocabulary of {self._tokens}")
+        return reply
 
     def _strike(self, why: str) -> None:
         self._count("malformed", why)

@@ -29,6 +29,7 @@ class TargetActor:
         self.address = ""
         self.changing = threading.Lock()  # Ray calls from several threads
         self.schedulers: dict[ScheduleConfig, Scheduler] = {}
+        self.tokens: int | None = None  # of the vocabulary
         self.peers: dict[str, Peer] = {}
         self.links: dict[Peer, GrpcLink] = {}
 
@@ -46,7 +47,7 @@ class TargetActor:
 
         self.target, tokenizer, self.times = build_target(self.config, self.record)
         self.schedulers[self.config.schedule] = self.target.engine.scheduler
-        self.vocabulary = vocabulary_hash(tokenizer)
+        self.vocabulary, self.tokens = vocabulary_hash(tokenizer), self.target.engine.model.vocabulary
         settle_memory()
         self.network = LoopThread()
         host = self.config.placement.listen or own_host()
@@ -72,12 +73,13 @@ class TargetActor:
             wanted = {peer.name: peer for peer in peers}
             changed = [name for name in self.target.drafters if wanted.get(name) != self.peers.get(name)]
             # A link that is kept remembers what it has been through: one that broke the protocol too often stays shut for a while.
-            self.links = {peer: self.links.get(peer) or GrpcLink(peer.address, self._hello(peer), tls=self.tls) for peer in peers}
+            self.links = {peer: self.links.get(peer) or self._link(peer) for peer in peers}
             self.network.run(exchange(self.target, changed, {peer.name: link for peer, link in self.links.items() if not link.shut}))
             self.peers = wanted
 
-    def _hello(self, peer: Peer) -> Hello:
-        return Hello(self.vocabulary, self.config.model, peer.name, peer.incarnation)
+    def _link(self, peer: Peer) -> GrpcLink:
+        hello = Hello(self.vocabulary, self.config.model, peer.name, peer.incarnation)
+        return GrpcLink(peer.address, hello, tls=self.tls, tokens=self.tokens)
 
     def schedule(self, config: ScheduleConfig) -> None:
         """Schedule like this from the next step on. A policy that comes back knows what it had learned."""

@@ -6,9 +6,13 @@ from typing import Any, ClassVar
 from actors.grpc_links import STRIKE_S, GrpcLink
 from actors.peers import Peer
 from actors.target import TargetActor
+from protos import codec
 from runtime.config import TargetConfig
-from tests.fakes import HELLO, raw_drafter
+from runtime.tree import text_key
+from tests.fakes import HELLO, chain, raw_drafter
 from tests.test_links import BAD, greeted, lost
+
+ROOT = text_key((5, 6, 7))
 
 
 def test_a_link_is_shut_for_a_minute_after_the_last_strike() -> None:
@@ -22,6 +26,17 @@ def test_a_link_is_shut_for_a_minute_after_the_last_strike() -> None:
         for now[0] in (0.0, STRIKE_S - 1, STRIKE_S):
             shut.append(link.shut)
         assert shut == [False, True, True, False]
+
+    asyncio.run(main())
+
+
+def test_a_token_that_there_is_not_is_a_strike() -> None:
+    async def main() -> None:
+        known, beyond = (codec.encode_reply(chain("s", 1, ROOT, nodes)) for nodes in (10, 11))
+        async with raw_drafter(lambda context: greeted(context, known, beyond, beyond, beyond)) as address:
+            link = GrpcLink(address, HELLO, tokens=10)
+            assert "token 10 of a vocabulary of 10" in await lost(link)
+            assert link.counters["malformed"] == 3
 
     asyncio.run(main())
 
