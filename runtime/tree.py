@@ -143,7 +143,8 @@ class TokenTree:
         stale = repeated = full = 0
         rows, placed, ranks = [], [], []
         had: set[int] = set()  # nodes with children of before
-        again: list[tuple[int, int, int]] = []  # node, row, rank
+        again: list[tuple[int, int, int]] = []  # node, row, place among what is offered here for its parent
+        offered: dict[int, int] = {}
         for row, (above, name) in enumerate(zip(parents.tolist(), names.tolist(), strict=True)):
             parent = index.get(above)
             if parent is None:
@@ -151,7 +152,8 @@ class TokenTree:
             elif (known := index.get(name)) is not None:
                 repeated += 1
                 if known < len(self.key) and self.drafter[known] != drafter:
-                    again.append((known, row, sum(self.parent[node] == parent for node, _, _ in again)))
+                    again.append((known, row, offered.get(parent, 0)))
+                offered[parent] = offered.get(parent, 0) + 1
             elif size > self.max_nodes or (below := depth[parent] + 1) > self.max_depth:
                 full += 1
             else:
@@ -165,6 +167,7 @@ class TokenTree:
                 fanout[parent] += 1
                 fanout.append(0)
                 depth.append(below)
+                offered[parent] = offered.get(parent, 0) + 1
         if again:
             nodes, of, places = map(np.array, zip(*again, strict=True))
             self.raise_to(nodes, estimate(places, said[of]))

@@ -69,11 +69,14 @@ def test_growth_is_kept_with_what_the_drafter_said_and_its_calibrated_score() ->
     assert tree.said.tolist() == [0.0, -0.5, -0.5, -2.0]
     assert tree.rank.tolist() == [0, 0, 0, 1]
     assert tree.drafter == ["", "a", "a", "b"]
+    assert tree.score[3] == score_of(of.band.of("b"), 1, -2.0)
     assert tree.score[1] == score_of(of.band.of("b"), 0, -0.125)  # the surer of the two is believed
     assert of.offer(draft(((), 5), scores=[-3.0], drafter="c")) == 0
     assert tree.score[1] == score_of(of.band.of("b"), 0, -0.125)
     assert tree.path[2] == tree.score[1] + tree.score[2]
-    assert tree.score[3] == score_of(of.band.of("b"), 1, -2.0)
+    of.band.of("d").observe(0, -0.0625, False)
+    assert of.offer(draft(((), 4), ((), 7), scores=[-0.0625, -0.0625], drafter="d")) == 1
+    assert tree.score[3] == score_of(of.band.of("d"), 1, -0.0625)  # its second guess for that place, whoever guessed the first
 
 
 @pytest.mark.parametrize(
