@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -11,10 +12,11 @@ from actors import cli
 from actors.cli.measure_guesses import SILENT, of_drafter
 from runtime.calibration import Calibrations
 from runtime.config import ScheduleConfig
+from runtime.drafters.base import Children, Wish
 from runtime.drafters.ngram import Ngram
 from runtime.heads.base import NOTHING, Growth
 from runtime.sampling import Sampling
-from runtime.sim import sweep
+from runtime.sim import guesses, sweep
 from runtime.sim.forecast import Setting, forecast
 from runtime.sim.heads import HeadFigures, along
 from runtime.sim.measured import Measured
@@ -87,3 +89,47 @@ def test_the_command_takes_all_kinds(monkeypatch: pytest.MonkeyPatch, capsys: py
     said = capsys.readouterr().out
     for name in ("ngram", "layer-skip", "token-recycling", "medusa", "hidden-transfer", "heads on the target", "Head: "):
         assert name in said
+
+
+class Chain:
+    """A drafter that guesses three places in each pass: the first two right."""
+
+    def expand(self, wishes: Sequence[Wish]) -> list[Children]:
+        return [self.guess(len(wish.text.tokens)) for wish in wishes]
+
+    def guess(self, place: int) -> Children:
+        def level(tokens: list[int], parent: int, below: Children | None = None) -> Children:
+            scores = np.asarray([-0.1, -3.0][: len(tokens)], np.float32)
+            return Children(np.full(len(tokens), parent, np.int32), np.asarray(tokens, np.int32), scores, below)
+
+        return level([place, 99], 0, level([98, place + 1], 0, level([97], 1)))
+
+    def close(self, session: str) -> None:
+        pass
+
+
+def test_a_drafter_that_guesses_several_places_in_a_pass() -> None:
+    """Its second guess of the second place is right; the third place hangs on that one, not on the best, so it is not heard of."""
+    prompt, answer = tuple(range(4)), (4, 5, 6)
+    _, places = of_drafter(Chain(), [(prompt, answer)], Sampling())
+    assert [place.rank for place in places] == [0, 0, 0]
+    assert [[below.rank for below in place.below] for place in places] == [[1], [1], [None]]
+    assert len(places[0].below[0].scores) == 2
+    known = guesses.of(Measured(target={1: 0.03}, draft={1: 0.002}, positions=places))
+    assert known.behind(0) == ((1, places[0].below[0].scores),)
+    taught = known.learned("a", 2).band(0.0).of("a")
+    assert taught.tries.sum() == 3 * 2 + 3 * 2  # each pass was judged at both of its places
+
+
+def test_several_places_in_a_pass_are_worth_several_passes() -> None:
+    """A pass as long as a step, so that the drafter makes about one for each: the places behind its guess are what makes the tree deep."""
+    one = {"rank": 0, "scores": [-0.001]}
+    pair = {"target": {1: 0.03}, "draft": {1: 0.03}, "rtt": 0.0}
+    found = [
+        forecast(Measured.model_validate({**pair, "positions": [{**one, "below": [one] * below}]}), ScheduleConfig(), Setting(tokens=150))
+        for below in (0, 3)
+    ]
+    assert found[1].tokens_per_second > 1.5 * found[0].tokens_per_second
+    wrong = {"rank": None, "scores": [-0.001]}
+    useless = Measured.model_validate({**pair, "positions": [{**one, "below": [wrong] * 3}]})
+    assert forecast(useless, ScheduleConfig(), Setting(tokens=150)).tokens_per_second < 1.1 * found[0].tokens_per_second

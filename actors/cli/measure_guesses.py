@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 
 from runtime import limits
-from runtime.drafters.base import Drafter, Text, Wish
+from runtime.drafters.base import Children, Drafter, Text, Wish
 from runtime.heads.base import Head, Seen
 from runtime.messages import Tokens
 from runtime.models.base import Part, causal
 from runtime.models.hf import HFModel
 from runtime.sampling import Sampling
-from runtime.sim.heads import HeadFigures, Place, along
+from runtime.sim.guesses import Place
+from runtime.sim.heads import HeadFigures, along
 from runtime.sim.measured import Position
 from runtime.tree import TokenTree, text_key
 
@@ -57,19 +58,33 @@ def of_drafter(drafter: Drafter, answers: Sequence[Answer], sampling: Sampling) 
     """Seconds (median) of a pass that guesses what follows a text, and its guesses at each place of the answers."""
     seconds, found = [], []
     for number, (prompt, output) in enumerate(answers):
-        for place, right in enumerate(output):
+        for place in range(len(output)):
             wish = Wish(begun(number, (*prompt, *output[:place]), prompt, sampling), [0])
             guessed = None
             while guessed is None:
                 began = time.monotonic()
                 (guessed,) = drafter.expand([wish])
             seconds.append(time.monotonic() - began)
-            best = np.argsort(-guessed.scores, kind="stable")
-            ranks = np.flatnonzero(guessed.tokens[best] == right)
-            scores = tuple(np.minimum(guessed.scores[best].astype(float), 0.0).tolist()) or (SILENT,)
-            found.append(Position(rank=int(ranks[0]) if len(ranks) else None, scores=scores))
+            near, *below = levels(guessed, output[place:]) or [Position(rank=None, scores=(SILENT,))]
+            found.append(near.model_copy(update={"below": tuple(below)}))
         drafter.close(str(number))
     return statistics.median(seconds), tuple(found)
+
+
+def levels(guessed: Children, text: Sequence[int]) -> list[Position]:
+    """The guesses of a pass for one leaf, place by place, each behind the best of the one before; the target goes on with `text`."""
+    found: list[Position] = []
+    level: Children | None = guessed
+    siblings, right = np.arange(len(guessed.tokens)), True
+    while level is not None and len(siblings):
+        best = siblings[np.argsort(-level.scores[siblings], kind="stable")]
+        told = text[len(found)] if right and len(found) < len(text) else None
+        ranks = np.flatnonzero(level.tokens[best] == told) if told is not None else ()
+        scores = tuple(np.minimum(level.scores[best].astype(float), 0.0).tolist())
+        found.append(Position(rank=int(ranks[0]) if len(ranks) else None, scores=scores))
+        right, level = found[-1].rank == 0, level.below
+        siblings = np.flatnonzero(level.parents == best[0]) if level is not None else siblings
+    return found
 
 
 def begun(number: int, tokens: Tokens, prompt: Sequence[int], sampling: Sampling) -> Text:

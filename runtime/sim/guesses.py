@@ -3,14 +3,14 @@
 A saved calibration is no source of them: it forgets what is frequent, so it does not tell how frequent anything is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from runtime.calibration import Calibrations
-from runtime.sim.measured import Measured
+from runtime.sim.measured import Measured, Position
 
 COUNT = 4096  # examples that are made where none were measured
 RANKS = 8  # guesses of a made example
@@ -19,15 +19,22 @@ NOISE = 0.5  # standard deviation, in logits, of what a draft says of itself, wh
 LEAST = 1e-6  # probability
 CONCENTRATIONS = np.geomspace(0.02, 200.0, 400)  # that are tried for the Beta law
 
+Place = tuple[
+    int, tuple[float, ...]
+]  # rank of the target's choice among the guesses of a place, from 0 (-1: not there); their scores, falling
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Guesses:
-    """Examples, parallel: `ranks` (place of the target's choice, from 0; -1: not guessed) and `scores` (logs, falling)."""
+    """Examples, parallel: `ranks` (place of the target's choice, from 0; -1: not guessed) and `scores` (logs, falling).
+
+    below  parallel to these, or empty: ranks and scores of what the same pass guessed behind its best guess, behind the best of that, ...
+    """
 
     ranks: tuple[int, ...]
     scores: tuple[tuple[float, ...], ...]
+    below: tuple[tuple[Place, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.ranks)
@@ -36,14 +43,21 @@ class Guesses:
         """Share of the examples whose first k guesses hold the target's choice."""
         return sum(0 <= rank < k for rank in self.ranks) / len(self.ranks)
 
+    def place(self, example: int) -> Place:
+        return self.ranks[example], self.scores[example]
+
+    def behind(self, example: int) -> tuple[Place, ...]:
+        return self.below[example] if self.below else ()
+
     def learned(self, name: str, branches: int) -> Calibrations:
         """What a target knows after these examples, with so many children of each node of a drafter of that name."""
         known = Calibrations()
         band = known.band(0.0)
         table = band.of(name)
-        for rank, scores in zip(self.ranks, self.scores, strict=True):
-            for place, score in enumerate(scores[:branches]):
-                table.observe(place, score, place == rank)
+        for example in range(len(self)):
+            for rank, scores in known_places((self.place(example), *self.behind(example))):
+                for place, score in enumerate(scores[:branches]):
+                    table.observe(place, score, place == rank)
         band.promise = self.rate(branches)
         return known
 
@@ -51,9 +65,22 @@ class Guesses:
 def of(measured: Measured) -> Guesses:
     """From the best that was measured."""
     if measured.positions:
-        ranks = (-1 if position.rank is None else position.rank for position in measured.positions)
-        return Guesses(tuple(ranks), tuple(position.scores for position in measured.positions))
+        near = [place_of(position) for position in measured.positions]
+        below = tuple(tuple(map(place_of, position.below)) for position in measured.positions)
+        return Guesses(tuple(rank for rank, _ in near), tuple(scores for _, scores in near), below)
     return mixed(measured.acceptance)
+
+
+def place_of(position: Position) -> Place:
+    return -1 if position.rank is None else position.rank, position.scores
+
+
+def known_places(places: Iterable[Place]) -> Iterator[Place]:
+    """Those of a pass that the target has judged: up to the first whose best guess was wrong, for what is behind hangs on it."""
+    for rank, scores in places:
+        yield rank, scores
+        if rank != 0:
+            return
 
 
 def mixed(rates: Mapping[int, float]) -> Guesses:

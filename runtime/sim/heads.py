@@ -10,10 +10,9 @@ from runtime.drafters.base import Text
 from runtime.heads.base import NOTHING, Growth, Seen
 from runtime.levels import ways
 from runtime.models.base import Look
+from runtime.sim.guesses import Place
 from runtime.sim.pair import VOCABULARY, following
 from runtime.tree import mix64, text_key
-
-Place = tuple[int, tuple[float, ...]]  # rank of the target's choice among its guesses, from 0 (-1: not there); their scores, falling
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,15 @@ Score = Annotated[float, Field(le=0, allow_inf_nan=False)]
 
 class Position(Strict):
     """One position of the target's own text: the log probabilities that the draft gave to its best guesses, falling, and
-    the place of the target's choice among them, from 0; None where it was not there."""
+    the place of the target's choice among them, from 0; None where it was not there.
+
+    below  what the same pass has guessed behind its best guess, behind the best of that, and so on; no rank behind a best guess that was
+           wrong
+    """
 
     rank: Annotated[int, Field(ge=0)] | None
     scores: tuple[Score, ...] = Field(min_length=1)
+    below: tuple["Position", ...] = ()
 
 
 class Measured(Strict):

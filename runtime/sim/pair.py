@@ -10,7 +10,7 @@ from runtime.choice import Ask
 from runtime.drafters.base import Children, Text, Wish
 from runtime.kv.base import KVCache
 from runtime.models.base import Part, Rows
-from runtime.sim.guesses import Guesses
+from runtime.sim.guesses import Guesses, Place
 from runtime.tree import EMPTY_TEXT, mix64, text_key
 
 VOCABULARY = 64
@@ -109,21 +109,40 @@ class Guesser:
         parents: list[int] = []
         tokens: list[int] = []
         scores: list[float] = []
-        for leaf in wish.leaves:
-            rank, said = self.example(wish.text, leaf)
-            said = said[: wish.branches or BRANCHES]
-            right = following(wish.text.tree.key[leaf])
+        most = wish.branches or BRANCHES
+        examples = [self.example(wish.text, leaf) for leaf in wish.leaves]
+        for leaf, example in zip(wish.leaves, examples, strict=True):
+            guessed, said = beside(wish.text.tree.key[leaf], self.guesses.place(example), most)
             parents += [leaf] * len(said)
-            tokens += [right if place == rank else (right + 1 + place) % VOCABULARY for place in range(len(said))]
+            tokens += guessed
             scores += said
-        return Children(np.asarray(parents, np.int32), np.asarray(tokens, np.int32), np.asarray(scores, np.float32))
+        below = self.behind(wish.text.tree.key[wish.leaves[0]], tokens[0], examples[0], most) if tokens else None
+        return Children(np.asarray(parents, np.int32), np.asarray(tokens, np.int32), np.asarray(scores, np.float32), below)
 
-    def example(self, text: Text, leaf: int) -> tuple[int, tuple[float, ...]]:
+    def behind(self, key: int, best: int, example: int, most: int) -> Children | None:
+        """What the pass guessed behind the `best` guess for the first leaf, of name `key`."""
+        levels = []
+        for place in self.guesses.behind(example):
+            key = mix64(key, best)
+            guessed, said = beside(key, place, most)
+            levels.append((guessed, said))
+            best = guessed[0]
+        below: Children | None = None
+        for guessed, said in reversed(levels):
+            below = Children(np.zeros(len(said), np.int32), np.asarray(guessed, np.int32), np.asarray(said, np.float32), below)
+        return below
+
+    def example(self, text: Text, leaf: int) -> int:
         tree, guesses = text.tree, self.guesses
         path = self.path.setdefault(text.session, set())
         key, above = tree.key[leaf], tree.key[tree.parent[leaf]]
         if leaf == 0 or (above in path and following(above) == tree.token[leaf]):
             path.add(key)
         told = text_key(text.tokens[: text.prompt]) + len(text.tokens) + tree.depth[leaf]
-        place = (told if key in path else mix64(key, EXAMPLE)) % len(guesses)
-        return guesses.ranks[place], guesses.scores[place]
+        return (told if key in path else mix64(key, EXAMPLE)) % len(guesses)
+
+
+def beside(key: int, place: Place, most: int) -> tuple[list[int], list[float]]:
+    """At most so many guesses of what follows the text of this name, the target's choice at its rank, and their scores."""
+    (rank, said), right = place, following(key)
+    return [right if guess == rank else (right + 1 + guess) % VOCABULARY for guess in range(len(said[:most]))], [*said[:most]]
