@@ -78,10 +78,10 @@ def levels(guessed: Children, text: Sequence[int]) -> list[Position]:
     siblings, right = np.arange(len(guessed.tokens)), True
     while level is not None and len(siblings):
         best = siblings[np.argsort(-level.scores[siblings], kind="stable")]
-        told = text[len(found)] if right and len(found) < len(text) else None
-        ranks = np.flatnonzero(level.tokens[best] == told) if told is not None else ()
+        told = text[len(found) : len(found) + 1] if right else ()
+        ranks = np.flatnonzero(np.isin(level.tokens[best], told)).tolist()
         scores = tuple(np.minimum(level.scores[best].astype(float), 0.0).tolist())
-        found.append(Position(rank=int(ranks[0]) if len(ranks) else None, scores=scores))
+        found.append(Position(rank=ranks[0] if ranks else None, scores=scores))
         right, level = found[-1].rank == 0, level.below
         siblings = np.flatnonzero(level.parents == best[0]) if level is not None else siblings
     return found
