@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 
 from runtime.decide import Decision
 from runtime.drafters.base import Text
@@ -19,7 +20,7 @@ from runtime.reading import FAILURES
 from runtime.session import Session
 from runtime.tree import TokenTree, mix64
 
-RIDDEN = 4  # rows of a session's step that pseudo rows ride beside: those at which the target most likely stops
+RIDDEN = 4  # rows of a session's step that pseudo rows ride beside, at most: those at which the target most likely stops
 
 NOTHING = Look()
 
@@ -31,7 +32,7 @@ class Mounted:
     the model's own, and nothing else happens.
 
     One that fails is taken off, logged and counted in `ledger`: the target goes on without it. `prices`: seconds by which the pseudo rows
-    of a head prolong a pass, for each session; none where that was not measured.
+    of a head prolong a pass where RIDDEN rows are ridden; none where that was not measured.
     """
 
     def __init__(self, model: Model, heads: Mapping[str, Head], ledger: Ledger, prices: Mapping[str, float] | None = None) -> None:
@@ -56,13 +57,19 @@ class Mounted:
         self.awake, self.look = names, joint([self.heads[name].look for name in names])
 
     def riding(self, live: Live, nodes: Sequence[int], part: Part) -> Part:
-        """The part of a step, with riders where a head wants them."""
+        """The part of a step, with riders where a head wants them and they are worth their time: beside a row at which the target stops
+        they bring about a token."""
         session, branches = live.session, len(self.look.branches)
         if not branches or not wanted(session):
             return part
-        fits = part.rows.positions + branches < self.model.context
-        rows = [row for row in likely_ends(session.tree, nodes) if fits[row]]
+        least = self.ledger.rate * sum(self.price(name) for name in self.awake)
+        worth = (part.rows.positions + branches < self.model.context) & (ends(session.tree, nodes) >= least)
+        rows = [row for row in likely_ends(session.tree, nodes) if worth[row]]
         return replace(part, riders=sorted(rows[:RIDDEN]))
+
+    def price(self, name: str) -> float:
+        """Seconds for each row that is ridden."""
+        return self.prices.get(name, 0.0) / RIDDEN
 
     def forward(self, parts: Sequence[Part]) -> list[Shown]:
         """One pass with all that the heads look at. Raises what the model raises where nobody looks."""
@@ -79,8 +86,8 @@ class Mounted:
 
     def riding_time(self, parts: Sequence[Part]) -> dict[str, float]:
         """Seconds that a pass over these takes longer for the pseudo rows of heads, by head."""
-        ridden = sum(bool(part.riders) for part in parts)
-        return {name: ridden * self.prices[name] for name in self.awake if ridden and name in self.prices}
+        ridden = sum(len(part.riders) for part in parts)
+        return {name: ridden * self.price(name) for name in self.awake if ridden and name in self.prices}
 
     def propose(self, name: str, seen: Sequence[tuple[Live, Seen]]) -> list[tuple[Live, Draft]]:
         """What one head guesses, as a drafter would send it."""
@@ -146,11 +153,16 @@ def draft_of(session: Session, growth: Growth, name: str) -> Draft:
     return Draft(session.id, session.epoch, name, parents, growth.tokens.astype(np.int32), growth.scores.astype(np.float32))
 
 
-def likely_ends(tree: TokenTree, nodes: Sequence[int]) -> list[int]:
-    """All rows of a step, root and `nodes`, in the order of how likely the target's way ends there."""
-    taken = np.exp(np.frombuffer(tree.path)[[0, *nodes]])
-    ends, row_of = taken.copy(), {node: row for row, node in enumerate([0, *nodes])}
+def ends(tree: TokenTree, nodes: Sequence[int]) -> npt.NDArray[np.float64]:
+    """(rows,) of a step, root and `nodes`: how likely the target's way ends at each."""
+    taken: npt.NDArray[np.float64] = np.exp(np.frombuffer(tree.path)[[0, *nodes]])
+    found, row_of = taken.copy(), {node: row for row, node in enumerate([0, *nodes])}
     for row, node in enumerate(nodes, start=1):
-        ends[row_of[tree.parent[node]]] -= taken[row]
-    order: list[int] = np.argsort(-ends, kind="stable").tolist()
+        found[row_of[tree.parent[node]]] -= taken[row]
+    return found
+
+
+def likely_ends(tree: TokenTree, nodes: Sequence[int]) -> list[int]:
+    """All rows of a step, in the order of how likely the target's way ends there."""
+    order: list[int] = np.argsort(-ends(tree, nodes), kind="stable").tolist()
     return order

@@ -1,5 +1,6 @@
 """What pseudo rows take of a pass is measured, and charged to the head that wants them."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +14,9 @@ from runtime.models.choose import choose
 from runtime.models.hf import HFModel
 from runtime.models.timing import RIDDEN, riding_time
 from runtime.models.toy import ToyModel
+from runtime.mounted import RIDDEN as MOST_RIDDEN
 from runtime.mounted import Mounted
+from runtime.packing import pack
 from runtime.schedulers.fixed import Fixed
 from tests.families import hf_model
 from tests.rig import NOBODY, Lockstep, asking
@@ -45,10 +48,10 @@ def test_the_price_is_what_riders_add() -> None:
     assert RIDDEN >= 3
 
 
-@pytest.mark.parametrize(("riders", "expected"), [(((0,), (1, 2)), {"h-0": 1.0}), (((0,), ()), {"h-0": 0.5}), (((), ()), {})])
-def test_it_is_paid_once_for_each_session_that_is_ridden(riders: Sequence[Sequence[int]], expected: dict[str, float]) -> None:
+@pytest.mark.parametrize(("riders", "expected"), [(((0,), (1, 2)), {"h-0": 1.5}), (((0,), ()), {"h-0": 0.5}), (((), ()), {})])
+def test_it_is_paid_for_each_row_that_is_ridden(riders: Sequence[Sequence[int]], expected: dict[str, float]) -> None:
     model = hf_model("llama")
-    mounted = Mounted(model, {"h-0": head(model)}, Ledger(), {"h-0": 0.5})
+    mounted = Mounted(model, {"h-0": head(model)}, Ledger(), {"h-0": 0.5 * MOST_RIDDEN})
     parts = [Part(model.new_cache(), causal(np.arange(3), 0), riders=of) for of in riders]
     assert mounted.riding_time(parts) == {}  # it is not awake
     mounted.wake(["h-0"])
@@ -63,4 +66,24 @@ def test_the_head_is_charged_for_them_in_each_step(price: float) -> None:
     lockstep.admit(asking([1, 2, 3], max_tokens=40))
     lockstep.round()
     lockstep.round()
-    assert engine.crowd.merit.spent["h-0"] == pytest.approx(2 * price)
+    assert engine.crowd.merit.spent["h-0"] == pytest.approx(
+        (1 + 4) * price / MOST_RIDDEN
+    )  # beside the root alone, then beside it and three guesses
+
+
+@pytest.mark.parametrize(("seconds", "riders"), [(0.0, (0, 1, 2, 3)), (0.15, (1, 2, 3)), (0.3, (2,)), (0.5, ())])
+def test_only_rows_that_are_worth_it_are_ridden(seconds: float, riders: Sequence[int]) -> None:
+    """The target writes a token a second. It stops at the root's row with a chance of 0.1, at the others' with 0.18, 0.45, 0.27."""
+    model = hf_model("llama")
+    engine = Engine(model, choose, Fixed(4), NOBODY, lambda: 0.0, heads={"h-0": head(model)}, prices={"h-0": seconds * MOST_RIDDEN})
+    lockstep = Lockstep(engine)
+    lockstep.admit(asking([1, 2, 3], max_tokens=40))
+    lockstep.round()
+    (live,) = engine.live.values()
+    tree = live.session.tree
+    tree.reroot([9])  # to a text with nothing below it
+    for parent, chance in ((0, 0.9), (1, 0.5), (1, 0.3)):
+        tree.add(parent, 5 + len(tree), math.log(chance))
+    engine.mounted.wake(["h-0"])
+    engine.ledger.computed, engine.ledger.completion = 10.0, 10
+    assert engine.mounted.riding(live, [1, 2, 3], pack(live.session, live.cache, [1, 2, 3])).riders == list(riders)
