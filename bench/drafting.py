@@ -11,7 +11,8 @@ from rich.console import Console
 
 from bench import loop
 from bench.apart import apart
-from bench.guess_page import BESIDE, MODEL, PLAIN, Study, draw, methods, page, papers
+from bench.guess_goals import BESIDE, MODEL, verdicts
+from bench.guess_page import PLAIN, Study, draw, methods, page, papers
 from bench.guessed import Found, add
 from bench.loop import cases, rounds
 from bench.machine import machine, two_cores
@@ -187,6 +188,7 @@ def main() -> None:
     for one in studies:
         for temperature in one.temperatures:
             console.print(methods(one, temperature).terminal())
+    console.print(verdicts(studies[0].by_temperature).terminal())
     console.print(papers(studies[0]).terminal())
     console.print(file)
 

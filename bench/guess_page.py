@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from bench.guess_goals import BESIDE, MODEL, verdicts
 from bench.guessed import FIRST_RANKS, Found, extra, ratio
 from bench.papers import PAPERS
 from bench.plots import DPI, LIVING, OTHERS, OURS, STYLE
@@ -14,8 +15,7 @@ from bench.results import Machine
 from bench.tables import Grid
 from bench.weights import Cost
 
-PLAIN, MODEL = "plain", "model"
-BESIDE = f"{MODEL} + "
+PLAIN = "plain"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,10 @@ class Study:
     def temperatures(self) -> list[float]:
         """Those at which something was measured."""
         return [at for at in sorted({one.temperature for one in self.found}) if self.at(at)]
+
+    @property
+    def by_temperature(self) -> dict[float, dict[str, Found]]:
+        return {at: self.at(at) for at in self.temperatures}
 
 
 def methods(study: Study, temperature: float) -> Grid:
@@ -131,6 +135,7 @@ def page(studies: Sequence[Study], machine: Machine, picture: str) -> str:
             for grid in (methods(study, temperature), runs(study, temperature)):
                 parts += [f"**{grid.title}**", grid.markdown()]
     if studies:
+        parts += ["## Goals", f"On {studies[0].name}.", verdicts(studies[0].by_temperature).markdown()]
         parts += ["## What the papers report", f"*Here*: on {studies[0].name}, at temperature 0.", papers(studies[0]).markdown()]
     return "\n\n".join(parts) + "\n"
 

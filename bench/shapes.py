@@ -15,7 +15,8 @@ from rich.console import Console
 
 from bench.apart import apart
 from bench.drafting import LEARNING, NEW_TOKENS, TEMPERATURES, measured, plan_of
-from bench.guess_page import MODEL, PLAIN
+from bench.guess_goals import MODEL
+from bench.guess_page import PLAIN
 from bench.guessed import Found, ratio
 from bench.machine import machine, two_cores
 from bench.methods import Method, Ours

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from bench.drafting import HEADS, SHIPPED, TEMPERATURES, UNTRAINED, benches, costs, ways, write
-from bench.guess_page import BESIDE, MODEL, PLAIN, Study, methods, page, papers, runs
+from bench.guess_goals import BESIDE, GOALS, MODEL, verdicts
+from bench.guess_page import PLAIN, Study, methods, page, papers, runs
 from bench.guessed import Found, add, by_rank, extra, ratio
 from bench.machine import machine
 from bench.methods import Ours, Outcome
@@ -155,3 +156,16 @@ def test_what_ships_can_be_measured() -> None:
 def test_results_are_left_in_the_folder(tmp_path: Path) -> None:
     assert write([whole()], tmp_path / "new").read_text("utf-8").startswith("# Ways to guess")
     assert {file.name for file in (tmp_path / "new").iterdir()} == {"methods.md", "methods.json", "methods.png"}
+
+
+def test_goals_are_decided_by_what_was_measured() -> None:
+    names = {"model": (10.0, 100), "model + token-recycling": (9.7, 100), "model + ngram": (12.0, 100), "medusa": (5.0, 90)}
+    rows = {name: found(name, 0.0, {"x": rate}, tokens=tokens) for name, (rate, tokens) in names.items()}
+    rows["hidden-transfer"] = found("hidden-transfer", 0.0, {"x": 5.0}, tokens=140, steps=100)
+    one = study(*rows.values(), found(PLAIN, 0.0, {"x": 4.0}), found("model", 0.8, {"x": 4.0}), found(PLAIN, 0.8, {"x": 4.0}))
+    grid = verdicts(one.by_temperature)
+    assert grid.columns == ("goal", "wanted", "temperature 0", "temperature 0.8")
+    assert [line[2] for line in grid.rows] == ["0.97, missed", "1.20, met", "1.40, met", "-", "0.50, met"]
+    assert [line[3] for line in grid.rows] == ["-"] * len(GOALS)
+    rows["medusa"].tokens = 140
+    assert verdicts({0.0: rows}).rows[-1][2] == "0.00, missed"
