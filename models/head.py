@@ -28,11 +28,11 @@ STAY, MASKS, RANK = [0, 1, 6], 3, 16  # of S3D; these three layers are what `out
 def order(method: str) -> Order:
     target = str(HERE / "target")
     if method == "medusa":
-        return Order(method, target, OUT / method, {"heads": 3, "blocks": 1}, steps=160, batch=4, context=CONTEXT, own=0, seed=0)
+        return Order(method, target, OUT / method, {"heads": 3, "blocks": 1}, steps=900, batch=4, context=CONTEXT, own=0, seed=0)
     if method == "hidden-transfer":
-        return Order(method, target, OUT / method, {"layers": [3, 4, 5]}, steps=160, batch=2, context=CONTEXT, own=0, seed=0)
+        return Order(method, target, OUT / method, {"layers": [3, 4, 5]}, steps=560, batch=2, context=CONTEXT, own=0, seed=0)
     settings = {"layers": STAY, "masks": MASKS, "rank": RANK}
-    return Order(method, target, HERE / method, settings, steps=400, batch=2, context=CONTEXT, own=0, seed=0)
+    return Order(method, target, HERE / method, settings, steps=1000, batch=2, context=CONTEXT, own=0, seed=0)
 
 
 def built(method: str, teacher: Teacher) -> tuple[nn.Module, Ahead, int]:
@@ -59,7 +59,8 @@ def train(method: str, own: Path) -> None:
     with opened(asked.out, asked.recipe(fingerprint(asked.target), data.digest)) as work, Bar() as bar:
         module, ahead, offset = built(method, teacher)
         material = Material(teacher, data, rows, held_out(asked.target, data, own.parent / "held-out"))
-        train_head(asked, material, module, ahead, work, bar.steps(asked.steps), offset)
+        settings = s3d.settings(asked.steps, asked.seed) if method == "s3d" else None
+        train_head(asked, material, module, ahead, work, bar.steps(asked.steps), offset, settings)
 
 
 def held_out(target: str, data: text.Corpus, folder: Path) -> list[outputs.Written]:

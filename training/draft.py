@@ -19,7 +19,7 @@ from training.shapes import Measure, Shape, Times, propose
 from training.teacher import Teacher
 
 DISTANCES = {Goal.kl: losses.forward_kl, Goal.tvd: losses.tvd, Goal.tvd_plus_plus: losses.tvd_plus_plus}
-WARM = 0.5  # share of the steps in which tvd and tvd++ follow KL: where a draft guesses nothing right yet, their gradient is almost nothing
+WARM = 0.8  # share of the steps in which tvd and tvd++ follow KL: at first their gradient is almost nothing, and they narrow a draft down
 GENTLE = 0.1  # of the learning rates, for a draft that knows something already
 PROPOSAL = "shape.json"
 

@@ -85,12 +85,19 @@ def fit(
 
 
 def train_head(
-    order: Order, material: Material, head: nn.Module, ahead: Ahead, work: Path, tell: Tell, offset: int = HEAD
+    order: Order,
+    material: Material,
+    head: nn.Module,
+    ahead: Ahead,
+    work: Path,
+    tell: Tell,
+    offset: int = HEAD,
+    settings: Settings | None = None,
 ) -> list[Acceptance]:
-    """Train, measure, and leave the folder of the head at `order.out`. `offset`: as of training.heads."""
-    teacher = material.teacher
+    """Train, measure, and leave the folder of the head at `order.out`. `offset`: as of training.heads; `settings`: the usual ones."""
+    teacher, how = material.teacher, settings or Settings(order.steps, order.seed)
     head.to(teacher.model.device)
-    losses, seconds = fit(order, material, head, distillation(teacher, ahead, offset), Settings(order.steps, order.seed), work, tell)
+    losses, seconds = fit(order, material, head, distillation(teacher, ahead, offset), how, work, tell)
     measured = measure(material.held_out, guesser(teacher, ahead), offset)
     identity = identity_of(teacher.module.config, teacher.tokenizer)
     write_trained(work / FINISHED, order.method, identity, order.settings, dict(head.state_dict()))

@@ -9,7 +9,14 @@ from runtime.drafters.s3d import S3D
 from runtime.models.adapter import added
 from training.heads import Ahead
 from training.hidden_transfer import sight
+from training.loop import Settings
 from training.teacher import States, Teacher
+
+RATE = 0.007  # Muon's: the two matrices of an adapter multiply each other, and the weights that they change are trained already
+
+
+def settings(steps: int, seed: int) -> Settings:
+    return Settings(steps, seed, matrix_rate=RATE)
 
 
 def middle(layers: int) -> list[int]:

@@ -130,7 +130,8 @@ def s3d(
         from training.run import train_head
 
         made = method.new(material.teacher, layers, masks, rank, seed)
-        report(order, train_head(order, material, made, method.ahead(made, material.teacher, layers), work, tell, DRAFT))
+        ahead, settings = method.ahead(made, material.teacher, layers), method.settings(steps, seed)
+        report(order, train_head(order, material, made, ahead, work, tell, DRAFT, settings))
 
 
 @train.command()
