@@ -66,7 +66,7 @@ def measure(
 
 
 def figures(drafter: DrafterConfig, target: str, dtype: Dtype, answers: Sequence[Answer], sampling: Sampling) -> dict[str, object]:
-    """Its t(w) and its guesses. A method that is not simply a model is asked for one node at a time."""
+    """Its t(w) and its guesses. A method that is not simply a model is asked place by place."""
     if drafter.method in ("model", "layer-skip"):
         layers = drafter.layers if drafter.method == "layer-skip" else None
         small = load_model(drafter.model or target, dtype, threads=1, layers=layers)
@@ -74,4 +74,4 @@ def figures(drafter: DrafterConfig, target: str, dtype: Dtype, answers: Sequence
         return {"draft": step_times(small, WIDTHS, time.monotonic), "positions": positions(guessed.ranks, guessed.scores)}
     here = Placement(cores=(min(os.sched_getaffinity(0)),))
     seconds, places = of_drafter(build_drafter(drafter.model_copy(update={"placement": here}), target).grower.drafter, answers, sampling)
-    return {"draft": {1: seconds}, "positions": places}
+    return {"draft": seconds, "positions": places}

@@ -21,6 +21,8 @@ from runtime.tree import TokenTree, text_key
 
 Answer = tuple[Sequence[int], Sequence[int]]  # prompt, and what the target said
 SILENT = -14.0  # log of the chance of what stands for no guess
+WIDTHS = (4, 16)  # leaves of a pass, beside one
+REPEATS = 8
 
 
 def of_head(name: str, head: Head, model: HFModel, answers: Sequence[Answer], sampling: Sampling) -> HeadFigures:
@@ -54,21 +56,40 @@ def of_head(name: str, head: Head, model: HFModel, answers: Sequence[Answer], sa
     return HeadFigures(name, price, tuple(steps))
 
 
-def of_drafter(drafter: Drafter, answers: Sequence[Answer], sampling: Sampling) -> tuple[float, tuple[Position, ...]]:
-    """Seconds (median) of a pass that guesses what follows a text, and its guesses at each place of the answers."""
+def of_drafter(drafter: Drafter, answers: Sequence[Answer], sampling: Sampling) -> tuple[dict[int, float], tuple[Position, ...]]:
+    """Seconds (median) of a pass by the number of leaves that it guesses below, and the guesses at each place of the answers."""
     seconds, found = [], []
     for number, (prompt, output) in enumerate(answers):
         for place in range(len(output)):
-            wish = Wish(begun(number, (*prompt, *output[:place]), prompt, sampling), [0])
-            guessed = None
-            while guessed is None:
-                began = time.monotonic()
-                (guessed,) = drafter.expand([wish])
-            seconds.append(time.monotonic() - began)
+            guessed, took = asked(drafter, Wish(begun(number, (*prompt, *output[:place]), prompt, sampling), [0]))
+            seconds.append(took)
             near, *below = levels(guessed, output[place:]) or [Position(rank=None, scores=(SILENT,))]
             found.append(near.model_copy(update={"below": tuple(below)}))
         drafter.close(str(number))
-    return statistics.median(seconds), tuple(found)
+    wider = {width: seconds_below(drafter, answers[0], sampling, width) for width in WIDTHS}
+    return {1: statistics.median(seconds), **wider}, tuple(found)
+
+
+def asked(drafter: Drafter, wish: Wish) -> tuple[Children, float]:
+    """Its answer, and the seconds of the pass that gave it: those before may have read the text."""
+    while True:
+        began = time.monotonic()
+        (guessed,) = drafter.expand([wish])
+        if guessed is not None:
+            return guessed, time.monotonic() - began
+
+
+def seconds_below(drafter: Drafter, answer: Answer, sampling: Sampling, width: int) -> float:
+    """Seconds (median) of a pass that guesses below so many children of a text's last token."""
+    prompt, output = answer
+    seconds = []
+    for place in range(min(REPEATS, len(output))):
+        text = begun(width, (*prompt, *output[:place]), prompt, sampling)
+        asked(drafter, Wish(text, [0]))
+        leaves = [leaf for token in range(width) if (leaf := text.tree.add(0, token, SILENT)) is not None]
+        seconds.append(asked(drafter, Wish(text, leaves))[1])
+    drafter.close(str(width))
+    return statistics.median(seconds)
 
 
 def levels(guessed: Children, text: Sequence[int]) -> list[Position]:
