@@ -63,8 +63,9 @@ def table(found: Timeline, seen: Figures, window: Interval) -> Table:
     shown.add_row("target's time", ", ".join(f"{name} {share:.0%}" for name, share in seen.target.items()))
     for name, share in seen.drafters.items():
         shown.add_row(Text(name), f"in a step {share:.0%} of the time")
-    shown.add_row("overlap", f"target and some drafter compute {seen.overlap:.0%} of the time")
-    for kind in (GROWTH, COMMIT):
+    if seen.drafters:
+        shown.add_row("overlap", f"target and some drafter compute {seen.overlap:.0%} of the time")
+    for kind in (GROWTH, COMMIT) if seen.drafters else ():
         shown.add_row(f"{kind}s", told(seen.delays[kind], found.unanswered.get(kind, 0)))
     if found.cut:
         shown.add_row("note", "the recording was full: what happened before may be missing")
