@@ -82,7 +82,9 @@ def test_the_command_takes_all_kinds(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(sweep, "SESSIONS", (1,))
     monkeypatch.setattr(sys.modules["actors.cli.plan"], "Setting", partial(Setting, tokens=40))
     monkeypatch.setattr(importlib.import_module("actors.cli.measure"), "TOKENS", 12)
-    drafts = [option for name in ("ngram", "layer-skip", "s3d", "token-recycling", "medusa", "hidden-transfer") for option in ("--draft", name)]
+    drafts = [
+        option for name in ("ngram", "layer-skip", "s3d", "token-recycling", "medusa", "hidden-transfer") for option in ("--draft", name)
+    ]
     monkeypatch.setattr(sys, "argv", ["outrider", "plan", *drafts, "--schedule", "plain", "--schedule", "living"])
     with pytest.raises(SystemExit) as ended:
         cli.main()

@@ -173,11 +173,7 @@ class Operator:
 def whole_life(operator: Operator, known: list[dict[str, Any]]) -> None:
     bring_up(operator)
     serve(operator, known)
-    with contextlib.ExitStack() as stack:
-        traffic = ask(operator)
-        stack.callback(traffic.stop)
-        looks = Looks(operator.made.command("head", "outrider top --address auto --json"))
-        stack.callback(looks.stop)
+    with asking(operator) as (traffic, looks):
         watched = watch(operator)
         scale(operator, traffic, looks)
         if watched:
@@ -185,8 +181,6 @@ def whole_life(operator: Operator, known: list[dict[str, Any]]) -> None:
         submit(operator, known)
         for change in (cut_off, mend, leave, stop, power_off):
             change(operator, traffic, looks)
-        with check("the client ends") as more:
-            more.append(traffic.end())
     lose_gateway(operator)
     take_down(operator, ("target-a", "target-b"))
 
@@ -194,15 +188,22 @@ def whole_life(operator: Operator, known: list[dict[str, Any]]) -> None:
 def short_life(operator: Operator, known: list[dict[str, Any]]) -> None:
     bring_up(operator)
     serve(operator, known)
+    with asking(operator) as (traffic, looks):
+        cut_off(operator, traffic, looks)
+    take_down(operator, ("target-b",))
+
+
+@contextlib.contextmanager
+def asking(operator: Operator) -> Iterator[tuple[Traffic, Looks]]:
+    """A client asks without pause, and somebody looks on, until the end."""
     with contextlib.ExitStack() as stack:
         traffic = ask(operator)
         stack.callback(traffic.stop)
         looks = Looks(operator.made.command("head", "outrider top --address auto --json"))
         stack.callback(looks.stop)
-        cut_off(operator, traffic, looks)
+        yield traffic, looks
         with check("the client ends") as more:
             more.append(traffic.end())
-    take_down(operator, ("target-b",))
 
 
 def bring_up(operator: Operator) -> None:
