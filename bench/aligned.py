@@ -18,6 +18,7 @@ from bench.plots import DPI, LIVING, OTHERS, STYLE
 from bench.tables import Grid
 from bench.weights import line_of
 from runtime.errors import InvalidRequest, OutriderError
+from training.draft import WARM
 from training.loop import smooth
 
 GOAL = 0.05  # more of the first guesses right than with next-token training
@@ -87,7 +88,7 @@ def page(trained: Sequence[Trained], picture: str) -> str:
         "The same shape, data, seed and steps; the difference is what the draft is drawn to (`outrider train draft --loss`). How often its "
         "first k guesses hold the token that the target chooses, in percent, on the target's own answers to held-out beginnings, by the "
         f"rule of the runtime; in brackets the difference to {trained[0].name} in points. The losses are distances of different kinds: "
-        "only their courses can be compared (tvd and tvd++ follow forward KL for the first half, then their loss jumps).",
+        f"only their courses can be compared (tvd and tvd++ follow forward KL for {WARM:.0%} of the steps, then their loss jumps).",
         table(trained).markdown(),
         "\n".join(f"- {verdict}" for verdict in verdicts(trained)),
         f"![loss by step]({picture})",
