@@ -142,7 +142,9 @@ def draft(
     latency: Annotated[float | None, typer.Option(help="milliseconds that a pass of 4 rows may take here: proposes the shape")] = None,
     shape: Annotated[str | None, typer.Option(help="HIDDENxLAYERS, such as 128x2")] = None,
     start: Annotated[str | None, typer.Option(help="a draft model to go on from: name or folder")] = None,
-    loss: Annotated[Goal, typer.Option(help="distance to the target's distribution, or the next token alone")] = Goal.tvd_plus_plus,
+    loss: Annotated[
+        Goal, typer.Option(help="towards the target's distribution (kl for temperature 0, tvd++ for above), or the next token alone")
+    ] = Goal.tvd_plus_plus,
     steps: Steps = 900,
     batch: Batch = 16,
     context: Context = 256,
