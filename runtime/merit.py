@@ -6,7 +6,8 @@ from collections.abc import Iterable
 TRIAL = 64  # commits that a drafter is given to show something
 REST = 512  # commits that it rests before it is tried again
 LEAST = 0.01  # tokens per commit that are worth a share
-STAKE = 4.0  # tokens that a head may cost the target, beyond those that it has brought, before its trial is over
+STAKE = 4.0  # tokens that a head may cost the target, beyond those that it has brought, however few its commits are
+DEAR = 0.5  # tokens per commit that it may cost beyond that before its trial is over
 
 
 class Merit:
@@ -33,7 +34,7 @@ class Merit:
         for name in drafters:
             self.commits[name] += 1
             resting, cost = name in self.resting, rate * self.spent[name]
-            dear = not resting and cost > self.tokens[name] + STAKE
+            dear = not resting and cost - self.tokens[name] > max(STAKE, DEAR * self.commits[name])
             if not dear and self.commits[name] < (REST if resting else TRIAL):
                 continue
             useless = dear or (not resting and self.tokens[name] < max(LEAST * self.commits[name], cost))

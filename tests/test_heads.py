@@ -69,9 +69,9 @@ def built(method: str, trained: Mapping[str, Path], model: HFModel | None = None
     return head
 
 
-def headed(model: Model, *mounted: Head, rows: int = 8, chooser: Chooser = choose, tick: int = 1) -> Engine:
-    """An engine whose clock goes on by `tick` for each look at it; its heads are h-0, h-1, ..."""
-    ticks = itertools.count(step=tick)
+def headed(model: Model, *mounted: Head, rows: int = 8, chooser: Chooser = choose) -> Engine:
+    """An engine whose clock ticks once for each look at it; its heads are h-0, h-1, ..."""
+    ticks = itertools.count()
     named = {f"h-{number}": head for number, head in enumerate(mounted)}
     return Engine(model, chooser, Fixed(rows), NOBODY, lambda: float(next(ticks)), heads=named)
 
@@ -304,7 +304,7 @@ class Wrong(Oracle):
 
 
 def test_a_head_that_brings_nothing_rests_and_costs_nothing() -> None:
-    engine, text = headed(TOY, Wrong(continued(TOY, PROMPT, 700), 1), chooser=choose_by_numpy, tick=0), continued(TOY, PROMPT, 400)
+    engine, text = headed(TOY, Wrong(continued(TOY, PROMPT, 700), 1), chooser=choose_by_numpy), continued(TOY, PROMPT, 400)
     (found,) = Lockstep(engine).run(asking(PROMPT, max_tokens=200))
     assert found.tokens == tuple(text[len(PROMPT) : len(PROMPT) + 200])
     assert found.stats.accepted == 0
@@ -346,7 +346,7 @@ def test_a_head_must_bring_more_than_its_time_is_worth() -> None:
 
 
 @pytest.mark.parametrize(
-    ("price", "brought", "commits"), [(2.5, 0, 2), (2.5, 1, 3), (1.5, 1, 9), (0.5, 0, 9), (0.01, 0, TRIAL), (0.5, 1, 0)]
+    ("price", "brought", "commits"), [(2.5, 0, 2), (2.5, 1, 3), (1.75, 1, 6), (0.75, 0, 6), (0.5, 0, TRIAL), (0.01, 0, TRIAL), (0.5, 1, 0)]
 )
 def test_a_head_that_costs_much_more_than_it_brings_rests_at_once(price: float, brought: int, commits: int) -> None:
     """`price`: tokens that the target would have written in its time, `brought`: those that it brings, in each commit."""
