@@ -31,6 +31,7 @@ from runtime.schedulers.base import Scheduler
 from runtime.tracing import Recording
 
 NAMES = {"model": "draft-0", "ngram": "ngram-0", "wrong": "wrong-0", "layer-skip": "layer-skip-0", "s3d": "s3d-0"}  # of drafters, by method
+TRIES = 3  # of a run on whose way a drafter is lost
 PATIENCE = 10.0  # seconds until a target has its drafters
 LOOK = 0.01  # seconds between two looks
 
@@ -150,8 +151,8 @@ class Cluster:
         self._loop = asyncio.Runner()
         self._services: dict[str, GrpcTarget] = {}
 
-    def run(self, method: Method, prompts: Sequence[Prompt], sampling: Sampling) -> Outcome:
-        """Raises InvalidRequest for a method of others, Unavailable where an actor has ended or a drafter was lost on the way."""
+    def run(self, method: Method, prompts: Sequence[Prompt], sampling: Sampling, tries: int = TRIES) -> Outcome:
+        """Raises InvalidRequest for a method of others, Unavailable where an actor has ended or a drafter was lost on the way each time."""
         if not isinstance(method.how, Ours):
             raise InvalidRequest(f"method {method.name!r} is transformers': run it with its own runner", "method")
         how, target = method.how, self.targets[method.how.target_cores]
@@ -165,6 +166,8 @@ class Cluster:
             address = ray.get(target.where.remote()).address
             began, answers = self._loop.run(self._ask(address, [prompt.tokens for prompt in prompts], sampling))
             if (left := sorted(ray.get(target.attached.remote()))) != sorted(drafters):
+                if tries > 1:  # the machine stood still for a while, perhaps: the run does not count
+                    return self.run(method, prompts, sampling, tries - 1)
                 raise Unavailable(f"of the drafters {sorted(drafters)} only {left} were left after {method.name}: see the message above")
             self.recordings = ray.get([actor.trace.remote() for actor in actors])
             self.learned = ray.get(target.learned.remote())
