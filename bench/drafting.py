@@ -23,6 +23,7 @@ from bench.prompts import Prompt, encode, from_file, held_out
 from bench.weights import Cost, line_of, parameters, training_of
 from bench.widen import widened_head, widened_small
 from runtime import config
+from runtime.errors import Unavailable
 from runtime.heads.token_recycling import TokenRecycling
 from runtime.models.layers import every_second
 from runtime.models.load import load_tokenizer, read_config, read_json
@@ -83,7 +84,11 @@ def measured(cluster: Cluster, plan: Sequence[loop.Round], note: str, found: dic
             for method in round_.methods:
                 progress.update(task, description=f"{note}: {method.name}")
                 before = proposed(cluster)
-                outcome = cluster.run(method, round_.case.prompts, round_.case.sampling)
+                try:
+                    outcome = cluster.run(method, round_.case.prompts, round_.case.sampling)
+                except Unavailable as error:  # of one prompt: the others are measured all the same
+                    progress.console.print(f"{method.name}, {round_.case.name}: not measured: {error}")
+                    continue
                 nodes = {who: count - before.get(who, 0) for who, count in proposed(cluster).items()}
                 one = found.setdefault((method.name, temperature), Found(method.name, temperature))
                 add(one, round_.case.name, outcome, cluster.recordings, cluster.learned, nodes)
