@@ -6,8 +6,6 @@ from collections.abc import Iterable
 TRIAL = 64  # commits that a drafter is given to show something
 REST = 512  # commits that it rests before it is tried again
 LEAST = 0.01  # tokens per commit that are worth a share
-STAKE = 4.0  # tokens that a head may cost the target, beyond those that it has brought, however few its commits are
-DEAR = 0.5  # tokens per commit that it may cost beyond that before its trial is over
 
 
 class Merit:
@@ -26,18 +24,16 @@ class Merit:
     def observe(self, drafters: Iterable[str], guessed: Iterable[str], rate: float = 0.0) -> set[str]:
         """One commit to these drafters, with accepted tokens guessed by those; returns whose rest begins or ends.
 
-        `rate`: tokens a second of the target. A head must bring more than the target would have written in the time that it took; one
-        that is far below it rests before its trial is over.
+        `rate`: tokens a second of the target. A head must bring more than the target would have written in the time that it took.
         """
         changed: set[str] = set()
         self.tokens.update(name for name in guessed if name)
         for name in drafters:
             self.commits[name] += 1
-            resting, cost = name in self.resting, rate * self.spent[name]
-            dear = not resting and cost - self.tokens[name] > max(STAKE, DEAR * self.commits[name])
-            if not dear and self.commits[name] < (REST if resting else TRIAL):
+            resting = name in self.resting
+            if self.commits[name] < (REST if resting else TRIAL):
                 continue
-            useless = dear or (not resting and self.tokens[name] < max(LEAST * self.commits[name], cost))
+            useless = not resting and self.tokens[name] < max(LEAST * self.commits[name], rate * self.spent[name])
             if useless != resting:
                 changed.add(name)
                 self.resting ^= {name}

@@ -345,19 +345,6 @@ def test_a_head_must_bring_more_than_its_time_is_worth() -> None:
         assert (merit.resting == {"h-0"}) is rests
 
 
-@pytest.mark.parametrize(
-    ("price", "brought", "commits"), [(2.5, 0, 2), (2.5, 1, 3), (1.75, 1, 6), (0.75, 0, 6), (0.5, 0, TRIAL), (0.01, 0, TRIAL), (0.5, 1, 0)]
-)
-def test_a_head_that_costs_much_more_than_it_brings_rests_at_once(price: float, brought: int, commits: int) -> None:
-    """`price`: tokens that the target would have written in its time, `brought`: those that it brings, in each commit."""
-    merit, rested = Merit(), []
-    for commit in range(1, TRIAL + 1):
-        merit.spend("h-0", price)
-        if merit.observe(["h-0"], ["h-0"] * brought, rate=1.0):
-            rested.append(commit)
-    assert rested[:1] == ([commits] if commits else [])
-
-
 def test_heads_come_into_use_and_go_out_of_it() -> None:
     engine = headed(TOY, Oracle(TEXT, 1), Oracle(TEXT, 3), chooser=choose_by_numpy)
     for names, brought in ((frozenset({"h-0"}), {"h-0"}), (frozenset(), set()), (None, {"h-0", "h-1"}), (frozenset({"h-1"}), {"h-1"})):
