@@ -122,6 +122,38 @@ def test_step_times_follow_what_is_seen_and_stay_monotone() -> None:
     assert float(found.time(32)) >= 0.030
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
+def test_a_step_that_the_machine_held_up_does_not_end_speculation(rows: int) -> None:
+    """A second at this width, then each step takes as long as ever: its rows are soon those of before."""
+    found, tree = Living(TIMES), [view([0.9**n for n in range(1, 12)])]
+
+    def steps(count: int) -> list[int]:
+        chosen = []
+        for _ in range(count):
+            (width,) = found.plan(tree).rows
+            found.observe([done(width, 2, computed=float(Living(TIMES).time(1 + width)))])
+            chosen.append(width)
+        return chosen
+
+    before = steps(100)[-1]
+    assert before >= 7
+    found.observe([done(rows - 1, 0, computed=1.0)])
+    assert set(steps(100)[50:]) == {before}
+
+
+def test_a_width_that_was_slow_for_a_while_is_tried_again() -> None:
+    found = Living(TIMES)
+    for _ in range(50):
+        found.observe([done(15, computed=0.1)])
+    assert float(found.time(16)) == pytest.approx(0.1, rel=0.02)
+    for _ in range(500):
+        found.observe([done(0)])
+    assert found.times.tolist() == pytest.approx([TIMES[rows] for rows in sorted(TIMES)], rel=0.05)
+    for _ in range(500):  # a faster machine: faster for all widths, as far as is known
+        found.observe([done(0, computed=0.005)])
+    assert found.times.tolist() == pytest.approx([TIMES[rows] / 2 for rows in sorted(TIMES)], rel=0.05)
+
+
 def test_delays_are_learned_apart() -> None:
     found = Living(TIMES)
     for _ in range(200):

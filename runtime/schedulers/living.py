@@ -7,7 +7,10 @@
 Simulated with steps 3 to 40 times as long as a drafter's, the factor 2 is better than 1 by up to a tenth and than 3 by as much;
 with two sessions or more, not to wait is better than either.
 
-T(n) is measured at start and corrected by the steps themselves; `rate` is the long-run tokens per second.
+T(n) is measured at start and corrected by the steps themselves: those of the widths in use, by the ratio of what was seen to what was
+expected, and one that the machine held up counts as twice as long. Widths out of use go back to what was measured at start, or below that
+as far as those in use are faster now: else whatever was once seen to be slow would never be tried again. `rate` is the long-run tokens
+per second.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +25,8 @@ ROWS = (1, 2, 4, 8, 16, 17, 32, 33, 64)  # of a pass for which T is measured; ke
 MOST = 64  # nodes verified in one pass
 MEMORY = 0.05  # weight of a new observation
 PACE = 0.2  # the same for T: a shared machine is slower by half from one second to the next, and every row is paid for at that price
+STALL = 2.0  # times what was expected, as which a step counts that took longer
+RETURN = 0.01  # the weight of what was measured at start, for widths out of use
 LATE = 2.0  # times its usual delay: growth that has not come by then is not waited for
 WIDTH = 4.0  # leaves that a drafter is taken to expand at once, until some growth was seen
 MARGIN = 2.0  # tokens gained per token forgone that waiting must exceed: much of what is waited for comes during the step anyway
@@ -34,8 +39,9 @@ class Living:
 
     def __init__(self, times: Mapping[int, float]) -> None:
         self.rows = np.asarray(sorted(times), dtype=np.float64)
-        self.times = np.maximum.accumulate(np.asarray([times[int(rows)] for rows in self.rows]))
-        self.tokens, self.seconds = 1.0, float(self.times[0])  # moving averages, of a step
+        self.measured = np.asarray([times[int(rows)] for rows in self.rows])
+        self.seen = self.measured.copy()
+        self.tokens, self.seconds = 1.0, float(self.measured[0])  # moving averages, of a step
         self.width = WIDTH
         self.delay: dict[bool, float | None] = {True: None, False: None}  # of the first growth after a commit, of others
 
@@ -43,6 +49,11 @@ class Living:
     def rate(self) -> float:
         """Tokens per second of all sessions together, over many steps."""
         return self.tokens / self.seconds
+
+    @property
+    def times(self) -> npt.NDArray[np.float64]:
+        """T of the measured widths, which never falls from one to the next."""
+        return np.maximum.accumulate(self.seen)
 
     def plan(self, views: Sequence[View]) -> Plan:
         wait = self.patience(views)
@@ -73,11 +84,11 @@ class Living:
 
     def time(self, rows: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """T, linear between and beyond the measured widths."""
-        n = np.asarray(rows, dtype=np.float64)
-        inside: npt.NDArray[np.float64] = np.interp(n, self.rows, self.times)
+        n, times = np.asarray(rows, dtype=np.float64), self.times
+        inside: npt.NDArray[np.float64] = np.interp(n, self.rows, times)
         if len(self.rows) < 2:
             return inside
-        slope = (self.times[-1] - self.times[-2]) / (self.rows[-1] - self.rows[-2])
+        slope = (times[-1] - times[-2]) / (self.rows[-1] - self.rows[-2])
         beyond: npt.NDArray[np.float64] = inside + np.maximum(0.0, n - self.rows[-1]) * slope
         return beyond
 
@@ -91,15 +102,17 @@ class Living:
         self.seconds += MEMORY * (max(spent, 1e-9) - self.seconds)
 
     def correct(self, rows: int, computed: float) -> None:
-        """Move the measured widths on both sides towards what was seen, by their nearness; T stays monotone."""
-        error = computed - float(self.time(rows))
+        """Move the measured widths on both sides towards what was seen, by their nearness, and all others on their way back."""
         above = min(int(np.searchsorted(self.rows, rows)), len(self.rows) - 1)
         below = max(0, above - 1)
         span = max(1.0, self.rows[above] - self.rows[below])
         near = float(np.clip((rows - self.rows[below]) / span, 0.0, 1.0)) if above != below else 1.0
-        self.times[above] += PACE * near * error
-        self.times[below] += PACE * (1.0 - near) * error
-        self.times = np.maximum(np.maximum.accumulate(self.times), 1e-9)
+        used = np.zeros_like(self.rows)
+        used[below] += 1.0 - near
+        used[above] += near
+        self.seen *= min(STALL, max(computed, 1e-9) / float(used @ self.seen)) ** (PACE * used)
+        back = self.measured * min(1.0, float(used @ self.seen) / float(used @ self.measured))
+        self.seen = np.where(used > 0.0, self.seen, self.seen * (back / self.seen) ** RETURN)
 
     def grew(self, delay: float, first: bool, leaves: int) -> None:
         self.width += MEMORY * (leaves - self.width)
