@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from actors.grpc_edge import CALLER_SILENCE_MS
 from actors.grpc_links import GrpcTarget
 from runtime.messages import Request
 from runtime.sampling import Sampling
@@ -12,15 +13,18 @@ PATIENCE_S = 600.0  # a wait that takes so long is a fault; starts took 225 on t
 
 
 class Text:
-    """Tokens as they come."""
+    """Tokens as they come. Who waits for more of a text that has failed is told why."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.grown = asyncio.Event()
+        self.failure: BaseException | None = None
 
     async def first(self, count: int) -> list[int]:
         async with asyncio.timeout(PATIENCE_S):
             while len(self.tokens) < count:
+                if self.failure is not None:
+                    raise self.failure
                 self.grown.clear()
                 await self.grown.wait()
         return self.tokens[:count]
@@ -32,20 +36,24 @@ class Text:
 @asynccontextmanager
 async def stream(address: str, name: str, speculation: bool = True) -> AsyncIterator[Text]:
     """A text that is written while the block runs."""
-    client, text = GrpcTarget(address), Text()
+    client, text = GrpcTarget(address, silence_ms=CALLER_SILENCE_MS), Text()  # nobody else can go on with it
     request = Request(name, (5, 6, 7), Sampling(max_tokens=16_000, ignore_eos=True), speculation)
 
     async def read() -> None:
-        async for chunk in client.generate(request):
-            assert chunk.finish_reason is None, "the text must outlast the test"
-            text.tokens.extend(chunk.tokens)
+        try:
+            async for chunk in client.generate(request):
+                assert chunk.finish_reason is None, "the text must outlast the test"
+                text.tokens.extend(chunk.tokens)
+                text.grown.set()
+        except Exception as error:
+            text.failure = error
             text.grown.set()
 
     reading = asyncio.create_task(read())
     try:
         yield text
-        if reading.done():
-            reading.result()
+        if text.failure is not None:
+            raise text.failure
     finally:
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
