@@ -111,6 +111,10 @@ def sample(now: float, ready: int, reports: Sequence[TargetReport], drafters: Co
 
 def unready(members: Iterable[Member]) -> str:
     """Why not all is there yet."""
-    starting = {member.name: member.placed for member in members if member.state == "starting"}
-    said = [f"{name} {'is loading' if placed else 'waits for room in the cluster'}" for name, placed in sorted(starting.items())]
-    return ", ".join(said) or "targets and drafters do not reach each other"
+    said = [f"{member.name} {stage(member)}" for member in members if member.state == "starting"]
+    return ", ".join(sorted(said)) or "targets and drafters do not reach each other"
+
+
+def stage(member: Member) -> str:
+    """How far the start of a member is."""
+    return "is loading" if member.placed else "waits for room in the cluster" if member.cramped else "has no process yet"

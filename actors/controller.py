@@ -59,6 +59,7 @@ class Controller:
         self.decisions: dict[str, Decision] = {}
         self.requested: list[dict[str, float]] = []
         self.leaving: frozenset[str] = frozenset()  # nodes
+        self.unmet: tuple[dict[str, float], ...] = ()  # what Ray was asked for and has no room for
         self.saved = b""
         self.changed = threading.Condition()
         self.stopping = threading.Event()
@@ -178,6 +179,8 @@ class Controller:
         try:
             while not self.stopping.wait(PERIOD):
                 self.leaving = lives.leaving_nodes(self.leaving)
+                late = any(roster.is_late(member, time.monotonic()) for member in tuple(self.members.values()))
+                self.unmet = lives.unmet_demands(self.unmet) if late else ()
                 now = time.monotonic()
                 with self.changed:
                     if self.stopping.is_set():
@@ -200,7 +203,9 @@ class Controller:
         ear = max((life.heard for life in self.actors.values()), default=0.0)
         for name, member in self.members.items():
             found = lives.listen(member, self.actors[name], ear, now)
-            self._change(replace(found, leaves=found.place is not None and found.place.node in self.leaving))
+            leaves = found.place is not None and found.place.node in self.leaving
+            cramped = not found.placed and lives.demand(lives.placement_of(found.spec)) in self.unmet
+            self._change(replace(found, leaves=leaves, cramped=cramped))
         for action in roster.decide(self.deployment, self.counts, tuple(self.members.values()), now):
             self._act(action, now)
         self._save()

@@ -10,6 +10,7 @@ from threading import Thread
 from typing import Any
 
 import ray
+from ray.core.generated.autoscaler_pb2 import GetClusterResourceStateReply
 from ray.exceptions import RayError, RayTaskError
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -25,6 +26,7 @@ from runtime.reports import DrafterReport, TargetReport
 
 START = 600.0  # seconds that one may take to load its model once its process is there
 HASTE = 0.5  # seconds for an answer of Ray's head
+NODE = "node:"  # before an address: Ray's name for what only that node has
 CALLS = 8  # of an actor at one time: signs of life come through while others wait
 KINDS = {TargetSpec: "TargetActor", DrafterSpec: "DraftActor", GatewaySpec: "GatewayActor"}  # names of actors, as their processes show them
 
@@ -57,10 +59,10 @@ def create(member: Member, name: str, detached: bool, record: bool) -> Life:
             handle = options(TargetActor, name, config.placement, detached).remote(config, record, tls)
         case DrafterSpec(config, target, tls):
             handle = options(DraftActor, name, config.placement, detached).remote(config, target, member.incarnation, record, tls)
-        case GatewaySpec(plan, node):
+        case GatewaySpec(plan):
             from actors.gateway.actor import GatewayActor
 
-            handle = options(GatewayActor, name, Placement(num_cpus=0, node=node), detached).remote(plan)
+            handle = options(GatewayActor, name, placement_of(member.spec), detached).remote(plan)
     return Life(handle, starting=handle.start.remote(), placed=handle.__ray_ready__.remote())
 
 
@@ -188,17 +190,29 @@ def leaving_nodes(before: frozenset[str]) -> frozenset[str]:
         return before
 
 
+def unmet_demands(before: tuple[dict[str, float], ...]) -> tuple[dict[str, float], ...]:
+    """What actors of the cluster want and Ray has no room for; as before where it does not answer at once."""
+    ray_says: Any = internal_kv_get_gcs_client
+    try:
+        data = ray_says().get_cluster_resource_state(timeout_s=HASTE)
+    except RayError:
+        return before
+    state = GetClusterResourceStateReply.FromString(data).cluster_resource_state
+    return tuple(dict(demand.request.resources_bundle) for demand in state.pending_resource_requests)
+
+
 def answered(answer: Any) -> bool:
     return bool(ray.wait([answer], timeout=0)[0])
 
 
 def options(actor: type, name: str, placement: Placement, detached: bool = False) -> Any:
     """The Ray actor class with its name and what it takes from the cluster. A detached one outlives whoever started it."""
+    wanted = demand(placement)
     return ray.remote(actor).options(
         name=name,
-        num_cpus=placement.num_cpus,
-        num_gpus=placement.num_gpus,
-        resources=placement.resources | ({f"node:{placement.node}": 0.001} if placement.node else {}),
+        num_cpus=wanted.pop("CPU", 0),
+        num_gpus=wanted.pop("GPU", 0),
+        resources=wanted,
         max_restarts=0,
         max_concurrency=CALLS,
         lifetime="detached" if detached else None,
@@ -207,8 +221,15 @@ def options(actor: type, name: str, placement: Placement, detached: bool = False
 
 def bundle(spec: Spec) -> dict[str, float]:
     """What a member takes, as Ray's autoscaler wants it. A given node cannot be asked for: it is there or it is not."""
-    if isinstance(spec, GatewaySpec):
-        return {}
-    place = spec.config.placement
-    found = {"CPU": place.num_cpus, "GPU": place.num_gpus} | place.resources
+    return {name: amount for name, amount in demand(placement_of(spec)).items() if not name.startswith(NODE)}
+
+
+def placement_of(spec: Spec) -> Placement:
+    return Placement(num_cpus=0, node=spec.node) if isinstance(spec, GatewaySpec) else spec.config.placement
+
+
+def demand(placement: Placement) -> dict[str, float]:
+    """What it takes from the cluster, as Ray counts it."""
+    given = {f"{NODE}{placement.node}": 0.001} if placement.node else {}
+    found = {"CPU": placement.num_cpus, "GPU": placement.num_gpus} | placement.resources | given
     return {name: amount for name, amount in found.items() if amount}

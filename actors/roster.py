@@ -16,7 +16,7 @@ TARGET, GATEWAY = "target", "gateway"  # roles; every other is the name of a poo
 PATIENCE = 2.0  # seconds without an answer after which a member is lost ...
 DEAF = 6.0  # ... and where nobody answers at all, or it has not answered yet: then it is rather the controller that is held up
 FORBEARANCE = 15.0  # ... and of a gateway: streams of clients end with it, and no journal brings them back
-CRAMPED = 15.0  # seconds without a process after which a member waits for room in the cluster, and not just for its start
+CRAMPED = 15.0  # seconds without a process after which a member that Ray has no room for is taken to wait for it
 LONGEST_BACKOFF = 30.0  # seconds between two starts of what does not start
 SOON = 4.0  # seconds that a drafter must live after its start to have started well
 MOST_FAILURES = 10  # in a row, after which a drafter is given up: with the waits between them three minutes of trying
@@ -49,7 +49,8 @@ class Member:
     """`since`: clock when its state, its placing or its loss began. `lost`: why it is no longer there, "" while it is.
 
     index     its number among those of its role
-    placed    its process is there; a member that starts and has none waits for room in the cluster
+    placed    its process is there
+    cramped   it has none since Ray has no room for it: one that has room may take long to start, too
     leaves    Ray was told to let its node go
     drained   it has nothing to do any more
     failures  starts under this name that failed, one after the other;  restarts: lives lost under it
@@ -64,6 +65,7 @@ class Member:
     since: float
     place: Place | None = None
     placed: bool = False
+    cramped: bool = False
     leaves: bool = False
     sessions: int = 0
     drained: bool = False
@@ -214,6 +216,11 @@ def succeeds(member: Member, now: float) -> bool:
 
 def waits(member: Member, now: float) -> bool:
     """It finds no room in the cluster."""
+    return member.cramped and is_late(member, now)
+
+
+def is_late(member: Member, now: float) -> bool:
+    """Its process could be there."""
     return member.state == "starting" and not member.placed and not member.lost and now - member.since >= CRAMPED
 
 

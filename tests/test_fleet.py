@@ -171,8 +171,10 @@ def test_what_changes_is_started_before_what_was_is_drained() -> None:
 
 def test_what_is_outdated_makes_room_where_the_cluster_has_none() -> None:
     old = (member("small", 0), member("small", 1))
-    waiting = member("small", 2, "starting", OTHER, since=NOW - CRAMPED)
+    waiting = member("small", 2, "starting", OTHER, since=NOW - CRAMPED, cramped=True)
     assert decided(*old, waiting, member("small", 3, "starting", OTHER), plan=OTHER, counts={"small": 2}) == [("Drain", "small-1")]
+    slow = replace(waiting, cramped=False)
+    assert decided(*old, slow, member("small", 3, "starting", OTHER), plan=OTHER, counts={"small": 2}) == [], "its process starts slowly"
     loading = replace(waiting, placed=True)
     assert decided(*old, loading, member("small", 3, "starting", OTHER), plan=OTHER, counts={"small": 2}) == []
 
@@ -280,7 +282,7 @@ def told(*found: Member, **reports: TargetReport | DrafterReport) -> Fleet:
 def test_what_is_told_of_a_fleet() -> None:
     target, drafter = TargetReport(live=2, waiting=1), DrafterReport(sessions=2)
     lost = member("small", 1, lost="no answer for 2.1 s", restarts=1)
-    waiting = member("lookup", 0, "starting", since=NOW - CRAMPED)
+    waiting = member("lookup", 0, "starting", since=NOW - CRAMPED, cramped=True)
     found = told(waiting, lost, member("small", 0), member(TARGET, 0, sessions=3), target_0=target, small_0=drafter)
     assert (found.model, found.served_model, found.replaced) == ("big", "big", 4)
     assert [(one.name, one.state, one.sessions, one.address, one.node) for one in found.targets] == [

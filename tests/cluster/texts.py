@@ -18,16 +18,20 @@ class Text:
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.grown = asyncio.Event()
-        self.failure: BaseException | None = None
+        self.reading: asyncio.Task[None] | None = None
 
     async def first(self, count: int) -> list[int]:
         async with asyncio.timeout(PATIENCE_S):
             while len(self.tokens) < count:
-                if self.failure is not None:
-                    raise self.failure
+                self.check()
                 self.grown.clear()
                 await self.grown.wait()
         return self.tokens[:count]
+
+    def check(self) -> None:
+        """Raises what reading it has failed with."""
+        if self.reading is not None and self.reading.done():
+            self.reading.result()
 
     async def more(self, count: int) -> list[int]:
         return await self.first(len(self.tokens) + count)
@@ -40,21 +44,18 @@ async def stream(address: str, name: str, speculation: bool = True) -> AsyncIter
     request = Request(name, (5, 6, 7), Sampling(max_tokens=16_000, ignore_eos=True), speculation)
 
     async def read() -> None:
-        try:
-            async for chunk in client.generate(request):
-                assert chunk.finish_reason is None, "the text must outlast the test"
-                text.tokens.extend(chunk.tokens)
-                text.grown.set()
-        except Exception as error:
-            text.failure = error
+        async for chunk in client.generate(request):
+            assert chunk.finish_reason is None, "the text must outlast the test"
+            text.tokens.extend(chunk.tokens)
             text.grown.set()
+        raise AssertionError("the text ended without saying why")
 
-    reading = asyncio.create_task(read())
+    text.reading = asyncio.create_task(read())
+    text.reading.add_done_callback(lambda _: text.grown.set())
     try:
         yield text
-        if text.failure is not None:
-            raise text.failure
+        text.check()
     finally:
-        reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)
+        text.reading.cancel()
+        await asyncio.gather(text.reading, return_exceptions=True)
         await client.close()
