@@ -25,8 +25,9 @@ demo: install ## the pair that ships writes Python code, guessed ahead and then 
 bench: install ## compare with every other way to use the same models and cores: about half an hour on two cores
 	@$(BIN)/python -m bench
 
-bench-methods: install ## compare all ways to guess, alone and beside the draft model: about a quarter of an hour
+bench-methods: install ## compare all ways to guess, alone and beside the draft model: about twenty minutes
 	@$(BIN)/python -m bench.drafting
+	@$(BIN)/python -m bench.same_tree
 
 test: install ## all tests, on up to four cores
 	$(BIN)/pytest -q --durations=10 --numprocesses auto --maxprocesses 4

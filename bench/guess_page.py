@@ -122,6 +122,11 @@ WORDS = (
     "head's time in a step, a drafter's pass. What its guesses are worth each method has learned from other prompts."
 )
 
+CHOSEN = (
+    "Tokens per step are those of the trees that the living schedule chose to be fast, smaller where rows are dear; what heads reach with "
+    "the same tree, whatever it costs, `python -m bench.same_tree` counts ([same-tree.md](same-tree.md))."
+)
+
 
 def page(studies: Sequence[Study], machine: Machine, picture: str) -> str:
     parts = [
@@ -135,7 +140,7 @@ def page(studies: Sequence[Study], machine: Machine, picture: str) -> str:
             for grid in (methods(study, temperature), runs(study, temperature)):
                 parts += [f"**{grid.title}**", grid.markdown()]
     if studies:
-        parts += ["## Goals", f"On {studies[0].name}.", verdicts(studies[0].by_temperature).markdown()]
+        parts += ["## Goals", f"On {studies[0].name}. {CHOSEN}", verdicts(studies[0].by_temperature).markdown()]
         parts += ["## What the papers report", f"*Here*: on {studies[0].name}, at temperature 0.", papers(studies[0]).markdown()]
     return "\n\n".join(parts) + "\n"
 

@@ -341,7 +341,7 @@ class Engine:
     def commit(self, step: Step, decisions: Sequence[Decision | None], decided: float) -> None:
         """Move the roots and tell the drafters at once, so that they go on; then roll the caches back and hand the tokens out."""
         told = [self.tell(*of_one) for of_one in zip(step.sessions, decisions, strict=True)]
-        rounds, chunks = [], []
+        rounds, chunks, ridden = [], [], sum(self.mounted.riding_time(step.parts).values())
         for live, nodes, decision, one in zip(step.sessions, step.nodes, decisions, told, strict=True):
             if one is None or decision is None:
                 continue
@@ -355,7 +355,7 @@ class Engine:
                 continue
             chunks.append((live, chunk))
             number = len(live.tally.rounds)
-            rounds.append(Round(live.session.id, number, len(nodes), len(path), hit, step.waited, decided - step.began, 0.0))
+            rounds.append(Round(live.session.id, number, len(nodes), len(path), hit, step.waited, decided - step.began, 0.0, ridden))
         if any(one is not None and live.session.request.speculation for live, one in zip(step.sessions, told, strict=True)):
             self.crowd.judge([name for one in told if one is not None for name in one[1]], self.live.values())
         if self.mounted.awake:

@@ -163,6 +163,7 @@ class Round:
     waited: float
     computed: float
     bookkeeping: float
+    ridden: float = 0.0  # of `computed`, for pseudo rows
 
 
 @dataclass(frozen=True, slots=True)

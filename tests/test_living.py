@@ -1,6 +1,7 @@
 """The living schedule: rows go where they pay, patience ends where it does not."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -139,6 +140,14 @@ def test_a_step_that_the_machine_held_up_does_not_end_speculation(rows: int) -> 
     assert before >= 7
     found.observe([done(rows - 1, 0, computed=1.0)])
     assert set(steps(100)[50:]) == {before}
+
+
+def test_what_pseudo_rows_take_is_not_the_price_of_verified_rows() -> None:
+    found = Living(TIMES)
+    for _ in range(100):
+        found.observe([replace(done(3, computed=TIMES[4] + 0.020), ridden=0.020)])
+    assert found.times.tolist() == pytest.approx([TIMES[rows] for rows in sorted(TIMES)])
+    assert found.rate == pytest.approx(1.0 / (TIMES[4] + 0.020), rel=0.05), "the time is gone all the same"
 
 
 def test_a_width_that_was_slow_for_a_while_is_tried_again() -> None:

@@ -69,6 +69,8 @@ def test_the_head_is_charged_for_them_in_each_step(price: float) -> None:
     assert engine.crowd.merit.spent["h-0"] == pytest.approx(
         (1 + 4) * price / MOST_RIDDEN
     )  # beside the root alone, then beside it and three guesses
+    (live,) = engine.live.values()
+    assert [round_.ridden for round_ in live.tally.rounds] == pytest.approx([price / MOST_RIDDEN, price])
 
 
 @pytest.mark.parametrize(("seconds", "riders"), [(0.0, (0, 1, 2, 3)), (0.15, (1, 2, 3)), (0.3, (2,)), (0.5, ())])

@@ -96,7 +96,7 @@ class Living:
         if not step:
             return
         one = step[0]  # their times are the same
-        self.correct(sum(done.width + 1 for done in step), one.computed)
+        self.correct(sum(done.width + 1 for done in step), one.computed - one.ridden)
         spent = one.waited + one.computed + one.bookkeeping
         self.tokens += MEMORY * (sum(done.accepted + 1 for done in step) - self.tokens)
         self.seconds += MEMORY * (max(spent, 1e-9) - self.seconds)
