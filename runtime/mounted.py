@@ -20,7 +20,8 @@ from runtime.reading import FAILURES
 from runtime.session import Session
 from runtime.tree import TokenTree, mix64
 
-RIDDEN = 4  # rows of a session's step that pseudo rows ride beside, at most: those at which the target most likely stops
+RIDDEN = 4  # rows beside which pseudo rows ride where their price is measured
+MOST = 16  # of a session's step, at most: those at which the target most likely stops
 
 NOTHING = Look()
 
@@ -65,7 +66,7 @@ class Mounted:
         least = self.ledger.rate * sum(self.price(name) for name in self.awake)
         worth = (part.rows.positions + branches < self.model.context) & (ends(session.tree, nodes) >= least)
         rows = [row for row in likely_ends(session.tree, nodes) if worth[row]]
-        return replace(part, riders=sorted(rows[:RIDDEN]))
+        return replace(part, riders=sorted(rows[:MOST]))
 
     def price(self, name: str) -> float:
         """Seconds for each row that is ridden."""

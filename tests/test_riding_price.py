@@ -14,7 +14,7 @@ from runtime.models.choose import choose
 from runtime.models.hf import HFModel
 from runtime.models.timing import RIDDEN, riding_time
 from runtime.models.toy import ToyModel
-from runtime.mounted import RIDDEN as MOST_RIDDEN
+from runtime.mounted import RIDDEN as PRICED
 from runtime.mounted import Mounted
 from runtime.packing import pack
 from runtime.schedulers.fixed import Fixed
@@ -51,7 +51,7 @@ def test_the_price_is_what_riders_add() -> None:
 @pytest.mark.parametrize(("riders", "expected"), [(((0,), (1, 2)), {"h-0": 1.5}), (((0,), ()), {"h-0": 0.5}), (((), ()), {})])
 def test_it_is_paid_for_each_row_that_is_ridden(riders: Sequence[Sequence[int]], expected: dict[str, float]) -> None:
     model = hf_model("llama")
-    mounted = Mounted(model, {"h-0": head(model)}, Ledger(), {"h-0": 0.5 * MOST_RIDDEN})
+    mounted = Mounted(model, {"h-0": head(model)}, Ledger(), {"h-0": 0.5 * PRICED})
     parts = [Part(model.new_cache(), causal(np.arange(3), 0), riders=of) for of in riders]
     assert mounted.riding_time(parts) == {}  # it is not awake
     mounted.wake(["h-0"])
@@ -67,17 +67,17 @@ def test_the_head_is_charged_for_them_in_each_step(price: float) -> None:
     lockstep.round()
     lockstep.round()
     assert engine.crowd.merit.spent["h-0"] == pytest.approx(
-        (1 + 4) * price / MOST_RIDDEN
-    )  # beside the root alone, then beside it and three guesses
+        (1 + 5) * price / PRICED
+    )  # beside the root alone, then beside it and four guesses
     (live,) = engine.live.values()
-    assert [round_.ridden for round_ in live.tally.rounds] == pytest.approx([price / MOST_RIDDEN, price])
+    assert [round_.ridden for round_ in live.tally.rounds] == pytest.approx([price / PRICED, 5 * price / PRICED])
 
 
 @pytest.mark.parametrize(("seconds", "riders"), [(0.0, (0, 1, 2, 3)), (0.15, (1, 2, 3)), (0.3, (2,)), (0.5, ())])
 def test_only_rows_that_are_worth_it_are_ridden(seconds: float, riders: Sequence[int]) -> None:
     """The target writes a token a second. It stops at the root's row with a chance of 0.1, at the others' with 0.18, 0.45, 0.27."""
     model = hf_model("llama")
-    engine = Engine(model, choose, Fixed(4), NOBODY, lambda: 0.0, heads={"h-0": head(model)}, prices={"h-0": seconds * MOST_RIDDEN})
+    engine = Engine(model, choose, Fixed(4), NOBODY, lambda: 0.0, heads={"h-0": head(model)}, prices={"h-0": seconds * PRICED})
     lockstep = Lockstep(engine)
     lockstep.admit(asking([1, 2, 3], max_tokens=40))
     lockstep.round()
@@ -89,3 +89,22 @@ def test_only_rows_that_are_worth_it_are_ridden(seconds: float, riders: Sequence
     engine.mounted.wake(["h-0"])
     engine.ledger.computed, engine.ledger.completion = 10.0, 10
     assert engine.mounted.riding(live, [1, 2, 3], pack(live.session, live.cache, [1, 2, 3])).riders == list(riders)
+
+
+@pytest.mark.parametrize(("nodes", "ridden"), [(8, 9), (30, 16)])
+def test_where_they_cost_nothing_all_rows_are_ridden_that_the_target_may_stop_at(nodes: int, ridden: int) -> None:
+    model = hf_model("llama")
+    engine = Engine(model, choose, Fixed(4), NOBODY, lambda: 0.0, heads={"h-0": head(model)})
+    lockstep = Lockstep(engine)
+    lockstep.admit(asking([1, 2, 3], max_tokens=40))
+    lockstep.round()
+    (live,) = engine.live.values()
+    tree = live.session.tree
+    tree.reroot([9])
+    for node in range(nodes):
+        tree.add(node, 5 + node, math.log(0.9))
+    engine.mounted.wake(["h-0"])
+    chain = list(range(1, nodes + 1))
+    riders = engine.mounted.riding(live, chain, pack(live.session, live.cache, chain)).riders
+    assert len(riders) == ridden
+    assert nodes in riders, "the end of a likely chain"
