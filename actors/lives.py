@@ -27,6 +27,7 @@ from runtime.reports import DrafterReport, TargetReport
 START = 600.0  # seconds that one may take to load its model once its process is there
 HASTE = 0.5  # seconds for an answer of Ray's head
 NODE = "node:"  # before an address: Ray's name for what only that node has
+DIGITS = 4  # that Ray keeps of an amount
 CALLS = 8  # of an actor at one time: signs of life come through while others wait
 KINDS = {TargetSpec: "TargetActor", DrafterSpec: "DraftActor", GatewaySpec: "GatewayActor"}  # names of actors, as their processes show them
 
@@ -232,4 +233,4 @@ def demand(placement: Placement) -> dict[str, float]:
     """What it takes from the cluster, as Ray counts it."""
     given = {f"{NODE}{placement.node}": 0.001} if placement.node else {}
     found = {"CPU": placement.num_cpus, "GPU": placement.num_gpus} | placement.resources | given
-    return {name: amount for name, amount in found.items() if amount}
+    return {name: round(amount, DIGITS) for name, amount in found.items() if amount}

@@ -21,7 +21,7 @@ def drafter(placement: Placement) -> DrafterSpec:
 
 
 TOO_MANY = drafter(Placement(num_cpus=CPUS + 1))
-UNKNOWN = drafter(Placement(num_cpus=0.5, resources={"tpu": 2}))
+UNKNOWN = drafter(Placement(num_cpus=1 / 3, resources={"tpu": 2}))
 ELSEWHERE = GatewaySpec(PLAN, "192.0.2.1")
 FITS = drafter(Placement(num_cpus=0.25))
 
