@@ -1,12 +1,12 @@
 """From a drafter's confidence to the acceptance that was observed.
 
 A small model is badly calibrated at temperature 0: the 0.25 of its first choice may mean 0.7. Nodes are therefore
-scored by what happened to earlier ones of the same drafter, rank (place among its siblings) and confidence, at a similar
-temperature.
+scored by what happened to earlier ones of the same drafter, rank (place among its own guesses there) and confidence, at a similar
+temperature. Where drafters of several kinds have guessed, runtime.beside goes on from here.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,18 @@ PRIOR = 8.0  # as many observations as the drafter's own number counts for
 ENOUGH = 1000.0  # observations of one kind; then old ones count half, so that a change is noticed
 MEMORY = 0.02  # weight of a new observation in `promise`
 HOPE = 0.7  # `promise` before anything was observed
+LEAST = 1e-6  # probability
 
 
 def bin_of(score: float) -> int:
     """Ten bins, finer near certainty: by the square root of the probability that it is wrong."""
     return min(BINS - 1, int(BINS * math.sqrt(max(0.0, 1.0 - math.exp(score)))))
+
+
+def cells(ranks: Ints, scores: Floats) -> tuple[Ints, Ints]:
+    """Row and column of each in a table."""
+    columns = BINS * np.sqrt(np.maximum(1.0 - np.exp(scores), 0.0))
+    return np.minimum(ranks, RANKS - 1), np.minimum(columns, BINS - 1).astype(np.int64)
 
 
 class Calibration:
@@ -46,10 +53,9 @@ class Calibration:
 
     def scores(self, ranks: Ints, scores: Floats) -> Floats:
         """Logs (n,) of the estimated acceptance, at most 0: observed where there is enough, the drafter's own number before."""
-        said = np.exp(scores)
-        cells = np.minimum(ranks, RANKS - 1), np.minimum(BINS * np.sqrt(np.maximum(1.0 - said, 0.0)), BINS - 1).astype(np.int64)
-        estimates = (self.hits[cells] + PRIOR * said) / (self.tries[cells] + PRIOR)
-        found: Floats = np.log(np.minimum(np.maximum(estimates, 1e-6), 1.0))
+        kind_of = cells(ranks, scores)
+        estimates = (self.hits[kind_of] + PRIOR * np.exp(scores)) / (self.tries[kind_of] + PRIOR)
+        found: Floats = np.log(np.minimum(np.maximum(estimates, LEAST), 1.0))
         return found
 
 
@@ -62,22 +68,31 @@ class Band:
         self.tables: dict[str, Calibration] = {}
         self.promise = HOPE
 
-    def of(self, drafter: str) -> Calibration:
-        """The table of all drafters of this one's kind."""
-        return self.tables.setdefault(kind(drafter), Calibration())
+    def of(self, drafter: str, others: str = "") -> Calibration:
+        """The table of all drafters of this one's kind; for guesses beside those of `others`, as runtime.beside names it, one apart."""
+        return self.tables.setdefault(kind(drafter) + others, Calibration())
 
     def observe_path(self, tree: TokenTree, decided: Sequence[int]) -> None:
-        """Every node that the decided tokens pass, the root first, has seen one choice of the target: count its children."""
-        node: int | None = 0
-        for token in decided:
-            if node is None:
-                return
-            taken, children = tree.child(node, token), tree.children(node)
-            for child in children:
-                self.of(tree.drafter[child]).observe(tree.rank[child], tree.said[child], child == taken)
-            if children:
+        """Every node that the decided tokens pass, the root first, has seen one choice of the target: count its children by the kind that
+        came first. It was alone then, whatever others have guessed since; these are not counted here."""
+        for node, taken in passed(tree, decided):
+            if children := tree.children(node):
+                first = kind(tree.drafter[children[0]])
+                for child in children:
+                    if kind(tree.drafter[child]) == first:
+                        self.of(first).observe(tree.rank[child], tree.said[child], child == taken)
                 self.promise += MEMORY * ((taken is not None) - self.promise)
-            node = taken
+
+
+def passed(tree: TokenTree, decided: Sequence[int]) -> Iterator[tuple[int, int | None]]:
+    """The nodes at which the target has chosen one of these tokens, each with the child that has it; None where there is none."""
+    node: int | None = 0
+    for token in decided:
+        if node is None:
+            return
+        taken = tree.child(node, token)
+        yield node, taken
+        node = taken
 
 
 class Calibrations:

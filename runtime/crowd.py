@@ -8,6 +8,7 @@ from runtime.merit import Merit
 from runtime.messages import Draft, Event, Share
 from runtime.metrics import Ledger
 from runtime.session import Session
+from runtime.tree import TokenTree
 
 
 class Crowd:
@@ -105,7 +106,11 @@ class Crowd:
             for name in sharers:
                 self.ledger.guesses[name].lead(live.lead(name))
 
-    def judge(self, guessed: Iterable[str], sessions: Iterable[Live]) -> None:
-        """After a step: these have guessed its tokens. Who has brought nothing for long rests, or is tried again."""
-        if self.merit.observe([*self.sends, *self.heads], guessed, self.ledger.rate) & self.sends.keys():
+    def owed(self, tree: TokenTree, nodes: Sequence[int]) -> list[str]:
+        """To whom: to a drafter, where one has guessed the node as well as a head. Without that head it would be there all the same."""
+        return [next((name for name in tree.names(node) if name not in self.heads), tree.drafter[node]) for node in nodes]
+
+    def judge(self, thanks: Iterable[str], sessions: Iterable[Live]) -> None:
+        """After a step: its tokens are owed to these. Who has brought nothing for long rests, or is tried again."""
+        if self.merit.observe([*self.sends, *self.heads], thanks, self.ledger.rate) & self.sends.keys():
             self.share_out(sessions)

@@ -7,7 +7,7 @@ that may take long is `compute`, so that a simulator can put a virtual clock aro
 import math
 import queue
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from runtime.admission import Admission
 from runtime.calibration import Calibrations
@@ -23,7 +23,7 @@ from runtime.messages import Chunk, Close, Commit, Draft, FinishReason, Resync, 
 from runtime.metrics import Ledger, Tally
 from runtime.models.base import Model, Part, Shown
 from runtime.mounted import Mounted, seen_by
-from runtime.packing import pack, unpack
+from runtime.packing import Step, pack, unpack
 from runtime.reading import FAILURES, read_on
 from runtime.reports import TargetReport
 from runtime.schedulers.base import Plan, Scheduler, View
@@ -31,18 +31,6 @@ from runtime.session import Session
 from runtime.tracing import NODES, OFF, PREFILL, STEP, TARGET, Trace
 
 Told = tuple[Commit, tuple[str, ...], bool]  # what was decided of a session, who had guessed each token, whether it was a hit
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One packed pass: the sessions it serves, for each the nodes that get a row; times are readings of the clock."""
-
-    sessions: list[Live]
-    nodes: list[list[int]]
-    parts: list[Part]
-    opened: float  # when its planning began
-    waited: float  # seconds
-    began: float
 
 
 class Engine:
@@ -306,8 +294,9 @@ class Engine:
         parts = [pack(live.session, live.cache, chosen) for live, chosen in zip(ready, nodes, strict=True)]
         self.mounted.wake(self.crowd.working_heads())
         riding = [self.mounted.riding(*of_one) for of_one in zip(ready, nodes, parts, strict=True)]
+        owed = [self.crowd.owed(live.session.tree, chosen) for live, chosen in zip(ready, nodes, strict=True)]
         now = self.clock()
-        step = Step(list(ready), nodes, riding, now if self.opened is None else self.opened, self.waited, now)
+        step = Step(list(ready), nodes, owed, riding, now if self.opened is None else self.opened, self.waited, now)
         self.opened, self.waited = None, 0.0
         return step
 
@@ -341,11 +330,12 @@ class Engine:
     def commit(self, step: Step, decisions: Sequence[Decision | None], decided: float) -> None:
         """Move the roots and tell the drafters at once, so that they go on; then roll the caches back and hand the tokens out."""
         told = [self.tell(*of_one) for of_one in zip(step.sessions, decisions, strict=True)]
-        rounds, chunks, ridden = [], [], sum(self.mounted.riding_time(step.parts).values())
-        for live, nodes, decision, one in zip(step.sessions, step.nodes, decisions, told, strict=True):
+        rounds, chunks, thanks, ridden = [], [], list[str](), sum(self.mounted.riding_time(step.parts).values())
+        for live, nodes, owed, decision, one in zip(step.sessions, step.nodes, step.owed, decisions, told, strict=True):
             if one is None or decision is None:
                 continue
             path, (commit, guessed, hit) = decision.verdict.path, one
+            thanks += [owed[nodes.index(node)] for node in path]
             try:
                 unpack(live.cache, commit.base - 1, nodes, path)
                 chunk = live.hand_out(commit, guessed, decision.logprobs)
@@ -357,7 +347,7 @@ class Engine:
             number = len(live.tally.rounds)
             rounds.append(Round(live.session.id, number, len(nodes), len(path), hit, step.waited, decided - step.began, 0.0, ridden))
         if any(one is not None and live.session.request.speculation for live, one in zip(step.sessions, told, strict=True)):
-            self.crowd.judge([name for one in told if one is not None for name in one[1]], self.live.values())
+            self.crowd.judge(thanks, self.live.values())
         if self.mounted.awake:
             self.guess(step, decisions, {live.session.id for live, chunk in chunks if chunk.finish_reason is None})
         done = self.clock()

@@ -1,12 +1,28 @@
-"""The rows of one session in a packed pass: its root, and the nodes of its tree that are to be verified."""
+"""A packed pass: of each session its root, and the nodes of its tree that are to be verified."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from runtime.kv.base import KVCache
+from runtime.live import Live
 from runtime.models.base import Part, Rows
 from runtime.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One packed pass: the sessions it serves, for each the nodes that get a row, and to whom these are owed (Crowd.owed); times are
+    readings of the clock."""
+
+    sessions: list[Live]
+    nodes: list[list[int]]
+    owed: list[list[str]]
+    parts: list[Part]
+    opened: float  # when its planning began
+    waited: float  # seconds
+    began: float
 
 
 def pack(session: Session, cache: KVCache, nodes: Sequence[int]) -> Part:

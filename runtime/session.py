@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from runtime import limits
+from runtime import beside, limits
 from runtime.calibration import Band
 from runtime.messages import AS_IT_LIKES, Commit, Draft, Key, Open, Request, Share, Style
 from runtime.tree import TokenTree, text_key
@@ -63,6 +63,8 @@ class Session:
         said = np.concatenate([draft.scores for draft in fitting], dtype=np.float64)
         valid = (tokens >= 0) & (tokens < self.vocabulary) & (said <= 0.0)
         merged = self.tree.merge(parents[valid], tokens[valid], said[valid], drafter, self.band.of(drafter).scores)
+        if merged.shared:
+            self.tree.rescore(beside.scores(self.band, self.tree, merged.shared))
         late = sum(map(set(self.passed).__contains__, parents[valid].tolist())) if merged.stale else 0
         dropped = {
             "invalid": int((~valid).sum()),
@@ -141,6 +143,7 @@ class Session:
         tree, base = self.tree, len(self.tokens)
         decided = [tree.token[node] for node in verdict.path] + [verdict.token]
         self.band.observe_path(tree, decided)
+        beside.observe_path(self.band, tree, decided)
         self.observe(decided)
         self.passed.extend(tree.key[node] for node in (0, *verdict.path))
         hit = tree.reroot(decided)

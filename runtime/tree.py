@@ -7,9 +7,10 @@ so equal guesses of different drafters are one node, and a name stays valid when
 """
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -54,28 +55,39 @@ class Merged:
     """What became of nodes that were offered. `rows`: places of those that are new, in order.
 
     stale: their parent is not there; repeated: they were there; full: beyond the limit of nodes or depth.
+    shared: the nodes whose children more than one has guessed now, as far as these have changed that.
     """
 
     rows: list[int]
     stale: int
     repeated: int
     full: int
+    shared: list[int]
+
+
+class Voice(NamedTuple):
+    """Who has guessed a node: as which of its own guesses for that place, from 0 on, and the log of the estimate that it sent."""
+
+    drafter: str
+    rank: int
+    said: float
 
 
 class TokenTree:
     """Parallel arrays in order of arrival: a parent always stands before its children. Index 0 is the root.
 
-    said[i] is the log of the drafter's estimate that the target takes node i once it is at i's parent, score[i] the same
-    after calibration, the highest of those of all who have guessed it; path[i] is the sum of scores from the root, aside[i] the part of
-    it by the turns[i] nodes on the way that were not the best of their siblings when they were scored; fanout[i] is the number of i's
-    children, rank[i] its own place among its siblings by arrival; drafter[i] names who guessed the node first; expanded[i] tells whether
-    somebody was asked for its children.
+    drafter[i] names who guessed node i first, rank[i] as which of its own guesses for that place, said[i] is the log of its estimate that
+    the target takes the node once it is at i's parent; `echoes` has, by name, the nodes that others have guessed since. score[i] is the
+    log of what is believed; path[i] is the sum of scores from the root, aside[i] the part of it by the turns[i] nodes on the way that
+    were not the best of their siblings when they were scored; fanout[i] is the number of i's children; expanded[i] tells whether somebody
+    was asked for its children.
     """
 
     __slots__ = (
         "aside",
         "depth",
         "drafter",
+        "echoes",
         "expanded",
         "fanout",
         "index",
@@ -103,6 +115,7 @@ class TokenTree:
         self.said, self.score, self.path = array("d", [0.0]), array("d", [0.0]), array("d", [0.0])
         self.aside, self.turns = array("d", [0.0]), array("q", [0])
         self.drafter = [""]
+        self.echoes: dict[int, list[Voice]] = {}
         self.index = {root_key: 0}
 
     def __len__(self) -> int:
@@ -136,45 +149,51 @@ class TokenTree:
         return node
 
     def merge(self, parents: Keys, tokens: Ints, said: Floats, drafter: str, estimate: Estimate) -> Merged:
-        """Add many nodes (n,), given by the names of their parents, in their order: as by `add` for each, with estimate(rank, said)
-        for score. A node that somebody else has guessed is scored higher where this drafter is surer of it."""
+        """Add many nodes (n,) that one has guessed, given by the names of their parents, in their order: as by `add` for each, with
+        estimate(rank, said) for score. Of nodes that others had guessed it is kept who echoes them; scores are left to `rescore`."""
         names = mix64_all(parents, tokens)
-        index, depth, fanout, size = self.index, self.depth, self.fanout, len(self.key)
+        index, depth, fanout, old, size = self.index, self.depth, self.fanout, len(self.key), len(self.key)
         stale = repeated = full = 0
         rows, placed, ranks = [], [], []
-        had: set[int] = set()  # nodes with children of before
-        again: list[tuple[int, int, int]] = []  # node, row, place among what is offered here for its parent
-        offered: dict[int, int] = {}
+        counts: dict[int, int] = {}  # of a node's children, those that this one has guessed
+        best: dict[int, float] = {}  # the highest score of a child of before
+        others: set[int] = set()  # nodes of which somebody else had guessed a child
+        shared: dict[int, None] = {}
         for row, (above, name) in enumerate(zip(parents.tolist(), names.tolist(), strict=True)):
             parent = index.get(above)
             if parent is None:
                 stale += 1
-            elif (known := index.get(name)) is not None:
+                continue
+            if parent not in counts:
+                children = self.children(parent) if parent < old else []
+                heard = [who for child in children for who in self.names(child)]
+                counts[parent] = heard.count(drafter)
+                best[parent] = max((self.score[child] for child in children), default=-inf)
+                if counts[parent] < len(heard):
+                    others.add(parent)
+            if (known := index.get(name)) is not None:
                 repeated += 1
-                if known < len(self.key) and self.drafter[known] != drafter:
-                    again.append((known, row, offered.get(parent, 0)))
-                offered[parent] = offered.get(parent, 0) + 1
+                if known >= old or drafter in self.names(known):
+                    continue
+                self.echoes.setdefault(name, []).append(Voice(drafter, counts[parent], float(said[row])))
             elif size > self.max_nodes or (below := depth[parent] + 1) > self.max_depth:
                 full += 1
+                continue
             else:
-                if fanout[parent]:
-                    had.add(parent)
                 index[name] = size
                 size += 1
                 rows.append(row)
                 placed.append(parent)
-                ranks.append(fanout[parent])
+                ranks.append(counts[parent])
                 fanout[parent] += 1
                 fanout.append(0)
                 depth.append(below)
-                offered[parent] = offered.get(parent, 0) + 1
-        if again:
-            nodes, of, places = map(np.array, zip(*again, strict=True))
-            self.raise_to(nodes, estimate(places, said[of]))
+            counts[parent] += 1
+            if parent in others:
+                shared[parent] = None
         if rows:
             new = np.array(rows)
             scores = estimate(np.array(ranks), said[new])
-            best = {parent: self.best_below(parent) for parent in had if parent < len(self.key)}
             self.key.frombytes(names[new].tobytes())
             self.token.frombytes(tokens[new].tobytes())
             self.said.frombytes(said[new].tobytes())
@@ -186,29 +205,39 @@ class TokenTree:
             path, aside, turns = self.path, self.aside, self.turns
             for parent, score in zip(placed, scores.tolist(), strict=True):
                 path.append(path[parent] + score)
-                turned = best.get(parent, -inf) >= score
+                turned = best[parent] >= score
                 aside.append(aside[parent] + score if turned else aside[parent])
                 turns.append(turns[parent] + 1 if turned else turns[parent])
                 if not turned:
                     best[parent] = score
-        return Merged(rows, stale, repeated, full)
+        return Merged(rows, stale, repeated, full, list(shared))
 
-    def raise_to(self, nodes: Ints, scores: Floats) -> None:
-        """Somebody else has guessed these nodes (n,) too, parents first: their scores become these where they are lower."""
-        for node, score in zip(nodes.tolist(), scores.tolist(), strict=True):
-            more = score - self.score[node]
-            if more <= 0.0:
-                continue
-            parent = self.parent[node]
-            turned = self.turns[node] > self.turns[parent]
-            stays = turned and self.best_below(parent) >= score
-            below = self._below(node)
-            np.frombuffer(self.path)[below] += more
-            if turned:
-                np.frombuffer(self.aside)[below] += more if stays else -self.score[node]
-            if turned and not stays:
-                np.frombuffer(self.turns, dtype=np.int64)[below] -= 1
+    def names(self, node: int) -> list[str]:
+        """All who have guessed it, the first of them first."""
+        return [self.drafter[node], *(voice.drafter for voice in self.echoes.get(self.key[node], ()))]
+
+    def voices(self, node: int) -> list[Voice]:
+        """The same, with what they said."""
+        first = Voice(self.drafter[node], self.rank[node], self.said[node])
+        return [first, *self.echoes.get(self.key[node], ())]
+
+    def rescore(self, scores: Mapping[int, float]) -> None:
+        """Believe something else of these nodes. All turns are judged anew."""
+        for node, score in scores.items():
             self.score[node] = score
+        believed, parents = self.score.tolist(), self.parent.tolist()
+        best: dict[int, int] = {}  # child by parent
+        for node, parent in enumerate(parents):
+            if parent not in best or believed[node] > believed[best[parent]]:
+                best[parent] = node
+        path, aside, turns = [0.0], [0.0], [0]
+        for node in range(1, len(parents)):
+            parent, score = parents[node], believed[node]
+            turned = best[parent] != node
+            path.append(path[parent] + score)
+            aside.append(aside[parent] + score if turned else aside[parent])
+            turns.append(turns[parent] + turned)
+        self.path, self.aside, self.turns = array("d", path), array("d", aside), array("q", turns)
 
     def best_below(self, parent: int) -> float:
         """The highest score of a child; -inf where there is none."""
@@ -273,6 +302,7 @@ class TokenTree:
         self.drafter = [self.drafter[node] for node in kept.tolist()]
         self.parent[0], self.rank[0], self.said[0], self.score[0], self.drafter[0] = -1, 0, 0.0, 0.0, ""
         self.index = dict(zip(self.key.tolist(), range(len(kept)), strict=True))
+        self.echoes = {name: voices for name, voices in self.echoes.items() if name in self.index}
 
     def _below(self, root: int) -> Ints:
         """Indices of `root` and all below it, in order. By pointer doubling: after n rounds every node has looked 2^n ancestors up."""

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime import beside
+from runtime.beside import OPPOSED
 from runtime.calibration import BINS, ENOUGH, HOPE, PRIOR, RANKS, Band, Calibration, Calibrations, bin_of, kind
 from runtime.tree import TokenTree
 from tests.rig import score_of
@@ -73,15 +75,19 @@ def grown() -> TokenTree:
 
 
 def test_only_nodes_that_the_decision_passed_are_counted() -> None:
-    """Decided: 5, 8, 1. Passed: the root, 5 and 8; 6 and 7 were not."""
+    """Decided: 5, 8, 1. Passed: the root, 5 and 8; 6 and 7 were not. At the root 5 and 6 are of different kinds: who came second was
+    never alone."""
     band = Band()
     band.observe_path(grown(), [5, 8, 1])
+    beside.observe_path(band, grown(), [5, 8, 1])
     column = bin_of(-0.5)
-    first, other = band.of("a-0"), band.of("b-9")
+    first, other = band.of("a-0"), band.of("b-9", OPPOSED)
     assert [row[column] for row in first.tries[:3]] == [2.0, 1.0, 0.0]
     assert [row[column] for row in first.hits[:3]] == [1.0, 1.0, 0.0]
     assert [row[column] for row in other.tries[:3]] == [0.0, 1.0, 0.0]
     assert sum(map(sum, first.tries)) + sum(map(sum, other.tries)) == 4.0
+    assert band.of("a", OPPOSED).tries[0, column] == band.of("a", OPPOSED).hits[0, column] == 1.0
+    assert {name: table.tries.sum() for name, table in band.tables.items()} == {"a": 3.0, "a opposed": 1.0, "b opposed": 1.0}
 
 
 def test_a_promise_is_the_share_of_expanded_nodes_whose_children_held_the_choice() -> None:
@@ -103,10 +109,11 @@ def test_drafters_of_a_pool_are_of_one_kind(name: str, of: str) -> None:
 def test_what_is_saved_can_be_restored() -> None:
     known = Calibrations()
     known.band(0.0).observe_path(grown(), [5, 8, 1])
-    known.band(0.81).observe_path(grown(), [6])
+    beside.observe_path(known.band(0.81), grown(), [6])
     again = Calibrations.restored(json.loads(json.dumps(known.saved())))
     assert again.saved() == known.saved()
-    assert score_of(again.band(0.8).of("b-3"), 1, -0.5) == score_of(known.band(0.8).of("b"), 1, -0.5) > -0.5
+    assert score_of(again.band(0.8).of("b-3", OPPOSED), 1, -0.5) == score_of(known.band(0.8).of("b", OPPOSED), 1, -0.5) > -0.5
+    assert score_of(again.band(0.0).of("a"), 1, -0.5) == score_of(known.band(0.0).of("a"), 1, -0.5) > -0.5
 
 
 @pytest.mark.parametrize(

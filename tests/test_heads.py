@@ -24,7 +24,7 @@ from runtime.heads.base import Growth, Head, Identity, Mount, Seen
 from runtime.heads.hidden_transfer import HiddenTransfer
 from runtime.heads.medusa import Medusa
 from runtime.inputs import Policy
-from runtime.merit import REST, TRIAL, Merit
+from runtime.merit import REST, TRIAL
 from runtime.models.base import Branch, Look, Model, causal
 from runtime.models.choose import choose
 from runtime.models.hf import HFModel
@@ -37,7 +37,7 @@ from runtime.schedulers.fixed import Fixed
 from runtime.session import Session
 from runtime.tree import TokenTree, text_key
 from tests.families import FAMILIES, VOCABULARY, hf_model
-from tests.rig import NOBODY, Known, Lockstep, asking, continued, output, plain
+from tests.rig import NOBODY, Known, Lockstep, Mute, asking, continued, output, plain
 from tests.test_drafters import holds
 
 PROMPT = (3, 1, 4, 1, 5, 9, 3, 1, 4, 1)
@@ -335,14 +335,17 @@ def test_a_head_that_rests_does_not_look(trained: dict[str, Path]) -> None:
     assert output(chunks).said() == plain(model, asking(PROMPT, max_tokens=40), chooser=choose).said()
 
 
-def test_a_head_must_bring_more_than_its_time_is_worth() -> None:
-    """It is right of one token in each step, which takes as long as two others."""
-    for price, rests in ((0.5, False), (2.0, True)):
-        merit = Merit()
-        for _ in range(TRIAL):
-            merit.spend("h-0", price)
-            merit.observe(["h-0"], ["h-0", ""], rate=1.0)
-        assert (merit.resting == {"h-0"}) is rests
+@pytest.mark.parametrize("known", [0, 1])
+def test_a_head_rests_where_a_drafter_guesses_the_same(known: int) -> None:
+    """It knows two tokens of each step; so does the drafter, or it knows nothing."""
+    text = continued(TOY, PROMPT, 4 * TRIAL)
+    engine = headed(TOY, Oracle(text, 2), chooser=choose_by_numpy)
+    found = Lockstep(engine, Grower(Known(text, 24) if known else Mute(), "d", 1), passes=2)
+    found.admit(asking(PROMPT, max_tokens=4 * TRIAL))
+    for _ in range(TRIAL):
+        found.round()
+    assert engine.live
+    assert ("h-0" in engine.crowd.merit.resting) == bool(known)
 
 
 def test_heads_come_into_use_and_go_out_of_it() -> None:

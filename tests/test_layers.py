@@ -16,7 +16,7 @@ SOURCES = [file for file in FILES if "_pb2" not in file]
 # A file of runtime/ belongs to the first layer that has a pattern for it, and may use its own layer and those before.
 LAYERS = (
     ("*__init__", "errors", "messages", "tree", "clock", "limits", "sampling", "shares", "reports", "tracing", "chrome_trace"),
-    ("noise", "verify", "finish", "choice", "calibration", "frontier", "links", "*/base"),
+    ("noise", "verify", "finish", "choice", "calibration", "beside", "frontier", "links", "*/base"),
     (
         "session",
         "crowd",

@@ -1,6 +1,11 @@
 """A share for those who bring something."""
 
+import numpy as np
+
+from runtime.crowd import Crowd
 from runtime.merit import REST, TRIAL, Merit
+from runtime.metrics import Ledger
+from runtime.tree import TokenTree, text_key
 
 
 def after(merit: Merit, commits: int, guessed: list[str]) -> list[int]:
@@ -35,3 +40,23 @@ def test_all_may_rest_and_a_newcomer_does_not_inherit_that() -> None:
     merit.forget("b")
     assert merit.sharers(["a", "b"]) == ["b"]
     merit.forget("never seen")
+
+
+def test_a_head_must_bring_more_than_its_time_is_worth() -> None:
+    """It is right of one token in each step, which takes as long as two others."""
+    for price, rests in ((0.5, False), (2.0, True)):
+        merit = Merit()
+        for _ in range(TRIAL):
+            merit.spend("h-0", price)
+            merit.observe(["h-0"], ["h-0", ""], rate=1.0)
+        assert (merit.resting == {"h-0"}) is rests
+
+
+def test_what_a_drafter_has_guessed_as_well_is_not_owed_to_a_head() -> None:
+    """5 by both, the head first; 6 by the head alone; 7 by the drafter alone; 8 by both, the drafter first."""
+    tree = TokenTree(text_key([1]), 1, 10, 10)
+    for name, tokens in (("h-0", [5, 6]), ("d-0", [5, 7, 8]), ("h-0", [8]), ("h-1", [6])):
+        parents, said = np.full(len(tokens), tree.key[0], dtype=np.uint64), np.full(len(tokens), -1.0)
+        tree.merge(parents, np.array(tokens), said, name, lambda ranks, said: said)
+    nodes = [tree.descend([token]) or 0 for token in (5, 6, 7, 8)]
+    assert Crowd(Ledger(), ["h-0", "h-1"]).owed(tree, nodes) == ["d-0", "h-0", "d-0", "d-0"]

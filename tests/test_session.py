@@ -59,6 +59,12 @@ def test_merging_needs_no_order_and_bears_repetition(leaves: list[tuple[int, ...
     assert whole.ignored == Counter()
 
 
+def between(*scores: float) -> float:
+    """Of the mean of these log odds."""
+    odds = [math.log(math.exp(score) / (1.0 - math.exp(score))) for score in scores]
+    return -math.log1p(math.exp(-sum(odds) / len(odds)))
+
+
 def test_growth_is_kept_with_what_the_drafter_said_and_its_calibrated_score() -> None:
     of = session()
     of.band.of("a").observe(0, -0.5, False)
@@ -69,14 +75,17 @@ def test_growth_is_kept_with_what_the_drafter_said_and_its_calibrated_score() ->
     assert tree.said.tolist() == [0.0, -0.5, -0.5, -2.0]
     assert tree.rank.tolist() == [0, 0, 0, 1]
     assert tree.drafter == ["", "a", "a", "b"]
-    assert tree.score[3] == score_of(of.band.of("b"), 1, -2.0)
-    assert tree.score[1] == score_of(of.band.of("b"), 0, -0.125)  # the surer of the two is believed
+    assert tree.score[3] == pytest.approx(score_of(of.band.of("b"), 1, -2.0))
+    both = [score_of(of.band.of("a"), 0, -0.5), score_of(of.band.of("b"), 0, -0.125)]
+    assert tree.score[1] == pytest.approx(between(*both))  # of two that guess the same, neither is believed alone
+    assert both[0] < tree.score[1] < both[1]
     assert of.offer(draft(((), 5), scores=[-3.0], drafter="c")) == 0
-    assert tree.score[1] == score_of(of.band.of("b"), 0, -0.125)
+    assert tree.score[1] == pytest.approx(between(*both, score_of(of.band.of("c"), 0, -3.0)))
     assert tree.path[2] == tree.score[1] + tree.score[2]
     of.band.of("d").observe(0, -0.0625, False)
     assert of.offer(draft(((), 4), ((), 7), scores=[-0.0625, -0.0625], drafter="d")) == 1
-    assert tree.score[3] == score_of(of.band.of("d"), 1, -0.0625)  # its second guess for that place, whoever guessed the first
+    second = score_of(of.band.of("d"), 1, -0.0625)  # its second guess for that place, whoever guessed the first
+    assert tree.score[3] == pytest.approx(between(score_of(of.band.of("b"), 1, -2.0), second))
 
 
 @pytest.mark.parametrize(

@@ -16,15 +16,15 @@ Path = tuple[int, ...]
 
 
 class TreeMachine(RuleBasedStateMachine):
-    """`paths` is the oracle: the score and whether it is expanded, of every path below the root, in order of arrival; `said` what its first
-    drafter said of it."""
+    """`paths` is the oracle: the score and whether it is expanded, of every path below the root, in order of arrival; `voices` who has
+    guessed it, each as which of its guesses there and with what it said."""
 
     def __init__(self) -> None:
         super().__init__()
         self.text = list(TEXT)
         self.tree = TokenTree(text_key(TEXT), TEXT[-1], MAX_NODES, MAX_DEPTH)
         self.paths: dict[Path, tuple[float, bool]] = {}
-        self.said: dict[Path, float] = {}
+        self.voices: dict[Path, list[tuple[str, int, float]]] = {}
         self.root_expanded = False
 
     def node(self, path: Path) -> int:
@@ -36,31 +36,52 @@ class TreeMachine(RuleBasedStateMachine):
         parent: Path = data.draw(st.sampled_from([(), *self.paths]))
         path = (*parent, token)
         fits = path not in self.paths and len(self.paths) < MAX_NODES and len(path) <= MAX_DEPTH
+        rank = self.tree.fanout[self.node(parent)]
         added = self.tree.add(self.node(parent), token, score, drafter=f"d{token}")
         assert added == (len(self.tree) - 1 if fits else None)
         if fits:
-            self.paths[path], self.said[path] = (score, False), score
+            self.paths[path], self.voices[path] = (score, False), [(f"d{token}", rank, score)]
 
-    @rule(paths=st.lists(st.lists(TOKENS, min_size=1, max_size=MAX_DEPTH).map(tuple), max_size=8))
-    def merge(self, paths: list[Path]) -> None:
+    def heard(self, parent: Path, drafter: str) -> int:
+        """How many children it has guessed there."""
+        siblings = [voices for path, voices in self.voices.items() if path[:-1] == parent]
+        return sum(name == drafter for voices in siblings for name, _, _ in voices)
+
+    @rule(paths=st.lists(st.lists(TOKENS, min_size=1, max_size=MAX_DEPTH).map(tuple), max_size=8), drafter=st.sampled_from(["d0", "many"]))
+    def merge(self, paths: list[Path], drafter: str) -> None:
         """A draft by name, each node twice; where a parent is not there, or there is no room, its children are none either. What others
-        thought less likely is scored as this drafter scores it."""
+        have guessed is echoed and keeps its score."""
         nodes = sorted({path[:n] for path in paths for n in range(1, len(path) + 1)}, key=len)
         offered = [*nodes, *nodes]
         above = np.array([text_key([*self.text, *path[:-1]]) for path in offered], dtype=np.uint64)
         tokens, said = np.array([path[-1] for path in offered], dtype=np.int64), np.full(len(offered), -2.0)
         expected: list[int] = []
+        shared: set[Path] = set()
         for row, path in enumerate(offered):
             fits = path not in self.paths and len(self.paths) < MAX_NODES and len(path) <= MAX_DEPTH
             if fits and (len(path) == 1 or path[:-1] in self.paths):
                 expected.append(row)
-                self.paths[path], self.said[path] = (-2.0, False), -2.0
-            elif path in self.paths:
-                score, expanded = self.paths[path]
-                self.paths[path] = max(score, -2.0), expanded
-        merged = self.tree.merge(above, tokens, said, "many", lambda ranks, said: said)
+                self.voices[path] = [(drafter, self.heard(path[:-1], drafter), -2.0)]
+                self.paths[path] = (-2.0, False)
+            elif path in self.paths and all(name != drafter for name, _, _ in self.voices[path]):
+                self.voices[path].append((drafter, self.heard(path[:-1], drafter), -2.0))
+            else:
+                continue
+            names = {name for sibling, voices in self.voices.items() if sibling[:-1] == path[:-1] for name, _, _ in voices}
+            if len(names) > 1:
+                shared.add(path[:-1])
+        merged = self.tree.merge(above, tokens, said, drafter, lambda ranks, said: said)
         assert merged.rows == expected
+        assert {tuple(self.tree.tokens_to(parent)) for parent in merged.shared} == shared
+        assert len(merged.shared) == len(shared)
         assert len(expected) + merged.stale + merged.repeated + merged.full == len(offered)
+
+    @rule(data=st.data(), score=st.floats(-9.0, 0.0))
+    def rescore(self, data: st.DataObject, score: float) -> None:
+        chosen = data.draw(st.lists(st.sampled_from([*self.paths]), max_size=4)) if self.paths else []
+        self.tree.rescore({self.node(path): score for path in chosen})
+        for path in chosen:
+            self.paths[path] = score, self.paths[path][1]
 
     @rule(data=st.data())
     def expand(self, data: st.DataObject) -> None:
@@ -82,7 +103,7 @@ class TreeMachine(RuleBasedStateMachine):
         assert self.tree.reroot(tokens) == hit
         self.text.extend(tokens)
         self.paths = survivors
-        self.said = {path: self.said[(*tokens, *path)] for path in survivors}
+        self.voices = {path: self.voices[(*tokens, *path)] for path in survivors}
         assert {path: self.tree.rank[self.node(path)] for path in survivors} == ranks
         assert self.tree.key[0] == text_key(self.text)
         assert self.tree.token[0] == self.text[-1]
@@ -100,12 +121,15 @@ class TreeMachine(RuleBasedStateMachine):
             assert tree.index[text_key([*self.text, *path])] == node
             assert 0 <= tree.parent[node] < node
             assert tree.depth[node] == len(path) <= MAX_DEPTH
-            assert (tree.score[node], tree.said[node], tree.expanded[node]) == (score, self.said[path], expanded)
+            assert (tree.score[node], tree.expanded[node]) == (score, expanded)
+            assert [tuple(voice) for voice in tree.voices(node)] == self.voices[path]
+            assert tree.names(node) == [name for name, _, _ in self.voices[path]]
             assert math.isclose(tree.path[node], sum(self.paths[path[:n]][0] for n in range(1, len(path) + 1)), abs_tol=1e-9)
             turned = tree.turns[node] - tree.turns[tree.parent[node]]
             assert turned in (0, 1)
             assert math.isclose(tree.aside[node] - tree.aside[tree.parent[node]], turned * score, abs_tol=1e-9)
         assert len(tree.index) == len(tree)
+        assert tree.echoes.keys() <= tree.index.keys()
         for node in range(len(tree)):
             below = {path[-1]: child for path, child in found.items() if tree.parent[child] == node}
             assert tree.children(node) == sorted(below.values())

@@ -13,11 +13,12 @@ import numpy as np
 
 from runtime.decide import Decision
 from runtime.drafters.base import Wish
-from runtime.engine import Engine, Step
+from runtime.engine import Engine
 from runtime.grower import Grower
 from runtime.grower import Heard as Told
 from runtime.inputs import Heard, Input, Join
 from runtime.messages import Event, Reply
+from runtime.packing import Step
 
 TICK = 1e-6  # seconds: the shortest wait, so that a rest too small for the clock's last digit passes too
 Seconds = Callable[[int], float]  # of a pass, by its rows
