@@ -164,11 +164,11 @@ class TokenTree:
             if parent is None:
                 stale += 1
                 continue
-            if parent not in counts:
-                children = self.children(parent) if parent < old else []
-                heard = [who for child in children for who in self.names(child)]
-                counts[parent] = heard.count(drafter)
-                best[parent] = max((self.score[child] for child in children), default=-inf)
+            if parent not in counts and (parent >= old or not fanout[parent]):
+                counts[parent] = 0
+            elif parent not in counts:
+                heard = [who for child in self.children(parent) for who in self.names(child)]
+                counts[parent], best[parent] = heard.count(drafter), self.best_below(parent)
                 if counts[parent] < len(heard):
                     others.add(parent)
             if (known := index.get(name)) is not None:
@@ -205,7 +205,7 @@ class TokenTree:
             path, aside, turns = self.path, self.aside, self.turns
             for parent, score in zip(placed, scores.tolist(), strict=True):
                 path.append(path[parent] + score)
-                turned = best[parent] >= score
+                turned = best.get(parent, -inf) >= score
                 aside.append(aside[parent] + score if turned else aside[parent])
                 turns.append(turns[parent] + 1 if turned else turns[parent])
                 if not turned:
