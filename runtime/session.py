@@ -63,8 +63,8 @@ class Session:
         said = np.concatenate([draft.scores for draft in fitting], dtype=np.float64)
         valid = (tokens >= 0) & (tokens < self.vocabulary) & (said <= 0.0)
         merged = self.tree.merge(parents[valid], tokens[valid], said[valid], drafter, self.band.of(drafter).scores)
-        if merged.shared:
-            self.tree.rescore(beside.scores(self.band, self.tree, merged.shared))
+        if merged.shared and (scores := beside.scores(self.band, self.tree, merged.shared)):
+            self.tree.rescore(scores)
         late = sum(map(set(self.passed).__contains__, parents[valid].tolist())) if merged.stale else 0
         dropped = {
             "invalid": int((~valid).sum()),
