@@ -125,7 +125,8 @@ class TokenTree:
     def add(self, parent: int, token: int, score: float, said: float | None = None, drafter: str = "") -> int | None:
         """The new node's index; None where it is there already, or beyond the limit of nodes or depth.
 
-        `said` is `score` before calibration; without it they are the same.
+        `said` is `score` before calibration; without it they are the same. The rank is the place among all siblings: for a tree that one
+        grows alone.
         """
         node, key = len(self.key), mix64(self.key[parent], token)
         if key in self.index or node > self.max_nodes or self.depth[parent] >= self.max_depth:
@@ -150,7 +151,7 @@ class TokenTree:
 
     def merge(self, parents: Keys, tokens: Ints, said: Floats, drafter: str, estimate: Estimate) -> Merged:
         """Add many nodes (n,) that one has guessed, given by the names of their parents, in their order: as by `add` for each, with
-        estimate(rank, said) for score. Of nodes that others had guessed it is kept who echoes them; scores are left to `rescore`."""
+        estimate(rank, said) for score and the rank among its own guesses for that place. Of nodes that others had guessed it is kept who echoes them; scores are left to `rescore`."""
         names = mix64_all(parents, tokens)
         index, depth, fanout, old, size = self.index, self.depth, self.fanout, len(self.key), len(self.key)
         stale = repeated = full = 0
