@@ -150,8 +150,9 @@ class TokenTree:
         return node
 
     def merge(self, parents: Keys, tokens: Ints, said: Floats, drafter: str, estimate: Estimate) -> Merged:
-        """Add many nodes (n,) that one has guessed, given by the names of their parents, in their order: as by `add` for each, with
-        estimate(rank, said) for score and the rank among its own guesses for that place. Of nodes that others had guessed it is kept who echoes them; scores are left to `rescore`."""
+        """Add many nodes (n,) that one has guessed, given by the names of their parents, in their order: as by `add` for each, with its
+        rank among its own guesses for that place, and estimate(rank, said) for score. Of nodes that others had guessed it is kept who
+        echoes them; scores are left to `rescore`."""
         names = mix64_all(parents, tokens)
         index, depth, fanout, old, size = self.index, self.depth, self.fanout, len(self.key), len(self.key)
         stale = repeated = full = 0
