@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.cli import local_ray
+from actors.launch import local_ray
 from bench.tables import Grid
 
 COMMAND = [sys.executable, "-c", "from actors.cli import main; main()"]

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from actors.cli.prepare import prepare
-from actors.cli.service import Opener, Service, serving
 from actors.cli.show import Progress, Stream, table
 from actors.gateway.figures import tokens_per_second
+from actors.launch.prepare import prepare
+from actors.launch.serving import Opener, Service, serving
 from bench.apart import apart
 from bench.widen import widened_small
 from runtime import config

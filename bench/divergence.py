@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from actors.cli.service import local_service
+from actors.launch.serving import local_service
 from bench.ours import ask
 from bench.prompts import held_out
 from runtime import config

@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.console import Console
 
 from actors.cli.picture import draw
-from actors.cli.prepare import context_length
 from actors.cli.timeline import read, save
 from actors.cli.tracing import middle
+from actors.launch.prepare import context_length
 from bench import compare, loop, profiling, report, results
 from bench.apart import apart
 from bench.forecasts import forecasts, foreseen

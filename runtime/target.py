@@ -16,9 +16,9 @@ from runtime.finish import Finish
 from runtime.inputs import Cancel, Heard, Join, Leave, Policy, Stop
 from runtime.links import DraftLink
 from runtime.live import Admit
-from runtime.messages import Chunk, Event, Request
+from runtime.messages import Chunk, Event, Request, Tokens
 from runtime.reports import TargetReport
-from runtime.sampling import Constraint, whole
+from runtime.sampling import Constraint, Sampling, whole
 from runtime.schedulers.base import Scheduler
 
 log = logging.getLogger(__name__)
@@ -31,19 +31,23 @@ EVENTS_WAITING = 1024  # a link that lets so many pile up is mute
 
 def check(request: Request, vocabulary: int, context: int) -> None:
     """Raises InvalidRequest where the model could not serve the request to its end."""
-    if not request.prompt:
-        raise InvalidRequest("the prompt is empty: give at least one token", "prompt")
-    wrong = [token for token in request.prompt + request.committed if not 0 <= token < vocabulary]
-    if wrong:
-        raise InvalidRequest(f"token id {wrong[0]} is not in the vocabulary: ids go from 0 to {vocabulary - 1}", "prompt")
-    for token, _ in request.sampling.logit_bias:
-        if token >= vocabulary:
-            raise InvalidRequest(f"logit_bias token {token} is not in the vocabulary: ids go from 0 to {vocabulary - 1}", "logit_bias")
+    check_tokens(request.committed, vocabulary)
+    check_prompt(request.prompt, request.sampling, vocabulary, context)
     if request.max_rows is not None:
         whole("max_rows", request.max_rows, 0)
     if request.deadline is not None and math.isnan(request.deadline):
         raise InvalidRequest("deadline nan is not allowed: give a number of seconds", "deadline")
-    length, most = len(request.prompt), request.sampling.max_tokens
+
+
+def check_prompt(prompt: Tokens, sampling: Sampling, vocabulary: int, context: int) -> None:
+    """Raises InvalidRequest if the model cannot continue this prompt by `max_tokens`."""
+    if not prompt:
+        raise InvalidRequest("the prompt is empty: give at least one token", "prompt")
+    check_tokens(prompt, vocabulary)
+    for token, _ in sampling.logit_bias:
+        if token >= vocabulary:
+            raise InvalidRequest(f"logit_bias token {token} is not in the vocabulary: ids go from 0 to {vocabulary - 1}", "logit_bias")
+    length, most = len(prompt), sampling.max_tokens
     if length >= context:
         raise InvalidRequest(f"the prompt has {length} tokens, the model's context {context}: shorten the prompt", "prompt")
     if length + most > context:
@@ -51,6 +55,13 @@ def check(request: Request, vocabulary: int, context: int) -> None:
             f"prompt of {length} tokens + max_tokens {most} is over the context of {context}: lower max_tokens to {context - length}",
             "max_tokens",
         )
+
+
+def check_tokens(tokens: Tokens, vocabulary: int) -> None:
+    """Raises InvalidRequest for the first token id that the vocabulary does not have."""
+    for token in tokens:
+        if not 0 <= token < vocabulary:
+            raise InvalidRequest(f"token id {token} is not in the vocabulary: ids go from 0 to {vocabulary - 1}", "prompt")
 
 
 def resumed(finish: Finish, request: Request) -> Finish:

@@ -15,16 +15,16 @@ import yaml
 from pydantic import BaseModel
 from rich.console import Console
 
-from actors.cli import local_ray
 from actors.cli.compare import brought, compared
 from actors.cli.drain import sessions
 from actors.cli.fleet_show import Look, as_json, guessed, of_drafter, shown, speed
-from actors.cli.local_ray import LocalRay
 from actors.cli.logs import is_life, tail
 from actors.cli.scale import check_hope, parsed, settled
 from actors.cli.serve import curl
 from actors.cli.top import looks
 from actors.fleet import DrafterState, Fleet, PoolState, TargetState
+from actors.launch import local_ray
+from actors.launch.local_ray import LocalRay
 from runtime.config import Deployment, GatewayConfig, cache_folder
 from runtime.errors import InvalidRequest, Unavailable
 from runtime.reports import DrafterReport, GuessReport, TargetReport

@@ -5,9 +5,9 @@ from typing import Any, cast
 
 import pytest
 
-from actors.cli import reach
 from actors.cli.recording import check_file, record
 from actors.cli.timeline import read
+from actors.launch import cluster_client
 from runtime.errors import InvalidRequest
 from runtime.tracing import COMPUTE, TARGET, Trace
 
@@ -35,7 +35,7 @@ def test_ctrl_c_ends_the_recording_and_not_the_service(tmp_path: Path) -> None:
         controller.target.span(TARGET, COMPUTE, 1.0, 2.0, rows=3.0)
         interrupted()
 
-    record(cast(reach.Controller, controller), file, serve)
+    record(cast(cluster_client.Controller, controller), file, serve)
     assert controller.asked == [("recording", True), ("trace",), ("recording", False)]
     assert [block.name for block in read(file).blocks[TARGET]] == [COMPUTE]
 

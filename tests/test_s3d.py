@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from actors.cli.prepare import check_models
 from actors.compose import build_drafter
 from actors.draft import DraftActor
+from actors.launch.prepare import check_models
 from bench import widen as widening
 from bench.widen import Shape, widened, widened_head
 from runtime import limits

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from actors.cli.prepare import check_models
 from actors.compose import build_target
+from actors.launch.prepare import check_models
 from runtime.config import deployment
 from runtime.errors import ModelRefused
 from runtime.heads import hidden_transfer, medusa

@@ -10,11 +10,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from actors.cli import reach
 from actors.cli.fleet_show import Guessed, guessed, life, ratio, short, table
+from actors.cli.options import Address, Json
 from actors.cli.scale import pool_of
 from actors.cli.show import Progress
 from actors.fleet import Fleet
+from actors.launch import cluster_client
 from runtime.reports import GuessReport
 from runtime.sampling import in_range
 
@@ -25,12 +26,12 @@ def compare(
     first: Annotated[str, typer.Argument(metavar="POOL_A")],
     second: Annotated[str, typer.Argument(metavar="POOL_B")],
     seconds: Annotated[float, typer.Option(help="how long to watch")] = 10.0,
-    address: reach.Address = None,
-    as_json: reach.Json = False,
+    address: Address = None,
+    as_json: Json = False,
 ) -> None:
     """Accepted tokens, acceptance and lag of two pools while both work on the same sessions: those of the next seconds."""
     in_range("seconds", seconds, 0.1, LONGEST)
-    with Progress(quiet=as_json) as progress, reach.controller(address) as controller:
+    with Progress(quiet=as_json) as progress, cluster_client.controller(address) as controller:
         before = controller.fleet()
         pools = [pool_of(before, name) for name in (first, second)]
         progress.note(f"watching for {seconds:g} s")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from actors.cli import reach
+from actors.cli.options import Json
 from runtime import config
 from runtime.errors import InvalidRequest
 
@@ -16,7 +16,7 @@ EXAMPLE = Path(__file__).with_name("example.yaml")
 def configure(
     file: Annotated[Path | None, typer.Argument(help="deployment file to be checked")] = None,
     example: Annotated[bool, typer.Option("--example", help="print a commented one that names every field")] = False,
-    as_json: reach.Json = False,
+    as_json: Json = False,
 ) -> None:
     """Check a deployment file, or print an example of one."""
     if (file is not None) == example:

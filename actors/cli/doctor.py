@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from actors.cli.generate import Dtype
+from actors.cli.options import Dtype
 from runtime import config
 from runtime.sampling import Sampling
 
@@ -28,7 +28,7 @@ def doctor(
 ) -> None:
     """Say whether target and draft fit, how long their steps take, and what speed-up that allows. One thread each."""
     # torch and transformers: `--help` needs neither
-    from actors.cli.prepare import context_length
+    from actors.launch.prepare import context_length
     from runtime.models.acceptance import RANKS, acceptance
     from runtime.models.load import load_model, load_tokenizer
     from runtime.models.pair import check_pair

@@ -3,20 +3,21 @@
 import json
 import sys
 
-from actors.cli import local_ray, reach
+from actors.cli.options import Address, Json
 from actors.cli.show import Progress
+from actors.launch import cluster_client, local_ray
 from runtime.errors import OutriderError
 
 
-def down(address: reach.Address = None, as_json: reach.Json = False) -> None:
+def down(address: Address = None, as_json: Json = False) -> None:
     """End the deployment, and the local Ray where `outrider serve` has started one. Requests under way end."""
     with Progress(quiet=as_json) as progress:
         progress.note("ending targets, drafters and gateways")
         try:
-            with reach.cluster(address) as local:
+            with cluster_client.cluster(address) as local:
                 end()
         except OutriderError:
-            if reach.chosen(address) or (local := local_ray.find()) is None:
+            if cluster_client.chosen(address) or (local := local_ray.find()) is None:
                 raise
         if local is not None:  # also where it does not answer, or holds no deployment
             progress.note("ending Ray")
@@ -28,6 +29,6 @@ def down(address: reach.Address = None, as_json: reach.Json = False) -> None:
 def end() -> None:
     import ray
 
-    found = reach.Controller()
+    found = cluster_client.Controller()
     found.ask("stop")
     ray.kill(found.handle)

@@ -7,23 +7,24 @@ from typing import Annotated
 
 import typer
 
-from actors.cli import reach
+from actors.cli.options import Address, Json
 from actors.cli.show import Progress
 from actors.fleet import Fleet
+from actors.launch import cluster_client
 
 PERIOD = 0.2  # seconds between two looks
 
 
 def drain(
     actor: Annotated[str, typer.Argument(help="name of a target or a drafter, as `outrider status` shows it")],
-    address: reach.Address = None,
-    as_json: reach.Json = False,
+    address: Address = None,
+    as_json: Json = False,
 ) -> None:
     """Let an actor finish what it has, give it nothing new, and end it; return when it has gone. There is one fewer of its kind then.
 
     Ctrl-C ends the waiting, not the wish.
     """
-    with Progress(quiet=as_json) as progress, reach.controller(address) as controller:
+    with Progress(quiet=as_json) as progress, cluster_client.controller(address) as controller:
         fleet: Fleet = controller.ask("drain", actor)
         while (left := sessions(fleet, actor)) is not None:
             progress.note(f"{actor} has {left} sessions left")

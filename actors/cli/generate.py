@@ -12,21 +12,15 @@ from typing import Annotated
 import typer
 
 from actors.cli.given import refuse_beside
-from actors.cli.service import Opener, serving
+from actors.cli.options import Device, Dtype
 from actors.cli.show import Progress, Stream, answer
 from actors.cli.timeline import save
+from actors.launch.serving import Opener, serving
 from runtime import config
 from runtime.errors import InvalidRequest, Unavailable
 from runtime.messages import Chunk, Request
 from runtime.sampling import Sampling
 from runtime.tracing import Recording
-
-
-class Dtype(StrEnum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 class Switch(StrEnum):
@@ -40,12 +34,6 @@ class Schedule(StrEnum):
     sync = "sync"
     amusd = "amusd"
     pearl = "pearl"
-
-
-class Device(StrEnum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
 
 
 IN_FILE = ("target", "draft", "drafters", "dtype", "device", "schedule")
@@ -104,7 +92,7 @@ def generate(
     else:
         refuse_beside(context, str(deployment), *IN_FILE)
         plan = config.read(deployment)
-    from actors.cli.prepare import prepare  # torch and transformers: `--help` and a wrong flag need neither
+    from actors.launch.prepare import prepare  # torch and transformers: `--help` and a wrong flag need neither
 
     prepared = prepare(plan, prompt_text(prompt, prompt_file), sampling)
     request = Request(uuid.uuid4().hex, prepared.prompt, sampling, speculation=wanted)

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from actors.cli import reach
+from actors.cli.options import Address, Json
+from actors.launch import cluster_client
 from runtime.errors import InvalidRequest, Unavailable
 from runtime.sampling import whole
 
@@ -22,12 +23,12 @@ def logs(
         str, typer.Argument(help="name of a target or a drafter as in `outrider status`, gateway-0, or controller")
     ] = "controller",
     lines: Annotated[int, typer.Option(help="the last so many")] = 100,
-    address: reach.Address = None,
-    as_json: reach.Json = False,
+    address: Address = None,
+    as_json: Json = False,
 ) -> None:
     """Show the log of an actor; of its last life where it is lost. There are no prompts, outputs and keys in it."""
     whole("lines", lines, 1, MOST_LINES)
-    with reach.cluster(address):
+    with cluster_client.cluster(address):
         text = read(actor, lines)
     sys.stdout.write(json.dumps({"actor": actor, "lines": text}) + "\n" if as_json else "".join(f"{line}\n" for line in text))
 

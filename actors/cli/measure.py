@@ -7,8 +7,8 @@ from pathlib import Path
 
 from actors.cli.doctor import PROMPTS
 from actors.cli.measure_guesses import Answer, of_drafter, of_head
-from actors.cli.prepare import context_length
 from actors.compose import build_drafter, build_head
+from actors.launch.prepare import context_length
 from runtime.config import DrafterConfig, Dtype, HeadConfig, Placement
 from runtime.models.acceptance import along, continuation
 from runtime.models.load import load_model, load_tokenizer

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from actors.cli.generate import Dtype
+from actors.cli.options import Dtype
 from actors.cli.plan_show import Plan, as_json, plot, sentences, tables
 from runtime import config
 from runtime.errors import InvalidRequest

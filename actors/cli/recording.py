@@ -5,8 +5,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from actors.cli import reach
 from actors.cli.timeline import save
+from actors.launch import cluster_client
 from runtime.errors import InvalidRequest
 
 PATIENCE = 60.0  # seconds: half an hour of a busy fleet is some hundred megabytes
@@ -18,7 +18,7 @@ def check_file(file: Path) -> None:
         raise InvalidRequest(f"cannot write the trace to {file}: give a file in a folder that exists", "trace")
 
 
-def record(controller: reach.Controller, file: Path, wait: Callable[[], object]) -> None:
+def record(controller: cluster_client.Controller, file: Path, wait: Callable[[], object]) -> None:
     """Until `wait` is over, or interrupted; the service goes on. Raises Unavailable where the controller is gone by then."""
     controller.ask("recording", True)
     try:

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from actors.cli import reach
+from actors.cli.options import Address, Json
 from actors.cli.show import Progress
 from actors.fleet import Fleet, PoolState
+from actors.launch import cluster_client
 from runtime.errors import InvalidRequest, Unavailable
 
 PERIOD = 0.2  # seconds between two looks
@@ -18,8 +19,8 @@ PERIOD = 0.2  # seconds between two looks
 
 def scale(
     wish: Annotated[str, typer.Argument(metavar="POOL=N", help="so many drafters in this pool, also 0")],
-    address: reach.Address = None,
-    as_json: reach.Json = False,
+    address: Address = None,
+    as_json: Json = False,
 ) -> None:
     """Change the number of drafters of a pool; return when it is so. Those that go are drained first; no token changes.
 
@@ -27,7 +28,7 @@ def scale(
     given up after some minutes, which ends it too.
     """
     pool, count = parsed(wish)
-    with Progress(quiet=as_json) as progress, reach.controller(address) as controller:
+    with Progress(quiet=as_json) as progress, cluster_client.controller(address) as controller:
         fleet: Fleet = controller.ask("scale", pool, count)
         while not settled(fleet, pool):
             check_hope(fleet, pool)

@@ -12,12 +12,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from actors.cli import local_ray, reach
-from actors.cli.generate import Device, Dtype
 from actors.cli.given import refuse_beside
+from actors.cli.options import Address, Device, Dtype, Json
 from actors.cli.recording import check_file, record
 from actors.cli.show import Progress
 from actors.fleet import Fleet
+from actors.launch import cluster_client, local_ray
 from actors.ray_edge import NAMESPACE
 from runtime import config
 from runtime.config import Deployment, GatewayConfig
@@ -45,13 +45,13 @@ def serve(
     trace: Annotated[
         Path | None, typer.Option(help="record what happens when, until Ctrl-C: for `outrider trace` and ui.perfetto.dev")
     ] = None,
-    address: reach.Address = None,
-    as_json: reach.Json = False,
+    address: Address = None,
+    as_json: Json = False,
 ) -> None:
     """Start what is not there yet, change what is; return when all of it is ready. `outrider down` ends it."""
     if trace is not None:
         check_file(trace)
-    chosen = reach.chosen(address)
+    chosen = cluster_client.chosen(address)
     fresh = chosen is None and local_ray.find() is None
     if file is not None:
         refuse_beside(context, str(file), *IN_FILE)
@@ -67,7 +67,7 @@ def serve(
         progress.note("joining Ray" if chosen or not fresh else "starting Ray")
         if fresh:
             undoing.callback(end_local)
-        with reach.cluster(address, start=True), orderly():  # again: Ray's own answer to SIGTERM, from here on, is to abort
+        with cluster_client.cluster(address, start=True), orderly():  # again: Ray's own answer to SIGTERM, from here on, is to abort
             progress.note(f"loading {plan.target.model} and {len(plan.drafters())} drafters")
             fleet = deploy(plan)
         undoing.pop_all()
@@ -78,7 +78,7 @@ def serve(
         show(plan, fleet, warnings)
     if trace is not None:
         Console(stderr=True, highlight=False).print(f"recording; Ctrl-C ends that and writes {trace}, the service goes on")
-        with orderly(), reach.controller(address) as controller:
+        with orderly(), cluster_client.controller(address) as controller:
             record(controller, trace, threading.Event().wait)
 
 
@@ -108,8 +108,8 @@ def end_local() -> None:
 def check(plan: Deployment, local: bool, progress: Progress) -> tuple[str, ...]:
     """What can be said before anything is started; of the models, where they are on this machine. Returns what should be known of them."""
     progress.note("looking at the deployment")
-    from actors.cli.prepare import check_models  # torch and transformers: `--help` and a wrong flag need neither
     from actors.gateway.server import check_closed
+    from actors.launch.prepare import check_models  # torch and transformers: `--help` and a wrong flag need neither
 
     check_closed(plan.gateway)
     return check_models(plan).warnings if local else ()
@@ -136,7 +136,7 @@ def deploy(plan: Deployment) -> Fleet:
             ray.kill(handle)
             raise
         return found
-    changed: Fleet = reach.Controller().ask("apply", plan, patience=None)
+    changed: Fleet = cluster_client.Controller().ask("apply", plan, patience=None)
     return changed
 
 

@@ -6,16 +6,17 @@ import time
 
 from rich.console import Console
 
-from actors.cli import reach
 from actors.cli.fleet_show import Look, as_json, shown
-from actors.cli.reach import Controller
+from actors.cli.options import Address, Json
+from actors.launch import cluster_client
+from actors.launch.cluster_client import Controller
 
 BETWEEN = 1.0  # seconds between the two looks that tokens per second are made of
 
 
-def status(address: reach.Address = None, as_object: reach.Json = False) -> None:
+def status(address: Address = None, as_object: Json = False) -> None:
     """Targets, pools, drafters, sessions, acceptance and lag of each drafter, tokens per second, versions."""
-    with reach.controller(address) as controller:
+    with cluster_client.controller(address) as controller:
         before = look(controller)
         time.sleep(BETWEEN)
         now = look(controller)

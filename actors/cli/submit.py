@@ -10,11 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from actors.cli import reach
 from actors.cli.job_show import Bar
+from actors.cli.options import Address, Json
 from actors.jobs.job import Job, absolute, opened
 from actors.jobs.known import find
 from actors.jobs.runner import MOST, Order, live
+from actors.launch import cluster_client
 from runtime.errors import InvalidRequest, Unavailable
 from runtime.sampling import whole
 
@@ -28,10 +29,10 @@ def submit(
     url: Annotated[str, typer.Option(help="any OpenAI-compatible gateway, e.g. http://127.0.0.1:8000/v1; default: the cluster")] = "",
     api_key_file: Annotated[Path | None, typer.Option(help="file with the key for --url alone in it")] = None,
     ca: Annotated[Path | None, typer.Option(help="PEM file of the authority behind the certificate of an https --url")] = None,
-    address: reach.Address = None,
+    address: Address = None,
     parallel: Annotated[int, typer.Option(help="at most so many items in flight; fewer where the deployment admits fewer")] = MOST,
     detach: Annotated[bool, typer.Option("--detach", help="hand the job to the cluster and return; see `outrider jobs`")] = False,
-    as_json: reach.Json = False,
+    as_json: Json = False,
 ) -> None:
     """Answer a batch file. Interrupted and started again by the same command, it goes on where it was.
 
@@ -66,14 +67,14 @@ def carry_out(order: Order, address: str | None, job: Job, bar: Bar) -> bool:
         job.finish()
         return True
     bar.note("asking who serves")
-    with nullcontext() if order.url else reach.cluster(address):
+    with nullcontext() if order.url else cluster_client.cluster(address):
         return live(order, job, bar.show)
 
 
 def hand_over(order: Order, address: str | None, as_json: bool) -> None:
     with opened(order.file, order.out) as job:  # what is wrong with the file is said here and now
         found = job.record.id
-    with reach.cluster(address):
+    with cluster_client.cluster(address):
         from actors.jobs.detached import detach  # Ray
 
         name = detach(order)

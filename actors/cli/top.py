@@ -9,18 +9,19 @@ from contextlib import suppress
 from rich.console import Console
 from rich.live import Live
 
-from actors.cli import reach
 from actors.cli.fleet_show import Look, as_json, shown
-from actors.cli.reach import Controller
+from actors.cli.options import Address, Json
 from actors.cli.status import look
+from actors.launch import cluster_client
+from actors.launch.cluster_client import Controller
 from runtime.errors import Unavailable
 
 PERIOD = 1.0  # seconds
 
 
-def top(address: reach.Address = None, as_object: reach.Json = False) -> None:
+def top(address: Address = None, as_object: Json = False) -> None:
     """The status, live, until Ctrl-C; with --json one object in each line."""
-    with reach.controller(address) as controller:
+    with cluster_client.controller(address) as controller:
         before = look(controller)
         if as_object:
             for now in looks(controller):

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from actors.cli.generate import Device
-from actors.cli.service import serving
+from actors.cli.options import Device
+from actors.launch.serving import serving
 from runtime import config
 from runtime.errors import InvalidRequest
 from runtime.sampling import in_range, whole
@@ -196,7 +196,7 @@ def named(model: str) -> str:
 
 def same_vocabulary(target: str, start: str) -> None:
     """Raises PairMismatch, and ModelRefused as of loading."""
-    from actors.cli.prepare import context_length
+    from actors.launch.prepare import context_length
     from runtime.models.load import load_tokenizer
     from runtime.models.pair import check_pair
 
@@ -258,7 +258,7 @@ def prepared(
     """
     import torch
 
-    from actors.cli.prepare import context_length
+    from actors.launch.prepare import context_length
     from training import folder, outputs, text
     from training.progress import Bar
     from training.run import Material, fitting_context

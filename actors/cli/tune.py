@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from actors.cli.generate import Device
+from actors.cli.options import Device
 from actors.cli.train import Context, Data, Target, documents
 from actors.cli.tune_shapes import shapes
 from runtime import config
@@ -46,7 +46,7 @@ def layers(
         raise InvalidRequest(f"{out} is there already: give another --out, or remove it first", "out")
     import torch
 
-    from actors.cli.prepare import context_length
+    from actors.launch.prepare import context_length
     from runtime.models.load import load_model
     from runtime.models.timing import step_times
     from runtime.models.trained import identity_of

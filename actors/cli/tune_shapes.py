@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.cli.doctor import WIDTHS, expected
-from actors.cli.generate import Device
+from actors.cli.options import Device
 from actors.cli.train import Batch, Context, Data, Own, Seed, Steps, Target, draft
 from runtime import config
 from runtime.errors import InvalidRequest

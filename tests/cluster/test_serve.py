@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from actors.cli import local_ray
+from actors.launch import local_ray
 from tests.cluster.test_command import PATIENCE_S, ROOT
 from tests.pair import save_model
 

@@ -1,23 +1,17 @@
-"""How the commands reach what is served: the cluster, and in it the controller."""
+"""Reaches what is served: joins the cluster, and asks the controller in it."""
 
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from actors.cli import local_ray
-from actors.cli.local_ray import LocalRay
 from actors.fleet import Fleet
+from actors.launch import local_ray
+from actors.launch.local_ray import LocalRay
 from actors.ray_edge import NAMESPACE, joined
 from runtime.errors import Unavailable
 
-ADDRESS = "a Ray cluster, e.g. auto or ray://host:10001; default: RAY_ADDRESS, else the local one that `outrider serve` has started"
 PATIENCE = 10.0  # seconds for the controller's answer
-
-Address = Annotated[str | None, typer.Option(help=ADDRESS)]
-Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output, nothing else")]
 
 
 def chosen(address: str | None) -> str | None:

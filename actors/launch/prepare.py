@@ -6,13 +6,13 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from runtime.config import TRAINED, Deployment, draft_of, folder_of
-from runtime.messages import Request, Tokens
+from runtime.messages import Tokens
 from runtime.models.hf import context_of
 from runtime.models.load import check_weights, find_folder, load_tokenizer, read_config
 from runtime.models.pair import check_pair
 from runtime.models.trained import identity_of, read_settings
 from runtime.sampling import Sampling
-from runtime.target import check
+from runtime.target import check_prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def prepare(plan: Deployment, text: str, sampling: Sampling) -> Prepared:
     """Tokenise. Raises as `check_models`, and InvalidRequest as the target would."""
     found = check_models(plan)
     prompt = tuple(found.tokenizer.encode(text))
-    check(Request("", prompt, sampling), len(found.tokenizer), found.context)
+    check_prompt(prompt, sampling, len(found.tokenizer), found.context)
     return Prepared(prompt, found.warnings)
 
 

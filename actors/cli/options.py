@@ -1,0 +1,24 @@
+"""Options that several commands share."""
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+ADDRESS = "a Ray cluster, e.g. auto or ray://host:10001; default: RAY_ADDRESS, else the local one that `outrider serve` has started"
+
+Address = Annotated[str | None, typer.Option(help=ADDRESS)]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output, nothing else")]
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
