@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from actors.cli.show import Progress, Stream, table
+from actors.cli.views.generation_view import Progress, Stream, table
 from actors.gateway.figures import tokens_per_second
 from actors.launch.prepare import prepare
 from actors.launch.serving import Opener, Service, serving

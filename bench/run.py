@@ -7,10 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from actors.cli.picture import draw
-from actors.cli.timeline import read, save
-from actors.cli.tracing import middle
 from actors.launch.prepare import context_length
+from actors.tracing.trace_plot import draw
+from actors.tracing.trace_reader import middle, read, save
 from bench import compare, loop, profiling, report, results
 from bench.apart import apart
 from bench.forecasts import forecasts, foreseen

@@ -15,13 +15,13 @@ import yaml
 from pydantic import BaseModel
 from rich.console import Console
 
-from actors.cli.compare import brought, compared
-from actors.cli.drain import sessions
-from actors.cli.fleet_show import Look, as_json, guessed, of_drafter, shown, speed
-from actors.cli.logs import is_life, tail
-from actors.cli.scale import check_hope, parsed, settled
-from actors.cli.serve import curl
-from actors.cli.top import looks
+from actors.cli.commands.compare import brought, compared
+from actors.cli.commands.drain import sessions
+from actors.cli.commands.logs import is_life, tail
+from actors.cli.commands.scale import check_hope, parsed, settled
+from actors.cli.commands.serve import curl
+from actors.cli.commands.top import looks
+from actors.cli.views.status_view import Look, as_json, guessed, of_drafter, shown, speed
 from actors.fleet import DrafterState, Fleet, PoolState, TargetState
 from actors.launch import local_ray
 from actors.launch.local_ray import LocalRay
@@ -146,7 +146,7 @@ class Busy:
 
 
 def test_top_waits_for_a_controller_that_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["actors.cli.top"], "PERIOD", 0.0)
+    monkeypatch.setattr(sys.modules["actors.cli.commands.top"], "PERIOD", 0.0)
     seen = looks(Busy())  # type: ignore[arg-type]
     assert [look.fleet for look in itertools.islice(seen, 3)] == [FLEET] * 3
 

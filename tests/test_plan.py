@@ -202,7 +202,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(sweep, "DRAFTERS", (1, 2))
     monkeypatch.setattr(sweep, "ROUND_TRIPS", (0.0, 0.05))
     monkeypatch.setattr(sweep, "SESSIONS", (1, 4))
-    monkeypatch.setattr(sys.modules["actors.cli.plan"], "Setting", partial(Setting, tokens=40))
+    monkeypatch.setattr(sys.modules["actors.cli.commands.plan"], "Setting", partial(Setting, tokens=40))
     options = ("--measured", file, "--schedule", "plain", "--schedule", "living")
     assert outrider(monkeypatch, *options, "--save", again, "--png", png, "--json") == 0
     found = json.loads(capsys.readouterr().out)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from actors import cli
-from actors.cli.measure_guesses import SILENT, of_drafter
+from actors.cli.commands.measure_guesses import SILENT, of_drafter
 from runtime.calibration import Calibrations
 from runtime.config import ScheduleConfig
 from runtime.drafters.base import Children, Wish
@@ -80,8 +80,8 @@ def test_the_command_takes_all_kinds(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(sweep, "DRAFTERS", (1,))
     monkeypatch.setattr(sweep, "ROUND_TRIPS", (0.0,))
     monkeypatch.setattr(sweep, "SESSIONS", (1,))
-    monkeypatch.setattr(sys.modules["actors.cli.plan"], "Setting", partial(Setting, tokens=40))
-    monkeypatch.setattr(importlib.import_module("actors.cli.measure"), "TOKENS", 12)
+    monkeypatch.setattr(sys.modules["actors.cli.commands.plan"], "Setting", partial(Setting, tokens=40))
+    monkeypatch.setattr(importlib.import_module("actors.cli.commands.measure"), "TOKENS", 12)
     drafts = [
         option for name in ("ngram", "layer-skip", "s3d", "token-recycling", "medusa", "hidden-transfer") for option in ("--draft", name)
     ]

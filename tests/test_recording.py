@@ -5,9 +5,9 @@ from typing import Any, cast
 
 import pytest
 
-from actors.cli.recording import check_file, record
-from actors.cli.timeline import read
 from actors.launch import cluster_client
+from actors.tracing.recording import check_file, record
+from actors.tracing.trace_reader import read
 from runtime.errors import InvalidRequest
 from runtime.tracing import COMPUTE, TARGET, Trace
 

@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from actors import cli
-from actors.cli.timeline import common, figures, read, save, union
-from actors.cli.tracing import middle
+from actors.tracing.trace_reader import common, figures, middle, read, save, union
 from runtime.errors import InvalidRequest
 from runtime.tracing import BOOKKEEPING, COMMIT, COMPUTE, GROWTH, PREFILL, WAIT, Recording
 from tests.test_trace import MS, synthetic

@@ -5,25 +5,25 @@ import sys
 import typer
 from typer._click.exceptions import UsageError  # Typer brings its own copy of Click; constraints.txt pins it
 
-from actors.cli.bench import bench
-from actors.cli.certs import certs
-from actors.cli.compare import compare
-from actors.cli.configure import configure
-from actors.cli.doctor import doctor
-from actors.cli.down import down
-from actors.cli.drain import drain
-from actors.cli.generate import generate
-from actors.cli.jobs import jobs
-from actors.cli.logs import logs
-from actors.cli.plan import plan
-from actors.cli.scale import scale
-from actors.cli.serve import serve
-from actors.cli.status import status
-from actors.cli.submit import submit
-from actors.cli.top import top
-from actors.cli.tracing import trace
-from actors.cli.train import train
-from actors.cli.tune import tune
+from actors.cli.commands.bench import bench
+from actors.cli.commands.certs import certs
+from actors.cli.commands.compare import compare
+from actors.cli.commands.configure import configure
+from actors.cli.commands.doctor import doctor
+from actors.cli.commands.down import down
+from actors.cli.commands.drain import drain
+from actors.cli.commands.generate import generate
+from actors.cli.commands.jobs import jobs
+from actors.cli.commands.logs import logs
+from actors.cli.commands.plan import plan
+from actors.cli.commands.scale import scale
+from actors.cli.commands.serve import serve
+from actors.cli.commands.status import status
+from actors.cli.commands.submit import submit
+from actors.cli.commands.top import top
+from actors.cli.commands.tracing import trace
+from actors.cli.commands.train import train
+from actors.cli.commands.tune import tune
 from runtime.errors import OutriderError
 
 app = typer.Typer(

@@ -3,8 +3,8 @@
 import json
 import sys
 
-from actors.cli.options import Address, Json
-from actors.cli.show import Progress
+from actors.cli.commands.options import Address, Json
+from actors.cli.views.generation_view import Progress
 from actors.launch import cluster_client, local_ray
 from runtime.errors import OutriderError
 

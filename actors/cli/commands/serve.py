@@ -12,13 +12,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from actors.cli.given import refuse_beside
-from actors.cli.options import Address, Device, Dtype, Json
-from actors.cli.recording import check_file, record
-from actors.cli.show import Progress
+from actors.cli.commands.inlined import refuse_beside
+from actors.cli.commands.options import Address, Device, Dtype, Json
+from actors.cli.views.generation_view import Progress
 from actors.fleet import Fleet
 from actors.launch import cluster_client, local_ray
 from actors.ray_edge import NAMESPACE
+from actors.tracing.recording import check_file, record
 from runtime import config
 from runtime.config import Deployment, GatewayConfig
 from runtime.sampling import whole

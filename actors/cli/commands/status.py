@@ -6,8 +6,8 @@ import time
 
 from rich.console import Console
 
-from actors.cli.fleet_show import Look, as_json, shown
-from actors.cli.options import Address, Json
+from actors.cli.commands.options import Address, Json
+from actors.cli.views.status_view import Look, as_json, shown
 from actors.launch import cluster_client
 from actors.launch.cluster_client import Controller
 

@@ -10,10 +10,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from actors.cli.fleet_show import Guessed, guessed, life, ratio, short, table
-from actors.cli.options import Address, Json
-from actors.cli.scale import pool_of
-from actors.cli.show import Progress
+from actors.cli.commands.options import Address, Json
+from actors.cli.commands.scale import pool_of
+from actors.cli.views.generation_view import Progress
+from actors.cli.views.status_view import Guessed, guessed, life, ratio, short, table
 from actors.fleet import Fleet
 from actors.launch import cluster_client
 from runtime.reports import GuessReport

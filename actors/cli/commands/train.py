@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from actors.cli.options import Device
+from actors.cli.commands.options import Device
 from actors.launch.serving import serving
 from runtime import config
 from runtime.errors import InvalidRequest

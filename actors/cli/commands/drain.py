@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from actors.cli.options import Address, Json
-from actors.cli.show import Progress
+from actors.cli.commands.options import Address, Json
+from actors.cli.views.generation_view import Progress
 from actors.fleet import Fleet
 from actors.launch import cluster_client
 

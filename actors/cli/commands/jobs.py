@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from actors.cli.job_show import Bar
+from actors.cli.views.job_view import Bar
 from actors.jobs.known import Known, cancel, find, known, look
 from runtime.errors import InvalidRequest
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from actors.cli.timeline import Block, Interval, Message, Timeline
+from actors.tracing.trace_reader import Block, Interval, Message, Timeline
 from runtime.errors import InvalidRequest
 from runtime.tracing import BOOKKEEPING, COMMIT, COMPUTE, GROWTH, PREFILL, REROOT, STEP, TARGET, WAIT
 

@@ -9,9 +9,9 @@ from contextlib import suppress
 from rich.console import Console
 from rich.live import Live
 
-from actors.cli.fleet_show import Look, as_json, shown
-from actors.cli.options import Address, Json
-from actors.cli.status import look
+from actors.cli.commands.options import Address, Json
+from actors.cli.commands.status import look
+from actors.cli.views.status_view import Look, as_json, shown
 from actors.launch import cluster_client
 from actors.launch.cluster_client import Controller
 from runtime.errors import Unavailable

@@ -17,6 +17,7 @@ from runtime.tracing import COMMIT, COMPUTE, GROWTH, STEP, TARGET, WIRE, Recordi
 
 Time = Annotated[FiniteFloat, Field(ge=0)]  # microseconds
 Interval = tuple[float, float]
+EXCERPT = 0.5  # seconds in a picture where no window is given
 
 
 class Name(BaseModel):
@@ -110,6 +111,14 @@ class Timeline:
         """From the first to the last thing that the target did; the bounds where it did nothing."""
         own = self.blocks.get(TARGET)
         return extent(own) if own else self.bounds
+
+
+def middle(found: Timeline) -> Interval:
+    """Half a second around the middle of the target's steps, which does not fall between two sessions."""
+    run = found.run
+    steps = [block.began for block in found.blocks.get(TARGET, []) if block.name == COMPUTE] or [sum(run) / 2]
+    begin = max(run[0], min(steps[len(steps) // 2] - EXCERPT / 2, run[1] - EXCERPT))
+    return begin, min(run[1], begin + EXCERPT)
 
 
 def extent(blocks: Sequence[Block]) -> Interval:

@@ -8,11 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from actors.cli.timeline import Delay, Figures, Interval, Timeline, figures, read
+from actors.tracing.trace_reader import Delay, Figures, Interval, Timeline, figures, middle, read
 from runtime.errors import InvalidRequest
-from runtime.tracing import COMMIT, COMPUTE, GROWTH, TARGET
-
-EXCERPT = 0.5  # seconds in a picture where no window is given
+from runtime.tracing import COMMIT, GROWTH
 
 
 def trace(
@@ -27,7 +25,7 @@ def trace(
     found = read(file)
     window = chosen(found, begin, end)
     if png is not None:
-        from actors.cli.picture import draw  # matplotlib
+        from actors.tracing.trace_plot import draw  # matplotlib
 
         draw(found, window if (begin, end) != (None, None) else middle(found), png)
     Console(highlight=False).print(table(found, figures(found, window), window))
@@ -45,14 +43,6 @@ def chosen(found: Timeline, begin: float | None, end: float | None) -> Interval:
             f"nothing happens between {wanted[0]:g} s and {wanted[1]:g} s: the trace goes from {first:.3f} s to {last:.3f} s", "from"
         )
     return window
-
-
-def middle(found: Timeline) -> Interval:
-    """Half a second around the middle of the target's steps, which does not fall between two sessions."""
-    run = found.run
-    steps = [block.began for block in found.blocks.get(TARGET, []) if block.name == COMPUTE] or [sum(run) / 2]
-    begin = max(run[0], min(steps[len(steps) // 2] - EXCERPT / 2, run[1] - EXCERPT))
-    return begin, min(run[1], begin + EXCERPT)
 
 
 def table(found: Timeline, seen: Figures, window: Interval) -> Table:

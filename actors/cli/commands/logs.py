@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from actors.cli.options import Address, Json
+from actors.cli.commands.options import Address, Json
 from actors.launch import cluster_client
 from runtime.errors import InvalidRequest, Unavailable
 from runtime.sampling import whole

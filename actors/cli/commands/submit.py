@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from actors.cli.job_show import Bar
-from actors.cli.options import Address, Json
+from actors.cli.commands.options import Address, Json
+from actors.cli.views.job_view import Bar
 from actors.jobs.job import Job, absolute, opened
 from actors.jobs.known import find
 from actors.jobs.runner import MOST, Order, live

@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from actors.cli.options import Dtype
-from actors.cli.plan_show import Plan, as_json, plot, sentences, tables
+from actors.cli.commands.options import Dtype
+from actors.cli.views.plan_view import Plan, as_json, plot, sentences, tables
 from runtime import config
 from runtime.errors import InvalidRequest
 from runtime.sampling import Sampling, in_range, whole
@@ -106,7 +106,7 @@ def measure(
         chosen = (*chosen, config.shipped("draft") if target is None else "ngram")
     wanted = config.deployment(name, chosen, 1, dtype.value, "auto", local=False)
     with errors.status("loading torch") as status:
-        from actors.cli.measure import measure as of_models  # torch and transformers: `--help` needs neither
+        from actors.cli.commands.measure import measure as of_models  # torch and transformers: `--help` needs neither
 
         drafters = [pool.member(0) for pool in wanted.pools]
         pairs, heads, warnings = of_models(name, drafters, wanted.target.heads, dtype.value, temperature, rtt / 1e3, status.update)

@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from actors.cli.doctor import PROMPTS
-from actors.cli.measure_guesses import Answer, of_drafter, of_head
+from actors.cli.commands.doctor import PROMPTS
+from actors.cli.commands.measure_guesses import Answer, of_drafter, of_head
 from actors.compose import build_drafter, build_head
 from actors.launch.prepare import context_length
 from runtime.config import DrafterConfig, Dtype, HeadConfig, Placement

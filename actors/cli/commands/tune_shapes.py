@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from actors.cli.doctor import WIDTHS, expected
-from actors.cli.options import Device
-from actors.cli.train import Batch, Context, Data, Own, Seed, Steps, Target, draft
+from actors.cli.commands.doctor import WIDTHS, expected
+from actors.cli.commands.options import Device
+from actors.cli.commands.train import Batch, Context, Data, Own, Seed, Steps, Target, draft
 from runtime import config
 from runtime.errors import InvalidRequest
 from runtime.sampling import in_range

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from actors.cli.timeline import save
 from actors.launch import cluster_client
+from actors.tracing.trace_reader import save
 from runtime.errors import InvalidRequest
 
 PATIENCE = 60.0  # seconds: half an hour of a busy fleet is some hundred megabytes

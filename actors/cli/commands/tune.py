@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from actors.cli.options import Device
-from actors.cli.train import Context, Data, Target, documents
-from actors.cli.tune_shapes import shapes
+from actors.cli.commands.options import Device
+from actors.cli.commands.train import Context, Data, Target, documents
+from actors.cli.commands.tune_shapes import shapes
 from runtime import config
 from runtime.errors import InvalidRequest
 from runtime.sampling import whole

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from actors.cli.options import Json
+from actors.cli.commands.options import Json
 from runtime import config
 from runtime.errors import InvalidRequest
 

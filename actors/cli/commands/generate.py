@@ -11,11 +11,11 @@ from typing import Annotated
 
 import typer
 
-from actors.cli.given import refuse_beside
-from actors.cli.options import Device, Dtype
-from actors.cli.show import Progress, Stream, answer
-from actors.cli.timeline import save
+from actors.cli.commands.inlined import refuse_beside
+from actors.cli.commands.options import Device, Dtype
+from actors.cli.views.generation_view import Progress, Stream, answer
 from actors.launch.serving import Opener, serving
+from actors.tracing.trace_reader import save
 from runtime import config
 from runtime.errors import InvalidRequest, Unavailable
 from runtime.messages import Chunk, Request

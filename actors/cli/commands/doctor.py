@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from actors.cli.options import Dtype
+from actors.cli.commands.options import Dtype
 from runtime import config
 from runtime.sampling import Sampling
 
