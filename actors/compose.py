@@ -12,13 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from actors.memory import recall
 from runtime.config import DrafterConfig, HeadConfig, Placement, TargetConfig, draft_of, folder_of, memory_of, memory_of_drafter, module_of
+from runtime.draft.draft_engine import Grower
+from runtime.draft.draft_host import DraftHost
 from runtime.drafters.base import Drafter, Ingredients
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.noisy import Noisy
-from runtime.drafting import DraftHost
-from runtime.engine import Engine
-from runtime.finish import Finish
-from runtime.grower import Grower
 from runtime.heads.base import Head, Mount
 from runtime.messages import Request
 from runtime.models.choose import choose, logprobs
@@ -28,10 +26,12 @@ from runtime.models.hf import HFModel
 from runtime.models.load import load_model, load_tokenizer
 from runtime.models.timing import knee, riding_time, step_times
 from runtime.models.trained import identity_of
-from runtime.mounted import RIDDEN
 from runtime.policy import scheduler
 from runtime.schedulers.living import ROWS
-from runtime.target import Target
+from runtime.target.engine import Engine
+from runtime.target.head_runner import RIDDEN
+from runtime.target.stop_checker import Finish
+from runtime.target.target import Target
 from runtime.tracing import OFF, TARGET, Trace
 
 WIDTHS = (1, 2, 4, 8)  # of a drafter's pass, among which the knee is looked for

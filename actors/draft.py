@@ -11,7 +11,7 @@ from actors.memory import remember
 from actors.peers import Place, own_host, own_place
 from protos.handshake import Hello
 from runtime.config import TRAINED, DrafterConfig, TlsConfig, memory_of_drafter
-from runtime.drafting import DraftHost
+from runtime.draft.draft_host import DraftHost
 from runtime.errors import Unavailable
 from runtime.models.pair import vocabulary_hash
 from runtime.reports import DrafterReport

@@ -17,7 +17,7 @@ from runtime.models.pair import vocabulary_hash
 from runtime.policy import scheduler
 from runtime.reports import TargetReport
 from runtime.schedulers.base import Scheduler
-from runtime.target import Target
+from runtime.target.target import Target
 from runtime.tracing import OFF, TARGET, Recording, Trace
 
 

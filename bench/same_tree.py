@@ -22,14 +22,14 @@ from bench.prompts import Prompt, held_out
 from bench.tables import Grid
 from runtime import config
 from runtime.config import HeadConfig
-from runtime.engine import Engine
 from runtime.messages import Request, Stats
 from runtime.models.choose import choose
 from runtime.models.hf import HFModel
 from runtime.models.load import load_model, load_tokenizer
 from runtime.sampling import Sampling
 from runtime.schedulers.fixed import Fixed
-from runtime.target import Target
+from runtime.target.engine import Engine
+from runtime.target.target import Target
 
 ROWS = (4, 8, 16)  # verified in a step, beside the root
 FILE = "same-tree.md"

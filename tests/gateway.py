@@ -23,16 +23,16 @@ from actors.gateway.streams import Generator
 from actors.loop_thread import LoopThread
 from runtime.choice import choose
 from runtime.config import GatewayConfig, LimitsConfig
+from runtime.draft.draft_engine import Grower
+from runtime.draft.draft_host import DraftHost
 from runtime.drafters.model import ModelDrafter
-from runtime.drafting import DraftHost
-from runtime.engine import Engine
-from runtime.grower import Grower
 from runtime.messages import Chunk, Request
 from runtime.models.grammar import Grammars
 from runtime.models.load import load_tokenizer
 from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
-from runtime.target import Target
+from runtime.target.engine import Engine
+from runtime.target.target import Target
 from tests.pair import SHIPPED
 from tests.rig import HANG_S
 

@@ -12,22 +12,22 @@ import torch
 
 from runtime.calibration import Calibration
 from runtime.choice import Chooser, choose
+from runtime.draft.draft_engine import Grower, Heard
+from runtime.draft.draft_host import DraftHost
 from runtime.drafters.base import Children, Drafter, Text, Wish
-from runtime.drafting import DraftHost
-from runtime.engine import Engine
 from runtime.errors import LinkLost
-from runtime.finish import Finish
-from runtime.grower import Grower, Heard
-from runtime.inputs import Heard as Answered
-from runtime.inputs import Join, Leave
 from runtime.links import DraftLink
-from runtime.live import Admit
 from runtime.messages import Chunk, Event, FinishReason, Logprob, Reply, Request, Round, Stats, Style
 from runtime.models.base import Model
 from runtime.sampling import Sampling
 from runtime.schedulers.base import Plan, Scheduler, View
 from runtime.schedulers.fixed import Fixed
-from runtime.target import Grammar, Target
+from runtime.target.commands import Heard as Answered
+from runtime.target.commands import Join, Leave
+from runtime.target.engine import Engine
+from runtime.target.request_state import Admit
+from runtime.target.stop_checker import Finish
+from runtime.target.target import Grammar, Target
 from tests.contracts import soon
 
 HANG_S = 60.0  # a wait that takes so long is a fault, and fails

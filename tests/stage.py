@@ -13,12 +13,12 @@ from tokenizers import Tokenizer
 from actors.fleet import TargetState
 from actors.router import Router
 from runtime.errors import OutriderError, Unavailable
-from runtime.finish import Finish
 from runtime.messages import Chunk, Logprob, Request, Stats
 from runtime.models.detokenize import Detokenizer
 from runtime.reports import TargetReport
 from runtime.sampling import Sampling
-from runtime.target import resumed
+from runtime.target.stop_checker import Finish
+from runtime.target.target import resumed
 from tests.rig import output
 
 Result = TypeVar("Result")

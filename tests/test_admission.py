@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime import limits
-from runtime.admission import Admission, slots_of
 from runtime.errors import InvalidRequest
-from runtime.live import Admit
 from runtime.messages import Request
 from runtime.sampling import Sampling
+from runtime.target.admission import Admission, slots_of
+from runtime.target.request_state import Admit
 from tests.rig import lettering
 
 CONTEXT = 1000

@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 
 from runtime.choice import choose
-from runtime.engine import Engine
 from runtime.errors import InvalidRequest
-from runtime.inputs import Cancel, Heard, Join, Policy, Stop
-from runtime.live import Admit
-from runtime.merit import REST, TRIAL
 from runtime.messages import Chunk, Event, Open, Request, Share, Style
 from runtime.models.base import Part
 from runtime.models.toy import ToyModel
-from runtime.reading import ALIKE, CHUNK, CHUNK_BESIDE
 from runtime.schedulers.fixed import Fixed
 from runtime.schedulers.sync import Sync
-from runtime.target import resumed
+from runtime.scoring.drafter_utility import REST, TRIAL
+from runtime.target.chunked_prefill import ALIKE, CHUNK, CHUNK_BESIDE
+from runtime.target.commands import Cancel, Heard, Join, Policy, Stop
+from runtime.target.engine import Engine
+from runtime.target.request_state import Admit
+from runtime.target.target import resumed
 from tests.rig import NOBODY, Output, asking, engine_of, lettering, output, plain
 from tests.test_engine import draft
 

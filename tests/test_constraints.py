@@ -11,11 +11,11 @@ import pytest
 
 from runtime.choice import Allowed, choose
 from runtime.config import shipped
+from runtime.draft.draft_engine import Grower
 from runtime.drafters.base import Drafter
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.noisy import Noisy
 from runtime.errors import InvalidRequest
-from runtime.grower import Grower
 from runtime.messages import Request
 from runtime.models import choose as fast
 from runtime.models.grammar import Grammars

@@ -4,8 +4,8 @@ import pytest
 
 from bench.divergence import Divergence, divergence
 from runtime import config
+from runtime.draft.draft_engine import Grower
 from runtime.drafters.model import ModelDrafter
-from runtime.grower import Grower
 from runtime.models.choose import choose
 from runtime.models.load import load_model, load_tokenizer
 from tests.rig import Lockstep, asking, engine_of, plain

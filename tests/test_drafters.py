@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from runtime import limits
 from runtime.choice import Ask
 from runtime.config import methods, module_of
+from runtime.draft.draft_engine import RUN_AHEAD, Grower
+from runtime.draft.frontier import Frontier
 from runtime.drafters.base import Children, Drafter, Text, Wish
 from runtime.drafters.model import ModelDrafter
 from runtime.errors import InvalidRequest
-from runtime.frontier import Frontier
-from runtime.grower import RUN_AHEAD, Grower
 from runtime.messages import Commit, Draft, Open, Reply, Share
 from runtime.models.base import Part
 from runtime.models.choose import candidates

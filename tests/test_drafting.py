@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from runtime import limits
+from runtime.draft.draft_engine import FLOOR, ROWS, RUN_AHEAD, Gone, Grower, Heard, Stop, Unheard
+from runtime.draft.draft_host import DraftHost
 from runtime.drafters.base import Children, Text, Wish
 from runtime.drafters.model import ModelDrafter
-from runtime.drafting import DraftHost
-from runtime.grower import FLOOR, ROWS, RUN_AHEAD, Gone, Grower, Heard, Stop, Unheard
 from runtime.links import DraftLink
 from runtime.messages import AS_IT_LIKES, Close, Commit, Draft, Event, Open, Reply, Resync, Share, Style
 from runtime.models.toy import ToyModel

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from actors.grpc_edge import closing
-from runtime import drafting
+from runtime.draft import draft_host
+from runtime.draft.draft_engine import Unheard
 from runtime.drafters.base import Children, Text, Wish
 from runtime.errors import InvalidRequest
-from runtime.grower import Unheard
 from runtime.messages import Draft, Event, Resync
 from runtime.tree import text_key
 from tests.contracts import PATIENCE_S, draft_for, soon
@@ -94,7 +94,7 @@ def test_growth_that_was_dropped_is_sent_again() -> None:
 
 def test_growth_that_nobody_fetches_is_dropped_but_no_question(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reader sleeps over a queue of two. It finds those two, and behind them the question that came last."""
-    monkeypatch.setattr(drafting, "REPLIES_WAITING", 2)
+    monkeypatch.setattr(draft_host, "REPLIES_WAITING", 2)
 
     async def main() -> None:
         async with hosted(Known(TEXT, V)) as host:
@@ -118,7 +118,7 @@ def test_growth_that_nobody_fetches_is_dropped_but_no_question(monkeypatch: pyte
 
 def test_a_clogged_link_becomes_useful_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """What hangs on dropped growth would mean nothing to the target: once there is room all is sent from the root."""
-    monkeypatch.setattr(drafting, "REPLIES_WAITING", 2)
+    monkeypatch.setattr(draft_host, "REPLIES_WAITING", 2)
 
     async def main() -> None:
         async with hosted(Known(TEXT, V)) as host, closing(host.speculate(Feed(opened(most=9)))) as replies:

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 
 from runtime.choice import choose
+from runtime.draft.draft_engine import Grower
 from runtime.drafters.model import ModelDrafter
-from runtime.engine import Engine
-from runtime.grower import Grower
-from runtime.inputs import Cancel, Heard, Join, Stop
-from runtime.live import Admit
 from runtime.messages import Chunk, Event, Request, Resync, Round, Style
 from runtime.models.base import Part
 from runtime.models.toy import ToyModel
 from runtime.schedulers.base import Plan, View
 from runtime.schedulers.fixed import Fixed
+from runtime.target.commands import Cancel, Heard, Join, Stop
+from runtime.target.engine import Engine
+from runtime.target.request_state import Admit
 from tests.rig import NOBODY, Known, Lockstep, Mute, asking, continued, engine_of, lettering, output, plain
 from tests.test_engine import PROMPT, TEXT, TOY, alone, draft, through
 

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from runtime.choice import Ask, choose
+from runtime.draft.draft_engine import Grower
 from runtime.drafters.base import Drafter
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.ngram import Ngram
 from runtime.drafters.noisy import Noisy
-from runtime.grower import Grower
-from runtime.inputs import Heard, Join, Leave
-from runtime.live import Admit
 from runtime.messages import Chunk, Close, Commit, Draft, Event, Open, Reply, Request, Resync, Share
 from runtime.models.toy import ToyModel
 from runtime.sampling import Sampling
+from runtime.target.commands import Heard, Join, Leave
+from runtime.target.request_state import Admit
 from runtime.tree import text_key
 from tests.rig import NOBODY, Known, Lockstep, Mute, Output, asking, continued, engine_of, lettering, output, plain
 

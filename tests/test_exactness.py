@@ -18,11 +18,11 @@ from actors.compose import build_drafter, build_target
 from models.corpus import prompts
 from runtime.choice import choose as choose_by_numpy
 from runtime.config import DrafterConfig, TargetConfig, shipped
+from runtime.draft.draft_engine import Grower
 from runtime.drafters.base import Drafter
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.ngram import Ngram
 from runtime.drafters.noisy import Noisy
-from runtime.grower import Grower
 from runtime.messages import Request
 from runtime.models.base import Model
 from runtime.models.choose import choose

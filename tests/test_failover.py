@@ -21,7 +21,7 @@ from runtime.messages import Chunk, Request
 from runtime.models.toy import ToyModel
 from runtime.sampling import Sampling
 from runtime.schedulers.fixed import Fixed
-from runtime.target import Target
+from runtime.target.target import Target
 from tests.contracts import PATIENCE_S, process_of, soon
 from tests.fakes import HOST
 from tests.rig import Known, attached, hosted, running

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from runtime.finish import Finish
 from runtime.sampling import Constraint, Sampling
+from runtime.target.stop_checker import Finish
 
 EOS = 0
 ANYTHING = Constraint("regex", ".*")

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.frontier import Frontier, allot
+from runtime.draft.frontier import Frontier, allot
 from runtime.messages import Share
 from runtime.tree import TokenTree, mix64
 

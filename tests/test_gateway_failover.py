@@ -19,7 +19,7 @@ from actors.grpc_server import serve as serve_grpc
 from actors.loop_thread import LoopThread
 from runtime.config import Deployment, GatewayConfig, TargetConfig
 from runtime.messages import Chunk, Request
-from runtime.target import Target
+from runtime.target.target import Target
 from tests.gateway import toy_target
 from tests.pair import SHIPPED
 from tests.rig import HANG_S

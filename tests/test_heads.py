@@ -15,26 +15,26 @@ from runtime import limits
 from runtime.choice import Chooser
 from runtime.choice import choose as choose_by_numpy
 from runtime.config import heads, module_of
+from runtime.draft.draft_engine import Grower
 from runtime.drafters.base import Text
 from runtime.drafters.model import ModelDrafter
-from runtime.engine import Engine
 from runtime.errors import InvalidRequest, ModelRefused
-from runtime.grower import Grower
 from runtime.heads.base import Growth, Head, Identity, Mount, Seen
 from runtime.heads.hidden_transfer import HiddenTransfer
 from runtime.heads.medusa import Medusa
-from runtime.inputs import Policy
-from runtime.merit import REST, TRIAL
 from runtime.models.base import Branch, Look, Model, causal
 from runtime.models.choose import choose
 from runtime.models.hf import HFModel
 from runtime.models.llama import fits
 from runtime.models.toy import ToyModel
 from runtime.models.trained import write_trained
-from runtime.mounted import draft_of, likely_ends
 from runtime.schedulers.base import Plan, View
 from runtime.schedulers.fixed import Fixed
+from runtime.scoring.drafter_utility import REST, TRIAL
 from runtime.session import Session
+from runtime.target.commands import Policy
+from runtime.target.engine import Engine
+from runtime.target.head_runner import draft_of, likely_ends
 from runtime.tree import TokenTree, text_key
 from tests.families import FAMILIES, VOCABULARY, hf_model
 from tests.rig import NOBODY, Known, Lockstep, Mute, asking, continued, output, plain

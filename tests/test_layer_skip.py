@@ -11,9 +11,9 @@ from torch import nn
 
 from actors.compose import build_drafter
 from runtime.config import DrafterConfig, deployment, layers_of
+from runtime.draft.draft_engine import Grower
 from runtime.drafters.model import ModelDrafter
 from runtime.errors import ModelRefused
-from runtime.grower import Grower
 from runtime.models.base import causal
 from runtime.models.choose import choose
 from runtime.models.layers import every_second, keep, up_to

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.draft.draft_engine import Grower
 from runtime.drafters.base import Children, Wish
 from runtime.drafters.ngram import LONGEST, SHORTEST, Ngram, lookup
 from runtime.drafters.noisy import Noisy
-from runtime.grower import Grower
 from runtime.messages import Close, Request
 from runtime.sampling import Sampling
 from tests.rig import Lockstep, engine_of

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from runtime.crowd import Crowd
-from runtime.merit import REST, TRIAL, Merit
 from runtime.metrics import Ledger
+from runtime.scoring.drafter_utility import REST, TRIAL, Merit
+from runtime.target.drafter_manager import Crowd
 from runtime.tree import TokenTree, text_key
 
 

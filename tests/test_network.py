@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import limits
+from runtime.draft.draft_engine import Grower
 from runtime.drafters.base import Drafter
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.noisy import Noisy
-from runtime.grower import Grower
-from runtime.live import Admit
 from runtime.messages import Chunk, Close, Commit, Draft, Event, Open, Reply, Resync, Share
 from runtime.sampling import Sampling
+from runtime.target.request_state import Admit
 from tests.rig import Lockstep, asking, engine_of, lettering, output, plain
 from tests.test_engine import EOS, PROMPT, TEXT, TOY, alone, perfect
 

@@ -12,7 +12,6 @@ import pytest
 from actors import cli
 from runtime.config import ScheduleConfig
 from runtime.drafters.base import Text, Wish
-from runtime.live import Live
 from runtime.models.base import Part, Rows, causal
 from runtime.sampling import Sampling
 from runtime.schedulers.fixed import Fixed
@@ -22,6 +21,7 @@ from runtime.sim.forecast import Forecast, Setting, forecast, simulate
 from runtime.sim.measured import Measured
 from runtime.sim.pair import Guesser, NamingModel, following
 from runtime.sim.world import linear
+from runtime.target.request_state import Live
 from runtime.tree import TokenTree, mix64, text_key
 
 T, SMALL_T = 0.03, 0.002

@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 
 from runtime.choice import choose
+from runtime.draft.draft_engine import Grower
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.noisy import Noisy
-from runtime.engine import Engine
 from runtime.errors import Unavailable
-from runtime.grower import Grower
-from runtime.inputs import Cancel, Heard, Join, Stop
-from runtime.live import Admit
-from runtime.merit import TRIAL
 from runtime.messages import Draft, Event, Resync
 from runtime.models.base import Part
 from runtime.models.toy import ToyModel
 from runtime.reports import DrafterReport, GuessReport, TargetReport
 from runtime.schedulers.fixed import Fixed
+from runtime.scoring.drafter_utility import TRIAL
+from runtime.target.commands import Cancel, Heard, Join, Stop
+from runtime.target.engine import Engine
+from runtime.target.request_state import Admit
 from tests.contracts import soon
 from tests.rig import (
     NOBODY,

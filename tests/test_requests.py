@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 
 from runtime.choice import choose
+from runtime.draft.draft_engine import Grower
 from runtime.drafters.model import ModelDrafter
-from runtime.engine import Engine
 from runtime.errors import InvalidRequest
-from runtime.grower import Grower
-from runtime.inputs import Heard, Join
 from runtime.messages import Chunk, Commit, Draft, Event, Logprob, Open, Request
 from runtime.models.base import Part
 from runtime.models.toy import ToyModel
-from runtime.reading import CHUNK
 from runtime.schedulers.amusd import Amusd
 from runtime.schedulers.base import Scheduler
 from runtime.schedulers.fixed import Fixed
 from runtime.schedulers.sync import Sync
-from runtime.target import check
+from runtime.target.chunked_prefill import CHUNK
+from runtime.target.commands import Heard, Join
+from runtime.target.engine import Engine
+from runtime.target.target import check
 from tests.contracts import soon
 from tests.rig import NOBODY, Known, Lockstep, Mute, Patient, asking, attached, continued, engine_of, hosted, output, plain, running
 from tests.test_batching import Desk

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from runtime.engine import Engine
 from runtime.heads.hidden_transfer import HiddenTransfer, HiddenTransferHead
 from runtime.metrics import Ledger
 from runtime.models.base import Look, Part, Shown, causal
@@ -14,10 +13,11 @@ from runtime.models.choose import choose
 from runtime.models.hf import HFModel
 from runtime.models.timing import RIDDEN, riding_time
 from runtime.models.toy import ToyModel
-from runtime.mounted import RIDDEN as PRICED
-from runtime.mounted import Mounted
-from runtime.packing import pack
 from runtime.schedulers.fixed import Fixed
+from runtime.target.batch import pack
+from runtime.target.engine import Engine
+from runtime.target.head_runner import RIDDEN as PRICED
+from runtime.target.head_runner import Mounted
 from tests.families import hf_model
 from tests.rig import NOBODY, Lockstep, asking
 

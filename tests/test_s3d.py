@@ -19,10 +19,10 @@ from bench import widen as widening
 from bench.widen import Shape, widened, widened_head
 from runtime import limits
 from runtime.config import DrafterConfig, Placement, deployment, draft_of, drafter_of
+from runtime.draft.draft_engine import Grower
 from runtime.drafters.base import Children, Text, Wish
 from runtime.drafters.s3d import BRANCHES, MaskDrafter, build
 from runtime.errors import ModelRefused
-from runtime.grower import Grower
 from runtime.kv.prefixes import Prefixes
 from runtime.messages import Commit, Draft, Open, Reply, Share
 from runtime.models.adapter import LowRank, linears, merge, pairs

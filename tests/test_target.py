@@ -8,15 +8,16 @@ from typing import cast
 
 import pytest
 
-from runtime import limits, target
+from runtime import limits
 from runtime.drafters.model import ModelDrafter
-from runtime.engine import Engine
 from runtime.errors import InvalidRequest, Overloaded, Unavailable
 from runtime.messages import Event, Reply, Request
 from runtime.models.toy import ToyModel
 from runtime.sampling import Sampling
 from runtime.schedulers.fixed import Fixed
-from runtime.target import Target, check
+from runtime.target import target
+from runtime.target.engine import Engine
+from runtime.target.target import Target, check
 from tests.contracts import PATIENCE_S, TRANSPORTS, Attach, soon
 from tests.rig import Dying, Known, Mute, Patient, answer, asking, attached, continued, hosted, lettering, plain, running
 

@@ -12,7 +12,7 @@ from runtime.models.load import check_weights, find_folder, load_tokenizer, read
 from runtime.models.pair import check_pair
 from runtime.models.trained import identity_of, read_settings
 from runtime.sampling import Sampling
-from runtime.target import check_prompt
+from runtime.target.target import check_prompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from actors.fleet import Fleet, TargetState
 from actors.memory import remember
 from actors.ray_edge import joined, known_errors
 from runtime.config import Deployment, TlsConfig, memory_of, memory_of_drafter
-from runtime.drafting import DraftHost
+from runtime.draft.draft_host import DraftHost
 from runtime.messages import Chunk, Request
 from runtime.tracing import Recording
 

@@ -8,10 +8,7 @@ from typing import Any
 from runtime import limits
 from runtime.calibration import Calibrations
 from runtime.config import ScheduleConfig
-from runtime.engine import Engine
-from runtime.finish import Finish
-from runtime.grower import Grower
-from runtime.live import Admit
+from runtime.draft.draft_engine import Grower
 from runtime.messages import Chunk, Request, Round, Style
 from runtime.policy import scheduler
 from runtime.sampling import Sampling
@@ -21,6 +18,9 @@ from runtime.sim.heads import HeadFigures, ReplayedHead
 from runtime.sim.measured import Measured
 from runtime.sim.pair import BRANCHES, CONTEXT, VOCABULARY, Guesser, NamingModel, choose
 from runtime.sim.world import DrafterSide, TargetSide, World, linear
+from runtime.target.engine import Engine
+from runtime.target.request_state import Admit
+from runtime.target.stop_checker import Finish
 
 ENDLESS = 1 << 30  # tokens of a session that does not end
 DRAFTER = "draft"

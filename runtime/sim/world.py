@@ -11,14 +11,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from runtime.decide import Decision
+from runtime.draft.draft_engine import Grower
+from runtime.draft.draft_engine import Heard as Told
 from runtime.drafters.base import Wish
-from runtime.engine import Engine
-from runtime.grower import Grower
-from runtime.grower import Heard as Told
-from runtime.inputs import Heard, Input, Join
 from runtime.messages import Event, Reply
-from runtime.packing import Step
+from runtime.target.batch import Step
+from runtime.target.commands import Heard, Input, Join
+from runtime.target.engine import Engine
+from runtime.target.verifier import Decision
 
 TICK = 1e-6  # seconds: the shortest wait, so that a rest too small for the clock's last digit passes too
 Seconds = Callable[[int], float]  # of a pass, by its rows

@@ -10,16 +10,16 @@ from dataclasses import replace
 
 from runtime import limits
 from runtime.choice import Guide
-from runtime.engine import Engine
 from runtime.errors import InvalidRequest, LinkLost, Overloaded, Unavailable
-from runtime.finish import Finish
-from runtime.inputs import Cancel, Heard, Join, Leave, Policy, Stop
 from runtime.links import DraftLink
-from runtime.live import Admit
 from runtime.messages import Chunk, Event, Request, Tokens
 from runtime.reports import TargetReport
 from runtime.sampling import Constraint, Sampling, whole
 from runtime.schedulers.base import Scheduler
+from runtime.target.commands import Cancel, Heard, Join, Leave, Policy, Stop
+from runtime.target.engine import Engine
+from runtime.target.request_state import Admit
+from runtime.target.stop_checker import Finish
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ import numpy as np
 from runtime.clock import Clock
 from runtime.errors import OutriderError
 from runtime.kv.prefixes import Ids, Prefixes, common
-from runtime.live import Live
 from runtime.models.base import Model, Part, causal
+from runtime.target.request_state import Live
 
 CHUNK = 512  # tokens that are read at once
 CHUNK_BESIDE = 64  # of each text, where other sessions wait for their step meanwhile

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from runtime.choice import Guide
-from runtime.finish import Finish
 from runtime.kv.base import KVCache
 from runtime.messages import Chunk, Commit, Draft, Logprob, Request, Round, Stats
 from runtime.metrics import Tally
 from runtime.schedulers.base import View
 from runtime.session import Session
+from runtime.target.stop_checker import Finish
 
 Deliver = Callable[[Chunk], None]
 

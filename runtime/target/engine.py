@@ -9,25 +9,25 @@ import queue
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 
-from runtime.admission import Admission
 from runtime.calibration import Calibrations
 from runtime.choice import Chooser, Scorer, logprobs
 from runtime.clock import Clock
-from runtime.crowd import Crowd
-from runtime.decide import Decider, Decision
 from runtime.heads.base import Head
-from runtime.inputs import Cancel, Heard, Input, Join, Leave, Policy, Send, Stop
 from runtime.kv.prefixes import Prefixes
-from runtime.live import Admit, Live
 from runtime.messages import Chunk, Close, Commit, Draft, FinishReason, Resync, Round
 from runtime.metrics import Ledger, Tally
 from runtime.models.base import Model, Part, Shown
-from runtime.mounted import Mounted, seen_by
-from runtime.packing import Step, pack, unpack
-from runtime.reading import FAILURES, read_on
 from runtime.reports import TargetReport
 from runtime.schedulers.base import Plan, Scheduler, View
 from runtime.session import Session
+from runtime.target.admission import Admission
+from runtime.target.batch import Step, pack, unpack
+from runtime.target.chunked_prefill import FAILURES, read_on
+from runtime.target.commands import Cancel, Heard, Input, Join, Leave, Policy, Send, Stop
+from runtime.target.drafter_manager import Crowd
+from runtime.target.head_runner import Mounted, seen_by
+from runtime.target.request_state import Admit, Live
+from runtime.target.verifier import Decider, Decision
 from runtime.tracing import NODES, OFF, PREFILL, STEP, TARGET, Trace
 
 Told = tuple[Commit, tuple[str, ...], bool]  # what was decided of a session, who had guessed each token, whether it was a hit

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtime.kv.base import KVCache
-from runtime.live import Live
 from runtime.models.base import Part, Rows
 from runtime.session import Session
+from runtime.target.request_state import Live
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ import itertools
 import threading
 from collections.abc import AsyncIterator
 
-from runtime.grower import Gone, Grower, Heard, Stop, Unheard
+from runtime.draft.draft_engine import Gone, Grower, Heard, Stop, Unheard
 from runtime.messages import Draft, Event, Reply
 
 REPLIES_WAITING = 256  # growth that nobody fetches is dropped beyond this

@@ -18,9 +18,9 @@ import numpy.typing as npt
 from runtime import limits
 from runtime.calibration import Band, Calibrations
 from runtime.clock import Clock
+from runtime.draft.frontier import Frontier, allot
 from runtime.drafters.base import Children, Drafter, Text, Wish
 from runtime.errors import OutriderError
-from runtime.frontier import Frontier, allot
 from runtime.messages import Close, Commit, Draft, Event, Open, Reply, Resync, Share
 from runtime.reports import DrafterReport
 from runtime.tracing import LEAD, OFF, REROOT, STEP, Trace

@@ -2,12 +2,12 @@
 
 from collections.abc import Collection, Iterable, Sequence
 
-from runtime.inputs import Send
-from runtime.live import Live
-from runtime.merit import Merit
 from runtime.messages import Draft, Event, Share
 from runtime.metrics import Ledger
+from runtime.scoring.drafter_utility import Merit
 from runtime.session import Session
+from runtime.target.commands import Send
+from runtime.target.request_state import Live
 from runtime.tree import TokenTree
 
 

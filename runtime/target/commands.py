@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from runtime.live import Admit
 from runtime.messages import Event, Reply
 from runtime.schedulers.base import Scheduler
+from runtime.target.request_state import Admit
 
 Send = Callable[[Event], None]
 

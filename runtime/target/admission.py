@@ -4,8 +4,8 @@ from collections import deque
 
 from runtime import limits
 from runtime.errors import InvalidRequest
-from runtime.live import Admit
 from runtime.messages import Request
+from runtime.target.request_state import Admit
 
 
 def slots_of(request: Request, context: int) -> int:

@@ -8,16 +8,16 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from runtime.decide import Decision
 from runtime.drafters.base import Text
 from runtime.errors import InvalidRequest
 from runtime.heads.base import Growth, Head, Seen
-from runtime.live import Live
 from runtime.messages import Draft
 from runtime.metrics import Ledger
 from runtime.models.base import Look, Model, Open, Part, Shown
-from runtime.reading import FAILURES
 from runtime.session import Session
+from runtime.target.chunked_prefill import FAILURES
+from runtime.target.request_state import Live
+from runtime.target.verifier import Decision
 from runtime.tree import TokenTree, mix64
 
 RIDDEN = 4  # rows beside which pseudo rows ride where their price is measured
