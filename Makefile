@@ -77,7 +77,7 @@ proto: install ## write the code generated from protos/*.proto anew
 	$(BIN)/python -m protos.generate
 
 train: install ## train the pair that ships (hours; goes on where it was interrupted)
-	$(BIN)/python -m models.train
+	$(BIN)/python -m training.shipped
 
 # The tools for these two know more packages than the project does, so they live in an environment of their own. ADVISORIES names who is
 # asked: pypi (an index that serves advisories too; many mirrors do not) or osv. A package that nobody knows of is a failure, not a pass.

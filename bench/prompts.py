@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from models import corpus
 from runtime.errors import InvalidRequest
 from runtime.messages import Tokens
+from training import stdlib_corpus
 
 SHORTEST, LONGEST = 64, 256  # tokens of context
 FIELDS = ("prompt", "question", "turns", "text")  # where the sets in use keep it: HumanEval, GSM8K, MT-Bench and Spec-Bench, plain text
@@ -32,13 +32,13 @@ def held_out(tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> list[
     Files, places and lengths are drawn with `seed` alone. Raises InvalidRequest where there are fewer files than `count`.
     """
     draw = random.Random(seed)
-    names = corpus.files(held_out=True)
+    names = stdlib_corpus.files(held_out=True)
     draw.shuffle(names)
     found: list[Prompt] = []
     for name in names:
         if len(found) == count:
             break
-        cut = excerpt(tokenizer, corpus.read(name), draw)
+        cut = excerpt(tokenizer, stdlib_corpus.read(name), draw)
         if cut is not None:
             line, tokens = cut
             found.append(Prompt(f"{name}:{line}", tokens))

@@ -1,0 +1,1 @@
+"""Holds the weights and the cards of what ships; `training/shipped` makes them."""

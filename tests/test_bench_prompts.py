@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from bench.prompts import LONGEST, SHORTEST, encode, from_file, held_out, pick
-from models import corpus
 from runtime.errors import InvalidRequest
 from runtime.models.load import load_tokenizer
 from tests.pair import SHIPPED
+from training import stdlib_corpus
 from training.text import HELD_OUT_SHARE, bucket
 
 
@@ -22,7 +22,7 @@ def test_held_out_prompts_are_whole_lines_of_different_held_out_files() -> None:
         assert bucket(name, HELD_OUT_SHARE) == 0
         assert SHORTEST <= len(prompt.tokens) <= LONGEST
         text = tokenizer.decode(list(prompt.tokens))
-        rest = "".join(corpus.read(name).splitlines(keepends=True)[int(line) - 1 :])
+        rest = "".join(stdlib_corpus.read(name).splitlines(keepends=True)[int(line) - 1 :])
         assert rest.startswith(text)
         assert text.endswith("\n")
 
@@ -35,7 +35,7 @@ def test_held_out_prompts_depend_on_the_seed_alone() -> None:
 
 
 def test_more_prompts_than_files_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "files", lambda held_out: [])
+    monkeypatch.setattr(stdlib_corpus, "files", lambda held_out: [])
     with pytest.raises(InvalidRequest, match="2 prompts are more than the 0"):
         held_out(load_tokenizer(str(SHIPPED)), 2, seed=0)
 

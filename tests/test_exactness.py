@@ -15,7 +15,6 @@ import pytest
 from tokenizers import Tokenizer
 
 from actors.compose import build_drafter, build_target
-from models.corpus import prompts
 from runtime.choice import choose as choose_by_numpy
 from runtime.config import DrafterConfig, TargetConfig, shipped
 from runtime.draft.draft_engine import Grower
@@ -50,6 +49,7 @@ from tests.rig import (
     transformers_greedy,
     transformers_replay,
 )
+from training.stdlib_corpus import prompts
 
 EOS = frozenset({1})
 PROMPTS = ((5, 6, 7, 8, 5, 6, 7, 8, 5, 6), (9, 4, 2, 9, 4, 2, 9, 4, 2, 9))  # n-grams find something in them

@@ -89,7 +89,7 @@ def test_training_computes_what_the_drafter_will() -> None:
     found = tiny()
     teacher = load_teacher(str(found.target), "cpu")
     with torch.no_grad():
-        states, own = training.ahead(found.made, teacher, LAYERS)(teacher.states(torch.tensor([TEXT])))
+        states, own = training.make_forward(found.made, teacher, LAYERS)(teacher.states(torch.tensor([TEXT])))
         logits = teacher.unembed(states[:, 0])
     assert states.shape == (1 + MASKS, 1, len(TEXT), 32)
     assert float(own) == 0.0
@@ -106,7 +106,7 @@ def test_an_untrained_one_is_the_layers_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     part = load_model(str(found.target), layers=LAYERS, step="generic").module
     with torch.no_grad():
-        states, _ = training.ahead(one, teacher, LAYERS)(teacher.states(torch.tensor([TEXT])))
+        states, _ = training.make_forward(one, teacher, LAYERS)(teacher.states(torch.tensor([TEXT])))
         torch.testing.assert_close(teacher.unembed(states[0]), part(torch.tensor([TEXT])).logits, atol=1e-4, rtol=1e-4)
 
 

@@ -59,7 +59,7 @@ def test_the_files_of_a_target_name_it(target: Path, tmp_path: Path) -> None:
 
 def test_untrained_medusa_heads_say_what_the_target_says_of_the_next_place(teacher: Teacher) -> None:
     tokens, made = rows(), Medusa(teacher.hidden_size, 2)
-    states, own = medusa.ahead(made)(teacher.states(tokens))
+    states, own = medusa.make_forward(made)(teacher.states(tokens))
     assert states.shape == (2, 2, CONTEXT, teacher.hidden_size)
     assert float(own) == 0.0
     for state in states:
@@ -70,12 +70,12 @@ def test_untrained_medusa_heads_say_what_the_target_says_of_the_next_place(teach
 def test_the_loss_looks_at_the_places_that_are_to_be_guessed(teacher: Teacher, offset: int) -> None:
     """Who knew the future would have none: row p of position i against what the target says in row p + offset - 1 + i."""
 
-    def ahead(seen: object) -> tuple[Tensor, Tensor]:
+    def forward(seen: object) -> tuple[Tensor, Tensor]:
         last = teacher.states(tokens).last
         return torch.stack([last.roll(1 - offset - i, dims=1) for i in range(3)]), torch.zeros(())
 
     tokens = rows()
-    assert float(heads.distillation(teacher, ahead, offset)(tokens, 0.0)) == pytest.approx(0.0, abs=1e-5)
+    assert float(heads.distillation(teacher, forward, offset)(tokens, 0.0)) == pytest.approx(0.0, abs=1e-5)
     assert float(heads.distillation(teacher, lambda seen: (torch.stack([seen.last] * 3), torch.zeros(())), offset)(tokens, 0.0)) > 0.1
 
 
@@ -101,7 +101,7 @@ def test_pseudo_rows_pass_the_layers_as_if_they_continued_the_text(teacher: Teac
     for linear in maps.maps:
         nn.init.normal_(linear.weight, std=0.2)  # type: ignore[arg-type]
     with torch.no_grad():
-        states, far = hidden_transfer.ahead(maps, teacher)(teacher.states(tokens))
+        states, far = hidden_transfer.make_forward(maps, teacher)(teacher.states(tokens))
         for place in (0, 7, CONTEXT - 1):
             torch.testing.assert_close(states[:, 0, place], pseudo_alone(teacher, maps, tokens, place), atol=1e-4, rtol=1e-3)
     assert float(far) > 0 or layers == [2, 2]
@@ -128,18 +128,18 @@ def test_a_trained_head_is_a_folder_that_the_runtime_reads(teacher: Teacher, tar
     settings: dict[str, object]
     if method == "medusa":
         made, settings = Medusa(teacher.hidden_size, 2), {"heads": 2, "blocks": 1}
-        ahead, offset = medusa.ahead(made), heads.HEAD
+        forward, offset = medusa.make_forward(made), heads.HEAD
     elif method == "s3d":
         made, settings = s3d.new(teacher, [0, 2], 1, 2, seed=0), {"layers": [0, 2], "masks": 1, "rank": 2}
-        ahead, offset = s3d.ahead(made, teacher, [0, 2]), heads.DRAFT
+        forward, offset = s3d.make_forward(made, teacher, [0, 2]), heads.DRAFT
     else:
         made, settings = HiddenTransfer(teacher.hidden_size, [1, 2]), {"layers": [1, 2]}
-        ahead, offset = hidden_transfer.ahead(made, teacher), heads.HEAD
+        forward, offset = hidden_transfer.make_forward(made, teacher), heads.HEAD
     out, found = tmp_path / "out", material(teacher)
     asked = order(out, target, method, settings)
     before = {name: value.clone() for name, value in made.state_dict().items()}
     with folder.opened(out, asked.recipe("f", "d")) as work:
-        measured = train_head(asked, found, made, ahead, work, lambda done, loss: None, offset)
+        measured = train_head(asked, found, made, forward, work, lambda done, loss: None, offset)
     identity = identity_of(teacher.module.config, teacher.tokenizer)
     assert read_settings(out, method, identity) == settings
     tensors = read_tensors(out, {name: tuple(value.shape) for name, value in before.items()})

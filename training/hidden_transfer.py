@@ -9,13 +9,13 @@ from runtime.errors import ModelRefused
 from runtime.heads.hidden_transfer import HiddenTransfer
 from runtime.models.llama import fits
 from runtime.models.mask import windows_of
-from training.heads import Ahead
+from training.heads import Forward
 from training.teacher import States, Teacher
 
 NEARNESS = 0.5  # weight of the distance between pseudo states and true ones, layer by layer, beside the distance of what they say
 
 
-class Beside:
+class ReadOnlyCache:
     """The target's own keys and values of a text, for rows that read them and leave none. Has the method of a cache that layers call."""
 
     def __init__(self, cache: Any) -> None:
@@ -40,7 +40,7 @@ def default_layers(layers: int, positions: int) -> list[int]:
     return [min(layers - 1, max(1, layers // 3) + i) for i in range(positions)]
 
 
-def ahead(maps: HiddenTransfer, teacher: Teacher) -> Ahead:
+def make_forward(maps: HiddenTransfer, teacher: Teacher) -> Forward:
     """The pseudo row i of the row at p enters layer l_i and stands at place p + 1 + i. It sees what that row sees, the row, the pseudo
     rows before it, itself.
 
@@ -54,7 +54,7 @@ def ahead(maps: HiddenTransfer, teacher: Teacher) -> Ahead:
         places = (
             torch.arange(context, device=seen.last.device).repeat(positions, 1) + torch.arange(positions)[:, None].to(seen.last.device) + 1
         )
-        mask, keys = sight(context, positions, seen.last.device), Beside(seen.cache)
+        mask, keys = pseudo_row_mask(context, positions, seen.last.device), ReadOnlyCache(seen.cache)
         x = seen.last[:, :0]
         far, terms = torch.zeros((), device=seen.last.device), 0
         for number in range(lowest, len(body.layers)):
@@ -78,7 +78,7 @@ def ahead(maps: HiddenTransfer, teacher: Teacher) -> Ahead:
     return states
 
 
-def sight(context: int, positions: int, device: torch.device) -> Tensor:
+def pseudo_row_mask(context: int, positions: int, device: torch.device) -> Tensor:
     """bool (1, 1, positions * context, (1 + positions) * context): which keys, of the text, then of pseudo rows, a pseudo row sees."""
     text = torch.ones(context, context, dtype=torch.bool, device=device).tril()
     own = torch.eye(context, dtype=torch.bool, device=device)

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from runtime.heads.medusa import Medusa
-from training.heads import Ahead
+from training.heads import Forward
 from training.teacher import States
 
 
-def ahead(heads: Medusa) -> Ahead:
+def make_forward(heads: Medusa) -> Forward:
     def states(seen: States) -> tuple[Tensor, Tensor]:
         found = heads(seen.last.float()).movedim(-2, 0)
         return found, torch.zeros((), device=found.device)

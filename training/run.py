@@ -19,7 +19,7 @@ from training.acceptance import Acceptance, measure
 from training.card import card, shapes_table
 from training.folder import FINISHED, publish, write
 from training.goal import Goal
-from training.heads import HEAD, Ahead, distillation, guesser
+from training.heads import HEAD, Forward, distillation, guesser
 from training.loop import Batches, Loss, Settings, Tell, train
 from training.outputs import Written
 from training.shapes import Shape, Times
@@ -88,7 +88,7 @@ def train_head(
     order: Order,
     material: Material,
     head: nn.Module,
-    ahead: Ahead,
+    forward: Forward,
     work: Path,
     tell: Tell,
     offset: int = HEAD,
@@ -97,8 +97,8 @@ def train_head(
     """Train, measure, and leave the folder of the head at `order.out`. `offset`: as of training.heads; `settings`: the usual ones."""
     teacher, how = material.teacher, settings or Settings(order.steps, order.seed)
     head.to(teacher.model.device)
-    losses, seconds = fit(order, material, head, distillation(teacher, ahead, offset), how, work, tell)
-    measured = measure(material.held_out, guesser(teacher, ahead), offset)
+    losses, seconds = fit(order, material, head, distillation(teacher, forward, offset), how, work, tell)
+    measured = measure(material.held_out, guesser(teacher, forward), offset)
     identity = identity_of(teacher.module.config, teacher.tokenizer)
     write_trained(work / FINISHED, order.method, identity, order.settings, dict(head.state_dict()))
     leave(order, material, losses, seconds, measured, work)

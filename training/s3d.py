@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from runtime.drafters.s3d import S3D
 from runtime.models.adapter import added
-from training.heads import Ahead
-from training.hidden_transfer import sight
+from training.heads import Forward
+from training.hidden_transfer import pseudo_row_mask
 from training.loop import Settings
 from training.teacher import States, Teacher
 
@@ -34,7 +34,7 @@ def new(teacher: Teacher, layers: list[int], masks: int, rank: int, seed: int) -
     return made
 
 
-def ahead(made: S3D, teacher: Teacher, layers: list[int]) -> Ahead:
+def make_forward(made: S3D, teacher: Teacher, layers: list[int]) -> Forward:
     """State 0 of the row at p is its own, behind the layers that stay; state i that of its mask row i, which stands at place p + i."""
     body: Any = teacher.module.model
     kept: list[nn.Module] = [body.layers[layer] for layer in layers]
@@ -59,4 +59,4 @@ def seen_by(context: int, masks: int, device: torch.device) -> Tensor:
     """bool (1, 1, n, n), n rows of the text and then of masks, place by place: a text's row sees the text so far, no mask row."""
     text = torch.ones(context, context, dtype=torch.bool, device=device).tril()
     none = torch.zeros(context, masks * context, dtype=torch.bool, device=device)
-    return torch.cat([torch.cat([text, none], dim=1)[None, None], sight(context, masks, device)], dim=2)
+    return torch.cat([torch.cat([text, none], dim=1)[None, None], pseudo_row_mask(context, masks, device)], dim=2)

@@ -67,11 +67,11 @@ def medusa(
     order = ordered("medusa", target, out, {"heads": heads, "blocks": blocks}, steps, batch, context, own, seed)
     with prepared(order, data, device) as (material, work, tell):
         from runtime.heads.medusa import Medusa
-        from training.medusa import ahead
+        from training.medusa import make_forward
         from training.run import train_head
 
         made = Medusa(material.teacher.hidden_size, heads, blocks)
-        report(order, train_head(order, material, made, ahead(made), work, tell))
+        report(order, train_head(order, material, made, make_forward(made), work, tell))
 
 
 @train.command("hidden-transfer")
@@ -92,14 +92,14 @@ def hidden_transfer(
     whole("positions", positions, 1, 16)
     chosen = entries(target or config.shipped("target"), layers, positions)
     order = ordered("hidden-transfer", target, out, {"layers": chosen}, steps, batch, context, own, seed)
-    from training.hidden_transfer import ahead, check
+    from training.hidden_transfer import check, make_forward
 
     with prepared(order, data, device, lambda teacher: check(teacher, context)) as (material, work, tell):
         from runtime.heads.hidden_transfer import HiddenTransfer
         from training.run import train_head
 
         made = HiddenTransfer(material.teacher.hidden_size, chosen)
-        report(order, train_head(order, material, made, ahead(made, material.teacher), work, tell))
+        report(order, train_head(order, material, made, make_forward(made, material.teacher), work, tell))
 
 
 @train.command()
@@ -130,8 +130,8 @@ def s3d(
         from training.run import train_head
 
         made = method.new(material.teacher, layers, masks, rank, seed)
-        ahead, settings = method.ahead(made, material.teacher, layers), method.settings(steps, seed)
-        report(order, train_head(order, material, made, ahead, work, tell, DRAFT, settings))
+        forward, settings = method.make_forward(made, material.teacher, layers), method.settings(steps, seed)
+        report(order, train_head(order, material, made, forward, work, tell, DRAFT, settings))
 
 
 @train.command()
@@ -286,10 +286,10 @@ def documents(data: list[Path] | None) -> "list[Document]":
 
     if data is not None:
         return text.read(data)
-    from models import corpus
+    from training import stdlib_corpus
 
-    names = sorted([*corpus.files(held_out=False), *corpus.files(held_out=True)])
-    return [text.Document(name, corpus.read(name)) for name in names]
+    names = sorted([*stdlib_corpus.files(held_out=False), *stdlib_corpus.files(held_out=True)])
+    return [text.Document(name, stdlib_corpus.read(name)) for name in names]
 
 
 def written(target: str, device: Device, requests: "Sequence[Request]", name: str, bar: "Bar") -> "list[Written]":

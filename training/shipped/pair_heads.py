@@ -7,45 +7,44 @@ import numpy as np
 from rich.progress import track
 from torch import nn
 
-from models import corpus
 from runtime.heads.hidden_transfer import HiddenTransfer
 from runtime.heads.medusa import Medusa
 from runtime.models.acceptance import continuation
 from runtime.models.load import load_model
-from training import hidden_transfer, medusa, outputs, s3d, text
+from training import hidden_transfer, medusa, outputs, s3d, stdlib_corpus, text
 from training.folder import opened
-from training.heads import DRAFT, HEAD, Ahead
+from training.heads import DRAFT, HEAD, Forward
 from training.progress import Bar
 from training.run import Material, Order, train_head
+from training.shipped.pair_shapes import MODELS
 from training.teacher import Teacher, fingerprint, load_teacher
 
-HERE = Path(__file__).parent
 CONTEXT = 256
-OUT = HERE / "heads"
+OUT = MODELS / "heads"
 STAY, MASKS, RANK = [0, 1, 6], 3, 16  # of S3D; these three layers are what `outrider tune layers` finds
 
 
 def order(method: str) -> Order:
-    target = str(HERE / "target")
+    target = str(MODELS / "target")
     if method == "medusa":
         return Order(method, target, OUT / method, {"heads": 3, "blocks": 1}, steps=900, batch=4, context=CONTEXT, own=0, seed=0)
     if method == "hidden-transfer":
         return Order(method, target, OUT / method, {"layers": [3, 4, 5]}, steps=560, batch=2, context=CONTEXT, own=0, seed=0)
     settings = {"layers": STAY, "masks": MASKS, "rank": RANK}
-    return Order(method, target, HERE / method, settings, steps=1000, batch=2, context=CONTEXT, own=0, seed=0)
+    return Order(method, target, MODELS / method, settings, steps=1000, batch=2, context=CONTEXT, own=0, seed=0)
 
 
-def built(method: str, teacher: Teacher) -> tuple[nn.Module, Ahead, int]:
+def built(method: str, teacher: Teacher) -> tuple[nn.Module, Forward, int]:
     """What is trained, what it guesses, and the offset of the first place that it guesses."""
     settings = order(method).settings
     if method == "medusa":
         heads = Medusa(teacher.hidden_size, settings["heads"], settings["blocks"])
-        return heads, medusa.ahead(heads), HEAD
+        return heads, medusa.make_forward(heads), HEAD
     if method == "hidden-transfer":
         maps = HiddenTransfer(teacher.hidden_size, settings["layers"])
-        return maps, hidden_transfer.ahead(maps, teacher), HEAD
+        return maps, hidden_transfer.make_forward(maps, teacher), HEAD
     made = s3d.new(teacher, **settings, seed=0)
-    return made, s3d.ahead(made, teacher, settings["layers"]), DRAFT
+    return made, s3d.make_forward(made, teacher, settings["layers"]), DRAFT
 
 
 def train(method: str, own: Path) -> None:
@@ -53,14 +52,14 @@ def train(method: str, own: Path) -> None:
     rows = np.concatenate([np.load(file) for file in sorted(own.glob("*.npy"))]).astype(np.int32)
     asked = replace(order(method), own=rows.size)
     teacher = load_teacher(asked.target, "cpu")
-    names = sorted([*corpus.files(held_out=False), *corpus.files(held_out=True)])
-    documents = [text.Document(name, corpus.read(name)) for name in names]
+    names = sorted([*stdlib_corpus.files(held_out=False), *stdlib_corpus.files(held_out=True)])
+    documents = [text.Document(name, stdlib_corpus.read(name)) for name in names]
     data = text.corpus(documents, teacher.tokenizer.backend_tokenizer, teacher.tokenizer.eos_token_id, 2 * CONTEXT)
     with opened(asked.out, asked.recipe(fingerprint(asked.target), data.digest)) as work, Bar() as bar:
-        module, ahead, offset = built(method, teacher)
+        module, forward, offset = built(method, teacher)
         material = Material(teacher, data, rows, held_out(asked.target, data, own.parent / "held-out"))
         settings = s3d.settings(asked.steps, asked.seed) if method == "s3d" else None
-        train_head(asked, material, module, ahead, work, bar.steps(asked.steps), offset, settings)
+        train_head(asked, material, module, forward, work, bar.steps(asked.steps), offset, settings)
 
 
 def held_out(target: str, data: text.Corpus, folder: Path) -> list[outputs.Written]:

@@ -1,4 +1,4 @@
-"""Train the pair that ships: `python -m models.train` (all stages), or one of them by name.
+"""Train the pair that ships: `python -m training.shipped` (all stages), or one of them by name.
 
     tokenizer   byte-level BPE on the training files
     target      next-token training of the target
@@ -26,17 +26,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from models import corpus
-from models.card import write_card
-from models.head import train as train_head
-from models.shapes import CONTEXT, DRAFT, TARGET, VOCABULARY, Shape
-from training import loop, text
+from training import loop, stdlib_corpus, text
 from training.folder import write
 from training.losses import forward_kl, next_token
 from training.progress import Bar
+from training.shipped.pair_card import write_card
+from training.shipped.pair_heads import train as train_head
+from training.shipped.pair_shapes import CONTEXT, DRAFT, MODELS, TARGET, VOCABULARY, Shape
 
-HERE = Path(__file__).parent
-WORK = HERE.parent / "build" / "train"
+WORK = MODELS.parent / "build" / "train"
 BATCH_TOKENS, DECAY = 8192, 0.05
 
 
@@ -57,25 +55,25 @@ def train_tokenizer() -> None:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=[corpus.END_OF_TEXT],
+        special_tokens=[stdlib_corpus.END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator((corpus.read(name) for name in corpus.files(held_out=False)), trainer)
-    end = corpus.END_OF_TEXT
+    tokenizer.train_from_iterator((stdlib_corpus.read(name) for name in stdlib_corpus.files(held_out=False)), trainer)
+    end = stdlib_corpus.END_OF_TEXT
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end, pad_token=end, model_max_length=CONTEXT)
     for name in ("target", "draft"):
-        wrapped.save_pretrained(HERE / name)
+        wrapped.save_pretrained(MODELS / name)
 
 
 def load_tokenizer() -> Tokenizer:
-    return Tokenizer.from_file(str(HERE / "target" / "tokenizer.json"))
+    return Tokenizer.from_file(str(MODELS / "target" / "tokenizer.json"))
 
 
 def new_model(shape: Shape, seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    end = load_tokenizer().token_to_id(corpus.END_OF_TEXT)
+    end = load_tokenizer().token_to_id(stdlib_corpus.END_OF_TEXT)
     if end is None:
-        raise RuntimeError(f"the tokenizer has no {corpus.END_OF_TEXT}: run the stage `tokenizer` again")
+        raise RuntimeError(f"the tokenizer has no {stdlib_corpus.END_OF_TEXT}: run the stage `tokenizer` again")
     return LlamaForCausalLM(shape.config(end))
 
 
@@ -83,7 +81,7 @@ def training_stream() -> text.Stream:
     cached = WORK / "tokens.npy"
     if not cached.exists():
         cached.parent.mkdir(parents=True, exist_ok=True)
-        np.save(cached, corpus.token_stream(load_tokenizer(), corpus.files(held_out=False)))
+        np.save(cached, stdlib_corpus.token_stream(load_tokenizer(), stdlib_corpus.files(held_out=False)))
     return np.asarray(np.load(cached), dtype=np.int32)
 
 
@@ -108,7 +106,7 @@ def learn(name: str, model: LlamaForCausalLM, loss: loop.Loss, streams: Sequence
         losses = loop.train(model, loss, batches, settings, folder / "checkpoint.pt", bar.steps(settings.steps))
     entries = [{"step": step, "tokens": (step + 1) * BATCH_TOKENS, "loss": round(value, 4)} for step, value in enumerate(losses)]
     write(folder / "loss.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries).encode())
-    save(model, HERE / name)
+    save(model, MODELS / name)
 
 
 def save(model: LlamaForCausalLM, folder: Path) -> None:
@@ -130,7 +128,7 @@ def train_target(steps: int, compiled: bool) -> None:
 
 def write_outputs(tokens: int) -> None:
     """Continue training excerpts at several temperatures; what comes out is what the draft will meet at work."""
-    model = LlamaForCausalLM.from_pretrained(HERE / "target", dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(MODELS / "target", dtype=torch.float32)
     stream, generator = training_stream(), np.random.default_rng(1)
     batch, prompt, new = 64, 64, 192
     folder = WORK / "outputs"
@@ -149,7 +147,7 @@ def write_outputs(tokens: int) -> None:
 
 def train_draft(steps: int, compiled: bool) -> None:
     """Forward KL to the target's distribution, on its own outputs and on corpus windows in equal parts."""
-    teacher = LlamaForCausalLM.from_pretrained(HERE / "target", dtype=torch.float32).eval()
+    teacher = LlamaForCausalLM.from_pretrained(MODELS / "target", dtype=torch.float32).eval()
     model = new_model(DRAFT, seed=1)
     teach, forward = (torch.compile(teacher), torch.compile(model)) if compiled else (teacher, model)
     own = np.concatenate([np.load(file).ravel() for file in sorted((WORK / "outputs").glob("*.npy"))]).astype(np.int32)

@@ -12,15 +12,14 @@ import torch
 from rich.progress import track
 from torch.nn import functional as F
 
-from models import corpus
-from models.shapes import CONTEXT, DRAFT, TARGET, VOCABULARY
 from runtime.models.acceptance import RANKS, acceptance
 from runtime.models.hf import HFModel
 from runtime.models.load import load_model, load_tokenizer
 from runtime.sampling import Sampling
+from training import stdlib_corpus
 from training.loop import smooth
+from training.shipped.pair_shapes import CONTEXT, DRAFT, MODELS, TARGET, VOCABULARY
 
-HERE = Path(__file__).parent
 TEMPERATURES = (0.0, 0.5, 1.0)
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 40, 64, 128
 
@@ -59,25 +58,25 @@ files, continued by the target for up to {new_tokens} tokens. At temperature > 0
 
 ## Heads
 
-Beside the draft, heads on the target itself, trained on the same texts by `python -m models.train medusa hidden-transfer`, each with a
+Beside the draft, heads on the target itself, trained on the same texts by `python -m training.shipped medusa hidden-transfer`, each with a
 card of its own: [medusa](heads/medusa/README.md), [hidden-transfer](heads/hidden-transfer/README.md).
-A drafter out of three of the target's layers is trained by `python -m models.train s3d`: [s3d](s3d/README.md).
+A drafter out of three of the target's layers is trained by `python -m training.shipped s3d`: [s3d](s3d/README.md).
 
 ## Loss
 
 ![training loss](loss.png)
 
-Made by `make train` (`python -m models.train`): Muon for the matrices, AdamW for embeddings and norms, warm-up, hold and linear decay, in
-float32 where the processor does not multiply bf16 natively. It resumes where it was interrupted; this page is its last stage.
+Made by `make train` (`python -m training.shipped`): Muon for the matrices, AdamW for embeddings and norms, warm-up, hold and linear
+decay, in float32 where the processor does not multiply bf16 natively. It resumes where it was interrupted; this page is its last stage.
 """
 
 
 def write_card(work: Path) -> None:
-    target, draft = (load_model(str(HERE / name), "float32", "cpu") for name in ("target", "draft"))
-    tokenizer = load_tokenizer(str(HERE / "target"))
+    target, draft = (load_model(str(MODELS / name), "float32", "cpu") for name in ("target", "draft"))
+    tokenizer = load_tokenizer(str(MODELS / "target"))
     logs = {name: read_log(work / name / "loss.jsonl") for name in ("target", "draft")}
-    draw(logs, HERE / "loss.png")
-    held_out = corpus.token_stream(tokenizer.backend_tokenizer, corpus.files(held_out=True))
+    draw(logs, MODELS / "loss.png")
+    held_out = stdlib_corpus.token_stream(tokenizer.backend_tokenizer, stdlib_corpus.files(held_out=True))
     page = TEMPLATE.format(
         target_size=size(target),
         draft_size=size(draft),
@@ -89,19 +88,19 @@ def write_card(work: Path) -> None:
         draft_loss=smooth(losses_of(logs["draft"]))[-1],
         target_perplexity=perplexity(target, held_out),
         draft_perplexity=perplexity(draft, held_out),
-        target_bytes=(HERE / "target" / "model.safetensors").stat().st_size / 1e6,
-        draft_bytes=(HERE / "draft" / "model.safetensors").stat().st_size / 1e6,
+        target_bytes=(MODELS / "target" / "model.safetensors").stat().st_size / 1e6,
+        draft_bytes=(MODELS / "draft" / "model.safetensors").stat().st_size / 1e6,
         vocabulary=VOCABULARY,
         context=CONTEXT,
         python=platform.python_version(),
-        files=len(corpus.files(held_out=False)),
-        held_out=len(corpus.files(held_out=True)),
+        files=len(stdlib_corpus.files(held_out=False)),
+        held_out=len(stdlib_corpus.files(held_out=True)),
         prompts=PROMPTS,
         prompt_tokens=PROMPT_TOKENS,
         new_tokens=NEW_TOKENS,
-        acceptance=acceptance_table(target, draft, corpus.prompts(tokenizer.backend_tokenizer, PROMPTS, PROMPT_TOKENS)),
+        acceptance=acceptance_table(target, draft, stdlib_corpus.prompts(tokenizer.backend_tokenizer, PROMPTS, PROMPT_TOKENS)),
     )
-    (HERE / "README.md").write_text(page)
+    (MODELS / "README.md").write_text(page)
 
 
 def size(model: HFModel) -> float:

@@ -1,11 +1,14 @@
-"""The two models of the pair: what they are made of and how long they learn."""
+"""The two models of the pair: where they are kept and what they are made of."""
 
+import importlib.resources
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import LlamaConfig
 
 from training.shapes import llama
 
+MODELS = Path(str(importlib.resources.files("models")))
 VOCABULARY = 4096
 CONTEXT = 512
 
