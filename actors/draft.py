@@ -5,10 +5,10 @@ import threading
 import grpc
 
 from actors.cores import load_gently, settle
+from actors.endpoints import ActorLocation, own_host, own_location
 from actors.grpc_server import DraftingService, serve
 from actors.loop_thread import LoopThread
 from actors.memory import remember
-from actors.peers import Place, own_host, own_place
 from protos.handshake import Hello
 from runtime.config import TRAINED, DrafterConfig, TlsConfig, memory_of_drafter
 from runtime.draft.draft_host import DraftHost
@@ -28,7 +28,7 @@ class DraftActor:
         self.address = ""
         self.changing = threading.Lock()  # Ray calls from several threads
 
-    def start(self) -> Place:
+    def start(self) -> ActorLocation:
         """Loads the model and opens the server, once; raises what is wrong with either. (Ray would hide it in a constructor.)"""
         with self.changing:
             if not self.address:
@@ -53,8 +53,8 @@ class DraftActor:
         self.server, port = self.network.run(serve([DraftingService(self.host, hello)], host, tls=self.tls))
         self.address = f"{host}:{port}"
 
-    def where(self) -> Place:
-        return own_place(self.address)
+    def where(self) -> ActorLocation:
+        return own_location(self.address)
 
     def report(self) -> DrafterReport:
         """What it has done, and a sign of life. Raises Unavailable where the thread that drafts has ended."""

@@ -14,8 +14,8 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
+from actors.controller.fleet_view import TargetState
 from actors.course import Course, Life
-from actors.fleet import TargetState
 from actors.journal import Journal
 from runtime.errors import InvalidRequest, Overloaded, Unavailable
 from runtime.messages import Chunk, Request

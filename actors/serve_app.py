@@ -8,13 +8,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import ray
 from pydantic import BaseModel, ConfigDict
 
-from actors.ray_edge import NAMESPACE
+from actors.controller import client
 from runtime.errors import Unavailable
-
-PATIENCE = 5.0  # seconds for the controller's answer
 
 
 class Arguments(BaseModel):
@@ -33,9 +30,8 @@ class Keeper:
             raise Unavailable(done.stderr.strip())
 
     def check_health(self) -> None:
-        """Asked by Ray Serve. Raises Unavailable while no target takes sessions, and ValueError while there is no controller."""
-        controller: Any = ray.get_actor("controller", namespace=NAMESPACE)
-        fleet = ray.get(controller.fleet.remote(), timeout=PATIENCE)
+        """Answers Ray Serve. Raises Unavailable while no target takes sessions."""
+        fleet = client.ask("fleet")
         if not any(target.state == "ready" for target in fleet.targets):
             raise Unavailable("no target takes sessions now: see `outrider status`")
 

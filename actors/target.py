@@ -5,11 +5,11 @@ import threading
 import grpc
 
 from actors.cores import load_gently, settle
+from actors.endpoints import ActorLocation, Endpoint, own_host, own_location
 from actors.grpc_links import GrpcLink
 from actors.grpc_server import TargetService, serve
 from actors.loop_thread import LoopThread
 from actors.memory import remember
-from actors.peers import Peer, Place, own_host, own_place
 from protos.handshake import Hello
 from runtime.config import ScheduleConfig, TargetConfig, TlsConfig, memory_of
 from runtime.errors import Unavailable
@@ -30,10 +30,10 @@ class TargetActor:
         self.changing = threading.Lock()  # Ray calls from several threads
         self.schedulers: dict[ScheduleConfig, Scheduler] = {}
         self.tokens: int | None = None  # of the vocabulary
-        self.peers: dict[str, Peer] = {}
-        self.links: dict[Peer, GrpcLink] = {}
+        self.peers: dict[str, Endpoint] = {}
+        self.links: dict[Endpoint, GrpcLink] = {}
 
-    def start(self) -> Place:
+    def start(self) -> ActorLocation:
         """Loads the model and opens the server, once; raises what is wrong with either. (Ray would hide it in a constructor.)"""
         with self.changing:
             if not self.address:
@@ -54,8 +54,8 @@ class TargetActor:
         self.server, port = self.network.run(start(self.target, host, self.tls))
         self.address = f"{host}:{port}"
 
-    def where(self) -> Place:
-        return own_place(self.address)
+    def where(self) -> ActorLocation:
+        return own_location(self.address)
 
     def report(self) -> TargetReport:
         """What it has done, and a sign of life. Raises Unavailable where the thread that decides has ended."""
@@ -67,7 +67,7 @@ class TargetActor:
         """Refuses new sessions from now on; returns when those under way are over. May be called again."""
         self.network.run(self.target.drain())
 
-    def drafters(self, peers: list[Peer]) -> None:
+    def drafters(self, peers: list[Endpoint]) -> None:
         """Who is there now: new ones are attached, also to sessions under way; those not named are let go, their share is taken back."""
         with self.changing:
             wanted = {peer.name: peer for peer in peers}
@@ -77,7 +77,7 @@ class TargetActor:
             self.network.run(exchange(self.target, changed, {peer.name: link for peer, link in self.links.items() if not link.shut}))
             self.peers = wanted
 
-    def _link(self, peer: Peer) -> GrpcLink:
+    def _link(self, peer: Endpoint) -> GrpcLink:
         hello = Hello(self.vocabulary, self.config.model, peer.name, peer.incarnation)
         return GrpcLink(peer.address, hello, tls=self.tls, tokens=self.tokens)
 

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 import ray
 
+from actors.controller.actor_handles import START_TIMEOUT_S, options
 from actors.draft import DraftActor
+from actors.endpoints import Endpoint
 from actors.grpc_edge import CALLER_SILENCE_MS
 from actors.grpc_links import GrpcTarget
-from actors.lives import START, options
-from actors.peers import Peer
 from actors.ray_edge import joined, known_errors
 from actors.target import TargetActor
 from bench import recorded
@@ -78,7 +78,7 @@ class MethodTarget(TargetActor):
         self.policies: dict[Ours, Scheduler] = {}
         self.known: dict[tuple[str, ...], Calibrations] = {}
 
-    def become(self, how: Ours, peers: list[Peer]) -> None:
+    def become(self, how: Ours, peers: list[Endpoint]) -> None:
         """From the next request on; to be called when none is under way.
 
         A method that comes back knows what it had learned: a schedule of its own for each, calibrations for each policy with
@@ -158,7 +158,7 @@ class Cluster:
         how, target = method.how, self.targets[method.how.target_cores]
         drafters = {NAMES[name]: self.drafters[name, how.drafter_cores] for name in how.drafters}
         with known_errors():
-            peers = [Peer(name, ray.get(handle.where.remote()).address, 0) for name, handle in drafters.items()]
+            peers = [Endpoint(name, ray.get(handle.where.remote()).address, 0) for name, handle in drafters.items()]
             ray.get(target.become.remote(how, peers))
             self._await_drafters(target, sorted(drafters))
             actors = [target, *drafters.values()]
@@ -215,13 +215,13 @@ def running(pair: Pair, methods: Iterable[Method]) -> Iterator[Cluster]:
         for cores in wanted_targets:
             config = pair.target_config(cores)
             targets[cores] = options(MethodTarget, name_of("target", cores), config.placement).remote(config, True)
-            ray.get(targets[cores].start.remote(), timeout=START)
+            ray.get(targets[cores].start.remote(), timeout=START_TIMEOUT_S)
         drafters = {}
         for method, cores in wanted_drafters:
             drafter = pair.drafter_config(method, cores)
             handle = options(DraftActor, name_of(method, cores), drafter.placement).remote(drafter, pair.target, 0, True)
             drafters[method, cores] = handle
-        ray.get([handle.start.remote() for handle in drafters.values()], timeout=START)
+        ray.get([handle.start.remote() for handle in drafters.values()], timeout=START_TIMEOUT_S)
         found = Cluster(targets, drafters)
         try:
             yield found

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from tokenizers import Tokenizer
 
-from actors.fleet import TargetState
+from actors.controller.fleet_view import TargetState
 from actors.router import Router
 from runtime.errors import OutriderError, Unavailable
 from runtime.messages import Chunk, Logprob, Request, Stats

@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import pytest
 
-from actors.fleet import DrafterState, Fleet
-from actors.peers import Place
+from actors.controller.fleet_view import DrafterState, Fleet
+from actors.endpoints import ActorLocation
 from actors.router import Router
 from bench.chaos.blows import Blow, next_blow, next_count, strike
 from bench.chaos.clients import Answer, Case, Seen, stream
@@ -37,8 +37,8 @@ def test_a_blow_misses_who_has_moved_or_is_gone() -> None:
     blow = next_blow(replace(FLEET, targets=()), set(), random.Random(0))
     assert isinstance(blow, Blow)
     assert not strike(blow, {})
-    assert not strike(blow, {"d-0": Place("elsewhere", 1, "node")})
-    assert not strike(blow, {"d-0": Place("d/0", 2**22 + 1, "node")}), "no process has this number"
+    assert not strike(blow, {"d-0": ActorLocation("elsewhere", 1, "node")})
+    assert not strike(blow, {"d-0": ActorLocation("d/0", 2**22 + 1, "node")}), "no process has this number"
 
 
 def test_the_number_of_drafters_changes_each_time() -> None:

@@ -22,7 +22,7 @@ from actors.cli.commands.scale import check_hope, parsed, settled
 from actors.cli.commands.serve import curl
 from actors.cli.commands.top import looks
 from actors.cli.views.status_view import Look, as_json, guessed, of_drafter, shown, speed
-from actors.fleet import DrafterState, Fleet, PoolState, TargetState
+from actors.controller.fleet_view import DrafterState, Fleet, PoolState, TargetState
 from actors.launch import local_ray
 from actors.launch.local_ray import LocalRay
 from runtime.config import Deployment, GatewayConfig, cache_folder

@@ -1,18 +1,21 @@
 """A controller that comes back finds its members, or learns that they are lost. Ray is a fake."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
-from ray.exceptions import GetTimeoutError, RpcError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RpcError
 
-from actors import controller, ledger, lives
-from actors.controller import Controller
-from actors.ledger import Ledger
-from actors.peers import Place
-from actors.roster import TARGET, Member, spec_of
+from actors.controller import actor_handles, controller_state, recorder
+from actors.controller.actor_handles import ActorHandle
+from actors.controller.controller import Controller
+from actors.controller.controller_state import ControllerState
+from actors.controller.reconciler import TARGET, Member, spec_of
+from actors.endpoints import ActorLocation
 from runtime.config import Deployment
+from runtime.tracing import Recording
 
 PLAN = Deployment.model_validate({"target": {"model": "big", "replicas": 4}})
 
@@ -41,7 +44,7 @@ class Method:
 def member(index: int, **others: Any) -> Member:
     spec = spec_of(PLAN, TARGET, index)
     assert spec is not None
-    found = Member(f"target-{index}", TARGET, index, 2, spec, "ready", 0.0, Place(f"10.0.0.1:{index}", 7, "node"), placed=True)
+    found = Member(f"target-{index}", TARGET, index, 2, spec, "ready", 0.0, ActorLocation(f"10.0.0.1:{index}", 7, "node"), placed=True)
     return replace(found, **others)
 
 
@@ -54,8 +57,8 @@ def resumed(monkeypatch: pytest.MonkeyPatch, answers: dict[str, Actor | Exceptio
             raise answer
         return answer
 
-    written = ledger.encode(Ledger(PLAN, {TARGET: len(members)}, members, {one.name: 3 for one in members}, 5))
-    monkeypatch.setattr(controller, "_internal_kv_get", {ledger.KEY: written}.get)
+    written = controller_state.encode(ControllerState(PLAN, {TARGET: len(members)}, members, {one.name: 3 for one in members}, 5))
+    monkeypatch.setattr(controller_state, "_internal_kv_get", {controller_state.KEY: written}.get)
     monkeypatch.setattr(ray, "get_actor", get_actor)
     monkeypatch.setattr(Controller, "_watch", lambda self: None)
     return Controller(Deployment.model_validate({"target": {"model": "other"}}), served=True)
@@ -71,8 +74,8 @@ def test_it_knows_again_who_is_there_and_who_is_lost(monkeypatch: pytest.MonkeyP
     }
     found = resumed(monkeypatch, answers, member(0), member(1, state="starting", place=None), member(2), member(3))
     assert (there.asked, starting.asked) == (["report"], ["start", "__ray_ready__"])
-    assert (found.deployment, found.replaced, found.life_of["target-3"]) == (PLAN, 5, 3)
-    assert [one.lost for one in found.members.values()] == [
+    assert (found.deployment, found.members.replaced, found.members.lives["target-3"]) == (PLAN, 5, 3)
+    assert [one.lost for one in found.members.present] == [
         "",
         "",
         "it ended while the controller was away",
@@ -82,13 +85,26 @@ def test_it_knows_again_who_is_there_and_who_is_lost(monkeypatch: pytest.MonkeyP
 
 def test_why_a_member_was_lost_before_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     found = resumed(monkeypatch, {"target-0-2": GetTimeoutError("no answer")}, member(0, lost="killed"))
-    assert found.members["target-0"].lost == "killed"
+    assert found.members.by_name["target-0"].lost == "killed"
 
 
 def test_one_that_is_gone_can_be_drained(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is ended: there is nobody left who could finish anything."""
     found, ended = resumed(monkeypatch, {"target-0-2": ValueError("gone")}, member(0)), list[str]()
-    monkeypatch.setattr(lives, "kill", lambda one, _: ended.append(one.name))
+    monkeypatch.setattr(actor_handles, "kill", lambda one, _: ended.append(one.name))
     found.drain("target-0")
     assert ended == ["target-0"]
-    assert not found.members
+    assert not found.members.present
+
+
+def test_a_lost_member_takes_only_its_own_recording_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get(answer: Any) -> Any:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(ray, "wait", lambda answers, **_: (answers, []))
+    monkeypatch.setattr(ray, "get", get)
+    kept = Recording("target-0", 0.0, [], False)
+    actors = [SimpleNamespace(trace=SimpleNamespace(remote=lambda answer=answer: answer)) for answer in (ActorDiedError(), kept)]
+    assert recorder.take_recordings([ActorHandle(actor) for actor in actors]) == [kept]

@@ -7,15 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors import census, ledger
-from actors.fleet import Fleet, State
-from actors.ledger import Ledger
-from actors.peers import Place
-from actors.roster import (
-    CRAMPED,
+from actors.controller import autoscaler, controller_state, fleet_view
+from actors.controller.controller_state import ControllerState
+from actors.controller.fleet_view import Fleet
+from actors.controller.reconciler import (
     GATEWAY,
-    MOST_FAILURES,
-    SOON,
+    MAX_FAILURES,
+    MIN_UPTIME_S,
+    SCHEDULING_TIMEOUT_S,
     TARGET,
     Action,
     Drain,
@@ -24,14 +23,16 @@ from actors.roster import (
     Member,
     Replace,
     Start,
+    State,
     backoff,
-    bereft,
-    decide,
     first_counts,
-    forgiven,
-    mute,
+    mark_lost,
+    reconcile,
+    reset_failures,
     spec_of,
+    timed_out,
 )
+from actors.endpoints import ActorLocation
 from runtime.config import Deployment, TlsConfig
 from runtime.reports import DrafterReport, GuessReport, TargetReport
 from runtime.scaling import Decision
@@ -46,7 +47,7 @@ COUNTS = first_counts(PLAN, gateways=False)
 def member(role: str, index: int, state: State = "ready", plan: Deployment = PLAN, **others: Any) -> Member:
     spec = spec_of(plan, role, index)
     assert spec is not None
-    place = None if state == "starting" else Place(f"10.0.0.1:{index}", 7, "node")
+    place = None if state == "starting" else ActorLocation(f"10.0.0.1:{index}", 7, "node")
     return replace(Member(f"{role}-{index}", role, index, 0, spec, state, NOW - 1, place, placed=place is not None), **others)
 
 
@@ -60,12 +61,12 @@ def kinds(actions: list[Action]) -> list[tuple[str, str]]:
 def decided(
     *members: Member, plan: Deployment = PLAN, counts: dict[str, int] | None = None, gateways: bool = False
 ) -> list[tuple[str, str]]:
-    return kinds(decide(plan, first_counts(plan, gateways) if counts is None else counts, members, NOW))
+    return kinds(reconcile(plan, first_counts(plan, gateways) if counts is None else counts, members, NOW))
 
 
 def test_at_first_everything_is_started() -> None:
     assert decided() == [("Start", name) for name in ("target-0", "target-1", "small-0", "small-1", "lookup-0")]
-    start = decide(PLAN, COUNTS, (), NOW)[2]
+    start = reconcile(PLAN, COUNTS, (), NOW)[2]
     assert start == Start("small", 0, spec_of(PLAN, "small", 0))  # type: ignore[arg-type]
 
 
@@ -84,14 +85,14 @@ def test_scaling_down_drains_who_has_least_to_do_and_ends_at_once_who_is_not_rea
     assert decided(busy, quiet, idle, counts={"small": 2}) == [("Drain", "small-2")]
     assert decided(busy, quiet, idle, counts={"small": 0}) == [("Drain", "small-0"), ("Drain", "small-1"), ("Drain", "small-2")]
     assert decided(member("small", 0, "starting"), idle, counts={"small": 1}) == [("End", "small-0")]
-    assert decided(member("small", 0, lost="mute"), idle, counts={"small": 1}) == [("End", "small-0")]
+    assert decided(member("small", 0, lost="no answer"), idle, counts={"small": 1}) == [("End", "small-0")]
 
 
 def test_who_is_being_drained_is_left_alone_until_it_is_done() -> None:
     leaving = member("small", 0, "draining")
     assert decided(leaving, counts={"small": 0}) == []
     assert decided(replace(leaving, drained=True), counts={"small": 0}) == [("End", "small-0")]
-    assert decided(replace(leaving, lost="mute"), counts={"small": 0}) == [("End", "small-0")]
+    assert decided(replace(leaving, lost="no answer"), counts={"small": 0}) == [("End", "small-0")]
     assert decided(leaving, counts={"small": 1}) == [("Start", "small-1")], "it does not come back"
 
 
@@ -106,29 +107,29 @@ def test_who_is_lost_is_replaced_at_once_and_who_does_not_start_more_and_more_ra
 def test_a_drafter_that_fails_soon_after_each_start_waits_longer_each_time_and_is_given_up() -> None:
     one, now, failures = member("small", 0, since=NOW), NOW, []
     while one.state != "failed":
-        one = bereft(replace(one, since=now), "its thread has ended", now + SOON / 2)
+        one = mark_lost(replace(one, since=now), "its thread has ended", now + MIN_UPTIME_S / 2)
         failures.append(one.failures)
         now = one.since + backoff(one.failures)
-        match decide(PLAN, {"small": 1}, (one,), now):
+        match reconcile(PLAN, {"small": 1}, (one,), now):
             case [Replace(name)] if name == one.name:
-                assert decide(PLAN, {"small": 1}, (one,), now - 0.01) == []
+                assert reconcile(PLAN, {"small": 1}, (one,), now - 0.01) == []
                 one = replace(one, lost="", state="ready")
             case [GiveUp(name)] if name == one.name:
                 one = replace(one, state="failed")
-    assert failures == list(range(1, MOST_FAILURES + 1))
+    assert failures == list(range(1, MAX_FAILURES + 1))
     assert decided(one, counts={"small": 1}) == [], "and nobody is started in its place"
     assert decided(one, counts={"small": 2}) == [("Start", "small-1")]
     assert decided(one, counts={"small": 0}) == [("End", "small-0")]
-    assert decide(PLAN, {"small": 1}, (forgiven(one),), now) == [Replace("small-0")]
-    (shown,) = census.fleet(PLAN, {"small": 1, "lookup": 0}, [one], {}, {}, 0, now).drafters
+    assert reconcile(PLAN, {"small": 1}, (reset_failures(one),), now) == [Replace("small-0")]
+    (shown,) = fleet_view.fleet(PLAN, {"small": 1, "lookup": 0}, [one], {}, {}, 0, now).drafters
     assert (shown.state, shown.restarts) == ("failed", 0)
     assert shown.trouble == ("given up after 10 failures in a row, the last: its thread has ended; `outrider scale small=N` tries again")
 
 
 def test_who_has_lived_long_enough_begins_anew_and_a_target_never_waits_for_a_short_life() -> None:
-    assert bereft(member("small", 0, since=NOW, failures=9), "killed", NOW + SOON).failures == 0
-    assert bereft(member("small", 0, "starting", since=NOW, failures=2), "no such file", NOW + 60).failures == 3
-    assert bereft(member(TARGET, 0, since=NOW, failures=9), "killed", NOW + SOON / 2).failures == 0
+    assert mark_lost(member("small", 0, since=NOW, failures=9), "killed", NOW + MIN_UPTIME_S).failures == 0
+    assert mark_lost(member("small", 0, "starting", since=NOW, failures=2), "no such file", NOW + 60).failures == 3
+    assert mark_lost(member(TARGET, 0, since=NOW, failures=9), "killed", NOW + MIN_UPTIME_S / 2).failures == 0
     stubborn = member(TARGET, 0, "starting", lost="it does not start", since=NOW - 30, failures=99)
     assert decided(stubborn, counts={TARGET: 1}) == [("Replace", "target-0")]
 
@@ -145,12 +146,12 @@ def test_who_is_on_a_node_that_leaves_is_drained_and_followed_elsewhere() -> Non
 
 
 def test_silence_counts_from_when_others_are_heard() -> None:
-    assert not mute(asked=10.0, ear=10.5, now=11.9)
-    assert mute(asked=10.0, ear=10.5, now=12.1)
-    assert not mute(asked=10.0, ear=10.0, now=12.1), "nobody has answered since: is it the controller that hears nothing?"
-    assert mute(asked=10.0, ear=10.0, now=16.1)
-    assert not mute(asked=10.0, ear=10.5, now=24.9, patience=15.0)
-    assert mute(asked=10.0, ear=10.5, now=25.1, patience=15.0)
+    assert not timed_out(asked=10.0, last_heard=10.5, now=11.9)
+    assert timed_out(asked=10.0, last_heard=10.5, now=12.1)
+    assert not timed_out(asked=10.0, last_heard=10.0, now=12.1), "nobody has answered since: is it the controller that hears nothing?"
+    assert timed_out(asked=10.0, last_heard=10.0, now=16.1)
+    assert not timed_out(asked=10.0, last_heard=10.5, now=24.9, timeout_s=15.0)
+    assert timed_out(asked=10.0, last_heard=10.5, now=25.1, timeout_s=15.0)
 
 
 def test_a_lost_target_is_replaced_though_others_are_there() -> None:
@@ -171,9 +172,9 @@ def test_what_changes_is_started_before_what_was_is_drained() -> None:
 
 def test_what_is_outdated_makes_room_where_the_cluster_has_none() -> None:
     old = (member("small", 0), member("small", 1))
-    waiting = member("small", 2, "starting", OTHER, since=NOW - CRAMPED, cramped=True)
+    waiting = member("small", 2, "starting", OTHER, since=NOW - SCHEDULING_TIMEOUT_S, unschedulable=True)
     assert decided(*old, waiting, member("small", 3, "starting", OTHER), plan=OTHER, counts={"small": 2}) == [("Drain", "small-1")]
-    slow = replace(waiting, cramped=False)
+    slow = replace(waiting, unschedulable=False)
     assert decided(*old, slow, member("small", 3, "starting", OTHER), plan=OTHER, counts={"small": 2}) == [], "its process starts slowly"
     loading = replace(waiting, placed=True)
     assert decided(*old, loading, member("small", 3, "starting", OTHER), plan=OTHER, counts={"small": 2}) == []
@@ -220,7 +221,7 @@ def members(draw: st.DrawFn) -> list[Member]:
     found = []
     for index in draw(st.lists(st.integers(0, 6), unique=True, max_size=6)):
         plan, state = draw(st.sampled_from([PLAN, OTHER])), draw(st.sampled_from(STATES))
-        lost = draw(st.sampled_from(["", "", "mute"]))
+        lost = draw(st.sampled_from(["", "", "no answer"]))
         found.append(member("small", index, state, plan, lost=lost, sessions=draw(st.integers(0, 3))))
     return found
 
@@ -246,12 +247,12 @@ def test_whatever_the_beginning_it_ends_with_as_many_as_are_wanted_and_never_few
     for _ in range(20):
         serving = sum(one.state == "ready" and not one.lost for one in now.values())
         assert serving >= could
-        actions = decide(PLAN, {"small": count}, tuple(now.values()), NOW)
+        actions = reconcile(PLAN, {"small": count}, tuple(now.values()), NOW)
         for action in actions:
             match action:
                 case Start(role, index, spec):
                     assert f"{role}-{index}" not in now
-                    now[f"{role}-{index}"] = Member(f"{role}-{index}", role, index, 0, spec, "ready", NOW, Place("", 1, "node"))
+                    now[f"{role}-{index}"] = Member(f"{role}-{index}", role, index, 0, spec, "ready", NOW, ActorLocation("", 1, "node"))
                 case Replace(name):
                     now[name] = replace(now[name], lost="", state="ready")
                 case GiveUp(name):
@@ -269,20 +270,20 @@ def test_what_was_written_down_is_read_again() -> None:
     tls = TlsConfig.model_validate({"ca": "/a.pem", "cert": "/c.pem", "key": "/k.pem"})
     plan = Deployment.model_validate({**PLAN.model_dump(), "security": {"tls": tls}})
     there = [member(role, index, plan=plan, restarts=3) for role, index in ((TARGET, 1), ("small", 1), (GATEWAY, 0))]
-    written = Ledger(plan, {"small": 1}, (*there, member("small", 0, "starting", lost="mute")), {"small-1": 4}, 9)
-    assert ledger.decode(ledger.encode(written)) == written
+    written = ControllerState(plan, {"small": 1}, (*there, member("small", 0, "starting", lost="no answer")), {"small-1": 4}, 9)
+    assert controller_state.decode(controller_state.encode(written)) == written
 
 
 def told(*found: Member, **reports: TargetReport | DrafterReport) -> Fleet:
     named = {name.replace("_", "-"): report for name, report in reports.items()}
     decision = Decision("small", 5.0, 1, 2, "to see what one more brings", None, None, 80.0)
-    return census.fleet(PLAN, COUNTS, found, named, {"small": decision}, 4, NOW)
+    return fleet_view.fleet(PLAN, COUNTS, found, named, {"small": decision}, 4, NOW)
 
 
 def test_what_is_told_of_a_fleet() -> None:
     target, drafter = TargetReport(live=2, waiting=1), DrafterReport(sessions=2)
     lost = member("small", 1, lost="no answer for 2.1 s", restarts=1)
-    waiting = member("lookup", 0, "starting", since=NOW - CRAMPED, cramped=True)
+    waiting = member("lookup", 0, "starting", since=NOW - SCHEDULING_TIMEOUT_S, unschedulable=True)
     found = told(waiting, lost, member("small", 0), member(TARGET, 0, sessions=3), target_0=target, small_0=drafter)
     assert (found.model, found.served_model, found.replaced) == ("big", "big", 4)
     assert [(one.name, one.state, one.sessions, one.address, one.node) for one in found.targets] == [
@@ -302,7 +303,7 @@ def test_what_is_told_of_a_fleet() -> None:
 
 
 def test_only_gateways_that_serve_are_named() -> None:
-    there = [replace(member(GATEWAY, 0), place=Place("http://127.0.0.1:8000", 7, "node"))]
+    there = [replace(member(GATEWAY, 0), place=ActorLocation("http://127.0.0.1:8000", 7, "node"))]
     assert told(*there).gateways == ("http://127.0.0.1:8000",)
     assert told(replace(there[0], state="draining")).gateways == ()
 
@@ -312,6 +313,7 @@ def test_counters_of_all_targets_make_a_sample() -> None:
         steps=10, rounds=20, accepted=30, computed=1.0, waited=2.0, bookkeeping=3.0, guesses={"small-0": GuessReport(accepted=9)}
     )
     two = TargetReport(steps=1, rounds=2, accepted=3, guesses={"small-0": GuessReport(accepted=1), "lookup-0": GuessReport(accepted=2)})
-    found = census.sample(NOW, 1, [one, two], {"small-0", "small-1"})
+    there = (member(TARGET, 0), member(TARGET, 1), member("small", 0), member("small", 1, "starting"))
+    found = autoscaler.sample("small", there, {"target-0": one, "target-1": two}, NOW)
     assert (found.at, found.ready, found.steps, found.rounds, found.accepted, found.own) == (NOW, 1, 11, 22, 33, 10)
     assert found.busy == pytest.approx(6.0)

@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from actors.authority import Authority
-from actors.fleet import Fleet, TargetState
+from actors.controller.fleet_view import Fleet, TargetState
 from actors.gateway.actor import Gateway
 from actors.gateway.served import serve
 from actors.grpc_server import TargetService

@@ -12,7 +12,7 @@ import grpc
 import openai
 import pytest
 
-from actors.fleet import Fleet, TargetState
+from actors.controller.fleet_view import Fleet, TargetState
 from actors.gateway.actor import Gateway
 from actors.grpc_server import TargetService
 from actors.grpc_server import serve as serve_grpc

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from actors.fleet import DrafterState, Fleet, PoolState, TargetState
+from actors.controller.fleet_view import DrafterState, Fleet, PoolState, TargetState
 from actors.gateway.metrics import Meter
 from actors.gateway.quota import Ledger
 from runtime.config import LimitsConfig

@@ -2,12 +2,15 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from ray.exceptions import GetTimeoutError
 
-from actors.fleet import Fleet, TargetState
+from actors.controller import client
+from actors.controller.fleet_view import Fleet, TargetState
 from actors.jobs import over_cluster
 from actors.jobs.items import Answer, Item
 from actors.jobs.over_cluster import ClusterAnswerer
@@ -105,16 +108,17 @@ def test_what_may_be_better_later_is_raised(error: OutriderError) -> None:
 def test_targets_of_another_model_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """While a deployment changes, its fleet has both."""
     old, new = (TargetState(name, "a:1", 0, "ready", 0, None, "node", model=name) for name in ("old", "new"))
-    monkeypatch.setattr(over_cluster, "told", lambda what: Fleet("new", MODEL, "0", (old, new), (), (), (), 0))
+    monkeypatch.setattr(client, "ask", lambda what: Fleet("new", MODEL, "0", (old, new), (), (), (), 0))
 
     assert over_cluster.look("old") == [old]
 
 
 def test_while_the_controller_is_away_nobody_is_thought_to_be_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def told(what: str) -> Fleet:
+    def late(*_: object, **__: object) -> Fleet:
         raise GetTimeoutError
 
-    monkeypatch.setattr(over_cluster, "told", told)
+    monkeypatch.setattr(ray, "get_actor", lambda *_, **__: SimpleNamespace(fleet=SimpleNamespace(remote=object)))
+    monkeypatch.setattr(ray, "get", late)
     with pytest.raises(Unavailable):
         over_cluster.look("old")
 

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
-from actors.fleet import TargetState
+from actors.controller.fleet_view import TargetState
 from actors.journal import Journal
 from actors.router import Router
 from runtime.errors import Unavailable

@@ -3,8 +3,8 @@
 import asyncio
 from typing import Any, ClassVar
 
+from actors.endpoints import Endpoint
 from actors.grpc_links import STRIKE_S, GrpcLink
-from actors.peers import Peer
 from actors.target import TargetActor
 from protos import codec
 from runtime.config import TargetConfig
@@ -56,7 +56,7 @@ def test_a_target_does_not_call_a_drafter_in_quarantine() -> None:
 
     actor: Any = TargetActor(TargetConfig(model="m"))
     actor.target, actor.network, actor.vocabulary = Attached(), Network(), "v"
-    peers = [Peer("bad-0", "h:1", 0), Peer("good-0", "h:2", 0)]
+    peers = [Endpoint("bad-0", "h:1", 0), Endpoint("good-0", "h:2", 0)]
     actor.drafters(peers)
     assert list(Attached.links) == ["bad-0", "good-0"]
     link, now = Attached.links.pop("bad-0"), [0.0]

@@ -19,7 +19,7 @@ class Recorder:
         self.target = Trace(TARGET)
         self.asked: list[tuple[object, ...]] = []
 
-    def ask(self, method: str, *arguments: object, patience: float | None = 1.0) -> Any:
+    def ask(self, method: str, *arguments: object, timeout_s: float | None = 1.0) -> Any:
         self.asked.append((method, *arguments))
         return [self.target.take()] if method == "trace" else None
 

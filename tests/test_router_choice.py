@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.fleet import TargetState
+from actors.controller.fleet_view import TargetState
 from actors.router import Load, Router, choose, following
 from runtime.errors import Unavailable
 from tests.stage import ANSWER, ASKED, PLAIN, Scripted, all_of, heard, played, stage, there

@@ -14,8 +14,8 @@ import pytest
 from actors.authority import Authority
 from actors.credentials import channel
 from actors.draft import DraftActor
+from actors.endpoints import Endpoint
 from actors.grpc_links import GrpcTarget
-from actors.peers import Peer
 from actors.target import TargetActor
 from protos import codec
 from protos import speculation_pb2 as pb
@@ -52,7 +52,7 @@ def deployed(model: str, tls: TlsConfig) -> Iterator[tuple[TargetActor, DraftAct
     try:
         place = drafter.start()
         target.start()
-        target.drafters([Peer("lookup", place.address, 0)])
+        target.drafters([Endpoint("lookup", place.address, 0)])
         yield target, drafter
     finally:
         drafter.stop()  # before its target: a link that is lost is worth a line in the log, and the line worth a look

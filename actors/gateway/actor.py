@@ -8,12 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
 
-from actors.fleet import Fleet, TargetState, serving
+from actors.controller import client
+from actors.controller.fleet_view import Fleet, TargetState, serving
+from actors.endpoints import ActorLocation, own_host
 from actors.gateway.app import build
 from actors.gateway.keys import Keys
 from actors.gateway.served import serve
@@ -21,7 +21,6 @@ from actors.gateway.server import check_closed, listen, server
 from actors.gateway.service import Service
 from actors.grpc_links import GrpcTarget
 from actors.loop_thread import LoopThread
-from actors.peers import Place, own_host
 from actors.router import Router
 from runtime.config import Deployment
 from runtime.errors import Unavailable
@@ -29,7 +28,7 @@ from runtime.errors import Unavailable
 log = logging.getLogger(__name__)
 
 PERIOD = 0.5  # seconds between two looks at the fleet
-PATIENCE = 2.0  # seconds for the controller's answer
+ANSWER_TIMEOUT_S = 2.0  # for the controller: each look is followed by another
 STOP = 15.0  # seconds for the end of everything
 SWITCH_INTERVAL = 0.0005  # seconds; a thread that tokenises a long prompt holds up the streams no longer
 
@@ -95,21 +94,17 @@ async def told(router: Router, targets: Sequence[TargetState]) -> None:
 
 
 class GatewayActor(Gateway):
-    """A Ray actor. It finds the controller by its name, anew each time: a controller that was lost comes back under it."""
+    """A Ray actor. It asks the controller of its cluster who is there."""
 
-    def __init__(self, plan: Deployment, controller: str = "controller", namespace: str = "outrider") -> None:
+    def __init__(self, plan: Deployment) -> None:
         def look() -> Fleet:
-            try:
-                handle: Any = ray.get_actor(controller, namespace=namespace)
-                found = ray.get(handle.fleet.remote(), timeout=PATIENCE)
-            except (GetTimeoutError, RayError, ValueError) as error:
-                raise Unavailable(f"the controller does not answer ({type(error).__name__})") from error
+            found = client.ask("fleet", timeout_s=ANSWER_TIMEOUT_S)
             if not isinstance(found, Fleet):
                 raise Unavailable("the controller does not say who is there: install the same version on all nodes")
             return found
 
         super().__init__(plan, look)
 
-    def where(self) -> Place:
+    def where(self) -> ActorLocation:
         """A sign of life, with the server's URL."""
-        return Place(self.url, os.getpid(), ray.get_runtime_context().get_node_id())
+        return ActorLocation(self.url, os.getpid(), ray.get_runtime_context().get_node_id())

@@ -7,7 +7,7 @@ from typing import Literal
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from actors.fleet import Fleet
+from actors.controller.fleet_view import Fleet
 
 Sample = tuple[tuple[str, ...], float]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from actors.fleet import Fleet
+from actors.controller.fleet_view import Fleet
 from actors.gateway.fleet_metrics import FleetCollector
 from actors.gateway.quota import Ledger
 from runtime.messages import Chunk, Request

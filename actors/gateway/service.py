@@ -5,7 +5,7 @@ import importlib.metadata
 import time
 from collections.abc import Callable
 
-from actors.fleet import Fleet
+from actors.controller.fleet_view import Fleet
 from actors.gateway.errors import Refused, plain
 from actors.gateway.idempotency import Replays
 from actors.gateway.keys import Key, Keys

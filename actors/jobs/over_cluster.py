@@ -7,23 +7,20 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
-import ray
-
-from actors.controller import NAME
-from actors.fleet import Fleet, TargetState, serving
+from actors.controller import client
+from actors.controller.fleet_view import Fleet, TargetState, serving
 from actors.gateway import answers, bodies, translate
 from actors.gateway.errors import Refused, refused
 from actors.gateway.served import Served, serve
 from actors.gateway.streams import Generator, merged
 from actors.grpc_links import GrpcTarget
 from actors.jobs.items import Answer, Item
-from actors.ray_edge import NAMESPACE, known_errors
+from actors.ray_edge import known_errors
 from actors.router import Router, following
 from runtime.config import Deployment
 from runtime.errors import InvalidRequest, Unavailable
 from runtime.messages import Request
 
-PATIENCE = 5.0  # seconds for the controller to answer
 GIVEN_UP = 503  # by a target that drains or was lost for good
 
 
@@ -61,10 +58,14 @@ class ClusterAnswerer:
 
 @asynccontextmanager
 async def deployment() -> AsyncIterator[ClusterAnswerer]:
-    """What is served in the cluster that this process has joined. Raises Unavailable where nothing is, ModelRefused where this machine
-    does not have the model's tokenizer."""
+    """Yields what is served in the cluster that this process has joined.
+
+    Raises Unavailable if nothing is, ModelRefused if this machine lacks the model's tokenizer.
+    """
     with known_errors():
-        plan: Deployment = await asyncio.to_thread(told, "wanted")
+        if await asyncio.to_thread(client.find) is None:
+            raise Unavailable(f"{client.NOT_SERVED}, or give --url or --address")
+    plan: Deployment = await asyncio.to_thread(client.ask, "wanted")
     served = await asyncio.to_thread(serve, plan, int(time.time()))
     router = Router(lambda address: GrpcTarget(address, plan.security.tls))
     async with following(router, lambda: look(plan.target.model)):
@@ -72,16 +73,6 @@ async def deployment() -> AsyncIterator[ClusterAnswerer]:
 
 
 def look(model: str) -> list[TargetState]:
-    """Who serves the model now. Raises Unavailable while the controller is away."""
-    with known_errors():
-        fleet: Fleet = told("fleet")
+    """Returns who serves the model now. Raises Unavailable while the controller is away."""
+    fleet: Fleet = client.ask("fleet")
     return serving(fleet.targets, model)
-
-
-def told(what: str) -> Any:
-    """By the controller, found by its name each time: one that was lost comes back under it. Raises Unavailable where there is none."""
-    try:
-        controller = ray.get_actor(NAME, namespace=NAMESPACE)
-    except ValueError as error:
-        raise Unavailable("nothing is served in this cluster: start it with `outrider serve`, or give --url or --address") from error
-    return ray.get(getattr(controller, what).remote(), timeout=PATIENCE)

@@ -5,13 +5,12 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from actors.fleet import Fleet
+from actors.controller import client
+from actors.controller.fleet_view import Fleet
 from actors.launch import local_ray
 from actors.launch.local_ray import LocalRay
-from actors.ray_edge import NAMESPACE, joined
+from actors.ray_edge import joined
 from runtime.errors import Unavailable
-
-PATIENCE = 10.0  # seconds for the controller's answer
 
 
 def chosen(address: str | None) -> str | None:
@@ -37,27 +36,11 @@ def cluster(address: str | None, start: bool = False) -> Iterator[LocalRay | Non
 
 
 class Controller:
-    """The one that serves in the cluster that this process has joined. Raises Unavailable where there is none."""
+    """The controller of the cluster that this process has joined."""
 
-    def __init__(self) -> None:
-        import ray
-
-        from actors.controller import NAME
-
-        try:
-            self.handle: Any = ray.get_actor(NAME, namespace=NAMESPACE)
-        except ValueError as error:
-            raise Unavailable("nothing is served in this cluster: start it with `outrider serve`") from error
-
-    def ask(self, method: str, *arguments: object, patience: float | None = PATIENCE) -> Any:
-        """Its answer. Raises what it raises; Unavailable where it does not answer in so many seconds."""
-        import ray
-        from ray.exceptions import GetTimeoutError
-
-        try:
-            return ray.get(getattr(self.handle, method).remote(*arguments), timeout=patience)
-        except GetTimeoutError as error:
-            raise Unavailable(f"the controller does not answer within {patience:g} s: see `outrider logs controller`") from error
+    def ask(self, method: str, *arguments: object, timeout_s: float | None = client.ANSWER_TIMEOUT_S) -> Any:
+        """Returns its answer; raises as `client.ask`."""
+        return client.ask(method, *arguments, timeout_s=timeout_s)
 
     def fleet(self) -> Fleet:
         found: Fleet = self.ask("fleet")
@@ -66,6 +49,6 @@ class Controller:
 
 @contextlib.contextmanager
 def controller(address: str | None) -> Iterator[Controller]:
-    """That of the cluster. Raises as `cluster` and `Controller`."""
+    """Yields the controller of the cluster. Raises as `cluster`."""
     with cluster(address):
         yield Controller()

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from typing import Protocol
 
-from actors.fleet import Fleet, TargetState
+from actors.controller.fleet_view import Fleet, TargetState
 from actors.memory import remember
 from actors.ray_edge import joined, known_errors
 from runtime.config import Deployment, TlsConfig, memory_of, memory_of_drafter
@@ -92,7 +92,7 @@ def cluster(deployment: Deployment, address: str | None, note: Note, recordings:
     with joined(address, cpus=deployment.target.replicas + drafters):
         import ray
 
-        from actors.controller import Controller
+        from actors.controller.controller import Controller
 
         note(f"loading {deployment.target.model} and {drafters} drafters")
         kind = ray.remote(Controller).options(num_cpus=0, max_concurrency=4)

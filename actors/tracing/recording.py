@@ -26,7 +26,7 @@ def record(controller: cluster_client.Controller, file: Path, wait: Callable[[],
             wait()
     finally:
         try:
-            recordings = controller.ask("trace", patience=PATIENCE)
+            recordings = controller.ask("trace", timeout_s=PATIENCE)
         finally:
             controller.ask("recording", False)
         save(file, recordings)

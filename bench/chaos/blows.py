@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from actors.fleet import DrafterState, Fleet, TargetState
-from actors.peers import Place
+from actors.controller.fleet_view import DrafterState, Fleet, TargetState
+from actors.endpoints import ActorLocation
 
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
 Struck = tuple[str, int]  # name and incarnation
@@ -40,7 +40,7 @@ def whole(members: Sequence[State], struck: Collection[Struck]) -> list[State]:
     return [state for state in members if state.state == "ready" and (state.name, state.incarnation) not in struck]
 
 
-def strike(blow: Blow, places: Mapping[str, Place]) -> bool:
+def strike(blow: Blow, places: Mapping[str, ActorLocation]) -> bool:
     """False where the process is not there any more."""
     place = places.get(blow.name)
     if place is None or place.address != blow.address:

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from actors.compose import build_target
-from actors.fleet import DrafterState, Fleet, TargetState
+from actors.controller.fleet_view import DrafterState, Fleet, TargetState
 from actors.grpc_links import GrpcTarget
 from actors.router import Router
 from bench.chaos.outcome import Gap

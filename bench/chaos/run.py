@@ -14,9 +14,9 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from actors.controller import Controller
-from actors.fleet import Fleet, TargetState
-from actors.peers import Place
+from actors.controller.controller import Controller
+from actors.controller.fleet_view import Fleet, TargetState
+from actors.endpoints import ActorLocation
 from actors.ray_edge import joined, known_errors
 from actors.router import Router, following
 from bench.chaos.blows import Struck, next_blow, next_count, strike
@@ -152,7 +152,7 @@ async def beat(options: Options, controller: Any, seen: Seen) -> AsyncIterator[s
     while True:
         await asyncio.sleep(options.every)
         fleet: Fleet | None = await told(controller.fleet)
-        places: dict[str, Place] | None = await told(controller.places)
+        places: dict[str, ActorLocation] | None = await told(controller.places)
         blow = next_blow(fleet, struck, draw) if fleet else None
         if blow is not None and places and strike(blow, places):
             struck.add((blow.name, blow.incarnation))

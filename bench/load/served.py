@@ -10,9 +10,10 @@ from urllib.parse import urlsplit
 
 import ray
 
-from actors.controller import NAME, Controller
-from actors.fleet import Fleet
-from actors.peers import Place
+from actors.controller.client import NAME
+from actors.controller.controller import Controller
+from actors.controller.fleet_view import Fleet
+from actors.endpoints import ActorLocation
 from actors.ray_edge import NAMESPACE, joined
 from runtime.config import Deployment, GatewayConfig, LimitsConfig, Placement, PoolConfig, TargetConfig
 from runtime.reports import TargetReport
@@ -47,7 +48,7 @@ def serving(target: str, draft: str, requests: int) -> Iterator[Site]:
         controller = kind.remote(plan(target, draft, requests), served=True)
         try:
             fleet: Fleet = ray.get(controller.start.remote())
-            places: dict[str, Place] = ray.get(controller.places.remote())
+            places: dict[str, ActorLocation] = ray.get(controller.places.remote())
             yield found(fleet, places)
         finally:
             ray.get(controller.stop.remote(), timeout=END)
@@ -65,7 +66,7 @@ def plan(target: str, draft: str, requests: int) -> Deployment:
     )
 
 
-def found(fleet: Fleet, places: Mapping[str, Place]) -> Site:
+def found(fleet: Fleet, places: Mapping[str, ActorLocation]) -> Site:
     (state,) = fleet.targets
     actor: Any = ray.get_actor(f"{state.name}-{state.incarnation}", namespace=NAMESPACE)
     return Site(

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import ray
 
-from actors.controller import Controller
+from actors.controller.controller import Controller
+from actors.endpoints import ActorLocation
 from actors.grpc_links import GrpcTarget
-from actors.peers import Place
 from actors.ray_edge import cause_of
 from runtime.config import Deployment, deployment
 from runtime.errors import ModelRefused
@@ -100,9 +100,9 @@ def test_a_drafter_lost_in_mid_stream_is_replaced_and_no_token_changes(blow: int
     assert ray.get(controller.fleet.remote()).replaced == lives + 1
 
 
-def place(controller: Any) -> Place | None:
+def place(controller: Any) -> ActorLocation | None:
     """Where the one drafter is; None while there is none."""
-    found: dict[str, Place] = ray.get(controller.places.remote(), timeout=PATIENCE_S)
+    found: dict[str, ActorLocation] = ray.get(controller.places.remote(), timeout=PATIENCE_S)
     return next((place for name, place in found.items() if name != "target-0"), None)
 
 

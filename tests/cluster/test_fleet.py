@@ -13,9 +13,10 @@ import pytest
 import ray
 from ray._private.state import actors
 
-from actors.controller import NAME, Controller
-from actors.fleet import Fleet
-from actors.peers import Place
+from actors.controller.client import NAME
+from actors.controller.controller import Controller
+from actors.controller.fleet_view import Fleet
+from actors.endpoints import ActorLocation
 from actors.ray_edge import cause_of
 from runtime.config import Deployment, GatewayConfig, deployment
 from runtime.errors import InvalidRequest, ModelRefused
@@ -63,8 +64,8 @@ class Served:
             time.sleep(0.05)
         return found
 
-    def place(self, name: str) -> Place:
-        found: Place = self.ask("places")[name]
+    def place(self, name: str) -> ActorLocation:
+        found: ActorLocation = self.ask("places")[name]
         return found
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import ray
 
-from actors import lives
-from actors.roster import DrafterSpec, GatewaySpec, Member, Spec
+from actors.controller import actor_handles, cluster_resources
+from actors.controller.reconciler import DrafterSpec, GatewaySpec, Member, Spec
 from runtime.config import Placement, deployment
 from tests.cluster.conftest import CPUS
 from tests.cluster.texts import PATIENCE_S
@@ -27,25 +27,25 @@ FITS = drafter(Placement(num_cpus=0.25))
 
 
 def wanted(spec: Spec) -> dict[str, float]:
-    return lives.demand(lives.placement_of(spec))
+    return cluster_resources.demand(cluster_resources.placement_of(spec))
 
 
 def test_ray_has_no_room_for_what_does_not_fit_and_for_nothing_else(cluster: None) -> None:
     assert wanted(ELSEWHERE) == {"node:192.0.2.1": 0.001}
-    assert lives.bundle(ELSEWHERE) == {}
+    assert cluster_resources.bundle(ELSEWHERE) == {}
     began = []
     specs: tuple[Spec, ...] = (TOO_MANY, UNKNOWN, ELSEWHERE, FITS)
     for number, spec in enumerate(specs):
         member = Member(f"room-{number}", "p", number, 0, spec, "starting", 0.0)
-        began.append((member, lives.create(member, member.name, detached=False, record=False)))
+        began.append((member, actor_handles.create(member, member.name, detached=False, record=False)))
     try:
         deadline = time.monotonic() + PATIENCE_S
-        while not all(wanted(spec) in lives.unmet_demands(()) for spec in specs[:3]):
-            assert time.monotonic() < deadline, lives.unmet_demands(())
+        while not all(wanted(spec) in cluster_resources.unmet_demands(()) for spec in specs[:3]):
+            assert time.monotonic() < deadline, cluster_resources.unmet_demands(())
             time.sleep(0.1)
         *_, (_, fitting) = began
         ray.get(fitting.placed, timeout=PATIENCE_S)
-        assert wanted(FITS) not in lives.unmet_demands(())
+        assert wanted(FITS) not in cluster_resources.unmet_demands(())
     finally:
         for member, life in began:
-            lives.kill(replace(member, lost="the test is over"), life)
+            actor_handles.kill(replace(member, lost="the test is over"), life)

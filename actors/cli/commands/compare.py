@@ -14,7 +14,7 @@ from actors.cli.commands.options import Address, Json
 from actors.cli.commands.scale import pool_of
 from actors.cli.views.generation_view import Progress
 from actors.cli.views.status_view import Guessed, guessed, life, ratio, short, table
-from actors.fleet import Fleet
+from actors.controller.fleet_view import Fleet
 from actors.launch import cluster_client
 from runtime.reports import GuessReport
 from runtime.sampling import in_range

@@ -5,6 +5,7 @@ import sys
 
 from actors.cli.commands.options import Address, Json
 from actors.cli.views.generation_view import Progress
+from actors.controller import client
 from actors.launch import cluster_client, local_ray
 from runtime.errors import OutriderError
 
@@ -29,6 +30,6 @@ def down(address: Address = None, as_json: Json = False) -> None:
 def end() -> None:
     import ray
 
-    found = cluster_client.Controller()
-    found.ask("stop")
-    ray.kill(found.handle)
+    controller = client.find()
+    client.ask("stop")
+    ray.kill(controller)

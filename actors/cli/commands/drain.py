@@ -9,7 +9,7 @@ import typer
 
 from actors.cli.commands.options import Address, Json
 from actors.cli.views.generation_view import Progress
-from actors.fleet import Fleet
+from actors.controller.fleet_view import Fleet
 from actors.launch import cluster_client
 
 PERIOD = 0.2  # seconds between two looks

@@ -10,7 +10,7 @@ import typer
 
 from actors.cli.commands.options import Address, Json
 from actors.cli.views.generation_view import Progress
-from actors.fleet import Fleet, PoolState
+from actors.controller.fleet_view import Fleet, PoolState
 from actors.launch import cluster_client
 from runtime.errors import InvalidRequest, Unavailable
 

@@ -15,7 +15,8 @@ from rich.console import Console
 from actors.cli.commands.inlined import refuse_beside
 from actors.cli.commands.options import Address, Device, Dtype, Json
 from actors.cli.views.generation_view import Progress
-from actors.fleet import Fleet
+from actors.controller import client
+from actors.controller.fleet_view import Fleet
 from actors.launch import cluster_client, local_ray
 from actors.ray_edge import NAMESPACE
 from actors.tracing.recording import check_file, record
@@ -120,13 +121,17 @@ def deploy(plan: Deployment) -> Fleet:
     import ray
     from ray.exceptions import RayTaskError
 
-    from actors.controller import NAME, Controller
+    from actors.controller.controller import Controller
 
-    try:
-        ray.get_actor(NAME, namespace=NAMESPACE)
-    except ValueError:
+    if client.find() is None:
         kind = ray.remote(Controller).options(
-            name=NAME, namespace=NAMESPACE, lifetime="detached", max_restarts=-1, num_cpus=0, max_concurrency=CALLS, resources=ON_HEAD
+            name=client.NAME,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            max_restarts=-1,
+            num_cpus=0,
+            max_concurrency=CALLS,
+            resources=ON_HEAD,
         )
         handle: Any = kind.remote(plan, served=True)
         try:
@@ -136,7 +141,7 @@ def deploy(plan: Deployment) -> Fleet:
             ray.kill(handle)
             raise
         return found
-    changed: Fleet = cluster_client.Controller().ask("apply", plan, patience=None)
+    changed: Fleet = client.ask("apply", plan, timeout_s=None)
     return changed
 
 

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from actors.fleet import DrafterState, Fleet, TargetState
+from actors.controller.fleet_view import DrafterState, Fleet, TargetState
 from runtime.reports import GuessReport, TargetReport
 
 

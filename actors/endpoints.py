@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Peer:
-    """A drafter to talk to. Another incarnation of the same name is another life, at another address."""
+class Endpoint:
+    """A drafter to talk to. Another incarnation of a name is another process at another address."""
 
     name: str
     address: str
@@ -14,8 +14,8 @@ class Peer:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Of a running actor: its server, its process, and the Ray node it is on ("" without Ray)."""
+class ActorLocation:
+    """Names a running actor's server, its process, and its Ray node ("" without Ray)."""
 
     address: str
     pid: int
@@ -23,15 +23,16 @@ class Place:
 
 
 def own_host() -> str:
-    """The address that other actors reach this process at: its Ray node's, or loopback without Ray."""
+    """Returns the address at which others reach this process: its Ray node's, else loopback."""
     import ray
     from ray.util import get_node_ip_address
 
     return get_node_ip_address() if ray.is_initialized() else "127.0.0.1"
 
 
-def own_place(address: str) -> Place:
+def own_location(address: str) -> ActorLocation:
+    """Returns the location of this process, whose server listens at `address`."""
     import ray
 
     node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
-    return Place(address, os.getpid(), node)
+    return ActorLocation(address, os.getpid(), node)

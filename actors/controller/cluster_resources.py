@@ -1,0 +1,102 @@
+"""Room in the cluster: what members take of it, what Ray says of it, what Ray is asked for."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from ray.autoscaler.sdk import request_resources
+from ray.core.generated.autoscaler_pb2 import GetClusterResourceStateReply
+from ray.exceptions import RayError
+from ray.experimental.internal_kv import internal_kv_get_gcs_client
+
+from actors.controller.reconciler import GatewaySpec, Member, Spec, waits_for_room
+from runtime.config import Placement
+
+log = logging.getLogger(__name__)
+
+GCS_TIMEOUT_S = 0.5  # for an answer of Ray's head
+NODE = "node:"  # before an address: Ray's name for what only that node has
+DIGITS = 4  # that Ray keeps of an amount
+
+Bundle = dict[str, float]  # amounts by resource
+
+
+class ClusterResources:
+    """Asks Ray's autoscaler for room, and remembers what Ray said last.
+
+    leaving    nodes that Ray was told to let go, by its names for them
+    unmet      bundles that actors want and Ray has no room for
+    requested  bundles that the autoscaler was asked for
+    """
+
+    def __init__(self) -> None:
+        self.leaving: frozenset[str] = frozenset()
+        self.unmet: tuple[Bundle, ...] = ()
+        self.requested: list[Bundle] = []
+
+    def refresh(self, late: bool) -> None:
+        """Asks Ray which nodes leave and, if some member is `late`, what it has no room for."""
+        self.leaving = leaving_nodes(self.leaving)
+        self.unmet = unmet_demands(self.unmet) if late else ()
+
+    def leaves(self, member: Member) -> bool:
+        return member.place is not None and member.place.node in self.leaving
+
+    def is_unschedulable(self, member: Member) -> bool:
+        return not member.placed and demand(placement_of(member.spec)) in self.unmet
+
+    def request(self, bundles: list[Bundle]) -> None:
+        """Asks for a cluster that holds all of these; for nothing if there are none."""
+        if bundles != self.requested:
+            log.info("the cluster is asked for room for %d members", len(bundles))
+            request_resources(bundles=bundles)
+            self.requested = bundles
+
+
+def leaving_nodes(before: frozenset[str]) -> frozenset[str]:
+    """Returns the nodes that Ray was told to let go; `before` if it does not answer at once."""
+    ray_says: Any = internal_kv_get_gcs_client
+    try:
+        return frozenset(ray_says().get_draining_nodes(timeout=GCS_TIMEOUT_S))
+    except RayError:
+        return before
+
+
+def unmet_demands(before: tuple[Bundle, ...]) -> tuple[Bundle, ...]:
+    """Returns what actors want and Ray has no room for; `before` if it does not answer at once."""
+    ray_says: Any = internal_kv_get_gcs_client
+    try:
+        data = ray_says().get_cluster_resource_state(timeout_s=GCS_TIMEOUT_S)
+    except RayError:
+        return before
+    state = GetClusterResourceStateReply.FromString(data).cluster_resource_state
+    return tuple(dict(demand.request.resources_bundle) for demand in state.pending_resource_requests)
+
+
+def missing_room(members: Sequence[Member], now: float) -> list[Bundle]:
+    """Returns what all members take if one of them waits for room, nothing if none does."""
+    if not any(waits_for_room(member, now) for member in members):
+        return []
+    return [found for member in members if (found := bundle(member.spec))]
+
+
+def bundle(spec: Spec) -> Bundle:
+    """Returns what a member takes, as Ray's autoscaler wants it.
+
+    It leaves a given node out: that cannot be asked for.
+    """
+    wanted = demand(placement_of(spec))
+    return {name: amount for name, amount in wanted.items() if not name.startswith(NODE)}
+
+
+def placement_of(spec: Spec) -> Placement:
+    if isinstance(spec, GatewaySpec):
+        return Placement(num_cpus=0, node=spec.node)
+    return spec.config.placement
+
+
+def demand(placement: Placement) -> Bundle:
+    """Returns what a placement takes from the cluster, as Ray counts it."""
+    given = {f"{NODE}{placement.node}": 0.001} if placement.node else {}
+    found = {"CPU": placement.num_cpus, "GPU": placement.num_gpus} | placement.resources | given
+    return {name: round(amount, DIGITS) for name, amount in found.items() if amount}

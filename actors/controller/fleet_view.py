@@ -1,0 +1,196 @@
+"""What the controller tells of its fleet to routers, gateways and people. Pure."""
+
+import importlib.metadata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from actors.controller.reconciler import GATEWAY, TARGET, Member, State, TargetSpec, drafts, serves, waits_for_room
+from runtime.config import Deployment
+from runtime.reports import DrafterReport, TargetReport
+from runtime.scaling import Decision
+
+Reports = Mapping[str, TargetReport | DrafterReport | None]  # by member
+
+
+@dataclass(frozen=True, slots=True)
+class TargetState:
+    """A target, as others are to treat it.
+
+    Only a `ready` one gets new sessions; a `failed` one is not started any more. While a deployment
+    changes there may be targets of two models.
+
+    address   that of its gRPC server, "" until it has one
+    sessions  under way and waiting
+    node      Ray's name of its node
+    restarts  lives lost under this name
+    trouble   why it does not start, "" if nothing is known to be wrong
+    model     what it serves
+    """
+
+    name: str
+    address: str
+    incarnation: int
+    state: State
+    sessions: int
+    report: TargetReport | None
+    node: str
+    restarts: int = 0
+    trouble: str = ""
+    model: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterState:
+    """A drafter; its fields are those of TargetState. It is `failed` after too many failures."""
+
+    name: str
+    pool: str
+    address: str
+    incarnation: int
+    state: State
+    restarts: int
+    report: DrafterReport | None
+    node: str
+    trouble: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolState:
+    """A pool of drafters.
+
+    draft     the model, or the method of a pool without one
+    count     drafters that are wanted now
+    decision  the last one that changed the count by itself
+    """
+
+    name: str
+    draft: str
+    count: int
+    ready: int
+    min: int
+    max: int
+    auto: bool
+    decision: Decision | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """All that is told of a fleet.
+
+    gateways  addresses of those that serve
+    replaced  members that were lost and followed by another life
+    heads     names of those that sit on each target
+    """
+
+    model: str
+    served_model: str
+    version: str
+    targets: tuple[TargetState, ...]
+    drafters: tuple[DrafterState, ...]
+    pools: tuple[PoolState, ...]
+    gateways: tuple[str, ...]
+    replaced: int
+    heads: tuple[str, ...] = ()
+
+
+def serving(targets: Sequence[TargetState], model: str) -> list[TargetState]:
+    """Returns the targets of this model, and those of an older version, which do not say theirs."""
+    return [target for target in targets if target.model in ("", model)]
+
+
+def fleet(
+    deployment: Deployment,
+    counts: Mapping[str, int],
+    members: Iterable[Member],
+    reports: Reports,
+    decisions: Mapping[str, Decision],
+    replaced: int,
+    now: float,
+) -> Fleet:
+    ordered = sorted(members, key=lambda member: (member.role, member.index))
+    ready = [member.role for member in ordered if serves(member)]
+    gateways = [member for member in ordered if member.role == GATEWAY and serves(member)]
+    return Fleet(
+        model=deployment.target.model,
+        served_model=deployment.served_model(),
+        version=importlib.metadata.version("outrider"),
+        targets=tuple(target(member, reports.get(member.name), now) for member in ordered if member.role == TARGET),
+        drafters=tuple(drafter(member, reports.get(member.name), now) for member in ordered if drafts(member)),
+        pools=tuple(
+            PoolState(
+                name=pool.name,
+                draft=pool.model or pool.method,
+                count=counts[pool.name],
+                ready=ready.count(pool.name),
+                min=pool.min,
+                max=pool.max,
+                auto=pool.auto,
+                decision=decisions.get(pool.name),
+            )
+            for pool in deployment.pools
+        ),
+        gateways=tuple(member.place.address for member in gateways if member.place),
+        replaced=replaced,
+        heads=tuple(deployment.target.named_heads()),
+    )
+
+
+def target(member: Member, report: object, now: float) -> TargetState:
+    return TargetState(
+        name=member.name,
+        address=member.place.address if member.place else "",
+        incarnation=member.incarnation,
+        state=state(member),
+        sessions=member.sessions,
+        report=report if isinstance(report, TargetReport) else None,
+        node=member.place.node if member.place else "",
+        restarts=member.restarts,
+        trouble=failure_reason(member, now),
+        model=member.spec.config.model if isinstance(member.spec, TargetSpec) else "",
+    )
+
+
+def drafter(member: Member, report: object, now: float) -> DrafterState:
+    return DrafterState(
+        name=member.name,
+        pool=member.role,
+        address=member.place.address if member.place else "",
+        incarnation=member.incarnation,
+        state=state(member),
+        restarts=member.restarts,
+        report=report if isinstance(report, DrafterReport) else None,
+        node=member.place.node if member.place else "",
+        trouble=failure_reason(member, now),
+    )
+
+
+def state(member: Member) -> State:
+    """Returns the state for others: a lost member gets nothing until its next life is ready."""
+    return "starting" if member.lost and member.state != "failed" else member.state
+
+
+def failure_reason(member: Member, now: float) -> str:
+    """Returns what is wrong with the member, "" if nothing is."""
+    if member.state == "failed":
+        again = f"`outrider scale {member.role}=N` tries again"
+        return f"given up after {member.failures} failures in a row, the last: {member.lost}; {again}"
+    waits = waits_for_room(member, now)
+    return member.lost or ("it waits for room in the cluster" if waits else "")
+
+
+def without_volatile(member: Member) -> Member:
+    """Returns the member without what changes all the time, as it is saved."""
+    return replace(member, since=0.0, sessions=0)
+
+
+def unready(members: Iterable[Member]) -> str:
+    """Says why not all members are there yet."""
+    said = [f"{member.name} {stage(member)}" for member in members if member.state == "starting"]
+    return ", ".join(sorted(said)) or "targets and drafters do not reach each other"
+
+
+def stage(member: Member) -> str:
+    """Says how far the start of a member is."""
+    if member.placed:
+        return "is loading"
+    return "waits for room in the cluster" if member.unschedulable else "has no process yet"

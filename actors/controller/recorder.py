@@ -1,0 +1,41 @@
+"""Recordings of what targets and drafters do, and what they have learned: asked of all at once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from actors.controller.actor_handles import ActorHandle
+from actors.controller.reconciler import ANSWER_TIMEOUT_S
+from runtime.tracing import Recording
+
+
+def set_recording(handles: Sequence[ActorHandle], on: bool) -> None:
+    """Switches recording on or off; returns when all have answered, or late."""
+    ask_all(handles, "recording", on, timeout_s=ANSWER_TIMEOUT_S)
+
+
+def take_recordings(handles: Sequence[ActorHandle]) -> list[Recording]:
+    """Returns what the actors have recorded since the last call, without those that are late or lost."""
+    found: list[Recording] = []
+    for answer in ask_all(handles, "trace", timeout_s=ANSWER_TIMEOUT_S):
+        try:
+            found.append(ray.get(answer))
+        except RayError:
+            continue
+    return found
+
+
+def save_calibrations(handles: Sequence[ActorHandle], timeout_s: float = 0.0) -> None:
+    """Has what was learned written down; waits for it at most so long."""
+    ask_all(handles, "remember", timeout_s=timeout_s)
+
+
+def ask_all(handles: Sequence[ActorHandle], method: str, *arguments: object, timeout_s: float) -> list[Any]:
+    """Calls a method of all actors; returns the answers that are there within the time."""
+    answers = [getattr(handle.actor, method).remote(*arguments) for handle in handles]
+    if not answers or not timeout_s:
+        return []
+    answered, _ = ray.wait(answers, num_returns=len(answers), timeout=timeout_s)
+    return list(answered)
