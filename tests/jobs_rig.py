@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from actors.jobs.index import Index
+from actors.jobs.index import Index, Mark
 from actors.jobs.items import Answer, Item
 from actors.jobs.job import opened
 from actors.jobs.outputs import Output
@@ -87,13 +87,13 @@ class DoomedOutput:
         self.doom.point()
         return found
 
-    def resume(self, position: int) -> list[bytes]:
+    def resume(self, mark: Mark) -> list[bytes]:
         self.doom.point()
-        found = self.inner.resume(position)
+        found = self.inner.resume(mark)
         self.doom.point()
         return found
 
-    def append(self, lines: bytes) -> int:
+    def append(self, lines: bytes) -> Mark:
         for written in (0, 1, len(lines) // 2, len(lines) - 1):
             try:
                 self.doom.point()

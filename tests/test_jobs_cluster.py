@@ -23,7 +23,7 @@ Speak = Callable[[Request], AsyncGenerator[Chunk, None]]
 
 def item(url: str = "/v1/completions", **changes: Any) -> Item:
     prompt = {"prompt": "a"} if url == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
-    return Item(1, "one", url, {"model": MODEL, "seed": 5, "max_tokens": 2, **prompt} | changes)
+    return Item(1, "one", url, {"model": MODEL, "seed": 5, "max_tokens": 2, **prompt} | changes, "key")
 
 
 async def two(request: Request) -> AsyncGenerator[Chunk, None]:

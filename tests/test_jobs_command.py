@@ -24,7 +24,12 @@ PATIENCE_S = 240.0
 
 
 class Gateway(ThreadingHTTPServer):
-    """Answers each prompt with itself and its seed. `reached` is set at the `awaited`th request; `seeds` are those of each prompt."""
+    """Answers each prompt with itself and its seed.
+
+    reached  set at the `awaited`th request
+    seeds    of each prompt
+    names    Idempotency-Keys of each prompt
+    """
 
     daemon_threads = True
 
@@ -35,6 +40,7 @@ class Gateway(ThreadingHTTPServer):
         self.expect(0)
         self.seeds: defaultdict[str, set[int]] = defaultdict(set)
         self.keys: set[str | None] = set()
+        self.names: defaultdict[str, set[str]] = defaultdict(set)
 
     def expect(self, more: int) -> None:
         self.reached, self.awaited = threading.Event(), self.requests + more
@@ -60,6 +66,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.requests += 1
             self.server.keys.add(self.headers["authorization"])
             self.server.seeds[body["prompt"]].add(body["seed"])
+            self.server.names[body["prompt"]].add(self.headers["idempotency-key"])
             if self.server.requests == self.server.awaited:
                 self.server.reached.set()
         self.reply(said(body["prompt"], body["seed"]))
@@ -134,6 +141,8 @@ def test_a_command_that_is_killed_at_random_moments_answers_each_item_once(gatew
     for name, one in found.items():
         [seed] = gateway.seeds[name]  # the same in each life
         assert one["response"]["body"] == said(name, seed)
+    assert [len(names) for names in gateway.names.values()] == [1] * count, "an item has one key in all lives of its job"
+    assert len(set().union(*gateway.names.values())) == count, "no two items have one key"
     assert count <= gateway.requests < count + 5 * 8 + 1, "only what was in flight was asked again"
 
 

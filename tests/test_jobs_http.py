@@ -10,10 +10,13 @@ import pytest
 
 from actors.jobs.items import Answer, Item
 from actors.jobs.over_http import HttpAnswerer, gateway, read_authority, read_key, wait
+from actors.jobs.work import FAULTS
 from runtime.errors import InvalidRequest, OutriderError, Overloaded, Unavailable
 
 URL = "http://gateway.test/v1"
-ITEM = Item(1, "a", "/v1/chat/completions", {"model": "m", "messages": [], "seed": 3})
+ITEM = Item(1, "a", "/v1/chat/completions", {"model": "m", "messages": [], "seed": 3}, "key-1")
+
+DONE = {"choices": [{"text": "a"}], "usage": {"completion_tokens": 9}}
 
 Handler = Callable[[httpx2.Request], httpx2.Response]
 
@@ -47,14 +50,15 @@ def test_the_body_goes_out_as_it_is_with_the_key(url: str) -> None:
 
     def answer(request: httpx2.Request) -> httpx2.Response:
         seen.append(request)
-        return httpx2.Response(200, json={"usage": {"completion_tokens": 9}}, headers={"x-request-id": "r-1"})
+        return httpx2.Response(200, json=DONE, headers={"x-request-id": "r-1"})
 
     found = asked(models(answer), "secret", url)
-    assert found == Answer(200, {"usage": {"completion_tokens": 9}}, "r-1")
+    assert found == Answer(200, DONE, "r-1")
     assert found.tokens == 9
     [request] = seen
     assert str(request.url) == "http://gateway.test/v1/chat/completions"
     assert request.headers["authorization"] == "Bearer secret"
+    assert request.headers["idempotency-key"] == ITEM.key
     assert json.loads(request.content) == ITEM.body
 
 
@@ -68,6 +72,43 @@ def test_an_answer_that_is_no_object_becomes_an_error_body() -> None:
         found = asked(models(lambda request, content=content: httpx2.Response(502, content=content)))  # type: ignore[misc]
         assert found.status == 502
         assert found.body["error"]["code"] == "bad_gateway"
+
+
+@pytest.mark.parametrize(
+    ("status", "content"),
+    [
+        (200, b"<html>log in first</html>"),
+        (200, b""),
+        (200, b"[]"),
+        (200, b'{"choices": [{"text": "a"'),
+        (200, b'{"status": "ok"}'),
+        (200, b'{"choices": []}'),
+        (200, b'{"choices": "a"}'),
+        (200, b'{"choices": [{"logprob": NaN}]}'),
+        (200, b'{"choices": [{"logprob": 1e999}]}'),
+        (200, b'{"choices": ' + b"[" * 100_000),
+        (202, b'{"status": "queued"}'),
+        (204, b""),
+    ],
+    ids=range(12),
+)
+def test_what_is_no_answer_is_a_fault_of_the_gateway(status: int, content: bytes) -> None:
+    """Whatever its status says: it is tried again, and is a failed item in the end."""
+    found = asked(models(lambda request: httpx2.Response(status, content=content)))
+    assert found.status in FAULTS
+    assert found.body["error"]["code"] == "bad_gateway"
+    assert str(status) in found.body["error"]["message"]
+
+
+def test_an_error_behind_a_status_of_success_is_an_error() -> None:
+    found = asked(models(lambda request: httpx2.Response(200, json={"error": {"code": "model_lost"}})))
+    assert (found.status, found.body) == (502, {"error": {"code": "model_lost"}})
+
+
+@pytest.mark.parametrize("content", [b"<html>home</html>", b"[]", b"{}"])
+def test_a_server_of_pages_is_no_gateway(content: bytes) -> None:
+    with pytest.raises(Unavailable, match=r"gateway\.test.*list of models"):
+        asked(httpx2.MockTransport(lambda request: httpx2.Response(200, content=content)))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tests.jobs_rig import line
 
 def test_an_item_keeps_its_own_seed_and_one_without_gets_one_of_its_own() -> None:
     own = items.read(3, line("a", seed=7).encode(), "job-1")
-    assert own == Item(3, "a", "/v1/completions", {"model": "m", "prompt": "a", "seed": 7})
+    assert own == Item(3, "a", "/v1/completions", {"model": "m", "prompt": "a", "seed": 7}, items.key("job-1", "a"))
     given_ones = [items.read(3, line(name, **more).encode(), job) for name, more, job in SEEDLESS]
     seeds = [one.body["seed"] for one in given_ones if isinstance(one, Item)]
     assert seeds[0] == seeds[1]
@@ -112,6 +112,14 @@ def test_an_output_line_is_openais() -> None:
         "error": None,
     }
     assert items.output_line("job-1", "other", Answer(200, {}))[:40] != written[:40]
+    assert written.startswith(items.OPENING)
+    assert items.answered(written) == ("naïve", Answer(200, {"x": "\u2028é"}, "r-1"))
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"{}", b'{"custom_id": "a", "response": null}', b"\0\0", b"\xff"])
+def test_a_line_that_is_no_output_line_is_refused(raw: bytes) -> None:
+    with pytest.raises(InvalidRequest, match="bring the output back"):
+        items.answered(raw)
 
 
 @given(
@@ -128,6 +136,18 @@ def test_lines_are_those_of_the_file_whatever_the_pieces(texts: list[bytes], end
         patch.setattr(source, "PIECE", piece)
         found = list(source.lines("memory://lines.jsonl"))
     assert found == [(number, text) for number, text in enumerate(texts, 1) if text.strip()]
+
+
+@pytest.mark.parametrize("piece", [1, 2, 64])
+def test_a_byte_order_mark_at_the_beginning_is_read_over(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Editors of Windows put one there."""
+    monkeypatch.setattr(source, "PIECE", piece)
+    file = tmp_path / "in.jsonl"
+    first, second = line("a").encode(), b"\xef\xbb\xbf" + line("b").encode()
+    file.write_bytes(b"\xef\xbb\xbf" + first + b"\r\n" + second + b"\n")
+    assert list(source.lines(str(file))) == [(1, first), (2, second)]
+    file.write_bytes(b"\xef\xbb\xbf\n" + first)
+    assert list(source.lines(str(file))) == [(2, first)]
 
 
 def test_a_line_that_is_too_long_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

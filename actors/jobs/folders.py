@@ -45,8 +45,11 @@ def indices() -> list[Path]:
 def claimed(folder: Path) -> Iterator[None]:
     """Makes the folder; nobody else has it inside the block. The kernel ends the claim with the process, however that ends.
 
+    A folder that has no index in the end is left as it was found.
+
     Raises Unavailable where another process has it, InvalidRequest where the folder cannot be.
     """
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -56,15 +59,33 @@ def claimed(folder: Path) -> Iterator[None]:
         ) from error
     try:
         if not any(_locked(file) for _ in range(KNOCKS)):
-            owner = os.pread(file, 32, 0).decode() or "unknown"
+            written = os.pread(file, 32, 0)
+            owner = written.decode() if written.isdigit() else "unknown"  # a crash may have torn it
             raise Unavailable(f"process {owner} works on the job in {folder}: wait for it, or end it first")
         if not _is(file, folder / LOCK):
             raise Unavailable(f"another process has just given up the job in {folder}: try again")
         os.truncate(file, 0)
         os.pwrite(file, str(os.getpid()).encode(), 0)
-        yield
+        try:
+            yield
+        finally:
+            if not (folder / INDEX).exists():
+                _leave(folder, made)
     finally:
         os.close(file)
+
+
+def forget(folder: Path) -> None:
+    """Takes the index out of the folder, and nothing else."""
+    for file in folder.glob(f"{INDEX}*"):
+        file.unlink()
+
+
+def _leave(folder: Path, made: bool) -> None:
+    with suppress(OSError):
+        (folder / LOCK).unlink()
+        if made:
+            folder.rmdir()
 
 
 def _locked(file: int) -> bool:

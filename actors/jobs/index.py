@@ -12,14 +12,18 @@ from runtime.errors import InvalidRequest, Unavailable
 
 PATIENCE = 30.0  # seconds for another process, which reads or cancels, to be done
 FAILED = 400  # an HTTP status from here on is an error
-SCHEMA = """
+PAGE = 1000  # items that are read at one time
+VERSION = 1  # of the tables
+SCHEMA = f"""
+PRAGMA user_version = {VERSION};
 CREATE TABLE job (
   id TEXT NOT NULL, source TEXT NOT NULL, output TEXT NOT NULL, fingerprint TEXT NOT NULL, created REAL NOT NULL,
-  position INTEGER NOT NULL DEFAULT 0, finished INTEGER NOT NULL DEFAULT 0, cancelled INTEGER NOT NULL DEFAULT 0
+  position INTEGER NOT NULL DEFAULT 0, digest TEXT NOT NULL DEFAULT '',
+  finished INTEGER NOT NULL DEFAULT 0, cancelled INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE items (
-  line INTEGER PRIMARY KEY, custom_id TEXT NOT NULL UNIQUE,
-  status INTEGER, tokens INTEGER NOT NULL DEFAULT 0, attempts INTEGER NOT NULL DEFAULT 0, position INTEGER
+  line INTEGER PRIMARY KEY, custom_id TEXT NOT NULL UNIQUE, digest BLOB NOT NULL,
+  status INTEGER, tokens INTEGER NOT NULL DEFAULT 0, attempts INTEGER NOT NULL DEFAULT 0
 );
 CREATE INDEX unanswered ON items (line) WHERE status IS NULL;
 """
@@ -38,13 +42,24 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """An item that has its answer. `position`: where the output has it."""
+    """An item that has its answer."""
 
     custom_id: str
     status: int
     tokens: int
     attempts: int
-    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """How much of an output is known to be right.
+
+    position  the bytes of a file; the number of parts of an object
+    digest    SHA-256 of these bytes; "" for parts
+    """
+
+    position: int = 0
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +77,10 @@ class Totals:
 
 
 class Index:
-    """All methods may be called from any thread, by one at a time. Raises Unavailable where SQLite cannot use the folder."""
+    """All methods may be called from any thread, by one at a time. Raises Unavailable where SQLite cannot use the folder.
+
+    Methods that write are done when they return: the loss of power does not undo them.
+    """
 
     def __init__(self, file: Path) -> None:
         with _explained(file):
@@ -75,10 +93,12 @@ class Index:
         self._base.close()
 
     def record(self) -> Record | None:
-        """None: no job was begun here."""
+        """None: no job was begun here. Raises Unavailable where another version of Outrider has begun it."""
         with _explained(self._file):
             if not self._base.execute("SELECT 1 FROM sqlite_master WHERE name = 'job'").fetchall():
                 return None
+            if self._one("PRAGMA user_version") != VERSION:
+                raise Unavailable(f"another version of Outrider has begun the job in {self._file.parent}: end it with that one")
             return Record(*self._base.execute("SELECT id, source, output, fingerprint, created FROM job").fetchone())
 
     @contextmanager
@@ -89,9 +109,10 @@ class Index:
                 self._base.execute(statement)
             yield
 
-    def add(self, line: int, name: str) -> None:
+    def add(self, line: int, name: str, digest: bytes) -> None:
         """Raises InvalidRequest for a custom_id that stands on two lines."""
-        if not self._base.execute("INSERT OR IGNORE INTO items (line, custom_id) VALUES (?, ?)", (line, name)).rowcount:
+        row = (line, name, digest)
+        if not self._base.execute("INSERT OR IGNORE INTO items (line, custom_id, digest) VALUES (?, ?, ?)", row).rowcount:
             first = self._base.execute("SELECT line FROM items WHERE custom_id = ?", (name,)).fetchone()[0]
             raise InvalidRequest(f"line {line} has the custom_id of line {first}, {plain(name)!r}: give each its own", "custom_id")
 
@@ -103,23 +124,36 @@ class Index:
         self._base.execute("INSERT INTO job (id, source, output, fingerprint, created) VALUES (?, ?, ?, ?, ?)", row)
         return record
 
-    def position(self) -> int:
+    def mark(self) -> Mark:
         """How much of the output is known here to be right."""
-        return int(self._one("SELECT position FROM job"))
-
-    def unanswered(self) -> list[int]:
-        """Lines, rising."""
         with _explained(self._file):
-            return [line for (line,) in self._base.execute("SELECT line FROM items WHERE status IS NULL ORDER BY line")]
+            return Mark(*self._base.execute("SELECT position, digest FROM job").fetchone())
 
-    def keep(self, kept: Sequence[Kept], position: int) -> None:
-        """These have their answers, and the output is right up to `position`: both or neither."""
+    def unanswered(self) -> Iterator[tuple[int, bytes]]:
+        """Lines, rising, each with its digest. Answers may be kept meanwhile: the index is read a page at a time."""
+        line = 0
+        query = f"SELECT line, digest FROM items WHERE status IS NULL AND line > ? ORDER BY line LIMIT {PAGE}"
+        while True:
+            with _explained(self._file):
+                rows = self._base.execute(query, (line,)).fetchall()
+            yield from rows
+            if len(rows) < PAGE:
+                return
+            line = rows[-1][0]
+
+    def keep(self, kept: Sequence[Kept], mark: Mark) -> None:
+        """These have their answers, and the output is right up to `mark`: both or neither.
+
+        Raises InvalidRequest for a custom_id that no item has.
+        """
         with self._transaction():
-            self._base.executemany(
-                "UPDATE items SET status = ?, tokens = ?, attempts = attempts + ?, position = ? WHERE custom_id = ?",
-                [(one.status, one.tokens, one.attempts, one.position, one.custom_id) for one in kept],
-            )
-            self._base.execute("UPDATE job SET position = ?", (position,))
+            known = self._base.executemany(
+                "UPDATE items SET status = ?, tokens = ?, attempts = attempts + ? WHERE custom_id = ?",
+                [(one.status, one.tokens, one.attempts, one.custom_id) for one in kept],
+            ).rowcount
+            if known < len(kept):
+                raise InvalidRequest("the output has answers to items that its job does not have: bring it back as the job left it", "o")
+            self._base.execute("UPDATE job SET position = ?, digest = ?", (mark.position, mark.digest))
 
     def totals(self) -> Totals:
         with _explained(self._file):

@@ -13,16 +13,23 @@ from runtime.errors import InvalidRequest
 
 FIELDS = {"custom_id", "method", "url", "body"}
 SEED_BYTES = 6  # so that a seed is a whole number in every reader of JSON
+DIGEST_BYTES = 16  # of a line
+OPENING = b'{"id": "batch_req_'  # of every line of an output
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A line to be asked. `body` is as in the file, but for the seed (see `read`); what it says is for the gateway's functions to judge."""
+    """A line to be asked.
+
+    body  as in the file, but for the seed (see `read`); the gateway's functions judge what it says
+    key   names the item among all items of all jobs, and is the same in each life of its job
+    """
 
     line: int
     custom_id: str
     url: str
     body: dict[str, Any]
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +71,20 @@ def read(line: int, raw: bytes, job: str) -> Item | Misfit:
         return Misfit(line, name, error)
     if body.get("seed") is None:
         body["seed"] = seed(job, name)
-    return Item(line, name, found["url"], body)
+    return Item(line, name, found["url"], body, key(job, name))
 
 
 def seed(job: str, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{job}\n{name}".encode()).digest()[:SEED_BYTES])
+
+
+def key(job: str, name: str) -> str:
+    return hashlib.sha256(f"{job}\n{name}".encode()).hexdigest()[:24]
+
+
+def digest(raw: bytes) -> bytes:
+    """Tells whether a line is still the one that it was."""
+    return hashlib.sha256(raw).digest()[:DIGEST_BYTES]
 
 
 def refusal(error: InvalidRequest) -> Answer:
@@ -79,9 +95,20 @@ def refusal(error: InvalidRequest) -> Answer:
 
 def output_line(job: str, name: str, answer: Answer) -> bytes:
     """ASCII throughout: no reader can take a character inside for the end of the line."""
-    number = hashlib.sha256(f"{job}\n{name}".encode()).hexdigest()[:24]
     response = {"status_code": answer.status, "request_id": answer.request_id, "body": answer.body}
-    return json.dumps({"id": f"batch_req_{number}", "custom_id": name, "response": response, "error": None}).encode() + b"\n"
+    found = {"id": f"batch_req_{key(job, name)}", "custom_id": name, "response": response, "error": None}
+    return json.dumps(found).encode() + b"\n"
+
+
+def answered(raw: bytes) -> tuple[str, Answer]:
+    """The custom_id and the answer of an output line. Raises InvalidRequest where somebody else has changed the line."""
+    try:
+        found = json.loads(raw)
+        response = found["response"]
+        name, status, body = found["custom_id"], response["status_code"], response["body"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidRequest(f"{plain(repr(raw))} is no line of an output: bring the output back as the job left it", "o") from error
+    return name, Answer(status, body, response.get("request_id", ""))
 
 
 def _object(line: int, raw: bytes) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """One job, claimed by this process: what is left to ask, and a place for the answers that no kill can tear."""
 
-import json
-import shutil
+import hashlib
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -10,11 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from actors.jobs import folders, items, source
-from actors.jobs.index import Index, Kept, Record
+from actors.jobs.index import Index, Kept, Record, Totals
 from actors.jobs.items import Answer, Item, Misfit
 from actors.jobs.lease import Lease
 from actors.jobs.outputs import Output, destination
-from runtime.errors import InvalidRequest, OutriderError
+from runtime.errors import InvalidRequest, OutriderError, Unavailable
+
+OTHER = "its content is not what it was"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +33,29 @@ class Job:
     def __init__(self, record: Record, file: str, index: Index, output: Output, lease: Lease | None) -> None:
         self.record, self.totals = record, index.totals()
         self._file, self._index, self._output, self._lease = file, index, output, lease
+        self._difference = ""  # between the file and what it was when the job began, found by `left`
 
     def left(self) -> Iterator[Item | Misfit]:
-        """The items without an answer, in the order of the file, read as they are taken."""
-        wanted = set(self._index.unanswered())
-        for line, raw in source.lines(self._file):
-            if line in wanted:
-                yield items.read(line, raw, self.record.id)
+        """The items without an answer, in the order of the file, read as they are taken.
+
+        It ends at a line that is not what it was when the job began; `finish` raises then.
+        """
+        given = source.lines(self._file)
+        for line, digest in self._index.unanswered():
+            try:
+                raw = next((raw for number, raw in given if number >= line), b"")
+            except InvalidRequest as error:
+                self._difference = str(error)
+                return
+            if items.digest(raw) != digest:
+                self._difference = f"line {line} is not what it was" if raw else f"line {line} is gone"
+                return
+            yield items.read(line, raw, self.record.id)
 
     def keep(self, answered: Sequence[Answered]) -> None:
         lines = [items.output_line(self.record.id, one.item.custom_id, one.answer) for one in answered]
-        position = self._output.append(b"".join(lines))
-        self._index.keep(
-            [Kept(one.item.custom_id, one.answer.status, one.answer.tokens, one.attempts, position) for one in answered], position
-        )
+        mark = self._output.append(b"".join(lines))
+        self._index.keep([Kept(one.item.custom_id, one.answer.status, one.answer.tokens, one.attempts) for one in answered], mark)
         self.totals = self.totals.plus([one.answer for one in answered])
 
     def wanted(self) -> bool:
@@ -58,9 +68,34 @@ class Job:
         return not self._index.cancelled()
 
     def finish(self) -> None:
-        """To be called when nothing is left: the output is whole when this returns."""
+        """To be called when nothing is left: the output is whole when this returns.
+
+        Raises InvalidRequest where the file or the output has changed since the job began, Unavailable where an item has no answer.
+        What was answered is kept, and the job can be taken up again when the file is back.
+        """
+        totals = self._index.totals()
+        if found := self._difference or difference(self._file, self.record.fingerprint):
+            raise changed(self._file, self.record.output, totals, found)
+        if totals.done < totals.items:
+            raise Unavailable(f"{totals.items - totals.done} items have no answer: run the same command again")
         self._output.finish()
         self._index.finish()
+
+
+def difference(file: str, fingerprint: str) -> str:
+    """Between the file and the one with this fingerprint; "" where there is none."""
+    try:
+        return "" if source.fingerprint(file) == fingerprint else OTHER
+    except InvalidRequest:
+        return "it is gone, or cannot be read"
+
+
+def changed(file: str, out: str, totals: Totals, how: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"{file} has changed since its job began ({how}); {totals.done} of {totals.items} items are answered in {out}: bring the file back "
+        "and run the same command to go on, or give another -o",
+        "file",
+    )
 
 
 @contextmanager
@@ -78,10 +113,11 @@ def opened(file: str, out: str) -> Iterator[Job]:
         record = index.record()
         if record is None:
             record = _begun(index, output, Record("", file, out, digest, time.time()), folder)
+        if record.fingerprint != digest and record.source == file:
+            raise changed(file, out, index.totals(), OTHER)
         if record.fingerprint != digest:
             raise InvalidRequest(
-                f"{out} is the output of a job on another file, or {file} has changed since: give another -o, "
-                f"or delete it and {folder} to begin anew",
+                f"{out} is the output of a job on another file, {record.source}: give another -o, or delete it and {folder} to begin anew",
                 "o",
             )
         folders.enter(folder)
@@ -111,20 +147,22 @@ def absolute(url: str) -> str:
 
 def _begun(index: Index, output: Output, record: Record, folder: Path) -> Record:
     """All lines are in the index and the output is taken, or no trace is left."""
+    digest = hashlib.sha256()
     try:
         with index.creating():
-            for line, raw in source.lines(record.source):
-                index.add(line, items.custom_id(line, raw))
+            for line, raw in source.lines(record.source, digest.update):
+                index.add(line, items.custom_id(line, raw), items.digest(raw))
+            if digest.hexdigest() != record.fingerprint:
+                raise InvalidRequest(f"{record.source} has changed while it was read: give a file that stays as it is", "file")
             job = output.begin(f"job-{uuid.uuid4().hex[:10]}", record.fingerprint)
             return index.name(replace(record, id=job))
     except OutriderError:
-        shutil.rmtree(folder, ignore_errors=True)
+        folders.forget(folder)
         raise
 
 
 def _resume(index: Index, output: Output) -> None:
-    position = index.position()
-    known = [json.loads(line) for line in output.resume(position)]
+    mark = index.mark()
+    known = [items.answered(line) for line in output.resume(mark)]
     if known:
-        answers = [(line["custom_id"], Answer(line["response"]["status_code"], line["response"]["body"])) for line in known]
-        index.keep([Kept(name, answer.status, answer.tokens, 0, position) for name, answer in answers], position)
+        index.keep([Kept(name, answer.status, answer.tokens, 0) for name, answer in known], mark)

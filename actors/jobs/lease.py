@@ -4,12 +4,30 @@ import json
 import socket
 import time
 import uuid
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
 
 from runtime.errors import Unavailable
 
 LEASE = 30.0  # seconds that it lasts; renewed while a process works on the job
+
+
+class Owner(NamedTuple):
+    """Who holds a lease, and until when, in seconds since 1970."""
+
+    id: str
+    host: str
+    until: float
+
+
+@contextmanager
+def reaching() -> Iterator[None]:
+    """What a store refuses inside becomes Unavailable."""
+    try:
+        yield
+    except OSError as error:
+        raise Unavailable(f"the output cannot be reached ({error}): mend it and run the same command again") from error
 
 
 class Lease:
@@ -24,27 +42,37 @@ class Lease:
         self._id, self._host = uuid.uuid4().hex[:12], host or socket.gethostname()
         self._until = 0.0
 
+    @reaching()
     def hold(self) -> None:
         """To be called more often than every LEASE / 2 seconds. Raises Unavailable where somebody else has it."""
         now = self._now()
         if now < self._until - LEASE / 2:
             return
-        owner = read_json(self._fs, self._file)
+        owner = self._owner()
         # One of this very host is gone: its claim on the folder of the index was free (actors.jobs.folders).
-        if owner is not None and owner["id"] != self._id and owner["host"] != self._host and now < owner["until"]:
-            raise Unavailable(f"host {owner['host']} works on this job: end it there, or wait {LEASE:g} s after it is gone")
+        if owner is not None and owner.id != self._id and owner.host != self._host and now < owner.until:
+            raise Unavailable(f"host {owner.host} works on this job: end it there, or wait {LEASE:g} s after it is gone")
         self._until = now + LEASE
         write_json(self._fs, self._file, {"id": self._id, "host": self._host, "until": self._until})
 
     def release(self) -> None:
-        """Gives it up, where it is held."""
-        owner = read_json(self._fs, self._file)
-        if owner is not None and owner["id"] == self._id:
-            self._fs.rm_file(self._file)
+        """Gives it up, where it is held. A store that cannot be reached lets it expire."""
+        with suppress(OSError):
+            owner = self._owner()
+            if owner is not None and owner.id == self._id:
+                self._fs.rm_file(self._file)
+
+    def _owner(self) -> Owner | None:
+        """None where nobody holds it. A torn file has no owner: whoever wrote it is gone, or writes it again."""
+        try:
+            found = read_json(self._fs, self._file)
+            return None if found is None else Owner(str(found["id"]), str(found["host"]), float(found["until"]))
+        except (ValueError, KeyError, TypeError):
+            return None
 
 
 def read_json(fs: Any, file: str) -> dict[str, Any] | None:
-    """None where there is no such object."""
+    """None where there is no such object. Raises ValueError where it is not JSON."""
     try:
         found: dict[str, Any] = json.loads(fs.cat_file(file))
     except FileNotFoundError:

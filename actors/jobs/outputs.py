@@ -1,21 +1,24 @@
 """Where answers go: a file that grows, or, where objects cannot grow, parts that are joined at the end."""
 
 import contextlib
-import json
+import hashlib
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from actors.jobs.folders import SUFFIX
-from actors.jobs.lease import Lease, read_json, write_json
+from actors.jobs.index import Mark
+from actors.jobs.items import OPENING, answered
+from actors.jobs.lease import Lease, reaching, read_json, write_json
 from runtime.errors import InvalidRequest, Unavailable
 
 TOGETHER = 64  # parts that are fetched at one time
+PIECE = 1 << 20  # bytes that are read at one time
 
 
 class Output(Protocol):
@@ -27,21 +30,29 @@ class Output(Protocol):
         Raises InvalidRequest where the output is taken by something else.
         """
 
-    def resume(self, position: int) -> list[bytes]:
-        """Undoes what was half done after `position`, and returns whole lines that are kept and that the index may not know."""
+    def resume(self, mark: Mark) -> list[bytes]:
+        """Undoes what was half done after `mark`, and returns whole lines that are kept and that the index may not know.
 
-    def append(self, lines: bytes) -> int:
-        """Whole lines, durable when this returns; the position after them."""
+        Raises InvalidRequest where the output is not as the job left it.
+        """
+
+    def append(self, lines: bytes) -> Mark:
+        """Writes whole lines, durable when this returns. Raises InvalidRequest where somebody else has changed the output."""
 
     def finish(self) -> None:
-        """Everything is in its place. May be called again. Raises InvalidRequest where the output is gone."""
+        """Everything is in its place. May be called again. Raises InvalidRequest where the output is gone, or changed by others."""
 
 
 class FileOutput:
-    """A local file. What was written after the last known position is cut off: it may be torn, and its items are asked again."""
+    """A local file. What was written after the last mark is cut off: it may be torn, and its items are asked again.
+
+    Nothing is written to a file that somebody else has changed, by whatever way: its digest is compared before the first and after
+    the last write of a life of the job, its size and identity before each.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._position = path, 0
+        self._path, self._size, self._digest = path, 0, hashlib.sha256()
+        self._file: os.stat_result | None = None  # None: this life of the job has not taken it up
 
     def begin(self, job: str, fingerprint: str) -> str:
         with contextlib.suppress(FileNotFoundError):
@@ -49,45 +60,60 @@ class FileOutput:
                 raise InvalidRequest(f"{self._path} exists and is not the output of a job on this file: give another -o, or delete it", "o")
         return job
 
-    def resume(self, position: int) -> list[bytes]:
+    def resume(self, mark: Mark) -> list[bytes]:
         try:
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            file = os.open(self._path, os.O_RDWR | (0 if mark.position else os.O_CREAT), 0o644)
+        except FileNotFoundError as error:
+            raise self._changed("is gone") from error
         except OSError as error:
             raise InvalidRequest(f"cannot write {self._path} ({error.strerror}): give another -o", "o") from error
         with os.fdopen(file, "r+b") as opened:
-            if os.fstat(file).st_size < position:
-                raise InvalidRequest(
-                    f"{self._path} is shorter than its job left it: delete {self._path}{SUFFIX} to begin anew, or bring it back", "o"
-                )
-            opened.truncate(position)
+            self._digest = _digest(opened, mark.position)
+            if mark.position and self._digest.hexdigest() != mark.digest:
+                raise self._changed("is not as its job left it")
+            if not _ours(opened.read(len(OPENING))):
+                raise self._changed("has more in it than its job has written")
+            opened.truncate(mark.position)
             os.fsync(file)
+            self._file = os.fstat(file)
         _sync_folder(self._path.parent)
-        self._position = position
+        self._size = mark.position
         return []
 
-    def append(self, lines: bytes) -> int:
+    def append(self, lines: bytes) -> Mark:
         try:
             with self._path.open("r+b") as file:
-                file.seek(self._position)
+                self._check(os.fstat(file.fileno()))
+                file.seek(self._size)
                 file.write(lines)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise Unavailable(f"cannot write {self._path} ({error.strerror}): mend it and run the same command again") from error
-        self._position += len(lines)
-        return self._position
+        self._size += len(lines)
+        self._digest.update(lines)
+        return Mark(self._size, self._digest.hexdigest())
 
     def finish(self) -> None:
-        if not self._path.exists():
-            raise InvalidRequest(f"{self._path} is gone: delete {self._path}{SUFFIX} to begin anew, or bring it back", "o")
+        try:
+            with self._path.open("rb") as file:
+                if self._file is not None:
+                    self._check(os.fstat(file.fileno()))
+                    if _digest(file, self._size).digest() != self._digest.digest():
+                        raise self._changed("was changed by somebody else")
+        except FileNotFoundError as error:
+            raise self._changed("is gone") from error
+        except OSError as error:
+            raise Unavailable(f"cannot read {self._path} ({error.strerror}): mend it and run the same command again") from error
 
+    def _check(self, found: os.stat_result) -> None:
+        if self._file is None or not os.path.samestat(found, self._file) or found.st_size != self._size:
+            raise self._changed("was changed by somebody else while its job was at work")
 
-@contextlib.contextmanager
-def _reaching() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise Unavailable(f"the output cannot be reached ({error}): mend it and run the same command again") from error
+    def _changed(self, how: str) -> InvalidRequest:
+        return InvalidRequest(
+            f"{self._path} {how}: bring it back and run the same command again, or delete {self._path}{SUFFIX} and it to begin anew", "o"
+        )
 
 
 class PartsOutput:
@@ -102,9 +128,9 @@ class PartsOutput:
         self._fs, self._path, self._folder = fs, path, path + SUFFIX
         self._owner, self._position = uuid.uuid4().hex[:12], 0
 
-    @_reaching()
+    @reaching()
     def begin(self, job: str, fingerprint: str) -> str:
-        found = read_json(self._fs, f"{self._folder}/job.json")
+        found = self._found()
         if found is None:
             if self._fs.exists(self._path):
                 raise InvalidRequest(f"{self._path} exists and is not the output of a job on this file: give another -o, or delete it", "o")
@@ -114,38 +140,58 @@ class PartsOutput:
             raise InvalidRequest(f"{self._path} is the output of a job on another file: give another -o, or delete {self._folder}", "o")
         return str(found["id"])
 
-    @_reaching()
-    def resume(self, position: int) -> list[bytes]:
+    @reaching()
+    def resume(self, mark: Mark) -> list[bytes]:
         if self._job()["whole"]:
             with self._fs.open(self._path, "rb") as whole:
                 return list(whole)
         parts = self._parts()
+        if len(parts) < mark.position:
+            raise self._incomplete()
         self._position = len(parts)
-        return [] if len(parts) == position else [line for data in self._fetched(parts) for line in data.splitlines(keepends=True)]
+        return [] if len(parts) == mark.position else [line for data in self._fetched(parts) for line in data.splitlines(keepends=True)]
 
-    @_reaching()
-    def append(self, lines: bytes) -> int:
+    @reaching()
+    def append(self, lines: bytes) -> Mark:
         self._fs.pipe_file(f"{self._folder}/part-{self._position:08d}-{self._owner}", lines)
         self._position += 1
-        return self._position
+        return Mark(self._position)
 
-    @_reaching()
+    @reaching()
     def finish(self) -> None:
         job = self._job()
+        if job["whole"] and not self._fs.exists(self._path):
+            raise InvalidRequest(f"{self._path} is gone: bring it back, or delete {self._folder} to begin anew", "o")
+        parts = self._parts()
         if not job["whole"]:
+            if len(parts) < self._position:
+                raise self._incomplete()
             seen: set[str] = set()
             with self._fs.open(self._path, "wb") as whole:
-                for data in self._fetched(self._parts()):
+                for data in self._fetched(parts):
                     whole.write(b"".join(line for line in data.splitlines(keepends=True) if _new(line, seen)))
             write_json(self._fs, f"{self._folder}/job.json", job | {"whole": True})
-        for part in self._parts():
+        for part in parts:
             self._fs.rm_file(part)
 
     def _job(self) -> dict[str, Any]:
-        found = read_json(self._fs, f"{self._folder}/job.json")
+        found = self._found()
         if found is None:
             raise InvalidRequest(f"{self._folder}/job.json is gone: bring it back, or give another -o", "o")
         return found
+
+    def _found(self) -> dict[str, Any] | None:
+        """What job.json says; None where there is none."""
+        try:
+            found = read_json(self._fs, f"{self._folder}/job.json")
+        except ValueError:
+            found = {}
+        if found is not None and not (isinstance(found, dict) and found.keys() >= {"id", "fingerprint", "whole"}):
+            raise InvalidRequest(f"{self._folder}/job.json cannot be read: bring it back, or delete {self._folder} to begin anew", "o")
+        return found
+
+    def _incomplete(self) -> InvalidRequest:
+        return InvalidRequest(f"answers are gone from {self._folder}: bring them back, or delete it to begin anew", "o")
 
     def _parts(self) -> list[str]:
         self._fs.invalidate_cache(self._folder)
@@ -174,9 +220,11 @@ def destination(url: str) -> Destination:
         raise InvalidRequest(f"cannot write {url} ({error}): give a path, or a URL that fsspec knows", "o") from error
     if not isinstance(fs, LocalFileSystem):
         return Destination(PartsOutput(fs, path), lease=Lease(fs, path + SUFFIX))
-    file = Path(path)
+    file = Path(os.path.realpath(path))  # two links to one file are one output, with one job
     if not file.parent.is_dir():
         raise InvalidRequest(f"folder {file.parent} does not exist: make it, or give another -o", "o")
+    if file.exists() and not file.is_file():
+        raise InvalidRequest(f"{file} is no regular file: give another -o", "o")
     return Destination(FileOutput(file), file)
 
 
@@ -189,8 +237,22 @@ def _sync_folder(folder: Path) -> None:
         os.close(file)
 
 
+def _digest(file: IO[bytes], size: int) -> "hashlib._Hash":
+    """SHA-256 of so many bytes from the beginning of the file, or of all that there are; the file stands behind them then."""
+    digest = hashlib.sha256()
+    while size and (piece := file.read(min(size, PIECE))):
+        digest.update(piece)
+        size -= len(piece)
+    return digest
+
+
+def _ours(tail: bytes) -> bool:
+    """Whether what stands behind the last mark can be of this job: the beginning of a line, or what the loss of power leaves."""
+    return OPENING.startswith(tail) or not tail.strip(b"\0")
+
+
 def _new(line: bytes, seen: set[str]) -> bool:
-    name = json.loads(line)["custom_id"]
+    name, _ = answered(line)
     new = name not in seen
     seen.add(name)
     return new

@@ -1,10 +1,12 @@
 """Items answered by any OpenAI-compatible gateway, over HTTP."""
 
 import asyncio
+import json
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 
@@ -15,6 +17,8 @@ CONNECT, ANSWER = 10.0, 3600.0  # seconds for a connection, and for the longest 
 LONGEST_WAIT = 30.0  # seconds that a Retry-After is obeyed
 LATER = (408, 425, 429, 503)
 KEY = 401
+BAD_GATEWAY = 502
+WANTED = "give the URL of an OpenAI-compatible gateway, up to its /v1"
 
 
 class HttpAnswerer:
@@ -26,7 +30,9 @@ class HttpAnswerer:
     async def answer(self, item: Item) -> Answer:
         """As in Answerer. Raises InvalidRequest where the gateway refuses the key."""
         try:
-            response = await self._client.post(f"{self._url}{item.url.removeprefix('/v1')}", json=item.body)
+            response = await self._client.post(
+                f"{self._url}{item.url.removeprefix('/v1')}", json=item.body, headers={"Idempotency-Key": item.key}
+            )
         except httpx2.HTTPError as error:
             raise Unavailable(gone(self._url, error)) from error
         if response.status_code == KEY:
@@ -36,7 +42,7 @@ class HttpAnswerer:
             raise Overloaded(f"{self._url} answers {response.status_code}: too many requests, or too few targets")
         if response.is_redirect:
             raise Unavailable(f"{self._url} answers {response.status_code}, from elsewhere: give the URL that it redirects to")
-        return Answer(response.status_code, content(response), response.headers.get("x-request-id", ""))
+        return answer_of(response)
 
 
 @asynccontextmanager
@@ -58,7 +64,9 @@ async def gateway(
         if response.status_code == KEY:
             raise InvalidRequest(refused(url), "api_key_file")
         if not response.is_success and response.status_code not in LATER:
-            raise Unavailable(f"{url}/models answers {response.status_code}: give the URL of an OpenAI-compatible gateway, up to its /v1")
+            raise Unavailable(f"{url}/models answers {response.status_code}: {WANTED}")
+        if response.is_success and "data" not in (content(response) or {}):
+            raise Unavailable(f"{url}/models answers without a list of models: {WANTED}")
         yield HttpAnswerer(client, url)
 
 
@@ -86,16 +94,25 @@ def wait(retry_after: str) -> float:
     return min(float(retry_after), LONGEST_WAIT) if retry_after.isdecimal() else 0.0
 
 
-def content(response: httpx2.Response) -> dict[str, object]:
-    """The body; OpenAI's error body in place of one that is no JSON object."""
+def answer_of(response: httpx2.Response) -> Answer:
+    """An error is the item's answer as it is, and so is a JSON object with choices. Anything else, such as a proxy's page, is a 502."""
+    body, status = content(response), response.status_code
+    if not response.is_error and not (body and isinstance(body.get("choices"), list) and body["choices"]):
+        status = BAD_GATEWAY
+    if body is None or (status != response.status_code and "error" not in body):
+        message = f"the gateway answered {response.status_code} without {'choices' if body else 'a JSON object'}"
+        body = {"error": {"message": message, "type": "server_error", "param": None, "code": "bad_gateway"}}
+    return Answer(status, body, response.headers.get("x-request-id", ""))
+
+
+def content(response: httpx2.Response) -> dict[str, Any] | None:
+    """The body; None where it is no JSON object, or has a number in it that JSON cannot write."""
     try:
         body = response.json()
-    except ValueError:
-        body = None
-    if isinstance(body, dict):
-        return body
-    message = f"the gateway answered {response.status_code} without a JSON object"
-    return {"error": {"message": message, "type": "server_error", "param": None, "code": "bad_gateway"}}
+        json.dumps(body, allow_nan=False)
+    except (ValueError, RecursionError):
+        return None
+    return body if isinstance(body, dict) else None
 
 
 def gone(url: str, error: Exception) -> str:

@@ -1,7 +1,8 @@
 """A batch file, read as a stream: a path, or any URL that fsspec can open."""
 
 import hashlib
-from collections.abc import Iterator
+from codecs import BOM_UTF8
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO
 
@@ -10,26 +11,26 @@ import fsspec
 from runtime import limits
 from runtime.errors import InvalidRequest
 
-PIECE = 1 << 20
+PIECE = 1 << 20  # bytes that are read at one time
 
 
 def fingerprint(url: str) -> str:
     """SHA-256 of its bytes. Raises InvalidRequest where it cannot be read."""
-    digest = hashlib.sha256()
     with _opened(url) as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, hashlib.sha256).hexdigest()  # type: ignore[arg-type]  # any readable file will do
 
 
-def lines(url: str) -> Iterator[tuple[int, bytes]]:
+def lines(url: str, heard: Callable[[bytes], None] | None = None) -> Iterator[tuple[int, bytes]]:
     """Its lines that are not blank, without their ends, each with its number from 1.
 
+    A byte-order mark at its beginning is read over. `heard` is called with every piece of the file, in order.
     Raises InvalidRequest where it cannot be read, and for a line of more than limits.BODY_BYTES: such a line is never held whole.
     """
     number, rest = 0, b""
     with _opened(url) as file:
         while piece := file.read(PIECE):
+            if heard is not None:
+                heard(piece)
             *whole, rest = (rest + piece).split(b"\n")
             for line in whole:
                 number += 1
@@ -40,6 +41,8 @@ def lines(url: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _checked(number: int, line: bytes) -> Iterator[tuple[int, bytes]]:
+    if number == 1:
+        line = line.removeprefix(BOM_UTF8)
     if len(line) > limits.BODY_BYTES:
         raise InvalidRequest(f"line {number} is longer than {limits.BODY_BYTES} bytes: shorten or split it", "line")
     if line.strip():

@@ -18,7 +18,7 @@ from runtime.errors import OutriderError, Overloaded, Unavailable
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3  # of an item that is answered by a fault of the server
-FAULTS = (500, 502, 504)
+FAULTS = (409, 500, 502, 504)  # 409: the request under this Idempotency-Key is still being answered
 LOOK = 1.0  # seconds between two looks whether the job is wanted
 PATIENCE = 600.0  # seconds without any answer after which a deployment that refuses is given up
 
