@@ -136,8 +136,8 @@ def test_an_error_is_the_answer_of_its_item_alone(tmp_path: Path) -> None:
     assert shown[-1].failed == 2
 
 
-@pytest.mark.parametrize("fault", ["answer", "exception"])
-def test_a_fault_of_the_server_is_asked_again_and_then_believed(fault: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", [409, 500, 502, 504, "exception"])
+def test_a_fault_of_the_server_is_asked_again_and_then_believed(fault: int | str, tmp_path: Path) -> None:
     tries = 0
 
     async def script(echo: Scripted, item: Item) -> Answer | None:
@@ -145,14 +145,14 @@ def test_a_fault_of_the_server_is_asked_again_and_then_believed(fault: str, tmp_
         if item.custom_id != "item-2":
             return None
         tries += 1
-        if fault == "exception":
+        if isinstance(fault, str):
             raise ZeroDivisionError
-        return Answer(500, {"error": {}})
+        return Answer(fault, {"error": {}})
 
     out = tmp_path / "out.jsonl"
     run(batch(tmp_path / "in.jsonl"), out, Scripted(script))
     assert tries == ATTEMPTS
-    assert answers(out.read_bytes())["item-2"]["response"]["status_code"] == 500
+    assert answers(out.read_bytes())["item-2"]["response"]["status_code"] == (500 if fault == "exception" else fault)
 
 
 def test_what_is_wrong_with_all_items_ends_the_job_and_keeps_what_there_is(tmp_path: Path) -> None:

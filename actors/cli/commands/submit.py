@@ -38,6 +38,7 @@ def submit(
 
     Items that fail have their error as their answer. State is in OUTPUT.job beside the output, or in the user's data folder where the
     output is a URL. A file with a line that has no custom_id to answer to, or one that stands twice, is refused before anything starts.
+    A file or an output that somebody changes meanwhile ends the job; what was answered is kept, and it goes on when they are back.
     """
     whole("parallel", parallel, 1, MOST_PARALLEL)
     if (api_key_file or ca) and not url:
