@@ -1,32 +1,56 @@
-"""What targets and drafters say of themselves since they started: for status, metrics and scaling. Times in seconds."""
+"""What targets and drafters say of themselves since they started: for status, metrics and scaling. Times in seconds.
+
+A field says with its definition how it is exposed as a metric.
+"""
 
 from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["counter", "gauge"]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """How a field is exposed. `label` names what its keys or places mean, "" for a field of one value."""
+
+    name: str
+    kind: Kind
+    meaning: str
+    label: str = ""
+
+
+def counter(name: str, meaning: str, label: str = "") -> dict[str, Metric]:
+    """Returns metadata of a field that only grows."""
+    return {"metric": Metric(name, "counter", meaning, label)}
+
+
+def gauge(name: str, meaning: str) -> dict[str, Metric]:
+    return {"metric": Metric(name, "gauge", meaning)}
 
 
 @dataclass(frozen=True, slots=True)
 class GuessReport:
     """What one drafter has brought to one target, in tokens (nodes of trees).
 
-    proposed  arrived and put into a mirror;  accepted  of them, delivered;  late  arrived after the root had passed them;
-    stale     for a session, epoch or parent that is gone, or sent while it rests
-    lead      mean tokens from a root to its deepest node when a step begins
+    `stale` counts what it sent while it rests, too. `lead` is from a root to its deepest node.
     """
 
-    proposed: int = 0
-    accepted: int = 0
-    late: int = 0
-    stale: int = 0
-    lead: float = 0.0
-    round_trip: float = 0.0  # seconds from a commit to the first growth on its root, moving average
-    resting: bool = False  # it brought nothing for long and has no share at present
+    proposed: int = field(default=0, metadata=counter("proposed_tokens_total", "Draft tokens that arrived and were put into a tree"))
+    accepted: int = field(default=0, metadata=counter("accepted_tokens_total", "Draft tokens that were accepted and delivered"))
+    late: int = field(default=0, metadata=counter("late_tokens_total", "Draft tokens that arrived after the text had passed them"))
+    stale: int = field(default=0, metadata=counter("stale_tokens_total", "Draft tokens for a session, an epoch or a parent that was gone"))
+    lead: float = field(default=0.0, metadata=gauge("lead_tokens", "Mean tokens that its tree is ahead when a step begins"))
+    round_trip: float = field(default=0.0, metadata=gauge("round_trip_seconds", "From a commit to the first growth on it, moving average"))
+    resting: bool = field(default=False, metadata=gauge("resting", "1 where it has brought nothing for long and has no share at present"))
 
 
 @dataclass(frozen=True, slots=True)
 class TargetReport:
     """Counters since the start, and what is under way now.
 
-    `rounds` counts a step once for each session in it. Where nothing is under way, drafted = accepted + rejected + expired; before,
-    live trees hold the rest. `fallbacks` counts what went on without something, by cause:
+    `rounds` counts a step once for each session in it. While nothing is under way,
+    drafted = accepted + rejected + expired; before, living trees hold the rest. `kv_used` and
+    `kv_slots` count slots, one for a token. `fallbacks` counts what went on without something:
 
     no drafter   rounds of sessions that want guesses while nobody is there to guess
     all resting  rounds while all drafters rest, having brought nothing for long
@@ -35,36 +59,51 @@ class TargetReport:
     head lost    heads that failed and were taken off
     """
 
-    live: int = 0
-    waiting: int = 0
-    kv_used: int = 0  # slots, one for a token
-    kv_slots: int = 0
-    steps: int = 0
-    rounds: int = 0
-    rows: int = 0
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    completion_tokens: int = 0
-    drafted: int = 0  # nodes that arrived from drafters and were put into a mirror
-    verified: int = 0  # of them, given a row
-    accepted: int = 0  # of them, delivered
-    rejected: int = 0  # verified and not delivered
-    expired: int = 0  # dropped without a row, with the branch or the session that they belonged to
-    accepted_at: tuple[int, ...] = ()  # accepted nodes by their place on the path, from 0
-    waited: float = 0.0
-    computed: float = 0.0
-    bookkeeping: float = 0.0
-    prefilled: float = 0.0
-    finished: dict[str, int] = field(default_factory=dict)  # sessions by finish reason
-    fallbacks: dict[str, int] = field(default_factory=dict)
-    lost_links: dict[str, int] = field(default_factory=dict)  # by drafter
+    live: int = field(default=0, metadata=gauge("live_sessions", "Sessions that are being generated"))
+    waiting: int = field(default=0, metadata=gauge("waiting_sessions", "Sessions that wait for KV memory"))
+    kv_used: int = field(default=0, metadata=gauge("kv_used_slots", "KV memory in use, in tokens"))
+    kv_slots: int = field(default=0, metadata=gauge("kv_slots", "KV memory, in tokens"))
+    steps: int = field(default=0, metadata=counter("steps_total", "Forward passes"))
+    rounds: int = field(default=0, metadata=counter("rounds_total", "Forward passes, counted once for each session in them"))
+    rows: int = field(default=0, metadata=counter("rows_total", "Rows of forward passes"))
+    prompt_tokens: int = field(default=0, metadata=counter("prompt_tokens_total", "Prompt tokens taken in"))
+    reused_tokens: int = field(default=0, metadata=counter("reused_tokens_total", "Prompt tokens whose keys and values were there already"))
+    completion_tokens: int = field(default=0, metadata=counter("completion_tokens_total", "Tokens generated"))
+    drafted: int = field(default=0, metadata=counter("drafted_tokens_total", "Draft tokens that arrived and were put into a tree"))
+    verified: int = field(default=0, metadata=counter("verified_tokens_total", "Draft tokens that were given a row"))
+    accepted: int = field(default=0, metadata=counter("accepted_tokens_total", "Draft tokens that were accepted and delivered"))
+    rejected: int = field(default=0, metadata=counter("rejected_tokens_total", "Draft tokens that were verified and not delivered"))
+    expired: int = field(default=0, metadata=counter("expired_tokens_total", "Draft tokens that were dropped without a row"))
+    accepted_at: tuple[int, ...] = field(
+        default=(),
+        metadata=counter("accepted_tokens_per_pos_total", "Draft tokens accepted, by their place on the path, from 0", "position"),
+    )
+    waited: float = field(default=0.0, metadata=counter("wait_seconds_total", "Time in which the target waited for drafts"))
+    computed: float = field(default=0.0, metadata=counter("compute_seconds_total", "Time in which the target's model computed"))
+    bookkeeping: float = field(default=0.0, metadata=counter("bookkeeping_seconds_total", "Time of the target's steps beside the model's"))
+    prefilled: float = field(default=0.0, metadata=counter("prefill_seconds_total", "Time in which the target read prompts"))
+    finished: dict[str, int] = field(
+        default_factory=dict, metadata=counter("sessions_finished_total", "Sessions that ended, by reason", "finished_reason")
+    )
+    fallbacks: dict[str, int] = field(
+        default_factory=dict, metadata=counter("fallbacks_total", "Steps that did without something, by cause", "cause")
+    )
+    lost_links: dict[str, int] = field(
+        default_factory=dict,
+        metadata=counter("lost_links_total", "Connections to a drafter that ended: lost, or let go by scaling", "drafter"),
+    )
     guesses: dict[str, GuessReport] = field(default_factory=dict)  # by drafter
 
 
 @dataclass(frozen=True, slots=True)
 class DrafterReport:
-    sessions: int = 0
-    passes: int = 0
-    nodes: int = 0  # guessed
-    computed: float = 0.0
-    counters: dict[str, int] = field(default_factory=dict)  # messages without effect, by reason
+    """Counters since the drafter started, and its sessions now."""
+
+    sessions: int = field(default=0, metadata=gauge("sessions", "Sessions that it guesses for"))
+    passes: int = field(default=0, metadata=counter("passes_total", "Forward passes"))
+    nodes: int = field(default=0, metadata=counter("nodes_total", "Draft tokens guessed"))
+    computed: float = field(default=0.0, metadata=counter("compute_seconds_total", "Time in which the drafter computed"))
+    counters: dict[str, int] = field(
+        default_factory=dict,
+        metadata=counter("ignored_messages_total", "Messages that a drafter got and that had no effect, by reason", "reason"),
+    )
