@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from tokenizers import Tokenizer
 
 from actors.controller.fleet_view import TargetState
-from actors.router import Router
+from actors.routing.router import Router
 from runtime.errors import OutriderError, Unavailable
 from runtime.messages import Chunk, Logprob, Request, Stats
 from runtime.models.detokenize import Detokenizer

@@ -10,7 +10,7 @@ import pytest
 
 from actors.controller.fleet_view import DrafterState, Fleet
 from actors.endpoints import ActorLocation
-from actors.router import Router
+from actors.routing.router import Router
 from bench.chaos.blows import Blow, next_blow, next_count, strike
 from bench.chaos.clients import Answer, Case, Seen, stream
 from bench.chaos.outcome import Gap, Outcome, percentile

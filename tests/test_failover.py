@@ -15,7 +15,7 @@ import pytest
 
 from actors.grpc_links import GrpcTarget
 from actors.grpc_server import TargetService, serve
-from actors.router import Router
+from actors.routing.router import Router
 from runtime.errors import Unavailable
 from runtime.messages import Chunk, Request
 from runtime.models.toy import ToyModel

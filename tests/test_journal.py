@@ -1,22 +1,28 @@
 """One history for each session (SM3): two targets that die and come back, a network that loses, repeats and delays, a router between."""
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
 from actors.controller.fleet_view import TargetState
-from actors.journal import Journal
-from actors.router import Router
+from actors.routing.routed_session import RoutedSession
+from actors.routing.router import Router
 from runtime.errors import Unavailable
 from runtime.messages import Chunk, Request, Tokens
 from tests.stage import ANSWER, ASKED, COUNT, PLAIN, VirtualLoop, heard, spoken, there
 
 
-def test_the_journal() -> None:
-    journal = Journal((7,), epoch=3)
+def session(committed: Tokens = (), epoch: int = 0) -> RoutedSession:
+    return RoutedSession(replace(ASKED, committed=committed, epoch=epoch), 0.0, math.inf)
+
+
+def test_only_the_target_of_the_epoch_appends_each_token_at_its_place() -> None:
+    journal = session((7,), epoch=3)
     assert journal.append(3, 1, (8, 9))
     assert not journal.append(3, 1, (8, 9)), "said before"
     assert not journal.append(3, 4, (5,)), "something is missing"
@@ -26,8 +32,7 @@ def test_the_journal() -> None:
     assert not journal.append(3, 3, (5,)), "fenced"
     assert journal.append(4, 3, ())
     assert journal.append(4, 3, (5,))
-    assert journal.tokens == (7, 8, 9, 5)
-    assert len(journal) == 4
+    assert journal.output == [7, 8, 9, 5]
 
 
 def choice(text: Tokens) -> int:
@@ -42,14 +47,14 @@ class Histories(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.journal = Journal()
+        self.journal = session()
         self.seen: Tokens = ()  # by the client
         self.writers: dict[int, tuple[int, Tokens]] = {}  # by epoch: where it began, and its text
 
     @rule()
     def take_over(self) -> None:
         """Another target, or the same one again. The one before need not know."""
-        self.writers[self.journal.fence()] = (len(self.journal), self.journal.tokens)
+        self.writers[self.journal.fence()] = (len(self.journal.output), tuple(self.journal.output))
 
     @precondition(lambda self: self.writers)
     @rule(target=sent, data=st.data(), count=st.integers(0, 4))
@@ -66,20 +71,20 @@ class Histories(RuleBasedStateMachine):
     @rule(message=sent)
     def arrive(self, message: tuple[int, int, Tokens]) -> None:
         epoch, offset, tokens = message
-        before = self.journal.tokens
+        before = tuple(self.journal.output)
         if self.journal.append(epoch, offset, tokens):
             assert epoch == self.journal.epoch
-            assert self.journal.tokens == before + tokens
+            assert self.journal.output == [*before, *tokens]
         else:
-            assert self.journal.tokens == before
+            assert self.journal.output == [*before]
 
     @rule(count=st.integers(0, 3))
     def read(self, count: int) -> None:
-        self.seen += self.journal.tokens[len(self.seen) :][:count]
+        self.seen += tuple(self.journal.output[len(self.seen) :][:count])
 
     @invariant()
     def one_history(self) -> None:
-        tokens = self.journal.tokens
+        tokens = tuple(self.journal.output)
         assert tokens[: len(self.seen)] == self.seen
         assert all(token == choice(tokens[:place]) for place, token in enumerate(tokens))
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.router import AGAIN_S, FRUITLESS, GRACE_S, Router
+from actors.routing.router import AGAIN_S, GRACE_S, MAX_FAILED_TARGETS, Router
 from runtime.errors import InvalidRequest, Overloaded, Unavailable
 from tests.stage import ANSWER, ASKED, COUNT, DEATHS, PLAIN, PROMPT, TEXT, Death, Scripted, all_of, heard, played, spoken, stage, there
 
@@ -59,7 +59,7 @@ def test_life_after_life_the_figures_add_up(deaths: list[tuple[int, Death, int]]
         reading = asyncio.ensure_future(all_of(router.generate(ASKED)))
         place = 0
         for life, (more, _, _) in enumerate(deaths):
-            lives[f"t/{life}"].cut = place = place + max(more, life % (FRUITLESS - 1) == 0)
+            lives[f"t/{life}"].cut = place = place + max(more, life % (MAX_FAILED_TARGETS - 1) == 0)
             router.update([there("t", life)])
             await asyncio.wait([reading, asyncio.ensure_future(asyncio.sleep(1.0))], return_when=asyncio.FIRST_COMPLETED)
         router.update([there("t", len(deaths))])
@@ -130,12 +130,12 @@ def test_a_session_that_was_decided_in_part_before_goes_on_in_a_later_epoch() ->
 
 def test_a_session_that_seems_to_end_its_targets_is_given_up() -> None:
     async def main() -> None:
-        lives = [Scripted(ANSWER, cut=5 if number == 0 else 0) for number in range(FRUITLESS + 3)]
+        lives = [Scripted(ANSWER, cut=5 if number == 0 else 0) for number in range(MAX_FAILED_TARGETS + 3)]
         router, _ = stage(*lives)
-        with pytest.raises(Unavailable, match=f"{FRUITLESS} targets were lost"):
+        with pytest.raises(Unavailable, match=f"{MAX_FAILED_TARGETS} targets were lost"):
             await all_of(router.generate(ASKED))
-        assert sum(len(life.asked) for life in lives) == FRUITLESS
-        assert sum(router.lost.values()) == FRUITLESS
+        assert sum(len(life.asked) for life in lives) == MAX_FAILED_TARGETS
+        assert sum(router.lost.values()) == MAX_FAILED_TARGETS
 
     played(main())
 

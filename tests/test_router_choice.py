@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.controller.fleet_view import TargetState
-from actors.router import Load, Router, choose, following
+from actors.routing.router import Load, Router, choose, following
 from runtime.errors import Unavailable
 from tests.stage import ANSWER, ASKED, PLAIN, Scripted, all_of, heard, played, stage, there
 
@@ -33,7 +33,7 @@ def test_sessions_are_spread_evenly() -> None:
 
 def test_it_follows_whoever_knows_who_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first life is lost while nobody knows of the second; nor is there always somebody who knows."""
-    monkeypatch.setattr("actors.router.PERIOD_S", 0.001)
+    monkeypatch.setattr("actors.routing.router.PERIOD_S", 0.001)
     first, second = Scripted(ANSWER, cut=5), Scripted(ANSWER)
     bodies = {"t/0": first, "t/1": second}
     said: list[TargetState | None] = [None, there("t"), None]

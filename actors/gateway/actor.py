@@ -21,7 +21,7 @@ from actors.gateway.server import check_closed, listen, server
 from actors.gateway.service import Service
 from actors.grpc_links import GrpcTarget
 from actors.loop_thread import LoopThread
-from actors.router import Router
+from actors.routing.router import Router
 from runtime.config import Deployment
 from runtime.errors import Unavailable
 

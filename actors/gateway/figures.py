@@ -1,11 +1,10 @@
 """What an answer says of its own making: usage, and how speculation went. Shared by the gateway and the command line."""
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from itertools import zip_longest
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from runtime.messages import Stats
+from runtime.messages import NO_STATS, Stats
 from runtime.metrics import speculative_decoding
 
 
@@ -49,29 +48,5 @@ def metrics(stats: Stats) -> dict[str, Any]:
 
 
 def together(parts: Sequence[Stats]) -> Stats:
-    """Of sessions that ran beside each other: everything is their sum, but for the time that elapsed."""
-    return Stats(
-        prompt_tokens=sum(part.prompt_tokens for part in parts),
-        completion_tokens=sum(part.completion_tokens for part in parts),
-        rounds=sum(part.rounds for part in parts),
-        drafted=sum(part.drafted for part in parts),
-        verified=sum(part.verified for part in parts),
-        accepted=sum(part.accepted for part in parts),
-        hits=sum(part.hits for part in parts),
-        histogram=tuple(map(sum, zip_longest(*(part.histogram for part in parts), fillvalue=0))),
-        by_drafter=added(part.by_drafter for part in parts),
-        ignored=added(part.ignored for part in parts),
-        elapsed=max((part.elapsed for part in parts), default=0.0),
-        prefill=sum(part.prefill for part in parts),
-        reused=sum(part.reused for part in parts),
-        waited=sum(part.waited for part in parts),
-        computed=sum(part.computed for part in parts),
-        bookkeeping=sum(part.bookkeeping for part in parts),
-    )
-
-
-def added(counts: Iterable[dict[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for part in counts:
-        total.update(part)
-    return dict(total)
+    """Returns the figures of sessions that ran at the same time: their sum, but for the elapsed time."""
+    return replace(sum(parts, NO_STATS), elapsed=max((part.elapsed for part in parts), default=0.0))

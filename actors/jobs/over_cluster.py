@@ -16,7 +16,7 @@ from actors.gateway.streams import Generator, merged
 from actors.grpc_links import GrpcTarget
 from actors.jobs.items import Answer, Item
 from actors.ray_edge import known_errors
-from actors.router import Router, following
+from actors.routing.router import Router, following
 from runtime.config import Deployment
 from runtime.errors import InvalidRequest, Unavailable
 from runtime.messages import Request

@@ -74,7 +74,7 @@ async def local_service(deployment: Deployment, note: Note, recordings: list[Rec
 async def remote_service(look: Look, tls: TlsConfig | None) -> AsyncIterator[Service]:
     """A session goes on at the target's next life where it dies."""
     from actors.grpc_links import GrpcTarget
-    from actors.router import Router, following
+    from actors.routing.router import Router, following
 
     async with following(Router(lambda address: GrpcTarget(address, tls)), look) as router:
         yield router

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from actors.compose import build_target
 from actors.controller.fleet_view import DrafterState, Fleet, TargetState
 from actors.grpc_links import GrpcTarget
-from actors.router import Router
+from actors.routing.router import Router
 from bench.chaos.outcome import Gap
 from runtime.config import TargetConfig
 from runtime.errors import OutriderError

@@ -18,7 +18,7 @@ from actors.controller.controller import Controller
 from actors.controller.fleet_view import Fleet, TargetState
 from actors.endpoints import ActorLocation
 from actors.ray_edge import joined, known_errors
-from actors.router import Router, following
+from actors.routing.router import Router, following
 from bench.chaos.blows import Struck, next_blow, next_count, strike
 from bench.chaos.clients import DEADLINE_S, Seen, Watched, cases, stream
 from bench.chaos.outcome import Outcome

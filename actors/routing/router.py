@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from actors.controller.fleet_view import TargetState
-from actors.course import Course, Life
-from actors.journal import Journal
+from actors.routing.routed_session import RoutedSession, TargetLife
 from runtime.errors import InvalidRequest, Overloaded, Unavailable
 from runtime.messages import Chunk, Request
 
@@ -27,7 +26,7 @@ GRACE_S = 2.0  # that a target gets beyond a deadline to end the session itself
 SUSPECT_S = 3.0  # for which a target that was lost is chosen after all others: until the next `update` can tell, it looks idle
 AGAIN_S = 0.5  # before a session asks a target again that has lost or refused it
 PERIOD_S = 0.5  # between two looks at who is there
-FRUITLESS = 8  # targets lost one after the other without a token between: perhaps it is the session that ends them
+MAX_FAILED_TARGETS = 8  # targets lost one after the other without a token between: perhaps it is the session that ends them
 
 Key = TypeVar("Key")
 
@@ -78,7 +77,7 @@ def choose(loads: Mapping[Key, Load]) -> Key | None:
 class Link:
     """One life of a target. `reading`: scopes of those who wait for its next chunk, to be woken when it leaves."""
 
-    life: Life
+    life: TargetLife
     remote: Remote
     state: TargetState
     sessions: int = 0  # of this router
@@ -102,7 +101,7 @@ class Router:
     def __init__(self, connect: Connect, patience: float = PATIENCE_S) -> None:
         self.connect, self.patience = connect, patience
         self.lost: Counter[str] = Counter()
-        self._links: dict[Life, Link] = {}
+        self._links: dict[TargetLife, Link] = {}
         self._given = 0
         self._changed = asyncio.Event()  # another one after each update
         self._closing: set[asyncio.Task[None]] = set()
@@ -141,46 +140,46 @@ class Router:
         """
         now = asyncio.get_running_loop().time
         ends = math.inf if request.deadline is None else now() + request.deadline
-        course = Course(request, now(), ends, Journal(request.committed, request.epoch))
-        while not course.over:
-            link = await self._next_target(course)
+        session = RoutedSession(request, now(), ends)
+        while not session.over:
+            link = await self._next_target(session)
             if link is None:
-                yield course.late(now())
+                yield session.deadline_chunk(now())
                 return
-            asked = course.ask(now())
-            async with self._calling(link, course, asked) as call:
-                while not course.over:
-                    chunk = await read(link, call, course.ends + GRACE_S)
-                    yield course.late(now()) if chunk is None else course.take(chunk, asked.epoch, now())
+            asked = session.next_request(now())
+            async with self._calling(link, session, asked) as call:
+                while not session.over:
+                    chunk = await read(link, call, session.ends + GRACE_S)
+                    yield session.deadline_chunk(now()) if chunk is None else session.take(chunk, asked.epoch, now())
 
-    async def _next_target(self, course: Course) -> Link | None:
+    async def _next_target(self, session: RoutedSession) -> Link | None:
         """Waited for until the deadline; None where that passes and the client has heard something. Raises Unavailable else."""
         now = asyncio.get_running_loop().time
-        until = course.ends if course.ends < math.inf else now() + self.patience
+        until = session.ends if session.ends < math.inf else now() + self.patience
         while (at := now()) < until:
-            if (link := self._choose(course)) is not None:
+            if (link := self._choose(session)) is not None:
                 return link
-            again = min([until, *(time for time in course.shunned.values() if time > at)])
+            again = min([until, *(time for time in session.excluded_until.values() if time > at)])
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(again):
                     await self._changed.wait()
-        if len(course.journal) > len(course.request.committed) and until == course.ends:
+        if session.was_heard and until == session.ends:
             return None
-        raise Unavailable(f"no target has taken the session within {until - course.began:.1f} s: see `outrider status`")
+        raise Unavailable(f"no target has taken the session within {until - session.began:.1f} s: see `outrider status`")
 
-    def _choose(self, course: Course) -> Link | None:
+    def _choose(self, session: RoutedSession) -> Link | None:
         """The target that may be asked now, if there is one."""
         now = asyncio.get_running_loop().time()
         open_to = {
             life: link.load(now)
             for life, link in self._links.items()
-            if link.state.state == "ready" and course.shunned.get(life, -math.inf) <= now
+            if link.state.state == "ready" and session.excluded_until.get(life, -math.inf) <= now
         }
         life = choose(open_to)
         return None if life is None else self._links[life]
 
     @asynccontextmanager
-    async def _calling(self, link: Link, course: Course, request: Request) -> AsyncIterator[AsyncGenerator[Chunk, None]]:
+    async def _calling(self, link: Link, session: RoutedSession, request: Request) -> AsyncIterator[AsyncGenerator[Chunk, None]]:
         """The call at this target; it is over when the block is. A loss and a refusal end here, if another target may be asked."""
         self._given += 1
         link.given = self._given
@@ -189,39 +188,39 @@ class Router:
             async with aclosing(link.remote.generate(request)) as call:
                 yield call
         except Overloaded:
-            self._refused(link, course)
-            if not course.begun and (course.calls > 1 or self._choose(course) is None):
+            self._refused(link, session)
+            if not session.begun and (session.calls > 1 or self._choose(session) is None):
                 raise
         except InvalidRequest as error:
-            if error.param != "session" or not course.begun:
+            if error.param != "session" or not session.begun:
                 raise
-            self._refused(link, course)  # it has not noticed yet that our last call there is over
+            self._refused(link, session)  # it has not noticed yet that our last call there is over
         except Unavailable as error:
-            self._lose(link, course, error)
-            if len(course.fruitless) >= FRUITLESS:
-                lives = len(course.fruitless)
+            self._lose(link, session, error)
+            if len(session.failed_targets) >= MAX_FAILED_TARGETS:
+                lives = len(session.failed_targets)
                 raise Unavailable(
                     f"{lives} targets were lost one after the other without a token of this session: see their logs"
                 ) from error
         finally:
             link.sessions -= 1
 
-    def _refused(self, link: Link, course: Course) -> None:
+    def _refused(self, link: Link, session: RoutedSession) -> None:
         """A new session asks no target twice; one that has begun is owed its rest, and asks again."""
         now = asyncio.get_running_loop().time()
-        course.shunned[link.life] = now + AGAIN_S if course.begun else math.inf
+        session.excluded_until[link.life] = now + AGAIN_S if session.begun else math.inf
 
-    def _lose(self, link: Link, course: Course, error: Unavailable) -> None:
+    def _lose(self, link: Link, session: RoutedSession, error: Unavailable) -> None:
         now = asyncio.get_running_loop().time()
         if not link.left and now >= link.suspect_until:
             log.warning("target %s is lost or refuses sessions, they go on elsewhere: %s", link.state.name, error)
         self.lost[link.state.name] += 1
         link.suspect_until = now + SUSPECT_S
-        course.shunned[link.life] = now + AGAIN_S
-        course.fruitless.add(link.life)
-        course.leave()
+        session.excluded_until[link.life] = now + AGAIN_S
+        session.failed_targets.add(link.life)
+        session.leave()
 
-    def _meet(self, life: Life, state: TargetState) -> None:
+    def _meet(self, life: TargetLife, state: TargetState) -> None:
         try:
             self._links[life] = Link(life, self.connect(state.address), state, others=state.sessions)
         except InvalidRequest as error:  # certificates that have run out, or are being replaced: the next update tries again
