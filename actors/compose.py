@@ -91,7 +91,8 @@ def build_target(config: TargetConfig, record: bool = False) -> Built:
     heads = {name: build_head(head, model, tokenizer) for name, head in config.named_heads().items()}
     prices = {name: riding_time(model, head.look, RIDDEN, time.monotonic) for name, head in heads.items() if head.look.branches}
     engine = Engine(model, choose, scheduler(config.schedule, times), eos, time.monotonic, slots, known, trace, logprobs, heads, prices)
-    target = Target(engine, finisher(tokenizer, eos), Grammars(tokenizer, model.vocabulary, eos))
+    grammars = Grammars(tokenizer, model.vocabulary, eos)
+    target = Target(engine, finisher(tokenizer, eos), grammars, grammars.close)
     return Built(target, tokenizer, times)
 
 

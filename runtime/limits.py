@@ -14,6 +14,8 @@ STOP_LENGTH = 64  # characters
 LOGIT_BIAS = 300  # entries
 LOGPROBS = 20  # most likely tokens reported beside each chosen one
 CONSTRAINT_BYTES = 16 << 10  # of a JSON schema or a regular expression
+SCHEMA_PROPERTIES = 500  # of the objects that may stand at one place of a JSON text
+GRAMMARS = 256  # texts with a constraint at one time on one target; each has a process of its own
 
 # Of a gateway's HTTP side
 BODY_BYTES = 4 << 20

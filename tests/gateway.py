@@ -58,9 +58,9 @@ def toy_target() -> tuple[Target, DraftHost]:
     """A target whose texts are varied, and a drafter that guesses them. To be started and stopped on one event loop."""
     toy = ToyModel(vocabulary=len(tokenizer()), context=CONTEXT, memory=4)
     eos = frozenset({0})
-    target = Target(
-        Engine(toy, choose, Fixed(3, 0.001), eos, time.monotonic), finisher(tokenizer(), eos), Grammars(tokenizer(), toy.vocabulary, eos)
-    )
+    engine = Engine(toy, choose, Fixed(3, 0.001), eos, time.monotonic)
+    grammars = Grammars(tokenizer(), toy.vocabulary, eos)
+    target = Target(engine, finisher(tokenizer(), eos), grammars, grammars.close)
     return target, DraftHost(Grower(ModelDrafter(toy, branches=1), "d", 1))
 
 

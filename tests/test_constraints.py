@@ -3,7 +3,7 @@
 import asyncio
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -58,8 +58,10 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="module")
-def grammars(tokenizer: Any) -> Grammars:
-    return Grammars(tokenizer, 4096, EOS)
+def grammars(tokenizer: Any) -> Iterator[Grammars]:
+    made = Grammars(tokenizer, 4096, EOS)
+    yield made
+    made.close()
 
 
 def check(grammars: Grammars, tokenizer: Any, constraint: Constraint, found: Output) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,6 @@ import pytest
 from runtime import limits
 from runtime.config import shipped
 from runtime.errors import InvalidRequest
-from runtime.models import grammar
 from runtime.models.grammar import Grammars, Matcher
 from runtime.models.load import load_tokenizer
 from runtime.sampling import Constraint, Kind
@@ -25,8 +25,10 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="module")
-def grammars(tokenizer: Any) -> Grammars:
-    return Grammars(tokenizer, VOCABULARY, EOS)
+def grammars(tokenizer: Any) -> Iterator[Grammars]:
+    made = Grammars(tokenizer, VOCABULARY, EOS)
+    yield made
+    made.close()
 
 
 def tokens(matcher: Matcher) -> list[int]:
@@ -85,10 +87,12 @@ def test_a_complete_text_may_only_end_and_its_end_may_be_taken(tokenizer: Any, g
 
 
 def test_all_tokens_that_end_a_text_do(tokenizer: Any) -> None:
-    matcher = Grammars(tokenizer, VOCABULARY, frozenset({0, 5}))(Constraint("regex", "a?"))
+    grammars = Grammars(tokenizer, VOCABULARY, frozenset({0, 5}))
+    matcher = grammars(Constraint("regex", "a?"))
     assert {0, 5} <= set(tokens(matcher))
     matcher.take(tokenizer.encode("a")[0])
     assert tokens(matcher) == [0, 5]
+    grammars.close()
 
 
 def test_what_is_not_allowed_cannot_be_taken(tokenizer: Any, grammars: Grammars) -> None:
@@ -157,28 +161,6 @@ DOUBLED = {"$ref": "#/$defs/a0", "$defs": STEPS | {"a40": {}}}  # 2 ** 40 ways t
 )
 def test_what_only_looks_dangerous_is_taken(grammars: Grammars, kind: Kind, text: str) -> None:
     assert tokens(grammars(Constraint(kind, text)))
-
-
-def test_a_grammar_that_takes_too_long_is_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar, "COMPILE_S", -1.0)
-    with pytest.raises(InvalidRequest, match="too complex"):
-        Grammars(tokenizer, VOCABULARY, EOS)(Constraint("regex", "a"))
-
-
-def test_what_was_compiled_is_kept_and_bounded(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[str] = []
-
-    def counting(constraint: Constraint, words: Any) -> Any:
-        compiled.append(constraint.text)
-        return really(constraint, words)
-
-    really = grammar.compiled
-    monkeypatch.setattr(grammar, "compiled", counting)
-    monkeypatch.setattr(grammar, "KEPT", 2)
-    of = Grammars(tokenizer, VOCABULARY, EOS)
-    for text in ("a", "b", "a", "c", "a", "b"):
-        of(Constraint("regex", text))
-    assert compiled == ["a", "b", "c", "b"]
 
 
 def test_a_model_that_cannot_end_takes_no_constraint(tokenizer: Any) -> None:

@@ -1,209 +1,188 @@
-"""JSON schemas and regular expressions as masks over a vocabulary: what runtime.choice.Guide promises, by llguidance.
+"""JSON schemas and regular expressions as masks over a vocabulary, computed by llguidance.
 
-A grammar comes from a stranger. What it may cost is bounded before it is compiled, as it is compiled, and at each token: by its
-size, by the work that llguidance allows itself, and by how much of it may be repeated inside what is repeated.
+A grammar comes from a stranger, and what it costs shows only when it is compiled, or at a later
+token. Each text therefore has a process of its own, which compiles its grammar and computes its
+masks (runtime.models.grammar_worker). The kernel bounds that process in memory and in processor
+time. No stranger's grammar reaches the target's process, and none slows another text down.
 """
 
+import contextlib
 import json
-import re
+import socket
 import threading
-import time
-from collections import OrderedDict
+import weakref
 from collections.abc import Iterator
+from copy import copy
 from typing import Any
-from urllib.parse import unquote
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.hf import from_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from runtime import limits
 from runtime.choice import Allowed
-from runtime.errors import InvalidRequest
+from runtime.errors import Overloaded
+from runtime.models.grammar_check import check_regex, check_schema, refusal
+from runtime.models.grammar_process import ForkServer
+from runtime.models.grammar_worker import BUSY, ERROR, TOKEN, receive, send
 from runtime.sampling import Constraint
 
-COMPILE_S = 0.2  # of one thread, until the first mask is there
-KEPT = 64  # compiled grammars, of at most limits.CONSTRAINT_BYTES each
-WRITTEN_OUT = 10_000  # parts of an expression once all its counted repetitions are written out
+COMPILE_S = 0.2  # of processor time, until the first mask is there
+MASK_S = 0.2  # of processor time, for each mask after it
+MEMORY = 128 << 20  # bytes that one grammar may take
+ANSWER_S = 5.0  # of the clock, for a machine that gives little processor time
 LEXER_STATES = 20_000  # of one text; 1 to 2 kB each
-SPACE = r"[ \t\n\r]{0,16}"  # between the parts of JSON: some models, once they indent, would go on until max_tokens
-SHOWN = 64  # characters of a complaint, which may quote the grammar
-
-
-def refusal(kind: str, why: str) -> InvalidRequest:
-    shown = "".join(char if char.isprintable() else " " for char in why)[:SHOWN]
-    return InvalidRequest(f"{kind} cannot be used ({shown}): give another one", "response_format")
+ROW_ITEMS = 10_000  # of the parser; a property takes about 4 (limits.SCHEMA_PROPERTIES)
+SPACE = r"[ \t\n\r]{0,16}"  # in JSON: some models, once they indent, go on until max_tokens
 
 
 class Matcher:
-    """A Guide."""
+    """A Guide whose masks come from a process of its own.
 
-    def __init__(self, matcher: LLMatcher, kind: str, vocabulary: int, eos: frozenset[int]) -> None:
-        self._matcher, self._kind, self._vocabulary, self._eos = matcher, kind, vocabulary, eos
+    The process computes the next mask as soon as it hears of a token, while the model computes.
+    It ends when the matcher is garbage.
+    """
+
+    def __init__(self, channel: socket.socket, kind: str, size: int, eos: frozenset[int]) -> None:
+        """Speaks over `channel`; `size` is the number of columns of the model's logits."""
+        self._channel, self._kind, self._size, self._eos = channel, kind, size, eos
+        self._mask: Allowed | None = None
+        self._limit = f"{COMPILE_S:g} s"
+
+    def begin(self, text: str) -> None:
+        """Has the process compile a grammar. Raises as `allowed` does."""
+        with self._alive():
+            send(self._channel, json.dumps({"kind": self._kind, "text": text}).encode())
+        self.allowed()
 
     def allowed(self) -> Allowed:
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        if self._matcher.is_error():
-            raise refusal(self._kind, complaint(self._matcher))
-        return np.unpackbits(bits, count=self._vocabulary, bitorder="little").view(np.bool_)
+        if self._mask is None:
+            self._mask = self._receive()
+        return self._mask
 
     def take(self, token: int) -> None:
-        # A text that has ended is not gone on with; where it is complete, llguidance would call its end an error.
-        if token not in self._eos and not self._matcher.consume_token(token):
+        # Nothing follows the end of a text. llguidance calls the end of a complete text an error.
+        if token in self._eos:
+            return
+        if not self.allowed()[token]:
             raise refusal(self._kind, f"token {token} does not follow")
+        self._mask, self._limit = None, f"{MASK_S:g} s for a token"
+        with self._alive():
+            self._channel.sendall(TOKEN.pack(token))
+
+    def _receive(self) -> Allowed:
+        with self._alive():
+            data = receive(self._channel)
+            if data is None:
+                raise ConnectionResetError
+        if data[:1] == BUSY:
+            raise Overloaded("there is no room for a process that reads a grammar: try again later")
+        if data[:1] == ERROR:
+            raise refusal(self._kind, data[1:].decode())
+        bits = np.frombuffer(data, dtype=np.uint8, offset=1)
+        return np.unpackbits(bits, count=self._size, bitorder="little").view(np.bool_)
+
+    @contextlib.contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Raises InvalidRequest if the process has gone over its limits."""
+        try:
+            yield
+        except OSError as error:
+            why = f"too complex: over {self._limit} or {MEMORY >> 20} MiB"
+            raise refusal(self._kind, why) from error
 
 
 class Grammars:
-    """Compiles constraints for one tokenizer; called, it gives the beginning of a text. Any thread may, one at a time is served.
+    """Opens a matcher for each text. Any thread may call it.
 
-    `vocabulary`: columns of the model's logits; `eos`: the tokens that end a text.
+    The process that loads the tokenizer starts at the first call, which takes about a second. It
+    is replaced if it is killed.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, vocabulary: int, eos: frozenset[int]) -> None:
-        self._tokenizer, self._vocabulary, self._eos = tokenizer, vocabulary, eos
-        self._known: LLTokenizer | None = None  # made when it is first needed: a second for a large vocabulary
-        self._compiled: OrderedDict[Constraint, LLMatcher] = OrderedDict()  # the least recently used first
-        self._lock = threading.Lock()
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, size: int, eos: frozenset[int]) -> None:
+        """`size` is the number of columns of the model's logits; tokens of `eos` end a text."""
+        self._tokenizer, self._size, self._eos = tokenizer, size, eos
+        self._server: ForkServer | None = None
+        self._unusable = False  # llguidance does not take the tokenizer
+        self._open: set[socket.socket] = set()
+        self._lock = threading.Lock()  # held while the server starts, never while one compiles
 
     def __call__(self, constraint: Constraint) -> Matcher:
-        """Raises InvalidRequest for what is no grammar, what could not be bounded, and what takes too long to compile."""
-        with self._lock:
-            matcher = self._compiled.get(constraint) or compiled(constraint, self._words(constraint.kind))
-            self._compiled[constraint] = matcher
-            self._compiled.move_to_end(constraint)
-            if len(self._compiled) > KEPT:
-                self._compiled.popitem(last=False)
-            return Matcher(matcher.deep_copy(), constraint.kind, self._vocabulary, self._eos)
+        """Returns the beginning of a text.
 
-    def _words(self, kind: str) -> LLTokenizer:
+        Raises InvalidRequest for what is no grammar or costs too much, Overloaded if too many
+        texts have a grammar at the same time.
+        """
+        kind, text = constraint.kind, constraint.text
         if not self._eos:
             raise refusal(kind, "the model has no token that ends a text")
-        if self._known is None:
-            most = max(self._vocabulary, len(self._tokenizer))
+        if kind == "json_schema":
+            check_schema(text)
+        elif kind == "regex":
+            check_regex(text)
+        channel = self._channel(kind)
+        matcher = Matcher(channel, kind, self._size, self._eos)
+        weakref.finalize(matcher, release, channel, self._open)
+        matcher.begin(text)
+        return matcher
+
+    def close(self) -> None:
+        """Ends all processes, those of texts under way included, and waits for their end."""
+        with self._lock:
+            server, self._server = self._server, None
+            for channel in tuple(self._open):
+                with contextlib.suppress(OSError):  # its process is over
+                    channel.shutdown(socket.SHUT_RDWR)
+        if server is not None:
+            server.close()
+
+    def _channel(self, kind: str) -> socket.socket:
+        """Returns a channel to a new process."""
+        with self._lock:
+            if len(self._open) >= (most := limits.GRAMMARS):
+                raise Overloaded(
+                    f"{most} texts with a response_format are under way, the most: try again later"
+                )
             try:
-                self._known = from_tokenizer(self._tokenizer, n_vocab=most, eos_token=sorted(self._eos))
-            except (ValueError, RuntimeError) as error:
-                raise refusal(kind, "the model's tokenizer is of no kind that llguidance knows") from error
-        return self._known
+                channel = self._fork(kind)
+            except OSError as error:
+                raise Overloaded("no process can read grammars now: try again later") from error
+            self._open.add(channel)
+        channel.settimeout(ANSWER_S)
+        return channel
+
+    def _fork(self, kind: str) -> socket.socket:
+        """Raises OSError where no process can be started."""
+        if self._server is not None:
+            with contextlib.suppress(OSError):
+                return self._server.fork()
+            self._server.close()  # it was killed: another one takes its place
+            self._server = None
+        if not self._unusable:
+            try:
+                self._server = ForkServer(self._setup())
+                return self._server.fork()
+            except ValueError:
+                self._unusable = True
+        raise refusal(kind, "the model's tokenizer is of no kind that llguidance knows")
+
+    def _setup(self) -> dict[str, Any]:
+        words = copy(self._tokenizer.backend_tokenizer)
+        words.no_padding()
+        words.no_truncation()
+        return {
+            "tokenizer": words.to_str(),
+            "vocabulary": max(self._size, len(self._tokenizer)),
+            "eos": sorted(self._eos),
+            "bounds": {
+                "compile_s": COMPILE_S,
+                "mask_s": MASK_S,
+                "memory": MEMORY,
+                "space": SPACE,
+                "parser": {"max_lexer_states": LEXER_STATES, "max_items_in_row": ROW_ITEMS},
+            },
+        }
 
 
-def compiled(constraint: Constraint, words: LLTokenizer) -> LLMatcher:
-    """A matcher before the first token. Raises InvalidRequest."""
-    began, kind = time.thread_time(), constraint.kind
-    bounds = LLParserLimits(max_lexer_states=LEXER_STATES, verbose_errors=False)
-    try:
-        matcher = LLMatcher(words, grammar_of(constraint), log_level=0, limits=bounds)
-        matcher.compute_bitmask()
-    except ValueError as error:  # text that is no Unicode among them
-        raise refusal(kind, str(error)) from error
-    if matcher.is_error():
-        raise refusal(kind, complaint(matcher))
-    if time.thread_time() - began > COMPILE_S:
-        raise refusal(kind, "it is too complex")
-    return matcher
-
-
-def grammar_of(constraint: Constraint) -> str:
-    """In llguidance's own language, from a text that is no riddle. Raises InvalidRequest."""
-    match constraint.kind:
-        case "json_object":
-            return LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides={"whitespace_pattern": SPACE})
-        case "json_schema":
-            check_schema(constraint.text)
-            return LLMatcher.grammar_from_json_schema(constraint.text, overrides={"whitespace_pattern": SPACE})
-        case "regex":
-            check_regex(constraint.text)
-            return LLMatcher.grammar_from_regex(constraint.text)
-
-
-def complaint(matcher: LLMatcher) -> str:
-    """The line of llguidance's message that says what is wrong."""
-    lines = matcher.get_error().splitlines() or ["nothing may follow"]
-    return next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
-
-
-def check_schema(text: str) -> None:
-    """Raises InvalidRequest for what is no JSON, refers to itself or to what is not in it, or has patterns that check_regex refuses."""
-    try:
-        schema = json.loads(text)
-        if not isinstance(schema, dict):
-            raise refusal("json_schema", "it is no object")
-        Schema(schema).check(schema, ("#",))
-    except ValueError as error:
-        raise refusal("json_schema", f"it is no JSON: {error}") from error
-    except RecursionError as error:
-        raise refusal("json_schema", "it is nested too deeply") from error
-
-
-class Schema:
-    """`checked`: references that lead to parts that are in order."""
-
-    def __init__(self, whole: Any) -> None:
-        self.whole = whole
-        self.checked: set[str] = set()
-
-    def check(self, part: Any, above: tuple[str, ...]) -> None:
-        """`above`: the references that have led here."""
-        if isinstance(part, dict):
-            for pattern in patterns_in(part):
-                check_regex(pattern, "json_schema")
-            reference = part.get("$ref")
-            if isinstance(reference, str) and reference not in self.checked:
-                if reference in above:
-                    raise refusal("json_schema", "it refers to itself")
-                self.check(self.find(reference), (*above, reference))
-                self.checked.add(reference)
-        for child in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
-            self.check(child, above)
-
-    def find(self, reference: str) -> Any:
-        """The part that a JSON pointer leads to."""
-        part = self.whole
-        try:
-            if not reference.startswith("#/"):
-                raise KeyError(reference)
-            for step in unquote(reference[2:]).split("/"):
-                part = part[int(step)] if isinstance(part, list) else part[step.replace("~1", "/").replace("~0", "~")]
-        except (LookupError, ValueError, TypeError) as error:
-            raise refusal("json_schema", f"$ref {reference} leads out of it") from error
-        return part
-
-
-def patterns_in(part: dict[str, Any]) -> Iterator[str]:
-    """The expressions of one level of a schema."""
-    named = part.get("patternProperties")
-    for pattern in (part.get("pattern"), *(named if isinstance(named, dict) else ())):
-        if isinstance(pattern, str):
-            yield pattern
-
-
-PIECE = re.compile(
-    r"""\\[pPxu]\{[^}]*\}|\\.      # an escape
-      | \[\^?\]?(?:\\.|[^]\\])*\]  # a class of characters
-      | \{(\d+),?(\d*)\}          # a count
-      | .""",
-    re.DOTALL | re.VERBOSE,
-)
-
-
-def check_regex(pattern: str, kind: str = "regex") -> None:
-    """Raises InvalidRequest where counted repetitions multiply: `(a{1000}){1000}` costs what a million letters do."""
-    sizes, last = [0], 1  # of the groups that are open, and of what a count would be of
-    for piece in PIECE.finditer(pattern):
-        match piece[0]:
-            case "(":
-                sizes.append(0)
-            case ")" if len(sizes) > 1:
-                last = sizes.pop() or 1
-                sizes[-1] += last
-            case "*" | "+" | "?" | "|":
-                pass
-            case _ if piece[1]:
-                times = max(1, int((piece[2] or piece[1])[:6]))
-                sizes[-1] += last * (times - 1)
-                last *= times
-            case _:
-                last = 1
-                sizes[-1] += 1
-    if max(sizes) > WRITTEN_OUT:
-        raise refusal(kind, "it is too long once its counts are written out")
+def release(channel: socket.socket, among: set[socket.socket]) -> None:
+    among.discard(channel)
+    channel.close()

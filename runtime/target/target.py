@@ -86,11 +86,18 @@ def guided(grammar: Grammar, constraint: Constraint, request: Request) -> Guide:
 class Target:
     """Owns the engine's thread. All methods are called on one event loop, the one that was running at `start`.
 
-    `grammar` compiles constraints; without it, requests that have one are refused.
+    `grammar` compiles constraints; without it, requests that have one are refused. `on_stop` runs
+    when the last session is over.
     """
 
-    def __init__(self, engine: Engine, finish: Callable[[Request], Finish], grammar: Grammar | None = None) -> None:
-        self.engine, self.finish, self.grammar = engine, finish, grammar
+    def __init__(
+        self,
+        engine: Engine,
+        finish: Callable[[Request], Finish],
+        grammar: Grammar | None = None,
+        on_stop: Callable[[], object] | None = None,
+    ) -> None:
+        self.engine, self.finish, self.grammar, self.on_stop = engine, finish, grammar, on_stop
         self.lost: Counter[str] = Counter()  # links that ended, by drafter
         self._links: dict[str, asyncio.Task[None]] = {}
         self._sessions: set[str] = set()
@@ -109,6 +116,8 @@ class Target:
             await self.detach(name)
         self.engine.inbox.put(Stop())
         await asyncio.to_thread(self._thread.join)
+        if self.on_stop is not None:
+            await asyncio.to_thread(self.on_stop)
 
     async def drain(self) -> None:
         """Take no more sessions, from now on; returns when those that were admitted, waiting ones included, have ended."""
