@@ -11,6 +11,7 @@ import pytest
 
 from actors.gateway.bodies import read
 from actors.gateway.translate import requests
+from runtime.models import grammar_check
 from tests.gateway import CONTEXT, MODEL, Running, Scripted, never, serving, tokenizer
 from tests.rig import Output, answer
 
@@ -192,6 +193,22 @@ def test_the_output_has_the_form_that_was_asked_for(client: openai.OpenAI, specu
     assert set(json.loads(found.choices[0].message.content or "")) == {"a"}
 
 
+def test_a_form_that_never_compiles_is_refused_and_other_texts_go_on(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check by name lets it through here: the process that compiles it has to end."""
+    monkeypatch.setattr(grammar_check, "PRODUCT", 10**99)
+    strings = [{"type": "string", "pattern": f"^(a|b)*a(a|b){{{i}}}$"} for i in range(1, 32)]
+    good: Any = {"model": MODEL, "prompt": "x", "extra_body": {"structured_outputs": {"regex": "[ab]{200}"}}}
+    with client.completions.create(**good, stream=True) as events:
+        text = next(iter(events)).choices[0].text
+        with pytest.raises(openai.BadRequestError, match="too complex") as bad:
+            form = {"structured_outputs": {"json": {"allOf": strings}}, "timeout": 30}
+            client.completions.create(model=MODEL, prompt="x", extra_body=form)
+        text += "".join(event.choices[0].text for event in events)
+    assert bad.value.param == "response_format"
+    assert re.fullmatch("[ab]{200}", text)
+    assert re.fullmatch("[ab]{200}", client.completions.create(**good).choices[0].text)
+
+
 RECURSIVE = {"$defs": {"node": {"properties": {"next": {"$ref": "#/$defs/node"}}}}, "$ref": "#/$defs/node"}
 
 
@@ -204,6 +221,8 @@ RECURSIVE = {"$defs": {"node": {"properties": {"next": {"$ref": "#/$defs/node"}}
         {"json": {"type": "nonsense"}},
         {"json": "[" * 16_000},
         {"json": '{"a": SECRETSECRETSECRETSECRETSECRETSECRETSECRETSECRETSECRETSECRETSECRETSECRET'},
+        {"json": {"allOf": [{"type": "string", "pattern": f"^(a|b)*a(a|b){{{i}}}$"} for i in range(1, 32)]}},
+        {"json": {"properties": {f"p{i}": {"enum": [0, 1]} for i in range(600)}}},
         {"regex": "(a|"},
         {"regex": "(a{1000}){1000}"},
         {"regex": "(SECRETSECRETSECRETSECRETSECRETSECRETSECRETSECRETSECRETSECRETSECRETSECRET"},
