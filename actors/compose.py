@@ -12,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from actors.memory import recall
 from runtime.config import DrafterConfig, HeadConfig, Placement, TargetConfig, draft_of, folder_of, memory_of, memory_of_drafter, module_of
-from runtime.draft.draft_engine import Grower
+from runtime.draft.draft_engine import DraftEngine
 from runtime.draft.draft_host import DraftHost
-from runtime.drafters.base import Drafter, Ingredients
+from runtime.drafters.base import Drafter, DrafterContext
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.noisy import Noisy
-from runtime.heads.base import Head, Mount
+from runtime.heads.base import Head, HeadContext
 from runtime.messages import Request
 from runtime.models.choose import choose, logprobs
 from runtime.models.detokenize import Detokenizer
@@ -30,7 +30,7 @@ from runtime.policy import scheduler
 from runtime.schedulers.living import ROWS
 from runtime.target.engine import Engine
 from runtime.target.head_runner import RIDDEN
-from runtime.target.stop_checker import Finish
+from runtime.target.stop_checker import StopChecker
 from runtime.target.target import Target
 from runtime.tracing import OFF, TARGET, Trace
 
@@ -56,10 +56,10 @@ def end_tokens(model: HFModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[
     return frozenset(token for token in (*listed, tokenizer.eos_token_id) if isinstance(token, int) and 0 <= token < model.vocabulary)
 
 
-def finisher(tokenizer: PreTrainedTokenizerFast, eos: frozenset[int]) -> Callable[[Request], Finish]:
-    def finish(request: Request) -> Finish:
+def finisher(tokenizer: PreTrainedTokenizerFast, eos: frozenset[int]) -> Callable[[Request], StopChecker]:
+    def finish(request: Request) -> StopChecker:
         text = Detokenizer(tokenizer.backend_tokenizer, request.prompt)
-        return Finish(request.sampling, eos, text.decode, text.flush)
+        return StopChecker(request.sampling, eos, text.decode, text.flush)
 
     return finish
 
@@ -99,7 +99,7 @@ def build_target(config: TargetConfig, record: bool = False) -> Built:
 def build_head(config: HeadConfig, model: HFModel, tokenizer: PreTrainedTokenizerFast) -> Head:
     """Raises ModelRefused for what was not trained for this model, or cannot sit on it."""
     method = importlib.import_module(f"runtime.heads.{module_of(config.method)}")
-    head: Head = method.build(Mount(model, identity_of(model.module.config, tokenizer), folder_of(config)))
+    head: Head = method.build(HeadContext(model, identity_of(model.module.config, tokenizer), folder_of(config)))
     model.check(head.look)
     return head
 
@@ -117,10 +117,10 @@ def build_drafter(config: DrafterConfig, target: str, record: bool = False) -> D
         return load_model(name, config.dtype, config.device, threads(config.placement), layers=layers, change=change)
 
     method = importlib.import_module(f"runtime.drafters.{module_of(config.method)}")
-    drafter = method.build(Ingredients(target, draft_of(config), load, load_layers, load_changed))
+    drafter = method.build(DrafterContext(target, draft_of(config), load, load_layers, load_changed))
     known = recall(memory_of_drafter(config, target))
     trace = Trace(config.name) if record else OFF
-    return DraftHost(Grower(drafter, config.name, config.width or width_of(drafter), calibrations=known, trace=trace))
+    return DraftHost(DraftEngine(drafter, config.name, config.width or width_of(drafter), calibrations=known, trace=trace))
 
 
 def width_of(drafter: Drafter) -> int:

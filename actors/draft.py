@@ -60,19 +60,19 @@ class DraftActor:
         """What it has done, and a sign of life. Raises Unavailable where the thread that drafts has ended."""
         if not self.host.alive:
             raise Unavailable("the drafter's thread has ended: see its log")
-        return self.host.grower.report()
+        return self.host.draft_engine.report()
 
     def recording(self, on: bool) -> None:
         """Whether it records what it does, from now on. What was recorded before is forgotten."""
-        self.host.grower.trace = Trace(self.config.name) if on else OFF
+        self.host.draft_engine.trace = Trace(self.config.name) if on else OFF
 
     def trace(self) -> Recording:
         """What was recorded since the last call."""
-        return self.host.grower.trace.take()
+        return self.host.draft_engine.trace.take()
 
     def remember(self) -> None:
         """Keep what was learned of this target for the next life."""
-        remember(memory_of_drafter(self.config, self.target), self.host.grower.calibrations)
+        remember(memory_of_drafter(self.config, self.target), self.host.draft_engine.calibrations)
 
     def stop(self) -> None:
         """Ends all streams and the server; the process may go then."""

@@ -23,7 +23,7 @@ from actors.gateway.streams import Generator
 from actors.loop_thread import LoopThread
 from runtime.choice import choose
 from runtime.config import GatewayConfig, LimitsConfig
-from runtime.draft.draft_engine import Grower
+from runtime.draft.draft_engine import DraftEngine
 from runtime.draft.draft_host import DraftHost
 from runtime.drafters.model import ModelDrafter
 from runtime.messages import Chunk, Request
@@ -61,7 +61,7 @@ def toy_target() -> tuple[Target, DraftHost]:
     engine = Engine(toy, choose, Fixed(3, 0.001), eos, time.monotonic)
     grammars = Grammars(tokenizer(), toy.vocabulary, eos)
     target = Target(engine, finisher(tokenizer(), eos), grammars, grammars.close)
-    return target, DraftHost(Grower(ModelDrafter(toy, branches=1), "d", 1))
+    return target, DraftHost(DraftEngine(ModelDrafter(toy, branches=1), "d", 1))
 
 
 class Scripted:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from runtime.drafters.base import Ingredients
+from runtime.drafters.base import DrafterContext
 from runtime.drafters.s3d import S3D, MaskDrafter, build
 from runtime.models.load import load_model, load_tokenizer
 from runtime.models.trained import identity_of, write_trained
@@ -43,11 +43,11 @@ def tiny(vocabulary: int = 4096, context: int = 4096) -> Tiny:
     return Tiny(target, root / "s3d", made)
 
 
-def ingredients(target: Path, folder: Path) -> Ingredients:
+def ingredients(target: Path, folder: Path) -> DrafterContext:
     def changed(name: str, layers: Any, change: Any) -> Any:
         return load_model(name, layers=layers, change=change)
 
-    return Ingredients(str(target), str(folder), load_model, load_model, changed)
+    return DrafterContext(str(target), str(folder), load_model, load_model, changed)
 
 
 def drafter(found: Tiny) -> MaskDrafter:

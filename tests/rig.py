@@ -12,9 +12,9 @@ import torch
 
 from runtime.calibration import Calibration
 from runtime.choice import Chooser, choose
-from runtime.draft.draft_engine import Grower, Heard
+from runtime.draft.draft_engine import DraftEngine, EventReceived
 from runtime.draft.draft_host import DraftHost
-from runtime.drafters.base import Children, Drafter, Text, Wish
+from runtime.drafters.base import Children, Drafter, ExpandRequest, Text
 from runtime.errors import LinkLost
 from runtime.links import DraftLink
 from runtime.messages import Chunk, Event, FinishReason, Logprob, Reply, Request, Round, Stats, Style
@@ -22,11 +22,10 @@ from runtime.models.base import Model
 from runtime.sampling import Sampling
 from runtime.schedulers.base import Plan, Scheduler, View
 from runtime.schedulers.fixed import Fixed
-from runtime.target.commands import Heard as Answered
-from runtime.target.commands import Join, Leave
+from runtime.target.commands import Join, Leave, ReplyReceived
 from runtime.target.engine import Engine
-from runtime.target.request_state import Admit
-from runtime.target.stop_checker import Finish
+from runtime.target.request_state import AddRequest
+from runtime.target.stop_checker import StopChecker
 from runtime.target.target import Grammar, Target
 from tests.contracts import soon
 
@@ -75,8 +74,8 @@ def letter(token: int) -> str:
     return chr(ord("a") + token % 26)
 
 
-def lettering(eos: frozenset[int] = NOBODY) -> Callable[[Request], Finish]:
-    return lambda request: Finish(request.sampling, eos, letter, lambda: "")
+def lettering(eos: frozenset[int] = NOBODY) -> Callable[[Request], StopChecker]:
+    return lambda request: StopChecker(request.sampling, eos, letter, lambda: "")
 
 
 def asking(prompt: Sequence[int], session: str = "s", speculation: bool = True, **sampling: Any) -> Request:
@@ -92,7 +91,7 @@ class Known:
     def __init__(self, text: Sequence[int], vocabulary: int, branches: int = 1) -> None:
         self.text, self.vocabulary, self.branches = list(text), vocabulary, branches
 
-    def expand(self, wishes: Sequence[Wish]) -> list[Children]:
+    def expand(self, wishes: Sequence[ExpandRequest]) -> list[Children]:
         return [self.guess(wish.text, wish.leaves) for wish in wishes]
 
     def guess(self, text: Text, leaves: Sequence[int]) -> Children:
@@ -110,7 +109,7 @@ class Known:
 
 
 class Mute:
-    def expand(self, wishes: Sequence[Wish]) -> list[Children]:
+    def expand(self, wishes: Sequence[ExpandRequest]) -> list[Children]:
         return [children([]) for _ in wishes]
 
     def close(self, session: str) -> None:
@@ -139,56 +138,56 @@ def engine_of(model: Model, rows: int = 8, eos: frozenset[int] = NOBODY, chooser
 
 
 class Lockstep:
-    """An engine and its growers on one thread. In each round every grower hears what is there for it, makes `passes` passes,
+    """An engine and its draft engines on one thread. In each round every draft engine hears what is there for it, makes `passes` passes,
     and is heard; then the target makes one step."""
 
     def __init__(
         self,
         engine: Engine,
-        *growers: Grower,
+        *draft_engines: DraftEngine,
         passes: int = 2,
         tamper: Tamper = lambda message: [message],
         grammar: Grammar | None = None,
     ) -> None:
         self.engine, self.passes, self.tamper, self.grammar = engine, passes, tamper, grammar
-        self.growers: list[Grower] = []
+        self.draft_engines: list[DraftEngine] = []
         self.sends: dict[str, Callable[[Event], None]] = {}
-        for grower in growers:
-            self.join(grower)
+        for draft_engine in draft_engines:
+            self.join(draft_engine)
 
-    def join(self, grower: Grower) -> None:
+    def join(self, draft_engine: DraftEngine) -> None:
         def reply(message: Reply) -> None:
             for arriving in self.tamper(message):
-                self.engine.inbox.put(Answered(replace(arriving, drafter=grower.name), self.engine.clock()))
+                self.engine.inbox.put(ReplyReceived(replace(arriving, drafter=draft_engine.name), self.engine.clock()))
 
         def send(event: Event) -> None:
             for arriving in self.tamper(event):
-                grower.inbox.put(Heard(0, arriving, reply))
+                draft_engine.inbox.put(EventReceived(0, arriving, reply))
 
-        self.growers.append(grower)
-        self.sends[grower.name] = send
-        self.engine.handle(Join(grower.name, send))
+        self.draft_engines.append(draft_engine)
+        self.sends[draft_engine.name] = send
+        self.engine.handle(Join(draft_engine.name, send))
 
-    def leave(self, grower: Grower) -> None:
-        self.growers.remove(grower)
-        self.engine.handle(Leave(grower.name, self.sends.pop(grower.name)))
+    def leave(self, draft_engine: DraftEngine) -> None:
+        self.draft_engines.remove(draft_engine)
+        self.engine.handle(Leave(draft_engine.name, self.sends.pop(draft_engine.name)))
 
     def admit(self, request: Request) -> list[Chunk]:
         """Begins a session and reads its prompt; its chunks come into the list that is returned."""
         chunks: list[Chunk] = []
         guide = self.grammar(request.sampling.constraint) if self.grammar and request.sampling.constraint else None
-        self.engine.handle(Admit(request, lettering(self.engine.eos)(request), chunks.append, self.engine.clock(), guide))
+        self.engine.handle(AddRequest(request, lettering(self.engine.eos)(request), chunks.append, self.engine.clock(), guide))
         self.engine.begin()
         while (live := self.engine.live.get(request.session)) is not None and not live.ready:
             self.engine.prefill()
         return chunks
 
     def round(self) -> None:
-        for grower in self.growers:
-            grower.take_in(block=False)
+        for draft_engine in self.draft_engines:
+            draft_engine.take_in(block=False)
             for _ in range(self.passes):
-                grower.grow()
-            grower.send_rest(())  # as if there had been no time for more
+                draft_engine.grow()
+            draft_engine.send_rest(())  # as if there had been no time for more
         self.engine.take_in(0.0)
         self.engine.advance()
 
@@ -197,8 +196,8 @@ class Lockstep:
         chunks = [self.admit(request) for request in requests]
         while self.engine.live:
             self.round()
-        for grower in self.growers:
-            grower.take_in(block=False)
+        for draft_engine in self.draft_engines:
+            draft_engine.take_in(block=False)
         return [output(of_one) for of_one in chunks]
 
 
@@ -235,7 +234,7 @@ class Patient:
     def observe(self, step: Sequence[Round]) -> None:
         pass
 
-    def grew(self, delay: float, first: bool, leaves: int) -> None:
+    def on_growth(self, delay: float, first: bool, leaves: int) -> None:
         pass
 
 
@@ -245,7 +244,7 @@ async def running(
     scheduler: Scheduler,
     eos: frozenset[int] = NOBODY,
     chooser: Chooser = choose,
-    finish: Callable[[Request], Finish] | None = None,
+    finish: Callable[[Request], StopChecker] | None = None,
     grammar: Grammar | None = None,
 ) -> AsyncIterator[Target]:
     """A target on this event loop, stopped in the end."""
@@ -260,7 +259,7 @@ async def running(
 @asynccontextmanager
 async def hosted(drafter: Drafter, name: str = "d", width: int = 1) -> AsyncIterator[DraftHost]:
     """A drafter with its thread, stopped in the end."""
-    host = DraftHost(Grower(drafter, name, width))
+    host = DraftHost(DraftEngine(drafter, name, width))
     host.start()
     try:
         yield host

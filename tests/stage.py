@@ -17,7 +17,7 @@ from runtime.messages import Chunk, Logprob, Request, Stats
 from runtime.models.detokenize import Detokenizer
 from runtime.reports import TargetReport
 from runtime.sampling import Sampling
-from runtime.target.stop_checker import Finish
+from runtime.target.stop_checker import StopChecker
 from runtime.target.target import resumed
 from tests.rig import output
 
@@ -56,9 +56,9 @@ def played(program: Coroutine[Any, Any, Result]) -> Result:
         return runner.run(program)
 
 
-def finish_of(request: Request) -> Finish:
+def finish_of(request: Request) -> StopChecker:
     text = Detokenizer(TOKENIZER, request.prompt)
-    return Finish(request.sampling, frozenset(), text.decode, text.flush)
+    return StopChecker(request.sampling, frozenset(), text.decode, text.flush)
 
 
 @dataclass(eq=False)

@@ -11,15 +11,15 @@ from runtime.errors import InvalidRequest
 from runtime.messages import Request
 from runtime.sampling import Sampling
 from runtime.target.admission import Admission, slots_of
-from runtime.target.request_state import Admit
+from runtime.target.request_state import AddRequest
 from tests.rig import lettering
 
 CONTEXT = 1000
 
 
-def admit(name: str, tokens: int) -> Admit:
+def admit(name: str, tokens: int) -> AddRequest:
     request = Request(name, (1,), Sampling(max_tokens=tokens))
-    return Admit(request, lettering()(request), lambda chunk: None)
+    return AddRequest(request, lettering()(request), lambda chunk: None)
 
 
 def test_the_longest_text_and_a_step_are_reserved() -> None:

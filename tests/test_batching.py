@@ -15,9 +15,9 @@ from runtime.schedulers.fixed import Fixed
 from runtime.schedulers.sync import Sync
 from runtime.scoring.drafter_utility import REST, TRIAL
 from runtime.target.chunked_prefill import ALIKE, CHUNK, CHUNK_BESIDE
-from runtime.target.commands import Cancel, Heard, Join, Policy, Stop
+from runtime.target.commands import Cancel, Join, ReplyReceived, SetScheduler, Stop
 from runtime.target.engine import Engine
-from runtime.target.request_state import Admit
+from runtime.target.request_state import AddRequest
 from runtime.target.target import resumed
 from tests.rig import NOBODY, Output, asking, engine_of, lettering, output, plain
 from tests.test_engine import draft
@@ -50,7 +50,7 @@ class Desk:
     def admit(self, request: Request) -> None:
         self.chunks[request.session] = []
         finish = resumed(lettering()(request), request)
-        self.engine.handle(Admit(request, finish, self.chunks[request.session].append, self.engine.clock()))
+        self.engine.handle(AddRequest(request, finish, self.chunks[request.session].append, self.engine.clock()))
 
     def run(self) -> dict[str, Output]:
         while self.engine.live or self.engine.admission.waiting:
@@ -278,7 +278,7 @@ def test_a_new_policy_holds_from_the_next_step_and_its_style_for_new_sessions() 
     engine.handle(Join("d", events.append))
     at.admit(asking(PROMPT, "old", max_tokens=3))
     at.engine.advance()
-    engine.handle(Policy(Sync(2, 3, 4, 16, 0.001)))
+    engine.handle(SetScheduler(Sync(2, 3, 4, 16, 0.001)))
     at.admit(asking(PROMPT, "new", max_tokens=3))
     while at.engine.live or at.engine.admission.waiting:
         at.engine.advance()
@@ -289,5 +289,5 @@ def test_replies_for_sessions_that_wait_are_counted() -> None:
     at = desk(Watched(), kv_slots=4 * 100 // 3)
     at.admit(asking(PROMPT, "first"))
     at.admit(asking(PROMPT))
-    at.engine.handle(Heard(draft([(PROMPT, 1)]), 0.0))
+    at.engine.handle(ReplyReceived(draft([(PROMPT, 1)]), 0.0))
     assert at.engine.ledger.guesses["d"].stale == 1

@@ -11,7 +11,7 @@ import pytest
 
 from runtime.choice import Allowed, choose
 from runtime.config import shipped
-from runtime.draft.draft_engine import Grower
+from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import Drafter
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.noisy import Noisy
@@ -92,8 +92,8 @@ def test_speculation_on_is_speculation_off(
 ) -> None:
     request = asking(PROMPT, max_tokens=40, temperature=temperature, seed=5, constraint=constraint, logprobs=2)
     alone = plain(TOY, request, EOS, grammar=grammars)
-    grower = Grower(DRAFTERS[drafter]([*PROMPT, *alone.tokens]), "d", 2)
-    (found,) = Lockstep(engine_of(TOY, 8, EOS), grower, passes=4, grammar=grammars).run(request)
+    draft_engine = DraftEngine(DRAFTERS[drafter]([*PROMPT, *alone.tokens]), "d", 2)
+    (found,) = Lockstep(engine_of(TOY, 8, EOS), draft_engine, passes=4, grammar=grammars).run(request)
     assert found.said() == alone.said()
     assert found.logprobs == alone.logprobs
     check(grammars, tokenizer, constraint, found)
@@ -110,8 +110,8 @@ def test_the_shipped_pair(constraint: Constraint, temperature: float, tokenizer:
     prompt = tokenizer.encode("def copy_file(src, dst):\n    ")
     request = asking(prompt, max_tokens=32, temperature=temperature, seed=2, constraint=constraint)
     alone = plain(target, request, EOS, fast.choose, grammars)
-    grower = Grower(ModelDrafter(draft, branches=2), "d", 2)
-    (found,) = Lockstep(engine_of(target, 8, EOS, fast.choose), grower, passes=4, grammar=grammars).run(request)
+    draft_engine = DraftEngine(ModelDrafter(draft, branches=2), "d", 2)
+    (found,) = Lockstep(engine_of(target, 8, EOS, fast.choose), draft_engine, passes=4, grammar=grammars).run(request)
     assert found.said() == alone.said()
     check(grammars, tokenizer, constraint, found)
     assert found.stats.accepted > 0
@@ -146,7 +146,7 @@ def test_a_step_costs_a_mask_for_each_token_that_it_decides(grammars: Grammars) 
 
     request = asking(PROMPT, max_tokens=30, constraint=REGEX)
     alone = plain(TOY, request, EOS, grammar=grammars)
-    wide = Grower(Known([*PROMPT, *alone.tokens], 4096, 6), "d", 4)
+    wide = DraftEngine(Known([*PROMPT, *alone.tokens], 4096, 6), "d", 4)
     (found,) = Lockstep(engine_of(TOY, 32, EOS), wide, passes=4, grammar=counted).run(request)
     assert found.tokens == alone.tokens
     assert found.stats.verified > 4 * len(found.tokens)
@@ -164,7 +164,7 @@ def test_a_complete_text_ends_however_much_longer_it_was_to_be(early: dict[str, 
     alone = plain(TOY, request, EOS, grammar=grammars)
     assert (text_of(tokenizer, alone) in ("yes!", "no!"), alone.reason, alone.tokens[-1]) == (True, "stop", 0)
     assert len(alone.tokens) < 8
-    knowing = Grower(Known([*PROMPT, *alone.tokens, 9, 9, 9], 4096), "d")  # goes on behind the end
+    knowing = DraftEngine(Known([*PROMPT, *alone.tokens, 9, 9, 9], 4096), "d")  # goes on behind the end
     (found,) = Lockstep(engine_of(TOY, 8, EOS), knowing, passes=9, grammar=grammars).run(request)
     assert found.said() == alone.said()
 

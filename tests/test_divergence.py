@@ -4,7 +4,7 @@ import pytest
 
 from bench.divergence import Divergence, divergence
 from runtime import config
-from runtime.draft.draft_engine import Grower
+from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.model import ModelDrafter
 from runtime.models.choose import choose
 from runtime.models.load import load_model, load_tokenizer
@@ -19,7 +19,7 @@ def test_texts_of_bfloat16_differ_at_near_ties_alone() -> None:
     tokenizer, lengths = load_tokenizer(config.shipped("target")), []
     for text in PROMPTS:
         request = asking(tokenizer.encode(text), max_tokens=40)
-        (guessed,) = Lockstep(engine_of(target, 8, chooser=choose), Grower(ModelDrafter(draft), "d", 4)).run(request)
+        (guessed,) = Lockstep(engine_of(target, 8, chooser=choose), DraftEngine(ModelDrafter(draft), "d", 4)).run(request)
         alone = plain(target, request, chooser=choose)
         assert guessed.stats.accepted > 0
         found = divergence(target, request.prompt, guessed.tokens, alone.tokens)

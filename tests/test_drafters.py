@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from runtime import limits
 from runtime.choice import Ask
 from runtime.config import methods, module_of
-from runtime.draft.draft_engine import RUN_AHEAD, Grower
+from runtime.draft.draft_engine import RUN_AHEAD, DraftEngine
 from runtime.draft.frontier import Frontier
-from runtime.drafters.base import Children, Drafter, Text, Wish
+from runtime.drafters.base import Children, Drafter, ExpandRequest, Text
 from runtime.drafters.model import ModelDrafter
 from runtime.errors import InvalidRequest
 from runtime.messages import Commit, Draft, Open, Reply, Share
@@ -52,7 +52,7 @@ def text_of(tokens: Sequence[int], session: str = "s", **sampling: object) -> Te
 
 def expanded(drafter: Drafter, text: Text, leaves: Sequence[int], branches: int = 0) -> Children:
     """The method's answer to one wish."""
-    (found,) = drafter.expand([Wish(text, leaves, branches)])
+    (found,) = drafter.expand([ExpandRequest(text, leaves, branches)])
     assert found is not None
     return found
 
@@ -81,7 +81,7 @@ def holds(thing: object, name: str) -> bool:
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_the_output_is_the_targets(method: str, temperature: float) -> None:
     request = asking(PROMPT, max_tokens=60, temperature=temperature, seed=4)
-    lockstep = Lockstep(engine_of(LOOPING), Grower(built(method), "d", 4))
+    lockstep = Lockstep(engine_of(LOOPING), DraftEngine(built(method), "d", 4))
     (drafted,) = lockstep.run(request)
     assert drafted.said() == plain(LOOPING, request).said()
     assert drafted.stats.accepted > 0
@@ -105,15 +105,15 @@ def test_the_output_is_the_targets_through_a_link(method: str) -> None:
 def test_replies_are_bounded_and_make_sense(method: str, width: int, temperature: float) -> None:
     """As long as nobody commits, a drafter falls silent; each of its messages is one that a target takes."""
     sent: list[Reply] = []
-    grower = Grower(built(method), "d", width)
+    draft_engine = DraftEngine(built(method), "d", width)
     sampling = Sampling(max_tokens=400, temperature=temperature, top_k=3)
-    grower.hear(0, Open("s", 0, tuple(PROMPT), len(PROMPT), sampling, Share("s", 0, 1)), sent.append)
+    draft_engine.hear(0, Open("s", 0, tuple(PROMPT), len(PROMPT), sampling, Share("s", 0, 1)), sent.append)
     passes = 0
-    while grower.grow():
+    while draft_engine.grow():
         passes += 1
         assert passes <= RUN_AHEAD + limits.TREE_DEPTH
     known = {text_key(PROMPT)}
-    assert grower.counters == {}
+    assert draft_engine.counters == {}
     for reply in sent:
         assert isinstance(reply, Draft)
         assert 0 < len(reply.parents) == len(reply.tokens) == len(reply.scores) <= limits.DRAFT_NODES
@@ -146,7 +146,7 @@ def test_sessions_do_not_show_in_each_other(method: str, temperature: float) -> 
     texts = {name: text_of([*PROMPT, *more], name, temperature=temperature) for name, more in (("a", [7]), ("b", [1, 5, 9]), ("c", []))}
     together, alone = built(method), {name: built(method) for name in texts}
     for names in (["a", "b"], ["b", "c", "a"], ["c", "a"]):
-        wishes = [Wish(texts[name], Frontier(texts[name].tree, 20, -50.0).best(3)) for name in names]
+        wishes = [ExpandRequest(texts[name], Frontier(texts[name].tree, 20, -50.0).best(3)) for name in names]
         for wish, found in zip(wishes, together.expand(wishes), strict=True):
             text = wish.text
             expected = expanded(alone[text.session], text, wish.leaves)
@@ -255,27 +255,27 @@ def test_leaves_of_all_sessions_go_through_the_model_together() -> None:
     model = Counting()
     drafter = ModelDrafter(model, branches=2)
     texts = [text_of([*PROMPT, token], f"s{token}") for token in range(3)]
-    drafter.expand([Wish(text, [0]) for text in texts])
+    drafter.expand([ExpandRequest(text, [0]) for text in texts])
     for text in texts:
         for token in (1, 2):
             text.tree.add(0, token, -0.5)
-    found = drafter.expand([Wish(text, [1, 2], branches) for branches, text in enumerate(texts)])
+    found = drafter.expand([ExpandRequest(text, [1, 2], branches) for branches, text in enumerate(texts)])
     assert model.passes == [[11, 11, 11], [2, 2, 2]]
     assert [len(children.tokens) for children in found if children is not None] == [4, 2, 4]
 
 
 def test_after_a_miss_one_narrow_pass_gives_the_children_of_the_new_root() -> None:
     model, sent = Counting(), list[Reply]()
-    grower = Grower(ModelDrafter(model), "d", 4)
-    grower.hear(0, Open("s", 0, tuple(PROMPT), len(PROMPT), Sampling(), Share("s", 0, 1)), sent.append)
+    draft_engine = DraftEngine(ModelDrafter(model), "d", 4)
+    draft_engine.hear(0, Open("s", 0, tuple(PROMPT), len(PROMPT), Sampling(), Share("s", 0, 1)), sent.append)
     for _ in range(5):
-        grower.grow()
-    tree = grower.growing["0/s"].tree
+        draft_engine.grow()
+    tree = draft_engine.states["0/s"].tree
     missed = next(token for token in range(12) if tree.child(0, token) is None)
-    grower.hear(0, Commit("s", 0, len(PROMPT), (missed, 3), text_key([*PROMPT, missed, 3])), sent.append)
+    draft_engine.hear(0, Commit("s", 0, len(PROMPT), (missed, 3), text_key([*PROMPT, missed, 3])), sent.append)
     model.passes.clear()
     sent.clear()
-    grower.grow()
+    draft_engine.grow()
     assert model.passes == [[2]]
     (draft,) = sent
     assert isinstance(draft, Draft)
@@ -288,7 +288,7 @@ def test_a_long_text_is_read_in_pieces_beside_the_others() -> None:
     short, long = text_of(PROMPT, "short"), text_of([n * n % 12 for n in range(60)], "long")
     answers = []
     for _ in range(4):
-        first, second = drafter.expand([Wish(long, [0]), Wish(short, Frontier(short.tree, 20, -50.0).best(1))])
+        first, second = drafter.expand([ExpandRequest(long, [0]), ExpandRequest(short, Frontier(short.tree, 20, -50.0).best(1))])
         assert second is not None
         (leaf,) = second.parents.tolist()
         short.tree.expanded[leaf] = True
@@ -323,14 +323,14 @@ def test_a_session_whose_pass_fails_is_given_up_alone() -> None:
             return super().forward_all(parts)
 
     sent: list[Reply] = []
-    grower = Grower(ModelDrafter(Strict(vocabulary=12), branches=1), "d", 4)
+    draft_engine = DraftEngine(ModelDrafter(Strict(vocabulary=12), branches=1), "d", 4)
     for session, text in (("a", PROMPT), ("bad", [1, 99]), ("b", PROMPT[:-1])):
-        grower.hear(0, Open(session, 0, tuple(text), len(text), Sampling(), Share(session, 0, 1)), sent.append)
-    grower.grow()
-    grower.grow()
+        draft_engine.hear(0, Open(session, 0, tuple(text), len(text), Sampling(), Share(session, 0, 1)), sent.append)
+    draft_engine.grow()
+    draft_engine.grow()
     assert [reply.session for reply in sent] == ["a", "b"] * 2
-    assert list(grower.growing) == ["0/a", "0/b"]
-    assert grower.counters == {"failed": 1}
+    assert list(draft_engine.states) == ["0/a", "0/b"]
+    assert draft_engine.counters == {"failed": 1}
 
 
 def test_what_the_filters_bar_is_not_proposed() -> None:
@@ -345,6 +345,6 @@ def test_it_is_silent_beyond_its_own_context() -> None:
     assert len(expanded(drafter, text_of(PROMPT + [1] * 6), [0]).tokens) > 0
     assert len(expanded(drafter, text_of(PROMPT + [1] * 7), [0]).tokens) == 0
     request = asking(PROMPT, max_tokens=40)
-    (drafted,) = Lockstep(engine_of(LOOPING), Grower(ModelDrafter(small), "d")).run(request)
+    (drafted,) = Lockstep(engine_of(LOOPING), DraftEngine(ModelDrafter(small), "d")).run(request)
     assert drafted.said() == plain(LOOPING, request).said()
     assert 0 < drafted.stats.accepted < 10

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from runtime import limits
-from runtime.draft.draft_engine import FLOOR, ROWS, RUN_AHEAD, Gone, Grower, Heard, Stop, Unheard
+from runtime.draft.draft_engine import FLOOR, ROWS, RUN_AHEAD, DraftEngine, EventReceived, GrowthDropped, Stop, StreamClosed
 from runtime.draft.draft_host import DraftHost
-from runtime.drafters.base import Children, Text, Wish
+from runtime.drafters.base import Children, ExpandRequest, Text
 from runtime.drafters.model import ModelDrafter
 from runtime.links import DraftLink
 from runtime.messages import AS_IT_LIKES, Close, Commit, Draft, Event, Open, Reply, Resync, Share, Style
@@ -30,7 +30,7 @@ class TestDraftHost(LinkContract):
         return hosted(ModelDrafter(ToyModel()), width=4)
 
     def held(self, drafter: DraftLink) -> int:
-        return len(cast(DraftHost, drafter).grower.growing)
+        return len(cast(DraftHost, drafter).draft_engine.states)
 
 
 def opened(
@@ -49,29 +49,29 @@ def commit(base: int, count: int, session: str = "s", epoch: int = 0) -> Commit:
 
 
 class Hand:
-    """A grower without a thread, and what it has sent."""
+    """A draft engine without a thread, and what it has sent."""
 
     def __init__(self, width: int = 1, branches: int = 1) -> None:
         self.sent: list[Reply] = []
-        self.grower = Grower(Known(TEXT, V, branches), "d", width)
+        self.draft_engine = DraftEngine(Known(TEXT, V, branches), "d", width)
 
     def hear(self, *events: Event, stream: int = 0) -> None:
         for event in events:
-            self.grower.inbox.put(Heard(stream, event, self.sent.append))
-        assert self.grower.take_in(block=False)
+            self.draft_engine.inbox.put(EventReceived(stream, event, self.sent.append))
+        assert self.draft_engine.take_in(block=False)
 
     def grow(self, times: int, session: str = "s") -> list[int]:
         """Tokens of the session that were sent in so many passes."""
         before = len(self.sent)
         for _ in range(times):
-            self.grower.grow()
+            self.draft_engine.grow()
         return [token for draft in self.drafts(session, before) for token in draft.tokens.tolist()]
 
     def drafts(self, session: str = "s", start: int = 0) -> list[Draft]:
         return [reply for reply in self.sent[start:] if isinstance(reply, Draft) and reply.session == session]
 
     def text(self, name: str = "0/s") -> tuple[int, ...]:
-        return tuple(self.grower.growing[name].tokens)
+        return tuple(self.draft_engine.states[name].tokens)
 
 
 # Following the target
@@ -85,7 +85,7 @@ def test_it_grows_from_the_text_and_goes_on_from_where_a_commit_leaves_it() -> N
     assert hand.grow(2) == list(TEXT[8:10])
     hand.hear(commit(7, 4))
     assert hand.grow(1) == [TEXT[11]]
-    assert hand.grower.counters == {}
+    assert hand.draft_engine.counters == {}
     parents = [int(draft.parents[0]) for draft in hand.sent if isinstance(draft, Draft)]
     assert parents == [text_key(TEXT[:n]) for n in (5, 6, 7, 8, 9, 11)]
 
@@ -94,7 +94,7 @@ def test_a_repeated_a_late_and_an_overlapping_commit() -> None:
     hand = Hand()
     hand.hear(opened(), commit(5, 2), commit(5, 2), commit(5, 1), commit(6, 3))
     assert hand.text() == TEXT[:9]
-    assert hand.grower.counters == {"stale commit": 2}
+    assert hand.draft_engine.counters == {"stale commit": 2}
     assert hand.grow(1) == [TEXT[9]]
 
 
@@ -128,19 +128,19 @@ def test_a_commit_of_another_epoch_changes_nothing() -> None:
 def test_an_opening_of_an_older_epoch_changes_nothing() -> None:
     hand = Hand()
     hand.hear(opened(epoch=2, tokens=TEXT[:7]), opened(epoch=1), commit(5, 3, epoch=1))
-    (growing,) = hand.grower.growing.values()
-    assert (growing.opened.epoch, tuple(growing.tokens)) == (2, TEXT[:7])
-    assert hand.grower.counters == {"old epoch": 1, "stale commit": 1}
+    (state,) = hand.draft_engine.states.values()
+    assert (state.opened.epoch, tuple(state.tokens)) == (2, TEXT[:7])
+    assert hand.draft_engine.counters == {"old epoch": 1, "stale commit": 1}
     hand.hear(opened(epoch=3))
-    (growing,) = hand.grower.growing.values()
-    assert (growing.opened.epoch, tuple(growing.tokens)) == (3, PROMPT)
+    (state,) = hand.draft_engine.states.values()
+    assert (state.opened.epoch, tuple(state.tokens)) == (3, PROMPT)
 
 
 def test_events_of_unknown_sessions_are_counted() -> None:
     hand = Hand()
     hand.hear(commit(5, 1), Share("s", 0, 2), Close("s"), Close("s"))
-    assert hand.grower.counters == {"unknown session": 2}
-    assert hand.grower.growing == {}
+    assert hand.draft_engine.counters == {"unknown session": 2}
+    assert hand.draft_engine.states == {}
 
 
 def test_streams_have_names_of_their_own() -> None:
@@ -148,25 +148,25 @@ def test_streams_have_names_of_their_own() -> None:
     hand.hear(opened(), opened("t"))
     hand.hear(opened(tokens=TEXT[:9]), stream=1)
     assert [hand.text(name) for name in ("0/s", "0/t", "1/s")] == [PROMPT, PROMPT, TEXT[:9]]
-    hand.grower.inbox.put(Gone(0))
-    hand.grower.take_in(block=False)
-    assert list(hand.grower.growing) == ["1/s"]
+    hand.draft_engine.inbox.put(StreamClosed(0))
+    hand.draft_engine.take_in(block=False)
+    assert list(hand.draft_engine.states) == ["1/s"]
 
 
 def test_stop_forgets_all() -> None:
     hand = Hand()
     hand.hear(opened())
-    hand.grower.inbox.put(Stop())
-    hand.grower.run()
-    assert hand.grower.growing == {}
+    hand.draft_engine.inbox.put(Stop())
+    hand.draft_engine.run()
+    assert hand.draft_engine.states == {}
 
 
 def test_sessions_are_bounded() -> None:
     hand = Hand()
     hand.hear(*(opened(f"s{n}") for n in range(limits.SESSIONS + 1)))
-    assert len(hand.grower.growing) == limits.SESSIONS
+    assert len(hand.draft_engine.states) == limits.SESSIONS
     hand.hear(Open("empty", 0, (), 0, Sampling(), Share("empty", 0, 1)))
-    assert hand.grower.counters == {"refused": 2}
+    assert hand.draft_engine.counters == {"refused": 2}
     hand.hear(opened("s0", TEXT[:7]))
     assert hand.text("0/s0") == TEXT[:7]
 
@@ -209,7 +209,7 @@ def test_it_stops_where_the_output_will_end() -> None:
 def test_it_stops_at_the_depth_of_a_tree() -> None:
     hand = Hand()
     hand.hear(opened())
-    hand.grower.growing["0/s"].opened = opened(most=10**6)
+    hand.draft_engine.states["0/s"].opened = opened(most=10**6)
     assert len(hand.grow(200)) == limits.TREE_DEPTH
 
 
@@ -230,7 +230,7 @@ def test_what_is_hardly_possible_is_not_grown() -> None:
             return children([(leaf, 1, FLOOR / 2.5) for leaf in leaves])
 
     hand = Hand()
-    hand.grower.drafter = Doubting(TEXT, V)
+    hand.draft_engine.drafter = Doubting(TEXT, V)
     hand.hear(opened())
     assert len(hand.grow(9)) == 3  # of a node that may become the root, the first child is kept
 
@@ -265,7 +265,7 @@ def test_without_a_share_it_rests_and_follows_until_it_gets_one() -> None:
     hand.hear(Share("s", 1, 2), commit(8, 3))
     assert hand.text() == TEXT[:11]
     assert hand.grow(1) == [TEXT[11]]
-    assert hand.grower.counters == {}
+    assert hand.draft_engine.counters == {}
 
 
 # How it is asked to grow
@@ -279,7 +279,7 @@ def test_so_many_passes_after_each_commit() -> None:
     assert hand.grow(9) == list(TEXT[7:9])
     hand.hear(commit(5, 1))  # late: nothing new to grow from
     assert hand.grow(9) == []
-    hand.grower.inbox.put(Unheard(0, "s"))
+    hand.draft_engine.inbox.put(GrowthDropped(0, "s"))
     hand.hear()
     assert hand.grow(9) == list(TEXT[6:8])
 
@@ -288,13 +288,13 @@ def test_width_and_branches_as_asked_or_its_own() -> None:
     hand = Hand(width=2, branches=4)
     hand.hear(opened(), opened("wide", style=Style(width=3, branches=7)))
     hand.grow(1)
-    found = {wish.text.session: (len(wish.leaves), wish.branches) for wish in hand.grower.plan()}
+    found = {wish.text.session: (len(wish.leaves), wish.branches) for wish in hand.draft_engine.plan()}
     assert found == {"0/s": (2, 0), "0/wide": (3, 7)}
 
 
 def test_a_growth_of_any_size_goes_out_in_messages_that_a_target_takes() -> None:
     hand = Hand(branches=400)
-    hand.grower.drafter = Known(TEXT, 1000, 400)
+    hand.draft_engine.drafter = Known(TEXT, 1000, 400)
     hand.hear(opened())
     assert len(hand.grow(1)) == 400
     assert [len(draft.tokens) for draft in hand.drafts()] == [limits.DRAFT_NODES, 400 - limits.DRAFT_NODES]
@@ -307,12 +307,12 @@ def test_all_sessions_are_expanded_in_one_call() -> None:
     class Counting(Known):
         calls = 0
 
-        def expand(self, wishes: Sequence[Wish]) -> list[Children]:
+        def expand(self, wishes: Sequence[ExpandRequest]) -> list[Children]:
             self.calls += 1
             return super().expand(wishes)
 
     hand = Hand()
-    hand.grower.drafter = counting = Counting(TEXT, V)
+    hand.draft_engine.drafter = counting = Counting(TEXT, V)
     hand.hear(opened("s"), opened("t", TEXT[:9]), opened("resting", share=(0, 0)))
     assert hand.grow(2) == list(TEXT[5:7])
     assert [draft.tokens.tolist() for draft in hand.drafts("t")] == [[TEXT[9]], [TEXT[10]]]
@@ -324,8 +324,8 @@ def test_rows_are_bounded_and_everyone_gets_one(sessions: int, rows: int) -> Non
     hand = Hand(width=4, branches=4)
     hand.hear(*(opened(f"s{n}") for n in range(sessions)))
     for _ in range(3):
-        hand.grower.grow()
-    wishes = hand.grower.plan()
+        hand.draft_engine.grow()
+    wishes = hand.draft_engine.plan()
     assert len(wishes) == sessions
     assert sum(len(wish.leaves) for wish in wishes) == rows
 
@@ -334,10 +334,10 @@ def test_a_look_at_the_plan_changes_nothing() -> None:
     hand = Hand(width=4, branches=4)
     hand.hear(opened(), opened("t"))
     for _ in range(4):
-        before = [(wish.text.session, list(wish.leaves)) for wish in hand.grower.plan()]
-        wishes = hand.grower.plan()
+        before = [(wish.text.session, list(wish.leaves)) for wish in hand.draft_engine.plan()]
+        wishes = hand.draft_engine.plan()
         assert [(wish.text.session, list(wish.leaves)) for wish in wishes] == before
-        hand.grower.add(wishes, hand.grower.ask(wishes))
+        hand.draft_engine.add(wishes, hand.draft_engine.ask(wishes))
     assert hand.drafts()
 
 
@@ -347,12 +347,12 @@ def test_a_method_that_asks_for_patience_is_asked_again() -> None:
             super().__init__(TEXT, V)
             self.asked = 0
 
-        def expand(self, wishes: Sequence[Wish]) -> list[Children | None]:  # type: ignore[override]
+        def expand(self, wishes: Sequence[ExpandRequest]) -> list[Children | None]:  # type: ignore[override]
             self.asked += 1
             return [None if self.asked < 4 and wish.text.session == "0/s" else self.guess(wish.text, wish.leaves) for wish in wishes]
 
     hand = Hand()
-    hand.grower.drafter = Slow()
+    hand.draft_engine.drafter = Slow()
     hand.hear(opened(style=Style(passes=1)), opened("t"))
     assert hand.grow(3) == []
     assert len(hand.drafts("t")) == 3
@@ -371,7 +371,7 @@ def test_a_drafter_that_is_sure_of_one_token_runs_as_deep_as_a_tree_may_be() -> 
             return Children(found.parents, found.tokens, np.where(found.scores > -1, -0.01, -8.0).astype(np.float32))
 
     hand = Hand(width=4, branches=4)
-    hand.grower.drafter = Sure(TEXT, V, 4)
+    hand.draft_engine.drafter = Sure(TEXT, V, 4)
     hand.hear(opened(most=10**6))
     assert hand.grow(limits.TREE_DEPTH) == list(TEXT[5 : 5 + limits.TREE_DEPTH])
 
@@ -389,8 +389,8 @@ def test_a_tree_that_fills_up_goes_on_in_depth(first: float, passes: int, deep: 
             return Children(found.parents, found.tokens, scores.astype(np.float32))
 
     hand = Hand(width=4, branches=4)
-    hand.grower.drafter = Even(TEXT, V, 4)
+    hand.draft_engine.drafter = Even(TEXT, V, 4)
     hand.hear(opened(most=10**6))
     hand.grow(passes)
-    assert max(hand.grower.growing["0/s"].tree.depth) >= deep
+    assert max(hand.draft_engine.states["0/s"].tree.depth) >= deep
     assert max(len(draft.tokens) for draft in hand.drafts()) > 4

@@ -9,8 +9,8 @@ import pytest
 
 from actors.grpc_edge import closing
 from runtime.draft import draft_host
-from runtime.draft.draft_engine import Unheard
-from runtime.drafters.base import Children, Text, Wish
+from runtime.draft.draft_engine import GrowthDropped
+from runtime.drafters.base import Children, ExpandRequest, Text
 from runtime.errors import InvalidRequest
 from runtime.messages import Draft, Event, Resync
 from runtime.tree import text_key
@@ -31,14 +31,14 @@ def test_a_method_that_fails_gives_up_that_session_alone(error: Exception, caplo
             return super().guess(text, leaves)
 
     hand = Hand()
-    hand.grower.drafter = Failing(TEXT, V)
+    hand.draft_engine.drafter = Failing(TEXT, V)
     hand.hear(opened("good"), opened("bad"), opened("s"))
     with caplog.at_level(logging.WARNING):
         hand.grow(1)
     assert [draft.session for draft in hand.sent if isinstance(draft, Draft)] == ["good", "s"]
-    assert list(hand.grower.growing) == ["0/good", "0/s"]
+    assert list(hand.draft_engine.states) == ["0/good", "0/s"]
     assert hand.grow(1) == [TEXT[6]]
-    assert hand.grower.counters == {"failed": 1}
+    assert hand.draft_engine.counters == {"failed": 1}
     assert "gives a session up" in caplog.text
 
 
@@ -62,33 +62,33 @@ def test_an_answer_that_can_be_none_gives_up_that_session_alone(nonsense: Childr
             return nonsense if text.session == "0/bad" else super().guess(text, leaves)
 
     hand = Hand()
-    hand.grower.drafter = Confused(TEXT, V)
+    hand.draft_engine.drafter = Confused(TEXT, V)
     hand.hear(opened("bad"), opened("s"))
     assert hand.grow(2) == list(TEXT[5:7])
-    assert list(hand.grower.growing) == ["0/s"]
-    assert hand.grower.counters == {"failed": 1}
+    assert list(hand.draft_engine.states) == ["0/s"]
+    assert hand.draft_engine.counters == {"failed": 1}
 
 
 def test_a_method_that_answers_too_little_is_asked_about_each_session_alone() -> None:
     class Terse(Known):
-        def expand(self, wishes: Sequence[Wish]) -> list[Children]:
+        def expand(self, wishes: Sequence[ExpandRequest]) -> list[Children]:
             return super().expand(wishes)[:1]
 
     hand = Hand()
-    hand.grower.drafter = Terse(TEXT, V)
+    hand.draft_engine.drafter = Terse(TEXT, V)
     hand.hear(opened("other"), opened("s"))
     assert hand.grow(1) == [TEXT[5]]
-    assert list(hand.grower.growing) == ["0/other", "0/s"]
-    assert hand.grower.counters == {}
+    assert list(hand.draft_engine.states) == ["0/other", "0/s"]
+    assert hand.draft_engine.counters == {}
 
 
 def test_growth_that_was_dropped_is_sent_again() -> None:
     hand = Hand()
     hand.hear(opened())
     assert hand.grow(3) == list(TEXT[5:8])
-    hand.grower.inbox.put(Unheard(0, "s"))
-    hand.grower.inbox.put(Unheard(0, "over"))
-    hand.grower.take_in(block=False)
+    hand.draft_engine.inbox.put(GrowthDropped(0, "s"))
+    hand.draft_engine.inbox.put(GrowthDropped(0, "over"))
+    hand.draft_engine.take_in(block=False)
     assert hand.grow(4) == list(TEXT[5:9])
 
 
@@ -101,9 +101,9 @@ def test_growth_that_nobody_fetches_is_dropped_but_no_question(monkeypatch: pyte
             feed = Feed(opened(most=9))
             async with closing(host.speculate(feed)) as replies, asyncio.timeout(PATIENCE_S):
                 await draft_for(replies, "s")
-                await soon(lambda: host.grower.counters["dropped replies"] >= 2)
+                await soon(lambda: host.draft_engine.counters["dropped replies"] >= 2)
                 feed.put(commit(9, 1))
-                await soon(lambda: host.grower.counters["resync"] == 1)
+                await soon(lambda: host.draft_engine.counters["resync"] == 1)
                 before = []
                 async for reply in replies:
                     if isinstance(reply, Resync):
@@ -125,7 +125,7 @@ def test_a_clogged_link_becomes_useful_again(monkeypatch: pytest.MonkeyPatch) ->
             known = {text_key(PROMPT)}
             while text_key(TEXT[:13]) not in known:
                 draft = await draft_for(replies, "s")
-                await soon(lambda: host.grower.counters["dropped replies"] >= 2)
+                await soon(lambda: host.draft_engine.counters["dropped replies"] >= 2)
                 parents = draft.parents.tolist()
                 known.update(
                     text_key([token], parent) for parent, token in zip(parents, draft.tokens.tolist(), strict=True) if parent in known
@@ -144,16 +144,16 @@ def test_an_error_of_the_events_is_raised_to_the_reader() -> None:
             with pytest.raises(ZeroDivisionError):
                 async for _ in host.speculate(events()):
                     pass
-            await soon(lambda: not host.grower.growing)
+            await soon(lambda: not host.draft_engine.states)
 
     asyncio.run(main())
 
 
 def test_a_silent_method_sends_nothing_and_rests() -> None:
     hand = Hand()
-    hand.grower.drafter = Mute()
+    hand.draft_engine.drafter = Mute()
     hand.hear(opened())
-    assert hand.grower.grow() is True
-    assert hand.grower.grow() is False
+    assert hand.draft_engine.grow() is True
+    assert hand.draft_engine.grow() is False
     assert hand.sent == []
-    assert np.array_equal(hand.grower.growing["0/s"].tree.expanded, [True])
+    assert np.array_equal(hand.draft_engine.states["0/s"].tree.expanded, [True])

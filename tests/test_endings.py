@@ -8,29 +8,29 @@ from typing import Any
 import pytest
 
 from runtime.choice import choose
-from runtime.draft.draft_engine import Grower
+from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.model import ModelDrafter
 from runtime.messages import Chunk, Event, Request, Resync, Round, Style
 from runtime.models.base import Part
 from runtime.models.toy import ToyModel
 from runtime.schedulers.base import Plan, View
 from runtime.schedulers.fixed import Fixed
-from runtime.target.commands import Cancel, Heard, Join, Stop
+from runtime.target.commands import Cancel, Join, ReplyReceived, Stop
 from runtime.target.engine import Engine
-from runtime.target.request_state import Admit
+from runtime.target.request_state import AddRequest
 from tests.rig import NOBODY, Known, Lockstep, Mute, asking, continued, engine_of, lettering, output, plain
 from tests.test_engine import PROMPT, TEXT, TOY, alone, draft, through
 
 
 def test_cancelling_frees_the_session_here_and_at_the_drafter() -> None:
     drafter = ModelDrafter(TOY)
-    grower = Grower(drafter, "d", 2)
-    found, lockstep = through(asking(PROMPT), (3, lambda lockstep: lockstep.engine.handle(Cancel("s"))), growers=(grower,))
+    draft_engine = DraftEngine(drafter, "d", 2)
+    found, lockstep = through(asking(PROMPT), (3, lambda lockstep: lockstep.engine.handle(Cancel("s"))), draft_engines=(draft_engine,))
     assert found.reason == "cancelled"
     assert found.said()[:2] == ("".join(chr(97 + token % 26) for token in found.tokens), tuple(TEXT[5 : 5 + len(found.tokens)]))
     assert 0 < found.stats.completion_tokens < 24
     lockstep.round()
-    assert (lockstep.engine.live, grower.growing, drafter.kept) == ({}, {}, {})
+    assert (lockstep.engine.live, draft_engine.states, drafter.kept) == ({}, {}, {})
     lockstep.engine.handle(Cancel("s"))
 
 
@@ -50,14 +50,14 @@ def test_an_error_ends_its_session_and_no_other(error: Exception) -> None:
     model = Breaking(vocabulary=24, memory=3)
     model.error = error
     requests = [asking(PROMPT, "a"), asking((23, *PROMPT), "b"), asking(PROMPT, "c")]
-    grower = Grower(Known(TEXT, 24), "d")
-    found = Lockstep(engine_of(model), grower).run(*requests)
+    draft_engine = DraftEngine(Known(TEXT, 24), "d")
+    found = Lockstep(engine_of(model), draft_engine).run(*requests)
     assert [one.reason for one in found] == ["length", "error", "length"]
     assert found[1].error == f"{type(error).__name__}: {error}"
     assert 0 < len(found[1].tokens) <= 6
     assert found[1].tokens == plain(TOY, asking((23, *PROMPT))).tokens[: len(found[1].tokens)]
     assert [one.said() for one in (found[0], found[2])] == [alone(asking(PROMPT))] * 2
-    assert grower.growing == {}
+    assert draft_engine.states == {}
 
 
 def test_an_error_while_reading_the_prompt() -> None:
@@ -74,7 +74,7 @@ def test_an_error_while_reading_the_prompt() -> None:
 def test_stop_ends_what_is_under_way() -> None:
     chunks: list[Chunk] = []
     engine = engine_of(TOY)
-    engine.inbox.put(Admit(asking(PROMPT, "a"), lettering()(asking(PROMPT)), chunks.append))
+    engine.inbox.put(AddRequest(asking(PROMPT, "a"), lettering()(asking(PROMPT)), chunks.append))
     engine.inbox.put(Stop())
     engine.run()
     assert engine.live == {}
@@ -88,7 +88,7 @@ def test_a_fault_in_the_loop_leaves_no_caller_waiting() -> None:
 
     chunks: list[Chunk] = []
     engine = Engine(TOY, choose, Faulty(8), NOBODY, lambda: 0.0)
-    engine.inbox.put(Admit(asking(PROMPT), lettering()(asking(PROMPT)), chunks.append))
+    engine.inbox.put(AddRequest(asking(PROMPT), lettering()(asking(PROMPT)), chunks.append))
     with pytest.raises(ZeroDivisionError):
         engine.run()
     assert [chunk.finish_reason for chunk in chunks] == ["cancelled"]
@@ -97,7 +97,7 @@ def test_a_fault_in_the_loop_leaves_no_caller_waiting() -> None:
 def test_nobody_is_waited_for_at_the_last_token() -> None:
     """Fixed waits where a drafter is there and has said nothing; the clock of the rig would let it wait for ever."""
     engine = Engine(TOY, choose, Fixed(8, 1e9), NOBODY, lambda: 0.0)
-    (found,) = Lockstep(engine, Grower(Mute(), "d")).run(asking(PROMPT, max_tokens=1))
+    (found,) = Lockstep(engine, DraftEngine(Mute(), "d")).run(asking(PROMPT, max_tokens=1))
     assert found.tokens == tuple(TEXT[5:6])
 
 
@@ -117,7 +117,7 @@ class Waiting:
     def observe(self, step: Sequence[Round]) -> None:
         pass
 
-    def grew(self, delay: float, first: bool, leaves: int) -> None:
+    def on_growth(self, delay: float, first: bool, leaves: int) -> None:
         pass
 
 
@@ -136,14 +136,14 @@ def waiting() -> Iterable[tuple[Engine, Waiting]]:
 
 def admitted(engine: Engine, request: Request) -> "queue.SimpleQueue[Chunk]":
     chunks: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
-    engine.inbox.put(Admit(request, lettering()(request), chunks.put))
+    engine.inbox.put(AddRequest(request, lettering()(request), chunks.put))
     return chunks
 
 
 def test_growth_ends_a_wait_at_once(waiting: tuple[Engine, Waiting]) -> None:
     engine, _ = waiting
     chunks = admitted(engine, asking(PROMPT, max_tokens=2))
-    engine.inbox.put(Heard(draft([(PROMPT, TEXT[5])]), 0.0))
+    engine.inbox.put(ReplyReceived(draft([(PROMPT, TEXT[5])]), 0.0))
     assert chunks.get(timeout=20.0).tokens == tuple(TEXT[5:7])
 
 
@@ -165,7 +165,7 @@ def test_another_session_of_the_same_name_is_another_session(waiting: tuple[Engi
     second = admitted(engine, asking(PROMPT[:2], max_tokens=2))
     assert first.get(timeout=20.0).finish_reason == "cancelled"
     text = continued(TOY, PROMPT[:2], 2)
-    engine.inbox.put(Heard(draft([(PROMPT[:2], text[2])]), 0.0))
+    engine.inbox.put(ReplyReceived(draft([(PROMPT[:2], text[2])]), 0.0))
     assert second.get(timeout=20.0).tokens == tuple(text[2:])
     assert first.empty()
     assert engine.live == {}
@@ -186,10 +186,10 @@ def test_a_flood_does_not_keep_the_target_from_its_steps() -> None:
     engine = engine_of(TOY)
 
     def flood(event: Event) -> None:
-        engine.inbox.put(Heard(Resync("s", "d"), 0.0))
+        engine.inbox.put(ReplyReceived(Resync("s", "d"), 0.0))
 
     engine.handle(Join("d", flood))
-    engine.handle(Admit(asking(PROMPT), lettering()(asking(PROMPT)), chunks.append))
+    engine.handle(AddRequest(asking(PROMPT), lettering()(asking(PROMPT)), chunks.append))
     for _ in range(25):
         assert engine.take_in(0.0)
         engine.advance()

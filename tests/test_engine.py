@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from runtime.choice import Ask, choose
-from runtime.draft.draft_engine import Grower
+from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import Drafter
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.ngram import Ngram
@@ -16,8 +16,8 @@ from runtime.drafters.noisy import Noisy
 from runtime.messages import Chunk, Close, Commit, Draft, Event, Open, Reply, Request, Resync, Share
 from runtime.models.toy import ToyModel
 from runtime.sampling import Sampling
-from runtime.target.commands import Heard, Join, Leave
-from runtime.target.request_state import Admit
+from runtime.target.commands import Join, Leave, ReplyReceived
+from runtime.target.request_state import AddRequest
 from runtime.tree import text_key
 from tests.rig import NOBODY, Known, Lockstep, Mute, Output, asking, continued, engine_of, lettering, output, plain
 
@@ -26,8 +26,8 @@ TOY = ToyModel(vocabulary=24, memory=3)
 TEXT = continued(TOY, PROMPT, 100)
 
 
-def perfect(name: str = "d", width: int = 1, branches: int = 1) -> Grower:
-    return Grower(Known(TEXT, TOY.vocabulary, branches), name, width)
+def perfect(name: str = "d", width: int = 1, branches: int = 1) -> DraftEngine:
+    return DraftEngine(Known(TEXT, TOY.vocabulary, branches), name, width)
 
 
 def alone(request: Request, eos: frozenset[int] = NOBODY) -> tuple[object, ...]:
@@ -52,7 +52,7 @@ def test_without_drafters_it_is_plain_decoding() -> None:
 @pytest.mark.parametrize("prompt", [(7,), (7, 7), PROMPT * 20])
 def test_prompts_of_any_length(prompt: tuple[int, ...]) -> None:
     request = asking(prompt, max_tokens=6)
-    (drafted,) = Lockstep(engine_of(TOY), Grower(ModelDrafter(TOY), "d", 4)).run(request)
+    (drafted,) = Lockstep(engine_of(TOY), DraftEngine(ModelDrafter(TOY), "d", 4)).run(request)
     assert drafted.said() == alone(request)
     assert drafted.tokens[0] == int(TOY.logits(prompt).argmax())
 
@@ -76,7 +76,7 @@ def test_growth_beyond_what_is_verified_makes_hits_and_is_used_later() -> None:
 
 
 def test_a_wrong_drafter_costs_rows_and_nothing_else() -> None:
-    wrong = Grower(Noisy(Known(TEXT, TOY.vocabulary, 2), TOY.vocabulary, wrong=1.0), "w", 4)
+    wrong = DraftEngine(Noisy(Known(TEXT, TOY.vocabulary, 2), TOY.vocabulary, wrong=1.0), "w", 4)
     (found,) = Lockstep(engine_of(TOY), wrong).run(asking(PROMPT))
     assert found.said() == alone(asking(PROMPT))
     assert (found.stats.rounds, found.stats.accepted, found.stats.hits) == (24, 0, 0)
@@ -118,7 +118,7 @@ END = TEXT.index(TEXT[15], 5) - 5 + 1  # tokens until the first of that id
 def test_the_end_is_where_it_is_without_drafters(sampling: dict[str, Any], reason: str | None, passes: int) -> None:
     request = asking(PROMPT, **sampling)
     drafter = ModelDrafter(TOY, branches=2)
-    (found,) = Lockstep(engine_of(TOY, rows=16, eos=EOS), Grower(drafter, "d", 2), passes=passes).run(request)
+    (found,) = Lockstep(engine_of(TOY, rows=16, eos=EOS), DraftEngine(drafter, "d", 2), passes=passes).run(request)
     assert found.said() == alone(request, EOS)
     assert found.reason == reason or reason is None
     assert len(found.tokens) == found.stats.completion_tokens <= sampling["max_tokens"]
@@ -132,18 +132,18 @@ def test_the_end_is_where_it_is_without_drafters(sampling: dict[str, Any], reaso
 
 def test_sessions_beside_each_other_are_as_alone() -> None:
     requests = [asking((*PROMPT, n), f"s{n}", speculation=n % 3 > 0, temperature=0.4 * (n % 2), seed=n) for n in range(9)]
-    found = Lockstep(engine_of(TOY), Grower(ModelDrafter(TOY), "d", 4)).run(*requests)
+    found = Lockstep(engine_of(TOY), DraftEngine(ModelDrafter(TOY), "d", 4)).run(*requests)
     assert [one.said() for one in found] == [alone(request) for request in requests]
     assert [one.stats.accepted > 0 for one in found] == [n % 3 > 0 for n in range(9)]
 
 
 def test_drafters_share_a_session() -> None:
     drafters: list[Drafter] = [ModelDrafter(TOY), Noisy(ModelDrafter(TOY), 24, 0.5), Ngram(), ModelDrafter(TOY), Mute()]
-    growers = [Grower(drafter, f"d{n}", 3) for n, drafter in enumerate(drafters)]
-    lockstep = Lockstep(engine_of(TOY), *growers)
+    draft_engines = [DraftEngine(drafter, f"d{n}", 3) for n, drafter in enumerate(drafters)]
+    lockstep = Lockstep(engine_of(TOY), *draft_engines)
     chunks = lockstep.admit(asking(PROMPT))
     lockstep.round()
-    assert [next(iter(grower.growing.values())).share for grower in growers] == [Share("s", n, 5) for n in range(5)]
+    assert [next(iter(draft_engine.states.values())).share for draft_engine in draft_engines] == [Share("s", n, 5) for n in range(5)]
     while lockstep.engine.live:
         lockstep.round()
     found = output(chunks)
@@ -153,10 +153,10 @@ def test_drafters_share_a_session() -> None:
 
 
 def through(
-    request: Request, *happenings: tuple[int, Callable[[Lockstep], None]], growers: Iterable[Grower] = ()
+    request: Request, *happenings: tuple[int, Callable[[Lockstep], None]], draft_engines: Iterable[DraftEngine] = ()
 ) -> tuple[Output, Lockstep]:
     """A generation to which something happens after so many rounds."""
-    lockstep = Lockstep(engine_of(TOY), *growers)
+    lockstep = Lockstep(engine_of(TOY), *draft_engines)
     chunks = lockstep.admit(request)
     due = dict(happenings)
     for number in itertools.count():
@@ -166,8 +166,8 @@ def through(
             break
         lockstep.round()
     assert not due
-    for grower in lockstep.growers:
-        grower.take_in(block=False)
+    for draft_engine in lockstep.draft_engines:
+        draft_engine.take_in(block=False)
     return output(chunks), lockstep
 
 
@@ -177,12 +177,12 @@ def test_a_drafter_joins_in_mid_stream() -> None:
     assert found.said() == alone(asking(PROMPT))
     assert found.drafters[:6] == ("",) * 6
     assert found.stats.rounds == 6 + 6  # then 18 tokens, three a round
-    assert late.growing == {}
+    assert late.states == {}
 
 
 def test_a_drafter_leaves_in_mid_stream_and_another_takes_its_share() -> None:
-    first, second = perfect("a"), Grower(ModelDrafter(TOY), "b", 2)
-    found, lockstep = through(asking(PROMPT), (3, lambda lockstep: lockstep.leave(first)), growers=(first, second))
+    first, second = perfect("a"), DraftEngine(ModelDrafter(TOY), "b", 2)
+    found, lockstep = through(asking(PROMPT), (3, lambda lockstep: lockstep.leave(first)), draft_engines=(first, second))
     assert found.said() == alone(asking(PROMPT))
     assert list(lockstep.engine.drafters) == ["b"]
     assert found.stats.by_drafter["b"] > found.stats.by_drafter["a"] > 0
@@ -190,7 +190,7 @@ def test_a_drafter_leaves_in_mid_stream_and_another_takes_its_share() -> None:
 
 def test_the_last_drafter_leaves_in_mid_stream() -> None:
     only = perfect()
-    found, _ = through(asking(PROMPT), (3, lambda lockstep: lockstep.leave(only)), growers=(only,))
+    found, _ = through(asking(PROMPT), (3, lambda lockstep: lockstep.leave(only)), draft_engines=(only,))
     assert found.said() == alone(asking(PROMPT))
     assert 0 < found.stats.accepted < 10
     assert set(found.drafters[-10:]) == {""}
@@ -203,7 +203,7 @@ def test_who_left_late_does_not_take_along_who_has_joined_since() -> None:
     engine.handle(Join("d", old))
     engine.handle(Join("d", heard.append))
     engine.handle(Leave("d", old))
-    engine.handle(Admit(asking(PROMPT), lettering()(asking(PROMPT)), lambda chunk: None))
+    engine.handle(AddRequest(asking(PROMPT), lettering()(asking(PROMPT)), lambda chunk: None))
     engine.begin()
     assert [type(event) for event in heard] == [Open]
 
@@ -221,14 +221,14 @@ class Told:
         self.engine.handle(Join("d", self.events.append))
 
     def admit(self, request: Request) -> None:
-        self.engine.handle(Admit(request, lettering(self.engine.eos)(request), self.chunks.append))
+        self.engine.handle(AddRequest(request, lettering(self.engine.eos)(request), self.chunks.append))
 
     def advance(self, times: int = 1) -> None:
         for _ in range(times):
             self.engine.advance()
 
     def hear(self, reply: Reply) -> None:
-        self.engine.handle(Heard(reply, self.engine.clock()))
+        self.engine.handle(ReplyReceived(reply, self.engine.clock()))
 
     def heard(self) -> list[Event]:
         events = self.events[:]

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from actors.compose import build_drafter, build_target
 from runtime.choice import choose as choose_by_numpy
 from runtime.config import DrafterConfig, TargetConfig, shipped
-from runtime.draft.draft_engine import Grower
+from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import Drafter
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.ngram import Ngram
@@ -128,12 +128,12 @@ def test_speculation_off_is_what_transformers_generates(family: Family) -> None:
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_speculation_on_is_speculation_off(family: Family, drafter: str, tree: str) -> None:
     shape = TREES[tree]
-    grower = Grower(DRAFTERS[drafter](family.text, shape.branches), "d", shape.width)
-    lockstep = Lockstep(engine_of(family.model, shape.rows, EOS, choose), grower, passes=shape.depth)
+    draft_engine = DraftEngine(DRAFTERS[drafter](family.text, shape.branches), "d", shape.width)
+    lockstep = Lockstep(engine_of(family.model, shape.rows, EOS, choose), draft_engine, passes=shape.depth)
     chunks = lockstep.admit(family.request)
     while lockstep.engine.live:
-        if drafter == "killed" and lockstep.growers and len(chunks) == 2:
-            lockstep.leave(grower)
+        if drafter == "killed" and lockstep.draft_engines and len(chunks) == 2:
+            lockstep.leave(draft_engine)
         lockstep.round()
     found = output(chunks)
     assert found.tokens == family.tokens
@@ -164,7 +164,7 @@ def test_a_model_drafts_perfectly_for_itself(family: Family) -> None:
     """Its own cache, with branches, misses and prefills, is as exact as the target's: greedy and with noise."""
     for temperature in (0.0, 0.9):
         request = asking(family.request.prompt, max_tokens=COUNT, temperature=temperature, seed=11, min_tokens=COUNT)
-        lockstep = Lockstep(engine_of(family.model, 6, EOS, choose), Grower(ModelDrafter(family.model, branches=2), "d", 2))
+        lockstep = Lockstep(engine_of(family.model, 6, EOS, choose), DraftEngine(ModelDrafter(family.model, branches=2), "d", 2))
         (found,) = lockstep.run(request)
         assert found.said() == plain(family.model, request, EOS, choose).said()
         # Noise draws all orders of probability: now and then the better path is the third or lies outside the pool.
@@ -178,8 +178,8 @@ def test_an_end_of_text_inside_an_accepted_run(tree: str) -> None:
     tokens = transformers_greedy(model.module, prompt, COUNT)
     assert 5 < len(tokens) < COUNT
     more = plain(model, asking(prompt, ignore_eos=True), EOS, choose).tokens
-    grower = Grower(Known([*prompt, *more], VOCABULARY, shape.branches), "d", shape.width)
-    (found,) = Lockstep(engine_of(model, shape.rows, EOS, choose), grower, passes=shape.depth).run(asking(prompt))
+    draft_engine = DraftEngine(Known([*prompt, *more], VOCABULARY, shape.branches), "d", shape.width)
+    (found,) = Lockstep(engine_of(model, shape.rows, EOS, choose), draft_engine, passes=shape.depth).run(asking(prompt))
     assert found.tokens == tokens == more[: len(tokens)]
     assert found.said() == plain(model, asking(prompt), EOS, choose).said()
     assert found.reason == "stop"
@@ -264,7 +264,7 @@ def sampled(model: Model, numbers: Sequence[int], temperature: float, seed: int,
     for number in numbers:
         prompt = [(number * 5 + place * place) % 24 for place in range(3 + number)]
         request = asking(prompt, max_tokens=COUNT, temperature=temperature, seed=seed, **MIXES[number % len(MIXES)])
-        lockstep = Lockstep(engine_of(model, 8, EOS, chooser), Grower(ModelDrafter(model, branches=2), "d", 2))
+        lockstep = Lockstep(engine_of(model, 8, EOS, chooser), DraftEngine(ModelDrafter(model, branches=2), "d", 2))
         (found,) = lockstep.run(request)
         assert found.said() == plain(model, request, EOS, chooser).said()
         accepted += found.stats.accepted
@@ -284,8 +284,8 @@ def in_lockstep(target: str, draft: str, asked: Sequence[Sequence[int]], count: 
     requests = [asking(prompt, f"s{number}", max_tokens=count) for number, prompt in enumerate(asked)]
 
     def guided(*requests: Request) -> list[Output]:
-        grower = Grower(drafter, "d", 2 * len(requests))
-        return Lockstep(engine_of(model, 8, eos, choose), grower, passes=passes).run(*requests)
+        draft_engine = DraftEngine(drafter, "d", 2 * len(requests))
+        return Lockstep(engine_of(model, 8, eos, choose), draft_engine, passes=passes).run(*requests)
 
     found = guided(*requests)
     alone = Lockstep(engine_of(model, eos=eos, chooser=choose)).run(*(replace(request, speculation=False) for request in requests))

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from runtime.sampling import Constraint, Sampling
-from runtime.target.stop_checker import Finish
+from runtime.target.stop_checker import StopChecker
 
 EOS = 0
 ANYTHING = Constraint("regex", ".*")
@@ -32,9 +32,9 @@ class Decoder:
         return text
 
 
-def finish(sampling: Sampling, slow: bool = False) -> Finish:
+def finish(sampling: Sampling, slow: bool = False) -> StopChecker:
     decoder = Decoder(slow)
-    return Finish(sampling, frozenset({EOS}), decoder.decode, decoder.flush)
+    return StopChecker(sampling, frozenset({EOS}), decoder.decode, decoder.flush)
 
 
 def run(sampling: Sampling, tokens: list[int], slow: bool = False) -> tuple[list[str], int, str | None]:
@@ -100,7 +100,7 @@ def test_how_a_text_is_cut_into_tokens_does_not_matter(text: str, stops: tuple[s
     borders = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=8)) | {0, len(text)})
     results = []
     for pieces in (list(text), [text[a:b] for a, b in pairwise(borders)]):
-        end = Finish(Sampling(stop=stops, max_tokens=100), frozenset(), pieces.__getitem__, str)
+        end = StopChecker(Sampling(stop=stops, max_tokens=100), frozenset(), pieces.__getitem__, str)
         shown = ""
         for token in range(len(pieces)):
             if end.reason is None:

@@ -47,12 +47,12 @@ def owner(tree: TokenTree, node: int, of: int) -> int | None:
 @given(trees(), st.integers(1, 8), st.integers(0, 6), st.floats(-5.0, 0.0))
 def test_the_most_probable_first_within_bounds(tree: TokenTree, width: int, deepest: int, floor: float) -> None:
     chosen = Frontier(tree, deepest, floor).best(width)
-    ripe = {n for n in range(len(tree)) if not tree.expanded[n] and tree.depth[n] < deepest and tree.path[n] >= floor}
-    assert len(chosen) == min(width, len(ripe))
-    assert set(chosen) <= ripe
+    expandable = {n for n in range(len(tree)) if not tree.expanded[n] and tree.depth[n] < deepest and tree.path[n] >= floor}
+    assert len(chosen) == min(width, len(expandable))
+    assert set(chosen) <= expandable
     paths = [tree.path[node] for node in chosen]
     assert paths == sorted(paths, reverse=True)
-    assert all(tree.path[other] <= min(paths) for other in ripe - set(chosen))
+    assert all(tree.path[other] <= min(paths) for other in expandable - set(chosen))
 
 
 @given(trees(), st.integers(1, 5))
@@ -73,7 +73,7 @@ def test_what_is_kept_up_to_date_is_what_is_made_anew(
         grow(tree, growth, expanded)
         kept.drop_expanded()
         kept.extend()
-        assert kept.ripe == Frontier(tree, deepest, -4.0, Share("s", 0, of)).ripe
+        assert kept.expandable == Frontier(tree, deepest, -4.0, Share("s", 0, of)).expandable
 
 
 def test_a_share_that_is_none_grows_the_main_line_alone() -> None:
@@ -92,12 +92,14 @@ def test_rows_go_to_the_most_probable_of_all_and_one_to_each(sessions: list[tupl
     counts = allot(frontiers, widths, rows)
     assert len(counts) == len(frontiers)
     for count, frontier, width in zip(counts, frontiers, widths, strict=True):
-        assert min(1, len(frontier.ripe)) <= count <= min(width, len(frontier.ripe))
-    could = sum(min(width, len(frontier.ripe)) for frontier, width in zip(frontiers, widths, strict=True))
-    assert sum(counts) == max(sum(bool(frontier.ripe) for frontier in frontiers), min(rows, could))
+        assert min(1, len(frontier.expandable)) <= count <= min(width, len(frontier.expandable))
+    could = sum(min(width, len(frontier.expandable)) for frontier, width in zip(frontiers, widths, strict=True))
+    assert sum(counts) == max(sum(bool(frontier.expandable) for frontier in frontiers), min(rows, could))
     # Beyond the first of each, none that is left out is more probable than one that is in.
-    taken = [path for count, frontier in zip(counts, frontiers, strict=True) for path, _ in frontier.ripe[1:count]]
-    left = [path for n, frontier, width in zip(counts, frontiers, widths, strict=True) for path, _ in frontier.ripe[max(n, 1) : width]]
+    taken = [path for count, frontier in zip(counts, frontiers, strict=True) for path, _ in frontier.expandable[1:count]]
+    left = [
+        path for n, frontier, width in zip(counts, frontiers, widths, strict=True) for path, _ in frontier.expandable[max(n, 1) : width]
+    ]
     assert max(taken, default=0.0) <= min(left, default=float("inf"))
 
 

@@ -15,11 +15,11 @@ from runtime import limits
 from runtime.choice import Chooser
 from runtime.choice import choose as choose_by_numpy
 from runtime.config import heads, module_of
-from runtime.draft.draft_engine import Grower
+from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import Text
 from runtime.drafters.model import ModelDrafter
 from runtime.errors import InvalidRequest, ModelRefused
-from runtime.heads.base import Growth, Head, Identity, Mount, Seen
+from runtime.heads.base import Growth, Head, HeadContext, Identity, Seen
 from runtime.heads.hidden_transfer import HiddenTransfer
 from runtime.heads.medusa import Medusa
 from runtime.models.base import Branch, Look, Model, causal
@@ -32,7 +32,7 @@ from runtime.schedulers.base import Plan, View
 from runtime.schedulers.fixed import Fixed
 from runtime.scoring.drafter_utility import REST, TRIAL
 from runtime.session import Session
-from runtime.target.commands import Policy
+from runtime.target.commands import SetScheduler
 from runtime.target.engine import Engine
 from runtime.target.head_runner import draft_of, likely_ends
 from runtime.tree import TokenTree, text_key
@@ -63,7 +63,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def built(method: str, trained: Mapping[str, Path], model: HFModel | None = None) -> Head:
-    mount = Mount(model or hf_model("llama"), IDENTITY, trained.get(method))
+    mount = HeadContext(model or hf_model("llama"), IDENTITY, trained.get(method))
     head: Head = import_module(f"runtime.heads.{module_of(method)}").build(mount)
     mount.model.check(head.look)
     return head
@@ -104,7 +104,7 @@ def test_beside_drafters_and_all_other_heads(method: str, temperature: float, tr
     request = asking(PROMPT, max_tokens=40, temperature=temperature, seed=3)
     mounted = [built(method, trained), *(built(other, trained) for other in heads() if other != method)]
     engine = headed(model, *mounted, rows=16)
-    (found,) = Lockstep(engine, Grower(ModelDrafter(hf_model("llama")), "d", 2), passes=1).run(request)
+    (found,) = Lockstep(engine, DraftEngine(ModelDrafter(hf_model("llama")), "d", 2), passes=1).run(request)
     assert found.said() == plain(model, request, chooser=choose).said()
     assert found.stats.by_drafter["d"] > 0
     assert engine.ledger.guesses["h-0"].proposed > 0
@@ -225,7 +225,7 @@ def test_a_perfect_head_saves_d_of_d_plus_one_steps(depth: int) -> None:
 def test_acceptance_is_counted_for_each() -> None:
     """The drafter guesses a token in each round, which the head knows too, and the head one more."""
     engine = headed(TOY, Oracle(TEXT, 2), chooser=choose_by_numpy)
-    (found,) = Lockstep(engine, Grower(Known(TEXT, 24), "d", 1), passes=1).run(asking(PROMPT, max_tokens=38))
+    (found,) = Lockstep(engine, DraftEngine(Known(TEXT, 24), "d", 1), passes=1).run(asking(PROMPT, max_tokens=38))
     assert found.tokens == tuple(TEXT[len(PROMPT) : len(PROMPT) + 38])
     assert found.stats.by_drafter == {"d": 13, "h-0": 12}
     assert (found.stats.rounds, found.stats.ignored["repeated"]) == (13, 12)
@@ -290,7 +290,7 @@ def test_a_head_that_fails_is_taken_off(kind: type[Oracle], caplog: pytest.LogCa
     engine = headed(TOY, kind(TEXT, 2), Oracle(TEXT, 2), chooser=choose_by_numpy)
     (found,) = Lockstep(engine).run(asking(PROMPT))
     assert found.tokens == tuple(TEXT[len(PROMPT) : len(PROMPT) + 24])
-    assert list(engine.mounted.heads) == list(engine.crowd.heads) == ["h-1"]
+    assert list(engine.heads.heads) == list(engine.drafter_manager.heads) == ["h-1"]
     assert engine.ledger.fallbacks["head lost"] == 1
     assert "head h-0 is taken off" in caplog.text
 
@@ -310,7 +310,7 @@ def test_a_head_that_brings_nothing_rests_and_costs_nothing() -> None:
     assert found.stats.accepted == 0
     assert found.stats.ignored["invalid"] == 3 * (TRIAL - 1)  # it is judged after the last commit of its trial, and not asked again
     assert engine.ledger.guesses["h-0"].proposed == TRIAL - 1 < REST
-    assert engine.crowd.working_heads() == []
+    assert engine.drafter_manager.active_heads() == []
     assert engine.report().guesses["h-0"].resting
 
 
@@ -326,9 +326,9 @@ def test_a_head_that_rests_does_not_look(trained: dict[str, Path]) -> None:
     looks = []
     for resting in (set[str](), {"h-0"}, {"h-0", "h-1"}):
         lockstep.round()
-        engine.crowd.merit.resting = resting
+        engine.drafter_manager.utility.resting = resting
         lockstep.round()
-        looks.append((len(engine.mounted.look.branches), engine.mounted.look.hidden))
+        looks.append((len(engine.heads.look.branches), engine.heads.look.hidden))
     assert looks == [(2, True), (0, True), (0, False)]
     while engine.live:
         lockstep.round()
@@ -340,18 +340,18 @@ def test_a_head_rests_where_a_drafter_guesses_the_same(known: int) -> None:
     """It knows two tokens of each step; so does the drafter, or it knows nothing."""
     text = continued(TOY, PROMPT, 4 * TRIAL)
     engine = headed(TOY, Oracle(text, 2), chooser=choose_by_numpy)
-    found = Lockstep(engine, Grower(Known(text, 24) if known else Mute(), "d", 1), passes=2)
+    found = Lockstep(engine, DraftEngine(Known(text, 24) if known else Mute(), "d", 1), passes=2)
     found.admit(asking(PROMPT, max_tokens=4 * TRIAL))
     for _ in range(TRIAL):
         found.round()
     assert engine.live
-    assert ("h-0" in engine.crowd.merit.resting) == bool(known)
+    assert ("h-0" in engine.drafter_manager.utility.resting) == bool(known)
 
 
 def test_heads_come_into_use_and_go_out_of_it() -> None:
     engine = headed(TOY, Oracle(TEXT, 1), Oracle(TEXT, 3), chooser=choose_by_numpy)
     for names, brought in ((frozenset({"h-0"}), {"h-0"}), (frozenset(), set()), (None, {"h-0", "h-1"}), (frozenset({"h-1"}), {"h-1"})):
-        engine.handle(Policy(Fixed(8), names))
+        engine.handle(SetScheduler(Fixed(8), names))
         (found,) = Lockstep(engine).run(asking(PROMPT))
         assert found.tokens == tuple(TEXT[len(PROMPT) : len(PROMPT) + 24])
         assert set(found.stats.by_drafter) == brought

@@ -11,7 +11,7 @@ from torch import nn
 
 from actors.compose import build_drafter
 from runtime.config import DrafterConfig, deployment, layers_of
-from runtime.draft.draft_engine import Grower
+from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.model import ModelDrafter
 from runtime.errors import ModelRefused
 from runtime.models.base import causal
@@ -72,10 +72,10 @@ def test_windows_go_with_their_layers() -> None:
 def test_it_drafts_for_the_whole(folder: Path, temperature: float) -> None:
     target = load_model(str(folder))
     host = build_drafter(DrafterConfig(name="d", method="layer-skip", layers=(0, 1, 3), device="cpu"), str(folder))
-    drafter = host.grower.drafter
+    drafter = host.draft_engine.drafter
     assert isinstance(drafter, ModelDrafter)
     request = asking(TEXT.tolist(), max_tokens=40, temperature=temperature, seed=2)
-    (found,) = Lockstep(engine_of(target, chooser=choose), Grower(drafter, "d", 2)).run(request)
+    (found,) = Lockstep(engine_of(target, chooser=choose), DraftEngine(drafter, "d", 2)).run(request)
     assert found.said() == plain(target, request, chooser=choose).said()
     assert found.stats.verified > 0
 

@@ -166,7 +166,7 @@ def test_a_width_that_was_slow_for_a_while_is_tried_again() -> None:
 def test_delays_are_learned_apart() -> None:
     found = Living(TIMES)
     for _ in range(200):
-        found.grew(0.004, first=True, leaves=8)
-        found.grew(0.001, first=False, leaves=2)
+        found.on_growth(0.004, first=True, leaves=8)
+        found.on_growth(0.001, first=False, leaves=2)
     assert found.delay == {True: pytest.approx(0.004), False: pytest.approx(0.001)}
     assert found.width == pytest.approx(5.0, abs=0.2)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.draft.draft_engine import Grower
-from runtime.drafters.base import Children, Wish
+from runtime.draft.draft_engine import DraftEngine
+from runtime.drafters.base import Children, ExpandRequest
 from runtime.drafters.ngram import LONGEST, SHORTEST, Ngram, lookup
 from runtime.drafters.noisy import Noisy
 from runtime.messages import Close, Request
@@ -69,7 +69,7 @@ class Same:
     def __init__(self) -> None:
         self.closed: list[str] = []
 
-    def expand(self, wishes: Sequence[Wish]) -> list[Children | None]:
+    def expand(self, wishes: Sequence[ExpandRequest]) -> list[Children | None]:
         return [guesses([(leaf, 31, -0.5) for leaf in wish.leaves]) if wish.leaves else None for wish in wishes]
 
     def close(self, session: str) -> None:
@@ -90,16 +90,16 @@ def test_a_share_of_the_guesses_is_spoilt_the_same_in_every_run(wrong: float, lo
     assert set(found.tokens[spoilt].tolist()) <= {0}
     assert np.array_equal(found.parents, leaves)
     assert np.array_equal(found.tokens, expanded(Noisy(Same(), 32, wrong), text, leaves).tokens)
-    assert noisy.expand([Wish(text, [])]) == [None]
+    assert noisy.expand([ExpandRequest(text, [])]) == [None]
     noisy.close("s")
     assert inner.closed == ["s"]
 
 
 def test_the_sessions_of_a_request_are_closed_at_the_drafter() -> None:
     inner = Same()
-    grower = Grower(inner, "d")
-    Lockstep(engine_of(LOOPING), grower).run(Request("x", tuple(PROMPT), Sampling(max_tokens=4)))
+    draft_engine = DraftEngine(inner, "d")
+    Lockstep(engine_of(LOOPING), draft_engine).run(Request("x", tuple(PROMPT), Sampling(max_tokens=4)))
     assert inner.closed == ["0/x"]
-    grower.hear(0, Close("x"), lambda reply: None)
+    draft_engine.hear(0, Close("x"), lambda reply: None)
     assert inner.closed == ["0/x"]
-    assert grower.counters == {}
+    assert draft_engine.counters == {}

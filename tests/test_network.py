@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import limits
-from runtime.draft.draft_engine import Grower
+from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import Drafter
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.noisy import Noisy
 from runtime.messages import Chunk, Close, Commit, Draft, Event, Open, Reply, Resync, Share
 from runtime.sampling import Sampling
-from runtime.target.request_state import Admit
+from runtime.target.request_state import AddRequest
 from tests.rig import Lockstep, asking, engine_of, lettering, output, plain
 from tests.test_engine import EOS, PROMPT, TEXT, TOY, alone, perfect
 
@@ -87,9 +87,9 @@ class Adversary:
 def test_the_network_changes_nothing_but_speed(temperature: float, seed: int) -> None:
     adversary = Adversary(seed)
     drafters: list[Drafter] = [ModelDrafter(TOY, branches=2), Noisy(ModelDrafter(TOY), TOY.vocabulary, 0.3)]
-    growers = [Grower(drafter, f"d{n}", 3) for n, drafter in enumerate(drafters)]
+    draft_engines = [DraftEngine(drafter, f"d{n}", 3) for n, drafter in enumerate(drafters)]
     request = asking(PROMPT, temperature=temperature, seed=seed, max_tokens=20)
-    (found,) = Lockstep(engine_of(TOY), *growers, tamper=adversary).run(request)
+    (found,) = Lockstep(engine_of(TOY), *draft_engines, tamper=adversary).run(request)
     assert found.said() == alone(request)
     assert found.stats.rounds <= 20
 
@@ -99,7 +99,7 @@ def test_the_adversary_does_all_it_can_and_some_drafts_get_through() -> None:
     accepted, ignored = 0, set()
     for seed in range(60):
         adversary = Adversary(seed)
-        (found,) = Lockstep(engine_of(TOY), Grower(ModelDrafter(TOY), "d", 3), tamper=adversary).run(asking(PROMPT))
+        (found,) = Lockstep(engine_of(TOY), DraftEngine(ModelDrafter(TOY), "d", 3), tamper=adversary).run(asking(PROMPT))
         fates |= adversary.fates
         ignored |= set(found.stats.ignored)
         accepted += found.stats.accepted
@@ -115,11 +115,11 @@ def test_a_lost_commit_costs_a_question_and_then_all_is_well() -> None:
     def lossy(message: Event | Reply) -> list[Event | Reply]:
         return [] if isinstance(message, Commit) and next(sent) in range(1, 6) else [message]
 
-    grower = perfect()
-    lockstep = Lockstep(engine_of(TOY, rows=4), grower, passes=4, tamper=lossy)
+    draft_engine = perfect()
+    lockstep = Lockstep(engine_of(TOY, rows=4), draft_engine, passes=4, tamper=lossy)
     (found,) = lockstep.run(asking(PROMPT, max_tokens=60))
     assert found.tokens == tuple(TEXT[5:65])
-    assert grower.counters["resync"] >= 1
+    assert draft_engine.counters["resync"] >= 1
     assert found.stats.rounds <= 12 + 8
 
 
@@ -132,8 +132,8 @@ def test_what_was_decided_before_is_gone_on_from() -> None:
         before = "".join(finish.feed(token).text for token in request.committed)
         chunks: list[Chunk] = []
         engine = engine_of(TOY, eos=EOS)
-        lockstep = Lockstep(engine, Grower(ModelDrafter(TOY), "d", 2))
-        engine.handle(Admit(request, finish, chunks.append))
+        lockstep = Lockstep(engine, DraftEngine(ModelDrafter(TOY), "d", 2))
+        engine.handle(AddRequest(request, finish, chunks.append))
         while engine.live:
             lockstep.round()
         found = output(chunks)

@@ -11,7 +11,7 @@ import pytest
 
 from actors import cli
 from runtime.config import ScheduleConfig
-from runtime.drafters.base import Text, Wish
+from runtime.drafters.base import ExpandRequest, Text
 from runtime.models.base import Part, Rows, causal
 from runtime.sampling import Sampling
 from runtime.schedulers.fixed import Fixed
@@ -21,7 +21,7 @@ from runtime.sim.forecast import Forecast, Setting, forecast, simulate
 from runtime.sim.measured import Measured
 from runtime.sim.pair import Guesser, NamingModel, following
 from runtime.sim.world import linear
-from runtime.target.request_state import Live
+from runtime.target.request_state import RequestState
 from runtime.tree import TokenTree, mix64, text_key
 
 T, SMALL_T = 0.03, 0.002
@@ -125,14 +125,14 @@ def test_the_target_reads_its_text_through_cache_positions_and_mask() -> None:
 @pytest.mark.parametrize("policy", ["plain", "sync", "amusd", "pearl", "living"])
 def test_the_text_is_the_same_under_every_schedule(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     texts: list[list[int]] = []
-    hand_out = Live.hand_out
+    hand_out = RequestState.hand_out
 
-    def listen(live: Live, *told: Any) -> Any:
+    def listen(live: RequestState, *told: Any) -> Any:
         chunk = hand_out(live, *told)
         texts.append(list(live.session.tokens))
         return chunk
 
-    monkeypatch.setattr(Live, "hand_out", listen)
+    monkeypatch.setattr(RequestState, "hand_out", listen)
     of(policy, Setting(tokens=60))
     text, prompt = texts[-1], 4
     assert len(text) > 60
@@ -160,7 +160,7 @@ def test_the_draft_finds_the_targets_choice_as_often_as_the_examples_say(branche
     key = text_key(text)
     for _ in range(2000):
         tree = TokenTree(key, text[-1], 16, 16)
-        (children,) = guesser.expand([Wish(Text("s", text, 4, Sampling(), tree), [0], branches)])
+        (children,) = guesser.expand([ExpandRequest(Text("s", text, 4, Sampling(), tree), [0], branches)])
         right = following(key)
         assert len(set(children.tokens.tolist())) == branches
         found.append(right in children.tokens)

@@ -12,7 +12,7 @@ from actors import cli
 from actors.cli.commands.measure_guesses import SILENT, of_drafter
 from runtime.calibration import Calibrations
 from runtime.config import ScheduleConfig
-from runtime.drafters.base import Children, Wish
+from runtime.drafters.base import Children, ExpandRequest
 from runtime.drafters.ngram import Ngram
 from runtime.heads.base import NOTHING, Growth
 from runtime.sampling import Sampling
@@ -97,7 +97,7 @@ def test_the_command_takes_all_kinds(monkeypatch: pytest.MonkeyPatch, capsys: py
 class Chain:
     """A drafter that guesses three places in each pass: the first two right."""
 
-    def expand(self, wishes: Sequence[Wish]) -> list[Children]:
+    def expand(self, wishes: Sequence[ExpandRequest]) -> list[Children]:
         return [self.guess(len(wish.text.tokens)) for wish in wishes]
 
     def guess(self, place: int) -> Children:

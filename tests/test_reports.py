@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from runtime.choice import choose
-from runtime.draft.draft_engine import Grower
+from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.noisy import Noisy
 from runtime.errors import Unavailable
@@ -20,9 +20,9 @@ from runtime.models.toy import ToyModel
 from runtime.reports import DrafterReport, GuessReport, TargetReport
 from runtime.schedulers.fixed import Fixed
 from runtime.scoring.drafter_utility import TRIAL
-from runtime.target.commands import Cancel, Heard, Join, Stop
+from runtime.target.commands import Cancel, Join, ReplyReceived, Stop
 from runtime.target.engine import Engine
-from runtime.target.request_state import Admit
+from runtime.target.request_state import AddRequest
 from tests.contracts import soon
 from tests.rig import (
     NOBODY,
@@ -90,12 +90,12 @@ def test_what_was_drafted_was_accepted_or_rejected_or_expired() -> None:
         asking(PROMPT, "sampled", temperature=0.9, seed=3),
         asking(PROMPT, "silent", speculation=False),
     ]
-    growers = (
-        Grower(Known(TEXT, 24, 3), "known", 2),
-        Grower(Noisy(Known(TEXT, 24, 2), 24, 0.5), "noisy", 2),
-        Grower(ModelDrafter(TOY, branches=2), "model", 2),
+    draft_engines = (
+        DraftEngine(Known(TEXT, 24, 3), "known", 2),
+        DraftEngine(Noisy(Known(TEXT, 24, 2), 24, 0.5), "noisy", 2),
+        DraftEngine(ModelDrafter(TOY, branches=2), "model", 2),
     )
-    lockstep = Lockstep(engine_of(Failing(24, 2000, memory=3)), *growers, passes=3)
+    lockstep = Lockstep(engine_of(Failing(24, 2000, memory=3)), *draft_engines, passes=3)
     chunks = [lockstep.admit(request) for request in requests]
     while lockstep.engine.live:
         if len(chunks[2]) == 3:
@@ -113,7 +113,7 @@ def test_what_was_drafted_was_accepted_or_rejected_or_expired() -> None:
 
 
 def test_a_report_is_a_value_of_its_moment() -> None:
-    lockstep = Lockstep(engine_of(TOY), Grower(Known(TEXT, 24), "d"))
+    lockstep = Lockstep(engine_of(TOY), DraftEngine(Known(TEXT, 24), "d"))
     lockstep.admit(asking(PROMPT))
     before = reported(lockstep.engine)
     lockstep.round()
@@ -126,7 +126,7 @@ def test_a_report_is_a_value_of_its_moment() -> None:
 def test_who_has_brought_what() -> None:
     """A perfect chain of three, of which two are verified in each step."""
     engine = engine_of(TOY, rows=2)
-    (found,) = Lockstep(engine, Grower(Known(TEXT, 24), "d"), passes=3).run(asking(PROMPT, max_tokens=30))
+    (found,) = Lockstep(engine, DraftEngine(Known(TEXT, 24), "d"), passes=3).run(asking(PROMPT, max_tokens=30))
     guess = reported(engine).guesses["d"]
     assert (guess.proposed, guess.accepted, guess.resting) == (29, 20, False)
     assert guess.accepted == found.stats.accepted
@@ -144,11 +144,11 @@ class Told:
         self.events: list[Event] = []
         self.engine.handle(Join("d", self.events.append))
         request = asking(PROMPT, max_tokens=60)
-        self.engine.handle(Admit(request, lettering()(request), lambda chunk: None))
+        self.engine.handle(AddRequest(request, lettering()(request), lambda chunk: None))
         self.engine.advance()
 
     def hear(self, growth: Draft, at: float = 0.0) -> None:
-        self.engine.handle(Heard(growth, at))
+        self.engine.handle(ReplyReceived(growth, at))
 
     def guess(self) -> GuessReport:
         return reported(self.engine).guesses["d"]
@@ -189,11 +189,11 @@ def test_what_a_target_goes_without_is_counted_by_cause() -> None:
     Lockstep(engine).run(asking(PROMPT, max_tokens=5), asking(PROMPT, "t", max_tokens=5, speculation=False))
     assert reported(engine).fallbacks == {"no drafter": 4}  # with the last token nobody could help
     engine = engine_of(TOY)
-    Lockstep(engine, Grower(Mute(), "d")).run(asking(PROMPT, max_tokens=TRIAL + 10))
+    Lockstep(engine, DraftEngine(Mute(), "d")).run(asking(PROMPT, max_tokens=TRIAL + 10))
     assert reported(engine).fallbacks == {"empty tree": TRIAL, "all resting": 9}
     assert reported(engine).guesses["d"] == GuessReport(resting=True)
     engine = engine_of(Moody(24, memory=3))
-    outputs = Lockstep(engine, Grower(Known(TEXT, 24), "d")).run(asking(PROMPT, "s", max_tokens=6), asking(PROMPT, "t", max_tokens=6))
+    outputs = Lockstep(engine, DraftEngine(Known(TEXT, 24), "d")).run(asking(PROMPT, "s", max_tokens=6), asking(PROMPT, "t", max_tokens=6))
     assert [found.tokens for found in outputs] == [tuple(TEXT[5:11])] * 2
     assert reported(engine).fallbacks == {"alone": 2}
     adds_up(reported(engine), outputs)
@@ -216,7 +216,7 @@ def test_asked_from_another_thread_while_it_works() -> None:
     thread.start()
     ended = threading.Event()
     request = asking(PROMPT, max_tokens=600)
-    engine.inbox.put(Admit(request, lettering()(request), lambda chunk: ended.set() if chunk.finish_reason else None))
+    engine.inbox.put(AddRequest(request, lettering()(request), lambda chunk: ended.set() if chunk.finish_reason else None))
     seen = [engine.report()]
     while not ended.wait(0.001):
         seen.append(engine.report())
@@ -234,16 +234,16 @@ def test_asked_from_another_thread_while_it_works() -> None:
 
 def test_a_drafter_reports_passes_and_nodes() -> None:
     ticks = iter(range(10**6))
-    grower = Grower(Known(TEXT, 24, 3), "d", clock=lambda: float(next(ticks)))
-    assert grower.report() == DrafterReport()
-    lockstep = Lockstep(engine_of(TOY), grower, passes=2)
+    draft_engine = DraftEngine(Known(TEXT, 24, 3), "d", clock=lambda: float(next(ticks)))
+    assert draft_engine.report() == DrafterReport()
+    lockstep = Lockstep(engine_of(TOY), draft_engine, passes=2)
     (found,) = lockstep.run(asking(PROMPT, max_tokens=12))
-    report = grower.report()
+    report = draft_engine.report()
     assert (report.sessions, report.nodes) == (0, found.stats.drafted + sum(found.stats.ignored.values()))
     assert 0 < report.passes <= 2 * found.stats.rounds
     assert report.computed >= report.passes
-    grower.counters["unknown session"] += 1
-    assert (report.counters, grower.report().counters) == ({}, {"unknown session": 1})
+    draft_engine.counters["unknown session"] += 1
+    assert (report.counters, draft_engine.report().counters) == ({}, {"unknown session": 1})
 
 
 # At the target
@@ -278,10 +278,10 @@ def test_a_text_is_sent_again_once_for_each_commit_at_most() -> None:
     told = Told()
     told.events.clear()
     for _ in range(3):
-        told.engine.handle(Heard(Resync("s", "d"), 0.0))
+        told.engine.handle(ReplyReceived(Resync("s", "d"), 0.0))
     assert len(told.events) == 1
     told.engine.advance()
     told.events.clear()
     for _ in range(3):
-        told.engine.handle(Heard(Resync("s", "d"), 0.0))
+        told.engine.handle(ReplyReceived(Resync("s", "d"), 0.0))
     assert len(told.events) == 1

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from runtime.choice import choose
-from runtime.draft.draft_engine import Grower
+from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.model import ModelDrafter
 from runtime.errors import InvalidRequest
 from runtime.messages import Chunk, Commit, Draft, Event, Logprob, Open, Request
@@ -22,7 +22,7 @@ from runtime.schedulers.base import Scheduler
 from runtime.schedulers.fixed import Fixed
 from runtime.schedulers.sync import Sync
 from runtime.target.chunked_prefill import CHUNK
-from runtime.target.commands import Heard, Join
+from runtime.target.commands import Join, ReplyReceived
 from runtime.target.engine import Engine
 from runtime.target.target import check
 from tests.contracts import soon
@@ -61,7 +61,7 @@ def test_logprobs_are_the_targets_own_whoever_guessed_the_token(k: int, sampling
     text = [*PROMPT, *alone.tokens]
     expected = [by_hand(text[: 5 + place], token, k) for place, token in enumerate(alone.tokens)]
     for drafter in (Known(text, 24, 3), ModelDrafter(TOY, branches=2)):
-        (found,) = Lockstep(engine_of(TOY), Grower(drafter, "d", 2), passes=3).run(request)
+        (found,) = Lockstep(engine_of(TOY), DraftEngine(drafter, "d", 2), passes=3).run(request)
         assert found.said() == alone.said()
         assert found.stats.accepted > 0
         assert found.logprobs == alone.logprobs
@@ -78,7 +78,7 @@ def test_logprobs_are_the_targets_own_whoever_guessed_the_token(k: int, sampling
 )
 def test_text_ids_and_logprobs_are_cut_at_the_same_token(sampling: dict[str, Any]) -> None:
     request = asking(PROMPT, logprobs=1, **sampling)
-    (found,) = Lockstep(engine_of(TOY, 30, EOS), Grower(Known(TEXT, 24), "d"), passes=30).run(request)
+    (found,) = Lockstep(engine_of(TOY, 30, EOS), DraftEngine(Known(TEXT, 24), "d"), passes=30).run(request)
     assert found.said() == plain(TOY, request, EOS).said()
     assert len(found.logprobs) == len(found.tokens) == found.stats.completion_tokens
     assert found.stats.rounds == 1  # one run of guesses reaches beyond the end
@@ -94,7 +94,7 @@ def test_who_does_not_ask_gets_none() -> None:
 @pytest.mark.parametrize("most", [0, 1, 3])
 def test_a_request_bounds_its_rows(most: int) -> None:
     requests = [replace(asking(PROMPT, "few"), max_rows=most), asking(PROMPT, "many")]
-    few, many = Lockstep(engine_of(TOY), Grower(Known(TEXT, 24), "d"), passes=9).run(*requests)
+    few, many = Lockstep(engine_of(TOY), DraftEngine(Known(TEXT, 24), "d"), passes=9).run(*requests)
     assert few.said() == many.said()
     assert few.stats.rounds == -(-24 // (most + 1))
     assert few.stats.verified == 24 - few.stats.rounds
@@ -104,7 +104,7 @@ def test_a_request_bounds_its_rows(most: int) -> None:
 @pytest.mark.parametrize("scheduler", [Fixed(8, 1e9), Sync(1, 1, 4, 4, 1e9), Amusd(1e9)])
 def test_nobody_is_waited_for_by_who_wants_no_rows(scheduler: Scheduler) -> None:
     engine = Engine(TOY, choose, scheduler, NOBODY, lambda: 0.0)
-    (found,) = Lockstep(engine, Grower(Mute(), "d")).run(replace(asking(PROMPT), max_rows=0))
+    (found,) = Lockstep(engine, DraftEngine(Mute(), "d")).run(replace(asking(PROMPT), max_rows=0))
     assert found.tokens == tuple(TEXT[5:29])
 
 
@@ -122,7 +122,7 @@ def test_the_epoch_of_a_request_is_that_of_its_session_and_growth_of_another_is_
     session = engine.live["s"].session
     for epoch, taken in ((6, 0), (8, 0), (7, 1)):
         growth = Draft("s", epoch, "d", np.array([session.tree.key[0]], np.uint64), np.array([3], np.int32), np.array([-1], np.float32))
-        engine.handle(Heard(growth, 0.0))
+        engine.handle(ReplyReceived(growth, 0.0))
         assert len(session.tree) == 1 + taken
 
 
@@ -237,7 +237,7 @@ def test_at_the_target_a_deadline_ends_the_wait_for_a_mute_drafter() -> None:
             async with aclosing(asked.generate(replace(asking(PROMPT), deadline=0.05))) as stream:
                 chunks = [chunk async for chunk in stream]
             assert output(chunks).reason == "deadline"
-            await soon(lambda: not host.grower.growing)
+            await soon(lambda: not host.draft_engine.states)
             assert output([chunk async for chunk in asked.generate(replace(asking(PROMPT), deadline=-1.0))]).tokens == ()
 
     asyncio.run(main())

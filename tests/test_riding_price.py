@@ -17,7 +17,7 @@ from runtime.schedulers.fixed import Fixed
 from runtime.target.batch import pack
 from runtime.target.engine import Engine
 from runtime.target.head_runner import RIDDEN as PRICED
-from runtime.target.head_runner import Mounted
+from runtime.target.head_runner import HeadRunner
 from tests.families import hf_model
 from tests.rig import NOBODY, Lockstep, asking
 
@@ -51,11 +51,11 @@ def test_the_price_is_what_riders_add() -> None:
 @pytest.mark.parametrize(("riders", "expected"), [(((0,), (1, 2)), {"h-0": 1.5}), (((0,), ()), {"h-0": 0.5}), (((), ()), {})])
 def test_it_is_paid_for_each_row_that_is_ridden(riders: Sequence[Sequence[int]], expected: dict[str, float]) -> None:
     model = hf_model("llama")
-    mounted = Mounted(model, {"h-0": head(model)}, Ledger(), {"h-0": 0.5 * PRICED})
+    runner = HeadRunner(model, {"h-0": head(model)}, Ledger(), {"h-0": 0.5 * PRICED})
     parts = [Part(model.new_cache(), causal(np.arange(3), 0), riders=of) for of in riders]
-    assert mounted.riding_time(parts) == {}  # it is not awake
-    mounted.wake(["h-0"])
-    assert mounted.riding_time(parts) == expected
+    assert runner.riding_time(parts) == {}  # it is not active
+    runner.activate(["h-0"])
+    assert runner.riding_time(parts) == expected
 
 
 @pytest.mark.parametrize("price", [0.0, 1e9])
@@ -66,7 +66,7 @@ def test_the_head_is_charged_for_them_in_each_step(price: float) -> None:
     lockstep.admit(asking([1, 2, 3], max_tokens=40))
     lockstep.round()
     lockstep.round()
-    assert engine.crowd.merit.spent["h-0"] == pytest.approx(
+    assert engine.drafter_manager.utility.spent["h-0"] == pytest.approx(
         (1 + 5) * price / PRICED
     )  # beside the root alone, then beside it and four guesses
     (live,) = engine.live.values()
@@ -86,9 +86,9 @@ def test_only_rows_that_are_worth_it_are_ridden(seconds: float, riders: Sequence
     tree.reroot([9])  # to a text with nothing below it
     for parent, chance in ((0, 0.9), (1, 0.5), (1, 0.3)):
         tree.add(parent, 5 + len(tree), math.log(chance))
-    engine.mounted.wake(["h-0"])
+    engine.heads.activate(["h-0"])
     engine.ledger.computed, engine.ledger.completion = 10.0, 10
-    assert engine.mounted.riding(live, [1, 2, 3], pack(live.session, live.cache, [1, 2, 3])).riders == list(riders)
+    assert engine.heads.riding(live, [1, 2, 3], pack(live.session, live.cache, [1, 2, 3])).riders == list(riders)
 
 
 @pytest.mark.parametrize(("nodes", "ridden"), [(8, 9), (30, 16)])
@@ -103,8 +103,8 @@ def test_where_they_cost_nothing_all_rows_are_ridden_that_the_target_may_stop_at
     tree.reroot([9])
     for node in range(nodes):
         tree.add(node, 5 + node, math.log(0.9))
-    engine.mounted.wake(["h-0"])
+    engine.heads.activate(["h-0"])
     chain = list(range(1, nodes + 1))
-    riders = engine.mounted.riding(live, chain, pack(live.session, live.cache, chain)).riders
+    riders = engine.heads.riding(live, chain, pack(live.session, live.cache, chain)).riders
     assert len(riders) == ridden
     assert nodes in riders, "the end of a likely chain"

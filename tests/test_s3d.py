@@ -19,8 +19,8 @@ from bench import widen as widening
 from bench.widen import Shape, widened, widened_head
 from runtime import limits
 from runtime.config import DrafterConfig, Placement, deployment, draft_of, drafter_of
-from runtime.draft.draft_engine import Grower
-from runtime.drafters.base import Children, Text, Wish
+from runtime.draft.draft_engine import DraftEngine
+from runtime.drafters.base import Children, ExpandRequest, Text
 from runtime.drafters.s3d import BRANCHES, MaskDrafter, build
 from runtime.errors import ModelRefused
 from runtime.kv.prefixes import Prefixes
@@ -71,7 +71,7 @@ def straight(tokens: Sequence[int]) -> Tensor:
 
 
 def test_masks_guess_what_they_would_as_tokens_of_the_text() -> None:
-    (found,) = drafter(tiny()).expand([Wish(text_of(TEXT), [0])])
+    (found,) = drafter(tiny()).expand([ExpandRequest(text_of(TEXT), [0])])
     assert found is not None
     near, *far = levels(found)
     logits = straight(TEXT).log_softmax(-1)
@@ -123,65 +123,65 @@ def test_the_output_is_the_targets_and_is_guessed_sooner(temperature: float) -> 
     """The target itself in place of some of its layers: what it is right about is right at once."""
     target = load_model(str(tiny().target))
     request = asking(TEXT, max_tokens=40, temperature=temperature, seed=2)
-    (found,) = Lockstep(engine_of(target, chooser=choose), Grower(drafter(tiny()), "d", 2)).run(request)
+    (found,) = Lockstep(engine_of(target, chooser=choose), DraftEngine(drafter(tiny()), "d", 2)).run(request)
     assert found.said() == plain(target, request, chooser=choose).said()
     assert found.stats.verified > 0
 
 
-def grown(grower: Grower, sent: list[Reply]) -> list[tuple[int, int]]:
+def grown(draft_engine: DraftEngine, sent: list[Reply]) -> list[tuple[int, int]]:
     """(parent, token) of all that one pass has sent."""
     sent.clear()
-    grower.grow()
-    grower.send_rest(())
+    draft_engine.grow()
+    draft_engine.send_rest(())
     drafts = [reply for reply in sent if isinstance(reply, Draft)]
     return [pair for draft in drafts for pair in zip(draft.parents.tolist(), draft.tokens.tolist(), strict=True)]
 
 
-def opened(grower: Grower, sent: list[Reply], tokens: Sequence[int] = TEXT) -> None:
-    grower.hear(0, Open("s", 0, tuple(tokens), len(tokens), Sampling(max_tokens=100), Share("s", 0, 1)), sent.append)
+def opened(draft_engine: DraftEngine, sent: list[Reply], tokens: Sequence[int] = TEXT) -> None:
+    draft_engine.hear(0, Open("s", 0, tuple(tokens), len(tokens), Sampling(max_tokens=100), Share("s", 0, 1)), sent.append)
 
 
 def test_one_pass_brings_a_chain() -> None:
     sent: list[Reply] = []
-    grower = Grower(drafter(tiny()), "d", 2)
-    opened(grower, sent)
-    assert len(grown(grower, sent)) >= 4 + MASKS
-    assert max(grower.growing["0/s"].tree.depth) == 1 + MASKS
+    draft_engine = DraftEngine(drafter(tiny()), "d", 2)
+    opened(draft_engine, sent)
+    assert len(grown(draft_engine, sent)) >= 4 + MASKS
+    assert max(draft_engine.states["0/s"].tree.depth) == 1 + MASKS
 
 
 def test_what_masks_have_guessed_is_read_in_one_pass_with_what_is_above() -> None:
     """Leaves below leaves, hits on guesses that nobody has read, misses: each guess is what a drafter says that reads the text anew."""
     sent: list[Reply] = []
-    grower, anew = Grower(drafter(tiny()), "d", 4), drafter(tiny())
+    draft_engine, anew = DraftEngine(drafter(tiny()), "d", 4), drafter(tiny())
     anew.finished = Prefixes(0)
-    opened(grower, sent)
+    opened(draft_engine, sent)
     tokens = list(TEXT)
     for step in range(12):
         for _ in range(step % 3 + 1):
-            growing = grower.growing["0/s"]
-            asked = grower.plan()[0]
-            (answer,) = grower.ask([asked])
+            state = draft_engine.states["0/s"]
+            asked = draft_engine.plan()[0]
+            (answer,) = draft_engine.ask([asked])
             assert answer is not None
             for leaf in asked.leaves:
-                (alone,) = anew.expand([Wish(text_of([*tokens, *growing.tree.tokens_to(leaf)]), [0])])
+                (alone,) = anew.expand([ExpandRequest(text_of([*tokens, *state.tree.tokens_to(leaf)]), [0])])
                 anew.close("s")
                 assert alone is not None
                 assert answer.tokens[answer.parents == leaf].tolist() == alone.tokens.tolist()
                 np.testing.assert_allclose(answer.scores[answer.parents == leaf], alone.scores, atol=1e-3)
-            grower.add([asked], [answer])
-        tree = grower.growing["0/s"].tree
+            draft_engine.add([asked], [answer])
+        tree = draft_engine.states["0/s"].tree
         node = int(np.argmax(np.frombuffer(tree.depth, np.int64)))
         decided = tree.tokens_to(node)[: 1 + step % 4] if step % 4 != 3 else [step]
         tokens += decided
-        grower.hear(0, Commit("s", 0, len(tokens) - len(decided), tuple(decided), text_key(tokens)), sent.append)
-    assert grower.counters == {}
+        draft_engine.hear(0, Commit("s", 0, len(tokens) - len(decided), tuple(decided), text_key(tokens)), sent.append)
+    assert draft_engine.counters == {}
 
 
 def test_at_the_end_of_the_context_it_has_no_masks_and_then_nothing_to_say() -> None:
     found = drafter(tiny(context=16))
     depths = []
     for length in (13, 14, 16, 17):
-        (answer,) = found.expand([Wish(text_of((TEXT * 3)[:length]), [0])])
+        (answer,) = found.expand([ExpandRequest(text_of((TEXT * 3)[:length]), [0])])
         found.close("s")
         assert answer is not None
         depths.append(len(levels(answer)) if len(answer.tokens) else 0)
@@ -189,7 +189,7 @@ def test_at_the_end_of_the_context_it_has_no_masks_and_then_nothing_to_say() -> 
 
 
 def test_what_is_barred_is_not_guessed() -> None:
-    (found,) = drafter(tiny()).expand([Wish(text_of(TEXT, temperature=1.0, top_k=1), [0])])
+    (found,) = drafter(tiny()).expand([ExpandRequest(text_of(TEXT, temperature=1.0, top_k=1), [0])])
     assert found is not None
     assert [len(level.tokens) for level in levels(found)] == [1] * (1 + MASKS)
 
@@ -200,7 +200,7 @@ def test_what_is_barred_is_not_guessed() -> None:
 class Chains:
     """Says two tokens for each leaf, and below the second of them, then below the first of those, two more each."""
 
-    def expand(self, wishes: Sequence[Wish]) -> list[Children]:
+    def expand(self, wishes: Sequence[ExpandRequest]) -> list[Children]:
         below = replace(children([(1, 7, -0.2), (1, 8, -0.3)]), below=children([(0, 9, -0.1), (1, 10, -0.4)]))
         return [replace(children([(wish.leaves[0], 5, -0.1), (wish.leaves[0], 6, self.second)]), below=below) for wish in wishes]
 
@@ -213,19 +213,19 @@ class Chains:
 
 def test_guesses_below_guesses_are_sent_with_them() -> None:
     sent: list[Reply] = []
-    grower = Grower(Chains(-0.5), "d", 1)
-    opened(grower, sent)
+    draft_engine = DraftEngine(Chains(-0.5), "d", 1)
+    opened(draft_engine, sent)
     root = text_key(TEXT)
     six, seven = mix64(root, 6), mix64(mix64(root, 6), 7)
-    assert grown(grower, sent) == [(root, 5), (root, 6), (six, 7), (six, 8), (seven, 9), (mix64(six, 8), 10)]
-    assert not any(grower.growing["0/s"].tree.expanded[1:])
+    assert grown(draft_engine, sent) == [(root, 5), (root, 6), (six, 7), (six, 8), (seven, 9), (mix64(six, 8), 10)]
+    assert not any(draft_engine.states["0/s"].tree.expanded[1:])
 
 
 def test_what_is_below_a_guess_that_is_left_out_is_left_out() -> None:
     sent: list[Reply] = []
-    grower = Grower(Chains(-50.0), "d", 1)
-    opened(grower, sent)
-    assert grown(grower, sent) == [(text_key(TEXT), 5)]
+    draft_engine = DraftEngine(Chains(-50.0), "d", 1)
+    opened(draft_engine, sent)
+    assert grown(draft_engine, sent) == [(text_key(TEXT), 5)]
 
 
 # The folder
@@ -238,7 +238,7 @@ def test_a_folder_or_its_name_is_a_draft() -> None:
     made = deployment(str(tiny().target), (folder,), 1, "float32", "cpu", local=False)
     check_models(made)
     host = build_drafter(made.drafters()[0], str(tiny().target))
-    assert isinstance(host.grower.drafter, MaskDrafter)
+    assert isinstance(host.draft_engine.drafter, MaskDrafter)
     assert draft_of(DrafterConfig(name="d", method="s3d", model="x")) == "x"
     assert draft_of(DrafterConfig(name="d", method="ngram")) == ""
 
@@ -295,7 +295,7 @@ def test_widened_with_its_target_it_guesses_the_same(tmp_path: Path, monkeypatch
     answers = [
         levels(answer)
         for folder, target in ((found.folder, found.target), (widened_head(found.folder, wide), wide))
-        for answer in build(ingredients(target, folder)).expand([Wish(text_of(TEXT), [0])])
+        for answer in build(ingredients(target, folder)).expand([ExpandRequest(text_of(TEXT), [0])])
         if answer is not None
     ]
     for narrow, same in zip(*answers, strict=True):

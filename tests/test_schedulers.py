@@ -94,7 +94,7 @@ def taught(make: Callable[[], Scheduler], history: History) -> Scheduler:
     scheduler = make()
     for seen in history:
         if isinstance(seen, Growth):
-            scheduler.grew(seen.delay, seen.first, seen.leaves)
+            scheduler.on_growth(seen.delay, seen.first, seen.leaves)
         else:
             scheduler.observe(seen)
     return scheduler
@@ -173,7 +173,7 @@ def view(nodes: int = 0, drafters: int = 1, waited: float = 0.0, **others: float
 def test_fixed(views: list[View], plan: Plan) -> None:
     scheduler = Fixed(8, PATIENCE)
     scheduler.observe([Round("s", 0, 8, 0, False, 0.0, 9.0, 0.0)])
-    scheduler.grew(9.0, True, 1)
+    scheduler.on_growth(9.0, True, 1)
     assert scheduler.plan(views) == plan
 
 
@@ -222,8 +222,8 @@ def test_taking_turns(scheduler: Scheduler, views: list[View], plan: Plan) -> No
 def test_patience_follows_the_delays_seen_and_for_an_empty_tree_the_steps() -> None:
     scheduler = Sync(1, 1, 4, 4, 1.0)
     for _ in range(200):
-        scheduler.grew(2.0, True, 1)
-        scheduler.grew(3.0, False, 1)
+        scheduler.on_growth(2.0, True, 1)
+        scheduler.on_growth(3.0, False, 1)
         scheduler.observe([Round("s", 0, 8, 0, False, 0.0, 5.0, 0.0)])
     assert scheduler.plan([view()]).wait == pytest.approx(20.0)
     assert scheduler.plan([view(2)]).wait == pytest.approx(8.0)
@@ -237,7 +237,7 @@ def test_a_drafter_that_dribbles_what_nobody_lacks_gets_no_more_time_than_one_th
     for growths in range(1, 100):
         wait = scheduler.plan([view(1, waited=waited, hit=True, growths=growths)]).wait
         waited += wait
-        scheduler.grew(wait, False, 1)
+        scheduler.on_growth(wait, False, 1)
     assert 16.0 <= waited <= 30.0  # four times four growths or five, at what has become their usual delay
 
 
@@ -245,8 +245,8 @@ def test_rests_of_the_drafter_hardly_count_as_delays() -> None:
     """After a hit, the span from growth to growth holds the target's step: here every second one."""
     scheduler = Sync(2, 2, 2, 5, 1.0)
     for _ in range(200):
-        scheduler.grew(1.0, False, 1)
-        scheduler.grew(31.0, False, 1)
+        scheduler.on_growth(1.0, False, 1)
+        scheduler.on_growth(31.0, False, 1)
     assert scheduler.plan([view(2, growths=1)]).wait < 10.0
 
 

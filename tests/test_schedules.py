@@ -138,7 +138,7 @@ class Race:
         at = self.drafter.ends
         grown = self.drafter.grow()
         if grown:
-            self.scheduler.grew(at - self.growth_at, self.missed, 1)
+            self.scheduler.on_growth(at - self.growth_at, self.missed, 1)
             self.growth_at, self.missed, self.growths = at, False, self.growths + 1
         return grown
 

@@ -83,9 +83,9 @@ def test_actors_speak_by_certificate_and_keep_silent(
             await anext(stranger.generate(request))
         await stranger.close()
         await malformed(drafter.address)
-        monkeypatch.setattr(drafter.host.grower.drafter, "expand", broken)
+        monkeypatch.setattr(drafter.host.draft_engine.drafter, "expand", broken)
         again = [chunk async for chunk in client.generate(replace(request, session="t"))]
-        await soon(lambda: drafter.host.grower.counters["failed"] > 0)
+        await soon(lambda: drafter.host.draft_engine.counters["failed"] > 0)
         await client.close()
         tokens, same = (tuple(token for chunk in found for token in chunk.tokens) for found in (chunks, again))
         assert tokens == same

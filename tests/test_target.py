@@ -75,7 +75,7 @@ def test_a_link_that_is_lost_costs_speed_and_is_counted(caplog: pytest.LogCaptur
             assert found.stats.drafted > 0  # five messages came through, of one guess or some
             await soon(lambda: asked.drafters == ())
             assert asked.lost == {"d": 1}
-            await soon(lambda: not host.grower.growing)
+            await soon(lambda: not host.draft_engine.states)
 
     with caplog.at_level(logging.WARNING):
         asyncio.run(main())
@@ -98,7 +98,7 @@ def test_a_drafter_joins_and_leaves_in_mid_stream(attach: Attach) -> None:
             assert tuple(token for chunk in found for token in chunk.tokens) == tuple(text[5:405])
             assert found[0].drafters == ("",)
             await asked.detach("d")
-            await soon(lambda: not host.grower.growing)
+            await soon(lambda: not host.draft_engine.states)
 
     asyncio.run(main())
 
@@ -196,8 +196,8 @@ def test_closing_the_iterator_frees_the_session_here_and_at_the_drafter(attach: 
                 assert asked.engine.live.keys() == {"s"}
                 with pytest.raises(InvalidRequest, match="under way"):
                     await anext(asked.generate(asking(PROMPT)))
-            await soon(lambda: not asked.engine.live and not host.grower.growing)
-            assert cast(ModelDrafter, host.grower.drafter).kept == {}
+            await soon(lambda: not asked.engine.live and not host.draft_engine.states)
+            assert cast(ModelDrafter, host.draft_engine.drafter).kept == {}
             assert (await answer(asked, asking(PROMPT))).tokens == tuple(TEXT[5:29])
 
     asyncio.run(main())
@@ -208,11 +208,11 @@ def test_cancelling_the_reader_frees_the_session() -> None:
         async with running(TOY, Patient(3)) as asked, hosted(Mute()) as host:
             await attached(asked, "d", host)  # the target waits for it
             reading = asyncio.create_task(answer(asked, asking(PROMPT)))
-            await soon(lambda: bool(host.grower.growing))
+            await soon(lambda: bool(host.draft_engine.states))
             reading.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await reading
-            await soon(lambda: not asked.engine.live and not host.grower.growing)
+            await soon(lambda: not asked.engine.live and not host.draft_engine.states)
 
     asyncio.run(main())
 
@@ -242,7 +242,7 @@ def test_stopping_ends_what_is_under_way_and_refuses_what_comes() -> None:
         async with running(TOY, Patient(3)) as asked, hosted(Mute()) as host:
             await attached(asked, "d", host)
             reading = asyncio.create_task(answer(asked, asking(PROMPT, max_tokens=1000)))
-            await soon(lambda: bool(host.grower.growing))
+            await soon(lambda: bool(host.draft_engine.states))
             await asked.stop()
             assert (await reading).reason == "cancelled"
             with pytest.raises(Unavailable, match="has stopped"):

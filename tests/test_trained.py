@@ -16,7 +16,7 @@ from actors.launch.prepare import check_models
 from runtime.config import deployment
 from runtime.errors import ModelRefused
 from runtime.heads import hidden_transfer, medusa
-from runtime.heads.base import Identity, Mount
+from runtime.heads.base import HeadContext, Identity
 from runtime.messages import Request
 from runtime.models.load import load_tokenizer
 from runtime.models.trained import identity_of, read_settings, read_tensors, write_trained
@@ -40,8 +40,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "head"
 
 
-def mount(folder: Path, identity: Identity = IDENTITY) -> Mount:
-    return Mount(hf_model("llama"), identity, folder)
+def mount(folder: Path, identity: Identity = IDENTITY) -> HeadContext:
+    return HeadContext(hf_model("llama"), identity, folder)
 
 
 def test_what_is_written_is_read(folder: Path) -> None:

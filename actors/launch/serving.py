@@ -65,9 +65,9 @@ async def local_service(deployment: Deployment, note: Note, recordings: list[Rec
             await host.stop()
         remember(memory_of(deployment.target.model, "target"), target.engine.calibrations)
         for host, config in zip(hosts, deployment.drafters(), strict=False):
-            remember(memory_of_drafter(config, deployment.target.model), host.grower.calibrations)
+            remember(memory_of_drafter(config, deployment.target.model), host.draft_engine.calibrations)
         if recordings is not None:
-            recordings += [target.engine.trace.take(), *(host.grower.trace.take() for host in hosts)]
+            recordings += [target.engine.trace.take(), *(host.draft_engine.trace.take() for host in hosts)]
 
 
 @contextlib.asynccontextmanager

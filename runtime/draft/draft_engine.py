@@ -19,7 +19,7 @@ from runtime import limits
 from runtime.calibration import Band, Calibrations
 from runtime.clock import Clock
 from runtime.draft.frontier import Frontier, allot
-from runtime.drafters.base import Children, Drafter, Text, Wish
+from runtime.drafters.base import Children, Drafter, ExpandRequest, Text
 from runtime.errors import OutriderError
 from runtime.messages import Close, Commit, Draft, Event, Open, Reply, Resync, Share
 from runtime.reports import DrafterReport
@@ -37,7 +37,7 @@ FAULTS = (OutriderError, RuntimeError, ValueError, MemoryError, LookupError, Typ
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
+class EventReceived:
     """An event that came in on one stream; the names of its sessions are the stream's own."""
 
     stream: int
@@ -46,7 +46,7 @@ class Heard:
 
 
 @dataclass(frozen=True, slots=True)
-class Unheard:
+class GrowthDropped:
     """Growth of a session was dropped on the way: what hangs on it means nothing to the target."""
 
     stream: int
@@ -54,7 +54,7 @@ class Unheard:
 
 
 @dataclass(frozen=True, slots=True)
-class Gone:
+class StreamClosed:
     """A stream is over, and with it all its sessions."""
 
     stream: int
@@ -65,7 +65,7 @@ class Stop:
     pass
 
 
-Input = Heard | Unheard | Gone | Stop
+Command = EventReceived | GrowthDropped | StreamClosed | Stop
 
 
 class Grown(NamedTuple):
@@ -77,7 +77,7 @@ class Grown(NamedTuple):
 
 
 @dataclass(slots=True)
-class Growing:
+class DraftState:
     """One session at the drafter: the text as far as it is known, and the tree that grows from it."""
 
     stream: int
@@ -118,13 +118,13 @@ class Growing:
         A drafter's own choice: the fuller the tree, the nearer a leaf must come to the best. Where the target takes long, the
         nodes that are left then go into depth.
         """
-        asked, ripe = self.opened.style.width, self.ripe().ripe
-        if asked or not ripe:
+        asked, expandable = self.opened.style.width, self.expandable().expandable
+        if asked or not expandable:
             return asked
-        least = ripe[0][0] - FLOOR * (1 - len(self.tree) / self.limit)
-        return sum(path <= least for path, _ in ripe[:own]) or 1
+        least = expandable[0][0] - FLOOR * (1 - len(self.tree) / self.limit)
+        return sum(path <= least for path, _ in expandable[:own]) or 1
 
-    def ripe(self) -> Frontier:
+    def expandable(self) -> Frontier:
         """What may be expanded now."""
         if self.frontier is None:
             room = self.opened.prompt + self.opened.sampling.max_tokens - len(self.tokens)
@@ -133,8 +133,8 @@ class Growing:
         return self.frontier
 
 
-class Grower:
-    """`run` belongs to one thread; `inbox` may be filled from any. `growing`: sessions by the name that the method knows them
+class DraftEngine:
+    """`run` belongs to one thread; `inbox` may be filled from any. `states`: sessions by the name that the method knows them
     by, in the order of their opening. `counters`: events without effect, by reason.
 
     `width`: leaves of one session in a pass, where its style does not say; `rows`: of several sessions together.
@@ -151,8 +151,8 @@ class Grower:
         clock: Clock = time.monotonic,
     ) -> None:
         self.drafter, self.name, self.width, self.rows, self.trace, self.clock = drafter, name, width, rows, trace, clock
-        self.inbox: queue.SimpleQueue[Input] = queue.SimpleQueue()
-        self.growing: dict[str, Growing] = {}
+        self.inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self.states: dict[str, DraftState] = {}
         self.calibrations = calibrations or Calibrations()
         self.counters: Counter[str] = Counter()
         self.passes = self.nodes = 0  # made and guessed so far
@@ -160,14 +160,14 @@ class Grower:
 
     def report(self) -> DrafterReport:
         """What it has done since its start. From any thread."""
-        return DrafterReport(len(self.growing), self.passes, self.nodes, self.computed, dict(self.counters))
+        return DrafterReport(len(self.states), self.passes, self.nodes, self.computed, dict(self.counters))
 
     def run(self) -> None:
         """Until Stop. Nothing is kept of any session then."""
         idle = True
         while self.take_in(block=idle):
             idle = not self.grow()
-        for name in tuple(self.growing):
+        for name in tuple(self.states):
             self.forget(name)
 
     def take_in(self, block: bool) -> bool:
@@ -177,12 +177,12 @@ class Grower:
                 match self.inbox.get(block):
                     case Stop():
                         return False
-                    case Gone(stream=stream):
-                        for name in [name for name, growing in self.growing.items() if growing.stream == stream]:
+                    case StreamClosed(stream=stream):
+                        for name in [name for name, state in self.states.items() if state.stream == stream]:
                             self.forget(name)
-                    case Unheard(stream=stream, session=session):
+                    case GrowthDropped(stream=stream, session=session):
                         self.grow_anew(private(stream, session))
-                    case Heard(stream=stream, event=event, send=send):
+                    case EventReceived(stream=stream, event=event, send=send):
                         self.hear(stream, event, send)
                 block = False
         except queue.Empty:
@@ -201,14 +201,14 @@ class Grower:
             self.record(wishes, began)
         return bool(wishes)
 
-    def plan(self) -> list[Wish]:
+    def plan(self) -> list[ExpandRequest]:
         """What to expand now, of each session at most one wish. Changes nothing."""
-        awake = [(name, growing) for name, growing in self.growing.items() if not growing.rests()]
-        widths = [growing.width(self.width) for _, growing in awake]
-        counts = allot([growing.ripe() for _, growing in awake], widths, max([self.rows, *widths]))
-        return [wish_of(name, growing, count) for (name, growing), count in zip(awake, counts, strict=True) if count]
+        awake = [(name, state) for name, state in self.states.items() if not state.rests()]
+        widths = [state.width(self.width) for _, state in awake]
+        counts = allot([state.expandable() for _, state in awake], widths, max([self.rows, *widths]))
+        return [wish_of(name, state, count) for (name, state), count in zip(awake, counts, strict=True) if count]
 
-    def ask(self, wishes: Sequence[Wish]) -> Sequence[Children | None]:
+    def ask(self, wishes: Sequence[ExpandRequest]) -> Sequence[Children | None]:
         """The method's answers. Where it fails, each session is asked about alone: those that fail again are given up."""
         try:
             answers = self.drafter.expand(wishes)
@@ -227,51 +227,51 @@ class Grower:
         self.counters["failed"] += 1
         self.forget(session)
 
-    def add(self, wishes: Sequence[Wish], answers: Sequence[Children | None]) -> None:
+    def add(self, wishes: Sequence[ExpandRequest], answers: Sequence[Children | None]) -> None:
         """Put the answers to `plan` into the trees and send them, with no event taken in between. A session whose answer cannot be one
         is given up."""
         for wish, children in zip(wishes, answers, strict=True):
-            growing = self.growing.get(wish.text.session)
-            if growing is not None and children is not None:
-                self.expanded(growing, wish.leaves)
+            state = self.states.get(wish.text.session)
+            if state is not None and children is not None:
+                self.expanded(state, wish.leaves)
                 try:
-                    growing.unsent += self.sprout(growing, children)
+                    state.unsent += self.sprout(state, children)
                 except FAULTS as error:
                     self.give_up(wish.text.session, error)
                     continue
-                if growing.due:
-                    self.send(growing)
-                growing.ripe().extend()
+                if state.due:
+                    self.send(state)
+                state.expandable().extend()
 
-    def send_rest(self, wishes: Sequence[Wish]) -> None:
+    def send_rest(self, wishes: Sequence[ExpandRequest]) -> None:
         """What was held back of the sessions that are not wished for now."""
         wished = {wish.text.session for wish in wishes}
-        for name, growing in self.growing.items():
-            if growing.unsent and name not in wished:
-                self.send(growing)
+        for name, state in self.states.items():
+            if state.unsent and name not in wished:
+                self.send(state)
 
-    def expanded(self, growing: Growing, leaves: Sequence[int]) -> None:
-        growing.passes += 1
+    def expanded(self, state: DraftState, leaves: Sequence[int]) -> None:
+        state.passes += 1
         for leaf in leaves:
-            growing.tree.expanded[leaf] = True
-        growing.ripe().drop_expanded()
+            state.tree.expanded[leaf] = True
+        state.expandable().drop_expanded()
 
-    def sprout(self, growing: Growing, children: Children) -> list[Grown]:
+    def sprout(self, state: DraftState, children: Children) -> list[Grown]:
         """Put new children, and what is below them, into the tree; returns what is to be sent of them. What is below a guess that is left
         out is left out too."""
         nodes = children.parents.astype(np.int64)
-        grown = [self.put(growing, nodes, children)]
+        grown = [self.put(state, nodes, children)]
         while children.below is not None:
-            nodes, children = became(growing.tree, nodes, children.tokens)[children.below.parents], children.below
-            grown.append(self.put(growing, nodes, children))
+            nodes, children = became(state.tree, nodes, children.tokens)[children.below.parents], children.below
+            grown.append(self.put(state, nodes, children))
         return grown
 
-    def put(self, growing: Growing, parents: npt.NDArray[np.int64], children: Children) -> Grown:
+    def put(self, state: DraftState, parents: npt.NDArray[np.int64], children: Children) -> Grown:
         """Of guesses below these nodes, -1 for none.
 
         Siblings that are hardly possible are left out, but not the first child: a node is asked about once, and may become the root.
         """
-        tree, calibration = growing.tree, self.calibration(growing).of(self.name)
+        tree, calibration = state.tree, self.calibration(state).of(self.name)
         said = children.scores.astype(np.float64)
         ranks = np.frombuffer(tree.fanout, np.int64)[parents] + place_in_run(parents)
         likely = (ranks == 0) | (np.frombuffer(tree.path)[parents] + calibration.scores(ranks, said) >= FLOOR)
@@ -280,19 +280,19 @@ class Grower:
         new = tree.merge(keys, tokens.astype(np.int64), said, self.name, calibration.scores).rows
         return Grown(keys[new], tokens[new].astype(np.int32), said[new].astype(np.float32))
 
-    def send(self, growing: Growing) -> None:
+    def send(self, state: DraftState) -> None:
         """All that the target has not heard of, in messages that it takes."""
-        opened, grown = growing.opened, Grown(*map(np.concatenate, zip(*growing.unsent, strict=True)))
-        growing.unsent.clear()
-        growing.heard = growing.passes
+        opened, grown = state.opened, Grown(*map(np.concatenate, zip(*state.unsent, strict=True)))
+        state.unsent.clear()
+        state.heard = state.passes
         self.nodes += len(grown.tokens)
         for start in range(0, len(grown.tokens), limits.DRAFT_NODES):
             piece = slice(start, start + limits.DRAFT_NODES)
             draft = Draft(opened.session, opened.epoch, self.name, grown.parents[piece], grown.tokens[piece], grown.scores[piece])
             self.trace.sent(draft, self.clock(), self.name)
-            growing.send(draft)
+            state.send(draft)
 
-    def record(self, wishes: Sequence[Wish], began: float) -> None:
+    def record(self, wishes: Sequence[ExpandRequest], began: float) -> None:
         if self.trace is not OFF:
             now = self.clock()
             self.trace.span(self.name, STEP, began, now, leaves=sum(len(wish.leaves) for wish in wishes), sessions=len(wishes))
@@ -300,7 +300,7 @@ class Grower:
 
     def hear(self, stream: int, event: Event, send: Send) -> None:
         name = private(stream, event.session)
-        known = self.growing.get(name)
+        known = self.states.get(name)
         match event:
             case Open():
                 self.open(name, stream, event, send)
@@ -314,57 +314,57 @@ class Grower:
                 self.counters["unknown session"] += 1
 
     def open(self, name: str, stream: int, event: Open, send: Send) -> None:
-        if (known := self.growing.get(name)) is not None:
+        if (known := self.states.get(name)) is not None:
             if event.epoch < known.opened.epoch:
                 self.counters["old epoch"] += 1
                 return
             self.forget(name)
-        if len(self.growing) >= limits.SESSIONS or not event.tokens:
+        if len(self.states) >= limits.SESSIONS or not event.tokens:
             self.counters["refused"] += 1
             return
-        tree = sapling(text_key(event.tokens), event.tokens[-1])
-        self.growing[name] = Growing(stream, event, send, event.share, list(event.tokens), tree)
+        tree = new_tree(text_key(event.tokens), event.tokens[-1])
+        self.states[name] = DraftState(stream, event, send, event.share, list(event.tokens), tree)
 
     def grow_anew(self, name: str) -> None:
         """From the root, so that all is sent again."""
-        growing = self.growing.get(name)
-        if growing is not None:
-            growing.restart(sapling(growing.tree.key[0], growing.tree.token[0]))
+        state = self.states.get(name)
+        if state is not None:
+            state.restart(new_tree(state.tree.key[0], state.tree.token[0]))
 
     def forget(self, name: str) -> None:
-        if self.growing.pop(name, None) is not None:
+        if self.states.pop(name, None) is not None:
             self.drafter.close(name)
 
-    def commit(self, growing: Growing, event: Commit) -> None:
+    def commit(self, state: DraftState, event: Commit) -> None:
         """Follow the target. A repeated or late commit changes nothing; after a lost one the text is asked for again."""
-        have = len(growing.tokens)
-        if growing.lost or event.epoch != growing.opened.epoch or event.base + len(event.tokens) <= have:
+        have = len(state.tokens)
+        if state.lost or event.epoch != state.opened.epoch or event.base + len(event.tokens) <= have:
             self.counters["stale commit"] += 1
             return
         if event.base <= have:
             decided = event.tokens[have - event.base :]
-            if growing.unsent:
-                self.send(growing)
-            self.calibration(growing).observe_path(growing.tree, decided)
-            growing.tree.reroot(decided)
-            growing.tokens.extend(decided)
-            growing.restart(growing.tree)
+            if state.unsent:
+                self.send(state)
+            self.calibration(state).observe_path(state.tree, decided)
+            state.tree.reroot(decided)
+            state.tokens.extend(decided)
+            state.restart(state.tree)
             now = self.clock()
             self.trace.taken(event, now, self.name)
             self.trace.instant(self.name, REROOT, now)
-        if growing.tree.key[0] != event.key:
-            growing.lost = True
+        if state.tree.key[0] != event.key:
+            state.lost = True
             self.counters["resync"] += 1
-            growing.send(Resync(growing.opened.session, self.name))
+            state.send(Resync(state.opened.session, self.name))
 
-    def calibration(self, growing: Growing) -> Band:
-        return self.calibrations.band(growing.opened.sampling.temperature)
+    def calibration(self, state: DraftState) -> Band:
+        return self.calibrations.band(state.opened.sampling.temperature)
 
 
-def wish_of(name: str, growing: Growing, count: int) -> Wish:
-    opened = growing.opened
-    text = Text(name, growing.tokens, opened.prompt, opened.sampling, growing.tree)
-    return Wish(text, growing.ripe().best(count), opened.style.branches)
+def wish_of(name: str, state: DraftState, count: int) -> ExpandRequest:
+    opened = state.opened
+    text = Text(name, state.tokens, opened.prompt, opened.sampling, state.tree)
+    return ExpandRequest(text, state.expandable().best(count), opened.style.branches)
 
 
 def became(tree: TokenTree, parents: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
@@ -380,7 +380,7 @@ def place_in_run(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return places - np.maximum.accumulate(np.where(begins, places, 0))
 
 
-def sapling(key: int, token: int) -> TokenTree:
+def new_tree(key: int, token: int) -> TokenTree:
     return TokenTree(key, token, limits.TREE_NODES, limits.TREE_DEPTH)
 
 

@@ -5,31 +5,31 @@ import itertools
 import threading
 from collections.abc import AsyncIterator
 
-from runtime.draft.draft_engine import Gone, Grower, Heard, Stop, Unheard
+from runtime.draft.draft_engine import DraftEngine, EventReceived, GrowthDropped, Stop, StreamClosed
 from runtime.messages import Draft, Event, Reply
 
 REPLIES_WAITING = 256  # growth that nobody fetches is dropped beyond this
 
 
 class DraftHost:
-    """Implements DraftLink for any number of targets at a time. Owns the grower's thread."""
+    """Implements DraftLink for any number of targets at a time. Owns the draft engine's thread."""
 
-    def __init__(self, grower: Grower) -> None:
-        self.grower = grower
+    def __init__(self, draft_engine: DraftEngine) -> None:
+        self.draft_engine = draft_engine
         self._streams = itertools.count()
-        self._thread = threading.Thread(target=grower.run, name="drafter", daemon=True)
+        self._thread = threading.Thread(target=draft_engine.run, name="drafter", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     @property
     def alive(self) -> bool:
-        """False once the grower's thread has ended, by `stop` or by a fault."""
+        """False once the draft engine's thread has ended, by `stop` or by a fault."""
         return self._thread.is_alive()
 
     async def stop(self) -> None:
-        """Returns when the grower's thread is over."""
-        self.grower.inbox.put(Stop())
+        """Returns when the draft engine's thread is over."""
+        self.draft_engine.inbox.put(Stop())
         await asyncio.to_thread(self._thread.join)
 
     async def speculate(self, events: AsyncIterator[Event]) -> AsyncIterator[Reply]:
@@ -43,7 +43,7 @@ class DraftHost:
 
         def push(reply: Reply) -> None:
             if isinstance(reply, Draft) and waiting.qsize() >= REPLIES_WAITING:
-                self.grower.counters["dropped replies"] += 1
+                self.draft_engine.counters["dropped replies"] += 1
                 dropped.add(reply.session)
             else:
                 waiting.put_nowait(reply)
@@ -54,7 +54,7 @@ class DraftHost:
         async def listen() -> None:
             try:
                 async for event in events:
-                    self.grower.inbox.put(Heard(stream, event, send))
+                    self.draft_engine.inbox.put(EventReceived(stream, event, send))
             finally:
                 waiting.put_nowait(None)
 
@@ -64,9 +64,9 @@ class DraftHost:
                 yield reply
                 if waiting.empty():
                     for session in dropped:
-                        self.grower.inbox.put(Unheard(stream, session))
+                        self.draft_engine.inbox.put(GrowthDropped(stream, session))
                     dropped.clear()
             await listening
         finally:
             listening.cancel()
-            self.grower.inbox.put(Gone(stream))
+            self.draft_engine.inbox.put(StreamClosed(stream))

@@ -22,35 +22,35 @@ class Frontier:
     def __init__(self, tree: TokenTree, deepest: int, floor: float, share: Share = ALL) -> None:
         self.tree, self.deepest, self.floor, self.share = tree, deepest, floor, share
         self.owners: list[int | None] = [None]  # of each node seen so far; None on the main line
-        self.ripe: list[tuple[float, int]] = []  # (-path score, node)
+        self.expandable: list[tuple[float, int]] = []  # (-path score, node)
         self._take(0)
         self.extend()
 
     def extend(self) -> None:
         """See the nodes that the tree has got since."""
         tree, owners, of = self.tree, self.owners, self.share.of
-        before = len(self.ripe)
+        before = len(self.expandable)
         for node in range(len(owners), len(tree)):
             owner = owners[tree.parent[node]]
             if owner is None and tree.rank[node] > 0:
                 owner = tree.key[node] % of
             owners.append(owner)
             self._take(node)
-        if len(self.ripe) > before:
-            self.ripe.sort()
+        if len(self.expandable) > before:
+            self.expandable.sort()
 
     def _take(self, node: int) -> None:
         tree, path, owner = self.tree, self.tree.path[node], self.owners[node]
         if path >= self.floor and tree.depth[node] < self.deepest and not tree.expanded[node] and owner in (None, self.share.index):
-            self.ripe.append((-path, node))
+            self.expandable.append((-path, node))
 
     def best(self, count: int) -> list[int]:
         """The `count` first, or all where there are fewer."""
-        return [node for _, node in self.ripe[:count]]
+        return [node for _, node in self.expandable[:count]]
 
     def drop_expanded(self) -> None:
         """Forget the nodes that have been expanded since."""
-        self.ripe = [entry for entry in self.ripe if not self.tree.expanded[entry[1]]]
+        self.expandable = [entry for entry in self.expandable if not self.tree.expanded[entry[1]]]
 
 
 def allot(frontiers: Sequence[Frontier], widths: Sequence[int], rows: int) -> list[int]:
@@ -58,8 +58,8 @@ def allot(frontiers: Sequence[Frontier], widths: Sequence[int], rows: int) -> li
 
     One of each that has any; beyond that the most probable of all, at most widths[i] of frontier i and `rows` together.
     """
-    counts = [min(1, len(frontier.ripe)) for frontier in frontiers]
-    others = [(path, i) for i, frontier in enumerate(frontiers) for path, _ in islice(frontier.ripe, 1, widths[i])]
+    counts = [min(1, len(frontier.expandable)) for frontier in frontiers]
+    others = [(path, i) for i, frontier in enumerate(frontiers) for path, _ in islice(frontier.expandable, 1, widths[i])]
     for _, i in sorted(others)[: max(0, rows - sum(counts))]:
         counts[i] += 1
     return counts

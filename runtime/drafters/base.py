@@ -40,7 +40,7 @@ class Children:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class ExpandRequest:
     """Nodes of one session's tree (indices) whose children are wanted; a node that was answered for is not asked about again.
 
     `branches`: so many children of each; 0 leaves it to the method.
@@ -54,7 +54,7 @@ class Wish:
 class Drafter(Protocol):
     """Anything that proposes continuations. It may be wrong or silent; nothing it says is trusted."""
 
-    def expand(self, wishes: Sequence[Wish]) -> Sequence[Children | None]:
+    def expand(self, wishes: Sequence[ExpandRequest]) -> Sequence[Children | None]:
         """Guess the children of the leaves of several sessions, of each session at most one wish; the answers are parallel.
 
         One forward pass for all of them where the method has a model. Nothing need be returned for a leaf that the method
@@ -70,7 +70,7 @@ class Drafter(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Ingredients:
+class DrafterContext:
     """What a method's `build()` may use: names of models, or the folder of what was trained, and the ways to load one on this drafter's
     device.
 

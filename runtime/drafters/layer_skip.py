@@ -4,9 +4,9 @@ Which layers is found by `outrider tune layers`. It runs on a device of its own 
 unlike there, target and drafter compute at the same time.
 """
 
-from runtime.drafters.base import Ingredients
+from runtime.drafters.base import DrafterContext
 from runtime.drafters.model import ModelDrafter
 
 
-def build(ingredients: Ingredients) -> ModelDrafter:
+def build(ingredients: DrafterContext) -> ModelDrafter:
     return ModelDrafter(ingredients.load_layers(ingredients.target))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from runtime.choice import Ask
-from runtime.drafters.base import Children, Ingredients, Text, Wish
+from runtime.drafters.base import Children, DrafterContext, ExpandRequest, Text
 from runtime.kv.base import KVCache
 from runtime.kv.prefixes import Prefixes
 from runtime.models.base import Logits, Model, Part, Rows
@@ -43,7 +43,7 @@ class Step:
     above  of each leaf, the slots of its ancestors below the prefix, counted from there; leaves of this step among them
     """
 
-    wish: Wish
+    wish: ExpandRequest
     kept: Kept
     missing: Sequence[int]
     leaves: Sequence[int]
@@ -95,7 +95,7 @@ class ModelDrafter:
         self.kept: dict[str, Kept] = {}
         self.finished = Prefixes(finished)
 
-    def expand(self, wishes: Sequence[Wish]) -> list[Children | None]:
+    def expand(self, wishes: Sequence[ExpandRequest]) -> list[Children | None]:
         steps = rationed([self.step(wish) for wish in wishes], self.chunk)
         passing = [step for step in steps if step.missing or step.leaves]
         found = dict(zip(map(id, passing), self.guess(passing), strict=True))
@@ -119,7 +119,7 @@ class ModelDrafter:
         if kept is not None:
             self.finished.keep(kept.text[: kept.prefix], kept.cache)
 
-    def step(self, wish: Wish) -> Step:
+    def step(self, wish: ExpandRequest) -> Step:
         """Bring the session's cache to its text, and find out what is to be computed."""
         text, tree = wish.text, wish.text.tree
         base = len(text.tokens) - 1  # position of the root
@@ -204,5 +204,5 @@ def children(leaves: Sequence[int], tokens: np.ndarray, scores: np.ndarray) -> C
     return Children(*found) if allowed.all() else Children(*(array[allowed] for array in found))
 
 
-def build(ingredients: Ingredients) -> ModelDrafter:
+def build(ingredients: DrafterContext) -> ModelDrafter:
     return ModelDrafter(ingredients.load(ingredients.draft))

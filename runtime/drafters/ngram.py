@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runtime.drafters.base import Children, Ingredients, Text, Wish
+from runtime.drafters.base import Children, DrafterContext, ExpandRequest, Text
 
 LONGEST = 4  # tokens that must agree, most first
 SHORTEST = 2
@@ -14,7 +14,7 @@ LOOK_BACK = 1024  # tokens searched
 class Ngram:
     """Keeps nothing: every answer is read off the text."""
 
-    def expand(self, wishes: Sequence[Wish]) -> list[Children]:
+    def expand(self, wishes: Sequence[ExpandRequest]) -> list[Children]:
         return [self.guess(wish.text, wish.leaves) for wish in wishes]
 
     def guess(self, text: Text, leaves: Sequence[int]) -> Children:
@@ -46,5 +46,5 @@ def lookup(tokens: Sequence[int]) -> tuple[int, int] | None:
     return None
 
 
-def build(ingredients: Ingredients) -> Ngram:
+def build(ingredients: DrafterContext) -> Ngram:
     return Ngram()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runtime.drafters.base import Children, Drafter, Ingredients, Wish
+from runtime.drafters.base import Children, Drafter, DrafterContext, ExpandRequest
 from runtime.drafters.model import ModelDrafter
 
 WRONG = 0.3
@@ -16,11 +16,11 @@ class Noisy:
     def __init__(self, inner: Drafter, vocabulary: int, wrong: float = WRONG) -> None:
         self.inner, self.vocabulary, self.wrong = inner, vocabulary, wrong
 
-    def expand(self, wishes: Sequence[Wish]) -> list[Children | None]:
+    def expand(self, wishes: Sequence[ExpandRequest]) -> list[Children | None]:
         answers = self.inner.expand(wishes)
         return [found and self.spoil(wish, found) for wish, found in zip(wishes, answers, strict=True)]
 
-    def spoil(self, wish: Wish, found: Children) -> Children:
+    def spoil(self, wish: ExpandRequest, found: Children) -> Children:
         keys = np.asarray([wish.text.tree.key[parent] for parent in found.parents], dtype=np.uint64)
         spoilt = (keys >> np.uint64(11)) < np.uint64(int(self.wrong * 2**53))
         tokens = np.where(spoilt, (found.tokens + 1) % self.vocabulary, found.tokens)
@@ -30,6 +30,6 @@ class Noisy:
         self.inner.close(session)
 
 
-def build(ingredients: Ingredients) -> Noisy:
+def build(ingredients: DrafterContext) -> Noisy:
     model = ingredients.load(ingredients.target)
     return Noisy(ModelDrafter(model, branches=1), model.vocabulary)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from runtime.choice import Ask
-from runtime.drafters.base import Children, Ingredients
+from runtime.drafters.base import Children, DrafterContext
 from runtime.drafters.model import ModelDrafter, Step, children
 from runtime.errors import ModelRefused
 from runtime.models.adapter import adapter, merge
@@ -99,7 +99,7 @@ def kept_layers(folder: Path, settings: Settings, most: int) -> list[int]:
     return [*layers]
 
 
-def build(ingredients: Ingredients) -> MaskDrafter:
+def build(ingredients: DrafterContext) -> MaskDrafter:
     """Raises ModelRefused for a folder that was not trained for this target, and for a target that takes no mask rows."""
     folder, target = Path(ingredients.draft), ingredients.target
     identity = identity_of(read_config(find_folder(target), target), load_tokenizer(target))

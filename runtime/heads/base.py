@@ -78,7 +78,7 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
-class Mount:
+class HeadContext:
     """What a head's `build()` may use: the target, and the folder of what was trained for it, if any."""
 
     model: Open

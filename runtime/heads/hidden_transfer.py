@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from runtime.errors import ModelRefused
-from runtime.heads.base import NOTHING, Growth, Mount, Seen
+from runtime.heads.base import NOTHING, Growth, HeadContext, Seen
 from runtime.levels import ahead, ways
 from runtime.models.base import Branch, Look
 from runtime.models.choose import candidates_all
@@ -72,7 +72,7 @@ def layers_of(folder: Path, settings: Settings, most: int) -> list[int]:
     return [*layers]
 
 
-def build(mount: Mount) -> HiddenTransferHead:
+def build(mount: HeadContext) -> HiddenTransferHead:
     """Raises ModelRefused where nothing was trained for this target."""
     if mount.folder is None:
         raise ModelRefused(f"no hidden-transfer ships for this target: {TRAIN} hidden-transfer, and give its folder")

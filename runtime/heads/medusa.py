@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from runtime.errors import ModelRefused
-from runtime.heads.base import Growth, Mount, Seen
+from runtime.heads.base import Growth, HeadContext, Seen
 from runtime.levels import ahead, ways
 from runtime.models.base import Look, Open
 from runtime.models.choose import candidates_all
@@ -63,7 +63,7 @@ class MedusaHead:
         pass
 
 
-def build(mount: Mount) -> MedusaHead:
+def build(mount: HeadContext) -> MedusaHead:
     """Raises ModelRefused where nothing was trained for this target."""
     if mount.folder is None:
         raise ModelRefused(f"no medusa ships for this target: {TRAIN} medusa, and give its folder")

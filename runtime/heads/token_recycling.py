@@ -18,7 +18,7 @@ import torch
 from runtime import noise
 from runtime.choice import Ask
 from runtime.drafters.base import Text
-from runtime.heads.base import Growth, Mount, Seen
+from runtime.heads.base import Growth, HeadContext, Seen
 from runtime.models.base import Look
 from runtime.models.choose import ranked
 from runtime.models.top import top
@@ -135,5 +135,5 @@ def shape(kept: int) -> tuple[list[Level], Ints]:
     return levels, parents
 
 
-def build(mount: Mount) -> TokenRecycling:
+def build(mount: HeadContext) -> TokenRecycling:
     return TokenRecycling(mount.model.vocabulary)

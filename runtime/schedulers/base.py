@@ -62,7 +62,7 @@ class Scheduler(Protocol):
         """Learn from a finished step: the rounds of all sessions that it served, which share its times."""
         ...
 
-    def grew(self, delay: float, first: bool, leaves: int) -> None:
+    def on_growth(self, delay: float, first: bool, leaves: int) -> None:
         """Learn after how many seconds growth arrived: since the commit before it (`first`), or since the last growth of its session;
         and how many nodes it gave children to."""
         ...

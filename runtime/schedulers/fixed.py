@@ -24,5 +24,5 @@ class Fixed:
     def observe(self, step: Sequence[Round]) -> None:
         pass
 
-    def grew(self, delay: float, first: bool, leaves: int) -> None:
+    def on_growth(self, delay: float, first: bool, leaves: int) -> None:
         pass

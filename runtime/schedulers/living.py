@@ -114,7 +114,7 @@ class Living:
         back = self.measured * min(1.0, float(used @ self.seen) / float(used @ self.measured))
         self.seen = np.where(used > 0.0, self.seen, self.seen * (back / self.seen) ** RETURN)
 
-    def grew(self, delay: float, first: bool, leaves: int) -> None:
+    def on_growth(self, delay: float, first: bool, leaves: int) -> None:
         self.width += MEMORY * (leaves - self.width)
         old = self.delay[first]
         self.delay[first] = delay if old is None else old + MEMORY * (delay - old)

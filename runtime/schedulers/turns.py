@@ -59,7 +59,7 @@ class Turns(ABC):
         for done in step[:1]:
             self.step += MEMORY * (done.computed - self.step)
 
-    def grew(self, delay: float, first: bool, leaves: int) -> None:
+    def on_growth(self, delay: float, first: bool, leaves: int) -> None:
         if first:
             self.first = blend(self.first, delay)
         else:

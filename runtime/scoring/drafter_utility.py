@@ -8,7 +8,7 @@ REST = 512  # commits that it rests before it is tried again
 LEAST = 0.01  # tokens per commit that are worth a share
 
 
-class Merit:
+class DrafterUtility:
     """Counts what each drafter was the first to guess and the target took. All sessions of a target count together."""
 
     def __init__(self) -> None:
@@ -46,5 +46,5 @@ class Merit:
         self.resting.discard(drafter)
         del self.commits[drafter], self.tokens[drafter]
 
-    def sharers(self, drafters: Iterable[str]) -> list[str]:
+    def active(self, drafters: Iterable[str]) -> list[str]:
         return [name for name in drafters if name not in self.resting]

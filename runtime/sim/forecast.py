@@ -8,7 +8,7 @@ from typing import Any
 from runtime import limits
 from runtime.calibration import Calibrations
 from runtime.config import ScheduleConfig
-from runtime.draft.draft_engine import Grower
+from runtime.draft.draft_engine import DraftEngine
 from runtime.messages import Chunk, Request, Round, Style
 from runtime.policy import scheduler
 from runtime.sampling import Sampling
@@ -19,8 +19,8 @@ from runtime.sim.measured import Measured
 from runtime.sim.pair import BRANCHES, CONTEXT, VOCABULARY, Guesser, NamingModel, choose
 from runtime.sim.world import DrafterSide, TargetSide, World, linear
 from runtime.target.engine import Engine
-from runtime.target.request_state import Admit
-from runtime.target.stop_checker import Finish
+from runtime.target.request_state import AddRequest
+from runtime.target.stop_checker import StopChecker
 
 ENDLESS = 1 << 30  # tokens of a session that does not end
 DRAFTER = "draft"
@@ -102,8 +102,8 @@ class Watched:
         self.seen.rounds += step
         self.inner.observe(step)
 
-    def grew(self, delay: float, first: bool, leaves: int) -> None:
-        self.inner.grew(delay, first, leaves)
+    def on_growth(self, delay: float, first: bool, leaves: int) -> None:
+        self.inner.on_growth(delay, first, leaves)
 
 
 def forecast(measured: Measured, schedule: ScheduleConfig, setting: Setting = Setting()) -> Forecast:
@@ -146,15 +146,15 @@ def target(world: World, measured: Measured, policy: Scheduler, known: Mapping[s
 
     def seconds(rows: int, sessions: int, taken: int, busy: bool) -> float:
         model = (of_rows(rows) + measured.text * (sessions - 1)) * (measured.beside if busy else 1.0)
-        looked = head.seconds if head is not None and engine.mounted.awake else 0.0
+        looked = head.seconds if head is not None and engine.heads.active else 0.0
         return model + (measured.step + looked) * sessions + measured.message * taken
 
     return TargetSide(world, engine, seconds)
 
 
 def drafter(world: World, measured: Measured, name: str, guesser: Guesser, known: Mapping[str, Any], width: int) -> DrafterSide:
-    grower = Grower(guesser, name, width, calibrations=Calibrations.restored(known), clock=world.clock)
-    return DrafterSide(world, grower, linear(measured.draft, measured.pass_))
+    draft_engine = DraftEngine(guesser, name, width, calibrations=Calibrations.restored(known), clock=world.clock)
+    return DrafterSide(world, draft_engine, linear(measured.draft, measured.pass_))
 
 
 def admit(engine: Engine, number: int, setting: Setting, seen: Seen) -> None:
@@ -168,7 +168,7 @@ def admit(engine: Engine, number: int, setting: Setting, seen: Seen) -> None:
     prompt = tuple(number // VOCABULARY**digit % VOCABULARY for digit in range(PROMPT))
     sampling = Sampling(max_tokens=setting.length or ENDLESS)
     request = Request(str(number), prompt, sampling)
-    engine.inbox.put(Admit(request, Finish(sampling, frozenset(), lambda token: "", lambda: ""), deliver))
+    engine.inbox.put(AddRequest(request, StopChecker(sampling, frozenset(), lambda token: "", lambda: ""), deliver))
 
 
 def advance(world: World, drafters: Sequence[DrafterSide], seen: Seen, tokens: int, effort: int) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.choice import Ask
-from runtime.drafters.base import Children, Text, Wish
+from runtime.drafters.base import Children, ExpandRequest, Text
 from runtime.kv.base import KVCache
 from runtime.models.base import Part, Rows
 from runtime.sim.guesses import Guesses, Place
@@ -99,13 +99,13 @@ class Guesser:
         self.guesses = guesses
         self.path: dict[str, set[int]] = {}  # names on the target's path, by session
 
-    def expand(self, wishes: Sequence[Wish]) -> list[Children]:
+    def expand(self, wishes: Sequence[ExpandRequest]) -> list[Children]:
         return [self.children(wish) for wish in wishes]
 
     def close(self, session: str) -> None:
         self.path.pop(session, None)
 
-    def children(self, wish: Wish) -> Children:
+    def children(self, wish: ExpandRequest) -> Children:
         parents: list[int] = []
         tokens: list[int] = []
         scores: list[float] = []

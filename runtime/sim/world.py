@@ -1,6 +1,6 @@
-"""The runtime on a virtual clock: engines, growers and the messages between them, as discrete events.
+"""The runtime on a virtual clock: target engines, draft engines and the messages between them, as discrete events.
 
-Nothing here decides anything: engine, session, scheduler and grower are those that run in earnest, called in the order of
+Nothing here decides anything: engine, session, scheduler and draft_engine are those that run in earnest, called in the order of
 their own loops, with the clock moved on where a model would be computing and where a message would be on its way.
 """
 
@@ -11,12 +11,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from runtime.draft.draft_engine import Grower
-from runtime.draft.draft_engine import Heard as Told
-from runtime.drafters.base import Wish
+from runtime.draft.draft_engine import DraftEngine, EventReceived
+from runtime.drafters.base import ExpandRequest
 from runtime.messages import Event, Reply
-from runtime.target.batch import Step
-from runtime.target.commands import Heard, Input, Join
+from runtime.target.batch import Batch
+from runtime.target.commands import Command, Join, ReplyReceived
 from runtime.target.engine import Engine
 from runtime.target.verifier import Decision
 
@@ -57,7 +56,7 @@ class TargetSide:
         self.computing = False
         self.plans = 0  # made so far: an alarm that was set before the last of them has been overtaken
 
-    def hear(self, arrived: Input) -> None:
+    def hear(self, arrived: Command) -> None:
         self.engine.inbox.put(arrived)
         if not self.computing:
             self.go_on()
@@ -89,7 +88,7 @@ class TargetSide:
         if plan == self.plans and not self.computing:
             self.go_on()
 
-    def decided(self, step: Step, decisions: Sequence[Decision | None]) -> None:
+    def decided(self, step: Batch, decisions: Sequence[Decision | None]) -> None:
         """The second half of Engine.advance."""
         self.computing = False
         self.engine.take_in(0.0)
@@ -98,23 +97,23 @@ class TargetSide:
 
 
 class DrafterSide:
-    """A grower whose passes take `seconds`. It serves all targets that it is joined to as one queue."""
+    """A draft engine whose passes take `seconds`. It serves all targets that it is joined to as one queue."""
 
-    def __init__(self, world: World, grower: Grower, seconds: Seconds) -> None:
-        self.world, self.grower, self.seconds = world, grower, seconds
+    def __init__(self, world: World, draft_engine: DraftEngine, seconds: Seconds) -> None:
+        self.world, self.draft_engine, self.seconds = world, draft_engine, seconds
         self.computing = False
         self.answered = 0  # wishes
 
-    def hear(self, told: Told) -> None:
-        self.grower.inbox.put(told)
+    def hear(self, told: EventReceived) -> None:
+        self.draft_engine.inbox.put(told)
         if not self.computing:
             self.go_on()
 
     def go_on(self) -> None:
-        """Grower.run up to the method's pass."""
-        self.grower.take_in(block=False)
-        wishes = self.grower.plan()
-        self.grower.send_rest(wishes)
+        """DraftEngine.run up to the method's pass."""
+        self.draft_engine.take_in(block=False)
+        wishes = self.draft_engine.plan()
+        self.draft_engine.send_rest(wishes)
         if not wishes:
             return
         self.computing = True
@@ -122,21 +121,21 @@ class DrafterSide:
         rows = sum(len(wish.leaves) for wish in wishes)
         self.world.after(self.seconds(rows), lambda: self.computed(wishes))
 
-    def computed(self, wishes: Sequence[Wish]) -> None:
+    def computed(self, wishes: Sequence[ExpandRequest]) -> None:
         self.computing = False
-        self.grower.add(wishes, self.grower.ask(wishes))
+        self.draft_engine.add(wishes, self.draft_engine.ask(wishes))
         self.go_on()
 
     def join(self, target: TargetSide, stream: int, one_way: float) -> None:
         """A link between the two, on which every message is under way for `one_way` seconds."""
-        name = self.grower.name
+        name = self.draft_engine.name
 
         def reply(message: Reply) -> None:
             named = replace(message, drafter=name)
-            self.world.after(one_way, lambda: target.hear(Heard(named, self.world.now)))
+            self.world.after(one_way, lambda: target.hear(ReplyReceived(named, self.world.now)))
 
         def send(event: Event) -> None:
-            self.world.after(one_way, lambda: self.hear(Told(stream, event, reply)))
+            self.world.after(one_way, lambda: self.hear(EventReceived(stream, event, reply)))
 
         target.drafters.append(self)
         target.engine.handle(Join(name, send))

@@ -5,7 +5,7 @@ from collections import deque
 from runtime import limits
 from runtime.errors import InvalidRequest
 from runtime.messages import Request
-from runtime.target.request_state import Admit
+from runtime.target.request_state import AddRequest
 
 
 def slots_of(request: Request, context: int) -> int:
@@ -19,7 +19,7 @@ class Admission:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.reserved = 0
-        self.waiting: deque[Admit] = deque()
+        self.waiting: deque[AddRequest] = deque()
 
     def check(self, request: Request, context: int) -> None:
         """Raises InvalidRequest for a request that would not fit an idle target."""
@@ -30,7 +30,7 @@ class Admission:
                 "max_tokens",
             )
 
-    def next(self, live: int, context: int) -> tuple[Admit, int] | None:
+    def next(self, live: int, context: int) -> tuple[AddRequest, int] | None:
         """The request that may begin now and the slots reserved for it; None where nobody waits, or the first has no room yet."""
         if not self.waiting or live >= limits.SESSIONS:
             return None
@@ -43,7 +43,7 @@ class Admission:
     def release(self, slots: int) -> None:
         self.reserved -= slots
 
-    def withdraw(self, session: str) -> Admit | None:
+    def withdraw(self, session: str) -> AddRequest | None:
         """Take a waiting request back; None where it does not wait."""
         for admitted in self.waiting:
             if admitted.request.session == session:

@@ -8,15 +8,17 @@ import numpy as np
 from runtime.kv.base import KVCache
 from runtime.models.base import Part, Rows
 from runtime.session import Session
-from runtime.target.request_state import Live
+from runtime.target.request_state import RequestState
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One packed pass: the sessions it serves, for each the nodes that get a row, and to whom these are owed (Crowd.owed); times are
-    readings of the clock."""
+class Batch:
+    """One packed pass: the sessions it serves, for each the nodes that get a row, and who gets the credit for these if they are accepted.
 
-    sessions: list[Live]
+    Times are readings of the clock.
+    """
+
+    sessions: list[RequestState]
     nodes: list[list[int]]
     owed: list[list[str]]
     parts: list[Part]

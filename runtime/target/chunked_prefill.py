@@ -9,7 +9,7 @@ from runtime.clock import Clock
 from runtime.errors import OutriderError
 from runtime.kv.prefixes import Ids, Prefixes, common
 from runtime.models.base import Model, Part, causal
-from runtime.target.request_state import Live
+from runtime.target.request_state import RequestState
 
 CHUNK = 512  # tokens that are read at once
 CHUNK_BESIDE = 64  # of each text, where other sessions wait for their step meanwhile
@@ -20,52 +20,52 @@ FAILURES = (OutriderError, RuntimeError, ValueError, MemoryError, LookupError, T
 
 
 @dataclass(slots=True)
-class Read:
+class PrefillResult:
     """`rows` were computed, `reused` tokens copied; who failed, and why; `done`: the clock after it."""
 
     done: float
     rows: int = 0
     reused: int = 0
-    failed: list[tuple[Live, Exception]] = field(default_factory=list)
+    failed: list[tuple[RequestState, Exception]] = field(default_factory=list)
 
 
-def read_on(model: Model, prefixes: Prefixes, sessions: Sequence[Live], began: float, clock: Clock) -> Read:
+def prefill_next(model: Model, prefixes: Prefixes, sessions: Sequence[RequestState], began: float, clock: Clock) -> PrefillResult:
     """Read on in what is not in the caches of `sessions`: all but the last token of each text.
 
     One pass. Where others wait for their step and many texts are in a hurry, as many as these need for a piece of each: else the last
     of them would wait for a step of all those before it, again after each pass.
     """
-    found, stepping = Read(began), any(live.ready for live in sessions)
-    left = sum(min(CHUNK_BESIDE, missing(live)) for live in sessions if hurries(live)) if stepping else 0
+    found, stepping = PrefillResult(began), any(live.ready for live in sessions)
+    left = sum(min(CHUNK_BESIDE, missing(live)) for live in sessions if is_urgent(live)) if stepping else 0
     while True:
         before = found.rows
         read_pieces(model, prefixes, sessions, found, clock)
         left -= found.rows - before
-        if left <= 0 or found.failed or not any(map(hurries, sessions)):
+        if left <= 0 or found.failed or not any(map(is_urgent, sessions)):
             return found
 
 
-def missing(live: Live) -> int:
+def missing(live: RequestState) -> int:
     """Tokens that are yet to be read."""
     return len(live.session.tokens) - 1 - live.cache.length
 
 
-def hurries(live: Live) -> bool:
+def is_urgent(live: RequestState) -> bool:
     """Whether its client waits in the midst of a text that was begun elsewhere, or it is read in one piece."""
     return not live.ready and (bool(live.session.request.committed) or missing(live) <= CHUNK_BESIDE)
 
 
-def order(live: Live) -> tuple[bool, bool]:
+def order(live: RequestState) -> tuple[bool, bool]:
     return missing(live) > CHUNK_BESIDE, not live.session.request.committed
 
 
-def read_pieces(model: Model, prefixes: Prefixes, sessions: Sequence[Live], found: Read, clock: Clock) -> None:
+def read_pieces(model: Model, prefixes: Prefixes, sessions: Sequence[RequestState], found: PrefillResult, clock: Clock) -> None:
     """One pass: what can be read in one piece first, then what was begun elsewhere, then the oldest. A text waits while one that is read
     now has more in common with it than any cache: it can be copied next time."""
     began, reading = found.done, sorted((live for live in sessions if not live.ready), key=order)
     budget = CHUNK if len(reading) == len(sessions) else min(CHUNK, CHUNK_BESIDE * len(reading))
     others = [(other.session.tokens[:-1], other.cache) for other in sessions if other.ready]
-    pieces, read_now = list[tuple[Live, Part]](), dict[tuple[int, ...], list[Ids]]()
+    pieces, read_now = list[tuple[RequestState, Part]](), dict[tuple[int, ...], list[Ids]]()
     for live in reading:
         if budget <= 0:
             break
@@ -97,7 +97,7 @@ def read_pieces(model: Model, prefixes: Prefixes, sessions: Sequence[Live], foun
         live.committed_at = live.growth_at = found.done
 
 
-def compute(model: Model, pieces: Sequence[tuple[Live, Part]], found: Read) -> None:
+def compute(model: Model, pieces: Sequence[tuple[RequestState, Part]], found: PrefillResult) -> None:
     """One pass; where it fails, one for each text: what fails again is that text's own fault."""
     try:
         if parts := [part for _, part in pieces if len(part.rows.tokens)]:

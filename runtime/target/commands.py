@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 from runtime.messages import Event, Reply
 from runtime.schedulers.base import Scheduler
-from runtime.target.request_state import Admit
+from runtime.target.request_state import AddRequest
 
 Send = Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
+class ReplyReceived:
     """A drafter's reply, and the clock when it arrived."""
 
     reply: Reply
@@ -36,7 +36,7 @@ class Leave:
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class SetScheduler:
     """Schedule like this from now on, and ask these heads; None: all that there are."""
 
     scheduler: Scheduler
@@ -48,4 +48,4 @@ class Stop:
     pass
 
 
-Input = Admit | Cancel | Heard | Join | Leave | Policy | Stop
+Command = AddRequest | Cancel | ReplyReceived | Join | Leave | SetScheduler | Stop

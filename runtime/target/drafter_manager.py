@@ -4,14 +4,14 @@ from collections.abc import Collection, Iterable, Sequence
 
 from runtime.messages import Draft, Event, Share
 from runtime.metrics import Ledger
-from runtime.scoring.drafter_utility import Merit
+from runtime.scoring.drafter_utility import DrafterUtility
 from runtime.session import Session
 from runtime.target.commands import Send
-from runtime.target.request_state import Live
+from runtime.target.request_state import RequestState
 from runtime.tree import TokenTree
 
 
-class Crowd:
+class DrafterManager:
     """`sends`: how to reach those that are there now, in the order of their coming. What they bring is written into `ledger`.
 
     `heads`: names of those that sit on the target. Nobody tells them anything and they have no share, but they rest by the same rule.
@@ -19,38 +19,38 @@ class Crowd:
 
     def __init__(self, ledger: Ledger, heads: Collection[str] = ()) -> None:
         self.sends: dict[str, Send] = {}
-        self.merit = Merit()
+        self.utility = DrafterUtility()
         self.ledger, self.heads = ledger, heads
 
-    def join(self, name: str, send: Send, sessions: Iterable[Live]) -> None:
+    def join(self, name: str, send: Send, sessions: Iterable[RequestState]) -> None:
         self.sends[name] = send
         self.share_out(sessions, joined=name)
 
-    def leave(self, name: str, send: Send, sessions: Iterable[Live]) -> None:
+    def leave(self, name: str, send: Send, sessions: Iterable[RequestState]) -> None:
         """Who has joined under the same name since then stays."""
         if self.sends.get(name) is send:
             del self.sends[name]
-            self.merit.forget(name)
+            self.utility.forget(name)
             self.share_out(sessions)
 
-    def forget_merits(self, sessions: Iterable[Live]) -> None:
+    def reset_utility(self, sessions: Iterable[RequestState]) -> None:
         """All may show again what they are good for."""
-        self.merit = Merit()
+        self.utility = DrafterUtility()
         self.share_out(sessions)
 
     def listeners(self, session: Session) -> dict[str, Send]:
         return self.sends if session.request.speculation else {}
 
-    def sharers(self, session: Session) -> list[str]:
-        return self.merit.sharers(self.listeners(session))
+    def active(self, session: Session) -> list[str]:
+        return self.utility.active(self.listeners(session))
 
-    def working_heads(self) -> list[str]:
-        return self.merit.sharers(self.heads)
+    def active_heads(self) -> list[str]:
+        return self.utility.active(self.heads)
 
     def spend(self, heads: Collection[str], seconds: float) -> None:
         """The target has waited so long for these together."""
         for name in heads:
-            self.merit.spend(name, seconds / len(heads))
+            self.utility.spend(name, seconds / len(heads))
 
     def tell(self, session: Session, event: Event) -> None:
         for send in self.listeners(session).values():
@@ -61,14 +61,14 @@ class Crowd:
         for name, send in self.listeners(session).items():
             send(session.open(self.share(session.id, name)))
 
-    def open_again(self, live: Live, name: str) -> None:
+    def open_again(self, live: RequestState, name: str) -> None:
         """Once for each commit at most: a drafter that asks again and again would have the whole text sent each time."""
         session = live.session
         if name in self.listeners(session) and name not in live.reopened:
             live.reopened.add(name)
             self.sends[name](session.open(self.share(session.id, name)))
 
-    def share_out(self, sessions: Iterable[Live], joined: str = "") -> None:
+    def share_out(self, sessions: Iterable[RequestState], joined: str = "") -> None:
         """Tell every drafter its part of every session; the one that has joined learns the whole text."""
         for live in sessions:
             for name, send in self.listeners(live.session).items():
@@ -76,13 +76,13 @@ class Crowd:
                 send(live.session.open(share) if name == joined else share)
 
     def share(self, session: str, name: str) -> Share:
-        sharers = self.merit.sharers(self.sends)
-        return Share(session, sharers.index(name), len(sharers)) if name in sharers else Share(session, 0, 0)
+        active = self.utility.active(self.sends)
+        return Share(session, active.index(name), len(active)) if name in active else Share(session, 0, 0)
 
-    def heard(self, live: Live | None, name: str, drafts: Sequence[Draft]) -> int:
+    def heard(self, live: RequestState | None, name: str, drafts: Sequence[Draft]) -> int:
         """Offer growth to its session; returns how many nodes were new. None is where nobody asked for it."""
         guesses = self.ledger.guesses[name]
-        if live is None or not live.session.request.speculation or name in self.merit.resting:
+        if live is None or not live.session.request.speculation or name in self.utility.resting:
             guesses.stale += sum(len(draft.tokens) for draft in drafts)
             return 0
         ignored = live.session.ignored
@@ -95,22 +95,22 @@ class Crowd:
             live.reached(name, new)
         return new
 
-    def note(self, ready: Iterable[Live]) -> None:
+    def note(self, ready: Iterable[RequestState]) -> None:
         """How far the drafters are ahead as a step begins, and what it goes without."""
         everyone = [*self.sends, *self.heads]
-        awake = self.merit.sharers(everyone)
+        awake = self.utility.active(everyone)
         for live in ready:
-            sharers = self.sharers(live.session)
+            active = self.active(live.session)
             if (cause := live.without(everyone, awake)) is not None:
                 self.ledger.fallbacks[cause] += 1
-            for name in sharers:
+            for name in active:
                 self.ledger.guesses[name].lead(live.lead(name))
 
-    def owed(self, tree: TokenTree, nodes: Sequence[int]) -> list[str]:
+    def credited_to(self, tree: TokenTree, nodes: Sequence[int]) -> list[str]:
         """To whom: to a drafter, where one has guessed the node as well as a head. Without that head it would be there all the same."""
         return [next((name for name in tree.names(node) if name not in self.heads), tree.drafter[node]) for node in nodes]
 
-    def judge(self, thanks: Iterable[str], sessions: Iterable[Live]) -> None:
+    def update_resting(self, thanks: Iterable[str], sessions: Iterable[RequestState]) -> None:
         """After a step: its tokens are owed to these. Who has brought nothing for long rests, or is tried again."""
-        if self.merit.observe([*self.sends, *self.heads], thanks, self.ledger.rate) & self.sends.keys():
+        if self.utility.observe([*self.sends, *self.heads], thanks, self.ledger.rate) & self.sends.keys():
             self.share_out(sessions)

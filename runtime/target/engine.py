@@ -21,13 +21,13 @@ from runtime.reports import TargetReport
 from runtime.schedulers.base import Plan, Scheduler, View
 from runtime.session import Session
 from runtime.target.admission import Admission
-from runtime.target.batch import Step, pack, unpack
-from runtime.target.chunked_prefill import FAILURES, read_on
-from runtime.target.commands import Cancel, Heard, Input, Join, Leave, Policy, Send, Stop
-from runtime.target.drafter_manager import Crowd
-from runtime.target.head_runner import Mounted, seen_by
-from runtime.target.request_state import Admit, Live
-from runtime.target.verifier import Decider, Decision
+from runtime.target.batch import Batch, pack, unpack
+from runtime.target.chunked_prefill import FAILURES, prefill_next
+from runtime.target.commands import Cancel, Command, Join, Leave, ReplyReceived, Send, SetScheduler, Stop
+from runtime.target.drafter_manager import DrafterManager
+from runtime.target.head_runner import HeadRunner, seen_by
+from runtime.target.request_state import AddRequest, RequestState
+from runtime.target.verifier import Decision, Verifier
 from runtime.tracing import NODES, OFF, PREFILL, STEP, TARGET, Trace
 
 Told = tuple[Commit, tuple[str, ...], bool]  # what was decided of a session, who had guessed each token, whether it was a hit
@@ -51,14 +51,14 @@ class Engine:
         prices: Mapping[str, float] | None = None,
     ) -> None:
         self.model, self.scheduler, self.eos, self.clock, self.trace = model, scheduler, eos, clock, trace
-        self.decider = Decider(chooser, scorer, eos)
-        self.inbox: queue.SimpleQueue[Input] = queue.SimpleQueue()
+        self.decider = Verifier(chooser, scorer, eos)
+        self.inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self.admission = Admission(kv_slots - kv_slots // 4)
         self.prefixes = Prefixes(kv_slots // 4)
-        self.live: dict[str, Live] = {}
+        self.live: dict[str, RequestState] = {}
         self.ledger = Ledger()
-        self.mounted = Mounted(model, heads or {}, self.ledger, prices)
-        self.crowd = Crowd(self.ledger, self.mounted.heads)
+        self.heads = HeadRunner(model, heads or {}, self.ledger, prices)
+        self.drafter_manager = DrafterManager(self.ledger, self.heads.heads)
         self.calibrations = calibrations or Calibrations()
         self.soonest = math.inf  # clock when the first deadline ends
         self.over = False  # `run` has ended: nobody answers any more
@@ -81,7 +81,7 @@ class Engine:
         finally:
             self.over = True
             while not self.inbox.empty():
-                if isinstance(arrived := self.inbox.get(), Admit):
+                if isinstance(arrived := self.inbox.get(), AddRequest):
                     self.admission.waiting.append(arrived)
             for name in [*self.live, *(admitted.request.session for admitted in self.admission.waiting)]:
                 self.drop(name, "cancelled")
@@ -90,14 +90,14 @@ class Engine:
     @property
     def drafters(self) -> Mapping[str, Send]:
         """Those that are there now."""
-        return self.crowd.sends
+        return self.drafter_manager.sends
 
     def report(self) -> TargetReport:
         """As of the last step, or of the last session that has come or gone. From any thread."""
         return self.published
 
     def publish(self) -> None:
-        used, resting = self.admission.reserved + self.kv_kept, self.crowd.merit.resting
+        used, resting = self.admission.reserved + self.kv_kept, self.drafter_manager.utility.resting
         self.published = self.ledger.report(len(self.live), len(self.admission.waiting), used, self.kv_slots, resting)
 
     def advance(self) -> float | None:
@@ -136,12 +136,12 @@ class Engine:
             arrived = self.inbox.get(wait != 0.0, wait or None)
         except queue.Empty:
             return True
-        growth: dict[tuple[str, str], list[Heard]] = {}  # by session and drafter: merging it at once costs a third
+        growth: dict[tuple[str, str], list[ReplyReceived]] = {}  # by session and drafter: merging it at once costs a third
         for left in range(self.inbox.qsize(), -1, -1):
             match arrived:
                 case Stop():
                     return False
-                case Heard(reply=Draft(session=name, drafter=drafter)):
+                case ReplyReceived(reply=Draft(session=name, drafter=drafter)):
                     growth.setdefault((name, drafter), []).append(arrived)
                 case _:
                     self.handle(arrived)
@@ -151,27 +151,27 @@ class Engine:
             self.grow(name, drafter, heard)
         return True
 
-    def handle(self, arrived: Input) -> None:
+    def handle(self, arrived: Command) -> None:
         match arrived:
-            case Heard(reply=Draft(session=name, drafter=drafter)):
+            case ReplyReceived(reply=Draft(session=name, drafter=drafter)):
                 self.grow(name, drafter, [arrived])
-            case Heard(reply=Resync(session=name, drafter=drafter)):
+            case ReplyReceived(reply=Resync(session=name, drafter=drafter)):
                 if (live := self.live.get(name)) is not None:
-                    self.crowd.open_again(live, drafter)
-            case Admit():
+                    self.drafter_manager.open_again(live, drafter)
+            case AddRequest():
                 self.admission.waiting.append(arrived)
                 self.soonest = min(self.soonest, arrived.expires)
                 self.begin()
             case Cancel(session=name):
                 self.drop(name, "cancelled")
             case Join(drafter=name, send=send):
-                self.crowd.join(name, send, self.live.values())
+                self.drafter_manager.join(name, send, self.live.values())
             case Leave(drafter=name, send=send):
-                self.crowd.leave(name, send, self.live.values())
-            case Policy(scheduler=scheduler, heads=heads):
+                self.drafter_manager.leave(name, send, self.live.values())
+            case SetScheduler(scheduler=scheduler, heads=heads):
                 self.scheduler = scheduler
-                self.mounted.use(self.mounted.built if heads is None else heads)
-                self.crowd.forget_merits(self.live.values())
+                self.heads.use(self.heads.built if heads is None else heads)
+                self.drafter_manager.reset_utility(self.live.values())
 
     # Sessions come and go
 
@@ -183,11 +183,11 @@ class Engine:
             request, now = asked.request, self.clock()
             band = self.calibrations.band(request.sampling.temperature)
             session = Session(request, self.model.vocabulary, self.model.context, band, style=self.scheduler.style)
-            self.live[session.id] = Live(session, self.model.new_cache(), asked, slots, committed_at=now, growth_at=now)
+            self.live[session.id] = RequestState(session, self.model.new_cache(), asked, slots, committed_at=now, growth_at=now)
             self.ledger.prompt += session.prompt
-            self.crowd.open(session)
+            self.drafter_manager.open(session)
 
-    def end(self, live: Live, last: Chunk) -> None:
+    def end(self, live: RequestState, last: Chunk) -> None:
         """Forget the session everywhere, then say so. What it has computed is kept for texts that begin alike."""
         del self.live[live.session.id]
         self.admission.release(live.slots)
@@ -195,11 +195,11 @@ class Engine:
         self.prefixes.keep(live.session.tokens[:length], live.cache)
         self.kv_kept = self.prefixes.slots
         self.ledger.dropped += len(live.session.tree) - 1
-        self.crowd.tell(live.session, Close(live.session.id))
-        self.mounted.close(live.session.id)
+        self.drafter_manager.tell(live.session, Close(live.session.id))
+        self.heads.close(live.session.id)
         self.answer(live.admitted, last)
 
-    def answer(self, admitted: Admit, last: Chunk) -> None:
+    def answer(self, admitted: AddRequest, last: Chunk) -> None:
         """The last a caller hears. What it counts for is published before: who has waited for it finds it in the report."""
         if last.finish_reason is not None:
             self.ledger.finished[last.finish_reason] += 1
@@ -225,23 +225,23 @@ class Engine:
                 self.drop(admitted.request.session, "deadline")
         self.soonest = min((admitted.expires for admitted in everyone if admitted.expires > now), default=math.inf)
 
-    def fail(self, live: Live, error: Exception) -> None:
+    def fail(self, live: RequestState, error: Exception) -> None:
         self.end(live, Chunk((), (), (), "error", live.stats(self.clock()), error=f"{type(error).__name__}: {error}"))
 
-    def under_way(self, live: Live) -> bool:
+    def under_way(self, live: RequestState) -> bool:
         """False once the session is over, even where another one of its name has begun."""
         return self.live.get(live.session.id) is live
 
-    def grow(self, session: str, drafter: str, heard: Sequence[Heard]) -> None:
+    def grow(self, session: str, drafter: str, heard: Sequence[ReplyReceived]) -> None:
         live, drafts = self.live.get(session), [(one.reply, one.at) for one in heard if isinstance(one.reply, Draft)]
-        if not self.crowd.heard(live, drafter, [draft for draft, _ in drafts]) or live is None:
+        if not self.drafter_manager.heard(live, drafter, [draft for draft, _ in drafts]) or live is None:
             return
         for draft, at in drafts:
             if (seconds := live.round_trip(draft, at)) is not None:
                 self.ledger.guesses[drafter].answered(seconds)
             delay, first = live.grown(at)
             if live.ready:
-                self.scheduler.grew(delay, first, leaves=len(set(draft.parents.tolist())))
+                self.scheduler.on_growth(delay, first, leaves=len(set(draft.parents.tolist())))
             self.trace.taken(draft, at, TARGET)
 
     # One step
@@ -251,14 +251,14 @@ class Engine:
         if all(live.ready for live in self.live.values()):
             return
         began = self.clock()
-        found = read_on(self.model, self.prefixes, list(self.live.values()), began, self.clock)
+        found = prefill_next(self.model, self.prefixes, list(self.live.values()), began, self.clock)
         for live, error in found.failed:
             self.fail(live, error)
         self.ledger.prefilled += found.done - began
         self.ledger.reused += found.reused
         self.trace.span(TARGET, PREFILL, began, found.done, rows=found.rows)
 
-    def plan(self, ready: Sequence[Live]) -> Plan:
+    def plan(self, ready: Sequence[RequestState]) -> Plan:
         """What the scheduler says; the clock runs for the next step from the first time it is asked."""
         now = self.clock()
         if self.opened is None:
@@ -273,64 +273,64 @@ class Engine:
             self.pausing = now
         return plan
 
-    def views(self, ready: Sequence[Live], now: float) -> list[View]:
-        return [live.view(now, self.waited, len(self.crowd.sharers(live.session))) for live in ready]
+    def views(self, ready: Sequence[RequestState], now: float) -> list[View]:
+        return [live.view(now, self.waited, len(self.drafter_manager.active(live.session))) for live in ready]
 
-    def sprout(self, ready: Sequence[Live], now: float) -> Plan:
+    def sprout(self, ready: Sequence[RequestState], now: float) -> Plan:
         """A new plan, with what the heads have guessed. Only here does it come into the mirrors: it must not keep the target from waiting
         for somebody who knows better."""
         began, heads = self.clock(), {draft.drafter for live in ready for draft in live.sprouts}
         for live in ready:
             for draft in live.sprouts:
-                self.crowd.heard(live, draft.drafter, [draft])
+                self.drafter_manager.heard(live, draft.drafter, [draft])
             live.sprouts.clear()
         plan = self.scheduler.plan(self.views(ready, now))
-        self.crowd.spend(heads, self.clock() - began)
+        self.drafter_manager.spend(heads, self.clock() - began)
         return plan
 
-    def pack(self, ready: Sequence[Live], plan: Plan) -> Step:
-        self.crowd.note(ready)
+    def pack(self, ready: Sequence[RequestState], plan: Plan) -> Batch:
+        self.drafter_manager.note(ready)
         nodes = [live.session.select(rows) for live, rows in zip(ready, plan.rows, strict=True)]
         parts = [pack(live.session, live.cache, chosen) for live, chosen in zip(ready, nodes, strict=True)]
-        self.mounted.wake(self.crowd.working_heads())
-        riding = [self.mounted.riding(*of_one) for of_one in zip(ready, nodes, parts, strict=True)]
-        owed = [self.crowd.owed(live.session.tree, chosen) for live, chosen in zip(ready, nodes, strict=True)]
+        self.heads.activate(self.drafter_manager.active_heads())
+        riding = [self.heads.riding(*of_one) for of_one in zip(ready, nodes, parts, strict=True)]
+        owed = [self.drafter_manager.credited_to(live.session.tree, chosen) for live, chosen in zip(ready, nodes, strict=True)]
         now = self.clock()
-        step = Step(list(ready), nodes, owed, riding, now if self.opened is None else self.opened, self.waited, now)
+        step = Batch(list(ready), nodes, owed, riding, now if self.opened is None else self.opened, self.waited, now)
         self.opened, self.waited = None, 0.0
         return step
 
-    def compute(self, step: Step) -> list[Decision | None]:
+    def compute(self, step: Batch) -> list[Decision | None]:
         """What the target decides for each session; None where its part of the pass failed."""
-        for name, seconds in self.mounted.riding_time(step.parts).items():
-            self.crowd.spend({name}, seconds)
+        for name, seconds in self.heads.riding_time(step.parts).items():
+            self.drafter_manager.spend({name}, seconds)
         try:
-            shown = self.mounted.forward(step.parts)
+            shown = self.heads.forward(step.parts)
         except FAILURES:
             self.ledger.fallbacks["alone"] += 1
             return [self.compute_alone(*of_one) for of_one in zip(step.sessions, step.nodes, step.parts, strict=True)]
         return [self.decide(*of_one) for of_one in zip(step.sessions, step.nodes, shown, strict=True)]
 
-    def compute_alone(self, live: Live, nodes: list[int], part: Part) -> Decision | None:
+    def compute_alone(self, live: RequestState, nodes: list[int], part: Part) -> Decision | None:
         """What fails ends its own session and no other."""
         try:
-            (shown,) = self.mounted.forward([part])
+            (shown,) = self.heads.forward([part])
         except FAILURES as error:
             self.fail(live, error)
             return None
         return self.decide(live, nodes, shown)
 
-    def decide(self, live: Live, nodes: list[int], shown: Shown) -> Decision | None:
+    def decide(self, live: RequestState, nodes: list[int], shown: Shown) -> Decision | None:
         try:
             return self.decider.decide(live.session, live.admitted.guide, nodes, shown)
         except FAILURES as error:
             self.fail(live, error)
             return None
 
-    def commit(self, step: Step, decisions: Sequence[Decision | None], decided: float) -> None:
+    def commit(self, step: Batch, decisions: Sequence[Decision | None], decided: float) -> None:
         """Move the roots and tell the drafters at once, so that they go on; then roll the caches back and hand the tokens out."""
         told = [self.tell(*of_one) for of_one in zip(step.sessions, decisions, strict=True)]
-        rounds, chunks, thanks, ridden = [], [], list[str](), sum(self.mounted.riding_time(step.parts).values())
+        rounds, chunks, thanks, ridden = [], [], list[str](), sum(self.heads.riding_time(step.parts).values())
         for live, nodes, owed, decision, one in zip(step.sessions, step.nodes, step.owed, decisions, told, strict=True):
             if one is None or decision is None:
                 continue
@@ -347,8 +347,8 @@ class Engine:
             number = len(live.tally.rounds)
             rounds.append(Round(live.session.id, number, len(nodes), len(path), hit, step.waited, decided - step.began, 0.0, ridden))
         if any(one is not None and live.session.request.speculation for live, one in zip(step.sessions, told, strict=True)):
-            self.crowd.judge(thanks, self.live.values())
-        if self.mounted.awake:
+            self.drafter_manager.update_resting(thanks, self.live.values())
+        if self.heads.active:
             self.guess(step, decisions, {live.session.id for live, chunk in chunks if chunk.finish_reason is None})
         done = self.clock()
         bookkeeping = max(0.0, step.began - step.opened - step.waited) + done - decided
@@ -366,18 +366,18 @@ class Engine:
         self.trace.step(step, rounds, decided, done)
         self.trace.count(NODES, decided, sum(len(live.session.tree) - 1 for live in step.sessions))
 
-    def guess(self, step: Step, decisions: Sequence[Decision | None], going: Container[str]) -> None:
+    def guess(self, step: Batch, decisions: Sequence[Decision | None], going: Container[str]) -> None:
         """The heads guess from the new roots of the sessions that go on; `sprout` makes use of it."""
         seen = seen_by(zip(step.sessions, step.nodes, step.parts, decisions, strict=True), going)
-        for name in tuple(self.mounted.awake) if seen else ():
+        for name in tuple(self.heads.active) if seen else ():
             began = self.clock()
-            for live, draft in self.mounted.propose(name, seen):
+            for live, draft in self.heads.propose(name, seen):
                 live.sprouts.append(draft)
             ended = self.clock()
-            self.crowd.spend({name}, ended - began)
+            self.drafter_manager.spend({name}, ended - began)
             self.trace.span(name, STEP, began, ended, sessions=len(seen))
 
-    def tell(self, live: Live, decision: Decision | None) -> Told | None:
+    def tell(self, live: RequestState, decision: Decision | None) -> Told | None:
         """What was decided, and who had guessed each token of it ("": nobody); None for a session that is over."""
         if decision is None or not self.under_way(live):
             return None
@@ -385,6 +385,6 @@ class Engine:
         guessed, nodes = (*(session.tree.drafter[node] for node in verdict.path), ""), len(session.tree)
         commit, hit = session.apply(verdict)
         self.ledger.dropped += nodes - len(session.tree)
-        self.crowd.tell(session, commit)
+        self.drafter_manager.tell(session, commit)
         self.trace.sent(commit, self.clock(), TARGET)
         return commit, guessed, hit

@@ -16,7 +16,7 @@ from runtime.metrics import Ledger
 from runtime.models.base import Look, Model, Open, Part, Shown
 from runtime.session import Session
 from runtime.target.chunked_prefill import FAILURES
-from runtime.target.request_state import Live
+from runtime.target.request_state import RequestState
 from runtime.target.verifier import Decision
 from runtime.tree import TokenTree, mix64
 
@@ -28,8 +28,8 @@ NOTHING = Look()
 log = logging.getLogger(__name__)
 
 
-class Mounted:
-    """Heads by name: those that were `built`, of them those in use, and of these those `awake` in the present step. Without any a pass is
+class HeadRunner:
+    """Heads by name: those that were `built`, of them those in use, and of these those `active` in the present step. Without any a pass is
     the model's own, and nothing else happens.
 
     One that fails is taken off, logged and counted in `ledger`: the target goes on without it. `prices`: seconds by which the pseudo rows
@@ -41,8 +41,8 @@ class Mounted:
         self.model, self.built, self.ledger = model, dict(heads), ledger
         self.prices = dict(prices or {})
         self.heads: dict[str, Head] = {}
-        self.awake: list[str] = []
-        self.look = NOTHING  # of those awake
+        self.active: list[str] = []
+        self.look = NOTHING  # of those active
         self.use(heads)
 
     def use(self, names: Container[str]) -> None:
@@ -51,19 +51,19 @@ class Mounted:
         joint([head.look for head in chosen.values()])
         self.heads.clear()
         self.heads.update(chosen)
-        self.wake([name for name in self.awake if name in chosen])
+        self.activate([name for name in self.active if name in chosen])
 
-    def wake(self, names: list[str]) -> None:
+    def activate(self, names: list[str]) -> None:
         """Of those in use, these alone look at the next pass and are asked after it."""
-        self.awake, self.look = names, joint([self.heads[name].look for name in names])
+        self.active, self.look = names, joint([self.heads[name].look for name in names])
 
-    def riding(self, live: Live, nodes: Sequence[int], part: Part) -> Part:
+    def riding(self, live: RequestState, nodes: Sequence[int], part: Part) -> Part:
         """The part of a step, with riders where a head wants them and they are worth their time: beside a row at which the target stops
         they bring about a token."""
         session, branches = live.session, len(self.look.branches)
         if not branches or not wanted(session):
             return part
-        least = self.ledger.rate * sum(self.price(name) for name in self.awake)
+        least = self.ledger.rate * sum(self.price(name) for name in self.active)
         worth = (part.rows.positions + branches < self.model.context) & (ends(session.tree, nodes) >= least)
         rows = [row for row in likely_ends(session.tree, nodes) if worth[row]]
         return replace(part, riders=sorted(rows[:MOST]))
@@ -80,27 +80,27 @@ class Mounted:
             except FAILURES as error:
                 failure = error
             found = [Shown(logits) for logits in self.model.forward_all(parts)]
-            for name in [name for name in self.awake if self.heads[name].look != NOTHING]:
-                self.take_off(name, failure)
+            for name in [name for name in self.active if self.heads[name].look != NOTHING]:
+                self.disable(name, failure)
             return found
         return [Shown(logits) for logits in self.model.forward_all(parts)]
 
     def riding_time(self, parts: Sequence[Part]) -> dict[str, float]:
         """Seconds that a pass over these takes longer for the pseudo rows of heads, by head."""
         ridden = sum(len(part.riders) for part in parts)
-        return {name: ridden * self.price(name) for name in self.awake if ridden and name in self.prices}
+        return {name: ridden * self.price(name) for name in self.active if ridden and name in self.prices}
 
-    def propose(self, name: str, seen: Sequence[tuple[Live, Seen]]) -> list[tuple[Live, Draft]]:
+    def propose(self, name: str, seen: Sequence[tuple[RequestState, Seen]]) -> list[tuple[RequestState, Draft]]:
         """What one head guesses, as a drafter would send it."""
         try:
             growths = self.heads[name].propose([one for _, one in seen])
             found = [(live, growth) for (live, _), growth in zip(seen, growths, strict=True) if len(growth.tokens)]
             return [(live, draft_of(live.session, growth, name)) for live, growth in found]
         except FAILURES as error:
-            self.take_off(name, error)
+            self.disable(name, error)
             return []
 
-    def take_off(self, name: str, error: Exception) -> None:
+    def disable(self, name: str, error: Exception) -> None:
         log.warning("head %s is taken off: %s: %s", name, type(error).__name__, error)
         del self.built[name]
         self.use(self.heads.keys() - {name})
@@ -111,7 +111,7 @@ class Mounted:
             try:
                 head.close(session)
             except FAILURES as error:
-                self.take_off(name, error)
+                self.disable(name, error)
 
 
 def joint(looks: Sequence[Look]) -> Look:
@@ -127,7 +127,9 @@ def wanted(session: Session) -> bool:
     return session.request.speculation and min(session.room, session.most) > 0
 
 
-def seen_by(step: Iterable[tuple[Live, Sequence[int], Part, Decision | None]], going: Container[str]) -> list[tuple[Live, Seen]]:
+def seen_by(
+    step: Iterable[tuple[RequestState, Sequence[int], Part, Decision | None]], going: Container[str]
+) -> list[tuple[RequestState, Seen]]:
     """What a step has shown of the sessions `going` on that anybody can help, after their roots have moved. It is given by sessions,
     their nodes that got rows in this order, their parts, and what was decided."""
     found = []

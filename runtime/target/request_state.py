@@ -13,15 +13,15 @@ from runtime.messages import Chunk, Commit, Draft, Logprob, Request, Round, Stat
 from runtime.metrics import Tally
 from runtime.schedulers.base import View
 from runtime.session import Session
-from runtime.target.stop_checker import Finish
+from runtime.target.stop_checker import StopChecker
 
 Deliver = Callable[[Chunk], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Admit:
+class AddRequest:
     request: Request
-    finish: Finish
+    finish: StopChecker
     deliver: Deliver
     asked: float = 0.0  # clock when the target took the request
     guide: Guide | None = None  # the request's constraint, after what is committed
@@ -34,12 +34,12 @@ class Admit:
 
 
 @dataclass(slots=True)
-class Live:
+class RequestState:
     """Times are readings of the engine's clock, or seconds."""
 
     session: Session
     cache: KVCache
-    admitted: Admit
+    admitted: AddRequest
     slots: int  # of KV memory, reserved for it
     tally: Tally = field(default_factory=Tally)
     ready: bool = False  # all but the last token of the text is in the cache
@@ -104,14 +104,14 @@ class Live:
         """Tokens that the drafter is ahead: at most those that the tree is, for what it guessed may be gone."""
         return max(0, min(self.depth, self.reach.get(drafter, 0) - len(self.session.tokens)))
 
-    def without(self, drafters: Sized, sharers: Sized) -> str | None:
+    def without(self, drafters: Sized, active: Sized) -> str | None:
         """What this step lacks, in the words of TargetReport; None where it lacks nothing, or nothing could help."""
         session = self.session
         if not session.request.speculation or min(session.room, session.most) <= 0:
             return None
         if not len(drafters):
             return "no drafter"
-        if not len(sharers):
+        if not len(active):
             return "all resting"
         return "empty tree" if len(session.tree) == 1 else None
 

@@ -15,7 +15,7 @@ class Delta:
     reason: Literal["stop", "length"] | None = None
 
 
-class Finish:
+class StopChecker:
     """Takes the tokens of one output in order, decides its end, and hands out its text.
 
     - a token of `eos` ends it ("stop"), unless ignore_eos; its own text is none of the output. Under a constraint it ends the text

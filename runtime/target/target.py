@@ -16,10 +16,10 @@ from runtime.messages import Chunk, Event, Request, Tokens
 from runtime.reports import TargetReport
 from runtime.sampling import Constraint, Sampling, whole
 from runtime.schedulers.base import Scheduler
-from runtime.target.commands import Cancel, Heard, Join, Leave, Policy, Stop
+from runtime.target.commands import Cancel, Join, Leave, ReplyReceived, SetScheduler, Stop
 from runtime.target.engine import Engine
-from runtime.target.request_state import Admit
-from runtime.target.stop_checker import Finish
+from runtime.target.request_state import AddRequest
+from runtime.target.stop_checker import StopChecker
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def check_tokens(tokens: Tokens, vocabulary: int) -> None:
             raise InvalidRequest(f"token id {token} is not in the vocabulary: ids go from 0 to {vocabulary - 1}", "prompt")
 
 
-def resumed(finish: Finish, request: Request) -> Finish:
+def resumed(finish: StopChecker, request: Request) -> StopChecker:
     """`finish` after the tokens that were decided before. Raises InvalidRequest where they end the text already."""
     for token in request.committed:
         if finish.feed(token).reason is not None:
@@ -93,7 +93,7 @@ class Target:
     def __init__(
         self,
         engine: Engine,
-        finish: Callable[[Request], Finish],
+        finish: Callable[[Request], StopChecker],
         grammar: Grammar | None = None,
         on_stop: Callable[[], object] | None = None,
     ) -> None:
@@ -157,7 +157,7 @@ class Target:
         over = False
         try:
             guide = await self._guide(request)
-            self.engine.inbox.put(Admit(request, finish, deliver, asked, guide))
+            self.engine.inbox.put(AddRequest(request, finish, deliver, asked, guide))
             if self.engine.over:
                 raise Unavailable("the target has stopped: start it again")
             while not over:
@@ -181,7 +181,7 @@ class Target:
 
     def schedule(self, scheduler: Scheduler, heads: frozenset[str] | None = None) -> None:
         """From now on, with these heads (None: all that there are); sessions under way keep the style in which their drafters grow."""
-        self.engine.inbox.put(Policy(scheduler, heads))
+        self.engine.inbox.put(SetScheduler(scheduler, heads))
 
     def attach(self, name: str, link: DraftLink) -> None:
         """Let this drafter guess for all sessions, those under way included. A link that ends is detached and counted."""
@@ -225,7 +225,7 @@ class Target:
                 while self.engine.inbox.qsize() > HEARD_WAITING:  # noqa: ASYNC110 - the engine's thread sets no event here
                     await asyncio.sleep(0.001)
                 # Who speaks is known from the link, not from the message.
-                self.engine.inbox.put(Heard(replace(reply, drafter=name), self.engine.clock()))
+                self.engine.inbox.put(ReplyReceived(replace(reply, drafter=name), self.engine.clock()))
         except LinkLost as error:
             log.warning("drafter %s lost: %s", name, error)
         finally:

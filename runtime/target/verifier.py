@@ -21,7 +21,7 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
-class Decider:
+class Verifier:
     """How the logits of one family of models are read; `eos` are the tokens that end a text."""
 
     choose: Chooser

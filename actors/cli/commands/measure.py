@@ -73,5 +73,7 @@ def figures(drafter: DrafterConfig, target: str, dtype: Dtype, answers: Sequence
         guessed = along(small, answers, sampling)
         return {"draft": step_times(small, WIDTHS, time.monotonic), "positions": positions(guessed.ranks, guessed.scores)}
     here = Placement(cores=(min(os.sched_getaffinity(0)),))
-    seconds, places = of_drafter(build_drafter(drafter.model_copy(update={"placement": here}), target).grower.drafter, answers, sampling)
+    seconds, places = of_drafter(
+        build_drafter(drafter.model_copy(update={"placement": here}), target).draft_engine.drafter, answers, sampling
+    )
     return {"draft": seconds, "positions": places}

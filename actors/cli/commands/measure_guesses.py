@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from runtime import limits
-from runtime.drafters.base import Children, Drafter, Text, Wish
+from runtime.drafters.base import Children, Drafter, ExpandRequest, Text
 from runtime.heads.base import Head, Seen
 from runtime.messages import Tokens
 from runtime.models.base import Part, causal
@@ -61,7 +61,7 @@ def of_drafter(drafter: Drafter, answers: Sequence[Answer], sampling: Sampling) 
     seconds, found = [], []
     for number, (prompt, output) in enumerate(answers):
         for place in range(len(output)):
-            guessed, took = asked(drafter, Wish(begun(number, (*prompt, *output[:place]), prompt, sampling), [0]))
+            guessed, took = asked(drafter, ExpandRequest(begun(number, (*prompt, *output[:place]), prompt, sampling), [0]))
             seconds.append(took)
             near, *below = levels(guessed, output[place:]) or [Position(rank=None, scores=(SILENT,))]
             found.append(near.model_copy(update={"below": tuple(below)}))
@@ -70,7 +70,7 @@ def of_drafter(drafter: Drafter, answers: Sequence[Answer], sampling: Sampling) 
     return {1: statistics.median(seconds), **wider}, tuple(found)
 
 
-def asked(drafter: Drafter, wish: Wish) -> tuple[Children, float]:
+def asked(drafter: Drafter, wish: ExpandRequest) -> tuple[Children, float]:
     """Its answer, and the seconds of the pass that gave it: those before may have read the text."""
     while True:
         began = time.monotonic()
@@ -85,9 +85,9 @@ def seconds_below(drafter: Drafter, answer: Answer, sampling: Sampling, width: i
     seconds = []
     for place in range(min(REPEATS, len(output))):
         text = begun(width, (*prompt, *output[:place]), prompt, sampling)
-        asked(drafter, Wish(text, [0]))
+        asked(drafter, ExpandRequest(text, [0]))
         leaves = [leaf for token in range(width) if (leaf := text.tree.add(0, token, SILENT)) is not None]
-        seconds.append(asked(drafter, Wish(text, leaves))[1])
+        seconds.append(asked(drafter, ExpandRequest(text, leaves))[1])
     drafter.close(str(width))
     return statistics.median(seconds)
 
