@@ -1,5 +1,7 @@
-"""What every HTTP request passes before its route is looked for: bounds on its head, the API key, an id for the answer."""
+"""What every HTTP request passes before its route is looked for: bounds on its head, the API key, an id for the answer, the
+rest of its body."""
 
+import asyncio
 import re
 import uuid
 from collections.abc import MutableMapping
@@ -10,10 +12,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from actors.gateway.errors import Refused
 from actors.gateway.exchange import Speaker
-from actors.gateway.service import Service
+from actors.gateway.service import Service, now
 from runtime import limits
 
 SANE = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+DROP_BYTES = 4 * limits.BODY_BYTES  # of a body that are read past, for its sender to come to read the answer
+DROP_SECONDS = 2.0  # without a byte of it, after which its sender is believed to be done
+
+Message = MutableMapping[str, Any]
 
 
 class Door:
@@ -28,31 +34,61 @@ class Door:
         headers, path = Headers(scope=scope), scope["path"]
         given = headers.get("x-request-id", "")
         answer_id = given if SANE.fullmatch(given) else uuid.uuid4().hex
+        body = Incoming(headers, receive)
 
-        async def answering(message: MutableMapping[str, Any]) -> None:
+        async def answering(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", answer_id.encode())]
+                if not body.whole:
+                    message["headers"].append((b"connection", b"close"))
                 self.service.meter.answered(path if path in self.routes else "other", message["status"])
+            elif not body.whole and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await body.drop()
+                message = {"type": "http.response.body", "body": b""}
             await send(message)
 
         try:
             check_head(scope)
             key = self.service.caller(path, headers.get("authorization", ""))
         except Refused as error:
-            return await Speaker(answering).refuse(error, close=has_body(headers))
+            return await Speaker(answering).refuse(error)
         scope.setdefault("state", {})["key"] = key
-        return await self.app(scope, receive, answering)
+        return await self.app(scope, body.receive, answering)
+
+
+class Incoming:
+    """A request's body. `whole`: nothing of it is left on the connection, which another request may then use."""
+
+    def __init__(self, headers: Headers, receive: Receive) -> None:
+        self.whole = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
+        self._receive, self._until = receive, now() + limits.BODY_SECONDS
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self.whole = self.whole or not message.get("more_body", False)
+        return message
+
+    async def drop(self) -> None:
+        """Reads what is left, within bounds. A connection that ends on unread bytes is reset, and the answer may be lost."""
+        left = DROP_BYTES
+        while not self.whole and left > 0:
+            try:
+                async with asyncio.timeout_at(min(now() + DROP_SECONDS, self._until)):
+                    message = await self.receive()
+            except TimeoutError:
+                return
+            left -= len(message.get("body", b""))
 
 
 def check_head(scope: Scope) -> None:
-    """Raises Refused (431)."""
+    """Raises Refused: 400, 431."""
     size = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
     size += sum(len(name) + len(value) for name, value in scope["headers"])
     if len(scope["headers"]) > limits.HEADERS or size > limits.HEADER_BYTES:
         raise Refused(
             431, "headers_too_large", f"more than {limits.HEADERS} headers, or {limits.HEADER_BYTES >> 10} KiB of them: send fewer"
         )
-
-
-def has_body(headers: Headers) -> bool:
-    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+    names = {name for name, _ in scope["headers"]}
+    if b"transfer-encoding" in names and (b"content-length" in names or scope["http_version"] == "1.0"):
+        raise Refused(400, "invalid_http", "Transfer-Encoding stands beside Content-Length, or in HTTP/1.0: send one of them")

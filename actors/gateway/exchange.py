@@ -6,8 +6,10 @@ import re
 import secrets
 import time
 import uuid
+from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -60,12 +62,10 @@ class Exchange(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers, key = Headers(scope=scope), scope["state"]["key"]
         speaker = Speaker(send)
-        whole = False
         try:
             with self.service.ledger.enter(None if key is None else key.name) as entry:
                 arrived = now()
                 raw = await read_body(headers, receive)
-                whole = True
                 asked = await self._asked(raw, headers, key, arrived)
                 self.service.ledger.widen(entry, len(asked.requests))
                 speaker.stream = asked.body.stream
@@ -75,9 +75,9 @@ class Exchange(Response):
             self.service.meter.answered(self.url, GONE)
         except TimeoutError:
             late = Refused(504, "deadline_exceeded", "the deadline has passed: allow more time, or ask for less")
-            await speaker.refuse(late, close=True)
+            await speaker.refuse(late)
         except OutriderError as error:
-            await speaker.refuse(refused(error), close=not whole)
+            await speaker.refuse(refused(error))
 
     async def _asked(self, raw: bytes, headers: Headers, key: Key | None, arrived: float) -> Asked:
         """Raises InvalidRequest."""
@@ -153,10 +153,10 @@ class Speaker:
         if self.stream:
             await self.send({"type": "http.response.body", "body": b""})
 
-    async def refuse(self, error: Refused, close: bool) -> None:
-        """With `close` the connection ends: what the client still sends is not read. After the begin of another answer nothing is sent."""
+    async def refuse(self, error: Refused, headers: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Sends nothing after the begin of another answer."""
         if not self.begun:
-            await self.answer(error.status, error.headers | ({"connection": "close"} if close else {}), encoded(error.body()))
+            await self.answer(error.status, {**error.headers, **headers}, encoded(error.body()))
 
     async def answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
         """All at once."""

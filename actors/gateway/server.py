@@ -4,13 +4,13 @@ import asyncio
 import ipaddress
 import logging
 import socket
+from functools import partial
 from typing import Any
 
-import h11
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from actors.gateway.connection import ClientConnection, ConnectionTable
 from runtime import limits
 from runtime.config import GatewayConfig
 from runtime.errors import InvalidRequest, Unavailable
@@ -20,35 +20,20 @@ log = logging.getLogger(__name__)
 CONNECTIONS = 4096  # open at one time
 IDLE_SECONDS = 5  # between two requests of one connection
 LEAVE_SECONDS = 5  # that answers under way get at the end
+SWEEP_TICKS = 5  # of 0.1 s each, between two looks at the connections
 
 
-class Impatient(H11Protocol):
-    """Closes a connection whose request has no complete head in time, however its bytes trickle."""
+class GatewayServer(uvicorn.Server):
+    """Looks at its connections from time to time."""
 
-    _waiting: asyncio.TimerHandle | None = None
+    def __init__(self, config: uvicorn.Config, table: ConnectionTable) -> None:
+        super().__init__(config)
+        self.table = table
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._watch()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._unwatch()
-        super().connection_lost(exc)
-
-    def handle_events(self) -> None:
-        super().handle_events()
-        if self.conn.their_state is not h11.IDLE:
-            self._unwatch()
-        elif self._waiting is None and self.conn.trailing_data[0]:
-            self._watch()
-
-    def _watch(self) -> None:
-        self._waiting = self.loop.call_later(limits.BODY_SECONDS, self.transport.close)
-
-    def _unwatch(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-            self._waiting = None
+    async def on_tick(self, counter: int) -> bool:
+        if counter % SWEEP_TICKS == 0:
+            self.table.sweep(self.server_state.connections, asyncio.get_running_loop().time())
+        return await super().on_tick(counter)
 
 
 def check_closed(config: GatewayConfig) -> None:
@@ -87,14 +72,14 @@ def listen(host: str, port: int) -> socket.socket:
     return found
 
 
-def server(app: ASGIApp, config: GatewayConfig) -> uvicorn.Server:
+def server(app: ASGIApp, config: GatewayConfig) -> GatewayServer:
     """To be run by `serve(sockets=[...])`, ended by `should_exit`. Raises InvalidRequest for certificates that cannot be read."""
     secured: dict[str, Any] = {}
     if config.tls is not None:
         secured = {"ssl_certfile": str(config.tls.cert), "ssl_keyfile": str(config.tls.key)}
     settings = uvicorn.Config(
         app,
-        http=Impatient,
+        http=ClientConnection,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -102,7 +87,6 @@ def server(app: ASGIApp, config: GatewayConfig) -> uvicorn.Server:
         server_header=False,
         proxy_headers=False,
         h11_max_incomplete_event_size=limits.HEADER_BYTES,
-        limit_concurrency=CONNECTIONS,
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=LEAVE_SECONDS,
         **secured,
@@ -111,4 +95,7 @@ def server(app: ASGIApp, config: GatewayConfig) -> uvicorn.Server:
         settings.load()
     except OSError as error:  # ssl.SSLError is one
         raise InvalidRequest(f"the gateway's certificate or key cannot be used ({type(error).__name__}): see gateway.tls", "tls") from error
-    return uvicorn.Server(settings)
+    table = ConnectionTable(CONNECTIONS, settings.ssl)
+    settings.ssl = None  # the connections do it themselves, so that they count before their handshake is done
+    settings.http_protocol_class = partial(ClientConnection, table)  # type: ignore[assignment]
+    return GatewayServer(settings, table)
