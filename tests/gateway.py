@@ -17,7 +17,7 @@ from actors.compose import finisher
 from actors.gateway.app import build
 from actors.gateway.keys import Keys
 from actors.gateway.served import Served
-from actors.gateway.server import listen, server
+from actors.gateway.server import GatewayServer, listen, server
 from actors.gateway.service import Service
 from actors.gateway.streams import Generator
 from actors.loop_thread import LoopThread
@@ -98,6 +98,7 @@ class Running:
     app: Any
     network: LoopThread
     body: Any
+    server: GatewayServer
     headers: dict[str, str] = field(default_factory=dict)
 
     def http(self) -> httpx.Client:
@@ -117,6 +118,10 @@ class Running:
                 await asyncio.sleep(0.005)
 
         self.network.run(wait(), HANG_S)
+
+    def connections(self) -> list[Any]:
+        """Those that are open, as the server counts them."""
+        return [*self.server.server_state.connections]
 
     def free(self) -> bool:
         """Nothing is under way, here and at the target."""
@@ -152,7 +157,7 @@ def serving(
         stop.insert(0, lambda: serving.result(HANG_S))
         stop.insert(0, lambda: setattr(http, "should_exit", True))
         scheme = "https" if config.tls else "http"
-        yield Running(f"{scheme}://127.0.0.1:{socket.getsockname()[1]}", service, app, network, body)
+        yield Running(f"{scheme}://127.0.0.1:{socket.getsockname()[1]}", service, app, network, body, http)
     finally:
         for step in stop:
             step()

@@ -58,7 +58,7 @@ class ConnectionTable:
 
     def __init__(self, most: int, tls: ssl.SSLContext | None) -> None:
         self.most, self.tls = most, tls
-        self._waiting: deque[ClientConnection] = deque()  # as the last sweep has found them, the longest first
+        self.waiting: deque[ClientConnection] = deque()  # as the last sweep has found them, the longest first
 
     def sweep(self, connections: Collection[Any], now: float) -> None:
         """Looks at all connections. To be called again and again, with the event loop's time."""
@@ -71,12 +71,12 @@ class ConnectionTable:
                 connection.cut()
             elif found[0] is not Phase.SERVICE:
                 waiting.append(connection)
-        self._waiting = deque(sorted(waiting, key=lambda connection: connection.since))
+        self.waiting = deque(sorted(waiting, key=lambda connection: connection.since))
 
     def make_room(self, connections: Collection[Any]) -> None:
         """Cuts those that have waited longest for their clients, until no more than `most` are left or none of them waits."""
-        while len(connections) > self.most and self._waiting:
-            connection = self._waiting.popleft()
+        while len(connections) > self.most and self.waiting:
+            connection = self.waiting.popleft()
             if connection in connections and connection.look() == connection.seen:
                 connection.cut()
 
@@ -92,7 +92,7 @@ class ClientConnection(H11Protocol):
         super().__init__(**given)
         self.table = table
         self.serve, self.app = self.app, cast(ASGI3Application, self._admit)
-        self._half_closed = self._ended = False
+        self.half_closed = self._ended = False
         self._probe: asyncio.TimerHandle | None = None
         self._securing: asyncio.Task[None] | None = None
 
@@ -159,7 +159,7 @@ class ClientConnection(H11Protocol):
         waits = self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
         if not waits or self.table.tls is not None or self.scope["http_version"] != "1.1":
             return False
-        self._half_closed = True
+        self.half_closed = True
         self._probe = self.loop.call_later(PROBE_SECONDS, self._look_for_client, self.cycle)
         return True
 
@@ -180,7 +180,7 @@ class ClientConnection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self._half_closed and self.cycle.response_complete:  # no other request was there already
+        if self.half_closed and self.cycle.response_complete:  # no other request was there already
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
