@@ -1,4 +1,4 @@
-"""What a client can do to a connection without a key: none stays open for it without a bound, and none keeps others out."""
+"""No client, with a key or without one, keeps a connection open without a bound or keeps others out."""
 
 import contextlib
 import datetime
@@ -51,7 +51,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def connected(gateway: Running, buffer: int | None = None) -> socket.socket:
-    """`buffer`: bytes that may wait for the client to read them, for a client that does not."""
+    """Opens a connection; `buffer` bytes may wait there for the client to read them."""
     found = socket.socket()
     if buffer is not None:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
@@ -72,7 +72,7 @@ def head(method: str, path: str, *lines: str, key: str | None = KEY, version: st
 
 
 def answer(connection: socket.socket) -> tuple[int, bytes, bytes]:
-    """Status, head and body of the next answer, which has a Content-Length; interim ones are passed over."""
+    """Returns status, head and body of the next final answer, which has a Content-Length."""
     found = b""
     while b"\r\n\r\n" not in found:
         found += (data := connection.recv(65536))
@@ -89,7 +89,7 @@ def answer(connection: socket.socket) -> tuple[int, bytes, bytes]:
 
 
 def ends(connection: socket.socket) -> bool:
-    """Returns when the server has ended the connection."""
+    """Returns True when the server has ended the connection."""
     with contextlib.suppress(ConnectionResetError):
         while connection.recv(65536):
             pass
@@ -160,7 +160,7 @@ def test_who_sends_requests_and_reads_no_answers_is_cut(gateway: Running) -> Non
 @pytest.mark.parametrize("fields", [{}, {"stream": True}, {"stream": True, "timeout": SOON}], ids=str)
 @pytest.mark.parametrize("close", [(), ("Connection: close",)], ids=["keep", "close"])
 def test_who_does_not_read_a_long_answer_is_cut(monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], close: tuple[str, ...]) -> None:
-    """Also when all of it is sent, as far as the gateway is concerned, or when its deadline has ended it."""
+    """It is cut as well if all of the answer is in the buffers, or its deadline has ended it."""
     monkeypatch.setattr("actors.gateway.exchange.GRACE_SECONDS", 0.0)
 
     async def long(request: Request) -> AsyncGenerator[Chunk, None]:
@@ -215,7 +215,7 @@ def test_requests_that_came_before_the_end_are_answered_all(gateway: Running) ->
 
 
 def test_who_has_waited_longest_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten connections that ask for nothing, where four may be open, keep nobody out; one that is served is not cut for others."""
+    """Ten silent connections keep nobody out if four may be open, and do not end one that is served."""
     monkeypatch.setattr("actors.gateway.server.CONNECTIONS", 4)
     gate = Gate()
     scripted = Scripted(gate.speak)

@@ -1,4 +1,8 @@
-"""One client's connection, and the table of all of them: none waits for its client longer than it may, and none fills the table."""
+"""A connection bounds how long it waits for its client; the table of all of them keeps room.
+
+A connection is always in one phase. Only `Phase.SERVICE` has no bound here, since the gateway
+bounds its own work: a body by `limits.BODY_SECONDS`, an answer by the request's deadline.
+"""
 
 import asyncio
 import math
@@ -23,22 +27,22 @@ from actors.gateway.streams import encoded
 from runtime import limits
 from runtime.errors import Overloaded
 
-STALL_SECONDS = 30.0  # in which a client takes nothing of what is sent to it
-CLOSE_SECONDS = 5.0  # for a client's part in the end of a connection
-PROBE_SECONDS = 0.25  # after which a client that has ended its side of the connection is looked for, again and again
+STALL_SECONDS = 30.0  # in which a client may take nothing of what is sent to it
+CLOSE_SECONDS = 5.0  # in which a client does its part in closing a connection
+PROBE_SECONDS = 0.25  # between two looks whether a half-closed client is still there
 
 
 class Phase(Enum):
-    """What a connection waits for."""
+    """Says what a connection waits for."""
 
-    REQUEST = auto()  # the TLS handshake, and the head of the next request
-    SERVICE = auto()  # the gateway, which bounds the request's body and its own work
-    READER = auto()  # the client takes what was sent
-    GOODBYE = auto()  # the client's end of the connection
+    REQUEST = auto()  # the client sends the TLS handshake and the head of a request
+    SERVICE = auto()  # the gateway reads the body and answers
+    READER = auto()  # the client takes what is sent
+    GOODBYE = auto()  # the client closes its side
 
 
 def patience(phase: Phase) -> float:
-    """Seconds that a connection may stay in the phase without any progress."""
+    """Returns the seconds that a connection may stay in the phase without progress."""
     match phase:
         case Phase.REQUEST:
             return limits.BODY_SECONDS
@@ -51,17 +55,18 @@ def patience(phase: Phase) -> float:
 
 
 class ConnectionTable:
-    """Ends connections that wait too long, and those that have waited longest when more than `most` are open.
+    """Cuts the connections that wait too long, and the longest waiting when too many are open.
 
-    `tls`: what a connection is secured with, None for plain HTTP.
+    `most`: connections that may be open. `tls`: secures them; None means plain HTTP.
+    `waiting`: those that wait for their clients, as the last sweep found them, longest first.
     """
 
     def __init__(self, most: int, tls: ssl.SSLContext | None) -> None:
         self.most, self.tls = most, tls
-        self.waiting: deque[ClientConnection] = deque()  # as the last sweep has found them, the longest first
+        self.waiting: deque[ClientConnection] = deque()
 
     def sweep(self, connections: Collection[Any], now: float) -> None:
-        """Looks at all connections. To be called again and again, with the event loop's time."""
+        """Looks at all connections. It is called periodically, with the event loop's time."""
         waiting = []
         for connection in list(connections):
             found = connection.look()
@@ -71,10 +76,11 @@ class ConnectionTable:
                 connection.cut()
             elif found[0] is not Phase.SERVICE:
                 waiting.append(connection)
-        self.waiting = deque(sorted(waiting, key=lambda connection: connection.since))
+        waiting.sort(key=lambda connection: connection.since)
+        self.waiting = deque(waiting)
 
     def make_room(self, connections: Collection[Any]) -> None:
-        """Cuts those that have waited longest for their clients, until no more than `most` are left or none of them waits."""
+        """Cuts the longest waiting until `most` are left, or none of them waits any more."""
         while len(connections) > self.most and self.waiting:
             connection = self.waiting.popleft()
             if connection in connections and connection.look() == connection.seen:
@@ -82,10 +88,13 @@ class ConnectionTable:
 
 
 class ClientConnection(H11Protocol):
-    """Adds to uvicorn's protocol what `ConnectionTable` looks at, TLS that counts from its first byte, answers in OpenAI's form
-    to what is no HTTP, and answers to clients that have ended their side of the connection.
+    """Extends uvicorn's protocol by four things.
 
-    `seen`, `since`: the last look that has found something new, and the event loop's time then.
+    - `ConnectionTable` can look at it: `seen` is the last look that found something new,
+      `since` the event loop's time then.
+    - It counts from the first byte of the TLS handshake, not from its end.
+    - It answers invalid HTTP in OpenAI's form.
+    - It answers a client that has half-closed the connection (plain HTTP/1.1 only).
     """
 
     def __init__(self, table: ConnectionTable, **given: Any) -> None:
@@ -108,7 +117,7 @@ class ClientConnection(H11Protocol):
 
     async def _secure(self, transport: asyncio.Transport, tls: ssl.SSLContext) -> None:
         secured: asyncio.Transport | None = None
-        with suppress(OSError):  # ssl.SSLError is one. The table's patience ends first, asyncio's own is never asked.
+        with suppress(OSError):  # ssl.SSLError is one; the table's limits end before asyncio's
             secured = await self.loop.start_tls(
                 transport,
                 self,
@@ -126,12 +135,13 @@ class ClientConnection(H11Protocol):
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         if len(self.connections) > self.table.most:
-            await Speaker(send).refuse(refused(Overloaded("too many connections")), {"connection": "close"})
+            error = refused(Overloaded("too many connections"))
+            await Speaker(send).refuse(error, {"connection": "close"})
         else:
             await self.serve(scope, receive, send)
 
     def look(self) -> tuple[Phase, Any]:
-        """The phase, and something that is another with each progress of the client."""
+        """Returns the phase, and a value that changes whenever the client makes progress."""
         left = self.transport.get_write_buffer_size()
         if left:
             return Phase.READER, left
@@ -142,34 +152,41 @@ class ClientConnection(H11Protocol):
         return Phase.REQUEST, (self.cycle, bool(self.conn.trailing_data[0]))
 
     def cut(self) -> None:
-        """Ends the connection at once, and counts it no more."""
+        """Ends the connection at once; it counts no more."""
         self.connections.discard(self)
         self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         if self._ended:
             return
-        if self.scheme is None:  # it has come together with the end of the handshake
+        if self.scheme is None:  # it comes with the last bytes of the handshake
             self.conn.receive_data(data)
         else:
             super().data_received(data)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Keeps the connection of a client that waits for an answer. TLS in asyncio cannot, and HTTP/1.0 knows no way to ask."""
-        waits = self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
+        """Keeps the connection while its answer is under way.
+
+        Not with TLS, which asyncio always closes, nor with HTTP/1.0, which has no interim
+        responses: there nobody could tell a client that waits from one that has gone.
+        """
+        cycle = self.cycle
+        waits = cycle is not None and not cycle.response_complete and not cycle.more_body
         if not waits or self.table.tls is not None or self.scope["http_version"] != "1.1":
             return False
         self.half_closed = True
-        self._probe = self.loop.call_later(PROBE_SECONDS, self._look_for_client, self.cycle)
+        self._probe = self.loop.call_later(PROBE_SECONDS, self._look_for_client, cycle)
         return True
 
     def _look_for_client(self, cycle: Any) -> None:
-        """Ends the connection of a client that has gone altogether: its system refuses the interim response that it is sent."""
-        if self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        """Cuts the connection if the client has gone: its host resets it at an interim response."""
+        client: Any = self.transport.get_extra_info("socket")
+        if client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self.cut()
             return
         if self.conn.our_state is h11.SEND_RESPONSE and cycle is self.cycle:
-            self.transport.write(self.conn.send(h11.InformationalResponse(status_code=100, headers=[], reason="Continue")))
+            interim = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
+            self.transport.write(self.conn.send(interim))
             cycle = None  # one is enough
         self._probe = self.loop.call_later(PROBE_SECONDS, self._look_for_client, cycle)
 
@@ -184,19 +201,23 @@ class ClientConnection(H11Protocol):
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        """Answers what is no HTTP, if nothing else was answered, and reads on for some time: unread bytes would reset the answer."""
+        """Answers invalid HTTP, unless an answer has begun, and drops what still comes.
+
+        Unread bytes would reset the connection before the client has read the answer.
+        """
         status = getattr(sys.exception(), "error_status_hint", 400)  # h11 has just raised
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()
             return
-        error = Refused(status, "invalid_http", "the request is not valid HTTP/1.1: see RFC 9112")
-        body = encoded(error.body())
-        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
-        for event in (
-            h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase),
-            h11.Data(data=body),
-            h11.EndOfMessage(),
-        ):
+        refusal = Refused(status, "invalid_http", "the request is not valid HTTP/1.1: see RFC 9112")
+        body = encoded(refusal.body())
+        headers = [
+            ("content-type", "application/json"),
+            ("content-length", str(len(body))),
+            ("connection", "close"),
+        ]
+        head = h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase)
+        for event in (head, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         if self.cycle is not None:
             self.cycle.disconnected = True

@@ -1,5 +1,8 @@
-"""What every HTTP request passes before its route is looked for: bounds on its head, the API key, an id for the answer, the
-rest of its body."""
+"""Every HTTP request passes here before its route is looked for.
+
+Its head is bounded, its API key checked, its answer gets an id, and what nobody has read of its
+body ends the connection.
+"""
 
 import asyncio
 import re
@@ -16,8 +19,8 @@ from actors.gateway.service import Service, now
 from runtime import limits
 
 SANE = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-DROP_BYTES = 4 * limits.BODY_BYTES  # of a body that are read past, for its sender to come to read the answer
-DROP_SECONDS = 2.0  # without a byte of it, after which its sender is believed to be done
+DROP_BYTES = 4 * limits.BODY_BYTES  # of a body that are dropped until its sender reads the answer
+DROP_SECONDS = 2.0  # without a byte of it, after which the connection ends
 
 Message = MutableMapping[str, Any]
 
@@ -58,10 +61,14 @@ class Door:
 
 
 class Incoming:
-    """A request's body. `whole`: nothing of it is left on the connection, which another request may then use."""
+    """Reads a request's body.
+
+    `whole`: all of it was read, so that another request may use the connection.
+    """
 
     def __init__(self, headers: Headers, receive: Receive) -> None:
-        self.whole = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
+        empty = headers.get("content-length", "0") == "0"
+        self.whole = empty and "transfer-encoding" not in headers
         self._receive, self._until = receive, now() + limits.BODY_SECONDS
 
     async def receive(self) -> Message:
@@ -70,7 +77,10 @@ class Incoming:
         return message
 
     async def drop(self) -> None:
-        """Reads what is left, within bounds. A connection that ends on unread bytes is reset, and the answer may be lost."""
+        """Drops what is left, within bounds.
+
+        Unread bytes would reset the connection before the client has read the answer.
+        """
         left = DROP_BYTES
         while not self.whole and left > 0:
             try:
@@ -82,7 +92,7 @@ class Incoming:
 
 
 def check_head(scope: Scope) -> None:
-    """Raises Refused: 400, 431."""
+    """Raises Refused (400, 431) for a head that is too large or contradicts itself."""
     size = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
     size += sum(len(name) + len(value) for name, value in scope["headers"])
     if len(scope["headers"]) > limits.HEADERS or size > limits.HEADER_BYTES:
@@ -91,4 +101,5 @@ def check_head(scope: Scope) -> None:
         )
     names = {name for name, _ in scope["headers"]}
     if b"transfer-encoding" in names and (b"content-length" in names or scope["http_version"] == "1.0"):
-        raise Refused(400, "invalid_http", "Transfer-Encoding stands beside Content-Length, or in HTTP/1.0: send one of them")
+        why = "Transfer-Encoding is not allowed with Content-Length or in HTTP/1.0: send one of them"
+        raise Refused(400, "invalid_http", why)

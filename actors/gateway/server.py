@@ -24,7 +24,7 @@ SWEEP_TICKS = 5  # of 0.1 s each, between two looks at the connections
 
 
 class GatewayServer(uvicorn.Server):
-    """Looks at its connections from time to time."""
+    """Sweeps its connections every half second."""
 
     def __init__(self, config: uvicorn.Config, table: ConnectionTable) -> None:
         super().__init__(config)
@@ -96,6 +96,6 @@ def server(app: ASGIApp, config: GatewayConfig) -> GatewayServer:
     except OSError as error:  # ssl.SSLError is one
         raise InvalidRequest(f"the gateway's certificate or key cannot be used ({type(error).__name__}): see gateway.tls", "tls") from error
     table = ConnectionTable(CONNECTIONS, settings.ssl)
-    settings.ssl = None  # the connections do it themselves, so that they count before their handshake is done
+    settings.ssl = None  # connections secure themselves: they count before the handshake ends
     settings.http_protocol_class = partial(ClientConnection, table)  # type: ignore[assignment]
     return GatewayServer(settings, table)
