@@ -1,6 +1,5 @@
 """The result of a training: built in OUT.partial, where an interrupted one goes on, and named OUT once it is whole."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -9,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from runtime.errors import InvalidRequest
@@ -27,11 +27,11 @@ def opened(out: Path, recipe: Mapping[str, Any]) -> Iterator[Path]:
     work = out.with_name(f"{out.name}.partial")
     with writable(out):
         work.mkdir(parents=True, exist_ok=True)
-        with (work / LOCK).open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InvalidRequest(f"{work} is being worked on by another training: wait for it, or give another --out", "out") from error
+        try:
+            lock = FileLock(work / LOCK, fallback_to_soft=False).acquire(timeout=0)
+        except Timeout as error:
+            raise InvalidRequest(f"{work} is being worked on by another training: wait for it, or give another --out", "out") from error
+        with lock:
             check(work, recipe)
             yield work
 

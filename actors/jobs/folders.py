@@ -1,19 +1,19 @@
 """Where jobs keep their state, how one process claims a job, and which jobs this user has."""
 
-import fcntl
 import hashlib
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from runtime.errors import InvalidRequest, Unavailable
 
 SUFFIX = ".job"
 INDEX = "index.sqlite"
 LOCK = "owner"
-KNOCKS, KNOCK = 4, 0.05  # seconds: `busy` holds the lock for a moment to ask for it
+PATIENCE, KNOCK = 0.2, 0.05  # seconds that a lock is asked for, and between two tries: `busy` holds it for a moment
 
 
 def known() -> Path:
@@ -50,29 +50,37 @@ def claimed(folder: Path) -> Iterator[None]:
     Raises Unavailable where another process has it, InvalidRequest where the folder cannot be.
     """
     made = not folder.exists()
+    lock = FileLock(folder / LOCK, timeout=PATIENCE, poll_interval=KNOCK, fallback_to_soft=False, on_acquired=_sign)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        lock.acquire()
+    except Timeout as error:
+        raise Unavailable(f"process {_owner(folder)} works on the job in {folder}: wait for it, or end it first") from error
+    except FileNotFoundError as error:
+        raise Unavailable(f"another process has just given up the job in {folder}: try again") from error
     except OSError as error:
         raise InvalidRequest(
             f"{folder} cannot be made ({error.strerror}): give -o a place where a folder can stand beside it", "o"
         ) from error
     try:
-        if not any(_locked(file) for _ in range(KNOCKS)):
-            written = os.pread(file, 32, 0)
-            owner = written.decode() if written.isdigit() else "unknown"  # a crash may have torn it
-            raise Unavailable(f"process {owner} works on the job in {folder}: wait for it, or end it first")
-        if not _is(file, folder / LOCK):
-            raise Unavailable(f"another process has just given up the job in {folder}: try again")
-        os.truncate(file, 0)
-        os.pwrite(file, str(os.getpid()).encode(), 0)
-        try:
-            yield
-        finally:
-            if not (folder / INDEX).exists():
-                _leave(folder, made)
+        yield
     finally:
-        os.close(file)
+        if not (folder / INDEX).exists():
+            _leave(folder, made)
+        lock.release()
+
+
+def busy(folder: Path) -> bool:
+    """Whether a process works on the job."""
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with FileLock(folder / LOCK, timeout=PATIENCE, poll_interval=KNOCK, fallback_to_soft=False):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False
 
 
 def forget(folder: Path) -> None:
@@ -88,35 +96,19 @@ def _leave(folder: Path, made: bool) -> None:
             folder.rmdir()
 
 
-def _locked(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        time.sleep(KNOCK)
-        return False
-    return True
+def _sign(lock: int) -> None:
+    """Writes who holds the lock into its file."""
+    os.truncate(lock, 0)
+    os.pwrite(lock, str(os.getpid()).encode(), 0)
 
 
-def busy(folder: Path) -> bool:
-    """Whether a process works on the job."""
-    try:
-        file = os.open(folder / LOCK, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    else:
-        return False
-    finally:
-        os.close(file)
-
-
-def _is(file: int, path: Path) -> bool:
+def _owner(folder: Path) -> str:
+    """The process that has signed the lock; a crash may have torn what it wrote."""
     with suppress(OSError):
-        return os.path.samestat(os.fstat(file), path.stat())
-    return False
+        written = (folder / LOCK).read_bytes()
+        if written.isdigit():
+            return written.decode()
+    return "unknown"
 
 
 def _short(text: str) -> str:
