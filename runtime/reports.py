@@ -1,6 +1,6 @@
-"""What targets and drafters say of themselves since they started: for status, metrics and scaling. Times in seconds.
+"""What targets and drafters say of themselves since they started, for status, metrics and scaling.
 
-A field says with its definition how it is exposed as a metric.
+Times are in seconds. A field says with its definition how it is exposed as a metric.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ Kind = Literal["counter", "gauge"]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """How a field is exposed. `label` names what its keys or places mean, "" for a field of one value."""
+    """How a field is exposed. `label` says what its keys or places are, "" for a single value."""
 
     name: str
     kind: Kind

@@ -99,8 +99,9 @@ def test_one_that_is_gone_can_be_drained(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_lost_member_takes_only_its_own_recording_along(monkeypatch: pytest.MonkeyPatch) -> None:
     def get(answer: Any) -> Any:
-        if isinstance(answer, Exception):
-            raise answer
+        for one in answer if isinstance(answer, list) else [answer]:
+            if isinstance(one, Exception):
+                raise one
         return answer
 
     monkeypatch.setattr(ray, "wait", lambda answers, **_: (answers, []))

@@ -1,4 +1,4 @@
-"""Ray's side of a member: its actor, and the answers that are awaited of it. Nothing here blocks."""
+"""Ray's side of a member: its actor, and the answers awaited of it. Nothing here blocks."""
 
 import contextlib
 import os
@@ -35,7 +35,8 @@ from runtime.reports import DrafterReport, TargetReport
 
 START_TIMEOUT_S = 600.0  # for a member to load its model once its process is there
 CALLS = 8  # of an actor at one time: signs of life come through while others wait
-ACTOR_CLASSES = {TargetSpec: "TargetActor", DrafterSpec: "DraftActor", GatewaySpec: "GatewayActor"}  # as processes show them
+# Names of the actors' classes, as their processes show them.
+ACTOR_CLASSES = {TargetSpec: "TargetActor", DrafterSpec: "DraftActor", GatewaySpec: "GatewayActor"}
 
 
 @dataclass(slots=True)

@@ -45,7 +45,7 @@ CRASH = 70  # exit code
 
 
 class Controller:
-    """A Ray actor. Callers and one watching thread share it; whoever changes something holds the lock.
+    """A Ray actor. Callers and one watching thread share it; who changes something holds the lock.
 
     If `served`, its actors are detached, with gateways, and it knows them again after its own restart,
     until `stop`. Else they end with it, and `prefix` keeps their names apart from others in the cluster.
@@ -197,7 +197,7 @@ class Controller:
                     self._save_calibrations()
                     saved = now
         finally:
-            if not self.stopping.is_set():  # without this thread nobody watches: better a new controller
+            if not self.stopping.is_set():  # nobody watches then: better a new controller
                 log.critical("the controller ends by a fault of its own", exc_info=True)
                 os._exit(CRASH)
 

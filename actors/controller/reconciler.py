@@ -130,7 +130,10 @@ def first_counts(deployment: Deployment, gateways: bool) -> dict[str, int]:
 
 
 def next_counts(deployment: Deployment, present: Mapping[str, int], gateways: bool) -> dict[str, int]:
-    """Returns the counts when a deployment follows another: a pool that scales by itself keeps its size within its bounds."""
+    """Returns the counts when a deployment follows another.
+
+    A pool that scales by itself keeps its present size, within its bounds.
+    """
     kept = {pool.name: max(pool.min, min(pool.max, present[pool.name])) for pool in deployment.pools if pool.auto and pool.name in present}
     return first_counts(deployment, gateways) | kept
 
@@ -145,7 +148,7 @@ def pool_of(deployment: Deployment, name: str) -> PoolConfig:
 
 
 def spec_of(deployment: Deployment, role: str, index: int) -> Spec | None:
-    """Returns the wanted spec of a role's member `index`; None if the deployment has no such member."""
+    """Returns the wanted spec of a role's member `index`; None if the deployment has none."""
     tls = deployment.security.tls
     if role == TARGET:
         return TargetSpec(deployment.target.model_copy(update={"replicas": 1}), tls)
@@ -176,7 +179,7 @@ def reconcile_role(deployment: Deployment, role: str, count: int, everybody: Seq
     kept = sorted(fit, key=preference)[:count]
     leaving = [member for member in members if member not in kept]
     if role == GATEWAY:
-        # An outdated gateway holds the port, and serves the old targets until the new ones are there.
+        # An outdated gateway holds the port, and serves the old targets until there are new ones.
         targets_serve = any(serves(member) for member in matching(deployment, TARGET, everybody))
         still_needed = 0 if targets_serve else count
     else:
@@ -203,7 +206,7 @@ def matching(deployment: Deployment, role: str, members: Sequence[Member]) -> li
 
 
 def preference(member: Member) -> tuple[bool, bool, int, int]:
-    """Sorts first the members that stay if there are too many: serving, then busiest, then lowest index."""
+    """Sorts first the members that stay: those that serve, then the busiest, then by index."""
     return bool(member.lost), member.state != "ready", -member.sessions, member.index
 
 

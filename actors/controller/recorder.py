@@ -17,7 +17,10 @@ def set_recording(handles: Sequence[ActorHandle], on: bool) -> None:
 
 
 def take_recordings(handles: Sequence[ActorHandle]) -> list[Recording]:
-    """Returns what the actors have recorded since the last call, without those that are late or lost."""
+    """Returns what the actors have recorded since the last call.
+
+    Actors that are late or lost are left out.
+    """
     found: list[Recording] = []
     for answer in ask_all(handles, "trace", timeout_s=ANSWER_TIMEOUT_S):
         try:

@@ -122,7 +122,7 @@ class RoutedSession:
             sum(parts, NO_STATS),
             prompt_tokens=prompt,
             completion_tokens=len(self.output),
-            reused=min(parts[-1].reused, prompt),  # the last target's may count committed tokens too
+            reused=min(parts[-1].reused, prompt),  # it may count committed tokens too
             elapsed=now - self.began,
         )
 
