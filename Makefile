@@ -20,14 +20,14 @@ help: ## this list
 install: .venv/installed ## make .venv with the command .venv/bin/outrider in it
 
 demo: install ## the pair that ships writes Python code, guessed ahead and then plainly: same text, the speed-up
-	@$(BIN)/python -m bench.demo
+	@$(BIN)/python -m actors.cli.demo
 
 bench: install ## compare with every other way to use the same models and cores: about half an hour on two cores
 	@$(BIN)/python -m bench
 
 bench-methods: install ## compare all ways to guess, alone and beside the draft model: about twenty minutes
-	@$(BIN)/python -m bench.drafting
-	@$(BIN)/python -m bench.same_tree
+	@$(BIN)/python -m bench.methods
+	@$(BIN)/python -m experiments.same_tree
 
 test: install ## all tests, on up to four cores
 	$(BIN)/pytest -q --durations=10 --numprocesses auto --maxprocesses 4
@@ -46,7 +46,7 @@ test-chaos: install ## kill and stop targets and drafters under 200 streams, cha
 	@failed=0; \
 	$(BIN)/python -m bench.chaos --streams $(CHAOS_STREAMS) --seconds $(CHAOS_SECONDS) --json build/chaos-blows.json || failed=1; \
 	$(BIN)/python -m bench.chaos --streams 20 --seconds $(SCALE_SECONDS) --targets 1 --drafters 1 --scale 4 --every 4 --json build/chaos-scale.json || failed=1; \
-	$(BIN)/python -m bench.batch_chaos --items $(BATCH_ITEMS) --kills $(BATCH_KILLS) --json build/chaos-batch.json || failed=1; \
+	$(BIN)/python -m bench.chaos.batch --items $(BATCH_ITEMS) --kills $(BATCH_KILLS) --json build/chaos-batch.json || failed=1; \
 	exit $$failed
 
 test-load: install ## what the gateway adds, ten times too many requests, clients that leave; thousands of malformed ones; 15 minutes

@@ -1,9 +1,13 @@
-"""`python -m bench`: the same as `outrider bench`."""
+"""`python -m bench` is `outrider bench`."""
 
 import sys
 
-from actors.cli import main
+import typer
+
+from actors.launch.command_line import run
+from bench.command import bench
 
 if __name__ == "__main__":
-    sys.argv[1:1] = ["bench"]
-    main()
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.command()(bench)
+    run(app, sys.argv[1:])

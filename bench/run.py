@@ -10,20 +10,21 @@ from rich.console import Console
 from actors.launch.prepare import context_length
 from actors.tracing.trace_plot import draw
 from actors.tracing.trace_reader import middle, read, save
-from bench import compare, loop, profiling, report, results
-from bench.apart import apart
-from bench.forecasts import forecasts, foreseen
-from bench.loop import Round, cases, measure, rounds
-from bench.machine import machine, two_cores
-from bench.methods import BOTH, FIRST, LIVING, LIVINGS, PLAIN, Cores, Method, Ours, Outcome, Rival, Runner
-from bench.options import LEARNING, SWEPT, WARMING, Options, Suite, batch_cases, expected_seconds, main_rounds, own, suite
-from bench.ours import Cluster, Pair, running
-from bench.places import places
-from bench.profiling import Answered, Job, Measured
-from bench.prompts import Prompt, encode, from_file, held_out, pick
-from bench.results import PairFacts, Profile, Results, Settings, Tried
-from bench.rivals import Place, Rivals
-from bench.widen import CACHE, SMALL, widened_small
+from bench.core import compare, loop, profiling, results
+from bench.core.forecasts import forecasts, foreseen
+from bench.core.loop import Round, cases, measure, rounds
+from bench.core.machine import machine, two_cores
+from bench.core.methods import BOTH, FIRST, LIVING, LIVINGS, PLAIN, Cores, Method, Outcome, OutriderMethod, Runner, TransformersMethod
+from bench.core.options import LEARNING, SWEPT, WARMING, Options, Suite, batch_cases, expected_seconds, main_rounds, own, suite
+from bench.core.outrider_runner import OutriderRunner, Pair, running
+from bench.core.places import places
+from bench.core.profiling import Answered, Job, Measured
+from bench.core.prompts import Prompt, encode, from_file, held_out, pick
+from bench.core.results import PairFacts, Profile, Results, Settings, Tried
+from bench.core.subprocess_call import call_in_subprocess
+from bench.core.transformers_runner import Place, TransformersRunner
+from bench.core.widen import CACHE, SMALL, widened_small
+from bench.reports import report
 from runtime.errors import InvalidRequest
 from runtime.messages import Tokens
 from runtime.models.load import load_tokenizer
@@ -36,11 +37,11 @@ from runtime.tracing import Recording
 class Everything:
     """A Runner for all methods: ours on the cluster, transformers' in the process of their cores."""
 
-    def __init__(self, cluster: Cluster, rivals: dict[Cores, Rivals]) -> None:
+    def __init__(self, cluster: OutriderRunner, rivals: dict[Cores, TransformersRunner]) -> None:
         self.cluster, self.rivals = cluster, rivals
 
     def run(self, method: Method, prompts: Sequence[Prompt], sampling: Sampling) -> Outcome:
-        runner: Runner = self.rivals[method.how.cores] if isinstance(method.how, Rival) else self.cluster
+        runner: Runner = self.rivals[method.how.cores] if isinstance(method.how, TransformersMethod) else self.cluster
         return runner.run(method, prompts, sampling)
 
 
@@ -48,7 +49,7 @@ def benchmark(options: Options, console: Console) -> Results:
     """Does all of it, and writes NAME.json, NAME.md and pictures; what was measured until then is kept where it is interrupted."""
     cores = two_cores()
     with aside(cores), console.status("preparing the pair") as status:
-        target = str(apart(widened_small, (options.target, options.dtype))) if options.widen else options.target
+        target = str(call_in_subprocess(widened_small, (options.target, options.dtype))) if options.widen else options.target
         tokenizer = load_tokenizer(target)
         contexts = (context_length(target), context_length(options.draft))
         check_pair(tokenizer, load_tokenizer(options.draft), (target, options.draft), contexts)
@@ -64,7 +65,7 @@ def benchmark(options: Options, console: Console) -> Results:
             asides = held_out(tokenizer, others, options.seed)
         status.update("measuring the pair by itself")
         alone = Job(target, options.draft, options.dtype, cores[0])
-        measured = apart(profiling.measure, alone)
+        measured = call_in_subprocess(profiling.measure, alone)
     step = measured.profile.target[1]
     which = suite(options.quick, gamma(step, measured.profile.draft[1]))
     found = empty(options, target, measured, len(prompts[: options.size.count]))
@@ -75,11 +76,11 @@ def benchmark(options: Options, console: Console) -> Results:
     pair = Pair(target, options.draft, options.dtype, cores)
     with aside(cores), everything(pair, which, console) as runner:
         found, methods, recordings = measured_all(
-            options, which, runner, found, prompts, asides, lambda: apart(profiling.measure, alone).profile
+            options, which, runner, found, prompts, asides, lambda: call_in_subprocess(profiling.measure, alone).profile
         )
     with aside(cores), console.status("acceptance and forecasts"):
         plain = tuple(run for run in found.runs if run.method == PLAIN.name)
-        guessed = apart(profiling.acceptance, Answered(alone, options.seed, plain))
+        guessed = call_in_subprocess(profiling.acceptance, Answered(alone, options.seed, plain))
         found = found.model_copy(update={"profile": found.profile.model_copy(update={"acceptance": guessed})})
         kept = tuple(run.model_copy(update={"answers": (), "passes": None}) for run in found.runs)
         found = found.model_copy(update={"runs": kept, "forecasts": forecasts(found, methods)})
@@ -171,20 +172,20 @@ def told(sweep: Results, which: Suite, temperature: float) -> tuple[Tried, ...]:
 
 def setting(method: Method) -> str:
     how = method.how
-    return f"{method.facts.detail}, drafter on {len(how.drafter_cores)}" if isinstance(how, Ours) else method.facts.detail
+    return f"{method.facts.detail}, drafter on {len(how.drafter_cores)}" if isinstance(how, OutriderMethod) else method.facts.detail
 
 
 @contextlib.contextmanager
 def everything(pair: Pair, which: Suite, console: Console) -> Iterator[Everything]:
     """All that is compared, loaded and at rest. It ends with the block."""
     with contextlib.ExitStack() as stack:
-        rivals: dict[Cores, Rivals] = {}
+        rivals: dict[Cores, TransformersRunner] = {}
         with console.status("starting target, drafters and transformers"):
             for cores in (FIRST, BOTH):
                 first = next((method for method in which.rivals if method.how.cores == cores), None)
                 if first is not None:
                     place = Place(Path(pair.target), Path(pair.draft), pair.dtype, tuple(pair.cores[core] for core in cores))
-                    rivals[cores] = stack.enter_context(Rivals(place))
+                    rivals[cores] = stack.enter_context(TransformersRunner(place))
                     rivals[cores].run(first, [Prompt("", FIRST_TOKENS)], Sampling(max_tokens=2))  # answers when it has loaded
             cluster = stack.enter_context(running(pair, which.all))
         yield Everything(cluster, rivals)

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from bench.methods import ALONE, AMUSD, GREEDY, LIVINGS, RIVALS, Method, Ours
-from bench.results import Acceptance, Forecast, Machine, PairFacts, Profile, Results, Run, Settings, Steps
+from bench.core.methods import ALONE, AMUSD, GREEDY, LIVINGS, RIVALS, Method, OutriderMethod
+from bench.core.results import Acceptance, Forecast, Machine, PairFacts, Profile, Results, Run, Settings, Steps
 
 SPEEDS = {  # tokens per second at temperature 0
     "plain": 40.0,
@@ -31,10 +31,10 @@ SPEEDS = {  # tokens per second at temperature 0
     "prompt lookup, 2 cores": 45.0,
 }
 SYNC = (
-    Method("sync chain", Ours("sync", (("rows", 4),), ("model",))),
-    Method("sync tree", Ours("sync", (("rows", 15),), ("model",))),
-    Method("sync tree, 2 cores", Ours("sync", (("rows", 15),), ("model",), (0, 1), (0, 1))),
-    Method("pearl", Ours("pearl", (("passes", 12),), ("model",))),
+    Method("sync chain", OutriderMethod("sync", (("rows", 4),), ("model",))),
+    Method("sync tree", OutriderMethod("sync", (("rows", 15),), ("model",))),
+    Method("sync tree, 2 cores", OutriderMethod("sync", (("rows", 15),), ("model",), (0, 1), (0, 1))),
+    Method("pearl", OutriderMethod("pearl", (("passes", 12),), ("model",))),
 )
 METHODS = (*ALONE, *SYNC, AMUSD, *LIVINGS, *RIVALS)
 TOKENS, PROMPTS, REPETITIONS, PREFILL = 128, 6, 3, 0.25

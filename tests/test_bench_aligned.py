@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.aligned import main, read, table, verdicts
+from experiments.aligned import main, read, table, verdicts
 from runtime.errors import InvalidRequest
 
 

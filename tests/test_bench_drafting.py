@@ -7,15 +7,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bench.drafting import HEADS, SHIPPED, TEMPERATURES, UNTRAINED, benches, costs, ways, write
-from bench.guess_goals import BESIDE, GOALS, MODEL, verdicts
-from bench.guess_page import PLAIN, Study, methods, page, papers, runs
-from bench.guessed import Found, add, by_rank, extra, ratio
-from bench.machine import machine
-from bench.methods import Ours, Outcome
-from bench.papers import PAPERS
-from bench.results import Steps
-from bench.weights import Cost, line_of, parameters, training_of
+from bench.core.machine import machine
+from bench.core.methods import Outcome, OutriderMethod
+from bench.core.results import Steps
+from bench.methods.method_goals import BESIDE, GOALS, MODEL, verdicts
+from bench.methods.method_stats import MethodStats, add, by_rank, extra, ratio
+from bench.methods.methods_report import PLAIN, Study, methods, page, papers, runs
+from bench.methods.papers import PAPERS
+from bench.methods.study import HEADS, SHIPPED, TEMPERATURES, UNTRAINED, benches, costs, ways, write
+from bench.methods.weights import Cost, line_of, parameters, training_of
 from runtime import config
 from runtime.tracing import STEP, Recording, Trace
 
@@ -23,14 +23,14 @@ EVERY = (MODEL, "ngram", "layer-skip", *HEADS)
 COSTS = {name: Cost(2_000_000, "none") for name in EVERY}
 
 
-def found(name: str, temperature: float, rates: Mapping[str, float], **changes: object) -> Found:
-    one = Found(name, temperature, dict(rates), {prompt: 1000 / rate for prompt, rate in rates.items()}, tokens=200, steps=100)
+def found(name: str, temperature: float, rates: Mapping[str, float], **changes: object) -> MethodStats:
+    one = MethodStats(name, temperature, dict(rates), {prompt: 1000 / rate for prompt, rate in rates.items()}, tokens=200, steps=100)
     for field, value in changes.items():
         setattr(one, field, value)
     return one
 
 
-def study(*found: Found) -> Study:
+def study(*found: MethodStats) -> Study:
     return Study("a target", "About it.", found, COSTS)
 
 
@@ -39,7 +39,7 @@ def whole() -> Study:
 
 
 def test_every_head_and_every_drafter_that_ships_is_in_it() -> None:
-    hows = [way.how for way in ways(EVERY) if isinstance(way.how, Ours)]
+    hows = [way.how for way in ways(EVERY) if isinstance(way.how, OutriderMethod)]
     assert {head for how in hows for head in how.heads} == set(config.heads())
     assert {drafter for how in hows for drafter in how.drafters} >= set(config.methods()) - {"noisy", "wrong", "s3d"}
     assert len({way.name for way in ways(EVERY)}) == len(hows)
@@ -79,7 +79,7 @@ def outcome(rounds: int, tokens: int) -> Outcome:
 
 
 def test_what_a_run_tells() -> None:
-    one = Found("a", 0.0)
+    one = MethodStats("a", 0.0)
     add(one, "x", outcome(5, 9), [recording(("a-0", 0.0, 0.5, 0), ("a-0", 1.0, 1.006, 4))], {}, {"a-0": 12})
     assert one.rates == {"x": 4.0}
     assert one.times == {"x": pytest.approx(100.0)}
@@ -91,7 +91,7 @@ def test_what_a_run_tells() -> None:
 
 @pytest.mark.parametrize(("rounds", "tokens"), [(1, 9), (5, 1)])
 def test_a_run_that_ended_at_once_tells_nothing(rounds: int, tokens: int) -> None:
-    one = Found("a", 0.0)
+    one = MethodStats("a", 0.0)
     add(one, "x", outcome(rounds, tokens), [], {}, {})
     assert not one.rates
     assert not one.steps

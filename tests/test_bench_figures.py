@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.figures import Spread, bound, by_rank, expected_tokens, over_prompts, paired, spread
+from bench.core.figures import Spread, bound, by_rank, expected_tokens, over_prompts, paired, spread
 
 
 def test_quartiles() -> None:

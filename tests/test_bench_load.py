@@ -11,8 +11,8 @@ import pytest
 from actors.grpc_server import TargetService
 from actors.grpc_server import serve as serve_grpc
 from bench.chaos.clients import Answer, Case
-from bench.load.added import Added, added, step_of
-from bench.load.departures import Departures, departures
+from bench.load.disconnects import Disconnects, disconnects
+from bench.load.gateway_overhead import GatewayOverhead, gateway_overhead, step_of
 from bench.load.overload import Overload, overload
 from bench.load.served import Site, computed, held
 from runtime.config import LimitsConfig
@@ -60,11 +60,11 @@ async def served(target: Any) -> Any:
 
 
 def test_what_the_gateway_adds(site: Site, cases: list[Case]) -> None:
-    found = asyncio.run(added(site, cases, streams=4, rounds=2))
+    found = asyncio.run(gateway_overhead(site, cases, streams=4, rounds=2))
     assert found.wrong == 0
     assert min(found.step, found.direct, found.through) > 0
     wrong = replace(cases[0], expected=replace(cases[0].expected, text="?"))
-    assert asyncio.run(added(site, [wrong], streams=1, rounds=1)).wrong == 1
+    assert asyncio.run(gateway_overhead(site, [wrong], streams=1, rounds=1)).wrong == 1
 
 
 def test_beyond_its_places_a_gateway_refuses_and_answers_the_others(site: Site, cases: list[Case]) -> None:
@@ -76,16 +76,16 @@ def test_beyond_its_places_a_gateway_refuses_and_answers_the_others(site: Site, 
 
 
 def test_clients_that_leave_free_everything(gateway: Running, site: Site, cases: list[Case]) -> None:
-    found = asyncio.run(departures(site, cases, clients=16, warm=8, seed=1))
+    found = asyncio.run(disconnects(site, cases, clients=16, warm=8, seed=1))
     assert found.right
     assert (found.clients, len(found.freed)) == (16, 2)
     assert max(found.freed) < HANG_S
     gateway.eventually(gateway.free)
 
 
-COST = Added(16, step=0.010, direct=0.011, through=0.0114, gateway=0.0002, wrong=0)
+COST = GatewayOverhead(16, step=0.010, direct=0.011, through=0.0114, gateway=0.0002, wrong=0)
 CROWD = Overload(10.0, 100.0, 20, (0.001, 0.049), calm=0.020, stormy=0.024, wrong=0)
-LEFT = Departures(16, (0.1, 0.9), {"gateway-0": 2 << 20, "target-0": -(1 << 20)}, right=True)
+LEFT = Disconnects(16, (0.1, 0.9), {"gateway-0": 2 << 20, "target-0": -(1 << 20)}, right=True)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ LEFT = Departures(16, (0.1, 0.9), {"gateway-0": 2 << 20, "target-0": -(1 << 20)}
         replace(LEFT, right=False),
     ],
 )
-def test_a_goal_is_met_only_where_all_of_it_is(bad: Added | Overload | Departures) -> None:
+def test_a_goal_is_met_only_where_all_of_it_is(bad: GatewayOverhead | Overload | Disconnects) -> None:
     assert COST.met
     assert CROWD.met
     assert LEFT.met

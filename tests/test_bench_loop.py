@@ -8,13 +8,13 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from bench.compare import speed
-from bench.loop import bar, cases, chosen, collect, digest, measure, record, rounds
-from bench.machine import cpu_facts, machine
-from bench.methods import ALONE, AMUSD, BATCHED, LIVINGS, RIVALS, Method, Ours, Outcome, Rival, candidates
-from bench.profiling import middle
-from bench.prompts import Prompt
-from bench.results import Profile, Results
+from bench.core.compare import speed
+from bench.core.loop import bar, cases, chosen, collect, digest, measure, record, rounds
+from bench.core.machine import cpu_facts, machine
+from bench.core.methods import ALONE, AMUSD, BATCHED, LIVINGS, RIVALS, Method, Outcome, OutriderMethod, TransformersMethod, candidates
+from bench.core.profiling import middle
+from bench.core.prompts import Prompt
+from bench.core.results import Profile, Results
 from runtime.errors import Unavailable
 from runtime.sampling import Sampling
 from tests.benchmarks import run, synthetic
@@ -37,7 +37,7 @@ class Counted:
 
 
 def methods(*names: str) -> list[Method]:
-    return [Method(name, Ours("plain")) for name in names]
+    return [Method(name, OutriderMethod("plain")) for name in names]
 
 
 def silent() -> Progress:
@@ -117,9 +117,9 @@ def test_names_are_unique_and_two_cores_are_the_most() -> None:
 
 
 def test_facts_say_what_a_method_is() -> None:
-    tree = Method("sync tree", Ours("sync", (("rows", 15),), ("model", "ngram"))).facts
+    tree = Method("sync tree", OutriderMethod("sync", (("rows", 15),), ("model", "ngram"))).facts
     assert (tree.who, tree.cores, tree.detail) == ("ours", 2, "sync, rows 15, drafters: model and ngram")
-    helped = Method("assisted 5", Rival("assisted", 5)).facts
+    helped = Method("assisted 5", TransformersMethod("assisted", 5)).facts
     assert (helped.who, helped.cores, helped.detail) == ("transformers", 1, "generate(assistant_model=...), 5 guesses, constant")
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from bench.forecasts import measured
-from bench.places import places, stretched
-from bench.recorded import passes
-from bench.results import Acceptance, Passes, Profile
+from bench.core.forecasts import measured
+from bench.core.places import places, stretched
+from bench.core.recorded import passes
+from bench.core.results import Acceptance, Passes, Profile
 from runtime.tracing import BOOKKEEPING, COMPUTE, GROWTH, PREFILL, STEP, TARGET, WAIT, Trace
 from tests.benchmarks import run, synthetic
 

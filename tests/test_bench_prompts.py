@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.prompts import LONGEST, SHORTEST, encode, from_file, held_out, pick
+from bench.core.prompts import LONGEST, SHORTEST, encode, from_file, held_out, pick
 from runtime.errors import InvalidRequest
 from runtime.models.load import load_tokenizer
 from tests.pair import SHIPPED

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bench import compare, report, results, tables
-from bench.figures import Spread
-from bench.goals import GOALS, findings
-from bench.results import Results
+from bench.core import compare, results
+from bench.core.figures import Spread
+from bench.core.results import Results
+from bench.reports import report, tables
+from bench.reports.goals import GOALS, findings
 from runtime.errors import InvalidRequest
 from tests.benchmarks import METHODS, run, steps, synthetic
 

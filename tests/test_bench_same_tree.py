@@ -1,8 +1,8 @@
 """Heads compared with the same tree: counted, and the same each time."""
 
-from bench.drafting import LEARNING, NEW_TOKENS
-from bench.prompts import held_out
-from bench.same_tree import Counted, counted, grid, page
+from bench.core.prompts import held_out
+from bench.methods.study import LEARNING, NEW_TOKENS
+from experiments.same_tree import Counted, counted, grid, page
 from runtime import config
 from runtime.models.load import load_model, load_tokenizer
 

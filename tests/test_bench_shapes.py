@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.drafting import TEMPERATURES
-from bench.shapes import Shape, Tried, draw, page, read, table
+from bench.methods.study import TEMPERATURES
+from experiments.shapes import Shape, Tried, draw, page, read, table
 from runtime.errors import InvalidRequest
 
 WIDE = {"name": "128x2", "parameters": 950_000, "times": {"1": 0.001, "4": 0.0015}, "rates": {"1": 0.5, "4": 0.75}, "promise": 2.0}

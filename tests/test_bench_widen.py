@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from bench import widen as widening
-from bench.widen import Shape, widen, widened
+from bench.core import widen as widening
+from bench.core.widen import Shape, widen, widened
 from runtime.errors import InvalidRequest, ModelRefused
 from tests.pair import save_model
 

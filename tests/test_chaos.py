@@ -11,8 +11,8 @@ import pytest
 from actors.controller.fleet_view import DrafterState, Fleet
 from actors.endpoints import ActorLocation
 from actors.routing.router import Router
-from bench.chaos.blows import Blow, next_blow, next_count, strike
 from bench.chaos.clients import Answer, Case, Seen, stream
+from bench.chaos.faults import Fault, inject, next_count, next_fault
 from bench.chaos.outcome import Gap, Outcome, percentile
 from runtime.errors import Unavailable
 from runtime.messages import Chunk, Request
@@ -26,19 +26,19 @@ OUTCOME = Outcome(8, 2, 1, 0, 10.0, 30, 0, 0, 0, 900, 3, 0, {"target SIGKILL": 1
 
 def test_blows_fall_on_all_that_serve_but_never_on_the_last_target() -> None:
     draw = random.Random(0)
-    blows = {blow.name for _ in range(100) if (blow := next_blow(FLEET, set(), draw))}
+    blows = {blow.name for _ in range(100) if (blow := next_fault(FLEET, set(), draw))}
     assert blows == {"t0", "t1", "d-0"}
-    blows = {blow.name for _ in range(100) if (blow := next_blow(FLEET, {("t0", 0)}, draw))}
+    blows = {blow.name for _ in range(100) if (blow := next_fault(FLEET, {("t0", 0)}, draw))}
     assert blows == {"d-0"}, "t1 is the last whole target"
-    assert next_blow(replace(FLEET, drafters=()), {("t0", 0)}, draw) is None
+    assert next_fault(replace(FLEET, drafters=()), {("t0", 0)}, draw) is None
 
 
 def test_a_blow_misses_who_has_moved_or_is_gone() -> None:
-    blow = next_blow(replace(FLEET, targets=()), set(), random.Random(0))
-    assert isinstance(blow, Blow)
-    assert not strike(blow, {})
-    assert not strike(blow, {"d-0": ActorLocation("elsewhere", 1, "node")})
-    assert not strike(blow, {"d-0": ActorLocation("d/0", 2**22 + 1, "node")}), "no process has this number"
+    blow = next_fault(replace(FLEET, targets=()), set(), random.Random(0))
+    assert isinstance(blow, Fault)
+    assert not inject(blow, {})
+    assert not inject(blow, {"d-0": ActorLocation("elsewhere", 1, "node")})
+    assert not inject(blow, {"d-0": ActorLocation("d/0", 2**22 + 1, "node")}), "no process has this number"
 
 
 def test_the_number_of_drafters_changes_each_time() -> None:

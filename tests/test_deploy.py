@@ -251,7 +251,7 @@ def test_the_image_copies_what_is_there_and_all_packages() -> None:
     text = (DEPLOY / "Dockerfile").read_text("utf-8")
     copied = {source for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE) for source in line.split()[:-1]}
     assert {name for name in copied if not (ROOT / name).exists()} == set()
-    assert copied >= {"pyproject.toml", "constraints.txt", "runtime", "actors", "protos", "models", "training", "bench"}
+    assert copied >= {"pyproject.toml", "constraints.txt", "runtime", "actors", "protos", "models", "training", "bench", "experiments"}
     sent = {line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")}
     assert sent == copied
     assert text.index("\nUSER outrider") < text.index("\nENTRYPOINT")

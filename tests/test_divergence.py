@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.divergence import Divergence, divergence
+from experiments.divergence import Divergence, divergence
 from runtime import config
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.model import ModelDrafter

@@ -98,7 +98,7 @@ def test_every_make_target_exists(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_every_module_and_test_that_is_run_exists(page: Path) -> None:
     for words in calls(page, "python"):
-        if words[:1] == ["-m"] and words[1].partition(".")[0] in ("bench", "protos", "tests", "training"):
+        if words[:1] == ["-m"] and words[1].partition(".")[0] in ("actors", "bench", "experiments", "protos", "tests", "training"):
             assert importlib.util.find_spec(words[1]) is not None, f"python -m {words[1]}: no such module"
     for words in calls(page, "pytest"):
         for word in words:

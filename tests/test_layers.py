@@ -3,13 +3,15 @@
 import ast
 import subprocess
 import sys
+from collections import defaultdict
 from fnmatch import fnmatch
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("runtime", "actors", "protos", "models", "training", "bench", "tests", "deploy")
+FOLDERS = ("runtime", "actors", "protos", "models", "training", "bench", "experiments", "tests", "deploy")
 FILES = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 SOURCES = [file for file in FILES if "_pb2" not in file]
 
@@ -114,12 +116,26 @@ def test_runtime_keeps_its_layers(source: str) -> None:
 def test_the_rest_looks_inwards_only(source: str) -> None:
     folder, used = source.partition("/")[0], imports(source)
     folders = {name.partition("/")[0] for name in used if "/" in name}
-    if folder not in ("actors", "bench"):
+    if folder not in ("actors", "bench", "experiments"):
         assert "actors" not in folders, f"{source} imports actors"
         assert used.isdisjoint({"ray", "grpc", "http", "fastapi", "uvicorn"}), f"{source} does the work of actors"
     if folder == "protos":
         assert folders <= {"protos", "runtime"}, source
         assert all(layer(name.removeprefix("runtime/")) == 0 for name in used if name.startswith("runtime/")), source
+
+
+ROOMS = ("actors/cli", "actors/launch", "actors/tracing", "training/shipped")  # others are rooms by their top-level folder
+
+
+def room(file: str) -> str:
+    return next((room for room in ROOMS if file.startswith(f"{room}/")), file.partition("/")[0])
+
+
+def test_no_packages_import_each_other() -> None:
+    uses = defaultdict[str, set[str]](set)
+    for source in SOURCES:
+        uses[room(source)] |= {room(name) for name in imports(source) if "/" in name} - {room(source)}
+    TopologicalSorter(uses).prepare()  # raises CycleError
 
 
 HEAVY = ("torch", "transformers", "ray", "grpc", "matplotlib")

@@ -15,8 +15,8 @@ from torch import Tensor
 from actors.compose import build_drafter
 from actors.draft import DraftActor
 from actors.launch.prepare import check_models
-from bench import widen as widening
-from bench.widen import Shape, widened, widened_head
+from bench.core import widen as widening
+from bench.core.widen import Shape, widened, widened_head
 from runtime import limits
 from runtime.config import DrafterConfig, Placement, deployment, draft_of, drafter_of
 from runtime.draft.draft_engine import DraftEngine

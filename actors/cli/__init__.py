@@ -3,9 +3,7 @@
 import sys
 
 import typer
-from typer._click.exceptions import UsageError  # Typer brings its own copy of Click; constraints.txt pins it
 
-from actors.cli.commands.bench import bench
 from actors.cli.commands.certs import certs
 from actors.cli.commands.compare import compare
 from actors.cli.commands.configure import configure
@@ -24,7 +22,8 @@ from actors.cli.commands.top import top
 from actors.cli.commands.tracing import trace
 from actors.cli.commands.train import train
 from actors.cli.commands.tune import tune
-from runtime.errors import OutriderError
+from actors.launch.command_line import run
+from bench.command import bench
 
 app = typer.Typer(
     add_completion=False,
@@ -54,17 +53,5 @@ app.add_typer(tune, name="tune")
 
 
 def main() -> None:
-    """Exit code 2 and one line for what the user can mend, 130 after Ctrl-C."""
-    try:
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
-    except UsageError as error:
-        fail(f"{error.format_message()} (see outrider --help)")
-    except OutriderError as error:
-        fail(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
-
-
-def fail(why: str) -> None:
-    sys.stderr.write(f"outrider: {' '.join(why.split())}\n")
-    sys.exit(2)
+    """Runs the command that the arguments name; none at all ask for help. Exits as `command_line.run` does."""
+    run(app, sys.argv[1:] or ["--help"])

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bench.tables import Grid
+from bench.reports.grid import Grid
 
 SHARES = (50, 99, 100)
 

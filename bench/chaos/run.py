@@ -19,8 +19,8 @@ from actors.controller.fleet_view import Fleet, TargetState
 from actors.endpoints import ActorLocation
 from actors.ray_edge import joined, known_errors
 from actors.routing.router import Router, following
-from bench.chaos.blows import Struck, next_blow, next_count, strike
 from bench.chaos.clients import DEADLINE_S, Seen, Watched, cases, stream
+from bench.chaos.faults import Victim, inject, next_count, next_fault
 from bench.chaos.outcome import Outcome
 from runtime.config import Deployment, Placement, PoolConfig, TargetConfig
 from runtime.shares import split_cores
@@ -148,13 +148,13 @@ async def told(method: Any, *arguments: object) -> Any:
 
 async def beat(options: Options, controller: Any, seen: Seen) -> AsyncIterator[str]:
     """A blow every so many seconds; yields the role and signal of each."""
-    draw, struck = random.Random(options.seed), set[Struck]()
+    draw, struck = random.Random(options.seed), set[Victim]()
     while True:
         await asyncio.sleep(options.every)
         fleet: Fleet | None = await told(controller.fleet)
         places: dict[str, ActorLocation] | None = await told(controller.places)
-        blow = next_blow(fleet, struck, draw) if fleet else None
-        if blow is not None and places and strike(blow, places):
+        blow = next_fault(fleet, struck, draw) if fleet else None
+        if blow is not None and places and inject(blow, places):
             struck.add((blow.name, blow.incarnation))
             seen.struck[blow.address] = asyncio.get_running_loop().time()
             yield f"{blow.role} {blow.signal.name}"

@@ -11,11 +11,11 @@ import typer
 from rich.console import Console
 
 from bench.chaos.clients import Case, cases
-from bench.load.added import Added, added
-from bench.load.departures import Departures, departures
+from bench.load.disconnects import Disconnects, disconnects
+from bench.load.gateway_overhead import GatewayOverhead, gateway_overhead
 from bench.load.overload import Overload, overload
 from bench.load.served import Site, serving
-from bench.tables import Grid
+from bench.reports.grid import Grid
 from runtime.config import Placement, TargetConfig, shipped
 from runtime.errors import OutriderError
 
@@ -39,13 +39,13 @@ def main(
     """Exit code 1 where a goal is missed."""
     console = Console(highlight=False)
 
-    async def loaded(site: Site, known: list[Case]) -> tuple[Added, Overload, Departures]:
+    async def loaded(site: Site, known: list[Case]) -> tuple[GatewayOverhead, Overload, Disconnects]:
         console.log("what the gateway adds")
-        cost = await added(site, known, streams, rounds)
+        cost = await gateway_overhead(site, known, streams, rounds)
         console.log("overload")
         crowd = await overload(site, known, places, times, seconds / TURNS, TURNS)
         console.log("clients that leave")
-        return cost, crowd, await departures(site, known, clients, WARM, seed)
+        return cost, crowd, await disconnects(site, known, clients, WARM, seed)
 
     try:
         console.log("answering each request plainly")
@@ -62,7 +62,12 @@ def main(
     rows.append(("load of the machine", f"{os.getloadavg()[0]:.1f}"))
     console.print(Grid("load", ("what", "result"), tuple(rows), ("result",)).terminal())
     if out is not None:
-        told = {type(one).__name__.lower(): asdict(one) | {"met": one.met} for one in found}
+        cost, crowd, left = found
+        told = {
+            "added": {**asdict(cost), "met": cost.met},
+            "overload": {**asdict(crowd), "met": crowd.met},
+            "departures": {**asdict(left), "met": left.met},
+        }
         out.write_text(json.dumps({**told, "rows": rows, "load": os.getloadavg()[0]}, indent=1) + "\n")
     raise typer.Exit(0 if all(met) else 1)
 

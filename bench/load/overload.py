@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from bench.chaos.clients import Case
 from bench.chaos.outcome import percentile
-from bench.load.added import between
 from bench.load.calls import Reply, ask, body, encoded
+from bench.load.gateway_overhead import between
 from bench.load.served import Site
 
 GOAL_S = 0.05

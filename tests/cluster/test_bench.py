@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 
 from actors.ray_edge import known_errors
-from bench import compare
-from bench import results as kept
-from bench.machine import two_cores
-from bench.methods import PLAIN
-from bench.options import Options, Size
+from bench.core import compare
+from bench.core import results as kept
+from bench.core.machine import two_cores
+from bench.core.methods import PLAIN
+from bench.core.options import Options, Size
 from bench.run import benchmark, differing
 from tests.pair import save_model
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.cluster
 def test_a_small_benchmark_from_end_to_end(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The draft is the target itself: every guess is right."""
     monkeypatch.setattr("bench.run.CACHE", tmp_path / "cache")
-    monkeypatch.setattr("bench.ours.joined", lambda address, cpus: known_errors())  # it is in a cluster already
+    monkeypatch.setattr("bench.core.outrider_runner.joined", lambda address, cpus: known_errors())  # it is in a cluster already
     model = str(save_model(tmp_path / "tiny", context=512))
     texts = tmp_path / "texts.txt"
     texts.write_text("def f(x):\nimport os\nclass A:\nreturn None\n")

@@ -1,0 +1,121 @@
+"""`make demo`: the pair that ships writes Python, first the target alone, then with its drafter; same tokens, other speed."""
+
+import argparse
+import asyncio
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from actors.cli.views.generation_view import Progress, Stream, table
+from actors.gateway.figures import tokens_per_second
+from actors.launch.prepare import prepare
+from actors.launch.serving import Opener, Service, serving
+from bench.core.subprocess_call import call_in_subprocess
+from bench.core.widen import widened_small
+from runtime import config
+from runtime.messages import Chunk, Request, Stats
+from runtime.sampling import Sampling
+
+PROMPTS = (
+    'def read_config(path):\n    """Read the configuration from a file."""',
+    'def copy_file(src, dst):\n    with open(src, "rb") as f:',
+    "import os\nimport sys\n\n\ndef main(args):\n    if not args:",
+)
+MAX_TOKENS = 96
+# Models of this size repeat themselves when they are greedy; a mild penalty keeps them going.
+SETTINGS = {
+    "greedy": Sampling(repetition_penalty=1.1, max_tokens=MAX_TOKENS),
+    "temperature 0.8": Sampling(temperature=0.8, seed=1, max_tokens=MAX_TOKENS),
+}
+WARM_UP = 2  # runs that are not counted: caches, and the runtime's own measurements
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One prompt under one setting: the target alone, and with drafts."""
+
+    setting: str
+    plain: Stats
+    fast: Stats
+
+
+async def run(opener: Opener, prompts: Sequence[tuple[int, ...]], console: Console, progress: Progress) -> list[Pair]:
+    """Figures of every prompt under every setting. Exits where the tokens differ."""
+    found: list[Pair] = []
+    async with opener() as service:
+        for number in range(WARM_UP):
+            progress.note("warming up")
+            for name, sampling in SETTINGS.items():
+                for speculation in (False, True):
+                    await collect(
+                        service,
+                        Request(f"warm-{number}-{name}-{speculation}", prompts[number], sampling, speculation),
+                        Stream(progress, quiet=True),
+                    )
+        for name, sampling in SETTINGS.items():
+            for number, prompt in enumerate(prompts):
+                alone, drafted = Stream(progress, quiet=True), Stream(progress, quiet=False)
+                console.rule(f"{name}, prompt {number + 1} of {len(prompts)}", style="dim")
+                plain = await collect(service, Request(f"off-{name}-{number}", prompt, sampling, speculation=False), alone)
+                console.print(PROMPTS[number], style="dim", end="", highlight=False, markup=False)
+                fast = await collect(service, Request(f"on-{name}-{number}", prompt, sampling), drafted)
+                console.print()
+                if (alone.tokens, alone.text) != (drafted.tokens, drafted.text):
+                    console.print(f"the texts differ: {alone.text!r} without drafts", style="red")
+                    sys.exit(1)
+                console.print(table(fast, "the same text as the target alone"))
+                found.append(Pair(name, plain, fast))
+    return found
+
+
+async def collect(service: Service, request: Request, stream: Stream) -> Stats:
+    last: Chunk | None = None
+    async for chunk in service.generate(request):
+        stream.show(chunk)
+        last = chunk
+    if last is None or last.stats is None:
+        raise RuntimeError("the target ended the stream without its figures")
+    return last.stats
+
+
+def summary(results: Sequence[Pair]) -> Table:
+    found = Table(title="the same tokens, with and without the drafter", title_justify="left")
+    for name in ("", "target alone", "with drafts", "speed-up", "tokens/step"):
+        found.add_column(name, justify="right")
+    for pair in results:
+        alone, drafted = tokens_per_second(pair.plain), tokens_per_second(pair.fast)
+        steps = pair.fast.completion_tokens / pair.fast.rounds
+        found.add_row(pair.setting, f"{alone:.1f} tokens/s", f"{drafted:.1f} tokens/s", f"{drafted / alone:.2f} x", f"{steps:.2f}")
+    ratios = [tokens_per_second(pair.fast) / tokens_per_second(pair.plain) for pair in results]
+    found.add_section()
+    found.add_row("median", "", "", f"{statistics.median(ratios):.2f} x", f"{min(ratios):.2f} to {max(ratios):.2f} x")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--in-process", action="store_true", help="without Ray and sockets")
+    parser.add_argument("--small", action="store_true", help="the target as it ships, which is hardly slower than the draft")
+    arguments = parser.parse_args()
+    target, draft = config.shipped("target"), config.shipped("draft")
+    console = Console()
+    if not arguments.small:
+        with console.status("widening the target"):
+            target = str(call_in_subprocess(widened_small, (target, "float32")))
+        console.print("The target that ships, widened to the cost of 88 million parameters: what is added is multiplied by zero.")
+    plan = config.deployment(target, (draft,), 1, "auto", "auto", local=True)
+    prompts = [prepare(plan, prompt, SETTINGS["greedy"]).prompt for prompt in PROMPTS]
+    console.print(
+        "Target and drafter are Ray actors on a core each; they talk gRPC. Green: guessed by the drafter. White: the target's own."
+    )
+    with Progress(quiet=False) as progress, serving(plan, None, arguments.in_process, progress.note) as opener:
+        results = asyncio.run(run(opener, prompts, console, progress))
+    console.print(summary(results))
+
+
+if __name__ == "__main__":
+    main()

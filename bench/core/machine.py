@@ -1,0 +1,55 @@
+"""Facts of the machine that a result depends on."""
+
+import datetime
+import os
+import platform
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+from bench.core.results import Machine
+from runtime.errors import InvalidRequest
+
+TELLING = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "bf16", "i8mm", "sve")  # flags that decide how fast rows are
+
+
+NATIVE = {"avx512_bf16", "amx_bf16"}  # flags of a processor that multiplies bf16
+
+
+def two_cores() -> tuple[int, int]:
+    """Numbers of two cores that this process may use, not two threads of one core where that can be had. Raises InvalidRequest."""
+    usable = sorted(os.sched_getaffinity(0))
+    if len(usable) < 2:
+        raise InvalidRequest(f"the benchmark needs two cores and may use {len(usable)}: run it where there are two", "cores")
+    twins = read(f"/sys/devices/system/cpu/cpu{usable[0]}/topology/thread_siblings_list")
+    return usable[0], next((core for core in usable[1:] if str(core) not in re.split(r"[,\s]", twins)), usable[1])
+
+
+def machine(cores: int, gpu: str = "") -> Machine:
+    """This one, now. `cores` are those that the benchmark uses, `gpu` the name of its GPU."""
+    facts = cpu_facts(read("/proc/cpuinfo"))
+    flags = facts.get("flags", facts.get("Features", "")).split()
+    return Machine(
+        processor=facts.get("model name", platform.processor() or platform.machine()),
+        flags=tuple(flag for flag in TELLING if flag in flags),
+        cores=cores,
+        memory_gib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
+        gpu=gpu,
+        python=platform.python_version(),
+        torch=version("torch"),
+        transformers=version("transformers"),
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+    )
+
+
+def cpu_facts(text: str) -> dict[str, str]:
+    """Of the first processor in /proc/cpuinfo."""
+    lines = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}
+
+
+def read(file: str) -> str:
+    try:
+        return Path(file).read_text("utf-8")
+    except OSError:
+        return ""

@@ -1,0 +1,152 @@
+"""What is compared, as data: ways to decode, ours and transformers', each with the cores that it may use."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+from bench.core.prompts import Prompt
+from bench.core.results import MethodFacts, Passes, Steps
+from runtime.messages import Tokens
+from runtime.sampling import Sampling
+
+Cores = tuple[int, ...]  # places in the list of cores that the benchmark may use
+FIRST, SECOND, BOTH = (0,), (1,), (0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class OutriderMethod:
+    """A schedule of this runtime.
+
+    schedule  a file in runtime/schedulers
+    options   its settings, by name
+    drafters  drafting methods (files in runtime/drafters), or "wrong": the draft model with every guess spoilt
+    heads     files in runtime/heads
+    """
+
+    schedule: str
+    options: tuple[tuple[str, int | float], ...] = ()
+    drafters: tuple[str, ...] = ()
+    target_cores: Cores = FIRST
+    drafter_cores: Cores = SECOND
+    heads: tuple[str, ...] = ()
+
+    @property
+    def cores(self) -> Cores:
+        return tuple(sorted({*self.target_cores, *(self.drafter_cores if self.drafters else ())}))
+
+
+@dataclass(frozen=True, slots=True)
+class TransformersMethod:
+    """transformers' generate. `guesses` is the constant number of tokens that its assistant guesses; 0 leaves its default schedule."""
+
+    kind: Literal["greedy", "assisted", "lookup"]
+    guesses: int = 0
+    cores: Cores = FIRST
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """`name` is unique within a benchmark, and the same in all of them (bench/reports/goals.py compares by name)."""
+
+    name: str
+    how: OutriderMethod | TransformersMethod
+
+    @property
+    def facts(self) -> MethodFacts:
+        match self.how:
+            case OutriderMethod(schedule, options, drafters, heads=heads):
+                settings = [f"{name} {value:g}" for name, value in options]
+                helpers = f"drafters: {' and '.join(drafters)}" if drafters else "no drafter"
+                detail = ", ".join([schedule, *settings, helpers, *(f"head: {head}" for head in heads)])
+                return MethodFacts(name=self.name, who="ours", cores=len(self.how.cores), detail=detail)
+            case TransformersMethod(kind, guesses):
+                detail = {
+                    "greedy": "generate()",
+                    "assisted": "generate(assistant_model=...), " + (f"{guesses} guesses, constant" if guesses else "default schedule"),
+                    "lookup": f"generate(prompt_lookup_num_tokens={guesses})",
+                }[kind]
+                return MethodFacts(name=self.name, who="transformers", cores=len(self.how.cores), detail=detail)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one run gave; times in seconds, from the call to the last token.
+
+    outputs        the tokens of each prompt, an end-of-text token included
+    seconds        all of it
+    first_seconds  of them, until every prompt had been read and had its first token
+    first_tokens   tokens of all prompts that were out by then
+    """
+
+    outputs: tuple[Tokens, ...]
+    seconds: float
+    first_seconds: float
+    first_tokens: int
+    steps: Steps | None = None
+    passes: Passes | None = None
+
+
+class Runner(Protocol):
+    def run(self, method: Method, prompts: Sequence[Prompt], sampling: Sampling) -> Outcome:
+        """Continue all prompts at the same time, alone on the machine. Raises OutriderError where the method cannot."""
+        ...
+
+
+def named(cores: Cores) -> str:
+    return "" if len(cores) == 1 else f", {len(cores)} cores"
+
+
+PLAIN = Method("plain", OutriderMethod("plain"))
+LIVING = Method("living", OutriderMethod("living", drafters=("model",)))
+GREEDY = Method("transformers greedy", TransformersMethod("greedy"))
+ALONE = (
+    PLAIN,
+    Method("plain, 2 cores", OutriderMethod("plain", target_cores=BOTH)),
+)
+LIVINGS = (
+    LIVING,
+    Method("living + ngram", OutriderMethod("living", drafters=("model", "ngram"))),
+    Method("living, no drafter", OutriderMethod("living")),
+    Method("living, wrong drafter", OutriderMethod("living", drafters=("wrong",))),
+)
+AMUSD = Method("amusd", OutriderMethod("amusd", drafters=("model",)))
+KINDS = {
+    "transformers greedy": TransformersMethod("greedy"),
+    "assisted": TransformersMethod("assisted"),
+    "assisted 3": TransformersMethod("assisted", 3),
+    "assisted 5": TransformersMethod("assisted", 5),
+    "assisted 8": TransformersMethod("assisted", 8),
+    "prompt lookup": TransformersMethod("lookup", 10),
+}
+RIVALS = tuple(Method(name + named(cores), replace(how, cores=cores)) for cores in (FIRST, BOTH) for name, how in KINDS.items())
+# The methods that are measured with several prompts at a time.
+BATCHED = (PLAIN, LIVING, GREEDY)
+
+CHAINS = tuple(
+    OutriderMethod("sync", (("width", 1), ("branches", 1), ("passes", k), ("rows", k)), ("model",)) for k in (2, 3, 4, 5, 6, 8, 12)
+)
+TREES = tuple(
+    OutriderMethod("sync", (("width", width), ("branches", branches), ("passes", passes), ("rows", rows)), ("model",))
+    for width, branches, passes, rows in (
+        (2, 2, 4, 8),
+        (4, 2, 4, 12),
+        (4, 4, 4, 15),
+        (4, 2, 6, 15),
+        (4, 4, 8, 24),
+        (8, 4, 4, 31),
+        (8, 4, 6, 31),
+    )
+)
+
+
+def candidates(gamma: int) -> dict[str, tuple[Method, ...]]:
+    """The methods that have settings by name, each in all that the sweep tries; the best setting then bears the name alone.
+
+    `gamma` is the one that PEARL's authors recommend for this pair. A drafter that waits while the target works on both cores may
+    use both as well, or the second alone.
+    """
+    both = [replace(how, target_cores=BOTH, drafter_cores=cores) for how in TREES for cores in (SECOND, BOTH)]
+    gammas = sorted({max(1, gamma // part) for part in (1, 2, 4)})
+    pearl = tuple(OutriderMethod("pearl", (("passes", k),), ("model",)) for k in gammas)
+    groups = {"sync chain": CHAINS, "sync tree": TREES, "sync tree, 2 cores": tuple(both), "pearl": pearl}
+    return {name: tuple(Method(f"{name} #{number}", how) for number, how in enumerate(hows)) for name, hows in groups.items()}

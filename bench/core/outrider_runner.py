@@ -1,0 +1,233 @@
+"""Our methods as they are used: target and drafters are Ray actors on cores of their own and talk gRPC; requests come from this process."""
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import ray
+
+from actors.controller.actor_handles import START_TIMEOUT_S, options
+from actors.draft import DraftActor
+from actors.endpoints import Endpoint
+from actors.grpc_edge import CALLER_SILENCE_MS
+from actors.grpc_links import GrpcTarget
+from actors.ray_edge import joined, known_errors
+from actors.target import TargetActor
+from bench.core import recorded
+from bench.core.methods import Cores, Method, Outcome, OutriderMethod
+from bench.core.prompts import Prompt
+from runtime.calibration import Calibrations
+from runtime.config import DrafterConfig, Dtype, HeadConfig, Placement, ScheduleConfig, TargetConfig
+from runtime.errors import InvalidRequest, Unavailable
+from runtime.kv.prefixes import Prefixes
+from runtime.messages import Chunk, Request, Stats, Tokens
+from runtime.policy import scheduler
+from runtime.sampling import Sampling
+from runtime.schedulers.base import Scheduler
+from runtime.tracing import Recording
+
+NAMES = {"model": "draft-0", "ngram": "ngram-0", "wrong": "wrong-0", "layer-skip": "layer-skip-0", "s3d": "s3d-0"}  # of drafters, by method
+TRIES = 3  # of a run on whose way a drafter is lost
+PATIENCE = 10.0  # seconds until a target has its drafters
+LOOK = 0.01  # seconds between two looks
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Folders or names of target and draft, and the numbers of the cores that may be used: `Cores` are places among these.
+
+    `heads`: their folders by method, "" for what needs none. `layers`: those that layer-skip keeps; default: every second.
+    `trained`: folders of drafters that were trained for the target, by method.
+    """
+
+    target: str
+    draft: str
+    dtype: Dtype
+    cores: tuple[int, ...]
+    heads: Mapping[str, str] = field(default_factory=dict)
+    layers: tuple[int, ...] = ()
+    trained: Mapping[str, str] = field(default_factory=dict)
+
+    def placed(self, cores: Cores) -> Placement:
+        return Placement(cores=tuple(self.cores[place] for place in cores), listen="127.0.0.1")
+
+    def target_config(self, cores: Cores) -> TargetConfig:
+        heads = tuple(HeadConfig(method=method, folder=folder) for method, folder in self.heads.items())
+        return TargetConfig(model=self.target, dtype=self.dtype, device="cpu", heads=heads, placement=self.placed(cores))
+
+    def drafter_config(self, method: str, cores: Cores) -> DrafterConfig:
+        model = self.trained.get(method, "" if method in ("ngram", "layer-skip") else self.draft)
+        layers = self.layers if method == "layer-skip" else ()
+        named = {"name": NAMES[method], "method": method, "model": model, "layers": layers, "dtype": self.dtype}
+        return DrafterConfig.model_validate({**named, "device": "cpu", "placement": self.placed(cores)})
+
+
+def schedule_of(how: OutriderMethod) -> ScheduleConfig:
+    return ScheduleConfig.model_validate({"policy": how.schedule, **dict(how.options)})
+
+
+class MethodTarget(TargetActor):
+    """A target that takes one method after the other, and lets none of them profit or suffer from what another has learned or read."""
+
+    def __init__(self, config: TargetConfig, record: bool = False) -> None:
+        super().__init__(config, record)
+        self.policies: dict[OutriderMethod, Scheduler] = {}
+        self.known: dict[tuple[str, ...], Calibrations] = {}
+
+    def become(self, how: OutriderMethod, peers: list[Endpoint]) -> None:
+        """From the next request on; to be called when none is under way.
+
+        A method that comes back knows what it had learned: a schedule of its own for each, calibrations for each policy with
+        these drafters. Prompts are read anew, as the others read them.
+        """
+        engine = self.target.engine
+        if how not in self.policies:
+            self.policies[how] = scheduler(schedule_of(how), self.times)
+        self.target.schedule(self.policies[how], frozenset(f"{head}-0" for head in how.heads))
+        engine.calibrations = self.known.setdefault((how.schedule, *how.drafters, *how.heads), Calibrations())
+        engine.prefixes = Prefixes(engine.prefixes.budget)
+        self.drafters(peers)
+
+    def learned(self) -> dict[str, Any]:
+        """What guesses of the present method were worth so far, as Calibrations saves it."""
+        return self.target.engine.calibrations.saved()
+
+
+class Service(Protocol):
+    def generate(self, request: Request) -> AsyncGenerator[Chunk, None]: ...
+
+
+@dataclass(slots=True)
+class Answer:
+    """Of one request: its tokens, and how many of them were there at each moment (`time.perf_counter`)."""
+
+    tokens: list[int] = field(default_factory=list)
+    moments: list[tuple[float, int]] = field(default_factory=list)
+    stats: Stats | None = None
+
+
+async def ask(service: Service, prompts: Sequence[Tokens], sampling: Sampling) -> tuple[float, list[Answer]]:
+    """All prompts at the same time; returns also when that began. Raises Unavailable where one of them ends by an error."""
+    requests = [Request(uuid.uuid4().hex, prompt, sampling) for prompt in prompts]
+    began = time.perf_counter()
+    return began, list(await asyncio.gather(*(listen(service, request) for request in requests)))
+
+
+async def listen(service: Service, request: Request) -> Answer:
+    answer = Answer()
+    async for chunk in service.generate(request):
+        if chunk.finish_reason in ("error", "cancelled"):
+            raise Unavailable(f"the target did not finish ({chunk.error or chunk.finish_reason}): see the message above")
+        answer.tokens += chunk.tokens
+        answer.moments.append((time.perf_counter(), len(answer.tokens)))
+        answer.stats = chunk.stats or answer.stats
+    return answer
+
+
+def outcome(began: float, answers: Sequence[Answer]) -> Outcome:
+    """Of requests that were made when it `began`; without the figures of the steps."""
+    first = max(next(at for at, count in answer.moments if count) for answer in answers)
+    return Outcome(
+        outputs=tuple(tuple(answer.tokens) for answer in answers),
+        seconds=max(answer.moments[-1][0] for answer in answers) - began,
+        first_seconds=first - began,
+        first_tokens=sum(max(count for at, count in answer.moments if at <= first) for answer in answers),
+    )
+
+
+class OutriderRunner:
+    """A Runner for the methods that it was started for. `recordings`: of the last run, target first, then its drafters; `learned`: as of
+    MethodTarget, after it."""
+
+    def __init__(self, targets: Mapping[Cores, Any], drafters: Mapping[tuple[str, Cores], Any]) -> None:
+        """Handles of actors that have started, MethodTarget and DraftActor."""
+        self.targets, self.drafters = targets, drafters
+        self.recordings: list[Recording] = []
+        self.learned: dict[str, Any] = {}
+        self._loop = asyncio.Runner()
+        self._services: dict[str, GrpcTarget] = {}
+
+    def run(self, method: Method, prompts: Sequence[Prompt], sampling: Sampling, tries: int = TRIES) -> Outcome:
+        """Raises InvalidRequest for a method of others, Unavailable where an actor has ended or a drafter was lost on the way each time."""
+        if not isinstance(method.how, OutriderMethod):
+            raise InvalidRequest(f"method {method.name!r} is transformers': run it with its own runner", "method")
+        how, target = method.how, self.targets[method.how.target_cores]
+        drafters = {NAMES[name]: self.drafters[name, how.drafter_cores] for name in how.drafters}
+        with known_errors():
+            peers = [Endpoint(name, ray.get(handle.where.remote()).address, 0) for name, handle in drafters.items()]
+            ray.get(target.become.remote(how, peers))
+            self._await_drafters(target, sorted(drafters))
+            actors = [target, *drafters.values()]
+            ray.get([actor.trace.remote() for actor in actors])  # what came after the last run
+            address = ray.get(target.where.remote()).address
+            began, answers = self._loop.run(self._ask(address, [prompt.tokens for prompt in prompts], sampling))
+            if (left := sorted(ray.get(target.attached.remote()))) != sorted(drafters):
+                if tries > 1:  # the machine stood still for a while, perhaps: the run does not count
+                    return self.run(method, prompts, sampling, tries - 1)
+                raise Unavailable(f"of the drafters {sorted(drafters)} only {left} were left after {method.name}: see the message above")
+            self.recordings = ray.get([actor.trace.remote() for actor in actors])
+            self.learned = ray.get(target.learned.remote())
+        return with_steps(outcome(began, answers), answers, self.recordings)
+
+    def _await_drafters(self, target: Any, names: list[str]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while (attached := sorted(ray.get(target.attached.remote()))) != names:
+            if time.monotonic() > deadline:
+                raise Unavailable(f"the target has the drafters {attached} and not {names}: see the message above")
+            time.sleep(LOOK)
+
+    async def _ask(self, address: str, prompts: Sequence[Tokens], sampling: Sampling) -> tuple[float, list[Answer]]:
+        if address not in self._services:
+            self._services[address] = GrpcTarget(address, silence_ms=CALLER_SILENCE_MS)
+        return await ask(self._services[address], prompts, sampling)
+
+    def close(self) -> None:
+        """Ends the connections, not the actors."""
+        for service in self._services.values():
+            self._loop.run(service.close())
+        self._loop.close()
+
+
+def with_steps(found: Outcome, answers: Sequence[Answer], parts: Sequence[Recording]) -> Outcome:
+    """With the passes, and the figures of the target's steps where it served one prompt: several share theirs."""
+    target, *drafters = parts
+    stats = answers[0].stats if len(answers) == 1 else None
+    steps = None if stats is None else recorded.steps(stats, target, drafters)
+    return replace(found, steps=steps, passes=recorded.passes(target, drafters))
+
+
+@contextlib.contextmanager
+def running(pair: Pair, methods: Iterable[Method]) -> Iterator[OutriderRunner]:
+    """A Ray cluster on this machine with the actors that these methods need. All of it ends with the block.
+
+    Targets start one by one, before any drafter: each measures its T(n) then, alone on its cores. All of them record, which
+    costs some microseconds a step. Raises what an actor's own start raised, Unavailable where Ray does not start.
+    """
+    hows = [method.how for method in methods if isinstance(method.how, OutriderMethod)]
+    wanted_targets = sorted({how.target_cores for how in hows})
+    wanted_drafters = sorted({(name, how.drafter_cores) for how in hows for name in how.drafters})
+    with joined(None, cpus=len(wanted_targets) + len(wanted_drafters)):
+        targets = {}
+        for cores in wanted_targets:
+            config = pair.target_config(cores)
+            targets[cores] = options(MethodTarget, name_of("target", cores), config.placement).remote(config, True)
+            ray.get(targets[cores].start.remote(), timeout=START_TIMEOUT_S)
+        drafters = {}
+        for method, cores in wanted_drafters:
+            drafter = pair.drafter_config(method, cores)
+            handle = options(DraftActor, name_of(method, cores), drafter.placement).remote(drafter, pair.target, 0, True)
+            drafters[method, cores] = handle
+        ray.get([handle.start.remote() for handle in drafters.values()], timeout=START_TIMEOUT_S)
+        found = OutriderRunner(targets, drafters)
+        try:
+            yield found
+        finally:
+            found.close()
+
+
+def name_of(what: str, cores: Cores) -> str:
+    return f"bench-{what}-{'-'.join(map(str, cores))}"

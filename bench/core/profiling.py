@@ -1,0 +1,109 @@
+"""The pair by itself: T(n), t(w) and acceptance, one model after the other on one core."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from bench.core.results import Acceptance, Profile, Run
+from runtime.sampling import Sampling
+
+TARGET_ROWS = (1, 2, 4, 8, 16, 32, 64)
+DRAFT_ROWS = (1, 2, 4, 8, 16, 32)
+TEXTS = 8
+REPEATS = 7
+STREAM = 1 << 26  # float32 numbers read at once to find the memory's bandwidth: more than any cache holds
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    target: str
+    draft: str
+    dtype: str
+    core: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """`parameters` of target and draft."""
+
+    profile: Profile
+    parameters: tuple[int, int]
+
+
+def measure(job: Job) -> Measured:
+    """Stays on its core from then on: to be called in a process of its own (bench/core/subprocess_call.py)."""
+    os.sched_setaffinity(0, (job.core,))
+    from runtime.models.load import load_model
+    from runtime.models.timing import step_times, text_time
+
+    target, draft = (load_model(name, job.dtype, "cpu", threads=1) for name in (job.target, job.draft))
+    size = sum(weight.nbytes for weight in target.module.parameters())
+    profile = Profile(
+        target=step_times(target, TARGET_ROWS, time.monotonic, REPEATS),
+        draft=step_times(draft, DRAFT_ROWS, time.monotonic, REPEATS),
+        floor=size / bandwidth(),
+        text=text_time(target, TEXTS, time.monotonic, REPEATS),
+    )
+    return Measured(profile, (target.module.num_parameters(), draft.module.num_parameters()))
+
+
+def middle(profiles: Sequence[Profile]) -> Profile:
+    """The medians of what was measured at several times: on a shared machine a core may be twice as fast in one minute as in the next."""
+
+    def times(of: Callable[[Profile], dict[int, float]]) -> dict[int, float]:
+        return {rows: statistics.median(of(profile)[rows] for profile in profiles) for rows in of(profiles[0])}
+
+    def one(of: Callable[[Profile], float | None]) -> float | None:
+        known = [found for profile in profiles if (found := of(profile)) is not None]
+        return statistics.median(known) if known else None
+
+    return profiles[0].model_copy(
+        update={
+            "target": times(lambda profile: profile.target),
+            "draft": times(lambda profile: profile.draft),
+            "floor": one(lambda profile: profile.floor),
+            "text": one(lambda profile: profile.text),
+        }
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """`runs` of plain decoding. `seed`: of their first repetition."""
+
+    job: Job
+    seed: int
+    runs: tuple[Run, ...]
+
+
+def acceptance(answered: Answered) -> tuple[Acceptance, ...]:
+    """What the draft guesses along these answers, by temperature and batch; a text that was repeated counts once. As `measure`, for a
+    process of its own."""
+    job, firsts = answered.job, [run for run in answered.runs if run.repetition == 0]
+    os.sched_setaffinity(0, (job.core,))
+    from runtime.models.acceptance import along
+    from runtime.models.load import load_model
+    from runtime.sim.measured import positions
+
+    draft, found = load_model(job.draft, job.dtype, "cpu", threads=1), []
+    for temperature, batch in sorted({(run.temperature, run.batch) for run in firsts}):
+        answers = [answer for run in firsts if (run.temperature, run.batch) == (temperature, batch) for answer in run.answers]
+        guessed = along(draft, answers, Sampling(temperature=temperature, seed=answered.seed))
+        place = positions(guessed.ranks, guessed.scores)
+        found.append(Acceptance(temperature=temperature, batch=batch, ranks=guessed.rates(), positions=place))
+    return tuple(found)
+
+
+def bandwidth() -> float:
+    """Bytes per second that one core reads from memory, in order."""
+    import torch
+
+    numbers = torch.ones(STREAM)
+    seconds = []
+    for _ in range(REPEATS):
+        began = time.monotonic()
+        float(numbers.dot(numbers))
+        seconds.append(time.monotonic() - began)
+    return numbers.nbytes / statistics.median(seconds)

@@ -1,0 +1,40 @@
+"""A call in a process of its own: pinned, with its own threads, and gone afterwards."""
+
+import multiprocessing
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import TypeVar
+
+from runtime.errors import OutriderError, Unavailable
+
+Given = TypeVar("Given")
+Found = TypeVar("Found")
+
+
+def call_in_subprocess(function: Callable[[Given], Found], given: Given) -> Found:
+    """`function(given)`, both of which can be pickled. Raises the OutriderError that it raises; Unavailable where the process dies."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=answer, args=(theirs, function, given), name=function.__name__, daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        found: Found | OutriderError = ours.recv()
+    except EOFError as error:
+        process.join()
+        raise Unavailable(f"{function.__name__} ended with code {process.exitcode}: see its message above") from error
+    finally:
+        process.terminate()
+        process.join()
+    if isinstance(found, OutriderError):
+        raise found
+    return found
+
+
+def answer(connection: Connection, function: Callable[[Given], Found], given: Given) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who ends this process
+    try:
+        connection.send(function(given))
+    except OutriderError as error:
+        connection.send(error)

@@ -1,0 +1,171 @@
+"""transformers' own generate, called as its documentation says, in a process of its own that stays on its cores."""
+
+import copy
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from bench.core.methods import Method, Outcome, TransformersMethod
+from bench.core.prompts import Prompt
+from runtime.errors import InvalidRequest, Unavailable
+from runtime.messages import Tokens
+from runtime.sampling import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """`cores` are numbers of the machine's cores; there are as many threads. `device` is cpu, cuda or cuda:0, of both models."""
+
+    target: Path
+    draft: Path
+    dtype: str
+    cores: tuple[int, ...]
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    how: TransformersMethod
+    prompts: tuple[Tokens, ...]
+    sampling: Sampling
+
+
+class TransformersRunner:
+    """A worker process that has loaded the pair; a Runner for methods of transformers. Use it as a context manager."""
+
+    def __init__(self, place: Place) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, place), name="transformers", daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> "TransformersRunner":
+        return self
+
+    def run(self, method: Method, prompts: Sequence[Prompt], sampling: Sampling) -> Outcome:
+        """Raises InvalidRequest for what generate() cannot do, Unavailable where the process has ended."""
+        if not isinstance(method.how, TransformersMethod):
+            raise InvalidRequest(f"method {method.name!r} is not transformers': run it with its own runner", "method")
+        if len(prompts) > 1 and method.how.kind != "greedy":
+            raise InvalidRequest(f"method {method.name!r} takes one prompt at a time, not {len(prompts)}", "batch")
+        try:
+            self._connection.send(Job(method.how, tuple(prompt.tokens for prompt in prompts), sampling))
+            outcome: Outcome = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self._process.join()
+            raise Unavailable(f"transformers' process ended with code {self._process.exitcode}: see its message above") from error
+        return outcome
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.terminate()  # it may be in the middle of a job that nobody waits for
+        self._process.join()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def serve(connection: Connection, place: Place) -> None:
+    """Answers jobs until the other end closes. An error ends the process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who ends this process
+    os.sched_setaffinity(0, place.cores)
+    import torch
+
+    torch.set_num_threads(len(place.cores))
+    pair = Pair(place)
+    while True:
+        try:
+            job: Job = connection.recv()
+        except EOFError:
+            return
+        connection.send(pair.run(job))
+
+
+class Pair:
+    """Target and assistant in this process."""
+
+    def __init__(self, place: Place) -> None:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        safely = {"use_safetensors": True, "local_files_only": True, "dtype": place.dtype}
+        self.target, self.draft = (
+            AutoModelForCausalLM.from_pretrained(folder, **safely).to(place.device).eval() for folder in (place.target, place.draft)
+        )
+        self.usual = copy.deepcopy(self.draft.generation_config)
+
+    def run(self, job: Job) -> Outcome:
+        import torch
+
+        torch.manual_seed(job.sampling.seed)
+        ids, mask = padded(job.prompts)
+        first = FirstTokens()
+        how = self.arguments(job.how, job.sampling)
+        began = time.perf_counter()
+        given = {"inputs": ids.to(self.target.device), "attention_mask": mask.to(self.target.device)}
+        rows: list[list[int]] = self.target.generate(**given, **how, streamer=first).tolist()
+        ended = time.perf_counter()
+        outputs = tuple(upto(row[ids.shape[1] :], self.ends()) for row in rows)
+        return Outcome(outputs, ended - began, first.at - began, first.count)
+
+    def arguments(self, how: TransformersMethod, sampling: Sampling) -> dict[str, Any]:
+        """Of generate(), which reads the number of guesses from the assistant's own settings. A constant number has no other limit."""
+        found: dict[str, Any] = {"max_new_tokens": sampling.max_tokens, "do_sample": sampling.temperature > 0}
+        if sampling.temperature > 0:
+            found |= {"temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+        if self.target.generation_config.pad_token_id is None:
+            found["pad_token_id"] = min(self.ends(), default=0)
+        if how.kind == "lookup":
+            found["prompt_lookup_num_tokens"] = how.guesses
+        if how.kind == "assisted":
+            found["assistant_model"] = self.draft
+            self.draft.generation_config = copy.deepcopy(self.usual)
+            if how.guesses:
+                constant = {"num_assistant_tokens": how.guesses, "num_assistant_tokens_schedule": "constant"}
+                self.draft.generation_config.update(**constant, assistant_confidence_threshold=0.0)
+        return found
+
+    def ends(self) -> set[int]:
+        said = self.target.generation_config.eos_token_id
+        return set(said if isinstance(said, list) else [said]) - {None}
+
+
+class FirstTokens:
+    """A streamer (generate() asks for no more than these two methods): when the first tokens came after the prompt, and how many."""
+
+    def __init__(self) -> None:
+        self.calls, self.at, self.count = 0, 0.0, 0
+
+    def put(self, value: Any) -> None:
+        self.calls += 1
+        if self.calls == 2:
+            self.at, self.count = time.perf_counter(), value.numel()
+
+    def end(self) -> None:
+        pass
+
+
+def padded(prompts: Sequence[Tokens]) -> tuple[Any, Any]:
+    """Token ids and attention mask, int64 (prompts, longest), padded on the left."""
+    import torch
+
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask
+
+
+def upto(tokens: Sequence[int], ends: set[int]) -> Tokens:
+    """The tokens as far as the first that ends a text, with it: generate() pads what has ended."""
+    last = next((index for index, token in enumerate(tokens) if token in ends), len(tokens) - 1)
+    return tuple(tokens[: last + 1])

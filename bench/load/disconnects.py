@@ -1,0 +1,102 @@
+"""Clients that leave at any byte, of what they send or of what they hear: everything is freed at once, and memory does not grow."""
+
+import asyncio
+import contextlib
+import random
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bench.chaos.clients import Case
+from bench.chaos.outcome import percentile
+from bench.load.calls import ask, body, connected, encoded
+from bench.load.served import Site, held
+
+GOAL_S, GOAL_BYTES = 1.0, 20 << 20
+AT_ONCE = 8
+LISTEN_S = 0.3  # the longest that a client listens before it leaves
+LOOK_S = 0.005  # between two looks at whether all is freed
+GIVE_UP_S = 30.0
+RESET = b"\1\0\0\0\0\0\0\0"  # for SO_LINGER: a reset in place of a goodbye
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnects:
+    """`freed`: seconds from the end of a group of clients until nothing was under way any more, here and at the target; `grown`: bytes
+    by process; `right`: whether an answer was afterwards what it was before."""
+
+    clients: int
+    freed: tuple[float, ...]
+    grown: dict[str, int]
+    right: bool
+
+    @property
+    def growth(self) -> int:
+        """Of those that have grown."""
+        return sum(max(0, grown) for grown in self.grown.values())
+
+    @property
+    def met(self) -> bool:
+        return self.right and max(self.freed) <= GOAL_S and self.growth <= GOAL_BYTES
+
+    def rows(self) -> list[tuple[str, str]]:
+        times = ", ".join(f"{1e3 * percentile(self.freed, share):.0f} ms" for share in (50, 99, 100))
+        memory = ", ".join(f"{name} {grown / 2**20:+.1f}" for name, grown in sorted(self.grown.items()))
+        return [
+            (f"{self.clients} clients leave: all freed after p50, p99, longest (goal: 1 s)", times),
+            ("memory, MiB (goal: growth at most 20)", f"{memory}; growth {self.growth / 2**20:.1f}"),
+        ]
+
+
+async def disconnects(site: Site, cases: Sequence[Case], clients: int, warm: int, seed: int) -> Disconnects:
+    """In groups. `warm` clients leave before memory is looked at: by then all code and all caches have been used."""
+    draw = random.Random(seed)
+    for _ in range(0, warm, AT_ONCE):
+        await group(site, cases, draw)
+    before = {name: held(pid) for name, pid in site.pids.items()}
+    freed = [await group(site, cases, draw) for _ in range(0, clients, AT_ONCE)]
+    grown = {name: held(pid) - before[name] for name, pid in site.pids.items()}
+    last = await ask(site.port, encoded(body(site.model, cases[0])))
+    return Disconnects(AT_ONCE * len(freed), tuple(freed), grown, last.right(cases[0]))
+
+
+async def group(site: Site, cases: Sequence[Case], draw: random.Random) -> float:
+    """Clients that leave, all at one time; returns how long it took until they were forgotten."""
+    await asyncio.gather(*(leave(site, draw.choice(cases), draw) for _ in range(AT_ONCE)))
+    return await until_free(site)
+
+
+async def leave(site: Site, case: Case, draw: random.Random) -> None:
+    """After any part of the request, or after all of it and any part of the answer; by a goodbye or a reset."""
+    data = encoded(body(site.model, case, stream=draw.random() < 0.7, n=draw.choice([1, 1, 3])))
+    sent = data[: draw.choice([len(data), len(data), draw.randrange(len(data))])]
+    heard, reset = draw.randrange(4000), draw.random() < 0.5
+    async with connected(site.port) as (reader, writer):
+        writer.write(sent)
+        await writer.drain()
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            async with asyncio.timeout(LISTEN_S * draw.random()):
+                await reader.read(heard)
+        if reset:
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+
+
+async def until_free(site: Site) -> float:
+    """Seconds until nothing is under way; `GIVE_UP_S` where that does not come."""
+    now = asyncio.get_running_loop().time
+    began = now()
+    while now() - began < GIVE_UP_S:
+        report = await asyncio.to_thread(site.report)
+        if not report.live and not report.waiting and not await under_way(site.port):
+            return now() - began
+        await asyncio.sleep(LOOK_S)
+    return GIVE_UP_S
+
+
+async def under_way(port: int) -> int:
+    """Generations of this gateway, by its own metrics."""
+    async with connected(port) as (reader, writer):
+        writer.write(b"GET /metrics HTTP/1.1\r\nHost: load\r\nConnection: close\r\n\r\n")
+        text = (await reader.read()).decode()
+    running = [line for line in text.splitlines() if line.startswith(("outrider:num_requests_running{", "outrider:num_requests_waiting{"))]
+    return round(sum(float(line.rpartition(" ")[2]) for line in running))

@@ -1,0 +1,95 @@
+"""What the gateway adds to the time of a token: the same streams from the target itself, then through the gateway, in turns."""
+
+import asyncio
+import statistics
+import uuid
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from actors.grpc_links import GrpcTarget
+from bench.chaos.clients import Case
+from bench.load.calls import ask, body, encoded
+from bench.load.served import Site, computed
+from runtime.messages import Request
+from runtime.reports import TargetReport
+
+GOAL = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayOverhead:
+    """Of plain decoding, where each token is a step and an event of its own: the most that a gateway can have to do. In seconds.
+
+    step     of the target, with all streams in it
+    direct   from token to token of a stream, asked of the target;  through  the same through the gateway
+    gateway  processor time of the gateway's process for each token
+    wrong    answers that were not those of plain decoding
+    """
+
+    streams: int
+    step: float
+    direct: float
+    through: float
+    gateway: float
+    wrong: int
+
+    @property
+    def share(self) -> float:
+        return (self.through - self.direct) / self.step
+
+    @property
+    def met(self) -> bool:
+        return not self.wrong and self.share <= GOAL
+
+    def rows(self) -> list[tuple[str, str]]:
+        times = f"{1e3 * self.direct:.2f} ms, {1e3 * self.through:.2f} ms"
+        return [
+            (f"token to token at {self.streams} streams: from the target, through the gateway", times),
+            ("the target's step; processor time of the gateway for a token", f"{1e3 * self.step:.2f} ms; {1e3 * self.gateway:.2f} ms"),
+            (f"added / step (goal: at most {GOAL:.0%})", f"{self.share:.1%}"),
+        ]
+
+
+async def gateway_overhead(site: Site, cases: Sequence[Case], streams: int, rounds: int) -> GatewayOverhead:
+    """`rounds` of so many streams at one time each way; of all streams the median."""
+    asked = [cases[number % len(cases)] for number in range(streams)]
+    direct, through = list[float](), list[float]()
+    tokens, spent, wrong = 0, 0.0, 0
+    before = await asyncio.to_thread(site.report)
+    for _ in range(rounds):
+        direct += await from_target(site, asked)
+        began = computed(site.pids["gateway-0"])
+        replies = await asyncio.gather(*(ask(site.port, encoded(body(site.model, case, speculative={"enabled": False}))) for case in asked))
+        spent += computed(site.pids["gateway-0"]) - began
+        tokens += sum(len(case.expected.tokens) for case in asked)
+        wrong += sum(not reply.right(case) for reply, case in zip(replies, asked, strict=True))
+        through += [between(reply.came, case) for reply, case in zip(replies, asked, strict=True)]
+    step = step_of(before, await asyncio.to_thread(site.report))
+    return GatewayOverhead(streams, step, statistics.median(direct), statistics.median(through), spent / tokens, wrong)
+
+
+async def from_target(site: Site, asked: Sequence[Case]) -> list[float]:
+    target = GrpcTarget(site.target)
+    try:
+        return await asyncio.gather(*(timed(target, case) for case in asked))
+    finally:
+        await target.close()
+
+
+async def timed(target: GrpcTarget, case: Case) -> float:
+    now, came = asyncio.get_running_loop().time, list[float]()
+    async with aclosing(target.generate(Request(uuid.uuid4().hex, case.prompt, case.sampling, speculation=False))) as chunks:
+        async for _ in chunks:
+            came.append(now())
+    return between(came, case)
+
+
+def between(came: Sequence[float], case: Case) -> float:
+    """Seconds from token to token."""
+    return (came[-1] - came[0]) / (len(case.expected.tokens) - 1) if came else 0.0
+
+
+def step_of(before: TargetReport, after: TargetReport) -> float:
+    spent = [report.computed + report.waited + report.bookkeeping for report in (before, after)]
+    return (spent[1] - spent[0]) / (after.steps - before.steps)

@@ -1,0 +1,174 @@
+"""The table of ways to guess: as Markdown, in a terminal, and as a picture."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from bench.core.results import Machine
+from bench.methods.method_goals import BESIDE, MODEL, verdicts
+from bench.methods.method_stats import FIRST_RANKS, MethodStats, extra, ratio
+from bench.methods.papers import PAPERS
+from bench.methods.weights import Cost
+from bench.reports.grid import Grid
+from bench.reports.plots import DPI, LIVING, OTHERS, OURS, STYLE
+
+PLAIN = "plain"
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """What was found with one target. `about` it in a sentence or two; `costs` by method."""
+
+    name: str
+    about: str
+    found: tuple[MethodStats, ...]
+    costs: Mapping[str, Cost]
+
+    def at(self, temperature: float) -> dict[str, MethodStats]:
+        """What was measured at that temperature, by method; nothing where plain decoding was not."""
+        rows = {one.name: one for one in self.found if one.temperature == temperature and one.rates}
+        return rows if PLAIN in rows else {}
+
+    @property
+    def temperatures(self) -> list[float]:
+        """Those at which something was measured."""
+        return [at for at in sorted({one.temperature for one in self.found}) if self.at(at)]
+
+    @property
+    def by_temperature(self) -> dict[float, dict[str, MethodStats]]:
+        return {at: self.at(at) for at in self.temperatures}
+
+
+def methods(study: Study, temperature: float) -> Grid:
+    """A line for each way to guess: by itself, and beside the draft model."""
+    rows = study.at(temperature)
+    lines = []
+    for name, cost in study.costs.items():
+        one, both = rows.get(name), rows.get(BESIDE + name)
+        if one is None:
+            continue
+        kind = "draft" if name == MODEL else name
+        shares = one.acceptance.get(kind, [])
+        lines.append(
+            (
+                name,
+                *(f"{share:.2f}" for share in shares),
+                *("-" for _ in range(FIRST_RANKS - len(shares))),
+                f"{one.tokens_per_step:.2f}",
+                number(one.per_node(f"{kind}-0"), 3),
+                f"{extra(one, rows[PLAIN]):+.1f}",
+                f"{one.speed:.1f}",
+                f"{ratio(one, rows[PLAIN]):.2f}",
+                f"{both.speed:.1f}" if both else "-",
+                f"{ratio(both, rows[MODEL]):.2f}" if both and MODEL in rows else "-",
+                f"{cost.keeps / 1e6:.2f}",
+                cost.training,
+            )
+        )
+    ranks = tuple(f"right, {rank}." for rank in range(1, FIRST_RANKS + 1))
+    columns = ("method", *ranks, "tokens/step", "ms/node", "extra ms/step", "alone, tokens/s", "x plain", "with model, tokens/s", "x model")
+    return Grid(f"{study.name}, temperature {temperature:g}", (*columns, "MB", "training"), tuple(lines), ("training",))
+
+
+def runs(study: Study, temperature: float) -> Grid:
+    """A line for all that was run."""
+    rows = study.at(temperature)
+    lines = [
+        (
+            one.name,
+            f"{one.speed:.1f}",
+            f"{ratio(one, rows[PLAIN]):.2f}",
+            f"{ratio(one, rows[MODEL]):.2f}" if MODEL in rows else "-",
+            f"{one.tokens_per_step:.2f}",
+            f"{extra(one, rows[PLAIN]):+.1f}",
+            ", ".join(f"{who} {count}" for who, count in sorted(one.accepted.items()) if who) or "-",
+            ", ".join(f"{who} {1e3 * one.seconds[who] / passes:.2f}" for who, passes in sorted(one.passes.items())) or "-",
+            "yes" if one.same else "NO",
+        )
+        for one in sorted(rows.values(), key=lambda one: -one.speed)
+    ]
+    columns = ("method", "tokens/s", "x plain", "x model", "tokens/step", "extra ms/step", "accepted", "own ms", "text as plain")
+    return Grid(f"{study.name}, temperature {temperature:g}: all runs", columns, tuple(lines), ("accepted", "own ms"))
+
+
+def papers(study: Study) -> Grid:
+    """What each paper reports beside what was measured at the lowest temperature."""
+    rows = study.at(min(study.temperatures, default=0.0))
+    lines = []
+    for paper in PAPERS:
+        one = rows.get(paper.method)
+        ours = ratio(one, rows[PLAIN]) if one else None
+        reached = ours is not None and paper.least is not None and ours >= paper.least
+        figure = f"{ours:.2f} x" if ours is not None else "-"
+        lines.append(
+            (paper.method, f"{paper.title}, {paper.source}", paper.reported, paper.where, figure, "-" if reached else paper.difference)
+        )
+    columns = ("method", "paper", "it reports", "on", "here, alone", "where that is less: why")
+    return Grid("papers", columns, tuple(lines), columns)
+
+
+def number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+WORDS = (
+    "*right, 1.*: how often the first guess was right once its parent was; *2.* the second, and so on. *ms/node*: of the guesser's own "
+    "time, for each node that was new to the target's tree. *extra ms/step*: what a step of the target (its pass and its bookkeeping) "
+    "takes beyond one of plain decoding. *x plain*, *x model*: times as fast as plain decoding, and as the draft model alone; medians over "
+    "prompts, paired by prompt. *MB*: weights (16 bits a number, of heads 32) or tables that it keeps beside the target's own. *own ms*: a "
+    "head's time in a step, a drafter's pass. What its guesses are worth each method has learned from other prompts."
+)
+
+CHOSEN = (
+    "Tokens per step are those of the trees that the living schedule chose to be fast, smaller where rows are dear; what heads reach with "
+    "the same tree, whatever it costs, `python -m experiments.same_tree` counts ([same-tree.md](same-tree.md))."
+)
+
+
+def page(studies: Sequence[Study], machine: Machine, picture: str) -> str:
+    parts = [
+        "# Ways to guess",
+        f"{machine.processor}, {machine.date}: the target on one core, drafters on another (`make bench-methods`). {WORDS}",
+        f"![tokens per second by method]({picture})",
+    ]
+    for study in studies:
+        parts += [f"## {study.name}", study.about]
+        for temperature in study.temperatures:
+            for grid in (methods(study, temperature), runs(study, temperature)):
+                parts += [f"**{grid.title}**", grid.markdown()]
+    if studies:
+        parts += ["## Goals", f"On {studies[0].name}. {CHOSEN}", verdicts(studies[0].by_temperature).markdown()]
+        parts += ["## What the papers report", f"*Here*: on {studies[0].name}, at temperature 0.", papers(studies[0]).markdown()]
+    return "\n\n".join(parts) + "\n"
+
+
+def draw(study: Study, file: Path) -> None:
+    """Tokens per second by method, a panel for each temperature."""
+    with mpl.rc_context(STYLE):
+        names = list(study.at(study.temperatures[0]))
+        figure = Figure(figsize=(6.6 * len(study.temperatures), 0.31 * len(names) + 1.1))
+        axes = figure.subplots(1, len(study.temperatures), squeeze=False)
+        for axis, temperature in zip(axes[0], study.temperatures, strict=True):
+            rows = study.at(temperature)
+            shown = sorted(rows.values(), key=lambda one: one.speed)
+            for place, one in enumerate(shown):
+                axis.barh(place, one.speed, color=tint(one.name), height=0.72)
+                axis.plot([min(one.rates.values()), max(one.rates.values())], [place, place], color="#1c2126", linewidth=1.1)
+                label = f"{one.speed:.0f}   {ratio(one, rows[PLAIN]):.2f} x plain"
+                axis.text(max(one.rates.values()) * 1.01, place, label, va="center", fontsize=8.5)
+            axis.set_yticks(range(len(shown)), [one.name for one in shown])
+            axis.set(title=f"temperature {temperature:g}", xlabel="tokens per second of decoding: median and range over prompts")
+            axis.margins(x=0.25, y=0.01)
+            axis.set_xlim(left=0)
+            axis.grid(axis="x")
+            axis.tick_params(axis="y", length=0)
+        figure.tight_layout(w_pad=2)
+        figure.savefig(file, dpi=DPI)
+
+
+def tint(name: str) -> str:
+    """Of what is alone, of what is beside the model, of plain decoding."""
+    return OTHERS if name == PLAIN else LIVING if name.startswith(BESIDE) else OURS

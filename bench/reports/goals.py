@@ -1,0 +1,94 @@
+"""The goals, each with the figure that decides it. Ratios are medians over prompts, within one run of the benchmark."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bench.core.compare import fastest, misses, ratio, reached, rivals, shares
+from bench.core.results import Results
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """`find` is None where it was not measured. Met at or above `limit`, or with `most` at or below it."""
+
+    what: str
+    limit: float
+    find: Callable[[Results], float | None]
+    most: bool = False
+    percent: bool = False
+
+    def met(self, value: float) -> bool:
+        return value <= self.limit if self.most else value >= self.limit
+
+    def show(self, value: float) -> str:
+        return f"{value:.0%}" if self.percent else f"{value:.2f}"
+
+
+def times(above: str, below: str, temperature: float = 0.0, batch: int = 1) -> Callable[[Results], float | None]:
+    def find(results: Results) -> float | None:
+        found = ratio(results, above, below, temperature, batch)
+        return found.median if found else None
+
+    return find
+
+
+def over_the_best_rival(results: Results) -> float | None:
+    best = fastest(results, rivals(results))
+    found = ratio(results, "living", best) if best else None
+    return found.median if found else None
+
+
+def share(part: str) -> Callable[[Results], float | None]:
+    def find(results: Results) -> float | None:
+        found = shares(results, "living")
+        return found[part] if found else None
+
+    return find
+
+
+def worst_forecast(results: Results) -> float | None:
+    return max((abs(expected / measured - 1) for expected, measured in misses(results).values()), default=None)
+
+
+GOALS = (
+    Goal("plain / transformers greedy, one thread each", 1.4, times("plain", "transformers greedy")),
+    Goal("living / best of transformers' assisted and prompt lookup, on one core or two", 1.5, over_the_best_rival),
+    Goal("living / best sync tree with both cores given to the target (cost-matched)", 0.9, times("living", "sync tree, 2 cores")),
+    Goal("living / amusd", 1.29, times("living", "amusd")),
+    Goal("living / best sync tree", 1.15, times("living", "sync tree")),
+    Goal("living / plain", 2.8, times("living", "plain")),
+    Goal("living / plain at temperature 0.8", 2.4, times("living", "plain", 0.8)),
+    Goal("target's time: compute", 0.85, share("compute"), percent=True),
+    Goal("target's time: wait", 0.12, share("wait"), most=True, percent=True),
+    Goal("target's time: bookkeeping", 0.03, share("bookkeeping"), most=True, percent=True),
+    Goal("share of the bound reached", 0.8, lambda results: reached(results, "living"), percent=True),
+    Goal("living / plain, batch 8", 1.3, times("living", "plain", batch=8)),
+    Goal("living / plain, batch 16", 0.98, times("living", "plain", batch=16)),
+    Goal("living without a drafter / plain", 0.98, times("living, no drafter", "plain")),
+    Goal("living with a drafter that is always wrong / plain", 0.98, times("living, wrong drafter", "plain")),
+    Goal("planner's worst forecast against measurement", 0.15, worst_forecast, most=True, percent=True),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    goal: Goal
+    value: float | None
+
+    @property
+    def wanted(self) -> str:
+        return f"at {'most' if self.goal.most else 'least'} {self.goal.show(self.goal.limit)}"
+
+    @property
+    def measured(self) -> str:
+        return "not measured" if self.value is None else self.goal.show(self.value)
+
+    @property
+    def verdict(self) -> str:
+        if self.value is None:
+            return "-"
+        return "met" if self.goal.met(self.value) else "missed"
+
+
+def findings(results: Results) -> list[Finding]:
+    return [Finding(goal, goal.find(results)) for goal in GOALS]

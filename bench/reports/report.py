@@ -1,0 +1,122 @@
+"""From results to what people read: tables in the terminal, a Markdown page with pictures."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from bench.core import compare
+from bench.core.machine import NATIVE
+from bench.core.results import Results
+from bench.reports import plots, tables
+from bench.reports.grid import Grid
+
+
+def show(results: Results, console: Console) -> None:
+    by_temperature = [kind(results, temperature) for temperature in compare.temperatures(results) for kind in (tables.speeds, tables.steps)]
+    others = (tables.batches, tables.profile, tables.acceptance, tables.bounds, tables.forecasts, tables.goals)
+    for grid in (*by_temperature, *(kind(results) for kind in others)):
+        if grid.rows:
+            console.print(grid.terminal())
+
+
+def write(results: Results, folder: Path, trace: Path | None = None) -> Path:
+    """NAME.md and its pictures, beside the results. `trace`: the picture of a recorded run, in the same folder. Returns the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = plots.draw(results, folder) | ({"trace": trace} if trace else {})
+    page = folder / f"{results.name}.md"
+    page.write_text(markdown(results, {what: file.name for what, file in pictures.items()}), "utf-8")
+    return page
+
+
+def markdown(results: Results, pictures: dict[str, str]) -> str:
+    """`pictures` are file names beside the page, by what they show."""
+    parts = [f"# Benchmark: {results.name}", introduction(results)]
+    parts += section("Goals", "", tables.goals(results))
+    speeds = [tables.speeds(results, temperature) for temperature in compare.temperatures(results)]
+    parts += section("Speed", image(pictures, "speed") + SPEED, *speeds)
+    parts += section("Many texts at a time", image(pictures, "batches") + BATCHES, tables.batches(results))
+    steps = [tables.steps(results, temperature) for temperature in compare.temperatures(results)]
+    parts += section("Where the target's time went", image(pictures, "time") + STEPS, *steps)
+    if "trace" in pictures:
+        parts += ["## Half a second of living", image(pictures, "trace").strip()]
+    parts += section("The pair", image(pictures, "steps") + PAIR + cost_ratio(results), tables.profile(results), tables.acceptance(results))
+    parts += section("The bound", BOUND, tables.bounds(results))
+    parts += section("The planner's forecast", FORECAST, tables.forecasts(results))
+    parts += section("Settings tried", SWEEP, tables.sweep(results))
+    parts += section("Methods", "", methods(results))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+SPEED = (
+    "Tokens per second of decoding, from the first token to the last: median, and quartiles over prompts. Each prompt counts with the "
+    "median of its repetitions; ratios are paired by prompt and repetition. *With prompt* counts the reading of the prompt too; no target "
+    "has kept it from an earlier run. What guesses are worth, living has learned from other prompts, as a target does that has served "
+    "before."
+)
+FORECAST = "Tokens of all texts over the time of all, at one batch, expected and measured: decoding alone."
+BATCHES = "Tokens per second of all texts together, at temperature 0."
+SWEEP = "On prompts that are not measured; the best setting of each method is the one that is measured."
+STEPS = (
+    "Shares of the time of decoding. *Accepted*: of the nodes that were verified, those on the target's path. *Hits*: steps whose new "
+    "root had been guessed. *Lead*: tokens by which drafting was ahead when a step began."
+)
+PAIR = (
+    "The first two columns: each model by itself on one core, before, between and after the runs, medians. The others: T(n) as the passes "
+    "of the runs had it, of plain decoding and of all schedules with the draft together; a shared machine is slower in some minutes "
+    "than in others, so the bound and the forecasts are reckoned with these. "
+)
+BOUND = (
+    "With an autoregressive drafter no scheme exceeds 1/t + 1/T tokens per second, and none with n rows E(n)/T(n), where E(n) is what the "
+    "best tree of n rows commits on average if positions are independent. The lower of the two is the bound. "
+    "*Of chains alone*: where each place has one guess; no schedule of trees can be faster than one of chains by more than that."
+)
+
+
+def introduction(results: Results) -> str:
+    machine, pair, settings = results.machine, results.pair, results.settings
+    native = sorted(NATIVE & set(machine.flags))
+    facts = {
+        "processor": f"{machine.processor}, {machine.cores} cores used, {machine.memory_gib:.0f} GiB"
+        + (f"; {', '.join(machine.flags)}" if machine.flags else "")
+        + ("" if native else "; no native bf16"),
+        "GPU": machine.gpu or "none used",
+        "software": f"Python {machine.python}, torch {machine.torch}, transformers {machine.transformers}",
+        "target": f"{pair.target}, {pair.target_parameters / 1e6:.1f}M parameters, {pair.dtype}",
+        "draft": f"{pair.draft}, {pair.draft_parameters / 1e6:.1f}M parameters, {pair.dtype}",
+        "prompts": f"{settings.count} from {settings.prompts}, drawn with seed {settings.seed}",
+        "output": f"at most {settings.new_tokens} tokens, an end-of-text token ends it",
+        "repetitions": f"{settings.repetitions} of ours at the lowest temperature, else 1; methods interleaved, order rotated",
+        "date": machine.date,
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())])
+
+
+def section(title: str, text: str, *grids: Grid) -> list[str]:
+    """Nothing at all where there is nothing to show."""
+    full = [grid for grid in grids if grid.rows]
+    if not full:
+        return []
+    headed = [f"**{grid.title}**\n\n{grid.markdown()}" if len(full) > 1 else grid.markdown() for grid in full]
+    return [f"## {title}", text, *headed]
+
+
+def image(pictures: dict[str, str], what: str) -> str:
+    return f"![{what}]({pictures[what]})\n\n" if what in pictures else ""
+
+
+def cost_ratio(results: Results) -> str:
+    target, draft = results.profile.target.get(1), results.profile.draft.get(1)
+    if target is None or draft is None:
+        return ""
+    floor = results.profile.floor
+    alone = (
+        f" Memory alone would need {1e3 * floor:.1f} ms for a step of the target: it takes {target / floor:.2f} times that."
+        if floor
+        else ""
+    )
+    return f"Steps of one row: T = {1e3 * target:.1f} ms, t = {1e3 * draft:.2f} ms, c = T/t = {target / draft:.1f}.{alone}"
+
+
+def methods(results: Results) -> Grid:
+    rows = [(facts.name, facts.who, str(facts.cores), facts.detail) for facts in results.methods]
+    return Grid("methods", ("method", "by", "cores", "what it is"), tuple(rows), ("by", "what it is"))

@@ -1,0 +1,133 @@
+"""`python -m experiments.aligned FOLDER...`: draft models that were trained alike but for what they were drawn to, side by side.
+
+Each FOLDER is what `outrider train draft --loss ...` has made; the others are compared with the first.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from bench.core.options import RESULTS
+from bench.methods.weights import line_of
+from bench.reports.grid import Grid
+from bench.reports.plots import DPI, LIVING, OTHERS, STYLE
+from runtime.errors import InvalidRequest, OutriderError
+from training.draft import WARM
+from training.loop import smooth
+
+GOAL = 0.05  # more of the first guesses right than with next-token training
+CARD, FIGURES = "README.md", "training.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """`settings`: as its card says. `rates`: by temperature, of the first k guesses the share that holds the target's choice."""
+
+    name: str
+    settings: str
+    steps: str
+    losses: tuple[float, ...]
+    rates: dict[float, dict[int, float]]
+    seconds: float
+
+
+def read(folder: Path) -> Trained:
+    """Raises InvalidRequest for a folder that no training of a draft has made."""
+    try:
+        found = json.loads((folder / FIGURES).read_bytes())
+        rates = {float(at["temperature"]): {int(k): float(rate) for k, rate in at["positions"][0].items()} for at in found["acceptance"]}
+        losses, seconds = tuple(float(loss) for loss in found["losses"]), float(found["seconds"])
+        least = min(losses)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InvalidRequest(f"{folder} holds no figures of a training: give what `outrider train draft` has made", "folder") from error
+    if not rates or not least < float("inf"):
+        raise InvalidRequest(f"{folder} was not measured: train it again", "folder")
+    return Trained(folder.name, line_of(folder / CARD, "settings"), line_of(folder / CARD, "steps"), losses, rates, seconds)
+
+
+def table(trained: Sequence[Trained]) -> Grid:
+    """Acceptance in percent; behind it the difference to the first in points."""
+    first, lines = trained[0], []
+    for temperature, known in sorted(first.rates.items()):
+        for one in trained:
+            rates = one.rates.get(temperature, {})
+            cells = (
+                f"{100 * rates[k]:.1f}" + (f" ({100 * (rates[k] - known[k]):+.1f})" if one is not first else "") if k in rates else "-"
+                for k in sorted(known)
+            )
+            ends = smooth(list(one.losses))
+            lines.append((one.name, f"{temperature:g}", *cells, f"{ends[0]:.3f} to {ends[-1]:.3f}", f"{one.seconds / 60:.1f}"))
+    ranks = tuple(f"k = {k}" for k in sorted(next(iter(first.rates.values()))))
+    return Grid("aligned drafts", ("trained towards", "temperature", *ranks, "its loss", "minutes"), tuple(lines))
+
+
+def verdicts(trained: Sequence[Trained]) -> list[str]:
+    """Of each but the first, whether its first guess is right as much more often as wanted."""
+    first, found = trained[0], []
+    for one in trained[1:]:
+        for temperature in sorted(one.rates.keys() & first.rates.keys()):
+            more = one.rates[temperature][1] - first.rates[temperature][1]
+            verdict = "met" if more >= GOAL else "missed"
+            found.append(
+                f"{one.name} over {first.name} at temperature {temperature:g}: first guess right {100 * more:+.1f} points (goal "
+                f"{100 * GOAL:+.0f}: {verdict})"
+            )
+    return found
+
+
+def page(trained: Sequence[Trained], picture: str) -> str:
+    how = "\n".join(f"| {one.name} | {one.settings} | {one.steps} |" for one in trained)
+    parts = [
+        "# Draft models drawn to their target",
+        "The same shape, data, seed and steps; the difference is what the draft is drawn to (`outrider train draft --loss`). How often its "
+        "first k guesses hold the token that the target chooses, in percent, on the target's own answers to held-out beginnings, by the "
+        f"rule of the runtime; in brackets the difference to {trained[0].name} in points. The losses are distances of different kinds: "
+        f"only their courses can be compared (tvd and tvd++ follow forward KL for {WARM:.0%} of the steps, then their loss jumps).",
+        table(trained).markdown(),
+        "\n".join(f"- {verdict}" for verdict in verdicts(trained)),
+        f"![loss by step]({picture})",
+        f"| | settings | steps |\n|---|---|---|\n{how}",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def draw(trained: Sequence[Trained], file: Path) -> None:
+    """The loss of each, by step: as it was, and smoothed."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5 * len(trained), 3.2))
+        for axis, one in zip(figure.subplots(1, len(trained), squeeze=False)[0], trained, strict=True):
+            axis.plot(one.losses, color=OTHERS, linewidth=0.6)
+            axis.plot(smooth(list(one.losses)), color=LIVING)
+            axis.set(title=one.name, xlabel="step", ylabel="its loss")
+            axis.grid()
+        figure.tight_layout(w_pad=2)
+        figure.savefig(file, dpi=DPI)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("trained", type=Path, nargs="+", metavar="FOLDER", help="the first is what the others are compared with")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="for the page and its picture")
+    given = parser.parse_args(arguments)
+    try:
+        trained = [read(folder) for folder in given.trained]
+    except OutriderError as error:
+        parser.error(str(error))
+    given.folder.mkdir(parents=True, exist_ok=True)
+    draw(trained, given.folder / "aligned.png")
+    (given.folder / "aligned.md").write_text(page(trained, "aligned.png"), "utf-8")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table(trained).terminal())
+    for verdict in verdicts(trained):
+        console.print(verdict)
+    console.print(given.folder / "aligned.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""`python -m experiments.same_tree`: tokens per step of each head where every step verifies as many rows, whatever they cost.
+
+The living schedule verifies as many rows as make it fastest, fewer where a head makes its rows dear: so what it reaches says as much of
+the machine as of the head. Papers measure where a step of many rows takes as long as one of one. Here only tokens are counted, and no
+pseudo row is left out for its price: on any machine the same.
+"""
+
+import argparse
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from actors.compose import build_head, finisher
+from bench.core.options import RESULTS
+from bench.core.prompts import Prompt, held_out
+from bench.methods.study import HEADS, LEARNING, NEW_TOKENS, TEMPERATURES
+from bench.reports.grid import Grid
+from runtime import config
+from runtime.config import HeadConfig
+from runtime.messages import Request, Stats
+from runtime.models.choose import choose
+from runtime.models.hf import HFModel
+from runtime.models.load import load_model, load_tokenizer
+from runtime.sampling import Sampling
+from runtime.schedulers.fixed import Fixed
+from runtime.target.engine import Engine
+from runtime.target.target import Target
+
+ROWS = (4, 8, 16)  # verified in a step, beside the root
+FILE = "same-tree.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Tokens per step of one head, once it has learned what its guesses are worth."""
+
+    head: str
+    temperature: float
+    rows: int
+    tokens: int
+    steps: int
+
+    @property
+    def tokens_per_step(self) -> float:
+        return self.tokens / self.steps
+
+
+async def written(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling) -> list[Stats]:
+    """The figures of each text, one after the other."""
+    target, found = Target(engine, finisher(load_tokenizer(config.shipped("target")), frozenset())), []
+    target.start()
+    try:
+        for number, prompt in enumerate(prompts):
+            async for chunk in target.generate(Request(str(number), tuple(prompt.tokens), sampling)):
+                found += [chunk.stats] if chunk.stats else []
+    finally:
+        await target.stop()
+    return found
+
+
+def counted(model: HFModel, name: str, temperature: float, rows: int, prompts: Sequence[Prompt]) -> Counted:
+    """The clock stands: heads that take long are asked all the same."""
+    head = build_head(HeadConfig(method=name), model, load_tokenizer(config.shipped("target")))
+    engine = Engine(model, choose, Fixed(rows), frozenset(), lambda: 0.0, heads={name: head})
+    sampling = Sampling(temperature=temperature, seed=1, max_tokens=NEW_TOKENS, ignore_eos=True)
+    stats = asyncio.run(written(engine, prompts, sampling))[LEARNING:]
+    return Counted(name, temperature, rows, sum(one.completion_tokens for one in stats), sum(one.rounds for one in stats))
+
+
+def grid(all_: Sequence[Counted]) -> Grid:
+    """A line for each head and temperature, a column for each number of rows."""
+    by = {(one.temperature, one.head, one.rows): f"{one.tokens_per_step:.2f}" for one in all_}
+    lines = dict.fromkeys((one.temperature, one.head) for one in all_)
+    cells = tuple((f"{at:g}", head, *(by.get((at, head, rows), "-") for rows in ROWS)) for at, head in lines)
+    return Grid("tokens per step", ("temperature", "head", *(f"{rows} rows" for rows in ROWS)), cells, words=("head",))
+
+
+def page(all_: Sequence[Counted], prompts: int) -> str:
+    return (
+        "# Heads with the same tree\n\n"
+        f"Tokens per step where every step verifies so many rows beside the root, on the target that ships, alone; {prompts} held-out "
+        f"prompts, {NEW_TOKENS} new tokens of each (`python -m experiments.same_tree`). Only counted: the figures are the same on a slower "
+        "machine. What comes of it where each row has its price is in [methods.md](methods.md).\n\n" + grid(all_).markdown() + "\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=20, help="prompts")
+    parser.add_argument("--folder", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    shipped = config.shipped("target")
+    model = load_model(shipped, "float32", "cpu", 1)
+    prompts = held_out(load_tokenizer(shipped), LEARNING + arguments.count, 2)
+    console, cases = Console(), [(at, rows, head) for at in TEMPERATURES for rows in ROWS for head in HEADS]
+    found = [counted(model, head, at, rows, prompts) for at, rows, head in track(cases, "heads with the same tree", console=console)]
+    found.sort(key=lambda one: (one.temperature, HEADS.index(one.head), one.rows))
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    (arguments.folder / FILE).write_text(page(found, arguments.count), "utf-8")
+    console.print(grid(found).terminal())
+    console.print(arguments.folder / FILE)
+
+
+if __name__ == "__main__":
+    main()
