@@ -4,13 +4,14 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 import grpc
 
 from actors.credentials import channel
 from actors.grpc_edge import DRAFTER_SILENCE_MS, HANDSHAKE_S, TARGET_SILENCE_MS, client_options, closing, error_of, reason
+from actors.reply_budget import ReplyBudget
 from actors.together import together
 from protos import bundle, codec
 from protos.handshake import Hello, mismatch
@@ -20,18 +21,19 @@ from runtime.messages import Chunk, Draft, Event, Reply, Request
 
 logger = logging.getLogger(__name__)
 
-STRIKES, STRIKE_S = 3, 60.0  # so many malformed replies within so many seconds end the link
+STRIKES, STRIKE_S = 3, 60.0  # so many messages that break the protocol within so many seconds end the link
 
 
 class GrpcLink:
     """A drafter in another process (a runtime.links.DraftLink). One connection for each call of `speculate`.
 
-    counters  what had no effect, by reason: `malformed` and `unknown` replies, `unsent` events that the wire cannot carry
+    counters  what had no effect, by reason: `malformed` and `unknown` replies, `surplus` messages beyond the budget of
+              actors.reply_budget, which are not decoded, `unsent` events that the wire cannot carry
     peer      what the drafter said of itself, after the handshake
 
     A stop or cut of the drafter raises LinkLost within two seconds, a kill at once, `handshake_s` seconds of
-    silence at the start too. Three malformed replies within a minute raise LinkLost, on this connection or a later one; the link is
-    `shut` then.
+    silence at the start too. Malformed replies and surplus messages are strikes: three of them within a
+    minute raise LinkLost, on this connection or a later one; the link is `shut` then.
     """
 
     def __init__(
@@ -70,11 +72,12 @@ class GrpcLink:
             call = connection.stream_stream(f"/{codec.DRAFTING}/Speculate")()
             ended = asyncio.Event()
             forwarding: asyncio.Task[None] | None = None
+            budget = ReplyBudget()
             try:
                 await self._greet(call)
-                forwarding = asyncio.create_task(self._forward(call, events, ended))
+                forwarding = asyncio.create_task(self._forward(call, events, ended, budget))
                 while (data := await call.read()) is not grpc.aio.EOF:
-                    replies = self._replies(data)
+                    replies = self._replies(data, budget)
                     for reply in replies:
                         if not isinstance(reply, codec.Bye):
                             yield reply
@@ -111,11 +114,11 @@ class GrpcLink:
         if (why := mismatch(self.hello, self.peer)) is not None:
             raise self._lost(f"FAILED_PRECONDITION: {why}")
 
-    async def _forward(self, call: Any, events: AsyncIterator[Event], ended: asyncio.Event) -> None:
+    async def _forward(self, call: Any, events: AsyncIterator[Event], ended: asyncio.Event, budget: ReplyBudget) -> None:
         try:
             async with closing(together(events)) as waiting:
                 async for some in waiting:
-                    for data in bundle.to_drafter(self._encoded(some)):
+                    for data in bundle.to_drafter(self._encoded(some, budget)):
                         await call.write(data)
             ended.set()
             await call.done_writing()
@@ -125,34 +128,46 @@ class GrpcLink:
             call.cancel()  # wakes the reader
             raise
 
-    def _encoded(self, events: Iterable[Event]) -> list[bytes]:
+    def _encoded(self, events: Iterable[Event], budget: ReplyBudget) -> list[bytes]:
         found = []
         for event in events:
             try:
                 found.append(codec.encode_event(event))
             except InvalidRequest as error:  # one session does without this drafter, the others keep it
                 self._count("unsent", str(error))
+            else:
+                budget.grant(event)
         return found
 
-    def _replies(self, data: bytes) -> list[Reply | codec.Bye]:
+    def _replies(self, data: bytes, budget: ReplyBudget) -> list[Reply | codec.Bye]:
         """Without what has no effect. Raises LinkLost at the last strike."""
-        try:
-            frames = bundle.frames_from_drafter(data)
-        except InvalidRequest as error:
-            self._strike(str(error))
-            return []
         found = []
-        for frame in frames:
+        for frame in self._frames(data, budget):
             try:
                 reply = self._known(codec.decode_reply(frame, self.hello.drafter))
             except InvalidRequest as error:
-                self._strike(str(error))
+                self._strike("malformed", str(error))
                 continue
             if reply is None:
                 self._count("unknown", "reply of an unknown kind")
             else:
                 found.append(reply)
         return found
+
+    def _frames(self, data: bytes, budget: ReplyBudget) -> Sequence[bytes]:
+        """The frames of a message that is within the budget; of another one none. Raises LinkLost at the last strike."""
+        if len(data) > budget.size:
+            self._strike("surplus", f"{len(data)} bytes where {budget.size} are left until the next event")
+            return ()
+        try:
+            frames = bundle.frames_from_drafter(data)
+        except InvalidRequest as error:
+            self._strike("malformed", str(error))
+            return ()
+        if not budget.spend(max(1, len(frames)), len(data)):
+            self._strike("surplus", f"{len(frames)} frames where {budget.frames} are left until the next event")
+            return ()
+        return frames
 
     def _known(self, reply: Reply | codec.Bye | None) -> Reply | codec.Bye | None:
         """Raises InvalidRequest for a token that there is not."""
@@ -162,11 +177,11 @@ class GrpcLink:
                 raise InvalidRequest(f"token {strange[0]} of a vocabulary of {self._tokens}")
         return reply
 
-    def _strike(self, why: str) -> None:
-        self._count("malformed", why)
+    def _strike(self, what: str, why: str) -> None:
+        self._count(what, why)
         self._strikes.append(self._now())
         if self._struck_out():
-            raise self._lost(f"quarantined after {STRIKES} malformed replies, the last: {why}")
+            raise self._lost(f"quarantined after {STRIKES} strikes, the last: {what}: {why}")
 
     def _struck_out(self) -> bool:
         return len(self._strikes) == STRIKES and self._strikes[-1] - self._strikes[0] <= STRIKE_S

@@ -8,7 +8,7 @@ import pytest
 
 from runtime.choice import choose
 from runtime.errors import InvalidRequest
-from runtime.messages import Chunk, Event, Open, Request, Share, Style
+from runtime.messages import Chunk, Commit, Event, Open, Request, Resync, Share, Style
 from runtime.models.base import Part
 from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
@@ -269,6 +269,32 @@ def test_a_drafter_that_brings_nothing_rests_and_is_tried_again() -> None:
     assert [event for event in events if isinstance(event, Share)] == [Share("s", 0, 0), Share("s", 0, 1)]
     assert isinstance(events[0], Open)
     assert events[0].share == Share("s", 0, 1)
+
+
+def test_a_resting_drafter_that_asks_for_the_text_gets_it_when_its_rest_is_over() -> None:
+    """Once, however often it asks: until then it has no use for it."""
+    events: list[Event] = []
+    engine = engine_of(ToyModel(24, memory=3, context=4000))
+    at = Desk(engine)
+
+    def asks(event: Event) -> None:
+        events.append(event)
+        engine.inbox.put(ReplyReceived(Resync("s", "mute"), 0.0))
+
+    at.admit(asking(PROMPT, max_tokens=TRIAL + REST + 10))
+    while engine.drafter_manager.utility.resting != {"mute"}:
+        if not events:
+            engine.handle(Join("mute", events.append))
+        at.engine.advance()
+    engine.drafter_manager.sends["mute"] = asks
+    while at.engine.live:
+        engine.take_in(0.0)
+        at.engine.advance()
+    opened = [event for event in events if isinstance(event, Open)]
+    assert [event.share.of for event in opened[:2]] == [1, 1]
+    assert len(opened[1].tokens) == len(PROMPT) + TRIAL + REST
+    place = events.index(opened[1])
+    assert all(isinstance(event, Commit | Share) and event != Share("s", 0, 1) for event in events[1:place])
 
 
 def test_a_new_policy_holds_from_the_next_step_and_its_style_for_new_sessions() -> None:

@@ -173,7 +173,7 @@ def test_three_malformed_replies_in_a_minute_are_the_end() -> None:
         async with raw_drafter(lambda context: greeted(context, BAD, BAD, BAD, GOOD)) as address:
             link = GrpcLink(address, HELLO)
             why = await lost(link)
-        assert "quarantined after 3 malformed replies" in why
+        assert "quarantined after 3 strikes, the last: malformed" in why
         assert "scores" in why
         assert link.counters == {"malformed": 3}
 

@@ -62,18 +62,26 @@ class DrafterManager:
             send(session.open(self.share(session.id, name)))
 
     def open_again(self, live: RequestState, name: str) -> None:
-        """Once for each commit at most: a drafter that asks again and again would have the whole text sent each time."""
+        """Once for each commit at most: a drafter that asks again and again would have the whole text sent
+        each time. One that rests has no use for the text yet: it gets it when its rest is over."""
         session = live.session
-        if name in self.listeners(session) and name not in live.reopened:
+        if name not in self.listeners(session):
+            return
+        if name in self.utility.resting:
+            live.lost.add(name)
+        elif name not in live.reopened:
             live.reopened.add(name)
             self.sends[name](session.open(self.share(session.id, name)))
 
     def share_out(self, sessions: Iterable[RequestState], joined: str = "") -> None:
-        """Tell every drafter its part of every session; the one that has joined learns the whole text."""
+        """Tell every drafter its part of every session. The one that has joined learns the whole text, and
+        so does one that lost it while it rested."""
         for live in sessions:
             for name, send in self.listeners(live.session).items():
                 share = self.share(live.session.id, name)
-                send(live.session.open(share) if name == joined else share)
+                anew = name == joined or (share.of > 0 and name in live.lost)
+                live.lost -= {name} if anew else set()
+                send(live.session.open(share) if anew else share)
 
     def share(self, session: str, name: str) -> Share:
         active = self.utility.active(self.sends)

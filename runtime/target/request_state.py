@@ -54,6 +54,7 @@ class RequestState:
     reach: dict[str, int] = field(default_factory=dict)  # length of the longest text that each drafter has guessed
     answered: set[str] = field(default_factory=set)  # drafters that have guessed what follows the last commit
     reopened: set[str] = field(default_factory=set)  # drafters that were told the whole text since the last commit
+    lost: set[str] = field(default_factory=set)  # drafters that have asked for the text while they rested
     sprouts: list[Draft] = field(default_factory=list)  # what heads guess from the root, to be offered before the next step
     accepted: Counter[str] = field(default_factory=Counter)  # delivered tokens by the drafter that guessed them
 
