@@ -59,6 +59,20 @@ def test_what_is_not_is_refused_and_never_more_than_json_allows(text: str) -> No
     assert found == 400 or found == json.loads(text)
 
 
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.text('a:"\\', max_size=2), values), max_size=5))
+def test_a_key_stands_once_in_an_object(pairs: list[tuple[str, Any]]) -> None:
+    inner = ",".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in pairs)
+    found = status_or(lambda: parse(f'{{"inside": [{{{inner}}}]}}'.encode()))
+    assert found == ({"inside": [dict(pairs)]} if len(dict(pairs)) == len(pairs) else 400)
+
+
+@pytest.mark.parametrize("text", [",", "[", "]", "{", "}", ":", "9", '"', "\\", '\\"', '"\\', '"a:[', "\\\\,"])
+def test_what_stands_in_a_string_counts_as_one_value(text: str) -> None:
+    value = {"a": text * 300_000, text: ["x", {text: text}]}
+    assert parse(json.dumps(value).encode()) == value
+
+
 @settings(max_examples=40)
 @given(st.dictionaries(st.text(), values, max_size=6), st.sampled_from(["/v1/completions", "/v1/chat/completions"]), st.booleans())
 def test_any_object_is_a_body_or_refused(value: dict[str, Any], url: str, strict: bool) -> None:

@@ -1,19 +1,20 @@
-"""From a request to a JSON object, with every bound held before there is anything of the size that it bounds."""
+"""Reads a request's body and parses it, and bounds both."""
 
 import asyncio
-import json
 import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from itertools import chain
 from typing import Any
+
+from pydantic_core import from_json
 
 from actors.gateway.errors import Refused
 from runtime import limits
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
-# Strings in one piece, so that nothing inside them is looked at; then all that nests, separates or is long. Possessive: no backtracking.
-TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|["\[\]{},]|[-+.0-9eE]{2,}+', re.DOTALL)
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+OPENERS = (b",", b"[", b"{")  # of an item each
+LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (limits.JSON_NUMBER + 1))
 
 
 class ClientGone(Exception):
@@ -59,69 +60,60 @@ def is_json(content_type: str) -> bool:
 
 
 def parse(body: bytes) -> dict[str, Any]:
-    """The object that the body says. Raises Refused: invalid_json, or too_complex before anything is built."""
+    """Returns the object that the body says. Raises Refused: invalid_json, too_complex.
+
+    Values and digits are counted before anything is built.
+    """
+    bare = without_strings(body)
+    if sum(map(bare.count, OPENERS)) > limits.JSON_TOTAL:
+        raise too_complex(f"there are more than {limits.JSON_TOTAL} values")
+    if LONG_NUMBER.search(bare):
+        raise too_complex(f"a number has more than {limits.JSON_NUMBER} digits")
     try:
-        text = body.decode()
-    except UnicodeDecodeError as error:
-        raise invalid(f"it is not UTF-8 at byte {error.start}") from error
-    check(text)
-    try:
-        value = json.loads(text, object_pairs_hook=distinct, parse_constant=no_constant)
-        if SURROGATE.search(text):
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise invalid("half of a surrogate pair stands alone") from error
-    except json.JSONDecodeError as error:
-        raise invalid(f"{error.msg} at character {error.pos}") from error
+        value = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        if str(error).startswith("recursion limit"):
+            raise too_deep() from error
+        raise invalid(str(error)) from error
     if not isinstance(value, dict):
         raise invalid("it is not an object")
+    if count_members(value) != bare.count(b":"):
+        raise invalid("a key stands twice in one object")
     return value
 
 
-def check(text: str) -> None:
-    """Raises Refused for what nests too deep, holds too much or has too long a number. What follows an error of syntax counts too."""
-    counts: list[int] = []  # commas in each array or object that is open
-    total = 0
-    for token in TOKEN.finditer(text):
-        first = text[token.start()]
-        if first == '"':
-            if token.end() - token.start() == 1:
-                raise invalid("a string does not end")
-        elif first in "[{":
-            total += 1
-            counts.append(1)
-            if len(counts) > limits.JSON_DEPTH:
-                raise too_complex(f"more than {limits.JSON_DEPTH} arrays and objects are inside each other")
-        elif first in "]}":
-            if not counts:
-                raise invalid(f"what is closed at character {token.start()} was never opened")
-            counts.pop()
-        elif first == ",":
-            total += 1
-            if counts:
-                counts[-1] += 1
-                if counts[-1] > limits.JSON_ITEMS:
-                    raise too_complex(f"an array or object has more than {limits.JSON_ITEMS} items")
-        elif token.end() - token.start() > limits.JSON_NUMBER:
-            raise too_complex(f"a number has more than {limits.JSON_NUMBER} digits")
-        if total > limits.JSON_TOTAL:
-            raise too_complex(f"there are more than {limits.JSON_TOTAL} values")
+def without_strings(body: bytes) -> bytes:
+    """Returns what stands outside of strings. Raises Refused (too_complex) for too many strings."""
+    plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    if plain.count(b'"') > 4 * limits.JSON_TOTAL:  # each value may be a string, and have a key
+        raise too_complex(f"there are more than {2 * limits.JSON_TOTAL} strings")
+    return b"".join(plain.split(b'"')[::2])
 
 
-def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise invalid("a key stands twice in one object")
-    return found
-
-
-def no_constant(name: str) -> None:
-    raise invalid(f"{name} is no JSON number")
+def count_members(value: dict[str, Any]) -> int:
+    """Returns how many keys there are, of all objects. Raises Refused (too_complex)."""
+    level: list[Any] = [value]  # the arrays and objects of one depth
+    members = depth = 0
+    while level:
+        depth += 1
+        if depth > limits.JSON_DEPTH:
+            raise too_deep()
+        if max(map(len, level)) > limits.JSON_ITEMS:
+            raise too_complex(f"an array or object has more than {limits.JSON_ITEMS} items")
+        objects = [found for found in level if isinstance(found, dict)]
+        members += sum(map(len, objects))
+        items = chain.from_iterable(found.values() if isinstance(found, dict) else found for found in level)
+        level = [item for item in items if isinstance(item, dict | list)]
+    return members
 
 
 def invalid(why: str) -> Refused:
-    return Refused(400, "invalid_json", f"the body is not JSON as it must be: {why}")
+    return Refused(400, "invalid_json", f"the body is invalid JSON: {why}")
 
 
 def too_complex(why: str) -> Refused:
     return Refused(400, "too_complex", f"the body is too complex: {why}")
+
+
+def too_deep() -> Refused:
+    return too_complex(f"more than {limits.JSON_DEPTH} arrays and objects are inside each other")
