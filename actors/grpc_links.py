@@ -177,11 +177,19 @@ class GrpcLink:
                 raise InvalidRequest(f"token {strange[0]} of a vocabulary of {self._tokens}")
         return reply
 
+    def strike(self, why: str) -> bool:
+        """Count a reply that no honest drafter sends, noticed where it was used. True from the last strike on: the caller
+        ends the link then."""
+        return self._struck("malformed", why)
+
     def _strike(self, what: str, why: str) -> None:
+        if self._struck(what, why):
+            raise self._lost(f"quarantined after {STRIKES} strikes, the last: {what}: {why}")
+
+    def _struck(self, what: str, why: str) -> bool:
         self._count(what, why)
         self._strikes.append(self._now())
-        if self._struck_out():
-            raise self._lost(f"quarantined after {STRIKES} strikes, the last: {what}: {why}")
+        return self._struck_out()
 
     def _struck_out(self) -> bool:
         return len(self._strikes) == STRIKES and self._strikes[-1] - self._strikes[0] <= STRIKE_S

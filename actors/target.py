@@ -121,7 +121,7 @@ async def exchange(target: Target, leaving: list[str], links: dict[str, GrpcLink
     for name in leaving:
         await target.detach(name)
     for name, link in links.items():
-        target.attach(name, link)
+        target.attach(name, link, link.strike)
 
 
 async def stop(target: Target, server: grpc.aio.Server) -> None:

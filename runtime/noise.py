@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime.tree import mix64
+from runtime.node_names import mix64
 
 Array = Any  # numpy array or torch tensor: whatever `xp` computes on
 

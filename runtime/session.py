@@ -10,7 +10,8 @@ import numpy.typing as npt
 from runtime import beside, limits
 from runtime.calibration import Band
 from runtime.messages import AS_IT_LIKES, Commit, Draft, Key, Open, Request, Share, Style
-from runtime.tree import TokenTree, text_key
+from runtime.node_names import text_key
+from runtime.tree import TokenTree
 from runtime.verify import Verdict
 
 Probabilities = npt.NDArray[np.float64]
@@ -25,7 +26,8 @@ class Session:
     """The committed tokens of one request and the target's mirror of its token tree.
 
     `drafted` counts the nodes that were merged, `ignored` those that changed nothing, by reason: `late` where their parent is a text
-    that was decided to go on meanwhile, `stale` where it is none that was decided.
+    that was decided to go on meanwhile, `stale` where it is none that was decided, `collision` where the drafter has given their name
+    to another node.
     """
 
     def __init__(self, request: Request, vocabulary: int, context: int, band: Band, style: Style = AS_IT_LIKES) -> None:
@@ -65,13 +67,14 @@ class Session:
         merged = self.tree.merge(parents[valid], tokens[valid], said[valid], drafter, self.band.of(drafter).scores)
         if merged.shared and (scores := beside.scores(self.band, self.tree, merged.shared)):
             self.tree.rescore(scores)
-        late = sum(map(set(self.passed).__contains__, parents[valid].tolist())) if merged.stale else 0
+        late = sum(map(set(self.passed).__contains__, parents[valid][merged.stale].tolist())) if merged.stale else 0
         dropped = {
             "invalid": int((~valid).sum()),
             "late": late,
-            "stale": merged.stale - late,
+            "stale": len(merged.stale) - late,
             "repeated": merged.repeated,
             "full": merged.full,
+            "collision": merged.collisions,
         }
         for reason, count in dropped.items():
             if count:

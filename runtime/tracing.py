@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from runtime.messages import Commit, Draft, Key, Round
-from runtime.tree import mix64
+from runtime.node_names import mix64
 
 TARGET, WIRE = "target", "wire"  # every other lane is a drafter's
 COMPUTE, WAIT, BOOKKEEPING, PREFILL = "compute", "wait", "bookkeeping", "prefill"

@@ -1,13 +1,11 @@
-"""The token tree: guesses that continue the committed tokens, with nodes named by the text that ends in them.
+"""The token tree: guesses that continue the committed tokens.
 
-    key(text)  = fold of mix64 over its token ids
-    key(child) = mix64(key(parent), token id)
-
-so equal guesses of different drafters are one node, and a name stays valid when the root moves.
+A node is its parent and its token, so equal guesses of different drafters are one node. Drafters refer to nodes by the names
+of runtime.node_names, and each has names of its own here: what one of them sends cannot change what another one means.
 """
 
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
@@ -15,53 +13,26 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-MASK = (1 << 64) - 1
-EMPTY_TEXT = 0x9E3779B97F4A7C15
-STEP, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+from runtime.node_names import Ints, Keys, child_key, child_keys, text_key
 
-Keys = npt.NDArray[np.uint64]
-Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Estimate = Callable[[Ints, Floats], Floats]  # ranks and what was said of nodes -> their scores
-
-
-def mix64(key: int, token: int) -> int:
-    """The name of the text `key` continued by `token` (finaliser of SplitMix64, Steele et al. 2014)."""
-    x = (key + (token + 1) * STEP) & MASK
-    x = ((x ^ (x >> 30)) * FIRST) & MASK
-    x = ((x ^ (x >> 27)) * SECOND) & MASK
-    return x ^ (x >> 31)
-
-
-def mix64_all(keys: Keys, tokens: Ints) -> Keys:
-    """mix64 of each pair."""
-    x = keys + (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(STEP)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(FIRST)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(SECOND)
-    names: Keys = x ^ (x >> np.uint64(31))
-    return names
-
-
-def text_key(tokens: Iterable[int], start: int = EMPTY_TEXT) -> int:
-    """The name of a whole text, or of the text named `start` continued by `tokens`."""
-    key = start
-    for token in tokens:
-        key = mix64(key, token)
-    return key
 
 
 @dataclass(frozen=True, slots=True)
 class Merged:
     """What became of nodes that were offered. `rows`: places of those that are new, in order.
 
-    stale: their parent is not there; repeated: they were there; full: beyond the limit of nodes or depth.
+    stale: rows whose parent this drafter has not guessed; repeated: they were there; full: beyond the limit of nodes or depth;
+    collisions: named as another node that the same drafter has guessed, which no honest drafter sends.
     shared: the nodes whose children more than one has guessed now, as far as these have changed that.
     """
 
     rows: list[int]
-    stale: int
+    stale: list[int]
     repeated: int
     full: int
+    collisions: int
     shared: list[int]
 
 
@@ -77,23 +48,25 @@ class TokenTree:
     """Parallel arrays in order of arrival: a parent always stands before its children. Index 0 is the root.
 
     drafter[i] names who guessed node i first, rank[i] as which of its own guesses for that place, said[i] is the log of its estimate that
-    the target takes the node once it is at i's parent; `echoes` has, by name, the nodes that others have guessed since. score[i] is the
+    the target takes the node once it is at i's parent; `echoes` has, by node, those who have guessed it since. score[i] is the
     log of what is believed; path[i] is the sum of scores from the root, aside[i] the part of it by the turns[i] nodes on the way that
     were not the best of their siblings when they were scored; fanout[i] is the number of i's children; expanded[i] tells whether somebody
-    was asked for its children.
+    was asked for its children. `below` has the nodes by parent and token; `named`, for each drafter, the root and the nodes that it has
+    guessed, by name.
     """
 
     __slots__ = (
         "aside",
+        "below",
         "depth",
         "drafter",
         "echoes",
         "expanded",
         "fanout",
-        "index",
         "key",
         "max_depth",
         "max_nodes",
+        "named",
         "parent",
         "path",
         "rank",
@@ -116,20 +89,22 @@ class TokenTree:
         self.aside, self.turns = array("d", [0.0]), array("q", [0])
         self.drafter = [""]
         self.echoes: dict[int, list[Voice]] = {}
-        self.index = {root_key: 0}
+        self.below: dict[tuple[int, int], int] = {}
+        self.named: dict[str, dict[int, int]] = {}
 
     def __len__(self) -> int:
         """Number of nodes, the root included."""
         return len(self.key)
 
     def add(self, parent: int, token: int, score: float, said: float | None = None, drafter: str = "") -> int | None:
-        """The new node's index; None where it is there already, or beyond the limit of nodes or depth.
+        """The new node's index; None where it is there already, its name is taken, or it is beyond the limit of nodes or depth.
 
         `said` is `score` before calibration; without it they are the same. The rank is the place among all siblings: for a tree that one
         grows alone.
         """
-        node, key = len(self.key), mix64(self.key[parent], token)
-        if key in self.index or node > self.max_nodes or self.depth[parent] >= self.max_depth:
+        node, key, mine = len(self.key), child_key(self.key[parent], token), self._names_of(drafter)
+        taken = (parent, token) in self.below or key in mine
+        if taken or node > self.max_nodes or self.depth[parent] >= self.max_depth:
             return None
         turned = self.best_below(parent) >= score
         self.key.append(key)
@@ -146,25 +121,32 @@ class TokenTree:
         self.fanout.append(0)
         self.expanded.append(False)
         self.drafter.append(drafter)
-        self.index[key] = node
+        self.below[parent, token] = mine[key] = node
         return node
 
     def merge(self, parents: Keys, tokens: Ints, said: Floats, drafter: str, estimate: Estimate) -> Merged:
         """Add many nodes (n,) that one has guessed, given by the names of their parents, in their order: as by `add` for each, with its
         rank among its own guesses for that place, and estimate(rank, said) for score. Of nodes that others had guessed it is kept who
         echoes them; scores are left to `rescore`."""
-        names = mix64_all(parents, tokens)
-        index, depth, fanout, old, size = self.index, self.depth, self.fanout, len(self.key), len(self.key)
-        stale = repeated = full = 0
-        rows, placed, ranks = [], [], []
+        names = child_keys(parents, tokens)
+        mine, below, depth, fanout, old, size = self._names_of(drafter), self.below, self.depth, self.fanout, len(self.key), len(self.key)
+        repeated = full = collisions = 0
+        rows, placed, ranks, stale = list[int](), list[int](), list[int](), list[int]()
         counts: dict[int, int] = {}  # of a node's children, those that this one has guessed
         best: dict[int, float] = {}  # the highest score of a child of before
         others: set[int] = set()  # nodes of which somebody else had guessed a child
         shared: dict[int, None] = {}
-        for row, (above, name) in enumerate(zip(parents.tolist(), names.tolist(), strict=True)):
-            parent = index.get(above)
+        for row, (above, token, name) in enumerate(zip(parents.tolist(), tokens.tolist(), names.tolist(), strict=True)):
+            parent = mine.get(above)
             if parent is None:
-                stale += 1
+                stale.append(row)
+                continue
+            twin = below.get((parent, token))
+            if (known := mine.get(name)) is not None:
+                if known == twin:
+                    repeated += 1
+                else:
+                    collisions += 1
                 continue
             if parent not in counts and (parent >= old or not fanout[parent]):
                 counts[parent] = 0
@@ -173,23 +155,22 @@ class TokenTree:
                 counts[parent], best[parent] = heard.count(drafter), self.best_below(parent)
                 if counts[parent] < len(heard):
                     others.add(parent)
-            if (known := index.get(name)) is not None:
+            if twin is not None:
                 repeated += 1
-                if known >= old or drafter in self.names(known):
-                    continue
-                self.echoes.setdefault(name, []).append(Voice(drafter, counts[parent], float(said[row])))
-            elif size > self.max_nodes or (below := depth[parent] + 1) > self.max_depth:
+                mine[name] = twin
+                self.echoes.setdefault(twin, []).append(Voice(drafter, counts[parent], float(said[row])))
+            elif size > self.max_nodes or (deep := depth[parent] + 1) > self.max_depth:
                 full += 1
                 continue
             else:
-                index[name] = size
+                below[parent, token] = mine[name] = size
                 size += 1
                 rows.append(row)
                 placed.append(parent)
                 ranks.append(counts[parent])
                 fanout[parent] += 1
                 fanout.append(0)
-                depth.append(below)
+                depth.append(deep)
             counts[parent] += 1
             if parent in others:
                 shared[parent] = None
@@ -212,16 +193,19 @@ class TokenTree:
                 turns.append(turns[parent] + 1 if turned else turns[parent])
                 if not turned:
                     best[parent] = score
-        return Merged(rows, stale, repeated, full, list(shared))
+        return Merged(rows, stale, repeated, full, collisions, list(shared))
+
+    def _names_of(self, drafter: str) -> dict[int, int]:
+        return self.named.setdefault(drafter, {self.key[0]: 0})
 
     def names(self, node: int) -> list[str]:
         """All who have guessed it, the first of them first."""
-        return [self.drafter[node], *(voice.drafter for voice in self.echoes.get(self.key[node], ()))]
+        return [self.drafter[node], *(voice.drafter for voice in self.echoes.get(node, ()))]
 
     def voices(self, node: int) -> list[Voice]:
         """The same, with what they said."""
         first = Voice(self.drafter[node], self.rank[node], self.said[node])
-        return [first, *self.echoes.get(self.key[node], ())]
+        return [first, *self.echoes.get(node, ())]
 
     def rescore(self, scores: Mapping[int, float]) -> None:
         """Believe something else of these nodes. All turns are judged anew."""
@@ -247,7 +231,7 @@ class TokenTree:
 
     def child(self, node: int, token: int) -> int | None:
         """The child of `node` with this token; None where there is none."""
-        return self.index.get(mix64(self.key[node], token))
+        return self.below.get((node, token))
 
     def children(self, node: int) -> list[int]:
         """In order of arrival."""
@@ -291,7 +275,7 @@ class TokenTree:
             return
         kept = self._below(root)
         depth, path, aside, turns = self.depth[root], self.path[root], self.aside[root], self.turns[root]
-        place = np.zeros(len(self), dtype=np.int64)  # new index by old
+        place = np.full(len(self), -1)  # new index by old; -1 where there is none
         place[kept] = np.arange(len(kept))
         for name in ("key", "token", "depth", "rank", "fanout", "expanded", "said", "score", "path", "aside", "turns"):
             old = getattr(self, name)
@@ -303,8 +287,19 @@ class TokenTree:
         np.frombuffer(self.turns, dtype=np.int64)[:] -= turns
         self.drafter = [self.drafter[node] for node in kept.tolist()]
         self.parent[0], self.rank[0], self.said[0], self.score[0], self.drafter[0] = -1, 0, 0.0, 0.0, ""
-        self.index = dict(zip(self.key.tolist(), range(len(kept)), strict=True))
-        self.echoes = {name: voices for name, voices in self.echoes.items() if name in self.index}
+        self.echoes = {moved: voices for node, voices in self.echoes.items() if (moved := int(place[node])) > 0}
+        self._look_up_anew()
+
+    def _look_up_anew(self) -> None:
+        """Make `below` and `named` again from what they stand for."""
+        names, root = self.key.tolist(), self.key[0]
+        self.below = dict(zip(zip(self.parent.tolist()[1:], self.token.tolist()[1:], strict=True), range(1, len(names)), strict=True))
+        self.named = {drafter: {root: 0} for drafter in set(self.drafter[1:])}
+        for node, drafter in enumerate(self.drafter[1:], start=1):
+            self.named[drafter][names[node]] = node
+        for node, voices in self.echoes.items():
+            for voice in voices:
+                self._names_of(voice.drafter)[names[node]] = node
 
     def _below(self, root: int) -> Ints:
         """Indices of `root` and all below it, in order. By pointer doubling: after n rounds every node has looked 2^n ancestors up."""

@@ -15,7 +15,7 @@ from actors.grpc_links import GrpcLink
 from actors.grpc_server import DraftingService, serve
 from runtime.links import DraftLink
 from runtime.messages import Close, Commit, Draft, Event, Reply, Share
-from runtime.tree import mix64, text_key
+from runtime.node_names import child_key, text_key
 from tests.fakes import HELLO, HOST, Feed, opening
 
 PATIENCE_S = 30.0  # seconds: a wait that takes so long is a fault. A silent peer would not be missed in 45 without keepalive.
@@ -93,7 +93,7 @@ class LinkContract(ABC):
                 known = {text_key(opened.tokens)}
                 for parent, token in zip(draft.parents.tolist(), draft.tokens.tolist(), strict=True):
                     assert parent in known
-                    known.add(mix64(parent, token))
+                    known.add(child_key(parent, token))
                 assert draft.epoch == 7
                 assert len(known) == len(draft.tokens) + 1 == len(draft.scores) + 1
                 assert len(known) > 1

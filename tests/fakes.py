@@ -12,8 +12,8 @@ from actors.grpc_server import DraftingService, serve
 from protos import codec
 from protos.handshake import Hello
 from runtime.messages import Chunk, Commit, Draft, Event, Open, Reply, Request, Resync, Share
+from runtime.node_names import child_key, text_key
 from runtime.sampling import Sampling
-from runtime.tree import mix64, text_key
 
 DRAFTER = "scripted"
 HELLO = Hello("0123abcd", "big", DRAFTER)  # the target's
@@ -52,7 +52,7 @@ def chain(session: str, epoch: int, root: int, nodes: int = 4, drafter: str = DR
     """A branch of tokens 0, 1, 2, ... below the text named `root`."""
     keys = [root]
     for token in range(nodes - 1):
-        keys.append(mix64(keys[-1], token))
+        keys.append(child_key(keys[-1], token))
     scores = np.full(nodes, -0.5, np.float32)
     return Draft(session, epoch, drafter, np.array(keys, np.uint64), np.arange(nodes, dtype=np.int32), scores)
 

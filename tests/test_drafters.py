@@ -26,9 +26,10 @@ from runtime.messages import Commit, Draft, Open, Reply, Share
 from runtime.models.base import Part
 from runtime.models.choose import candidates
 from runtime.models.toy import ToyModel
+from runtime.node_names import text_key
 from runtime.sampling import Sampling
 from runtime.schedulers.fixed import Fixed
-from runtime.tree import TokenTree, text_key
+from runtime.tree import TokenTree
 from tests import masks
 from tests.rig import Lockstep, answer, asking, engine_of, hosted, plain, running
 

@@ -15,8 +15,8 @@ from runtime.drafters.model import ModelDrafter
 from runtime.links import DraftLink
 from runtime.messages import AS_IT_LIKES, Close, Commit, Draft, Event, Open, Reply, Resync, Share, Style
 from runtime.models.toy import ToyModel
+from runtime.node_names import text_key
 from runtime.sampling import Sampling
-from runtime.tree import text_key
 from tests.contracts import LinkContract
 from tests.rig import Known, children, hosted
 

@@ -13,7 +13,7 @@ from runtime.draft.draft_engine import GrowthDropped
 from runtime.drafters.base import Children, ExpandRequest, Text
 from runtime.errors import InvalidRequest
 from runtime.messages import Draft, Event, Resync
-from runtime.tree import text_key
+from runtime.node_names import text_key
 from tests.contracts import PATIENCE_S, draft_for, soon
 from tests.fakes import Feed, opening
 from tests.rig import Known, Mute, hosted

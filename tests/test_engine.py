@@ -15,10 +15,10 @@ from runtime.drafters.ngram import Ngram
 from runtime.drafters.noisy import Noisy
 from runtime.messages import Chunk, Close, Commit, Draft, Event, Open, Reply, Request, Resync, Share
 from runtime.models.toy import ToyModel
+from runtime.node_names import text_key
 from runtime.sampling import Sampling
 from runtime.target.commands import Join, Leave, ReplyReceived
 from runtime.target.request_state import AddRequest
-from runtime.tree import text_key
 from tests.rig import NOBODY, Known, Lockstep, Mute, Output, asking, continued, engine_of, lettering, output, plain
 
 PROMPT = (3, 1, 4, 1, 5)

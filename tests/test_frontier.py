@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from runtime.draft.frontier import Frontier, allot
 from runtime.messages import Share
-from runtime.tree import TokenTree, mix64
+from runtime.node_names import mix64
+from runtime.tree import TokenTree
 
 DEEP, LOW = 100, -100.0
 SCORES = st.floats(-3.0, 0.0)

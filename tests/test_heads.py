@@ -28,6 +28,7 @@ from runtime.models.hf import HFModel
 from runtime.models.llama import fits
 from runtime.models.toy import ToyModel
 from runtime.models.trained import write_trained
+from runtime.node_names import text_key
 from runtime.schedulers.base import Plan, View
 from runtime.schedulers.fixed import Fixed
 from runtime.scoring.drafter_utility import REST, TRIAL
@@ -35,7 +36,7 @@ from runtime.session import Session
 from runtime.target.commands import SetScheduler
 from runtime.target.engine import Engine
 from runtime.target.head_runner import draft_of, likely_ends
-from runtime.tree import TokenTree, text_key
+from runtime.tree import TokenTree
 from tests.families import FAMILIES, VOCABULARY, hf_model
 from tests.rig import NOBODY, Known, Lockstep, Mute, asking, continued, output, plain
 from tests.test_drafters import holds

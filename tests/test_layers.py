@@ -17,7 +17,20 @@ SOURCES = [file for file in FILES if "_pb2" not in file]
 
 # A file of runtime/ belongs to the first layer that has a pattern for it, and may use its own layer and those before.
 LAYERS = (
-    ("*__init__", "errors", "messages", "tree", "clock", "limits", "sampling", "shares", "reports", "tracing", "chrome_trace"),
+    (
+        "*__init__",
+        "errors",
+        "messages",
+        "node_names",
+        "tree",
+        "clock",
+        "limits",
+        "sampling",
+        "shares",
+        "reports",
+        "tracing",
+        "chrome_trace",
+    ),
     ("noise", "verify", "target/stop_checker", "choice", "calibration", "beside", "draft/frontier", "links", "*/base"),
     (
         "session",

@@ -20,8 +20,8 @@ from runtime import limits
 from runtime.errors import LinkLost, Overloaded
 from runtime.links import DraftLink
 from runtime.messages import Draft, Event, Open, Reply
+from runtime.node_names import text_key
 from runtime.sampling import Sampling
-from runtime.tree import text_key
 from tests.contracts import PATIENCE_S, LinkContract, draft_for, in_process, over_grpc, soon
 from tests.fakes import DRAFTER, HELLO, HOST, Feed, ScriptedDrafter, chain, opening, raw_drafter
 

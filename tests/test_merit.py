@@ -3,9 +3,10 @@
 import numpy as np
 
 from runtime.metrics import Ledger
+from runtime.node_names import text_key
 from runtime.scoring.drafter_utility import REST, TRIAL, DrafterUtility
 from runtime.target.drafter_manager import DrafterManager
-from runtime.tree import TokenTree, text_key
+from runtime.tree import TokenTree
 
 
 def after(utility: DrafterUtility, commits: int, guessed: list[str]) -> list[int]:

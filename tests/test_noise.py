@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import noise
-from runtime.tree import mix64
+from runtime.node_names import mix64
 
 MASK = (1 << 64) - 1
 EXTREMES = np.array([0, 1, -1, 2**63 - 1, -(2**63), 1 << 12, 1 << 62, ~(1 << 12), 12345678901234567], dtype=np.int64)

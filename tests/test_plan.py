@@ -13,6 +13,7 @@ from actors import cli
 from runtime.config import ScheduleConfig
 from runtime.drafters.base import ExpandRequest, Text
 from runtime.models.base import Part, Rows, causal
+from runtime.node_names import mix64, text_key
 from runtime.sampling import Sampling
 from runtime.schedulers.fixed import Fixed
 from runtime.schedulers.sync import Sync
@@ -22,7 +23,7 @@ from runtime.sim.measured import Measured
 from runtime.sim.pair import Guesser, NamingModel, following
 from runtime.sim.world import linear
 from runtime.target.request_state import RequestState
-from runtime.tree import TokenTree, mix64, text_key
+from runtime.tree import TokenTree
 
 T, SMALL_T = 0.03, 0.002
 RATES = {1: 0.75, 2: 0.85, 4: 0.90, 8: 0.93}

@@ -23,8 +23,8 @@ from runtime.drafters.model import ModelDrafter
 from runtime.errors import LinkLost
 from runtime.messages import AS_IT_LIKES, Commit, Draft, Event, Reply, Resync
 from runtime.models.toy import ToyModel
+from runtime.node_names import text_key
 from runtime.schedulers.fixed import Fixed
-from runtime.tree import text_key
 from tests.contracts import PATIENCE_S, over_grpc, soon
 from tests.fakes import DRAFTER, HELLO, HOST, Feed, chain, opening, raw_drafter
 from tests.rig import answer, asking, attached, hosted, plain, running
@@ -83,7 +83,7 @@ def test_a_target_does_not_call_a_drafter_in_quarantine() -> None:
         links: ClassVar[dict[str, GrpcLink]] = {}
         drafters = ()
 
-        def attach(self, name: str, link: GrpcLink) -> None:
+        def attach(self, name: str, link: GrpcLink, _: Any) -> None:
             self.links[name] = link
 
     class Network:

@@ -28,8 +28,9 @@ from runtime.messages import Commit, Draft, Open, Reply, Share
 from runtime.models.adapter import LowRank, linears, merge, pairs
 from runtime.models.choose import choose
 from runtime.models.load import load_model
+from runtime.node_names import mix64, text_key
 from runtime.sampling import Sampling
-from runtime.tree import TokenTree, mix64, text_key
+from runtime.tree import TokenTree
 from tests.masks import LAYERS, MASKS, drafter, ingredients, tiny
 from tests.rig import Lockstep, asking, children, engine_of, plain
 from training import s3d as training

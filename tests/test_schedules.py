@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.messages import Round, Style
+from runtime.node_names import text_key
 from runtime.schedulers.amusd import Amusd
 from runtime.schedulers.base import Scheduler, View
 from runtime.schedulers.pearl import Pearl, gamma
 from runtime.schedulers.plain import Plain
 from runtime.schedulers.sync import Sync
 from runtime.schedulers.turns import PATIENCE
-from runtime.tree import TokenTree, text_key
+from runtime.tree import TokenTree
 
 RIGHT, WRONG = 1, 100
 TICK = 1e-6  # of the clock
@@ -67,7 +68,8 @@ class Drafter:
     def grow(self) -> bool:
         """The end of a pass; True where something new came of it. Leaves that have died meanwhile give nothing."""
         grown, now = False, self.ends
-        for leaf in [self.tree.index[key] for key in self.leaves if key in self.tree.index]:
+        alive = {key: node for node, key in enumerate(self.tree.key)}
+        for leaf in [alive[key] for key in self.leaves if key in alive]:
             path = self.tree.tokens_to(leaf)
             rank = self.ranks(self.committed + len(path)) if set(path) <= {RIGHT} else None
             for branch in range(self.style.branches if now < self.silent else 0):

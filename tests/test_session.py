@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from runtime import limits
 from runtime.calibration import Band
 from runtime.messages import Commit, Draft, Request, Share
+from runtime.node_names import mix64, text_key
 from runtime.sampling import Sampling
 from runtime.session import Session
-from runtime.tree import mix64, text_key
 from runtime.verify import Verdict
 from tests.rig import score_of
 

@@ -15,8 +15,9 @@ from runtime.heads.base import Seen
 from runtime.heads.token_recycling import KEPT, NODES, TokenRecycling, shape
 from runtime.models.base import Shown
 from runtime.models.toy import ToyModel
+from runtime.node_names import text_key
 from runtime.sampling import Sampling
-from runtime.tree import TokenTree, text_key
+from runtime.tree import TokenTree
 from tests.rig import Lockstep, asking, plain
 from tests.test_heads import headed
 

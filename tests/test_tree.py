@@ -1,13 +1,17 @@
 """The token tree against a dictionary of paths, through any sequence of growth and re-roots."""
 
 import math
+from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from runtime.tree import EMPTY_TEXT, MASK, TokenTree, mix64, text_key
+from runtime import node_names
+from runtime.node_names import EMPTY_TEXT, MASK, child_key, mix64, text_key
+from runtime.tree import TokenTree
 
 TEXT = (3, 1, 4)
 MAX_NODES, MAX_DEPTH = 12, 4
@@ -17,30 +21,46 @@ Path = tuple[int, ...]
 
 class TreeMachine(RuleBasedStateMachine):
     """`paths` is the oracle: the score and whether it is expanded, of every path below the root, in order of arrival; `voices` who has
-    guessed it, each as which of its guesses there and with what it said."""
+    guessed it, each as which of its guesses there and with what it said; `named` what each of them means by a name."""
+
+    bits = 64  # of names
 
     def __init__(self) -> None:
         super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(node_names, "NAME_MASK", (1 << self.bits) - 1)
         self.text = list(TEXT)
         self.tree = TokenTree(text_key(TEXT), TEXT[-1], MAX_NODES, MAX_DEPTH)
         self.paths: dict[Path, tuple[float, bool]] = {}
         self.voices: dict[Path, list[tuple[str, int, float]]] = {}
+        self.named: dict[str, dict[int, Path]] = {}
         self.root_expanded = False
 
+    def teardown(self) -> None:
+        self.patch.undo()
+
     def node(self, path: Path) -> int:
-        """Found by name, as everyone outside does."""
-        return self.tree.index[text_key([*self.text, *path])]
+        found = self.tree.descend(path)
+        assert found is not None
+        return found
+
+    def name(self, path: Path) -> int:
+        return text_key([*self.text, *path])
+
+    def names_of(self, drafter: str) -> dict[int, Path]:
+        return self.named.setdefault(drafter, {self.name(()): ()})
 
     @rule(data=st.data(), token=TOKENS, score=st.floats(-9.0, 0.0))
     def add(self, data: st.DataObject, token: int, score: float) -> None:
         parent: Path = data.draw(st.sampled_from([(), *self.paths]))
-        path = (*parent, token)
-        fits = path not in self.paths and len(self.paths) < MAX_NODES and len(path) <= MAX_DEPTH
+        path, drafter = (*parent, token), f"d{token}"
+        mine, name = self.names_of(drafter), self.name(path)
+        fits = path not in self.paths and name not in mine and len(self.paths) < MAX_NODES and len(path) <= MAX_DEPTH
         rank = self.tree.fanout[self.node(parent)]
-        added = self.tree.add(self.node(parent), token, score, drafter=f"d{token}")
+        added = self.tree.add(self.node(parent), token, score, drafter=drafter)
         assert added == (len(self.tree) - 1 if fits else None)
         if fits:
-            self.paths[path], self.voices[path] = (score, False), [(f"d{token}", rank, score)]
+            self.paths[path], self.voices[path], mine[name] = (score, False), [(drafter, rank, score)], path
 
     def heard(self, parent: Path, drafter: str) -> int:
         """How many children it has guessed there."""
@@ -50,31 +70,42 @@ class TreeMachine(RuleBasedStateMachine):
     @rule(paths=st.lists(st.lists(TOKENS, min_size=1, max_size=MAX_DEPTH).map(tuple), max_size=8), drafter=st.sampled_from(["d0", "many"]))
     def merge(self, paths: list[Path], drafter: str) -> None:
         """A draft by name, each node twice; where a parent is not there, or there is no room, its children are none either. What others
-        have guessed is echoed and keeps its score."""
+        have guessed is echoed and keeps its score. A name stands for the first that its drafter has called so."""
         nodes = sorted({path[:n] for path in paths for n in range(1, len(path) + 1)}, key=len)
         offered = [*nodes, *nodes]
-        above = np.array([text_key([*self.text, *path[:-1]]) for path in offered], dtype=np.uint64)
+        above = np.array([self.name(path[:-1]) for path in offered], dtype=np.uint64)
         tokens, said = np.array([path[-1] for path in offered], dtype=np.int64), np.full(len(offered), -2.0)
-        expected: list[int] = []
-        shared: set[Path] = set()
-        for row, path in enumerate(offered):
-            fits = path not in self.paths and len(self.paths) < MAX_NODES and len(path) <= MAX_DEPTH
-            if fits and (len(path) == 1 or path[:-1] in self.paths):
-                expected.append(row)
-                self.voices[path] = [(drafter, self.heard(path[:-1], drafter), -2.0)]
-                self.paths[path] = (-2.0, False)
-            elif path in self.paths and all(name != drafter for name, _, _ in self.voices[path]):
-                self.voices[path].append((drafter, self.heard(path[:-1], drafter), -2.0))
-            else:
+        mine, new, shared, lost = self.names_of(drafter), list[int](), set[Path](), Counter[str]()
+        for row, (parent_name, token) in enumerate(zip(above.tolist(), tokens.tolist(), strict=True)):
+            name = child_key(parent_name, token)
+            if parent_name not in mine:
+                lost["stale"] += 1
                 continue
-            names = {name for sibling, voices in self.voices.items() if sibling[:-1] == path[:-1] for name, _, _ in voices}
+            path = (*mine[parent_name], token)
+            if name in mine:
+                lost["repeated" if mine[name] == path else "collisions"] += 1
+                continue
+            voice = (drafter, self.heard(path[:-1], drafter), -2.0)
+            if path in self.paths:
+                lost["repeated"] += 1
+                self.voices[path].append(voice)
+            elif len(self.paths) < MAX_NODES and len(path) <= MAX_DEPTH:
+                new.append(row)
+                self.paths[path], self.voices[path] = (-2.0, False), [voice]
+            else:
+                lost["full"] += 1
+                continue
+            mine[name] = path
+            names = {who for sibling, voices in self.voices.items() if sibling[:-1] == path[:-1] for who, _, _ in voices}
             if len(names) > 1:
                 shared.add(path[:-1])
         merged = self.tree.merge(above, tokens, said, drafter, lambda ranks, said: said)
-        assert merged.rows == expected
+        assert merged.rows == new
         assert {tuple(self.tree.tokens_to(parent)) for parent in merged.shared} == shared
         assert len(merged.shared) == len(shared)
-        assert len(expected) + merged.stale + merged.repeated + merged.full == len(offered)
+        assert (len(merged.stale), merged.repeated) == (lost["stale"], lost["repeated"])
+        assert (merged.full, merged.collisions) == (lost["full"], lost["collisions"])
+        assert not merged.collisions or self.bits < 64
 
     @rule(data=st.data(), score=st.floats(-9.0, 0.0))
     def rescore(self, data: st.DataObject, score: float) -> None:
@@ -104,6 +135,10 @@ class TreeMachine(RuleBasedStateMachine):
         self.text.extend(tokens)
         self.paths = survivors
         self.voices = {path: self.voices[(*tokens, *path)] for path in survivors}
+        self.named = {who: {self.name(()): ()} for voices in self.voices.values() for who, _, _ in voices}
+        for path, voices in self.voices.items():
+            for who, _, _ in voices:
+                self.named[who][self.name(path)] = path
         assert {path: self.tree.rank[self.node(path)] for path in survivors} == ranks
         assert self.tree.key[0] == text_key(self.text)
         assert self.tree.token[0] == self.text[-1]
@@ -118,7 +153,7 @@ class TreeMachine(RuleBasedStateMachine):
         for path, node in found.items():
             score, expanded = self.paths[path]
             assert tree.descend(path) == node
-            assert tree.index[text_key([*self.text, *path])] == node
+            assert tree.key[node] == self.name(path)
             assert 0 <= tree.parent[node] < node
             assert tree.depth[node] == len(path) <= MAX_DEPTH
             assert (tree.score[node], tree.expanded[node]) == (score, expanded)
@@ -128,8 +163,9 @@ class TreeMachine(RuleBasedStateMachine):
             turned = tree.turns[node] - tree.turns[tree.parent[node]]
             assert turned in (0, 1)
             assert math.isclose(tree.aside[node] - tree.aside[tree.parent[node]], turned * score, abs_tol=1e-9)
-        assert len(tree.index) == len(tree)
-        assert tree.echoes.keys() <= tree.index.keys()
+        for who in tree.named.keys() | self.named.keys():
+            meant = {name: tuple(tree.tokens_to(node)) for name, node in tree.named.get(who, {}).items() if node}
+            assert meant == {name: path for name, path in self.named.get(who, {}).items() if path}, who
         for node in range(len(tree)):
             below = {path[-1]: child for path, child in found.items() if tree.parent[child] == node}
             assert tree.children(node) == sorted(below.values())
@@ -157,8 +193,16 @@ class TreeMachine(RuleBasedStateMachine):
             assert np.array_equal(self.tree.visible(nodes), np.array(expected, dtype=bool).reshape(len(nodes), len(nodes)))
 
 
+class ShortNames(TreeMachine):
+    """Where most trees hold two texts of one name."""
+
+    bits = 5
+
+
 TestTree = TreeMachine.TestCase
 TestTree.settings = settings(max_examples=40, stateful_step_count=25)
+TestTreeOfShortNames = ShortNames.TestCase
+TestTreeOfShortNames.settings = settings(max_examples=80, stateful_step_count=25)
 
 
 def test_a_name_is_that_of_the_whole_text() -> None:

@@ -22,9 +22,10 @@ from runtime.draft.frontier import Frontier, allot
 from runtime.drafters.base import Children, Drafter, ExpandRequest, Text
 from runtime.errors import OutriderError
 from runtime.messages import Close, Commit, Draft, Event, Open, Reply, Resync, Share
+from runtime.node_names import text_key
 from runtime.reports import DrafterReport
 from runtime.tracing import LEAD, OFF, REROOT, STEP, Trace
-from runtime.tree import TokenTree, text_key
+from runtime.tree import TokenTree
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from runtime.kv.base import KVCache
 from runtime.kv.prefixes import Prefixes
 from runtime.models.base import Logits, Model, Part, Rows
 from runtime.models.choose import candidates_all
-from runtime.tree import EMPTY_TEXT, TokenTree, mix64, text_key
+from runtime.node_names import EMPTY_TEXT, child_key, text_key
+from runtime.tree import TokenTree
 
 BRANCHES = 4  # children of a leaf
 CHUNK = 512  # tokens of texts that are read in one pass, of all sessions together
@@ -159,13 +160,14 @@ def settle(kept: Kept, text: Text, again: bool) -> None:
         kept.prefix, kept.key = wanted, text_key(text.tokens[:wanted])
     reach, key, path = kept.prefix, kept.key, []
     for token in islice(text.tokens, reach, wanted):
-        below = mix64(key, token)
+        below = child_key(key, token)
         if below not in kept.slots:
             break
         path.append(kept.slots[below])
         key, reach = below, reach + 1
     alive = key == tree.key[0]
-    survivors = {name: slot for name, slot in kept.slots.items() if name in tree.index and name != key} if alive else {}
+    names = set(tree.key[1:]) if alive else set()
+    survivors = {name: slot for name, slot in kept.slots.items() if name in names}
     kept.cache.keep(kept.prefix, [*path, *survivors.values()])
     kept.slots = dict(zip(survivors, range(reach, reach + len(survivors)), strict=True))
     kept.prefix, kept.key = reach, key

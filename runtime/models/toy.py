@@ -5,6 +5,7 @@ it computes in integers first, so that the number of rows in a pass changes noth
 """
 
 from collections.abc import Sequence
+from functools import reduce
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from runtime.errors import InvalidRequest
 from runtime.kv.base import KVCache
 from runtime.models.base import Part, Rows
-from runtime.tree import text_key
+from runtime.node_names import EMPTY_TEXT, mix64
 
 
 class ToyCache:
@@ -107,5 +108,5 @@ class ToyModel:
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """(vocabulary,) of the text `tokens`."""
-        generator = np.random.default_rng(text_key(tokens[-self.memory :]))
+        generator = np.random.default_rng(reduce(mix64, tokens[-self.memory :], EMPTY_TEXT))
         return (self.sharpness * generator.standard_normal(self.vocabulary)).astype(np.float32)

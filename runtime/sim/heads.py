@@ -10,9 +10,9 @@ from runtime.drafters.base import Text
 from runtime.heads.base import NOTHING, Growth, Seen
 from runtime.levels import ways
 from runtime.models.base import Look
+from runtime.node_names import child_key, text_key
 from runtime.sim.guesses import Place
 from runtime.sim.pair import VOCABULARY, following
-from runtime.tree import mix64, text_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class ReplayedHead:
             right = following(key)
             tokens[place] = [right if guess == rank else (right + 1 + guess) % VOCABULARY for guess in range(most)]
             said[place, : len(scores)] = scores
-            key = mix64(key, right)
+            key = child_key(key, right)
         return ways(tokens, said)
 
     def close(self, session: str) -> None:

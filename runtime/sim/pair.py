@@ -10,8 +10,8 @@ from runtime.choice import Ask
 from runtime.drafters.base import Children, ExpandRequest, Text
 from runtime.kv.base import KVCache
 from runtime.models.base import Part, Rows
+from runtime.node_names import EMPTY_TEXT, mix64, text_key
 from runtime.sim.guesses import Guesses, Place
-from runtime.tree import EMPTY_TEXT, mix64, text_key
 
 VOCABULARY = 64
 CONTEXT = 1 << 40

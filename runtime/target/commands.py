@@ -8,6 +8,12 @@ from runtime.schedulers.base import Scheduler
 from runtime.target.request_state import AddRequest
 
 Send = Callable[[Event], None]
+Strike = Callable[[str], object]  # counts a message that no honest drafter sends against its sender; says what is wrong with it
+
+
+def forgive(why: str) -> bool:
+    """A Strike that counts nothing and never ends the link: a drafter in this very process is trusted as far as that."""
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +33,7 @@ class Cancel:
 class Join:
     drafter: str
     send: Send
+    strike: Strike = forgive
 
 
 @dataclass(frozen=True, slots=True)

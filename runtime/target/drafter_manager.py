@@ -6,7 +6,7 @@ from runtime.messages import Draft, Event, Share
 from runtime.metrics import Ledger
 from runtime.scoring.drafter_utility import DrafterUtility
 from runtime.session import Session
-from runtime.target.commands import Send
+from runtime.target.commands import Send, Strike, forgive
 from runtime.target.request_state import RequestState
 from runtime.tree import TokenTree
 
@@ -19,17 +19,18 @@ class DrafterManager:
 
     def __init__(self, ledger: Ledger, heads: Collection[str] = ()) -> None:
         self.sends: dict[str, Send] = {}
+        self.strikes: dict[str, Strike] = {}
         self.utility = DrafterUtility()
         self.ledger, self.heads = ledger, heads
 
-    def join(self, name: str, send: Send, sessions: Iterable[RequestState]) -> None:
-        self.sends[name] = send
+    def join(self, name: str, send: Send, sessions: Iterable[RequestState], strike: Strike = forgive) -> None:
+        self.sends[name], self.strikes[name] = send, strike
         self.share_out(sessions, joined=name)
 
     def leave(self, name: str, send: Send, sessions: Iterable[RequestState]) -> None:
         """Who has joined under the same name since then stays."""
         if self.sends.get(name) is send:
-            del self.sends[name]
+            del self.sends[name], self.strikes[name]
             self.utility.forget(name)
             self.share_out(sessions)
 
@@ -88,17 +89,20 @@ class DrafterManager:
         return Share(session, active.index(name), len(active)) if name in active else Share(session, 0, 0)
 
     def heard(self, live: RequestState | None, name: str, drafts: Sequence[Draft]) -> int:
-        """Offer growth to its session; returns how many nodes were new. None is where nobody asked for it."""
+        """Offer growth to its session; returns how many nodes were new. None is where nobody asked for it. A drafter that has given one
+        name to two texts gets a strike: who does not look for such texts never meets them."""
         guesses = self.ledger.guesses[name]
         if live is None or not live.session.request.speculation or name in self.utility.resting:
             guesses.stale += sum(len(draft.tokens) for draft in drafts)
             return 0
         ignored = live.session.ignored
-        late, stale = ignored["late"], ignored["stale"]
+        late, stale, collisions = ignored["late"], ignored["stale"], ignored["collision"]
         new = live.session.offer(*drafts)
         guesses.proposed += new
         guesses.late += ignored["late"] - late
         guesses.stale += ignored["stale"] - stale
+        if ignored["collision"] > collisions and name in self.strikes:
+            self.strikes[name]("two texts of one name")
         if new:
             live.reached(name, new)
         return new

@@ -164,8 +164,8 @@ class Engine:
                 self.begin()
             case Cancel(session=name):
                 self.drop(name, "cancelled")
-            case Join(drafter=name, send=send):
-                self.drafter_manager.join(name, send, self.live.values())
+            case Join(drafter=name, send=send, strike=strike):
+                self.drafter_manager.join(name, send, self.live.values(), strike)
             case Leave(drafter=name, send=send):
                 self.drafter_manager.leave(name, send, self.live.values())
             case SetScheduler(scheduler=scheduler, heads=heads):

@@ -14,11 +14,12 @@ from runtime.heads.base import Growth, Head, Seen
 from runtime.messages import Draft
 from runtime.metrics import Ledger
 from runtime.models.base import Look, Model, Open, Part, Shown
+from runtime.node_names import child_key
 from runtime.session import Session
 from runtime.target.chunked_prefill import FAILURES
 from runtime.target.request_state import RequestState
 from runtime.target.verifier import Decision
-from runtime.tree import TokenTree, mix64
+from runtime.tree import TokenTree
 
 RIDDEN = 4  # rows beside which pseudo rows ride where their price is measured
 MOST = 16  # of a session's step, at most: those at which the target most likely stops
@@ -151,7 +152,7 @@ def draft_of(session: Session, growth: Growth, name: str) -> Draft:
     for parent, token in zip(growth.parents.tolist(), growth.tokens.tolist(), strict=True):
         if not 0 <= parent < len(keys):
             raise ValueError(f"parent {parent} of node {len(keys)}: give 0 or a node before it")
-        keys.append(mix64(keys[parent], token))
+        keys.append(child_key(keys[parent], token))
     parents = np.array(keys, dtype=np.uint64)[growth.parents]
     return Draft(session.id, session.epoch, name, parents, growth.tokens.astype(np.int32), growth.scores.astype(np.float32))
 

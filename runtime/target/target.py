@@ -16,7 +16,7 @@ from runtime.messages import Chunk, Event, Request, Tokens
 from runtime.reports import TargetReport
 from runtime.sampling import Constraint, Sampling, whole
 from runtime.schedulers.base import Scheduler
-from runtime.target.commands import Cancel, Join, Leave, ReplyReceived, SetScheduler, Stop
+from runtime.target.commands import Cancel, Join, Leave, ReplyReceived, SetScheduler, Stop, forgive
 from runtime.target.engine import Engine
 from runtime.target.request_state import AddRequest
 from runtime.target.stop_checker import StopChecker
@@ -183,10 +183,14 @@ class Target:
         """From now on, with these heads (None: all that there are); sessions under way keep the style in which their drafters grow."""
         self.engine.inbox.put(SetScheduler(scheduler, heads))
 
-    def attach(self, name: str, link: DraftLink) -> None:
-        """Let this drafter guess for all sessions, those under way included. A link that ends is detached and counted."""
+    def attach(self, name: str, link: DraftLink, struck: Callable[[str], bool] = forgive) -> None:
+        """Let this drafter guess for all sessions, those under way included. A link that ends is detached and counted.
+
+        `struck` hears, on the event loop, what was wrong with a message that no honest drafter sends. Where it returns True
+        the link ends.
+        """
         if name not in self._links:
-            self._links[name] = self._loop.create_task(self._follow(name, link))
+            self._links[name] = self._loop.create_task(self._follow(name, link, struck))
 
     async def detach(self, name: str) -> None:
         """Go on without this drafter; no error where it is not attached."""
@@ -200,15 +204,23 @@ class Target:
         """Names of those attached now."""
         return tuple(self._links)
 
-    async def _follow(self, name: str, link: DraftLink) -> None:
+    async def _follow(self, name: str, link: DraftLink, struck: Callable[[str], bool]) -> None:
         waiting: asyncio.Queue[Event] = asyncio.Queue(EVENTS_WAITING)
         this = asyncio.current_task()
 
         def push(event: Event) -> None:
             if not waiting.full():
                 waiting.put_nowait(event)
-            elif this is not None and not this.cancelling():
-                log.warning("drafter %s lost: it has not taken its last %d events", name, EVENTS_WAITING)
+            else:
+                end(f"it has not taken its last {EVENTS_WAITING} events")
+
+        def count(why: str) -> None:
+            if struck(why):
+                end(f"in quarantine, since it sends what no drafter may; the last was {why}")
+
+        def end(why: str) -> None:
+            if this is not None and not this.cancelling():
+                log.warning("drafter %s lost: %s", name, why)
                 this.cancel()
 
         async def events() -> AsyncIterator[Event]:
@@ -218,8 +230,11 @@ class Target:
         def send(event: Event) -> None:
             self._loop.call_soon_threadsafe(push, event)
 
+        def strike(why: str) -> None:
+            self._loop.call_soon_threadsafe(count, why)
+
         replies = link.speculate(events())
-        self.engine.inbox.put(Join(name, send))
+        self.engine.inbox.put(Join(name, send, strike))
         try:
             async for reply in replies:
                 while self.engine.inbox.qsize() > HEARD_WAITING:  # noqa: ASYNC110 - the engine's thread sets no event here

@@ -13,11 +13,12 @@ from runtime.heads.base import Head, Seen
 from runtime.messages import Tokens
 from runtime.models.base import Part, causal
 from runtime.models.hf import HFModel
+from runtime.node_names import text_key
 from runtime.sampling import Sampling
 from runtime.sim.guesses import Place
 from runtime.sim.heads import HeadFigures, along
 from runtime.sim.measured import Position
-from runtime.tree import TokenTree, text_key
+from runtime.tree import TokenTree
 
 Answer = tuple[Sequence[int], Sequence[int]]  # prompt, and what the target said
 SILENT = -14.0  # log of the chance of what stands for no guess
