@@ -5,6 +5,7 @@ of runtime.node_names, and each has names of its own here: what one of them send
 """
 
 from array import array
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -51,7 +52,7 @@ class TokenTree:
     the target takes the node once it is at i's parent; `echoes` has, by node, those who have guessed it since. score[i] is the
     log of what is believed; path[i] is the sum of scores from the root, aside[i] the part of it by the turns[i] nodes on the way that
     were not the best of their siblings when they were scored; fanout[i] is the number of i's children; expanded[i] tells whether somebody
-    was asked for its children. `below` has the nodes by parent and token; `named`, for each drafter, the root and the nodes that it has
+    was asked for its children. `below` has the nodes by parent << 32 | token; `named`, for each drafter, the root and the nodes that it has
     guessed, by name.
     """
 
@@ -89,8 +90,8 @@ class TokenTree:
         self.aside, self.turns = array("d", [0.0]), array("q", [0])
         self.drafter = [""]
         self.echoes: dict[int, list[Voice]] = {}
-        self.below: dict[tuple[int, int], int] = {}
-        self.named: dict[str, dict[int, int]] = {}
+        self.below: dict[int, int] = {}
+        self.named = _nobody_yet(root_key)
 
     def __len__(self) -> int:
         """Number of nodes, the root included."""
@@ -102,8 +103,8 @@ class TokenTree:
         `said` is `score` before calibration; without it they are the same. The rank is the place among all siblings: for a tree that one
         grows alone.
         """
-        node, key, mine = len(self.key), child_key(self.key[parent], token), self._names_of(drafter)
-        taken = (parent, token) in self.below or key in mine
+        node, key, mine = len(self.key), child_key(self.key[parent], token), self.named[drafter]
+        taken = self.child(parent, token) is not None or key in mine
         if taken or node > self.max_nodes or self.depth[parent] >= self.max_depth:
             return None
         turned = self.best_below(parent) >= score
@@ -121,7 +122,7 @@ class TokenTree:
         self.fanout.append(0)
         self.expanded.append(False)
         self.drafter.append(drafter)
-        self.below[parent, token] = mine[key] = node
+        self.below[parent << 32 | token] = mine[key] = node
         return node
 
     def merge(self, parents: Keys, tokens: Ints, said: Floats, drafter: str, estimate: Estimate) -> Merged:
@@ -129,9 +130,10 @@ class TokenTree:
         rank among its own guesses for that place, and estimate(rank, said) for score. Of nodes that others had guessed it is kept who
         echoes them; scores are left to `rescore`."""
         names = child_keys(parents, tokens)
-        mine, below, depth, fanout, old, size = self._names_of(drafter), self.below, self.depth, self.fanout, len(self.key), len(self.key)
+        mine, alone, depth, fanout, old, size = self.named[drafter], len(self.named) == 1, self.depth, self.fanout, len(self), len(self)
+        above_of, token_of = self.parent, self.token
         repeated = full = collisions = 0
-        rows, placed, ranks, stale = list[int](), list[int](), list[int](), list[int]()
+        rows, ranks, stale = list[int](), list[int](), list[int]()
         counts: dict[int, int] = {}  # of a node's children, those that this one has guessed
         best: dict[int, float] = {}  # the highest score of a child of before
         others: set[int] = set()  # nodes of which somebody else had guessed a child
@@ -141,9 +143,8 @@ class TokenTree:
             if parent is None:
                 stale.append(row)
                 continue
-            twin = below.get((parent, token))
             if (known := mine.get(name)) is not None:
-                if known == twin:
+                if above_of[known] == parent and token_of[known] == token:
                     repeated += 1
                 else:
                     collisions += 1
@@ -155,7 +156,7 @@ class TokenTree:
                 counts[parent], best[parent] = heard.count(drafter), self.best_below(parent)
                 if counts[parent] < len(heard):
                     others.add(parent)
-            if twin is not None:
+            if not alone and (twin := self.child(parent, token)) is not None:
                 repeated += 1
                 mine[name] = twin
                 self.echoes.setdefault(twin, []).append(Voice(drafter, counts[parent], float(said[row])))
@@ -163,10 +164,11 @@ class TokenTree:
                 full += 1
                 continue
             else:
-                below[parent, token] = mine[name] = size
+                mine[name] = size
                 size += 1
                 rows.append(row)
-                placed.append(parent)
+                above_of.append(parent)
+                token_of.append(token)
                 ranks.append(counts[parent])
                 fanout[parent] += 1
                 fanout.append(0)
@@ -178,15 +180,14 @@ class TokenTree:
             new = np.array(rows)
             scores = estimate(np.array(ranks), said[new])
             self.key.frombytes(names[new].tobytes())
-            self.token.frombytes(tokens[new].tobytes())
             self.said.frombytes(said[new].tobytes())
             self.score.frombytes(scores.tobytes())
             self.expanded.frombytes(bytes(len(rows)))
-            self.parent.extend(placed)
+            self.below.update(zip(_places(self.parent[old:], self.token[old:]), range(old, size), strict=True))
             self.rank.extend(ranks)
             self.drafter += [drafter] * len(rows)
             path, aside, turns = self.path, self.aside, self.turns
-            for parent, score in zip(placed, scores.tolist(), strict=True):
+            for parent, score in zip(above_of[old:], scores.tolist(), strict=True):
                 path.append(path[parent] + score)
                 turned = best.get(parent, -inf) >= score
                 aside.append(aside[parent] + score if turned else aside[parent])
@@ -194,9 +195,6 @@ class TokenTree:
                 if not turned:
                     best[parent] = score
         return Merged(rows, stale, repeated, full, collisions, list(shared))
-
-    def _names_of(self, drafter: str) -> dict[int, int]:
-        return self.named.setdefault(drafter, {self.key[0]: 0})
 
     def names(self, node: int) -> list[str]:
         """All who have guessed it, the first of them first."""
@@ -231,7 +229,7 @@ class TokenTree:
 
     def child(self, node: int, token: int) -> int | None:
         """The child of `node` with this token; None where there is none."""
-        return self.below.get((node, token))
+        return self.below.get(node << 32 | token)
 
     def children(self, node: int) -> list[int]:
         """In order of arrival."""
@@ -287,19 +285,25 @@ class TokenTree:
         np.frombuffer(self.turns, dtype=np.int64)[:] -= turns
         self.drafter = [self.drafter[node] for node in kept.tolist()]
         self.parent[0], self.rank[0], self.said[0], self.score[0], self.drafter[0] = -1, 0, 0.0, 0.0, ""
-        self.echoes = {moved: voices for node, voices in self.echoes.items() if (moved := int(place[node])) > 0}
+        if self.echoes:
+            moved = place.tolist()
+            self.echoes = {moved[node]: voices for node, voices in self.echoes.items() if moved[node] > 0}
         self._look_up_anew()
 
     def _look_up_anew(self) -> None:
         """Make `below` and `named` again from what they stand for."""
-        names, root = self.key.tolist(), self.key[0]
-        self.below = dict(zip(zip(self.parent.tolist()[1:], self.token.tolist()[1:], strict=True), range(1, len(names)), strict=True))
-        self.named = {drafter: {root: 0} for drafter in set(self.drafter[1:])}
-        for node, drafter in enumerate(self.drafter[1:], start=1):
-            self.named[drafter][names[node]] = node
+        names = self.key.tolist()
+        self.below = dict(zip(_places(self.parent[1:], self.token[1:]), range(1, len(names)), strict=True))
+        self.named = named = _nobody_yet(names[0])
+        if len(first := set(self.drafter[1:])) == 1:
+            named[first.pop()] = dict(zip(names, range(len(names)), strict=True))
+        else:
+            for node, drafter in enumerate(self.drafter[1:], start=1):
+                named[drafter][names[node]] = node
         for node, voices in self.echoes.items():
-            for voice in voices:
-                self._names_of(voice.drafter)[names[node]] = node
+            name = names[node]
+            for drafter, _, _ in voices:
+                named[drafter][name] = node
 
     def _below(self, root: int) -> Ints:
         """Indices of `root` and all below it, in order. By pointer doubling: after n rounds every node has looked 2^n ancestors up."""
@@ -334,3 +338,14 @@ class TokenTree:
         n, size = len(nodes), (len(nodes) + 7) // 8
         packed = np.frombuffer(b"".join([line.to_bytes(size, "little") for line in lines]), dtype=np.uint8).reshape(n, size)
         return np.unpackbits(packed, axis=1, count=n, bitorder="little").view(np.bool_)
+
+
+def _nobody_yet(root_key: int) -> defaultdict[str, dict[int, int]]:
+    """What each drafter means by a name: everybody knows the root's."""
+    return defaultdict(lambda: {root_key: 0})
+
+
+def _places(parents: "array[int]", tokens: "array[int]") -> list[int]:
+    """The keys of `below`."""
+    found: list[int] = (np.frombuffer(parents, np.int64) << 32 | np.frombuffer(tokens, np.int64)).tolist()
+    return found
