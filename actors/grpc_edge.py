@@ -15,6 +15,8 @@ HANDSHAKE_S = 3.0  # a peer that has not said Hello by then is mute
 CONNECT_MS = 5000  # a connection that has not finished its TLS and HTTP/2 handshakes by then is closed
 ADDRESS = re.compile(r"\b(?:ipv4|ipv6|unix):\S*[^\s:]")  # as gRPC writes them
 SAID = 500  # characters of a peer's own words that are passed on
+TAKEN = ("outrider-taken", "1")  # initial metadata: the target holds the request from now on
+ERROR_NAME = "outrider-error"  # trailing metadata: the kind of error that the peer itself has raised
 ERROR_PARAM = "outrider-param"  # trailing metadata: which parameter an INVALID_ARGUMENT is about
 
 KEEPALIVE_MS = 500  # of silence until a peer is asked for a sign of life
@@ -79,7 +81,7 @@ async def aborting(context: Any) -> AsyncIterator[None]:
         yield
     except OutriderError as error:
         param = error.param if isinstance(error, InvalidRequest) else None
-        metadata = () if param is None else ((ERROR_PARAM, param),)
+        metadata = ((ERROR_NAME, type(error).__name__), *(() if param is None else ((ERROR_PARAM, param),)))
         await context.abort(STATUS.get(type(error), StatusCode.INTERNAL), str(error), metadata)
 
 

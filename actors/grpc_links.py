@@ -10,13 +10,23 @@ from typing import Any
 import grpc
 
 from actors.credentials import channel
-from actors.grpc_edge import DRAFTER_SILENCE_MS, HANDSHAKE_S, TARGET_SILENCE_MS, client_options, closing, error_of, reason
+from actors.grpc_edge import (
+    DRAFTER_SILENCE_MS,
+    ERROR_NAME,
+    HANDSHAKE_S,
+    TAKEN,
+    TARGET_SILENCE_MS,
+    client_options,
+    closing,
+    error_of,
+    reason,
+)
 from actors.reply_budget import ReplyBudget
 from actors.together import together
 from protos import bundle, codec
 from protos.handshake import Hello, mismatch
 from runtime.config import TlsConfig
-from runtime.errors import InvalidRequest, LinkLost, Unavailable
+from runtime.errors import InvalidRequest, LinkLost, TargetDied, Unavailable
 from runtime.messages import Chunk, Draft, Event, Reply, Request
 
 logger = logging.getLogger(__name__)
@@ -218,14 +228,18 @@ class GrpcTarget:
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
         """The output, piece by piece. Closing the iterator, or cancelling its reader, cancels the work at the target.
 
-        Raises InvalidRequest, Overloaded, PairMismatch as the target does; Unavailable where it is gone or mute.
+        Raises InvalidRequest, Overloaded, PairMismatch as the target does; TargetDied if it is lost while it holds the request;
+        Unavailable if it cannot be reached, or refuses.
         """
         call = self._generate(codec.encode_request(request))
         try:
             while (data := await call.read()) is not grpc.aio.EOF:
                 yield self._chunk(data)
         except grpc.aio.AioRpcError as error:
-            raise error_of(error, "the target") from error
+            found = error_of(error, "the target")
+            if isinstance(found, Unavailable) and await died(call, error):
+                found = TargetDied(str(found))
+            raise found from error
         finally:
             call.cancel()
 
@@ -238,3 +252,11 @@ class GrpcTarget:
     async def close(self) -> None:
         """Ends the connection and every call on it."""
         await self._channel.close()
+
+
+async def died(call: Any, error: grpc.aio.AioRpcError) -> bool:
+    """Tells whether the peer had taken the request, and has then been lost without a word."""
+    if error.code() is not grpc.StatusCode.UNAVAILABLE:
+        return False
+    spoken = any(name == ERROR_NAME for name, _ in error.trailing_metadata() or ())
+    return not spoken and TAKEN in tuple(await call.initial_metadata())

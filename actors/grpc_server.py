@@ -11,7 +11,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from actors.credentials import only, server_credentials
-from actors.grpc_edge import CALLER_SILENCE_MS, DRAFTER_SILENCE_MS, HANDSHAKE_S, aborting, closing, printable, server_options
+from actors.grpc_edge import CALLER_SILENCE_MS, DRAFTER_SILENCE_MS, HANDSHAKE_S, TAKEN, aborting, closing, printable, server_options
 from actors.together import together
 from protos import bundle, codec
 from protos.handshake import Hello, mismatch
@@ -128,6 +128,7 @@ class TargetService:
         return grpc.method_handlers_generic_handler(self.name, {"Generate": grpc.unary_stream_rpc_method_handler(method)})
 
     async def _generate(self, data: bytes, context: Any) -> None:
+        await context.send_initial_metadata((TAKEN,))
         async with aborting(context), closing(self.body.generate(codec.decode_request(data))) as chunks:
             async for chunk in chunks:
                 await context.write(codec.encode_chunk(chunk))

@@ -6,7 +6,9 @@ OutriderError
 ├── PairMismatch        choose another draft for this target
 ├── LinkLost            nothing: the runtime goes on without that drafter
 ├── Overloaded          try again later
+├── TargetsLost         change the request, or repair the cluster
 └── Unavailable         start or repair the cluster
+    └── TargetDied      nothing, as long as another target goes on
 """
 
 
@@ -38,5 +40,13 @@ class Overloaded(OutriderError):
     """A bound is reached: too many sessions, a full queue."""
 
 
+class TargetsLost(OutriderError):
+    """Targets died one after the other while they held the request. No other target is given it."""
+
+
 class Unavailable(OutriderError):
     """No cluster, no port, no target."""
+
+
+class TargetDied(Unavailable):
+    """The target was lost while it held the request, which may be the cause."""

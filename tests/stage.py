@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from actors.controller.fleet_view import TargetState
 from actors.routing.router import Router
-from runtime.errors import OutriderError, Unavailable
+from runtime.errors import OutriderError, TargetDied, Unavailable
 from runtime.messages import Chunk, Logprob, Request, Stats
 from runtime.models.detokenize import Detokenizer
 from runtime.reports import TargetReport
@@ -102,7 +102,7 @@ class Scripted:
         match self.death:
             case "killed":
                 self.refuses = Unavailable("connection refused")
-                raise Unavailable("connection reset")
+                raise TargetDied("connection reset")
             case "silent":
                 self.silent.set()
                 await asyncio.Event().wait()

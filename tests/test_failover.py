@@ -16,7 +16,7 @@ import pytest
 from actors.grpc_links import GrpcTarget
 from actors.grpc_server import TargetService, serve
 from actors.routing.router import Router
-from runtime.errors import Unavailable
+from runtime.errors import TargetDied, TargetsLost, Unavailable
 from runtime.messages import Chunk, Request
 from runtime.models.toy import ToyModel
 from runtime.sampling import Sampling
@@ -209,10 +209,47 @@ def test_a_process_that_dies_or_stops_is_left_in_time(blow: signal.Signals) -> N
         assert asyncio.run(main(process, address)) < 5.0  # about 2 s by design; a busy machine may be late
 
 
+def test_a_request_that_ends_two_processes_is_given_to_no_third() -> None:
+    async def main(addresses: list[str]) -> None:
+        async with served() as third:
+            router = Router(GrpcTarget)
+            deadly = [replace(there(f"t{number}"), address=address) for number, address in enumerate(addresses)]
+            router.update([*deadly, replace(there("t2", sessions=5), address=third.address)])
+            with pytest.raises(TargetsLost, match="2 targets died while they held this request"):
+                await all_of(router.generate(Request(DEADLY, PROMPT, FREE)))
+            assert sum(router.lost.values()) == 2
+            assert heard(await all_of(router.generate(Request("s", PROMPT, FREE)))).reason == "length"
+            await router.close()
+
+    with process_of("tests.test_failover") as (one, first), process_of("tests.test_failover") as (other, second):
+        asyncio.run(main([first, second]))
+        assert one.wait(PATIENCE_S) == other.wait(PATIENCE_S) == 1
+
+
+def test_what_a_target_says_itself_is_not_its_death() -> None:
+    async def main() -> None:
+        async with served() as drained, served() as gone:
+            await drained.body.drain()
+            await gone.server.stop(None)
+            for address in (drained.address, gone.address):
+                called = GrpcTarget(address)
+                with pytest.raises(Unavailable) as found:
+                    await all_of(called.generate(Request("s", PROMPT, FREE)))
+                assert not isinstance(found.value, TargetDied)
+                await called.close()
+
+    asyncio.run(main())
+
+
+DEADLY = "deadly"  # a session that ends its target
+
+
 class Halting:
     """Says the first token, and nothing more."""
 
     async def generate(self, request: Request) -> AsyncIterator[Chunk]:
+        if request.session == DEADLY:
+            os._exit(1)
         async with target() as body, aclosing(body.generate(request)) as chunks:
             yield await anext(chunks)
             await asyncio.Event().wait()

@@ -10,7 +10,7 @@ from actors.gateway.answers import of_chat, of_completion
 from actors.gateway.bodies import read
 from actors.gateway.translate import requests
 from runtime.config import LimitsConfig
-from runtime.errors import InvalidRequest, Overloaded, Unavailable
+from runtime.errors import InvalidRequest, Overloaded, TargetsLost, Unavailable
 from runtime.messages import Chunk, Logprob, Request, Stats
 from runtime.sampling import Constraint
 from tests.gateway import CONTEXT, MODEL, Scripted, served, serving, tokenizer
@@ -161,8 +161,9 @@ def refusing(error: Exception) -> Any:
         (InvalidRequest("the schema has no meaning", "response_format"), openai.BadRequestError, "invalid_value"),
         (Overloaded("1280 sessions are under way"), openai.InternalServerError, "overloaded"),
         (Unavailable("target at 10.0.0.1:99 is lost"), openai.InternalServerError, "unavailable"),
+        (TargetsLost("2 targets died"), openai.InternalServerError, "targets_lost"),
     ],
-    ids=["invalid", "overloaded", "unavailable"],
+    ids=["invalid", "overloaded", "unavailable", "lost"],
 )
 def test_what_a_target_refuses_is_refused_before_a_stream_begins(error: Exception, kind: Any, code: str, stream: bool) -> None:
     with serving(Scripted(refusing(error))) as gateway, gateway.openai() as client:
@@ -170,7 +171,9 @@ def test_what_a_target_refuses_is_refused_before_a_stream_begins(error: Exceptio
             client.completions.create(model=MODEL, prompt="x", n=3, stream=stream)
         assert refused.value.code == code
         assert "10.0.0.1" not in str(refused.value)
-        if kind is openai.InternalServerError:
+        if code == "targets_lost":
+            assert (refused.value.status_code, refused.value.response.headers["x-should-retry"]) == (500, "false")
+        elif kind is openai.InternalServerError:
             assert (refused.value.status_code, refused.value.response.headers["retry-after"]) == (503, "1")
         gateway.eventually(gateway.free)
 

@@ -200,8 +200,8 @@ def test_a_form_that_never_compiles_is_refused_and_other_texts_go_on(client: ope
     good: Any = {"model": MODEL, "prompt": "x", "extra_body": {"structured_outputs": {"regex": "[ab]{200}"}}}
     with client.completions.create(**good, stream=True) as events:
         text = next(iter(events)).choices[0].text
+        form = {"structured_outputs": {"json": {"allOf": strings}}, "timeout": 30}
         with pytest.raises(openai.BadRequestError, match="too complex") as bad:
-            form = {"structured_outputs": {"json": {"allOf": strings}}, "timeout": 30}
             client.completions.create(model=MODEL, prompt="x", extra_body=form)
         text += "".join(event.choices[0].text for event in events)
     assert bad.value.param == "response_format"

@@ -14,7 +14,7 @@ from actors.controller.fleet_view import Fleet, TargetState
 from actors.jobs import over_cluster
 from actors.jobs.items import Answer, Item
 from actors.jobs.over_cluster import ClusterAnswerer
-from runtime.errors import InvalidRequest, OutriderError, Overloaded, Unavailable
+from runtime.errors import InvalidRequest, OutriderError, Overloaded, TargetsLost, Unavailable
 from runtime.messages import Chunk, Request
 from tests.gateway import MODEL, Scripted, served
 
@@ -97,6 +97,11 @@ def test_what_a_target_finds_wrong_is_the_items_answer() -> None:
     found, _ = asked(failing(InvalidRequest("the schema is no schema", "response_format")), item())
     assert found.status == 400
     assert found.body["error"]["param"] == "response_format"
+
+
+def test_an_item_that_may_be_what_ends_targets_is_answered_so() -> None:
+    found, _ = asked(failing(TargetsLost("2 targets died")), item())
+    assert (found.status, found.body["error"]["code"]) == (500, "targets_lost")
 
 
 @pytest.mark.parametrize("error", [Overloaded("full"), Unavailable("gone")])

@@ -8,6 +8,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from actors.gateway.errors import refused
 from actors.jobs import folders, known
 from actors.jobs.index import Totals
 from actors.jobs.items import Answer, Item
@@ -15,7 +16,7 @@ from actors.jobs.job import opened
 from actors.jobs.lease import LEASE, Lease
 from actors.jobs.window import LONG, SHORT, Window
 from actors.jobs.work import ATTEMPTS, PATIENCE, Clock, work
-from runtime.errors import InvalidRequest, Overloaded, Unavailable
+from runtime.errors import InvalidRequest, Overloaded, TargetsLost, Unavailable
 from tests.jobs_rig import Echo, answers, batch, line, live
 
 
@@ -153,6 +154,22 @@ def test_a_fault_of_the_server_is_asked_again_and_then_believed(fault: int | str
     run(batch(tmp_path / "in.jsonl"), out, Scripted(script))
     assert tries == ATTEMPTS
     assert answers(out.read_bytes())["item-2"]["response"]["status_code"] == (500 if fault == "exception" else fault)
+
+
+def test_an_item_that_may_be_what_ends_targets_is_not_asked_again(tmp_path: Path) -> None:
+    tries = 0
+
+    async def script(echo: Scripted, item: Item) -> Answer | None:
+        nonlocal tries
+        if item.custom_id != "item-2":
+            return None
+        tries += 1
+        return Answer(500, refused(TargetsLost("2 targets died")).body())
+
+    out = tmp_path / "out.jsonl"
+    run(batch(tmp_path / "in.jsonl"), out, Scripted(script))
+    assert tries == 1
+    assert answers(out.read_bytes())["item-2"]["response"]["body"]["error"]["code"] == "targets_lost"
 
 
 def test_what_is_wrong_with_all_items_ends_the_job_and_keeps_what_there_is(tmp_path: Path) -> None:

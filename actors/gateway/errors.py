@@ -3,7 +3,7 @@
 from typing import Any
 
 from runtime import limits
-from runtime.errors import InvalidRequest, OutriderError, Overloaded
+from runtime.errors import InvalidRequest, OutriderError, Overloaded, TargetsLost
 
 TYPES = {
     401: "authentication_error",
@@ -15,6 +15,7 @@ TYPES = {
 }
 LONGEST = 400  # characters of a message: what it says beyond is nobody's to read
 RETRY_AFTER = 1  # seconds
+TARGETS_LOST = "targets_lost"  # code of a request that nobody should send again by itself
 
 
 class Refused(InvalidRequest):
@@ -39,6 +40,8 @@ class Refused(InvalidRequest):
     @property
     def headers(self) -> dict[str, str]:
         found = {"retry-after": str(self.retry_after)} if self.retry_after is not None else {}
+        if self.code == TARGETS_LOST:
+            found["x-should-retry"] = "false"  # OpenAI's clients obey it
         return found | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
 
     def body(self) -> dict[str, Any]:
@@ -57,6 +60,8 @@ def refused(error: OutriderError) -> Refused:
             return Refused(400, "invalid_value", str(error), error.param)
         case Overloaded():
             return Refused(503, "overloaded", "all places are taken: try again later", retry_after=RETRY_AFTER)
+        case TargetsLost():
+            return Refused(500, TARGETS_LOST, str(error))
         case _:  # what it says is the operator's to read, with addresses in it
             return Refused(503, "unavailable", "no target can serve the request now: try again later", retry_after=RETRY_AFTER)
 

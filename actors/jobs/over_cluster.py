@@ -18,7 +18,7 @@ from actors.jobs.items import Answer, Item
 from actors.ray_edge import known_errors
 from actors.routing.router import Router, following
 from runtime.config import Deployment
-from runtime.errors import InvalidRequest, Unavailable
+from runtime.errors import InvalidRequest, TargetsLost, Unavailable
 from runtime.messages import Request
 
 GIVEN_UP = 503  # by a target that drains or was lost for good
@@ -35,7 +35,7 @@ class ClusterAnswerer:
         name = uuid.uuid4().hex
         try:
             return Answer(200, await self._answered(item, name), name)
-        except InvalidRequest as error:
+        except (InvalidRequest, TargetsLost) as error:
             found = refused(error)
             if found.status == GIVEN_UP:
                 raise Unavailable(str(error)) from error

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 
+from actors.gateway.errors import TARGETS_LOST
 from actors.jobs.answering import Answerer
 from actors.jobs.index import Totals
 from actors.jobs.items import Answer, Item, Misfit, refusal
@@ -126,7 +127,8 @@ async def ask(answerer: Answerer, item: Item | Misfit) -> Answer:
 
 
 def outcome(attempt: Try, task: asyncio.Task[Answer]) -> Answered | Refused:
-    """What has come of a task that is over. A fault of the server, or of ours, is the item's answer when it has come ATTEMPTS times."""
+    """What has come of a task that is over. A fault of the server, or of ours, is the item's answer when it has come
+    ATTEMPTS times; at once if it may be the item that ends targets."""
     match task.exception():
         case None:
             answer = task.result()
@@ -136,6 +138,8 @@ def outcome(attempt: Try, task: asyncio.Task[Answer]) -> Answered | Refused:
             log.error("an item has failed: %s", type(error).__name__)  # what it says may quote the item
             log.debug("", exc_info=error)
             answer = Answer(500, {"error": {"message": "internal error", "type": "server_error", "param": None, "code": "internal_error"}})
-    if answer.status in FAULTS and attempt.attempts < ATTEMPTS:
+    error = answer.body.get("error")
+    hopeless = isinstance(error, dict) and error.get("code") == TARGETS_LOST
+    if answer.status in FAULTS and not hopeless and attempt.attempts < ATTEMPTS:
         return Refused(replace(attempt, attempts=attempt.attempts + 1), Unavailable(f"an item was answered {answer.status}"))
     return Answered(attempt.item, answer, attempt.attempts)

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from runtime.errors import Unavailable
+from runtime.errors import TargetDied, Unavailable
 from runtime.messages import NO_STATS, Chunk, Request, Stats, Tokens
 
 MIN_DEADLINE_S = 0.001  # that is passed on
@@ -28,6 +28,9 @@ class RoutedSession:
     guessed         for each chunk of the present target, who guessed its tokens
     stats           figures of the targets that it has left
     failed_targets  lives of targets that were lost since the last token
+    brought_tokens  the present target has
+    died_with_it    lives of targets that died while they held it and had brought no token, since
+                    the last token of another one
     excluded_until  lives that it does not ask before a time
     """
 
@@ -41,6 +44,8 @@ class RoutedSession:
     guessed: list[tuple[str, ...]] = field(default_factory=list)
     stats: list[Stats] = field(default_factory=list)
     failed_targets: set[TargetLife] = field(default_factory=set)
+    brought_tokens: bool = False
+    died_with_it: set[TargetLife] = field(default_factory=set)
     excluded_until: dict[TargetLife, float] = field(default_factory=dict)
     over: bool = False
 
@@ -76,6 +81,7 @@ class RoutedSession:
         """Returns what the next target is asked, in an epoch of its own."""
         epoch = self.fence() if self.calls else self.epoch
         self.calls += 1
+        self.brought_tokens = False
         self.position = len(self.output)
         left = None if self.request.deadline is None else max(MIN_DEADLINE_S, self.ends - now)
         return replace(self.request, committed=tuple(self.output), epoch=epoch, deadline=left)
@@ -90,10 +96,12 @@ class RoutedSession:
         self.position += len(chunk.tokens)
         if chunk.finish_reason == "cancelled":  # not by us: we would not be listening
             self.leave(chunk.stats)
-            raise Unavailable("it has ended the session")
+            raise TargetDied("it has ended the session")
         self.guessed.append(chunk.drafters)
         if chunk.tokens:
             self.failed_targets.clear()
+            self.died_with_it.clear()
+            self.brought_tokens = True
         self.over = chunk.finish_reason is not None
         if self.over and self.stats:
             return replace(chunk, stats=self.total(chunk.stats, now))

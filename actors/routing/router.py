@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 from actors.controller.fleet_view import TargetState
 from actors.routing.routed_session import RoutedSession, TargetLife
-from runtime.errors import InvalidRequest, Overloaded, Unavailable
+from runtime.errors import InvalidRequest, Overloaded, TargetDied, TargetsLost, Unavailable
 from runtime.messages import Chunk, Request
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,8 @@ GRACE_S = 2.0  # that a target gets beyond a deadline to end the session itself
 SUSPECT_S = 3.0  # for which a target that was lost is chosen after all others: until the next `update` can tell, it looks idle
 AGAIN_S = 0.5  # before a session asks a target again that has lost or refused it
 PERIOD_S = 0.5  # between two looks at who is there
-MAX_FAILED_TARGETS = 8  # targets lost one after the other without a token between: perhaps it is the session that ends them
+MAX_FAILED_TARGETS = 8  # lost or out of reach one after the other without a token between
+MAX_DEATHS = 2  # of targets that held the session and brought no token: it may be the cause
 
 Key = TypeVar("Key")
 
@@ -134,8 +135,9 @@ class Router:
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
         """The output in pieces, as of one target: the last has a finish reason and the figures of all that worked on it.
 
-        Raises InvalidRequest as the target does; Overloaded where two targets, or the only one, refuse a new session; Unavailable
-        where no target was there in time, or one after the other was lost. A session that has said something already ends with finish
+        Raises InvalidRequest as the target does; Overloaded where two targets, or the only one, refuse a new session; TargetsLost
+        where two died with it and it made no progress between; Unavailable where no target was there in time, or one after the other was
+        lost. A session that has said something already ends with finish
         reason "deadline" where its time is over. Closing the iterator cancels the work at the target at once.
         """
         now = asyncio.get_running_loop().time
@@ -197,6 +199,10 @@ class Router:
             self._refused(link, session)  # it has not noticed yet that our last call there is over
         except Unavailable as error:
             self._lose(link, session, error)
+            if len(session.died_with_it) >= MAX_DEATHS:
+                raise TargetsLost(
+                    f"{MAX_DEATHS} targets died while they held this request, which made no progress: no other target is given it"
+                ) from error
             if len(session.failed_targets) >= MAX_FAILED_TARGETS:
                 lives = len(session.failed_targets)
                 raise Unavailable(
@@ -218,6 +224,8 @@ class Router:
         link.suspect_until = now + SUSPECT_S
         session.excluded_until[link.life] = now + AGAIN_S
         session.failed_targets.add(link.life)
+        if isinstance(error, TargetDied) and not session.brought_tokens:
+            session.died_with_it.add(link.life)
         session.leave()
 
     def _meet(self, life: TargetLife, state: TargetState) -> None:
@@ -250,7 +258,7 @@ async def read(link: Link, call: AsyncGenerator[Chunk, None], until: float) -> C
             finally:
                 link.reading.discard(scope)
     except StopAsyncIteration as error:
-        raise Unavailable("its stream has ended before the text") from error
+        raise TargetDied("its stream has ended before the text") from error
     except TimeoutError as error:
         if link.left:
             raise Unavailable("it has left the cluster") from error
