@@ -1,4 +1,4 @@
-"""A benchmark from its options to its page: profile, sweep, runs, batches, forecasts, a recorded run."""
+"""A benchmark from its options to its page: the pair is prepared, the stages are done one after the other, the page is written."""
 
 import contextlib
 import os
@@ -11,20 +11,18 @@ from actors.launch.prepare import context_length
 from actors.tracing.trace_plot import draw
 from actors.tracing.trace_reader import middle, read, save
 from bench.core import compare, loop, profiling, results
-from bench.core.forecasts import forecasts, foreseen
-from bench.core.loop import Round, cases, measure, rounds
 from bench.core.machine import machine, two_cores
-from bench.core.methods import BOTH, FIRST, LIVING, LIVINGS, PLAIN, Cores, Method, Outcome, OutriderMethod, Runner, TransformersMethod
-from bench.core.options import LEARNING, SWEPT, WARMING, Options, Suite, batch_cases, expected_seconds, main_rounds, own, suite
+from bench.core.methods import BOTH, FIRST, Cores, Method, Outcome, Runner, TransformersMethod
+from bench.core.options import LEARNING, SWEPT, WARMING, Options, Suite, expected_seconds, suite
 from bench.core.outrider_runner import OutriderRunner, Pair, running
-from bench.core.places import places
-from bench.core.profiling import Answered, Job, Measured
+from bench.core.profiling import Job, Measured
 from bench.core.prompts import Prompt, encode, from_file, held_out, pick
-from bench.core.results import PairFacts, Profile, Results, Settings, Tried
+from bench.core.results import PairFacts, Results, Settings
 from bench.core.subprocess_call import call_in_subprocess
 from bench.core.transformers_runner import Place, TransformersRunner
 from bench.core.widen import CACHE, SMALL, widened_small
 from bench.reports import report
+from bench.stages import FINISHING, MEASURING, Lab, Plan, State
 from runtime.errors import InvalidRequest
 from runtime.messages import Tokens
 from runtime.models.load import load_tokenizer
@@ -48,101 +46,69 @@ class Everything:
 def benchmark(options: Options, console: Console) -> Results:
     """Does all of it, and writes NAME.json, NAME.md and pictures; what was measured until then is kept where it is interrupted."""
     cores = two_cores()
+    file = options.folder / f"{options.name}.json"
     with aside(cores), console.status("preparing the pair") as status:
-        target = str(call_in_subprocess(widened_small, (options.target, options.dtype))) if options.widen else options.target
-        tokenizer = load_tokenizer(target)
-        contexts = (context_length(target), context_length(options.draft))
-        check_pair(tokenizer, load_tokenizer(options.draft), (target, options.draft), contexts)
-        most = min(contexts) - options.size.new_tokens
-        if most < 1:
-            raise InvalidRequest(f"new_tokens {options.size.new_tokens} leave no room in a context of {min(contexts)}", "new_tokens")
-        others = SWEPT + WARMING + (0 if options.quick else LEARNING)
-        wanted = max((options.size.count, *options.size.batches))
-        of_file = None if options.prompts is None else encode(tokenizer, from_file(options.prompts), most)
-        drawn = held_out(tokenizer, wanted + others, options.seed) if of_file is None else pick(of_file, wanted + others, options.seed)
-        prompts, asides = drawn[:wanted], drawn[wanted:]
-        if len(asides) < others:  # the file has not enough for both
-            asides = held_out(tokenizer, others, options.seed)
-        status.update("measuring the pair by itself")
-        alone = Job(target, options.draft, options.dtype, cores[0])
-        measured = call_in_subprocess(profiling.measure, alone)
-    step = measured.profile.target[1]
-    which = suite(options.quick, gamma(step, measured.profile.draft[1]))
-    found = empty(options, target, measured, len(prompts[: options.size.count]))
-    minutes = expected_seconds(which, options.size, step) / 60
-    console.print(
-        f"T = {1e3 * step:.1f} ms, t = {1e3 * measured.profile.draft[1]:.2f} ms, {options.dtype}: about {minutes:.0f} minutes more"
-    )
-    pair = Pair(target, options.draft, options.dtype, cores)
-    with aside(cores), everything(pair, which, console) as runner:
-        found, methods, recordings = measured_all(
-            options, which, runner, found, prompts, asides, lambda: call_in_subprocess(profiling.measure, alone).profile
+        plan, state = prepared(options, cores, status.update)
+    step, draft_step = state.results.profile.target[1], state.results.profile.draft[1]
+    minutes = expected_seconds(plan.suite, options.size, step) / 60
+    console.print(f"T = {1e3 * step:.1f} ms, t = {1e3 * draft_step:.2f} ms, {options.dtype}: about {minutes:.0f} minutes more")
+    pair = Pair(plan.pair.target, options.draft, options.dtype, cores)
+    with aside(cores), everything(pair, plan.suite, console) as runner, loop.bar() as progress:
+        lab = Lab(
+            runner, progress, lambda so_far: results.write(so_far, file), lambda: call_in_subprocess(profiling.measure, plan.pair).profile
         )
+        for stage in MEASURING:
+            state = stage(plan, state, lab)
+        recordings = runner.cluster.recordings
     with aside(cores), console.status("acceptance and forecasts"):
-        plain = tuple(run for run in found.runs if run.method == PLAIN.name)
-        guessed = call_in_subprocess(profiling.acceptance, Answered(alone, options.seed, plain))
-        found = found.model_copy(update={"profile": found.profile.model_copy(update={"acceptance": guessed})})
-        kept = tuple(run.model_copy(update={"answers": (), "passes": None}) for run in found.runs)
-        found = found.model_copy(update={"runs": kept, "forecasts": forecasts(found, methods)})
-    results.write(found, options.folder / f"{options.name}.json")
+        for finish in FINISHING:
+            state = finish(plan, state)
+    results.write(state.results, file)
+    report.write(state.results, options.folder, drawn(options, recordings))
+    return state.results
+
+
+def prepared(options: Options, cores: tuple[int, ...], note: Callable[[str], None]) -> tuple[Plan, State]:
+    """What is to be measured, and the results with nothing but the pair in them. Raises what is wrong with the pair or the options."""
+    target = str(call_in_subprocess(widened_small, (options.target, options.dtype))) if options.widen else options.target
+    prompts, asides = chosen_prompts(options, target)
+    note("measuring the pair by itself")
+    pair = Job(target, options.draft, options.dtype, cores[0])
+    measured = call_in_subprocess(profiling.measure, pair)
+    which = suite(options.quick, gamma(measured.profile.target[1], measured.profile.draft[1]))
+    plan = Plan(options, which, pair, prompts, asides)
+    return plan, State(empty(options, target, measured, len(plan.measured)))
+
+
+def chosen_prompts(options: Options, target: str) -> tuple[list[Prompt], list[Prompt]]:
+    """Those that are measured, and those for the sweep, for warming up and for learning.
+
+    Raises PairMismatch for models that cannot be used together, InvalidRequest where their context has no room for prompts.
+    """
+    tokenizer = load_tokenizer(target)
+    contexts = (context_length(target), context_length(options.draft))
+    check_pair(tokenizer, load_tokenizer(options.draft), (target, options.draft), contexts)
+    most = min(contexts) - options.size.new_tokens
+    if most < 1:
+        raise InvalidRequest(f"new_tokens {options.size.new_tokens} leave no room in a context of {min(contexts)}", "new_tokens")
+    others = SWEPT + WARMING + (0 if options.quick else LEARNING)
+    wanted = max((options.size.count, *options.size.batches))
+    of_file = None if options.prompts is None else encode(tokenizer, from_file(options.prompts), most)
+    drawn = held_out(tokenizer, wanted + others, options.seed) if of_file is None else pick(of_file, wanted + others, options.seed)
+    prompts, asides = drawn[:wanted], drawn[wanted:]
+    if len(asides) < others:  # the file has not enough for both
+        asides = held_out(tokenizer, others, options.seed)
+    return prompts, asides
+
+
+def drawn(options: Options, recordings: Sequence[Recording]) -> Path:
+    """The picture of the recorded run, its trace kept in the cache."""
     CACHE.mkdir(parents=True, exist_ok=True)
     trace, picture = CACHE / f"{options.name}-trace.json", options.folder / f"{options.name}-trace.png"
     save(trace, recordings)
     timeline = read(trace)
     draw(timeline, middle(timeline), picture)
-    report.write(found, options.folder, picture)
-    return found
-
-
-def measured_all(
-    options: Options,
-    which: Suite,
-    runner: Everything,
-    found: Results,
-    prompts: list[Prompt],
-    asides: list[Prompt],
-    profile: Callable[[], Profile],
-) -> tuple[Results, tuple[Method, ...], Sequence[Recording]]:
-    """All runs; the methods in their best settings; the recordings of the last run. What was measured until then is kept in the file.
-
-    `profile` measures the pair by itself again: between the runs and after them, so that it speaks of the machine as they met it.
-    """
-    size, seed = options.size, options.seed
-    file = options.folder / f"{options.name}.json"
-    measured, swept = prompts[: size.count], asides[:SWEPT]
-    warming, learned = asides[SWEPT : SWEPT + WARMING], asides[SWEPT + WARMING :]
-
-    def keep(so_far: Results) -> None:
-        results.write(so_far, file)
-
-    with loop.bar() as progress:
-
-        def do(plan: list[Round], note: str) -> Iterator[tuple[results.Run, ...]]:
-            return measure(plan, runner, progress, note)
-
-        lowest, new = min(size.temperatures), size.new_tokens
-        tried = tuple(method for group in which.groups.values() for method in group)
-        firsts = [group[0] for group in which.groups.values()]
-        list(do(rounds(cases(warming[:1], 1, (lowest,), 1, max(2, new // 4), seed), [*which.fixed, *firsts, *which.rivals]), "warming up"))
-        sweep = loop.collect(found, do(rounds(cases(swept, 1, (lowest,), 1, new, seed), tried), "sweep"), lambda so_far: None)
-        best = loop.chosen(sweep, which.groups)
-        methods = which.final(best)
-        found = found.model_copy(update={"methods": tuple(method.facts for method in methods), "sweep": told(sweep, which, lowest)})
-        list(do(rounds(cases(warming, 1, size.temperatures, 1, new, seed), own(methods)), "warming up"))
-        list(do(rounds(cases(learned, 1, size.temperatures, 1, new, seed), LIVINGS), "learning"))
-        found = loop.collect(found, do(main_rounds(measured, size, seed, methods), "runs"), keep)
-        profiles = [found.profile, profile()]
-        batched = rounds(batch_cases(prompts, size, seed), which.batched)
-        short = [Round(loop.Case("", one.case.prompts, Sampling(max_tokens=max(2, new // 4))), one.methods) for one in batched]
-        list(do(short, "warming up"))
-        found = loop.collect(found, do(batched, "batches"), keep)
-        profiles.append(profile())
-        list(do(rounds(cases(warming[:1], 1, (lowest,), 1, new, seed), [LIVING]), "a recorded run"))
-    alone, like = profiling.middle(profiles), {method.name for method in own(methods) if foreseen(method.how)}
-    where = places(alone, [run for run in found.runs if run.method in like])
-    found = found.model_copy(update={"profile": alone.model_copy(update={"places": where})})
-    keep(found)
-    return found, methods, runner.cluster.recordings
+    return picture
 
 
 def empty(options: Options, target: str, measured: Measured, count: int) -> Results:
@@ -158,21 +124,6 @@ def empty(options: Options, target: str, measured: Measured, count: int) -> Resu
     )
     settings = Settings(prompts=source, count=count, new_tokens=size.new_tokens, repetitions=size.repetitions, seed=options.seed)
     return Results(name=options.name, machine=machine(2), pair=facts, settings=settings, methods=(), profile=measured.profile)
-
-
-def told(sweep: Results, which: Suite, temperature: float) -> tuple[Tried, ...]:
-    speeds = {
-        (name, method): found
-        for name, group in which.groups.items()
-        for method in group
-        if (found := compare.speed(sweep, method.name, temperature))
-    }
-    return tuple(Tried(name=name, detail=setting(method), tokens_per_second=found.median) for (name, method), found in speeds.items())
-
-
-def setting(method: Method) -> str:
-    how = method.how
-    return f"{method.facts.detail}, drafter on {len(how.drafter_cores)}" if isinstance(how, OutriderMethod) else method.facts.detail
 
 
 @contextlib.contextmanager
