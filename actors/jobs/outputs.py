@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -47,11 +47,11 @@ class FileOutput:
     """A local file. What was written after the last mark is cut off: it may be torn, and its items are asked again.
 
     Nothing is written to a file that somebody else has changed, by whatever way: its digest is compared before the first and after
-    the last write of a life of the job, its size and identity before each.
+    the last write of a life of the job, its size and identity before each. `sync` makes durable what a descriptor stands for.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._size, self._digest = path, 0, hashlib.sha256()
+    def __init__(self, path: Path, sync: Callable[[int], None] = os.fsync) -> None:
+        self._path, self._size, self._digest, self._sync = path, 0, hashlib.sha256(), sync
         self._file: os.stat_result | None = None  # None: this life of the job has not taken it up
 
     def begin(self, job: str, fingerprint: str) -> str:
@@ -74,9 +74,9 @@ class FileOutput:
             if not _ours(opened.read(len(OPENING))):
                 raise self._changed("has more in it than its job has written")
             opened.truncate(mark.position)
-            os.fsync(file)
+            self._sync(file)
             self._file = os.fstat(file)
-        _sync_folder(self._path.parent)
+        self._sync_folder()
         self._size = mark.position
         return []
 
@@ -87,7 +87,7 @@ class FileOutput:
                 file.seek(self._size)
                 file.write(lines)
                 file.flush()
-                os.fsync(file.fileno())
+                self._sync(file.fileno())
         except OSError as error:
             raise Unavailable(f"cannot write {self._path} ({error.strerror}): mend it and run the same command again") from error
         self._size += len(lines)
@@ -105,6 +105,14 @@ class FileOutput:
             raise self._changed("is gone") from error
         except OSError as error:
             raise Unavailable(f"cannot read {self._path} ({error.strerror}): mend it and run the same command again") from error
+
+    def _sync_folder(self) -> None:
+        """Makes the file's own entry in its folder durable."""
+        folder = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            self._sync(folder)
+        finally:
+            os.close(folder)
 
     def _check(self, found: os.stat_result) -> None:
         if self._file is None or not os.path.samestat(found, self._file) or found.st_size != self._size:
@@ -226,15 +234,6 @@ def destination(url: str) -> Destination:
     if file.exists() and not file.is_file():
         raise InvalidRequest(f"{file} is no regular file: give another -o", "o")
     return Destination(FileOutput(file), file)
-
-
-def _sync_folder(folder: Path) -> None:
-    """The file's own entry in it is durable."""
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 def _digest(file: IO[bytes], size: int) -> "hashlib._Hash":
