@@ -73,8 +73,7 @@ class FileOutput:
                 raise self._changed("is not as its job left it")
             if not _ours(opened.read(len(OPENING))):
                 raise self._changed("has more in it than its job has written")
-            opened.truncate(mark.position)
-            self._sync(file)
+            opened.truncate(mark.position)  # durable with the next answers; until then it is cut off again
             self._file = os.fstat(file)
         self._sync_folder()
         self._size = mark.position
