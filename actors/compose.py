@@ -29,9 +29,10 @@ from runtime.models.trained import identity_of
 from runtime.policy import scheduler
 from runtime.schedulers.living import ROWS
 from runtime.target.engine import Engine
-from runtime.target.head_runner import RIDDEN
+from runtime.target.head_runner import RIDDEN, MountedHead
 from runtime.target.stop_checker import StopChecker
 from runtime.target.target import Target
+from runtime.target.verifier import Verifier
 from runtime.tracing import OFF, TARGET, Trace
 
 WIDTHS = (1, 2, 4, 8)  # of a drafter's pass, among which the knee is looked for
@@ -88,12 +89,27 @@ def build_target(config: TargetConfig, record: bool = False) -> Built:
     slots = config.kv_tokens or kv_slots(model)
     known = recall(memory_of(config.model, "target"))
     trace = Trace(TARGET) if record else OFF
-    heads = {name: build_head(head, model, tokenizer) for name, head in config.named_heads().items()}
-    prices = {name: riding_time(model, head.look, RIDDEN, time.monotonic) for name, head in heads.items() if head.look.branches}
-    engine = Engine(model, choose, scheduler(config.schedule, times), eos, time.monotonic, slots, known, trace, logprobs, heads, prices)
+    heads = {name: mounted(head, model, tokenizer) for name, head in config.named_heads().items()}
+    engine = Engine(
+        model,
+        Verifier(choose, eos, logprobs),
+        scheduler(config.schedule, times),
+        time.monotonic,
+        kv_slots=slots,
+        calibrations=known,
+        trace=trace,
+        heads=heads,
+    )
     grammars = Grammars(tokenizer, model.vocabulary, eos)
     target = Target(engine, finisher(tokenizer, eos), grammars, grammars.close)
     return Built(target, tokenizer, times)
+
+
+def mounted(config: HeadConfig, model: HFModel, tokenizer: PreTrainedTokenizerFast) -> MountedHead:
+    """Builds a head and measures what its pseudo rows cost."""
+    head = build_head(config, model, tokenizer)
+    priced = riding_time(model, head.look, RIDDEN, time.monotonic) if head.look.branches else 0.0
+    return MountedHead(head, priced)
 
 
 def build_head(config: HeadConfig, model: HFModel, tokenizer: PreTrainedTokenizerFast) -> Head:

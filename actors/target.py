@@ -97,7 +97,7 @@ class TargetActor:
 
     def remember(self) -> None:
         """Keep what was learned of the drafters for the next life."""
-        remember(memory_of(self.config.model, "target"), self.target.engine.calibrations)
+        remember(memory_of(self.config.model, "target"), self.target.engine.requests.calibrations)
 
     def attached(self) -> list[str]:
         """Names of the drafters whose links are up."""

@@ -29,7 +29,9 @@ from runtime.models.load import load_model, load_tokenizer
 from runtime.sampling import Sampling
 from runtime.schedulers.fixed import Fixed
 from runtime.target.engine import Engine
+from runtime.target.head_runner import MountedHead
 from runtime.target.target import Target
+from runtime.target.verifier import Verifier
 
 ROWS = (4, 8, 16)  # verified in a step, beside the root
 FILE = "same-tree.md"
@@ -66,7 +68,7 @@ async def written(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling)
 def counted(model: HFModel, name: str, temperature: float, rows: int, prompts: Sequence[Prompt]) -> Counted:
     """The clock stands: heads that take long are asked all the same."""
     head = build_head(HeadConfig(method=name), model, load_tokenizer(config.shipped("target")))
-    engine = Engine(model, choose, Fixed(rows), frozenset(), lambda: 0.0, heads={name: head})
+    engine = Engine(model, Verifier(choose, frozenset()), Fixed(rows), lambda: 0.0, heads={name: MountedHead(head)})
     sampling = Sampling(temperature=temperature, seed=1, max_tokens=NEW_TOKENS, ignore_eos=True)
     stats = asyncio.run(written(engine, prompts, sampling))[LEARNING:]
     return Counted(name, temperature, rows, sum(one.completion_tokens for one in stats), sum(one.rounds for one in stats))

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime.tree import Floats, Ints, TokenTree
+from runtime.node_names import Ints
+from runtime.tree import Floats, TokenTree
 
 RANKS = 8
 BINS = 10

@@ -50,3 +50,17 @@ class Unavailable(OutriderError):
 
 class TargetDied(Unavailable):
     """The target was lost while it held the request, which may be the cause."""
+
+
+# What a request, a model, a tokenizer or a drafting method may raise: it ends that session alone.
+# Any other error is a fault of the loop that meets it.
+FAULTS = (
+    OutriderError,
+    RuntimeError,
+    ValueError,
+    MemoryError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+)

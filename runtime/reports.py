@@ -56,7 +56,7 @@ class TargetReport:
     all resting  rounds while all drafters rest, having brought nothing for long
     empty tree   rounds for which no guess was there in time
     alone        packed passes that failed and were made again session by session
-    head lost    heads that failed and were taken off
+    head lost    heads that failed and were disabled
     """
 
     live: int = field(default=0, metadata=gauge("live_sessions", "Sessions that are being generated"))

@@ -33,6 +33,7 @@ from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
 from runtime.target.engine import Engine
 from runtime.target.target import Target
+from runtime.target.verifier import Verifier
 from tests.pair import SHIPPED
 from tests.rig import HANG_S
 
@@ -58,7 +59,7 @@ def toy_target() -> tuple[Target, DraftHost]:
     """A target whose texts are varied, and a drafter that guesses them. To be started and stopped on one event loop."""
     toy = ToyModel(vocabulary=len(tokenizer()), context=CONTEXT, memory=4)
     eos = frozenset({0})
-    engine = Engine(toy, choose, Fixed(3, 0.001), eos, time.monotonic)
+    engine = Engine(toy, Verifier(choose, eos), Fixed(3, 0.001), time.monotonic)
     grammars = Grammars(tokenizer(), toy.vocabulary, eos)
     target = Target(engine, finisher(tokenizer(), eos), grammars, grammars.close)
     return target, DraftHost(DraftEngine(ModelDrafter(toy, branches=1), "d", 1))
@@ -126,7 +127,7 @@ class Running:
     def free(self) -> bool:
         """Nothing is under way, here and at the target."""
         engine = getattr(self.body, "engine", None)
-        idle = self.body.open == 0 if engine is None else not self.body._sessions and not engine.live and not engine.admission.waiting
+        idle = self.body.open == 0 if engine is None else not self.body._sessions and engine.requests.idle
         return not self.service.ledger.entries and idle
 
 

@@ -22,11 +22,11 @@ from runtime.models.base import Model
 from runtime.sampling import Sampling
 from runtime.schedulers.base import Plan, Scheduler, View
 from runtime.schedulers.fixed import Fixed
-from runtime.target.commands import Join, Leave, ReplyReceived
+from runtime.target.commands import AddRequest, Join, Leave, ReplyReceived
 from runtime.target.engine import Engine
-from runtime.target.request_state import AddRequest
 from runtime.target.stop_checker import StopChecker
 from runtime.target.target import Grammar, Target
+from runtime.target.verifier import Verifier
 from tests.contracts import soon
 
 HANG_S = 60.0  # a wait that takes so long is a fault, and fails
@@ -134,7 +134,7 @@ def score_of(calibration: Calibration, rank: int, said: float) -> float:
 
 def engine_of(model: Model, rows: int = 8, eos: frozenset[int] = NOBODY, chooser: Chooser = choose) -> Engine:
     ticks = itertools.count()
-    return Engine(model, chooser, Fixed(rows), eos, lambda: float(next(ticks)))
+    return Engine(model, Verifier(chooser, eos), Fixed(rows), lambda: float(next(ticks)))
 
 
 class Lockstep:
@@ -176,9 +176,11 @@ class Lockstep:
         """Begins a session and reads its prompt; its chunks come into the list that is returned."""
         chunks: list[Chunk] = []
         guide = self.grammar(request.sampling.constraint) if self.grammar and request.sampling.constraint else None
-        self.engine.handle(AddRequest(request, lettering(self.engine.eos)(request), chunks.append, self.engine.clock(), guide))
-        self.engine.begin()
-        while (live := self.engine.live.get(request.session)) is not None and not live.ready:
+        self.engine.handle(
+            AddRequest(request, lettering(self.engine.runner.verifier.eos)(request), chunks.append, self.engine.clock(), guide)
+        )
+        self.engine.requests.start(self.engine.scheduler.style)
+        while (live := self.engine.requests.running.get(request.session)) is not None and not live.ready:
             self.engine.prefill()
         return chunks
 
@@ -188,13 +190,13 @@ class Lockstep:
             for _ in range(self.passes):
                 draft_engine.grow()
             draft_engine.send_rest(())  # as if there had been no time for more
-        self.engine.take_in(0.0)
-        self.engine.advance()
+        self.engine.receive(0.0)
+        self.engine.step()
 
     def run(self, *requests: Request) -> list[Output]:
         """All of them to their end, beside each other."""
         chunks = [self.admit(request) for request in requests]
-        while self.engine.live:
+        while self.engine.requests.running:
             self.round()
         for draft_engine in self.draft_engines:
             draft_engine.take_in(block=False)
@@ -248,7 +250,7 @@ async def running(
     grammar: Grammar | None = None,
 ) -> AsyncIterator[Target]:
     """A target on this event loop, stopped in the end."""
-    target = Target(Engine(model, chooser, scheduler, eos, time.monotonic), finish or lettering(eos), grammar)
+    target = Target(Engine(model, Verifier(chooser, eos), scheduler, time.monotonic), finish or lettering(eos), grammar)
     target.start()
     try:
         yield target

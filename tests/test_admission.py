@@ -11,7 +11,7 @@ from runtime.errors import InvalidRequest
 from runtime.messages import Request
 from runtime.sampling import Sampling
 from runtime.target.admission import Admission, slots_of
-from runtime.target.request_state import AddRequest
+from runtime.target.commands import AddRequest
 from tests.rig import lettering
 
 CONTEXT = 1000

@@ -15,10 +15,10 @@ from runtime.schedulers.fixed import Fixed
 from runtime.schedulers.sync import Sync
 from runtime.scoring.drafter_utility import REST, TRIAL
 from runtime.target.chunked_prefill import ALIKE, CHUNK, CHUNK_BESIDE
-from runtime.target.commands import Cancel, Join, ReplyReceived, SetScheduler, Stop
+from runtime.target.commands import AddRequest, Cancel, Join, ReplyReceived, SetScheduler, Stop
 from runtime.target.engine import Engine
-from runtime.target.request_state import AddRequest
 from runtime.target.target import resumed
+from runtime.target.verifier import Verifier
 from tests.rig import NOBODY, Output, asking, engine_of, lettering, output, plain
 from tests.test_engine import draft
 
@@ -53,14 +53,14 @@ class Desk:
         self.engine.handle(AddRequest(request, finish, self.chunks[request.session].append, self.engine.clock()))
 
     def run(self) -> dict[str, Output]:
-        while self.engine.live or self.engine.admission.waiting:
-            self.engine.advance()
+        while self.engine.requests.running or self.engine.requests.admission.waiting:
+            self.engine.step()
         return {name: output(chunks) for name, chunks in self.chunks.items()}
 
 
 def desk(model: ToyModel, kv_slots: int = 10**6) -> Desk:
     ticks = iter(range(10**9))
-    return Desk(Engine(model, choose, Fixed(8), NOBODY, lambda: float(next(ticks)), kv_slots))
+    return Desk(Engine(model, Verifier(choose, NOBODY), Fixed(8), lambda: float(next(ticks)), kv_slots=kv_slots))
 
 
 def test_one_pass_serves_all_sessions_and_none_notices_the_others() -> None:
@@ -82,15 +82,15 @@ def test_a_long_prompt_does_not_stall_the_others() -> None:
     model = Watched()
     at = desk(model)
     at.admit(asking(PROMPT, "short", max_tokens=40))
-    at.engine.advance()
+    at.engine.step()
     before = len(at.chunks["short"])
     at.admit(asking(tuple(n % 24 for n in range(5 * CHUNK_BESIDE + 2)), "long"))
     for n in range(1, 6):
-        at.engine.advance()
+        at.engine.step()
         assert len(at.chunks["short"]) == before + n
         assert len(at.chunks["long"]) == 0
     assert [rows for rows in model.passes if rows[0] > 5] == [[CHUNK_BESIDE]] * 5
-    at.engine.advance()
+    at.engine.step()
     assert len(at.chunks["long"]) == 1
 
 
@@ -99,9 +99,9 @@ def test_several_prompts_are_read_in_one_pass_but_not_what_a_cache_will_have() -
     at = desk(model)
     for number, prompt in enumerate([(1, *alike), (2, *alike), (2, *alike, 5), (3,) * 6]):
         at.admit(asking(prompt, f"s{number}", max_tokens=4))
-    at.engine.advance()
+    at.engine.step()
     assert model.passes[0] == [ALIKE + 8, ALIKE + 8, 5]
-    at.engine.advance()
+    at.engine.step()
     assert [len(at.chunks[f"s{number}"]) > 0 for number in range(4)] == [True] * 4
     assert at.run()["s2"].stats.reused == ALIKE + 9  # all that the two have in common: a step has added the last token
 
@@ -111,11 +111,11 @@ def test_what_a_cache_has_already_is_waited_for_by_nobody() -> None:
     model, alike = Watched(), tuple(n % 23 for n in range(ALIKE + 8))
     at = desk(model)
     at.admit(asking(alike, "here", max_tokens=40))
-    at.engine.advance()
+    at.engine.step()
     moved = [(*alike, number, 1, 2) for number in range(5)]
     for number, prompt in enumerate(moved):
         at.admit(asking(prompt, f"s{number}", max_tokens=4))
-    at.engine.advance()
+    at.engine.step()
     assert model.passes[-2] == [2] * 5
     assert all(at.chunks[f"s{number}"] for number in range(5))
     found = at.run()
@@ -129,7 +129,7 @@ def test_many_short_texts_and_those_begun_elsewhere_wait_for_no_step_between_the
     model = Watched()
     at = desk(model)
     at.admit(asking(PROMPT, "here", max_tokens=40))
-    at.engine.advance()
+    at.engine.step()
     before, passes = len(at.chunks["here"]), len(model.passes)
     prompts = [(number, *((7 * n + number) % 23 for n in range(CHUNK_BESIDE - 8))) for number in range(CHUNK // CHUNK_BESIDE + 8)]
     requests = [asking(prompt, f"s{number}") for number, prompt in enumerate(prompts)]
@@ -139,7 +139,7 @@ def test_many_short_texts_and_those_begun_elsewhere_wait_for_no_step_between_the
     at.admit(replace(asking([n % 23 for n in range(CHUNK)], "long and begun"), committed=(1, 2)))
     for request, answer, cut in zip(requests, whole, cuts, strict=True):
         at.admit(replace(request, committed=answer.tokens[:cut], epoch=1))
-    at.engine.advance()
+    at.engine.step()
     assert all(at.chunks[request.session] for request in requests)
     assert len(at.chunks["here"]) == before + 1
     *read, step = model.passes[passes:]
@@ -172,14 +172,14 @@ def test_who_does_not_fit_waits_for_its_turn() -> None:
     assert [found[request.session].said() for request in requests] == [
         plain(ToyModel(24, memory=3), request).said() for request in requests
     ]
-    assert at.engine.admission.reserved == 0
+    assert at.engine.requests.admission.reserved == 0
 
 
 def test_a_waiting_request_can_be_cancelled() -> None:
     at = desk(Watched(), kv_slots=4 * 100 // 3)
     for name in ("first", "second", "third"):
         at.admit(asking(PROMPT, name))
-    at.engine.advance()
+    at.engine.step()
     at.engine.handle(Cancel("second"))
     found = at.run()
     assert [found[name].reason for name in ("first", "second", "third")] == ["length", "cancelled", "length"]
@@ -197,7 +197,7 @@ def test_what_waits_when_the_target_stops_ends_as_cancelled() -> None:
 
 def test_what_would_never_fit_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="raise the target's kv_tokens"):
-        desk(Watched(), kv_slots=100).engine.admission.check(asking(PROMPT), 600)
+        desk(Watched(), kv_slots=100).engine.requests.admission.check(asking(PROMPT), 600)
 
 
 def test_a_beginning_that_is_in_a_cache_is_not_read_again() -> None:
@@ -245,13 +245,13 @@ def test_a_step_in_which_one_part_fails_is_made_by_the_others_alone() -> None:
 
 def test_patience_is_counted_as_waiting() -> None:
     ticks = iter(range(10**9))
-    at = Desk(Engine(Watched(), choose, Fixed(8, patience=10.0), NOBODY, lambda: float(next(ticks))))
+    at = Desk(Engine(Watched(), Verifier(choose, NOBODY), Fixed(8, patience=10.0), lambda: float(next(ticks))))
     send: Callable[[Event], None] = lambda event: None  # noqa: E731
     at.engine.handle(Join("mute", send))
     at.admit(asking(PROMPT, max_tokens=3))
     waits: list[float] = []
     while not at.chunks["s"]:
-        waits.append(at.engine.advance() or 0.0)
+        waits.append(at.engine.step() or 0.0)
     assert waits[0] == 10.0
     assert waits[:-1] == sorted(waits[:-1], reverse=True)
     found = at.run()["s"].stats
@@ -285,11 +285,11 @@ def test_a_resting_drafter_that_asks_for_the_text_gets_it_when_its_rest_is_over(
     while engine.drafter_manager.utility.resting != {"mute"}:
         if not events:
             engine.handle(Join("mute", events.append))
-        at.engine.advance()
+        at.engine.step()
     engine.drafter_manager.sends["mute"] = asks
-    while at.engine.live:
-        engine.take_in(0.0)
-        at.engine.advance()
+    while at.engine.requests.running:
+        engine.receive(0.0)
+        at.engine.step()
     opened = [event for event in events if isinstance(event, Open)]
     assert [event.share.of for event in opened[:2]] == [1, 1]
     assert len(opened[1].tokens) == len(PROMPT) + TRIAL + REST
@@ -303,11 +303,11 @@ def test_a_new_policy_holds_from_the_next_step_and_its_style_for_new_sessions() 
     at = Desk(engine)
     engine.handle(Join("d", events.append))
     at.admit(asking(PROMPT, "old", max_tokens=3))
-    at.engine.advance()
+    at.engine.step()
     engine.handle(SetScheduler(Sync(2, 3, 4, 16, 0.001)))
     at.admit(asking(PROMPT, "new", max_tokens=3))
-    while at.engine.live or at.engine.admission.waiting:
-        at.engine.advance()
+    while at.engine.requests.running or at.engine.requests.admission.waiting:
+        at.engine.step()
     assert [event.style for event in events if isinstance(event, Open)] == [Style(), Style(2, 3, 4)]
 
 
@@ -316,4 +316,4 @@ def test_replies_for_sessions_that_wait_are_counted() -> None:
     at.admit(asking(PROMPT, "first"))
     at.admit(asking(PROMPT))
     at.engine.handle(ReplyReceived(draft([(PROMPT, 1)]), 0.0))
-    assert at.engine.ledger.guesses["d"].stale == 1
+    assert at.engine.metrics.guesses["d"].stale == 1

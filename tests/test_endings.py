@@ -15,9 +15,9 @@ from runtime.models.base import Part
 from runtime.models.toy import ToyModel
 from runtime.schedulers.base import Plan, View
 from runtime.schedulers.fixed import Fixed
-from runtime.target.commands import Cancel, Join, ReplyReceived, Stop
+from runtime.target.commands import AddRequest, Cancel, Join, ReplyReceived, Stop
 from runtime.target.engine import Engine
-from runtime.target.request_state import AddRequest
+from runtime.target.verifier import Verifier
 from tests.rig import NOBODY, Known, Lockstep, Mute, asking, continued, engine_of, lettering, output, plain
 from tests.test_engine import PROMPT, TEXT, TOY, alone, draft, through
 
@@ -30,7 +30,7 @@ def test_cancelling_frees_the_session_here_and_at_the_drafter() -> None:
     assert found.said()[:2] == ("".join(chr(97 + token % 26) for token in found.tokens), tuple(TEXT[5 : 5 + len(found.tokens)]))
     assert 0 < found.stats.completion_tokens < 24
     lockstep.round()
-    assert (lockstep.engine.live, draft_engine.states, drafter.kept) == ({}, {}, {})
+    assert (lockstep.engine.requests.running, draft_engine.states, drafter.kept) == ({}, {}, {})
     lockstep.engine.handle(Cancel("s"))
 
 
@@ -77,7 +77,7 @@ def test_stop_ends_what_is_under_way() -> None:
     engine.inbox.put(AddRequest(asking(PROMPT, "a"), lettering()(asking(PROMPT)), chunks.append))
     engine.inbox.put(Stop())
     engine.run()
-    assert engine.live == {}
+    assert engine.requests.running == {}
     assert [(chunk.finish_reason, chunk.tokens) for chunk in chunks] == [("cancelled", ())]
 
 
@@ -87,7 +87,7 @@ def test_a_fault_in_the_loop_leaves_no_caller_waiting() -> None:
             raise ZeroDivisionError
 
     chunks: list[Chunk] = []
-    engine = Engine(TOY, choose, Faulty(8), NOBODY, lambda: 0.0)
+    engine = Engine(TOY, Verifier(choose, NOBODY), Faulty(8), lambda: 0.0)
     engine.inbox.put(AddRequest(asking(PROMPT), lettering()(asking(PROMPT)), chunks.append))
     with pytest.raises(ZeroDivisionError):
         engine.run()
@@ -96,7 +96,7 @@ def test_a_fault_in_the_loop_leaves_no_caller_waiting() -> None:
 
 def test_nobody_is_waited_for_at_the_last_token() -> None:
     """Fixed waits where a drafter is there and has said nothing; the clock of the rig would let it wait for ever."""
-    engine = Engine(TOY, choose, Fixed(8, 1e9), NOBODY, lambda: 0.0)
+    engine = Engine(TOY, Verifier(choose, NOBODY), Fixed(8, 1e9), lambda: 0.0)
     (found,) = Lockstep(engine, DraftEngine(Mute(), "d")).run(asking(PROMPT, max_tokens=1))
     assert found.tokens == tuple(TEXT[5:6])
 
@@ -125,7 +125,7 @@ class Waiting:
 def waiting() -> Iterable[tuple[Engine, Waiting]]:
     """An engine on its thread that waits whenever there is nothing to verify."""
     scheduler = Waiting()
-    engine = Engine(TOY, choose, scheduler, NOBODY, lambda: 0.0)
+    engine = Engine(TOY, Verifier(choose, NOBODY), scheduler, lambda: 0.0)
     thread = threading.Thread(target=engine.run)
     thread.start()
     yield engine, scheduler
@@ -153,7 +153,7 @@ def test_cancelling_ends_a_wait_at_once(waiting: tuple[Engine, Waiting]) -> None
     scheduler.asked.get(timeout=20.0)
     engine.inbox.put(Cancel("s"))
     assert chunks.get(timeout=20.0).finish_reason == "cancelled"
-    assert engine.live == {}
+    assert engine.requests.running == {}
 
 
 def test_another_session_of_the_same_name_is_another_session(waiting: tuple[Engine, Waiting]) -> None:
@@ -168,7 +168,7 @@ def test_another_session_of_the_same_name_is_another_session(waiting: tuple[Engi
     engine.inbox.put(ReplyReceived(draft([(PROMPT[:2], text[2])]), 0.0))
     assert second.get(timeout=20.0).tokens == tuple(text[2:])
     assert first.empty()
-    assert engine.live == {}
+    assert engine.requests.running == {}
 
 
 def test_stopping_ends_a_wait_at_once(waiting: tuple[Engine, Waiting]) -> None:
@@ -191,6 +191,6 @@ def test_a_flood_does_not_keep_the_target_from_its_steps() -> None:
     engine.handle(Join("d", flood))
     engine.handle(AddRequest(asking(PROMPT), lettering()(asking(PROMPT)), chunks.append))
     for _ in range(25):
-        assert engine.take_in(0.0)
-        engine.advance()
+        assert engine.receive(0.0)
+        engine.step()
     assert output(chunks).said() == alone(asking(PROMPT))

@@ -17,8 +17,7 @@ from runtime.messages import Chunk, Close, Commit, Draft, Event, Open, Reply, Re
 from runtime.models.toy import ToyModel
 from runtime.node_names import text_key
 from runtime.sampling import Sampling
-from runtime.target.commands import Join, Leave, ReplyReceived
-from runtime.target.request_state import AddRequest
+from runtime.target.commands import AddRequest, Join, Leave, ReplyReceived
 from tests.rig import NOBODY, Known, Lockstep, Mute, Output, asking, continued, engine_of, lettering, output, plain
 
 PROMPT = (3, 1, 4, 1, 5)
@@ -144,7 +143,7 @@ def test_drafters_share_a_session() -> None:
     chunks = lockstep.admit(asking(PROMPT))
     lockstep.round()
     assert [next(iter(draft_engine.states.values())).share for draft_engine in draft_engines] == [Share("s", n, 5) for n in range(5)]
-    while lockstep.engine.live:
+    while lockstep.engine.requests.running:
         lockstep.round()
     found = output(chunks)
     assert found.said() == alone(asking(PROMPT))
@@ -162,7 +161,7 @@ def through(
     for number in itertools.count():
         if number in due:
             due.pop(number)(lockstep)
-        if not lockstep.engine.live:
+        if not lockstep.engine.requests.running:
             break
         lockstep.round()
     assert not due
@@ -204,7 +203,7 @@ def test_who_left_late_does_not_take_along_who_has_joined_since() -> None:
     engine.handle(Join("d", heard.append))
     engine.handle(Leave("d", old))
     engine.handle(AddRequest(asking(PROMPT), lettering()(asking(PROMPT)), lambda chunk: None))
-    engine.begin()
+    engine.requests.start(engine.scheduler.style)
     assert [type(event) for event in heard] == [Open]
 
 
@@ -221,11 +220,11 @@ class Told:
         self.engine.handle(Join("d", self.events.append))
 
     def admit(self, request: Request) -> None:
-        self.engine.handle(AddRequest(request, lettering(self.engine.eos)(request), self.chunks.append))
+        self.engine.handle(AddRequest(request, lettering(self.engine.runner.verifier.eos)(request), self.chunks.append))
 
     def advance(self, times: int = 1) -> None:
         for _ in range(times):
-            self.engine.advance()
+            self.engine.step()
 
     def hear(self, reply: Reply) -> None:
         self.engine.handle(ReplyReceived(reply, self.engine.clock()))
@@ -285,7 +284,7 @@ def test_a_session_without_speculation_is_nobodys_business() -> None:
     told.advance(30)
     assert told.heard() == []
     assert output(told.chunks).stats.drafted == 0
-    assert told.engine.ledger.guesses["d"].stale == 1
+    assert told.engine.metrics.guesses["d"].stale == 1
 
 
 def draft(nodes: Iterable[tuple[Iterable[int], int]], session: str = "s", score: float = -0.1) -> Draft:
@@ -296,4 +295,4 @@ def draft(nodes: Iterable[tuple[Iterable[int], int]], session: str = "s", score:
 def test_growth_of_sessions_that_are_over_is_counted() -> None:
     told = Told()
     told.hear(draft([(PROMPT, 1)]))
-    assert told.engine.ledger.guesses["d"].stale == 1
+    assert told.engine.metrics.guesses["d"].stale == 1

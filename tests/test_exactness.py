@@ -131,7 +131,7 @@ def test_speculation_on_is_speculation_off(family: Family, drafter: str, tree: s
     draft_engine = DraftEngine(DRAFTERS[drafter](family.text, shape.branches), "d", shape.width)
     lockstep = Lockstep(engine_of(family.model, shape.rows, EOS, choose), draft_engine, passes=shape.depth)
     chunks = lockstep.admit(family.request)
-    while lockstep.engine.live:
+    while lockstep.engine.requests.running:
         if drafter == "killed" and lockstep.draft_engines and len(chunks) == 2:
             lockstep.leave(draft_engine)
         lockstep.round()

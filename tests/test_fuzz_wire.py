@@ -201,7 +201,7 @@ def test_malformed_messages_are_refused_and_a_stream_beside_them_is_as_alone(cap
                 )
                 await target.detach("hostile")
             await canary()
-            await soon(lambda: not target.engine.live and not host.draft_engine.states)
+            await soon(lambda: not target.engine.requests.running and not host.draft_engine.states)
             assert host.alive
             assert service.counters["malformed"] > COUNT / 10
             assert target.drafters == (DRAFTER,), "the honest drafter is still there"

@@ -35,7 +35,8 @@ from runtime.scoring.drafter_utility import REST, TRIAL
 from runtime.session import Session
 from runtime.target.commands import SetScheduler
 from runtime.target.engine import Engine
-from runtime.target.head_runner import draft_of, likely_ends
+from runtime.target.head_runner import MountedHead, draft_of, likely_ends
+from runtime.target.verifier import Verifier
 from runtime.tree import TokenTree
 from tests.families import FAMILIES, VOCABULARY, hf_model
 from tests.rig import NOBODY, Known, Lockstep, Mute, asking, continued, output, plain
@@ -73,8 +74,8 @@ def built(method: str, trained: Mapping[str, Path], model: HFModel | None = None
 def headed(model: Model, *mounted: Head, rows: int = 8, chooser: Chooser = choose) -> Engine:
     """An engine whose clock ticks once for each look at it; its heads are h-0, h-1, ..."""
     ticks = itertools.count()
-    named = {f"h-{number}": head for number, head in enumerate(mounted)}
-    return Engine(model, chooser, Fixed(rows), NOBODY, lambda: float(next(ticks)), heads=named)
+    named = {f"h-{number}": MountedHead(head) for number, head in enumerate(mounted)}
+    return Engine(model, Verifier(chooser, NOBODY), Fixed(rows), lambda: float(next(ticks)), heads=named)
 
 
 # The contract
@@ -108,8 +109,8 @@ def test_beside_drafters_and_all_other_heads(method: str, temperature: float, tr
     (found,) = Lockstep(engine, DraftEngine(ModelDrafter(hf_model("llama")), "d", 2), passes=1).run(request)
     assert found.said() == plain(model, request, chooser=choose).said()
     assert found.stats.by_drafter["d"] > 0
-    assert engine.ledger.guesses["h-0"].proposed > 0
-    assert engine.ledger.fallbacks == {}
+    assert engine.metrics.guesses["h-0"].proposed > 0
+    assert engine.metrics.fallbacks == {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,7 @@ def test_the_cache_never_shows_a_head(method: str, trained: dict[str, Path]) -> 
     lockstep.admit(asking(PROMPT, max_tokens=40))
     for _ in range(6):
         lockstep.round()
-    (live,) = lockstep.engine.live.values()
+    (live,) = lockstep.engine.requests.running.values()
     fresh: Any = model.new_cache()
     model.forward(fresh, causal(np.asarray(live.session.tokens[:-1]), 0))
     cache: Any = live.cache
@@ -255,7 +256,7 @@ def test_a_session_without_speculation_is_no_business_of_a_head() -> None:
     engine = headed(TOY, Oracle(TEXT, 2), chooser=choose_by_numpy)
     (found,) = Lockstep(engine).run(asking(PROMPT, speculation=False))
     assert found.stats.drafted == 0
-    assert engine.ledger.guesses == {}
+    assert engine.metrics.guesses == {}
 
 
 class Failing(Oracle):
@@ -287,13 +288,13 @@ class Clinging(Oracle):
 
 
 @pytest.mark.parametrize("kind", [Failing, Circular, Lopsided, Blind, Clinging])
-def test_a_head_that_fails_is_taken_off(kind: type[Oracle], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_head_that_fails_is_disabled(kind: type[Oracle], caplog: pytest.LogCaptureFixture) -> None:
     engine = headed(TOY, kind(TEXT, 2), Oracle(TEXT, 2), chooser=choose_by_numpy)
     (found,) = Lockstep(engine).run(asking(PROMPT))
     assert found.tokens == tuple(TEXT[len(PROMPT) : len(PROMPT) + 24])
-    assert list(engine.heads.heads) == list(engine.drafter_manager.heads) == ["h-1"]
-    assert engine.ledger.fallbacks["head lost"] == 1
-    assert "head h-0 is taken off" in caplog.text
+    assert list(engine.heads.selected) == list(engine.drafter_manager.heads) == ["h-1"]
+    assert engine.metrics.fallbacks["head lost"] == 1
+    assert "head h-0 is disabled" in caplog.text
 
 
 class Wrong(Oracle):
@@ -310,8 +311,8 @@ def test_a_head_that_brings_nothing_rests_and_costs_nothing() -> None:
     assert found.tokens == tuple(text[len(PROMPT) : len(PROMPT) + 200])
     assert found.stats.accepted == 0
     assert found.stats.ignored["invalid"] == 3 * (TRIAL - 1)  # it is judged after the last commit of its trial, and not asked again
-    assert engine.ledger.guesses["h-0"].proposed == TRIAL - 1 < REST
-    assert engine.drafter_manager.active_heads() == []
+    assert engine.metrics.guesses["h-0"].proposed == TRIAL - 1 < REST
+    assert engine.drafter_manager.utility.active(engine.heads.selected) == []
     assert engine.report().guesses["h-0"].resting
 
 
@@ -331,7 +332,7 @@ def test_a_head_that_rests_does_not_look(trained: dict[str, Path]) -> None:
         lockstep.round()
         looks.append((len(engine.heads.look.branches), engine.heads.look.hidden))
     assert looks == [(2, True), (0, True), (0, False)]
-    while engine.live:
+    while engine.requests.running:
         lockstep.round()
     assert output(chunks).said() == plain(model, asking(PROMPT, max_tokens=40), chooser=choose).said()
 
@@ -345,7 +346,7 @@ def test_a_head_rests_where_a_drafter_guesses_the_same(known: int) -> None:
     found.admit(asking(PROMPT, max_tokens=4 * TRIAL))
     for _ in range(TRIAL):
         found.round()
-    assert engine.live
+    assert engine.requests.running
     assert ("h-0" in engine.drafter_manager.utility.resting) == bool(known)
 
 
@@ -374,7 +375,9 @@ def test_where_the_way_likely_ends() -> None:
 
 
 def test_a_draft_names_its_parents() -> None:
-    session = Session(asking(PROMPT), 24, 100, Engine(TOY, choose_by_numpy, Fixed(1), NOBODY, lambda: 0.0).calibrations.band(0.0))
+    session = Session(
+        asking(PROMPT), 24, 100, Engine(TOY, Verifier(choose_by_numpy, NOBODY), Fixed(1), lambda: 0.0).requests.calibrations.band(0.0)
+    )
     draft = draft_of(session, Growth(np.array([0, 1, 0]), np.array([5, 6, 7]), np.array([-0.1, -0.2, -0.3])), "h-0")
     assert draft.parents.tolist() == [text_key(PROMPT), text_key([*PROMPT, 5]), text_key(PROMPT)]
     assert session.offer(draft) == 3

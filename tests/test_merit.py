@@ -48,7 +48,7 @@ def test_a_head_must_bring_more_than_its_time_is_worth() -> None:
     for price, rests in ((0.5, False), (2.0, True)):
         utility = DrafterUtility()
         for _ in range(TRIAL):
-            utility.spend("h-0", price)
+            utility.spend(["h-0"], price)
             utility.observe(["h-0"], ["h-0", ""], rate=1.0)
         assert (utility.resting == {"h-0"}) is rests
 
@@ -60,4 +60,4 @@ def test_what_a_drafter_has_guessed_as_well_is_not_owed_to_a_head() -> None:
         parents, said = np.full(len(tokens), tree.key[0], dtype=np.uint64), np.full(len(tokens), -1.0)
         tree.merge(parents, np.array(tokens), said, name, lambda ranks, said: said)
     nodes = [tree.descend([token]) or 0 for token in (5, 6, 7, 8)]
-    assert DrafterManager(Ledger(), ["h-0", "h-1"]).credited_to(tree, nodes) == ["d-0", "h-0", "d-0", "d-0"]
+    assert DrafterManager(Ledger(), DrafterUtility(), ["h-0", "h-1"]).credited_to(tree, nodes) == ["d-0", "h-0", "d-0", "d-0"]

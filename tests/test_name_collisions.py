@@ -26,8 +26,7 @@ from runtime.node_names import child_keys, text_key
 from runtime.sampling import Sampling
 from runtime.schedulers.fixed import Fixed
 from runtime.session import Session
-from runtime.target.commands import Join, ReplyReceived
-from runtime.target.request_state import AddRequest
+from runtime.target.commands import AddRequest, Join, ReplyReceived
 from runtime.verify import Verdict, match
 from tests.contracts import TRANSPORTS, over_grpc, soon
 from tests.fakes import ScriptedDrafter
@@ -149,7 +148,7 @@ def test_who_sends_two_texts_of_one_name_is_struck_and_nobody_else() -> None:
     for name in ("hostile", "honest"):
         engine.handle(Join(name, lambda event: None, striking(name)))
     engine.handle(AddRequest(asking(PROMPT), lettering()(asking(PROMPT)), lambda chunk: None))
-    engine.begin()
+    engine.requests.start(engine.scheduler.style)
     expected: list[tuple[str, Sequence[Sequence[int]], int]] = [
         ("hostile", [OTHER], 0),
         ("honest", [TRUE], 0),

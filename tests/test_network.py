@@ -17,7 +17,7 @@ from runtime.drafters.model import ModelDrafter
 from runtime.drafters.noisy import Noisy
 from runtime.messages import Chunk, Close, Commit, Draft, Event, Open, Reply, Resync, Share
 from runtime.sampling import Sampling
-from runtime.target.request_state import AddRequest
+from runtime.target.commands import AddRequest
 from tests.rig import Lockstep, asking, engine_of, lettering, output, plain
 from tests.test_engine import EOS, PROMPT, TEXT, TOY, alone, perfect
 
@@ -134,7 +134,7 @@ def test_what_was_decided_before_is_gone_on_from() -> None:
         engine = engine_of(TOY, eos=EOS)
         lockstep = Lockstep(engine, DraftEngine(ModelDrafter(TOY), "d", 2))
         engine.handle(AddRequest(request, finish, chunks.append))
-        while engine.live:
+        while engine.requests.running:
             lockstep.round()
         found = output(chunks)
         assert (before + found.text, (*request.committed, *found.tokens)) == (expected.text, expected.tokens)

@@ -20,9 +20,9 @@ from runtime.models.toy import ToyModel
 from runtime.reports import DrafterReport, GuessReport, TargetReport
 from runtime.schedulers.fixed import Fixed
 from runtime.scoring.drafter_utility import TRIAL
-from runtime.target.commands import Cancel, Join, ReplyReceived, Stop
+from runtime.target.commands import AddRequest, Cancel, Join, ReplyReceived, Stop
 from runtime.target.engine import Engine
-from runtime.target.request_state import AddRequest
+from runtime.target.verifier import Verifier
 from tests.contracts import soon
 from tests.rig import (
     NOBODY,
@@ -49,7 +49,7 @@ TEXT = continued(TOY, PROMPT, 200)
 
 
 def reported(engine: Engine) -> TargetReport:
-    engine.publish()
+    engine.requests.publish()
     return engine.report()
 
 
@@ -97,7 +97,7 @@ def test_what_was_drafted_was_accepted_or_rejected_or_expired() -> None:
     )
     lockstep = Lockstep(engine_of(Failing(24, 2000, memory=3)), *draft_engines, passes=3)
     chunks = [lockstep.admit(request) for request in requests]
-    while lockstep.engine.live:
+    while lockstep.engine.requests.running:
         if len(chunks[2]) == 3:
             lockstep.engine.handle(Cancel("cancelled"))
         lockstep.round()
@@ -140,12 +140,12 @@ class Told:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.engine = Engine(TOY, choose, Fixed(8), NOBODY, lambda: self.now)
+        self.engine = Engine(TOY, Verifier(choose, NOBODY), Fixed(8), lambda: self.now)
         self.events: list[Event] = []
         self.engine.handle(Join("d", self.events.append))
         request = asking(PROMPT, max_tokens=60)
         self.engine.handle(AddRequest(request, lettering()(request), lambda chunk: None))
-        self.engine.advance()
+        self.engine.step()
 
     def hear(self, growth: Draft, at: float = 0.0) -> None:
         self.engine.handle(ReplyReceived(growth, at))
@@ -156,7 +156,7 @@ class Told:
 
 def test_late_growth_and_stale_growth() -> None:
     told = Told()
-    assert told.engine.live["s"].session.tokens == TEXT[:6]
+    assert told.engine.requests.running["s"].session.tokens == TEXT[:6]
     told.hear(draft([(PROMPT, TEXT[5]), (TEXT[:6], TEXT[6])]))  # the first was decided meanwhile
     told.hear(draft([((*PROMPT, 99), 7), (TEXT[:6], TEXT[6])]))
     told.hear(draft([(PROMPT, 1)], session="gone"))
@@ -173,8 +173,8 @@ def test_a_round_trip_ends_with_the_first_growth_on_the_new_root() -> None:
     told.hear(draft([(TEXT[:6], 9)]), at=9.0)  # not the first
     assert told.guess().round_trip == 0.25
     told.now = 1.0
-    told.engine.advance()
-    told.hear(draft([(TEXT[: len(told.engine.live["s"].session.tokens)], 3)]), at=2.25)
+    told.engine.step()
+    told.hear(draft([(TEXT[: len(told.engine.requests.running["s"].session.tokens)], 3)]), at=2.25)
     assert told.guess().round_trip == pytest.approx(0.25 + 0.1 * (1.25 - 0.25))
 
 
@@ -211,7 +211,7 @@ def test_prompts_that_were_in_a_cache_are_counted_apart() -> None:
 
 
 def test_asked_from_another_thread_while_it_works() -> None:
-    engine = Engine(TOY, choose, Fixed(4), NOBODY, lambda: 0.0)
+    engine = Engine(TOY, Verifier(choose, NOBODY), Fixed(4), lambda: 0.0)
     thread = threading.Thread(target=engine.run)
     thread.start()
     ended = threading.Event()
@@ -280,7 +280,7 @@ def test_a_text_is_sent_again_once_for_each_commit_at_most() -> None:
     for _ in range(3):
         told.engine.handle(ReplyReceived(Resync("s", "d"), 0.0))
     assert len(told.events) == 1
-    told.engine.advance()
+    told.engine.step()
     told.events.clear()
     for _ in range(3):
         told.engine.handle(ReplyReceived(Resync("s", "d"), 0.0))

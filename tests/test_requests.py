@@ -25,6 +25,7 @@ from runtime.target.chunked_prefill import CHUNK
 from runtime.target.commands import Join, ReplyReceived
 from runtime.target.engine import Engine
 from runtime.target.target import check
+from runtime.target.verifier import Verifier
 from tests.contracts import soon
 from tests.rig import NOBODY, Known, Lockstep, Mute, Patient, asking, attached, continued, engine_of, hosted, output, plain, running
 from tests.test_batching import Desk
@@ -103,7 +104,7 @@ def test_a_request_bounds_its_rows(most: int) -> None:
 
 @pytest.mark.parametrize("scheduler", [Fixed(8, 1e9), Sync(1, 1, 4, 4, 1e9), Amusd(1e9)])
 def test_nobody_is_waited_for_by_who_wants_no_rows(scheduler: Scheduler) -> None:
-    engine = Engine(TOY, choose, scheduler, NOBODY, lambda: 0.0)
+    engine = Engine(TOY, Verifier(choose, NOBODY), scheduler, lambda: 0.0)
     (found,) = Lockstep(engine, DraftEngine(Mute(), "d")).run(replace(asking(PROMPT), max_rows=0))
     assert found.tokens == tuple(TEXT[5:29])
 
@@ -117,9 +118,9 @@ def test_the_epoch_of_a_request_is_that_of_its_session_and_growth_of_another_is_
     engine.handle(Join("d", heard.append))
     lockstep = Lockstep(engine)
     lockstep.admit(replace(asking(PROMPT), epoch=7))
-    engine.advance()
+    engine.step()
     assert [event.epoch for event in heard if isinstance(event, Open | Commit)] == [7, 7]
-    session = engine.live["s"].session
+    session = engine.requests.running["s"].session
     for epoch, taken in ((6, 0), (8, 0), (7, 1)):
         growth = Draft("s", epoch, "d", np.array([session.tree.key[0]], np.uint64), np.array([3], np.int32), np.array([-1], np.float32))
         engine.handle(ReplyReceived(growth, 0.0))
@@ -152,7 +153,7 @@ class Slow(ToyModel):
 
 
 def desk(clock: Hand, scheduler: Scheduler | None = None, kv_slots: int = 10**6) -> Desk:
-    return Desk(Engine(Slow(clock), choose, scheduler or Fixed(8), NOBODY, clock, kv_slots))
+    return Desk(Engine(Slow(clock), Verifier(choose, NOBODY), scheduler or Fixed(8), clock, kv_slots=kv_slots))
 
 
 def test_a_session_ends_with_its_deadline_and_keeps_what_it_has() -> None:
@@ -167,7 +168,7 @@ def test_a_session_ends_with_its_deadline_and_keeps_what_it_has() -> None:
     assert hasty.tokens == patient.tokens[: len(hasty.tokens)]
     assert hasty.stats.completion_tokens == len(hasty.tokens)
     assert hasty.stats.elapsed >= 10.0
-    assert at.engine.admission.reserved == 0
+    assert at.engine.requests.admission.reserved == 0
 
 
 def test_the_earliest_of_several_deadlines_is_looked_at_first_and_then_the_next() -> None:
@@ -204,7 +205,7 @@ def test_what_comes_too_late_is_not_begun(deadline: float) -> None:
     clock = Hand()
     at = desk(clock)
     at.admit(replace(asking(PROMPT), deadline=deadline))
-    assert at.engine.live == {}
+    assert at.engine.requests.running == {}
     assert at.run()["s"].reason == "deadline"
     assert clock.now == 0.0
 
@@ -223,9 +224,9 @@ def test_a_wait_for_drafters_is_no_longer_than_the_deadline() -> None:
     heard: list[Event] = []
     at.engine.handle(Join("mute", heard.append))
     at.admit(replace(asking(PROMPT), deadline=20.0))
-    assert at.engine.advance() == 16.0  # four seconds went into the prompt
+    assert at.engine.step() == 16.0  # four seconds went into the prompt
     clock.now = 20.0
-    assert at.engine.advance() is None
+    assert at.engine.step() is None
     assert at.run()["s"].reason == "deadline"
 
 

@@ -14,10 +14,12 @@ from runtime.models.hf import HFModel
 from runtime.models.timing import RIDDEN, riding_time
 from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
+from runtime.scoring.drafter_utility import DrafterUtility
 from runtime.target.batch import pack
 from runtime.target.engine import Engine
 from runtime.target.head_runner import RIDDEN as PRICED
-from runtime.target.head_runner import HeadRunner
+from runtime.target.head_runner import HeadRunner, MountedHead
+from runtime.target.verifier import Verifier
 from tests.families import hf_model
 from tests.rig import NOBODY, Lockstep, asking
 
@@ -51,17 +53,17 @@ def test_the_price_is_what_riders_add() -> None:
 @pytest.mark.parametrize(("riders", "expected"), [(((0,), (1, 2)), {"h-0": 1.5}), (((0,), ()), {"h-0": 0.5}), (((), ()), {})])
 def test_it_is_paid_for_each_row_that_is_ridden(riders: Sequence[Sequence[int]], expected: dict[str, float]) -> None:
     model = hf_model("llama")
-    runner = HeadRunner(model, {"h-0": head(model)}, Ledger(), {"h-0": 0.5 * PRICED})
+    runner = HeadRunner(model, {"h-0": MountedHead(head(model), 0.5 * PRICED)}, DrafterUtility(), Ledger(), lambda: 0.0)
     parts = [Part(model.new_cache(), causal(np.arange(3), 0), riders=of) for of in riders]
     assert runner.riding_time(parts) == {}  # it is not active
-    runner.activate(["h-0"])
+    runner.activate()
     assert runner.riding_time(parts) == expected
 
 
 @pytest.mark.parametrize("price", [0.0, 1e9])
 def test_the_head_is_charged_for_them_in_each_step(price: float) -> None:
     model = hf_model("llama")
-    engine = Engine(model, choose, Fixed(4), NOBODY, lambda: 0.0, heads={"h-0": head(model)}, prices={"h-0": price})
+    engine = Engine(model, Verifier(choose, NOBODY), Fixed(4), lambda: 0.0, heads={"h-0": MountedHead(head(model), price)})
     lockstep = Lockstep(engine)
     lockstep.admit(asking([1, 2, 3], max_tokens=40))
     lockstep.round()
@@ -69,7 +71,7 @@ def test_the_head_is_charged_for_them_in_each_step(price: float) -> None:
     assert engine.drafter_manager.utility.spent["h-0"] == pytest.approx(
         (1 + 5) * price / PRICED
     )  # beside the root alone, then beside it and four guesses
-    (live,) = engine.live.values()
+    (live,) = engine.requests.running.values()
     assert [round_.ridden for round_ in live.tally.rounds] == pytest.approx([price / PRICED, 5 * price / PRICED])
 
 
@@ -77,34 +79,34 @@ def test_the_head_is_charged_for_them_in_each_step(price: float) -> None:
 def test_only_rows_that_are_worth_it_are_ridden(seconds: float, riders: Sequence[int]) -> None:
     """The target writes a token a second. It stops at the root's row with a chance of 0.1, at the others' with 0.18, 0.45, 0.27."""
     model = hf_model("llama")
-    engine = Engine(model, choose, Fixed(4), NOBODY, lambda: 0.0, heads={"h-0": head(model)}, prices={"h-0": seconds * PRICED})
+    engine = Engine(model, Verifier(choose, NOBODY), Fixed(4), lambda: 0.0, heads={"h-0": MountedHead(head(model), seconds * PRICED)})
     lockstep = Lockstep(engine)
     lockstep.admit(asking([1, 2, 3], max_tokens=40))
     lockstep.round()
-    (live,) = engine.live.values()
+    (live,) = engine.requests.running.values()
     tree = live.session.tree
     tree.reroot([9])  # to a text with nothing below it
     for parent, chance in ((0, 0.9), (1, 0.5), (1, 0.3)):
         tree.add(parent, 5 + len(tree), math.log(chance))
-    engine.heads.activate(["h-0"])
-    engine.ledger.computed, engine.ledger.completion = 10.0, 10
-    assert engine.heads.riding(live, [1, 2, 3], pack(live.session, live.cache, [1, 2, 3])).riders == list(riders)
+    engine.heads.activate()
+    engine.metrics.computed, engine.metrics.completion = 10.0, 10
+    assert engine.heads.with_branch_rows(live.session, [1, 2, 3], pack(live.session, live.cache, [1, 2, 3])).riders == list(riders)
 
 
 @pytest.mark.parametrize(("nodes", "ridden"), [(8, 9), (30, 16)])
 def test_where_they_cost_nothing_all_rows_are_ridden_that_the_target_may_stop_at(nodes: int, ridden: int) -> None:
     model = hf_model("llama")
-    engine = Engine(model, choose, Fixed(4), NOBODY, lambda: 0.0, heads={"h-0": head(model)})
+    engine = Engine(model, Verifier(choose, NOBODY), Fixed(4), lambda: 0.0, heads={"h-0": MountedHead(head(model))})
     lockstep = Lockstep(engine)
     lockstep.admit(asking([1, 2, 3], max_tokens=40))
     lockstep.round()
-    (live,) = engine.live.values()
+    (live,) = engine.requests.running.values()
     tree = live.session.tree
     tree.reroot([9])
     for node in range(nodes):
         tree.add(node, 5 + node, math.log(0.9))
-    engine.heads.activate(["h-0"])
+    engine.heads.activate()
     chain = list(range(1, nodes + 1))
-    riders = engine.heads.riding(live, chain, pack(live.session, live.cache, chain)).riders
+    riders = engine.heads.with_branch_rows(live.session, chain, pack(live.session, live.cache, chain)).riders
     assert len(riders) == ridden
     assert nodes in riders, "the end of a likely chain"

@@ -18,6 +18,7 @@ from runtime.schedulers.fixed import Fixed
 from runtime.target import target
 from runtime.target.engine import Engine
 from runtime.target.target import Target, check
+from runtime.target.verifier import Verifier
 from tests.contracts import PATIENCE_S, TRANSPORTS, Attach, soon
 from tests.rig import Dying, Known, Mute, Patient, answer, asking, attached, continued, hosted, lettering, plain, running
 
@@ -193,10 +194,10 @@ def test_closing_the_iterator_frees_the_session_here_and_at_the_drafter(attach: 
             await attached(asked, "d", link)
             async with aclosing(asked.generate(asking(PROMPT, max_tokens=1000))) as chunks:
                 await anext(chunks)
-                assert asked.engine.live.keys() == {"s"}
+                assert asked.engine.requests.running.keys() == {"s"}
                 with pytest.raises(InvalidRequest, match="under way"):
                     await anext(asked.generate(asking(PROMPT)))
-            await soon(lambda: not asked.engine.live and not host.draft_engine.states)
+            await soon(lambda: not asked.engine.requests.running and not host.draft_engine.states)
             assert cast(ModelDrafter, host.draft_engine.drafter).kept == {}
             assert (await answer(asked, asking(PROMPT))).tokens == tuple(TEXT[5:29])
 
@@ -212,7 +213,7 @@ def test_cancelling_the_reader_frees_the_session() -> None:
             reading.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await reading
-            await soon(lambda: not asked.engine.live and not host.draft_engine.states)
+            await soon(lambda: not asked.engine.requests.running and not host.draft_engine.states)
 
     asyncio.run(main())
 
@@ -225,7 +226,7 @@ def test_sessions_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
         async with running(TOY, Patient(3)) as asked, hosted(Mute()) as host:
             await attached(asked, "d", host)
             readers = [asyncio.create_task(answer(asked, asking(PROMPT, f"s{n}"))) for n in range(2)]
-            await soon(lambda: len(asked.engine.live) == len(asked.engine.admission.waiting) == 1)
+            await soon(lambda: len(asked.engine.requests.running) == len(asked.engine.requests.admission.waiting) == 1)
             with pytest.raises(Overloaded, match="the most is 2: try again later"):
                 await anext(asked.generate(asking(PROMPT, "more")))
             for reader in readers:
@@ -308,7 +309,7 @@ def test_a_text_decided_in_part_is_gone_on_with() -> None:
 
 def test_no_request_hangs_on_a_target_whose_thread_is_gone() -> None:
     async def main() -> None:
-        engine = Engine(TOY, cast("object", None), Fixed(4), frozenset(), lambda: 0.0)  # type: ignore[arg-type]
+        engine = Engine(TOY, Verifier(cast("object", None), frozenset()), Fixed(4), lambda: 0.0)  # type: ignore[arg-type]
         asked = Target(engine, lettering())
         with pytest.raises(Unavailable):
             await anext(asked.generate(asking(PROMPT)))

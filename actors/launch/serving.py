@@ -63,7 +63,7 @@ async def local_service(deployment: Deployment, note: Note, recordings: list[Rec
         await target.stop()
         for host in hosts:
             await host.stop()
-        remember(memory_of(deployment.target.model, "target"), target.engine.calibrations)
+        remember(memory_of(deployment.target.model, "target"), target.engine.requests.calibrations)
         for host, config in zip(hosts, deployment.drafters(), strict=False):
             remember(memory_of_drafter(config, deployment.target.model), host.draft_engine.calibrations)
         if recordings is not None:

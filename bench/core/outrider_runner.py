@@ -88,13 +88,13 @@ class MethodTarget(TargetActor):
         if how not in self.policies:
             self.policies[how] = scheduler(schedule_of(how), self.times)
         self.target.schedule(self.policies[how], frozenset(f"{head}-0" for head in how.heads))
-        engine.calibrations = self.known.setdefault((how.schedule, *how.drafters, *how.heads), Calibrations())
-        engine.prefixes = Prefixes(engine.prefixes.budget)
+        engine.requests.calibrations = self.known.setdefault((how.schedule, *how.drafters, *how.heads), Calibrations())
+        engine.requests.prefixes = Prefixes(engine.requests.prefixes.budget)
         self.drafters(peers)
 
     def learned(self) -> dict[str, Any]:
         """What guesses of the present method were worth so far, as Calibrations saves it."""
-        return self.target.engine.calibrations.saved()
+        return self.target.engine.requests.calibrations.saved()
 
 
 class Service(Protocol):

@@ -20,7 +20,7 @@ from runtime.calibration import Band, Calibrations
 from runtime.clock import Clock
 from runtime.draft.frontier import Frontier, allot
 from runtime.drafters.base import Children, Drafter, ExpandRequest, Text
-from runtime.errors import OutriderError
+from runtime.errors import FAULTS
 from runtime.messages import Close, Commit, Draft, Event, Open, Reply, Resync, Share
 from runtime.node_names import text_key
 from runtime.reports import DrafterReport
@@ -34,7 +34,6 @@ RUN_AHEAD = 512  # nodes that wait for a commit
 FLOOR = -7.0  # log of the least path probability worth a node
 HELD = 0.25  # of the passes since the last commit may be held back: their messages cost both sides more than the newest guesses are worth
 ROWS = 16  # leaves in one pass over several sessions: a pass with so many rows costs little more than one with a single row
-FAULTS = (OutriderError, RuntimeError, ValueError, MemoryError, LookupError, TypeError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True, slots=True)

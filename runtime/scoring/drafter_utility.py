@@ -1,7 +1,7 @@
 """Which drafters get a share of the tree, and which heads are asked: all but those whose guesses have brought nothing for a while."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 TRIAL = 64  # commits that a drafter is given to show something
 REST = 512  # commits that it rests before it is tried again
@@ -17,9 +17,17 @@ class DrafterUtility:
         self.spent: defaultdict[str, float] = defaultdict(float)  # seconds of the target's
         self.resting: set[str] = set()
 
-    def spend(self, head: str, seconds: float) -> None:
-        """The target has waited so long for a head."""
-        self.spent[head] += seconds
+    def spend(self, heads: Collection[str], seconds: float) -> None:
+        """Charge the seconds that the target has waited for these together to each in equal parts."""
+        for head in heads:
+            self.spent[head] += seconds / len(heads)
+
+    def reset(self) -> None:
+        """Let all show again what they are good for."""
+        self.commits.clear()
+        self.tokens.clear()
+        self.spent.clear()
+        self.resting.clear()
 
     def observe(self, drafters: Iterable[str], guessed: Iterable[str], rate: float = 0.0) -> set[str]:
         """One commit to these drafters, with accepted tokens guessed by those; returns whose rest begins or ends.

@@ -18,9 +18,11 @@ from runtime.sim.heads import HeadFigures, ReplayedHead
 from runtime.sim.measured import Measured
 from runtime.sim.pair import BRANCHES, CONTEXT, VOCABULARY, Guesser, NamingModel, choose
 from runtime.sim.world import DrafterSide, TargetSide, World, linear
+from runtime.target.commands import AddRequest
 from runtime.target.engine import Engine
-from runtime.target.request_state import AddRequest
+from runtime.target.head_runner import MountedHead
 from runtime.target.stop_checker import StopChecker
+from runtime.target.verifier import Verifier
 
 ENDLESS = 1 << 30  # tokens of a session that does not end
 DRAFTER = "draft"
@@ -140,8 +142,16 @@ def simulate(measured: Measured, policy: Callable[[], Scheduler], setting: Setti
 
 def target(world: World, measured: Measured, policy: Scheduler, known: Mapping[str, Any], head: HeadFigures | None) -> TargetSide:
     """`known`: saved calibrations; target and drafters begin as after a long time together."""
-    heads = {f"{head.name}-0": ReplayedHead(head)} if head is not None else {}
-    engine = Engine(NamingModel(), choose, policy, frozenset(), world.clock, CONTEXT, Calibrations.restored(known), heads=heads)
+    heads = {f"{head.name}-0": MountedHead(ReplayedHead(head))} if head is not None else {}
+    engine = Engine(
+        NamingModel(),
+        Verifier(choose, frozenset()),
+        policy,
+        world.clock,
+        kv_slots=CONTEXT,
+        calibrations=Calibrations.restored(known),
+        heads=heads,
+    )
     of_rows = linear(measured.target)
 
     def seconds(rows: int, sessions: int, taken: int, busy: bool) -> float:

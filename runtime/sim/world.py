@@ -62,37 +62,34 @@ class TargetSide:
             self.go_on()
 
     def go_on(self) -> None:
-        """Engine.run and the first half of Engine.advance, up to the pass. Reading a prompt takes no time here."""
+        """Engine.run and the first half of Engine.step, up to the pass. Reading a prompt takes no time here."""
         engine = self.engine
         self.plans += 1
         taken = engine.inbox.qsize()
-        engine.take_in(0.0)
-        engine.begin()
-        while not all(live.ready for live in engine.live.values()):
+        engine.receive(0.0)
+        engine.requests.start(engine.scheduler.style)
+        while len(engine.requests.ready()) < len(engine.requests.running):
             engine.prefill()
-        ready = list(engine.live.values())
-        if not ready:
-            return
-        plan = engine.plan(ready)
-        if plan.wait > 0.0:
+        batch = engine.schedule()
+        if not isinstance(batch, Batch):
             this = self.plans
-            self.world.after(max(plan.wait, TICK), lambda: self.wake(this))
+            if batch is not None:
+                self.world.after(max(batch, TICK), lambda: self.wake(this))
             return
-        step = engine.pack(ready, plan)
-        decisions = engine.compute(step)
+        decisions = engine.decide(batch)
         self.computing = True
-        rows, busy = sum(len(part.rows.tokens) for part in step.parts), any(drafter.computing for drafter in self.drafters)
-        self.world.after(self.seconds(rows, len(step.parts), taken, busy), lambda: self.decided(step, decisions))
+        rows, busy = sum(len(part.rows.tokens) for part in batch.parts), any(drafter.computing for drafter in self.drafters)
+        self.world.after(self.seconds(rows, len(batch.items), taken, busy), lambda: self.decided(batch, decisions))
 
     def wake(self, plan: int) -> None:
         if plan == self.plans and not self.computing:
             self.go_on()
 
-    def decided(self, step: Batch, decisions: Sequence[Decision | None]) -> None:
-        """The second half of Engine.advance."""
+    def decided(self, batch: Batch, decisions: Sequence[Decision | None]) -> None:
+        """The second half of Engine.step."""
         self.computing = False
-        self.engine.take_in(0.0)
-        self.engine.commit(step, decisions, self.world.now)
+        self.engine.receive(0.0)
+        self.engine.commit(batch, decisions, self.world.now)
         self.go_on()
 
 

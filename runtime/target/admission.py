@@ -5,7 +5,7 @@ from collections import deque
 from runtime import limits
 from runtime.errors import InvalidRequest
 from runtime.messages import Request
-from runtime.target.request_state import AddRequest
+from runtime.target.commands import AddRequest
 
 
 def slots_of(request: Request, context: int) -> int:

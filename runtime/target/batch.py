@@ -1,4 +1,4 @@
-"""A packed pass: of each session its root, and the nodes of its tree that are to be verified."""
+"""A packed pass: for each session its root, and the nodes of its tree that are verified."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,33 +12,47 @@ from runtime.target.request_state import RequestState
 
 
 @dataclass(frozen=True, slots=True)
+class BatchItem:
+    """One session's share of a pass: the nodes that get a row beside its root, and `credited`,
+    parallel to them: who gets the credit for each that is accepted."""
+
+    state: RequestState
+    nodes: list[int]
+    credited: list[str]
+    part: Part
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """One packed pass: the sessions it serves, for each the nodes that get a row, and who gets the credit for these if they are accepted.
+    """One packed pass. Times are readings of the clock, or seconds."""
 
-    Times are readings of the clock.
-    """
-
-    sessions: list[RequestState]
-    nodes: list[list[int]]
-    owed: list[list[str]]
-    parts: list[Part]
+    items: list[BatchItem]
     opened: float  # when its planning began
     waited: float  # seconds
     began: float
 
+    @property
+    def parts(self) -> list[Part]:
+        return [item.part for item in self.items]
+
 
 def pack(session: Session, cache: KVCache, nodes: Sequence[int]) -> Part:
-    """`nodes` are closed under parents and in order; the cache holds all of the text but its last token."""
+    """Make the rows of one session: its root's, then those of `nodes`.
+
+    `nodes` are closed under parents and in order; the cache holds all of the text but its last
+    token.
+    """
     tree, prefix, n = session.tree, len(session.tokens) - 1, len(nodes) + 1
     visible = np.zeros((n, n), dtype=np.bool_)
     visible[:, 0] = True
     visible[1:, 1:] = tree.visible(nodes)
     rows = np.asarray([0, *nodes])
-    tokens, positions = np.frombuffer(tree.token, dtype=np.int64)[rows], prefix + np.frombuffer(tree.depth, dtype=np.int64)[rows]
+    tokens = np.frombuffer(tree.token, dtype=np.int64)[rows]
+    positions = prefix + np.frombuffer(tree.depth, dtype=np.int64)[rows]
     return Part(cache, Rows(tokens, positions, prefix, visible))
 
 
-def unpack(cache: KVCache, prefix: int, nodes: Sequence[int], path: Sequence[int]) -> None:
-    """After the pass: of its slots keep the root's and those of the accepted `path`."""
+def keep_accepted(cache: KVCache, prefix: int, nodes: Sequence[int], path: Sequence[int]) -> None:
+    """Roll the cache back after a pass: of its slots the root's and those of `path` stay."""
     row_of = {node: prefix + row for row, node in enumerate(nodes, start=1)}
     cache.keep(prefix + 1, [row_of[node] for node in path])

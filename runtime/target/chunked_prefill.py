@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from runtime.clock import Clock
-from runtime.errors import OutriderError
+from runtime.errors import FAULTS
 from runtime.kv.prefixes import Ids, Prefixes, common
 from runtime.models.base import Model, Part, causal
 from runtime.target.request_state import RequestState
@@ -14,9 +14,6 @@ from runtime.target.request_state import RequestState
 CHUNK = 512  # tokens that are read at once
 CHUNK_BESIDE = 64  # of each text, where other sessions wait for their step meanwhile
 ALIKE = 32  # tokens that are worth waiting for, and by which texts are taken to begin alike
-
-# What a request, a model or a tokenizer may raise: it ends that session. Any other error is a fault of the loop itself.
-FAILURES = (OutriderError, RuntimeError, ValueError, MemoryError, LookupError, TypeError, AttributeError, ArithmeticError)
 
 
 @dataclass(slots=True)
@@ -80,7 +77,7 @@ def read_pieces(model: Model, prefixes: Prefixes, sessions: Sequence[RequestStat
                 if cached is not None:
                     live.cache, live.reused = cached[0].fork(most), most
                     found.reused += most
-        except FAILURES as error:
+        except FAULTS as error:
             found.failed.append((live, error))
             continue
         alike.append(text)
@@ -102,7 +99,7 @@ def compute(model: Model, pieces: Sequence[tuple[RequestState, Part]], found: Pr
     try:
         if parts := [part for _, part in pieces if len(part.rows.tokens)]:
             model.forward_all(parts)
-    except FAILURES as error:
+    except FAULTS as error:
         if len(pieces) > 1:
             for one in pieces:
                 compute(model, [one], found)

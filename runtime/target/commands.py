@@ -1,19 +1,37 @@
 """What may be put into an engine's inbox, from any thread."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from runtime.messages import Event, Reply
+from runtime.choice import Guide
+from runtime.messages import Chunk, Event, Reply, Request
 from runtime.schedulers.base import Scheduler
-from runtime.target.request_state import AddRequest
+from runtime.target.stop_checker import StopChecker
 
 Send = Callable[[Event], None]
 Strike = Callable[[str], object]  # counts a message that no honest drafter sends against its sender; says what is wrong with it
+Deliver = Callable[[Chunk], None]
 
 
 def forgive(why: str) -> bool:
     """A Strike that counts nothing and never ends the link: a drafter in this very process is trusted as far as that."""
     return False
+
+
+@dataclass(frozen=True, slots=True)
+class AddRequest:
+    request: Request
+    finish: StopChecker
+    deliver: Deliver
+    asked: float = 0.0  # clock when the target took the request
+    guide: Guide | None = None  # the request's constraint, after what is committed
+
+    @property
+    def expires(self) -> float:
+        """Clock from which on nobody wants the rest."""
+        deadline = self.request.deadline
+        return math.inf if deadline is None else self.asked + deadline
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,16 +12,15 @@ from runtime.tree import TokenTree
 
 
 class DrafterManager:
-    """`sends`: how to reach those that are there now, in the order of their coming. What they bring is written into `ledger`.
+    """`sends`: how to reach those that are there now, in the order of their coming. What they bring is written into `metrics`.
 
     `heads`: names of those that sit on the target. Nobody tells them anything and they have no share, but they rest by the same rule.
     """
 
-    def __init__(self, ledger: Ledger, heads: Collection[str] = ()) -> None:
+    def __init__(self, metrics: Ledger, utility: DrafterUtility, heads: Collection[str] = ()) -> None:
         self.sends: dict[str, Send] = {}
         self.strikes: dict[str, Strike] = {}
-        self.utility = DrafterUtility()
-        self.ledger, self.heads = ledger, heads
+        self.metrics, self.utility, self.heads = metrics, utility, heads
 
     def join(self, name: str, send: Send, sessions: Iterable[RequestState], strike: Strike = forgive) -> None:
         self.sends[name], self.strikes[name] = send, strike
@@ -35,8 +34,8 @@ class DrafterManager:
             self.share_out(sessions)
 
     def reset_utility(self, sessions: Iterable[RequestState]) -> None:
-        """All may show again what they are good for."""
-        self.utility = DrafterUtility()
+        """Let all show again what they are good for."""
+        self.utility.reset()
         self.share_out(sessions)
 
     def listeners(self, session: Session) -> dict[str, Send]:
@@ -44,14 +43,6 @@ class DrafterManager:
 
     def active(self, session: Session) -> list[str]:
         return self.utility.active(self.listeners(session))
-
-    def active_heads(self) -> list[str]:
-        return self.utility.active(self.heads)
-
-    def spend(self, heads: Collection[str], seconds: float) -> None:
-        """The target has waited so long for these together."""
-        for name in heads:
-            self.utility.spend(name, seconds / len(heads))
 
     def tell(self, session: Session, event: Event) -> None:
         for send in self.listeners(session).values():
@@ -88,10 +79,10 @@ class DrafterManager:
         active = self.utility.active(self.sends)
         return Share(session, active.index(name), len(active)) if name in active else Share(session, 0, 0)
 
-    def heard(self, live: RequestState | None, name: str, drafts: Sequence[Draft]) -> int:
-        """Offer growth to its session; returns how many nodes were new. None is where nobody asked for it. A drafter that has given one
-        name to two texts gets a strike: who does not look for such texts never meets them."""
-        guesses = self.ledger.guesses[name]
+    def merge(self, live: RequestState | None, name: str, drafts: Sequence[Draft]) -> int:
+        """Offer growth to its session's tree; returns how many nodes were new. None is where nobody asked for it. A drafter that has given
+        one name to two texts gets a strike: who does not look for such texts never meets them."""
+        guesses = self.metrics.guesses[name]
         if live is None or not live.session.request.speculation or name in self.utility.resting:
             guesses.stale += sum(len(draft.tokens) for draft in drafts)
             return 0
@@ -114,9 +105,9 @@ class DrafterManager:
         for live in ready:
             active = self.active(live.session)
             if (cause := live.without(everyone, awake)) is not None:
-                self.ledger.fallbacks[cause] += 1
+                self.metrics.fallbacks[cause] += 1
             for name in active:
-                self.ledger.guesses[name].lead(live.lead(name))
+                self.metrics.guesses[name].lead(live.lead(name))
 
     def credited_to(self, tree: TokenTree, nodes: Sequence[int]) -> list[str]:
         """To whom: to a drafter, where one has guessed the node as well as a head. Without that head it would be there all the same."""
@@ -124,5 +115,5 @@ class DrafterManager:
 
     def update_resting(self, thanks: Iterable[str], sessions: Iterable[RequestState]) -> None:
         """After a step: its tokens are owed to these. Who has brought nothing for long rests, or is tried again."""
-        if self.utility.observe([*self.sends, *self.heads], thanks, self.ledger.rate) & self.sends.keys():
+        if self.utility.observe([*self.sends, *self.heads], thanks, self.metrics.rate) & self.sends.keys():
             self.share_out(sessions)

@@ -1,24 +1,27 @@
-"""The heads of a target, as its loop sees them: they look at each pass, and what they guess goes into the mirrors at once."""
+"""Runs the heads of a target: they look at each pass, and guess from it when it is over."""
 
 import logging
-from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
+from runtime.clock import Clock
 from runtime.drafters.base import Text
-from runtime.errors import InvalidRequest
+from runtime.errors import FAULTS, InvalidRequest
 from runtime.heads.base import Growth, Head, Seen
 from runtime.messages import Draft
 from runtime.metrics import Ledger
 from runtime.models.base import Look, Model, Open, Part, Shown
 from runtime.node_names import child_key
+from runtime.scoring.drafter_utility import DrafterUtility
 from runtime.session import Session
-from runtime.target.chunked_prefill import FAILURES
+from runtime.target.batch import BatchItem
 from runtime.target.request_state import RequestState
 from runtime.target.verifier import Decision
+from runtime.tracing import STEP, Trace
 from runtime.tree import TokenTree
 
 RIDDEN = 4  # rows beside which pseudo rows ride where their price is measured
@@ -29,59 +32,69 @@ NOTHING = Look()
 log = logging.getLogger(__name__)
 
 
-class HeadRunner:
-    """Heads by name: those that were `built`, of them those in use, and of these those `active` in the present step. Without any a pass is
-    the model's own, and nothing else happens.
+@dataclass(frozen=True, slots=True)
+class MountedHead:
+    """A head, and the seconds by which its pseudo rows prolong a pass in which RIDDEN rows are ridden (0 where it has none)."""
 
-    One that fails is taken off, logged and counted in `ledger`: the target goes on without it. `prices`: seconds by which the pseudo rows
-    of a head prolong a pass where RIDDEN rows are ridden; none where that was not measured.
+    head: Head
+    seconds: float = 0.0
+
+
+class HeadRunner:
+    """Owns the heads of a target, by name: those that were `built`, of them those `selected`, and of these those `active` in the
+    present step. Without any a pass is the model's own, and nothing else happens.
+
+    A head that fails is disabled, logged and counted in `metrics`: the target goes on without it. What heads cost is charged to them
+    in `utility`, by which they rest.
     """
 
-    def __init__(self, model: Model, heads: Mapping[str, Head], ledger: Ledger, prices: Mapping[str, float] | None = None) -> None:
+    def __init__(self, model: Model, heads: Mapping[str, MountedHead], utility: DrafterUtility, metrics: Ledger, clock: Clock) -> None:
         """Raises InvalidRequest for two heads whose branches would meet."""
-        self.model, self.built, self.ledger = model, dict(heads), ledger
-        self.prices = dict(prices or {})
-        self.heads: dict[str, Head] = {}
+        self.model, self.utility, self.metrics, self.clock = model, utility, metrics, clock
+        self.built = dict(heads)
+        self.selected: dict[str, Head] = {}
         self.active: list[str] = []
         self.look = NOTHING  # of those active
-        self.use(heads)
+        self.select(None)
 
-    def use(self, names: Container[str]) -> None:
-        """Only these are asked from now on. Raises InvalidRequest as at first."""
-        chosen = {name: head for name, head in self.built.items() if name in names}
+    def select(self, names: Container[str] | None) -> None:
+        """Ask only these from now on (None: all that there are). Raises InvalidRequest as at first."""
+        chosen = {name: mounted.head for name, mounted in self.built.items() if names is None or name in names}
         joint([head.look for head in chosen.values()])
-        self.heads.clear()
-        self.heads.update(chosen)
-        self.activate([name for name in self.active if name in chosen])
+        self.selected.clear()
+        self.selected.update(chosen)
+        self._look_with([name for name in self.active if name in chosen])
 
-    def activate(self, names: list[str]) -> None:
-        """Of those in use, these alone look at the next pass and are asked after it."""
-        self.active, self.look = names, joint([self.heads[name].look for name in names])
+    def activate(self) -> None:
+        """Let those that do not rest look at the next pass, and guess after it."""
+        self._look_with(self.utility.active(self.selected))
 
-    def riding(self, live: RequestState, nodes: Sequence[int], part: Part) -> Part:
-        """The part of a step, with riders where a head wants them and they are worth their time: beside a row at which the target stops
-        they bring about a token."""
-        session, branches = live.session, len(self.look.branches)
+    def with_branch_rows(self, session: Session, nodes: Sequence[int], part: Part) -> Part:
+        """Let pseudo rows ride in a session's part of a step where a head wants them and they are worth their time.
+
+        Beside a row at which the target stops they bring about a token.
+        """
+        branches = len(self.look.branches)
         if not branches or not wanted(session):
             return part
-        least = self.ledger.rate * sum(self.price(name) for name in self.active)
+        least = self.metrics.rate * sum(self.price(name) for name in self.active)
         worth = (part.rows.positions + branches < self.model.context) & (ends(session.tree, nodes) >= least)
         rows = [row for row in likely_ends(session.tree, nodes) if worth[row]]
         return replace(part, riders=sorted(rows[:MOST]))
 
     def price(self, name: str) -> float:
         """Seconds for each row that is ridden."""
-        return self.prices.get(name, 0.0) / RIDDEN
+        return self.built[name].seconds / RIDDEN
 
     def forward(self, parts: Sequence[Part]) -> list[Shown]:
         """One pass with all that the heads look at. Raises what the model raises where nobody looks."""
         if self.look != NOTHING:
             try:
                 return cast(Open, self.model).show_all(parts, self.look)
-            except FAILURES as error:
+            except FAULTS as error:
                 failure = error
             found = [Shown(logits) for logits in self.model.forward_all(parts)]
-            for name in [name for name in self.active if self.heads[name].look != NOTHING]:
+            for name in [name for name in self.active if self.selected[name].look != NOTHING]:
                 self.disable(name, failure)
             return found
         return [Shown(logits) for logits in self.model.forward_all(parts)]
@@ -89,30 +102,57 @@ class HeadRunner:
     def riding_time(self, parts: Sequence[Part]) -> dict[str, float]:
         """Seconds that a pass over these takes longer for the pseudo rows of heads, by head."""
         ridden = sum(len(part.riders) for part in parts)
-        return {name: ridden * self.price(name) for name in self.active if ridden and name in self.prices}
+        return {name: ridden * price for name in self.active if ridden and (price := self.price(name))}
 
-    def propose(self, name: str, seen: Sequence[tuple[RequestState, Seen]]) -> list[tuple[RequestState, Draft]]:
-        """What one head guesses, as a drafter would send it."""
-        try:
-            growths = self.heads[name].propose([one for _, one in seen])
-            found = [(live, growth) for (live, _), growth in zip(seen, growths, strict=True) if len(growth.tokens)]
-            return [(live, draft_of(live.session, growth, name)) for live, growth in found]
-        except FAILURES as error:
-            self.disable(name, error)
-            return []
+    def charge(self, parts: Sequence[Part]) -> None:
+        """Charge the heads for the pseudo rows of a pass."""
+        for name, seconds in self.riding_time(parts).items():
+            self.utility.spend({name}, seconds)
+
+    def guess(self, going: Sequence[tuple[BatchItem, Decision]], trace: Trace) -> None:
+        """Let the active heads guess how these sessions go on from their new roots.
+
+        The guesses are kept with each session until a step waits for nobody better.
+        """
+        if not self.active:
+            return
+        items = [(item, decision) for item, decision in going if wanted(item.state.session)]
+        seen = [seen_of(item, decision) for item, decision in items]
+        for name in tuple(self.active) if seen else ():
+            began = self.clock()
+            for state, draft in self._propose(name, [item.state for item, _ in items], seen):
+                state.head_drafts.append(draft)
+            ended = self.clock()
+            self.utility.spend({name}, ended - began)
+            trace.span(name, STEP, began, ended, sessions=len(seen))
 
     def disable(self, name: str, error: Exception) -> None:
-        log.warning("head %s is taken off: %s: %s", name, type(error).__name__, error)
+        """Go on without this head."""
+        log.warning("head %s is disabled: %s: %s", name, type(error).__name__, error)
         del self.built[name]
-        self.use(self.heads.keys() - {name})
-        self.ledger.fallbacks["head lost"] += 1
+        self.select(self.selected.keys() - {name})
+        self.metrics.fallbacks["head lost"] += 1
 
     def close(self, session: str) -> None:
-        for name, head in tuple(self.built.items()):
+        """Forget a session."""
+        for name, mounted in tuple(self.built.items()):
             try:
-                head.close(session)
-            except FAILURES as error:
+                mounted.head.close(session)
+            except FAULTS as error:
                 self.disable(name, error)
+
+    def _look_with(self, names: list[str]) -> None:
+        self.active, self.look = names, joint([self.selected[name].look for name in names])
+
+    def _propose(self, name: str, states: Sequence[RequestState], seen: Sequence[Seen]) -> list[tuple[RequestState, Draft]]:
+        """What one head guesses, as a drafter would send it."""
+        try:
+            growths = self.selected[name].propose(seen)
+            found = [(state, growth) for state, growth in zip(states, growths, strict=True) if len(growth.tokens)]
+            return [(state, draft_of(state.session, growth, name)) for state, growth in found]
+        except FAULTS as error:
+            self.disable(name, error)
+            return []
 
 
 def joint(looks: Sequence[Look]) -> Look:
@@ -128,19 +168,12 @@ def wanted(session: Session) -> bool:
     return session.request.speculation and min(session.room, session.most) > 0
 
 
-def seen_by(
-    step: Iterable[tuple[RequestState, Sequence[int], Part, Decision | None]], going: Container[str]
-) -> list[tuple[RequestState, Seen]]:
-    """What a step has shown of the sessions `going` on that anybody can help, after their roots have moved. It is given by sessions,
-    their nodes that got rows in this order, their parts, and what was decided."""
-    found = []
-    for live, nodes, part, decision in step:
-        session, row_of = live.session, {node: row for row, node in enumerate(nodes, start=1)}
-        if decision is not None and session.id in going and wanted(session):
-            text = Text(session.id, session.tokens, session.prompt, session.request.sampling, session.tree)
-            path = [0, *(row_of[node] for node in decision.verdict.path)]
-            found.append((live, Seen(text, part.rows.tokens, path, decision.shown, part.riders)))
-    return found
+def seen_of(item: BatchItem, decision: Decision) -> Seen:
+    """What a step has shown of a session, whose root has moved since."""
+    session, row_of = item.state.session, {node: row for row, node in enumerate(item.nodes, start=1)}
+    text = Text(session.id, session.tokens, session.prompt, session.request.sampling, session.tree)
+    path = [0, *(row_of[node] for node in decision.verdict.path)]
+    return Seen(text, item.part.rows.tokens, path, decision.shown, item.part.riders)
 
 
 def draft_of(session: Session, growth: Growth, name: str) -> Draft:

@@ -1,36 +1,17 @@
 """A session under way, with what belongs to it on the target's device."""
 
-import math
 from collections import Counter
-from collections.abc import Callable, Sized
+from collections.abc import Sized
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from runtime.choice import Guide
 from runtime.kv.base import KVCache
-from runtime.messages import Chunk, Commit, Draft, Logprob, Request, Round, Stats
+from runtime.messages import Chunk, Commit, Draft, Logprob, Round, Stats
 from runtime.metrics import Tally
 from runtime.schedulers.base import View
 from runtime.session import Session
-from runtime.target.stop_checker import StopChecker
-
-Deliver = Callable[[Chunk], None]
-
-
-@dataclass(frozen=True, slots=True)
-class AddRequest:
-    request: Request
-    finish: StopChecker
-    deliver: Deliver
-    asked: float = 0.0  # clock when the target took the request
-    guide: Guide | None = None  # the request's constraint, after what is committed
-
-    @property
-    def expires(self) -> float:
-        """Clock from which on nobody wants the rest."""
-        deadline = self.request.deadline
-        return math.inf if deadline is None else self.asked + deadline
+from runtime.target.commands import AddRequest
 
 
 @dataclass(slots=True)
@@ -55,7 +36,7 @@ class RequestState:
     answered: set[str] = field(default_factory=set)  # drafters that have guessed what follows the last commit
     reopened: set[str] = field(default_factory=set)  # drafters that were told the whole text since the last commit
     lost: set[str] = field(default_factory=set)  # drafters that have asked for the text while they rested
-    sprouts: list[Draft] = field(default_factory=list)  # what heads guess from the root, to be offered before the next step
+    head_drafts: list[Draft] = field(default_factory=list)  # what heads guess from the root, to be offered before the next step
     accepted: Counter[str] = field(default_factory=Counter)  # delivered tokens by the drafter that guessed them
 
     def view(self, now: float, waited: float, drafters: int) -> View:

@@ -16,9 +16,8 @@ from runtime.messages import Chunk, Event, Request, Tokens
 from runtime.reports import TargetReport
 from runtime.sampling import Constraint, Sampling, whole
 from runtime.schedulers.base import Scheduler
-from runtime.target.commands import Cancel, Join, Leave, ReplyReceived, SetScheduler, Stop, forgive
+from runtime.target.commands import AddRequest, Cancel, Join, Leave, ReplyReceived, SetScheduler, Stop, forgive
 from runtime.target.engine import Engine
-from runtime.target.request_state import AddRequest
 from runtime.target.stop_checker import StopChecker
 
 log = logging.getLogger(__name__)
@@ -144,7 +143,7 @@ class Target:
             raise Unavailable("the target has stopped: start it again")
         if self._draining:
             raise Unavailable("the target is draining: ask another one")
-        self.engine.admission.check(request, self.engine.model.context)
+        self.engine.requests.admission.check(request, self.engine.model.context)
         if len(self._sessions) >= (most := limits.SESSIONS + limits.QUEUE):
             raise Overloaded(f"{len(self._sessions)} sessions are under way or waiting, the most is {most}: try again later")
         finish = resumed(self.finish(request), request)

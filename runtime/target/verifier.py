@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.choice import Ask, Chooser, Guide, Scorer
+from runtime.choice import Ask, Chooser, Guide, Scorer, logprobs
 from runtime.messages import Logprob
 from runtime.models.base import Shown
 from runtime.session import Session
@@ -25,8 +25,8 @@ class Verifier:
     """How the logits of one family of models are read; `eos` are the tokens that end a text."""
 
     choose: Chooser
-    logprobs: Scorer
     eos: frozenset[int]
+    score: Scorer = logprobs
 
     def decide(self, session: Session, guide: Guide | None, nodes: Sequence[int], shown: Shown) -> Decision:
         """`shown` is of the rows of the root and of `nodes`. `guide` goes along with what is decided.
@@ -40,7 +40,7 @@ class Verifier:
             return Decision(verdict, (), shown)
         rows = [0, *(nodes.index(node) + 1 for node in verdict.path)]
         tokens = [*(session.tree.token[node] for node in verdict.path), verdict.token]
-        return Decision(verdict, self.logprobs(logits[rows], tokens, k), shown)
+        return Decision(verdict, self.score(logits[rows], tokens, k), shown)
 
     def verdict(self, session: Session, nodes: Sequence[int], logits: Any) -> Verdict:
         ask = Ask(session.request.sampling, session.prompt, session.tokens, session.paths(nodes), self.eos)

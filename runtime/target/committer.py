@@ -1,0 +1,132 @@
+"""Carries out what the target has decided: roots move, drafters hear of it, callers get tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from runtime.clock import Clock
+from runtime.errors import FAULTS
+from runtime.messages import Chunk, Commit, Round
+from runtime.metrics import Ledger
+from runtime.schedulers.base import Scheduler
+from runtime.target.batch import Batch, BatchItem, keep_accepted
+from runtime.target.drafter_manager import DrafterManager
+from runtime.target.head_runner import HeadRunner
+from runtime.target.request_manager import RequestManager
+from runtime.target.verifier import Decision
+from runtime.tracing import NODES, TARGET, Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A session whose root has moved. `guessed`: by whom each token was guessed ("": nobody)."""
+
+    item: BatchItem
+    decision: Decision
+    commit: Commit
+    guessed: tuple[str, ...]
+    hit: bool
+
+    @property
+    def credited(self) -> list[str]:
+        """Who gets the credit for each accepted node."""
+        nodes = self.item.nodes
+        return [self.item.credited[nodes.index(node)] for node in self.decision.verdict.path]
+
+
+class Committer:
+    """Ends a step. The drafters hear first, so that they go on while the rest is done."""
+
+    def __init__(
+        self,
+        requests: RequestManager,
+        drafters: DrafterManager,
+        heads: HeadRunner,
+        metrics: Ledger,
+        clock: Clock,
+    ) -> None:
+        self.requests, self.drafters, self.heads = requests, drafters, heads
+        self.metrics, self.clock = metrics, clock
+
+    def commit(
+        self,
+        batch: Batch,
+        decisions: Sequence[Decision | None],
+        decided: float,
+        scheduler: Scheduler,
+        trace: Trace,
+    ) -> None:
+        """Commit `decisions`, one for each item of the batch (None: it has failed), which were made
+        at `decided` on the clock."""
+        committed = [
+            self._move_root(item, decision, trace)
+            for item, decision in zip(batch.items, decisions, strict=True)
+            if decision is not None and self.requests.is_running(item.state)
+        ]
+        outputs = [(one, chunk) for one in committed if (chunk := self._output(one)) is not None]
+        self._credit(committed)
+        going = [(one.item, one.decision) for one, chunk in outputs if chunk.finish_reason is None]
+        ridden = sum(self.heads.riding_time(batch.parts).values())
+        self.heads.guess(going, trace)
+        done = self.clock()
+        rounds = [round_of(one, batch, decided, done, ridden) for one, _ in outputs]
+        scheduler.observe(rounds)
+        self.metrics.step(rounds)
+        for (one, chunk), round_ in zip(outputs, rounds, strict=True):
+            one.item.state.committed(round_, decided)
+            self.metrics.delivered(chunk.drafters)
+        for one, chunk in outputs:
+            self._deliver(one, chunk)
+        trace.step(batch, rounds, decided, done)
+        nodes = sum(len(item.state.session.tree) - 1 for item in batch.items)
+        trace.count(NODES, decided, nodes)
+
+    def _move_root(self, item: BatchItem, decision: Decision, trace: Trace) -> Committed:
+        """Apply a decision to its session, and tell the drafters."""
+        session, verdict = item.state.session, decision.verdict
+        guessed = (*(session.tree.drafter[node] for node in verdict.path), "")
+        nodes = len(session.tree)
+        commit, hit = session.apply(verdict)
+        self.metrics.dropped += nodes - len(session.tree)
+        self.drafters.tell(session, commit)
+        trace.sent(commit, self.clock(), TARGET)
+        return Committed(item, decision, commit, guessed, hit)
+
+    def _output(self, one: Committed) -> Chunk | None:
+        """Roll the cache back and make the output; None if that fails and so ends the session."""
+        state, base = one.item.state, one.commit.base - 1
+        try:
+            keep_accepted(state.cache, base, one.item.nodes, one.decision.verdict.path)
+            return state.hand_out(one.commit, one.guessed, one.decision.logprobs)
+        except FAULTS as error:
+            # What is behind is in no order.
+            state.cache.truncate(min(state.cache.length, base))
+            self.requests.fail(state, error)
+            return None
+
+    def _credit(self, committed: Sequence[Committed]) -> None:
+        if any(one.item.state.session.request.speculation for one in committed):
+            credited = [name for one in committed for name in one.credited]
+            self.drafters.update_resting(credited, self.requests.running.values())
+
+    def _deliver(self, one: Committed, chunk: Chunk) -> None:
+        state = one.item.state
+        if chunk.finish_reason is None:
+            state.admitted.deliver(chunk)
+        else:
+            self.requests.finish(state, replace(chunk, stats=state.stats(self.clock())))
+
+
+def round_of(one: Committed, batch: Batch, decided: float, done: float, ridden: float) -> Round:
+    """The record of one session in a step that was decided and `done` at these readings."""
+    state, planned = one.item.state, batch.began - batch.opened - batch.waited
+    return Round(
+        session=state.session.id,
+        number=len(state.tally.rounds),
+        width=len(one.item.nodes),
+        accepted=len(one.decision.verdict.path),
+        hit=one.hit,
+        waited=batch.waited,
+        computed=decided - batch.began,
+        bookkeeping=max(0.0, planned) + done - decided,
+        ridden=ridden,
+    )

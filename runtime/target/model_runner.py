@@ -1,0 +1,42 @@
+"""Runs one pass of the target's model over a batch, and decides for each session from its logits."""
+
+from runtime.errors import FAULTS
+from runtime.metrics import Ledger
+from runtime.models.base import Shown
+from runtime.target.batch import Batch, BatchItem
+from runtime.target.head_runner import HeadRunner
+from runtime.target.verifier import Decision, Verifier
+
+
+class ModelRunner:
+    """Makes passes in which a session that fails harms no other. The heads see what they look at."""
+
+    def __init__(self, heads: HeadRunner, verifier: Verifier, metrics: Ledger) -> None:
+        self.heads, self.verifier, self.metrics = heads, verifier, metrics
+
+    def run(self, batch: Batch) -> list[Decision | Exception]:
+        """The decision for each item of the batch, or why its session has failed.
+
+        If the pass over all of them fails, each of them gets one of its own.
+        """
+        self.heads.charge(batch.parts)
+        try:
+            shown = self.heads.forward(batch.parts)
+        except FAULTS:
+            self.metrics.fallbacks["alone"] += 1
+            return [self._run_alone(item) for item in batch.items]
+        return [self._decide(*one) for one in zip(batch.items, shown, strict=True)]
+
+    def _run_alone(self, item: BatchItem) -> Decision | Exception:
+        try:
+            (shown,) = self.heads.forward([item.part])
+        except FAULTS as error:
+            return error
+        return self._decide(item, shown)
+
+    def _decide(self, item: BatchItem, shown: Shown) -> Decision | Exception:
+        state = item.state
+        try:
+            return self.verifier.decide(state.session, state.admitted.guide, item.nodes, shown)
+        except FAULTS as error:
+            return error

@@ -1,0 +1,152 @@
+"""Which sessions a target serves: they begin when KV memory is free, and end once."""
+
+import math
+from collections.abc import Sequence
+
+from runtime.calibration import Calibrations
+from runtime.clock import Clock
+from runtime.kv.prefixes import Prefixes
+from runtime.messages import Chunk, Close, FinishReason, Style
+from runtime.metrics import Ledger, Tally
+from runtime.models.base import Model
+from runtime.session import Session
+from runtime.target.admission import Admission
+from runtime.target.commands import AddRequest
+from runtime.target.drafter_manager import DrafterManager
+from runtime.target.head_runner import HeadRunner
+from runtime.target.request_state import RequestState
+
+
+class RequestManager:
+    """Owns the sessions of a target, from the queue to the last chunk, and the KV memory they hold.
+
+    `running`: those under way, by name, in order of their beginning. `admission` holds the others.
+    A quarter of the `kv_slots` keeps what finished texts have computed.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        drafters: DrafterManager,
+        heads: HeadRunner,
+        metrics: Ledger,
+        clock: Clock,
+        kv_slots: int,
+        calibrations: Calibrations,
+    ) -> None:
+        self.model, self.drafters, self.heads, self.clock = model, drafters, heads, clock
+        self.metrics, self.calibrations = metrics, calibrations
+        self.running: dict[str, RequestState] = {}
+        self.admission = Admission(kv_slots - kv_slots // 4)
+        self.prefixes = Prefixes(kv_slots // 4)
+        self.kv_slots, self.kv_kept = kv_slots, 0  # the latter hold finished texts
+        self.soonest = math.inf  # clock when the first deadline ends
+        self.report = self.metrics.report(0, 0, 0, kv_slots, ())  # read from any thread
+
+    def add(self, request: AddRequest, style: Style) -> None:
+        """Let a request wait for its turn, or begin at once."""
+        self.admission.waiting.append(request)
+        self.soonest = min(self.soonest, request.expires)
+        self.start(style)
+
+    def start(self, style: Style) -> None:
+        """Begin those for which there is room now; those whose deadline is over end instead.
+
+        Drafters are asked to let their trees of these sessions grow in this style.
+        """
+        self.expire()
+        while (admitted := self.admission.next(len(self.running), self.model.context)) is not None:
+            command, slots = admitted
+            request, now = command.request, self.clock()
+            band = self.calibrations.band(request.sampling.temperature)
+            session = Session(request, self.model.vocabulary, self.model.context, band, style)
+            self.running[session.id] = RequestState(session, self.model.new_cache(), command, slots, committed_at=now, growth_at=now)
+            self.metrics.prompt += session.prompt
+            self.drafters.open(session)
+
+    def states(self) -> list[RequestState]:
+        return list(self.running.values())
+
+    def ready(self) -> list[RequestState]:
+        """Those whose prompt has been read."""
+        return [state for state in self.running.values() if state.ready]
+
+    def is_running(self, state: RequestState) -> bool:
+        """False once the session is over, even if another one of its name has begun."""
+        return self.running.get(state.session.id) is state
+
+    @property
+    def idle(self) -> bool:
+        return not self.running and not self.admission.waiting
+
+    def finish(self, state: RequestState, last: Chunk) -> None:
+        """Forget the session everywhere, then say so. What it has computed stays for texts that begin alike."""
+        session = state.session
+        del self.running[session.id]
+        self.admission.release(state.slots)
+        length = min(state.cache.length, len(session.tokens) - 1)
+        self.prefixes.keep(session.tokens[:length], state.cache)
+        self.kv_kept = self.prefixes.slots
+        self.metrics.dropped += len(session.tree) - 1
+        self.drafters.tell(session, Close(session.id))
+        self.heads.close(session.id)
+        self._answer(state.admitted, last)
+
+    def fail(self, state: RequestState, error: Exception) -> None:
+        """End the session with the words of an error."""
+        said = f"{type(error).__name__}: {error}"
+        self.finish(state, Chunk((), (), (), "error", state.stats(self.clock()), error=said))
+
+    def abort(self, name: str, reason: FinishReason) -> None:
+        """End a session as it is, running or waiting; no error if there is none of that name."""
+        state, waiting = self.running.get(name), self.admission.withdraw(name)
+        if state is not None:
+            self.finish(state, Chunk((), (), (), reason, state.stats(self.clock())))
+        elif waiting is not None:
+            prompt, elapsed = len(waiting.request.prompt), self.clock() - waiting.asked
+            stats = Tally().stats(prompt, 0, 0, {}, {}, 0.0, elapsed)
+            self._answer(waiting, Chunk((), (), (), reason, stats))
+
+    def abort_all(self, arrived: Sequence[AddRequest]) -> None:
+        """End all sessions as cancelled, and these with them, which nobody has let wait yet."""
+        self.admission.waiting.extend(arrived)
+        waiting = [command.request.session for command in self.admission.waiting]
+        for name in [*self.running, *waiting]:
+            self.abort(name, "cancelled")
+
+    def expire(self) -> None:
+        """End the sessions whose deadline is over."""
+        if self.soonest == math.inf or (now := self.clock()) < self.soonest:
+            return
+        commands = [*(state.admitted for state in self.states()), *self.admission.waiting]
+        for command in commands:
+            if command.expires <= now:
+                self.abort(command.request.session, "deadline")
+        left = (command.expires for command in commands if command.expires > now)
+        self.soonest = min(left, default=math.inf)
+
+    def until_deadline(self, wait: float) -> float:
+        """The part of `wait`, in seconds, in which no deadline ends."""
+        if self.soonest == math.inf:
+            return wait
+        return min(wait, max(0.0, self.soonest - self.clock()))
+
+    def publish(self) -> None:
+        """Bring the report up to date."""
+        used = self.admission.reserved + self.kv_kept
+        live, waiting = len(self.running), len(self.admission.waiting)
+        resting = self.drafters.utility.resting
+        self.report = self.metrics.report(live, waiting, used, self.kv_slots, resting)
+
+    @property
+    def has_changed(self) -> bool:
+        """True if sessions have come or gone since the last report."""
+        waiting = len(self.admission.waiting)
+        return (self.report.live, self.report.waiting) != (len(self.running), waiting)
+
+    def _answer(self, command: AddRequest, last: Chunk) -> None:
+        """Deliver the last chunk. The report has it before: who has waited for it finds it there."""
+        if last.finish_reason is not None:
+            self.metrics.finished[last.finish_reason] += 1
+        self.publish()
+        command.deliver(last)
