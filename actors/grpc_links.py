@@ -4,7 +4,8 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
@@ -21,8 +22,8 @@ from actors.grpc_edge import (
     error_of,
     reason,
 )
+from actors.grpc_frames import coalesce, count, decoded, encoded
 from actors.reply_budget import ReplyBudget
-from actors.together import together
 from protos import bundle, codec
 from protos.handshake import Hello, mismatch
 from runtime.config import TlsConfig
@@ -32,6 +33,7 @@ from runtime.messages import Chunk, Draft, Event, Reply, Request
 logger = logging.getLogger(__name__)
 
 STRIKES, STRIKE_S = 3, 60.0  # so many messages that break the protocol within so many seconds end the link
+STRIKING = ("malformed", "surplus")
 
 
 class GrpcLink:
@@ -126,9 +128,9 @@ class GrpcLink:
 
     async def _forward(self, call: Any, events: AsyncIterator[Event], ended: asyncio.Event, budget: ReplyBudget) -> None:
         try:
-            async with closing(together(events)) as waiting:
+            async with closing(coalesce(events)) as waiting:
                 async for some in waiting:
-                    for data in bundle.to_drafter(self._encoded(some, budget)):
+                    for data in bundle.to_drafter(encoded(some, partial(granted, budget), self._refuse)):
                         await call.write(data)
             ended.set()
             await call.done_writing()
@@ -138,79 +140,55 @@ class GrpcLink:
             call.cancel()  # wakes the reader
             raise
 
-    def _encoded(self, events: Iterable[Event], budget: ReplyBudget) -> list[bytes]:
-        found = []
-        for event in events:
-            try:
-                found.append(codec.encode_event(event))
-            except InvalidRequest as error:  # one session does without this drafter, the others keep it
-                self._count("unsent", str(error))
-            else:
-                budget.grant(event)
-        return found
-
     def _replies(self, data: bytes, budget: ReplyBudget) -> list[Reply | codec.Bye]:
         """Without what has no effect. Raises LinkLost at the last strike."""
-        found = []
-        for frame in self._frames(data, budget):
-            try:
-                reply = self._known(codec.decode_reply(frame, self.hello.drafter))
-            except InvalidRequest as error:
-                self._strike("malformed", str(error))
-                continue
-            if reply is None:
-                self._count("unknown", "reply of an unknown kind")
-            else:
-                found.append(reply)
-        return found
+        return decoded(data, partial(self._within, budget), self._decoded, self._refuse)
 
-    def _frames(self, data: bytes, budget: ReplyBudget) -> Sequence[bytes]:
-        """The frames of a message that is within the budget; of another one none. Raises LinkLost at the last strike."""
+    def _within(self, budget: ReplyBudget, data: bytes) -> Sequence[bytes]:
+        """The frames of a message that is within the budget; of another one none. Raises InvalidRequest for what is no message."""
         if len(data) > budget.size:
-            self._strike("surplus", f"{len(data)} bytes where {budget.size} are left until the next event")
+            self._refuse("surplus", f"{len(data)} bytes where {budget.size} are left until the next event")
             return ()
-        try:
-            frames = bundle.frames_from_drafter(data)
-        except InvalidRequest as error:
-            self._strike("malformed", str(error))
-            return ()
+        frames = bundle.frames_from_drafter(data)
         if not budget.spend(max(1, len(frames)), len(data)):
-            self._strike("surplus", f"{len(frames)} frames where {budget.frames} are left until the next event")
+            self._refuse("surplus", f"{len(frames)} frames where {budget.frames} are left until the next event")
             return ()
         return frames
 
-    def _known(self, reply: Reply | codec.Bye | None) -> Reply | codec.Bye | None:
-        """Raises InvalidRequest for a token that there is not."""
+    def _decoded(self, frame: bytes) -> Reply | codec.Bye | None:
+        """As codec.decode_reply. Raises InvalidRequest for a token that there is not, too."""
+        reply = codec.decode_reply(frame)
         if self._tokens is not None and isinstance(reply, Draft):
             strange = reply.tokens[(reply.tokens < 0) | (reply.tokens >= self._tokens)]
             if len(strange):
                 raise InvalidRequest(f"token {strange[0]} of a vocabulary of {self._tokens}")
         return reply
 
-    def strike(self, why: str) -> bool:
-        """Count a reply that no honest drafter sends, noticed where it was used. True from the last strike on: the caller
-        ends the link then."""
-        return self._struck("malformed", why)
-
-    def _strike(self, what: str, why: str) -> None:
-        if self._struck(what, why):
+    def _refuse(self, what: str, why: str) -> None:
+        """Count it. Raises LinkLost where it is the last strike."""
+        if what not in STRIKING:
+            count(logger, self.counters, f"drafter {self.hello.drafter}", what, why)
+        elif self.strike(why, what):
             raise self._lost(f"quarantined after {STRIKES} strikes, the last: {what}: {why}")
 
-    def _struck(self, what: str, why: str) -> bool:
-        self._count(what, why)
+    def strike(self, why: str, what: str = "malformed") -> bool:
+        """Count a reply that no honest drafter sends. True from the last strike on: the caller ends the link then."""
+        count(logger, self.counters, f"drafter {self.hello.drafter}", what, why)
         self._strikes.append(self._now())
         return self._struck_out()
 
     def _struck_out(self) -> bool:
         return len(self._strikes) == STRIKES and self._strikes[-1] - self._strikes[0] <= STRIKE_S
 
-    def _count(self, what: str, why: str) -> None:
-        """The log tells of the first of each kind: a peer cannot fill it."""
-        self.counters[what] += 1
-        logger.log(logging.WARNING if self.counters[what] == 1 else logging.DEBUG, "drafter %s: %s: %s", self.hello.drafter, what, why)
-
     def _lost(self, why: str) -> LinkLost:
         return LinkLost(f"drafter {self.hello.drafter} is lost ({why})")
+
+
+def granted(budget: ReplyBudget, event: Event) -> bytes:
+    """The event's frame. What the drafter may answer to it is in the budget before it is sent."""
+    frame = codec.encode_event(event)
+    budget.grant(event)
+    return frame
 
 
 class GrpcTarget:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any, Protocol
 
 import grpc
@@ -11,15 +11,15 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from actors.credentials import only, server_credentials
-from actors.grpc_edge import CALLER_SILENCE_MS, DRAFTER_SILENCE_MS, HANDSHAKE_S, TAKEN, aborting, closing, printable, server_options
-from actors.together import together
+from actors.grpc_edge import CALLER_SILENCE_MS, DRAFTER_SILENCE_MS, HANDSHAKE_S, TAKEN, aborting, closing, server_options
+from actors.grpc_frames import coalesce, count, decoded, encoded
 from protos import bundle, codec
 from protos.handshake import Hello, mismatch
 from runtime import limits
 from runtime.config import TlsConfig
 from runtime.errors import InvalidRequest, PairMismatch, Unavailable
 from runtime.links import DraftLink
-from runtime.messages import Chunk, Event, Reply, Request
+from runtime.messages import Chunk, Event, Request
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +55,9 @@ class DraftingService:
     async def _speculate(self, _: AsyncIterator[bytes], context: Any) -> None:
         async with aborting(context):
             await self._greet(context)
-            async with closing(self.body.speculate(self._events(context))) as replies, closing(together(replies)) as waiting:
+            async with closing(self.body.speculate(self._events(context))) as replies, closing(coalesce(replies)) as waiting:
                 async for some in waiting:
-                    for data in bundle.from_drafter(self._encoded(some)):
+                    for data in bundle.from_drafter(encoded(some, codec.encode_reply, self._refuse)):
                         await context.write(data)
             await context.write(codec.encode_reply(codec.Bye()))
 
@@ -71,47 +71,18 @@ class DraftingService:
         if data is grpc.aio.EOF:
             raise InvalidRequest("the stream ended before its hello: send it first")
         if (why := mismatch(codec.decode_hello_to_drafter(data), self.hello)) is not None:
-            self._count("refused", why)
+            self._refuse("refused", why)
             raise PairMismatch(why)
         await context.write(codec.encode_hello_from_drafter(self.hello))
 
     async def _events(self, context: Any) -> AsyncGenerator[Event, None]:
         while (data := await context.read()) is not grpc.aio.EOF:
-            for event in self._decoded(data):
+            events: list[Event] = decoded(data, bundle.frames_to_drafter, codec.decode_event, self._refuse)
+            for event in events:
                 yield event
 
-    def _encoded(self, replies: Iterable[Reply]) -> list[bytes]:
-        found = []
-        for reply in replies:
-            try:
-                found.append(codec.encode_reply(reply))
-            except InvalidRequest as error:
-                self._count("unsent", str(error))
-        return found
-
-    def _decoded(self, data: bytes) -> list[Event]:
-        try:
-            frames = bundle.frames_to_drafter(data)
-        except InvalidRequest as error:
-            self._count("malformed", str(error))
-            return []
-        found = []
-        for frame in frames:
-            try:
-                event = codec.decode_event(frame)
-            except InvalidRequest as error:
-                self._count("malformed", str(error))
-                continue
-            if event is None:
-                self._count("unknown", "event of an unknown kind")
-            else:
-                found.append(event)
-        return found
-
-    def _count(self, what: str, why: str) -> None:
-        """The log tells of the first of each kind: a peer cannot fill it."""
-        self.counters[what] += 1
-        logger.log(logging.WARNING if self.counters[what] == 1 else logging.DEBUG, "a target: %s: %s", what, printable(why))
+    def _refuse(self, what: str, why: str) -> None:
+        count(logger, self.counters, "a target", what, why)
 
 
 class TargetService:

@@ -158,14 +158,17 @@ def encode_reply(reply: Reply | Bye) -> Message:
             return pb.FromDrafter(bye=pb.Bye())
 
 
-def decode_reply(data: bytes, drafter: str) -> Reply | Bye | None:
-    """None for a kind of frame that this version does not know. The arrays of a Draft are read-only views."""
+def decode_reply(data: bytes) -> Reply | Bye | None:
+    """None for a kind of frame that this version does not know. The arrays of a Draft are read-only views.
+
+    The reply names no drafter (""): who speaks is known from the link, and the target writes it down.
+    """
     frame = _parse(pb.FromDrafter.FromString, data)
     match frame.WhichOneof("kind"):
         case "draft":
-            return _draft(frame.draft, drafter)
+            return _draft(frame.draft)
         case "resync":
-            return Resync(_session(frame.resync), drafter)
+            return Resync(_session(frame.resync), "")
         case "bye":
             return Bye()
         case None:
@@ -279,7 +282,7 @@ def _share(index: int, of: int, session: str) -> Share:
     return Share(session, index, of)
 
 
-def _draft(draft: pb.Draft, drafter: str) -> Draft:
+def _draft(draft: pb.Draft) -> Draft:
     session = _session(draft)
     parents, tokens, scores = (
         _array(draft.parents, KEYS, "parents"),
@@ -296,7 +299,7 @@ def _draft(draft: pb.Draft, drafter: str) -> Draft:
     # A comparison with NaN is false.
     if nodes and not (scores.min() > -np.inf and scores.max() <= 0):
         raise InvalidRequest(f"scores from {scores.min()} to {scores.max()} are not allowed: give finite numbers up to 0", "scores")
-    return Draft(session, draft.epoch, drafter, parents, tokens, scores)
+    return Draft(session, draft.epoch, "", parents, tokens, scores)
 
 
 def _array(data: bytes, dtype: np.dtype[Any], name: str) -> npt.NDArray[Any]:

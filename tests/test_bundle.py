@@ -48,7 +48,7 @@ def test_a_bundle_in_a_bundle_is_of_no_kind() -> None:
     inner = pb.FromDrafter(bundle=pb.Bundle(frames=[codec.encode_reply(Resync("s", DRAFTER))])).SerializeToString()
     (frame,) = bundle.frames_from_drafter(pb.FromDrafter(bundle=pb.Bundle(frames=[inner])).SerializeToString())
     with pytest.raises(InvalidRequest, match="bundle has no place"):
-        codec.decode_reply(frame, DRAFTER)
+        codec.decode_reply(frame)
 
 
 def wide(nodes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
