@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime.node_names import Ints
-from runtime.tree import Floats, TokenTree
+from runtime.node_names import Floats, Ints
+from runtime.tree import TokenTree
 
 RANKS = 8
 BINS = 10

@@ -3,9 +3,9 @@
     name of a text  = fold of child_key over its token ids
     name of a child = child_key(name of its parent, token id)
 
-Every process computes the same names, and a name stays valid when the root moves. A name is no proof: the mix has no
-secret, so a drafter finds two texts of one name in seconds. Who looks a name up asks what the same drafter called so
-(runtime.tree), and nothing that decides a token uses a name at all.
+Every process computes the same names, and a name stays valid when the root moves. A name is no
+proof: the mix has no secret, so a drafter finds two texts of one name in seconds. A name is looked
+up among those of the same drafter (runtime.tree), and nothing that decides a token looks one up.
 """
 
 from collections.abc import Iterable
@@ -20,6 +20,7 @@ STEP, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 Keys = npt.NDArray[np.uint64]
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 
 def mix64(key: int, token: int) -> int:

@@ -22,6 +22,7 @@ LAYERS = (
         "errors",
         "messages",
         "node_names",
+        "node_table",
         "tree",
         "clock",
         "limits",

@@ -5,12 +5,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from runtime import node_names
 from runtime.node_names import EMPTY_TEXT, MASK, child_key, mix64, text_key
+from runtime.node_table import COLUMNS
 from runtime.tree import TokenTree
 
 TEXT = (3, 1, 4)
@@ -170,7 +171,7 @@ class TreeMachine(RuleBasedStateMachine):
             below = {path[-1]: child for path, child in found.items() if tree.parent[child] == node}
             assert tree.children(node) == sorted(below.values())
             assert tree.fanout[node] == len(below)
-            best = [child for child in below.values() if tree.score[child] == tree.best_below(node)]
+            best = [child for child in below.values() if tree.score[child] == tree.top[node]]
             assert not best or any(tree.turns[child] == tree.turns[node] for child in best)  # the likeliest is no turn
             assert {token: tree.child(node, token) for token in range(4)} == {token: below.get(token) for token in range(4)}
 
@@ -234,3 +235,33 @@ def test_no_path_leads_to_a_node_that_is_not_there() -> None:
     assert tree.descend([5, 5]) is None
     assert tree.descend([]) == 0
     assert tree.tokens_to(0) == []
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.floats(-9.0, 0.0), st.booleans()), min_size=1, max_size=12),
+    st.sampled_from([4, 64]),
+)
+def test_a_message_is_its_nodes_one_by_one(guesses: list[tuple[int, int, float, bool]], bits: int) -> None:
+    """Growth of one drafter after that of another, in one message and in as many as it has nodes: the same columns, echoes and names."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(node_names, "NAME_MASK", (1 << bits) - 1)
+        keys, tokens, said = [text_key(TEXT)], np.array([guess[1] for guess in guesses]), np.array([guess[2] for guess in guesses])
+        parents = []
+        for place, token, _, _ in guesses:
+            parents.append(keys[place % len(keys)])
+            keys.append(child_key(parents[-1], token))
+        above, first = np.array(parents, np.uint64), np.array([guess[3] for guess in guesses])
+        trees = [TokenTree(text_key(TEXT), TEXT[-1], 9, 3) for _ in range(2)]
+        for tree in trees:
+            tree.merge(above[first], tokens[first], said[first], "a", lambda ranks, said: said - ranks)
+        whole = trees[0].merge(above, tokens, said, "b", lambda ranks, said: said - ranks)
+        parts = [
+            trees[1].merge(above[n : n + 1], tokens[n : n + 1], said[n : n + 1], "b", lambda ranks, said: said - ranks)
+            for n in range(len(guesses))
+        ]
+    assert whole.rows == [n for n, part in enumerate(parts) if part.rows]
+    assert whole.stale == [n for n, part in enumerate(parts) if part.stale]
+    assert (whole.repeated, whole.full) == (sum(part.repeated for part in parts), sum(part.full for part in parts))
+    assert whole.collisions == sum(part.collisions for part in parts)
+    one, many = trees
+    assert all(getattr(one, name) == getattr(many, name) for name in (*COLUMNS, "drafter", "echoes", "named"))
