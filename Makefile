@@ -54,13 +54,13 @@ test-load: install ## what the gateway adds, ten times too many requests, client
 	@failed=0; \
 	$(BIN)/python -m bench.load --clients $(LOAD_CLIENTS) --json build/load.json || failed=1; \
 	OUTRIDER_TEST_DISCONNECTS=$(LOAD_CLIENTS) OUTRIDER_TEST_MALFORMED=$(LOAD_MALFORMED) OUTRIDER_FUZZ=$(LOAD_MALFORMED) $(BIN)/pytest -q --durations=10 \
-	  -o faulthandler_timeout=0 tests/test_gateway_life.py tests/test_gateway_fuzz.py tests/test_fuzz_wire.py || failed=1; \
+	  -o faulthandler_timeout=0 tests/actors/gateway/test_life.py tests/actors/gateway/test_fuzz.py tests/actors/rpc/test_fuzz_wire.py || failed=1; \
 	exit $$failed
 
 CLUSTER ?= # make test-cluster CLUSTER=short is a part of it, in some three minutes
 
 test-cluster: install ## the on-premise cluster file for real, on hosts made of namespaces (needs root): 25 minutes
-	$(BIN)/python -m tests.cluster.try_cluster $(CLUSTER)
+	$(BIN)/python -m tests.system.cluster.try_cluster $(CLUSTER)
 
 check: install ## format, lint, types, import layers, freshness of generated code; changes nothing
 	$(BIN)/ruff format --check

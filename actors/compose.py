@@ -10,30 +10,30 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from actors.memory import recall
+from actors.calibration_store import recall
 from runtime.config import DrafterConfig, HeadConfig, Placement, TargetConfig, draft_of, folder_of, memory_of, memory_of_drafter, module_of
+from runtime.core.messages import Request
 from runtime.draft.draft_engine import DraftEngine
 from runtime.draft.draft_host import DraftHost
 from runtime.drafters.base import Drafter, DrafterContext
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.noisy import Noisy
 from runtime.heads.base import Head, HeadContext
-from runtime.messages import Request
-from runtime.models.choose import choose, logprobs
 from runtime.models.detokenize import Detokenizer
 from runtime.models.grammar import Grammars
+from runtime.models.head_checkpoint import identity_of
 from runtime.models.hf import HFModel
-from runtime.models.load import load_model, load_tokenizer
-from runtime.models.timing import knee, riding_time, step_times
-from runtime.models.trained import identity_of
-from runtime.policy import scheduler
+from runtime.models.loader import load_model, load_tokenizer
+from runtime.models.sampler import choose, logprobs
+from runtime.models.step_timing import knee, riding_time, step_times
+from runtime.scheduler_factory import scheduler
 from runtime.schedulers.living import ROWS
 from runtime.target.engine import Engine
 from runtime.target.head_runner import RIDDEN, MountedHead
 from runtime.target.stop_checker import StopChecker
 from runtime.target.target import Target
 from runtime.target.verifier import Verifier
-from runtime.tracing import OFF, TARGET, Trace
+from runtime.telemetry.tracing import OFF, TARGET, Trace
 
 WIDTHS = (1, 2, 4, 8)  # of a drafter's pass, among which the knee is looked for
 UNMEASURED = 4

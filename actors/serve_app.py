@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from actors.controller import client
-from runtime.errors import Unavailable
+from runtime.core.errors import Unavailable
 
 
 class Arguments(BaseModel):

@@ -4,21 +4,21 @@ import threading
 
 import grpc
 
-from actors.cores import load_gently, settle
-from actors.endpoints import ActorLocation, Endpoint, own_host, own_location
-from actors.grpc_links import GrpcLink
-from actors.grpc_server import TargetService, serve
-from actors.loop_thread import LoopThread
-from actors.memory import remember
+from actors.calibration_store import remember
+from actors.cpu_affinity import load_gently, settle
+from actors.rpc.client import GrpcLink
+from actors.rpc.endpoints import ActorLocation, Endpoint, own_host, own_location
+from actors.rpc.loop_thread import LoopThread
+from actors.rpc.server import TargetService, serve
 from protos.handshake import Hello
 from runtime.config import ScheduleConfig, TargetConfig, TlsConfig, memory_of
-from runtime.errors import Unavailable
-from runtime.models.pair import vocabulary_hash
-from runtime.policy import scheduler
-from runtime.reports import TargetReport
+from runtime.core.errors import Unavailable
+from runtime.models.vocab_check import vocabulary_hash
+from runtime.scheduler_factory import scheduler
 from runtime.schedulers.base import Scheduler
 from runtime.target.target import Target
-from runtime.tracing import OFF, TARGET, Recording, Trace
+from runtime.telemetry.reports import TargetReport
+from runtime.telemetry.tracing import OFF, TARGET, Recording, Trace
 
 
 class TargetActor:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from runtime.errors import InvalidRequest
+from runtime.core.errors import InvalidRequest
 
 
 class Precision(StrEnum):

@@ -23,13 +23,13 @@ from bench.core.transformers_runner import Place, TransformersRunner
 from bench.core.widen import CACHE, SMALL, widened_small
 from bench.reports import report
 from bench.stages import FINISHING, MEASURING, Lab, Plan, State
-from runtime.errors import InvalidRequest
-from runtime.messages import Tokens
-from runtime.models.load import load_tokenizer
-from runtime.models.pair import check_pair
-from runtime.sampling import Sampling
+from runtime.core.errors import InvalidRequest
+from runtime.core.messages import Tokens
+from runtime.core.sampling_params import Sampling
+from runtime.models.loader import load_tokenizer
+from runtime.models.vocab_check import check_pair
 from runtime.schedulers.pearl import gamma
-from runtime.tracing import Recording
+from runtime.telemetry.tracing import Recording
 
 
 class Everything:

@@ -18,7 +18,7 @@ from bench.core.profiling import Answered, Job
 from bench.core.prompts import Prompt
 from bench.core.results import Profile, Results, Tried
 from bench.core.subprocess_call import call_in_subprocess
-from runtime.sampling import Sampling
+from runtime.core.sampling_params import Sampling
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from bench.core.options import RESULTS
 from bench.methods.weights import line_of
 from bench.reports.grid import Grid
 from bench.reports.plots import DPI, LIVING, OTHERS, STYLE
-from runtime.errors import InvalidRequest, OutriderError
+from runtime.core.errors import InvalidRequest, OutriderError
 from training.draft import WARM
 from training.loop import smooth
 

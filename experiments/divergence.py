@@ -21,11 +21,11 @@ from actors.launch.serving import local_service
 from bench.core.outrider_runner import ask
 from bench.core.prompts import held_out
 from runtime import config
-from runtime.messages import Request, Tokens
+from runtime.core.messages import Request, Tokens
+from runtime.core.sampling_params import Sampling
 from runtime.models.base import causal
 from runtime.models.hf import HFModel
-from runtime.models.load import load_model, load_tokenizer
-from runtime.sampling import Sampling
+from runtime.models.loader import load_model, load_tokenizer
 
 STEP = 2.0**-7  # between neighbouring bfloat16 numbers, in relation to the power of two below them
 TIE = 8  # such steps: logits are sums over many rounded numbers

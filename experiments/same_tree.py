@@ -22,11 +22,11 @@ from bench.methods.study import HEADS, LEARNING, NEW_TOKENS, TEMPERATURES
 from bench.reports.grid import Grid
 from runtime import config
 from runtime.config import HeadConfig
-from runtime.messages import Request, Stats
-from runtime.models.choose import choose
+from runtime.core.messages import Request, Stats
+from runtime.core.sampling_params import Sampling
 from runtime.models.hf import HFModel
-from runtime.models.load import load_model, load_tokenizer
-from runtime.sampling import Sampling
+from runtime.models.loader import load_model, load_tokenizer
+from runtime.models.sampler import choose
 from runtime.schedulers.fixed import Fixed
 from runtime.target.engine import Engine
 from runtime.target.head_runner import MountedHead

@@ -27,8 +27,8 @@ from bench.methods.study import LEARNING, NEW_TOKENS, TEMPERATURES, measured, pl
 from bench.reports.grid import Grid
 from bench.reports.plots import DPI, LIVING, OURS, STYLE
 from runtime import config
-from runtime.errors import InvalidRequest, OutriderError
-from runtime.models.load import load_tokenizer
+from runtime.core.errors import InvalidRequest, OutriderError
+from runtime.models.loader import load_tokenizer
 
 FILE = "shapes.json"
 WAYS = (Method(PLAIN, OutriderMethod("plain")), Method(MODEL, OutriderMethod("living", drafters=(MODEL,))))

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from google.protobuf.message import DecodeError
 
 from protos import speculation_pb2 as pb
-from runtime import limits
-from runtime.errors import InvalidRequest
+from runtime.core import limits
+from runtime.core.errors import InvalidRequest
 
 WRAPPING = 16  # bytes around a frame in a bundle, and around all of them, at most
 

@@ -1,4 +1,4 @@
-"""Between the values of runtime/messages.py and bytes: the only file that knows both shapes.
+"""Between the values of runtime/core/messages.py and bytes: the only file that knows both shapes.
 
 Every `encode` gives bytes that decode to an equal value, or raises InvalidRequest for what the wire cannot carry: more than
 limits.MESSAGE_BYTES, a number beyond its field, text that is not Unicode. Every `decode` raises InvalidRequest, and nothing
@@ -18,9 +18,9 @@ from google.protobuf.message import DecodeError, Message
 
 from protos import speculation_pb2 as pb
 from protos.handshake import Hello
-from runtime import limits
-from runtime.errors import InvalidRequest
-from runtime.messages import (
+from runtime.core import limits
+from runtime.core.errors import InvalidRequest
+from runtime.core.messages import (
     Chunk,
     Close,
     Commit,
@@ -37,7 +37,7 @@ from runtime.messages import (
     Style,
     Tokens,
 )
-from runtime.sampling import Constraint, Kind, Sampling
+from runtime.core.sampling_params import Constraint, Kind, Sampling
 
 DRAFTING: str = pb.DESCRIPTOR.services_by_name["Drafting"].full_name
 TARGET: str = pb.DESCRIPTOR.services_by_name["Target"].full_name

@@ -17,9 +17,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 import runtime.drafters
 import runtime.heads
-from runtime.errors import InvalidRequest
-from runtime.sampling import whole
-from runtime.shares import share_of, split_cores
+from runtime.core.cpu_affinity import share_of, split_cores
+from runtime.core.errors import InvalidRequest
+from runtime.core.sampling_params import whole
 
 Device = Literal["auto", "cpu", "cuda"]
 MOST_DRAFTERS = 64

@@ -52,7 +52,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: "Producer") -> "Load
 
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "cluster" if nodeid.startswith("tests/cluster/") else super()._split_scope(nodeid)
+            return "cluster" if nodeid.startswith("tests/system/cluster/") else super()._split_scope(nodeid)
 
     config.option.loadscopereorder = False  # as they are collected: by name
     return ByFile(config, log)

@@ -10,8 +10,8 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from actors.cli import app
+from tests.support.paths import ROOT
 
-ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
 README_LINES = 150
 
 PAGES = sorted(
@@ -116,4 +116,4 @@ def test_something_is_checked() -> None:
     assert ["serve"] in calls(readme, "outrider")
     assert ["test"] in calls(readme, "make")
     assert any("--in-process" in words for words in calls(guide, "outrider"))
-    assert any(words[:1] == ["tests/test_exactness.py"] for words in calls(ROOT / "docs" / "guarantees.md", "pytest"))
+    assert any(words[:1] == ["tests/contracts/test_exactness.py"] for words in calls(ROOT / "docs" / "guarantees.md", "pytest"))

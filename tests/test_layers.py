@@ -6,11 +6,11 @@ import sys
 from collections import defaultdict
 from fnmatch import fnmatch
 from graphlib import TopologicalSorter
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+
 FOLDERS = ("runtime", "actors", "protos", "models", "training", "bench", "experiments", "tests", "deploy")
 FILES = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 SOURCES = [file for file in FILES if "_pb2" not in file]
@@ -19,42 +19,51 @@ SOURCES = [file for file in FILES if "_pb2" not in file]
 LAYERS = (
     (
         "*__init__",
-        "errors",
-        "messages",
-        "node_names",
-        "node_table",
-        "tree",
-        "clock",
-        "limits",
-        "sampling",
-        "shares",
-        "reports",
-        "tracing",
-        "chrome_trace",
+        "core/clock",
+        "core/cpu_affinity",
+        "core/errors",
+        "core/limits",
+        "core/messages",
+        "core/node_names",
+        "core/node_table",
+        "core/sampling_params",
+        "core/tree",
+        "telemetry/chrome_trace",
+        "telemetry/reports",
+        "telemetry/tracing",
     ),
-    ("noise", "verify", "target/stop_checker", "choice", "calibration", "beside", "draft/frontier", "links", "*/base"),
     (
-        "session",
+        "*/base",
+        "core/links",
+        "core/noise",
+        "core/sampler_reference",
+        "core/verify",
+        "draft/frontier",
+        "scoring/agreement",
+        "scoring/calibration",
+        "target/stop_checker",
+    ),
+    (
+        "core/session",
+        "core/tree_builder",
+        "drafters/ngram",
+        "models/prefill",
+        "models/toy",
+        "models/vocab_check",
+        "scoring/*",
+        "schedulers/*",
         "target/admission",
         "target/batch",
         "target/commands",
         "target/drafter_manager",
         "target/request_state",
         "target/verifier",
-        "scoring/*",
-        "metrics",
-        "scaling",
-        "levels",
-        "schedulers/*",
-        "drafters/ngram",
-        "models/toy",
-        "models/prefill",
-        "models/pair",
+        "telemetry/metrics",
     ),
     ("config",),
-    ("kv/*", "models/*", "drafters/*", "heads/*"),
+    ("kv/*", "kernels/*", "models/*", "drafters/*", "heads/*"),
     ("target/*", "draft/*"),
-    ("policy", "sim/*"),
+    ("scheduler_factory", "sim/*"),
 )
 LIBRARIES: tuple[set[str], ...] = (
     {"numpy"},
@@ -75,9 +84,9 @@ NEVER: tuple[set[str], ...] = (
     {"asyncio", "time", "random"},
 )
 HIDDEN = {
-    "runtime/drafters/*": ("session", "verify", "target/*"),
-    "runtime/heads/*": ("session", "verify", "target/*"),
-    "runtime/schedulers/*": ("session", "tree", "verify"),
+    "runtime/drafters/*": ("core/session", "core/verify", "target/*"),
+    "runtime/heads/*": ("core/session", "core/verify", "target/*"),
+    "runtime/schedulers/*": ("core/session", "core/tree", "core/verify"),
 }
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from runtime.choice import Ask
+from runtime.core.sampler_reference import Ask
 from runtime.models.acceptance import RANKS
-from runtime.models.choose import candidates
+from runtime.models.sampler import candidates
 from training.outputs import Written
 
 # Logits (positions, context, vocabulary) of a text (context,): row p of position i says what is at p + offset + i.

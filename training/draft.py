@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from runtime.models.load import find_folder, read_config, read_weights
+from runtime.models.loader import find_folder, read_config, read_weights
 from training import losses
 from training.folder import write
 from training.goal import Goal

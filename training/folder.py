@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from runtime.errors import InvalidRequest
+from runtime.core.errors import InvalidRequest
 
 RECIPE, LOCK, FINISHED = "recipe.json", "lock", "finished"
 

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.errors import ModelRefused
+from runtime.core.errors import ModelRefused
 from runtime.heads.hidden_transfer import HiddenTransfer
+from runtime.models.attention_mask import windows_of
 from runtime.models.llama import fits
-from runtime.models.mask import windows_of
 from training.heads import Forward
 from training.teacher import States, Teacher
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from runtime.config import ScheduleConfig
-from runtime.errors import ModelRefused
+from runtime.core.errors import ModelRefused
 from runtime.heads.base import Identity
 from runtime.models.acceptance import RANKS
 from runtime.models.hf import MISFITS
 from runtime.sim.forecast import Setting, forecast
-from runtime.sim.measured import Measured
+from runtime.sim.profile import Measured
 from training.teacher import Teacher
 
 TOKENS = 200  # of a forecast

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtime.errors import InvalidRequest
+from runtime.core.errors import InvalidRequest
 from training.folder import write
 
 Loss = Callable[[Tensor, float], Tensor]  # token ids (batch, context), share of the steps that are done -> scalar

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from runtime.errors import Unavailable
-from runtime.messages import Chunk, Request, Tokens
-from runtime.sampling import Sampling
+from runtime.core.errors import Unavailable
+from runtime.core.messages import Chunk, Request, Tokens
+from runtime.core.sampling_params import Sampling
 from training.folder import write
 from training.text import Corpus, excerpts, windows
 

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from torch import nn
 from transformers import PreTrainedModel
 
-from runtime.errors import InvalidRequest
-from runtime.models.trained import identity_of, write_trained
+from runtime.core.errors import InvalidRequest
+from runtime.models.head_checkpoint import identity_of, write_trained
 from training import draft, text
 from training.acceptance import Acceptance, measure
 from training.card import card, shapes_table

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.drafters.s3d import S3D
-from runtime.models.adapter import added
+from runtime.models.lora import added
 from training.heads import Forward
 from training.hidden_transfer import pseudo_row_mask
 from training.loop import Settings

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from runtime.errors import InvalidRequest
+from runtime.core.errors import InvalidRequest
+from runtime.models.fast_path import quicken
 from runtime.models.hf import HFModel
-from runtime.models.quick import quicken
-from runtime.models.timing import step_times
+from runtime.models.step_timing import step_times
 
 DEPTHS = (2, 3, 4, 6, 8)  # one layer alone cannot look up what followed an earlier occurrence, which takes two
 WIDTHS = (1, 2, 4, 8)  # rows of a pass that are measured

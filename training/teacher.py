@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from runtime.errors import ModelRefused
+from runtime.core.errors import ModelRefused
 from runtime.models.hf import MISFITS, PROBE, ROUNDING, HFModel, relative_error
-from runtime.models.load import find_folder, load_model, load_tokenizer
+from runtime.models.loader import find_folder, load_model, load_tokenizer
 
 ENDS = 1 << 20  # bytes of a weight file that are looked at on either side
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
 
-from runtime.errors import InvalidRequest
+from runtime.core.errors import InvalidRequest
 
 Stream = npt.NDArray[np.int32]
 

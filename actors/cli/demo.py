@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.cli.views.generation_view import Progress, Stream, table
-from actors.gateway.figures import tokens_per_second
 from actors.launch.prepare import prepare
 from actors.launch.serving import Opener, Service, serving
+from actors.openai.usage import tokens_per_second
 from bench.core.subprocess_call import call_in_subprocess
 from bench.core.widen import widened_small
 from runtime import config
-from runtime.messages import Chunk, Request, Stats
-from runtime.sampling import Sampling
+from runtime.core.messages import Chunk, Request, Stats
+from runtime.core.sampling_params import Sampling
 
 PROMPTS = (
     'def read_config(path):\n    """Read the configuration from a file."""',

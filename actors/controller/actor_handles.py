@@ -25,13 +25,13 @@ from actors.controller.reconciler import (
     mark_lost,
     timed_out,
 )
-from actors.draft import DraftActor
-from actors.endpoints import ActorLocation, Endpoint
-from actors.ray_edge import cause_of, first_line
+from actors.drafter import DraftActor
+from actors.ray_session import cause_of, first_line
+from actors.rpc.endpoints import ActorLocation, Endpoint
 from actors.target import TargetActor
 from runtime.config import Placement
-from runtime.errors import OutriderError, Unavailable
-from runtime.reports import DrafterReport, TargetReport
+from runtime.core.errors import OutriderError, Unavailable
+from runtime.telemetry.reports import DrafterReport, TargetReport
 
 START_TIMEOUT_S = 600.0  # for a member to load its model once its process is there
 CALLS = 8  # of an actor at one time: signs of life come through while others wait

@@ -4,12 +4,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from actors.controller import scaling_policy
 from actors.controller.fleet_view import Reports
 from actors.controller.reconciler import TARGET, Member, is_running, serves
-from runtime import scaling
+from actors.controller.scaling_policy import Decision, Sample, Scaling
 from runtime.config import PoolConfig
-from runtime.reports import TargetReport
-from runtime.scaling import Decision, Sample, Scaling
+from runtime.telemetry.reports import TargetReport
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Autoscaler:
             if known is None or known.count != counts[pool.name]:
                 known = Scaling(counts[pool.name])
             taken = sample(pool.name, members, reports, now)
-            known, decision = scaling.step(pool.name, pool.min, pool.max, known, taken)
+            known, decision = scaling_policy.step(pool.name, pool.min, pool.max, known, taken)
             self._history[pool.name] = known
             if decision is not None:
                 log.info("%s", decision)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from actors.ray_edge import NAMESPACE, known_errors
-from runtime.errors import Unavailable
+from actors.ray_session import NAMESPACE, known_errors
+from runtime.core.errors import Unavailable
 
 NAME = "controller"
 ANSWER_TIMEOUT_S = 10.0

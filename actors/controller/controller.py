@@ -29,12 +29,12 @@ from actors.controller.reconciler import (
     reconcile,
     serves,
 )
-from actors.credentials import warn_if_open
-from actors.endpoints import ActorLocation
+from actors.rpc.endpoints import ActorLocation
+from actors.rpc.tls import warn_if_open
 from runtime.config import MOST_DRAFTERS, Deployment
-from runtime.errors import InvalidRequest, OutriderError, Unavailable
-from runtime.sampling import whole
-from runtime.tracing import Recording
+from runtime.core.errors import InvalidRequest, OutriderError, Unavailable
+from runtime.core.sampling_params import whole
+from runtime.telemetry.tracing import Recording
 
 log = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from actors.controller.reconciler import GATEWAY, TARGET, Member, State, TargetSpec, drafts, serves, waits_for_room
+from actors.controller.scaling_policy import Decision
 from runtime.config import Deployment
-from runtime.reports import DrafterReport, TargetReport
-from runtime.scaling import Decision
+from runtime.telemetry.reports import DrafterReport, TargetReport
 
 Reports = Mapping[str, TargetReport | DrafterReport | None]  # by member
 

@@ -24,7 +24,7 @@ from actors.controller.reconciler import (
     reset_failures,
     serves,
 )
-from runtime.errors import Unavailable
+from runtime.core.errors import Unavailable
 
 log = logging.getLogger(__name__)
 

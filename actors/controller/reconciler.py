@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from itertools import count as numbers
 from typing import Literal
 
-from actors.endpoints import ActorLocation, Endpoint
+from actors.rpc.endpoints import ActorLocation, Endpoint
 from runtime.config import Deployment, DrafterConfig, PoolConfig, TargetConfig, TlsConfig
-from runtime.errors import InvalidRequest
+from runtime.core.errors import InvalidRequest
 
 TARGET, GATEWAY = "target", "gateway"  # roles; every other is the name of a pool
 ANSWER_TIMEOUT_S = 2.0  # without an answer, after which a member is lost

@@ -8,7 +8,7 @@ from ray.exceptions import RayError
 
 from actors.controller.actor_handles import ActorHandle
 from actors.controller.reconciler import ANSWER_TIMEOUT_S
-from runtime.tracing import Recording
+from runtime.telemetry.tracing import Recording
 
 
 def set_recording(handles: Sequence[ActorHandle], on: bool) -> None:

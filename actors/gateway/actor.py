@@ -13,17 +13,17 @@ import ray
 
 from actors.controller import client
 from actors.controller.fleet_view import Fleet, TargetState, serving
-from actors.endpoints import ActorLocation, own_host
+from actors.gateway.api_keys import Keys
 from actors.gateway.app import build
-from actors.gateway.keys import Keys
-from actors.gateway.served import serve
+from actors.gateway.served_model import serve
 from actors.gateway.server import check_closed, listen, server
-from actors.gateway.service import Service
-from actors.grpc_links import GrpcTarget
-from actors.loop_thread import LoopThread
+from actors.gateway.state import Service
 from actors.routing.router import Router
+from actors.rpc.client import GrpcTarget
+from actors.rpc.endpoints import ActorLocation, own_host
+from actors.rpc.loop_thread import LoopThread
 from runtime.config import Deployment
-from runtime.errors import Unavailable
+from runtime.core.errors import Unavailable
 
 log = logging.getLogger(__name__)
 

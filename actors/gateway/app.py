@@ -9,11 +9,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
-from actors.gateway.bodies import KINDS
-from actors.gateway.door import Door
-from actors.gateway.errors import Refused, plain
-from actors.gateway.exchange import Exchange
-from actors.gateway.service import Service
+from actors.gateway.completion_handler import Exchange
+from actors.gateway.middleware import Door
+from actors.gateway.state import Service
+from actors.openai.errors import Refused, plain
+from actors.openai.protocol import KINDS
 
 REF = "#/components/schemas/{model}"
 QUIET: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "operation_spans": False, "auto_configure": False}

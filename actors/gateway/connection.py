@@ -21,11 +21,11 @@ from starlette.types import Receive, Scope, Send
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from actors.gateway.errors import Refused, refused
-from actors.gateway.exchange import Speaker
+from actors.gateway.completion_handler import Speaker
 from actors.gateway.streams import encoded
-from runtime import limits
-from runtime.errors import Overloaded
+from actors.openai.errors import Refused, refused
+from runtime.core import limits
+from runtime.core.errors import Overloaded
 
 STALL_SECONDS = 30.0  # in which a client may take nothing of what is sent to it
 CLOSE_SECONDS = 5.0  # in which a client does its part in closing a connection

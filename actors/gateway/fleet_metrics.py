@@ -8,7 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from actors.controller.fleet_view import Fleet
-from runtime.reports import DrafterReport, GuessReport, Kind, Metric, TargetReport
+from runtime.telemetry.reports import DrafterReport, GuessReport, Kind, Metric, TargetReport
 
 Labels = tuple[str, ...]
 Sample = tuple[Labels, float]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from actors.gateway.errors import Refused
 from actors.gateway.streams import Make, Pieces, ended
+from actors.openai.errors import Refused
 
 KEEP_SECONDS = 600.0
 KEEP_ENTRIES = 1024

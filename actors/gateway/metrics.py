@@ -6,10 +6,10 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from actors.controller.fleet_view import Fleet
+from actors.gateway.concurrency_limiter import Ledger
 from actors.gateway.fleet_metrics import FleetCollector
-from actors.gateway.quota import Ledger
-from runtime.messages import Chunk, Request
-from runtime.metrics import speculative_decoding
+from runtime.core.messages import Chunk, Request
+from runtime.telemetry.metrics import speculative_decoding
 
 PREFIX = "outrider:"
 FIRST = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0)

@@ -11,9 +11,9 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from actors.gateway.connection import ClientConnection, ConnectionTable
-from runtime import limits
 from runtime.config import GatewayConfig
-from runtime.errors import InvalidRequest, Unavailable
+from runtime.core import limits
+from runtime.core.errors import InvalidRequest, Unavailable
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequen
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
-from actors.gateway.json_body import ClientGone, Receive
-from runtime.messages import Chunk, Request
+from actors.openai.json_body import ClientGone, Receive
+from runtime.core.messages import Chunk, Request
 
 Result = TypeVar("Result")
 

@@ -8,7 +8,7 @@ import ray
 from ray.job_submission import JobSubmissionClient
 
 from actors.jobs.runner import Order
-from runtime.errors import Unavailable
+from runtime.core.errors import Unavailable
 
 COMMAND = "from actors.cli import main; main()"
 MEANWHILE = "leave --detach out, or run `ray job submit -- outrider submit ...` against its head"

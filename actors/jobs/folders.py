@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from runtime.errors import InvalidRequest, Unavailable
+from runtime.core.errors import InvalidRequest, Unavailable
 
 SUFFIX = ".job"
 INDEX = "index.sqlite"

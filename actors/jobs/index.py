@@ -6,9 +6,9 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.gateway.errors import plain
 from actors.jobs.items import Answer
-from runtime.errors import InvalidRequest, Unavailable
+from actors.openai.errors import plain
+from runtime.core.errors import InvalidRequest, Unavailable
 
 PATIENCE = 30.0  # seconds for another process, which reads or cancels, to be done
 FAILED = 400  # an HTTP status from here on is an error

@@ -5,11 +5,11 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from actors.gateway.bodies import KINDS
-from actors.gateway.errors import plain, refused
-from actors.gateway.json_body import parse
-from runtime import limits
-from runtime.errors import InvalidRequest
+from actors.openai.errors import plain, refused
+from actors.openai.json_body import parse
+from actors.openai.protocol import KINDS
+from runtime.core import limits
+from runtime.core.errors import InvalidRequest
 
 FIELDS = {"custom_id", "method", "url", "body"}
 SEED_BYTES = 6  # so that a seed is a whole number in every reader of JSON

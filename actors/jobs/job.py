@@ -13,7 +13,7 @@ from actors.jobs.index import Index, Kept, Record, Totals
 from actors.jobs.items import Answer, Item, Misfit
 from actors.jobs.lease import Lease
 from actors.jobs.outputs import Output, destination
-from runtime.errors import InvalidRequest, OutriderError, Unavailable
+from runtime.core.errors import InvalidRequest, OutriderError, Unavailable
 
 OTHER = "its content is not what it was"
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-from runtime.errors import Unavailable
+from runtime.core.errors import Unavailable
 
 LEASE = 30.0  # seconds that it lasts; renewed while a process works on the job
 

@@ -15,7 +15,7 @@ from actors.jobs.folders import SUFFIX
 from actors.jobs.index import Mark
 from actors.jobs.items import OPENING, answered
 from actors.jobs.lease import Lease, reaching, read_json, write_json
-from runtime.errors import InvalidRequest, Unavailable
+from runtime.core.errors import InvalidRequest, Unavailable
 
 TOGETHER = 64  # parts that are fetched at one time
 PIECE = 1 << 20  # bytes that are read at one time

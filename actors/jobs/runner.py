@@ -5,9 +5,9 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.jobs.answering import Answerer
+from actors.jobs.answerer import Answerer
 from actors.jobs.job import Job
-from actors.jobs.work import Show, work
+from actors.jobs.worker import Show, work
 
 MOST = 32  # items in flight, unless said otherwise
 
@@ -32,7 +32,7 @@ class Order:
 
 
 def live(order: Order, job: Job, show: Show) -> bool:
-    """Until all is answered, and True then; False where the job was cancelled. Raises as actors.jobs.work.
+    """Until all is answered, and True then; False where the job was cancelled. Raises as actors.jobs.worker.
 
     Where there is no URL, this process has joined the cluster before.
     """
@@ -46,9 +46,9 @@ def live(order: Order, job: Job, show: Show) -> bool:
 
 def answering(order: Order) -> AbstractAsyncContextManager[Answerer]:
     if order.url:
-        from actors.jobs.over_http import gateway, read_authority, read_key
+        from actors.jobs.http_answerer import gateway, read_authority, read_key
 
         return gateway(order.url, read_key(order.key) if order.key else None, read_authority(order.ca) if order.ca else None)
-    from actors.jobs.over_cluster import deployment  # transformers, grpc
+    from actors.jobs.cluster_answerer import deployment  # transformers, grpc
 
     return deployment()

@@ -8,8 +8,8 @@ from typing import IO
 
 import fsspec
 
-from runtime import limits
-from runtime.errors import InvalidRequest
+from runtime.core import limits
+from runtime.core.errors import InvalidRequest
 
 PIECE = 1 << 20  # bytes that are read at one time
 

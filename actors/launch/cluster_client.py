@@ -9,8 +9,8 @@ from actors.controller import client
 from actors.controller.fleet_view import Fleet
 from actors.launch import local_ray
 from actors.launch.local_ray import LocalRay
-from actors.ray_edge import joined
-from runtime.errors import Unavailable
+from actors.ray_session import joined
+from runtime.core.errors import Unavailable
 
 
 def chosen(address: str | None) -> str | None:

@@ -7,7 +7,7 @@ from typing import NoReturn
 import typer
 from typer._click.exceptions import UsageError  # Typer brings its own copy of Click; constraints.txt pins it
 
-from runtime.errors import OutriderError
+from runtime.core.errors import OutriderError
 
 
 def run(app: typer.Typer, arguments: Sequence[str]) -> NoReturn:

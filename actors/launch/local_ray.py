@@ -16,9 +16,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from actors.ray_edge import ENVIRONMENT, OBJECT_STORE
+from actors.ray_session import ENVIRONMENT, OBJECT_STORE
 from runtime.config import cache_folder
-from runtime.errors import Unavailable
+from runtime.core.errors import Unavailable
 
 HOST = "127.0.0.2"  # Ray would put the machine's own address in place of 127.0.0.1
 CPUS = 256  # Ray's, to be taken by actors: none is to wait for room on the only machine

@@ -6,12 +6,12 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from runtime.config import TRAINED, Deployment, draft_of, folder_of
-from runtime.messages import Tokens
+from runtime.core.messages import Tokens
+from runtime.core.sampling_params import Sampling
+from runtime.models.head_checkpoint import identity_of, read_settings
 from runtime.models.hf import context_of
-from runtime.models.load import check_weights, find_folder, load_tokenizer, read_config
-from runtime.models.pair import check_pair
-from runtime.models.trained import identity_of, read_settings
-from runtime.sampling import Sampling
+from runtime.models.loader import check_weights, find_folder, load_tokenizer, read_config
+from runtime.models.vocab_check import check_pair
 from runtime.target.target import check_prompt
 
 

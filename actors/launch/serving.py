@@ -6,13 +6,13 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from typing import Protocol
 
+from actors.calibration_store import remember
 from actors.controller.fleet_view import Fleet, TargetState
-from actors.memory import remember
-from actors.ray_edge import joined, known_errors
+from actors.ray_session import joined, known_errors
 from runtime.config import Deployment, TlsConfig, memory_of, memory_of_drafter
+from runtime.core.messages import Chunk, Request
 from runtime.draft.draft_host import DraftHost
-from runtime.messages import Chunk, Request
-from runtime.tracing import Recording
+from runtime.telemetry.tracing import Recording
 
 Note = Callable[[str], None]  # told what is being done, for people
 PATIENCE = 5.0  # seconds for the controller's answer
@@ -73,8 +73,8 @@ async def local_service(deployment: Deployment, note: Note, recordings: list[Rec
 @contextlib.asynccontextmanager
 async def remote_service(look: Look, tls: TlsConfig | None) -> AsyncIterator[Service]:
     """A session goes on at the target's next life where it dies."""
-    from actors.grpc_links import GrpcTarget
     from actors.routing.router import Router, following
+    from actors.rpc.client import GrpcTarget
 
     async with following(Router(lambda address: GrpcTarget(address, tls)), look) as router:
         yield router

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from runtime.errors import TargetDied, Unavailable
-from runtime.messages import NO_STATS, Chunk, Request, Stats, Tokens
+from runtime.core.errors import TargetDied, Unavailable
+from runtime.core.messages import NO_STATS, Chunk, Request, Stats, Tokens
 
 MIN_DEADLINE_S = 0.001  # that is passed on
 

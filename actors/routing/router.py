@@ -16,8 +16,8 @@ from typing import Protocol, TypeVar
 
 from actors.controller.fleet_view import TargetState
 from actors.routing.routed_session import RoutedSession, TargetLife
-from runtime.errors import InvalidRequest, Overloaded, TargetDied, TargetsLost, Unavailable
-from runtime.messages import Chunk, Request
+from runtime.core.errors import InvalidRequest, Overloaded, TargetDied, TargetsLost, Unavailable
+from runtime.core.messages import Chunk, Request
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ Key = TypeVar("Key")
 
 
 class Remote(Protocol):
-    """A target in another process, as actors.grpc_links.GrpcTarget."""
+    """A target in another process, as actors.rpc.client.GrpcTarget."""
 
     def generate(self, request: Request) -> AsyncGenerator[Chunk, None]: ...
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from actors.launch import cluster_client
 from actors.tracing.trace_reader import save
-from runtime.errors import InvalidRequest
+from runtime.core.errors import InvalidRequest
 
 PATIENCE = 60.0  # seconds: half an hour of a busy fleet is some hundred megabytes
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.tracing.trace_reader import Block, Interval, Message, Timeline
-from runtime.errors import InvalidRequest
-from runtime.tracing import BOOKKEEPING, COMMIT, COMPUTE, GROWTH, PREFILL, REROOT, STEP, TARGET, WAIT
+from runtime.core.errors import InvalidRequest
+from runtime.telemetry.tracing import BOOKKEEPING, COMMIT, COMPUTE, GROWTH, PREFILL, REROOT, STEP, TARGET, WAIT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

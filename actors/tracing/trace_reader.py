@@ -11,9 +11,9 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
-from runtime.chrome_trace import FORMAT, chrome
-from runtime.errors import InvalidRequest
-from runtime.tracing import COMMIT, COMPUTE, GROWTH, STEP, TARGET, WIRE, Recording
+from runtime.core.errors import InvalidRequest
+from runtime.telemetry.chrome_trace import FORMAT, chrome
+from runtime.telemetry.tracing import COMMIT, COMPUTE, GROWTH, STEP, TARGET, WIRE, Recording
 
 Time = Annotated[FiniteFloat, Field(ge=0)]  # microseconds
 Interval = tuple[float, float]

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from bench.chaos.run import Options, run
 from runtime.config import shipped
-from runtime.errors import OutriderError
+from runtime.core.errors import OutriderError
 
 
 def main(

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 
 from actors.compose import build_target
 from actors.controller.fleet_view import DrafterState, Fleet, TargetState
-from actors.grpc_links import GrpcTarget
 from actors.routing.router import Router
+from actors.rpc.client import GrpcTarget
 from bench.chaos.outcome import Gap
 from runtime.config import TargetConfig
-from runtime.errors import OutriderError
-from runtime.messages import Chunk, FinishReason, Request, Tokens
-from runtime.models.load import load_tokenizer
-from runtime.sampling import Sampling
+from runtime.core.errors import OutriderError
+from runtime.core.messages import Chunk, FinishReason, Request, Tokens
+from runtime.core.sampling_params import Sampling
+from runtime.models.loader import load_tokenizer
 
 PROMPTS = (
     "def copy_file(src, dst):\n",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from actors.controller.fleet_view import DrafterState, Fleet, TargetState
-from actors.endpoints import ActorLocation
+from actors.rpc.endpoints import ActorLocation
 
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
 Victim = tuple[str, int]  # name and incarnation

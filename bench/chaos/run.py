@@ -16,14 +16,14 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from actors.controller.controller import Controller
 from actors.controller.fleet_view import Fleet, TargetState
-from actors.endpoints import ActorLocation
-from actors.ray_edge import joined, known_errors
+from actors.ray_session import joined, known_errors
 from actors.routing.router import Router, following
+from actors.rpc.endpoints import ActorLocation
 from bench.chaos.clients import DEADLINE_S, Seen, Watched, cases, stream
 from bench.chaos.faults import Victim, inject, next_count, next_fault
 from bench.chaos.outcome import Outcome
 from runtime.config import Deployment, Placement, PoolConfig, TargetConfig
-from runtime.shares import split_cores
+from runtime.core.cpu_affinity import split_cores
 
 HERE = Placement(num_cpus=1, threads=1, listen="127.0.0.1")
 POOL = "chaos"

@@ -11,7 +11,7 @@ from bench.core.compare import fastest
 from bench.core.methods import Method, Outcome, Runner
 from bench.core.prompts import Prompt
 from bench.core.results import Results, Run
-from runtime.sampling import Sampling
+from runtime.core.sampling_params import Sampling
 
 
 @dataclass(frozen=True, slots=True)

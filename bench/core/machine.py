@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from bench.core.results import Machine
-from runtime.errors import InvalidRequest
+from runtime.core.errors import InvalidRequest
 
 TELLING = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "bf16", "i8mm", "sve")  # flags that decide how fast rows are
 

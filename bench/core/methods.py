@@ -6,8 +6,8 @@ from typing import Literal, Protocol
 
 from bench.core.prompts import Prompt
 from bench.core.results import MethodFacts, Passes, Steps
-from runtime.messages import Tokens
-from runtime.sampling import Sampling
+from runtime.core.messages import Tokens
+from runtime.core.sampling_params import Sampling
 
 Cores = tuple[int, ...]  # places in the list of cores that the benchmark may use
 FIRST, SECOND, BOTH = (0,), (1,), (0, 1)

@@ -11,8 +11,8 @@ from bench.core.methods import ALONE, AMUSD, BATCHED, BOTH, GREEDY, LIVING, LIVI
 from bench.core.prompts import Prompt
 from bench.core.widen import CACHE
 from runtime import config
-from runtime.errors import InvalidRequest
-from runtime.sampling import Sampling, whole
+from runtime.core.errors import InvalidRequest
+from runtime.core.sampling_params import Sampling, whole
 
 RESULTS = Path(__file__).parents[1] / "results"
 # Prompts for the sweep, for warming up, and for those methods that learn what guesses are worth: a target keeps that from one life to

@@ -11,24 +11,24 @@ from typing import Any, Protocol
 import ray
 
 from actors.controller.actor_handles import START_TIMEOUT_S, options
-from actors.draft import DraftActor
-from actors.endpoints import Endpoint
-from actors.grpc_edge import CALLER_SILENCE_MS
-from actors.grpc_links import GrpcTarget
-from actors.ray_edge import joined, known_errors
+from actors.drafter import DraftActor
+from actors.ray_session import joined, known_errors
+from actors.rpc.client import GrpcTarget
+from actors.rpc.common import CALLER_SILENCE_MS
+from actors.rpc.endpoints import Endpoint
 from actors.target import TargetActor
 from bench.core import recorded
 from bench.core.methods import Cores, Method, Outcome, OutriderMethod
 from bench.core.prompts import Prompt
-from runtime.calibration import Calibrations
 from runtime.config import DrafterConfig, Dtype, HeadConfig, Placement, ScheduleConfig, TargetConfig
-from runtime.errors import InvalidRequest, Unavailable
-from runtime.kv.prefixes import Prefixes
-from runtime.messages import Chunk, Request, Stats, Tokens
-from runtime.policy import scheduler
-from runtime.sampling import Sampling
+from runtime.core.errors import InvalidRequest, Unavailable
+from runtime.core.messages import Chunk, Request, Stats, Tokens
+from runtime.core.sampling_params import Sampling
+from runtime.kv.prefix_cache import Prefixes
+from runtime.scheduler_factory import scheduler
 from runtime.schedulers.base import Scheduler
-from runtime.tracing import Recording
+from runtime.scoring.calibration import Calibrations
+from runtime.telemetry.tracing import Recording
 
 NAMES = {"model": "draft-0", "ngram": "ngram-0", "wrong": "wrong-0", "layer-skip": "layer-skip-0", "s3d": "s3d-0"}  # of drafters, by method
 TRIES = 3  # of a run on whose way a drafter is lost

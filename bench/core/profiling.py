@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.core.results import Acceptance, Profile, Run
-from runtime.sampling import Sampling
+from runtime.core.sampling_params import Sampling
 
 TARGET_ROWS = (1, 2, 4, 8, 16, 32, 64)
 DRAFT_ROWS = (1, 2, 4, 8, 16, 32)
@@ -35,8 +35,8 @@ class Measured:
 def measure(job: Job) -> Measured:
     """Stays on its core from then on: to be called in a process of its own (bench/core/subprocess_call.py)."""
     os.sched_setaffinity(0, (job.core,))
-    from runtime.models.load import load_model
-    from runtime.models.timing import step_times, text_time
+    from runtime.models.loader import load_model
+    from runtime.models.step_timing import step_times, text_time
 
     target, draft = (load_model(name, job.dtype, "cpu", threads=1) for name in (job.target, job.draft))
     size = sum(weight.nbytes for weight in target.module.parameters())
@@ -84,8 +84,8 @@ def acceptance(answered: Answered) -> tuple[Acceptance, ...]:
     job, firsts = answered.job, [run for run in answered.runs if run.repetition == 0]
     os.sched_setaffinity(0, (job.core,))
     from runtime.models.acceptance import along
-    from runtime.models.load import load_model
-    from runtime.sim.measured import positions
+    from runtime.models.loader import load_model
+    from runtime.sim.profile import positions
 
     draft, found = load_model(job.draft, job.dtype, "cpu", threads=1), []
     for temperature, batch in sorted({(run.temperature, run.batch) for run in firsts}):

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from runtime.errors import InvalidRequest
-from runtime.messages import Tokens
+from runtime.core.errors import InvalidRequest
+from runtime.core.messages import Tokens
 from training import stdlib_corpus
 
 SHORTEST, LONGEST = 64, 256  # tokens of context

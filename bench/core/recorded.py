@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from bench.core.results import Passes, Steps, steps_of
-from runtime.messages import Stats
-from runtime.tracing import BOOKKEEPING, COMMIT, COMPUTE, GROWTH, LEAD, PREFILL, STEP, WAIT, Count, Flow, Recording, Span
+from runtime.core.messages import Stats
+from runtime.telemetry.tracing import BOOKKEEPING, COMMIT, COMPUTE, GROWTH, LEAD, PREFILL, STEP, WAIT, Count, Flow, Recording, Span
 
 
 def steps(stats: Stats, target: Recording, drafters: Sequence[Recording]) -> Steps:

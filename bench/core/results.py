@@ -6,9 +6,9 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from runtime.config import Strict
-from runtime.errors import InvalidRequest
-from runtime.messages import Stats, Tokens
-from runtime.sim.measured import Position
+from runtime.core.errors import InvalidRequest
+from runtime.core.messages import Stats, Tokens
+from runtime.sim.profile import Position
 
 
 class Machine(Strict):

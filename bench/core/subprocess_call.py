@@ -6,7 +6,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
-from runtime.errors import OutriderError, Unavailable
+from runtime.core.errors import OutriderError, Unavailable
 
 Given = TypeVar("Given")
 Found = TypeVar("Found")

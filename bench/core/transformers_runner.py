@@ -14,9 +14,9 @@ from typing import Any
 
 from bench.core.methods import Method, Outcome, TransformersMethod
 from bench.core.prompts import Prompt
-from runtime.errors import InvalidRequest, Unavailable
-from runtime.messages import Tokens
-from runtime.sampling import Sampling
+from runtime.core.errors import InvalidRequest, Unavailable
+from runtime.core.messages import Tokens
+from runtime.core.sampling_params import Sampling
 
 
 @dataclass(frozen=True, slots=True)

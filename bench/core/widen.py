@@ -26,9 +26,9 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from runtime.errors import InvalidRequest, ModelRefused
-from runtime.models.load import DTYPES, load_tokenizer
-from runtime.models.trained import identity_of, write_trained
+from runtime.core.errors import InvalidRequest, ModelRefused
+from runtime.models.head_checkpoint import identity_of, write_trained
+from runtime.models.loader import DTYPES, load_tokenizer
 
 CACHE = Path(__file__).parents[2] / "build" / "bench"
 SPREAD = 0.02  # standard deviation of the weights that only cost time

@@ -17,7 +17,7 @@ from bench.load.overload import Overload, overload
 from bench.load.served import Site, serving
 from bench.reports.grid import Grid
 from runtime.config import Placement, TargetConfig, shipped
-from runtime.errors import OutriderError
+from runtime.core.errors import OutriderError
 
 CASES, TOKENS = 24, 96
 WARM = 200  # clients

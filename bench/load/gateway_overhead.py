@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from actors.grpc_links import GrpcTarget
+from actors.rpc.client import GrpcTarget
 from bench.chaos.clients import Case
 from bench.load.calls import ask, body, encoded
 from bench.load.served import Site, computed
-from runtime.messages import Request
-from runtime.reports import TargetReport
+from runtime.core.messages import Request
+from runtime.telemetry.reports import TargetReport
 
 GOAL = 0.05
 

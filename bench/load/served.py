@@ -13,11 +13,11 @@ import ray
 from actors.controller.client import NAME
 from actors.controller.controller import Controller
 from actors.controller.fleet_view import Fleet
-from actors.endpoints import ActorLocation
-from actors.ray_edge import NAMESPACE, joined
+from actors.ray_session import NAMESPACE, joined
+from actors.rpc.endpoints import ActorLocation
 from runtime.config import Deployment, GatewayConfig, LimitsConfig, Placement, PoolConfig, TargetConfig
-from runtime.reports import TargetReport
-from runtime.shares import split_cores
+from runtime.core.cpu_affinity import split_cores
+from runtime.telemetry.reports import TargetReport
 
 KV_TOKENS = 6144  # enough for all places; finished texts are kept up to a quarter of it: it is full soon, and memory grows no more by that
 END = 30.0  # seconds for actors to be told that it is over

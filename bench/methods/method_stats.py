@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.core.methods import Outcome
-from runtime.tracing import STEP, Recording, Span
+from runtime.telemetry.tracing import STEP, Recording, Span
 
 FIRST_RANKS = 4
 

@@ -23,10 +23,10 @@ from bench.methods.method_stats import MethodStats, add
 from bench.methods.methods_report import PLAIN, Study, draw, methods, page, papers
 from bench.methods.weights import Cost, line_of, parameters, training_of
 from runtime import config
-from runtime.errors import Unavailable
+from runtime.core.errors import Unavailable
 from runtime.heads.token_recycling import TokenRecycling
-from runtime.models.layers import every_second
-from runtime.models.load import load_tokenizer, read_config, read_json
+from runtime.models.layer_subset import every_second
+from runtime.models.loader import load_tokenizer, read_config, read_json
 
 DRAFTERS = (MODEL, "ngram", "layer-skip")  # and, where they ship, those that were trained
 HEADS = ("token-recycling", "medusa", "hidden-transfer")

@@ -15,17 +15,17 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from runtime import limits
-from runtime.calibration import Band, Calibrations
-from runtime.clock import Clock
+from runtime.core import limits
+from runtime.core.clock import Clock
+from runtime.core.errors import FAULTS
+from runtime.core.messages import Close, Commit, Draft, Event, Open, Reply, Resync, Share
+from runtime.core.node_names import text_key
+from runtime.core.tree import TokenTree
 from runtime.draft.frontier import Frontier, allot
 from runtime.drafters.base import Children, Drafter, ExpandRequest, Text
-from runtime.errors import FAULTS
-from runtime.messages import Close, Commit, Draft, Event, Open, Reply, Resync, Share
-from runtime.node_names import text_key
-from runtime.reports import DrafterReport
-from runtime.tracing import LEAD, OFF, REROOT, STEP, Trace
-from runtime.tree import TokenTree
+from runtime.scoring.calibration import Band, Calibrations
+from runtime.telemetry.reports import DrafterReport
+from runtime.telemetry.tracing import LEAD, OFF, REROOT, STEP, Trace
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ import itertools
 import threading
 from collections.abc import AsyncIterator
 
+from runtime.core.messages import Draft, Event, Reply
 from runtime.draft.draft_engine import DraftEngine, EventReceived, GrowthDropped, Stop, StreamClosed
-from runtime.messages import Draft, Event, Reply
 
 REPLIES_WAITING = 256  # growth that nobody fetches is dropped beyond this
 

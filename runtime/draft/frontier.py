@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from itertools import islice
 
-from runtime.messages import Share
-from runtime.tree import TokenTree
+from runtime.core.messages import Share
+from runtime.core.tree import TokenTree
 
 ALL = Share("", 0, 1)
 

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from runtime.core.sampling_params import Sampling
+from runtime.core.tree import TokenTree
 from runtime.models.base import Model, Open
-from runtime.sampling import Sampling
-from runtime.tree import TokenTree
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,14 @@ from itertools import islice
 import numpy as np
 import torch
 
-from runtime.choice import Ask
+from runtime.core.node_names import EMPTY_TEXT, child_key, text_key
+from runtime.core.sampler_reference import Ask
+from runtime.core.tree import TokenTree
 from runtime.drafters.base import Children, DrafterContext, ExpandRequest, Text
 from runtime.kv.base import KVCache
-from runtime.kv.prefixes import Prefixes
+from runtime.kv.prefix_cache import Prefixes
 from runtime.models.base import Logits, Model, Part, Rows
-from runtime.models.choose import candidates_all
-from runtime.node_names import EMPTY_TEXT, child_key, text_key
-from runtime.tree import TokenTree
+from runtime.models.sampler import candidates_all
 
 BRANCHES = 4  # children of a leaf
 CHUNK = 512  # tokens of texts that are read in one pass, of all sessions together

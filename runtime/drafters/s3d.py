@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from runtime.choice import Ask
+from runtime.core.errors import ModelRefused
+from runtime.core.sampler_reference import Ask
 from runtime.drafters.base import Children, DrafterContext
 from runtime.drafters.model import ModelDrafter, Step, children
-from runtime.errors import ModelRefused
-from runtime.models.adapter import adapter, merge
 from runtime.models.base import Branch, Look, Open, Part
-from runtime.models.choose import Guesses, candidates_all
-from runtime.models.load import find_folder, load_tokenizer, read_config
-from runtime.models.trained import Settings, identity_of, read_settings, read_tensors, whole_number
+from runtime.models.head_checkpoint import Settings, identity_of, read_settings, read_tensors, whole_number
+from runtime.models.loader import find_folder, load_tokenizer, read_config
+from runtime.models.lora import adapter, merge
+from runtime.models.sampler import Guesses, candidates_all
 
 BRANCHES = 2  # guesses of a mask row
 MOST, MOST_RANK = 16, 1024  # masks; rank of the adapter

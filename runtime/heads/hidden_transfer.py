@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from runtime.errors import ModelRefused
+from runtime.core.errors import ModelRefused
+from runtime.core.tree_builder import ahead, ways
 from runtime.heads.base import NOTHING, Growth, HeadContext, Seen
-from runtime.levels import ahead, ways
 from runtime.models.base import Branch, Look
-from runtime.models.choose import candidates_all
-from runtime.models.trained import TRAIN, Settings, read_settings, read_tensors
+from runtime.models.head_checkpoint import TRAIN, Settings, read_settings, read_tensors
+from runtime.models.sampler import candidates_all
 
 BRANCHES = 6  # guesses of a place
 MOST = 16  # maps

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from runtime.errors import ModelRefused
+from runtime.core.errors import ModelRefused
+from runtime.core.tree_builder import ahead, ways
 from runtime.heads.base import Growth, HeadContext, Seen
-from runtime.levels import ahead, ways
 from runtime.models.base import Look, Open
-from runtime.models.choose import candidates_all
-from runtime.models.trained import TRAIN, read_settings, read_tensors, whole_number
+from runtime.models.head_checkpoint import TRAIN, read_settings, read_tensors, whole_number
+from runtime.models.sampler import candidates_all
 
 BRANCHES = 6  # guesses of a place
 MOST = 16  # heads, and blocks of a head

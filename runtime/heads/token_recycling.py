@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from runtime import noise
-from runtime.choice import Ask
+from runtime.core import noise
+from runtime.core.sampler_reference import Ask
 from runtime.drafters.base import Text
 from runtime.heads.base import Growth, HeadContext, Seen
+from runtime.kernels.topk import top
 from runtime.models.base import Look
-from runtime.models.choose import ranked
-from runtime.models.top import top
+from runtime.models.sampler import ranked
 
 KEPT = 8  # candidates of a token
 NODES = 48  # of a tree at most

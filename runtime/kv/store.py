@@ -21,7 +21,7 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from runtime.errors import InvalidRequest
+from runtime.core.errors import InvalidRequest
 
 FIRST_SLOTS = 64
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from runtime.choice import Ask
+from runtime.core.sampler_reference import Ask
+from runtime.core.sampling_params import Sampling
 from runtime.models.base import causal
-from runtime.models.choose import candidates, choose
 from runtime.models.hf import HFModel
 from runtime.models.prefill import prefill
-from runtime.sampling import Sampling
+from runtime.models.sampler import candidates, choose
 
 RANKS = (1, 2, 4, 8)
 

@@ -23,8 +23,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from runtime.kv.packed import PackedCache
 from runtime.kv.store import TorchCache
+from runtime.models.attention_mask import additive, windows_of
 from runtime.models.base import Look, Part, Shown
-from runtime.models.mask import additive, windows_of
 
 NAME = "outrider"  # of our attention function in transformers' register
 
@@ -141,7 +141,7 @@ class Generic:
         return first
 
     def mask(self, part: Part, window: int | None) -> torch.Tensor | None:
-        """(1, 1, n, slots) of one part, as runtime.models.mask has it."""
+        """(1, 1, n, slots) of one part, as runtime.models.attention_mask has it."""
         mask = additive(part.rows, stored(part).positions, window, self._lowest)
         return None if mask is None else torch.from_numpy(mask).to(self._device, self._dtype)[None, None]
 

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from runtime import limits
-from runtime.choice import Allowed
-from runtime.errors import Overloaded
+from runtime.core import limits
+from runtime.core.errors import Overloaded
+from runtime.core.sampler_reference import Allowed
+from runtime.core.sampling_params import Constraint
 from runtime.models.grammar_check import check_regex, check_schema, refusal
 from runtime.models.grammar_process import ForkServer
 from runtime.models.grammar_worker import BUSY, ERROR, TOKEN, receive, send
-from runtime.sampling import Constraint
 
 COMPILE_S = 0.2  # of processor time, until the first mask is there
 MASK_S = 0.2  # of processor time, for each mask after it

@@ -9,8 +9,8 @@ from functools import reduce
 from typing import Any
 from urllib.parse import unquote
 
-from runtime import limits
-from runtime.errors import InvalidRequest
+from runtime.core import limits
+from runtime.core.errors import InvalidRequest
 
 WRITTEN_OUT = 10_000  # parts of an expression once all its counted repetitions are written out
 PRODUCT = 10_000  # of the sizes of the expressions that one string has to match

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from runtime import limits
-from runtime.errors import InvalidRequest, ModelRefused
+from runtime.core import limits
+from runtime.core.errors import InvalidRequest, ModelRefused
 from runtime.kv.base import KVCache
 from runtime.kv.store import TorchCache, layout_of
 from runtime.models.base import Look, Part, Rows, Shown, causal

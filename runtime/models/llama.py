@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from runtime.kernels.linear import Product, has_room
+from runtime.models.attention_mask import additive, windows_of
 from runtime.models.base import Look, Part, Rows, Shown
 from runtime.models.generic import stored, wanted
 from runtime.models.hf import context_of
-from runtime.models.linear import Product, has_room
-from runtime.models.mask import additive, windows_of
 
 MODEL_TYPES = {"llama", "mistral", "qwen2", "qwen3"}
 ANGLES = 512  # positions whose angles are computed at first

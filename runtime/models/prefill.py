@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from runtime.errors import InvalidRequest
+from runtime.core.errors import InvalidRequest
 from runtime.kv.base import KVCache
 from runtime.models.base import Logits, Model, causal
 

@@ -10,10 +10,10 @@ from functools import reduce
 import numpy as np
 import numpy.typing as npt
 
-from runtime.errors import InvalidRequest
+from runtime.core.errors import InvalidRequest
+from runtime.core.node_names import EMPTY_TEXT, mix64
 from runtime.kv.base import KVCache
 from runtime.models.base import Part, Rows
-from runtime.node_names import EMPTY_TEXT, mix64
 
 
 class ToyCache:

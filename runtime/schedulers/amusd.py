@@ -10,10 +10,10 @@ needed where stale guesses name a parent that is gone: the tree is empty after a
 guesses all the same. With `least` 0 the target never waits, and decodes plainly while nothing is there.
 """
 
-from runtime import limits
-from runtime.messages import Style
+from runtime.core import limits
+from runtime.core.messages import Style
 from runtime.schedulers.base import View
-from runtime.schedulers.turns import Turns
+from runtime.schedulers.blocking import Turns
 
 
 class Amusd(Turns):

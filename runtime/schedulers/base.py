@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from runtime.messages import Round, Style
+from runtime.core.messages import Round, Style
 
 
 @dataclass(frozen=True, slots=True)

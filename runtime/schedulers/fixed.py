@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runtime.messages import Round, Style
+from runtime.core.messages import Round, Style
 from runtime.schedulers.base import Plan, View
 
 

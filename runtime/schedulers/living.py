@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from runtime.messages import AS_IT_LIKES, Round
+from runtime.core.messages import AS_IT_LIKES, Round
 from runtime.schedulers.base import Plan, View
 
 ROWS = (1, 2, 4, 8, 16, 17, 32, 33, 64)  # of a pass for which T is measured; kernels work in tiles of 16 rows

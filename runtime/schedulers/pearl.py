@@ -15,10 +15,10 @@ round (the paper sets gamma so that gamma * t is T, where both are the same mome
 target's decision counts as rejected, so for a drafter as slow as the target this is plain decoding.
 """
 
-from runtime import limits
-from runtime.messages import Style
+from runtime.core import limits
+from runtime.core.messages import Style
 from runtime.schedulers.base import View
-from runtime.schedulers.turns import Turns
+from runtime.schedulers.blocking import Turns
 
 
 def gamma(step: float, t: float) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from runtime.messages import Round, Style
+from runtime.core.messages import Round, Style
 from runtime.schedulers.base import Plan, View
 
 

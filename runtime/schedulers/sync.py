@@ -6,9 +6,9 @@ arXiv 2406.16858) expand `width` leaves in each of `passes` passes, with `branch
 nodes.
 """
 
-from runtime.messages import Style
+from runtime.core.messages import Style
 from runtime.schedulers.base import View
-from runtime.schedulers.turns import Turns
+from runtime.schedulers.blocking import Turns
 
 
 class Sync(Turns):

@@ -5,19 +5,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from runtime import limits
-from runtime.calibration import Calibrations
 from runtime.config import ScheduleConfig
+from runtime.core import limits
+from runtime.core.messages import Chunk, Request, Round, Style
+from runtime.core.sampling_params import Sampling
 from runtime.draft.draft_engine import DraftEngine
-from runtime.messages import Chunk, Request, Round, Style
-from runtime.policy import scheduler
-from runtime.sampling import Sampling
+from runtime.scheduler_factory import scheduler
 from runtime.schedulers.base import Plan, Scheduler, View
-from runtime.sim import guesses
-from runtime.sim.heads import HeadFigures, ReplayedHead
-from runtime.sim.measured import Measured
-from runtime.sim.pair import BRANCHES, CONTEXT, VOCABULARY, Guesser, NamingModel, choose
-from runtime.sim.world import DrafterSide, TargetSide, World, linear
+from runtime.scoring.calibration import Calibrations
+from runtime.sim import draft_samples
+from runtime.sim.profile import Measured
+from runtime.sim.replayed_head import HeadFigures, ReplayedHead
+from runtime.sim.simulator import DrafterSide, TargetSide, World, linear
+from runtime.sim.synthetic_models import BRANCHES, CONTEXT, VOCABULARY, Guesser, NamingModel, choose
 from runtime.target.commands import AddRequest
 from runtime.target.engine import Engine
 from runtime.target.head_runner import MountedHead
@@ -114,7 +114,7 @@ def forecast(measured: Measured, schedule: ScheduleConfig, setting: Setting = Se
 
 def simulate(measured: Measured, policy: Callable[[], Scheduler], setting: Setting) -> Forecast:
     """`policy` makes the scheduler of one target."""
-    world, seen, examples = World(), Seen(), guesses.of(measured)
+    world, seen, examples = World(), Seen(), draft_samples.of(measured)
     guesser, learned = Guesser(examples), examples.learned(DRAFTER, BRANCHES)
     if setting.head is not None:
         setting.head.teach(learned)

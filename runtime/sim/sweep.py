@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from runtime import limits
 from runtime.config import ScheduleConfig
-from runtime.errors import InvalidRequest
+from runtime.core import limits
+from runtime.core.errors import InvalidRequest
 from runtime.schedulers.pearl import gamma
 from runtime.sim.forecast import Forecast, Setting, forecast
-from runtime.sim.heads import HeadFigures
-from runtime.sim.measured import Measured
+from runtime.sim.profile import Measured
+from runtime.sim.replayed_head import HeadFigures
 
 CHAINS = (1, 2, 3, 4, 5, 6, 8, 12)
 SHAPES = ((2, 2, 4, 8), (4, 2, 4, 12), (4, 4, 4, 16), (4, 2, 6, 16), (4, 4, 8, 24), (8, 4, 6, 32))  # width, branches, passes, rows

@@ -2,9 +2,9 @@
 
 from collections import deque
 
-from runtime import limits
-from runtime.errors import InvalidRequest
-from runtime.messages import Request
+from runtime.core import limits
+from runtime.core.errors import InvalidRequest
+from runtime.core.messages import Request
 from runtime.target.commands import AddRequest
 
 

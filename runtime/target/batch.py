@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from runtime.core.session import Session
 from runtime.kv.base import KVCache
 from runtime.models.base import Part, Rows
-from runtime.session import Session
 from runtime.target.request_state import RequestState
 
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from runtime.clock import Clock
-from runtime.errors import FAULTS
-from runtime.kv.prefixes import Ids, Prefixes, common
+from runtime.core.clock import Clock
+from runtime.core.errors import FAULTS
+from runtime.kv.prefix_cache import Ids, Prefixes, common
 from runtime.models.base import Model, Part, causal
 from runtime.target.request_state import RequestState
 

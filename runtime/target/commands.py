@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from runtime.choice import Guide
-from runtime.messages import Chunk, Event, Reply, Request
+from runtime.core.messages import Chunk, Event, Reply, Request
+from runtime.core.sampler_reference import Guide
 from runtime.schedulers.base import Scheduler
 from runtime.target.stop_checker import StopChecker
 

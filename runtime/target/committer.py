@@ -3,17 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from runtime.clock import Clock
-from runtime.errors import FAULTS
-from runtime.messages import Chunk, Commit, Round
-from runtime.metrics import Ledger
+from runtime.core.clock import Clock
+from runtime.core.errors import FAULTS
+from runtime.core.messages import Chunk, Commit, Round
 from runtime.schedulers.base import Scheduler
 from runtime.target.batch import Batch, BatchItem, keep_accepted
 from runtime.target.drafter_manager import DrafterManager
 from runtime.target.head_runner import HeadRunner
 from runtime.target.request_manager import RequestManager
 from runtime.target.verifier import Decision
-from runtime.tracing import NODES, TARGET, Trace
+from runtime.telemetry.metrics import Ledger
+from runtime.telemetry.tracing import NODES, TARGET, Trace
 
 
 @dataclass(frozen=True, slots=True)

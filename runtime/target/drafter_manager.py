@@ -2,13 +2,13 @@
 
 from collections.abc import Collection, Iterable, Sequence
 
-from runtime.messages import Draft, Event, Share
-from runtime.metrics import Ledger
+from runtime.core.messages import Draft, Event, Share
+from runtime.core.session import Session
+from runtime.core.tree import TokenTree
 from runtime.scoring.drafter_utility import DrafterUtility
-from runtime.session import Session
 from runtime.target.commands import Send, Strike, forgive
 from runtime.target.request_state import RequestState
-from runtime.tree import TokenTree
+from runtime.telemetry.metrics import Ledger
 
 
 class DrafterManager:

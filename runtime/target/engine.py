@@ -8,13 +8,11 @@ callables. All that may take long is `decide`, so that a simulator can put a vir
 import queue
 from collections.abc import Mapping, Sequence
 
-from runtime.calibration import Calibrations
-from runtime.clock import Clock
-from runtime.messages import Draft, Resync
-from runtime.metrics import Ledger
+from runtime.core.clock import Clock
+from runtime.core.messages import Draft, Resync
 from runtime.models.base import Model
-from runtime.reports import TargetReport
 from runtime.schedulers.base import Scheduler
+from runtime.scoring.calibration import Calibrations
 from runtime.scoring.drafter_utility import DrafterUtility
 from runtime.target.batch import Batch
 from runtime.target.chunked_prefill import prefill_next
@@ -37,7 +35,9 @@ from runtime.target.model_runner import ModelRunner
 from runtime.target.request_manager import RequestManager
 from runtime.target.step_planner import StepPlanner
 from runtime.target.verifier import Decision, Verifier
-from runtime.tracing import OFF, PREFILL, TARGET, Trace
+from runtime.telemetry.metrics import Ledger
+from runtime.telemetry.reports import TargetReport
+from runtime.telemetry.tracing import OFF, PREFILL, TARGET, Trace
 
 KV_SLOTS = 1 << 20  # unless a target is told its memory
 

@@ -8,21 +8,21 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from runtime.clock import Clock
+from runtime.core.clock import Clock
+from runtime.core.errors import FAULTS, InvalidRequest
+from runtime.core.messages import Draft
+from runtime.core.node_names import child_key
+from runtime.core.session import Session
+from runtime.core.tree import TokenTree
 from runtime.drafters.base import Text
-from runtime.errors import FAULTS, InvalidRequest
 from runtime.heads.base import Growth, Head, Seen
-from runtime.messages import Draft
-from runtime.metrics import Ledger
 from runtime.models.base import Look, Model, Open, Part, Shown
-from runtime.node_names import child_key
 from runtime.scoring.drafter_utility import DrafterUtility
-from runtime.session import Session
 from runtime.target.batch import BatchItem
 from runtime.target.request_state import RequestState
 from runtime.target.verifier import Decision
-from runtime.tracing import STEP, Trace
-from runtime.tree import TokenTree
+from runtime.telemetry.metrics import Ledger
+from runtime.telemetry.tracing import STEP, Trace
 
 RIDDEN = 4  # rows beside which pseudo rows ride where their price is measured
 MOST = 16  # of a session's step, at most: those at which the target most likely stops

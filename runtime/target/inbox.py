@@ -4,7 +4,7 @@ import queue
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from runtime.messages import Draft
+from runtime.core.messages import Draft
 from runtime.target.commands import Command, ReplyReceived, Stop
 
 

@@ -1,11 +1,11 @@
 """Runs one pass of the target's model over a batch, and decides for each session from its logits."""
 
-from runtime.errors import FAULTS
-from runtime.metrics import Ledger
+from runtime.core.errors import FAULTS
 from runtime.models.base import Shown
 from runtime.target.batch import Batch, BatchItem
 from runtime.target.head_runner import HeadRunner
 from runtime.target.verifier import Decision, Verifier
+from runtime.telemetry.metrics import Ledger
 
 
 class ModelRunner:

@@ -3,18 +3,18 @@
 import math
 from collections.abc import Sequence
 
-from runtime.calibration import Calibrations
-from runtime.clock import Clock
-from runtime.kv.prefixes import Prefixes
-from runtime.messages import Chunk, Close, FinishReason, Style
-from runtime.metrics import Ledger, Tally
+from runtime.core.clock import Clock
+from runtime.core.messages import Chunk, Close, FinishReason, Style
+from runtime.core.session import Session
+from runtime.kv.prefix_cache import Prefixes
 from runtime.models.base import Model
-from runtime.session import Session
+from runtime.scoring.calibration import Calibrations
 from runtime.target.admission import Admission
 from runtime.target.commands import AddRequest
 from runtime.target.drafter_manager import DrafterManager
 from runtime.target.head_runner import HeadRunner
 from runtime.target.request_state import RequestState
+from runtime.telemetry.metrics import Ledger, Tally
 
 
 class RequestManager:

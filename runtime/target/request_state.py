@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from runtime.core.messages import Chunk, Commit, Draft, Logprob, Round, Stats
+from runtime.core.session import Session
 from runtime.kv.base import KVCache
-from runtime.messages import Chunk, Commit, Draft, Logprob, Round, Stats
-from runtime.metrics import Tally
 from runtime.schedulers.base import View
-from runtime.session import Session
 from runtime.target.commands import AddRequest
+from runtime.telemetry.metrics import Tally
 
 
 @dataclass(slots=True)

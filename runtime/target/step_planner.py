@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from runtime.clock import Clock
+from runtime.core.clock import Clock
 from runtime.schedulers.base import Plan, Scheduler
 from runtime.target.batch import Batch, BatchItem, pack
 from runtime.target.drafter_manager import DrafterManager

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from runtime.sampling import Sampling
+from runtime.core.sampling_params import Sampling
 
 
 @dataclass(frozen=True, slots=True)

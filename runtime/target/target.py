@@ -8,17 +8,17 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
 
-from runtime import limits
-from runtime.choice import Guide
-from runtime.errors import InvalidRequest, LinkLost, Overloaded, Unavailable
-from runtime.links import DraftLink
-from runtime.messages import Chunk, Event, Request, Tokens
-from runtime.reports import TargetReport
-from runtime.sampling import Constraint, Sampling, whole
+from runtime.core import limits
+from runtime.core.errors import InvalidRequest, LinkLost, Overloaded, Unavailable
+from runtime.core.links import DraftLink
+from runtime.core.messages import Chunk, Event, Request, Tokens
+from runtime.core.sampler_reference import Guide
+from runtime.core.sampling_params import Constraint, Sampling, whole
 from runtime.schedulers.base import Scheduler
 from runtime.target.commands import AddRequest, Cancel, Join, Leave, ReplyReceived, SetScheduler, Stop, forgive
 from runtime.target.engine import Engine
 from runtime.target.stop_checker import StopChecker
+from runtime.telemetry.reports import TargetReport
 
 log = logging.getLogger(__name__)
 

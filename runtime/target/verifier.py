@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.choice import Ask, Chooser, Guide, Scorer, logprobs
-from runtime.messages import Logprob
+from runtime.core.messages import Logprob
+from runtime.core.sampler_reference import Ask, Chooser, Guide, Scorer, logprobs
+from runtime.core.session import Session
+from runtime.core.verify import Verdict, match, walk
 from runtime.models.base import Shown
-from runtime.session import Session
-from runtime.verify import Verdict, match, walk
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ import torch
 from rich.progress import track
 from torch.nn import functional as F
 
+from runtime.core.sampling_params import Sampling
 from runtime.models.acceptance import RANKS, acceptance
 from runtime.models.hf import HFModel
-from runtime.models.load import load_model, load_tokenizer
-from runtime.sampling import Sampling
+from runtime.models.loader import load_model, load_tokenizer
 from training import stdlib_corpus
 from training.loop import smooth
 from training.shipped.pair_shapes import CONTEXT, DRAFT, MODELS, TARGET, VOCABULARY

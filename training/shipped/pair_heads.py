@@ -10,7 +10,7 @@ from torch import nn
 from runtime.heads.hidden_transfer import HiddenTransfer
 from runtime.heads.medusa import Medusa
 from runtime.models.acceptance import continuation
-from runtime.models.load import load_model
+from runtime.models.loader import load_model
 from training import hidden_transfer, medusa, outputs, s3d, stdlib_corpus, text
 from training.folder import opened
 from training.heads import DRAFT, HEAD, Forward

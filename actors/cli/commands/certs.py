@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from runtime.errors import InvalidRequest
-from runtime.sampling import whole
+from runtime.core.errors import InvalidRequest
+from runtime.core.sampling_params import whole
 
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,40}")
 HOST = re.compile(r"[A-Za-z0-9:*][A-Za-z0-9:.*-]{0,252}")
@@ -38,7 +38,7 @@ def certs(
     ] = None,
 ) -> None:
     """Make a certificate authority, a certificate for each role of actors, and one for the gateway's HTTPS."""
-    from actors.authority import Authority  # grpc: `--help` needs none
+    from actors.rpc.certificate_authority import Authority  # grpc: `--help` needs none
 
     whole("days", days, 1, 3650)
     if not NAME.fullmatch(name):

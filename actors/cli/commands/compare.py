@@ -16,8 +16,8 @@ from actors.cli.views.generation_view import Progress
 from actors.cli.views.status_view import Guessed, guessed, life, ratio, short, table
 from actors.controller.fleet_view import Fleet
 from actors.launch import cluster_client
-from runtime.reports import GuessReport
-from runtime.sampling import in_range
+from runtime.core.sampling_params import in_range
+from runtime.telemetry.reports import GuessReport
 
 LONGEST = 86_400.0
 

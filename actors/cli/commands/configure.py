@@ -8,7 +8,7 @@ import typer
 
 from actors.cli.commands.options import Json
 from runtime import config
-from runtime.errors import InvalidRequest
+from runtime.core.errors import InvalidRequest
 
 EXAMPLE = Path(__file__).with_name("example.yaml")
 

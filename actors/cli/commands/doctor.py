@@ -9,7 +9,7 @@ from rich.table import Table
 
 from actors.cli.commands.options import Dtype
 from runtime import config
-from runtime.sampling import Sampling
+from runtime.core.sampling_params import Sampling
 
 WIDTHS = (1, 4, 8, 16, 32)
 PROMPTS = (
@@ -30,9 +30,9 @@ def doctor(
     # torch and transformers: `--help` needs neither
     from actors.launch.prepare import context_length
     from runtime.models.acceptance import RANKS, acceptance
-    from runtime.models.load import load_model, load_tokenizer
-    from runtime.models.pair import check_pair
-    from runtime.models.timing import step_times
+    from runtime.models.loader import load_model, load_tokenizer
+    from runtime.models.step_timing import step_times
+    from runtime.models.vocab_check import check_pair
 
     names = (target or config.shipped("target"), draft or config.shipped("draft"))
     contexts = (context_length(names[0]), context_length(names[1]))

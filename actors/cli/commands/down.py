@@ -7,7 +7,7 @@ from actors.cli.commands.options import Address, Json
 from actors.cli.views.generation_view import Progress
 from actors.controller import client
 from actors.launch import cluster_client, local_ray
-from runtime.errors import OutriderError
+from runtime.core.errors import OutriderError
 
 
 def down(address: Address = None, as_json: Json = False) -> None:

@@ -17,10 +17,10 @@ from actors.cli.views.generation_view import Progress, Stream, answer
 from actors.launch.serving import Opener, serving
 from actors.tracing.trace_reader import save
 from runtime import config
-from runtime.errors import InvalidRequest, Unavailable
-from runtime.messages import Chunk, Request
-from runtime.sampling import Sampling
-from runtime.tracing import Recording
+from runtime.core.errors import InvalidRequest, Unavailable
+from runtime.core.messages import Chunk, Request
+from runtime.core.sampling_params import Sampling
+from runtime.telemetry.tracing import Recording
 
 
 class Switch(StrEnum):

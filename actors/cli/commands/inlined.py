@@ -2,7 +2,7 @@
 
 import typer
 
-from runtime.errors import InvalidRequest
+from runtime.core.errors import InvalidRequest
 
 
 def refuse_beside(context: typer.Context, file: str, *options: str) -> None:

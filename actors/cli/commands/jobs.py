@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.cli.views.job_view import Bar
-from actors.jobs.known import Known, cancel, find, known, look
-from runtime.errors import InvalidRequest
+from actors.jobs.registry import Known, cancel, find, known, look
+from runtime.core.errors import InvalidRequest
 
 PERIOD = 1.0  # seconds between two looks
 

@@ -10,8 +10,8 @@ import typer
 
 from actors.cli.commands.options import Address, Json
 from actors.launch import cluster_client
-from runtime.errors import InvalidRequest, Unavailable
-from runtime.sampling import whole
+from runtime.core.errors import InvalidRequest, Unavailable
+from runtime.core.sampling_params import whole
 
 MOST_LINES = 100_000
 READ = 10.0  # seconds for the node to answer

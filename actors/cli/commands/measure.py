@@ -10,13 +10,13 @@ from actors.cli.commands.measure_guesses import Answer, of_drafter, of_head
 from actors.compose import build_drafter, build_head
 from actors.launch.prepare import context_length
 from runtime.config import DrafterConfig, Dtype, HeadConfig, Placement
+from runtime.core.sampling_params import Sampling
 from runtime.models.acceptance import along, continuation
-from runtime.models.load import load_model, load_tokenizer
-from runtime.models.pair import check_pair
-from runtime.models.timing import step_times, text_time
-from runtime.sampling import Sampling
-from runtime.sim.heads import HeadFigures
-from runtime.sim.measured import Measured, positions
+from runtime.models.loader import load_model, load_tokenizer
+from runtime.models.step_timing import step_times, text_time
+from runtime.models.vocab_check import check_pair
+from runtime.sim.profile import Measured, positions
+from runtime.sim.replayed_head import HeadFigures
 
 WIDTHS = (1, 2, 4, 8, 16, 17, 32, 33, 64)  # rows; kernels work in tiles of 16
 TEXTS = 8  # of a pass over several

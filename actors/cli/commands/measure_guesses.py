@@ -7,18 +7,18 @@ from dataclasses import replace
 
 import numpy as np
 
-from runtime import limits
+from runtime.core import limits
+from runtime.core.messages import Tokens
+from runtime.core.node_names import text_key
+from runtime.core.sampling_params import Sampling
+from runtime.core.tree import TokenTree
 from runtime.drafters.base import Children, Drafter, ExpandRequest, Text
 from runtime.heads.base import Head, Seen
-from runtime.messages import Tokens
 from runtime.models.base import Part, causal
 from runtime.models.hf import HFModel
-from runtime.node_names import text_key
-from runtime.sampling import Sampling
-from runtime.sim.guesses import Place
-from runtime.sim.heads import HeadFigures, along
-from runtime.sim.measured import Position
-from runtime.tree import TokenTree
+from runtime.sim.draft_samples import Place
+from runtime.sim.profile import Position
+from runtime.sim.replayed_head import HeadFigures, along
 
 Answer = tuple[Sequence[int], Sequence[int]]  # prompt, and what the target said
 SILENT = -14.0  # log of the chance of what stands for no guess

@@ -17,12 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from actors.cli.commands.options import Dtype
 from actors.cli.views.plan_view import Plan, as_json, plot, sentences, tables
 from runtime import config
-from runtime.errors import InvalidRequest
-from runtime.sampling import Sampling, in_range, whole
+from runtime.core.errors import InvalidRequest
+from runtime.core.sampling_params import Sampling, in_range, whole
 from runtime.sim import sweep
 from runtime.sim.forecast import Forecast, Setting
-from runtime.sim.heads import HeadFigures
-from runtime.sim.measured import Measured, read
+from runtime.sim.profile import Measured, read
+from runtime.sim.replayed_head import HeadFigures
 from runtime.sim.sweep import Job
 
 MOST_SESSIONS, MOST_TARGETS = 10_000, 64

@@ -12,7 +12,7 @@ from actors.cli.commands.options import Address, Json
 from actors.cli.views.generation_view import Progress
 from actors.controller.fleet_view import Fleet, PoolState
 from actors.launch import cluster_client
-from runtime.errors import InvalidRequest, Unavailable
+from runtime.core.errors import InvalidRequest, Unavailable
 
 PERIOD = 0.2  # seconds between two looks
 

@@ -18,11 +18,11 @@ from actors.cli.views.generation_view import Progress
 from actors.controller import client
 from actors.controller.fleet_view import Fleet
 from actors.launch import cluster_client, local_ray
-from actors.ray_edge import NAMESPACE
+from actors.ray_session import NAMESPACE
 from actors.tracing.recording import check_file, record
 from runtime import config
 from runtime.config import Deployment, GatewayConfig
-from runtime.sampling import whole
+from runtime.core.sampling_params import whole
 
 ON_HEAD = {"node:__internal_head__": 0.001}  # where nothing but the loss of the cluster itself takes it along
 IN_FILE = ("target", "draft", "drafters", "dtype", "device", "host", "port", "api_key_file", "insecure")

@@ -13,11 +13,11 @@ import typer
 from actors.cli.commands.options import Address, Json
 from actors.cli.views.job_view import Bar
 from actors.jobs.job import Job, absolute, opened
-from actors.jobs.known import find
+from actors.jobs.registry import find
 from actors.jobs.runner import MOST, Order, live
 from actors.launch import cluster_client
-from runtime.errors import InvalidRequest, Unavailable
-from runtime.sampling import whole
+from runtime.core.errors import InvalidRequest, Unavailable
+from runtime.core.sampling_params import whole
 
 MOST_PARALLEL = 1024
 START, LOOK = 30.0, 0.2  # seconds for a detached job to begin, and between two looks

@@ -14,7 +14,7 @@ from actors.cli.commands.status import look
 from actors.cli.views.status_view import Look, as_json, shown
 from actors.launch import cluster_client
 from actors.launch.cluster_client import Controller
-from runtime.errors import Unavailable
+from runtime.core.errors import Unavailable
 
 PERIOD = 1.0  # seconds
 

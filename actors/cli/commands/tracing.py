@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.tracing.trace_reader import Delay, Figures, Interval, Timeline, figures, middle, read
-from runtime.errors import InvalidRequest
-from runtime.tracing import COMMIT, GROWTH
+from runtime.core.errors import InvalidRequest
+from runtime.telemetry.tracing import COMMIT, GROWTH
 
 
 def trace(

@@ -13,12 +13,12 @@ from rich.console import Console
 from actors.cli.commands.options import Device
 from actors.launch.serving import serving
 from runtime import config
-from runtime.errors import InvalidRequest
-from runtime.sampling import in_range, whole
+from runtime.core.errors import InvalidRequest
+from runtime.core.sampling_params import in_range, whole
 from training.goal import Goal
 
 if TYPE_CHECKING:
-    from runtime.messages import Request
+    from runtime.core.messages import Request
     from training.acceptance import Acceptance
     from training.loop import Tell
     from training.outputs import Written
@@ -197,15 +197,15 @@ def named(model: str) -> str:
 def same_vocabulary(target: str, start: str) -> None:
     """Raises PairMismatch, and ModelRefused as of loading."""
     from actors.launch.prepare import context_length
-    from runtime.models.load import load_tokenizer
-    from runtime.models.pair import check_pair
+    from runtime.models.loader import load_tokenizer
+    from runtime.models.vocab_check import check_pair
 
     check_pair(load_tokenizer(target), load_tokenizer(start), (target, start), (context_length(target), context_length(start)))
 
 
 def depth_of(target: str) -> int:
     """Its layers. Raises ModelRefused."""
-    from runtime.models.load import find_folder, read_config
+    from runtime.models.loader import find_folder, read_config
 
     depth: int = read_config(find_folder(target), target).get_text_config(decoder=True).num_hidden_layers
     return depth

@@ -13,8 +13,8 @@ from actors.cli.commands.options import Device
 from actors.cli.commands.train import Context, Data, Target, documents
 from actors.cli.commands.tune_shapes import shapes
 from runtime import config
-from runtime.errors import InvalidRequest
-from runtime.sampling import whole
+from runtime.core.errors import InvalidRequest
+from runtime.core.sampling_params import whole
 
 if TYPE_CHECKING:
     from training.layers import Subset
@@ -47,9 +47,9 @@ def layers(
     import torch
 
     from actors.launch.prepare import context_length
-    from runtime.models.load import load_model
-    from runtime.models.timing import step_times
-    from runtime.models.trained import identity_of
+    from runtime.models.head_checkpoint import identity_of
+    from runtime.models.loader import load_model
+    from runtime.models.step_timing import step_times
     from runtime.schedulers.living import ROWS
     from training import folder, text
     from training import layers as method

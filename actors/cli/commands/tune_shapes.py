@@ -14,8 +14,8 @@ from actors.cli.commands.doctor import WIDTHS, expected
 from actors.cli.commands.options import Device
 from actors.cli.commands.train import Batch, Context, Data, Own, Seed, Steps, Target, draft
 from runtime import config
-from runtime.errors import InvalidRequest
-from runtime.sampling import in_range
+from runtime.core.errors import InvalidRequest
+from runtime.core.sampling_params import in_range
 from training.goal import Goal
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ def shapes(
     What a step takes is measured, the speed-up is the rule of thumb of `outrider doctor` (arXiv 2402.01528).
     """
     in_range("million", million, SMALLEST, LARGEST)
-    from runtime.models.load import load_model
-    from runtime.models.timing import step_times
+    from runtime.models.loader import load_model
+    from runtime.models.step_timing import step_times
     from training.shapes import measurer, of_size
 
     model = load_model(target or config.shipped("target"), "auto", device.value)

@@ -9,9 +9,9 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from actors.gateway.figures import metrics, tokens_per_second, usage
+from actors.openai.usage import metrics, tokens_per_second, usage
 from runtime.config import Deployment
-from runtime.messages import Chunk, Request, Stats
+from runtime.core.messages import Chunk, Request, Stats
 
 DRAFTED, OWN = "green", "bold white"
 

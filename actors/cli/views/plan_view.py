@@ -8,12 +8,12 @@ from typing import Any
 from rich.table import Table
 
 from runtime.config import ScheduleConfig
-from runtime.errors import InvalidRequest
-from runtime.sim import guesses
+from runtime.core.errors import InvalidRequest
+from runtime.sim import draft_samples
 from runtime.sim.forecast import Forecast, Setting
-from runtime.sim.measured import Measured
+from runtime.sim.profile import Measured
+from runtime.sim.simulator import linear
 from runtime.sim.sweep import Done, fewest
-from runtime.sim.world import linear
 
 SWEEPS: dict[str, tuple[str, Callable[[float], str]]] = {  # by group: what varies, and how a value of it is written
     "drafters": ("drafters", "{:g}".format),
@@ -56,7 +56,7 @@ def bare(title: str) -> Table:
 
 
 def schedules(plan: Plan, draft: Measured) -> Table:
-    examples, setting = guesses.of(draft), plan.setting
+    examples, setting = draft_samples.of(draft), plan.setting
     rates = ", ".join(f"{examples.rate(k):.2f}" for k in (1, 2, 4, 8))
     found = bare(
         f"{draft.name}: T(1) {1e3 * draft.target[1]:.1f} ms, t(1) {1e3 * draft.draft[1]:.1f} ms, "

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.controller.fleet_view import DrafterState, Fleet, TargetState
-from runtime.reports import GuessReport, TargetReport
+from runtime.telemetry.reports import GuessReport, TargetReport
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,85 @@
+"""The process that hosts a drafter: a model's thread, and a gRPC loop on a thread of its own."""
+
+import threading
+
+import grpc
+
+from actors.calibration_store import remember
+from actors.cpu_affinity import load_gently, settle
+from actors.rpc.endpoints import ActorLocation, own_host, own_location
+from actors.rpc.loop_thread import LoopThread
+from actors.rpc.server import DraftingService, serve
+from protos.handshake import Hello
+from runtime.config import TRAINED, DrafterConfig, TlsConfig, memory_of_drafter
+from runtime.core.errors import Unavailable
+from runtime.draft.draft_host import DraftHost
+from runtime.models.vocab_check import vocabulary_hash
+from runtime.telemetry.reports import DrafterReport
+from runtime.telemetry.tracing import OFF, Recording, Trace
+
+
+class DraftActor:
+    """A Ray actor, or used as it is. It knows no target: targets come to it."""
+
+    def __init__(
+        self, config: DrafterConfig, target: str, incarnation: int = 0, record: bool = False, tls: TlsConfig | None = None
+    ) -> None:
+        self.config, self.target, self.incarnation, self.record, self.tls = config, target, incarnation, record, tls
+        self.address = ""
+        self.changing = threading.Lock()  # Ray calls from several threads
+
+    def start(self) -> ActorLocation:
+        """Loads the model and opens the server, once; raises what is wrong with either. (Ray would hide it in a constructor.)"""
+        with self.changing:
+            if not self.address:
+                self._start()
+        return self.where()
+
+    def _start(self) -> None:
+        settle(self.config.placement)  # before torch is loaded: who starts does not take the cores of those that serve
+        load_gently("actors.compose")
+        from actors.compose import build_drafter, settle_memory  # torch: only the process that computes pays for it
+        from runtime.models.loader import load_tokenizer
+
+        config = self.config
+        self.host = build_drafter(config, self.target, self.record)
+        own = config.model if config.method not in TRAINED else ""  # what was trained for the target has the target's tokenizer
+        vocabulary = vocabulary_hash(load_tokenizer(own or self.target))
+        settle_memory()
+        self.network = LoopThread()
+        host = config.placement.listen or own_host()
+        hello = Hello(vocabulary, config.model or config.method, config.name, self.incarnation)
+        self.host.start()
+        self.server, port = self.network.run(serve([DraftingService(self.host, hello)], host, tls=self.tls))
+        self.address = f"{host}:{port}"
+
+    def where(self) -> ActorLocation:
+        return own_location(self.address)
+
+    def report(self) -> DrafterReport:
+        """What it has done, and a sign of life. Raises Unavailable where the thread that drafts has ended."""
+        if not self.host.alive:
+            raise Unavailable("the drafter's thread has ended: see its log")
+        return self.host.draft_engine.report()
+
+    def recording(self, on: bool) -> None:
+        """Whether it records what it does, from now on. What was recorded before is forgotten."""
+        self.host.draft_engine.trace = Trace(self.config.name) if on else OFF
+
+    def trace(self) -> Recording:
+        """What was recorded since the last call."""
+        return self.host.draft_engine.trace.take()
+
+    def remember(self) -> None:
+        """Keep what was learned of this target for the next life."""
+        remember(memory_of_drafter(self.config, self.target), self.host.draft_engine.calibrations)
+
+    def stop(self) -> None:
+        """Ends all streams and the server; the process may go then."""
+        self.network.run(stop(self.host, self.server))
+        self.network.stop()
+
+
+async def stop(host: DraftHost, server: grpc.aio.Server) -> None:
+    await server.stop(0.2)
+    await host.stop()

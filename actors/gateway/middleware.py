@@ -1,0 +1,105 @@
+"""Every HTTP request passes here before its route is looked for.
+
+Its head is bounded, its API key checked, its answer gets an id, and what nobody has read of its
+body ends the connection.
+"""
+
+import asyncio
+import re
+import uuid
+from collections.abc import MutableMapping
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from actors.gateway.completion_handler import Speaker
+from actors.gateway.state import Service, now
+from actors.openai.errors import Refused
+from runtime.core import limits
+
+SANE = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+DROP_BYTES = 4 * limits.BODY_BYTES  # of a body that are dropped until its sender reads the answer
+DROP_SECONDS = 2.0  # without a byte of it, after which the connection ends
+
+Message = MutableMapping[str, Any]
+
+
+class Door:
+    """`routes`: the addresses that metrics name; all others are "other" there."""
+
+    def __init__(self, app: ASGIApp, service: Service, routes: frozenset[str]) -> None:
+        self.app, self.service, self.routes = app, service, routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers, path = Headers(scope=scope), scope["path"]
+        given = headers.get("x-request-id", "")
+        answer_id = given if SANE.fullmatch(given) else uuid.uuid4().hex
+        body = Incoming(headers, receive)
+
+        async def answering(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", answer_id.encode())]
+                if not body.whole:
+                    message["headers"].append((b"connection", b"close"))
+                self.service.meter.answered(path if path in self.routes else "other", message["status"])
+            elif not body.whole and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await body.drop()
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
+
+        try:
+            check_head(scope)
+            key = self.service.caller(path, headers.get("authorization", ""))
+        except Refused as error:
+            return await Speaker(answering).refuse(error)
+        scope.setdefault("state", {})["key"] = key
+        return await self.app(scope, body.receive, answering)
+
+
+class Incoming:
+    """Reads a request's body.
+
+    `whole`: all of it was read, so that another request may use the connection.
+    """
+
+    def __init__(self, headers: Headers, receive: Receive) -> None:
+        empty = headers.get("content-length", "0") == "0"
+        self.whole = empty and "transfer-encoding" not in headers
+        self._receive, self._until = receive, now() + limits.BODY_SECONDS
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self.whole = self.whole or not message.get("more_body", False)
+        return message
+
+    async def drop(self) -> None:
+        """Drops what is left, within bounds.
+
+        Unread bytes would reset the connection before the client has read the answer.
+        """
+        left = DROP_BYTES
+        while not self.whole and left > 0:
+            try:
+                async with asyncio.timeout_at(min(now() + DROP_SECONDS, self._until)):
+                    message = await self.receive()
+            except TimeoutError:
+                return
+            left -= len(message.get("body", b""))
+
+
+def check_head(scope: Scope) -> None:
+    """Raises Refused (400, 431) for a head that is too large or contradicts itself."""
+    size = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
+    size += sum(len(name) + len(value) for name, value in scope["headers"])
+    if len(scope["headers"]) > limits.HEADERS or size > limits.HEADER_BYTES:
+        raise Refused(
+            431, "headers_too_large", f"more than {limits.HEADERS} headers, or {limits.HEADER_BYTES >> 10} KiB of them: send fewer"
+        )
+    names = {name for name, _ in scope["headers"]}
+    if b"transfer-encoding" in names and (b"content-length" in names or scope["http_version"] == "1.0"):
+        why = "Transfer-Encoding is not allowed with Content-Length or in HTTP/1.0: send one of them"
+        raise Refused(400, "invalid_http", why)

@@ -1,0 +1,78 @@
+"""Items answered by a deployment's targets, asked from this process as a gateway would ask them: its journal is here."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+from actors.controller import client
+from actors.controller.fleet_view import Fleet, TargetState, serving
+from actors.gateway.served_model import Served, serve
+from actors.gateway.streams import Generator, merged
+from actors.jobs.items import Answer, Item
+from actors.openai import protocol, request_adapter, response_builder
+from actors.openai.errors import Refused, refused
+from actors.ray_session import known_errors
+from actors.routing.router import Router, following
+from actors.rpc.client import GrpcTarget
+from runtime.config import Deployment
+from runtime.core.errors import InvalidRequest, TargetsLost, Unavailable
+from runtime.core.messages import Request
+
+GIVEN_UP = 503  # by a target that drains or was lost for good
+
+
+class ClusterAnswerer:
+    """`targets`: anything that generates; `served` is what it serves. Made by `deployment`."""
+
+    def __init__(self, targets: Generator, served: Served, now: Callable[[], float] = time.time) -> None:
+        self._targets, self._served, self._now = targets, served, now
+
+    async def answer(self, item: Item) -> Answer:
+        """As in Answerer."""
+        name = uuid.uuid4().hex
+        try:
+            return Answer(200, await self._answered(item, name), name)
+        except (InvalidRequest, TargetsLost) as error:
+            found = refused(error)
+            if found.status == GIVEN_UP:
+                raise Unavailable(str(error)) from error
+            return Answer(found.status, found.body(), name)
+
+    async def _answered(self, item: Item, name: str) -> dict[str, Any]:
+        body, asked = await asyncio.to_thread(self._translated, item, name)
+        answer = response_builder.Answer(body, self._served, asked, name, int(self._now()))
+        async with aclosing(merged(self._targets, asked)) as chunks:
+            async for index, chunk in chunks:
+                answer.add(index, chunk)
+        return answer.whole()
+
+    def _translated(self, item: Item, name: str) -> tuple[protocol.AnyBody, list[Request]]:
+        body, _ = protocol.read(item.url, item.body)
+        if body.model != self._served.name:
+            raise Refused(404, "model_not_found", f"there is no such model: ask for {self._served.name}", "model")
+        return body, request_adapter.requests(body, self._served, name, item.body["seed"], body.timeout)
+
+
+@asynccontextmanager
+async def deployment() -> AsyncIterator[ClusterAnswerer]:
+    """Yields what is served in the cluster that this process has joined.
+
+    Raises Unavailable if nothing is, ModelRefused if this machine lacks the model's tokenizer.
+    """
+    with known_errors():
+        if await asyncio.to_thread(client.find) is None:
+            raise Unavailable(f"{client.NOT_SERVED}, or give --url or --address")
+    plan: Deployment = await asyncio.to_thread(client.ask, "wanted")
+    served = await asyncio.to_thread(serve, plan, int(time.time()))
+    router = Router(lambda address: GrpcTarget(address, plan.security.tls))
+    async with following(router, lambda: look(plan.target.model)):
+        yield ClusterAnswerer(router, served)
+
+
+def look(model: str) -> list[TargetState]:
+    """Returns who serves the model now. Raises Unavailable while the controller is away."""
+    fleet: Fleet = client.ask("fleet")
+    return serving(fleet.targets, model)

@@ -1,0 +1,119 @@
+"""Reads a request's body and parses it, and bounds both."""
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from itertools import chain
+from typing import Any
+
+from pydantic_core import from_json
+
+from actors.openai.errors import Refused
+from runtime.core import limits
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+OPENERS = (b",", b"[", b"{")  # of an item each
+LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (limits.JSON_NUMBER + 1))
+
+
+class ClientGone(Exception):
+    """Nobody is there to hear the answer."""
+
+
+async def read_body(headers: Mapping[str, str], receive: Receive) -> bytes:
+    """All of the body. Raises Refused (408, 413, 415), ClientGone."""
+    if "content-encoding" in headers:
+        raise Refused(415, "unsupported_encoding", "Content-Encoding is not supported: send the body as it is")
+    if not is_json(headers.get("content-type", "")):
+        raise Refused(415, "unsupported_media_type", "Content-Type is not JSON: send application/json")
+    length = headers.get("content-length", "0")
+    if not length.isdecimal() or len(length) > 18 or int(length) > limits.BODY_BYTES:
+        raise too_large()
+    body = bytearray()
+    try:
+        async with asyncio.timeout(limits.BODY_SECONDS):
+            more = True
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                body += message.get("body", b"")
+                if len(body) > limits.BODY_BYTES:
+                    raise too_large()
+                more = message.get("more_body", False)
+    except TimeoutError as error:
+        raise Refused(408, "body_timeout", f"the body has not come within {limits.BODY_SECONDS:g} s: send it faster") from error
+    return bytes(body)
+
+
+def too_large() -> Refused:
+    return Refused(413, "body_too_large", f"the body is larger than {limits.BODY_BYTES >> 20} MiB: send less")
+
+
+def is_json(content_type: str) -> bool:
+    """application/json, in UTF-8 where it says so."""
+    kind, *parameters = (part.strip().lower() for part in content_type.split(";"))
+    return kind == "application/json" and all(
+        not parameter or parameter.replace('"', "") in ("charset=utf-8", "charset=utf8") for parameter in parameters
+    )
+
+
+def parse(body: bytes) -> dict[str, Any]:
+    """Returns the object that the body says. Raises Refused: invalid_json, too_complex.
+
+    Values and digits are counted before anything is built.
+    """
+    bare = without_strings(body)
+    if sum(map(bare.count, OPENERS)) > limits.JSON_TOTAL:
+        raise too_complex(f"there are more than {limits.JSON_TOTAL} values")
+    if LONG_NUMBER.search(bare):
+        raise too_complex(f"a number has more than {limits.JSON_NUMBER} digits")
+    try:
+        value = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        if str(error).startswith("recursion limit"):
+            raise too_deep() from error
+        raise invalid(str(error)) from error
+    if not isinstance(value, dict):
+        raise invalid("it is not an object")
+    if count_members(value) != bare.count(b":"):
+        raise invalid("a key stands twice in one object")
+    return value
+
+
+def without_strings(body: bytes) -> bytes:
+    """Returns what stands outside of strings. Raises Refused (too_complex) for too many strings."""
+    plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    if plain.count(b'"') > 4 * limits.JSON_TOTAL:  # each value may be a string, and have a key
+        raise too_complex(f"there are more than {2 * limits.JSON_TOTAL} strings")
+    return b"".join(plain.split(b'"')[::2])
+
+
+def count_members(value: dict[str, Any]) -> int:
+    """Returns how many keys there are, of all objects. Raises Refused (too_complex)."""
+    level: list[Any] = [value]  # the arrays and objects of one depth
+    members = depth = 0
+    while level:
+        depth += 1
+        if depth > limits.JSON_DEPTH:
+            raise too_deep()
+        if max(map(len, level)) > limits.JSON_ITEMS:
+            raise too_complex(f"an array or object has more than {limits.JSON_ITEMS} items")
+        objects = [found for found in level if isinstance(found, dict)]
+        members += sum(map(len, objects))
+        items = chain.from_iterable(found.values() if isinstance(found, dict) else found for found in level)
+        level = [item for item in items if isinstance(item, dict | list)]
+    return members
+
+
+def invalid(why: str) -> Refused:
+    return Refused(400, "invalid_json", f"the body is invalid JSON: {why}")
+
+
+def too_complex(why: str) -> Refused:
+    return Refused(400, "too_complex", f"the body is too complex: {why}")
+
+
+def too_deep() -> Refused:
+    return too_complex(f"more than {limits.JSON_DEPTH} arrays and objects are inside each other")

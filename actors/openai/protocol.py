@@ -1,0 +1,194 @@
+"""What may stand in a request's body. Values are of exactly the type that is said: "5", true and 1.5 are no numbers of tokens."""
+
+import copy
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from actors.openai.errors import Refused, plain
+from runtime.core import limits
+
+# Long lists end at their first error: pydantic takes microseconds for each.
+Ids = Annotated[list[int], Field(min_length=1, max_length=limits.JSON_ITEMS, fail_fast=True)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+# Refused even where unknown fields are ignored: whoever sends them relies on what they do.
+NEVER = frozenset({"chat_template", "chat_template_kwargs", "logits_processors", "lora_path", "lora_request", "mm_processor_kwargs"})
+
+UNKNOWN_FIELDS = 1000  # of all messages
+
+EXPECTED = {
+    "prompt": f"a string, a list of token ids, or a list of up to {limits.PROMPTS} of either",
+    "stop": f"a string, or a list of up to {limits.STOP_STRINGS}",
+    "messages": "a list of objects with role (system, developer, user or assistant) and content (text)",
+}
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+
+
+class Speculative(Body):
+    """`max_rows`: tree nodes that a step may verify for this request."""
+
+    enabled: bool = True
+    max_rows: int | None = Field(default=None, ge=0, le=limits.STEP_ROWS)
+
+
+class JsonSchema(Body):
+    name: str = ""
+    description: str = ""
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool = True
+
+
+class ResponseFormat(Body):
+    """OpenAI's, and `regex` beside it."""
+
+    type: Literal["text", "json_object", "json_schema", "regex"]
+    json_schema: JsonSchema | None = None
+    regex: str | None = None
+
+
+class StructuredOutputs(Body):
+    """As in vLLM."""
+
+    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
+    regex: str | None = None
+
+
+class Common(Body):
+    """What completions and chat have in common. Names and meanings are OpenAI's; those that OpenAI lacks, vLLM's."""
+
+    model: str
+    n: int = Field(default=1, ge=1, le=limits.CHOICES)
+    max_tokens: int | None = Field(default=None, ge=1)
+    min_tokens: int = Field(default=0, ge=0)
+    temperature: Finite = 1.0
+    top_p: Finite = 1.0
+    top_k: int = Field(default=0, ge=-1)
+    min_p: Finite = 0.0
+    presence_penalty: Finite = 0.0
+    frequency_penalty: Finite = 0.0
+    repetition_penalty: Finite = 1.0
+    logit_bias: dict[str, Finite] = Field(default={}, max_length=limits.LOGIT_BIAS)
+    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    stop: str | Annotated[list[str], Field(max_length=limits.STOP_STRINGS)] = []
+    ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    speculative: Speculative = Speculative()
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    timeout: Annotated[Finite, Field(gt=0, le=limits.DEADLINE)] | None = Field(default=None, description="seconds until the deadline")
+
+    # These mean something to OpenAI's own service alone.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class CompletionBody(Common):
+    prompt: (
+        str
+        | Ids
+        | Annotated[list[str], Field(min_length=1, max_length=limits.PROMPTS, fail_fast=True)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=limits.PROMPTS, fail_fast=True)]
+        | Annotated[list[str | Ids], Field(min_length=1, max_length=limits.PROMPTS, fail_fast=True)]
+    )
+    logprobs: int | None = Field(default=None, ge=0, le=limits.LOGPROBS)
+    echo: Literal[False] = False
+
+
+class Message(Body):
+    """`content` is text, or parts of type "text" (translate.py looks into them)."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+    name: str | None = None
+
+
+class ChatBody(Common):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=limits.LOGPROBS)
+
+
+AnyBody = CompletionBody | ChatBody
+KINDS: dict[str, type[CompletionBody] | type[ChatBody]] = {"/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody}
+
+
+def read(url: str, value: dict[str, Any], strict: bool = True) -> tuple[AnyBody, tuple[str, ...]]:
+    """The body of a request to `url` (one of KINDS), and the unknown fields in it, which are an error where `strict`.
+
+    A field that is null counts as not given. Raises Refused (400).
+    """
+    value = without_nulls(value)
+    check_unknown(value)
+    kind = KINDS[url]
+    try:
+        return kind.model_validate(value), ()
+    except ValidationError as error:
+        errors = error.errors(include_input=False, include_url=False, include_context=False)
+    unknown = [found["loc"] for found in errors if found["type"] == "extra_forbidden"]
+    if unknown and (strict or any(loc[0] in NEVER for loc in unknown)):
+        raise Refused(400, "unknown_field", f"{plain(dotted(unknown[0]))} is not known: leave it out", plain(dotted(unknown[0])))
+    if len(unknown) < len(errors):
+        raise wrong(next((found["loc"], found["msg"], found["type"]) for found in errors if found["type"] != "extra_forbidden"))
+    value = copy.deepcopy(value)
+    for loc in unknown:
+        without(value, loc)
+    return kind.model_validate(value), tuple(plain(dotted(loc)) for loc in unknown)
+
+
+def wrong(first: tuple[tuple[int | str, ...], str, str]) -> Refused:
+    loc, why, kind = first
+    field = str(loc[0]) if loc else ""
+    if kind == "missing":
+        return Refused(400, "missing_field", f"{plain(dotted(loc))} is missing: give it", plain(dotted(loc)))
+    if field in EXPECTED:
+        return Refused(400, "invalid_value", f"{field} is not allowed: give {EXPECTED[field]}", field)
+    name = plain(dotted(loc))
+    return Refused(400, "invalid_value", f"{name} is not allowed: {why[:1].lower()}{why[1:]}", plain(field))
+
+
+def check_unknown(value: dict[str, Any]) -> None:
+    """Raises Refused for messages with more unknown fields than are worth being named each."""
+    messages = value.get("messages")
+    if isinstance(messages, list):
+        known = Message.model_fields.keys()
+        if sum(len(message.keys() - known) for message in messages if isinstance(message, dict)) > UNKNOWN_FIELDS:
+            why = f"more than {UNKNOWN_FIELDS} fields in messages are not known: leave them out"
+            raise Refused(400, "too_complex", why, "messages")
+
+
+def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
+    found = {name: field for name, field in value.items() if field is not None}
+    messages = found.get("messages")
+    if isinstance(messages, list):
+        found["messages"] = [
+            {name: field for name, field in message.items() if field is not None} if isinstance(message, dict) else message
+            for message in messages
+        ]
+    return found
+
+
+def without(value: Any, loc: Sequence[int | str]) -> None:
+    """Takes the field at `loc` out of a body that is wrong there. No union holds an object, so that `loc` is its path."""
+    *path, last = loc
+    for step in path:
+        value = value[step]
+    del value[last]
+
+
+def dotted(loc: Sequence[int | str]) -> str:
+    return ".".join(map(str, loc))

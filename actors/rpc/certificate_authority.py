@@ -1,0 +1,108 @@
+"""A certificate authority of one deployment's own: it signs each role's certificate and the gateway's, and is gone."""
+
+import datetime
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID as Purpose
+from cryptography.x509.oid import NameOID
+
+from actors.rpc.tls import ROLES, Role, host_name, uri
+
+SKEW = datetime.timedelta(hours=1)  # by which the clocks of the nodes may be behind this one
+
+
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """A certificate and its key, in PEM."""
+
+    certificate: bytes
+    key: bytes
+
+
+class Authority:
+    """Certificates valid for `days` from `now` on. Its key is in no file and cannot be read out."""
+
+    def __init__(self, name: str, now: datetime.datetime, days: int) -> None:
+        self.name, self.begins, self.ends = name, now - SKEW, now + datetime.timedelta(days=days)
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        subject = common_name(f"{name} authority")
+        self._certificate = (
+            self._draft(subject, subject, self._key.public_key())
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(usage(signs=True), critical=True)
+            .sign(self._key, hashes.SHA256())
+        )
+
+    @property
+    def certificate(self) -> bytes:
+        return self._certificate.public_bytes(serialization.Encoding.PEM)
+
+    def role(self, role: Role) -> Signed:
+        """For an actor, as a server and as a client."""
+        names = [x509.UniformResourceIdentifier(uri(role, self.name)), x509.DNSName(host_name(role))]
+        return self._signed(f"{self.name} {role}", names, [Purpose.SERVER_AUTH, Purpose.CLIENT_AUTH])
+
+    def roles(self) -> dict[str, Signed]:
+        return {role: self.role(role) for role in ROLES}
+
+    def website(self, hosts: Sequence[str]) -> Signed:
+        """For the gateway's HTTPS server, reached by these names and addresses. Of no role: actors do not take it."""
+        return self._signed(f"{self.name} https", [general_name(host) for host in hosts], [Purpose.SERVER_AUTH])
+
+    def _signed(self, subject: str, names: Sequence[x509.GeneralName], purposes: Sequence[x509.ObjectIdentifier]) -> Signed:
+        key = ec.generate_private_key(ec.SECP256R1())
+        certificate = (
+            self._draft(common_name(subject), self._certificate.subject, key.public_key())
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(usage(signs=False), critical=True)
+            .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
+            .sign(self._key, hashes.SHA256())
+        )
+        secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        return Signed(certificate.public_bytes(serialization.Encoding.PEM), secret)
+
+    def _draft(self, subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(issuer)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(self.begins)
+            .not_valid_after(self.ends)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+        )
+
+
+def common_name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
+def general_name(host: str) -> x509.GeneralName:
+    """Raises ValueError for a name that no certificate can hold."""
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def usage(signs: bool) -> x509.KeyUsage:
+    """Of an authority that signs certificates; else of a key that signs handshakes."""
+    return x509.KeyUsage(
+        digital_signature=not signs,
+        key_cert_sign=signs,
+        crl_sign=signs,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )

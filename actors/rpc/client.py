@@ -1,0 +1,240 @@
+"""The client's side of both services: a drafter seen from a target, and a target seen from its callers."""
+
+import asyncio
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from functools import partial
+from typing import Any
+
+import grpc
+
+from actors.rpc.common import (
+    DRAFTER_SILENCE_MS,
+    ERROR_NAME,
+    HANDSHAKE_S,
+    TAKEN,
+    TARGET_SILENCE_MS,
+    client_options,
+    closing,
+    error_of,
+    reason,
+)
+from actors.rpc.frames import coalesce, count, decoded, encoded
+from actors.rpc.reply_budget import ReplyBudget
+from actors.rpc.tls import channel
+from protos import bundle, codec
+from protos.handshake import Hello, mismatch
+from runtime.config import TlsConfig
+from runtime.core.errors import InvalidRequest, LinkLost, TargetDied, Unavailable
+from runtime.core.messages import Chunk, Draft, Event, Reply, Request
+
+logger = logging.getLogger(__name__)
+
+STRIKES, STRIKE_S = 3, 60.0  # so many messages that break the protocol within so many seconds end the link
+STRIKING = ("malformed", "surplus")
+
+
+class GrpcLink:
+    """A drafter in another process (a runtime.core.links.DraftLink). One connection for each call of `speculate`.
+
+    counters  what had no effect, by reason: `malformed` and `unknown` replies, `surplus` messages beyond the budget of
+              actors.rpc.reply_budget, which are not decoded, `unsent` events that the wire cannot carry
+    peer      what the drafter said of itself, after the handshake
+
+    A stop or cut of the drafter raises LinkLost within two seconds, a kill at once, `handshake_s` seconds of
+    silence at the start too. Malformed replies and surplus messages are strikes: three of them within a
+    minute raise LinkLost, on this connection or a later one; the link is `shut` then.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        hello: Hello,
+        handshake_s: float = HANDSHAKE_S,
+        now: Callable[[], float] = time.monotonic,
+        tls: TlsConfig | None = None,
+        tokens: int | None = None,
+    ) -> None:
+        """`tokens`: how many the target's vocabulary has; guesses of others are malformed. None where that is not looked at."""
+        self.address = address
+        self.hello = hello
+        self.peer: Hello | None = None
+        self.counters: Counter[str] = Counter()
+        self._tls, self._tokens = tls, tokens
+        self._handshake_s = handshake_s
+        self._now = now
+        self._strikes: deque[float] = deque(maxlen=STRIKES)
+
+    @property
+    def shut(self) -> bool:
+        """Whether the drafter is in quarantine: for a minute after the last of three strikes nobody should call `speculate`."""
+        return self._struck_out() and self._now() - self._strikes[-1] < STRIKE_S
+
+    async def speculate(self, events: AsyncIterator[Event]) -> AsyncGenerator[Reply, None]:
+        """As in DraftLink. An error raised by `events` itself is raised here as it is."""
+        logger.debug("drafter %s is at %s", self.hello.drafter, self.address)  # said nowhere else: the lines above debug name no addresses
+        options = client_options(DRAFTER_SILENCE_MS)
+        try:
+            connection = channel(self.address, options, self._tls, own="target", peer="drafter")
+        except InvalidRequest as error:  # certificates that have run out, or are being replaced
+            raise self._lost(str(error)) from error
+        async with connection:
+            call = connection.stream_stream(f"/{codec.DRAFTING}/Speculate")()
+            ended = asyncio.Event()
+            forwarding: asyncio.Task[None] | None = None
+            budget = ReplyBudget()
+            try:
+                await self._greet(call)
+                forwarding = asyncio.create_task(self._forward(call, events, ended, budget))
+                while (data := await call.read()) is not grpc.aio.EOF:
+                    replies = self._replies(data, budget)
+                    for reply in replies:
+                        if not isinstance(reply, codec.Bye):
+                            yield reply
+                    if any(isinstance(reply, codec.Bye) for reply in replies):
+                        break
+                if not ended.is_set():
+                    raise self._lost("the stream ended without a goodbye" if data is grpc.aio.EOF else "it said goodbye")
+            except grpc.aio.AioRpcError as error:
+                raise self._lost(reason(error)) from error
+            except asyncio.CancelledError:
+                if forwarding is not None and forwarding.done():
+                    forwarding.result()
+                raise
+            finally:
+                if forwarding is not None:
+                    forwarding.cancel()
+                    await asyncio.gather(forwarding, return_exceptions=True)
+                call.cancel()
+
+    async def _greet(self, call: Any) -> None:
+        """Raises LinkLost, and AioRpcError where the drafter refuses."""
+        try:
+            async with asyncio.timeout(self._handshake_s):
+                await call.write(codec.encode_hello_to_drafter(self.hello))
+                data = await call.read()
+        except TimeoutError as error:
+            raise self._lost(f"no hello within {self._handshake_s:g} s") from error
+        if data is grpc.aio.EOF:
+            raise self._lost("the stream ended before its hello")
+        try:
+            self.peer = codec.decode_hello_from_drafter(data)
+        except InvalidRequest as error:
+            raise self._lost(str(error)) from error
+        if (why := mismatch(self.hello, self.peer)) is not None:
+            raise self._lost(f"FAILED_PRECONDITION: {why}")
+
+    async def _forward(self, call: Any, events: AsyncIterator[Event], ended: asyncio.Event, budget: ReplyBudget) -> None:
+        try:
+            async with closing(coalesce(events)) as waiting:
+                async for some in waiting:
+                    for data in bundle.to_drafter(encoded(some, partial(granted, budget), self._refuse)):
+                        await call.write(data)
+            ended.set()
+            await call.done_writing()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return  # the stream is over, and its reader knows why
+        except BaseException:
+            call.cancel()  # wakes the reader
+            raise
+
+    def _replies(self, data: bytes, budget: ReplyBudget) -> list[Reply | codec.Bye]:
+        """Without what has no effect. Raises LinkLost at the last strike."""
+        return decoded(data, partial(self._within, budget), self._decoded, self._refuse)
+
+    def _within(self, budget: ReplyBudget, data: bytes) -> Sequence[bytes]:
+        """The frames of a message that is within the budget; of another one none. Raises InvalidRequest for what is no message."""
+        if len(data) > budget.size:
+            self._refuse("surplus", f"{len(data)} bytes where {budget.size} are left until the next event")
+            return ()
+        frames = bundle.frames_from_drafter(data)
+        if not budget.spend(max(1, len(frames)), len(data)):
+            self._refuse("surplus", f"{len(frames)} frames where {budget.frames} are left until the next event")
+            return ()
+        return frames
+
+    def _decoded(self, frame: bytes) -> Reply | codec.Bye | None:
+        """As codec.decode_reply. Raises InvalidRequest for a token that there is not, too."""
+        reply = codec.decode_reply(frame)
+        if self._tokens is not None and isinstance(reply, Draft):
+            strange = reply.tokens[(reply.tokens < 0) | (reply.tokens >= self._tokens)]
+            if len(strange):
+                raise InvalidRequest(f"token {strange[0]} of a vocabulary of {self._tokens}")
+        return reply
+
+    def _refuse(self, what: str, why: str) -> None:
+        """Count it. Raises LinkLost where it is the last strike."""
+        if what not in STRIKING:
+            count(logger, self.counters, f"drafter {self.hello.drafter}", what, why)
+        elif self.strike(why, what):
+            raise self._lost(f"quarantined after {STRIKES} strikes, the last: {what}: {why}")
+
+    def strike(self, why: str, what: str = "malformed") -> bool:
+        """Count a reply that no honest drafter sends. True from the last strike on: the caller ends the link then."""
+        count(logger, self.counters, f"drafter {self.hello.drafter}", what, why)
+        self._strikes.append(self._now())
+        return self._struck_out()
+
+    def _struck_out(self) -> bool:
+        return len(self._strikes) == STRIKES and self._strikes[-1] - self._strikes[0] <= STRIKE_S
+
+    def _lost(self, why: str) -> LinkLost:
+        return LinkLost(f"drafter {self.hello.drafter} is lost ({why})")
+
+
+def granted(budget: ReplyBudget, event: Event) -> bytes:
+    """The event's frame. What the drafter may answer to it is in the budget before it is sent."""
+    frame = codec.encode_event(event)
+    budget.grant(event)
+    return frame
+
+
+class GrpcTarget:
+    """A target in another process. To be made, used and closed on one running event loop.
+
+    With `tls` it is called as a gateway. A stop or cut of the target is noticed within `silence_ms` and half a second, a kill at once.
+    Raises InvalidRequest where the files of `tls` cannot be used.
+    """
+
+    def __init__(self, address: str, tls: TlsConfig | None = None, silence_ms: int = TARGET_SILENCE_MS) -> None:
+        self.address = address
+        self._channel = channel(address, client_options(silence_ms), tls, own="gateway", peer="target")
+        self._generate = self._channel.unary_stream(f"/{codec.TARGET}/Generate")
+
+    async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
+        """The output, piece by piece. Closing the iterator, or cancelling its reader, cancels the work at the target.
+
+        Raises InvalidRequest, Overloaded, PairMismatch as the target does; TargetDied if it is lost while it holds the request;
+        Unavailable if it cannot be reached, or refuses.
+        """
+        call = self._generate(codec.encode_request(request))
+        try:
+            while (data := await call.read()) is not grpc.aio.EOF:
+                yield self._chunk(data)
+        except grpc.aio.AioRpcError as error:
+            found = error_of(error, "the target")
+            if isinstance(found, Unavailable) and await died(call, error):
+                found = TargetDied(str(found))
+            raise found from error
+        finally:
+            call.cancel()
+
+    def _chunk(self, data: bytes) -> Chunk:
+        try:
+            return codec.decode_chunk(data)
+        except InvalidRequest as error:
+            raise Unavailable(f"the target answers nonsense ({error}): install the same version") from error
+
+    async def close(self) -> None:
+        """Ends the connection and every call on it."""
+        await self._channel.close()
+
+
+async def died(call: Any, error: grpc.aio.AioRpcError) -> bool:
+    """Tells whether the peer had taken the request, and has then been lost without a word."""
+    if error.code() is not grpc.StatusCode.UNAVAILABLE:
+        return False
+    spoken = any(name == ERROR_NAME for name, _ in error.trailing_metadata() or ())
+    return not spoken and TAKEN in tuple(await call.initial_metadata())

@@ -1,0 +1,53 @@
+"""Names of texts: 64 bits in which a drafter's message says below which node a guess hangs.
+
+    name of a text  = fold of child_key over its token ids
+    name of a child = child_key(name of its parent, token id)
+
+Every process computes the same names, and a name stays valid when the root moves. A name is no
+proof: the mix has no secret, so a drafter finds two texts of one name in seconds. A name is looked
+up among those of the same drafter (runtime.core.tree), and nothing that decides a token looks one up.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+MASK = (1 << 64) - 1
+NAME_MASK = MASK  # the bits of a name that count; tests leave few, so that names collide
+EMPTY_TEXT = 0x9E3779B97F4A7C15
+STEP, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+Keys = npt.NDArray[np.uint64]
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+def mix64(key: int, token: int) -> int:
+    """64 bits that depend on all bits of both (finaliser of SplitMix64, Steele et al. 2014)."""
+    x = (key + (token + 1) * STEP) & MASK
+    x = ((x ^ (x >> 30)) * FIRST) & MASK
+    x = ((x ^ (x >> 27)) * SECOND) & MASK
+    return x ^ (x >> 31)
+
+
+def child_key(key: int, token: int) -> int:
+    """The name of the text named `key` continued by `token`."""
+    return mix64(key, token) & NAME_MASK
+
+
+def child_keys(keys: Keys, tokens: Ints) -> Keys:
+    """The child_key (n,) of each pair."""
+    x = keys + (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(STEP)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(FIRST)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(SECOND)
+    names: Keys = (x ^ (x >> np.uint64(31))) & np.uint64(NAME_MASK)
+    return names
+
+
+def text_key(tokens: Iterable[int], start: int = EMPTY_TEXT) -> int:
+    """The name of a whole text, or of the text named `start` continued by `tokens`."""
+    key = start
+    for token in tokens:
+        key = child_key(key, token)
+    return key

@@ -1,0 +1,298 @@
+"""The token tree: guesses that continue the committed tokens.
+
+A node is its parent and its token, so equal guesses of different drafters are one node. Drafters
+refer to nodes by the names of runtime.core.node_names, and each drafter has names of its own here: what
+one of them sends cannot change what another one means.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.core.node_names import Floats, Ints, Keys, child_key, child_keys, text_key
+from runtime.core.node_table import NodeTable
+
+Estimate = Callable[[Ints, Floats], Floats]  # ranks and what was said of nodes -> their scores
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What became of nodes that were offered.
+
+    rows        places of those that are new, in order
+    stale       places of those whose parent this drafter has not guessed, in order
+    repeated    number of those that were there
+    full        number of those beyond the limit of nodes or depth
+    collisions  number of those that have the name of another node which the same drafter has
+                guessed: no honest drafter sends them
+    shared      the nodes whose children more than one drafter has guessed now, as far as these
+                nodes have changed that
+    """
+
+    rows: list[int]
+    stale: list[int]
+    repeated: int
+    full: int
+    collisions: int
+    shared: list[int]
+
+
+class Voice(NamedTuple):
+    """Who has guessed a node, as which of its own guesses for that place (from 0 on), and the log
+    of the estimate that it sent."""
+
+    drafter: str
+    rank: int
+    said: float
+
+
+class TokenTree(NodeTable):
+    """A table of nodes that finds them by parent and token, and by what a drafter calls them.
+
+    below   the nodes by parent << 32 | token; None from a re-root until somebody asks
+    named   for each drafter, the root and the nodes that it has guessed, by name
+    echoes  for each node, who has guessed it after its first drafter
+    """
+
+    __slots__ = ("below", "echoes", "max_depth", "max_nodes", "named")
+
+    def __init__(self, root_key: int, root_token: int, max_nodes: int, max_depth: int) -> None:
+        """Make a tree of the root alone; `max_nodes` others fit at most, `max_depth` tokens deep."""
+        self.max_nodes, self.max_depth = max_nodes, max_depth
+        super().__init__(root_key, root_token)
+
+    def clear(self, root_key: int, root_token: int) -> None:
+        super().clear(root_key, root_token)
+        self.echoes: dict[int, list[Voice]] = {}
+        self.below: dict[int, int] | None = None
+        self.named = _nobody_yet(root_key)
+
+    def add(self, parent: int, token: int, score: float, said: float | None = None, drafter: str = "") -> int | None:
+        """Add one node to a tree that one drafter grows alone.
+
+        Returns its index; None if it is there already, its name is taken, or it is beyond the limit
+        of nodes or depth. `said` is `score` before calibration; without it they are the same.
+        """
+        node, key, mine = len(self), child_key(self.key[parent], token), self.named[drafter]
+        taken = self.child(parent, token) is not None or key in mine
+        if taken or node > self.max_nodes or self.depth[parent] >= self.max_depth:
+            return None
+        keys, tokens = np.array([key], np.uint64), np.array([token], np.int64)
+        told, scores = np.array([score if said is None else said]), np.array([score])
+        rank = self.fanout[parent]
+        self._insert(keys, tokens, [parent], [rank], told.astype(float), scores.astype(float), drafter)
+        mine[key] = node
+        return node
+
+    def merge(self, parents: Keys, tokens: Ints, said: Floats, drafter: str, estimate: Estimate) -> Merged:
+        """Add the nodes (n,) that one drafter has guessed, in order, by its names of their parents.
+
+        A node's rank is its place among this drafter's own guesses there, its score is
+        estimate(rank, said). Nodes that others have guessed get an echo; `rescore` changes scores.
+        """
+        keys = child_keys(parents, tokens)
+        mine, depth_of = self.named[drafter], self.depth
+        alone = len(self.named) == 1  # nobody else has named a node
+        old = size = len(self)
+        repeated = full = collisions = 0
+        rows, stale, placed, ranks = list[int](), list[int](), list[int](), list[int]()
+        depths = list[int]()  # of the new nodes
+        counts: dict[int, int] = {}  # of a node's children, those that this drafter has guessed
+        others: set[int] = set()  # nodes of which somebody else had guessed a child
+        shared: dict[int, None] = {}
+        offered = tokens.tolist()
+        nodes = zip(parents.tolist(), offered, keys.tolist(), strict=True)
+        for row, (above, token, key) in enumerate(nodes):
+            parent = mine.get(above)
+            if parent is None:
+                stale.append(row)
+                continue
+            if (known := mine.get(key)) is not None:
+                if known < old:
+                    same = self.parent[known] == parent and self.token[known] == token
+                else:
+                    same = placed[known - old] == parent and offered[rows[known - old]] == token
+                repeated, collisions = repeated + same, collisions + (not same)
+                continue
+            if parent not in counts:
+                counts[parent] = 0
+                if parent < old and self.fanout[parent]:
+                    heard = [who for child in self.children(parent) for who in self.names(child)]
+                    counts[parent] = heard.count(drafter)
+                    if counts[parent] < len(heard):
+                        others.add(parent)
+            if not alone and (twin := self.child(parent, token)) is not None:
+                repeated += 1
+                mine[key] = twin
+                voice = Voice(drafter, counts[parent], float(said[row]))
+                self.echoes.setdefault(twin, []).append(voice)
+            else:
+                depth = (depth_of[parent] if parent < old else depths[parent - old]) + 1
+                if size > self.max_nodes or depth > self.max_depth:
+                    full += 1
+                    continue
+                mine[key] = size
+                size += 1
+                rows.append(row)
+                placed.append(parent)
+                ranks.append(counts[parent])
+                depths.append(depth)
+            counts[parent] += 1
+            if parent in others:
+                shared[parent] = None
+        if rows:
+            new = np.array(rows)
+            keys, tokens, said = keys[new], tokens[new], said[new]
+            scores = estimate(np.array(ranks), said)
+            self._insert(keys, tokens, placed, ranks, said, scores, drafter)
+        return Merged(rows, stale, repeated, full, collisions, list(shared))
+
+    def _insert(
+        self,
+        keys: Keys,
+        tokens: Ints,
+        parents: list[int],
+        ranks: list[int],
+        said: Floats,
+        scores: Floats,
+        drafter: str,
+    ) -> None:
+        """Add nodes as `append` does. Every node comes in here; the caller makes its name known."""
+        old = len(self)
+        self.append(keys, tokens, parents, ranks, said, scores, drafter)
+        if self.below is not None:
+            self.below.update(self._places(old))
+
+    def _places(self, first: int) -> Iterator[tuple[int, int]]:
+        """The entries of `below` from this node on."""
+        parents = np.frombuffer(self.parent, np.int64)[first:]
+        tokens = np.frombuffer(self.token, np.int64)[first:]
+        return zip((parents << 32 | tokens).tolist(), range(first, len(self)), strict=True)
+
+    def names(self, node: int) -> list[str]:
+        """All who have guessed it, the first of them first."""
+        return [self.drafter[node], *(voice.drafter for voice in self.echoes.get(node, ()))]
+
+    def voices(self, node: int) -> list[Voice]:
+        """The same, with what they said."""
+        first = Voice(self.drafter[node], self.rank[node], self.said[node])
+        return [first, *self.echoes.get(node, ())]
+
+    def child(self, node: int, token: int) -> int | None:
+        """The child of `node` with this token; None where there is none."""
+        if self.below is None:
+            self.below = dict(self._places(1))
+        return self.below.get(node << 32 | token)
+
+    def children(self, node: int) -> list[int]:
+        """In order of arrival."""
+        found: list[int] = np.flatnonzero(np.frombuffer(self.parent, dtype=np.int64) == node).tolist() if self.fanout[node] else []
+        return found
+
+    def descend(self, tokens: Sequence[int]) -> int | None:
+        """The node at the end of these tokens below the root; None if the tree does not have it."""
+        node = 0
+        for token in tokens:
+            child = self.child(node, token)
+            if child is None:
+                return None
+            node = child
+        return node
+
+    def tokens_to(self, node: int) -> list[int]:
+        """Token ids from the root's child down to `node`; empty for the root."""
+        found: list[int] = []
+        while node > 0:
+            found.append(self.token[node])
+            node = self.parent[node]
+        return found[::-1]
+
+    def reroot(self, tokens: Sequence[int]) -> bool:
+        """Move the root along newly committed tokens and drop all that is not below it.
+
+        Returns whether the new root was a node (hit). It is found by descent, never by name.
+        """
+        node = self.descend(tokens)
+        if node is None:
+            self.clear(text_key(tokens, self.key[0]), tokens[-1])
+            return False
+        if node > 0:
+            self._keep_below(node)
+        return True
+
+    def _keep_below(self, root: int) -> None:
+        """Make `root` the root. The nodes below it stay in their order."""
+        if not self.fanout[root]:
+            expanded = self.expanded[root]
+            self.clear(self.key[root], self.token[root])
+            self.expanded[0] = expanded
+            return
+        moved = self.keep(self._below(root))
+        if self.echoes:
+            places = moved.tolist()
+            self.echoes = {places[node]: voices for node, voices in self.echoes.items() if places[node] > 0}
+        self.below = None
+        self._name_anew()
+
+    def _name_anew(self) -> None:
+        """Make `named` again from what it stands for."""
+        names = self.key.tolist()
+        self.named = named = _nobody_yet(names[0])
+        if len(first := set(self.drafter[1:])) == 1:
+            named[first.pop()] = dict(zip(names, range(len(names)), strict=True))
+        else:
+            for node, drafter in enumerate(self.drafter[1:], start=1):
+                named[drafter][names[node]] = node
+        for node, voices in self.echoes.items():
+            name = names[node]
+            for drafter, _, _ in voices:
+                named[drafter][name] = node
+
+    def _below(self, root: int) -> Ints:
+        """Indices of `root` and all below it, in order.
+
+        By pointer doubling: after n rounds every node has looked 2^n ancestors up.
+        """
+        inside = np.zeros(len(self), dtype=np.bool_)
+        inside[root] = True
+        jump = np.maximum(np.frombuffer(self.parent, dtype=np.int64), 0)
+        for _ in range(self.max_depth.bit_length()):
+            inside |= inside[jump]
+            jump = jump[jump]
+        return np.flatnonzero(inside)
+
+    def best(self, count: int, values: Floats | None = None) -> list[int]:
+        """The `count` best nodes by path score, closed under parents, parents first; no root.
+
+        `values` (n,) are other scores of the paths; they too never rise on the way down.
+        """
+        n = len(self.key)
+        if n - 1 <= count:
+            return list(range(1, n))
+        # Ties go to the older node: the best set holds its own parents.
+        order = np.argsort(-(np.frombuffer(self.path) if values is None else values)[1:], kind="stable")[:count] + 1
+        return sorted(order.tolist())
+
+    def visible(self, nodes: Sequence[int]) -> npt.NDArray[np.bool_]:
+        """Ancestor mask (n, n) of `nodes`, which are closed under parents and in order.
+
+        The root counts as prefix.
+        """
+        row_of: dict[int, int] = {}
+        lines: list[int] = []  # one bit for each row that is seen
+        for row, node in enumerate(nodes):
+            above = row_of.get(self.parent[node])
+            lines.append(1 << row if above is None else lines[above] | 1 << row)
+            row_of[node] = row
+        n, size = len(nodes), (len(nodes) + 7) // 8
+        packed = np.frombuffer(b"".join([line.to_bytes(size, "little") for line in lines]), dtype=np.uint8).reshape(n, size)
+        return np.unpackbits(packed, axis=1, count=n, bitorder="little").view(np.bool_)
+
+
+def _nobody_yet(root_key: int) -> defaultdict[str, dict[int, int]]:
+    """What each drafter means by a name: everybody knows the root's."""
+    return defaultdict(lambda: {root_key: 0})

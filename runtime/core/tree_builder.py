@@ -1,0 +1,39 @@
+"""A tree out of guesses that were made place by place: the likeliest ways through them, each place as if it knew nothing of the others."""
+
+import heapq
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.core.sampler_reference import Ask
+from runtime.heads.base import NOTHING, Growth, Seen
+
+NODES = 32  # of a tree at most
+FLOOR = float(np.log(0.01))  # path probability below which no row is spent on a node
+
+
+def ways(tokens: npt.NDArray[np.integer], scores: npt.NDArray[np.floating], nodes: int = NODES, floor: float = FLOOR) -> Growth:
+    """The `nodes` likeliest nodes, parents first. `tokens` and `scores` (places, k), best first; a score of -inf is no guess."""
+    places, k = tokens.shape
+    said, ids = scores.tolist(), tokens.tolist()
+    parents: list[int] = []
+    found: list[tuple[int, int]] = []  # place and rank
+    ahead = [(-said[0][0], 0, 0, 0)] if places and k else []
+    while ahead and len(found) < nodes and -ahead[0][0] >= floor:
+        cost, place, rank, parent = heapq.heappop(ahead)
+        found.append((place, rank))
+        parents.append(parent)
+        if rank + 1 < k:
+            heapq.heappush(ahead, (cost + said[place][rank] - said[place][rank + 1], place, rank + 1, parent))
+        if place + 1 < places:
+            heapq.heappush(ahead, (cost - said[place + 1][0], place + 1, 0, len(found)))
+    if not found:
+        return NOTHING
+    chosen = np.array([ids[place][rank] for place, rank in found]), np.array([said[place][rank] for place, rank in found])
+    return Growth(np.array(parents), *chosen)
+
+
+def ahead(seen: Seen, places: int) -> Ask:
+    """What follows the root, what follows that, and so on, whatever they may be: of these paths only the length is known."""
+    text, root = seen.text, seen.text.tokens[-1]
+    return Ask(text.sampling, text.prompt, text.tokens, [[root] * place for place in range(places)], frozenset())

@@ -1,0 +1,95 @@
+"""Products of a few rows with a matrix in machine code that LLVM has translated for the processor at hand."""
+
+import ctypes
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from llvmlite import binding
+
+from runtime.kernels.llvm_ir import Arguments, Program, Registers
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """Computes products with matrices in panels `width` wide."""
+
+    width: int
+    turn: Callable[[int], None]
+    share: Any  # a function of C, with an address
+    engine: object  # owns the code
+
+    def __call__(self, arguments: Arguments) -> None:
+        """On as many threads as `arguments.shares` says: those of torch. Other threads of Python run meanwhile."""
+        address = ctypes.addressof(arguments)
+        if arguments.turned != arguments.rows:
+            self.turn(address)
+        if arguments.shares == 1:
+            self.share(address)
+        else:
+            openmp().GOMP_parallel(self.share, ctypes.c_void_p(address), ctypes.c_uint(arguments.shares), ctypes.c_uint(0))
+
+
+@functools.cache
+def able() -> bool:
+    """Whether there are kernels for this processor, shown by translating one, and threads of torch that they can use."""
+    if not hasattr(openmp(), "GOMP_parallel"):
+        return False
+    try:
+        kernel(torch.bfloat16)
+    except (LookupError, RuntimeError) as error:
+        log.warning("products are left to torch: %s", error)
+        return False
+    return True
+
+
+@functools.cache
+def kernel(kind: torch.dtype) -> Kernel:
+    """For matrices of this type. Takes half a second at first.
+
+    Raises LookupError for a processor that is not known, RuntimeError where LLVM does not serve it.
+    """
+    features = binding.get_host_cpu_features()
+    registers = registers_of(features)
+    if registers is None:
+        raise LookupError("no kernel is known for this processor")
+    return translate(kind, registers, binding.get_host_cpu_name(), features.flatten())
+
+
+def registers_of(features: Mapping[str, bool]) -> Registers | None:
+    """None for a processor that is not known."""
+    if features.get("avx512f"):
+        return Registers(16, 14)
+    if features.get("avx2") and features.get("fma") and features.get("f16c"):
+        return Registers(8, 6)
+    return None
+
+
+@functools.cache
+def openmp() -> ctypes.CDLL:
+    """What torch has brought into this process: its threads serve here too."""
+    return ctypes.CDLL(None)
+
+
+def translate(kind: torch.dtype, registers: Registers, processor: str, features: str) -> Kernel:
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    machine = binding.Target.from_default_triple().create_target_machine(
+        cpu=processor,
+        features=f"{features},-prefer-256-bit",  # or vectors of 512 bits would be split in two
+        opt=3,
+    )
+    module = binding.parse_assembly(str(Program(kind, registers).module))
+    module.verify()
+    passes = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=3))
+    passes.getModulePassManager().run(module, passes)
+    engine = binding.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    turn, share = (call(engine.get_function_address(name)) for name in ("turn", "share"))
+    return Kernel(2 * registers.lanes, turn, share, engine)

@@ -1,0 +1,105 @@
+"""Products with weight matrices on a CPU, for the few rows that a step has.
+
+Reading the matrix is what a product with few rows costs, and BLAS libraries make it dearer: they rearrange it before they multiply it
+with 4 rows or more. A copy that is arranged already, and in 16 bits where that is exact (`panels`), leaves hardly more than the reading.
+Where the processor multiplies bfloat16, a model of that type is served by oneDNN, which can be given an arranged copy too; so is float32
+where there are no panels. Measured on one core with AVX-512 and without bf16 units, 63 million weights as in nine layers of a Llama of
+width 768, float32, milliseconds by rows (least of eight for each matrix, compared in turn, the machine busy):
+
+                              1     2     4     8    14    16    24    32    64
+    F.linear               25.7  26.2  50.0  71.2   107  67.5  76.4  84.5   118
+    oneDNN                 30.8  31.1  30.8  35.9  40.8  42.7  51.9  60.3  91.1
+    panels in float32      26.7  26.3  26.8  27.6  29.4  32.4  36.6  46.3  83.9
+    panels in bfloat16     13.8  13.9  14.3  15.2  18.2  22.0  28.6  39.0  79.3
+
+A call costs some microseconds more than one of torch, so small matrices are left to it.
+"""
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from runtime.kernels.jit import able
+from runtime.kernels.packed_weight import Panels, shortest
+
+WEIGHTS = 1 << 16  # of a matrix, from which on panels pay
+ONEDNN_WEIGHTS = 1 << 19  # the same of oneDNN's copy
+HINT = 16  # rows that oneDNN arranges a matrix for; others are served as well
+LEAST = {torch.float32: 4, torch.bfloat16: 1}  # rows from which on oneDNN's copy is used
+
+
+def native_bf16() -> bool:
+    """Whether this processor multiplies in bfloat16."""
+    found: bool = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return found
+
+
+def panelled(weight: torch.Tensor) -> bool:
+    """Whether a copy in panels would be used."""
+    fits = weight.dtype in (torch.float32, torch.float16) or (weight.dtype == torch.bfloat16 and not native_bf16())
+    return fits and weight.device.type == "cpu" and weight.numel() >= WEIGHTS and able()
+
+
+def reordered(weight: torch.Tensor) -> bool:
+    """Whether oneDNN's copy would be used: only where there are no panels."""
+    fits = torch.backends.mkldnn.is_available() and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and native_bf16()))
+    return fits and weight.device.type == "cpu" and weight.numel() >= ONEDNN_WEIGHTS and not panelled(weight)
+
+
+def copy_bytes(weight: torch.Tensor) -> int:
+    """Of the copy that would be used; 0 where none would."""
+    if panelled(weight):
+        return weight.numel() * shortest(weight).itemsize
+    return weight.numel() * weight.element_size() if reordered(weight) else 0
+
+
+def has_room(module: nn.Module) -> bool:
+    """Whether the copies would take no more than half of the memory that is free."""
+    needed = sum(copy_bytes(p.detach()) for p in module.parameters() if p.dim() == 2)
+    return needed <= os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+class Product:
+    """rows @ weight.T + bias; `rows` (n, inner) -> (n, outer). With `pack`, by a copy of the matrix where that pays."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, pack: bool) -> None:
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        self._turned, self._least = self.weight.t(), LEAST.get(weight.dtype, 1)
+        self._panels = Panels(self.weight, self.bias, shortest(self.weight)) if pack and panelled(self.weight) else None
+        reorder = pack and reordered(self.weight)
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), HINT) if reorder else None
+
+    def __call__(self, rows: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+        """`onto` is added to the result."""
+        if self._panels is not None:
+            return self._panels(rows, onto)
+        if self._packed is not None and len(rows) >= self._least:
+            result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")
+            return result if onto is None else result.add_(onto)
+        onto = self.bias if onto is None else onto if self.bias is None else onto + self.bias
+        return torch.mm(rows, self._turned) if onto is None else torch.addmm(onto, rows, self._turned)
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer by `Product`. It shares the parameters of the layer that it is made from."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.product = Product(linear.weight, linear.bias, pack=True)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (torch's own name)
+        if torch.is_grad_enabled():
+            return F.linear(input, self.weight, self.bias)
+        return self.product(input.reshape(-1, self.in_features)).view(*input.shape[:-1], self.out_features)
+
+
+def pack(module: nn.Module) -> None:
+    """Replace the linear layers of a model for which packing pays; its parameters stay what and where they are."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and (panelled(child.weight) or reordered(child.weight)):
+                setattr(parent, name, PackedLinear(child))

@@ -1,0 +1,276 @@
+"""From a name or a folder to a model that has proved itself; everything in the folder is data from a stranger.
+
+Only safetensors are read, no code of the model's author is run, and nothing outside the folder is opened.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging
+
+from runtime.core.errors import InvalidRequest, ModelRefused
+from runtime.models.fast_path import quicken, steady
+from runtime.models.hf import MISFITS, HFModel, check_config
+from runtime.models.layer_subset import every_second, keep, up_to
+from runtime.models.rollback_check import check_rollback
+from runtime.models.template_probe import check_template
+
+Step = Literal["auto", "generic", "static"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+HUB_PATIENCE = 5.0  # seconds
+INDEX = "model.safetensors.index.json"
+# The most bytes of each file that is read whole; and of a template.
+SIZES = {
+    "config.json": 1 << 20,
+    **dict.fromkeys(("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"), 1 << 24),
+    **dict.fromkeys(("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", INDEX), 1 << 27),
+}
+TEMPLATE_BYTES = 1 << 20
+TEMPLATES = "additional_chat_templates"  # the only folder within a model's that is looked into
+# transformers' name for a warning that it gives once, on standard error. A text that is too long is refused in words of our own.
+TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
+CODE = ("auto_map", "custom_generate", "custom_pipelines")  # keys of configurations that name code of the author's
+KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation", "kernel_config")
+
+
+def load_model(
+    name_or_folder: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    step: Step = "auto",
+    layers: Sequence[int] | None = None,
+    change: Callable[[PreTrainedModel], None] = lambda module: None,
+) -> HFModel:
+    """A folder with config.json and safetensors, or a name on the Hugging Face hub (or in its local cache).
+
+    dtype "auto" is float32 on a CPU and the checkpoint's own on a GPU; device "auto" is the first GPU where there is one. `threads`
+    sets torch's threads for the whole process. `step` "generic" leaves every pass to transformers' own code; "auto" takes a faster one
+    where there is one that agrees with it; "static" does so with the one of fixed shapes, which is meant for GPUs, on any device.
+    `layers` takes those of the model alone, by their numbers; none of them: every second. `change` may then change the module in place.
+    Raises ModelRefused (the model), InvalidRequest (dtype or device).
+    """
+    place = find_device(device)
+    kind = find_dtype(dtype, place)
+    folder = find_folder(name_or_folder)
+    config = read_config(folder, name_or_folder)
+    check_weights(folder, name_or_folder)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if layers is None:
+        module = read_weights(folder, name_or_folder, config, kind, place)
+    else:
+        kept = list(layers) or every_second(config)
+        module = read_weights(folder, name_or_folder, up_to(config, kept, name_or_folder), kind, place)
+        keep(module, kept, name_or_folder)
+    change(module)
+    model = HFModel(module, name_or_folder)
+    if step == "auto":
+        quicken(model)
+    elif step == "static":
+        steady(model)
+    check_rollback(model)
+    return model
+
+
+def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder or of a hub name, from its tokenizer.json, its chat template tried out. Raises ModelRefused."""
+    folder = find_folder(name_or_folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise ModelRefused(f"{name_or_folder} has no tokenizer.json: save a fast tokenizer into it with save_pretrained()")
+    refuse_code(folder, name_or_folder)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the Rust tokenizers raise plain Exception for a file they cannot parse
+        raise ModelRefused(f"{name_or_folder}/tokenizer.json cannot be read ({one_line(error)}): copy it again") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ModelRefused(f"{name_or_folder} has a tokenizer of type {type(tokenizer).__name__}: save a fast one into it")
+    check_template(tokenizer.chat_template, name_or_folder)
+    tokenizer.deprecation_warnings[TOO_LONG] = True
+    return tokenizer
+
+
+def find_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise InvalidRequest(f"device {device[:64]!r} is not known: give auto, cpu, cuda or cuda:0", "device")
+    found = torch.device(device)
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise InvalidRequest(f"device {device} is not here ({torch.cuda.device_count()} GPUs): give auto or cpu", "device")
+    return found
+
+
+def find_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    if dtype == "auto":
+        return "auto" if device.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise InvalidRequest(f"dtype {dtype[:64]!r} is not known: give auto, {', '.join(DTYPES)}", "dtype")
+    return DTYPES[dtype]
+
+
+def find_folder(name: str) -> Path:
+    """The folder itself, or the hub's local copy, fetched where it is not there yet."""
+    if not name or "\0" in name or len(name) > 1024:
+        raise ModelRefused(f"model name {name[:64]!r} is not a name: give a folder or a name on the Hugging Face hub")
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ModelRefused(f"{name} is a file: give the folder that holds config.json and the weights")
+    if not HUB_NAME.fullmatch(name):
+        raise ModelRefused(f"model folder {name[:256]!r} does not exist: give a folder with config.json and *.safetensors")
+    try:
+        return Path(snapshot_download(name, allow_patterns=FETCHED, etag_timeout=HUB_PATIENCE))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise ModelRefused(
+            f"model {name} is neither a folder nor to be had from the Hugging Face hub ({type(error).__name__}): "
+            "check the name or the network, or give a folder"
+        ) from error
+
+
+def refuse_code(folder: Path, name: str) -> None:
+    """No code of the model's author, nothing that leads out of the folder. The hub's local cache links to its own blobs."""
+    for script in folder.glob("*.py"):
+        raise ModelRefused(f"{name} brings code of its own ({script.name}): choose a model that transformers knows")
+    root = folder.resolve()
+    root = root.parents[1] if root.parent.name == "snapshots" else root
+    inner = folder / TEMPLATES
+    for file in (*folder.iterdir(), *(inner.iterdir() if inner.is_dir() else ())):
+        if not resolved(file).is_relative_to(root):
+            raise ModelRefused(f"{name}/{file.name} is a link that leads out of the folder: copy the file into it")
+        most = SIZES.get(file.name) or (TEMPLATE_BYTES if file.suffix == ".jinja" else None)
+        if most is not None and file.is_file() and file.stat().st_size > most:
+            raise ModelRefused(f"{name}/{file.name} is larger than {most >> 20} MiB: choose another model")
+    for file in (folder / "config.json", folder / "tokenizer_config.json", folder / "generation_config.json"):
+        if file.is_file() and (asked := code_asked_for(read_json(file, name))):
+            raise ModelRefused(f"{name}/{file.name} asks for code of its own ({asked}): choose a model that transformers knows")
+
+
+def code_asked_for(settings: dict[str, Any]) -> str | None:
+    """A key, at any depth, that names code of the author's: a module of the folder, or a kernel to be fetched ("owner/name")."""
+    waiting: list[object] = [settings]
+    while waiting:
+        match waiting.pop():
+            case dict() as entries:
+                for key, value in entries.items():
+                    if key in CODE or (key in KERNELS and "/" in str(value)):
+                        return str(key)
+                waiting.extend(entries.values())
+            case list() as values:
+                waiting.extend(values)
+    return None
+
+
+def resolved(file: Path) -> Path:
+    """Where a path leads; the root of the file system for a link that leads nowhere but to itself."""
+    try:
+        return file.resolve()
+    except (OSError, RuntimeError):
+        return Path(file.anchor or "/")
+
+
+def read_json(file: Path, name: str) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelRefused(f"{name}/{file.name} is not readable JSON ({one_line(error)}): copy it again") from error
+    if not isinstance(value, dict):
+        raise ModelRefused(f"{name}/{file.name} is not a JSON object: copy it again")
+    return value
+
+
+def read_config(folder: Path, name: str) -> PreTrainedConfig:
+    """The configuration of a decoder-only model that transformers knows and that can be rolled back."""
+    if not (folder / "config.json").is_file():
+        raise ModelRefused(f"{name} has no config.json: give the folder of a whole model")
+    refuse_code(folder, name)
+    kind = read_json(folder / "config.json", name).get("model_type")
+    if str(kind) not in CONFIG_MAPPING:
+        raise ModelRefused(f"{name}/config.json names model_type {str(kind)[:64]!r}: choose a model that transformers knows")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ImportError, StrictDataclassError, *MISFITS) as error:
+        raise ModelRefused(f"{name}/config.json does not fit model_type {kind} ({one_line(error)}): copy it again") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelRefused(f"{name} ({config.model_type}) is not a causal language model: choose a decoder-only model")
+    kinds: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    check_config(config, kinds[0] if isinstance(kinds, tuple) else kinds, name)
+    return config
+
+
+def check_weights(folder: Path, name: str) -> None:
+    """The safetensors of the model are there, whole, and in the folder itself."""
+    index = folder / INDEX
+    if index.is_file():
+        listed = read_index(index, name)
+    elif (folder / "model.safetensors").is_file():
+        listed = ["model.safetensors"]
+    elif others := sorted(file.name for ending in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.gguf") for file in folder.glob(ending)):
+        raise ModelRefused(f"{name} has no safetensors, only {others[0]}: convert it where you trust it, with save_pretrained()")
+    else:
+        raise ModelRefused(f"{name} has no model.safetensors: give the folder of a whole model")
+    for file in listed:
+        if Path(file).name != file or not (folder / file).is_file():
+            raise ModelRefused(f"{name} has no weight file {file[:64]!r} although its index names it: copy it again")
+        try:
+            with safe_open(folder / file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelRefused(f"{name}/{file} is not a whole safetensors file ({one_line(error)}): copy it again") from error
+
+
+def read_index(index: Path, name: str) -> list[str]:
+    """Names of the weight files in an index of shards."""
+    try:
+        weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return sorted({str(file) for file in weights.values()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelRefused(f"{name}/{index.name} is not an index of weights: copy it again") from error
+
+
+def read_weights(folder: Path, name: str, config: PreTrainedConfig, dtype: torch.dtype | str, device: torch.device) -> Any:
+    """The module with all of its weights: transformers would fill missing ones with random numbers and warn."""
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        reader: Any = AutoModelForCausalLM
+        safely = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
+        module, report = reader.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True, **safely)
+        module.to(device)
+    except (OSError, ImportError, StrictDataclassError, *MISFITS) as error:
+        raise ModelRefused(f"{name} cannot be loaded ({one_line(error)}): copy it again or choose another model") from error
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+    wrong = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
+    if wrong:
+        raise ModelRefused(f"{name} lacks {len(wrong)} of its weights, {wrong[0][:100]} among them: copy it again")
+    return module
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}"

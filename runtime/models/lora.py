@@ -1,0 +1,74 @@
+"""A low-rank adapter (LoRA, arXiv 2106.09685): what is learned of the linear maps of some layers while their weights stay as they are."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from runtime.kernels.packed_weight import shortest
+
+
+class LowRank(nn.Module):
+    """up (down x). `up` begins at zero: an untrained one changes nothing."""
+
+    def __init__(self, inner: int, outer: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(rank, inner) * inner**-0.5)
+        self.up = nn.Parameter(torch.zeros(outer, rank))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x.to(self.down.dtype), self.down), self.up)
+
+    def whole(self) -> torch.Tensor:
+        """As one matrix (outer, inner)."""
+        return self.up @ self.down
+
+
+def adapter(layers: Sequence[nn.Module], rank: int) -> nn.ModuleList:
+    """A LowRank for each linear map of each layer."""
+    return nn.ModuleList(
+        nn.ModuleDict({name: LowRank(linear.in_features, linear.out_features, rank) for name, linear in linears(layer).items()})
+        for layer in layers
+    )
+
+
+def linears(layer: nn.Module) -> dict[str, nn.Linear]:
+    """By their names: q_proj, up_proj, and so on."""
+    return {name.rpartition(".")[2]: part for name, part in layer.named_modules() if isinstance(part, nn.Linear)}
+
+
+@contextmanager
+def added(layers: Sequence[nn.Module], learned: nn.ModuleList) -> Iterator[None]:
+    """The layers compute with what was learned, for as long as the block lasts. Gradients go to that."""
+    with ExitStack() as stack:
+        for layer, part in zip(layers, learned, strict=True):
+            for name, linear in linears(layer).items():
+                stack.callback(linear.register_forward_hook(hook(pairs(part)[name])).remove)
+        yield
+
+
+def pairs(learned: nn.Module) -> dict[str, LowRank]:
+    """Of one layer's part of an adapter."""
+    return {name: pair for name, pair in learned.named_children() if isinstance(pair, LowRank)}
+
+
+def hook(learned: LowRank) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor]:
+    def add(_: nn.Module, given: tuple[torch.Tensor, ...], result: torch.Tensor) -> torch.Tensor:
+        more: torch.Tensor = learned(given[0])
+        return result + more.to(result.dtype)
+
+    return add
+
+
+def merge(layers: Sequence[nn.Module], learned: nn.ModuleList) -> None:
+    """Put what was learned into the weights for good, so that it costs nothing.
+
+    They stay in the type of 16 bits that holds them now, if one does: products would else have twice as much to read.
+    """
+    with torch.no_grad():
+        for layer, part in zip(layers, learned, strict=True):
+            for name, linear in linears(layer).items():
+                changed = linear.weight.float() + pairs(part)[name].whole().to(linear.weight.device)
+                linear.weight.copy_(changed.to(shortest(linear.weight)))

@@ -1,0 +1,67 @@
+"""The proof that a model can be a tree target: rows that must not see each other do not, and a rollback leaves no trace."""
+
+import numpy as np
+import torch
+
+from runtime.core.errors import InvalidRequest, ModelRefused
+from runtime.models.base import Part, Rows, causal
+from runtime.models.hf import MISFITS, ROUNDING, HFModel, relative_error
+from runtime.models.prefill import prefill
+
+PREFIX = 5
+TRIES = 3
+
+
+def check_rollback(model: HFModel) -> float:
+    """Read a tree of two branches, roll back to one, go on, read the branches as two texts in one pass, and compare each row with
+    a plain pass of transformers' own.
+
+    Returns the worst relative error of a row's logits (root mean square). Raises ModelRefused where it is beyond what rounding
+    explains. Several texts are tried: one may sit at the border between two experts, where rounding alone changes much.
+    """
+    if model.context < PREFIX + 4:
+        raise ModelRefused(f"model {model.name} has a context of {model.context} tokens: choose one with at least {PREFIX + 4}")
+    allowed = ROUNDING[model.dtype == torch.float32]
+    error = float("inf")
+    for seed in range(TRIES):
+        tokens = np.random.default_rng(seed).integers(0, model.vocabulary, PREFIX + 6)
+        try:
+            error = min(error, worst_row(model, tokens))
+        except (InvalidRequest, *MISFITS) as cause:
+            raise ModelRefused(f"model {model.name} cannot read a tree of guesses ({cause}): choose another architecture") from cause
+        if error <= allowed:
+            return error
+    raise ModelRefused(
+        f"model {model.name} cannot be rolled back exactly (logits of a tree are off by {error:.2g}, allowed {allowed:g}): "
+        "choose a model of plain attention"
+    )
+
+
+def worst_row(model: HFModel, tokens: np.ndarray[tuple[int], np.dtype[np.int64]]) -> float:
+    prefix, (root, left, right, left2, right2, end) = tokens[:PREFIX], tokens[PREFIX:]
+    by_left = plain(model, [*prefix, root, left, left2])
+    by_right = plain(model, [*prefix, root, right, right2, end])
+    cache = model.new_cache()
+    prefill(model, cache, prefix)
+    ancestors = np.array([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 1, 0], [1, 0, 1, 0, 1]], dtype=np.bool_)
+    tree = np.array([root, left, right, left2, right2])
+    rows = model.forward(cache, Rows(tree, PREFIX + np.array([0, 1, 1, 2, 2]), PREFIX, ancestors))
+    cache.keep(PREFIX + 1, [PREFIX + 2, PREFIX + 4])
+    after = model.forward(cache, causal(np.array([end]), PREFIX + 3))
+    cache.truncate(PREFIX)
+    again = model.forward(cache, causal(np.array([root]), PREFIX))
+    cache.truncate(PREFIX)
+    longer, branches = cache.fork(PREFIX), (np.array([root, left, left2]), np.array([right, right2, end]))
+    model.forward(longer, causal(np.array([root]), PREFIX), last=0)
+    packed = model.forward_all([Part(cache, causal(branches[0], PREFIX)), Part(longer, causal(branches[1], PREFIX + 1), last=2)])
+    got = torch.cat([rows, after, again, *packed])
+    expected = torch.cat([by_left[[0, 1]], by_right[[1]], by_left[[2]], by_right[[2, 3, 0]], by_left, by_right[2:]])
+    return relative_error(got, expected)
+
+
+def plain(model: HFModel, tokens: list[int]) -> torch.Tensor:
+    """Logits behind the prefix by a pass without any cache or mask of ours."""
+    with torch.inference_mode():
+        ids = torch.tensor([tokens], device=model.device)
+        logits: torch.Tensor = model.module(input_ids=ids, use_cache=False).logits[0, PREFIX:]
+        return logits.float()

@@ -1,0 +1,201 @@
+"""The pass of LlamaPass in tensors of fixed shapes at fixed addresses, so that a GPU can record it once and replay it.
+
+Rows are padded to 1, 2, 4, ... 128, slots to 256, 512, ...: each such shape is recorded when it is first met. Keys and values lie in
+an Arena. All rows are read against all seats of a block of neighbouring seats, and of the results a row's is the one of its own seat:
+with few rows attention waits for memory, not for arithmetic, and linear layers see no row twice.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from runtime.kernels.cuda_graph import Record, Run
+from runtime.kv.arena import Arena
+from runtime.models.attention_mask import additive
+from runtime.models.base import Look, Part, Shown
+from runtime.models.generic import stored, wanted
+from runtime.models.hf import Pass
+from runtime.models.llama import LlamaPass, ends_of
+
+ROWS = 128  # of all texts together; a step of one text has at most limits.STEP_ROWS nodes and the root, one more than 64
+LEAST_SLOTS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of a pass: so many rows, which see the first `slots` slots of the seats [first, first + seats)."""
+
+    first: int
+    seats: int
+    rows: int
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Where the passes of one shape find their input.
+
+    ids     int64 (4, rows): tokens, positions, places in the arena counted through all seats (slots + 1 a seat), and which of
+            the seats x rows results of attention is the row's own
+    hidden  bool (windows, rows, slots): which slots of its own seat a row does not see
+    """
+
+    ids: torch.Tensor
+    hidden: torch.Tensor
+
+
+class StaticPass(LlamaPass):
+    """Runs parts as Generic does; those that are too many, too long or too wide for it go to `otherwise`. Pseudo rows are not recorded.
+
+    `record` makes of a function one that does the same in the same memory. A slot that is hidden must hold finite numbers: a text of
+    which a guess overflowed can come out as not a number, where `otherwise` would have ignored the guess.
+    """
+
+    def __init__(self, module: PreTrainedModel, arena: Arena, otherwise: Pass, record: Record) -> None:
+        # What LlamaPass makes without naming a device is made on this one.
+        with module.device:
+            super().__init__(module)
+            self._angles = self._table(min(arena.slots, self._context))
+        self._arena, self._otherwise, self._record = arena, otherwise, record
+        self._places = arena.memory.flatten(2, 3).unflatten(0, (-1, 2)).unbind(0)
+        self._group = self._heads // self._kv
+        # One for all shapes: a GPU would otherwise keep the logits of every graph.
+        self._logits = torch.zeros((ROWS, self._head.weight.shape[0]), device=module.device)
+        self._hidden = torch.zeros((ROWS, self._embedding.shape[1]), dtype=self._dtype, device=module.device)
+        self._frames: dict[Shape, Frame] = {}
+        self._runs: dict[tuple[Shape, bool], Run] = {}  # which leave the hidden states, or do not
+
+    def __call__(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+        if not self.has_room(parts):
+            return self._otherwise(parts)
+        logits, ends = self._replayed(parts, hidden=False), ends_of(parts)
+        return [logits[end - wanted(part) : end].clone() for part, end in zip(parts, ends, strict=True)]
+
+    def show(self, parts: Sequence[Part], look: Look) -> list[Shown]:
+        """As promised by Pass. Parts that go to `otherwise` have no pseudo rows there."""
+        if not self.has_room(parts):
+            return self._otherwise.show(parts, Look(look.hidden))
+        if look.branches and any(part.riders for part in parts):
+            return super().show(parts, look)
+        logits, counts = self._replayed(parts, look.hidden), [len(part.rows.tokens) for part in parts]
+        hidden = self._hidden[: sum(counts)].clone().split(counts) if look.hidden else [None] * len(parts)
+        return [Shown(*of_one) for of_one in zip(logits[: sum(counts)].clone().split(counts), hidden, strict=True)]
+
+    def _replayed(self, parts: Sequence[Part], hidden: bool) -> torch.Tensor:
+        """Logits of the rows of all parts, and of more rows behind them; valid until the next pass."""
+        seats = self._arena.take([stored(part) for part in parts])
+        shape = shape_of(parts, seats, self._arena.slots)
+        frame = self._frame(shape)
+        for buffer, values in zip((frame.ids, frame.hidden), laid_out(parts, seats, shape, self._arena.slots, self._windows), strict=True):
+            buffer.copy_(torch.from_numpy(values))
+        run = self._runs.get((shape, hidden))
+        if run is None:
+            run = self._runs[shape, hidden] = self._record(partial(self._compute, shape, frame, hidden))
+        return run()
+
+    def has_room(self, parts: Sequence[Part]) -> bool:
+        """Whether these parts can be read here."""
+        rows = sum(len(part.rows.tokens) for part in parts)
+        slots = max(stored(part).length for part in parts)
+        longest = max(int(part.rows.positions.max()) for part in parts)
+        return rows <= ROWS and len(parts) <= self._arena.seats and slots <= self._arena.slots and longest < len(self._angles)
+
+    def _frame(self, shape: Shape) -> Frame:
+        if shape not in self._frames:
+            device = self._embedding.device
+            self._frames[shape] = Frame(
+                torch.zeros((4, shape.rows), dtype=torch.int64, device=device),
+                torch.zeros((len(self._windows), shape.rows, shape.slots), dtype=torch.bool, device=device),
+            )
+        return self._frames[shape]
+
+    def _compute(self, shape: Shape, frame: Frame, hidden: bool) -> torch.Tensor:
+        """Logits of all rows of the frame, (rows, vocabulary) in float32, valid until the next call for any shape. `hidden`: what they
+        are made of is left, too.
+
+        Which operations run does not depend on what the frame holds.
+        """
+        tokens, positions, places, own = frame.ids.unbind(0)
+        n, middle = shape.rows, self._heads + self._kv
+        masks = dict(zip(self._windows, self._masks(frame.hidden), strict=True))
+        cos, sin = self._angles.index_select(0, positions).unbind(1)
+        x = self._embedding.index_select(0, tokens)
+        for index, layer in enumerate(self._layers):
+            qkv = layer.qkv(layer.before(x)).view(n, middle + self._kv, self._dim)
+            qk = qkv.narrow(1, 0, middle)
+            plain = qk if layer.heads is None else layer.heads(qk)
+            torch.addcmul(plain * cos, plain.roll(self._dim // 2, -1), sin, out=qk)
+            queries, new = qkv.split((self._heads, 2 * self._kv), 1)
+            self._places[index].index_copy_(2, places, new.view(n, 2, self._kv, self._dim).permute(1, 2, 0, 3))
+            x = layer.out(self._over_seats(index, shape, queries, masks[layer.kind], own), x)
+            gate, up = layer.gate_up(layer.after(x)).chunk(2, -1)
+            x = layer.down(F.silu(gate).mul_(up), x)
+        x = self._norm(x)
+        if hidden:
+            self._hidden[:n].copy_(x)
+        return self._logits[:n].copy_(self._head(x))
+
+    def _masks(self, hidden: torch.Tensor) -> list[torch.Tensor]:
+        """For each window (query heads of one head of keys x rows, slots), to be added."""
+        added = torch.zeros_like(hidden, dtype=self._dtype).masked_fill_(hidden, -torch.inf)
+        return list(added.repeat(1, self._group, 1).unbind(0))
+
+    def _over_seats(self, index: int, shape: Shape, queries: torch.Tensor, mask: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """(rows, heads * dim), from (rows, heads, dim).
+
+        Query heads that share a head of keys are further rows of it, so keys are neither repeated nor read twice by any kernel.
+        """
+        block = self._arena.memory[2 * index : 2 * index + 2, :, shape.first : shape.first + shape.seats, : shape.slots]
+        keys, values = block.transpose(1, 2).unbind(0)
+        grouped = queries.unflatten(1, (self._kv, self._group)).permute(1, 2, 0, 3).flatten(1, 2)
+        output = F.scaled_dot_product_attention(
+            grouped.expand(shape.seats, -1, -1, -1), keys, values, attn_mask=mask.expand(shape.seats, 1, -1, -1), scale=self._scale
+        )
+        by_row = output.unflatten(2, (self._group, shape.rows)).permute(0, 3, 1, 2, 4).reshape(shape.seats * shape.rows, -1)
+        result: torch.Tensor = by_row if shape.seats == 1 else by_row.index_select(0, own)
+        return result
+
+
+def shape_of(parts: Sequence[Part], seats: Sequence[int], most: int) -> Shape:
+    """The smallest shape for these parts; `most` is the slots of a seat. A block has a power of two seats, from a multiple of that on."""
+    width = 1
+    while len({seat // width for seat in seats}) > 1:
+        width *= 2
+    rows = power(sum(len(part.rows.tokens) for part in parts))
+    slots = min(most, max(LEAST_SLOTS, power(max(stored(part).length for part in parts))))
+    return Shape(min(seats) // width * width, width, rows, slots)
+
+
+def power(count: int) -> int:
+    """The least power of two that is at least `count`."""
+    return 1 << (count - 1).bit_length()
+
+
+def laid_out(
+    parts: Sequence[Part], seats: Sequence[int], shape: Shape, slots: int, windows: Mapping[str, int | None]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """What a Frame of this shape is to hold; `slots` are those of a seat. Further rows see slot 0 and are written behind the slots."""
+    ids = np.zeros((4, shape.rows), dtype=np.int64)
+    hidden = np.ones((len(windows), shape.rows, shape.slots), dtype=np.bool_)
+    end = 0
+    for part, seat in zip(parts, seats, strict=True):
+        cache, rows = stored(part), part.rows
+        begin, end = end, end + len(rows.tokens)
+        ids[:, begin:end] = (
+            rows.tokens,
+            rows.positions,
+            seat * (slots + 1) + np.arange(cache.start, cache.length),
+            (seat - shape.first) * shape.rows + np.arange(begin, end),
+        )
+        for kind, window in enumerate(windows.values()):
+            mask = additive(rows, cache.positions, window, 1.0)
+            hidden[kind, begin:end, : cache.length] = False if mask is None else mask
+    ids[2, end:] = slots
+    hidden[:, end:, 0] = False
+    return ids, hidden

@@ -1,0 +1,88 @@
+"""How long a step takes with so many rows: T(n) of a target, t(w) of a drafter, on the device they are on."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from runtime.core.clock import Clock
+from runtime.models.base import Look, Model, Open, Part, Rows
+from runtime.models.prefill import prefill
+
+TEXT = 64  # tokens in the cache while it is measured
+RIDDEN = 8  # rows of a usual step
+
+
+def step_times(model: Model, widths: Sequence[int], clock: Clock, repeats: int = 5) -> dict[int, float]:
+    """Seconds (median) of one pass by its rows: a root and `width - 1` children of it, logits brought to the CPU.
+
+    All widths are measured in turn, `repeats` times: what else the machine does at the moment falls on all of them. A first turn is
+    not counted.
+    """
+    text = min(TEXT, model.context - 2)
+    cache = model.new_cache()
+    prefill(model, cache, np.zeros(text, dtype=np.int64))
+    seconds: dict[int, list[float]] = {width: [] for width in widths}
+    for _ in range(repeats + 1):
+        for width, found in seconds.items():
+            rows = fan(text, width)
+            began = clock()
+            float(model.forward(cache, rows)[0, 0])  # waits for the device
+            found.append(clock() - began)
+            cache.truncate(text)
+    return {width: statistics.median(found[1:]) for width, found in seconds.items()}
+
+
+def text_time(model: Model, texts: int, clock: Clock, repeats: int = 5) -> float:
+    """Seconds (median) that each text beyond the first adds to a pass with one row of each of `texts` texts; never below 0.
+
+    Against a pass with as many rows of one text.
+    """
+    length = min(TEXT, model.context - 2)
+    caches = [model.new_cache() for _ in range(texts)]
+    for cache in caches:
+        prefill(model, cache, np.zeros(length, dtype=np.int64))
+    differences = []
+    for _ in range(repeats + 1):
+        began = clock()
+        rows = model.forward_all([Part(cache, fan(length, 1), None) for cache in caches])
+        float(rows[-1][0, 0])
+        middle = clock()
+        caches[0].truncate(length)
+        float(model.forward(caches[0], fan(length, texts))[0, 0])
+        differences.append((middle - began) - (clock() - middle))
+        for cache in caches:
+            cache.truncate(length)
+    return max(0.0, statistics.median(differences[1:]) / (texts - 1))
+
+
+def riding_time(model: Open, look: Look, riders: int, clock: Clock, repeats: int = 5) -> float:
+    """Seconds (median) by which pseudo rows beside `riders` rows prolong a pass of `RIDDEN` rows; never below 0."""
+    text = min(TEXT, model.context - 2 - len(look.branches))
+    cache = model.new_cache()
+    prefill(model, cache, np.zeros(text, dtype=np.int64))
+    differences = []
+    for _ in range(repeats + 1):
+        times = []
+        for ridden in (range(riders), ()):
+            began = clock()
+            (shown,) = model.show_all([Part(cache, fan(text, RIDDEN), None, ridden)], look)
+            float(shown.logits[0, 0])
+            times.append(clock() - began)
+            cache.truncate(text)
+        differences.append(times[0] - times[1])
+    return max(0.0, statistics.median(differences[1:]))
+
+
+def fan(text: int, width: int) -> Rows:
+    """A root behind `text` tokens, and its children."""
+    visible = np.eye(width, dtype=np.bool_)
+    visible[:, 0] = True
+    positions = np.full(width, text + 1, dtype=np.int64)
+    positions[0] = text
+    return Rows(np.zeros(width, dtype=np.int64), positions, text, visible)
+
+
+def knee(times: Mapping[int, float]) -> int:
+    """The most rows that cost at most a quarter more than one, of those that were measured."""
+    return max(width for width, seconds in times.items() if seconds <= 1.25 * times[1])

@@ -1,0 +1,94 @@
+"""What is known of a pair and its devices, as numbers: all that a forecast needs. Kept as JSON; times in seconds."""
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from runtime.config import Strict
+from runtime.core.errors import InvalidRequest
+
+Seconds = Annotated[float, Field(gt=0, lt=1e6, allow_inf_nan=False)]
+Cost = Annotated[float, Field(ge=0, lt=1e6, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Score = Annotated[float, Field(le=0, allow_inf_nan=False)]
+
+
+class Position(Strict):
+    """One position of the target's own text: the log probabilities that the draft gave to its best guesses, falling, and
+    the place of the target's choice among them, from 0; None where it was not there.
+
+    below  what the same pass has guessed behind its best guess, behind the best of that, and so on; no rank behind a best guess that was
+           wrong
+    """
+
+    rank: Annotated[int, Field(ge=0)] | None
+    scores: tuple[Score, ...] = Field(min_length=1)
+    below: tuple["Position", ...] = ()
+
+
+class Measured(Strict):
+    """A target, a draft and what lies between them.
+
+    target, draft  T(n) and t(w): seconds of a pass by its rows; beyond what is measured they are taken to be linear
+    acceptance     by number k of guesses: the share of positions at which the draft's first k hold the target's choice
+    positions      what a replay of the draft on the target's texts has found, in order: says more, and is preferred
+    rtt            from target to drafter and back
+    text           more of a target's pass for each text in it beyond the first
+    beside         times as long as alone that a target's pass takes while a drafter computes: they may share a memory
+    step           the target's bookkeeping in each step for each session; `message`: more of it for each growth that arrives
+    pass_          ("pass" in JSON) a drafter's bookkeeping in each of its passes
+    """
+
+    name: str = "draft"
+    target: dict[int, Seconds]
+    draft: dict[int, Seconds]
+    acceptance: dict[int, Share] = Field(default={})
+    positions: tuple[Position, ...] = ()
+    rtt: Cost = 0.001
+    text: Cost = 0.0
+    beside: Annotated[float, Field(ge=1, lt=1e3, allow_inf_nan=False)] = 1.0
+    step: Cost = 0.0
+    message: Cost = 0.0
+    pass_: Cost = Field(default=0.0, alias="pass")
+
+    @field_validator("target", "draft")
+    @classmethod
+    def from_one_row(cls, times: dict[int, float]) -> dict[int, float]:
+        if 1 not in times or min(times) < 1:
+            raise ValueError("give the time of 1 row, and of more than that as far as they were measured")
+        return times
+
+    @field_validator("acceptance")
+    @classmethod
+    def rising(cls, rates: dict[int, float]) -> dict[int, float]:
+        ordered = [rates[k] for k in sorted(rates)]
+        if rates and (1 not in rates or min(rates) < 1 or ordered != sorted(ordered)):
+            raise ValueError("give the rate of 1 guess; with more guesses it does not fall")
+        return rates
+
+    @model_validator(mode="after")
+    def enough(self) -> "Measured":
+        if not (self.acceptance or self.positions):
+            raise ValueError("give acceptance or positions")
+        return self
+
+
+def positions(ranks: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]) -> tuple[Position, ...]:
+    """Of a replay (runtime.models.acceptance.Replay)."""
+    pairs = zip(ranks.tolist(), scores.astype(np.float64).round(4).tolist(), strict=True)
+    return tuple(Position(rank=None if rank < 0 else rank, scores=tuple(min(0.0, score) for score in of)) for rank, of in pairs)
+
+
+def read(file: Path) -> Measured:
+    """Raises InvalidRequest that names the first wrong key or value."""
+    try:
+        return Measured.model_validate_json(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{file} cannot be read: give a file of measurements, as plan --save writes it", "measured") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidRequest(f"{file}: {where or 'content'}: {first['msg']}", "measured") from error

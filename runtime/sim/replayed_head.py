@@ -1,0 +1,86 @@
+"""A head of the target, without weights: what it guessed along texts that were measured, said again along a text that is made up."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime.core.node_names import child_key, text_key
+from runtime.core.tree_builder import ways
+from runtime.drafters.base import Text
+from runtime.heads.base import NOTHING, Growth, Seen
+from runtime.models.base import Look
+from runtime.scoring.calibration import Calibrations
+from runtime.sim.draft_samples import Place
+from runtime.sim.synthetic_models import VOCABULARY, following
+
+
+@dataclass(frozen=True, slots=True)
+class HeadFigures:
+    """What was measured of a head.
+
+    seconds  that a step with it takes longer: its own time, and that of what it looks at
+    steps    one after the other along the target's texts: of each place ahead its guesses after the target's own tokens before it, up to
+             the first place at which they did not hold the target's choice; nothing where the head was silent
+    """
+
+    name: str
+    seconds: float
+    steps: tuple[tuple[Place, ...], ...]
+
+    def right(self, ahead: int) -> float:
+        """Share of the steps in which the best guess of each of so many places was right."""
+        return sum(len(step) >= ahead and all(rank == 0 for rank, _ in step[:ahead]) for step in self.steps) / len(self.steps)
+
+    def teach(self, known: Calibrations) -> None:
+        """What a target knows of this head after all of these steps."""
+        table = known.band(0.0).of(self.name)
+        for step in self.steps:
+            for rank, scores in step:
+                for place, score in enumerate(scores):
+                    table.observe(place, score, place == rank)
+
+
+class ReplayedHead:
+    """A Head of NamingModel."""
+
+    look = Look()
+
+    def __init__(self, figures: HeadFigures) -> None:
+        self.figures = figures
+
+    def propose(self, seen: Sequence[Seen]) -> list[Growth]:
+        return [self.growth(one.text) for one in seen]
+
+    def growth(self, text: Text) -> Growth:
+        steps = self.figures.steps
+        step = steps[(text_key(text.tokens[: text.prompt]) + len(text.tokens)) % len(steps)]
+        if not step:
+            return NOTHING
+        most = max(len(scores) for _, scores in step)
+        tokens, said, key = np.zeros((len(step), most), np.int64), np.full((len(step), most), -np.inf), text.tree.key[0]
+        for place, (rank, scores) in enumerate(step):
+            right = following(key)
+            tokens[place] = [right if guess == rank else (right + 1 + guess) % VOCABULARY for guess in range(most)]
+            said[place, : len(scores)] = scores
+            key = child_key(key, right)
+        return ways(tokens, said)
+
+    def close(self, session: str) -> None:
+        pass
+
+
+def along(growth: Growth, text: Sequence[int]) -> tuple[Place, ...]:
+    """A step of HeadFigures: what a head has guessed, where `text` is what the target goes on with after the root."""
+    node, found = 0, []
+    for token in text:
+        children = np.flatnonzero(growth.parents == node)
+        if not len(children):
+            break
+        best = children[np.argsort(-growth.scores[children], kind="stable")]
+        right = np.flatnonzero(growth.tokens[best] == token)
+        found.append((int(right[0]) if len(right) else -1, tuple(np.minimum(growth.scores[best], 0.0).tolist())))
+        if not len(right):
+            break
+        node = int(best[right[0]]) + 1
+    return tuple(found)

@@ -1,0 +1,160 @@
+"""Rounds folded into the figures of a session and of a target. Everything reported is derived from these records."""
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from runtime.core.messages import Round, Stats
+from runtime.telemetry.reports import GuessReport, TargetReport
+
+MEMORY = 0.1  # weight of a new round trip
+
+
+class Tally:
+    """The running sums of one session."""
+
+    def __init__(self) -> None:
+        self.rounds: list[Round] = []
+
+    def add(self, done: Round) -> None:
+        self.rounds.append(done)
+
+    def stats(
+        self,
+        prompt_tokens: int,
+        completion_tokens: int,
+        drafted: int,
+        by_drafter: Mapping[str, int],
+        ignored: Mapping[str, int],
+        prefill: float,
+        elapsed: float,
+        reused: int = 0,
+    ) -> Stats:
+        """Times in seconds. `elapsed` runs from the taking of the request to its last token."""
+        histogram = Counter(done.accepted for done in self.rounds if done.width)
+        return Stats(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            rounds=len(self.rounds),
+            drafted=drafted,
+            verified=sum(done.width for done in self.rounds),
+            accepted=sum(by_drafter.values()),
+            hits=sum(done.hit for done in self.rounds),
+            histogram=tuple(histogram[n] for n in range(max(histogram, default=0) + 1)),
+            by_drafter=dict(by_drafter),
+            ignored=dict(ignored),
+            elapsed=elapsed,
+            prefill=prefill,
+            reused=reused,
+            waited=sum(done.waited for done in self.rounds),
+            computed=sum(done.computed for done in self.rounds),
+            bookkeeping=sum(done.bookkeeping for done in self.rounds),
+        )
+
+
+@dataclass(slots=True)
+class Guesses:
+    """The running figures of one drafter; see GuessReport."""
+
+    proposed: int = 0
+    accepted: int = 0
+    late: int = 0
+    stale: int = 0
+    ahead: int = 0  # sum over `begun`
+    begun: int = 0  # rounds for which it could guess
+    round_trip: float | None = None
+
+    def lead(self, tokens: int) -> None:
+        self.ahead += tokens
+        self.begun += 1
+
+    def answered(self, seconds: float) -> None:
+        self.round_trip = seconds if self.round_trip is None else self.round_trip + MEMORY * (seconds - self.round_trip)
+
+    def report(self, resting: bool) -> GuessReport:
+        lead = self.ahead / self.begun if self.begun else 0.0
+        return GuessReport(self.proposed, self.accepted, self.late, self.stale, lead, self.round_trip or 0.0, resting)
+
+
+class Ledger:
+    """The running sums of one target since its start, kept by one thread; `report` freezes them."""
+
+    def __init__(self) -> None:
+        self.steps = self.rounds = self.rows = self.verified = self.dropped = 0
+        self.prompt = self.reused = self.completion = 0
+        self.waited = self.computed = self.bookkeeping = self.prefilled = 0.0
+        self.places: list[int] = []  # delivered guesses by their place on the path
+        self.finished: Counter[str] = Counter()  # by FinishReason
+        self.fallbacks: Counter[str] = Counter()
+        self.guesses: defaultdict[str, Guesses] = defaultdict(Guesses)
+
+    @property
+    def rate(self) -> float:
+        """Tokens of all sessions in a second of steps."""
+        seconds = self.waited + self.computed + self.bookkeeping
+        return self.completion / seconds if seconds else 0.0
+
+    def step(self, rounds: Sequence[Round]) -> None:
+        """The rounds of one step, which share its times."""
+        self.steps += 1
+        self.rounds += len(rounds)
+        width = sum(done.width for done in rounds)
+        self.rows += len(rounds) + width
+        self.verified += width
+        for done in rounds[:1]:
+            self.waited += done.waited
+            self.computed += done.computed
+            self.bookkeeping += done.bookkeeping
+
+    def delivered(self, drafters: Sequence[str]) -> None:
+        """Tokens of one round, by who had guessed them: those that somebody had come first."""
+        self.completion += len(drafters)
+        guessed = [name for name in drafters if name]
+        self.places += [0] * (len(guessed) - len(self.places))
+        for place, name in enumerate(guessed):
+            self.places[place] += 1
+            self.guesses[name].accepted += 1
+
+    def report(self, live: int, waiting: int, kv_used: int, kv_slots: int, resting: Collection[str]) -> TargetReport:
+        accepted = sum(self.places)
+        return TargetReport(
+            live=live,
+            waiting=waiting,
+            kv_used=kv_used,
+            kv_slots=kv_slots,
+            steps=self.steps,
+            rounds=self.rounds,
+            rows=self.rows,
+            prompt_tokens=self.prompt,
+            reused_tokens=self.reused,
+            completion_tokens=self.completion,
+            drafted=sum(of_one.proposed for of_one in self.guesses.values()),
+            verified=self.verified,
+            accepted=accepted,
+            rejected=self.verified - accepted,
+            expired=self.dropped - self.verified,
+            accepted_at=tuple(self.places),
+            waited=self.waited,
+            computed=self.computed,
+            bookkeeping=self.bookkeeping,
+            prefilled=self.prefilled,
+            finished=dict(self.finished),
+            fallbacks=dict(self.fallbacks),
+            guesses={name: of_one.report(name in resting) for name, of_one in self.guesses.items()},
+        )
+
+
+def speculative_decoding(stats: Stats) -> dict[str, object]:
+    """The object that vLLM reports under this name.
+
+    mean_acceptance_length counts the target's own token, as there; num_drafts is the rounds in which something was speculated. A tree
+    spends several rows on one position, so draft_acceptance_rate (accepted over verified nodes) is lower than for a chain of the same use.
+    """
+    return {
+        "mean_acceptance_length": stats.completion_tokens / stats.rounds if stats.rounds else 0.0,
+        "draft_acceptance_rate": stats.accepted / stats.verified if stats.verified else 0.0,
+        "acceptance_histogram": list(stats.histogram),
+        "num_drafts": sum(stats.histogram),
+        "num_draft_tokens": stats.verified,
+        "num_accepted_tokens": stats.accepted,
+    }

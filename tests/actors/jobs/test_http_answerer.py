@@ -1,0 +1,174 @@
+"""Items asked over HTTP: what is the item's own matter, what is asked again, and what ends the job."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from actors.jobs.http_answerer import HttpAnswerer, gateway, read_authority, read_key, wait
+from actors.jobs.items import Answer, Item
+from actors.jobs.worker import FAULTS
+from runtime.core.errors import InvalidRequest, OutriderError, Overloaded, Unavailable
+
+URL = "http://gateway.test/v1"
+ITEM = Item(1, "a", "/v1/chat/completions", {"model": "m", "messages": [], "seed": 3}, "key-1")
+
+DONE = {"choices": [{"text": "a"}], "usage": {"completion_tokens": 9}}
+
+Handler = Callable[[httpx2.Request], httpx2.Response]
+
+
+def models(answer: Handler) -> httpx2.MockTransport:
+    """A gateway that lists its models and answers the rest so."""
+
+    def handle(request: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(200, json={"data": []}) if request.url.path == "/v1/models" else answer(request)
+
+    return httpx2.MockTransport(handle)
+
+
+def asked(transport: httpx2.MockTransport, key: str | None = None, url: str = URL) -> Answer:
+    async def ask(answerer: HttpAnswerer) -> Answer:
+        return await answerer.answer(ITEM)
+
+    return asyncio.run(opened(transport, ask, key, url))
+
+
+async def opened(
+    transport: httpx2.MockTransport, act: Callable[[HttpAnswerer], Awaitable[Answer]], key: str | None = None, url: str = URL
+) -> Answer:
+    async with gateway(url, key, transport=transport) as answerer:
+        return await act(answerer)
+
+
+@pytest.mark.parametrize("url", [URL, URL + "/"])
+def test_the_body_goes_out_as_it_is_with_the_key(url: str) -> None:
+    seen: list[httpx2.Request] = []
+
+    def answer(request: httpx2.Request) -> httpx2.Response:
+        seen.append(request)
+        return httpx2.Response(200, json=DONE, headers={"x-request-id": "r-1"})
+
+    found = asked(models(answer), "secret", url)
+    assert found == Answer(200, DONE, "r-1")
+    assert found.tokens == 9
+    [request] = seen
+    assert str(request.url) == "http://gateway.test/v1/chat/completions"
+    assert request.headers["authorization"] == "Bearer secret"
+    assert request.headers["idempotency-key"] == ITEM.key
+    assert json.loads(request.content) == ITEM.body
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 413, 500, 504])
+def test_an_error_is_the_items_answer(status: int) -> None:
+    assert asked(models(lambda request: httpx2.Response(status, json={"error": {"code": "x"}}))) == Answer(status, {"error": {"code": "x"}})
+
+
+def test_an_answer_that_is_no_object_becomes_an_error_body() -> None:
+    for content in (b"<html>", b"[1]", b""):
+        found = asked(models(lambda request, content=content: httpx2.Response(502, content=content)))  # type: ignore[misc]
+        assert found.status == 502
+        assert found.body["error"]["code"] == "bad_gateway"
+
+
+@pytest.mark.parametrize(
+    ("status", "content"),
+    [
+        (200, b"<html>log in first</html>"),
+        (200, b""),
+        (200, b"[]"),
+        (200, b'{"choices": [{"text": "a"'),
+        (200, b'{"status": "ok"}'),
+        (200, b'{"choices": []}'),
+        (200, b'{"choices": "a"}'),
+        (200, b'{"choices": [{"logprob": NaN}]}'),
+        (200, b'{"choices": [{"logprob": 1e999}]}'),
+        (200, b'{"choices": ' + b"[" * 100_000),
+        (202, b'{"status": "queued"}'),
+        (204, b""),
+    ],
+    ids=range(12),
+)
+def test_what_is_no_answer_is_a_fault_of_the_gateway(status: int, content: bytes) -> None:
+    """Whatever its status says: it is tried again, and is a failed item in the end."""
+    found = asked(models(lambda request: httpx2.Response(status, content=content)))
+    assert found.status in FAULTS
+    assert found.body["error"]["code"] == "bad_gateway"
+    assert str(status) in found.body["error"]["message"]
+
+
+def test_an_error_behind_a_status_of_success_is_an_error() -> None:
+    found = asked(models(lambda request: httpx2.Response(200, json={"error": {"code": "model_lost"}})))
+    assert (found.status, found.body) == (502, {"error": {"code": "model_lost"}})
+
+
+@pytest.mark.parametrize("content", [b"<html>home</html>", b"[]", b"{}"])
+def test_a_server_of_pages_is_no_gateway(content: bytes) -> None:
+    with pytest.raises(Unavailable, match=r"gateway\.test.*list of models"):
+        asked(httpx2.MockTransport(lambda request: httpx2.Response(200, content=content)))
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(429, Overloaded), (503, Overloaded), (408, Overloaded), (401, InvalidRequest), (307, Unavailable)],
+)
+def test_what_is_not_the_items_matter_is_raised(status: int, error: type[OutriderError]) -> None:
+    headers = {"location": "/elsewhere", "retry-after": "0"}
+    with pytest.raises(error) as caught:
+        asked(models(lambda request: httpx2.Response(status, headers=headers)), "secret")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_gateway_that_goes_away_is_unavailable() -> None:
+    def broken(request: httpx2.Request) -> httpx2.Response:
+        raise httpx2.ReadError("reset", request=request)
+
+    with pytest.raises(Unavailable, match=r"gateway\.test"):
+        asked(models(broken))
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [(401, InvalidRequest), (404, Unavailable), (500, Unavailable)], ids=["key", "another server", "broken"]
+)
+def test_what_is_no_gateway_is_found_out_before_anything_is_asked(status: int, error: type[OutriderError]) -> None:
+    with pytest.raises(error, match=r"gateway\.test"):
+        asked(httpx2.MockTransport(lambda request: httpx2.Response(status)))
+
+
+@pytest.mark.parametrize("url", ["gateway", "ftp://gateway/v1", "http://[/v1", "http://127.0.0.1:1/v1"])
+def test_a_url_where_nobody_is_is_named(url: str) -> None:
+    async def enter() -> None:
+        async with gateway(url):
+            pytest.fail("somebody answered")
+
+    with pytest.raises(Unavailable) as caught:
+        asyncio.run(enter())
+    assert url in str(caught.value)
+
+
+def test_a_retry_after_is_obeyed_within_reason() -> None:
+    assert [wait(given) for given in ("2", "100000", "", "Wed, 21 Oct 2026 07:28:00 GMT", "-1")] == [2.0, 30.0, 0.0, 0.0, 0.0]
+
+
+def test_a_key_file_holds_one_key(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("sk-abc\n")
+    assert read_key(file) == "sk-abc"
+    for content in (b"", b"two words", b"a\nb", b"\xff", b"a\x00b"):
+        file.write_bytes(content)
+        with pytest.raises(InvalidRequest, match=str(file)) as caught:
+            read_key(file)
+        assert "two" not in str(caught.value)
+    with pytest.raises(InvalidRequest, match="nowhere"):
+        read_key(tmp_path / "nowhere")
+
+
+def test_an_authority_is_a_certificate(tmp_path: Path) -> None:
+    file = tmp_path / "ca.pem"
+    file.write_text("nonsense")
+    for path in (file, tmp_path / "nowhere"):
+        with pytest.raises(InvalidRequest, match=str(path)):
+            read_authority(path)

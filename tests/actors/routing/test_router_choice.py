@@ -1,0 +1,75 @@
+"""Which target the router gives a session to."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors.controller.fleet_view import TargetState
+from actors.routing.router import Load, Router, choose, following
+from runtime.core.errors import Unavailable
+from tests.support.router_harness import ANSWER, ASKED, PLAIN, Scripted, all_of, heard, played, stage, there
+
+
+def test_sessions_are_spread_evenly() -> None:
+    async def main() -> None:
+        targets = [Scripted(ANSWER, cut=0, death="silent") for _ in range(3)]
+        router, _ = stage(*targets)
+        reading = [asyncio.ensure_future(all_of(router.generate(replace(ASKED, session=str(number))))) for number in range(12)]
+        await asyncio.sleep(1.0)
+        assert [target.open for target in targets] == [4, 4, 4]
+        router.update([there("t0", sessions=4), there("t1", sessions=4 + 5), there("t2", sessions=4)])  # five are another router's
+        reading += [asyncio.ensure_future(all_of(router.generate(replace(ASKED, session=str(number))))) for number in range(12, 19)]
+        await asyncio.sleep(1.0)
+        assert [target.open for target in targets] == [8, 4, 7]
+        for task in reading:
+            task.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
+
+    played(main())
+
+
+def test_it_follows_whoever_knows_who_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first life is lost while nobody knows of the second; nor is there always somebody who knows."""
+    monkeypatch.setattr("actors.routing.router.PERIOD_S", 0.001)
+    first, second = Scripted(ANSWER, cut=5), Scripted(ANSWER)
+    bodies = {"t/0": first, "t/1": second}
+    said: list[TargetState | None] = [None, there("t"), None]
+
+    def look() -> list[TargetState]:
+        known = said.pop(0) if said else there("t", int(bool(first.asked)))
+        if known is None:
+            raise Unavailable("the controller does not answer")
+        return [known]
+
+    async def main() -> None:
+        async with following(Router(bodies.__getitem__), look) as router:
+            assert heard(await all_of(router.generate(ASKED))) == PLAIN
+        assert first.closed
+        assert second.closed
+
+    asyncio.run(main())
+
+
+def test_the_choice() -> None:
+    assert choose({}) is None
+    assert choose({"a": Load(3), "b": Load(2)}) == "b"
+    assert choose({"a": Load(3, 4000), "b": Load(2, 1000)}) == "a", "fewer for its size"
+    assert choose({"a": Load(3, 4000), "b": Load(2)}) == "b", "perhaps as large"
+    assert choose({"a": Load(1, given=7), "b": Load(1, given=2)}) == "b", "its turn"
+    assert choose({"a": Load(9), "b": Load(0, suspect=True)}) == "a"
+    assert choose({"b": Load(0, suspect=True)}) == "b", "better than none"
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(1, 60))
+def test_shares_are_those_of_the_capacities(sizes: list[int], sessions: int) -> None:
+    held = [0] * len(sizes)
+    for number in range(sessions):
+        place = choose({key: Load(held[key], 1000 * size, given=0) for key, size in enumerate(sizes)})
+        assert place is not None
+        held[place] += 1
+        assert sum(held) == number + 1
+    fair = [sessions * size / sum(sizes) for size in sizes]
+    assert all(abs(have - share) < len(sizes) + 1 for have, share in zip(held, fair, strict=True))

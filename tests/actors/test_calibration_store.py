@@ -1,0 +1,60 @@
+"""What was learned survives a restart; whatever is wrong with the file costs a cold start and no more."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from actors.calibration_store import recall, remember
+from runtime.config import memory_of
+from runtime.scoring.calibration import Calibrations
+
+
+def learned() -> Calibrations:
+    known = Calibrations()
+    for _ in range(50):
+        known.band(0.0).of("draft-0").observe(0, -1.0, True)
+    return known
+
+
+def test_what_is_remembered_is_recalled(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "known.json"
+    remember(file, learned())
+    assert recall(file).saved() == learned().saved()
+    remember(file, Calibrations())
+    assert recall(file).saved() == {}
+    assert [found.name for found in file.parent.iterdir()] == ["known.json"]
+
+
+def test_without_a_file_it_begins_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert recall(tmp_path / "none.json").saved() == {}
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"0.0": 3}', b'{"0.0": {"promise": 1, "tables": {"d": 5}}}', b"\xff\xfe"])
+def test_a_file_that_is_not_ours_is_ignored_and_said(tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "known.json"
+    file.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert recall(file).saved() == {}
+    assert "learning anew" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    with caplog.at_level(logging.WARNING):
+        remember(tmp_path / "file" / "known.json", learned())
+    assert "cannot be kept" in caplog.text
+
+
+def test_pairs_have_files_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    files = {
+        memory_of("a", "target"),
+        memory_of("b", "target"),
+        memory_of("a", "drafter", "model x"),
+        memory_of("a", "drafter", "model y"),
+    }
+    assert len(files) == 4
+    assert all(file.is_relative_to(tmp_path / "outrider") for file in files)
+    assert memory_of(str(tmp_path), "target") == memory_of(f"{tmp_path}/.", "target")

@@ -1,0 +1,345 @@
+"""The promise: with drafters or without, whatever they say, the tokens are the target's own, which are transformers' own.
+
+float32 on the CPU. Where lock-step is used, nothing depends on time, so the number of rounds is asserted too: a fault that costs only
+speed would pass unseen otherwise.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from actors.compose import build_drafter, build_target
+from runtime.config import DrafterConfig, TargetConfig, shipped
+from runtime.core.messages import Request
+from runtime.core.sampler_reference import choose as choose_by_numpy
+from runtime.core.sampling_params import Sampling
+from runtime.draft.draft_engine import DraftEngine
+from runtime.drafters.base import Drafter
+from runtime.drafters.model import ModelDrafter
+from runtime.drafters.ngram import Ngram
+from runtime.drafters.noisy import Noisy
+from runtime.models.base import Model
+from runtime.models.hf import HFModel
+from runtime.models.loader import load_model
+from runtime.models.sampler import choose
+from runtime.models.toy import ToyModel
+from runtime.schedulers.fixed import Fixed
+from tests.contracts.link_contract import PATIENCE_S
+from tests.support.families import FAMILIES, VOCABULARY, hf_model
+from tests.support.harness import (
+    Dying,
+    Known,
+    Lockstep,
+    Mute,
+    Output,
+    answer,
+    asking,
+    attached,
+    engine_of,
+    hosted,
+    output,
+    plain,
+    running,
+    transformers_greedy,
+    transformers_replay,
+)
+from training.stdlib_corpus import prompts
+
+EOS = frozenset({1})
+PROMPTS = ((5, 6, 7, 8, 5, 6, 7, 8, 5, 6), (9, 4, 2, 9, 4, 2, 9, 4, 2, 9))  # n-grams find something in them
+COUNT = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A tree of `depth` levels: a pass expands `width` leaves by `branches` children; `rows` of them are verified."""
+
+    width: int
+    branches: int
+    depth: int
+    rows: int
+
+
+TREES = {
+    "chain": Shape(1, 1, 4, 4),
+    "2x2": Shape(2, 2, 2, 6),
+    "4x4": Shape(4, 4, 2, 20),
+    "64 nodes": Shape(16, 4, 3, 64),
+}
+
+# A drafter for a text that is known to the test, with so many branches.
+DRAFTERS: dict[str, Callable[[Sequence[int], int], Drafter]] = {
+    "perfect": lambda text, branches: Known(text, VOCABULARY, branches),
+    "noisy": lambda text, branches: Noisy(Known(text, VOCABULARY, branches), VOCABULARY, 0.3),
+    "wrong": lambda text, branches: Noisy(Known(text, VOCABULARY, branches), VOCABULARY, 1.0),
+    "ngram": lambda text, branches: Ngram(),
+    "mute": lambda text, branches: Mute(),
+    "killed": lambda text, branches: Known(text, VOCABULARY, branches),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A tiny model and what it says to a prompt, plainly: by transformers, and by the engine without drafters."""
+
+    model: HFModel
+    request: Request
+    tokens: tuple[int, ...]
+    alone: Output
+
+    @property
+    def text(self) -> list[int]:
+        return [*self.request.prompt, *self.tokens]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Family:
+    return made(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Family:
+    return made("llama")
+
+
+def made(name: str) -> Family:
+    """With the first of the prompts that the model does not end early."""
+    model = hf_model(name)
+    outputs = ((prompt, transformers_greedy(model.module, prompt, COUNT)) for prompt in PROMPTS)
+    prompt, tokens = next((prompt, tokens) for prompt, tokens in outputs if len(tokens) == COUNT)
+    request = asking(prompt, max_tokens=COUNT)
+    return Family(model, request, tokens, plain(model, request, EOS, choose))
+
+
+def test_speculation_off_is_what_transformers_generates(family: Family) -> None:
+    assert family.alone.tokens == family.tokens
+    assert (family.alone.reason, len(family.tokens)) == ("length", COUNT)
+    assert len(set(family.tokens)) > 3
+    assert family.alone.stats.rounds == COUNT
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_speculation_on_is_speculation_off(family: Family, drafter: str, tree: str) -> None:
+    shape = TREES[tree]
+    draft_engine = DraftEngine(DRAFTERS[drafter](family.text, shape.branches), "d", shape.width)
+    lockstep = Lockstep(engine_of(family.model, shape.rows, EOS, choose), draft_engine, passes=shape.depth)
+    chunks = lockstep.admit(family.request)
+    while lockstep.engine.requests.running:
+        if drafter == "killed" and lockstep.draft_engines and len(chunks) == 2:
+            lockstep.leave(draft_engine)
+        lockstep.round()
+    found = output(chunks)
+    assert found.tokens == family.tokens
+    assert found.said() == family.alone.said()
+    check_speed(drafter, found, -(-COUNT // (shape.depth + 1)), 2 * shape.depth)
+
+
+def check_speed(drafter: str, found: Output, best: int, before: int) -> None:
+    """`best`: the rounds of a perfect drafter; `before`: what it brings before it is killed."""
+    stats = found.stats
+    match drafter:
+        case "perfect":
+            assert (stats.rounds, stats.accepted) == (best, COUNT - best)
+        case "noisy":
+            assert best < stats.rounds < COUNT
+        case "wrong":
+            assert (stats.rounds, stats.accepted) == (COUNT, 0)
+            assert stats.verified >= COUNT - 1
+        case "ngram":
+            assert stats.verified > 0
+        case "mute":
+            assert (stats.rounds, stats.drafted) == (COUNT, 0)
+        case "killed":
+            assert (stats.accepted, stats.rounds) == (before, COUNT - before)
+
+
+def test_a_model_drafts_perfectly_for_itself(family: Family) -> None:
+    """Its own cache, with branches, misses and prefills, is as exact as the target's: greedy and with noise."""
+    for temperature in (0.0, 0.9):
+        request = asking(family.request.prompt, max_tokens=COUNT, temperature=temperature, seed=11, min_tokens=COUNT)
+        lockstep = Lockstep(engine_of(family.model, 6, EOS, choose), DraftEngine(ModelDrafter(family.model, branches=2), "d", 2))
+        (found,) = lockstep.run(request)
+        assert found.said() == plain(family.model, request, EOS, choose).said()
+        # Noise draws all orders of probability: now and then the better path is the third or lies outside the pool.
+        assert found.stats.rounds == COUNT // 3 if temperature == 0.0 else found.stats.rounds <= COUNT // 2
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_an_end_of_text_inside_an_accepted_run(tree: str) -> None:
+    """transformers stops at it as we do: it is the last token."""
+    shape, prompt, model = TREES[tree], (11, 12, 13, 11, 12, 13, 11, 12), hf_model("gpt2")
+    tokens = transformers_greedy(model.module, prompt, COUNT)
+    assert 5 < len(tokens) < COUNT
+    more = plain(model, asking(prompt, ignore_eos=True), EOS, choose).tokens
+    draft_engine = DraftEngine(Known([*prompt, *more], VOCABULARY, shape.branches), "d", shape.width)
+    (found,) = Lockstep(engine_of(model, shape.rows, EOS, choose), draft_engine, passes=shape.depth).run(asking(prompt))
+    assert found.tokens == tokens == more[: len(tokens)]
+    assert found.said() == plain(model, asking(prompt), EOS, choose).said()
+    assert found.reason == "stop"
+    assert found.stats.rounds == -(-len(tokens) // (shape.depth + 1))
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_with_threads_and_links(llama: Family, drafter: str, tree: str) -> None:
+    """Growth comes when it comes. Drafters that always have something to say are waited for, so that it is verified."""
+    shape, patience = TREES[tree], PATIENCE_S if drafter in ("perfect", "noisy", "wrong", "killed") else 0.002
+
+    async def main() -> Output:
+        body = DRAFTERS[drafter](llama.text, shape.branches)
+        async with (
+            running(llama.model, Fixed(shape.rows, patience), EOS, choose) as target,
+            hosted(body, width=shape.width) as host,
+        ):
+            await attached(target, "d", Dying(host, 2) if drafter == "killed" else host)
+            found = await answer(target, llama.request)
+            assert target.lost == ({"d": 1} if drafter == "killed" else {})
+            return found
+
+    found = asyncio.run(main())
+    assert found.tokens == llama.tokens
+    assert found.said() == llama.alone.said()
+    match drafter:
+        case "perfect":
+            assert found.stats.rounds <= COUNT // 2
+        case "noisy" | "killed":
+            assert found.stats.accepted > 0
+        case "wrong":
+            assert found.stats.accepted == 0 < found.stats.verified
+        case "mute":
+            assert found.stats.drafted == 0
+
+
+# Sampling
+
+
+MIXES: tuple[dict[str, Any], ...] = (
+    {},
+    {"top_p": 0.9},
+    {"top_k": 6, "min_p": 0.05},
+    {"presence_penalty": 0.7, "frequency_penalty": 0.4},
+    {"repetition_penalty": 1.4, "logit_bias": ((5, 3.0), (7, -100.0), (9, 1.5))},
+    {
+        "top_p": 0.95,
+        "top_k": 12,
+        "min_p": 0.02,
+        "repetition_penalty": 1.1,
+        "presence_penalty": -0.3,
+        "logit_bias": ((3, 2.0),),
+        "min_tokens": 9,
+    },
+)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**40])
+@pytest.mark.parametrize("temperature", [0.4, 0.8, 1.3])
+def test_seeded_sampling_on_is_off(temperature: float, seed: int) -> None:
+    model = ToyModel(vocabulary=24, memory=4)
+    accepted = sampled(model, range(20), temperature, seed, choose_by_numpy)
+    assert accepted > 20 * COUNT / 3
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**40])
+@pytest.mark.parametrize("temperature", [0.4, 0.8, 1.3])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_seeded_sampling_on_is_off_for_models(name: str, temperature: float, seed: int, loaded: dict[str, HFModel]) -> None:
+    assert sampled(loaded[name], (1, 3, 5), temperature, seed, choose) > 3 * COUNT / 3
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, HFModel]:
+    return {name: hf_model(name) for name in ("llama", "gemma2")}
+
+
+def sampled(model: Model, numbers: Sequence[int], temperature: float, seed: int, chooser: Any) -> int:
+    """Runs one prompt for each number, on and off; returns how many drafted tokens were accepted."""
+    accepted, outputs = 0, set()
+    for number in numbers:
+        prompt = [(number * 5 + place * place) % 24 for place in range(3 + number)]
+        request = asking(prompt, max_tokens=COUNT, temperature=temperature, seed=seed, **MIXES[number % len(MIXES)])
+        lockstep = Lockstep(engine_of(model, 8, EOS, chooser), DraftEngine(ModelDrafter(model, branches=2), "d", 2))
+        (found,) = lockstep.run(request)
+        assert found.said() == plain(model, request, EOS, chooser).said()
+        accepted += found.stats.accepted
+        outputs.add(found.tokens)
+    assert len(outputs) == len(numbers)
+    return accepted
+
+
+# Real pairs
+
+
+def in_lockstep(target: str, draft: str, asked: Sequence[Sequence[int]], count: int, generated: int, passes: int) -> float:
+    """Asserts that on is off, and transformers' own: what it generates to the first `generated` prompts, and what it would generate
+    to all. The first prompt is answered alone, all of them beside each other. Returns the tokens for each step of the target."""
+    model, eos = load_model(target, "float32", "cpu"), end_of_text(target)
+    drafter = ModelDrafter(load_model(draft, "float32", "cpu"), branches=2)
+    requests = [asking(prompt, f"s{number}", max_tokens=count) for number, prompt in enumerate(asked)]
+
+    def guided(*requests: Request) -> list[Output]:
+        draft_engine = DraftEngine(drafter, "d", 2 * len(requests))
+        return Lockstep(engine_of(model, 8, eos, choose), draft_engine, passes=passes).run(*requests)
+
+    found = guided(*requests)
+    alone = Lockstep(engine_of(model, eos=eos, chooser=choose)).run(*(replace(request, speculation=False) for request in requests))
+    assert [on.said() for on in found] == [off.said() for off in alone]
+    assert guided(requests[0])[0].said() == plain(model, requests[0], eos, choose).said() == found[0].said()
+    for number, (prompt, on) in enumerate(zip(asked, found, strict=True)):
+        assert on.tokens == transformers_replay(model.module, prompt, on.tokens)
+        if number < generated:
+            assert on.tokens == transformers_greedy(model.module, prompt, count)
+    return sum(len(on.tokens) for on in found) / sum(on.stats.rounds for on in found)
+
+
+def composed(target: str, draft: str, asked: Sequence[Sequence[int]], count: int) -> None:
+    """Asserts that on is off, with everything as in a deployment but in one process: threads, scheduler, tokenizer."""
+
+    async def main() -> None:
+        running_target = build_target(TargetConfig(model=target, dtype="float32", device="cpu")).target
+        host = build_drafter(DrafterConfig(name="d", model=draft, dtype="float32", device="cpu"), target)
+        running_target.start()
+        host.start()
+        await attached(running_target, "d", host)
+        for number, prompt in enumerate(asked):
+            on, off = [
+                await answer(running_target, Request(f"{number}-{speculation}", tuple(prompt), Sampling(max_tokens=count), speculation))
+                for speculation in (True, False)
+            ]
+            assert on.said() == off.said()
+            assert off.stats.drafted == 0
+        await running_target.stop()
+        await host.stop()
+
+    asyncio.run(main())
+
+
+def end_of_text(folder: str) -> frozenset[int]:
+    settings = json.loads((Path(folder) / "generation_config.json").read_text())
+    return frozenset({settings["eos_token_id"]})
+
+
+@pytest.mark.parametrize(("target", "draft"), [("stories260K", "llama2xs-500it"), ("babyllama361-as105", "babyllama105")])
+def test_pairs_of_others_on_story_openings(shared: Path, target: str, draft: str) -> None:
+    openings = json.loads((shared / "prompts" / "tinystories_20_openings.json").read_text())
+    target, draft = str(shared / "models" / target), str(shared / "models" / draft)
+    tokenizer = Tokenizer.from_file(f"{target}/tokenizer.json")
+    asked = [tokenizer.encode(opening).ids for opening in openings]
+    assert len(asked) == 20
+    assert in_lockstep(target, draft, asked, 64, generated=5, passes=2) > 1.5
+    composed(target, draft, asked[:3], 64)
+
+
+@pytest.mark.slow
+def test_the_shipped_pair_on_held_out_prompts() -> None:
+    target, draft = shipped("target"), shipped("draft")
+    asked = prompts(Tokenizer.from_file(str(Path(target) / "tokenizer.json")), 20, 32)
+    assert len(asked) == 20
+    assert in_lockstep(target, draft, asked, 128, generated=1, passes=4) > 1.5
+    composed(target, draft, asked[:3], 64)

@@ -1,0 +1,315 @@
+"""S3D: some of the target's layers, an adapter on them, and mask rows that guess further than the next place."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from actors.compose import build_drafter
+from actors.drafter import DraftActor
+from actors.launch.prepare import check_models
+from bench.core import widen as widening
+from bench.core.widen import Shape, widened, widened_head
+from runtime.config import DrafterConfig, Placement, deployment, draft_of, drafter_of
+from runtime.core import limits
+from runtime.core.errors import ModelRefused
+from runtime.core.messages import Commit, Draft, Open, Reply, Share
+from runtime.core.node_names import mix64, text_key
+from runtime.core.sampling_params import Sampling
+from runtime.core.tree import TokenTree
+from runtime.draft.draft_engine import DraftEngine
+from runtime.drafters.base import Children, ExpandRequest, Text
+from runtime.drafters.s3d import BRANCHES, MaskDrafter, build
+from runtime.kv.prefix_cache import Prefixes
+from runtime.models.loader import load_model
+from runtime.models.lora import LowRank, linears, merge, pairs
+from runtime.models.sampler import choose
+from tests.support.harness import Lockstep, asking, children, engine_of, plain
+from tests.support.masks import LAYERS, MASKS, drafter, ingredients, tiny
+from training import s3d as training
+from training.teacher import load_teacher
+
+TEXT = [5, 6, 7, 8, 5, 6, 9, 11]
+
+
+def text_of(tokens: Sequence[int], **sampling: Any) -> Text:
+    tree = TokenTree(text_key(tokens), tokens[-1], limits.TREE_NODES, limits.TREE_DEPTH)
+    return Text("s", list(tokens), len(tokens), Sampling(**sampling), tree)
+
+
+def levels(found: Children) -> list[Children]:
+    """The guesses themselves, those below them, and so on."""
+    return [found, *(levels(found.below) if found.below else [])]
+
+
+def changed_module() -> Any:
+    """The layers of the target that stay, with the adapter in their weights."""
+    found = tiny()
+    module: Any = load_model(str(found.target), step="generic").module
+    module.model.layers = torch.nn.ModuleList(module.model.layers[layer] for layer in LAYERS)
+    with torch.no_grad():
+        for layer, part in zip(module.model.layers, found.made.layers, strict=True):
+            for name, linear in linears(layer).items():
+                pair = pairs(part)[name]
+                linear.weight += pair.up @ pair.down
+    return module
+
+
+def straight(tokens: Sequence[int]) -> Tensor:
+    """Logits (1 + MASKS, vocabulary) of the last token and of the masks behind it, as one plain text."""
+    module = changed_module()
+    with torch.inference_mode():
+        embedded = torch.cat([module.model.embed_tokens(torch.tensor(tokens)), tiny().made.mask_embed])
+        logits: Tensor = module(inputs_embeds=embedded[None], use_cache=False).logits[0, len(tokens) - 1 :]
+    return logits
+
+
+def test_masks_guess_what_they_would_as_tokens_of_the_text() -> None:
+    (found,) = drafter(tiny()).expand([ExpandRequest(text_of(TEXT), [0])])
+    assert found is not None
+    near, *far = levels(found)
+    logits = straight(TEXT).log_softmax(-1)
+    assert len(far) == MASKS
+    best = logits.topk(4)
+    assert near.tokens.tolist() == best.indices[0].tolist()
+    np.testing.assert_allclose(near.scores, best.values[0], atol=1e-4)
+    for place, level in enumerate(far, start=1):
+        assert level.parents.tolist() == [0] * BRANCHES
+        assert level.tokens.tolist() == best.indices[place, :BRANCHES].tolist()
+        np.testing.assert_allclose(level.scores, best.values[place, :BRANCHES], atol=1e-4)
+
+
+def test_training_computes_what_the_drafter_will() -> None:
+    found = tiny()
+    teacher = load_teacher(str(found.target), "cpu")
+    with torch.no_grad():
+        states, own = training.make_forward(found.made, teacher, LAYERS)(teacher.states(torch.tensor([TEXT])))
+        logits = teacher.unembed(states[:, 0])
+    assert states.shape == (1 + MASKS, 1, len(TEXT), 32)
+    assert float(own) == 0.0
+    for place in (0, 3, len(TEXT) - 1):
+        torch.testing.assert_close(logits[:, place], straight(TEXT[: place + 1]), atol=1e-4, rtol=1e-4)
+    with torch.no_grad():  # nothing of the adapter is left on the target
+        torch.testing.assert_close(teacher.unembed(teacher.states(torch.tensor([TEXT])).last), teacher.module(torch.tensor([TEXT])).logits)
+
+
+def test_an_untrained_one_is_the_layers_alone() -> None:
+    found = tiny()
+    teacher = load_teacher(str(found.target), "cpu")
+    one, two = (training.new(teacher, LAYERS, MASKS, 2, seed) for seed in (1, 1))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    part = load_model(str(found.target), layers=LAYERS, step="generic").module
+    with torch.no_grad():
+        states, _ = training.make_forward(one, teacher, LAYERS)(teacher.states(torch.tensor([TEXT])))
+        torch.testing.assert_close(teacher.unembed(states[0]), part(torch.tensor([TEXT])).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(1, []), (2, []), (3, [1]), (9, [2, 3, 4, 5, 6, 7]), (32, list(range(8, 31)))])
+def test_the_middle(layers: int, expected: list[int]) -> None:
+    assert training.middle(layers) == expected
+
+
+# The drafter
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_the_output_is_the_targets_and_is_guessed_sooner(temperature: float) -> None:
+    """The target itself in place of some of its layers: what it is right about is right at once."""
+    target = load_model(str(tiny().target))
+    request = asking(TEXT, max_tokens=40, temperature=temperature, seed=2)
+    (found,) = Lockstep(engine_of(target, chooser=choose), DraftEngine(drafter(tiny()), "d", 2)).run(request)
+    assert found.said() == plain(target, request, chooser=choose).said()
+    assert found.stats.verified > 0
+
+
+def grown(draft_engine: DraftEngine, sent: list[Reply]) -> list[tuple[int, int]]:
+    """(parent, token) of all that one pass has sent."""
+    sent.clear()
+    draft_engine.grow()
+    draft_engine.send_rest(())
+    drafts = [reply for reply in sent if isinstance(reply, Draft)]
+    return [pair for draft in drafts for pair in zip(draft.parents.tolist(), draft.tokens.tolist(), strict=True)]
+
+
+def opened(draft_engine: DraftEngine, sent: list[Reply], tokens: Sequence[int] = TEXT) -> None:
+    draft_engine.hear(0, Open("s", 0, tuple(tokens), len(tokens), Sampling(max_tokens=100), Share("s", 0, 1)), sent.append)
+
+
+def test_one_pass_brings_a_chain() -> None:
+    sent: list[Reply] = []
+    draft_engine = DraftEngine(drafter(tiny()), "d", 2)
+    opened(draft_engine, sent)
+    assert len(grown(draft_engine, sent)) >= 4 + MASKS
+    assert max(draft_engine.states["0/s"].tree.depth) == 1 + MASKS
+
+
+def test_what_masks_have_guessed_is_read_in_one_pass_with_what_is_above() -> None:
+    """Leaves below leaves, hits on guesses that nobody has read, misses: each guess is what a drafter says that reads the text anew."""
+    sent: list[Reply] = []
+    draft_engine, anew = DraftEngine(drafter(tiny()), "d", 4), drafter(tiny())
+    anew.finished = Prefixes(0)
+    opened(draft_engine, sent)
+    tokens = list(TEXT)
+    for step in range(12):
+        for _ in range(step % 3 + 1):
+            state = draft_engine.states["0/s"]
+            asked = draft_engine.plan()[0]
+            (answer,) = draft_engine.ask([asked])
+            assert answer is not None
+            for leaf in asked.leaves:
+                (alone,) = anew.expand([ExpandRequest(text_of([*tokens, *state.tree.tokens_to(leaf)]), [0])])
+                anew.close("s")
+                assert alone is not None
+                assert answer.tokens[answer.parents == leaf].tolist() == alone.tokens.tolist()
+                np.testing.assert_allclose(answer.scores[answer.parents == leaf], alone.scores, atol=1e-3)
+            draft_engine.add([asked], [answer])
+        tree = draft_engine.states["0/s"].tree
+        node = int(np.argmax(np.frombuffer(tree.depth, np.int64)))
+        decided = tree.tokens_to(node)[: 1 + step % 4] if step % 4 != 3 else [step]
+        tokens += decided
+        draft_engine.hear(0, Commit("s", 0, len(tokens) - len(decided), tuple(decided), text_key(tokens)), sent.append)
+    assert draft_engine.counters == {}
+
+
+def test_at_the_end_of_the_context_it_has_no_masks_and_then_nothing_to_say() -> None:
+    found = drafter(tiny(context=16))
+    depths = []
+    for length in (13, 14, 16, 17):
+        (answer,) = found.expand([ExpandRequest(text_of((TEXT * 3)[:length]), [0])])
+        found.close("s")
+        assert answer is not None
+        depths.append(len(levels(answer)) if len(answer.tokens) else 0)
+    assert depths == [1 + MASKS, 1, 1, 0]
+
+
+def test_what_is_barred_is_not_guessed() -> None:
+    (found,) = drafter(tiny()).expand([ExpandRequest(text_of(TEXT, temperature=1.0, top_k=1), [0])])
+    assert found is not None
+    assert [len(level.tokens) for level in levels(found)] == [1] * (1 + MASKS)
+
+
+# What hangs below guesses
+
+
+class Chains:
+    """Says two tokens for each leaf, and below the second of them, then below the first of those, two more each."""
+
+    def expand(self, wishes: Sequence[ExpandRequest]) -> list[Children]:
+        below = replace(children([(1, 7, -0.2), (1, 8, -0.3)]), below=children([(0, 9, -0.1), (1, 10, -0.4)]))
+        return [replace(children([(wish.leaves[0], 5, -0.1), (wish.leaves[0], 6, self.second)]), below=below) for wish in wishes]
+
+    def __init__(self, second: float) -> None:
+        self.second = second
+
+    def close(self, session: str) -> None:
+        pass
+
+
+def test_guesses_below_guesses_are_sent_with_them() -> None:
+    sent: list[Reply] = []
+    draft_engine = DraftEngine(Chains(-0.5), "d", 1)
+    opened(draft_engine, sent)
+    root = text_key(TEXT)
+    six, seven = mix64(root, 6), mix64(mix64(root, 6), 7)
+    assert grown(draft_engine, sent) == [(root, 5), (root, 6), (six, 7), (six, 8), (seven, 9), (mix64(six, 8), 10)]
+    assert not any(draft_engine.states["0/s"].tree.expanded[1:])
+
+
+def test_what_is_below_a_guess_that_is_left_out_is_left_out() -> None:
+    sent: list[Reply] = []
+    draft_engine = DraftEngine(Chains(-50.0), "d", 1)
+    opened(draft_engine, sent)
+    assert grown(draft_engine, sent) == [(text_key(TEXT), 5)]
+
+
+# The folder
+
+
+def test_a_folder_or_its_name_is_a_draft() -> None:
+    folder = str(tiny().folder)
+    assert drafter_of(folder) == ("s3d", folder, ())
+    assert drafter_of("s3d") == ("s3d", "", ())
+    made = deployment(str(tiny().target), (folder,), 1, "float32", "cpu", local=False)
+    check_models(made)
+    host = build_drafter(made.drafters()[0], str(tiny().target))
+    assert isinstance(host.draft_engine.drafter, MaskDrafter)
+    assert draft_of(DrafterConfig(name="d", method="s3d", model="x")) == "x"
+    assert draft_of(DrafterConfig(name="d", method="ngram")) == ""
+
+
+def edited(tmp_path: Path, **settings: object) -> Path:
+    folder = Path(shutil.copytree(tiny().folder, tmp_path / "s3d"))
+    config = json.loads((folder / "config.json").read_text())
+    config["settings"] |= settings
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"layers": []}, "are not some of 0 to 2 that rise"),
+        ({"layers": [0, 3]}, "are not some of 0 to 2 that rise"),
+        ({"layers": [2, 0]}, "are not some of 0 to 2 that rise"),
+        ({"layers": [0, 0]}, "are not some of 0 to 2 that rise"),
+        ({"layers": "02"}, "are not some of 0 to 2 that rise"),
+        ({"masks": 0}, "masks 0 is no whole number from 1 to 16"),
+        ({"masks": 2}, "does not fit its config.json"),
+        ({"rank": 10**9}, "rank 1000000000 is no whole number"),
+        ({"layers": [0]}, "does not fit its config.json"),
+    ],
+)
+def test_a_folder_that_was_tampered_with_is_refused(tmp_path: Path, settings: dict[str, object], says: str) -> None:
+    with pytest.raises(ModelRefused, match=says):
+        build(ingredients(tiny().target, edited(tmp_path, **settings)))
+
+
+def test_what_was_trained_for_another_target_is_refused() -> None:
+    made = deployment(str(tiny(context=16).target), (str(tiny(vocabulary=16).folder),), 1, "auto", "cpu", local=False)
+    with pytest.raises(ModelRefused, match="was trained for another target"):
+        check_models(made)
+
+
+def test_merged_weights_stay_as_short_as_they_were() -> None:
+    layer = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(64, 64, bias=False)})
+    linear = layer["q_proj"]
+    assert isinstance(linear, torch.nn.Linear)
+    linear.weight.data = linear.weight.data.bfloat16().float()
+    before, pair = linear.weight.detach().clone(), LowRank(64, 64, 2)
+    torch.nn.init.normal_(pair.up, std=0.1)
+    merge([layer], torch.nn.ModuleList([torch.nn.ModuleDict({"q_proj": pair})]))
+    assert torch.equal(linear.weight, linear.weight.bfloat16().float())
+    torch.testing.assert_close(linear.weight.detach(), before + (pair.up @ pair.down).detach(), atol=0.0, rtol=2**-8)
+
+
+def test_widened_with_its_target_it_guesses_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(widening, "CACHE", tmp_path)
+    found = tiny()
+    wide = widened(found.target, Shape(hidden=96, layers=4, ffn=160), "float32")
+    answers = [
+        levels(answer)
+        for folder, target in ((found.folder, found.target), (widened_head(found.folder, wide), wide))
+        for answer in build(ingredients(target, folder)).expand([ExpandRequest(text_of(TEXT), [0])])
+        if answer is not None
+    ]
+    for narrow, same in zip(*answers, strict=True):
+        assert narrow.tokens.tolist() == same.tokens.tolist()
+        np.testing.assert_allclose(narrow.scores, same.scores, atol=1e-2)
+
+
+def test_an_actor_serves_a_folder_of_what_was_trained() -> None:
+    """Which has no tokenizer: it is the target's."""
+    found = tiny()
+    config = DrafterConfig(name="d", method="s3d", model=str(found.folder), placement=Placement(listen="127.0.0.1"))
+    actor = DraftActor(config, str(found.target))
+    try:
+        assert actor.start().address
+    finally:
+        actor.stop()

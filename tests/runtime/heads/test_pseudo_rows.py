@@ -1,0 +1,135 @@
+"""What heads look at in a pass: hidden states, and pseudo rows that no row feels; and the trees that are made of what these say."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from runtime.core.errors import ModelRefused
+from runtime.core.tree_builder import ways
+from runtime.models.base import Branch, Look, Part, Rows, causal
+from runtime.models.fast_path import quicken
+from runtime.models.hf import HFModel
+from tests.runtime.models.test_llama import SHAPES, spread, tree
+from tests.runtime.models.test_static_pass import LONG, give, recorded
+from tests.support.families import FAMILIES, hf_model, tiny
+
+
+def naive(model: HFModel, text: Sequence[int], layers: Sequence[int], maps: Sequence[torch.nn.Linear]) -> torch.Tensor:
+    """Logits (maps, vocabulary) of the pseudo states behind the last of `text`, through transformers' own layers and a mask by hand."""
+    body: Any = model.module.model
+    with torch.inference_mode():
+        states = model.module(torch.tensor([list(text)]), output_hidden_states=True, use_cache=False).hidden_states
+        n, k = len(text), len(maps)
+        x = states[0]
+        for depth, layer in enumerate(body.layers):
+            for index, linear in enumerate(maps):
+                if layers[index] == depth:
+                    x = torch.cat([x, linear(x[:, n - 1 : n])], dim=1)
+            places = torch.arange(x.shape[1])[None]
+            mask = torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1)[None, None]
+            x = layer(x, attention_mask=mask, position_ids=places, position_embeddings=body.rotary_emb(x, places))
+            x = x[0] if isinstance(x, tuple) else x
+        logits: torch.Tensor = model.module.lm_head(body.norm(x))[0, n : n + k]
+        return logits
+
+
+@pytest.mark.parametrize("layers", [(1, 1, 1), (1, 2, 2), (2, 3)])
+def test_pseudo_rows_pass_the_remaining_layers(layers: tuple[int, ...]) -> None:
+    """In one pass with trees of two texts, beside several rows, as alone; and no row of a token feels them."""
+    model = deep()
+    maps = [torch.nn.Linear(32, 32) for _ in layers]
+    look = Look(True, tuple(Branch(layer, linear) for layer, linear in zip(layers, maps, strict=True)))
+    model.check(look)
+    texts = (list(range(2, 13)), [40, 41, 7])
+    visible = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]], dtype=np.bool_)
+    paths: tuple[list[int], ...] = ([], [51], [52], [51, 53])
+    for riders in (((0, 3), (2,)), ((1,), ()), ((), (0, 1, 2, 3)), ((), ())):
+        caches, parts = [model.new_cache() for _ in texts], []
+        for cache, text, rode in zip(caches, texts, riders, strict=True):
+            model.forward(cache, causal(np.array(text), 0))
+            rows = Rows(np.array([50, 51, 52, 53]), len(text) + np.array([0, 1, 1, 2]), len(text), visible)
+            parts.append(Part(cache, rows, riders=rode))
+        shown = model.show_all(parts, look)
+        lengths = [cache.length for cache in caches]
+        assert lengths == [len(text) + 4 for text in texts]
+        for cache, text in zip(caches, texts, strict=True):
+            cache.truncate(len(text))
+        for one, text, part, logits in zip(shown, texts, parts, model.forward_all(parts), strict=True):
+            torch.testing.assert_close(one.logits, logits, atol=2e-5, rtol=0)
+            torch.testing.assert_close(model.unembed(one.hidden), logits, atol=2e-5, rtol=0)
+            for place, row in enumerate(part.riders):
+                expected = naive(model, [*text, 50, *paths[row]], layers, maps)
+                torch.testing.assert_close(one.ridden[place], expected, atol=5e-5, rtol=0)
+
+
+def deep() -> HFModel:
+    model = HFModel(tiny("llama", num_hidden_layers=4), "deep")
+    quicken(model)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_are_those_that_logits_are_made_of(family: str) -> None:
+    """For each family that has them, of two texts in one pass or in two."""
+    model = hf_model(family)
+    model.check(Look(hidden=True))
+    parts = [Part(model.new_cache(), causal(np.arange(2, 2 + n), 0)) for n in (5, 3)]
+    for one, part in zip(model.show_all(parts, Look(hidden=True)), parts, strict=True):
+        assert len(one.hidden) == len(part.rows.tokens) == len(one.logits)
+        assert torch.equal(model.unembed(one.hidden).argmax(-1), one.logits.argmax(-1))
+
+
+def test_layers_that_are_none_are_refused() -> None:
+    for layers in ((-1,), (2,), (1, 0)):
+        with pytest.raises(ModelRefused, match="pseudo rows that enter at layers"):
+            hf_model("llama").check(Look(branches=tuple(Branch(layer, lambda states: states) for layer in layers)))
+
+
+def test_what_fails_leaves_the_caches_as_they_were() -> None:
+    model = hf_model("llama")
+    cache = model.new_cache()
+    model.forward(cache, causal(np.arange(2, 12), 0))
+
+    def fails(states: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        model.show_all([Part(cache, causal(np.arange(3), 10), riders=(1,))], Look(branches=(Branch(1, fails),)))
+    assert cache.length == 10
+
+
+def test_what_heads_look_at_is_shown_as_by_the_short_pass() -> None:
+    """Recorded for hidden states, as it is for pseudo rows, and the recording that leaves no hidden states beside the one that does."""
+    kind, options = SHAPES["qwen3 sliding"]
+    counts: list[int] = []
+    quick, static = (HFModel(spread(tiny(kind, **options)), "m") for _ in range(2))
+    quicken(quick)
+    give(static, record=partial(recorded, counts))
+    double = Look(True, (Branch(1, lambda states: 2 * states), Branch(1, lambda states: states + 1)))
+    found: list[list[torch.Tensor]] = []
+    for model in (quick, static):
+        one, two = model.new_cache(), model.new_cache()
+        tensors = [model.forward(one, causal(LONG[:9], 0)), model.forward(two, causal(LONG[:3], 0))]
+        for look in (Look(True), double, Look(), Look(True)):
+            parts = [Part(one, tree(one.length), riders=(0, 3)), Part(two, tree(two.length), riders=(2,))]
+            for shown in model.show_all(parts, look):
+                tensors += [tensor for tensor in (shown.logits, shown.hidden, shown.ridden) if tensor is not None]
+        tensors.append(model.unembed(torch.ones(2, 32)))
+        found.append(tensors)
+    assert counts
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, atol=5e-5, rtol=0)
+
+
+def test_the_likeliest_ways() -> None:
+    tokens, scores = np.array([[1, 2], [3, 4]]), np.log([[0.6, 0.4], [0.9, 0.1]])
+    growth = ways(tokens, scores, nodes=4)
+    assert list(zip(growth.parents.tolist(), growth.tokens.tolist(), strict=True)) == [(0, 1), (1, 3), (0, 2), (3, 3)]
+    assert np.exp(growth.scores) == pytest.approx([0.6, 0.9, 0.4, 0.9])
+    assert len(ways(tokens, scores, floor=float(np.log(0.05))).tokens) == 5
+    assert len(ways(np.empty((0, 2), np.int64), np.empty((0, 2))).tokens) == 0
+    assert ways(tokens, np.where(tokens == 2, -np.inf, scores)).tokens.tolist() == [1, 3, 4]

@@ -1,0 +1,47 @@
+"""`serve --trace`: the file holds what was recorded from the start to the interruption, and the service is left as it was."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from actors.launch import cluster_client
+from actors.tracing.recording import check_file, record
+from actors.tracing.trace_reader import read
+from runtime.core.errors import InvalidRequest
+from runtime.telemetry.tracing import COMPUTE, TARGET, Trace
+
+
+class Recorder:
+    """A controller with one target."""
+
+    def __init__(self) -> None:
+        self.target = Trace(TARGET)
+        self.asked: list[tuple[object, ...]] = []
+
+    def ask(self, method: str, *arguments: object, timeout_s: float | None = 1.0) -> Any:
+        self.asked.append((method, *arguments))
+        return [self.target.take()] if method == "trace" else None
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_ends_the_recording_and_not_the_service(tmp_path: Path) -> None:
+    controller, file = Recorder(), tmp_path / "trace.json"
+
+    def serve() -> None:
+        controller.target.span(TARGET, COMPUTE, 1.0, 2.0, rows=3.0)
+        interrupted()
+
+    record(cast(cluster_client.Controller, controller), file, serve)
+    assert controller.asked == [("recording", True), ("trace",), ("recording", False)]
+    assert [block.name for block in read(file).blocks[TARGET]] == [COMPUTE]
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_started(tmp_path: Path) -> None:
+    check_file(tmp_path / "new.json")
+    for file in (tmp_path, tmp_path / "no" / "trace.json"):
+        with pytest.raises(InvalidRequest, match="folder that exists"):
+            check_file(file)

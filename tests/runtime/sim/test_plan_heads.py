@@ -1,0 +1,138 @@
+"""Heads and drafters without a model in the planner: how they are measured, and what comes of it on the virtual clock."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import pytest
+
+from actors import cli
+from actors.cli.commands.measure_guesses import SILENT, of_drafter
+from runtime.config import ScheduleConfig
+from runtime.core.sampling_params import Sampling
+from runtime.drafters.base import Children, ExpandRequest
+from runtime.drafters.ngram import Ngram
+from runtime.heads.base import NOTHING, Growth
+from runtime.scoring.calibration import Calibrations
+from runtime.sim import draft_samples, sweep
+from runtime.sim.forecast import Setting, forecast
+from runtime.sim.profile import Measured
+from runtime.sim.replayed_head import HeadFigures, along
+
+T = 0.03
+PERFECT = HeadFigures("perfect", 0.0, (((0, (-0.001,)), (0, (-0.001,))),))
+WRONG = HeadFigures("wrong", 0.0, (((-1, (-0.5,)),),))
+SILENT_HEAD = HeadFigures("silent", 0.0, ((),))
+
+
+def tokens_per_second(head: HeadFigures | None, drafters: int = 0) -> float:
+    pair = Measured(target={1: T}, draft={1: 0.002}, acceptance={1: 0.5, 4: 0.7})
+    return forecast(pair, ScheduleConfig(), Setting(drafters=drafters, tokens=90, head=head)).tokens_per_second
+
+
+def test_two_places_that_are_always_right_make_three_tokens_a_step() -> None:
+    assert tokens_per_second(PERFECT) == pytest.approx(3 / T, rel=0.05)
+
+
+def test_what_it_costs_is_time_of_every_step() -> None:
+    assert tokens_per_second(HeadFigures("dear", 0.01, PERFECT.steps)) == pytest.approx(3 / (T + 0.01), rel=0.05)
+
+
+@pytest.mark.parametrize("head", [WRONG, SILENT_HEAD, None])
+def test_nothing_right_is_plain_decoding(head: HeadFigures | None) -> None:
+    assert tokens_per_second(head) == pytest.approx(1 / T, rel=0.02)
+
+
+def test_beside_a_drafter_it_fills_what_that_has_not_guessed() -> None:
+    assert tokens_per_second(PERFECT, drafters=1) > tokens_per_second(None, drafters=1)
+
+
+def test_the_way_that_the_target_took_through_a_growth() -> None:
+    """Of the root's children 7 and 5 (the better), the target took 7, below it 8, and then what was not guessed."""
+    growth = Growth(np.array([0, 0, 1, 1, 4]), np.array([7, 5, 9, 8, 1]), np.log([0.3, 0.6, 0.2, 0.5, 0.9]))
+    found = along(growth, [7, 8, 2, 1])
+    assert [rank for rank, _ in found] == [1, 0, -1]
+    assert [np.exp(scores).tolist() for _, scores in found] == [pytest.approx([0.6, 0.3]), pytest.approx([0.5, 0.2]), pytest.approx([0.9])]
+    assert along(growth, [7]) == along(growth, [7, 8])[:1]
+    assert along(NOTHING, [7, 8]) == ()
+
+
+def test_how_often_its_best_guesses_are_right() -> None:
+    figures = HeadFigures("a", 0.0, (((0, (-0.1,)), (1, (-0.1, -2.0))), ((0, (-0.1,)), (0, (-0.1,))), ()))
+    assert [figures.right(ahead) for ahead in (1, 2, 3)] == pytest.approx([2 / 3, 1 / 3, 0.0])
+    known = Calibrations()
+    figures.teach(known)
+    assert (known.band(0.0).of("a-0").tries.sum(), known.band(0.0).of("a-0").hits.sum()) == (5, 4)
+
+
+def test_a_drafter_without_a_model_is_asked_place_by_place() -> None:
+    seconds, places = of_drafter(Ngram(), [((1, 2, 3, 1, 2), (3, 1, 9))], Sampling())
+    assert all(took > 0 for took in seconds.values())
+    assert sorted(seconds) == [1, 4, 16]
+    assert [place.rank for place in places] == [0, 0, None]
+    assert of_drafter(Ngram(), [((1, 2), (3,))], Sampling())[1][0].scores == (SILENT,)
+
+
+@pytest.mark.slow
+def test_the_command_takes_all_kinds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sweep, "DRAFTERS", (1,))
+    monkeypatch.setattr(sweep, "ROUND_TRIPS", (0.0,))
+    monkeypatch.setattr(sweep, "SESSIONS", (1,))
+    monkeypatch.setattr(sys.modules["actors.cli.commands.plan"], "Setting", partial(Setting, tokens=40))
+    monkeypatch.setattr(importlib.import_module("actors.cli.commands.measure"), "TOKENS", 12)
+    drafts = [
+        option for name in ("ngram", "layer-skip", "s3d", "token-recycling", "medusa", "hidden-transfer") for option in ("--draft", name)
+    ]
+    monkeypatch.setattr(sys, "argv", ["outrider", "plan", *drafts, "--schedule", "plain", "--schedule", "living"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    said = capsys.readouterr().out
+    for name in ("ngram", "layer-skip", "s3d", "token-recycling", "medusa", "hidden-transfer", "heads on the target", "Head: "):
+        assert name in said
+
+
+class Chain:
+    """A drafter that guesses three places in each pass: the first two right."""
+
+    def expand(self, wishes: Sequence[ExpandRequest]) -> list[Children]:
+        return [self.guess(len(wish.text.tokens)) for wish in wishes]
+
+    def guess(self, place: int) -> Children:
+        def level(tokens: list[int], parent: int, below: Children | None = None) -> Children:
+            scores = np.asarray([-0.1, -3.0][: len(tokens)], np.float32)
+            return Children(np.full(len(tokens), parent, np.int32), np.asarray(tokens, np.int32), scores, below)
+
+        return level([place, 99], 0, level([98, place + 1], 0, level([97], 1)))
+
+    def close(self, session: str) -> None:
+        pass
+
+
+def test_a_drafter_that_guesses_several_places_in_a_pass() -> None:
+    """Its second guess of the second place is right; the third place hangs on that one, not on the best, so it is not heard of."""
+    prompt, answer = tuple(range(4)), (4, 5, 6)
+    _, places = of_drafter(Chain(), [(prompt, answer)], Sampling())
+    assert [place.rank for place in places] == [0, 0, 0]
+    assert [[below.rank for below in place.below] for place in places] == [[1], [1], [None]]
+    assert len(places[0].below[0].scores) == 2
+    known = draft_samples.of(Measured(target={1: 0.03}, draft={1: 0.002}, positions=places))
+    assert known.behind(0) == ((1, places[0].below[0].scores),)
+    taught = known.learned("a", 2).band(0.0).of("a")
+    assert taught.tries.sum() == 3 * 2 + 3 * 2  # each pass was judged at both of its places
+
+
+def test_several_places_in_a_pass_are_worth_several_passes() -> None:
+    """A pass as long as a step, so that the drafter makes about one for each: the places behind its guess are what makes the tree deep."""
+    one = {"rank": 0, "scores": [-0.001]}
+    pair = {"target": {1: 0.03}, "draft": {1: 0.03}, "rtt": 0.0}
+    found = [
+        forecast(Measured.model_validate({**pair, "positions": [{**one, "below": [one] * below}]}), ScheduleConfig(), Setting(tokens=150))
+        for below in (0, 3)
+    ]
+    assert found[1].tokens_per_second > 1.5 * found[0].tokens_per_second
+    wrong = {"rank": None, "scores": [-0.001]}
+    useless = Measured.model_validate({**pair, "positions": [{**one, "below": [wrong] * 3}]})
+    assert forecast(useless, ScheduleConfig(), Setting(tokens=150)).tokens_per_second < 1.1 * found[0].tokens_per_second

@@ -1,0 +1,84 @@
+"""First come, first served, and never more than there is memory for."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.core import limits
+from runtime.core.errors import InvalidRequest
+from runtime.core.messages import Request
+from runtime.core.sampling_params import Sampling
+from runtime.target.admission import Admission, slots_of
+from runtime.target.commands import AddRequest
+from tests.support.harness import lettering
+
+CONTEXT = 1000
+
+
+def admit(name: str, tokens: int) -> AddRequest:
+    request = Request(name, (1,), Sampling(max_tokens=tokens))
+    return AddRequest(request, lettering()(request), lambda chunk: None)
+
+
+def test_the_longest_text_and_a_step_are_reserved() -> None:
+    assert slots_of(admit("s", 20).request, CONTEXT) == 21 + limits.STEP_ROWS
+    assert slots_of(admit("s", 5000).request, CONTEXT) == CONTEXT + limits.STEP_ROWS
+
+
+def test_the_first_that_waits_is_not_overtaken() -> None:
+    admission = Admission(3 * (10 + limits.STEP_ROWS))
+    for name, tokens in (("a", 9), ("b", 100), ("c", 9)):
+        admission.waiting.append(admit(name, tokens))
+    first = admission.next(0, CONTEXT)
+    assert first is not None
+    assert first[0].request.session == "a"
+    assert admission.next(1, CONTEXT) is None  # b does not fit beside a
+    assert [waiting.request.session for waiting in admission.waiting] == ["b", "c"]
+    admission.release(first[1])
+    second = admission.next(0, CONTEXT)
+    assert second is not None
+    assert second[0].request.session == "b"
+
+
+def test_only_so_many_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "SESSIONS", 2)
+    admission = Admission(10**6)
+    admission.waiting.append(admit("a", 9))
+    assert admission.next(2, CONTEXT) is None
+    assert admission.next(1, CONTEXT) is not None
+    assert admission.next(1, CONTEXT) is None
+
+
+def test_what_would_never_fit_is_refused_with_the_way_out() -> None:
+    with pytest.raises(InvalidRequest, match="need 265 slots of KV memory, the target has 200: lower max_tokens, or raise"):
+        Admission(200).check(admit("s", 200).request, CONTEXT)
+    Admission(265).check(admit("s", 200).request, CONTEXT)
+
+
+def test_a_waiting_request_can_be_withdrawn() -> None:
+    admission = Admission(1000)
+    admission.waiting.extend([admit("a", 9), admit("b", 9)])
+    found = admission.withdraw("a")
+    assert found is not None
+    assert found.request.session == "a"
+    assert admission.withdraw("a") is None
+    assert len(admission.waiting) == 1
+
+
+@given(st.lists(st.one_of(st.integers(1, 300), st.none()), max_size=60))
+def test_reservations_never_exceed_the_budget_and_all_are_served(steps: list[int | None]) -> None:
+    """A number: somebody asks for so many tokens. None: the oldest session ends."""
+    admission, live, served = Admission(400), list[tuple[Any, int]](), 0
+    asked = sum(step is not None for step in steps)
+    for step in [*steps, *[None] * len(steps)]:
+        if step is not None:
+            admission.waiting.append(admit("s", step))
+        elif live:
+            admission.release(live.pop(0)[1])
+        while (found := admission.next(len(live), CONTEXT)) is not None:
+            live.append(found)
+            served += 1
+        assert admission.reserved == sum(slots for _, slots in live) <= 400
+    assert served == asked

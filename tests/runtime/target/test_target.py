@@ -1,0 +1,317 @@
+"""A target with its thread, on an event loop: requests, links that come and go, and the rounds that a perfect drafter saves."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import cast
+
+import pytest
+
+from runtime.core import limits
+from runtime.core.errors import InvalidRequest, Overloaded, Unavailable
+from runtime.core.messages import Event, Reply, Request
+from runtime.core.sampling_params import Sampling
+from runtime.drafters.model import ModelDrafter
+from runtime.models.toy import ToyModel
+from runtime.schedulers.fixed import Fixed
+from runtime.target import target
+from runtime.target.engine import Engine
+from runtime.target.target import Target, check
+from runtime.target.verifier import Verifier
+from tests.contracts.link_contract import PATIENCE_S, TRANSPORTS, Attach, soon
+from tests.support.harness import Dying, Known, Mute, Patient, answer, asking, attached, continued, hosted, lettering, plain, running
+
+PROMPT = (3, 1, 4, 1, 5)
+TOY = ToyModel(vocabulary=24, memory=3, context=2048)
+TEXT = continued(TOY, PROMPT, 100)
+
+
+@pytest.fixture(params=TRANSPORTS)
+def attach(request: pytest.FixtureRequest) -> Attach:
+    return TRANSPORTS[request.param]
+
+
+# Speed, where it can be asserted: rounds
+
+
+@pytest.mark.parametrize("depth", [1, 4, 9])
+def test_a_perfect_chain_of_depth_d_saves_d_of_d_plus_one_steps(attach: Attach, depth: int) -> None:
+    async def main() -> None:
+        async with running(TOY, Patient(depth)) as asked, hosted(Known(TEXT, 24)) as host, attach(host) as link:
+            await attached(asked, "d", link)
+            found = await answer(asked, asking(PROMPT, max_tokens=6 * (depth + 1)))
+        assert found.tokens == tuple(TEXT[5 : 5 + 6 * (depth + 1)])
+        assert (found.stats.rounds, found.stats.accepted) == (6, 6 * depth)
+        assert found.stats.hits <= 6
+        assert set(found.stats.ignored) <= {"stale", "late"}
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_the_target_drafting_for_itself_is_perfect(attach: Attach, temperature: float) -> None:
+    """Through everything that is real: cache, tree, noise, calibration, threads and both transports."""
+
+    async def main() -> None:
+        request = asking(PROMPT, max_tokens=40, temperature=temperature, seed=3)
+        async with running(TOY, Patient(3)) as asked, hosted(ModelDrafter(TOY, branches=1)) as host, attach(host) as link:
+            await attached(asked, "d", link)
+            found = await answer(asked, request)
+        assert found.said() == plain(TOY, request).said()
+        assert found.stats.rounds == 10
+
+    asyncio.run(main())
+
+
+# Links
+
+
+def test_a_link_that_is_lost_costs_speed_and_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async with running(TOY, Fixed(4, 0.02)) as asked, hosted(Known(TEXT, 24)) as host:
+            await attached(asked, "d", Dying(host, 5))
+            found = await answer(asked, asking(PROMPT, max_tokens=40))
+            assert found.tokens == tuple(TEXT[5:45])
+            assert found.stats.drafted > 0  # five messages came through, of one guess or some
+            await soon(lambda: asked.drafters == ())
+            assert asked.lost == {"d": 1}
+            await soon(lambda: not host.draft_engine.states)
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(main())
+    assert "drafter d lost: killed by the test" in caplog.text
+
+
+def test_a_drafter_joins_and_leaves_in_mid_stream(attach: Attach) -> None:
+    text = continued(TOY, PROMPT, 500)  # so long that it is under way when the drafter comes
+
+    async def main() -> None:
+        async with running(TOY, Fixed(3, PATIENCE_S)) as asked, hosted(Known(text, 24)) as host, attach(host) as link:
+            async with aclosing(asked.generate(asking(PROMPT, max_tokens=400))) as chunks:
+                found = [await anext(chunks)]
+                await attached(asked, "d", link)
+                while not any(found[-1].drafters):
+                    found.append(await anext(chunks))
+                await asked.detach("d")
+                assert asked.drafters == ()
+                found += [chunk async for chunk in chunks]
+            assert tuple(token for chunk in found for token in chunk.tokens) == tuple(text[5:405])
+            assert found[0].drafters == ("",)
+            await asked.detach("d")
+            await soon(lambda: not host.draft_engine.states)
+
+    asyncio.run(main())
+
+
+def test_a_link_that_comes_back_under_its_name() -> None:
+    async def main() -> None:
+        async with running(TOY, Patient(3)) as asked, hosted(Known(TEXT, 24)) as host:
+            for _ in range(3):
+                await attached(asked, "d", host)
+                asked.attach("d", Dying(host, 0))  # there is one of this name already
+                found = await answer(asked, asking(PROMPT))
+                assert (found.tokens, found.stats.rounds) == (tuple(TEXT[5:29]), 6)
+                await asked.detach("d")
+            assert asked.lost == {"d": 3}
+
+    asyncio.run(main())
+
+
+class Deaf:
+    """Never takes an event."""
+
+    def __init__(self) -> None:
+        self.over = False
+
+    async def speculate(self, events: AsyncIterator[Event]) -> AsyncIterator[Reply]:
+        try:
+            await asyncio.Event().wait()
+            yield cast(Reply, None)
+        finally:
+            self.over = True
+
+
+def test_a_link_whose_events_pile_up_is_dropped(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(target, "EVENTS_WAITING", 10)
+
+    async def main() -> None:
+        deaf = Deaf()
+        async with running(TOY, Fixed(4)) as asked:
+            await attached(asked, "deaf", deaf)
+            found = await answer(asked, asking(PROMPT, max_tokens=90))
+            assert found.tokens == tuple(TEXT[5:95])
+            await soon(lambda: not asked.drafters)
+            assert deaf.over
+            assert asked.lost == {"deaf": 1}
+            assert not asked.engine.drafters
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(main())
+    assert "drafter deaf lost: it has not taken its last 10 events" in caplog.text
+
+
+def test_a_mute_drafter_costs_its_patience_alone() -> None:
+    async def main() -> None:
+        async with running(TOY, Fixed(4, 0.001)) as asked, hosted(Mute()) as host:
+            await attached(asked, "d", host)
+            found = await answer(asked, asking(PROMPT))
+            assert found.tokens == tuple(TEXT[5:29])
+            assert (found.stats.rounds, found.stats.drafted) == (24, 0)
+
+    asyncio.run(main())
+
+
+# Requests
+
+
+def test_what_is_generated_is_streamed_and_the_name_is_free_again() -> None:
+    async def main() -> None:
+        async with running(TOY, Fixed(4)) as asked:
+            for _ in range(2):
+                chunks = [chunk async for chunk in asked.generate(asking(PROMPT, max_tokens=5))]
+                assert [chunk.tokens for chunk in chunks] == [(token,) for token in TEXT[5:10]]
+                assert [chunk.finish_reason for chunk in chunks] == [None] * 4 + ["length"]
+                assert [chunk.stats is None for chunk in chunks] == [True] * 4 + [False]
+
+    asyncio.run(main())
+
+
+def test_requests_beside_each_other_are_as_alone() -> None:
+    async def main() -> None:
+        requests = [asking((*PROMPT, n), f"s{n}", temperature=0.3 * (n % 3), seed=n, speculation=n != 4) for n in range(8)]
+        async with running(TOY, Fixed(4, 0.01)) as asked, hosted(ModelDrafter(TOY), width=2) as host:
+            await attached(asked, "d", host)
+            found = await asyncio.gather(*(answer(asked, request) for request in requests))
+        assert [one.said() for one in found] == [plain(TOY, request).said() for request in requests]
+
+    asyncio.run(main())
+
+
+def test_closing_the_iterator_frees_the_session_here_and_at_the_drafter(attach: Attach) -> None:
+    async def main() -> None:
+        async with running(TOY, Patient(3)) as asked, hosted(ModelDrafter(TOY, branches=1)) as host, attach(host) as link:
+            await attached(asked, "d", link)
+            async with aclosing(asked.generate(asking(PROMPT, max_tokens=1000))) as chunks:
+                await anext(chunks)
+                assert asked.engine.requests.running.keys() == {"s"}
+                with pytest.raises(InvalidRequest, match="under way"):
+                    await anext(asked.generate(asking(PROMPT)))
+            await soon(lambda: not asked.engine.requests.running and not host.draft_engine.states)
+            assert cast(ModelDrafter, host.draft_engine.drafter).kept == {}
+            assert (await answer(asked, asking(PROMPT))).tokens == tuple(TEXT[5:29])
+
+    asyncio.run(main())
+
+
+def test_cancelling_the_reader_frees_the_session() -> None:
+    async def main() -> None:
+        async with running(TOY, Patient(3)) as asked, hosted(Mute()) as host:
+            await attached(asked, "d", host)  # the target waits for it
+            reading = asyncio.create_task(answer(asked, asking(PROMPT)))
+            await soon(lambda: bool(host.draft_engine.states))
+            reading.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await reading
+            await soon(lambda: not asked.engine.requests.running and not host.draft_engine.states)
+
+    asyncio.run(main())
+
+
+def test_sessions_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "SESSIONS", 1)
+    monkeypatch.setattr(limits, "QUEUE", 1)
+
+    async def main() -> None:
+        async with running(TOY, Patient(3)) as asked, hosted(Mute()) as host:
+            await attached(asked, "d", host)
+            readers = [asyncio.create_task(answer(asked, asking(PROMPT, f"s{n}"))) for n in range(2)]
+            await soon(lambda: len(asked.engine.requests.running) == len(asked.engine.requests.admission.waiting) == 1)
+            with pytest.raises(Overloaded, match="the most is 2: try again later"):
+                await anext(asked.generate(asking(PROMPT, "more")))
+            for reader in readers:
+                reader.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
+            await asked.detach("d")
+            assert (await answer(asked, asking(PROMPT, "more"))).reason == "length"
+
+    asyncio.run(main())
+
+
+def test_stopping_ends_what_is_under_way_and_refuses_what_comes() -> None:
+    async def main() -> None:
+        async with running(TOY, Patient(3)) as asked, hosted(Mute()) as host:
+            await attached(asked, "d", host)
+            reading = asyncio.create_task(answer(asked, asking(PROMPT, max_tokens=1000)))
+            await soon(lambda: bool(host.draft_engine.states))
+            await asked.stop()
+            assert (await reading).reason == "cancelled"
+            with pytest.raises(Unavailable, match="has stopped"):
+                await anext(asked.generate(asking(PROMPT)))
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("request_", "says", "param"),
+    [
+        (asking(()), "the prompt is empty", "prompt"),
+        (asking((3, 32)), "token id 32 is not in the vocabulary: ids go from 0 to 31", "prompt"),
+        (asking((3, -1)), "token id -1 ", "prompt"),
+        (Request("s", (3,), Sampling(), committed=(99,)), "token id 99 ", "prompt"),
+        (asking((3,), logit_bias=((32, 1.0),)), "logit_bias token 32 ", "logit_bias"),
+        (asking((3,) * 64, max_tokens=1), "the prompt has 64 tokens, the model's context 64: shorten the prompt", "prompt"),
+        (asking((3,) * 60, max_tokens=5), "lower max_tokens to 4", "max_tokens"),
+        (asking((3,), max_tokens=64), "lower max_tokens to 63", "max_tokens"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(request_: Request, says: str, param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check(request_, 32, 64)
+    assert says in str(caught.value)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize("request_", [asking((3,), max_tokens=63), asking((0, 31)), asking((3,), logit_bias=((31, 1.0),))])
+def test_what_can_be_served_is_not(request_: Request) -> None:
+    check(request_, 32, 64)
+
+
+def test_a_text_may_fill_the_context() -> None:
+    small = ToyModel(vocabulary=24, memory=3, context=30)
+
+    async def main() -> None:
+        async with running(small, Fixed(8, 0.01)) as asked, hosted(ModelDrafter(small), width=4) as host:
+            await attached(asked, "d", host)
+            assert (await answer(asked, asking(PROMPT, max_tokens=25))).tokens == tuple(TEXT[5:30])
+            with pytest.raises(InvalidRequest):
+                await answer(asked, asking(PROMPT, max_tokens=26))
+
+    asyncio.run(main())
+
+
+def test_a_text_decided_in_part_is_gone_on_with() -> None:
+    async def main() -> None:
+        whole = plain(TOY, asking(PROMPT))
+        async with running(TOY, Fixed(8, 0.01)) as asked, hosted(ModelDrafter(TOY), width=4) as host:
+            await attached(asked, "d", host)
+            for cut in (1, 10, 23):
+                request = Request("s", PROMPT, Sampling(max_tokens=24), committed=whole.tokens[:cut])
+                found = await answer(asked, request)
+                assert (found.tokens, found.text, found.reason) == (whole.tokens[cut:], whole.text[cut:], "length")
+                assert found.stats.completion_tokens == 24
+            with pytest.raises(InvalidRequest, match="ended with token 24") as caught:
+                await answer(asked, Request("s", PROMPT, Sampling(max_tokens=24), committed=whole.tokens))
+            assert caught.value.param == "committed"
+
+    asyncio.run(main())
+
+
+def test_no_request_hangs_on_a_target_whose_thread_is_gone() -> None:
+    async def main() -> None:
+        engine = Engine(TOY, Verifier(cast("object", None), frozenset()), Fixed(4), lambda: 0.0)  # type: ignore[arg-type]
+        asked = Target(engine, lettering())
+        with pytest.raises(Unavailable):
+            await anext(asked.generate(asking(PROMPT)))
+
+    asyncio.run(main())

@@ -1,0 +1,41 @@
+"""Callers who connect to one server at the same time, while its certificates are renewed.
+
+As a process of its own, since gRPC ends the process where it fails at this: `python -m tests.support.handshakes FOLDER`. It lays certificates into
+FOLDER and prints how many calls were answered afterwards.
+"""
+
+import asyncio
+import socket
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from actors.rpc.certificate_authority import Authority
+from actors.rpc.server import TargetService, serve
+from tests.actors.rpc.test_tls import CHUNK, NOW, answered, lay
+from tests.support.fakes import HOST, ScriptedTarget
+
+CALLERS, ROUNDS = 100, 20
+
+
+async def main(folder: Path) -> int:
+    authority = Authority("ours", NOW, 30)
+    ours, theirs = lay(folder / "server", authority), lay(folder / "callers", authority)
+    server, port = await serve([TargetService(ScriptedTarget(CHUNK))], HOST, tls=ours)
+    for number in range(ROUNDS):
+        renewal = [asyncio.to_thread(lay, folder / "server", authority)] if number % 4 == 3 else []
+        await asyncio.gather(asyncio.to_thread(crowd, port), *renewal)
+    found = [await answered(f"{HOST}:{port}", theirs) for _ in range(3)]
+    await server.stop(None)
+    return found.count([CHUNK])
+
+
+def crowd(port: int) -> None:
+    """Connections that come together and go again: the server takes up its certificates for each."""
+    with ExitStack() as stack:
+        for _ in range(CALLERS):
+            stack.enter_context(socket.create_connection((HOST, port)))
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{asyncio.run(main(Path(sys.argv[1])))} were answered\n")
