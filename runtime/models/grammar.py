@@ -27,7 +27,8 @@ from runtime.models.grammar_process import ForkServer
 from runtime.models.grammar_worker import BUSY, ERROR, TOKEN, receive, send
 
 COMPILE_S = 0.2  # of processor time, until the first mask is there
-MASK_S = 0.2  # of processor time, for each mask after it
+MASK_S = 0.2  # of processor time, for all masks after it; the model's thread waits for them
+TOKEN_S = 0.005  # that each token adds to what is left of MASK_S
 MEMORY = 128 << 20  # bytes that one grammar may take
 ANSWER_S = 5.0  # of the clock, for a machine that gives little processor time
 LEXER_STATES = 20_000  # of one text; 1 to 2 kB each
@@ -65,7 +66,7 @@ class Matcher:
             return
         if not self.allowed()[token]:
             raise refusal(self._kind, f"token {token} does not follow")
-        self._mask, self._limit = None, f"{MASK_S:g} s for a token"
+        self._mask, self._limit = None, f"{MASK_S:g} s for its masks"
         with self._alive():
             self._channel.sendall(TOKEN.pack(token))
 
@@ -174,6 +175,7 @@ class Grammars:
             "bounds": {
                 "compile_s": COMPILE_S,
                 "mask_s": MASK_S,
+                "token_s": TOKEN_S,
                 "memory": MEMORY,
                 "space": SPACE,
                 "parser": {"max_lexer_states": LEXER_STATES, "max_items_in_row": ROW_ITEMS},

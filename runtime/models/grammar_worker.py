@@ -17,6 +17,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,10 +102,14 @@ def serve(channel: socket.socket, words: LLTokenizer, bounds: dict[str, Any]) ->
     except ValueError as error:  # text that is no Unicode, among others
         send(channel, ERROR, str(error).encode(errors="replace"))
         return
+    left = bounds["mask_s"]
     while (token := read(channel, TOKEN.size)) is not None:
-        with processor_time(bounds["mask_s"]):
+        began = time.process_time()
+        with processor_time(max(left, 0.001)):  # 0 would be no limit
             matcher.consume_token(TOKEN.unpack(token)[0])
             answer(channel, matcher)
+        left += bounds["token_s"] - (time.process_time() - began)
+        left = min(left, bounds["mask_s"])
 
 
 def fork(channel: socket.socket, control: socket.socket, words: LLTokenizer, bounds: dict[str, Any]) -> None:

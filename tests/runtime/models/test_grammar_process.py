@@ -106,7 +106,7 @@ PRODUCTS = {
     "first items": {"allOf": [{"type": "array", "prefixItems": [one]} for one in ALL]},
     "any other property": {"allOf": [{"properties": {"p": one}} for one in ALL[:9]] + [{"additionalProperties": one} for one in ALL[9:]]},
     "values of patterns": {"allOf": [{"patternProperties": {"^p": one}} for one in ALL]},
-    "names": {"patternProperties": {one["pattern"]: {} for one in ALL}},
+    "names": {"patternProperties": {"^(a|b)*a(a|b){200}$": {}, "^(a|b)*b(a|b){200}$": {}}},
     "a format": {"format": "uri", "pattern": "^(a{500}|b)*$"},
     "deep inside": {"items": {"properties": {"p": {"items": {"allOf": ALL}}}}},
 }
@@ -131,6 +131,7 @@ SUMS = {
         "properties": {f"p{i}": one for i, one in enumerate(ALL)},
         "$defs": {"base": {"type": "object", "properties": {"p": string(9)}}},
     },
+    "names": {"patternProperties": {f"^{letter}-[a-z]{{9}}": {} for letter in "abcdefgh"}},
     "in data": {"properties": {"pattern": {"type": "string"}, "format": {"enum": ["a", "b"]}}},
 }
 
@@ -231,7 +232,7 @@ def test_a_mask_that_never_ends_ends_its_own_text(grammars: Grammars, tokenizer:
         "properties": {"a": {"type": "integer"}, "b": {"allOf": late}},
     }
     other, matcher = grammars(GOOD), grammars(schema(value))
-    with pytest.raises(InvalidRequest, match=r"over 0\.2 s for a token or 128 MiB"):
+    with pytest.raises(InvalidRequest, match=r"over 0\.2 s for its masks or 128 MiB"):
         write(tokenizer, matcher, '{"a":1,"b":"y')
     with pytest.raises(InvalidRequest, match="too complex"):
         matcher.allowed()
@@ -256,6 +257,19 @@ def test_a_text_that_needs_too_much_memory_ends_alone(tokenizer: Any, monkeypatc
     with pytest.raises(InvalidRequest, match="or 4 MiB"):
         wander(tokenizer, first)
     write(tokenizer, second, "ab" * 10)
+    grammars.close()
+
+
+def test_masks_that_are_slow_again_and_again_end_their_text(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No single one is over the limit, but the model's thread waits for all of them."""
+    monkeypatch.setattr(grammar, "MASK_S", 0.1)
+    monkeypatch.setattr(grammar, "TOKEN_S", 0.0)
+    monkeypatch.setattr(grammar, "MEMORY", 1 << 40)
+    monkeypatch.setattr(grammar, "LEXER_STATES", 10**7)
+    grammars = Grammars(tokenizer, 4096, EOS)
+    matcher = grammars(MANY_STATES)
+    with pytest.raises(InvalidRequest, match=r"over 0\.1 s for its masks"):
+        wander(tokenizer, matcher)
     grammars.close()
 
 
