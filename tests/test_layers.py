@@ -21,6 +21,7 @@ LAYERS = (
         "*__init__",
         "core/clock",
         "core/cpu_affinity",
+        "core/draft_nodes",
         "core/errors",
         "core/limits",
         "core/messages",

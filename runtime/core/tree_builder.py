@@ -5,14 +5,15 @@ import heapq
 import numpy as np
 import numpy.typing as npt
 
+from runtime.core.draft_nodes import NOTHING, DraftNodes
 from runtime.core.sampler_reference import Ask
-from runtime.heads.base import NOTHING, Growth, Seen
+from runtime.heads.base import Seen
 
 NODES = 32  # of a tree at most
 FLOOR = float(np.log(0.01))  # path probability below which no row is spent on a node
 
 
-def ways(tokens: npt.NDArray[np.integer], scores: npt.NDArray[np.floating], nodes: int = NODES, floor: float = FLOOR) -> Growth:
+def ways(tokens: npt.NDArray[np.integer], scores: npt.NDArray[np.floating], nodes: int = NODES, floor: float = FLOOR) -> DraftNodes:
     """The `nodes` likeliest nodes, parents first. `tokens` and `scores` (places, k), best first; a score of -inf is no guess."""
     places, k = tokens.shape
     said, ids = scores.tolist(), tokens.tolist()
@@ -30,7 +31,7 @@ def ways(tokens: npt.NDArray[np.integer], scores: npt.NDArray[np.floating], node
     if not found:
         return NOTHING
     chosen = np.array([ids[place][rank] for place, rank in found]), np.array([said[place][rank] for place, rank in found])
-    return Growth(np.array(parents), *chosen)
+    return DraftNodes(np.array(parents), *chosen, roots=1)
 
 
 def ahead(seen: Seen, places: int) -> Ask:

@@ -10,19 +10,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from runtime.core import limits
 from runtime.core.clock import Clock
+from runtime.core.draft_nodes import DraftNodes
 from runtime.core.errors import FAULTS
 from runtime.core.messages import Close, Commit, Draft, Event, Open, Reply, Resync, Share
-from runtime.core.node_names import text_key
+from runtime.core.node_names import Ints, Keys, text_key
 from runtime.core.tree import TokenTree
 from runtime.draft.frontier import Frontier, allot
-from runtime.drafters.base import Children, Drafter, ExpandRequest, Text
+from runtime.drafters.base import Drafter, ExpandRequest, Text
 from runtime.scoring.calibration import Band, Calibrations
 from runtime.telemetry.reports import DrafterReport
 from runtime.telemetry.tracing import LEAD, OFF, REROOT, STEP, Trace
@@ -68,14 +68,6 @@ class Stop:
 Command = EventReceived | GrowthDropped | StreamClosed | Stop
 
 
-class Grown(NamedTuple):
-    """New nodes (n,): names of their parents, tokens, and what the drafter says of them."""
-
-    parents: npt.NDArray[np.uint64]
-    tokens: npt.NDArray[np.int32]
-    scores: npt.NDArray[np.float32]
-
-
 @dataclass(slots=True)
 class DraftState:
     """One session at the drafter: the text as far as it is known, and the tree that grows from it."""
@@ -89,7 +81,7 @@ class DraftState:
     frontier: Frontier | None = None  # None where it is to be made anew
     passes: int = 0  # answered since the last commit
     heard: int = 0  # of them, those that the target has been told of
-    unsent: list[Grown] = field(default_factory=list)
+    unsent: list[Draft] = field(default_factory=list)
     lost: bool = False  # has missed a commit and asked for the text again
 
     def restart(self, tree: TokenTree) -> None:
@@ -208,7 +200,7 @@ class DraftEngine:
         counts = allot([state.expandable() for _, state in awake], widths, max([self.rows, *widths]))
         return [wish_of(name, state, count) for (name, state), count in zip(awake, counts, strict=True) if count]
 
-    def ask(self, wishes: Sequence[ExpandRequest]) -> Sequence[Children | None]:
+    def ask(self, wishes: Sequence[ExpandRequest]) -> Sequence[DraftNodes | None]:
         """The method's answers. Where it fails, each session is asked about alone: those that fail again are given up."""
         try:
             answers = self.drafter.expand(wishes)
@@ -227,7 +219,7 @@ class DraftEngine:
         self.counters["failed"] += 1
         self.forget(session)
 
-    def add(self, wishes: Sequence[ExpandRequest], answers: Sequence[Children | None]) -> None:
+    def add(self, wishes: Sequence[ExpandRequest], answers: Sequence[DraftNodes | None]) -> None:
         """Put the answers to `plan` into the trees and send them, with no event taken in between. A session whose answer cannot be one
         is given up."""
         for wish, children in zip(wishes, answers, strict=True):
@@ -256,39 +248,48 @@ class DraftEngine:
             state.tree.expanded[leaf] = True
         state.expandable().drop_expanded()
 
-    def sprout(self, state: DraftState, children: Children) -> list[Grown]:
-        """Put new children, and what is below them, into the tree; returns what is to be sent of them. What is below a guess that is left
-        out is left out too."""
-        nodes = children.parents.astype(np.int64)
-        grown = [self.put(state, nodes, children)]
-        while children.below is not None:
-            nodes, children = became(state.tree, nodes, children.tokens)[children.below.parents], children.below
-            grown.append(self.put(state, nodes, children))
-        return grown
+    def sprout(self, state: DraftState, nodes: DraftNodes) -> list[Draft]:
+        """Put new nodes into the tree, level by level; returns what is to be sent of them. What is below a guess that is left out is
+        left out too."""
+        levels = nodes.levels()
+        placed = np.full(len(nodes.tokens), -1)  # where each is in the tree
+        drafts = []
+        for number, level in enumerate(levels):
+            hung = nodes.parents[level]
+            parents = placed[hung - nodes.roots] if number and nodes.roots is not None else hung.astype(np.int64)
+            drafts.append(self.put(state, parents, nodes.tokens[level], nodes.scores[level]))
+            if number + 1 < len(levels):
+                placed[level] = became(state.tree, parents, nodes.tokens[level])
+        return drafts
 
-    def put(self, state: DraftState, parents: npt.NDArray[np.int64], children: Children) -> Grown:
+    def put(self, state: DraftState, parents: Ints, tokens: npt.NDArray[np.integer], scores: npt.NDArray[np.floating]) -> Draft:
         """Of guesses below these nodes, -1 for none.
 
         Siblings that are hardly possible are left out, but not the first child: a node is asked about once, and may become the root.
         """
         tree, calibration = state.tree, self.calibration(state).of(self.name)
-        said = children.scores.astype(np.float64)
+        said = scores.astype(np.float64)
         ranks = np.frombuffer(tree.fanout, np.int64)[parents] + place_in_run(parents)
         likely = (ranks == 0) | (np.frombuffer(tree.path)[parents] + calibration.scores(ranks, said) >= FLOOR)
         possible = likely & (parents >= 0)
-        keys, tokens, said = np.frombuffer(tree.key, np.uint64)[parents[possible]], children.tokens[possible], said[possible]
+        keys, tokens, said = np.frombuffer(tree.key, np.uint64)[parents[possible]], tokens[possible], said[possible]
         new = tree.merge(keys, tokens.astype(np.int64), said, self.name, calibration.scores).rows
-        return Grown(keys[new], tokens[new].astype(np.int32), said[new].astype(np.float32))
+        return self.draft(state, keys[new], tokens[new].astype(np.int32), said[new].astype(np.float32))
+
+    def draft(self, state: DraftState, parents: Keys, tokens: npt.NDArray[np.int32], scores: npt.NDArray[np.float32]) -> Draft:
+        return Draft(state.opened.session, state.opened.epoch, self.name, parents, tokens, scores)
 
     def send(self, state: DraftState) -> None:
         """All that the target has not heard of, in messages that it takes."""
-        opened, grown = state.opened, Grown(*map(np.concatenate, zip(*state.unsent, strict=True)))
+        parents, tokens, scores = (
+            np.concatenate(arrays) for arrays in zip(*((one.parents, one.tokens, one.scores) for one in state.unsent), strict=True)
+        )
         state.unsent.clear()
         state.heard = state.passes
-        self.nodes += len(grown.tokens)
-        for start in range(0, len(grown.tokens), limits.DRAFT_NODES):
+        self.nodes += len(tokens)
+        for start in range(0, len(tokens), limits.DRAFT_NODES):
             piece = slice(start, start + limits.DRAFT_NODES)
-            draft = Draft(opened.session, opened.epoch, self.name, grown.parents[piece], grown.tokens[piece], grown.scores[piece])
+            draft = self.draft(state, parents[piece], tokens[piece], scores[piece])
             self.trace.sent(draft, self.clock(), self.name)
             state.send(draft)
 
@@ -367,7 +368,7 @@ def wish_of(name: str, state: DraftState, count: int) -> ExpandRequest:
     return ExpandRequest(text, state.expandable().best(count), opened.style.branches)
 
 
-def became(tree: TokenTree, parents: npt.NDArray[np.int64], tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+def became(tree: TokenTree, parents: Ints, tokens: npt.NDArray[np.integer]) -> Ints:
     """Of children of these nodes, -1 for none; -1 where they are not in the tree."""
     found = (tree.child(parent, token) if parent >= 0 else None for parent, token in zip(parents.tolist(), tokens.tolist(), strict=True))
     return np.array([-1 if node is None else node for node in found], dtype=np.int64)

@@ -4,9 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from runtime.core.draft_nodes import DraftNodes
 from runtime.core.sampling_params import Sampling
 from runtime.core.tree import TokenTree
 from runtime.models.base import Model, Open
@@ -27,19 +25,6 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class Children:
-    """Guesses, as parallel arrays: index of the parent in the tree, token id, log of the estimated acceptance (<= 0).
-
-    below  guesses that hang on these, where a method knows more than was asked for: their parents are places among these, from 0
-    """
-
-    parents: npt.NDArray[np.int32]
-    tokens: npt.NDArray[np.int32]
-    scores: npt.NDArray[np.float32]
-    below: "Children | None" = None
-
-
-@dataclass(frozen=True, slots=True)
 class ExpandRequest:
     """Nodes of one session's tree (indices) whose children are wanted; a node that was answered for is not asked about again.
 
@@ -54,7 +39,7 @@ class ExpandRequest:
 class Drafter(Protocol):
     """Anything that proposes continuations. It may be wrong or silent; nothing it says is trusted."""
 
-    def expand(self, wishes: Sequence[ExpandRequest]) -> Sequence[Children | None]:
+    def expand(self, wishes: Sequence[ExpandRequest]) -> Sequence[DraftNodes | None]:
         """Guess the children of the leaves of several sessions, of each session at most one wish; the answers are parallel.
 
         One forward pass for all of them where the method has a model. Nothing need be returned for a leaf that the method

@@ -11,10 +11,11 @@ from itertools import islice
 import numpy as np
 import torch
 
+from runtime.core.draft_nodes import NOTHING, DraftNodes
 from runtime.core.node_names import EMPTY_TEXT, child_key, text_key
 from runtime.core.sampler_reference import Ask
 from runtime.core.tree import TokenTree
-from runtime.drafters.base import Children, DrafterContext, ExpandRequest, Text
+from runtime.drafters.base import DrafterContext, ExpandRequest, Text
 from runtime.kv.base import KVCache
 from runtime.kv.prefix_cache import Prefixes
 from runtime.models.base import Logits, Model, Part, Rows
@@ -23,7 +24,6 @@ from runtime.models.sampler import candidates_all
 BRANCHES = 4  # children of a leaf
 CHUNK = 512  # tokens of texts that are read in one pass, of all sessions together
 FINISHED = 16384  # slots for the texts of sessions that are over
-NOTHING = Children(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
 
 
 @dataclass(slots=True)
@@ -96,20 +96,20 @@ class ModelDrafter:
         self.kept: dict[str, Kept] = {}
         self.finished = Prefixes(finished)
 
-    def expand(self, wishes: Sequence[ExpandRequest]) -> list[Children | None]:
+    def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes | None]:
         steps = rationed([self.step(wish) for wish in wishes], self.chunk)
         passing = [step for step in steps if step.missing or step.leaves]
         found = dict(zip(map(id, passing), self.guess(passing), strict=True))
         return [None if step.reading else found.get(id(step), NOTHING) for step in steps]
 
-    def guess(self, steps: Sequence[Step]) -> list[Children]:
+    def guess(self, steps: Sequence[Step]) -> list[DraftNodes]:
         """The children of the leaves of each step, by one pass over all of them."""
         passed = self.model.forward_all([step.part() for step in steps]) if steps else []
         for step in steps:
             step.done()
         return self.children(steps, passed)
 
-    def children(self, steps: Sequence[Step], passed: Sequence[Logits]) -> list[Children]:
+    def children(self, steps: Sequence[Step], passed: Sequence[Logits]) -> list[DraftNodes]:
         """Out of the logits of the leaves of each step."""
         asking = [(torch.as_tensor(rows), step) for step, rows in zip(steps, passed, strict=True) if step.leaves]
         guesses = iter(candidates_all([(rows, step.ask(), step.wish.branches or self.branches) for rows, step in asking]))
@@ -200,10 +200,10 @@ def rationed(steps: Sequence[Step], tokens: int) -> list[Step]:
     return found
 
 
-def children(leaves: Sequence[int], tokens: np.ndarray, scores: np.ndarray) -> Children:
+def children(leaves: Sequence[int], tokens: np.ndarray, scores: np.ndarray) -> DraftNodes:
     found = np.repeat(np.asarray(leaves, dtype=np.int32), tokens.shape[1]), tokens.ravel(), scores.ravel()
     allowed = np.isfinite(found[2])  # the target would not choose what the filters bar
-    return Children(*found) if allowed.all() else Children(*(array[allowed] for array in found))
+    return DraftNodes(*found) if allowed.all() else DraftNodes(*(array[allowed] for array in found))
 
 
 def build(ingredients: DrafterContext) -> ModelDrafter:

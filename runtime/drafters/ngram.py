@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runtime.drafters.base import Children, DrafterContext, ExpandRequest, Text
+from runtime.core.draft_nodes import DraftNodes
+from runtime.drafters.base import DrafterContext, ExpandRequest, Text
 
 LONGEST = 4  # tokens that must agree, most first
 SHORTEST = 2
@@ -14,10 +15,10 @@ LOOK_BACK = 1024  # tokens searched
 class Ngram:
     """Keeps nothing: every answer is read off the text."""
 
-    def expand(self, wishes: Sequence[ExpandRequest]) -> list[Children]:
+    def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes]:
         return [self.guess(wish.text, wish.leaves) for wish in wishes]
 
-    def guess(self, text: Text, leaves: Sequence[int]) -> Children:
+    def guess(self, text: Text, leaves: Sequence[int]) -> DraftNodes:
         parents: list[int] = []
         tokens: list[int] = []
         scores: list[float] = []
@@ -29,7 +30,7 @@ class Ngram:
                 parents.append(leaf)
                 tokens.append(token)
                 scores.append(float(np.log(agreed / (agreed + 1.0))))
-        return Children(np.asarray(parents, dtype=np.int32), np.asarray(tokens, dtype=np.int32), np.asarray(scores, dtype=np.float32))
+        return DraftNodes(np.asarray(parents, dtype=np.int32), np.asarray(tokens, dtype=np.int32), np.asarray(scores, dtype=np.float32))
 
     def close(self, session: str) -> None:
         pass

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runtime.drafters.base import Children, Drafter, DrafterContext, ExpandRequest
+from runtime.core.draft_nodes import DraftNodes
+from runtime.drafters.base import Drafter, DrafterContext, ExpandRequest
 from runtime.drafters.model import ModelDrafter
 
 WRONG = 0.3
@@ -16,15 +17,15 @@ class Noisy:
     def __init__(self, inner: Drafter, vocabulary: int, wrong: float = WRONG) -> None:
         self.inner, self.vocabulary, self.wrong = inner, vocabulary, wrong
 
-    def expand(self, wishes: Sequence[ExpandRequest]) -> list[Children | None]:
+    def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes | None]:
         answers = self.inner.expand(wishes)
         return [found and self.spoil(wish, found) for wish, found in zip(wishes, answers, strict=True)]
 
-    def spoil(self, wish: ExpandRequest, found: Children) -> Children:
+    def spoil(self, wish: ExpandRequest, found: DraftNodes) -> DraftNodes:
         keys = np.asarray([wish.text.tree.key[parent] for parent in found.parents], dtype=np.uint64)
         spoilt = (keys >> np.uint64(11)) < np.uint64(int(self.wrong * 2**53))
         tokens = np.where(spoilt, (found.tokens + 1) % self.vocabulary, found.tokens)
-        return Children(found.parents, tokens.astype(np.int32), found.scores)
+        return DraftNodes(found.parents, tokens.astype(np.int32), found.scores)
 
     def close(self, session: str) -> None:
         self.inner.close(session)

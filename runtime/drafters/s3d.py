@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from runtime.core.draft_nodes import DraftNodes, stack
 from runtime.core.errors import ModelRefused
 from runtime.core.sampler_reference import Ask
-from runtime.drafters.base import Children, DrafterContext
+from runtime.drafters.base import DrafterContext
 from runtime.drafters.model import ModelDrafter, Step, children
 from runtime.models.base import Branch, Look, Open, Part
 from runtime.models.head_checkpoint import Settings, identity_of, read_settings, read_tensors, whole_number
@@ -48,7 +49,7 @@ class MaskDrafter(ModelDrafter):
         super().__init__(model)
         self.open, self.look = model, Look(branches=tuple(Branch(0, partial(repeated, mask)) for mask in masks))
 
-    def guess(self, steps: Sequence[Step]) -> list[Children]:
+    def guess(self, steps: Sequence[Step]) -> list[DraftNodes]:
         shown = self.open.show_all([self.masked(step) for step in steps], self.look) if steps else []
         for step in steps:
             step.done()
@@ -56,7 +57,7 @@ class MaskDrafter(ModelDrafter):
         ridden = [(step, one.ridden[0]) for step, one in zip(steps, shown, strict=True) if one.ridden is not None]
         far = iter(candidates_all([(rows, further(step, len(rows)), BRANCHES) for step, rows in ridden]))
         return [
-            found if one.ridden is None else hung(found, step.leaves[0], next(far))
+            found if one.ridden is None else hung(found, step.leaves[0], next(far), len(step.wish.text.tree))
             for step, one, found in zip(steps, shown, near, strict=True)
         ]
 
@@ -78,16 +79,16 @@ def further(step: Step, places: int) -> Ask:
     return Ask(text.sampling, text.prompt, text.tokens, paths, frozenset())
 
 
-def hung(near: Children, leaf: int, far: Guesses) -> Children:
-    """The guesses `near` with those of each place further ahead, (places, k), below the best child of `leaf`."""
-    best = np.flatnonzero(near.parents == leaf)
-    below: Children | None = None
-    for tokens, scores in reversed(list(zip(*far, strict=True))):
-        level = children([0], tokens[None], scores[None])
-        below = replace(level, below=below) if len(level.tokens) else None
-    if below is None or not len(best):
-        return near
-    return replace(near, below=replace(below, parents=np.full_like(below.parents, best[0])))
+def hung(near: DraftNodes, leaf: int, far: Guesses, roots: int) -> DraftNodes:
+    """Hang the guesses for each place further ahead, (places, k), below the best child of `leaf`. The tree has `roots` nodes."""
+    best = np.flatnonzero(near.parents == leaf)[:1].tolist()
+    levels = [near]
+    for tokens, scores in zip(*far, strict=True):
+        level = children(best if len(levels) == 1 else [0], tokens[None], scores[None])
+        if not len(best) or not len(level.tokens):
+            break
+        levels.append(level)
+    return stack(levels, roots)
 
 
 def kept_layers(folder: Path, settings: Settings, most: int) -> list[int]:

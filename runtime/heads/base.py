@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from runtime.core.draft_nodes import DraftNodes
 from runtime.drafters.base import Text
 from runtime.models.base import Look, Open, Shown
 
@@ -33,23 +34,6 @@ class Seen:
     riders: Sequence[int] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Growth:
-    """A tree of guesses below the root of a text, as parallel arrays (n,), parents before their children.
-
-    parents  0 for the root, i for the i-th node of this growth, from 1 on
-    tokens   token ids
-    scores   log of the estimated acceptance of a node once its parent is accepted, at most 0
-    """
-
-    parents: npt.NDArray[np.int64]
-    tokens: npt.NDArray[np.int64]
-    scores: npt.NDArray[np.float64]
-
-
-NOTHING = Growth(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float64))
-
-
 class Head(Protocol):
     """Like a drafter it may be wrong or silent, and nothing it says is trusted. It runs on the target's thread, within the step."""
 
@@ -58,8 +42,8 @@ class Head(Protocol):
         """What it needs of every pass; the same at all times."""
         ...
 
-    def propose(self, seen: Sequence[Seen]) -> Sequence[Growth]:
-        """Guess how the texts of several sessions go on, each from its root; the answers are parallel."""
+    def propose(self, seen: Sequence[Seen]) -> Sequence[DraftNodes]:
+        """Guess how the texts of several sessions go on; the answers are parallel. All hangs on the root of a text: `roots` is 1."""
         ...
 
     def close(self, session: str) -> None:

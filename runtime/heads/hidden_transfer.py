@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from runtime.core.draft_nodes import NOTHING, DraftNodes
 from runtime.core.errors import ModelRefused
 from runtime.core.tree_builder import ahead, ways
-from runtime.heads.base import NOTHING, Growth, HeadContext, Seen
+from runtime.heads.base import HeadContext, Seen
 from runtime.models.base import Branch, Look
 from runtime.models.head_checkpoint import TRAIN, Settings, read_settings, read_tensors
 from runtime.models.sampler import candidates_all
@@ -49,7 +50,7 @@ class HiddenTransferHead:
     def __init__(self, module: HiddenTransfer) -> None:
         self.look = Look(branches=tuple(Branch(layer, linear) for layer, linear in zip(module.layers, module.maps, strict=True)))
 
-    def propose(self, seen: Sequence[Seen]) -> list[Growth]:
+    def propose(self, seen: Sequence[Seen]) -> list[DraftNodes]:
         places = [one.riders.index(one.path[-1]) if one.shown.ridden is not None and one.path[-1] in one.riders else None for one in seen]
         asked = [
             (one.shown.ridden[place], ahead(one, len(self.look.branches)), BRANCHES)

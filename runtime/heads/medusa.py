@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from runtime.core.draft_nodes import DraftNodes
 from runtime.core.errors import ModelRefused
 from runtime.core.tree_builder import ahead, ways
-from runtime.heads.base import Growth, HeadContext, Seen
+from runtime.heads.base import HeadContext, Seen
 from runtime.models.base import Look, Open
 from runtime.models.head_checkpoint import TRAIN, read_settings, read_tensors, whole_number
 from runtime.models.sampler import candidates_all
@@ -51,7 +52,7 @@ class MedusaHead:
     def __init__(self, model: Open, module: Medusa) -> None:
         self.model, self.module = model, module
 
-    def propose(self, seen: Sequence[Seen]) -> list[Growth]:
+    def propose(self, seen: Sequence[Seen]) -> list[DraftNodes]:
         with torch.inference_mode():
             states = self.module(torch.stack([one.shown.hidden[one.path[-1]] for one in seen]))
             logits = self.model.unembed(states.flatten(0, 1)).unflatten(0, states.shape[:2])

@@ -16,9 +16,10 @@ import numpy.typing as npt
 import torch
 
 from runtime.core import noise
+from runtime.core.draft_nodes import DraftNodes
 from runtime.core.sampler_reference import Ask
 from runtime.drafters.base import Text
-from runtime.heads.base import Growth, HeadContext, Seen
+from runtime.heads.base import HeadContext, Seen
 from runtime.kernels.topk import top
 from runtime.models.base import Look
 from runtime.models.sampler import ranked
@@ -58,7 +59,7 @@ class TokenRecycling:
         self.tokens = np.full((vocabulary + 1, self.kept), UNKNOWN, dtype=np.int64)
         self.scores = np.zeros((vocabulary + 1, self.kept), dtype=np.float32)
 
-    def propose(self, seen: Sequence[Seen]) -> list[Growth]:
+    def propose(self, seen: Sequence[Seen]) -> list[DraftNodes]:
         self.learn(seen)
         return [self.grow(one.text) for one in seen]
 
@@ -77,7 +78,7 @@ class TokenRecycling:
         self.tokens[met] = tokens.cpu().numpy()[places]
         self.scores[met] = values.log_softmax(-1).cpu().numpy()[places]
 
-    def grow(self, text: Text) -> Growth:
+    def grow(self, text: Text) -> DraftNodes:
         levels, parents = shape(self.kept)
         tokens, said, path = np.full(len(parents), UNKNOWN), np.zeros(len(parents)), np.full(len(parents), -np.inf)
         tokens[0], path[0] = text.tokens[-1], 0.0
@@ -92,7 +93,7 @@ class TokenRecycling:
                 break
         kept = (tokens != UNKNOWN) & (path >= FLOOR)  # with a node go all below it
         number = np.cumsum(kept) - 1
-        return Growth(number[parents[kept]][1:], tokens[kept][1:], said[kept][1:])
+        return DraftNodes(number[parents[kept]][1:], tokens[kept][1:], said[kept][1:], roots=1)
 
     def perturbed(self, text: Text, above: Ints, level: Level, place: int) -> Candidates:
         """The nodes of a level whose parents are `above` (n,), each of its rank by the noise that the target will choose by at `place`."""

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from runtime.core.draft_nodes import NOTHING, DraftNodes
 from runtime.core.node_names import child_key, text_key
 from runtime.core.tree_builder import ways
 from runtime.drafters.base import Text
-from runtime.heads.base import NOTHING, Growth, Seen
+from runtime.heads.base import Seen
 from runtime.models.base import Look
 from runtime.scoring.calibration import Calibrations
 from runtime.sim.draft_samples import Place
@@ -49,10 +50,10 @@ class ReplayedHead:
     def __init__(self, figures: HeadFigures) -> None:
         self.figures = figures
 
-    def propose(self, seen: Sequence[Seen]) -> list[Growth]:
+    def propose(self, seen: Sequence[Seen]) -> list[DraftNodes]:
         return [self.growth(one.text) for one in seen]
 
-    def growth(self, text: Text) -> Growth:
+    def growth(self, text: Text) -> DraftNodes:
         steps = self.figures.steps
         step = steps[(text_key(text.tokens[: text.prompt]) + len(text.tokens)) % len(steps)]
         if not step:
@@ -70,7 +71,7 @@ class ReplayedHead:
         pass
 
 
-def along(growth: Growth, text: Sequence[int]) -> tuple[Place, ...]:
+def along(growth: DraftNodes, text: Sequence[int]) -> tuple[Place, ...]:
     """A step of HeadFigures: what a head has guessed, where `text` is what the target goes on with after the root."""
     node, found = 0, []
     for token in text:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from runtime.core.draft_nodes import DraftNodes, stack
 from runtime.core.node_names import EMPTY_TEXT, mix64, text_key
 from runtime.core.sampler_reference import Ask
-from runtime.drafters.base import Children, ExpandRequest, Text
+from runtime.drafters.base import ExpandRequest, Text
 from runtime.kv.base import KVCache
 from runtime.models.base import Part, Rows
 from runtime.sim.draft_samples import Guesses, Place
@@ -99,13 +100,13 @@ class Guesser:
         self.guesses = guesses
         self.path: dict[str, set[int]] = {}  # names on the target's path, by session
 
-    def expand(self, wishes: Sequence[ExpandRequest]) -> list[Children]:
+    def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes]:
         return [self.children(wish) for wish in wishes]
 
     def close(self, session: str) -> None:
         self.path.pop(session, None)
 
-    def children(self, wish: ExpandRequest) -> Children:
+    def children(self, wish: ExpandRequest) -> DraftNodes:
         parents: list[int] = []
         tokens: list[int] = []
         scores: list[float] = []
@@ -116,21 +117,19 @@ class Guesser:
             parents += [leaf] * len(said)
             tokens += guessed
             scores += said
-        below = self.behind(wish.text.tree.key[wish.leaves[0]], tokens[0], examples[0], most) if tokens else None
-        return Children(np.asarray(parents, np.int32), np.asarray(tokens, np.int32), np.asarray(scores, np.float32), below)
+        near = DraftNodes(np.asarray(parents, np.int32), np.asarray(tokens, np.int32), np.asarray(scores, np.float32))
+        behind = self.behind(wish.text.tree.key[wish.leaves[0]], tokens[0], examples[0], most) if tokens else []
+        return stack([near, *behind], len(wish.text.tree)) if behind else near
 
-    def behind(self, key: int, best: int, example: int, most: int) -> Children | None:
-        """What the pass guessed behind the `best` guess for the first leaf, of name `key`."""
+    def behind(self, key: int, best: int, example: int, most: int) -> list[DraftNodes]:
+        """What the pass guessed behind the `best` guess for the first leaf, of name `key`, each below the first of those before."""
         levels = []
         for place in self.guesses.behind(example):
             key = mix64(key, best)
             guessed, said = beside(key, place, most)
-            levels.append((guessed, said))
+            levels.append(DraftNodes(np.zeros(len(said), np.int32), np.asarray(guessed, np.int32), np.asarray(said, np.float32)))
             best = guessed[0]
-        below: Children | None = None
-        for guessed, said in reversed(levels):
-            below = Children(np.zeros(len(said), np.int32), np.asarray(guessed, np.int32), np.asarray(said, np.float32), below)
-        return below
+        return levels
 
     def example(self, text: Text, leaf: int) -> int:
         tree, guesses = text.tree, self.guesses

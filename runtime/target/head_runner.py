@@ -9,13 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.core.clock import Clock
+from runtime.core.draft_nodes import DraftNodes
 from runtime.core.errors import FAULTS, InvalidRequest
 from runtime.core.messages import Draft
 from runtime.core.node_names import child_key
 from runtime.core.session import Session
 from runtime.core.tree import TokenTree
 from runtime.drafters.base import Text
-from runtime.heads.base import Growth, Head, Seen
+from runtime.heads.base import Head, Seen
 from runtime.models.base import Look, Model, Open, Part, Shown
 from runtime.scoring.drafter_utility import DrafterUtility
 from runtime.target.batch import BatchItem
@@ -176,12 +177,12 @@ def seen_of(item: BatchItem, decision: Decision) -> Seen:
     return Seen(text, item.part.rows.tokens, path, decision.shown, item.part.riders)
 
 
-def draft_of(session: Session, growth: Growth, name: str) -> Draft:
+def draft_of(session: Session, growth: DraftNodes, name: str) -> Draft:
     """Nodes by the names of their parents. Raises ValueError for a parent that does not come before its child, and for arrays of unequal
     length."""
     if len(growth.scores) != len(growth.tokens):
         raise ValueError(f"{len(growth.scores)} scores of {len(growth.tokens)} nodes: give one of each")
-    keys = [session.tree.key[0]]
+    keys = session.tree.key[: growth.roots].tolist()
     for parent, token in zip(growth.parents.tolist(), growth.tokens.tolist(), strict=True):
         if not 0 <= parent < len(keys):
             raise ValueError(f"parent {parent} of node {len(keys)}: give 0 or a node before it")

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from runtime.config import methods, module_of
 from runtime.core import limits
+from runtime.core.draft_nodes import DraftNodes
 from runtime.core.errors import InvalidRequest
 from runtime.core.messages import Commit, Draft, Open, Reply, Share
 from runtime.core.node_names import text_key
@@ -24,7 +25,7 @@ from runtime.core.sampling_params import Sampling
 from runtime.core.tree import TokenTree
 from runtime.draft.draft_engine import RUN_AHEAD, DraftEngine
 from runtime.draft.frontier import Frontier
-from runtime.drafters.base import Children, Drafter, ExpandRequest, Text
+from runtime.drafters.base import Drafter, ExpandRequest, Text
 from runtime.drafters.model import ModelDrafter
 from runtime.models.base import Part
 from runtime.models.sampler import candidates
@@ -51,11 +52,17 @@ def text_of(tokens: Sequence[int], session: str = "s", **sampling: object) -> Te
     return Text(session, list(tokens), len(tokens), Sampling(**sampling), tree)  # type: ignore[arg-type]
 
 
-def expanded(drafter: Drafter, text: Text, leaves: Sequence[int], branches: int = 0) -> Children:
-    """The method's answer to one wish."""
+def expanded(drafter: Drafter, text: Text, leaves: Sequence[int], branches: int = 0) -> DraftNodes:
+    """The method's answer to one wish, as far as it hangs on the tree."""
     (found,) = drafter.expand([ExpandRequest(text, leaves, branches)])
     assert found is not None
-    return found
+    return near(found)
+
+
+def near(found: DraftNodes) -> DraftNodes:
+    """Those that hang on the tree."""
+    level = found.levels()[0]
+    return DraftNodes(found.parents[level], found.tokens[level], found.scores[level])
 
 
 def holds(thing: object, name: str) -> bool:
@@ -148,10 +155,11 @@ def test_sessions_do_not_show_in_each_other(method: str, temperature: float) -> 
     together, alone = built(method), {name: built(method) for name in texts}
     for names in (["a", "b"], ["b", "c", "a"], ["c", "a"]):
         wishes = [ExpandRequest(texts[name], Frontier(texts[name].tree, 20, -50.0).best(3)) for name in names]
-        for wish, found in zip(wishes, together.expand(wishes), strict=True):
+        for wish, reply in zip(wishes, together.expand(wishes), strict=True):
             text = wish.text
             expected = expanded(alone[text.session], text, wish.leaves)
-            assert found is not None
+            assert reply is not None
+            found = near(reply)
             assert (found.parents.tolist(), found.tokens.tolist()) == (expected.parents.tolist(), expected.tokens.tolist())
             assert np.allclose(found.scores, expected.scores, atol=1e-5)
             for leaf in wish.leaves:

@@ -13,6 +13,7 @@ import torch
 
 from runtime.config import heads, module_of
 from runtime.core import limits
+from runtime.core.draft_nodes import DraftNodes
 from runtime.core.errors import InvalidRequest, ModelRefused
 from runtime.core.node_names import text_key
 from runtime.core.sampler_reference import Chooser
@@ -22,7 +23,7 @@ from runtime.core.tree import TokenTree
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import Text
 from runtime.drafters.model import ModelDrafter
-from runtime.heads.base import Growth, Head, HeadContext, Identity, Seen
+from runtime.heads.base import Head, HeadContext, Identity, Seen
 from runtime.heads.hidden_transfer import HiddenTransfer
 from runtime.heads.medusa import Medusa
 from runtime.models.base import Branch, Look, Model, causal
@@ -118,13 +119,13 @@ class Watching:
     """Another head, whose growths are looked at."""
 
     inner: Head
-    growths: list[Growth]
+    growths: list[DraftNodes]
 
     @property
     def look(self) -> Look:
         return self.inner.look
 
-    def propose(self, seen: Sequence[Seen]) -> Sequence[Growth]:
+    def propose(self, seen: Sequence[Seen]) -> Sequence[DraftNodes]:
         found = self.inner.propose(seen)
         self.growths.extend(found)
         return found
@@ -136,7 +137,7 @@ class Watching:
 @HEADS
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_growth_is_bounded_and_makes_sense(method: str, temperature: float, trained: dict[str, Path]) -> None:
-    growths: list[Growth] = []
+    growths: list[DraftNodes] = []
     sampling: dict[str, Any] = {"temperature": temperature, "seed": 5, "top_k": 3, "frequency_penalty": 0.5}
     Lockstep(headed(hf_model("llama"), Watching(built(method, trained), growths))).run(asking(PROMPT, max_tokens=40, **sampling))
     assert sum(len(growth.tokens) for growth in growths) > 0
@@ -197,13 +198,13 @@ class Oracle:
     def __init__(self, text: Sequence[int], depth: int) -> None:
         self.text, self.depth = list(text), depth
 
-    def propose(self, seen: Sequence[Seen]) -> list[Growth]:
+    def propose(self, seen: Sequence[Seen]) -> list[DraftNodes]:
         return [self.grow(one.text) for one in seen]
 
-    def grow(self, text: Text) -> Growth:
+    def grow(self, text: Text) -> DraftNodes:
         assert list(text.tokens) == self.text[: len(text.tokens)]
         coming = np.asarray(self.text[len(text.tokens) :][: self.depth])
-        return Growth(np.arange(len(coming)), coming, np.full(len(coming), -0.1))
+        return DraftNodes(np.arange(len(coming)), coming, np.full(len(coming), -0.1), roots=1)
 
     def close(self, session: str) -> None:
         pass
@@ -260,18 +261,18 @@ def test_a_session_without_speculation_is_no_business_of_a_head() -> None:
 
 
 class Failing(Oracle):
-    def propose(self, seen: Sequence[Seen]) -> list[Growth]:
+    def propose(self, seen: Sequence[Seen]) -> list[DraftNodes]:
         raise RuntimeError("out of memory")
 
 
 class Circular(Oracle):
-    def grow(self, text: Text) -> Growth:
-        return Growth(np.array([1]), np.array([3]), np.array([-0.1]))
+    def grow(self, text: Text) -> DraftNodes:
+        return DraftNodes(np.array([1]), np.array([3]), np.array([-0.1]), roots=1)
 
 
 class Lopsided(Oracle):
-    def grow(self, text: Text) -> Growth:
-        return Growth(np.array([0]), np.array([3]), np.array([-0.1, -0.2]))
+    def grow(self, text: Text) -> DraftNodes:
+        return DraftNodes(np.array([0]), np.array([3]), np.array([-0.1, -0.2]), roots=1)
 
 
 class Blind(Oracle):
@@ -300,9 +301,9 @@ def test_a_head_that_fails_is_disabled(kind: type[Oracle], caplog: pytest.LogCap
 class Wrong(Oracle):
     """Guesses what is never written, and nonsense that must be ignored."""
 
-    def grow(self, text: Text) -> Growth:
+    def grow(self, text: Text) -> DraftNodes:
         right = self.text[len(text.tokens)]
-        return Growth(np.array([0, 0, 0, 0]), np.array([(right + 1) % 24, -1, 24, right]), np.array([-0.1, -0.1, -0.1, 0.1]))
+        return DraftNodes(np.array([0, 0, 0, 0]), np.array([(right + 1) % 24, -1, 24, right]), np.array([-0.1, -0.1, -0.1, 0.1]), roots=1)
 
 
 def test_a_head_that_brings_nothing_rests_and_costs_nothing() -> None:
@@ -378,6 +379,6 @@ def test_a_draft_names_its_parents() -> None:
     session = Session(
         asking(PROMPT), 24, 100, Engine(TOY, Verifier(choose_by_numpy, NOBODY), Fixed(1), lambda: 0.0).requests.calibrations.band(0.0)
     )
-    draft = draft_of(session, Growth(np.array([0, 1, 0]), np.array([5, 6, 7]), np.array([-0.1, -0.2, -0.3])), "h-0")
+    draft = draft_of(session, DraftNodes(np.array([0, 1, 0]), np.array([5, 6, 7]), np.array([-0.1, -0.2, -0.3]), roots=1), "h-0")
     assert draft.parents.tolist() == [text_key(PROMPT), text_key([*PROMPT, 5]), text_key(PROMPT)]
     assert session.offer(draft) == 3

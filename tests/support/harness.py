@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from runtime.core.draft_nodes import DraftNodes
 from runtime.core.errors import LinkLost
 from runtime.core.links import DraftLink
 from runtime.core.messages import Chunk, Event, FinishReason, Logprob, Reply, Request, Round, Stats, Style
@@ -17,7 +18,7 @@ from runtime.core.sampler_reference import Chooser, choose
 from runtime.core.sampling_params import Sampling
 from runtime.draft.draft_engine import DraftEngine, EventReceived
 from runtime.draft.draft_host import DraftHost
-from runtime.drafters.base import Children, Drafter, ExpandRequest, Text
+from runtime.drafters.base import Drafter, ExpandRequest, Text
 from runtime.models.base import Model
 from runtime.schedulers.base import Plan, Scheduler, View
 from runtime.schedulers.fixed import Fixed
@@ -91,10 +92,10 @@ class Known:
     def __init__(self, text: Sequence[int], vocabulary: int, branches: int = 1) -> None:
         self.text, self.vocabulary, self.branches = list(text), vocabulary, branches
 
-    def expand(self, wishes: Sequence[ExpandRequest]) -> list[Children]:
+    def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes]:
         return [self.guess(wish.text, wish.leaves) for wish in wishes]
 
-    def guess(self, text: Text, leaves: Sequence[int]) -> Children:
+    def guess(self, text: Text, leaves: Sequence[int]) -> DraftNodes:
         found: list[tuple[int, int, float]] = []
         for leaf in leaves:
             before = [*text.tokens, *text.tree.tokens_to(leaf)]
@@ -109,16 +110,16 @@ class Known:
 
 
 class Mute:
-    def expand(self, wishes: Sequence[ExpandRequest]) -> list[Children]:
+    def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes]:
         return [children([]) for _ in wishes]
 
     def close(self, session: str) -> None:
         pass
 
 
-def children(found: Sequence[tuple[int, int, float]]) -> Children:
+def children(found: Sequence[tuple[int, int, float]]) -> DraftNodes:
     parents, tokens, scores = zip(*found, strict=True) if found else ((), (), ())
-    return Children(np.asarray(parents, np.int32), np.asarray(tokens, np.int32), np.asarray(scores, np.float32))
+    return DraftNodes(np.asarray(parents, np.int32), np.asarray(tokens, np.int32), np.asarray(scores, np.float32))
 
 
 # Lock-step: no thread, no clock, the same in every run

@@ -8,11 +8,12 @@ from dataclasses import replace
 import numpy as np
 
 from runtime.core import limits
+from runtime.core.draft_nodes import DraftNodes
 from runtime.core.messages import Tokens
 from runtime.core.node_names import text_key
 from runtime.core.sampling_params import Sampling
 from runtime.core.tree import TokenTree
-from runtime.drafters.base import Children, Drafter, ExpandRequest, Text
+from runtime.drafters.base import Drafter, ExpandRequest, Text
 from runtime.heads.base import Head, Seen
 from runtime.models.base import Part, causal
 from runtime.models.hf import HFModel
@@ -71,7 +72,7 @@ def of_drafter(drafter: Drafter, answers: Sequence[Answer], sampling: Sampling) 
     return {1: statistics.median(seconds), **wider}, tuple(found)
 
 
-def asked(drafter: Drafter, wish: ExpandRequest) -> tuple[Children, float]:
+def asked(drafter: Drafter, wish: ExpandRequest) -> tuple[DraftNodes, float]:
     """Its answer, and the seconds of the pass that gave it: those before may have read the text."""
     while True:
         began = time.monotonic()
@@ -93,19 +94,18 @@ def seconds_below(drafter: Drafter, answer: Answer, sampling: Sampling, width: i
     return statistics.median(seconds)
 
 
-def levels(guessed: Children, text: Sequence[int]) -> list[Position]:
+def levels(guessed: DraftNodes, text: Sequence[int]) -> list[Position]:
     """The guesses of a pass for one leaf, place by place, each behind the best of the one before; the target goes on with `text`."""
     found: list[Position] = []
-    level: Children | None = guessed
-    siblings, right = np.arange(len(guessed.tokens)), True
-    while level is not None and len(siblings):
-        best = siblings[np.argsort(-level.scores[siblings], kind="stable")]
+    siblings, right = np.arange(len(guessed.tokens))[guessed.levels()[0]], True
+    while len(siblings):
+        best = siblings[np.argsort(-guessed.scores[siblings], kind="stable")]
         told = text[len(found) : len(found) + 1] if right else ()
-        ranks = np.flatnonzero(np.isin(level.tokens[best], told)).tolist()
-        scores = tuple(np.minimum(level.scores[best].astype(float), 0.0).tolist())
+        ranks = np.flatnonzero(np.isin(guessed.tokens[best], told)).tolist()
+        scores = tuple(np.minimum(guessed.scores[best].astype(float), 0.0).tolist())
         found.append(Position(rank=ranks[0] if ranks else None, scores=scores))
-        right, level = found[-1].rank == 0, level.below
-        siblings = np.flatnonzero(level.parents == best[0]) if level is not None else siblings
+        right = found[-1].rank == 0
+        siblings = guessed.children_of(int(best[0]))
     return found
 
 

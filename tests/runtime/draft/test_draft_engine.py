@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from runtime.core import limits
+from runtime.core.draft_nodes import DraftNodes
 from runtime.core.links import DraftLink
 from runtime.core.messages import AS_IT_LIKES, Close, Commit, Draft, Event, Open, Reply, Resync, Share, Style
 from runtime.core.node_names import text_key
 from runtime.core.sampling_params import Sampling
 from runtime.draft.draft_engine import FLOOR, ROWS, RUN_AHEAD, DraftEngine, EventReceived, GrowthDropped, Stop, StreamClosed
 from runtime.draft.draft_host import DraftHost
-from runtime.drafters.base import Children, ExpandRequest, Text
+from runtime.drafters.base import ExpandRequest, Text
 from runtime.drafters.model import ModelDrafter
 from runtime.models.toy import ToyModel
 from tests.contracts.link_contract import LinkContract
@@ -226,7 +227,7 @@ def test_run_ahead_is_bounded_so_that_the_mirror_holds_the_trees_of_all(of: int,
 
 def test_what_is_hardly_possible_is_not_grown() -> None:
     class Doubting(Known):
-        def guess(self, text: Text, leaves: Sequence[int]) -> Children:
+        def guess(self, text: Text, leaves: Sequence[int]) -> DraftNodes:
             return children([(leaf, 1, FLOOR / 2.5) for leaf in leaves])
 
     hand = Hand()
@@ -307,7 +308,7 @@ def test_all_sessions_are_expanded_in_one_call() -> None:
     class Counting(Known):
         calls = 0
 
-        def expand(self, wishes: Sequence[ExpandRequest]) -> list[Children]:
+        def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes]:
             self.calls += 1
             return super().expand(wishes)
 
@@ -347,7 +348,7 @@ def test_a_method_that_asks_for_patience_is_asked_again() -> None:
             super().__init__(TEXT, V)
             self.asked = 0
 
-        def expand(self, wishes: Sequence[ExpandRequest]) -> list[Children | None]:  # type: ignore[override]
+        def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes | None]:  # type: ignore[override]
             self.asked += 1
             return [None if self.asked < 4 and wish.text.session == "0/s" else self.guess(wish.text, wish.leaves) for wish in wishes]
 
@@ -366,9 +367,9 @@ def test_a_drafter_that_is_sure_of_one_token_runs_as_deep_as_a_tree_may_be() -> 
     class Sure(Known):
         """Four guesses, of which it believes the first."""
 
-        def guess(self, text: Text, leaves: Sequence[int]) -> Children:
+        def guess(self, text: Text, leaves: Sequence[int]) -> DraftNodes:
             found = super().guess(text, leaves)
-            return Children(found.parents, found.tokens, np.where(found.scores > -1, -0.01, -8.0).astype(np.float32))
+            return DraftNodes(found.parents, found.tokens, np.where(found.scores > -1, -0.01, -8.0).astype(np.float32))
 
     hand = Hand(width=4, branches=4)
     hand.draft_engine.drafter = Sure(TEXT, V, 4)
@@ -383,10 +384,10 @@ def test_a_tree_that_fills_up_goes_on_in_depth(first: float, passes: int, deep: 
     class Even(Known):
         """Four guesses that fall off evenly."""
 
-        def guess(self, text: Text, leaves: Sequence[int]) -> Children:
+        def guess(self, text: Text, leaves: Sequence[int]) -> DraftNodes:
             found = super().guess(text, leaves)
             scores = np.log([first * (1 - first) ** rank for rank in range(4)] * len(leaves))
-            return Children(found.parents, found.tokens, scores.astype(np.float32))
+            return DraftNodes(found.parents, found.tokens, scores.astype(np.float32))
 
     hand = Hand(width=4, branches=4)
     hand.draft_engine.drafter = Even(TEXT, V, 4)

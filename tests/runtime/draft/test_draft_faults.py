@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from actors.rpc.common import closing
+from runtime.core.draft_nodes import DraftNodes
 from runtime.core.errors import InvalidRequest
 from runtime.core.messages import Draft, Event, Resync
 from runtime.core.node_names import text_key
 from runtime.draft import draft_host
 from runtime.draft.draft_engine import GrowthDropped
-from runtime.drafters.base import Children, ExpandRequest, Text
+from runtime.drafters.base import ExpandRequest, Text
 from tests.contracts.link_contract import PATIENCE_S, draft_for, soon
 from tests.runtime.draft.test_draft_engine import PROMPT, TEXT, Hand, V, commit, opened
 from tests.support.fakes import Feed, opening
@@ -25,7 +26,7 @@ from tests.support.harness import Known, Mute, hosted
 @pytest.mark.parametrize("error", [RuntimeError("no memory"), InvalidRequest("token 99 is not in the vocabulary"), ValueError("shape")])
 def test_a_method_that_fails_gives_up_that_session_alone(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     class Failing(Known):
-        def guess(self, text: Text, leaves: Sequence[int]) -> Children:
+        def guess(self, text: Text, leaves: Sequence[int]) -> DraftNodes:
             if text.session == "0/bad":
                 raise error
             return super().guess(text, leaves)
@@ -42,8 +43,8 @@ def test_a_method_that_fails_gives_up_that_session_alone(error: Exception, caplo
     assert "gives a session up" in caplog.text
 
 
-def answer(parents: Sequence[int], tokens: Sequence[int], scores: Sequence[float], below: Children | None = None) -> Children:
-    return Children(np.array(parents, np.int32), np.array(tokens, np.int32), np.array(scores, np.float32), below)
+def answer(parents: Sequence[int], tokens: Sequence[int], scores: Sequence[float], roots: int | None = None) -> DraftNodes:
+    return DraftNodes(np.array(parents, np.int32), np.array(tokens, np.int32), np.array(scores, np.float32), roots)
 
 
 @pytest.mark.parametrize(
@@ -52,13 +53,14 @@ def answer(parents: Sequence[int], tokens: Sequence[int], scores: Sequence[float
         answer([99], [1], [-0.1]),
         answer([0, 0], [1], [-0.1]),
         answer([0], [1], [-0.1, -0.2]),
-        answer([0], [1], [-0.1], below=answer([7], [1], [-0.1])),
+        answer([0, 1 + 7], [1, 1], [-0.1, -0.1], roots=1),
+        answer([0, 2, 1], [1, 1, 1], [-0.1, -0.1, -0.1], roots=1),
     ],
-    ids=["a parent that is not there", "too few tokens", "too many scores", "below what is not there"],
+    ids=["a parent that is not there", "too few tokens", "too many scores", "below what is not there", "below itself"],
 )
-def test_an_answer_that_can_be_none_gives_up_that_session_alone(nonsense: Children) -> None:
+def test_an_answer_that_can_be_none_gives_up_that_session_alone(nonsense: DraftNodes) -> None:
     class Confused(Known):
-        def guess(self, text: Text, leaves: Sequence[int]) -> Children:
+        def guess(self, text: Text, leaves: Sequence[int]) -> DraftNodes:
             return nonsense if text.session == "0/bad" else super().guess(text, leaves)
 
     hand = Hand()
@@ -71,7 +73,7 @@ def test_an_answer_that_can_be_none_gives_up_that_session_alone(nonsense: Childr
 
 def test_a_method_that_answers_too_little_is_asked_about_each_session_alone() -> None:
     class Terse(Known):
-        def expand(self, wishes: Sequence[ExpandRequest]) -> list[Children]:
+        def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes]:
             return super().expand(wishes)[:1]
 
     hand = Hand()

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.core.draft_nodes import DraftNodes
 from runtime.core.messages import Close, Request
 from runtime.core.sampling_params import Sampling
 from runtime.draft.draft_engine import DraftEngine
-from runtime.drafters.base import Children, ExpandRequest
+from runtime.drafters.base import ExpandRequest
 from runtime.drafters.ngram import LONGEST, SHORTEST, Ngram, lookup
 from runtime.drafters.noisy import Noisy
 from tests.contracts.test_drafters import LOOPING, PROMPT, expanded, text_of
@@ -69,7 +70,7 @@ class Same:
     def __init__(self) -> None:
         self.closed: list[str] = []
 
-    def expand(self, wishes: Sequence[ExpandRequest]) -> list[Children | None]:
+    def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes | None]:
         return [guesses([(leaf, 31, -0.5) for leaf in wish.leaves]) if wish.leaves else None for wish in wishes]
 
     def close(self, session: str) -> None:

@@ -11,10 +11,10 @@ import pytest
 from actors import cli
 from actors.cli.commands.measure_guesses import SILENT, of_drafter
 from runtime.config import ScheduleConfig
+from runtime.core.draft_nodes import NOTHING, DraftNodes, stack
 from runtime.core.sampling_params import Sampling
-from runtime.drafters.base import Children, ExpandRequest
+from runtime.drafters.base import ExpandRequest
 from runtime.drafters.ngram import Ngram
-from runtime.heads.base import NOTHING, Growth
 from runtime.scoring.calibration import Calibrations
 from runtime.sim import draft_samples, sweep
 from runtime.sim.forecast import Setting, forecast
@@ -51,7 +51,7 @@ def test_beside_a_drafter_it_fills_what_that_has_not_guessed() -> None:
 
 def test_the_way_that_the_target_took_through_a_growth() -> None:
     """Of the root's children 7 and 5 (the better), the target took 7, below it 8, and then what was not guessed."""
-    growth = Growth(np.array([0, 0, 1, 1, 4]), np.array([7, 5, 9, 8, 1]), np.log([0.3, 0.6, 0.2, 0.5, 0.9]))
+    growth = DraftNodes(np.array([0, 0, 1, 1, 4]), np.array([7, 5, 9, 8, 1]), np.log([0.3, 0.6, 0.2, 0.5, 0.9]), roots=1)
     found = along(growth, [7, 8, 2, 1])
     assert [rank for rank, _ in found] == [1, 0, -1]
     assert [np.exp(scores).tolist() for _, scores in found] == [pytest.approx([0.6, 0.3]), pytest.approx([0.5, 0.2]), pytest.approx([0.9])]
@@ -97,15 +97,15 @@ def test_the_command_takes_all_kinds(monkeypatch: pytest.MonkeyPatch, capsys: py
 class Chain:
     """A drafter that guesses three places in each pass: the first two right."""
 
-    def expand(self, wishes: Sequence[ExpandRequest]) -> list[Children]:
+    def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes]:
         return [self.guess(len(wish.text.tokens)) for wish in wishes]
 
-    def guess(self, place: int) -> Children:
-        def level(tokens: list[int], parent: int, below: Children | None = None) -> Children:
+    def guess(self, place: int) -> DraftNodes:
+        def level(tokens: list[int], parent: int) -> DraftNodes:
             scores = np.asarray([-0.1, -3.0][: len(tokens)], np.float32)
-            return Children(np.full(len(tokens), parent, np.int32), np.asarray(tokens, np.int32), scores, below)
+            return DraftNodes(np.full(len(tokens), parent, np.int32), np.asarray(tokens, np.int32), scores)
 
-        return level([place, 99], 0, level([98, place + 1], 0, level([97], 1)))
+        return stack([level([place, 99], 0), level([98, place + 1], 0), level([97], 1)], 1)
 
     def close(self, session: str) -> None:
         pass
