@@ -17,7 +17,9 @@ def recall(file: Path) -> Calibrations:
     except FileNotFoundError:
         return Calibrations()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("what was learned before cannot be read (%s): learning anew", type(error).__name__)
+        log.warning(
+            "what was learned before cannot be read (%s): learning anew", type(error).__name__
+        )
         return Calibrations()
 
 

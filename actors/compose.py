@@ -11,7 +11,17 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from actors.calibration_store import recall
-from runtime.config import DrafterConfig, HeadConfig, Placement, TargetConfig, draft_of, folder_of, memory_of, memory_of_drafter, module_of
+from runtime.config import (
+    DrafterConfig,
+    HeadConfig,
+    Placement,
+    TargetConfig,
+    draft_of,
+    folder_of,
+    memory_of,
+    memory_of_drafter,
+    module_of,
+)
 from runtime.core.messages import Request
 from runtime.draft.draft_engine import DraftEngine
 from runtime.draft.draft_host import DraftHost
@@ -54,10 +64,16 @@ def end_tokens(model: HFModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[
     settings = getattr(model.module, "generation_config", None)
     said = getattr(settings, "eos_token_id", None)
     listed = said if isinstance(said, list) else [said]
-    return frozenset(token for token in (*listed, tokenizer.eos_token_id) if isinstance(token, int) and 0 <= token < model.vocabulary)
+    return frozenset(
+        token
+        for token in (*listed, tokenizer.eos_token_id)
+        if isinstance(token, int) and 0 <= token < model.vocabulary
+    )
 
 
-def finisher(tokenizer: PreTrainedTokenizerFast, eos: frozenset[int]) -> Callable[[Request], StopChecker]:
+def finisher(
+    tokenizer: PreTrainedTokenizerFast, eos: frozenset[int]
+) -> Callable[[Request], StopChecker]:
     def finish(request: Request) -> StopChecker:
         text = Detokenizer(tokenizer.backend_tokenizer, request.prompt)
         return StopChecker(request.sampling, eos, text.decode, text.flush)
@@ -73,11 +89,14 @@ class Built(NamedTuple):
 
 def kv_slots(model: HFModel) -> int:
     """Tokens that fit into a quarter of the memory that is free on the model's device."""
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(free // 4 // model.new_cache().slot_bytes)
+    return int(free_bytes(model.device) // 4 // model.new_cache().slot_bytes)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory that is free on the device, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def build_target(config: TargetConfig, record: bool = False) -> Built:
@@ -115,7 +134,9 @@ def mounted(config: HeadConfig, model: HFModel, tokenizer: PreTrainedTokenizerFa
 def build_head(config: HeadConfig, model: HFModel, tokenizer: PreTrainedTokenizerFast) -> Head:
     """Raises ModelRefused for what was not trained for this model, or cannot sit on it."""
     method = importlib.import_module(f"runtime.heads.{module_of(config.method)}")
-    head: Head = method.build(HeadContext(model, identity_of(model.module.config, tokenizer), folder_of(config)))
+    head: Head = method.build(
+        HeadContext(model, identity_of(model.module.config, tokenizer), folder_of(config))
+    )
     model.check(head.look)
     return head
 
@@ -127,16 +148,33 @@ def build_drafter(config: DrafterConfig, target: str, record: bool = False) -> D
         return load_model(name, config.dtype, config.device, threads(config.placement))
 
     def load_layers(name: str) -> HFModel:
-        return load_model(name, config.dtype, config.device, threads(config.placement), layers=config.layers)
+        return load_model(
+            name, config.dtype, config.device, threads(config.placement), layers=config.layers
+        )
 
-    def load_changed(name: str, layers: Sequence[int], change: Callable[[PreTrainedModel], None]) -> HFModel:
-        return load_model(name, config.dtype, config.device, threads(config.placement), layers=layers, change=change)
+    def load_changed(
+        name: str, layers: Sequence[int], change: Callable[[PreTrainedModel], None]
+    ) -> HFModel:
+        return load_model(
+            name,
+            config.dtype,
+            config.device,
+            threads(config.placement),
+            layers=layers,
+            change=change,
+        )
 
     method = importlib.import_module(f"runtime.drafters.{module_of(config.method)}")
-    drafter = method.build(DrafterContext(target, draft_of(config), load, load_layers, load_changed))
+    drafter = method.build(
+        DrafterContext(target, draft_of(config), load, load_layers, load_changed)
+    )
     known = recall(memory_of_drafter(config, target))
     trace = Trace(config.name) if record else OFF
-    return DraftHost(DraftEngine(drafter, config.name, config.width or width_of(drafter), calibrations=known, trace=trace))
+    return DraftHost(
+        DraftEngine(
+            drafter, config.name, config.width or width_of(drafter), calibrations=known, trace=trace
+        )
+    )
 
 
 def width_of(drafter: Drafter) -> int:

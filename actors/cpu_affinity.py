@@ -8,7 +8,9 @@ from threading import Thread
 
 from runtime.config import Placement
 
-SWITCH_INTERVAL = 0.0002  # seconds; Python's own 5 ms would let the model's thread hold up the exchange
+SWITCH_INTERVAL = (
+    0.0002  # seconds; Python's own 5 ms would let the model's thread hold up the exchange
+)
 LOADING = 5  # how much lower the priority is of who loads: what serves on the same core gets three quarters of it
 
 

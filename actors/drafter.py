@@ -22,9 +22,20 @@ class DraftActor:
     """A Ray actor, or used as it is. It knows no target: targets come to it."""
 
     def __init__(
-        self, config: DrafterConfig, target: str, incarnation: int = 0, record: bool = False, tls: TlsConfig | None = None
+        self,
+        config: DrafterConfig,
+        target: str,
+        incarnation: int = 0,
+        record: bool = False,
+        tls: TlsConfig | None = None,
     ) -> None:
-        self.config, self.target, self.incarnation, self.record, self.tls = config, target, incarnation, record, tls
+        self.config, self.target, self.incarnation, self.record, self.tls = (
+            config,
+            target,
+            incarnation,
+            record,
+            tls,
+        )
         self.address = ""
         self.changing = threading.Lock()  # Ray calls from several threads
 
@@ -36,21 +47,30 @@ class DraftActor:
         return self.where()
 
     def _start(self) -> None:
-        settle(self.config.placement)  # before torch is loaded: who starts does not take the cores of those that serve
+        settle(
+            self.config.placement
+        )  # before torch is loaded: who starts does not take the cores of those that serve
         load_gently("actors.compose")
-        from actors.compose import build_drafter, settle_memory  # torch: only the process that computes pays for it
+        from actors.compose import (
+            build_drafter,
+            settle_memory,
+        )  # torch: only the process that computes pays for it
         from runtime.models.loader import load_tokenizer
 
         config = self.config
         self.host = build_drafter(config, self.target, self.record)
-        own = config.model if config.method not in TRAINED else ""  # what was trained for the target has the target's tokenizer
+        own = (
+            config.model if config.method not in TRAINED else ""
+        )  # what was trained for the target has the target's tokenizer
         vocabulary = vocabulary_hash(load_tokenizer(own or self.target))
         settle_memory()
         self.network = LoopThread()
         host = config.placement.listen or own_host()
         hello = Hello(vocabulary, config.model or config.method, config.name, self.incarnation)
         self.host.start()
-        self.server, port = self.network.run(serve([DraftingService(self.host, hello)], host, tls=self.tls))
+        self.server, port = self.network.run(
+            serve([DraftingService(self.host, hello)], host, tls=self.tls)
+        )
         self.address = f"{host}:{port}"
 
     def where(self) -> ActorLocation:

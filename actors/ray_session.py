@@ -38,7 +38,13 @@ def joined(address: str | None, cpus: int = 1) -> Iterator[None]:
             ray.init(address=address, **quiet)
         else:
             # "local": not the one that RAY_ADDRESS or an earlier `ray start` names.
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet)
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE,
+                **quiet,
+            )
     except (RuntimeError, ValueError, OSError, OverflowError) as error:
         raise Unavailable(unreachable(address, str(error))) from error
     try:
@@ -72,7 +78,9 @@ def known_errors() -> Iterator[None]:
     except RayTaskError as error:
         raise cause_of(error) from error
     except (RayError, GetTimeoutError) as error:
-        raise Unavailable(f"an actor has ended or does not answer ({first_line(error)}): see `outrider logs`") from error
+        raise Unavailable(
+            f"an actor has ended or does not answer ({first_line(error)}): see `outrider logs`"
+        ) from error
 
 
 def cause_of(error: "RayTaskError") -> OutriderError:

@@ -25,7 +25,12 @@ class Arguments(BaseModel):
 class Keeper:
     def __init__(self, deployment: str) -> None:
         """Returns when the deployment is ready. Raises Unavailable with what `outrider serve` says where it does not become so."""
-        done = subprocess.run(["outrider", "serve", deployment, "--address", "auto"], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["outrider", "serve", deployment, "--address", "auto"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             raise Unavailable(done.stderr.strip())
 
@@ -43,5 +48,10 @@ def build(arguments: Arguments) -> Any:
     """The application, from the `args` of a serveConfigV2."""
     from ray import serve  # nothing else needs it
 
-    options = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}  # where the deployment file lies
-    return serve.deployment(Keeper, num_replicas=1, ray_actor_options=options).bind(str(arguments.deployment))
+    options = {
+        "num_cpus": 0,
+        "resources": {"node:__internal_head__": 0.001},
+    }  # where the deployment file lies
+    return serve.deployment(Keeper, num_replicas=1, ray_actor_options=options).bind(
+        str(arguments.deployment)
+    )

@@ -24,7 +24,9 @@ from runtime.telemetry.tracing import OFF, TARGET, Recording, Trace
 class TargetActor:
     """A Ray actor, or used as it is. Ray's calls place and inform it; requests and drafts come by gRPC."""
 
-    def __init__(self, config: TargetConfig, record: bool = False, tls: TlsConfig | None = None) -> None:
+    def __init__(
+        self, config: TargetConfig, record: bool = False, tls: TlsConfig | None = None
+    ) -> None:
         self.config, self.record, self.tls = config, record, tls
         self.address = ""
         self.changing = threading.Lock()  # Ray calls from several threads
@@ -41,13 +43,21 @@ class TargetActor:
         return self.where()
 
     def _start(self) -> None:
-        settle(self.config.placement)  # before torch is loaded: who starts does not take the cores of those that serve
+        settle(
+            self.config.placement
+        )  # before torch is loaded: who starts does not take the cores of those that serve
         load_gently("actors.compose")
-        from actors.compose import build_target, settle_memory  # torch: only the process that computes pays for it
+        from actors.compose import (
+            build_target,
+            settle_memory,
+        )  # torch: only the process that computes pays for it
 
         self.target, tokenizer, self.times = build_target(self.config, self.record)
         self.schedulers[self.config.schedule] = self.target.engine.scheduler
-        self.vocabulary, self.tokens = vocabulary_hash(tokenizer), self.target.engine.model.vocabulary
+        self.vocabulary, self.tokens = (
+            vocabulary_hash(tokenizer),
+            self.target.engine.model.vocabulary,
+        )
         settle_memory()
         self.network = LoopThread()
         host = self.config.placement.listen or own_host()
@@ -71,10 +81,18 @@ class TargetActor:
         """Who is there now: new ones are attached, also to sessions under way; those not named are let go, their share is taken back."""
         with self.changing:
             wanted = {peer.name: peer for peer in peers}
-            changed = [name for name in self.target.drafters if wanted.get(name) != self.peers.get(name)]
+            changed = [
+                name for name in self.target.drafters if wanted.get(name) != self.peers.get(name)
+            ]
             # A link that is kept remembers what it has been through: one that broke the protocol too often stays shut for a while.
             self.links = {peer: self.links.get(peer) or self._link(peer) for peer in peers}
-            self.network.run(exchange(self.target, changed, {peer.name: link for peer, link in self.links.items() if not link.shut}))
+            self.network.run(
+                exchange(
+                    self.target,
+                    changed,
+                    {peer.name: link for peer, link in self.links.items() if not link.shut},
+                )
+            )
             self.peers = wanted
 
     def _link(self, peer: Endpoint) -> GrpcLink:

@@ -39,7 +39,11 @@ class Everything:
         self.cluster, self.rivals = cluster, rivals
 
     def run(self, method: Method, prompts: Sequence[Prompt], sampling: Sampling) -> Outcome:
-        runner: Runner = self.rivals[method.how.cores] if isinstance(method.how, TransformersMethod) else self.cluster
+        runner: Runner = (
+            self.rivals[method.how.cores]
+            if isinstance(method.how, TransformersMethod)
+            else self.cluster
+        )
         return runner.run(method, prompts, sampling)
 
 
@@ -51,11 +55,16 @@ def benchmark(options: Options, console: Console) -> Results:
         plan, state = prepared(options, cores, status.update)
     step, draft_step = state.results.profile.target[1], state.results.profile.draft[1]
     minutes = expected_seconds(plan.suite, options.size, step) / 60
-    console.print(f"T = {1e3 * step:.1f} ms, t = {1e3 * draft_step:.2f} ms, {options.dtype}: about {minutes:.0f} minutes more")
+    console.print(
+        f"T = {1e3 * step:.1f} ms, t = {1e3 * draft_step:.2f} ms, {options.dtype}: about {minutes:.0f} minutes more"
+    )
     pair = Pair(plan.pair.target, options.draft, options.dtype, cores)
     with aside(cores), everything(pair, plan.suite, console) as runner, loop.bar() as progress:
         lab = Lab(
-            runner, progress, lambda so_far: results.write(so_far, file), lambda: call_in_subprocess(profiling.measure, plan.pair).profile
+            runner,
+            progress,
+            lambda so_far: results.write(so_far, file),
+            lambda: call_in_subprocess(profiling.measure, plan.pair).profile,
         )
         for stage in MEASURING:
             state = stage(plan, state, lab)
@@ -68,9 +77,15 @@ def benchmark(options: Options, console: Console) -> Results:
     return state.results
 
 
-def prepared(options: Options, cores: tuple[int, ...], note: Callable[[str], None]) -> tuple[Plan, State]:
+def prepared(
+    options: Options, cores: tuple[int, ...], note: Callable[[str], None]
+) -> tuple[Plan, State]:
     """What is to be measured, and the results with nothing but the pair in them. Raises what is wrong with the pair or the options."""
-    target = str(call_in_subprocess(widened_small, (options.target, options.dtype))) if options.widen else options.target
+    target = (
+        str(call_in_subprocess(widened_small, (options.target, options.dtype)))
+        if options.widen
+        else options.target
+    )
     prompts, asides = chosen_prompts(options, target)
     note("measuring the pair by itself")
     pair = Job(target, options.draft, options.dtype, cores[0])
@@ -90,11 +105,20 @@ def chosen_prompts(options: Options, target: str) -> tuple[list[Prompt], list[Pr
     check_pair(tokenizer, load_tokenizer(options.draft), (target, options.draft), contexts)
     most = min(contexts) - options.size.new_tokens
     if most < 1:
-        raise InvalidRequest(f"new_tokens {options.size.new_tokens} leave no room in a context of {min(contexts)}", "new_tokens")
+        raise InvalidRequest(
+            f"new_tokens {options.size.new_tokens} leave no room in a context of {min(contexts)}",
+            "new_tokens",
+        )
     others = SWEPT + WARMING + (0 if options.quick else LEARNING)
     wanted = max((options.size.count, *options.size.batches))
-    of_file = None if options.prompts is None else encode(tokenizer, from_file(options.prompts), most)
-    drawn = held_out(tokenizer, wanted + others, options.seed) if of_file is None else pick(of_file, wanted + others, options.seed)
+    of_file = (
+        None if options.prompts is None else encode(tokenizer, from_file(options.prompts), most)
+    )
+    drawn = (
+        held_out(tokenizer, wanted + others, options.seed)
+        if of_file is None
+        else pick(of_file, wanted + others, options.seed)
+    )
     prompts, asides = drawn[:wanted], drawn[wanted:]
     if len(asides) < others:  # the file has not enough for both
         asides = held_out(tokenizer, others, options.seed)
@@ -104,7 +128,10 @@ def chosen_prompts(options: Options, target: str) -> tuple[list[Prompt], list[Pr
 def drawn(options: Options, recordings: Sequence[Recording]) -> Path:
     """The picture of the recorded run, its trace kept in the cache."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    trace, picture = CACHE / f"{options.name}-trace.json", options.folder / f"{options.name}-trace.png"
+    trace, picture = (
+        CACHE / f"{options.name}-trace.json",
+        options.folder / f"{options.name}-trace.png",
+    )
     save(trace, recordings)
     timeline = read(trace)
     draw(timeline, middle(timeline), picture)
@@ -113,17 +140,35 @@ def drawn(options: Options, recordings: Sequence[Recording]) -> Path:
 
 def empty(options: Options, target: str, measured: Measured, count: int) -> Results:
     """Results with nothing but the pair in them."""
-    source = "held-out files of the standard library" if options.prompts is None else options.prompts.name
+    source = (
+        "held-out files of the standard library"
+        if options.prompts is None
+        else options.prompts.name
+    )
     size = options.size
     facts = PairFacts(
-        target=Path(options.target).name + (f", widened to {SMALL.hidden}x{SMALL.layers}" if options.widen else ""),
+        target=Path(options.target).name
+        + (f", widened to {SMALL.hidden}x{SMALL.layers}" if options.widen else ""),
         draft=Path(options.draft).name,
         target_parameters=measured.parameters[0],
         draft_parameters=measured.parameters[1],
         dtype=options.dtype,
     )
-    settings = Settings(prompts=source, count=count, new_tokens=size.new_tokens, repetitions=size.repetitions, seed=options.seed)
-    return Results(name=options.name, machine=machine(2), pair=facts, settings=settings, methods=(), profile=measured.profile)
+    settings = Settings(
+        prompts=source,
+        count=count,
+        new_tokens=size.new_tokens,
+        repetitions=size.repetitions,
+        seed=options.seed,
+    )
+    return Results(
+        name=options.name,
+        machine=machine(2),
+        pair=facts,
+        settings=settings,
+        methods=(),
+        profile=measured.profile,
+    )
 
 
 @contextlib.contextmanager
@@ -135,9 +180,16 @@ def everything(pair: Pair, which: Suite, console: Console) -> Iterator[Everythin
             for cores in (FIRST, BOTH):
                 first = next((method for method in which.rivals if method.how.cores == cores), None)
                 if first is not None:
-                    place = Place(Path(pair.target), Path(pair.draft), pair.dtype, tuple(pair.cores[core] for core in cores))
+                    place = Place(
+                        Path(pair.target),
+                        Path(pair.draft),
+                        pair.dtype,
+                        tuple(pair.cores[core] for core in cores),
+                    )
                     rivals[cores] = stack.enter_context(TransformersRunner(place))
-                    rivals[cores].run(first, [Prompt("", FIRST_TOKENS)], Sampling(max_tokens=2))  # answers when it has loaded
+                    rivals[cores].run(
+                        first, [Prompt("", FIRST_TOKENS)], Sampling(max_tokens=2)
+                    )  # answers when it has loaded
             cluster = stack.enter_context(running(pair, which.all))
         yield Everything(cluster, rivals)
 
@@ -160,5 +212,7 @@ def differing(found: Results) -> list[str]:
     """Our methods that did not write plain's text in every run: in float32 there are none."""
     names = [facts.name for facts in found.methods if facts.who == "ours"]
     keys = {(run.temperature, run.batch) for run in found.runs}
-    counts = {name: [compare.agreement(found, name, "plain", *key) for key in keys] for name in names}
+    counts = {
+        name: [compare.agreement(found, name, "plain", *key) for key in keys] for name in names
+    }
     return [name for name in names if any(same != of for same, of in counts[name])]

@@ -61,9 +61,21 @@ class Plan:
         """New tokens of a text that only warms up."""
         return max(2, self.options.size.new_tokens // 4)
 
-    def cases(self, prompts: Sequence[Prompt], temperatures: Sequence[float], new_tokens: int | None = None) -> list[Case]:
+    def cases(
+        self,
+        prompts: Sequence[Prompt],
+        temperatures: Sequence[float],
+        new_tokens: int | None = None,
+    ) -> list[Case]:
         """Each prompt by itself, once at each temperature."""
-        return cases(prompts, 1, temperatures, 1, new_tokens or self.options.size.new_tokens, self.options.seed)
+        return cases(
+            prompts,
+            1,
+            temperatures,
+            1,
+            new_tokens or self.options.size.new_tokens,
+            self.options.seed,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +107,9 @@ class Lab:
 
     def add(self, results: Results, plan: Sequence[Round], note: str) -> Results:
         """The results with the runs of these rounds, kept round by round."""
-        return loop.collect(results, loop.measure(plan, self.runner, self.progress, note), self.keep)
+        return loop.collect(
+            results, loop.measure(plan, self.runner, self.progress, note), self.keep
+        )
 
 
 Stage = Callable[[Plan, State, Lab], State]
@@ -105,7 +119,9 @@ def start_up(plan: Plan, state: State, lab: Lab) -> State:
     """Every runner has run before anything is measured."""
     first = [group[0] for group in plan.suite.groups.values()]
     methods = [*plan.suite.fixed, *first, *plan.suite.rivals]
-    lab.discard(rounds(plan.cases(plan.warming[:1], (plan.lowest,), plan.few), methods), "warming up")
+    lab.discard(
+        rounds(plan.cases(plan.warming[:1], (plan.lowest,), plan.few), methods), "warming up"
+    )
     return state
 
 
@@ -113,10 +129,14 @@ def sweep(plan: Plan, state: State, lab: Lab) -> State:
     """Tries all settings on prompts that are not measured, and chooses the fastest of each method."""
     tried = tuple(method for group in plan.suite.groups.values() for method in group)
     without_keeping = replace(lab, keep=lambda results: None)
-    found = without_keeping.add(state.results, rounds(plan.cases(plan.swept, (plan.lowest,)), tried), "sweep")
+    found = without_keeping.add(
+        state.results, rounds(plan.cases(plan.swept, (plan.lowest,)), tried), "sweep"
+    )
     methods = plan.suite.final(loop.chosen(found, plan.suite.groups))
     settings = told(found, plan.suite, plan.lowest)
-    return replace(state, methods=methods).updated(methods=tuple(method.facts for method in methods), sweep=settings)
+    return replace(state, methods=methods).updated(
+        methods=tuple(method.facts for method in methods), sweep=settings
+    )
 
 
 def warm_up(plan: Plan, state: State, lab: Lab) -> State:
@@ -127,7 +147,9 @@ def warm_up(plan: Plan, state: State, lab: Lab) -> State:
 
 def learn(plan: Plan, state: State, lab: Lab) -> State:
     """The living methods learn what guesses are worth, as they do in a target that serves."""
-    lab.discard(rounds(plan.cases(plan.learned, plan.options.size.temperatures), LIVINGS), "learning")
+    lab.discard(
+        rounds(plan.cases(plan.learned, plan.options.size.temperatures), LIVINGS), "learning"
+    )
     return state
 
 
@@ -142,8 +164,16 @@ def profile(plan: Plan, state: State, lab: Lab) -> State:
 
 
 def batches(plan: Plan, state: State, lab: Lab) -> State:
-    todo = rounds(batch_cases(plan.prompts, plan.options.size, plan.options.seed), plan.suite.batched)
-    lab.discard([Round(Case("", one.case.prompts, Sampling(max_tokens=plan.few)), one.methods) for one in todo], "warming up")
+    todo = rounds(
+        batch_cases(plan.prompts, plan.options.size, plan.options.seed), plan.suite.batched
+    )
+    lab.discard(
+        [
+            Round(Case("", one.case.prompts, Sampling(max_tokens=plan.few)), one.methods)
+            for one in todo
+        ],
+        "warming up",
+    )
     return replace(state, results=lab.add(state.results, todo, "batches"))
 
 
@@ -163,13 +193,26 @@ def reckon(plan: Plan, state: State, lab: Lab) -> State:
     return found
 
 
-MEASURING: tuple[Stage, ...] = (start_up, sweep, warm_up, learn, run_all, profile, batches, profile, record, reckon)
+MEASURING: tuple[Stage, ...] = (
+    start_up,
+    sweep,
+    warm_up,
+    learn,
+    run_all,
+    profile,
+    batches,
+    profile,
+    record,
+    reckon,
+)
 
 
 def accept(plan: Plan, state: State) -> State:
     """Finds how often the draft guesses what plain decoding wrote."""
     plain = tuple(run for run in state.results.runs if run.method == PLAIN.name)
-    guessed = call_in_subprocess(profiling.acceptance, Answered(plan.pair, plan.options.seed, plain))
+    guessed = call_in_subprocess(
+        profiling.acceptance, Answered(plan.pair, plan.options.seed, plain)
+    )
     return state.updated(profile=state.results.profile.model_copy(update={"acceptance": guessed}))
 
 
@@ -179,7 +222,11 @@ def forecast(plan: Plan, state: State) -> State:
 
 def drop_texts(plan: Plan, state: State) -> State:
     """Texts and passes have served their purpose; files do not hold them."""
-    return state.updated(runs=tuple(run.model_copy(update={"answers": (), "passes": None}) for run in state.results.runs))
+    return state.updated(
+        runs=tuple(
+            run.model_copy(update={"answers": (), "passes": None}) for run in state.results.runs
+        )
+    )
 
 
 FINISHING: tuple[Callable[[Plan, State], State], ...] = (accept, forecast, drop_texts)
@@ -193,9 +240,16 @@ def told(found: Results, which: Suite, temperature: float) -> tuple[Tried, ...]:
         for method in group
         if (speed := compare.speed(found, method.name, temperature))
     }
-    return tuple(Tried(name=name, detail=setting(method), tokens_per_second=speed.median) for (name, method), speed in speeds.items())
+    return tuple(
+        Tried(name=name, detail=setting(method), tokens_per_second=speed.median)
+        for (name, method), speed in speeds.items()
+    )
 
 
 def setting(method: Method) -> str:
     how = method.how
-    return f"{method.facts.detail}, drafter on {len(how.drafter_cores)}" if isinstance(how, OutriderMethod) else method.facts.detail
+    return (
+        f"{method.facts.detail}, drafter on {len(how.drafter_cores)}"
+        if isinstance(how, OutriderMethod)
+        else method.facts.detail
+    )

@@ -41,14 +41,29 @@ def read(folder: Path) -> Trained:
     """Raises InvalidRequest for a folder that no training of a draft has made."""
     try:
         found = json.loads((folder / FIGURES).read_bytes())
-        rates = {float(at["temperature"]): {int(k): float(rate) for k, rate in at["positions"][0].items()} for at in found["acceptance"]}
+        rates = {
+            float(at["temperature"]): {
+                int(k): float(rate) for k, rate in at["positions"][0].items()
+            }
+            for at in found["acceptance"]
+        }
         losses, seconds = tuple(float(loss) for loss in found["losses"]), float(found["seconds"])
         least = min(losses)
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InvalidRequest(f"{folder} holds no figures of a training: give what `outrider train draft` has made", "folder") from error
+        raise InvalidRequest(
+            f"{folder} holds no figures of a training: give what `outrider train draft` has made",
+            "folder",
+        ) from error
     if not rates or not least < float("inf"):
         raise InvalidRequest(f"{folder} was not measured: train it again", "folder")
-    return Trained(folder.name, line_of(folder / CARD, "settings"), line_of(folder / CARD, "steps"), losses, rates, seconds)
+    return Trained(
+        folder.name,
+        line_of(folder / CARD, "settings"),
+        line_of(folder / CARD, "steps"),
+        losses,
+        rates,
+        seconds,
+    )
 
 
 def table(trained: Sequence[Trained]) -> Grid:
@@ -58,13 +73,28 @@ def table(trained: Sequence[Trained]) -> Grid:
         for one in trained:
             rates = one.rates.get(temperature, {})
             cells = (
-                f"{100 * rates[k]:.1f}" + (f" ({100 * (rates[k] - known[k]):+.1f})" if one is not first else "") if k in rates else "-"
+                f"{100 * rates[k]:.1f}"
+                + (f" ({100 * (rates[k] - known[k]):+.1f})" if one is not first else "")
+                if k in rates
+                else "-"
                 for k in sorted(known)
             )
             ends = smooth(list(one.losses))
-            lines.append((one.name, f"{temperature:g}", *cells, f"{ends[0]:.3f} to {ends[-1]:.3f}", f"{one.seconds / 60:.1f}"))
+            lines.append(
+                (
+                    one.name,
+                    f"{temperature:g}",
+                    *cells,
+                    f"{ends[0]:.3f} to {ends[-1]:.3f}",
+                    f"{one.seconds / 60:.1f}",
+                )
+            )
     ranks = tuple(f"k = {k}" for k in sorted(next(iter(first.rates.values()))))
-    return Grid("aligned drafts", ("trained towards", "temperature", *ranks, "its loss", "minutes"), tuple(lines))
+    return Grid(
+        "aligned drafts",
+        ("trained towards", "temperature", *ranks, "its loss", "minutes"),
+        tuple(lines),
+    )
 
 
 def verdicts(trained: Sequence[Trained]) -> list[str]:
@@ -101,7 +131,9 @@ def draw(trained: Sequence[Trained], file: Path) -> None:
     """The loss of each, by step: as it was, and smoothed."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5 * len(trained), 3.2))
-        for axis, one in zip(figure.subplots(1, len(trained), squeeze=False)[0], trained, strict=True):
+        for axis, one in zip(
+            figure.subplots(1, len(trained), squeeze=False)[0], trained, strict=True
+        ):
             axis.plot(one.losses, color=OTHERS, linewidth=0.6)
             axis.plot(smooth(list(one.losses)), color=LIVING)
             axis.set(title=one.name, xlabel="step", ylabel="its loss")
@@ -112,7 +144,13 @@ def draw(trained: Sequence[Trained], file: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("trained", type=Path, nargs="+", metavar="FOLDER", help="the first is what the others are compared with")
+    parser.add_argument(
+        "trained",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="the first is what the others are compared with",
+    )
     parser.add_argument("--folder", type=Path, default=RESULTS, help="for the page and its picture")
     given = parser.parse_args(arguments)
     try:

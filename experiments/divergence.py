@@ -43,16 +43,22 @@ class Divergence:
     def steps(self) -> float:
         """How far apart, in steps of bfloat16 numbers of their size."""
         first, second = self.logits
-        return abs(first - second) / (STEP * 2.0 ** math.floor(math.log2(max(abs(first), abs(second), 1e-30))))
+        return abs(first - second) / (
+            STEP * 2.0 ** math.floor(math.log2(max(abs(first), abs(second), 1e-30)))
+        )
 
     @property
     def near_tie(self) -> bool:
         return self.steps <= TIE
 
 
-def divergence(model: HFModel, prompt: Sequence[int], one: Sequence[int], other: Sequence[int]) -> Divergence | None:
+def divergence(
+    model: HFModel, prompt: Sequence[int], one: Sequence[int], other: Sequence[int]
+) -> Divergence | None:
     """None where the outputs are equal, or one only longer. The replay is one causal pass over the text that both have."""
-    place = next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+    place = next(
+        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None
+    )
     if place is None:
         return None
     text = np.asarray([*prompt, *one[:place]])
@@ -61,14 +67,18 @@ def divergence(model: HFModel, prompt: Sequence[int], one: Sequence[int], other:
     return Divergence(place, tokens, (float(logits[tokens[0]]), float(logits[tokens[1]])))
 
 
-async def outputs(deployment: config.Deployment, prompts: Sequence[Tokens], sampling: Sampling) -> list[tuple[Tokens, Tokens]]:
+async def outputs(
+    deployment: config.Deployment, prompts: Sequence[Tokens], sampling: Sampling
+) -> list[tuple[Tokens, Tokens]]:
     """Of each prompt, with speculation and without."""
     found = []
     async with local_service(deployment, lambda note: None) as service:
         for prompt in track(prompts, "writing", console=Console(stderr=True)):
             _, (guessed,) = await ask(service, [prompt], sampling)
             plain: list[int] = []
-            async for chunk in service.generate(Request(uuid.uuid4().hex, prompt, sampling, speculation=False)):
+            async for chunk in service.generate(
+                Request(uuid.uuid4().hex, prompt, sampling, speculation=False)
+            ):
                 plain += chunk.tokens
             found.append((tuple(guessed.tokens), tuple(plain)))
     return found
@@ -82,22 +92,38 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20, help="held-out prompts")
     parser.add_argument("--tokens", type=int, default=128, help="of each output")
     given = parser.parse_args()
-    deployment = config.deployment(given.target, (given.draft,), 1, given.dtype, "auto", local=True, policy="sync")
-    prompts = [prompt.tokens for prompt in held_out(load_tokenizer(given.target), given.count, seed=1)]
+    deployment = config.deployment(
+        given.target, (given.draft,), 1, given.dtype, "auto", local=True, policy="sync"
+    )
+    prompts = [
+        prompt.tokens for prompt in held_out(load_tokenizer(given.target), given.count, seed=1)
+    ]
     written = asyncio.run(outputs(deployment, prompts, Sampling(max_tokens=given.tokens)))
     model = load_model(given.target, given.dtype)
-    table = Table(title=f"{given.dtype}: texts that differ with and without speculation", title_justify="left")
+    table = Table(
+        title=f"{given.dtype}: texts that differ with and without speculation", title_justify="left"
+    )
     for column in ("prompt", "equal tokens", "logits", "steps apart", "near-tie"):
         table.add_column(column, justify="right")
-    found = [(number, divergence(model, prompt, *texts)) for number, (prompt, texts) in enumerate(zip(prompts, written, strict=True))]
+    found = [
+        (number, divergence(model, prompt, *texts))
+        for number, (prompt, texts) in enumerate(zip(prompts, written, strict=True))
+    ]
     for number, one in found:
         if one is not None:
-            figures = (str(one.place), f"{one.logits[0]:.4f} and {one.logits[1]:.4f}", f"{one.steps:.1f}", "yes" if one.near_tie else "NO")
+            figures = (
+                str(one.place),
+                f"{one.logits[0]:.4f} and {one.logits[1]:.4f}",
+                f"{one.steps:.1f}",
+                "yes" if one.near_tie else "NO",
+            )
             table.add_row(str(number), *figures)
     console = Console()
     console.print(table)
     differ = [one for _, one in found if one is not None]
-    console.print(f"{len(differ)} of {len(prompts)} texts differ; {sum(one.near_tie for one in differ)} of these at a near-tie")
+    console.print(
+        f"{len(differ)} of {len(prompts)} texts differ; {sum(one.near_tie for one in differ)} of these at a near-tie"
+    )
     raise SystemExit(any(not one.near_tie for one in differ))
 
 

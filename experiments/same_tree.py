@@ -54,32 +54,58 @@ class Counted:
 
 async def written(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling) -> list[Stats]:
     """The figures of each text, one after the other."""
-    target, found = Target(engine, finisher(load_tokenizer(config.shipped("target")), frozenset())), []
+    target, found = (
+        Target(engine, finisher(load_tokenizer(config.shipped("target")), frozenset())),
+        [],
+    )
     target.start()
     try:
         for number, prompt in enumerate(prompts):
-            async for chunk in target.generate(Request(str(number), tuple(prompt.tokens), sampling)):
+            async for chunk in target.generate(
+                Request(str(number), tuple(prompt.tokens), sampling)
+            ):
                 found += [chunk.stats] if chunk.stats else []
     finally:
         await target.stop()
     return found
 
 
-def counted(model: HFModel, name: str, temperature: float, rows: int, prompts: Sequence[Prompt]) -> Counted:
+def counted(
+    model: HFModel, name: str, temperature: float, rows: int, prompts: Sequence[Prompt]
+) -> Counted:
     """The clock stands: heads that take long are asked all the same."""
     head = build_head(HeadConfig(method=name), model, load_tokenizer(config.shipped("target")))
-    engine = Engine(model, Verifier(choose, frozenset()), Fixed(rows), lambda: 0.0, heads={name: MountedHead(head)})
+    engine = Engine(
+        model,
+        Verifier(choose, frozenset()),
+        Fixed(rows),
+        lambda: 0.0,
+        heads={name: MountedHead(head)},
+    )
     sampling = Sampling(temperature=temperature, seed=1, max_tokens=NEW_TOKENS, ignore_eos=True)
     stats = asyncio.run(written(engine, prompts, sampling))[LEARNING:]
-    return Counted(name, temperature, rows, sum(one.completion_tokens for one in stats), sum(one.rounds for one in stats))
+    return Counted(
+        name,
+        temperature,
+        rows,
+        sum(one.completion_tokens for one in stats),
+        sum(one.rounds for one in stats),
+    )
 
 
 def grid(all_: Sequence[Counted]) -> Grid:
     """A line for each head and temperature, a column for each number of rows."""
     by = {(one.temperature, one.head, one.rows): f"{one.tokens_per_step:.2f}" for one in all_}
     lines = dict.fromkeys((one.temperature, one.head) for one in all_)
-    cells = tuple((f"{at:g}", head, *(by.get((at, head, rows), "-") for rows in ROWS)) for at, head in lines)
-    return Grid("tokens per step", ("temperature", "head", *(f"{rows} rows" for rows in ROWS)), cells, words=("head",))
+    cells = tuple(
+        (f"{at:g}", head, *(by.get((at, head, rows), "-") for rows in ROWS)) for at, head in lines
+    )
+    return Grid(
+        "tokens per step",
+        ("temperature", "head", *(f"{rows} rows" for rows in ROWS)),
+        cells,
+        words=("head",),
+    )
 
 
 def page(all_: Sequence[Counted], prompts: int) -> str:
@@ -87,7 +113,9 @@ def page(all_: Sequence[Counted], prompts: int) -> str:
         "# Heads with the same tree\n\n"
         f"Tokens per step where every step verifies so many rows beside the root, on the target that ships, alone; {prompts} held-out "
         f"prompts, {NEW_TOKENS} new tokens of each (`python -m experiments.same_tree`). Only counted: the figures are the same on a slower "
-        "machine. What comes of it where each row has its price is in [methods.md](methods.md).\n\n" + grid(all_).markdown() + "\n"
+        "machine. What comes of it where each row has its price is in [methods.md](methods.md).\n\n"
+        + grid(all_).markdown()
+        + "\n"
     )
 
 
@@ -100,8 +128,14 @@ def main() -> None:
     shipped = config.shipped("target")
     model = load_model(shipped, "float32", "cpu", 1)
     prompts = held_out(load_tokenizer(shipped), LEARNING + arguments.count, 2)
-    console, cases = Console(), [(at, rows, head) for at in TEMPERATURES for rows in ROWS for head in HEADS]
-    found = [counted(model, head, at, rows, prompts) for at, rows, head in track(cases, "heads with the same tree", console=console)]
+    console, cases = (
+        Console(),
+        [(at, rows, head) for at in TEMPERATURES for rows in ROWS for head in HEADS],
+    )
+    found = [
+        counted(model, head, at, rows, prompts)
+        for at, rows, head in track(cases, "heads with the same tree", console=console)
+    ]
     found.sort(key=lambda one: (one.temperature, HEADS.index(one.head), one.rows))
     arguments.folder.mkdir(parents=True, exist_ok=True)
     (arguments.folder / FILE).write_text(page(found, arguments.count), "utf-8")

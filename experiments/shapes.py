@@ -31,7 +31,10 @@ from runtime.core.errors import InvalidRequest, OutriderError
 from runtime.models.loader import load_tokenizer
 
 FILE = "shapes.json"
-WAYS = (Method(PLAIN, OutriderMethod("plain")), Method(MODEL, OutriderMethod("living", drafters=(MODEL,))))
+WAYS = (
+    Method(PLAIN, OutriderMethod("plain")),
+    Method(MODEL, OutriderMethod("living", drafters=(MODEL,))),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +69,24 @@ def read(folder: Path) -> list[Shape]:
             for point in json.loads((folder / FILE).read_bytes())["shapes"]
         ]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InvalidRequest(f"{folder} holds no shapes: give the folder that `outrider tune shapes` has made", "folder") from error
+        raise InvalidRequest(
+            f"{folder} holds no shapes: give the folder that `outrider tune shapes` has made",
+            "folder",
+        ) from error
 
 
 def tried(shape: Shape, target: Path, cores: tuple[int, ...], prompts: Sequence[Prompt]) -> Tried:
     found: dict[tuple[str, float], MethodStats] = {}
     with running(Pair(str(target), str(shape.folder), "float32", cores), WAYS) as cluster:
-        for some, note, kept in ((prompts[:LEARNING], "learning", {}), (prompts[LEARNING:], "runs", found)):
+        for some, note, kept in (
+            (prompts[:LEARNING], "learning", {}),
+            (prompts[LEARNING:], "runs", found),
+        ):
             measured(cluster, plan_of(some, WAYS), f"{shape.folder.name}: {note}", kept)
     speeds = {at: found[MODEL, at].speed for at in TEMPERATURES}
-    return Tried(shape, speeds, {at: ratio(found[MODEL, at], found[PLAIN, at]) for at in TEMPERATURES})
+    return Tried(
+        shape, speeds, {at: ratio(found[MODEL, at], found[PLAIN, at]) for at in TEMPERATURES}
+    )
 
 
 def table(all_: Sequence[Tried]) -> Grid:
@@ -90,7 +101,11 @@ def table(all_: Sequence[Tried]) -> Grid:
         for one in all_
     ]
     speeds = tuple(f"tokens/s, temperature {at:g}" for at in TEMPERATURES)
-    return Grid("shapes", ("hidden size x layers", "million", "t(1), ms", "t(4), ms", "first right", "of 4", *speeds), tuple(rows))
+    return Grid(
+        "shapes",
+        ("hidden size x layers", "million", "t(1), ms", "t(4), ms", "first right", "of 4", *speeds),
+        tuple(rows),
+    )
 
 
 def page(all_: Sequence[Tried], prompts: int, picture: str) -> str:
@@ -115,13 +130,33 @@ def draw(all_: Sequence[Tried], file: Path) -> None:
         times = [one.shape.times[4] for one in all_]
         for k, tint in ((1, LIVING), (4, OURS)):
             left.plot(
-                times, [one.shape.rates[k] for one in all_], "o-", color=tint, label=f"among the first {k}" if k > 1 else "first guess"
+                times,
+                [one.shape.rates[k] for one in all_],
+                "o-",
+                color=tint,
+                label=f"among the first {k}" if k > 1 else "first guess",
             )
         for at, tint in zip(TEMPERATURES, (LIVING, OURS), strict=True):
-            right.plot(times, [one.gains[at] for one in all_], "o-", color=tint, label=f"temperature {at:g}")
-        for axis, highest in ((left, [one.shape.rates[4] for one in all_]), (right, [max(one.gains.values()) for one in all_])):
+            right.plot(
+                times,
+                [one.gains[at] for one in all_],
+                "o-",
+                color=tint,
+                label=f"temperature {at:g}",
+            )
+        for axis, highest in (
+            (left, [one.shape.rates[4] for one in all_]),
+            (right, [max(one.gains.values()) for one in all_]),
+        ):
             for one, time, top in zip(all_, times, highest, strict=True):
-                axis.annotate(one.shape.folder.name, (time, top), (0, 6), textcoords="offset points", ha="center", fontsize=8.5)
+                axis.annotate(
+                    one.shape.folder.name,
+                    (time, top),
+                    (0, 6),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8.5,
+                )
             axis.set(xlabel="milliseconds of a pass of 4 rows")
             axis.set_ylim(bottom=0)
             axis.margins(x=0.1, y=0.15)
@@ -135,7 +170,9 @@ def draw(all_: Sequence[Tried], file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("shapes", type=Path, metavar="FOLDER", help="as `outrider tune shapes` has left it")
+    parser.add_argument(
+        "shapes", type=Path, metavar="FOLDER", help="as `outrider tune shapes` has left it"
+    )
     parser.add_argument("--count", type=int, default=3, help="prompts")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="for the page and its picture")
     arguments = parser.parse_args()
@@ -145,7 +182,10 @@ def main() -> None:
         parser.error(str(error))
     target = call_in_subprocess(widened_small, (config.shipped("target"), "float32"))
     prompts = held_out(load_tokenizer(str(target)), LEARNING + arguments.count, 2)
-    all_ = sorted((tried(shape, target, two_cores(), prompts) for shape in shapes), key=lambda one: one.shape.times[4])
+    all_ = sorted(
+        (tried(shape, target, two_cores(), prompts) for shape in shapes),
+        key=lambda one: one.shape.times[4],
+    )
     arguments.folder.mkdir(parents=True, exist_ok=True)
     draw(all_, arguments.folder / "shapes.png")
     (arguments.folder / "shapes.md").write_text(page(all_, arguments.count, "shapes.png"), "utf-8")

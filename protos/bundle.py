@@ -13,12 +13,20 @@ WRAPPING = 16  # bytes around a frame in a bundle, and around all of them, at mo
 
 def to_drafter(frames: Sequence[bytes]) -> list[bytes]:
     """Encoded events, as the fewest messages that the wire carries."""
-    return [few[0] if len(few) == 1 else pb.ToDrafter(bundle=pb.Bundle(frames=few)).SerializeToString() for few in within(frames)]
+    return [
+        few[0] if len(few) == 1 else pb.ToDrafter(bundle=pb.Bundle(frames=few)).SerializeToString()
+        for few in within(frames)
+    ]
 
 
 def from_drafter(frames: Sequence[bytes]) -> list[bytes]:
     """Encoded replies, as the fewest messages that the wire carries."""
-    return [few[0] if len(few) == 1 else pb.FromDrafter(bundle=pb.Bundle(frames=few)).SerializeToString() for few in within(frames)]
+    return [
+        few[0]
+        if len(few) == 1
+        else pb.FromDrafter(bundle=pb.Bundle(frames=few)).SerializeToString()
+        for few in within(frames)
+    ]
 
 
 def frames_to_drafter(data: bytes) -> Sequence[bytes]:
@@ -35,9 +43,13 @@ def frames_of(kind: type[pb.ToDrafter] | type[pb.FromDrafter], data: bytes) -> S
     try:
         frame = kind.FromString(data)
     except DecodeError as error:
-        raise InvalidRequest(f"{len(data)} bytes are no frame of this protocol: send messages of speculation.proto") from error
+        raise InvalidRequest(
+            f"{len(data)} bytes are no frame of this protocol: send messages of speculation.proto"
+        ) from error
     if len(frame.bundle.frames) > limits.FRAMES:
-        raise InvalidRequest(f"a message of {len(frame.bundle.frames)} frames: at most {limits.FRAMES} are allowed, send several messages")
+        raise InvalidRequest(
+            f"a message of {len(frame.bundle.frames)} frames: at most {limits.FRAMES} are allowed, send several messages"
+        )
     return frame.bundle.frames if frame.HasField("bundle") else (data,)
 
 

@@ -111,12 +111,22 @@ def decode_hello_from_drafter(data: bytes) -> Hello:
 def encode_event(event: Event) -> Message:
     match event:
         case Open(session, epoch, tokens, prompt, sampling, share, style):
-            opened = pb.Open(session=session, epoch=epoch, tokens=tokens, prompt=prompt, sampling=_pb_sampling(sampling))
+            opened = pb.Open(
+                session=session,
+                epoch=epoch,
+                tokens=tokens,
+                prompt=prompt,
+                sampling=_pb_sampling(sampling),
+            )
             opened.share_index, opened.share_of = share.index, share.of
-            opened.style.CopyFrom(pb.Style(width=style.width, branches=style.branches, passes=style.passes))
+            opened.style.CopyFrom(
+                pb.Style(width=style.width, branches=style.branches, passes=style.passes)
+            )
             return pb.ToDrafter(open=opened)
         case Commit(session, epoch, base, tokens, key):
-            return pb.ToDrafter(commit=pb.Commit(session=session, epoch=epoch, base=base, tokens=tokens, key=key))
+            return pb.ToDrafter(
+                commit=pb.Commit(session=session, epoch=epoch, base=base, tokens=tokens, key=key)
+            )
         case Share(session, index, of):
             return pb.ToDrafter(share=pb.Share(session=session, index=index, of=of))
         case Close(session):
@@ -131,7 +141,13 @@ def decode_event(data: bytes) -> Event | None:
             return _open(frame.open)
         case "commit":
             commit = frame.commit
-            return Commit(_session(commit), commit.epoch, commit.base, _tokens(commit.tokens, "tokens"), commit.key)
+            return Commit(
+                _session(commit),
+                commit.epoch,
+                commit.base,
+                _tokens(commit.tokens, "tokens"),
+                commit.key,
+            )
         case "share":
             return _share(frame.share.index, frame.share.of, _session(frame.share))
         case "close":
@@ -212,7 +228,9 @@ def encode_chunk(chunk: Chunk) -> Message:
         tokens=chunk.tokens,
         drafters=chunk.drafters,
         finish_reason=REASONS[chunk.finish_reason],
-        stats=None if chunk.stats is None else pb.Stats(**{name: getattr(chunk.stats, name) for name in STATS}),
+        stats=None
+        if chunk.stats is None
+        else pb.Stats(**{name: getattr(chunk.stats, name) for name in STATS}),
         error=chunk.error,
         logprobs=_pb_logprobs(chunk.logprobs) if chunk.logprobs else None,
     )
@@ -224,7 +242,10 @@ def decode_chunk(data: bytes) -> Chunk:
         sizes = f"{len(chunk.tokens)} tokens, {len(chunk.drafters)} drafters and {len(chunk.pieces)} pieces"
         raise InvalidRequest(f"a chunk has {sizes}: send as many of each", "tokens")
     if chunk.finish_reason not in REASON_OF:
-        raise InvalidRequest(f"finish_reason {chunk.finish_reason} is not known: install the same version", "finish_reason")
+        raise InvalidRequest(
+            f"finish_reason {chunk.finish_reason} is not known: install the same version",
+            "finish_reason",
+        )
     return Chunk(
         tuple(chunk.pieces),
         _tokens(chunk.tokens, "tokens"),
@@ -240,7 +261,9 @@ def _parse(parser: Callable[[bytes], Frame], data: bytes) -> Frame:
     try:
         return parser(data)
     except DecodeError as error:
-        raise InvalidRequest(f"{len(data)} bytes are no frame of this protocol: send messages of speculation.proto") from error
+        raise InvalidRequest(
+            f"{len(data)} bytes are no frame of this protocol: send messages of speculation.proto"
+        ) from error
 
 
 def _pb_hello(hello: Hello) -> pb.Hello:
@@ -255,24 +278,44 @@ def _pb_hello(hello: Hello) -> pb.Hello:
 
 def _hello(frame: pb.ToDrafter | pb.FromDrafter) -> Hello:
     if not frame.HasField("hello"):
-        raise InvalidRequest("the first frame of a stream is not hello: send it before anything else")
+        raise InvalidRequest(
+            "the first frame of a stream is not hello: send it before anything else"
+        )
     hello = frame.hello
-    names = (_name(hello.vocabulary, "vocabulary"), _name(hello.model, "model"), _name(hello.drafter, "drafter"))
+    names = (
+        _name(hello.vocabulary, "vocabulary"),
+        _name(hello.model, "model"),
+        _name(hello.drafter, "drafter"),
+    )
     return Hello(*names, hello.incarnation, hello.protocol)
 
 
 def _open(open_: pb.Open) -> Open:
     session, tokens = _session(open_), _tokens(open_.tokens, "tokens")
     if not 1 <= open_.prompt <= len(tokens):
-        raise InvalidRequest(f"prompt {open_.prompt} of {len(tokens)} tokens is not allowed: give 1 to their number", "prompt")
+        raise InvalidRequest(
+            f"prompt {open_.prompt} of {len(tokens)} tokens is not allowed: give 1 to their number",
+            "prompt",
+        )
     share = _share(open_.share_index, open_.share_of, session)
-    return Open(session, open_.epoch, tokens, open_.prompt, _sampling(open_.sampling), share, _style(open_.style))
+    return Open(
+        session,
+        open_.epoch,
+        tokens,
+        open_.prompt,
+        _sampling(open_.sampling),
+        share,
+        _style(open_.style),
+    )
 
 
 def _style(style: pb.Style) -> Style:
     most = max(style.width, style.branches)
     if most > limits.TREE_NODES:
-        raise InvalidRequest(f"a style of width {style.width}, branches {style.branches}: at most {limits.TREE_NODES} are allowed", "style")
+        raise InvalidRequest(
+            f"a style of width {style.width}, branches {style.branches}: at most {limits.TREE_NODES} are allowed",
+            "style",
+        )
     return Style(style.width, style.branches, style.passes)
 
 
@@ -291,20 +334,30 @@ def _draft(draft: pb.Draft) -> Draft:
     )
     nodes = len(tokens)
     if len(parents) != nodes or len(scores) != nodes:
-        raise InvalidRequest(f"growth of {len(parents)} parents, {nodes} tokens and {len(scores)} scores: send as many of each")
+        raise InvalidRequest(
+            f"growth of {len(parents)} parents, {nodes} tokens and {len(scores)} scores: send as many of each"
+        )
     if nodes > limits.DRAFT_NODES:
         raise InvalidRequest(f"growth of {nodes} nodes: at most {limits.DRAFT_NODES} are allowed")
     if nodes and tokens.min() < 0:
-        raise InvalidRequest(f"token id {tokens.min()} is not allowed: give numbers from 0", "tokens")
+        raise InvalidRequest(
+            f"token id {tokens.min()} is not allowed: give numbers from 0", "tokens"
+        )
     # A comparison with NaN is false.
     if nodes and not (scores.min() > -np.inf and scores.max() <= 0):
-        raise InvalidRequest(f"scores from {scores.min()} to {scores.max()} are not allowed: give finite numbers up to 0", "scores")
+        raise InvalidRequest(
+            f"scores from {scores.min()} to {scores.max()} are not allowed: give finite numbers up to 0",
+            "scores",
+        )
     return Draft(session, draft.epoch, "", parents, tokens, scores)
 
 
 def _array(data: bytes, dtype: np.dtype[Any], name: str) -> npt.NDArray[Any]:
     if len(data) % dtype.itemsize:
-        raise InvalidRequest(f"{len(data)} bytes of {name} are no whole number of {dtype.name} values: send all of them", name)
+        raise InvalidRequest(
+            f"{len(data)} bytes of {name} are no whole number of {dtype.name} values: send all of them",
+            name,
+        )
     return np.frombuffer(data, dtype)
 
 
@@ -334,7 +387,10 @@ def _pb_constraint(constraint: Constraint) -> pb.Constraint:
 
 def _constraint(constraint: pb.Constraint) -> Constraint:
     if constraint.kind not in KIND_OF:
-        raise InvalidRequest(f"constraint {constraint.kind} is not known: install the same version", "response_format")
+        raise InvalidRequest(
+            f"constraint {constraint.kind} is not known: install the same version",
+            "response_format",
+        )
     return Constraint(KIND_OF[constraint.kind], constraint.text)
 
 
@@ -350,12 +406,22 @@ def _pb_logprobs(logprobs: tuple[Logprob, ...]) -> pb.Logprobs:
 
 def _logprobs(logprobs: pb.Logprobs, tokens: int) -> tuple[Logprob, ...]:
     chosen, counts, values = logprobs.chosen, logprobs.counts, logprobs.top_values
-    if not len(chosen) == len(counts) == tokens or not sum(counts) == len(logprobs.top_tokens) == len(values):
-        raise InvalidRequest(f"logprobs of {len(chosen)} tokens and {len(values)} others: send those of all {tokens} tokens", "logprobs")
+    if not len(chosen) == len(counts) == tokens or not sum(counts) == len(
+        logprobs.top_tokens
+    ) == len(values):
+        raise InvalidRequest(
+            f"logprobs of {len(chosen)} tokens and {len(values)} others: send those of all {tokens} tokens",
+            "logprobs",
+        )
     if not all(value <= 0 for value in (*chosen, *values)):  # a comparison with NaN is false
-        raise InvalidRequest("logprobs above 0 are not allowed: give logarithms of probabilities", "logprobs")
+        raise InvalidRequest(
+            "logprobs above 0 are not allowed: give logarithms of probabilities", "logprobs"
+        )
     top = iter(zip(_tokens(logprobs.top_tokens, "logprobs"), values, strict=True))
-    return tuple(Logprob(value, tuple(islice(top, count))) for value, count in zip(chosen, counts, strict=True))
+    return tuple(
+        Logprob(value, tuple(islice(top, count)))
+        for value, count in zip(chosen, counts, strict=True)
+    )
 
 
 def _seconds(deadline: float) -> float:
@@ -378,11 +444,15 @@ def _tokens(ids: Iterable[int], name: str) -> Tokens:
     return tokens
 
 
-def _session(message: pb.Open | pb.Commit | pb.Share | pb.Close | pb.Draft | pb.Resync | pb.GenerateRequest) -> str:
+def _session(
+    message: pb.Open | pb.Commit | pb.Share | pb.Close | pb.Draft | pb.Resync | pb.GenerateRequest,
+) -> str:
     return _name(message.session, "session")
 
 
 def _name(text: str, name: str) -> str:
     if not 0 < len(text) <= limits.NAME_LENGTH:
-        raise InvalidRequest(f"{name} of {len(text)} characters: allowed are 1 to {limits.NAME_LENGTH}", name)
+        raise InvalidRequest(
+            f"{name} of {len(text)} characters: allowed are 1 to {limits.NAME_LENGTH}", name
+        )
     return text

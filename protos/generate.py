@@ -25,12 +25,18 @@ def generated() -> dict[Path, bytes]:
 
 def stale() -> list[Path]:
     """The files that are not what the compiler would write."""
-    return [path for path, content in generated().items() if not path.exists() or path.read_bytes() != content]
+    return [
+        path
+        for path, content in generated().items()
+        if not path.exists() or path.read_bytes() != content
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the files are stale")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 where the files are stale"
+    )
     if not parser.parse_args().check:
         for path, content in generated().items():
             path.write_bytes(content)

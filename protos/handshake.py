@@ -27,7 +27,10 @@ def mismatch(target: Hello, drafter: Hello) -> str | None:
     if target.protocol != drafter.protocol:
         return f"protocol {target.protocol} of the target is not protocol {drafter.protocol} of the drafter: install the same version"
     if (target.drafter, target.incarnation) != (drafter.drafter, drafter.incarnation):
-        asked, here = f"{target.drafter} in life {target.incarnation}", f"{drafter.drafter} in life {drafter.incarnation}"
+        asked, here = (
+            f"{target.drafter} in life {target.incarnation}",
+            f"{drafter.drafter} in life {drafter.incarnation}",
+        )
         return f"drafter {asked} was asked for, drafter {here} is here: resolve its address again"
     if target.vocabulary != drafter.vocabulary:
         return (

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 import runtime.drafters
 import runtime.heads
@@ -26,7 +34,9 @@ MOST_DRAFTERS = 64
 POOL_NAME = r"^[a-z0-9][a-z0-9._-]{0,40}$"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Policy = Literal["living", "plain", "sync", "amusd", "pearl"]
-TRAINED = frozenset({"s3d"})  # drafting methods whose model is a folder that was trained for this target
+TRAINED = frozenset(
+    {"s3d"}
+)  # drafting methods whose model is a folder that was trained for this target
 LANES = ("target", "wire")  # of a trace; every other lane is a drafter's
 ROLES = (*LANES, "controller", "gateway")  # actors that are no drafters
 
@@ -43,10 +53,17 @@ class Placement(Strict):
     num_cpus: float = Field(default=1.0, ge=0)
     num_gpus: float = Field(default=0.0, ge=0)
     resources: dict[str, float] = {}
-    node: str | None = Field(default=None, description="IP address of the node; default: Ray chooses")
+    node: str | None = Field(
+        default=None, description="IP address of the node; default: Ray chooses"
+    )
     cores: tuple[int, ...] = Field(default=(), description="CPU cores to stay on; default: all")
-    threads: int | None = Field(default=None, ge=1, description="torch threads; default: as many as cores")
-    listen: str = Field(default="", description="IP address that its gRPC server binds; default: that of its Ray node")
+    threads: int | None = Field(
+        default=None, ge=1, description="torch threads; default: as many as cores"
+    )
+    listen: str = Field(
+        default="",
+        description="IP address that its gRPC server binds; default: that of its Ray node",
+    )
 
 
 class ScheduleConfig(Strict):
@@ -80,8 +97,14 @@ class TargetConfig(Strict):
     dtype: Dtype = "auto"
     device: Device = "auto"
     schedule: ScheduleConfig = ScheduleConfig()
-    kv_tokens: int | None = Field(default=None, ge=128, description="tokens that fit its KV memory; default: a quarter of what is free")
-    heads: tuple[HeadConfig, ...] = Field(default=(), description="guess from the target's own passes, beside the drafters")
+    kv_tokens: int | None = Field(
+        default=None,
+        ge=128,
+        description="tokens that fit its KV memory; default: a quarter of what is free",
+    )
+    heads: tuple[HeadConfig, ...] = Field(
+        default=(), description="guess from the target's own passes, beside the drafters"
+    )
     replicas: int = Field(default=1, ge=0, le=64)
     placement: Placement = Placement()
 
@@ -105,7 +128,9 @@ Method = Annotated[str, AfterValidator(known), Field(description="a file in runt
 
 Layers = Annotated[
     tuple[Annotated[int, Field(ge=0)], ...],
-    Field(description="of the target, for layer-skip (`outrider tune layers`); default: every second"),
+    Field(
+        description="of the target, for layer-skip (`outrider tune layers`); default: every second"
+    ),
 ]
 
 
@@ -119,7 +144,10 @@ class DrafterConfig(Strict):
     dtype: Dtype = "auto"
     device: Device = "auto"
     width: int | None = Field(
-        default=None, ge=1, le=64, description="leaves expanded in one forward pass; default: as many as cost little more than one"
+        default=None,
+        ge=1,
+        le=64,
+        description="leaves expanded in one forward pass; default: as many as cost little more than one",
     )
     placement: Placement = Placement()
 
@@ -127,7 +155,9 @@ class DrafterConfig(Strict):
     @classmethod
     def free(cls, name: str) -> str:
         if name in LANES:
-            raise ValueError(f"{name!r} has a meaning of its own in traces: give the drafter another name")
+            raise ValueError(
+                f"{name!r} has a meaning of its own in traces: give the drafter another name"
+            )
         return name
 
 
@@ -139,30 +169,42 @@ class PoolConfig(Strict):
 
     name: str = Field(pattern=POOL_NAME)
     method: Method = "model"
-    model: str = Field(default="", description="draft model of the methods that have one: a folder or a hub name; or what was trained")
+    model: str = Field(
+        default="",
+        description="draft model of the methods that have one: a folder or a hub name; or what was trained",
+    )
     layers: Layers = ()
     dtype: Dtype = "auto"
     device: Device = "auto"
     width: int | None = Field(
-        default=None, ge=1, le=64, description="leaves expanded in one forward pass; default: as many as cost little more than one"
+        default=None,
+        ge=1,
+        le=64,
+        description="leaves expanded in one forward pass; default: as many as cost little more than one",
     )
     min: int = Field(default=0, ge=0, le=MOST_DRAFTERS)
     max: int = Field(default=MOST_DRAFTERS, ge=0, le=MOST_DRAFTERS)
     count: int = Field(default=1, ge=0, le=MOST_DRAFTERS)
-    auto: bool = Field(default=False, description="between min and max by what one more drafter brings")
+    auto: bool = Field(
+        default=False, description="between min and max by what one more drafter brings"
+    )
     placement: Placement = Placement()
 
     @field_validator("name")
     @classmethod
     def free(cls, name: str) -> str:
         if name in ROLES:
-            raise ValueError(f"{name!r} names actors that are no drafters: give the pool another name")
+            raise ValueError(
+                f"{name!r} names actors that are no drafters: give the pool another name"
+            )
         return name
 
     @model_validator(mode="after")
     def ordered(self) -> Self:
         if not self.min <= self.count <= self.max:
-            raise ValueError(f"count {self.count} is not between min {self.min} and max {self.max}: change one of them")
+            raise ValueError(
+                f"count {self.count} is not between min {self.min} and max {self.max}: change one of them"
+            )
         return self
 
     def member(self, index: int) -> DrafterConfig:
@@ -196,7 +238,9 @@ class GatewayConfig(Strict):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     nodes: tuple[str, ...] = ()
-    served_model: str = Field(default="", description="name that clients ask for; default: the model's own")
+    served_model: str = Field(
+        default="", description="name that clients ask for; default: the model's own"
+    )
     api_keys: Path | None = Field(default=None, description="file of `NAME:KEY[:MODEL,...]` lines")
     tls: TlsConfig | None = None
     insecure: bool = Field(default=False, description="allow a public address without keys or TLS")
@@ -205,10 +249,16 @@ class GatewayConfig(Strict):
 class LimitsConfig(Strict):
     """Of the gateway. What is beyond is refused early, never dropped later."""
 
-    requests: int = Field(default=256, ge=1, description="under way at one time in one gateway; beyond: 503")
+    requests: int = Field(
+        default=256, ge=1, description="under way at one time in one gateway; beyond: 503"
+    )
     per_key: int = Field(default=64, ge=1, description="of one key at one time; beyond: 429")
-    request_seconds: float = Field(default=600.0, gt=0, description="deadline of a request that names none")
-    strict: bool = Field(default=True, description="refuse unknown fields; else they are ignored and counted")
+    request_seconds: float = Field(
+        default=600.0, gt=0, description="deadline of a request that names none"
+    )
+    strict: bool = Field(
+        default=True, description="refuse unknown fields; else they are ignored and counted"
+    )
 
 
 class SecurityConfig(Strict):
@@ -236,14 +286,18 @@ class Deployment(Strict):
 
     @model_validator(mode="after")
     def unmistakable(self) -> Self:
-        for name in {pool.name for pool in self.pools} & {head.method for head in self.target.heads}:
+        for name in {pool.name for pool in self.pools} & {
+            head.method for head in self.target.heads
+        }:
             raise ValueError(f"name {name!r} is that of a head: name the pool differently")
         return self
 
     def served_model(self) -> str:
         """What clients ask for: as configured; else the model's name on the hub, or the last part of its folder's."""
         model = self.target.model
-        return self.gateway.served_model or (Path(model).resolve().name if Path(model).is_dir() else model)
+        return self.gateway.served_model or (
+            Path(model).resolve().name if Path(model).is_dir() else model
+        )
 
     def drafters(self) -> tuple[DrafterConfig, ...]:
         """Those that there are at first, pool after pool."""
@@ -261,7 +315,11 @@ def heads() -> list[str]:
 
 
 def named_files(folders: Iterable[str]) -> list[str]:
-    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(folders) if module.name != "base")
+    return sorted(
+        module.name.replace("_", "-")
+        for module in pkgutil.iter_modules(folders)
+        if module.name != "base"
+    )
 
 
 def module_of(method: str) -> str:
@@ -323,7 +381,13 @@ def layers_of(draft: str) -> tuple[int, ...]:
 
 
 def deployment(
-    target: str, drafts: tuple[str, ...], drafters: int, dtype: Dtype, device: Device, local: bool, policy: Policy = "living"
+    target: str,
+    drafts: tuple[str, ...],
+    drafters: int,
+    dtype: Dtype,
+    device: Device,
+    local: bool,
+    policy: Policy = "living",
 ) -> Deployment:
     """A pool of `drafters` actors for each of `drafts` (a method's name or a model), beside one target with those of them that are heads.
 
@@ -333,14 +397,28 @@ def deployment(
     whole("drafters", drafters, 0, MOST_DRAFTERS)
     mounted = {draft: head for draft in drafts if (head := head_of(draft)) is not None}
     apart = [draft for draft in drafts if draft not in mounted]
-    mine, *shares = split_cores(sorted(os.sched_getaffinity(0)), len(apart)) if local else [()] * (len(apart) + 1)
+    mine, *shares = (
+        split_cores(sorted(os.sched_getaffinity(0)), len(apart))
+        if local
+        else [()] * (len(apart) + 1)
+    )
     pools: list[PoolConfig] = []
     for draft, cores in zip(apart, shares, strict=True):
         method, model, layers = drafter_of(draft)
-        name = pool_name(draft, {*(pool.name for pool in pools), *(head.method for head in mounted.values())})
+        name = pool_name(
+            draft, {*(pool.name for pool in pools), *(head.method for head in mounted.values())}
+        )
         place = here.model_copy(update={"cores": cores})
-        kind = {"method": method, "model": model, "layers": layers, "dtype": dtype, "device": device}
-        pools.append(PoolConfig.model_validate({"name": name, "count": drafters, "placement": place, **kind}))
+        kind = {
+            "method": method,
+            "model": model,
+            "layers": layers,
+            "dtype": dtype,
+            "device": device,
+        }
+        pools.append(
+            PoolConfig.model_validate({"name": name, "count": drafters, "placement": place, **kind})
+        )
     return Deployment(
         target=TargetConfig(
             model=target,
@@ -368,13 +446,19 @@ def cache_folder() -> Path:
 
 def memory_of(model: str, role: Literal["target", "drafter"], method: str = "") -> Path:
     """The file in which a target or a drafter keeps what it has learned of one model."""
-    name = hashlib.sha256(f"{Path(model).resolve() if Path(model).is_dir() else model}\n{method}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(
+        f"{Path(model).resolve() if Path(model).is_dir() else model}\n{method}".encode()
+    ).hexdigest()[:16]
     return cache_folder() / f"{role}-{name}.json"
 
 
 def memory_of_drafter(config: DrafterConfig, target: str) -> Path:
     """As memory_of: what this kind of drafter has learned of this target."""
-    return memory_of(target, "drafter", f"{config.method} {config.model}" + "".join(f" {layer}" for layer in config.layers))
+    return memory_of(
+        target,
+        "drafter",
+        f"{config.method} {config.model}" + "".join(f" {layer}" for layer in config.layers),
+    )
 
 
 def read(file: Path) -> Deployment:
@@ -382,11 +466,18 @@ def read(file: Path) -> Deployment:
     try:
         return Deployment.model_validate(yaml.safe_load(file.read_text()))
     except FileNotFoundError as error:
-        raise InvalidRequest(f"{file} does not exist: give the path of a deployment file", "config") from error
+        raise InvalidRequest(
+            f"{file} does not exist: give the path of a deployment file", "config"
+        ) from error
     except OSError as error:
-        raise InvalidRequest(f"{file} cannot be read ({error.strerror}): give the path of a deployment file", "config") from error
+        raise InvalidRequest(
+            f"{file} cannot be read ({error.strerror}): give the path of a deployment file",
+            "config",
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{file} is not YAML: {str(error).splitlines()[0]}", "config") from error
+        raise InvalidRequest(
+            f"{file} is not YAML: {str(error).splitlines()[0]}", "config"
+        ) from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -32,7 +32,9 @@ settings.register_profile("outrider", deadline=None, derandomize=True)
 settings.load_profile("outrider")
 
 # The packages have general names: another `runtime` on the path would be tested in place of this one.
-assert Path(str(runtime.__file__)).parent == ROOT / "runtime", f"runtime is imported from {runtime.__file__}, not from {ROOT}"
+assert Path(str(runtime.__file__)).parent == ROOT / "runtime", (
+    f"runtime is imported from {runtime.__file__}, not from {ROOT}"
+)
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +54,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: "Producer") -> "Load
 
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "cluster" if nodeid.startswith("tests/system/cluster/") else super()._split_scope(nodeid)
+            return (
+                "cluster"
+                if nodeid.startswith("tests/system/cluster/")
+                else super()._split_scope(nodeid)
+            )
 
     config.option.loadscopereorder = False  # as they are collected: by name
     return ByFile(config, log)

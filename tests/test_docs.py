@@ -15,7 +15,9 @@ from tests.support.paths import ROOT
 README_LINES = 150
 
 PAGES = sorted(
-    path for pattern in ("*.md", "docs/*.md", "deploy/*.md", "bench/results/*.md", "models/**/*.md") for path in ROOT.glob(pattern)
+    path
+    for pattern in ("*.md", "docs/*.md", "deploy/*.md", "bench/results/*.md", "models/**/*.md")
+    for path in ROOT.glob(pattern)
 )
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.M | re.S)
@@ -46,8 +48,15 @@ def calls(page: Path, name: str) -> list[list[str]]:
     """The arguments of each call of the program `name` on the page."""
     found = []
     for line in commands(page):
-        match = re.search(rf"(?:^|[\s'\"$&;|]|\.venv/bin/){name}((?: [^'\"#|&;<>]+|'[^']*'|\"[^\"]*\"| )*)", line)
-        if match is not None and line[: match.start()].strip() in ("", "$", ".venv/bin/", "ray exec"):
+        match = re.search(
+            rf"(?:^|[\s'\"$&;|]|\.venv/bin/){name}((?: [^'\"#|&;<>]+|'[^']*'|\"[^\"]*\"| )*)", line
+        )
+        if match is not None and line[: match.start()].strip() in (
+            "",
+            "$",
+            ".venv/bin/",
+            "ray exec",
+        ):
             found.append(shlex.split(match.group(1)))
     return found
 
@@ -79,7 +88,9 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 def test_every_command_exists_with_its_flags(page: Path) -> None:
     for words in calls(page, "outrider"):
         command, rest = subcommand(words)
-        known = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)}
+        known = {
+            flag for option in command.params for flag in (*option.opts, *option.secondary_opts)
+        }
         for word in rest:
             if re.fullmatch(r"--?[a-z][\w-]*(=.*)?", word):
                 flag = word.partition("=")[0]
@@ -98,8 +109,17 @@ def test_every_make_target_exists(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_every_module_and_test_that_is_run_exists(page: Path) -> None:
     for words in calls(page, "python"):
-        if words[:1] == ["-m"] and words[1].partition(".")[0] in ("actors", "bench", "experiments", "protos", "tests", "training"):
-            assert importlib.util.find_spec(words[1]) is not None, f"python -m {words[1]}: no such module"
+        if words[:1] == ["-m"] and words[1].partition(".")[0] in (
+            "actors",
+            "bench",
+            "experiments",
+            "protos",
+            "tests",
+            "training",
+        ):
+            assert importlib.util.find_spec(words[1]) is not None, (
+                f"python -m {words[1]}: no such module"
+            )
     for words in calls(page, "pytest"):
         for word in words:
             if word.startswith("tests"):
@@ -116,4 +136,7 @@ def test_something_is_checked() -> None:
     assert ["serve"] in calls(readme, "outrider")
     assert ["test"] in calls(readme, "make")
     assert any("--in-process" in words for words in calls(guide, "outrider"))
-    assert any(words[:1] == ["tests/contracts/test_exactness.py"] for words in calls(ROOT / "docs" / "guarantees.md", "pytest"))
+    assert any(
+        words[:1] == ["tests/contracts/test_exactness.py"]
+        for words in calls(ROOT / "docs" / "guarantees.md", "pytest")
+    )

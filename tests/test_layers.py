@@ -11,8 +11,22 @@ import pytest
 
 from tests.support.paths import ROOT
 
-FOLDERS = ("runtime", "actors", "protos", "models", "training", "bench", "experiments", "tests", "deploy")
-FILES = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+FOLDERS = (
+    "runtime",
+    "actors",
+    "protos",
+    "models",
+    "training",
+    "bench",
+    "experiments",
+    "tests",
+    "deploy",
+)
+FILES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in FOLDERS
+    for path in (ROOT / folder).rglob("*.py")
+)
 SOURCES = [file for file in FILES if "_pb2" not in file]
 
 # A file of runtime/ belongs to the first layer that has a pattern for it, and may use its own layer and those before.
@@ -71,7 +85,16 @@ LIBRARIES: tuple[set[str], ...] = (
     {"numpy"},
     {"numpy"},
     {"pydantic", "yaml"},
-    {"numpy", "torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "llguidance", "llvmlite"},
+    {
+        "numpy",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "huggingface_hub",
+        "llguidance",
+        "llvmlite",
+    },
     {"numpy"},
     {"numpy", "pydantic"},
 )
@@ -93,7 +116,11 @@ HIDDEN = {
 
 def layer(name: str) -> int:
     """Of a module of runtime/, given as a path without ".py"."""
-    found = [number for number, patterns in enumerate(LAYERS) if any(fnmatch(name, pattern) for pattern in patterns)]
+    found = [
+        number
+        for number, patterns in enumerate(LAYERS)
+        if any(fnmatch(name, pattern) for pattern in patterns)
+    ]
     assert found, f"runtime/{name}.py has no layer: name it in LAYERS and in ARCHITECTURE.md"
     return found[0]
 
@@ -106,7 +133,10 @@ def imports(source: str) -> set[str]:
             case ast.Import(names):
                 found.update(alias.name for alias in names)
             case ast.ImportFrom(str(module), names, 0):
-                found.update(f"{module}.{alias.name}" if is_ours(f"{module}.{alias.name}") else module for alias in names)
+                found.update(
+                    f"{module}.{alias.name}" if is_ours(f"{module}.{alias.name}") else module
+                    for alias in names
+                )
             case ast.ImportFrom():
                 pytest.fail(f"{source}:{node.lineno}: a relative import")
     tops = {name: name.partition(".")[0] for name in found}
@@ -128,27 +158,48 @@ def test_runtime_keeps_its_layers(source: str) -> None:
     own = layer(source.removeprefix("runtime/").removesuffix(".py"))
     for name in imports(source):
         if name.startswith("runtime/"):
-            assert layer(name.removeprefix("runtime/")) <= own, f"{source} imports {name} of a layer above it"
+            assert layer(name.removeprefix("runtime/")) <= own, (
+                f"{source} imports {name} of a layer above it"
+            )
         else:
-            assert name in sys.stdlib_module_names - NEVER[own] | LIBRARIES[own], f"{source} (layer {own}) imports {name}"
+            assert name in sys.stdlib_module_names - NEVER[own] | LIBRARIES[own], (
+                f"{source} (layer {own}) imports {name}"
+            )
     for pattern, hidden in HIDDEN.items():
         if fnmatch(source, pattern):
-            assert not [name for name in imports(source) if any(fnmatch(name, f"runtime/{one}") for one in hidden)], source
+            assert not [
+                name
+                for name in imports(source)
+                if any(fnmatch(name, f"runtime/{one}") for one in hidden)
+            ], source
 
 
-@pytest.mark.parametrize("source", [source for source in SOURCES if not source.startswith(("runtime/", "tests/"))])
+@pytest.mark.parametrize(
+    "source", [source for source in SOURCES if not source.startswith(("runtime/", "tests/"))]
+)
 def test_the_rest_looks_inwards_only(source: str) -> None:
     folder, used = source.partition("/")[0], imports(source)
     folders = {name.partition("/")[0] for name in used if "/" in name}
     if folder not in ("actors", "bench", "experiments"):
         assert "actors" not in folders, f"{source} imports actors"
-        assert used.isdisjoint({"ray", "grpc", "http", "fastapi", "uvicorn"}), f"{source} does the work of actors"
+        assert used.isdisjoint({"ray", "grpc", "http", "fastapi", "uvicorn"}), (
+            f"{source} does the work of actors"
+        )
     if folder == "protos":
         assert folders <= {"protos", "runtime"}, source
-        assert all(layer(name.removeprefix("runtime/")) == 0 for name in used if name.startswith("runtime/")), source
+        assert all(
+            layer(name.removeprefix("runtime/")) == 0
+            for name in used
+            if name.startswith("runtime/")
+        ), source
 
 
-ROOMS = ("actors/cli", "actors/launch", "actors/tracing", "training/shipped")  # others are rooms by their top-level folder
+ROOMS = (
+    "actors/cli",
+    "actors/launch",
+    "actors/tracing",
+    "training/shipped",
+)  # others are rooms by their top-level folder
 
 
 def room(file: str) -> str:
@@ -158,21 +209,33 @@ def room(file: str) -> str:
 def test_no_packages_import_each_other() -> None:
     uses = defaultdict[str, set[str]](set)
     for source in SOURCES:
-        uses[room(source)] |= {room(name) for name in imports(source) if "/" in name} - {room(source)}
+        uses[room(source)] |= {room(name) for name in imports(source) if "/" in name} - {
+            room(source)
+        }
     TopologicalSorter(uses).prepare()  # raises CycleError
 
 
 HEAVY = ("torch", "transformers", "ray", "grpc", "matplotlib")
 
 
-@pytest.mark.parametrize("program", ["import runtime.target.target", "from actors.cli import app; app(['--help'], standalone_mode=False)"])
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import runtime.target.target",
+        "from actors.cli import app; app(['--help'], standalone_mode=False)",
+    ],
+)
 def test_neither_the_target_nor_help_loads_a_heavy_library(program: str) -> None:
     program += f"; import sys; print(*{{*{HEAVY}}} & set(sys.modules), file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stderr.split() == []
 
 
 def test_files_are_short_and_hide_no_module_of_the_standard_library() -> None:
-    assert [source for source in SOURCES if len((ROOT / source).read_text("utf-8").splitlines()) > 400] == []
+    assert [
+        source for source in SOURCES if len((ROOT / source).read_text("utf-8").splitlines()) > 400
+    ] == []
     names = {part.removesuffix(".py"): source for source in SOURCES for part in source.split("/")}
     assert {name: source for name, source in names.items() if name in sys.stdlib_module_names} == {}

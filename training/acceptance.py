@@ -41,15 +41,26 @@ def measure(texts: Sequence[Written], guess: Guess, offset: int) -> list[Accepta
     """By temperature, rising. `offset`: 1 for a draft, whose row says what comes next, 2 for a head, whose target says that itself."""
     temperatures = sorted({text.sampling.temperature for text in texts})
     return [
-        summary(temperature, [text for text in texts if text.sampling.temperature == temperature], guess, offset)
+        summary(
+            temperature,
+            [text for text in texts if text.sampling.temperature == temperature],
+            guess,
+            offset,
+        )
         for temperature in temperatures
     ]
 
 
 def summary(temperature: float, texts: Sequence[Written], guess: Guess, offset: int) -> Acceptance:
-    ranks = np.concatenate([ranks_of(text, guess((*text.prompt, *text.output)), offset) for text in texts], axis=1)
+    ranks = np.concatenate(
+        [ranks_of(text, guess((*text.prompt, *text.output)), offset) for text in texts], axis=1
+    )
     rates = tuple({k: float(((of >= 0) & (of < k)).mean()) for k in RANKS} for of in ranks)
-    return Acceptance(temperature, rates, 1.0 + float(np.logical_and.accumulate(ranks == 0, axis=0).sum(axis=0).mean()))
+    return Acceptance(
+        temperature,
+        rates,
+        1.0 + float(np.logical_and.accumulate(ranks == 0, axis=0).sum(axis=0).mean()),
+    )
 
 
 def ranks_of(text: Written, logits: Tensor, offset: int) -> npt.NDArray[np.int64]:
@@ -65,7 +76,9 @@ def ranks_of(text: Written, logits: Tensor, offset: int) -> npt.NDArray[np.int64
             i, prompt - offset : prompt - offset + n
         ]  # row p guesses place p + offset + i, which is output p + offset + i - prompt
         paths = [text.output[: m + i] for m in range(n)]
-        tokens, _ = candidates(rows, Ask(text.sampling, prompt, text.prompt, paths, frozenset()), max(RANKS))
+        tokens, _ = candidates(
+            rows, Ask(text.sampling, prompt, text.prompt, paths, frozenset()), max(RANKS)
+        )
         right = tokens == output[i : i + n, None]
         found[i] = np.where(right.any(axis=1), right.argmax(axis=1), -1)
     return found

@@ -51,14 +51,22 @@ beginnings, by the rule of the runtime (at temperature > 0 guesses and choices s
 
 
 def card(
-    method: str, target: str, order: dict[str, Any], corpus: Corpus, losses: list[float], seconds: float, measured: Sequence[Acceptance]
+    method: str,
+    target: str,
+    order: dict[str, Any],
+    corpus: Corpus,
+    losses: list[float],
+    seconds: float,
+    measured: Sequence[Acceptance],
 ) -> str:
     """`seconds`: of the last run of the training, which may have gone on where another was interrupted."""
     own = order["own"]
     return TEMPLATE.format(
         title=TITLES[method],
         base=Path(target).name if Path(target).is_dir() else target,
-        settings=", ".join(f"{key} {value}" for key, value in order["settings"].items() if value is not None),
+        settings=", ".join(
+            f"{key} {value}" for key, value in order["settings"].items() if value is not None
+        ),
         documents=corpus.documents,
         tokens=len(corpus.train) / 1e6,
         held_out=len(corpus.held_out) / 1e6,
@@ -76,12 +84,18 @@ def card(
 
 
 def acceptance_table(measured: Sequence[Acceptance]) -> str:
-    rows = ["| temperature | place ahead | " + " | ".join(f"k = {rank}" for rank in RANKS) + " | tokens per step, one guess each |"]
+    rows = [
+        "| temperature | place ahead | "
+        + " | ".join(f"k = {rank}" for rank in RANKS)
+        + " | tokens per step, one guess each |"
+    ]
     rows.append("|---" * (len(RANKS) + 3) + "|")
     for at in measured:
         for place, rates in enumerate(at.rates, start=1):
             cells = " | ".join(f"{rates[rank]:.3f}" for rank in RANKS)
-            rows.append(f"| {at.temperature:g} | {place} | {cells} | {f'{at.chain:.2f}' if place == 1 else ''} |")
+            rows.append(
+                f"| {at.temperature:g} | {place} | {cells} | {f'{at.chain:.2f}' if place == 1 else ''} |"
+            )
     return "\n".join(rows)
 
 
@@ -90,7 +104,13 @@ def curve(losses: list[float]) -> str:
     smoothed, last = smooth(losses), len(losses) - 1
     steps = sorted({round(index * last / (POINTS - 1)) for index in range(POINTS)})
     head = "| step | " + " | ".join(str(step + 1) for step in steps) + " |"
-    return "\n".join([head, "|---" * (len(steps) + 1) + "|", "| loss | " + " | ".join(f"{smoothed[step]:.3f}" for step in steps) + " |"])
+    return "\n".join(
+        [
+            head,
+            "|---" * (len(steps) + 1) + "|",
+            "| loss | " + " | ".join(f"{smoothed[step]:.3f}" for step in steps) + " |",
+        ]
+    )
 
 
 def shapes_table(curve: Mapping[Shape, Times], vocabulary: int) -> str:
@@ -98,10 +118,22 @@ def shapes_table(curve: Mapping[Shape, Times], vocabulary: int) -> str:
     if not curve:
         return ""
     widths = sorted(next(iter(curve.values())))
-    rows = ["", "## Shape", "", "Milliseconds of a pass, by its rows, of shapes of about the same size; the first was chosen.", ""]
-    rows.append("| layers | hidden size | million parameters | " + " | ".join(f"t({width})" for width in widths) + " |")
+    rows = [
+        "",
+        "## Shape",
+        "",
+        "Milliseconds of a pass, by its rows, of shapes of about the same size; the first was chosen.",
+        "",
+    ]
+    rows.append(
+        "| layers | hidden size | million parameters | "
+        + " | ".join(f"t({width})" for width in widths)
+        + " |"
+    )
     rows.append("|---" * (len(widths) + 3) + "|")
     for shape, times in curve.items():
         cells = " | ".join(f"{1e3 * times[width]:.2f}" for width in widths)
-        rows.append(f"| {shape.layers} | {shape.hidden} | {shape.parameters(vocabulary) / 1e6:.2f} | {cells} |")
+        rows.append(
+            f"| {shape.layers} | {shape.hidden} | {shape.parameters(vocabulary) / 1e6:.2f} | {cells} |"
+        )
     return "\n".join(rows) + "\n"

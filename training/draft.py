@@ -18,7 +18,11 @@ from training.loop import Loss, Settings, low_precision
 from training.shapes import Measure, Shape, Times, propose
 from training.teacher import Teacher
 
-DISTANCES = {Goal.kl: losses.forward_kl, Goal.tvd: losses.tvd, Goal.tvd_plus_plus: losses.tvd_plus_plus}
+DISTANCES = {
+    Goal.kl: losses.forward_kl,
+    Goal.tvd: losses.tvd,
+    Goal.tvd_plus_plus: losses.tvd_plus_plus,
+}
 WARM = 0.8  # share of the steps in which tvd and tvd++ follow KL: at first their gradient is almost nothing, and they narrow a draft down
 GENTLE = 0.1  # of the learning rates, for a draft that knows something already
 PROPOSAL = "shape.json"
@@ -26,20 +30,30 @@ PROPOSAL = "shape.json"
 
 def settings(steps: int, seed: int, fresh: bool) -> Settings:
     usual = Settings(steps, seed, decay=0.05)
-    return usual if fresh else replace(usual, matrix_rate=GENTLE * usual.matrix_rate, other_rate=GENTLE * usual.other_rate)
+    return (
+        usual
+        if fresh
+        else replace(
+            usual, matrix_rate=GENTLE * usual.matrix_rate, other_rate=GENTLE * usual.other_rate
+        )
+    )
 
 
 def new(shape: Shape, teacher: Teacher, seed: int) -> PreTrainedModel:
     """Of random weights, with the target's vocabulary and context."""
     torch.manual_seed(seed)
-    config = shape.config(teacher.model.vocabulary, teacher.model.context, teacher.tokenizer.eos_token_id)
+    config = shape.config(
+        teacher.model.vocabulary, teacher.model.context, teacher.tokenizer.eos_token_id
+    )
     return LlamaForCausalLM(config).to(teacher.model.device)
 
 
 def started(start: str, device: torch.device) -> PreTrainedModel:
     """A model to go on from, in float32. Raises ModelRefused."""
     folder = find_folder(start)
-    module: PreTrainedModel = read_weights(folder, start, read_config(folder, start), torch.float32, device)
+    module: PreTrainedModel = read_weights(
+        folder, start, read_config(folder, start), torch.float32, device
+    )
     return module
 
 
@@ -66,21 +80,31 @@ def guesser(draft: PreTrainedModel) -> Callable[[Sequence[int]], Tensor]:
 
     def guess(text: Sequence[int]) -> Tensor:
         with torch.no_grad():
-            logits: Tensor = draft(input_ids=torch.tensor([text], device=draft.device), use_cache=False).logits
+            logits: Tensor = draft(
+                input_ids=torch.tensor([text], device=draft.device), use_cache=False
+            ).logits
         return logits.float().cpu()
 
     return guess
 
 
-def settled(work: Path, budget: float, vocabulary: int, measure: Measure) -> tuple[Shape, dict[Shape, Times]]:
+def settled(
+    work: Path, budget: float, vocabulary: int, measure: Measure
+) -> tuple[Shape, dict[Shape, Times]]:
     """The proposed shape and what was measured for it: measured once, so that an interrupted training goes on with the same."""
     file = work / PROPOSAL
     if not file.exists():
         shape, curve = propose(budget, vocabulary, measure)
-        rows = [[of.hidden, of.layers, {str(rows): seconds for rows, seconds in times.items()}] for of, times in curve.items()]
+        rows = [
+            [of.hidden, of.layers, {str(rows): seconds for rows, seconds in times.items()}]
+            for of, times in curve.items()
+        ]
         write(file, json.dumps({"shape": [shape.hidden, shape.layers], "curve": rows}).encode())
     found: dict[str, Any] = json.loads(file.read_bytes())
-    curve = {Shape(hidden, layers): {int(rows): s for rows, s in times.items()} for hidden, layers, times in found["curve"]}
+    curve = {
+        Shape(hidden, layers): {int(rows): s for rows, s in times.items()}
+        for hidden, layers, times in found["curve"]
+    }
     return Shape(*found["shape"]), curve
 
 

@@ -30,7 +30,10 @@ def opened(out: Path, recipe: Mapping[str, Any]) -> Iterator[Path]:
         try:
             lock = FileLock(work / LOCK, fallback_to_soft=False).acquire(timeout=0)
         except Timeout as error:
-            raise InvalidRequest(f"{work} is being worked on by another training: wait for it, or give another --out", "out") from error
+            raise InvalidRequest(
+                f"{work} is being worked on by another training: wait for it, or give another --out",
+                "out",
+            ) from error
         with lock:
             check(work, recipe)
             yield work
@@ -43,7 +46,9 @@ def refuse(out: Path) -> None:
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists() or out.is_symlink():
-        raise InvalidRequest(f"{out} is there already: give another --out, or remove it first", "out")
+        raise InvalidRequest(
+            f"{out} is there already: give another --out, or remove it first", "out"
+        )
 
 
 def check(work: Path, recipe: Mapping[str, Any]) -> None:
@@ -52,7 +57,10 @@ def check(work: Path, recipe: Mapping[str, Any]) -> None:
     file = work / RECIPE
     if not file.exists():
         if others := sorted(entry.name for entry in work.iterdir() if entry.name != LOCK):
-            raise InvalidRequest(f"{work} holds something else ({others[0]}): give another --out, or remove it", "out")
+            raise InvalidRequest(
+                f"{work} holds something else ({others[0]}): give another --out, or remove it",
+                "out",
+            )
         write(file, json.dumps(wanted, indent=2).encode())
         return
     try:
@@ -61,11 +69,14 @@ def check(work: Path, recipe: Mapping[str, Any]) -> None:
         found = None
     if not isinstance(found, dict):
         raise InvalidRequest(f"{file} is not readable: remove {work} to begin anew", "out")
-    if changed := sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key)):
+    if changed := sorted(
+        key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key)
+    ):
         key = changed[0]
         told = f"{key} was {str(found.get(key))[:40]} and is {str(wanted.get(key))[:40]}"
         raise InvalidRequest(
-            f"{work} is unfinished work under other settings ({told}): give those again, another --out, or remove it", "out"
+            f"{work} is unfinished work under other settings ({told}): give those again, another --out, or remove it",
+            "out",
         )
 
 
@@ -88,7 +99,8 @@ def writable(out: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise InvalidRequest(
-            f"cannot write {out} ({why[:120]}): make room or give another --out; the same command goes on", "out"
+            f"cannot write {out} ({why[:120]}): make room or give another --out; the same command goes on",
+            "out",
         ) from error
 
 

@@ -12,7 +12,10 @@ from training.teacher import States, Teacher
 # Of a batch of texts: states after the final norm (positions, batch, context, hidden), for each position ahead; and a loss of their own.
 Forward = Callable[[States], tuple[Tensor, Tensor]]
 
-DRAFT, HEAD = 1, 2  # offsets: how far behind its row the first place is that is guessed. What is at 1 the target itself says in the row
+DRAFT, HEAD = (
+    1,
+    2,
+)  # offsets: how far behind its row the first place is that is guessed. What is at 1 the target itself says in the row
 FADE = 0.8  # weight of each position against the one before: what is further ahead is reached less often (Medusa, arXiv 2401.10774)
 
 
@@ -29,7 +32,9 @@ def distillation(teacher: Teacher, forward: Forward, offset: int = HEAD) -> Loss
         states, total = forward(seen)
         for i, state in enumerate(states):
             n = state.shape[1] - (offset - 1) - i
-            total = total + FADE**i * forward_kl(teacher.unembed(state[:, :n]).flatten(0, 1), truth[:, i:].flatten(0, 1))
+            total = total + FADE**i * forward_kl(
+                teacher.unembed(state[:, :n]).flatten(0, 1), truth[:, i:].flatten(0, 1)
+            )
         return total
 
     return loss

@@ -30,9 +30,13 @@ def check(teacher: Teacher, context: int) -> None:
     """Raises ModelRefused for a target whose layers cannot be run one by one over a text of so many tokens."""
     name, config = teacher.model.name, teacher.module.config
     if not fits(teacher.module):
-        raise ModelRefused(f"model {name} ({config.model_type}) is not built as Llama is: train medusa for it")
+        raise ModelRefused(
+            f"model {name} ({config.model_type}) is not built as Llama is: train medusa for it"
+        )
     if any(window is not None and window <= context for window in windows_of(config).values()):
-        raise ModelRefused(f"model {name} looks back over less than {context} tokens: give a smaller --context")
+        raise ModelRefused(
+            f"model {name} looks back over less than {context} tokens: give a smaller --context"
+        )
 
 
 def default_layers(layers: int, positions: int) -> list[int]:
@@ -52,14 +56,23 @@ def make_forward(maps: HiddenTransfer, teacher: Teacher) -> Forward:
     def states(seen: States) -> tuple[Tensor, Tensor]:
         batch, context = seen.last.shape[:2]
         places = (
-            torch.arange(context, device=seen.last.device).repeat(positions, 1) + torch.arange(positions)[:, None].to(seen.last.device) + 1
+            torch.arange(context, device=seen.last.device).repeat(positions, 1)
+            + torch.arange(positions)[:, None].to(seen.last.device)
+            + 1
         )
-        mask, keys = pseudo_row_mask(context, positions, seen.last.device), ReadOnlyCache(seen.cache)
+        mask, keys = (
+            pseudo_row_mask(context, positions, seen.last.device),
+            ReadOnlyCache(seen.cache),
+        )
         x = seen.last[:, :0]
         far, terms = torch.zeros((), device=seen.last.device), 0
         for number in range(lowest, len(body.layers)):
-            for entering in range(x.shape[1] // context, sum(layer <= number for layer in maps.layers)):
-                x = torch.cat([x, maps.pseudo(entering, seen.layers[number].float()).to(x.dtype)], dim=1)
+            for entering in range(
+                x.shape[1] // context, sum(layer <= number for layer in maps.layers)
+            ):
+                x = torch.cat(
+                    [x, maps.pseudo(entering, seen.layers[number].float()).to(x.dtype)], dim=1
+                )
             n = x.shape[1]
             where = places.flatten()[None, :n]
             x = body.layers[number](
@@ -70,7 +83,9 @@ def make_forward(maps: HiddenTransfer, teacher: Teacher) -> Forward:
                 position_embeddings=body.rotary_emb(x, where),
             )
             if number + 1 < len(body.layers):
-                far = far + distance(x.view(batch, -1, context, x.shape[-1]), seen.layers[number + 1])
+                far = far + distance(
+                    x.view(batch, -1, context, x.shape[-1]), seen.layers[number + 1]
+                )
                 terms += 1
         found: Tensor = body.norm(x).view(batch, positions, context, -1).movedim(1, 0)
         return found, NEARNESS * far / max(1, terms)

@@ -23,7 +23,9 @@ from training.teacher import Teacher
 
 TOKENS = 200  # of a forecast
 
-Score = Callable[[Sequence[int]], float]  # layers that are kept -> share of tokens on which they agree with all
+Score = Callable[
+    [Sequence[int]], float
+]  # layers that are kept -> share of tokens on which they agree with all
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,9 @@ class Subset:
     acceptance: float
 
 
-def search(count: int, score: Score, tell: Callable[[int], None] = lambda more: None) -> list[Subset]:
+def search(
+    count: int, score: Score, tell: Callable[[int], None] = lambda more: None
+) -> list[Subset]:
     """From all of `count` layers but one down to a single one; each is its predecessor less a layer. `tell` hears of each trial."""
     kept, found = tuple(range(count)), []
     while len(kept) > 1:
@@ -75,17 +79,28 @@ def as_json(identity: Identity, promises: Mapping[Subset, float]) -> dict[str, A
     """What `--draft layer-skip` reads, `layers`, and how it was found."""
 
     def told(subset: Subset) -> dict[str, Any]:
-        return {"layers": list(subset.layers), "acceptance": round(subset.acceptance, 4), "speed_up": round(promises[subset], 4)}
+        return {
+            "layers": list(subset.layers),
+            "acceptance": round(subset.acceptance, 4),
+            "speed_up": round(promises[subset], 4),
+        }
 
     others = [told(subset) for subset in promises]
-    return {"method": "layer-skip", "target": asdict(identity), **told(best(promises)), "others": others}
+    return {
+        "method": "layer-skip",
+        "target": asdict(identity),
+        **told(best(promises)),
+        "others": others,
+    }
 
 
 def layers_of(teacher: Teacher) -> nn.ModuleList:
     """Raises ModelRefused where they are not to be found, or there is one alone."""
     found: Any = getattr(getattr(teacher.module, "model", None), "layers", None)
     if not isinstance(found, nn.ModuleList) or len(found) < 2:
-        raise ModelRefused(f"model {teacher.model.name} has no layers in model.layers to choose from: choose a target built as Llama is")
+        raise ModelRefused(
+            f"model {teacher.model.name} has no layers in model.layers to choose from: choose a target built as Llama is"
+        )
     return found
 
 
@@ -106,13 +121,20 @@ def agreement(teacher: Teacher, texts: Sequence[Tensor]) -> Score:
     return lambda layers: found(layers)[1]
 
 
-def rates(teacher: Teacher, texts: Sequence[Tensor], ranks: Sequence[int] = RANKS) -> Callable[[Sequence[int]], dict[int, float]]:
+def rates(
+    teacher: Teacher, texts: Sequence[Tensor], ranks: Sequence[int] = RANKS
+) -> Callable[[Sequence[int]], dict[int, float]]:
     """On texts (batch, context) each: how often the kept layers' first k guesses hold the whole target's choice, by k."""
     wanted = [guesses(teacher, rows, 1) for rows in texts]
 
     def found(layers: Sequence[int]) -> dict[int, float]:
         with only(teacher, layers):
-            right = torch.cat([guesses(teacher, rows, max(ranks)) == truth for rows, truth in zip(texts, wanted, strict=True)])
+            right = torch.cat(
+                [
+                    guesses(teacher, rows, max(ranks)) == truth
+                    for rows, truth in zip(texts, wanted, strict=True)
+                ]
+            )
         return {k: float(right[..., :k].any(-1).float().mean()) for k in ranks}
 
     return found
@@ -129,7 +151,13 @@ def guesses(teacher: Teacher, rows: Tensor, most: int) -> Tensor:
     """(batch, context, most), most likely first."""
     try:
         with torch.no_grad():
-            found: Tensor = teacher.module(rows.to(teacher.model.device), use_cache=False).logits.topk(most).indices
+            found: Tensor = (
+                teacher.module(rows.to(teacher.model.device), use_cache=False)
+                .logits.topk(most)
+                .indices
+            )
         return found
     except MISFITS as misfit:
-        raise ModelRefused(f"model {teacher.model.name} does not run without some of its layers ({misfit}): choose another") from misfit
+        raise ModelRefused(
+            f"model {teacher.model.name} does not run without some of its layers ({misfit}): choose another"
+        ) from misfit

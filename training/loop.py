@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from runtime.core.errors import InvalidRequest
 from training.folder import write
 
-Loss = Callable[[Tensor, float], Tensor]  # token ids (batch, context), share of the steps that are done -> scalar
+Loss = Callable[
+    [Tensor, float], Tensor
+]  # token ids (batch, context), share of the steps that are done -> scalar
 Batches = Callable[[int], Tensor]  # step -> token ids (batch, context)
 Tell = Callable[[int, float], None]  # steps done, loss of the last
 
@@ -43,14 +45,22 @@ def rate_at(step: int, steps: int) -> float:
 
 def optimizers(module: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
     """Muon for the matrices (kellerjordan.github.io/posts/muon), AdamW for embeddings, unembedding and the rest."""
-    learned = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    learned = [
+        (name, parameter)
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    ]
     matrices = [parameter for name, parameter in learned if is_matrix(name, parameter)]
     others = [parameter for name, parameter in learned if not is_matrix(name, parameter)]
     made: list[torch.optim.Optimizer] = []
     if matrices:
-        made.append(torch.optim.Muon(matrices, lr=settings.matrix_rate, weight_decay=settings.decay))
+        made.append(
+            torch.optim.Muon(matrices, lr=settings.matrix_rate, weight_decay=settings.decay)
+        )
     if others:
-        made.append(torch.optim.AdamW(others, lr=settings.other_rate, betas=(0.9, 0.95), weight_decay=0.0))
+        made.append(
+            torch.optim.AdamW(others, lr=settings.other_rate, betas=(0.9, 0.95), weight_decay=0.0)
+        )
     return made
 
 
@@ -61,12 +71,21 @@ def is_matrix(name: str, parameter: nn.Parameter) -> bool:
 def low_precision(device: torch.device) -> torch.autocast:
     """Inside it products are of bfloat16 where the device multiplies that natively; elsewhere it would be slower than float32."""
     if device.type == "cuda":
-        return torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_bf16_supported(including_emulation=False))
+        return torch.autocast(
+            "cuda", torch.bfloat16, enabled=torch.cuda.is_bf16_supported(including_emulation=False)
+        )
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.autocast("cpu", torch.bfloat16, enabled=native)
 
 
-def train(module: nn.Module, loss: Loss, batches: Batches, settings: Settings, checkpoint: Path, tell: Tell) -> list[float]:
+def train(
+    module: nn.Module,
+    loss: Loss,
+    batches: Batches,
+    settings: Settings,
+    checkpoint: Path,
+    tell: Tell,
+) -> list[float]:
     """Run to `settings.steps`, from `checkpoint` where there is one. Returns the losses of all steps.
 
     Interrupted and begun again it ends with the same bits as without a break, on the same machine, device CPU, and number of threads:
@@ -75,11 +94,15 @@ def train(module: nn.Module, loss: Loss, batches: Batches, settings: Settings, c
     """
     optims = optimizers(module, settings)
     rates = [group["lr"] for optim in optims for group in optim.param_groups]
-    learned = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    learned = {
+        name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad
+    }
     losses = resume(checkpoint, learned, optims)
     tell(len(losses), losses[-1] if losses else math.nan)
     for step in range(len(losses), settings.steps):
-        for group, rate in zip((group for optim in optims for group in optim.param_groups), rates, strict=True):
+        for group, rate in zip(
+            (group for optim in optims for group in optim.param_groups), rates, strict=True
+        ):
             group["lr"] = rate * rate_at(step, settings.steps)
         torch.manual_seed(settings.seed * 1_000_003 + step)
         value = loss(batches(step), step / settings.steps)
@@ -87,7 +110,10 @@ def train(module: nn.Module, loss: Loss, batches: Batches, settings: Settings, c
         nn.utils.clip_grad_norm_(learned.values(), 1.0)
         losses.append(float(value.detach()))
         if not math.isfinite(losses[-1]):
-            raise InvalidRequest(f"the loss is {losses[-1]} at step {step}: check the data, or give another --seed", "data")
+            raise InvalidRequest(
+                f"the loss is {losses[-1]} at step {step}: check the data, or give another --seed",
+                "data",
+            )
         for optim in optims:
             optim.step()
             optim.zero_grad()
@@ -97,14 +123,25 @@ def train(module: nn.Module, loss: Loss, batches: Batches, settings: Settings, c
     return losses
 
 
-def save(checkpoint: Path, learned: dict[str, nn.Parameter], optims: list[torch.optim.Optimizer], losses: list[float]) -> None:
-    state = {"learned": dict(learned), "optimizers": [optim.state_dict() for optim in optims], "losses": losses}
+def save(
+    checkpoint: Path,
+    learned: dict[str, nn.Parameter],
+    optims: list[torch.optim.Optimizer],
+    losses: list[float],
+) -> None:
+    state = {
+        "learned": dict(learned),
+        "optimizers": [optim.state_dict() for optim in optims],
+        "losses": losses,
+    }
     buffer = io.BytesIO()  # torch's own writer turns a full disk into an error without a name
     torch.save(state, buffer)
     write(checkpoint, buffer.getvalue())
 
 
-def resume(checkpoint: Path, learned: dict[str, nn.Parameter], optims: list[torch.optim.Optimizer]) -> list[float]:
+def resume(
+    checkpoint: Path, learned: dict[str, nn.Parameter], optims: list[torch.optim.Optimizer]
+) -> list[float]:
     """The losses so far; parameters and optimizers are as they were then."""
     if not checkpoint.exists():
         return []
@@ -116,10 +153,22 @@ def resume(checkpoint: Path, learned: dict[str, nn.Parameter], optims: list[torc
         for optim, saved in zip(optims, state["optimizers"], strict=True):
             optim.load_state_dict(saved)
         return list(state["losses"])
-    except (RuntimeError, ValueError, LookupError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise InvalidRequest(f"{checkpoint} is no checkpoint of this training: remove {checkpoint.parent} to begin anew", "out") from error
+    except (
+        RuntimeError,
+        ValueError,
+        LookupError,
+        TypeError,
+        EOFError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise InvalidRequest(
+            f"{checkpoint} is no checkpoint of this training: remove {checkpoint.parent} to begin anew",
+            "out",
+        ) from error
 
 
 def smooth(losses: list[float], over: int = 20) -> list[float]:
     """Means over the last `over` losses."""
-    return [sum(losses[max(0, i + 1 - over) : i + 1]) / min(i + 1, over) for i in range(len(losses))]
+    return [
+        sum(losses[max(0, i + 1 - over) : i + 1]) / min(i + 1, over) for i in range(len(losses))
+    ]

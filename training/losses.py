@@ -20,7 +20,9 @@ def next_token(draft: Tensor, tokens: Tensor) -> Tensor:
 
 def forward_kl(draft: Tensor, target: Tensor) -> Tensor:
     """KL(p || q), in nats."""
-    return F.kl_div(draft.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean")
+    return F.kl_div(
+        draft.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
 
 
 def tvd(draft: Tensor, target: Tensor) -> Tensor:

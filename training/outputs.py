@@ -43,7 +43,11 @@ def to_learn(corpus: Corpus, tokens: int, context: int, seed: int) -> list[Reque
     window = windows(corpus.train, prompt, seed)
     count = -(-tokens // (context - prompt))
     return [
-        Request(f"own-{index}", tuple(window(index).tolist()), sampling(TEMPERATURES[index % 3], seed + index, context - prompt))
+        Request(
+            f"own-{index}",
+            tuple(window(index).tolist()),
+            sampling(TEMPERATURES[index % 3], seed + index, context - prompt),
+        )
         for index in range(count)
     ]
 
@@ -53,7 +57,11 @@ def to_measure(corpus: Corpus, context: int, seed: int) -> list[Request]:
     prompt = context // 4
     beginnings = excerpts(corpus.held_out, HELD_OUT, prompt)
     return [
-        Request(f"held-{temperature}-{index}", beginning, sampling(temperature, seed + index, min(LONGEST, context - prompt)))
+        Request(
+            f"held-{temperature}-{index}",
+            beginning,
+            sampling(temperature, seed + index, min(LONGEST, context - prompt)),
+        )
         for temperature in MEASURED
         for index, beginning in enumerate(beginnings)
     ]
@@ -65,7 +73,9 @@ def sampling(temperature: float, seed: int, tokens: int) -> Sampling:
 
 def named(fingerprint: str, requests: Sequence[Request]) -> str:
     """Of the folder that keeps the answers."""
-    return hashlib.sha256(f"{fingerprint} {[(request.prompt, request.sampling) for request in requests]}".encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        f"{fingerprint} {[(request.prompt, request.sampling) for request in requests]}".encode()
+    ).hexdigest()[:16]
 
 
 def grouped(requests: Sequence[Request]) -> list[Sequence[Request]]:
@@ -74,14 +84,20 @@ def grouped(requests: Sequence[Request]) -> list[Sequence[Request]]:
 
 def missing(folder: Path, requests: Sequence[Request]) -> int:
     """How many answers are not there yet."""
-    return sum(len(group) for number, group in enumerate(grouped(requests)) if not there(folder, number))
+    return sum(
+        len(group) for number, group in enumerate(grouped(requests)) if not there(folder, number)
+    )
 
 
-async def answer(generate: Generate, requests: Sequence[Request], folder: Path, tell: Callable[[int], None]) -> None:
+async def answer(
+    generate: Generate, requests: Sequence[Request], folder: Path, tell: Callable[[int], None]
+) -> None:
     """Write the answers that are missing; `tell` hears how many more there are. Raises Unavailable where the target fails."""
     for number, group in enumerate(grouped(requests)):
         if not there(folder, number):
-            keep(folder, number, await asyncio.gather(*(one(generate, request) for request in group)))
+            keep(
+                folder, number, await asyncio.gather(*(one(generate, request) for request in group))
+            )
             tell(len(group))
 
 
@@ -93,7 +109,9 @@ async def one(generate: Generate, request: Request) -> list[int]:
             return tokens
         if chunk.finish_reason is not None:
             break
-    raise Unavailable("the target failed while it wrote texts to learn from: see its log, then give the same command again")
+    raise Unavailable(
+        "the target failed while it wrote texts to learn from: see its log, then give the same command again"
+    )
 
 
 def part(folder: Path, number: int) -> Path:
@@ -117,7 +135,10 @@ def keep(folder: Path, number: int, answers: Sequence[Sequence[int]]) -> None:
 def answered(folder: Path, requests: Sequence[Request]) -> list[Written]:
     """All answers, in order of the requests."""
     found = [row for number in range(len(grouped(requests))) for row in load(part(folder, number))]
-    return [Written(request.prompt, tuple(row[row >= 0].tolist()), request.sampling) for request, row in zip(requests, found, strict=True)]
+    return [
+        Written(request.prompt, tuple(row[row >= 0].tolist()), request.sampling)
+        for request, row in zip(requests, found, strict=True)
+    ]
 
 
 def load(file: Path) -> npt.NDArray[np.int32]:

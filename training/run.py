@@ -71,12 +71,20 @@ class Material:
 def fitting_context(wanted: int, model: int) -> int:
     """Raises InvalidRequest for a context that the model has not, or that is too short to be cut into beginning and answer."""
     if not 16 <= wanted <= model:
-        raise InvalidRequest(f"context {wanted} is not allowed: this target reads 16 to {model} tokens", "context")
+        raise InvalidRequest(
+            f"context {wanted} is not allowed: this target reads 16 to {model} tokens", "context"
+        )
     return wanted
 
 
 def fit(
-    order: Order, material: Material, module: nn.Module, loss: Loss, settings: Settings, work: Path, tell: Tell
+    order: Order,
+    material: Material,
+    module: nn.Module,
+    loss: Loss,
+    settings: Settings,
+    work: Path,
+    tell: Tell,
 ) -> tuple[list[float], float]:
     """Train `module`; the losses, and the seconds that this run of it took."""
     began = time.monotonic()
@@ -97,7 +105,9 @@ def train_head(
     """Train, measure, and leave the folder of the head at `order.out`. `offset`: as of training.heads; `settings`: the usual ones."""
     teacher, how = material.teacher, settings or Settings(order.steps, order.seed)
     head.to(teacher.model.device)
-    losses, seconds = fit(order, material, head, distillation(teacher, forward, offset), how, work, tell)
+    losses, seconds = fit(
+        order, material, head, distillation(teacher, forward, offset), how, work, tell
+    )
     measured = measure(material.held_out, guesser(teacher, forward), offset)
     identity = identity_of(teacher.module.config, teacher.tokenizer)
     write_trained(work / FINISHED, order.method, identity, order.settings, dict(head.state_dict()))
@@ -106,24 +116,54 @@ def train_head(
 
 
 def train_draft(
-    order: Order, material: Material, module: PreTrainedModel, goal: Goal, curve: dict[Shape, Times], work: Path, tell: Tell
+    order: Order,
+    material: Material,
+    module: PreTrainedModel,
+    goal: Goal,
+    curve: dict[Shape, Times],
+    work: Path,
+    tell: Tell,
 ) -> list[Acceptance]:
     """As train_head, for a draft model. `curve`: what was measured when its shape was chosen."""
     teacher = material.teacher
     settings = draft.settings(order.steps, order.seed, fresh=not order.settings.get("start"))
-    losses, seconds = fit(order, material, module, draft.distillation(teacher, module, goal), settings, work, tell)
+    losses, seconds = fit(
+        order, material, module, draft.distillation(teacher, module, goal), settings, work, tell
+    )
     draft.save(module, teacher, work / FINISHED)
-    measured = measure(material.held_out, draft.guesser(module), offset=1)  # of the weights as they are kept
-    leave(order, material, losses, seconds, measured, work, shapes_table(curve, teacher.model.vocabulary))
+    measured = measure(
+        material.held_out, draft.guesser(module), offset=1
+    )  # of the weights as they are kept
+    leave(
+        order,
+        material,
+        losses,
+        seconds,
+        measured,
+        work,
+        shapes_table(curve, teacher.model.vocabulary),
+    )
     return measured
 
 
 def leave(
-    order: Order, material: Material, losses: list[float], seconds: float, measured: Sequence[Acceptance], work: Path, more: str = ""
+    order: Order,
+    material: Material,
+    losses: list[float],
+    seconds: float,
+    measured: Sequence[Acceptance],
+    work: Path,
+    more: str = "",
 ) -> None:
     """The card beside what was learned, and its figures as JSON; then the folder gets its name."""
-    about = card(order.method, order.target, asdict(order), material.corpus, losses, seconds, measured)
+    about = card(
+        order.method, order.target, asdict(order), material.corpus, losses, seconds, measured
+    )
     write(work / FINISHED / "README.md", (about + more).encode())
-    figures = {"losses": [round(loss, 5) for loss in losses], "acceptance": [at.as_json() for at in measured], "seconds": round(seconds, 1)}
+    figures = {
+        "losses": [round(loss, 5) for loss in losses],
+        "acceptance": [at.as_json() for at in measured],
+        "seconds": round(seconds, 1),
+    }
     write(work / FINISHED / "training.json", json.dumps(figures).encode())
     publish(work, order.out)

@@ -44,7 +44,14 @@ def make_forward(made: S3D, teacher: Teacher, layers: list[int]) -> Forward:
         (batch, context), device = tokens.shape[:2], tokens.device
         rows = masks.to(tokens.dtype).repeat_interleave(context, 0).expand(batch, -1, -1)
         x = torch.cat([tokens, rows], dim=1)
-        places = (torch.arange(context).repeat(1 + len(masks), 1) + torch.arange(1 + len(masks))[:, None]).flatten()[None].to(device)
+        places = (
+            (
+                torch.arange(context).repeat(1 + len(masks), 1)
+                + torch.arange(1 + len(masks))[:, None]
+            )
+            .flatten()[None]
+            .to(device)
+        )
         mask, angles = seen_by(context, len(masks), device), body.rotary_emb(x, places)
         with added(kept, made.layers):
             for layer in kept:
@@ -59,4 +66,6 @@ def seen_by(context: int, masks: int, device: torch.device) -> Tensor:
     """bool (1, 1, n, n), n rows of the text and then of masks, place by place: a text's row sees the text so far, no mask row."""
     text = torch.ones(context, context, dtype=torch.bool, device=device).tril()
     none = torch.zeros(context, masks * context, dtype=torch.bool, device=device)
-    return torch.cat([torch.cat([text, none], dim=1)[None, None], pseudo_row_mask(context, masks, device)], dim=2)
+    return torch.cat(
+        [torch.cat([text, none], dim=1)[None, None], pseudo_row_mask(context, masks, device)], dim=2
+    )

@@ -16,7 +16,13 @@ from runtime.models.fast_path import quicken
 from runtime.models.hf import HFModel
 from runtime.models.step_timing import step_times
 
-DEPTHS = (2, 3, 4, 6, 8)  # one layer alone cannot look up what followed an earlier occurrence, which takes two
+DEPTHS = (
+    2,
+    3,
+    4,
+    6,
+    8,
+)  # one layer alone cannot look up what followed an earlier occurrence, which takes two
 WIDTHS = (1, 2, 4, 8)  # rows of a pass that are measured
 ROWS = 4  # of the pass that the budget is for: the children of one leaf
 HEAD = 64  # dimensions of an attention head
@@ -36,13 +42,18 @@ class Shape:
 
     def parameters(self, vocabulary: int) -> int:
         """Of all matrices; the embedding counts once, it is the unembedding too."""
-        return self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.intermediate) + vocabulary * self.hidden
+        return (
+            self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.intermediate)
+            + vocabulary * self.hidden
+        )
 
     def config(self, vocabulary: int, context: int, end: int | None) -> LlamaConfig:
         return llama(self.hidden, self.layers, self.intermediate, vocabulary, context, end)
 
 
-def llama(hidden: int, layers: int, intermediate: int, vocabulary: int, context: int, end: int | None) -> LlamaConfig:
+def llama(
+    hidden: int, layers: int, intermediate: int, vocabulary: int, context: int, end: int | None
+) -> LlamaConfig:
     """Of heads of HEAD dimensions; embedding and unembedding are one."""
     heads = max(1, hidden // HEAD)
     return LlamaConfig(
@@ -80,7 +91,10 @@ def of_size(parameters: int, vocabulary: int) -> list[Shape]:
     """For each depth the shape whose size is nearest to so many parameters."""
     hidden = range(STEP, WIDEST + 1, STEP)
     return [
-        min((Shape(width, depth) for width in hidden), key=lambda shape: abs(math.log(shape.parameters(vocabulary) / parameters)))
+        min(
+            (Shape(width, depth) for width in hidden),
+            key=lambda shape: abs(math.log(shape.parameters(vocabulary) / parameters)),
+        )
         for depth in DEPTHS
     ]
 
@@ -92,7 +106,9 @@ def within(budget: float, depth: int, measure: Measure) -> tuple[Shape, Times] |
     """
     fitting, good, bad = None, 0, WIDEST // STEP + 1
     while bad - good > 1:
-        width = min(max(1, 2 * good), (good + bad) // 2) if bad > WIDEST // STEP else (good + bad) // 2
+        width = (
+            min(max(1, 2 * good), (good + bad) // 2) if bad > WIDEST // STEP else (good + bad) // 2
+        )
         shape = Shape(width * STEP, depth)
         times = measure(shape)
         if times[ROWS] <= budget:
@@ -111,10 +127,17 @@ def propose(budget: float, vocabulary: int, measure: Measure) -> tuple[Shape, di
     if not fitting:
         least = measure(Shape(STEP, DEPTHS[0]))[ROWS]
         raise InvalidRequest(
-            f"latency {1e3 * budget:g} ms is below what the smallest shape takes here ({1e3 * least:.2f} ms): raise it", "latency"
+            f"latency {1e3 * budget:g} ms is below what the smallest shape takes here ({1e3 * least:.2f} ms): raise it",
+            "latency",
         )
     largest = max(shape.parameters(vocabulary) for shape, _ in fitting)
-    chosen = min((shape for shape, _ in fitting if shape.parameters(vocabulary) >= 0.9 * largest), key=lambda shape: shape.layers)
+    chosen = min(
+        (shape for shape, _ in fitting if shape.parameters(vocabulary) >= 0.9 * largest),
+        key=lambda shape: shape.layers,
+    )
     known = dict(fitting)
-    curve = {shape: known.get(shape) or measure(shape) for shape in (chosen, *of_size(chosen.parameters(vocabulary), vocabulary))}
+    curve = {
+        shape: known.get(shape) or measure(shape)
+        for shape in (chosen, *of_size(chosen.parameters(vocabulary), vocabulary))
+    }
     return chosen, curve

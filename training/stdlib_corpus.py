@@ -28,7 +28,9 @@ def files(held_out: bool) -> list[str]:
     """Paths relative to the standard library, sorted."""
     root = standard_library()
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    return [name for name in names if wanted(name) and (bucket(name, HELD_OUT_SHARE) == 0) == held_out]
+    return [
+        name for name in names if wanted(name) and (bucket(name, HELD_OUT_SHARE) == 0) == held_out
+    ]
 
 
 def wanted(name: str) -> bool:

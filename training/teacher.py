@@ -46,15 +46,21 @@ class Teacher:
                 logits = self.module(probe, use_cache=False).logits[0].float()
                 error = relative_error(self.unembed(self.states(probe).last[0]), logits)
         except MISFITS as misfit:
-            raise ModelRefused(f"model {model.name} does not show its hidden states ({misfit}): choose another target") from misfit
+            raise ModelRefused(
+                f"model {model.name} does not show its hidden states ({misfit}): choose another target"
+            ) from misfit
         if not error <= ROUNDING[model.dtype == torch.float32]:
-            raise ModelRefused(f"model {model.name} changes its logits after the unembedding: choose a target that does not")
+            raise ModelRefused(
+                f"model {model.name} changes its logits after the unembedding: choose a target that does not"
+            )
 
     def states(self, rows: Tensor) -> States:
         """Of token ids (batch, context), on the model's device, without gradients."""
         with torch.no_grad():
             found = self.module(rows, use_cache=True, output_hidden_states=True, logits_to_keep=1)
-        return States(tuple(found.hidden_states[:-1]), found.hidden_states[-1], found.past_key_values)
+        return States(
+            tuple(found.hidden_states[:-1]), found.hidden_states[-1], found.past_key_values
+        )
 
     def unembed(self, states: Tensor) -> Tensor:
         """Logits in float32 (..., vocabulary) of states after the final norm; gradients go through to the states."""

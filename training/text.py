@@ -42,11 +42,20 @@ def read(paths: Sequence[Path]) -> list[Document]:
 
     Raises InvalidRequest for a path that is not there or cannot be read, a named file that is not UTF-8, and no text at all.
     """
-    found = [document for path in paths for document in (of_folder(path) if path.is_dir() else [of_file(path, path.name)])]
+    found = [
+        document
+        for path in paths
+        for document in (of_folder(path) if path.is_dir() else [of_file(path, path.name)])
+    ]
     if not any(document.text.strip() for document in found):
-        raise InvalidRequest(f"no text in {', '.join(map(str, paths))[:200] or 'no files'}: give files or folders of UTF-8 text", "data")
+        raise InvalidRequest(
+            f"no text in {', '.join(map(str, paths))[:200] or 'no files'}: give files or folders of UTF-8 text",
+            "data",
+        )
     if (size := sum(len(document.text) for document in found)) > MOST_BYTES:
-        raise InvalidRequest(f"{size} characters of text: at most {MOST_BYTES} are read, give fewer files", "data")
+        raise InvalidRequest(
+            f"{size} characters of text: at most {MOST_BYTES} are read, give fewer files", "data"
+        )
     return found
 
 
@@ -68,9 +77,13 @@ def of_file(path: Path, name: str) -> Document:
     try:
         return Document(name, path.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise NotText(f"{path} is not UTF-8 (byte {error.start}): convert it first", "data") from error
+        raise NotText(
+            f"{path} is not UTF-8 (byte {error.start}): convert it first", "data"
+        ) from error
     except OSError as error:
-        raise InvalidRequest(f"cannot read {path} ({error.strerror}): give files or folders of UTF-8 text", "data") from error
+        raise InvalidRequest(
+            f"cannot read {path} ({error.strerror}): give files or folders of UTF-8 text", "data"
+        ) from error
 
 
 def bucket(name: str, of: int) -> int:
@@ -95,16 +108,24 @@ def split(documents: Sequence[Document]) -> tuple[list[str], list[str]]:
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], end: int | None) -> Stream:
     ends = [] if end is None else [end]
-    runs = [np.array([*encoding.ids, *ends], dtype=np.int32) for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+    runs = [
+        np.array([*encoding.ids, *ends], dtype=np.int32)
+        for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    ]
     return np.concatenate([np.zeros(0, np.int32), *runs])
 
 
-def corpus(documents: Sequence[Document], tokenizer: Tokenizer, end: int | None, least: int) -> Corpus:
+def corpus(
+    documents: Sequence[Document], tokenizer: Tokenizer, end: int | None, least: int
+) -> Corpus:
     """Raises InvalidRequest where there are fewer than `least` tokens to learn from, or to be measured on."""
     train, held_out = (encode(tokenizer, texts, end) for texts in split(documents))
     if len(train) < least or len(held_out) < least:
         short = "to learn from" if len(train) < least else "held out"
-        raise InvalidRequest(f"{len(train)} tokens to learn from and {len(held_out)} held out: at least {least} {short} are needed", "data")
+        raise InvalidRequest(
+            f"{len(train)} tokens to learn from and {len(held_out)} held out: at least {least} {short} are needed",
+            "data",
+        )
     digest = hashlib.sha256(train.tobytes() + b"|" + held_out.tobytes()).hexdigest()
     return Corpus(train, held_out, len(documents), digest)
 

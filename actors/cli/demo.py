@@ -43,7 +43,9 @@ class Pair:
     fast: Stats
 
 
-async def run(opener: Opener, prompts: Sequence[tuple[int, ...]], console: Console, progress: Progress) -> list[Pair]:
+async def run(
+    opener: Opener, prompts: Sequence[tuple[int, ...]], console: Console, progress: Progress
+) -> list[Pair]:
     """Figures of every prompt under every setting. Exits where the tokens differ."""
     found: list[Pair] = []
     async with opener() as service:
@@ -53,16 +55,27 @@ async def run(opener: Opener, prompts: Sequence[tuple[int, ...]], console: Conso
                 for speculation in (False, True):
                     await collect(
                         service,
-                        Request(f"warm-{number}-{name}-{speculation}", prompts[number], sampling, speculation),
+                        Request(
+                            f"warm-{number}-{name}-{speculation}",
+                            prompts[number],
+                            sampling,
+                            speculation,
+                        ),
                         Stream(progress, quiet=True),
                     )
         for name, sampling in SETTINGS.items():
             for number, prompt in enumerate(prompts):
                 alone, drafted = Stream(progress, quiet=True), Stream(progress, quiet=False)
                 console.rule(f"{name}, prompt {number + 1} of {len(prompts)}", style="dim")
-                plain = await collect(service, Request(f"off-{name}-{number}", prompt, sampling, speculation=False), alone)
+                plain = await collect(
+                    service,
+                    Request(f"off-{name}-{number}", prompt, sampling, speculation=False),
+                    alone,
+                )
                 console.print(PROMPTS[number], style="dim", end="", highlight=False, markup=False)
-                fast = await collect(service, Request(f"on-{name}-{number}", prompt, sampling), drafted)
+                fast = await collect(
+                    service, Request(f"on-{name}-{number}", prompt, sampling), drafted
+                )
                 console.print()
                 if (alone.tokens, alone.text) != (drafted.tokens, drafted.text):
                     console.print(f"the texts differ: {alone.text!r} without drafts", style="red")
@@ -89,30 +102,51 @@ def summary(results: Sequence[Pair]) -> Table:
     for pair in results:
         alone, drafted = tokens_per_second(pair.plain), tokens_per_second(pair.fast)
         steps = pair.fast.completion_tokens / pair.fast.rounds
-        found.add_row(pair.setting, f"{alone:.1f} tokens/s", f"{drafted:.1f} tokens/s", f"{drafted / alone:.2f} x", f"{steps:.2f}")
+        found.add_row(
+            pair.setting,
+            f"{alone:.1f} tokens/s",
+            f"{drafted:.1f} tokens/s",
+            f"{drafted / alone:.2f} x",
+            f"{steps:.2f}",
+        )
     ratios = [tokens_per_second(pair.fast) / tokens_per_second(pair.plain) for pair in results]
     found.add_section()
-    found.add_row("median", "", "", f"{statistics.median(ratios):.2f} x", f"{min(ratios):.2f} to {max(ratios):.2f} x")
+    found.add_row(
+        "median",
+        "",
+        "",
+        f"{statistics.median(ratios):.2f} x",
+        f"{min(ratios):.2f} to {max(ratios):.2f} x",
+    )
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--in-process", action="store_true", help="without Ray and sockets")
-    parser.add_argument("--small", action="store_true", help="the target as it ships, which is hardly slower than the draft")
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="the target as it ships, which is hardly slower than the draft",
+    )
     arguments = parser.parse_args()
     target, draft = config.shipped("target"), config.shipped("draft")
     console = Console()
     if not arguments.small:
         with console.status("widening the target"):
             target = str(call_in_subprocess(widened_small, (target, "float32")))
-        console.print("The target that ships, widened to the cost of 88 million parameters: what is added is multiplied by zero.")
+        console.print(
+            "The target that ships, widened to the cost of 88 million parameters: what is added is multiplied by zero."
+        )
     plan = config.deployment(target, (draft,), 1, "auto", "auto", local=True)
     prompts = [prepare(plan, prompt, SETTINGS["greedy"]).prompt for prompt in PROMPTS]
     console.print(
         "Target and drafter are Ray actors on a core each; they talk gRPC. Green: guessed by the drafter. White: the target's own."
     )
-    with Progress(quiet=False) as progress, serving(plan, None, arguments.in_process, progress.note) as opener:
+    with (
+        Progress(quiet=False) as progress,
+        serving(plan, None, arguments.in_process, progress.note) as opener,
+    ):
         results = asyncio.run(run(opener, prompts, console, progress))
     console.print(summary(results))
 

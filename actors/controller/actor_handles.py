@@ -148,7 +148,9 @@ def poll_start(member: Member, handle: ActorHandle, now: float) -> Member:
             handle.starting = handle.actor.where.remote()
             return member
         if not isinstance(place, ActorLocation):
-            handle.failure = Unavailable(f"{member.name} answered {place!r} and not its place: install the same version on all nodes")
+            handle.failure = Unavailable(
+                f"{member.name} answered {place!r} and not its place: install the same version on all nodes"
+            )
             return mark_lost(member, "it is of another version", now)
         ask(member, handle, now)
         return replace(member, state="ready", place=place, placed=True, since=now)

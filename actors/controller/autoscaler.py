@@ -60,7 +60,9 @@ def sample(pool: str, members: Sequence[Member], reports: Reports, now: float) -
     targets = [
         report
         for member in members
-        if member.role == TARGET and is_running(member) and isinstance(report := reports.get(member.name), TargetReport)
+        if member.role == TARGET
+        and is_running(member)
+        and isinstance(report := reports.get(member.name), TargetReport)
     ]
     return Sample(
         at=now,
@@ -68,6 +70,11 @@ def sample(pool: str, members: Sequence[Member], reports: Reports, now: float) -
         steps=sum(report.steps for report in targets),
         rounds=sum(report.rounds for report in targets),
         accepted=sum(report.accepted for report in targets),
-        own=sum(guess.accepted for report in targets for name, guess in report.guesses.items() if name in drafters),
+        own=sum(
+            guess.accepted
+            for report in targets
+            for name, guess in report.guesses.items()
+            if name in drafters
+        ),
         busy=sum(report.computed + report.waited + report.bookkeeping for report in targets),
     )

@@ -37,4 +37,6 @@ def ask(method: str, *arguments: object, timeout_s: float | None = ANSWER_TIMEOU
         try:
             return ray.get(getattr(controller, method).remote(*arguments), timeout=timeout_s)
         except GetTimeoutError as error:
-            raise Unavailable(f"the controller does not answer within {timeout_s:g} s: see `outrider logs controller`") from error
+            raise Unavailable(
+                f"the controller does not answer within {timeout_s:g} s: see `outrider logs controller`"
+            ) from error

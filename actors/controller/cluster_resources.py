@@ -70,7 +70,9 @@ def unmet_demands(before: tuple[Bundle, ...]) -> tuple[Bundle, ...]:
     except RayError:
         return before
     state = GetClusterResourceStateReply.FromString(data).cluster_resource_state
-    return tuple(dict(demand.request.resources_bundle) for demand in state.pending_resource_requests)
+    return tuple(
+        dict(demand.request.resources_bundle) for demand in state.pending_resource_requests
+    )
 
 
 def missing_room(members: Sequence[Member], now: float) -> list[Bundle]:

@@ -51,7 +51,9 @@ class Controller:
     until `stop`. Else they end with it, and `prefix` keeps their names apart from others in the cluster.
     """
 
-    def __init__(self, deployment: Deployment, prefix: str = "", served: bool = False, record: bool = False) -> None:
+    def __init__(
+        self, deployment: Deployment, prefix: str = "", served: bool = False, record: bool = False
+    ) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
         self.deployment, self.served, self.record = deployment, served, record
         self.counts = first_counts(deployment, gateways=served)
@@ -88,7 +90,9 @@ class Controller:
         """Returns the deployment that is in force."""
         return self.deployment
 
-    def apply(self, deployment: Deployment, timeout_s: float = actor_handles.START_TIMEOUT_S) -> Fleet:
+    def apply(
+        self, deployment: Deployment, timeout_s: float = actor_handles.START_TIMEOUT_S
+    ) -> Fleet:
         """Changes to this deployment without dropping a session; returns when all of it is ready.
 
         What is unchanged stays; what has changed starts anew before the old is drained. If something
@@ -96,7 +100,10 @@ class Controller:
         """
         with self.changed:
             before = self.deployment, self.counts
-            self.deployment, self.counts = deployment, next_counts(deployment, self.counts, gateways=self.served)
+            self.deployment, self.counts = (
+                deployment,
+                next_counts(deployment, self.counts, gateways=self.served),
+            )
             self.autoscaler.forget()
             self.members.retry({member.role for member in self.members.present})
             log.info("a deployment is applied")
@@ -118,7 +125,8 @@ class Controller:
             whole("count", count, 0, MOST_DRAFTERS)
             if not config.min <= count <= config.max:
                 raise InvalidRequest(
-                    f"pool {pool} has from {config.min} to {config.max} drafters, not {count}: change its min or max", "count"
+                    f"pool {pool} has from {config.min} to {config.max} drafters, not {count}: change its min or max",
+                    "count",
                 )
             log.info("pool %s: %d -> %d drafters (asked for)", pool, self.counts[pool], count)
             self.counts = self.counts | {pool: count}
@@ -136,7 +144,9 @@ class Controller:
                 known = ", ".join(sorted(self.members.by_name)) or "none"
                 raise InvalidRequest(f"there is no {name!r}: give one of {known}", "actor")
             if member.state != "draining":
-                self.counts = self.counts | {member.role: max(0, self.counts.get(member.role, 0) - 1)}
+                self.counts = self.counts | {
+                    member.role: max(0, self.counts.get(member.role, 0) - 1)
+                }
                 action = Drain(name, "asked for") if serves(member) else End(name, "asked for")
                 self.members.act(action, time.monotonic())
             return self._fleet()
@@ -144,7 +154,11 @@ class Controller:
     def places(self) -> dict[str, ActorLocation]:
         """Returns where each member is now, without those that are starting."""
         with self.changed:
-            return {member.name: member.place for member in self.members.present if member.place is not None}
+            return {
+                member.name: member.place
+                for member in self.members.present
+                if member.place is not None
+            }
 
     def recording(self, on: bool) -> None:
         """Switches the recording of targets and drafters, also of those that start later."""
@@ -213,7 +227,9 @@ class Controller:
 
     def _autoscale(self, now: float) -> None:
         members, reports = self.members.present, self.members.reports
-        self.counts = self.autoscaler.resize(self.deployment.pools, self.counts, members, reports, now)
+        self.counts = self.autoscaler.resize(
+            self.deployment.pools, self.counts, members, reports, now
+        )
 
     def _save_calibrations(self, timeout_s: float = 0.0) -> None:
         with self.changed:
@@ -231,7 +247,9 @@ class Controller:
                 if self.stopping.is_set():
                     raise Unavailable("the deployment was ended meanwhile: start it again")
                 if not self.changed.wait(deadline - time.monotonic()):
-                    raise Unavailable(f"not ready within {timeout_s:g} s: {fleet_view.unready(self.members.present)}")
+                    raise Unavailable(
+                        f"not ready within {timeout_s:g} s: {fleet_view.unready(self.members.present)}"
+                    )
             return self._fleet()
 
     def _is_ready(self) -> bool:
@@ -241,7 +259,9 @@ class Controller:
 
     def _matching(self) -> list[Member]:
         present = self.members.present
-        return [member for role in self.counts for member in matching(self.deployment, role, present)]
+        return [
+            member for role in self.counts for member in matching(self.deployment, role, present)
+        ]
 
     def _fleet(self) -> Fleet:
         return fleet_view.fleet(

@@ -4,7 +4,16 @@ import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from actors.controller.reconciler import GATEWAY, TARGET, Member, State, TargetSpec, drafts, serves, waits_for_room
+from actors.controller.reconciler import (
+    GATEWAY,
+    TARGET,
+    Member,
+    State,
+    TargetSpec,
+    drafts,
+    serves,
+    waits_for_room,
+)
 from actors.controller.scaling_policy import Decision
 from runtime.config import Deployment
 from runtime.telemetry.reports import DrafterReport, TargetReport
@@ -114,8 +123,14 @@ def fleet(
         model=deployment.target.model,
         served_model=deployment.served_model(),
         version=importlib.metadata.version("outrider"),
-        targets=tuple(target(member, reports.get(member.name), now) for member in ordered if member.role == TARGET),
-        drafters=tuple(drafter(member, reports.get(member.name), now) for member in ordered if drafts(member)),
+        targets=tuple(
+            target(member, reports.get(member.name), now)
+            for member in ordered
+            if member.role == TARGET
+        ),
+        drafters=tuple(
+            drafter(member, reports.get(member.name), now) for member in ordered if drafts(member)
+        ),
         pools=tuple(
             PoolState(
                 name=pool.name,
@@ -173,7 +188,9 @@ def failure_reason(member: Member, now: float) -> str:
     """Returns what is wrong with the member, "" if nothing is."""
     if member.state == "failed":
         again = f"`outrider scale {member.role}=N` tries again"
-        return f"given up after {member.failures} failures in a row, the last: {member.lost}; {again}"
+        return (
+            f"given up after {member.failures} failures in a row, the last: {member.lost}; {again}"
+        )
     waits = waits_for_room(member, now)
     return member.lost or ("it waits for room in the cluster" if waits else "")
 

@@ -85,7 +85,12 @@ class Members:
                 self._replace(self.by_name[name], now)
             case GiveUp(name):
                 lost = self.by_name[name]
-                log.error("%s is given up: it failed %d times in a row, at last: %s", name, lost.failures, lost.lost)
+                log.error(
+                    "%s is given up: it failed %d times in a row, at last: %s",
+                    name,
+                    lost.failures,
+                    lost.lost,
+                )
                 actor_handles.kill(lost, self.handles[name])
                 self.by_name[name] = replace(lost, state="failed")
             case Drain(name, why):
@@ -119,7 +124,9 @@ class Members:
         """Creates the actors of members that were begun. The caller has saved these before."""
         for name in self.by_name.keys() - self.handles.keys():
             member = self.by_name[name]
-            self.handles[name] = actor_handles.create(member, self._actor_name(member), self.detached, record)
+            self.handles[name] = actor_handles.create(
+                member, self._actor_name(member), self.detached, record
+            )
 
     def adopt(self, saved: Member, now: float) -> None:
         """Takes over a member of the controller before this one."""
@@ -133,7 +140,11 @@ class Members:
     def notify_targets(self) -> None:
         """Tells every target who drafts. A draining drafter is done once no target names it."""
         endpoints = drafter_endpoints(self.present)
-        targets = [self.handles[member.name] for member in self.present if member.role == TARGET and is_running(member)]
+        targets = [
+            self.handles[member.name]
+            for member in self.present
+            if member.role == TARGET and is_running(member)
+        ]
         for handle in targets:
             actor_handles.notify_drafters(handle, endpoints)
         for member in self.present:
@@ -153,7 +164,9 @@ class Members:
             if (failure := self.handles[member.name].failure) is not None:
                 raise failure
             if member.lost and member.failures >= MAX_WAITED_FAILURES:
-                raise Unavailable(f"{member.name}: {member.lost}, {member.failures} times: see `outrider logs {member.name}`")
+                raise Unavailable(
+                    f"{member.name}: {member.lost}, {member.failures} times: see `outrider logs {member.name}`"
+                )
 
     def retry(self, roles: Collection[str]) -> None:
         """Lets lost members of these roles start at once, also those that were given up."""

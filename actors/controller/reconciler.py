@@ -125,16 +125,24 @@ Action = Start | Replace | GiveUp | Drain | End
 
 def first_counts(deployment: Deployment, gateways: bool) -> dict[str, int]:
     """Returns how many members of each role a new deployment has, with or without gateways."""
-    counts = {TARGET: deployment.target.replicas} | {pool.name: pool.count for pool in deployment.pools}
+    counts = {TARGET: deployment.target.replicas} | {
+        pool.name: pool.count for pool in deployment.pools
+    }
     return counts | ({GATEWAY: len(deployment.gateway.nodes) or 1} if gateways else {})
 
 
-def next_counts(deployment: Deployment, present: Mapping[str, int], gateways: bool) -> dict[str, int]:
+def next_counts(
+    deployment: Deployment, present: Mapping[str, int], gateways: bool
+) -> dict[str, int]:
     """Returns the counts when a deployment follows another.
 
     A pool that scales by itself keeps its present size, within its bounds.
     """
-    kept = {pool.name: max(pool.min, min(pool.max, present[pool.name])) for pool in deployment.pools if pool.auto and pool.name in present}
+    kept = {
+        pool.name: max(pool.min, min(pool.max, present[pool.name]))
+        for pool in deployment.pools
+        if pool.auto and pool.name in present
+    }
     return first_counts(deployment, gateways) | kept
 
 
@@ -158,22 +166,32 @@ def spec_of(deployment: Deployment, role: str, index: int) -> Spec | None:
             return None
         gateway = deployment.gateway.model_copy(update={"nodes": ()})
         target = TargetConfig(model=deployment.target.model)
-        plan = Deployment(target=target, gateway=gateway, limits=deployment.limits, security=deployment.security)
+        plan = Deployment(
+            target=target, gateway=gateway, limits=deployment.limits, security=deployment.security
+        )
         return GatewaySpec(plan, nodes[index] if nodes else None)
     pool = next((pool for pool in deployment.pools if pool.name == role), None)
     return None if pool is None else DrafterSpec(pool.member(index), deployment.target.model, tls)
 
 
-def reconcile(deployment: Deployment, counts: Mapping[str, int], members: Sequence[Member], now: float) -> list[Action]:
+def reconcile(
+    deployment: Deployment, counts: Mapping[str, int], members: Sequence[Member], now: float
+) -> list[Action]:
     """Returns what brings the members nearer to `counts` of the wanted specs.
 
     It asks for nothing that is under way already.
     """
     roles = dict.fromkeys([*counts, *(member.role for member in members)])
-    return [action for role in roles for action in reconcile_role(deployment, role, counts.get(role, 0), members, now)]
+    return [
+        action
+        for role in roles
+        for action in reconcile_role(deployment, role, counts.get(role, 0), members, now)
+    ]
 
 
-def reconcile_role(deployment: Deployment, role: str, count: int, everybody: Sequence[Member], now: float) -> list[Action]:
+def reconcile_role(
+    deployment: Deployment, role: str, count: int, everybody: Sequence[Member], now: float
+) -> list[Action]:
     members = [member for member in everybody if member.role == role]
     fit = matching(deployment, role, everybody)
     kept = sorted(fit, key=preference)[:count]
@@ -186,7 +204,11 @@ def reconcile_role(deployment: Deployment, role: str, count: int, everybody: Seq
         still_needed = count - sum(succeeds(member, now) for member in kept)
     return [
         *replacements(kept, now),
-        *(End(member.name, member.lost or ("drained" if member.drained else "not needed")) for member in leaving if is_idle(member)),
+        *(
+            End(member.name, member.lost or ("drained" if member.drained else "not needed"))
+            for member in leaving
+            if is_idle(member)
+        ),
         *evictions(role, leaving, kept),
         *drains(leaving, fit, still_needed),
         *starts(deployment, role, count, members, len(kept)),
@@ -220,7 +242,11 @@ def replacements(kept: Sequence[Member], now: float) -> list[Action]:
     lost = [member for member in kept if member.lost and member.state != "failed"]
     return [
         *(GiveUp(member.name) for member in lost if is_exhausted(member)),
-        *(Replace(member.name) for member in lost if not is_exhausted(member) and now - member.since >= backoff(member.failures)),
+        *(
+            Replace(member.name)
+            for member in lost
+            if not is_exhausted(member) and now - member.since >= backoff(member.failures)
+        ),
     ]
 
 
@@ -241,7 +267,9 @@ def drains(leaving: Sequence[Member], fit: Sequence[Member], still_needed: int) 
     ]
 
 
-def starts(deployment: Deployment, role: str, count: int, members: Sequence[Member], there: int) -> list[Action]:
+def starts(
+    deployment: Deployment, role: str, count: int, members: Sequence[Member], there: int
+) -> list[Action]:
     """Starts new members under the first free indexes; a gateway only under that of its node."""
     taken = {member.index for member in members}
     found: list[Action] = []
@@ -269,7 +297,9 @@ def is_late(member: Member, now: float) -> bool:
     return waiting and now - member.since >= SCHEDULING_TIMEOUT_S
 
 
-def timed_out(asked: float, last_heard: float, now: float, timeout_s: float = ANSWER_TIMEOUT_S) -> bool:
+def timed_out(
+    asked: float, last_heard: float, now: float, timeout_s: float = ANSWER_TIMEOUT_S
+) -> bool:
     """Tells whether a member that was asked at `asked`, and has not answered, is lost.
 
     `last_heard` is when the latest question was asked that any member has answered. If that is not
@@ -292,9 +322,14 @@ def is_running(member: Member) -> bool:
     return member.place is not None and not member.lost
 
 
-def is_satisfied(deployment: Deployment, counts: Mapping[str, int], members: Sequence[Member]) -> bool:
+def is_satisfied(
+    deployment: Deployment, counts: Mapping[str, int], members: Sequence[Member]
+) -> bool:
     """Tells whether as many members with the wanted spec serve as are wanted."""
-    return all(sum(map(serves, matching(deployment, role, members))) == count for role, count in counts.items())
+    return all(
+        sum(map(serves, matching(deployment, role, members))) == count
+        for role, count in counts.items()
+    )
 
 
 def drafter_endpoints(members: Sequence[Member]) -> tuple[Endpoint, ...]:

@@ -35,7 +35,9 @@ def save_calibrations(handles: Sequence[ActorHandle], timeout_s: float = 0.0) ->
     ask_all(handles, "remember", timeout_s=timeout_s)
 
 
-def ask_all(handles: Sequence[ActorHandle], method: str, *arguments: object, timeout_s: float) -> list[Any]:
+def ask_all(
+    handles: Sequence[ActorHandle], method: str, *arguments: object, timeout_s: float
+) -> list[Any]:
     """Calls a method of all actors; returns the answers that are there within the time."""
     answers = [getattr(handle.actor, method).remote(*arguments) for handle in handles]
     if not answers or not timeout_s:

@@ -9,11 +9,15 @@ from dataclasses import dataclass, field, replace
 # Relative gains: tokens that one drafter adds to those that the rest delivers.
 WORTH_STARTING = 0.05  # a drafter on trial must bring so much to stay ...
 WORTH_KEEPING = 0.02  # ... and one that is there so little to go: between them nothing changes
-SETTLE = 5.0  # seconds after a change until its effect is measured: trees grow anew, calibrations learn
+SETTLE = (
+    5.0  # seconds after a change until its effect is measured: trees grow anew, calibrations learn
+)
 WINDOW = 20.0  # seconds of measuring, at least ...
 ROUNDS = 400  # ... and so many rounds
 IDLE = 300.0  # seconds without a round after which the pool shrinks to its minimum
-PAUSE = 120.0  # seconds until the same trial is made again; doubled by each that has changed nothing
+PAUSE = (
+    120.0  # seconds until the same trial is made again; doubled by each that has changed nothing
+)
 LONGEST_PAUSE = 3600.0
 CROWD = 2.0  # where the sessions of a step have become so many times more or fewer, trials are due at once
 
@@ -62,7 +66,9 @@ class Decision:
 
     def __str__(self) -> str:
         numbers = {"gain": self.gain, "worth": self.worth, "of": self.speed}
-        said = ", ".join(f"{name} {value:.1f} tokens/s" for name, value in numbers.items() if value is not None)
+        said = ", ".join(
+            f"{name} {value:.1f} tokens/s" for name, value in numbers.items() if value is not None
+        )
         return f"pool {self.pool}: {self.before} -> {self.after} drafters ({self.why}{'; ' + said if said else ''})"
 
 
@@ -90,14 +96,20 @@ class Scaling:
     pauses: dict[int, float] = field(default_factory=dict)
 
 
-def step(pool: str, least: int, most: int, known: Scaling, sample: Sample) -> tuple[Scaling, Decision | None]:
+def step(
+    pool: str, least: int, most: int, known: Scaling, sample: Sample
+) -> tuple[Scaling, Decision | None]:
     """What is known after this sample, and whether the count changes. Samples come in order of time, some seconds apart."""
     works = known.worked_at is None or sample.rounds > known.rounds
     known = replace(known, rounds=sample.rounds, worked_at=sample.at if works else known.worked_at)
     if not least <= known.count <= most:
         return changed(known, pool, sample, between(least, known.count, most), "outside its bounds")
     if known.resting is not None:
-        return changed(known, pool, sample, between(least, known.resting, most), "there is work again") if works else (known, None)
+        return (
+            changed(known, pool, sample, between(least, known.resting, most), "there is work again")
+            if works
+            else (known, None)
+        )
     if sample.at - (known.worked_at or 0.0) > IDLE:
         if known.count == least:
             return replace(known, since=None, trial=None), None
@@ -118,17 +130,33 @@ def observe(known: Scaling, sample: Sample) -> tuple[Measured | None, Scaling]:
         return None, replace(known, since=None)
     if begun is None:
         return None, replace(known, since=replace(sample, at=sample.at + SETTLE))
-    if sample.at <= begun.at or sample.rounds < begun.rounds or sample.accepted < begun.accepted or sample.own < begun.own:
+    if (
+        sample.at <= begun.at
+        or sample.rounds < begun.rounds
+        or sample.accepted < begun.accepted
+        or sample.own < begun.own
+    ):
         # Still settling, or a target has gone, and its counters with it.
         return None, replace(known, since=replace(sample, at=max(begun.at, sample.at)))
-    rounds, steps, busy = sample.rounds - begun.rounds, sample.steps - begun.steps, sample.busy - begun.busy
+    rounds, steps, busy = (
+        sample.rounds - begun.rounds,
+        sample.steps - begun.steps,
+        sample.busy - begun.busy,
+    )
     if sample.at - begun.at < WINDOW or rounds < ROUNDS or steps <= 0 or busy <= 0.0:
         return None, known
-    found = Measured((sample.accepted - begun.accepted) / rounds, (sample.own - begun.own) / rounds, rounds / steps, rounds / busy)
+    found = Measured(
+        (sample.accepted - begun.accepted) / rounds,
+        (sample.own - begun.own) / rounds,
+        rounds / steps,
+        rounds / busy,
+    )
     return found, replace(known, since=sample)
 
 
-def judge(pool: str, known: Scaling, trial: Trial, measured: Measured, sample: Sample) -> tuple[Scaling, Decision | None]:
+def judge(
+    pool: str, known: Scaling, trial: Trial, measured: Measured, sample: Sample
+) -> tuple[Scaling, Decision | None]:
     """The trial is over: keep what was tried, or go back."""
     grown = known.count > trial.before
     few, many = (trial.measured, measured) if grown else (measured, trial.measured)
@@ -138,10 +166,19 @@ def judge(pool: str, known: Scaling, trial: Trial, measured: Measured, sample: S
         return postponed(replace(settled, pauses={}), trial.before, sample.at), None
     speed = (1.0 + few.accepted) * measured.rate
     why = "one more brought too little" if grown else "one fewer was missed"
-    return changed(postponed(settled, known.count, sample.at), pool, sample, trial.before, why, (gain * speed, bar * speed, speed))
+    return changed(
+        postponed(settled, known.count, sample.at),
+        pool,
+        sample,
+        trial.before,
+        why,
+        (gain * speed, bar * speed, speed),
+    )
 
 
-def try_next(pool: str, least: int, most: int, known: Scaling, measured: Measured, sample: Sample) -> tuple[Scaling, Decision | None]:
+def try_next(
+    pool: str, least: int, most: int, known: Scaling, measured: Measured, sample: Sample
+) -> tuple[Scaling, Decision | None]:
     """Settled: begin the trial that is due, if one is."""
     if not known.sessions:
         known = replace(known, sessions=measured.sessions)
@@ -151,11 +188,31 @@ def try_next(pool: str, least: int, most: int, known: Scaling, measured: Measure
     fewer, more = known.count - 1, known.count + 1
     if known.count > least:
         mean, worth = measured.own * measured.rate / known.count, WORTH_KEEPING * speed
-        if mean < worth:  # guesses of several overlap: the last drafter brings no more than the mean
-            return changed(postponed(known, known.count, sample.at), pool, sample, fewer, "not worth it", (mean, worth, speed))
-    for count, why in ((more, "to see what one more brings"), (fewer, "to see what the last one brings")):
+        if (
+            mean < worth
+        ):  # guesses of several overlap: the last drafter brings no more than the mean
+            return changed(
+                postponed(known, known.count, sample.at),
+                pool,
+                sample,
+                fewer,
+                "not worth it",
+                (mean, worth, speed),
+            )
+    for count, why in (
+        (more, "to see what one more brings"),
+        (fewer, "to see what the last one brings"),
+    ):
         if least <= count <= most and known.due.get(count, 0.0) <= sample.at:
-            return changed(known, pool, sample, count, why, (None, None, speed), trial=Trial(known.count, measured))
+            return changed(
+                known,
+                pool,
+                sample,
+                count,
+                why,
+                (None, None, speed),
+                trial=Trial(known.count, measured),
+            )
     return known, None
 
 
@@ -167,7 +224,9 @@ def relative(few: Measured, many: Measured) -> float:
 def postponed(known: Scaling, count: int, now: float) -> Scaling:
     """No trial with `count` drafters for a while; for longer with each time."""
     pause = min(LONGEST_PAUSE, 2 * known.pauses.get(count, PAUSE / 2))
-    return replace(known, due=known.due | {count: now + pause}, pauses=known.pauses | {count: pause})
+    return replace(
+        known, due=known.due | {count: now + pause}, pauses=known.pauses | {count: pause}
+    )
 
 
 def changed(

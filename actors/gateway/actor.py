@@ -30,7 +30,9 @@ log = logging.getLogger(__name__)
 PERIOD = 0.5  # seconds between two looks at the fleet
 ANSWER_TIMEOUT_S = 2.0  # for the controller: each look is followed by another
 STOP = 15.0  # seconds for the end of everything
-SWITCH_INTERVAL = 0.0005  # seconds; a thread that tokenises a long prompt holds up the streams no longer
+SWITCH_INTERVAL = (
+    0.0005  # seconds; a thread that tokenises a long prompt holds up the streams no longer
+)
 
 Look = Callable[[], Fleet]
 
@@ -51,7 +53,14 @@ class Gateway:
         served = serve(self.plan, int(time.time()))
         sys.setswitchinterval(SWITCH_INTERVAL)
         self.router = Router(lambda address: GrpcTarget(address, self.plan.security.tls))
-        self.service = Service(served, self.router, self.plan.limits, keys, lambda: self.router.ready, lambda: self.fleet)
+        self.service = Service(
+            served,
+            self.router,
+            self.plan.limits,
+            keys,
+            lambda: self.router.ready,
+            lambda: self.fleet,
+        )
         self.server = server(build(self.service), config)
         socket = listen(config.host, config.port)
         port = socket.getsockname()[1]
@@ -85,7 +94,9 @@ class Gateway:
                 log.warning("the fleet is as it was: %s", error)
             else:
                 # While a deployment changes there may be targets of another model, too.
-                self.network.run(told(self.router, serving(self.fleet.targets, self.plan.target.model)))
+                self.network.run(
+                    told(self.router, serving(self.fleet.targets, self.plan.target.model))
+                )
             self._stopping.wait(PERIOD)
 
 
@@ -100,7 +111,9 @@ class GatewayActor(Gateway):
         def look() -> Fleet:
             found = client.ask("fleet", timeout_s=ANSWER_TIMEOUT_S)
             if not isinstance(found, Fleet):
-                raise Unavailable("the controller does not say who is there: install the same version on all nodes")
+                raise Unavailable(
+                    "the controller does not say who is there: install the same version on all nodes"
+                )
             return found
 
         super().__init__(plan, look)

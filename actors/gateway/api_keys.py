@@ -67,15 +67,25 @@ def read(file: Path) -> tuple[Key, ...]:
         found = file.stat()
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"the API keys in {file} cannot be read ({type(error).__name__}): give a file of text", "api_keys") from error
+        raise InvalidRequest(
+            f"the API keys in {file} cannot be read ({type(error).__name__}): give a file of text",
+            "api_keys",
+        ) from error
     if is_open(found.st_mode, found.st_uid, os.geteuid()):
         raise InvalidRequest(f"others than its owner can use {file}: chmod 600 {file}", "api_keys")
-    keys = [of_line(number, line) for number, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
+    keys = [
+        of_line(number, line)
+        for number, line in enumerate(lines, 1)
+        if line.strip() and not line.startswith("#")
+    ]
     if not keys:
         raise InvalidRequest(f"{file} holds no API key: write lines of NAME:KEY", "api_keys")
     for what in ("name", "digest"):
         if len({getattr(key, what) for key in keys}) < len(keys):
-            raise InvalidRequest(f"a {'name' if what == 'name' else 'key'} stands twice in {file}: give each once", "api_keys")
+            raise InvalidRequest(
+                f"a {'name' if what == 'name' else 'key'} stands twice in {file}: give each once",
+                "api_keys",
+            )
     return tuple(keys)
 
 
@@ -88,9 +98,18 @@ def is_open(mode: int, owner: int, reader: int) -> bool:
 def of_line(number: int, line: str) -> Key:
     name, _, rest = line.strip().partition(":")
     key, colon, models = rest.partition(":")
-    if not NAME.fullmatch(name) or len(key) < SHORTEST or not key.isascii() or not key.isprintable() or " " in key:
+    if (
+        not NAME.fullmatch(name)
+        or len(key) < SHORTEST
+        or not key.isascii()
+        or not key.isprintable()
+        or " " in key
+    ):
         raise InvalidRequest(
-            f"line {number} of the API keys is not NAME:KEY[:MODEL,...] with a key of {SHORTEST} characters or more", "api_keys"
+            f"line {number} of the API keys is not NAME:KEY[:MODEL,...] with a key of {SHORTEST} characters or more",
+            "api_keys",
         )
-    allowed = frozenset(model.strip() for model in models.split(",") if model.strip()) if colon else None
+    allowed = (
+        frozenset(model.strip() for model in models.split(",") if model.strip()) if colon else None
+    )
     return Key(name, hashlib.sha256(key.encode()).digest(), allowed)

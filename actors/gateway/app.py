@@ -16,17 +16,33 @@ from actors.openai.errors import Refused, plain
 from actors.openai.protocol import KINDS
 
 REF = "#/components/schemas/{model}"
-QUIET: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "operation_spans": False, "auto_configure": False}
+QUIET: TelemetryConfig = {
+    "tracing": False,
+    "metrics": False,
+    "logs": False,
+    "operation_spans": False,
+    "auto_configure": False,
+}
 
 
 def build(service: Service) -> FastAPI:
     """No page that loads anything from elsewhere, nothing that tells of the code."""
     app = FastAPI(
-        title="Outrider", version=service.version, telemetry=QUIET, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False
+        title="Outrider",
+        version=service.version,
+        telemetry=QUIET,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
     )
     for url, kind in KINDS.items():
         app.add_api_route(
-            url, generating(service, url), methods=["POST"], openapi_extra=described(kind.__name__), response_class=JSONResponse
+            url,
+            generating(service, url),
+            methods=["POST"],
+            openapi_extra=described(kind.__name__),
+            response_class=JSONResponse,
         )
 
     @app.get("/v1/models")
@@ -47,7 +63,9 @@ def build(service: Service) -> FastAPI:
     async def ready() -> dict[str, str]:
         """Requests are taken."""
         if not service.ready:
-            raise Refused(503, "not_ready", "no target takes requests now: try again later", retry_after=1)
+            raise Refused(
+                503, "not_ready", "no target takes requests now: try again later", retry_after=1
+            )
         return {"status": "ready"}
 
     @app.get("/version")
@@ -61,7 +79,9 @@ def build(service: Service) -> FastAPI:
     app.add_exception_handler(Refused, answer_refused)
     app.add_exception_handler(HTTPException, answer_http)
     app.add_exception_handler(Exception, answer_fault)
-    app.add_middleware(Door, service=service, routes=frozenset(getattr(route, "path", "") for route in app.routes))
+    app.add_middleware(
+        Door, service=service, routes=frozenset(getattr(route, "path", "") for route in app.routes)
+    )
     documented(app)
     return app
 
@@ -80,7 +100,13 @@ def visible(request: Request, service: Service) -> bool:
 
 def model(service: Service) -> dict[str, Any]:
     served = service.served
-    return {"id": served.name, "object": "model", "created": served.created, "owned_by": "outrider", "max_model_len": served.context}
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "outrider",
+        "max_model_len": served.context,
+    }
 
 
 async def answer_refused(_: Request, error: Exception) -> Response:
@@ -94,14 +120,21 @@ async def answer_http(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
     found = Refused(
-        error.status_code, error.detail.lower().replace(" ", "_"), f"{request.method} {plain(request.url.path)}: {error.detail}"
+        error.status_code,
+        error.detail.lower().replace(" ", "_"),
+        f"{request.method} {plain(request.url.path)}: {error.detail}",
     )
     return JSONResponse(found.body(), found.status, error.headers)
 
 
 async def answer_fault(_: Request, error: Exception) -> Response:
     """Ours. The log has the rest."""
-    return JSONResponse(Refused(500, "internal_error", f"the gateway has failed ({type(error).__name__}): see its log").body(), 500)
+    return JSONResponse(
+        Refused(
+            500, "internal_error", f"the gateway has failed ({type(error).__name__}): see its log"
+        ).body(),
+        500,
+    )
 
 
 def described(name: str) -> dict[str, Any]:
@@ -116,7 +149,9 @@ def documented(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         found = plain_openapi()
-        _, schemas = models_json_schema([(kind, "validation") for kind in KINDS.values()], ref_template=REF)
+        _, schemas = models_json_schema(
+            [(kind, "validation") for kind in KINDS.values()], ref_template=REF
+        )
         found.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
         return found
 

@@ -31,10 +31,12 @@ from runtime.core import limits
 from runtime.core.errors import InvalidRequest, OutriderError
 from runtime.core.messages import Request
 
-GRACE_SECONDS = (
-    5.0  # beyond its deadline for the end of an answer: a target says itself that it is late; a client that does not read is cut
-)
-EVENTS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store", "x-accel-buffering": "no"}
+GRACE_SECONDS = 5.0  # beyond its deadline for the end of an answer: a target says itself that it is late; a client that does not read is cut
+EVENTS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-store",
+    "x-accel-buffering": "no",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,37 +76,60 @@ class Exchange(Response):
         except ClientGone:
             self.service.meter.answered(self.url, GONE)
         except TimeoutError:
-            late = Refused(504, "deadline_exceeded", "the deadline has passed: allow more time, or ask for less")
+            late = Refused(
+                504,
+                "deadline_exceeded",
+                "the deadline has passed: allow more time, or ask for less",
+            )
             await speaker.refuse(late)
         except OutriderError as error:
             await speaker.refuse(refused(error))
 
     async def _asked(self, raw: bytes, headers: Headers, key: Key | None, arrived: float) -> Asked:
         """Raises InvalidRequest."""
-        body, ignored = await asyncio.to_thread(lambda: read(self.url, parse(raw), self.service.limits.strict))
+        body, ignored = await asyncio.to_thread(
+            lambda: read(self.url, parse(raw), self.service.limits.strict)
+        )
         self.service.meter.ignored.inc(len(ignored))
         self.service.check_model(body.model, key)
-        seconds = deadline(headers.get("x-request-timeout"), body.timeout) or self.service.limits.request_seconds
+        seconds = (
+            deadline(headers.get("x-request-timeout"), body.timeout)
+            or self.service.limits.request_seconds
+        )
         name, seed = uuid.uuid4().hex, secrets.randbits(63)
-        if (repeated := headers.get("idempotency-key")) is not None:  # should it be run again after all, its text will be the same
-            seed = int.from_bytes(hashlib.sha256(f"{key and key.name}\n{repeated}".encode()).digest()[:8], signed=True)
+        if (
+            repeated := headers.get("idempotency-key")
+        ) is not None:  # should it be run again after all, its text will be the same
+            seed = int.from_bytes(
+                hashlib.sha256(f"{key and key.name}\n{repeated}".encode()).digest()[:8], signed=True
+            )
         left = max(arrived + seconds - now(), 0.001)
         found = await asyncio.to_thread(requests, body, self.service.served, name, seed, left)
         return Asked(body, found, arrived, arrived + seconds)
 
-    def _shared(self, asked: Asked, headers: Headers, key: Key | None, raw: bytes, entry: Entry) -> Pieces:
+    def _shared(
+        self, asked: Asked, headers: Headers, key: Key | None, raw: bytes, entry: Entry
+    ) -> Pieces:
         """The answer; that of an earlier request where both have one Idempotency-Key."""
         repeated = headers.get("idempotency-key")
         if repeated is None:
             return self._pieces(asked, entry)
         digest = hashlib.sha256(self.url.encode() + b"\n" + raw).digest()
-        return self.service.replays.share((None if key is None else key.name, sane(repeated)), digest, lambda: self._pieces(asked, entry))
+        return self.service.replays.share(
+            (None if key is None else key.name, sane(repeated)),
+            digest,
+            lambda: self._pieces(asked, entry),
+        )
 
     async def _pieces(self, asked: Asked, entry: Entry) -> Pieces:
         """The body of the answer: all in one, or events. Nothing comes before a target has taken the request. Raises OutriderError."""
-        answer = Answer(asked.body, self.service.served, asked.requests, uuid.uuid4().hex, int(time.time()))
+        answer = Answer(
+            asked.body, self.service.served, asked.requests, uuid.uuid4().hex, int(time.time())
+        )
         watch = Watch(self.service.meter, asked.requests, asked.body.n, asked.arrived, now)
-        held: bytes | None = b"".join(map(sse, answer.opening())) if asked.body.stream else b""  # None: nothing is held back any more
+        held: bytes | None = (
+            b"".join(map(sse, answer.opening())) if asked.body.stream else b""
+        )  # None: nothing is held back any more
         try:
             async with aclosing(merged(self.service.body, asked.requests)) as chunks:
                 async for index, chunk in chunks:
@@ -153,14 +178,18 @@ class Speaker:
         if self.stream:
             await self.send({"type": "http.response.body", "body": b""})
 
-    async def refuse(self, error: Refused, headers: Mapping[str, str] = MappingProxyType({})) -> None:
+    async def refuse(
+        self, error: Refused, headers: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         """Sends nothing after the begin of another answer."""
         if not self.begun:
             await self.answer(error.status, {**error.headers, **headers}, encoded(error.body()))
 
     async def answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
         """All at once."""
-        await self._begin(status, {"content-type": "application/json", "content-length": str(len(body))} | headers)
+        await self._begin(
+            status, {"content-type": "application/json", "content-length": str(len(body))} | headers
+        )
         await self.send({"type": "http.response.body", "body": body})
 
     async def _event(self, data: bytes) -> None:
@@ -176,8 +205,21 @@ class Speaker:
 
 def deadline(header: str | None, field: Any) -> float | None:
     """Seconds, as the header or the body's field says; the shorter of both. Raises Refused (400)."""
-    if header is not None and (not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", header) or not 0 < float(header) <= limits.DEADLINE):
+    if header is not None and (
+        not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", header)
+        or not 0 < float(header) <= limits.DEADLINE
+    ):
         raise Refused(
-            400, "invalid_value", f"X-Request-Timeout is not allowed: give seconds up to {limits.DEADLINE:g}", "X-Request-Timeout"
+            400,
+            "invalid_value",
+            f"X-Request-Timeout is not allowed: give seconds up to {limits.DEADLINE:g}",
+            "X-Request-Timeout",
         )
-    return min((seconds for seconds in (None if header is None else float(header), field) if seconds is not None), default=None)
+    return min(
+        (
+            seconds
+            for seconds in (None if header is None else float(header), field)
+            if seconds is not None
+        ),
+        default=None,
+    )

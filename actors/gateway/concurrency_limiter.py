@@ -32,7 +32,12 @@ class Ledger:
     def enter(self, key: str | None) -> Iterator[Entry]:
         """For as long as the request is under way. Raises Refused: 503 (full, draining), 429 (the key's own quota)."""
         if self.draining:
-            raise Refused(503, "draining", "the gateway is about to end: ask another, or later", retry_after=DRAINING)
+            raise Refused(
+                503,
+                "draining",
+                "the gateway is about to end: ask another, or later",
+                retry_after=DRAINING,
+            )
         self._check(key, 1)
         entry = Entry(key)
         self.entries.add(entry)
@@ -48,10 +53,17 @@ class Ledger:
 
     def widen(self, entry: Entry, sessions: int) -> None:
         """The entry is of so many sessions. Raises as `enter`; 400 for more than could ever be."""
-        most = self.limits.requests if entry.key is None else min(self.limits.requests, self.limits.per_key)
+        most = (
+            self.limits.requests
+            if entry.key is None
+            else min(self.limits.requests, self.limits.per_key)
+        )
         if sessions > most:
             raise Refused(
-                400, "too_many_choices", f"{sessions} choices of all prompts: {most} may be under way, lower n or send fewer", "n"
+                400,
+                "too_many_choices",
+                f"{sessions} choices of all prompts: {most} may be under way, lower n or send fewer",
+                "n",
             )
         self._check(entry.key, sessions - entry.sessions)
         entry.sessions = sessions
@@ -75,4 +87,6 @@ class Ledger:
                 retry_after=RETRY_AFTER,
             )
         if self.sessions() + more > self.limits.requests:
-            raise Refused(503, "overloaded", "all places are taken: try again later", retry_after=RETRY_AFTER)
+            raise Refused(
+                503, "overloaded", "all places are taken: try again later", retry_after=RETRY_AFTER
+            )

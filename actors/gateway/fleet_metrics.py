@@ -25,7 +25,12 @@ class Figure:
     samples: Callable[[Fleet], Iterable[Sample]]
 
 
-def of_report(prefix: str, labels: Labels, report: type, found: Callable[[Fleet], Iterable[tuple[Labels, Any]]]) -> Iterator[Figure]:
+def of_report(
+    prefix: str,
+    labels: Labels,
+    report: type,
+    found: Callable[[Fleet], Iterable[tuple[Labels, Any]]],
+) -> Iterator[Figure]:
     """Yields a metric for each field of a report that says how it is exposed.
 
     `found` gives the reports of a fleet, each with the values of its labels.
@@ -34,10 +39,18 @@ def of_report(prefix: str, labels: Labels, report: type, found: Callable[[Fleet]
         metric: Metric | None = field.metadata.get("metric")
         if metric is not None:
             names = (*labels, metric.label) if metric.label else labels
-            yield Figure(f"{prefix}{metric.name}", metric.kind, metric.meaning, names, of_field(field.name, found))
+            yield Figure(
+                f"{prefix}{metric.name}",
+                metric.kind,
+                metric.meaning,
+                names,
+                of_field(field.name, found),
+            )
 
 
-def of_field(name: str, found: Callable[[Fleet], Iterable[tuple[Labels, Any]]]) -> Callable[[Fleet], Iterable[Sample]]:
+def of_field(
+    name: str, found: Callable[[Fleet], Iterable[tuple[Labels, Any]]]
+) -> Callable[[Fleet], Iterable[Sample]]:
     def samples(fleet: Fleet) -> Iterator[Sample]:
         for labels, report in found(fleet):
             for label, value in values(getattr(report, name)):
@@ -58,7 +71,9 @@ def values(value: Any) -> Iterator[Sample]:
 
 
 def targets(fleet: Fleet) -> Iterator[tuple[Labels, TargetReport]]:
-    return (((target.name,), target.report) for target in fleet.targets if target.report is not None)
+    return (
+        ((target.name,), target.report) for target in fleet.targets if target.report is not None
+    )
 
 
 def guesses(fleet: Fleet) -> Iterator[tuple[Labels, GuessReport]]:
@@ -70,7 +85,11 @@ def guesses(fleet: Fleet) -> Iterator[tuple[Labels, GuessReport]]:
 
 
 def drafters(fleet: Fleet) -> Iterator[tuple[Labels, DrafterReport]]:
-    return (((drafter.name, drafter.pool), drafter.report) for drafter in fleet.drafters if drafter.report is not None)
+    return (
+        ((drafter.name, drafter.pool), drafter.report)
+        for drafter in fleet.drafters
+        if drafter.report is not None
+    )
 
 
 FIGURES = (
@@ -96,14 +115,18 @@ FIGURES = (
         "counter",
         "Lives of a drafter that were lost and followed by another",
         ("drafter", "pool"),
-        lambda fleet: (((found.name, found.pool), float(found.restarts)) for found in fleet.drafters),
+        lambda fleet: (
+            ((found.name, found.pool), float(found.restarts)) for found in fleet.drafters
+        ),
     ),
     Figure(
         "outrider:drafter_ready",
         "gauge",
         "1 where the drafter takes new sessions",
         ("drafter", "pool"),
-        lambda fleet: (((found.name, found.pool), float(found.state == "ready")) for found in fleet.drafters),
+        lambda fleet: (
+            ((found.name, found.pool), float(found.state == "ready")) for found in fleet.drafters
+        ),
     ),
     Figure(
         "outrider:pool_drafters_wanted",

@@ -77,7 +77,11 @@ class Replays:
             run = self.runs[name] = Run(digest)
             run.task = asyncio.create_task(self._make(name, run, make))
         elif run.digest != digest:
-            raise Refused(409, "idempotency_key_reused", "the Idempotency-Key was used with another request: take a new one")
+            raise Refused(
+                409,
+                "idempotency_key_reused",
+                "the Idempotency-Key was used with another request: take a new one",
+            )
         else:
             self._replayed()
         return run
@@ -114,5 +118,10 @@ class Replays:
 def sane(key: str) -> str:
     """Raises Refused (400) for a key that is none."""
     if not SANE.fullmatch(key):
-        raise Refused(400, "invalid_value", "the Idempotency-Key is not allowed: give 1 to 128 printable characters", "Idempotency-Key")
+        raise Refused(
+            400,
+            "invalid_value",
+            "the Idempotency-Key is not allowed: give 1 to 128 printable characters",
+            "Idempotency-Key",
+        )
     return key

@@ -12,9 +12,67 @@ from runtime.core.messages import Chunk, Request
 from runtime.telemetry.metrics import speculative_decoding
 
 PREFIX = "outrider:"
-FIRST = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0)
-BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
-WHOLE = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0, 240.0, 480.0, 960.0)
+FIRST = (
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+    160.0,
+)
+BETWEEN = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.015,
+    0.02,
+    0.03,
+    0.04,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.5,
+    1.0,
+    2.5,
+)
+WHOLE = (
+    0.1,
+    0.3,
+    0.5,
+    0.8,
+    1.0,
+    1.5,
+    2.0,
+    2.5,
+    5.0,
+    10.0,
+    15.0,
+    20.0,
+    30.0,
+    40.0,
+    60.0,
+    120.0,
+    240.0,
+    480.0,
+    960.0,
+)
 GONE = "499"  # nobody was there to hear the answer
 
 
@@ -24,38 +82,95 @@ class Meter:
     def __init__(self, model: str, ledger: Ledger, fleet: Callable[[], Fleet | None]) -> None:
         self.registry = CollectorRegistry()
 
-        def own(kind: Callable[..., Any], name: str, meaning: str, *labels: str, **more: Any) -> Any:
-            made = kind(PREFIX + name, meaning, ("model_name", *labels), registry=self.registry, **more)
+        def own(
+            kind: Callable[..., Any], name: str, meaning: str, *labels: str, **more: Any
+        ) -> Any:
+            made = kind(
+                PREFIX + name, meaning, ("model_name", *labels), registry=self.registry, **more
+            )
             return made if labels else made.labels(model)
 
         self.model = model
-        running = own(Gauge, "num_requests_running", "Generations under way that have given a token")
-        waiting = own(Gauge, "num_requests_waiting", "Generations under way that have not given a token yet")
-        running.set_function(lambda: sum(entry.sessions for entry in tuple(ledger.entries) if entry.speaks))
-        waiting.set_function(lambda: sum(entry.sessions for entry in tuple(ledger.entries) if not entry.speaks))
-        self.first = own(Histogram, "time_to_first_token_seconds", "From a request's arrival to its first token", buckets=FIRST)
-        self.between = own(Histogram, "inter_token_latency_seconds", "Between two deliveries of a generation", buckets=BETWEEN)
-        self.per_token = own(
-            Histogram, "time_per_output_token_seconds", "Of a generation, its mean time of a token after the first", buckets=BETWEEN
+        running = own(
+            Gauge, "num_requests_running", "Generations under way that have given a token"
         )
-        self.whole = own(Histogram, "e2e_request_latency_seconds", "From a request's arrival to its last token", buckets=WHOLE)
-        self.prompts = own(Counter, "prompt_tokens_total", "Prompt tokens of requests that have given a token")
+        waiting = own(
+            Gauge, "num_requests_waiting", "Generations under way that have not given a token yet"
+        )
+        running.set_function(
+            lambda: sum(entry.sessions for entry in tuple(ledger.entries) if entry.speaks)
+        )
+        waiting.set_function(
+            lambda: sum(entry.sessions for entry in tuple(ledger.entries) if not entry.speaks)
+        )
+        self.first = own(
+            Histogram,
+            "time_to_first_token_seconds",
+            "From a request's arrival to its first token",
+            buckets=FIRST,
+        )
+        self.between = own(
+            Histogram,
+            "inter_token_latency_seconds",
+            "Between two deliveries of a generation",
+            buckets=BETWEEN,
+        )
+        self.per_token = own(
+            Histogram,
+            "time_per_output_token_seconds",
+            "Of a generation, its mean time of a token after the first",
+            buckets=BETWEEN,
+        )
+        self.whole = own(
+            Histogram,
+            "e2e_request_latency_seconds",
+            "From a request's arrival to its last token",
+            buckets=WHOLE,
+        )
+        self.prompts = own(
+            Counter, "prompt_tokens_total", "Prompt tokens of requests that have given a token"
+        )
         self.generated = own(Counter, "generation_tokens_total", "Tokens generated")
-        self.success = own(Counter, "request_success_total", "Generations that ended, by reason", "finished_reason")
-        self.drafts = own(Counter, "spec_decode_num_drafts_total", "Rounds in which draft tokens were verified")
-        self.draft_tokens = own(Counter, "spec_decode_num_draft_tokens_total", "Draft tokens that the target has verified")
-        self.accepted = own(Counter, "spec_decode_num_accepted_tokens_total", "Draft tokens that were accepted")
+        self.success = own(
+            Counter, "request_success_total", "Generations that ended, by reason", "finished_reason"
+        )
+        self.drafts = own(
+            Counter, "spec_decode_num_drafts_total", "Rounds in which draft tokens were verified"
+        )
+        self.draft_tokens = own(
+            Counter,
+            "spec_decode_num_draft_tokens_total",
+            "Draft tokens that the target has verified",
+        )
+        self.accepted = own(
+            Counter, "spec_decode_num_accepted_tokens_total", "Draft tokens that were accepted"
+        )
         self.accepted_at = own(
             Counter,
             "spec_decode_num_accepted_tokens_per_pos_total",
             "Draft tokens accepted, by their place in the draft, from 0",
             "position",
         )
-        self.by_drafter = own(Counter, "accepted_tokens_total", "Draft tokens accepted, by the drafter that guessed them first", "drafter")
-        self.responses = own(Counter, "http_responses_total", "HTTP answers; code 499: the client left before", "route", "code")
-        self.ignored = own(Counter, "ignored_fields_total", "Unknown fields of bodies that were ignored")
+        self.by_drafter = own(
+            Counter,
+            "accepted_tokens_total",
+            "Draft tokens accepted, by the drafter that guessed them first",
+            "drafter",
+        )
+        self.responses = own(
+            Counter,
+            "http_responses_total",
+            "HTTP answers; code 499: the client left before",
+            "route",
+            "code",
+        )
+        self.ignored = own(
+            Counter, "ignored_fields_total", "Unknown fields of bodies that were ignored"
+        )
         self.replayed = own(
-            Counter, "idempotent_replays_total", "Requests that got the answer of an earlier one with their Idempotency-Key"
+            Counter,
+            "idempotent_replays_total",
+            "Requests that got the answer of an earlier one with their Idempotency-Key",
         )
         self.registry.register(FleetCollector(fleet))
 
@@ -73,8 +188,21 @@ class Meter:
 class Watch:
     """Times one request's generations. `now`: seconds; `arrived`: when its request did."""
 
-    def __init__(self, meter: Meter, requests: Iterable[Request], n: int, arrived: float, now: Callable[[], float]) -> None:
-        self.meter, self.requests, self.n, self.arrived, self.now = meter, tuple(requests), n, arrived, now
+    def __init__(
+        self,
+        meter: Meter,
+        requests: Iterable[Request],
+        n: int,
+        arrived: float,
+        now: Callable[[], float],
+    ) -> None:
+        self.meter, self.requests, self.n, self.arrived, self.now = (
+            meter,
+            tuple(requests),
+            n,
+            arrived,
+            now,
+        )
         self.begun: list[float | None] = [None] * len(self.requests)
         self.last = [0.0] * len(self.requests)
         self.counts = [0] * len(self.requests)
@@ -112,7 +240,9 @@ class Watch:
             meter.draft_tokens.inc(stats.verified)
             meter.accepted.inc(stats.accepted)
             for position in range(len(stats.histogram) - 1):
-                meter.accepted_at.labels(meter.model, str(position)).inc(sum(stats.histogram[position + 1 :]))
+                meter.accepted_at.labels(meter.model, str(position)).inc(
+                    sum(stats.histogram[position + 1 :])
+                )
             for drafter, accepted in stats.by_drafter.items():
                 meter.by_drafter.labels(meter.model, drafter).inc(accepted)
 

@@ -41,10 +41,15 @@ class Door:
 
         async def answering(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", answer_id.encode())]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", answer_id.encode()),
+                ]
                 if not body.whole:
                     message["headers"].append((b"connection", b"close"))
-                self.service.meter.answered(path if path in self.routes else "other", message["status"])
+                self.service.meter.answered(
+                    path if path in self.routes else "other", message["status"]
+                )
             elif not body.whole and not message.get("more_body", False):
                 await send({**message, "more_body": True})
                 await body.drop()
@@ -97,9 +102,15 @@ def check_head(scope: Scope) -> None:
     size += sum(len(name) + len(value) for name, value in scope["headers"])
     if len(scope["headers"]) > limits.HEADERS or size > limits.HEADER_BYTES:
         raise Refused(
-            431, "headers_too_large", f"more than {limits.HEADERS} headers, or {limits.HEADER_BYTES >> 10} KiB of them: send fewer"
+            431,
+            "headers_too_large",
+            f"more than {limits.HEADERS} headers, or {limits.HEADER_BYTES >> 10} KiB of them: send fewer",
         )
     names = {name for name, _ in scope["headers"]}
-    if b"transfer-encoding" in names and (b"content-length" in names or scope["http_version"] == "1.0"):
-        why = "Transfer-Encoding is not allowed with Content-Length or in HTTP/1.0: send one of them"
+    if b"transfer-encoding" in names and (
+        b"content-length" in names or scope["http_version"] == "1.0"
+    ):
+        why = (
+            "Transfer-Encoding is not allowed with Content-Length or in HTTP/1.0: send one of them"
+        )
         raise Refused(400, "invalid_http", why)

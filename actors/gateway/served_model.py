@@ -31,4 +31,11 @@ def serve(plan: Deployment, created: int) -> Served:
     model = plan.target.model
     text = read_config(find_folder(model), model).get_text_config(decoder=True)
     tokenizer = load_tokenizer(model)
-    return Served(plan.served_model(), tokenizer, from_tokenizer(tokenizer), context_of(text, model), text.vocab_size, created)
+    return Served(
+        plan.served_model(),
+        tokenizer,
+        from_tokenizer(tokenizer),
+        context_of(text, model),
+        text.vocab_size,
+        created,
+    )

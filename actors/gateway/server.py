@@ -40,12 +40,19 @@ def check_closed(config: GatewayConfig) -> None:
     """Raises InvalidRequest for an address that others reach without keys or without TLS, unless that is said to be right."""
     if is_loopback(config.host) or (config.api_keys is not None and config.tls is not None):
         return
-    lacking = " and ".join(name for name, value in (("api_keys", config.api_keys), ("tls", config.tls)) if value is None)
+    lacking = " and ".join(
+        name
+        for name, value in (("api_keys", config.api_keys), ("tls", config.tls))
+        if value is None
+    )
     if not config.insecure:
         raise InvalidRequest(
-            f"the gateway on {config.host} has no {lacking}: give them, or listen on 127.0.0.1, or set insecure", "gateway"
+            f"the gateway on {config.host} has no {lacking}: give them, or listen on 127.0.0.1, or set insecure",
+            "gateway",
         )
-    log.warning("insecure, as configured: the gateway can be reached from elsewhere without %s", lacking)
+    log.warning(
+        "insecure, as configured: the gateway can be reached from elsewhere without %s", lacking
+    )
 
 
 def is_loopback(host: str) -> bool:
@@ -58,17 +65,23 @@ def is_loopback(host: str) -> bool:
 def listen(host: str, port: int) -> socket.socket:
     """Raises Unavailable where the port cannot be had."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         found = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise Unavailable(f"no HTTP server at {host}:{port} ({error}): choose another address") from error
+        raise Unavailable(
+            f"no HTTP server at {host}:{port} ({error}): choose another address"
+        ) from error
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
         found.listen(CONNECTIONS // 2)
     except OSError as error:
         found.close()
-        raise Unavailable(f"no HTTP server at {host}:{port} ({error}): choose another port, or 0 for any") from error
+        raise Unavailable(
+            f"no HTTP server at {host}:{port} ({error}): choose another port, or 0 for any"
+        ) from error
     return found
 
 
@@ -94,7 +107,10 @@ def server(app: ASGIApp, config: GatewayConfig) -> GatewayServer:
     try:
         settings.load()
     except OSError as error:  # ssl.SSLError is one
-        raise InvalidRequest(f"the gateway's certificate or key cannot be used ({type(error).__name__}): see gateway.tls", "tls") from error
+        raise InvalidRequest(
+            f"the gateway's certificate or key cannot be used ({type(error).__name__}): see gateway.tls",
+            "tls",
+        ) from error
     table = ConnectionTable(CONNECTIONS, settings.ssl)
     settings.ssl = None  # connections secure themselves: they count before the handshake ends
     settings.http_protocol_class = partial(ClientConnection, table)  # type: ignore[assignment]

@@ -33,7 +33,13 @@ class Service:
         ready: Callable[[], bool] = lambda: True,
         fleet: Callable[[], Fleet | None] = lambda: None,
     ) -> None:
-        self.served, self.body, self.limits, self.keys, self.fleet = served, body, limits, keys, fleet
+        self.served, self.body, self.limits, self.keys, self.fleet = (
+            served,
+            body,
+            limits,
+            keys,
+            fleet,
+        )
         self.version = importlib.metadata.version("outrider")
         self.ledger = Ledger(limits)
         self.meter = Meter(served.name, self.ledger, fleet)
@@ -56,15 +62,24 @@ class Service:
         scheme, _, given = authorization.partition(" ")
         key = self.keys.find(given.strip() if scheme.lower() == "bearer" else "")
         if key is None:
-            raise Refused(401, "invalid_api_key", "the API key is not known: send Authorization: Bearer KEY")
+            raise Refused(
+                401, "invalid_api_key", "the API key is not known: send Authorization: Bearer KEY"
+            )
         return key
 
     def check_model(self, name: str, key: Key | None) -> None:
         """Names are compared, never joined to a path. Raises Refused: 404, 403."""
         if name != self.served.name:
-            raise Refused(404, "model_not_found", f"model {plain(name)} is not served: see /v1/models", "model")
+            raise Refused(
+                404,
+                "model_not_found",
+                f"model {plain(name)} is not served: see /v1/models",
+                "model",
+            )
         if key is not None and key.models is not None and name not in key.models:
-            raise Refused(403, "model_not_allowed", f"this key may not ask for model {plain(name)}", "model")
+            raise Refused(
+                403, "model_not_allowed", f"this key may not ask for model {plain(name)}", "model"
+            )
 
 
 def now() -> float:

@@ -20,7 +20,9 @@ class Generator(Protocol):
     def generate(self, request: Request) -> AsyncGenerator[Chunk, None]: ...
 
 
-async def merged(body: Generator, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Chunk], None]:
+async def merged(
+    body: Generator, requests: Sequence[Request]
+) -> AsyncGenerator[tuple[int, Chunk], None]:
     """The chunks of all requests as they come, each with its request's number. The first error of one ends all.
 
     Closing it closes all generations at once; they are closed when it is.
@@ -53,7 +55,10 @@ async def attended(receive: Receive, work: Coroutine[Any, Any, Result], until: f
 
     To be called when the whole request was received; `until` is the event loop's time.
     """
-    tasks: list[asyncio.Task[Any]] = [asyncio.create_task(work), asyncio.create_task(departure(receive))]
+    tasks: list[asyncio.Task[Any]] = [
+        asyncio.create_task(work),
+        asyncio.create_task(departure(receive)),
+    ]
     try:
         async with asyncio.timeout_at(until):
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -27,7 +27,9 @@ GIVEN_UP = 503  # by a target that drains or was lost for good
 class ClusterAnswerer:
     """`targets`: anything that generates; `served` is what it serves. Made by `deployment`."""
 
-    def __init__(self, targets: Generator, served: Served, now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, targets: Generator, served: Served, now: Callable[[], float] = time.time
+    ) -> None:
         self._targets, self._served, self._now = targets, served, now
 
     async def answer(self, item: Item) -> Answer:
@@ -52,8 +54,15 @@ class ClusterAnswerer:
     def _translated(self, item: Item, name: str) -> tuple[protocol.AnyBody, list[Request]]:
         body, _ = protocol.read(item.url, item.body)
         if body.model != self._served.name:
-            raise Refused(404, "model_not_found", f"there is no such model: ask for {self._served.name}", "model")
-        return body, request_adapter.requests(body, self._served, name, item.body["seed"], body.timeout)
+            raise Refused(
+                404,
+                "model_not_found",
+                f"there is no such model: ask for {self._served.name}",
+                "model",
+            )
+        return body, request_adapter.requests(
+            body, self._served, name, item.body["seed"], body.timeout
+        )
 
 
 @asynccontextmanager

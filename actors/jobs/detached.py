@@ -24,8 +24,12 @@ def detach(order: Order) -> str:
         raise Unavailable(f"this cluster has no dashboard, which takes Ray jobs: {MEANWHILE}")
     try:
         client = JobSubmissionClient(f"http://{dashboard.removeprefix('http://')}")
-        name: str = client.submit_job(entrypoint=shlex.join([sys.executable, "-c", COMMAND, "submit", *order.arguments()]))
+        name: str = client.submit_job(
+            entrypoint=shlex.join([sys.executable, "-c", COMMAND, "submit", *order.arguments()])
+        )
     except (ConnectionError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
-        raise Unavailable(f"the dashboard at {dashboard} does not take the job ({first}): {MEANWHILE}") from error
+        raise Unavailable(
+            f"the dashboard at {dashboard} does not take the job ({first}): {MEANWHILE}"
+        ) from error
     return name

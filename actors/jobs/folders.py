@@ -13,7 +13,10 @@ from runtime.core.errors import InvalidRequest, Unavailable
 SUFFIX = ".job"
 INDEX = "index.sqlite"
 LOCK = "owner"
-PATIENCE, KNOCK = 0.2, 0.05  # seconds that a lock is asked for, and between two tries: `busy` holds it for a moment
+PATIENCE, KNOCK = (
+    0.2,
+    0.05,
+)  # seconds that a lock is asked for, and between two tries: `busy` holds it for a moment
 
 
 def known() -> Path:
@@ -50,17 +53,28 @@ def claimed(folder: Path) -> Iterator[None]:
     Raises Unavailable where another process has it, InvalidRequest where the folder cannot be.
     """
     made = not folder.exists()
-    lock = FileLock(folder / LOCK, timeout=PATIENCE, poll_interval=KNOCK, fallback_to_soft=False, on_acquired=_sign)
+    lock = FileLock(
+        folder / LOCK,
+        timeout=PATIENCE,
+        poll_interval=KNOCK,
+        fallback_to_soft=False,
+        on_acquired=_sign,
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        raise Unavailable(f"process {_owner(folder)} works on the job in {folder}: wait for it, or end it first") from error
+        raise Unavailable(
+            f"process {_owner(folder)} works on the job in {folder}: wait for it, or end it first"
+        ) from error
     except FileNotFoundError as error:
-        raise Unavailable(f"another process has just given up the job in {folder}: try again") from error
+        raise Unavailable(
+            f"another process has just given up the job in {folder}: try again"
+        ) from error
     except OSError as error:
         raise InvalidRequest(
-            f"{folder} cannot be made ({error.strerror}): give -o a place where a folder can stand beside it", "o"
+            f"{folder} cannot be made ({error.strerror}): give -o a place where a folder can stand beside it",
+            "o",
         ) from error
     try:
         yield

@@ -31,7 +31,9 @@ class HttpAnswerer:
         """As in Answerer. Raises InvalidRequest where the gateway refuses the key."""
         try:
             response = await self._client.post(
-                f"{self._url}{item.url.removeprefix('/v1')}", json=item.body, headers={"Idempotency-Key": item.key}
+                f"{self._url}{item.url.removeprefix('/v1')}",
+                json=item.body,
+                headers={"Idempotency-Key": item.key},
             )
         except httpx2.HTTPError as error:
             raise Unavailable(gone(self._url, error)) from error
@@ -39,15 +41,22 @@ class HttpAnswerer:
             raise InvalidRequest(refused(self._url), "api_key_file")
         if response.status_code in LATER:
             await asyncio.sleep(wait(response.headers.get("retry-after", "")))
-            raise Overloaded(f"{self._url} answers {response.status_code}: too many requests, or too few targets")
+            raise Overloaded(
+                f"{self._url} answers {response.status_code}: too many requests, or too few targets"
+            )
         if response.is_redirect:
-            raise Unavailable(f"{self._url} answers {response.status_code}, from elsewhere: give the URL that it redirects to")
+            raise Unavailable(
+                f"{self._url} answers {response.status_code}, from elsewhere: give the URL that it redirects to"
+            )
         return answer_of(response)
 
 
 @asynccontextmanager
 async def gateway(
-    url: str, key: str | None = None, authority: ssl.SSLContext | None = None, transport: httpx2.AsyncBaseTransport | None = None
+    url: str,
+    key: str | None = None,
+    authority: ssl.SSLContext | None = None,
+    transport: httpx2.AsyncBaseTransport | None = None,
 ) -> AsyncIterator[HttpAnswerer]:
     """The gateway at `url`, which ends in /v1. Raises Unavailable where none answers there, InvalidRequest where it refuses the key."""
     url = url.rstrip("/")
@@ -55,7 +64,11 @@ async def gateway(
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
     timeout = httpx2.Timeout(ANSWER, connect=CONNECT)
     async with httpx2.AsyncClient(
-        headers=headers, timeout=timeout, limits=limits, transport=transport, verify=True if authority is None else authority
+        headers=headers,
+        timeout=timeout,
+        limits=limits,
+        transport=transport,
+        verify=True if authority is None else authority,
     ) as client:
         try:
             response = await client.get(f"{url}/models", timeout=CONNECT)
@@ -75,9 +88,14 @@ def read_key(file: Path) -> str:
     try:
         key = file.read_text("ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"cannot read a key from {file}: give a readable file with the key alone in it", "api_key_file") from error
+        raise InvalidRequest(
+            f"cannot read a key from {file}: give a readable file with the key alone in it",
+            "api_key_file",
+        ) from error
     if not key or not key.isprintable() or " " in key:
-        raise InvalidRequest(f"{file} does not hold one key: give a file with the key alone in it", "api_key_file")
+        raise InvalidRequest(
+            f"{file} does not hold one key: give a file with the key alone in it", "api_key_file"
+        )
     return key
 
 
@@ -86,7 +104,9 @@ def read_authority(file: Path) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=file)
     except OSError as error:  # ssl's own are of that kind
-        raise InvalidRequest(f"cannot read a certificate from {file}: give the authority's PEM file", "ca") from error
+        raise InvalidRequest(
+            f"cannot read a certificate from {file}: give the authority's PEM file", "ca"
+        ) from error
 
 
 def wait(retry_after: str) -> float:
@@ -97,11 +117,20 @@ def wait(retry_after: str) -> float:
 def answer_of(response: httpx2.Response) -> Answer:
     """An error is the item's answer as it is, and so is a JSON object with choices. Anything else, such as a proxy's page, is a 502."""
     body, status = content(response), response.status_code
-    if not response.is_error and not (body and isinstance(body.get("choices"), list) and body["choices"]):
+    if not response.is_error and not (
+        body and isinstance(body.get("choices"), list) and body["choices"]
+    ):
         status = BAD_GATEWAY
     if body is None or (status != response.status_code and "error" not in body):
         message = f"the gateway answered {response.status_code} without {'choices' if body else 'a JSON object'}"
-        body = {"error": {"message": message, "type": "server_error", "param": None, "code": "bad_gateway"}}
+        body = {
+            "error": {
+                "message": message,
+                "type": "server_error",
+                "param": None,
+                "code": "bad_gateway",
+            }
+        }
     return Answer(status, body, response.headers.get("x-request-id", ""))
 
 

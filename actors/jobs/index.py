@@ -73,7 +73,12 @@ class Totals:
 
     def plus(self, answers: Sequence[Answer]) -> "Totals":
         failed = sum(answer.status >= FAILED for answer in answers)
-        return Totals(self.items, self.done + len(answers), self.failed + failed, self.tokens + sum(answer.tokens for answer in answers))
+        return Totals(
+            self.items,
+            self.done + len(answers),
+            self.failed + failed,
+            self.tokens + sum(answer.tokens for answer in answers),
+        )
 
 
 class Index:
@@ -84,9 +89,13 @@ class Index:
 
     def __init__(self, file: Path) -> None:
         with _explained(file):
-            self._base = sqlite3.connect(file, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
+            self._base = sqlite3.connect(
+                file, timeout=PATIENCE, isolation_level=None, check_same_thread=False
+            )
             self._base.execute("PRAGMA journal_mode = WAL")
-            self._base.execute("PRAGMA synchronous = FULL")  # WAL's default would lose the last commits with the power
+            self._base.execute(
+                "PRAGMA synchronous = FULL"
+            )  # WAL's default would lose the last commits with the power
         self._file = file
 
     def close(self) -> None:
@@ -98,8 +107,14 @@ class Index:
             if not self._base.execute("SELECT 1 FROM sqlite_master WHERE name = 'job'").fetchall():
                 return None
             if self._one("PRAGMA user_version") != VERSION:
-                raise Unavailable(f"another version of Outrider has begun the job in {self._file.parent}: end it with that one")
-            return Record(*self._base.execute("SELECT id, source, output, fingerprint, created FROM job").fetchone())
+                raise Unavailable(
+                    f"another version of Outrider has begun the job in {self._file.parent}: end it with that one"
+                )
+            return Record(
+                *self._base.execute(
+                    "SELECT id, source, output, fingerprint, created FROM job"
+                ).fetchone()
+            )
 
     @contextmanager
     def creating(self) -> Iterator[None]:
@@ -112,16 +127,25 @@ class Index:
     def add(self, line: int, name: str, digest: bytes) -> None:
         """Raises InvalidRequest for a custom_id that stands on two lines."""
         row = (line, name, digest)
-        if not self._base.execute("INSERT OR IGNORE INTO items (line, custom_id, digest) VALUES (?, ?, ?)", row).rowcount:
-            first = self._base.execute("SELECT line FROM items WHERE custom_id = ?", (name,)).fetchone()[0]
-            raise InvalidRequest(f"line {line} has the custom_id of line {first}, {plain(name)!r}: give each its own", "custom_id")
+        if not self._base.execute(
+            "INSERT OR IGNORE INTO items (line, custom_id, digest) VALUES (?, ?, ?)", row
+        ).rowcount:
+            first = self._base.execute(
+                "SELECT line FROM items WHERE custom_id = ?", (name,)
+            ).fetchone()[0]
+            raise InvalidRequest(
+                f"line {line} has the custom_id of line {first}, {plain(name)!r}: give each its own",
+                "custom_id",
+            )
 
     def name(self, record: Record) -> Record:
         """Raises InvalidRequest where no item was added."""
         if not self.totals().items:
             raise InvalidRequest(f"{record.source} has no items: give at least one line", "file")
         row = (record.id, record.source, record.output, record.fingerprint, record.created)
-        self._base.execute("INSERT INTO job (id, source, output, fingerprint, created) VALUES (?, ?, ?, ?, ?)", row)
+        self._base.execute(
+            "INSERT INTO job (id, source, output, fingerprint, created) VALUES (?, ?, ?, ?, ?)", row
+        )
         return record
 
     def mark(self) -> Mark:
@@ -152,8 +176,13 @@ class Index:
                 [(one.status, one.tokens, one.attempts, one.custom_id) for one in kept],
             ).rowcount
             if known < len(kept):
-                raise InvalidRequest("the output has answers to items that its job does not have: bring it back as the job left it", "o")
-            self._base.execute("UPDATE job SET position = ?, digest = ?", (mark.position, mark.digest))
+                raise InvalidRequest(
+                    "the output has answers to items that its job does not have: bring it back as the job left it",
+                    "o",
+                )
+            self._base.execute(
+                "UPDATE job SET position = ?, digest = ?", (mark.position, mark.digest)
+            )
 
     def totals(self) -> Totals:
         with _explained(self._file):

@@ -96,7 +96,12 @@ def refusal(error: InvalidRequest) -> Answer:
 def output_line(job: str, name: str, answer: Answer) -> bytes:
     """ASCII throughout: no reader can take a character inside for the end of the line."""
     response = {"status_code": answer.status, "request_id": answer.request_id, "body": answer.body}
-    found = {"id": f"batch_req_{key(job, name)}", "custom_id": name, "response": response, "error": None}
+    found = {
+        "id": f"batch_req_{key(job, name)}",
+        "custom_id": name,
+        "response": response,
+        "error": None,
+    }
     return json.dumps(found).encode() + b"\n"
 
 
@@ -107,7 +112,10 @@ def answered(raw: bytes) -> tuple[str, Answer]:
         response = found["response"]
         name, status, body = found["custom_id"], response["status_code"], response["body"]
     except (ValueError, KeyError, TypeError) as error:
-        raise InvalidRequest(f"{plain(repr(raw))} is no line of an output: bring the output back as the job left it", "o") from error
+        raise InvalidRequest(
+            f"{plain(repr(raw))} is no line of an output: bring the output back as the job left it",
+            "o",
+        ) from error
     return name, Answer(status, body, response.get("request_id", ""))
 
 
@@ -120,19 +128,33 @@ def _object(line: int, raw: bytes) -> dict[str, Any]:
 
 def _name(line: int, found: dict[str, Any]) -> str:
     name = found.get("custom_id")
-    if not isinstance(name, str) or not 0 < len(name) <= limits.NAME_LENGTH or not name.isprintable():
+    if (
+        not isinstance(name, str)
+        or not 0 < len(name) <= limits.NAME_LENGTH
+        or not name.isprintable()
+    ):
         given = "no custom_id" if name is None else f"custom_id {plain(json.dumps(name))}"
-        raise InvalidRequest(f"line {line} has {given}: give a printable string of 1 to {limits.NAME_LENGTH} characters", "custom_id")
+        raise InvalidRequest(
+            f"line {line} has {given}: give a printable string of 1 to {limits.NAME_LENGTH} characters",
+            "custom_id",
+        )
     return name
 
 
 def _body(found: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(found.keys() - FIELDS)
     if unknown:
-        raise InvalidRequest(f"unknown field {plain(unknown[0])!r}: an item has custom_id, method, url and body", "line")
+        raise InvalidRequest(
+            f"unknown field {plain(unknown[0])!r}: an item has custom_id, method, url and body",
+            "line",
+        )
     for field, allowed in (("method", ("POST",)), ("url", tuple(KINDS))):
         if found.get(field) not in allowed:
-            given = "is missing" if field not in found else f"{plain(json.dumps(found[field]))} is not allowed"
+            given = (
+                "is missing"
+                if field not in found
+                else f"{plain(json.dumps(found[field]))} is not allowed"
+            )
             raise InvalidRequest(f"{field} {given}: give {' or '.join(allowed)}", field)
     body = found.get("body")
     if not isinstance(body, dict):

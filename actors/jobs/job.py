@@ -30,10 +30,14 @@ class Answered:
 class Job:
     """Made by `opened`. An answer counts from the return of `keep`: it stands in the output once then, whatever happens after."""
 
-    def __init__(self, record: Record, file: str, index: Index, output: Output, lease: Lease | None) -> None:
+    def __init__(
+        self, record: Record, file: str, index: Index, output: Output, lease: Lease | None
+    ) -> None:
         self.record, self.totals = record, index.totals()
         self._file, self._index, self._output, self._lease = file, index, output, lease
-        self._difference = ""  # between the file and what it was when the job began, found by `left`
+        self._difference = (
+            ""  # between the file and what it was when the job began, found by `left`
+        )
 
     def left(self) -> Iterator[Item | Misfit]:
         """The items without an answer, in the order of the file, read as they are taken.
@@ -48,14 +52,24 @@ class Job:
                 self._difference = str(error)
                 return
             if items.digest(raw) != digest:
-                self._difference = f"line {line} is not what it was" if raw else f"line {line} is gone"
+                self._difference = (
+                    f"line {line} is not what it was" if raw else f"line {line} is gone"
+                )
                 return
             yield items.read(line, raw, self.record.id)
 
     def keep(self, answered: Sequence[Answered]) -> None:
-        lines = [items.output_line(self.record.id, one.item.custom_id, one.answer) for one in answered]
+        lines = [
+            items.output_line(self.record.id, one.item.custom_id, one.answer) for one in answered
+        ]
         mark = self._output.append(b"".join(lines))
-        self._index.keep([Kept(one.item.custom_id, one.answer.status, one.answer.tokens, one.attempts) for one in answered], mark)
+        self._index.keep(
+            [
+                Kept(one.item.custom_id, one.answer.status, one.answer.tokens, one.attempts)
+                for one in answered
+            ],
+            mark,
+        )
         self.totals = self.totals.plus([one.answer for one in answered])
 
     def wanted(self) -> bool:
@@ -77,7 +91,9 @@ class Job:
         if found := self._difference or difference(self._file, self.record.fingerprint):
             raise changed(self._file, self.record.output, totals, found)
         if totals.done < totals.items:
-            raise Unavailable(f"{totals.items - totals.done} items have no answer: run the same command again")
+            raise Unavailable(
+                f"{totals.items - totals.done} items have no answer: run the same command again"
+            )
         self._output.finish()
         self._index.finish()
 
@@ -153,7 +169,10 @@ def _begun(index: Index, output: Output, record: Record, folder: Path) -> Record
             for line, raw in source.lines(record.source, digest.update):
                 index.add(line, items.custom_id(line, raw), items.digest(raw))
             if digest.hexdigest() != record.fingerprint:
-                raise InvalidRequest(f"{record.source} has changed while it was read: give a file that stays as it is", "file")
+                raise InvalidRequest(
+                    f"{record.source} has changed while it was read: give a file that stays as it is",
+                    "file",
+                )
             job = output.begin(f"job-{uuid.uuid4().hex[:10]}", record.fingerprint)
             return index.name(replace(record, id=job))
     except OutriderError:

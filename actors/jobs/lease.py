@@ -27,7 +27,9 @@ def reaching() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise Unavailable(f"the output cannot be reached ({error}): mend it and run the same command again") from error
+        raise Unavailable(
+            f"the output cannot be reached ({error}): mend it and run the same command again"
+        ) from error
 
 
 class Lease:
@@ -37,7 +39,9 @@ class Lease:
     work that is done twice, nothing else.
     """
 
-    def __init__(self, fs: Any, folder: str, now: Callable[[], float] = time.time, host: str | None = None) -> None:
+    def __init__(
+        self, fs: Any, folder: str, now: Callable[[], float] = time.time, host: str | None = None
+    ) -> None:
         self._fs, self._file, self._now = fs, f"{folder}/owner.json", now
         self._id, self._host = uuid.uuid4().hex[:12], host or socket.gethostname()
         self._until = 0.0
@@ -50,8 +54,15 @@ class Lease:
             return
         owner = self._owner()
         # One of this very host is gone: its claim on the folder of the index was free (actors.jobs.folders).
-        if owner is not None and owner.id != self._id and owner.host != self._host and now < owner.until:
-            raise Unavailable(f"host {owner.host} works on this job: end it there, or wait {LEASE:g} s after it is gone")
+        if (
+            owner is not None
+            and owner.id != self._id
+            and owner.host != self._host
+            and now < owner.until
+        ):
+            raise Unavailable(
+                f"host {owner.host} works on this job: end it there, or wait {LEASE:g} s after it is gone"
+            )
         self._until = now + LEASE
         write_json(self._fs, self._file, {"id": self._id, "host": self._host, "until": self._until})
 
@@ -66,7 +77,11 @@ class Lease:
         """None where nobody holds it. A torn file has no owner: whoever wrote it is gone, or writes it again."""
         try:
             found = read_json(self._fs, self._file)
-            return None if found is None else Owner(str(found["id"]), str(found["host"]), float(found["until"]))
+            return (
+                None
+                if found is None
+                else Owner(str(found["id"]), str(found["host"]), float(found["until"]))
+            )
         except (ValueError, KeyError, TypeError):
             return None
 

@@ -57,7 +57,10 @@ class FileOutput:
     def begin(self, job: str, fingerprint: str) -> str:
         with contextlib.suppress(FileNotFoundError):
             if self._path.stat().st_size:
-                raise InvalidRequest(f"{self._path} exists and is not the output of a job on this file: give another -o, or delete it", "o")
+                raise InvalidRequest(
+                    f"{self._path} exists and is not the output of a job on this file: give another -o, or delete it",
+                    "o",
+                )
         return job
 
     def resume(self, mark: Mark) -> list[bytes]:
@@ -66,14 +69,18 @@ class FileOutput:
         except FileNotFoundError as error:
             raise self._changed("is gone") from error
         except OSError as error:
-            raise InvalidRequest(f"cannot write {self._path} ({error.strerror}): give another -o", "o") from error
+            raise InvalidRequest(
+                f"cannot write {self._path} ({error.strerror}): give another -o", "o"
+            ) from error
         with os.fdopen(file, "r+b") as opened:
             self._digest = _digest(opened, mark.position)
             if mark.position and self._digest.hexdigest() != mark.digest:
                 raise self._changed("is not as its job left it")
             if not _ours(opened.read(len(OPENING))):
                 raise self._changed("has more in it than its job has written")
-            opened.truncate(mark.position)  # durable with the next answers; until then it is cut off again
+            opened.truncate(
+                mark.position
+            )  # durable with the next answers; until then it is cut off again
             self._file = os.fstat(file)
         self._sync_folder()
         self._size = mark.position
@@ -88,7 +95,9 @@ class FileOutput:
                 file.flush()
                 self._sync(file.fileno())
         except OSError as error:
-            raise Unavailable(f"cannot write {self._path} ({error.strerror}): mend it and run the same command again") from error
+            raise Unavailable(
+                f"cannot write {self._path} ({error.strerror}): mend it and run the same command again"
+            ) from error
         self._size += len(lines)
         self._digest.update(lines)
         return Mark(self._size, self._digest.hexdigest())
@@ -103,7 +112,9 @@ class FileOutput:
         except FileNotFoundError as error:
             raise self._changed("is gone") from error
         except OSError as error:
-            raise Unavailable(f"cannot read {self._path} ({error.strerror}): mend it and run the same command again") from error
+            raise Unavailable(
+                f"cannot read {self._path} ({error.strerror}): mend it and run the same command again"
+            ) from error
 
     def _sync_folder(self) -> None:
         """Makes the file's own entry in its folder durable."""
@@ -114,12 +125,17 @@ class FileOutput:
             os.close(folder)
 
     def _check(self, found: os.stat_result) -> None:
-        if self._file is None or not os.path.samestat(found, self._file) or found.st_size != self._size:
+        if (
+            self._file is None
+            or not os.path.samestat(found, self._file)
+            or found.st_size != self._size
+        ):
             raise self._changed("was changed by somebody else while its job was at work")
 
     def _changed(self, how: str) -> InvalidRequest:
         return InvalidRequest(
-            f"{self._path} {how}: bring it back and run the same command again, or delete {self._path}{SUFFIX} and it to begin anew", "o"
+            f"{self._path} {how}: bring it back and run the same command again, or delete {self._path}{SUFFIX} and it to begin anew",
+            "o",
         )
 
 
@@ -140,11 +156,21 @@ class PartsOutput:
         found = self._found()
         if found is None:
             if self._fs.exists(self._path):
-                raise InvalidRequest(f"{self._path} exists and is not the output of a job on this file: give another -o, or delete it", "o")
-            write_json(self._fs, f"{self._folder}/job.json", {"id": job, "fingerprint": fingerprint, "whole": False})
+                raise InvalidRequest(
+                    f"{self._path} exists and is not the output of a job on this file: give another -o, or delete it",
+                    "o",
+                )
+            write_json(
+                self._fs,
+                f"{self._folder}/job.json",
+                {"id": job, "fingerprint": fingerprint, "whole": False},
+            )
             return job
         if found["fingerprint"] != fingerprint:
-            raise InvalidRequest(f"{self._path} is the output of a job on another file: give another -o, or delete {self._folder}", "o")
+            raise InvalidRequest(
+                f"{self._path} is the output of a job on another file: give another -o, or delete {self._folder}",
+                "o",
+            )
         return str(found["id"])
 
     @reaching()
@@ -156,7 +182,11 @@ class PartsOutput:
         if len(parts) < mark.position:
             raise self._incomplete()
         self._position = len(parts)
-        return [] if len(parts) == mark.position else [line for data in self._fetched(parts) for line in data.splitlines(keepends=True)]
+        return (
+            []
+            if len(parts) == mark.position
+            else [line for data in self._fetched(parts) for line in data.splitlines(keepends=True)]
+        )
 
     @reaching()
     def append(self, lines: bytes) -> Mark:
@@ -168,7 +198,9 @@ class PartsOutput:
     def finish(self) -> None:
         job = self._job()
         if job["whole"] and not self._fs.exists(self._path):
-            raise InvalidRequest(f"{self._path} is gone: bring it back, or delete {self._folder} to begin anew", "o")
+            raise InvalidRequest(
+                f"{self._path} is gone: bring it back, or delete {self._folder} to begin anew", "o"
+            )
         parts = self._parts()
         if not job["whole"]:
             if len(parts) < self._position:
@@ -176,7 +208,11 @@ class PartsOutput:
             seen: set[str] = set()
             with self._fs.open(self._path, "wb") as whole:
                 for data in self._fetched(parts):
-                    whole.write(b"".join(line for line in data.splitlines(keepends=True) if _new(line, seen)))
+                    whole.write(
+                        b"".join(
+                            line for line in data.splitlines(keepends=True) if _new(line, seen)
+                        )
+                    )
             write_json(self._fs, f"{self._folder}/job.json", job | {"whole": True})
         for part in parts:
             self._fs.rm_file(part)
@@ -184,7 +220,9 @@ class PartsOutput:
     def _job(self) -> dict[str, Any]:
         found = self._found()
         if found is None:
-            raise InvalidRequest(f"{self._folder}/job.json is gone: bring it back, or give another -o", "o")
+            raise InvalidRequest(
+                f"{self._folder}/job.json is gone: bring it back, or give another -o", "o"
+            )
         return found
 
     def _found(self) -> dict[str, Any] | None:
@@ -193,12 +231,20 @@ class PartsOutput:
             found = read_json(self._fs, f"{self._folder}/job.json")
         except ValueError:
             found = {}
-        if found is not None and not (isinstance(found, dict) and found.keys() >= {"id", "fingerprint", "whole"}):
-            raise InvalidRequest(f"{self._folder}/job.json cannot be read: bring it back, or delete {self._folder} to begin anew", "o")
+        if found is not None and not (
+            isinstance(found, dict) and found.keys() >= {"id", "fingerprint", "whole"}
+        ):
+            raise InvalidRequest(
+                f"{self._folder}/job.json cannot be read: bring it back, or delete {self._folder} to begin anew",
+                "o",
+            )
         return found
 
     def _incomplete(self) -> InvalidRequest:
-        return InvalidRequest(f"answers are gone from {self._folder}: bring them back, or delete it to begin anew", "o")
+        return InvalidRequest(
+            f"answers are gone from {self._folder}: bring them back, or delete it to begin anew",
+            "o",
+        )
 
     def _parts(self) -> list[str]:
         self._fs.invalidate_cache(self._folder)
@@ -223,13 +269,20 @@ def destination(url: str) -> Destination:
     """Raises InvalidRequest for a path or a URL that cannot be written."""
     try:
         fs, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:  # a protocol whose package is not installed, or that nobody knows
-        raise InvalidRequest(f"cannot write {url} ({error}): give a path, or a URL that fsspec knows", "o") from error
+    except (
+        ImportError,
+        ValueError,
+    ) as error:  # a protocol whose package is not installed, or that nobody knows
+        raise InvalidRequest(
+            f"cannot write {url} ({error}): give a path, or a URL that fsspec knows", "o"
+        ) from error
     if not isinstance(fs, LocalFileSystem):
         return Destination(PartsOutput(fs, path), lease=Lease(fs, path + SUFFIX))
     file = Path(os.path.realpath(path))  # two links to one file are one output, with one job
     if not file.parent.is_dir():
-        raise InvalidRequest(f"folder {file.parent} does not exist: make it, or give another -o", "o")
+        raise InvalidRequest(
+            f"folder {file.parent} does not exist: make it, or give another -o", "o"
+        )
     if file.exists() and not file.is_file():
         raise InvalidRequest(f"{file} is no regular file: give another -o", "o")
     return Destination(FileOutput(file), file)

@@ -48,7 +48,11 @@ def answering(order: Order) -> AbstractAsyncContextManager[Answerer]:
     if order.url:
         from actors.jobs.http_answerer import gateway, read_authority, read_key
 
-        return gateway(order.url, read_key(order.key) if order.key else None, read_authority(order.ca) if order.ca else None)
+        return gateway(
+            order.url,
+            read_key(order.key) if order.key else None,
+            read_authority(order.ca) if order.ca else None,
+        )
     from actors.jobs.cluster_answerer import deployment  # transformers, grpc
 
     return deployment()

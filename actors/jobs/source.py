@@ -44,7 +44,9 @@ def _checked(number: int, line: bytes) -> Iterator[tuple[int, bytes]]:
     if number == 1:
         line = line.removeprefix(BOM_UTF8)
     if len(line) > limits.BODY_BYTES:
-        raise InvalidRequest(f"line {number} is longer than {limits.BODY_BYTES} bytes: shorten or split it", "line")
+        raise InvalidRequest(
+            f"line {number} is longer than {limits.BODY_BYTES} bytes: shorten or split it", "line"
+        )
     if line.strip():
         yield number, line.rstrip(b"\r")
 
@@ -55,6 +57,13 @@ def _opened(url: str) -> Iterator[IO[bytes]]:
         with fsspec.open(url, "rb") as file:
             yield file
     except OSError as error:
-        raise InvalidRequest(f"cannot read {url} ({error.strerror or error}): give a readable file", "file") from error
-    except (ImportError, ValueError) as error:  # a protocol whose package is not installed, or that nobody knows
-        raise InvalidRequest(f"cannot open {url} ({error}): give a path, or a URL that fsspec knows", "file") from error
+        raise InvalidRequest(
+            f"cannot read {url} ({error.strerror or error}): give a readable file", "file"
+        ) from error
+    except (
+        ImportError,
+        ValueError,
+    ) as error:  # a protocol whose package is not installed, or that nobody knows
+        raise InvalidRequest(
+            f"cannot open {url} ({error}): give a path, or a URL that fsspec knows", "file"
+        ) from error

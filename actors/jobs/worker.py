@@ -48,7 +48,9 @@ class Clock:
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
 
 
-async def work(job: Job, answerer: Answerer, most: int, show: Show, clock: Clock | None = None) -> bool:
+async def work(
+    job: Job, answerer: Answerer, most: int, show: Show, clock: Clock | None = None
+) -> bool:
     """Until nothing is left, and True then; or False, soon after the job was cancelled. At most `most` items are in flight.
 
     Raises Unavailable where all was refused for PATIENCE seconds, and what the answerer says of all items. Whatever ends it, what was
@@ -69,8 +71,16 @@ async def work(job: Job, answerer: Answerer, most: int, show: Show, clock: Clock
 class Worker:
     """What is in flight, and what waits to be asked again."""
 
-    def __init__(self, job: Job, answerer: Answerer, window: Window, show: Show, clock: Clock) -> None:
-        self.job, self.answerer, self.window, self.show, self.clock = job, answerer, window, show, clock
+    def __init__(
+        self, job: Job, answerer: Answerer, window: Window, show: Show, clock: Clock
+    ) -> None:
+        self.job, self.answerer, self.window, self.show, self.clock = (
+            job,
+            answerer,
+            window,
+            show,
+            clock,
+        )
         self.flying: dict[asyncio.Task[Answer], Try] = {}
         self.again: deque[Try] = deque()
         self.left = job.left()
@@ -87,7 +97,9 @@ class Worker:
 
     async def land(self) -> None:
         """Waits for some, a second at most, and keeps their answers together."""
-        landed, _ = await asyncio.wait(self.flying, timeout=LOOK, return_when=asyncio.FIRST_COMPLETED)
+        landed, _ = await asyncio.wait(
+            self.flying, timeout=LOOK, return_when=asyncio.FIRST_COMPLETED
+        )
         found = [outcome(self.flying.pop(task), task) for task in landed]
         answered = [one for one in found if isinstance(one, Answered)]
         refused = [one for one in found if isinstance(one, Refused)]
@@ -112,13 +124,18 @@ class Worker:
         first = [self.again.popleft() for _ in range(min(room, len(self.again)))]
         if len(first) == room:
             return first
-        return first + [Try(item) for item in await asyncio.to_thread(lambda: list(islice(self.left, room - len(first))))]
+        return first + [
+            Try(item)
+            for item in await asyncio.to_thread(lambda: list(islice(self.left, room - len(first))))
+        ]
 
     def _put_back(self, one: Refused) -> None:
         if not isinstance(one.why, Overloaded | Unavailable):
             raise one.why
         if not self.flying and self.clock.now() - self.heard > PATIENCE:
-            raise Unavailable(f"nothing was answered for {PATIENCE:g} s ({one.why}); run the same command again to go on")
+            raise Unavailable(
+                f"nothing was answered for {PATIENCE:g} s ({one.why}); run the same command again to go on"
+            )
         self.again.append(one.what)
 
 
@@ -135,11 +152,26 @@ def outcome(attempt: Try, task: asyncio.Task[Answer]) -> Answered | Refused:
         case OutriderError() as error:
             return Refused(attempt, error)
         case error:
-            log.error("an item has failed: %s", type(error).__name__)  # what it says may quote the item
+            log.error(
+                "an item has failed: %s", type(error).__name__
+            )  # what it says may quote the item
             log.debug("", exc_info=error)
-            answer = Answer(500, {"error": {"message": "internal error", "type": "server_error", "param": None, "code": "internal_error"}})
+            answer = Answer(
+                500,
+                {
+                    "error": {
+                        "message": "internal error",
+                        "type": "server_error",
+                        "param": None,
+                        "code": "internal_error",
+                    }
+                },
+            )
     error = answer.body.get("error")
     hopeless = isinstance(error, dict) and error.get("code") == TARGETS_LOST
     if answer.status in FAULTS and not hopeless and attempt.attempts < ATTEMPTS:
-        return Refused(replace(attempt, attempts=attempt.attempts + 1), Unavailable(f"an item was answered {answer.status}"))
+        return Refused(
+            replace(attempt, attempts=attempt.attempts + 1),
+            Unavailable(f"an item was answered {answer.status}"),
+        )
     return Answered(attempt.item, answer, attempt.attempts)

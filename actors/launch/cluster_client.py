@@ -30,7 +30,9 @@ def cluster(address: str | None, start: bool = False) -> Iterator[LocalRay | Non
         return
     local = local_ray.find() or (local_ray.start() if start else None)
     if local is None:
-        raise Unavailable("nothing is served on this machine: start it with `outrider serve`, or give --address of a cluster")
+        raise Unavailable(
+            "nothing is served on this machine: start it with `outrider serve`, or give --address of a cluster"
+        )
     with local_ray.joining(local), joined(local.address):
         yield local
 
@@ -38,7 +40,9 @@ def cluster(address: str | None, start: bool = False) -> Iterator[LocalRay | Non
 class Controller:
     """The controller of the cluster that this process has joined."""
 
-    def ask(self, method: str, *arguments: object, timeout_s: float | None = client.ANSWER_TIMEOUT_S) -> Any:
+    def ask(
+        self, method: str, *arguments: object, timeout_s: float | None = client.ANSWER_TIMEOUT_S
+    ) -> Any:
         """Returns its answer; raises as `client.ask`."""
         return client.ask(method, *arguments, timeout_s=timeout_s)
 

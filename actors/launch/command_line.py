@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import typer
-from typer._click.exceptions import UsageError  # Typer brings its own copy of Click; constraints.txt pins it
+from typer._click.exceptions import (
+    UsageError,
+)  # Typer brings its own copy of Click; constraints.txt pins it
 
 from runtime.core.errors import OutriderError
 

@@ -69,18 +69,46 @@ def start() -> LocalRay:
         file.write(secrets.token_hex(32))
     token.chmod(0o600)
     gcs, client, dashboard, agent = free_ports(4)
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--node-ip-address={HOST}", f"--port={gcs}"]
-    command += [f"--ray-client-server-port={client}", "--include-dashboard=true", "--dashboard-host=127.0.0.1"]
-    command += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats", f"--temp-dir={folder}"]
-    command += [f"--object-store-memory={OBJECT_STORE}", f"--num-cpus={CPUS}", "--include-log-monitor=false"]
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--head",
+        f"--node-ip-address={HOST}",
+        f"--port={gcs}",
+    ]
+    command += [
+        f"--ray-client-server-port={client}",
+        "--include-dashboard=true",
+        "--dashboard-host=127.0.0.1",
+    ]
+    command += [
+        f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}",
+        "--disable-usage-stats",
+        f"--temp-dir={folder}",
+    ]
+    command += [
+        f"--object-store-memory={OBJECT_STORE}",
+        f"--num-cpus={CPUS}",
+        "--include-log-monitor=false",
+    ]
     new = LocalRay(f"{HOST}:{gcs}", f"http://127.0.0.1:{dashboard}", folder, 0, {})
-    environment = os.environ | ENVIRONMENT | new.environment() | {"RAY_prestart_worker_first_driver": "0"}
+    environment = (
+        os.environ | ENVIRONMENT | new.environment() | {"RAY_prestart_worker_first_driver": "0"}
+    )
     said = folder / "start.log"
     with contextlib.ExitStack() as undoing:
         undoing.callback(shutil.rmtree, folder, ignore_errors=True)
         with said.open("wb") as output:
             starting = subprocess.Popen(  # a session of its own: Ctrl-C at this command is not for it, and `end` finds all of it
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         undoing.callback(starting.wait)
         undoing.callback(lambda: end(began(new, starting.pid)))
@@ -90,8 +118,12 @@ def start() -> LocalRay:
             failed = True
         found = began(new, starting.pid)
         if failed or not found.born:
-            last = said.read_text("utf-8", "replace").strip().splitlines()[-1:] or ["no reason given"]
-            raise Unavailable(f"Ray does not start on this machine ({last[0]}): give --address of a cluster that runs")
+            last = said.read_text("utf-8", "replace").strip().splitlines()[-1:] or [
+                "no reason given"
+            ]
+            raise Unavailable(
+                f"Ray does not start on this machine ({last[0]}): give --address of a cluster that runs"
+            )
         record().parent.mkdir(parents=True, exist_ok=True)
         record().write_bytes(FORMAT.dump_json(found))
         undoing.pop_all()
@@ -125,7 +157,12 @@ def processes(session: int) -> dict[int, int]:
     """Processes of a session that are alive, each with its birth."""
     found = {}
     for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal() and (fields := status(int(folder.name))) and int(fields[3]) == session and fields[0] != "Z":
+        if (
+            folder.name.isdecimal()
+            and (fields := status(int(folder.name)))
+            and int(fields[3]) == session
+            and fields[0] != "Z"
+        ):
             found[int(folder.name)] = int(fields[19])
     return found
 
@@ -152,7 +189,9 @@ def tell(members: dict[int, int], what: signal.Signals) -> None:
 
 def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        sockets = [
+            stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)
+        ]
         return [opened.getsockname()[1] for opened in sockets]
 
 

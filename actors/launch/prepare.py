@@ -35,12 +35,20 @@ def check_models(plan: Deployment) -> Checked:
     target = plan.target.model
     context, tokenizer = context_length(target), load_tokenizer(target)
     trained = [(head.method, folder) for head in plan.target.heads if (folder := folder_of(head))]
-    trained += [(pool.method, Path(draft_of(pool))) for pool in plan.pools if pool.method in TRAINED]
+    trained += [
+        (pool.method, Path(draft_of(pool))) for pool in plan.pools if pool.method in TRAINED
+    ]
     for method, folder in trained:
-        read_settings(folder, method, identity_of(read_config(find_folder(target), target), tokenizer))
+        read_settings(
+            folder, method, identity_of(read_config(find_folder(target), target), tokenizer)
+        )
     warnings: list[str] = []
-    for draft in dict.fromkeys(pool.model for pool in plan.pools if pool.model and pool.method not in TRAINED):
-        warnings += check_pair(tokenizer, load_tokenizer(draft), (target, draft), (context, context_length(draft)))
+    for draft in dict.fromkeys(
+        pool.model for pool in plan.pools if pool.model and pool.method not in TRAINED
+    ):
+        warnings += check_pair(
+            tokenizer, load_tokenizer(draft), (target, draft), (context, context_length(draft))
+        )
     return Checked(tokenizer, context, tuple(warnings))
 
 

@@ -29,7 +29,11 @@ Opener = Callable[[], contextlib.AbstractAsyncContextManager[Service]]
 
 @contextlib.contextmanager
 def serving(
-    deployment: Deployment, address: str | None, in_process: bool, note: Note, recordings: list[Recording] | None = None
+    deployment: Deployment,
+    address: str | None,
+    in_process: bool,
+    note: Note,
+    recordings: list[Recording] | None = None,
 ) -> Iterator[Opener]:
     """Start it; what is handed out opens the service on a running event loop. Everything started ends with the block.
 
@@ -43,7 +47,9 @@ def serving(
 
 
 @contextlib.asynccontextmanager
-async def local_service(deployment: Deployment, note: Note, recordings: list[Recording] | None = None) -> AsyncIterator[Service]:
+async def local_service(
+    deployment: Deployment, note: Note, recordings: list[Recording] | None = None
+) -> AsyncIterator[Service]:
     from actors.compose import build_drafter, build_target
 
     record = recordings is not None
@@ -65,9 +71,14 @@ async def local_service(deployment: Deployment, note: Note, recordings: list[Rec
             await host.stop()
         remember(memory_of(deployment.target.model, "target"), target.engine.requests.calibrations)
         for host, config in zip(hosts, deployment.drafters(), strict=False):
-            remember(memory_of_drafter(config, deployment.target.model), host.draft_engine.calibrations)
+            remember(
+                memory_of_drafter(config, deployment.target.model), host.draft_engine.calibrations
+            )
         if recordings is not None:
-            recordings += [target.engine.trace.take(), *(host.draft_engine.trace.take() for host in hosts)]
+            recordings += [
+                target.engine.trace.take(),
+                *(host.draft_engine.trace.take() for host in hosts),
+            ]
 
 
 @contextlib.asynccontextmanager
@@ -81,7 +92,12 @@ async def remote_service(look: Look, tls: TlsConfig | None) -> AsyncIterator[Ser
 
 
 @contextlib.contextmanager
-def cluster(deployment: Deployment, address: str | None, note: Note, recordings: list[Recording] | None = None) -> Iterator[Look]:
+def cluster(
+    deployment: Deployment,
+    address: str | None,
+    note: Note,
+    recordings: list[Recording] | None = None,
+) -> Iterator[Look]:
     """Controller, targets and drafters on a Ray cluster; what is yielded says which targets are there, and raises Unavailable where it
     cannot tell.
 
@@ -96,7 +112,9 @@ def cluster(deployment: Deployment, address: str | None, note: Note, recordings:
 
         note(f"loading {deployment.target.model} and {drafters} drafters")
         kind = ray.remote(Controller).options(num_cpus=0, max_concurrency=4)
-        controller = kind.remote(deployment, prefix=f"outrider-{uuid.uuid4().hex[:6]}-", record=recordings is not None)
+        controller = kind.remote(
+            deployment, prefix=f"outrider-{uuid.uuid4().hex[:6]}-", record=recordings is not None
+        )
 
         def look() -> Sequence[TargetState]:
             with known_errors():

@@ -28,11 +28,18 @@ class RenderingTooSlow(Exception):
 def render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> str:
     """The prompt, up to where the assistant is to speak, in transformers' sandbox. Raises Refused (400)."""
     if tokenizer.chat_template is None:
-        raise Refused(400, "no_chat_template", "the model has no chat template: use /v1/completions", "messages")
+        raise Refused(
+            400,
+            "no_chat_template",
+            "the model has no chat template: use /v1/completions",
+            "messages",
+        )
     try:
         check(tokenizer.get_chat_template())
         with interrupted(RENDER_SECONDS, time.monotonic):
-            text: Any = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            text: Any = tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
     except RenderingTooSlow as error:
         raise misfit(f"it takes more than {RENDER_SECONDS:g} s") from error
     except (
@@ -56,12 +63,19 @@ def check(template: str) -> None:
     """Raises Refused for a template that could hold up everything at once: a power is computed in one piece, by the compiler even."""
     if len(template) > TEMPLATE_CHARACTERS:
         raise misfit(f"it has {len(template)} characters")
-    if any((kind, value) == ("operator", "**") for _, kind, value in jinja2.Environment().lex(template)):
+    if any(
+        (kind, value) == ("operator", "**") for _, kind, value in jinja2.Environment().lex(template)
+    ):
         raise misfit("it computes powers")
 
 
 def misfit(why: str) -> Refused:
-    return Refused(400, "chat_template_error", f"the model's chat template does not take these messages: {why}", "messages")
+    return Refused(
+        400,
+        "chat_template_error",
+        f"the model's chat template does not take these messages: {why}",
+        "messages",
+    )
 
 
 @contextmanager

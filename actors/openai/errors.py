@@ -47,7 +47,12 @@ class Refused(InvalidRequest):
     def body(self) -> dict[str, Any]:
         """OpenAI's error body."""
         kind = TYPES.get(self.status, "invalid_request_error")
-        error = {"message": plain(str(self), LONGEST), "type": kind, "param": self.param, "code": self.code}
+        error = {
+            "message": plain(str(self), LONGEST),
+            "type": kind,
+            "param": self.param,
+            "code": self.code,
+        }
         return {"error": error} | ({"usage": self.usage} if self.usage is not None else {})
 
 
@@ -59,11 +64,18 @@ def refused(error: OutriderError) -> Refused:
         case InvalidRequest():
             return Refused(400, "invalid_value", str(error), error.param)
         case Overloaded():
-            return Refused(503, "overloaded", "all places are taken: try again later", retry_after=RETRY_AFTER)
+            return Refused(
+                503, "overloaded", "all places are taken: try again later", retry_after=RETRY_AFTER
+            )
         case TargetsLost():
             return Refused(500, TARGETS_LOST, str(error))
         case _:  # what it says is the operator's to read, with addresses in it
-            return Refused(503, "unavailable", "no target can serve the request now: try again later", retry_after=RETRY_AFTER)
+            return Refused(
+                503,
+                "unavailable",
+                "no target can serve the request now: try again later",
+                retry_after=RETRY_AFTER,
+            )
 
 
 def plain(text: str, most: int = limits.ECHO) -> str:

@@ -24,9 +24,13 @@ class ClientGone(Exception):
 async def read_body(headers: Mapping[str, str], receive: Receive) -> bytes:
     """All of the body. Raises Refused (408, 413, 415), ClientGone."""
     if "content-encoding" in headers:
-        raise Refused(415, "unsupported_encoding", "Content-Encoding is not supported: send the body as it is")
+        raise Refused(
+            415, "unsupported_encoding", "Content-Encoding is not supported: send the body as it is"
+        )
     if not is_json(headers.get("content-type", "")):
-        raise Refused(415, "unsupported_media_type", "Content-Type is not JSON: send application/json")
+        raise Refused(
+            415, "unsupported_media_type", "Content-Type is not JSON: send application/json"
+        )
     length = headers.get("content-length", "0")
     if not length.isdecimal() or len(length) > 18 or int(length) > limits.BODY_BYTES:
         raise too_large()
@@ -43,19 +47,26 @@ async def read_body(headers: Mapping[str, str], receive: Receive) -> bytes:
                     raise too_large()
                 more = message.get("more_body", False)
     except TimeoutError as error:
-        raise Refused(408, "body_timeout", f"the body has not come within {limits.BODY_SECONDS:g} s: send it faster") from error
+        raise Refused(
+            408,
+            "body_timeout",
+            f"the body has not come within {limits.BODY_SECONDS:g} s: send it faster",
+        ) from error
     return bytes(body)
 
 
 def too_large() -> Refused:
-    return Refused(413, "body_too_large", f"the body is larger than {limits.BODY_BYTES >> 20} MiB: send less")
+    return Refused(
+        413, "body_too_large", f"the body is larger than {limits.BODY_BYTES >> 20} MiB: send less"
+    )
 
 
 def is_json(content_type: str) -> bool:
     """application/json, in UTF-8 where it says so."""
     kind, *parameters = (part.strip().lower() for part in content_type.split(";"))
     return kind == "application/json" and all(
-        not parameter or parameter.replace('"', "") in ("charset=utf-8", "charset=utf8") for parameter in parameters
+        not parameter or parameter.replace('"', "") in ("charset=utf-8", "charset=utf8")
+        for parameter in parameters
     )
 
 
@@ -102,7 +113,9 @@ def count_members(value: dict[str, Any]) -> int:
             raise too_complex(f"an array or object has more than {limits.JSON_ITEMS} items")
         objects = [found for found in level if isinstance(found, dict)]
         members += sum(map(len, objects))
-        items = chain.from_iterable(found.values() if isinstance(found, dict) else found for found in level)
+        items = chain.from_iterable(
+            found.values() if isinstance(found, dict) else found for found in level
+        )
         level = [item for item in items if isinstance(item, dict | list)]
     return members
 

@@ -14,7 +14,16 @@ Ids = Annotated[list[int], Field(min_length=1, max_length=limits.JSON_ITEMS, fai
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 # Refused even where unknown fields are ignored: whoever sends them relies on what they do.
-NEVER = frozenset({"chat_template", "chat_template_kwargs", "logits_processors", "lora_path", "lora_request", "mm_processor_kwargs"})
+NEVER = frozenset(
+    {
+        "chat_template",
+        "chat_template_kwargs",
+        "logits_processors",
+        "lora_path",
+        "lora_request",
+        "mm_processor_kwargs",
+    }
+)
 
 UNKNOWN_FIELDS = 1000  # of all messages
 
@@ -85,7 +94,9 @@ class Common(Body):
     speculative: Speculative = Speculative()
     stream: bool = False
     stream_options: StreamOptions | None = None
-    timeout: Annotated[Finite, Field(gt=0, le=limits.DEADLINE)] | None = Field(default=None, description="seconds until the deadline")
+    timeout: Annotated[Finite, Field(gt=0, le=limits.DEADLINE)] | None = Field(
+        default=None, description="seconds until the deadline"
+    )
 
     # These mean something to OpenAI's own service alone.
     user: str | None = None
@@ -124,7 +135,10 @@ class ChatBody(Common):
 
 
 AnyBody = CompletionBody | ChatBody
-KINDS: dict[str, type[CompletionBody] | type[ChatBody]] = {"/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody}
+KINDS: dict[str, type[CompletionBody] | type[ChatBody]] = {
+    "/v1/completions": CompletionBody,
+    "/v1/chat/completions": ChatBody,
+}
 
 
 def read(url: str, value: dict[str, Any], strict: bool = True) -> tuple[AnyBody, tuple[str, ...]]:
@@ -141,9 +155,20 @@ def read(url: str, value: dict[str, Any], strict: bool = True) -> tuple[AnyBody,
         errors = error.errors(include_input=False, include_url=False, include_context=False)
     unknown = [found["loc"] for found in errors if found["type"] == "extra_forbidden"]
     if unknown and (strict or any(loc[0] in NEVER for loc in unknown)):
-        raise Refused(400, "unknown_field", f"{plain(dotted(unknown[0]))} is not known: leave it out", plain(dotted(unknown[0])))
+        raise Refused(
+            400,
+            "unknown_field",
+            f"{plain(dotted(unknown[0]))} is not known: leave it out",
+            plain(dotted(unknown[0])),
+        )
     if len(unknown) < len(errors):
-        raise wrong(next((found["loc"], found["msg"], found["type"]) for found in errors if found["type"] != "extra_forbidden"))
+        raise wrong(
+            next(
+                (found["loc"], found["msg"], found["type"])
+                for found in errors
+                if found["type"] != "extra_forbidden"
+            )
+        )
     value = copy.deepcopy(value)
     for loc in unknown:
         without(value, loc)
@@ -154,11 +179,17 @@ def wrong(first: tuple[tuple[int | str, ...], str, str]) -> Refused:
     loc, why, kind = first
     field = str(loc[0]) if loc else ""
     if kind == "missing":
-        return Refused(400, "missing_field", f"{plain(dotted(loc))} is missing: give it", plain(dotted(loc)))
+        return Refused(
+            400, "missing_field", f"{plain(dotted(loc))} is missing: give it", plain(dotted(loc))
+        )
     if field in EXPECTED:
-        return Refused(400, "invalid_value", f"{field} is not allowed: give {EXPECTED[field]}", field)
+        return Refused(
+            400, "invalid_value", f"{field} is not allowed: give {EXPECTED[field]}", field
+        )
     name = plain(dotted(loc))
-    return Refused(400, "invalid_value", f"{name} is not allowed: {why[:1].lower()}{why[1:]}", plain(field))
+    return Refused(
+        400, "invalid_value", f"{name} is not allowed: {why[:1].lower()}{why[1:]}", plain(field)
+    )
 
 
 def check_unknown(value: dict[str, Any]) -> None:
@@ -166,7 +197,10 @@ def check_unknown(value: dict[str, Any]) -> None:
     messages = value.get("messages")
     if isinstance(messages, list):
         known = Message.model_fields.keys()
-        if sum(len(message.keys() - known) for message in messages if isinstance(message, dict)) > UNKNOWN_FIELDS:
+        if (
+            sum(len(message.keys() - known) for message in messages if isinstance(message, dict))
+            > UNKNOWN_FIELDS
+        ):
             why = f"more than {UNKNOWN_FIELDS} fields in messages are not known: leave them out"
             raise Refused(400, "too_complex", why, "messages")
 
@@ -176,7 +210,9 @@ def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
     messages = found.get("messages")
     if isinstance(messages, list):
         found["messages"] = [
-            {name: field for name, field in message.items() if field is not None} if isinstance(message, dict) else message
+            {name: field for name, field in message.items() if field is not None}
+            if isinstance(message, dict)
+            else message
             for message in messages
         ]
     return found

@@ -13,18 +13,27 @@ from runtime.core.messages import Request, Tokens
 from runtime.core.sampling_params import Constraint, Sampling
 
 
-def requests(body: AnyBody, served: Served, name: str, seed: int, deadline: float | None = None) -> list[Request]:
+def requests(
+    body: AnyBody, served: Served, name: str, seed: int, deadline: float | None = None
+) -> list[Request]:
     """One for each choice: `n` of the first prompt, then of the second, ... Their sessions are called `name`-0, -1, ...
 
     Choice number i of a prompt is sampled with the body's seed + i; `seed` is for a body that has none. Raises InvalidRequest
     (Refused, where OpenAI has a code for it).
     """
     if body.stream_options is not None and not body.stream:
-        raise Refused(400, "invalid_value", "stream_options without stream: leave them out, or set stream", "stream_options")
+        raise Refused(
+            400,
+            "invalid_value",
+            "stream_options without stream: leave them out, or set stream",
+            "stream_options",
+        )
     found: list[Request] = []
     for prompt in prompts(body, served):
         for choice in range(body.n):
-            parameters = sampling(body, served, len(prompt), nth(seed if body.seed is None else body.seed, choice))
+            parameters = sampling(
+                body, served, len(prompt), nth(seed if body.seed is None else body.seed, choice)
+            )
             rows = body.speculative.max_rows
             found.append(
                 Request(
@@ -55,7 +64,10 @@ def tokens(prompt: Any, served: Served) -> Tokens:
     wrong = next((token for token in prompt if not 0 <= token < served.vocabulary), None)
     if wrong is not None:
         raise Refused(
-            400, "invalid_value", f"token id {plain(str(wrong))} is not in the vocabulary: give 0 to {served.vocabulary - 1}", "prompt"
+            400,
+            "invalid_value",
+            f"token id {plain(str(wrong))} is not in the vocabulary: give 0 to {served.vocabulary - 1}",
+            "prompt",
         )
     return tuple(prompt)
 
@@ -69,7 +81,12 @@ def spoken(message: Message) -> dict[str, str]:
     for part in message.content:
         if part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = plain(str(part.get("type")))
-            raise Refused(400, "unsupported_content", f"content of type {kind} is not supported: give text", "messages")
+            raise Refused(
+                400,
+                "unsupported_content",
+                f"content of type {kind} is not supported: give text",
+                "messages",
+            )
     return {"role": role, "content": "\n".join(part["text"] for part in message.content)} | name
 
 
@@ -86,7 +103,10 @@ def sampling(body: AnyBody, served: Served, length: int, seed: int) -> Sampling:
     room = served.context - length
     if length == 0:
         raise Refused(
-            400, "invalid_value", "the prompt is empty: give at least one token", "messages" if isinstance(body, ChatBody) else "prompt"
+            400,
+            "invalid_value",
+            "the prompt is empty: give at least one token",
+            "messages" if isinstance(body, ChatBody) else "prompt",
         )
     if room < (given or 1):
         raise Refused(
@@ -103,7 +123,9 @@ def sampling(body: AnyBody, served: Served, length: int, seed: int) -> Sampling:
         repetition_penalty=body.repetition_penalty,
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
-        logit_bias=tuple((token_id(token, served), bias) for token, bias in body.logit_bias.items()),
+        logit_bias=tuple(
+            (token_id(token, served), bias) for token, bias in body.logit_bias.items()
+        ),
         seed=seed,
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop),
         max_tokens=given or min(room, max(limits.OUTPUT_TOKENS, body.min_tokens)),
@@ -131,7 +153,9 @@ def logprobs(body: AnyBody) -> int | None:
     if isinstance(body, CompletionBody):
         return body.logprobs
     if body.top_logprobs and not body.logprobs:
-        raise Refused(400, "invalid_value", "top_logprobs without logprobs: set logprobs", "top_logprobs")
+        raise Refused(
+            400, "invalid_value", "top_logprobs without logprobs: set logprobs", "top_logprobs"
+        )
     return body.top_logprobs if body.logprobs else None
 
 
@@ -143,11 +167,18 @@ def constraint(body: AnyBody) -> Constraint | None:
         found.append(Constraint("json_object"))
     if form is not None and form.type == "json_schema":
         if form.json_schema is None:
-            raise Refused(400, "missing_field", "response_format.json_schema is missing: give it", "response_format")
+            raise Refused(
+                400,
+                "missing_field",
+                "response_format.json_schema is missing: give it",
+                "response_format",
+            )
         found.append(schema(form.json_schema.schema_))
     if form is not None and form.type == "regex":
         if form.regex is None:
-            raise Refused(400, "missing_field", "response_format.regex is missing: give it", "response_format")
+            raise Refused(
+                400, "missing_field", "response_format.regex is missing: give it", "response_format"
+            )
         found.append(Constraint("regex", form.regex))
     if structured is not None and structured.json_ is not None:
         found.append(schema(structured.json_))
@@ -155,11 +186,19 @@ def constraint(body: AnyBody) -> Constraint | None:
         found.append(Constraint("regex", structured.regex))
     if len(found) > 1:
         raise Refused(
-            400, "invalid_value", "the output can have one form only: give one of response_format, json and regex", "response_format"
+            400,
+            "invalid_value",
+            "the output can have one form only: give one of response_format, json and regex",
+            "response_format",
         )
     return found[0] if found else None
 
 
 def schema(given: dict[str, Any] | str) -> Constraint:
     """Whether it means anything is the target's to say, before the first token."""
-    return Constraint("json_schema", given if isinstance(given, str) else json.dumps(given, ensure_ascii=False, separators=(",", ":")))
+    return Constraint(
+        "json_schema",
+        given
+        if isinstance(given, str)
+        else json.dumps(given, ensure_ascii=False, separators=(",", ":")),
+    )

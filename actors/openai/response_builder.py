@@ -40,11 +40,17 @@ class Answer:
     `name` is the answer's id without its prefix, `created` in seconds since 1970. Usage is what was delivered.
     """
 
-    def __init__(self, body: AnyBody, served: Served, asked: Sequence[Request], name: str, created: int) -> None:
+    def __init__(
+        self, body: AnyBody, served: Served, asked: Sequence[Request], name: str, created: int
+    ) -> None:
         self.body, self.served, self.asked = body, served, asked
         self.said = [Said() for _ in asked]
         self.chat = isinstance(body, ChatBody)
-        self.head = {"id": f"{'chatcmpl' if self.chat else 'cmpl'}-{name}", "created": created, "model": served.name}
+        self.head = {
+            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{name}",
+            "created": created,
+            "model": served.name,
+        }
 
     @property
     def over(self) -> bool:
@@ -58,18 +64,38 @@ class Answer:
             case "deadline":
                 raise self.late()
             case "cancelled":
-                raise Refused(503, "unavailable", "the target has given the request up: try again", retry_after=1, usage=self.usage())
+                raise Refused(
+                    503,
+                    "unavailable",
+                    "the target has given the request up: try again",
+                    retry_after=1,
+                    usage=self.usage(),
+                )
             case "error":
-                raise Refused(500, "target_failed", "the target has failed on this request: see its log", usage=self.usage())
+                raise Refused(
+                    500,
+                    "target_failed",
+                    "the target has failed on this request: see its log",
+                    usage=self.usage(),
+                )
             case None | "stop" | "length":
                 pass
 
     def late(self) -> Refused:
-        return Refused(504, "deadline_exceeded", "the deadline has passed: allow more time, or ask for less", usage=self.usage())
+        return Refused(
+            504,
+            "deadline_exceeded",
+            "the deadline has passed: allow more time, or ask for less",
+            usage=self.usage(),
+        )
 
     def usage(self) -> dict[str, Any]:
         firsts = range(0, len(self.asked), self.body.n)
-        reused = (min(stats.reused, len(self.asked[first].prompt)) for first in firsts if (stats := self.said[first].stats) is not None)
+        reused = (
+            min(stats.reused, len(self.asked[first].prompt))
+            for first in firsts
+            if (stats := self.said[first].stats) is not None
+        )
         prompt = sum(len(self.asked[first].prompt) for first in firsts)
         return usage(prompt, sum(len(said.tokens) for said in self.said), sum(reused))
 
@@ -82,16 +108,36 @@ class Answer:
         """The answer in one piece, when all is said."""
         choices: list[dict[str, Any]] = []
         for index, said in enumerate(self.said):
-            choice = {"index": index, "finish_reason": said.reason, "logprobs": self.logprobs(said.tokens, said.logprobs, said.offsets)}
-            choices.append(choice | ({"message": {"role": "assistant", "content": said.text}} if self.chat else {"text": said.text}))
+            choice = {
+                "index": index,
+                "finish_reason": said.reason,
+                "logprobs": self.logprobs(said.tokens, said.logprobs, said.offsets),
+            }
+            choices.append(
+                choice
+                | (
+                    {"message": {"role": "assistant", "content": said.text}}
+                    if self.chat
+                    else {"text": said.text}
+                )
+            )
         kind = "chat.completion" if self.chat else "text_completion"
-        return {**self.head, "object": kind, "choices": choices, "usage": self.usage(), **self.figures()}
+        return {
+            **self.head,
+            "object": kind,
+            "choices": choices,
+            "usage": self.usage(),
+            **self.figures(),
+        }
 
     def opening(self) -> list[dict[str, Any]]:
         """What a stream begins with: who speaks, in a chat."""
         if not self.chat:
             return []
-        return [self.event([self.choice(index, {"delta": {"role": "assistant", "content": ""}})]) for index in range(len(self.asked))]
+        return [
+            self.event([self.choice(index, {"delta": {"role": "assistant", "content": ""}})])
+            for index in range(len(self.asked))
+        ]
 
     def delta(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
         """Adds the chunk; what a stream says of it, perhaps nothing yet. Raises as `add`."""
@@ -101,7 +147,9 @@ class Answer:
         if not text and not chunk.logprobs and chunk.finish_reason is None:
             return []
         logprobs = self.logprobs(chunk.tokens, chunk.logprobs, self.said[index].offsets[first:])
-        said: dict[str, Any] = {"delta": {"content": text} if text else {}} if self.chat else {"text": text}
+        said: dict[str, Any] = (
+            {"delta": {"content": text} if text else {}} if self.chat else {"text": text}
+        )
         found = [self.event([self.choice(index, said, logprobs, chunk.finish_reason)])]
         if self.over:
             if self.wants_usage:
@@ -115,19 +163,31 @@ class Answer:
 
     def event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return {**self.head, "object": kind, "choices": choices} | ({"usage": None} if self.wants_usage else {})
+        return {**self.head, "object": kind, "choices": choices} | (
+            {"usage": None} if self.wants_usage else {}
+        )
 
-    def choice(self, index: int, said: dict[str, Any], logprobs: Any = None, reason: FinishReason | None = None) -> dict[str, Any]:
+    def choice(
+        self,
+        index: int,
+        said: dict[str, Any],
+        logprobs: Any = None,
+        reason: FinishReason | None = None,
+    ) -> dict[str, Any]:
         return {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
 
-    def logprobs(self, tokens: Sequence[int], logprobs: Sequence[Logprob], offsets: Sequence[int]) -> dict[str, Any] | None:
+    def logprobs(
+        self, tokens: Sequence[int], logprobs: Sequence[Logprob], offsets: Sequence[int]
+    ) -> dict[str, Any] | None:
         if not logprobs:
             return None
         of = of_chat if self.chat else of_completion
         return of(self.served.pieces, tokens, logprobs, offsets)
 
 
-def of_chat(pieces: LLTokenizer, tokens: Sequence[int], logprobs: Sequence[Logprob], offsets: Sequence[int]) -> dict[str, Any]:
+def of_chat(
+    pieces: LLTokenizer, tokens: Sequence[int], logprobs: Sequence[Logprob], offsets: Sequence[int]
+) -> dict[str, Any]:
     def entry(token: int, logprob: float) -> dict[str, Any]:
         data = pieces.decode_bytes([token])
         return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
@@ -141,7 +201,9 @@ def of_chat(pieces: LLTokenizer, tokens: Sequence[int], logprobs: Sequence[Logpr
     }
 
 
-def of_completion(pieces: LLTokenizer, tokens: Sequence[int], logprobs: Sequence[Logprob], offsets: Sequence[int]) -> dict[str, Any]:
+def of_completion(
+    pieces: LLTokenizer, tokens: Sequence[int], logprobs: Sequence[Logprob], offsets: Sequence[int]
+) -> dict[str, Any]:
     """The chosen token is one of the top ones here, whatever its rank. Of tokens that read the same, the more likely one counts."""
 
     def text(token: int) -> str:

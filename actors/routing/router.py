@@ -90,7 +90,12 @@ class Link:
 
     def load(self, now: float) -> Load:
         report = self.state.report
-        return Load(self.sessions + self.others, report.kv_slots if report else 0, now < self.suspect_until, self.given)
+        return Load(
+            self.sessions + self.others,
+            report.kv_slots if report else 0,
+            now < self.suspect_until,
+            self.given,
+        )
 
 
 class Router:
@@ -115,7 +120,11 @@ class Router:
     def update(self, targets: Sequence[TargetState]) -> None:
         """Who is there now. Sessions on a target that is not there any more, or lives anew, leave it at once; so does one that is said to
         be starting (again): it is lost, and its next life not there yet."""
-        told = {(state.name, state.incarnation, state.address): state for state in targets if state.state != "starting"}
+        told = {
+            (state.name, state.incarnation, state.address): state
+            for state in targets
+            if state.state != "starting"
+        }
         for life in self._links.keys() - told.keys():
             self._part_with(self._links.pop(life))
         for life, state in told.items():
@@ -152,7 +161,11 @@ class Router:
             async with self._calling(link, session, asked) as call:
                 while not session.over:
                     chunk = await read(link, call, session.ends + GRACE_S)
-                    yield session.deadline_chunk(now()) if chunk is None else session.take(chunk, asked.epoch, now())
+                    yield (
+                        session.deadline_chunk(now())
+                        if chunk is None
+                        else session.take(chunk, asked.epoch, now())
+                    )
 
     async def _next_target(self, session: RoutedSession) -> Link | None:
         """Waited for until the deadline; None where that passes and the client has heard something. Raises Unavailable else."""
@@ -167,7 +180,9 @@ class Router:
                     await self._changed.wait()
         if session.was_heard and until == session.ends:
             return None
-        raise Unavailable(f"no target has taken the session within {until - session.began:.1f} s: see `outrider status`")
+        raise Unavailable(
+            f"no target has taken the session within {until - session.began:.1f} s: see `outrider status`"
+        )
 
     def _choose(self, session: RoutedSession) -> Link | None:
         """The target that may be asked now, if there is one."""
@@ -181,7 +196,9 @@ class Router:
         return None if life is None else self._links[life]
 
     @asynccontextmanager
-    async def _calling(self, link: Link, session: RoutedSession, request: Request) -> AsyncIterator[AsyncGenerator[Chunk, None]]:
+    async def _calling(
+        self, link: Link, session: RoutedSession, request: Request
+    ) -> AsyncIterator[AsyncGenerator[Chunk, None]]:
         """The call at this target; it is over when the block is. A loss and a refusal end here, if another target may be asked."""
         self._given += 1
         link.given = self._given
@@ -219,7 +236,11 @@ class Router:
     def _lose(self, link: Link, session: RoutedSession, error: Unavailable) -> None:
         now = asyncio.get_running_loop().time()
         if not link.left and now >= link.suspect_until:
-            log.warning("target %s is lost or refuses sessions, they go on elsewhere: %s", link.state.name, error)
+            log.warning(
+                "target %s is lost or refuses sessions, they go on elsewhere: %s",
+                link.state.name,
+                error,
+            )
         self.lost[link.state.name] += 1
         link.suspect_until = now + SUSPECT_S
         session.excluded_until[link.life] = now + AGAIN_S
@@ -230,7 +251,9 @@ class Router:
 
     def _meet(self, life: TargetLife, state: TargetState) -> None:
         try:
-            self._links[life] = Link(life, self.connect(state.address), state, others=state.sessions)
+            self._links[life] = Link(
+                life, self.connect(state.address), state, others=state.sessions
+            )
         except InvalidRequest as error:  # certificates that have run out, or are being replaced: the next update tries again
             log.warning("target %s cannot be called: %s", state.name, error)
 

@@ -44,17 +44,29 @@ class Authority:
 
     def role(self, role: Role) -> Signed:
         """For an actor, as a server and as a client."""
-        names = [x509.UniformResourceIdentifier(uri(role, self.name)), x509.DNSName(host_name(role))]
-        return self._signed(f"{self.name} {role}", names, [Purpose.SERVER_AUTH, Purpose.CLIENT_AUTH])
+        names = [
+            x509.UniformResourceIdentifier(uri(role, self.name)),
+            x509.DNSName(host_name(role)),
+        ]
+        return self._signed(
+            f"{self.name} {role}", names, [Purpose.SERVER_AUTH, Purpose.CLIENT_AUTH]
+        )
 
     def roles(self) -> dict[str, Signed]:
         return {role: self.role(role) for role in ROLES}
 
     def website(self, hosts: Sequence[str]) -> Signed:
         """For the gateway's HTTPS server, reached by these names and addresses. Of no role: actors do not take it."""
-        return self._signed(f"{self.name} https", [general_name(host) for host in hosts], [Purpose.SERVER_AUTH])
+        return self._signed(
+            f"{self.name} https", [general_name(host) for host in hosts], [Purpose.SERVER_AUTH]
+        )
 
-    def _signed(self, subject: str, names: Sequence[x509.GeneralName], purposes: Sequence[x509.ObjectIdentifier]) -> Signed:
+    def _signed(
+        self,
+        subject: str,
+        names: Sequence[x509.GeneralName],
+        purposes: Sequence[x509.ObjectIdentifier],
+    ) -> Signed:
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = (
             self._draft(common_name(subject), self._certificate.subject, key.public_key())
@@ -64,10 +76,16 @@ class Authority:
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .sign(self._key, hashes.SHA256())
         )
-        secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        secret = key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
         return Signed(certificate.public_bytes(serialization.Encoding.PEM), secret)
 
-    def _draft(self, subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+    def _draft(
+        self, subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey
+    ) -> x509.CertificateBuilder:
         return (
             x509.CertificateBuilder()
             .subject_name(subject)
@@ -77,7 +95,10 @@ class Authority:
             .not_valid_before(self.begins)
             .not_valid_after(self.ends)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()),
+                critical=False,
+            )
         )
 
 

@@ -32,7 +32,10 @@ from runtime.core.messages import Chunk, Draft, Event, Reply, Request
 
 logger = logging.getLogger(__name__)
 
-STRIKES, STRIKE_S = 3, 60.0  # so many messages that break the protocol within so many seconds end the link
+STRIKES, STRIKE_S = (
+    3,
+    60.0,
+)  # so many messages that break the protocol within so many seconds end the link
 STRIKING = ("malformed", "surplus")
 
 
@@ -74,7 +77,9 @@ class GrpcLink:
 
     async def speculate(self, events: AsyncIterator[Event]) -> AsyncGenerator[Reply, None]:
         """As in DraftLink. An error raised by `events` itself is raised here as it is."""
-        logger.debug("drafter %s is at %s", self.hello.drafter, self.address)  # said nowhere else: the lines above debug name no addresses
+        logger.debug(
+            "drafter %s is at %s", self.hello.drafter, self.address
+        )  # said nowhere else: the lines above debug name no addresses
         options = client_options(DRAFTER_SILENCE_MS)
         try:
             connection = channel(self.address, options, self._tls, own="target", peer="drafter")
@@ -96,7 +101,11 @@ class GrpcLink:
                     if any(isinstance(reply, codec.Bye) for reply in replies):
                         break
                 if not ended.is_set():
-                    raise self._lost("the stream ended without a goodbye" if data is grpc.aio.EOF else "it said goodbye")
+                    raise self._lost(
+                        "the stream ended without a goodbye"
+                        if data is grpc.aio.EOF
+                        else "it said goodbye"
+                    )
             except grpc.aio.AioRpcError as error:
                 raise self._lost(reason(error)) from error
             except asyncio.CancelledError:
@@ -126,11 +135,15 @@ class GrpcLink:
         if (why := mismatch(self.hello, self.peer)) is not None:
             raise self._lost(f"FAILED_PRECONDITION: {why}")
 
-    async def _forward(self, call: Any, events: AsyncIterator[Event], ended: asyncio.Event, budget: ReplyBudget) -> None:
+    async def _forward(
+        self, call: Any, events: AsyncIterator[Event], ended: asyncio.Event, budget: ReplyBudget
+    ) -> None:
         try:
             async with closing(coalesce(events)) as waiting:
                 async for some in waiting:
-                    for data in bundle.to_drafter(encoded(some, partial(granted, budget), self._refuse)):
+                    for data in bundle.to_drafter(
+                        encoded(some, partial(granted, budget), self._refuse)
+                    ):
                         await call.write(data)
             ended.set()
             await call.done_writing()
@@ -147,11 +160,16 @@ class GrpcLink:
     def _within(self, budget: ReplyBudget, data: bytes) -> Sequence[bytes]:
         """The frames of a message that is within the budget; of another one none. Raises InvalidRequest for what is no message."""
         if len(data) > budget.size:
-            self._refuse("surplus", f"{len(data)} bytes where {budget.size} are left until the next event")
+            self._refuse(
+                "surplus", f"{len(data)} bytes where {budget.size} are left until the next event"
+            )
             return ()
         frames = bundle.frames_from_drafter(data)
         if not budget.spend(max(1, len(frames)), len(data)):
-            self._refuse("surplus", f"{len(frames)} frames where {budget.frames} are left until the next event")
+            self._refuse(
+                "surplus",
+                f"{len(frames)} frames where {budget.frames} are left until the next event",
+            )
             return ()
         return frames
 
@@ -198,9 +216,13 @@ class GrpcTarget:
     Raises InvalidRequest where the files of `tls` cannot be used.
     """
 
-    def __init__(self, address: str, tls: TlsConfig | None = None, silence_ms: int = TARGET_SILENCE_MS) -> None:
+    def __init__(
+        self, address: str, tls: TlsConfig | None = None, silence_ms: int = TARGET_SILENCE_MS
+    ) -> None:
         self.address = address
-        self._channel = channel(address, client_options(silence_ms), tls, own="gateway", peer="target")
+        self._channel = channel(
+            address, client_options(silence_ms), tls, own="gateway", peer="target"
+        )
         self._generate = self._channel.unary_stream(f"/{codec.TARGET}/Generate")
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
@@ -225,7 +247,9 @@ class GrpcTarget:
         try:
             return codec.decode_chunk(data)
         except InvalidRequest as error:
-            raise Unavailable(f"the target answers nonsense ({error}): install the same version") from error
+            raise Unavailable(
+                f"the target answers nonsense ({error}): install the same version"
+            ) from error
 
     async def close(self) -> None:
         """Ends the connection and every call on it."""

@@ -9,14 +9,26 @@ import grpc
 from grpc import StatusCode
 
 from runtime.core import limits
-from runtime.core.errors import InvalidRequest, LinkLost, ModelRefused, OutriderError, Overloaded, PairMismatch, Unavailable
+from runtime.core.errors import (
+    InvalidRequest,
+    LinkLost,
+    ModelRefused,
+    OutriderError,
+    Overloaded,
+    PairMismatch,
+    Unavailable,
+)
 
 HANDSHAKE_S = 3.0  # a peer that has not said Hello by then is mute
-CONNECT_MS = 5000  # a connection that has not finished its TLS and HTTP/2 handshakes by then is closed
+CONNECT_MS = (
+    5000  # a connection that has not finished its TLS and HTTP/2 handshakes by then is closed
+)
 ADDRESS = re.compile(r"\b(?:ipv4|ipv6|unix):\S*[^\s:]")  # as gRPC writes them
 SAID = 500  # characters of a peer's own words that are passed on
 TAKEN = ("outrider-taken", "1")  # initial metadata: the target holds the request from now on
-ERROR_NAME = "outrider-error"  # trailing metadata: the kind of error that the peer itself has raised
+ERROR_NAME = (
+    "outrider-error"  # trailing metadata: the kind of error that the peer itself has raised
+)
 ERROR_PARAM = "outrider-param"  # trailing metadata: which parameter an INVALID_ARGUMENT is about
 
 KEEPALIVE_MS = 500  # of silence until a peer is asked for a sign of life
@@ -45,8 +57,14 @@ def client_options(silence_ms: int) -> list[tuple[str, int]]:
     return [
         *shared_options(silence_ms),
         ("grpc.enable_http_proxy", 0),  # actors reach each other directly
-        ("grpc.use_local_subchannel_pool", 1),  # or a new channel inherits the back-off of a lost one
-        ("grpc.min_reconnect_backoff_ms", 2000),  # gRPC's name for the time that one connection attempt gets
+        (
+            "grpc.use_local_subchannel_pool",
+            1,
+        ),  # or a new channel inherits the back-off of a lost one
+        (
+            "grpc.min_reconnect_backoff_ms",
+            2000,
+        ),  # gRPC's name for the time that one connection attempt gets
         ("grpc.max_reconnect_backoff_ms", 2000),
     ]
 
@@ -81,7 +99,10 @@ async def aborting(context: Any) -> AsyncIterator[None]:
         yield
     except OutriderError as error:
         param = error.param if isinstance(error, InvalidRequest) else None
-        metadata = ((ERROR_NAME, type(error).__name__), *(() if param is None else ((ERROR_PARAM, param),)))
+        metadata = (
+            (ERROR_NAME, type(error).__name__),
+            *(() if param is None else ((ERROR_PARAM, param),)),
+        )
         await context.abort(STATUS.get(type(error), StatusCode.INTERNAL), str(error), metadata)
 
 
@@ -99,13 +120,17 @@ def error_of(error: grpc.aio.AioRpcError, peer: str) -> OutriderError:
     """The error that `aborting` was given at the other end; Unavailable for all that gRPC itself has to say."""
     match error.code():
         case StatusCode.INVALID_ARGUMENT:
-            return InvalidRequest(error.details() or "", dict(error.trailing_metadata() or ()).get(ERROR_PARAM))
+            return InvalidRequest(
+                error.details() or "", dict(error.trailing_metadata() or ()).get(ERROR_PARAM)
+            )
         case StatusCode.RESOURCE_EXHAUSTED:
             return Overloaded(error.details())
         case StatusCode.FAILED_PRECONDITION:
             return PairMismatch(error.details())
         case _:
-            return Unavailable(f"{peer} cannot be reached or has failed ({reason(error)}): start it again")
+            return Unavailable(
+                f"{peer} cannot be reached or has failed ({reason(error)}): start it again"
+            )
 
 
 @asynccontextmanager

@@ -18,7 +18,9 @@ Refuse = Callable[[str, str], None]  # what had no effect, and why
 MOST = 64  # items that are taken from their source before the wire is ready for them
 
 
-async def coalesce(items: AsyncIterator[Item], most: int = MOST) -> AsyncGenerator[list[Item], None]:
+async def coalesce(
+    items: AsyncIterator[Item], most: int = MOST
+) -> AsyncGenerator[list[Item], None]:
     """All items in order, in lists of those that came while the list before was dealt with.
 
     A message costs both ends more than all that is in it. A list has at least one item and at most

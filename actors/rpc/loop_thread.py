@@ -15,7 +15,9 @@ class LoopThread:
     def __init__(self, name: str = "grpc") -> None:
         started: Future[asyncio.AbstractEventLoop] = Future()
         self._stopping = asyncio.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._live(started)), name=name, daemon=True)
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._live(started)), name=name, daemon=True
+        )
         self._thread.start()
         self.loop = started.result()
 

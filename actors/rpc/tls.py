@@ -23,7 +23,9 @@ from runtime.core.errors import InvalidRequest
 Role = Literal["target", "drafter", "gateway"]
 ROLES: tuple[Role, ...] = get_args(Role)
 SCHEME = "outrider://"
-ALTERNATIVE_NAMES = "x509_subject_alternative_name"  # gRPC's name for what a peer's certificate is made out to
+ALTERNATIVE_NAMES = (
+    "x509_subject_alternative_name"  # gRPC's name for what a peer's certificate is made out to
+)
 PEM_BYTES = 1 << 16
 
 log = logging.getLogger(__name__)
@@ -42,11 +44,15 @@ def host_name(role: Role) -> str:
 
 def roles_in(names: Iterable[str]) -> frozenset[Role]:
     """Roles among the names that a certificate is made out to."""
-    said = {name.removeprefix(SCHEME).partition("/")[0] for name in names if name.startswith(SCHEME)}
+    said = {
+        name.removeprefix(SCHEME).partition("/")[0] for name in names if name.startswith(SCHEME)
+    }
     return frozenset(role for role in ROLES if role in said)
 
 
-def channel(address: str, options: list[tuple[str, int]], tls: TlsConfig | None, own: Role, peer: Role) -> grpc.aio.Channel:
+def channel(
+    address: str, options: list[tuple[str, int]], tls: TlsConfig | None, own: Role, peer: Role
+) -> grpc.aio.Channel:
     """A connection as `own` to a server that must prove to be a `peer`; in the clear without `tls`.
 
     Raises InvalidRequest for files that cannot be used.
@@ -55,7 +61,9 @@ def channel(address: str, options: list[tuple[str, int]], tls: TlsConfig | None,
         return grpc.aio.insecure_channel(address, options)
     ca, cert, key = read(tls, own)
     credentials = grpc.ssl_channel_credentials(ca, key, cert)
-    return grpc.aio.secure_channel(address, credentials, [*options, ("grpc.ssl_target_name_override", host_name(peer))])
+    return grpc.aio.secure_channel(
+        address, credentials, [*options, ("grpc.ssl_target_name_override", host_name(peer))]
+    )
 
 
 def server_credentials(tls: TlsConfig, own: Role) -> grpc.ServerCredentials:
@@ -83,18 +91,26 @@ def server_credentials(tls: TlsConfig, own: Role) -> grpc.ServerCredentials:
         used = found
         return configuration()
 
-    return grpc.dynamic_ssl_server_credentials(configuration(), renewed, require_client_authentication=True)
+    return grpc.dynamic_ssl_server_credentials(
+        configuration(), renewed, require_client_authentication=True
+    )
 
 
 def only(role: Role, method: Method) -> Method:
     """The method of a servicer, for callers whose certificate says that they are a `role`: PERMISSION_DENIED for all others."""
 
     async def guarded(request: Any, context: Any) -> None:
-        names = (name.decode("utf-8", "replace") for name in context.auth_context().get(ALTERNATIVE_NAMES, ()))
+        names = (
+            name.decode("utf-8", "replace")
+            for name in context.auth_context().get(ALTERNATIVE_NAMES, ())
+        )
         found = roles_in(names)
         if role not in found:
             said = " and ".join(sorted(found)) or "of no role"
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"the caller is {said}: a certificate of role {role} is needed")
+            await context.abort(
+                grpc.StatusCode.PERMISSION_DENIED,
+                f"the caller is {said}: a certificate of role {role} is needed",
+            )
         await method(request, context)
 
     return guarded
@@ -115,14 +131,24 @@ def read(tls: TlsConfig, own: Role) -> tuple[bytes, bytes, bytes]:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         roles = roles_in(names.get_values_for_type(x509.UniformResourceIdentifier))
     except (ValueError, TypeError, UnsupportedAlgorithm, x509.ExtensionNotFound) as error:
-        raise InvalidRequest(f"{ca}, {cert} or {key} is not what it should be ({error}): see `outrider certs`", "tls") from error
+        raise InvalidRequest(
+            f"{ca}, {cert} or {key} is not what it should be ({error}): see `outrider certs`", "tls"
+        ) from error
     if secret.public_key() != certificate.public_key():
-        raise InvalidRequest(f"{key} is not the key of {cert}: give the two that were made together", "tls")
+        raise InvalidRequest(
+            f"{key} is not the key of {cert}: give the two that were made together", "tls"
+        )
     if own not in roles:
         said = " and ".join(sorted(roles)) or "none"
-        raise InvalidRequest(f"{cert} is for role {said}, not {own}: write {{role}} into the path, or give a certificate of it", "tls")
+        raise InvalidRequest(
+            f"{cert} is for role {said}, not {own}: write {{role}} into the path, or give a certificate of it",
+            "tls",
+        )
     if certificate.not_valid_after_utc <= datetime.datetime.now(datetime.UTC):
-        raise InvalidRequest(f"{cert} ran out on {certificate.not_valid_after_utc:%Y-%m-%d}: make new ones with `outrider certs`", "tls")
+        raise InvalidRequest(
+            f"{cert} ran out on {certificate.not_valid_after_utc:%Y-%m-%d}: make new ones with `outrider certs`",
+            "tls",
+        )
     return found
 
 
@@ -131,11 +157,17 @@ def pem(file: Path) -> bytes:
         with file.open("rb") as opened:
             return opened.read(PEM_BYTES)
     except OSError as error:
-        raise InvalidRequest(f"{file} cannot be read ({error.strerror}): give a PEM file that lies on every node", "tls") from error
+        raise InvalidRequest(
+            f"{file} cannot be read ({error.strerror}): give a PEM file that lies on every node",
+            "tls",
+        ) from error
 
 
 def warn_if_open(nodes: Iterable[str], tls: TlsConfig | None) -> None:
     """One line in the log where actors of several nodes talk in the clear. An empty name is no node of a cluster."""
     count = len({node for node in nodes if node})
     if tls is None and count > 1:
-        log.warning("actors on %d nodes talk without TLS: name certificates under security.tls, or keep the network to yourself", count)
+        log.warning(
+            "actors on %d nodes talk without TLS: name certificates under security.tls, or keep the network to yourself",
+            count,
+        )

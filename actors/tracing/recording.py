@@ -15,7 +15,9 @@ PATIENCE = 60.0  # seconds: half an hour of a busy fleet is some hundred megabyt
 def check_file(file: Path) -> None:
     """Raises InvalidRequest where it could not be written: better before the recording than after it."""
     if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
-        raise InvalidRequest(f"cannot write the trace to {file}: give a file in a folder that exists", "trace")
+        raise InvalidRequest(
+            f"cannot write the trace to {file}: give a file in a folder that exists", "trace"
+        )
 
 
 def record(controller: cluster_client.Controller, file: Path, wait: Callable[[], object]) -> None:

@@ -65,7 +65,9 @@ class Other(BaseModel):
 
 
 class Document(BaseModel):
-    events: list[Annotated[Name | Complete | Mark | Counted | Bound, Field(discriminator="ph")]] = Field(alias="traceEvents")
+    events: list[Annotated[Name | Complete | Mark | Counted | Bound, Field(discriminator="ph")]] = (
+        Field(alias="traceEvents")
+    )
     other: Other = Field(alias="otherData")
 
 
@@ -116,7 +118,9 @@ class Timeline:
 def middle(found: Timeline) -> Interval:
     """Half a second around the middle of the target's steps, which does not fall between two sessions."""
     run = found.run
-    steps = [block.began for block in found.blocks.get(TARGET, []) if block.name == COMPUTE] or [sum(run) / 2]
+    steps = [block.began for block in found.blocks.get(TARGET, []) if block.name == COMPUTE] or [
+        sum(run) / 2
+    ]
     begin = max(run[0], min(steps[len(steps) // 2] - EXCERPT / 2, run[1] - EXCERPT))
     return begin, min(run[1], begin + EXCERPT)
 
@@ -131,7 +135,8 @@ def save(file: Path, parts: Sequence[Recording]) -> None:
         file.write_text(json.dumps(chrome(parts), separators=(",", ":")), "utf-8")
     except OSError as error:
         raise InvalidRequest(
-            f"cannot write the trace to {file} ({error.strerror}): give a file in a folder that exists", "trace"
+            f"cannot write the trace to {file} ({error.strerror}): give a file in a folder that exists",
+            "trace",
         ) from error
 
 
@@ -140,18 +145,27 @@ def read(file: Path) -> Timeline:
     try:
         document = Document.model_validate_json(file.read_bytes())
     except OSError as error:
-        raise InvalidRequest(f"cannot read {file} ({error.strerror}): give a file that `--trace` has written", "file") from error
+        raise InvalidRequest(
+            f"cannot read {file} ({error.strerror}): give a file that `--trace` has written", "file"
+        ) from error
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         if first["type"] == "json_invalid":
-            raise InvalidRequest(f"{file} is not JSON ({first['msg']}): give a file that `--trace` has written", "file") from error
+            raise InvalidRequest(
+                f"{file} is not JSON ({first['msg']}): give a file that `--trace` has written",
+                "file",
+            ) from error
         where = ".".join(map(str, first["loc"])) or "the whole"
         raise InvalidRequest(
-            f"{file} is not a trace of {FORMAT} ({where}: {first['msg']}): give a file that `--trace` has written", "file"
+            f"{file} is not a trace of {FORMAT} ({where}: {first['msg']}): give a file that `--trace` has written",
+            "file",
         ) from error
     found = timeline(document)
     if not any(found.blocks.values()):
-        raise InvalidRequest(f"{file} is an empty trace: neither the target nor a drafter did anything while it was recorded", "file")
+        raise InvalidRequest(
+            f"{file} is an empty trace: neither the target nor a drafter did anything while it was recorded",
+            "file",
+        )
     return found
 
 
@@ -166,28 +180,45 @@ def timeline(document: Document) -> Timeline:
     wires = {pid for pid, name in processes.items() if name == WIRE}
     blocks: defaultdict[str, list[Block]] = defaultdict(list)
     marks: defaultdict[str, list[tuple[str, float]]] = defaultdict(list)
-    counts: defaultdict[str, defaultdict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    counts: defaultdict[str, defaultdict[str, list[tuple[float, float]]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
     messages: list[Message] = []
     for event in document.events:
         match event:
             case Complete(pid=pid, name=kind, ts=ts, args=args) if pid in wires:
                 delay = args.get("ms", 0.0)
                 if isinstance(delay, float):
-                    messages.append(Message(kind, str(args.get("from")), str(args.get("to")), ts / 1e6, ts / 1e6 + delay / 1e3))
+                    messages.append(
+                        Message(
+                            kind,
+                            str(args.get("from")),
+                            str(args.get("to")),
+                            ts / 1e6,
+                            ts / 1e6 + delay / 1e3,
+                        )
+                    )
             case Complete(tid=tid, name=name, ts=ts, dur=dur, args=args):
                 figures = {name: value for name, value in args.items() if isinstance(value, float)}
-                blocks[lanes.get(tid, str(tid))].append(Block(name, ts / 1e6, (ts + dur) / 1e6, figures))
+                blocks[lanes.get(tid, str(tid))].append(
+                    Block(name, ts / 1e6, (ts + dur) / 1e6, figures)
+                )
             case Mark(tid=tid, name=name, ts=ts):
                 marks[lanes.get(tid, str(tid))].append((name, ts / 1e6))
             case Counted(pid=pid, name=name, ts=ts, args=args):
-                counts[name][processes.get(pid, str(pid))].extend((ts / 1e6, value) for value in args.values())
+                counts[name][processes.get(pid, str(pid))].extend(
+                    (ts / 1e6, value) for value in args.values()
+                )
             case _:
                 pass
     order = sorted(blocks.keys() | marks.keys(), key=lambda lane: (lane != TARGET, lane))
     return Timeline(
         blocks={lane: sorted(blocks[lane], key=lambda block: block.began) for lane in order},
         marks={lane: sorted(marks[lane], key=lambda mark: mark[1]) for lane in order},
-        counts={name: {process: sorted(values) for process, values in of.items()} for name, of in counts.items()},
+        counts={
+            name: {process: sorted(values) for process, values in of.items()}
+            for name, of in counts.items()
+        },
         messages=messages,
         unanswered=document.other.unanswered,
         cut=document.other.cut,
@@ -219,7 +250,10 @@ def figures(found: Timeline, window: Interval) -> Figures:
     names = dict.fromkeys(block.name for block in own)
     shares = {name: length(busy(own, name, window)) / seconds for name in names}
     steps = {lane: busy(found.blocks[lane], STEP, window) for lane in found.drafters}
-    together = common(busy(own, COMPUTE, window), union(interval for intervals in steps.values() for interval in intervals))
+    together = common(
+        busy(own, COMPUTE, window),
+        union(interval for intervals in steps.values() for interval in intervals),
+    )
     return Figures(
         target=shares | {"other": max(0.0, 1.0 - sum(shares.values()))},
         drafters={lane: length(intervals) / seconds for lane, intervals in steps.items()},
@@ -230,7 +264,11 @@ def figures(found: Timeline, window: Interval) -> Figures:
 
 def busy(blocks: Iterable[Block], name: str, window: Interval) -> list[Interval]:
     """When a block of this name was open within the window, as intervals that do not touch."""
-    clipped = ((max(block.began, window[0]), min(block.ended, window[1])) for block in blocks if block.name == name)
+    clipped = (
+        (max(block.began, window[0]), min(block.ended, window[1]))
+        for block in blocks
+        if block.name == name
+    )
     return union(interval for interval in clipped if interval[0] < interval[1])
 
 
@@ -265,5 +303,13 @@ def length(intervals: Iterable[Interval]) -> float:
 
 def delay(messages: Iterable[Message], kind: str, window: Interval) -> Delay:
     """Of the messages sent within the window."""
-    delays = [message.taken - message.sent for message in messages if message.kind == kind and window[0] <= message.sent <= window[1]]
-    return Delay(len(delays), statistics.median(delays) if delays else math.nan, min(delays, default=math.nan))
+    delays = [
+        message.taken - message.sent
+        for message in messages
+        if message.kind == kind and window[0] <= message.sent <= window[1]
+    ]
+    return Delay(
+        len(delays),
+        statistics.median(delays) if delays else math.nan,
+        min(delays, default=math.nan),
+    )

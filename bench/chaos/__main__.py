@@ -20,16 +20,25 @@ def main(
     drafters: Annotated[int, typer.Option(min=0)] = 3,
     seed: Annotated[int, typer.Option(help="of requests and blows")] = 1,
     tokens: Annotated[int, typer.Option(min=1, help="of each answer")] = 96,
-    every: Annotated[float, typer.Option(min=0.01, help="seconds between two blows or changes")] = 1.0,
-    scale: Annotated[int | None, typer.Option(min=1, help="no blows: change the number of drafters, from 0 to this")] = None,
+    every: Annotated[
+        float, typer.Option(min=0.01, help="seconds between two blows or changes")
+    ] = 1.0,
+    scale: Annotated[
+        int | None,
+        typer.Option(min=1, help="no blows: change the number of drafters, from 0 to this"),
+    ] = None,
     target: Annotated[str, typer.Option(help="model")] = shipped("target"),
     draft: Annotated[str, typer.Option(help="model")] = shipped("draft"),
-    out: Annotated[Path | None, typer.Option("--json", help="write the result into this file")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--json", help="write the result into this file")
+    ] = None,
 ) -> None:
     """Exit code 1 where an answer failed, differed or did not come."""
     logging.disable(logging.WARNING)  # losses are counted here
     console = Console(highlight=False)
-    options = Options(target, draft, streams, seconds, targets, drafters, tokens, seed, every, scale)
+    options = Options(
+        target, draft, streams, seconds, targets, drafters, tokens, seed, every, scale
+    )
     try:
         with console.status("starting Ray") as status:
             outcome = run(options, status.update if console.is_terminal else console.log)

@@ -47,16 +47,25 @@ def write(file: Path, items: int, tokens: int, speculation: bool) -> None:
     with file.open("w") as lines:
         for number in range(items):
             asked = body(number, tokens, speculation)
-            line = {"custom_id": f"item-{number}", "method": "POST", "url": "/v1/completions", "body": asked}
+            line = {
+                "custom_id": f"item-{number}",
+                "method": "POST",
+                "url": "/v1/completions",
+                "body": asked,
+            }
             lines.write(json.dumps(line) + "\n")
 
 
 def serve() -> None:
-    subprocess.run([*COMMAND, "serve", "--port", "0", "--json"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [*COMMAND, "serve", "--port", "0", "--json"], check=True, stdout=subprocess.DEVNULL
+    )
 
 
 def submit(file: Path, out: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([*COMMAND, "submit", str(file), "-o", str(out), "--json"], stdout=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [*COMMAND, "submit", str(file), "-o", str(out), "--json"], stdout=subprocess.DEVNULL
+    )
 
 
 def kill_all(running: subprocess.Popen[bytes]) -> int:
@@ -83,13 +92,19 @@ def texts(out: Path) -> tuple[dict[str, Any], int]:
     found = {}
     for line in lines:
         choices = line["response"]["body"].get("choices")
-        found[line["custom_id"]] = choices and (choices[0]["logprobs"]["tokens"], choices[0]["text"], choices[0]["finish_reason"])
+        found[line["custom_id"]] = choices and (
+            choices[0]["logprobs"]["tokens"],
+            choices[0]["text"],
+            choices[0]["finish_reason"],
+        )
     return found, len(lines)
 
 
 def run(items: int, kills: int, tokens: int, seed: int, folder: Path) -> dict[str, Any]:
     """The figures of the goal; `killed` counts processes at each kill, `at` the items that were answered then."""
-    plain_in, plain_out, chaos_in, chaos_out = (folder / f"{name}.jsonl" for name in ("plain", "plain-out", "chaos", "chaos-out"))
+    plain_in, plain_out, chaos_in, chaos_out = (
+        folder / f"{name}.jsonl" for name in ("plain", "plain-out", "chaos", "chaos-out")
+    )
     write(plain_in, items, tokens, speculation=False)
     write(chaos_in, items, tokens, speculation=True)
     serve()
@@ -140,7 +155,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--json", type=Path, help="write the result into this file")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # Ray ends with us then too
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # Ray ends with us then too
     with tempfile.TemporaryDirectory(prefix="outrider-batch-") as folder:
         os.environ |= {"XDG_CACHE_HOME": f"{folder}/cache", "XDG_DATA_HOME": f"{folder}/data"}
         os.environ.pop("RAY_ADDRESS", None)

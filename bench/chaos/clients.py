@@ -75,9 +75,13 @@ class Seen:
     down: dict[str, float] = field(default_factory=dict)
     returned: list[float] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)  # "finished", "failed", "differing", "tokens"
+    counts: Counter[str] = field(
+        default_factory=Counter
+    )  # "finished", "failed", "differing", "tokens"
 
-    async def noted(self, address: str, session: str, chunks: AsyncGenerator[Chunk, None]) -> AsyncGenerator[Chunk, None]:
+    async def noted(
+        self, address: str, session: str, chunks: AsyncGenerator[Chunk, None]
+    ) -> AsyncGenerator[Chunk, None]:
         """What this target says to this session, with when it was asked and when that was over."""
         now = asyncio.get_running_loop().time
         call = Call(address, now())
@@ -119,11 +123,19 @@ async def cases(config: TargetConfig, count: int, tokens: int, seed: int) -> lis
         asked = [
             (
                 tuple(tokenizer.encode(PROMPTS[number % len(PROMPTS)])),
-                Sampling(temperature=TEMPERATURES[number % len(TEMPERATURES)], seed=seed + number, max_tokens=tokens, ignore_eos=True),
+                Sampling(
+                    temperature=TEMPERATURES[number % len(TEMPERATURES)],
+                    seed=seed + number,
+                    max_tokens=tokens,
+                    ignore_eos=True,
+                ),
             )
             for number in range(count)
         ]
-        plain = [Request(str(number), *request, speculation=False) for number, request in enumerate(asked)]
+        plain = [
+            Request(str(number), *request, speculation=False)
+            for number, request in enumerate(asked)
+        ]
         found = await asyncio.gather(*(answer_of(target.generate(request)) for request in plain))
         return [Case(*request, expected) for request, expected in zip(asked, found, strict=True)]
     finally:
@@ -136,10 +148,16 @@ async def answer_of(chunks: AsyncGenerator[Chunk, None]) -> Answer:
 
 def joined(chunks: Sequence[Chunk]) -> Answer:
     tokens = tuple(token for chunk in chunks for token in chunk.tokens)
-    return Answer(tokens, "".join(piece for chunk in chunks for piece in chunk.pieces), chunks[-1].finish_reason)
+    return Answer(
+        tokens,
+        "".join(piece for chunk in chunks for piece in chunk.pieces),
+        chunks[-1].finish_reason,
+    )
 
 
-async def stream(router: Router, known: Sequence[Case], number: int, over: asyncio.Event, seen: Seen) -> None:
+async def stream(
+    router: Router, known: Sequence[Case], number: int, over: asyncio.Event, seen: Seen
+) -> None:
     """Ask one case after the other until it is over; what was asked before is answered to its end."""
     while not over.is_set():
         case, session = known[number % len(known)], f"chaos-{number}"
@@ -157,17 +175,23 @@ async def ask(router: Router, case: Case, session: str, seen: Seen) -> None:
     chunks, gaps = list[Chunk](), list[Gap]()
     last, served = now(), 0  # the last piece, and which of the calls it came by
     calls = seen.calls[session] = list[Call]()
-    async with aclosing(router.generate(Request(session, case.prompt, case.sampling, deadline=DEADLINE_S))) as pieces:
+    async with aclosing(
+        router.generate(Request(session, case.prompt, case.sampling, deadline=DEADLINE_S))
+    ) as pieces:
         async for chunk in pieces:
             at = now()
             if len(calls) - 1 > served:
                 left = calls[served]
                 since = max(last, min(seen.struck.get(left.address, last), left.ended))
-                gaps.append(Gap(left.ended - since, calls[-1].began - left.ended, at - calls[-1].began))
+                gaps.append(
+                    Gap(left.ended - since, calls[-1].began - left.ended, at - calls[-1].began)
+                )
             last, served = at, len(calls) - 1
             chunks.append(chunk)
     if len(gaps) == 1 and (stats := chunks[-1].stats) is not None:
-        gaps = [replace(gaps[0], read=stats.prefill)]  # a lost target takes its own figures along: this is of the other
+        gaps = [
+            replace(gaps[0], read=stats.prefill)
+        ]  # a lost target takes its own figures along: this is of the other
     seen.gaps += gaps
     answer = joined(chunks)
     seen.counts["tokens"] += len(answer.tokens)
@@ -178,7 +202,14 @@ async def ask(router: Router, case: Case, session: str, seen: Seen) -> None:
     elif answer != case.expected:
         seen.counts["differing"] += 1
         place = next(
-            (place for place, pair in enumerate(zip(answer.tokens, case.expected.tokens, strict=False)) if len(set(pair)) > 1), None
+            (
+                place
+                for place, pair in enumerate(zip(answer.tokens, case.expected.tokens, strict=False))
+                if len(set(pair)) > 1
+            ),
+            None,
         )
         targets = [call.address for call in calls]
-        seen.wrong.append(f"{session}: differs at token {place}, on targets {targets}, temperature {case.sampling.temperature:g}")
+        seen.wrong.append(
+            f"{session}: differs at token {place}, on targets {targets}, temperature {case.sampling.temperature:g}"
+        )

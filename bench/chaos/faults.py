@@ -37,7 +37,11 @@ def next_fault(fleet: Fleet, struck: Collection[Victim], draw: random.Random) ->
 
 
 def whole(members: Sequence[State], struck: Collection[Victim]) -> list[State]:
-    return [state for state in members if state.state == "ready" and (state.name, state.incarnation) not in struck]
+    return [
+        state
+        for state in members
+        if state.state == "ready" and (state.name, state.incarnation) not in struck
+    ]
 
 
 def inject(blow: Fault, places: Mapping[str, ActorLocation]) -> bool:

@@ -72,20 +72,33 @@ class Outcome:
         return {name: seconds for name, seconds in found.items() if seconds}
 
     def as_json(self) -> dict[str, Any]:
-        parts = {name: {f"p{share}": round(percentile(found, share), 3) for share in SHARES} for name, found in self.parts().items()}
+        parts = {
+            name: {f"p{share}": round(percentile(found, share), 3) for share in SHARES}
+            for name, found in self.parts().items()
+        }
         told = asdict(self) | {"gaps": len(self.gaps), "returned": len(self.returned)}
         return {**told, "parts": parts, "right": self.right}
 
     def grid(self) -> Grid:
         parts = [
-            (f"{name}: p50, p99, longest", ", ".join(f"{percentile(found, share):.2f} s" for share in SHARES))
+            (
+                f"{name}: p50, p99, longest",
+                ", ".join(f"{percentile(found, share):.2f} s" for share in SHARES),
+            )
             for name, found in self.parts().items()
         ]
         rows = (
             ("streams, targets, drafters", f"{self.streams}, {self.targets}, {self.drafters}"),
             ("answers", f"{self.finished} of {self.tokens} tokens in {self.seconds:.0f} s"),
-            ("failed, differing, unfinished", f"{self.failed}, {self.differing}, {self.unfinished}"),
-            ("blows", ", ".join(f"{count} {what}" for what, count in sorted(self.blows.items())) or "none"),
+            (
+                "failed, differing, unfinished",
+                f"{self.failed}, {self.differing}, {self.unfinished}",
+            ),
+            (
+                "blows",
+                ", ".join(f"{count} {what}" for what, count in sorted(self.blows.items()))
+                or "none",
+            ),
             ("changes of the number of drafters", str(self.changes)),
             ("lives replaced", str(self.replaced)),
             ("continuations (goal: p99 at most 3 s)", str(len(self.gaps))),

@@ -54,8 +54,21 @@ def plan(options: Options) -> Deployment:
     """Targets on one half of the cores, drafters on the other, as where they have devices of their own."""
     mine, others = split_cores(sorted(os.sched_getaffinity(0)), 1)
     here, there = (HERE.model_copy(update={"cores": cores}) for cores in (mine, others))
-    target = TargetConfig(model=options.target, dtype="float32", device="cpu", replicas=options.targets, placement=here)
-    pool = PoolConfig(name=POOL, model=options.draft, dtype="float32", device="cpu", count=options.drafters, placement=there)
+    target = TargetConfig(
+        model=options.target,
+        dtype="float32",
+        device="cpu",
+        replicas=options.targets,
+        placement=here,
+    )
+    pool = PoolConfig(
+        name=POOL,
+        model=options.draft,
+        dtype="float32",
+        device="cpu",
+        count=options.drafters,
+        placement=there,
+    )
     return Deployment(target=target, pools=(pool,))
 
 
@@ -92,7 +105,10 @@ async def storm(options: Options, controller: Any, note: Note) -> Outcome:
 
     async with following(Router(lambda address: Watched(address, seen)), look) as router:
         began = asyncio.get_running_loop().time()
-        streams = [asyncio.create_task(stream(router, known, number, over, seen)) for number in range(options.streams)]
+        streams = [
+            asyncio.create_task(stream(router, known, number, over, seen))
+            for number in range(options.streams)
+        ]
         changes = 0
         doing = scale if options.most is not None else beat
         try:

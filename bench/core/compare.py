@@ -8,7 +8,11 @@ from bench.core.results import Results, Run, Steps
 
 
 def runs_of(results: Results, method: str, temperature: float = 0.0, batch: int = 1) -> list[Run]:
-    return [run for run in results.runs if (run.method, run.temperature, run.batch) == (method, temperature, batch)]
+    return [
+        run
+        for run in results.runs
+        if (run.method, run.temperature, run.batch) == (method, temperature, batch)
+    ]
 
 
 def decoding(run: Run) -> float | None:
@@ -19,7 +23,10 @@ def decoding(run: Run) -> float | None:
 
 
 def rates(results: Results, method: str, temperature: float = 0.0, batch: int = 1) -> Values:
-    found = {(run.prompt, run.repetition): decoding(run) for run in runs_of(results, method, temperature, batch)}
+    found = {
+        (run.prompt, run.repetition): decoding(run)
+        for run in runs_of(results, method, temperature, batch)
+    }
     return {key: rate for key, rate in found.items() if rate is not None}
 
 
@@ -30,30 +37,53 @@ def speed(results: Results, method: str, temperature: float = 0.0, batch: int = 
 
 def whole(results: Results, method: str, temperature: float = 0.0, batch: int = 1) -> Spread | None:
     """Tokens per second from the call to the last token, reading of the prompt included."""
-    return over_prompts({(run.prompt, run.repetition): run.tokens / run.seconds for run in runs_of(results, method, temperature, batch)})
+    return over_prompts(
+        {
+            (run.prompt, run.repetition): run.tokens / run.seconds
+            for run in runs_of(results, method, temperature, batch)
+        }
+    )
 
 
-def ratio(results: Results, above: str, below: str, temperature: float = 0.0, batch: int = 1) -> Spread | None:
+def ratio(
+    results: Results, above: str, below: str, temperature: float = 0.0, batch: int = 1
+) -> Spread | None:
     """How many times as fast `above` is as `below`, on the same prompts in the same repetitions. None where they have none in common."""
-    return over_prompts(paired(rates(results, above, temperature, batch), rates(results, below, temperature, batch)))
+    return over_prompts(
+        paired(rates(results, above, temperature, batch), rates(results, below, temperature, batch))
+    )
 
 
-def aggregate(results: Results, method: str, temperature: float = 0.0, batch: int = 1) -> float | None:
+def aggregate(
+    results: Results, method: str, temperature: float = 0.0, batch: int = 1
+) -> float | None:
     """Tokens of all runs over the time of all runs, decoding alone."""
-    runs = [run for run in runs_of(results, method, temperature, batch) if run.tokens > run.first_tokens]
+    runs = [
+        run for run in runs_of(results, method, temperature, batch) if run.tokens > run.first_tokens
+    ]
     seconds = sum(run.seconds - run.first_seconds for run in runs)
     return sum(run.tokens - run.first_tokens for run in runs) / seconds if seconds else None
 
 
-def fastest(results: Results, methods: Iterable[str], temperature: float = 0.0, batch: int = 1) -> str | None:
+def fastest(
+    results: Results, methods: Iterable[str], temperature: float = 0.0, batch: int = 1
+) -> str | None:
     """The method of the highest median speed; None where none of them was measured."""
-    speeds = {method: found.median for method in methods if (found := speed(results, method, temperature, batch))}
+    speeds = {
+        method: found.median
+        for method in methods
+        if (found := speed(results, method, temperature, batch))
+    }
     return max(speeds, key=lambda method: speeds[method], default=None)
 
 
 def rivals(results: Results) -> list[str]:
     """transformers' speculative methods, whatever their cores."""
-    return [facts.name for facts in results.methods if facts.who == "transformers" and "greedy" not in facts.name]
+    return [
+        facts.name
+        for facts in results.methods
+        if facts.who == "transformers" and "greedy" not in facts.name
+    ]
 
 
 def temperatures(results: Results) -> list[float]:
@@ -64,15 +94,25 @@ def batches(results: Results) -> list[int]:
     return sorted({run.batch for run in results.runs})
 
 
-def agreement(results: Results, method: str, reference: str, temperature: float = 0.0, batch: int = 1) -> tuple[int, int]:
+def agreement(
+    results: Results, method: str, reference: str, temperature: float = 0.0, batch: int = 1
+) -> tuple[int, int]:
     """Runs with the very tokens of `reference`, and runs that have one to compare with."""
-    known = {(run.prompt, run.repetition): run.text for run in runs_of(results, reference, temperature, batch)}
-    mine = {(run.prompt, run.repetition): run.text for run in runs_of(results, method, temperature, batch)}
+    known = {
+        (run.prompt, run.repetition): run.text
+        for run in runs_of(results, reference, temperature, batch)
+    }
+    mine = {
+        (run.prompt, run.repetition): run.text
+        for run in runs_of(results, method, temperature, batch)
+    }
     both = mine.keys() & known.keys()
     return sum(mine[key] == known[key] for key in both), len(both)
 
 
-def shares(results: Results, method: str, temperature: float = 0.0, batch: int = 1) -> dict[str, float] | None:
+def shares(
+    results: Results, method: str, temperature: float = 0.0, batch: int = 1
+) -> dict[str, float] | None:
     """Where the target's time of decoding went, as parts of 1; `rest` is what no step accounts for. None where there are no figures."""
     runs = [run for run in runs_of(results, method, temperature, batch) if run.steps]
     seconds = sum(run.seconds - run.first_seconds for run in runs)
@@ -110,13 +150,24 @@ def totals(results: Results, method: str, temperature: float = 0.0, batch: int =
 
 def steps_in_place(results: Results, temperature: float = 0.0) -> dict[int, float]:
     """T(n) where the methods ran, one prompt at a time; that of the pair by itself where no passes were recorded."""
-    found = (place.target for place in results.profile.places if (place.temperature, place.batch) == (temperature, 1))
+    found = (
+        place.target
+        for place in results.profile.places
+        if (place.temperature, place.batch) == (temperature, 1)
+    )
     return next(found, results.profile.target)
 
 
 def limit(results: Results, temperature: float = 0.0) -> Bound | None:
     """The bound of the measured step times and acceptance. None where one of them is missing."""
-    ranks = next((found.ranks for found in results.profile.acceptance if (found.temperature, found.batch) == (temperature, 1)), None)
+    ranks = next(
+        (
+            found.ranks
+            for found in results.profile.acceptance
+            if (found.temperature, found.batch) == (temperature, 1)
+        ),
+        None,
+    )
     steps = steps_in_place(results, temperature)
     if not ranks or 1 not in steps or 1 not in results.profile.draft:
         return None
@@ -139,5 +190,8 @@ def misses(results: Results) -> dict[tuple[str, float, int], tuple[float, float]
     for forecast in results.forecasts:
         measured = aggregate(results, forecast.method, forecast.temperature, forecast.batch)
         if measured:
-            found[forecast.method, forecast.temperature, forecast.batch] = (forecast.tokens_per_second, measured)
+            found[forecast.method, forecast.temperature, forecast.batch] = (
+                forecast.tokens_per_second,
+                measured,
+            )
     return found

@@ -62,7 +62,9 @@ def expected_tokens(ranks: Sequence[float], rows: int) -> float:
     Sequoia's dynamic programming (arXiv 2402.12374) without a limit of depth.
     """
     order = sorted((p for p in ranks if p > 0), reverse=True)
-    heap = [(-order[0], 1.0, 0)] if order else []  # (-value, value of the parent, place among the siblings)
+    heap = (
+        [(-order[0], 1.0, 0)] if order else []
+    )  # (-value, value of the parent, place among the siblings)
     total = 1.0
     for _ in range(rows - 1):
         if not heap:
@@ -100,6 +102,8 @@ def bound(draft_step: float, target_steps: Mapping[int, float], ranks: Sequence[
     E(n) is that of independent positions (`expected_tokens`).
     """
     rates = {rows: expected_tokens(ranks, rows) / seconds for rows, seconds in target_steps.items()}
-    chain = max(expected_tokens(ranks[:1], rows) / seconds for rows, seconds in target_steps.items())
+    chain = max(
+        expected_tokens(ranks[:1], rows) / seconds for rows, seconds in target_steps.items()
+    )
     rows = max(rates, key=lambda n: rates[n])
     return Bound(1 / draft_step + 1 / target_steps[1], rates[rows], rows, chain)

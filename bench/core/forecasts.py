@@ -17,33 +17,60 @@ def forecasts(results: Results, methods: Iterable[Method]) -> tuple[Forecast, ..
         how = method.how
         if not foreseen(how):
             continue
-        for temperature, batch in sorted({(run.temperature, run.batch) for run in results.runs if run.method == method.name}):
+        for temperature, batch in sorted(
+            {(run.temperature, run.batch) for run in results.runs if run.method == method.name}
+        ):
             pair = measured(results, temperature, batch)
             if pair is not None:
                 together = batch > 1  # texts that end leave others alone
                 length = results.settings.new_tokens if together else 0
-                setting = Setting(drafters=len(how.drafters), sessions=batch, length=length, once=together)
+                setting = Setting(
+                    drafters=len(how.drafters), sessions=batch, length=length, once=together
+                )
                 rate = forecast(pair, schedule_of(how), setting).tokens_per_second
-                found.append(Forecast(method=method.name, temperature=temperature, batch=batch, tokens_per_second=rate))
+                found.append(
+                    Forecast(
+                        method=method.name,
+                        temperature=temperature,
+                        batch=batch,
+                        tokens_per_second=rate,
+                    )
+                )
     return tuple(found)
 
 
 def foreseen(how: OutriderMethod | TransformersMethod) -> TypeGuard[OutriderMethod]:
     """The target on the first core, and on the second a model drafter or none."""
     return (
-        isinstance(how, OutriderMethod) and how.target_cores == FIRST and how.drafters in ((), ("model",)) and how.drafter_cores == SECOND
+        isinstance(how, OutriderMethod)
+        and how.target_cores == FIRST
+        and how.drafters in ((), ("model",))
+        and how.drafter_cores == SECOND
     )
 
 
 def measured(results: Results, temperature: float, batch: int) -> Measured | None:
     """The pair as the planner wants it, by itself where nothing is known of its place; None where its profile is not complete."""
     profile, key = results.profile, (temperature, batch)
-    guesses = next((found for found in profile.acceptance if (found.temperature, found.batch) == key), None)
+    guesses = next(
+        (found for found in profile.acceptance if (found.temperature, found.batch) == key), None
+    )
     if guesses is None or not guesses.ranks or not profile.target or not profile.draft:
         return None
     known = {"target": profile.target, "draft": profile.draft, "text": profile.text}
-    if (place := next((found for found in profile.places if (found.temperature, found.batch) == key), None)) is not None:
-        costs = {"step": place.step, "message": place.message, "rtt": place.round_trip, "pass": place.draft_pass}
+    if (
+        place := next(
+            (found for found in profile.places if (found.temperature, found.batch) == key), None
+        )
+    ) is not None:
+        costs = {
+            "step": place.step,
+            "message": place.message,
+            "rtt": place.round_trip,
+            "pass": place.draft_pass,
+        }
         known |= {"target": place.target, **costs}
     given = {name: value for name, value in known.items() if value is not None}
-    return Measured.model_validate({**given, "acceptance": guesses.ranks, "positions": guesses.positions})
+    return Measured.model_validate(
+        {**given, "acceptance": guesses.ranks, "positions": guesses.positions}
+    )

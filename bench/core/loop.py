@@ -5,7 +5,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from bench.core.compare import fastest
 from bench.core.methods import Method, Outcome, Runner
@@ -32,14 +39,28 @@ class Round:
     methods: tuple[Method, ...]
 
 
-def cases(prompts: Sequence[Prompt], batch: int, temperatures: Sequence[float], repetitions: int, new_tokens: int, seed: int) -> list[Case]:
+def cases(
+    prompts: Sequence[Prompt],
+    batch: int,
+    temperatures: Sequence[float],
+    repetitions: int,
+    new_tokens: int,
+    seed: int,
+) -> list[Case]:
     """All prompts in groups of `batch`, at each temperature, all of it `repetitions` times; a last group that is not full is left out.
 
     Every repetition samples with another seed, all methods with the same.
     """
-    groups = [tuple(prompts[start : start + batch]) for start in range(0, len(prompts) - batch + 1, batch)]
+    groups = [
+        tuple(prompts[start : start + batch]) for start in range(0, len(prompts) - batch + 1, batch)
+    ]
     return [
-        Case(name_of(group), group, Sampling(temperature=temperature, seed=seed + repetition, max_tokens=new_tokens), repetition)
+        Case(
+            name_of(group),
+            group,
+            Sampling(temperature=temperature, seed=seed + repetition, max_tokens=new_tokens),
+            repetition,
+        )
         for repetition in range(repetitions)
         for group in groups
         for temperature in temperatures
@@ -71,7 +92,10 @@ def record(method: Method, case: Case, outcome: Outcome) -> Run:
         first_tokens=outcome.first_tokens,
         first_seconds=outcome.first_seconds,
         text=digest(outcome),
-        answers=tuple((prompt.tokens, output) for prompt, output in zip(case.prompts, outcome.outputs, strict=True)),
+        answers=tuple(
+            (prompt.tokens, output)
+            for prompt, output in zip(case.prompts, outcome.outputs, strict=True)
+        ),
         steps=outcome.steps,
         passes=outcome.passes,
     )
@@ -85,20 +109,30 @@ def digest(outcome: Outcome) -> str:
     return found.hexdigest()[:16]
 
 
-def measure(plan: Sequence[Round], runner: Runner, progress: Progress, note: str) -> Iterator[tuple[Run, ...]]:
+def measure(
+    plan: Sequence[Round], runner: Runner, progress: Progress, note: str
+) -> Iterator[tuple[Run, ...]]:
     """Does the rounds in order and yields the runs of each when all methods have done it. Shows what is running, and the time left."""
     task = progress.add_task(note, total=sum(len(round_.methods) for round_ in plan))
     for round_ in plan:
         found = []
         for method in round_.methods:
             progress.update(task, description=f"{note}: {method.name}")
-            found.append(record(method, round_.case, runner.run(method, round_.case.prompts, round_.case.sampling)))
+            found.append(
+                record(
+                    method,
+                    round_.case,
+                    runner.run(method, round_.case.prompts, round_.case.sampling),
+                )
+            )
             progress.advance(task)
         yield tuple(found)
     progress.update(task, description=note)
 
 
-def collect(results: Results, runs: Iterator[tuple[Run, ...]], keep: Callable[[Results], None]) -> Results:
+def collect(
+    results: Results, runs: Iterator[tuple[Run, ...]], keep: Callable[[Results], None]
+) -> Results:
     """`results` with the runs added; `keep` gets it after each round, so that an interruption loses one round at most."""
     for found in runs:
         results = results.model_copy(update={"runs": (*results.runs, *found)})
@@ -110,7 +144,11 @@ def chosen(results: Results, candidates: Mapping[str, Sequence[Method]]) -> list
     """Of each group of candidates that was measured the fastest, at the lowest temperature there is, under the group's name."""
     found = []
     for name, methods in candidates.items():
-        best = fastest(results, [method.name for method in methods], min((run.temperature for run in results.runs), default=0.0))
+        best = fastest(
+            results,
+            [method.name for method in methods],
+            min((run.temperature for run in results.runs), default=0.0),
+        )
         found += [Method(name, method.how) for method in methods if method.name == best]
     return found
 
@@ -124,4 +162,6 @@ def bar() -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, speed_estimate_period=600, refresh_per_second=1)  # drawing takes time from what is measured
+    return Progress(
+        *columns, speed_estimate_period=600, refresh_per_second=1
+    )  # drawing takes time from what is measured

@@ -10,7 +10,16 @@ from pathlib import Path
 from bench.core.results import Machine
 from runtime.core.errors import InvalidRequest
 
-TELLING = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "bf16", "i8mm", "sve")  # flags that decide how fast rows are
+TELLING = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "bf16",
+    "i8mm",
+    "sve",
+)  # flags that decide how fast rows are
 
 
 NATIVE = {"avx512_bf16", "amx_bf16"}  # flags of a processor that multiplies bf16
@@ -20,9 +29,14 @@ def two_cores() -> tuple[int, int]:
     """Numbers of two cores that this process may use, not two threads of one core where that can be had. Raises InvalidRequest."""
     usable = sorted(os.sched_getaffinity(0))
     if len(usable) < 2:
-        raise InvalidRequest(f"the benchmark needs two cores and may use {len(usable)}: run it where there are two", "cores")
+        raise InvalidRequest(
+            f"the benchmark needs two cores and may use {len(usable)}: run it where there are two",
+            "cores",
+        )
     twins = read(f"/sys/devices/system/cpu/cpu{usable[0]}/topology/thread_siblings_list")
-    return usable[0], next((core for core in usable[1:] if str(core) not in re.split(r"[,\s]", twins)), usable[1])
+    return usable[0], next(
+        (core for core in usable[1:] if str(core) not in re.split(r"[,\s]", twins)), usable[1]
+    )
 
 
 def machine(cores: int, gpu: str = "") -> Machine:

@@ -57,15 +57,22 @@ class Method:
             case OutriderMethod(schedule, options, drafters, heads=heads):
                 settings = [f"{name} {value:g}" for name, value in options]
                 helpers = f"drafters: {' and '.join(drafters)}" if drafters else "no drafter"
-                detail = ", ".join([schedule, *settings, helpers, *(f"head: {head}" for head in heads)])
-                return MethodFacts(name=self.name, who="ours", cores=len(self.how.cores), detail=detail)
+                detail = ", ".join(
+                    [schedule, *settings, helpers, *(f"head: {head}" for head in heads)]
+                )
+                return MethodFacts(
+                    name=self.name, who="ours", cores=len(self.how.cores), detail=detail
+                )
             case TransformersMethod(kind, guesses):
                 detail = {
                     "greedy": "generate()",
-                    "assisted": "generate(assistant_model=...), " + (f"{guesses} guesses, constant" if guesses else "default schedule"),
+                    "assisted": "generate(assistant_model=...), "
+                    + (f"{guesses} guesses, constant" if guesses else "default schedule"),
                     "lookup": f"generate(prompt_lookup_num_tokens={guesses})",
                 }[kind]
-                return MethodFacts(name=self.name, who="transformers", cores=len(self.how.cores), detail=detail)
+                return MethodFacts(
+                    name=self.name, who="transformers", cores=len(self.how.cores), detail=detail
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,15 +125,24 @@ KINDS = {
     "assisted 8": TransformersMethod("assisted", 8),
     "prompt lookup": TransformersMethod("lookup", 10),
 }
-RIVALS = tuple(Method(name + named(cores), replace(how, cores=cores)) for cores in (FIRST, BOTH) for name, how in KINDS.items())
+RIVALS = tuple(
+    Method(name + named(cores), replace(how, cores=cores))
+    for cores in (FIRST, BOTH)
+    for name, how in KINDS.items()
+)
 # The methods that are measured with several prompts at a time.
 BATCHED = (PLAIN, LIVING, GREEDY)
 
 CHAINS = tuple(
-    OutriderMethod("sync", (("width", 1), ("branches", 1), ("passes", k), ("rows", k)), ("model",)) for k in (2, 3, 4, 5, 6, 8, 12)
+    OutriderMethod("sync", (("width", 1), ("branches", 1), ("passes", k), ("rows", k)), ("model",))
+    for k in (2, 3, 4, 5, 6, 8, 12)
 )
 TREES = tuple(
-    OutriderMethod("sync", (("width", width), ("branches", branches), ("passes", passes), ("rows", rows)), ("model",))
+    OutriderMethod(
+        "sync",
+        (("width", width), ("branches", branches), ("passes", passes), ("rows", rows)),
+        ("model",),
+    )
     for width, branches, passes, rows in (
         (2, 2, 4, 8),
         (4, 2, 4, 12),
@@ -145,8 +161,20 @@ def candidates(gamma: int) -> dict[str, tuple[Method, ...]]:
     `gamma` is the one that PEARL's authors recommend for this pair. A drafter that waits while the target works on both cores may
     use both as well, or the second alone.
     """
-    both = [replace(how, target_cores=BOTH, drafter_cores=cores) for how in TREES for cores in (SECOND, BOTH)]
+    both = [
+        replace(how, target_cores=BOTH, drafter_cores=cores)
+        for how in TREES
+        for cores in (SECOND, BOTH)
+    ]
     gammas = sorted({max(1, gamma // part) for part in (1, 2, 4)})
     pearl = tuple(OutriderMethod("pearl", (("passes", k),), ("model",)) for k in gammas)
-    groups = {"sync chain": CHAINS, "sync tree": TREES, "sync tree, 2 cores": tuple(both), "pearl": pearl}
-    return {name: tuple(Method(f"{name} #{number}", how) for number, how in enumerate(hows)) for name, hows in groups.items()}
+    groups = {
+        "sync chain": CHAINS,
+        "sync tree": TREES,
+        "sync tree, 2 cores": tuple(both),
+        "pearl": pearl,
+    }
+    return {
+        name: tuple(Method(f"{name} #{number}", how) for number, how in enumerate(hows))
+        for name, hows in groups.items()
+    }

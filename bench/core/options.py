@@ -7,7 +7,20 @@ from typing import Literal
 
 from bench.core.loop import Case, Round, cases, rounds
 from bench.core.machine import NATIVE
-from bench.core.methods import ALONE, AMUSD, BATCHED, BOTH, GREEDY, LIVING, LIVINGS, PLAIN, RIVALS, Method, OutriderMethod, candidates
+from bench.core.methods import (
+    ALONE,
+    AMUSD,
+    BATCHED,
+    BOTH,
+    GREEDY,
+    LIVING,
+    LIVINGS,
+    PLAIN,
+    RIVALS,
+    Method,
+    OutriderMethod,
+    candidates,
+)
 from bench.core.prompts import Prompt
 from bench.core.widen import CACHE
 from runtime import config
@@ -70,7 +83,13 @@ def checked(size: Size) -> Size:
     for batch in size.batches:
         whole("batch", batch, 1, 256)
     rising = tuple(sorted(set(size.temperatures)))
-    return Size(size.count, size.repetitions, size.new_tokens, rising, tuple(sorted(set(size.batches) - {1})))
+    return Size(
+        size.count,
+        size.repetitions,
+        size.new_tokens,
+        rising,
+        tuple(sorted(set(size.batches) - {1})),
+    )
 
 
 def shipped_pair() -> tuple[str, str]:
@@ -93,7 +112,11 @@ class Suite:
 
     @property
     def all(self) -> tuple[Method, ...]:
-        return (*self.fixed, *(method for group in self.groups.values() for method in group), *self.rivals)
+        return (
+            *self.fixed,
+            *(method for group in self.groups.values() for method in group),
+            *self.rivals,
+        )
 
     def final(self, best: Sequence[Method]) -> tuple[Method, ...]:
         """With the best settings in place of the groups."""
@@ -109,11 +132,20 @@ def suite(quick: bool, gamma: int) -> Suite:
     return Suite((PLAIN, LIVING), {"sync tree": groups["sync tree"][1:3]}, rivals)
 
 
-def main_rounds(prompts: Sequence[Prompt], size: Size, seed: int, methods: Sequence[Method]) -> list[Round]:
+def main_rounds(
+    prompts: Sequence[Prompt], size: Size, seed: int, methods: Sequence[Method]
+) -> list[Round]:
     """All methods once; then again, at the lowest temperature, those of ours."""
     every = cases(prompts, 1, size.temperatures, size.repetitions, size.new_tokens, seed)
-    again = [case for case in every if case.repetition > 0 and case.sampling.temperature == min(size.temperatures)]
-    return [*rounds([case for case in every if case.repetition == 0], methods), *rounds(again, own(methods))]
+    again = [
+        case
+        for case in every
+        if case.repetition > 0 and case.sampling.temperature == min(size.temperatures)
+    ]
+    return [
+        *rounds([case for case in every if case.repetition == 0], methods),
+        *rounds(again, own(methods)),
+    ]
 
 
 def own(methods: Sequence[Method]) -> list[Method]:
@@ -123,29 +155,52 @@ def own(methods: Sequence[Method]) -> list[Method]:
 def batch_cases(prompts: Sequence[Prompt], size: Size, seed: int) -> list[Case]:
     """One group of each size, greedy; sizes beyond the number of prompts are left out."""
     return [
-        case for batch in size.batches for case in cases(prompts[:batch], batch, (0.0,), 1, size.new_tokens, seed) if batch <= len(prompts)
+        case
+        for batch in size.batches
+        for case in cases(prompts[:batch], batch, (0.0,), 1, size.new_tokens, seed)
+        if batch <= len(prompts)
     ]
 
 
 # Seconds of a token in steps of one row on one core, as they were found on two machines; for the time left to wait, and nothing else.
 COSTS = {"plain": 1.0, "greedy": 1.4, "lookup": 1.1, "assisted": 0.9}
-DRAFTED, USELESS, SPREAD = 0.5, 1.1, 0.7  # with drafts; with none, or wrong ones; on two cores, of that on one
+DRAFTED, USELESS, SPREAD = (
+    0.5,
+    1.1,
+    0.7,
+)  # with drafts; with none, or wrong ones; on two cores, of that on one
 
 
 def cost(method: Method) -> float:
     how = method.how
     if isinstance(how, OutriderMethod):
-        found = COSTS["plain"] if how.schedule == "plain" else DRAFTED if set(how.drafters) & {"model", "ngram"} else USELESS
+        found = (
+            COSTS["plain"]
+            if how.schedule == "plain"
+            else DRAFTED
+            if set(how.drafters) & {"model", "ngram"}
+            else USELESS
+        )
         return found * (SPREAD if how.target_cores == BOTH else 1.0)
     return COSTS[how.kind] * (SPREAD if how.cores == BOTH else 1.0)
 
 
 def expected_seconds(which: Suite, size: Size, step: float) -> float:
     """Of everything after the profile, where a step of one row takes `step` seconds. A prompt is read in about ten steps."""
-    methods, one = which.final([group[0] for group in which.groups.values()]), (size.new_tokens + 10) * step
+    methods, one = (
+        which.final([group[0] for group in which.groups.values()]),
+        (size.new_tokens + 10) * step,
+    )
     again = size.count * (size.repetitions - 1) + WARMING * len(size.temperatures)
-    main = size.count * len(size.temperatures) * sum(map(cost, methods)) * one + again * sum(map(cost, own(methods))) * one
+    main = (
+        size.count * len(size.temperatures) * sum(map(cost, methods)) * one
+        + again * sum(map(cost, own(methods))) * one
+    )
     learning = LEARNING * len(size.temperatures) * sum(map(cost, LIVINGS)) * one
     sweep = SWEPT * sum(cost(method) for group in which.groups.values() for method in group) * one
-    batched = sum((size.new_tokens * (1 + batch / 16) + 10 * batch) * step for batch in size.batches) * 1.5 * len(which.batched)
+    batched = (
+        sum((size.new_tokens * (1 + batch / 16) + 10 * batch) * step for batch in size.batches)
+        * 1.5
+        * len(which.batched)
+    )
     return 60.0 + main + learning + sweep + batched

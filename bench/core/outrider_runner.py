@@ -30,7 +30,13 @@ from runtime.schedulers.base import Scheduler
 from runtime.scoring.calibration import Calibrations
 from runtime.telemetry.tracing import Recording
 
-NAMES = {"model": "draft-0", "ngram": "ngram-0", "wrong": "wrong-0", "layer-skip": "layer-skip-0", "s3d": "s3d-0"}  # of drafters, by method
+NAMES = {
+    "model": "draft-0",
+    "ngram": "ngram-0",
+    "wrong": "wrong-0",
+    "layer-skip": "layer-skip-0",
+    "s3d": "s3d-0",
+}  # of drafters, by method
 TRIES = 3  # of a run on whose way a drafter is lost
 PATIENCE = 10.0  # seconds until a target has its drafters
 LOOK = 0.01  # seconds between two looks
@@ -56,14 +62,30 @@ class Pair:
         return Placement(cores=tuple(self.cores[place] for place in cores), listen="127.0.0.1")
 
     def target_config(self, cores: Cores) -> TargetConfig:
-        heads = tuple(HeadConfig(method=method, folder=folder) for method, folder in self.heads.items())
-        return TargetConfig(model=self.target, dtype=self.dtype, device="cpu", heads=heads, placement=self.placed(cores))
+        heads = tuple(
+            HeadConfig(method=method, folder=folder) for method, folder in self.heads.items()
+        )
+        return TargetConfig(
+            model=self.target,
+            dtype=self.dtype,
+            device="cpu",
+            heads=heads,
+            placement=self.placed(cores),
+        )
 
     def drafter_config(self, method: str, cores: Cores) -> DrafterConfig:
         model = self.trained.get(method, "" if method in ("ngram", "layer-skip") else self.draft)
         layers = self.layers if method == "layer-skip" else ()
-        named = {"name": NAMES[method], "method": method, "model": model, "layers": layers, "dtype": self.dtype}
-        return DrafterConfig.model_validate({**named, "device": "cpu", "placement": self.placed(cores)})
+        named = {
+            "name": NAMES[method],
+            "method": method,
+            "model": model,
+            "layers": layers,
+            "dtype": self.dtype,
+        }
+        return DrafterConfig.model_validate(
+            {**named, "device": "cpu", "placement": self.placed(cores)}
+        )
 
 
 def schedule_of(how: OutriderMethod) -> ScheduleConfig:
@@ -88,7 +110,9 @@ class MethodTarget(TargetActor):
         if how not in self.policies:
             self.policies[how] = scheduler(schedule_of(how), self.times)
         self.target.schedule(self.policies[how], frozenset(f"{head}-0" for head in how.heads))
-        engine.requests.calibrations = self.known.setdefault((how.schedule, *how.drafters, *how.heads), Calibrations())
+        engine.requests.calibrations = self.known.setdefault(
+            (how.schedule, *how.drafters, *how.heads), Calibrations()
+        )
         engine.requests.prefixes = Prefixes(engine.requests.prefixes.budget)
         self.drafters(peers)
 
@@ -110,7 +134,9 @@ class Answer:
     stats: Stats | None = None
 
 
-async def ask(service: Service, prompts: Sequence[Tokens], sampling: Sampling) -> tuple[float, list[Answer]]:
+async def ask(
+    service: Service, prompts: Sequence[Tokens], sampling: Sampling
+) -> tuple[float, list[Answer]]:
     """All prompts at the same time; returns also when that began. Raises Unavailable where one of them ends by an error."""
     requests = [Request(uuid.uuid4().hex, prompt, sampling) for prompt in prompts]
     began = time.perf_counter()
@@ -121,7 +147,9 @@ async def listen(service: Service, request: Request) -> Answer:
     answer = Answer()
     async for chunk in service.generate(request):
         if chunk.finish_reason in ("error", "cancelled"):
-            raise Unavailable(f"the target did not finish ({chunk.error or chunk.finish_reason}): see the message above")
+            raise Unavailable(
+                f"the target did not finish ({chunk.error or chunk.finish_reason}): see the message above"
+            )
         answer.tokens += chunk.tokens
         answer.moments.append((time.perf_counter(), len(answer.tokens)))
         answer.stats = chunk.stats or answer.stats
@@ -135,7 +163,9 @@ def outcome(began: float, answers: Sequence[Answer]) -> Outcome:
         outputs=tuple(tuple(answer.tokens) for answer in answers),
         seconds=max(answer.moments[-1][0] for answer in answers) - began,
         first_seconds=first - began,
-        first_tokens=sum(max(count for at, count in answer.moments if at <= first) for answer in answers),
+        first_tokens=sum(
+            max(count for at, count in answer.moments if at <= first) for answer in answers
+        ),
     )
 
 
@@ -143,7 +173,9 @@ class OutriderRunner:
     """A Runner for the methods that it was started for. `recordings`: of the last run, target first, then its drafters; `learned`: as of
     MethodTarget, after it."""
 
-    def __init__(self, targets: Mapping[Cores, Any], drafters: Mapping[tuple[str, Cores], Any]) -> None:
+    def __init__(
+        self, targets: Mapping[Cores, Any], drafters: Mapping[tuple[str, Cores], Any]
+    ) -> None:
         """Handles of actors that have started, MethodTarget and DraftActor."""
         self.targets, self.drafters = targets, drafters
         self.recordings: list[Recording] = []
@@ -151,24 +183,37 @@ class OutriderRunner:
         self._loop = asyncio.Runner()
         self._services: dict[str, GrpcTarget] = {}
 
-    def run(self, method: Method, prompts: Sequence[Prompt], sampling: Sampling, tries: int = TRIES) -> Outcome:
+    def run(
+        self, method: Method, prompts: Sequence[Prompt], sampling: Sampling, tries: int = TRIES
+    ) -> Outcome:
         """Raises InvalidRequest for a method of others, Unavailable where an actor has ended or a drafter was lost on the way each time."""
         if not isinstance(method.how, OutriderMethod):
-            raise InvalidRequest(f"method {method.name!r} is transformers': run it with its own runner", "method")
+            raise InvalidRequest(
+                f"method {method.name!r} is transformers': run it with its own runner", "method"
+            )
         how, target = method.how, self.targets[method.how.target_cores]
         drafters = {NAMES[name]: self.drafters[name, how.drafter_cores] for name in how.drafters}
         with known_errors():
-            peers = [Endpoint(name, ray.get(handle.where.remote()).address, 0) for name, handle in drafters.items()]
+            peers = [
+                Endpoint(name, ray.get(handle.where.remote()).address, 0)
+                for name, handle in drafters.items()
+            ]
             ray.get(target.become.remote(how, peers))
             self._await_drafters(target, sorted(drafters))
             actors = [target, *drafters.values()]
             ray.get([actor.trace.remote() for actor in actors])  # what came after the last run
             address = ray.get(target.where.remote()).address
-            began, answers = self._loop.run(self._ask(address, [prompt.tokens for prompt in prompts], sampling))
+            began, answers = self._loop.run(
+                self._ask(address, [prompt.tokens for prompt in prompts], sampling)
+            )
             if (left := sorted(ray.get(target.attached.remote()))) != sorted(drafters):
-                if tries > 1:  # the machine stood still for a while, perhaps: the run does not count
+                if (
+                    tries > 1
+                ):  # the machine stood still for a while, perhaps: the run does not count
                     return self.run(method, prompts, sampling, tries - 1)
-                raise Unavailable(f"of the drafters {sorted(drafters)} only {left} were left after {method.name}: see the message above")
+                raise Unavailable(
+                    f"of the drafters {sorted(drafters)} only {left} were left after {method.name}: see the message above"
+                )
             self.recordings = ray.get([actor.trace.remote() for actor in actors])
             self.learned = ray.get(target.learned.remote())
         return with_steps(outcome(began, answers), answers, self.recordings)
@@ -177,10 +222,14 @@ class OutriderRunner:
         deadline = time.monotonic() + PATIENCE
         while (attached := sorted(ray.get(target.attached.remote()))) != names:
             if time.monotonic() > deadline:
-                raise Unavailable(f"the target has the drafters {attached} and not {names}: see the message above")
+                raise Unavailable(
+                    f"the target has the drafters {attached} and not {names}: see the message above"
+                )
             time.sleep(LOOK)
 
-    async def _ask(self, address: str, prompts: Sequence[Tokens], sampling: Sampling) -> tuple[float, list[Answer]]:
+    async def _ask(
+        self, address: str, prompts: Sequence[Tokens], sampling: Sampling
+    ) -> tuple[float, list[Answer]]:
         if address not in self._services:
             self._services[address] = GrpcTarget(address, silence_ms=CALLER_SILENCE_MS)
         return await ask(self._services[address], prompts, sampling)
@@ -214,12 +263,16 @@ def running(pair: Pair, methods: Iterable[Method]) -> Iterator[OutriderRunner]:
         targets = {}
         for cores in wanted_targets:
             config = pair.target_config(cores)
-            targets[cores] = options(MethodTarget, name_of("target", cores), config.placement).remote(config, True)
+            targets[cores] = options(
+                MethodTarget, name_of("target", cores), config.placement
+            ).remote(config, True)
             ray.get(targets[cores].start.remote(), timeout=START_TIMEOUT_S)
         drafters = {}
         for method, cores in wanted_drafters:
             drafter = pair.drafter_config(method, cores)
-            handle = options(DraftActor, name_of(method, cores), drafter.placement).remote(drafter, pair.target, 0, True)
+            handle = options(DraftActor, name_of(method, cores), drafter.placement).remote(
+                drafter, pair.target, 0, True
+            )
             drafters[method, cores] = handle
         ray.get([handle.start.remote() for handle in drafters.values()], timeout=START_TIMEOUT_S)
         found = OutriderRunner(targets, drafters)

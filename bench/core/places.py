@@ -21,11 +21,17 @@ def places(profile: Profile, runs: Sequence[Run]) -> tuple[InPlace, ...]:
     for run in runs:
         if run.passes is not None:
             found[run.temperature, run.batch].append(run.passes)
-    return tuple(place(profile, temperature, batch, seen) for (temperature, batch), seen in sorted(found.items()))
+    return tuple(
+        place(profile, temperature, batch, seen)
+        for (temperature, batch), seen in sorted(found.items())
+    )
 
 
 def place(profile: Profile, temperature: float, batch: int, seen: Sequence[Passes]) -> InPlace:
-    alone, drafted = [one for one in seen if not one.drafting], [one for one in seen if one.drafting]
+    alone, drafted = (
+        [one for one in seen if not one.drafting],
+        [one for one in seen if one.drafting],
+    )
     step = bookkeeping(alone or seen)
     messages = sum(one.messages for one in drafted)
     more = sum(one.bookkeeping - step * sessions(one) for one in drafted)
@@ -53,7 +59,12 @@ def sessions(passes: Passes) -> int:
 
 def between(profile: Profile, passes: Passes) -> float:
     """Seconds from the end of a drafter's pass to the next, as a median, where its model takes what it takes alone."""
-    return max(0.0, statistics.median(period - interpolated(profile.draft, leaves) for leaves, period in passes.drafting))
+    return max(
+        0.0,
+        statistics.median(
+            period - interpolated(profile.draft, leaves) for leaves, period in passes.drafting
+        ),
+    )
 
 
 def stretched(profile: Profile, seen: Sequence[Passes]) -> dict[int, float]:
@@ -66,11 +77,20 @@ def stretched(profile: Profile, seen: Sequence[Passes]) -> dict[int, float]:
     for rows, texts, seconds in (each for one in seen for each in one.target):
         nearest = int(np.abs(np.log(widths / rows)).argmin())
         took[nearest] += seconds
-        expected[nearest] += interpolated(profile.target, rows) + (profile.text or 0.0) * (texts - 1)
+        expected[nearest] += interpolated(profile.target, rows) + (profile.text or 0.0) * (
+            texts - 1
+        )
         count[nearest] += 1
     known = count >= min(FEW, count.max())
-    ratios = np.interp(np.log(widths), np.log(widths[known]), took[known] / expected[known]) if count.any() else np.ones(len(widths))
-    return {int(rows): profile.target[int(rows)] * float(ratio) for rows, ratio in zip(widths, ratios, strict=True)}
+    ratios = (
+        np.interp(np.log(widths), np.log(widths[known]), took[known] / expected[known])
+        if count.any()
+        else np.ones(len(widths))
+    )
+    return {
+        int(rows): profile.target[int(rows)] * float(ratio)
+        for rows, ratio in zip(widths, ratios, strict=True)
+    }
 
 
 def interpolated(times: Mapping[int, float], rows: float) -> float:

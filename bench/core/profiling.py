@@ -13,7 +13,9 @@ TARGET_ROWS = (1, 2, 4, 8, 16, 32, 64)
 DRAFT_ROWS = (1, 2, 4, 8, 16, 32)
 TEXTS = 8
 REPEATS = 7
-STREAM = 1 << 26  # float32 numbers read at once to find the memory's bandwidth: more than any cache holds
+STREAM = (
+    1 << 26
+)  # float32 numbers read at once to find the memory's bandwidth: more than any cache holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,9 @@ def measure(job: Job) -> Measured:
     from runtime.models.loader import load_model
     from runtime.models.step_timing import step_times, text_time
 
-    target, draft = (load_model(name, job.dtype, "cpu", threads=1) for name in (job.target, job.draft))
+    target, draft = (
+        load_model(name, job.dtype, "cpu", threads=1) for name in (job.target, job.draft)
+    )
     size = sum(weight.nbytes for weight in target.module.parameters())
     profile = Profile(
         target=step_times(target, TARGET_ROWS, time.monotonic, REPEATS),
@@ -53,7 +57,10 @@ def middle(profiles: Sequence[Profile]) -> Profile:
     """The medians of what was measured at several times: on a shared machine a core may be twice as fast in one minute as in the next."""
 
     def times(of: Callable[[Profile], dict[int, float]]) -> dict[int, float]:
-        return {rows: statistics.median(of(profile)[rows] for profile in profiles) for rows in of(profiles[0])}
+        return {
+            rows: statistics.median(of(profile)[rows] for profile in profiles)
+            for rows in of(profiles[0])
+        }
 
     def one(of: Callable[[Profile], float | None]) -> float | None:
         known = [found for profile in profiles if (found := of(profile)) is not None]
@@ -89,10 +96,17 @@ def acceptance(answered: Answered) -> tuple[Acceptance, ...]:
 
     draft, found = load_model(job.draft, job.dtype, "cpu", threads=1), []
     for temperature, batch in sorted({(run.temperature, run.batch) for run in firsts}):
-        answers = [answer for run in firsts if (run.temperature, run.batch) == (temperature, batch) for answer in run.answers]
+        answers = [
+            answer
+            for run in firsts
+            if (run.temperature, run.batch) == (temperature, batch)
+            for answer in run.answers
+        ]
         guessed = along(draft, answers, Sampling(temperature=temperature, seed=answered.seed))
         place = positions(guessed.ranks, guessed.scores)
-        found.append(Acceptance(temperature=temperature, batch=batch, ranks=guessed.rates(), positions=place))
+        found.append(
+            Acceptance(temperature=temperature, batch=batch, ranks=guessed.rates(), positions=place)
+        )
     return tuple(found)
 
 

@@ -14,7 +14,12 @@ from runtime.core.messages import Tokens
 from training import stdlib_corpus
 
 SHORTEST, LONGEST = 64, 256  # tokens of context
-FIELDS = ("prompt", "question", "turns", "text")  # where the sets in use keep it: HumanEval, GSM8K, MT-Bench and Spec-Bench, plain text
+FIELDS = (
+    "prompt",
+    "question",
+    "turns",
+    "text",
+)  # where the sets in use keep it: HumanEval, GSM8K, MT-Bench and Spec-Bench, plain text
 LARGEST = 1 << 26  # bytes of a prompt file
 
 
@@ -43,11 +48,16 @@ def held_out(tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> list[
             line, tokens = cut
             found.append(Prompt(f"{name}:{line}", tokens))
     if len(found) < count:
-        raise InvalidRequest(f"{count} prompts are more than the {len(found)} held-out files hold: ask for fewer", "count")
+        raise InvalidRequest(
+            f"{count} prompts are more than the {len(found)} held-out files hold: ask for fewer",
+            "count",
+        )
     return found
 
 
-def excerpt(tokenizer: PreTrainedTokenizerFast, text: str, draw: random.Random) -> tuple[int, Tokens] | None:
+def excerpt(
+    tokenizer: PreTrainedTokenizerFast, text: str, draw: random.Random
+) -> tuple[int, Tokens] | None:
     """Whole lines from a drawn one on, as many as fit into a drawn length; with its number. None for a text too short for that."""
     lines = text.splitlines(keepends=True)
     most = draw.randint(SHORTEST, LONGEST)
@@ -72,48 +82,77 @@ def from_file(path: Path) -> dict[str, str]:
     Raises InvalidRequest that names file and line.
     """
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+        files = sorted(
+            file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")
+        )
         return some({file.name: read(file) for file in files}, path)
     text = read(path)
     if path.suffix == ".json":
         values = parse(text, str(path))
         if not isinstance(values, list):
             raise InvalidRequest(f"{path} holds no list: give a list of prompts", "prompts")
-        return some({f"{path.name}:{number}": prompt_of(value, f"{path}, entry {number}") for number, value in enumerate(values, 1)}, path)
+        return some(
+            {
+                f"{path.name}:{number}": prompt_of(value, f"{path}, entry {number}")
+                for number, value in enumerate(values, 1)
+            },
+            path,
+        )
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if path.suffix == ".jsonl":
-        return some({f"{path.name}:{n}": prompt_of(parse(line, f"{path}, line {n}"), f"{path}, line {n}") for n, line in lines}, path)
+        return some(
+            {
+                f"{path.name}:{n}": prompt_of(parse(line, f"{path}, line {n}"), f"{path}, line {n}")
+                for n, line in lines
+            },
+            path,
+        )
     return some({f"{path.name}:{number}": line for number, line in lines}, path)
 
 
 def read(path: Path) -> str:
     try:
         if path.stat().st_size > LARGEST:
-            raise InvalidRequest(f"{path} is larger than {LARGEST >> 20} MiB: give a smaller file of prompts", "prompts")
+            raise InvalidRequest(
+                f"{path} is larger than {LARGEST >> 20} MiB: give a smaller file of prompts",
+                "prompts",
+            )
         return path.read_text("utf-8")
     except OSError as error:
-        raise InvalidRequest(f"{path} cannot be read ({error.strerror}): give a file of prompts", "prompts") from error
+        raise InvalidRequest(
+            f"{path} cannot be read ({error.strerror}): give a file of prompts", "prompts"
+        ) from error
     except UnicodeDecodeError as error:
-        raise InvalidRequest(f"{path} is not UTF-8 text: give a file of prompts", "prompts") from error
+        raise InvalidRequest(
+            f"{path} is not UTF-8 text: give a file of prompts", "prompts"
+        ) from error
 
 
 def parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{where} is not JSON ({str(error).splitlines()[0]}): mend it", "prompts") from error
+        raise InvalidRequest(
+            f"{where} is not JSON ({str(error).splitlines()[0]}): mend it", "prompts"
+        ) from error
 
 
 def prompt_of(value: object, where: str) -> str:
     if isinstance(value, dict):
         field = next((field for field in FIELDS if field in value), None)
         if field is None:
-            raise InvalidRequest(f"{where} has no prompt: name the field {', '.join(FIELDS[:-1])} or {FIELDS[-1]}", "prompts")
+            raise InvalidRequest(
+                f"{where} has no prompt: name the field {', '.join(FIELDS[:-1])} or {FIELDS[-1]}",
+                "prompts",
+            )
         value, where = value[field], f"{where}, {field}"
         if isinstance(value, list) and value:
             value = value[0]
     if not isinstance(value, str) or not value:
-        raise InvalidRequest(f"{where} is {type(value).__name__}, not a text: give a string that is not empty", "prompts")
+        raise InvalidRequest(
+            f"{where} is {type(value).__name__}, not a text: give a string that is not empty",
+            "prompts",
+        )
     return value
 
 

@@ -8,7 +8,20 @@ from collections.abc import Iterable, Sequence
 
 from bench.core.results import Passes, Steps, steps_of
 from runtime.core.messages import Stats
-from runtime.telemetry.tracing import BOOKKEEPING, COMMIT, COMPUTE, GROWTH, LEAD, PREFILL, STEP, WAIT, Count, Flow, Recording, Span
+from runtime.telemetry.tracing import (
+    BOOKKEEPING,
+    COMMIT,
+    COMPUTE,
+    GROWTH,
+    LEAD,
+    PREFILL,
+    STEP,
+    WAIT,
+    Count,
+    Flow,
+    Recording,
+    Span,
+)
 
 
 def steps(stats: Stats, target: Recording, drafters: Sequence[Recording]) -> Steps:
@@ -16,19 +29,34 @@ def steps(stats: Stats, target: Recording, drafters: Sequence[Recording]) -> Ste
     spans = [event for event in target.events if isinstance(event, Span)]
     first = next((number for number, span in enumerate(spans) if span.name == COMPUTE), len(spans))
     times = {
-        name: sum(span.ended - span.began for span in spans[first + 1 :] if span.name == name) for name in (COMPUTE, WAIT, BOOKKEEPING)
+        name: sum(span.ended - span.began for span in spans[first + 1 :] if span.name == name)
+        for name in (COMPUTE, WAIT, BOOKKEEPING)
     }
     found = steps_of(stats, lead(target, drafters))
-    return found.model_copy(update={"computed": times[COMPUTE], "waited": times[WAIT], "bookkeeping": times[BOOKKEEPING]})
+    return found.model_copy(
+        update={
+            "computed": times[COMPUTE],
+            "waited": times[WAIT],
+            "bookkeeping": times[BOOKKEEPING],
+        }
+    )
 
 
 def lead(target: Recording, drafters: Sequence[Recording]) -> float | None:
     """Tokens by which the deepest drafter's tree was ahead when a pass of the target began, on average. None without drafters."""
-    begins = [event.began + target.offset for event in target.events if isinstance(event, Span) and event.name == COMPUTE]
+    begins = [
+        event.began + target.offset
+        for event in target.events
+        if isinstance(event, Span) and event.name == COMPUTE
+    ]
     if not drafters or not begins:
         return None
     counts = [
-        [(event.at + part.offset, event.value) for event in part.events if isinstance(event, Count) and event.name == LEAD]
+        [
+            (event.at + part.offset, event.value)
+            for event in part.events
+            if isinstance(event, Count) and event.name == LEAD
+        ]
         for part in drafters
     ]
     return statistics.mean(max(value_at(of_one, at) for of_one in counts) for at in begins)
@@ -53,11 +81,19 @@ def passes(target: Recording, drafters: Sequence[Recording]) -> Passes:
     spans, drafting = by_name(target), [by_name(part)[STEP] for part in drafters]
     computing, apart = spans[COMPUTE], (*spans[WAIT], *spans[PREFILL])
     return Passes(
-        target=tuple((int(one.figures["rows"]), int(one.figures["sessions"]), one.ended - one.began) for one in computing),
+        target=tuple(
+            (int(one.figures["rows"]), int(one.figures["sessions"]), one.ended - one.began)
+            for one in computing
+        ),
         bookkeeping=sum(between(one, after, apart) for one, after in itertools.pairwise(computing)),
-        messages=sum(isinstance(event, Flow) and event.kind == GROWTH and not event.begins for event in target.events),
+        messages=sum(
+            isinstance(event, Flow) and event.kind == GROWTH and not event.begins
+            for event in target.events
+        ),
         drafting=tuple(
-            (int(one.figures["leaves"]), after.began - one.began) for of_one in drafting for one, after in itertools.pairwise(of_one)
+            (int(one.figures["leaves"]), after.began - one.began)
+            for of_one in drafting
+            for one, after in itertools.pairwise(of_one)
         ),
         round_trip=round_trip([target, *drafters]),
     )

@@ -203,10 +203,13 @@ def read(file: Path) -> Results:
     try:
         return Results.model_validate_json(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{file} cannot be read: give a file that the benchmark wrote", "results") from error
+        raise InvalidRequest(
+            f"{file} cannot be read: give a file that the benchmark wrote", "results"
+        ) from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InvalidRequest(
-            f"{file} holds no results ({where or 'content'}: {first['msg']}): run the benchmark again", "results"
+            f"{file} holds no results ({where or 'content'}: {first['msg']}): run the benchmark again",
+            "results",
         ) from error

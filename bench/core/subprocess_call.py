@@ -16,14 +16,18 @@ def call_in_subprocess(function: Callable[[Given], Found], given: Given) -> Foun
     """`function(given)`, both of which can be pickled. Raises the OutriderError that it raises; Unavailable where the process dies."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=answer, args=(theirs, function, given), name=function.__name__, daemon=True)
+    process = context.Process(
+        target=answer, args=(theirs, function, given), name=function.__name__, daemon=True
+    )
     process.start()
     theirs.close()
     try:
         found: Found | OutriderError = ours.recv()
     except EOFError as error:
         process.join()
-        raise Unavailable(f"{function.__name__} ended with code {process.exitcode}: see its message above") from error
+        raise Unavailable(
+            f"{function.__name__} ended with code {process.exitcode}: see its message above"
+        ) from error
     finally:
         process.terminate()
         process.join()

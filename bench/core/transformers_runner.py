@@ -43,7 +43,9 @@ class TransformersRunner:
     def __init__(self, place: Place) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, place), name="transformers", daemon=True)
+        self._process = context.Process(
+            target=serve, args=(theirs, place), name="transformers", daemon=True
+        )
         self._process.start()
         theirs.close()
 
@@ -53,15 +55,23 @@ class TransformersRunner:
     def run(self, method: Method, prompts: Sequence[Prompt], sampling: Sampling) -> Outcome:
         """Raises InvalidRequest for what generate() cannot do, Unavailable where the process has ended."""
         if not isinstance(method.how, TransformersMethod):
-            raise InvalidRequest(f"method {method.name!r} is not transformers': run it with its own runner", "method")
+            raise InvalidRequest(
+                f"method {method.name!r} is not transformers': run it with its own runner", "method"
+            )
         if len(prompts) > 1 and method.how.kind != "greedy":
-            raise InvalidRequest(f"method {method.name!r} takes one prompt at a time, not {len(prompts)}", "batch")
+            raise InvalidRequest(
+                f"method {method.name!r} takes one prompt at a time, not {len(prompts)}", "batch"
+            )
         try:
-            self._connection.send(Job(method.how, tuple(prompt.tokens for prompt in prompts), sampling))
+            self._connection.send(
+                Job(method.how, tuple(prompt.tokens for prompt in prompts), sampling)
+            )
             outcome: Outcome = self._connection.recv()
         except (EOFError, OSError) as error:
             self._process.join()
-            raise Unavailable(f"transformers' process ended with code {self._process.exitcode}: see its message above") from error
+            raise Unavailable(
+                f"transformers' process ended with code {self._process.exitcode}: see its message above"
+            ) from error
         return outcome
 
     def close(self) -> None:
@@ -69,7 +79,12 @@ class TransformersRunner:
         self._process.terminate()  # it may be in the middle of a job that nobody waits for
         self._process.join()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
@@ -100,7 +115,8 @@ class Pair:
         logging.set_verbosity_error()
         safely = {"use_safetensors": True, "local_files_only": True, "dtype": place.dtype}
         self.target, self.draft = (
-            AutoModelForCausalLM.from_pretrained(folder, **safely).to(place.device).eval() for folder in (place.target, place.draft)
+            AutoModelForCausalLM.from_pretrained(folder, **safely).to(place.device).eval()
+            for folder in (place.target, place.draft)
         )
         self.usual = copy.deepcopy(self.draft.generation_config)
 
@@ -112,7 +128,10 @@ class Pair:
         first = FirstTokens()
         how = self.arguments(job.how, job.sampling)
         began = time.perf_counter()
-        given = {"inputs": ids.to(self.target.device), "attention_mask": mask.to(self.target.device)}
+        given = {
+            "inputs": ids.to(self.target.device),
+            "attention_mask": mask.to(self.target.device),
+        }
         rows: list[list[int]] = self.target.generate(**given, **how, streamer=first).tolist()
         ended = time.perf_counter()
         outputs = tuple(upto(row[ids.shape[1] :], self.ends()) for row in rows)
@@ -120,7 +139,10 @@ class Pair:
 
     def arguments(self, how: TransformersMethod, sampling: Sampling) -> dict[str, Any]:
         """Of generate(), which reads the number of guesses from the assistant's own settings. A constant number has no other limit."""
-        found: dict[str, Any] = {"max_new_tokens": sampling.max_tokens, "do_sample": sampling.temperature > 0}
+        found: dict[str, Any] = {
+            "max_new_tokens": sampling.max_tokens,
+            "do_sample": sampling.temperature > 0,
+        }
         if sampling.temperature > 0:
             found |= {"temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
         if self.target.generation_config.pad_token_id is None:
@@ -131,7 +153,10 @@ class Pair:
             found["assistant_model"] = self.draft
             self.draft.generation_config = copy.deepcopy(self.usual)
             if how.guesses:
-                constant = {"num_assistant_tokens": how.guesses, "num_assistant_tokens_schedule": "constant"}
+                constant = {
+                    "num_assistant_tokens": how.guesses,
+                    "num_assistant_tokens_schedule": "constant",
+                }
                 self.draft.generation_config.update(**constant, assistant_confidence_threshold=0.0)
         return found
 

@@ -50,10 +50,14 @@ SMALL = Shape(hidden=768, layers=12, ffn=2048)  # 88M parameters for the target 
 
 
 def head_size(config: LlamaConfig) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
 
 
-def widen(source: LlamaForCausalLM, hidden: int, layers: int, ffn: int, heads: int, seed: int = 0) -> LlamaForCausalLM:
+def widen(
+    source: LlamaForCausalLM, hidden: int, layers: int, ffn: int, heads: int, seed: int = 0
+) -> LlamaForCausalLM:
     """A new float32 model of this shape with the function of `source`, which is left as it is.
 
     Raises InvalidRequest where the shape is smaller than the source's anywhere.
@@ -72,17 +76,28 @@ def widen(source: LlamaForCausalLM, hidden: int, layers: int, ffn: int, heads: i
         "rms_norm_eps": old.rms_norm_eps * ratio,
         "dtype": "float32",
     }
-    kept = {key: value for key, value in old.to_dict().items() if key not in ("architectures", "transformers_version")}
+    kept = {
+        key: value
+        for key, value in old.to_dict().items()
+        if key not in ("architectures", "transformers_version")
+    }
     with no_init_weights():
         model = LlamaForCausalLM(LlamaConfig(**kept | changes)).eval()
     model.tie_weights()
     model.generation_config = source.generation_config
-    noise = (torch.randn(NOISE, generator=torch.Generator().manual_seed(seed)) * SPREAD).bfloat16().float()
+    noise = (
+        (torch.randn(NOISE, generator=torch.Generator().manual_seed(seed)) * SPREAD)
+        .bfloat16()
+        .float()
+    )
 
     def ungroup(rows: Tensor) -> Tensor:
         return rows.view(-1, size, *rows.shape[1:]).repeat_interleave(group, 0).flatten(0, 1)
 
-    given = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in source.state_dict().items()}
+    given = {
+        name: tensor.detach().to("cpu", torch.float32)
+        for name, tensor in source.state_dict().items()
+    }
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             fill(tensor, name, given, ratio, ungroup, noise)
@@ -98,13 +113,31 @@ def check(old: LlamaConfig, hidden: int, layers: int, ffn: int, heads: int) -> N
     }
     for name, (given, least) in pairs.items():
         if given < least:
-            raise InvalidRequest(f"{name} {given} is below the source's {least}: give at least that", name)
+            raise InvalidRequest(
+                f"{name} {given} is below the source's {least}: give at least that", name
+            )
 
 
-def fill(tensor: Tensor, name: str, given: dict[str, Tensor], ratio: float, ungroup: Callable[[Tensor], Tensor], noise: Tensor) -> None:
+def fill(
+    tensor: Tensor,
+    name: str,
+    given: dict[str, Tensor],
+    ratio: float,
+    ungroup: Callable[[Tensor], Tensor],
+    noise: Tensor,
+) -> None:
     """One weight of the wide model, in place: the source's in its corner, `noise` in the rest, but zero where that would be heard."""
     source = given.get(name)
-    writes = name.endswith(("o_proj.weight", "o_proj.bias", "down_proj.weight", "down_proj.bias", "embed_tokens.weight", "lm_head.weight"))
+    writes = name.endswith(
+        (
+            "o_proj.weight",
+            "o_proj.bias",
+            "down_proj.weight",
+            "down_proj.bias",
+            "embed_tokens.weight",
+            "lm_head.weight",
+        )
+    )
     if "norm" in name:
         tensor.fill_(1.0)
     elif writes:
@@ -119,7 +152,9 @@ def fill(tensor: Tensor, name: str, given: dict[str, Tensor], ratio: float, ungr
     elif "k_proj" in name or "v_proj" in name:
         source = ungroup(source)
     if source.ndim == 2:
-        tensor[: source.shape[0]] = 0.0  # the rows that carry the function see the old channels only
+        tensor[: source.shape[0]] = (
+            0.0  # the rows that carry the function see the old channels only
+        )
         tensor[: source.shape[0], : source.shape[1]] = source
     else:
         tensor[: source.shape[0]] = source
@@ -131,13 +166,19 @@ def widened(folder: Path, shape: Shape, dtype: str) -> Path:
     Raises ModelRefused where the source is no Llama model, InvalidRequest for a shape or dtype that does not fit it.
     """
     if dtype not in DTYPES:
-        raise InvalidRequest(f"dtype {dtype!r} is not known: give one of {', '.join(DTYPES)}", "dtype")
+        raise InvalidRequest(
+            f"dtype {dtype!r} is not known: give one of {', '.join(DTYPES)}", "dtype"
+        )
     done = CACHE / name_of(folder, shape, dtype)
     if done.is_dir():
         return done
     logging.disable_progress_bar()
-    source = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True)
-    heads = shape.heads or max(shape.hidden // head_size(source.config), source.config.num_attention_heads)
+    source = LlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
+    )
+    heads = shape.heads or max(
+        shape.hidden // head_size(source.config), source.config.num_attention_heads
+    )
     model = widen(source, shape.hidden, shape.layers, shape.ffn, heads).to(DTYPES[dtype])
     partial = done.with_name(done.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -159,7 +200,9 @@ def name_of(folder: Path, shape: Shape, dtype: str) -> str:
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelRefused(f"{folder}/config.json cannot be read: give the folder of a Llama model") from error
+        raise ModelRefused(
+            f"{folder}/config.json cannot be read: give the folder of a Llama model"
+        ) from error
     if not isinstance(config, dict) or config.get("model_type") != "llama":
         raise ModelRefused(f"{folder} is no Llama model: only that family can be widened")
     digest = hashlib.sha256(f"{VERSION} {shape} {dtype}".encode())
@@ -170,13 +213,18 @@ def name_of(folder: Path, shape: Shape, dtype: str) -> str:
         digest.update(file.name.encode())
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
-    return f"{folder.resolve().name}-{shape.hidden}x{shape.layers}-{dtype}-{digest.hexdigest()[:12]}"
+    return (
+        f"{folder.resolve().name}-{shape.hidden}x{shape.layers}-{dtype}-{digest.hexdigest()[:12]}"
+    )
 
 
 def widened_head(folder: Path, target: Path) -> Path:
     """The folder, in the cache, of a trained head or S3D made to fit `target`, which `widened` has made of the target that it was trained
     for: the channels that were added are zero, and stay so. Of an S3D's target, keys have as many heads as queries."""
-    config, tensors = json.loads((folder / "config.json").read_text("utf-8")), load_file(folder / "model.safetensors")
+    config, tensors = (
+        json.loads((folder / "config.json").read_text("utf-8")),
+        load_file(folder / "model.safetensors"),
+    )
     shape = AutoConfig.from_pretrained(target)
     wide = {name: padded(name, tensor, shape) for name, tensor in tensors.items()}
     done = CACHE / f"{folder.name}-{target.name}"
@@ -189,7 +237,10 @@ def padded(name: str, tensor: Tensor, shape: LlamaConfig) -> Tensor:
     """One tensor of something trained, with zeros behind. Of an adapter's pair, (rank, inner) and (outer, rank), the rank stays."""
     heads, ffn = shape.num_attention_heads * head_size(shape), shape.intermediate_size
     reads = {"o_proj": heads, "down_proj": ffn}
-    writes = {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), heads), **dict.fromkeys(("gate_proj", "up_proj"), ffn)}
+    writes = {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj"), heads),
+        **dict.fromkeys(("gate_proj", "up_proj"), ffn),
+    }
     *_, part, side = f".{name}".split(".")
     if side == "down":
         sizes = (tensor.shape[0], reads.get(part, shape.hidden_size))
@@ -199,4 +250,11 @@ def padded(name: str, tensor: Tensor, shape: LlamaConfig) -> Tensor:
         sizes = (tensor.shape[0], shape.hidden_size)
     else:
         sizes = (shape.hidden_size,) * tensor.ndim
-    return F.pad(tensor, [count for size, old in zip(reversed(sizes), reversed(tensor.shape), strict=True) for count in (0, size - old)])
+    return F.pad(
+        tensor,
+        [
+            count
+            for size, old in zip(reversed(sizes), reversed(tensor.shape), strict=True)
+            for count in (0, size - old)
+        ],
+    )

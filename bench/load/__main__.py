@@ -25,21 +25,34 @@ TURNS = 4
 
 
 def main(
-    streams: Annotated[int, typer.Option(min=1, help="at one time, for what the gateway adds")] = 16,
-    places: Annotated[int, typer.Option(min=24, help="of the gateway: requests that may be under way")] = 24,
+    streams: Annotated[
+        int, typer.Option(min=1, help="at one time, for what the gateway adds")
+    ] = 16,
+    places: Annotated[
+        int, typer.Option(min=24, help="of the gateway: requests that may be under way")
+    ] = 24,
     rounds: Annotated[int, typer.Option(min=1, help="each way")] = 8,
-    seconds: Annotated[float, typer.Option(min=1, help="of overload, in turns with as many of a gateway that is just full")] = 30.0,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            min=1, help="of overload, in turns with as many of a gateway that is just full"
+        ),
+    ] = 30.0,
     times: Annotated[float, typer.Option(min=1, help="as many requests as are answered")] = 10.0,
     clients: Annotated[int, typer.Option(min=8, help="that leave")] = 1000,
     seed: Annotated[int, typer.Option(help="of what clients do")] = 1,
     target: Annotated[str, typer.Option(help="model")] = shipped("target"),
     draft: Annotated[str, typer.Option(help="model")] = shipped("draft"),
-    out: Annotated[Path | None, typer.Option("--json", help="write the result into this file")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--json", help="write the result into this file")
+    ] = None,
 ) -> None:
     """Exit code 1 where a goal is missed."""
     console = Console(highlight=False)
 
-    async def loaded(site: Site, known: list[Case]) -> tuple[GatewayOverhead, Overload, Disconnects]:
+    async def loaded(
+        site: Site, known: list[Case]
+    ) -> tuple[GatewayOverhead, Overload, Disconnects]:
         console.log("what the gateway adds")
         cost = await gateway_overhead(site, known, streams, rounds)
         console.log("overload")
@@ -50,7 +63,14 @@ def main(
     try:
         console.log("answering each request plainly")
         here = Placement(num_cpus=1, threads=1, listen="127.0.0.1")
-        known = asyncio.run(cases(TargetConfig(model=target, dtype="float32", device="cpu", placement=here), CASES, TOKENS, seed))
+        known = asyncio.run(
+            cases(
+                TargetConfig(model=target, dtype="float32", device="cpu", placement=here),
+                CASES,
+                TOKENS,
+                seed,
+            )
+        )
         console.log("starting target, drafter and gateway")
         with serving(target, draft, places) as site:
             found = asyncio.run(loaded(site, known))
@@ -68,7 +88,9 @@ def main(
             "overload": {**asdict(crowd), "met": crowd.met},
             "departures": {**asdict(left), "met": left.met},
         }
-        out.write_text(json.dumps({**told, "rows": rows, "load": os.getloadavg()[0]}, indent=1) + "\n")
+        out.write_text(
+            json.dumps({**told, "rows": rows, "load": os.getloadavg()[0]}, indent=1) + "\n"
+        )
     raise typer.Exit(0 if all(met) else 1)
 
 

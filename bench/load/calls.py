@@ -29,20 +29,27 @@ class Reply:
 
     def right(self, case: Case) -> bool:
         """Whether it is what plain decoding says."""
-        return (self.status, self.text, self.reason) == (200, case.expected.text, case.expected.reason)
+        return (self.status, self.text, self.reason) == (
+            200,
+            case.expected.text,
+            case.expected.reason,
+        )
 
 
 def body(model: str, case: Case, **fields: Any) -> dict[str, Any]:
     sampling = case.sampling
-    asked = {"temperature": sampling.temperature, "seed": sampling.seed, "max_tokens": sampling.max_tokens, "ignore_eos": True}
+    asked = {
+        "temperature": sampling.temperature,
+        "seed": sampling.seed,
+        "max_tokens": sampling.max_tokens,
+        "ignore_eos": True,
+    }
     return {"model": model, "prompt": list(case.prompt), "stream": True, **asked, **fields}
 
 
 def encoded(value: dict[str, Any]) -> bytes:
     data = json.dumps(value).encode()
-    head = (
-        f"POST {URL} HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    )
+    head = f"POST {URL} HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     return head.encode() + data
 
 

@@ -40,15 +40,24 @@ class Disconnects:
         return self.right and max(self.freed) <= GOAL_S and self.growth <= GOAL_BYTES
 
     def rows(self) -> list[tuple[str, str]]:
-        times = ", ".join(f"{1e3 * percentile(self.freed, share):.0f} ms" for share in (50, 99, 100))
-        memory = ", ".join(f"{name} {grown / 2**20:+.1f}" for name, grown in sorted(self.grown.items()))
+        times = ", ".join(
+            f"{1e3 * percentile(self.freed, share):.0f} ms" for share in (50, 99, 100)
+        )
+        memory = ", ".join(
+            f"{name} {grown / 2**20:+.1f}" for name, grown in sorted(self.grown.items())
+        )
         return [
             (f"{self.clients} clients leave: all freed after p50, p99, longest (goal: 1 s)", times),
-            ("memory, MiB (goal: growth at most 20)", f"{memory}; growth {self.growth / 2**20:.1f}"),
+            (
+                "memory, MiB (goal: growth at most 20)",
+                f"{memory}; growth {self.growth / 2**20:.1f}",
+            ),
         ]
 
 
-async def disconnects(site: Site, cases: Sequence[Case], clients: int, warm: int, seed: int) -> Disconnects:
+async def disconnects(
+    site: Site, cases: Sequence[Case], clients: int, warm: int, seed: int
+) -> Disconnects:
     """In groups. `warm` clients leave before memory is looked at: by then all code and all caches have been used."""
     draw = random.Random(seed)
     for _ in range(0, warm, AT_ONCE):
@@ -98,5 +107,9 @@ async def under_way(port: int) -> int:
     async with connected(port) as (reader, writer):
         writer.write(b"GET /metrics HTTP/1.1\r\nHost: load\r\nConnection: close\r\n\r\n")
         text = (await reader.read()).decode()
-    running = [line for line in text.splitlines() if line.startswith(("outrider:num_requests_running{", "outrider:num_requests_waiting{"))]
+    running = [
+        line
+        for line in text.splitlines()
+        if line.startswith(("outrider:num_requests_running{", "outrider:num_requests_waiting{"))
+    ]
     return round(sum(float(line.rpartition(" ")[2]) for line in running))

@@ -45,13 +45,21 @@ class GatewayOverhead:
     def rows(self) -> list[tuple[str, str]]:
         times = f"{1e3 * self.direct:.2f} ms, {1e3 * self.through:.2f} ms"
         return [
-            (f"token to token at {self.streams} streams: from the target, through the gateway", times),
-            ("the target's step; processor time of the gateway for a token", f"{1e3 * self.step:.2f} ms; {1e3 * self.gateway:.2f} ms"),
+            (
+                f"token to token at {self.streams} streams: from the target, through the gateway",
+                times,
+            ),
+            (
+                "the target's step; processor time of the gateway for a token",
+                f"{1e3 * self.step:.2f} ms; {1e3 * self.gateway:.2f} ms",
+            ),
             (f"added / step (goal: at most {GOAL:.0%})", f"{self.share:.1%}"),
         ]
 
 
-async def gateway_overhead(site: Site, cases: Sequence[Case], streams: int, rounds: int) -> GatewayOverhead:
+async def gateway_overhead(
+    site: Site, cases: Sequence[Case], streams: int, rounds: int
+) -> GatewayOverhead:
     """`rounds` of so many streams at one time each way; of all streams the median."""
     asked = [cases[number % len(cases)] for number in range(streams)]
     direct, through = list[float](), list[float]()
@@ -60,13 +68,20 @@ async def gateway_overhead(site: Site, cases: Sequence[Case], streams: int, roun
     for _ in range(rounds):
         direct += await from_target(site, asked)
         began = computed(site.pids["gateway-0"])
-        replies = await asyncio.gather(*(ask(site.port, encoded(body(site.model, case, speculative={"enabled": False}))) for case in asked))
+        replies = await asyncio.gather(
+            *(
+                ask(site.port, encoded(body(site.model, case, speculative={"enabled": False})))
+                for case in asked
+            )
+        )
         spent += computed(site.pids["gateway-0"]) - began
         tokens += sum(len(case.expected.tokens) for case in asked)
         wrong += sum(not reply.right(case) for reply, case in zip(replies, asked, strict=True))
         through += [between(reply.came, case) for reply, case in zip(replies, asked, strict=True)]
     step = step_of(before, await asyncio.to_thread(site.report))
-    return GatewayOverhead(streams, step, statistics.median(direct), statistics.median(through), spent / tokens, wrong)
+    return GatewayOverhead(
+        streams, step, statistics.median(direct), statistics.median(through), spent / tokens, wrong
+    )
 
 
 async def from_target(site: Site, asked: Sequence[Case]) -> list[float]:
@@ -79,7 +94,9 @@ async def from_target(site: Site, asked: Sequence[Case]) -> list[float]:
 
 async def timed(target: GrpcTarget, case: Case) -> float:
     now, came = asyncio.get_running_loop().time, list[float]()
-    async with aclosing(target.generate(Request(uuid.uuid4().hex, case.prompt, case.sampling, speculation=False))) as chunks:
+    async with aclosing(
+        target.generate(Request(uuid.uuid4().hex, case.prompt, case.sampling, speculation=False))
+    ) as chunks:
         async for _ in chunks:
             came.append(now())
     return between(came, case)

@@ -37,10 +37,19 @@ class Overload:
 
     @property
     def met(self) -> bool:
-        return not self.wrong and bool(self.refused) and percentile(self.refused, 99) <= GOAL_S and self.stormy <= SLOWER * self.calm
+        return (
+            not self.wrong
+            and bool(self.refused)
+            and percentile(self.refused, 99) <= GOAL_S
+            and self.stormy <= SLOWER * self.calm
+        )
 
     def rows(self) -> list[tuple[str, str]]:
-        waits = ", ".join(f"{1e3 * percentile(self.refused, share):.1f} ms" for share in (50, 99, 100)) if self.refused else "none"
+        waits = (
+            ", ".join(f"{1e3 * percentile(self.refused, share):.1f} ms" for share in (50, 99, 100))
+            if self.refused
+            else "none"
+        )
         return [
             (
                 f"requests a second, {self.times:g} times what is answered; admitted, refused",
@@ -55,7 +64,9 @@ class Overload:
         ]
 
 
-async def overload(site: Site, cases: Sequence[Case], places: int, times: float, seconds: float, turns: int) -> Overload:
+async def overload(
+    site: Site, cases: Sequence[Case], places: int, times: float, seconds: float, turns: int
+) -> Overload:
     """In turns, each for so many seconds: as many clients as there are places, each asking again when it is answered; then requests at
     `times` that rate, whoever has been answered."""
     numbers, offered = itertools.count(), list[float]()
@@ -80,7 +91,9 @@ async def overload(site: Site, cases: Sequence[Case], places: int, times: float,
 Answered = list[tuple[Reply, Case]]
 
 
-async def full(site: Site, cases: Sequence[Case], places: int, seconds: float, numbers: Iterator[int]) -> Answered:
+async def full(
+    site: Site, cases: Sequence[Case], places: int, seconds: float, numbers: Iterator[int]
+) -> Answered:
     now, found = asyncio.get_running_loop().time, Answered()
     until = now() + seconds
 
@@ -92,7 +105,9 @@ async def full(site: Site, cases: Sequence[Case], places: int, seconds: float, n
     return found
 
 
-async def flood(site: Site, cases: Sequence[Case], rate: float, seconds: float, numbers: Iterator[int]) -> Answered:
+async def flood(
+    site: Site, cases: Sequence[Case], rate: float, seconds: float, numbers: Iterator[int]
+) -> Answered:
     asking = list[asyncio.Task[tuple[Reply, Case]]]()
     async with asyncio.TaskGroup() as group:
         for _ in range(round(rate * seconds)):

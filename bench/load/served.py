@@ -15,7 +15,14 @@ from actors.controller.controller import Controller
 from actors.controller.fleet_view import Fleet
 from actors.ray_session import NAMESPACE, joined
 from actors.rpc.endpoints import ActorLocation
-from runtime.config import Deployment, GatewayConfig, LimitsConfig, Placement, PoolConfig, TargetConfig
+from runtime.config import (
+    Deployment,
+    GatewayConfig,
+    LimitsConfig,
+    Placement,
+    PoolConfig,
+    TargetConfig,
+)
 from runtime.core.cpu_affinity import split_cores
 from runtime.telemetry.reports import TargetReport
 
@@ -44,7 +51,9 @@ def serving(target: str, draft: str, requests: int) -> Iterator[Site]:
     Raises Unavailable, ModelRefused where they do not start.
     """
     with joined(None, cpus=3):
-        kind = ray.remote(Controller).options(name=NAME, namespace=NAMESPACE, num_cpus=0, max_concurrency=8)
+        kind = ray.remote(Controller).options(
+            name=NAME, namespace=NAMESPACE, num_cpus=0, max_concurrency=8
+        )
         controller = kind.remote(plan(target, draft, requests), served=True)
         try:
             fleet: Fleet = ray.get(controller.start.remote())
@@ -57,10 +66,17 @@ def serving(target: str, draft: str, requests: int) -> Iterator[Site]:
 def plan(target: str, draft: str, requests: int) -> Deployment:
     """The target on one half of the cores, the drafter and whatever else there is on the other."""
     mine, others = split_cores(sorted(os.sched_getaffinity(0)), 1)
-    here, there = (Placement(num_cpus=1, threads=1, listen="127.0.0.1", cores=cores) for cores in (mine, others))
+    here, there = (
+        Placement(num_cpus=1, threads=1, listen="127.0.0.1", cores=cores)
+        for cores in (mine, others)
+    )
     return Deployment(
-        target=TargetConfig(model=target, dtype="float32", device="cpu", kv_tokens=KV_TOKENS, placement=here),
-        pools=(PoolConfig(name="load", model=draft, dtype="float32", device="cpu", placement=there),),
+        target=TargetConfig(
+            model=target, dtype="float32", device="cpu", kv_tokens=KV_TOKENS, placement=here
+        ),
+        pools=(
+            PoolConfig(name="load", model=draft, dtype="float32", device="cpu", placement=there),
+        ),
         gateway=GatewayConfig(port=0),
         limits=LimitsConfig(requests=requests),
     )
@@ -80,7 +96,9 @@ def found(fleet: Fleet, places: Mapping[str, ActorLocation]) -> Site:
 
 def held(pid: int) -> int:
     """Bytes of memory that a process has of its own: without the pages of files, which the system drops and brings back as it likes."""
-    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    fields = dict(
+        line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+    )
     return sum(int(fields[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem", "VmSwap"))
 
 

@@ -47,19 +47,33 @@ class MethodStats:
 
     def per_node(self, who: str) -> float | None:
         """Milliseconds of its own for each new node; None where there was none."""
-        return 1e3 * self.seconds[who] / self.nodes[who] if self.nodes.get(who) and who in self.seconds else None
+        return (
+            1e3 * self.seconds[who] / self.nodes[who]
+            if self.nodes.get(who) and who in self.seconds
+            else None
+        )
 
 
 def add(
-    one: MethodStats, prompt: str, outcome: Outcome, recordings: Sequence[Recording], learned: Mapping[str, Any], nodes: Mapping[str, int]
+    one: MethodStats,
+    prompt: str,
+    outcome: Outcome,
+    recordings: Sequence[Recording],
+    learned: Mapping[str, Any],
+    nodes: Mapping[str, int],
 ) -> None:
     """A run more. Nothing is learned of a run that ended with its first tokens."""
-    tokens, seconds = sum(map(len, outcome.outputs)) - outcome.first_tokens, outcome.seconds - outcome.first_seconds
+    tokens, seconds = (
+        sum(map(len, outcome.outputs)) - outcome.first_tokens,
+        outcome.seconds - outcome.first_seconds,
+    )
     steps = outcome.steps
     if steps is None or steps.rounds < 2 or tokens < 1 or seconds <= 0:
         return
     one.rates[prompt] = tokens / seconds
-    one.times[prompt] = 1e3 * (steps.computed + steps.bookkeeping) / (steps.rounds - 1)  # of decoding: the first step is not in them
+    one.times[prompt] = (
+        1e3 * (steps.computed + steps.bookkeeping) / (steps.rounds - 1)
+    )  # of decoding: the first step is not in them
     one.tokens += sum(map(len, outcome.outputs))
     one.steps += steps.rounds
     one.accepted = summed(one.accepted, steps.by_drafter)
@@ -67,7 +81,9 @@ def add(
     for part in recordings:
         for event in part.events:
             if isinstance(event, Span) and event.name == STEP and event.figures.get("leaves", 1):
-                one.seconds[event.lane] = one.seconds.get(event.lane, 0.0) + event.ended - event.began
+                one.seconds[event.lane] = (
+                    one.seconds.get(event.lane, 0.0) + event.ended - event.began
+                )
                 one.passes[event.lane] = one.passes.get(event.lane, 0) + 1
     one.acceptance = by_rank(learned.get(f"{one.temperature:.1f}", {}))
 
@@ -87,9 +103,14 @@ def by_rank(band: Mapping[str, Any]) -> dict[str, list[float]]:
 
 def ratio(above: MethodStats, below: MethodStats) -> float:
     """How many times as fast: the median over the prompts of both."""
-    return statistics.median(above.rates[prompt] / below.rates[prompt] for prompt in above.rates.keys() & below.rates.keys())
+    return statistics.median(
+        above.rates[prompt] / below.rates[prompt]
+        for prompt in above.rates.keys() & below.rates.keys()
+    )
 
 
 def extra(one: MethodStats, plain: MethodStats) -> float:
     """Milliseconds that a step takes beyond one of plain decoding: the median over the prompts of both."""
-    return statistics.median(one.times[prompt] - plain.times[prompt] for prompt in one.times.keys() & plain.times.keys())
+    return statistics.median(
+        one.times[prompt] - plain.times[prompt] for prompt in one.times.keys() & plain.times.keys()
+    )

@@ -69,8 +69,23 @@ def methods(study: Study, temperature: float) -> Grid:
             )
         )
     ranks = tuple(f"right, {rank}." for rank in range(1, FIRST_RANKS + 1))
-    columns = ("method", *ranks, "tokens/step", "ms/node", "extra ms/step", "alone, tokens/s", "x plain", "with model, tokens/s", "x model")
-    return Grid(f"{study.name}, temperature {temperature:g}", (*columns, "MB", "training"), tuple(lines), ("training",))
+    columns = (
+        "method",
+        *ranks,
+        "tokens/step",
+        "ms/node",
+        "extra ms/step",
+        "alone, tokens/s",
+        "x plain",
+        "with model, tokens/s",
+        "x model",
+    )
+    return Grid(
+        f"{study.name}, temperature {temperature:g}",
+        (*columns, "MB", "training"),
+        tuple(lines),
+        ("training",),
+    )
 
 
 def runs(study: Study, temperature: float) -> Grid:
@@ -84,14 +99,34 @@ def runs(study: Study, temperature: float) -> Grid:
             f"{ratio(one, rows[MODEL]):.2f}" if MODEL in rows else "-",
             f"{one.tokens_per_step:.2f}",
             f"{extra(one, rows[PLAIN]):+.1f}",
-            ", ".join(f"{who} {count}" for who, count in sorted(one.accepted.items()) if who) or "-",
-            ", ".join(f"{who} {1e3 * one.seconds[who] / passes:.2f}" for who, passes in sorted(one.passes.items())) or "-",
+            ", ".join(f"{who} {count}" for who, count in sorted(one.accepted.items()) if who)
+            or "-",
+            ", ".join(
+                f"{who} {1e3 * one.seconds[who] / passes:.2f}"
+                for who, passes in sorted(one.passes.items())
+            )
+            or "-",
             "yes" if one.same else "NO",
         )
         for one in sorted(rows.values(), key=lambda one: -one.speed)
     ]
-    columns = ("method", "tokens/s", "x plain", "x model", "tokens/step", "extra ms/step", "accepted", "own ms", "text as plain")
-    return Grid(f"{study.name}, temperature {temperature:g}: all runs", columns, tuple(lines), ("accepted", "own ms"))
+    columns = (
+        "method",
+        "tokens/s",
+        "x plain",
+        "x model",
+        "tokens/step",
+        "extra ms/step",
+        "accepted",
+        "own ms",
+        "text as plain",
+    )
+    return Grid(
+        f"{study.name}, temperature {temperature:g}: all runs",
+        columns,
+        tuple(lines),
+        ("accepted", "own ms"),
+    )
 
 
 def papers(study: Study) -> Grid:
@@ -104,7 +139,14 @@ def papers(study: Study) -> Grid:
         reached = ours is not None and paper.least is not None and ours >= paper.least
         figure = f"{ours:.2f} x" if ours is not None else "-"
         lines.append(
-            (paper.method, f"{paper.title}, {paper.source}", paper.reported, paper.where, figure, "-" if reached else paper.difference)
+            (
+                paper.method,
+                f"{paper.title}, {paper.source}",
+                paper.reported,
+                paper.where,
+                figure,
+                "-" if reached else paper.difference,
+            )
         )
     columns = ("method", "paper", "it reports", "on", "here, alone", "where that is less: why")
     return Grid("papers", columns, tuple(lines), columns)
@@ -140,8 +182,16 @@ def page(studies: Sequence[Study], machine: Machine, picture: str) -> str:
             for grid in (methods(study, temperature), runs(study, temperature)):
                 parts += [f"**{grid.title}**", grid.markdown()]
     if studies:
-        parts += ["## Goals", f"On {studies[0].name}. {CHOSEN}", verdicts(studies[0].by_temperature).markdown()]
-        parts += ["## What the papers report", f"*Here*: on {studies[0].name}, at temperature 0.", papers(studies[0]).markdown()]
+        parts += [
+            "## Goals",
+            f"On {studies[0].name}. {CHOSEN}",
+            verdicts(studies[0].by_temperature).markdown(),
+        ]
+        parts += [
+            "## What the papers report",
+            f"*Here*: on {studies[0].name}, at temperature 0.",
+            papers(studies[0]).markdown(),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -156,11 +206,19 @@ def draw(study: Study, file: Path) -> None:
             shown = sorted(rows.values(), key=lambda one: one.speed)
             for place, one in enumerate(shown):
                 axis.barh(place, one.speed, color=tint(one.name), height=0.72)
-                axis.plot([min(one.rates.values()), max(one.rates.values())], [place, place], color="#1c2126", linewidth=1.1)
+                axis.plot(
+                    [min(one.rates.values()), max(one.rates.values())],
+                    [place, place],
+                    color="#1c2126",
+                    linewidth=1.1,
+                )
                 label = f"{one.speed:.0f}   {ratio(one, rows[PLAIN]):.2f} x plain"
                 axis.text(max(one.rates.values()) * 1.01, place, label, va="center", fontsize=8.5)
             axis.set_yticks(range(len(shown)), [one.name for one in shown])
-            axis.set(title=f"temperature {temperature:g}", xlabel="tokens per second of decoding: median and range over prompts")
+            axis.set(
+                title=f"temperature {temperature:g}",
+                xlabel="tokens per second of decoding: median and range over prompts",
+            )
             axis.margins(x=0.25, y=0.01)
             axis.set_xlim(left=0)
             axis.grid(axis="x")

@@ -31,13 +31,20 @@ from runtime.models.loader import load_tokenizer, read_config, read_json
 DRAFTERS = (MODEL, "ngram", "layer-skip")  # and, where they ship, those that were trained
 HEADS = ("token-recycling", "medusa", "hidden-transfer")
 UNTRAINED = ("ngram", "layer-skip", "token-recycling")
-LEARNING = 2  # prompts from which each method learns what its guesses are worth; they are not measured
+LEARNING = (
+    2  # prompts from which each method learns what its guesses are worth; they are not measured
+)
 NEW_TOKENS = 96
 TEMPERATURES = (0.0, 0.8)
 SHIPPED = "the target that ships"
-LAYERS = RESULTS / "layers.json"  # as `outrider tune layers` has found them for the target that ships
+LAYERS = (
+    RESULTS / "layers.json"
+)  # as `outrider tune layers` has found them for the target that ships
 SHARED = Path(__file__).parents[3] / "shared"
-OTHERS = (("babyllama361-as105", "babyllama105"), ("stories260K", "llama2xs-500it"))  # targets and drafts in SHARED / "models"
+OTHERS = (
+    ("babyllama361-as105", "babyllama105"),
+    ("stories260K", "llama2xs-500it"),
+)  # targets and drafts in SHARED / "models"
 STORIES = SHARED / "prompts" / "tinystories_20_openings.json"
 FEW, LONGEST = 2, 128  # prompts of each of these that are measured; tokens of one
 
@@ -66,17 +73,27 @@ def ways(which: Sequence[str]) -> list[Method]:
     """Plain decoding; the model; each other way to guess alone, then beside the model; and what costs next to nothing together with it."""
 
     def guessing(*names: str) -> OutriderMethod:
-        drafters, heads = (tuple(name for name in names if (name in config.heads()) == is_head) for is_head in (False, True))
+        drafters, heads = (
+            tuple(name for name in names if (name in config.heads()) == is_head)
+            for is_head in (False, True)
+        )
         return OutriderMethod("living", drafters=drafters, heads=heads)
 
     others = [name for name in which if name != MODEL]
-    together = Method(f"{BESIDE}ngram + token-recycling", guessing(MODEL, "ngram", "token-recycling"))
+    together = Method(
+        f"{BESIDE}ngram + token-recycling", guessing(MODEL, "ngram", "token-recycling")
+    )
     alone = [Method(name, guessing(name)) for name in (MODEL, *others)]
     beside = [Method(BESIDE + name, guessing(MODEL, name)) for name in others]
     return [Method(PLAIN, OutriderMethod("plain")), *alone, *beside, together]
 
 
-def measured(cluster: OutriderRunner, plan: Sequence[loop.Round], note: str, found: dict[tuple[str, float], MethodStats]) -> None:
+def measured(
+    cluster: OutriderRunner,
+    plan: Sequence[loop.Round],
+    note: str,
+    found: dict[tuple[str, float], MethodStats],
+) -> None:
     with loop.bar() as progress:
         task = progress.add_task(note, total=sum(len(round_.methods) for round_ in plan))
         for round_ in plan:
@@ -87,10 +104,16 @@ def measured(cluster: OutriderRunner, plan: Sequence[loop.Round], note: str, fou
                 try:
                     outcome = cluster.run(method, round_.case.prompts, round_.case.sampling)
                 except Unavailable as error:  # of one prompt: the others are measured all the same
-                    progress.console.print(f"{method.name}, {round_.case.name}: not measured: {error}")
+                    progress.console.print(
+                        f"{method.name}, {round_.case.name}: not measured: {error}"
+                    )
                     continue
-                nodes = {who: count - before.get(who, 0) for who, count in proposed(cluster).items()}
-                one = found.setdefault((method.name, temperature), MethodStats(method.name, temperature))
+                nodes = {
+                    who: count - before.get(who, 0) for who, count in proposed(cluster).items()
+                }
+                one = found.setdefault(
+                    (method.name, temperature), MethodStats(method.name, temperature)
+                )
                 add(one, round_.case.name, outcome, cluster.recordings, cluster.learned, nodes)
                 outputs[method.name] = outcome.outputs
                 progress.advance(task)
@@ -108,19 +131,41 @@ def benches(count: int) -> list[Bench]:
     cores = two_cores()
     shipped = Path(config.shipped("target"))
     target = call_in_subprocess(widened_small, (str(shipped), "float32"))
-    trained = {name: folder for name in HEADS if (folder := shipped.parent / "heads" / name).is_dir()}
-    heads = {name: str(widened_head(trained[name], target)) if name in trained else "" for name in HEADS}
-    others = {name: str(widened_head(folder, target)) for name in sorted(config.TRAINED) if (folder := shipped.parent / name).is_dir()}
+    trained = {
+        name: folder for name in HEADS if (folder := shipped.parent / "heads" / name).is_dir()
+    }
+    heads = {
+        name: str(widened_head(trained[name], target)) if name in trained else "" for name in HEADS
+    }
+    others = {
+        name: str(widened_head(folder, target))
+        for name in sorted(config.TRAINED)
+        if (folder := shipped.parent / name).is_dir()
+    }
     layers = config.layers_of(str(LAYERS)) or every_second(read_config(shipped, shipped.name))
-    pair = Pair(str(target), config.shipped("draft"), "float32", cores, heads, tuple(layers), others)
-    found = [Bench(SHIPPED, shipped, pair, held_out(load_tokenizer(str(target)), LEARNING + count, 2), (*DRAFTERS, *others, *HEADS))]
+    pair = Pair(
+        str(target), config.shipped("draft"), "float32", cores, heads, tuple(layers), others
+    )
+    found = [
+        Bench(
+            SHIPPED,
+            shipped,
+            pair,
+            held_out(load_tokenizer(str(target)), LEARNING + count, 2),
+            (*DRAFTERS, *others, *HEADS),
+        )
+    ]
     for name, draft in OTHERS:
         source, small = SHARED / "models" / name, SHARED / "models" / draft
         if source.is_dir() and small.is_dir() and STORIES.is_file():
             target = call_in_subprocess(widened_small, (str(source), "float32"))
-            openings = encode(load_tokenizer(str(target)), from_file(STORIES), LONGEST)[: LEARNING + min(count, FEW)]
+            openings = encode(load_tokenizer(str(target)), from_file(STORIES), LONGEST)[
+                : LEARNING + min(count, FEW)
+            ]
             layers = every_second(read_config(source, name))
-            pair = Pair(str(target), str(small), "float32", cores, {"token-recycling": ""}, tuple(layers))
+            pair = Pair(
+                str(target), str(small), "float32", cores, {"token-recycling": ""}, tuple(layers)
+            )
             found.append(Bench(name, source, pair, openings, (MODEL, *UNTRAINED)))
     return found
 
@@ -139,22 +184,32 @@ def costs(bench: Bench) -> dict[str, Cost]:
     known = {
         MODEL: Cost(2 * parameters(Path(pair.draft)), own or "by others"),
         "ngram": Cost(0, "none"),
-        "layer-skip": Cost(2 * parameters(target, pair.layers), "a search" if searched else "none: every second layer"),
+        "layer-skip": Cost(
+            2 * parameters(target, pair.layers),
+            "a search" if searched else "none: every second layer",
+        ),
         "token-recycling": Cost(table.tokens.nbytes + table.scores.nbytes, "none"),
     }
     for name, folder in pair.heads.items():
         if folder:
-            known[name] = Cost(4 * parameters(Path(folder)), training_of(Path(config.shipped("target")).parent / "heads" / name))
+            known[name] = Cost(
+                4 * parameters(Path(folder)),
+                training_of(Path(config.shipped("target")).parent / "heads" / name),
+            )
     for name, folder in pair.trained.items():
         stay = read_json(Path(folder) / "config.json", folder)["settings"]["layers"]
-        known[name] = Cost(2 * parameters(target, stay), training_of(Path(config.shipped("target")).parent / name))
+        known[name] = Cost(
+            2 * parameters(target, stay), training_of(Path(config.shipped("target")).parent / name)
+        )
     return {name: known[name] for name in bench.which}
 
 
 def plan_of(prompts: Sequence[Prompt], which: Sequence[Method]) -> list[loop.Round]:
     """Every text goes on for NEW_TOKENS, also where the target would end it: one that ends at once tells nothing."""
     every = cases(prompts, 1, TEMPERATURES, 1, NEW_TOKENS, 1)
-    return rounds([replace(case, sampling=replace(case.sampling, ignore_eos=True)) for case in every], which)
+    return rounds(
+        [replace(case, sampling=replace(case.sampling, ignore_eos=True)) for case in every], which
+    )
 
 
 def study(bench: Bench) -> Study:
@@ -171,7 +226,10 @@ def write(studies: Sequence[Study], folder: Path) -> Path:
     """methods.json, methods.md and methods.png; returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = machine(2)
-    content: Mapping[str, object] = {"machine": facts.model_dump(), "studies": [asdict(one) for one in studies]}
+    content: Mapping[str, object] = {
+        "machine": facts.model_dump(),
+        "studies": [asdict(one) for one in studies],
+    }
     (folder / "methods.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     draw(studies[0], folder / "methods.png")
     (folder / "methods.md").write_text(page(studies, facts, "methods.png"), "utf-8")

@@ -44,10 +44,16 @@ def sizes(file: Path) -> dict[str, int]:
 def line_of(card: Path, name: str, column: int = 1) -> str:
     """What a card's table says of `name`; nothing where there is no card."""
     lines = card.read_text("utf-8").splitlines() if card.is_file() else []
-    return next((line.split("|")[1 + column].strip() for line in lines if line.startswith(f"| {name} |")), "")
+    return next(
+        (line.split("|")[1 + column].strip() for line in lines if line.startswith(f"| {name} |")),
+        "",
+    )
 
 
 def training_of(folder: Path) -> str:
     """Steps and time, as the card of a training says."""
-    steps, time = line_of(folder / "README.md", "steps"), line_of(folder / "README.md", "time of the last run")
+    steps, time = (
+        line_of(folder / "README.md", "steps"),
+        line_of(folder / "README.md", "time of the last run"),
+    )
     return f"{steps}; {time}" if steps else "not known"

@@ -24,7 +24,9 @@ class Goal:
         return f"{value:.0%}" if self.percent else f"{value:.2f}"
 
 
-def times(above: str, below: str, temperature: float = 0.0, batch: int = 1) -> Callable[[Results], float | None]:
+def times(
+    above: str, below: str, temperature: float = 0.0, batch: int = 1
+) -> Callable[[Results], float | None]:
     def find(results: Results) -> float | None:
         found = ratio(results, above, below, temperature, batch)
         return found.median if found else None
@@ -47,13 +49,26 @@ def share(part: str) -> Callable[[Results], float | None]:
 
 
 def worst_forecast(results: Results) -> float | None:
-    return max((abs(expected / measured - 1) for expected, measured in misses(results).values()), default=None)
+    return max(
+        (abs(expected / measured - 1) for expected, measured in misses(results).values()),
+        default=None,
+    )
 
 
 GOALS = (
-    Goal("plain / transformers greedy, one thread each", 1.4, times("plain", "transformers greedy")),
-    Goal("living / best of transformers' assisted and prompt lookup, on one core or two", 1.5, over_the_best_rival),
-    Goal("living / best sync tree with both cores given to the target (cost-matched)", 0.9, times("living", "sync tree, 2 cores")),
+    Goal(
+        "plain / transformers greedy, one thread each", 1.4, times("plain", "transformers greedy")
+    ),
+    Goal(
+        "living / best of transformers' assisted and prompt lookup, on one core or two",
+        1.5,
+        over_the_best_rival,
+    ),
+    Goal(
+        "living / best sync tree with both cores given to the target (cost-matched)",
+        0.9,
+        times("living", "sync tree, 2 cores"),
+    ),
     Goal("living / amusd", 1.29, times("living", "amusd")),
     Goal("living / best sync tree", 1.15, times("living", "sync tree")),
     Goal("living / plain", 2.8, times("living", "plain")),
@@ -61,12 +76,24 @@ GOALS = (
     Goal("target's time: compute", 0.85, share("compute"), percent=True),
     Goal("target's time: wait", 0.12, share("wait"), most=True, percent=True),
     Goal("target's time: bookkeeping", 0.03, share("bookkeeping"), most=True, percent=True),
-    Goal("share of the bound reached", 0.8, lambda results: reached(results, "living"), percent=True),
+    Goal(
+        "share of the bound reached", 0.8, lambda results: reached(results, "living"), percent=True
+    ),
     Goal("living / plain, batch 8", 1.3, times("living", "plain", batch=8)),
     Goal("living / plain, batch 16", 0.98, times("living", "plain", batch=16)),
     Goal("living without a drafter / plain", 0.98, times("living, no drafter", "plain")),
-    Goal("living with a drafter that is always wrong / plain", 0.98, times("living, wrong drafter", "plain")),
-    Goal("planner's worst forecast against measurement", 0.15, worst_forecast, most=True, percent=True),
+    Goal(
+        "living with a drafter that is always wrong / plain",
+        0.98,
+        times("living, wrong drafter", "plain"),
+    ),
+    Goal(
+        "planner's worst forecast against measurement",
+        0.15,
+        worst_forecast,
+        most=True,
+        percent=True,
+    ),
 )
 
 

@@ -18,13 +18,19 @@ class Grid:
         return column in (self.columns[0], *self.words)
 
     def markdown(self) -> str:
-        lines = [self.columns, tuple("---" if self.is_left(column) else "---:" for column in self.columns), *self.rows]
+        lines = [
+            self.columns,
+            tuple("---" if self.is_left(column) else "---:" for column in self.columns),
+            *self.rows,
+        ]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     def terminal(self) -> Table:
         table = Table(title=self.title, title_justify="left")
         for column in self.columns:
-            table.add_column(column, justify="left" if self.is_left(column) else "right", overflow="fold")
+            table.add_column(
+                column, justify="left" if self.is_left(column) else "right", overflow="fold"
+            )
         for row in self.rows:
             table.add_row(*row)
         return table

@@ -55,7 +55,11 @@ def colour(facts: MethodFacts) -> str:
 
 def speed(results: Results) -> Figure | None:
     """Bars by method, a panel for each temperature, whiskers from quartile to quartile over prompts."""
-    temperatures = [t for t in compare.temperatures(results) if any(compare.speed(results, facts.name, t) for facts in results.methods)]
+    temperatures = [
+        t
+        for t in compare.temperatures(results)
+        if any(compare.speed(results, facts.name, t) for facts in results.methods)
+    ]
     if not temperatures:
         return None
     height = 0.31 * len(results.methods) + 1.1
@@ -63,24 +67,46 @@ def speed(results: Results) -> Figure | None:
     axes = figure.subplots(1, len(temperatures), squeeze=False)
     for axis, temperature in zip(axes[0], temperatures, strict=True):
         bars(axis, results, temperature)
-    legend = [Patch(color=tint, label=name) for name, tint in (("living tree", LIVING), ("ours, others", OURS), ("transformers", OTHERS))]
+    legend = [
+        Patch(color=tint, label=name)
+        for name, tint in (
+            ("living tree", LIVING),
+            ("ours, others", OURS),
+            ("transformers", OTHERS),
+        )
+    ]
     axes[0][0].legend(handles=legend, loc="lower right")
     figure.tight_layout(w_pad=2)
     return figure
 
 
 def bars(axis: Axes, results: Results, temperature: float) -> None:
-    measured = [(found, facts) for facts in results.methods if (found := compare.speed(results, facts.name, temperature))]
+    measured = [
+        (found, facts)
+        for facts in results.methods
+        if (found := compare.speed(results, facts.name, temperature))
+    ]
     measured.sort(key=lambda pair: pair[0].median)
     longest = max(found.high for found, _ in measured)
     for place, (found, facts) in enumerate(measured):
         axis.barh(place, found.median, color=colour(facts), height=0.72)
-        axis.plot([found.low, found.high], [place, place], color="#1c2126", linewidth=1.1, solid_capstyle="butt")
+        axis.plot(
+            [found.low, found.high],
+            [place, place],
+            color="#1c2126",
+            linewidth=1.1,
+            solid_capstyle="butt",
+        )
         times = compare.ratio(results, facts.name, "plain", temperature)
-        label = f"{found.median:.0f}" + (f"   {times.median:.2f} x plain" if times and facts.name != "plain" else "")
+        label = f"{found.median:.0f}" + (
+            f"   {times.median:.2f} x plain" if times and facts.name != "plain" else ""
+        )
         axis.text(found.high + 0.015 * longest, place, label, va="center", fontsize=8.5)
     axis.set_yticks(range(len(measured)), [facts.name for _, facts in measured])
-    axis.set(title=f"temperature {temperature:g}", xlabel="tokens per second of decoding: median and quartiles over prompts")
+    axis.set(
+        title=f"temperature {temperature:g}",
+        xlabel="tokens per second of decoding: median and quartiles over prompts",
+    )
     axis.set_xlim(0, 1.22 * longest)
     axis.margins(y=0.01)
     axis.grid(axis="x")
@@ -100,7 +126,13 @@ def steps(results: Results) -> Figure | None:
         axis.plot(rows, [1e3 * found[n] for n in rows], marker="o", markersize=4, color=LIVING)
         if name.startswith("target") and results.profile.floor:
             axis.axhline(1e3 * results.profile.floor, color=INK, linewidth=1, linestyle="--")
-            axis.annotate("memory alone", (rows[-1], 1e3 * results.profile.floor), ha="right", va="bottom", fontsize=8.5)
+            axis.annotate(
+                "memory alone",
+                (rows[-1], 1e3 * results.profile.floor),
+                ha="right",
+                va="bottom",
+                fontsize=8.5,
+            )
         axis.set_xscale("log", base=2)
         axis.set_xticks(rows, [str(n) for n in rows])
         axis.minorticks_off()
@@ -114,7 +146,11 @@ def steps(results: Results) -> Figure | None:
 def time_shares(results: Results) -> Figure | None:
     """Where the target's time went, of our methods, at the lowest temperature."""
     temperature = min(compare.temperatures(results), default=0.0)
-    found = [(facts.name, parts) for facts in results.methods if (parts := compare.shares(results, facts.name, temperature))]
+    found = [
+        (facts.name, parts)
+        for facts in results.methods
+        if (parts := compare.shares(results, facts.name, temperature))
+    ]
     if not found:
         return None
     figure = Figure(figsize=(8, 0.32 * len(found) + 1.3))
@@ -122,10 +158,25 @@ def time_shares(results: Results) -> Figure | None:
     for place, (_, parts) in enumerate(reversed(found)):
         left = 0.0
         for part, tint in PARTS.items():
-            axis.barh(place, parts[part], left=left, color=tint, height=0.72, label=part if place == 0 else None)
+            axis.barh(
+                place,
+                parts[part],
+                left=left,
+                color=tint,
+                height=0.72,
+                label=part if place == 0 else None,
+            )
             if parts[part] >= 0.04:
                 light = "white" if part in ("compute", "bookkeeping") else INK
-                axis.text(left + parts[part] / 2, place, f"{parts[part]:.0%}", ha="center", va="center", color=light, fontsize=8.5)
+                axis.text(
+                    left + parts[part] / 2,
+                    place,
+                    f"{parts[part]:.0%}",
+                    ha="center",
+                    va="center",
+                    color=light,
+                    fontsize=8.5,
+                )
             left += parts[part]
     axis.set_yticks(range(len(found)), [name for name, _ in reversed(found)])
     axis.tick_params(axis="y", length=0)
@@ -139,18 +190,28 @@ def time_shares(results: Results) -> Figure | None:
 def batches(results: Results) -> Figure | None:
     """Tokens per second of all texts together, and how many times as fast as plain decoding, over the batch size."""
     sizes = compare.batches(results)
-    batched = [facts for facts in results.methods if any(run.method == facts.name and run.batch > 1 for run in results.runs)]
+    batched = [
+        facts
+        for facts in results.methods
+        if any(run.method == facts.name and run.batch > 1 for run in results.runs)
+    ]
     if not batched:
         return None
     figure = Figure(figsize=(10, 3.4))
     left, right = figure.subplots(1, 2)
     for facts in batched:
         line: Any = {"color": colour(facts), "marker": "o", "markersize": 4, "label": facts.name}
-        found = {size: one for size in sizes if (one := compare.speed(results, facts.name, batch=size))}
+        found = {
+            size: one for size in sizes if (one := compare.speed(results, facts.name, batch=size))
+        }
         left.plot(list(found), [one.median for one in found.values()], **line)
         low, high = [one.low for one in found.values()], [one.high for one in found.values()]
         left.fill_between(list(found), low, high, color=colour(facts), alpha=0.2, linewidth=0)
-        ratios = {size: one.median for size in sizes if (one := compare.ratio(results, facts.name, "plain", batch=size))}
+        ratios = {
+            size: one.median
+            for size in sizes
+            if (one := compare.ratio(results, facts.name, "plain", batch=size))
+        }
         right.plot(list(ratios), list(ratios.values()), **line)
     for axis in (left, right):
         axis.set_xscale("log", base=2)

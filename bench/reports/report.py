@@ -12,8 +12,19 @@ from bench.reports.grid import Grid
 
 
 def show(results: Results, console: Console) -> None:
-    by_temperature = [kind(results, temperature) for temperature in compare.temperatures(results) for kind in (tables.speeds, tables.steps)]
-    others = (tables.batches, tables.profile, tables.acceptance, tables.bounds, tables.forecasts, tables.goals)
+    by_temperature = [
+        kind(results, temperature)
+        for temperature in compare.temperatures(results)
+        for kind in (tables.speeds, tables.steps)
+    ]
+    others = (
+        tables.batches,
+        tables.profile,
+        tables.acceptance,
+        tables.bounds,
+        tables.forecasts,
+        tables.goals,
+    )
     for grid in (*by_temperature, *(kind(results) for kind in others)):
         if grid.rows:
             console.print(grid.terminal())
@@ -24,7 +35,9 @@ def write(results: Results, folder: Path, trace: Path | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     pictures = plots.draw(results, folder) | ({"trace": trace} if trace else {})
     page = folder / f"{results.name}.md"
-    page.write_text(markdown(results, {what: file.name for what, file in pictures.items()}), "utf-8")
+    page.write_text(
+        markdown(results, {what: file.name for what, file in pictures.items()}), "utf-8"
+    )
     return page
 
 
@@ -34,12 +47,19 @@ def markdown(results: Results, pictures: dict[str, str]) -> str:
     parts += section("Goals", "", tables.goals(results))
     speeds = [tables.speeds(results, temperature) for temperature in compare.temperatures(results)]
     parts += section("Speed", image(pictures, "speed") + SPEED, *speeds)
-    parts += section("Many texts at a time", image(pictures, "batches") + BATCHES, tables.batches(results))
+    parts += section(
+        "Many texts at a time", image(pictures, "batches") + BATCHES, tables.batches(results)
+    )
     steps = [tables.steps(results, temperature) for temperature in compare.temperatures(results)]
     parts += section("Where the target's time went", image(pictures, "time") + STEPS, *steps)
     if "trace" in pictures:
         parts += ["## Half a second of living", image(pictures, "trace").strip()]
-    parts += section("The pair", image(pictures, "steps") + PAIR + cost_ratio(results), tables.profile(results), tables.acceptance(results))
+    parts += section(
+        "The pair",
+        image(pictures, "steps") + PAIR + cost_ratio(results),
+        tables.profile(results),
+        tables.acceptance(results),
+    )
     parts += section("The bound", BOUND, tables.bounds(results))
     parts += section("The planner's forecast", FORECAST, tables.forecasts(results))
     parts += section("Settings tried", SWEEP, tables.sweep(results))
@@ -53,9 +73,13 @@ SPEED = (
     "has kept it from an earlier run. What guesses are worth, living has learned from other prompts, as a target does that has served "
     "before."
 )
-FORECAST = "Tokens of all texts over the time of all, at one batch, expected and measured: decoding alone."
+FORECAST = (
+    "Tokens of all texts over the time of all, at one batch, expected and measured: decoding alone."
+)
 BATCHES = "Tokens per second of all texts together, at temperature 0."
-SWEEP = "On prompts that are not measured; the best setting of each method is the one that is measured."
+SWEEP = (
+    "On prompts that are not measured; the best setting of each method is the one that is measured."
+)
 STEPS = (
     "Shares of the time of decoding. *Accepted*: of the nodes that were verified, those on the target's path. *Hits*: steps whose new "
     "root had been guessed. *Lead*: tokens by which drafting was ahead when a step began."
@@ -88,7 +112,9 @@ def introduction(results: Results) -> str:
         "repetitions": f"{settings.repetitions} of ours at the lowest temperature, else 1; methods interleaved, order rotated",
         "date": machine.date,
     }
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())])
+    return "\n".join(
+        ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())]
+    )
 
 
 def section(title: str, text: str, *grids: Grid) -> list[str]:
@@ -96,7 +122,10 @@ def section(title: str, text: str, *grids: Grid) -> list[str]:
     full = [grid for grid in grids if grid.rows]
     if not full:
         return []
-    headed = [f"**{grid.title}**\n\n{grid.markdown()}" if len(full) > 1 else grid.markdown() for grid in full]
+    headed = [
+        f"**{grid.title}**\n\n{grid.markdown()}" if len(full) > 1 else grid.markdown()
+        for grid in full
+    ]
     return [f"## {title}", text, *headed]
 
 
@@ -119,4 +148,6 @@ def cost_ratio(results: Results) -> str:
 
 def methods(results: Results) -> Grid:
     rows = [(facts.name, facts.who, str(facts.cores), facts.detail) for facts in results.methods]
-    return Grid("methods", ("method", "by", "cores", "what it is"), tuple(rows), ("by", "what it is"))
+    return Grid(
+        "methods", ("method", "by", "cores", "what it is"), tuple(rows), ("by", "what it is")
+    )

@@ -10,7 +10,10 @@ REFERENCES = ("plain", "transformers greedy")
 
 
 def goals(results: Results) -> Grid:
-    rows = [(found.goal.what, found.wanted, found.measured, found.verdict) for found in findings(results)]
+    rows = [
+        (found.goal.what, found.wanted, found.measured, found.verdict)
+        for found in findings(results)
+    ]
     return Grid("goals", ("goal", "wanted", "measured", ""), tuple(rows))
 
 
@@ -22,26 +25,57 @@ def speeds(results: Results, temperature: float, batch: int = 1) -> Grid:
         all_of_it = compare.whole(results, facts.name, temperature, batch)
         if found is None or all_of_it is None:
             continue
-        ratios = [show(compare.ratio(results, facts.name, reference, temperature, batch), 2) for reference in REFERENCES]
+        ratios = [
+            show(compare.ratio(results, facts.name, reference, temperature, batch), 2)
+            for reference in REFERENCES
+        ]
         same, of = compare.agreement(results, facts.name, "plain", temperature, batch)
-        text = f"{same} of {of}" if of and (facts.who == "ours" or temperature == 0) else "-"  # others draw other noise
-        row = (facts.name, facts.who, str(facts.cores), show(found, 1), *ratios, f"{all_of_it.median:.1f}", text)
+        text = (
+            f"{same} of {of}" if of and (facts.who == "ours" or temperature == 0) else "-"
+        )  # others draw other noise
+        row = (
+            facts.name,
+            facts.who,
+            str(facts.cores),
+            show(found, 1),
+            *ratios,
+            f"{all_of_it.median:.1f}",
+            text,
+        )
         rows.append((found.median, row))
-    columns = ("method", "by", "cores", "tokens/s", "x plain", "x transformers greedy", "tokens/s with prompt", "same text as plain")
+    columns = (
+        "method",
+        "by",
+        "cores",
+        "tokens/s",
+        "x plain",
+        "x transformers greedy",
+        "tokens/s with prompt",
+        "same text as plain",
+    )
     title = f"temperature {temperature:g}" + (f", batch {batch}" if batch > 1 else "")
-    return Grid(title, columns, tuple(row for _, row in sorted(rows, key=lambda pair: -pair[0])), ("by",))
+    return Grid(
+        title, columns, tuple(row for _, row in sorted(rows, key=lambda pair: -pair[0])), ("by",)
+    )
 
 
 def show(found: Spread | None, digits: int) -> str:
     """Median and quartiles."""
-    return f"{found.median:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})" if found else "-"
+    return (
+        f"{found.median:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
+        if found
+        else "-"
+    )
 
 
 def steps(results: Results, temperature: float) -> Grid:
     """What the target's steps did, of our methods."""
     rows = []
     for facts in results.methods:
-        found, parts = compare.totals(results, facts.name, temperature), compare.shares(results, facts.name, temperature)
+        found, parts = (
+            compare.totals(results, facts.name, temperature),
+            compare.shares(results, facts.name, temperature),
+        )
         if found is None or parts is None or not found.rounds:
             continue
         tokens = sum(run.tokens for run in compare.runs_of(results, facts.name, temperature))
@@ -58,8 +92,24 @@ def steps(results: Results, temperature: float) -> Grid:
                 by_drafter,
             )
         )
-    columns = ("method", "tokens/step", "nodes/step", "accepted", "hits", "lead", "compute", "wait", "bookkeeping", "accepted by drafter")
-    return Grid(f"the target's steps, temperature {temperature:g}", columns, tuple(rows), ("accepted by drafter",))
+    columns = (
+        "method",
+        "tokens/step",
+        "nodes/step",
+        "accepted",
+        "hits",
+        "lead",
+        "compute",
+        "wait",
+        "bookkeeping",
+        "accepted by drafter",
+    )
+    return Grid(
+        f"the target's steps, temperature {temperature:g}",
+        columns,
+        tuple(rows),
+        ("accepted by drafter",),
+    )
 
 
 def sweep(results: Results) -> Grid:
@@ -71,20 +121,31 @@ def sweep(results: Results) -> Grid:
 
 def batches(results: Results, temperature: float = 0.0) -> Grid:
     """Tokens per second of all texts together."""
-    names = [facts.name for facts in results.methods if any(run.method == facts.name and run.batch > 1 for run in results.runs)]
+    names = [
+        facts.name
+        for facts in results.methods
+        if any(run.method == facts.name and run.batch > 1 for run in results.runs)
+    ]
     rows = []
     for batch in compare.batches(results):
         found = [compare.speed(results, name, temperature, batch) for name in names]
         ratio = compare.ratio(results, "living", "plain", temperature, batch)
         rows.append((str(batch), *(show(one, 1) for one in found), show(ratio, 2)))
-    return Grid("batches", ("batch", *(f"{name}, tokens/s" for name in names), "living / plain"), tuple(rows) if names else ())
+    return Grid(
+        "batches",
+        ("batch", *(f"{name}, tokens/s" for name in names), "living / plain"),
+        tuple(rows) if names else (),
+    )
 
 
 def profile(results: Results) -> Grid:
     """The pair by itself, then the target where the methods ran."""
     places = results.profile.places
     columns = [results.profile.target, results.profile.draft, *(place.target for place in places)]
-    head = [f"T(n) at temperature {place.temperature:g}, {place.batch} at a time, ms" for place in places]
+    head = [
+        f"T(n) at temperature {place.temperature:g}, {place.batch} at a time, ms"
+        for place in places
+    ]
     widths = sorted(set().union(*columns))
     rows = [(str(n), *(milliseconds(times.get(n)) for times in columns)) for n in widths]
     return Grid("step times", ("rows", "target T(n), ms", "draft t(n), ms", *head), tuple(rows))
@@ -97,10 +158,18 @@ def milliseconds(seconds: float | None) -> str:
 def acceptance(results: Results) -> Grid:
     ranks = sorted({rank for found in results.profile.acceptance for rank in found.ranks})
     rows = [
-        (f"{found.temperature:g}", str(found.batch), *(f"{found.ranks[rank]:.3f}" if rank in found.ranks else "-" for rank in ranks))
+        (
+            f"{found.temperature:g}",
+            str(found.batch),
+            *(f"{found.ranks[rank]:.3f}" if rank in found.ranks else "-" for rank in ranks),
+        )
         for found in results.profile.acceptance
     ]
-    return Grid("acceptance", ("temperature", "texts at a time", *(f"k = {rank}" for rank in ranks)), tuple(rows))
+    return Grid(
+        "acceptance",
+        ("temperature", "texts at a time", *(f"k = {rank}" for rank in ranks)),
+        tuple(rows),
+    )
 
 
 def bounds(results: Results) -> Grid:
@@ -112,14 +181,41 @@ def bounds(results: Results) -> Grid:
             verifying = f"{limit.verifying:.1f} at {limit.rows} rows"
             times = f"{limit.rate * compare.steps_in_place(results, found.temperature)[1]:.2f}"
             reached = f"{share:.0%}" if share else "not measured"
-            rows.append((f"{found.temperature:g}", f"{limit.drafting:.1f}", verifying, f"{limit.chain:.1f}", times, reached))
-    head = ("temperature", "1/t + 1/T, tokens/s", "most of E(n)/T(n), tokens/s", "of chains alone", "bound, x plain", "living reaches")
+            rows.append(
+                (
+                    f"{found.temperature:g}",
+                    f"{limit.drafting:.1f}",
+                    verifying,
+                    f"{limit.chain:.1f}",
+                    times,
+                    reached,
+                )
+            )
+    head = (
+        "temperature",
+        "1/t + 1/T, tokens/s",
+        "most of E(n)/T(n), tokens/s",
+        "of chains alone",
+        "bound, x plain",
+        "living reaches",
+    )
     return Grid("bound", head, tuple(rows))
 
 
 def forecasts(results: Results) -> Grid:
     rows = [
-        (method, f"{temperature:g}", str(batch), f"{expected:.1f}", f"{measured:.1f}", f"{expected / measured - 1:+.0%}")
+        (
+            method,
+            f"{temperature:g}",
+            str(batch),
+            f"{expected:.1f}",
+            f"{measured:.1f}",
+            f"{expected / measured - 1:+.0%}",
+        )
         for (method, temperature, batch), (expected, measured) in compare.misses(results).items()
     ]
-    return Grid("the planner's forecast", ("method", "temperature", "batch", "expected, tokens/s", "measured", "difference"), tuple(rows))
+    return Grid(
+        "the planner's forecast",
+        ("method", "temperature", "batch", "expected, tokens/s", "measured", "difference"),
+        tuple(rows),
+    )

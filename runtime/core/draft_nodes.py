@@ -25,7 +25,11 @@ class DraftNodes:
 
     def children_of(self, place: int) -> npt.NDArray[np.int64]:
         """The places of those that hang on the node at `place` among these."""
-        return np.flatnonzero(self.parents == self.roots + place) if self.roots is not None else np.empty(0, np.int64)
+        return (
+            np.flatnonzero(self.parents == self.roots + place)
+            if self.roots is not None
+            else np.empty(0, np.int64)
+        )
 
     def levels(self) -> "list[npt.NDArray[np.int64] | slice]":
         """Return the places of the nodes that hang on the tree, of those that hang on these, and so on.
@@ -39,7 +43,9 @@ class DraftNodes:
         level_of: list[int] = []
         for place, parent in enumerate(self.parents.tolist()):
             if parent - roots >= place:
-                raise ValueError(f"node {place} comes before its parent {parent - roots}: give parents first")
+                raise ValueError(
+                    f"node {place} comes before its parent {parent - roots}: give parents first"
+                )
             level = level_of[parent - roots] + 1 if parent >= roots else 0
             level_of.append(level)
             while level >= len(found):

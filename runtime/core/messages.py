@@ -178,7 +178,9 @@ class Stats:
     verified: int  # of them, given a row
     accepted: int  # of them, delivered
     hits: int
-    histogram: tuple[int, ...]  # rounds in which guesses were verified, by how many of them were accepted
+    histogram: tuple[
+        int, ...
+    ]  # rounds in which guesses were verified, by how many of them were accepted
     by_drafter: dict[str, int] = field(default_factory=dict)  # accepted tokens of each
     ignored: dict[str, int] = field(default_factory=dict)  # messages without effect, by reason
     elapsed: float = 0.0  # from the taking of the request to its last token
@@ -190,7 +192,9 @@ class Stats:
 
     def __add__(self, other: "Stats") -> "Stats":
         """Adds field by field, elapsed times too; histograms by place, dicts by key."""
-        return Stats(*(added(getattr(self, each.name), getattr(other, each.name)) for each in fields(self)))
+        return Stats(
+            *(added(getattr(self, each.name), getattr(other, each.name)) for each in fields(self))
+        )
 
 
 NO_STATS = Stats(0, 0, 0, 0, 0, 0, 0, ())

@@ -20,7 +20,9 @@ from runtime.core.node_names import mix64
 Array = Any  # numpy array or torch tensor: whatever `xp` computes on
 
 SIGN = 1 << 63
-GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as int64; the constants are SplitMix64's (Steele et al. 2014)
+GOLDEN = 0x9E3779B97F4A7C15 - (
+    1 << 64
+)  # as int64; the constants are SplitMix64's (Steele et al. 2014)
 MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 MIX_2 = 0x94D049BB133111EB - (1 << 64)
 ONE = 0x3FF0000000000000  # bits of 1.0
@@ -41,7 +43,9 @@ def bits(seed: int, positions: Sequence[int], tokens: Array, xp: Any = np) -> Ar
 
     `tokens` is int64 (n,), the same for all rows, or (rows, n); the result is of its namespace and on its device.
     """
-    keys = xp.asarray([row_key(seed, position) for position in positions], dtype=xp.int64, device=tokens.device)
+    keys = xp.asarray(
+        [row_key(seed, position) for position in positions], dtype=xp.int64, device=tokens.device
+    )
     x = tokens * GOLDEN + keys[:, None]
     x ^= _right(x, 30)
     x *= MIX_1
@@ -64,9 +68,13 @@ def gumbel(seed: int, positions: Sequence[int], tokens: Array, xp: Any = np) -> 
     return from_bits(bits(seed, positions, tokens, xp), xp)
 
 
-def nearly(seed: int, positions: Sequence[int], tokens: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float64]:
+def nearly(
+    seed: int, positions: Sequence[int], tokens: npt.NDArray[np.integer[Any]]
+) -> npt.NDArray[np.float64]:
     """What `gumbel` finds on numpy, but for rounding, in a third of the time: for guesses, which need not be the same bits everywhere."""
-    noise: npt.NDArray[np.float64] = -np.log(-np.log(_above_one(bits(seed, positions, tokens), np) - 1.0))
+    noise: npt.NDArray[np.float64] = -np.log(
+        -np.log(_above_one(bits(seed, positions, tokens), np) - 1.0)
+    )
     return noise
 
 
@@ -81,7 +89,9 @@ def ceiling(x: Array, xp: Any = np) -> Array:
     return bound
 
 
-def argmax(scores: npt.NDArray[np.floating[Any]], seed: int, positions: Sequence[int]) -> npt.NDArray[np.int64]:
+def argmax(
+    scores: npt.NDArray[np.floating[Any]], seed: int, positions: Sequence[int]
+) -> npt.NDArray[np.int64]:
     """argmax(scores + gumbel) of each row of `scores` (rows, vocabulary), the lowest token id where two are equal.
 
     Logarithms cost six times as much as the bits, and few tokens can win: the exact noise of the token with the highest

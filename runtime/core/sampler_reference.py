@@ -61,11 +61,22 @@ class Ask:
         """
         most = self.sampling.min_tokens
         if self.allowed is None:
-            return [row for row, position in enumerate(self.positions()) if position - self.prompt < most]
+            return [
+                row
+                for row, position in enumerate(self.positions())
+                if position - self.prompt < most
+            ]
         ends = sorted(self.eos)
         more = self.allowed.sum(axis=1) > self.allowed[:, ends].sum(axis=1)
-        short = [position - self.prompt < most or self.sampling.ignore_eos for position in self.positions()]
-        return [row for row, (is_short, has_more) in enumerate(zip(short, more.tolist(), strict=True)) if is_short and has_more]
+        short = [
+            position - self.prompt < most or self.sampling.ignore_eos
+            for position in self.positions()
+        ]
+        return [
+            row
+            for row, (is_short, has_more) in enumerate(zip(short, more.tolist(), strict=True))
+            if is_short and has_more
+        ]
 
 
 class Chooser(Protocol):
@@ -91,7 +102,9 @@ def choose(logits: npt.ArrayLike, ask: Ask) -> npt.NDArray[np.int64]:
     """The Chooser of numpy logits: argmax at temperature 0, else argmax of the scores and the noise of its position."""
     scores = shape(logits, ask)
     if ask.sampling.temperature > 0:
-        scores = scores + noise.gumbel(ask.sampling.seed, ask.positions(), np.arange(scores.shape[1]))
+        scores = scores + noise.gumbel(
+            ask.sampling.seed, ask.positions(), np.arange(scores.shape[1])
+        )
     tokens: npt.NDArray[np.int64] = scores.argmax(axis=1)
     return tokens
 
@@ -106,11 +119,15 @@ def logprobs(logits: npt.ArrayLike, tokens: Sequence[int], k: int) -> tuple[Logp
     return pair_up(chosen, best, np.take_along_axis(logs, best, axis=1))
 
 
-def pair_up(chosen: npt.NDArray[Any], best: npt.NDArray[Any], values: npt.NDArray[Any]) -> tuple[Logprob, ...]:
+def pair_up(
+    chosen: npt.NDArray[Any], best: npt.NDArray[Any], values: npt.NDArray[Any]
+) -> tuple[Logprob, ...]:
     """Logprobs of the chosen tokens (rows,), and the best tokens with theirs (rows, k). Rounding lifts none above 0."""
     tops = zip(best.tolist(), np.minimum(values, 0.0).tolist(), strict=True)
     tuples = [tuple(zip(ids, logs, strict=True)) for ids, logs in tops]
-    return tuple(Logprob(log, top) for log, top in zip(np.minimum(chosen, 0.0).tolist(), tuples, strict=True))
+    return tuple(
+        Logprob(log, top) for log, top in zip(np.minimum(chosen, 0.0).tolist(), tuples, strict=True)
+    )
 
 
 def shape(logits: npt.ArrayLike, ask: Ask) -> Scores:
@@ -139,14 +156,18 @@ def repeat(row: Scores, text: Sequence[int], penalty: float) -> None:
     if penalty == 1:
         return
     seen = sorted({token for token in text if token < len(row)})
-    row[seen] = np.where(row[seen] < 0, row[seen] * np.float32(penalty), row[seen] / np.float32(penalty))
+    row[seen] = np.where(
+        row[seen] < 0, row[seen] * np.float32(penalty), row[seen] / np.float32(penalty)
+    )
 
 
 def count(row: Scores, output: Sequence[int], frequency: float, presence: float) -> None:
     """Lower the scores of the output's tokens: `frequency` for each occurrence, `presence` once."""
     if frequency == presence == 0:
         return
-    times = np.bincount(np.array(output, dtype=np.int64), minlength=len(row))[: len(row)].astype(np.float32)
+    times = np.bincount(np.array(output, dtype=np.int64), minlength=len(row))[: len(row)].astype(
+        np.float32
+    )
     row -= np.float32(frequency) * times
     row -= np.float32(presence) * (times > 0)
 
@@ -161,7 +182,9 @@ def keep_p(scores: Scores, top_p: float) -> None:
     """Bar all but the fewest most probable tokens of a row whose probabilities add up to `top_p` or more."""
     if top_p < 1:
         ascending = np.argsort(scores, axis=1, kind="stable")
-        barred = np.cumsum(np.take_along_axis(softmax(scores), ascending, axis=1), axis=1) <= 1 - top_p
+        barred = (
+            np.cumsum(np.take_along_axis(softmax(scores), ascending, axis=1), axis=1) <= 1 - top_p
+        )
         barred[:, -1] = False
         scores[np.take_along_axis(barred, np.argsort(ascending, axis=1), axis=1)] = -np.inf
 

@@ -7,7 +7,9 @@ from runtime.core import limits
 from runtime.core.errors import InvalidRequest
 
 Kind = Literal["json_object", "json_schema", "regex"]
-COLDEST = 0.001  # lowest temperature above 0: below it, logits / temperature leave the range of float32
+COLDEST = (
+    0.001  # lowest temperature above 0: below it, logits / temperature leave the range of float32
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +24,15 @@ class Constraint:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise InvalidRequest(f"constraint {str(self.kind)[:64]!r} is not known: give {', '.join(get_args(Kind))}", "response_format")
+            raise InvalidRequest(
+                f"constraint {str(self.kind)[:64]!r} is not known: give {', '.join(get_args(Kind))}",
+                "response_format",
+            )
         if (size := len(self.text.encode(errors="replace"))) > limits.CONSTRAINT_BYTES:
-            raise InvalidRequest(f"{self.kind} of {size} bytes: at most {limits.CONSTRAINT_BYTES} are allowed", "response_format")
+            raise InvalidRequest(
+                f"{self.kind} of {size} bytes: at most {limits.CONSTRAINT_BYTES} are allowed",
+                "response_format",
+            )
         if not self.text and self.kind != "json_object":
             raise InvalidRequest(f"{self.kind} is empty: give its text", "response_format")
 
@@ -53,13 +61,18 @@ class Sampling:
     max_tokens: int = 128
     min_tokens: int = 0
     ignore_eos: bool = False
-    logprobs: int | None = None  # how many of the most likely tokens are reported beside the chosen one; None: not even that
+    logprobs: int | None = (
+        None  # how many of the most likely tokens are reported beside the chosen one; None: not even that
+    )
     constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         in_range("temperature", self.temperature, 0.0, 100.0)
         if 0.0 < self.temperature < COLDEST:
-            raise InvalidRequest(f"temperature {self.temperature} is not allowed: give 0 or {COLDEST:g} to 100", "temperature")
+            raise InvalidRequest(
+                f"temperature {self.temperature} is not allowed: give 0 or {COLDEST:g} to 100",
+                "temperature",
+            )
         whole("top_k", self.top_k, 0)
         in_range("top_p", self.top_p, 0.0, 1.0, above=True)
         in_range("min_p", self.min_p, 0.0, 1.0)
@@ -70,16 +83,28 @@ class Sampling:
         whole("max_tokens", self.max_tokens, 1)
         whole("min_tokens", self.min_tokens, 0)
         if self.min_tokens > self.max_tokens:
-            raise InvalidRequest(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}: lower it", "min_tokens")
+            raise InvalidRequest(
+                f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}: lower it",
+                "min_tokens",
+            )
         if len(self.stop) > limits.STOP_STRINGS:
-            raise InvalidRequest(f"stop has {len(self.stop)} strings: at most {limits.STOP_STRINGS} are allowed", "stop")
+            raise InvalidRequest(
+                f"stop has {len(self.stop)} strings: at most {limits.STOP_STRINGS} are allowed",
+                "stop",
+            )
         for string in self.stop:
             if not isinstance(string, str):
                 raise InvalidRequest(f"stop {string!r} is not allowed: give strings", "stop")
             if not 0 < len(string) <= limits.STOP_LENGTH:
-                raise InvalidRequest(f"stop string of {len(string)} characters: allowed are 1 to {limits.STOP_LENGTH}", "stop")
+                raise InvalidRequest(
+                    f"stop string of {len(string)} characters: allowed are 1 to {limits.STOP_LENGTH}",
+                    "stop",
+                )
         if len(self.logit_bias) > limits.LOGIT_BIAS:
-            raise InvalidRequest(f"logit_bias has {len(self.logit_bias)} entries: at most {limits.LOGIT_BIAS} are allowed", "logit_bias")
+            raise InvalidRequest(
+                f"logit_bias has {len(self.logit_bias)} entries: at most {limits.LOGIT_BIAS} are allowed",
+                "logit_bias",
+            )
         for token, bias in self.logit_bias:
             whole("logit_bias token", token, 0)
             in_range("logit_bias", bias, -100.0, 100.0)
@@ -88,10 +113,20 @@ class Sampling:
 
 
 def in_range(name: str, value: float, low: float, high: float, above: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or (above and value == low):
-        raise InvalidRequest(f"{name} {value} is not allowed: give a number {'above' if above else 'from'} {low:g} to {high:g}", name)
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not low <= value <= high
+        or (above and value == low)
+    ):
+        raise InvalidRequest(
+            f"{name} {value} is not allowed: give a number {'above' if above else 'from'} {low:g} to {high:g}",
+            name,
+        )
 
 
 def whole(name: str, value: int, low: int, high: int = 2**31 - 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidRequest(f"{name} {value} is not allowed: give a whole number from {low} to {high}", name)
+        raise InvalidRequest(
+            f"{name} {value} is not allowed: give a whole number from {low} to {high}", name
+        )

@@ -31,7 +31,14 @@ class Session:
     to another node.
     """
 
-    def __init__(self, request: Request, vocabulary: int, context: int, band: Band, style: Style = AS_IT_LIKES) -> None:
+    def __init__(
+        self,
+        request: Request,
+        vocabulary: int,
+        context: int,
+        band: Band,
+        style: Style = AS_IT_LIKES,
+    ) -> None:
         self.request = request
         self.id = request.session
         self.epoch = request.epoch
@@ -40,17 +47,37 @@ class Session:
         self.band = band
         self.tokens = [*request.prompt, *request.committed]
         self.prompt = len(request.prompt)
-        self.end = min(context, self.prompt + request.sampling.max_tokens)  # length of the longest text allowed
-        self.most = limits.STEP_ROWS if request.max_rows is None else min(limits.STEP_ROWS, request.max_rows)  # nodes of a step
-        self.tree = TokenTree(text_key(self.tokens), self.tokens[-1], limits.TREE_NODES, limits.TREE_DEPTH)
-        self.right = self.expected = USUAL  # moving averages: first guesses that were right, and what they were scored
-        self.passed: deque[Key] = deque(maxlen=limits.TREE_DEPTH)  # names of the texts that the root has left behind
+        self.end = min(
+            context, self.prompt + request.sampling.max_tokens
+        )  # length of the longest text allowed
+        self.most = (
+            limits.STEP_ROWS
+            if request.max_rows is None
+            else min(limits.STEP_ROWS, request.max_rows)
+        )  # nodes of a step
+        self.tree = TokenTree(
+            text_key(self.tokens), self.tokens[-1], limits.TREE_NODES, limits.TREE_DEPTH
+        )
+        self.right = self.expected = (
+            USUAL  # moving averages: first guesses that were right, and what they were scored
+        )
+        self.passed: deque[Key] = deque(
+            maxlen=limits.TREE_DEPTH
+        )  # names of the texts that the root has left behind
         self.drafted = 0
         self.ignored: Counter[str] = Counter()
 
     def open(self, share: Share) -> Open:
         """What a drafter must know to join now."""
-        return Open(self.id, self.epoch, tuple(self.tokens), self.prompt, self.request.sampling, share, self.style)
+        return Open(
+            self.id,
+            self.epoch,
+            tuple(self.tokens),
+            self.prompt,
+            self.request.sampling,
+            share,
+            self.style,
+        )
 
     def offer(self, *drafts: Draft) -> int:
         """Merge growth of one drafter into the mirror; returns how many nodes were new.
@@ -65,10 +92,16 @@ class Session:
         tokens = np.concatenate([draft.tokens for draft in fitting], dtype=np.int64)
         said = np.concatenate([draft.scores for draft in fitting], dtype=np.float64)
         valid = (tokens >= 0) & (tokens < self.vocabulary) & (said <= 0.0)
-        merged = self.tree.merge(parents[valid], tokens[valid], said[valid], drafter, self.band.of(drafter).scores)
+        merged = self.tree.merge(
+            parents[valid], tokens[valid], said[valid], drafter, self.band.of(drafter).scores
+        )
         if merged.shared and (scores := agreement.scores(self.band, self.tree, merged.shared)):
             self.tree.rescore(scores)
-        late = sum(map(set(self.passed).__contains__, parents[valid][merged.stale].tolist())) if merged.stale else 0
+        late = (
+            sum(map(set(self.passed).__contains__, parents[valid][merged.stale].tolist()))
+            if merged.stale
+            else 0
+        )
         dropped = {
             "invalid": int((~valid).sum()),
             "late": late,
@@ -112,7 +145,9 @@ class Session:
     def values(self) -> Probabilities:
         """Logs of the path probabilities of all nodes, (n,), as far as this text is like its last positions."""
         aside, turns = np.frombuffer(self.tree.aside), np.frombuffer(self.tree.turns, np.int64)
-        found: Probabilities = self.tilt * (np.frombuffer(self.tree.path) - aside) + aside + self.turn * turns
+        found: Probabilities = (
+            self.tilt * (np.frombuffer(self.tree.path) - aside) + aside + self.turn * turns
+        )
         return found
 
     def worth(self) -> tuple[Probabilities, Probabilities, int]:
@@ -136,7 +171,9 @@ class Session:
         if (most := min(count, self.most)) == 0:
             return []
         room = self.room
-        return [node for node in self.tree.best(most, self.values()) if self.tree.depth[node] <= room]
+        return [
+            node for node in self.tree.best(most, self.values()) if self.tree.depth[node] <= room
+        ]
 
     def paths(self, nodes: Sequence[int]) -> list[list[int]]:
         """Token ids below the root for each row of a step: the root's own (empty), then those of `nodes`."""
@@ -164,7 +201,9 @@ class Session:
             first = max(children, key=tree.score.__getitem__)
             self.right += MEMORY * ((tree.token[first] == token) - self.right)
             self.expected += MEMORY * (math.exp(tree.score[first]) - self.expected)
-            self.right, self.expected = (min(0.99, max(0.05, mean)) for mean in (self.right, self.expected))
+            self.right, self.expected = (
+                min(0.99, max(0.05, mean)) for mean in (self.right, self.expected)
+            )
             taken = tree.child(node, token)
             if taken is None:
                 return

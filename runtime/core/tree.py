@@ -71,7 +71,9 @@ class TokenTree(NodeTable):
         self.below: dict[int, int] | None = None
         self.named = _nobody_yet(root_key)
 
-    def add(self, parent: int, token: int, score: float, said: float | None = None, drafter: str = "") -> int | None:
+    def add(
+        self, parent: int, token: int, score: float, said: float | None = None, drafter: str = ""
+    ) -> int | None:
         """Add one node to a tree that one drafter grows alone.
 
         Returns its index; None if it is there already, its name is taken, or it is beyond the limit
@@ -84,11 +86,15 @@ class TokenTree(NodeTable):
         keys, tokens = np.array([key], np.uint64), np.array([token], np.int64)
         told, scores = np.array([score if said is None else said]), np.array([score])
         rank = self.fanout[parent]
-        self._insert(keys, tokens, [parent], [rank], told.astype(float), scores.astype(float), drafter)
+        self._insert(
+            keys, tokens, [parent], [rank], told.astype(float), scores.astype(float), drafter
+        )
         mine[key] = node
         return node
 
-    def merge(self, parents: Keys, tokens: Ints, said: Floats, drafter: str, estimate: Estimate) -> Merged:
+    def merge(
+        self, parents: Keys, tokens: Ints, said: Floats, drafter: str, estimate: Estimate
+    ) -> Merged:
         """Add the nodes (n,) that one drafter has guessed, in order, by its names of their parents.
 
         A node's rank is its place among this drafter's own guesses there, its score is
@@ -190,7 +196,11 @@ class TokenTree(NodeTable):
 
     def children(self, node: int) -> list[int]:
         """In order of arrival."""
-        found: list[int] = np.flatnonzero(np.frombuffer(self.parent, dtype=np.int64) == node).tolist() if self.fanout[node] else []
+        found: list[int] = (
+            np.flatnonzero(np.frombuffer(self.parent, dtype=np.int64) == node).tolist()
+            if self.fanout[node]
+            else []
+        )
         return found
 
     def descend(self, tokens: Sequence[int]) -> int | None:
@@ -234,7 +244,9 @@ class TokenTree(NodeTable):
         moved = self.keep(self._below(root))
         if self.echoes:
             places = moved.tolist()
-            self.echoes = {places[node]: voices for node, voices in self.echoes.items() if places[node] > 0}
+            self.echoes = {
+                places[node]: voices for node, voices in self.echoes.items() if places[node] > 0
+            }
         self.below = None
         self._name_anew()
 
@@ -274,7 +286,12 @@ class TokenTree(NodeTable):
         if n - 1 <= count:
             return list(range(1, n))
         # Ties go to the older node: the best set holds its own parents.
-        order = np.argsort(-(np.frombuffer(self.path) if values is None else values)[1:], kind="stable")[:count] + 1
+        order = (
+            np.argsort(
+                -(np.frombuffer(self.path) if values is None else values)[1:], kind="stable"
+            )[:count]
+            + 1
+        )
         return sorted(order.tolist())
 
     def visible(self, nodes: Sequence[int]) -> npt.NDArray[np.bool_]:
@@ -289,7 +306,9 @@ class TokenTree(NodeTable):
             lines.append(1 << row if above is None else lines[above] | 1 << row)
             row_of[node] = row
         n, size = len(nodes), (len(nodes) + 7) // 8
-        packed = np.frombuffer(b"".join([line.to_bytes(size, "little") for line in lines]), dtype=np.uint8).reshape(n, size)
+        packed = np.frombuffer(
+            b"".join([line.to_bytes(size, "little") for line in lines]), dtype=np.uint8
+        ).reshape(n, size)
         return np.unpackbits(packed, axis=1, count=n, bitorder="little").view(np.bool_)
 
 

@@ -13,7 +13,12 @@ NODES = 32  # of a tree at most
 FLOOR = float(np.log(0.01))  # path probability below which no row is spent on a node
 
 
-def ways(tokens: npt.NDArray[np.integer], scores: npt.NDArray[np.floating], nodes: int = NODES, floor: float = FLOOR) -> DraftNodes:
+def ways(
+    tokens: npt.NDArray[np.integer],
+    scores: npt.NDArray[np.floating],
+    nodes: int = NODES,
+    floor: float = FLOOR,
+) -> DraftNodes:
     """The `nodes` likeliest nodes, parents first. `tokens` and `scores` (places, k), best first; a score of -inf is no guess."""
     places, k = tokens.shape
     said, ids = scores.tolist(), tokens.tolist()
@@ -25,16 +30,27 @@ def ways(tokens: npt.NDArray[np.integer], scores: npt.NDArray[np.floating], node
         found.append((place, rank))
         parents.append(parent)
         if rank + 1 < k:
-            heapq.heappush(ahead, (cost + said[place][rank] - said[place][rank + 1], place, rank + 1, parent))
+            heapq.heappush(
+                ahead, (cost + said[place][rank] - said[place][rank + 1], place, rank + 1, parent)
+            )
         if place + 1 < places:
             heapq.heappush(ahead, (cost - said[place + 1][0], place + 1, 0, len(found)))
     if not found:
         return NOTHING
-    chosen = np.array([ids[place][rank] for place, rank in found]), np.array([said[place][rank] for place, rank in found])
+    chosen = (
+        np.array([ids[place][rank] for place, rank in found]),
+        np.array([said[place][rank] for place, rank in found]),
+    )
     return DraftNodes(np.array(parents), *chosen, roots=1)
 
 
 def ahead(seen: Seen, places: int) -> Ask:
     """What follows the root, what follows that, and so on, whatever they may be: of these paths only the length is known."""
     text, root = seen.text, seen.text.tokens[-1]
-    return Ask(text.sampling, text.prompt, text.tokens, [[root] * place for place in range(places)], frozenset())
+    return Ask(
+        text.sampling,
+        text.prompt,
+        text.tokens,
+        [[root] * place for place in range(places)],
+        frozenset(),
+    )

@@ -102,7 +102,12 @@ class DraftState:
     def rests(self) -> bool:
         """Whether nothing is to be grown until the next event, whatever may be expanded."""
         passes = self.opened.style.passes
-        return self.lost or len(self.tree) > self.limit or self.share.of == 0 or 0 < passes <= self.passes
+        return (
+            self.lost
+            or len(self.tree) > self.limit
+            or self.share.of == 0
+            or 0 < passes <= self.passes
+        )
 
     def width(self, own: int) -> int:
         """The most leaves for the next pass: as asked for, or at most `own`.
@@ -120,7 +125,9 @@ class DraftState:
         """What may be expanded now."""
         if self.frontier is None:
             room = self.opened.prompt + self.opened.sampling.max_tokens - len(self.tokens)
-            floor = -math.inf if self.opened.style.width else FLOOR  # who asks for a chain wants it however unlikely it is
+            floor = (
+                -math.inf if self.opened.style.width else FLOOR
+            )  # who asks for a chain wants it however unlikely it is
             self.frontier = Frontier(self.tree, min(limits.TREE_DEPTH, room - 1), floor, self.share)
         return self.frontier
 
@@ -142,7 +149,14 @@ class DraftEngine:
         trace: Trace = OFF,
         clock: Clock = time.monotonic,
     ) -> None:
-        self.drafter, self.name, self.width, self.rows, self.trace, self.clock = drafter, name, width, rows, trace, clock
+        self.drafter, self.name, self.width, self.rows, self.trace, self.clock = (
+            drafter,
+            name,
+            width,
+            rows,
+            trace,
+            clock,
+        )
         self.inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self.states: dict[str, DraftState] = {}
         self.calibrations = calibrations or Calibrations()
@@ -152,7 +166,9 @@ class DraftEngine:
 
     def report(self) -> DrafterReport:
         """What it has done since its start. From any thread."""
-        return DrafterReport(len(self.states), self.passes, self.nodes, self.computed, dict(self.counters))
+        return DrafterReport(
+            len(self.states), self.passes, self.nodes, self.computed, dict(self.counters)
+        )
 
     def run(self) -> None:
         """Until Stop. Nothing is kept of any session then."""
@@ -170,7 +186,9 @@ class DraftEngine:
                     case Stop():
                         return False
                     case StreamClosed(stream=stream):
-                        for name in [name for name, state in self.states.items() if state.stream == stream]:
+                        for name in [
+                            name for name, state in self.states.items() if state.stream == stream
+                        ]:
                             self.forget(name)
                     case GrowthDropped(stream=stream, session=session):
                         self.grow_anew(private(stream, session))
@@ -197,8 +215,14 @@ class DraftEngine:
         """What to expand now, of each session at most one wish. Changes nothing."""
         awake = [(name, state) for name, state in self.states.items() if not state.rests()]
         widths = [state.width(self.width) for _, state in awake]
-        counts = allot([state.expandable() for _, state in awake], widths, max([self.rows, *widths]))
-        return [wish_of(name, state, count) for (name, state), count in zip(awake, counts, strict=True) if count]
+        counts = allot(
+            [state.expandable() for _, state in awake], widths, max([self.rows, *widths])
+        )
+        return [
+            wish_of(name, state, count)
+            for (name, state), count in zip(awake, counts, strict=True)
+            if count
+        ]
 
     def ask(self, wishes: Sequence[ExpandRequest]) -> Sequence[DraftNodes | None]:
         """The method's answers. Where it fails, each session is asked about alone: those that fail again are given up."""
@@ -256,13 +280,23 @@ class DraftEngine:
         drafts = []
         for number, level in enumerate(levels):
             hung = nodes.parents[level]
-            parents = placed[hung - nodes.roots] if number and nodes.roots is not None else hung.astype(np.int64)
+            parents = (
+                placed[hung - nodes.roots]
+                if number and nodes.roots is not None
+                else hung.astype(np.int64)
+            )
             drafts.append(self.put(state, parents, nodes.tokens[level], nodes.scores[level]))
             if number + 1 < len(levels):
                 placed[level] = became(state.tree, parents, nodes.tokens[level])
         return drafts
 
-    def put(self, state: DraftState, parents: Ints, tokens: npt.NDArray[np.integer], scores: npt.NDArray[np.floating]) -> Draft:
+    def put(
+        self,
+        state: DraftState,
+        parents: Ints,
+        tokens: npt.NDArray[np.integer],
+        scores: npt.NDArray[np.floating],
+    ) -> Draft:
         """Of guesses below these nodes, -1 for none.
 
         Siblings that are hardly possible are left out, but not the first child: a node is asked about once, and may become the root.
@@ -270,19 +304,36 @@ class DraftEngine:
         tree, calibration = state.tree, self.calibration(state).of(self.name)
         said = scores.astype(np.float64)
         ranks = np.frombuffer(tree.fanout, np.int64)[parents] + place_in_run(parents)
-        likely = (ranks == 0) | (np.frombuffer(tree.path)[parents] + calibration.scores(ranks, said) >= FLOOR)
+        likely = (ranks == 0) | (
+            np.frombuffer(tree.path)[parents] + calibration.scores(ranks, said) >= FLOOR
+        )
         possible = likely & (parents >= 0)
-        keys, tokens, said = np.frombuffer(tree.key, np.uint64)[parents[possible]], tokens[possible], said[possible]
+        keys, tokens, said = (
+            np.frombuffer(tree.key, np.uint64)[parents[possible]],
+            tokens[possible],
+            said[possible],
+        )
         new = tree.merge(keys, tokens.astype(np.int64), said, self.name, calibration.scores).rows
-        return self.draft(state, keys[new], tokens[new].astype(np.int32), said[new].astype(np.float32))
+        return self.draft(
+            state, keys[new], tokens[new].astype(np.int32), said[new].astype(np.float32)
+        )
 
-    def draft(self, state: DraftState, parents: Keys, tokens: npt.NDArray[np.int32], scores: npt.NDArray[np.float32]) -> Draft:
+    def draft(
+        self,
+        state: DraftState,
+        parents: Keys,
+        tokens: npt.NDArray[np.int32],
+        scores: npt.NDArray[np.float32],
+    ) -> Draft:
         return Draft(state.opened.session, state.opened.epoch, self.name, parents, tokens, scores)
 
     def send(self, state: DraftState) -> None:
         """All that the target has not heard of, in messages that it takes."""
         parents, tokens, scores = (
-            np.concatenate(arrays) for arrays in zip(*((one.parents, one.tokens, one.scores) for one in state.unsent), strict=True)
+            np.concatenate(arrays)
+            for arrays in zip(
+                *((one.parents, one.tokens, one.scores) for one in state.unsent), strict=True
+            )
         )
         state.unsent.clear()
         state.heard = state.passes
@@ -296,7 +347,14 @@ class DraftEngine:
     def record(self, wishes: Sequence[ExpandRequest], began: float) -> None:
         if self.trace is not OFF:
             now = self.clock()
-            self.trace.span(self.name, STEP, began, now, leaves=sum(len(wish.leaves) for wish in wishes), sessions=len(wishes))
+            self.trace.span(
+                self.name,
+                STEP,
+                began,
+                now,
+                leaves=sum(len(wish.leaves) for wish in wishes),
+                sessions=len(wishes),
+            )
             self.trace.count(LEAD, now, max(max(wish.text.tree.depth) for wish in wishes))
 
     def hear(self, stream: int, event: Event, send: Send) -> None:
@@ -339,7 +397,11 @@ class DraftEngine:
     def commit(self, state: DraftState, event: Commit) -> None:
         """Follow the target. A repeated or late commit changes nothing; after a lost one the text is asked for again."""
         have = len(state.tokens)
-        if state.lost or event.epoch != state.opened.epoch or event.base + len(event.tokens) <= have:
+        if (
+            state.lost
+            or event.epoch != state.opened.epoch
+            or event.base + len(event.tokens) <= have
+        ):
             self.counters["stale commit"] += 1
             return
         if event.base <= have:
@@ -370,14 +432,21 @@ def wish_of(name: str, state: DraftState, count: int) -> ExpandRequest:
 
 def became(tree: TokenTree, parents: Ints, tokens: npt.NDArray[np.integer]) -> Ints:
     """Of children of these nodes, -1 for none; -1 where they are not in the tree."""
-    found = (tree.child(parent, token) if parent >= 0 else None for parent, token in zip(parents.tolist(), tokens.tolist(), strict=True))
+    found = (
+        tree.child(parent, token) if parent >= 0 else None
+        for parent, token in zip(parents.tolist(), tokens.tolist(), strict=True)
+    )
     return np.array([-1 if node is None else node for node in found], dtype=np.int64)
 
 
 def place_in_run(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """For each value, how many equal ones stand right before it."""
     places = np.arange(len(values))
-    begins = np.concatenate(([True], values[1:] != values[:-1])) if len(values) else np.zeros(0, dtype=np.bool_)
+    begins = (
+        np.concatenate(([True], values[1:] != values[:-1]))
+        if len(values)
+        else np.zeros(0, dtype=np.bool_)
+    )
     return places - np.maximum.accumulate(np.where(begins, places, 0))
 
 

@@ -41,7 +41,12 @@ class Frontier:
 
     def _take(self, node: int) -> None:
         tree, path, owner = self.tree, self.tree.path[node], self.owners[node]
-        if path >= self.floor and tree.depth[node] < self.deepest and not tree.expanded[node] and owner in (None, self.share.index):
+        if (
+            path >= self.floor
+            and tree.depth[node] < self.deepest
+            and not tree.expanded[node]
+            and owner in (None, self.share.index)
+        ):
             self.expandable.append((-path, node))
 
     def best(self, count: int) -> list[int]:
@@ -59,7 +64,11 @@ def allot(frontiers: Sequence[Frontier], widths: Sequence[int], rows: int) -> li
     One of each that has any; beyond that the most probable of all, at most widths[i] of frontier i and `rows` together.
     """
     counts = [min(1, len(frontier.expandable)) for frontier in frontiers]
-    others = [(path, i) for i, frontier in enumerate(frontiers) for path, _ in islice(frontier.expandable, 1, widths[i])]
+    others = [
+        (path, i)
+        for i, frontier in enumerate(frontiers)
+        for path, _ in islice(frontier.expandable, 1, widths[i])
+    ]
     for _, i in sorted(others)[: max(0, rows - sum(counts))]:
         counts[i] += 1
     return counts

@@ -65,9 +65,18 @@ class Step:
             seen.append(start + behind + row)
             start += behind + n
         visible.put(seen, True)
-        tokens = np.asarray([*self.missing, *[tree.token[leaf] for leaf in self.leaves]], dtype=np.int64)
-        positions = [*range(kept.prefix, kept.prefix + m), *[root + tree.depth[leaf] for leaf in self.leaves]]
-        return Part(kept.cache, Rows(tokens, np.asarray(positions, dtype=np.int64), kept.prefix, visible), last=len(self.leaves))
+        tokens = np.asarray(
+            [*self.missing, *[tree.token[leaf] for leaf in self.leaves]], dtype=np.int64
+        )
+        positions = [
+            *range(kept.prefix, kept.prefix + m),
+            *[root + tree.depth[leaf] for leaf in self.leaves],
+        ]
+        return Part(
+            kept.cache,
+            Rows(tokens, np.asarray(positions, dtype=np.int64), kept.prefix, visible),
+            last=len(self.leaves),
+        )
 
     def done(self) -> None:
         """Know the rows of the pass, which are in the cache now."""
@@ -81,7 +90,13 @@ class Step:
 
     def ask(self) -> Ask:
         text = self.wish.text
-        return Ask(text.sampling, text.prompt, text.tokens, [text.tree.tokens_to(leaf) for leaf in self.leaves], frozenset())
+        return Ask(
+            text.sampling,
+            text.prompt,
+            text.tokens,
+            [text.tree.tokens_to(leaf) for leaf in self.leaves],
+            frozenset(),
+        )
 
 
 class ModelDrafter:
@@ -91,7 +106,9 @@ class ModelDrafter:
     sessions that are over serve texts that begin alike, up to `finished` slots.
     """
 
-    def __init__(self, model: Model, branches: int = BRANCHES, chunk: int = CHUNK, finished: int = FINISHED) -> None:
+    def __init__(
+        self, model: Model, branches: int = BRANCHES, chunk: int = CHUNK, finished: int = FINISHED
+    ) -> None:
         self.model, self.branches, self.chunk = model, branches, chunk
         self.kept: dict[str, Kept] = {}
         self.finished = Prefixes(finished)
@@ -111,8 +128,16 @@ class ModelDrafter:
 
     def children(self, steps: Sequence[Step], passed: Sequence[Logits]) -> list[DraftNodes]:
         """Out of the logits of the leaves of each step."""
-        asking = [(torch.as_tensor(rows), step) for step, rows in zip(steps, passed, strict=True) if step.leaves]
-        guesses = iter(candidates_all([(rows, step.ask(), step.wish.branches or self.branches) for rows, step in asking]))
+        asking = [
+            (torch.as_tensor(rows), step)
+            for step, rows in zip(steps, passed, strict=True)
+            if step.leaves
+        ]
+        guesses = iter(
+            candidates_all(
+                [(rows, step.ask(), step.wish.branches or self.branches) for rows, step in asking]
+            )
+        )
         return [children(step.leaves, *next(guesses)) if step.leaves else NOTHING for step in steps]
 
     def close(self, session: str) -> None:
@@ -134,7 +159,11 @@ class ModelDrafter:
         rows: dict[int, int] = {}  # leaf -> its slot, counted from the prefix
         paths: list[list[int]] = []
         for leaf in wish.leaves:  # the likeliest first, so what is above others is a row already
-            slots = above(kept, tree, leaf, rows) if base + tree.depth[leaf] < self.model.context else None
+            slots = (
+                above(kept, tree, leaf, rows)
+                if base + tree.depth[leaf] < self.model.context
+                else None
+            )
             if slots is not None:
                 rows[leaf] = first + len(rows)
                 paths.append(slots)
@@ -195,13 +224,19 @@ def rationed(steps: Sequence[Step], tokens: int) -> list[Step]:
     for place in sorted(range(len(steps)), key=lambda place: len(steps[place].missing)):
         step = steps[place]
         if len(step.missing) > tokens:
-            found[place] = replace(step, missing=step.missing[:tokens], leaves=[], above=[], reading=True)
+            found[place] = replace(
+                step, missing=step.missing[:tokens], leaves=[], above=[], reading=True
+            )
         tokens -= len(found[place].missing)
     return found
 
 
 def children(leaves: Sequence[int], tokens: np.ndarray, scores: np.ndarray) -> DraftNodes:
-    found = np.repeat(np.asarray(leaves, dtype=np.int32), tokens.shape[1]), tokens.ravel(), scores.ravel()
+    found = (
+        np.repeat(np.asarray(leaves, dtype=np.int32), tokens.shape[1]),
+        tokens.ravel(),
+        scores.ravel(),
+    )
     allowed = np.isfinite(found[2])  # the target would not choose what the filters bar
     return DraftNodes(*found) if allowed.all() else DraftNodes(*(array[allowed] for array in found))
 

@@ -30,7 +30,11 @@ class Ngram:
                 parents.append(leaf)
                 tokens.append(token)
                 scores.append(float(np.log(agreed / (agreed + 1.0))))
-        return DraftNodes(np.asarray(parents, dtype=np.int32), np.asarray(tokens, dtype=np.int32), np.asarray(scores, dtype=np.float32))
+        return DraftNodes(
+            np.asarray(parents, dtype=np.int32),
+            np.asarray(tokens, dtype=np.int32),
+            np.asarray(scores, dtype=np.float32),
+        )
 
     def close(self, session: str) -> None:
         pass

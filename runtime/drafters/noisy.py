@@ -19,7 +19,9 @@ class Noisy:
 
     def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes | None]:
         answers = self.inner.expand(wishes)
-        return [found and self.spoil(wish, found) for wish, found in zip(wishes, answers, strict=True)]
+        return [
+            found and self.spoil(wish, found) for wish, found in zip(wishes, answers, strict=True)
+        ]
 
     def spoil(self, wish: ExpandRequest, found: DraftNodes) -> DraftNodes:
         keys = np.asarray([wish.text.tree.key[parent] for parent in found.parents], dtype=np.uint64)

@@ -21,7 +21,13 @@ from runtime.core.sampler_reference import Ask
 from runtime.drafters.base import DrafterContext
 from runtime.drafters.model import ModelDrafter, Step, children
 from runtime.models.base import Branch, Look, Open, Part
-from runtime.models.head_checkpoint import Settings, identity_of, read_settings, read_tensors, whole_number
+from runtime.models.head_checkpoint import (
+    Settings,
+    identity_of,
+    read_settings,
+    read_tensors,
+    whole_number,
+)
 from runtime.models.loader import find_folder, load_tokenizer, read_config
 from runtime.models.lora import adapter, merge
 from runtime.models.sampler import Guesses, candidates_all
@@ -33,7 +39,9 @@ MOST, MOST_RANK = 16, 1024  # masks; rank of the adapter
 class S3D(nn.Module):
     """What is trained: the embeddings of the masks, (masks, hidden size), and an adapter for `layers`, the target's own that stay."""
 
-    def __init__(self, layers: Sequence[nn.Module], hidden_size: int, masks: int, rank: int) -> None:
+    def __init__(
+        self, layers: Sequence[nn.Module], hidden_size: int, masks: int, rank: int
+    ) -> None:
         super().__init__()
         self.mask_embed = nn.Parameter(torch.randn(masks, hidden_size))
         self.layers = adapter(layers, rank)
@@ -47,23 +55,44 @@ class MaskDrafter(ModelDrafter):
 
     def __init__(self, model: Open, masks: torch.Tensor) -> None:
         super().__init__(model)
-        self.open, self.look = model, Look(branches=tuple(Branch(0, partial(repeated, mask)) for mask in masks))
+        self.open, self.look = (
+            model,
+            Look(branches=tuple(Branch(0, partial(repeated, mask)) for mask in masks)),
+        )
 
     def guess(self, steps: Sequence[Step]) -> list[DraftNodes]:
-        shown = self.open.show_all([self.masked(step) for step in steps], self.look) if steps else []
+        shown = (
+            self.open.show_all([self.masked(step) for step in steps], self.look) if steps else []
+        )
         for step in steps:
             step.done()
-        near = self.children(steps, [one.logits[len(one.logits) - len(step.leaves) :] for step, one in zip(steps, shown, strict=True)])
-        ridden = [(step, one.ridden[0]) for step, one in zip(steps, shown, strict=True) if one.ridden is not None]
-        far = iter(candidates_all([(rows, further(step, len(rows)), BRANCHES) for step, rows in ridden]))
+        near = self.children(
+            steps,
+            [
+                one.logits[len(one.logits) - len(step.leaves) :]
+                for step, one in zip(steps, shown, strict=True)
+            ],
+        )
+        ridden = [
+            (step, one.ridden[0])
+            for step, one in zip(steps, shown, strict=True)
+            if one.ridden is not None
+        ]
+        far = iter(
+            candidates_all([(rows, further(step, len(rows)), BRANCHES) for step, rows in ridden])
+        )
         return [
-            found if one.ridden is None else hung(found, step.leaves[0], next(far), len(step.wish.text.tree))
+            found
+            if one.ridden is None
+            else hung(found, step.leaves[0], next(far), len(step.wish.text.tree))
             for step, one, found in zip(steps, shown, near, strict=True)
         ]
 
     def masked(self, step: Step) -> Part:
         part, row = step.part(), len(step.missing)
-        fits = step.leaves and part.rows.positions[row] + len(self.look.branches) < self.model.context
+        fits = (
+            step.leaves and part.rows.positions[row] + len(self.look.branches) < self.model.context
+        )
         return replace(part, riders=(row,)) if fits else part
 
 
@@ -94,9 +123,15 @@ def hung(near: DraftNodes, leaf: int, far: Guesses, roots: int) -> DraftNodes:
 def kept_layers(folder: Path, settings: Settings, most: int) -> list[int]:
     """Raises ModelRefused for what are no layers of the target in their order."""
     layers: Any = settings.get("layers")
-    whole = isinstance(layers, list) and bool(layers) and all(type(layer) is int and 0 <= layer < most for layer in layers)
+    whole = (
+        isinstance(layers, list)
+        and bool(layers)
+        and all(type(layer) is int and 0 <= layer < most for layer in layers)
+    )
     if not whole or layers != sorted(set(layers)):
-        raise ModelRefused(f"{folder}/config.json: layers {str(layers)[:32]} are not some of 0 to {most - 1} that rise: copy it again")
+        raise ModelRefused(
+            f"{folder}/config.json: layers {str(layers)[:32]} are not some of 0 to {most - 1} that rise: copy it again"
+        )
     return [*layers]
 
 
@@ -106,12 +141,19 @@ def build(ingredients: DrafterContext) -> MaskDrafter:
     identity = identity_of(read_config(find_folder(target), target), load_tokenizer(target))
     settings = read_settings(folder, "s3d", identity)
     layers = kept_layers(folder, settings, identity.layers)
-    masks, rank = whole_number(folder, settings, "masks", 1, MOST), whole_number(folder, settings, "rank", 1, MOST_RANK)
+    masks, rank = (
+        whole_number(folder, settings, "masks", 1, MOST),
+        whole_number(folder, settings, "rank", 1, MOST_RANK),
+    )
     learned: list[S3D] = []
 
     def change(module: Any) -> None:
         made = S3D(module.model.layers, identity.hidden_size, masks, rank)
-        made.load_state_dict(read_tensors(folder, {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}))
+        made.load_state_dict(
+            read_tensors(
+                folder, {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
+            )
+        )
         merge(module.model.layers, made.layers)
         learned.append(made)
 

@@ -48,10 +48,20 @@ class HiddenTransferHead:
     """A Head. Where nothing rode beside the row that the target stopped at, it is silent."""
 
     def __init__(self, module: HiddenTransfer) -> None:
-        self.look = Look(branches=tuple(Branch(layer, linear) for layer, linear in zip(module.layers, module.maps, strict=True)))
+        self.look = Look(
+            branches=tuple(
+                Branch(layer, linear)
+                for layer, linear in zip(module.layers, module.maps, strict=True)
+            )
+        )
 
     def propose(self, seen: Sequence[Seen]) -> list[DraftNodes]:
-        places = [one.riders.index(one.path[-1]) if one.shown.ridden is not None and one.path[-1] in one.riders else None for one in seen]
+        places = [
+            one.riders.index(one.path[-1])
+            if one.shown.ridden is not None and one.path[-1] in one.riders
+            else None
+            for one in seen
+        ]
         asked = [
             (one.shown.ridden[place], ahead(one, len(self.look.branches)), BRANCHES)
             for one, place in zip(seen, places, strict=True)
@@ -67,21 +77,34 @@ class HiddenTransferHead:
 def layers_of(folder: Path, settings: Settings, most: int) -> list[int]:
     """Raises ModelRefused for what are no layers of the target in their order."""
     layers: Any = settings.get("layers")
-    whole = isinstance(layers, list) and 0 < len(layers) <= MOST and all(type(layer) is int and 0 < layer < most for layer in layers)
+    whole = (
+        isinstance(layers, list)
+        and 0 < len(layers) <= MOST
+        and all(type(layer) is int and 0 < layer < most for layer in layers)
+    )
     if not whole or layers != sorted(layers):
-        raise ModelRefused(f"{folder}/config.json: {str(layers)[:32]} are not 1 to {MOST} layers from 1 to {most - 1} that do not fall")
+        raise ModelRefused(
+            f"{folder}/config.json: {str(layers)[:32]} are not 1 to {MOST} layers from 1 to {most - 1} that do not fall"
+        )
     return [*layers]
 
 
 def build(mount: HeadContext) -> HiddenTransferHead:
     """Raises ModelRefused where nothing was trained for this target."""
     if mount.folder is None:
-        raise ModelRefused(f"no hidden-transfer ships for this target: {TRAIN} hidden-transfer, and give its folder")
-    settings, d = read_settings(mount.folder, "hidden-transfer", mount.identity), mount.identity.hidden_size
+        raise ModelRefused(
+            f"no hidden-transfer ships for this target: {TRAIN} hidden-transfer, and give its folder"
+        )
+    settings, d = (
+        read_settings(mount.folder, "hidden-transfer", mount.identity),
+        mount.identity.hidden_size,
+    )
     layers = layers_of(mount.folder, settings, mount.identity.layers)
     shapes: dict[str, tuple[int, ...]] = {}
     for index in range(len(layers)):
         shapes |= {f"maps.{index}.weight": (d, d), f"maps.{index}.bias": (d,)}
     module = HiddenTransfer(d, layers)
     module.load_state_dict(read_tensors(mount.folder, shapes))
-    return HiddenTransferHead(module.to(mount.model.device, mount.model.dtype).eval().requires_grad_(False))
+    return HiddenTransferHead(
+        module.to(mount.model.device, mount.model.dtype).eval().requires_grad_(False)
+    )

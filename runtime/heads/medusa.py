@@ -30,7 +30,10 @@ class Medusa(nn.Module):
 
     def __init__(self, hidden_size: int, heads: int, blocks: int = 1) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(nn.ModuleList(nn.Linear(hidden_size, hidden_size) for _ in range(blocks)) for _ in range(heads))
+        self.heads = nn.ModuleList(
+            nn.ModuleList(nn.Linear(hidden_size, hidden_size) for _ in range(blocks))
+            for _ in range(heads)
+        )
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
@@ -57,7 +60,9 @@ class MedusaHead:
             states = self.module(torch.stack([one.shown.hidden[one.path[-1]] for one in seen]))
             logits = self.model.unembed(states.flatten(0, 1)).unflatten(0, states.shape[:2])
             asks = [ahead(one, logits.shape[1]) for one in seen]
-            guesses = candidates_all([(rows, ask, BRANCHES) for rows, ask in zip(logits, asks, strict=True)])
+            guesses = candidates_all(
+                [(rows, ask, BRANCHES) for rows, ask in zip(logits, asks, strict=True)]
+            )
         return [ways(*guess) for guess in guesses]
 
     def close(self, session: str) -> None:
@@ -69,10 +74,14 @@ def build(mount: HeadContext) -> MedusaHead:
     if mount.folder is None:
         raise ModelRefused(f"no medusa ships for this target: {TRAIN} medusa, and give its folder")
     settings, d = read_settings(mount.folder, "medusa", mount.identity), mount.identity.hidden_size
-    heads, blocks = (whole_number(mount.folder, settings, name, 1, MOST) for name in ("heads", "blocks"))
+    heads, blocks = (
+        whole_number(mount.folder, settings, name, 1, MOST) for name in ("heads", "blocks")
+    )
     shapes: dict[str, tuple[int, ...]] = {}
     for name in (f"heads.{head}.{block}" for head in range(heads) for block in range(blocks)):
         shapes |= {f"{name}.weight": (d, d), f"{name}.bias": (d,)}
     module = Medusa(d, heads, blocks)
     module.load_state_dict(read_tensors(mount.folder, shapes))
-    return MedusaHead(mount.model, module.to(mount.model.device, mount.model.dtype).eval().requires_grad_(False))
+    return MedusaHead(
+        mount.model, module.to(mount.model.device, mount.model.dtype).eval().requires_grad_(False)
+    )

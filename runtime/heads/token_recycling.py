@@ -34,7 +34,9 @@ USUAL = (0.4, 0.12, 0.06, 0.04, 0.03, 0.02, 0.02, 0.01)
 UNKNOWN = -1
 
 Ints = npt.NDArray[np.int64]
-Candidates = tuple[npt.NDArray[np.signedinteger[Any]], npt.NDArray[np.floating[Any]]]  # token ids and logs of their shares
+Candidates = tuple[
+    npt.NDArray[np.signedinteger[Any]], npt.NDArray[np.floating[Any]]
+]  # token ids and logs of their shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +82,25 @@ class TokenRecycling:
 
     def grow(self, text: Text) -> DraftNodes:
         levels, parents = shape(self.kept)
-        tokens, said, path = np.full(len(parents), UNKNOWN), np.zeros(len(parents)), np.full(len(parents), -np.inf)
+        tokens, said, path = (
+            np.full(len(parents), UNKNOWN),
+            np.zeros(len(parents)),
+            np.full(len(parents), -np.inf),
+        )
         tokens[0], path[0] = text.tokens[-1], 0.0
-        for depth, level in enumerate(levels if text.sampling.temperature == 0 else levels[:DEEPEST_BY_NOISE]):
+        for depth, level in enumerate(
+            levels if text.sampling.temperature == 0 else levels[:DEEPEST_BY_NOISE]
+        ):
             if text.sampling.temperature == 0:
                 rows = tokens[level.parents]
-                tokens[level.nodes], said[level.nodes] = self.tokens[rows, level.ranks], self.scores[rows, level.ranks]
+                tokens[level.nodes], said[level.nodes] = (
+                    self.tokens[rows, level.ranks],
+                    self.scores[rows, level.ranks],
+                )
             else:
-                tokens[level.nodes], said[level.nodes] = self.perturbed(text, tokens[level.above], level, len(text.tokens) + depth)
+                tokens[level.nodes], said[level.nodes] = self.perturbed(
+                    text, tokens[level.above], level, len(text.tokens) + depth
+                )
             path[level.nodes] = path[level.parents] + said[level.nodes]
             if path[level.nodes].max() < FLOOR:
                 break
@@ -99,8 +112,12 @@ class TokenRecycling:
         """The nodes of a level whose parents are `above` (n,), each of its rank by the noise that the target will choose by at `place`."""
         guesses, scores, sampling = self.tokens[above], self.scores[above], text.sampling
         if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
-            ask = Ask(sampling, text.prompt, text.tokens, [range(place - len(text.tokens))], frozenset())  # one place for all of them
-            total = np.logaddexp.reduce(scores / np.float32(sampling.temperature), axis=1, keepdims=True)
+            ask = Ask(
+                sampling, text.prompt, text.tokens, [range(place - len(text.tokens))], frozenset()
+            )  # one place for all of them
+            total = np.logaddexp.reduce(
+                scores / np.float32(sampling.temperature), axis=1, keepdims=True
+            )
             tokens, shares = ranked(scores, guesses, total, ask, self.kept, self.kept)
             return tokens[level.rows, level.ranks], shares[level.rows, level.ranks]
         # Without filters the same, in fewer operations: what it costs is calls, not numbers.
@@ -120,7 +137,9 @@ def shape(kept: int) -> tuple[list[Level], Ints]:
         chance, way = heapq.heappop(ahead)
         found.append(way)
         if way[-1] + 1 < kept:
-            heapq.heappush(ahead, (chance / USUAL[way[-1]] * USUAL[way[-1] + 1], (*way[:-1], way[-1] + 1)))
+            heapq.heappush(
+                ahead, (chance / USUAL[way[-1]] * USUAL[way[-1] + 1], (*way[:-1], way[-1] + 1))
+            )
         if len(way) < DEEPEST:
             heapq.heappush(ahead, (chance * USUAL[0], (*way, 0)))
     found.sort(key=lambda way: (len(way), way))

@@ -36,7 +36,9 @@ class Capture:
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             # Threads of other models may allocate meanwhile: only what this thread does is forbidden to disturb the capture.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
                 output = function()
 
         def replay() -> torch.Tensor:

@@ -32,7 +32,12 @@ class Kernel:
         if arguments.shares == 1:
             self.share(address)
         else:
-            openmp().GOMP_parallel(self.share, ctypes.c_void_p(address), ctypes.c_uint(arguments.shares), ctypes.c_uint(0))
+            openmp().GOMP_parallel(
+                self.share,
+                ctypes.c_void_p(address),
+                ctypes.c_uint(arguments.shares),
+                ctypes.c_uint(0),
+            )
 
 
 @functools.cache
@@ -86,7 +91,9 @@ def translate(kind: torch.dtype, registers: Registers, processor: str, features:
     )
     module = binding.parse_assembly(str(Program(kind, registers).module))
     module.verify()
-    passes = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=3))
+    passes = binding.create_pass_builder(
+        machine, binding.create_pipeline_tuning_options(speed_level=3)
+    )
     passes.getModulePassManager().run(module, passes)
     engine = binding.create_mcjit_compiler(module, machine)
     engine.finalize_object()

@@ -38,14 +38,23 @@ def native_bf16() -> bool:
 
 def panelled(weight: torch.Tensor) -> bool:
     """Whether a copy in panels would be used."""
-    fits = weight.dtype in (torch.float32, torch.float16) or (weight.dtype == torch.bfloat16 and not native_bf16())
+    fits = weight.dtype in (torch.float32, torch.float16) or (
+        weight.dtype == torch.bfloat16 and not native_bf16()
+    )
     return fits and weight.device.type == "cpu" and weight.numel() >= WEIGHTS and able()
 
 
 def reordered(weight: torch.Tensor) -> bool:
     """Whether oneDNN's copy would be used: only where there are no panels."""
-    fits = torch.backends.mkldnn.is_available() and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and native_bf16()))
-    return fits and weight.device.type == "cpu" and weight.numel() >= ONEDNN_WEIGHTS and not panelled(weight)
+    fits = torch.backends.mkldnn.is_available() and (
+        weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and native_bf16())
+    )
+    return (
+        fits
+        and weight.device.type == "cpu"
+        and weight.numel() >= ONEDNN_WEIGHTS
+        and not panelled(weight)
+    )
 
 
 def copy_bytes(weight: torch.Tensor) -> int:
@@ -67,19 +76,31 @@ class Product:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, pack: bool) -> None:
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
         self._turned, self._least = self.weight.t(), LEAST.get(weight.dtype, 1)
-        self._panels = Panels(self.weight, self.bias, shortest(self.weight)) if pack and panelled(self.weight) else None
+        self._panels = (
+            Panels(self.weight, self.bias, shortest(self.weight))
+            if pack and panelled(self.weight)
+            else None
+        )
         reorder = pack and reordered(self.weight)
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), HINT) if reorder else None
+        self._packed = (
+            torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), HINT)
+            if reorder
+            else None
+        )
 
     def __call__(self, rows: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
         """`onto` is added to the result."""
         if self._panels is not None:
             return self._panels(rows, onto)
         if self._packed is not None and len(rows) >= self._least:
-            result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")
+            result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+                rows, self._packed, self.bias, "none", [], ""
+            )
             return result if onto is None else result.add_(onto)
         onto = self.bias if onto is None else onto if self.bias is None else onto + self.bias
-        return torch.mm(rows, self._turned) if onto is None else torch.addmm(onto, rows, self._turned)
+        return (
+            torch.mm(rows, self._turned) if onto is None else torch.addmm(onto, rows, self._turned)
+        )
 
 
 class PackedLinear(nn.Linear):
@@ -94,7 +115,9 @@ class PackedLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (torch's own name)
         if torch.is_grad_enabled():
             return F.linear(input, self.weight, self.bias)
-        return self.product(input.reshape(-1, self.in_features)).view(*input.shape[:-1], self.out_features)
+        return self.product(input.reshape(-1, self.in_features)).view(
+            *input.shape[:-1], self.out_features
+        )
 
 
 def pack(module: nn.Module) -> None:

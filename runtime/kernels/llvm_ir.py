@@ -38,7 +38,10 @@ class Arguments(ctypes.Structure):
         ("inner", ctypes.c_int64),
         ("matrix", ctypes.c_int64),
         ("panels", ctypes.c_int64),
-        ("onto", ctypes.c_int64),  # what is added to the sums: (count, all outputs of the panels), of stride 0 where it is one for all rows
+        (
+            "onto",
+            ctypes.c_int64,
+        ),  # what is added to the sums: (count, all outputs of the panels), of stride 0 where it is one for all rows
         ("onto_stride", ctypes.c_int64),
         ("out", ctypes.c_int64),  # (count, all outputs of the panels)
         ("out_stride", ctypes.c_int64),
@@ -60,10 +63,22 @@ class Program:
 
     def __init__(self, kind: torch.dtype, registers: Registers) -> None:
         self.module = ir.Module()
-        self.kind, self.lanes, self.line = kind, registers.lanes, 2 * registers.lanes * kind.itemsize
+        self.kind, self.lanes, self.line = (
+            kind,
+            registers.lanes,
+            2 * registers.lanes * kind.itemsize,
+        )
         self.vector = ir.VectorType(FLOAT, self.lanes)
-        self.fma = ir.Function(self.module, ir.FunctionType(self.vector, [self.vector] * 3), f"llvm.fma.v{self.lanes}f32")
-        self.prefetch = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [POINTER, INT, INT, INT]), "llvm.prefetch.p0")
+        self.fma = ir.Function(
+            self.module,
+            ir.FunctionType(self.vector, [self.vector] * 3),
+            f"llvm.fma.v{self.lanes}f32",
+        )
+        self.prefetch = ir.Function(
+            self.module,
+            ir.FunctionType(ir.VoidType(), [POINTER, INT, INT, INT]),
+            "llvm.prefetch.p0",
+        )
         self.zeros = ir.GlobalVariable(self.module, ir.ArrayType(self.vector, 2), "zeros")
         self.zeros.linkage, self.zeros.global_constant = "internal", True
         self.zeros.initializer = ir.Constant(self.zeros.value_type, None)
@@ -76,25 +91,64 @@ class Program:
 
         What is at `ahead`, and from line to line `step` bytes on, will be wanted soon.
         """
-        kinds = [POINTER, WIDE, POINTER, POINTER, WIDE, POINTER, WIDE, POINTER, WIDE, POINTER, WIDE, WIDE]
+        kinds = [
+            POINTER,
+            WIDE,
+            POINTER,
+            POINTER,
+            WIDE,
+            POINTER,
+            WIDE,
+            POINTER,
+            WIDE,
+            POINTER,
+            WIDE,
+            WIDE,
+        ]
         function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), kinds), f"rows{rows}")
         function.linkage = "internal"
         function.attributes.add("noinline")
-        turned, count, panel, ahead, step, start, start_stride, onto, onto_stride, out, out_stride, lines = function.args
+        (
+            turned,
+            count,
+            panel,
+            ahead,
+            step,
+            start,
+            start_stride,
+            onto,
+            onto_stride,
+            out,
+            out_stride,
+            lines,
+        ) = function.args
         at = ir.IRBuilder(function.append_basic_block())
         places = [(row, half) for row in range(rows) for half in (0, 1)]
 
         def place(base: ir.Value, stride: ir.Value, row: int, half: int) -> ir.Value:
             return move(at, base, FLOAT, at.add(at.mul(stride, WIDE(row)), WIDE(half * self.lanes)))
 
-        sums = [at.load(place(start, start_stride, *where), typ=self.vector, align=4) for where in places]
+        sums = [
+            at.load(place(start, start_stride, *where), typ=self.vector, align=4)
+            for where in places
+        ]
         with loop(at, lines, sums) as (line, sums):
             for offset in range(0, self.line, CACHE_LINE):
-                at.call(self.prefetch, [move(at, ahead, BYTE, at.add(at.mul(line, step), WIDE(offset))), INT(0), INT(2), INT(1)])
+                at.call(
+                    self.prefetch,
+                    [
+                        move(at, ahead, BYTE, at.add(at.mul(line, step), WIDE(offset))),
+                        INT(0),
+                        INT(2),
+                        INT(1),
+                    ],
+                )
             weights = self.widened(at, move(at, panel, BYTE, at.mul(line, WIDE(self.line))))
             numbers = move(at, turned, FLOAT, at.mul(line, count))
             for index, (row, half) in enumerate(places):
-                number = self.spread(at, at.load(move(at, numbers, FLOAT, WIDE(row)), typ=FLOAT, align=4))
+                number = self.spread(
+                    at, at.load(move(at, numbers, FLOAT, WIDE(row)), typ=FLOAT, align=4)
+                )
                 sums[index] = at.call(self.fma, [weights[half], number, sums[index]])
         for total, where in zip(sums, places, strict=True):
             more = at.load(place(onto, onto_stride, *where), typ=self.vector, align=4)
@@ -107,15 +161,28 @@ class Program:
         if self.kind == torch.bfloat16:
             words = ir.VectorType(INT, self.lanes)
             both = at.load(line, typ=words, align=4)
-            lower, upper = at.shl(both, words([16] * self.lanes)), at.and_(both, words([0xFFFF0000] * self.lanes))
+            lower, upper = (
+                at.shl(both, words([16] * self.lanes)),
+                at.and_(both, words([0xFFFF0000] * self.lanes)),
+            )
             return [at.bitcast(lower, self.vector), at.bitcast(upper, self.vector)]
         stored = ir.VectorType(ir.HalfType() if self.kind == torch.float16 else FLOAT, self.lanes)
-        halves = [at.load(move(at, line, stored, WIDE(half)), typ=stored, align=2) for half in (0, 1)]
-        return [at.fpext(half, self.vector) for half in halves] if self.kind == torch.float16 else halves
+        halves = [
+            at.load(move(at, line, stored, WIDE(half)), typ=stored, align=2) for half in (0, 1)
+        ]
+        return (
+            [at.fpext(half, self.vector) for half in halves]
+            if self.kind == torch.float16
+            else halves
+        )
 
     def spread(self, at: ir.IRBuilder, number: ir.Value) -> ir.Value:
         nothing = ir.Constant(self.vector, ir.Undefined)
-        return at.shuffle_vector(at.insert_element(nothing, number, INT(0)), nothing, ir.VectorType(INT, self.lanes)([0] * self.lanes))
+        return at.shuffle_vector(
+            at.insert_element(nothing, number, INT(0)),
+            nothing,
+            ir.VectorType(INT, self.lanes)([0] * self.lanes),
+        )
 
     def turn(self) -> None:
         """Writes the rows' first elements side by side, then their second ones, and so on."""
@@ -138,7 +205,12 @@ class Program:
         take, work, done = (at.append_basic_block(name) for name in ("take", "work", "done"))
         at.branch(take)
         at.position_at_end(take)
-        number = at.atomic_rmw("add", move(at, at.function.args[0], WIDE, WIDE(len(Arguments._fields_) - 1)), WIDE(1), "monotonic")
+        number = at.atomic_rmw(
+            "add",
+            move(at, at.function.args[0], WIDE, WIDE(len(Arguments._fields_) - 1)),
+            WIDE(1),
+            "monotonic",
+        )
         at.cbranch(at.icmp_unsigned("<", number, given["shares"]), work, done)
         at.position_at_end(work)
         first, panels = part(at, given["panels"], number, given["shares"])
@@ -151,19 +223,31 @@ class Program:
     def panel(self, at: ir.IRBuilder, given: Mapping[str, ir.Value], panel: ir.Value) -> None:
         """A panel piece by piece, with all rows, in blocks that are as equal as can be; each block fetches its part of the next piece."""
         column = at.mul(panel, WIDE(2 * self.lanes))
-        blocks, pieces = ceiling(at, given["count"], len(self.blocks)), ceiling(at, given["inner"], PIECE)
+        blocks, pieces = (
+            ceiling(at, given["count"], len(self.blocks)),
+            ceiling(at, given["inner"], PIECE),
+        )
         step = at.udiv(WIDE(self.line), blocks)
         with loop(at, pieces) as (piece, _):
             line, lines = part(at, given["inner"], piece, pieces)
-            here = move(at, given["matrix"], BYTE, at.mul(at.add(at.mul(panel, given["inner"]), line), WIDE(self.line)))
+            here = move(
+                at,
+                given["matrix"],
+                BYTE,
+                at.mul(at.add(at.mul(panel, given["inner"]), line), WIDE(self.line)),
+            )
             beyond = move(at, here, BYTE, at.mul(lines, WIDE(self.line)))
             turned = move(at, given["turned"], FLOAT, at.mul(line, given["count"]))
             begun = at.icmp_unsigned(">", piece, WIDE(0))
             ends = at.icmp_unsigned("==", at.add(piece, WIDE(1)), pieces)
             with loop(at, blocks) as (block, _):
                 row, rows = part(at, given["count"], block, blocks)
-                onto = move(at, given["onto"], FLOAT, at.add(at.mul(row, given["onto_stride"]), column))
-                out = move(at, given["out"], FLOAT, at.add(at.mul(row, given["out_stride"]), column))
+                onto = move(
+                    at, given["onto"], FLOAT, at.add(at.mul(row, given["onto_stride"]), column)
+                )
+                out = move(
+                    at, given["out"], FLOAT, at.add(at.mul(row, given["out_stride"]), column)
+                )
                 given_to_block = [
                     move(at, turned, FLOAT, row),
                     given["count"],
@@ -199,13 +283,19 @@ class Program:
         addresses = ("rows", "turned", "matrix", "onto", "out")
         fields = [field[0] for field in Arguments._fields_]
         return at, {
-            field: at.load(move(at, function.args[0], WIDE, WIDE(index)), typ=POINTER if field in addresses else WIDE, align=8)
+            field: at.load(
+                move(at, function.args[0], WIDE, WIDE(index)),
+                typ=POINTER if field in addresses else WIDE,
+                align=8,
+            )
             for index, field in enumerate(fields)
         }
 
 
 @contextmanager
-def loop(at: ir.IRBuilder, count: ir.Value, values: Sequence[ir.Value] = ()) -> Iterator[tuple[ir.Value, list[ir.Value]]]:
+def loop(
+    at: ir.IRBuilder, count: ir.Value, values: Sequence[ir.Value] = ()
+) -> Iterator[tuple[ir.Value, list[ir.Value]]]:
     """What is built within is done `count` times, at least once, with its number and `values`; the list is left as the values become."""
     before, body, after = at.block, at.append_basic_block(), at.append_basic_block()
     at.branch(body)
@@ -232,7 +322,9 @@ def ceiling(at: ir.IRBuilder, count: ir.Value, size: int) -> ir.Value:
     return at.udiv(at.add(count, WIDE(size - 1)), WIDE(size))
 
 
-def part(at: ir.IRBuilder, count: ir.Value, index: ir.Value, parts: ir.Value) -> tuple[ir.Value, ir.Value]:
+def part(
+    at: ir.IRBuilder, count: ir.Value, index: ir.Value, parts: ir.Value
+) -> tuple[ir.Value, ir.Value]:
     """Where the part `index` of `parts` equal ones begins, and how long it is."""
     first = at.udiv(at.mul(count, index), parts)
     return first, at.sub(at.udiv(at.mul(count, at.add(index, WIDE(1))), parts), first)

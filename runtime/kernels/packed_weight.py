@@ -18,7 +18,10 @@ ROWS = 70  # multiplied at once: more of them and a piece of the matrix no longe
 def shortest(weight: torch.Tensor) -> torch.dtype:
     """The type of 16 bits that holds every weight exactly, float32 where there is none. Most published weights are in bfloat16."""
     for kind in SHORT:
-        if all(torch.equal(part, part.to(kind).to(part.dtype)) for part in weight.split(max(1, SCAN // weight.shape[1]))):
+        if all(
+            torch.equal(part, part.to(kind).to(part.dtype))
+            for part in weight.split(max(1, SCAN // weight.shape[1]))
+        ):
             return kind
     return torch.float32
 
@@ -51,7 +54,9 @@ class Panels:
         panels = -(-self._outer // self._kernel.width)
         self._width = panels * self._kernel.width
         self._spare = self._width - self._outer
-        halves = F.pad(weight.to(kind), (0, 0, 0, self._spare)).reshape(panels, 2, self._kernel.width // 2, self._inner)
+        halves = F.pad(weight.to(kind), (0, 0, 0, self._spare)).reshape(
+            panels, 2, self._kernel.width // 2, self._inner
+        )
         # In bfloat16 the halves of a line lie between each other: see `Program.widened`.
         lines = halves.permute((0, 3, 2, 1) if kind == torch.bfloat16 else (0, 3, 1, 2))
         self._matrix = room_for(lines.shape, kind).copy_(lines)
@@ -65,7 +70,9 @@ class Panels:
         count, inner = rows.shape
         if inner != self._inner or (onto is not None and onto.shape != (count, self._outer)):
             added = "nothing" if onto is None else tuple(onto.shape)
-            raise ValueError(f"rows {tuple(rows.shape)} onto {added} do not fit: the matrix is {self._outer} x {self._inner}")
+            raise ValueError(
+                f"rows {tuple(rows.shape)} onto {added} do not fit: the matrix is {self._outer} x {self._inner}"
+            )
         rows = rows.contiguous()
         more, stride = self._more(onto)
         out = rows.new_empty(count, self._width)

@@ -32,10 +32,18 @@ class Arena:
     def take(self, caches: Sequence[TorchCache]) -> list[int]:
         """The seat of each cache, at most as many as there are seats. Who has none gets the lowest free one, or the one least used."""
         owners = [self._owner(seat) for seat in range(self.seats)]
-        held = [next((seat for seat, owner in enumerate(owners) if owner is cache), None) for cache in caches]
+        held = [
+            next((seat for seat, owner in enumerate(owners) if owner is cache), None)
+            for cache in caches
+        ]
         free = [seat for seat, owner in enumerate(owners) if owner is None]
-        spare = iter([*free, *(seat for seat in self._order if seat not in free and seat not in held)])
-        found = [self._place(cache, next(spare)) if seat is None else seat for cache, seat in zip(caches, held, strict=True)]
+        spare = iter(
+            [*free, *(seat for seat in self._order if seat not in free and seat not in held)]
+        )
+        found = [
+            self._place(cache, next(spare)) if seat is None else seat
+            for cache, seat in zip(caches, held, strict=True)
+        ]
         self._order = [*(seat for seat in self._order if seat not in found), *found]
         return found
 

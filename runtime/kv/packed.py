@@ -5,7 +5,12 @@ from typing import Any, cast
 from weakref import proxy
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from runtime.kv.store import TorchCache
 
@@ -20,7 +25,9 @@ class PackedCache(Cache):
     """
 
     def __init__(self, caches: Sequence[TorchCache], count: int) -> None:
-        layers: list[CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer] = [PackedLayer(self, index) for index in range(count)]
+        layers: list[CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer] = [
+            PackedLayer(self, index) for index in range(count)
+        ]
         super().__init__(layers=layers)
         self.caches = caches
         self._written: list[States] | None = None
@@ -45,14 +52,18 @@ class PackedLayer(CacheLayerMixin):
 
     def __init__(self, cache: PackedCache, index: int) -> None:
         super().__init__()
-        self.cache = cast(PackedCache, proxy(cache))  # not held, or the caches of a pass would wait for a search for cycles
+        self.cache = cast(
+            PackedCache, proxy(cache)
+        )  # not held, or the caches of a pass would wait for a search for cycles
         self.index = index
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing: the caches are made whole."""
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> States:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> States:
         self.cache.write(self.index, key_states, value_states)
         return key_states, value_states
 

@@ -53,11 +53,15 @@ class Prefixes:
                 return
         self.kept = [kept for i, kept in enumerate(self.kept) if shared.get(i, 0) < len(kept.ids)]
         # A long text's cache may be mostly empty now.
-        self.kept.append(Kept(head, ids, cache.fork(len(ids)) if cache.room > 2 * len(ids) else cache))
+        self.kept.append(
+            Kept(head, ids, cache.fork(len(ids)) if cache.room > 2 * len(ids) else cache)
+        )
         while self.slots > self.budget:
             self.kept.pop(0)
 
-    def longest(self, tokens: Sequence[int], others: Iterable[tuple[Sequence[int], KVCache]] = ()) -> tuple[KVCache, int] | None:
+    def longest(
+        self, tokens: Sequence[int], others: Iterable[tuple[Sequence[int], KVCache]] = ()
+    ) -> tuple[KVCache, int] | None:
         """The cache whose text has most in common with `tokens`, and how many tokens: at most all but the last.
 
         Looked through are the kept texts and `others`: caches in use, whose first slots hold the text as far as they reach. To

@@ -35,14 +35,18 @@ class TorchCache(Cache):
     positions  int64 (length,)  place in the text of what is in each slot, written by the model
     """
 
-    def __init__(self, layout: Layout, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, layout: Layout, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.capacity, self.length, self.start = capacity, 0, 0
         self._layout, self._dtype, self._device = layout, dtype, device
         self._places = np.zeros(0, dtype=np.int64)
         self._planes: dict[Shape, torch.Tensor] = {}
         for shape in dict.fromkeys(shape for pair in layout for shape in pair):
             count = sum(pair.count(shape) for pair in layout)
-            self._planes[shape] = torch.empty((count, shape[0], 0, shape[1]), dtype=dtype, device=device)
+            self._planes[shape] = torch.empty(
+                (count, shape[0], 0, shape[1]), dtype=dtype, device=device
+            )
         taken = dict.fromkeys(self._planes, 0)
         layers: list[CacheLayerMixin | LinearAttentionCacheLayerMixin | DummyLayer] = []
         for pair in layout:
@@ -64,20 +68,29 @@ class TorchCache(Cache):
     @property
     def slot_bytes(self) -> int:
         """Of one token, all layers together."""
-        return sum(planes.shape[0] * planes.shape[1] * planes.shape[3] * planes.element_size() for planes in self._planes.values())
+        return sum(
+            planes.shape[0] * planes.shape[1] * planes.shape[3] * planes.element_size()
+            for planes in self._planes.values()
+        )
 
     def append(self, rows: int) -> int:
         length = self.length + rows
         if length > self.capacity:
-            raise InvalidRequest(f"{length} tokens and guesses do not fit the cache of {self.capacity}: shorten the prompt or the output")
+            raise InvalidRequest(
+                f"{length} tokens and guesses do not fit the cache of {self.capacity}: shorten the prompt or the output"
+            )
         if length > len(self._places):
             self._grow(min(self.capacity, max(length, len(self._places) * 5 // 4, FIRST_SLOTS)))
         self.start, self.length = self.length, length
         return self.start
 
     def keep(self, prefix: int, slots: Sequence[int]) -> None:
-        if not 0 <= prefix <= self.length or any(not prefix <= slot < self.length for slot in slots):
-            raise IndexError(f"prefix {prefix} and slots {list(slots)} of a cache of {self.length} slots")
+        if not 0 <= prefix <= self.length or any(
+            not prefix <= slot < self.length for slot in slots
+        ):
+            raise IndexError(
+                f"prefix {prefix} and slots {list(slots)} of a cache of {self.length} slots"
+            )
         if len(set(slots)) != len(slots):
             raise IndexError(f"slots {list(slots)} name one twice")
         end = prefix + len(slots)
@@ -129,7 +142,10 @@ class TorchCache(Cache):
                 grown[shape][:, :, : self.length] = old[:, :, : self.length]
         places = np.zeros(slots, dtype=np.int64)
         places[: self.length] = self.positions
-        self._planes, self._places = grown, places  # all or, where there was no memory for it, nothing
+        self._planes, self._places = (
+            grown,
+            places,
+        )  # all or, where there was no memory for it, nothing
 
 
 class TorchLayer(CacheLayerMixin):
@@ -137,7 +153,9 @@ class TorchLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, cache: TorchCache, keys: tuple[Shape, int], values: tuple[Shape, int]) -> None:
+    def __init__(
+        self, cache: TorchCache, keys: tuple[Shape, int], values: tuple[Shape, int]
+    ) -> None:
         super().__init__()
         # Not held, or the memory of a text that is over would wait for a search for cycles, and many would pile up until then.
         self.cache = cast(TorchCache, proxy(cache))
@@ -147,7 +165,9 @@ class TorchLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing: the cache is made whole."""
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write the rows of the pass into the slots that were appended for it; all slots in use, the new ones included."""
         return self._write(self.places[0], key_states), self._write(self.places[1], value_states)
 
@@ -175,5 +195,10 @@ def layout_of(layers: Iterable[Any]) -> list[tuple[Shape, Shape]]:
     for layer in layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
             raise ValueError(f"cache layer of type {type(layer).__name__}")
-        layout.append(((layer.keys.shape[1], layer.keys.shape[3]), (layer.values.shape[1], layer.values.shape[3])))
+        layout.append(
+            (
+                (layer.keys.shape[1], layer.keys.shape[3]),
+                (layer.values.shape[1], layer.values.shape[3]),
+            )
+        )
     return layout

@@ -16,7 +16,9 @@ from runtime.models.sampler import candidates, choose
 RANKS = (1, 2, 4, 8)
 
 
-def continuation(target: HFModel, prompt: Sequence[int], sampling: Sampling, eos: frozenset[int]) -> list[int]:
+def continuation(
+    target: HFModel, prompt: Sequence[int], sampling: Sampling, eos: frozenset[int]
+) -> list[int]:
     """What the target writes after `prompt`, by plain decoding, up to max_tokens or an end-of-text token (not included)."""
     cache, text = target.new_cache(), list(prompt)
     logits = prefill(target, cache, np.asarray(text))
@@ -47,7 +49,9 @@ class Replay:
         return {k: float((found < k).sum() / max(1, len(self.ranks))) for k in RANKS}
 
 
-def along(draft: HFModel, texts: Iterable[tuple[Sequence[int], Sequence[int]]], sampling: Sampling) -> Replay:
+def along(
+    draft: HFModel, texts: Iterable[tuple[Sequence[int], Sequence[int]]], sampling: Sampling
+) -> Replay:
     """What the draft guesses along prompts and what a target answered to each.
 
     At temperature > 0 the guesses are coupled to the target by the noise of their position, as in the runtime.
@@ -58,7 +62,9 @@ def along(draft: HFModel, texts: Iterable[tuple[Sequence[int], Sequence[int]]], 
             text = np.asarray([*prompt, *output])
             logits = draft.forward(draft.new_cache(), causal(text[:-1], 0), last=len(output))
             paths = [output[:i] for i in range(len(output))]
-            guesses, said = candidates(logits, Ask(sampling, len(prompt), prompt, paths, frozenset()), max(RANKS))
+            guesses, said = candidates(
+                logits, Ask(sampling, len(prompt), prompt, paths, frozenset()), max(RANKS)
+            )
             right = guesses == np.asarray(output)[:, None]
             ranks.append(np.where(right.any(axis=1), right.argmax(axis=1), -1))
             scores.append(said)

@@ -7,7 +7,9 @@ from transformers import PreTrainedConfig
 from runtime.models.base import Rows
 
 
-def additive(rows: Rows, positions: npt.NDArray[np.int64], window: int | None, hide: float) -> npt.NDArray[np.float32] | None:
+def additive(
+    rows: Rows, positions: npt.NDArray[np.int64], window: int | None, hide: float
+) -> npt.NDArray[np.float32] | None:
     """(n, slots): 0 where a row looks, `hide` where it does not; None for one row that sees every slot.
 
     `positions` are of all slots of the cache, the rows' own included. With a `window`, a row sees what lies less than that before it

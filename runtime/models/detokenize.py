@@ -19,9 +19,16 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._window = list(prompt)  # the tokens from the last certain border on, behind some that are their context
-        self._known = self._text(self._window)  # of the window's text, what was handed out or is the prompt's
-        self._border, self._whole = len(prompt), self._known  # without a character that the prompt may have begun
+        self._window = list(
+            prompt
+        )  # the tokens from the last certain border on, behind some that are their context
+        self._known = self._text(
+            self._window
+        )  # of the window's text, what was handed out or is the prompt's
+        self._border, self._whole = (
+            len(prompt),
+            self._known,
+        )  # without a character that the prompt may have begun
         if self._known.endswith(UNKNOWN):
             for border in range(len(prompt) - 1, max(len(prompt) - LONGEST, -1), -1):
                 text = self._text(self._window[:border])

@@ -39,10 +39,16 @@ def steady(model: HFModel) -> bool:
     if not fits(model.module):
         return False
     like = model.new_cache()
-    slots = min(SEAT_SLOTS, like.capacity) // 8 * 8  # kernels want rows of a mask that begin at multiples of 16 bytes
+    slots = (
+        min(SEAT_SLOTS, like.capacity) // 8 * 8
+    )  # kernels want rows of a mask that begin at multiples of 16 bytes
     seats = seats_for(free_memory(model.device) // SHARE, slots * like.slot_bytes)
     if not seats:
-        log.warning("model %s keeps transformers' own pass: no memory for a text of %d tokens", model.name, slots)
+        log.warning(
+            "model %s keeps transformers' own pass: no memory for a text of %d tokens",
+            model.name,
+            slots,
+        )
         return False
 
     def make() -> StaticPass:
@@ -73,11 +79,19 @@ def agrees(model: HFModel, make: Callable[[], Pass]) -> bool:
         model.step = make()
         error = relative_error(read(model, tokens), expected)
     except MISFITS as misfit:
-        log.warning("model %s keeps transformers' own pass: the faster one does not fit it (%s)", model.name, misfit)
+        log.warning(
+            "model %s keeps transformers' own pass: the faster one does not fit it (%s)",
+            model.name,
+            misfit,
+        )
         model.step = model.generic
         return False
     if not error <= (1e-4 if model.dtype == torch.float32 else ROUNDING[False]):
-        log.warning("model %s keeps transformers' own pass: the faster one is off by %.2g", model.name, error)
+        log.warning(
+            "model %s keeps transformers' own pass: the faster one is off by %.2g",
+            model.name,
+            error,
+        )
         model.step = model.generic
         return False
     return True

@@ -63,7 +63,9 @@ class Generic:
         if not look.hidden:
             return [Shown(logits) for logits in self(parts)]
         given: list[torch.Tensor] = []
-        hook = self.module.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: given.append(inputs[0][0]))
+        hook = self.module.get_output_embeddings().register_forward_pre_hook(
+            lambda module, inputs: given.append(inputs[0][0])
+        )
         try:
             logits = self(parts)
         finally:
@@ -78,7 +80,9 @@ class Generic:
     def read(self, part: Part) -> torch.Tensor:
         """One text in a pass of its own."""
         rows, cache = part.rows, stored(part)
-        mask = self._by_type({kind: self.mask(part, window) for kind, window in self._windows.items()})
+        mask = self._by_type(
+            {kind: self.mask(part, window) for kind, window in self._windows.items()}
+        )
         kept = wanted(part)
         logits = self._run(rows.tokens, rows.positions, mask, cache, max(kept, 1))
         return logits[logits.shape[0] - kept :].float()
@@ -89,21 +93,33 @@ class Generic:
         masks: dict[str, torch.Tensor | None] = {}
         for kind, window in self._windows.items():
             pieces = [self.mask(part, window) for part in parts]
-            filled = [self._zeros(cache.length) if piece is None else piece for piece, cache in zip(pieces, caches, strict=True)]
+            filled = [
+                self._zeros(cache.length) if piece is None else piece
+                for piece, cache in zip(pieces, caches, strict=True)
+            ]
             masks[kind] = torch.cat([piece.view(1, 1, 1, -1) for piece in filled], dim=-1)
         ends = list(accumulate(len(part.rows.tokens) for part in parts))
         kept = [wanted(part) for part in parts]
-        rows = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, kept, strict=True)])
+        rows = np.concatenate(
+            [np.arange(end - count, end) for end, count in zip(ends, kept, strict=True)]
+        )
         index = torch.from_numpy(rows).to(self._device)
         packed = PackedCache(caches, len(caches[0].layers))
-        tokens, positions = (np.concatenate([getattr(part.rows, name) for part in parts]) for name in ("tokens", "positions"))
+        tokens, positions = (
+            np.concatenate([getattr(part.rows, name) for part in parts])
+            for name in ("tokens", "positions")
+        )
         with self._splitting(packed):
-            logits = self._run(tokens, positions, self._by_type(masks), packed, index if len(index) else 1)
+            logits = self._run(
+                tokens, positions, self._by_type(masks), packed, index if len(index) else 1
+            )
         if not len(index) or not self._sliced:
             logits = logits[index[: len(logits)]]
         return list(logits.float().split(kept))
 
-    def _run(self, tokens: Any, positions: Any, mask: Any, cache: Any, keep: torch.Tensor | int) -> torch.Tensor:
+    def _run(
+        self, tokens: Any, positions: Any, mask: Any, cache: Any, keep: torch.Tensor | int
+    ) -> torch.Tensor:
         logits: torch.Tensor = self.module(
             input_ids=self._row(tokens),
             position_ids=self._row(positions),
@@ -137,13 +153,20 @@ class Generic:
         first = next((mask for mask in masks.values() if mask is not None), None)
         if self._masks_by_type and first is not None:
             # A layer type that needs no mask gets one all the same: None would have transformers make its own for all.
-            return {kind: torch.zeros_like(first) if mask is None else mask for kind, mask in masks.items()}
+            return {
+                kind: torch.zeros_like(first) if mask is None else mask
+                for kind, mask in masks.items()
+            }
         return first
 
     def mask(self, part: Part, window: int | None) -> torch.Tensor | None:
         """(1, 1, n, slots) of one part, as runtime.models.attention_mask has it."""
         mask = additive(part.rows, stored(part).positions, window, self._lowest)
-        return None if mask is None else torch.from_numpy(mask).to(self._device, self._dtype)[None, None]
+        return (
+            None
+            if mask is None
+            else torch.from_numpy(mask).to(self._device, self._dtype)[None, None]
+        )
 
 
 def stored(part: Part) -> TorchCache:
@@ -180,7 +203,9 @@ def attend(
     for cache, (keys, values) in zip(packed.caches, packed.take(), strict=True):
         n, slots = cache.length - cache.start, cache.length
         mask = attention_mask[..., place : place + n * slots].view(1, 1, n, slots)
-        outputs.append(function(module, query[:, :, row : row + n], keys, values, mask, **options)[0])
+        outputs.append(
+            function(module, query[:, :, row : row + n], keys, values, mask, **options)[0]
+        )
         row, place = row + n, place + n * slots
     return torch.cat(outputs, dim=1), None
 

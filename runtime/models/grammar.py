@@ -140,7 +140,9 @@ class Grammars:
         """Returns a channel to a new process."""
         with self._lock:
             if len(self._open) >= (most := limits.GRAMMARS):
-                raise Overloaded(f"{most} texts with a response_format are under way, the most: try again later")
+                raise Overloaded(
+                    f"{most} texts with a response_format are under way, the most: try again later"
+                )
             try:
                 channel = self._fork(kind)
             except OSError as error:

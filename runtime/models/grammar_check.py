@@ -186,10 +186,14 @@ class Shapes:
             self._either[one, other] = found
         return self._either[one, other]
 
-    def _checked(self, sizes: tuple[int, ...], properties: int, named: dict[str, Shape], others: Shape) -> Shape:
+    def _checked(
+        self, sizes: tuple[int, ...], properties: int, named: dict[str, Shape], others: Shape
+    ) -> Shape:
         check_product(sizes)
         if properties > (most := limits.SCHEMA_PROPERTIES):
-            raise refusal("json_schema", f"{properties} properties at one place, the most is {most}")
+            raise refusal(
+                "json_schema", f"{properties} properties at one place, the most is {most}"
+            )
         if not sizes and not named and others is ANYTHING:
             return ANYTHING
         return Shape(sizes, properties, named, others)

@@ -112,7 +112,9 @@ def serve(channel: socket.socket, words: LLTokenizer, bounds: dict[str, Any]) ->
         left = min(left, bounds["mask_s"])
 
 
-def fork(channel: socket.socket, control: socket.socket, words: LLTokenizer, bounds: dict[str, Any]) -> None:
+def fork(
+    channel: socket.socket, control: socket.socket, words: LLTokenizer, bounds: dict[str, Any]
+) -> None:
     """Starts a child that serves `channel`; answers BUSY if the machine has no room for one."""
     try:
         child = os.fork()

@@ -31,24 +31,32 @@ Tensors = dict[str, torch.Tensor]
 
 def identity_of(config: PreTrainedConfig, tokenizer: Vocabulary) -> Identity:
     text: Any = config.get_text_config(decoder=True)
-    return Identity(text.hidden_size, text.num_hidden_layers, text.vocab_size, vocabulary_hash(tokenizer))
+    return Identity(
+        text.hidden_size, text.num_hidden_layers, text.vocab_size, vocabulary_hash(tokenizer)
+    )
 
 
 def read_settings(folder: Path, method: str, identity: Identity) -> Settings:
     """What config.json says. Raises ModelRefused for what is no head of this method, or one of another target."""
     if not (folder / "config.json").is_file():
-        raise ModelRefused(f"{folder} has no config.json: give the folder of a trained head, or {TRAIN}")
+        raise ModelRefused(
+            f"{folder} has no config.json: give the folder of a trained head, or {TRAIN}"
+        )
     refuse_code(folder, str(folder))
     config = read_json(folder / "config.json", str(folder))
     if config.get("method") != method:
-        raise ModelRefused(f"{folder} holds {str(config.get('method'))[:64]!r} and not {method}: give the folder of another head")
+        raise ModelRefused(
+            f"{folder} holds {str(config.get('method'))[:64]!r} and not {method}: give the folder of another head"
+        )
     target, settings = config.get("target"), config.get("settings")
     if not isinstance(target, dict) or not isinstance(settings, dict):
         raise ModelRefused(f"{folder}/config.json lacks `target` or `settings`: copy it again")
     for name, wanted in asdict(identity).items():
         if target.get(name) != wanted:
             said, should = str(target.get(name))[:16], str(wanted)[:16]
-            raise ModelRefused(f"{folder} was trained for another target ({name} {said}, not {should}): {TRAIN} for this one")
+            raise ModelRefused(
+                f"{folder} was trained for another target ({name} {said}, not {should}): {TRAIN} for this one"
+            )
     return settings
 
 
@@ -56,7 +64,9 @@ def whole_number(folder: Path, settings: Settings, name: str, least: int, most: 
     """Raises ModelRefused for what is none, or not between these."""
     value = settings.get(name)
     if type(value) is not int or not least <= value <= most:
-        raise ModelRefused(f"{folder}/config.json: {name} {str(value)[:16]} is no whole number from {least} to {most}: copy it again")
+        raise ModelRefused(
+            f"{folder}/config.json: {name} {str(value)[:16]} is no whole number from {least} to {most}: copy it again"
+        )
     return value
 
 
@@ -66,24 +76,41 @@ def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Tensors
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no dict
             if found != dict(shapes):
-                wrong = min(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
-                raise ModelRefused(f"{folder}/model.safetensors does not fit its config.json ({wrong[:64]}): copy it again, or {TRAIN}")
+                wrong = min(
+                    name
+                    for name in found.keys() | shapes.keys()
+                    if found.get(name) != shapes.get(name)
+                )
+                raise ModelRefused(
+                    f"{folder}/model.safetensors does not fit its config.json ({wrong[:64]}): copy it again, or {TRAIN}"
+                )
             tensors = {name: file.get_tensor(name) for name in found}
     except (SafetensorError, OSError, ValueError) as error:
-        raise ModelRefused(f"{folder}/model.safetensors cannot be read ({one_line(error)}): copy it again") from error
-    if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in tensors.values()):
-        raise ModelRefused(f"{folder}/model.safetensors holds what are no finite numbers: copy it again, or {TRAIN}")
+        raise ModelRefused(
+            f"{folder}/model.safetensors cannot be read ({one_line(error)}): copy it again"
+        ) from error
+    if not all(
+        tensor.is_floating_point() and tensor.isfinite().all() for tensor in tensors.values()
+    ):
+        raise ModelRefused(
+            f"{folder}/model.safetensors holds what are no finite numbers: copy it again, or {TRAIN}"
+        )
     return tensors
 
 
-def write_trained(folder: Path, method: str, identity: Identity, settings: Settings, tensors: Tensors) -> None:
+def write_trained(
+    folder: Path, method: str, identity: Identity, settings: Settings, tensors: Tensors
+) -> None:
     """All or nothing: a folder that is there is replaced in one go. Raises OSError."""
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
     beside.mkdir(parents=True)
     try:
         config = {"method": method, "target": asdict(identity), "settings": settings}
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside / "model.safetensors")
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            beside / "model.safetensors",
+        )
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
     finally:

@@ -21,7 +21,10 @@ KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # What transformers' modelling code is known to raise for a model that cannot take our masks, positions or cache.
 MISFITS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
-ROUNDING = {True: 1e-3, False: 5e-2}  # relative error of logits that rounding explains, in float32 and in shorter types
+ROUNDING = {
+    True: 1e-3,
+    False: 5e-2,
+}  # relative error of logits that rounding explains, in float32 and in shorter types
 PROBE = [1, 2]  # a text; token 0 is often padding, of which the embedding is zero
 
 log = logging.getLogger(__name__)
@@ -59,7 +62,9 @@ class HFModel:
         self.module, self._name = module.eval(), name
         self._context = context_of(config, name)
         if "position_ids" not in inspect.signature(module.forward).parameters:
-            raise ModelRefused(f"model {name} ({config.model_type}) cannot be told positions: choose one with rotary or learned positions")
+            raise ModelRefused(
+                f"model {name} ({config.model_type}) cannot be told positions: choose one with rotary or learned positions"
+            )
         self._device: torch.device = module.device
         self._dtype: torch.dtype = module.dtype
         try:
@@ -68,7 +73,9 @@ class HFModel:
             self._layout = layout_of(probe.past_key_values.layers)
             self._stored: torch.dtype = probe.past_key_values.layers[0].keys.dtype
         except MISFITS as error:
-            raise ModelRefused(f"model {name} cannot be rolled back exactly ({error}): choose one of plain attention layers") from error
+            raise ModelRefused(
+                f"model {name} cannot be rolled back exactly ({error}): choose one of plain attention layers"
+            ) from error
         self._vocabulary = int(probe.logits.shape[-1])
         self.generic = Generic(module)
         self.step: Pass = self.generic
@@ -84,7 +91,11 @@ class HFModel:
             log.info("model %s reads several texts one by one: %s", self._name, misfit)
             return False
         if not error <= ROUNDING[self._dtype == torch.float32]:
-            log.warning("model %s reads several texts one by one: in one pass its logits are off by %.2g", self._name, error)
+            log.warning(
+                "model %s reads several texts one by one: in one pass its logits are off by %.2g",
+                self._name,
+                error,
+            )
             return False
         return True
 
@@ -110,7 +121,9 @@ class HFModel:
 
     def new_cache(self) -> TorchCache:
         """Room for the whole context and a full tree behind it, taken only as it is used."""
-        return TorchCache(self._layout, self._context + limits.TREE_NODES, self._stored, self._device)
+        return TorchCache(
+            self._layout, self._context + limits.TREE_NODES, self._stored, self._device
+        )
 
     def forward(self, cache: KVCache, rows: Rows, last: int | None = None) -> torch.Tensor:
         """As promised by Model: float32 (rows, vocabulary) on the model's device. On an error the cache is as before.
@@ -128,7 +141,9 @@ class HFModel:
         try:
             self.step.check(look)
         except LookupError as error:
-            raise ModelRefused(f"model {self._name} cannot show what this method looks at ({error}): choose another method") from error
+            raise ModelRefused(
+                f"model {self._name} cannot show what this method looks at ({error}): choose another method"
+            ) from error
 
     def show_all(self, parts: Sequence[Part], look: Look) -> list[Shown]:
         """As promised by Open; errors as of `forward`."""
@@ -138,7 +153,9 @@ class HFModel:
         with torch.inference_mode():
             return self.step.unembed(hidden)
 
-    def _read(self, parts: Sequence[Part], branches: int, read: Callable[[Sequence[Part]], list[Result]]) -> list[Result]:
+    def _read(
+        self, parts: Sequence[Part], branches: int, read: Callable[[Sequence[Part]], list[Result]]
+    ) -> list[Result]:
         """`read`, with slots for the rows of the parts and, as long as it runs, for `branches` pseudo rows beside each rider."""
         caches = [stored(part) for part in parts]
         positions = [positions_of(part, branches) for part in parts]
@@ -153,7 +170,9 @@ class HFModel:
                 cache.positions[start:] = places
             with torch.inference_mode():
                 found = read(parts)
-            kept = [length + len(part.rows.tokens) for length, part in zip(kept, parts, strict=True)]
+            kept = [
+                length + len(part.rows.tokens) for length, part in zip(kept, parts, strict=True)
+            ]
             return found
         finally:
             for cache, length in zip(caches, kept, strict=True):
@@ -163,9 +182,13 @@ class HFModel:
     def _check(self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> None:
         # On a GPU an index out of range would end the process and not the request.
         if tokens.min() < 0 or tokens.max() >= self._vocabulary:
-            raise InvalidRequest(f"a token id outside the vocabulary of {self._vocabulary} of model {self._name}: check the tokenizer")
+            raise InvalidRequest(
+                f"a token id outside the vocabulary of {self._vocabulary} of model {self._name}: check the tokenizer"
+            )
         if positions.min() < 0 or positions.max() >= self._context:
-            raise InvalidRequest(f"position {positions.max()} is beyond the context of {self._context} of model {self._name}: shorten it")
+            raise InvalidRequest(
+                f"position {positions.max()} is beyond the context of {self._context} of model {self._name}: shorten it"
+            )
 
 
 def positions_of(part: Part, branches: int) -> npt.NDArray[np.int64]:
@@ -173,24 +196,34 @@ def positions_of(part: Part, branches: int) -> npt.NDArray[np.int64]:
     if not part.riders:
         return part.rows.positions
     ridden = part.rows.positions[list(part.riders)]
-    return np.concatenate([part.rows.positions, *(ridden + ahead for ahead in range(1, branches + 1))])
+    return np.concatenate(
+        [part.rows.positions, *(ridden + ahead for ahead in range(1, branches + 1))]
+    )
 
 
 def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
     """The worst row's root mean square error, relative to the spread of what is expected."""
     centred = expected - expected.mean(dim=1, keepdim=True)
-    return float(((logits - expected).square().mean(dim=1) / centred.square().mean(dim=1).clamp_min(1e-12)).max().sqrt())
+    return float(
+        ((logits - expected).square().mean(dim=1) / centred.square().mean(dim=1).clamp_min(1e-12))
+        .max()
+        .sqrt()
+    )
 
 
 def check_config(config: PreTrainedConfig, kind: type[PreTrainedModel], name: str) -> None:
     """Raises ModelRefused for what is known, before any weight is read, not to be a decoder of plain attention layers."""
     text = config.get_text_config(decoder=True)
     if config.is_encoder_decoder:
-        raise ModelRefused(f"model {name} ({config.model_type}) is an encoder-decoder: choose a decoder-only model")
+        raise ModelRefused(
+            f"model {name} ({config.model_type}) is an encoder-decoder: choose a decoder-only model"
+        )
     others = sorted(set(getattr(text, "layer_types", None) or ()) - KNOWN_LAYERS)
     if kind._is_stateful or others:
         what = f"layers of type {', '.join(others)}" if others else "a recurrent state"
-        raise ModelRefused(f"model {name} ({config.model_type}) has {what}, no exact rollback: choose a model of plain attention")
+        raise ModelRefused(
+            f"model {name} ({config.model_type}) has {what}, no exact rollback: choose a model of plain attention"
+        )
     if getattr(text, "alibi", False):
         raise ModelRefused(
             f"model {name} ({config.model_type}) has ALiBi positions, which no tree can have: choose one with rotary positions"
@@ -205,7 +238,9 @@ def context_of(config: PreTrainedConfig, name: str) -> int:
     """
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:
-        raise ModelRefused(f"model {name} ({config.model_type}) names no context length: set max_position_embeddings in its config.json")
+        raise ModelRefused(
+            f"model {name} ({config.model_type}) names no context length: set max_position_embeddings in its config.json"
+        )
     rope = getattr(config, "rope_parameters", None) or {}
     for variant in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         if variant.get("rope_type") == "longrope":

@@ -13,7 +13,11 @@ from runtime.core.errors import ModelRefused
 def up_to(config: PreTrainedConfig, layers: Sequence[int], name: str) -> PreTrainedConfig:
     """`config` without the layers behind the last of `layers`. Raises ModelRefused where these are not layers of it, in their order."""
     count: int = config.get_text_config(decoder=True).num_hidden_layers
-    if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < count:
+    if (
+        not layers
+        or list(layers) != sorted(set(layers))
+        or not 0 <= layers[0] <= layers[-1] < count
+    ):
         raise ModelRefused(
             f"layers {str(list(layers))[:48]} are not some of the {count} of {name}: give numbers from 0 to {count - 1} that rise"
         )
@@ -24,7 +28,9 @@ def keep(module: PreTrainedModel, layers: Sequence[int], name: str) -> None:
     """Let go of all layers but these. Raises ModelRefused where they do not lie where Llama's do."""
     body: Any = getattr(module, "model", None)
     if not isinstance(getattr(body, "layers", None), nn.ModuleList):
-        raise ModelRefused(f"{name} has its layers in another place than Llama: choose another drafting method")
+        raise ModelRefused(
+            f"{name} has its layers in another place than Llama: choose another drafting method"
+        )
     body.layers = nn.ModuleList(body.layers[layer] for layer in layers)
     for index, layer in enumerate(body.layers):
         for part in layer.modules():

@@ -40,7 +40,9 @@ class Norm:
         self.least = torch.tensor((size * eps) ** 0.5, dtype=torch.float32)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        size = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32).hypot_(self.least)
+        size = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32).hypot_(
+            self.least
+        )
         scaled: torch.Tensor = (rows / size).mul_(self.weight)
         return scaled.to(rows.dtype)
 
@@ -67,7 +69,9 @@ class Lane:
     keys: Sequence[torch.Tensor]  # (1, heads, slots, dim)
     values: Sequence[torch.Tensor]
     masks: dict[str, torch.Tensor | None]
-    places: torch.Tensor | None = None  # of its rows, where they are not [start, end): pseudo rows come behind those of all parts
+    places: torch.Tensor | None = (
+        None  # of its rows, where they are not [start, end): pseudo rows come behind those of all parts
+    )
 
 
 class LlamaPass:
@@ -85,7 +89,9 @@ class LlamaPass:
         self._windows = windows_of(config)
         self._embedding: torch.Tensor = body.embed_tokens.weight.detach()
         kinds = getattr(config, "layer_types", None) or [""] * len(body.layers)
-        self._layers = [self._layer(layer, kind, pack) for layer, kind in zip(body.layers, kinds, strict=True)]
+        self._layers = [
+            self._layer(layer, kind, pack) for layer, kind in zip(body.layers, kinds, strict=True)
+        ]
         self._norm = norm(body.norm)
         self._head = fused(module.lm_head, pack=pack)
         self._rotary, self._context = body.rotary_emb, context_of(config, config.model_type)
@@ -110,13 +116,27 @@ class LlamaPass:
 
     def show(self, parts: Sequence[Part], look: Look) -> list[Shown]:
         """As promised by Pass."""
-        counts, riders = [len(part.rows.tokens) for part in parts], [len(part.riders) if look.branches else 0 for part in parts]
+        counts, riders = (
+            [len(part.rows.tokens) for part in parts],
+            [len(part.riders) if look.branches else 0 for part in parts],
+        )
         n, m = sum(counts), sum(riders)
         branches = look.branches if m else ()
         beginnings = [end - count for end, count in zip(ends_of(parts), counts, strict=True)]
-        sources = np.array([start + row for part, start in zip(parts, beginnings, strict=True) for row in part.riders], dtype=np.int64)
+        sources = np.array(
+            [
+                start + row
+                for part, start in zip(parts, beginnings, strict=True)
+                for row in part.riders
+            ],
+            dtype=np.int64,
+        )
         positions = np.concatenate([part.rows.positions for part in parts])
-        cos, sin = self._rotations(np.concatenate([positions, *(positions[sources] + ahead for ahead in range(1, len(branches) + 1))]))
+        cos, sin = self._rotations(
+            np.concatenate(
+                [positions, *(positions[sources] + ahead for ahead in range(1, len(branches) + 1))]
+            )
+        )
         ridden = torch.from_numpy(sources).to(self._embedding.device)
         lanes, x = self._lanes(parts), self._embedded(parts)
         for index in range(len(self._layers)):
@@ -127,29 +147,57 @@ class LlamaPass:
             x = self._through(index, x, cos[: len(x)], sin[: len(x)], lanes)
         kept = [wanted(part) for part in parts]
         if sum(kept) < n:
-            x = torch.cat([*(x[end - count : end] for end, count in zip(ends_of(parts), kept, strict=True)), x[n:]])
+            x = torch.cat(
+                [
+                    *(
+                        x[end - count : end]
+                        for end, count in zip(ends_of(parts), kept, strict=True)
+                    ),
+                    x[n:],
+                ]
+            )
             n = sum(kept)
         hidden = self._norm(x)
         logits = self._head(hidden).float()
         of_rows = hidden[:n].split(kept) if look.hidden else [None] * len(parts)
-        pseudo = logits[n:].unflatten(0, (len(branches), m)).transpose(0, 1).split(riders) if m else [None] * len(parts)
+        pseudo = (
+            logits[n:].unflatten(0, (len(branches), m)).transpose(0, 1).split(riders)
+            if m
+            else [None] * len(parts)
+        )
         of_pseudo = [rows if count else None for rows, count in zip(pseudo, riders, strict=True)]
-        return [Shown(*of_one) for of_one in zip(logits[:n].split(kept), of_rows, of_pseudo, strict=True)]
+        return [
+            Shown(*of_one)
+            for of_one in zip(logits[:n].split(kept), of_rows, of_pseudo, strict=True)
+        ]
 
     def unembed(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._head(hidden.to(self._dtype)).float()
 
     def _embedded(self, parts: Sequence[Part]) -> torch.Tensor:
-        return self._embedding.index_select(0, joint([part.rows.tokens for part in parts]).to(self._embedding.device))
+        return self._embedding.index_select(
+            0, joint([part.rows.tokens for part in parts]).to(self._embedding.device)
+        )
 
     def _rotations(self, positions: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of each row, (rows, 1, dim)."""
-        if len(self._angles) < self._context and (longest := int(positions.max())) >= len(self._angles):
+        if len(self._angles) < self._context and (longest := int(positions.max())) >= len(
+            self._angles
+        ):
             self._angles = self._table(min(2 * longest, self._context))
-        cos, sin = self._angles.index_select(0, torch.from_numpy(positions).to(self._angles.device)).unbind(1)
+        cos, sin = self._angles.index_select(
+            0, torch.from_numpy(positions).to(self._angles.device)
+        ).unbind(1)
         return cos, sin
 
-    def _through(self, index: int, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, lanes: Sequence[Lane]) -> torch.Tensor:
+    def _through(
+        self,
+        index: int,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        lanes: Sequence[Lane],
+    ) -> torch.Tensor:
         """The rows behind layer `index`."""
         layer, middle = self._layers[index], self._heads + self._kv
         qkv = layer.qkv(layer.before(x)).view(len(x), middle + self._kv, self._dim)
@@ -160,12 +208,18 @@ class LlamaPass:
         gate, up = layer.gate_up(layer.after(x)).chunk(2, -1)
         return layer.down(F.silu(gate).mul_(up), x)
 
-    def _attend(self, index: int, kind: str, qkv: torch.Tensor, lanes: Sequence[Lane]) -> torch.Tensor:
+    def _attend(
+        self, index: int, kind: str, qkv: torch.Tensor, lanes: Sequence[Lane]
+    ) -> torch.Tensor:
         """(rows, heads * dim), from (rows, heads of queries, of keys, of values, dim).
 
         With many texts most of a small model's pass is the calls that are made for each of them: what can be done for all at once is.
         """
-        places = torch.cat([lane.places for lane in lanes if lane.places is not None]) if lanes[0].places is not None else None
+        places = (
+            torch.cat([lane.places for lane in lanes if lane.places is not None])
+            if lanes[0].places is not None
+            else None
+        )
         by_head = (qkv if places is None else qkv.index_select(0, places)).transpose(0, 1)
         queries = by_head.narrow(0, 0, self._heads).unsqueeze(0)
         new = by_head.narrow(0, self._heads, 2 * self._kv).unflatten(0, (2, self._kv))
@@ -188,7 +242,10 @@ class LlamaPass:
 
     def _lanes(self, parts: Sequence[Part]) -> list[Lane]:
         """Of the rows alone, without pseudo rows."""
-        return [self._lane(part, part.rows, end) for part, end in zip(parts, ends_of(parts), strict=True)]
+        return [
+            self._lane(part, part.rows, end)
+            for part, end in zip(parts, ends_of(parts), strict=True)
+        ]
 
     def _wide_lanes(self, parts: Sequence[Part], entered: int, branches: int) -> list[Lane]:
         """Of the rows and the pseudo rows of the branches that have entered."""
@@ -200,15 +257,28 @@ class LlamaPass:
             if len(parts) == 1:
                 lanes.append(self._lane(part, rows, len(rows.positions)))
                 continue
-            places = np.concatenate([np.arange(end - len(part.rows.tokens), end), *(n + branch * m + own for branch in range(entered))])
-            lanes.append(replace(self._lane(part, rows, end), places=torch.from_numpy(places).to(self._embedding.device)))
+            places = np.concatenate(
+                [
+                    np.arange(end - len(part.rows.tokens), end),
+                    *(n + branch * m + own for branch in range(entered)),
+                ]
+            )
+            lanes.append(
+                replace(
+                    self._lane(part, rows, end),
+                    places=torch.from_numpy(places).to(self._embedding.device),
+                )
+            )
             before += len(part.riders)
         return lanes
 
     def _lane(self, part: Part, rows: Rows, end: int) -> Lane:
         cache, count = stored(part), len(rows.positions)
         slots, device = cache.start + count, self._embedding.device
-        masks = {kind: additive(rows, cache.positions[:slots], window, -np.inf) for kind, window in self._windows.items()}
+        masks = {
+            kind: additive(rows, cache.positions[:slots], window, -np.inf)
+            for kind, window in self._windows.items()
+        }
         planes = cache.planes()
         in_use = planes.narrow(2, 0, slots).unsqueeze(1).unbind(0)
         return Lane(
@@ -217,7 +287,10 @@ class LlamaPass:
             planes.narrow(2, cache.start, count).unflatten(0, (-1, 2)).unbind(0),
             in_use[::2],
             in_use[1::2],
-            {kind: None if mask is None else torch.from_numpy(mask).to(device, self._dtype) for kind, mask in masks.items()},
+            {
+                kind: None if mask is None else torch.from_numpy(mask).to(device, self._dtype)
+                for kind, mask in masks.items()
+            },
         )
 
     def _layer(self, layer: Any, kind: str, pack: bool) -> Layer:
@@ -225,7 +298,8 @@ class LlamaPass:
         heads = None
         if hasattr(attention, "q_norm"):
             q, k = (
-                half.weight.detach().expand(count, -1) for half, count in ((attention.q_norm, self._heads), (attention.k_norm, self._kv))
+                half.weight.detach().expand(count, -1)
+                for half, count in ((attention.q_norm, self._heads), (attention.k_norm, self._kv))
             )
             heads = Norm(torch.cat([q, k]), attention.q_norm.variance_epsilon)
         return Layer(
@@ -242,7 +316,9 @@ class LlamaPass:
     def _table(self, positions: int) -> torch.Tensor:
         """(positions, 2, 1, dim): cosines, and sines whose first half is negative, so that rotation is x cos + roll(x, dim / 2) sin."""
         with torch.inference_mode():
-            cos, sin = self._rotary(self._embedding, torch.arange(positions, device=self._embedding.device)[None])
+            cos, sin = self._rotary(
+                self._embedding, torch.arange(positions, device=self._embedding.device)[None]
+            )
             sin[..., : self._dim // 2].neg_()
             return torch.stack([cos[0], sin[0]], dim=1)[:, :, None]
 
@@ -252,7 +328,11 @@ def fits(module: PreTrainedModel) -> bool:
     config = module.config
     if config.model_type not in MODEL_TYPES or config.hidden_act not in ("silu", "swish"):
         return False
-    linear = all(isinstance(child, nn.Linear) for name, child in module.named_modules() if name.endswith(("_proj", "lm_head")))
+    linear = all(
+        isinstance(child, nn.Linear)
+        for name, child in module.named_modules()
+        if name.endswith(("_proj", "lm_head"))
+    )
     return linear and len({layer.self_attn.head_dim for layer in module.model.layers}) == 1
 
 
@@ -264,15 +344,21 @@ def ends_of(parts: Sequence[Part]) -> list[int]:
 def with_riders(part: Part, branches: int) -> Rows:
     """The rows of a part and behind them its pseudo rows, branch by branch; these have no tokens."""
     rows, riders = part.rows, list(part.riders)
-    positions = np.concatenate([rows.positions, *(rows.positions[riders] + ahead for ahead in range(1, branches + 1))])
+    positions = np.concatenate(
+        [rows.positions, *(rows.positions[riders] + ahead for ahead in range(1, branches + 1))]
+    )
     own = np.kron(np.tri(branches, dtype=np.bool_), np.eye(len(riders), dtype=np.bool_))
     hidden = np.zeros((len(rows.positions), len(own)), dtype=np.bool_)
-    visible = np.block([[rows.visible, hidden], [np.tile(rows.visible[riders], (branches, 1)), own]])
+    visible = np.block(
+        [[rows.visible, hidden], [np.tile(rows.visible[riders], (branches, 1)), own]]
+    )
     return Rows(rows.tokens, positions, rows.prefix, visible)
 
 
 def joint(arrays: Sequence[npt.NDArray[np.int64]]) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(arrays[0]) if len(arrays) == 1 else np.concatenate(arrays))
+    return torch.from_numpy(
+        np.ascontiguousarray(arrays[0]) if len(arrays) == 1 else np.concatenate(arrays)
+    )
 
 
 def norm(module: Any) -> Norm:
@@ -284,7 +370,9 @@ def fused(*linears: nn.Linear, pack: bool) -> Product:
     if len(linears) == 1:
         return Product(linears[0].weight, linears[0].bias, pack)
     weight = torch.cat([linear.weight.detach() for linear in linears])
-    for linear, view in zip(linears, weight.split([linear.out_features for linear in linears]), strict=True):
+    for linear, view in zip(
+        linears, weight.split([linear.out_features for linear in linears]), strict=True
+    ):
         linear.weight.data = view
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     return Product(weight, torch.cat(biases) if biases else None, pack)

@@ -42,15 +42,36 @@ INDEX = "model.safetensors.index.json"
 # The most bytes of each file that is read whole; and of a template.
 SIZES = {
     "config.json": 1 << 20,
-    **dict.fromkeys(("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"), 1 << 24),
-    **dict.fromkeys(("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", INDEX), 1 << 27),
+    **dict.fromkeys(
+        (
+            "generation_config.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "added_tokens.json",
+        ),
+        1 << 24,
+    ),
+    **dict.fromkeys(
+        ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", INDEX),
+        1 << 27,
+    ),
 }
 TEMPLATE_BYTES = 1 << 20
 TEMPLATES = "additional_chat_templates"  # the only folder within a model's that is looked into
 # transformers' name for a warning that it gives once, on standard error. A text that is too long is refused in words of our own.
 TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
-CODE = ("auto_map", "custom_generate", "custom_pipelines")  # keys of configurations that name code of the author's
-KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation", "kernel_config")
+CODE = (
+    "auto_map",
+    "custom_generate",
+    "custom_pipelines",
+)  # keys of configurations that name code of the author's
+KERNELS = (
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "_experts_implementation",
+    "kernel_config",
+)
 
 
 def load_model(
@@ -81,7 +102,9 @@ def load_model(
         module = read_weights(folder, name_or_folder, config, kind, place)
     else:
         kept = list(layers) or every_second(config)
-        module = read_weights(folder, name_or_folder, up_to(config, kept, name_or_folder), kind, place)
+        module = read_weights(
+            folder, name_or_folder, up_to(config, kept, name_or_folder), kind, place
+        )
         keep(module, kept, name_or_folder)
     change(module)
     model = HFModel(module, name_or_folder)
@@ -97,14 +120,24 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder or of a hub name, from its tokenizer.json, its chat template tried out. Raises ModelRefused."""
     folder = find_folder(name_or_folder)
     if not (folder / "tokenizer.json").is_file():
-        raise ModelRefused(f"{name_or_folder} has no tokenizer.json: save a fast tokenizer into it with save_pretrained()")
+        raise ModelRefused(
+            f"{name_or_folder} has no tokenizer.json: save a fast tokenizer into it with save_pretrained()"
+        )
     refuse_code(folder, name_or_folder)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the Rust tokenizers raise plain Exception for a file they cannot parse
-        raise ModelRefused(f"{name_or_folder}/tokenizer.json cannot be read ({one_line(error)}): copy it again") from error
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (
+        Exception
+    ) as error:  # the Rust tokenizers raise plain Exception for a file they cannot parse
+        raise ModelRefused(
+            f"{name_or_folder}/tokenizer.json cannot be read ({one_line(error)}): copy it again"
+        ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ModelRefused(f"{name_or_folder} has a tokenizer of type {type(tokenizer).__name__}: save a fast one into it")
+        raise ModelRefused(
+            f"{name_or_folder} has a tokenizer of type {type(tokenizer).__name__}: save a fast one into it"
+        )
     check_template(tokenizer.chat_template, name_or_folder)
     tokenizer.deprecation_warnings[TOO_LONG] = True
     return tokenizer
@@ -114,10 +147,15 @@ def find_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise InvalidRequest(f"device {device[:64]!r} is not known: give auto, cpu, cuda or cuda:0", "device")
+        raise InvalidRequest(
+            f"device {device[:64]!r} is not known: give auto, cpu, cuda or cuda:0", "device"
+        )
     found = torch.device(device)
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise InvalidRequest(f"device {device} is not here ({torch.cuda.device_count()} GPUs): give auto or cpu", "device")
+        raise InvalidRequest(
+            f"device {device} is not here ({torch.cuda.device_count()} GPUs): give auto or cpu",
+            "device",
+        )
     return found
 
 
@@ -125,21 +163,29 @@ def find_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     if dtype == "auto":
         return "auto" if device.type == "cuda" else torch.float32
     if dtype not in DTYPES:
-        raise InvalidRequest(f"dtype {dtype[:64]!r} is not known: give auto, {', '.join(DTYPES)}", "dtype")
+        raise InvalidRequest(
+            f"dtype {dtype[:64]!r} is not known: give auto, {', '.join(DTYPES)}", "dtype"
+        )
     return DTYPES[dtype]
 
 
 def find_folder(name: str) -> Path:
     """The folder itself, or the hub's local copy, fetched where it is not there yet."""
     if not name or "\0" in name or len(name) > 1024:
-        raise ModelRefused(f"model name {name[:64]!r} is not a name: give a folder or a name on the Hugging Face hub")
+        raise ModelRefused(
+            f"model name {name[:64]!r} is not a name: give a folder or a name on the Hugging Face hub"
+        )
     folder = Path(name)
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ModelRefused(f"{name} is a file: give the folder that holds config.json and the weights")
+        raise ModelRefused(
+            f"{name} is a file: give the folder that holds config.json and the weights"
+        )
     if not HUB_NAME.fullmatch(name):
-        raise ModelRefused(f"model folder {name[:256]!r} does not exist: give a folder with config.json and *.safetensors")
+        raise ModelRefused(
+            f"model folder {name[:256]!r} does not exist: give a folder with config.json and *.safetensors"
+        )
     try:
         return Path(snapshot_download(name, allow_patterns=FETCHED, etag_timeout=HUB_PATIENCE))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
@@ -152,19 +198,31 @@ def find_folder(name: str) -> Path:
 def refuse_code(folder: Path, name: str) -> None:
     """No code of the model's author, nothing that leads out of the folder. The hub's local cache links to its own blobs."""
     for script in folder.glob("*.py"):
-        raise ModelRefused(f"{name} brings code of its own ({script.name}): choose a model that transformers knows")
+        raise ModelRefused(
+            f"{name} brings code of its own ({script.name}): choose a model that transformers knows"
+        )
     root = folder.resolve()
     root = root.parents[1] if root.parent.name == "snapshots" else root
     inner = folder / TEMPLATES
     for file in (*folder.iterdir(), *(inner.iterdir() if inner.is_dir() else ())):
         if not resolved(file).is_relative_to(root):
-            raise ModelRefused(f"{name}/{file.name} is a link that leads out of the folder: copy the file into it")
+            raise ModelRefused(
+                f"{name}/{file.name} is a link that leads out of the folder: copy the file into it"
+            )
         most = SIZES.get(file.name) or (TEMPLATE_BYTES if file.suffix == ".jinja" else None)
         if most is not None and file.is_file() and file.stat().st_size > most:
-            raise ModelRefused(f"{name}/{file.name} is larger than {most >> 20} MiB: choose another model")
-    for file in (folder / "config.json", folder / "tokenizer_config.json", folder / "generation_config.json"):
+            raise ModelRefused(
+                f"{name}/{file.name} is larger than {most >> 20} MiB: choose another model"
+            )
+    for file in (
+        folder / "config.json",
+        folder / "tokenizer_config.json",
+        folder / "generation_config.json",
+    ):
         if file.is_file() and (asked := code_asked_for(read_json(file, name))):
-            raise ModelRefused(f"{name}/{file.name} asks for code of its own ({asked}): choose a model that transformers knows")
+            raise ModelRefused(
+                f"{name}/{file.name} asks for code of its own ({asked}): choose a model that transformers knows"
+            )
 
 
 def code_asked_for(settings: dict[str, Any]) -> str | None:
@@ -194,7 +252,9 @@ def read_json(file: Path, name: str) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelRefused(f"{name}/{file.name} is not readable JSON ({one_line(error)}): copy it again") from error
+        raise ModelRefused(
+            f"{name}/{file.name} is not readable JSON ({one_line(error)}): copy it again"
+        ) from error
     if not isinstance(value, dict):
         raise ModelRefused(f"{name}/{file.name} is not a JSON object: copy it again")
     return value
@@ -207,13 +267,21 @@ def read_config(folder: Path, name: str) -> PreTrainedConfig:
     refuse_code(folder, name)
     kind = read_json(folder / "config.json", name).get("model_type")
     if str(kind) not in CONFIG_MAPPING:
-        raise ModelRefused(f"{name}/config.json names model_type {str(kind)[:64]!r}: choose a model that transformers knows")
+        raise ModelRefused(
+            f"{name}/config.json names model_type {str(kind)[:64]!r}: choose a model that transformers knows"
+        )
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ImportError, StrictDataclassError, *MISFITS) as error:
-        raise ModelRefused(f"{name}/config.json does not fit model_type {kind} ({one_line(error)}): copy it again") from error
+        raise ModelRefused(
+            f"{name}/config.json does not fit model_type {kind} ({one_line(error)}): copy it again"
+        ) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelRefused(f"{name} ({config.model_type}) is not a causal language model: choose a decoder-only model")
+        raise ModelRefused(
+            f"{name} ({config.model_type}) is not a causal language model: choose a decoder-only model"
+        )
     kinds: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     check_config(config, kinds[0] if isinstance(kinds, tuple) else kinds, name)
     return config
@@ -226,18 +294,28 @@ def check_weights(folder: Path, name: str) -> None:
         listed = read_index(index, name)
     elif (folder / "model.safetensors").is_file():
         listed = ["model.safetensors"]
-    elif others := sorted(file.name for ending in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.gguf") for file in folder.glob(ending)):
-        raise ModelRefused(f"{name} has no safetensors, only {others[0]}: convert it where you trust it, with save_pretrained()")
+    elif others := sorted(
+        file.name
+        for ending in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.gguf")
+        for file in folder.glob(ending)
+    ):
+        raise ModelRefused(
+            f"{name} has no safetensors, only {others[0]}: convert it where you trust it, with save_pretrained()"
+        )
     else:
         raise ModelRefused(f"{name} has no model.safetensors: give the folder of a whole model")
     for file in listed:
         if Path(file).name != file or not (folder / file).is_file():
-            raise ModelRefused(f"{name} has no weight file {file[:64]!r} although its index names it: copy it again")
+            raise ModelRefused(
+                f"{name} has no weight file {file[:64]!r} although its index names it: copy it again"
+            )
         try:
             with safe_open(folder / file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ModelRefused(f"{name}/{file} is not a whole safetensors file ({one_line(error)}): copy it again") from error
+            raise ModelRefused(
+                f"{name}/{file} is not a whole safetensors file ({one_line(error)}): copy it again"
+            ) from error
 
 
 def read_index(index: Path, name: str) -> list[str]:
@@ -246,10 +324,18 @@ def read_index(index: Path, name: str) -> list[str]:
         weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return sorted({str(file) for file in weights.values()})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelRefused(f"{name}/{index.name} is not an index of weights: copy it again") from error
+        raise ModelRefused(
+            f"{name}/{index.name} is not an index of weights: copy it again"
+        ) from error
 
 
-def read_weights(folder: Path, name: str, config: PreTrainedConfig, dtype: torch.dtype | str, device: torch.device) -> Any:
+def read_weights(
+    folder: Path,
+    name: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype | str,
+    device: torch.device,
+) -> Any:
     """The module with all of its weights: transformers would fill missing ones with random numbers and warn."""
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
@@ -257,17 +343,23 @@ def read_weights(folder: Path, name: str, config: PreTrainedConfig, dtype: torch
     try:
         reader: Any = AutoModelForCausalLM
         safely = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
-        module, report = reader.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True, **safely)
+        module, report = reader.from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True, **safely
+        )
         module.to(device)
     except (OSError, ImportError, StrictDataclassError, *MISFITS) as error:
-        raise ModelRefused(f"{name} cannot be loaded ({one_line(error)}): copy it again or choose another model") from error
+        raise ModelRefused(
+            f"{name} cannot be loaded ({one_line(error)}): copy it again or choose another model"
+        ) from error
     finally:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
     wrong = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
     if wrong:
-        raise ModelRefused(f"{name} lacks {len(wrong)} of its weights, {wrong[0][:100]} among them: copy it again")
+        raise ModelRefused(
+            f"{name} lacks {len(wrong)} of its weights, {wrong[0][:100]} among them: copy it again"
+        )
     return module
 
 

@@ -29,14 +29,23 @@ class LowRank(nn.Module):
 def adapter(layers: Sequence[nn.Module], rank: int) -> nn.ModuleList:
     """A LowRank for each linear map of each layer."""
     return nn.ModuleList(
-        nn.ModuleDict({name: LowRank(linear.in_features, linear.out_features, rank) for name, linear in linears(layer).items()})
+        nn.ModuleDict(
+            {
+                name: LowRank(linear.in_features, linear.out_features, rank)
+                for name, linear in linears(layer).items()
+            }
+        )
         for layer in layers
     )
 
 
 def linears(layer: nn.Module) -> dict[str, nn.Linear]:
     """By their names: q_proj, up_proj, and so on."""
-    return {name.rpartition(".")[2]: part for name, part in layer.named_modules() if isinstance(part, nn.Linear)}
+    return {
+        name.rpartition(".")[2]: part
+        for name, part in layer.named_modules()
+        if isinstance(part, nn.Linear)
+    }
 
 
 @contextmanager
@@ -54,7 +63,9 @@ def pairs(learned: nn.Module) -> dict[str, LowRank]:
     return {name: pair for name, pair in learned.named_children() if isinstance(pair, LowRank)}
 
 
-def hook(learned: LowRank) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor]:
+def hook(
+    learned: LowRank,
+) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor]:
     def add(_: nn.Module, given: tuple[torch.Tensor, ...], result: torch.Tensor) -> torch.Tensor:
         more: torch.Tensor = learned(given[0])
         return result + more.to(result.dtype)

@@ -8,7 +8,9 @@ from runtime.kv.base import KVCache
 from runtime.models.base import Logits, Model, causal
 
 
-def prefill(model: Model, cache: KVCache, tokens: npt.NDArray[np.int64], chunk: int = 512) -> Logits:
+def prefill(
+    model: Model, cache: KVCache, tokens: npt.NDArray[np.int64], chunk: int = 512
+) -> Logits:
     """Append `tokens` to a cache that holds plain text alone; the logits (1, vocabulary) that follow the last of them.
 
     Raises InvalidRequest for no tokens. The cache is left with the pieces that were read where a later one fails.

@@ -20,7 +20,9 @@ def check_rollback(model: HFModel) -> float:
     explains. Several texts are tried: one may sit at the border between two experts, where rounding alone changes much.
     """
     if model.context < PREFIX + 4:
-        raise ModelRefused(f"model {model.name} has a context of {model.context} tokens: choose one with at least {PREFIX + 4}")
+        raise ModelRefused(
+            f"model {model.name} has a context of {model.context} tokens: choose one with at least {PREFIX + 4}"
+        )
     allowed = ROUNDING[model.dtype == torch.float32]
     error = float("inf")
     for seed in range(TRIES):
@@ -28,7 +30,9 @@ def check_rollback(model: HFModel) -> float:
         try:
             error = min(error, worst_row(model, tokens))
         except (InvalidRequest, *MISFITS) as cause:
-            raise ModelRefused(f"model {model.name} cannot read a tree of guesses ({cause}): choose another architecture") from cause
+            raise ModelRefused(
+                f"model {model.name} cannot read a tree of guesses ({cause}): choose another architecture"
+            ) from cause
         if error <= allowed:
             return error
     raise ModelRefused(
@@ -43,7 +47,10 @@ def worst_row(model: HFModel, tokens: np.ndarray[tuple[int], np.dtype[np.int64]]
     by_right = plain(model, [*prefix, root, right, right2, end])
     cache = model.new_cache()
     prefill(model, cache, prefix)
-    ancestors = np.array([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 1, 0], [1, 0, 1, 0, 1]], dtype=np.bool_)
+    ancestors = np.array(
+        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 1, 0], [1, 0, 1, 0, 1]],
+        dtype=np.bool_,
+    )
     tree = np.array([root, left, right, left2, right2])
     rows = model.forward(cache, Rows(tree, PREFIX + np.array([0, 1, 1, 2, 2]), PREFIX, ancestors))
     cache.keep(PREFIX + 1, [PREFIX + 2, PREFIX + 4])
@@ -51,11 +58,21 @@ def worst_row(model: HFModel, tokens: np.ndarray[tuple[int], np.dtype[np.int64]]
     cache.truncate(PREFIX)
     again = model.forward(cache, causal(np.array([root]), PREFIX))
     cache.truncate(PREFIX)
-    longer, branches = cache.fork(PREFIX), (np.array([root, left, left2]), np.array([right, right2, end]))
+    longer, branches = (
+        cache.fork(PREFIX),
+        (np.array([root, left, left2]), np.array([right, right2, end])),
+    )
     model.forward(longer, causal(np.array([root]), PREFIX), last=0)
-    packed = model.forward_all([Part(cache, causal(branches[0], PREFIX)), Part(longer, causal(branches[1], PREFIX + 1), last=2)])
+    packed = model.forward_all(
+        [
+            Part(cache, causal(branches[0], PREFIX)),
+            Part(longer, causal(branches[1], PREFIX + 1), last=2),
+        ]
+    )
     got = torch.cat([rows, after, again, *packed])
-    expected = torch.cat([by_left[[0, 1]], by_right[[1]], by_left[[2]], by_right[[2, 3, 0]], by_left, by_right[2:]])
+    expected = torch.cat(
+        [by_left[[0, 1]], by_right[[1]], by_left[[2]], by_right[[2, 3, 0]], by_left, by_right[2:]]
+    )
     return relative_error(got, expected)
 
 

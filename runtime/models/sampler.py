@@ -28,7 +28,9 @@ def choose(logits: torch.Tensor, ask: Ask) -> npt.NDArray[np.int64]:
     if ask.sampling.temperature > 0 and scores.device.type == "cpu":
         return noise.argmax(scores.numpy(), seed, ask.positions())
     if ask.sampling.temperature > 0:
-        scores = scores + noise.gumbel(seed, ask.positions(), torch.arange(scores.shape[1], device=scores.device), torch)
+        scores = scores + noise.gumbel(
+            seed, ask.positions(), torch.arange(scores.shape[1], device=scores.device), torch
+        )
     chosen: npt.NDArray[np.int64] = scores.argmax(dim=-1).cpu().numpy()
     return chosen
 
@@ -36,7 +38,9 @@ def choose(logits: torch.Tensor, ask: Ask) -> npt.NDArray[np.int64]:
 def logprobs(logits: torch.Tensor, tokens: Sequence[int], k: int) -> tuple[Logprob, ...]:
     """The Scorer of float32 torch logits (rows, vocabulary): what runtime.core.sampler_reference.logprobs finds, but for rounding."""
     logs = logits.log_softmax(dim=-1)
-    chosen = logs.gather(1, torch.tensor(tokens, dtype=torch.int64, device=logs.device)[:, None])[:, 0]
+    chosen = logs.gather(1, torch.tensor(tokens, dtype=torch.int64, device=logs.device)[:, None])[
+        :, 0
+    ]
     values, best = top(logs, min(k, logs.shape[1])) if k else (logs[:, :0], logs[:, :0])
     return pair_up(chosen.cpu().numpy(), best.cpu().numpy(), values.cpu().numpy())
 
@@ -56,13 +60,19 @@ def _edited(logits: torch.Tensor, ask: Ask) -> torch.Tensor:
         scores = _biased(scores, sampling)
     if short := ask.too_short():
         scores = scores.clone()
-        scores[torch.tensor(short)[:, None], torch.tensor(sorted(ask.eos), dtype=torch.int64)] = -inf
+        scores[
+            torch.tensor(short)[:, None], torch.tensor(sorted(ask.eos), dtype=torch.int64)
+        ] = -inf
     if sampling.repetition_penalty != 1:
         texts = _seen(ask, scores.shape[1]).to(scores.device)
-        scores = processors.RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty))(texts, scores)
+        scores = processors.RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty))(
+            texts, scores
+        )
     if sampling.frequency_penalty or sampling.presence_penalty:
         times = _times(ask, scores.shape[1]).to(scores.device)
-        scores = scores - sampling.frequency_penalty * times - sampling.presence_penalty * (times > 0)
+        scores = (
+            scores - sampling.frequency_penalty * times - sampling.presence_penalty * (times > 0)
+        )
     return scores
 
 
@@ -78,7 +88,9 @@ def candidates(logits: torch.Tensor, ask: Ask, k: int, pool: int = POOL) -> Gues
     return candidates_all([(logits, ask, k)], pool)[0]
 
 
-def candidates_all(questions: Sequence[tuple[torch.Tensor, Ask, int]], pool: int = POOL) -> list[Guesses]:
+def candidates_all(
+    questions: Sequence[tuple[torch.Tensor, Ask, int]], pool: int = POOL
+) -> list[Guesses]:
     """`candidates` for each (logits, ask, k): one look at the vocabulary and one transfer for all of them."""
     if not questions:
         return []
@@ -91,14 +103,30 @@ def candidates_all(questions: Sequence[tuple[torch.Tensor, Ask, int]], pool: int
     values, places = best[0].cpu().numpy(), best[1].cpu().numpy()
     totals = np.zeros((len(values), 1), dtype=np.float32)
     if any(ask.sampling.temperature > 0 and ask.sampling.top_p < 1 for _, ask, _ in questions):
-        temperatures = [ask.sampling.temperature or 1.0 for logits, ask, _ in questions for _ in range(len(logits))]
-        totals = (scores / scores.new_tensor(temperatures)[:, None]).logsumexp(dim=-1, keepdim=True).cpu().numpy()
+        temperatures = [
+            ask.sampling.temperature or 1.0
+            for logits, ask, _ in questions
+            for _ in range(len(logits))
+        ]
+        totals = (
+            (scores / scores.new_tensor(temperatures)[:, None])
+            .logsumexp(dim=-1, keepdim=True)
+            .cpu()
+            .numpy()
+        )
     ends = accumulate(len(logits) for logits, _, _ in questions)
-    rows = [slice(end - len(logits), end) for end, (logits, _, _) in zip(ends, questions, strict=True)]
-    return [ranked(values[of], places[of], totals[of], ask, k, pool) for of, (_, ask, k) in zip(rows, questions, strict=True)]
+    rows = [
+        slice(end - len(logits), end) for end, (logits, _, _) in zip(ends, questions, strict=True)
+    ]
+    return [
+        ranked(values[of], places[of], totals[of], ask, k, pool)
+        for of, (_, ask, k) in zip(rows, questions, strict=True)
+    ]
 
 
-def ranked(values: Scores, places: npt.NDArray[np.int64], total: Scores, ask: Ask, k: int, pool: int) -> Guesses:
+def ranked(
+    values: Scores, places: npt.NDArray[np.int64], total: Scores, ask: Ask, k: int, pool: int
+) -> Guesses:
     """The best `k` of each row's most likely tokens `places`, whose scores `values` fall.
 
     total  (rows, 1)  log of the sum of exp of all scores over the temperature; looked at for top_p alone
@@ -117,7 +145,10 @@ def ranked(values: Scores, places: npt.NDArray[np.int64], total: Scores, ask: As
     if sampling.min_p:
         kept[kept < kept[:, :1] + log(sampling.min_p)] = -inf
     perturbed = kept + noise.nearly(sampling.seed, ask.positions(), tokens)
-    rows, order = np.arange(len(tokens))[:, None], np.argsort(-perturbed, axis=1, kind="stable")[:, :k]
+    rows, order = (
+        np.arange(len(tokens))[:, None],
+        np.argsort(-perturbed, axis=1, kind="stable")[:, :k],
+    )
     shares = (perturbed - _logsumexp(perturbed))[rows, order]
     return tokens[rows, order].astype(np.int32), np.minimum(shares, 0).astype(np.float32)
 
@@ -131,7 +162,9 @@ def _logsumexp(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 def _warped(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Temperature above 0, then the filters, each left out where it changes nothing. None of them looks at the text."""
-    chain: list[Callable[[torch.LongTensor, torch.Tensor], torch.Tensor]] = []  # a LogitsProcessorList inspects each at each call
+    chain: list[
+        Callable[[torch.LongTensor, torch.Tensor], torch.Tensor]
+    ] = []  # a LogitsProcessorList inspects each at each call
     if sampling.temperature != 1:
         chain.append(processors.TemperatureLogitsWarper(float(sampling.temperature)))
     if sampling.top_k:
@@ -148,7 +181,9 @@ def _warped(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 
 def _biased(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    biased: torch.Tensor = _bias(sampling.logit_bias, str(scores.device), scores.shape[1])(_no_text(scores), scores)
+    biased: torch.Tensor = _bias(sampling.logit_bias, str(scores.device), scores.shape[1])(
+        _no_text(scores), scores
+    )
     return biased
 
 
@@ -158,9 +193,13 @@ def _no_text(scores: torch.Tensor) -> torch.LongTensor:
 
 
 @lru_cache(maxsize=32)
-def _bias(pairs: tuple[tuple[int, float], ...], device: str, vocabulary: int) -> processors.SequenceBiasLogitsProcessor:
+def _bias(
+    pairs: tuple[tuple[int, float], ...], device: str, vocabulary: int
+) -> processors.SequenceBiasLogitsProcessor:
     """Kept between steps: it fills a vector of the vocabulary's size, on the device that it is first used on."""
-    return processors.SequenceBiasLogitsProcessor([[[token], float(bias)] for token, bias in dict(pairs).items()])
+    return processors.SequenceBiasLogitsProcessor(
+        [[[token], float(bias)] for token, bias in dict(pairs).items()]
+    )
 
 
 def _seen(ask: Ask, vocabulary: int) -> torch.Tensor:
@@ -176,7 +215,10 @@ def _seen(ask: Ask, vocabulary: int) -> torch.Tensor:
 def _times(ask: Ask, vocabulary: int) -> torch.Tensor:
     """How often each token stands in each row's output, float32 (rows, vocabulary)."""
     output = np.asarray(ask.text[ask.prompt :], dtype=np.int64)
-    times = np.tile(np.bincount(output, minlength=vocabulary)[:vocabulary].astype(np.float32), (len(ask.paths), 1))
+    times = np.tile(
+        np.bincount(output, minlength=vocabulary)[:vocabulary].astype(np.float32),
+        (len(ask.paths), 1),
+    )
     for row, path in zip(times, ask.paths, strict=True):
         np.add.at(row, [token for token in path if token < vocabulary], 1)
     return torch.from_numpy(times)

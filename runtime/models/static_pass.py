@@ -57,7 +57,9 @@ class StaticPass(LlamaPass):
     which a guess overflowed can come out as not a number, where `otherwise` would have ignored the guess.
     """
 
-    def __init__(self, module: PreTrainedModel, arena: Arena, otherwise: Pass, record: Record) -> None:
+    def __init__(
+        self, module: PreTrainedModel, arena: Arena, otherwise: Pass, record: Record
+    ) -> None:
         # What LlamaPass makes without naming a device is made on this one.
         with module.device:
             super().__init__(module)
@@ -67,7 +69,9 @@ class StaticPass(LlamaPass):
         self._group = self._heads // self._kv
         # One for all shapes: a GPU would otherwise keep the logits of every graph.
         self._logits = torch.zeros((ROWS, self._head.weight.shape[0]), device=module.device)
-        self._hidden = torch.zeros((ROWS, self._embedding.shape[1]), dtype=self._dtype, device=module.device)
+        self._hidden = torch.zeros(
+            (ROWS, self._embedding.shape[1]), dtype=self._dtype, device=module.device
+        )
         self._frames: dict[Shape, Frame] = {}
         self._runs: dict[tuple[Shape, bool], Run] = {}  # which leave the hidden states, or do not
 
@@ -75,7 +79,9 @@ class StaticPass(LlamaPass):
         if not self.has_room(parts):
             return self._otherwise(parts)
         logits, ends = self._replayed(parts, hidden=False), ends_of(parts)
-        return [logits[end - wanted(part) : end].clone() for part, end in zip(parts, ends, strict=True)]
+        return [
+            logits[end - wanted(part) : end].clone() for part, end in zip(parts, ends, strict=True)
+        ]
 
     def show(self, parts: Sequence[Part], look: Look) -> list[Shown]:
         """As promised by Pass. Parts that go to `otherwise` have no pseudo rows there."""
@@ -83,20 +89,36 @@ class StaticPass(LlamaPass):
             return self._otherwise.show(parts, Look(look.hidden))
         if look.branches and any(part.riders for part in parts):
             return super().show(parts, look)
-        logits, counts = self._replayed(parts, look.hidden), [len(part.rows.tokens) for part in parts]
-        hidden = self._hidden[: sum(counts)].clone().split(counts) if look.hidden else [None] * len(parts)
-        return [Shown(*of_one) for of_one in zip(logits[: sum(counts)].clone().split(counts), hidden, strict=True)]
+        logits, counts = (
+            self._replayed(parts, look.hidden),
+            [len(part.rows.tokens) for part in parts],
+        )
+        hidden = (
+            self._hidden[: sum(counts)].clone().split(counts)
+            if look.hidden
+            else [None] * len(parts)
+        )
+        return [
+            Shown(*of_one)
+            for of_one in zip(logits[: sum(counts)].clone().split(counts), hidden, strict=True)
+        ]
 
     def _replayed(self, parts: Sequence[Part], hidden: bool) -> torch.Tensor:
         """Logits of the rows of all parts, and of more rows behind them; valid until the next pass."""
         seats = self._arena.take([stored(part) for part in parts])
         shape = shape_of(parts, seats, self._arena.slots)
         frame = self._frame(shape)
-        for buffer, values in zip((frame.ids, frame.hidden), laid_out(parts, seats, shape, self._arena.slots, self._windows), strict=True):
+        for buffer, values in zip(
+            (frame.ids, frame.hidden),
+            laid_out(parts, seats, shape, self._arena.slots, self._windows),
+            strict=True,
+        ):
             buffer.copy_(torch.from_numpy(values))
         run = self._runs.get((shape, hidden))
         if run is None:
-            run = self._runs[shape, hidden] = self._record(partial(self._compute, shape, frame, hidden))
+            run = self._runs[shape, hidden] = self._record(
+                partial(self._compute, shape, frame, hidden)
+            )
         return run()
 
     def has_room(self, parts: Sequence[Part]) -> bool:
@@ -104,14 +126,21 @@ class StaticPass(LlamaPass):
         rows = sum(len(part.rows.tokens) for part in parts)
         slots = max(stored(part).length for part in parts)
         longest = max(int(part.rows.positions.max()) for part in parts)
-        return rows <= ROWS and len(parts) <= self._arena.seats and slots <= self._arena.slots and longest < len(self._angles)
+        return (
+            rows <= ROWS
+            and len(parts) <= self._arena.seats
+            and slots <= self._arena.slots
+            and longest < len(self._angles)
+        )
 
     def _frame(self, shape: Shape) -> Frame:
         if shape not in self._frames:
             device = self._embedding.device
             self._frames[shape] = Frame(
                 torch.zeros((4, shape.rows), dtype=torch.int64, device=device),
-                torch.zeros((len(self._windows), shape.rows, shape.slots), dtype=torch.bool, device=device),
+                torch.zeros(
+                    (len(self._windows), shape.rows, shape.slots), dtype=torch.bool, device=device
+                ),
             )
         return self._frames[shape]
 
@@ -132,7 +161,9 @@ class StaticPass(LlamaPass):
             plain = qk if layer.heads is None else layer.heads(qk)
             torch.addcmul(plain * cos, plain.roll(self._dim // 2, -1), sin, out=qk)
             queries, new = qkv.split((self._heads, 2 * self._kv), 1)
-            self._places[index].index_copy_(2, places, new.view(n, 2, self._kv, self._dim).permute(1, 2, 0, 3))
+            self._places[index].index_copy_(
+                2, places, new.view(n, 2, self._kv, self._dim).permute(1, 2, 0, 3)
+            )
             x = layer.out(self._over_seats(index, shape, queries, masks[layer.kind], own), x)
             gate, up = layer.gate_up(layer.after(x)).chunk(2, -1)
             x = layer.down(F.silu(gate).mul_(up), x)
@@ -146,18 +177,30 @@ class StaticPass(LlamaPass):
         added = torch.zeros_like(hidden, dtype=self._dtype).masked_fill_(hidden, -torch.inf)
         return list(added.repeat(1, self._group, 1).unbind(0))
 
-    def _over_seats(self, index: int, shape: Shape, queries: torch.Tensor, mask: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    def _over_seats(
+        self, index: int, shape: Shape, queries: torch.Tensor, mask: torch.Tensor, own: torch.Tensor
+    ) -> torch.Tensor:
         """(rows, heads * dim), from (rows, heads, dim).
 
         Query heads that share a head of keys are further rows of it, so keys are neither repeated nor read twice by any kernel.
         """
-        block = self._arena.memory[2 * index : 2 * index + 2, :, shape.first : shape.first + shape.seats, : shape.slots]
+        block = self._arena.memory[
+            2 * index : 2 * index + 2, :, shape.first : shape.first + shape.seats, : shape.slots
+        ]
         keys, values = block.transpose(1, 2).unbind(0)
         grouped = queries.unflatten(1, (self._kv, self._group)).permute(1, 2, 0, 3).flatten(1, 2)
         output = F.scaled_dot_product_attention(
-            grouped.expand(shape.seats, -1, -1, -1), keys, values, attn_mask=mask.expand(shape.seats, 1, -1, -1), scale=self._scale
+            grouped.expand(shape.seats, -1, -1, -1),
+            keys,
+            values,
+            attn_mask=mask.expand(shape.seats, 1, -1, -1),
+            scale=self._scale,
         )
-        by_row = output.unflatten(2, (self._group, shape.rows)).permute(0, 3, 1, 2, 4).reshape(shape.seats * shape.rows, -1)
+        by_row = (
+            output.unflatten(2, (self._group, shape.rows))
+            .permute(0, 3, 1, 2, 4)
+            .reshape(shape.seats * shape.rows, -1)
+        )
         result: torch.Tensor = by_row if shape.seats == 1 else by_row.index_select(0, own)
         return result
 
@@ -178,7 +221,11 @@ def power(count: int) -> int:
 
 
 def laid_out(
-    parts: Sequence[Part], seats: Sequence[int], shape: Shape, slots: int, windows: Mapping[str, int | None]
+    parts: Sequence[Part],
+    seats: Sequence[int],
+    shape: Shape,
+    slots: int,
+    windows: Mapping[str, int | None],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
     """What a Frame of this shape is to hold; `slots` are those of a seat. Further rows see slot 0 and are written behind the slots."""
     ids = np.zeros((4, shape.rows), dtype=np.int64)

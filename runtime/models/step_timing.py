@@ -13,7 +13,9 @@ TEXT = 64  # tokens in the cache while it is measured
 RIDDEN = 8  # rows of a usual step
 
 
-def step_times(model: Model, widths: Sequence[int], clock: Clock, repeats: int = 5) -> dict[int, float]:
+def step_times(
+    model: Model, widths: Sequence[int], clock: Clock, repeats: int = 5
+) -> dict[int, float]:
     """Seconds (median) of one pass by its rows: a root and `width - 1` children of it, logits brought to the CPU.
 
     All widths are measured in turn, `repeats` times: what else the machine does at the moment falls on all of them. A first turn is

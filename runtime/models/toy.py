@@ -35,7 +35,9 @@ class ToyCache:
     def append(self, rows: int) -> int:
         first = self.length
         if first + rows > self.capacity:
-            raise InvalidRequest(f"{first} + {rows} slots are over the capacity of {self.capacity}: shorten the text")
+            raise InvalidRequest(
+                f"{first} + {rows} slots are over the capacity of {self.capacity}: shorten the text"
+            )
         self.tokens += [-1] * rows
         self.positions += [-1] * rows
         return first
@@ -64,13 +66,22 @@ class ToyModel:
 
     name = "toy"
 
-    def __init__(self, vocabulary: int = 32, context: int = 512, sharpness: float = 2.0, memory: int = 0) -> None:
-        self.vocabulary, self.context, self.sharpness, self.memory = vocabulary, context, sharpness, memory
+    def __init__(
+        self, vocabulary: int = 32, context: int = 512, sharpness: float = 2.0, memory: int = 0
+    ) -> None:
+        self.vocabulary, self.context, self.sharpness, self.memory = (
+            vocabulary,
+            context,
+            sharpness,
+            memory,
+        )
 
     def new_cache(self) -> ToyCache:
         return ToyCache(self.context + 512)
 
-    def forward(self, cache: KVCache, rows: Rows, last: int | None = None) -> npt.NDArray[np.float32]:
+    def forward(
+        self, cache: KVCache, rows: Rows, last: int | None = None
+    ) -> npt.NDArray[np.float32]:
         return self.forward_all([Part(cache, rows, last)])[0]
 
     def forward_all(self, parts: Sequence[Part]) -> list[npt.NDArray[np.float32]]:
@@ -93,7 +104,9 @@ class ToyModel:
         first, n = cache.append(len(rows.tokens)), len(rows.tokens)
         cache.tokens[first:] = rows.tokens.tolist()
         cache.positions[first:] = rows.positions.tolist()
-        logits = np.empty((n if part.last is None else min(part.last, n), self.vocabulary), dtype=np.float32)
+        logits = np.empty(
+            (n if part.last is None else min(part.last, n), self.vocabulary), dtype=np.float32
+        )
         for place, row in enumerate(range(n - len(logits), n)):
             logits[place] = self.logits(self.seen(cache, rows.prefix, rows.visible[row]))
         return logits
@@ -103,7 +116,9 @@ class ToyModel:
         slots = [*range(prefix), *(prefix + np.flatnonzero(visible)).tolist()]
         slots.sort(key=lambda slot: cache.positions[slot])
         if [cache.positions[slot] for slot in slots] != list(range(len(slots))):
-            raise ValueError(f"positions of the visible slots are not contiguous: {[cache.positions[slot] for slot in slots]}")
+            raise ValueError(
+                f"positions of the visible slots are not contiguous: {[cache.positions[slot] for slot in slots]}"
+            )
         return [cache.tokens[slot] for slot in slots]
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:

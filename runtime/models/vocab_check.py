@@ -19,7 +19,9 @@ def vocabulary_hash(tokenizer: Vocabulary) -> str:
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
-def check_pair(target: Vocabulary, draft: Vocabulary, names: tuple[str, str], contexts: tuple[int, int]) -> list[str]:
+def check_pair(
+    target: Vocabulary, draft: Vocabulary, names: tuple[str, str], contexts: tuple[int, int]
+) -> list[str]:
     """Raises PairMismatch, naming both, where an id means another token. Embeddings padded to other sizes are no difference.
 
     `names` and `contexts` are of target and draft. Returns warnings: a draft of shorter context falls silent beyond it.
@@ -31,15 +33,22 @@ def check_pair(target: Vocabulary, draft: Vocabulary, names: tuple[str, str], co
             "choose a draft that was trained with the target's tokenizer"
         )
     if contexts[1] < contexts[0]:
-        return [f"{names[1]} reads at most {contexts[1]} tokens, {names[0]} {contexts[0]}: texts beyond that get no guesses from it"]
+        return [
+            f"{names[1]} reads at most {contexts[1]} tokens, {names[0]} {contexts[0]}: texts beyond that get no guesses from it"
+        ]
     return []
 
 
 def first_difference(ours: dict[str, int], theirs: dict[str, int]) -> str:
     """The lowest id whose token differs, in words."""
     left, right = ({number: token for token, number in vocab.items()} for vocab in (ours, theirs))
-    number = min((n for n in left.keys() | right.keys() if left.get(n) != right.get(n)), default=None)
+    number = min(
+        (n for n in left.keys() | right.keys() if left.get(n) != right.get(n)), default=None
+    )
     if number is None:
         return "one of them has two tokens of one id"
-    shown = [repr(token[:32]) if token is not None else "nothing" for token in (left.get(number), right.get(number))]
+    shown = [
+        repr(token[:32]) if token is not None else "nothing"
+        for token in (left.get(number), right.get(number))
+    ]
     return f"id {number} is {shown[0]} in one and {shown[1]} in the other"

@@ -23,7 +23,9 @@ class Turns(ABC):
 
     def __init__(self, t: float) -> None:
         """`t`: seconds of a drafter's forward pass, more than 0: the delay expected of growth until some has been seen."""
-        self.first = self.gap = self.step = t  # from a miss to growth, from growth to growth, of a target's step
+        self.first = self.gap = self.step = (
+            t  # from a miss to growth, from growth to growth, of a target's step
+        )
 
     @property
     @abstractmethod
@@ -40,7 +42,13 @@ class Turns(ABC):
 
     def plan(self, views: Sequence[View]) -> Plan:
         rows = tuple(min(self.wanted(view), len(view.gains)) for view in views)
-        return Plan(rows, max((self.patience(view) for view in views if view.drafters and self.lacks(view)), default=0.0))
+        return Plan(
+            rows,
+            max(
+                (self.patience(view) for view in views if view.drafters and self.lacks(view)),
+                default=0.0,
+            ),
+        )
 
     def patience(self, view: View) -> float:
         """Seconds still to wait for the session's next growth. A drafter that dribbles what nobody lacks gets no more time in all than
@@ -49,7 +57,9 @@ class Turns(ABC):
         As long as its tree is empty at least so many steps of the target: a drafter slower than expected would otherwise
         never be heard, every guess being stale on arrival.
         """
-        usual, since = (self.gap, view.since_growth) if view.growths else (self.first, view.since_commit)
+        usual, since = (
+            (self.gap, view.since_growth) if view.growths else (self.first, view.since_commit)
+        )
         total = self.first + (self.due - 1) * self.gap
         if view.depth == 0:
             usual, total = max(usual, self.step), max(total, self.step)

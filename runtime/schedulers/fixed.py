@@ -18,7 +18,9 @@ class Fixed:
 
     def plan(self, views: Sequence[View]) -> Plan:
         rows = tuple(min(self.rows, len(view.gains)) for view in views)
-        lefts = [self.patience - view.waited for view in views if view.drafters and not len(view.gains)]
+        lefts = [
+            self.patience - view.waited for view in views if view.drafters and not len(view.gains)
+        ]
         return Plan(rows, max([0.0, *lefts]))
 
     def observe(self, step: Sequence[Round]) -> None:

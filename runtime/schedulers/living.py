@@ -21,7 +21,17 @@ import numpy.typing as npt
 from runtime.core.messages import AS_IT_LIKES, Round
 from runtime.schedulers.base import Plan, View
 
-ROWS = (1, 2, 4, 8, 16, 17, 32, 33, 64)  # of a pass for which T is measured; kernels work in tiles of 16 rows
+ROWS = (
+    1,
+    2,
+    4,
+    8,
+    16,
+    17,
+    32,
+    33,
+    64,
+)  # of a pass for which T is measured; kernels work in tiles of 16 rows
 MOST = 64  # nodes verified in one pass
 MEMORY = 0.05  # weight of a new observation
 PACE = 0.2  # the same for T: a shared machine is slower by half from one second to the next, and every row is paid for at that price
@@ -43,7 +53,10 @@ class Living:
         self.seen = self.measured.copy()
         self.tokens, self.seconds = 1.0, float(self.measured[0])  # moving averages, of a step
         self.width = WIDTH
-        self.delay: dict[bool, float | None] = {True: None, False: None}  # of the first growth after a commit, of others
+        self.delay: dict[bool, float | None] = {
+            True: None,
+            False: None,
+        }  # of the first growth after a commit, of others
 
     @property
     def rate(self) -> float:
@@ -65,7 +78,9 @@ class Living:
         owners = np.repeat(np.arange(len(views)), [min(MOST, len(view.gains)) for view in views])
         order = np.argsort(-gains, kind="stable")[:MOST]
         times = self.time(len(views) + np.arange(len(order) + 1))
-        rate = max(self.rate, len(views) / times[0])  # plain decoding's is to be had in any case, also when the load has just risen
+        rate = max(
+            self.rate, len(views) / times[0]
+        )  # plain decoding's is to be had in any case, also when the load has just risen
         value = np.concatenate([[0.0], np.cumsum(gains[order])]) - rate * times
         chosen = owners[order[: int(value.argmax())]]
         return tuple(np.bincount(chosen, minlength=len(views)).tolist())
@@ -77,7 +92,9 @@ class Living:
         (view,) = views
         # Before any growth was seen half a step: a try, to learn it.
         usual = self.delay[view.growths == 0] or float(self.times[0]) / (2 * LATE)
-        left = min(LATE * usual - view.since_growth, float(self.times[0]) - view.waited)  # a step's time at most, whatever dribbles in
+        left = min(
+            LATE * usual - view.since_growth, float(self.times[0]) - view.waited
+        )  # a step's time at most, whatever dribbles in
         due = max(usual - view.since_growth, usual / 2)  # what is late is not there the next moment
         promised = view.promise * float(view.leaves[: max(1, round(self.width))].sum())
         return left if left > 0.0 and promised > MARGIN * self.rate * due else 0.0

@@ -24,7 +24,10 @@ def shared_places(tree: TokenTree, parents: Iterable[int]) -> list[Place]:
     """Those of which more than one kind has guessed children."""
     places = []
     for parent in parents:
-        place = {child: {kind(voice.drafter): voice for voice in reversed(tree.voices(child))} for child in tree.children(parent)}
+        place = {
+            child: {kind(voice.drafter): voice for voice in reversed(tree.voices(child))}
+            for child in tree.children(parent)
+        }
         if len({name for voices in place.values() for name in voices}) > 1:
             places.append(place)
     return places
@@ -59,20 +62,40 @@ def scores(band: Band, tree: TokenTree, parents: Iterable[int]) -> dict[int, flo
         for child, voices in place.items():
             beside = others(voices)
             for name, voice in voices.items():
-                heard.append((len(nodes), groups.setdefault((name, beside), len(groups)), voice.rank, voice.said))
+                heard.append(
+                    (
+                        len(nodes),
+                        groups.setdefault((name, beside), len(groups)),
+                        voice.rank,
+                        voice.said,
+                    )
+                )
             nodes.append(child)
     if not heard:
         return {}
     first, here = [band.of(name) for name, _ in groups], [band.of(*group) for group in groups]
-    first_tries, first_hits = np.array([table.tries for table in first]), np.array([table.hits for table in first])
-    tries, hits = np.array([table.tries for table in here]), np.array([table.hits for table in here])
+    first_tries, first_hits = (
+        np.array([table.tries for table in first]),
+        np.array([table.hits for table in first]),
+    )
+    tries, hits = (
+        np.array([table.tries for table in here]),
+        np.array([table.hits for table in here]),
+    )
     which, group, ranks, said = map(np.array, zip(*heard, strict=True))
     cell = group, *cells(ranks, said)
     expected = (tries * (first_hits + PRIOR * MIDDLES) / (first_tries + PRIOR)).sum(2)
     all_, right = tries.sum(2), hits.sum(2)
-    less, more = (right + PRIOR) / (expected + PRIOR), (all_ - right + PRIOR) / (all_ - expected + PRIOR)
+    less, more = (
+        (right + PRIOR) / (expected + PRIOR),
+        (all_ - right + PRIOR) / (all_ - expected + PRIOR),
+    )
     usual = (first_hits[cell] + PRIOR * np.exp(said)) / (first_tries[cell] + PRIOR)
-    usual = np.where(less[cell[:2]] < 1.0, usual * less[cell[:2]], 1.0 - (1.0 - usual) * more[cell[:2]])
-    p = np.minimum(np.maximum((hits[cell] + PRIOR * usual) / (tries[cell] + PRIOR), LEAST), 1.0 - LEAST)
+    usual = np.where(
+        less[cell[:2]] < 1.0, usual * less[cell[:2]], 1.0 - (1.0 - usual) * more[cell[:2]]
+    )
+    p = np.minimum(
+        np.maximum((hits[cell] + PRIOR * usual) / (tries[cell] + PRIOR), LEAST), 1.0 - LEAST
+    )
     odds = np.bincount(which, np.log(p / (1.0 - p))) / np.bincount(which)
     return dict(zip(nodes, (-np.log1p(np.exp(-odds))).tolist(), strict=True))

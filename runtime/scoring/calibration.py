@@ -112,7 +112,10 @@ class Calibrations:
         return {
             name: {
                 "promise": band.promise,
-                "tables": {kind: [table.tries.tolist(), table.hits.tolist()] for kind, table in tuple(band.tables.items())},
+                "tables": {
+                    kind: [table.tries.tolist(), table.hits.tolist()]
+                    for kind, table in tuple(band.tables.items())
+                },
             }
             for name, band in tuple(self.bands.items())
         }

@@ -29,7 +29,9 @@ class DrafterUtility:
         self.spent.clear()
         self.resting.clear()
 
-    def observe(self, drafters: Iterable[str], guessed: Iterable[str], rate: float = 0.0) -> set[str]:
+    def observe(
+        self, drafters: Iterable[str], guessed: Iterable[str], rate: float = 0.0
+    ) -> set[str]:
         """One commit to these drafters, with accepted tokens guessed by those; returns whose rest begins or ends.
 
         `rate`: tokens a second of the target. A head must bring more than the target would have written in the time that it took.
@@ -41,7 +43,9 @@ class DrafterUtility:
             resting = name in self.resting
             if self.commits[name] < (REST if resting else TRIAL):
                 continue
-            useless = not resting and self.tokens[name] < max(LEAST * self.commits[name], rate * self.spent[name])
+            useless = not resting and self.tokens[name] < max(
+                LEAST * self.commits[name], rate * self.spent[name]
+            )
             if useless != resting:
                 changed.add(name)
                 self.resting ^= {name}

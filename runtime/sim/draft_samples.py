@@ -93,13 +93,17 @@ def mixed(rates: Mapping[int, float]) -> Guesses:
     draw = np.random.default_rng(SEED)
     first = float(np.clip(rates[1], LEAST, 1.0 - LEAST))
     concentration = concentration_of(rates, first)
-    chance = np.clip(draw.beta(first * concentration, (1.0 - first) * concentration, COUNT), LEAST, 1.0 - LEAST)
+    chance = np.clip(
+        draw.beta(first * concentration, (1.0 - first) * concentration, COUNT), LEAST, 1.0 - LEAST
+    )
     noise = NOISE * draw.standard_normal(COUNT)
     stated = 1.0 / (1.0 + (1.0 - chance) / chance * np.exp(-noise))
     below = np.cumsum(geometric(chance), axis=1)
     drawn = (draw.random((COUNT, 1)) >= below).sum(axis=1)
     scores = np.log(np.clip(geometric(stated), LEAST, 1.0))
-    return Guesses(tuple(np.where(drawn < RANKS, drawn, -1).tolist()), tuple(map(tuple, scores.tolist())))
+    return Guesses(
+        tuple(np.where(drawn < RANKS, drawn, -1).tolist()), tuple(map(tuple, scores.tolist()))
+    )
 
 
 def geometric(chance: Floats) -> Floats:
@@ -113,6 +117,8 @@ def concentration_of(rates: Mapping[int, float], first: float) -> float:
     errors = np.zeros(len(CONCENTRATIONS))
     for k, rate in rates.items():
         tries = np.arange(k)[:, None]
-        failing = np.prod(((1.0 - first) * CONCENTRATIONS + tries) / (CONCENTRATIONS + tries), axis=0)
+        failing = np.prod(
+            ((1.0 - first) * CONCENTRATIONS + tries) / (CONCENTRATIONS + tries), axis=0
+        )
         errors += (1.0 - failing - rate) ** 2
     return float(CONCENTRATIONS[errors.argmin()])

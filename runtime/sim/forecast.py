@@ -76,7 +76,10 @@ class Seen:
 
     def forecast(self, seconds: float) -> Forecast:
         rounds = max(1, len(self.rounds))
-        computed, waited = sum(done.computed for done in self.rounds), sum(done.waited for done in self.rounds)
+        computed, waited = (
+            sum(done.computed for done in self.rounds),
+            sum(done.waited for done in self.rounds),
+        )
         return Forecast(
             tokens_per_second=self.tokens / seconds if seconds else 0.0,
             tokens_per_round=sum(done.accepted + 1 for done in self.rounds) / rounds,
@@ -108,7 +111,9 @@ class Watched:
         self.inner.on_growth(delay, first, leaves)
 
 
-def forecast(measured: Measured, schedule: ScheduleConfig, setting: Setting = Setting()) -> Forecast:
+def forecast(
+    measured: Measured, schedule: ScheduleConfig, setting: Setting = Setting()
+) -> Forecast:
     return simulate(measured, lambda: scheduler(schedule, measured.target), setting)
 
 
@@ -120,8 +125,14 @@ def simulate(measured: Measured, policy: Callable[[], Scheduler], setting: Setti
         setting.head.teach(learned)
     known = learned.saved()
     wanted_targets = range(min(setting.targets, setting.sessions))
-    targets = [target(world, measured, Watched(policy(), seen), known, setting.head) for _ in wanted_targets]
-    drafters = [drafter(world, measured, f"{DRAFTER}-{n}", guesser, known, setting.width) for n in range(setting.drafters)]
+    targets = [
+        target(world, measured, Watched(policy(), seen), known, setting.head)
+        for _ in wanted_targets
+    ]
+    drafters = [
+        drafter(world, measured, f"{DRAFTER}-{n}", guesser, known, setting.width)
+        for n in range(setting.drafters)
+    ]
     for stream, one in enumerate(targets):
         for draft in drafters:
             draft.join(one, stream, measured.rtt / 2)
@@ -140,7 +151,13 @@ def simulate(measured: Measured, policy: Callable[[], Scheduler], setting: Setti
     return seen.forecast(world.now - began)
 
 
-def target(world: World, measured: Measured, policy: Scheduler, known: Mapping[str, Any], head: HeadFigures | None) -> TargetSide:
+def target(
+    world: World,
+    measured: Measured,
+    policy: Scheduler,
+    known: Mapping[str, Any],
+    head: HeadFigures | None,
+) -> TargetSide:
     """`known`: saved calibrations; target and drafters begin as after a long time together."""
     heads = {f"{head.name}-0": MountedHead(ReplayedHead(head))} if head is not None else {}
     engine = Engine(
@@ -155,15 +172,26 @@ def target(world: World, measured: Measured, policy: Scheduler, known: Mapping[s
     of_rows = linear(measured.target)
 
     def seconds(rows: int, sessions: int, taken: int, busy: bool) -> float:
-        model = (of_rows(rows) + measured.text * (sessions - 1)) * (measured.beside if busy else 1.0)
+        model = (of_rows(rows) + measured.text * (sessions - 1)) * (
+            measured.beside if busy else 1.0
+        )
         looked = head.seconds if head is not None and engine.heads.active else 0.0
         return model + (measured.step + looked) * sessions + measured.message * taken
 
     return TargetSide(world, engine, seconds)
 
 
-def drafter(world: World, measured: Measured, name: str, guesser: Guesser, known: Mapping[str, Any], width: int) -> DrafterSide:
-    draft_engine = DraftEngine(guesser, name, width, calibrations=Calibrations.restored(known), clock=world.clock)
+def drafter(
+    world: World,
+    measured: Measured,
+    name: str,
+    guesser: Guesser,
+    known: Mapping[str, Any],
+    width: int,
+) -> DrafterSide:
+    draft_engine = DraftEngine(
+        guesser, name, width, calibrations=Calibrations.restored(known), clock=world.clock
+    )
     return DrafterSide(world, draft_engine, linear(measured.draft, measured.pass_))
 
 
@@ -178,11 +206,20 @@ def admit(engine: Engine, number: int, setting: Setting, seen: Seen) -> None:
     prompt = tuple(number // VOCABULARY**digit % VOCABULARY for digit in range(PROMPT))
     sampling = Sampling(max_tokens=setting.length or ENDLESS)
     request = Request(str(number), prompt, sampling)
-    engine.inbox.put(AddRequest(request, StopChecker(sampling, frozenset(), lambda token: "", lambda: ""), deliver))
+    engine.inbox.put(
+        AddRequest(
+            request, StopChecker(sampling, frozenset(), lambda token: "", lambda: ""), deliver
+        )
+    )
 
 
-def advance(world: World, drafters: Sequence[DrafterSide], seen: Seen, tokens: int, effort: int) -> None:
+def advance(
+    world: World, drafters: Sequence[DrafterSide], seen: Seen, tokens: int, effort: int
+) -> None:
     """Until so many tokens have been seen, or sessions have been served so often since the beginning."""
-    while seen.tokens < tokens and sum(draft.answered for draft in drafters) + len(seen.rounds) < effort:
+    while (
+        seen.tokens < tokens
+        and sum(draft.answered for draft in drafters) + len(seen.rounds) < effort
+    ):
         if not world.step():
             return

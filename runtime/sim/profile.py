@@ -58,7 +58,9 @@ class Measured(Strict):
     @classmethod
     def from_one_row(cls, times: dict[int, float]) -> dict[int, float]:
         if 1 not in times or min(times) < 1:
-            raise ValueError("give the time of 1 row, and of more than that as far as they were measured")
+            raise ValueError(
+                "give the time of 1 row, and of more than that as far as they were measured"
+            )
         return times
 
     @field_validator("acceptance")
@@ -76,10 +78,15 @@ class Measured(Strict):
         return self
 
 
-def positions(ranks: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]) -> tuple[Position, ...]:
+def positions(
+    ranks: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]
+) -> tuple[Position, ...]:
     """Of a replay (runtime.models.acceptance.Replay)."""
     pairs = zip(ranks.tolist(), scores.astype(np.float64).round(4).tolist(), strict=True)
-    return tuple(Position(rank=None if rank < 0 else rank, scores=tuple(min(0.0, score) for score in of)) for rank, of in pairs)
+    return tuple(
+        Position(rank=None if rank < 0 else rank, scores=tuple(min(0.0, score) for score in of))
+        for rank, of in pairs
+    )
 
 
 def read(file: Path) -> Measured:
@@ -87,7 +94,10 @@ def read(file: Path) -> Measured:
     try:
         return Measured.model_validate_json(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{file} cannot be read: give a file of measurements, as plan --save writes it", "measured") from error
+        raise InvalidRequest(
+            f"{file} cannot be read: give a file of measurements, as plan --save writes it",
+            "measured",
+        ) from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -31,7 +31,9 @@ class HeadFigures:
 
     def right(self, ahead: int) -> float:
         """Share of the steps in which the best guess of each of so many places was right."""
-        return sum(len(step) >= ahead and all(rank == 0 for rank, _ in step[:ahead]) for step in self.steps) / len(self.steps)
+        return sum(
+            len(step) >= ahead and all(rank == 0 for rank, _ in step[:ahead]) for step in self.steps
+        ) / len(self.steps)
 
     def teach(self, known: Calibrations) -> None:
         """What a target knows of this head after all of these steps."""
@@ -59,10 +61,17 @@ class ReplayedHead:
         if not step:
             return NOTHING
         most = max(len(scores) for _, scores in step)
-        tokens, said, key = np.zeros((len(step), most), np.int64), np.full((len(step), most), -np.inf), text.tree.key[0]
+        tokens, said, key = (
+            np.zeros((len(step), most), np.int64),
+            np.full((len(step), most), -np.inf),
+            text.tree.key[0],
+        )
         for place, (rank, scores) in enumerate(step):
             right = following(key)
-            tokens[place] = [right if guess == rank else (right + 1 + guess) % VOCABULARY for guess in range(most)]
+            tokens[place] = [
+                right if guess == rank else (right + 1 + guess) % VOCABULARY
+                for guess in range(most)
+            ]
             said[place, : len(scores)] = scores
             key = child_key(key, right)
         return ways(tokens, said)
@@ -80,7 +89,12 @@ def along(growth: DraftNodes, text: Sequence[int]) -> tuple[Place, ...]:
             break
         best = children[np.argsort(-growth.scores[children], kind="stable")]
         right = np.flatnonzero(growth.tokens[best] == token)
-        found.append((int(right[0]) if len(right) else -1, tuple(np.minimum(growth.scores[best], 0.0).tolist())))
+        found.append(
+            (
+                int(right[0]) if len(right) else -1,
+                tuple(np.minimum(growth.scores[best], 0.0).tolist()),
+            )
+        )
         if not len(right):
             break
         node = int(best[right[0]]) + 1

@@ -21,7 +21,9 @@ from runtime.target.verifier import Decision
 
 TICK = 1e-6  # seconds: the shortest wait, so that a rest too small for the clock's last digit passes too
 Seconds = Callable[[int], float]  # of a pass, by its rows
-Costs = Callable[[int, int, int, bool], float]  # of a step: rows, sessions, growths taken in before it, whether a drafter computes
+Costs = Callable[
+    [int, int, int, bool], float
+]  # of a step: rows, sessions, growths taken in before it, whether a drafter computes
 
 
 class World:
@@ -54,7 +56,9 @@ class TargetSide:
         self.world, self.engine, self.seconds = world, engine, seconds
         self.drafters: list[DrafterSide] = []
         self.computing = False
-        self.plans = 0  # made so far: an alarm that was set before the last of them has been overtaken
+        self.plans = (
+            0  # made so far: an alarm that was set before the last of them has been overtaken
+        )
 
     def hear(self, arrived: Command) -> None:
         self.engine.inbox.put(arrived)
@@ -78,8 +82,14 @@ class TargetSide:
             return
         decisions = engine.decide(batch)
         self.computing = True
-        rows, busy = sum(len(part.rows.tokens) for part in batch.parts), any(drafter.computing for drafter in self.drafters)
-        self.world.after(self.seconds(rows, len(batch.items), taken, busy), lambda: self.decided(batch, decisions))
+        rows, busy = (
+            sum(len(part.rows.tokens) for part in batch.parts),
+            any(drafter.computing for drafter in self.drafters),
+        )
+        self.world.after(
+            self.seconds(rows, len(batch.items), taken, busy),
+            lambda: self.decided(batch, decisions),
+        )
 
     def wake(self, plan: int) -> None:
         if plan == self.plans and not self.computing:

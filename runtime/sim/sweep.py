@@ -12,7 +12,14 @@ from runtime.sim.profile import Measured
 from runtime.sim.replayed_head import HeadFigures
 
 CHAINS = (1, 2, 3, 4, 5, 6, 8, 12)
-SHAPES = ((2, 2, 4, 8), (4, 2, 4, 12), (4, 4, 4, 16), (4, 2, 6, 16), (4, 4, 8, 24), (8, 4, 6, 32))  # width, branches, passes, rows
+SHAPES = (
+    (2, 2, 4, 8),
+    (4, 2, 4, 12),
+    (4, 4, 4, 16),
+    (4, 2, 6, 16),
+    (4, 4, 8, 24),
+    (8, 4, 6, 32),
+)  # width, branches, passes, rows
 SCHEDULES = ("plain", "sync chain", "sync tree", "amusd", "pearl", "living")
 DRAFTERS = (1, 2, 4, 8, 16, 32, 64)
 ROUND_TRIPS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)  # seconds
@@ -37,7 +44,11 @@ class Job:
     def same(self) -> tuple[object, ...]:
         """Equal for simulations with the same outcome: what waits for a full target does not change it."""
         most = limits.SESSIONS * self.setting.targets
-        return id(self.measured), self.config, replace(self.setting, sessions=min(self.setting.sessions, most))
+        return (
+            id(self.measured),
+            self.config,
+            replace(self.setting, sessions=min(self.setting.sessions, most)),
+        )
 
     @property
     def effort(self) -> int:
@@ -58,15 +69,29 @@ def settings(name: str, measured: Measured) -> list[ScheduleConfig]:
         case "plain" | "amusd" | "living":
             return [ScheduleConfig.model_validate({"policy": name})]
         case "pearl":
-            return [ScheduleConfig(policy="pearl", passes=gamma(measured.target[1], measured.draft[1] + measured.pass_))]
+            return [
+                ScheduleConfig(
+                    policy="pearl",
+                    passes=gamma(measured.target[1], measured.draft[1] + measured.pass_),
+                )
+            ]
         case "sync chain":
-            return [ScheduleConfig(policy="sync", width=1, branches=1, passes=k, rows=k) for k in CHAINS]
+            return [
+                ScheduleConfig(policy="sync", width=1, branches=1, passes=k, rows=k) for k in CHAINS
+            ]
         case "sync tree":
-            return [ScheduleConfig(policy="sync", width=w, branches=b, passes=p, rows=n) for w, b, p, n in SHAPES]
-    raise InvalidRequest(f"schedule {name!r} is not known: give one of {', '.join(SCHEDULES)}", "schedule")
+            return [
+                ScheduleConfig(policy="sync", width=w, branches=b, passes=p, rows=n)
+                for w, b, p, n in SHAPES
+            ]
+    raise InvalidRequest(
+        f"schedule {name!r} is not known: give one of {', '.join(SCHEDULES)}", "schedule"
+    )
 
 
-def chosen(measured: Measured, names: Sequence[str], setting: Setting, run_all: RunAll) -> dict[str, ScheduleConfig]:
+def chosen(
+    measured: Measured, names: Sequence[str], setting: Setting, run_all: RunAll
+) -> dict[str, ScheduleConfig]:
     """The best setting of each schedule, by short simulations."""
     short = replace(setting, tokens=SHORT)
     tried = {name: settings(name, measured) for name in names}
@@ -86,27 +111,53 @@ def chosen(measured: Measured, names: Sequence[str], setting: Setting, run_all: 
 
 def jobs(measured: Measured, configs: dict[str, ScheduleConfig], setting: Setting) -> list[Job]:
     """Every schedule as it is, by round trips, and, where it makes sense, by drafters and by load."""
-    found = [Job("schedules", name, 0, measured, config, setting) for name, config in configs.items()]
+    found = [
+        Job("schedules", name, 0, measured, config, setting) for name, config in configs.items()
+    ]
     for name, config in configs.items():
         if name == "living":
-            found += [Job("drafters", name, count, measured, config, replace(setting, drafters=count)) for count in DRAFTERS]
+            found += [
+                Job("drafters", name, count, measured, config, replace(setting, drafters=count))
+                for count in DRAFTERS
+            ]
         if name != "plain":
-            found += [Job("round trips", name, rtt, measured.model_copy(update={"rtt": rtt}), config, setting) for rtt in ROUND_TRIPS]
+            found += [
+                Job(
+                    "round trips",
+                    name,
+                    rtt,
+                    measured.model_copy(update={"rtt": rtt}),
+                    config,
+                    setting,
+                )
+                for rtt in ROUND_TRIPS
+            ]
         if name in LOADED:
-            found += [Job("load", name, count, measured, config, replace(setting, sessions=count)) for count in SESSIONS]
+            found += [
+                Job("load", name, count, measured, config, replace(setting, sessions=count))
+                for count in SESSIONS
+            ]
     return found
 
 
 def head_jobs(measured: Measured, heads: Sequence[HeadFigures], setting: Setting) -> list[Job]:
     """Each head by itself, and beside the drafters."""
     living = ScheduleConfig()
-    beside = [Job("heads", "living", number, measured, living, replace(setting, head=head)) for number, head in enumerate(heads)]
-    return [replace(job, group="heads alone", setting=replace(job.setting, drafters=0)) for job in beside] + beside
+    beside = [
+        Job("heads", "living", number, measured, living, replace(setting, head=head))
+        for number, head in enumerate(heads)
+    ]
+    return [
+        replace(job, group="heads alone", setting=replace(job.setting, drafters=0))
+        for job in beside
+    ] + beside
 
 
 def half_as_deep(measured: Measured) -> Measured:
     """The same guesses in half the time: what a draft of half the layers would be worth, were it as good."""
-    return measured.model_copy(update={"draft": {rows: seconds / 2 for rows, seconds in measured.draft.items()}})
+    return measured.model_copy(
+        update={"draft": {rows: seconds / 2 for rows, seconds in measured.draft.items()}}
+    )
 
 
 def fewest(by_drafters: dict[float, float]) -> int:

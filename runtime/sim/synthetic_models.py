@@ -46,8 +46,12 @@ class NameCache:
         return len(self.names) - rows
 
     def keep(self, prefix: int, slots: Sequence[int]) -> None:
-        if not 0 <= prefix <= self.length or any(not prefix <= slot < self.length for slot in slots):
-            raise IndexError(f"prefix {prefix} and slots {list(slots)} of a cache of {self.length} slots")
+        if not 0 <= prefix <= self.length or any(
+            not prefix <= slot < self.length for slot in slots
+        ):
+            raise IndexError(
+                f"prefix {prefix} and slots {list(slots)} of a cache of {self.length} slots"
+            )
         self.names[prefix:] = [self.names[slot] for slot in slots]
 
     def fork(self, length: int) -> "NameCache":
@@ -81,7 +85,9 @@ class NamingModel:
         above[np.arange(n), first - rows.prefix + np.arange(n)] = False  # itself
         last = np.where(above.any(axis=1), above.shape[1] - 1 - above[:, ::-1].argmax(axis=1), -1)
         for row, (token, place) in enumerate(zip(rows.tokens.tolist(), last.tolist(), strict=True)):
-            cache.names[first + row] = mix64(before if place < 0 else cache.names[rows.prefix + place], token)
+            cache.names[first + row] = mix64(
+                before if place < 0 else cache.names[rows.prefix + place], token
+            )
         wanted = n if part.last is None else min(part.last, n)
         return np.asarray(cache.names[first + n - wanted :], dtype=np.uint64)
 
@@ -117,8 +123,16 @@ class Guesser:
             parents += [leaf] * len(said)
             tokens += guessed
             scores += said
-        near = DraftNodes(np.asarray(parents, np.int32), np.asarray(tokens, np.int32), np.asarray(scores, np.float32))
-        behind = self.behind(wish.text.tree.key[wish.leaves[0]], tokens[0], examples[0], most) if tokens else []
+        near = DraftNodes(
+            np.asarray(parents, np.int32),
+            np.asarray(tokens, np.int32),
+            np.asarray(scores, np.float32),
+        )
+        behind = (
+            self.behind(wish.text.tree.key[wish.leaves[0]], tokens[0], examples[0], most)
+            if tokens
+            else []
+        )
         return stack([near, *behind], len(wish.text.tree)) if behind else near
 
     def behind(self, key: int, best: int, example: int, most: int) -> list[DraftNodes]:
@@ -127,7 +141,13 @@ class Guesser:
         for place in self.guesses.behind(example):
             key = mix64(key, best)
             guessed, said = beside(key, place, most)
-            levels.append(DraftNodes(np.zeros(len(said), np.int32), np.asarray(guessed, np.int32), np.asarray(said, np.float32)))
+            levels.append(
+                DraftNodes(
+                    np.zeros(len(said), np.int32),
+                    np.asarray(guessed, np.int32),
+                    np.asarray(said, np.float32),
+                )
+            )
             best = guessed[0]
         return levels
 
@@ -144,4 +164,7 @@ class Guesser:
 def beside(key: int, place: Place, most: int) -> tuple[list[int], list[float]]:
     """At most so many guesses of what follows the text of this name, the target's choice at its rank, and their scores."""
     (rank, said), right = place, following(key)
-    return [right if guess == rank else (right + 1 + guess) % VOCABULARY for guess in range(len(said[:most]))], [*said[:most]]
+    return [
+        right if guess == rank else (right + 1 + guess) % VOCABULARY
+        for guess in range(len(said[:most]))
+    ], [*said[:most]]

@@ -26,14 +26,20 @@ class PrefillResult:
     failed: list[tuple[RequestState, Exception]] = field(default_factory=list)
 
 
-def prefill_next(model: Model, prefixes: Prefixes, sessions: Sequence[RequestState], began: float, clock: Clock) -> PrefillResult:
+def prefill_next(
+    model: Model, prefixes: Prefixes, sessions: Sequence[RequestState], began: float, clock: Clock
+) -> PrefillResult:
     """Read on in what is not in the caches of `sessions`: all but the last token of each text.
 
     One pass. Where others wait for their step and many texts are in a hurry, as many as these need for a piece of each: else the last
     of them would wait for a step of all those before it, again after each pass.
     """
     found, stepping = PrefillResult(began), any(live.ready for live in sessions)
-    left = sum(min(CHUNK_BESIDE, missing(live)) for live in sessions if is_urgent(live)) if stepping else 0
+    left = (
+        sum(min(CHUNK_BESIDE, missing(live)) for live in sessions if is_urgent(live))
+        if stepping
+        else 0
+    )
     while True:
         before = found.rows
         read_pieces(model, prefixes, sessions, found, clock)
@@ -49,14 +55,22 @@ def missing(live: RequestState) -> int:
 
 def is_urgent(live: RequestState) -> bool:
     """Whether its client waits in the midst of a text that was begun elsewhere, or it is read in one piece."""
-    return not live.ready and (bool(live.session.request.committed) or missing(live) <= CHUNK_BESIDE)
+    return not live.ready and (
+        bool(live.session.request.committed) or missing(live) <= CHUNK_BESIDE
+    )
 
 
 def order(live: RequestState) -> tuple[bool, bool]:
     return missing(live) > CHUNK_BESIDE, not live.session.request.committed
 
 
-def read_pieces(model: Model, prefixes: Prefixes, sessions: Sequence[RequestState], found: PrefillResult, clock: Clock) -> None:
+def read_pieces(
+    model: Model,
+    prefixes: Prefixes,
+    sessions: Sequence[RequestState],
+    found: PrefillResult,
+    clock: Clock,
+) -> None:
     """One pass: what can be read in one piece first, then what was begun elsewhere, then the oldest. A text waits while one that is read
     now has more in common with it than any cache: it can be copied next time."""
     began, reading = found.done, sorted((live for live in sessions if not live.ready), key=order)
@@ -94,7 +108,9 @@ def read_pieces(model: Model, prefixes: Prefixes, sessions: Sequence[RequestStat
         live.committed_at = live.growth_at = found.done
 
 
-def compute(model: Model, pieces: Sequence[tuple[RequestState, Part]], found: PrefillResult) -> None:
+def compute(
+    model: Model, pieces: Sequence[tuple[RequestState, Part]], found: PrefillResult
+) -> None:
     """One pass; where it fails, one for each text: what fails again is that text's own fault."""
     try:
         if parts := [part for _, part in pieces if len(part.rows.tokens)]:

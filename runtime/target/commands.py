@@ -10,7 +10,9 @@ from runtime.schedulers.base import Scheduler
 from runtime.target.stop_checker import StopChecker
 
 Send = Callable[[Event], None]
-Strike = Callable[[str], object]  # counts a message that no honest drafter sends against its sender; says what is wrong with it
+Strike = Callable[
+    [str], object
+]  # counts a message that no honest drafter sends against its sender; says what is wrong with it
 Deliver = Callable[[Chunk], None]
 
 

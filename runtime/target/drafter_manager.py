@@ -17,12 +17,16 @@ class DrafterManager:
     `heads`: names of those that sit on the target. Nobody tells them anything and they have no share, but they rest by the same rule.
     """
 
-    def __init__(self, metrics: Ledger, utility: DrafterUtility, heads: Collection[str] = ()) -> None:
+    def __init__(
+        self, metrics: Ledger, utility: DrafterUtility, heads: Collection[str] = ()
+    ) -> None:
         self.sends: dict[str, Send] = {}
         self.strikes: dict[str, Strike] = {}
         self.metrics, self.utility, self.heads = metrics, utility, heads
 
-    def join(self, name: str, send: Send, sessions: Iterable[RequestState], strike: Strike = forgive) -> None:
+    def join(
+        self, name: str, send: Send, sessions: Iterable[RequestState], strike: Strike = forgive
+    ) -> None:
         self.sends[name], self.strikes[name] = send, strike
         self.share_out(sessions, joined=name)
 
@@ -77,7 +81,11 @@ class DrafterManager:
 
     def share(self, session: str, name: str) -> Share:
         active = self.utility.active(self.sends)
-        return Share(session, active.index(name), len(active)) if name in active else Share(session, 0, 0)
+        return (
+            Share(session, active.index(name), len(active))
+            if name in active
+            else Share(session, 0, 0)
+        )
 
     def merge(self, live: RequestState | None, name: str, drafts: Sequence[Draft]) -> int:
         """Offer growth to its session's tree; returns how many nodes were new. None is where nobody asked for it. A drafter that has given
@@ -111,9 +119,15 @@ class DrafterManager:
 
     def credited_to(self, tree: TokenTree, nodes: Sequence[int]) -> list[str]:
         """To whom: to a drafter, where one has guessed the node as well as a head. Without that head it would be there all the same."""
-        return [next((name for name in tree.names(node) if name not in self.heads), tree.drafter[node]) for node in nodes]
+        return [
+            next((name for name in tree.names(node) if name not in self.heads), tree.drafter[node])
+            for node in nodes
+        ]
 
     def update_resting(self, thanks: Iterable[str], sessions: Iterable[RequestState]) -> None:
         """After a step: its tokens are owed to these. Who has brought nothing for long rests, or is tried again."""
-        if self.utility.observe([*self.sends, *self.heads], thanks, self.metrics.rate) & self.sends.keys():
+        if (
+            self.utility.observe([*self.sends, *self.heads], thanks, self.metrics.rate)
+            & self.sends.keys()
+        ):
             self.share_out(sessions)

@@ -74,7 +74,9 @@ class Engine:
         )
         self.planner = StepPlanner(self.drafter_manager, self.heads, clock)
         self.runner = ModelRunner(self.heads, verifier, self.metrics)
-        self.committer = Committer(self.requests, self.drafter_manager, self.heads, self.metrics, clock)
+        self.committer = Committer(
+            self.requests, self.drafter_manager, self.heads, self.metrics, clock
+        )
         self.over = False  # `run` has ended: nobody answers any more
 
     def run(self) -> None:

@@ -49,7 +49,14 @@ class HeadRunner:
     in `utility`, by which they rest.
     """
 
-    def __init__(self, model: Model, heads: Mapping[str, MountedHead], utility: DrafterUtility, metrics: Ledger, clock: Clock) -> None:
+    def __init__(
+        self,
+        model: Model,
+        heads: Mapping[str, MountedHead],
+        utility: DrafterUtility,
+        metrics: Ledger,
+        clock: Clock,
+    ) -> None:
         """Raises InvalidRequest for two heads whose branches would meet."""
         self.model, self.utility, self.metrics, self.clock = model, utility, metrics, clock
         self.built = dict(heads)
@@ -60,7 +67,11 @@ class HeadRunner:
 
     def select(self, names: Container[str] | None) -> None:
         """Ask only these from now on (None: all that there are). Raises InvalidRequest as at first."""
-        chosen = {name: mounted.head for name, mounted in self.built.items() if names is None or name in names}
+        chosen = {
+            name: mounted.head
+            for name, mounted in self.built.items()
+            if names is None or name in names
+        }
         joint([head.look for head in chosen.values()])
         self.selected.clear()
         self.selected.update(chosen)
@@ -79,7 +90,9 @@ class HeadRunner:
         if not branches or not wanted(session):
             return part
         least = self.metrics.rate * sum(self.price(name) for name in self.active)
-        worth = (part.rows.positions + branches < self.model.context) & (ends(session.tree, nodes) >= least)
+        worth = (part.rows.positions + branches < self.model.context) & (
+            ends(session.tree, nodes) >= least
+        )
         rows = [row for row in likely_ends(session.tree, nodes) if worth[row]]
         return replace(part, riders=sorted(rows[:MOST]))
 
@@ -103,7 +116,9 @@ class HeadRunner:
     def riding_time(self, parts: Sequence[Part]) -> dict[str, float]:
         """Seconds that a pass over these takes longer for the pseudo rows of heads, by head."""
         ridden = sum(len(part.riders) for part in parts)
-        return {name: ridden * price for name in self.active if ridden and (price := self.price(name))}
+        return {
+            name: ridden * price for name in self.active if ridden and (price := self.price(name))
+        }
 
     def charge(self, parts: Sequence[Part]) -> None:
         """Charge the heads for the pseudo rows of a pass."""
@@ -145,11 +160,17 @@ class HeadRunner:
     def _look_with(self, names: list[str]) -> None:
         self.active, self.look = names, joint([self.selected[name].look for name in names])
 
-    def _propose(self, name: str, states: Sequence[RequestState], seen: Sequence[Seen]) -> list[tuple[RequestState, Draft]]:
+    def _propose(
+        self, name: str, states: Sequence[RequestState], seen: Sequence[Seen]
+    ) -> list[tuple[RequestState, Draft]]:
         """What one head guesses, as a drafter would send it."""
         try:
             growths = self.selected[name].propose(seen)
-            found = [(state, growth) for state, growth in zip(states, growths, strict=True) if len(growth.tokens)]
+            found = [
+                (state, growth)
+                for state, growth in zip(states, growths, strict=True)
+                if len(growth.tokens)
+            ]
             return [(state, draft_of(state.session, growth, name)) for state, growth in found]
         except FAULTS as error:
             self.disable(name, error)
@@ -171,7 +192,10 @@ def wanted(session: Session) -> bool:
 
 def seen_of(item: BatchItem, decision: Decision) -> Seen:
     """What a step has shown of a session, whose root has moved since."""
-    session, row_of = item.state.session, {node: row for row, node in enumerate(item.nodes, start=1)}
+    session, row_of = (
+        item.state.session,
+        {node: row for row, node in enumerate(item.nodes, start=1)},
+    )
     text = Text(session.id, session.tokens, session.prompt, session.request.sampling, session.tree)
     path = [0, *(row_of[node] for node in decision.verdict.path)]
     return Seen(text, item.part.rows.tokens, path, decision.shown, item.part.riders)
@@ -181,14 +205,23 @@ def draft_of(session: Session, growth: DraftNodes, name: str) -> Draft:
     """Nodes by the names of their parents. Raises ValueError for a parent that does not come before its child, and for arrays of unequal
     length."""
     if len(growth.scores) != len(growth.tokens):
-        raise ValueError(f"{len(growth.scores)} scores of {len(growth.tokens)} nodes: give one of each")
+        raise ValueError(
+            f"{len(growth.scores)} scores of {len(growth.tokens)} nodes: give one of each"
+        )
     keys = session.tree.key[: growth.roots].tolist()
     for parent, token in zip(growth.parents.tolist(), growth.tokens.tolist(), strict=True):
         if not 0 <= parent < len(keys):
             raise ValueError(f"parent {parent} of node {len(keys)}: give 0 or a node before it")
         keys.append(child_key(keys[parent], token))
     parents = np.array(keys, dtype=np.uint64)[growth.parents]
-    return Draft(session.id, session.epoch, name, parents, growth.tokens.astype(np.int32), growth.scores.astype(np.float32))
+    return Draft(
+        session.id,
+        session.epoch,
+        name,
+        parents,
+        growth.tokens.astype(np.int32),
+        growth.scores.astype(np.float32),
+    )
 
 
 def ends(tree: TokenTree, nodes: Sequence[int]) -> npt.NDArray[np.float64]:

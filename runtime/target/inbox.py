@@ -17,7 +17,9 @@ class GrowthReceived:
     drafts: list[tuple[Draft, float]]
 
 
-def drain(inbox: "queue.SimpleQueue[Command]", wait: float | None) -> Iterator[Command | GrowthReceived]:
+def drain(
+    inbox: "queue.SimpleQueue[Command]", wait: float | None
+) -> Iterator[Command | GrowthReceived]:
     """Yield what has arrived, waiting at most `wait` seconds (None: for ever) for the first of it.
 
     Growth comes last, one piece for each session and drafter: merging it at once costs a third.

@@ -60,7 +60,9 @@ class RequestManager:
             request, now = command.request, self.clock()
             band = self.calibrations.band(request.sampling.temperature)
             session = Session(request, self.model.vocabulary, self.model.context, band, style)
-            self.running[session.id] = RequestState(session, self.model.new_cache(), command, slots, committed_at=now, growth_at=now)
+            self.running[session.id] = RequestState(
+                session, self.model.new_cache(), command, slots, committed_at=now, growth_at=now
+            )
             self.metrics.prompt += session.prompt
             self.drafters.open(session)
 

@@ -32,12 +32,24 @@ class RequestState:
     hit: bool = False
     width: int = 0  # rows beside the root in its last step
     depth: int = 0  # of its tree, when it was looked at last
-    reach: dict[str, int] = field(default_factory=dict)  # length of the longest text that each drafter has guessed
-    answered: set[str] = field(default_factory=set)  # drafters that have guessed what follows the last commit
-    reopened: set[str] = field(default_factory=set)  # drafters that were told the whole text since the last commit
-    lost: set[str] = field(default_factory=set)  # drafters that have asked for the text while they rested
-    head_drafts: list[Draft] = field(default_factory=list)  # what heads guess from the root, to be offered before the next step
-    accepted: Counter[str] = field(default_factory=Counter)  # delivered tokens by the drafter that guessed them
+    reach: dict[str, int] = field(
+        default_factory=dict
+    )  # length of the longest text that each drafter has guessed
+    answered: set[str] = field(
+        default_factory=set
+    )  # drafters that have guessed what follows the last commit
+    reopened: set[str] = field(
+        default_factory=set
+    )  # drafters that were told the whole text since the last commit
+    lost: set[str] = field(
+        default_factory=set
+    )  # drafters that have asked for the text while they rested
+    head_drafts: list[Draft] = field(
+        default_factory=list
+    )  # what heads guess from the root, to be offered before the next step
+    accepted: Counter[str] = field(
+        default_factory=Counter
+    )  # delivered tokens by the drafter that guessed them
 
     def view(self, now: float, waited: float, drafters: int) -> View:
         gains, leaves, depth = self.session.worth()
@@ -46,7 +58,9 @@ class RequestState:
             gains=gains,
             leaves=leaves,
             depth=depth,
-            drafters=drafters if min(self.session.room, self.session.most) > 0 else 0,  # nobody can help with the last token
+            drafters=drafters
+            if min(self.session.room, self.session.most) > 0
+            else 0,  # nobody can help with the last token
             promise=self.session.band.promise,
             hit=self.hit,
             width=self.width,
@@ -77,7 +91,10 @@ class RequestState:
 
     def round_trip(self, draft: Draft, at: float) -> float | None:
         """Seconds from the last commit to this growth, where it is this drafter's first to follow it."""
-        if draft.drafter in self.answered or not (draft.parents == np.uint64(self.session.tree.key[0])).any():
+        if (
+            draft.drafter in self.answered
+            or not (draft.parents == np.uint64(self.session.tree.key[0])).any()
+        ):
             return None
         self.answered.add(draft.drafter)
         return max(0.0, at - self.committed_at)
@@ -97,7 +114,9 @@ class RequestState:
             return "all resting"
         return "empty tree" if len(session.tree) == 1 else None
 
-    def hand_out(self, commit: Commit, guessed: tuple[str, ...], logprobs: tuple[Logprob, ...] = ()) -> Chunk:
+    def hand_out(
+        self, commit: Commit, guessed: tuple[str, ...], logprobs: tuple[Logprob, ...] = ()
+    ) -> Chunk:
         """Tokens one by one through the finish function: what comes after the end is not handed out."""
         pieces: list[str] = []
         reason = None
@@ -109,7 +128,9 @@ class RequestState:
                 break
         count = len(pieces)
         self.accepted.update(name for name in guessed[:count] if name)
-        return Chunk(tuple(pieces), commit.tokens[:count], guessed[:count], reason, logprobs=logprobs[:count])
+        return Chunk(
+            tuple(pieces), commit.tokens[:count], guessed[:count], reason, logprobs=logprobs[:count]
+        )
 
     def stats(self, now: float) -> Stats:
         return self.tally.stats(

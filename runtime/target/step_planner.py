@@ -53,10 +53,15 @@ class StepPlanner:
         return batch
 
     def _ask(self, scheduler: Scheduler, ready: Sequence[RequestState], now: float) -> Plan:
-        views = [state.view(now, self.waited, len(self.drafters.active(state.session))) for state in ready]
+        views = [
+            state.view(now, self.waited, len(self.drafters.active(state.session)))
+            for state in ready
+        ]
         return scheduler.plan(views)
 
-    def _ask_with_heads(self, scheduler: Scheduler, ready: Sequence[RequestState], now: float) -> Plan:
+    def _ask_with_heads(
+        self, scheduler: Scheduler, ready: Sequence[RequestState], now: float
+    ) -> Plan:
         began, heads = self.clock(), set[str]()
         for state in ready:
             for draft in state.head_drafts:

@@ -28,7 +28,13 @@ class StopChecker:
     token adds (perhaps "", where a character is not complete), `flush` what it still holds when the tokens end.
     """
 
-    def __init__(self, sampling: Sampling, eos: frozenset[int], decode: Callable[[int], str], flush: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        eos: frozenset[int],
+        decode: Callable[[int], str],
+        flush: Callable[[], str],
+    ) -> None:
         self._sampling, self._eos, self._decode, self._flush = sampling, eos, decode, flush
         self._held = ""
         self.count = 0
@@ -63,11 +69,22 @@ class StopChecker:
 
 def cut_at(text: str, old: int, stops: tuple[str, ...]) -> int | None:
     """Where the stop string begins that is complete first, beyond the first `old` characters; None where there is none."""
-    found = [(start + len(stop), start) for stop in stops if (start := text.find(stop, max(0, old + 1 - len(stop)))) >= 0]
+    found = [
+        (start + len(stop), start)
+        for stop in stops
+        if (start := text.find(stop, max(0, old + 1 - len(stop)))) >= 0
+    ]
     return min(found)[1] if found else None
 
 
 def undecided(text: str, stops: tuple[str, ...]) -> int:
     """Length of the longest end of `text` that a stop string goes on from."""
     longest = min(len(text), max(map(len, stops), default=1) - 1)
-    return next((n for n in range(longest, 0, -1) if any(len(stop) > n and stop.startswith(text[-n:]) for stop in stops)), 0)
+    return next(
+        (
+            n
+            for n in range(longest, 0, -1)
+            if any(len(stop) > n and stop.startswith(text[-n:]) for stop in stops)
+        ),
+        0,
+    )

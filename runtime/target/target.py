@@ -15,14 +15,25 @@ from runtime.core.messages import Chunk, Event, Request, Tokens
 from runtime.core.sampler_reference import Guide
 from runtime.core.sampling_params import Constraint, Sampling, whole
 from runtime.schedulers.base import Scheduler
-from runtime.target.commands import AddRequest, Cancel, Join, Leave, ReplyReceived, SetScheduler, Stop, forgive
+from runtime.target.commands import (
+    AddRequest,
+    Cancel,
+    Join,
+    Leave,
+    ReplyReceived,
+    SetScheduler,
+    Stop,
+    forgive,
+)
 from runtime.target.engine import Engine
 from runtime.target.stop_checker import StopChecker
 from runtime.telemetry.reports import TargetReport
 
 log = logging.getLogger(__name__)
 
-Grammar = Callable[[Constraint], Guide]  # the beginning of a text; may take a while, and be called from any thread
+Grammar = Callable[
+    [Constraint], Guide
+]  # the beginning of a text; may take a while, and be called from any thread
 
 HEARD_WAITING = 4096  # messages that the engine has not taken in; beyond, links are not read: a flood holds up its sender
 EVENTS_WAITING = 1024  # a link that lets so many pile up is mute
@@ -45,10 +56,16 @@ def check_prompt(prompt: Tokens, sampling: Sampling, vocabulary: int, context: i
     check_tokens(prompt, vocabulary)
     for token, _ in sampling.logit_bias:
         if token >= vocabulary:
-            raise InvalidRequest(f"logit_bias token {token} is not in the vocabulary: ids go from 0 to {vocabulary - 1}", "logit_bias")
+            raise InvalidRequest(
+                f"logit_bias token {token} is not in the vocabulary: ids go from 0 to {vocabulary - 1}",
+                "logit_bias",
+            )
     length, most = len(prompt), sampling.max_tokens
     if length >= context:
-        raise InvalidRequest(f"the prompt has {length} tokens, the model's context {context}: shorten the prompt", "prompt")
+        raise InvalidRequest(
+            f"the prompt has {length} tokens, the model's context {context}: shorten the prompt",
+            "prompt",
+        )
     if length + most > context:
         raise InvalidRequest(
             f"prompt of {length} tokens + max_tokens {most} is over the context of {context}: lower max_tokens to {context - length}",
@@ -60,14 +77,20 @@ def check_tokens(tokens: Tokens, vocabulary: int) -> None:
     """Raises InvalidRequest for the first token id that the vocabulary does not have."""
     for token in tokens:
         if not 0 <= token < vocabulary:
-            raise InvalidRequest(f"token id {token} is not in the vocabulary: ids go from 0 to {vocabulary - 1}", "prompt")
+            raise InvalidRequest(
+                f"token id {token} is not in the vocabulary: ids go from 0 to {vocabulary - 1}",
+                "prompt",
+            )
 
 
 def resumed(finish: StopChecker, request: Request) -> StopChecker:
     """`finish` after the tokens that were decided before. Raises InvalidRequest where they end the text already."""
     for token in request.committed:
         if finish.feed(token).reason is not None:
-            raise InvalidRequest(f"the text ended with token {finish.count} of those committed: nothing follows it", "committed")
+            raise InvalidRequest(
+                f"the text ended with token {finish.count} of those committed: nothing follows it",
+                "committed",
+            )
     return finish
 
 
@@ -78,7 +101,10 @@ def guided(grammar: Grammar, constraint: Constraint, request: Request) -> Guide:
         try:
             guide.take(token)
         except InvalidRequest as error:
-            raise InvalidRequest(f"token {token}, number {place} of those committed, breaks the response_format", "committed") from error
+            raise InvalidRequest(
+                f"token {token}, number {place} of those committed, breaks the response_format",
+                "committed",
+            ) from error
     return guide
 
 
@@ -138,14 +164,18 @@ class Target:
         asked = self.engine.clock()
         check(request, self.engine.model.vocabulary, self.engine.model.context)
         if request.session in self._sessions:
-            raise InvalidRequest(f"session {request.session!r} is under way: give another name", "session")
+            raise InvalidRequest(
+                f"session {request.session!r} is under way: give another name", "session"
+            )
         if self._stopping or not self._thread.is_alive():
             raise Unavailable("the target has stopped: start it again")
         if self._draining:
             raise Unavailable("the target is draining: ask another one")
         self.engine.requests.admission.check(request, self.engine.model.context)
         if len(self._sessions) >= (most := limits.SESSIONS + limits.QUEUE):
-            raise Overloaded(f"{len(self._sessions)} sessions are under way or waiting, the most is {most}: try again later")
+            raise Overloaded(
+                f"{len(self._sessions)} sessions are under way or waiting, the most is {most}: try again later"
+            )
         finish = resumed(self.finish(request), request)
         chunks: asyncio.Queue[Chunk] = asyncio.Queue()
 
@@ -175,7 +205,9 @@ class Target:
         if constraint is None:
             return None
         if self.grammar is None:
-            raise InvalidRequest("this target knows no grammars: ask without response_format", "response_format")
+            raise InvalidRequest(
+                "this target knows no grammars: ask without response_format", "response_format"
+            )
         return await asyncio.to_thread(guided, self.grammar, constraint, request)
 
     def schedule(self, scheduler: Scheduler, heads: frozenset[str] | None = None) -> None:
@@ -239,7 +271,9 @@ class Target:
                 while self.engine.inbox.qsize() > HEARD_WAITING:  # noqa: ASYNC110 - the engine's thread sets no event here
                     await asyncio.sleep(0.001)
                 # Who speaks is known from the link, not from the message.
-                self.engine.inbox.put(ReplyReceived(replace(reply, drafter=name), self.engine.clock()))
+                self.engine.inbox.put(
+                    ReplyReceived(replace(reply, drafter=name), self.engine.clock())
+                )
         except LinkLost as error:
             log.warning("drafter %s lost: %s", name, error)
         finally:

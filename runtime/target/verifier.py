@@ -28,13 +28,19 @@ class Verifier:
     eos: frozenset[int]
     score: Scorer = logprobs
 
-    def decide(self, session: Session, guide: Guide | None, nodes: Sequence[int], shown: Shown) -> Decision:
+    def decide(
+        self, session: Session, guide: Guide | None, nodes: Sequence[int], shown: Shown
+    ) -> Decision:
         """`shown` is of the rows of the root and of `nodes`. `guide` goes along with what is decided.
 
         Nothing else changes, and each decision is committed: so the state of a constraint needs no rollback.
         """
         logits = shown.logits
-        verdict = self.verdict(session, nodes, logits) if guide is None else self.guided(session, guide, nodes, logits)
+        verdict = (
+            self.verdict(session, nodes, logits)
+            if guide is None
+            else self.guided(session, guide, nodes, logits)
+        )
         k = session.request.sampling.logprobs
         if k is None:
             return Decision(verdict, (), shown)
@@ -43,7 +49,9 @@ class Verifier:
         return Decision(verdict, self.score(logits[rows], tokens, k), shown)
 
     def verdict(self, session: Session, nodes: Sequence[int], logits: Any) -> Verdict:
-        ask = Ask(session.request.sampling, session.prompt, session.tokens, session.paths(nodes), self.eos)
+        ask = Ask(
+            session.request.sampling, session.prompt, session.tokens, session.paths(nodes), self.eos
+        )
         return match(session.tree, nodes, self.choose(logits, ask).tolist())
 
     def guided(self, session: Session, guide: Guide, nodes: Sequence[int], logits: Any) -> Verdict:
@@ -55,7 +63,9 @@ class Verifier:
         sampling, path = session.request.sampling, list[int]()
 
         def choose(row: int) -> int:
-            ask = Ask(sampling, session.prompt, session.tokens, [path], self.eos, guide.allowed()[None])
+            ask = Ask(
+                sampling, session.prompt, session.tokens, [path], self.eos, guide.allowed()[None]
+            )
             token = int(self.choose(logits[row : row + 1], ask)[0])
             guide.take(token)
             path.append(token)

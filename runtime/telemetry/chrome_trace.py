@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 from runtime.telemetry.tracing import TARGET, WIRE, Count, Flow, Instant, Recording, Span
 
 FORMAT = "outrider"  # what a reader of our own looks for
-PHASES = "MXiCsf"  # in this order where the times are equal: a slice is open before what binds to it
+PHASES = (
+    "MXiCsf"  # in this order where the times are equal: a slice is open before what binds to it
+)
 
 Place = tuple[int, str]  # pid, lane
 Made = dict[str, Any]  # one event of the format
@@ -42,11 +44,19 @@ def chrome(parts: Sequence[Recording]) -> Made:
     were recorded; `otherData.unanswered` counts those that nobody has taken in.
     """
     ordered = sorted(parts, key=lambda part: (not is_target(part), part.process))
-    shifts = [part.offset - ordered[0].offset for part in ordered]  # before times are added: seconds since 1970 have 1e-7 s of precision
-    starts = [begin_of(event) + shift for part, shift in zip(ordered, shifts, strict=True) for event in part.events]
+    shifts = [
+        part.offset - ordered[0].offset for part in ordered
+    ]  # before times are added: seconds since 1970 have 1e-7 s of precision
+    starts = [
+        begin_of(event) + shift
+        for part, shift in zip(ordered, shifts, strict=True)
+        for event in part.events
+    ]
     origin = min(starts, default=0.0)
     threads: dict[Place, int] = {}
-    numbers = itertools.count(len(ordered) + 2)  # a tid equal to a pid would be that process's main thread
+    numbers = itertools.count(
+        len(ordered) + 2
+    )  # a tid equal to a pid would be that process's main thread
     made: list[Made] = []
     flows: list[tuple[Place, Flow, int]] = []
     for pid, (part, shift) in enumerate(zip(ordered, shifts, strict=True), start=1):
@@ -63,7 +73,14 @@ def chrome(parts: Sequence[Recording]) -> Made:
     arrows, unanswered = match_flows(flows)
     made += bound(arrows, made, threads)
     made += wire(arrows, len(ordered) + 1, numbers)
-    made.sort(key=lambda one: (one["ph"] != "M", one.get("ts", 0), PHASES.index(one["ph"]), -one.get("dur", 0)))
+    made.sort(
+        key=lambda one: (
+            one["ph"] != "M",
+            one.get("ts", 0),
+            PHASES.index(one["ph"]),
+            -one.get("dur", 0),
+        )
+    )
     for one in made:
         one |= {field: one[field] / 1000 for field in ("ts", "dur") if field in one}  # microseconds
     other = {
@@ -75,12 +92,25 @@ def chrome(parts: Sequence[Recording]) -> Made:
     return {"traceEvents": made, "displayTimeUnit": "ms", "otherData": other}
 
 
-def plain(event: Span | Instant | Count, pid: int, threads: Mapping[Place, int], moment: Callable[[float], int]) -> Made:
+def plain(
+    event: Span | Instant | Count,
+    pid: int,
+    threads: Mapping[Place, int],
+    moment: Callable[[float], int],
+) -> Made:
     match event:
         case Span(lane=lane, name=name, began=began, ended=ended, figures=figures):
             return complete(pid, threads[pid, lane], name, moment(began), moment(ended), figures)
         case Instant(lane=lane, name=name, at=at, figures=figures):
-            return {"ph": "i", "s": "t", "pid": pid, "tid": threads[pid, lane], "name": name, "ts": moment(at), "args": figures}
+            return {
+                "ph": "i",
+                "s": "t",
+                "pid": pid,
+                "tid": threads[pid, lane],
+                "name": name,
+                "ts": moment(at),
+                "args": figures,
+            }
         case Count(name=name, at=at, value=value):
             return {"ph": "C", "pid": pid, "name": name, "ts": moment(at), "args": {"value": value}}
 
@@ -111,11 +141,24 @@ def named_process(pid: int, name: str) -> list[Made]:
 
 def named_thread(pid: int, tid: int, name: str) -> list[Made]:
     common = {"ph": "M", "pid": pid, "tid": tid}
-    return [common | {"name": "thread_name", "args": {"name": name}}, common | {"name": "thread_sort_index", "args": {"sort_index": tid}}]
+    return [
+        common | {"name": "thread_name", "args": {"name": name}},
+        common | {"name": "thread_sort_index", "args": {"sort_index": tid}},
+    ]
 
 
-def complete(pid: int, tid: int, name: str, began: int, ended: int, figures: dict[str, Any]) -> Made:
-    return {"ph": "X", "pid": pid, "tid": tid, "name": name, "ts": began, "dur": max(ended - began, 0), "args": figures}
+def complete(
+    pid: int, tid: int, name: str, began: int, ended: int, figures: dict[str, Any]
+) -> Made:
+    return {
+        "ph": "X",
+        "pid": pid,
+        "tid": tid,
+        "name": name,
+        "ts": began,
+        "dur": max(ended - began, 0),
+        "args": figures,
+    }
 
 
 def match_flows(flows: Iterable[tuple[Place, Flow, int]]) -> tuple[list[Arrow], dict[str, int]]:
@@ -134,17 +177,23 @@ def match_flows(flows: Iterable[tuple[Place, Flow, int]]) -> tuple[list[Arrow], 
     answered: set[tuple[str, int, int]] = set()
     arrows: list[Arrow] = []
     for (kind, key, _), takings in ended.items():
-        for number, (sent, taken) in enumerate(zip(begun.get((kind, key), ()), takings, strict=False)):
+        for number, (sent, taken) in enumerate(
+            zip(begun.get((kind, key), ()), takings, strict=False)
+        ):
             arrows.append(Arrow(kind, sent, taken))
             answered.add((kind, key, number))
     arrows.sort(key=lambda arrow: arrow.sent.at)
     unanswered: Counter[str] = Counter()
     for (kind, key), sendings in begun.items():
-        unanswered[kind] += sum((kind, key, number) not in answered for number in range(len(sendings)))
+        unanswered[kind] += sum(
+            (kind, key, number) not in answered for number in range(len(sendings))
+        )
     return arrows, dict(unanswered)
 
 
-def bound(arrows: Sequence[Arrow], made: Sequence[Made], threads: Mapping[Place, int]) -> list[Made]:
+def bound(
+    arrows: Sequence[Arrow], made: Sequence[Made], threads: Mapping[Place, int]
+) -> list[Made]:
     """Flow events, each at a time when a slice of its lane is open; none for an arrow that would run backwards then."""
     slices: dict[int, tuple[list[int], list[int]]] = {tid: ([], []) for tid in threads.values()}
     for event in sorted((event for event in made if event["ph"] == "X"), key=itemgetter("ts")):
@@ -154,11 +203,19 @@ def bound(arrows: Sequence[Arrow], made: Sequence[Made], threads: Mapping[Place,
     found: list[Made] = []
     for number, arrow in enumerate(arrows, start=1):
         source, sink = threads[arrow.sent.place], threads[arrow.taken.place]
-        sent, taken = open_before(*slices[source], arrow.sent.at), open_after(*slices[sink], arrow.taken.at)
+        sent, taken = (
+            open_before(*slices[source], arrow.sent.at),
+            open_after(*slices[sink], arrow.taken.at),
+        )
         if sent is not None and taken is not None and sent <= taken:
             common = {"name": arrow.kind, "cat": WIRE, "id": number}
-            found.append(common | {"ph": "s", "pid": arrow.sent.place[0], "tid": source, "ts": sent})
-            found.append(common | {"ph": "f", "bp": "e", "pid": arrow.taken.place[0], "tid": sink, "ts": taken})
+            found.append(
+                common | {"ph": "s", "pid": arrow.sent.place[0], "tid": source, "ts": sent}
+            )
+            found.append(
+                common
+                | {"ph": "f", "bp": "e", "pid": arrow.taken.place[0], "tid": sink, "ts": taken}
+            )
     return found
 
 
@@ -191,6 +248,10 @@ def wire(arrows: Sequence[Arrow], pid: int, numbers: Iterable[int]) -> list[Made
                     made += named_thread(pid, rows[row][0], kind)
                 rows[row] = (rows[row][0], max(taken, sent))
                 # Clocks of two machines may disagree by more than the way takes: `ms` is below 0 then.
-                figures = {"from": arrow.sent.place[1], "to": arrow.taken.place[1], "ms": (taken - sent) / 1e6}
+                figures = {
+                    "from": arrow.sent.place[1],
+                    "to": arrow.taken.place[1],
+                    "ms": (taken - sent) / 1e6,
+                }
                 made.append(complete(pid, rows[row][0], kind, sent, taken, figures))
     return made

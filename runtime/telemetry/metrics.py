@@ -69,11 +69,23 @@ class Guesses:
         self.begun += 1
 
     def answered(self, seconds: float) -> None:
-        self.round_trip = seconds if self.round_trip is None else self.round_trip + MEMORY * (seconds - self.round_trip)
+        self.round_trip = (
+            seconds
+            if self.round_trip is None
+            else self.round_trip + MEMORY * (seconds - self.round_trip)
+        )
 
     def report(self, resting: bool) -> GuessReport:
         lead = self.ahead / self.begun if self.begun else 0.0
-        return GuessReport(self.proposed, self.accepted, self.late, self.stale, lead, self.round_trip or 0.0, resting)
+        return GuessReport(
+            self.proposed,
+            self.accepted,
+            self.late,
+            self.stale,
+            lead,
+            self.round_trip or 0.0,
+            resting,
+        )
 
 
 class Ledger:
@@ -115,7 +127,9 @@ class Ledger:
             self.places[place] += 1
             self.guesses[name].accepted += 1
 
-    def report(self, live: int, waiting: int, kv_used: int, kv_slots: int, resting: Collection[str]) -> TargetReport:
+    def report(
+        self, live: int, waiting: int, kv_used: int, kv_slots: int, resting: Collection[str]
+    ) -> TargetReport:
         accepted = sum(self.places)
         return TargetReport(
             live=live,

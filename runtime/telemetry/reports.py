@@ -35,13 +35,44 @@ class GuessReport:
     `stale` counts what it sent while it rests, too. `lead` is from a root to its deepest node.
     """
 
-    proposed: int = field(default=0, metadata=counter("proposed_tokens_total", "Draft tokens that arrived and were put into a tree"))
-    accepted: int = field(default=0, metadata=counter("accepted_tokens_total", "Draft tokens that were accepted and delivered"))
-    late: int = field(default=0, metadata=counter("late_tokens_total", "Draft tokens that arrived after the text had passed them"))
-    stale: int = field(default=0, metadata=counter("stale_tokens_total", "Draft tokens for a session, an epoch or a parent that was gone"))
-    lead: float = field(default=0.0, metadata=gauge("lead_tokens", "Mean tokens that its tree is ahead when a step begins"))
-    round_trip: float = field(default=0.0, metadata=gauge("round_trip_seconds", "From a commit to the first growth on it, moving average"))
-    resting: bool = field(default=False, metadata=gauge("resting", "1 where it has brought nothing for long and has no share at present"))
+    proposed: int = field(
+        default=0,
+        metadata=counter(
+            "proposed_tokens_total", "Draft tokens that arrived and were put into a tree"
+        ),
+    )
+    accepted: int = field(
+        default=0,
+        metadata=counter("accepted_tokens_total", "Draft tokens that were accepted and delivered"),
+    )
+    late: int = field(
+        default=0,
+        metadata=counter(
+            "late_tokens_total", "Draft tokens that arrived after the text had passed them"
+        ),
+    )
+    stale: int = field(
+        default=0,
+        metadata=counter(
+            "stale_tokens_total", "Draft tokens for a session, an epoch or a parent that was gone"
+        ),
+    )
+    lead: float = field(
+        default=0.0,
+        metadata=gauge("lead_tokens", "Mean tokens that its tree is ahead when a step begins"),
+    )
+    round_trip: float = field(
+        default=0.0,
+        metadata=gauge(
+            "round_trip_seconds", "From a commit to the first growth on it, moving average"
+        ),
+    )
+    resting: bool = field(
+        default=False,
+        metadata=gauge(
+            "resting", "1 where it has brought nothing for long and has no share at present"
+        ),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,38 +90,98 @@ class TargetReport:
     head lost    heads that failed and were disabled
     """
 
-    live: int = field(default=0, metadata=gauge("live_sessions", "Sessions that are being generated"))
-    waiting: int = field(default=0, metadata=gauge("waiting_sessions", "Sessions that wait for KV memory"))
+    live: int = field(
+        default=0, metadata=gauge("live_sessions", "Sessions that are being generated")
+    )
+    waiting: int = field(
+        default=0, metadata=gauge("waiting_sessions", "Sessions that wait for KV memory")
+    )
     kv_used: int = field(default=0, metadata=gauge("kv_used_slots", "KV memory in use, in tokens"))
     kv_slots: int = field(default=0, metadata=gauge("kv_slots", "KV memory, in tokens"))
     steps: int = field(default=0, metadata=counter("steps_total", "Forward passes"))
-    rounds: int = field(default=0, metadata=counter("rounds_total", "Forward passes, counted once for each session in them"))
+    rounds: int = field(
+        default=0,
+        metadata=counter("rounds_total", "Forward passes, counted once for each session in them"),
+    )
     rows: int = field(default=0, metadata=counter("rows_total", "Rows of forward passes"))
-    prompt_tokens: int = field(default=0, metadata=counter("prompt_tokens_total", "Prompt tokens taken in"))
-    reused_tokens: int = field(default=0, metadata=counter("reused_tokens_total", "Prompt tokens whose keys and values were there already"))
-    completion_tokens: int = field(default=0, metadata=counter("completion_tokens_total", "Tokens generated"))
-    drafted: int = field(default=0, metadata=counter("drafted_tokens_total", "Draft tokens that arrived and were put into a tree"))
-    verified: int = field(default=0, metadata=counter("verified_tokens_total", "Draft tokens that were given a row"))
-    accepted: int = field(default=0, metadata=counter("accepted_tokens_total", "Draft tokens that were accepted and delivered"))
-    rejected: int = field(default=0, metadata=counter("rejected_tokens_total", "Draft tokens that were verified and not delivered"))
-    expired: int = field(default=0, metadata=counter("expired_tokens_total", "Draft tokens that were dropped without a row"))
+    prompt_tokens: int = field(
+        default=0, metadata=counter("prompt_tokens_total", "Prompt tokens taken in")
+    )
+    reused_tokens: int = field(
+        default=0,
+        metadata=counter(
+            "reused_tokens_total", "Prompt tokens whose keys and values were there already"
+        ),
+    )
+    completion_tokens: int = field(
+        default=0, metadata=counter("completion_tokens_total", "Tokens generated")
+    )
+    drafted: int = field(
+        default=0,
+        metadata=counter(
+            "drafted_tokens_total", "Draft tokens that arrived and were put into a tree"
+        ),
+    )
+    verified: int = field(
+        default=0, metadata=counter("verified_tokens_total", "Draft tokens that were given a row")
+    )
+    accepted: int = field(
+        default=0,
+        metadata=counter("accepted_tokens_total", "Draft tokens that were accepted and delivered"),
+    )
+    rejected: int = field(
+        default=0,
+        metadata=counter(
+            "rejected_tokens_total", "Draft tokens that were verified and not delivered"
+        ),
+    )
+    expired: int = field(
+        default=0,
+        metadata=counter("expired_tokens_total", "Draft tokens that were dropped without a row"),
+    )
     accepted_at: tuple[int, ...] = field(
         default=(),
-        metadata=counter("accepted_tokens_per_pos_total", "Draft tokens accepted, by their place on the path, from 0", "position"),
+        metadata=counter(
+            "accepted_tokens_per_pos_total",
+            "Draft tokens accepted, by their place on the path, from 0",
+            "position",
+        ),
     )
-    waited: float = field(default=0.0, metadata=counter("wait_seconds_total", "Time in which the target waited for drafts"))
-    computed: float = field(default=0.0, metadata=counter("compute_seconds_total", "Time in which the target's model computed"))
-    bookkeeping: float = field(default=0.0, metadata=counter("bookkeeping_seconds_total", "Time of the target's steps beside the model's"))
-    prefilled: float = field(default=0.0, metadata=counter("prefill_seconds_total", "Time in which the target read prompts"))
+    waited: float = field(
+        default=0.0,
+        metadata=counter("wait_seconds_total", "Time in which the target waited for drafts"),
+    )
+    computed: float = field(
+        default=0.0,
+        metadata=counter("compute_seconds_total", "Time in which the target's model computed"),
+    )
+    bookkeeping: float = field(
+        default=0.0,
+        metadata=counter(
+            "bookkeeping_seconds_total", "Time of the target's steps beside the model's"
+        ),
+    )
+    prefilled: float = field(
+        default=0.0,
+        metadata=counter("prefill_seconds_total", "Time in which the target read prompts"),
+    )
     finished: dict[str, int] = field(
-        default_factory=dict, metadata=counter("sessions_finished_total", "Sessions that ended, by reason", "finished_reason")
+        default_factory=dict,
+        metadata=counter(
+            "sessions_finished_total", "Sessions that ended, by reason", "finished_reason"
+        ),
     )
     fallbacks: dict[str, int] = field(
-        default_factory=dict, metadata=counter("fallbacks_total", "Steps that did without something, by cause", "cause")
+        default_factory=dict,
+        metadata=counter("fallbacks_total", "Steps that did without something, by cause", "cause"),
     )
     lost_links: dict[str, int] = field(
         default_factory=dict,
-        metadata=counter("lost_links_total", "Connections to a drafter that ended: lost, or let go by scaling", "drafter"),
+        metadata=counter(
+            "lost_links_total",
+            "Connections to a drafter that ended: lost, or let go by scaling",
+            "drafter",
+        ),
     )
     guesses: dict[str, GuessReport] = field(default_factory=dict)  # by drafter
 
@@ -102,8 +193,14 @@ class DrafterReport:
     sessions: int = field(default=0, metadata=gauge("sessions", "Sessions that it guesses for"))
     passes: int = field(default=0, metadata=counter("passes_total", "Forward passes"))
     nodes: int = field(default=0, metadata=counter("nodes_total", "Draft tokens guessed"))
-    computed: float = field(default=0.0, metadata=counter("compute_seconds_total", "Time in which the drafter computed"))
+    computed: float = field(
+        default=0.0, metadata=counter("compute_seconds_total", "Time in which the drafter computed")
+    )
     counters: dict[str, int] = field(
         default_factory=dict,
-        metadata=counter("ignored_messages_total", "Messages that a drafter got and that had no effect, by reason", "reason"),
+        metadata=counter(
+            "ignored_messages_total",
+            "Messages that a drafter got and that had no effect, by reason",
+            "reason",
+        ),
     )

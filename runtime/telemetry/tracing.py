@@ -128,7 +128,9 @@ class Trace:
             self.span(TARGET, WAIT, step.opened, packing)
         self.span(TARGET, BOOKKEEPING, packing, step.began)
         accepted = sum(round_.accepted for round_ in rounds)
-        self.span(TARGET, COMPUTE, step.began, decided, rows=rows, sessions=len(rounds), accepted=accepted)
+        self.span(
+            TARGET, COMPUTE, step.began, decided, rows=rows, sessions=len(rounds), accepted=accepted
+        )
         self.span(TARGET, BOOKKEEPING, decided, done)
         self.count(ROWS, step.began, rows)
 

@@ -31,8 +31,13 @@ def test_without_a_file_it_begins_anew(tmp_path: Path, caplog: pytest.LogCapture
     assert caplog.text == ""
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"0.0": 3}', b'{"0.0": {"promise": 1, "tables": {"d": 5}}}', b"\xff\xfe"])
-def test_a_file_that_is_not_ours_is_ignored_and_said(tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b'{"0.0": 3}', b'{"0.0": {"promise": 1, "tables": {"d": 5}}}', b"\xff\xfe"],
+)
+def test_a_file_that_is_not_ours_is_ignored_and_said(
+    tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     file = tmp_path / "known.json"
     file.write_bytes(content)
     with caplog.at_level(logging.WARNING):
@@ -40,7 +45,9 @@ def test_a_file_that_is_not_ours_is_ignored_and_said(tmp_path: Path, content: by
     assert "learning anew" in caplog.text
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_that_cannot_be_written_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").touch()
     with caplog.at_level(logging.WARNING):
         remember(tmp_path / "file" / "known.json", learned())

@@ -12,7 +12,9 @@ LOWEST = 19
 NOTES = "import os\nfound = os.nice(0)\n"
 
 
-def test_what_is_loaded_gently_is_loaded_at_low_priority_and_nothing_else_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_loaded_gently_is_loaded_at_low_priority_and_nothing_else_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "loaded_gently.py").write_text(NOTES)
     monkeypatch.syspath_prepend(tmp_path)
     before = os.nice(0)
@@ -21,7 +23,9 @@ def test_what_is_loaded_gently_is_loaded_at_low_priority_and_nothing_else_is(tmp
     assert os.nice(0) == before
 
 
-def test_what_cannot_be_loaded_says_so_to_who_imports_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_loaded_says_so_to_who_imports_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "broken_inside.py").write_text("import no_such_module\n")
     monkeypatch.syspath_prepend(tmp_path)
     load_gently("broken_inside")

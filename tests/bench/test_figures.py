@@ -21,7 +21,10 @@ def test_each_prompt_counts_once_with_its_median() -> None:
 
 
 def test_ratios_are_of_the_same_prompt_and_repetition() -> None:
-    above, below = {("a", 0): 6.0, ("a", 1): 9.0, ("b", 0): 1.0}, {("a", 0): 3.0, ("a", 1): 1.0, ("c", 0): 1.0}
+    above, below = (
+        {("a", 0): 6.0, ("a", 1): 9.0, ("b", 0): 1.0},
+        {("a", 0): 3.0, ("a", 1): 1.0, ("c", 0): 1.0},
+    )
     assert paired(above, below) == {("a", 0): 2.0, ("a", 1): 9.0}
 
 
@@ -47,12 +50,18 @@ def test_the_best_tree_by_hand() -> None:
 def best_of_all_trees(ranks: list[float], rows: int) -> float:
     """The most that any set of `rows` - 1 nodes that holds each node's parent is worth."""
     depth = rows - 1
-    nodes = [path for length in range(1, depth + 1) for path in itertools.product(range(len(ranks)), repeat=length)]
+    nodes = [
+        path
+        for length in range(1, depth + 1)
+        for path in itertools.product(range(len(ranks)), repeat=length)
+    ]
     worth: dict[tuple[int, ...], float] = {(): 1.0}
     for path in nodes:
         worth[path] = worth[path[:-1]] * ranks[path[-1]]
     sets = (set(chosen) for chosen in itertools.combinations(nodes, rows - 1))
-    trees = (chosen for chosen in sets if all(len(path) == 1 or path[:-1] in chosen for path in chosen))
+    trees = (
+        chosen for chosen in sets if all(len(path) == 1 or path[:-1] in chosen for path in chosen)
+    )
     return max(1.0 + sum(worth[path] for path in chosen) for chosen in trees)
 
 
@@ -74,5 +83,7 @@ def test_the_bound_is_the_lower_of_the_two() -> None:
 def test_the_bound_of_chains() -> None:
     times = {1: 0.02, 2: 0.02, 3: 0.02}
     assert bound(0.002, times, [0.6, 0.3]).verifying == pytest.approx(1.96 / 0.02)  # 1 + 0.6 + 0.36
-    assert bound(0.002, times, [0.4, 0.3]).verifying == pytest.approx(1.7 / 0.02)  # 1 + 0.4 + 0.3, a sibling
+    assert bound(0.002, times, [0.4, 0.3]).verifying == pytest.approx(
+        1.7 / 0.02
+    )  # 1 + 0.4 + 0.3, a sibling
     assert bound(0.002, times, [0.4, 0.3]).chain == pytest.approx(1.56 / 0.02)

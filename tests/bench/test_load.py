@@ -38,8 +38,18 @@ def cases(gateway: Running) -> list[Case]:
     async def plainly() -> list[Case]:
         found = []
         for number, prompt in enumerate(PROMPTS):
-            asked = tuple(tokenizer().encode(prompt)), Sampling(temperature=number / 2, seed=number, max_tokens=TOKENS, ignore_eos=True)
-            said = output([chunk async for chunk in gateway.body.generate(Request(f"plain-{number}", *asked, speculation=False))])
+            asked = (
+                tuple(tokenizer().encode(prompt)),
+                Sampling(temperature=number / 2, seed=number, max_tokens=TOKENS, ignore_eos=True),
+            )
+            said = output(
+                [
+                    chunk
+                    async for chunk in gateway.body.generate(
+                        Request(f"plain-{number}", *asked, speculation=False)
+                    )
+                ]
+            )
             found.append(Case(*asked, Answer(said.tokens, said.text, said.reason)))
         return found
 
@@ -67,15 +77,23 @@ def test_what_the_gateway_adds(site: Site, cases: list[Case]) -> None:
     assert asyncio.run(gateway_overhead(site, [wrong], streams=1, rounds=1)).wrong == 1
 
 
-def test_beyond_its_places_a_gateway_refuses_and_answers_the_others(site: Site, cases: list[Case]) -> None:
+def test_beyond_its_places_a_gateway_refuses_and_answers_the_others(
+    site: Site, cases: list[Case]
+) -> None:
     with serving(limits=LimitsConfig(requests=2)) as small:
-        found = asyncio.run(overload(replace(site, port=small.port()), cases, places=2, times=10.0, seconds=0.3, turns=1))
+        found = asyncio.run(
+            overload(
+                replace(site, port=small.port()), cases, places=2, times=10.0, seconds=0.3, turns=1
+            )
+        )
     assert found.wrong == 0
     assert found.admitted > 0
     assert found.refused
 
 
-def test_clients_that_leave_free_everything(gateway: Running, site: Site, cases: list[Case]) -> None:
+def test_clients_that_leave_free_everything(
+    gateway: Running, site: Site, cases: list[Case]
+) -> None:
     found = asyncio.run(disconnects(site, cases, clients=16, warm=8, seed=1))
     assert found.right
     assert (found.clients, len(found.freed)) == (16, 2)
@@ -102,7 +120,9 @@ LEFT = Disconnects(16, (0.1, 0.9), {"gateway-0": 2 << 20, "target-0": -(1 << 20)
         replace(LEFT, right=False),
     ],
 )
-def test_a_goal_is_met_only_where_all_of_it_is(bad: GatewayOverhead | Overload | Disconnects) -> None:
+def test_a_goal_is_met_only_where_all_of_it_is(
+    bad: GatewayOverhead | Overload | Disconnects,
+) -> None:
     assert COST.met
     assert CROWD.met
     assert LEFT.met
@@ -118,6 +138,8 @@ def test_what_is_shown() -> None:
 
 def test_the_step_and_what_a_process_takes() -> None:
     before = TargetReport(steps=10, computed=1.0, waited=0.5, bookkeeping=0.5)
-    assert step_of(before, replace(before, steps=20, computed=1.1, bookkeeping=0.6)) == pytest.approx(0.02)
+    assert step_of(
+        before, replace(before, steps=20, computed=1.1, bookkeeping=0.6)
+    ) == pytest.approx(0.02)
     assert held(os.getpid()) > 1 << 20
     assert computed(os.getpid()) > 0

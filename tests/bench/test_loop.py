@@ -11,7 +11,18 @@ from rich.progress import Progress
 from bench.core.compare import speed
 from bench.core.loop import bar, cases, chosen, collect, digest, measure, record, rounds
 from bench.core.machine import cpu_facts, machine
-from bench.core.methods import ALONE, AMUSD, BATCHED, LIVINGS, RIVALS, Method, Outcome, OutriderMethod, TransformersMethod, candidates
+from bench.core.methods import (
+    ALONE,
+    AMUSD,
+    BATCHED,
+    LIVINGS,
+    RIVALS,
+    Method,
+    Outcome,
+    OutriderMethod,
+    TransformersMethod,
+    candidates,
+)
 from bench.core.profiling import middle
 from bench.core.prompts import Prompt
 from bench.core.results import Profile, Results
@@ -30,7 +41,9 @@ class Counted:
         self.fails = fails
 
     def run(self, method: Method, prompts: Sequence[Prompt], sampling: Sampling) -> Outcome:
-        self.calls.append((method.name, "".join(prompt.name for prompt in prompts), sampling.temperature))
+        self.calls.append(
+            (method.name, "".join(prompt.name for prompt in prompts), sampling.temperature)
+        )
         if len(self.calls) == self.fails:
             raise Unavailable("the process has ended")
         return Outcome(tuple((7,) * 4 for _ in prompts), 1.0 + len(method.name), 1.0, len(prompts))
@@ -51,7 +64,10 @@ def empty() -> Results:
 def test_cases_are_all_prompts_at_all_temperatures_in_every_repetition() -> None:
     found = cases(PROMPTS[:2], 1, (0.0, 0.8), 2, 16, 5)
     assert [(case.name, case.sampling.temperature, case.repetition) for case in found] == [
-        (name, temperature, repetition) for repetition in (0, 1) for name in "ab" for temperature in (0.0, 0.8)
+        (name, temperature, repetition)
+        for repetition in (0, 1)
+        for name in "ab"
+        for temperature in (0.0, 0.8)
     ]
     assert [case.sampling.seed for case in found] == [5] * 4 + [6] * 4
     assert {case.sampling.max_tokens for case in found} == {16}
@@ -66,14 +82,22 @@ def test_groups_are_full() -> None:
 
 def test_methods_are_interleaved_and_each_has_each_place() -> None:
     found = rounds(cases(PROMPTS[:3], 1, (0.0,), 1, 16, 0), methods("x", "y", "z"))
-    assert ["".join(method.name for method in one.methods) for one in found] == ["xyz", "yzx", "zxy"]
+    assert ["".join(method.name for method in one.methods) for one in found] == [
+        "xyz",
+        "yzx",
+        "zxy",
+    ]
 
 
 def test_what_is_measured_is_kept_round_by_round() -> None:
     plan = rounds(cases(PROMPTS[:2], 1, (0.0,), 1, 16, 0), methods("x", "yy"))
     kept: list[int] = []
     runner = Counted()
-    found = collect(empty(), measure(plan, runner, silent(), "all"), lambda results: kept.append(len(results.runs)))
+    found = collect(
+        empty(),
+        measure(plan, runner, silent(), "all"),
+        lambda results: kept.append(len(results.runs)),
+    )
     assert kept == [2, 4]
     assert [call[:2] for call in runner.calls] == [("x", "a"), ("yy", "a"), ("yy", "b"), ("x", "b")]
     middle = speed(found, "yy")
@@ -92,7 +116,13 @@ def test_an_interruption_keeps_the_rounds_that_were_done() -> None:
 def test_a_record_is_of_the_whole_batch() -> None:
     case = cases(PROMPTS[:2], 2, (0.8,), 1, 16, 0)[0]
     found = record(methods("x")[0], case, Outcome(((1, 2), (3,)), 2.0, 0.5, 2))
-    assert (found.batch, found.tokens, found.first_tokens, found.seconds, found.temperature) == (2, 3, 2, 2.0, 0.8)
+    assert (found.batch, found.tokens, found.first_tokens, found.seconds, found.temperature) == (
+        2,
+        3,
+        2,
+        2.0,
+        0.8,
+    )
 
 
 def test_a_digest_tells_texts_apart() -> None:
@@ -102,8 +132,15 @@ def test_a_digest_tells_texts_apart() -> None:
 
 
 def test_the_sweep_names_the_fastest_setting() -> None:
-    groups = {"sync chain": methods("sync chain #0", "sync chain #1"), "sync tree": methods("sync tree #0")}
-    runs = (run("sync chain #0", 40.0), run("sync chain #1", 60.0), run("sync chain #0", 90.0, temperature=0.8))
+    groups = {
+        "sync chain": methods("sync chain #0", "sync chain #1"),
+        "sync tree": methods("sync tree #0"),
+    }
+    runs = (
+        run("sync chain #0", 40.0),
+        run("sync chain #1", 60.0),
+        run("sync chain #0", 90.0, temperature=0.8),
+    )
     found = chosen(empty().model_copy(update={"runs": runs}), groups)
     assert found == [Method("sync chain", groups["sync chain"][1].how)]
 
@@ -118,13 +155,23 @@ def test_names_are_unique_and_two_cores_are_the_most() -> None:
 
 def test_facts_say_what_a_method_is() -> None:
     tree = Method("sync tree", OutriderMethod("sync", (("rows", 15),), ("model", "ngram"))).facts
-    assert (tree.who, tree.cores, tree.detail) == ("ours", 2, "sync, rows 15, drafters: model and ngram")
+    assert (tree.who, tree.cores, tree.detail) == (
+        "ours",
+        2,
+        "sync, rows 15, drafters: model and ngram",
+    )
     helped = Method("assisted 5", TransformersMethod("assisted", 5)).facts
-    assert (helped.who, helped.cores, helped.detail) == ("transformers", 1, "generate(assistant_model=...), 5 guesses, constant")
+    assert (helped.who, helped.cores, helped.detail) == (
+        "transformers",
+        1,
+        "generate(assistant_model=...), 5 guesses, constant",
+    )
 
 
 def test_the_machine_tells_its_processor() -> None:
-    facts = cpu_facts("processor\t: 0\nmodel name\t: A: B\nflags\t\t: fpu amx_bf16\n\nprocessor\t: 1\nmodel name\t: C\n")
+    facts = cpu_facts(
+        "processor\t: 0\nmodel name\t: A: B\nflags\t\t: fpu amx_bf16\n\nprocessor\t: 1\nmodel name\t: C\n"
+    )
     assert (facts["model name"], facts["flags"]) == ("A: B", "fpu amx_bf16")
     assert machine(2).memory_gib > 0.1
     assert machine(2, "a GPU").gpu == "a GPU"

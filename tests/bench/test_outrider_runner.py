@@ -11,7 +11,17 @@ import pytest
 from actors import cli
 from bench.core.forecasts import forecasts
 from bench.core.methods import ALONE, GREEDY, LIVING, PLAIN, RIVALS, Method, OutriderMethod
-from bench.core.options import FULL, QUICK, Size, batch_cases, checked, chosen_dtype, expected_seconds, main_rounds, suite
+from bench.core.options import (
+    FULL,
+    QUICK,
+    Size,
+    batch_cases,
+    checked,
+    chosen_dtype,
+    expected_seconds,
+    main_rounds,
+    suite,
+)
 from bench.core.outrider_runner import Answer, OutriderRunner, ask, outcome, schedule_of
 from bench.core.prompts import Prompt, from_file
 from bench.core.recorded import lead, round_trip, steps
@@ -19,7 +29,17 @@ from bench.core.subprocess_call import call_in_subprocess
 from runtime.core.errors import InvalidRequest, Unavailable
 from runtime.core.messages import Chunk, Request, Stats
 from runtime.core.sampling_params import Sampling
-from runtime.telemetry.tracing import BOOKKEEPING, COMMIT, COMPUTE, GROWTH, LEAD, TARGET, WAIT, Recording, Trace
+from runtime.telemetry.tracing import (
+    BOOKKEEPING,
+    COMMIT,
+    COMPUTE,
+    GROWTH,
+    LEAD,
+    TARGET,
+    WAIT,
+    Recording,
+    Trace,
+)
 from tests.support.benchmarks import run, synthetic
 
 PROMPTS = [Prompt(f"p{number}", (number, number + 1)) for number in range(1, 9)]
@@ -117,30 +137,53 @@ def test_ours_are_repeated_at_the_lowest_temperature() -> None:
     assert [len(one.methods) for one in found] == [2] * 6 + [1] * 3
     assert {one.case.sampling.seed for one in found if one.case.sampling.temperature == 0.8} == {5}
     assert {(one.case.sampling.seed, one.methods) for one in found[6:]} == {(6, (PLAIN,))}
-    assert [len(case.prompts) for case in batch_cases(PROMPTS, Size(3, 2, 8, (0.0, 0.8), (4, 8, 16)), seed=5)] == [4, 8]
+    assert [
+        len(case.prompts)
+        for case in batch_cases(PROMPTS, Size(3, 2, 8, (0.0, 0.8), (4, 8, 16)), seed=5)
+    ] == [4, 8]
 
 
 def test_a_quick_benchmark_is_a_part_of_the_whole() -> None:
     whole, part = suite(False, 12), suite(True, 12)
     assert {method.name for method in part.all} < {method.name for method in whole.all}
     assert {*ALONE, *RIVALS} < set(whole.all)
-    assert {dict(method.how.options)["passes"] for method in whole.groups["pearl"] if isinstance(method.how, OutriderMethod)} == {12, 6, 3}
+    assert {
+        dict(method.how.options)["passes"]
+        for method in whole.groups["pearl"]
+        if isinstance(method.how, OutriderMethod)
+    } == {12, 6, 3}
     assert expected_seconds(part, QUICK, 0.035) < 120
     assert 15 * 60 < expected_seconds(whole, FULL, 0.035) < 35 * 60
 
 
 def test_the_forecast_of_plain_decoding_is_its_step() -> None:
-    methods = [*ALONE, Method("living + ngram", OutriderMethod("living", drafters=("model", "ngram"))), *RIVALS]
+    methods = [
+        *ALONE,
+        Method("living + ngram", OutriderMethod("living", drafters=("model", "ngram"))),
+        *RIVALS,
+    ]
     found = forecasts(
-        synthetic().model_copy(update={"runs": (run("plain", 40.0), run("plain, 2 cores", 60.0), run("assisted", 50.0))}), methods
+        synthetic().model_copy(
+            update={
+                "runs": (run("plain", 40.0), run("plain, 2 cores", 60.0), run("assisted", 50.0))
+            }
+        ),
+        methods,
     )
-    assert [forecast.method for forecast in found] == ["plain"]  # the planner knows no second core, no other drafter, no transformers
+    assert [forecast.method for forecast in found] == [
+        "plain"
+    ]  # the planner knows no second core, no other drafter, no transformers
     assert found[0].tokens_per_second == pytest.approx(1 / 0.025, rel=0.05)
 
 
 def test_options_become_the_schedule() -> None:
     assert schedule_of(OutriderMethod("sync", (("rows", 15), ("width", 4)))).rows == 15
-    assert schedule_of(LIVING.how if isinstance(LIVING.how, OutriderMethod) else OutriderMethod("plain")).policy == "living"
+    assert (
+        schedule_of(
+            LIVING.how if isinstance(LIVING.how, OutriderMethod) else OutriderMethod("plain")
+        ).policy
+        == "living"
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,7 +197,10 @@ def test_options_become_the_schedule() -> None:
     ],
 )
 def test_wrong_flags_are_named(
-    arguments: list[str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["outrider", "bench", *arguments])
     with pytest.raises(SystemExit) as ended:

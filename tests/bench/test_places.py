@@ -6,13 +6,26 @@ from bench.core.forecasts import measured
 from bench.core.places import places, stretched
 from bench.core.recorded import passes
 from bench.core.results import Acceptance, Passes, Profile
-from runtime.telemetry.tracing import BOOKKEEPING, COMPUTE, GROWTH, PREFILL, STEP, TARGET, WAIT, Trace
+from runtime.telemetry.tracing import (
+    BOOKKEEPING,
+    COMPUTE,
+    GROWTH,
+    PREFILL,
+    STEP,
+    TARGET,
+    WAIT,
+    Trace,
+)
 from tests.support.benchmarks import run, synthetic
 
 PROFILE = Profile(target={1: 0.020, 8: 0.024, 64: 0.100}, draft={1: 0.001, 4: 0.002}, text=0.001)
 PLAIN = Passes(target=((1, 1, 0.022),) * 20, bookkeeping=0.010, messages=0)
 DRAFTED = Passes(
-    target=((8, 1, 0.036),) * 20, bookkeeping=0.040, messages=50, drafting=((1, 0.002), (4, 0.004), (4, 0.006)), round_trip=0.003
+    target=((8, 1, 0.036),) * 20,
+    bookkeeping=0.040,
+    messages=50,
+    drafting=((1, 0.002), (4, 0.004), (4, 0.006)),
+    round_trip=0.003,
 )
 
 
@@ -30,18 +43,24 @@ def test_passes_are_read_from_recordings() -> None:
     found = passes(target.take(), [drafter.take()])
     assert (found.messages, found.round_trip) == (1, None)
     assert found.target[0] == pytest.approx((3, 2, 0.5))
-    assert found.bookkeeping == pytest.approx(0.3)  # what hands tokens out is not in any span, and takes its time
+    assert found.bookkeeping == pytest.approx(
+        0.3
+    )  # what hands tokens out is not in any span, and takes its time
     assert found.drafting[0] == pytest.approx((4, 0.3))
     assert (len(found.target), len(found.drafting)) == (2, 1)
 
 
 def test_step_times_are_moved_to_what_passes_took() -> None:
     found = stretched(PROFILE, [PLAIN, DRAFTED])
-    assert found == pytest.approx({1: 0.022, 8: 0.036, 64: 0.150})  # no pass was as wide as that: what is nearest speaks for it
+    assert found == pytest.approx(
+        {1: 0.022, 8: 0.036, 64: 0.150}
+    )  # no pass was as wide as that: what is nearest speaks for it
 
 
 def test_several_texts_and_widths_between_are_held_to_what_they_would_take() -> None:
-    seen = Passes(target=((9, 5, 2 * (0.024 + 0.076 / 56 + 4 * 0.001)),) * 20, bookkeeping=0.0, messages=0)
+    seen = Passes(
+        target=((9, 5, 2 * (0.024 + 0.076 / 56 + 4 * 0.001)),) * 20, bookkeeping=0.0, messages=0
+    )
     assert stretched(PROFILE, [seen]) == pytest.approx({1: 0.040, 8: 0.048, 64: 0.200})
 
 
@@ -53,7 +72,11 @@ def test_a_few_odd_passes_move_nothing() -> None:
 
 
 def test_costs_are_those_of_each_session_growth_and_pass() -> None:
-    runs = [run("plain", 40.0, passes=PLAIN), run("living", 80.0, passes=DRAFTED), run("assisted", 40.0)]
+    runs = [
+        run("plain", 40.0, passes=PLAIN),
+        run("living", 80.0, passes=DRAFTED),
+        run("assisted", 40.0),
+    ]
     (found,) = places(PROFILE, runs)
     assert (found.temperature, found.batch) == (0.0, 1)
     assert found.step == pytest.approx(0.010 / 20)
@@ -64,7 +87,14 @@ def test_costs_are_those_of_each_session_growth_and_pass() -> None:
 
 def test_the_planner_is_given_the_place_of_the_runs() -> None:
     where = places(PROFILE, [run("plain", 40.0, passes=PLAIN)])
-    profile = PROFILE.model_copy(update={"places": where, "acceptance": (Acceptance(temperature=0.0, ranks={1: 0.5}),)})
+    profile = PROFILE.model_copy(
+        update={"places": where, "acceptance": (Acceptance(temperature=0.0, ranks={1: 0.5}),)}
+    )
     found = measured(synthetic().model_copy(update={"profile": profile}), 0.0, 1)
     assert found is not None
-    assert (found.target, found.draft, found.text, found.step) == (where[0].target, PROFILE.draft, PROFILE.text, where[0].step)
+    assert (found.target, found.draft, found.text, found.step) == (
+        where[0].target,
+        PROFILE.draft,
+        PROFILE.text,
+        where[0].step,
+    )

@@ -46,7 +46,10 @@ FILES = {
         {"a.jsonl:1": "def f(", "a.jsonl:3": "first", "a.jsonl:4": "why?", "a.jsonl:5": "bare"},
     ),
     "b.json": ('["one\\ntwo", {"text": "three"}]', {"b.json:1": "one\ntwo", "b.json:2": "three"}),
-    "c.txt": ("first line\n\n  second\u2028line\n", {"c.txt:1": "first line", "c.txt:3": "  second\u2028line"}),
+    "c.txt": (
+        "first line\n\n  second\u2028line\n",
+        {"c.txt:1": "first line", "c.txt:3": "  second\u2028line"},
+    ),
 }
 
 
@@ -59,7 +62,12 @@ def test_every_format_is_read(name: str, tmp_path: Path) -> None:
 
 
 def test_a_folder_holds_a_prompt_in_each_file(tmp_path: Path) -> None:
-    for name, text in {"b.py": "import os\n", "a.txt": "two\nlines", ".hidden": "x", "empty": ""}.items():
+    for name, text in {
+        "b.py": "import os\n",
+        "a.txt": "two\nlines",
+        ".hidden": "x",
+        "empty": "",
+    }.items():
         (tmp_path / name).write_text(text)
     assert list(from_file(tmp_path).items()) == [("a.txt", "two\nlines"), ("b.py", "import os\n")]
 
@@ -100,7 +108,9 @@ def test_a_long_text_keeps_its_end() -> None:
 
 
 def test_picking_keeps_the_order_and_depends_on_the_seed_alone() -> None:
-    all_of_them = encode(load_tokenizer(str(SHIPPED)), {str(number): "import os\n" for number in range(20)}, 20)
+    all_of_them = encode(
+        load_tokenizer(str(SHIPPED)), {str(number): "import os\n" for number in range(20)}, 20
+    )
     some = pick(all_of_them, 5, seed=1)
     assert some == sorted(some, key=lambda prompt: int(prompt.name))
     assert len(some) == 5
@@ -109,8 +119,14 @@ def test_picking_keeps_the_order_and_depends_on_the_seed_alone() -> None:
 
 
 def test_the_prompt_sets_of_others_are_read(shared: Path) -> None:
-    counts = {file.name: len(from_file(file)) for file in (shared / "prompts").iterdir() if file.suffix in (".json", ".jsonl")}
+    counts = {
+        file.name: len(from_file(file))
+        for file in (shared / "prompts").iterdir()
+        if file.suffix in (".json", ".jsonl")
+    }
     assert counts
     for name, count in counts.items():
         text = (shared / "prompts" / name).read_text("utf-8")
-        assert count == (len(json.loads(text)) if name.endswith(".json") else len(text.strip().split("\n")))
+        assert count == (
+            len(json.loads(text)) if name.endswith(".json") else len(text.strip().split("\n"))
+        )

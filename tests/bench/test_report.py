@@ -27,7 +27,12 @@ def near(found: Spread | None, low: float, median: float, high: float, count: in
 
 
 def test_speed_is_that_of_decoding() -> None:
-    found = of(run("plain", 40.0), run("plain", 50.0, 1), run("plain", 80.0, temperature=0.8), run("living", 100.0, batch=4))
+    found = of(
+        run("plain", 40.0),
+        run("plain", 50.0, 1),
+        run("plain", 80.0, temperature=0.8),
+        run("living", 100.0, batch=4),
+    )
     near(compare.speed(found, "plain"), 42.5, 45.0, 47.5, 2)
     rate = 128 / (0.25 + 127 / 80)
     near(compare.whole(found, "plain", 0.8), rate, rate, rate, 1)
@@ -43,7 +48,13 @@ def test_a_run_that_ends_with_its_first_token_has_no_speed() -> None:
 
 
 def test_ratios_and_the_fastest() -> None:
-    found = of(run("plain", 40.0), run("plain", 10.0, 1), run("living", 80.0), run("living", 30.0, 1), run("amusd", 900.0, 2))
+    found = of(
+        run("plain", 40.0),
+        run("plain", 10.0, 1),
+        run("living", 80.0),
+        run("living", 30.0, 1),
+        run("amusd", 900.0, 2),
+    )
     near(compare.ratio(found, "living", "plain"), 2.25, 2.5, 2.75, 2)
     assert compare.ratio(found, "living", "amusd") is None
     assert compare.fastest(found, ["plain", "living", "pearl"]) == "living"
@@ -59,25 +70,41 @@ def test_rivals_are_transformers_speculative_methods_on_any_cores() -> None:
 
 
 def test_agreement_counts_equal_texts() -> None:
-    found = of(run("plain", 40.0), run("plain", 40.0, 1), run("living", 80.0), run("living", 80.0, 1, text="b"), run("living", 80.0, 2))
+    found = of(
+        run("plain", 40.0),
+        run("plain", 40.0, 1),
+        run("living", 80.0),
+        run("living", 80.0, 1, text="b"),
+        run("living", 80.0, 2),
+    )
     assert compare.agreement(found, "living", "plain") == (1, 2)
 
 
 def test_shares_of_the_targets_time() -> None:
     seconds = 127 / 50
-    found = of(run("living", 50.0, steps=steps(seconds, 0.8, 0.1, 0.04)), run("living", 50.0, 1, steps=steps(seconds, 0.9, 0.0, 0.02)))
+    found = of(
+        run("living", 50.0, steps=steps(seconds, 0.8, 0.1, 0.04)),
+        run("living", 50.0, 1, steps=steps(seconds, 0.9, 0.0, 0.02)),
+    )
     expected = {"compute": 0.85, "wait": 0.05, "bookkeeping": 0.03, "rest": 0.07}
     assert compare.shares(found, "living") == pytest.approx(expected)
     total = compare.totals(found, "living")
     assert total is not None
-    assert (total.rounds, total.accepted, total.by_drafter) == (80, 176, {"model-0": 160, "ngram-0": 16})
+    assert (total.rounds, total.accepted, total.by_drafter) == (
+        80,
+        176,
+        {"model-0": 160, "ngram-0": 16},
+    )
     assert total.lead == pytest.approx(3.2)
     assert compare.shares(found, "plain") is None
     assert compare.totals(found, "plain") is None
 
 
 def test_the_bound_and_the_share_of_it() -> None:
-    found = of(run("living", 60.0), profile=results.Profile(target={1: 0.02, 2: 0.02}, draft={1: 0.002}, acceptance=(half(),)))
+    found = of(
+        run("living", 60.0),
+        profile=results.Profile(target={1: 0.02, 2: 0.02}, draft={1: 0.002}, acceptance=(half(),)),
+    )
     limit = compare.limit(found)
     assert limit is not None
     assert limit.rate == pytest.approx(75.0)
@@ -156,7 +183,9 @@ def test_a_page_of_nothing_has_goals_and_no_pictures(tmp_path: Path) -> None:
 
 
 def test_methods_stand_by_falling_speed() -> None:
-    grid = tables.speeds(of(run("plain", 40.0), run("living", 120.0), run("assisted", 60.0, text="b")), 0.0)
+    grid = tables.speeds(
+        of(run("plain", 40.0), run("living", 120.0), run("assisted", 60.0, text="b")), 0.0
+    )
     assert [row[0] for row in grid.rows] == ["living", "assisted", "plain"]
     assert grid.rows[0][3:5] == ("120.0 (120.0 to 120.0)", "3.00 (3.00 to 3.00)")
     assert [row[-1] for row in grid.rows] == ["1 of 1", "0 of 1", "1 of 1"]
@@ -166,5 +195,14 @@ def test_the_terminal_shows_the_tables() -> None:
     console = Console(file=io.StringIO(), width=200)
     report.show(synthetic(), console)
     text = console.file.getvalue() if isinstance(console.file, io.StringIO) else ""
-    for title in ("temperature 0", "temperature 0.8", "batches", "step times", "acceptance", "bound", "the planner's forecast", "goals"):
+    for title in (
+        "temperature 0",
+        "temperature 0.8",
+        "batches",
+        "step times",
+        "acceptance",
+        "bound",
+        "the planner's forecast",
+        "goals",
+    ):
         assert title in text

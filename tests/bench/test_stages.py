@@ -14,7 +14,18 @@ from bench.core.options import QUICK, Options, suite
 from bench.core.profiling import Job
 from bench.core.prompts import Prompt
 from bench.core.results import Profile, Results
-from bench.stages import MEASURING, Lab, Plan, State, drop_texts, forecast, profile, record, run_all, sweep
+from bench.stages import (
+    MEASURING,
+    Lab,
+    Plan,
+    State,
+    drop_texts,
+    forecast,
+    profile,
+    record,
+    run_all,
+    sweep,
+)
 from runtime.core.errors import Unavailable
 from runtime.core.sampling_params import Sampling
 from tests.support.benchmarks import synthetic
@@ -22,7 +33,9 @@ from tests.support.benchmarks import synthetic
 PROMPTS = tuple(Prompt(name, (1, 2, 3)) for name in "abcd")
 ASIDES = tuple(Prompt(name, (1, 2, 3)) for name in "stuv")
 SIZE = replace(QUICK, count=2, new_tokens=8, batches=(2,))
-OPTIONS = Options("target", "draft", False, "float32", None, SIZE, 1, True, Path("nowhere"), "small")
+OPTIONS = Options(
+    "target", "draft", False, "float32", None, SIZE, 1, True, Path("nowhere"), "small"
+)
 PLAN = Plan(OPTIONS, suite(True, 4), Job("target", "draft", "float32", 0), PROMPTS, ASIDES)
 
 
@@ -43,11 +56,15 @@ class Scripted:
 
 
 def start() -> State:
-    return State(synthetic().model_copy(update={"methods": (), "runs": (), "sweep": (), "forecasts": ()}))
+    return State(
+        synthetic().model_copy(update={"methods": (), "runs": (), "sweep": (), "forecasts": ()})
+    )
 
 
 def lab(runner: Scripted, kept: list[Results]) -> Lab:
-    slower = synthetic().profile.model_copy(update={"target": {rows: 3 * time for rows, time in synthetic().profile.target.items()}})
+    slower = synthetic().profile.model_copy(
+        update={"target": {rows: 3 * time for rows, time in synthetic().profile.target.items()}}
+    )
     return Lab(runner, Progress(console=Console(file=io.StringIO())), kept.append, lambda: slower)
 
 
@@ -55,12 +72,24 @@ def test_all_stages_make_complete_results() -> None:
     runner, kept, state = Scripted(), list[Results](), start()
     for stage in MEASURING:
         state = stage(PLAN, state, lab(runner, kept))
-    assert [facts.name for facts in state.results.methods] == ["plain", "living", "sync tree", "transformers greedy", "assisted 5"]
+    assert [facts.name for facts in state.results.methods] == [
+        "plain",
+        "living",
+        "sync tree",
+        "transformers greedy",
+        "assisted 5",
+    ]
     singles = {(run.method, run.prompt) for run in state.results.runs if run.batch == 1}
     assert singles == {(facts.name, prompt) for facts in state.results.methods for prompt in "ab"}
-    assert {run.method for run in state.results.runs if run.batch == 2} == {method.name for method in PLAN.suite.batched}
-    assert state.results.profile.target[1] == pytest.approx(3 * synthetic().profile.target[1])  # the median of three
-    assert runner.calls[-1] == (LIVING.name, "u", 8), "the last run is the one whose recording is drawn"
+    assert {run.method for run in state.results.runs if run.batch == 2} == {
+        method.name for method in PLAN.suite.batched
+    }
+    assert state.results.profile.target[1] == pytest.approx(
+        3 * synthetic().profile.target[1]
+    )  # the median of three
+    assert runner.calls[-1] == (LIVING.name, "u", 8), (
+        "the last run is the one whose recording is drawn"
+    )
     assert kept[-1] == state.results
 
 
@@ -69,7 +98,10 @@ def test_the_sweep_chooses_the_fastest_setting_and_keeps_no_run() -> None:
     state = sweep(PLAN, start(), lab(Scripted(), kept))
     tree = next(method for method in state.methods if method.name == "sync tree")
     assert tree.how == PLAN.suite.groups["sync tree"][-1].how
-    assert [one.tokens_per_second for one in state.results.sweep] == [pytest.approx(3.0), pytest.approx(6.0)]
+    assert [one.tokens_per_second for one in state.results.sweep] == [
+        pytest.approx(3.0),
+        pytest.approx(6.0),
+    ]
     assert (state.results.runs, kept) == ((), [])
 
 

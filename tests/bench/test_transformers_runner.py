@@ -40,8 +40,14 @@ def expected(folder: Path, prompt: Prompt) -> tuple[int, ...]:
     return tuple(ids[0, len(prompt.tokens) :].tolist())
 
 
-@pytest.mark.parametrize("method", [method for method in RIVALS if method.facts.cores == 1], ids=lambda method: method.name)
-def test_every_method_writes_the_greedy_text(rivals: TransformersRunner, pair: tuple[Path, Path], method: Method) -> None:
+@pytest.mark.parametrize(
+    "method",
+    [method for method in RIVALS if method.facts.cores == 1],
+    ids=lambda method: method.name,
+)
+def test_every_method_writes_the_greedy_text(
+    rivals: TransformersRunner, pair: tuple[Path, Path], method: Method
+) -> None:
     found = rivals.run(method, PROMPTS[:1], GREEDILY)
     assert found.outputs == (expected(pair[0], PROMPTS[0]),)
     assert 1 <= found.first_tokens <= 12
@@ -52,14 +58,19 @@ def test_every_method_writes_the_greedy_text(rivals: TransformersRunner, pair: t
     assert len(first[0]) <= 12
 
 
-def test_a_batch_writes_what_its_texts_write_alone(rivals: TransformersRunner, pair: tuple[Path, Path]) -> None:
+def test_a_batch_writes_what_its_texts_write_alone(
+    rivals: TransformersRunner, pair: tuple[Path, Path]
+) -> None:
     found = rivals.run(GREEDY, PROMPTS, GREEDILY)
     assert found.outputs == tuple(expected(pair[0], prompt) for prompt in PROMPTS)
     assert found.first_tokens == 2
 
 
 def test_constant_guesses_do_not_outlast_their_method(rivals: TransformersRunner) -> None:
-    usual, constant = Method("assisted", TransformersMethod("assisted")), Method("assisted 3", TransformersMethod("assisted", 3))
+    usual, constant = (
+        Method("assisted", TransformersMethod("assisted")),
+        Method("assisted 3", TransformersMethod("assisted", 3)),
+    )
     sampling = Sampling(temperature=0.8, seed=1, max_tokens=12)
     before = rivals.run(usual, PROMPTS[:1], sampling).outputs
     rivals.run(constant, PROMPTS[:1], sampling)
@@ -73,9 +84,13 @@ def test_what_generate_cannot_do_is_refused(rivals: TransformersRunner) -> None:
         rivals.run(Method("plain", OutriderMethod("plain")), PROMPTS, GREEDILY)
 
 
-def test_a_worker_that_cannot_load_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_that_cannot_load_says_so(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with (
-        TransformersRunner(Place(tmp_path, tmp_path, "float32", (min(os.sched_getaffinity(0)),))) as found,
+        TransformersRunner(
+            Place(tmp_path, tmp_path, "float32", (min(os.sched_getaffinity(0)),))
+        ) as found,
         pytest.raises(Unavailable, match="code 1"),
     ):
         found.run(GREEDY, PROMPTS[:1], GREEDILY)

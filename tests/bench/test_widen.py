@@ -28,9 +28,17 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tiny(**changes: object) -> LlamaForCausalLM:
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 300}
+    shape = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "vocab_size": 300,
+    }
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**shape | changes, initializer_range=0.4, eos_token_id=0, bos_token_id=0)).eval()
+    model = LlamaForCausalLM(
+        LlamaConfig(**shape | changes, initializer_range=0.4, eos_token_id=0, bos_token_id=0)
+    ).eval()
     with torch.no_grad():  # norms that do nothing and biases of zero would hide a mistake
         for name, weight in model.named_parameters():
             if weight.ndim == 1:
@@ -44,13 +52,21 @@ def test_logits_and_greedy_text_stay_the_same(changes: dict[str, object]) -> Non
     source = tiny(**changes)
     wide = widen(source, 96, 4, 160, 6, seed=1)
     config = wide.config
-    assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size, config.num_attention_heads) == (96, 4, 160, 6)
+    assert (
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.intermediate_size,
+        config.num_attention_heads,
+    ) == (96, 4, 160, 6)
     tokens = torch.randint(1, 300, (2, 40), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         was, now = source(tokens).logits, wide(tokens).logits
         assert float(was.std()) > 0.5
         torch.testing.assert_close(now, was, rtol=1e-4, atol=1e-4)
-        said = [m.generate(tokens, max_new_tokens=24, do_sample=False, pad_token_id=0).tolist() for m in (source, wide)]
+        said = [
+            m.generate(tokens, max_new_tokens=24, do_sample=False, pad_token_id=0).tolist()
+            for m in (source, wide)
+        ]
     assert said[0] == said[1]
     assert (wide.lm_head.weight is wide.model.embed_tokens.weight) == config.tie_word_embeddings
 
@@ -70,7 +86,9 @@ def test_smaller_than_the_source_is_refused() -> None:
 
 @pytest.mark.usefixtures("cache")
 def test_heads_fill_the_hidden_size_whatever_their_own(tmp_path: Path) -> None:
-    found = LlamaConfig.from_pretrained(widened(save_model(tmp_path, num_attention_heads=4), WIDE, "float32"))
+    found = LlamaConfig.from_pretrained(
+        widened(save_model(tmp_path, num_attention_heads=4), WIDE, "float32")
+    )
     assert (found.head_dim, found.num_attention_heads) == (8, 12)
 
 
@@ -86,7 +104,9 @@ def test_a_folder_is_made_once_and_named_by_its_content(tmp_path: Path) -> None:
     assert widened(source, WIDE, "bfloat16") != first
     loaded = LlamaForCausalLM.from_pretrained(first, dtype="auto")
     assert loaded.dtype == torch.bfloat16
-    assert AutoTokenizer.from_pretrained(first).encode("def f(x):") == AutoTokenizer.from_pretrained(source).encode("def f(x):")
+    assert AutoTokenizer.from_pretrained(first).encode(
+        "def f(x):"
+    ) == AutoTokenizer.from_pretrained(source).encode("def f(x):")
 
 
 def test_other_families_and_no_model_at_all_are_refused(tmp_path: Path) -> None:

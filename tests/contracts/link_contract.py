@@ -43,7 +43,9 @@ TRANSPORTS: dict[str, Attach] = {"in-process": in_process, "grpc": over_grpc}
 @contextmanager
 def process_of(module: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A process that runs this module, and the address that it serves at: it says its port first. Killed with the block."""
-    process = subprocess.Popen([sys.executable, "-m", module], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", module], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout is not None
         yield process, f"{HOST}:{int(process.stdout.readline())}"
@@ -90,7 +92,9 @@ class LinkContract(ABC):
                 async with closing(link.speculate(Feed(opened))) as replies:
                     draft = await draft_for(replies, "s")
                 known = {text_key(opened.tokens)}
-                for parent, token in zip(draft.parents.tolist(), draft.tokens.tolist(), strict=True):
+                for parent, token in zip(
+                    draft.parents.tolist(), draft.tokens.tolist(), strict=True
+                ):
                     assert parent in known
                     known.add(child_key(parent, token))
                 assert draft.epoch == 7
@@ -161,8 +165,14 @@ class LinkContract(ABC):
     def test_events_of_unknown_sessions_change_nothing(self, attach: Attach) -> None:
         async def main() -> None:
             async with self.drafter() as body, attach(body) as link:
-                strays: list[Event] = [Commit("ghost", 1, 4, (1,), 99), Share("ghost", 0, 2), Close("ghost")]
-                async with closing(link.speculate(Feed(*strays, opening(), *strays, opening()))) as replies:
+                strays: list[Event] = [
+                    Commit("ghost", 1, 4, (1,), 99),
+                    Share("ghost", 0, 2),
+                    Close("ghost"),
+                ]
+                async with closing(
+                    link.speculate(Feed(*strays, opening(), *strays, opening()))
+                ) as replies:
                     await draft_for(replies, "s")
                     assert self.held(body) == 1
 
@@ -173,7 +183,9 @@ class LinkContract(ABC):
             async with self.drafter() as body, attach(body) as link:
                 feed = Feed(opening(tokens=(1, 2), epoch=2))
                 async with closing(link.speculate(feed)) as new:
-                    async with closing(link.speculate(Feed(opening(tokens=(3, 4), epoch=1)))) as old:
+                    async with closing(
+                        link.speculate(Feed(opening(tokens=(3, 4), epoch=1)))
+                    ) as old:
                         assert (await draft_for(old, "s")).epoch == 1
                         assert (await draft_for(new, "s")).epoch == 2
                     await soon(lambda: self.held(body) == 1)

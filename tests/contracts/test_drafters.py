@@ -35,15 +35,21 @@ from tests.support import masks
 from tests.support.harness import Lockstep, answer, asking, engine_of, hosted, plain, running
 
 PROMPT = [3, 1, 4, 1, 5, 9, 3, 1, 4, 1]
-LOOPING = ToyModel(vocabulary=16, memory=2)  # its greedy output repeats itself: something for every method to find
+LOOPING = ToyModel(
+    vocabulary=16, memory=2
+)  # its greedy output repeats itself: something for every method to find
 METHODS = pytest.mark.parametrize("method", methods())
 
 
 def built(method: str) -> Drafter:
     module = importlib.import_module(f"runtime.drafters.{module_of(method)}")
-    found = masks.tiny(LOOPING.vocabulary)  # a method that reads the target's folder, and what was trained for it, finds one
+    found = masks.tiny(
+        LOOPING.vocabulary
+    )  # a method that reads the target's folder, and what was trained for it, finds one
     given = masks.ingredients(found.target, found.folder)
-    drafter: Drafter = module.build(replace(given, load=lambda name: LOOPING, load_layers=lambda name: LOOPING))
+    drafter: Drafter = module.build(
+        replace(given, load=lambda name: LOOPING, load_layers=lambda name: LOOPING)
+    )
     return drafter
 
 
@@ -71,7 +77,9 @@ def holds(thing: object, name: str) -> bool:
     stack = [thing]
     while stack:
         found = stack.pop()
-        if id(found) in seen or isinstance(found, type | types.ModuleType | types.FunctionType | types.MethodType):
+        if id(found) in seen or isinstance(
+            found, type | types.ModuleType | types.FunctionType | types.MethodType
+        ):
             continue
         seen.add(id(found))
         if isinstance(found, str) and found == name:
@@ -100,7 +108,10 @@ def test_the_output_is_the_targets_through_a_link(method: str) -> None:
     request = asking(PROMPT, max_tokens=40)
 
     async def main() -> None:
-        async with running(LOOPING, Fixed(8, 0.005)) as target, hosted(built(method), width=4) as host:
+        async with (
+            running(LOOPING, Fixed(8, 0.005)) as target,
+            hosted(built(method), width=4) as host,
+        ):
             target.attach("d", host)
             assert (await answer(target, request)).said() == plain(LOOPING, request).said()
 
@@ -115,7 +126,9 @@ def test_replies_are_bounded_and_make_sense(method: str, width: int, temperature
     sent: list[Reply] = []
     draft_engine = DraftEngine(built(method), "d", width)
     sampling = Sampling(max_tokens=400, temperature=temperature, top_k=3)
-    draft_engine.hear(0, Open("s", 0, tuple(PROMPT), len(PROMPT), sampling, Share("s", 0, 1)), sent.append)
+    draft_engine.hear(
+        0, Open("s", 0, tuple(PROMPT), len(PROMPT), sampling, Share("s", 0, 1)), sent.append
+    )
     passes = 0
     while draft_engine.grow():
         passes += 1
@@ -124,7 +137,9 @@ def test_replies_are_bounded_and_make_sense(method: str, width: int, temperature
     assert draft_engine.counters == {}
     for reply in sent:
         assert isinstance(reply, Draft)
-        assert 0 < len(reply.parents) == len(reply.tokens) == len(reply.scores) <= limits.DRAFT_NODES
+        assert (
+            0 < len(reply.parents) == len(reply.tokens) == len(reply.scores) <= limits.DRAFT_NODES
+        )
         assert np.isfinite(reply.scores).all()
         assert (reply.scores <= 0.0).all()
         assert ((reply.tokens >= 0) & (reply.tokens < LOOPING.vocabulary)).all()
@@ -144,27 +159,42 @@ def test_children_are_of_the_leaves_that_were_asked_about(method: str) -> None:
     leaves = list(range(1, len(text.tree)))
     second = expanded(drafter, text, leaves)
     assert set(second.parents.tolist()) <= set(leaves)
-    assert [str(array.dtype) for array in (second.parents, second.tokens, second.scores)] == ["int32", "int32", "float32"]
+    assert [str(array.dtype) for array in (second.parents, second.tokens, second.scores)] == [
+        "int32",
+        "int32",
+        "float32",
+    ]
 
 
 @METHODS
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_sessions_do_not_show_in_each_other(method: str, temperature: float) -> None:
     """Asked about together, in any order, each gets what it would get alone."""
-    texts = {name: text_of([*PROMPT, *more], name, temperature=temperature) for name, more in (("a", [7]), ("b", [1, 5, 9]), ("c", []))}
+    texts = {
+        name: text_of([*PROMPT, *more], name, temperature=temperature)
+        for name, more in (("a", [7]), ("b", [1, 5, 9]), ("c", []))
+    }
     together, alone = built(method), {name: built(method) for name in texts}
     for names in (["a", "b"], ["b", "c", "a"], ["c", "a"]):
-        wishes = [ExpandRequest(texts[name], Frontier(texts[name].tree, 20, -50.0).best(3)) for name in names]
+        wishes = [
+            ExpandRequest(texts[name], Frontier(texts[name].tree, 20, -50.0).best(3))
+            for name in names
+        ]
         for wish, reply in zip(wishes, together.expand(wishes), strict=True):
             text = wish.text
             expected = expanded(alone[text.session], text, wish.leaves)
             assert reply is not None
             found = near(reply)
-            assert (found.parents.tolist(), found.tokens.tolist()) == (expected.parents.tolist(), expected.tokens.tolist())
+            assert (found.parents.tolist(), found.tokens.tolist()) == (
+                expected.parents.tolist(),
+                expected.tokens.tolist(),
+            )
             assert np.allclose(found.scores, expected.scores, atol=1e-5)
             for leaf in wish.leaves:
                 text.tree.expanded[leaf] = True
-            for parent, token, score in zip(found.parents.tolist(), found.tokens.tolist(), found.scores.tolist(), strict=True):
+            for parent, token, score in zip(
+                found.parents.tolist(), found.tokens.tolist(), found.scores.tolist(), strict=True
+            ):
                 text.tree.add(parent, token, score)
 
 
@@ -209,7 +239,9 @@ class Counting(ToyModel):
     st.sampled_from([0.0, 0.9]),
 )
 @settings(max_examples=60)
-def test_its_cache_never_shows(history: list[tuple[int, int, int]], seed: int, temperature: float) -> None:
+def test_its_cache_never_shows(
+    history: list[tuple[int, int, int]], seed: int, temperature: float
+) -> None:
     """After any growth and commits, each guess is what the model says of that very text. The toy checks all positions."""
     model, random = ToyModel(vocabulary=12), Random(seed)
     drafter, text = ModelDrafter(model, branches=2), text_of(PROMPT, temperature=temperature)
@@ -223,11 +255,15 @@ def test_its_cache_never_shows(history: list[tuple[int, int, int]], seed: int, t
             for leaf in leaves:
                 path = [*tokens, *tree.tokens_to(leaf)]
                 expected, _ = candidates(
-                    torch.as_tensor(model.logits(path))[None], Ask(text.sampling, text.prompt, path, [[]], frozenset()), 2
+                    torch.as_tensor(model.logits(path))[None],
+                    Ask(text.sampling, text.prompt, path, [[]], frozenset()),
+                    2,
                 )
                 assert found.tokens[found.parents == leaf].tolist() == expected[0].tolist()
                 tree.expanded[leaf] = True
-            for parent, token, score in zip(found.parents.tolist(), found.tokens.tolist(), found.scores.tolist(), strict=True):
+            for parent, token, score in zip(
+                found.parents.tolist(), found.tokens.tolist(), found.scores.tolist(), strict=True
+            ):
                 tree.add(parent, token, score)
             assert drafter.kept["s"].cache.length <= len(tokens) + len(tree)
         decided, node = [], 0
@@ -268,7 +304,9 @@ def test_leaves_of_all_sessions_go_through_the_model_together() -> None:
     for text in texts:
         for token in (1, 2):
             text.tree.add(0, token, -0.5)
-    found = drafter.expand([ExpandRequest(text, [1, 2], branches) for branches, text in enumerate(texts)])
+    found = drafter.expand(
+        [ExpandRequest(text, [1, 2], branches) for branches, text in enumerate(texts)]
+    )
     assert model.passes == [[11, 11, 11], [2, 2, 2]]
     assert [len(children.tokens) for children in found if children is not None] == [4, 2, 4]
 
@@ -276,12 +314,16 @@ def test_leaves_of_all_sessions_go_through_the_model_together() -> None:
 def test_after_a_miss_one_narrow_pass_gives_the_children_of_the_new_root() -> None:
     model, sent = Counting(), list[Reply]()
     draft_engine = DraftEngine(ModelDrafter(model), "d", 4)
-    draft_engine.hear(0, Open("s", 0, tuple(PROMPT), len(PROMPT), Sampling(), Share("s", 0, 1)), sent.append)
+    draft_engine.hear(
+        0, Open("s", 0, tuple(PROMPT), len(PROMPT), Sampling(), Share("s", 0, 1)), sent.append
+    )
     for _ in range(5):
         draft_engine.grow()
     tree = draft_engine.states["0/s"].tree
     missed = next(token for token in range(12) if tree.child(0, token) is None)
-    draft_engine.hear(0, Commit("s", 0, len(PROMPT), (missed, 3), text_key([*PROMPT, missed, 3])), sent.append)
+    draft_engine.hear(
+        0, Commit("s", 0, len(PROMPT), (missed, 3), text_key([*PROMPT, missed, 3])), sent.append
+    )
     model.passes.clear()
     sent.clear()
     draft_engine.grow()
@@ -297,7 +339,12 @@ def test_a_long_text_is_read_in_pieces_beside_the_others() -> None:
     short, long = text_of(PROMPT, "short"), text_of([n * n % 12 for n in range(60)], "long")
     answers = []
     for _ in range(4):
-        first, second = drafter.expand([ExpandRequest(long, [0]), ExpandRequest(short, Frontier(short.tree, 20, -50.0).best(1))])
+        first, second = drafter.expand(
+            [
+                ExpandRequest(long, [0]),
+                ExpandRequest(short, Frontier(short.tree, 20, -50.0).best(1)),
+            ]
+        )
         assert second is not None
         (leaf,) = second.parents.tolist()
         short.tree.expanded[leaf] = True
@@ -334,7 +381,11 @@ def test_a_session_whose_pass_fails_is_given_up_alone() -> None:
     sent: list[Reply] = []
     draft_engine = DraftEngine(ModelDrafter(Strict(vocabulary=12), branches=1), "d", 4)
     for session, text in (("a", PROMPT), ("bad", [1, 99]), ("b", PROMPT[:-1])):
-        draft_engine.hear(0, Open(session, 0, tuple(text), len(text), Sampling(), Share(session, 0, 1)), sent.append)
+        draft_engine.hear(
+            0,
+            Open(session, 0, tuple(text), len(text), Sampling(), Share(session, 0, 1)),
+            sent.append,
+        )
     draft_engine.grow()
     draft_engine.grow()
     assert [reply.session for reply in sent] == ["a", "b"] * 2
@@ -343,7 +394,9 @@ def test_a_session_whose_pass_fails_is_given_up_alone() -> None:
 
 
 def test_what_the_filters_bar_is_not_proposed() -> None:
-    found = expanded(ModelDrafter(LOOPING, branches=4), text_of(PROMPT, temperature=1.0, top_k=1), [0])
+    found = expanded(
+        ModelDrafter(LOOPING, branches=4), text_of(PROMPT, temperature=1.0, top_k=1), [0]
+    )
     assert found.tokens.tolist() == [int(LOOPING.logits(PROMPT).argmax())]
     assert found.scores.tolist() == [0.0]
 

@@ -52,7 +52,10 @@ from tests.support.harness import (
 from training.stdlib_corpus import prompts
 
 EOS = frozenset({1})
-PROMPTS = ((5, 6, 7, 8, 5, 6, 7, 8, 5, 6), (9, 4, 2, 9, 4, 2, 9, 4, 2, 9))  # n-grams find something in them
+PROMPTS = (
+    (5, 6, 7, 8, 5, 6, 7, 8, 5, 6),
+    (9, 4, 2, 9, 4, 2, 9, 4, 2, 9),
+)  # n-grams find something in them
 COUNT = 24
 
 
@@ -129,7 +132,9 @@ def test_speculation_off_is_what_transformers_generates(family: Family) -> None:
 def test_speculation_on_is_speculation_off(family: Family, drafter: str, tree: str) -> None:
     shape = TREES[tree]
     draft_engine = DraftEngine(DRAFTERS[drafter](family.text, shape.branches), "d", shape.width)
-    lockstep = Lockstep(engine_of(family.model, shape.rows, EOS, choose), draft_engine, passes=shape.depth)
+    lockstep = Lockstep(
+        engine_of(family.model, shape.rows, EOS, choose), draft_engine, passes=shape.depth
+    )
     chunks = lockstep.admit(family.request)
     while lockstep.engine.requests.running:
         if drafter == "killed" and lockstep.draft_engines and len(chunks) == 2:
@@ -163,12 +168,25 @@ def check_speed(drafter: str, found: Output, best: int, before: int) -> None:
 def test_a_model_drafts_perfectly_for_itself(family: Family) -> None:
     """Its own cache, with branches, misses and prefills, is as exact as the target's: greedy and with noise."""
     for temperature in (0.0, 0.9):
-        request = asking(family.request.prompt, max_tokens=COUNT, temperature=temperature, seed=11, min_tokens=COUNT)
-        lockstep = Lockstep(engine_of(family.model, 6, EOS, choose), DraftEngine(ModelDrafter(family.model, branches=2), "d", 2))
+        request = asking(
+            family.request.prompt,
+            max_tokens=COUNT,
+            temperature=temperature,
+            seed=11,
+            min_tokens=COUNT,
+        )
+        lockstep = Lockstep(
+            engine_of(family.model, 6, EOS, choose),
+            DraftEngine(ModelDrafter(family.model, branches=2), "d", 2),
+        )
         (found,) = lockstep.run(request)
         assert found.said() == plain(family.model, request, EOS, choose).said()
         # Noise draws all orders of probability: now and then the better path is the third or lies outside the pool.
-        assert found.stats.rounds == COUNT // 3 if temperature == 0.0 else found.stats.rounds <= COUNT // 2
+        assert (
+            found.stats.rounds == COUNT // 3
+            if temperature == 0.0
+            else found.stats.rounds <= COUNT // 2
+        )
 
 
 @pytest.mark.parametrize("tree", TREES)
@@ -178,8 +196,12 @@ def test_an_end_of_text_inside_an_accepted_run(tree: str) -> None:
     tokens = transformers_greedy(model.module, prompt, COUNT)
     assert 5 < len(tokens) < COUNT
     more = plain(model, asking(prompt, ignore_eos=True), EOS, choose).tokens
-    draft_engine = DraftEngine(Known([*prompt, *more], VOCABULARY, shape.branches), "d", shape.width)
-    (found,) = Lockstep(engine_of(model, shape.rows, EOS, choose), draft_engine, passes=shape.depth).run(asking(prompt))
+    draft_engine = DraftEngine(
+        Known([*prompt, *more], VOCABULARY, shape.branches), "d", shape.width
+    )
+    (found,) = Lockstep(
+        engine_of(model, shape.rows, EOS, choose), draft_engine, passes=shape.depth
+    ).run(asking(prompt))
     assert found.tokens == tokens == more[: len(tokens)]
     assert found.said() == plain(model, asking(prompt), EOS, choose).said()
     assert found.reason == "stop"
@@ -190,7 +212,10 @@ def test_an_end_of_text_inside_an_accepted_run(tree: str) -> None:
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_with_threads_and_links(llama: Family, drafter: str, tree: str) -> None:
     """Growth comes when it comes. Drafters that always have something to say are waited for, so that it is verified."""
-    shape, patience = TREES[tree], PATIENCE_S if drafter in ("perfect", "noisy", "wrong", "killed") else 0.002
+    shape, patience = (
+        TREES[tree],
+        PATIENCE_S if drafter in ("perfect", "noisy", "wrong", "killed") else 0.002,
+    )
 
     async def main() -> Output:
         body = DRAFTERS[drafter](llama.text, shape.branches)
@@ -249,7 +274,9 @@ def test_seeded_sampling_on_is_off(temperature: float, seed: int) -> None:
 @pytest.mark.parametrize("seed", [0, 7, 2**40])
 @pytest.mark.parametrize("temperature", [0.4, 0.8, 1.3])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_seeded_sampling_on_is_off_for_models(name: str, temperature: float, seed: int, loaded: dict[str, HFModel]) -> None:
+def test_seeded_sampling_on_is_off_for_models(
+    name: str, temperature: float, seed: int, loaded: dict[str, HFModel]
+) -> None:
     assert sampled(loaded[name], (1, 3, 5), temperature, seed, choose) > 3 * COUNT / 3
 
 
@@ -258,13 +285,23 @@ def loaded() -> dict[str, HFModel]:
     return {name: hf_model(name) for name in ("llama", "gemma2")}
 
 
-def sampled(model: Model, numbers: Sequence[int], temperature: float, seed: int, chooser: Any) -> int:
+def sampled(
+    model: Model, numbers: Sequence[int], temperature: float, seed: int, chooser: Any
+) -> int:
     """Runs one prompt for each number, on and off; returns how many drafted tokens were accepted."""
     accepted, outputs = 0, set()
     for number in numbers:
         prompt = [(number * 5 + place * place) % 24 for place in range(3 + number)]
-        request = asking(prompt, max_tokens=COUNT, temperature=temperature, seed=seed, **MIXES[number % len(MIXES)])
-        lockstep = Lockstep(engine_of(model, 8, EOS, chooser), DraftEngine(ModelDrafter(model, branches=2), "d", 2))
+        request = asking(
+            prompt,
+            max_tokens=COUNT,
+            temperature=temperature,
+            seed=seed,
+            **MIXES[number % len(MIXES)],
+        )
+        lockstep = Lockstep(
+            engine_of(model, 8, EOS, chooser), DraftEngine(ModelDrafter(model, branches=2), "d", 2)
+        )
         (found,) = lockstep.run(request)
         assert found.said() == plain(model, request, EOS, chooser).said()
         accepted += found.stats.accepted
@@ -276,21 +313,33 @@ def sampled(model: Model, numbers: Sequence[int], temperature: float, seed: int,
 # Real pairs
 
 
-def in_lockstep(target: str, draft: str, asked: Sequence[Sequence[int]], count: int, generated: int, passes: int) -> float:
+def in_lockstep(
+    target: str, draft: str, asked: Sequence[Sequence[int]], count: int, generated: int, passes: int
+) -> float:
     """Asserts that on is off, and transformers' own: what it generates to the first `generated` prompts, and what it would generate
     to all. The first prompt is answered alone, all of them beside each other. Returns the tokens for each step of the target."""
     model, eos = load_model(target, "float32", "cpu"), end_of_text(target)
     drafter = ModelDrafter(load_model(draft, "float32", "cpu"), branches=2)
-    requests = [asking(prompt, f"s{number}", max_tokens=count) for number, prompt in enumerate(asked)]
+    requests = [
+        asking(prompt, f"s{number}", max_tokens=count) for number, prompt in enumerate(asked)
+    ]
 
     def guided(*requests: Request) -> list[Output]:
         draft_engine = DraftEngine(drafter, "d", 2 * len(requests))
-        return Lockstep(engine_of(model, 8, eos, choose), draft_engine, passes=passes).run(*requests)
+        return Lockstep(engine_of(model, 8, eos, choose), draft_engine, passes=passes).run(
+            *requests
+        )
 
     found = guided(*requests)
-    alone = Lockstep(engine_of(model, eos=eos, chooser=choose)).run(*(replace(request, speculation=False) for request in requests))
+    alone = Lockstep(engine_of(model, eos=eos, chooser=choose)).run(
+        *(replace(request, speculation=False) for request in requests)
+    )
     assert [on.said() for on in found] == [off.said() for off in alone]
-    assert guided(requests[0])[0].said() == plain(model, requests[0], eos, choose).said() == found[0].said()
+    assert (
+        guided(requests[0])[0].said()
+        == plain(model, requests[0], eos, choose).said()
+        == found[0].said()
+    )
     for number, (prompt, on) in enumerate(zip(asked, found, strict=True)):
         assert on.tokens == transformers_replay(model.module, prompt, on.tokens)
         if number < generated:
@@ -302,14 +351,26 @@ def composed(target: str, draft: str, asked: Sequence[Sequence[int]], count: int
     """Asserts that on is off, with everything as in a deployment but in one process: threads, scheduler, tokenizer."""
 
     async def main() -> None:
-        running_target = build_target(TargetConfig(model=target, dtype="float32", device="cpu")).target
-        host = build_drafter(DrafterConfig(name="d", model=draft, dtype="float32", device="cpu"), target)
+        running_target = build_target(
+            TargetConfig(model=target, dtype="float32", device="cpu")
+        ).target
+        host = build_drafter(
+            DrafterConfig(name="d", model=draft, dtype="float32", device="cpu"), target
+        )
         running_target.start()
         host.start()
         await attached(running_target, "d", host)
         for number, prompt in enumerate(asked):
             on, off = [
-                await answer(running_target, Request(f"{number}-{speculation}", tuple(prompt), Sampling(max_tokens=count), speculation))
+                await answer(
+                    running_target,
+                    Request(
+                        f"{number}-{speculation}",
+                        tuple(prompt),
+                        Sampling(max_tokens=count),
+                        speculation,
+                    ),
+                )
                 for speculation in (True, False)
             ]
             assert on.said() == off.said()
@@ -325,7 +386,9 @@ def end_of_text(folder: str) -> frozenset[int]:
     return frozenset({settings["eos_token_id"]})
 
 
-@pytest.mark.parametrize(("target", "draft"), [("stories260K", "llama2xs-500it"), ("babyllama361-as105", "babyllama105")])
+@pytest.mark.parametrize(
+    ("target", "draft"), [("stories260K", "llama2xs-500it"), ("babyllama361-as105", "babyllama105")]
+)
 def test_pairs_of_others_on_story_openings(shared: Path, target: str, draft: str) -> None:
     openings = json.loads((shared / "prompts" / "tinystories_20_openings.json").read_text())
     target, draft = str(shared / "models" / target), str(shared / "models" / draft)

@@ -48,7 +48,10 @@ TOY = ToyModel(vocabulary=24, memory=3)
 TEXT = continued(TOY, PROMPT, 100)
 HEADS = pytest.mark.parametrize("method", heads())
 IDENTITY = Identity(32, 2, VOCABULARY, "hash")
-SETTINGS: dict[str, dict[str, Any]] = {"medusa": {"heads": 3, "blocks": 2}, "hidden-transfer": {"layers": [1, 1]}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "medusa": {"heads": 3, "blocks": 2},
+    "hidden-transfer": {"layers": [1, 1]},
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for parameter in module.parameters():
             parameter.data += torch.randn_like(parameter) * 0.02
         folders[method] = tmp_path_factory.mktemp("heads") / method
-        write_trained(folders[method], method, IDENTITY, SETTINGS[method], dict(module.state_dict()))
+        write_trained(
+            folders[method], method, IDENTITY, SETTINGS[method], dict(module.state_dict())
+        )
     return folders
 
 
@@ -76,7 +81,9 @@ def headed(model: Model, *mounted: Head, rows: int = 8, chooser: Chooser = choos
     """An engine whose clock ticks once for each look at it; its heads are h-0, h-1, ..."""
     ticks = itertools.count()
     named = {f"h-{number}": MountedHead(head) for number, head in enumerate(mounted)}
-    return Engine(model, Verifier(chooser, NOBODY), Fixed(rows), lambda: float(next(ticks)), heads=named)
+    return Engine(
+        model, Verifier(chooser, NOBODY), Fixed(rows), lambda: float(next(ticks)), heads=named
+    )
 
 
 # The contract
@@ -85,7 +92,9 @@ def headed(model: Model, *mounted: Head, rows: int = 8, chooser: Chooser = choos
 @HEADS
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_output_is_the_targets(method: str, temperature: float, family: str, trained: dict[str, Path]) -> None:
+def test_the_output_is_the_targets(
+    method: str, temperature: float, family: str, trained: dict[str, Path]
+) -> None:
     model = hf_model(family)
     if method == "hidden-transfer" and not fits(model.module):
         with pytest.raises(ModelRefused, match="takes no pseudo rows"):
@@ -93,21 +102,39 @@ def test_the_output_is_the_targets(method: str, temperature: float, family: str,
         return
     head = built(method, trained, model)
     requests = [
-        asking((*PROMPT, n), f"s{n}", max_tokens=24, temperature=temperature, seed=n, top_k=9 * n, top_p=1 - n / 9) for n in range(3)
+        asking(
+            (*PROMPT, n),
+            f"s{n}",
+            max_tokens=24,
+            temperature=temperature,
+            seed=n,
+            top_k=9 * n,
+            top_p=1 - n / 9,
+        )
+        for n in range(3)
     ]
     found = Lockstep(headed(model, head)).run(*requests)
-    assert [one.said() for one in found] == [plain(model, request, chooser=choose).said() for request in requests]
+    assert [one.said() for one in found] == [
+        plain(model, request, chooser=choose).said() for request in requests
+    ]
     assert sum(one.stats.verified for one in found) > 0
 
 
 @HEADS
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_beside_drafters_and_all_other_heads(method: str, temperature: float, trained: dict[str, Path]) -> None:
+def test_beside_drafters_and_all_other_heads(
+    method: str, temperature: float, trained: dict[str, Path]
+) -> None:
     model = hf_model("llama")
     request = asking(PROMPT, max_tokens=40, temperature=temperature, seed=3)
-    mounted = [built(method, trained), *(built(other, trained) for other in heads() if other != method)]
+    mounted = [
+        built(method, trained),
+        *(built(other, trained) for other in heads() if other != method),
+    ]
     engine = headed(model, *mounted, rows=16)
-    (found,) = Lockstep(engine, DraftEngine(ModelDrafter(hf_model("llama")), "d", 2), passes=1).run(request)
+    (found,) = Lockstep(engine, DraftEngine(ModelDrafter(hf_model("llama")), "d", 2), passes=1).run(
+        request
+    )
     assert found.said() == plain(model, request, chooser=choose).said()
     assert found.stats.by_drafter["d"] > 0
     assert engine.metrics.guesses["h-0"].proposed > 0
@@ -136,10 +163,19 @@ class Watching:
 
 @HEADS
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_growth_is_bounded_and_makes_sense(method: str, temperature: float, trained: dict[str, Path]) -> None:
+def test_growth_is_bounded_and_makes_sense(
+    method: str, temperature: float, trained: dict[str, Path]
+) -> None:
     growths: list[DraftNodes] = []
-    sampling: dict[str, Any] = {"temperature": temperature, "seed": 5, "top_k": 3, "frequency_penalty": 0.5}
-    Lockstep(headed(hf_model("llama"), Watching(built(method, trained), growths))).run(asking(PROMPT, max_tokens=40, **sampling))
+    sampling: dict[str, Any] = {
+        "temperature": temperature,
+        "seed": 5,
+        "top_k": 3,
+        "frequency_penalty": 0.5,
+    }
+    Lockstep(headed(hf_model("llama"), Watching(built(method, trained), growths))).run(
+        asking(PROMPT, max_tokens=40, **sampling)
+    )
     assert sum(len(growth.tokens) for growth in growths) > 0
     for growth in growths:
         assert len(growth.parents) == len(growth.tokens) == len(growth.scores) <= limits.DRAFT_NODES
@@ -154,7 +190,9 @@ def test_growth_is_bounded_and_makes_sense(method: str, temperature: float, trai
 @HEADS
 def test_nothing_is_left_of_a_closed_session(method: str, trained: dict[str, Path]) -> None:
     head = built(method, trained)
-    Lockstep(headed(hf_model("llama"), head)).run(asking(PROMPT, "session-one"), asking(PROMPT[:-1], "session-two"))
+    Lockstep(headed(hf_model("llama"), head)).run(
+        asking(PROMPT, "session-one"), asking(PROMPT[:-1], "session-two")
+    )
     head.close("session-one")
     head.close("session-never-seen")
     assert not holds(head, "session-one")
@@ -173,7 +211,12 @@ def test_the_cache_never_shows_a_head(method: str, trained: dict[str, Path]) -> 
     model.forward(fresh, causal(np.asarray(live.session.tokens[:-1]), 0))
     cache: Any = live.cache
     assert cache.length == fresh.length == len(live.session.tokens) - 1
-    torch.testing.assert_close(cache.planes()[:, :, : cache.length], fresh.planes()[:, :, : fresh.length], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        cache.planes()[:, :, : cache.length],
+        fresh.planes()[:, :, : fresh.length],
+        atol=1e-4,
+        rtol=0,
+    )
 
 
 @pytest.mark.parametrize("method", SETTINGS)
@@ -228,7 +271,9 @@ def test_a_perfect_head_saves_d_of_d_plus_one_steps(depth: int) -> None:
 def test_acceptance_is_counted_for_each() -> None:
     """The drafter guesses a token in each round, which the head knows too, and the head one more."""
     engine = headed(TOY, Oracle(TEXT, 2), chooser=choose_by_numpy)
-    (found,) = Lockstep(engine, DraftEngine(Known(TEXT, 24), "d", 1), passes=1).run(asking(PROMPT, max_tokens=38))
+    (found,) = Lockstep(engine, DraftEngine(Known(TEXT, 24), "d", 1), passes=1).run(
+        asking(PROMPT, max_tokens=38)
+    )
     assert found.tokens == tuple(TEXT[len(PROMPT) : len(PROMPT) + 38])
     assert found.stats.by_drafter == {"d": 13, "h-0": 12}
     assert (found.stats.rounds, found.stats.ignored["repeated"]) == (13, 12)
@@ -289,7 +334,9 @@ class Clinging(Oracle):
 
 
 @pytest.mark.parametrize("kind", [Failing, Circular, Lopsided, Blind, Clinging])
-def test_a_head_that_fails_is_disabled(kind: type[Oracle], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_head_that_fails_is_disabled(
+    kind: type[Oracle], caplog: pytest.LogCaptureFixture
+) -> None:
     engine = headed(TOY, kind(TEXT, 2), Oracle(TEXT, 2), chooser=choose_by_numpy)
     (found,) = Lockstep(engine).run(asking(PROMPT))
     assert found.tokens == tuple(TEXT[len(PROMPT) : len(PROMPT) + 24])
@@ -303,15 +350,25 @@ class Wrong(Oracle):
 
     def grow(self, text: Text) -> DraftNodes:
         right = self.text[len(text.tokens)]
-        return DraftNodes(np.array([0, 0, 0, 0]), np.array([(right + 1) % 24, -1, 24, right]), np.array([-0.1, -0.1, -0.1, 0.1]), roots=1)
+        return DraftNodes(
+            np.array([0, 0, 0, 0]),
+            np.array([(right + 1) % 24, -1, 24, right]),
+            np.array([-0.1, -0.1, -0.1, 0.1]),
+            roots=1,
+        )
 
 
 def test_a_head_that_brings_nothing_rests_and_costs_nothing() -> None:
-    engine, text = headed(TOY, Wrong(continued(TOY, PROMPT, 700), 1), chooser=choose_by_numpy), continued(TOY, PROMPT, 400)
+    engine, text = (
+        headed(TOY, Wrong(continued(TOY, PROMPT, 700), 1), chooser=choose_by_numpy),
+        continued(TOY, PROMPT, 400),
+    )
     (found,) = Lockstep(engine).run(asking(PROMPT, max_tokens=200))
     assert found.tokens == tuple(text[len(PROMPT) : len(PROMPT) + 200])
     assert found.stats.accepted == 0
-    assert found.stats.ignored["invalid"] == 3 * (TRIAL - 1)  # it is judged after the last commit of its trial, and not asked again
+    assert found.stats.ignored["invalid"] == 3 * (
+        TRIAL - 1
+    )  # it is judged after the last commit of its trial, and not asked again
     assert engine.metrics.guesses["h-0"].proposed == TRIAL - 1 < REST
     assert engine.drafter_manager.utility.active(engine.heads.selected) == []
     assert engine.report().guesses["h-0"].resting
@@ -335,7 +392,9 @@ def test_a_head_that_rests_does_not_look(trained: dict[str, Path]) -> None:
     assert looks == [(2, True), (0, True), (0, False)]
     while engine.requests.running:
         lockstep.round()
-    assert output(chunks).said() == plain(model, asking(PROMPT, max_tokens=40), chooser=choose).said()
+    assert (
+        output(chunks).said() == plain(model, asking(PROMPT, max_tokens=40), chooser=choose).said()
+    )
 
 
 @pytest.mark.parametrize("known", [0, 1])
@@ -353,7 +412,12 @@ def test_a_head_rests_where_a_drafter_guesses_the_same(known: int) -> None:
 
 def test_heads_come_into_use_and_go_out_of_it() -> None:
     engine = headed(TOY, Oracle(TEXT, 1), Oracle(TEXT, 3), chooser=choose_by_numpy)
-    for names, brought in ((frozenset({"h-0"}), {"h-0"}), (frozenset(), set()), (None, {"h-0", "h-1"}), (frozenset({"h-1"}), {"h-1"})):
+    for names, brought in (
+        (frozenset({"h-0"}), {"h-0"}),
+        (frozenset(), set()),
+        (None, {"h-0", "h-1"}),
+        (frozenset({"h-1"}), {"h-1"}),
+    ):
         engine.handle(SetScheduler(Fixed(8), names))
         (found,) = Lockstep(engine).run(asking(PROMPT))
         assert found.tokens == tuple(TEXT[len(PROMPT) : len(PROMPT) + 24])
@@ -377,8 +441,17 @@ def test_where_the_way_likely_ends() -> None:
 
 def test_a_draft_names_its_parents() -> None:
     session = Session(
-        asking(PROMPT), 24, 100, Engine(TOY, Verifier(choose_by_numpy, NOBODY), Fixed(1), lambda: 0.0).requests.calibrations.band(0.0)
+        asking(PROMPT),
+        24,
+        100,
+        Engine(
+            TOY, Verifier(choose_by_numpy, NOBODY), Fixed(1), lambda: 0.0
+        ).requests.calibrations.band(0.0),
     )
-    draft = draft_of(session, DraftNodes(np.array([0, 1, 0]), np.array([5, 6, 7]), np.array([-0.1, -0.2, -0.3]), roots=1), "h-0")
+    draft = draft_of(
+        session,
+        DraftNodes(np.array([0, 1, 0]), np.array([5, 6, 7]), np.array([-0.1, -0.2, -0.3]), roots=1),
+        "h-0",
+    )
     assert draft.parents.tolist() == [text_key(PROMPT), text_key([*PROMPT, 5]), text_key(PROMPT)]
     assert session.offer(draft) == 3

@@ -9,7 +9,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from runtime.core.errors import InvalidRequest
 from runtime.kv.packed import PackedCache
@@ -32,7 +39,10 @@ def fill(kv: TorchCache, marks: list[int]) -> None:
     start = kv.append(len(marks))
     kv.positions[start:] = marks
     for index, (keys, values) in enumerate(LAYOUT):
-        states = [torch.tensor(marks).view(1, 1, -1, 1).expand(1, heads, -1, dim).float() for heads, dim in (keys, values)]
+        states = [
+            torch.tensor(marks).view(1, 1, -1, 1).expand(1, heads, -1, dim).float()
+            for heads, dim in (keys, values)
+        ]
         kv.update(states[0] + index, states[1] - index, index)
 
 
@@ -40,10 +50,15 @@ def marks(kv: TorchCache) -> list[int]:
     """What the slots hold, after a check that all layers agree."""
     found: list[int] = kv.positions.tolist()
     for (keys, values), layer, index in zip(LAYOUT, kv.layers, range(2), strict=True):
-        for shape, place, offset in ((keys, layer.places[0], index), (values, layer.places[1], -index)):
+        for shape, place, offset in (
+            (keys, layer.places[0], index),
+            (values, layer.places[1], -index),
+        ):
             plane = kv.plane(*place)
             assert plane.shape == (1, shape[0], kv.length, shape[1])
-            assert torch.equal(plane, torch.tensor(found).view(1, 1, -1, 1).expand_as(plane) + float(offset))
+            assert torch.equal(
+                plane, torch.tensor(found).view(1, 1, -1, 1).expand_as(plane) + float(offset)
+            )
     return found
 
 
@@ -109,7 +124,9 @@ def test_beyond_the_capacity() -> None:
     assert marks(kv) == [1, 2, 3]
 
 
-@pytest.mark.parametrize(("prefix", "slots"), [(4, []), (-1, []), (1, [3]), (1, [0]), (1, [-1]), (0, [1, 1])])
+@pytest.mark.parametrize(
+    ("prefix", "slots"), [(4, []), (-1, []), (1, [3]), (1, [0]), (1, [-1]), (0, [1, 1])]
+)
 def test_keep_refuses_what_is_not_in_use(prefix: int, slots: list[int]) -> None:
     kv = small()
     fill(kv, [1, 2, 3])
@@ -157,7 +174,9 @@ def test_planes_alternate_where_all_layers_have_one_shape() -> None:
     kv = TorchCache([((2, 8), (2, 8))] * 3, 100, torch.float32, torch.device("cpu"))
     kv.append(4)
     for index in range(3):
-        kv.update(torch.full((1, 2, 4, 8), 1.0 + index), torch.full((1, 2, 4, 8), -1.0 - index), index)
+        kv.update(
+            torch.full((1, 2, 4, 8), 1.0 + index), torch.full((1, 2, 4, 8), -1.0 - index), index
+        )
     assert kv.planes()[:, :, :4].mean(dim=(1, 2, 3)).tolist() == [1.0, -1.0, 2.0, -2.0, 3.0, -3.0]
     kv.planes()[0, :, :4] = 9.0
     assert torch.equal(kv.plane(*kv.layers[0].places[0]), torch.full((1, 2, 4, 8), 9.0))
@@ -171,7 +190,10 @@ def test_rows_of_several_texts_go_to_their_own_caches() -> None:
         kv.positions[start:] = [6, 7][:rows]
     packed = PackedCache(caches, 2)
     for index, (keys, values) in enumerate(LAYOUT):
-        states = [torch.tensor([6.0, 7.0, 6.0]).view(1, 1, 3, 1).expand(1, heads, 3, dim) for heads, dim in (keys, values)]
+        states = [
+            torch.tensor([6.0, 7.0, 6.0]).view(1, 1, 3, 1).expand(1, heads, 3, dim)
+            for heads, dim in (keys, values)
+        ]
         packed.update(states[0] + index, states[1] - index, index)
         read = packed.take()
         assert [[tuple(state.shape) for state in pair] for pair in read] == [
@@ -186,7 +208,9 @@ def test_rows_of_several_texts_go_to_their_own_caches() -> None:
 def plain(family: str, path: tuple[int, ...]) -> torch.Tensor:
     """Logits behind a text, by transformers alone."""
     with torch.inference_mode():
-        logits: torch.Tensor = hf_model(family).module(input_ids=torch.tensor([path]), use_cache=False).logits[0, -1]
+        logits: torch.Tensor = (
+            hf_model(family).module(input_ids=torch.tensor([path]), use_cache=False).logits[0, -1]
+        )
         return logits
 
 
@@ -216,7 +240,9 @@ class CacheMachine(RuleBasedStateMachine):
             visible[row, self.path(first + row)] = True
         positions = np.array([len(text) - 1 for text in self.texts[first:]])
         tokens = np.array([token for _, token in nodes])
-        logits = self.model.forward(self.kv, Rows(tokens, positions, self.prefix, visible[:, self.prefix :]))
+        logits = self.model.forward(
+            self.kv, Rows(tokens, positions, self.prefix, visible[:, self.prefix :])
+        )
         expected = torch.stack([plain(self.family, text) for text in self.texts[first:]])
         torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
 
@@ -247,7 +273,9 @@ class CacheMachine(RuleBasedStateMachine):
         if subtree:
             chosen += [slot for slot in range(root + 1, len(self.texts)) if root in self.path(slot)]
         self.kv.keep(self.prefix, chosen)
-        moved = {slot: slot for slot in range(-1, self.prefix)} | {slot: self.prefix + place for place, slot in enumerate(chosen)}
+        moved = {slot: slot for slot in range(-1, self.prefix)} | {
+            slot: self.prefix + place for place, slot in enumerate(chosen)
+        }
         kept = [*range(self.prefix), *chosen]
         self.parents = [moved[self.parents[slot]] for slot in kept]
         self.texts = [self.texts[slot] for slot in kept]
@@ -262,7 +290,11 @@ class CacheMachine(RuleBasedStateMachine):
     def truncate(self, data: st.DataObject) -> None:
         length = data.draw(st.integers(1, len(self.texts)))
         self.kv.truncate(length)
-        self.parents, self.texts, self.prefix = self.parents[:length], self.texts[:length], min(self.prefix, length)
+        self.parents, self.texts, self.prefix = (
+            self.parents[:length],
+            self.texts[:length],
+            min(self.prefix, length),
+        )
 
     @precondition(lambda self: bool(self.texts))
     @rule(data=st.data())
@@ -273,7 +305,12 @@ class CacheMachine(RuleBasedStateMachine):
         prefill(self.model, fresh, np.array(self.texts[slot]))
         for layer in self.kv.layers:
             for place in layer.places:
-                torch.testing.assert_close(self.kv.plane(*place)[:, :, self.path(slot)], fresh.plane(*place), atol=TOLERANCE, rtol=0)
+                torch.testing.assert_close(
+                    self.kv.plane(*place)[:, :, self.path(slot)],
+                    fresh.plane(*place),
+                    atol=TOLERANCE,
+                    rtol=0,
+                )
 
     @invariant()
     def slots_are_counted(self) -> None:
@@ -286,5 +323,12 @@ def test_any_history_reads_as_a_fresh_prefill(family: str) -> None:
     machine = type("Machine", (CacheMachine,), {"family": family})
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=25, stateful_step_count=15, deadline=None, derandomize=True, suppress_health_check=checks)
+        machine,
+        settings=settings(
+            max_examples=25,
+            stateful_step_count=15,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=checks,
+        ),
     )

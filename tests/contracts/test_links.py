@@ -22,11 +22,29 @@ from runtime.core.links import DraftLink
 from runtime.core.messages import Draft, Event, Open, Reply
 from runtime.core.node_names import text_key
 from runtime.core.sampling_params import Sampling
-from tests.contracts.link_contract import PATIENCE_S, LinkContract, draft_for, in_process, over_grpc, soon
-from tests.support.fakes import DRAFTER, HELLO, HOST, Feed, ScriptedDrafter, chain, opening, raw_drafter
+from tests.contracts.link_contract import (
+    PATIENCE_S,
+    LinkContract,
+    draft_for,
+    in_process,
+    over_grpc,
+    soon,
+)
+from tests.support.fakes import (
+    DRAFTER,
+    HELLO,
+    HOST,
+    Feed,
+    ScriptedDrafter,
+    chain,
+    opening,
+    raw_drafter,
+)
 
 GOOD = codec.encode_reply(chain("s", 1, text_key((5, 6, 7))))
-BAD: bytes = pb.FromDrafter(draft=pb.Draft(session="s", parents=bytes(8), tokens=bytes(4), scores=b"\x00\x00\xc0\x7f")).SerializeToString()
+BAD: bytes = pb.FromDrafter(
+    draft=pb.Draft(session="s", parents=bytes(8), tokens=bytes(4), scores=b"\x00\x00\xc0\x7f")
+).SerializeToString()
 LATER = b"\xfa\x01\x03abc"  # a kind of frame that this version does not know
 GARBAGE = b"\xff" * 20
 
@@ -79,11 +97,16 @@ async def greeted(context: Any, *frames: bytes) -> None:
 
 def test_a_refused_handshake_names_both_values() -> None:
     async def main() -> None:
-        service = DraftingService(ScriptedDrafter(), replace(HELLO, vocabulary="feedbeef", model="small"))
+        service = DraftingService(
+            ScriptedDrafter(), replace(HELLO, vocabulary="feedbeef", model="small")
+        )
         server, port = await serve([service], HOST)
         why = await lost(GrpcLink(f"{HOST}:{port}", HELLO))
         await server.stop(None)
-        assert all(part in why for part in ("FAILED_PRECONDITION", "0123abcd", "feedbeef", "big", "small", DRAFTER))
+        assert all(
+            part in why
+            for part in ("FAILED_PRECONDITION", "0123abcd", "feedbeef", "big", "small", DRAFTER)
+        )
         assert service.counters["refused"] == 1
 
     asyncio.run(main())
@@ -93,7 +116,10 @@ def test_a_refused_handshake_names_both_values() -> None:
     ("first", "says"),
     [
         (codec.encode_hello_from_drafter(replace(HELLO, vocabulary="feedbeef")), "feedbeef"),
-        (codec.encode_hello_from_drafter(replace(HELLO, incarnation=1)), "life 0 was asked for, drafter scripted in life 1 is here"),
+        (
+            codec.encode_hello_from_drafter(replace(HELLO, incarnation=1)),
+            "life 0 was asked for, drafter scripted in life 1 is here",
+        ),
         (GOOD, "not hello"),
         (GARBAGE, "20 bytes are no frame"),
     ],
@@ -125,8 +151,12 @@ def test_the_peer_is_known_after_the_handshake() -> None:
 
 def test_a_peer_that_accepts_and_says_nothing_is_given_up() -> None:
     async def main() -> None:
-        with socket.create_server((HOST, 0)) as mute:  # the kernel accepts, as it does for a stopped process
-            why = await lost(GrpcLink("{}:{}".format(*mute.getsockname()), HELLO, handshake_s=0.2), opening())
+        with socket.create_server(
+            (HOST, 0)
+        ) as mute:  # the kernel accepts, as it does for a stopped process
+            why = await lost(
+                GrpcLink("{}:{}".format(*mute.getsockname()), HELLO, handshake_s=0.2), opening()
+            )
         assert "no hello within 0.2 s" in why
 
     asyncio.run(main())
@@ -156,7 +186,9 @@ def test_nobody_there() -> None:
 
 def test_replies_without_sense_are_dropped_and_counted() -> None:
     async def main() -> None:
-        async with raw_drafter(lambda context: greeted(context, LATER, BAD, LATER, GARBAGE, GOOD)) as address:
+        async with raw_drafter(
+            lambda context: greeted(context, LATER, BAD, LATER, GARBAGE, GOOD)
+        ) as address:
             link = GrpcLink(address, HELLO)
             async with closing(link.speculate(Feed(opening()))) as replies:
                 draft = await anext(replies)
@@ -204,7 +236,9 @@ def test_malformed_replies_far_apart_are_forgiven() -> None:
 
 def test_a_reply_over_the_limit_loses_the_link() -> None:
     async def main() -> None:
-        async with raw_drafter(lambda context: greeted(context, bytes(limits.MESSAGE_BYTES + 1))) as address:
+        async with raw_drafter(
+            lambda context: greeted(context, bytes(limits.MESSAGE_BYTES + 1))
+        ) as address:
             why = await lost(GrpcLink(address, HELLO))
         assert "RESOURCE_EXHAUSTED" in why
 
@@ -240,7 +274,10 @@ class Full(ScriptedDrafter):
         yield chain("s", 1, 0)
 
 
-@pytest.mark.parametrize(("body", "says"), [(EndsItself(), "it said goodbye"), (Full(), "RESOURCE_EXHAUSTED: 256 sessions")])
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [(EndsItself(), "it said goodbye"), (Full(), "RESOURCE_EXHAUSTED: 256 sessions")],
+)
 def test_a_drafter_that_stops_says_why(body: DraftLink, says: str) -> None:
     async def main() -> None:
         async with over_grpc(body) as link:
@@ -277,9 +314,14 @@ def test_replies_that_the_wire_cannot_carry_are_kept_back() -> None:
 def test_events_that_the_wire_cannot_carry_cost_only_their_session() -> None:
     async def main() -> None:
         body = ScriptedDrafter()
-        huge = Open("huge", 1, (10**6,) * limits.MESSAGE_BYTES, 1, Sampling(), opening("huge").share)
+        huge = Open(
+            "huge", 1, (10**6,) * limits.MESSAGE_BYTES, 1, Sampling(), opening("huge").share
+        )
         alien = replace(opening("alien"), sampling=Sampling(stop=("\udcff",)))
-        async with over_grpc(body) as link, closing(link.speculate(Feed(huge, alien, opening()))) as replies:
+        async with (
+            over_grpc(body) as link,
+            closing(link.speculate(Feed(huge, alien, opening()))) as replies,
+        ):
             await draft_for(replies, "s")
             assert isinstance(link, GrpcLink)
             assert link.counters == {"unsent": 2}
@@ -294,7 +336,12 @@ def test_what_comes_at_once_crosses_in_order_whatever_is_wrong_with_one() -> Non
         service = DraftingService(body, HELLO)
         async with called(service) as call:
             await call.write(codec.encode_hello_to_drafter(HELLO))
-            frames = [codec.encode_event(opening("a")), GARBAGE, LATER, codec.encode_event(opening("b"))]
+            frames = [
+                codec.encode_event(opening("a")),
+                GARBAGE,
+                LATER,
+                codec.encode_event(opening("b")),
+            ]
             (together,) = bundle.to_drafter(frames)
             await call.write(together)
             await soon(lambda: len(body.seen) == 2)
@@ -325,7 +372,9 @@ def test_events_without_sense_change_nothing_and_are_counted() -> None:
         service = DraftingService(body, HELLO)
         async with called(service) as call:
             hello = codec.encode_hello_to_drafter(HELLO)
-            negative: bytes = pb.ToDrafter(commit=pb.Commit(session="s", tokens=[-1])).SerializeToString()
+            negative: bytes = pb.ToDrafter(
+                commit=pb.Commit(session="s", tokens=[-1])
+            ).SerializeToString()
             for frame in (hello, GARBAGE, LATER, hello, negative, codec.encode_event(opening())):
                 await call.write(frame)
             assert codec.decode_hello_from_drafter(await call.read()) == HELLO
@@ -342,10 +391,16 @@ def test_events_without_sense_change_nothing_and_are_counted() -> None:
         (codec.encode_event(opening()), grpc.StatusCode.INVALID_ARGUMENT, "not hello"),
         (GARBAGE, grpc.StatusCode.INVALID_ARGUMENT, "no frame"),
         (bytes(limits.MESSAGE_BYTES + 1), grpc.StatusCode.RESOURCE_EXHAUSTED, ""),
-        (codec.encode_hello_to_drafter(replace(HELLO, protocol=9)), grpc.StatusCode.FAILED_PRECONDITION, "protocol 9"),
+        (
+            codec.encode_hello_to_drafter(replace(HELLO, protocol=9)),
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "protocol 9",
+        ),
     ],
 )
-def test_a_client_that_does_not_keep_to_the_handshake_is_told(frame: bytes, code: grpc.StatusCode, says: str) -> None:
+def test_a_client_that_does_not_keep_to_the_handshake_is_told(
+    frame: bytes, code: grpc.StatusCode, says: str
+) -> None:
     async def main() -> None:
         server, port = await serve([DraftingService(ScriptedDrafter(), HELLO)], HOST)
         async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
@@ -361,7 +416,9 @@ def test_a_client_that_does_not_keep_to_the_handshake_is_told(frame: bytes, code
 
 def test_a_client_that_says_nothing_is_told() -> None:
     async def main() -> None:
-        server, port = await serve([DraftingService(ScriptedDrafter(), HELLO, handshake_s=0.2)], HOST)
+        server, port = await serve(
+            [DraftingService(ScriptedDrafter(), HELLO, handshake_s=0.2)], HOST
+        )
         async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
             call = channel.stream_stream(f"/{codec.DRAFTING}/Speculate")()
             async with asyncio.timeout(PATIENCE_S):

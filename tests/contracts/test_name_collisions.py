@@ -31,7 +31,19 @@ from runtime.target.commands import AddRequest, Join, ReplyReceived
 from tests.actors.rpc.test_network import Adversary
 from tests.contracts.link_contract import TRANSPORTS, over_grpc, soon
 from tests.support.fakes import ScriptedDrafter
-from tests.support.harness import HANG_S, Lockstep, Patient, answer, asking, attached, engine_of, hosted, lettering, plain, running
+from tests.support.harness import (
+    HANG_S,
+    Lockstep,
+    Patient,
+    answer,
+    asking,
+    attached,
+    engine_of,
+    hosted,
+    lettering,
+    plain,
+    running,
+)
 
 # An attack on the names as they are, found in three seconds: OTHER has the name of the first five true tokens.
 PROMPT = (3, 1, 4, 1, 5)
@@ -47,7 +59,9 @@ def growth(*chains: Sequence[int], below: int, session: str = "s", drafter: str 
     """Chains of guesses below the text of this name, all of them certain."""
     parents = [text_key(guesses[:n], below) for guesses in chains for n in range(len(guesses))]
     tokens = np.array([*chain(*chains)], np.int32)
-    return Draft(session, 0, drafter, np.array(parents, np.uint64), tokens, np.zeros(len(tokens), np.float32))
+    return Draft(
+        session, 0, drafter, np.array(parents, np.uint64), tokens, np.zeros(len(tokens), np.float32)
+    )
 
 
 @contextmanager
@@ -57,7 +71,9 @@ def short_names(bits: int = 16) -> Iterator[None]:
         yield
 
 
-def texts_named(name: int, below: int, length: int, vocabulary: int = TOY.vocabulary) -> list[tuple[int, ...]]:
+def texts_named(
+    name: int, below: int, length: int, vocabulary: int = TOY.vocabulary
+) -> list[tuple[int, ...]]:
     """All chains of this length below the text named `below` that have this name."""
     names = np.array([below], np.uint64)
     for _ in range(length):
@@ -67,7 +83,9 @@ def texts_named(name: int, below: int, length: int, vocabulary: int = TOY.vocabu
 
 
 def session(model: ToyModel = WIDE) -> Session:
-    return Session(Request("s", PROMPT, Sampling(max_tokens=20)), model.vocabulary, model.context, Band())
+    return Session(
+        Request("s", PROMPT, Sampling(max_tokens=20)), model.vocabulary, model.context, Band()
+    )
 
 
 # One session
@@ -113,7 +131,11 @@ def test_what_one_drafter_calls_so_is_nothing_to_another() -> None:
     assert of.offer(growth(TRUE, below=ROOT, drafter="honest")) == len(TRUE)
     assert of.offer(growth(TRUE[:4], below=ROOT, drafter="hostile")) == 0
     assert +of.ignored == {"repeated": 4}
-    for text, names in ((OTHER, ["hostile"]), (TRUE, ["honest"]), (TRUE[:4], ["honest", "hostile"])):
+    for text, names in (
+        (OTHER, ["hostile"]),
+        (TRUE, ["honest"]),
+        (TRUE[:4], ["honest", "hostile"]),
+    ):
         node = of.tree.descend(text)
         assert node is not None
         assert of.tree.names(node) == names
@@ -131,7 +153,13 @@ def test_growth_that_arrives_under_a_passed_name_is_not_late() -> None:
         alike = texts_named(of.passed[0], root, 2)[0]
         assert of.offer(growth(alike, below=root)) == 2
         assert (
-            of.offer(replace(growth([1], [2], [3], below=of.passed[0]), parents=np.array([of.passed[0]] * 2 + [1 << 40], np.uint64))) == 2
+            of.offer(
+                replace(
+                    growth([1], [2], [3], below=of.passed[0]),
+                    parents=np.array([of.passed[0]] * 2 + [1 << 40], np.uint64),
+                )
+            )
+            == 2
         )
         assert +of.ignored == {"stale": 1}
 
@@ -190,7 +218,9 @@ def test_the_attack_over_grpc_changes_no_token() -> None:
 
     def lie(name: str, length: int, key: int) -> Draft:
         later = [[n] for n in range(9)]  # so that nobody waits for more
-        return growth(*((OTHER, TRUE[:4]) if length == len(PROMPT) else later), below=key, session=name)
+        return growth(
+            *((OTHER, TRUE[:4]) if length == len(PROMPT) else later), below=key, session=name
+        )
 
     async def main() -> None:
         async with over_grpc(Liar(lie)) as link, running(WIDE, Patient(9)) as target:
@@ -243,7 +273,11 @@ class Collider:
     def collision(self, session: str = "s") -> Draft:
         """Below the newest root: what is true, up to a name that another text has too, and that text before or after it."""
         key, true = text_key(self.text[: self.length]), self.text[self.length : self.length + 4]
-        alike = [text for text in texts_named(text_key(true, key), key, len(true)) if text[-1:] != (*true[-1:],)]
+        alike = [
+            text
+            for text in texts_named(text_key(true, key), key, len(true))
+            if text[-1:] != (*true[-1:],)
+        ]
         self.made += bool(alike)
         chains = [*alike[:1], true[: self.random.choice([3, 4])]]
         return growth(*self.random.sample(chains, len(chains)), below=key, session=session)
@@ -260,10 +294,17 @@ def test_no_collision_of_names_changes_a_token(temperature: float, seed: int) ->
         with short_names(bits):
             random = Random(seed)
             collider, adversary = Collider(PROMPT, expected.tokens, random), Adversary(seed)
-            drafters: list[Drafter] = [ModelDrafter(TOY, branches=2), Noisy(ModelDrafter(TOY), TOY.vocabulary, 0.3)]
+            drafters: list[Drafter] = [
+                ModelDrafter(TOY, branches=2),
+                Noisy(ModelDrafter(TOY), TOY.vocabulary, 0.3),
+            ]
             growers = [DraftEngine(drafter, f"d-{n}", 3) for n, drafter in enumerate(drafters)]
 
-            def tamper(message: Event | Reply, adversary: Adversary = adversary, collider: Collider = collider) -> list[Event | Reply]:
+            def tamper(
+                message: Event | Reply,
+                adversary: Adversary = adversary,
+                collider: Collider = collider,
+            ) -> list[Event | Reply]:
                 return [arriving for sent in collider(message) for arriving in adversary(sent)]
 
             (found,) = Lockstep(engine_of(TOY), *growers, tamper=tamper).run(request)
@@ -277,7 +318,9 @@ def test_collisions_do_happen_there_and_guesses_get_through() -> None:
     for seed in range(8):
         with short_names():
             collider = Collider(PROMPT, expected.tokens, Random(seed))
-            (found,) = Lockstep(engine_of(TOY), DraftEngine(ModelDrafter(TOY), "d", 3), tamper=collider).run(asking(PROMPT))
+            (found,) = Lockstep(
+                engine_of(TOY), DraftEngine(ModelDrafter(TOY), "d", 3), tamper=collider
+            ).run(asking(PROMPT))
         assert found.said() == expected.said()
         made, accepted = made + collider.made, accepted + found.stats.accepted
         ignored.update(found.stats.ignored)

@@ -34,7 +34,10 @@ SHARED = {"base", "turns"}  # files that are no policy
 
 
 def test_every_file_is_under_contract() -> None:
-    assert MAKERS.keys() == {module.name for module in pkgutil.iter_modules(runtime.schedulers.__path__)} - SHARED
+    assert (
+        MAKERS.keys()
+        == {module.name for module in pkgutil.iter_modules(runtime.schedulers.__path__)} - SHARED
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,9 @@ class Growth:
 
 SECONDS = st.floats(1e-5, 0.5)
 ROUNDS = st.builds(
-    lambda width, accepted, hit, waited, computed, other: Round("s", 0, width, min(accepted, width), hit, waited, computed, other),
+    lambda width, accepted, hit, waited, computed, other: Round(
+        "s", 0, width, min(accepted, width), hit, waited, computed, other
+    ),
     st.integers(0, 80),
     st.integers(0, 80),
     st.booleans(),
@@ -54,8 +59,12 @@ ROUNDS = st.builds(
     SECONDS,
     st.floats(0.0, 0.1),
 )
-STEPS = st.lists(ROUNDS, min_size=1, max_size=3).map(lambda rounds: [replace(done, computed=rounds[0].computed) for done in rounds])
-HISTORIES = st.lists(st.one_of(STEPS, st.builds(Growth, SECONDS, st.booleans(), st.integers(0, 40))), max_size=40)
+STEPS = st.lists(ROUNDS, min_size=1, max_size=3).map(
+    lambda rounds: [replace(done, computed=rounds[0].computed) for done in rounds]
+)
+HISTORIES = st.lists(
+    st.one_of(STEPS, st.builds(Growth, SECONDS, st.booleans(), st.integers(0, 40))), max_size=40
+)
 History = list[list[Round] | Growth]
 SCHEDULERS = pytest.mark.parametrize("make", list(MAKERS.values()), ids=list(MAKERS))
 
@@ -117,8 +126,14 @@ def test_a_style_asks_for_something_or_leaves_the_choice(make: Callable[[], Sche
 
 @SCHEDULERS
 @settings(max_examples=50)
-@given(history=HISTORIES, views=st.lists(trees(st.integers(0, 4)), min_size=1, max_size=4), waited=st.floats(0.0, 2.0))
-def test_a_plan_is_sane_for_any_views(make: Callable[[], Scheduler], history: History, views: list[View], waited: float) -> None:
+@given(
+    history=HISTORIES,
+    views=st.lists(trees(st.integers(0, 4)), min_size=1, max_size=4),
+    waited=st.floats(0.0, 2.0),
+)
+def test_a_plan_is_sane_for_any_views(
+    make: Callable[[], Scheduler], history: History, views: list[View], waited: float
+) -> None:
     plan = taught(make, history).plan(later(views, waited))
     check(plan, views)
     if all(view.drafters == 0 for view in views):
@@ -128,10 +143,17 @@ def test_a_plan_is_sane_for_any_views(make: Callable[[], Scheduler], history: Hi
 @SCHEDULERS
 @settings(max_examples=50)
 @given(history=HISTORIES, views=st.lists(trees(st.integers(0, 2)), min_size=1, max_size=4))
-def test_patience_with_silent_drafters_ends(make: Callable[[], Scheduler], history: History, views: list[View]) -> None:
+def test_patience_with_silent_drafters_ends(
+    make: Callable[[], Scheduler], history: History, views: list[View]
+) -> None:
     """Asked again after each wait, it steps before long: after four times the slowest growth or step ever seen at most."""
     scheduler, waited = taught(make, history), 0.0
-    slowest = max([PATIENCE, *(seen.delay if isinstance(seen, Growth) else seen[0].computed for seen in history)])
+    slowest = max(
+        [
+            PATIENCE,
+            *(seen.delay if isinstance(seen, Growth) else seen[0].computed for seen in history),
+        ]
+    )
     for _ in range(50):
         plan = scheduler.plan(views)
         check(plan, views)
@@ -146,7 +168,9 @@ def test_patience_with_silent_drafters_ends(make: Callable[[], Scheduler], histo
 @SCHEDULERS
 @settings(max_examples=50)
 @given(history=HISTORIES, views=st.lists(trees(st.integers(0, 4)), min_size=1, max_size=4))
-def test_a_plan_is_a_pure_function_of_what_was_seen(make: Callable[[], Scheduler], history: History, views: list[View]) -> None:
+def test_a_plan_is_a_pure_function_of_what_was_seen(
+    make: Callable[[], Scheduler], history: History, views: list[View]
+) -> None:
     scheduler = taught(make, history)
     assert scheduler.plan(views) == scheduler.plan(views) == taught(make, history).plan(views)
 
@@ -154,7 +178,14 @@ def test_a_plan_is_a_pure_function_of_what_was_seen(make: Callable[[], Scheduler
 def view(nodes: int = 0, drafters: int = 1, waited: float = 0.0, **others: float) -> View:
     """A chain of so many nodes."""
     gains = 0.9 ** np.arange(1.0, nodes + 1)
-    return View(gains, gains[-1:] if nodes else np.ones(1), depth=nodes, drafters=drafters, waited=waited, **others)  # type: ignore[arg-type]
+    return View(
+        gains,
+        gains[-1:] if nodes else np.ones(1),
+        depth=nodes,
+        drafters=drafters,
+        waited=waited,
+        **others,  # type: ignore[arg-type]
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,7 +197,10 @@ def view(nodes: int = 0, drafters: int = 1, waited: float = 0.0, **others: float
         ([view(waited=PATIENCE)], Plan((0,))),
         ([view(1)], Plan((1,))),
         ([view(9, drafters=0)], Plan((8,))),
-        ([view(9), view(waited=0.015), view(3), view(waited=0.005)], Plan((8, 0, 3, 0), PATIENCE - 0.005)),
+        (
+            [view(9), view(waited=0.015), view(3), view(waited=0.005)],
+            Plan((8, 0, 3, 0), PATIENCE - 0.005),
+        ),
         ([view(9), view(waited=0.03), view(3)], Plan((8, 0, 3))),
     ],
 )
@@ -199,7 +233,11 @@ TREE = Sync(2, 2, 2, 5, 1.0)
         (TREE, [view(9, growths=1)], Plan((5,), 4.0)),
         (TREE, [view(2, growths=2)], Plan((2,))),
         # one step for all: the session with most patience left decides
-        (CHAIN, [view(4, growths=4), view(since_commit=3.0), view(1, growths=1, since_growth=2.0)], Plan((4, 0, 1), 2.0)),
+        (
+            CHAIN,
+            [view(4, growths=4), view(since_commit=3.0), view(1, growths=1, since_growth=2.0)],
+            Plan((4, 0, 1), 2.0),
+        ),
         (CHAIN, [view(4, growths=4), view(since_commit=9.0), view(2, drafters=0)], Plan((4, 0, 2))),
         # two tokens of the chain at least, then all of it
         (Amusd(1.0), [view(1, growths=1)], Plan((1,), 4.0)),
@@ -231,14 +269,18 @@ def test_patience_follows_the_delays_seen_and_for_an_empty_tree_the_steps() -> N
 
 
 @pytest.mark.parametrize("scheduler", [Sync(1, 1, 4, 4, 1.0), Amusd(1.0, least=4), Pearl(5, 1.0)])
-def test_a_drafter_that_dribbles_what_nobody_lacks_gets_no_more_time_than_one_that_works(scheduler: Scheduler) -> None:
+def test_a_drafter_that_dribbles_what_nobody_lacks_gets_no_more_time_than_one_that_works(
+    scheduler: Scheduler,
+) -> None:
     """Siblings of the only node, one at a time, each just before patience ends: the tree does not get deeper."""
     waited = 0.0
     for growths in range(1, 100):
         wait = scheduler.plan([view(1, waited=waited, hit=True, growths=growths)]).wait
         waited += wait
         scheduler.on_growth(wait, False, 1)
-    assert 16.0 <= waited <= 30.0  # four times four growths or five, at what has become their usual delay
+    assert (
+        16.0 <= waited <= 30.0
+    )  # four times four growths or five, at what has become their usual delay
 
 
 def test_rests_of_the_drafter_hardly_count_as_delays() -> None:
@@ -251,7 +293,8 @@ def test_rests_of_the_drafter_hardly_count_as_delays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "t", "tokens"), [(8.0, 2.0, 4), (9.4, 2.0, 5), (7.2, 2.0, 4), (1.0, 2.0, 1), (1.0, 9.0, 1), (900.0, 1.0, 32)]
+    ("step", "t", "tokens"),
+    [(8.0, 2.0, 4), (9.4, 2.0, 5), (7.2, 2.0, 4), (1.0, 2.0, 1), (1.0, 9.0, 1), (900.0, 1.0, 32)],
 )
 def test_the_length_of_a_round_of_pearl(step: float, t: float, tokens: int) -> None:
     assert gamma(step, t) == tokens

@@ -75,7 +75,9 @@ def test_the_on_premise_file_filled_in_is_one() -> None:
 @pytest.mark.parametrize("name", ["aws", "gcp"])
 def test_targets_and_drafters_are_nodes_of_their_own_kinds(name: str) -> None:
     kinds = read(DEPLOY / "ray" / f"{name}.yaml")["available_node_types"]
-    assert {kind for kind, content in kinds.items() if "GPU" not in content["resources"]} == {"head"}
+    assert {kind for kind, content in kinds.items() if "GPU" not in content["resources"]} == {
+        "head"
+    }
     for kind in ("target", "drafter"):
         assert kinds[kind]["resources"][kind] == 1
         assert kinds[kind]["min_workers"] < kinds[kind]["max_workers"]
@@ -89,16 +91,22 @@ def test_no_cluster_file_is_open(file: Path) -> None:
     for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
         start = content[commands][-1]
         assert start.startswith(". ~/outrider/deploy/ray/env && "), "the settings come first"
-        assert not set(re.findall(r"RAY_\w+(?==)", start)) & set(SETTINGS), "and nothing undoes them"
+        assert not set(re.findall(r"RAY_\w+(?==)", start)) & set(SETTINGS), (
+            "and nothing undoes them"
+        )
     assert "--dashboard-host=127.0.0.1" in content["head_start_ray_commands"][-1]
-    assert {"~/.ray/auth_token", "~/.outrider/ray-ca", "~/.outrider/certs"} <= set(content["file_mounts"])
+    assert {"~/.ray/auth_token", "~/.outrider/ray-ca", "~/.outrider/certs"} <= set(
+        content["file_mounts"]
+    )
     assert content["setup_commands"] == ["~/outrider/deploy/ray/node"]
 
 
 def test_the_settings_of_the_nodes() -> None:
     shell = 'set -a; HOME=/h; . deploy/ray/env; for name in "$@"; do echo "${!name}"; done'
     names = [*SETTINGS, "RAY_TLS_SERVER_KEY", "PATH"]
-    done = subprocess.run(["bash", "-c", shell, "-", *names], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["bash", "-c", shell, "-", *names], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     found = dict(zip(names, done.stdout.splitlines(), strict=True))
     assert found.items() >= SETTINGS.items()
     assert found["RAY_TLS_SERVER_KEY"] == "/h/.outrider/node/node-key.pem"
@@ -109,7 +117,9 @@ def test_the_settings_of_the_nodes() -> None:
 def test_its_commands_are_shell(file: Path) -> None:
     lists = [value for key, value in read(file).items() if key.endswith("_commands")]
     for command in [command for commands in lists for command in commands]:
-        done = subprocess.run(["bash", "-n", "-c", command], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["bash", "-n", "-c", command], capture_output=True, text=True, check=False
+        )
         assert (done.returncode, done.stderr) == (0, ""), command
 
 
@@ -122,38 +132,62 @@ def test_the_scripts_are_shell_that_stops_at_a_fault(name: str) -> None:
 
 
 @pytest.mark.parametrize(("starts_at", "tries", "code"), [(1, 1, 0), (3, 3, 0), (1000, 20, 1)])
-def test_ray_is_started_again_until_it_is_there(starts_at: int, tries: int, code: int, tmp_path: Path) -> None:
+def test_ray_is_started_again_until_it_is_there(
+    starts_at: int, tries: int, code: int, tmp_path: Path
+) -> None:
     ray = f'echo "$@" >>"{tmp_path}/calls"\n[ "$1" = stop ] || [ "$(grep -c ^start "{tmp_path}/calls")" -ge {starts_at} ]\n'
     for name, body in (("ray", ray), ("sleep", "")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}", "utf-8")
         (tmp_path / name).chmod(0o755)
     command = [str(DEPLOY / "ray" / "again"), "ray", "start", "--resources={}"]
-    done = subprocess.run(command, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, check=False)
+    done = subprocess.run(
+        command, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, check=False
+    )
     assert done.returncode == code
     calls = (tmp_path / "calls").read_text("utf-8").splitlines()
-    assert calls == (["start --resources={}", "stop"] * tries)[: None if code else -1], "what a failed start has left is ended"
+    assert calls == (["start --resources={}", "stop"] * tries)[: None if code else -1], (
+        "what a failed start has left is ended"
+    )
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
-def test_keys_are_made_once_for_their_owner_alone_and_nodes_get_certificates_by_them(tmp_path: Path) -> None:
+def test_keys_are_made_once_for_their_owner_alone_and_nodes_get_certificates_by_them(
+    tmp_path: Path,
+) -> None:
     def keys() -> dict[str, bytes]:
         environment = {"HOME": str(tmp_path), "PATH": "/usr/local/bin:/usr/bin:/bin"}
         subprocess.run([DEPLOY / "ray" / "keys", "192.0.2.1"], env=environment, check=True)
-        return {str(file.relative_to(tmp_path)): file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+        return {
+            str(file.relative_to(tmp_path)): file.read_bytes()
+            for file in tmp_path.rglob("*")
+            if file.is_file()
+        }
 
     first = keys()
-    made = (".ray/auth_token", ".outrider/api-keys", ".outrider/ray-ca/ca-key.pem", ".outrider/certs/https-key.pem")
+    made = (
+        ".ray/auth_token",
+        ".outrider/api-keys",
+        ".outrider/ray-ca/ca-key.pem",
+        ".outrider/certs/https-key.pem",
+    )
     assert set(made) <= set(first)
     assert [name for name in made if (tmp_path / name).stat().st_mode & 0o077] == []
     assert keys() == first
 
     ca, out = tmp_path / ".outrider" / "ray-ca", tmp_path / "node"
     subprocess.run([DEPLOY / "ray" / "certify", ca, out, "*.example.svc"], check=True)
-    subprocess.run(["openssl", "verify", "-CAfile", ca / "ca.pem", out / "node.pem"], capture_output=True, check=True)
+    subprocess.run(
+        ["openssl", "verify", "-CAfile", ca / "ca.pem", out / "node.pem"],
+        capture_output=True,
+        check=True,
+    )
     context = ssl.create_default_context(cafile=ca / "ca.pem")
     context.load_cert_chain(out / "node.pem", out / "node-key.pem")
     said = subprocess.run(
-        ["openssl", "x509", "-noout", "-text", "-in", out / "node.pem"], capture_output=True, text=True, check=True
+        ["openssl", "x509", "-noout", "-text", "-in", out / "node.pem"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert "127.0.0.1" in said
     assert "DNS:*.example.svc" in said
@@ -185,7 +219,9 @@ def test_the_deployment_of_the_trial_is_one() -> None:
 
 
 def ray_cluster(name: str) -> dict[str, Any]:
-    first = next(iter(yaml.safe_load_all((DEPLOY / "kubernetes" / f"{name}.yaml").read_text("utf-8"))))
+    first = next(
+        iter(yaml.safe_load_all((DEPLOY / "kubernetes" / f"{name}.yaml").read_text("utf-8")))
+    )
     found: dict[str, Any] = first["spec"].get("rayClusterConfig", first["spec"])
     return found
 
@@ -210,7 +246,10 @@ def test_the_pods_are_closed_placed_and_complete(file: Path) -> None:
         for container in pod["containers"] + pod["initContainers"]:
             assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
         settings = {setting["name"]: setting["value"] for setting in pod["containers"][0]["env"]}
-        assert settings.items() >= {name: value for name, value in SETTINGS.items() if name != "RAY_AUTH_MODE"}.items()
+        assert (
+            settings.items()
+            >= {name: value for name, value in SETTINGS.items() if name != "RAY_AUTH_MODE"}.items()
+        )
         assert pod["initContainers"][0]["command"][0] == "/srv/outrider/deploy/ray/certify"
 
 
@@ -219,8 +258,12 @@ def test_the_gateway_finds_its_keys_and_takes_them_for_closed(file: Path) -> Non
     deployment = config.read(DEPLOY / "examples" / "kubernetes.yaml")
     pod = ray_cluster(file.stem)["headGroupSpec"]["template"]["spec"]
     (laid,) = [volume["secret"] for volume in pod["volumes"] if volume["name"] == "api-keys"]
-    (mount,) = [mount for mount in pod["containers"][0]["volumeMounts"] if mount["name"] == "api-keys"]
-    assert deployment.gateway.api_keys == Path(mount["mountPath"]) / "api-keys", "the name of the key within the secret"
+    (mount,) = [
+        mount for mount in pod["containers"][0]["volumeMounts"] if mount["name"] == "api-keys"
+    ]
+    assert deployment.gateway.api_keys == Path(mount["mountPath"]) / "api-keys", (
+        "the name of the key within the secret"
+    )
     assert "subPath" not in mount, "or a new key would not be seen"
     user = pod["securityContext"]
     assert user["fsGroup"] == user["runAsUser"] != 0, "the files are root's, and of this group"
@@ -229,16 +272,24 @@ def test_the_gateway_finds_its_keys_and_takes_them_for_closed(file: Path) -> Non
 
 def test_the_service_is_the_cluster_but_for_what_the_operator_asks() -> None:
     cluster, service = ray_cluster("cluster"), ray_cluster("service")
-    mine, theirs = (spec["headGroupSpec"]["template"]["spec"]["containers"][0] for spec in (cluster, service))
+    mine, theirs = (
+        spec["headGroupSpec"]["template"]["spec"]["containers"][0] for spec in (cluster, service)
+    )
     assert mine.pop("readinessProbe")["httpGet"]["path"] == "/ready"
-    assert {port["name"] for port in theirs.pop("ports")} - {port["name"] for port in mine.pop("ports")} == {"dashboard", "serve"}
-    hosts = [spec["headGroupSpec"]["rayStartParams"].pop("dashboard-host") for spec in (cluster, service)]
+    assert {port["name"] for port in theirs.pop("ports")} - {
+        port["name"] for port in mine.pop("ports")
+    } == {"dashboard", "serve"}
+    hosts = [
+        spec["headGroupSpec"]["rayStartParams"].pop("dashboard-host") for spec in (cluster, service)
+    ]
     assert hosts == ["127.0.0.1", "0.0.0.0"]
     assert cluster == service
 
 
 def test_the_application_of_the_service_is_there_and_takes_its_arguments() -> None:
-    document = next(iter(yaml.safe_load_all((DEPLOY / "kubernetes" / "service.yaml").read_text("utf-8"))))
+    document = next(
+        iter(yaml.safe_load_all((DEPLOY / "kubernetes" / "service.yaml").read_text("utf-8")))
+    )
     application = yaml.safe_load(document["spec"]["serveConfigV2"])["applications"][0]
     assert application["import_path"] == "actors.serve_app:build"
     Arguments.model_validate(application["args"])
@@ -249,10 +300,28 @@ def test_the_application_of_the_service_is_there_and_takes_its_arguments() -> No
 
 def test_the_image_copies_what_is_there_and_all_packages() -> None:
     text = (DEPLOY / "Dockerfile").read_text("utf-8")
-    copied = {source for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE) for source in line.split()[:-1]}
+    copied = {
+        source
+        for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE)
+        for source in line.split()[:-1]
+    }
     assert {name for name in copied if not (ROOT / name).exists()} == set()
-    assert copied >= {"pyproject.toml", "constraints.txt", "runtime", "actors", "protos", "models", "training", "bench", "experiments"}
-    sent = {line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")}
+    assert copied >= {
+        "pyproject.toml",
+        "constraints.txt",
+        "runtime",
+        "actors",
+        "protos",
+        "models",
+        "training",
+        "bench",
+        "experiments",
+    }
+    sent = {
+        line[1:]
+        for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines()
+        if line.startswith("!")
+    }
     assert sent == copied
     assert text.index("\nUSER outrider") < text.index("\nENTRYPOINT")
 
@@ -265,20 +334,28 @@ def served() -> set[str]:
     meter = Meter("model", Ledger(LimitsConfig()), lambda: None)
     names = set()
     for family in meter.registry.collect():
-        endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(family.type, ("",))
+        endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(
+            family.type, ("",)
+        )
         names |= {family.name + ending for ending in endings}
     return names
 
 
 def test_rules_and_dashboard_ask_for_metrics_that_there_are() -> None:
-    asked = {name for expression in [*shown(), *alerts()] for name in re.findall(r"outrider:\w+", expression)}
+    asked = {
+        name
+        for expression in [*shown(), *alerts()]
+        for name in re.findall(r"outrider:\w+", expression)
+    }
     assert len(asked) > 25
     assert asked - served() == set()
 
 
 def test_each_rule_says_what_to_do_and_each_panel_has_its_place() -> None:
     assert len({rule["alert"] for rule in rules()}) == len(rules())
-    assert [rule["alert"] for rule in rules() if set(rule["annotations"]) != {"summary", "action"}] == []
+    assert [
+        rule["alert"] for rule in rules() if set(rule["annotations"]) != {"summary", "action"}
+    ] == []
     assert len({panel["id"] for panel in panels()}) == len(panels())
     cells = [
         (x, y)
@@ -290,13 +367,20 @@ def test_each_rule_says_what_to_do_and_each_panel_has_its_place() -> None:
     assert max(x for x, _ in cells) == 23
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool: apt-get install prometheus")
+@pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="needs promtool: apt-get install prometheus"
+)
 @pytest.mark.parametrize(("accepted", "fires"), [(90, False), (1, True)])
-def test_collapsed_acceptance_is_told_from_that_of_a_healthy_tree(accepted: int, fires: bool, tmp_path: Path) -> None:
+def test_collapsed_acceptance_is_told_from_that_of_a_healthy_tree(
+    accepted: int, fires: bool, tmp_path: Path
+) -> None:
     """A target makes 10 rounds a second, for each of which its drafter sends a tree of 30 nodes; so many are accepted in 10 seconds."""
     names = 'drafter="a-0", pool="a"'
     series = [
-        {"series": f'outrider:{name}{{instance="{gateway}", target="t", {labels}}}', "values": f"0+{step}x120"}
+        {
+            "series": f'outrider:{name}{{instance="{gateway}", target="t", {labels}}}',
+            "values": f"0+{step}x120",
+        }
         for gateway in ("g0", "g1")  # each tells of the whole fleet
         for name, labels, step in (
             ("target_rounds_total", "", 100),
@@ -305,12 +389,27 @@ def test_collapsed_acceptance_is_told_from_that_of_a_healthy_tree(accepted: int,
         )
     ]
     alert = {"exp_labels": {"severity": "ticket", "pool": "a"}, "exp_annotations": {}}
-    expected = [alert | {"exp_annotations": annotations("OutriderAcceptanceCollapsed", "a")}] if fires else []
-    asked = [{"eval_time": "15m", "alertname": "OutriderAcceptanceCollapsed", "exp_alerts": expected}]
-    trial = {"rule_files": ["rules.yml"], "tests": [{"interval": "10s", "input_series": series, "alert_rule_test": asked}]}
+    expected = (
+        [alert | {"exp_annotations": annotations("OutriderAcceptanceCollapsed", "a")}]
+        if fires
+        else []
+    )
+    asked = [
+        {"eval_time": "15m", "alertname": "OutriderAcceptanceCollapsed", "exp_alerts": expected}
+    ]
+    trial = {
+        "rule_files": ["rules.yml"],
+        "tests": [{"interval": "10s", "input_series": series, "alert_rule_test": asked}],
+    }
     shutil.copy(DEPLOY / "prometheus" / "rules.yml", tmp_path)
     (tmp_path / "trial.yml").write_text(yaml.safe_dump(trial), "utf-8")
-    done = subprocess.run(["promtool", "test", "rules", "trial.yml"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["promtool", "test", "rules", "trial.yml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -319,7 +418,9 @@ def annotations(alert: str, pool: str) -> dict[str, str]:
     return {name: text.replace("{{ $labels.pool }}", pool) for name, text in found.items()}
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool: apt-get install prometheus")
+@pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="needs promtool: apt-get install prometheus"
+)
 def test_prometheus_takes_rules_configuration_and_queries(tmp_path: Path) -> None:
     text = (DEPLOY / "prometheus" / "prometheus.yml").read_text("utf-8")
     for number, file in enumerate(re.findall(r"_file: (\S+?)[,}]", text)):
@@ -327,8 +428,19 @@ def test_prometheus_takes_rules_configuration_and_queries(tmp_path: Path) -> Non
         text = text.replace(file, str(number))
     (tmp_path / "prometheus.yml").write_text(text.replace("GATEWAY", "192.0.2.1:8443"), "utf-8")
     shutil.copy(DEPLOY / "prometheus" / "rules.yml", tmp_path)
-    asked = [{"record": f"q{i}", "expr": expression} for i, expression in enumerate([*shown(), *alerts()])]
-    (tmp_path / "queries.yml").write_text(yaml.safe_dump({"groups": [{"name": "all", "rules": asked}]}), "utf-8")
+    asked = [
+        {"record": f"q{i}", "expr": expression}
+        for i, expression in enumerate([*shown(), *alerts()])
+    ]
+    (tmp_path / "queries.yml").write_text(
+        yaml.safe_dump({"groups": [{"name": "all", "rules": asked}]}), "utf-8"
+    )
     for what, file in (("config", "prometheus.yml"), ("rules", "queries.yml")):
-        done = subprocess.run(["promtool", "check", what, file], cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["promtool", "check", what, file],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stdout + done.stderr

@@ -47,7 +47,11 @@ def ray_doors(file: File) -> Iterator[str]:
     if not any("deploy/ray/node" in command for command in cluster.get("setup_commands", [])):
         yield "keys stay readable for others: the nodes are not set up by deploy/ray/node"
     for kind in ("head", "worker"):
-        commands = [command for command in cluster.get(f"{kind}_start_ray_commands", []) if "ray start" in command]
+        commands = [
+            command
+            for command in cluster.get(f"{kind}_start_ray_commands", [])
+            if "ray start" in command
+        ]
         if not commands:
             yield f"the {kind} is not started here"
         for command in commands:
@@ -60,7 +64,11 @@ def ray_doors(file: File) -> Iterator[str]:
             if kind == "head" and not (dashboard and is_loopback(dashboard[1])):
                 yield "the dashboard is not on loopback"
     for rule in cluster["provider"].get("security_group", {}).get("IpPermissions", []):
-        if (rule["FromPort"], rule["ToPort"]) != (GATEWAY, GATEWAY) or "0.0.0.0/0" in str(rule) or "::/0" in str(rule):
+        if (
+            (rule["FromPort"], rule["ToPort"]) != (GATEWAY, GATEWAY)
+            or "0.0.0.0/0" in str(rule)
+            or "::/0" in str(rule)
+        ):
             yield "a port beside the gateway's is open, or all the world may come"
 
 
@@ -77,7 +85,10 @@ def manifest_doors(file: File) -> Iterator[str]:
             yield f"{f'ports {ports}' if ports else 'all ports'} are open to all pods"
     for document in file:
         match document:
-            case {"kind": "RayCluster", "spec": spec} | {"kind": "RayService", "spec": {"rayClusterConfig": spec}}:
+            case {"kind": "RayCluster", "spec": spec} | {
+                "kind": "RayService",
+                "spec": {"rayClusterConfig": spec},
+            }:
                 yield from cluster_doors(spec, policies)
             case {"kind": "Service", "spec": {"type": kind}} if kind != "ClusterIP":
                 yield f"a service of type {kind} opens it to the world unasked"
@@ -86,11 +97,16 @@ def manifest_doors(file: File) -> Iterator[str]:
 
 
 def cluster_doors(spec: dict[str, Any], policies: list[dict[str, Any]]) -> Iterator[str]:
-    if spec.get("authOptions", {}).get("mode") != "token" or not spec["authOptions"].get("secretName"):
+    if spec.get("authOptions", {}).get("mode") != "token" or not spec["authOptions"].get(
+        "secretName"
+    ):
         yield "Ray asks for no token"
     groups = [spec["headGroupSpec"], *spec.get("workerGroupSpecs", [])]
     pods = [group["template"]["spec"] for group in groups]
-    for container in (*(one for pod in pods for one in pod["containers"]), spec.get("autoscalerOptions", {"env": []})):
+    for container in (
+        *(one for pod in pods for one in pod["containers"]),
+        spec.get("autoscalerOptions", {"env": []}),
+    ):
         settings = {entry["name"]: entry.get("value") for entry in container.get("env", [])}
         if settings.get("RAY_USE_TLS") != "1":
             yield "Ray talks in the clear"
@@ -135,17 +151,25 @@ SHIPPED: list[tuple[str, Callable[[File], Iterator[str]]]] = [
     ("kubernetes", manifest_doors),
     ("examples", deployment_doors),
 ]
-FILES = [(path, doors) for folder, doors in SHIPPED for path in sorted((DEPLOY / folder).glob("*.yaml"))]
+FILES = [
+    (path, doors) for folder, doors in SHIPPED for path in sorted((DEPLOY / folder).glob("*.yaml"))
+]
 
 
 def test_every_cluster_file_is_looked_at() -> None:
     looked_at = {path for path, _ in FILES}
-    every = {path for path in DEPLOY.rglob("*.y*ml") if path.parent.name not in ("prometheus", "grafana")}
+    every = {
+        path for path in DEPLOY.rglob("*.y*ml") if path.parent.name not in ("prometheus", "grafana")
+    }
     assert every == looked_at
     assert {path.parent.name for path in looked_at} == {folder for folder, _ in SHIPPED}
 
 
-@pytest.mark.parametrize(("path", "doors"), FILES, ids=lambda value: f"{value.parent.name}/{value.stem}" if isinstance(value, Path) else "")
+@pytest.mark.parametrize(
+    ("path", "doors"),
+    FILES,
+    ids=lambda value: f"{value.parent.name}/{value.stem}" if isinstance(value, Path) else "",
+)
 def test_a_shipped_file_is_closed(path: Path, doors: Callable[[File], Iterator[str]]) -> None:
     assert list(doors(load(path))) == []
 
@@ -154,7 +178,9 @@ Spoil = Callable[[Any], object]
 
 
 def start(cluster: dict[str, Any], old: str, new: str) -> None:
-    cluster["head_start_ray_commands"] = [command.replace(old, new) for command in cluster["head_start_ray_commands"]]
+    cluster["head_start_ray_commands"] = [
+        command.replace(old, new) for command in cluster["head_start_ray_commands"]
+    ]
 
 
 def of_head(cluster: dict[str, Any]) -> Any:
@@ -167,18 +193,56 @@ def of_head(cluster: dict[str, Any]) -> Any:
         ("ray/aws", lambda file: file[0]["file_mounts"].pop(TOKEN), "token is not sent"),
         ("ray/aws", lambda file: file[0].update(setup_commands=["make"]), "readable for others"),
         ("ray/aws", lambda file: start(file[0], f". {ENV} &&", ""), "without token and TLS"),
-        ("ray/aws", lambda file: start(file[0], "ray start", "RAY_AUTH_MODE=disabled ray start"), "overrides token"),
-        ("ray/aws", lambda file: start(file[0], "--dashboard-host=127.0.0.1", ""), "dashboard is not on loopback"),
-        ("ray/aws", lambda file: start(file[0], "=127.0.0.1", "=0.0.0.0"), "dashboard is not on loopback"),
-        ("ray/aws", lambda file: file[0]["provider"]["security_group"]["IpPermissions"][0].update(ToPort=9000), "beside the gateway's"),
+        (
+            "ray/aws",
+            lambda file: start(file[0], "ray start", "RAY_AUTH_MODE=disabled ray start"),
+            "overrides token",
+        ),
+        (
+            "ray/aws",
+            lambda file: start(file[0], "--dashboard-host=127.0.0.1", ""),
+            "dashboard is not on loopback",
+        ),
+        (
+            "ray/aws",
+            lambda file: start(file[0], "=127.0.0.1", "=0.0.0.0"),
+            "dashboard is not on loopback",
+        ),
+        (
+            "ray/aws",
+            lambda file: file[0]["provider"]["security_group"]["IpPermissions"][0].update(
+                ToPort=9000
+            ),
+            "beside the gateway's",
+        ),
         ("kubernetes/cluster", lambda file: file.pop(), "no policy"),
         ("kubernetes/cluster", lambda file: file[-1]["spec"]["ingress"].append({}), "all ports"),
-        ("kubernetes/cluster", lambda file: file[-1]["spec"]["ingress"].append({"ports": [{"port": 6379}]}), "6379"),
+        (
+            "kubernetes/cluster",
+            lambda file: file[-1]["spec"]["ingress"].append({"ports": [{"port": 6379}]}),
+            "6379",
+        ),
         ("kubernetes/cluster", lambda file: file[0]["spec"].pop("authOptions"), "no token"),
-        ("kubernetes/cluster", lambda file: of_head(file[0])["template"]["spec"]["containers"][0].pop("env"), "in the clear"),
-        ("kubernetes/cluster", lambda file: of_head(file[0])["rayStartParams"].update({"dashboard-host": "0.0.0.0"}), "dashboard"),
-        ("kubernetes/cluster", lambda file: of_head(file[0])["template"]["spec"].update(hostNetwork=True), "more rights"),
-        ("kubernetes/cluster", lambda file: file[1]["spec"].update(type="LoadBalancer"), "LoadBalancer"),
+        (
+            "kubernetes/cluster",
+            lambda file: of_head(file[0])["template"]["spec"]["containers"][0].pop("env"),
+            "in the clear",
+        ),
+        (
+            "kubernetes/cluster",
+            lambda file: of_head(file[0])["rayStartParams"].update({"dashboard-host": "0.0.0.0"}),
+            "dashboard",
+        ),
+        (
+            "kubernetes/cluster",
+            lambda file: of_head(file[0])["template"]["spec"].update(hostNetwork=True),
+            "more rights",
+        ),
+        (
+            "kubernetes/cluster",
+            lambda file: file[1]["spec"].update(type="LoadBalancer"),
+            "LoadBalancer",
+        ),
         ("kubernetes/service", lambda file: file[1]["spec"]["ingress"].pop(), "dashboard"),
         ("examples/cloud", lambda file: file[0]["gateway"].pop("tls"), "without keys and TLS"),
         ("examples/cloud", lambda file: file[0]["gateway"].pop("api_keys"), "without keys and TLS"),
@@ -198,7 +262,13 @@ def test_an_open_door_would_be_noticed(file: str, spoil: Spoil, door: str) -> No
 
 def test_the_settings_of_a_node_are_token_and_tls(tmp_path: Path) -> None:
     home = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
-    said = subprocess.run(["bash", "-c", f". {DEPLOY}/ray/env && env"], env=home, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        ["bash", "-c", f". {DEPLOY}/ray/env && env"],
+        env=home,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     settings = dict(line.split("=", 1) for line in said.splitlines() if line.startswith("RAY_"))
     assert settings["RAY_AUTH_MODE"] == "token"
     assert settings["RAY_USE_TLS"] == "1"
@@ -217,22 +287,46 @@ def test_the_keys_that_are_made_are_private_and_stay(tmp_path: Path) -> None:
     home = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
     made: list[dict[Path, bytes]] = []
     for _ in range(2):
-        subprocess.run([DEPLOY / "ray" / "keys", "llm.example"], env=home, check=True, capture_output=True, cwd=tmp_path)
-        made.append({path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and ".cache" not in path.parts})
+        subprocess.run(
+            [DEPLOY / "ray" / "keys", "llm.example"],
+            env=home,
+            check=True,
+            capture_output=True,
+            cwd=tmp_path,
+        )
+        made.append(
+            {
+                path: path.read_bytes()
+                for path in tmp_path.rglob("*")
+                if path.is_file() and ".cache" not in path.parts
+            }
+        )
     assert made[0] == made[1]
     assert len(made[0][tmp_path / ".ray" / "auth_token"]) >= 32
-    assert {stat.S_IMODE(path.stat().st_mode) & 0o077 for path in (*made[0], tmp_path / ".outrider", tmp_path / ".outrider" / "certs")} == {
-        0
-    }
+    assert {
+        stat.S_IMODE(path.stat().st_mode) & 0o077
+        for path in (*made[0], tmp_path / ".outrider", tmp_path / ".outrider" / "certs")
+    } == {0}
     certs = tmp_path / ".outrider" / "certs"
     for role in ROLES:
-        read(TlsConfig(ca=certs / "ca.pem", cert=certs / "{role}.pem", key=certs / "{role}-key.pem"), role)
+        read(
+            TlsConfig(ca=certs / "ca.pem", cert=certs / "{role}.pem", key=certs / "{role}-key.pem"),
+            role,
+        )
 
 
-@pytest.mark.parametrize("path", sorted(path for path in DEPLOY.rglob("*") if path.is_file()), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted(path for path in DEPLOY.rglob("*") if path.is_file()), ids=lambda path: path.name
+)
 def test_no_file_of_deploy_switches_something_off(path: Path) -> None:
     text = path.read_text("utf-8")
-    assert re.findall(r"RAY_AUTH_MODE=(?!token)\S*|RAY_USE_TLS=0|--insecure|insecure: true|verify=False|BEGIN [A-Z ]*PRIVATE", text) == []
+    assert (
+        re.findall(
+            r"RAY_AUTH_MODE=(?!token)\S*|RAY_USE_TLS=0|--insecure|insecure: true|verify=False|BEGIN [A-Z ]*PRIVATE",
+            text,
+        )
+        == []
+    )
 
 
 def test_the_image_runs_as_nobody_of_importance() -> None:

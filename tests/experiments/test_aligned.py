@@ -10,18 +10,30 @@ from experiments.aligned import main, read, table, verdicts
 from runtime.core.errors import InvalidRequest
 
 
-def trained(folder: Path, first: Mapping[float, float], losses: tuple[float, ...] = (3.0, 2.0)) -> Path:
+def trained(
+    folder: Path, first: Mapping[float, float], losses: tuple[float, ...] = (3.0, 2.0)
+) -> Path:
     """As `outrider train draft` leaves it: `first` is how often the first guess is right, by temperature."""
     folder.mkdir()
-    rates = [{"temperature": at, "positions": [{"1": rate, "8": 0.9}], "chain": 1 + rate} for at, rate in first.items()]
-    (folder / "training.json").write_text(json.dumps({"losses": losses, "acceptance": rates, "seconds": 90.0}))
-    (folder / "README.md").write_text("| | |\n|---|---|\n| settings | loss kl, shape 64x2 |\n| steps | 2 of 3 texts |\n")
+    rates = [
+        {"temperature": at, "positions": [{"1": rate, "8": 0.9}], "chain": 1 + rate}
+        for at, rate in first.items()
+    ]
+    (folder / "training.json").write_text(
+        json.dumps({"losses": losses, "acceptance": rates, "seconds": 90.0})
+    )
+    (folder / "README.md").write_text(
+        "| | |\n|---|---|\n| settings | loss kl, shape 64x2 |\n| steps | 2 of 3 texts |\n"
+    )
     return folder
 
 
 @pytest.fixture
 def two(tmp_path: Path) -> list[Path]:
-    return [trained(tmp_path / "before", {0.0: 0.50, 0.8: 0.40}), trained(tmp_path / "after", {0.0: 0.56, 0.8: 0.44})]
+    return [
+        trained(tmp_path / "before", {0.0: 0.50, 0.8: 0.40}),
+        trained(tmp_path / "after", {0.0: 0.56, 0.8: 0.44}),
+    ]
 
 
 def test_the_others_are_compared_with_the_first(two: list[Path]) -> None:
@@ -49,7 +61,13 @@ def test_the_command(two: list[Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", '{"losses": [], "acceptance": [], "seconds": 1}', '{"losses": [1], "acceptance": [], "seconds": 1}']
+    "content",
+    [
+        "",
+        "[]",
+        '{"losses": [], "acceptance": [], "seconds": 1}',
+        '{"losses": [1], "acceptance": [], "seconds": 1}',
+    ],
 )
 def test_folders_that_no_training_has_made(content: str, tmp_path: Path) -> None:
     (tmp_path / "training.json").write_text(content)

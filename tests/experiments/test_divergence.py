@@ -10,16 +10,26 @@ from runtime.models.loader import load_model, load_tokenizer
 from runtime.models.sampler import choose
 from tests.support.harness import Lockstep, asking, engine_of, plain
 
-PROMPTS = ("import os\nimport sys\n", "class Stack:\n    def __init__(self", "def read(path):\n", "for name in sorted(", "@property\ndef ")
+PROMPTS = (
+    "import os\nimport sys\n",
+    "class Stack:\n    def __init__(self",
+    "def read(path):\n",
+    "for name in sorted(",
+    "@property\ndef ",
+)
 
 
 @pytest.mark.slow
 def test_texts_of_bfloat16_differ_at_near_ties_alone() -> None:
-    target, draft = (load_model(config.shipped(name), "bfloat16", "cpu", 1) for name in ("target", "draft"))
+    target, draft = (
+        load_model(config.shipped(name), "bfloat16", "cpu", 1) for name in ("target", "draft")
+    )
     tokenizer, lengths = load_tokenizer(config.shipped("target")), []
     for text in PROMPTS:
         request = asking(tokenizer.encode(text), max_tokens=40)
-        (guessed,) = Lockstep(engine_of(target, 8, chooser=choose), DraftEngine(ModelDrafter(draft), "d", 4)).run(request)
+        (guessed,) = Lockstep(
+            engine_of(target, 8, chooser=choose), DraftEngine(ModelDrafter(draft), "d", 4)
+        ).run(request)
         alone = plain(target, request, chooser=choose)
         assert guessed.stats.accepted > 0
         found = divergence(target, request.prompt, guessed.tokens, alone.tokens)

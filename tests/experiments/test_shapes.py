@@ -9,7 +9,13 @@ from bench.methods.study import TEMPERATURES
 from experiments.shapes import Shape, Tried, draw, page, read, table
 from runtime.core.errors import InvalidRequest
 
-WIDE = {"name": "128x2", "parameters": 950_000, "times": {"1": 0.001, "4": 0.0015}, "rates": {"1": 0.5, "4": 0.75}, "promise": 2.0}
+WIDE = {
+    "name": "128x2",
+    "parameters": 950_000,
+    "times": {"1": 0.001, "4": 0.0015},
+    "rates": {"1": 0.5, "4": 0.75},
+    "promise": 2.0,
+}
 
 
 def test_what_the_tuning_has_left(tmp_path: Path) -> None:
@@ -17,7 +23,16 @@ def test_what_the_tuning_has_left(tmp_path: Path) -> None:
     assert read(tmp_path) == [Shape(tmp_path / "128x2", 0.95, {1: 1.0, 4: 1.5}, {1: 0.5, 4: 0.75})]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"shapes": [{}]}', '{"shapes": [{"name": "a", "parameters": 1, "times": 3}]}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"shapes": [{}]}',
+        '{"shapes": [{"name": "a", "parameters": 1, "times": 3}]}',
+    ],
+)
 def test_folders_that_hold_no_shapes(content: str, tmp_path: Path) -> None:
     (tmp_path / "shapes.json").write_text(content)
     with pytest.raises(InvalidRequest, match="tune shapes"):
@@ -26,12 +41,24 @@ def test_folders_that_hold_no_shapes(content: str, tmp_path: Path) -> None:
 
 def test_the_page_names_the_fastest(tmp_path: Path) -> None:
     first, other = TEMPERATURES
-    shapes = [Shape(Path(name), 0.95, {1: ms, 4: ms}, {1: 0.5, 4: 0.75}) for name, ms in (("128x2", 1.0), ("64x8", 3.0))]
+    shapes = [
+        Shape(Path(name), 0.95, {1: ms, 4: ms}, {1: 0.5, 4: 0.75})
+        for name, ms in (("128x2", 1.0), ("64x8", 3.0))
+    ]
     tried = [
         Tried(shapes[0], {first: 60.0, other: 40.0}, {first: 2.0, other: 1.3}),
         Tried(shapes[1], {first: 50.0, other: 41.0}, {first: 1.7, other: 1.4}),
     ]
-    assert table(tried).rows[1] == ("64x8", "0.95", "3.00", "3.00", "0.500", "0.750", "50.0 (1.70 x plain)", "41.0 (1.40 x plain)")
+    assert table(tried).rows[1] == (
+        "64x8",
+        "0.95",
+        "3.00",
+        "3.00",
+        "0.500",
+        "0.750",
+        "50.0 (1.70 x plain)",
+        "41.0 (1.40 x plain)",
+    )
     assert "Fastest end to end at temperature 0: 128x2." in page(tried, 3, "p.png")
     draw(tried, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 1000

@@ -18,7 +18,11 @@ from tests.protos.test_codec import DRAFTER, events, quick
 def test_bundled_events_round_trip(several: list[Event]) -> None:
     messages = bundle.to_drafter([codec.encode_event(event) for event in several])
     assert len(messages) == (1 if several else 0)
-    assert [codec.decode_event(frame) for message in messages for frame in bundle.frames_to_drafter(message)] == several
+    assert [
+        codec.decode_event(frame)
+        for message in messages
+        for frame in bundle.frames_to_drafter(message)
+    ] == several
 
 
 def test_bundles_stay_within_a_message() -> None:
@@ -39,14 +43,24 @@ def test_a_message_holds_so_many_frames_and_no_more() -> None:
     """A frame may be empty: a message of them would be a million lines of work."""
     frames = [codec.encode_reply(Resync("s", DRAFTER))] * (2 * limits.FRAMES + 1)
     messages = bundle.from_drafter(frames)
-    assert [len(bundle.frames_from_drafter(message)) for message in messages] == [limits.FRAMES, limits.FRAMES, 1]
+    assert [len(bundle.frames_from_drafter(message)) for message in messages] == [
+        limits.FRAMES,
+        limits.FRAMES,
+        1,
+    ]
     with pytest.raises(InvalidRequest, match="257 frames"):
-        bundle.frames_from_drafter(pb.FromDrafter(bundle=pb.Bundle(frames=[b""] * (limits.FRAMES + 1))).SerializeToString())
+        bundle.frames_from_drafter(
+            pb.FromDrafter(bundle=pb.Bundle(frames=[b""] * (limits.FRAMES + 1))).SerializeToString()
+        )
 
 
 def test_a_bundle_in_a_bundle_is_of_no_kind() -> None:
-    inner = pb.FromDrafter(bundle=pb.Bundle(frames=[codec.encode_reply(Resync("s", DRAFTER))])).SerializeToString()
-    (frame,) = bundle.frames_from_drafter(pb.FromDrafter(bundle=pb.Bundle(frames=[inner])).SerializeToString())
+    inner = pb.FromDrafter(
+        bundle=pb.Bundle(frames=[codec.encode_reply(Resync("s", DRAFTER))])
+    ).SerializeToString()
+    (frame,) = bundle.frames_from_drafter(
+        pb.FromDrafter(bundle=pb.Bundle(frames=[inner])).SerializeToString()
+    )
     with pytest.raises(InvalidRequest, match="bundle has no place"):
         codec.decode_reply(frame)
 

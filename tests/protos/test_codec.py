@@ -15,7 +15,20 @@ from protos import speculation_pb2 as pb
 from protos.handshake import PROTOCOL, Hello, mismatch
 from runtime.core import limits
 from runtime.core.errors import InvalidRequest
-from runtime.core.messages import Chunk, Close, Commit, Draft, Event, Logprob, Open, Request, Resync, Share, Stats, Style
+from runtime.core.messages import (
+    Chunk,
+    Close,
+    Commit,
+    Draft,
+    Event,
+    Logprob,
+    Open,
+    Request,
+    Resync,
+    Share,
+    Stats,
+    Style,
+)
 from runtime.core.sampling_params import Constraint, Sampling
 
 DRAFTER = "d0"
@@ -27,7 +40,9 @@ epochs = st.integers(0, 2**64 - 1)
 ids = st.integers(0, 2**31 - 1)
 tokens = st.lists(ids, max_size=20).map(tuple)
 seconds = st.floats(0, 1e9)
-constraints = st.builds(Constraint, st.sampled_from(list(codec.KINDS)), st.text(min_size=1, max_size=30))
+constraints = st.builds(
+    Constraint, st.sampled_from(list(codec.KINDS)), st.text(min_size=1, max_size=30)
+)
 samplings = st.builds(
     Sampling,
     temperature=st.just(0.0) | st.floats(0.01, 100),
@@ -39,7 +54,9 @@ samplings = st.builds(
     frequency_penalty=st.floats(-2, 2),
     logit_bias=st.lists(st.tuples(ids, st.floats(-100, 100)), max_size=5).map(tuple),
     seed=st.integers(-(2**63), 2**63 - 1),
-    stop=st.lists(st.text(min_size=1, max_size=limits.STOP_LENGTH), max_size=limits.STOP_STRINGS).map(tuple),
+    stop=st.lists(
+        st.text(min_size=1, max_size=limits.STOP_LENGTH), max_size=limits.STOP_STRINGS
+    ).map(tuple),
     max_tokens=st.integers(10, 2**31 - 1),
     min_tokens=st.integers(0, 10),
     ignore_eos=st.booleans(),
@@ -54,7 +71,15 @@ styles = st.builds(Style, widths, widths, counts)
 def opens(draw: st.DrawFn) -> Open:
     session, text, of = draw(names), draw(st.lists(ids, min_size=1, max_size=20)), draw(counts)
     share = Share(session, draw(st.integers(0, max(0, of - 1))), of)
-    return Open(session, draw(epochs), tuple(text), draw(st.integers(1, len(text))), draw(samplings), share, draw(styles))
+    return Open(
+        session,
+        draw(epochs),
+        tuple(text),
+        draw(st.integers(1, len(text))),
+        draw(samplings),
+        share,
+        draw(styles),
+    )
 
 
 events: SearchStrategy[Event] = st.one_of(
@@ -64,7 +89,9 @@ events: SearchStrategy[Event] = st.one_of(
     st.builds(Close, names),
 )
 deadlines = st.none() | st.floats(allow_nan=False)
-requests = st.builds(Request, names, tokens, samplings, st.booleans(), tokens, epochs, deadlines, st.none() | counts)
+requests = st.builds(
+    Request, names, tokens, samplings, st.booleans(), tokens, epochs, deadlines, st.none() | counts
+)
 stats = st.builds(
     Stats,
     *[epochs] * 7,
@@ -87,7 +114,9 @@ def chunks(draw: st.DrawFn) -> Chunk:
     by = draw(st.lists(st.text(max_size=8), min_size=len(ids_), max_size=len(ids_)).map(tuple))
     reason = draw(st.sampled_from(list(codec.REASONS)))
     pieces = draw(st.lists(st.text(max_size=8), min_size=len(ids_), max_size=len(ids_)).map(tuple))
-    logged = draw(st.just(()) | st.lists(logprobs, min_size=len(ids_), max_size=len(ids_)).map(tuple))
+    logged = draw(
+        st.just(()) | st.lists(logprobs, min_size=len(ids_), max_size=len(ids_)).map(tuple)
+    )
     return Chunk(pieces, ids_, by, reason, draw(st.none() | stats), draw(st.text()), logged)
 
 
@@ -97,7 +126,14 @@ def drafts(draw: st.DrawFn) -> Draft:
     random = np.random.default_rng(draw(ids))
     scores = -random.exponential(size=nodes).astype(np.float32)
     parents = random.integers(0, 2**64, nodes, dtype=np.uint64)
-    return Draft(draw(names), draw(epochs), DRAFTER, parents, random.integers(0, 2**31, nodes, dtype=np.int32), scores)
+    return Draft(
+        draw(names),
+        draw(epochs),
+        DRAFTER,
+        parents,
+        random.integers(0, 2**31, nodes, dtype=np.int32),
+        scores,
+    )
 
 
 @quick
@@ -163,8 +199,16 @@ def test_any_bytes_are_a_value_or_an_invalid_request(data: bytes) -> None:
             assert len(str(error)) < 300  # noqa: PT017 - any outcome but another exception is right
 
 
-def growth(parents: bytes = bytes(8), tokens: bytes = bytes(4), scores: bytes = bytes(4), *, session: str = "s") -> bytes:
-    frame: bytes = pb.FromDrafter(draft=pb.Draft(session=session, parents=parents, tokens=tokens, scores=scores)).SerializeToString()
+def growth(
+    parents: bytes = bytes(8),
+    tokens: bytes = bytes(4),
+    scores: bytes = bytes(4),
+    *,
+    session: str = "s",
+) -> bytes:
+    frame: bytes = pb.FromDrafter(
+        draft=pb.Draft(session=session, parents=parents, tokens=tokens, scores=scores)
+    ).SerializeToString()
     return frame
 
 
@@ -213,14 +257,41 @@ def test_one_bad_score_among_good_ones_is_found() -> None:
     ("frame", "says"),
     [
         (pb.ToDrafter(open=pb.Open(session="s", prompt=1, share_of=1)), "prompt 1 of 0 tokens"),
-        (pb.ToDrafter(open=pb.Open(session="s", tokens=[1], prompt=0, share_of=1)), "prompt 0 of 1"),
-        (pb.ToDrafter(open=pb.Open(session="s", tokens=[1], prompt=2, share_of=1)), "prompt 2 of 1"),
-        (pb.ToDrafter(open=pb.Open(session="s", tokens=[1], prompt=1, share_index=1)), "share 1 of 0"),
-        (pb.ToDrafter(open=pb.Open(session="s", tokens=[1], prompt=1, style=pb.Style(width=2**20))), "width 1048576, branches 0"),
-        (pb.ToDrafter(open=pb.Open(session="s", tokens=[1], prompt=1, style=pb.Style(branches=2**32 - 1))), "branches 4294967295"),
+        (
+            pb.ToDrafter(open=pb.Open(session="s", tokens=[1], prompt=0, share_of=1)),
+            "prompt 0 of 1",
+        ),
+        (
+            pb.ToDrafter(open=pb.Open(session="s", tokens=[1], prompt=2, share_of=1)),
+            "prompt 2 of 1",
+        ),
+        (
+            pb.ToDrafter(open=pb.Open(session="s", tokens=[1], prompt=1, share_index=1)),
+            "share 1 of 0",
+        ),
+        (
+            pb.ToDrafter(
+                open=pb.Open(session="s", tokens=[1], prompt=1, style=pb.Style(width=2**20))
+            ),
+            "width 1048576, branches 0",
+        ),
+        (
+            pb.ToDrafter(
+                open=pb.Open(session="s", tokens=[1], prompt=1, style=pb.Style(branches=2**32 - 1))
+            ),
+            "branches 4294967295",
+        ),
         (pb.ToDrafter(open=pb.Open(session="s", tokens=[-7], prompt=1, share_of=1)), "token id -7"),
         (
-            pb.ToDrafter(open=pb.Open(session="s", tokens=[1], prompt=1, share_of=1, sampling=pb.Sampling(temperature=math.nan))),
+            pb.ToDrafter(
+                open=pb.Open(
+                    session="s",
+                    tokens=[1],
+                    prompt=1,
+                    share_of=1,
+                    sampling=pb.Sampling(temperature=math.nan),
+                )
+            ),
             "temperature",
         ),
         (pb.ToDrafter(commit=pb.Commit(session="s", tokens=[-1])), "token id -1"),
@@ -246,8 +317,18 @@ def test_malformed_events_are_refused(frame: Any, says: str) -> None:
         ({"deadline": math.nan}, "deadline"),
         ({"sampling": pb.Sampling(logprobs=21)}, "logprobs"),
         ({"sampling": pb.Sampling(constraint=pb.Constraint(text="a"))}, "response_format"),
-        ({"sampling": pb.Sampling(constraint=pb.Constraint(kind=pb.CONSTRAINT_KIND_REGEX))}, "response_format"),
-        ({"sampling": pb.Sampling(constraint=pb.Constraint(kind=pb.CONSTRAINT_KIND_REGEX, text="a" * 16385))}, "response_format"),
+        (
+            {"sampling": pb.Sampling(constraint=pb.Constraint(kind=pb.CONSTRAINT_KIND_REGEX))},
+            "response_format",
+        ),
+        (
+            {
+                "sampling": pb.Sampling(
+                    constraint=pb.Constraint(kind=pb.CONSTRAINT_KIND_REGEX, text="a" * 16385)
+                )
+            },
+            "response_format",
+        ),
     ],
 )
 def test_malformed_requests_name_the_parameter(fields: dict[str, Any], param: str) -> None:
@@ -264,14 +345,20 @@ def logged(**fields: Any) -> pb.GenerateChunk:
 @pytest.mark.parametrize(
     ("chunk", "says"),
     [
-        (pb.GenerateChunk(pieces=["a"], tokens=[1, 2], drafters=["", ""]), "2 tokens, 2 drafters and 1 pieces"),
+        (
+            pb.GenerateChunk(pieces=["a"], tokens=[1, 2], drafters=["", ""]),
+            "2 tokens, 2 drafters and 1 pieces",
+        ),
         (pb.GenerateChunk(pieces=["a", "b"], tokens=[1, 2], drafters=[""]), "1 drafters"),
         (pb.GenerateChunk(pieces=["a"], tokens=[-1], drafters=[""]), "token id -1"),
         (pb.GenerateChunk(finish_reason=99), "finish_reason 99"),  # type: ignore[arg-type]
         (logged(chosen=[-1.0]), "logprobs of 1 tokens and 0 others"),
         (logged(chosen=[-1.0], counts=[1]), "logprobs of 1 tokens and 0 others"),
         (logged(chosen=[-1.0] * 2, counts=[0] * 2), "logprobs of 2 tokens"),
-        (logged(chosen=[-1.0], counts=[1], top_tokens=[3, 4], top_values=[-1.0] * 2), "logprobs of 1 tokens and 2 others"),
+        (
+            logged(chosen=[-1.0], counts=[1], top_tokens=[3, 4], top_values=[-1.0] * 2),
+            "logprobs of 1 tokens and 2 others",
+        ),
         (logged(chosen=[math.nan], counts=[0]), "logprobs above 0"),
         (logged(chosen=[-1.0], counts=[1], top_tokens=[3], top_values=[0.5]), "logprobs above 0"),
         (logged(chosen=[-1.0], counts=[1], top_tokens=[-3], top_values=[-0.5]), "token id -3"),
@@ -283,9 +370,13 @@ def test_malformed_chunks_are_refused(chunk: Any, says: str) -> None:
 
 
 def test_absent_fields_have_the_defaults() -> None:
-    assert codec.decode_request(pb.GenerateRequest(session="s").SerializeToString()) == Request("s", (), Sampling())
+    assert codec.decode_request(pb.GenerateRequest(session="s").SerializeToString()) == Request(
+        "s", (), Sampling()
+    )
     opened = pb.ToDrafter(open=pb.Open(session="s", tokens=[7], prompt=1))
-    assert codec.decode_event(opened.SerializeToString()) == Open("s", 0, (7,), 1, Sampling(), Share("s", 0, 0), Style(0, 0, 0))
+    assert codec.decode_event(opened.SerializeToString()) == Open(
+        "s", 0, (7,), 1, Sampling(), Share("s", 0, 0), Style(0, 0, 0)
+    )
 
 
 def test_a_frame_of_a_later_protocol_is_neither_a_value_nor_an_error() -> None:
@@ -316,7 +407,10 @@ HELLO = Hello("abc", "big", "d0", 3)
         (Hello("xyz", "small", "d0", 3), ("abc", "xyz")),
         (Hello("abc", "small", "d1", 3), ("d0", "d1")),
         (Hello("abc", "small", "d0", 4), ("life 3", "life 4")),
-        (Hello("abc", "small", "d0", 3, PROTOCOL + 1), (f"protocol {PROTOCOL}", f"protocol {PROTOCOL + 1}")),
+        (
+            Hello("abc", "small", "d0", 3, PROTOCOL + 1),
+            (f"protocol {PROTOCOL}", f"protocol {PROTOCOL + 1}"),
+        ),
     ],
 )
 def test_a_mismatch_names_both_values(other: Hello, values: tuple[str, str]) -> None:

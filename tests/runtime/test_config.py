@@ -26,7 +26,10 @@ from runtime.core.errors import InvalidRequest
 
 
 def named(*drafts: str, drafters: int = 1) -> list[str]:
-    return [drafter.name for drafter in deployment("t", drafts, drafters, "auto", "cpu", local=False).drafters()]
+    return [
+        drafter.name
+        for drafter in deployment("t", drafts, drafters, "auto", "cpu", local=False).drafters()
+    ]
 
 
 def test_the_methods_are_the_files() -> None:
@@ -40,7 +43,14 @@ def test_the_heads_are_the_files_and_sit_on_the_target(tmp_path: Path) -> None:
     for folder, config in ((trained, {"method": "medusa"}), (model, {"model_type": "llama"})):
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config))
-    made = deployment("big", ("token-recycling", "small", str(trained), "medusa", str(model)), 2, "auto", "cpu", local=True)
+    made = deployment(
+        "big",
+        ("token-recycling", "small", str(trained), "medusa", str(model)),
+        2,
+        "auto",
+        "cpu",
+        local=True,
+    )
     assert made.target.named_heads() == {
         "token-recycling-0": HeadConfig(method="token-recycling"),
         "medusa-0": HeadConfig(method="medusa", folder=str(trained)),
@@ -75,20 +85,41 @@ def test_a_draft_is_a_method_or_a_model() -> None:
 def test_names_are_distinct_whatever_is_asked_for() -> None:
     assert named("small", drafters=3) == ["small-0", "small-1", "small-2"]
     assert named("small", "small") == ["small-0", "small-2-0"]
-    assert named("a/small", "b/small", drafters=2) == ["small-0", "small-1", "small-2-0", "small-2-1"]
+    assert named("a/small", "b/small", drafters=2) == [
+        "small-0",
+        "small-1",
+        "small-2-0",
+        "small-2-1",
+    ]
     assert named("small", "small-2", "b/small") == ["small-0", "small-2-0", "small-3-0"]
-    assert named("Org/Big_Model v2", "target", "___", drafters=1) == ["big_model-v2-0", "target-2-0", "draft-0"]
+    assert named("Org/Big_Model v2", "target", "___", drafters=1) == [
+        "big_model-v2-0",
+        "target-2-0",
+        "draft-0",
+    ]
     assert named() == []
 
 
-def test_on_one_machine_the_cores_are_shared_and_nothing_listens_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_one_machine_the_cores_are_shared_and_nothing_listens_outside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 1, 2, 0})
     made = deployment("big", ("small", "ngram"), 1, "auto", "auto", local=True)
-    assert [made.target.placement.cores, *(drafter.placement.cores for drafter in made.drafters())] == [(0, 1), (2,), (3,)]
-    assert {made.target.placement.listen, *(drafter.placement.listen for drafter in made.drafters())} == {"127.0.0.1"}
+    assert [
+        made.target.placement.cores,
+        *(drafter.placement.cores for drafter in made.drafters()),
+    ] == [(0, 1), (2,), (3,)]
+    assert {
+        made.target.placement.listen,
+        *(drafter.placement.listen for drafter in made.drafters()),
+    } == {"127.0.0.1"}
     spread = deployment("big", ("small",), 2, "auto", "auto", local=False)
-    assert {made.target.placement.num_cpus, *(pool.placement.num_cpus for pool in made.pools)} == {0}
-    assert [spread.target.placement, *(drafter.placement for drafter in spread.drafters())] == [Placement()] * 3
+    assert {made.target.placement.num_cpus, *(pool.placement.num_cpus for pool in made.pools)} == {
+        0
+    }
+    assert [spread.target.placement, *(drafter.placement for drafter in spread.drafters())] == [
+        Placement()
+    ] * 3
 
 
 @pytest.mark.parametrize(
@@ -118,18 +149,32 @@ def test_split_cores(cores: list[int], pools: int, shares: list[tuple[int, ...]]
 def test_the_members_of_a_pool_divide_its_cores_and_those_beyond_its_count_sit_beside_them(
     cores: tuple[int, ...], count: int, shares: list[tuple[int, ...]]
 ) -> None:
-    pool = PoolConfig(name="small", model="m", width=3, dtype="float32", count=count, placement=Placement(cores=cores, num_gpus=0.5))
+    pool = PoolConfig(
+        name="small",
+        model="m",
+        width=3,
+        dtype="float32",
+        count=count,
+        placement=Placement(cores=cores, num_gpus=0.5),
+    )
     members = [pool.member(index) for index in range(len(shares))]
     assert [member.placement.cores for member in members] == shares
     assert [member.name for member in members] == [f"small-{index}" for index in range(len(shares))]
-    assert {(member.model, member.width, member.dtype, member.placement.num_gpus) for member in members} == {("m", 3, "float32", 0.5)}
+    assert {
+        (member.model, member.width, member.dtype, member.placement.num_gpus) for member in members
+    } == {("m", 3, "float32", 0.5)}
 
 
 def test_what_clients_ask_for(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     assert Deployment(target=TargetConfig(model=str(tmp_path / "mine"))).served_model() == "mine"
     assert Deployment(target=TargetConfig(model="org/big")).served_model() == "org/big"
-    assert Deployment(target=TargetConfig(model="org/big"), gateway=GatewayConfig(served_model="other")).served_model() == "other"
+    assert (
+        Deployment(
+            target=TargetConfig(model="org/big"), gateway=GatewayConfig(served_model="other")
+        ).served_model()
+        == "other"
+    )
 
 
 def test_the_shipped_pair_lies_in_the_project() -> None:
@@ -149,10 +194,18 @@ def test_a_deployment_file(tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text(GOOD)
     assert read(file) == Deployment(
-        target=TargetConfig(model="big", dtype="float32", placement=Placement(num_gpus=0.5, resources={"fast": 1.0}, cores=(0, 1))),
+        target=TargetConfig(
+            model="big",
+            dtype="float32",
+            placement=Placement(num_gpus=0.5, resources={"fast": 1.0}, cores=(0, 1)),
+        ),
         pools=(
             PoolConfig(name="a", model="small", width=8, count=2, min=1, max=4, auto=True),
-            PoolConfig(name="b", method="ngram", placement=Placement(node="10.0.0.7", listen="10.0.0.7", threads=2)),
+            PoolConfig(
+                name="b",
+                method="ngram",
+                placement=Placement(node="10.0.0.7", listen="10.0.0.7", threads=2),
+            ),
         ),
     )
 
@@ -169,11 +222,20 @@ def test_a_deployment_file(tmp_path: Path) -> None:
         ("target: {model: big, dtype: float64}", "target.dtype: Input should be"),
         ("target: {model: big, placement: {num_cpus: -1}}", "target.placement.num_cpus"),
         ("target: {model: big}\npools: [{name: a, width: 0}]", "pools.0.width"),
-        ("target: {model: big}\npools: [{name: a, method: telepathy}]", "'telepathy' is no drafting method: give one of"),
+        (
+            "target: {model: big}\npools: [{name: a, method: telepathy}]",
+            "'telepathy' is no drafting method: give one of",
+        ),
         ("target: {model: big}\npools: [{name: a}, {name: a}]", "name 'a' is given twice"),
-        ("target: {model: big}\npools: [{name: target}]", "'target' names actors that are no drafters"),
+        (
+            "target: {model: big}\npools: [{name: target}]",
+            "'target' names actors that are no drafters",
+        ),
         ("target: {model: big}\npools: [{name: A b}]", "pools.0.name"),
-        ("target: {model: big}\npools: [{name: a, min: 2}]", "count 1 is not between min 2 and max 64"),
+        (
+            "target: {model: big}\npools: [{name: a, min: 2}]",
+            "count 1 is not between min 2 and max 64",
+        ),
         ("target: {model: big}\npools: [{name: a, count: 65}]", "pools.0.count"),
         ("target: {model: big}\ndrafters: [{name: a}]", "drafters: Extra inputs"),
     ],

@@ -23,7 +23,20 @@ from runtime.models.grammar import Grammars
 from runtime.models.loader import load_model, load_tokenizer
 from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
-from tests.support.harness import Known, Lockstep, Mute, Output, answer, asking, attached, engine_of, hosted, output, plain, running
+from tests.support.harness import (
+    Known,
+    Lockstep,
+    Mute,
+    Output,
+    answer,
+    asking,
+    attached,
+    engine_of,
+    hosted,
+    output,
+    plain,
+    running,
+)
 
 EOS = frozenset({0})
 PROMPT = (30, 10, 40, 10, 50)
@@ -33,7 +46,10 @@ SCHEMA = Constraint(
     json.dumps(
         {
             "type": "object",
-            "properties": {"path": {"type": "string", "maxLength": 30}, "lines": {"type": "array", "items": {"type": "integer"}}},
+            "properties": {
+                "path": {"type": "string", "maxLength": 30},
+                "lines": {"type": "array", "items": {"type": "integer"}},
+            },
             "required": ["path", "lines"],
             "additionalProperties": False,
         }
@@ -90,10 +106,14 @@ def text_of(tokenizer: Any, found: Output) -> str:
 def test_speculation_on_is_speculation_off(
     drafter: str, constraint: Constraint, temperature: float, tokenizer: Any, grammars: Grammars
 ) -> None:
-    request = asking(PROMPT, max_tokens=40, temperature=temperature, seed=5, constraint=constraint, logprobs=2)
+    request = asking(
+        PROMPT, max_tokens=40, temperature=temperature, seed=5, constraint=constraint, logprobs=2
+    )
     alone = plain(TOY, request, EOS, grammar=grammars)
     draft_engine = DraftEngine(DRAFTERS[drafter]([*PROMPT, *alone.tokens]), "d", 2)
-    (found,) = Lockstep(engine_of(TOY, 8, EOS), draft_engine, passes=4, grammar=grammars).run(request)
+    (found,) = Lockstep(engine_of(TOY, 8, EOS), draft_engine, passes=4, grammar=grammars).run(
+        request
+    )
     assert found.said() == alone.said()
     assert found.logprobs == alone.logprobs
     check(grammars, tokenizer, constraint, found)
@@ -105,13 +125,17 @@ def test_speculation_on_is_speculation_off(
 
 @TEMPERATURES
 @CONSTRAINTS
-def test_the_shipped_pair(constraint: Constraint, temperature: float, tokenizer: Any, grammars: Grammars, pair: Any) -> None:
+def test_the_shipped_pair(
+    constraint: Constraint, temperature: float, tokenizer: Any, grammars: Grammars, pair: Any
+) -> None:
     target, draft = pair
     prompt = tokenizer.encode("def copy_file(src, dst):\n    ")
     request = asking(prompt, max_tokens=32, temperature=temperature, seed=2, constraint=constraint)
     alone = plain(target, request, EOS, fast.choose, grammars)
     draft_engine = DraftEngine(ModelDrafter(draft, branches=2), "d", 2)
-    (found,) = Lockstep(engine_of(target, 8, EOS, fast.choose), draft_engine, passes=4, grammar=grammars).run(request)
+    (found,) = Lockstep(
+        engine_of(target, 8, EOS, fast.choose), draft_engine, passes=4, grammar=grammars
+    ).run(request)
     assert found.said() == alone.said()
     check(grammars, tokenizer, constraint, found)
     assert found.stats.accepted > 0
@@ -119,7 +143,9 @@ def test_the_shipped_pair(constraint: Constraint, temperature: float, tokenizer:
 
 @pytest.fixture(scope="module")
 def pair() -> Any:
-    return load_model(shipped("target"), "float32", "cpu"), load_model(shipped("draft"), "float32", "cpu")
+    return load_model(shipped("target"), "float32", "cpu"), load_model(
+        shipped("draft"), "float32", "cpu"
+    )
 
 
 class Counting:
@@ -158,20 +184,43 @@ def limit_of_a_step(found: Output) -> int:
     return len(found.stats.histogram)
 
 
-@pytest.mark.parametrize("early", [{"min_tokens": 20}, {"ignore_eos": True}, {"min_tokens": 20, "ignore_eos": True, "temperature": 0.8}])
-def test_a_complete_text_ends_however_much_longer_it_was_to_be(early: dict[str, Any], tokenizer: Any, grammars: Grammars) -> None:
+@pytest.mark.parametrize(
+    "early",
+    [
+        {"min_tokens": 20},
+        {"ignore_eos": True},
+        {"min_tokens": 20, "ignore_eos": True, "temperature": 0.8},
+    ],
+)
+def test_a_complete_text_ends_however_much_longer_it_was_to_be(
+    early: dict[str, Any], tokenizer: Any, grammars: Grammars
+) -> None:
     request = asking(PROMPT, max_tokens=30, constraint=Constraint("regex", "(yes|no)!"), **early)
     alone = plain(TOY, request, EOS, grammar=grammars)
-    assert (text_of(tokenizer, alone) in ("yes!", "no!"), alone.reason, alone.tokens[-1]) == (True, "stop", 0)
+    assert (text_of(tokenizer, alone) in ("yes!", "no!"), alone.reason, alone.tokens[-1]) == (
+        True,
+        "stop",
+        0,
+    )
     assert len(alone.tokens) < 8
-    knowing = DraftEngine(Known([*PROMPT, *alone.tokens, 9, 9, 9], 4096), "d")  # goes on behind the end
+    knowing = DraftEngine(
+        Known([*PROMPT, *alone.tokens, 9, 9, 9], 4096), "d"
+    )  # goes on behind the end
     (found,) = Lockstep(engine_of(TOY, 8, EOS), knowing, passes=9, grammar=grammars).run(request)
     assert found.said() == alone.said()
 
 
-def test_an_end_that_is_not_wanted_waits_until_nothing_else_is_allowed(tokenizer: Any, grammars: Grammars) -> None:
+def test_an_end_that_is_not_wanted_waits_until_nothing_else_is_allowed(
+    tokenizer: Any, grammars: Grammars
+) -> None:
     """After "a" the text may end or go on: with ignore_eos it goes on."""
-    request = asking(PROMPT, max_tokens=30, constraint=Constraint("regex", "a{1,40}"), ignore_eos=True, logit_bias=((0, 100.0),))
+    request = asking(
+        PROMPT,
+        max_tokens=30,
+        constraint=Constraint("regex", "a{1,40}"),
+        ignore_eos=True,
+        logit_bias=((0, 100.0),),
+    )
     assert len(text_of(tokenizer, plain(TOY, request, EOS, grammar=grammars))) == 40
 
 
@@ -182,7 +231,9 @@ def test_a_grammar_that_becomes_too_complex_ends_its_session_alone(grammars: Gra
                 raise InvalidRequest("too complex", "response_format")
             return super().allowed()
 
-    lockstep = Lockstep(engine_of(TOY, 8, EOS), grammar=lambda constraint: Failing(grammars(constraint)))
+    lockstep = Lockstep(
+        engine_of(TOY, 8, EOS), grammar=lambda constraint: Failing(grammars(constraint))
+    )
     bad, good = lockstep.run(asking(PROMPT, "bad", constraint=REGEX), asking(PROMPT, "good"))
     assert (bad.reason, bad.error, len(bad.tokens)) == ("error", "InvalidRequest: too complex", 5)
     assert good.said() == plain(TOY, asking(PROMPT), EOS).said()
@@ -194,39 +245,69 @@ def test_a_grammar_that_becomes_too_complex_ends_its_session_alone(grammars: Gra
 def test_requests_with_constraints_beside_each_other(grammars: Grammars) -> None:
     async def main() -> None:
         requests = [
-            asking(PROMPT, f"s{n}", max_tokens=16, temperature=0.4 * n, seed=n, constraint=(None, SCHEMA, REGEX)[n % 3]) for n in range(6)
+            asking(
+                PROMPT,
+                f"s{n}",
+                max_tokens=16,
+                temperature=0.4 * n,
+                seed=n,
+                constraint=(None, SCHEMA, REGEX)[n % 3],
+            )
+            for n in range(6)
         ]
-        async with running(TOY, Fixed(4, 0.01), EOS, grammar=grammars) as asked, hosted(ModelDrafter(TOY), width=2) as host:
+        async with (
+            running(TOY, Fixed(4, 0.01), EOS, grammar=grammars) as asked,
+            hosted(ModelDrafter(TOY), width=2) as host,
+        ):
             await attached(asked, "d", host)
             found = await asyncio.gather(*(answer(asked, request) for request in requests))
-        assert [one.said() for one in found] == [plain(TOY, request, EOS, grammar=grammars).said() for request in requests]
+        assert [one.said() for one in found] == [
+            plain(TOY, request, EOS, grammar=grammars).said() for request in requests
+        ]
 
     asyncio.run(main())
 
 
-def test_a_text_decided_in_part_is_gone_on_with_where_its_constraint_stands(grammars: Grammars) -> None:
+def test_a_text_decided_in_part_is_gone_on_with_where_its_constraint_stands(
+    grammars: Grammars,
+) -> None:
     async def main() -> None:
         sampling = Sampling(max_tokens=24, constraint=SCHEMA, temperature=0.8, seed=3)
         whole = plain(TOY, Request("s", PROMPT, sampling), EOS, grammar=grammars)
         async with running(TOY, Fixed(8), EOS, grammar=grammars) as asked:
             for cut in (1, 9, 23):
-                found = await answer(asked, Request("s", PROMPT, sampling, committed=whole.tokens[:cut], epoch=2))
+                found = await answer(
+                    asked, Request("s", PROMPT, sampling, committed=whole.tokens[:cut], epoch=2)
+                )
                 assert (found.tokens, found.reason) == (whole.tokens[cut:], whole.reason)
-            with pytest.raises(InvalidRequest, match="token 9, number 1 of those committed, breaks the response_format") as caught:
+            with pytest.raises(
+                InvalidRequest,
+                match="token 9, number 1 of those committed, breaks the response_format",
+            ) as caught:
                 await answer(asked, Request("s", PROMPT, sampling, committed=(whole.tokens[0], 9)))
             assert caught.value.param == "committed"
 
     asyncio.run(main())
 
 
-def test_a_constraint_that_cannot_be_used_is_refused_before_the_first_piece(grammars: Grammars) -> None:
+def test_a_constraint_that_cannot_be_used_is_refused_before_the_first_piece(
+    grammars: Grammars,
+) -> None:
     async def main() -> None:
-        async with running(TOY, Fixed(8), EOS, grammar=grammars) as asked, running(TOY, Fixed(8), EOS) as ignorant:
+        async with (
+            running(TOY, Fixed(8), EOS, grammar=grammars) as asked,
+            running(TOY, Fixed(8), EOS) as ignorant,
+        ):
             for target, says in ((asked, "unclosed group"), (ignorant, "knows no grammars")):
                 with pytest.raises(InvalidRequest, match=says) as caught:
-                    await anext(target.generate(asking(PROMPT, constraint=Constraint("regex", "("))))
+                    await anext(
+                        target.generate(asking(PROMPT, constraint=Constraint("regex", "(")))
+                    )
                 assert caught.value.param == "response_format"
-                assert output([chunk async for chunk in target.generate(asking(PROMPT))]).reason == "length"
+                assert (
+                    output([chunk async for chunk in target.generate(asking(PROMPT))]).reason
+                    == "length"
+                )
 
     asyncio.run(main())
 

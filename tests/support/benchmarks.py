@@ -3,7 +3,17 @@
 import numpy as np
 
 from bench.core.methods import ALONE, AMUSD, GREEDY, LIVINGS, RIVALS, Method, OutriderMethod
-from bench.core.results import Acceptance, Forecast, Machine, PairFacts, Profile, Results, Run, Settings, Steps
+from bench.core.results import (
+    Acceptance,
+    Forecast,
+    Machine,
+    PairFacts,
+    Profile,
+    Results,
+    Run,
+    Settings,
+    Steps,
+)
 
 SPEEDS = {  # tokens per second at temperature 0
     "plain": 40.0,
@@ -33,7 +43,9 @@ SPEEDS = {  # tokens per second at temperature 0
 SYNC = (
     Method("sync chain", OutriderMethod("sync", (("rows", 4),), ("model",))),
     Method("sync tree", OutriderMethod("sync", (("rows", 15),), ("model",))),
-    Method("sync tree, 2 cores", OutriderMethod("sync", (("rows", 15),), ("model",), (0, 1), (0, 1))),
+    Method(
+        "sync tree, 2 cores", OutriderMethod("sync", (("rows", 15),), ("model",), (0, 1), (0, 1))
+    ),
     Method("pearl", OutriderMethod("pearl", (("passes", 12),), ("model",))),
 )
 METHODS = (*ALONE, *SYNC, AMUSD, *LIVINGS, *RIVALS)
@@ -43,15 +55,39 @@ TOKENS, PROMPTS, REPETITIONS, PREFILL = 128, 6, 3, 0.25
 def run(method: str, rate: float, prompt: int = 0, repetition: int = 0, **changes: object) -> Run:
     """A run that decodes with `rate` tokens per second after its first token."""
     seconds = PREFILL + (TOKENS - 1) / rate
-    given = {"temperature": 0.0, "batch": 1, "tokens": TOKENS, "seconds": seconds, "first_tokens": 1, "first_seconds": PREFILL, "text": "a"}
-    return Run.model_validate({"method": method, "prompt": f"file_{prompt}.py:1", "repetition": repetition, **given, **changes})
+    given = {
+        "temperature": 0.0,
+        "batch": 1,
+        "tokens": TOKENS,
+        "seconds": seconds,
+        "first_tokens": 1,
+        "first_seconds": PREFILL,
+        "text": "a",
+    }
+    return Run.model_validate(
+        {
+            "method": method,
+            "prompt": f"file_{prompt}.py:1",
+            "repetition": repetition,
+            **given,
+            **changes,
+        }
+    )
 
 
-def steps(decoding: float, compute: float = 0.88, wait: float = 0.08, bookkeeping: float = 0.02) -> Steps:
+def steps(
+    decoding: float, compute: float = 0.88, wait: float = 0.08, bookkeeping: float = 0.02
+) -> Steps:
     """Of a run whose decoding takes so many seconds."""
-    times = {"computed": compute * decoding, "waited": wait * decoding, "bookkeeping": bookkeeping * decoding}
+    times = {
+        "computed": compute * decoding,
+        "waited": wait * decoding,
+        "bookkeeping": bookkeeping * decoding,
+    }
     counts = {"rounds": 40, "drafted": 700, "verified": 500, "accepted": 88, "hits": 30}
-    return Steps.model_validate({**counts, **times, "by_drafter": {"model-0": 80, "ngram-0": 8}, "lead": 3.2})
+    return Steps.model_validate(
+        {**counts, **times, "by_drafter": {"model-0": 80, "ngram-0": 8}, "lead": 3.2}
+    )
 
 
 def synthetic() -> Results:
@@ -66,15 +102,38 @@ def synthetic() -> Results:
                     found = rate * slower * easy * draw.normal(1, 0.02)
                     own = (
                         steps((TOKENS - 1) / found)
-                        if name in SPEEDS and "core" not in name and not name.startswith(("assist", "tran", "prompt"))
+                        if name in SPEEDS
+                        and "core" not in name
+                        and not name.startswith(("assist", "tran", "prompt"))
                         else None
                     )
                     text = "b" if name.startswith("assisted") and prompt == 0 else "a"
-                    runs.append(run(name, found, prompt, repetition, temperature=temperature, steps=own, text=text))
+                    runs.append(
+                        run(
+                            name,
+                            found,
+                            prompt,
+                            repetition,
+                            temperature=temperature,
+                            steps=own,
+                            text=text,
+                        )
+                    )
     for batch, factors in {4: (3.2, 2.1), 8: (5.4, 3.0), 16: (7.5, 2.8)}.items():
         for name, factor in zip(("plain", "living"), factors, strict=True):
-            runs += [run(name, SPEEDS[name] * factor * (0.9 + 0.1 * prompt), prompt, batch=batch) for prompt in range(3)]
-        runs += [run(GREEDY.name, SPEEDS[GREEDY.name] * factors[0] * (0.9 + 0.1 * prompt), prompt, batch=batch) for prompt in range(3)]
+            runs += [
+                run(name, SPEEDS[name] * factor * (0.9 + 0.1 * prompt), prompt, batch=batch)
+                for prompt in range(3)
+            ]
+        runs += [
+            run(
+                GREEDY.name,
+                SPEEDS[GREEDY.name] * factors[0] * (0.9 + 0.1 * prompt),
+                prompt,
+                batch=batch,
+            )
+            for prompt in range(3)
+        ]
     return Results(
         name="synthetic",
         machine=Machine(
@@ -87,8 +146,20 @@ def synthetic() -> Results:
             transformers="5.23.0",
             date="2026-01-01",
         ),
-        pair=PairFacts(target="target-768x12", draft="draft", target_parameters=88_000_000, draft_parameters=1_700_000, dtype="bfloat16"),
-        settings=Settings(prompts="held-out files", count=PROMPTS, new_tokens=TOKENS, repetitions=REPETITIONS, seed=1),
+        pair=PairFacts(
+            target="target-768x12",
+            draft="draft",
+            target_parameters=88_000_000,
+            draft_parameters=1_700_000,
+            dtype="bfloat16",
+        ),
+        settings=Settings(
+            prompts="held-out files",
+            count=PROMPTS,
+            new_tokens=TOKENS,
+            repetitions=REPETITIONS,
+            seed=1,
+        ),
         methods=tuple(method.facts for method in METHODS),
         profile=Profile(
             target={1: 0.025, 2: 0.0255, 4: 0.026, 8: 0.027, 16: 0.030, 32: 0.042, 64: 0.066},

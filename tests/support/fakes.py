@@ -54,7 +54,9 @@ def chain(session: str, epoch: int, root: int, nodes: int = 4, drafter: str = DR
     for token in range(nodes - 1):
         keys.append(child_key(keys[-1], token))
     scores = np.full(nodes, -0.5, np.float32)
-    return Draft(session, epoch, drafter, np.array(keys, np.uint64), np.arange(nodes, dtype=np.int32), scores)
+    return Draft(
+        session, epoch, drafter, np.array(keys, np.uint64), np.arange(nodes, dtype=np.int32), scores
+    )
 
 
 class ScriptedDrafter:
@@ -86,7 +88,9 @@ class ScriptedDrafter:
                 sessions.add(session)
                 return chain(session, epoch, text_key(tokens))
             case Commit(session, epoch, _, _, key):
-                return chain(session, epoch, key) if session in sessions else Resync(session, DRAFTER)
+                return (
+                    chain(session, epoch, key) if session in sessions else Resync(session, DRAFTER)
+                )
             case Share():
                 return None
             case _:
@@ -125,7 +129,9 @@ async def raw_drafter(script: Callable[[Any], Awaitable[None]]) -> AsyncIterator
 
     server = grpc.aio.server(options=[("grpc.max_send_message_length", -1)])
     handler = grpc.stream_stream_rpc_method_handler(speculate)
-    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(codec.DRAFTING, {"Speculate": handler})])
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler(codec.DRAFTING, {"Speculate": handler})]
+    )
     port = server.add_insecure_port(f"{HOST}:0")
     await server.start()
     try:

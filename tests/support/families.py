@@ -43,7 +43,9 @@ def tiny(model_type: str, **options: Any) -> PreTrainedModel:
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: tiny("llama"),
     "qwen2": lambda: tiny("qwen2"),
-    "qwen2-sliding": lambda: tiny("qwen2", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    "qwen2-sliding": lambda: tiny(
+        "qwen2", use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
+    ),
     "qwen3": lambda: tiny("qwen3", head_dim=16),
     "mistral": lambda: tiny("mistral", sliding_window=WINDOW),
     "phi3": lambda: tiny("phi3"),
@@ -51,7 +53,9 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "opt": lambda: tiny("opt", ffn_dim=48, word_embed_proj_dim=32),
     "gpt_neox": lambda: tiny("gpt_neox"),
     "falcon": lambda: tiny("falcon", alibi=False, ffn_hidden_size=48),
-    "mixtral": lambda: tiny("mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW),
+    "mixtral": lambda: tiny(
+        "mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW
+    ),
     "gemma2": lambda: tiny("gemma2", head_dim=8, sliding_window=WINDOW),
     "gemma3": lambda: tiny(
         "gemma3_text",

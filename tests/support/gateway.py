@@ -127,7 +127,11 @@ class Running:
     def free(self) -> bool:
         """Nothing is under way, here and at the target."""
         engine = getattr(self.body, "engine", None)
-        idle = self.body.open == 0 if engine is None else not self.body._sessions and engine.requests.idle
+        idle = (
+            self.body.open == 0
+            if engine is None
+            else not self.body._sessions and engine.requests.idle
+        )
         return not self.service.ledger.entries and idle
 
 
@@ -150,7 +154,9 @@ def serving(
             body, host = toy_target()
             network.run(begin(body, host))
             stop.insert(0, lambda: network.run(end(body, host)))
-        service = network.run(made(served(template), body, limits or LimitsConfig(), keys, ready, fleet))
+        service = network.run(
+            made(served(template), body, limits or LimitsConfig(), keys, ready, fleet)
+        )
         app = build(service)
         http = server(app, config)
         socket = listen(config.host, 0)
@@ -158,7 +164,9 @@ def serving(
         stop.insert(0, lambda: serving.result(HANG_S))
         stop.insert(0, lambda: setattr(http, "should_exit", True))
         scheme = "https" if config.tls else "http"
-        yield Running(f"{scheme}://127.0.0.1:{socket.getsockname()[1]}", service, app, network, body, http)
+        yield Running(
+            f"{scheme}://127.0.0.1:{socket.getsockname()[1]}", service, app, network, body, http
+        )
     finally:
         for step in stop:
             step()

@@ -13,7 +13,17 @@ import torch
 from runtime.core.draft_nodes import DraftNodes
 from runtime.core.errors import LinkLost
 from runtime.core.links import DraftLink
-from runtime.core.messages import Chunk, Event, FinishReason, Logprob, Reply, Request, Round, Stats, Style
+from runtime.core.messages import (
+    Chunk,
+    Event,
+    FinishReason,
+    Logprob,
+    Reply,
+    Request,
+    Round,
+    Stats,
+    Style,
+)
 from runtime.core.sampler_reference import Chooser, choose
 from runtime.core.sampling_params import Sampling
 from runtime.draft.draft_engine import DraftEngine, EventReceived
@@ -51,7 +61,14 @@ class Output:
 
     def said(self) -> tuple[object, ...]:
         """What must not depend on drafters: text, ids, the reason of the end, usage."""
-        return self.text, self.tokens, self.reason, self.error, self.stats.prompt_tokens, self.stats.completion_tokens
+        return (
+            self.text,
+            self.tokens,
+            self.reason,
+            self.error,
+            self.stats.prompt_tokens,
+            self.stats.completion_tokens,
+        )
 
 
 def output(chunks: Iterable[Chunk]) -> Output:
@@ -59,9 +76,14 @@ def output(chunks: Iterable[Chunk]) -> Output:
     *others, last = chunks
     assert last.stats is not None
     assert all(chunk.finish_reason is None and chunk.tokens for chunk in others)
-    pieces, tokens, drafters = (tuple(itertools.chain(*parts)) for parts in zip(*map(parallel, (*others, last)), strict=True))
+    pieces, tokens, drafters = (
+        tuple(itertools.chain(*parts))
+        for parts in zip(*map(parallel, (*others, last)), strict=True)
+    )
     logprobs = tuple(itertools.chain(*(chunk.logprobs for chunk in (*others, last))))
-    return Output("".join(pieces), tokens, drafters, last.finish_reason, last.stats, last.error, logprobs)
+    return Output(
+        "".join(pieces), tokens, drafters, last.finish_reason, last.stats, last.error, logprobs
+    )
 
 
 def parallel(chunk: Chunk) -> tuple[tuple[str, ...], tuple[int, ...], tuple[str, ...]]:
@@ -79,7 +101,9 @@ def lettering(eos: frozenset[int] = NOBODY) -> Callable[[Request], StopChecker]:
     return lambda request: StopChecker(request.sampling, eos, letter, lambda: "")
 
 
-def asking(prompt: Sequence[int], session: str = "s", speculation: bool = True, **sampling: Any) -> Request:
+def asking(
+    prompt: Sequence[int], session: str = "s", speculation: bool = True, **sampling: Any
+) -> Request:
     return Request(session, tuple(prompt), Sampling(**{"max_tokens": 24, **sampling}), speculation)
 
 
@@ -101,8 +125,12 @@ class Known:
             before = [*text.tokens, *text.tree.tokens_to(leaf)]
             right = len(before) < len(self.text) and before == self.text[: len(before)]
             first = self.text[len(before)] if right else before[-1]
-            tokens = [(first + rank + (not right)) % self.vocabulary for rank in range(self.branches)]
-            found.extend((leaf, token, -0.1 if rank == 0 else -2.0) for rank, token in enumerate(tokens))
+            tokens = [
+                (first + rank + (not right)) % self.vocabulary for rank in range(self.branches)
+            ]
+            found.extend(
+                (leaf, token, -0.1 if rank == 0 else -2.0) for rank, token in enumerate(tokens)
+            )
         return children(found)
 
     def close(self, session: str) -> None:
@@ -119,7 +147,9 @@ class Mute:
 
 def children(found: Sequence[tuple[int, int, float]]) -> DraftNodes:
     parents, tokens, scores = zip(*found, strict=True) if found else ((), (), ())
-    return DraftNodes(np.asarray(parents, np.int32), np.asarray(tokens, np.int32), np.asarray(scores, np.float32))
+    return DraftNodes(
+        np.asarray(parents, np.int32), np.asarray(tokens, np.int32), np.asarray(scores, np.float32)
+    )
 
 
 # Lock-step: no thread, no clock, the same in every run
@@ -133,7 +163,9 @@ def score_of(calibration: Calibration, rank: int, said: float) -> float:
     return float(calibration.scores(np.array([rank]), np.array([said]))[0])
 
 
-def engine_of(model: Model, rows: int = 8, eos: frozenset[int] = NOBODY, chooser: Chooser = choose) -> Engine:
+def engine_of(
+    model: Model, rows: int = 8, eos: frozenset[int] = NOBODY, chooser: Chooser = choose
+) -> Engine:
     ticks = itertools.count()
     return Engine(model, Verifier(chooser, eos), Fixed(rows), lambda: float(next(ticks)))
 
@@ -159,7 +191,9 @@ class Lockstep:
     def join(self, draft_engine: DraftEngine) -> None:
         def reply(message: Reply) -> None:
             for arriving in self.tamper(message):
-                self.engine.inbox.put(ReplyReceived(replace(arriving, drafter=draft_engine.name), self.engine.clock()))
+                self.engine.inbox.put(
+                    ReplyReceived(replace(arriving, drafter=draft_engine.name), self.engine.clock())
+                )
 
         def send(event: Event) -> None:
             for arriving in self.tamper(event):
@@ -176,12 +210,24 @@ class Lockstep:
     def admit(self, request: Request) -> list[Chunk]:
         """Begins a session and reads its prompt; its chunks come into the list that is returned."""
         chunks: list[Chunk] = []
-        guide = self.grammar(request.sampling.constraint) if self.grammar and request.sampling.constraint else None
+        guide = (
+            self.grammar(request.sampling.constraint)
+            if self.grammar and request.sampling.constraint
+            else None
+        )
         self.engine.handle(
-            AddRequest(request, lettering(self.engine.runner.verifier.eos)(request), chunks.append, self.engine.clock(), guide)
+            AddRequest(
+                request,
+                lettering(self.engine.runner.verifier.eos)(request),
+                chunks.append,
+                self.engine.clock(),
+                guide,
+            )
         )
         self.engine.requests.start(self.engine.scheduler.style)
-        while (live := self.engine.requests.running.get(request.session)) is not None and not live.ready:
+        while (
+            live := self.engine.requests.running.get(request.session)
+        ) is not None and not live.ready:
             self.engine.prefill()
         return chunks
 
@@ -205,13 +251,21 @@ class Lockstep:
 
 
 def plain(
-    model: Model, request: Request, eos: frozenset[int] = NOBODY, chooser: Chooser = choose, grammar: Grammar | None = None
+    model: Model,
+    request: Request,
+    eos: frozenset[int] = NOBODY,
+    chooser: Chooser = choose,
+    grammar: Grammar | None = None,
 ) -> Output:
     """What the target says alone."""
-    return Lockstep(engine_of(model, eos=eos, chooser=chooser), grammar=grammar).run(replace(request, speculation=False))[0]
+    return Lockstep(engine_of(model, eos=eos, chooser=chooser), grammar=grammar).run(
+        replace(request, speculation=False)
+    )[0]
 
 
-def continued(model: Model, prompt: Sequence[int], count: int, chooser: Chooser = choose) -> list[int]:
+def continued(
+    model: Model, prompt: Sequence[int], count: int, chooser: Chooser = choose
+) -> list[int]:
     """The prompt and `count` tokens more, as the target writes greedily."""
     return [*prompt, *plain(model, asking(prompt, max_tokens=count), chooser=chooser).tokens]
 
@@ -251,7 +305,11 @@ async def running(
     grammar: Grammar | None = None,
 ) -> AsyncIterator[Target]:
     """A target on this event loop, stopped in the end."""
-    target = Target(Engine(model, Verifier(chooser, eos), scheduler, time.monotonic), finish or lettering(eos), grammar)
+    target = Target(
+        Engine(model, Verifier(chooser, eos), scheduler, time.monotonic),
+        finish or lettering(eos),
+        grammar,
+    )
     target.start()
     try:
         yield target
@@ -304,11 +362,19 @@ def transformers_greedy(module: Any, prompt: Sequence[int], count: int) -> tuple
     """What transformers' own generate() writes after `prompt`."""
     ids = torch.tensor([list(prompt)])
     with torch.inference_mode():
-        found = module.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0)
+        found = module.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+        )
     return tuple(found[0, len(prompt) :].tolist())
 
 
-def transformers_replay(module: Any, prompt: Sequence[int], tokens: Sequence[int]) -> tuple[int, ...]:
+def transformers_replay(
+    module: Any, prompt: Sequence[int], tokens: Sequence[int]
+) -> tuple[int, ...]:
     """The most probable token at each place of `tokens`, read in one pass: `tokens` itself exactly where generate() writes it."""
     with torch.inference_mode():
         logits = module(torch.tensor([[*prompt, *tokens]])).logits[0]

@@ -16,7 +16,14 @@ from actors.jobs.worker import work
 
 
 def line(name: str, **body: Any) -> str:
-    return json.dumps({"custom_id": name, "method": "POST", "url": "/v1/completions", "body": {"model": "m", "prompt": name} | body})
+    return json.dumps(
+        {
+            "custom_id": name,
+            "method": "POST",
+            "url": "/v1/completions",
+            "body": {"model": "m", "prompt": name} | body,
+        }
+    )
 
 
 def batch(path: Path, count: int = 5) -> Path:
@@ -47,7 +54,10 @@ class Echo:
 
 
 def said(prompt: str, seed: int) -> dict[str, Any]:
-    return {"choices": [{"text": f"{prompt} {seed}"}], "usage": {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}}
+    return {
+        "choices": [{"text": f"{prompt} {seed}"}],
+        "usage": {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4},
+    }
 
 
 def answers(data: bytes) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,12 @@ from typing import Any
 
 def an_object(required: str = "", **properties: Any) -> dict[str, Any]:
     """The schema of an object with these properties and no other; `required` names those that must be there."""
-    return {"type": "object", "properties": properties, "required": required.split(), "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": required.split(),
+        "additionalProperties": False,
+    }
 
 
 def list_of(items: dict[str, Any]) -> dict[str, Any]:
@@ -21,7 +26,15 @@ TEXTS = {"type": "object", "additionalProperties": TEXT}
 METADATA = an_object("name namespace", name=TEXT, namespace=TEXT, labels=TEXTS)
 RESOURCES = an_object("requests limits", requests=TEXTS, limits=TEXTS)
 ENV = list_of(an_object("name", name=TEXT, value=TEXT, valueFrom={"type": "object"}))
-MOUNTS = list_of(an_object("name mountPath", name=TEXT, mountPath={"type": "string", "pattern": "^/"}, subPath=TEXT, readOnly=FLAG))
+MOUNTS = list_of(
+    an_object(
+        "name mountPath",
+        name=TEXT,
+        mountPath={"type": "string", "pattern": "^/"},
+        subPath=TEXT,
+        readOnly=FLAG,
+    )
+)
 CONFINED = an_object(
     "allowPrivilegeEscalation capabilities",
     allowPrivilegeEscalation={"const": False},
@@ -29,7 +42,9 @@ CONFINED = an_object(
 )
 PORTS = list_of(
     an_object(
-        "containerPort name", containerPort={"type": "integer", "minimum": 1, "maximum": 65535}, name={"type": "string", "maxLength": 15}
+        "containerPort name",
+        containerPort={"type": "integer", "minimum": 1, "maximum": 65535},
+        name={"type": "string", "maxLength": 15},
     )
 )
 PROBE = an_object(
@@ -58,7 +73,13 @@ VOLUME = an_object(
     configMap=an_object("name", name=TEXT),
     emptyDir=an_object(medium={"const": "Memory"}, sizeLimit=TEXT),
 )
-PERSON = an_object("runAsNonRoot", runAsNonRoot={"const": True}, runAsUser=COUNT, fsGroup=COUNT, seccompProfile=TEXTS)
+PERSON = an_object(
+    "runAsNonRoot",
+    runAsNonRoot={"const": True},
+    runAsUser=COUNT,
+    fsGroup=COUNT,
+    seccompProfile=TEXTS,
+)
 POD = an_object(
     "containers securityContext",
     nodeSelector=TEXTS,
@@ -98,7 +119,9 @@ CLUSTER_SPEC = an_object(
 )
 SPECS = {
     ("ray.io/v1", "RayCluster"): CLUSTER_SPEC,
-    ("ray.io/v1", "RayService"): an_object("serveConfigV2 rayClusterConfig", serveConfigV2=TEXT, rayClusterConfig=CLUSTER_SPEC),
+    ("ray.io/v1", "RayService"): an_object(
+        "serveConfigV2 rayClusterConfig", serveConfigV2=TEXT, rayClusterConfig=CLUSTER_SPEC
+    ),
     ("v1", "Service"): an_object(
         "selector ports",
         type={"enum": ["ClusterIP", "LoadBalancer"]},
@@ -117,4 +140,6 @@ SPECS = {
 def schema_of(version: str, kind: str) -> dict[str, Any]:
     """Of a whole object. Raises KeyError for a kind that deploy/kubernetes has none of."""
     spec = SPECS[version, kind]
-    return an_object("apiVersion kind metadata spec", apiVersion=TEXT, kind=TEXT, metadata=METADATA, spec=spec)
+    return an_object(
+        "apiVersion kind metadata spec", apiVersion=TEXT, kind=TEXT, metadata=METADATA, spec=spec
+    )

@@ -20,7 +20,9 @@ def rows(seed: int = 0, batch: int = 2, context: int = CONTEXT) -> Tensor:
 
 
 def documents(count: int, length: int = 400) -> list[text.Document]:
-    return [text.Document(f"{index}.txt", f"text {index} " * (length // 8)) for index in range(count)]
+    return [
+        text.Document(f"{index}.txt", f"text {index} " * (length // 8)) for index in range(count)
+    ]
 
 
 def corpus(teacher: Teacher) -> text.Corpus:
@@ -30,11 +32,17 @@ def corpus(teacher: Teacher) -> text.Corpus:
 def written(teacher: Teacher, seed: int = 0) -> list[outputs.Written]:
     """Texts that the target has not written: any will do for a loop."""
     made = rows(seed, batch=2).tolist()
-    return [outputs.Written(tuple(row[:6]), tuple(row[6:]), Sampling(temperature=t, seed=1)) for row in made for t in (0.0, 0.8)]
+    return [
+        outputs.Written(tuple(row[:6]), tuple(row[6:]), Sampling(temperature=t, seed=1))
+        for row in made
+        for t in (0.0, 0.8)
+    ]
 
 
 def order(out: Path, target: Path, method: str, settings: dict[str, Any], steps: int = 3) -> Order:
-    return Order(method, str(target), out, settings, steps, batch=2, context=CONTEXT, own=100, seed=0)
+    return Order(
+        method, str(target), out, settings, steps, batch=2, context=CONTEXT, own=100, seed=0
+    )
 
 
 def material(teacher: Teacher) -> Material:

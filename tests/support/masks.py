@@ -31,7 +31,9 @@ class Tiny(NamedTuple):
 def tiny(vocabulary: int = 4096, context: int = 4096) -> Tiny:
     root = Path(tempfile.mkdtemp(prefix="outrider-tests-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
-    target = save_model(root / "target", num_hidden_layers=3, vocab_size=vocabulary, context=context)
+    target = save_model(
+        root / "target", num_hidden_layers=3, vocab_size=vocabulary, context=context
+    )
     module: Any = load_model(str(target), step="generic").module
     made = S3D([module.model.layers[layer] for layer in LAYERS], 32, MASKS, RANK)
     with torch.no_grad():
@@ -39,7 +41,13 @@ def tiny(vocabulary: int = 4096, context: int = 4096) -> Tiny:
             if name.endswith("up"):
                 nn.init.normal_(parameter, std=0.1)
     settings = {"layers": LAYERS, "masks": MASKS, "rank": RANK}
-    write_trained(root / "s3d", "s3d", identity_of(module.config, load_tokenizer(str(target))), settings, dict(made.state_dict()))
+    write_trained(
+        root / "s3d",
+        "s3d",
+        identity_of(module.config, load_tokenizer(str(target))),
+        settings,
+        dict(made.state_dict()),
+    )
     return Tiny(target, root / "s3d", made)
 
 

@@ -120,10 +120,24 @@ class Scripted:
 def figures(request: Request, completion: int, rounds: int) -> Stats:
     """Of one life: two nodes verified in each round."""
     accepted = completion - len(request.committed) - rounds
-    return Stats(len(request.prompt), completion, rounds, 2 * rounds, 2 * rounds, accepted, 0, (rounds,), {"d": accepted}, {}, 1.0)
+    return Stats(
+        len(request.prompt),
+        completion,
+        rounds,
+        2 * rounds,
+        2 * rounds,
+        accepted,
+        0,
+        (rounds,),
+        {"d": accepted},
+        {},
+        1.0,
+    )
 
 
-def spoken(answer: Sequence[int], request: Request, sizes: Sequence[int]) -> Iterator[tuple[int, Chunk]]:
+def spoken(
+    answer: Sequence[int], request: Request, sizes: Sequence[int]
+) -> Iterator[tuple[int, Chunk]]:
     """The chunks that follow what was committed, each with the number of its first token."""
     finish, place = resumed(finish_of(request), request), len(request.committed)
     for rounds, size in enumerate(itertools.cycle(sizes), 1):
@@ -135,7 +149,10 @@ def spoken(answer: Sequence[int], request: Request, sizes: Sequence[int]) -> Ite
             pieces.append(delta.text)
         tokens, count = tuple(answer[start:place]), place - start
         drafters = tuple("d" if index < count - 1 else "" for index in range(count))
-        logprobs = tuple(Logprob(-token / 7, ((token, -token / 7), (0, -1.0 - number))) for number, token in enumerate(tokens, start))
+        logprobs = tuple(
+            Logprob(-token / 7, ((token, -token / 7), (0, -1.0 - number)))
+            for number, token in enumerate(tokens, start)
+        )
         stats = None if reason is None else figures(request, finish.count, rounds)
         yield start, Chunk(tuple(pieces), tokens, drafters, reason, stats, "", logprobs)
         if reason is not None:
@@ -143,10 +160,22 @@ def spoken(answer: Sequence[int], request: Request, sizes: Sequence[int]) -> Ite
 
 
 def there(
-    name: str, incarnation: int = 0, state: Literal["starting", "ready", "draining"] = "ready", sessions: int = 0, slots: int = 0
+    name: str,
+    incarnation: int = 0,
+    state: Literal["starting", "ready", "draining"] = "ready",
+    sessions: int = 0,
+    slots: int = 0,
 ) -> TargetState:
     """A target whose address is NAME/INCARNATION."""
-    return TargetState(name, f"{name}/{incarnation}", incarnation, state, sessions, TargetReport(kv_slots=slots), "node")
+    return TargetState(
+        name,
+        f"{name}/{incarnation}",
+        incarnation,
+        state,
+        sessions,
+        TargetReport(kv_slots=slots),
+        "node",
+    )
 
 
 # What is asked of them, and what a client hears
@@ -172,7 +201,13 @@ def heard(chunks: Iterable[Chunk]) -> Heard:
     said = output(chunks)
     pieces = tuple(piece for chunk in chunks for piece in chunk.pieces)
     logprobs = tuple(logprob for chunk in chunks for logprob in chunk.logprobs)
-    return Heard(pieces, said.tokens, logprobs, said.reason, (said.stats.prompt_tokens, said.stats.completion_tokens))
+    return Heard(
+        pieces,
+        said.tokens,
+        logprobs,
+        said.reason,
+        (said.stats.prompt_tokens, said.stats.completion_tokens),
+    )
 
 
 PLAIN = heard(chunk for _, chunk in spoken(ANSWER, ASKED, (1,)))

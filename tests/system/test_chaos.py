@@ -19,7 +19,16 @@ from runtime.core.messages import Chunk, Request
 from tests.support.router_harness import ANSWER, ASKED, COUNT, PLAIN, Scripted, played, there
 
 DRAFTER = DrafterState("d-0", "d", "d/0", 0, "ready", 0, None, "node")
-FLEET = Fleet("m", "m", "1", (there("t0"), there("t1")), (DRAFTER, replace(DRAFTER, name="d-1", state="starting")), (), (), 0)
+FLEET = Fleet(
+    "m",
+    "m",
+    "1",
+    (there("t0"), there("t1")),
+    (DRAFTER, replace(DRAFTER, name="d-1", state="starting")),
+    (),
+    (),
+    0,
+)
 GAPS = (Gap(0.25, 0.0, 0.25), Gap(0.0, 0.5, 0.5, 0.25), Gap(2.0, 0.0, 0.5, 0.125))
 OUTCOME = Outcome(8, 2, 1, 0, 10.0, 30, 0, 0, 0, 900, 3, 0, {"target SIGKILL": 1}, GAPS)
 
@@ -38,7 +47,9 @@ def test_a_blow_misses_who_has_moved_or_is_gone() -> None:
     assert isinstance(blow, Fault)
     assert not inject(blow, {})
     assert not inject(blow, {"d-0": ActorLocation("elsewhere", 1, "node")})
-    assert not inject(blow, {"d-0": ActorLocation("d/0", 2**22 + 1, "node")}), "no process has this number"
+    assert not inject(blow, {"d-0": ActorLocation("d/0", 2**22 + 1, "node")}), (
+        "no process has this number"
+    )
 
 
 def test_the_number_of_drafters_changes_each_time() -> None:
@@ -55,13 +66,19 @@ def test_percentiles() -> None:
     assert percentile([7.0], 99) == 7.0
 
 
-@pytest.mark.parametrize("bad", [{"failed": 1}, {"differing": 1}, {"unfinished": 1}, {"finished": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"failed": 1}, {"differing": 1}, {"unfinished": 1}, {"finished": 0}]
+)
 def test_an_outcome_is_right_only_where_all_of_it_is(bad: dict[str, int]) -> None:
     wrong = Outcome(**{name: getattr(OUTCOME, name) for name in OUTCOME.__slots__} | bad)
     assert OUTCOME.right
     assert not wrong.right
     parts = OUTCOME.as_json()["parts"]
-    assert (parts["gap at a target's death"]["p99"], parts["noticed"]["p50"], parts["read in"]["p99"]) == (2.5, 0.25, 0.25)
+    assert (
+        parts["gap at a target's death"]["p99"],
+        parts["noticed"]["p50"],
+        parts["read in"]["p99"],
+    ) == (2.5, 0.25, 0.25)
     assert "1.00 s, 2.50 s, 2.50 s" in OUTCOME.grid().markdown()
 
 
@@ -83,7 +100,9 @@ def test_a_client_compares_and_measures() -> None:
 
         router = Router(Noted)
         router.update([there("t0"), there("t1")])
-        asking = asyncio.ensure_future(stream(router, [Case(ASKED.prompt, ASKED.sampling, expected)], 0, over, seen))
+        asking = asyncio.ensure_future(
+            stream(router, [Case(ASKED.prompt, ASKED.sampling, expected)], 0, over, seen)
+        )
         await lives["t0/0"].silent.wait()
         await asyncio.sleep(2.0)
         seen.struck["t0/0"] = asyncio.get_running_loop().time()
@@ -95,7 +114,11 @@ def test_a_client_compares_and_measures() -> None:
 
     right = Answer(PLAIN.tokens, "".join(PLAIN.pieces), "stop")
     seen = played(main(right))
-    assert (seen.counts["finished"], seen.counts["differing"], seen.counts["tokens"]) == (1, 0, COUNT)
+    assert (seen.counts["finished"], seen.counts["differing"], seen.counts["tokens"]) == (
+        1,
+        0,
+        COUNT,
+    )
     (gap,) = seen.gaps
     assert [gap.noticed, gap.placed, gap.answered] == pytest.approx([4.0, 0.0, 0.0])
     assert not seen.wrong
@@ -119,7 +142,11 @@ def test_an_answer_that_fails_is_counted() -> None:
         seen, over = Seen(), asyncio.Event()
         router = Router(lambda _: Scripted(ANSWER, refuses=Unavailable("gone")))
         router.update([there("t0")])
-        asking = asyncio.ensure_future(stream(router, [Case(ASKED.prompt, ASKED.sampling, Answer((), "", "stop"))], 0, over, seen))
+        asking = asyncio.ensure_future(
+            stream(
+                router, [Case(ASKED.prompt, ASKED.sampling, Answer((), "", "stop"))], 0, over, seen
+            )
+        )
         over_soon = asyncio.get_running_loop().call_later(1.0, over.set)
         await asking
         over_soon.cancel()

@@ -41,14 +41,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def tls(tmp_path_factory: pytest.TempPathFactory) -> TlsConfig:
-    return lay(tmp_path_factory.mktemp("certs"), Authority("ours", datetime.datetime.now(datetime.UTC), 30))
+    return lay(
+        tmp_path_factory.mktemp("certs"), Authority("ours", datetime.datetime.now(datetime.UTC), 30)
+    )
 
 
 @contextmanager
 def deployed(model: str, tls: TlsConfig) -> Iterator[tuple[TargetActor, DraftActor]]:
     """The actors as they are, without Ray: their servers, links and threads."""
-    drafter = DraftActor(DrafterConfig(name="lookup", method="ngram", placement=HERE), model, record=True, tls=tls)
-    target = TargetActor(TargetConfig(model=model, device="cpu", placement=HERE), record=True, tls=tls)
+    drafter = DraftActor(
+        DrafterConfig(name="lookup", method="ngram", placement=HERE), model, record=True, tls=tls
+    )
+    target = TargetActor(
+        TargetConfig(model=model, device="cpu", placement=HERE), record=True, tls=tls
+    )
     try:
         place = drafter.start()
         target.start()
@@ -63,7 +69,9 @@ def test_actors_speak_by_certificate_and_keep_silent(
     model: str, tls: TlsConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt = tuple(load_tokenizer(model).encode(f"{MARK} {MARK} {MARK}"))
-    request = Request("s", prompt, Sampling(max_tokens=40, temperature=0.5, seed=3, stop=(MARK,), ignore_eos=True))
+    request = Request(
+        "s", prompt, Sampling(max_tokens=40, temperature=0.5, seed=3, stop=(MARK,), ignore_eos=True)
+    )
     told: list[str] = []
 
     def broken(_: object) -> object:
@@ -75,7 +83,11 @@ def test_actors_speak_by_certificate_and_keep_silent(
         text = "".join(piece for chunk in chunks for piece in chunk.pieces)
         told.extend(text[start : start + 12] for start in range(0, len(text) - 11, 4))
         with pytest.raises(InvalidRequest, match="over the context"):
-            await anext(client.generate(replace(request, sampling=Sampling(max_tokens=10_000, stop=(MARK,)))))
+            await anext(
+                client.generate(
+                    replace(request, sampling=Sampling(max_tokens=10_000, stop=(MARK,)))
+                )
+            )
         with pytest.raises(InvalidRequest, match="is not in the vocabulary"):
             await anext(client.generate(replace(request, prompt=(*prompt, 10**6))))
         stranger = GrpcTarget(target.address)
@@ -87,7 +99,9 @@ def test_actors_speak_by_certificate_and_keep_silent(
         again = [chunk async for chunk in client.generate(replace(request, session="t"))]
         await soon(lambda: drafter.host.draft_engine.counters["failed"] > 0)
         await client.close()
-        tokens, same = (tuple(token for chunk in found for token in chunk.tokens) for found in (chunks, again))
+        tokens, same = (
+            tuple(token for chunk in found for token in chunk.tokens) for found in (chunks, again)
+        )
         assert tokens == same
         return tokens
 
@@ -99,7 +113,11 @@ def test_actors_speak_by_certificate_and_keep_silent(
             await call.write(pb.ToDrafter(hello=hello).SerializeToString())
             assert await call.code() is grpc.StatusCode.FAILED_PRECONDITION
             call = connection.stream_stream(f"/{codec.DRAFTING}/Speculate")()
-            await call.write(pb.ToDrafter(open=pb.Open(session=MARK, tokens=prompt, prompt=1)).SerializeToString())
+            await call.write(
+                pb.ToDrafter(
+                    open=pb.Open(session=MARK, tokens=prompt, prompt=1)
+                ).SerializeToString()
+            )
             assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
 
     with caplog.at_level(logging.INFO), deployed(model, tls) as (target, drafter):
@@ -111,14 +129,27 @@ def test_actors_speak_by_certificate_and_keep_silent(
     assert "a target: refused" in caplog.text
     assert "drafter lookup gives a session up: ValueError" in caplog.text
     assert "drafter lookup lost" in caplog.text
-    secrets = [MARK, *MARK.split(), *told, *addresses, "BEGIN", str(list(prompt))[1:-1], str(list(tokens[:4]))[1:-1]]
+    secrets = [
+        MARK,
+        *MARK.split(),
+        *told,
+        *addresses,
+        "BEGIN",
+        str(list(prompt))[1:-1],
+        str(list(tokens[:4]))[1:-1],
+    ]
     for said in (caplog.text, *traces):
         assert [secret for secret in secrets if secret in said] == []
 
 
-def test_the_debug_level_says_where_a_drafter_is(caplog: pytest.LogCaptureFixture, model: str, tls: TlsConfig) -> None:
+def test_the_debug_level_says_where_a_drafter_is(
+    caplog: pytest.LogCaptureFixture, model: str, tls: TlsConfig
+) -> None:
     """So that silence is a choice and not a lack of words."""
-    with caplog.at_level(logging.DEBUG, "actors.rpc.client"), deployed(model, tls) as (target, drafter):
+    with (
+        caplog.at_level(logging.DEBUG, "actors.rpc.client"),
+        deployed(model, tls) as (target, drafter),
+    ):
         asyncio.run(soon(lambda: f"drafter lookup is at {drafter.address}" in caplog.text))
         assert target.attached() == ["lookup"]
 
@@ -127,4 +158,6 @@ def test_nothing_private_lies_beside_the_checkout() -> None:
     """Keys are made where they are used; none is part of the project."""
     folders = ("actors", "runtime", "protos", "models", "deploy", "bench", "tests")
     endings = ("*.pem", "*.key", "*.crt", "*.p12")
-    assert [file for folder in folders for ending in endings for file in (ROOT / folder).rglob(ending)] == []
+    assert [
+        file for folder in folders for ending in endings for file in (ROOT / folder).rglob(ending)
+    ] == []

@@ -18,7 +18,9 @@ from training.loop import Settings, is_matrix, rate_at, smooth, train
 
 
 def logits(seed: int, rows: int = 5, vocabulary: int = 7) -> Tensor:
-    return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        rows, vocabulary, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 # Losses
@@ -27,10 +29,16 @@ def logits(seed: int, rows: int = 5, vocabulary: int = 7) -> Tensor:
 def test_losses_are_what_their_formulas_say() -> None:
     guess, truth = logits(0), logits(1)
     q, p = guess.softmax(-1).numpy(), truth.softmax(-1).numpy()
-    assert float(losses.forward_kl(guess, truth)) == pytest.approx(float((p * np.log(p / q)).sum(axis=1).mean()))
-    assert float(losses.tvd(guess, truth)) == pytest.approx(float(1 - np.minimum(p, q).sum(axis=1).mean()))
+    assert float(losses.forward_kl(guess, truth)) == pytest.approx(
+        float((p * np.log(p / q)).sum(axis=1).mean())
+    )
+    assert float(losses.tvd(guess, truth)) == pytest.approx(
+        float(1 - np.minimum(p, q).sum(axis=1).mean())
+    )
     tokens = torch.tensor([0, 6, 2, 2, 1])
-    assert float(losses.next_token(guess, tokens)) == pytest.approx(float(-np.log(q[range(5), tokens]).mean()))
+    assert float(losses.next_token(guess, tokens)) == pytest.approx(
+        float(-np.log(q[range(5), tokens]).mean())
+    )
 
 
 @pytest.mark.parametrize("distance", [losses.forward_kl, losses.tvd])
@@ -41,7 +49,9 @@ def test_equal_distributions_are_at_no_distance(distance: losses.Distance) -> No
 @pytest.mark.parametrize("distance", [losses.forward_kl, losses.tvd])
 def test_gradients_are_those_of_small_differences(distance: losses.Distance) -> None:
     truth = logits(1)
-    assert torch.autograd.gradcheck(lambda guess: distance(guess, truth), logits(0).requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda guess: distance(guess, truth), logits(0).requires_grad_()
+    )
 
 
 def test_tvd_plus_plus_is_the_policy_gradient_of_the_tvd_over_the_rewards_deviation() -> None:
@@ -60,7 +70,9 @@ def test_tvd_plus_plus_sums_what_sampling_would_estimate() -> None:
     reward = (p > q).double()
     mean = (q * reward).sum()
     advantage = (reward - mean) / (mean * (1 - mean)).sqrt()
-    by_token = torch.eye(7, dtype=torch.float64) - q  # gradient of log q(x) in the logits, for each x
+    by_token = (
+        torch.eye(7, dtype=torch.float64) - q
+    )  # gradient of log q(x) in the logits, for each x
     torch.testing.assert_close(exact[0], -(q * advantage) @ by_token)
 
 
@@ -80,7 +92,9 @@ def line() -> Line:
     return Line()
 
 
-def learn(checkpoint: Path, steps: int, seen: list[int], stop: int | None = None) -> tuple[Line, list[float]]:
+def learn(
+    checkpoint: Path, steps: int, seen: list[int], stop: int | None = None
+) -> tuple[Line, list[float]]:
     """`stop`: interrupted as by Ctrl-C when so many steps are done."""
     module = line()
 
@@ -98,7 +112,9 @@ def learn(checkpoint: Path, steps: int, seen: list[int], stop: int | None = None
     return module, found
 
 
-def test_an_interrupted_training_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_training_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("training.loop.CHECKPOINT_EVERY", 4)
     through, expected = learn(tmp_path / "a", 12, [])
     with pytest.raises(KeyboardInterrupt):
@@ -114,7 +130,12 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path: Path, monkeyp
 def test_a_training_learns(tmp_path: Path) -> None:
     module, x = line(), torch.eye(4)
     found = train(
-        module, lambda rows, done: (module.linear(x) - x).square().mean(), rows, Settings(40), tmp_path / "a", lambda done, loss: None
+        module,
+        lambda rows, done: (module.linear(x) - x).square().mean(),
+        rows,
+        Settings(40),
+        tmp_path / "a",
+        lambda done, loss: None,
     )
     assert len(found) == 40
     assert found[-1] < 0.5 * found[0]
@@ -137,7 +158,14 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path: Path, content: bytes) -> N
 def test_a_loss_that_is_no_number_ends_the_training(tmp_path: Path) -> None:
     module = line()
     with pytest.raises(InvalidRequest, match="the loss is nan at step 0"):
-        train(module, lambda rows, done: module.linear.weight.sum() * math.nan, rows, Settings(2), tmp_path / "a", lambda done, loss: None)
+        train(
+            module,
+            lambda rows, done: module.linear.weight.sum() * math.nan,
+            rows,
+            Settings(2),
+            tmp_path / "a",
+            lambda done, loss: None,
+        )
     assert not (tmp_path / "a").exists()
 
 
@@ -176,13 +204,18 @@ def test_of_few_documents_the_ends_are_held_out() -> None:
     assert (learned, held) == (["x" * 95, ""], ["y" * 5, ""])
 
 
-def test_files_and_folders_are_read_and_what_is_no_text_is_left_out_of_folders(tmp_path: Path) -> None:
+def test_files_and_folders_are_read_and_what_is_no_text_is_left_out_of_folders(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("a")
     (tmp_path / "in" / "b.bin").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "in" / ".hidden").write_text("c")
     (tmp_path / "d.txt").write_text("d")
-    assert [document.name for document in text.read([tmp_path / "in", tmp_path / "d.txt"])] == ["a.txt", "d.txt"]
+    assert [document.name for document in text.read([tmp_path / "in", tmp_path / "d.txt"])] == [
+        "a.txt",
+        "d.txt",
+    ]
 
 
 def test_bad_data_is_named(tmp_path: Path) -> None:
@@ -198,7 +231,12 @@ def test_bad_data_is_named(tmp_path: Path) -> None:
         with pytest.raises(InvalidRequest, match=message):
             text.read(paths)
     with pytest.raises(InvalidRequest, match="at least 48 to learn from are needed"):
-        text.corpus([text.Document("a", "short")], load_tokenizer(str(SHIPPED)).backend_tokenizer, 0, 2 * CONTEXT)
+        text.corpus(
+            [text.Document("a", "short")],
+            load_tokenizer(str(SHIPPED)).backend_tokenizer,
+            0,
+            2 * CONTEXT,
+        )
 
 
 def test_batches_are_a_function_of_seed_and_step() -> None:
@@ -211,7 +249,9 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
     assert not torch.equal(batch(1)(37), batch(2)(37))
     for row in batch(1)(3)[::2]:
         assert torch.equal(row, torch.arange(int(row[0]), int(row[0]) + 12))
-    assert {int(row[0]) // 12 for step in range(3) for row in batch(1)(step)[1::2]} == set(range(5))  # an epoch holds all of them
+    assert {int(row[0]) // 12 for step in range(3) for row in batch(1)(step)[1::2]} == set(
+        range(5)
+    )  # an epoch holds all of them
 
 
 def test_an_epoch_of_windows_overlaps_nowhere() -> None:
@@ -232,17 +272,24 @@ def test_a_result_is_there_once_it_is_whole(tmp_path: Path) -> None:
         folder.publish(work, out)
     assert (out / "a").read_bytes() == b"1"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
-    with pytest.raises(InvalidRequest, match="out is there already: give another --out"), folder.opened(out, {"steps": 1}):
+    with (
+        pytest.raises(InvalidRequest, match="out is there already: give another --out"),
+        folder.opened(out, {"steps": 1}),
+    ):
         pass
 
 
-def test_work_under_other_settings_is_refused_and_under_the_same_gone_on_with(tmp_path: Path) -> None:
+def test_work_under_other_settings_is_refused_and_under_the_same_gone_on_with(
+    tmp_path: Path,
+) -> None:
     out = tmp_path / "out"
     for _ in range(2):
         with folder.opened(out, {"steps": 1, "layers": (1, 2)}) as work:
             (work / "checkpoint.pt").touch()
     with (
-        pytest.raises(InvalidRequest, match=r"unfinished work under other settings \(steps was 1 and is 2\)"),
+        pytest.raises(
+            InvalidRequest, match=r"unfinished work under other settings \(steps was 1 and is 2\)"
+        ),
         folder.opened(out, {"steps": 2, "layers": (1, 2)}),
     ):
         pass
@@ -252,14 +299,20 @@ def test_work_under_other_settings_is_refused_and_under_the_same_gone_on_with(tm
 def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "recipe.json").write_text(content)
-    with pytest.raises(InvalidRequest, match="is not readable: remove"), folder.opened(tmp_path / "out", {}):
+    with (
+        pytest.raises(InvalidRequest, match="is not readable: remove"),
+        folder.opened(tmp_path / "out", {}),
+    ):
         pass
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.tex").write_text("years")
-    with pytest.raises(InvalidRequest, match=r"holds something else \(thesis.tex\)"), folder.opened(tmp_path / "out", {}):
+    with (
+        pytest.raises(InvalidRequest, match=r"holds something else \(thesis.tex\)"),
+        folder.opened(tmp_path / "out", {}),
+    ):
         pass
     (tmp_path / "file").touch()
     for taken in (tmp_path / "file", tmp_path):
@@ -269,7 +322,10 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
     with folder.opened(tmp_path / "out", {}):
-        with pytest.raises(InvalidRequest, match="worked on by another training"), folder.opened(tmp_path / "out", {}):
+        with (
+            pytest.raises(InvalidRequest, match="worked on by another training"),
+            folder.opened(tmp_path / "out", {}),
+        ):
             pass
         assert (tmp_path / "out.partial").is_dir()
 
@@ -280,7 +336,9 @@ def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path: Path) -> None:
             folder.write(work / "checkpoint.pt", b"whole")
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(InvalidRequest, match=r"cannot write .*out \(No space left on device\): make room"):
+    with pytest.raises(
+        InvalidRequest, match=r"cannot write .*out \(No space left on device\): make room"
+    ):
         fill()
     assert (tmp_path / "out.partial" / "checkpoint.pt").read_bytes() == b"whole"
     assert not (tmp_path / "out").exists()

@@ -29,7 +29,9 @@ def teacher(target: Path) -> Teacher:
 
 
 @pytest.mark.parametrize("goal", Goal)
-def test_every_loss_trains_a_draft_that_the_runtime_loads(teacher: Teacher, target: Path, tmp_path: Path, goal: Goal) -> None:
+def test_every_loss_trains_a_draft_that_the_runtime_loads(
+    teacher: Teacher, target: Path, tmp_path: Path, goal: Goal
+) -> None:
     from runtime.models.loader import load_model, load_tokenizer
 
     out, shape = tmp_path / "out", shapes.Shape(64, 1)
@@ -44,10 +46,21 @@ def test_every_loss_trains_a_draft_that_the_runtime_loads(teacher: Teacher, targ
     assert "| 1 | 64 |" in (out / "README.md").read_text()
 
 
-def test_a_draft_goes_on_from_another_and_tvd_begins_with_kl(teacher: Teacher, target: Path) -> None:
+def test_a_draft_goes_on_from_another_and_tvd_begins_with_kl(
+    teacher: Teacher, target: Path
+) -> None:
     module, tokens = draft.started(str(target), torch.device("cpu")), rows()
-    values = {(goal, done): float(draft.distillation(teacher, module, goal)(tokens, done).detach()) for goal in Goal for done in (0.0, 0.9)}
-    assert values[Goal.kl, 0.0] == values[Goal.tvd, 0.0] == values[Goal.tvd_plus_plus, 0.0] == pytest.approx(0.0, abs=1e-5)
+    values = {
+        (goal, done): float(draft.distillation(teacher, module, goal)(tokens, done).detach())
+        for goal in Goal
+        for done in (0.0, 0.9)
+    }
+    assert (
+        values[Goal.kl, 0.0]
+        == values[Goal.tvd, 0.0]
+        == values[Goal.tvd_plus_plus, 0.0]
+        == pytest.approx(0.0, abs=1e-5)
+    )
     assert values[Goal.tvd, 0.9] == pytest.approx(0.0, abs=1e-5)
     assert values[Goal.next_token, 0.0] == values[Goal.next_token, 0.9] > 1.0
 
@@ -68,7 +81,9 @@ def test_the_shallowest_of_the_largest_shapes_within_the_budget_is_proposed() ->
     chosen, curve = shapes.propose(3e-3, 1000, by_parameters)
     assert by_parameters(chosen)[shapes.ROWS] <= 3e-3
     assert chosen.layers == 2
-    assert by_parameters(shapes.Shape(chosen.hidden + shapes.STEP, chosen.layers))[shapes.ROWS] > 3e-3
+    assert (
+        by_parameters(shapes.Shape(chosen.hidden + shapes.STEP, chosen.layers))[shapes.ROWS] > 3e-3
+    )
     assert next(iter(curve)) == chosen
     assert len(curve) >= 4
     sizes = [shape.parameters(1000) for shape in curve]
@@ -76,7 +91,10 @@ def test_the_shallowest_of_the_largest_shapes_within_the_budget_is_proposed() ->
 
 
 def test_a_budget_that_nothing_fits_into_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match=r"latency 0.01 ms is below what the smallest shape takes here \(0.37 ms\): raise it"):
+    with pytest.raises(
+        InvalidRequest,
+        match=r"latency 0.01 ms is below what the smallest shape takes here \(0.37 ms\): raise it",
+    ):
         shapes.propose(1e-5, 1000, by_parameters)
 
 
@@ -88,7 +106,11 @@ def test_a_proposal_is_measured_once(tmp_path: Path) -> None:
 def test_shapes_are_what_they_are_said_to_be(teacher: Teacher) -> None:
     shape = shapes.Shape(128, 2)
     module = draft.new(shape, teacher, 0)
-    matrices = {parameter.data_ptr(): parameter.numel() for parameter in module.parameters() if parameter.ndim == 2}
+    matrices = {
+        parameter.data_ptr(): parameter.numel()
+        for parameter in module.parameters()
+        if parameter.ndim == 2
+    }
     assert sum(matrices.values()) == shape.parameters(4096)
     measured = shapes.measurer(4096, torch.device("cpu"))(shapes.Shape(64, 1))
     assert set(measured) == set(shapes.WIDTHS)
@@ -110,8 +132,13 @@ def test_the_widest_that_fits_is_found_without_making_much_wider_ones(budget: fl
         seen.append(shape.hidden)
         return by_parameters(shape)
 
-    fitting = [shapes.Shape(hidden, 2) for hidden in range(shapes.STEP, shapes.WIDEST + 1, shapes.STEP)]
-    expected = max((shape.hidden for shape in fitting if by_parameters(shape)[shapes.ROWS] <= budget), default=None)
+    fitting = [
+        shapes.Shape(hidden, 2) for hidden in range(shapes.STEP, shapes.WIDEST + 1, shapes.STEP)
+    ]
+    expected = max(
+        (shape.hidden for shape in fitting if by_parameters(shape)[shapes.ROWS] <= budget),
+        default=None,
+    )
     found = shapes.within(budget, 2, measure)
     assert (found and found[0].hidden) == expected
     assert max(seen) <= 2 * (expected or shapes.STEP)

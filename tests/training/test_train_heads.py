@@ -47,7 +47,9 @@ def test_training_sees_what_the_target_computes(teacher: Teacher) -> None:
 def test_a_target_that_changes_its_logits_behind_the_unembedding_is_refused(target: Path) -> None:
     found = load_teacher(str(target), "cpu")
     unembedding = found.module.lm_head
-    unembedding.register_forward_hook(lambda module, given, out: out.tanh() if out.ndim == 3 else out)
+    unembedding.register_forward_hook(
+        lambda module, given, out: out.tanh() if out.ndim == 3 else out
+    )
     with pytest.raises(ModelRefused, match="changes its logits after the unembedding"):
         Teacher(found.model, found.tokenizer)
 
@@ -57,7 +59,9 @@ def test_the_files_of_a_target_name_it(target: Path, tmp_path: Path) -> None:
     assert fingerprint(str(target)) != fingerprint(str(save_model(tmp_path / "other", seed=1)))
 
 
-def test_untrained_medusa_heads_say_what_the_target_says_of_the_next_place(teacher: Teacher) -> None:
+def test_untrained_medusa_heads_say_what_the_target_says_of_the_next_place(
+    teacher: Teacher,
+) -> None:
     tokens, made = rows(), Medusa(teacher.hidden_size, 2)
     states, own = medusa.make_forward(made)(teacher.states(tokens))
     assert states.shape == (2, 2, CONTEXT, teacher.hidden_size)
@@ -75,8 +79,17 @@ def test_the_loss_looks_at_the_places_that_are_to_be_guessed(teacher: Teacher, o
         return torch.stack([last.roll(1 - offset - i, dims=1) for i in range(3)]), torch.zeros(())
 
     tokens = rows()
-    assert float(heads.distillation(teacher, forward, offset)(tokens, 0.0)) == pytest.approx(0.0, abs=1e-5)
-    assert float(heads.distillation(teacher, lambda seen: (torch.stack([seen.last] * 3), torch.zeros(())), offset)(tokens, 0.0)) > 0.1
+    assert float(heads.distillation(teacher, forward, offset)(tokens, 0.0)) == pytest.approx(
+        0.0, abs=1e-5
+    )
+    assert (
+        float(
+            heads.distillation(
+                teacher, lambda seen: (torch.stack([seen.last] * 3), torch.zeros(())), offset
+            )(tokens, 0.0)
+        )
+        > 0.1
+    )
 
 
 def pseudo_alone(teacher: Teacher, maps: HiddenTransfer, tokens: Tensor, place: int) -> Tensor:
@@ -89,13 +102,20 @@ def pseudo_alone(teacher: Teacher, maps: HiddenTransfer, tokens: Tensor, place: 
                 x = torch.cat([x, maps.pseudo(i, x[:, n - 1 : n])], dim=1)
         places = torch.arange(x.shape[1])[None]
         mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()[None, None]
-        x = layer(x, attention_mask=mask, position_ids=places, position_embeddings=body.rotary_emb(x, places))
+        x = layer(
+            x,
+            attention_mask=mask,
+            position_ids=places,
+            position_embeddings=body.rotary_emb(x, places),
+        )
     found: Tensor = body.norm(x)[0, n:]
     return found
 
 
 @pytest.mark.parametrize("layers", [[1, 1], [1, 2], [2, 2]])
-def test_pseudo_rows_pass_the_layers_as_if_they_continued_the_text(teacher: Teacher, layers: list[int]) -> None:
+def test_pseudo_rows_pass_the_layers_as_if_they_continued_the_text(
+    teacher: Teacher, layers: list[int]
+) -> None:
     torch.manual_seed(0)
     maps, tokens = HiddenTransfer(teacher.hidden_size, layers), rows(batch=1)
     for linear in maps.maps:
@@ -103,7 +123,12 @@ def test_pseudo_rows_pass_the_layers_as_if_they_continued_the_text(teacher: Teac
     with torch.no_grad():
         states, far = hidden_transfer.make_forward(maps, teacher)(teacher.states(tokens))
         for place in (0, 7, CONTEXT - 1):
-            torch.testing.assert_close(states[:, 0, place], pseudo_alone(teacher, maps, tokens, place), atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(
+                states[:, 0, place],
+                pseudo_alone(teacher, maps, tokens, place),
+                atol=1e-4,
+                rtol=1e-3,
+            )
     assert float(far) > 0 or layers == [2, 2]
 
 
@@ -123,14 +148,19 @@ def test_hidden_transfer_wants_a_target_that_it_can_run(teacher: Teacher, target
 
 
 @pytest.mark.parametrize("method", ["medusa", "hidden-transfer", "s3d"])
-def test_a_trained_head_is_a_folder_that_the_runtime_reads(teacher: Teacher, target: Path, tmp_path: Path, method: str) -> None:
+def test_a_trained_head_is_a_folder_that_the_runtime_reads(
+    teacher: Teacher, target: Path, tmp_path: Path, method: str
+) -> None:
     made: nn.Module
     settings: dict[str, object]
     if method == "medusa":
         made, settings = Medusa(teacher.hidden_size, 2), {"heads": 2, "blocks": 1}
         forward, offset = medusa.make_forward(made), heads.HEAD
     elif method == "s3d":
-        made, settings = s3d.new(teacher, [0, 2], 1, 2, seed=0), {"layers": [0, 2], "masks": 1, "rank": 2}
+        made, settings = (
+            s3d.new(teacher, [0, 2], 1, 2, seed=0),
+            {"layers": [0, 2], "masks": 1, "rank": 2},
+        )
         forward, offset = s3d.make_forward(made, teacher, [0, 2]), heads.DRAFT
     else:
         made, settings = HiddenTransfer(teacher.hidden_size, [1, 2]), {"layers": [1, 2]}
@@ -153,13 +183,18 @@ def test_a_trained_head_is_a_folder_that_the_runtime_reads(teacher: Teacher, tar
 
 
 def test_the_target_is_left_as_it_is(teacher: Teacher) -> None:
-    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in teacher.module.parameters())
+    assert not any(
+        parameter.requires_grad or parameter.grad is not None
+        for parameter in teacher.module.parameters()
+    )
 
 
 # Acceptance
 
 
-def knowing(answer: outputs.Written, positions: int, offset: int, right: Sequence[bool]) -> Callable[[Sequence[int]], Tensor]:
+def knowing(
+    answer: outputs.Written, positions: int, offset: int, right: Sequence[bool]
+) -> Callable[[Sequence[int]], Tensor]:
     """Guesses that hold the truth first, or, where they are wrong, second."""
 
     def guess(tokens: Sequence[int]) -> Tensor:

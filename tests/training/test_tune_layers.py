@@ -9,7 +9,19 @@ import torch
 from runtime.core.errors import ModelRefused
 from runtime.heads.base import Identity
 from tests.support.pair import save_model
-from training.layers import Subset, agreement, as_json, best, cost, layers_of, only, rates, search, speed_up, trials
+from training.layers import (
+    Subset,
+    agreement,
+    as_json,
+    best,
+    cost,
+    layers_of,
+    only,
+    rates,
+    search,
+    speed_up,
+    trials,
+)
 from training.teacher import Teacher, load_teacher
 
 WORTH = (0.4, 0.0, 0.3, 0.1)
@@ -21,7 +33,9 @@ def worth(layers: Sequence[int]) -> float:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
-    return load_teacher(str(save_model(tmp_path_factory.mktemp("tune") / "target", num_hidden_layers=3)), "cpu")
+    return load_teacher(
+        str(save_model(tmp_path_factory.mktemp("tune") / "target", num_hidden_layers=3)), "cpu"
+    )
 
 
 def test_the_layer_that_is_missed_least_goes_first() -> None:
@@ -39,7 +53,11 @@ def test_the_promise_grows_with_acceptance_and_falls_with_cost() -> None:
     known = {1: 0.6, 2: 0.7, 4: 0.8, 8: 0.85}
     promise = speed_up(known, 0.2, TIMES)
     assert promise > 1.2
-    assert speed_up({k: 1.1 * rate for k, rate in known.items()}, 0.2, TIMES) > promise > speed_up(known, 0.6, TIMES)
+    assert (
+        speed_up({k: 1.1 * rate for k, rate in known.items()}, 0.2, TIMES)
+        > promise
+        > speed_up(known, 0.6, TIMES)
+    )
     assert speed_up(dict.fromkeys(known, 0.0), 0.2, TIMES) == pytest.approx(1.0, abs=0.1)
 
 
@@ -52,7 +70,9 @@ def test_the_best_subset_promises_most() -> None:
 
 
 def test_rates_and_cost_of_layers(teacher: Teacher) -> None:
-    known = rates(teacher, [torch.randint(0, 4096, (2, 16), generator=torch.Generator().manual_seed(1))])
+    known = rates(
+        teacher, [torch.randint(0, 4096, (2, 16), generator=torch.Generator().manual_seed(1))]
+    )
     assert known((0, 1, 2)) == dict.fromkeys((1, 2, 4, 8), 1.0)
     some = known((0,))
     assert sorted(some.values()) == list(some.values())
@@ -64,7 +84,9 @@ def test_a_layer_that_does_nothing_is_not_missed(teacher: Teacher) -> None:
     with torch.no_grad():
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
-    score = agreement(teacher, [torch.randint(0, 4096, (2, 16), generator=torch.Generator().manual_seed(0))])
+    score = agreement(
+        teacher, [torch.randint(0, 4096, (2, 16), generator=torch.Generator().manual_seed(0))]
+    )
     assert score((0, 2)) == score((0, 1, 2)) == 1.0
     assert score((0,)) < 1.0
     assert search(3, score)[0] == Subset((0, 2), 1.0)

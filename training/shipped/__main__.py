@@ -58,9 +58,17 @@ def train_tokenizer() -> None:
         special_tokens=[stdlib_corpus.END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator((stdlib_corpus.read(name) for name in stdlib_corpus.files(held_out=False)), trainer)
+    tokenizer.train_from_iterator(
+        (stdlib_corpus.read(name) for name in stdlib_corpus.files(held_out=False)), trainer
+    )
     end = stdlib_corpus.END_OF_TEXT
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, bos_token=end, pad_token=end, model_max_length=CONTEXT)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=end,
+        bos_token=end,
+        pad_token=end,
+        model_max_length=CONTEXT,
+    )
     for name in ("target", "draft"):
         wrapped.save_pretrained(MODELS / name)
 
@@ -73,7 +81,9 @@ def new_model(shape: Shape, seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     end = load_tokenizer().token_to_id(stdlib_corpus.END_OF_TEXT)
     if end is None:
-        raise RuntimeError(f"the tokenizer has no {stdlib_corpus.END_OF_TEXT}: run the stage `tokenizer` again")
+        raise RuntimeError(
+            f"the tokenizer has no {stdlib_corpus.END_OF_TEXT}: run the stage `tokenizer` again"
+        )
     return LlamaForCausalLM(shape.config(end))
 
 
@@ -81,7 +91,10 @@ def training_stream() -> text.Stream:
     cached = WORK / "tokens.npy"
     if not cached.exists():
         cached.parent.mkdir(parents=True, exist_ok=True)
-        np.save(cached, stdlib_corpus.token_stream(load_tokenizer(), stdlib_corpus.files(held_out=False)))
+        np.save(
+            cached,
+            stdlib_corpus.token_stream(load_tokenizer(), stdlib_corpus.files(held_out=False)),
+        )
     return np.asarray(np.load(cached), dtype=np.int32)
 
 
@@ -90,12 +103,21 @@ def context_at(step: int, steps: int) -> int:
     return CONTEXT // 2 if step < 0.75 * steps else CONTEXT
 
 
-def learn(name: str, model: LlamaForCausalLM, loss: loop.Loss, streams: Sequence[text.Stream], settings: loop.Settings) -> None:
+def learn(
+    name: str,
+    model: LlamaForCausalLM,
+    loss: loop.Loss,
+    streams: Sequence[text.Stream],
+    settings: loop.Settings,
+) -> None:
     """Batches of all streams in equal parts; what was learned goes into models/NAME, the log of losses beside the checkpoint."""
     folder = WORK / name
     folder.mkdir(parents=True, exist_ok=True)
     by_context = {
-        context: text.batches([text.windows(stream, context, settings.seed) for stream in streams], BATCH_TOKENS // context)
+        context: text.batches(
+            [text.windows(stream, context, settings.seed) for stream in streams],
+            BATCH_TOKENS // context,
+        )
         for context in (CONTEXT // 2, CONTEXT)
     }
 
@@ -103,8 +125,13 @@ def learn(name: str, model: LlamaForCausalLM, loss: loop.Loss, streams: Sequence
         return by_context[context_at(step, settings.steps)](step)
 
     with Bar() as bar:
-        losses = loop.train(model, loss, batches, settings, folder / "checkpoint.pt", bar.steps(settings.steps))
-    entries = [{"step": step, "tokens": (step + 1) * BATCH_TOKENS, "loss": round(value, 4)} for step, value in enumerate(losses)]
+        losses = loop.train(
+            model, loss, batches, settings, folder / "checkpoint.pt", bar.steps(settings.steps)
+        )
+    entries = [
+        {"step": step, "tokens": (step + 1) * BATCH_TOKENS, "loss": round(value, 4)}
+        for step, value in enumerate(losses)
+    ]
     write(folder / "loss.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries).encode())
     save(model, MODELS / name)
 
@@ -140,8 +167,18 @@ def write_outputs(tokens: int) -> None:
         starts = generator.integers(0, len(stream) - prompt, batch)
         rows = torch.from_numpy(np.stack([stream[s : s + prompt] for s in starts]).astype(np.int64))
         temperature = (0.0, 0.5, 1.0)[number % 3]
-        how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-        out = model.generate(rows, attention_mask=torch.ones_like(rows), min_new_tokens=new, max_new_tokens=new, **how)
+        how = (
+            {"do_sample": True, "temperature": temperature, "top_k": 0}
+            if temperature
+            else {"do_sample": False}
+        )
+        out = model.generate(
+            rows,
+            attention_mask=torch.ones_like(rows),
+            min_new_tokens=new,
+            max_new_tokens=new,
+            **how,
+        )
         np.save(folder / f"{number:04}.npy", out.numpy().astype(np.uint16))
 
 
@@ -149,8 +186,12 @@ def train_draft(steps: int, compiled: bool) -> None:
     """Forward KL to the target's distribution, on its own outputs and on corpus windows in equal parts."""
     teacher = LlamaForCausalLM.from_pretrained(MODELS / "target", dtype=torch.float32).eval()
     model = new_model(DRAFT, seed=1)
-    teach, forward = (torch.compile(teacher), torch.compile(model)) if compiled else (teacher, model)
-    own = np.concatenate([np.load(file).ravel() for file in sorted((WORK / "outputs").glob("*.npy"))]).astype(np.int32)
+    teach, forward = (
+        (torch.compile(teacher), torch.compile(model)) if compiled else (teacher, model)
+    )
+    own = np.concatenate(
+        [np.load(file).ravel() for file in sorted((WORK / "outputs").glob("*.npy"))]
+    ).astype(np.int32)
 
     def loss(rows: Tensor, _: float) -> Tensor:
         with torch.no_grad(), loop.low_precision(rows.device):
@@ -167,8 +208,9 @@ def main(
     target_steps: int = 900,
     draft_steps: int = 900,
     output_tokens: int = 1_000_000,
-    compiled: Annotated[bool, typer.Option(help="torch.compile: about 1.5 times as fast; wants a C++ compiler")] = shutil.which("g++")
-    is not None,
+    compiled: Annotated[
+        bool, typer.Option(help="torch.compile: about 1.5 times as fast; wants a C++ compiler")
+    ] = shutil.which("g++") is not None,
 ) -> None:
     for stage in stages or list(Stage):
         match stage:

@@ -72,11 +72,15 @@ decay, in float32 where the processor does not multiply bf16 natively. It resume
 
 
 def write_card(work: Path) -> None:
-    target, draft = (load_model(str(MODELS / name), "float32", "cpu") for name in ("target", "draft"))
+    target, draft = (
+        load_model(str(MODELS / name), "float32", "cpu") for name in ("target", "draft")
+    )
     tokenizer = load_tokenizer(str(MODELS / "target"))
     logs = {name: read_log(work / name / "loss.jsonl") for name in ("target", "draft")}
     draw(logs, MODELS / "loss.png")
-    held_out = stdlib_corpus.token_stream(tokenizer.backend_tokenizer, stdlib_corpus.files(held_out=True))
+    held_out = stdlib_corpus.token_stream(
+        tokenizer.backend_tokenizer, stdlib_corpus.files(held_out=True)
+    )
     page = TEMPLATE.format(
         target_size=size(target),
         draft_size=size(draft),
@@ -98,7 +102,11 @@ def write_card(work: Path) -> None:
         prompts=PROMPTS,
         prompt_tokens=PROMPT_TOKENS,
         new_tokens=NEW_TOKENS,
-        acceptance=acceptance_table(target, draft, stdlib_corpus.prompts(tokenizer.backend_tokenizer, PROMPTS, PROMPT_TOKENS)),
+        acceptance=acceptance_table(
+            target,
+            draft,
+            stdlib_corpus.prompts(tokenizer.backend_tokenizer, PROMPTS, PROMPT_TOKENS),
+        ),
     )
     (MODELS / "README.md").write_text(page)
 
@@ -108,29 +116,42 @@ def size(model: HFModel) -> float:
 
 
 def acceptance_table(target: HFModel, draft: HFModel, prompts: Sequence[Sequence[int]]) -> str:
-    rows = ["| temperature | " + " | ".join(f"k = {rank}" for rank in RANKS) + " |", "|---" * (len(RANKS) + 1) + "|"]
+    rows = [
+        "| temperature | " + " | ".join(f"k = {rank}" for rank in RANKS) + " |",
+        "|---" * (len(RANKS) + 1) + "|",
+    ]
     eos = frozenset({int(target.module.config.eos_token_id)})
     for temperature in track(TEMPERATURES, description="acceptance"):
         sampling = Sampling(temperature=temperature, seed=1, max_tokens=NEW_TOKENS)
         rates = acceptance(target, draft, prompts, sampling, eos)
-        rows.append(f"| {temperature:g} | " + " | ".join(f"{rates[rank]:.3f}" for rank in RANKS) + " |")
+        rows.append(
+            f"| {temperature:g} | " + " | ".join(f"{rates[rank]:.3f}" for rank in RANKS) + " |"
+        )
     return "\n".join(rows)
 
 
 def perplexity(model: HFModel, stream: npt.NDArray[np.uint16]) -> float:
     """exp of the mean next-token loss over windows of the whole context."""
-    rows = torch.from_numpy(stream[: len(stream) // CONTEXT * CONTEXT].astype(np.int64)).view(-1, CONTEXT)
+    rows = torch.from_numpy(stream[: len(stream) // CONTEXT * CONTEXT].astype(np.int64)).view(
+        -1, CONTEXT
+    )
     losses: list[float] = []
     with torch.inference_mode():
         for batch in track(rows.split(8), description="perplexity"):
             logits = model.module(batch, use_cache=False).logits
-            losses.append(float(F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())) * len(batch))
+            losses.append(
+                float(F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()))
+                * len(batch)
+            )
     return math.exp(sum(losses) / len(rows))
 
 
 def read_log(file: Path) -> list[tuple[int, float]]:
     """(tokens, loss) of each step; a step that was done again after an interruption counts once."""
-    steps = {entry["step"]: (entry["tokens"], entry["loss"]) for entry in map(json.loads, file.read_text().splitlines())}
+    steps = {
+        entry["step"]: (entry["tokens"], entry["loss"])
+        for entry in map(json.loads, file.read_text().splitlines())
+    }
     return [steps[step] for step in sorted(steps)]
 
 

@@ -21,17 +21,51 @@ from training.teacher import Teacher, fingerprint, load_teacher
 
 CONTEXT = 256
 OUT = MODELS / "heads"
-STAY, MASKS, RANK = [0, 1, 6], 3, 16  # of S3D; these three layers are what `outrider tune layers` finds
+STAY, MASKS, RANK = (
+    [0, 1, 6],
+    3,
+    16,
+)  # of S3D; these three layers are what `outrider tune layers` finds
 
 
 def order(method: str) -> Order:
     target = str(MODELS / "target")
     if method == "medusa":
-        return Order(method, target, OUT / method, {"heads": 3, "blocks": 1}, steps=900, batch=4, context=CONTEXT, own=0, seed=0)
+        return Order(
+            method,
+            target,
+            OUT / method,
+            {"heads": 3, "blocks": 1},
+            steps=900,
+            batch=4,
+            context=CONTEXT,
+            own=0,
+            seed=0,
+        )
     if method == "hidden-transfer":
-        return Order(method, target, OUT / method, {"layers": [3, 4, 5]}, steps=560, batch=2, context=CONTEXT, own=0, seed=0)
+        return Order(
+            method,
+            target,
+            OUT / method,
+            {"layers": [3, 4, 5]},
+            steps=560,
+            batch=2,
+            context=CONTEXT,
+            own=0,
+            seed=0,
+        )
     settings = {"layers": STAY, "masks": MASKS, "rank": RANK}
-    return Order(method, target, MODELS / method, settings, steps=1000, batch=2, context=CONTEXT, own=0, seed=0)
+    return Order(
+        method,
+        target,
+        MODELS / method,
+        settings,
+        steps=1000,
+        batch=2,
+        context=CONTEXT,
+        own=0,
+        seed=0,
+    )
 
 
 def built(method: str, teacher: Teacher) -> tuple[nn.Module, Forward, int]:
@@ -54,10 +88,17 @@ def train(method: str, own: Path) -> None:
     teacher = load_teacher(asked.target, "cpu")
     names = sorted([*stdlib_corpus.files(held_out=False), *stdlib_corpus.files(held_out=True)])
     documents = [text.Document(name, stdlib_corpus.read(name)) for name in names]
-    data = text.corpus(documents, teacher.tokenizer.backend_tokenizer, teacher.tokenizer.eos_token_id, 2 * CONTEXT)
-    with opened(asked.out, asked.recipe(fingerprint(asked.target), data.digest)) as work, Bar() as bar:
+    data = text.corpus(
+        documents, teacher.tokenizer.backend_tokenizer, teacher.tokenizer.eos_token_id, 2 * CONTEXT
+    )
+    with (
+        opened(asked.out, asked.recipe(fingerprint(asked.target), data.digest)) as work,
+        Bar() as bar,
+    ):
         module, forward, offset = built(method, teacher)
-        material = Material(teacher, data, rows, held_out(asked.target, data, own.parent / "held-out"))
+        material = Material(
+            teacher, data, rows, held_out(asked.target, data, own.parent / "held-out")
+        )
         settings = s3d.settings(asked.steps, asked.seed) if method == "s3d" else None
         train_head(asked, material, module, forward, work, bar.steps(asked.steps), offset, settings)
 
@@ -68,7 +109,17 @@ def held_out(target: str, data: text.Corpus, folder: Path) -> list[outputs.Writt
     place = folder / outputs.named(fingerprint(target), requests)
     if left := outputs.missing(place, requests):
         quick = load_model(target, "float32", "cpu")
-        for number, group in track(list(enumerate(outputs.grouped(requests))), description=f"{left} texts to be measured on"):
+        for number, group in track(
+            list(enumerate(outputs.grouped(requests))),
+            description=f"{left} texts to be measured on",
+        ):
             if not outputs.there(place, number):
-                outputs.keep(place, number, [continuation(quick, asked.prompt, asked.sampling, frozenset()) for asked in group])
+                outputs.keep(
+                    place,
+                    number,
+                    [
+                        continuation(quick, asked.prompt, asked.sampling, frozenset())
+                        for asked in group
+                    ],
+                )
     return outputs.answered(place, requests)

@@ -30,11 +30,18 @@ trust the gateway by ca.pem. The authority's key was not kept, so that nobody ca
 
 
 def certs(
-    folder: Annotated[Path, typer.Argument(help="where to put them; must not exist yet, or be empty")],
+    folder: Annotated[
+        Path, typer.Argument(help="where to put them; must not exist yet, or be empty")
+    ],
     days: Annotated[int, typer.Option(help="how long they are valid")] = 365,
-    name: Annotated[str, typer.Option(help="of the deployment, for people who read a certificate")] = "outrider",
+    name: Annotated[
+        str, typer.Option(help="of the deployment, for people who read a certificate")
+    ] = "outrider",
     host: Annotated[
-        list[str] | None, typer.Option(help="name or IP address that HTTPS clients reach the gateway at; may be repeated")
+        list[str] | None,
+        typer.Option(
+            help="name or IP address that HTTPS clients reach the gateway at; may be repeated"
+        ),
     ] = None,
 ) -> None:
     """Make a certificate authority, a certificate for each role of actors, and one for the gateway's HTTPS."""
@@ -42,17 +49,25 @@ def certs(
 
     whole("days", days, 1, 3650)
     if not NAME.fullmatch(name):
-        raise InvalidRequest(f"name {name[:64]!r} is not allowed: give up to 41 lower-case letters, digits, dots and dashes", "name")
+        raise InvalidRequest(
+            f"name {name[:64]!r} is not allowed: give up to 41 lower-case letters, digits, dots and dashes",
+            "name",
+        )
     hosts = host or ["localhost", "127.0.0.1", "::1"]
     for given in hosts:
         if not HOST.fullmatch(given):
-            raise InvalidRequest(f"host {given[:64]!r} is neither a name nor an IP address: give what clients write into the URL", "host")
+            raise InvalidRequest(
+                f"host {given[:64]!r} is neither a name nor an IP address: give what clients write into the URL",
+                "host",
+            )
     authority = Authority(name, datetime.datetime.now(datetime.UTC), days)
     files = {"ca.pem": authority.certificate}
     for stem, signed in {**authority.roles(), HTTPS: authority.website(hosts)}.items():
         files |= {f"{stem}.pem": signed.certificate, f"{stem}-key.pem": signed.key}
     write(folder, files)
-    text = SAID.format(count=len(files), folder=folder.absolute(), until=f"{authority.ends:%Y-%m-%d}")
+    text = SAID.format(
+        count=len(files), folder=folder.absolute(), until=f"{authority.ends:%Y-%m-%d}"
+    )
     Console(soft_wrap=True, highlight=False, markup=False).print(text, end="")
 
 
@@ -61,10 +76,17 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            raise InvalidRequest(f"{folder} is not empty: give a new folder, certificates in use are not overwritten", "folder")
+            raise InvalidRequest(
+                f"{folder} is not empty: give a new folder, certificates in use are not overwritten",
+                "folder",
+            )
         folder.chmod(0o700)
         for name, content in files.items():
-            with os.fdopen(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            with os.fdopen(
+                os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb"
+            ) as file:
                 file.write(content)
     except OSError as error:
-        raise InvalidRequest(f"{folder} cannot be written ({error.strerror}): give another folder", "folder") from error
+        raise InvalidRequest(
+            f"{folder} cannot be written ({error.strerror}): give another folder", "folder"
+        ) from error

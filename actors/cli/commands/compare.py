@@ -54,14 +54,20 @@ def brought(before: Fleet, now: Fleet, pool: str) -> Guessed:
         if target.report is None or earlier is None:
             continue
         found += [
-            since(earlier.guesses.get(name, GuessReport()), report) for name, report in target.report.guesses.items() if name in names
+            since(earlier.guesses.get(name, GuessReport()), report)
+            for name, report in target.report.guesses.items()
+            if name in names
         ]
     return guessed(found)
 
 
 def since(before: GuessReport, now: GuessReport) -> GuessReport:
     """Counters of the time between; those of a drafter that has begun anew count from there."""
-    begun = before if before.proposed <= now.proposed and before.accepted <= now.accepted else GuessReport()
+    begun = (
+        before
+        if before.proposed <= now.proposed and before.accepted <= now.accepted
+        else GuessReport()
+    )
     return GuessReport(
         now.proposed - begun.proposed,
         now.accepted - begun.accepted,
@@ -74,7 +80,9 @@ def since(before: GuessReport, now: GuessReport) -> GuessReport:
 
 
 def compared(found: dict[str, Guessed], fleet: Fleet, seconds: float) -> Table:
-    shown = table("pool", "draft", "drafters", "proposed", "accepted", "tokens/s", "of them", "lag", "ahead")
+    shown = table(
+        "pool", "draft", "drafters", "proposed", "accepted", "tokens/s", "of them", "lag", "ahead"
+    )
     for name, one in found.items():
         pool = pool_of(fleet, name)
         shown.add_row(

@@ -15,7 +15,9 @@ EXAMPLE = Path(__file__).with_name("example.yaml")
 
 def configure(
     file: Annotated[Path | None, typer.Argument(help="deployment file to be checked")] = None,
-    example: Annotated[bool, typer.Option("--example", help="print a commented one that names every field")] = False,
+    example: Annotated[
+        bool, typer.Option("--example", help="print a commented one that names every field")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check a deployment file, or print an example of one."""
@@ -28,5 +30,12 @@ def configure(
     if as_json:
         sys.stdout.write(plan.model_dump_json() + "\n")
     else:
-        pools = ", ".join(f"{pool.name} ({pool.count} of {pool.model or pool.method})" for pool in plan.pools) or "none"
-        sys.stdout.write(f"{file} is right: target {plan.target.model}, {plan.target.replicas} replicas; pools: {pools}\n")
+        pools = (
+            ", ".join(
+                f"{pool.name} ({pool.count} of {pool.model or pool.method})" for pool in plan.pools
+            )
+            or "none"
+        )
+        sys.stdout.write(
+            f"{file} is right: target {plan.target.model}, {plan.target.replicas} replicas; pools: {pools}\n"
+        )

@@ -21,9 +21,15 @@ PROMPTS = (
 
 
 def doctor(
-    target: Annotated[str | None, typer.Option(help="model name or folder; default: the one that ships")] = None,
-    draft: Annotated[str | None, typer.Option(help="model name or folder; default: the one that ships")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's own on CUDA")] = Dtype.auto,
+    target: Annotated[
+        str | None, typer.Option(help="model name or folder; default: the one that ships")
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="model name or folder; default: the one that ships")
+    ] = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's own on CUDA")
+    ] = Dtype.auto,
     temperature: float = 0.0,
 ) -> None:
     """Say whether target and draft fit, how long their steps take, and what speed-up that allows. One thread each."""
@@ -42,19 +48,28 @@ def doctor(
     with progress.status("loading both models") as status:
         large, small = (load_model(name, dtype.value, threads=1) for name in names)
         status.update("measuring steps")
-        large_times, small_times = step_times(large, WIDTHS, time.monotonic), step_times(small, WIDTHS, time.monotonic)
+        large_times, small_times = (
+            step_times(large, WIDTHS, time.monotonic),
+            step_times(small, WIDTHS, time.monotonic),
+        )
         status.update("measuring acceptance")
         prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
         sampling = Sampling(temperature=temperature, max_tokens=min(64, contexts[0] // 2))
         rates = acceptance(large, small, prompts, sampling, frozenset())
-    console.print(f"The pair fits: {len(tokenizer)} tokens in both vocabularies, context {contexts[0]} and {contexts[1]}.")
+    console.print(
+        f"The pair fits: {len(tokenizer)} tokens in both vocabularies, context {contexts[0]} and {contexts[1]}."
+    )
     for warning in warnings:
         console.print(f"note: {warning}", style="yellow")
     console.print(steps_table(large_times, small_times))
     console.print("acceptance  " + "  ".join(f"first {rank}: {rates[rank]:.2f}" for rank in RANKS))
     ratio = large_times[1] / small_times[1]
-    console.print(f"c = T/t     {ratio:.1f}: no drafter of this kind can bring more than {1 + ratio:.1f} times")
-    console.print(f"to expect   {expected(rates, large_times, small_times):.1f} times, if target and draft have a device each")
+    console.print(
+        f"c = T/t     {ratio:.1f}: no drafter of this kind can bring more than {1 + ratio:.1f} times"
+    )
+    console.print(
+        f"to expect   {expected(rates, large_times, small_times):.1f} times, if target and draft have a device each"
+    )
 
 
 def expected(rates: dict[int, float], large: dict[int, float], small: dict[int, float]) -> float:
@@ -72,7 +87,9 @@ def expected(rates: dict[int, float], large: dict[int, float], small: dict[int, 
 
 
 def steps_table(large: dict[int, float], small: dict[int, float]) -> Table:
-    found = Table(title="milliseconds of a step", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    found = Table(
+        title="milliseconds of a step", title_justify="left", box=None, padding=(0, 2, 0, 0)
+    )
     found.add_column("rows")
     for width in WIDTHS:
         found.add_column(str(width), justify="right")

@@ -16,7 +16,9 @@ PERIOD = 0.2  # seconds between two looks
 
 
 def drain(
-    actor: Annotated[str, typer.Argument(help="name of a target or a drafter, as `outrider status` shows it")],
+    actor: Annotated[
+        str, typer.Argument(help="name of a target or a drafter, as `outrider status` shows it")
+    ],
     address: Address = None,
     as_json: Json = False,
 ) -> None:
@@ -36,6 +38,12 @@ def drain(
 
 def sessions(fleet: Fleet, name: str) -> int | None:
     """Of the actor of that name while it is draining; None once it has gone."""
-    targets = {target.name: target.sessions for target in fleet.targets if target.state == "draining"}
-    drafters = {drafter.name: drafter.report.sessions if drafter.report else 0 for drafter in fleet.drafters if drafter.state == "draining"}
+    targets = {
+        target.name: target.sessions for target in fleet.targets if target.state == "draining"
+    }
+    drafters = {
+        drafter.name: drafter.report.sessions if drafter.report else 0
+        for drafter in fleet.drafters
+        if drafter.state == "draining"
+    }
     return (targets | drafters).get(name)

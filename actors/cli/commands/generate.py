@@ -41,11 +41,20 @@ IN_FILE = ("target", "draft", "drafters", "dtype", "device", "schedule")
 
 def generate(
     context: typer.Context,
-    target: Annotated[str | None, typer.Option(help="model name or folder; default: the one that ships")] = None,
-    draft: Annotated[list[str] | None, typer.Option(help="draft model, method or head (repeatable); default: the model that ships")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="model name or folder; default: the one that ships")
+    ] = None,
+    draft: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="draft model, method or head (repeatable); default: the model that ships"
+        ),
+    ] = None,
     drafters: Annotated[int, typer.Option(help="actors for each --draft")] = 1,
     prompt: Annotated[str | None, typer.Option(help="the text to continue")] = None,
-    prompt_file: Annotated[str | None, typer.Option(help="read it from a file; - for standard input")] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option(help="read it from a file; - for standard input")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="at most so many new tokens")] = 128,
     min_tokens: Annotated[int, typer.Option(help="no end before so many")] = 0,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
@@ -55,18 +64,45 @@ def generate(
     repetition_penalty: float = 1.0,
     presence_penalty: float = 0.0,
     frequency_penalty: float = 0.0,
-    seed: Annotated[int | None, typer.Option(help="same seed, same tokens; default: drawn, and reported")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="end before this text (repeatable)")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="go on after the end-of-text token")] = False,
-    dtype: Annotated[Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's own on CUDA")] = Dtype.auto,
+    seed: Annotated[
+        int | None, typer.Option(help="same seed, same tokens; default: drawn, and reported")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="end before this text (repeatable)")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="go on after the end-of-text token")
+    ] = False,
+    dtype: Annotated[
+        Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's own on CUDA")
+    ] = Dtype.auto,
     device: Device = Device.auto,
     speculation: Annotated[Switch, typer.Option(help="off: the target alone")] = Switch.on,
-    schedule: Annotated[Schedule, typer.Option(help="when the target verifies what; the others are for comparison")] = Schedule.living,
-    trace: Annotated[Path | None, typer.Option(help="record what happens when: for `outrider trace` and ui.perfetto.dev")] = None,
-    deployment: Annotated[Path | None, typer.Option(help="YAML file with models, schedule and placement, instead of their options")] = None,
-    address: Annotated[str | None, typer.Option(help="a Ray cluster, e.g. auto or ray://host:10001; default: start a local one")] = None,
-    in_process: Annotated[bool, typer.Option("--in-process", help="the same code without Ray and sockets")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on standard output, nothing else")] = False,
+    schedule: Annotated[
+        Schedule, typer.Option(help="when the target verifies what; the others are for comparison")
+    ] = Schedule.living,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="record what happens when: for `outrider trace` and ui.perfetto.dev"),
+    ] = None,
+    deployment: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file with models, schedule and placement, instead of their options"
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="a Ray cluster, e.g. auto or ray://host:10001; default: start a local one"
+        ),
+    ] = None,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="the same code without Ray and sockets")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="one JSON object on standard output, nothing else")
+    ] = False,
 ) -> None:
     """Continue a prompt. At a terminal, drafted tokens are green and the target's own white."""
     sampling = Sampling(
@@ -87,17 +123,28 @@ def generate(
     if deployment is None:
         drafts = tuple(draft or (config.shipped("draft"),)) if wanted else ()
         plan = config.deployment(
-            target or config.shipped("target"), drafts, drafters, dtype.value, device.value, address is None, schedule.value
+            target or config.shipped("target"),
+            drafts,
+            drafters,
+            dtype.value,
+            device.value,
+            address is None,
+            schedule.value,
         )
     else:
         refuse_beside(context, str(deployment), *IN_FILE)
         plan = config.read(deployment)
-    from actors.launch.prepare import prepare  # torch and transformers: `--help` and a wrong flag need neither
+    from actors.launch.prepare import (
+        prepare,
+    )  # torch and transformers: `--help` and a wrong flag need neither
 
     prepared = prepare(plan, prompt_text(prompt, prompt_file), sampling)
     request = Request(uuid.uuid4().hex, prepared.prompt, sampling, speculation=wanted)
     recordings: list[Recording] | None = [] if trace else None
-    with Progress(quiet=as_json) as progress, serving(plan, address, in_process, progress.note, recordings) as opener:
+    with (
+        Progress(quiet=as_json) as progress,
+        serving(plan, address, in_process, progress.note, recordings) as opener,
+    ):
         stream = Stream(progress, quiet=as_json)
         last = asyncio.run(consume(opener, request, stream))
     if trace is not None and recordings is not None:
@@ -123,17 +170,28 @@ async def consume(opener: Opener, request: Request, stream: Stream) -> Chunk:
 def prompt_text(prompt: str | None, prompt_file: str | None) -> str:
     """The one prompt that was given. Raises InvalidRequest for none, two, an unreadable one, an empty one."""
     if (prompt is None) == (prompt_file is None):
-        raise InvalidRequest("give exactly one of --prompt TEXT and --prompt-file FILE (or - for standard input)", "prompt")
+        raise InvalidRequest(
+            "give exactly one of --prompt TEXT and --prompt-file FILE (or - for standard input)",
+            "prompt",
+        )
     if prompt is not None:
         text = prompt
     else:
         try:
-            raw = sys.stdin.buffer.read() if prompt_file == "-" else Path(str(prompt_file)).read_bytes()
+            raw = (
+                sys.stdin.buffer.read()
+                if prompt_file == "-"
+                else Path(str(prompt_file)).read_bytes()
+            )
             text = raw.decode("utf-8")
         except OSError as error:
-            raise InvalidRequest(f"cannot read {prompt_file} ({error.strerror}): give a readable file", "prompt_file") from error
+            raise InvalidRequest(
+                f"cannot read {prompt_file} ({error.strerror}): give a readable file", "prompt_file"
+            ) from error
         except UnicodeDecodeError as error:
-            raise InvalidRequest(f"{prompt_file} is not UTF-8 (byte {error.start}): convert it first", "prompt_file") from error
+            raise InvalidRequest(
+                f"{prompt_file} is not UTF-8 (byte {error.start}): convert it first", "prompt_file"
+            ) from error
     if not text:
         raise InvalidRequest("the prompt is empty: give at least one character", "prompt")
     return text

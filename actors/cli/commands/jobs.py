@@ -18,9 +18,18 @@ PERIOD = 1.0  # seconds between two looks
 
 
 def jobs(
-    job: Annotated[str | None, typer.Argument(help="follow this one until it ends or stops; default: list all")] = None,
-    cancelled: Annotated[bool, typer.Option("--cancel", help="make whoever works on it leave it; submitted again it goes on")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line on standard output, as it is now")] = False,
+    job: Annotated[
+        str | None, typer.Argument(help="follow this one until it ends or stops; default: list all")
+    ] = None,
+    cancelled: Annotated[
+        bool,
+        typer.Option(
+            "--cancel", help="make whoever works on it leave it; submitted again it goes on"
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="one JSON object a line on standard output, as it is now")
+    ] = False,
 ) -> None:
     """Batch jobs of this user on this machine, detached ones too."""
     if cancelled and job is None:
@@ -54,5 +63,12 @@ def table(found: list[Known]) -> Table:
     rows = Table("job", "state", "answered", "failed", "tokens", "output")
     for one in found:
         answered = f"{one.totals.done}/{one.totals.items}"
-        rows.add_row(one.record.id, one.state, answered, str(one.totals.failed), str(one.totals.tokens), one.record.output)
+        rows.add_row(
+            one.record.id,
+            one.state,
+            answered,
+            str(one.totals.failed),
+            str(one.totals.tokens),
+            one.record.output,
+        )
     return rows

@@ -20,7 +20,10 @@ RAYS_OWN = (":job_id:", ":actor_name:", ":task_name:")  # lines that Ray writes 
 
 def logs(
     actor: Annotated[
-        str, typer.Argument(help="name of a target or a drafter as in `outrider status`, gateway-0, or controller")
+        str,
+        typer.Argument(
+            help="name of a target or a drafter as in `outrider status`, gateway-0, or controller"
+        ),
     ] = "controller",
     lines: Annotated[int, typer.Option(help="the last so many")] = 100,
     address: Address = None,
@@ -30,26 +33,38 @@ def logs(
     whole("lines", lines, 1, MOST_LINES)
     with cluster_client.cluster(address):
         text = read(actor, lines)
-    sys.stdout.write(json.dumps({"actor": actor, "lines": text}) + "\n" if as_json else "".join(f"{line}\n" for line in text))
+    sys.stdout.write(
+        json.dumps({"actor": actor, "lines": text}) + "\n"
+        if as_json
+        else "".join(f"{line}\n" for line in text)
+    )
 
 
 def read(actor: str, lines: int) -> list[str]:
     """Raises InvalidRequest for an actor that was never there, Unavailable where its node has gone."""
     import ray
-    from ray._private.state import actors  # the public API asks the dashboard, which clusters may not have
+    from ray._private.state import (
+        actors,
+    )  # the public API asks the dashboard, which clusters may not have
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    found = [entry for entry in actors().values() if is_life(str(entry["Name"]), actor) and entry["Pid"]]
+    found = [
+        entry for entry in actors().values() if is_life(str(entry["Name"]), actor) and entry["Pid"]
+    ]
     if not found:
-        raise InvalidRequest(f"there is no actor {actor!r} with a log: see `outrider status`", "actor")
+        raise InvalidRequest(
+            f"there is no actor {actor!r} with a log: see `outrider status`", "actor"
+        )
     last: dict[str, Any] = max(found, key=lambda entry: int(entry["StartTime"]))
     there = NodeAffinitySchedulingStrategy(last["Address"]["NodeID"], soft=False)
     task = ray.remote(tail).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
     try:
         text: list[str] = ray.get(task.remote(last["Pid"], lines), timeout=READ)
     except RayError as error:
-        raise Unavailable(f"the node of {actor} does not answer: its log is lost with it") from error
+        raise Unavailable(
+            f"the node of {actor} does not answer: its log is lost with it"
+        ) from error
     return text
 
 

@@ -44,7 +44,10 @@ def measure(
         for drafter in drafters
         if drafter.method == "model"
         for warning in check_pair(
-            tokenizer, load_tokenizer(drafter.model), (target, drafter.model), (context, context_length(drafter.model))
+            tokenizer,
+            load_tokenizer(drafter.model),
+            (target, drafter.model),
+            (context, context_length(drafter.model)),
         )
     ]
     large = load_model(target, dtype, threads=1)
@@ -52,28 +55,45 @@ def measure(
     times, text = step_times(large, WIDTHS, time.monotonic), text_time(large, TEXTS, time.monotonic)
     sampling = Sampling(temperature=temperature, max_tokens=min(TOKENS, context // 2))
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
-    answers: list[Answer] = [(prompt, continuation(large, prompt, sampling, frozenset())) for prompt in prompts]
+    answers: list[Answer] = [
+        (prompt, continuation(large, prompt, sampling, frozenset())) for prompt in prompts
+    ]
     found, sitting = [], []
     for head in heads:
         note(f"measuring {head.method}")
-        sitting.append(of_head(head.method, build_head(head, large, tokenizer), large, answers, sampling))
+        sitting.append(
+            of_head(head.method, build_head(head, large, tokenizer), large, answers, sampling)
+        )
     for drafter in drafters:
         name = Path(drafter.model).name or drafter.method
         note(f"measuring {name}")
-        known = {"name": name, "target": times, "text": text, "rtt": rtt, **figures(drafter, target, dtype, answers, sampling)}
+        known = {
+            "name": name,
+            "target": times,
+            "text": text,
+            "rtt": rtt,
+            **figures(drafter, target, dtype, answers, sampling),
+        }
         found.append(Measured.model_validate(known))
     return found, sitting, warnings
 
 
-def figures(drafter: DrafterConfig, target: str, dtype: Dtype, answers: Sequence[Answer], sampling: Sampling) -> dict[str, object]:
+def figures(
+    drafter: DrafterConfig, target: str, dtype: Dtype, answers: Sequence[Answer], sampling: Sampling
+) -> dict[str, object]:
     """Its t(w) and its guesses. A method that is not simply a model is asked place by place."""
     if drafter.method in ("model", "layer-skip"):
         layers = drafter.layers if drafter.method == "layer-skip" else None
         small = load_model(drafter.model or target, dtype, threads=1, layers=layers)
         guessed = along(small, answers, sampling)
-        return {"draft": step_times(small, WIDTHS, time.monotonic), "positions": positions(guessed.ranks, guessed.scores)}
+        return {
+            "draft": step_times(small, WIDTHS, time.monotonic),
+            "positions": positions(guessed.ranks, guessed.scores),
+        }
     here = Placement(cores=(min(os.sched_getaffinity(0)),))
     seconds, places = of_drafter(
-        build_drafter(drafter.model_copy(update={"placement": here}), target).draft_engine.drafter, answers, sampling
+        build_drafter(drafter.model_copy(update={"placement": here}), target).draft_engine.drafter,
+        answers,
+        sampling,
     )
     return {"draft": seconds, "positions": places}

@@ -27,7 +27,9 @@ WIDTHS = (4, 16)  # leaves of a pass, beside one
 REPEATS = 8
 
 
-def of_head(name: str, head: Head, model: HFModel, answers: Sequence[Answer], sampling: Sampling) -> HeadFigures:
+def of_head(
+    name: str, head: Head, model: HFModel, answers: Sequence[Answer], sampling: Sampling
+) -> HeadFigures:
     """It looks at steps of plain decoding along the answers. Each pass is made without it and then with it: the difference is its price."""
     steps: list[tuple[Place, ...]] = []
     without, passes, own = [], [], []
@@ -48,24 +50,43 @@ def of_head(name: str, head: Head, model: HFModel, answers: Sequence[Answer], sa
             looking = time.monotonic()
             (shown,) = model.show_all([part], head.look)
             seen = time.monotonic()
-            growth = head.propose([Seen(begun(number, (*text, output[place]), prompt, sampling), rows.tokens, (0,), shown, part.riders)])[0]
+            growth = head.propose(
+                [
+                    Seen(
+                        begun(number, (*text, output[place]), prompt, sampling),
+                        rows.tokens,
+                        (0,),
+                        shown,
+                        part.riders,
+                    )
+                ]
+            )[0]
             own.append(time.monotonic() - seen)
             without.append(middle - began)
             passes.append(seen - looking)
             steps.append(along(growth, output[place + 1 :]))
         head.close(str(number))
-    price = statistics.median(own) + max(0.0, statistics.median(passes) - statistics.median(without))
+    price = statistics.median(own) + max(
+        0.0, statistics.median(passes) - statistics.median(without)
+    )
     return HeadFigures(name, price, tuple(steps))
 
 
-def of_drafter(drafter: Drafter, answers: Sequence[Answer], sampling: Sampling) -> tuple[dict[int, float], tuple[Position, ...]]:
+def of_drafter(
+    drafter: Drafter, answers: Sequence[Answer], sampling: Sampling
+) -> tuple[dict[int, float], tuple[Position, ...]]:
     """Seconds (median) of a pass by the number of leaves that it guesses below, and the guesses at each place of the answers."""
     seconds, found = [], []
     for number, (prompt, output) in enumerate(answers):
         for place in range(len(output)):
-            guessed, took = asked(drafter, ExpandRequest(begun(number, (*prompt, *output[:place]), prompt, sampling), [0]))
+            guessed, took = asked(
+                drafter,
+                ExpandRequest(begun(number, (*prompt, *output[:place]), prompt, sampling), [0]),
+            )
             seconds.append(took)
-            near, *below = levels(guessed, output[place:]) or [Position(rank=None, scores=(SILENT,))]
+            near, *below = levels(guessed, output[place:]) or [
+                Position(rank=None, scores=(SILENT,))
+            ]
             found.append(near.model_copy(update={"below": tuple(below)}))
         drafter.close(str(number))
     wider = {width: seconds_below(drafter, answers[0], sampling, width) for width in WIDTHS}
@@ -88,7 +109,9 @@ def seconds_below(drafter: Drafter, answer: Answer, sampling: Sampling, width: i
     for place in range(min(REPEATS, len(output))):
         text = begun(width, (*prompt, *output[:place]), prompt, sampling)
         asked(drafter, ExpandRequest(text, [0]))
-        leaves = [leaf for token in range(width) if (leaf := text.tree.add(0, token, SILENT)) is not None]
+        leaves = [
+            leaf for token in range(width) if (leaf := text.tree.add(0, token, SILENT)) is not None
+        ]
         seconds.append(asked(drafter, ExpandRequest(text, leaves))[1])
     drafter.close(str(width))
     return statistics.median(seconds)

@@ -8,7 +8,9 @@ import typer
 ADDRESS = "a Ray cluster, e.g. auto or ray://host:10001; default: RAY_ADDRESS, else the local one that `outrider serve` has started"
 
 Address = Annotated[str | None, typer.Option(help=ADDRESS)]
-Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output, nothing else")]
+Json = Annotated[
+    bool, typer.Option("--json", help="one JSON object on standard output, nothing else")
+]
 
 
 class Dtype(StrEnum):

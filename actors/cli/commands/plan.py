@@ -32,39 +32,66 @@ KIND = "schedules"
 
 
 def plan(
-    target: Annotated[str | None, typer.Option(help="model name or folder; default: the one that ships")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="model name or folder; default: the one that ships")
+    ] = None,
     draft: Annotated[
         list[str] | None,
-        typer.Option(help="model, drafting method or head, as for generate; several are compared; default: the model that ships"),
+        typer.Option(
+            help="model, drafting method or head, as for generate; several are compared; default: the model that ships"
+        ),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's own on CUDA")] = Dtype.auto,
+    dtype: Annotated[
+        Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's own on CUDA")
+    ] = Dtype.auto,
     temperature: float = 0.0,
     measured: Annotated[
-        list[Path] | None, typer.Option(help="figures in place of models, as --save writes them; several are compared")
+        list[Path] | None,
+        typer.Option(
+            help="figures in place of models, as --save writes them; several are compared"
+        ),
     ] = None,
-    save: Annotated[Path | None, typer.Option(help="write the figures of one pair into this file")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="write the figures of one pair into this file")
+    ] = None,
     rtt: Annotated[
-        float | None, typer.Option(help="milliseconds from target to drafter and back; default: 1, or what the figures say")
+        float | None,
+        typer.Option(
+            help="milliseconds from target to drafter and back; default: 1, or what the figures say"
+        ),
     ] = None,
     sessions: Annotated[int, typer.Option(help="at a time")] = 1,
     drafters: int = 1,
-    targets: Annotated[int, typer.Option(help="sessions are divided among them, drafters serve all")] = 1,
-    schedule: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(sweep.SCHEDULES)}; default: all")] = None,
+    targets: Annotated[
+        int, typer.Option(help="sessions are divided among them, drafters serve all")
+    ] = 1,
+    schedule: Annotated[
+        list[str] | None, typer.Option(help=f"of {', '.join(sweep.SCHEDULES)}; default: all")
+    ] = None,
     png: Annotated[Path | None, typer.Option(help="draw the forecast into this file")] = None,
-    as_object: Annotated[bool, typer.Option("--json", help="one JSON object in place of tables")] = False,
+    as_object: Annotated[
+        bool, typer.Option("--json", help="one JSON object in place of tables")
+    ] = False,
 ) -> None:
     """Forecast tokens per second of each schedule from measured step times and guesses: the runtime itself, on a virtual clock."""
     names = tuple(dict.fromkeys(schedule or sweep.SCHEDULES))
     setting = checked(names, sessions, drafters, targets, rtt, temperature)
     if measured and (target or draft):
-        raise InvalidRequest("--measured stands in place of models: give either figures or --target and --draft", "measured")
+        raise InvalidRequest(
+            "--measured stands in place of models: give either figures or --target and --draft",
+            "measured",
+        )
     errors = Console(stderr=True, highlight=False)
     heads: list[HeadFigures] = []
     if measured:
         pairs = [read(file) for file in measured]
-        pairs = pairs if rtt is None else [pair.model_copy(update={"rtt": rtt / 1e3}) for pair in pairs]
+        pairs = (
+            pairs if rtt is None else [pair.model_copy(update={"rtt": rtt / 1e3}) for pair in pairs]
+        )
     else:
-        pairs, heads = measure(target, draft, dtype, temperature, DEFAULT_RTT if rtt is None else rtt, errors)
+        pairs, heads = measure(
+            target, draft, dtype, temperature, DEFAULT_RTT if rtt is None else rtt, errors
+        )
     if save is not None:
         write(save, pairs)
     with simulator(errors) as run_all:
@@ -82,11 +109,21 @@ def plan(
         console.print(sentence)
 
 
-def checked(names: Sequence[str], sessions: int, drafters: int, targets: int, rtt: float | None, temperature: float) -> Setting:
+def checked(
+    names: Sequence[str],
+    sessions: int,
+    drafters: int,
+    targets: int,
+    rtt: float | None,
+    temperature: float,
+) -> Setting:
     """Raises InvalidRequest for what is out of range."""
     wrong = [name for name in names if name not in sweep.SCHEDULES]
     if wrong:
-        raise InvalidRequest(f"schedule {wrong[0]!r} is not known: give one of {', '.join(sweep.SCHEDULES)}", "schedule")
+        raise InvalidRequest(
+            f"schedule {wrong[0]!r} is not known: give one of {', '.join(sweep.SCHEDULES)}",
+            "schedule",
+        )
     whole("sessions", sessions, 1, MOST_SESSIONS)
     whole("drafters", drafters, 1, config.MOST_DRAFTERS)
     whole("targets", targets, 1, MOST_TARGETS)
@@ -97,7 +134,12 @@ def checked(names: Sequence[str], sessions: int, drafters: int, targets: int, rt
 
 
 def measure(
-    target: str | None, drafts: list[str] | None, dtype: Dtype, temperature: float, rtt: float, errors: Console
+    target: str | None,
+    drafts: list[str] | None,
+    dtype: Dtype,
+    temperature: float,
+    rtt: float,
+    errors: Console,
 ) -> tuple[list[Measured], list[HeadFigures]]:
     """Of drafters, of which there is one at least, and of heads. Heads that are asked for alone are set beside the draft model that ships,
     and on another target beside n-grams."""
@@ -106,10 +148,14 @@ def measure(
         chosen = (*chosen, config.shipped("draft") if target is None else "ngram")
     wanted = config.deployment(name, chosen, 1, dtype.value, "auto", local=False)
     with errors.status("loading torch") as status:
-        from actors.cli.commands.measure import measure as of_models  # torch and transformers: `--help` needs neither
+        from actors.cli.commands.measure import (
+            measure as of_models,
+        )  # torch and transformers: `--help` needs neither
 
         drafters = [pool.member(0) for pool in wanted.pools]
-        pairs, heads, warnings = of_models(name, drafters, wanted.target.heads, dtype.value, temperature, rtt / 1e3, status.update)
+        pairs, heads, warnings = of_models(
+            name, drafters, wanted.target.heads, dtype.value, temperature, rtt / 1e3, status.update
+        )
     for warning in warnings:
         errors.print(f"note: {warning}", style="yellow")
     return pairs, heads
@@ -121,13 +167,20 @@ def write(file: Path, pairs: Sequence[Measured]) -> None:
     try:
         file.write_text(pairs[0].model_dump_json(indent=1, by_alias=True) + "\n", "utf-8")
     except OSError as error:
-        raise InvalidRequest(f"cannot write {file} ({error.strerror}): give a file in a folder that exists", "save") from error
+        raise InvalidRequest(
+            f"cannot write {file} ({error.strerror}): give a file in a folder that exists", "save"
+        ) from error
 
 
 @contextmanager
 def simulator(errors: Console) -> Iterator[sweep.RunAll]:
     """Runs simulations on all cores that this process may use, under a progress bar."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn"))
     with pool, Progress(*columns, console=errors, transient=True) as progress:
 
@@ -145,16 +198,31 @@ def simulator(errors: Console) -> Iterator[sweep.RunAll]:
 
 
 def forecasts(
-    pairs: Sequence[Measured], heads: Sequence[HeadFigures], names: Sequence[str], setting: Setting, run_all: sweep.RunAll
+    pairs: Sequence[Measured],
+    heads: Sequence[HeadFigures],
+    names: Sequence[str],
+    setting: Setting,
+    run_all: sweep.RunAll,
 ) -> Plan:
     """All schedules for every drafter; the rest for the one that is fastest, beside which heads are set."""
     configs = [sweep.chosen(pair, names, setting, run_all) for pair in pairs]
-    jobs = [job for pair, chosen in zip(pairs, configs, strict=True) for job in sweep.jobs(pair, chosen, setting) if job.group == KIND]
+    jobs = [
+        job
+        for pair, chosen in zip(pairs, configs, strict=True)
+        for job in sweep.jobs(pair, chosen, setting)
+        if job.group == KIND
+    ]
     compared = list(zip(jobs, run_all(jobs), strict=True))
     fastest = max(compared, key=lambda done: done[1].tokens_per_second)[0].measured
-    jobs = [job for job in sweep.jobs(fastest, configs[pairs.index(fastest)], setting) if job.group != KIND]
+    jobs = [
+        job
+        for job in sweep.jobs(fastest, configs[pairs.index(fastest)], setting)
+        if job.group != KIND
+    ]
     if "living" in names:
         shallow = sweep.half_as_deep(fastest)
-        jobs.append(Job("half as deep", "living", 0, shallow, config.ScheduleConfig(), replace(setting)))
+        jobs.append(
+            Job("half as deep", "living", 0, shallow, config.ScheduleConfig(), replace(setting))
+        )
         jobs += sweep.head_jobs(fastest, heads, setting)
     return Plan(tuple(pairs), fastest, setting, (*compared, *zip(jobs, run_all(jobs), strict=True)))

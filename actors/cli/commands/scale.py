@@ -18,7 +18,9 @@ PERIOD = 0.2  # seconds between two looks
 
 
 def scale(
-    wish: Annotated[str, typer.Argument(metavar="POOL=N", help="so many drafters in this pool, also 0")],
+    wish: Annotated[
+        str, typer.Argument(metavar="POOL=N", help="so many drafters in this pool, also 0")
+    ],
     address: Address = None,
     as_json: Json = False,
 ) -> None:
@@ -42,13 +44,20 @@ def scale(
 def parsed(wish: str) -> tuple[str, int]:
     pool, _, count = wish.rpartition("=")
     if not pool or not count.isdecimal() or len(count) > 4:
-        raise InvalidRequest(f"{wish[:64]!r} is not POOL=N: give a pool's name and a number, for example draft=3", "wish")
+        raise InvalidRequest(
+            f"{wish[:64]!r} is not POOL=N: give a pool's name and a number, for example draft=3",
+            "wish",
+        )
     return pool, int(count)
 
 
 def settled(fleet: Fleet, pool: str) -> bool:
     """As many are ready as are wanted, and nobody is on the way out or in."""
-    return pool_of(fleet, pool).ready == pool_of(fleet, pool).count == sum(drafter.pool == pool for drafter in fleet.drafters)
+    return (
+        pool_of(fleet, pool).ready
+        == pool_of(fleet, pool).count
+        == sum(drafter.pool == pool for drafter in fleet.drafters)
+    )
 
 
 def check_hope(fleet: Fleet, pool: str) -> None:

@@ -24,27 +24,56 @@ from runtime import config
 from runtime.config import Deployment, GatewayConfig
 from runtime.core.sampling_params import whole
 
-ON_HEAD = {"node:__internal_head__": 0.001}  # where nothing but the loss of the cluster itself takes it along
-IN_FILE = ("target", "draft", "drafters", "dtype", "device", "host", "port", "api_key_file", "insecure")
+ON_HEAD = {
+    "node:__internal_head__": 0.001
+}  # where nothing but the loss of the cluster itself takes it along
+IN_FILE = (
+    "target",
+    "draft",
+    "drafters",
+    "dtype",
+    "device",
+    "host",
+    "port",
+    "api_key_file",
+    "insecure",
+)
 CALLS = 32  # of the controller at one time: gateways, commands, and those that wait for something
 
 
 def serve(
     context: typer.Context,
-    file: Annotated[Path | None, typer.Argument(help="deployment file; `outrider config --example` prints one")] = None,
-    target: Annotated[str | None, typer.Option(help="model name or folder; default: the one that ships")] = None,
-    draft: Annotated[list[str] | None, typer.Option(help="draft model or method (repeatable); default: the one that ships")] = None,
+    file: Annotated[
+        Path | None, typer.Argument(help="deployment file; `outrider config --example` prints one")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="model name or folder; default: the one that ships")
+    ] = None,
+    draft: Annotated[
+        list[str] | None,
+        typer.Option(help="draft model or method (repeatable); default: the one that ships"),
+    ] = None,
     drafters: Annotated[int, typer.Option(help="actors for each --draft")] = 1,
-    dtype: Annotated[Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's own on CUDA")] = Dtype.auto,
+    dtype: Annotated[
+        Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's own on CUDA")
+    ] = Dtype.auto,
     device: Device = Device.auto,
     host: Annotated[str, typer.Option(help="address that the gateway listens on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="of the gateway; 0: any")] = 8000,
     api_key_file: Annotated[
-        Path | None, typer.Option(help="file of `NAME:KEY[:MODEL,...]` lines; default: nobody is asked for a key")
+        Path | None,
+        typer.Option(
+            help="file of `NAME:KEY[:MODEL,...]` lines; default: nobody is asked for a key"
+        ),
     ] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="allow a public address without keys or TLS")] = False,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="allow a public address without keys or TLS")
+    ] = False,
     trace: Annotated[
-        Path | None, typer.Option(help="record what happens when, until Ctrl-C: for `outrider trace` and ui.perfetto.dev")
+        Path | None,
+        typer.Option(
+            help="record what happens when, until Ctrl-C: for `outrider trace` and ui.perfetto.dev"
+        ),
     ] = None,
     address: Address = None,
     as_json: Json = False,
@@ -59,26 +88,45 @@ def serve(
         plan = config.read(file)
     else:
         whole("port", port, 0, 65535)
-        gateway = GatewayConfig(host=host, port=port, api_keys=api_key_file and api_key_file.resolve(), insecure=insecure)
+        gateway = GatewayConfig(
+            host=host,
+            port=port,
+            api_keys=api_key_file and api_key_file.resolve(),
+            insecure=insecure,
+        )
         drafts = tuple(draft or (config.shipped("draft"),))
-        pair = config.deployment(target or config.shipped("target"), drafts, drafters, dtype.value, device.value, chosen is None)
+        pair = config.deployment(
+            target or config.shipped("target"),
+            drafts,
+            drafters,
+            dtype.value,
+            device.value,
+            chosen is None,
+        )
         plan = pair.model_copy(update={"gateway": gateway})
     with Progress(quiet=as_json) as progress, orderly(), ExitStack() as undoing:
         warnings = check(plan, chosen is None, progress)
         progress.note("joining Ray" if chosen or not fresh else "starting Ray")
         if fresh:
             undoing.callback(end_local)
-        with cluster_client.cluster(address, start=True), orderly():  # again: Ray's own answer to SIGTERM, from here on, is to abort
+        with (
+            cluster_client.cluster(address, start=True),
+            orderly(),
+        ):  # again: Ray's own answer to SIGTERM, from here on, is to abort
             progress.note(f"loading {plan.target.model} and {len(plan.drafters())} drafters")
             fleet = deploy(plan)
         undoing.pop_all()
     if as_json:
-        sys.stdout.write(json.dumps({"model": fleet.served_model, "gateways": list(fleet.gateways)}) + "\n")
+        sys.stdout.write(
+            json.dumps({"model": fleet.served_model, "gateways": list(fleet.gateways)}) + "\n"
+        )
         sys.stdout.flush()
     else:
         show(plan, fleet, warnings)
     if trace is not None:
-        Console(stderr=True, highlight=False).print(f"recording; Ctrl-C ends that and writes {trace}, the service goes on")
+        Console(stderr=True, highlight=False).print(
+            f"recording; Ctrl-C ends that and writes {trace}, the service goes on"
+        )
         with orderly(), cluster_client.controller(address) as controller:
             record(controller, trace, threading.Event().wait)
 
@@ -110,7 +158,9 @@ def check(plan: Deployment, local: bool, progress: Progress) -> tuple[str, ...]:
     """What can be said before anything is started; of the models, where they are on this machine. Returns what should be known of them."""
     progress.note("looking at the deployment")
     from actors.gateway.server import check_closed
-    from actors.launch.prepare import check_models  # torch and transformers: `--help` and a wrong flag need neither
+    from actors.launch.prepare import (
+        check_models,
+    )  # torch and transformers: `--help` and a wrong flag need neither
 
     check_closed(plan.gateway)
     return check_models(plan).warnings if local else ()
@@ -146,7 +196,10 @@ def deploy(plan: Deployment) -> Fleet:
 
 
 def show(plan: Deployment, fleet: Fleet, warnings: tuple[str, ...]) -> None:
-    console, errors = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
+    console, errors = (
+        Console(highlight=False, soft_wrap=True),
+        Console(stderr=True, highlight=False),
+    )
     for warning in warnings:
         errors.print(f"note: {warning}", style="yellow")
     for url in fleet.gateways:
@@ -160,5 +213,7 @@ def curl(url: str, model: str, gateway: GatewayConfig) -> str:
     words = ["curl", f"{url}/v1/completions", "-H 'Content-Type: application/json'"]
     words += ['-H "Authorization: Bearer $KEY"'] if gateway.api_keys else []
     words += [f"--cacert {gateway.tls.ca}"] if gateway.tls else []
-    body = json.dumps({"model": model, "prompt": "def main(", "max_tokens": 64}).replace("'", "'\\''")
+    body = json.dumps({"model": model, "prompt": "def main(", "max_tokens": 64}).replace(
+        "'", "'\\''"
+    )
     return " ".join([*words, f"-d '{body}'"])

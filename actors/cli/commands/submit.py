@@ -24,14 +24,42 @@ START, LOOK = 30.0, 0.2  # seconds for a detached job to begin, and between two 
 
 
 def submit(
-    file: Annotated[str, typer.Argument(help="requests, one in each line, in OpenAI's batch format; a path or any URL of fsspec")],
-    out: Annotated[str, typer.Option("--output", "-o", help="answers, in any order; a path or any URL of fsspec")],
-    url: Annotated[str, typer.Option(help="any OpenAI-compatible gateway, e.g. http://127.0.0.1:8000/v1; default: the cluster")] = "",
-    api_key_file: Annotated[Path | None, typer.Option(help="file with the key for --url alone in it")] = None,
-    ca: Annotated[Path | None, typer.Option(help="PEM file of the authority behind the certificate of an https --url")] = None,
+    file: Annotated[
+        str,
+        typer.Argument(
+            help="requests, one in each line, in OpenAI's batch format; a path or any URL of fsspec"
+        ),
+    ],
+    out: Annotated[
+        str,
+        typer.Option("--output", "-o", help="answers, in any order; a path or any URL of fsspec"),
+    ],
+    url: Annotated[
+        str,
+        typer.Option(
+            help="any OpenAI-compatible gateway, e.g. http://127.0.0.1:8000/v1; default: the cluster"
+        ),
+    ] = "",
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="file with the key for --url alone in it")
+    ] = None,
+    ca: Annotated[
+        Path | None,
+        typer.Option(help="PEM file of the authority behind the certificate of an https --url"),
+    ] = None,
     address: Address = None,
-    parallel: Annotated[int, typer.Option(help="at most so many items in flight; fewer where the deployment admits fewer")] = MOST,
-    detach: Annotated[bool, typer.Option("--detach", help="hand the job to the cluster and return; see `outrider jobs`")] = False,
+    parallel: Annotated[
+        int,
+        typer.Option(
+            help="at most so many items in flight; fewer where the deployment admits fewer"
+        ),
+    ] = MOST,
+    detach: Annotated[
+        bool,
+        typer.Option(
+            "--detach", help="hand the job to the cluster and return; see `outrider jobs`"
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Answer a batch file. Interrupted and started again by the same command, it goes on where it was.
@@ -51,15 +79,22 @@ def submit(
         try:
             over = carry_out(order, address, job, bar)
         except KeyboardInterrupt:
-            tell(job, f"interrupted after {job.totals.done} of {job.totals.items} items; the same command goes on from there")
+            tell(
+                job,
+                f"interrupted after {job.totals.done} of {job.totals.items} items; the same command goes on from there",
+            )
             raise
     if not over:
         done = f"{job.totals.done} of {job.totals.items} items"
-        raise Unavailable(f"{job.record.id} was cancelled after {done}: the same command goes on from there")
+        raise Unavailable(
+            f"{job.record.id} was cancelled after {done}: the same command goes on from there"
+        )
     if as_json:
         sys.stdout.write(json.dumps(summary(job)) + "\n")
     else:
-        tell(job, f"{job.totals.done} items, {job.totals.failed} of them failed: {job.record.output}")
+        tell(
+            job, f"{job.totals.done} items, {job.totals.failed} of them failed: {job.record.output}"
+        )
 
 
 def carry_out(order: Order, address: str | None, job: Job, bar: Bar) -> bool:
@@ -85,7 +120,9 @@ def hand_over(order: Order, address: str | None, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps({"id": found, "ray_job": name}) + "\n")
     elif find(found).state == "stopped":
-        sys.stdout.write(f"{found} waits as Ray job {name} and has not begun here within {START:g} s; see: ray job logs {name}\n")
+        sys.stdout.write(
+            f"{found} waits as Ray job {name} and has not begun here within {START:g} s; see: ray job logs {name}\n"
+        )
     else:
         sys.stdout.write(f"{found} runs as Ray job {name}; follow it with: outrider jobs {found}\n")
 

@@ -28,7 +28,9 @@ def top(address: Address = None, as_object: Json = False) -> None:
                 sys.stdout.write(json.dumps(as_json(before, now)) + "\n")
                 sys.stdout.flush()
                 before = now
-        with Live(shown(before, before), console=Console(highlight=False), screen=True, auto_refresh=False) as screen:
+        with Live(
+            shown(before, before), console=Console(highlight=False), screen=True, auto_refresh=False
+        ) as screen:
             for now in looks(controller):
                 screen.update(shown(before, now), refresh=True)
                 before = now

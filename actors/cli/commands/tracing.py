@@ -14,11 +14,23 @@ from runtime.telemetry.tracing import COMMIT, GROWTH
 
 
 def trace(
-    file: Annotated[Path, typer.Argument(help="what `--trace FILE` of generate, serve or bench has written; ui.perfetto.dev opens it too")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="what `--trace FILE` of generate, serve or bench has written; ui.perfetto.dev opens it too"
+        ),
+    ],
     png: Annotated[Path | None, typer.Option(help="draw it into this file")] = None,
-    begin: Annotated[float | None, typer.Option("--from", help="seconds since the trace began; default: where the run begins")] = None,
+    begin: Annotated[
+        float | None,
+        typer.Option("--from", help="seconds since the trace began; default: where the run begins"),
+    ] = None,
     end: Annotated[
-        float | None, typer.Option("--to", help="default: where it ends; with neither, half a second in its middle is drawn")
+        float | None,
+        typer.Option(
+            "--to",
+            help="default: where it ends; with neither, half a second in its middle is drawn",
+        ),
     ] = None,
 ) -> None:
     """Say what target, drafters and wire did with their time, and draw it."""
@@ -36,21 +48,29 @@ def chosen(found: Timeline, begin: float | None, end: float | None) -> Interval:
     first, last = found.bounds
     wanted = (found.run[0] if begin is None else begin, found.run[1] if end is None else end)
     if not wanted[0] < wanted[1]:
-        raise InvalidRequest(f"the window from {wanted[0]:g} s to {wanted[1]:g} s is empty: give --from a smaller value than --to", "from")
+        raise InvalidRequest(
+            f"the window from {wanted[0]:g} s to {wanted[1]:g} s is empty: give --from a smaller value than --to",
+            "from",
+        )
     window = (max(wanted[0], first), min(wanted[1], last))
     if not window[0] < window[1]:
         raise InvalidRequest(
-            f"nothing happens between {wanted[0]:g} s and {wanted[1]:g} s: the trace goes from {first:.3f} s to {last:.3f} s", "from"
+            f"nothing happens between {wanted[0]:g} s and {wanted[1]:g} s: the trace goes from {first:.3f} s to {last:.3f} s",
+            "from",
         )
     return window
 
 
 def table(found: Timeline, seen: Figures, window: Interval) -> Table:
     title = f"{window[0]:.3f} s to {window[1]:.3f} s"
-    shown = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    shown = Table(
+        title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
+    )
     shown.add_column(style="dim")
     shown.add_column()
-    shown.add_row("target's time", ", ".join(f"{name} {share:.0%}" for name, share in seen.target.items()))
+    shown.add_row(
+        "target's time", ", ".join(f"{name} {share:.0%}" for name, share in seen.target.items())
+    )
     for name, share in seen.drafters.items():
         shown.add_row(Text(name), f"in a step {share:.0%} of the time")
     if seen.drafters:

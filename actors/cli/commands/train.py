@@ -37,14 +37,30 @@ train = typer.Typer(
     no_args_is_help=True,
 )
 
-Target = Annotated[str | None, typer.Option(help="model name or folder; default: the one that ships")]
-Data = Annotated[list[Path] | None, typer.Option(help="files or folders of UTF-8 text (repeatable); default: Python's standard library")]
-Out = Annotated[Path, typer.Option(help="the folder to be made; unfinished work is in FOLDER.partial beside it")]
+Target = Annotated[
+    str | None, typer.Option(help="model name or folder; default: the one that ships")
+]
+Data = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="files or folders of UTF-8 text (repeatable); default: Python's standard library"
+    ),
+]
+Out = Annotated[
+    Path, typer.Option(help="the folder to be made; unfinished work is in FOLDER.partial beside it")
+]
 Steps = Annotated[int, typer.Option(help="of the optimizer")]
 Batch = Annotated[int, typer.Option(help="texts in each step")]
 Context = Annotated[int, typer.Option(help="tokens of a text")]
-Own = Annotated[int, typer.Option(help="so many tokens are written by the target itself first, and are half of each batch; 0: none")]
-Seed = Annotated[int, typer.Option(help="same seed, same result on the same CPU and number of threads")]
+Own = Annotated[
+    int,
+    typer.Option(
+        help="so many tokens are written by the target itself first, and are half of each batch; 0: none"
+    ),
+]
+Seed = Annotated[
+    int, typer.Option(help="same seed, same result on the same CPU and number of threads")
+]
 
 
 @train.command()
@@ -64,7 +80,9 @@ def medusa(
     """Heads on the target's last hidden state, one for each place ahead (arXiv 2401.10774). Small, and quick to train."""
     whole("heads", heads, 1, 16)
     whole("blocks", blocks, 1, 8)
-    order = ordered("medusa", target, out, {"heads": heads, "blocks": blocks}, steps, batch, context, own, seed)
+    order = ordered(
+        "medusa", target, out, {"heads": heads, "blocks": blocks}, steps, batch, context, own, seed
+    )
     with prepared(order, data, device) as (material, work, tell):
         from runtime.heads.medusa import Medusa
         from training.medusa import make_forward
@@ -80,7 +98,10 @@ def hidden_transfer(
     target: Target = None,
     data: Data = None,
     positions: Annotated[int, typer.Option(help="places ahead")] = 3,
-    layers: Annotated[list[int] | None, typer.Option(help="where each enters (repeatable, rising); default: a third of the way up")] = None,
+    layers: Annotated[
+        list[int] | None,
+        typer.Option(help="where each enters (repeatable, rising); default: a third of the way up"),
+    ] = None,
     steps: Steps = 400,
     batch: Batch = 4,
     context: Context = 256,
@@ -91,15 +112,24 @@ def hidden_transfer(
     """Linear maps to pseudo hidden states, which pass the target's upper layers (arXiv 2404.12022). Dearer to train, guesses better."""
     whole("positions", positions, 1, 16)
     chosen = entries(target or config.shipped("target"), layers, positions)
-    order = ordered("hidden-transfer", target, out, {"layers": chosen}, steps, batch, context, own, seed)
+    order = ordered(
+        "hidden-transfer", target, out, {"layers": chosen}, steps, batch, context, own, seed
+    )
     from training.hidden_transfer import check, make_forward
 
-    with prepared(order, data, device, lambda teacher: check(teacher, context)) as (material, work, tell):
+    with prepared(order, data, device, lambda teacher: check(teacher, context)) as (
+        material,
+        work,
+        tell,
+    ):
         from runtime.heads.hidden_transfer import HiddenTransfer
         from training.run import train_head
 
         made = HiddenTransfer(material.teacher.hidden_size, chosen)
-        report(order, train_head(order, material, made, make_forward(made, material.teacher), work, tell))
+        report(
+            order,
+            train_head(order, material, made, make_forward(made, material.teacher), work, tell),
+        )
 
 
 @train.command()
@@ -107,7 +137,10 @@ def s3d(
     out: Out,
     target: Target = None,
     data: Data = None,
-    skip: Annotated[str | None, typer.Option(help="layers to leave out, such as 3-7 or 2,4-6; default: the middle ones")] = None,
+    skip: Annotated[
+        str | None,
+        typer.Option(help="layers to leave out, such as 3-7 or 2,4-6; default: the middle ones"),
+    ] = None,
     masks: Annotated[int, typer.Option(help="places ahead of the next that a pass guesses")] = 3,
     rank: Annotated[int, typer.Option(help="of the adapter on the layers that stay")] = 16,
     steps: Steps = 600,
@@ -121,16 +154,33 @@ def s3d(
     whole("masks", masks, 1, 16)
     whole("rank", rank, 1, 1024)
     layers = staying(depth_of(target or config.shipped("target")), skip)
-    order = ordered("s3d", target, out, {"layers": layers, "masks": masks, "rank": rank}, steps, batch, context, own, seed)
+    order = ordered(
+        "s3d",
+        target,
+        out,
+        {"layers": layers, "masks": masks, "rank": rank},
+        steps,
+        batch,
+        context,
+        own,
+        seed,
+    )
     from training import s3d as method
     from training.hidden_transfer import check
 
-    with prepared(order, data, device, lambda teacher: check(teacher, context)) as (material, work, tell):
+    with prepared(order, data, device, lambda teacher: check(teacher, context)) as (
+        material,
+        work,
+        tell,
+    ):
         from training.heads import DRAFT
         from training.run import train_head
 
         made = method.new(material.teacher, layers, masks, rank, seed)
-        forward, settings = method.make_forward(made, material.teacher, layers), method.settings(steps, seed)
+        forward, settings = (
+            method.make_forward(made, material.teacher, layers),
+            method.settings(steps, seed),
+        )
         report(order, train_head(order, material, made, forward, work, tell, DRAFT, settings))
 
 
@@ -139,11 +189,19 @@ def draft(
     out: Out,
     target: Target = None,
     data: Data = None,
-    latency: Annotated[float | None, typer.Option(help="milliseconds that a pass of 4 rows may take here: proposes the shape")] = None,
+    latency: Annotated[
+        float | None,
+        typer.Option(help="milliseconds that a pass of 4 rows may take here: proposes the shape"),
+    ] = None,
     shape: Annotated[str | None, typer.Option(help="HIDDENxLAYERS, such as 128x2")] = None,
-    start: Annotated[str | None, typer.Option(help="a draft model to go on from: name or folder")] = None,
+    start: Annotated[
+        str | None, typer.Option(help="a draft model to go on from: name or folder")
+    ] = None,
     loss: Annotated[
-        Goal, typer.Option(help="towards the target's distribution (kl for temperature 0, tvd++ for above), or the next token alone")
+        Goal,
+        typer.Option(
+            help="towards the target's distribution (kl for temperature 0, tvd++ for above), or the next token alone"
+        ),
     ] = Goal.tvd_plus_plus,
     steps: Steps = 900,
     batch: Batch = 16,
@@ -154,11 +212,19 @@ def draft(
 ) -> None:
     """A draft model, small enough for a budget of time, aligned with its target (arXiv 2402.01528, 2403.00858)."""
     if sum(choice is not None for choice in (latency, shape, start)) != 1:
-        raise InvalidRequest("give exactly one of --latency, --shape and --start: how large the draft model is to be", "latency")
+        raise InvalidRequest(
+            "give exactly one of --latency, --shape and --start: how large the draft model is to be",
+            "latency",
+        )
     if latency is not None:
         in_range("latency", latency, 0.0, 1e5, above=True)
     given = parsed(shape) if shape is not None else None
-    settings = {"loss": loss.value, "latency": latency, "shape": shape, "start": start and f"{start} ({named(start)})"}
+    settings = {
+        "loss": loss.value,
+        "latency": latency,
+        "shape": shape,
+        "start": start and f"{start} ({named(start)})",
+    }
     order = ordered("draft", target, out, settings, steps, batch, context, own, seed)
     if start is not None:
         same_vocabulary(order.target, start)
@@ -172,7 +238,11 @@ def draft(
         if latency is not None:
             measure = measurer(teacher.model.vocabulary, teacher.model.device)
             given, curve = method.settled(work, latency / 1e3, teacher.model.vocabulary, measure)
-        module = method.new(given, teacher, seed) if given else method.started(str(start), teacher.model.device)
+        module = (
+            method.new(given, teacher, seed)
+            if given
+            else method.started(str(start), teacher.model.device)
+        )
         report(order, train_draft(order, material, module, loss, curve, work, tell))
 
 
@@ -181,9 +251,17 @@ def parsed(shape: str) -> "Shape":
     from training.shapes import STEP, WIDEST, Shape
 
     found = re.fullmatch(r"(\d{1,5})x(\d{1,3})", shape)
-    if not found or int(found[1]) % STEP or not STEP <= int(found[1]) <= WIDEST or not 1 <= int(found[2]) <= MOST_LAYERS:
+    if (
+        not found
+        or int(found[1]) % STEP
+        or not STEP <= int(found[1]) <= WIDEST
+        or not 1 <= int(found[2]) <= MOST_LAYERS
+    ):
         what = f"a multiple of {STEP} up to {WIDEST}, and 1 to {MOST_LAYERS} layers"
-        raise InvalidRequest(f"shape {shape[:32]!r} is not allowed: give HIDDENxLAYERS, {what}, such as 128x2", "shape")
+        raise InvalidRequest(
+            f"shape {shape[:32]!r} is not allowed: give HIDDENxLAYERS, {what}, such as 128x2",
+            "shape",
+        )
     return Shape(int(found[1]), int(found[2]))
 
 
@@ -200,14 +278,21 @@ def same_vocabulary(target: str, start: str) -> None:
     from runtime.models.loader import load_tokenizer
     from runtime.models.vocab_check import check_pair
 
-    check_pair(load_tokenizer(target), load_tokenizer(start), (target, start), (context_length(target), context_length(start)))
+    check_pair(
+        load_tokenizer(target),
+        load_tokenizer(start),
+        (target, start),
+        (context_length(target), context_length(start)),
+    )
 
 
 def depth_of(target: str) -> int:
     """Its layers. Raises ModelRefused."""
     from runtime.models.loader import find_folder, read_config
 
-    depth: int = read_config(find_folder(target), target).get_text_config(decoder=True).num_hidden_layers
+    depth: int = (
+        read_config(find_folder(target), target).get_text_config(decoder=True).num_hidden_layers
+    )
     return depth
 
 
@@ -217,11 +302,20 @@ def staying(depth: int, skip: str | None) -> list[int]:
 
     left_out = set(middle(depth))
     if skip is not None:
-        pieces = re.fullmatch(r"(\d{1,4}(-\d{1,4})?,)*", f"{skip},") and [piece.partition("-") for piece in skip.split(",")]
-        left_out = {layer for first, _, last in pieces or () for layer in range(int(first), int(last or first) + 1)}
+        pieces = re.fullmatch(r"(\d{1,4}(-\d{1,4})?,)*", f"{skip},") and [
+            piece.partition("-") for piece in skip.split(",")
+        ]
+        left_out = {
+            layer
+            for first, _, last in pieces or ()
+            for layer in range(int(first), int(last or first) + 1)
+        }
     layers = [layer for layer in range(depth) if layer not in left_out]
     if not layers or not left_out <= set(range(depth)) or (skip is not None and not left_out):
-        raise InvalidRequest(f"skip {str(skip)[:32]!r} is not allowed: give some of layers 0 to {depth - 1}, such as 2-4 or 1,3", "skip")
+        raise InvalidRequest(
+            f"skip {str(skip)[:32]!r} is not allowed: give some of layers 0 to {depth - 1}, such as 2-4 or 1,3",
+            "skip",
+        )
     return layers
 
 
@@ -232,12 +326,23 @@ def entries(target: str, layers: list[int] | None, positions: int) -> list[int]:
     depth = depth_of(target)
     chosen = layers or default_layers(depth, positions)
     if chosen != sorted(chosen) or not 1 <= chosen[0] <= chosen[-1] < depth:
-        raise InvalidRequest(f"layers {', '.join(map(str, chosen))} are not allowed: give rising numbers from 1 to {depth - 1}", "layers")
+        raise InvalidRequest(
+            f"layers {', '.join(map(str, chosen))} are not allowed: give rising numbers from 1 to {depth - 1}",
+            "layers",
+        )
     return chosen
 
 
 def ordered(
-    method: str, target: str | None, out: Path, settings: dict[str, Any], steps: int, batch: int, context: int, own: int, seed: int
+    method: str,
+    target: str | None,
+    out: Path,
+    settings: dict[str, Any],
+    steps: int,
+    batch: int,
+    context: int,
+    own: int,
+    seed: int,
 ) -> "Order":
     from training.run import Order
 
@@ -245,12 +350,25 @@ def ordered(
     whole("batch", batch, 1, MOST_TEXTS)
     whole("own", own, 0, MOST_OWN)
     whole("seed", seed, 0, 2**31 - 1)
-    return Order(method, target or config.shipped("target"), out.absolute(), settings, steps, batch, context, own, seed)
+    return Order(
+        method,
+        target or config.shipped("target"),
+        out.absolute(),
+        settings,
+        steps,
+        batch,
+        context,
+        own,
+        seed,
+    )
 
 
 @contextmanager
 def prepared(
-    order: "Order", data: list[Path] | None, device: Device, check: "Callable[[Teacher], None]" = lambda teacher: None
+    order: "Order",
+    data: list[Path] | None,
+    device: Device,
+    check: "Callable[[Teacher], None]" = lambda teacher: None,
 ) -> Iterator[tuple["Material", Path, "Tell"]]:
     """What to learn from, the folder to work in, and who is told of each step. All that can be refused is, before anything is written.
 
@@ -272,13 +390,25 @@ def prepared(
         bar.note("loading the target")
         teacher = load_teacher(order.target, device.value)
         check(teacher)
-        corpus = text.corpus(texts, teacher.tokenizer.backend_tokenizer, teacher.tokenizer.eos_token_id, 2 * context)
+        corpus = text.corpus(
+            texts, teacher.tokenizer.backend_tokenizer, teacher.tokenizer.eos_token_id, 2 * context
+        )
         target = fingerprint(order.target)
-        learn, hold = outputs.to_learn(corpus, order.own, context, order.seed), outputs.to_measure(corpus, context, order.seed)
+        learn, hold = (
+            outputs.to_learn(corpus, order.own, context, order.seed),
+            outputs.to_measure(corpus, context, order.seed),
+        )
         with folder.opened(order.out, order.recipe(target, corpus.digest)) as work:
-            own, held_out = (written(order.target, device, asked, outputs.named(target, asked), bar) for asked in (learn, hold))
+            own, held_out = (
+                written(order.target, device, asked, outputs.named(target, asked), bar)
+                for asked in (learn, hold)
+            )
             torch.set_num_threads(threads)  # the runtime has set its own
-            yield Material(teacher, corpus, outputs.rows_of(own), held_out), work, bar.steps(order.steps)
+            yield (
+                Material(teacher, corpus, outputs.rows_of(own), held_out),
+                work,
+                bar.steps(order.steps),
+            )
 
 
 def documents(data: list[Path] | None) -> "list[Document]":
@@ -292,7 +422,9 @@ def documents(data: list[Path] | None) -> "list[Document]":
     return [text.Document(name, stdlib_corpus.read(name)) for name in names]
 
 
-def written(target: str, device: Device, requests: "Sequence[Request]", name: str, bar: "Bar") -> "list[Written]":
+def written(
+    target: str, device: Device, requests: "Sequence[Request]", name: str, bar: "Bar"
+) -> "list[Written]":
     """The answers of the runtime to `requests`: from the cache, as far as they are there."""
     from training import outputs
 

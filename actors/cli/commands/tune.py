@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 MOST_TEXTS = 4096
 
-tune = typer.Typer(help="Find settings of a drafting method by measuring.", rich_markup_mode=None, no_args_is_help=True)
+tune = typer.Typer(
+    help="Find settings of a drafting method by measuring.",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+)
 
 
 tune.command()(shapes)
@@ -32,7 +36,9 @@ def layers(
     out: Annotated[Path, typer.Option(help="the JSON file to be written")],
     target: Target = None,
     data: Data = None,
-    texts: Annotated[int, typer.Option(help="so many, evenly spread over the data, are measured on")] = 16,
+    texts: Annotated[
+        int, typer.Option(help="so many, evenly spread over the data, are measured on")
+    ] = 16,
     context: Context = 128,
     device: Device = Device.auto,
 ) -> None:
@@ -43,7 +49,9 @@ def layers(
     """
     whole("texts", texts, 1, MOST_TEXTS)
     if out.exists():
-        raise InvalidRequest(f"{out} is there already: give another --out, or remove it first", "out")
+        raise InvalidRequest(
+            f"{out} is there already: give another --out, or remove it first", "out"
+        )
     import torch
 
     from actors.launch.prepare import context_length
@@ -62,14 +70,27 @@ def layers(
     with Bar() as bar:
         bar.note("loading the target")
         teacher = load_teacher(name, device.value)
-        corpus = text.corpus(documents(data), teacher.tokenizer.backend_tokenizer, teacher.tokenizer.eos_token_id, 2 * length)
+        corpus = text.corpus(
+            documents(data),
+            teacher.tokenizer.backend_tokenizer,
+            teacher.tokenizer.eos_token_id,
+            2 * length,
+        )
         count = len(method.layers_of(teacher))
         rows = [torch.tensor([excerpt]) for excerpt in text.excerpts(corpus.train, texts, length)]
         score = method.agreement(teacher, rows)
         found = method.search(count, score, bar.counts("leaving layers out", method.trials(count)))
         bar.note("measuring the target's steps, and what to expect")
-        rates, times = method.rates(teacher, rows), step_times(load_model(name, "auto", device.value), ROWS, time.monotonic)
-        promises = {subset: method.speed_up(rates(subset.layers), method.cost(teacher, subset.layers), times) for subset in found}
+        rates, times = (
+            method.rates(teacher, rows),
+            step_times(load_model(name, "auto", device.value), ROWS, time.monotonic),
+        )
+        promises = {
+            subset: method.speed_up(
+                rates(subset.layers), method.cost(teacher, subset.layers), times
+            )
+            for subset in found
+        }
     with folder.writable(out):
         content = method.as_json(identity_of(teacher.module.config, teacher.tokenizer), promises)
         folder.write(out, (json.dumps(content, indent=2) + "\n").encode())
@@ -85,9 +106,19 @@ def show(promises: "dict[Subset, float]", count: int, out: Path) -> None:
         table.add_column(heading)
     for subset, promise in promises.items():
         kept, style = " ".join(map(str, subset.layers)), "bold" if subset is chosen else None
-        table.add_row(f"{len(subset.layers)} of {count}", f"{subset.acceptance:.2f}", f"{promise:.2f} x plain", kept, style=style)
+        table.add_row(
+            f"{len(subset.layers)} of {count}",
+            f"{subset.acceptance:.2f}",
+            f"{promise:.2f} x plain",
+            kept,
+            style=style,
+        )
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     if promises[chosen] <= 1.0:
-        console.print("Drafting with layers of this target is not expected to pay: choose another method.")
-    console.print(f"{out} names layers {', '.join(map(str, chosen.layers))} for the drafting method layer-skip: `--draft {out}`")
+        console.print(
+            "Drafting with layers of this target is not expected to pay: choose another method."
+        )
+    console.print(
+        f"{out} names layers {', '.join(map(str, chosen.layers))} for the drafting method layer-skip: `--draft {out}`"
+    )

@@ -37,7 +37,12 @@ class Point:
 
 
 def shapes(
-    out: Annotated[Path, typer.Option(help="folder for the draft models, the table and the picture; finished models there are kept")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="folder for the draft models, the table and the picture; finished models there are kept"
+        ),
+    ],
     million: Annotated[float, typer.Option(help="parameters of each draft model, about")],
     target: Target = None,
     data: Data = None,
@@ -62,14 +67,42 @@ def shapes(
     chosen = of_size(round(1e6 * million), model.vocabulary)
     for shape in chosen:
         if not (out / called(shape)).exists():
-            draft(out / called(shape), target, data, None, called(shape), None, loss, steps, batch, context, own, seed, device)
-    large, measure = step_times(model, WIDTHS, time.monotonic), measurer(model.vocabulary, model.device)
-    points = [point(shape, shape.parameters(model.vocabulary), out, measure(shape), large) for shape in chosen]
+            draft(
+                out / called(shape),
+                target,
+                data,
+                None,
+                called(shape),
+                None,
+                loss,
+                steps,
+                batch,
+                context,
+                own,
+                seed,
+                device,
+            )
+    large, measure = (
+        step_times(model, WIDTHS, time.monotonic),
+        measurer(model.vocabulary, model.device),
+    )
+    points = [
+        point(shape, shape.parameters(model.vocabulary), out, measure(shape), large)
+        for shape in chosen
+    ]
     best = max(points, key=lambda found: found.promise)
     from training.folder import writable, write
 
     with writable(out):
-        write(out / RESULT, (json.dumps({"best": best.name, "shapes": [asdict(found) for found in points]}, indent=2) + "\n").encode())
+        write(
+            out / RESULT,
+            (
+                json.dumps(
+                    {"best": best.name, "shapes": [asdict(found) for found in points]}, indent=2
+                )
+                + "\n"
+            ).encode(),
+        )
         draw(points, best, out / PICTURE)
     show(points, best, out)
 
@@ -78,15 +111,22 @@ def called(shape: "Shape") -> str:
     return f"{shape.hidden}x{shape.layers}"
 
 
-def point(shape: "Shape", parameters: int, out: Path, times: dict[int, float], large: dict[int, float]) -> Point:
+def point(
+    shape: "Shape", parameters: int, out: Path, times: dict[int, float], large: dict[int, float]
+) -> Point:
     """`large`: seconds of a pass of the target, by rows. Raises InvalidRequest where a finished model has no figures."""
     file = out / called(shape) / FIGURES
     try:
         found: dict[str, Any] = json.loads(file.read_bytes())
-        rates = {int(rank): float(rate) for rank, rate in found["acceptance"][0]["positions"][0].items()}
+        rates = {
+            int(rank): float(rate) for rank, rate in found["acceptance"][0]["positions"][0].items()
+        }
         return Point(called(shape), parameters, times, rates, expected(rates, large, times))
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InvalidRequest(f"{file} does not hold the figures of a training: remove {file.parent} to train it again", "out") from error
+        raise InvalidRequest(
+            f"{file} does not hold the figures of a training: remove {file.parent} to train it again",
+            "out",
+        ) from error
 
 
 def draw(points: list[Point], best: Point, file: Path) -> None:
@@ -96,10 +136,25 @@ def draw(points: list[Point], best: Point, file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(6.5, 4.2))
-    axis.plot([1e3 * found.times[4] for found in points], [found.rates[1] for found in points], color="0.7", zorder=1)
+    axis.plot(
+        [1e3 * found.times[4] for found in points],
+        [found.rates[1] for found in points],
+        color="0.7",
+        zorder=1,
+    )
     for found in points:
-        axis.scatter(1e3 * found.times[4], found.rates[1], color="tab:green" if found is best else "tab:blue", zorder=2)
-        axis.annotate(f"{found.name}\n{found.promise:.2f} x", (1e3 * found.times[4], found.rates[1]), (6, -4), textcoords="offset points")
+        axis.scatter(
+            1e3 * found.times[4],
+            found.rates[1],
+            color="tab:green" if found is best else "tab:blue",
+            zorder=2,
+        )
+        axis.annotate(
+            f"{found.name}\n{found.promise:.2f} x",
+            (1e3 * found.times[4], found.rates[1]),
+            (6, -4),
+            textcoords="offset points",
+        )
     axis.set(
         xlabel="milliseconds of a pass of 4 rows",
         ylabel="acceptance, first guess",
@@ -113,13 +168,28 @@ def draw(points: list[Point], best: Point, file: Path) -> None:
 
 def show(points: list[Point], best: Point, out: Path) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("shape", "million parameters", "t(1) ms", "t(4) ms", "first guess right", "of 4", "to expect"):
+    for heading in (
+        "shape",
+        "million parameters",
+        "t(1) ms",
+        "t(4) ms",
+        "first guess right",
+        "of 4",
+        "to expect",
+    ):
         table.add_column(heading, justify="right")
     for found in points:
         times = (f"{1e3 * found.times[rows]:.2f}" for rows in (1, 4))
         rates = (f"{found.rates[rank]:.2f}" for rank in (1, 4))
         style = "bold" if found is best else None
-        table.add_row(found.name, f"{found.parameters / 1e6:.2f}", *times, *rates, f"{found.promise:.2f} x", style=style)
+        table.add_row(
+            found.name,
+            f"{found.parameters / 1e6:.2f}",
+            *times,
+            *rates,
+            f"{found.promise:.2f} x",
+            style=style,
+        )
     console = Console(highlight=False)
     console.print(table)
     console.print(f"{out / best.name} is the draft to take; {out / PICTURE} shows them all")

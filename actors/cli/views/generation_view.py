@@ -37,7 +37,12 @@ class Progress:
             self.status.stop()
             self.status = None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.done()
 
 
@@ -83,17 +88,36 @@ def table(stats: Stats, reason: str) -> Table:
 
 def lines(stats: Stats, reason: str) -> list[tuple[str, str]]:
     rounds = max(stats.rounds, 1)
-    spent = {"prefill": stats.prefill, "computing": stats.computed, "waiting": stats.waited, "bookkeeping": stats.bookkeeping}
-    guessed = ", ".join(f"{name} {count}" for name, count in sorted(stats.by_drafter.items())) or "none"
+    spent = {
+        "prefill": stats.prefill,
+        "computing": stats.computed,
+        "waiting": stats.waited,
+        "bookkeeping": stats.bookkeeping,
+    }
+    guessed = (
+        ", ".join(f"{name} {count}" for name, count in sorted(stats.by_drafter.items())) or "none"
+    )
     return [
         (
             "speed",
             f"{tokens_per_second(stats):.1f} tokens/s ({stats.completion_tokens} tokens in {stats.elapsed:.2f} s, ended by {reason})",
         ),
-        ("per step", f"{stats.completion_tokens / rounds:.2f} tokens in each of {stats.rounds} target steps"),
-        ("acceptance", f"{stats.accepted} of {stats.verified} verified nodes; accepted by drafter: {guessed}"),
+        (
+            "per step",
+            f"{stats.completion_tokens / rounds:.2f} tokens in each of {stats.rounds} target steps",
+        ),
+        (
+            "acceptance",
+            f"{stats.accepted} of {stats.verified} verified nodes; accepted by drafter: {guessed}",
+        ),
         ("hit rate", f"{stats.hits / rounds:.0%} of the new roots were in the tree already"),
-        ("target's time", ", ".join(f"{name} {seconds / max(stats.elapsed, 1e-9):.0%}" for name, seconds in spent.items())),
+        (
+            "target's time",
+            ", ".join(
+                f"{name} {seconds / max(stats.elapsed, 1e-9):.0%}"
+                for name, seconds in spent.items()
+            ),
+        ),
     ]
 
 

@@ -17,7 +17,9 @@ class Bar:
 
     def __init__(self, quiet: bool) -> None:
         self._console = Console(stderr=True, quiet=quiet, highlight=False)
-        self._progress = Progress(BarColumn(), TextColumn("{task.description}"), console=self._console, transient=True)
+        self._progress = Progress(
+            BarColumn(), TextColumn("{task.description}"), console=self._console, transient=True
+        )
         self._task = self._progress.add_task("", total=None)
         self._began = self._shown = time.monotonic()
         self._first: Totals | None = None
@@ -35,12 +37,19 @@ class Bar:
         if self._first is None:
             self._first, self._began = totals, now
         text = state(totals, self._first, now - self._began)
-        self._progress.update(self._task, description=text, total=totals.items, completed=totals.done)
+        self._progress.update(
+            self._task, description=text, total=totals.items, completed=totals.done
+        )
         if not self._console.is_terminal and now - self._shown >= EVERY:
             self._shown = now
             self._console.print(text)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._console.is_terminal:
             self._progress.stop()
 
@@ -53,5 +62,9 @@ def state(totals: Totals, first: Totals, seconds: float) -> str:
     if seconds > 0 and totals.done > first.done:
         rate = (totals.done - first.done) / seconds
         left = timedelta(seconds=round((totals.items - totals.done) / rate))
-        parts += [f"{rate:.1f} items/s", f"{(totals.tokens - first.tokens) / seconds:.0f} tokens/s", f"{left} left"]
+        parts += [
+            f"{rate:.1f} items/s",
+            f"{(totals.tokens - first.tokens) / seconds:.0f} tokens/s",
+            f"{left} left",
+        ]
     return ", ".join(parts)

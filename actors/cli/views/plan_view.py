@@ -15,7 +15,9 @@ from runtime.sim.profile import Measured
 from runtime.sim.simulator import linear
 from runtime.sim.sweep import Done, fewest
 
-SWEEPS: dict[str, tuple[str, Callable[[float], str]]] = {  # by group: what varies, and how a value of it is written
+SWEEPS: dict[
+    str, tuple[str, Callable[[float], str]]
+] = {  # by group: what varies, and how a value of it is written
     "drafters": ("drafters", "{:g}".format),
     "round trips": ("round trip, ms", lambda seconds: f"{1e3 * seconds:g}"),
     "load": ("sessions", "{:g}".format),
@@ -32,7 +34,11 @@ class Plan:
     done: tuple[Done, ...]
 
     def of(self, group: str, draft: Measured | None = None) -> list[Done]:
-        return [done for done in self.done if done[0].group == group and draft in (None, done[0].measured)]
+        return [
+            done
+            for done in self.done
+            if done[0].group == group and draft in (None, done[0].measured)
+        ]
 
     def rates(self, group: str) -> dict[str, dict[float, float]]:
         """Tokens per second by schedule and value."""
@@ -42,7 +48,14 @@ class Plan:
         return found
 
     def plain(self, draft: Measured) -> float | None:
-        return next((found.tokens_per_second for job, found in self.of("schedules", draft) if job.schedule == "plain"), None)
+        return next(
+            (
+                found.tokens_per_second
+                for job, found in self.of("schedules", draft)
+                if job.schedule == "plain"
+            ),
+            None,
+        )
 
 
 def tables(plan: Plan) -> list[Table]:
@@ -70,14 +83,23 @@ def schedules(plan: Plan, draft: Measured) -> Table:
     for job, seen in plan.of("schedules", draft):
         rate = seen.tokens_per_second
         faster = f"{rate / plain:.2f}" if plain else "-"
-        figures = (f"{rate:.1f}", faster, f"{seen.tokens_per_round:.2f}", f"{seen.rows:.1f}", f"{seen.hits:.0%}", f"{seen.waiting:.0%}")
+        figures = (
+            f"{rate:.1f}",
+            faster,
+            f"{seen.tokens_per_round:.2f}",
+            f"{seen.rows:.1f}",
+            f"{seen.hits:.0%}",
+            f"{seen.waiting:.0%}",
+        )
         found.add_row(named(job.schedule, job.config), *figures)
     return found
 
 
 def heads(plan: Plan) -> Table:
     """Heads of the target under the living schedule."""
-    found = bare("heads on the target, living: ms more a step, places ahead that are right, tokens/s")
+    found = bare(
+        "heads on the target, living: ms more a step, places ahead that are right, tokens/s"
+    )
     found.add_column("head", no_wrap=True)
     for name in ("ms", "1st", "2nd", "3rd", "alone", f"beside {plan.fastest.name}", "/ without"):
         found.add_column(name, justify="right")
@@ -86,14 +108,20 @@ def heads(plan: Plan) -> Table:
         head = job.setting.head
         if head is not None:
             rights = (f"{head.right(ahead):.2f}" for ahead in (1, 2, 3))
-            rates = (f"{alone.tokens_per_second:.1f}", f"{both.tokens_per_second:.1f}", f"{both.tokens_per_second / without:.2f}")
+            rates = (
+                f"{alone.tokens_per_second:.1f}",
+                f"{both.tokens_per_second:.1f}",
+                f"{both.tokens_per_second / without:.2f}",
+            )
             found.add_row(head.name, f"{1e3 * head.seconds:.2f}", *rights, *rates)
     return found
 
 
 def living(plan: Plan) -> dict[str, Forecast]:
     """What is expected of the living schedule without heads, by drafter."""
-    return {job.measured.name: seen for job, seen in plan.of("schedules") if job.schedule == "living"}
+    return {
+        job.measured.name: seen for job, seen in plan.of("schedules") if job.schedule == "living"
+    }
 
 
 def named(schedule: str, config: ScheduleConfig) -> str:
@@ -115,7 +143,9 @@ def swept(plan: Plan, group: str) -> Table:
     for value in values:
         found.add_column(written(value), justify="right")
     for schedule, by_value in rates.items():
-        found.add_row(schedule, *(f"{by_value[value]:.1f}" if value in by_value else "-" for value in values))
+        found.add_row(
+            schedule, *(f"{by_value[value]:.1f}" if value in by_value else "-" for value in values)
+        )
     return found
 
 
@@ -125,7 +155,11 @@ def sentences(plan: Plan) -> list[str]:
     if not by_drafter:
         return []
     seen, best = by_drafter[plan.fastest.name], plan.fastest
-    others = "".join(f", {name} {other.tokens_per_second:.1f}" for name, other in by_drafter.items() if other is not seen)
+    others = "".join(
+        f", {name} {other.tokens_per_second:.1f}"
+        for name, other in by_drafter.items()
+        if other is not seen
+    )
     half = next(found for job, found in plan.of("half as deep"))
     by_drafters = plan.rates("drafters")["living"]
     count = fewest(by_drafters)
@@ -143,14 +177,24 @@ def sentences(plan: Plan) -> list[str]:
 
 def with_heads(plan: Plan, without: Forecast) -> list[str]:
     """The best head, alone or beside the fastest drafter; nothing where none was measured."""
-    tried = [(seen, f"{job.setting.head.name} alone") for job, seen in plan.of("heads alone") if job.setting.head]
-    tried += [(seen, f"{job.setting.head.name} beside {plan.fastest.name}") for job, seen in plan.of("heads") if job.setting.head]
+    tried = [
+        (seen, f"{job.setting.head.name} alone")
+        for job, seen in plan.of("heads alone")
+        if job.setting.head
+    ]
+    tried += [
+        (seen, f"{job.setting.head.name} beside {plan.fastest.name}")
+        for job, seen in plan.of("heads")
+        if job.setting.head
+    ]
     if not tried:
         return []
     seen, name = max(tried, key=lambda one: one[0].tokens_per_second)
     gain = seen.tokens_per_second / without.tokens_per_second
     verdict = name if gain > 1.0 else f"none; the best, {name}, would bring less"
-    return [f"Head: {verdict}: {seen.tokens_per_second:.1f} tokens/s, {gain:.2f} times {plan.fastest.name} alone."]
+    return [
+        f"Head: {verdict}: {seen.tokens_per_second:.1f} tokens/s, {gain:.2f} times {plan.fastest.name} alone."
+    ]
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -184,7 +228,11 @@ def plot(plan: Plan, file: Path) -> None:
     axes = figure.subplots(2, 2).ravel()
     figure.suptitle(f"Forecast for {plan.fastest.name}: tokens per second", x=0.01, ha="left")
     done = plan.of("schedules", plan.fastest)
-    bars = axes[0].barh([job.schedule for job, _ in done], [seen.tokens_per_second for _, seen in done], color="#2b6cb0")
+    bars = axes[0].barh(
+        [job.schedule for job, _ in done],
+        [seen.tokens_per_second for _, seen in done],
+        color="#2b6cb0",
+    )
     axes[0].bar_label(bars, fmt="%.0f", padding=3)
     axes[0].margins(x=0.12)
     axes[0].invert_yaxis()
@@ -204,4 +252,6 @@ def plot(plan: Plan, file: Path) -> None:
     try:
         figure.savefig(file, format="png")
     except OSError as error:
-        raise InvalidRequest(f"cannot write {file} ({error.strerror}): give a file in a folder that exists", "png") from error
+        raise InvalidRequest(
+            f"cannot write {file} ({error.strerror}): give a file in a folder that exists", "png"
+        ) from error

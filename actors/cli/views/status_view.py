@@ -76,21 +76,39 @@ def as_json(before: Look, now: Look) -> dict[str, Any]:
     found = asdict(now.fleet)
     for drafter in found["drafters"]:
         drafter["guesses"] = asdict(of_drafter(now.fleet, drafter["name"]))
-    found["heads"] = [{"name": name, "guesses": asdict(of_drafter(now.fleet, name))} for name in now.fleet.heads]
-    return found | {"tokens_per_second": speed(before, now), "sessions": sum(target.sessions for target in now.fleet.targets)}
+    found["heads"] = [
+        {"name": name, "guesses": asdict(of_drafter(now.fleet, name))} for name in now.fleet.heads
+    ]
+    return found | {
+        "tokens_per_second": speed(before, now),
+        "sessions": sum(target.sessions for target in now.fleet.targets),
+    }
 
 
 def shown(before: Look, now: Look) -> RenderableType:
     fleet = now.fleet
     sessions = sum(target.sessions for target in fleet.targets)
     delivered, lost = f"{speed(before, now):.1f} tokens/s", f"{fleet.replaced} lives lost"
-    head = Text("  ".join([fleet.served_model, delivered, f"{sessions} sessions", lost, f"outrider {fleet.version}"]), style="bold")
+    head = Text(
+        "  ".join(
+            [
+                fleet.served_model,
+                delivered,
+                f"{sessions} sessions",
+                lost,
+                f"outrider {fleet.version}",
+            ]
+        ),
+        style="bold",
+    )
     parts = [head, *(Text(f"gateway {url}/v1") for url in fleet.gateways)]
     return Group(*parts, Text(), targets(fleet), Text(), *heads(fleet), *drafters(fleet))
 
 
 def targets(fleet: Fleet) -> Table:
-    found = table("target", "state", "sessions", "waiting", "tokens/step", "accepted", "KV", "lost", "")
+    found = table(
+        "target", "state", "sessions", "waiting", "tokens/step", "accepted", "KV", "lost", ""
+    )
     for target in fleet.targets:
         report = target.report or TargetReport()
         found.add_row(
@@ -114,7 +132,11 @@ def heads(fleet: Fleet) -> list[RenderableType]:
     found = table("head", "state", "proposed", "accepted", "of them")
     for name in fleet.heads:
         brought = of_drafter(fleet, name)
-        numbers = (str(brought.proposed), str(brought.accepted), ratio(brought.accepted, brought.proposed, "{:.0%}"))
+        numbers = (
+            str(brought.proposed),
+            str(brought.accepted),
+            ratio(brought.accepted, brought.proposed, "{:.0%}"),
+        )
         found.add_row(name, "resting" if brought.resting else "ready", *numbers)
     return [found, Text()]
 
@@ -127,7 +149,19 @@ def drafters(fleet: Fleet) -> list[RenderableType]:
     for pool in fleet.pools:
         bounds = (str(pool.min), str(pool.max), "yes" if pool.auto else "no")
         pools.add_row(pool.name, short(pool.draft), str(pool.ready), str(pool.count), *bounds)
-    single = table("drafter", "pool", "state", "sessions", "proposed", "accepted", "of them", "lag", "ahead", "lost", "")
+    single = table(
+        "drafter",
+        "pool",
+        "state",
+        "sessions",
+        "proposed",
+        "accepted",
+        "of them",
+        "lag",
+        "ahead",
+        "lost",
+        "",
+    )
     for drafter in fleet.drafters:
         single.add_row(*row(drafter, of_drafter(fleet, drafter.name)))
     decisions = [Text(str(pool.decision)) for pool in fleet.pools if pool.decision is not None]

@@ -57,11 +57,17 @@ def outrider(monkeypatch: pytest.MonkeyPatch, *arguments: object, stdin: bytes =
         (["--prompt", "a", "--speculation", "maybe"], "maybe"),
         (["--prompt", "a", "--no-such-flag"], "--no-such-flag"),
         (["--prompt", "a", "--deployment", "/nowhere/file.yaml"], "/nowhere/file.yaml"),
-        (["--prompt", "a", "--deployment", "file.yaml", "--draft", "ngram"], "either a file or --draft"),
+        (
+            ["--prompt", "a", "--deployment", "file.yaml", "--draft", "ngram"],
+            "either a file or --draft",
+        ),
     ],
 )
 def test_one_line_names_the_value(
-    arguments: list[str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert outrider(monkeypatch, "generate", *arguments) == 2
     one_line_about(named, capsys)
@@ -75,19 +81,53 @@ def one_line_about(named: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert named in captured.err
 
 
-def test_standard_input_that_is_not_utf8(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_standard_input_that_is_not_utf8(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert outrider(monkeypatch, "generate", "--prompt-file", "-", stdin=b"abc\xff") == 2
     one_line_about("byte 3", capsys)
 
 
-def test_a_prompt_over_the_context(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prompt_over_the_context(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     prompt = " ".join(["return"] * 100)
-    assert outrider(monkeypatch, "generate", "--target", tiny, "--draft", "ngram", "--prompt", prompt, "--max-tokens", "4") == 2
+    assert (
+        outrider(
+            monkeypatch,
+            "generate",
+            "--target",
+            tiny,
+            "--draft",
+            "ngram",
+            "--prompt",
+            prompt,
+            "--max-tokens",
+            "4",
+        )
+        == 2
+    )
     one_line_about("context 64", capsys)
 
 
-def test_an_output_over_the_context(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert outrider(monkeypatch, "generate", "--target", tiny, "--draft", "ngram", "--prompt", "return", "--max-tokens", "64") == 2
+def test_an_output_over_the_context(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        outrider(
+            monkeypatch,
+            "generate",
+            "--target",
+            tiny,
+            "--draft",
+            "ngram",
+            "--prompt",
+            "return",
+            "--max-tokens",
+            "64",
+        )
+        == 2
+    )
     one_line_about("max_tokens 64", capsys)
 
 
@@ -96,7 +136,10 @@ def test_a_folder_without_tokenizer(
 ) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((tiny / name).read_bytes())
-    assert outrider(monkeypatch, "generate", "--target", tmp_path, "--draft", "ngram", "--prompt", "a") == 2
+    assert (
+        outrider(monkeypatch, "generate", "--target", tmp_path, "--draft", "ngram", "--prompt", "a")
+        == 2
+    )
     one_line_about("tokenizer.json", capsys)
 
 
@@ -106,7 +149,10 @@ def test_a_folder_with_pickled_weights(
     (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
     save_tokenizer(tmp_path)
     torch.save({}, tmp_path / "pytorch_model.bin")
-    assert outrider(monkeypatch, "generate", "--target", tmp_path, "--draft", "ngram", "--prompt", "a") == 2
+    assert (
+        outrider(monkeypatch, "generate", "--target", tmp_path, "--draft", "ngram", "--prompt", "a")
+        == 2
+    )
     one_line_about("pytorch_model.bin", capsys)
 
 
@@ -114,9 +160,14 @@ def test_a_model_with_code_of_its_own(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = json.loads((tiny / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(settings | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(settings | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}})
+    )
     save_tokenizer(tmp_path)
-    assert outrider(monkeypatch, "generate", "--target", tmp_path, "--draft", "ngram", "--prompt", "a") == 2
+    assert (
+        outrider(monkeypatch, "generate", "--target", tmp_path, "--draft", "ngram", "--prompt", "a")
+        == 2
+    )
     one_line_about("auto_map", capsys)
 
 
@@ -129,15 +180,43 @@ def test_a_draft_of_another_vocabulary(
     vocabulary["Ġdef"], vocabulary["Ġreturn"] = vocabulary["Ġreturn"], vocabulary["Ġdef"]
     (draft / "tokenizer.json").write_text(json.dumps(tokenizer))
     capsys.readouterr()  # saving has shown a progress bar
-    assert outrider(monkeypatch, "generate", "--target", tiny, "--draft", draft, "--prompt", "a", "--max-tokens", "4") == 2
+    assert (
+        outrider(
+            monkeypatch,
+            "generate",
+            "--target",
+            tiny,
+            "--draft",
+            draft,
+            "--prompt",
+            "a",
+            "--max-tokens",
+            "4",
+        )
+        == 2
+    )
     one_line_about(str(draft), capsys)
 
 
-def test_an_address_of_no_cluster(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_address_of_no_cluster(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-        call = ("generate", "--target", tiny, "--draft", "ngram", "--prompt", "a", "--max-tokens", "4", "--address", address)
+        call = (
+            "generate",
+            "--target",
+            tiny,
+            "--draft",
+            "ngram",
+            "--prompt",
+            "a",
+            "--max-tokens",
+            "4",
+            "--address",
+            address,
+        )
         assert outrider(monkeypatch, *call) == 2
     one_line_about(address, capsys)
 
@@ -145,7 +224,17 @@ def test_an_address_of_no_cluster(tiny: Path, monkeypatch: pytest.MonkeyPatch, c
 def test_ray_that_cannot_start(tiny: Path, tmp_path: Path) -> None:
     """Ray reads its folder when it is imported, so this runs in a process of its own."""
     (tmp_path / "file").touch()
-    call = ["generate", "--target", str(tiny), "--draft", "ngram", "--prompt", "a", "--max-tokens", "4"]
+    call = [
+        "generate",
+        "--target",
+        str(tiny),
+        "--draft",
+        "ngram",
+        "--prompt",
+        "a",
+        "--max-tokens",
+        "4",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", "from actors.cli import main; main()", *call],
         env=os.environ | {"RAY_TMPDIR": str(tmp_path / "file")},
@@ -164,16 +253,41 @@ def test_ray_that_cannot_start(tiny: Path, tmp_path: Path) -> None:
 
 def test_no_port_to_be_had(tiny: Path) -> None:
     with pytest.raises(Unavailable, match=r"203\.0\.113\.1"):
-        DraftActor(DrafterConfig(name="d", method="ngram", placement=Placement(listen="203.0.113.1")), str(tiny)).start()
+        DraftActor(
+            DrafterConfig(name="d", method="ngram", placement=Placement(listen="203.0.113.1")),
+            str(tiny),
+        ).start()
 
 
-@pytest.mark.parametrize("drafts", [["--draft", "ngram"], ["--draft", "TARGET"], ["--speculation", "off"]], ids="/".join)
+@pytest.mark.parametrize(
+    "drafts", [["--draft", "ngram"], ["--draft", "TARGET"], ["--speculation", "off"]], ids="/".join
+)
 def test_json_is_one_object_and_the_same_tokens_whatever_drafts(
-    drafts: list[str], tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    drafts: list[str],
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    common: list[object] = ["generate", "--target", tiny, "--prompt", "def f(", "--max-tokens", 40, "--temperature", 0.7, "--seed", 4]
+    common: list[object] = [
+        "generate",
+        "--target",
+        tiny,
+        "--prompt",
+        "def f(",
+        "--max-tokens",
+        40,
+        "--temperature",
+        0.7,
+        "--seed",
+        4,
+    ]
     common += ["--json", "--in-process"]
-    assert outrider(monkeypatch, *common, *(str(tiny) if word == "TARGET" else word for word in drafts)) == 0
+    assert (
+        outrider(
+            monkeypatch, *common, *(str(tiny) if word == "TARGET" else word for word in drafts)
+        )
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert outrider(monkeypatch, *common, "--speculation", "off") == 0
     plain = json.loads(capsys.readouterr().out)
@@ -185,13 +299,17 @@ def test_json_is_one_object_and_the_same_tokens_whatever_drafts(
     assert found["metrics"]["speculative_decoding"]["mean_acceptance_length"] >= 1
 
 
-def test_doctor_measures_a_pair(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_measures_a_pair(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert outrider(monkeypatch, "doctor", "--target", tiny, "--draft", tiny) == 0
     shown = capsys.readouterr().out
     assert "The pair fits: 4096 tokens" in shown
     assert "first 1: 1.00" in shown
 
 
-def test_without_arguments_there_is_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_arguments_there_is_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert outrider(monkeypatch) == 0
     assert "generate" in capsys.readouterr().out

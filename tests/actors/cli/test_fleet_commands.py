@@ -52,15 +52,30 @@ FLEET = Fleet(
     version="1.2.3",
     targets=(
         TargetState("target-0", "10.0.0.1:1", 0, "ready", 3, REPORT, "node"),
-        TargetState("target-1", "", 2, "starting", 0, None, "", 2, "it waits for room in the cluster"),
+        TargetState(
+            "target-1", "", 2, "starting", 0, None, "", 2, "it waits for room in the cluster"
+        ),
     ),
     drafters=(
         DrafterState("lookup-0", "lookup", "10.0.0.1:2", 0, "ready", 0, DrafterReport(), "node"),
-        DrafterState("small-0", "small", "10.0.0.1:3", 0, "ready", 0, DrafterReport(sessions=2), "node"),
-        DrafterState("small-1", "small", "10.0.0.1:4", 1, "draining", 1, DrafterReport(sessions=1), "node"),
+        DrafterState(
+            "small-0", "small", "10.0.0.1:3", 0, "ready", 0, DrafterReport(sessions=2), "node"
+        ),
+        DrafterState(
+            "small-1", "small", "10.0.0.1:4", 1, "draining", 1, DrafterReport(sessions=1), "node"
+        ),
     ),
     pools=(
-        PoolState("small", "org/small", 1, 1, 0, 4, True, Decision("small", 3.0, 2, 1, "not worth it", 1.5, 2.5, 80.0)),
+        PoolState(
+            "small",
+            "org/small",
+            1,
+            1,
+            0,
+            4,
+            True,
+            Decision("small", 3.0, 2, 1, "not worth it", 1.5, 2.5, 80.0),
+        ),
         PoolState("lookup", "ngram", 1, 1, 0, 64, False),
     ),
     gateways=("http://127.0.0.1:8000",),
@@ -71,7 +86,9 @@ FLEET = Fleet(
 def later(tokens: int, **guesses: GuessReport) -> Fleet:
     """FLEET when its target has delivered so many more tokens, with other guesses."""
     named = {name.replace("_", "-"): report for name, report in guesses.items()}
-    report = replace(REPORT, completion_tokens=REPORT.completion_tokens + tokens, guesses=REPORT.guesses | named)
+    report = replace(
+        REPORT, completion_tokens=REPORT.completion_tokens + tokens, guesses=REPORT.guesses | named
+    )
     return replace(FLEET, targets=(replace(FLEET.targets[0], report=report), FLEET.targets[1]))
 
 
@@ -87,7 +104,12 @@ def text(found: Any) -> str:
 def test_speed_is_what_was_delivered_between_two_looks() -> None:
     assert speed(Look(10.0, FLEET), Look(12.0, later(90))) == pytest.approx(45.0)
     assert speed(Look(10.0, FLEET), Look(10.0, FLEET)) == 0.0
-    reborn = replace(FLEET, targets=(replace(FLEET.targets[0], incarnation=1, report=TargetReport(completion_tokens=5)),))
+    reborn = replace(
+        FLEET,
+        targets=(
+            replace(FLEET.targets[0], incarnation=1, report=TargetReport(completion_tokens=5)),
+        ),
+    )
     assert speed(Look(10.0, FLEET), Look(12.0, reborn)) == 0.0, "counters of another life"
 
 
@@ -102,34 +124,83 @@ def test_what_several_have_brought_is_weighted_by_what_they_proposed() -> None:
 
 def test_two_pools_are_compared_on_what_came_between_two_looks() -> None:
     now = later(
-        100, small_0=GuessReport(proposed=500, accepted=140, round_trip=0.004, lead=3.0), lookup_0=GuessReport(proposed=9, accepted=3)
+        100,
+        small_0=GuessReport(proposed=500, accepted=140, round_trip=0.004, lead=3.0),
+        lookup_0=GuessReport(proposed=9, accepted=3),
     )
     found = brought(FLEET, now, "small")
     assert (found.proposed, found.accepted, found.round_trip) == pytest.approx((200, 50, 0.004))
     anew = brought(FLEET, now, "lookup")
     assert (anew.proposed, anew.accepted) == (9, 3), "a drafter that has begun anew"
     lines = text(compared({"small": found, "lookup": anew}, now, seconds=10.0)).splitlines()
-    assert lines[1].split() == ["small", "org/small", "1", "200", "50", "5.0", "25%", "4.0", "ms", "3.0"]
+    assert lines[1].split() == [
+        "small",
+        "org/small",
+        "1",
+        "200",
+        "50",
+        "5.0",
+        "25%",
+        "4.0",
+        "ms",
+        "3.0",
+    ]
 
 
 def test_the_status_shows_it_all() -> None:
     said = text(shown(Look(0.0, FLEET), Look(1.0, later(120))))
-    for part in ("big", "120.0 tokens/s", "3 sessions", "3 lives lost", "1.2.3", "http://127.0.0.1:8000/v1", "waits for room", "resting"):
+    for part in (
+        "big",
+        "120.0 tokens/s",
+        "3 sessions",
+        "3 lives lost",
+        "1.2.3",
+        "http://127.0.0.1:8000/v1",
+        "waits for room",
+        "resting",
+    ):
         assert part in said
-    target, drafter = (next(line.split() for line in said.splitlines() if line.startswith(name)) for name in ("target-0", "small-0"))
+    target, drafter = (
+        next(line.split() for line in said.splitlines() if line.startswith(name))
+        for name in ("target-0", "small-0")
+    )
     assert target == ["target-0", "ready", "2", "1", "3.70", "25%", "25%", "0"]
-    assert drafter == ["small-0", "small", "ready", "2", "300", "90", "30%", "2.0", "ms", "4.0", "0"]
-    assert "pool small: 2 -> 1 drafters (not worth it; gain 1.5 tokens/s, worth 2.5 tokens/s, of 80.0 tokens/s)" in said
+    assert drafter == [
+        "small-0",
+        "small",
+        "ready",
+        "2",
+        "300",
+        "90",
+        "30%",
+        "2.0",
+        "ms",
+        "4.0",
+        "0",
+    ]
+    assert (
+        "pool small: 2 -> 1 drafters (not worth it; gain 1.5 tokens/s, worth 2.5 tokens/s, of 80.0 tokens/s)"
+        in said
+    )
 
 
 def test_heads_are_shown_beside_drafters() -> None:
-    with_heads = replace(later(0, recycling_0=GuessReport(proposed=80, accepted=20)), heads=("recycling-0", "medusa-0"))
-    lines = [line.split() for line in text(shown(Look(0.0, with_heads), Look(1.0, with_heads))).splitlines()]
+    with_heads = replace(
+        later(0, recycling_0=GuessReport(proposed=80, accepted=20)),
+        heads=("recycling-0", "medusa-0"),
+    )
+    lines = [
+        line.split()
+        for line in text(shown(Look(0.0, with_heads), Look(1.0, with_heads))).splitlines()
+    ]
     assert ["head", "state", "proposed", "accepted", "of", "them"] in lines
     assert ["recycling-0", "ready", "80", "20", "25%"] in lines
     assert ["medusa-0", "ready", "0", "0", "-"] in lines
     found = as_json(Look(0.0, with_heads), Look(1.0, with_heads))["heads"]
-    assert [(head["name"], head["guesses"]["accepted"]) for head in found] == [("recycling-0", 20), ("medusa-0", 0)]
+    assert [(head["name"], head["guesses"]["accepted"]) for head in found] == [
+        ("recycling-0", 20),
+        ("medusa-0", 0),
+    ]
 
 
 class Busy:
@@ -152,7 +223,12 @@ def test_top_waits_for_a_controller_that_is_busy(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_fleet_without_pools_is_shown_too() -> None:
-    assert "target-0" in text(shown(Look(0.0, replace(FLEET, pools=(), drafters=())), Look(1.0, replace(FLEET, pools=(), drafters=()))))
+    assert "target-0" in text(
+        shown(
+            Look(0.0, replace(FLEET, pools=(), drafters=())),
+            Look(1.0, replace(FLEET, pools=(), drafters=())),
+        )
+    )
 
 
 def test_the_object_of_json() -> None:
@@ -166,14 +242,22 @@ def test_the_object_of_json() -> None:
 def test_when_scaling_and_draining_are_over() -> None:
     assert not settled(FLEET, "small"), "one is still on its way out"
     assert settled(FLEET, "lookup")
-    given_up = replace(FLEET, drafters=(replace(FLEET.drafters[1], state="failed", trouble="given up after 10 failures"),))
+    given_up = replace(
+        FLEET,
+        drafters=(
+            replace(FLEET.drafters[1], state="failed", trouble="given up after 10 failures"),
+        ),
+    )
     check_hope(FLEET, "small")
     check_hope(given_up, "lookup")
     with pytest.raises(Unavailable, match="small-0 is given up after 10 failures"):
         check_hope(given_up, "small")
     assert sessions(FLEET, "small-1") == 1
     assert sessions(FLEET, "small-0") is None
-    assert sessions(replace(FLEET, targets=(replace(FLEET.targets[0], state="draining"),)), "target-0") == 3
+    assert (
+        sessions(replace(FLEET, targets=(replace(FLEET.targets[0], state="draining"),)), "target-0")
+        == 3
+    )
 
 
 @pytest.mark.parametrize(
@@ -192,7 +276,11 @@ def test_the_lives_of_an_actor(name: str, actor: str, is_it: bool) -> None:
 def test_the_first_request_that_serve_proposes() -> None:
     assert "Bearer" not in curl("http://127.0.0.1:1", "big", GatewayConfig())
     tls = {"ca": "/ca.pem", "cert": "/c.pem", "key": "/k.pem"}
-    said = curl("https://10.0.0.1:1", "it's", GatewayConfig.model_validate({"api_keys": "/keys", "tls": tls}))
+    said = curl(
+        "https://10.0.0.1:1",
+        "it's",
+        GatewayConfig.model_validate({"api_keys": "/keys", "tls": tls}),
+    )
     assert said.startswith("curl https://10.0.0.1:1/v1/completions ")
     assert '-H "Authorization: Bearer $KEY" --cacert /ca.pem' in said
     assert "'\\''" in said
@@ -201,7 +289,9 @@ def test_the_first_request_that_serve_proposes() -> None:
 # Input
 
 
-@pytest.mark.parametrize("wish", ["small", "small=", "=3", "small=-1", "small=x", "small=1.5", "small=99999"])
+@pytest.mark.parametrize(
+    "wish", ["small", "small=", "=3", "small=-1", "small=x", "small=1.5", "small=99999"]
+)
 def test_a_wish_that_is_none(wish: str) -> None:
     with pytest.raises(InvalidRequest, match="POOL=N"):
         parsed(wish)
@@ -219,12 +309,23 @@ def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
-COMMANDS: list[tuple[str, ...]] = [("status",), ("top",), ("down",), ("scale", "a=1"), ("drain", "a-0"), ("logs",), ("compare", "a", "b")]
+COMMANDS: list[tuple[str, ...]] = [
+    ("status",),
+    ("top",),
+    ("down",),
+    ("scale", "a=1"),
+    ("drain", "a-0"),
+    ("logs",),
+    ("compare", "a", "b"),
+]
 
 
 @pytest.mark.parametrize("call", COMMANDS, ids="-".join)
 def test_where_nothing_is_served_there_is_one_line(
-    call: tuple[str, ...], nobody: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    call: tuple[str, ...],
+    nobody: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert outrider(monkeypatch, *call) == 2
     one_line_about("outrider serve", capsys)
@@ -232,7 +333,10 @@ def test_where_nothing_is_served_there_is_one_line(
 
 @pytest.mark.parametrize("call", COMMANDS, ids="-".join)
 def test_a_cluster_that_is_not_there(
-    call: tuple[str, ...], nobody: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    call: tuple[str, ...],
+    nobody: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -242,9 +346,14 @@ def test_a_cluster_that_is_not_there(
 
 
 def test_a_cluster_that_is_named_and_does_not_answer_does_not_cost_the_local_one(
-    nobody: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    nobody: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(local_ray, "find", lambda: LocalRay("127.0.0.2:1", "http://127.0.0.1:2", tmp_path, 1, {}))
+    monkeypatch.setattr(
+        local_ray, "find", lambda: LocalRay("127.0.0.2:1", "http://127.0.0.1:2", tmp_path, 1, {})
+    )
     monkeypatch.setattr(local_ray, "end", lambda ray: pytest.fail("the local Ray is ended"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -268,7 +377,11 @@ def test_a_cluster_that_is_named_and_does_not_answer_does_not_cost_the_local_one
     ],
 )
 def test_serve_starts_nothing_that_cannot_be(
-    arguments: list[str], named: str, nobody: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    named: str,
+    nobody: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(local_ray, "start", lambda: pytest.fail("Ray is started"))
     assert outrider(monkeypatch, "serve", *arguments) == 2
@@ -278,7 +391,9 @@ def test_serve_starts_nothing_that_cannot_be(
 # Logs
 
 
-def test_the_end_of_what_a_process_has_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_what_a_process_has_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Context:
         def get_temp_dir(self) -> str:
             return str(tmp_path)
@@ -300,13 +415,19 @@ def test_the_end_of_what_a_process_has_written(tmp_path: Path, monkeypatch: pyte
 # The deployment file
 
 
-def test_the_example_is_a_deployment_and_names_every_field(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_is_a_deployment_and_names_every_field(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert outrider(monkeypatch, "config", "--example") == 0
     example = yaml.safe_load(capsys.readouterr().out)
     found = Deployment.model_validate(example)
     named: dict[type[BaseModel], set[str]] = {}
     name_fields(Deployment, example, named)
-    assert {kind: set(kind.model_fields) - fields for kind, fields in named.items() if set(kind.model_fields) != fields} == {}
+    assert {
+        kind: set(kind.model_fields) - fields
+        for kind, fields in named.items()
+        if set(kind.model_fields) != fields
+    } == {}
     assert found.security.tls is not None
 
 
@@ -322,10 +443,19 @@ def name_fields(kind: type[BaseModel], given: Any, named: dict[type[BaseModel], 
 def model_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((kind for part in getattr(annotation, "__args__", ()) if (kind := model_in(part)) is not None), None)
+    return next(
+        (
+            kind
+            for part in getattr(annotation, "__args__", ())
+            if (kind := model_in(part)) is not None
+        ),
+        None,
+    )
 
 
-def test_a_file_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "plan.yaml"
     file.write_text("target: {model: big}\npools: [{name: a, method: ngram}]\n")
     assert outrider(monkeypatch, "config", file) == 0
@@ -342,7 +472,9 @@ def test_a_file_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
 # The local Ray
 
 
-def test_a_local_ray_is_found_while_one_of_its_processes_is_there(nobody: None, tmp_path: Path) -> None:
+def test_a_local_ray_is_found_while_one_of_its_processes_is_there(
+    nobody: None, tmp_path: Path
+) -> None:
     assert local_ray.find() is None
     born = local_ray.birth(os.getpid())
     assert born is not None
@@ -363,7 +495,9 @@ def test_only_processes_of_the_session_belong_to_it() -> None:
     assert local_ray.birth(2**30) is None
 
 
-def test_a_ray_that_does_not_start_leaves_nothing(nobody: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_that_does_not_start_leaves_nothing(
+    nobody: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho no luck today\nexit 3\n")
     python.chmod(0o700)

@@ -37,28 +37,79 @@ def outrider(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 
 def test_a_head_from_the_command_line_is_the_same_twice(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Path, data: Path, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny: Path,
+    data: Path,
+    tmp_path: Path,
 ) -> None:
     told = []
     for name in ("a", "b"):
-        assert outrider(monkeypatch, "train", "medusa", "--target", tiny, "--data", data, "--out", tmp_path / name, *SMALL) == 0
+        assert (
+            outrider(
+                monkeypatch,
+                "train",
+                "medusa",
+                "--target",
+                tiny,
+                "--data",
+                data,
+                "--out",
+                tmp_path / name,
+                *SMALL,
+            )
+            == 0
+        )
         told.append(capsys.readouterr())
     assert "is ready" in told[0].out
     assert "the target writes" in told[0].err
     assert "the target writes" not in told[1].err  # what it wrote is still there
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
     assert all(bool((one[name] == two[name]).all()) for name in one)
-    assert json.loads((tmp_path / "a" / "config.json").read_text())["settings"] == {"heads": 4, "blocks": 1}
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["settings"] == {
+        "heads": 4,
+        "blocks": 1,
+    }
     assert "2 of 2 texts of 24 tokens" in (tmp_path / "a" / "README.md").read_text()
     assert (cache_folder() / "outputs").is_dir()
-    assert outrider(monkeypatch, "train", "medusa", "--target", tiny, "--data", data, "--out", tmp_path / "a", *SMALL) == 2
+    assert (
+        outrider(
+            monkeypatch,
+            "train",
+            "medusa",
+            "--target",
+            tiny,
+            "--data",
+            data,
+            "--out",
+            tmp_path / "a",
+            *SMALL,
+        )
+        == 2
+    )
     assert "is there already" in capsys.readouterr().err
 
 
 def test_an_interrupted_training_goes_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Path, data: Path, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny: Path,
+    data: Path,
+    tmp_path: Path,
 ) -> None:
-    command = ("train", "hidden-transfer", "--positions", 2, "--target", tiny, "--data", data, "--out", tmp_path / "h", *SMALL)
+    command = (
+        "train",
+        "hidden-transfer",
+        "--positions",
+        2,
+        "--target",
+        tiny,
+        "--data",
+        data,
+        "--out",
+        tmp_path / "h",
+        *SMALL,
+    )
 
     def broken(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -68,33 +119,85 @@ def test_an_interrupted_training_goes_on(
         assert outrider(patch, *command) == 130
     assert not (tmp_path / "h").exists()
     assert (tmp_path / "h.partial" / "checkpoint.pt").exists()
-    other = [3 if argument == 2 and command[index - 1] == "--steps" else argument for index, argument in enumerate(command)]
+    other = [
+        3 if argument == 2 and command[index - 1] == "--steps" else argument
+        for index, argument in enumerate(command)
+    ]
     assert outrider(monkeypatch, *other) == 2
     assert "steps was 2 and is 3" in capsys.readouterr().err
     assert outrider(monkeypatch, *command) == 0
-    assert json.loads((tmp_path / "h" / "config.json").read_text())["settings"] == {"layers": [1, 2]}
+    assert json.loads((tmp_path / "h" / "config.json").read_text())["settings"] == {
+        "layers": [1, 2]
+    }
     assert not (tmp_path / "h.partial").exists()
 
 
 def test_layers_of_the_target_from_the_command_line_draft_for_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Path, data: Path, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny: Path,
+    data: Path,
+    tmp_path: Path,
 ) -> None:
-    given = ("--skip", "0,2", "--masks", 2, "--rank", 2, "--target", tiny, "--data", data, "--out", tmp_path / "s")
+    given = (
+        "--skip",
+        "0,2",
+        "--masks",
+        2,
+        "--rank",
+        2,
+        "--target",
+        tiny,
+        "--data",
+        data,
+        "--out",
+        tmp_path / "s",
+    )
     assert outrider(monkeypatch, "train", "s3d", *given, *SMALL) == 0
-    assert json.loads((tmp_path / "s" / "config.json").read_text())["settings"] == {"layers": [1], "masks": 2, "rank": 2}
+    assert json.loads((tmp_path / "s" / "config.json").read_text())["settings"] == {
+        "layers": [1],
+        "masks": 2,
+        "rank": 2,
+    }
     capsys.readouterr()
-    asked = ("--target", tiny, "--in-process", "--json", "--max-tokens", 12, "--prompt", "import os")
+    asked = (
+        "--target",
+        tiny,
+        "--in-process",
+        "--json",
+        "--max-tokens",
+        12,
+        "--prompt",
+        "import os",
+    )
     assert outrider(monkeypatch, "generate", *asked, "--draft", tmp_path / "s") == 0
     drafted = json.loads(capsys.readouterr().out)
     assert outrider(monkeypatch, "generate", *asked, "--speculation", "off") == 0
     assert drafted["text"] == json.loads(capsys.readouterr().out)["text"]
 
 
-def test_a_draft_of_a_given_shape(monkeypatch: pytest.MonkeyPatch, tiny: Path, data: Path, tmp_path: Path) -> None:
-    given = ("--shape", "64x1", "--loss", "kl", "--target", tiny, "--data", data, "--out", tmp_path / "d")
+def test_a_draft_of_a_given_shape(
+    monkeypatch: pytest.MonkeyPatch, tiny: Path, data: Path, tmp_path: Path
+) -> None:
+    given = (
+        "--shape",
+        "64x1",
+        "--loss",
+        "kl",
+        "--target",
+        tiny,
+        "--data",
+        data,
+        "--out",
+        tmp_path / "d",
+    )
     assert outrider(monkeypatch, "train", "draft", *given, *SMALL) == 0
     config = json.loads((tmp_path / "d" / "config.json").read_text())
-    assert (config["hidden_size"], config["num_hidden_layers"], config["max_position_embeddings"]) == (64, 1, 64)
+    assert (
+        config["hidden_size"],
+        config["num_hidden_layers"],
+        config["max_position_embeddings"],
+    ) == (64, 1, 64)
     again = ("--start", tmp_path / "d", "--target", tiny, "--data", data, "--out", tmp_path / "e")
     assert outrider(monkeypatch, "train", "draft", *again, *SMALL) == 0
 
@@ -107,14 +210,29 @@ def test_a_draft_of_a_given_shape(monkeypatch: pytest.MonkeyPatch, tiny: Path, d
         (["medusa", "--out", "OUT", "--steps", "0"], "steps 0"),
         (["medusa", "--out", "OUT", "--seed", "-1"], "seed -1"),
         (["medusa", "--out", "OUT", "--own", "-1"], "own -1"),
-        (["medusa", "--out", "OUT", "--context", "65"], "context 65 is not allowed: this target reads 16 to 64 tokens"),
-        (["medusa", "--out", "OUT", "--context", "24", "--data", "/nowhere"], "cannot read /nowhere"),
+        (
+            ["medusa", "--out", "OUT", "--context", "65"],
+            "context 65 is not allowed: this target reads 16 to 64 tokens",
+        ),
+        (
+            ["medusa", "--out", "OUT", "--context", "24", "--data", "/nowhere"],
+            "cannot read /nowhere",
+        ),
         (["medusa", "--out", "TAKEN"], "is there already"),
         (["medusa", "--out", "OUT", "--target", "/nowhere/model"], "/nowhere/model"),
         (["medusa", "--out", "OUT", "--target", "TAKEN"], "has no config.json"),
-        (["hidden-transfer", "--out", "OUT", "--layers", "2", "--layers", "1"], "layers 2, 1 are not allowed"),
-        (["hidden-transfer", "--out", "OUT", "--layers", "3"], "layers 3 are not allowed: give rising numbers from 1 to 2"),
-        (["s3d", "--out", "OUT", "--skip", "1-3"], "skip '1-3' is not allowed: give some of layers 0 to 2"),
+        (
+            ["hidden-transfer", "--out", "OUT", "--layers", "2", "--layers", "1"],
+            "layers 2, 1 are not allowed",
+        ),
+        (
+            ["hidden-transfer", "--out", "OUT", "--layers", "3"],
+            "layers 3 are not allowed: give rising numbers from 1 to 2",
+        ),
+        (
+            ["s3d", "--out", "OUT", "--skip", "1-3"],
+            "skip '1-3' is not allowed: give some of layers 0 to 2",
+        ),
         (["s3d", "--out", "OUT", "--skip", "0-2"], "skip '0-2' is not allowed"),
         (["s3d", "--out", "OUT", "--skip", "1-"], "skip '1-' is not allowed"),
         (["s3d", "--out", "OUT", "--skip", "2-1"], "skip '2-1' is not allowed"),
@@ -152,38 +270,95 @@ def test_bad_training_is_one_line_and_leaves_nothing(
 
 
 def test_a_damaged_target_is_refused_before_anything_is_written(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Path, data: Path, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny: Path,
+    data: Path,
+    tmp_path: Path,
 ) -> None:
     damaged = Path(shutil.copytree(tiny, tmp_path / "damaged"))
     (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:1000])
-    assert outrider(monkeypatch, "train", "medusa", "--target", damaged, "--data", data, "--out", tmp_path / "out", *SMALL) == 2
+    assert (
+        outrider(
+            monkeypatch,
+            "train",
+            "medusa",
+            "--target",
+            damaged,
+            "--data",
+            data,
+            "--out",
+            tmp_path / "out",
+            *SMALL,
+        )
+        == 2
+    )
     assert "is not a whole safetensors file" in capsys.readouterr().err
     assert not (tmp_path / "out.partial").exists()
 
 
 def test_a_draft_of_another_vocabulary_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Path, data: Path, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny: Path,
+    data: Path,
+    tmp_path: Path,
 ) -> None:
     other = Path(shutil.copytree(tiny, tmp_path / "other"))
     tokenizer = json.loads((other / "tokenizer.json").read_text())
-    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 4096, "content": "<|more|>"})
+    tokenizer["added_tokens"].append(
+        {**tokenizer["added_tokens"][0], "id": 4096, "content": "<|more|>"}
+    )
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     given = ("--start", other, "--target", tiny, "--data", data, "--out", tmp_path / "out")
     assert outrider(monkeypatch, "train", "draft", *given, *SMALL) == 2
     assert "differ in vocabulary" in capsys.readouterr().err
 
 
-def test_what_is_left_of_a_killed_training_holds_nobody_up(monkeypatch: pytest.MonkeyPatch, tiny: Path, data: Path, tmp_path: Path) -> None:
+def test_what_is_left_of_a_killed_training_holds_nobody_up(
+    monkeypatch: pytest.MonkeyPatch, tiny: Path, data: Path, tmp_path: Path
+) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / LOCK).touch()
-    assert outrider(monkeypatch, "train", "medusa", "--target", tiny, "--data", data, "--out", tmp_path / "out", *SMALL) == 0
+    assert (
+        outrider(
+            monkeypatch,
+            "train",
+            "medusa",
+            "--target",
+            tiny,
+            "--data",
+            data,
+            "--out",
+            tmp_path / "out",
+            *SMALL,
+        )
+        == 0
+    )
 
 
 def test_layers_are_found_and_written_down(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Path, data: Path, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny: Path,
+    data: Path,
+    tmp_path: Path,
 ) -> None:
     file = tmp_path / "layers.json"
-    command = ("tune", "layers", "--target", tiny, "--data", data, "--out", file, "--texts", 2, "--context", 24)
+    command = (
+        "tune",
+        "layers",
+        "--target",
+        tiny,
+        "--data",
+        data,
+        "--out",
+        file,
+        "--texts",
+        2,
+        "--context",
+        24,
+    )
     assert outrider(monkeypatch, *command) == 0
     found = json.loads(file.read_text())
     assert found["method"] == "layer-skip"
@@ -196,16 +371,36 @@ def test_layers_are_found_and_written_down(
 
 
 def test_shapes_of_one_size_are_trained_and_compared(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Path, data: Path, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny: Path,
+    data: Path,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr("training.shapes.DEPTHS", (1, 2))
-    command = ("tune", "shapes", "--million", 0.4, "--target", tiny, "--data", data, "--out", tmp_path / "shapes", *SMALL)
+    command = (
+        "tune",
+        "shapes",
+        "--million",
+        0.4,
+        "--target",
+        tiny,
+        "--data",
+        data,
+        "--out",
+        tmp_path / "shapes",
+        *SMALL,
+    )
     assert outrider(monkeypatch, *command) == 0
     found = json.loads((tmp_path / "shapes" / "shapes.json").read_text())
     assert [shape["name"] for shape in found["shapes"]] == ["64x1", "64x2"]
-    assert all(shape["promise"] >= 1.0 and set(shape["times"]) >= {"1", "4"} for shape in found["shapes"])
+    assert all(
+        shape["promise"] >= 1.0 and set(shape["times"]) >= {"1", "4"} for shape in found["shapes"]
+    )
     assert (tmp_path / "shapes" / "shapes.png").read_bytes().startswith(b"\x89PNG")
-    assert f"{found['best']} is the draft to take" in " ".join(capsys.readouterr().out.split())  # lines are wrapped
+    assert f"{found['best']} is the draft to take" in " ".join(
+        capsys.readouterr().out.split()
+    )  # lines are wrapped
     (tmp_path / "shapes" / "64x1" / "training.json").write_text("{}")
     assert outrider(monkeypatch, *command) == 2
     assert "does not hold the figures of a training" in capsys.readouterr().err

@@ -5,7 +5,15 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from actors.controller.scaling_policy import IDLE, LONGEST_PAUSE, PAUSE, Decision, Sample, Scaling, step
+from actors.controller.scaling_policy import (
+    IDLE,
+    LONGEST_PAUSE,
+    PAUSE,
+    Decision,
+    Sample,
+    Scaling,
+    step,
+)
 
 PERIOD = 5.0  # seconds between samples
 BUSY = 0.9  # of the time, with sessions
@@ -42,13 +50,26 @@ class World:
             self.steps += rounds / self.sessions
             self.total += rounds * self.accepted(self.ready)
             self.busy += BUSY * PERIOD if rounds else 0.0
-            self.take(Sample(self.now, self.ready, int(self.steps), int(self.rounds), int(self.total), int(self.total), self.busy))
+            self.take(
+                Sample(
+                    self.now,
+                    self.ready,
+                    int(self.steps),
+                    int(self.rounds),
+                    int(self.total),
+                    int(self.total),
+                    self.busy,
+                )
+            )
         return self
 
     def take(self, sample: Sample) -> None:
         self.known, decision = step("pool", self.least, self.most, self.known, sample)
         if decision is not None:
-            assert (decision.before, decision.after) == (self.decisions[-1].after if self.decisions else 0, self.known.count)
+            assert (decision.before, decision.after) == (
+                self.decisions[-1].after if self.decisions else 0,
+                self.known.count,
+            )
             assert self.least <= decision.after <= self.most
             self.decisions.append(decision)
             self.since = self.now
@@ -76,13 +97,21 @@ def test_it_grows_while_one_more_brings_something_and_no_further() -> None:
 
 
 def test_what_is_worth_no_device_goes_to_none() -> None:
-    world = World(lambda drafters: 0.0, known=Scaling(3), ready=3, decisions=[Decision("pool", 0, 3, 3, "")]).run(300)
+    world = World(
+        lambda drafters: 0.0, known=Scaling(3), ready=3, decisions=[Decision("pool", 0, 3, 3, "")]
+    ).run(300)
     assert world.settled == 0
     assert world.decisions[1].why == "not worth it"
 
 
 def test_it_stays_above_its_minimum() -> None:
-    world = World(lambda drafters: 0.0, least=1, known=Scaling(2), ready=2, decisions=[Decision("pool", 0, 2, 2, "")]).run(1000)
+    world = World(
+        lambda drafters: 0.0,
+        least=1,
+        known=Scaling(2),
+        ready=2,
+        decisions=[Decision("pool", 0, 2, 2, "")],
+    ).run(1000)
     assert world.settled == 1
 
 
@@ -95,7 +124,9 @@ def test_it_comes_back_when_it_is_worth_it_again() -> None:
 
 
 @pytest.mark.parametrize(
-    "accepted", [lambda n: 0.0, first_two, lambda n: 0.04 * n, lambda n: 0.2 * n**0.5], ids=["none", "two", "little", "root"]
+    "accepted",
+    [lambda n: 0.0, first_two, lambda n: 0.04 * n, lambda n: 0.2 * n**0.5],
+    ids=["none", "two", "little", "root"],
 )
 def test_it_does_not_flap(accepted: Callable[[int], float]) -> None:
     """Trials become rare: each takes a minute, and their pauses double."""
@@ -109,7 +140,9 @@ def test_between_the_two_bars_nothing_changes() -> None:
     """A third that brings 3 % is not taken on, and is kept where it is there."""
     third = lambda drafters: (0.0, 1.0, 1.5, 1.575, 1.575)[drafters]  # noqa: E731 - a table
     assert World(third).run(3000).settled == 2
-    world = World(third, known=Scaling(3), ready=3, decisions=[Decision("pool", 0, 3, 3, "")]).run(3000)
+    world = World(third, known=Scaling(3), ready=3, decisions=[Decision("pool", 0, 3, 3, "")]).run(
+        3000
+    )
     assert world.settled == 3
     assert "one fewer was missed" in {decision.why for decision in world.decisions}
 
@@ -159,7 +192,9 @@ def test_another_pool_that_does_the_work_leaves_nothing_to_gain() -> None:
     known, decisions = Scaling(2), []
     for tick in range(1, 40):
         rounds = 500 * tick
-        sample = Sample(tick * PERIOD, known.count, rounds, rounds, 2 * rounds, 0, BUSY * tick * PERIOD)
+        sample = Sample(
+            tick * PERIOD, known.count, rounds, rounds, 2 * rounds, 0, BUSY * tick * PERIOD
+        )
         known, decision = step("pool", 0, 4, known, sample)
         decisions += [decision] if decision else []
     assert [decision.after for decision in decisions[:2]] == [1, 0]

@@ -44,11 +44,23 @@ class Method:
 def member(index: int, **others: Any) -> Member:
     spec = spec_of(PLAN, TARGET, index)
     assert spec is not None
-    found = Member(f"target-{index}", TARGET, index, 2, spec, "ready", 0.0, ActorLocation(f"10.0.0.1:{index}", 7, "node"), placed=True)
+    found = Member(
+        f"target-{index}",
+        TARGET,
+        index,
+        2,
+        spec,
+        "ready",
+        0.0,
+        ActorLocation(f"10.0.0.1:{index}", 7, "node"),
+        placed=True,
+    )
     return replace(found, **others)
 
 
-def resumed(monkeypatch: pytest.MonkeyPatch, answers: dict[str, Actor | Exception], *members: Member) -> Controller:
+def resumed(
+    monkeypatch: pytest.MonkeyPatch, answers: dict[str, Actor | Exception], *members: Member
+) -> Controller:
     """A controller whose predecessor had these members; `answers` are Ray's, by the name of an actor."""
 
     def get_actor(name: str) -> Actor:
@@ -57,7 +69,9 @@ def resumed(monkeypatch: pytest.MonkeyPatch, answers: dict[str, Actor | Exceptio
             raise answer
         return answer
 
-    written = controller_state.encode(ControllerState(PLAN, {TARGET: len(members)}, members, {one.name: 3 for one in members}, 5))
+    written = controller_state.encode(
+        ControllerState(PLAN, {TARGET: len(members)}, members, {one.name: 3 for one in members}, 5)
+    )
     monkeypatch.setattr(controller_state, "_internal_kv_get", {controller_state.KEY: written}.get)
     monkeypatch.setattr(ray, "get_actor", get_actor)
     monkeypatch.setattr(Controller, "_watch", lambda self: None)
@@ -72,9 +86,20 @@ def test_it_knows_again_who_is_there_and_who_is_lost(monkeypatch: pytest.MonkeyP
         "target-2-2": ValueError("Failed to look up actor"),
         "target-3-2": RpcError("Timed out while waiting for GCS\nmore", rpc_code=4),
     }
-    found = resumed(monkeypatch, answers, member(0), member(1, state="starting", place=None), member(2), member(3))
+    found = resumed(
+        monkeypatch,
+        answers,
+        member(0),
+        member(1, state="starting", place=None),
+        member(2),
+        member(3),
+    )
     assert (there.asked, starting.asked) == (["report"], ["start", "__ray_ready__"])
-    assert (found.deployment, found.members.replaced, found.members.lives["target-3"]) == (PLAN, 5, 3)
+    assert (found.deployment, found.members.replaced, found.members.lives["target-3"]) == (
+        PLAN,
+        5,
+        3,
+    )
     assert [one.lost for one in found.members.present] == [
         "",
         "",
@@ -84,7 +109,9 @@ def test_it_knows_again_who_is_there_and_who_is_lost(monkeypatch: pytest.MonkeyP
 
 
 def test_why_a_member_was_lost_before_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = resumed(monkeypatch, {"target-0-2": GetTimeoutError("no answer")}, member(0, lost="killed"))
+    found = resumed(
+        monkeypatch, {"target-0-2": GetTimeoutError("no answer")}, member(0, lost="killed")
+    )
     assert found.members.by_name["target-0"].lost == "killed"
 
 
@@ -107,5 +134,8 @@ def test_a_lost_member_takes_only_its_own_recording_along(monkeypatch: pytest.Mo
     monkeypatch.setattr(ray, "wait", lambda answers, **_: (answers, []))
     monkeypatch.setattr(ray, "get", get)
     kept = Recording("target-0", 0.0, [], False)
-    actors = [SimpleNamespace(trace=SimpleNamespace(remote=lambda answer=answer: answer)) for answer in (ActorDiedError(), kept)]
+    actors = [
+        SimpleNamespace(trace=SimpleNamespace(remote=lambda answer=answer: answer))
+        for answer in (ActorDiedError(), kept)
+    ]
     assert recorder.take_recordings([ActorHandle(actor) for actor in actors]) == [kept]

@@ -55,13 +55,17 @@ def behind() -> Iterator[Behind]:
 
     server, port = network.run(begin())
     state = TargetState("target-0", f"127.0.0.1:{port}", 0, "ready", 0, None, "")
-    yield Behind(state.address, Fleet("m", "shipped", "0", (state,), (), (), (), 0), threading.Event())
+    yield Behind(
+        state.address, Fleet("m", "shipped", "0", (state,), (), (), (), 0), threading.Event()
+    )
     network.run(end())
     network.stop()
 
 
 def plan(config: GatewayConfig, limits: LimitsConfig | None = None) -> Deployment:
-    return Deployment(target=TargetConfig(model=str(SHIPPED)), gateway=config, limits=limits or LimitsConfig())
+    return Deployment(
+        target=TargetConfig(model=str(SHIPPED)), gateway=config, limits=limits or LimitsConfig()
+    )
 
 
 @contextmanager
@@ -80,32 +84,63 @@ def ready(gateway: Gateway) -> None:
         time.sleep(0.01)
 
 
-def test_from_the_url_to_the_target_and_back_in_secret(behind: Behind, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_from_the_url_to_the_target_and_back_in_secret(
+    behind: Behind, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """With keys and TLS; nothing of a request, a key or an address is logged at the level that is on."""
     authority = Authority("outrider", datetime.datetime.now(datetime.UTC), 1)
     site = authority.website(["localhost", "127.0.0.1"])
-    for name, data in {"ca": authority.certificate, "cert": site.certificate, "key": site.key, "keys": f"me:{KEY}".encode()}.items():
+    for name, data in {
+        "ca": authority.certificate,
+        "cert": site.certificate,
+        "key": site.key,
+        "keys": f"me:{KEY}".encode(),
+    }.items():
         (tmp_path / name).write_bytes(data)
         (tmp_path / name).chmod(0o600)
     tls = TlsConfig(ca=tmp_path / "ca", cert=tmp_path / "cert", key=tmp_path / "key")
-    config = GatewayConfig(host="0.0.0.0", port=0, served_model="shipped", api_keys=tmp_path / "keys", tls=tls)
+    config = GatewayConfig(
+        host="0.0.0.0", port=0, served_model="shipped", api_keys=tmp_path / "keys", tls=tls
+    )
     with caplog.at_level(logging.INFO), started(config, lambda: behind.fleet) as gateway:
         ready(gateway)
         assert gateway.url.startswith("https://")
         url = f"https://127.0.0.1:{gateway.url.rpartition(':')[2]}/v1"
-        with openai.OpenAI(base_url=url, api_key=KEY, max_retries=0, http_client=trusting(tmp_path / "ca")) as client:
+        with openai.OpenAI(
+            base_url=url, api_key=KEY, max_retries=0, http_client=trusting(tmp_path / "ca")
+        ) as client:
             whole = client.completions.create(model="shipped", prompt=SECRET, max_tokens=12, seed=3)
-            streamed = client.completions.create(model="shipped", prompt=SECRET, max_tokens=12, seed=3, stream=True)
-            assert "".join(event.choices[0].text for event in streamed) == whole.choices[0].text != ""
+            streamed = client.completions.create(
+                model="shipped", prompt=SECRET, max_tokens=12, seed=3, stream=True
+            )
+            assert (
+                "".join(event.choices[0].text for event in streamed) == whole.choices[0].text != ""
+            )
             with pytest.raises(openai.BadRequestError):
                 client.completions.create(model="shipped", prompt=SECRET, max_tokens=10**6)
         with (
-            openai.OpenAI(base_url=url, api_key=f"{KEY}x", max_retries=0, http_client=trusting(tmp_path / "ca")) as stranger,
+            openai.OpenAI(
+                base_url=url,
+                api_key=f"{KEY}x",
+                max_retries=0,
+                http_client=trusting(tmp_path / "ca"),
+            ) as stranger,
             pytest.raises(openai.AuthenticationError),
         ):
             stranger.completions.create(model="shipped", prompt=SECRET)
-    for word in (SECRET, whole.choices[0].text.strip(), KEY, "127.0.0.1", behind.address, str(tmp_path)):
-        assert word not in "".join(record.getMessage() for record in caplog.records if not record.name.startswith(("httpx", "openai")))
+    for word in (
+        SECRET,
+        whole.choices[0].text.strip(),
+        KEY,
+        "127.0.0.1",
+        behind.address,
+        str(tmp_path),
+    ):
+        assert word not in "".join(
+            record.getMessage()
+            for record in caplog.records
+            if not record.name.startswith(("httpx", "openai"))
+        )
 
 
 def trusting(ca: Path) -> Any:
@@ -124,7 +159,9 @@ def test_a_drained_gateway_says_so_and_stops(behind: Behind) -> None:
         assert found.value.code == "draining"
 
 
-def test_without_a_controller_it_serves_nothing_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_controller_it_serves_nothing_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     asked = threading.Event()
 
     def look() -> Fleet:

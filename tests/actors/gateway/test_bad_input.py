@@ -60,11 +60,21 @@ def form(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def part(kind: str, **fields: Any) -> dict[str, Any]:
-    return chat(messages=[{"role": "user", "content": [{"type": "text", "text": "what is this?"}, {"type": kind, **fields}]}])
+    return chat(
+        messages=[
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "what is this?"}, {"type": kind, **fields}],
+            }
+        ]
+    )
 
 
 WRONG_VALUES: list[tuple[str, dict[str, Any]]] = [
-    *(("max_tokens", completion(max_tokens=value)) for value in (0, -1, 1e18, "5", True, 1.5, [1], {"a": 1})),
+    *(
+        ("max_tokens", completion(max_tokens=value))
+        for value in (0, -1, 1e18, "5", True, 1.5, [1], {"a": 1})
+    ),
     *(("max_completion_tokens", chat(max_completion_tokens=value)) for value in (0, -1, "5", True)),
     *(("n", completion(n=value)) for value in (0, 9, 10**9, "2", True, 1.5)),
     ("prompt", completion(prompt=["a"] * 9)),
@@ -95,7 +105,10 @@ WRONG_VALUES: list[tuple[str, dict[str, Any]]] = [
     ("top_logprobs", chat(logprobs=True, top_logprobs=21)),
     ("top_logprobs", chat(top_logprobs=2)),
     ("logprobs", chat(logprobs=3)),
-    *(("logit_bias", completion(logit_bias=value)) for value in ({"4096": 1}, {"-1": 1}, {"x": 1}, {"1": 101}, {"1": "1"}, {"²": 1}, [1])),
+    *(
+        ("logit_bias", completion(logit_bias=value))
+        for value in ({"4096": 1}, {"-1": 1}, {"x": 1}, {"1": 101}, {"1": "1"}, {"²": 1}, [1])
+    ),
     ("logit_bias", completion(logit_bias={str(token): 0 for token in range(301)})),
     *(("seed", completion(seed=value)) for value in (2**63, -(2**63) - 1, 1.0, "1", True)),
     ("min_tokens", completion(min_tokens=6, max_tokens=5)),
@@ -121,24 +134,90 @@ def rows() -> Iterator[Any]:
     """(url, body, extra headers, status, code, param where one is expected)"""
     for param, body in WRONG_VALUES:
         url = CHAT if "messages" in body else COMPLETIONS
-        yield pytest.param(url, body, {}, 400, "invalid_value", param, id=f"{param}-{json.dumps(body.get(param))[:40]}")
-    for name in ("unknown", "../x", "a/b/../../c", "/etc/passwd", "C:\\", "to\0y", "hf://toy", "x" * 1_000_000, ""):
-        yield pytest.param(COMPLETIONS, completion(model=name), {}, 404, "model_not_found", "model", id=f"model-{name[:12]!r}")
-    yield pytest.param(COMPLETIONS, {"prompt": "x"}, {}, 400, "missing_field", "model", id="no-model")
-    yield pytest.param(COMPLETIONS, {"model": MODEL}, {}, 400, "missing_field", "prompt", id="no-prompt")
+        yield pytest.param(
+            url,
+            body,
+            {},
+            400,
+            "invalid_value",
+            param,
+            id=f"{param}-{json.dumps(body.get(param))[:40]}",
+        )
+    for name in (
+        "unknown",
+        "../x",
+        "a/b/../../c",
+        "/etc/passwd",
+        "C:\\",
+        "to\0y",
+        "hf://toy",
+        "x" * 1_000_000,
+        "",
+    ):
+        yield pytest.param(
+            COMPLETIONS,
+            completion(model=name),
+            {},
+            404,
+            "model_not_found",
+            "model",
+            id=f"model-{name[:12]!r}",
+        )
     yield pytest.param(
-        COMPLETIONS, completion(), {"authorization": f"Bearer {OTHER}"}, 403, "model_not_allowed", "model", id="model-not-for-key"
+        COMPLETIONS, {"prompt": "x"}, {}, 400, "missing_field", "model", id="no-model"
+    )
+    yield pytest.param(
+        COMPLETIONS, {"model": MODEL}, {}, 400, "missing_field", "prompt", id="no-prompt"
+    )
+    yield pytest.param(
+        COMPLETIONS,
+        completion(),
+        {"authorization": f"Bearer {OTHER}"},
+        403,
+        "model_not_allowed",
+        "model",
+        id="model-not-for-key",
     )
     for credentials in ("", f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Basic {KEY}", KEY):
         yield pytest.param(
-            COMPLETIONS, completion(), {"authorization": credentials}, 401, "invalid_api_key", None, id=f"key-{credentials[:9]}"
+            COMPLETIONS,
+            completion(),
+            {"authorization": credentials},
+            401,
+            "invalid_api_key",
+            None,
+            id=f"key-{credentials[:9]}",
         )
     for encoding in ("gzip", "br", "gzip, gzip", "identity"):
-        yield pytest.param(COMPLETIONS, completion(), {"content-encoding": encoding}, 415, "unsupported_encoding", None, id=encoding)
-    for kind in ("text/plain", "multipart/form-data", "application/json; charset=utf-16", "application/jsonx", ""):
-        yield pytest.param(COMPLETIONS, completion(), {"content-type": kind}, 415, "unsupported_media_type", None, id=f"type-{kind}")
+        yield pytest.param(
+            COMPLETIONS,
+            completion(),
+            {"content-encoding": encoding},
+            415,
+            "unsupported_encoding",
+            None,
+            id=encoding,
+        )
+    for kind in (
+        "text/plain",
+        "multipart/form-data",
+        "application/json; charset=utf-16",
+        "application/jsonx",
+        "",
+    ):
+        yield pytest.param(
+            COMPLETIONS,
+            completion(),
+            {"content-type": kind},
+            415,
+            "unsupported_media_type",
+            None,
+            id=f"type-{kind}",
+        )
     infinite = b'{"model":"toy","prompt":"x","temperature":1e999}'
-    yield pytest.param(COMPLETIONS, infinite, {}, 400, "invalid_value", "temperature", id="temperature-1e999")
+    yield pytest.param(
+        COMPLETIONS, infinite, {}, 400, "invalid_value", "temperature", id="temperature-1e999"
+    )
     for what, data in {
         "truncated": b'{"model":"toy","prompt":"x',
         "empty": b"",
@@ -167,10 +246,33 @@ def rows() -> Iterator[Any]:
         "digits": b'{"model":"toy","prompt":"x","seed":' + b"9" * 5000 + b"}",
     }.items():
         yield pytest.param(COMPLETIONS, data, {}, 400, "too_complex", None, id=f"complex-{what}")
-    for name in ("nonsense", "chat_template", "chat_template_kwargs", "logits_processors", "lora_path", "suffix", "tools", MARK):
-        yield pytest.param(CHAT, chat(**{name: "x"}), {}, 400, "unknown_field", name[: limits.ECHO], id=f"field-{name[:12]}")
+    for name in (
+        "nonsense",
+        "chat_template",
+        "chat_template_kwargs",
+        "logits_processors",
+        "lora_path",
+        "suffix",
+        "tools",
+        MARK,
+    ):
+        yield pytest.param(
+            CHAT,
+            chat(**{name: "x"}),
+            {},
+            400,
+            "unknown_field",
+            name[: limits.ECHO],
+            id=f"field-{name[:12]}",
+        )
     yield pytest.param(
-        CHAT, chat(messages=[{"role": "user", "content": "x", "run": 1}]), {}, 400, "unknown_field", "messages.0.run", id="field-inside"
+        CHAT,
+        chat(messages=[{"role": "user", "content": "x", "run": 1}]),
+        {},
+        400,
+        "unknown_field",
+        "messages.0.run",
+        id="field-inside",
     )
     for long in (
         completion(max_tokens=10**18),
@@ -179,18 +281,82 @@ def rows() -> Iterator[Any]:
         completion(prompt=[1] * 9999),
         completion(prompt="a b" * 9000),
     ):
-        yield pytest.param(COMPLETIONS, long, {}, 400, "context_length_exceeded", None, id=f"context-{len(str(long))}")
+        yield pytest.param(
+            COMPLETIONS,
+            long,
+            {},
+            400,
+            "context_length_exceeded",
+            None,
+            id=f"context-{len(str(long))}",
+        )
     for address in ("http://169.254.169.254/latest/meta-data", "file:///etc/passwd"):
-        yield pytest.param(CHAT, part("image_url", image_url={"url": address}), {}, 400, "unsupported_content", "messages", id=address[:6])
-    yield pytest.param(CHAT, part("file", file={"file_id": "x"}), {}, 400, "unsupported_content", "messages", id="file")
-    yield pytest.param(CHAT, part("input_audio", input_audio={}), {}, 400, "unsupported_content", "messages", id="audio")
-    yield pytest.param(CHAT, part("text"), {}, 400, "unsupported_content", "messages", id="text-without-text")
-    yield pytest.param(CHAT, chat(response_format={"type": "json_schema"}), {}, 400, "missing_field", "response_format", id="no-schema")
-    yield pytest.param(CHAT, chat(response_format={"type": "regex"}), {}, 400, "missing_field", "response_format", id="no-regex")
+        yield pytest.param(
+            CHAT,
+            part("image_url", image_url={"url": address}),
+            {},
+            400,
+            "unsupported_content",
+            "messages",
+            id=address[:6],
+        )
     yield pytest.param(
-        COMPLETIONS, completion(), {"x-request-timeout": "soon"}, 400, "invalid_value", "X-Request-Timeout", id="timeout-header"
+        CHAT,
+        part("file", file={"file_id": "x"}),
+        {},
+        400,
+        "unsupported_content",
+        "messages",
+        id="file",
     )
-    yield pytest.param(COMPLETIONS, completion(), {"idempotency-key": "a b"}, 400, "invalid_value", "Idempotency-Key", id="idempotency-key")
+    yield pytest.param(
+        CHAT,
+        part("input_audio", input_audio={}),
+        {},
+        400,
+        "unsupported_content",
+        "messages",
+        id="audio",
+    )
+    yield pytest.param(
+        CHAT, part("text"), {}, 400, "unsupported_content", "messages", id="text-without-text"
+    )
+    yield pytest.param(
+        CHAT,
+        chat(response_format={"type": "json_schema"}),
+        {},
+        400,
+        "missing_field",
+        "response_format",
+        id="no-schema",
+    )
+    yield pytest.param(
+        CHAT,
+        chat(response_format={"type": "regex"}),
+        {},
+        400,
+        "missing_field",
+        "response_format",
+        id="no-regex",
+    )
+    yield pytest.param(
+        COMPLETIONS,
+        completion(),
+        {"x-request-timeout": "soon"},
+        400,
+        "invalid_value",
+        "X-Request-Timeout",
+        id="timeout-header",
+    )
+    yield pytest.param(
+        COMPLETIONS,
+        completion(),
+        {"idempotency-key": "a b"},
+        400,
+        "invalid_value",
+        "Idempotency-Key",
+        id="idempotency-key",
+    )
 
 
 @pytest.mark.parametrize(("url", "body", "headers", "status", "code", "param"), [*rows()])
@@ -216,7 +382,10 @@ def test_row(
     assert answer.headers["content-type"] == "application/json"
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
-    assert (error["code"], error["type"] == "invalid_request_error") == (code, status not in (401, 403))
+    assert (error["code"], error["type"] == "invalid_request_error") == (
+        code,
+        status not in (401, 403),
+    )
     assert param is None or error["param"] == param
     assert len(error["message"]) <= 400
     assert MARK[: limits.ECHO + 1] not in answer.text
@@ -243,22 +412,36 @@ def test_the_key_is_asked_for_first_and_says_nothing(gateway: Running) -> None:
         assert client.get("/health").status_code == client.get("/ready").status_code == 200
     with gateway.http() as client:
         assert client.get("/v1/models").json()["data"][0]["id"] == MODEL
-        assert client.get("/v1/models", headers={"authorization": f"Bearer {OTHER}"}).json()["data"] == []
+        assert (
+            client.get("/v1/models", headers={"authorization": f"Bearer {OTHER}"}).json()["data"]
+            == []
+        )
 
 
 @pytest.mark.parametrize("given", ["x" * 65, "a b", "a\tb", "a;b", ""])
 def test_a_request_id_that_is_none_is_replaced(gateway: Running, given: str) -> None:
     with gateway.http() as client:
-        assert client.get("/health", headers={"x-request-id": "my-own:1"}).headers["x-request-id"] == "my-own:1"
+        assert (
+            client.get("/health", headers={"x-request-id": "my-own:1"}).headers["x-request-id"]
+            == "my-own:1"
+        )
         answer = client.get("/health", headers={"x-request-id": given})
         assert len(answer.headers["x-request-id"]) == 32
 
 
 def test_unknown_addresses_and_methods(gateway: Running) -> None:
     with gateway.http() as client:
-        for method, path, status in (("GET", "/nowhere", 404), ("GET", COMPLETIONS, 405), ("POST", "/health", 405), ("GET", "/docs", 404)):
+        for method, path, status in (
+            ("GET", "/nowhere", 404),
+            ("GET", COMPLETIONS, 405),
+            ("POST", "/health", 405),
+            ("GET", "/docs", 404),
+        ):
             answer = client.request(method, path)
-            assert (answer.status_code, answer.json()["error"]["type"]) == (status, "invalid_request_error")
+            assert (answer.status_code, answer.json()["error"]["type"]) == (
+                status,
+                "invalid_request_error",
+            )
         for name in ("..%2f..%2fetc%2fpasswd", "%2e%2e", "a%00b", "x" * 5000):
             assert client.get(f"/v1/models/{name}").status_code == 404
 
@@ -284,7 +467,13 @@ def talk(gateway: Running, *sent: bytes | Callable[[], None]) -> bytes:
 
 
 def head(*lines: str, path: str = COMPLETIONS) -> bytes:
-    fixed = (f"POST {path} HTTP/1.1", "Host: a", f"Authorization: Bearer {KEY}", "Content-Type: application/json", "Connection: close")
+    fixed = (
+        f"POST {path} HTTP/1.1",
+        "Host: a",
+        f"Authorization: Bearer {KEY}",
+        "Content-Type: application/json",
+        "Connection: close",
+    )
     return "\r\n".join((*fixed, *lines, "", "")).encode()
 
 
@@ -299,7 +488,11 @@ def status_of(answer: bytes) -> int:
     ("sent", "statuses"),
     [
         (head(f"Content-Length: {len(BODY)}") + BODY, {404}),  # it is the odd ones that are refused
-        (head(f"Content-Length: {len(BODY)}", "Transfer-Encoding: chunked") + b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY), {400}),
+        (
+            head(f"Content-Length: {len(BODY)}", "Transfer-Encoding: chunked")
+            + b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY),
+            {400},
+        ),
         (head(f"Content-Length: {len(BODY)}", "Content-Length: 5") + BODY, {400}),
         (head(f"Content-Length: {len(BODY)}", "Host: b") + BODY, {400}),
         (head("Content-Length: -5"), {400}),
@@ -327,14 +520,18 @@ def test_a_body_that_says_it_is_too_large_is_not_read(gateway: Running) -> None:
 
 def test_a_body_without_an_end_is_read_to_the_limit(gateway: Running) -> None:
     piece = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
-    answer = talk(gateway, head("Transfer-Encoding: chunked"), *[piece] * (limits.BODY_BYTES // 0x10000 + 40))
+    answer = talk(
+        gateway, head("Transfer-Encoding: chunked"), *[piece] * (limits.BODY_BYTES // 0x10000 + 40)
+    )
     assert status_of(answer) == 413
     gateway.eventually(gateway.free)
     with gateway.http() as client:
         assert 'outrider:http_responses_total{code="413"' in client.get("/metrics").text
 
 
-def test_a_body_and_a_head_that_do_not_come(gateway: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_and_a_head_that_do_not_come(
+    gateway: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(limits, "BODY_SECONDS", 1.0)
     answer = talk(gateway, head("Content-Length: 100") + b"{")
     assert status_of(answer) == 408
@@ -344,7 +541,9 @@ def test_a_body_and_a_head_that_do_not_come(gateway: Running, monkeypatch: pytes
     gateway.eventually(gateway.free)
 
 
-def test_a_head_that_trickles_is_cut_and_a_connection_that_is_used_again_is_not(gateway: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_trickles_is_cut_and_a_connection_that_is_used_again_is_not(
+    gateway: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Four requests in more time than one may take: only a machine that is held up for all of that time would cut the first."""
     monkeypatch.setattr(limits, "BODY_SECONDS", 0.3)
 
@@ -354,7 +553,11 @@ def test_a_head_that_trickles_is_cut_and_a_connection_that_is_used_again_is_not(
     def rest() -> None:
         time.sleep(0.9)
 
-    trickle = [step for letter in b"GET /health HTTP/1.1\r\nHost: a\r\n" for step in (bytes([letter]), pause)]
+    trickle = [
+        step
+        for letter in b"GET /health HTTP/1.1\r\nHost: a\r\n"
+        for step in (bytes([letter]), pause)
+    ]
     assert talk(gateway, *trickle) == b""
     monkeypatch.setattr(limits, "BODY_SECONDS", 2.0)
     whole = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"

@@ -68,7 +68,9 @@ def flood(connection: socket.socket, data: bytes) -> None:
 
 def head(method: str, path: str, *lines: str, key: str | None = KEY, version: str = "1.1") -> bytes:
     allowed = () if key is None else (f"Authorization: Bearer {key}",)
-    return "\r\n".join((f"{method} {path} HTTP/{version}", "Host: a", *allowed, *lines, "", "")).encode()
+    return "\r\n".join(
+        (f"{method} {path} HTTP/{version}", "Host: a", *allowed, *lines, "", "")
+    ).encode()
 
 
 def answer(connection: socket.socket) -> tuple[int, bytes, bytes]:
@@ -97,7 +99,17 @@ def ends(connection: socket.socket) -> bool:
 
 
 ROUTES = [
-    *(("GET", path, 200) for path in ("/health", "/ready", "/version", "/metrics", "/v1/models", f"/v1/models/{MODEL}")),
+    *(
+        ("GET", path, 200)
+        for path in (
+            "/health",
+            "/ready",
+            "/version",
+            "/metrics",
+            "/v1/models",
+            f"/v1/models/{MODEL}",
+        )
+    ),
     ("GET", "/v1/models/other", 404),
     ("GET", "/nowhere", 404),
     ("DELETE", "/nowhere", 404),
@@ -135,7 +147,16 @@ def test_a_connection_whose_bodies_were_read_or_empty_is_used_again(gateway: Run
         for sent, status in (
             (head("GET", "/health"), 200),
             (head("GET", "/health", "Content-Length: 0"), 200),
-            (head("POST", COMPLETIONS, "Content-Type: application/json", f"Content-Length: {len(body)}") + body, 404),
+            (
+                head(
+                    "POST",
+                    COMPLETIONS,
+                    "Content-Type: application/json",
+                    f"Content-Length: {len(body)}",
+                )
+                + body,
+                404,
+            ),
             (head("GET", "/nowhere"), 404),
             (head("GET", "/health"), 200),
         ):
@@ -157,9 +178,13 @@ def test_who_sends_requests_and_reads_no_answers_is_cut(gateway: Running) -> Non
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("fields", [{}, {"stream": True}, {"stream": True, "timeout": SOON}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"stream": True}, {"stream": True, "timeout": SOON}], ids=str
+)
 @pytest.mark.parametrize("close", [(), ("Connection: close",)], ids=["keep", "close"])
-def test_who_does_not_read_a_long_answer_is_cut(monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], close: tuple[str, ...]) -> None:
+def test_who_does_not_read_a_long_answer_is_cut(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], close: tuple[str, ...]
+) -> None:
     """It is cut as well if all of the answer is in the buffers, or its deadline has ended it."""
     monkeypatch.setattr("actors.gateway.completion_handler.GRACE_SECONDS", 0.0)
 
@@ -171,7 +196,16 @@ def test_who_does_not_read_a_long_answer_is_cut(monkeypatch: pytest.MonkeyPatch,
     body = json.dumps({"model": MODEL, "prompt": "x", **fields}).encode()
     scripted = Scripted(long)
     with serving(scripted) as gateway, connected(gateway, 4096) as connection:
-        connection.sendall(head("POST", COMPLETIONS, "Content-Type: application/json", f"Content-Length: {len(body)}", *close) + body)
+        connection.sendall(
+            head(
+                "POST",
+                COMPLETIONS,
+                "Content-Type: application/json",
+                f"Content-Length: {len(body)}",
+                *close,
+            )
+            + body
+        )
         gateway.eventually(lambda: bool(scripted.asked))
         gateway.eventually(lambda: not gateway.connections())
         gateway.eventually(gateway.free)
@@ -185,15 +219,22 @@ def test_who_ends_its_side_gets_its_answer(waits: bool) -> None:
     gate = Gate()
     scripted = Scripted(gate.speak)
     body = json.dumps({"model": MODEL, "prompt": "x"}).encode()
-    sent = head("POST", COMPLETIONS, "Content-Type: application/json", f"Content-Length: {len(body)}") + body
+    sent = (
+        head("POST", COMPLETIONS, "Content-Type: application/json", f"Content-Length: {len(body)}")
+        + body
+    )
     with serving(scripted) as gateway, connected(gateway) as connection:
         if not waits:
             let(gateway, gate)
         connection.sendall(sent)
         connection.shutdown(socket.SHUT_WR)
-        gateway.eventually(lambda: any(found.half_closed for found in gateway.connections()) or not waits)
+        gateway.eventually(
+            lambda: any(found.half_closed for found in gateway.connections()) or not waits
+        )
         if waits:
-            assert connection.recv(100, socket.MSG_PEEK).startswith(b"HTTP/1.1 100 ")  # is anybody there?
+            assert connection.recv(100, socket.MSG_PEEK).startswith(
+                b"HTTP/1.1 100 "
+            )  # is anybody there?
             let(gateway, gate)
         status, _, text = answer(connection)
         assert (status, json.loads(text)["choices"][0]["text"]) == (200, "ab")
@@ -219,13 +260,20 @@ def test_who_has_waited_longest_makes_room(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("actors.gateway.server.CONNECTIONS", 4)
     gate = Gate()
     scripted = Scripted(gate.speak)
-    with serving(scripted) as gateway, gateway.openai() as client, ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as stack:
+    with (
+        serving(scripted) as gateway,
+        gateway.openai() as client,
+        ThreadPoolExecutor(1) as pool,
+        contextlib.ExitStack() as stack,
+    ):
         served = pool.submit(client.completions.create, model=MODEL, prompt="x")
         gateway.eventually(lambda: scripted.open == 1)
         silent: list[socket.socket] = []
         for _ in range(10):
             with gateway.http() as other:
-                gateway.eventually(lambda: len(gateway.connections()) < 4 or bool(gateway.server.table.waiting))
+                gateway.eventually(
+                    lambda: len(gateway.connections()) < 4 or bool(gateway.server.table.waiting)
+                )
                 assert other.get("/health").status_code == 200
             silent.append(stack.enter_context(connected(gateway)))
         assert ends(silent[0])
@@ -256,12 +304,18 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> TlsConfig:
     folder = tmp_path_factory.mktemp("tls")
     authority = Authority("outrider", datetime.datetime.now(datetime.UTC), 1)
     site = authority.website(["localhost", "127.0.0.1"])
-    for name, data in {"ca": authority.certificate, "cert": site.certificate, "key": site.key}.items():
+    for name, data in {
+        "ca": authority.certificate,
+        "cert": site.certificate,
+        "key": site.key,
+    }.items():
         (folder / name).write_bytes(data)
     return TlsConfig(ca=folder / "ca", cert=folder / "cert", key=folder / "key")
 
 
-def test_tls_that_is_never_shaken_hands_for_counts_and_ends(secured: TlsConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tls_that_is_never_shaken_hands_for_counts_and_ends(
+    secured: TlsConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with serving(Scripted(never), config=GatewayConfig(port=0, tls=secured)) as gateway:
         with connected(gateway) as silent, connected(gateway) as halfway:
             halfway.sendall(b"\x16\x03\x01\x02\x00\x01\x00")
@@ -275,7 +329,10 @@ def test_tls_that_is_never_shaken_hands_for_counts_and_ends(secured: TlsConfig, 
         gateway.eventually(lambda: not gateway.connections())
         monkeypatch.setattr(limits, "BODY_SECONDS", HANG_S)
         trusted = ssl.create_default_context(cafile=str(secured.ca))
-        with connected(gateway) as connection, trusted.wrap_socket(connection, server_hostname="localhost") as shaken:
+        with (
+            connected(gateway) as connection,
+            trusted.wrap_socket(connection, server_hostname="localhost") as shaken,
+        ):
             for sent in (head("GET", "/health"), head("POST", COMPLETIONS, FRAMES[0])):
                 shaken.sendall(sent)
                 assert answer(shaken)[0] in (200, 415)
@@ -293,10 +350,36 @@ CHUNKED = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
 @pytest.mark.parametrize(
     ("sent", "status"),
     [
-        (head("POST", COMPLETIONS, JSON, "Transfer-Encoding: chunked") + CHUNKED, 404),  # it is the odd ones that are refused
-        (head("POST", COMPLETIONS, JSON, f"Content-Length: {len(BODY)}", "Transfer-Encoding: chunked") + CHUNKED, 400),
-        (head("POST", COMPLETIONS, JSON, "Transfer-Encoding: chunked", f"Content-Length: {len(CHUNKED)}") + CHUNKED, 400),
-        (head("POST", COMPLETIONS, JSON, "Transfer-Encoding: chunked", version="1.0") + CHUNKED, 400),
+        (
+            head("POST", COMPLETIONS, JSON, "Transfer-Encoding: chunked") + CHUNKED,
+            404,
+        ),  # it is the odd ones that are refused
+        (
+            head(
+                "POST",
+                COMPLETIONS,
+                JSON,
+                f"Content-Length: {len(BODY)}",
+                "Transfer-Encoding: chunked",
+            )
+            + CHUNKED,
+            400,
+        ),
+        (
+            head(
+                "POST",
+                COMPLETIONS,
+                JSON,
+                "Transfer-Encoding: chunked",
+                f"Content-Length: {len(CHUNKED)}",
+            )
+            + CHUNKED,
+            400,
+        ),
+        (
+            head("POST", COMPLETIONS, JSON, "Transfer-Encoding: chunked", version="1.0") + CHUNKED,
+            400,
+        ),
         (head("POST", COMPLETIONS, JSON, "Transfer-Encoding: chunked") + b"nonsense\r\n", 400),
         (head("POST", COMPLETIONS, JSON, "Transfer-Encoding: gzip"), 501),
         (head("POST", COMPLETIONS, JSON, "Content-Length: -5"), 400),
@@ -311,7 +394,9 @@ CHUNKED = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
     ],
     ids=lambda value: repr(value[-30:]) if isinstance(value, bytes) else None,
 )
-def test_what_is_no_http_gets_openais_error_and_the_connection_ends(gateway: Running, sent: bytes, status: int) -> None:
+def test_what_is_no_http_gets_openais_error_and_the_connection_ends(
+    gateway: Running, sent: bytes, status: int
+) -> None:
     with connected(gateway) as connection:
         connection.sendall(sent)
         found, first, body = answer(connection)
@@ -331,7 +416,9 @@ def test_who_sends_too_much_can_read_why(gateway: Running, framed: str, key: str
     frame = f"Content-Length: {len(data)}" if framed == "length" else "Transfer-Encoding: chunked"
     with connected(gateway) as connection:
         connection.sendall(head("POST", COMPLETIONS, JSON, frame, key=key))
-        connection.sendall(data if framed == "length" else b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
+        connection.sendall(
+            data if framed == "length" else b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data)
+        )
         status, _, body = answer(connection)
         expected = (401, "invalid_api_key") if key is None else (413, "body_too_large")
         assert (status, json.loads(body)["error"]["code"]) == expected

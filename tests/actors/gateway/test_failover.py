@@ -65,7 +65,9 @@ class Served:
         self.network.run(self.server.stop(None), HANG_S)
 
     def let(self, go_on: bool) -> None:
-        self.network.loop.call_soon_threadsafe(self.body.go_on.set if go_on else self.body.go_on.clear)
+        self.network.loop.call_soon_threadsafe(
+            self.body.go_on.set if go_on else self.body.go_on.clear
+        )
 
 
 @contextmanager
@@ -84,7 +86,9 @@ def life(name: str) -> Iterator[Served]:
 
     server, port = network.run(begin(), HANG_S)
     try:
-        yield Served(network, body, server, TargetState(name, f"127.0.0.1:{port}", 0, "ready", 0, None, ""))
+        yield Served(
+            network, body, server, TargetState(name, f"127.0.0.1:{port}", 0, "ready", 0, None, "")
+        )
     finally:
         network.run(end(), HANG_S)
         network.stop()
@@ -111,7 +115,9 @@ class Behind:
             time.sleep(0.005)
 
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.gateway.url}/v1", api_key="none", max_retries=0, timeout=HANG_S)
+        return openai.OpenAI(
+            base_url=f"{self.gateway.url}/v1", api_key="none", max_retries=0, timeout=HANG_S
+        )
 
 
 @pytest.fixture
@@ -120,9 +126,17 @@ def behind() -> Iterator[Behind]:
         targets = [stack.enter_context(life(f"target-{number}")) for number in range(2)]
 
         def look() -> Fleet:
-            return Fleet("m", "shipped", "0", tuple(target.state for target in targets), (), (), (), 0)
+            return Fleet(
+                "m", "shipped", "0", tuple(target.state for target in targets), (), (), (), 0
+            )
 
-        gateway = Gateway(Deployment(target=TargetConfig(model=str(SHIPPED)), gateway=GatewayConfig(port=0, served_model="shipped")), look)
+        gateway = Gateway(
+            Deployment(
+                target=TargetConfig(model=str(SHIPPED)),
+                gateway=GatewayConfig(port=0, served_model="shipped"),
+            ),
+            look,
+        )
         gateway.start()
         stack.callback(gateway.stop)
         found = Behind(gateway, targets)
@@ -134,9 +148,13 @@ def test_streams_outlive_their_targets(behind: Behind) -> None:
     """Four streams on two targets, of which one dies when each stream has said something."""
     behind.let(go_on=True)
     with behind.client() as client:
-        expected = [client.completions.create(prompt=prompt, **ASKED).choices[0].text for prompt in PROMPTS]
+        expected = [
+            client.completions.create(prompt=prompt, **ASKED).choices[0].text for prompt in PROMPTS
+        ]
         behind.let(go_on=False)
-        streams = [client.completions.create(prompt=prompt, stream=True, **ASKED) for prompt in PROMPTS]
+        streams = [
+            client.completions.create(prompt=prompt, stream=True, **ASKED) for prompt in PROMPTS
+        ]
         texts = [next(stream).choices[0].text for stream in streams]
         assert [target.body.open for target in behind.targets] == [2, 2]
         struck = behind.targets[0]

@@ -58,12 +58,22 @@ def let(gateway: Running, gate: Gate) -> None:
 
 
 def body(**fields: Any) -> dict[str, Any]:
-    return {"model": MODEL, "prompt": "import os", "seed": 1, "ignore_eos": True, "max_tokens": TOKENS, **fields}
+    return {
+        "model": MODEL,
+        "prompt": "import os",
+        "seed": 1,
+        "ignore_eos": True,
+        "max_tokens": TOKENS,
+        **fields,
+    }
 
 
 def raw(url: str, value: dict[str, Any]) -> bytes:
     data = json.dumps(value).encode()
-    return f"POST {url} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+    return (
+        f"POST {url} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+        + data
+    )
 
 
 # Clients that leave
@@ -76,16 +86,27 @@ def test_clients_that_leave_at_any_point_free_everything(gateway: Running) -> No
         expected = client.post(COMPLETIONS, json=body(max_tokens=30)).json()["choices"]
         for _ in range(DISCONNECTS):
             sent = raw(
-                COMPLETIONS, body(stream=chance.random() < 0.7, n=chance.choice([1, 1, 3]), prompt=["a", [5, 6]][: chance.choice([1, 2])])
+                COMPLETIONS,
+                body(
+                    stream=chance.random() < 0.7,
+                    n=chance.choice([1, 1, 3]),
+                    prompt=["a", [5, 6]][: chance.choice([1, 2])],
+                ),
             )
-            with socket.create_connection(("127.0.0.1", gateway.port()), timeout=HANG_S) as connection:
-                connection.sendall(sent[: chance.choice([len(sent), len(sent), chance.randrange(len(sent))])])
+            with socket.create_connection(
+                ("127.0.0.1", gateway.port()), timeout=HANG_S
+            ) as connection:
+                connection.sendall(
+                    sent[: chance.choice([len(sent), len(sent), chance.randrange(len(sent))])]
+                )
                 if sent.find(b'"stream": true') > 0 and chance.random() < 0.7:
                     connection.settimeout(0.2)
                     with contextlib.suppress(TimeoutError):  # the request was cut off
                         connection.recv(chance.randrange(1, 4000))
                 if chance.random() < 0.5:
-                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset, in place of a goodbye
+                    connection.setsockopt(
+                        socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0"
+                    )  # a reset, in place of a goodbye
         gateway.eventually(gateway.free)
         assert client.post(COMPLETIONS, json=body(max_tokens=30)).json()["choices"] == expected
 
@@ -102,11 +123,18 @@ def test_who_leaves_closes_all_choices_at_once(gate: Gate, stream: bool) -> None
         gateway.eventually(gateway.free)
         with gateway.http() as client:
             text = client.get("/metrics").text
-        assert f'outrider:http_responses_total{{code="499",model_name="toy",route="{COMPLETIONS}"}} 1.0' in text
-        assert 'outrider:request_success_total{finished_reason="abort",model_name="toy"} 8.0' in text
+        assert (
+            f'outrider:http_responses_total{{code="499",model_name="toy",route="{COMPLETIONS}"}} 1.0'
+            in text
+        )
+        assert (
+            'outrider:request_success_total{finished_reason="abort",model_name="toy"} 8.0' in text
+        )
 
 
-def test_a_client_that_does_not_read_is_cut_after_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_does_not_read_is_cut_after_its_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("actors.gateway.completion_handler.GRACE_SECONDS", 0.1)
 
     async def endless(request: Request) -> AsyncGenerator[Chunk, None]:
@@ -114,7 +142,10 @@ def test_a_client_that_does_not_read_is_cut_after_its_deadline(monkeypatch: pyte
             yield Chunk(("a" * 50_000,), (5,), ("",))
             await asyncio.sleep(0)
 
-    with serving(Scripted(endless)) as gateway, socket.create_connection(("127.0.0.1", gateway.port()), timeout=HANG_S) as connection:
+    with (
+        serving(Scripted(endless)) as gateway,
+        socket.create_connection(("127.0.0.1", gateway.port()), timeout=HANG_S) as connection,
+    ):
         connection.sendall(raw(COMPLETIONS, body(stream=True, timeout=0.3)))
         gateway.eventually(lambda: bool(gateway.service.ledger.entries))
         gateway.eventually(gateway.free)
@@ -131,7 +162,10 @@ def test_the_deadline_travels_to_the_target(how: str) -> None:
         asked.append(request)
         yield Chunk(("a",), (5,), ("",), "stop", stats())
 
-    with serving(Scripted(speak), LimitsConfig(request_seconds=333.0)) as gateway, gateway.http() as client:
+    with (
+        serving(Scripted(speak), LimitsConfig(request_seconds=333.0)) as gateway,
+        gateway.http() as client,
+    ):
         headers = {"x-request-timeout": "333"} if how == "header" else {}
         fields = {"timeout": 333} if how == "field" else {}
         assert client.post(COMPLETIONS, json=body(**fields), headers=headers).status_code == 200
@@ -139,7 +173,9 @@ def test_the_deadline_travels_to_the_target(how: str) -> None:
     assert 333 - HANG_S < asked[0].deadline <= 333
 
 
-def test_a_target_that_never_answers_ends_with_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_that_never_answers_ends_with_the_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("actors.gateway.completion_handler.GRACE_SECONDS", 0.0)
 
     async def mute(request: Request) -> AsyncGenerator[Chunk, None]:
@@ -149,14 +185,19 @@ def test_a_target_that_never_answers_ends_with_the_deadline(monkeypatch: pytest.
     with serving(Scripted(mute)) as gateway, gateway.http() as client:
         for stream in (False, True):
             answer = client.post(COMPLETIONS, json=body(timeout=0.1, stream=stream))
-            assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (
+                504,
+                "deadline_exceeded",
+            )
         gateway.eventually(gateway.free)
 
 
 # Overload
 
 
-def test_beyond_the_bounds_all_are_refused_at_once_and_those_inside_are_unharmed(gate: Gate, tmp_path: Any) -> None:
+def test_beyond_the_bounds_all_are_refused_at_once_and_those_inside_are_unharmed(
+    gate: Gate, tmp_path: Any
+) -> None:
     file = tmp_path / "keys"
     file.write_text("\n".join(f"user-{number}:a-key-for-user-{number}" for number in range(5)))
     file.chmod(0o600)
@@ -168,20 +209,29 @@ def test_beyond_the_bounds_all_are_refused_at_once_and_those_inside_are_unharmed
     ):
 
         def ask(number: int, **fields: Any) -> httpx.Response:
-            return client.post(COMPLETIONS, json=body(**fields), headers={"authorization": f"Bearer a-key-for-user-{number}"})
+            return client.post(
+                COMPLETIONS,
+                json=body(**fields),
+                headers={"authorization": f"Bearer a-key-for-user-{number}"},
+            )
 
-        inside = [pool.submit(ask, number, stream=number == 0) for number in (0, 0, 1, 1)] + [pool.submit(ask, 2, n=3)]
+        inside = [pool.submit(ask, number, stream=number == 0) for number in (0, 0, 1, 1)] + [
+            pool.submit(ask, 2, n=3)
+        ]
         gateway.eventually(lambda: scripted.open == 7)
         over_quota = [pool.submit(ask, 2) for _ in range(20)]
-        assert {(found.result().status_code, found.result().json()["error"]["code"]) for found in over_quota} == {
-            (429, "rate_limit_exceeded")
-        }
+        assert {
+            (found.result().status_code, found.result().json()["error"]["code"])
+            for found in over_quota
+        } == {(429, "rate_limit_exceeded")}
         too_many = ask(3, n=4)
         assert (too_many.status_code, too_many.json()["error"]["code"]) == (400, "too_many_choices")
         inside.append(pool.submit(ask, 3))
         gateway.eventually(lambda: scripted.open == 8)
         full = [pool.submit(ask, 4) for _ in range(60)]
-        assert {(found.result().status_code, found.result().json()["error"]["code"]) for found in full} == {(503, "overloaded")}
+        assert {
+            (found.result().status_code, found.result().json()["error"]["code"]) for found in full
+        } == {(503, "overloaded")}
         assert {found.result().headers["retry-after"] for found in (*over_quota, *full)} == {"1"}
         assert scripted.open == 8
         assert len(scripted.asked) == 8
@@ -194,11 +244,17 @@ def test_beyond_the_bounds_all_are_refused_at_once_and_those_inside_are_unharmed
 
 def test_a_full_gateway_refuses_before_it_reads_the_body(gate: Gate) -> None:
     scripted = Scripted(gate.speak)
-    with serving(scripted, LimitsConfig(requests=1)) as gateway, ThreadPoolExecutor(1) as pool, gateway.http() as client:
+    with (
+        serving(scripted, LimitsConfig(requests=1)) as gateway,
+        ThreadPoolExecutor(1) as pool,
+        gateway.http() as client,
+    ):
         first = pool.submit(client.post, COMPLETIONS, json=body())
         gateway.eventually(lambda: scripted.open == 1)
         with socket.create_connection(("127.0.0.1", gateway.port()), timeout=HANG_S) as connection:
-            connection.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n".encode())
+            connection.sendall(
+                f"POST {COMPLETIONS} HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n".encode()
+            )
             assert connection.recv(1000).startswith(b"HTTP/1.1 503")
         let(gateway, gate)
         assert first.result().status_code == 200
@@ -213,7 +269,11 @@ def test_a_drain_refuses_new_requests_and_waits_for_those_under_way(gate: Gate) 
         gateway.eventually(lambda: gateway.service.ledger.draining)
         with gateway.http() as other:
             refused = other.post(COMPLETIONS, json=body())
-            assert (refused.status_code, refused.json()["error"]["code"], refused.headers["retry-after"]) == (503, "draining", "5")
+            assert (
+                refused.status_code,
+                refused.json()["error"]["code"],
+                refused.headers["retry-after"],
+            ) == (503, "draining", "5")
             assert other.get("/ready").status_code == 503
             assert other.get("/health").status_code == 200
         assert not drained.done()
@@ -259,13 +319,17 @@ def test_what_comes_twice_runs_once(gate: Gate) -> None:
         assert len(scripted.asked) == 2
         assert ask("three").status_code == 200
         assert len(scripted.asked) == 3
-        assert 'outrider:idempotent_replays_total{model_name="toy"} 6.0' in client.get("/metrics").text
+        assert (
+            'outrider:idempotent_replays_total{model_name="toy"} 6.0' in client.get("/metrics").text
+        )
 
 
 def test_a_run_goes_on_while_somebody_listens_and_ends_with_the_last(gate: Gate) -> None:
     scripted = Scripted(gate.speak)
     with serving(scripted) as gateway, ThreadPoolExecutor(1) as pool, gateway.http() as client:
-        data = raw(COMPLETIONS, body(stream=True)).replace(b"\r\n", b"\r\nIdempotency-Key: k\r\n", 1)
+        data = raw(COMPLETIONS, body(stream=True)).replace(
+            b"\r\n", b"\r\nIdempotency-Key: k\r\n", 1
+        )
         with socket.create_connection(("127.0.0.1", gateway.port()), timeout=HANG_S) as first:
             first.sendall(data)
             gateway.eventually(lambda: scripted.open == 1)
@@ -275,8 +339,12 @@ def test_a_run_goes_on_while_somebody_listens_and_ends_with_the_last(gate: Gate)
                 content=json.dumps(body(stream=True)),
                 headers={"idempotency-key": "k", "content-type": "application/json"},
             )
-            gateway.eventually(lambda: any(run.listeners == 2 for run in gateway.service.replays.runs.values()))
-        gateway.eventually(lambda: all(run.listeners == 1 for run in gateway.service.replays.runs.values()))
+            gateway.eventually(
+                lambda: any(run.listeners == 2 for run in gateway.service.replays.runs.values())
+            )
+        gateway.eventually(
+            lambda: all(run.listeners == 1 for run in gateway.service.replays.runs.values())
+        )
         let(gateway, gate)
         assert '"text":"b"' in second.result().text
         assert len(scripted.asked) == 1

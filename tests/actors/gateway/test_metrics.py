@@ -35,7 +35,11 @@ them, so take one gateway's (`max by (target)`, not `sum`). The table is written
 
 
 def fleet() -> Fleet:
-    guesses = {"small-0": GuessReport(proposed=70, accepted=30, late=5, stale=6, lead=2.5, round_trip=0.25, resting=True)}
+    guesses = {
+        "small-0": GuessReport(
+            proposed=70, accepted=30, late=5, stale=6, lead=2.5, round_trip=0.25, resting=True
+        )
+    }
     report = TargetReport(
         live=2,
         waiting=1,
@@ -54,8 +58,22 @@ def fleet() -> Fleet:
         "model",
         MODEL,
         "0",
-        (TargetState("target-0", "a:1", 1, "ready", 3, report, "n", 2), TargetState("target-1", "", 0, "starting", 0, None, "")),
-        (DrafterState("small-0", "small", "a:2", 0, "draining", 4, DrafterReport(2, 30, 90, 1.5, {"stale": 8}), "n"),),
+        (
+            TargetState("target-0", "a:1", 1, "ready", 3, report, "n", 2),
+            TargetState("target-1", "", 0, "starting", 0, None, ""),
+        ),
+        (
+            DrafterState(
+                "small-0",
+                "small",
+                "a:2",
+                0,
+                "draining",
+                4,
+                DrafterReport(2, 30, 90, 1.5, {"stale": 8}),
+                "n",
+            ),
+        ),
         (PoolState("small", "m", 2, 1, 0, 4, True),),
         (),
         7,
@@ -81,20 +99,35 @@ def table() -> str:
     lines = []
     for family in sorted(families(), key=lambda family: family.name):
         name = f"{family.name}_total" if family.type == "counter" else family.name
-        labels = [label for label in family.samples[0].labels if label != "le"] if family.samples else []
-        lines.append(f"| `{name}` | {family.type} | {', '.join(f'`{label}`' for label in labels)} | {family.documentation} |\n")
+        labels = (
+            [label for label in family.samples[0].labels if label != "le"] if family.samples else []
+        )
+        lines.append(
+            f"| `{name}` | {family.type} | {', '.join(f'`{label}`' for label in labels)} | {family.documentation} |\n"
+        )
     return HEAD + "".join(lines)
 
 
 def test_the_table_is_that_of_the_code() -> None:
-    assert TABLE.read_text() == table(), "write it anew: .venv/bin/python -m tests.actors.gateway.test_metrics"
+    assert TABLE.read_text() == table(), (
+        "write it anew: .venv/bin/python -m tests.actors.gateway.test_metrics"
+    )
 
 
 def test_every_figure_of_the_reports_is_there() -> None:
     """A figure that is added to a report and not to the metrics is noticed here."""
     names = " ".join(family.name for family in families())
     for report, other in (
-        (TargetReport, {"waited": "wait", "computed": "compute", "prefilled": "prefill", "accepted_at": "per_pos", "guesses": "drafter"}),
+        (
+            TargetReport,
+            {
+                "waited": "wait",
+                "computed": "compute",
+                "prefilled": "prefill",
+                "accepted_at": "per_pos",
+                "guesses": "drafter",
+            },
+        ),
         (GuessReport, {}),
         (DrafterReport, {"computed": "compute", "counters": "ignored"}),
     ):
@@ -131,7 +164,9 @@ def test_what_is_counted(gateway: Running) -> None:
     with gateway.http() as client:
         body: dict[str, Any] = {"model": MODEL, "prompt": [1, 2, 3, 4, 5], "n": 2}
         for stream in (False, True):
-            assert client.post("/v1/completions", json={**body, "stream": stream}).status_code == 200
+            assert (
+                client.post("/v1/completions", json={**body, "stream": stream}).status_code == 200
+            )
         assert client.post("/v1/completions", json={**body, "n": 9}).status_code == 400
         found = samples(client.get("/metrics").text)
     own = {
@@ -148,8 +183,12 @@ def test_what_is_counted(gateway: Running) -> None:
     }
     assert {name: found[f'{name}{{model_name="toy"}}'] for name in own} == own
     assert found['request_success_total{finished_reason="length",model_name="toy"}'] == 4
-    assert found['spec_decode_num_accepted_tokens_per_pos_total{model_name="toy",position="0"}'] == 8
-    assert found['spec_decode_num_accepted_tokens_per_pos_total{model_name="toy",position="1"}'] == 4
+    assert (
+        found['spec_decode_num_accepted_tokens_per_pos_total{model_name="toy",position="0"}'] == 8
+    )
+    assert (
+        found['spec_decode_num_accepted_tokens_per_pos_total{model_name="toy",position="1"}'] == 4
+    )
     assert found['accepted_tokens_total{drafter="small-0",model_name="toy"}'] == 8
     assert found['http_responses_total{code="200",model_name="toy",route="/v1/completions"}'] == 2
     assert found['http_responses_total{code="400",model_name="toy",route="/v1/completions"}'] == 1
@@ -189,7 +228,11 @@ def test_names_are_those_that_prometheus_takes() -> None:
 
 def test_before_the_fleet_is_known_there_is_nothing_of_it() -> None:
     with serving(Scripted(speak)) as gateway, gateway.http() as client:
-        assert not [name for name in samples(client.get("/metrics").text) if name.startswith(("target_", "drafter_", "pool_"))]
+        assert not [
+            name
+            for name in samples(client.get("/metrics").text)
+            if name.startswith(("target_", "drafter_", "pool_"))
+        ]
 
 
 if __name__ == "__main__":

@@ -41,7 +41,11 @@ def status_or(work: Callable[[], Any]) -> Any:
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(), inner, max_size=5),
     max_leaves=20,
 )
@@ -53,7 +57,10 @@ def test_what_is_json_is_read_as_json(value: dict[str, Any], ascii_only: bool) -
     assert parse(json.dumps(value, ensure_ascii=ascii_only).encode()) == value
 
 
-@given(st.text('[]{},:"\\ 01.eE-+\\nul', max_size=60) | st.binary(max_size=60).map(lambda data: data.decode("latin-1")))
+@given(
+    st.text('[]{},:"\\ 01.eE-+\\nul', max_size=60)
+    | st.binary(max_size=60).map(lambda data: data.decode("latin-1"))
+)
 @settings(max_examples=200)
 def test_what_is_not_is_refused_and_never_more_than_json_allows(text: str) -> None:
     found = status_or(lambda: parse(text.encode()))
@@ -68,21 +75,33 @@ def test_a_key_stands_once_in_an_object(pairs: list[tuple[str, Any]]) -> None:
     assert found == ({"inside": [dict(pairs)]} if len(dict(pairs)) == len(pairs) else 400)
 
 
-@pytest.mark.parametrize("text", [",", "[", "]", "{", "}", ":", "9", '"', "\\", '\\"', '"\\', '"a:[', "\\\\,"])
+@pytest.mark.parametrize(
+    "text", [",", "[", "]", "{", "}", ":", "9", '"', "\\", '\\"', '"\\', '"a:[', "\\\\,"]
+)
 def test_what_stands_in_a_string_counts_as_one_value(text: str) -> None:
     value = {"a": text * 300_000, text: ["x", {text: text}]}
     assert parse(json.dumps(value).encode()) == value
 
 
 @settings(max_examples=40)
-@given(st.dictionaries(st.text(), values, max_size=6), st.sampled_from(["/v1/completions", "/v1/chat/completions"]), st.booleans())
+@given(
+    st.dictionaries(st.text(), values, max_size=6),
+    st.sampled_from(["/v1/completions", "/v1/chat/completions"]),
+    st.booleans(),
+)
 def test_any_object_is_a_body_or_refused(value: dict[str, Any], url: str, strict: bool) -> None:
     assert status_or(lambda: read_body(url, value, strict)) == 400 or "model" in value
 
 
 def test_a_string_that_never_ends_takes_no_time() -> None:
     began = time.process_time()
-    for text in (b'{"a":"' + b'\\"' * 1_000_000, b'"' * 2_000_001, b"[" * 2_000_000, b"1" * 2_000_000, b"," * 2_000_000):
+    for text in (
+        b'{"a":"' + b'\\"' * 1_000_000,
+        b'"' * 2_000_001,
+        b"[" * 2_000_000,
+        b"1" * 2_000_000,
+        b"," * 2_000_000,
+    ):
         with pytest.raises(Refused):
             parse(text)
     assert time.process_time() - began < 15
@@ -111,7 +130,9 @@ def test_keys(tmp_path: Path) -> None:
     assert (you.name, you.models) == ("you", frozenset({"a/b", "c:d"}))
 
 
-def test_a_key_that_is_taken_back_is_none_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_key_that_is_taken_back_is_none_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = keys_file(tmp_path, f"me:{LONG}\nyou:{LONG}1\n")
     keys = Keys(file)
     keys_file(tmp_path, f"you:{LONG}1\n")
@@ -188,12 +209,16 @@ async def pieces(*said: bytes) -> AsyncGenerator[bytes, None]:
         yield piece
 
 
-async def all_of(replays: Replays, key: str, digest: bytes = b"", said: Sequence[bytes] = (b"x",)) -> list[bytes]:
+async def all_of(
+    replays: Replays, key: str, digest: bytes = b"", said: Sequence[bytes] = (b"x",)
+) -> list[bytes]:
     async with aclosing(replays.share((None, key), digest, lambda: pieces(*said))) as shared:
         return [piece async for piece in shared]
 
 
-def test_answers_are_kept_for_a_time_and_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_kept_for_a_time_and_while_there_is_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async def main() -> None:
         clock = Clock()
         replayed: list[None] = []
@@ -234,7 +259,9 @@ def test_an_answer_that_failed_half_way_is_not_taken_for_whole(fault: Exception)
 
     async def main() -> None:
         replays, first, second = Replays(Clock(), lambda: None), list[bytes](), list[bytes]()
-        ends = await asyncio.gather(heard(replays, first), heard(replays, second), return_exceptions=True)
+        ends = await asyncio.gather(
+            heard(replays, first), heard(replays, second), return_exceptions=True
+        )
         assert list(ends) == [fault, fault]
         assert first == second == [b"1"]
         assert await all_of(replays, "a", said=[b"2"]) == [b"2"]
@@ -251,7 +278,10 @@ MESSAGES = [{"role": "user", "content": "x"}]
 @pytest.mark.parametrize(
     ("template", "why"),
     [
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "more than",
+        ),
         ("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "template"),
         ("{{ ''.__class__.__mro__ }}", "template"),
         ("{{ messages[5].content }}", "template"),
@@ -264,7 +294,9 @@ MESSAGES = [{"role": "user", "content": "x"}]
         ("{{ 9 ** 9 ** 9 ** 9 }}", "powers"),
     ],
 )
-def test_a_template_that_runs_wild_is_refused(template: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_that_runs_wild_is_refused(
+    template: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.1 if why == "more than" else 60.0)
     with pytest.raises(Refused, match=why) as refused:
         render(tokenizer(template), MESSAGES)
@@ -285,14 +317,23 @@ def test_figures_of_several_choices_are_their_sum() -> None:
     one = Stats(2, 5, 3, 8, 6, 2, 1, (1, 2), {"a": 2}, {"late": 1}, 3.0)
     two = Stats(2, 4, 2, 7, 5, 3, 2, (1, 0, 1), {"a": 1, "b": 2}, {}, 2.0)
     found = together([one, two])
-    assert (found.completion_tokens, found.rounds, found.histogram, found.by_drafter) == (9, 5, (2, 2, 1), {"a": 3, "b": 2})
+    assert (found.completion_tokens, found.rounds, found.histogram, found.by_drafter) == (
+        9,
+        5,
+        (2, 2, 1),
+        {"a": 3, "b": 2},
+    )
     assert (found.elapsed, found.ignored) == (3.0, {"late": 1})
 
 
 def test_a_draft_is_a_round_in_which_something_was_speculated() -> None:
     tally = Tally()
     for number, (width, accepted) in enumerate([(0, 0), (3, 0), (2, 2), (0, 0)]):
-        tally.add(Round("s", number, width, accepted, hit=False, waited=0.0, computed=1.0, bookkeeping=0.0))
+        tally.add(
+            Round(
+                "s", number, width, accepted, hit=False, waited=0.0, computed=1.0, bookkeeping=0.0
+            )
+        )
     stats = tally.stats(2, 6, drafted=5, by_drafter={"a": 2}, ignored={}, prefill=0.0, elapsed=4.0)
     said = speculative_decoding(stats)
     assert (said["num_drafts"], said["num_draft_tokens"], said["num_accepted_tokens"]) == (2, 5, 2)

@@ -72,12 +72,16 @@ SOURCE: dict[str, Change] = {
     "emptied": lambda file: os.truncate(file, 0),
     "ids edited": lambda file: in_place(file, b'"custom_id": "item-19', b'"custom_id": "jtem-19'),
     "bodies edited": lambda file: in_place(file, b'"prompt": "item-19', b'"prompt": "jtem-19'),
-    "what was read edited": lambda file: in_place(file, b'"custom_id": "item-0"', b'"custom_id": "jtem-0"'),
+    "what was read edited": lambda file: in_place(
+        file, b'"custom_id": "item-0"', b'"custom_id": "jtem-0"'
+    ),
     "grown": lambda file: appended(file, line("new").encode() + b"\n"),
     "its last line grown": lambda file: appended(file, b" "),
     "replaced": lambda file: replaced(file, line("other").encode()),
     "deleted": lambda file: file.unlink(),
-    "a line taken out": lambda file: replaced(file, b"".join(file.read_bytes().splitlines(keepends=True)[:-1])),
+    "a line taken out": lambda file: replaced(
+        file, b"".join(file.read_bytes().splitlines(keepends=True)[:-1])
+    ),
 }
 
 
@@ -91,11 +95,15 @@ def check(out: bytes, job: str) -> None:
 
 @pytest.mark.parametrize("where", ["file", "memory"])
 @pytest.mark.parametrize("change", SOURCE.values(), ids=SOURCE)
-def test_a_batch_file_that_changes_under_its_job_ends_it_and_what_was_answered_is_kept(change: Change, where: str, tmp_path: Path) -> None:
+def test_a_batch_file_that_changes_under_its_job_ends_it_and_what_was_answered_is_kept(
+    change: Change, where: str, tmp_path: Path
+) -> None:
     file = batch(tmp_path / "in.jsonl", COUNT)
     out = str(tmp_path / "out.jsonl") if where == "file" else "memory://jobs/changes/out.jsonl"
     before, first = file.read_bytes(), Meddler(lambda: change(file))
-    with pytest.raises(InvalidRequest, match=r"in\.jsonl has changed since its job began") as caught:
+    with pytest.raises(
+        InvalidRequest, match=r"in\.jsonl has changed since its job began"
+    ) as caught:
         live(file, out, first)
     [job] = registry.known()
     assert job.state == "stopped"
@@ -111,13 +119,18 @@ def test_a_batch_file_that_changes_under_its_job_ends_it_and_what_was_answered_i
 
 
 @pytest.mark.parametrize("change", [change for name, change in SOURCE.items() if name != "deleted"])
-def test_a_batch_file_that_changes_between_two_lives_is_refused_until_it_is_back(change: Change, tmp_path: Path) -> None:
+def test_a_batch_file_that_changes_between_two_lives_is_refused_until_it_is_back(
+    change: Change, tmp_path: Path
+) -> None:
     file, out = batch(tmp_path / "in.jsonl", COUNT), tmp_path / "out.jsonl"
     before = file.read_bytes()
     assert not live(file, out, Meddler(lambda: registry.cancel(registry.known()[0].record.id)))
     [job], kept = registry.known(), out.read_bytes()
     change(file)
-    with pytest.raises(InvalidRequest, match=rf"in\.jsonl has changed .*{job.totals.done} of {COUNT} items are answered"):
+    with pytest.raises(
+        InvalidRequest,
+        match=rf"in\.jsonl has changed .*{job.totals.done} of {COUNT} items are answered",
+    ):
         live(file, out, Echo())
     assert out.read_bytes() == kept
     file.rename(tmp_path / "changed.jsonl")
@@ -136,13 +149,20 @@ class Restless(MemoryFileSystem):
 
     def open(self, path: str, mode: str = "rb", *arguments: Any, **more: Any) -> Any:
         memory, lines = fsspec.filesystem("memory"), next(self.opened) + 1
-        memory.pipe_file("/jobs/restless", "".join(line(f"{number}") + "\n" for number in range(lines)).encode())
+        memory.pipe_file(
+            "/jobs/restless", "".join(line(f"{number}") + "\n" for number in range(lines)).encode()
+        )
         return memory.open("/jobs/restless", mode)
 
 
-def test_a_file_that_changes_while_it_is_read_for_the_first_time_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_file_that_changes_while_it_is_read_for_the_first_time_is_refused_and_leaves_nothing(
+    tmp_path: Path,
+) -> None:
     fsspec.register_implementation("restless", Restless, clobber=True)
-    with pytest.raises(InvalidRequest, match="has changed while it was read"), opened("restless://in.jsonl", str(tmp_path / "out.jsonl")):
+    with (
+        pytest.raises(InvalidRequest, match="has changed while it was read"),
+        opened("restless://in.jsonl", str(tmp_path / "out.jsonl")),
+    ):
         pytest.fail("it was begun")
     assert list(tmp_path.iterdir()) == []
 
@@ -151,7 +171,9 @@ OUTPUT: dict[str, Change] = {
     "truncated": lambda out: os.truncate(out, out.stat().st_size - 10),
     "emptied": lambda out: os.truncate(out, 0),
     "edited": lambda out: in_place(out, b"item-0 ", b"jtem-0 "),
-    "grown in its middle": lambda out: out.write_bytes(out.read_bytes().replace(b"item-0 ", b"a longer one ")),
+    "grown in its middle": lambda out: out.write_bytes(
+        out.read_bytes().replace(b"item-0 ", b"a longer one ")
+    ),
     "appended to": lambda out: appended(out, b"mine\n"),
     "replaced": lambda out: replaced(out, out.read_bytes() + b"mine\n"),
     "replaced by one as long": lambda out: replaced(out, b"x" * out.stat().st_size),
@@ -168,7 +190,11 @@ def content(path: Path) -> bytes | None:
 def test_an_output_that_somebody_else_changes_is_left_as_it_is_and_goes_on_when_it_is_back(
     change: Change, when: str, tmp_path: Path
 ) -> None:
-    file, out, states = batch(tmp_path / "in.jsonl", COUNT), tmp_path / "out.jsonl", list[bytes | None]()
+    file, out, states = (
+        batch(tmp_path / "in.jsonl", COUNT),
+        tmp_path / "out.jsonl",
+        list[bytes | None](),
+    )
 
     def act() -> None:
         states.append(out.read_bytes())
@@ -187,7 +213,9 @@ def test_an_output_that_somebody_else_changes_is_left_as_it_is_and_goes_on_when_
     before, left = states
     more = b""
     if left is not None and change is OUTPUT["edited"]:
-        more = out.read_bytes()[len(left) :]  # an edit that leaves file and size as they were is seen at the end only
+        more = out.read_bytes()[
+            len(left) :
+        ]  # an edit that leaves file and size as they were is seen at the end only
     assert content(out) == (None if left is None else left + more)
     out.write_bytes((before or b"") + more)
     assert live(file, out, Echo())
@@ -204,7 +232,9 @@ def test_what_a_user_puts_where_an_output_was_to_be_is_not_cut_off(tmp_path: Pat
     assert out.read_text() == "precious\n"
 
 
-@pytest.mark.parametrize("tail", [items.OPENING[:5], items.OPENING + b'0", "custom', b"\0\0\0", b""])
+@pytest.mark.parametrize(
+    "tail", [items.OPENING[:5], items.OPENING + b'0", "custom', b"\0\0\0", b""]
+)
 def test_what_a_kill_or_the_loss_of_power_leaves_is_cut_off(tail: bytes, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     output = FileOutput(out)
@@ -216,7 +246,11 @@ def test_what_a_kill_or_the_loss_of_power_leaves_is_cut_off(tail: bytes, tmp_pat
 
 
 def test_two_links_to_one_output_are_one_output(tmp_path: Path) -> None:
-    file, other, out = batch(tmp_path / "in.jsonl", COUNT), batch(tmp_path / "other.jsonl", 3), tmp_path / "out.jsonl"
+    file, other, out = (
+        batch(tmp_path / "in.jsonl", COUNT),
+        batch(tmp_path / "other.jsonl", 3),
+        tmp_path / "out.jsonl",
+    )
     (tmp_path / "link.jsonl").symlink_to(out)
 
     def second() -> None:
@@ -231,12 +265,27 @@ def test_two_links_to_one_output_are_one_output(tmp_path: Path) -> None:
     assert live(file, tmp_path / "link.jsonl", Echo())
 
 
-def test_two_hard_links_taken_at_one_time_end_in_an_error_and_not_in_a_mixture(tmp_path: Path) -> None:
-    file, other, out = batch(tmp_path / "in.jsonl", COUNT), batch(tmp_path / "other.jsonl", 3), tmp_path / "out.jsonl"
+def test_two_hard_links_taken_at_one_time_end_in_an_error_and_not_in_a_mixture(
+    tmp_path: Path,
+) -> None:
+    file, other, out = (
+        batch(tmp_path / "in.jsonl", COUNT),
+        batch(tmp_path / "other.jsonl", 3),
+        tmp_path / "out.jsonl",
+    )
     out.touch()
     os.link(out, tmp_path / "link.jsonl")
-    with ThreadPoolExecutor() as pool, pytest.raises(InvalidRequest, match="changed by somebody else"):
-        live(file, out, Meddler(lambda: pool.submit(live, other, tmp_path / "link.jsonl", Echo()).result(), when=0))
+    with (
+        ThreadPoolExecutor() as pool,
+        pytest.raises(InvalidRequest, match="changed by somebody else"),
+    ):
+        live(
+            file,
+            out,
+            Meddler(
+                lambda: pool.submit(live, other, tmp_path / "link.jsonl", Echo()).result(), when=0
+            ),
+        )
     assert len(answers(out.read_bytes())) == 3, "the other one's, whole"
 
 
@@ -271,12 +320,17 @@ def test_a_torn_owner_file_is_read_over(owner: bytes, tmp_path: Path) -> None:
     file, out = str(batch(tmp_path / "in.jsonl")), str(tmp_path / "out.jsonl")
     with opened(file, out):
         (tmp_path / "out.jsonl.job" / folders.LOCK).write_bytes(owner)
-        with pytest.raises(Unavailable, match="process unknown works on the job"), opened(file, out):
+        with (
+            pytest.raises(Unavailable, match="process unknown works on the job"),
+            opened(file, out),
+        ):
             pytest.fail("the second was let in")
     assert live(file, out, Echo())
 
 
-@pytest.mark.parametrize("torn", [b"", b"{", b"[]", b"{}", b'{"id": "x", "host": "h", "until": "soon"}', b"\xff"])
+@pytest.mark.parametrize(
+    "torn", [b"", b"{", b"[]", b"{}", b'{"id": "x", "host": "h", "until": "soon"}', b"\xff"]
+)
 def test_a_torn_lease_is_nobodys(torn: bytes) -> None:
     fs = fsspec.filesystem("memory")
     fs.pipe_file("/jobs/torn/owner.json", torn)
@@ -303,7 +357,9 @@ def test_a_store_that_is_away_ends_the_job_with_its_name_and_its_lease_by_time()
 
 
 @pytest.mark.parametrize("torn", [b"", b"{", b"[]", b"{}"])
-def test_a_torn_description_of_a_job_is_named(torn: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torn_description_of_a_job_is_named(
+    torn: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fs = fsspec.filesystem("memory")
     fs.pipe_file("/jobs/torn/out.jsonl.job/job.json", torn)
     with pytest.raises(InvalidRequest, match=r"out\.jsonl\.job/job\.json cannot be read"):
@@ -311,7 +367,11 @@ def test_a_torn_description_of_a_job_is_named(torn: bytes, tmp_path: Path, monke
 
 
 def test_parts_that_somebody_else_removes_are_missed(tmp_path: Path) -> None:
-    fs, file, out = fsspec.filesystem("memory"), batch(tmp_path / "in.jsonl", COUNT), "memory://jobs/parts/out.jsonl"
+    fs, file, out = (
+        fsspec.filesystem("memory"),
+        batch(tmp_path / "in.jsonl", COUNT),
+        "memory://jobs/parts/out.jsonl",
+    )
     parts: dict[str, bytes] = {}
 
     def act() -> None:
@@ -332,9 +392,15 @@ def test_parts_that_somebody_else_removes_are_missed(tmp_path: Path) -> None:
         live(file, out, Echo())
 
 
-@pytest.mark.parametrize("data", [b"nonsense\n", items.output_line("job", "another", Answer(200, {}))])
+@pytest.mark.parametrize(
+    "data", [b"nonsense\n", items.output_line("job", "another", Answer(200, {}))]
+)
 def test_parts_that_are_not_of_the_job_are_refused(data: bytes, tmp_path: Path) -> None:
-    fs, file, out = fsspec.filesystem("memory"), batch(tmp_path / "in.jsonl"), "memory://jobs/strange/out.jsonl"
+    fs, file, out = (
+        fsspec.filesystem("memory"),
+        batch(tmp_path / "in.jsonl"),
+        "memory://jobs/strange/out.jsonl",
+    )
     with opened(str(file), out):
         fs.pipe_file("/jobs/strange/out.jsonl.job/part-00000000-x", data)
     with pytest.raises(InvalidRequest, match=r"bring .* back"):

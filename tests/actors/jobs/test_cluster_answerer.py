@@ -22,8 +22,14 @@ Speak = Callable[[Request], AsyncGenerator[Chunk, None]]
 
 
 def item(url: str = "/v1/completions", **changes: Any) -> Item:
-    prompt = {"prompt": "a"} if url == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
-    return Item(1, "one", url, {"model": MODEL, "seed": 5, "max_tokens": 2, **prompt} | changes, "key")
+    prompt = (
+        {"prompt": "a"}
+        if url == "/v1/completions"
+        else {"messages": [{"role": "user", "content": "a"}]}
+    )
+    return Item(
+        1, "one", url, {"model": MODEL, "seed": 5, "max_tokens": 2, **prompt} | changes, "key"
+    )
 
 
 async def two(request: Request) -> AsyncGenerator[Chunk, None]:
@@ -58,7 +64,11 @@ def test_a_completion_is_answered_as_by_the_gateway() -> None:
     found, body = asked(two, item(n=2))
     assert (found.status, found.tokens) == (200, 4)
     assert [choice["text"] for choice in found.body["choices"]] == ["x5", "x6"]
-    assert (found.body["object"], found.body["created"], found.body["model"]) == ("text_completion", 12, MODEL)
+    assert (found.body["object"], found.body["created"], found.body["model"]) == (
+        "text_completion",
+        12,
+        MODEL,
+    )
     assert found.body["id"] == f"cmpl-{found.request_id}"
     assert [request.sampling.seed for request in body.asked] == [5, 6]
     assert len({request.session for request in body.asked}) == 2
@@ -82,7 +92,9 @@ def test_a_chat_is_answered_as_by_the_gateway() -> None:
         ({"prompt": [5_000_000]}, 400, "invalid_value"),
     ],
 )
-def test_what_is_wrong_with_a_body_is_the_items_answer(changes: dict[str, Any], status: int, code: str) -> None:
+def test_what_is_wrong_with_a_body_is_the_items_answer(
+    changes: dict[str, Any], status: int, code: str
+) -> None:
     found, body = asked(two, item(**changes))
     assert (found.status, found.body["error"]["code"]) == (status, code)
     assert not body.asked
@@ -112,17 +124,25 @@ def test_what_may_be_better_later_is_raised(error: OutriderError) -> None:
 
 def test_targets_of_another_model_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """While a deployment changes, its fleet has both."""
-    old, new = (TargetState(name, "a:1", 0, "ready", 0, None, "node", model=name) for name in ("old", "new"))
-    monkeypatch.setattr(client, "ask", lambda what: Fleet("new", MODEL, "0", (old, new), (), (), (), 0))
+    old, new = (
+        TargetState(name, "a:1", 0, "ready", 0, None, "node", model=name) for name in ("old", "new")
+    )
+    monkeypatch.setattr(
+        client, "ask", lambda what: Fleet("new", MODEL, "0", (old, new), (), (), (), 0)
+    )
 
     assert cluster_answerer.look("old") == [old]
 
 
-def test_while_the_controller_is_away_nobody_is_thought_to_be_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_while_the_controller_is_away_nobody_is_thought_to_be_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def late(*_: object, **__: object) -> Fleet:
         raise GetTimeoutError
 
-    monkeypatch.setattr(ray, "get_actor", lambda *_, **__: SimpleNamespace(fleet=SimpleNamespace(remote=object)))
+    monkeypatch.setattr(
+        ray, "get_actor", lambda *_, **__: SimpleNamespace(fleet=SimpleNamespace(remote=object))
+    )
     monkeypatch.setattr(ray, "get", late)
     with pytest.raises(Unavailable):
         cluster_answerer.look("old")

@@ -109,7 +109,9 @@ def started(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command(*arguments), cwd=ROOT, text=True, preexec_fn=heed, **pipes)  # noqa: PLW1509
 
 
-def outrider(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tuple[int, str, str]:
+def outrider(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
+) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of the command, run in this process."""
     monkeypatch.setattr(sys, "argv", ["outrider", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
@@ -118,7 +120,9 @@ def outrider(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     return int(ended.value.code or 0), captured.out, captured.err
 
 
-def test_a_command_that_is_killed_at_random_moments_answers_each_item_once(gateway: Gateway, tmp_path: Path) -> None:
+def test_a_command_that_is_killed_at_random_moments_answers_each_item_once(
+    gateway: Gateway, tmp_path: Path
+) -> None:
     count, moments = 240, random.Random(5)
     file, out = batch(tmp_path / "in.jsonl", count), tmp_path / "out.jsonl"
     call = ("submit", file, "-o", out, "--url", gateway.url, "--parallel", 8, "--json")
@@ -132,22 +136,34 @@ def test_a_command_that_is_killed_at_random_moments_answers_each_item_once(gatew
             assert running.returncode == (130 if blow == signal.SIGINT else -blow)
             kills += 1
     assert kills == 4
-    done = subprocess.run(command(*call), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    done = subprocess.run(
+        command(*call), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
-    assert (summary["items"], summary["done"], summary["failed"], summary["tokens"]) == (count, count, 0, 3 * count)
+    assert (summary["items"], summary["done"], summary["failed"], summary["tokens"]) == (
+        count,
+        count,
+        0,
+        3 * count,
+    )
     found = answers(out.read_bytes())
     assert sorted(found) == sorted(f"item-{number}" for number in range(count))
     for name, one in found.items():
         [seed] = gateway.seeds[name]  # the same in each life
         assert one["response"]["body"] == said(name, seed)
-    assert [len(names) for names in gateway.names.values()] == [1] * count, "an item has one key in all lives of its job"
+    assert [len(names) for names in gateway.names.values()] == [1] * count, (
+        "an item has one key in all lives of its job"
+    )
     assert len(set().union(*gateway.names.values())) == count, "no two items have one key"
     assert count <= gateway.requests < count + 5 * 8 + 1, "only what was in flight was asked again"
 
 
 def test_the_key_is_sent_and_the_end_is_told(
-    gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    gateway: Gateway,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file, out, key = batch(tmp_path / "in.jsonl"), tmp_path / "out.jsonl", tmp_path / "key"
     key.write_text("sk-test")
@@ -159,12 +175,19 @@ def test_the_key_is_sent_and_the_end_is_told(
     assert said_so.splitlines()[-1].endswith(f"6 items, 1 of them failed: {out}")
     assert gateway.keys == {"Bearer sk-test"}
     asked = gateway.requests
-    code, _, _ = outrider(capsys, monkeypatch, "submit", file, "-o", out, "--url", "http://127.0.0.1:1/v1")
+    code, _, _ = outrider(
+        capsys, monkeypatch, "submit", file, "-o", out, "--url", "http://127.0.0.1:1/v1"
+    )
     assert (code, gateway.requests) == (0, asked), "where nothing is left, nobody need answer"
     code, shown, _ = outrider(capsys, monkeypatch, "jobs", "--json")
     assert code == 0
     listed = json.loads(shown)
-    assert (listed["state"], listed["done"], listed["failed"], listed["output"]) == ("finished", 6, 1, str(out))
+    assert (listed["state"], listed["done"], listed["failed"], listed["output"]) == (
+        "finished",
+        6,
+        1,
+        str(out),
+    )
     code, shown, _ = outrider(capsys, monkeypatch, "jobs")
     assert (code, listed["id"] in shown) == (0, True)
     code, shown, _ = outrider(capsys, monkeypatch, "jobs", listed["id"])
@@ -184,18 +207,41 @@ def test_the_key_is_sent_and_the_end_is_told(
         (["FILE", "-o", "/nowhere/out.jsonl"], "/nowhere"),
         (["FILE", "-o", "OUT", "--parallel", "0"], "parallel 0"),
         (["FILE", "-o", "OUT", "--url", "http://127.0.0.1:1/v1"], "http://127.0.0.1:1/v1"),
-        (["FILE", "-o", "OUT", "--url", "http://127.0.0.1:1/v1", "--api-key-file", "/nowhere/key"], "/nowhere/key"),
+        (
+            [
+                "FILE",
+                "-o",
+                "OUT",
+                "--url",
+                "http://127.0.0.1:1/v1",
+                "--api-key-file",
+                "/nowhere/key",
+            ],
+            "/nowhere/key",
+        ),
         (["FILE", "-o", "OUT", "--api-key-file", "/nowhere/key"], "--url"),
         (["FILE", "-o", "OUT", "--address", "127.0.0.1:1"], "127.0.0.1:1"),
     ],
 )
 def test_one_line_names_the_value(
-    arguments: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    named: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    files = {"FILE": line("a"), "EMPTY": "\n", "BROKEN": f"{line('a')}\n{{", "TWICE": f"{line('a')}\n{line('a')}", "TAKEN": "mine"}
+    files = {
+        "FILE": line("a"),
+        "EMPTY": "\n",
+        "BROKEN": f"{line('a')}\n{{",
+        "TWICE": f"{line('a')}\n{line('a')}",
+        "TAKEN": "mine",
+    }
     for name, content in files.items():
         (tmp_path / f"{name.lower()}.jsonl").write_text(content)
-    paths = [str(tmp_path / f"{word.lower()}.jsonl") if word.isupper() else word for word in arguments]
+    paths = [
+        str(tmp_path / f"{word.lower()}.jsonl") if word.isupper() else word for word in arguments
+    ]
     code, shown, said_so = outrider(capsys, monkeypatch, "submit", *paths)
     assert (code, shown) == (2, "")
     assert said_so.startswith("outrider: ")
@@ -204,9 +250,15 @@ def test_one_line_names_the_value(
     assert (tmp_path / "taken.jsonl").read_text() == "mine"
 
 
-@pytest.mark.parametrize(("arguments", "named"), [(["job-none"], "job-none"), (["--cancel"], "--cancel"), (["x", "--cancel"], "x")])
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(["job-none"], "job-none"), (["--cancel"], "--cancel"), (["x", "--cancel"], "x")],
+)
 def test_a_job_that_is_not_there_is_named(
-    arguments: list[str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     code, shown, said_so = outrider(capsys, monkeypatch, "jobs", *arguments)
     assert (code, shown) == (2, "")
@@ -214,7 +266,10 @@ def test_a_job_that_is_not_there_is_named(
 
 
 def test_a_job_that_runs_is_cancelled_from_outside(
-    gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    gateway: Gateway,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file, out = batch(tmp_path / "in.jsonl", 2000), tmp_path / "out.jsonl"
     gateway.expect(20)
@@ -222,7 +277,10 @@ def test_a_job_that_runs_is_cancelled_from_outside(
     with started(*call) as running:
         assert gateway.reached.wait(PATIENCE_S)
         os.kill(running.pid, signal.SIGSTOP)  # so that it cannot finish meanwhile
-        [listed] = [json.loads(text) for text in outrider(capsys, monkeypatch, "jobs", "--json")[1].splitlines()]
+        [listed] = [
+            json.loads(text)
+            for text in outrider(capsys, monkeypatch, "jobs", "--json")[1].splitlines()
+        ]
         assert listed["state"] == "running"
         code, _, refused = outrider(capsys, monkeypatch, *call)
         assert (code, f"process {running.pid}" in refused) == (2, True)
@@ -231,6 +289,8 @@ def test_a_job_that_runs_is_cancelled_from_outside(
         _, said_so = running.communicate(timeout=PATIENCE_S)
         assert running.returncode == 2
         assert "was cancelled after" in said_so
-    [listed] = [json.loads(text) for text in outrider(capsys, monkeypatch, "jobs", "--json")[1].splitlines()]
+    [listed] = [
+        json.loads(text) for text in outrider(capsys, monkeypatch, "jobs", "--json")[1].splitlines()
+    ]
     assert listed["state"] == "cancelled"
     assert listed["done"] == len(answers(out.read_bytes())) < 2000

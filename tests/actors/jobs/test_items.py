@@ -17,7 +17,9 @@ from tests.support.jobs_harness import line
 
 def test_an_item_keeps_its_own_seed_and_one_without_gets_one_of_its_own() -> None:
     own = items.read(3, line("a", seed=7).encode(), "job-1")
-    assert own == Item(3, "a", "/v1/completions", {"model": "m", "prompt": "a", "seed": 7}, items.key("job-1", "a"))
+    assert own == Item(
+        3, "a", "/v1/completions", {"model": "m", "prompt": "a", "seed": 7}, items.key("job-1", "a")
+    )
     given_ones = [items.read(3, line(name, **more).encode(), job) for name, more, job in SEEDLESS]
     seeds = [one.body["seed"] for one in given_ones if isinstance(one, Item)]
     assert seeds[0] == seeds[1]
@@ -45,13 +47,19 @@ SEEDLESS: list[tuple[str, dict[str, None], str]] = [
         ({"boddy": {}}, "line", "boddy"),
     ],
 )
-def test_a_line_with_a_name_that_is_no_request_is_answered_so(changes: dict[str, object], param: str, named: str) -> None:
+def test_a_line_with_a_name_that_is_no_request_is_answered_so(
+    changes: dict[str, object], param: str, named: str
+) -> None:
     found = items.read(9, json.dumps(json.loads(line("a")) | changes).encode(), "job-1")
     assert isinstance(found, Misfit)
     answer = items.refusal(found.error)
     assert answer.status == 400
     error = answer.body["error"]
-    assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "invalid_value", param)
+    assert (error["type"], error["code"], error["param"]) == (
+        "invalid_request_error",
+        "invalid_value",
+        param,
+    )
     assert named in error["message"]
 
 
@@ -116,19 +124,26 @@ def test_an_output_line_is_openais() -> None:
     assert items.answered(written) == ("naïve", Answer(200, {"x": "\u2028é"}, "r-1"))
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b"{}", b'{"custom_id": "a", "response": null}', b"\0\0", b"\xff"])
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"[]", b"{}", b'{"custom_id": "a", "response": null}', b"\0\0", b"\xff"]
+)
 def test_a_line_that_is_no_output_line_is_refused(raw: bytes) -> None:
     with pytest.raises(InvalidRequest, match="bring the output back"):
         items.answered(raw)
 
 
 @given(
-    st.lists(st.binary(max_size=30).map(lambda raw: raw.replace(b"\n", b" ").replace(b"\r", b" ")), max_size=20),
+    st.lists(
+        st.binary(max_size=30).map(lambda raw: raw.replace(b"\n", b" ").replace(b"\r", b" ")),
+        max_size=20,
+    ),
     st.sampled_from([b"\n", b"\r\n"]),
     st.booleans(),
     st.integers(1, 64),
 )
-def test_lines_are_those_of_the_file_whatever_the_pieces(texts: list[bytes], end: bytes, ended: bool, piece: int) -> None:
+def test_lines_are_those_of_the_file_whatever_the_pieces(
+    texts: list[bytes], end: bytes, ended: bool, piece: int
+) -> None:
     content = end.join(texts) + (end if ended else b"")
     fs = fsspec.filesystem("memory")
     fs.pipe_file("/lines.jsonl", content)
@@ -139,7 +154,9 @@ def test_lines_are_those_of_the_file_whatever_the_pieces(texts: list[bytes], end
 
 
 @pytest.mark.parametrize("piece", [1, 2, 64])
-def test_a_byte_order_mark_at_the_beginning_is_read_over(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_byte_order_mark_at_the_beginning_is_read_over(
+    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Editors of Windows put one there."""
     monkeypatch.setattr(source, "PIECE", piece)
     file = tmp_path / "in.jsonl"
@@ -150,7 +167,9 @@ def test_a_byte_order_mark_at_the_beginning_is_read_over(piece: int, tmp_path: P
     assert list(source.lines(str(file))) == [(2, first)]
 
 
-def test_a_line_that_is_too_long_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_that_is_too_long_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(limits, "BODY_BYTES", 100)
     monkeypatch.setattr(source, "PIECE", 64)
     file = tmp_path / "in.jsonl"
@@ -161,7 +180,9 @@ def test_a_line_that_is_too_long_is_refused_before_it_is_read(tmp_path: Path, mo
         list(source.lines(str(file)))
 
 
-@pytest.mark.parametrize("url", ["/nowhere/in.jsonl", "/", "nosuch://bucket/in.jsonl", "memory://nothing/in.jsonl"])
+@pytest.mark.parametrize(
+    "url", ["/nowhere/in.jsonl", "/", "nosuch://bucket/in.jsonl", "memory://nothing/in.jsonl"]
+)
 def test_a_file_that_cannot_be_read_is_named(url: str) -> None:
     for read in (source.fingerprint, lambda url: list(source.lines(url))):
         with pytest.raises(InvalidRequest, match=url):

@@ -14,7 +14,18 @@ from actors.jobs import job as jobs
 from actors.jobs.index import reading
 from actors.jobs.lease import Lease
 from actors.jobs.outputs import Destination, FileOutput, PartsOutput
-from tests.support.jobs_harness import Doom, DoomedFiles, DoomedIndex, DoomedOutput, Echo, Killed, answers, batch, live, said
+from tests.support.jobs_harness import (
+    Doom,
+    DoomedFiles,
+    DoomedIndex,
+    DoomedOutput,
+    Echo,
+    Killed,
+    answers,
+    batch,
+    live,
+    said,
+)
 
 COUNT = 3
 
@@ -41,7 +52,9 @@ def life(file: Path, out: str, answerer: Echo, last: int) -> bool:
         fs, path = fsspec.core.url_to_fs(url)
         if "memory" in fs.protocol:
             doomed = DoomedFiles(fs, doom)
-            return Destination(PartsOutput(doomed, path), lease=Lease(doomed, path + folders.SUFFIX))
+            return Destination(
+                PartsOutput(doomed, path), lease=Lease(doomed, path + folders.SUFFIX)
+            )
         return Destination(DoomedOutput(FileOutput(Path(path)), doom), Path(path))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -106,7 +119,9 @@ def test_what_was_kept_is_not_asked_again(tmp_path: Path) -> None:
     check(out, memory=False)
 
 
-def test_parts_are_taken_up_where_there_is_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_are_taken_up_where_there_is_no_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file, out = batch(tmp_path / "in.jsonl", COUNT), "memory://jobs/moved/out.jsonl"
     first, second = Echo(), Echo()
     last = 1
@@ -117,7 +132,9 @@ def test_parts_are_taken_up_where_there_is_no_index(tmp_path: Path, monkeypatch:
     assert life(file, out, second, 0)
     assert 0 < len(second.asked) < COUNT
     check(out, memory=True)
-    assert fsspec.filesystem("memory").ls("/jobs/moved/out.jsonl.job", detail=False) == ["/jobs/moved/out.jsonl.job/job.json"]
+    assert fsspec.filesystem("memory").ls("/jobs/moved/out.jsonl.job", detail=False) == [
+        "/jobs/moved/out.jsonl.job/job.json"
+    ]
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "a third"))
     third = Echo()
     assert life(file, out, third, 0)

@@ -43,12 +43,20 @@ class Forgetful:
 
 
 @pytest.mark.parametrize("when", [1, 2, 7, COUNT])
-def test_what_is_kept_survives_the_loss_of_power(when: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_kept_survives_the_loss_of_power(
+    when: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The power goes when so many items are asked; those that were kept are not asked again, and stand in the output once."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
     (tmp_path / "out").mkdir()
-    file, out, disk = batch(tmp_path / "in.jsonl", COUNT), tmp_path / "out" / "out.jsonl", Forgetful(tmp_path / "out")
-    monkeypatch.setattr(jobs, "destination", lambda url: Destination(FileOutput(out, disk.sync), out))
+    file, out, disk = (
+        batch(tmp_path / "in.jsonl", COUNT),
+        tmp_path / "out" / "out.jsonl",
+        Forgetful(tmp_path / "out"),
+    )
+    monkeypatch.setattr(
+        jobs, "destination", lambda url: Destination(FileOutput(out, disk.sync), out)
+    )
 
     def life(answerer: Echo, limit: int) -> int:
         """Ends before an item beyond `limit` is answered; returns how many have an answer."""

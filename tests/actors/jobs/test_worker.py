@@ -52,7 +52,9 @@ class Hours:
         return Clock(lambda: self.time, self.sleep)
 
 
-def run(file: Path, out: Path, answerer: Echo, most: int = 8, hours: Hours | None = None) -> list[Totals]:
+def run(
+    file: Path, out: Path, answerer: Echo, most: int = 8, hours: Hours | None = None
+) -> list[Totals]:
     shown: list[Totals] = []
     with opened(str(file), str(out)) as job:
         assert asyncio.run(work(job, answerer, most, shown.append, (hours or Hours()).clock))
@@ -83,7 +85,9 @@ def test_a_deployment_that_admits_few_gets_few(tmp_path: Path) -> None:
     assert len(answers((tmp_path / "out.jsonl").read_bytes())) == 200
     assert echo.most == admits
     assert refused < 200
-    assert hours.slept == [], "there was always somebody in flight whose end told that there is room"
+    assert hours.slept == [], (
+        "there was always somebody in flight whose end told that there is room"
+    )
 
 
 def test_an_outage_is_sat_out(tmp_path: Path) -> None:
@@ -138,7 +142,9 @@ def test_an_error_is_the_answer_of_its_item_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", [409, 500, 502, 504, "exception"])
-def test_a_fault_of_the_server_is_asked_again_and_then_believed(fault: int | str, tmp_path: Path) -> None:
+def test_a_fault_of_the_server_is_asked_again_and_then_believed(
+    fault: int | str, tmp_path: Path
+) -> None:
     tries = 0
 
     async def script(echo: Scripted, item: Item) -> Answer | None:
@@ -153,7 +159,9 @@ def test_a_fault_of_the_server_is_asked_again_and_then_believed(fault: int | str
     out = tmp_path / "out.jsonl"
     run(batch(tmp_path / "in.jsonl"), out, Scripted(script))
     assert tries == ATTEMPTS
-    assert answers(out.read_bytes())["item-2"]["response"]["status_code"] == (500 if fault == "exception" else fault)
+    assert answers(out.read_bytes())["item-2"]["response"]["status_code"] == (
+        500 if fault == "exception" else fault
+    )
 
 
 def test_an_item_that_may_be_what_ends_targets_is_not_asked_again(tmp_path: Path) -> None:
@@ -169,7 +177,9 @@ def test_an_item_that_may_be_what_ends_targets_is_not_asked_again(tmp_path: Path
     out = tmp_path / "out.jsonl"
     run(batch(tmp_path / "in.jsonl"), out, Scripted(script))
     assert tries == 1
-    assert answers(out.read_bytes())["item-2"]["response"]["body"]["error"]["code"] == "targets_lost"
+    assert (
+        answers(out.read_bytes())["item-2"]["response"]["body"]["error"]["code"] == "targets_lost"
+    )
 
 
 def test_what_is_wrong_with_all_items_ends_the_job_and_keeps_what_there_is(tmp_path: Path) -> None:
@@ -263,10 +273,15 @@ def test_a_lease_keeps_other_machines_off_until_it_expires() -> None:
         ("", "no items"),
         ("\n\n", "no items"),
         (line("a") + "\nnonsense\n", "line 2"),
-        (line("a") + "\n" + line("b") + "\n" + line("a") + "\n", "line 3 has the custom_id of line 1, 'a'"),
+        (
+            line("a") + "\n" + line("b") + "\n" + line("a") + "\n",
+            "line 3 has the custom_id of line 1, 'a'",
+        ),
     ],
 )
-def test_a_file_that_cannot_be_answered_is_refused_and_leaves_nothing(content: str, named: str, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_answered_is_refused_and_leaves_nothing(
+    content: str, named: str, tmp_path: Path
+) -> None:
     file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     file.write_text(content)
     with pytest.raises(InvalidRequest, match=named), opened(str(file), str(out)):
@@ -275,7 +290,11 @@ def test_a_file_that_cannot_be_answered_is_refused_and_leaves_nothing(content: s
 
 
 def test_an_output_of_something_else_is_left_alone(tmp_path: Path) -> None:
-    file, other, out = batch(tmp_path / "in.jsonl"), batch(tmp_path / "other.jsonl", 3), tmp_path / "out.jsonl"
+    file, other, out = (
+        batch(tmp_path / "in.jsonl"),
+        batch(tmp_path / "other.jsonl", 3),
+        tmp_path / "out.jsonl",
+    )
     out.write_text("precious\n")
     with pytest.raises(InvalidRequest, match=r"out\.jsonl exists"):
         live(file, out, Echo())

@@ -29,7 +29,14 @@ from tests.support.router_harness import PROMPT, Heard, all_of, finish_of, heard
 
 TOKENS = 40
 MODEL = ToyModel(vocabulary=1024, sharpness=3.0)
-FREE = Sampling(temperature=0.7, seed=11, max_tokens=TOKENS, logprobs=2, frequency_penalty=0.3, repetition_penalty=1.1)
+FREE = Sampling(
+    temperature=0.7,
+    seed=11,
+    max_tokens=TOKENS,
+    logprobs=2,
+    frequency_penalty=0.3,
+    repetition_penalty=1.1,
+)
 
 
 @asynccontextmanager
@@ -40,7 +47,9 @@ async def target() -> AsyncIterator[Target]:
 
 async def plainly(sampling: Sampling) -> Heard:
     async with target() as alone:
-        return heard(await all_of(alone.generate(Request("plain", PROMPT, sampling, speculation=False))))
+        return heard(
+            await all_of(alone.generate(Request("plain", PROMPT, sampling, speculation=False)))
+        )
 
 
 @dataclass(eq=False)
@@ -69,7 +78,11 @@ def test_a_target_lost_before_any_token_is_followed_exactly() -> None:
 
     async def main() -> None:
         free = await plainly(FREE)
-        place = next(place for place in range(TOKENS - 8, TOKENS) if len(free.pieces[place]) > 1 and free.pieces[place + 1])
+        place = next(
+            place
+            for place in range(TOKENS - 8, TOKENS)
+            if len(free.pieces[place]) > 1 and free.pieces[place + 1]
+        )
         stop = free.pieces[place][1:] + free.pieces[place + 1][:1]
         sampling = replace(FREE, stop=(stop, "".join(free.pieces[3:6]) + "\0"))
         plain = await plainly(sampling)
@@ -148,7 +161,12 @@ def test_servers_that_go_are_followed_and_drop_what_they_held() -> None:
             targets = [await stack.enter_async_context(served()) for _ in range(3)]
             router = Router(GrpcTarget)
             stack.push_async_callback(router.close)
-            router.update([replace(there(f"t{number}"), address=one.address) for number, one in enumerate(targets)])
+            router.update(
+                [
+                    replace(there(f"t{number}"), address=one.address)
+                    for number, one in enumerate(targets)
+                ]
+            )
             streams = [router.generate(request) for request in asked]
             said: list[list[Chunk]] = [[await anext(stream)] for stream in streams]
             assert [len(one.body._sessions) for one in targets] == [2, 2, 2]
@@ -156,8 +174,13 @@ def test_servers_that_go_are_followed_and_drop_what_they_held() -> None:
                 await one.server.stop(None)
                 for stream, chunks in zip(streams, said, strict=True):
                     chunks.append(await anext(stream))
-            found = [heard([*chunks, *await all_of(stream)]) for stream, chunks in zip(streams, said, strict=True)]
-            assert [replace(one, logprobs=()) for one in found] == [replace(one, logprobs=()) for one in plain]
+            found = [
+                heard([*chunks, *await all_of(stream)])
+                for stream, chunks in zip(streams, said, strict=True)
+            ]
+            assert [replace(one, logprobs=()) for one in found] == [
+                replace(one, logprobs=()) for one in plain
+            ]
             assert sum(router.lost.values()) >= 4
             await soon(lambda: not any(one.body._sessions for one in targets))
 
@@ -191,7 +214,12 @@ def test_a_process_that_dies_or_stops_is_left_in_time(blow: signal.Signals) -> N
     async def main(process: subprocess.Popen[str], address: str) -> float:
         async with served() as other:
             router = Router(GrpcTarget)
-            router.update([replace(there("t0"), address=address), replace(there("t1", sessions=1), address=other.address)])
+            router.update(
+                [
+                    replace(there("t0"), address=address),
+                    replace(there("t1", sessions=1), address=other.address),
+                ]
+            )
             stream = router.generate(Request("s", PROMPT, FREE))
             said = [await anext(stream)]
             os.kill(process.pid, blow)
@@ -206,19 +234,26 @@ def test_a_process_that_dies_or_stops_is_left_in_time(blow: signal.Signals) -> N
             return gap
 
     with process_of("tests.actors.routing.test_failover") as (process, address):
-        assert asyncio.run(main(process, address)) < 5.0  # about 2 s by design; a busy machine may be late
+        assert (
+            asyncio.run(main(process, address)) < 5.0
+        )  # about 2 s by design; a busy machine may be late
 
 
 def test_a_request_that_ends_two_processes_is_given_to_no_third() -> None:
     async def main(addresses: list[str]) -> None:
         async with served() as third:
             router = Router(GrpcTarget)
-            deadly = [replace(there(f"t{number}"), address=address) for number, address in enumerate(addresses)]
+            deadly = [
+                replace(there(f"t{number}"), address=address)
+                for number, address in enumerate(addresses)
+            ]
             router.update([*deadly, replace(there("t2", sessions=5), address=third.address)])
             with pytest.raises(TargetsLost, match="2 targets died while they held this request"):
                 await all_of(router.generate(Request(DEADLY, PROMPT, FREE)))
             assert sum(router.lost.values()) == 2
-            assert heard(await all_of(router.generate(Request("s", PROMPT, FREE)))).reason == "length"
+            assert (
+                heard(await all_of(router.generate(Request("s", PROMPT, FREE)))).reason == "length"
+            )
             await router.close()
 
     with (

@@ -14,7 +14,16 @@ from actors.routing.routed_session import RoutedSession
 from actors.routing.router import Router
 from runtime.core.errors import Unavailable
 from runtime.core.messages import Chunk, Request, Tokens
-from tests.support.router_harness import ANSWER, ASKED, COUNT, PLAIN, VirtualLoop, heard, spoken, there
+from tests.support.router_harness import (
+    ANSWER,
+    ASKED,
+    COUNT,
+    PLAIN,
+    VirtualLoop,
+    heard,
+    spoken,
+    there,
+)
 
 
 def session(committed: Tokens = (), epoch: int = 0) -> RoutedSession:
@@ -155,7 +164,11 @@ class Clusters(RuleBasedStateMachine):
 
     def truth(self) -> list[TargetState]:
         states = [(name, life, self.puppets[f"{name}/{life}"]) for name, life in self.lives.items()]
-        return [there(name, life) for name, life, puppet in states if not puppet.dead and not puppet.stopped]
+        return [
+            there(name, life)
+            for name, life, puppet in states
+            if not puppet.dead and not puppet.stopped
+        ]
 
     @rule()
     def tell(self) -> None:

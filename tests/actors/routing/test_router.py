@@ -64,26 +64,43 @@ def test_a_target_lost_before_any_token_changes_nothing_that_a_client_sees(death
         played(main(cut, (2, 4, 1)))
 
 
-@given(st.lists(st.tuples(st.integers(0, 6), st.sampled_from(DEATHS[:1] + DEATHS[2:]), st.integers(1, 4)), max_size=12))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 6), st.sampled_from(DEATHS[:1] + DEATHS[2:]), st.integers(1, 4)),
+        max_size=12,
+    )
+)
 def test_life_after_life_the_figures_add_up(deaths: list[tuple[int, Death, int]]) -> None:
     """Each life of the one target says some tokens more before it dies; the next one is named then."""
 
     async def main() -> None:
-        lives = {f"t/{life}": Scripted(ANSWER, (size,), None, death) for life, (_, death, size) in enumerate(deaths)}
+        lives = {
+            f"t/{life}": Scripted(ANSWER, (size,), None, death)
+            for life, (_, death, size) in enumerate(deaths)
+        }
         lives[f"t/{len(deaths)}"] = Scripted(ANSWER, (2,))
         router = Router(lives.__getitem__, patience=1e6)
         reading = asyncio.ensure_future(all_of(router.generate(ASKED)))
         place = 0
         for life, (more, _, size) in enumerate(deaths):
-            lives[f"t/{life}"].cut = place = place + max(more, size if life % MAX_DEATHS == 0 else 0)
+            lives[f"t/{life}"].cut = place = place + max(
+                more, size if life % MAX_DEATHS == 0 else 0
+            )
             router.update([there("t", life)])
-            await asyncio.wait([reading, asyncio.ensure_future(asyncio.sleep(1.0))], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                [reading, asyncio.ensure_future(asyncio.sleep(1.0))],
+                return_when=asyncio.FIRST_COMPLETED,
+            )
         router.update([there("t", len(deaths))])
         chunks = await reading
         assert heard(chunks) == PLAIN
         stats = chunks[-1].stats
         assert stats is not None
-        assert stats.by_drafter.get("d", 0) == stats.accepted == sum(name == "d" for chunk in chunks for name in chunk.drafters)
+        assert (
+            stats.by_drafter.get("d", 0)
+            == stats.accepted
+            == sum(name == "d" for chunk in chunks for name in chunk.drafters)
+        )
         assert stats.accepted <= stats.verified <= stats.drafted
         assert sum(life.open for life in lives.values()) == 0
 
@@ -92,7 +109,11 @@ def test_life_after_life_the_figures_add_up(deaths: list[tuple[int, Death, int]]
 
 def test_the_parts_figures_are_joined() -> None:
     async def main() -> None:
-        router, _ = stage(Scripted(ANSWER, (2,), 6), Scripted(ANSWER, (4,), 14, "cancelled"), Scripted(ANSWER, (COUNT,)))
+        router, _ = stage(
+            Scripted(ANSWER, (2,), 6),
+            Scripted(ANSWER, (4,), 14, "cancelled"),
+            Scripted(ANSWER, (COUNT,)),
+        )
         stats = (await all_of(router.generate(ASKED)))[-1].stats
         assert stats is not None
         # Of the first, three rounds with a guessed token each were seen; the second has told that it had two, the third that it had one.
@@ -106,7 +127,9 @@ def test_the_parts_figures_are_joined() -> None:
 def test_a_session_on_one_target_keeps_its_figures() -> None:
     async def main() -> None:
         router, _ = stage(Scripted(ANSWER))
-        assert await all_of(router.generate(ASKED)) == [chunk for _, chunk in spoken(ANSWER, ASKED, (1,))]
+        assert await all_of(router.generate(ASKED)) == [
+            chunk for _, chunk in spoken(ANSWER, ASKED, (1,))
+        ]
 
     played(main())
 
@@ -147,7 +170,9 @@ def test_a_session_that_was_decided_in_part_before_goes_on_in_a_later_epoch() ->
 def test_a_loss_is_logged_once_and_without_what_was_said(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         router, _ = stage(Scripted(ANSWER, cut=9), Scripted(ANSWER))
-        await asyncio.gather(*(all_of(router.generate(replace(ASKED, session=f"s{number}"))) for number in range(6)))
+        await asyncio.gather(
+            *(all_of(router.generate(replace(ASKED, session=f"s{number}"))) for number in range(6))
+        )
 
     with caplog.at_level(logging.INFO):
         played(main())
@@ -161,7 +186,10 @@ def test_a_loss_is_logged_once_and_without_what_was_said(caplog: pytest.LogCaptu
 
 def test_what_is_wrong_with_a_request_reaches_the_caller_at_once() -> None:
     async def main() -> None:
-        wrong, other = Scripted(ANSWER, refuses=InvalidRequest("top_k is wrong", "top_k")), Scripted(ANSWER)
+        wrong, other = (
+            Scripted(ANSWER, refuses=InvalidRequest("top_k is wrong", "top_k")),
+            Scripted(ANSWER),
+        )
         router, _ = stage(wrong, other)
         with pytest.raises(InvalidRequest, match="top_k"):
             await all_of(router.generate(ASKED))
@@ -252,7 +280,10 @@ def test_a_session_waits_for_the_first_target() -> None:
 @pytest.mark.parametrize(("deadline", "after"), [(7.0, 7.0), (None, 50.0), (0.0, 0.0)])
 def test_without_a_target_a_session_ends_in_time(deadline: float | None, after: float) -> None:
     async def main() -> None:
-        router, now = Router(lambda _: Scripted(ANSWER), patience=50.0), asyncio.get_running_loop().time
+        router, now = (
+            Router(lambda _: Scripted(ANSWER), patience=50.0),
+            asyncio.get_running_loop().time,
+        )
         began = now()
         with pytest.raises(Unavailable, match="no target has taken the session"):
             await all_of(router.generate(replace(ASKED, deadline=deadline)))
@@ -284,8 +315,14 @@ def test_what_has_said_something_ends_by_its_deadline(gone: bool) -> None:
         router, _ = stage(target)
         began = asyncio.get_running_loop().time()
         said = heard(await all_of(router.generate(replace(ASKED, deadline=20.0))))
-        assert asyncio.get_running_loop().time() - began == pytest.approx(20.0 if gone else 20.0 + GRACE_S)
-        assert (said.reason, said.tokens, said.pieces) == ("deadline", PLAIN.tokens[:9], PLAIN.pieces[:9])
+        assert asyncio.get_running_loop().time() - began == pytest.approx(
+            20.0 if gone else 20.0 + GRACE_S
+        )
+        assert (said.reason, said.tokens, said.pieces) == (
+            "deadline",
+            PLAIN.tokens[:9],
+            PLAIN.pieces[:9],
+        )
         assert said.usage == (len(PROMPT), 9)
         assert target.open == 0
 

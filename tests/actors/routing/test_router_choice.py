@@ -10,18 +10,36 @@ from hypothesis import strategies as st
 from actors.controller.fleet_view import TargetState
 from actors.routing.router import Load, Router, choose, following
 from runtime.core.errors import Unavailable
-from tests.support.router_harness import ANSWER, ASKED, PLAIN, Scripted, all_of, heard, played, stage, there
+from tests.support.router_harness import (
+    ANSWER,
+    ASKED,
+    PLAIN,
+    Scripted,
+    all_of,
+    heard,
+    played,
+    stage,
+    there,
+)
 
 
 def test_sessions_are_spread_evenly() -> None:
     async def main() -> None:
         targets = [Scripted(ANSWER, cut=0, death="silent") for _ in range(3)]
         router, _ = stage(*targets)
-        reading = [asyncio.ensure_future(all_of(router.generate(replace(ASKED, session=str(number))))) for number in range(12)]
+        reading = [
+            asyncio.ensure_future(all_of(router.generate(replace(ASKED, session=str(number)))))
+            for number in range(12)
+        ]
         await asyncio.sleep(1.0)
         assert [target.open for target in targets] == [4, 4, 4]
-        router.update([there("t0", sessions=4), there("t1", sessions=4 + 5), there("t2", sessions=4)])  # five are another router's
-        reading += [asyncio.ensure_future(all_of(router.generate(replace(ASKED, session=str(number))))) for number in range(12, 19)]
+        router.update(
+            [there("t0", sessions=4), there("t1", sessions=4 + 5), there("t2", sessions=4)]
+        )  # five are another router's
+        reading += [
+            asyncio.ensure_future(all_of(router.generate(replace(ASKED, session=str(number)))))
+            for number in range(12, 19)
+        ]
         await asyncio.sleep(1.0)
         assert [target.open for target in targets] == [8, 4, 7]
         for task in reading:
@@ -67,7 +85,9 @@ def test_the_choice() -> None:
 def test_shares_are_those_of_the_capacities(sizes: list[int], sessions: int) -> None:
     held = [0] * len(sizes)
     for number in range(sessions):
-        place = choose({key: Load(held[key], 1000 * size, given=0) for key, size in enumerate(sizes)})
+        place = choose(
+            {key: Load(held[key], 1000 * size, given=0) for key, size in enumerate(sizes)}
+        )
         assert place is not None
         held[place] += 1
         assert sum(held) == number + 1

@@ -22,7 +22,9 @@ from tests.support.router_harness import (
 
 @pytest.mark.parametrize("death", ["killed", "cancelled", "ended"])
 @pytest.mark.parametrize("cut", [0, 5])
-def test_a_session_that_seems_to_end_its_targets_is_given_to_no_third(death: Death, cut: int) -> None:
+def test_a_session_that_seems_to_end_its_targets_is_given_to_no_third(
+    death: Death, cut: int
+) -> None:
     """A target that has brought tokens is no witness against the session: it takes two more."""
 
     async def main() -> None:
@@ -34,7 +36,9 @@ def test_a_session_that_seems_to_end_its_targets_is_given_to_no_third(death: Dea
             async for chunk in router.generate(ASKED):
                 said.extend(chunk.tokens)
 
-        with pytest.raises(TargetsLost, match=f"{MAX_DEATHS} targets died while they held this request"):
+        with pytest.raises(
+            TargetsLost, match=f"{MAX_DEATHS} targets died while they held this request"
+        ):
             await listen()
         asked = [life for life in lives if life.asked]
         assert len(asked) == MAX_DEATHS + (cut > 0)
@@ -46,7 +50,9 @@ def test_a_session_that_seems_to_end_its_targets_is_given_to_no_third(death: Dea
 @given(st.lists(st.sampled_from(DEATHS[:1] + DEATHS[2:]), max_size=12))
 def test_a_session_that_makes_progress_outlives_any_number_of_targets(deaths: list[Death]) -> None:
     async def main() -> None:
-        lives = [Scripted(ANSWER, cut=number + 1, death=death) for number, death in enumerate(deaths)]
+        lives = [
+            Scripted(ANSWER, cut=number + 1, death=death) for number, death in enumerate(deaths)
+        ]
         router, _ = stage(*lives, Scripted(ANSWER))
         assert heard(await all_of(router.generate(ASKED))) == PLAIN
 
@@ -55,7 +61,10 @@ def test_a_session_that_makes_progress_outlives_any_number_of_targets(deaths: li
 
 def test_targets_out_of_reach_are_no_witnesses_against_a_session() -> None:
     async def main() -> None:
-        away = [Scripted(ANSWER, refuses=Unavailable("connection refused")) for _ in range(MAX_FAILED_TARGETS - 1)]
+        away = [
+            Scripted(ANSWER, refuses=Unavailable("connection refused"))
+            for _ in range(MAX_FAILED_TARGETS - 1)
+        ]
         router, _ = stage(*away, Scripted(ANSWER))
         assert heard(await all_of(router.generate(ASKED))) == PLAIN
 
@@ -64,7 +73,10 @@ def test_targets_out_of_reach_are_no_witnesses_against_a_session() -> None:
 
 def test_a_session_that_reaches_no_target_is_given_up() -> None:
     async def main() -> None:
-        lives = [Scripted(ANSWER, refuses=Unavailable("connection refused")) for _ in range(MAX_FAILED_TARGETS + 3)]
+        lives = [
+            Scripted(ANSWER, refuses=Unavailable("connection refused"))
+            for _ in range(MAX_FAILED_TARGETS + 3)
+        ]
         router, _ = stage(*lives)
         with pytest.raises(Unavailable, match=f"{MAX_FAILED_TARGETS} targets were lost"):
             await all_of(router.generate(ASKED))

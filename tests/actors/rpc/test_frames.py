@@ -99,7 +99,10 @@ def test_what_cannot_be_sent_or_read_is_named_and_spoils_nothing_else() -> None:
     def refuse(what: str, why: str) -> None:
         refused.append((what, why))
 
-    assert encoded([b"a", b"bad", b"c"], lambda value: through(value) or b"", refuse) == [b"a", b"c"]
+    assert encoded([b"a", b"bad", b"c"], lambda value: through(value) or b"", refuse) == [
+        b"a",
+        b"c",
+    ]
     assert decoded(b"a bad later c", bytes.split, through, refuse) == [b"a", b"c"]
     assert decoded(b"bad", lambda data: [through(data) or b""], through, refuse) == []
     assert [what for what, _ in refused] == ["unsent", "malformed", "unknown", "malformed"]

@@ -35,7 +35,16 @@ CANARY = asking((3, 1, 4, 1, 5), session="canary", max_tokens=60, temperature=0.
 NUMBERS = (0, 1, -1, 23, 24, 2**31 - 1, -(2**31))
 BIG = (0, 1, 2**32 - 1)
 REALS = (0.0, -0.0, 1.0, -1.0, 1e308, float("nan"), float("inf"), -float("inf"))
-TEXTS = ("", "s", "t", "\0", "../../etc/passwd", "x" * limits.NAME_LENGTH, "x" * (limits.NAME_LENGTH + 1), "\U0001f600" * 300)
+TEXTS = (
+    "",
+    "s",
+    "t",
+    "\0",
+    "../../etc/passwd",
+    "x" * limits.NAME_LENGTH,
+    "x" * (limits.NAME_LENGTH + 1),
+    "\U0001f600" * 300,
+)
 
 Make = Callable[[Random], bytes]
 
@@ -46,9 +55,19 @@ def numbers(random: Random) -> list[int]:
 
 def sampling(random: Random) -> pb.Sampling:
     pick = random.choice
-    found = pb.Sampling(temperature=pick(REALS), top_k=pick(NUMBERS), top_p=pick(REALS), min_p=pick(REALS), seed=pick((0, -1, 2**63 - 1)))
+    found = pb.Sampling(
+        temperature=pick(REALS),
+        top_k=pick(NUMBERS),
+        top_p=pick(REALS),
+        min_p=pick(REALS),
+        seed=pick((0, -1, 2**63 - 1)),
+    )
     found.max_tokens, found.min_tokens = pick((*NUMBERS, 5)), pick(NUMBERS)
-    found.repetition_penalty, found.presence_penalty, found.frequency_penalty = pick(REALS), pick(REALS), pick(REALS)
+    found.repetition_penalty, found.presence_penalty, found.frequency_penalty = (
+        pick(REALS),
+        pick(REALS),
+        pick(REALS),
+    )
     found.stop.extend(pick(TEXTS) for _ in range(pick([0, 1, 9])))
     found.bias_tokens.extend(numbers(random))
     found.bias_values.extend(pick(REALS) for _ in range(pick([0, 1, 2, 400])))
@@ -57,30 +76,64 @@ def sampling(random: Random) -> pb.Sampling:
 
 def hostile_request(random: Random) -> bytes:
     prompt = numbers(random) if random.random() < 0.5 else [1, 2, 3]
-    request = pb.GenerateRequest(session=random.choice(TEXTS), prompt=prompt, sampling=sampling(random), committed=numbers(random))
+    request = pb.GenerateRequest(
+        session=random.choice(TEXTS),
+        prompt=prompt,
+        sampling=sampling(random),
+        committed=numbers(random),
+    )
     return bytes(request.SerializeToString())
 
 
 def hostile_event(random: Random) -> bytes:
     pick = random.choice
-    opened = pb.Open(session=pick(TEXTS), tokens=numbers(random), prompt=pick(BIG), share_index=pick(BIG), share_of=pick(BIG))
+    opened = pb.Open(
+        session=pick(TEXTS),
+        tokens=numbers(random),
+        prompt=pick(BIG),
+        share_index=pick(BIG),
+        share_of=pick(BIG),
+    )
     opened.sampling.CopyFrom(sampling(random))
     opened.style.CopyFrom(pb.Style(width=pick(BIG), branches=pick(BIG), passes=pick(BIG)))
-    commit = pb.Commit(session=pick(TEXTS), epoch=pick(BIG), base=pick(BIG), tokens=numbers(random), key=pick((0, 2**64 - 1)))
+    commit = pb.Commit(
+        session=pick(TEXTS),
+        epoch=pick(BIG),
+        base=pick(BIG),
+        tokens=numbers(random),
+        key=pick((0, 2**64 - 1)),
+    )
     share = pb.Share(session=pick(TEXTS), index=pick(BIG), of=pick(BIG))
-    frames = (pb.ToDrafter(open=opened), pb.ToDrafter(commit=commit), pb.ToDrafter(share=share), pb.ToDrafter(hello=pb.Hello()))
+    frames = (
+        pb.ToDrafter(open=opened),
+        pb.ToDrafter(commit=commit),
+        pb.ToDrafter(share=share),
+        pb.ToDrafter(hello=pb.Hello()),
+    )
     return bytes(pick(frames).SerializeToString())
 
 
 def hostile_reply(random: Random) -> bytes:
     nodes = random.choice([0, 1, 3, limits.DRAFT_NODES, limits.DRAFT_NODES + 1])
-    parents, tokens, scores = random.randbytes(8 * nodes), random.randbytes(4 * nodes), random.randbytes(4 * nodes)
-    draft = pb.Draft(session=random.choice(("canary", "s")), epoch=random.choice(BIG), parents=parents, tokens=tokens)
+    parents, tokens, scores = (
+        random.randbytes(8 * nodes),
+        random.randbytes(4 * nodes),
+        random.randbytes(4 * nodes),
+    )
+    draft = pb.Draft(
+        session=random.choice(("canary", "s")),
+        epoch=random.choice(BIG),
+        parents=parents,
+        tokens=tokens,
+    )
     draft.scores = random.choice([scores, scores[:-1], bytes(4 * nodes)])
     return bytes(pb.FromDrafter(draft=draft).SerializeToString())
 
 
-REQUESTS: tuple[Make, ...] = (lambda _: codec.encode_request(asking((1, 2, 3), max_tokens=4)), hostile_request)
+REQUESTS: tuple[Make, ...] = (
+    lambda _: codec.encode_request(asking((1, 2, 3), max_tokens=4)),
+    hostile_request,
+)
 EVENTS: tuple[Make, ...] = (
     lambda _: codec.encode_event(opening(tokens=(1, 2, 3))),
     lambda _: codec.encode_event(Commit("s", 1, 3, (4,), 99)),
@@ -146,7 +199,9 @@ class Attack:
                 if greeted:
                     await call.write(codec.encode_hello_to_drafter(HELLO))
                     await call.read()
-                for _ in range(FRAMES if greeted else 1):  # a write behind the refusal would hide it
+                for _ in range(
+                    FRAMES if greeted else 1
+                ):  # a write behind the refusal would hide it
                     self.sent += 1
                     await call.write(spoiled(self.random, EVENTS))
                 await call.done_writing()
@@ -171,15 +226,22 @@ async def repeated(step: Callable[[], Awaitable[None]], attack: Attack) -> None:
         await step()
 
 
-def test_malformed_messages_are_refused_and_a_stream_beside_them_is_as_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_malformed_messages_are_refused_and_a_stream_beside_them_is_as_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     asked, guessed, forged = (Attack(Random(seed)) for seed in range(3))
 
     async def main() -> None:
-        async with running(TOY, Fixed(4, 0.002)) as target, hosted(ModelDrafter(TOY), DRAFTER) as host:
+        async with (
+            running(TOY, Fixed(4, 0.002)) as target,
+            hosted(ModelDrafter(TOY), DRAFTER) as host,
+        ):
             service = DraftingService(host, HELLO)
             drafting, port = await serve([service], HOST)
             serving, target_port = await serve([TargetService(target)], HOST)
-            channels = [grpc.aio.insecure_channel(f"{HOST}:{number}") for number in (target_port, port)]
+            channels = [
+                grpc.aio.insecure_channel(f"{HOST}:{number}") for number in (target_port, port)
+            ]
             await attached(target, DRAFTER, GrpcLink(f"{HOST}:{port}", HELLO))
             client = GrpcTarget(f"{HOST}:{target_port}")
 
@@ -195,8 +257,14 @@ def test_malformed_messages_are_refused_and_a_stream_beside_them_is_as_alone(cap
 
             async with raw_drafter(forged.as_drafter) as hostile, asyncio.timeout(240 + COUNT / 20):
                 await asyncio.gather(
-                    *(repeated(lambda: asked.on_target(channels[0]), asked) for _ in range(AT_ONCE)),
-                    *(repeated(lambda: guessed.on_drafter(channels[1]), guessed) for _ in range(AT_ONCE)),
+                    *(
+                        repeated(lambda: asked.on_target(channels[0]), asked)
+                        for _ in range(AT_ONCE)
+                    ),
+                    *(
+                        repeated(lambda: guessed.on_drafter(channels[1]), guessed)
+                        for _ in range(AT_ONCE)
+                    ),
                     sing(),
                 )
                 await target.detach("hostile")
@@ -218,4 +286,6 @@ def test_malformed_messages_are_refused_and_a_stream_beside_them_is_as_alone(cap
     assert set(asked.codes) <= {"answered", "OK", "INVALID_ARGUMENT"}, asked.codes
     assert set(guessed.codes) <= {"OK", "INVALID_ARGUMENT", "FAILED_PRECONDITION"}, guessed.codes
     assert asked.codes["INVALID_ARGUMENT"] > COUNT / 2
-    assert asked.codes["answered"] > 0, "some are valid after all, or the frames would be too simple"
+    assert asked.codes["answered"] > 0, (
+        "some are valid after all, or the frames would be too simple"
+    )

@@ -19,7 +19,10 @@ from tests.support.fakes import HELLO, HOST, Feed, ScriptedDrafter, opening
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_drafter_that_dies_or_stops_is_noticed(how: signal.Signals) -> None:
     async def main(process: subprocess.Popen[str], address: str) -> float:
-        async with asyncio.timeout(3 * PATIENCE_S), closing(GrpcLink(address, HELLO).speculate(Feed(opening()))) as replies:
+        async with (
+            asyncio.timeout(3 * PATIENCE_S),
+            closing(GrpcLink(address, HELLO).speculate(Feed(opening()))) as replies,
+        ):
             await draft_for(replies, "s")
             os.kill(process.pid, how)
             start = time.monotonic()
@@ -28,7 +31,9 @@ def test_a_drafter_that_dies_or_stops_is_noticed(how: signal.Signals) -> None:
             return time.monotonic() - start
 
     with process_of("tests.support.fakes") as (process, address):
-        assert asyncio.run(main(process, address)) < 5.0  # about 2 s by design; a busy machine may be late
+        assert (
+            asyncio.run(main(process, address)) < 5.0
+        )  # about 2 s by design; a busy machine may be late
 
 
 def test_a_server_that_stops_loses_the_link() -> None:

@@ -40,13 +40,21 @@ class Adversary:
             self.keys.append(message.key)
         elif isinstance(message, Draft):
             self.keys.extend(message.parents.tolist())
-        fate = self.random.choice(["lose", "repeat", "hold", "forge", "forge"]) if self.random.random() < self.worst else "deliver"
+        fate = (
+            self.random.choice(["lose", "repeat", "hold", "forge", "forge"])
+            if self.random.random() < self.worst
+            else "deliver"
+        )
         self.fates.add(fate)
-        passed: list[Any] = {"lose": [], "repeat": [message, message], "hold": []}.get(fate, [message])
+        passed: list[Any] = {"lose": [], "repeat": [message, message], "hold": []}.get(
+            fate, [message]
+        )
         if fate == "hold":
             self.held.append((inbound, message))
         if fate == "forge":
-            passed.insert(self.random.randint(0, 1), self.forged_reply() if inbound else self.forged_event())
+            passed.insert(
+                self.random.randint(0, 1), self.forged_reply() if inbound else self.forged_event()
+            )
         mine = [place for place, kept in enumerate(self.held) if kept[0] == inbound]
         if mine and self.random.random() < 0.5:
             passed.append(self.held.pop(self.random.choice(mine))[1])
@@ -61,9 +69,17 @@ class Adversary:
             self.random.choice([0, 0, 0, 1]),
             "x",
             np.array([self.random.choice(self.keys) for _ in range(n)], np.uint64),
-            np.array([self.random.choice([0, 5, 23, 24, -1, 2**31 - 1]) for _ in range(n)], np.int32),
             np.array(
-                [self.random.choice([0.0, -0.1, -99.0, 1.0, float("nan"), -float("inf"), float("inf")]) for _ in range(n)], np.float32
+                [self.random.choice([0, 5, 23, 24, -1, 2**31 - 1]) for _ in range(n)], np.int32
+            ),
+            np.array(
+                [
+                    self.random.choice(
+                        [0.0, -0.1, -99.0, 1.0, float("nan"), -float("inf"), float("inf")]
+                    )
+                    for _ in range(n)
+                ],
+                np.float32,
             ),
         )
 
@@ -72,7 +88,13 @@ class Adversary:
         tokens = tuple(self.random.randrange(24) for _ in range(self.random.choice([0, 1, 3])))
         share = Share(session, self.random.choice([0, 1, 9]), self.random.choice([0, 1, 2]))
         forged: list[Event] = [
-            Commit(session, self.random.choice([0, 1]), self.random.choice([0, 5, 6, 20, 10**9]), tokens, self.random.choice(self.keys)),
+            Commit(
+                session,
+                self.random.choice([0, 1]),
+                self.random.choice([0, 5, 6, 20, 10**9]),
+                tokens,
+                self.random.choice(self.keys),
+            ),
             Open(session, 0, (*PROMPT, *tokens), 5, Sampling(max_tokens=24), share),
             Open(session, 0, (), 0, Sampling(), share),
             share,
@@ -86,7 +108,10 @@ class Adversary:
 @settings(max_examples=60)
 def test_the_network_changes_nothing_but_speed(temperature: float, seed: int) -> None:
     adversary = Adversary(seed)
-    drafters: list[Drafter] = [ModelDrafter(TOY, branches=2), Noisy(ModelDrafter(TOY), TOY.vocabulary, 0.3)]
+    drafters: list[Drafter] = [
+        ModelDrafter(TOY, branches=2),
+        Noisy(ModelDrafter(TOY), TOY.vocabulary, 0.3),
+    ]
     draft_engines = [DraftEngine(drafter, f"d{n}", 3) for n, drafter in enumerate(drafters)]
     request = asking(PROMPT, temperature=temperature, seed=seed, max_tokens=20)
     (found,) = Lockstep(engine_of(TOY), *draft_engines, tamper=adversary).run(request)
@@ -99,7 +124,9 @@ def test_the_adversary_does_all_it_can_and_some_drafts_get_through() -> None:
     accepted, ignored = 0, set()
     for seed in range(60):
         adversary = Adversary(seed)
-        (found,) = Lockstep(engine_of(TOY), DraftEngine(ModelDrafter(TOY), "d", 3), tamper=adversary).run(asking(PROMPT))
+        (found,) = Lockstep(
+            engine_of(TOY), DraftEngine(ModelDrafter(TOY), "d", 3), tamper=adversary
+        ).run(asking(PROMPT))
         fates |= adversary.fates
         ignored |= set(found.stats.ignored)
         accepted += found.stats.accepted
@@ -124,7 +151,9 @@ def test_a_lost_commit_costs_a_question_and_then_all_is_well() -> None:
 
 
 def test_what_was_decided_before_is_gone_on_from() -> None:
-    whole = asking(PROMPT, temperature=0.9, seed=5, presence_penalty=0.5, repetition_penalty=1.3, min_tokens=20)
+    whole = asking(
+        PROMPT, temperature=0.9, seed=5, presence_penalty=0.5, repetition_penalty=1.3, min_tokens=20
+    )
     expected = plain(TOY, whole, EOS)
     for cut in (1, 7, 20):
         request = replace(whole, committed=expected.tokens[:cut])
@@ -137,5 +166,11 @@ def test_what_was_decided_before_is_gone_on_from() -> None:
         while engine.requests.running:
             lockstep.round()
         found = output(chunks)
-        assert (before + found.text, (*request.committed, *found.tokens)) == (expected.text, expected.tokens)
-        assert (found.reason, found.stats.completion_tokens) == (expected.reason, expected.stats.completion_tokens)
+        assert (before + found.text, (*request.committed, *found.tokens)) == (
+            expected.text,
+            expected.tokens,
+        )
+        assert (found.reason, found.stats.completion_tokens) == (
+            expected.reason,
+            expected.stats.completion_tokens,
+        )

@@ -42,9 +42,13 @@ FLOODS = {
     "single nodes": codec.encode_reply(chain("s", 1, ROOT, 1)),
     "empty growth": codec.encode_reply(Draft("s", 1, DRAFTER, *map(np.array, ([], [], [])))),
     "requests for the text": codec.encode_reply(Resync("s", DRAFTER)),
-    "many requests at once": bundle.from_drafter([codec.encode_reply(Resync("s", DRAFTER))] * limits.FRAMES)[0],
+    "many requests at once": bundle.from_drafter(
+        [codec.encode_reply(Resync("s", DRAFTER))] * limits.FRAMES
+    )[0],
     "frames of a later version": LATER,
-    "long frames of a later version": LATER[:2] + bytes([0x80, 0x80, 0x3C]) + bytes(limits.MESSAGE_BYTES * 15 // 16),
+    "long frames of a later version": LATER[:2]
+    + bytes([0x80, 0x80, 0x3C])
+    + bytes(limits.MESSAGE_BYTES * 15 // 16),
     "empty bundles": pb.FromDrafter(bundle=pb.Bundle()).SerializeToString(),
     "nothing": b"",
 }
@@ -68,7 +72,9 @@ def test_a_link_is_shut_for_a_minute_after_the_last_strike() -> None:
 def test_a_token_that_there_is_not_is_a_strike() -> None:
     async def main() -> None:
         known, beyond = (codec.encode_reply(chain("s", 1, ROOT, nodes)) for nodes in (10, 11))
-        async with raw_drafter(lambda context: greeted(context, known, beyond, beyond, beyond)) as address:
+        async with raw_drafter(
+            lambda context: greeted(context, known, beyond, beyond, beyond)
+        ) as address:
             link = GrpcLink(address, HELLO, tokens=10)
             assert "token 10 of a vocabulary of 10" in await lost(link)
             assert link.counters["malformed"] == 3
@@ -175,14 +181,21 @@ def test_a_flood_changes_no_output_and_an_honest_drafter_beside_it_stays() -> No
     requests = [asking((3, 1, 4, 1, 5), name, max_tokens=150) for name in ("s", "t", "u")]
 
     async def main() -> None:
-        async with running(TOY, Fixed(4, 0.002)) as target, hosted(ModelDrafter(TOY), DRAFTER) as host:
+        async with (
+            running(TOY, Fixed(4, 0.002)) as target,
+            hosted(ModelDrafter(TOY), DRAFTER) as host,
+        ):
             server, port = await serve([DraftingService(host, HELLO)], HOST)
             honest = GrpcLink(f"{HOST}:{port}", HELLO)
             async with raw_drafter(lambda context: flooding(context, FLOODS["growth"])) as address:
                 flooder = GrpcLink(address, HELLO)
                 await attached(target, DRAFTER, honest)
                 target.attach("flood", flooder)
-                for found, request in zip(await asyncio.gather(*(answer(target, one) for one in requests)), requests, strict=True):
+                for found, request in zip(
+                    await asyncio.gather(*(answer(target, one) for one in requests)),
+                    requests,
+                    strict=True,
+                ):
                     assert found.said() == plain(TOY, request).said()
                 await soon(lambda: flooder.shut and "flood" not in target.drafters)
             assert target.drafters == (DRAFTER,)

@@ -10,7 +10,17 @@ from actors.rpc import reply_budget
 from actors.rpc.reply_budget import FIRST, FRAMES, NODE_BYTES, SAVED, ReplyBudget, granted_by
 from protos import codec
 from runtime.core import limits
-from runtime.core.messages import AS_IT_LIKES, Close, Commit, Draft, Event, Open, Resync, Share, Style
+from runtime.core.messages import (
+    AS_IT_LIKES,
+    Close,
+    Commit,
+    Draft,
+    Event,
+    Open,
+    Resync,
+    Share,
+    Style,
+)
 from runtime.draft.draft_engine import RUN_AHEAD, DraftEngine
 from runtime.schedulers.fixed import Fixed
 from tests.contracts.test_drafters import LOOPING, METHODS, PROMPT, built
@@ -42,31 +52,45 @@ class Watched:
         self.said += 1
         if not self.budget.spend(1, len(frame)):
             left = f"{self.budget.frames} frames, {self.budget.size} bytes"
-            self.refused.append(f"{type(message).__name__} of {len(frame)} bytes where {left} are left")
+            self.refused.append(
+                f"{type(message).__name__} of {len(frame)} bytes where {left} are left"
+            )
         return [message]
 
 
 @METHODS
 @pytest.mark.parametrize("width", [1, 4, 64])
-def test_an_honest_drafter_stays_within_the_budget(method: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_honest_drafter_stays_within_the_budget(
+    method: str, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It fills the tree of each session after every commit, and may save nothing from one event to the next."""
     monkeypatch.setattr(reply_budget, "SAVED", 1)
     watched = Watched()
-    lockstep = Lockstep(engine_of(LOOPING), DraftEngine(built(method), "d", width), passes=RUN_AHEAD, tamper=watched)
+    lockstep = Lockstep(
+        engine_of(LOOPING), DraftEngine(built(method), "d", width), passes=RUN_AHEAD, tamper=watched
+    )
     lockstep.run(*(asking(PROMPT, name, max_tokens=8) for name in NAMES))
     assert watched.refused == []
     assert watched.said > 0
 
 
-@pytest.mark.parametrize("style", [Style(64, 64, 32), Style(1, 1, 0), Style(1, 1, 7), Style(16, 64, 0), Style(64, 1, 3)])
+@pytest.mark.parametrize(
+    "style", [Style(64, 64, 32), Style(1, 1, 0), Style(1, 1, 7), Style(16, 64, 0), Style(64, 1, 3)]
+)
 @pytest.mark.parametrize("knows", [True, False])
-def test_so_does_one_that_grows_as_a_schedule_asks(style: Style, knows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_so_does_one_that_grows_as_a_schedule_asks(
+    style: Style, knows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reply_budget, "SAVED", 1)
     monkeypatch.setattr(Fixed, "style", style)
     watched = Watched()
     text = continued(LOOPING, PROMPT, 40) if knows else [0]
-    engine = DraftEngine(Known(text, LOOPING.vocabulary, branches=min(style.branches, LOOPING.vocabulary)), "d")
-    Lockstep(engine_of(LOOPING), engine, passes=64, tamper=watched).run(asking(PROMPT, max_tokens=12))
+    engine = DraftEngine(
+        Known(text, LOOPING.vocabulary, branches=min(style.branches, LOOPING.vocabulary)), "d"
+    )
+    Lockstep(engine_of(LOOPING), engine, passes=64, tamper=watched).run(
+        asking(PROMPT, max_tokens=12)
+    )
     assert watched.refused == []
     assert watched.said > 0
 
@@ -159,8 +183,12 @@ EVENTS = st.one_of(
 )
 
 
-@given(st.lists(st.one_of(EVENTS, st.tuples(st.integers(1, 100), st.integers(0, 40_000))), max_size=60))
-def test_whatever_happens_no_more_comes_in_than_was_granted(happenings: list[Event | tuple[int, int]]) -> None:
+@given(
+    st.lists(st.one_of(EVENTS, st.tuples(st.integers(1, 100), st.integers(0, 40_000))), max_size=60)
+)
+def test_whatever_happens_no_more_comes_in_than_was_granted(
+    happenings: list[Event | tuple[int, int]],
+) -> None:
     budget, frames, size, events = ReplyBudget(), 0, 0, 0
     for one in happenings:
         if not isinstance(one, tuple):

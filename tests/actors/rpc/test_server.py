@@ -107,7 +107,9 @@ def test_a_malformed_request_is_refused_by_the_server() -> None:
         body = ScriptedTarget(*CHUNKS)
         server, port = await serve([TargetService(body)], HOST)
         async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
-            call = TargetStub(channel).Generate(pb.GenerateRequest(session="s", prompt=[1], sampling=pb.Sampling(top_p=2.0)))
+            call = TargetStub(channel).Generate(
+                pb.GenerateRequest(session="s", prompt=[1], sampling=pb.Sampling(top_p=2.0))
+            )
             assert await call.code() == grpc.StatusCode.INVALID_ARGUMENT
             assert "top_p 2.0" in await call.details()
         await server.stop(None)
@@ -121,7 +123,9 @@ def test_a_request_over_the_limit_is_refused_before_it_is_sent() -> None:
         body = ScriptedTarget(*CHUNKS)
         async with target_over_grpc(body) as target:
             with pytest.raises(InvalidRequest, match="at most 1048576"):
-                await anext(target.generate(replace(REQUEST, prompt=(10**6,) * limits.MESSAGE_BYTES)))
+                await anext(
+                    target.generate(replace(REQUEST, prompt=(10**6,) * limits.MESSAGE_BYTES))
+                )
         assert body.asked == []
 
     asyncio.run(main())
@@ -147,7 +151,9 @@ def test_a_target_that_speaks_nonsense_is_unavailable() -> None:
     async def main() -> None:
         server = grpc.aio.server()
         handler = grpc.unary_stream_rpc_method_handler(generate)
-        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(codec.TARGET, {"Generate": handler})])
+        server.add_generic_rpc_handlers(
+            [grpc.method_handlers_generic_handler(codec.TARGET, {"Generate": handler})]
+        )
         target = GrpcTarget(f"{HOST}:{server.add_insecure_port(f'{HOST}:0')}")
         await server.start()
         with pytest.raises(Unavailable, match="nonsense"):
@@ -163,7 +169,9 @@ def test_a_target_that_speaks_nonsense_is_unavailable() -> None:
 
 def test_health_and_reflection() -> None:
     async def main() -> None:
-        server, port = await serve([DraftingService(ScriptedDrafter(), HELLO), TargetService(ScriptedTarget())], HOST)
+        server, port = await serve(
+            [DraftingService(ScriptedDrafter(), HELLO), TargetService(ScriptedTarget())], HOST
+        )
         async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
             health = health_pb2_grpc.HealthStub(channel)
             for name in ("", "outrider.v1.Drafting", "outrider.v1.Target"):
@@ -183,7 +191,9 @@ def test_a_port_in_use_is_refused_in_one_line() -> None:
     async def main() -> None:
         with socket.create_server((HOST, 0)) as taken:
             port = taken.getsockname()[1]
-            with pytest.raises(Unavailable, match=f"no server at {HOST}:{port} .*: choose another port") as caught:
+            with pytest.raises(
+                Unavailable, match=f"no server at {HOST}:{port} .*: choose another port"
+            ) as caught:
                 await serve([], HOST, port)
         assert "\n" not in str(caught.value)
 
@@ -195,7 +205,16 @@ def test_the_generated_client_speaks_to_the_server() -> None:
         server, port = await serve([DraftingService(ScriptedDrafter(), HELLO)], HOST)
         async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
             call = DraftingStub(channel).Speculate()
-            await call.write(pb.ToDrafter(hello=pb.Hello(protocol=PROTOCOL, vocabulary=HELLO.vocabulary, model="other", drafter=DRAFTER)))
+            await call.write(
+                pb.ToDrafter(
+                    hello=pb.Hello(
+                        protocol=PROTOCOL,
+                        vocabulary=HELLO.vocabulary,
+                        model="other",
+                        drafter=DRAFTER,
+                    )
+                )
+            )
             assert (await call.read()).hello.drafter == DRAFTER
             call.cancel()
         await server.stop(None)

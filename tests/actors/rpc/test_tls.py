@@ -48,7 +48,9 @@ def lay(folder: Path, authority: Authority) -> TlsConfig:
     for name, pair in signed.items():
         (folder / f"{name}.pem").write_bytes(pair.certificate)
         (folder / f"{name}-key.pem").write_bytes(pair.key)
-    return TlsConfig(ca=folder / "ca.pem", cert=folder / "{role}.pem", key=folder / "{role}-key.pem")
+    return TlsConfig(
+        ca=folder / "ca.pem", cert=folder / "{role}.pem", key=folder / "{role}-key.pem"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +66,15 @@ def strangers(tmp_path_factory: pytest.TempPathFactory) -> TlsConfig:
 
 def shown(tls: TlsConfig, name: str) -> TlsConfig:
     """Whatever role is asked for, this certificate is shown."""
-    return tls.model_copy(update={"cert": tls.ca.parent / f"{name}.pem", "key": tls.ca.parent / f"{name}-key.pem"})
+    return tls.model_copy(
+        update={"cert": tls.ca.parent / f"{name}.pem", "key": tls.ca.parent / f"{name}-key.pem"}
+    )
 
 
 @asynccontextmanager
-async def served(service: DraftingService | TargetService, tls: TlsConfig | None) -> AsyncIterator[str]:
+async def served(
+    service: DraftingService | TargetService, tls: TlsConfig | None
+) -> AsyncIterator[str]:
     server, port = await serve([service], HOST, tls=tls)
     try:
         yield f"{HOST}:{port}"
@@ -90,11 +96,17 @@ async def drafted(address: str, tls: TlsConfig | None) -> int:
         return len((await draft_for(replies, "s")).tokens)
 
 
-async def status(address: str, service: Role, open_channel: Callable[[str, list[tuple[str, int]]], grpc.aio.Channel]) -> grpc.StatusCode:
+async def status(
+    address: str,
+    service: Role,
+    open_channel: Callable[[str, list[tuple[str, int]]], grpc.aio.Channel],
+) -> grpc.StatusCode:
     """What the method of this service answers over this channel."""
     async with open_channel(address, []) as connection, asyncio.timeout(PATIENCE_S):
         make = connection.unary_stream if service == "target" else connection.stream_stream
-        call = make(METHODS[service])(*([codec.encode_request(REQUEST)] if service == "target" else []))
+        call = make(METHODS[service])(
+            *([codec.encode_request(REQUEST)] if service == "target" else [])
+        )
         code: grpc.StatusCode = await call.code()
         return code
 
@@ -112,33 +124,51 @@ def test_tokens_go_over_mutual_tls(tls: TlsConfig) -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize(("service", "role"), [("target", "target"), ("target", "drafter"), ("drafter", "drafter"), ("drafter", "gateway")])
+@pytest.mark.parametrize(
+    ("service", "role"),
+    [("target", "target"), ("target", "drafter"), ("drafter", "drafter"), ("drafter", "gateway")],
+)
 def test_a_certificate_of_another_role_is_denied(service: Role, role: Role, tls: TlsConfig) -> None:
     async def main() -> None:
         target, drafter = ScriptedTarget(CHUNK), ScriptedDrafter()
-        async with served(TargetService(target) if service == "target" else DraftingService(drafter, HELLO), tls) as address:
-            code = await status(address, service, lambda address, options: channel(address, options, tls, role, service))
+        async with served(
+            TargetService(target) if service == "target" else DraftingService(drafter, HELLO), tls
+        ) as address:
+            code = await status(
+                address,
+                service,
+                lambda address, options: channel(address, options, tls, role, service),
+            )
             assert code is grpc.StatusCode.PERMISSION_DENIED
         assert (target.asked, drafter.seen) == ([], [])
 
     asyncio.run(main())
 
 
-def dialling(certificate: Path | None, tls: TlsConfig, service: Role) -> Callable[[str, list[tuple[str, int]]], grpc.aio.Channel]:
+def dialling(
+    certificate: Path | None, tls: TlsConfig, service: Role
+) -> Callable[[str, list[tuple[str, int]]], grpc.aio.Channel]:
     """A client that trusts the server, and shows this certificate or none."""
 
     def open_channel(address: str, options: list[tuple[str, int]]) -> grpc.aio.Channel:
         pair: tuple[bytes | None, bytes | None] = (None, None)
         if certificate is not None:
-            pair = (certificate.with_name(f"{certificate.stem}-key.pem").read_bytes(), certificate.read_bytes())
+            pair = (
+                certificate.with_name(f"{certificate.stem}-key.pem").read_bytes(),
+                certificate.read_bytes(),
+            )
         credentials = grpc.ssl_channel_credentials(tls.ca.read_bytes(), *pair)
-        return grpc.aio.secure_channel(address, credentials, [*options, ("grpc.ssl_target_name_override", host_name(service))])
+        return grpc.aio.secure_channel(
+            address, credentials, [*options, ("grpc.ssl_target_name_override", host_name(service))]
+        )
 
     return open_channel
 
 
 @pytest.mark.parametrize("service", ["target", "drafter"])
-@pytest.mark.parametrize("caller", ["in the clear", "no certificate", "another authority's", "the website's"])
+@pytest.mark.parametrize(
+    "caller", ["in the clear", "no certificate", "another authority's", "the website's"]
+)
 def test_without_a_certificate_of_the_deployment_there_is_no_connection(
     service: Role, caller: str, tls: TlsConfig, strangers: TlsConfig
 ) -> None:
@@ -152,7 +182,9 @@ def test_without_a_certificate_of_the_deployment_there_is_no_connection(
 
     async def main() -> None:
         target, drafter = ScriptedTarget(CHUNK), ScriptedDrafter()
-        async with served(TargetService(target) if service == "target" else DraftingService(drafter, HELLO), tls) as address:
+        async with served(
+            TargetService(target) if service == "target" else DraftingService(drafter, HELLO), tls
+        ) as address:
             assert await status(address, service, callers[caller]) is grpc.StatusCode.UNAVAILABLE
         assert (target.asked, drafter.seen) == ([], [])
 
@@ -163,7 +195,10 @@ def test_without_a_certificate_of_the_deployment_there_is_no_connection(
 def test_a_target_takes_nobody_but_a_drafter_for_a_drafter(pose: str, tls: TlsConfig) -> None:
     async def main() -> None:
         posing = grpc.aio.server()
-        pair = (tls.ca.with_name(f"{pose}-key.pem").read_bytes(), tls.ca.with_name(f"{pose}.pem").read_bytes())
+        pair = (
+            tls.ca.with_name(f"{pose}-key.pem").read_bytes(),
+            tls.ca.with_name(f"{pose}.pem").read_bytes(),
+        )
         posing.add_generic_rpc_handlers([DraftingService(ScriptedDrafter(), HELLO).handler()])
         port = posing.add_secure_port(f"{HOST}:0", grpc.ssl_server_credentials([pair]))
         await posing.start()
@@ -174,7 +209,9 @@ def test_a_target_takes_nobody_but_a_drafter_for_a_drafter(pose: str, tls: TlsCo
     asyncio.run(main())
 
 
-def test_a_server_of_another_authority_is_not_believed(tls: TlsConfig, strangers: TlsConfig) -> None:
+def test_a_server_of_another_authority_is_not_believed(
+    tls: TlsConfig, strangers: TlsConfig
+) -> None:
     async def main() -> None:
         body = ScriptedTarget(CHUNK)
         async with served(TargetService(body), strangers) as address:
@@ -188,14 +225,21 @@ def test_a_server_of_another_authority_is_not_believed(tls: TlsConfig, strangers
 @pytest.mark.parametrize("role", ROLES)
 def test_health_is_for_every_role(role: Role, tls: TlsConfig) -> None:
     async def main() -> None:
-        async with served(TargetService(ScriptedTarget()), tls) as address, channel(address, [], tls, role, "target") as connection:
-            answer = await health_pb2_grpc.HealthStub(connection).Check(health_pb2.HealthCheckRequest())
+        async with (
+            served(TargetService(ScriptedTarget()), tls) as address,
+            channel(address, [], tls, role, "target") as connection,
+        ):
+            answer = await health_pb2_grpc.HealthStub(connection).Check(
+                health_pb2.HealthCheckRequest()
+            )
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
     asyncio.run(main())
 
 
-def test_new_files_are_used_from_the_next_connection_on(tmp_path: Path, strangers: TlsConfig, caplog: pytest.LogCaptureFixture) -> None:
+def test_new_files_are_used_from_the_next_connection_on(
+    tmp_path: Path, strangers: TlsConfig, caplog: pytest.LogCaptureFixture
+) -> None:
     async def main() -> None:
         own = lay(tmp_path, Authority("old", NOW, 30))
         async with served(TargetService(ScriptedTarget(CHUNK)), own) as address:
@@ -221,18 +265,26 @@ def test_new_files_are_used_from_the_next_connection_on(tmp_path: Path, stranger
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"cert": "nowhere.pem"}, r"nowhere\.pem cannot be read \(No such file or directory\): give"),
+        (
+            {"cert": "nowhere.pem"},
+            r"nowhere\.pem cannot be read \(No such file or directory\): give",
+        ),
         ({"ca": "noise.pem"}, "noise.pem, .* is not what it should be"),
         ({"cert": "noise.pem"}, "is not what it should be"),
         ({"key": "noise.pem"}, "is not what it should be"),
         ({"key": "{role}.pem"}, "is not what it should be"),
         ({"key": "drafter-key.pem"}, r"drafter-key\.pem is not the key of .*target\.pem: give"),
-        ({"cert": "gateway.pem", "key": "gateway-key.pem"}, "is for role gateway, not target: write {role} into the path"),
+        (
+            {"cert": "gateway.pem", "key": "gateway-key.pem"},
+            "is for role gateway, not target: write {role} into the path",
+        ),
         ({"cert": "https.pem", "key": "https-key.pem"}, "is for role none, not target"),
         ({"cert": "ca.pem"}, "is not what it should be"),
     ],
 )
-def test_files_that_cannot_be_used_are_named(files: dict[str, str], message: str, tls: TlsConfig) -> None:
+def test_files_that_cannot_be_used_are_named(
+    files: dict[str, str], message: str, tls: TlsConfig
+) -> None:
     folder = tls.ca.parent
     (folder / "noise.pem").write_text("noise")
     with pytest.raises(InvalidRequest, match=message) as caught:
@@ -248,22 +300,30 @@ def test_a_certificate_that_has_run_out_is_refused(tmp_path: Path) -> None:
 
 def test_a_server_does_not_start_with_files_that_cannot_be_used(tls: TlsConfig) -> None:
     with pytest.raises(InvalidRequest, match="for role gateway, not drafter"):
-        asyncio.run(serve([DraftingService(ScriptedDrafter(), HELLO)], HOST, tls=shown(tls, "gateway")))
+        asyncio.run(
+            serve([DraftingService(ScriptedDrafter(), HELLO)], HOST, tls=shown(tls, "gateway"))
+        )
 
 
 def test_callers_that_shake_hands_at_the_same_time_end_nothing(tmp_path: Path) -> None:
     call = [sys.executable, "-m", "tests.support.handshakes", str(tmp_path)]
-    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=4 * PATIENCE_S, check=False)
+    done = subprocess.run(
+        call, cwd=ROOT, capture_output=True, text=True, timeout=4 * PATIENCE_S, check=False
+    )
     assert (done.returncode, done.stdout) == (0, "3 were answered\n"), done.stderr[-2000:]
 
 
-def test_a_link_without_usable_files_is_lost_and_may_come_back(tmp_path: Path, tls: TlsConfig) -> None:
+def test_a_link_without_usable_files_is_lost_and_may_come_back(
+    tmp_path: Path, tls: TlsConfig
+) -> None:
     async def main() -> None:
         broken = tls.model_copy(update={"key": tmp_path / "{role}-key.pem"})
         async with served(DraftingService(ScriptedDrafter(), HELLO), tls) as address:
             with pytest.raises(LinkLost, match="cannot be read"):
                 await drafted(address, broken)
-            (tmp_path / "target-key.pem").write_bytes(tls.ca.with_name("target-key.pem").read_bytes())
+            (tmp_path / "target-key.pem").write_bytes(
+                tls.ca.with_name("target-key.pem").read_bytes()
+            )
             assert await drafted(address, broken) == 4
 
     asyncio.run(main())
@@ -273,30 +333,53 @@ def test_a_link_without_usable_files_is_lost_and_may_come_back(tmp_path: Path, t
 
 
 def test_roles_are_read_from_uris_alone() -> None:
-    names = [uri("target", "a"), "outrider://gateway/b", "drafter.outrider.internal", "https://x/outrider://drafter/c", "outrider://root/d"]
+    names = [
+        uri("target", "a"),
+        "outrider://gateway/b",
+        "drafter.outrider.internal",
+        "https://x/outrider://drafter/c",
+        "outrider://root/d",
+    ]
     assert roles_in(names) == {"target", "gateway"}
-    assert roles_in(["outrider://Target/a", "outrider:/target", "", "outrider://targets/a"]) == set()
+    assert (
+        roles_in(["outrider://Target/a", "outrider:/target", "", "outrider://targets/a"]) == set()
+    )
 
 
-def extension(certificate: x509.Certificate, kind: type[x509.ExtensionType]) -> x509.Extension[x509.ExtensionType]:
+def extension(
+    certificate: x509.Certificate, kind: type[x509.ExtensionType]
+) -> x509.Extension[x509.ExtensionType]:
     return certificate.extensions.get_extension_for_class(kind)
 
 
 def test_certificates_say_what_they_are_for(tls: TlsConfig) -> None:
-    signed = {name: x509.load_pem_x509_certificate(tls.ca.with_name(f"{name}.pem").read_bytes()) for name in (*ROLES, "https", "ca")}
+    signed = {
+        name: x509.load_pem_x509_certificate(tls.ca.with_name(f"{name}.pem").read_bytes())
+        for name in (*ROLES, "https", "ca")
+    }
     assert len({certificate.serial_number for certificate in signed.values()}) == 5
     for name, certificate in signed.items():
         key = certificate.public_key()
         assert isinstance(key, ec.EllipticCurvePublicKey)
         assert key.curve.name == "secp256r1"
-        basic, usage = extension(certificate, x509.BasicConstraints), extension(certificate, x509.KeyUsage)
+        basic, usage = (
+            extension(certificate, x509.BasicConstraints),
+            extension(certificate, x509.KeyUsage),
+        )
         assert basic.critical
         assert usage.critical
-        assert basic.value == x509.BasicConstraints(ca=name == "ca", path_length=0 if name == "ca" else None)
+        assert basic.value == x509.BasicConstraints(
+            ca=name == "ca", path_length=0 if name == "ca" else None
+        )
         assert isinstance(usage.value, x509.KeyUsage)
-        assert (usage.value.key_cert_sign, usage.value.digital_signature) == (name == "ca", name != "ca")
+        assert (usage.value.key_cert_sign, usage.value.digital_signature) == (
+            name == "ca",
+            name != "ca",
+        )
         assert NOW - datetime.timedelta(hours=2) < certificate.not_valid_before_utc < NOW
-        assert certificate.not_valid_after_utc == NOW.replace(microsecond=0) + datetime.timedelta(days=30)
+        assert certificate.not_valid_after_utc == NOW.replace(microsecond=0) + datetime.timedelta(
+            days=30
+        )
 
 
 def test_a_browser_believes_the_gateway(tls: TlsConfig) -> None:
@@ -310,7 +393,9 @@ def test_a_browser_believes_the_gateway(tls: TlsConfig) -> None:
         _, writer = await asyncio.open_connection(HOST, port, ssl=theirs)
         writer.close()
         with pytest.raises(ssl.SSLCertVerificationError, match="match"):
-            await asyncio.open_connection(HOST, port, ssl=theirs, server_hostname="elsewhere.example")
+            await asyncio.open_connection(
+                HOST, port, ssl=theirs, server_hostname="elsewhere.example"
+            )
         server.close()
 
     asyncio.run(main())
@@ -330,7 +415,22 @@ def test_the_command_makes_what_a_deployment_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "deep" / "certs"
-    assert outrider(monkeypatch, "certs", folder, "--days", 3, "--name", "lab-1", "--host", "llm.example", "--host", "10.0.0.7") == 0
+    assert (
+        outrider(
+            monkeypatch,
+            "certs",
+            folder,
+            "--days",
+            3,
+            "--name",
+            "lab-1",
+            "--host",
+            "llm.example",
+            "--host",
+            "10.0.0.7",
+        )
+        == 0
+    )
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o600}
     said = capsys.readouterr().out
@@ -341,7 +441,9 @@ def test_the_command_makes_what_a_deployment_needs(
     for role in ROLES:
         certificate = x509.load_pem_x509_certificate(read(plan.security.tls, role)[1])
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        assert names.get_values_for_type(x509.UniformResourceIdentifier) == [f"outrider://{role}/lab-1"]
+        assert names.get_values_for_type(x509.UniformResourceIdentifier) == [
+            f"outrider://{role}/lab-1"
+        ]
     website = x509.load_pem_x509_certificate(plan.gateway.tls.cert.read_bytes())
     names = website.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == ["llm.example"]
@@ -349,12 +451,16 @@ def test_the_command_makes_what_a_deployment_needs(
     assert not any("PRIVATE KEY" in file.read_text() for file in folder.glob("ca*"))
 
 
-def test_the_command_overwrites_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_overwrites_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert outrider(monkeypatch, "certs", tmp_path / "certs") == 0
     before = {file.name: file.read_bytes() for file in (tmp_path / "certs").iterdir()}
     capsys.readouterr()
     assert outrider(monkeypatch, "certs", tmp_path / "certs") == 2
-    assert re.fullmatch(r"outrider: \S+ is not empty: give a new folder, .*\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"outrider: \S+ is not empty: give a new folder, .*\n", capsys.readouterr().err
+    )
     assert {file.name: file.read_bytes() for file in (tmp_path / "certs").iterdir()} == before
 
 
@@ -370,7 +476,11 @@ def test_the_command_overwrites_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     ],
 )
 def test_the_command_refuses_in_one_line(
-    arguments: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    named: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert outrider(monkeypatch, "certs", tmp_path / "certs", *arguments) == 2
     said = capsys.readouterr()
@@ -380,13 +490,17 @@ def test_the_command_refuses_in_one_line(
     assert not (tmp_path / "certs").exists()
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").touch()
     assert outrider(monkeypatch, "certs", tmp_path / "file" / "certs") == 2
     assert "cannot be written (Not a directory)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("nodes", "lines"), [(["a", "b", "a"], 1), (["a", "a"], 0), (["", "b"], 0), ([], 0)])
+@pytest.mark.parametrize(
+    ("nodes", "lines"), [(["a", "b", "a"], 1), (["a", "a"], 0), (["", "b"], 0), ([], 0)]
+)
 def test_several_nodes_in_the_clear_are_worth_a_warning(
     nodes: list[str], lines: int, tls: TlsConfig, caplog: pytest.LogCaptureFixture
 ) -> None:

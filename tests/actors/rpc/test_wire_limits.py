@@ -24,14 +24,23 @@ GENERATE = f"/{codec.TARGET}/Generate"
 ANY_SIZE = [("grpc.max_send_message_length", -1)]
 
 
-async def refused(port: int, message: bytes, compression: grpc.Compression) -> tuple[grpc.StatusCode, str]:
-    async with grpc.aio.insecure_channel(f"{HOST}:{port}", ANY_SIZE, compression) as channel, asyncio.timeout(PATIENCE_S):
+async def refused(
+    port: int, message: bytes, compression: grpc.Compression
+) -> tuple[grpc.StatusCode, str]:
+    async with (
+        grpc.aio.insecure_channel(f"{HOST}:{port}", ANY_SIZE, compression) as channel,
+        asyncio.timeout(PATIENCE_S),
+    ):
         call = channel.unary_stream(GENERATE)(message)
         return await call.code(), await call.details()
 
 
-@pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip, grpc.Compression.Deflate])
-def test_a_message_over_the_limit_is_refused_however_small_it_is_packed(compression: grpc.Compression) -> None:
+@pytest.mark.parametrize(
+    "compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip, grpc.Compression.Deflate]
+)
+def test_a_message_over_the_limit_is_refused_however_small_it_is_packed(
+    compression: grpc.Compression,
+) -> None:
     async def main() -> None:
         body = ScriptedTarget()
         server, port = await serve([TargetService(body)], HOST)
@@ -39,14 +48,24 @@ def test_a_message_over_the_limit_is_refused_however_small_it_is_packed(compress
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "larger than max" in details
         code, details = await refused(port, b"\xff" * limits.MESSAGE_BYTES, compression)
-        assert code is grpc.StatusCode.INVALID_ARGUMENT, "at the limit the message itself is looked at"
+        assert code is grpc.StatusCode.INVALID_ARGUMENT, (
+            "at the limit the message itself is looked at"
+        )
         await server.stop(None)
         assert body.asked == []
 
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("said", [b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", bytes.fromhex("1603010200")])
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        bytes.fromhex("1603010200"),
+    ],
+)
 @pytest.mark.parametrize("encrypted", [False, True])
 def test_a_connection_that_begins_and_says_no_more_is_closed(
     said: bytes, encrypted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -66,7 +85,9 @@ def test_a_connection_that_begins_and_says_no_more_is_closed(
     asyncio.run(main())
 
 
-def test_streams_beyond_the_limit_are_refused_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_beyond_the_limit_are_refused_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(server, "CALLS", 3)
 
     async def main() -> None:
@@ -77,7 +98,10 @@ def test_streams_beyond_the_limit_are_refused_and_the_others_go_on(monkeypatch: 
             held = [channel.unary_stream(GENERATE)(request) for _ in range(3)]
             await soon(lambda: body.running == 3)
             async with asyncio.timeout(PATIENCE_S):
-                assert await channel.unary_stream(GENERATE)(request).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert (
+                    await channel.unary_stream(GENERATE)(request).code()
+                    is grpc.StatusCode.RESOURCE_EXHAUSTED
+                )
             assert body.running == 3
             held[0].cancel()
             await soon(lambda: body.running == 2)
@@ -99,7 +123,11 @@ def test_a_peer_cannot_write_lines_into_the_log(caplog: pytest.LogCaptureFixture
     async def main() -> None:
         server, port = await serve([DraftingService(ScriptedDrafter(), HELLO)], HOST)
         with pytest.raises(LinkLost):
-            await anext(GrpcLink(f"{HOST}:{port}", replace(HELLO, model=FORGED, vocabulary="other")).speculate(Feed()))
+            await anext(
+                GrpcLink(
+                    f"{HOST}:{port}", replace(HELLO, model=FORGED, vocabulary="other")
+                ).speculate(Feed())
+            )
         await server.stop(None)
         async with raw_drafter(aborts) as address:
             with pytest.raises(LinkLost) as caught:

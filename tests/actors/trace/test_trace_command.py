@@ -43,15 +43,23 @@ def test_shares_and_overlap_are_those_of_the_run(run: Path) -> None:
 
 
 def test_a_window_cuts_what_reaches_over_its_edges(run: Path) -> None:
-    seen = figures(read(run), (0.010, 0.020))  # 2 ms wait, 8 ms of the first pass, of which 4 beside draft-0's step
-    assert seen.target == pytest.approx({PREFILL: 0.0, WAIT: 0.2, BOOKKEEPING: 0.0, COMPUTE: 0.8, "other": 0.0}, abs=1e-6)
+    seen = figures(
+        read(run), (0.010, 0.020)
+    )  # 2 ms wait, 8 ms of the first pass, of which 4 beside draft-0's step
+    assert seen.target == pytest.approx(
+        {PREFILL: 0.0, WAIT: 0.2, BOOKKEEPING: 0.0, COMPUTE: 0.8, "other": 0.0}, abs=1e-6
+    )
     assert seen.drafters == pytest.approx({"draft-0": 0.4, "draft-1": 0.3}, abs=1e-6)
     assert seen.overlap == pytest.approx(0.4, abs=1e-6)
 
 
 def test_intervals() -> None:
     assert union([(3.0, 4.0), (0.0, 1.0), (1.0, 2.0), (0.5, 0.75)]) == [(0.0, 2.0), (3.0, 4.0)]
-    assert common([(0.0, 2.0), (3.0, 5.0)], [(1.0, 4.0), (4.5, 6.0)]) == [(1.0, 2.0), (3.0, 4.0), (4.5, 5.0)]
+    assert common([(0.0, 2.0), (3.0, 5.0)], [(1.0, 4.0), (4.5, 6.0)]) == [
+        (1.0, 2.0),
+        (3.0, 4.0),
+        (4.5, 5.0),
+    ]
 
 
 def test_the_excerpt_is_around_the_middle_step(run: Path) -> None:
@@ -84,16 +92,40 @@ def test_what_is_asked_for_beyond_the_trace_is_cut_off(
     assert "0.000 s to 1.410 s" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("drafters", [(), ("a $b$ drafter [bold] with a name that is much too long",)], ids=["alone", "odd name"])
-def test_other_casts_are_drawn_too(drafters: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "drafters",
+    [(), ("a $b$ drafter [bold] with a name that is much too long",)],
+    ids=["alone", "odd name"],
+)
+def test_other_casts_are_drawn_too(
+    drafters: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(tmp_path / "run.json", synthetic(3, drafters))
-    assert outrider(monkeypatch, "trace", tmp_path / "run.json", "--png", tmp_path / "run.png", "--from", 0, "--to", 0.02) == 0
+    assert (
+        outrider(
+            monkeypatch,
+            "trace",
+            tmp_path / "run.json",
+            "--png",
+            tmp_path / "run.png",
+            "--from",
+            0,
+            "--to",
+            0.02,
+        )
+        == 0
+    )
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_clocks_that_disagree_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_clocks_that_disagree_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     drafter, target = synthetic(5)
-    save(tmp_path / "run.json", [Recording(drafter.process, drafter.offset + 2 * MS, drafter.events, cut=True), target])
+    save(
+        tmp_path / "run.json",
+        [Recording(drafter.process, drafter.offset + 2 * MS, drafter.events, cut=True), target],
+    )
     assert outrider(monkeypatch, "trace", tmp_path / "run.json") == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "clocks disagree: the least is -1.00 ms" in shown
@@ -113,12 +145,19 @@ EMPTY = {"traceEvents": [], "otherData": {"format": "outrider", "cut": False, "u
         (json.dumps(EMPTY | {"otherData": {"format": "other"}}).encode(), "otherData.format"),
         (json.dumps(EMPTY | {"traceEvents": [{"ph": "X"}]}).encode(), "traceEvents.0"),
         (json.dumps(EMPTY | {"traceEvents": [{"ph": "?"}]}).encode(), "traceEvents.0"),
-        (b'{"traceEvents": [{"ph": "i", "name": "n", "pid": 1, "tid": 2, "ts": NaN}], "otherData": {}}', "traceEvents.0"),
+        (
+            b'{"traceEvents": [{"ph": "i", "name": "n", "pid": 1, "tid": 2, "ts": NaN}], "otherData": {}}',
+            "traceEvents.0",
+        ),
         (json.dumps(EMPTY).encode(), "empty trace"),
     ],
 )
 def test_a_file_that_is_no_trace_of_ours(
-    content: bytes, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    content: bytes,
+    named: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = tmp_path / "file.json"
     file.write_bytes(content)
@@ -138,14 +177,20 @@ def test_a_file_that_is_no_trace_of_ours(
     ],
 )
 def test_arguments_that_cannot_be(
-    arguments: list[str], named: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    named: str,
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert outrider(monkeypatch, "trace", run, *arguments) == 2
     one_line_about(named, capsys)
 
 
 @pytest.mark.parametrize("file", ["/nowhere/run.json", "."])
-def test_a_file_that_cannot_be_read(file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_cannot_be_read(
+    file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert outrider(monkeypatch, "trace", file) == 2
     one_line_about(f"cannot read {file}", capsys)
 

@@ -57,20 +57,39 @@ def by_hand(text: Sequence[int], token: int, k: int) -> Logprob:
     """From the definition, in float64."""
     weights = np.exp(TOY.logits(text).astype(np.float64))
     logs = np.log(weights / weights.sum())
-    return Logprob(float(logs[token]), tuple((int(best), float(logs[best])) for best in np.argsort(-logs, kind="stable")[:k]))
+    return Logprob(
+        float(logs[token]),
+        tuple((int(best), float(logs[best])) for best in np.argsort(-logs, kind="stable")[:k]),
+    )
 
 
 def close(found: Logprob, expected: Logprob) -> bool:
     same = [token for token, _ in found.top] == [token for token, _ in expected.top]
-    values = zip((found.chosen, *(log for _, log in found.top)), (expected.chosen, *(log for _, log in expected.top)), strict=True)
+    values = zip(
+        (found.chosen, *(log for _, log in found.top)),
+        (expected.chosen, *(log for _, log in expected.top)),
+        strict=True,
+    )
     return same and all(math.isclose(a, b, abs_tol=1e-9) for a, b in values)
 
 
 @pytest.mark.parametrize(
-    "sampling", [{}, {"temperature": 0.9, "seed": 4, "top_p": 0.7, "repetition_penalty": 1.3, "logit_bias": ((3, 5.0),)}]
+    "sampling",
+    [
+        {},
+        {
+            "temperature": 0.9,
+            "seed": 4,
+            "top_p": 0.7,
+            "repetition_penalty": 1.3,
+            "logit_bias": ((3, 5.0),),
+        },
+    ],
 )
 @pytest.mark.parametrize("k", [0, 3, 20])
-def test_logprobs_are_the_targets_own_whoever_guessed_the_token(k: int, sampling: dict[str, Any]) -> None:
+def test_logprobs_are_the_targets_own_whoever_guessed_the_token(
+    k: int, sampling: dict[str, Any]
+) -> None:
     request = asking(PROMPT, logprobs=k, **sampling)
     alone = plain(TOY, request)
     text = [*PROMPT, *alone.tokens]
@@ -88,12 +107,18 @@ def test_logprobs_are_the_targets_own_whoever_guessed_the_token(k: int, sampling
     [
         {"max_tokens": 60},
         {"max_tokens": 7},
-        {"max_tokens": 60, "ignore_eos": True, "stop": ("".join(chr(97 + token % 26) for token in TEXT[9:12]),)},
+        {
+            "max_tokens": 60,
+            "ignore_eos": True,
+            "stop": ("".join(chr(97 + token % 26) for token in TEXT[9:12]),),
+        },
     ],
 )
 def test_text_ids_and_logprobs_are_cut_at_the_same_token(sampling: dict[str, Any]) -> None:
     request = asking(PROMPT, logprobs=1, **sampling)
-    (found,) = Lockstep(engine_of(TOY, 30, EOS), DraftEngine(Known(TEXT, 24), "d"), passes=30).run(request)
+    (found,) = Lockstep(engine_of(TOY, 30, EOS), DraftEngine(Known(TEXT, 24), "d"), passes=30).run(
+        request
+    )
     assert found.said() == plain(TOY, request, EOS).said()
     assert len(found.logprobs) == len(found.tokens) == found.stats.completion_tokens
     assert found.stats.rounds == 1  # one run of guesses reaches beyond the end
@@ -136,7 +161,14 @@ def test_the_epoch_of_a_request_is_that_of_its_session_and_growth_of_another_is_
     assert [event.epoch for event in heard if isinstance(event, Open | Commit)] == [7, 7]
     session = engine.requests.running["s"].session
     for epoch, taken in ((6, 0), (8, 0), (7, 1)):
-        growth = Draft("s", epoch, "d", np.array([session.tree.key[0]], np.uint64), np.array([3], np.int32), np.array([-1], np.float32))
+        growth = Draft(
+            "s",
+            epoch,
+            "d",
+            np.array([session.tree.key[0]], np.uint64),
+            np.array([3], np.int32),
+            np.array([-1], np.float32),
+        )
         engine.handle(ReplyReceived(growth, 0.0))
         assert len(session.tree) == 1 + taken
 
@@ -167,7 +199,11 @@ class Slow(ToyModel):
 
 
 def desk(clock: Hand, scheduler: Scheduler | None = None, kv_slots: int = 10**6) -> Desk:
-    return Desk(Engine(Slow(clock), Verifier(choose, NOBODY), scheduler or Fixed(8), clock, kv_slots=kv_slots))
+    return Desk(
+        Engine(
+            Slow(clock), Verifier(choose, NOBODY), scheduler or Fixed(8), clock, kv_slots=kv_slots
+        )
+    )
 
 
 def test_a_session_ends_with_its_deadline_and_keeps_what_it_has() -> None:
@@ -208,7 +244,11 @@ def test_a_request_that_waits_too_long_is_not_begun() -> None:
     at.admit(replace(asking(PROMPT, "hasty"), deadline=5.0))
     at.admit(asking(PROMPT, "last"))
     found = at.run()
-    assert [found[name].reason for name in ("first", "hasty", "last")] == ["length", "deadline", "length"]
+    assert [found[name].reason for name in ("first", "hasty", "last")] == [
+        "length",
+        "deadline",
+        "length",
+    ]
     assert (found["hasty"].tokens, found["hasty"].stats.prompt_tokens) == ((), 5)
     assert found["hasty"].stats.elapsed >= 5.0
     assert {event.session for event in heard if isinstance(event, Open)} == {"first", "last"}
@@ -253,13 +293,25 @@ def test_at_the_target_a_deadline_ends_the_wait_for_a_mute_drafter() -> None:
                 chunks = [chunk async for chunk in stream]
             assert output(chunks).reason == "deadline"
             await soon(lambda: not host.draft_engine.states)
-            assert output([chunk async for chunk in asked.generate(replace(asking(PROMPT), deadline=-1.0))]).tokens == ()
+            assert (
+                output(
+                    [
+                        chunk
+                        async for chunk in asked.generate(replace(asking(PROMPT), deadline=-1.0))
+                    ]
+                ).tokens
+                == ()
+            )
 
     asyncio.run(main())
 
 
 @pytest.mark.parametrize(
-    ("request_", "param"), [(replace(asking((3,)), deadline=math.nan), "deadline"), (replace(asking((3,)), max_rows=-1), "max_rows")]
+    ("request_", "param"),
+    [
+        (replace(asking((3,)), deadline=math.nan), "deadline"),
+        (replace(asking((3,)), max_rows=-1), "max_rows"),
+    ],
 )
 def test_what_makes_no_sense_is_refused(request_: Request, param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:

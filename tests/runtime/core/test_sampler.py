@@ -16,7 +16,10 @@ from runtime.core.sampling_params import Sampling
 from runtime.models import sampler as fast
 
 EOS = frozenset({0, 3})
-CHOOSERS: dict[str, Chooser] = {"numpy": sampler_reference.choose, "torch": lambda logits, ask: fast.choose(torch.as_tensor(logits), ask)}
+CHOOSERS: dict[str, Chooser] = {
+    "numpy": sampler_reference.choose,
+    "torch": lambda logits, ask: fast.choose(torch.as_tensor(logits), ask),
+}
 DRAWS = 100_000
 ROWS = 500  # of one call
 LOGITS = np.array([1.5, 0.3, -0.7, 2.0, 0.0, -2.5, 1.1, 0.9, -0.2, 1.5], dtype=np.float32)
@@ -26,7 +29,9 @@ build: Callable[..., Sampling] = Sampling
 chooser = pytest.mark.parametrize("choose", CHOOSERS.values(), ids=list(CHOOSERS))
 
 
-def ask(sampling: Sampling, paths: list[list[int]], text: tuple[int, ...] = (1, 2), prompt: int = 1) -> Ask:
+def ask(
+    sampling: Sampling, paths: list[list[int]], text: tuple[int, ...] = (1, 2), prompt: int = 1
+) -> Ask:
     return Ask(sampling, prompt, text, paths, EOS)
 
 
@@ -34,9 +39,13 @@ def constrained(sampling: Sampling, paths: list[list[int]], allowed: npt.NDArray
     return replace(ask(sampling, paths), allowed=allowed)
 
 
-def law(temperature: float, top_k: float = 0, top_p: float = 1.0, min_p: float = 0.0) -> list[float]:
+def law(
+    temperature: float, top_k: float = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> list[float]:
     """The exact law of LOGITS, in words: order by probability, cut, cut, cut, and share out what is left."""
-    weight = {token: exp(logit / temperature) for token, logit in enumerate(LOGITS.astype(float).tolist())}
+    weight = {
+        token: exp(logit / temperature) for token, logit in enumerate(LOGITS.astype(float).tolist())
+    }
     order = sorted(weight, key=lambda token: -weight[token])
     if top_k:
         weakest = weight[order[int(top_k) - 1]]
@@ -57,7 +66,11 @@ def chi_square(observed: Tokens, probability: list[float]) -> float:
         return 0.0
     expected = p[p > 0] * observed.sum()
     statistic = float(((observed[p > 0] - expected) ** 2 / expected).sum())
-    return float(torch.special.gammaincc(torch.tensor((len(expected) - 1) / 2).double(), torch.tensor(statistic / 2).double()))
+    return float(
+        torch.special.gammaincc(
+            torch.tensor((len(expected) - 1) / 2).double(), torch.tensor(statistic / 2).double()
+        )
+    )
 
 
 def seeds() -> Iterator[int]:
@@ -77,7 +90,9 @@ LAWS = [
 @pytest.mark.parametrize("parameters", LAWS, ids=str)
 def test_the_law(choose: Chooser, parameters: dict[str, float]) -> None:
     paths, logits = [[4] * length for length in range(ROWS)], np.tile(LOGITS, (ROWS, 1))
-    drawn = np.concatenate([choose(logits, ask(build(seed=seed, **parameters), paths)) for seed in seeds()])
+    drawn = np.concatenate(
+        [choose(logits, ask(build(seed=seed, **parameters), paths)) for seed in seeds()]
+    )
     assert chi_square(np.bincount(drawn, minlength=len(LOGITS)), law(**parameters)) >= 1e-6
 
 
@@ -88,7 +103,9 @@ def drawn_from(logits: npt.NDArray[np.float32], seed: int, positions: Sequence[i
 
 def wrong_resampled(seed: int, positions: range) -> Tokens:
     """A guess is kept where the choice confirms it; where not, the token is drawn again instead of taken from the choice."""
-    guess, first, second = (drawn_from(LOGITS, seed + shift, positions) for shift in (10**6, 0, 2 * 10**6))
+    guess, first, second = (
+        drawn_from(LOGITS, seed + shift, positions) for shift in (10**6, 0, 2 * 10**6)
+    )
     return np.where(guess == first, guess, second)
 
 
@@ -128,7 +145,10 @@ def some_sampling(rng: np.random.Generator) -> Sampling:
         repetition_penalty=perhaps(float(rng.uniform(0.7, 1.5)), 1.0),
         presence_penalty=perhaps(float(rng.uniform(-1.0, 1.0)), 0.0),
         frequency_penalty=perhaps(float(rng.uniform(-1.0, 1.0)), 0.0),
-        logit_bias=tuple((int(t), float(b)) for t, b in zip(rng.integers(0, 50, 3), rng.uniform(-5, 5, 3), strict=True))
+        logit_bias=tuple(
+            (int(t), float(b))
+            for t, b in zip(rng.integers(0, 50, 3), rng.uniform(-5, 5, 3), strict=True)
+        )
         * int(perhaps(1, 0)),
         seed=int(rng.integers(-(2**62), 2**62)),
         min_tokens=int(perhaps(5, 0)),
@@ -145,11 +165,20 @@ def test_numpy_and_torch_agree_and_rows_do_not_touch_each_other(number: int) -> 
     together = fast.choose(logits, question)
     assert together.dtype == np.int64
     assert together.tolist() == sampler_reference.choose(logits.numpy(), question).tolist()
-    assert together.tolist() == [fast.choose(logits[row : row + 1], ask(sampling, [paths[row]], text, 9))[0] for row in range(9)]
+    assert together.tolist() == [
+        fast.choose(logits[row : row + 1], ask(sampling, [paths[row]], text, 9))[0]
+        for row in range(9)
+    ]
     for row, path in enumerate(paths):  # a path that is committed already is the same text
-        assert together[row] == fast.choose(logits[row : row + 1], ask(sampling, [[]], (*text, *path), 9))[0]
+        assert (
+            together[row]
+            == fast.choose(logits[row : row + 1], ask(sampling, [[]], (*text, *path), 9))[0]
+        )
     assert torch.equal(logits, before)
-    shaped, twin = fast.shape(logits, question).numpy(), sampler_reference.shape(logits.numpy(), question)
+    shaped, twin = (
+        fast.shape(logits, question).numpy(),
+        sampler_reference.shape(logits.numpy(), question),
+    )
     assert np.array_equal(np.isinf(shaped), np.isinf(twin))
     assert np.allclose(shaped, twin, atol=1e-5)
 
@@ -172,13 +201,23 @@ GENERATE: list[dict[str, object]] = [
     {"repetition_penalty": 1.4},
     {"logit_bias": ((4, 2.5), (9, -3.0))},
     {"min_tokens": 5},
-    {"temperature": 1.7, "top_k": 20, "top_p": 0.8, "min_p": 0.02, "repetition_penalty": 1.2, "logit_bias": ((4, 2.5),), "min_tokens": 4},
+    {
+        "temperature": 1.7,
+        "top_k": 20,
+        "top_p": 0.8,
+        "min_p": 0.02,
+        "repetition_penalty": 1.2,
+        "logit_bias": ((4, 2.5),),
+        "min_tokens": 4,
+    },
     {"temperature": 0.0, "repetition_penalty": 0.8, "logit_bias": ((7, 4.0),), "min_tokens": 4},
 ]
 
 
 @pytest.mark.parametrize("parameters", GENERATE, ids=str)
-def test_the_scores_are_those_of_generate(model: LlamaForCausalLM, parameters: dict[str, object]) -> None:
+def test_the_scores_are_those_of_generate(
+    model: LlamaForCausalLM, parameters: dict[str, object]
+) -> None:
     sampling, prompt = build(**{"temperature": 1.0, **parameters}), [5, 6, 5, 9]
     torch.manual_seed(1)
     made = model.generate(
@@ -208,16 +247,34 @@ def test_the_scores_are_those_of_generate(model: LlamaForCausalLM, parameters: d
 def test_frequency_and_presence_count_the_output_alone(choose: Chooser) -> None:
     logits = np.array([[0.0, 5.0, 4.5, 4.0, 3.0]] * 3, dtype=np.float32)
     text, paths = (1, 1, 1, 2), [[], [1], [1, 1]]
-    assert choose(logits, ask(build(presence_penalty=0.9), paths, text, prompt=3)).tolist() == [1, 1, 1]
-    assert choose(logits, ask(build(presence_penalty=1.1), paths, text, prompt=3)).tolist() == [1, 3, 3]
-    assert choose(logits, ask(build(frequency_penalty=0.6), paths, text, prompt=3)).tolist() == [1, 1, 3]
-    assert choose(logits, ask(build(repetition_penalty=1.3), paths, text, prompt=3)).tolist() == [3, 3, 3]
+    assert choose(logits, ask(build(presence_penalty=0.9), paths, text, prompt=3)).tolist() == [
+        1,
+        1,
+        1,
+    ]
+    assert choose(logits, ask(build(presence_penalty=1.1), paths, text, prompt=3)).tolist() == [
+        1,
+        3,
+        3,
+    ]
+    assert choose(logits, ask(build(frequency_penalty=0.6), paths, text, prompt=3)).tolist() == [
+        1,
+        1,
+        3,
+    ]
+    assert choose(logits, ask(build(repetition_penalty=1.3), paths, text, prompt=3)).tolist() == [
+        3,
+        3,
+        3,
+    ]
 
 
 @chooser
 def test_the_end_is_barred_for_min_tokens(choose: Chooser) -> None:
     logits = np.array([[9.0, 1.0, 0.0, 8.0, 0.5]] * 3, dtype=np.float32)
-    assert choose(logits, ask(build(min_tokens=2), [[], [1], [1, 2]], (1, 2), prompt=2)).tolist() == [1, 1, 0]
+    assert choose(
+        logits, ask(build(min_tokens=2), [[], [1], [1, 2]], (1, 2), prompt=2)
+    ).tolist() == [1, 1, 0]
 
 
 @chooser
@@ -225,10 +282,20 @@ def test_the_end_is_barred_for_min_tokens(choose: Chooser) -> None:
 def test_what_a_constraint_bars_is_never_chosen(choose: Chooser, temperature: float) -> None:
     """However likely it is, however it is favoured, and however few the filters leave."""
     rng = np.random.default_rng(1)
-    logits, allowed = rng.standard_normal((200, 50)).astype(np.float32) * 5, rng.random((200, 50)) < 0.1
+    logits, allowed = (
+        rng.standard_normal((200, 50)).astype(np.float32) * 5,
+        rng.random((200, 50)) < 0.1,
+    )
     allowed[np.arange(200), rng.integers(0, 50, 200)] = True
     barred = (int((~allowed).sum(axis=0).argmax()), 100.0)
-    sampling = build(temperature=temperature, top_k=2, top_p=0.7, min_p=0.2, logit_bias=(barred,), repetition_penalty=1.3)
+    sampling = build(
+        temperature=temperature,
+        top_k=2,
+        top_p=0.7,
+        min_p=0.2,
+        logit_bias=(barred,),
+        repetition_penalty=1.3,
+    )
     paths = [[7] * (row % 5) for row in range(200)]
     chosen = choose(logits, constrained(sampling, paths, allowed))
     assert allowed[np.arange(200), chosen].all()
@@ -244,12 +311,20 @@ def test_a_constraint_that_bars_nothing_changes_nothing(choose: Chooser) -> None
 
 
 @chooser
-@pytest.mark.parametrize("early", [{"min_tokens": 9}, {"ignore_eos": True}, {"min_tokens": 9, "temperature": 1.0}])
-def test_an_end_that_comes_too_early_is_chosen_where_nothing_else_is_allowed(choose: Chooser, early: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "early", [{"min_tokens": 9}, {"ignore_eos": True}, {"min_tokens": 9, "temperature": 1.0}]
+)
+def test_an_end_that_comes_too_early_is_chosen_where_nothing_else_is_allowed(
+    choose: Chooser, early: dict[str, object]
+) -> None:
     logits = np.array([[9.0, 1.0, 0.0, 8.0, 0.5]] * 3, dtype=np.float32)
-    allowed = np.array([[1, 0, 1, 1, 0], [1, 0, 0, 1, 0], [0, 0, 0, 1, 0]], dtype=np.bool_)  # ends are 0 and 3
+    allowed = np.array(
+        [[1, 0, 1, 1, 0], [1, 0, 0, 1, 0], [0, 0, 0, 1, 0]], dtype=np.bool_
+    )  # ends are 0 and 3
     assert choose(logits, constrained(build(**early), [[]] * 3, allowed)).tolist()[0] == 2
-    assert choose(logits, constrained(build(**early | {"temperature": 0.0}), [[]] * 3, allowed)).tolist() == [2, 0, 3]
+    assert choose(
+        logits, constrained(build(**early | {"temperature": 0.0}), [[]] * 3, allowed)
+    ).tolist() == [2, 0, 3]
 
 
 SCORERS: dict[str, Scorer] = {
@@ -260,11 +335,15 @@ SCORERS: dict[str, Scorer] = {
 
 @pytest.mark.parametrize("scorer", SCORERS.values(), ids=list(SCORERS))
 @pytest.mark.parametrize(("vocabulary", "k"), [(5, 0), (5, 3), (5, 20), (3000, 20)])
-def test_logprobs_are_those_of_the_logits_as_they_are(scorer: Scorer, vocabulary: int, k: int) -> None:
+def test_logprobs_are_those_of_the_logits_as_they_are(
+    scorer: Scorer, vocabulary: int, k: int
+) -> None:
     logits = some_logits(3, vocabulary)
     expected = logits.double().log_softmax(dim=-1)
     found = scorer(logits.numpy(), [1, 4, 2], k)
-    assert [one.chosen for one in found] == pytest.approx([float(expected[row, token]) for row, token in enumerate([1, 4, 2])], abs=1e-5)
+    assert [one.chosen for one in found] == pytest.approx(
+        [float(expected[row, token]) for row, token in enumerate([1, 4, 2])], abs=1e-5
+    )
     best = expected.topk(min(k, vocabulary), dim=-1)
     assert [[token for token, _ in one.top] for one in found] == best.indices.tolist()
     for one, values in zip(found, best.values.tolist(), strict=True):
@@ -282,7 +361,9 @@ def test_a_certain_token_has_logprob_0_and_an_impossible_one_the_lowest(scorer: 
 
 @chooser
 def test_greedy_takes_the_first_of_equals(choose: Chooser) -> None:
-    assert choose(np.array([[1.0, 3.0, 3.0, 2.0]], dtype=np.float32), ask(build(top_k=1, top_p=0.1), [[]])).tolist() == [1]
+    assert choose(
+        np.array([[1.0, 3.0, 3.0, 2.0]], dtype=np.float32), ask(build(top_k=1, top_p=0.1), [[]])
+    ).tolist() == [1]
 
 
 def test_greedy_without_penalties_leaves_the_logits_alone() -> None:
@@ -291,7 +372,9 @@ def test_greedy_without_penalties_leaves_the_logits_alone() -> None:
 
 
 def some_logits(rows: int, vocabulary: int) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(rows).standard_normal((rows, vocabulary)).astype(np.float32) * 2)
+    return torch.from_numpy(
+        np.random.default_rng(rows).standard_normal((rows, vocabulary)).astype(np.float32) * 2
+    )
 
 
 def test_candidates_at_temperature_0_are_the_most_probable() -> None:
@@ -319,22 +402,30 @@ def test_candidates_at_temperature_0_are_the_most_probable() -> None:
     ],
     ids=str,
 )
-def test_the_first_candidate_of_a_perfect_drafter_is_the_choice(parameters: dict[str, object]) -> None:
+def test_the_first_candidate_of_a_perfect_drafter_is_the_choice(
+    parameters: dict[str, object],
+) -> None:
     logits, sampling = some_logits(200, 300), build(temperature=0.8, seed=4, **parameters)
     question = ask(sampling, [[1] * length for length in range(200)])
     tokens, scores = fast.candidates(logits, question, 5, pool=300)
     assert tokens[:, 0].tolist() == fast.choose(logits, question).tolist()
     assert (scores[:, 1:] <= scores[:, :-1]).all()
     shaped = fast.shape(logits, question).numpy()
-    assert np.array_equal(np.isinf(scores), np.isinf(np.take_along_axis(shaped, tokens.astype(np.int64), axis=1)))
+    assert np.array_equal(
+        np.isinf(scores), np.isinf(np.take_along_axis(shaped, tokens.astype(np.int64), axis=1))
+    )
 
 
 def test_scores_of_candidates_are_shares_of_the_pool() -> None:
-    _, scores = fast.candidates(some_logits(6, 40), ask(build(temperature=1.0), [[1] * i for i in range(6)]), 10, pool=10)
+    _, scores = fast.candidates(
+        some_logits(6, 40), ask(build(temperature=1.0), [[1] * i for i in range(6)]), 10, pool=10
+    )
     assert np.allclose(np.exp(scores).sum(axis=1), 1, atol=1e-5)
 
 
 def test_more_candidates_than_tokens() -> None:
     for temperature in (0.0, 1.0):
-        tokens, _ = fast.candidates(some_logits(2, 3), ask(build(temperature=temperature), [[], [1]]), 8)
+        tokens, _ = fast.candidates(
+            some_logits(2, 3), ask(build(temperature=temperature), [[], [1]]), 8
+        )
         assert np.sort(tokens, axis=1).tolist() == [[0, 1, 2]] * 2

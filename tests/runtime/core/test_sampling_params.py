@@ -27,7 +27,9 @@ BAD: list[tuple[str, object]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("param", "value"), BAD, ids=[f"{param}-{number}" for number, (param, _) in enumerate(BAD)])
+@pytest.mark.parametrize(
+    ("param", "value"), BAD, ids=[f"{param}-{number}" for number, (param, _) in enumerate(BAD)]
+)
 def test_refused_with_the_name(param: str, value: object) -> None:
     with pytest.raises(InvalidRequest) as caught:
         build(**{param.removesuffix(" token"): value})
@@ -72,7 +74,9 @@ def test_accepted(parameters: dict[str, object]) -> None:
         ("json_schema", "é" * (limits.CONSTRAINT_BYTES // 2 + 1), "json_schema of 16386 bytes"),
     ],
 )
-def test_a_constraint_without_sense_is_refused_as_the_response_format(kind: Any, text: str, says: str) -> None:
+def test_a_constraint_without_sense_is_refused_as_the_response_format(
+    kind: Any, text: str, says: str
+) -> None:
     with pytest.raises(InvalidRequest, match=says) as caught:
         Constraint(kind, text)
     assert caught.value.param == "response_format"

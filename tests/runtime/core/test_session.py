@@ -24,15 +24,32 @@ V = 8
 Node = tuple[tuple[int, ...], int]  # path of the parent, token
 
 
-def session(max_tokens: int = 20, context: int = 100, committed: tuple[int, ...] = (), epoch: int = 0) -> Session:
-    request = Request("s", PROMPT, Sampling(max_tokens=max_tokens), committed=committed, epoch=epoch)
+def session(
+    max_tokens: int = 20, context: int = 100, committed: tuple[int, ...] = (), epoch: int = 0
+) -> Session:
+    request = Request(
+        "s", PROMPT, Sampling(max_tokens=max_tokens), committed=committed, epoch=epoch
+    )
     return Session(request, V, context, Band())
 
 
-def draft(*nodes: Node, scores: list[float] | None = None, root: int = ROOT, epoch: int = 0, drafter: str = "d") -> Draft:
+def draft(
+    *nodes: Node,
+    scores: list[float] | None = None,
+    root: int = ROOT,
+    epoch: int = 0,
+    drafter: str = "d",
+) -> Draft:
     parents = np.array([text_key(path, root) for path, _ in nodes], np.uint64)
     tokens = np.array([token for _, token in nodes], np.int32)
-    return Draft("s", epoch, drafter, parents, tokens, np.array([-0.5] * len(nodes) if scores is None else scores, np.float32))
+    return Draft(
+        "s",
+        epoch,
+        drafter,
+        parents,
+        tokens,
+        np.array([-0.5] * len(nodes) if scores is None else scores, np.float32),
+    )
 
 
 def paths(of: Session) -> set[tuple[int, ...]]:
@@ -40,11 +57,15 @@ def paths(of: Session) -> set[tuple[int, ...]]:
 
 
 @given(
-    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple), min_size=1, max_size=8),
+    st.lists(
+        st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple), min_size=1, max_size=8
+    ),
     st.lists(st.integers(0, 100), min_size=1, max_size=6),
     st.randoms(use_true_random=False),
 )
-def test_merging_needs_no_order_and_bears_repetition(leaves: list[tuple[int, ...]], cuts: list[int], random: object) -> None:
+def test_merging_needs_no_order_and_bears_repetition(
+    leaves: list[tuple[int, ...]], cuts: list[int], random: object
+) -> None:
     """Drafts of whole paths, in any order and some of them twice, make the same tree as one draft of all of it."""
     nodes = sorted({leaf[:n] for leaf in leaves for n in range(1, len(leaf) + 1)}, key=len)
     whole, parts = session(), session()
@@ -77,14 +98,18 @@ def test_growth_is_kept_with_what_the_drafter_said_and_its_calibrated_score() ->
     assert tree.drafter == ["", "a", "a", "b"]
     assert tree.score[3] == pytest.approx(score_of(of.band.of("b"), 1, -2.0))
     both = [score_of(of.band.of("a"), 0, -0.5), score_of(of.band.of("b"), 0, -0.125)]
-    assert tree.score[1] == pytest.approx(between(*both))  # of two that guess the same, neither is believed alone
+    assert tree.score[1] == pytest.approx(
+        between(*both)
+    )  # of two that guess the same, neither is believed alone
     assert both[0] < tree.score[1] < both[1]
     assert of.offer(draft(((), 5), scores=[-3.0], drafter="c")) == 0
     assert tree.score[1] == pytest.approx(between(*both, score_of(of.band.of("c"), 0, -3.0)))
     assert tree.path[2] == tree.score[1] + tree.score[2]
     of.band.of("d").observe(0, -0.0625, False)
     assert of.offer(draft(((), 4), ((), 7), scores=[-0.0625, -0.0625], drafter="d")) == 1
-    second = score_of(of.band.of("d"), 1, -0.0625)  # its second guess for that place, whoever guessed the first
+    second = score_of(
+        of.band.of("d"), 1, -0.0625
+    )  # its second guess for that place, whoever guessed the first
     assert tree.score[3] == pytest.approx(between(score_of(of.band.of("b"), 1, -2.0), second))
 
 
@@ -103,7 +128,9 @@ def test_growth_is_kept_with_what_the_drafter_said_and_its_calibrated_score() ->
         (draft(), "", 0),
     ],
 )
-def test_what_makes_no_sense_changes_nothing_and_is_counted(message: Draft, why: str, count: int) -> None:
+def test_what_makes_no_sense_changes_nothing_and_is_counted(
+    message: Draft, why: str, count: int
+) -> None:
     of = session()
     assert of.offer(message) == 0
     assert paths(of) == set()
@@ -133,7 +160,9 @@ def test_rows_are_the_best_nodes_whose_tokens_could_be_delivered() -> None:
     of.offer(draft(((), 5), ((5,), 6), ((5, 6), 7), ((), 2), scores=[-0.1, -0.1, -0.1, -3.0]))
     gains, leaves, depth = of.worth()
     assert gains.tolist() == pytest.approx([math.exp(-0.1), math.exp(-0.2), math.exp(-3.0)])
-    assert leaves.tolist() == pytest.approx([math.exp(-3.0)])  # the deepest node is beyond the end, and so no leaf to speak of
+    assert leaves.tolist() == pytest.approx(
+        [math.exp(-3.0)]
+    )  # the deepest node is beyond the end, and so no leaf to speak of
     assert depth == 2
     assert of.select(1) == [1]
     assert of.select(2) == [1, 2]
@@ -141,7 +170,9 @@ def test_rows_are_the_best_nodes_whose_tokens_could_be_delivered() -> None:
     assert of.paths(of.select(9)) == [[], [5], [5, 6], [2]]
 
 
-@pytest.mark.parametrize(("max_tokens", "context", "deepest"), [(1, 100, 0), (2, 100, 1), (50, 6, 2), (50, 4, 0)])
+@pytest.mark.parametrize(
+    ("max_tokens", "context", "deepest"), [(1, 100, 0), (2, 100, 1), (50, 6, 2), (50, 4, 0)]
+)
 def test_nothing_is_verified_beyond_the_end(max_tokens: int, context: int, deepest: int) -> None:
     of = session(max_tokens, context)
     of.offer(draft(((), 5), ((5,), 5), ((5, 5), 5)))
@@ -191,7 +222,12 @@ def test_who_joins_late_learns_the_whole_text() -> None:
     of = session(committed=(1, 5), epoch=2)
     of.apply(Verdict((), 7))
     opened = of.open(Share("s", 1, 3))
-    assert (opened.session, opened.epoch, opened.tokens, opened.prompt) == ("s", 2, (3, 1, 4, 1, 5, 7), 3)
+    assert (opened.session, opened.epoch, opened.tokens, opened.prompt) == (
+        "s",
+        2,
+        (3, 1, 4, 1, 5, 7),
+        3,
+    )
     assert opened.share == Share("s", 1, 3)
     assert of.end == 3 + 20
 

@@ -56,28 +56,45 @@ class TreeMachine(RuleBasedStateMachine):
         parent: Path = data.draw(st.sampled_from([(), *self.paths]))
         path, drafter = (*parent, token), f"d{token}"
         mine, name = self.names_of(drafter), self.name(path)
-        fits = path not in self.paths and name not in mine and len(self.paths) < MAX_NODES and len(path) <= MAX_DEPTH
+        fits = (
+            path not in self.paths
+            and name not in mine
+            and len(self.paths) < MAX_NODES
+            and len(path) <= MAX_DEPTH
+        )
         rank = self.tree.fanout[self.node(parent)]
         added = self.tree.add(self.node(parent), token, score, drafter=drafter)
         assert added == (len(self.tree) - 1 if fits else None)
         if fits:
-            self.paths[path], self.voices[path], mine[name] = (score, False), [(drafter, rank, score)], path
+            self.paths[path], self.voices[path], mine[name] = (
+                (score, False),
+                [(drafter, rank, score)],
+                path,
+            )
 
     def heard(self, parent: Path, drafter: str) -> int:
         """How many children it has guessed there."""
         siblings = [voices for path, voices in self.voices.items() if path[:-1] == parent]
         return sum(name == drafter for voices in siblings for name, _, _ in voices)
 
-    @rule(paths=st.lists(st.lists(TOKENS, min_size=1, max_size=MAX_DEPTH).map(tuple), max_size=8), drafter=st.sampled_from(["d0", "many"]))
+    @rule(
+        paths=st.lists(st.lists(TOKENS, min_size=1, max_size=MAX_DEPTH).map(tuple), max_size=8),
+        drafter=st.sampled_from(["d0", "many"]),
+    )
     def merge(self, paths: list[Path], drafter: str) -> None:
         """A draft by name, each node twice; where a parent is not there, or there is no room, its children are none either. What others
         have guessed is echoed and keeps its score. A name stands for the first that its drafter has called so."""
         nodes = sorted({path[:n] for path in paths for n in range(1, len(path) + 1)}, key=len)
         offered = [*nodes, *nodes]
         above = np.array([self.name(path[:-1]) for path in offered], dtype=np.uint64)
-        tokens, said = np.array([path[-1] for path in offered], dtype=np.int64), np.full(len(offered), -2.0)
+        tokens, said = (
+            np.array([path[-1] for path in offered], dtype=np.int64),
+            np.full(len(offered), -2.0),
+        )
         mine, new, shared, lost = self.names_of(drafter), list[int](), set[Path](), Counter[str]()
-        for row, (parent_name, token) in enumerate(zip(above.tolist(), tokens.tolist(), strict=True)):
+        for row, (parent_name, token) in enumerate(
+            zip(above.tolist(), tokens.tolist(), strict=True)
+        ):
             name = child_key(parent_name, token)
             if parent_name not in mine:
                 lost["stale"] += 1
@@ -97,7 +114,12 @@ class TreeMachine(RuleBasedStateMachine):
                 lost["full"] += 1
                 continue
             mine[name] = path
-            names = {who for sibling, voices in self.voices.items() if sibling[:-1] == path[:-1] for who, _, _ in voices}
+            names = {
+                who
+                for sibling, voices in self.voices.items()
+                if sibling[:-1] == path[:-1]
+                for who, _, _ in voices
+            }
             if len(names) > 1:
                 shared.add(path[:-1])
         merged = self.tree.merge(above, tokens, said, drafter, lambda ranks, said: said)
@@ -110,7 +132,9 @@ class TreeMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), score=st.floats(-9.0, 0.0))
     def rescore(self, data: st.DataObject, score: float) -> None:
-        chosen = data.draw(st.lists(st.sampled_from([*self.paths]), max_size=4)) if self.paths else []
+        chosen = (
+            data.draw(st.lists(st.sampled_from([*self.paths]), max_size=4)) if self.paths else []
+        )
         self.tree.rescore({self.node(path): score for path in chosen})
         for path in chosen:
             self.paths[path] = score, self.paths[path][1]
@@ -130,13 +154,19 @@ class TreeMachine(RuleBasedStateMachine):
         hit = tokens in self.paths or not tokens
         if tokens:
             self.root_expanded = hit and self.paths[tokens][1]
-        survivors = {path[len(tokens) :]: kept for path, kept in self.paths.items() if path[: len(tokens)] == tokens and path != tokens}
+        survivors = {
+            path[len(tokens) :]: kept
+            for path, kept in self.paths.items()
+            if path[: len(tokens)] == tokens and path != tokens
+        }
         ranks = {path: self.tree.rank[self.node((*tokens, *path))] for path in survivors}
         assert self.tree.reroot(tokens) == hit
         self.text.extend(tokens)
         self.paths = survivors
         self.voices = {path: self.voices[(*tokens, *path)] for path in survivors}
-        self.named = {who: {self.name(()): ()} for voices in self.voices.values() for who, _, _ in voices}
+        self.named = {
+            who: {self.name(()): ()} for voices in self.voices.values() for who, _, _ in voices
+        }
         for path, voices in self.voices.items():
             for who, _, _ in voices:
                 self.named[who][self.name(path)] = path
@@ -160,20 +190,36 @@ class TreeMachine(RuleBasedStateMachine):
             assert (tree.score[node], tree.expanded[node]) == (score, expanded)
             assert [tuple(voice) for voice in tree.voices(node)] == self.voices[path]
             assert tree.names(node) == [name for name, _, _ in self.voices[path]]
-            assert math.isclose(tree.path[node], sum(self.paths[path[:n]][0] for n in range(1, len(path) + 1)), abs_tol=1e-9)
+            assert math.isclose(
+                tree.path[node],
+                sum(self.paths[path[:n]][0] for n in range(1, len(path) + 1)),
+                abs_tol=1e-9,
+            )
             turned = tree.turns[node] - tree.turns[tree.parent[node]]
             assert turned in (0, 1)
-            assert math.isclose(tree.aside[node] - tree.aside[tree.parent[node]], turned * score, abs_tol=1e-9)
+            assert math.isclose(
+                tree.aside[node] - tree.aside[tree.parent[node]], turned * score, abs_tol=1e-9
+            )
         for who in tree.named.keys() | self.named.keys():
-            meant = {name: tuple(tree.tokens_to(node)) for name, node in tree.named.get(who, {}).items() if node}
-            assert meant == {name: path for name, path in self.named.get(who, {}).items() if path}, who
+            meant = {
+                name: tuple(tree.tokens_to(node))
+                for name, node in tree.named.get(who, {}).items()
+                if node
+            }
+            assert meant == {
+                name: path for name, path in self.named.get(who, {}).items() if path
+            }, who
         for node in range(len(tree)):
             below = {path[-1]: child for path, child in found.items() if tree.parent[child] == node}
             assert tree.children(node) == sorted(below.values())
             assert tree.fanout[node] == len(below)
             best = [child for child in below.values() if tree.score[child] == tree.top[node]]
-            assert not best or any(tree.turns[child] == tree.turns[node] for child in best)  # the likeliest is no turn
-            assert {token: tree.child(node, token) for token in range(4)} == {token: below.get(token) for token in range(4)}
+            assert not best or any(
+                tree.turns[child] == tree.turns[node] for child in best
+            )  # the likeliest is no turn
+            assert {token: tree.child(node, token) for token in range(4)} == {
+                token: below.get(token) for token in range(4)
+            }
 
     @invariant()
     def the_best_are_best_and_hold_their_parents(self) -> None:
@@ -183,7 +229,9 @@ class TreeMachine(RuleBasedStateMachine):
             assert len(best) == min(count, len(self.paths))
             assert {self.tree.parent[node] for node in best} <= {0, *best}
             rest = set(range(1, len(self.tree))) - set(best)
-            assert all(self.tree.path[node] >= self.tree.path[other] for node in best for other in rest)
+            assert all(
+                self.tree.path[node] >= self.tree.path[other] for node in best for other in rest
+            )
 
     @invariant()
     def a_node_sees_its_ancestors_and_itself(self) -> None:
@@ -191,7 +239,10 @@ class TreeMachine(RuleBasedStateMachine):
             nodes = self.tree.best(count)
             paths = [self.tree.tokens_to(node) for node in nodes]
             expected = [[path[: len(above)] == above for above in paths] for path in paths]
-            assert np.array_equal(self.tree.visible(nodes), np.array(expected, dtype=bool).reshape(len(nodes), len(nodes)))
+            assert np.array_equal(
+                self.tree.visible(nodes),
+                np.array(expected, dtype=bool).reshape(len(nodes), len(nodes)),
+            )
 
 
 class ShortNames(TreeMachine):
@@ -208,7 +259,11 @@ TestTreeOfShortNames.settings = settings(max_examples=80, stateful_step_count=25
 
 def test_a_name_is_that_of_the_whole_text() -> None:
     assert text_key([]) == EMPTY_TEXT
-    assert text_key([5, 6, 7]) == mix64(mix64(mix64(EMPTY_TEXT, 5), 6), 7) == text_key([6, 7], text_key([5]))
+    assert (
+        text_key([5, 6, 7])
+        == mix64(mix64(mix64(EMPTY_TEXT, 5), 6), 7)
+        == text_key([6, 7], text_key([5]))
+    )
     names = {text_key(text) for n in range(4) for text in np.ndindex(*[6] * n)}
     assert len(names) == 1 + 6 + 36 + 216
     assert all(0 <= name <= MASK for name in names)
@@ -216,7 +271,11 @@ def test_a_name_is_that_of_the_whole_text() -> None:
 
 def test_names_are_the_same_in_every_process_and_version() -> None:
     """The first three numbers of SplitMix64 from seed 0, as published."""
-    assert [mix64(0, 0), mix64(0, 1), mix64(0, 2)] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert [mix64(0, 0), mix64(0, 1), mix64(0, 2)] == [
+        0xE220A8397B1DCDAF,
+        0x6E789E6AA1B965F4,
+        0x06C45D188009454F,
+    ]
     assert text_key([0]) == mix64(0, 1)
 
 
@@ -238,14 +297,24 @@ def test_no_path_leads_to_a_node_that_is_not_there() -> None:
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.floats(-9.0, 0.0), st.booleans()), min_size=1, max_size=12),
+    st.lists(
+        st.tuples(st.integers(0, 4), st.integers(0, 3), st.floats(-9.0, 0.0), st.booleans()),
+        min_size=1,
+        max_size=12,
+    ),
     st.sampled_from([4, 64]),
 )
-def test_a_message_is_its_nodes_one_by_one(guesses: list[tuple[int, int, float, bool]], bits: int) -> None:
+def test_a_message_is_its_nodes_one_by_one(
+    guesses: list[tuple[int, int, float, bool]], bits: int
+) -> None:
     """Growth of one drafter after that of another, in one message and in as many as it has nodes: the same columns, echoes and names."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(node_names, "NAME_MASK", (1 << bits) - 1)
-        keys, tokens, said = [text_key(TEXT)], np.array([guess[1] for guess in guesses]), np.array([guess[2] for guess in guesses])
+        keys, tokens, said = (
+            [text_key(TEXT)],
+            np.array([guess[1] for guess in guesses]),
+            np.array([guess[2] for guess in guesses]),
+        )
         parents = []
         for place, token, _, _ in guesses:
             parents.append(keys[place % len(keys)])
@@ -253,15 +322,29 @@ def test_a_message_is_its_nodes_one_by_one(guesses: list[tuple[int, int, float, 
         above, first = np.array(parents, np.uint64), np.array([guess[3] for guess in guesses])
         trees = [TokenTree(text_key(TEXT), TEXT[-1], 9, 3) for _ in range(2)]
         for tree in trees:
-            tree.merge(above[first], tokens[first], said[first], "a", lambda ranks, said: said - ranks)
+            tree.merge(
+                above[first], tokens[first], said[first], "a", lambda ranks, said: said - ranks
+            )
         whole = trees[0].merge(above, tokens, said, "b", lambda ranks, said: said - ranks)
         parts = [
-            trees[1].merge(above[n : n + 1], tokens[n : n + 1], said[n : n + 1], "b", lambda ranks, said: said - ranks)
+            trees[1].merge(
+                above[n : n + 1],
+                tokens[n : n + 1],
+                said[n : n + 1],
+                "b",
+                lambda ranks, said: said - ranks,
+            )
             for n in range(len(guesses))
         ]
     assert whole.rows == [n for n, part in enumerate(parts) if part.rows]
     assert whole.stale == [n for n, part in enumerate(parts) if part.stale]
-    assert (whole.repeated, whole.full) == (sum(part.repeated for part in parts), sum(part.full for part in parts))
+    assert (whole.repeated, whole.full) == (
+        sum(part.repeated for part in parts),
+        sum(part.full for part in parts),
+    )
     assert whole.collisions == sum(part.collisions for part in parts)
     one, many = trees
-    assert all(getattr(one, name) == getattr(many, name) for name in (*COLUMNS, "drafter", "echoes", "named"))
+    assert all(
+        getattr(one, name) == getattr(many, name)
+        for name in (*COLUMNS, "drafter", "echoes", "named")
+    )

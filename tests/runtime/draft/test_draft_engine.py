@@ -10,10 +10,30 @@ import pytest
 from runtime.core import limits
 from runtime.core.draft_nodes import DraftNodes
 from runtime.core.links import DraftLink
-from runtime.core.messages import AS_IT_LIKES, Close, Commit, Draft, Event, Open, Reply, Resync, Share, Style
+from runtime.core.messages import (
+    AS_IT_LIKES,
+    Close,
+    Commit,
+    Draft,
+    Event,
+    Open,
+    Reply,
+    Resync,
+    Share,
+    Style,
+)
 from runtime.core.node_names import text_key
 from runtime.core.sampling_params import Sampling
-from runtime.draft.draft_engine import FLOOR, ROWS, RUN_AHEAD, DraftEngine, EventReceived, GrowthDropped, Stop, StreamClosed
+from runtime.draft.draft_engine import (
+    FLOOR,
+    ROWS,
+    RUN_AHEAD,
+    DraftEngine,
+    EventReceived,
+    GrowthDropped,
+    Stop,
+    StreamClosed,
+)
 from runtime.draft.draft_host import DraftHost
 from runtime.drafters.base import ExpandRequest, Text
 from runtime.drafters.model import ModelDrafter
@@ -42,7 +62,15 @@ def opened(
     most: int = 100,
     style: Style = AS_IT_LIKES,
 ) -> Open:
-    return Open(session, epoch, tuple(tokens), len(PROMPT), Sampling(max_tokens=most), Share(session, *share), style)
+    return Open(
+        session,
+        epoch,
+        tuple(tokens),
+        len(PROMPT),
+        Sampling(max_tokens=most),
+        Share(session, *share),
+        style,
+    )
 
 
 def commit(base: int, count: int, session: str = "s", epoch: int = 0) -> Commit:
@@ -69,7 +97,11 @@ class Hand:
         return [token for draft in self.drafts(session, before) for token in draft.tokens.tolist()]
 
     def drafts(self, session: str = "s", start: int = 0) -> list[Draft]:
-        return [reply for reply in self.sent[start:] if isinstance(reply, Draft) and reply.session == session]
+        return [
+            reply
+            for reply in self.sent[start:]
+            if isinstance(reply, Draft) and reply.session == session
+        ]
 
     def text(self, name: str = "0/s") -> tuple[int, ...]:
         return tuple(self.draft_engine.states[name].tokens)
@@ -110,7 +142,9 @@ def test_a_lost_commit_is_noticed_and_the_text_asked_for_once() -> None:
     assert hand.grow(1) == [TEXT[10]]
 
 
-@pytest.mark.parametrize("wrong", [Commit("s", 0, 5, (1, 2), 0), Commit("s", 0, 5, (63, 63), text_key(TEXT[:7]))])
+@pytest.mark.parametrize(
+    "wrong", [Commit("s", 0, 5, (1, 2), 0), Commit("s", 0, 5, (63, 63), text_key(TEXT[:7]))]
+)
 def test_a_commit_that_does_not_add_up_is_noticed(wrong: Commit) -> None:
     hand = Hand()
     hand.hear(opened(), wrong)
@@ -181,7 +215,9 @@ def test_the_longer_it_grows_the_rarer_it_speaks() -> None:
     assert hand.grow(21) == list(TEXT[5:25])
     assert [len(draft.tokens) for draft in hand.drafts()] == [1, 1, 1, 1, 2, 2, 3, 4, 5]
     hand.hear(commit(5, 1))
-    assert hand.drafts()[-1].tokens.tolist() == [TEXT[25]]  # was held back, and may live on under the new root
+    assert hand.drafts()[-1].tokens.tolist() == [
+        TEXT[25]
+    ]  # was held back, and may live on under the new root
     assert hand.grow(2) == list(TEXT[26:28])
 
 
@@ -214,7 +250,9 @@ def test_it_stops_at_the_depth_of_a_tree() -> None:
     assert len(hand.grow(200)) == limits.TREE_DEPTH
 
 
-@pytest.mark.parametrize(("of", "most"), [(1, RUN_AHEAD), (8, limits.TREE_NODES // 9), (16, limits.TREE_NODES // 17)])
+@pytest.mark.parametrize(
+    ("of", "most"), [(1, RUN_AHEAD), (8, limits.TREE_NODES // 9), (16, limits.TREE_NODES // 17)]
+)
 def test_run_ahead_is_bounded_so_that_the_mirror_holds_the_trees_of_all(of: int, most: int) -> None:
     hand = Hand(width=4, branches=4)
     hand.hear(opened(share=(0, of)))
@@ -244,10 +282,17 @@ def test_a_share_holds_from_when_it_is_told() -> None:
     for hand in (alone, first, second):
         hand.grow(3)
     grown = [
-        {(int(p), int(t)) for d in hand.sent if isinstance(d, Draft) for p, t in zip(d.parents, d.tokens, strict=True)}
+        {
+            (int(p), int(t))
+            for d in hand.sent
+            if isinstance(d, Draft)
+            for p, t in zip(d.parents, d.tokens, strict=True)
+        }
         for hand in (first, second)
     ]
-    root_children = {(text_key(PROMPT), token) for token in (TEXT[5], TEXT[5] + 1, TEXT[5] + 2, TEXT[5] + 3)}
+    root_children = {
+        (text_key(PROMPT), token) for token in (TEXT[5], TEXT[5] + 1, TEXT[5] + 2, TEXT[5] + 3)
+    }
     main = {(text_key(TEXT[:n]), (TEXT[n] + k) % V) for n in (5, 6, 7) for k in range(4)}
     assert root_children <= main <= grown[0] & grown[1]
     off = [set(nodes - main) for nodes in grown]
@@ -289,7 +334,9 @@ def test_width_and_branches_as_asked_or_its_own() -> None:
     hand = Hand(width=2, branches=4)
     hand.hear(opened(), opened("wide", style=Style(width=3, branches=7)))
     hand.grow(1)
-    found = {wish.text.session: (len(wish.leaves), wish.branches) for wish in hand.draft_engine.plan()}
+    found = {
+        wish.text.session: (len(wish.leaves), wish.branches) for wish in hand.draft_engine.plan()
+    }
     assert found == {"0/s": (2, 0), "0/wide": (3, 7)}
 
 
@@ -298,7 +345,10 @@ def test_a_growth_of_any_size_goes_out_in_messages_that_a_target_takes() -> None
     hand.draft_engine.drafter = Known(TEXT, 1000, 400)
     hand.hear(opened())
     assert len(hand.grow(1)) == 400
-    assert [len(draft.tokens) for draft in hand.drafts()] == [limits.DRAFT_NODES, 400 - limits.DRAFT_NODES]
+    assert [len(draft.tokens) for draft in hand.drafts()] == [
+        limits.DRAFT_NODES,
+        400 - limits.DRAFT_NODES,
+    ]
 
 
 # Several sessions in one pass
@@ -350,7 +400,12 @@ def test_a_method_that_asks_for_patience_is_asked_again() -> None:
 
         def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes | None]:  # type: ignore[override]
             self.asked += 1
-            return [None if self.asked < 4 and wish.text.session == "0/s" else self.guess(wish.text, wish.leaves) for wish in wishes]
+            return [
+                None
+                if self.asked < 4 and wish.text.session == "0/s"
+                else self.guess(wish.text, wish.leaves)
+                for wish in wishes
+            ]
 
     hand = Hand()
     hand.draft_engine.drafter = Slow()
@@ -369,7 +424,11 @@ def test_a_drafter_that_is_sure_of_one_token_runs_as_deep_as_a_tree_may_be() -> 
 
         def guess(self, text: Text, leaves: Sequence[int]) -> DraftNodes:
             found = super().guess(text, leaves)
-            return DraftNodes(found.parents, found.tokens, np.where(found.scores > -1, -0.01, -8.0).astype(np.float32))
+            return DraftNodes(
+                found.parents,
+                found.tokens,
+                np.where(found.scores > -1, -0.01, -8.0).astype(np.float32),
+            )
 
     hand = Hand(width=4, branches=4)
     hand.draft_engine.drafter = Sure(TEXT, V, 4)

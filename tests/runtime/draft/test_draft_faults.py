@@ -23,8 +23,17 @@ from tests.support.harness import Known, Mute, hosted
 # What goes wrong
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no memory"), InvalidRequest("token 99 is not in the vocabulary"), ValueError("shape")])
-def test_a_method_that_fails_gives_up_that_session_alone(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("no memory"),
+        InvalidRequest("token 99 is not in the vocabulary"),
+        ValueError("shape"),
+    ],
+)
+def test_a_method_that_fails_gives_up_that_session_alone(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
     class Failing(Known):
         def guess(self, text: Text, leaves: Sequence[int]) -> DraftNodes:
             if text.session == "0/bad":
@@ -43,8 +52,12 @@ def test_a_method_that_fails_gives_up_that_session_alone(error: Exception, caplo
     assert "gives a session up" in caplog.text
 
 
-def answer(parents: Sequence[int], tokens: Sequence[int], scores: Sequence[float], roots: int | None = None) -> DraftNodes:
-    return DraftNodes(np.array(parents, np.int32), np.array(tokens, np.int32), np.array(scores, np.float32), roots)
+def answer(
+    parents: Sequence[int], tokens: Sequence[int], scores: Sequence[float], roots: int | None = None
+) -> DraftNodes:
+    return DraftNodes(
+        np.array(parents, np.int32), np.array(tokens, np.int32), np.array(scores, np.float32), roots
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,7 +69,13 @@ def answer(parents: Sequence[int], tokens: Sequence[int], scores: Sequence[float
         answer([0, 1 + 7], [1, 1], [-0.1, -0.1], roots=1),
         answer([0, 2, 1], [1, 1, 1], [-0.1, -0.1, -0.1], roots=1),
     ],
-    ids=["a parent that is not there", "too few tokens", "too many scores", "below what is not there", "below itself"],
+    ids=[
+        "a parent that is not there",
+        "too few tokens",
+        "too many scores",
+        "below what is not there",
+        "below itself",
+    ],
 )
 def test_an_answer_that_can_be_none_gives_up_that_session_alone(nonsense: DraftNodes) -> None:
     class Confused(Known):
@@ -94,7 +113,9 @@ def test_growth_that_was_dropped_is_sent_again() -> None:
     assert hand.grow(4) == list(TEXT[5:9])
 
 
-def test_growth_that_nobody_fetches_is_dropped_but_no_question(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growth_that_nobody_fetches_is_dropped_but_no_question(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The reader sleeps over a queue of two. It finds those two, and behind them the question that came last."""
     monkeypatch.setattr(draft_host, "REPLIES_WAITING", 2)
 
@@ -123,14 +144,19 @@ def test_a_clogged_link_becomes_useful_again(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(draft_host, "REPLIES_WAITING", 2)
 
     async def main() -> None:
-        async with hosted(Known(TEXT, V)) as host, closing(host.speculate(Feed(opened(most=9)))) as replies:
+        async with (
+            hosted(Known(TEXT, V)) as host,
+            closing(host.speculate(Feed(opened(most=9)))) as replies,
+        ):
             known = {text_key(PROMPT)}
             while text_key(TEXT[:13]) not in known:
                 draft = await draft_for(replies, "s")
                 await soon(lambda: host.draft_engine.counters["dropped replies"] >= 2)
                 parents = draft.parents.tolist()
                 known.update(
-                    text_key([token], parent) for parent, token in zip(parents, draft.tokens.tolist(), strict=True) if parent in known
+                    text_key([token], parent)
+                    for parent, token in zip(parents, draft.tokens.tolist(), strict=True)
+                    if parent in known
                 )
 
     asyncio.run(main())

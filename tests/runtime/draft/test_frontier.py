@@ -46,9 +46,15 @@ def owner(tree: TokenTree, node: int, of: int) -> int | None:
 
 
 @given(trees(), st.integers(1, 8), st.integers(0, 6), st.floats(-5.0, 0.0))
-def test_the_most_probable_first_within_bounds(tree: TokenTree, width: int, deepest: int, floor: float) -> None:
+def test_the_most_probable_first_within_bounds(
+    tree: TokenTree, width: int, deepest: int, floor: float
+) -> None:
     chosen = Frontier(tree, deepest, floor).best(width)
-    expandable = {n for n in range(len(tree)) if not tree.expanded[n] and tree.depth[n] < deepest and tree.path[n] >= floor}
+    expandable = {
+        n
+        for n in range(len(tree))
+        if not tree.expanded[n] and tree.depth[n] < deepest and tree.path[n] >= floor
+    }
     assert len(chosen) == min(width, len(expandable))
     assert set(chosen) <= expandable
     paths = [tree.path[node] for node in chosen]
@@ -57,17 +63,26 @@ def test_the_most_probable_first_within_bounds(tree: TokenTree, width: int, deep
 
 
 @given(trees(), st.integers(1, 5))
-def test_a_branch_has_one_owner_named_by_where_it_left_the_main_line(tree: TokenTree, of: int) -> None:
-    shares = [set(Frontier(tree, DEEP, LOW, Share("s", index, of)).best(len(tree))) for index in range(of)]
+def test_a_branch_has_one_owner_named_by_where_it_left_the_main_line(
+    tree: TokenTree, of: int
+) -> None:
+    shares = [
+        set(Frontier(tree, DEEP, LOW, Share("s", index, of)).best(len(tree))) for index in range(of)
+    ]
     for node in range(len(tree)):
         mine = owner(tree, node, of)
         wanted = set() if tree.expanded[node] else set(range(of)) if mine is None else {mine}
         assert {index for index in range(of) if node in shares[index]} == wanted
 
 
-@given(trees(), st.lists(st.tuples(GROWTH, EXPANDED), max_size=4), st.integers(0, 6), st.integers(1, 3))
+@given(
+    trees(), st.lists(st.tuples(GROWTH, EXPANDED), max_size=4), st.integers(0, 6), st.integers(1, 3)
+)
 def test_what_is_kept_up_to_date_is_what_is_made_anew(
-    tree: TokenTree, changes: list[tuple[list[tuple[int, int, float]], list[int]]], deepest: int, of: int
+    tree: TokenTree,
+    changes: list[tuple[list[tuple[int, int, float]], list[int]]],
+    deepest: int,
+    of: int,
 ) -> None:
     kept = Frontier(tree, deepest, -4.0, Share("s", 0, of))
     for growth, expanded in changes:
@@ -88,18 +103,34 @@ def test_a_share_that_is_none_grows_the_main_line_alone() -> None:
 
 
 @given(st.lists(st.tuples(trees(), st.integers(1, 8)), max_size=5), st.integers(0, 20))
-def test_rows_go_to_the_most_probable_of_all_and_one_to_each(sessions: list[tuple[TokenTree, int]], rows: int) -> None:
-    frontiers, widths = [Frontier(tree, DEEP, LOW) for tree, _ in sessions], [width for _, width in sessions]
+def test_rows_go_to_the_most_probable_of_all_and_one_to_each(
+    sessions: list[tuple[TokenTree, int]], rows: int
+) -> None:
+    frontiers, widths = (
+        [Frontier(tree, DEEP, LOW) for tree, _ in sessions],
+        [width for _, width in sessions],
+    )
     counts = allot(frontiers, widths, rows)
     assert len(counts) == len(frontiers)
     for count, frontier, width in zip(counts, frontiers, widths, strict=True):
         assert min(1, len(frontier.expandable)) <= count <= min(width, len(frontier.expandable))
-    could = sum(min(width, len(frontier.expandable)) for frontier, width in zip(frontiers, widths, strict=True))
-    assert sum(counts) == max(sum(bool(frontier.expandable) for frontier in frontiers), min(rows, could))
+    could = sum(
+        min(width, len(frontier.expandable))
+        for frontier, width in zip(frontiers, widths, strict=True)
+    )
+    assert sum(counts) == max(
+        sum(bool(frontier.expandable) for frontier in frontiers), min(rows, could)
+    )
     # Beyond the first of each, none that is left out is more probable than one that is in.
-    taken = [path for count, frontier in zip(counts, frontiers, strict=True) for path, _ in frontier.expandable[1:count]]
+    taken = [
+        path
+        for count, frontier in zip(counts, frontiers, strict=True)
+        for path, _ in frontier.expandable[1:count]
+    ]
     left = [
-        path for n, frontier, width in zip(counts, frontiers, widths, strict=True) for path, _ in frontier.expandable[max(n, 1) : width]
+        path
+        for n, frontier, width in zip(counts, frontiers, widths, strict=True)
+        for path, _ in frontier.expandable[max(n, 1) : width]
     ]
     assert max(taken, default=0.0) <= min(left, default=float("inf"))
 

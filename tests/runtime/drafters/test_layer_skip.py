@@ -38,7 +38,9 @@ def test_it_computes_what_these_layers_compute(folder: Path, layers: list[int]) 
     with torch.inference_mode():
         expected = whole.module(torch.from_numpy(TEXT[None]), use_cache=False).logits[0]
     assert len(part.new_cache().layers) == len(layers)
-    torch.testing.assert_close(part.forward(part.new_cache(), causal(TEXT, 0)), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        part.forward(part.new_cache(), causal(TEXT, 0)), expected, atol=1e-4, rtol=0
+    )
 
 
 def test_by_default_it_is_every_second(folder: Path) -> None:
@@ -61,7 +63,9 @@ def test_models_built_otherwise_are_refused() -> None:
 
 
 def test_windows_go_with_their_layers() -> None:
-    config: Any = tiny("qwen2", num_hidden_layers=4, use_sliding_window=True, sliding_window=6, max_window_layers=2).config
+    config: Any = tiny(
+        "qwen2", num_hidden_layers=4, use_sliding_window=True, sliding_window=6, max_window_layers=2
+    ).config
     assert config.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
     found: Any = up_to(config, [1, 2], "q")
     assert found.layer_types == ["full_attention"] * 2 + ["sliding_attention"]
@@ -71,11 +75,15 @@ def test_windows_go_with_their_layers() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_it_drafts_for_the_whole(folder: Path, temperature: float) -> None:
     target = load_model(str(folder))
-    host = build_drafter(DrafterConfig(name="d", method="layer-skip", layers=(0, 1, 3), device="cpu"), str(folder))
+    host = build_drafter(
+        DrafterConfig(name="d", method="layer-skip", layers=(0, 1, 3), device="cpu"), str(folder)
+    )
     drafter = host.draft_engine.drafter
     assert isinstance(drafter, ModelDrafter)
     request = asking(TEXT.tolist(), max_tokens=40, temperature=temperature, seed=2)
-    (found,) = Lockstep(engine_of(target, chooser=choose), DraftEngine(drafter, "d", 2)).run(request)
+    (found,) = Lockstep(engine_of(target, chooser=choose), DraftEngine(drafter, "d", 2)).run(
+        request
+    )
     assert found.said() == plain(target, request, chooser=choose).said()
     assert found.stats.verified > 0
 

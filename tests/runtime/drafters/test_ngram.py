@@ -42,7 +42,11 @@ def test_lookup(tokens: list[int], found: tuple[int, int] | None) -> None:
 @given(st.lists(st.integers(0, 2), max_size=40))
 def test_lookup_is_the_longest_and_latest(tokens: list[int]) -> None:
     for length in range(LONGEST, SHORTEST - 1, -1):
-        places = [i for i in range(len(tokens) - length) if tokens[i : i + length] == tokens[len(tokens) - length :]]
+        places = [
+            i
+            for i in range(len(tokens) - length)
+            if tokens[i : i + length] == tokens[len(tokens) - length :]
+        ]
         if places and length < len(tokens):
             assert lookup(tokens) == (tokens[places[-1] + length], length)
             return
@@ -71,14 +75,19 @@ class Same:
         self.closed: list[str] = []
 
     def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes | None]:
-        return [guesses([(leaf, 31, -0.5) for leaf in wish.leaves]) if wish.leaves else None for wish in wishes]
+        return [
+            guesses([(leaf, 31, -0.5) for leaf in wish.leaves]) if wish.leaves else None
+            for wish in wishes
+        ]
 
     def close(self, session: str) -> None:
         self.closed.append(session)
 
 
 @pytest.mark.parametrize(("wrong", "low", "high"), [(0.0, 0, 0), (0.3, 90, 150), (1.0, 400, 400)])
-def test_a_share_of_the_guesses_is_spoilt_the_same_in_every_run(wrong: float, low: int, high: int) -> None:
+def test_a_share_of_the_guesses_is_spoilt_the_same_in_every_run(
+    wrong: float, low: int, high: int
+) -> None:
     text = text_of(PROMPT)
     for token in range(400):
         text.tree.add(0, token, -0.5)
@@ -99,7 +108,9 @@ def test_a_share_of_the_guesses_is_spoilt_the_same_in_every_run(wrong: float, lo
 def test_the_sessions_of_a_request_are_closed_at_the_drafter() -> None:
     inner = Same()
     draft_engine = DraftEngine(inner, "d")
-    Lockstep(engine_of(LOOPING), draft_engine).run(Request("x", tuple(PROMPT), Sampling(max_tokens=4)))
+    Lockstep(engine_of(LOOPING), draft_engine).run(
+        Request("x", tuple(PROMPT), Sampling(max_tokens=4))
+    )
     assert inner.closed == ["0/x"]
     draft_engine.hear(0, Close("x"), lambda reply: None)
     assert inner.closed == ["0/x"]

@@ -49,8 +49,14 @@ def levels(found: DraftNodes) -> list[DraftNodes]:
     """The guesses themselves, those below them, and so on; the parents of each are places in the level before it."""
     places = [np.arange(len(found.tokens))[level] for level in found.levels()]
     parents = [found.parents[places[0]]]
-    parents += [np.searchsorted(above, found.parents[here] - (found.roots or 0)) for above, here in pairwise(places)]
-    return [DraftNodes(hung, found.tokens[here], found.scores[here]) for hung, here in zip(parents, places, strict=True)]
+    parents += [
+        np.searchsorted(above, found.parents[here] - (found.roots or 0))
+        for above, here in pairwise(places)
+    ]
+    return [
+        DraftNodes(hung, found.tokens[here], found.scores[here])
+        for hung, here in zip(parents, places, strict=True)
+    ]
 
 
 def changed_module() -> Any:
@@ -70,8 +76,12 @@ def straight(tokens: Sequence[int]) -> Tensor:
     """Logits (1 + MASKS, vocabulary) of the last token and of the masks behind it, as one plain text."""
     module = changed_module()
     with torch.inference_mode():
-        embedded = torch.cat([module.model.embed_tokens(torch.tensor(tokens)), tiny().made.mask_embed])
-        logits: Tensor = module(inputs_embeds=embedded[None], use_cache=False).logits[0, len(tokens) - 1 :]
+        embedded = torch.cat(
+            [module.model.embed_tokens(torch.tensor(tokens)), tiny().made.mask_embed]
+        )
+        logits: Tensor = module(inputs_embeds=embedded[None], use_cache=False).logits[
+            0, len(tokens) - 1 :
+        ]
     return logits
 
 
@@ -94,14 +104,21 @@ def test_training_computes_what_the_drafter_will() -> None:
     found = tiny()
     teacher = load_teacher(str(found.target), "cpu")
     with torch.no_grad():
-        states, own = training.make_forward(found.made, teacher, LAYERS)(teacher.states(torch.tensor([TEXT])))
+        states, own = training.make_forward(found.made, teacher, LAYERS)(
+            teacher.states(torch.tensor([TEXT]))
+        )
         logits = teacher.unembed(states[:, 0])
     assert states.shape == (1 + MASKS, 1, len(TEXT), 32)
     assert float(own) == 0.0
     for place in (0, 3, len(TEXT) - 1):
-        torch.testing.assert_close(logits[:, place], straight(TEXT[: place + 1]), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            logits[:, place], straight(TEXT[: place + 1]), atol=1e-4, rtol=1e-4
+        )
     with torch.no_grad():  # nothing of the adapter is left on the target
-        torch.testing.assert_close(teacher.unembed(teacher.states(torch.tensor([TEXT])).last), teacher.module(torch.tensor([TEXT])).logits)
+        torch.testing.assert_close(
+            teacher.unembed(teacher.states(torch.tensor([TEXT])).last),
+            teacher.module(torch.tensor([TEXT])).logits,
+        )
 
 
 def test_an_untrained_one_is_the_layers_alone() -> None:
@@ -111,11 +128,18 @@ def test_an_untrained_one_is_the_layers_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     part = load_model(str(found.target), layers=LAYERS, step="generic").module
     with torch.no_grad():
-        states, _ = training.make_forward(one, teacher, LAYERS)(teacher.states(torch.tensor([TEXT])))
-        torch.testing.assert_close(teacher.unembed(states[0]), part(torch.tensor([TEXT])).logits, atol=1e-4, rtol=1e-4)
+        states, _ = training.make_forward(one, teacher, LAYERS)(
+            teacher.states(torch.tensor([TEXT]))
+        )
+        torch.testing.assert_close(
+            teacher.unembed(states[0]), part(torch.tensor([TEXT])).logits, atol=1e-4, rtol=1e-4
+        )
 
 
-@pytest.mark.parametrize(("layers", "expected"), [(1, []), (2, []), (3, [1]), (9, [2, 3, 4, 5, 6, 7]), (32, list(range(8, 31)))])
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [(1, []), (2, []), (3, [1]), (9, [2, 3, 4, 5, 6, 7]), (32, list(range(8, 31)))],
+)
 def test_the_middle(layers: int, expected: list[int]) -> None:
     assert training.middle(layers) == expected
 
@@ -128,7 +152,9 @@ def test_the_output_is_the_targets_and_is_guessed_sooner(temperature: float) -> 
     """The target itself in place of some of its layers: what it is right about is right at once."""
     target = load_model(str(tiny().target))
     request = asking(TEXT, max_tokens=40, temperature=temperature, seed=2)
-    (found,) = Lockstep(engine_of(target, chooser=choose), DraftEngine(drafter(tiny()), "d", 2)).run(request)
+    (found,) = Lockstep(
+        engine_of(target, chooser=choose), DraftEngine(drafter(tiny()), "d", 2)
+    ).run(request)
     assert found.said() == plain(target, request, chooser=choose).said()
     assert found.stats.verified > 0
 
@@ -139,11 +165,19 @@ def grown(draft_engine: DraftEngine, sent: list[Reply]) -> list[tuple[int, int]]
     draft_engine.grow()
     draft_engine.send_rest(())
     drafts = [reply for reply in sent if isinstance(reply, Draft)]
-    return [pair for draft in drafts for pair in zip(draft.parents.tolist(), draft.tokens.tolist(), strict=True)]
+    return [
+        pair
+        for draft in drafts
+        for pair in zip(draft.parents.tolist(), draft.tokens.tolist(), strict=True)
+    ]
 
 
 def opened(draft_engine: DraftEngine, sent: list[Reply], tokens: Sequence[int] = TEXT) -> None:
-    draft_engine.hear(0, Open("s", 0, tuple(tokens), len(tokens), Sampling(max_tokens=100), Share("s", 0, 1)), sent.append)
+    draft_engine.hear(
+        0,
+        Open("s", 0, tuple(tokens), len(tokens), Sampling(max_tokens=100), Share("s", 0, 1)),
+        sent.append,
+    )
 
 
 def test_one_pass_brings_a_chain() -> None:
@@ -168,18 +202,26 @@ def test_what_masks_have_guessed_is_read_in_one_pass_with_what_is_above() -> Non
             (answer,) = draft_engine.ask([asked])
             assert answer is not None
             for leaf in asked.leaves:
-                (alone,) = anew.expand([ExpandRequest(text_of([*tokens, *state.tree.tokens_to(leaf)]), [0])])
+                (alone,) = anew.expand(
+                    [ExpandRequest(text_of([*tokens, *state.tree.tokens_to(leaf)]), [0])]
+                )
                 anew.close("s")
                 assert alone is not None
                 near, *_ = levels(alone)
                 assert answer.tokens[answer.parents == leaf].tolist() == near.tokens.tolist()
-                np.testing.assert_allclose(answer.scores[answer.parents == leaf], near.scores, atol=1e-3)
+                np.testing.assert_allclose(
+                    answer.scores[answer.parents == leaf], near.scores, atol=1e-3
+                )
             draft_engine.add([asked], [answer])
         tree = draft_engine.states["0/s"].tree
         node = int(np.argmax(np.frombuffer(tree.depth, np.int64)))
         decided = tree.tokens_to(node)[: 1 + step % 4] if step % 4 != 3 else [step]
         tokens += decided
-        draft_engine.hear(0, Commit("s", 0, len(tokens) - len(decided), tuple(decided), text_key(tokens)), sent.append)
+        draft_engine.hear(
+            0,
+            Commit("s", 0, len(tokens) - len(decided), tuple(decided), text_key(tokens)),
+            sent.append,
+        )
     assert draft_engine.counters == {}
 
 
@@ -208,8 +250,14 @@ class Chains:
 
     def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes]:
         below = [children([(1, 7, -0.2), (1, 8, -0.3)]), children([(0, 9, -0.1), (1, 10, -0.4)])]
-        near = [children([(wish.leaves[0], 5, -0.1), (wish.leaves[0], 6, self.second)]) for wish in wishes]
-        return [stack([one, *below], len(wish.text.tree)) for one, wish in zip(near, wishes, strict=True)]
+        near = [
+            children([(wish.leaves[0], 5, -0.1), (wish.leaves[0], 6, self.second)])
+            for wish in wishes
+        ]
+        return [
+            stack([one, *below], len(wish.text.tree))
+            for one, wish in zip(near, wishes, strict=True)
+        ]
 
     def __init__(self, second: float) -> None:
         self.second = second
@@ -224,7 +272,14 @@ def test_guesses_below_guesses_are_sent_with_them() -> None:
     opened(draft_engine, sent)
     root = text_key(TEXT)
     six, seven = mix64(root, 6), mix64(mix64(root, 6), 7)
-    assert grown(draft_engine, sent) == [(root, 5), (root, 6), (six, 7), (six, 8), (seven, 9), (mix64(six, 8), 10)]
+    assert grown(draft_engine, sent) == [
+        (root, 5),
+        (root, 6),
+        (six, 7),
+        (six, 8),
+        (seven, 9),
+        (mix64(six, 8), 10),
+    ]
     assert not any(draft_engine.states["0/s"].tree.expanded[1:])
 
 
@@ -272,13 +327,22 @@ def edited(tmp_path: Path, **settings: object) -> Path:
         ({"layers": [0]}, "does not fit its config.json"),
     ],
 )
-def test_a_folder_that_was_tampered_with_is_refused(tmp_path: Path, settings: dict[str, object], says: str) -> None:
+def test_a_folder_that_was_tampered_with_is_refused(
+    tmp_path: Path, settings: dict[str, object], says: str
+) -> None:
     with pytest.raises(ModelRefused, match=says):
         build(ingredients(tiny().target, edited(tmp_path, **settings)))
 
 
 def test_what_was_trained_for_another_target_is_refused() -> None:
-    made = deployment(str(tiny(context=16).target), (str(tiny(vocabulary=16).folder),), 1, "auto", "cpu", local=False)
+    made = deployment(
+        str(tiny(context=16).target),
+        (str(tiny(vocabulary=16).folder),),
+        1,
+        "auto",
+        "cpu",
+        local=False,
+    )
     with pytest.raises(ModelRefused, match="was trained for another target"):
         check_models(made)
 
@@ -292,16 +356,23 @@ def test_merged_weights_stay_as_short_as_they_were() -> None:
     torch.nn.init.normal_(pair.up, std=0.1)
     merge([layer], torch.nn.ModuleList([torch.nn.ModuleDict({"q_proj": pair})]))
     assert torch.equal(linear.weight, linear.weight.bfloat16().float())
-    torch.testing.assert_close(linear.weight.detach(), before + (pair.up @ pair.down).detach(), atol=0.0, rtol=2**-8)
+    torch.testing.assert_close(
+        linear.weight.detach(), before + (pair.up @ pair.down).detach(), atol=0.0, rtol=2**-8
+    )
 
 
-def test_widened_with_its_target_it_guesses_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_widened_with_its_target_it_guesses_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(widening, "CACHE", tmp_path)
     found = tiny()
     wide = widened(found.target, Shape(hidden=96, layers=4, ffn=160), "float32")
     answers = [
         levels(answer)
-        for folder, target in ((found.folder, found.target), (widened_head(found.folder, wide), wide))
+        for folder, target in (
+            (found.folder, found.target),
+            (widened_head(found.folder, wide), wide),
+        )
         for answer in build(ingredients(target, folder)).expand([ExpandRequest(text_of(TEXT), [0])])
         if answer is not None
     ]
@@ -313,7 +384,9 @@ def test_widened_with_its_target_it_guesses_the_same(tmp_path: Path, monkeypatch
 def test_an_actor_serves_a_folder_of_what_was_trained() -> None:
     """Which has no tokenizer: it is the target's."""
     found = tiny()
-    config = DrafterConfig(name="d", method="s3d", model=str(found.folder), placement=Placement(listen="127.0.0.1"))
+    config = DrafterConfig(
+        name="d", method="s3d", model=str(found.folder), placement=Placement(listen="127.0.0.1")
+    )
     actor = DraftActor(config, str(found.target))
     try:
         assert actor.start().address

@@ -18,11 +18,15 @@ from tests.runtime.models.test_static_pass import LONG, give, recorded
 from tests.support.families import FAMILIES, hf_model, tiny
 
 
-def naive(model: HFModel, text: Sequence[int], layers: Sequence[int], maps: Sequence[torch.nn.Linear]) -> torch.Tensor:
+def naive(
+    model: HFModel, text: Sequence[int], layers: Sequence[int], maps: Sequence[torch.nn.Linear]
+) -> torch.Tensor:
     """Logits (maps, vocabulary) of the pseudo states behind the last of `text`, through transformers' own layers and a mask by hand."""
     body: Any = model.module.model
     with torch.inference_mode():
-        states = model.module(torch.tensor([list(text)]), output_hidden_states=True, use_cache=False).hidden_states
+        states = model.module(
+            torch.tensor([list(text)]), output_hidden_states=True, use_cache=False
+        ).hidden_states
         n, k = len(text), len(maps)
         x = states[0]
         for depth, layer in enumerate(body.layers):
@@ -31,7 +35,12 @@ def naive(model: HFModel, text: Sequence[int], layers: Sequence[int], maps: Sequ
                     x = torch.cat([x, linear(x[:, n - 1 : n])], dim=1)
             places = torch.arange(x.shape[1])[None]
             mask = torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1)[None, None]
-            x = layer(x, attention_mask=mask, position_ids=places, position_embeddings=body.rotary_emb(x, places))
+            x = layer(
+                x,
+                attention_mask=mask,
+                position_ids=places,
+                position_embeddings=body.rotary_emb(x, places),
+            )
             x = x[0] if isinstance(x, tuple) else x
         logits: torch.Tensor = model.module.lm_head(body.norm(x))[0, n : n + k]
         return logits
@@ -42,7 +51,9 @@ def test_pseudo_rows_pass_the_remaining_layers(layers: tuple[int, ...]) -> None:
     """In one pass with trees of two texts, beside several rows, as alone; and no row of a token feels them."""
     model = deep()
     maps = [torch.nn.Linear(32, 32) for _ in layers]
-    look = Look(True, tuple(Branch(layer, linear) for layer, linear in zip(layers, maps, strict=True)))
+    look = Look(
+        True, tuple(Branch(layer, linear) for layer, linear in zip(layers, maps, strict=True))
+    )
     model.check(look)
     texts = (list(range(2, 13)), [40, 41, 7])
     visible = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]], dtype=np.bool_)
@@ -51,14 +62,18 @@ def test_pseudo_rows_pass_the_remaining_layers(layers: tuple[int, ...]) -> None:
         caches, parts = [model.new_cache() for _ in texts], []
         for cache, text, rode in zip(caches, texts, riders, strict=True):
             model.forward(cache, causal(np.array(text), 0))
-            rows = Rows(np.array([50, 51, 52, 53]), len(text) + np.array([0, 1, 1, 2]), len(text), visible)
+            rows = Rows(
+                np.array([50, 51, 52, 53]), len(text) + np.array([0, 1, 1, 2]), len(text), visible
+            )
             parts.append(Part(cache, rows, riders=rode))
         shown = model.show_all(parts, look)
         lengths = [cache.length for cache in caches]
         assert lengths == [len(text) + 4 for text in texts]
         for cache, text in zip(caches, texts, strict=True):
             cache.truncate(len(text))
-        for one, text, part, logits in zip(shown, texts, parts, model.forward_all(parts), strict=True):
+        for one, text, part, logits in zip(
+            shown, texts, parts, model.forward_all(parts), strict=True
+        ):
             torch.testing.assert_close(one.logits, logits, atol=2e-5, rtol=0)
             torch.testing.assert_close(model.unembed(one.hidden), logits, atol=2e-5, rtol=0)
             for place, row in enumerate(part.riders):
@@ -86,7 +101,9 @@ def test_hidden_states_are_those_that_logits_are_made_of(family: str) -> None:
 def test_layers_that_are_none_are_refused() -> None:
     for layers in ((-1,), (2,), (1, 0)):
         with pytest.raises(ModelRefused, match="pseudo rows that enter at layers"):
-            hf_model("llama").check(Look(branches=tuple(Branch(layer, lambda states: states) for layer in layers)))
+            hf_model("llama").check(
+                Look(branches=tuple(Branch(layer, lambda states: states) for layer in layers))
+            )
 
 
 def test_what_fails_leaves_the_caches_as_they_were() -> None:
@@ -98,7 +115,9 @@ def test_what_fails_leaves_the_caches_as_they_were() -> None:
         raise RuntimeError("no memory")
 
     with pytest.raises(RuntimeError, match="no memory"):
-        model.show_all([Part(cache, causal(np.arange(3), 10), riders=(1,))], Look(branches=(Branch(1, fails),)))
+        model.show_all(
+            [Part(cache, causal(np.arange(3), 10), riders=(1,))], Look(branches=(Branch(1, fails),))
+        )
     assert cache.length == 10
 
 
@@ -109,15 +128,24 @@ def test_what_heads_look_at_is_shown_as_by_the_short_pass() -> None:
     quick, static = (HFModel(spread(tiny(kind, **options)), "m") for _ in range(2))
     quicken(quick)
     give(static, record=partial(recorded, counts))
-    double = Look(True, (Branch(1, lambda states: 2 * states), Branch(1, lambda states: states + 1)))
+    double = Look(
+        True, (Branch(1, lambda states: 2 * states), Branch(1, lambda states: states + 1))
+    )
     found: list[list[torch.Tensor]] = []
     for model in (quick, static):
         one, two = model.new_cache(), model.new_cache()
         tensors = [model.forward(one, causal(LONG[:9], 0)), model.forward(two, causal(LONG[:3], 0))]
         for look in (Look(True), double, Look(), Look(True)):
-            parts = [Part(one, tree(one.length), riders=(0, 3)), Part(two, tree(two.length), riders=(2,))]
+            parts = [
+                Part(one, tree(one.length), riders=(0, 3)),
+                Part(two, tree(two.length), riders=(2,)),
+            ]
             for shown in model.show_all(parts, look):
-                tensors += [tensor for tensor in (shown.logits, shown.hidden, shown.ridden) if tensor is not None]
+                tensors += [
+                    tensor
+                    for tensor in (shown.logits, shown.hidden, shown.ridden)
+                    if tensor is not None
+                ]
         tensors.append(model.unembed(torch.ones(2, 32)))
         found.append(tensors)
     assert counts
@@ -128,7 +156,12 @@ def test_what_heads_look_at_is_shown_as_by_the_short_pass() -> None:
 def test_the_likeliest_ways() -> None:
     tokens, scores = np.array([[1, 2], [3, 4]]), np.log([[0.6, 0.4], [0.9, 0.1]])
     growth = ways(tokens, scores, nodes=4)
-    assert list(zip(growth.parents.tolist(), growth.tokens.tolist(), strict=True)) == [(0, 1), (1, 3), (0, 2), (3, 3)]
+    assert list(zip(growth.parents.tolist(), growth.tokens.tolist(), strict=True)) == [
+        (0, 1),
+        (1, 3),
+        (0, 2),
+        (3, 3),
+    ]
     assert np.exp(growth.scores) == pytest.approx([0.6, 0.9, 0.4, 0.9])
     assert len(ways(tokens, scores, floor=float(np.log(0.05))).tokens) == 5
     assert len(ways(np.empty((0, 2), np.int64), np.empty((0, 2))).tokens) == 0

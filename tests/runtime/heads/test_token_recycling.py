@@ -22,10 +22,18 @@ from tests.contracts.test_heads import headed
 from tests.support.harness import Lockstep, asking, plain
 
 
-def seen_of(tokens: Sequence[int], row_tokens: Sequence[int], logits: np.ndarray, path: Sequence[int] = (0,), **sampling: Any) -> Seen:
+def seen_of(
+    tokens: Sequence[int],
+    row_tokens: Sequence[int],
+    logits: np.ndarray,
+    path: Sequence[int] = (0,),
+    **sampling: Any,
+) -> Seen:
     tree = TokenTree(text_key(tokens), tokens[-1], limits.TREE_NODES, limits.TREE_DEPTH)
     text = Text("s", list(tokens), len(tokens), Sampling(**sampling), tree)
-    return Seen(text, np.asarray(row_tokens), path, Shown(torch.as_tensor(logits, dtype=torch.float32)))
+    return Seen(
+        text, np.asarray(row_tokens), path, Shown(torch.as_tensor(logits, dtype=torch.float32))
+    )
 
 
 def test_candidates_of_every_row_are_kept_and_the_accepted_rows_win() -> None:
@@ -47,12 +55,18 @@ def test_the_tree_follows_the_table() -> None:
     head.learn([seen_of([0], range(64), logits, path=[0])])
     growth = head.grow(seen_of([0, 5], [0], logits).text)
     tokens = [5, *growth.tokens.tolist()]
-    ranks = [token - tokens[parent] - 1 for parent, token in zip(growth.parents.tolist(), growth.tokens.tolist(), strict=True)]
+    ranks = [
+        token - tokens[parent] - 1
+        for parent, token in zip(growth.parents.tolist(), growth.tokens.tolist(), strict=True)
+    ]
     assert all(0 <= rank < KEPT for rank in ranks)
     assert ranks[0] == 0
     assert NODES >= len(growth.tokens) > 8
     said = growth.scores.tolist()
-    assert all(said[place] == pytest.approx(float(head.scores[0][rank])) for place, rank in enumerate(ranks))
+    assert all(
+        said[place] == pytest.approx(float(head.scores[0][rank]))
+        for place, rank in enumerate(ranks)
+    )
 
 
 def test_with_noise_it_ranks_by_the_noise_of_the_target() -> None:
@@ -70,5 +84,8 @@ def test_the_shape_is_best_first() -> None:
     levels, parents = shape(KEPT)
     assert len(parents) == NODES + 1 == 1 + sum(len(level.ranks) for level in levels)
     assert all(parent < place for place, parent in enumerate(parents.tolist()) if place)
-    assert max(len(level.ranks) for level in levels) == len(levels[1].ranks) or len(levels[0].ranks) <= KEPT
+    assert (
+        max(len(level.ranks) for level in levels) == len(levels[1].ranks)
+        or len(levels[0].ranks) <= KEPT
+    )
     assert shape(3)[0][0].ranks.tolist() == [0, 1, 2]

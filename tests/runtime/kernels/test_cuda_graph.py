@@ -40,7 +40,9 @@ def test_ctrl_c_ends_the_recording_and_not_the_service(tmp_path: Path) -> None:
     assert [block.name for block in read(file).blocks[TARGET]] == [COMPUTE]
 
 
-def test_a_file_that_cannot_be_written_is_refused_before_anything_is_started(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_started(
+    tmp_path: Path,
+) -> None:
     check_file(tmp_path / "new.json")
     for file in (tmp_path, tmp_path / "no" / "trace.json"):
         with pytest.raises(InvalidRequest, match="folder that exists"):

@@ -7,7 +7,18 @@ from torch import nn
 
 from runtime.kernels import linear
 from runtime.kernels.jit import able
-from runtime.kernels.linear import LEAST, ONEDNN_WEIGHTS, WEIGHTS, PackedLinear, Product, copy_bytes, has_room, pack, panelled, reordered
+from runtime.kernels.linear import (
+    LEAST,
+    ONEDNN_WEIGHTS,
+    WEIGHTS,
+    PackedLinear,
+    Product,
+    copy_bytes,
+    has_room,
+    pack,
+    panelled,
+    reordered,
+)
 
 LARGE = (1024, 512)
 
@@ -25,7 +36,9 @@ def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 16, 64, 65])
 @pytest.mark.parametrize("shape", [LARGE, (1031, 520), (96, 32)])
-def test_packing_changes_nothing_but_rounding(shape: tuple[int, int], rows: int, bias: bool, ways: bool) -> None:
+def test_packing_changes_nothing_but_rounding(
+    shape: tuple[int, int], rows: int, bias: bool, ways: bool
+) -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(shape) / shape[1] ** 0.5, torch.randn(rows, shape[1])
     offset, onto = torch.randn(shape[0]) if bias else None, torch.randn(rows, shape[0])
@@ -33,7 +46,9 @@ def test_packing_changes_nothing_but_rounding(shape: tuple[int, int], rows: int,
         for packed in (False, True):
             product = Product(weight, offset, packed)
             torch.testing.assert_close(product(x), F.linear(x, weight, offset), atol=1e-5, rtol=0)
-            torch.testing.assert_close(product(x, onto.clone()), F.linear(x, weight, offset) + onto, atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                product(x, onto.clone()), F.linear(x, weight, offset) + onto, atol=1e-5, rtol=0
+            )
 
 
 def test_a_row_is_the_same_whatever_stands_beside_it(ways: bool) -> None:
@@ -47,10 +62,18 @@ def test_a_row_is_the_same_whatever_stands_beside_it(ways: bool) -> None:
 
 
 @pytest.mark.parametrize("native", [False, True])
-def test_copies_are_for_large_matrices(ways: bool, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_are_for_large_matrices(
+    ways: bool, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(linear, "native_bf16", lambda: native)
-    large, short, half = (torch.empty(LARGE, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16))
-    assert [panelled(weight) for weight in (large, short, half)] == [ways, ways and not native, ways]
+    large, short, half = (
+        torch.empty(LARGE, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    )
+    assert [panelled(weight) for weight in (large, short, half)] == [
+        ways,
+        ways and not native,
+        ways,
+    ]
     assert [reordered(weight) for weight in (large, short, half)] == [not ways, native, False]
     assert not panelled(torch.empty(WEIGHTS // 256 - 1, 256))
     assert not reordered(torch.empty(ONEDNN_WEIGHTS // 256 - 1, 256))
@@ -64,7 +87,9 @@ def test_a_copy_takes_what_the_shortest_exact_type_needs(ways: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_without_units_for_it_16_bits_go_through_panels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_units_for_it_16_bits_go_through_panels(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not able():
         pytest.skip("no kernel for this processor")
     monkeypatch.setattr(linear, "native_bf16", lambda: False)

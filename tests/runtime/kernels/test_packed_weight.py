@@ -17,7 +17,12 @@ from runtime.kernels.llvm_ir import Registers
 from runtime.kernels.packed_weight import ROWS, Panels, shortest
 
 KINDS = (torch.bfloat16, torch.float16, torch.float32)
-SHAPES = ((32, 1), (31, 5), (100, 700), (257, 1031))  # one line; less than a panel; two pieces; three, and a panel of one output
+SHAPES = (
+    (32, 1),
+    (31, 5),
+    (100, 700),
+    (257, 1031),
+)  # one line; less than a panel; two pieces; three, and a panel of one output
 
 pytestmark = pytest.mark.skipif(not able(), reason="no kernel for this processor")
 
@@ -30,7 +35,9 @@ def threads() -> Iterator[None]:
 
 
 def matrix(shape: tuple[int, int], kind: torch.dtype, seed: int = 0) -> torch.Tensor:
-    numbers: torch.Tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / shape[1] ** 0.5
+    numbers: torch.Tensor = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / shape[1] ** 0.5
+    )
     return numbers.to(kind).float()
 
 
@@ -44,11 +51,20 @@ def matrix(shape: tuple[int, int], kind: torch.dtype, seed: int = 0) -> torch.Te
     onto=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_it_is_the_product(outer: int, inner: int, rows: int, kind: torch.dtype, bias: bool, onto: bool, seed: int) -> None:
+def test_it_is_the_product(
+    outer: int, inner: int, rows: int, kind: torch.dtype, bias: bool, onto: bool, seed: int
+) -> None:
     weight, random = matrix((outer, inner), kind, seed), torch.Generator().manual_seed(seed + 1)
     offset = torch.randn(outer, generator=random) if bias else None
-    x, old = torch.randn(rows, inner, generator=random), torch.randn(rows, outer, generator=random) if onto else None
-    exact = x.double() @ weight.double().t() + (0.0 if offset is None else offset) + (0.0 if old is None else old)
+    x, old = (
+        torch.randn(rows, inner, generator=random),
+        torch.randn(rows, outer, generator=random) if onto else None,
+    )
+    exact = (
+        x.double() @ weight.double().t()
+        + (0.0 if offset is None else offset)
+        + (0.0 if old is None else old)
+    )
     found = Panels(weight, offset, kind)(x, old)
     assert found.is_contiguous()
     torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=1e-6)
@@ -56,8 +72,13 @@ def test_it_is_the_product(outer: int, inner: int, rows: int, kind: torch.dtype,
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_row_is_the_same_whatever_is_beside_it_and_on_however_many_threads(shape: tuple[int, int], kind: torch.dtype) -> None:
-    product, x = Panels(matrix(shape, kind), torch.ones(shape[0]), kind), torch.randn(2 * ROWS + 1, shape[1])
+def test_a_row_is_the_same_whatever_is_beside_it_and_on_however_many_threads(
+    shape: tuple[int, int], kind: torch.dtype
+) -> None:
+    product, x = (
+        Panels(matrix(shape, kind), torch.ones(shape[0]), kind),
+        torch.randn(2 * ROWS + 1, shape[1]),
+    )
     torch.set_num_threads(1)
     alone = torch.cat([product(row) for row in x.split(1)])
     for count in (1, 2, 3, 13, 14, 15, 29, ROWS, ROWS + 1, len(x)):
@@ -67,12 +88,19 @@ def test_a_row_is_the_same_whatever_is_beside_it_and_on_however_many_threads(sha
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_processor_with_shorter_registers_computes_the_same(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_with_shorter_registers_computes_the_same(
+    kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     features = binding.get_host_cpu_features()
     older = {name: has and not name.startswith("avx512") for name, has in features.items()}
     registers = registers_of(older)
     assert registers == Registers(8, 6)
-    shorter = translate(kind, registers, "haswell", ",".join(f"{'+' if has else '-'}{name}" for name, has in older.items()))
+    shorter = translate(
+        kind,
+        registers,
+        "haswell",
+        ",".join(f"{'+' if has else '-'}{name}" for name, has in older.items()),
+    )
     for shape in SHAPES:
         weight, x = matrix(shape, kind), torch.randn(ROWS + 1, shape[1])
         expected = Panels(weight, None, kind)(x)
@@ -81,7 +109,9 @@ def test_a_processor_with_shorter_registers_computes_the_same(kind: torch.dtype,
             assert torch.equal(Panels(weight, None, kind)(x), expected)
 
 
-def test_where_fewer_threads_come_than_were_asked_for_they_do_the_shares_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_fewer_threads_come_than_were_asked_for_they_do_the_shares_of_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     product, x = Panels(matrix((257, 64), torch.bfloat16), None, torch.bfloat16), torch.randn(9, 64)
     torch.set_num_threads(1)
     expected, asked = product(x), []
@@ -98,16 +128,36 @@ def test_where_fewer_threads_come_than_were_asked_for_they_do_the_shares_of_the_
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 def test_models_of_16_bits_are_computed_in_float32(kind: torch.dtype) -> None:
-    weight, x, old = matrix((96, 512), kind), torch.randn(5, 512).to(kind), torch.randn(5, 96).to(kind)
+    weight, x, old = (
+        matrix((96, 512), kind),
+        torch.randn(5, 512).to(kind),
+        torch.randn(5, 96).to(kind),
+    )
     found = Panels(weight.to(kind), torch.ones(96, dtype=kind), kind)(x, old)
     assert found.dtype == kind
-    torch.testing.assert_close(found, (x.double() @ weight.double().t() + 1 + old).to(kind), atol=2e-5, rtol=torch.finfo(kind).eps)
+    torch.testing.assert_close(
+        found,
+        (x.double() @ weight.double().t() + 1 + old).to(kind),
+        atol=2e-5,
+        rtol=torch.finfo(kind).eps,
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_ends_of_the_range_come_through(kind: torch.dtype) -> None:
     limits = torch.finfo(kind)
-    numbers = torch.tensor([limits.max, -limits.max, limits.smallest_normal, limits.smallest_normal / 2, -0.0, 0.0, 1.0, limits.eps])
+    numbers = torch.tensor(
+        [
+            limits.max,
+            -limits.max,
+            limits.smallest_normal,
+            limits.smallest_normal / 2,
+            -0.0,
+            0.0,
+            1.0,
+            limits.eps,
+        ]
+    )
     weight = numbers.to(kind).float()[:, None]
     assert torch.equal(Panels(weight, None, kind)(torch.ones(1, 1)), weight.t())
 
@@ -154,7 +204,10 @@ def test_other_shapes_are_refused() -> None:
 def test_rows_and_matrices_need_not_be_dense() -> None:
     weight, x, old = matrix((64, 96), torch.bfloat16), torch.randn(5, 192), torch.randn(64, 5)
     product = Panels(weight.t().contiguous().t(), None, torch.bfloat16)
-    assert torch.equal(product(x[:, ::2], old.t()), Panels(weight, None, torch.bfloat16)(x[:, ::2].contiguous(), old.t().contiguous()))
+    assert torch.equal(
+        product(x[:, ::2], old.t()),
+        Panels(weight, None, torch.bfloat16)(x[:, ::2].contiguous(), old.t().contiguous()),
+    )
 
 
 def test_a_kernel_is_translated_once() -> None:

@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 from runtime.kernels.topk import BLOCK, top
 
 
-@given(st.integers(1, 4), st.integers(1, 12 * BLOCK), st.integers(1, 8), st.integers(0, 2**31), st.sampled_from([2.0, 1e3]))
+@given(
+    st.integers(1, 4),
+    st.integers(1, 12 * BLOCK),
+    st.integers(1, 8),
+    st.integers(0, 2**31),
+    st.sampled_from([2.0, 1e3]),
+)
 @settings(max_examples=60, deadline=None)
 def test_the_highest_in_falling_order(rows: int, n: int, k: int, seed: int, spread: float) -> None:
     """With a small spread there are many equal values: any of them will do."""

@@ -26,7 +26,9 @@ def test_seats_go_to_the_first_free_then_from_the_least_recently_used() -> None:
     for mark, cache in enumerate((a, b, c, d), 1):
         assert cache.positions.tolist() == [mark] * 3
         assert torch.equal(cache.planes()[:, :, :3], torch.full((4, 2, 3, 8), float(mark)))
-        assert (cache.planes().untyped_storage().data_ptr() == arena.memory.untyped_storage().data_ptr()) == (cache is not c)
+        assert (
+            cache.planes().untyped_storage().data_ptr() == arena.memory.untyped_storage().data_ptr()
+        ) == (cache is not c)
     del a, cache
     gc.collect()
     assert arena.take([text(9)]) == [1]

@@ -33,7 +33,9 @@ def test_common(a: list[int], b: list[int]) -> None:
 
 
 @given(st.lists(TOKENS, max_size=12), st.lists(TOKENS, max_size=3), TOKENS, st.integers(1, 4))
-def test_without_a_limit_the_longest_of_all_is_found(texts: list[list[int]], live: list[list[int]], asked: list[int], least: int) -> None:
+def test_without_a_limit_the_longest_of_all_is_found(
+    texts: list[list[int]], live: list[list[int]], asked: list[int], least: int
+) -> None:
     prefixes = Prefixes(10**6, least)
     for text in texts:
         prefixes.keep(text, cache_of(text, behind=2))
@@ -50,7 +52,9 @@ def test_without_a_limit_the_longest_of_all_is_found(texts: list[list[int]], liv
 
 
 @given(st.lists(st.tuples(st.booleans(), TOKENS), max_size=20), st.integers(0, 30))
-def test_the_budget_holds_and_the_least_recently_used_goes_first(history: list[tuple[bool, list[int]]], budget: int) -> None:
+def test_the_budget_holds_and_the_least_recently_used_goes_first(
+    history: list[tuple[bool, list[int]]], budget: int
+) -> None:
     prefixes = Prefixes(budget, least=2)
     oracle: list[list[int]] = []  # the least recently used first
     for keeps, text in history:
@@ -82,7 +86,9 @@ def test_a_text_that_goes_on_takes_the_place_of_its_beginning() -> None:
 
 
 def test_a_live_text_counts_as_far_as_its_cache_reaches() -> None:
-    found = Prefixes(0, least=2).longest([1, 2, 3, 4, 5, 6], [([1, 2, 3, 4, 5], cache_of([1, 2, 3, 4]))])
+    found = Prefixes(0, least=2).longest(
+        [1, 2, 3, 4, 5, 6], [([1, 2, 3, 4, 5], cache_of([1, 2, 3, 4]))]
+    )
     assert found is not None
     assert found[1] == 4
 

@@ -12,7 +12,9 @@ from runtime.models.detokenize import UNKNOWN, Detokenizer
 from tests.support.paths import ROOT
 
 SHIPPED = ROOT / "models" / "target" / "tokenizer.json"
-STORIES = ROOT.parent / "shared" / "models" / "stories260K" / "tokenizer.json"  # sentencepiece, with byte tokens
+STORIES = (
+    ROOT.parent / "shared" / "models" / "stories260K" / "tokenizer.json"
+)  # sentencepiece, with byte tokens
 
 
 @pytest.fixture(scope="module", params=[SHIPPED, STORIES], ids=["byte-level", "byte-fallback"])
@@ -52,7 +54,9 @@ def byte(tokenizer: Tokenizer, value: int) -> int:
     if token is None:
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         rest = [b for b in range(256) if b not in printable]
-        token = tokenizer.token_to_id(chr(value) if value in printable else chr(256 + rest.index(value)))
+        token = tokenizer.token_to_id(
+            chr(value) if value in printable else chr(256 + rest.index(value))
+        )
     assert isinstance(token, int)
     return token
 
@@ -63,7 +67,11 @@ def test_real_text(tokenizer: Tokenizer, text: str, where: float) -> None:
     """Wherever the prompt ends, prompt and output together are the text, and no piece holds half a character."""
     tokens = tokenizer.encode("x" + text).ids
     cut = 1 + round(where * (len(tokens) - 1))
-    given_out, whole, before = pieces(tokenizer, tokens[:cut], tokens[cut:]), decoded(tokenizer, tokens), decoded(tokenizer, tokens[:cut])
+    given_out, whole, before = (
+        pieces(tokenizer, tokens[:cut], tokens[cut:]),
+        decoded(tokenizer, tokens),
+        decoded(tokenizer, tokens[:cut]),
+    )
     assert whole.endswith("".join(given_out))
     if whole.startswith(before):
         assert before + "".join(given_out) == whole
@@ -73,13 +81,18 @@ def test_real_text(tokenizer: Tokenizer, text: str, where: float) -> None:
 
 @given(st.text(min_size=1, max_size=12), st.floats(0, 1))
 @settings(max_examples=150, deadline=None)
-def test_a_prompt_that_ends_inside_a_character(tokenizer: Tokenizer, text: str, where: float) -> None:
+def test_a_prompt_that_ends_inside_a_character(
+    tokenizer: Tokenizer, text: str, where: float
+) -> None:
     """The output then begins with that character."""
     data, prefix = text.replace(UNKNOWN, "").encode(), tokenizer.encode("x").ids
     cut = round(where * len(data))
     tokens = [byte(tokenizer, value) for value in data]
     complete = data[:cut].decode(errors="ignore")
-    assert "".join(pieces(tokenizer, [*prefix, *tokens[:cut]], tokens[cut:])) == data.decode()[len(complete) :]
+    assert (
+        "".join(pieces(tokenizer, [*prefix, *tokens[:cut]], tokens[cut:]))
+        == data.decode()[len(complete) :]
+    )
 
 
 @given(st.text(min_size=1, max_size=30))
@@ -87,14 +100,20 @@ def test_a_prompt_that_ends_inside_a_character(tokenizer: Tokenizer, text: str, 
 def test_as_the_library_streams(tokenizer: Tokenizer, text: str) -> None:
     prompt, output = tokenizer.encode("once").ids, tokenizer.encode(text + "z").ids
     stream = DecodeStream(ids=prompt, skip_special_tokens=True)
-    assert pieces(tokenizer, prompt, output) == [*(stream.step(tokenizer, token) or "" for token in output), ""]
+    assert pieces(tokenizer, prompt, output) == [
+        *(stream.step(tokenizer, token) or "" for token in output),
+        "",
+    ]
 
 
 @given(
-    st.lists(st.integers(0, 4095) | st.integers(90, 350), max_size=20), st.lists(st.integers(0, 4095) | st.integers(90, 350), max_size=20)
+    st.lists(st.integers(0, 4095) | st.integers(90, 350), max_size=20),
+    st.lists(st.integers(0, 4095) | st.integers(90, 350), max_size=20),
 )
 @settings(max_examples=200, deadline=None)
-def test_any_tokens_of_a_byte_level_vocabulary(shipped: Tokenizer, prompt: list[int], output: list[int]) -> None:
+def test_any_tokens_of_a_byte_level_vocabulary(
+    shipped: Tokenizer, prompt: list[int], output: list[int]
+) -> None:
     whole, before = decoded(shipped, prompt + output), decoded(shipped, prompt)
     given_out = "".join(pieces(shipped, prompt, output))
     assert whole.endswith(given_out)
@@ -102,9 +121,14 @@ def test_any_tokens_of_a_byte_level_vocabulary(shipped: Tokenizer, prompt: list[
         assert before + given_out == whole
 
 
-@given(st.lists(st.integers(0, 511) | st.integers(3, 258), max_size=20), st.lists(st.integers(0, 511) | st.integers(3, 258), max_size=20))
+@given(
+    st.lists(st.integers(0, 511) | st.integers(3, 258), max_size=20),
+    st.lists(st.integers(0, 511) | st.integers(3, 258), max_size=20),
+)
 @settings(max_examples=200, deadline=None)
-def test_any_tokens_of_a_byte_fallback_vocabulary(stories: Tokenizer, prompt: list[int], output: list[int]) -> None:
+def test_any_tokens_of_a_byte_fallback_vocabulary(
+    stories: Tokenizer, prompt: list[int], output: list[int]
+) -> None:
     """Its decoder takes characters back when an invalid byte follows them; what was given out stays, and nothing is lost."""
     given_out = "".join(pieces(stories, prompt, output))
     whole, before = decoded(stories, prompt + output), decoded(stories, prompt)
@@ -121,12 +145,21 @@ def test_the_space_after_the_prompt(stories: Tokenizer) -> None:
     prompt, output = stories.encode("Once upon a").ids, stories.encode("time").ids[1:]
     assert stories.encode("time").tokens[1].startswith("\N{LOWER ONE EIGHTH BLOCK}")
     assert "".join(pieces(stories, prompt, output)) == " time"
-    assert "".join(pieces(stories, prompt[:1], output)) == "time"  # at the beginning of a text there is none
+    assert (
+        "".join(pieces(stories, prompt[:1], output)) == "time"
+    )  # at the beginning of a text there is none
 
 
 def test_special_tokens_are_no_text(tokenizer: Tokenizer) -> None:
-    prompt, (a, b) = tokenizer.encode("x").ids, (tokenizer.encode(" one").ids[-1], tokenizer.encode(" two").ids[-1])
-    assert pieces(tokenizer, prompt, [a, 0, b]) == [*pieces(tokenizer, prompt, [a, b])[:1], "", *pieces(tokenizer, prompt, [a, b])[1:]]
+    prompt, (a, b) = (
+        tokenizer.encode("x").ids,
+        (tokenizer.encode(" one").ids[-1], tokenizer.encode(" two").ids[-1]),
+    )
+    assert pieces(tokenizer, prompt, [a, 0, b]) == [
+        *pieces(tokenizer, prompt, [a, b])[:1],
+        "",
+        *pieces(tokenizer, prompt, [a, b])[1:],
+    ]
 
 
 def test_a_character_of_four_tokens(tokenizer: Tokenizer) -> None:
@@ -152,7 +185,13 @@ def test_invalid_bytes(tokenizer: Tokenizer) -> None:
     assert letter is not None
     assert "".join(pieces(tokenizer, prompt, [c3, a9, ff, letter])) == f"é{UNKNOWN}o"
     assert "".join(pieces(tokenizer, prompt, [letter, c3])) == f"o{UNKNOWN}"
-    assert pieces(tokenizer, prompt, [ff, ff, letter, letter]) == ["", "", f"{UNKNOWN}{UNKNOWN}o", "o", ""]
+    assert pieces(tokenizer, prompt, [ff, ff, letter, letter]) == [
+        "",
+        "",
+        f"{UNKNOWN}{UNKNOWN}o",
+        "o",
+        "",
+    ]
 
 
 def test_the_work_does_not_grow_with_the_text(shipped: Tokenizer) -> None:

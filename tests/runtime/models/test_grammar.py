@@ -50,7 +50,10 @@ def written(tokenizer: Any, matcher: Matcher, text: str) -> bool:
 
 SCHEMA = {
     "type": "object",
-    "properties": {"name": {"$ref": "#/$defs/name"}, "ages": {"type": "array", "items": {"type": "integer"}, "maxItems": 2}},
+    "properties": {
+        "name": {"$ref": "#/$defs/name"},
+        "ages": {"type": "array", "items": {"type": "integer"}, "maxItems": 2},
+    },
     "required": ["name"],
     "additionalProperties": False,
     "$defs": {"name": {"type": "string", "maxLength": 4}},
@@ -62,7 +65,12 @@ SCHEMA = {
     [
         ("regex", "[0-9]{3}-(ab)*", ["123-", "123-abab"], ["12-", "123-a", "123-abc", " 123-"]),
         ("regex", "é|🙂", ["é", "🙂"], ["e", ""]),
-        ("json_object", "", ["{}", '{"a": [1,\n    null]}'], ["[]", "1", '{"a": }', "{" + " " * 17 + "}"]),
+        (
+            "json_object",
+            "",
+            ["{}", '{"a": [1,\n    null]}'],
+            ["[]", "1", '{"a": }', "{" + " " * 17 + "}"],
+        ),
         (
             "json_schema",
             json.dumps(SCHEMA),
@@ -74,11 +82,17 @@ SCHEMA = {
 def test_what_fits_is_let_through_and_nothing_else(
     tokenizer: Any, grammars: Grammars, kind: Kind, text: str, good: list[str], bad: list[str]
 ) -> None:
-    assert [written(tokenizer, grammars(Constraint(kind, text)), one) for one in good] == [True] * len(good)
-    assert [written(tokenizer, grammars(Constraint(kind, text)), one) for one in bad] == [False] * len(bad)
+    assert [written(tokenizer, grammars(Constraint(kind, text)), one) for one in good] == [
+        True
+    ] * len(good)
+    assert [written(tokenizer, grammars(Constraint(kind, text)), one) for one in bad] == [
+        False
+    ] * len(bad)
 
 
-def test_a_complete_text_may_only_end_and_its_end_may_be_taken(tokenizer: Any, grammars: Grammars) -> None:
+def test_a_complete_text_may_only_end_and_its_end_may_be_taken(
+    tokenizer: Any, grammars: Grammars
+) -> None:
     matcher = grammars(Constraint("regex", "abc"))
     assert written(tokenizer, matcher, "abc")
     for _ in range(3):
@@ -125,8 +139,16 @@ REFUSED: list[tuple[Kind, str, str]] = [
     ("json_schema", '{"enum": []}', "Unsatisfiable"),
     ("json_schema", '{"$ref": "#"}', "refers to itself"),
     ("json_schema", '{"properties": {"next": {"$ref": "#"}}}', "refers to itself"),
-    ("json_schema", '{"$defs": {"a": {"items": {"$ref": "#/$defs/b"}}, "b": {"items": {"$ref": "#/$defs/a"}}}}', "refers to itself"),
-    ("json_schema", '{"properties": {"x": {"items": {"$ref": "#/properties/x"}}}}', "refers to itself"),
+    (
+        "json_schema",
+        '{"$defs": {"a": {"items": {"$ref": "#/$defs/b"}}, "b": {"items": {"$ref": "#/$defs/a"}}}}',
+        "refers to itself",
+    ),
+    (
+        "json_schema",
+        '{"properties": {"x": {"items": {"$ref": "#/properties/x"}}}}',
+        "refers to itself",
+    ),
     ("json_schema", '{"$ref": "http://169.254.169.254/x"}', "leads out of it"),
     ("json_schema", '{"$ref": "#name"}', "leads out of it"),
     ("json_schema", '{"$ref": "#/$defs/a"}', "leads out of it"),
@@ -135,8 +157,12 @@ REFUSED: list[tuple[Kind, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "text", "says"), REFUSED, ids=[f"{kind}-{text[:20]!a}" for kind, text, _ in REFUSED])
-def test_what_is_no_grammar_or_costs_too_much_is_refused_in_one_line(grammars: Grammars, kind: Kind, text: str, says: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "text", "says"), REFUSED, ids=[f"{kind}-{text[:20]!a}" for kind, text, _ in REFUSED]
+)
+def test_what_is_no_grammar_or_costs_too_much_is_refused_in_one_line(
+    grammars: Grammars, kind: Kind, text: str, says: str
+) -> None:
     with pytest.raises(InvalidRequest, match=says) as caught:
         grammars(Constraint(kind, text))
     message = str(caught.value)
@@ -151,11 +177,20 @@ DOUBLED = {"$ref": "#/$defs/a0", "$defs": STEPS | {"a40": {}}}  # 2 ** 40 ways t
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        ("regex", r"[^]]{1,100}[[:digit:]]\p{L}{5}\{9999999}[({9}]{3}"),  # what looks like a count and is none
+        (
+            "regex",
+            r"[^]]{1,100}[[:digit:]]\p{L}{5}\{9999999}[({9}]{3}",
+        ),  # what looks like a count and is none
         ("regex", r"\w{1,50}@\w{1,50}(\.\w{1,50}){1,9}"),
         ("json_schema", '{"properties": {"$ref": {"type": "string"}}}'),
-        ("json_schema", '{"$ref": "#/$defs/a~1b/items", "$defs": {"a/b": {"items": {"type": "null"}}}}'),
-        ("json_schema", '{"anyOf": [{"$ref": "#/x/0"}, {"$ref": "#/x/0"}], "x": [{"type": "null"}]}'),
+        (
+            "json_schema",
+            '{"$ref": "#/$defs/a~1b/items", "$defs": {"a/b": {"items": {"type": "null"}}}}',
+        ),
+        (
+            "json_schema",
+            '{"anyOf": [{"$ref": "#/x/0"}, {"$ref": "#/x/0"}], "x": [{"type": "null"}]}',
+        ),
         ("json_schema", json.dumps(DOUBLED)),
     ],
 )

@@ -98,13 +98,17 @@ PRODUCTS = {
     },
     "a chain of references": {
         "$ref": "#/$defs/0",
-        "$defs": {str(i): one | {"$ref": f"#/$defs/{i + 1}"} for i, one in enumerate(ALL)} | {"31": string(31)},
+        "$defs": {str(i): one | {"$ref": f"#/$defs/{i + 1}"} for i, one in enumerate(ALL)}
+        | {"31": string(31)},
     },
     "alternatives": {"allOf": [{"anyOf": [one, {"type": "null"}]} for one in ALL]},
     "alternatives beside others": {"allOf": ALL[:2], "anyOf": [ALL[2] | {"oneOf": ALL[3:9]}]},
     "items": {"allOf": [{"type": "array", "items": one} for one in ALL]},
     "first items": {"allOf": [{"type": "array", "prefixItems": [one]} for one in ALL]},
-    "any other property": {"allOf": [{"properties": {"p": one}} for one in ALL[:9]] + [{"additionalProperties": one} for one in ALL[9:]]},
+    "any other property": {
+        "allOf": [{"properties": {"p": one}} for one in ALL[:9]]
+        + [{"additionalProperties": one} for one in ALL[9:]]
+    },
     "values of patterns": {"allOf": [{"patternProperties": {"^p": one}} for one in ALL]},
     "names": {"patternProperties": {"^(a|b)*a(a|b){200}$": {}, "^(a|b)*b(a|b){200}$": {}}},
     "a format": {"format": "uri", "pattern": "^(a{500}|b)*$"},
@@ -113,7 +117,9 @@ PRODUCTS = {
 
 
 @pytest.mark.parametrize("value", PRODUCTS.values(), ids=PRODUCTS)
-def test_products_of_expressions_are_refused_by_name(grammars: Grammars, value: dict[str, Any]) -> None:
+def test_products_of_expressions_are_refused_by_name(
+    grammars: Grammars, value: dict[str, Any]
+) -> None:
     before = children(os.getpid())
     with pytest.raises(InvalidRequest, match="patterns multiply to more than 10000 parts") as found:
         grammars(schema(value))
@@ -125,7 +131,9 @@ SUMS = {
     "two small ones": {"allOf": [string(1), string(2)]},
     "a long one with a length": {"type": "string", "pattern": "^[a-z]{2000}$", "maxLength": 3000},
     "alternatives": {"anyOf": ALL},
-    "of different properties": {"allOf": [{"properties": {f"p{i}": one}} for i, one in enumerate(ALL)]},
+    "of different properties": {
+        "allOf": [{"properties": {f"p{i}": one}} for i, one in enumerate(ALL)]
+    },
     "of a base": {
         "$ref": "#/$defs/base",
         "properties": {f"p{i}": one for i, one in enumerate(ALL)},
@@ -137,7 +145,9 @@ SUMS = {
 
 
 @pytest.mark.parametrize("value", SUMS.values(), ids=SUMS)
-def test_expressions_for_different_strings_do_not_multiply(grammars: Grammars, value: dict[str, Any]) -> None:
+def test_expressions_for_different_strings_do_not_multiply(
+    grammars: Grammars, value: dict[str, Any]
+) -> None:
     assert grammars(schema(value)).allowed().any()
 
 
@@ -162,13 +172,19 @@ def objects(*counts: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("counts", [(501,), (600,), (300, 201)])
-def test_too_many_properties_are_refused_by_the_limit(grammars: Grammars, counts: tuple[int, ...]) -> None:
-    with pytest.raises(InvalidRequest, match=f"{sum(counts)} properties at one place, the most is 500"):
+def test_too_many_properties_are_refused_by_the_limit(
+    grammars: Grammars, counts: tuple[int, ...]
+) -> None:
+    with pytest.raises(
+        InvalidRequest, match=f"{sum(counts)} properties at one place, the most is 500"
+    ):
         grammars(schema(objects(*counts)))
 
 
 @pytest.mark.parametrize("counts", [(500,), (250, 250)])
-def test_as_many_properties_as_are_allowed_can_be_written(grammars: Grammars, tokenizer: Any, counts: tuple[int, ...]) -> None:
+def test_as_many_properties_as_are_allowed_can_be_written(
+    grammars: Grammars, tokenizer: Any, counts: tuple[int, ...]
+) -> None:
     matcher = grammars(schema(objects(*counts)))
     write(tokenizer, matcher, '{"7":"a","9":"b","249":"b"}')
     assert matcher.allowed()[0]
@@ -199,7 +215,9 @@ def refused(grammars: Grammars, constraint: Constraint) -> str:
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_a_grammar_that_compiles_waits_for_no_other(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grammar_that_compiles_waits_for_no_other(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The attack may take minutes here: it is under way until everything is closed."""
     monkeypatch.setattr(grammar, "COMPILE_S", 600.0)
     monkeypatch.setattr(grammar, "MEMORY", 1 << 40)
@@ -249,7 +267,9 @@ def wander(tokenizer: Any, matcher: Matcher) -> None:
 MANY_STATES = Constraint("regex", "(a|b)*a(a|b){24}c")
 
 
-def test_a_text_that_needs_too_much_memory_ends_alone(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_that_needs_too_much_memory_ends_alone(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(grammar, "MEMORY", 4 << 20)
     monkeypatch.setattr(grammar, "LEXER_STATES", 10**7)
     grammars = Grammars(tokenizer, 4096, EOS)
@@ -260,7 +280,9 @@ def test_a_text_that_needs_too_much_memory_ends_alone(tokenizer: Any, monkeypatc
     grammars.close()
 
 
-def test_masks_that_are_slow_again_and_again_end_their_text(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_that_are_slow_again_and_again_end_their_text(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No single one is over the limit, but the model's thread waits for all of them."""
     monkeypatch.setattr(grammar, "MASK_S", 0.1)
     monkeypatch.setattr(grammar, "TOKEN_S", 0.0)
@@ -273,7 +295,9 @@ def test_masks_that_are_slow_again_and_again_end_their_text(tokenizer: Any, monk
     grammars.close()
 
 
-def test_texts_of_one_grammar_do_not_use_up_each_others_states(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_of_one_grammar_do_not_use_up_each_others_states(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(grammar, "LEXER_STATES", 1000)
     grammars = Grammars(tokenizer, 4096, EOS)
     first, second = grammars(MANY_STATES), grammars(MANY_STATES)
@@ -322,7 +346,9 @@ def test_nothing_is_left_after_close(tokenizer: Any) -> None:
     grammars.close()
 
 
-def test_processes_are_bounded_in_number(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_are_bounded_in_number(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(limits, "GRAMMARS", 2)
     matchers = [grammars(GOOD), grammars(GOOD)]
     with pytest.raises(Overloaded, match="2 texts with a response_format are under way"):

@@ -36,7 +36,9 @@ class Words:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_trained(tmp_path / "head", "medusa", IDENTITY, SETTINGS, dict(medusa.Medusa(32, 2).state_dict()))
+    write_trained(
+        tmp_path / "head", "medusa", IDENTITY, SETTINGS, dict(medusa.Medusa(32, 2).state_dict())
+    )
     return tmp_path / "head"
 
 
@@ -46,10 +48,20 @@ def mount(folder: Path, identity: Identity = IDENTITY) -> HeadContext:
 
 def test_what_is_written_is_read(folder: Path) -> None:
     assert read_settings(folder, "medusa", IDENTITY) == SETTINGS
-    shapes = {f"heads.{head}.0.{name}": shape for head in range(2) for name, shape in (("weight", (32, 32)), ("bias", (32,)))}
+    shapes = {
+        f"heads.{head}.0.{name}": shape
+        for head in range(2)
+        for name, shape in (("weight", (32, 32)), ("bias", (32,)))
+    }
     assert set(read_tensors(folder, shapes)) == set(shapes)
     assert [path.name for path in folder.parent.iterdir()] == ["head"]
-    write_trained(folder, "medusa", IDENTITY, {"heads": 1, "blocks": 1}, dict(medusa.Medusa(32, 1).state_dict()))
+    write_trained(
+        folder,
+        "medusa",
+        IDENTITY,
+        {"heads": 1, "blocks": 1},
+        dict(medusa.Medusa(32, 1).state_dict()),
+    )
     assert len(medusa.build(mount(folder)).module.heads) == 1
 
 
@@ -62,10 +74,18 @@ def test_what_cannot_be_written_leaves_the_old(folder: Path) -> None:
 
 def test_who_a_target_is() -> None:
     found = identity_of(hf_model("llama").module.config, Words())
-    assert (found.hidden_size, found.layers, found.vocabulary, len(found.tokenizer)) == (32, 2, VOCABULARY, 64)
+    assert (found.hidden_size, found.layers, found.vocabulary, len(found.tokenizer)) == (
+        32,
+        2,
+        VOCABULARY,
+        64,
+    )
 
 
-@pytest.mark.parametrize(("name", "value"), [("hidden_size", 64), ("layers", 3), ("vocabulary", 97), ("tokenizer", "f" * 64)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("hidden_size", 64), ("layers", 3), ("vocabulary", 97), ("tokenizer", "f" * 64)],
+)
 def test_another_targets_is_refused(folder: Path, name: str, value: object) -> None:
     with pytest.raises(ModelRefused, match=f"trained for another target \\({name}"):
         medusa.build(mount(folder, replace(IDENTITY, **{name: value})))  # type: ignore[arg-type]
@@ -96,21 +116,40 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pa
         (lambda folder: (folder / "config.json").write_text("[]"), "not a JSON object"),
         (lambda folder: (folder / "code.py").write_text("import os"), "brings code of its own"),
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot be read"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"1234567890"), "cannot be read"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"1234567890"),
+            "cannot be read",
+        ),
         (change(method="hidden-transfer"), "holds 'hidden-transfer' and not medusa"),
         (change(target=None), "lacks `target` or `settings`"),
         (change(settings=[1]), "lacks `target` or `settings`"),
         (change(settings={"heads": 2}), "blocks None is no whole number from 1 to 16"),
         (change(settings={"heads": 10**9, "blocks": 1}), "heads 1000000000 is no whole number"),
         (change(settings={"heads": True, "blocks": 1}), "heads True is no whole number"),
-        (change(settings={"heads": 3, "blocks": 1}), r"does not fit its config.json \(heads.2.0.bias\)"),
-        (tensors(lambda found: found.pop("heads.1.0.bias")), r"does not fit its config.json \(heads.1.0.bias\)"),
-        (tensors(lambda found: found.update(more=torch.zeros(1))), r"does not fit its config.json \(more\)"),
+        (
+            change(settings={"heads": 3, "blocks": 1}),
+            r"does not fit its config.json \(heads.2.0.bias\)",
+        ),
+        (
+            tensors(lambda found: found.pop("heads.1.0.bias")),
+            r"does not fit its config.json \(heads.1.0.bias\)",
+        ),
+        (
+            tensors(lambda found: found.update(more=torch.zeros(1))),
+            r"does not fit its config.json \(more\)",
+        ),
         (tensors(lambda found: found["heads.0.0.bias"].fill_(float("nan"))), "no finite numbers"),
-        (tensors(lambda found: found.update({"heads.0.0.bias": torch.zeros(32, dtype=torch.int32)})), "no finite numbers"),
+        (
+            tensors(
+                lambda found: found.update({"heads.0.0.bias": torch.zeros(32, dtype=torch.int32)})
+            ),
+            "no finite numbers",
+        ),
     ],
 )
-def test_a_spoilt_folder_is_refused(folder: Path, spoil: Callable[[Path], object], said: str) -> None:
+def test_a_spoilt_folder_is_refused(
+    folder: Path, spoil: Callable[[Path], object], said: str
+) -> None:
     spoil(folder)
     with pytest.raises(ModelRefused, match=said):
         medusa.build(mount(folder))
@@ -118,14 +157,18 @@ def test_a_spoilt_folder_is_refused(folder: Path, spoil: Callable[[Path], object
 
 @pytest.mark.parametrize("layers", [None, [], [2], [0], [1.0], [1] * 17, "1", [True]])
 def test_layers_that_are_none_are_refused(tmp_path: Path, layers: object) -> None:
-    write_trained(tmp_path / "head", "hidden-transfer", IDENTITY, {"layers": layers}, {"none": torch.zeros(1)})
+    write_trained(
+        tmp_path / "head", "hidden-transfer", IDENTITY, {"layers": layers}, {"none": torch.zeros(1)}
+    )
     with pytest.raises(ModelRefused, match="are not 1 to 16 layers from 1 to 1 that do not fall"):
         hidden_transfer.build(mount(tmp_path / "head"))
 
 
 def test_layers_that_fall_are_refused(tmp_path: Path) -> None:
     identity = replace(IDENTITY, layers=4)
-    write_trained(tmp_path / "head", "hidden-transfer", identity, {"layers": [2, 1]}, {"none": torch.zeros(1)})
+    write_trained(
+        tmp_path / "head", "hidden-transfer", identity, {"layers": [2, 1]}, {"none": torch.zeros(1)}
+    )
     with pytest.raises(ModelRefused, match="that do not fall"):
         hidden_transfer.build(mount(tmp_path / "head", identity))
 
@@ -134,7 +177,13 @@ def test_composed_from_a_configuration(tmp_path: Path) -> None:
     """With everything as in a deployment but in one process: threads, scheduler, tokenizer, folders."""
     folder = save_model(tmp_path / "target")
     identity = identity_of(AutoConfig.from_pretrained(folder), load_tokenizer(str(folder)))
-    write_trained(tmp_path / "medusa", "medusa", identity, {"heads": 2, "blocks": 1}, dict(medusa.Medusa(32, 2).state_dict()))
+    write_trained(
+        tmp_path / "medusa",
+        "medusa",
+        identity,
+        {"heads": 2, "blocks": 1},
+        dict(medusa.Medusa(32, 2).state_dict()),
+    )
     transfer = dict(hidden_transfer.HiddenTransfer(32, [1]).state_dict())
     write_trained(tmp_path / "transfer", "hidden-transfer", identity, {"layers": [1]}, transfer)
     drafts = ("token-recycling", str(tmp_path / "medusa"), str(tmp_path / "transfer"))
@@ -148,10 +197,17 @@ def test_composed_from_a_configuration(tmp_path: Path) -> None:
         target.start()
         for temperature in (0.0, 0.8):
             sampling = Sampling(max_tokens=40, temperature=temperature, seed=1)
-            on, off = [await answer(target, Request(f"{wanted}", prompt, sampling, speculation=wanted)) for wanted in (True, False)]
+            on, off = [
+                await answer(target, Request(f"{wanted}", prompt, sampling, speculation=wanted))
+                for wanted in (True, False)
+            ]
             assert on.said() == off.said()
             assert on.stats.drafted > 0 == off.stats.drafted
-        assert set(target.report().guesses) == {"token-recycling-0", "medusa-0", "hidden-transfer-0"}
+        assert set(target.report().guesses) == {
+            "token-recycling-0",
+            "medusa-0",
+            "hidden-transfer-0",
+        }
         await target.stop()
 
     asyncio.run(main())

@@ -46,7 +46,9 @@ def rows_of(tree: TokenTree, start: int) -> Rows:
 
 def plain(model: HFModel, tokens: list[int]) -> torch.Tensor:
     with torch.inference_mode():
-        logits: torch.Tensor = model.module(input_ids=torch.tensor([[int(token) for token in tokens]]), use_cache=False).logits[0]
+        logits: torch.Tensor = model.module(
+            input_ids=torch.tensor([[int(token) for token in tokens]]), use_cache=False
+        ).logits[0]
         return logits
 
 
@@ -77,7 +79,13 @@ def test_a_second_generation_of_rows_sees_its_own_branch_in_the_cache(family: st
     model, kv = hf_model(family), begun(hf_model(family))
     close(
         model.forward(
-            kv, Rows(np.array([PROMPT[-1], 4, 5]), np.array([9, 10, 10]), 9, np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], np.bool_))
+            kv,
+            Rows(
+                np.array([PROMPT[-1], 4, 5]),
+                np.array([9, 10, 10]),
+                9,
+                np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], np.bool_),
+            ),
         ),
         torch.stack([plain(model, [*PROMPT, *path])[-1] for path in ([], [4], [5])]),
     )
@@ -119,7 +127,9 @@ def test_a_text_read_in_pieces_reads_as_a_whole(family: str) -> None:
     close(model.forward(whole, causal(PROMPT, 0)), expected)
     for layer in whole.layers:
         for place in layer.places:
-            torch.testing.assert_close(pieces.plane(*place), whole.plane(*place), atol=TOLERANCE, rtol=0)
+            torch.testing.assert_close(
+                pieces.plane(*place), whole.plane(*place), atol=TOLERANCE, rtol=0
+            )
 
 
 @families
@@ -152,7 +162,10 @@ def test_what_the_model_says_of_itself() -> None:
     [
         (causal(np.array([3, VOCABULARY]), 0), "token id outside the vocabulary of 96"),
         (causal(np.array([-1]), 0), "token id outside"),
-        (Rows(np.array([3]), np.array([512]), 0, np.ones((1, 1), np.bool_)), "position 512 is beyond the context of 512"),
+        (
+            Rows(np.array([3]), np.array([512]), 0, np.ones((1, 1), np.bool_)),
+            "position 512 is beyond the context of 512",
+        ),
     ],
 )
 def test_rows_outside_of_the_model(rows: Rows, message: str) -> None:
@@ -170,7 +183,10 @@ def test_a_pass_that_fails_leaves_the_cache_as_it_was() -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    with model.module.lm_head.register_forward_pre_hook(broken), pytest.raises(RuntimeError, match="out of memory"):
+    with (
+        model.module.lm_head.register_forward_pre_hook(broken),
+        pytest.raises(RuntimeError, match="out of memory"),
+    ):
         model.forward(kv, causal(PROMPT[-1:], 9))
     assert kv.length == 9
     close(model.forward(kv, causal(PROMPT[-1:], 9)), plain(model, PROMPT.tolist())[-1:])
@@ -205,7 +221,11 @@ def three(model: HFModel) -> list[Part]:
         text = np.random.default_rng(length).integers(0, VOCABULARY, 20)
         kv = model.new_cache()
         model.forward(kv, causal(text[:length], 0), last=0) if length else None
-        read = rows_of(grown(7), length) if rows is None else causal(text[length : length + rows], length)
+        read = (
+            rows_of(grown(7), length)
+            if rows is None
+            else causal(text[length : length + rows], length)
+        )
         parts.append(Part(kv, read, last))
     return parts
 
@@ -219,7 +239,9 @@ def test_several_texts_in_one_pass(family: str) -> None:
     assert [len(logits) for logits in together] == [8, 1, 2, 0]
     for found, expected in zip(together, apart, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    more = model.forward_all([Part(part.cache, causal(np.array([5]), part.cache.length)) for part in parts[1:3]])
+    more = model.forward_all(
+        [Part(part.cache, causal(np.array([5]), part.cache.length)) for part in parts[1:3]]
+    )
     text = np.random.default_rng(9).integers(0, VOCABULARY, 20)
     close(more[0], plain(model, [*text[:10], 5])[-1:])
     assert [part.cache.length for part in parts] == [12, 11, 13, 10]
@@ -237,18 +259,26 @@ def test_one_pass_is_one_pass(family: str) -> None:
     assert model.module.config._attn_implementation in ("sdpa", "eager")
 
 
-def test_a_module_that_reads_several_texts_wrongly_reads_them_one_by_one(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_module_that_reads_several_texts_wrongly_reads_them_one_by_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Here each row attends to itself alone."""
     module = FAMILIES["llama"]()
     with caplog.at_level(logging.WARNING), pytest.MonkeyPatch.context() as patch:
         patch.setitem(
             AttentionInterface._global_mapping,
             NAME,
-            lambda module, query, key, value, mask, **_: (value.transpose(1, 2).repeat(1, 1, 2, 1), None),
+            lambda module, query, key, value, mask, **_: (
+                value.transpose(1, 2).repeat(1, 1, 2, 1),
+                None,
+            ),
         )
         model = HFModel(module, "own way")
     assert not model.generic.together
-    assert "model own way reads several texts one by one: in one pass its logits are off by" in caplog.text
+    assert (
+        "model own way reads several texts one by one: in one pass its logits are off by"
+        in caplog.text
+    )
     assert [len(logits) for logits in model.forward_all(three(model))] == [8, 1, 2, 0]
 
 
@@ -258,7 +288,9 @@ def test_no_texts() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
-def test_an_error_in_one_text_leaves_all_caches_as_they_were(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_one_text_leaves_all_caches_as_they_were(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = HFModel(FAMILIES[family](), family)
     if family == "llama":
         quicken(model)
@@ -267,7 +299,10 @@ def test_an_error_in_one_text_leaves_all_caches_as_they_were(family: str, monkey
     bad = Part(model.new_cache(), causal(np.array([VOCABULARY]), 0))
     full = model.new_cache()
     full.append(full.capacity)
-    for culprit in (bad, Part(full, Rows(np.array([1]), np.array([0]), full.capacity, np.ones((1, 1), np.bool_)))):
+    for culprit in (
+        bad,
+        Part(full, Rows(np.array([1]), np.array([0]), full.capacity, np.ones((1, 1), np.bool_))),
+    ):
         with pytest.raises(InvalidRequest):
             model.forward_all([*parts, culprit])
         assert [part.cache.length for part in parts] == lengths
@@ -289,7 +324,10 @@ def test_an_error_in_a_pass_over_several_texts_leaves_the_module_as_it_was() -> 
     def broken(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    with model.module.lm_head.register_forward_pre_hook(broken), pytest.raises(RuntimeError, match="out of memory"):
+    with (
+        model.module.lm_head.register_forward_pre_hook(broken),
+        pytest.raises(RuntimeError, match="out of memory"),
+    ):
         model.forward_all(three(model))
     assert model.module.config._attn_implementation == "sdpa"
 
@@ -317,7 +355,11 @@ def test_low_precision(family: str, dtype: torch.dtype) -> None:
 
 def test_the_proof_fails_where_branches_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     model = HFModel(FAMILIES["llama"](), "leaking")
-    monkeypatch.setattr(model.generic, "mask", lambda part, window: torch.zeros((1, 1, len(part.rows.tokens), part.cache.length)))
+    monkeypatch.setattr(
+        model.generic,
+        "mask",
+        lambda part, window: torch.zeros((1, 1, len(part.rows.tokens), part.cache.length)),
+    )
     with pytest.raises(ModelRefused, match="cannot be rolled back exactly"):
         check_rollback(model)
 
@@ -329,10 +371,25 @@ def test_positions_by_slot_are_refused() -> None:
         HFModel(tiny("bloom"), "bloom")
 
 
-@pytest.mark.parametrize("model_type", ["mamba", "rwkv", "qwen3_next", "jamba", "recurrent_gemma", "falcon_mamba", "llama4_text", "bart"])
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "mamba",
+        "rwkv",
+        "qwen3_next",
+        "jamba",
+        "recurrent_gemma",
+        "falcon_mamba",
+        "llama4_text",
+        "bart",
+    ],
+)
 def test_models_that_keep_more_than_keys_and_values_are_refused(model_type: str) -> None:
     config = AutoConfig.for_model(model_type)
-    with torch.device("meta"), pytest.raises(ModelRefused, match=f"^model x \\({model_type}\\) .*: choose a"):
+    with (
+        torch.device("meta"),
+        pytest.raises(ModelRefused, match=f"^model x \\({model_type}\\) .*: choose a"),
+    ):
         check_config(config, AutoModelForCausalLM._model_mapping[type(config)], "x")
 
 
@@ -343,8 +400,15 @@ def test_a_recurrent_model_in_memory_is_refused() -> None:
 
 
 def test_longrope_ends_where_its_angles_would_change() -> None:
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-    model = HFModel(tiny("phi3", original_max_position_embeddings=64, rope_parameters=rope), "phi3-long")
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+    }
+    model = HFModel(
+        tiny("phi3", original_max_position_embeddings=64, rope_parameters=rope), "phi3-long"
+    )
     assert model.context == 64
     assert check_rollback(model) < 1e-4
 

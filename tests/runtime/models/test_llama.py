@@ -17,7 +17,12 @@ from tests.support.families import FAMILIES, VOCABULARY, WINDOW, tiny
 
 TEXT = np.random.default_rng(3).integers(0, VOCABULARY, 40)
 LONG = {"max_position_embeddings": 2048}
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 512}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -35,12 +40,26 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "wide heads": ("llama", {"head_dim": 24}),
     "yarn": ("llama", {"rope_parameters": YARN, **LONG}),
     "llama3": ("llama", {"rope_parameters": LLAMA3, **LONG}),
-    "dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}),
+    "dynamic": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+    ),
     "mistral": ("mistral", {"sliding_window": WINDOW}),
     "qwen2": ("qwen2", {}),
-    "qwen2 sliding": ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "qwen2 sliding": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    ),
     "qwen3": ("qwen3", {"head_dim": 16}),
-    "qwen3 sliding": ("qwen3", {"head_dim": 16, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "qwen3 sliding": (
+        "qwen3",
+        {
+            "head_dim": 16,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 1,
+        },
+    ),
 }
 
 
@@ -65,7 +84,10 @@ def pair(shape: str, dtype: torch.dtype = torch.float32) -> tuple[HFModel, HFMod
 
 def tree(start: int) -> Rows:
     """A root, two children, two grandchildren."""
-    visible = np.array([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 1, 0], [1, 0, 1, 0, 1]], dtype=np.bool_)
+    visible = np.array(
+        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 1, 0], [1, 0, 1, 0, 1]],
+        dtype=np.bool_,
+    )
     return Rows(TEXT[:5], start + np.array([0, 1, 1, 2, 2]), start, visible)
 
 
@@ -74,13 +96,26 @@ def test_the_short_pass_is_the_long_one(shape: str) -> None:
     found: list[list[torch.Tensor]] = []
     for model in pair(shape):
         kv, other = model.new_cache(), model.new_cache()
-        logits = [model.forward(kv, causal(TEXT[:9], 0)), model.forward(kv, causal(TEXT[9:10], 9)), model.forward(kv, tree(10))]
+        logits = [
+            model.forward(kv, causal(TEXT[:9], 0)),
+            model.forward(kv, causal(TEXT[9:10], 9)),
+            model.forward(kv, tree(10)),
+        ]
         kv.keep(11, [12, 14])
-        logits += [model.forward(kv, causal(TEXT[:3], 13), last=1), model.forward(kv, causal(TEXT[:2], 16), last=0)]
+        logits += [
+            model.forward(kv, causal(TEXT[:3], 13), last=1),
+            model.forward(kv, causal(TEXT[:2], 16), last=0),
+        ]
         logits += model.forward_all(
-            [Part(kv, tree(18)), Part(other, causal(TEXT, 0), last=2), Part(model.new_cache(), causal(TEXT[:1], 0))]
+            [
+                Part(kv, tree(18)),
+                Part(other, causal(TEXT, 0), last=2),
+                Part(model.new_cache(), causal(TEXT[:1], 0)),
+            ]
         )
-        found.append([*logits, *(kv.plane(*place)[0] for layer in kv.layers for place in layer.places)])
+        found.append(
+            [*logits, *(kv.plane(*place)[0] for layer in kv.layers for place in layer.places)]
+        )
     assert [len(logits) for logits in found[1][:8]] == [9, 1, 5, 1, 0, 5, 2, 1]
     for expected, got in zip(*found, strict=True):
         assert got.dtype == torch.float32
@@ -92,7 +127,10 @@ def test_angles_beyond_those_computed_at_first(shape: str) -> None:
     text = np.resize(TEXT, ANGLES + 70 if shape != "llama" else 512)
     generic, quick = pair(shape)
     for length in (500, len(text)):
-        logits = [model.forward(model.new_cache(), causal(text[:length], 0), last=3) for model in (generic, quick)]
+        logits = [
+            model.forward(model.new_cache(), causal(text[:length], 0), last=3)
+            for model in (generic, quick)
+        ]
         torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=0)
 
 
@@ -111,12 +149,16 @@ def test_the_module_stays_whole_and_takes_no_more_memory(shape: str) -> None:
     generic, quick = pair(shape)
     ids = torch.from_numpy(TEXT[None])
     with torch.inference_mode():
-        assert torch.equal(quick.module(ids, use_cache=False).logits, generic.module(ids, use_cache=False).logits)
+        assert torch.equal(
+            quick.module(ids, use_cache=False).logits, generic.module(ids, use_cache=False).logits
+        )
     attention = quick.module.model.layers[0].self_attn
     assert isinstance(quick.step, LlamaPass)
     joint = quick.step._layers[0].qkv.weight
     assert joint.data_ptr() == attention.q_proj.weight.data_ptr()
-    assert joint.untyped_storage().data_ptr() == attention.v_proj.weight.untyped_storage().data_ptr()
+    assert (
+        joint.untyped_storage().data_ptr() == attention.v_proj.weight.untyped_storage().data_ptr()
+    )
     assert quick.step._head.weight.data_ptr() == quick.module.lm_head.weight.data_ptr()
 
 
@@ -133,7 +175,9 @@ def test_another_activation_does_not_fit() -> None:
     assert fits(tiny("llama"))
 
 
-def test_a_pass_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_pass_that_disagrees_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     model = HFModel(tiny("llama"), "twisted")
     table = LlamaPass._table
     monkeypatch.setattr(LlamaPass, "_table", lambda self, positions: table(self, positions) * 1.1)
@@ -143,7 +187,9 @@ def test_a_pass_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch, capl
     assert "model twisted keeps transformers' own pass: the faster one is off by" in caplog.text
 
 
-def test_a_pass_that_cannot_be_made_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_pass_that_cannot_be_made_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     model = HFModel(tiny("llama"), "odd")
     monkeypatch.delattr(LlamaPass, "_lane")
     with caplog.at_level(logging.WARNING):

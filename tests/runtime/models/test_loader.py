@@ -31,7 +31,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole model; the tests change copies of it."""
     folder = tmp_path_factory.mktemp("saved")
     FAMILIES["llama"]().save_pretrained(folder)
-    words = Tokenizer(WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w0"))
+    words = Tokenizer(
+        WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w0")
+    )
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
     return folder
 
@@ -69,11 +71,17 @@ def test_a_folder_becomes_the_model_that_was_saved(folder: Path) -> None:
     model = load_model(str(folder), device="cpu")
     assert (model.name, model.dtype, model.device.type) == (str(folder), torch.float32, "cpu")
     rows = causal(np.arange(9), 0)
-    assert torch.equal(model.forward(model.new_cache(), rows), hf_model("llama").forward(hf_model("llama").new_cache(), rows))
+    assert torch.equal(
+        model.forward(model.new_cache(), rows),
+        hf_model("llama").forward(hf_model("llama").new_cache(), rows),
+    )
 
 
 def test_the_step_may_be_left_to_transformers(folder: Path) -> None:
-    generic, auto = load_model(str(folder), device="cpu", step="generic"), load_model(str(folder), device="cpu")
+    generic, auto = (
+        load_model(str(folder), device="cpu", step="generic"),
+        load_model(str(folder), device="cpu"),
+    )
     assert generic.step is generic.generic
     assert isinstance(auto.step, LlamaPass)
     rows = causal(np.arange(9), 0)
@@ -82,7 +90,10 @@ def test_the_step_may_be_left_to_transformers(folder: Path) -> None:
     torch.testing.assert_close(auto.forward(auto.new_cache(), rows), own, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16), ("float32", torch.float32)])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("bfloat16", torch.bfloat16), ("float16", torch.float16), ("float32", torch.float32)],
+)
 def test_types(folder: Path, name: str, dtype: torch.dtype) -> None:
     assert load_model(str(folder), name, "cpu").dtype == dtype
 
@@ -122,7 +133,8 @@ def test_unknown_type(dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "message"), [("tpu", "'tpu' is not known"), ("cuda:99", "cuda:99 is not here"), ("cuda:x", "not known")]
+    ("device", "message"),
+    [("tpu", "'tpu' is not known"), ("cuda:99", "cuda:99 is not here"), ("cuda:x", "not known")],
 )
 def test_unknown_device(device: str, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
@@ -130,7 +142,17 @@ def test_unknown_device(device: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["/no/such/folder", "./folder", "../folder", "~/no-such-folder", "a/b/c", "C:\\models", "hf://a/b", "a//b"]
+    "name",
+    [
+        "/no/such/folder",
+        "./folder",
+        "../folder",
+        "~/no-such-folder",
+        "a/b/c",
+        "C:\\models",
+        "hf://a/b",
+        "a//b",
+    ],
 )
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
 def test_no_such_folder(name: str, load: Callable[[str], object]) -> None:
@@ -152,16 +174,23 @@ def test_a_file_is_no_folder(folder: Path) -> None:
     refused(folder / WEIGHTS, "is a file")
 
 
-@pytest.mark.parametrize(("file", "message"), [("config.json", "has no config.json"), (WEIGHTS, "has no model.safetensors")])
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("config.json", "has no config.json"), (WEIGHTS, "has no model.safetensors")],
+)
 def test_a_missing_file(folder: Path, file: str, message: str) -> None:
     (folder / file).unlink()
     refused(folder, message)
 
 
-def test_a_text_that_is_too_long_is_not_the_tokenizers_affair(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_that_is_too_long_is_not_the_tokenizers_affair(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Who refuses it says so in one line; a warning of transformers on standard error would be another."""
     warned: list[tuple[object, ...]] = []
-    monkeypatch.setattr(tokenization_utils_base.logger, "warning", lambda *said: warned.append(said))
+    monkeypatch.setattr(
+        tokenization_utils_base.logger, "warning", lambda *said: warned.append(said)
+    )
     edit(folder / "tokenizer_config.json", model_max_length=1)
     tokenizer = load_tokenizer(str(folder))
     tokenizer.backend_tokenizer.pre_tokenizer = Whitespace()
@@ -192,14 +221,23 @@ def test_pickled_weights_alone(folder: Path, file: str) -> None:
         ("{}", "config.json names model_type 'None'"),
         ('{"model_type": "no_such_model"}', "config.json names model_type 'no_such_model'"),
         ('{"model_type": ["llama"]}', "config.json names model_type"),
-        ('{"model_type": "llama", "hidden_size": "big"}', "config.json does not fit model_type llama"),
-        ('{"model_type": "llama", "num_attention_heads": 0}', "config.json does not fit model_type llama"),
+        (
+            '{"model_type": "llama", "hidden_size": "big"}',
+            "config.json does not fit model_type llama",
+        ),
+        (
+            '{"model_type": "llama", "num_attention_heads": 0}',
+            "config.json does not fit model_type llama",
+        ),
         ('{"model_type": "vit"}', "(vit) is not a causal language model"),
         ('{"model_type": "bart"}', "(bart) is an encoder-decoder"),
         ('{"model_type": "t5"}', "(t5) is not a causal language model"),
         ('{"model_type": "mamba"}', "(mamba) has layers of type linear_attention"),
         ('{"model_type": "rwkv"}', "(rwkv) has a recurrent state"),
-        ('{"model_type": "recurrent_gemma"}', "(recurrent_gemma) has layers of type linear_attention"),
+        (
+            '{"model_type": "recurrent_gemma"}',
+            "(recurrent_gemma) has layers of type linear_attention",
+        ),
         ('{"model_type": "falcon", "alibi": true}', "(falcon) has ALiBi positions"),
     ],
 )
@@ -270,7 +308,9 @@ def test_configurations_nested_as_deep_as_json_may_be(folder: Path, file: str) -
     ],
 )
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
-def test_a_file_of_a_gigabyte_is_not_read(folder: Path, file: str, size: int, said: str, load: Callable[[str], object]) -> None:
+def test_a_file_of_a_gigabyte_is_not_read(
+    folder: Path, file: str, size: int, said: str, load: Callable[[str], object]
+) -> None:
     (folder / file).parent.mkdir(exist_ok=True)
     with (folder / file).open("ab") as sparse:
         sparse.truncate(size)
@@ -295,19 +335,27 @@ def test_a_template_that_does_not_end(folder: Path, template: str) -> None:
 
 def test_templates_that_end(folder: Path) -> None:
     speak = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    choosy = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + speak
+    choosy = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + speak
+    )
     (folder / "chat_template.jinja").write_text(choosy)
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "other.jinja").write_text(speak)
     tokenizer = load_tokenizer(str(folder))
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "user: hi\n"
+    assert (
+        tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+        == "user: hi\n"
+    )
     assert set(tokenizer.chat_template) == {"default", "other"}
 
 
 def test_a_template_cannot_reach_out_of_its_sandbox(folder: Path, tmp_path: Path) -> None:
     code = f"open('{tmp_path}/reached', 'w')"
     (folder / "chat_template.jinja").write_text(
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__.os." + code + " }}"
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__.os."
+        + code
+        + " }}"
     )
     load_tokenizer(str(folder))
     assert not (tmp_path / "reached").exists()
@@ -333,7 +381,10 @@ def test_a_link_to_itself(folder: Path) -> None:
 
 
 def test_the_links_of_the_hubs_own_cache_are_followed(saved: Path, tmp_path: Path) -> None:
-    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs, snapshot = (
+        tmp_path / "models--a--b" / "blobs",
+        tmp_path / "models--a--b" / "snapshots" / "0123",
+    )
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for file in saved.iterdir():
@@ -346,12 +397,22 @@ def header(size: int, text: bytes = b"") -> bytes:
     return size.to_bytes(8, "little") + text
 
 
-OVERLAP = json.dumps({name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for name in "ab"}).encode()
+OVERLAP = json.dumps(
+    {name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for name in "ab"}
+).encode()
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"abc", header(1 << 62), header(200 << 20), header(2, b"[]"), header(9, b"{}"), header(len(OVERLAP), OVERLAP + bytes(16))],
+    [
+        b"",
+        b"abc",
+        header(1 << 62),
+        header(200 << 20),
+        header(2, b"[]"),
+        header(9, b"{}"),
+        header(len(OVERLAP), OVERLAP + bytes(16)),
+    ],
     ids=["empty", "short", "absurd", "200-MiB", "array", "past-the-end", "overlap"],
 )
 def test_a_broken_header(folder: Path, content: bytes) -> None:
@@ -367,7 +428,11 @@ def test_a_download_that_broke_off(folder: Path) -> None:
 
 def test_missing_and_misshapen_weights(folder: Path) -> None:
     weights = load_file(folder / WEIGHTS)
-    save_file({name: tensor for name, tensor in weights.items() if "q_proj" not in name}, folder / WEIGHTS, {"format": "pt"})
+    save_file(
+        {name: tensor for name, tensor in weights.items() if "q_proj" not in name},
+        folder / WEIGHTS,
+        {"format": "pt"},
+    )
     refused(folder, "lacks 2 of its weights")
     save_file({**weights, "lm_head.weight": torch.zeros(5, 5)}, folder / WEIGHTS, {"format": "pt"})
     refused(folder, "cannot be loaded")

@@ -111,13 +111,22 @@ def content(kv: TorchCache) -> list[torch.Tensor]:
 def history(model: HFModel) -> list[torch.Tensor]:
     """Logits of trees, rollbacks, a fork and several texts, then the keys and values."""
     kv, other = model.new_cache(), model.new_cache()
-    logits = [model.forward(kv, causal(LONG[:9], 0)), model.forward(kv, causal(LONG[9:10], 9)), model.forward(kv, tree(10))]
+    logits = [
+        model.forward(kv, causal(LONG[:9], 0)),
+        model.forward(kv, causal(LONG[9:10], 9)),
+        model.forward(kv, tree(10)),
+    ]
     kv.keep(11, [12, 14])
-    logits += [model.forward(kv, causal(LONG[:3], 13), last=1), model.forward(kv, causal(LONG[:2], 16), last=0)]
+    logits += [
+        model.forward(kv, causal(LONG[:3], 13), last=1),
+        model.forward(kv, causal(LONG[:2], 16), last=0),
+    ]
     logits += model.forward_all([Part(kv, tree(18)), Part(other, causal(LONG[:40], 0), last=2)])
     kv.truncate(12)
     fork = kv.fork(7)
-    logits += model.forward_all([Part(fork, tree(7), last=3), Part(kv, causal(LONG[:1], 12), last=0)])
+    logits += model.forward_all(
+        [Part(fork, tree(7), last=3), Part(kv, causal(LONG[:1], 12), last=0)]
+    )
     logits.append(model.forward(other, tree(40)))
     return [*logits, *content(kv), *content(other), *content(fork)]
 
@@ -175,13 +184,16 @@ def test_every_length_across_a_border_of_slots() -> None:
         static.forward(caches[1], causal(LONG[start : start + 125], start), last=0)
     for start in range(250, 262):
         expected, got = (
-            model.forward(kv, causal(LONG[start : start + 1], start)) for model, kv in zip((generic, static), caches, strict=True)
+            model.forward(kv, causal(LONG[start : start + 1], start))
+            for model, kv in zip((generic, static), caches, strict=True)
         )
         close(got, expected)
         assert (Shape(0, 1, 1, 512) in step._frames) == (start >= 256)
     for kv in caches:
         kv.keep(200, list(range(255, 262)))
-    expected, got = (model.forward(kv, tree(207)) for model, kv in zip((generic, static), caches, strict=True))
+    expected, got = (
+        model.forward(kv, tree(207)) for model, kv in zip((generic, static), caches, strict=True)
+    )
     close(got, expected)
 
 
@@ -194,10 +206,15 @@ def test_more_texts_than_seats_take_turns() -> None:
         widths = rng.integers(1, 6, len(chosen))
         logits = []
         for model, own in zip((generic, static), caches, strict=True):
-            parts = [Part(own[i], bush(own[i].length, int(w))) for i, w in zip(chosen, widths, strict=True)]
+            parts = [
+                Part(own[i], bush(own[i].length, int(w)))
+                for i, w in zip(chosen, widths, strict=True)
+            ]
             logits.append(torch.cat(model.forward_all(parts)))
             for i, width in zip(chosen, widths, strict=True):
-                own[i].keep(own[i].length - int(width) + 1, [own[i].length - 1] if width > 1 else [])
+                own[i].keep(
+                    own[i].length - int(width) + 1, [own[i].length - 1] if width > 1 else []
+                )
         close(logits[1], logits[0])
     for expected, got in zip(*caches, strict=True):
         assert got.length == expected.length > 0
@@ -230,7 +247,9 @@ def test_any_history_reads_as_a_fresh_prefill(monkeypatch: pytest.MonkeyPatch) -
     [
         lambda model: [Part(model.new_cache(), causal(LONG[: ROWS + 1], 0))],
         lambda model: [Part(model.new_cache(), causal(LONG[:2], 0)) for _ in range(3)],
-        lambda model: [Part(model.new_cache(), Rows(LONG[:1], np.array([300]), 0, np.ones((1, 1), np.bool_)))],
+        lambda model: [
+            Part(model.new_cache(), Rows(LONG[:1], np.array([300]), 0, np.ones((1, 1), np.bool_)))
+        ],
     ],
     ids=["rows", "texts", "positions"],
 )
@@ -238,8 +257,12 @@ def test_what_is_too_much_is_read_otherwise(parts: Callable[[HFModel], list[Part
     generic, static, _ = pair(seats=2, slots=256)
     with pytest.raises(AssertionError, match="other pass"):
         static.forward_all(parts(static))
-    static.step = StaticPass(static.module, Arena(static.new_cache(), 2, 256), static.generic, straight)
-    close(torch.cat(static.forward_all(parts(static))), torch.cat(generic.forward_all(parts(generic))))
+    static.step = StaticPass(
+        static.module, Arena(static.new_cache(), 2, 256), static.generic, straight
+    )
+    close(
+        torch.cat(static.forward_all(parts(static))), torch.cat(generic.forward_all(parts(generic)))
+    )
 
 
 def test_a_text_outgrows_its_seat_and_comes_back() -> None:
@@ -284,7 +307,10 @@ def test_nothing_that_a_text_left_in_its_seat_reaches_the_next() -> None:
     first, second = static.new_cache(), static.new_cache()
     static.forward(first, causal(LONG[:20], 0))
     step._arena.memory.fill_(torch.nan)
-    close(static.forward(second, causal(LONG[:5], 0)), generic.forward(generic.new_cache(), causal(LONG[:5], 0)))
+    close(
+        static.forward(second, causal(LONG[:5], 0)),
+        generic.forward(generic.new_cache(), causal(LONG[:5], 0)),
+    )
 
 
 def test_all_that_it_reads_is_on_the_device_of_the_module() -> None:
@@ -297,12 +323,22 @@ def test_all_that_it_reads_is_on_the_device_of_the_module() -> None:
         logits = step._compute(shape, step._frame(shape), True)
     assert (logits.device.type, logits.shape) == ("meta", (8, VOCABULARY))
     # Scalars of the CPU would be let pass.
-    norms = [step._norm, *(norm for layer in step._layers for norm in (layer.before, layer.after, layer.heads) if norm is not None)]
+    norms = [
+        step._norm,
+        *(
+            norm
+            for layer in step._layers
+            for norm in (layer.before, layer.after, layer.heads)
+            if norm is not None
+        ),
+    ]
     assert {norm.least.device.type for norm in norms} == {"meta"}
 
 
 def test_the_least_shape() -> None:
-    kv = [TorchCache([((2, 8), (2, 8))], 3000, torch.float32, torch.device("cpu")) for _ in range(2)]
+    kv = [
+        TorchCache([((2, 8), (2, 8))], 3000, torch.float32, torch.device("cpu")) for _ in range(2)
+    ]
     kv[0].append(256)
     kv[1].append(257)
     parts = [Part(cache, fan(0, rows)) for cache, rows in zip(kv, (1, 8), strict=True)]
@@ -322,9 +358,24 @@ def test_what_a_frame_holds() -> None:
         cache.positions[:] = np.arange(length + n)
     parts = [Part(kv[0], causal(np.array([7, 8]), 3)), Part(kv[1], causal(np.array([9]), 1))]
     ids, hidden = laid_out(parts, [3, 2], Shape(2, 2, 4, 6), 40, {"all": None, "near": 2})
-    assert ids.tolist() == [[7, 8, 9, 0], [3, 4, 1, 0], [3 * 41 + 3, 3 * 41 + 4, 2 * 41 + 1, 40], [4 + 0, 4 + 1, 2, 0]]
-    assert (~hidden[0]).astype(int).tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
-    assert (~hidden[1]).astype(int).tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0], [1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
+    assert ids.tolist() == [
+        [7, 8, 9, 0],
+        [3, 4, 1, 0],
+        [3 * 41 + 3, 3 * 41 + 4, 2 * 41 + 1, 40],
+        [4 + 0, 4 + 1, 2, 0],
+    ]
+    assert (~hidden[0]).astype(int).tolist() == [
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 0, 0, 0, 0, 0],
+    ]
+    assert (~hidden[1]).astype(int).tolist() == [
+        [0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 1, 1, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 0, 0, 0, 0, 0],
+    ]
 
 
 def test_a_cpu_gets_it_only_when_asked() -> None:
@@ -352,10 +403,16 @@ def test_a_model_built_otherwise_keeps_its_pass() -> None:
     assert model.step is model.generic
 
 
-def test_a_static_pass_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_static_pass_that_disagrees_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     model = HFModel(tiny("llama"), "twisted")
     masks = StaticPass._masks
-    monkeypatch.setattr(StaticPass, "_masks", lambda self, hidden: [mask.clamp(min=-1.0) for mask in masks(self, hidden)])
+    monkeypatch.setattr(
+        StaticPass,
+        "_masks",
+        lambda self, hidden: [mask.clamp(min=-1.0) for mask in masks(self, hidden)],
+    )
     with caplog.at_level(logging.WARNING):
         assert not steady(model)
     assert model.step is model.generic
@@ -368,7 +425,9 @@ def test_seats_are_a_power_of_two_that_fits(room: int, seats: int) -> None:
 
 
 def on_gpu(dtype: torch.dtype) -> tuple[HFModel, HFModel]:
-    generic, static = (HFModel(spread(tiny("llama", head_dim=64)).to("cuda", dtype), "llama") for _ in range(2))
+    generic, static = (
+        HFModel(spread(tiny("llama", head_dim=64)).to("cuda", dtype), "llama") for _ in range(2)
+    )
     quicken(static)
     assert isinstance(static.step, StaticPass)
     assert isinstance(static.step._record, Capture)
@@ -387,9 +446,13 @@ def test_a_replay_is_the_eager_pass() -> None:
 
 @cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_short_types_on_a_gpu(dtype: torch.dtype, record_property: Callable[[str, object], None]) -> None:
+def test_short_types_on_a_gpu(
+    dtype: torch.dtype, record_property: Callable[[str, object], None]
+) -> None:
     """The seconds of a step are reported, not judged."""
     generic, static = on_gpu(dtype)
     assert check_rollback(static) < 0.05
     for name, model in (("generic", generic), ("static", static)):
-        record_property(f"seconds by rows, {name}", str(step_times(model, (1, 16, 64), perf_counter)))
+        record_property(
+            f"seconds by rows, {name}", str(step_times(model, (1, 16, 64), perf_counter))
+        )

@@ -48,14 +48,18 @@ def test_branches_of_a_tree_do_not_see_each_other() -> None:
     model = ToyModel()
     cache = fed(model, TEXT)
     visible = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], dtype=np.bool_)
-    logits = model.forward(cache, Rows(np.array([7, 8, 9, 2]), 5 + np.array([0, 1, 1, 2]), 5, visible))
+    logits = model.forward(
+        cache, Rows(np.array([7, 8, 9, 2]), 5 + np.array([0, 1, 1, 2]), 5, visible)
+    )
     paths = [[7], [7, 8], [7, 9], [7, 9, 2]]
     assert np.array_equal(logits, np.stack([model.logits([*TEXT, *path]) for path in paths]))
     cache.keep(6, [7, 8])
     after = model.forward(cache, causal(np.array([0]), 8))
     assert np.array_equal(after[0], model.logits([*TEXT, 7, 9, 2, 0]))
     cache.truncate(5)
-    assert np.array_equal(model.forward(cache, causal(np.array([6]), 5))[0], model.logits([*TEXT, 6]))
+    assert np.array_equal(
+        model.forward(cache, causal(np.array([6]), 5))[0], model.logits([*TEXT, 6])
+    )
 
 
 def test_only_the_last_rows_where_no_more_are_wanted() -> None:
@@ -69,7 +73,9 @@ def test_only_the_last_rows_where_no_more_are_wanted() -> None:
 def test_a_wrong_position_is_an_error_and_not_another_text(positions: list[int]) -> None:
     model = ToyModel()
     with pytest.raises(ValueError, match="not contiguous"):
-        model.forward(fed(model, TEXT), Rows(np.array([7]), np.array(positions), 5, np.ones((1, 1), np.bool_)))
+        model.forward(
+            fed(model, TEXT), Rows(np.array([7]), np.array(positions), 5, np.ones((1, 1), np.bool_))
+        )
 
 
 def test_the_cache_keeps_its_promises_at_the_edges() -> None:
@@ -90,7 +96,10 @@ def test_the_cache_keeps_its_promises_at_the_edges() -> None:
 
 def test_several_texts_in_one_pass_bit_by_bit() -> None:
     model = ToyModel()
-    parts = [Part(fed(model, TEXT[:length]), causal(np.array([7, length]), length), last) for length, last in ((1, None), (5, 1), (3, 0))]
+    parts = [
+        Part(fed(model, TEXT[:length]), causal(np.array([7, length]), length), last)
+        for length, last in ((1, None), (5, 1), (3, 0))
+    ]
     logits = model.forward_all(parts)
     for found, length, rows in zip(logits, (1, 5, 3), (2, 1, 0), strict=True):
         both = [model.logits([*TEXT[:length], 7]), model.logits([*TEXT[:length], 7, length])]
@@ -102,7 +111,10 @@ def test_several_texts_in_one_pass_bit_by_bit() -> None:
 def test_an_error_in_one_text_leaves_all_caches_as_they_were() -> None:
     model = ToyModel()
     caches = [fed(model, TEXT), fed(model, TEXT)]
-    parts = [Part(caches[0], causal(np.array([7]), 5)), Part(caches[1], Rows(np.array([7]), np.array([9]), 5, np.ones((1, 1), np.bool_)))]
+    parts = [
+        Part(caches[0], causal(np.array([7]), 5)),
+        Part(caches[1], Rows(np.array([7]), np.array([9]), 5, np.ones((1, 1), np.bool_))),
+    ]
     with pytest.raises(ValueError, match="not contiguous"):
         model.forward_all(parts)
     assert [cache.tokens for cache in caches] == [TEXT, TEXT]
@@ -112,7 +124,9 @@ def test_a_fork_goes_its_own_way() -> None:
     model = ToyModel()
     cache = fed(model, TEXT)
     other = cache.fork(3)
-    assert np.array_equal(model.forward(other, causal(np.array([9]), 3))[0], model.logits([*TEXT[:3], 9]))
+    assert np.array_equal(
+        model.forward(other, causal(np.array([9]), 3))[0], model.logits([*TEXT[:3], 9])
+    )
     assert (cache.tokens, other.tokens, other.capacity) == (TEXT, [*TEXT[:3], 9], cache.capacity)
     for length in (-1, 6):
         with pytest.raises(IndexError):

@@ -39,12 +39,16 @@ def test_equal_vocabularies_fit() -> None:
     ],
 )
 def test_a_mismatch_names_both_sides(theirs: Words, difference: str) -> None:
-    with pytest.raises(PairMismatch, match=rf"^big and small differ in vocabulary \({difference}\): choose a draft"):
+    with pytest.raises(
+        PairMismatch, match=rf"^big and small differ in vocabulary \({difference}\): choose a draft"
+    ):
         check(Words("a", "b", "c"), theirs)
 
 
 def test_a_shorter_draft_is_allowed_and_told() -> None:
-    assert check(Words("a"), Words("a"), (64, 32)) == ["small reads at most 32 tokens, big 64: texts beyond that get no guesses from it"]
+    assert check(Words("a"), Words("a"), (64, 32)) == [
+        "small reads at most 32 tokens, big 64: texts beyond that get no guesses from it"
+    ]
 
 
 def test_the_hash_follows_the_vocabulary_and_nothing_else() -> None:

@@ -29,22 +29,33 @@ def living(rate: float = 100.0, first: float | None = 0.002, gap: float | None =
 
 def test_time_is_linear_between_and_beyond_what_was_measured() -> None:
     found = living()
-    assert found.time([1, 6, 16, 17, 24, 47]).tolist() == pytest.approx([0.010, 0.0115, 0.014, 0.018, 0.018 + 7 * 0.002 / 15, 0.022])
+    assert found.time([1, 6, 16, 17, 24, 47]).tolist() == pytest.approx(
+        [0.010, 0.0115, 0.014, 0.018, 0.018 + 7 * 0.002 / 15, 0.022]
+    )
     assert Living({1: 0.01}).time([1, 64]).tolist() == [0.01, 0.01]
 
 
 @settings(max_examples=200)
-@given(st.lists(st.lists(st.floats(0.0, 1.0), max_size=12), min_size=1, max_size=4), st.floats(10.0, 2000.0))
-def test_rows_are_the_best_that_any_choice_of_rows_could_be(trees: list[list[float]], rate: float) -> None:
+@given(
+    st.lists(st.lists(st.floats(0.0, 1.0), max_size=12), min_size=1, max_size=4),
+    st.floats(10.0, 2000.0),
+)
+def test_rows_are_the_best_that_any_choice_of_rows_could_be(
+    trees: list[list[float]], rate: float
+) -> None:
     """Against all ways to take the best n of each session; a rate below that of plain decoding is not believed."""
     found, views = living(rate), [view(tree) for tree in trees]
     rate = max(rate, len(views) / float(found.time(len(views))))
 
     def value(rows: tuple[int, ...]) -> float:
-        expected = sum(float(one.gains[:count].sum()) for one, count in zip(views, rows, strict=True))
+        expected = sum(
+            float(one.gains[:count].sum()) for one, count in zip(views, rows, strict=True)
+        )
         return expected - rate * float(found.time(len(views) + sum(rows)))
 
-    best = max(value(rows) for rows in itertools.product(*(range(len(one.gains) + 1) for one in views)))
+    best = max(
+        value(rows) for rows in itertools.product(*(range(len(one.gains) + 1) for one in views))
+    )
     assert value(found.plan(views).rows) == pytest.approx(best)
 
 
@@ -85,10 +96,16 @@ def test_after_a_miss_it_waits_for_what_is_worth_it(options: dict[str, float], w
 def test_it_waits_for_more_as_long_as_the_leaves_promise_twice_what_the_target_earns() -> None:
     found, seen = living(300.0), {"drafters": 1, "promise": 0.9, "growths": 1}
     found.width = 2.0
-    assert found.plan([view([0.5, 0.2, 0.2], **seen)]).wait > 0.0  # 0.9 * 0.7 > 2 * 0.3; a pass takes two leaves
+    assert (
+        found.plan([view([0.5, 0.2, 0.2], **seen)]).wait > 0.0
+    )  # 0.9 * 0.7 > 2 * 0.3; a pass takes two leaves
     assert found.plan([view([0.5, 0.1, 0.1], **seen)]).wait == 0.0
-    assert found.plan([view([0.5, 0.1, 0.1], **{**seen, "since_growth": 0.0005})]).wait > 0.0  # it is half way here
-    assert found.plan([view([0.2, 0.1, 0.1], **{**seen, "since_growth": 0.0015})]).wait == 0.0  # late, and not worth more patience
+    assert (
+        found.plan([view([0.5, 0.1, 0.1], **{**seen, "since_growth": 0.0005})]).wait > 0.0
+    )  # it is half way here
+    assert (
+        found.plan([view([0.2, 0.1, 0.1], **{**seen, "since_growth": 0.0015})]).wait == 0.0
+    )  # late, and not worth more patience
 
 
 def test_with_other_sessions_nobody_is_waited_for() -> None:
@@ -101,7 +118,13 @@ def test_before_growth_was_ever_seen_it_tries_for_half_a_step() -> None:
     assert found.plan([view([], drafters=1, promise=0.9, since_growth=0.005)]).wait == 0.0
 
 
-def done(width: int = 0, accepted: int = 0, computed: float = 0.01, waited: float = 0.0, other: float = 0.0) -> Round:
+def done(
+    width: int = 0,
+    accepted: int = 0,
+    computed: float = 0.01,
+    waited: float = 0.0,
+    other: float = 0.0,
+) -> Round:
     return Round("s", 0, width, accepted, accepted == width, waited, computed, other)
 
 
@@ -147,7 +170,9 @@ def test_what_pseudo_rows_take_is_not_the_price_of_verified_rows() -> None:
     for _ in range(100):
         found.observe([replace(done(3, computed=TIMES[4] + 0.020), ridden=0.020)])
     assert found.times.tolist() == pytest.approx([TIMES[rows] for rows in sorted(TIMES)])
-    assert found.rate == pytest.approx(1.0 / (TIMES[4] + 0.020), rel=0.05), "the time is gone all the same"
+    assert found.rate == pytest.approx(1.0 / (TIMES[4] + 0.020), rel=0.05), (
+        "the time is gone all the same"
+    )
 
 
 def test_a_width_that_was_slow_for_a_while_is_tried_again() -> None:
@@ -160,7 +185,9 @@ def test_a_width_that_was_slow_for_a_while_is_tried_again() -> None:
     assert found.times.tolist() == pytest.approx([TIMES[rows] for rows in sorted(TIMES)], rel=0.05)
     for _ in range(500):  # a faster machine: faster for all widths, as far as is known
         found.observe([done(0, computed=0.005)])
-    assert found.times.tolist() == pytest.approx([TIMES[rows] / 2 for rows in sorted(TIMES)], rel=0.05)
+    assert found.times.tolist() == pytest.approx(
+        [TIMES[rows] / 2 for rows in sorted(TIMES)], rel=0.05
+    )
 
 
 def test_delays_are_learned_apart() -> None:

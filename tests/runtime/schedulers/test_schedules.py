@@ -26,7 +26,9 @@ from runtime.schedulers.sync import Sync
 
 RIGHT, WRONG = 1, 100
 TICK = 1e-6  # of the clock
-Ranks = Callable[[int], int | None]  # for a position of the output: where the target's token is among the guesses, if at all
+Ranks = Callable[
+    [int], int | None
+]  # for a position of the output: where the target's token is among the guesses, if at all
 
 
 def perfect(_: int) -> int:
@@ -47,8 +49,17 @@ class Step:
 class Drafter:
     """Expands the best leaves of the tree as its style says. `silent`: from this time on nothing comes any more."""
 
-    def __init__(self, tree: TokenTree, style: Style, t: float, ranks: Ranks, length: int, silent: float) -> None:
-        self.tree, self.style, self.t, self.ranks, self.length, self.silent = tree, style, t, ranks, length, silent
+    def __init__(
+        self, tree: TokenTree, style: Style, t: float, ranks: Ranks, length: int, silent: float
+    ) -> None:
+        self.tree, self.style, self.t, self.ranks, self.length, self.silent = (
+            tree,
+            style,
+            t,
+            ranks,
+            length,
+            silent,
+        )
         self.committed = 0
         self.passes = 0  # since the last commit
         self.leaves: list[int] = []  # keys; empty while it rests
@@ -58,7 +69,9 @@ class Drafter:
         if self.leaves or (self.style.passes and self.passes >= self.style.passes):
             return
         tree, room = self.tree, self.length - self.committed - 1
-        ripe = [node for node in range(len(tree)) if not tree.expanded[node] and tree.depth[node] < room]
+        ripe = [
+            node for node in range(len(tree)) if not tree.expanded[node] and tree.depth[node] < room
+        ]
         nodes = sorted(ripe, key=lambda node: -tree.path[node])[: self.style.width]
         self.leaves = [tree.key[node] for node in nodes]
         self.ends = now + self.t if nodes else math.inf
@@ -74,7 +87,10 @@ class Drafter:
             rank = self.ranks(self.committed + len(path)) if set(path) <= {RIGHT} else None
             for branch in range(self.style.branches if now < self.silent else 0):
                 token = RIGHT if branch == rank else WRONG + branch
-                grown |= self.tree.add(leaf, token, math.log(0.5) if branch == 0 else math.log(0.4)) is not None
+                grown |= (
+                    self.tree.add(leaf, token, math.log(0.5) if branch == 0 else math.log(0.4))
+                    is not None
+                )
         self.passes, self.leaves, self.ends = self.passes + 1, [], math.inf
         self.start(now)
         return grown
@@ -89,7 +105,13 @@ class Race:
     """Target and drafter side by side until `length` tokens are committed."""
 
     def __init__(
-        self, scheduler: Scheduler, t: float, step: float, ranks: Ranks = perfect, length: int = 40, silent: float = math.inf
+        self,
+        scheduler: Scheduler,
+        t: float,
+        step: float,
+        ranks: Ranks = perfect,
+        length: int = 40,
+        silent: float = math.inf,
     ) -> None:
         self.scheduler, self.computed, self.length = scheduler, step, length
         self.tree = TokenTree(text_key([7]), 7, 512, 64)
@@ -114,7 +136,11 @@ class Race:
 
     def view(self) -> View:
         gains = np.sort(np.exp(self.tree.path[1:]))[::-1]
-        leaves = [path for path, fanout in zip(self.tree.path, self.tree.fanout, strict=True) if not fanout]
+        leaves = [
+            path
+            for path, fanout in zip(self.tree.path, self.tree.fanout, strict=True)
+            if not fanout
+        ]
         return View(
             gains,
             np.sort(np.exp(leaves))[::-1],
@@ -154,7 +180,20 @@ class Race:
             node, accepted = child, accepted + 1
         self.hit = self.tree.reroot([RIGHT] * (accepted + 1))
         self.steps.append(Step(began, rows, accepted + 1))
-        self.scheduler.observe([Round("s", len(self.steps), rows, accepted, self.hit, began - self.ready, self.computed, 0.0)])
+        self.scheduler.observe(
+            [
+                Round(
+                    "s",
+                    len(self.steps),
+                    rows,
+                    accepted,
+                    self.hit,
+                    began - self.ready,
+                    self.computed,
+                    0.0,
+                )
+            ]
+        )
         self.now = self.ready = self.committed_at = began + self.computed
         self.missed, self.width, self.growths = not self.hit, rows, 0
         self.growth_at = self.growth_at if self.hit else self.now
@@ -165,7 +204,9 @@ def timeline(race: Race) -> list[tuple[float, int, int]]:
     return [(step.began, step.rows, step.tokens) for step in race.run().steps]
 
 
-def repeated(first: float, period: float, rows: int, tokens: int, count: int) -> list[tuple[float, int, int]]:
+def repeated(
+    first: float, period: float, rows: int, tokens: int, count: int
+) -> list[tuple[float, int, int]]:
     return [(first + period * i, rows, tokens) for i in range(count)]
 
 
@@ -182,31 +223,46 @@ def test_a_round_of_a_chain_takes_k_passes_and_a_step() -> None:
 
 def test_a_round_of_a_chain_that_is_cut_short_takes_as_long() -> None:
     """Every third token is guessed wrong: two are accepted, one is the target's own."""
-    race = Race(Sync(1, 1, 4, 4, 2), t=2, step=7, ranks=lambda position: None if position % 3 == 2 else 0, length=60)
+    race = Race(
+        Sync(1, 1, 4, 4, 2),
+        t=2,
+        step=7,
+        ranks=lambda position: None if position % 3 == 2 else 0,
+        length=60,
+    )
     assert timeline(race)[:15] == repeated(8, 15, 4, 3, 15)
 
 
 def test_a_tree_accepts_what_a_chain_misses() -> None:
     """The target's token is always the second guess. Two levels of a full binary tree are six nodes, after two passes."""
-    tree, chain = (Race(policy, 2, 7, lambda _: 1, 36) for policy in (Sync(2, 2, 2, 6, 2), Sync(1, 1, 2, 2, 2)))
+    tree, chain = (
+        Race(policy, 2, 7, lambda _: 1, 36) for policy in (Sync(2, 2, 2, 6, 2), Sync(1, 1, 2, 2, 2))
+    )
     assert timeline(tree)[:11] == repeated(4, 11, 6, 3, 11)
     assert timeline(chain)[:30] == repeated(4, 11, 2, 1, 30)
 
 
 def test_a_tree_is_drafted_anew_after_a_hit_beyond_its_rows() -> None:
     """Two rows of six nodes: one level is verified, the target's own token is a node of the other, and yet two passes follow."""
-    assert timeline(Race(Sync(2, 2, 2, 2, 2), t=2, step=17, length=36))[:6] == repeated(4, 4 + 17, 2, 2, 6)
+    assert timeline(Race(Sync(2, 2, 2, 2, 2), t=2, step=17, length=36))[:6] == repeated(
+        4, 4 + 17, 2, 2, 6
+    )
 
 
 def test_near_the_end_of_the_text_it_waits_in_vain_but_not_for_long() -> None:
     """Two tokens are left: one pass, four times as long for a second one, then the step."""
-    assert timeline(Race(Sync(1, 1, 4, 4, 2), t=2, step=7, length=7)) == [(8, 4, 5), (15 + 2 + PATIENCE * 2, 1, 2)]
+    assert timeline(Race(Sync(1, 1, 4, 4, 2), t=2, step=7, length=7)) == [
+        (8, 4, 5),
+        (15 + 2 + PATIENCE * 2, 1, 2),
+    ]
 
 
 def test_a_drafter_slower_than_said_is_waited_for_when_that_is_known() -> None:
     steps = Race(Sync(1, 1, 4, 4, 1), t=6, step=7, length=200).run().steps
     assert steps[0].rows < 4
-    assert {late.began - early.began for early, late in itertools.pairwise(steps[-8:-1])} == {4 * 6 + 7}
+    assert {late.began - early.began for early, late in itertools.pairwise(steps[-8:-1])} == {
+        4 * 6 + 7
+    }
 
 
 # AMUSD (arXiv 2410.17375): the chain goes on all the time
@@ -214,7 +270,10 @@ def test_a_drafter_slower_than_said_is_waited_for_when_that_is_known() -> None:
 
 def test_amusd_keeps_up_with_a_perfect_drafter() -> None:
     """Two passes, then all that was drafted during a step is verified in the next: T/t tokens in T, so one in t."""
-    assert timeline(Race(Amusd(2), t=2, step=8, length=43)) == [(4, 2, 3), *repeated(12, 8, 3, 4, 10)]
+    assert timeline(Race(Amusd(2), t=2, step=8, length=43)) == [
+        (4, 2, 3),
+        *repeated(12, 8, 3, 4, 10),
+    ]
 
 
 def test_a_rejection_costs_amusd_the_pass_under_way_and_two_more() -> None:
@@ -233,18 +292,26 @@ def test_without_a_least_length_amusd_never_waits() -> None:
 @pytest.mark.parametrize(("step", "period"), [(6, 8), (8, 8), (10, 10)])
 def test_pearl_brings_gamma_tokens_a_round(step: int, period: int) -> None:
     """The first round verifies the first token only (pre-verify), the others what the round before has drafted (post-verify)."""
-    assert timeline(Race(Pearl(4, 2), t=2, step=step, length=41)) == [(0, 0, 1), *repeated(period, period, 3, 4, 10)]
+    assert timeline(Race(Pearl(4, 2), t=2, step=step, length=41)) == [
+        (0, 0, 1),
+        *repeated(period, period, 3, 4, 10),
+    ]
 
 
 @pytest.mark.parametrize(
     ("position", "rounds"),  # rows and tokens
     [
         (6, [(0, 1), (3, 4), (3, 2), (0, 1), (3, 4)]),  # the second of three rows
-        (4, [(0, 1), (3, 4), (0, 1), (3, 4), (3, 4)]),  # the first drafted token of a round, decided ahead
+        (
+            4,
+            [(0, 1), (3, 4), (0, 1), (3, 4), (3, 4)],
+        ),  # the first drafted token of a round, decided ahead
         (0, [(0, 1), (0, 1), (3, 4), (3, 4), (3, 4)]),
     ],
 )
-def test_pearl_verifies_one_token_ahead_after_a_rejection(position: int, rounds: list[tuple[int, int]]) -> None:
+def test_pearl_verifies_one_token_ahead_after_a_rejection(
+    position: int, rounds: list[tuple[int, int]]
+) -> None:
     race = Race(Pearl(4, 2), t=2, step=8, ranks=wrong_at(position), length=40)
     assert timeline(race)[:5] == [(8 * i, *of_round) for i, of_round in enumerate(rounds)]
 
@@ -279,7 +346,9 @@ def test_the_text_is_written_and_no_faster_than_drafter_and_target_together(
 
 
 @EACH
-def test_a_drafter_that_falls_silent_costs_speed_only(make: Callable[[int, int], Scheduler]) -> None:
+def test_a_drafter_that_falls_silent_costs_speed_only(
+    make: Callable[[int, int], Scheduler],
+) -> None:
     race = Race(make(2, 8), t=2, step=8, length=60, silent=40).run()
     after = [step for step in race.steps if step.began > 60]
     assert {(step.rows, step.tokens) for step in after} == {(0, 1)}

@@ -37,18 +37,26 @@ def learned(band: Band, tree: TokenTree, *tokens: int) -> Band:
 
 def chances(band: Band, tree: TokenTree) -> dict[int, float]:
     """By token."""
-    return {tree.token[node]: math.exp(score) for node, score in agreement.scores(band, tree, [0]).items()}
+    return {
+        tree.token[node]: math.exp(score)
+        for node, score in agreement.scores(band, tree, [0]).items()
+    }
 
 
 def test_nothing_changes_where_one_kind_guesses() -> None:
     band = Band()
-    for tree in (place(draft=[(5, 0.5), (6, 0.2)]), place(draft_0=[(5, 0.5)], draft_1=[(5, 0.5), (6, 0.2)])):
+    for tree in (
+        place(draft=[(5, 0.5), (6, 0.2)]),
+        place(draft_0=[(5, 0.5)], draft_1=[(5, 0.5), (6, 0.2)]),
+    ):
         assert agreement.scores(band, tree, [0]) == {}
         agreement.observe_path(band, tree, [5])
     assert band.tables == {}
 
 
-def test_before_anything_was_seen_an_opposed_guess_is_worth_what_it_is_alone_and_an_echoed_one_the_mean_of_the_odds() -> None:
+def test_before_anything_was_seen_an_opposed_guess_is_worth_what_it_is_alone_and_an_echoed_one_the_mean_of_the_odds() -> (
+    None
+):
     found = chances(Band(), place(draft=[(5, 0.8), (6, 0.1)], table=[(5, 0.2), (7, 0.3)]))
     assert found == pytest.approx({5: 0.5, 6: 0.1, 7: 0.3})  # odds of 4 and 1/4
 
@@ -60,7 +68,9 @@ def test_an_opposed_guess_is_worth_what_became_of_such() -> None:
     for _ in range(50):
         learned(band, alone, 7, 7, 9)
         learned(band, against, 5, 5, 7)
-    assert math.exp(score_of(band.of("table"), 0, math.log(0.5))) == pytest.approx(0.5, abs=0.01)  # it came first in all of them
+    assert math.exp(score_of(band.of("table"), 0, math.log(0.5))) == pytest.approx(
+        0.5, abs=0.01
+    )  # it came first in all of them
     found = chances(band, against)
     assert found[7] == pytest.approx(1 / 3, abs=0.03)
     assert found[5] == pytest.approx(2 / 3, abs=0.03)
@@ -68,7 +78,10 @@ def test_an_opposed_guess_is_worth_what_became_of_such() -> None:
 
 def test_an_echoed_guess_is_likelier_than_either_knows() -> None:
     band = Band()
-    same, other = place(table=[(5, 0.5)], draft=[(5, 0.5)]), place(table=[(7, 0.5)], draft=[(5, 0.5)])
+    same, other = (
+        place(table=[(5, 0.5)], draft=[(5, 0.5)]),
+        place(table=[(7, 0.5)], draft=[(5, 0.5)]),
+    )
     for _ in range(40):
         learned(band, same, 5, 5, 5, 5, 9)
         learned(band, other, 5, 7, 9, 9, 9)
@@ -76,7 +89,9 @@ def test_an_echoed_guess_is_likelier_than_either_knows() -> None:
     assert math.exp(score_of(band.of("table"), 0, math.log(0.5))) == pytest.approx(0.5, abs=0.02)
 
 
-def test_what_is_seen_of_some_guesses_moves_those_of_other_confidence_but_not_of_other_rank() -> None:
+def test_what_is_seen_of_some_guesses_moves_those_of_other_confidence_but_not_of_other_rank() -> (
+    None
+):
     band, surer = Band(), place(table=[(7, 0.8), (8, 0.15)], draft=[(5, 0.5)])
     before = chances(band, surer)
     for _ in range(30):
@@ -90,17 +105,30 @@ def test_what_is_seen_of_some_guesses_moves_those_of_other_confidence_but_not_of
 def test_who_came_second_is_not_counted_as_alone() -> None:
     band = learned(Band(), place(draft=[(5, 0.5)], table=[(5, 0.5), (7, 0.25)]), 5, 7)
     counted = {name: (table.tries.sum(), table.hits.sum()) for name, table in band.tables.items()}
-    assert counted == {"draft": (2.0, 1.0), f"draft{ECHOED}": (2.0, 1.0), f"table{ECHOED}": (2.0, 1.0), f"table{OPPOSED}": (2.0, 1.0)}
+    assert counted == {
+        "draft": (2.0, 1.0),
+        f"draft{ECHOED}": (2.0, 1.0),
+        f"table{ECHOED}": (2.0, 1.0),
+        f"table{OPPOSED}": (2.0, 1.0),
+    }
 
 
-GUESSES = st.lists(st.tuples(st.integers(0, 5), st.floats(1e-9, 1.0)), max_size=4, unique_by=lambda guess: guess[0])
+GUESSES = st.lists(
+    st.tuples(st.integers(0, 5), st.floats(1e-9, 1.0)), max_size=4, unique_by=lambda guess: guess[0]
+)
 
 
-@given(st.lists(st.tuples(st.lists(GUESSES, min_size=1, max_size=4), st.integers(0, 5)), max_size=12))
-def test_scores_are_logarithms_of_probabilities_and_cover_shared_places(texts: list[tuple[list[list[tuple[int, float]]], int]]) -> None:
+@given(
+    st.lists(st.tuples(st.lists(GUESSES, min_size=1, max_size=4), st.integers(0, 5)), max_size=12)
+)
+def test_scores_are_logarithms_of_probabilities_and_cover_shared_places(
+    texts: list[tuple[list[list[tuple[int, float]]], int]],
+) -> None:
     band = Band()
     for drafters, token in texts:
-        tree = place(**{f"d{number}": found for number, found in zip("abcd", drafters, strict=False)})
+        tree = place(
+            **{f"d{number}": found for number, found in zip("abcd", drafters, strict=False)}
+        )
         scores = agreement.scores(band, tree, [0])
         shared = len({name for node in range(1, len(tree)) for name in tree.names(node)}) > 1
         assert scores.keys() == (set(range(1, len(tree))) if shared else set())

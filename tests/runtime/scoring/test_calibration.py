@@ -10,12 +10,25 @@ from hypothesis import strategies as st
 from runtime.core.tree import TokenTree
 from runtime.scoring import agreement
 from runtime.scoring.agreement import OPPOSED
-from runtime.scoring.calibration import BINS, ENOUGH, HOPE, PRIOR, RANKS, Band, Calibration, Calibrations, bin_of, kind
+from runtime.scoring.calibration import (
+    BINS,
+    ENOUGH,
+    HOPE,
+    PRIOR,
+    RANKS,
+    Band,
+    Calibration,
+    Calibrations,
+    bin_of,
+    kind,
+)
 from tests.support.harness import score_of
 
 
 def test_bins_cover_all_scores_and_are_finer_near_certainty() -> None:
-    scores = [math.log(p) if p else -math.inf for p in (1.0, 0.995, 0.98, 0.9, 0.7, 0.5, 0.3, 0.1, 0.0)]
+    scores = [
+        math.log(p) if p else -math.inf for p in (1.0, 0.995, 0.98, 0.9, 0.7, 0.5, 0.3, 0.1, 0.0)
+    ]
     bins = [bin_of(score) for score in scores]
     assert bins == sorted(bins)
     assert (bins[0], bins[-1]) == (0, BINS - 1)
@@ -24,7 +37,9 @@ def test_bins_cover_all_scores_and_are_finer_near_certainty() -> None:
 
 @given(st.floats(-50.0, 0.0), st.integers(0, 40))
 def test_without_observations_the_drafter_is_believed(score: float, rank: int) -> None:
-    assert math.exp(score_of(Calibration(), rank, score)) == pytest.approx(max(1e-6, math.exp(score)))
+    assert math.exp(score_of(Calibration(), rank, score)) == pytest.approx(
+        max(1e-6, math.exp(score))
+    )
 
 
 @pytest.mark.parametrize("said", [math.log(0.25), math.log(0.9), -math.inf])
@@ -37,8 +52,14 @@ def test_it_learns_the_rate_of_its_rank_and_bin_alone(said: float) -> None:
     assert math.exp(score_of(calibration, 0, math.log(0.5))) == pytest.approx(0.5)
 
 
-@given(st.lists(st.tuples(st.integers(0, 9), st.floats(-20.0, 0.0), st.booleans()), max_size=60), st.integers(0, 20), st.floats(-60.0, 0.0))
-def test_scores_are_logarithms_of_probabilities(seen: list[tuple[int, float, bool]], rank: int, said: float) -> None:
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.floats(-20.0, 0.0), st.booleans()), max_size=60),
+    st.integers(0, 20),
+    st.floats(-60.0, 0.0),
+)
+def test_scores_are_logarithms_of_probabilities(
+    seen: list[tuple[int, float, bool]], rank: int, said: float
+) -> None:
     calibration = Calibration()
     for observed in seen:
         calibration.observe(*observed)
@@ -87,13 +108,19 @@ def test_only_nodes_that_the_decision_passed_are_counted() -> None:
     assert [row[column] for row in other.tries[:3]] == [0.0, 1.0, 0.0]
     assert sum(map(sum, first.tries)) + sum(map(sum, other.tries)) == 4.0
     assert band.of("a", OPPOSED).tries[0, column] == band.of("a", OPPOSED).hits[0, column] == 1.0
-    assert {name: table.tries.sum() for name, table in band.tables.items()} == {"a": 3.0, "a opposed": 1.0, "b opposed": 1.0}
+    assert {name: table.tries.sum() for name, table in band.tables.items()} == {
+        "a": 3.0,
+        "a opposed": 1.0,
+        "b opposed": 1.0,
+    }
 
 
 def test_a_promise_is_the_share_of_expanded_nodes_whose_children_held_the_choice() -> None:
     band = Band()
     for _ in range(400):
-        band.observe_path(grown(), [5, 8, 1])  # at the root and at 5 it was among them; 8 was never expanded
+        band.observe_path(
+            grown(), [5, 8, 1]
+        )  # at the root and at 5 it was among them; 8 was never expanded
     assert band.promise == pytest.approx(1.0, abs=0.01)
     for _ in range(400):
         band.observe_path(grown(), [9])
@@ -101,7 +128,10 @@ def test_a_promise_is_the_share_of_expanded_nodes_whose_children_held_the_choice
     assert Band().promise == HOPE
 
 
-@pytest.mark.parametrize(("name", "of"), [("draft-0", "draft"), ("draft-12", "draft"), ("a-b", "a-b"), ("ngram", "ngram"), ("x-", "x-")])
+@pytest.mark.parametrize(
+    ("name", "of"),
+    [("draft-0", "draft"), ("draft-12", "draft"), ("a-b", "a-b"), ("ngram", "ngram"), ("x-", "x-")],
+)
 def test_drafters_of_a_pool_are_of_one_kind(name: str, of: str) -> None:
     assert kind(name) == of
 
@@ -112,8 +142,16 @@ def test_what_is_saved_can_be_restored() -> None:
     agreement.observe_path(known.band(0.81), grown(), [6])
     again = Calibrations.restored(json.loads(json.dumps(known.saved())))
     assert again.saved() == known.saved()
-    assert score_of(again.band(0.8).of("b-3", OPPOSED), 1, -0.5) == score_of(known.band(0.8).of("b", OPPOSED), 1, -0.5) > -0.5
-    assert score_of(again.band(0.0).of("a"), 1, -0.5) == score_of(known.band(0.0).of("a"), 1, -0.5) > -0.5
+    assert (
+        score_of(again.band(0.8).of("b-3", OPPOSED), 1, -0.5)
+        == score_of(known.band(0.8).of("b", OPPOSED), 1, -0.5)
+        > -0.5
+    )
+    assert (
+        score_of(again.band(0.0).of("a"), 1, -0.5)
+        == score_of(known.band(0.0).of("a"), 1, -0.5)
+        > -0.5
+    )
 
 
 @pytest.mark.parametrize(

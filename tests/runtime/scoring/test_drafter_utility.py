@@ -57,7 +57,15 @@ def test_what_a_drafter_has_guessed_as_well_is_not_owed_to_a_head() -> None:
     """5 by both, the head first; 6 by the head alone; 7 by the drafter alone; 8 by both, the drafter first."""
     tree = TokenTree(text_key([1]), 1, 10, 10)
     for name, tokens in (("h-0", [5, 6]), ("d-0", [5, 7, 8]), ("h-0", [8]), ("h-1", [6])):
-        parents, said = np.full(len(tokens), tree.key[0], dtype=np.uint64), np.full(len(tokens), -1.0)
+        parents, said = (
+            np.full(len(tokens), tree.key[0], dtype=np.uint64),
+            np.full(len(tokens), -1.0),
+        )
         tree.merge(parents, np.array(tokens), said, name, lambda ranks, said: said)
     nodes = [tree.descend([token]) or 0 for token in (5, 6, 7, 8)]
-    assert DrafterManager(Ledger(), DrafterUtility(), ["h-0", "h-1"]).credited_to(tree, nodes) == ["d-0", "h-0", "d-0", "d-0"]
+    assert DrafterManager(Ledger(), DrafterUtility(), ["h-0", "h-1"]).credited_to(tree, nodes) == [
+        "d-0",
+        "h-0",
+        "d-0",
+        "d-0",
+    ]

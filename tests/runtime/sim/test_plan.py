@@ -32,7 +32,12 @@ QUICK = Setting(tokens=150)
 
 
 def measured(**changed: Any) -> Measured:
-    known = {"target": {1: T, 16: 0.034, 64: 0.05}, "draft": {1: SMALL_T, 16: 0.0022}, "acceptance": RATES, "rtt": 0.001}
+    known = {
+        "target": {1: T, 16: 0.034, 64: 0.05},
+        "draft": {1: SMALL_T, 16: 0.0022},
+        "acceptance": RATES,
+        "rtt": 0.001,
+    }
     return Measured.model_validate({**known, **changed})
 
 
@@ -45,16 +50,22 @@ def of(policy: str, setting: Setting = QUICK, **changed: Any) -> Forecast:
 
 @pytest.mark.parametrize("drafters", [0, 1])
 def test_plain_decoding_makes_a_token_a_step(drafters: int) -> None:
-    assert of("plain", Setting(tokens=50, drafters=drafters)).tokens_per_second == pytest.approx(1 / T, rel=0.01)
+    assert of("plain", Setting(tokens=50, drafters=drafters)).tokens_per_second == pytest.approx(
+        1 / T, rel=0.01
+    )
 
 
 def test_bookkeeping_is_time_too() -> None:
-    assert of("plain", Setting(tokens=50, drafters=0), step=0.01).tokens_per_second == pytest.approx(1 / (T + 0.01), rel=0.01)
+    assert of(
+        "plain", Setting(tokens=50, drafters=0), step=0.01
+    ).tokens_per_second == pytest.approx(1 / (T + 0.01), rel=0.01)
 
 
 @pytest.mark.parametrize("k", [1, 3, 6])
 @pytest.mark.parametrize("rtt", [0.0, 0.004])
-def test_a_perfect_chain_in_turns_takes_k_passes_a_round_trip_and_a_step(k: int, rtt: float) -> None:
+def test_a_perfect_chain_in_turns_takes_k_passes_a_round_trip_and_a_step(
+    k: int, rtt: float
+) -> None:
     pair = measured(target={1: T}, draft={1: SMALL_T}, positions=PERFECT, rtt=rtt)
     found = simulate(pair, lambda: Sync(1, 1, k, k, SMALL_T), Setting(tokens=20 * (k + 1)))
     assert found.tokens_per_round == pytest.approx(k + 1)
@@ -70,7 +81,9 @@ def test_who_runs_ahead_of_a_target_that_never_waits_gives_it_what_a_step_leaves
 
 
 def test_no_scheme_beats_both_devices_together() -> None:
-    found = of("living", Setting(tokens=300, width=1), positions=PERFECT, target={1: T}, draft={1: SMALL_T})
+    found = of(
+        "living", Setting(tokens=300, width=1), positions=PERFECT, target={1: T}, draft={1: SMALL_T}
+    )
     assert 0.7 / SMALL_T < found.tokens_per_second <= 1.02 * (1 / SMALL_T + 1 / T)
 
 
@@ -88,8 +101,13 @@ def test_a_drafter_that_is_always_wrong_costs_little() -> None:
 
 def test_targets_share_the_sessions_and_the_drafter() -> None:
     alone = of("plain", Setting(sessions=4, tokens=80)).tokens_per_second
-    assert of("plain", Setting(sessions=8, targets=2, tokens=160)).tokens_per_second == pytest.approx(2 * alone, rel=0.05)
-    assert of("living", Setting(sessions=4, targets=2)).tokens_per_second > of("plain", Setting(sessions=4, targets=2)).tokens_per_second
+    assert of(
+        "plain", Setting(sessions=8, targets=2, tokens=160)
+    ).tokens_per_second == pytest.approx(2 * alone, rel=0.05)
+    assert (
+        of("living", Setting(sessions=4, targets=2)).tokens_per_second
+        > of("plain", Setting(sessions=4, targets=2)).tokens_per_second
+    )
 
 
 def test_a_session_that_ends_makes_room_for_the_next() -> None:
@@ -113,7 +131,9 @@ def test_beyond_what_is_measured_times_go_on_as_before() -> None:
 def test_the_target_reads_its_text_through_cache_positions_and_mask() -> None:
     model, text = NamingModel(), [5, 6, 7]
     cache = model.new_cache()
-    assert model.forward(cache, causal(np.asarray(text), 0)).tolist() == [text_key(text[: n + 1]) for n in range(3)]
+    assert model.forward(cache, causal(np.asarray(text), 0)).tolist() == [
+        text_key(text[: n + 1]) for n in range(3)
+    ]
     # A root, its child 1, that one's child 2, and the root's child 3.
     visible = np.asarray([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]], dtype=np.bool_)
     rows = Rows(np.asarray([8, 1, 2, 3]), np.asarray([3, 4, 5, 4]), 3, visible)
@@ -124,7 +144,9 @@ def test_the_target_reads_its_text_through_cache_positions_and_mask() -> None:
 
 
 @pytest.mark.parametrize("policy", ["plain", "sync", "amusd", "pearl", "living"])
-def test_the_text_is_the_same_under_every_schedule(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_text_is_the_same_under_every_schedule(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts: list[list[int]] = []
     hand_out = RequestState.hand_out
 
@@ -137,10 +159,14 @@ def test_the_text_is_the_same_under_every_schedule(policy: str, monkeypatch: pyt
     of(policy, Setting(tokens=60))
     text, prompt = texts[-1], 4
     assert len(text) > 60
-    assert text[prompt:] == [following(text_key(text[:place])) for place in range(prompt, len(text))]
+    assert text[prompt:] == [
+        following(text_key(text[:place])) for place in range(prompt, len(text))
+    ]
 
 
-@pytest.mark.parametrize("rates", [RATES, {1: 0.4, 2: 0.5, 4: 0.6, 8: 0.7}, {1: 1.0}, {1: 0.0, 2: 0.0}])
+@pytest.mark.parametrize(
+    "rates", [RATES, {1: 0.4, 2: 0.5, 4: 0.6, 8: 0.7}, {1: 1.0}, {1: 0.0, 2: 0.0}]
+)
 def test_examples_made_from_rates_have_these_rates(rates: dict[int, float]) -> None:
     examples = draft_samples.of(measured(acceptance=rates))
     assert {k: examples.rate(k) for k in rates} == pytest.approx(rates, abs=0.03)
@@ -149,7 +175,12 @@ def test_examples_made_from_rates_have_these_rates(rates: dict[int, float]) -> N
 def test_what_is_said_of_easy_positions_is_higher() -> None:
     examples = draft_samples.of(measured())
     said = {
-        right: [scores[0] for rank, scores in zip(examples.ranks, examples.scores, strict=True) if (rank == 0) == right] for right in (0, 1)
+        right: [
+            scores[0]
+            for rank, scores in zip(examples.ranks, examples.scores, strict=True)
+            if (rank == 0) == right
+        ]
+        for right in (0, 1)
     }
     assert np.mean(said[1]) > np.mean(said[0]) + 0.5
 
@@ -161,7 +192,9 @@ def test_the_draft_finds_the_targets_choice_as_often_as_the_examples_say(branche
     key = text_key(text)
     for _ in range(2000):
         tree = TokenTree(key, text[-1], 16, 16)
-        (children,) = guesser.expand([ExpandRequest(Text("s", text, 4, Sampling(), tree), [0], branches)])
+        (children,) = guesser.expand(
+            [ExpandRequest(Text("s", text, 4, Sampling(), tree), [0], branches)]
+        )
         right = following(key)
         assert len(set(children.tokens.tolist())) == branches
         found.append(right in children.tokens)
@@ -197,22 +230,42 @@ def outrider(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(ended.value.code or 0)
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, again, png = tmp_path / "pair.json", tmp_path / "again.json", tmp_path / "plan.png"
     file.write_text(measured(name="small").model_dump_json(by_alias=True))
     monkeypatch.setattr(sweep, "DRAFTERS", (1, 2))
     monkeypatch.setattr(sweep, "ROUND_TRIPS", (0.0, 0.05))
     monkeypatch.setattr(sweep, "SESSIONS", (1, 4))
-    monkeypatch.setattr(sys.modules["actors.cli.commands.plan"], "Setting", partial(Setting, tokens=40))
+    monkeypatch.setattr(
+        sys.modules["actors.cli.commands.plan"], "Setting", partial(Setting, tokens=40)
+    )
     options = ("--measured", file, "--schedule", "plain", "--schedule", "living")
     assert outrider(monkeypatch, *options, "--save", again, "--png", png, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    rates = {forecast["schedule"]: forecast["tokens_per_second"] for forecast in found["forecasts"] if forecast["group"] == "schedules"}
+    rates = {
+        forecast["schedule"]: forecast["tokens_per_second"]
+        for forecast in found["forecasts"]
+        if forecast["group"] == "schedules"
+    }
     assert rates["plain"] == pytest.approx(1 / T, rel=0.01)
     assert rates["living"] > 1.5 * rates["plain"]
-    assert {forecast["group"] for forecast in found["forecasts"]} == {"schedules", "drafters", "round trips", "load", "half as deep"}
-    assert [sentence.split(":")[0] for sentence in found["recommended"]] == ["Draft", "Rows", "Drafters"]
-    assert Measured.model_validate_json(again.read_text()) == Measured.model_validate(found["measured"][0])
+    assert {forecast["group"] for forecast in found["forecasts"]} == {
+        "schedules",
+        "drafters",
+        "round trips",
+        "load",
+        "half as deep",
+    }
+    assert [sentence.split(":")[0] for sentence in found["recommended"]] == [
+        "Draft",
+        "Rows",
+        "Drafters",
+    ]
+    assert Measured.model_validate_json(again.read_text()) == Measured.model_validate(
+        found["measured"][0]
+    )
     assert png.read_bytes().startswith(b"\x89PNG")
     assert outrider(monkeypatch, "--measured", file, "--schedule", "plain") == 0
     assert "33.3" in capsys.readouterr().out
@@ -226,13 +279,26 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         ('{"target": {"2": 0.03}, "draft": {"1": 0.002}, "acceptance": {"1": 0.5}}', "target"),
         ('{"target": {"1": -0.03}, "draft": {"1": 0.002}, "acceptance": {"1": 0.5}}', "target"),
         ('{"target": {"1": 0.03}, "draft": {"1": 0.002}, "acceptance": {"1": 1.5}}', "acceptance"),
-        ('{"target": {"1": 0.03}, "draft": {"1": 0.002}, "acceptance": {"1": 0.5, "2": 0.4}}', "does not fall"),
-        ('{"target": {"1": 0.03}, "draft": {"1": 0.002}, "acceptance": {"1": 0.5}, "colour": 1}', "colour"),
-        ('{"target": {"1": 0.03}, "draft": {"1": 0.002}, "positions": [{"rank": 0, "scores": [0.5]}]}', "positions"),
+        (
+            '{"target": {"1": 0.03}, "draft": {"1": 0.002}, "acceptance": {"1": 0.5, "2": 0.4}}',
+            "does not fall",
+        ),
+        (
+            '{"target": {"1": 0.03}, "draft": {"1": 0.002}, "acceptance": {"1": 0.5}, "colour": 1}',
+            "colour",
+        ),
+        (
+            '{"target": {"1": 0.03}, "draft": {"1": 0.002}, "positions": [{"rank": 0, "scores": [0.5]}]}',
+            "positions",
+        ),
     ],
 )
 def test_figures_that_cannot_be(
-    content: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    content: str,
+    named: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = tmp_path / "pair.json"
     file.write_text(content)
@@ -255,7 +321,10 @@ def test_figures_that_cannot_be(
     ],
 )
 def test_options_that_cannot_be(
-    arguments: list[str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert outrider(monkeypatch, *arguments) == 2
     assert named in capsys.readouterr().err

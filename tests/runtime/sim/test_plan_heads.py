@@ -29,7 +29,9 @@ SILENT_HEAD = HeadFigures("silent", 0.0, ((),))
 
 def tokens_per_second(head: HeadFigures | None, drafters: int = 0) -> float:
     pair = Measured(target={1: T}, draft={1: 0.002}, acceptance={1: 0.5, 4: 0.7})
-    return forecast(pair, ScheduleConfig(), Setting(drafters=drafters, tokens=90, head=head)).tokens_per_second
+    return forecast(
+        pair, ScheduleConfig(), Setting(drafters=drafters, tokens=90, head=head)
+    ).tokens_per_second
 
 
 def test_two_places_that_are_always_right_make_three_tokens_a_step() -> None:
@@ -37,7 +39,9 @@ def test_two_places_that_are_always_right_make_three_tokens_a_step() -> None:
 
 
 def test_what_it_costs_is_time_of_every_step() -> None:
-    assert tokens_per_second(HeadFigures("dear", 0.01, PERFECT.steps)) == pytest.approx(3 / (T + 0.01), rel=0.05)
+    assert tokens_per_second(HeadFigures("dear", 0.01, PERFECT.steps)) == pytest.approx(
+        3 / (T + 0.01), rel=0.05
+    )
 
 
 @pytest.mark.parametrize("head", [WRONG, SILENT_HEAD, None])
@@ -51,16 +55,27 @@ def test_beside_a_drafter_it_fills_what_that_has_not_guessed() -> None:
 
 def test_the_way_that_the_target_took_through_a_growth() -> None:
     """Of the root's children 7 and 5 (the better), the target took 7, below it 8, and then what was not guessed."""
-    growth = DraftNodes(np.array([0, 0, 1, 1, 4]), np.array([7, 5, 9, 8, 1]), np.log([0.3, 0.6, 0.2, 0.5, 0.9]), roots=1)
+    growth = DraftNodes(
+        np.array([0, 0, 1, 1, 4]),
+        np.array([7, 5, 9, 8, 1]),
+        np.log([0.3, 0.6, 0.2, 0.5, 0.9]),
+        roots=1,
+    )
     found = along(growth, [7, 8, 2, 1])
     assert [rank for rank, _ in found] == [1, 0, -1]
-    assert [np.exp(scores).tolist() for _, scores in found] == [pytest.approx([0.6, 0.3]), pytest.approx([0.5, 0.2]), pytest.approx([0.9])]
+    assert [np.exp(scores).tolist() for _, scores in found] == [
+        pytest.approx([0.6, 0.3]),
+        pytest.approx([0.5, 0.2]),
+        pytest.approx([0.9]),
+    ]
     assert along(growth, [7]) == along(growth, [7, 8])[:1]
     assert along(NOTHING, [7, 8]) == ()
 
 
 def test_how_often_its_best_guesses_are_right() -> None:
-    figures = HeadFigures("a", 0.0, (((0, (-0.1,)), (1, (-0.1, -2.0))), ((0, (-0.1,)), (0, (-0.1,))), ()))
+    figures = HeadFigures(
+        "a", 0.0, (((0, (-0.1,)), (1, (-0.1, -2.0))), ((0, (-0.1,)), (0, (-0.1,))), ())
+    )
     assert [figures.right(ahead) for ahead in (1, 2, 3)] == pytest.approx([2 / 3, 1 / 3, 0.0])
     known = Calibrations()
     figures.teach(known)
@@ -76,21 +91,38 @@ def test_a_drafter_without_a_model_is_asked_place_by_place() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_takes_all_kinds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_takes_all_kinds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sweep, "DRAFTERS", (1,))
     monkeypatch.setattr(sweep, "ROUND_TRIPS", (0.0,))
     monkeypatch.setattr(sweep, "SESSIONS", (1,))
-    monkeypatch.setattr(sys.modules["actors.cli.commands.plan"], "Setting", partial(Setting, tokens=40))
+    monkeypatch.setattr(
+        sys.modules["actors.cli.commands.plan"], "Setting", partial(Setting, tokens=40)
+    )
     monkeypatch.setattr(importlib.import_module("actors.cli.commands.measure"), "TOKENS", 12)
     drafts = [
-        option for name in ("ngram", "layer-skip", "s3d", "token-recycling", "medusa", "hidden-transfer") for option in ("--draft", name)
+        option
+        for name in ("ngram", "layer-skip", "s3d", "token-recycling", "medusa", "hidden-transfer")
+        for option in ("--draft", name)
     ]
-    monkeypatch.setattr(sys, "argv", ["outrider", "plan", *drafts, "--schedule", "plain", "--schedule", "living"])
+    monkeypatch.setattr(
+        sys, "argv", ["outrider", "plan", *drafts, "--schedule", "plain", "--schedule", "living"]
+    )
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert not ended.value.code
     said = capsys.readouterr().out
-    for name in ("ngram", "layer-skip", "s3d", "token-recycling", "medusa", "hidden-transfer", "heads on the target", "Head: "):
+    for name in (
+        "ngram",
+        "layer-skip",
+        "s3d",
+        "token-recycling",
+        "medusa",
+        "hidden-transfer",
+        "heads on the target",
+        "Head: ",
+    ):
         assert name in said
 
 
@@ -103,7 +135,9 @@ class Chain:
     def guess(self, place: int) -> DraftNodes:
         def level(tokens: list[int], parent: int) -> DraftNodes:
             scores = np.asarray([-0.1, -3.0][: len(tokens)], np.float32)
-            return DraftNodes(np.full(len(tokens), parent, np.int32), np.asarray(tokens, np.int32), scores)
+            return DraftNodes(
+                np.full(len(tokens), parent, np.int32), np.asarray(tokens, np.int32), scores
+            )
 
         return stack([level([place, 99], 0), level([98, place + 1], 0), level([97], 1)], 1)
 
@@ -129,10 +163,17 @@ def test_several_places_in_a_pass_are_worth_several_passes() -> None:
     one = {"rank": 0, "scores": [-0.001]}
     pair = {"target": {1: 0.03}, "draft": {1: 0.03}, "rtt": 0.0}
     found = [
-        forecast(Measured.model_validate({**pair, "positions": [{**one, "below": [one] * below}]}), ScheduleConfig(), Setting(tokens=150))
+        forecast(
+            Measured.model_validate({**pair, "positions": [{**one, "below": [one] * below}]}),
+            ScheduleConfig(),
+            Setting(tokens=150),
+        )
         for below in (0, 3)
     ]
     assert found[1].tokens_per_second > 1.5 * found[0].tokens_per_second
     wrong = {"rank": None, "scores": [-0.001]}
     useless = Measured.model_validate({**pair, "positions": [{**one, "below": [wrong] * 3}]})
-    assert forecast(useless, ScheduleConfig(), Setting(tokens=150)).tokens_per_second < 1.1 * found[0].tokens_per_second
+    assert (
+        forecast(useless, ScheduleConfig(), Setting(tokens=150)).tokens_per_second
+        < 1.1 * found[0].tokens_per_second
+    )

@@ -52,7 +52,10 @@ def test_only_so_many_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_would_never_fit_is_refused_with_the_way_out() -> None:
-    with pytest.raises(InvalidRequest, match="need 265 slots of KV memory, the target has 200: lower max_tokens, or raise"):
+    with pytest.raises(
+        InvalidRequest,
+        match="need 265 slots of KV memory, the target has 200: lower max_tokens, or raise",
+    ):
         Admission(200).check(admit("s", 200).request, CONTEXT)
     Admission(265).check(admit("s", 200).request, CONTEXT)
 

@@ -50,7 +50,9 @@ class Desk:
     def admit(self, request: Request) -> None:
         self.chunks[request.session] = []
         finish = resumed(lettering()(request), request)
-        self.engine.handle(AddRequest(request, finish, self.chunks[request.session].append, self.engine.clock()))
+        self.engine.handle(
+            AddRequest(request, finish, self.chunks[request.session].append, self.engine.clock())
+        )
 
     def run(self) -> dict[str, Output]:
         while self.engine.requests.running or self.engine.requests.admission.waiting:
@@ -60,12 +62,19 @@ class Desk:
 
 def desk(model: ToyModel, kv_slots: int = 10**6) -> Desk:
     ticks = iter(range(10**9))
-    return Desk(Engine(model, Verifier(choose, NOBODY), Fixed(8), lambda: float(next(ticks)), kv_slots=kv_slots))
+    return Desk(
+        Engine(
+            model, Verifier(choose, NOBODY), Fixed(8), lambda: float(next(ticks)), kv_slots=kv_slots
+        )
+    )
 
 
 def test_one_pass_serves_all_sessions_and_none_notices_the_others() -> None:
     model = Watched()
-    requests = [asking((*PROMPT, n), f"s{n}", max_tokens=10 + 3 * n, temperature=0.5 * (n % 2), seed=n) for n in range(5)]
+    requests = [
+        asking((*PROMPT, n), f"s{n}", max_tokens=10 + 3 * n, temperature=0.5 * (n % 2), seed=n)
+        for n in range(5)
+    ]
     at = desk(model)
     for request in requests:
         at.admit(request)
@@ -103,7 +112,9 @@ def test_several_prompts_are_read_in_one_pass_but_not_what_a_cache_will_have() -
     assert model.passes[0] == [ALIKE + 8, ALIKE + 8, 5]
     at.engine.step()
     assert [len(at.chunks[f"s{number}"]) > 0 for number in range(4)] == [True] * 4
-    assert at.run()["s2"].stats.reused == ALIKE + 9  # all that the two have in common: a step has added the last token
+    assert (
+        at.run()["s2"].stats.reused == ALIKE + 9
+    )  # all that the two have in common: a step has added the last token
 
 
 def test_what_a_cache_has_already_is_waited_for_by_nobody() -> None:
@@ -121,7 +132,10 @@ def test_what_a_cache_has_already_is_waited_for_by_nobody() -> None:
     found = at.run()
     for number, prompt in enumerate(moved):
         assert found[f"s{number}"].stats.reused == ALIKE + 8
-        assert found[f"s{number}"].said() == plain(ToyModel(24, memory=3), asking(prompt, f"s{number}", max_tokens=4)).said()
+        assert (
+            found[f"s{number}"].said()
+            == plain(ToyModel(24, memory=3), asking(prompt, f"s{number}", max_tokens=4)).said()
+        )
 
 
 def test_many_short_texts_and_those_begun_elsewhere_wait_for_no_step_between_their_passes() -> None:
@@ -131,7 +145,10 @@ def test_many_short_texts_and_those_begun_elsewhere_wait_for_no_step_between_the
     at.admit(asking(PROMPT, "here", max_tokens=40))
     at.engine.step()
     before, passes = len(at.chunks["here"]), len(model.passes)
-    prompts = [(number, *((7 * n + number) % 23 for n in range(CHUNK_BESIDE - 8))) for number in range(CHUNK // CHUNK_BESIDE + 8)]
+    prompts = [
+        (number, *((7 * n + number) % 23 for n in range(CHUNK_BESIDE - 8)))
+        for number in range(CHUNK // CHUNK_BESIDE + 8)
+    ]
     requests = [asking(prompt, f"s{number}") for number, prompt in enumerate(prompts)]
     whole = [plain(ToyModel(24, memory=3), request) for request in requests]
     cuts = [4 * (number % 2) for number in range(len(requests))]
@@ -149,13 +166,17 @@ def test_many_short_texts_and_those_begun_elsewhere_wait_for_no_step_between_the
     for name in ("long", "long and begun"):
         at.engine.handle(Cancel(name))
     found = at.run()
-    assert [found[request.session].tokens for request in requests] == [answer.tokens[cut:] for answer, cut in zip(whole, cuts, strict=True)]
+    assert [found[request.session].tokens for request in requests] == [
+        answer.tokens[cut:] for answer, cut in zip(whole, cuts, strict=True)
+    ]
 
 
 def test_a_prompt_that_cannot_be_read_ends_alone() -> None:
     at = desk(Watched(most=20))
     for number, length in enumerate((10, 30, 12)):
-        at.admit(asking(tuple((number + n) % 24 for n in range(length)), f"s{number}", max_tokens=4))
+        at.admit(
+            asking(tuple((number + n) % 24 for n in range(length)), f"s{number}", max_tokens=4)
+        )
     found = at.run()
     assert [found[f"s{number}"].reason for number in range(3)] == ["length", "error", "length"]
 
@@ -182,7 +203,11 @@ def test_a_waiting_request_can_be_cancelled() -> None:
     at.engine.step()
     at.engine.handle(Cancel("second"))
     found = at.run()
-    assert [found[name].reason for name in ("first", "second", "third")] == ["length", "cancelled", "length"]
+    assert [found[name].reason for name in ("first", "second", "third")] == [
+        "length",
+        "cancelled",
+        "length",
+    ]
     assert found["second"].stats.prompt_tokens == 5
 
 
@@ -209,9 +234,16 @@ def test_a_beginning_that_is_in_a_cache_is_not_read_again() -> None:
     beside = at.run()
     at.admit(asking((*prompt, *beside["first"].tokens, 5), "after"))
     found = at.run()
-    assert [found[name].stats.reused for name in ("first", "beside", "after")] == [0, 40, 60 + 24 - 1]
+    assert [found[name].stats.reused for name in ("first", "beside", "after")] == [
+        0,
+        40,
+        60 + 24 - 1,
+    ]
     assert sorted(rows[0] for rows in model.passes if rows[0] > 1) == [2, 59]
-    for name, request in (("beside", (*prompt[:40], 1, 2, 3)), ("after", (*prompt, *beside["first"].tokens, 5))):
+    for name, request in (
+        ("beside", (*prompt[:40], 1, 2, 3)),
+        ("after", (*prompt, *beside["first"].tokens, 5)),
+    ):
         assert found[name].said() == plain(ToyModel(24, memory=3), asking(request, name)).said()
 
 
@@ -245,7 +277,11 @@ def test_a_step_in_which_one_part_fails_is_made_by_the_others_alone() -> None:
 
 def test_patience_is_counted_as_waiting() -> None:
     ticks = iter(range(10**9))
-    at = Desk(Engine(Watched(), Verifier(choose, NOBODY), Fixed(8, patience=10.0), lambda: float(next(ticks))))
+    at = Desk(
+        Engine(
+            Watched(), Verifier(choose, NOBODY), Fixed(8, patience=10.0), lambda: float(next(ticks))
+        )
+    )
     send: Callable[[Event], None] = lambda event: None  # noqa: E731
     at.engine.handle(Join("mute", send))
     at.admit(asking(PROMPT, max_tokens=3))
@@ -266,7 +302,10 @@ def test_a_drafter_that_brings_nothing_rests_and_is_tried_again() -> None:
     engine.handle(Join("mute", events.append))
     at.admit(asking(PROMPT, max_tokens=TRIAL + REST + 10))
     at.run()
-    assert [event for event in events if isinstance(event, Share)] == [Share("s", 0, 0), Share("s", 0, 1)]
+    assert [event for event in events if isinstance(event, Share)] == [
+        Share("s", 0, 0),
+        Share("s", 0, 1),
+    ]
     assert isinstance(events[0], Open)
     assert events[0].share == Share("s", 0, 1)
 
@@ -294,7 +333,9 @@ def test_a_resting_drafter_that_asks_for_the_text_gets_it_when_its_rest_is_over(
     assert [event.share.of for event in opened[:2]] == [1, 1]
     assert len(opened[1].tokens) == len(PROMPT) + TRIAL + REST
     place = events.index(opened[1])
-    assert all(isinstance(event, Commit | Share) and event != Share("s", 0, 1) for event in events[1:place])
+    assert all(
+        isinstance(event, Commit | Share) and event != Share("s", 0, 1) for event in events[1:place]
+    )
 
 
 def test_a_new_policy_holds_from_the_next_step_and_its_style_for_new_sessions() -> None:

@@ -33,7 +33,9 @@ class Slow(ToyModel):
 
     def show_all(self, parts: Sequence[Part], look: Look) -> list[Shown]:
         self.looks.add(look)
-        self.now += sum(len(part.rows.tokens) + 2 * len(part.riders) for part in parts) + (100.0 if self.passes % 6 == 1 else 0.0)
+        self.now += sum(len(part.rows.tokens) + 2 * len(part.riders) for part in parts) + (
+            100.0 if self.passes % 6 == 1 else 0.0
+        )
         self.passes += 1
         return [Shown(logits) for logits in self.forward_all(parts)]
 
@@ -50,10 +52,21 @@ def test_the_price_is_what_riders_add() -> None:
     assert RIDDEN >= 3
 
 
-@pytest.mark.parametrize(("riders", "expected"), [(((0,), (1, 2)), {"h-0": 1.5}), (((0,), ()), {"h-0": 0.5}), (((), ()), {})])
-def test_it_is_paid_for_each_row_that_is_ridden(riders: Sequence[Sequence[int]], expected: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    ("riders", "expected"),
+    [(((0,), (1, 2)), {"h-0": 1.5}), (((0,), ()), {"h-0": 0.5}), (((), ()), {})],
+)
+def test_it_is_paid_for_each_row_that_is_ridden(
+    riders: Sequence[Sequence[int]], expected: dict[str, float]
+) -> None:
     model = hf_model("llama")
-    runner = HeadRunner(model, {"h-0": MountedHead(head(model), 0.5 * PRICED)}, DrafterUtility(), Ledger(), lambda: 0.0)
+    runner = HeadRunner(
+        model,
+        {"h-0": MountedHead(head(model), 0.5 * PRICED)},
+        DrafterUtility(),
+        Ledger(),
+        lambda: 0.0,
+    )
     parts = [Part(model.new_cache(), causal(np.arange(3), 0), riders=of) for of in riders]
     assert runner.riding_time(parts) == {}  # it is not active
     runner.activate()
@@ -63,7 +76,13 @@ def test_it_is_paid_for_each_row_that_is_ridden(riders: Sequence[Sequence[int]],
 @pytest.mark.parametrize("price", [0.0, 1e9])
 def test_the_head_is_charged_for_them_in_each_step(price: float) -> None:
     model = hf_model("llama")
-    engine = Engine(model, Verifier(choose, NOBODY), Fixed(4), lambda: 0.0, heads={"h-0": MountedHead(head(model), price)})
+    engine = Engine(
+        model,
+        Verifier(choose, NOBODY),
+        Fixed(4),
+        lambda: 0.0,
+        heads={"h-0": MountedHead(head(model), price)},
+    )
     lockstep = Lockstep(engine)
     lockstep.admit(asking([1, 2, 3], max_tokens=40))
     lockstep.round()
@@ -72,14 +91,24 @@ def test_the_head_is_charged_for_them_in_each_step(price: float) -> None:
         (1 + 5) * price / PRICED
     )  # beside the root alone, then beside it and four guesses
     (live,) = engine.requests.running.values()
-    assert [round_.ridden for round_ in live.tally.rounds] == pytest.approx([price / PRICED, 5 * price / PRICED])
+    assert [round_.ridden for round_ in live.tally.rounds] == pytest.approx(
+        [price / PRICED, 5 * price / PRICED]
+    )
 
 
-@pytest.mark.parametrize(("seconds", "riders"), [(0.0, (0, 1, 2, 3)), (0.15, (1, 2, 3)), (0.3, (2,)), (0.5, ())])
+@pytest.mark.parametrize(
+    ("seconds", "riders"), [(0.0, (0, 1, 2, 3)), (0.15, (1, 2, 3)), (0.3, (2,)), (0.5, ())]
+)
 def test_only_rows_that_are_worth_it_are_ridden(seconds: float, riders: Sequence[int]) -> None:
     """The target writes a token a second. It stops at the root's row with a chance of 0.1, at the others' with 0.18, 0.45, 0.27."""
     model = hf_model("llama")
-    engine = Engine(model, Verifier(choose, NOBODY), Fixed(4), lambda: 0.0, heads={"h-0": MountedHead(head(model), seconds * PRICED)})
+    engine = Engine(
+        model,
+        Verifier(choose, NOBODY),
+        Fixed(4),
+        lambda: 0.0,
+        heads={"h-0": MountedHead(head(model), seconds * PRICED)},
+    )
     lockstep = Lockstep(engine)
     lockstep.admit(asking([1, 2, 3], max_tokens=40))
     lockstep.round()
@@ -90,13 +119,23 @@ def test_only_rows_that_are_worth_it_are_ridden(seconds: float, riders: Sequence
         tree.add(parent, 5 + len(tree), math.log(chance))
     engine.heads.activate()
     engine.metrics.computed, engine.metrics.completion = 10.0, 10
-    assert engine.heads.with_branch_rows(live.session, [1, 2, 3], pack(live.session, live.cache, [1, 2, 3])).riders == list(riders)
+    assert engine.heads.with_branch_rows(
+        live.session, [1, 2, 3], pack(live.session, live.cache, [1, 2, 3])
+    ).riders == list(riders)
 
 
 @pytest.mark.parametrize(("nodes", "ridden"), [(8, 9), (30, 16)])
-def test_where_they_cost_nothing_all_rows_are_ridden_that_the_target_may_stop_at(nodes: int, ridden: int) -> None:
+def test_where_they_cost_nothing_all_rows_are_ridden_that_the_target_may_stop_at(
+    nodes: int, ridden: int
+) -> None:
     model = hf_model("llama")
-    engine = Engine(model, Verifier(choose, NOBODY), Fixed(4), lambda: 0.0, heads={"h-0": MountedHead(head(model))})
+    engine = Engine(
+        model,
+        Verifier(choose, NOBODY),
+        Fixed(4),
+        lambda: 0.0,
+        heads={"h-0": MountedHead(head(model))},
+    )
     lockstep = Lockstep(engine)
     lockstep.admit(asking([1, 2, 3], max_tokens=40))
     lockstep.round()
@@ -107,6 +146,8 @@ def test_where_they_cost_nothing_all_rows_are_ridden_that_the_target_may_stop_at
         tree.add(node, 5 + node, math.log(0.9))
     engine.heads.activate()
     chain = list(range(1, nodes + 1))
-    riders = engine.heads.with_branch_rows(live.session, chain, pack(live.session, live.cache, chain)).riders
+    riders = engine.heads.with_branch_rows(
+        live.session, chain, pack(live.session, live.cache, chain)
+    ).riders
     assert len(riders) == ridden
     assert nodes in riders, "the end of a likely chain"

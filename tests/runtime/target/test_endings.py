@@ -19,15 +19,33 @@ from runtime.target.commands import AddRequest, Cancel, Join, ReplyReceived, Sto
 from runtime.target.engine import Engine
 from runtime.target.verifier import Verifier
 from tests.runtime.target.test_engine import PROMPT, TEXT, TOY, alone, draft, through
-from tests.support.harness import NOBODY, Known, Lockstep, Mute, asking, continued, engine_of, lettering, output, plain
+from tests.support.harness import (
+    NOBODY,
+    Known,
+    Lockstep,
+    Mute,
+    asking,
+    continued,
+    engine_of,
+    lettering,
+    output,
+    plain,
+)
 
 
 def test_cancelling_frees_the_session_here_and_at_the_drafter() -> None:
     drafter = ModelDrafter(TOY)
     draft_engine = DraftEngine(drafter, "d", 2)
-    found, lockstep = through(asking(PROMPT), (3, lambda lockstep: lockstep.engine.handle(Cancel("s"))), draft_engines=(draft_engine,))
+    found, lockstep = through(
+        asking(PROMPT),
+        (3, lambda lockstep: lockstep.engine.handle(Cancel("s"))),
+        draft_engines=(draft_engine,),
+    )
     assert found.reason == "cancelled"
-    assert found.said()[:2] == ("".join(chr(97 + token % 26) for token in found.tokens), tuple(TEXT[5 : 5 + len(found.tokens)]))
+    assert found.said()[:2] == (
+        "".join(chr(97 + token % 26) for token in found.tokens),
+        tuple(TEXT[5 : 5 + len(found.tokens)]),
+    )
     assert 0 < found.stats.completion_tokens < 24
     lockstep.round()
     assert (lockstep.engine.requests.running, draft_engine.states, drafter.kept) == ({}, {}, {})
@@ -45,7 +63,9 @@ class Breaking(ToyModel):
     error: Exception = RuntimeError("out of memory")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), ValueError("shape"), MemoryError("cache")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("out of memory"), ValueError("shape"), MemoryError("cache")]
+)
 def test_an_error_ends_its_session_and_no_other(error: Exception) -> None:
     model = Breaking(vocabulary=24, memory=3)
     model.error = error
@@ -156,7 +176,9 @@ def test_cancelling_ends_a_wait_at_once(waiting: tuple[Engine, Waiting]) -> None
     assert engine.requests.running == {}
 
 
-def test_another_session_of_the_same_name_is_another_session(waiting: tuple[Engine, Waiting]) -> None:
+def test_another_session_of_the_same_name_is_another_session(
+    waiting: tuple[Engine, Waiting],
+) -> None:
     """Cancelled and begun anew while the engine waits for growth: what was left of the first one does not go on."""
     engine, scheduler = waiting
     first = admitted(engine, asking(PROMPT))

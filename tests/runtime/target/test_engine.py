@@ -7,7 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.core.messages import Chunk, Close, Commit, Draft, Event, Open, Reply, Request, Resync, Share
+from runtime.core.messages import (
+    Chunk,
+    Close,
+    Commit,
+    Draft,
+    Event,
+    Open,
+    Reply,
+    Request,
+    Resync,
+    Share,
+)
 from runtime.core.node_names import text_key
 from runtime.core.sampler_reference import Ask, choose
 from runtime.core.sampling_params import Sampling
@@ -18,7 +29,19 @@ from runtime.drafters.ngram import Ngram
 from runtime.drafters.noisy import Noisy
 from runtime.models.toy import ToyModel
 from runtime.target.commands import AddRequest, Join, Leave, ReplyReceived
-from tests.support.harness import NOBODY, Known, Lockstep, Mute, Output, asking, continued, engine_of, lettering, output, plain
+from tests.support.harness import (
+    NOBODY,
+    Known,
+    Lockstep,
+    Mute,
+    Output,
+    asking,
+    continued,
+    engine_of,
+    lettering,
+    output,
+    plain,
+)
 
 PROMPT = (3, 1, 4, 1, 5)
 TOY = ToyModel(vocabulary=24, memory=3)
@@ -58,19 +81,31 @@ def test_prompts_of_any_length(prompt: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 5, 8])
 def test_a_perfect_chain_of_depth_d_saves_d_of_d_plus_one_steps(depth: int) -> None:
-    (found,) = Lockstep(engine_of(TOY, rows=depth), perfect(), passes=depth).run(asking(PROMPT, max_tokens=8 * (depth + 1)))
+    (found,) = Lockstep(engine_of(TOY, rows=depth), perfect(), passes=depth).run(
+        asking(PROMPT, max_tokens=8 * (depth + 1))
+    )
     assert found.tokens == tuple(TEXT[5 : 5 + 8 * (depth + 1)])
     stats = found.stats
-    assert (stats.rounds, stats.accepted, stats.verified, stats.drafted) == (8, 8 * depth, 8 * depth, 8 * depth)
+    assert (stats.rounds, stats.accepted, stats.verified, stats.drafted) == (
+        8,
+        8 * depth,
+        8 * depth,
+        8 * depth,
+    )
     assert stats.histogram == (0,) * depth + (8,)
     assert stats.by_drafter == {"d": 8 * depth}
     assert found.drafters == (("d",) * depth + ("",)) * 8
 
 
 def test_growth_beyond_what_is_verified_makes_hits_and_is_used_later() -> None:
-    (found,) = Lockstep(engine_of(TOY, rows=2), perfect(), passes=20).run(asking(PROMPT, max_tokens=30))
+    (found,) = Lockstep(engine_of(TOY, rows=2), perfect(), passes=20).run(
+        asking(PROMPT, max_tokens=30)
+    )
     assert found.tokens == tuple(TEXT[5:35])
-    assert (found.stats.rounds, found.stats.hits) == (10, 9)  # the last commit leaves nothing to hit
+    assert (found.stats.rounds, found.stats.hits) == (
+        10,
+        9,
+    )  # the last commit leaves nothing to hit
     assert found.stats.drafted == 29
 
 
@@ -110,14 +145,21 @@ END = TEXT.index(TEXT[15], 5) - 5 + 1  # tokens until the first of that id
         ({"max_tokens": END - 1}, "length"),
         ({"max_tokens": END}, "stop"),
         ({"max_tokens": 1}, "length"),
-        ({"max_tokens": 60, "stop": ("".join(chr(97 + token % 26) for token in TEXT[9:12]),)}, "stop"),
+        (
+            {"max_tokens": 60, "stop": ("".join(chr(97 + token % 26) for token in TEXT[9:12]),)},
+            "stop",
+        ),
         ({"max_tokens": 60, "stop": (chr(97 + TEXT[12] % 26), "zzz"), "min_tokens": 3}, "stop"),
     ],
 )
-def test_the_end_is_where_it_is_without_drafters(sampling: dict[str, Any], reason: str | None, passes: int) -> None:
+def test_the_end_is_where_it_is_without_drafters(
+    sampling: dict[str, Any], reason: str | None, passes: int
+) -> None:
     request = asking(PROMPT, **sampling)
     drafter = ModelDrafter(TOY, branches=2)
-    (found,) = Lockstep(engine_of(TOY, rows=16, eos=EOS), DraftEngine(drafter, "d", 2), passes=passes).run(request)
+    (found,) = Lockstep(
+        engine_of(TOY, rows=16, eos=EOS), DraftEngine(drafter, "d", 2), passes=passes
+    ).run(request)
     assert found.said() == alone(request, EOS)
     assert found.reason == reason or reason is None
     assert len(found.tokens) == found.stats.completion_tokens <= sampling["max_tokens"]
@@ -130,19 +172,30 @@ def test_the_end_is_where_it_is_without_drafters(sampling: dict[str, Any], reaso
 
 
 def test_sessions_beside_each_other_are_as_alone() -> None:
-    requests = [asking((*PROMPT, n), f"s{n}", speculation=n % 3 > 0, temperature=0.4 * (n % 2), seed=n) for n in range(9)]
+    requests = [
+        asking((*PROMPT, n), f"s{n}", speculation=n % 3 > 0, temperature=0.4 * (n % 2), seed=n)
+        for n in range(9)
+    ]
     found = Lockstep(engine_of(TOY), DraftEngine(ModelDrafter(TOY), "d", 4)).run(*requests)
     assert [one.said() for one in found] == [alone(request) for request in requests]
     assert [one.stats.accepted > 0 for one in found] == [n % 3 > 0 for n in range(9)]
 
 
 def test_drafters_share_a_session() -> None:
-    drafters: list[Drafter] = [ModelDrafter(TOY), Noisy(ModelDrafter(TOY), 24, 0.5), Ngram(), ModelDrafter(TOY), Mute()]
+    drafters: list[Drafter] = [
+        ModelDrafter(TOY),
+        Noisy(ModelDrafter(TOY), 24, 0.5),
+        Ngram(),
+        ModelDrafter(TOY),
+        Mute(),
+    ]
     draft_engines = [DraftEngine(drafter, f"d{n}", 3) for n, drafter in enumerate(drafters)]
     lockstep = Lockstep(engine_of(TOY), *draft_engines)
     chunks = lockstep.admit(asking(PROMPT))
     lockstep.round()
-    assert [next(iter(draft_engine.states.values())).share for draft_engine in draft_engines] == [Share("s", n, 5) for n in range(5)]
+    assert [next(iter(draft_engine.states.values())).share for draft_engine in draft_engines] == [
+        Share("s", n, 5) for n in range(5)
+    ]
     while lockstep.engine.requests.running:
         lockstep.round()
     found = output(chunks)
@@ -152,7 +205,9 @@ def test_drafters_share_a_session() -> None:
 
 
 def through(
-    request: Request, *happenings: tuple[int, Callable[[Lockstep], None]], draft_engines: Iterable[DraftEngine] = ()
+    request: Request,
+    *happenings: tuple[int, Callable[[Lockstep], None]],
+    draft_engines: Iterable[DraftEngine] = (),
 ) -> tuple[Output, Lockstep]:
     """A generation to which something happens after so many rounds."""
     lockstep = Lockstep(engine_of(TOY), *draft_engines)
@@ -181,7 +236,9 @@ def test_a_drafter_joins_in_mid_stream() -> None:
 
 def test_a_drafter_leaves_in_mid_stream_and_another_takes_its_share() -> None:
     first, second = perfect("a"), DraftEngine(ModelDrafter(TOY), "b", 2)
-    found, lockstep = through(asking(PROMPT), (3, lambda lockstep: lockstep.leave(first)), draft_engines=(first, second))
+    found, lockstep = through(
+        asking(PROMPT), (3, lambda lockstep: lockstep.leave(first)), draft_engines=(first, second)
+    )
     assert found.said() == alone(asking(PROMPT))
     assert list(lockstep.engine.drafters) == ["b"]
     assert found.stats.by_drafter["b"] > found.stats.by_drafter["a"] > 0
@@ -189,7 +246,9 @@ def test_a_drafter_leaves_in_mid_stream_and_another_takes_its_share() -> None:
 
 def test_the_last_drafter_leaves_in_mid_stream() -> None:
     only = perfect()
-    found, _ = through(asking(PROMPT), (3, lambda lockstep: lockstep.leave(only)), draft_engines=(only,))
+    found, _ = through(
+        asking(PROMPT), (3, lambda lockstep: lockstep.leave(only)), draft_engines=(only,)
+    )
     assert found.said() == alone(asking(PROMPT))
     assert 0 < found.stats.accepted < 10
     assert set(found.drafters[-10:]) == {""}
@@ -220,7 +279,11 @@ class Told:
         self.engine.handle(Join("d", self.events.append))
 
     def admit(self, request: Request) -> None:
-        self.engine.handle(AddRequest(request, lettering(self.engine.runner.verifier.eos)(request), self.chunks.append))
+        self.engine.handle(
+            AddRequest(
+                request, lettering(self.engine.runner.verifier.eos)(request), self.chunks.append
+            )
+        )
 
     def advance(self, times: int = 1) -> None:
         for _ in range(times):
@@ -268,7 +331,9 @@ def test_a_resync_is_answered_with_the_text() -> None:
     told.advance(3)
     told.heard()
     told.hear(Resync("s", "d"))
-    assert told.heard() == [Open("s", 0, tuple(TEXT[:8]), 5, asking(PROMPT).sampling, Share("s", 0, 1))]
+    assert told.heard() == [
+        Open("s", 0, tuple(TEXT[:8]), 5, asking(PROMPT).sampling, Share("s", 0, 1))
+    ]
     told.hear(Resync("s", "stranger"))
     told.hear(Resync("none", "d"))
     assert told.heard() == []
@@ -287,9 +352,18 @@ def test_a_session_without_speculation_is_nobodys_business() -> None:
     assert told.engine.metrics.guesses["d"].stale == 1
 
 
-def draft(nodes: Iterable[tuple[Iterable[int], int]], session: str = "s", score: float = -0.1) -> Draft:
+def draft(
+    nodes: Iterable[tuple[Iterable[int], int]], session: str = "s", score: float = -0.1
+) -> Draft:
     parents, tokens = zip(*((text_key(before), token) for before, token in nodes), strict=True)
-    return Draft(session, 0, "d", np.array(parents, np.uint64), np.array(tokens, np.int32), np.full(len(tokens), score, np.float32))
+    return Draft(
+        session,
+        0,
+        "d",
+        np.array(parents, np.uint64),
+        np.array(tokens, np.int32),
+        np.full(len(tokens), score, np.float32),
+    )
 
 
 def test_growth_of_sessions_that_are_over_is_counted() -> None:

@@ -13,7 +13,21 @@ from runtime.target.stop_checker import StopChecker
 
 EOS = 0
 ANYTHING = Constraint("regex", ".*")
-PIECES = ["<eos>", "a", "b", "ab", "ba", "aab", "é", "ö", "aé", "\n", "", "abab", "𝄞b"]  # text of each token id
+PIECES = [
+    "<eos>",
+    "a",
+    "b",
+    "ab",
+    "ba",
+    "aab",
+    "é",
+    "ö",
+    "aé",
+    "\n",
+    "",
+    "abab",
+    "𝄞b",
+]  # text of each token id
 
 
 @dataclass
@@ -37,7 +51,9 @@ def finish(sampling: Sampling, slow: bool = False) -> StopChecker:
     return StopChecker(sampling, frozenset({EOS}), decoder.decode, decoder.flush)
 
 
-def run(sampling: Sampling, tokens: list[int], slow: bool = False) -> tuple[list[str], int, str | None]:
+def run(
+    sampling: Sampling, tokens: list[int], slow: bool = False
+) -> tuple[list[str], int, str | None]:
     """What is given out token by token, the number of tokens, the reason."""
     end = finish(sampling, slow)
     shown = [end.feed(token).text for token in tokens if end.reason is None]
@@ -62,7 +78,9 @@ def oracle(sampling: Sampling, tokens: list[int]) -> tuple[str, int, str | None]
 
 def unsure(text: str, stops: tuple[str, ...]) -> str:
     """`text` without the longest end that may become a stop string."""
-    starts = [len(text) - n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+    starts = [
+        len(text) - n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])
+    ]
     return text[: min(starts, default=len(text))]
 
 
@@ -74,8 +92,12 @@ stops_of = st.lists(st.text("abéö\n𝄞", min_size=1, max_size=5), max_size=4)
 @example([1, 2, 1, 2], ("ab", "b"), 9, 2, False)
 @example([5, 2], ("b", "abb"), 9, 1, False)
 @settings(max_examples=400, deadline=None)
-def test_oracle(tokens: list[int], stops: tuple[str, ...], most: int, least: int, ignore_eos: bool) -> None:
-    sampling = Sampling(stop=stops, max_tokens=most, min_tokens=min(least, most), ignore_eos=ignore_eos)
+def test_oracle(
+    tokens: list[int], stops: tuple[str, ...], most: int, least: int, ignore_eos: bool
+) -> None:
+    sampling = Sampling(
+        stop=stops, max_tokens=most, min_tokens=min(least, most), ignore_eos=ignore_eos
+    )
     shown, count, reason = run(sampling, tokens)
     text, expected_count, expected_reason = oracle(sampling, tokens)
     assert (count, reason) == (expected_count, expected_reason)
@@ -84,7 +106,9 @@ def test_oracle(tokens: list[int], stops: tuple[str, ...], most: int, least: int
 
 @given(tokens_of, stops_of)
 @settings(max_examples=150, deadline=None)
-def test_nothing_is_shown_that_is_taken_back_and_nothing_is_held_without_need(tokens: list[int], stops: tuple[str, ...]) -> None:
+def test_nothing_is_shown_that_is_taken_back_and_nothing_is_held_without_need(
+    tokens: list[int], stops: tuple[str, ...]
+) -> None:
     sampling = Sampling(stop=stops, max_tokens=100)
     shown, _, reason = run(sampling, tokens)
     whole = oracle(sampling, tokens)[0]
@@ -95,12 +119,16 @@ def test_nothing_is_shown_that_is_taken_back_and_nothing_is_held_without_need(to
 
 @given(st.text("abéö\n𝄞", max_size=24), stops_of, st.data())
 @settings(max_examples=150, deadline=None)
-def test_how_a_text_is_cut_into_tokens_does_not_matter(text: str, stops: tuple[str, ...], data: st.DataObject) -> None:
+def test_how_a_text_is_cut_into_tokens_does_not_matter(
+    text: str, stops: tuple[str, ...], data: st.DataObject
+) -> None:
     """The same characters as other tokens end at the same character."""
     borders = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=8)) | {0, len(text)})
     results = []
     for pieces in (list(text), [text[a:b] for a, b in pairwise(borders)]):
-        end = StopChecker(Sampling(stop=stops, max_tokens=100), frozenset(), pieces.__getitem__, str)
+        end = StopChecker(
+            Sampling(stop=stops, max_tokens=100), frozenset(), pieces.__getitem__, str
+        )
         shown = ""
         for token in range(len(pieces)):
             if end.reason is None:
@@ -111,7 +139,9 @@ def test_how_a_text_is_cut_into_tokens_does_not_matter(text: str, stops: tuple[s
 
 @given(tokens_of, stops_of, st.integers(1, 12))
 @settings(max_examples=150, deadline=None)
-def test_a_decoder_that_lags_loses_no_text(tokens: list[int], stops: tuple[str, ...], most: int) -> None:
+def test_a_decoder_that_lags_loses_no_text(
+    tokens: list[int], stops: tuple[str, ...], most: int
+) -> None:
     """What it still holds when the text ends comes with the last token, and stop strings are found in it."""
     sampling = Sampling(stop=stops, max_tokens=most)
     shown, count, reason = run(sampling, tokens, slow=True)
@@ -144,7 +174,9 @@ def test_a_decoder_that_lags_loses_no_text(tokens: list[int], stops: tuple[str, 
         ({"constraint": ANYTHING, "min_tokens": 5}, [1, EOS], ("a", 2, "stop")),
     ],
 )
-def test_cases(arguments: dict[str, object], tokens: list[int], expected: tuple[str, int, str]) -> None:
+def test_cases(
+    arguments: dict[str, object], tokens: list[int], expected: tuple[str, int, str]
+) -> None:
     build: Callable[..., Sampling] = Sampling
     shown, count, reason = run(build(**arguments), tokens)
     assert ("".join(shown), count, reason) == expected

@@ -20,7 +20,20 @@ from runtime.target.engine import Engine
 from runtime.target.target import Target, check
 from runtime.target.verifier import Verifier
 from tests.contracts.link_contract import PATIENCE_S, TRANSPORTS, Attach, soon
-from tests.support.harness import Dying, Known, Mute, Patient, answer, asking, attached, continued, hosted, lettering, plain, running
+from tests.support.harness import (
+    Dying,
+    Known,
+    Mute,
+    Patient,
+    answer,
+    asking,
+    attached,
+    continued,
+    hosted,
+    lettering,
+    plain,
+    running,
+)
 
 PROMPT = (3, 1, 4, 1, 5)
 TOY = ToyModel(vocabulary=24, memory=3, context=2048)
@@ -38,7 +51,11 @@ def attach(request: pytest.FixtureRequest) -> Attach:
 @pytest.mark.parametrize("depth", [1, 4, 9])
 def test_a_perfect_chain_of_depth_d_saves_d_of_d_plus_one_steps(attach: Attach, depth: int) -> None:
     async def main() -> None:
-        async with running(TOY, Patient(depth)) as asked, hosted(Known(TEXT, 24)) as host, attach(host) as link:
+        async with (
+            running(TOY, Patient(depth)) as asked,
+            hosted(Known(TEXT, 24)) as host,
+            attach(host) as link,
+        ):
             await attached(asked, "d", link)
             found = await answer(asked, asking(PROMPT, max_tokens=6 * (depth + 1)))
         assert found.tokens == tuple(TEXT[5 : 5 + 6 * (depth + 1)])
@@ -55,7 +72,11 @@ def test_the_target_drafting_for_itself_is_perfect(attach: Attach, temperature: 
 
     async def main() -> None:
         request = asking(PROMPT, max_tokens=40, temperature=temperature, seed=3)
-        async with running(TOY, Patient(3)) as asked, hosted(ModelDrafter(TOY, branches=1)) as host, attach(host) as link:
+        async with (
+            running(TOY, Patient(3)) as asked,
+            hosted(ModelDrafter(TOY, branches=1)) as host,
+            attach(host) as link,
+        ):
             await attached(asked, "d", link)
             found = await answer(asked, request)
         assert found.said() == plain(TOY, request).said()
@@ -87,7 +108,11 @@ def test_a_drafter_joins_and_leaves_in_mid_stream(attach: Attach) -> None:
     text = continued(TOY, PROMPT, 500)  # so long that it is under way when the drafter comes
 
     async def main() -> None:
-        async with running(TOY, Fixed(3, PATIENCE_S)) as asked, hosted(Known(text, 24)) as host, attach(host) as link:
+        async with (
+            running(TOY, Fixed(3, PATIENCE_S)) as asked,
+            hosted(Known(text, 24)) as host,
+            attach(host) as link,
+        ):
             async with aclosing(asked.generate(asking(PROMPT, max_tokens=400))) as chunks:
                 found = [await anext(chunks)]
                 await attached(asked, "d", link)
@@ -132,7 +157,9 @@ class Deaf:
             self.over = True
 
 
-def test_a_link_whose_events_pile_up_is_dropped(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_link_whose_events_pile_up_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(target, "EVENTS_WAITING", 10)
 
     async def main() -> None:
@@ -179,8 +206,14 @@ def test_what_is_generated_is_streamed_and_the_name_is_free_again() -> None:
 
 def test_requests_beside_each_other_are_as_alone() -> None:
     async def main() -> None:
-        requests = [asking((*PROMPT, n), f"s{n}", temperature=0.3 * (n % 3), seed=n, speculation=n != 4) for n in range(8)]
-        async with running(TOY, Fixed(4, 0.01)) as asked, hosted(ModelDrafter(TOY), width=2) as host:
+        requests = [
+            asking((*PROMPT, n), f"s{n}", temperature=0.3 * (n % 3), seed=n, speculation=n != 4)
+            for n in range(8)
+        ]
+        async with (
+            running(TOY, Fixed(4, 0.01)) as asked,
+            hosted(ModelDrafter(TOY), width=2) as host,
+        ):
             await attached(asked, "d", host)
             found = await asyncio.gather(*(answer(asked, request) for request in requests))
         assert [one.said() for one in found] == [plain(TOY, request).said() for request in requests]
@@ -190,7 +223,11 @@ def test_requests_beside_each_other_are_as_alone() -> None:
 
 def test_closing_the_iterator_frees_the_session_here_and_at_the_drafter(attach: Attach) -> None:
     async def main() -> None:
-        async with running(TOY, Patient(3)) as asked, hosted(ModelDrafter(TOY, branches=1)) as host, attach(host) as link:
+        async with (
+            running(TOY, Patient(3)) as asked,
+            hosted(ModelDrafter(TOY, branches=1)) as host,
+            attach(host) as link,
+        ):
             await attached(asked, "d", link)
             async with aclosing(asked.generate(asking(PROMPT, max_tokens=1000))) as chunks:
                 await anext(chunks)
@@ -225,8 +262,16 @@ def test_sessions_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with running(TOY, Patient(3)) as asked, hosted(Mute()) as host:
             await attached(asked, "d", host)
-            readers = [asyncio.create_task(answer(asked, asking(PROMPT, f"s{n}"))) for n in range(2)]
-            await soon(lambda: len(asked.engine.requests.running) == len(asked.engine.requests.admission.waiting) == 1)
+            readers = [
+                asyncio.create_task(answer(asked, asking(PROMPT, f"s{n}"))) for n in range(2)
+            ]
+            await soon(
+                lambda: (
+                    len(asked.engine.requests.running)
+                    == len(asked.engine.requests.admission.waiting)
+                    == 1
+                )
+            )
             with pytest.raises(Overloaded, match="the most is 2: try again later"):
                 await anext(asked.generate(asking(PROMPT, "more")))
             for reader in readers:
@@ -260,7 +305,11 @@ def test_stopping_ends_what_is_under_way_and_refuses_what_comes() -> None:
         (asking((3, -1)), "token id -1 ", "prompt"),
         (Request("s", (3,), Sampling(), committed=(99,)), "token id 99 ", "prompt"),
         (asking((3,), logit_bias=((32, 1.0),)), "logit_bias token 32 ", "logit_bias"),
-        (asking((3,) * 64, max_tokens=1), "the prompt has 64 tokens, the model's context 64: shorten the prompt", "prompt"),
+        (
+            asking((3,) * 64, max_tokens=1),
+            "the prompt has 64 tokens, the model's context 64: shorten the prompt",
+            "prompt",
+        ),
         (asking((3,) * 60, max_tokens=5), "lower max_tokens to 4", "max_tokens"),
         (asking((3,), max_tokens=64), "lower max_tokens to 63", "max_tokens"),
     ],
@@ -272,7 +321,10 @@ def test_what_cannot_be_served_is_refused(request_: Request, says: str, param: s
     assert caught.value.param == param
 
 
-@pytest.mark.parametrize("request_", [asking((3,), max_tokens=63), asking((0, 31)), asking((3,), logit_bias=((31, 1.0),))])
+@pytest.mark.parametrize(
+    "request_",
+    [asking((3,), max_tokens=63), asking((0, 31)), asking((3,), logit_bias=((31, 1.0),))],
+)
 def test_what_can_be_served_is_not(request_: Request) -> None:
     check(request_, 32, 64)
 
@@ -281,7 +333,10 @@ def test_a_text_may_fill_the_context() -> None:
     small = ToyModel(vocabulary=24, memory=3, context=30)
 
     async def main() -> None:
-        async with running(small, Fixed(8, 0.01)) as asked, hosted(ModelDrafter(small), width=4) as host:
+        async with (
+            running(small, Fixed(8, 0.01)) as asked,
+            hosted(ModelDrafter(small), width=4) as host,
+        ):
             await attached(asked, "d", host)
             assert (await answer(asked, asking(PROMPT, max_tokens=25))).tokens == tuple(TEXT[5:30])
             with pytest.raises(InvalidRequest):
@@ -293,15 +348,26 @@ def test_a_text_may_fill_the_context() -> None:
 def test_a_text_decided_in_part_is_gone_on_with() -> None:
     async def main() -> None:
         whole = plain(TOY, asking(PROMPT))
-        async with running(TOY, Fixed(8, 0.01)) as asked, hosted(ModelDrafter(TOY), width=4) as host:
+        async with (
+            running(TOY, Fixed(8, 0.01)) as asked,
+            hosted(ModelDrafter(TOY), width=4) as host,
+        ):
             await attached(asked, "d", host)
             for cut in (1, 10, 23):
-                request = Request("s", PROMPT, Sampling(max_tokens=24), committed=whole.tokens[:cut])
+                request = Request(
+                    "s", PROMPT, Sampling(max_tokens=24), committed=whole.tokens[:cut]
+                )
                 found = await answer(asked, request)
-                assert (found.tokens, found.text, found.reason) == (whole.tokens[cut:], whole.text[cut:], "length")
+                assert (found.tokens, found.text, found.reason) == (
+                    whole.tokens[cut:],
+                    whole.text[cut:],
+                    "length",
+                )
                 assert found.stats.completion_tokens == 24
             with pytest.raises(InvalidRequest, match="ended with token 24") as caught:
-                await answer(asked, Request("s", PROMPT, Sampling(max_tokens=24), committed=whole.tokens))
+                await answer(
+                    asked, Request("s", PROMPT, Sampling(max_tokens=24), committed=whole.tokens)
+                )
             assert caught.value.param == "committed"
 
     asyncio.run(main())

@@ -16,7 +16,9 @@ def follows(text: tuple[int, ...]) -> int:
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), SMALL), max_size=30), st.integers(0, 30))
-def test_tokens_are_the_targets_own_for_any_tree_and_any_part_of_it(growth: list[tuple[int, int]], rows: int) -> None:
+def test_tokens_are_the_targets_own_for_any_tree_and_any_part_of_it(
+    growth: list[tuple[int, int]], rows: int
+) -> None:
     tree = TokenTree(1, 0, 64, 8)
     for place, token in growth:
         tree.add(place % len(tree), token, -0.5)

@@ -68,7 +68,9 @@ def adds_up(report: TargetReport, outputs: Sequence[Output]) -> None:
     assert report.finished == Counter(found.reason for found in outputs)
     assert sum(report.finished.values()) == len(outputs)
     by_drafter = sum((Counter(one.by_drafter) for one in stats), Counter())
-    assert {name: guess.accepted for name, guess in report.guesses.items() if guess.accepted} == by_drafter
+    assert {
+        name: guess.accepted for name, guess in report.guesses.items() if guess.accepted
+    } == by_drafter
     assert sum(guess.proposed for guess in report.guesses.values()) == report.drafted
 
 
@@ -102,7 +104,15 @@ def test_what_was_drafted_was_accepted_or_rejected_or_expired() -> None:
             lockstep.engine.handle(Cancel("cancelled"))
         lockstep.round()
     outputs = [output(of_one) for of_one in chunks]
-    assert [found.reason for found in outputs] == ["length", "stop", "cancelled", "deadline", "error", "length", "length"]
+    assert [found.reason for found in outputs] == [
+        "length",
+        "stop",
+        "cancelled",
+        "deadline",
+        "error",
+        "length",
+        "length",
+    ]
     report = reported(lockstep.engine)
     adds_up(report, outputs)
     assert min(report.accepted, report.rejected, report.expired) > 0
@@ -126,11 +136,15 @@ def test_a_report_is_a_value_of_its_moment() -> None:
 def test_who_has_brought_what() -> None:
     """A perfect chain of three, of which two are verified in each step."""
     engine = engine_of(TOY, rows=2)
-    (found,) = Lockstep(engine, DraftEngine(Known(TEXT, 24), "d"), passes=3).run(asking(PROMPT, max_tokens=30))
+    (found,) = Lockstep(engine, DraftEngine(Known(TEXT, 24), "d"), passes=3).run(
+        asking(PROMPT, max_tokens=30)
+    )
     guess = reported(engine).guesses["d"]
     assert (guess.proposed, guess.accepted, guess.resting) == (29, 20, False)
     assert guess.accepted == found.stats.accepted
-    assert guess.lead == pytest.approx(29 / 10)  # three ahead at each step, and what is left at the last
+    assert guess.lead == pytest.approx(
+        29 / 10
+    )  # three ahead at each step, and what is left at the last
     assert guess.round_trip > 0.0
     assert (guess.late, guess.stale) == (0, 0)
 
@@ -186,14 +200,18 @@ def test_what_a_target_goes_without_is_counted_by_cause() -> None:
             return super().forward_all(parts)
 
     engine = engine_of(TOY)
-    Lockstep(engine).run(asking(PROMPT, max_tokens=5), asking(PROMPT, "t", max_tokens=5, speculation=False))
+    Lockstep(engine).run(
+        asking(PROMPT, max_tokens=5), asking(PROMPT, "t", max_tokens=5, speculation=False)
+    )
     assert reported(engine).fallbacks == {"no drafter": 4}  # with the last token nobody could help
     engine = engine_of(TOY)
     Lockstep(engine, DraftEngine(Mute(), "d")).run(asking(PROMPT, max_tokens=TRIAL + 10))
     assert reported(engine).fallbacks == {"empty tree": TRIAL, "all resting": 9}
     assert reported(engine).guesses["d"] == GuessReport(resting=True)
     engine = engine_of(Moody(24, memory=3))
-    outputs = Lockstep(engine, DraftEngine(Known(TEXT, 24), "d")).run(asking(PROMPT, "s", max_tokens=6), asking(PROMPT, "t", max_tokens=6))
+    outputs = Lockstep(engine, DraftEngine(Known(TEXT, 24), "d")).run(
+        asking(PROMPT, "s", max_tokens=6), asking(PROMPT, "t", max_tokens=6)
+    )
     assert [found.tokens for found in outputs] == [tuple(TEXT[5:11])] * 2
     assert reported(engine).fallbacks == {"alone": 2}
     adds_up(reported(engine), outputs)
@@ -216,7 +234,13 @@ def test_asked_from_another_thread_while_it_works() -> None:
     thread.start()
     ended = threading.Event()
     request = asking(PROMPT, max_tokens=600)
-    engine.inbox.put(AddRequest(request, lettering()(request), lambda chunk: ended.set() if chunk.finish_reason else None))
+    engine.inbox.put(
+        AddRequest(
+            request,
+            lettering()(request),
+            lambda chunk: ended.set() if chunk.finish_reason else None,
+        )
+    )
     seen = [engine.report()]
     while not ended.wait(0.001):
         seen.append(engine.report())
@@ -226,7 +250,9 @@ def test_asked_from_another_thread_while_it_works() -> None:
     last = engine.report()
     assert (last.completion_tokens, last.live, last.finished) == (600, 0, {"length": 1})
     assert all(a.steps <= b.steps for a, b in zip(seen, [*seen[1:], last], strict=True))
-    assert all(one.completion_tokens == one.rounds == one.rows for one in seen)  # of one moment, always
+    assert all(
+        one.completion_tokens == one.rounds == one.rows for one in seen
+    )  # of one moment, always
 
 
 # The drafter
@@ -239,7 +265,10 @@ def test_a_drafter_reports_passes_and_nodes() -> None:
     lockstep = Lockstep(engine_of(TOY), draft_engine, passes=2)
     (found,) = lockstep.run(asking(PROMPT, max_tokens=12))
     report = draft_engine.report()
-    assert (report.sessions, report.nodes) == (0, found.stats.drafted + sum(found.stats.ignored.values()))
+    assert (report.sessions, report.nodes) == (
+        0,
+        found.stats.drafted + sum(found.stats.ignored.values()),
+    )
     assert 0 < report.passes <= 2 * found.stats.rounds
     assert report.computed >= report.passes
     draft_engine.counters["unknown session"] += 1
@@ -265,7 +294,12 @@ def test_a_drained_target_ends_what_it_has_and_takes_nothing_new() -> None:
             assert reading.done()
             assert (await reading).tokens == tuple(TEXT[5:29])
             report = asked.report()
-            assert (report.live, report.waiting, report.finished, report.lost_links) == (0, 0, {"length": 1}, {"d": 1})
+            assert (report.live, report.waiting, report.finished, report.lost_links) == (
+                0,
+                0,
+                {"length": 1},
+                {"d": 1},
+            )
             await asked.drain()
 
     asyncio.run(main())

@@ -60,7 +60,9 @@ def rounds(width: int, accepted: int) -> list[Round]:
     return [Round("s", 0, width, accepted, True, 0.0, 0.0, 0.0)]
 
 
-def synthetic(steps: int, drafters: Sequence[str] = ("draft-0",), start: float = 50.0) -> list[Recording]:
+def synthetic(
+    steps: int, drafters: Sequence[str] = ("draft-0",), start: float = 50.0
+) -> list[Recording]:
     """A run of `steps` target steps of 20 ms: 2 ms wait, 16 ms forward pass, 2 ms bookkeeping; with each, every drafter steps for 8 ms,
     which begin 4 ms into the pass of the first, 5 ms into that of the second; growth needs 1 ms, a commit 3 ms. On two machines.
     """
@@ -70,7 +72,9 @@ def synthetic(steps: int, drafters: Sequence[str] = ("draft-0",), start: float =
     for number in range(steps):
         opened = start + number * 20 * MS
         began, decided, done = opened + 2 * MS, opened + 18 * MS, opened + 20 * MS
-        target.step(Opened(opened, 2 * MS, began), rounds(7 + number % 5, number % 4), decided, done)
+        target.step(
+            Opened(opened, 2 * MS, began), rounds(7 + number % 5, number % 4), decided, done
+        )
         target.count(NODES, done, 20 + 11 * number % 17)
         target.sent(commit(number), decided + 0.5 * MS, TARGET)
         for index, helper in enumerate(helpers):
@@ -98,7 +102,9 @@ def test_a_ring_keeps_the_newest_and_says_so() -> None:
     for number in range(5):
         trace.count(ROWS, float(number), number)
     taken = trace.take()
-    assert taken == Recording("p", 0.0, [Count(ROWS, 2.0, 2), Count(ROWS, 3.0, 3), Count(ROWS, 4.0, 4)], cut=True)
+    assert taken == Recording(
+        "p", 0.0, [Count(ROWS, 2.0, 2), Count(ROWS, 3.0, 3), Count(ROWS, 4.0, 4)], cut=True
+    )
     trace.count(ROWS, 5.0, 5)
     assert trace.take() == Recording("p", 0.0, [Count(ROWS, 5.0, 5)], cut=False)
 
@@ -131,7 +137,9 @@ def test_off_records_nothing_through_any_method() -> None:
     OFF.taken(commit(1), 0.0, "d")
     OFF.step(Opened(0.0, 0.0, 0.0), rounds(1, 1), 1.0, 2.0)
     assert OFF.take().events == []
-    inherited = {name for name, value in vars(Trace).items() if callable(value) and not name.startswith("_")} - set(vars(type(OFF)))
+    inherited = {
+        name for name, value in vars(Trace).items() if callable(value) and not name.startswith("_")
+    } - set(vars(type(OFF)))
     assert inherited == {"take"}
 
 
@@ -200,7 +208,11 @@ def test_every_event_has_the_documented_fields_and_is_in_order() -> None:
     assert timed == sorted(timed)
     assert timed[0] == 0
     assert [event["ph"] for event in events].index("X") == len(only(trace, "M"))
-    assert all(isinstance(value, int | float) for event in only(trace, "C") for value in event["args"].values())
+    assert all(
+        isinstance(value, int | float)
+        for event in only(trace, "C")
+        for value in event["args"].values()
+    )
     assert {event["s"] for event in only(trace, "i")} == {"t"}
     assert {event["bp"] for event in only(trace, "f")} == {"e"}
     assert trace["displayTimeUnit"] == "ms"
@@ -208,11 +220,28 @@ def test_every_event_has_the_documented_fields_and_is_in_order() -> None:
 
 def test_lanes_are_named_and_stand_in_order_whatever_the_order_of_the_recordings() -> None:
     trace = chrome(synthetic(3, ("draft-0", "draft-1")))
-    process = {event["pid"]: event["args"]["name"] for event in only(trace, "M") if event["name"] == "process_name"}
-    order = {event["pid"]: event["args"]["sort_index"] for event in only(trace, "M") if event["name"] == "process_sort_index"}
-    assert [process[pid] for pid in sorted(process, key=order.__getitem__)] == ["target", "draft-0", "draft-1", "wire"]
-    threads = [(event["pid"], event["tid"]) for event in only(trace, "M") if event["name"] == "thread_name"]
-    assert len({tid for _, tid in threads} | set(process)) == len(threads) + len(process)  # a reader keeps threads by tid alone
+    process = {
+        event["pid"]: event["args"]["name"]
+        for event in only(trace, "M")
+        if event["name"] == "process_name"
+    }
+    order = {
+        event["pid"]: event["args"]["sort_index"]
+        for event in only(trace, "M")
+        if event["name"] == "process_sort_index"
+    }
+    assert [process[pid] for pid in sorted(process, key=order.__getitem__)] == [
+        "target",
+        "draft-0",
+        "draft-1",
+        "wire",
+    ]
+    threads = [
+        (event["pid"], event["tid"]) for event in only(trace, "M") if event["name"] == "thread_name"
+    ]
+    assert len({tid for _, tid in threads} | set(process)) == len(threads) + len(
+        process
+    )  # a reader keeps threads by tid alone
     used = {(event["pid"], event["tid"]) for event in trace["traceEvents"] if "tid" in event}
     assert used == set(threads)
 
@@ -234,15 +263,22 @@ def test_slices_of_one_thread_never_overlap_in_part_and_arrows_bind_to_open_ones
     trace = chrome(synthetic(20, ("draft-0", "draft-1")))
     slices = only(trace, "X")
     assert nested(slices)
-    begun, ended = {event["id"]: event for event in only(trace, "s")}, {event["id"]: event for event in only(trace, "f")}
+    begun, ended = (
+        {event["id"]: event for event in only(trace, "s")},
+        {event["id"]: event for event in only(trace, "f")},
+    )
     assert begun.keys() == ended.keys()
-    assert len(begun) == len(only(trace, "s")) == 20 * 2 + (20 - 1) * 2  # nobody steps after the last commit
+    assert (
+        len(begun) == len(only(trace, "s")) == 20 * 2 + (20 - 1) * 2
+    )  # nobody steps after the last commit
     for number, start in begun.items():
         assert (start["name"], start["cat"]) == (ended[number]["name"], ended[number]["cat"])
         assert start["ts"] <= ended[number]["ts"]
         for end in (start, ended[number]):
             assert any(
-                slice_["tid"] == end["tid"] and slice_["pid"] == end["pid"] and slice_["ts"] <= end["ts"] < slice_["ts"] + slice_["dur"]
+                slice_["tid"] == end["tid"]
+                and slice_["pid"] == end["pid"]
+                and slice_["ts"] <= end["ts"] < slice_["ts"] + slice_["dur"]
                 for slice_ in slices
             ), end
 
@@ -261,7 +297,9 @@ def test_messages_under_way_at_one_time_lie_on_different_threads_of_the_wire() -
 def test_machines_line_up_by_their_wall_clocks() -> None:
     trace = chrome(synthetic(1))
     began = {event["name"]: event["ts"] for event in only(trace, "X")}
-    assert began[COMPUTE] == pytest.approx(12_000, abs=1)  # after 10 ms of prefill and 2 ms of waiting
+    assert began[COMPUTE] == pytest.approx(
+        12_000, abs=1
+    )  # after 10 ms of prefill and 2 ms of waiting
     assert began[STEP] == pytest.approx(16_000, abs=1)
     assert trace["otherData"]["began"] == pytest.approx(1.7e9 + 50.0 - 10 * MS)
 
@@ -272,7 +310,9 @@ def test_adjacent_spans_stay_adjacent_long_after_the_machine_was_started() -> No
         trace.span(TARGET, COMPUTE, start + number * 0.0123457, start + (number + 1) * 0.0123457)
     slices = only(chrome([trace.take()]), "X")
     assert nested(slices)
-    assert [round(one["ts"] + one["dur"], 3) for one in slices[:-1]] == [one["ts"] for one in slices[1:]]
+    assert [round(one["ts"] + one["dur"], 3) for one in slices[:-1]] == [
+        one["ts"] for one in slices[1:]
+    ]
 
 
 def test_no_content_name_is_left_in_a_trace() -> None:
@@ -283,8 +323,14 @@ def test_no_content_name_is_left_in_a_trace() -> None:
     assert [key for key in keys if str(key) in written or f"{key:x}" in written] == []
 
 
-def test_what_is_sent_twice_under_one_name_is_two_arrows_and_what_nobody_takes_in_is_counted() -> None:
-    sender, receiver, other = Trace(TARGET, offset=0.0), Trace("draft-0", offset=0.0), Trace("draft-1", offset=0.0)
+def test_what_is_sent_twice_under_one_name_is_two_arrows_and_what_nobody_takes_in_is_counted() -> (
+    None
+):
+    sender, receiver, other = (
+        Trace(TARGET, offset=0.0),
+        Trace("draft-0", offset=0.0),
+        Trace("draft-1", offset=0.0),
+    )
     for at in (1.0, 2.0):
         sender.sent(commit(1), at, TARGET)
         receiver.taken(commit(1), at + 0.25, "draft-0")

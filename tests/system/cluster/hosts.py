@@ -30,7 +30,12 @@ def missing() -> str:
     absent = [tool for tool in NEEDED if shutil.which(tool) is None]
     if absent:
         return f"needs {', '.join(absent)}: apt-get install iproute2 util-linux openssh-client openssh-server rsync"
-    done = subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["unshare", "--net", "--mount", "--pid", "--fork", "true"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return f"needs namespaces: {done.stderr.strip()}" if done.returncode else ""
 
 
@@ -44,14 +49,37 @@ class Hosts:
 
     def command(self, host: str, command: str) -> list[str]:
         """What runs a line of shell on a host, as a user who logs in there would."""
-        inside = ["nsenter", "-t", str(self.processes[host]), "-m", "-u", "-i", "-n", "-p", "-r", "-w"]
-        clean = ["env", "-i", "HOME=/root", "TERM=dumb", "LANG=C.UTF-8", "PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"]
+        inside = [
+            "nsenter",
+            "-t",
+            str(self.processes[host]),
+            "-m",
+            "-u",
+            "-i",
+            "-n",
+            "-p",
+            "-r",
+            "-w",
+        ]
+        clean = [
+            "env",
+            "-i",
+            "HOME=/root",
+            "TERM=dumb",
+            "LANG=C.UTF-8",
+            "PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
+        ]
         return [*inside, *clean, "bash", "-c", f"cd; . ~/.bashrc; {command}"]
 
     def run(self, host: str, command: str, patience: float = 600.0) -> str:
         """Its output. Raises CalledProcessError where it fails, TimeoutExpired where it lasts longer than `patience` seconds."""
         done = subprocess.run(
-            self.command(host, command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True, timeout=patience
+            self.command(host, command),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=True,
+            timeout=patience,
         )
         return done.stdout
 
@@ -73,19 +101,54 @@ def hosts(addresses: Mapping[str, str]) -> Iterator[Hosts]:
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="outrider-hosts-"))
         stack.callback(shutil.rmtree, folder)
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "id")], check=True)
-        lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in addresses.items())]
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "id")], check=True
+        )
+        lines = [
+            "127.0.0.1 localhost",
+            *(f"{address} {name}" for name, address in addresses.items()),
+        ]
         (folder / "hosts").write_text("\n".join(lines) + "\n")
 
-        switch = first_process(stack, ["unshare", "--net", "--fork", "--kill-child", "sleep", "infinity"])
+        switch = first_process(
+            stack, ["unshare", "--net", "--fork", "--kill-child", "sleep", "infinity"]
+        )
         in_network(switch, "ip", "link", "add", "switch", "type", "bridge")
         in_network(switch, "ip", "link", "set", "switch", "up")
         processes = {}
         for name, address in addresses.items():
-            script = ["bash", str(ROOT / "tests" / "cluster" / "host.sh"), name, str(folder), str(ROOT)]
-            spaces = ["--net", "--mount", "--uts", "--ipc", "--pid", "--mount-proc", "--fork", "--kill-child"]
+            script = [
+                "bash",
+                str(ROOT / "tests" / "cluster" / "host.sh"),
+                name,
+                str(folder),
+                str(ROOT),
+            ]
+            spaces = [
+                "--net",
+                "--mount",
+                "--uts",
+                "--ipc",
+                "--pid",
+                "--mount-proc",
+                "--fork",
+                "--kill-child",
+            ]
             process = processes[name] = first_process(stack, ["unshare", *spaces, *script])
-            in_network(switch, "ip", "link", "add", f"to-{name}", "type", "veth", "peer", "name", "eth0", "netns", str(process))
+            in_network(
+                switch,
+                "ip",
+                "link",
+                "add",
+                f"to-{name}",
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "netns",
+                str(process),
+            )
             in_network(switch, "ip", "link", "set", f"to-{name}", "master", "switch", "up")
             in_network(process, "ip", "link", "set", "lo", "up")
             in_network(process, "ip", "address", "add", f"{address}/24", "dev", "eth0")
@@ -98,13 +161,20 @@ def hosts(addresses: Mapping[str, str]) -> Iterator[Hosts]:
 
 def first_process(stack: contextlib.ExitStack, command: Sequence[str]) -> int:
     """Start `unshare --fork ...` and return its child's id. It is killed with the stack, and with this process, whatever ends that."""
-    running = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *command], stdin=subprocess.DEVNULL)
+    running = subprocess.Popen(
+        ["setpriv", "--pdeathsig", "KILL", *command], stdin=subprocess.DEVNULL
+    )
     stack.callback(running.wait)
     stack.callback(running.kill)
     children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
-    await_(lambda: bool(children.read_text().split()) or running.poll() is not None, f"the child of {command[0]}")
+    await_(
+        lambda: bool(children.read_text().split()) or running.poll() is not None,
+        f"the child of {command[0]}",
+    )
     if running.poll() is not None:
-        raise RuntimeError(f"{' '.join(command)} has ended with code {running.returncode}: see its message above")
+        raise RuntimeError(
+            f"{' '.join(command)} has ended with code {running.returncode}: see its message above"
+        )
     return int(children.read_text().split()[0])
 
 
@@ -113,7 +183,15 @@ def in_network(process: int, *command: str) -> None:
 
 
 def answers(made: Hosts, host: str, address: str) -> bool:
-    knock = ["nsenter", "-t", str(made.processes[host]), "-n", "bash", "-c", f"exec 3<>/dev/tcp/{address}/22"]
+    knock = [
+        "nsenter",
+        "-t",
+        str(made.processes[host]),
+        "-n",
+        "bash",
+        "-c",
+        f"exec 3<>/dev/tcp/{address}/22",
+    ]
     return subprocess.run(knock, capture_output=True, check=False).returncode == 0
 
 

@@ -14,7 +14,9 @@ DEPLOY = ROOT / "deploy"
 
 
 def panels() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((DEPLOY / "grafana" / "outrider.json").read_text("utf-8"))["panels"]
+    found: list[dict[str, Any]] = json.loads(
+        (DEPLOY / "grafana" / "outrider.json").read_text("utf-8")
+    )["panels"]
     return found
 
 
@@ -25,7 +27,11 @@ def rules() -> list[dict[str, Any]]:
 
 def shown() -> list[str]:
     """What the dashboard asks for, over a minute where Grafana would fill in a time."""
-    return [target["expr"].replace("$__rate_interval", "1m") for panel in panels() for target in panel.get("targets", ())]
+    return [
+        target["expr"].replace("$__rate_interval", "1m")
+        for panel in panels()
+        for target in panel.get("targets", ())
+    ]
 
 
 def alerts() -> list[str]:
@@ -34,10 +40,17 @@ def alerts() -> list[str]:
 
 def found(url: str, expression: str) -> int:
     """Series that are the answer; those without a number are none. Raises HTTPError where Prometheus does not understand it."""
-    with urllib.request.urlopen(f"{url}/api/v1/query?{urllib.parse.urlencode({'query': expression})}", timeout=10) as answer:
+    with urllib.request.urlopen(
+        f"{url}/api/v1/query?{urllib.parse.urlencode({'query': expression})}", timeout=10
+    ) as answer:
         series = json.load(answer)["data"]["result"]
     return sum(one["value"][1] != "NaN" for one in series)
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps({expression: found(sys.argv[1], expression) for expression in [*shown(), *alerts()]}) + "\n")
+    sys.stdout.write(
+        json.dumps(
+            {expression: found(sys.argv[1], expression) for expression in [*shown(), *alerts()]}
+        )
+        + "\n"
+    )

@@ -16,11 +16,19 @@ def cases(max_tokens: int) -> list[dict[str, Any]]:
     """Each with `request`, the arguments of openai's `completions.create`, and `text`."""
     tokenizer = load_tokenizer(shipped("target"))
     asked = [
-        Request(f"{number}-{temperature}", tuple(tokenizer.encode(prompt)), sampling(max_tokens, temperature, number), speculation=False)
+        Request(
+            f"{number}-{temperature}",
+            tuple(tokenizer.encode(prompt)),
+            sampling(max_tokens, temperature, number),
+            speculation=False,
+        )
         for number, prompt in enumerate(PROMPTS)
         for temperature in (0.0, 0.8)
     ]
-    return [{"request": body(request), "text": text} for request, text in zip(asked, asyncio.run(answers(asked)), strict=True)]
+    return [
+        {"request": body(request), "text": text}
+        for request, text in zip(asked, asyncio.run(answers(asked)), strict=True)
+    ]
 
 
 def sampling(max_tokens: int, temperature: float, seed: int) -> Sampling:
@@ -29,14 +37,24 @@ def sampling(max_tokens: int, temperature: float, seed: int) -> Sampling:
 
 def body(request: Request) -> dict[str, Any]:
     asked = request.sampling
-    known = {"prompt": list(request.prompt), "max_tokens": asked.max_tokens, "temperature": asked.temperature, "seed": asked.seed}
+    known = {
+        "prompt": list(request.prompt),
+        "max_tokens": asked.max_tokens,
+        "temperature": asked.temperature,
+        "seed": asked.seed,
+    }
     return known | {"extra_body": {"ignore_eos": asked.ignore_eos}}
 
 
 async def answers(requests: list[Request]) -> list[str]:
-    target = build_target(TargetConfig(model=shipped("target"), dtype="float32", kv_tokens=8192)).target
+    target = build_target(
+        TargetConfig(model=shipped("target"), dtype="float32", kv_tokens=8192)
+    ).target
     target.start()
     try:
-        return ["".join([piece async for chunk in target.generate(request) for piece in chunk.pieces]) for request in requests]
+        return [
+            "".join([piece async for chunk in target.generate(request) for piece in chunk.pieces])
+            for request in requests
+        ]
     finally:
         await target.stop()

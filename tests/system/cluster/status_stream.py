@@ -15,7 +15,13 @@ class Looks:
     """`command` runs `outrider top --json`, until `stop`."""
 
     def __init__(self, command: list[str]) -> None:
-        self.running = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.running = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         self.count = 0
         self.last: dict[str, Any] = {}
         self.other: list[str] = []
@@ -25,7 +31,11 @@ class Looks:
     def fleet(self) -> dict[str, Any]:
         """As it is now. Raises AssertionError where nothing is told any more."""
         before = self.count
-        await_(lambda: self.count > before or not self.reader.is_alive(), "the next line of `outrider top`", PATIENCE_S)
+        await_(
+            lambda: self.count > before or not self.reader.is_alive(),
+            "the next line of `outrider top`",
+            PATIENCE_S,
+        )
         assert self.count > before, f"`outrider top` has ended: {''.join(self.other)}"
         return self.last
 

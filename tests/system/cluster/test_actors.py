@@ -23,14 +23,18 @@ from tests.support.pair import save_model
 from tests.system.cluster.texts import PATIENCE_S, stream
 
 pytestmark = pytest.mark.cluster
-LONG = Sampling(max_tokens=16_000, ignore_eos=True)  # far more than a drafter's restart lasts; it is not read to its end
+LONG = Sampling(
+    max_tokens=16_000, ignore_eos=True
+)  # far more than a drafter's restart lasts; it is not read to its end
 
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Deployment:
     """The draft is the target itself, so that its tokens are right, and waited for, since it is no faster; deep, so that its output
     outlasts a restart."""
-    folder = str(save_model(tmp_path_factory.mktemp("models") / "deep", context=16_384, num_hidden_layers=24))
+    folder = str(
+        save_model(tmp_path_factory.mktemp("models") / "deep", context=16_384, num_hidden_layers=24)
+    )
     return deployment(folder, (folder,), 1, "auto", "cpu", local=True, policy="sync")
 
 
@@ -47,7 +51,9 @@ def address(controller: Any) -> str:
 
 
 @asynccontextmanager
-async def asked(address: str, name: str, sampling: Sampling, speculation: bool = True) -> AsyncIterator[AsyncIterator[Chunk]]:
+async def asked(
+    address: str, name: str, sampling: Sampling, speculation: bool = True
+) -> AsyncIterator[AsyncIterator[Chunk]]:
     client = GrpcTarget(address)
     chunks = client.generate(Request(name, (5, 6, 7), sampling, speculation))
     try:
@@ -71,7 +77,9 @@ def test_speculation_over_real_actors_changes_no_token(address: str) -> None:
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_drafter_lost_in_mid_stream_is_replaced_and_no_token_changes(blow: int, address: str, controller: Any) -> None:
+def test_a_drafter_lost_in_mid_stream_is_replaced_and_no_token_changes(
+    blow: int, address: str, controller: Any
+) -> None:
     async def through_the_loss() -> list[int]:
         """Tokens up to the first that the new life of the drafter has guessed."""
         tokens: list[int] = []
@@ -87,11 +95,16 @@ def test_a_drafter_lost_in_mid_stream_is_replaced_and_no_token_changes(blow: int
                     replaced = await asyncio.to_thread(place, controller) not in (before, None)
                 elif replaced and any(chunk.drafters):
                     return tokens
-        raise AssertionError(f"the output of {len(tokens)} tokens ended before the drafter was back")
+        raise AssertionError(
+            f"the output of {len(tokens)} tokens ended before the drafter was back"
+        )
 
     async def all_of_it() -> None:
         """Plain decoding goes on beside it."""
-        async with asyncio.timeout(PATIENCE_S), stream(address, f"beside-{blow}", speculation=False) as plain:
+        async with (
+            asyncio.timeout(PATIENCE_S),
+            stream(address, f"beside-{blow}", speculation=False) as plain,
+        ):
             tokens = await through_the_loss()
             assert await plain.first(len(tokens)) == tokens
 
@@ -106,7 +119,9 @@ def place(controller: Any) -> ActorLocation | None:
     return next((place for name, place in found.items() if name != "target-0"), None)
 
 
-def test_what_an_actor_raises_at_its_start_reaches_the_caller(cluster: None, plan: Deployment, tmp_path: Path) -> None:
+def test_what_an_actor_raises_at_its_start_reaches_the_caller(
+    cluster: None, plan: Deployment, tmp_path: Path
+) -> None:
     broken = deployment(str(tmp_path), (), 1, "auto", "cpu", local=True)
     handle = ray.remote(Controller).options(num_cpus=0, max_concurrency=4).remote(broken, "broken-")
     with pytest.raises(ray.exceptions.RayTaskError) as caught:

@@ -19,14 +19,29 @@ from tests.support.pair import save_model
 pytestmark = pytest.mark.cluster
 
 
-def test_a_small_benchmark_from_end_to_end(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_benchmark_from_end_to_end(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The draft is the target itself: every guess is right."""
     monkeypatch.setattr("bench.run.CACHE", tmp_path / "cache")
-    monkeypatch.setattr("bench.core.outrider_runner.joined", lambda address, cpus: known_errors())  # it is in a cluster already
+    monkeypatch.setattr(
+        "bench.core.outrider_runner.joined", lambda address, cpus: known_errors()
+    )  # it is in a cluster already
     model = str(save_model(tmp_path / "tiny", context=512))
     texts = tmp_path / "texts.txt"
     texts.write_text("def f(x):\nimport os\nclass A:\nreturn None\n")
-    options = Options(model, model, False, "float32", texts, Size(1, 1, 24, (0.0,), (2,)), 1, True, tmp_path / "found", "tiny")
+    options = Options(
+        model,
+        model,
+        False,
+        "float32",
+        texts,
+        Size(1, 1, 24, (0.0,), (2,)),
+        1,
+        True,
+        tmp_path / "found",
+        "tiny",
+    )
     before = os.sched_getaffinity(0)
     found = benchmark(options, Console(file=io.StringIO()))
     assert os.sched_getaffinity(0) == before
@@ -36,13 +51,17 @@ def test_a_small_benchmark_from_end_to_end(cluster: None, tmp_path: Path, monkey
         (name, 2) for name in ("plain", "living", "transformers greedy")
     }
     assert differing(found) == []
-    tree, living, plain = (compare.totals(found, name) for name in ("sync tree", "living", PLAIN.name))
+    tree, living, plain = (
+        compare.totals(found, name) for name in ("sync tree", "living", PLAIN.name)
+    )
     assert tree is not None
     assert living is not None
     assert plain is not None
     assert tree.by_drafter["draft-0"] == tree.accepted > 0 == plain.drafted
     assert tree.rounds < plain.rounds == 24
-    assert sum(living.by_drafter.values()) == living.accepted  # which may be 0: it need not wait for a draft as slow as its target
+    assert (
+        sum(living.by_drafter.values()) == living.accepted
+    )  # which may be 0: it need not wait for a draft as slow as its target
     assert {forecast.method for forecast in found.forecasts} == {"plain", "living", "sync tree"}
     page = (tmp_path / "found" / "tiny.md").read_text("utf-8")
     assert "tiny-trace.png" in page

@@ -14,7 +14,18 @@ pytestmark = pytest.mark.cluster
 def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
     """The draft is the target itself, so that its guesses are right. The first blow of this seed falls on a target."""
     folder = str(save_model(tmp_path_factory.mktemp("models") / "tiny", context=512))
-    return Options(folder, folder, streams=8, seconds=8.0, targets=2, drafters=1, tokens=200, seed=2, every=2.0, cases=8)
+    return Options(
+        folder,
+        folder,
+        streams=8,
+        seconds=8.0,
+        targets=2,
+        drafters=1,
+        tokens=200,
+        seed=2,
+        every=2.0,
+        cases=8,
+    )
 
 
 def test_blows_change_no_token(cluster: None, options: Options) -> None:

@@ -25,7 +25,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-c", "from actors.cli import main; main()", "generate", *map(str, arguments)]
+    return [
+        sys.executable,
+        "-c",
+        "from actors.cli import main; main()",
+        "generate",
+        *map(str, arguments),
+    ]
 
 
 def descendants(pid: int) -> set[int]:
@@ -47,10 +53,32 @@ def alive(pid: int) -> bool:
 def test_with_and_without_ray_and_drafter_the_tokens_are_the_same(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common = ("--target", model, "--prompt", "def f(", "--max-tokens", 60, "--temperature", 0.7, "--seed", 4, "--json")
+    common = (
+        "--target",
+        model,
+        "--prompt",
+        "def f(",
+        "--max-tokens",
+        60,
+        "--temperature",
+        0.7,
+        "--seed",
+        4,
+        "--json",
+    )
     call = command(*common, "--draft", model)
-    elsewhere = os.environ | {"RAY_ADDRESS": "127.0.0.1:1"}  # it starts a Ray of its own all the same
-    done = subprocess.run(call, cwd=ROOT, env=elsewhere, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+    elsewhere = os.environ | {
+        "RAY_ADDRESS": "127.0.0.1:1"
+    }  # it starts a Ray of its own all the same
+    done = subprocess.run(
+        call,
+        cwd=ROOT,
+        env=elsewhere,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=True,
+    )
     found = [json.loads(done.stdout)]
     for more in (["--draft", model, "--in-process"], ["--speculation", "off", "--in-process"]):
         capsys.readouterr()
@@ -62,10 +90,26 @@ def test_with_and_without_ray_and_drafter_the_tokens_are_the_same(
 
 
 def test_ctrl_c_ends_everything_that_was_started(model: str) -> None:
-    call = command("--target", model, "--speculation", "off", "--prompt", "def f(", "--max-tokens", 4000, "--ignore-eos")
+    call = command(
+        "--target",
+        model,
+        "--speculation",
+        "off",
+        "--prompt",
+        "def f(",
+        "--max-tokens",
+        4000,
+        "--ignore-eos",
+    )
     # Where the tests run in the background, Ctrl-C is ignored, and what they start inherits that.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed) as running:  # noqa: PLW1509
+    with subprocess.Popen(
+        call,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=heed,  # noqa: PLW1509
+    ) as running:
         assert running.stdout is not None
         assert os.read(running.stdout.fileno(), 1)  # the first text is there
         started = descendants(running.pid)

@@ -30,14 +30,18 @@ pytestmark = pytest.mark.cluster
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Deployment:
     """Deep, so that a text outlasts a drafter's start."""
-    model = str(save_model(tmp_path_factory.mktemp("models") / "deep", context=16_384, num_hidden_layers=24))
+    model = str(
+        save_model(tmp_path_factory.mktemp("models") / "deep", context=16_384, num_hidden_layers=24)
+    )
     found = deployment(model, ("ngram",), 1, "auto", "cpu", local=True)
     return found.model_copy(update={"gateway": GatewayConfig(port=0)})
 
 
 @pytest.fixture(scope="module")
 def fleet(cluster: None, plan: Deployment) -> Iterator["Served"]:
-    kind = ray.remote(Controller).options(name=NAME, lifetime="detached", max_restarts=-1, num_cpus=0, max_concurrency=8)
+    kind = ray.remote(Controller).options(
+        name=NAME, lifetime="detached", max_restarts=-1, num_cpus=0, max_concurrency=8
+    )
     served = Served(kind.remote(plan, served=True))
     served.ask("start")
     yield served
@@ -75,7 +79,10 @@ def drafters(fleet: Fleet) -> list[tuple[str, str]]:
 
 async def meanwhile(address: str, name: str, work: Callable[[], None]) -> None:
     """The tokens of a text during which something is done are those of plain decoding, which goes on beside it."""
-    async with stream(address, name) as text, stream(address, f"{name}-plain", speculation=False) as plain:
+    async with (
+        stream(address, name) as text,
+        stream(address, f"{name}-plain", speculation=False) as plain,
+    ):
         await text.more(5)
         await asyncio.to_thread(work)
         heard = await text.more(5)
@@ -84,7 +91,11 @@ async def meanwhile(address: str, name: str, work: Callable[[], None]) -> None:
 
 def test_drafters_come_and_go_while_a_text_is_written(fleet: Served) -> None:
     def change() -> None:
-        for count, names in ((3, ["ngram-0", "ngram-1", "ngram-2"]), (0, []), (2, ["ngram-0", "ngram-1"])):
+        for count, names in (
+            (3, ["ngram-0", "ngram-1", "ngram-2"]),
+            (0, []),
+            (2, ["ngram-0", "ngram-1"]),
+        ):
             fleet.ask("scale", "ngram", count)
             expected = [(name, "ready") for name in names]
             found = fleet.when(lambda fleet, expected=expected: drafters(fleet) == expected)  # type: ignore[misc]
@@ -98,7 +109,12 @@ def test_a_service_is_recorded_while_that_is_asked_for(fleet: Served) -> None:
     fleet.when(lambda fleet: "ready" in [state for _, state in drafters(fleet)])
 
     def passes() -> Counter[str]:
-        return Counter(event.name for part in fleet.ask("trace") for event in part.events if isinstance(event, Span))
+        return Counter(
+            event.name
+            for part in fleet.ask("trace")
+            for event in part.events
+            if isinstance(event, Span)
+        )
 
     found: Counter[str] = Counter()
 
@@ -115,7 +131,9 @@ def test_a_service_is_recorded_while_that_is_asked_for(fleet: Served) -> None:
 
 
 def test_what_cannot_be_is_refused(fleet: Served, plan: Deployment, tmp_path: Path) -> None:
-    broken = plan.model_copy(update={"target": plan.target.model_copy(update={"model": str(tmp_path)})})
+    broken = plan.model_copy(
+        update={"target": plan.target.model_copy(update={"model": str(tmp_path)})}
+    )
     for refused, method, arguments in (
         (InvalidRequest, "scale", ("nobody", 1)),
         (InvalidRequest, "scale", ("ngram", 65)),
@@ -125,16 +143,30 @@ def test_what_cannot_be_is_refused(fleet: Served, plan: Deployment, tmp_path: Pa
         with pytest.raises(ray.exceptions.RayTaskError) as caught:
             fleet.ask(method, *arguments)
         assert isinstance(cause_of(caught.value), refused), caught.value
-    found = fleet.when(lambda fleet: [(target.name, target.state) for target in fleet.targets] == [("target-0", "ready")])
-    assert (found.model, found.targets[0].state, found.targets[0].incarnation) == (plan.target.model, "ready", 0)
+    found = fleet.when(
+        lambda fleet: (
+            [(target.name, target.state) for target in fleet.targets] == [("target-0", "ready")]
+        )
+    )
+    assert (found.model, found.targets[0].state, found.targets[0].incarnation) == (
+        plan.target.model,
+        "ready",
+        0,
+    )
 
 
-def test_another_deployment_changes_what_is_other_in_it_and_nothing_else(fleet: Served, plan: Deployment) -> None:
+def test_another_deployment_changes_what_is_other_in_it_and_nothing_else(
+    fleet: Served, plan: Deployment
+) -> None:
     before = fleet.place("target-0")
-    changed = plan.model_copy(update={"pools": (plan.pools[0].model_copy(update={"width": 2, "count": 1}),)})
+    changed = plan.model_copy(
+        update={"pools": (plan.pools[0].model_copy(update={"width": 2, "count": 1}),)}
+    )
 
     def change() -> None:
-        assert ("ngram-2", "ready") in drafters(fleet.ask("apply", changed)), "it returns when what is new is ready"
+        assert ("ngram-2", "ready") in drafters(fleet.ask("apply", changed)), (
+            "it returns when what is new is ready"
+        )
         fleet.when(lambda fleet: drafters(fleet) == [("ngram-2", "ready")])
 
     asyncio.run(meanwhile(fleet.now().targets[0].address, "changed", change))
@@ -147,7 +179,10 @@ def test_a_controller_that_is_lost_finds_its_fleet_again(fleet: Served) -> None:
     assert {"target-0", "gateway-0"} < set(before)
 
     def lose() -> None:
-        os.kill(next(actor["Pid"] for actor in actors().values() if actor["Name"] == NAME), signal.SIGKILL)
+        os.kill(
+            next(actor["Pid"] for actor in actors().values() if actor["Name"] == NAME),
+            signal.SIGKILL,
+        )
         deadline = time.monotonic() + PATIENCE_S
         while True:  # Ray says that it restarts, until it has
             try:
@@ -166,7 +201,9 @@ def test_a_controller_that_is_lost_finds_its_fleet_again(fleet: Served) -> None:
 def test_a_target_that_is_lost_is_replaced(blow: int, fleet: Served) -> None:
     lives = fleet.now().targets[0].incarnation
     os.kill(fleet.place("target-0").pid, blow)
-    found = fleet.when(lambda fleet: fleet.targets[0].incarnation > lives and fleet.targets[0].state == "ready")
+    found = fleet.when(
+        lambda fleet: fleet.targets[0].incarnation > lives and fleet.targets[0].state == "ready"
+    )
     assert (found.targets[0].name, found.targets[0].restarts) == ("target-0", lives + 1)
     asyncio.run(meanwhile(found.targets[0].address, f"after-{blow}", lambda: None))
 

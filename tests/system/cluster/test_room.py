@@ -17,7 +17,9 @@ PLAN = deployment("target", ("ngram",), 1, "auto", "cpu", local=True)
 
 
 def drafter(placement: Placement) -> DrafterSpec:
-    return DrafterSpec(PLAN.pools[0].member(0).model_copy(update={"placement": placement}), "target", None)
+    return DrafterSpec(
+        PLAN.pools[0].member(0).model_copy(update={"placement": placement}), "target", None
+    )
 
 
 TOO_MANY = drafter(Placement(num_cpus=CPUS + 1))
@@ -37,7 +39,9 @@ def test_ray_has_no_room_for_what_does_not_fit_and_for_nothing_else(cluster: Non
     specs: tuple[Spec, ...] = (TOO_MANY, UNKNOWN, ELSEWHERE, FITS)
     for number, spec in enumerate(specs):
         member = Member(f"room-{number}", "p", number, 0, spec, "starting", 0.0)
-        began.append((member, actor_handles.create(member, member.name, detached=False, record=False)))
+        began.append(
+            (member, actor_handles.create(member, member.name, detached=False, record=False))
+        )
     try:
         deadline = time.monotonic() + PATIENCE_S
         while not all(wanted(spec) in cluster_resources.unmet_demands(()) for spec in specs[:3]):

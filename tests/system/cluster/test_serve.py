@@ -30,15 +30,29 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.mark.parametrize("moment", ["gcs_server", "ray::TargetActor"])
 def test_sigterm_in_mid_start_leaves_no_ray_behind(moment: str, home: Path, tmp_path: Path) -> None:
-    arguments = ["serve", "--target", str(save_model(tmp_path / "model")), "--draft", "ngram", "--port", "0"]
+    arguments = [
+        "serve",
+        "--target",
+        str(save_model(tmp_path / "model")),
+        "--draft",
+        "ngram",
+        "--port",
+        "0",
+    ]
     call = [sys.executable, "-c", "from actors.cli import main; main()", *arguments]
     sessions: set[int] = set()
-    with subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as running:
+    with subprocess.Popen(
+        call, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as running:
 
         def reached() -> bool:
             assert running.poll() is None, "it has ended by itself"
             sessions.update(rays(home))
-            return any(moment in called(pid) for session in sessions for pid in local_ray.processes(session))
+            return any(
+                moment in called(pid)
+                for session in sessions
+                for pid in local_ray.processes(session)
+            )
 
         await_(reached, moment)
         running.send_signal(signal.SIGTERM)
@@ -53,7 +67,11 @@ def test_sigterm_in_mid_start_leaves_no_ray_behind(moment: str, home: Path, tmp_
 def rays(home: Path) -> set[int]:
     """Sessions of the processes of a Ray that keeps its files there."""
     found = (int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdecimal())
-    return {int(status[3]) for pid in found if str(home) in called(pid) and (status := local_ray.status(pid))}
+    return {
+        int(status[3])
+        for pid in found
+        if str(home) in called(pid) and (status := local_ray.status(pid))
+    }
 
 
 def called(pid: int) -> str:

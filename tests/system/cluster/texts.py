@@ -40,7 +40,10 @@ class Text:
 @asynccontextmanager
 async def stream(address: str, name: str, speculation: bool = True) -> AsyncIterator[Text]:
     """A text that is written while the block runs."""
-    client, text = GrpcTarget(address, silence_ms=CALLER_SILENCE_MS), Text()  # nobody else can go on with it
+    client, text = (
+        GrpcTarget(address, silence_ms=CALLER_SILENCE_MS),
+        Text(),
+    )  # nobody else can go on with it
     request = Request(name, (5, 6, 7), Sampling(max_tokens=16_000, ignore_eos=True), speculation)
 
     async def read() -> None:

@@ -26,7 +26,13 @@ class Traffic:
     """The program above, running somewhere, and the answers that it has reported so far."""
 
     def __init__(self, command: list[str]) -> None:
-        self.running = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.running = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         self.answers: list[dict[str, Any]] = []
         self.judged = 0
         self.other: list[str] = []
@@ -37,7 +43,11 @@ class Traffic:
         """Wait for so many further answers; says what all were like that came since it was last said. Raises AssertionError where one
         differs."""
         before = len(self.answers)
-        await_(lambda: len(self.answers) >= before + count or not self.reader.is_alive(), f"{count} answers", patience)
+        await_(
+            lambda: len(self.answers) >= before + count or not self.reader.is_alive(),
+            f"{count} answers",
+            patience,
+        )
         return self.judge()
 
     def judge(self) -> str:
@@ -45,7 +55,9 @@ class Traffic:
         seen = self.answers[since : self.judged]
         wrong = [answer for answer in seen if not answer["right"]]
         assert seen, f"there were no answers: {''.join(self.other)}"
-        assert not wrong, f"{len(wrong)} of {len(seen)} answers were not as plain decoding: {json.dumps(wrong[0])}"
+        assert not wrong, (
+            f"{len(wrong)} of {len(seen)} answers were not as plain decoding: {json.dumps(wrong[0])}"
+        )
         return f"{len(seen)} answers, all as plain decoding; the longest silence in one lasted {max(one['gap'] for one in seen):.2f} s"
 
     def end(self) -> str:
@@ -71,11 +83,16 @@ class Traffic:
 def main(cases: str, url: str, keys: str, ca: str, streams: str) -> None:
     trusted = openai.DefaultHttpxClient(verify=ssl.create_default_context(cafile=ca))
     key = Path(keys).read_text("utf-8").split(":")[1].strip()
-    client = openai.OpenAI(base_url=url, api_key=key, http_client=trusted, max_retries=0, timeout=600)
+    client = openai.OpenAI(
+        base_url=url, api_key=key, http_client=trusted, max_retries=0, timeout=600
+    )
     model = client.models.list().data[0].id
     known: list[dict[str, Any]] = json.loads(Path(cases).read_text("utf-8"))
     over = threading.Event()
-    askers = [threading.Thread(target=ask, args=(client, model, known, over, lane)) for lane in range(int(streams))]
+    askers = [
+        threading.Thread(target=ask, args=(client, model, known, over, lane))
+        for lane in range(int(streams))
+    ]
     for asker in askers:
         asker.start()
     sys.stdin.read()
@@ -84,7 +101,13 @@ def main(cases: str, url: str, keys: str, ca: str, streams: str) -> None:
         asker.join()
 
 
-def ask(client: openai.OpenAI, model: str, cases: list[dict[str, Any]], over: threading.Event, first: int) -> None:
+def ask(
+    client: openai.OpenAI,
+    model: str,
+    cases: list[dict[str, Any]],
+    over: threading.Event,
+    first: int,
+) -> None:
     number = first
     while not over.is_set():
         case = cases[number % len(cases)]

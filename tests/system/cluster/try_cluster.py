@@ -29,7 +29,13 @@ from tests.system.cluster.traffic import Traffic
 
 NET = "10.77.5"
 HEAD, TARGETS, DRAFTERS = f"{NET}.10", (f"{NET}.11", f"{NET}.12"), f"{NET}.13"
-ADDRESSES = {"client": f"{NET}.5", "head": HEAD, "target-a": TARGETS[0], "target-b": TARGETS[1], "drafters": DRAFTERS}
+ADDRESSES = {
+    "client": f"{NET}.5",
+    "head": HEAD,
+    "target-a": TARGETS[0],
+    "target-b": TARGETS[1],
+    "drafters": DRAFTERS,
+}
 BIN = ROOT / ".venv" / "bin"
 KEYS = "/root/.outrider"
 STREAMS = 3
@@ -140,13 +146,16 @@ class Operator:
         return self.made.run("head", f"outrider {command}", patience)
 
     def fleet(self) -> dict[str, Any]:
-        status: dict[str, Any] = json.loads(self.outrider("status --address auto --json").splitlines()[-1])
+        status: dict[str, Any] = json.loads(
+            self.outrider("status --address auto --json").splitlines()[-1]
+        )
         return status
 
     def queries(self) -> dict[str, int]:
         """Series found by each query of dashboard and rules; none before Prometheus answers."""
         said = self.made.run(
-            "client", f"cd {ROOT} && {BIN}/python -m tests.system.cluster.queries http://127.0.0.1:9090 2>/dev/null || echo '{{}}'"
+            "client",
+            f"cd {ROOT} && {BIN}/python -m tests.system.cluster.queries http://127.0.0.1:9090 2>/dev/null || echo '{{}}'",
         )
         answers: dict[str, int] = json.loads(said.splitlines()[-1])
         return answers
@@ -218,12 +227,18 @@ def bring_up(operator: Operator) -> None:
     with check("ray exec runs on the head"):
         assert "head" in operator.on_head("hostname").split()
     with check("without the token Ray refuses"):
-        operator.on_head("! RAY_AUTH_MODE=disabled timeout 30 ray job list --address http://127.0.0.1:8265")
+        operator.on_head(
+            "! RAY_AUTH_MODE=disabled timeout 30 ray job list --address http://127.0.0.1:8265"
+        )
     with check("without a certificate Ray refuses"):
-        without, shown = map(int, operator.made.run("head", f"python -c {shlex.quote(KNOCK)}").split())
+        without, shown = map(
+            int, operator.made.run("head", f"python -c {shlex.quote(KNOCK)}").split()
+        )
         assert without == 0 < shown, f"{without} bytes without, {shown} with"
     with check("the dashboard is on loopback alone"):
-        operator.on_head("python -c 'import socket; socket.create_connection((\"127.0.0.1\", 8265), 5)'")
+        operator.on_head(
+            "python -c 'import socket; socket.create_connection((\"127.0.0.1\", 8265), 5)'"
+        )
         operator.client(f"! timeout 5 bash -c 'exec 3<>/dev/tcp/{HEAD}/8265' 2>&1")
 
 
@@ -235,13 +250,21 @@ def serve(operator: Operator, known: list[dict[str, Any]]) -> None:
         operator.on_head("outrider serve ~/deployment.yaml --address auto")
     with check("outrider status: two targets and a drafter are ready"):
         fleet = operator.fleet()
-        assert [actor["state"] for actor in (*fleet["targets"], *fleet["drafters"])] == ["ready"] * 3, fleet
+        assert [actor["state"] for actor in (*fleet["targets"], *fleet["drafters"])] == [
+            "ready"
+        ] * 3, fleet
 
 
 def ask(operator: Operator) -> Traffic:
     with check(f"the openai package asks, {STREAMS} at a time, over HTTPS with a key") as more:
-        arguments = f"~/cases.json https://{HEAD}:8443/v1 {KEYS}/api-keys {KEYS}/certs/ca.pem {STREAMS}"
-        traffic = Traffic(operator.made.command("client", f"cd {ROOT} && {BIN}/python -m tests.system.cluster.traffic {arguments}"))
+        arguments = (
+            f"~/cases.json https://{HEAD}:8443/v1 {KEYS}/api-keys {KEYS}/certs/ca.pem {STREAMS}"
+        )
+        traffic = Traffic(
+            operator.made.command(
+                "client", f"cd {ROOT} && {BIN}/python -m tests.system.cluster.traffic {arguments}"
+            )
+        )
         more.append(traffic.more(6))
     return traffic
 
@@ -252,14 +275,30 @@ def watch(operator: Operator) -> bool:
         say("    -    no Prometheus here: apt-get install prometheus")
         return False
     with check("Prometheus scrapes the gateway by the configuration that ships"):
-        text = (ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text("utf-8").replace("GATEWAY", f"{HEAD}:8443")
-        operator.made.run("client", f"mkdir -p /etc/prometheus; cut -d: -f2 {KEYS}/api-keys | tr -d '\\n' >/etc/prometheus/outrider-key")
+        text = (
+            (ROOT / "deploy" / "prometheus" / "prometheus.yml")
+            .read_text("utf-8")
+            .replace("GATEWAY", f"{HEAD}:8443")
+        )
+        operator.made.run(
+            "client",
+            f"mkdir -p /etc/prometheus; cut -d: -f2 {KEYS}/api-keys | tr -d '\\n' >/etc/prometheus/outrider-key",
+        )
         operator.made.run("client", f"cp {KEYS}/certs/ca.pem /etc/prometheus/outrider-ca.pem")
         operator.made.run("client", f"cp {ROOT}/deploy/prometheus/rules.yml /etc/prometheus/")
         operator.put("/etc/prometheus/prometheus.yml", text)
         options = "--config.file=/etc/prometheus/prometheus.yml --storage.tsdb.path=/tmp/prometheus --web.listen-address=127.0.0.1:9090"
-        operator.made.run("client", f"setsid prometheus {options} >/tmp/prometheus.log 2>&1 </dev/null &")
-        await_(lambda: operator.queries().get('up{job="outrider"} == 0') == 0 and any(operator.queries().values()), "a scrape", PATIENCE_S)
+        operator.made.run(
+            "client", f"setsid prometheus {options} >/tmp/prometheus.log 2>&1 </dev/null &"
+        )
+        await_(
+            lambda: (
+                operator.queries().get('up{job="outrider"} == 0') == 0
+                and any(operator.queries().values())
+            ),
+            "a scrape",
+            PATIENCE_S,
+        )
     return True
 
 
@@ -267,9 +306,13 @@ def ask_prometheus(operator: Operator) -> None:
     with check("each query of the dashboard finds data") as more:
         answered = operator.queries()
         without = [query for query in shown() if not answered[query]]
-        assert all(any(name in query for name in RARE) for query in without), f"no data for {without}"
+        assert all(any(name in query for name in RARE) for query in without), (
+            f"no data for {without}"
+        )
         more.append(f"{len(shown()) - len(without)} of {len(shown())}")
-        more.append(f"alerts that would be on: {', '.join(rule['alert'] for rule in rules() if answered[rule['expr']]) or 'none'}")
+        more.append(
+            f"alerts that would be on: {', '.join(rule['alert'] for rule in rules() if answered[rule['expr']]) or 'none'}"
+        )
 
 
 def scale(operator: Operator, traffic: Traffic, looks: Looks) -> None:
@@ -283,21 +326,42 @@ def scale(operator: Operator, traffic: Traffic, looks: Looks) -> None:
 def submit(operator: Operator, known: list[dict[str, Any]]) -> None:
     with check("a batch through ray job submit") as more:
         model = {"model": operator.fleet()["served_model"]}
-        bodies = [{name: value for name, value in (case["request"] | model).items() if name != "extra_body"} for case in known]
+        bodies = [
+            {
+                name: value
+                for name, value in (case["request"] | model).items()
+                if name != "extra_body"
+            }
+            for case in known
+        ]
         items = [
-            {"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": body | {"ignore_eos": True}}
+            {
+                "custom_id": str(i),
+                "method": "POST",
+                "url": "/v1/completions",
+                "body": body | {"ignore_eos": True},
+            }
             for i, body in enumerate(bodies)
         ]
         operator.put("~/batch.jsonl", "\n".join(json.dumps(item) for item in items))
         operator.client("ray rsync-up ~/cluster.yaml ~/batch.jsonl ~/batch.jsonl 2>&1")
         job = "outrider submit ~/batch.jsonl -o ~/answers.jsonl --address auto"
-        operator.on_head(f"ray job submit --address http://127.0.0.1:8265 -- bash -c {shlex.quote(job)}")
+        operator.on_head(
+            f"ray job submit --address http://127.0.0.1:8265 -- bash -c {shlex.quote(job)}"
+        )
         operator.client("ray rsync-down ~/cluster.yaml ~/answers.jsonl ~/answers.jsonl 2>&1")
-        lines = [json.loads(line) for line in operator.made.run("client", "cat ~/answers.jsonl").splitlines()]
+        lines = [
+            json.loads(line)
+            for line in operator.made.run("client", "cat ~/answers.jsonl").splitlines()
+        ]
         assert all(line["response"]["status_code"] == 200 for line in lines), lines
-        texts = {line["custom_id"]: line["response"]["body"]["choices"][0]["text"] for line in lines}
+        texts = {
+            line["custom_id"]: line["response"]["body"]["choices"][0]["text"] for line in lines
+        }
         assert len(lines) == len(known), f"{len(lines)} answers to {len(known)} items"
-        assert texts == {str(i): case["text"] for i, case in enumerate(known)}, "an item differs from plain decoding"
+        assert texts == {str(i): case["text"] for i, case in enumerate(known)}, (
+            "an item differs from plain decoding"
+        )
         more.append(f"{len(lines)} items, each once and as plain decoding")
 
 
@@ -374,8 +438,16 @@ def take_down(operator: Operator, reached: Sequence[str]) -> None:
 def cluster_file() -> str:
     """The one that ships, filled in as its first lines say."""
     text = (ROOT / "deploy" / "ray" / "on-premise.yaml").read_text("utf-8")
-    text = text.replace("HEAD_ADDRESS", HEAD).replace("DRAFTER_ADDRESS", DRAFTERS).replace("ssh_user: USER", "ssh_user: root")
-    return re.sub(r"( *)(.*)TARGET_ADDRESS(.*)", lambda line: "\n".join(f"{line[1]}{line[2]}{one}{line[3]}" for one in TARGETS), text)
+    text = (
+        text.replace("HEAD_ADDRESS", HEAD)
+        .replace("DRAFTER_ADDRESS", DRAFTERS)
+        .replace("ssh_user: USER", "ssh_user: root")
+    )
+    return re.sub(
+        r"( *)(.*)TARGET_ADDRESS(.*)",
+        lambda line: "\n".join(f"{line[1]}{line[2]}{one}{line[3]}" for one in TARGETS),
+        text,
+    )
 
 
 if __name__ == "__main__":
