@@ -18,7 +18,7 @@ from runtime.heads.base import Identity
 from runtime.models.acceptance import RANKS
 from runtime.models.hf import MISFITS
 from runtime.sim.forecast import Setting, forecast
-from runtime.sim.profile import Measured
+from runtime.sim.pair_profile import Measured
 from training.teacher import Teacher
 
 TOKENS = 200  # of a forecast

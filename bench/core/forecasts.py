@@ -7,7 +7,7 @@ from bench.core.methods import FIRST, SECOND, Method, OutriderMethod, Transforme
 from bench.core.outrider_runner import schedule_of
 from bench.core.results import Forecast, Results
 from runtime.sim.forecast import Setting, forecast
-from runtime.sim.profile import Measured
+from runtime.sim.pair_profile import Measured
 
 
 def forecasts(results: Results, methods: Iterable[Method]) -> tuple[Forecast, ...]:

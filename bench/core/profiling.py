@@ -92,7 +92,7 @@ def acceptance(answered: Answered) -> tuple[Acceptance, ...]:
     os.sched_setaffinity(0, (job.core,))
     from runtime.models.acceptance import along
     from runtime.models.loader import load_model
-    from runtime.sim.profile import positions
+    from runtime.sim.pair_profile import positions
 
     draft, found = load_model(job.draft, job.dtype, "cpu", threads=1), []
     for temperature, batch in sorted({(run.temperature, run.batch) for run in firsts}):

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError
 from runtime.config import Strict
 from runtime.core.errors import InvalidRequest
 from runtime.core.messages import Stats, Tokens
-from runtime.sim.profile import Position
+from runtime.sim.pair_profile import Position
 
 
 class Machine(Strict):

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.scoring.calibration import Calibrations
-from runtime.sim.profile import Measured, Position
+from runtime.sim.pair_profile import Measured, Position
 
 COUNT = 4096  # examples that are made where none were measured
 RANKS = 8  # guesses of a made example

@@ -14,7 +14,7 @@ from runtime.scheduler_factory import scheduler
 from runtime.schedulers.base import Plan, Scheduler, View
 from runtime.scoring.calibration import Calibrations
 from runtime.sim import draft_samples
-from runtime.sim.profile import Measured
+from runtime.sim.pair_profile import Measured
 from runtime.sim.replayed_head import HeadFigures, ReplayedHead
 from runtime.sim.simulator import DrafterSide, TargetSide, World, linear
 from runtime.sim.synthetic_models import BRANCHES, CONTEXT, VOCABULARY, Guesser, NamingModel, choose

@@ -8,7 +8,7 @@ from runtime.core import limits
 from runtime.core.errors import InvalidRequest
 from runtime.schedulers.pearl import gamma
 from runtime.sim.forecast import Forecast, Setting, forecast
-from runtime.sim.profile import Measured
+from runtime.sim.pair_profile import Measured
 from runtime.sim.replayed_head import HeadFigures
 
 CHAINS = (1, 2, 3, 4, 5, 6, 8, 12)

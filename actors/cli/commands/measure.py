@@ -15,7 +15,7 @@ from runtime.models.acceptance import along, continuation
 from runtime.models.loader import load_model, load_tokenizer
 from runtime.models.step_timing import step_times, text_time
 from runtime.models.vocab_check import check_pair
-from runtime.sim.profile import Measured, positions
+from runtime.sim.pair_profile import Measured, positions
 from runtime.sim.replayed_head import HeadFigures
 
 WIDTHS = (1, 2, 4, 8, 16, 17, 32, 33, 64)  # rows; kernels work in tiles of 16

@@ -18,7 +18,7 @@ from runtime.heads.base import Head, Seen
 from runtime.models.base import Part, causal
 from runtime.models.hf import HFModel
 from runtime.sim.draft_samples import Place
-from runtime.sim.profile import Position
+from runtime.sim.pair_profile import Position
 from runtime.sim.replayed_head import HeadFigures, along
 
 Answer = tuple[Sequence[int], Sequence[int]]  # prompt, and what the target said

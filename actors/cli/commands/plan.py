@@ -21,7 +21,7 @@ from runtime.core.errors import InvalidRequest
 from runtime.core.sampling_params import Sampling, in_range, whole
 from runtime.sim import sweep
 from runtime.sim.forecast import Forecast, Setting
-from runtime.sim.profile import Measured, read
+from runtime.sim.pair_profile import Measured, read
 from runtime.sim.replayed_head import HeadFigures
 from runtime.sim.sweep import Job
 

@@ -11,7 +11,7 @@ from runtime.config import ScheduleConfig
 from runtime.core.errors import InvalidRequest
 from runtime.sim import draft_samples
 from runtime.sim.forecast import Forecast, Setting
-from runtime.sim.profile import Measured
+from runtime.sim.pair_profile import Measured
 from runtime.sim.simulator import linear
 from runtime.sim.sweep import Done, fewest
 

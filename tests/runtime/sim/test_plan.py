@@ -20,7 +20,7 @@ from runtime.schedulers.fixed import Fixed
 from runtime.schedulers.sync import Sync
 from runtime.sim import draft_samples, sweep
 from runtime.sim.forecast import Forecast, Setting, forecast, simulate
-from runtime.sim.profile import Measured
+from runtime.sim.pair_profile import Measured
 from runtime.sim.simulator import linear
 from runtime.sim.synthetic_models import Guesser, NamingModel, following
 from runtime.target.request_state import RequestState

@@ -18,7 +18,7 @@ from runtime.drafters.ngram import Ngram
 from runtime.scoring.calibration import Calibrations
 from runtime.sim import draft_samples, sweep
 from runtime.sim.forecast import Setting, forecast
-from runtime.sim.profile import Measured
+from runtime.sim.pair_profile import Measured
 from runtime.sim.replayed_head import HeadFigures, along
 
 T = 0.03
