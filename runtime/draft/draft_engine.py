@@ -4,12 +4,10 @@ It runs on the model's thread and knows no event loop, like the target's engine.
 """
 
 import logging
-import math
 import queue
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,118 +16,20 @@ from runtime.core import limits
 from runtime.core.clock import Clock
 from runtime.core.draft_nodes import DraftNodes
 from runtime.core.errors import FAULTS
-from runtime.core.messages import Close, Commit, Draft, Event, Open, Reply, Resync, Share
+from runtime.core.messages import Close, Commit, Draft, Event, Open, Resync, Share
 from runtime.core.node_names import Ints, Keys, text_key
 from runtime.core.tree import TokenTree
-from runtime.draft.frontier import Frontier, allot
-from runtime.drafters.base import Drafter, ExpandRequest, Text
+from runtime.draft.commands import Command, EventReceived, GrowthDropped, Send, Stop, StreamClosed
+from runtime.draft.draft_state import FLOOR, DraftState, expand_request, new_tree
+from runtime.draft.frontier import allot
+from runtime.drafters.base import Drafter, ExpandRequest
 from runtime.scoring.calibration import Band, Calibrations
 from runtime.telemetry.reports import DrafterReport
 from runtime.telemetry.tracing import LEAD, OFF, REROOT, STEP, Trace
 
 log = logging.getLogger(__name__)
 
-Send = Callable[[Reply], None]
-RUN_AHEAD = 512  # nodes that wait for a commit
-FLOOR = -7.0  # log of the least path probability worth a node
-HELD = 0.25  # of the passes since the last commit may be held back: their messages cost both sides more than the newest guesses are worth
 ROWS = 16  # leaves in one pass over several sessions: a pass with so many rows costs little more than one with a single row
-
-
-@dataclass(frozen=True, slots=True)
-class EventReceived:
-    """An event that came in on one stream; the names of its sessions are the stream's own."""
-
-    stream: int
-    event: Event
-    send: Send
-
-
-@dataclass(frozen=True, slots=True)
-class GrowthDropped:
-    """Growth of a session was dropped on the way: what hangs on it means nothing to the target."""
-
-    stream: int
-    session: str
-
-
-@dataclass(frozen=True, slots=True)
-class StreamClosed:
-    """A stream is over, and with it all its sessions."""
-
-    stream: int
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    pass
-
-
-Command = EventReceived | GrowthDropped | StreamClosed | Stop
-
-
-@dataclass(slots=True)
-class DraftState:
-    """One session at the drafter: the text as far as it is known, and the tree that grows from it."""
-
-    stream: int
-    opened: Open
-    send: Send
-    share: Share
-    tokens: list[int]
-    tree: TokenTree
-    frontier: Frontier | None = None  # None where it is to be made anew
-    passes: int = 0  # answered since the last commit
-    heard: int = 0  # of them, those that the target has been told of
-    unsent: list[Draft] = field(default_factory=list)
-    lost: bool = False  # has missed a commit and asked for the text again
-
-    def restart(self, tree: TokenTree) -> None:
-        """Go on with this tree."""
-        self.tree, self.frontier, self.passes, self.heard = tree, None, 0, 0
-        self.unsent.clear()
-
-    @property
-    def due(self) -> bool:
-        """Whether the target should hear now: at once after a commit, when it may have little else, then ever more rarely."""
-        return self.passes - self.heard >= HELD * self.passes
-
-    @property
-    def limit(self) -> int:
-        """Nodes. The mirror has room for the trees of all: one that is refused there takes all below it along."""
-        return min(RUN_AHEAD, limits.TREE_NODES // (self.share.of + 1))
-
-    def rests(self) -> bool:
-        """Whether nothing is to be grown until the next event, whatever may be expanded."""
-        passes = self.opened.style.passes
-        return (
-            self.lost
-            or len(self.tree) > self.limit
-            or self.share.of == 0
-            or 0 < passes <= self.passes
-        )
-
-    def width(self, own: int) -> int:
-        """The most leaves for the next pass: as asked for, or at most `own`.
-
-        A drafter's own choice: the fuller the tree, the nearer a leaf must come to the best. Where the target takes long, the
-        nodes that are left then go into depth.
-        """
-        asked, expandable = self.opened.style.width, self.expandable().expandable
-        if asked or not expandable:
-            return asked
-        least = expandable[0][0] - FLOOR * (1 - len(self.tree) / self.limit)
-        return sum(path <= least for path, _ in expandable[:own]) or 1
-
-    def expandable(self) -> Frontier:
-        """What may be expanded now."""
-        if self.frontier is None:
-            room = self.opened.prompt + self.opened.sampling.max_tokens - len(self.tokens)
-            floor = (
-                -math.inf if self.opened.style.width else FLOOR
-            )  # who asks for a chain wants it however unlikely it is
-            self.frontier = Frontier(self.tree, min(limits.TREE_DEPTH, room - 1), floor, self.share)
-        return self.frontier
 
 
 class DraftEngine:
@@ -219,7 +119,7 @@ class DraftEngine:
             [state.expandable() for _, state in awake], widths, max([self.rows, *widths])
         )
         return [
-            wish_of(name, state, count)
+            expand_request(name, state, count)
             for (name, state), count in zip(awake, counts, strict=True)
             if count
         ]
@@ -424,12 +324,6 @@ class DraftEngine:
         return self.calibrations.band(state.opened.sampling.temperature)
 
 
-def wish_of(name: str, state: DraftState, count: int) -> ExpandRequest:
-    opened = state.opened
-    text = Text(name, state.tokens, opened.prompt, opened.sampling, state.tree)
-    return ExpandRequest(text, state.expandable().best(count), opened.style.branches)
-
-
 def became(tree: TokenTree, parents: Ints, tokens: npt.NDArray[np.integer]) -> Ints:
     """Of children of these nodes, -1 for none; -1 where they are not in the tree."""
     found = (
@@ -448,10 +342,6 @@ def place_in_run(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         else np.zeros(0, dtype=np.bool_)
     )
     return places - np.maximum.accumulate(np.where(begins, places, 0))
-
-
-def new_tree(key: int, token: int) -> TokenTree:
-    return TokenTree(key, token, limits.TREE_NODES, limits.TREE_DEPTH)
 
 
 def private(stream: int, session: str) -> str:

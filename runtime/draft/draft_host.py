@@ -6,7 +6,8 @@ import threading
 from collections.abc import AsyncIterator
 
 from runtime.core.messages import Draft, Event, Reply
-from runtime.draft.draft_engine import DraftEngine, EventReceived, GrowthDropped, Stop, StreamClosed
+from runtime.draft.commands import EventReceived, GrowthDropped, Stop, StreamClosed
+from runtime.draft.draft_engine import DraftEngine
 
 REPLIES_WAITING = 256  # growth that nobody fetches is dropped beyond this
 

@@ -12,7 +12,8 @@ from dataclasses import replace
 import numpy as np
 
 from runtime.core.messages import Event, Reply
-from runtime.draft.draft_engine import DraftEngine, EventReceived
+from runtime.draft.commands import EventReceived
+from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import ExpandRequest
 from runtime.target.batch import Batch
 from runtime.target.commands import Command, Join, ReplyReceived

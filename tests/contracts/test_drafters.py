@@ -23,7 +23,8 @@ from runtime.core.node_names import text_key
 from runtime.core.sampler_reference import Ask
 from runtime.core.sampling_params import Sampling
 from runtime.core.tree import TokenTree
-from runtime.draft.draft_engine import RUN_AHEAD, DraftEngine
+from runtime.draft.draft_engine import DraftEngine
+from runtime.draft.draft_state import RUN_AHEAD
 from runtime.draft.frontier import Frontier
 from runtime.drafters.base import Drafter, ExpandRequest, Text
 from runtime.drafters.model import ModelDrafter

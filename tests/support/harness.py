@@ -26,7 +26,8 @@ from runtime.core.messages import (
 )
 from runtime.core.sampler_reference import Chooser, choose
 from runtime.core.sampling_params import Sampling
-from runtime.draft.draft_engine import DraftEngine, EventReceived
+from runtime.draft.commands import EventReceived
+from runtime.draft.draft_engine import DraftEngine
 from runtime.draft.draft_host import DraftHost
 from runtime.drafters.base import Drafter, ExpandRequest, Text
 from runtime.models.base import Model

@@ -21,7 +21,8 @@ from runtime.core.messages import (
     Share,
     Style,
 )
-from runtime.draft.draft_engine import RUN_AHEAD, DraftEngine
+from runtime.draft.draft_engine import DraftEngine
+from runtime.draft.draft_state import RUN_AHEAD
 from runtime.schedulers.fixed import Fixed
 from tests.contracts.test_drafters import LOOPING, METHODS, PROMPT, built
 from tests.support.fakes import chain, opening

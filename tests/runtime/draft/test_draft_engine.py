@@ -24,17 +24,10 @@ from runtime.core.messages import (
 )
 from runtime.core.node_names import text_key
 from runtime.core.sampling_params import Sampling
-from runtime.draft.draft_engine import (
-    FLOOR,
-    ROWS,
-    RUN_AHEAD,
-    DraftEngine,
-    EventReceived,
-    GrowthDropped,
-    Stop,
-    StreamClosed,
-)
+from runtime.draft.commands import EventReceived, GrowthDropped, Stop, StreamClosed
+from runtime.draft.draft_engine import ROWS, DraftEngine
 from runtime.draft.draft_host import DraftHost
+from runtime.draft.draft_state import FLOOR, RUN_AHEAD
 from runtime.drafters.base import ExpandRequest, Text
 from runtime.drafters.model import ModelDrafter
 from runtime.models.toy import ToyModel

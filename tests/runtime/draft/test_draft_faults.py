@@ -13,7 +13,7 @@ from runtime.core.errors import InvalidRequest
 from runtime.core.messages import Draft, Event, Resync
 from runtime.core.node_names import text_key
 from runtime.draft import draft_host
-from runtime.draft.draft_engine import GrowthDropped
+from runtime.draft.commands import GrowthDropped
 from runtime.drafters.base import ExpandRequest, Text
 from tests.contracts.link_contract import PATIENCE_S, draft_for, soon
 from tests.runtime.draft.test_draft_engine import PROMPT, TEXT, Hand, V, commit, opened
