@@ -59,7 +59,7 @@ LAYERS = (
         "target/stop_checker",
     ),
     (
-        "core/session",
+        "target/session",
         "core/tree_builder",
         "drafters/ngram",
         "models/prefill",
@@ -108,9 +108,9 @@ NEVER: tuple[set[str], ...] = (
     {"asyncio", "time", "random"},
 )
 HIDDEN = {
-    "runtime/drafters/*": ("core/session", "core/verify", "target/*"),
-    "runtime/heads/*": ("core/session", "core/verify", "target/*"),
-    "runtime/schedulers/*": ("core/session", "core/tree", "core/verify"),
+    "runtime/drafters/*": ("target/session", "core/verify", "target/*"),
+    "runtime/heads/*": ("target/session", "core/verify", "target/*"),
+    "runtime/schedulers/*": ("target/session", "core/tree", "core/verify"),
 }
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from runtime.config import ScheduleConfig
 from runtime.core.errors import ModelRefused
-from runtime.heads.base import Identity
 from runtime.models.acceptance import RANKS
+from runtime.models.base import ModelIdentity
 from runtime.models.hf import MISFITS
 from runtime.sim.forecast import Setting, forecast
 from runtime.sim.pair_profile import Measured
@@ -75,7 +75,7 @@ def best(promises: Mapping[Subset, float]) -> Subset:
     return max(promises, key=lambda subset: promises[subset])
 
 
-def as_json(identity: Identity, promises: Mapping[Subset, float]) -> dict[str, Any]:
+def as_json(identity: ModelIdentity, promises: Mapping[Subset, float]) -> dict[str, Any]:
     """What `--draft layer-skip` reads, `layers`, and how it was found."""
 
     def told(subset: Subset) -> dict[str, Any]:

@@ -6,8 +6,6 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.core.draft_nodes import NOTHING, DraftNodes
-from runtime.core.sampler_reference import Ask
-from runtime.heads.base import Seen
 
 NODES = 32  # of a tree at most
 FLOOR = float(np.log(0.01))  # path probability below which no row is spent on a node
@@ -42,15 +40,3 @@ def ways(
         np.array([said[place][rank] for place, rank in found]),
     )
     return DraftNodes(np.array(parents), *chosen, roots=1)
-
-
-def ahead(seen: Seen, places: int) -> Ask:
-    """What follows the root, what follows that, and so on, whatever they may be: of these paths only the length is known."""
-    text, root = seen.text, seen.text.tokens[-1]
-    return Ask(
-        text.sampling,
-        text.prompt,
-        text.tokens,
-        [[root] * place for place in range(places)],
-        frozenset(),
-    )

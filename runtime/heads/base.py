@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.core.draft_nodes import DraftNodes
+from runtime.core.sampler_reference import Ask
 from runtime.drafters.base import Text
-from runtime.models.base import Look, Open, Shown
+from runtime.models.base import Look, ModelIdentity, Open, Shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +53,19 @@ class Head(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
-    """Of a target, what a head must have been trained on. `tokenizer` is the hash of its vocabulary."""
-
-    hidden_size: int
-    layers: int
-    vocabulary: int
-    tokenizer: str
-
-
-@dataclass(frozen=True, slots=True)
 class HeadContext:
     """What a head's `build()` may use: the target, and the folder of what was trained for it, if any."""
 
     model: Open
-    identity: Identity
+    identity: ModelIdentity
     folder: Path | None
+
+
+def ask_ahead(seen: Seen, places: int) -> Ask:
+    """Ask for the tokens of the next `places` places after the new root.
+
+    Nothing is known of the paths that lead there but their lengths.
+    """
+    text, root = seen.text, seen.text.tokens[-1]
+    paths = [[root] * place for place in range(places)]
+    return Ask(text.sampling, text.prompt, text.tokens, paths, frozenset())

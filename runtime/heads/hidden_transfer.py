@@ -12,8 +12,8 @@ from torch import nn
 
 from runtime.core.draft_nodes import NOTHING, DraftNodes
 from runtime.core.errors import ModelRefused
-from runtime.core.tree_builder import ahead, ways
-from runtime.heads.base import HeadContext, Seen
+from runtime.core.tree_builder import ways
+from runtime.heads.base import HeadContext, Seen, ask_ahead
 from runtime.models.base import Branch, Look
 from runtime.models.head_checkpoint import TRAIN, Settings, read_settings, read_tensors
 from runtime.models.sampler import candidates_all
@@ -63,7 +63,7 @@ class HiddenTransferHead:
             for one in seen
         ]
         asked = [
-            (one.shown.ridden[place], ahead(one, len(self.look.branches)), BRANCHES)
+            (one.shown.ridden[place], ask_ahead(one, len(self.look.branches)), BRANCHES)
             for one, place in zip(seen, places, strict=True)
             if place is not None
         ]

@@ -12,8 +12,8 @@ from torch import nn
 
 from runtime.core.draft_nodes import DraftNodes
 from runtime.core.errors import ModelRefused
-from runtime.core.tree_builder import ahead, ways
-from runtime.heads.base import HeadContext, Seen
+from runtime.core.tree_builder import ways
+from runtime.heads.base import HeadContext, Seen, ask_ahead
 from runtime.models.base import Look, Open
 from runtime.models.head_checkpoint import TRAIN, read_settings, read_tensors, whole_number
 from runtime.models.sampler import candidates_all
@@ -59,7 +59,7 @@ class MedusaHead:
         with torch.inference_mode():
             states = self.module(torch.stack([one.shown.hidden[one.path[-1]] for one in seen]))
             logits = self.model.unembed(states.flatten(0, 1)).unflatten(0, states.shape[:2])
-            asks = [ahead(one, logits.shape[1]) for one in seen]
+            asks = [ask_ahead(one, logits.shape[1]) for one in seen]
             guesses = candidates_all(
                 [(rows, ask, BRANCHES) for rows, ask in zip(logits, asks, strict=True)]
             )

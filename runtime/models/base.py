@@ -142,3 +142,13 @@ class Open(Model, Protocol):
     def unembed(self, hidden: Any) -> Logits:
         """float32 (rows, vocabulary) of states (rows, d) such as `show_all` shows."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """A target as a trained head knows it. `tokenizer` is the hash of its vocabulary."""
+
+    hidden_size: int
+    layers: int
+    vocabulary: int
+    tokenizer: str

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
 from runtime.core.errors import ModelRefused
-from runtime.heads.base import Identity
+from runtime.models.base import ModelIdentity
 from runtime.models.loader import one_line, read_json, refuse_code
 from runtime.models.vocab_check import Vocabulary, vocabulary_hash
 
@@ -29,14 +29,14 @@ Settings = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
 
 
-def identity_of(config: PreTrainedConfig, tokenizer: Vocabulary) -> Identity:
+def identity_of(config: PreTrainedConfig, tokenizer: Vocabulary) -> ModelIdentity:
     text: Any = config.get_text_config(decoder=True)
-    return Identity(
+    return ModelIdentity(
         text.hidden_size, text.num_hidden_layers, text.vocab_size, vocabulary_hash(tokenizer)
     )
 
 
-def read_settings(folder: Path, method: str, identity: Identity) -> Settings:
+def read_settings(folder: Path, method: str, identity: ModelIdentity) -> Settings:
     """What config.json says. Raises ModelRefused for what is no head of this method, or one of another target."""
     if not (folder / "config.json").is_file():
         raise ModelRefused(
@@ -99,7 +99,7 @@ def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Tensors
 
 
 def write_trained(
-    folder: Path, method: str, identity: Identity, settings: Settings, tensors: Tensors
+    folder: Path, method: str, identity: ModelIdentity, settings: Settings, tensors: Tensors
 ) -> None:
     """All or nothing: a folder that is there is replaced in one go. Raises OSError."""
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.core.session import Session
 from runtime.kv.base import KVCache
 from runtime.models.base import Part, Rows
 from runtime.target.request_state import RequestState
+from runtime.target.session import Session
 
 
 @dataclass(frozen=True, slots=True)

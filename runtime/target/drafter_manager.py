@@ -3,11 +3,11 @@
 from collections.abc import Collection, Iterable, Sequence
 
 from runtime.core.messages import Draft, Event, Share
-from runtime.core.session import Session
 from runtime.core.tree import TokenTree
 from runtime.scoring.drafter_utility import DrafterUtility
 from runtime.target.commands import Send, Strike, forgive
 from runtime.target.request_state import RequestState
+from runtime.target.session import Session
 from runtime.telemetry.metrics import Ledger
 
 

@@ -13,7 +13,6 @@ from runtime.core.draft_nodes import DraftNodes
 from runtime.core.errors import FAULTS, InvalidRequest
 from runtime.core.messages import Draft
 from runtime.core.node_names import child_key
-from runtime.core.session import Session
 from runtime.core.tree import TokenTree
 from runtime.drafters.base import Text
 from runtime.heads.base import Head, Seen
@@ -21,6 +20,7 @@ from runtime.models.base import Look, Model, Open, Part, Shown
 from runtime.scoring.drafter_utility import DrafterUtility
 from runtime.target.batch import BatchItem
 from runtime.target.request_state import RequestState
+from runtime.target.session import Session
 from runtime.target.verifier import Decision
 from runtime.telemetry.metrics import Ledger
 from runtime.telemetry.tracing import STEP, Trace

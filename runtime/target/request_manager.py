@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from runtime.core.clock import Clock
 from runtime.core.messages import Chunk, Close, FinishReason, Style
-from runtime.core.session import Session
 from runtime.kv.prefix_cache import Prefixes
 from runtime.models.base import Model
 from runtime.scoring.calibration import Calibrations
@@ -14,6 +13,7 @@ from runtime.target.commands import AddRequest
 from runtime.target.drafter_manager import DrafterManager
 from runtime.target.head_runner import HeadRunner
 from runtime.target.request_state import RequestState
+from runtime.target.session import Session
 from runtime.telemetry.metrics import Ledger, Tally
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from runtime.core.messages import Chunk, Commit, Draft, Logprob, Round, Stats
-from runtime.core.session import Session
 from runtime.kv.base import KVCache
 from runtime.schedulers.base import View
 from runtime.target.commands import AddRequest
+from runtime.target.session import Session
 from runtime.telemetry.metrics import Tally
 
 

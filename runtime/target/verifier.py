@@ -6,9 +6,9 @@ from typing import Any
 
 from runtime.core.messages import Logprob
 from runtime.core.sampler_reference import Ask, Chooser, Guide, Scorer, logprobs
-from runtime.core.session import Session
 from runtime.core.verify import Verdict, match, walk
 from runtime.models.base import Shown
+from runtime.target.session import Session
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,15 +18,14 @@ from runtime.core.errors import InvalidRequest, ModelRefused
 from runtime.core.node_names import text_key
 from runtime.core.sampler_reference import Chooser
 from runtime.core.sampler_reference import choose as choose_by_numpy
-from runtime.core.session import Session
 from runtime.core.tree import TokenTree
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import Text
 from runtime.drafters.model import ModelDrafter
-from runtime.heads.base import Head, HeadContext, Identity, Seen
+from runtime.heads.base import Head, HeadContext, Seen
 from runtime.heads.hidden_transfer import HiddenTransfer
 from runtime.heads.medusa import Medusa
-from runtime.models.base import Branch, Look, Model, causal
+from runtime.models.base import Branch, Look, Model, ModelIdentity, causal
 from runtime.models.head_checkpoint import write_trained
 from runtime.models.hf import HFModel
 from runtime.models.llama import fits
@@ -38,6 +37,7 @@ from runtime.scoring.drafter_utility import REST, TRIAL
 from runtime.target.commands import SetScheduler
 from runtime.target.engine import Engine
 from runtime.target.head_runner import MountedHead, draft_of, likely_ends
+from runtime.target.session import Session
 from runtime.target.verifier import Verifier
 from tests.contracts.test_drafters import holds
 from tests.support.families import FAMILIES, VOCABULARY, hf_model
@@ -47,7 +47,7 @@ PROMPT = (3, 1, 4, 1, 5, 9, 3, 1, 4, 1)
 TOY = ToyModel(vocabulary=24, memory=3)
 TEXT = continued(TOY, PROMPT, 100)
 HEADS = pytest.mark.parametrize("method", heads())
-IDENTITY = Identity(32, 2, VOCABULARY, "hash")
+IDENTITY = ModelIdentity(32, 2, VOCABULARY, "hash")
 SETTINGS: dict[str, dict[str, Any]] = {
     "medusa": {"heads": 3, "blocks": 2},
     "hidden-transfer": {"layers": [1, 1]},

@@ -18,7 +18,6 @@ from runtime.core import node_names
 from runtime.core.messages import Commit, Draft, Event, Open, Reply, Request
 from runtime.core.node_names import child_keys, text_key
 from runtime.core.sampling_params import Sampling
-from runtime.core.session import Session
 from runtime.core.verify import Verdict, match
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import Drafter
@@ -28,6 +27,7 @@ from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
 from runtime.scoring.calibration import Band
 from runtime.target.commands import AddRequest, Join, ReplyReceived
+from runtime.target.session import Session
 from tests.actors.rpc.test_network import Adversary
 from tests.contracts.link_contract import TRANSPORTS, over_grpc, soon
 from tests.support.fakes import ScriptedDrafter

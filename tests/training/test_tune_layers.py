@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from runtime.core.errors import ModelRefused
-from runtime.heads.base import Identity
+from runtime.models.base import ModelIdentity
 from tests.support.pair import save_model
 from training.layers import (
     Subset,
@@ -64,7 +64,7 @@ def test_the_promise_grows_with_acceptance_and_falls_with_cost() -> None:
 def test_the_best_subset_promises_most() -> None:
     one, two = Subset((0, 1), 0.9), Subset((0,), 0.4)
     assert best({one: 1.2, two: 1.3}) is two
-    written = as_json(Identity(8, 3, 16, "abc"), {one: 1.2, two: 1.3})
+    written = as_json(ModelIdentity(8, 3, 16, "abc"), {one: 1.2, two: 1.3})
     assert (written["layers"], written["speed_up"]) == ([0], 1.3)
     assert [other["layers"] for other in written["others"]] == [[0, 1], [0]]
 

@@ -18,14 +18,15 @@ from runtime.core.errors import ModelRefused
 from runtime.core.messages import Request
 from runtime.core.sampling_params import Sampling
 from runtime.heads import hidden_transfer, medusa
-from runtime.heads.base import HeadContext, Identity
+from runtime.heads.base import HeadContext
+from runtime.models.base import ModelIdentity
 from runtime.models.head_checkpoint import identity_of, read_settings, read_tensors, write_trained
 from runtime.models.loader import load_tokenizer
 from tests.support.families import VOCABULARY, hf_model
 from tests.support.harness import answer
 from tests.support.pair import save_model
 
-IDENTITY = Identity(32, 2, VOCABULARY, "0" * 64)
+IDENTITY = ModelIdentity(32, 2, VOCABULARY, "0" * 64)
 SETTINGS = {"heads": 2, "blocks": 1}
 
 
@@ -42,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "head"
 
 
-def mount(folder: Path, identity: Identity = IDENTITY) -> HeadContext:
+def mount(folder: Path, identity: ModelIdentity = IDENTITY) -> HeadContext:
     return HeadContext(hf_model("llama"), identity, folder)
 
 

@@ -12,9 +12,9 @@ from runtime.core import limits
 from runtime.core.messages import Commit, Draft, Request, Share
 from runtime.core.node_names import mix64, text_key
 from runtime.core.sampling_params import Sampling
-from runtime.core.session import Session
 from runtime.core.verify import Verdict
 from runtime.scoring.calibration import Band
+from runtime.target.session import Session
 from tests.support.harness import score_of
 
 PROMPT = (3, 1, 4)
