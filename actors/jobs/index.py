@@ -23,7 +23,7 @@ CREATE TABLE job (
 );
 CREATE TABLE items (
   line INTEGER PRIMARY KEY, custom_id TEXT NOT NULL UNIQUE, digest BLOB NOT NULL,
-  status INTEGER, tokens INTEGER NOT NULL DEFAULT 0, attempts INTEGER NOT NULL DEFAULT 0
+  status INTEGER, tokens INTEGER NOT NULL DEFAULT 0
 );
 CREATE INDEX unanswered ON items (line) WHERE status IS NULL;
 """
@@ -47,7 +47,6 @@ class Kept:
     custom_id: str
     status: int
     tokens: int
-    attempts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +171,8 @@ class Index:
         """
         with self._transaction():
             known = self._base.executemany(
-                "UPDATE items SET status = ?, tokens = ?, attempts = attempts + ? WHERE custom_id = ?",
-                [(one.status, one.tokens, one.attempts, one.custom_id) for one in kept],
+                "UPDATE items SET status = ?, tokens = ? WHERE custom_id = ?",
+                [(one.status, one.tokens, one.custom_id) for one in kept],
             ).rowcount
             if known < len(kept):
                 raise InvalidRequest(

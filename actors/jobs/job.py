@@ -20,11 +20,10 @@ OTHER = "its content is not what it was"
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """`attempts`: how often it was asked in this life of the job."""
+    """An item and what came of it."""
 
     item: Item | Misfit
     answer: Answer
-    attempts: int = 1
 
 
 class Job:
@@ -64,10 +63,7 @@ class Job:
         ]
         mark = self._output.append(b"".join(lines))
         self._index.keep(
-            [
-                Kept(one.item.custom_id, one.answer.status, one.answer.tokens, one.attempts)
-                for one in answered
-            ],
+            [Kept(one.item.custom_id, one.answer.status, one.answer.tokens) for one in answered],
             mark,
         )
         self.totals = self.totals.plus([one.answer for one in answered])
@@ -184,4 +180,4 @@ def _resume(index: Index, output: Output) -> None:
     mark = index.mark()
     known = [items.answered(line) for line in output.resume(mark)]
     if known:
-        index.keep([Kept(name, answer.status, answer.tokens, 0) for name, answer in known], mark)
+        index.keep([Kept(name, answer.status, answer.tokens) for name, answer in known], mark)

@@ -174,4 +174,4 @@ def outcome(attempt: Try, task: asyncio.Task[Answer]) -> Answered | Refused:
             replace(attempt, attempts=attempt.attempts + 1),
             Unavailable(f"an item was answered {answer.status}"),
         )
-    return Answered(attempt.item, answer, attempt.attempts)
+    return Answered(attempt.item, answer)

@@ -315,6 +315,18 @@ def test_a_folder_that_was_there_before_keeps_what_is_in_it(tmp_path: Path) -> N
         assert sorted(path.name for path in folder.iterdir()) == sorted(names)
 
 
+def test_the_owner_of_a_job_is_named_whoever_had_it_before(tmp_path: Path) -> None:
+    file, out = str(batch(tmp_path / "in.jsonl")), str(tmp_path / "out.jsonl")
+    (tmp_path / "out.jsonl.job").mkdir()
+    (tmp_path / "out.jsonl.job" / folders.LOCK).write_text("9" * 20)
+    with (
+        opened(file, out),
+        pytest.raises(Unavailable, match=f"process {os.getpid()} works on the job"),
+        opened(file, out),
+    ):
+        pytest.fail("the second was let in")
+
+
 @pytest.mark.parametrize("owner", [b"", b"\0\0\0", b"\xff\xfe", b"12a"])
 def test_a_torn_owner_file_is_read_over(owner: bytes, tmp_path: Path) -> None:
     file, out = str(batch(tmp_path / "in.jsonl")), str(tmp_path / "out.jsonl")
@@ -421,7 +433,7 @@ def test_answers_to_no_item_are_kept_neither_in_part(tmp_path: Path) -> None:
     with opened(str(batch(tmp_path / "in.jsonl")), str(tmp_path / "out.jsonl")) as job:
         index: Index = job._index
         with pytest.raises(InvalidRequest, match="does not have"):
-            index.keep([Kept("item-0", 200, 1, 1), Kept("another", 200, 1, 1)], Mark(10, "x"))
+            index.keep([Kept("item-0", 200, 1), Kept("another", 200, 1)], Mark(10, "x"))
         assert index.mark() == Mark()
         assert index.totals().done == 0
 
