@@ -36,7 +36,7 @@ class Keeper:
 
     def check_health(self) -> None:
         """Answers Ray Serve. Raises Unavailable while no target takes sessions."""
-        fleet = client.ask("fleet")
+        fleet = client.ask_controller("fleet")
         if not any(target.state == "ready" for target in fleet.targets):
             raise Unavailable("no target takes sessions now: see `outrider status`")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 
 from actors.launch.prepare import context_length
-from actors.tracing.trace_plot import draw
-from actors.tracing.trace_reader import middle, read, save
+from actors.tracing.trace_plot import draw_trace
+from actors.tracing.trace_reader import middle_window, read_trace, save_trace
 from bench.core import compare, loop, profiling, results
 from bench.core.machine import machine, two_cores
 from bench.core.methods import BOTH, FIRST, Cores, Method, Outcome, Runner, TransformersMethod
@@ -132,9 +132,9 @@ def drawn(options: Options, recordings: Sequence[Recording]) -> Path:
         CACHE / f"{options.name}-trace.json",
         options.folder / f"{options.name}-trace.png",
     )
-    save(trace, recordings)
-    timeline = read(trace)
-    draw(timeline, middle(timeline), picture)
+    save_trace(trace, recordings)
+    timeline = read_trace(trace)
+    draw_trace(timeline, middle_window(timeline), picture)
     return picture
 
 

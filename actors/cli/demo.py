@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from actors.cli.views.generation_view import Progress, Stream, table
+from actors.cli.views.generation_view import Progress, Stream, stats_table
 from actors.launch.prepare import prepare
-from actors.launch.serving import Opener, Service, serving
+from actors.launch.serving import OpenService, Service, serving
 from actors.openai.usage import tokens_per_second
 from bench.core.subprocess_call import call_in_subprocess
 from bench.core.widen import widened_small
@@ -35,7 +35,7 @@ WARM_UP = 2  # runs that are not counted: caches, and the runtime's own measurem
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class Comparison:
     """One prompt under one setting: the target alone, and with drafts."""
 
     setting: str
@@ -44,16 +44,16 @@ class Pair:
 
 
 async def run(
-    opener: Opener, prompts: Sequence[tuple[int, ...]], console: Console, progress: Progress
-) -> list[Pair]:
+    opener: OpenService, prompts: Sequence[tuple[int, ...]], console: Console, progress: Progress
+) -> list[Comparison]:
     """Figures of every prompt under every setting. Exits where the tokens differ."""
-    found: list[Pair] = []
+    found: list[Comparison] = []
     async with opener() as service:
         for number in range(WARM_UP):
             progress.note("warming up")
             for name, sampling in SETTINGS.items():
                 for speculation in (False, True):
-                    await collect(
+                    await collect_stats(
                         service,
                         Request(
                             f"warm-{number}-{name}-{speculation}",
@@ -67,25 +67,25 @@ async def run(
             for number, prompt in enumerate(prompts):
                 alone, drafted = Stream(progress, quiet=True), Stream(progress, quiet=False)
                 console.rule(f"{name}, prompt {number + 1} of {len(prompts)}", style="dim")
-                plain = await collect(
+                plain = await collect_stats(
                     service,
                     Request(f"off-{name}-{number}", prompt, sampling, speculation=False),
                     alone,
                 )
                 console.print(PROMPTS[number], style="dim", end="", highlight=False, markup=False)
-                fast = await collect(
+                fast = await collect_stats(
                     service, Request(f"on-{name}-{number}", prompt, sampling), drafted
                 )
                 console.print()
                 if (alone.tokens, alone.text) != (drafted.tokens, drafted.text):
                     console.print(f"the texts differ: {alone.text!r} without drafts", style="red")
                     sys.exit(1)
-                console.print(table(fast, "the same text as the target alone"))
-                found.append(Pair(name, plain, fast))
+                console.print(stats_table(fast, "the same text as the target alone"))
+                found.append(Comparison(name, plain, fast))
     return found
 
 
-async def collect(service: Service, request: Request, stream: Stream) -> Stats:
+async def collect_stats(service: Service, request: Request, stream: Stream) -> Stats:
     last: Chunk | None = None
     async for chunk in service.generate(request):
         stream.show(chunk)
@@ -95,7 +95,7 @@ async def collect(service: Service, request: Request, stream: Stream) -> Stats:
     return last.stats
 
 
-def summary(results: Sequence[Pair]) -> Table:
+def summary_table(results: Sequence[Comparison]) -> Table:
     found = Table(title="the same tokens, with and without the drafter", title_justify="left")
     for name in ("", "target alone", "with drafts", "speed-up", "tokens/step"):
         found.add_column(name, justify="right")
@@ -148,7 +148,7 @@ def main() -> None:
         serving(plan, None, arguments.in_process, progress.note) as opener,
     ):
         results = asyncio.run(run(opener, prompts, console, progress))
-    console.print(summary(results))
+    console.print(summary_table(results))
 
 
 if __name__ == "__main__":

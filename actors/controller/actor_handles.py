@@ -34,7 +34,7 @@ from runtime.core.errors import OutriderError, Unavailable
 from runtime.telemetry.reports import DrafterReport, TargetReport
 
 START_TIMEOUT_S = 600.0  # for a member to load its model once its process is there
-CALLS = 8  # of an actor at one time: signs of life come through while others wait
+MAX_CONCURRENT_CALLS = 8  # of an actor at one time: signs of life come through while others wait
 # Names of the actors' classes, as their processes show them.
 ACTOR_CLASSES = {TargetSpec: "TargetActor", DrafterSpec: "DraftActor", GatewaySpec: "GatewayActor"}
 
@@ -74,15 +74,17 @@ def create(member: Member, name: str, detached: bool, record: bool) -> ActorHand
     """
     match member.spec:
         case TargetSpec(config, tls):
-            kind = options(TargetActor, name, config.placement, detached)
+            kind = actor_class(TargetActor, name, config.placement, detached)
             actor = kind.remote(config, record, tls)
         case DrafterSpec(config, target, tls):
-            kind = options(DraftActor, name, config.placement, detached)
+            kind = actor_class(DraftActor, name, config.placement, detached)
             actor = kind.remote(config, target, member.incarnation, record, tls)
         case GatewaySpec(plan):
             from actors.gateway.actor import GatewayActor
 
-            actor = options(GatewayActor, name, placement_of(member.spec), detached).remote(plan)
+            actor = actor_class(GatewayActor, name, placement_of(member.spec), detached).remote(
+                plan
+            )
     return ActorHandle(actor, starting=actor.start.remote(), placed=actor.__ray_ready__.remote())
 
 
@@ -94,9 +96,9 @@ def adopt(member: Member, name: str, now: float) -> tuple[Member, ActorHandle]:
     try:
         actor = ray.get_actor(name)
     except ValueError:
-        return lost_before(member, "it ended while the controller was away")
+        return adopt_lost(member, "it ended while the controller was away")
     except RayError as error:
-        return lost_before(member, f"Ray does not find it: {first_line(error)}")
+        return adopt_lost(member, f"Ray does not find it: {first_line(error)}")
     handle = ActorHandle(actor)
     if member.place is None:
         handle.starting, handle.placed = actor.start.remote(), actor.__ray_ready__.remote()
@@ -107,7 +109,7 @@ def adopt(member: Member, name: str, now: float) -> tuple[Member, ActorHandle]:
     return member, handle
 
 
-def lost_before(member: Member, why: str) -> tuple[Member, ActorHandle]:
+def adopt_lost(member: Member, why: str) -> tuple[Member, ActorHandle]:
     return replace(member, lost=member.lost or why), ActorHandle(actor=None)
 
 
@@ -134,10 +136,10 @@ def poll(member: Member, handle: ActorHandle, last_heard: float, now: float) -> 
 
 
 def poll_start(member: Member, handle: ActorHandle, now: float) -> Member:
-    if not member.placed and answered(handle.placed):
+    if not member.placed and is_answered(handle.placed):
         ray.get(handle.placed)
         member = replace(member, placed=True, since=now)
-    if answered(handle.starting):
+    if is_answered(handle.starting):
         try:
             place = ray.get(handle.starting)
         except RayError as error:
@@ -160,15 +162,15 @@ def poll_start(member: Member, handle: ActorHandle, now: float) -> Member:
 
 
 def poll_report(member: Member, handle: ActorHandle, last_heard: float, now: float) -> Member:
-    if answered(handle.reporting):
+    if is_answered(handle.reporting):
         answer = ray.get(handle.reporting)
         handle.report = None if isinstance(answer, ActorLocation) else answer
         handle.heard_at = handle.asked_at
         ask(member, handle, now)
-        member = replace(member, sessions=sessions(handle.report))
+        member = replace(member, sessions=session_count(handle.report))
     elif timed_out(handle.asked_at, last_heard, now, answer_timeout(member, handle)):
         return mark_lost(member, f"no answer for {now - handle.asked_at:.1f} s", now)
-    if handle.draining is not None and answered(handle.draining):
+    if handle.draining is not None and is_answered(handle.draining):
         ray.get(handle.draining)
         return replace(member, drained=True)
     return member
@@ -181,7 +183,7 @@ def answer_timeout(member: Member, handle: ActorHandle) -> float:
     return ANSWER_TIMEOUT_S if handle.heard_at else SILENCE_TIMEOUT_S
 
 
-def sessions(report: TargetReport | DrafterReport | None) -> int:
+def session_count(report: TargetReport | DrafterReport | None) -> int:
     match report:
         case TargetReport():
             return report.live + report.waiting
@@ -197,7 +199,7 @@ def notify_drafters(handle: ActorHandle, endpoints: Sequence[Endpoint]) -> None:
     Telling it twice changes nothing, and brings back a link that was lost.
     """
     if handle.notifying is not None:
-        if not answered(handle.notifying):
+        if not is_answered(handle.notifying):
             return
         with contextlib.suppress(RayError):  # its reports show whether it lives
             ray.get(handle.notifying)
@@ -234,11 +236,11 @@ def end_process(pid: int, kind: str) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def answered(answer: Any) -> bool:
+def is_answered(answer: Any) -> bool:
     return bool(ray.wait([answer], timeout=0)[0])
 
 
-def options(actor: type, name: str, placement: Placement, detached: bool = False) -> Any:
+def actor_class(actor: type, name: str, placement: Placement, detached: bool = False) -> Any:
     """Returns the Ray actor class with its name and what it takes from the cluster.
 
     A detached actor outlives the process that starts it.
@@ -250,6 +252,6 @@ def options(actor: type, name: str, placement: Placement, detached: bool = False
         num_gpus=wanted.pop("GPU", 0),
         resources=wanted,
         max_restarts=0,
-        max_concurrency=CALLS,
+        max_concurrency=MAX_CONCURRENT_CALLS,
         lifetime="detached" if detached else None,
     )

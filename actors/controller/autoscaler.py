@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from actors.controller import scaling_policy
 from actors.controller.fleet_view import Reports
 from actors.controller.reconciler import TARGET, Member, is_running, serves
-from actors.controller.scaling_policy import Decision, Sample, Scaling
+from actors.controller.scaling_policy import Decision, Sample, ScalingState
 from runtime.config import PoolConfig
 from runtime.telemetry.reports import TargetReport
 
@@ -22,7 +22,7 @@ class Autoscaler:
     """
 
     decisions: dict[str, Decision] = field(default_factory=dict)
-    _history: dict[str, Scaling] = field(default_factory=dict)
+    _history: dict[str, ScalingState] = field(default_factory=dict)
 
     def forget(self) -> None:
         """Begins anew with each pool, since the deployment has changed."""
@@ -43,9 +43,11 @@ class Autoscaler:
                 continue
             known = self._history.get(pool.name)
             if known is None or known.count != counts[pool.name]:
-                known = Scaling(counts[pool.name])
-            taken = sample(pool.name, members, reports, now)
-            known, decision = scaling_policy.step(pool.name, pool.min, pool.max, known, taken)
+                known = ScalingState(counts[pool.name])
+            taken = take_sample(pool.name, members, reports, now)
+            known, decision = scaling_policy.decide_size(
+                pool.name, pool.min, pool.max, known, taken
+            )
             self._history[pool.name] = known
             if decision is not None:
                 log.info("%s", decision)
@@ -54,7 +56,7 @@ class Autoscaler:
         return found
 
 
-def sample(pool: str, members: Sequence[Member], reports: Reports, now: float) -> Sample:
+def take_sample(pool: str, members: Sequence[Member], reports: Reports, now: float) -> Sample:
     """Returns the counters of all running targets together, as one pool sees them."""
     drafters = {member.name: member for member in members if member.role == pool}
     targets = [

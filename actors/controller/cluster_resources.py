@@ -15,7 +15,7 @@ from runtime.config import Placement
 log = logging.getLogger(__name__)
 
 GCS_TIMEOUT_S = 0.5  # for an answer of Ray's head
-NODE = "node:"  # before an address: Ray's name for what only that node has
+NODE_PREFIX = "node:"  # before an address: Ray's name for what only that node has
 DIGITS = 4  # that Ray keeps of an amount
 
 Bundle = dict[str, float]  # amounts by resource
@@ -79,16 +79,16 @@ def missing_room(members: Sequence[Member], now: float) -> list[Bundle]:
     """Returns what all members take if one of them waits for room, nothing if none does."""
     if not any(waits_for_room(member, now) for member in members):
         return []
-    return [found for member in members if (found := bundle(member.spec))]
+    return [found for member in members if (found := autoscaler_bundle(member.spec))]
 
 
-def bundle(spec: Spec) -> Bundle:
+def autoscaler_bundle(spec: Spec) -> Bundle:
     """Returns what a member takes, as Ray's autoscaler wants it.
 
     It leaves a given node out: that cannot be asked for.
     """
     wanted = demand(placement_of(spec))
-    return {name: amount for name, amount in wanted.items() if not name.startswith(NODE)}
+    return {name: amount for name, amount in wanted.items() if not name.startswith(NODE_PREFIX)}
 
 
 def placement_of(spec: Spec) -> Placement:
@@ -99,6 +99,6 @@ def placement_of(spec: Spec) -> Placement:
 
 def demand(placement: Placement) -> Bundle:
     """Returns what a placement takes from the cluster, as Ray counts it."""
-    given = {f"{NODE}{placement.node}": 0.001} if placement.node else {}
+    given = {f"{NODE_PREFIX}{placement.node}": 0.001} if placement.node else {}
     found = {"CPU": placement.num_cpus, "GPU": placement.num_gpus} | placement.resources | given
     return {name: round(amount, DIGITS) for name, amount in found.items() if amount}

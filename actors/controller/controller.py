@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 PERIOD_S = 0.5  # between two looks at all members
 SAMPLE_PERIOD_S = 5.0  # between two samples for pools that scale by themselves
 SAVE_PERIOD_S = 60.0  # between two savings of what was learned
-CRASH = 70  # exit code
+CRASH_EXIT_CODE = 70  # exit code
 
 
 class Controller:
@@ -213,7 +213,7 @@ class Controller:
         finally:
             if not self.stopping.is_set():  # nobody watches then: better a new controller
                 log.critical("the controller ends by a fault of its own", exc_info=True)
-                os._exit(CRASH)
+                os._exit(CRASH_EXIT_CODE)
 
     def _reconcile(self, now: float) -> None:
         """Hears all members, decides, acts."""
@@ -248,7 +248,7 @@ class Controller:
                     raise Unavailable("the deployment was ended meanwhile: start it again")
                 if not self.changed.wait(deadline - time.monotonic()):
                     raise Unavailable(
-                        f"not ready within {timeout_s:g} s: {fleet_view.unready(self.members.present)}"
+                        f"not ready within {timeout_s:g} s: {fleet_view.describe_unready(self.members.present)}"
                     )
             return self._fleet()
 
@@ -264,7 +264,7 @@ class Controller:
         ]
 
     def _fleet(self) -> Fleet:
-        return fleet_view.fleet(
+        return fleet_view.build_fleet(
             self.deployment,
             self.counts,
             self.members.present,

@@ -8,7 +8,7 @@ from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _in
 from actors.controller.reconciler import Member
 from runtime.config import Deployment
 
-KEY = b"outrider-fleet"
+STATE_KEY = b"outrider-fleet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +44,15 @@ class StateStore:
 
     def load(self) -> ControllerState | None:
         """Returns the state of the controller before this one; None if there was none."""
-        data = _internal_kv_get(KEY)
+        data = _internal_kv_get(STATE_KEY)
         return None if data is None else decode(data)
 
     def save(self, state: ControllerState) -> None:
         """Writes the state if it differs from the last one written."""
         data = encode(state)
         if data != self._saved:
-            _internal_kv_put(KEY, data, overwrite=True)
+            _internal_kv_put(STATE_KEY, data, overwrite=True)
             self._saved = data
 
     def clear(self) -> None:
-        _internal_kv_del(KEY)
+        _internal_kv_del(STATE_KEY)

@@ -102,12 +102,12 @@ class Fleet:
     heads: tuple[str, ...] = ()
 
 
-def serving(targets: Sequence[TargetState], model: str) -> list[TargetState]:
+def targets_of_model(targets: Sequence[TargetState], model: str) -> list[TargetState]:
     """Returns the targets of this model, and those of an older version, which do not say theirs."""
     return [target for target in targets if target.model in ("", model)]
 
 
-def fleet(
+def build_fleet(
     deployment: Deployment,
     counts: Mapping[str, int],
     members: Iterable[Member],
@@ -124,12 +124,14 @@ def fleet(
         served_model=deployment.served_model(),
         version=importlib.metadata.version("outrider"),
         targets=tuple(
-            target(member, reports.get(member.name), now)
+            target_state(member, reports.get(member.name), now)
             for member in ordered
             if member.role == TARGET
         ),
         drafters=tuple(
-            drafter(member, reports.get(member.name), now) for member in ordered if drafts(member)
+            drafter_state(member, reports.get(member.name), now)
+            for member in ordered
+            if drafts(member)
         ),
         pools=tuple(
             PoolState(
@@ -150,12 +152,12 @@ def fleet(
     )
 
 
-def target(member: Member, report: object, now: float) -> TargetState:
+def target_state(member: Member, report: object, now: float) -> TargetState:
     return TargetState(
         name=member.name,
         address=member.place.address if member.place else "",
         incarnation=member.incarnation,
-        state=state(member),
+        state=public_state(member),
         sessions=member.sessions,
         report=report if isinstance(report, TargetReport) else None,
         node=member.place.node if member.place else "",
@@ -165,13 +167,13 @@ def target(member: Member, report: object, now: float) -> TargetState:
     )
 
 
-def drafter(member: Member, report: object, now: float) -> DrafterState:
+def drafter_state(member: Member, report: object, now: float) -> DrafterState:
     return DrafterState(
         name=member.name,
         pool=member.role,
         address=member.place.address if member.place else "",
         incarnation=member.incarnation,
-        state=state(member),
+        state=public_state(member),
         restarts=member.restarts,
         report=report if isinstance(report, DrafterReport) else None,
         node=member.place.node if member.place else "",
@@ -179,7 +181,7 @@ def drafter(member: Member, report: object, now: float) -> DrafterState:
     )
 
 
-def state(member: Member) -> State:
+def public_state(member: Member) -> State:
     """Returns the state for others: a lost member gets nothing until its next life is ready."""
     return "starting" if member.lost and member.state != "failed" else member.state
 
@@ -200,13 +202,17 @@ def without_volatile(member: Member) -> Member:
     return replace(member, since=0.0, sessions=0)
 
 
-def unready(members: Iterable[Member]) -> str:
+def describe_unready(members: Iterable[Member]) -> str:
     """Says why not all members are there yet."""
-    said = [f"{member.name} {stage(member)}" for member in members if member.state == "starting"]
+    said = [
+        f"{member.name} {describe_start(member)}"
+        for member in members
+        if member.state == "starting"
+    ]
     return ", ".join(sorted(said)) or "targets and drafters do not reach each other"
 
 
-def stage(member: Member) -> str:
+def describe_start(member: Member) -> str:
     """Says how far the start of a member is."""
     if member.placed:
         return "is loading"

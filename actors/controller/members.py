@@ -149,7 +149,7 @@ class Members:
             actor_handles.notify_drafters(handle, endpoints)
         for member in self.present:
             if drafts(member) and member.state == "draining":
-                named = any(names(handle, member.name) for handle in targets)
+                named = any(may_ask(handle, member.name) for handle in targets)
                 self.by_name[member.name] = replace(member, drained=not named)
 
     def targets_know_drafters(self, members: Collection[Member]) -> bool:
@@ -180,7 +180,7 @@ class Members:
             actor_handles.kill(member, self.handles[member.name])
 
 
-def names(handle: ActorHandle, drafter: str) -> bool:
+def may_ask(handle: ActorHandle, drafter: str) -> bool:
     """Tells whether the target may still ask this drafter."""
     known = handle.acknowledged
     return known is None or drafter in {endpoint.name for endpoint in known}

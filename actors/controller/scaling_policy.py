@@ -7,19 +7,19 @@ accepted tokens per round (a step of one session), which does not change when se
 from dataclasses import dataclass, field, replace
 
 # Relative gains: tokens that one drafter adds to those that the rest delivers.
-WORTH_STARTING = 0.05  # a drafter on trial must bring so much to stay ...
-WORTH_KEEPING = 0.02  # ... and one that is there so little to go: between them nothing changes
-SETTLE = (
+MIN_GAIN_TO_ADD = 0.05  # a drafter on trial must bring so much to stay ...
+MIN_GAIN_TO_KEEP = 0.02  # ... and one that is there so little to go: between them nothing changes
+SETTLE_S = (
     5.0  # seconds after a change until its effect is measured: trees grow anew, calibrations learn
 )
-WINDOW = 20.0  # seconds of measuring, at least ...
-ROUNDS = 400  # ... and so many rounds
-IDLE = 300.0  # seconds without a round after which the pool shrinks to its minimum
-PAUSE = (
+WINDOW_S = 20.0  # seconds of measuring, at least ...
+MIN_ROUNDS = 400  # ... and so many rounds
+IDLE_TIMEOUT_S = 300.0  # seconds without a round after which the pool shrinks to its minimum
+TRIAL_PAUSE_S = (
     120.0  # seconds until the same trial is made again; doubled by each that has changed nothing
 )
-LONGEST_PAUSE = 3600.0
-CROWD = 2.0  # where the sessions of a step have become so many times more or fewer, trials are due at once
+MAX_TRIAL_PAUSE_S = 3600.0
+LOAD_CHANGE_FACTOR = 2.0  # where the sessions of a step have become so many times more or fewer, trials are due at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class WindowStats:
     """Of one window: accepted tokens per round of all and of the pool, sessions in a step, rounds per busy second."""
 
     accepted: float
@@ -77,11 +77,11 @@ class Trial:
     """The pool has `before` drafters more or fewer than it is tried with."""
 
     before: int
-    measured: Measured  # with `before`
+    measured: WindowStats  # with `before`
 
 
 @dataclass(frozen=True, slots=True)
-class Scaling:
+class ScalingState:
     """What is known of one pool between two samples. `due` and `pauses`: when a trial with so many drafters may be made, and how long
     it rests after that; `resting`: the count to come back to when there is work again."""
 
@@ -96,40 +96,50 @@ class Scaling:
     pauses: dict[int, float] = field(default_factory=dict)
 
 
-def step(
-    pool: str, least: int, most: int, known: Scaling, sample: Sample
-) -> tuple[Scaling, Decision | None]:
+def decide_size(
+    pool: str, min_count: int, max_count: int, known: ScalingState, sample: Sample
+) -> tuple[ScalingState, Decision | None]:
     """What is known after this sample, and whether the count changes. Samples come in order of time, some seconds apart."""
     works = known.worked_at is None or sample.rounds > known.rounds
     known = replace(known, rounds=sample.rounds, worked_at=sample.at if works else known.worked_at)
-    if not least <= known.count <= most:
-        return changed(known, pool, sample, between(least, known.count, most), "outside its bounds")
+    if not min_count <= known.count <= max_count:
+        return change_count(
+            known, pool, sample, clamp(min_count, known.count, max_count), "outside its bounds"
+        )
     if known.resting is not None:
         return (
-            changed(known, pool, sample, between(least, known.resting, most), "there is work again")
+            change_count(
+                known,
+                pool,
+                sample,
+                clamp(min_count, known.resting, max_count),
+                "there is work again",
+            )
             if works
             else (known, None)
         )
-    if sample.at - (known.worked_at or 0.0) > IDLE:
-        if known.count == least:
+    if sample.at - (known.worked_at or 0.0) > IDLE_TIMEOUT_S:
+        if known.count == min_count:
             return replace(known, since=None, trial=None), None
         before = known.trial.before if known.trial else known.count
-        return changed(known, pool, sample, least, f"no work for {IDLE:g} s", resting=before)
-    measured, known = observe(known, sample)
+        return change_count(
+            known, pool, sample, min_count, f"no work for {IDLE_TIMEOUT_S:g} s", resting=before
+        )
+    measured, known = measure_window(known, sample)
     if measured is None:
         return known, None
     if known.trial is not None:
-        return judge(pool, known, known.trial, measured, sample)
-    return try_next(pool, least, most, known, measured, sample)
+        return judge_trial(pool, known, known.trial, measured, sample)
+    return begin_trial(pool, min_count, max_count, known, measured, sample)
 
 
-def observe(known: Scaling, sample: Sample) -> tuple[Measured | None, Scaling]:
+def measure_window(known: ScalingState, sample: Sample) -> tuple[WindowStats | None, ScalingState]:
     """What the window shows once it is long enough; it begins when all drafters of the pool are there and have settled."""
     begun = known.since
     if sample.ready != known.count:
         return None, replace(known, since=None)
     if begun is None:
-        return None, replace(known, since=replace(sample, at=sample.at + SETTLE))
+        return None, replace(known, since=replace(sample, at=sample.at + SETTLE_S))
     if (
         sample.at <= begun.at
         or sample.rounds < begun.rounds
@@ -143,9 +153,9 @@ def observe(known: Scaling, sample: Sample) -> tuple[Measured | None, Scaling]:
         sample.steps - begun.steps,
         sample.busy - begun.busy,
     )
-    if sample.at - begun.at < WINDOW or rounds < ROUNDS or steps <= 0 or busy <= 0.0:
+    if sample.at - begun.at < WINDOW_S or rounds < MIN_ROUNDS or steps <= 0 or busy <= 0.0:
         return None, known
-    found = Measured(
+    found = WindowStats(
         (sample.accepted - begun.accepted) / rounds,
         (sample.own - begun.own) / rounds,
         rounds / steps,
@@ -154,20 +164,20 @@ def observe(known: Scaling, sample: Sample) -> tuple[Measured | None, Scaling]:
     return found, replace(known, since=sample)
 
 
-def judge(
-    pool: str, known: Scaling, trial: Trial, measured: Measured, sample: Sample
-) -> tuple[Scaling, Decision | None]:
+def judge_trial(
+    pool: str, known: ScalingState, trial: Trial, measured: WindowStats, sample: Sample
+) -> tuple[ScalingState, Decision | None]:
     """The trial is over: keep what was tried, or go back."""
     grown = known.count > trial.before
     few, many = (trial.measured, measured) if grown else (measured, trial.measured)
-    gain, bar = relative(few, many), WORTH_STARTING if grown else WORTH_KEEPING
+    gain, bar = relative_gain(few, many), MIN_GAIN_TO_ADD if grown else MIN_GAIN_TO_KEEP
     settled = replace(known, trial=None, sessions=measured.sessions)
     if (gain >= bar) == grown:
-        return postponed(replace(settled, pauses={}), trial.before, sample.at), None
+        return postpone_trial(replace(settled, pauses={}), trial.before, sample.at), None
     speed = (1.0 + few.accepted) * measured.rate
     why = "one more brought too little" if grown else "one fewer was missed"
-    return changed(
-        postponed(settled, known.count, sample.at),
+    return change_count(
+        postpone_trial(settled, known.count, sample.at),
         pool,
         sample,
         trial.before,
@@ -176,23 +186,28 @@ def judge(
     )
 
 
-def try_next(
-    pool: str, least: int, most: int, known: Scaling, measured: Measured, sample: Sample
-) -> tuple[Scaling, Decision | None]:
+def begin_trial(
+    pool: str,
+    min_count: int,
+    max_count: int,
+    known: ScalingState,
+    measured: WindowStats,
+    sample: Sample,
+) -> tuple[ScalingState, Decision | None]:
     """Settled: begin the trial that is due, if one is."""
     if not known.sessions:
         known = replace(known, sessions=measured.sessions)
-    elif not 1 / CROWD < measured.sessions / known.sessions < CROWD:
+    elif not 1 / LOAD_CHANGE_FACTOR < measured.sessions / known.sessions < LOAD_CHANGE_FACTOR:
         known = replace(known, sessions=measured.sessions, due={}, pauses={})
     speed = (1.0 + measured.accepted) * measured.rate
     fewer, more = known.count - 1, known.count + 1
-    if known.count > least:
-        mean, worth = measured.own * measured.rate / known.count, WORTH_KEEPING * speed
+    if known.count > min_count:
+        mean, worth = measured.own * measured.rate / known.count, MIN_GAIN_TO_KEEP * speed
         if (
             mean < worth
         ):  # guesses of several overlap: the last drafter brings no more than the mean
-            return changed(
-                postponed(known, known.count, sample.at),
+            return change_count(
+                postpone_trial(known, known.count, sample.at),
                 pool,
                 sample,
                 fewer,
@@ -203,8 +218,8 @@ def try_next(
         (more, "to see what one more brings"),
         (fewer, "to see what the last one brings"),
     ):
-        if least <= count <= most and known.due.get(count, 0.0) <= sample.at:
-            return changed(
+        if min_count <= count <= max_count and known.due.get(count, 0.0) <= sample.at:
+            return change_count(
                 known,
                 pool,
                 sample,
@@ -216,21 +231,21 @@ def try_next(
     return known, None
 
 
-def relative(few: Measured, many: Measured) -> float:
+def relative_gain(few: WindowStats, many: WindowStats) -> float:
     """Tokens that the last drafter adds, as a part of what a round delivers without it (its accepted ones and the target's own)."""
     return (many.accepted - few.accepted) / (1.0 + few.accepted)
 
 
-def postponed(known: Scaling, count: int, now: float) -> Scaling:
+def postpone_trial(known: ScalingState, count: int, now: float) -> ScalingState:
     """No trial with `count` drafters for a while; for longer with each time."""
-    pause = min(LONGEST_PAUSE, 2 * known.pauses.get(count, PAUSE / 2))
+    pause = min(MAX_TRIAL_PAUSE_S, 2 * known.pauses.get(count, TRIAL_PAUSE_S / 2))
     return replace(
         known, due=known.due | {count: now + pause}, pauses=known.pauses | {count: pause}
     )
 
 
-def changed(
-    known: Scaling,
+def change_count(
+    known: ScalingState,
     pool: str,
     sample: Sample,
     count: int,
@@ -238,11 +253,11 @@ def changed(
     numbers: tuple[float | None, float | None, float | None] = (None, None, None),
     trial: Trial | None = None,
     resting: int | None = None,
-) -> tuple[Scaling, Decision]:
+) -> tuple[ScalingState, Decision]:
     """With another count from now on. `numbers`: gain, worth and speed of the decision."""
     decision = Decision(pool, sample.at, known.count, count, why, *numbers)
     return replace(known, count=count, since=None, trial=trial, resting=resting), decision
 
 
-def between(least: int, count: int, most: int) -> int:
-    return max(least, min(most, count))
+def clamp(min_count: int, count: int, max_count: int) -> int:
+    return max(min_count, min(max_count, count))

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 import ray
 
 from actors.controller import client
-from actors.controller.fleet_view import Fleet, TargetState, serving
+from actors.controller.fleet_view import Fleet, TargetState, targets_of_model
 from actors.gateway.api_keys import Keys
 from actors.gateway.app import build
 from actors.gateway.served_model import serve
@@ -95,7 +95,7 @@ class Gateway:
             else:
                 # While a deployment changes there may be targets of another model, too.
                 self.network.run(
-                    told(self.router, serving(self.fleet.targets, self.plan.target.model))
+                    told(self.router, targets_of_model(self.fleet.targets, self.plan.target.model))
                 )
             self._stopping.wait(PERIOD)
 
@@ -109,7 +109,7 @@ class GatewayActor(Gateway):
 
     def __init__(self, plan: Deployment) -> None:
         def look() -> Fleet:
-            found = client.ask("fleet", timeout_s=ANSWER_TIMEOUT_S)
+            found = client.ask_controller("fleet", timeout_s=ANSWER_TIMEOUT_S)
             if not isinstance(found, Fleet):
                 raise Unavailable(
                     "the controller does not say who is there: install the same version on all nodes"

@@ -8,7 +8,7 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from actors.controller import client
-from actors.controller.fleet_view import Fleet, TargetState, serving
+from actors.controller.fleet_view import Fleet, TargetState, targets_of_model
 from actors.gateway.served_model import Served, serve
 from actors.gateway.streams import Generator, merged
 from actors.jobs.items import Answer, Item
@@ -21,7 +21,7 @@ from runtime.config import Deployment
 from runtime.core.errors import InvalidRequest, TargetsLost, Unavailable
 from runtime.core.messages import Request
 
-GIVEN_UP = 503  # by a target that drains or was lost for good
+UNAVAILABLE_STATUS = 503  # by a target that drains or was lost for good
 
 
 class ClusterAnswerer:
@@ -39,7 +39,7 @@ class ClusterAnswerer:
             return Answer(200, await self._answered(item, name), name)
         except (InvalidRequest, TargetsLost) as error:
             found = refused(error)
-            if found.status == GIVEN_UP:
+            if found.status == UNAVAILABLE_STATUS:
                 raise Unavailable(str(error)) from error
             return Answer(found.status, found.body(), name)
 
@@ -66,22 +66,22 @@ class ClusterAnswerer:
 
 
 @asynccontextmanager
-async def deployment() -> AsyncIterator[ClusterAnswerer]:
+async def open_deployment() -> AsyncIterator[ClusterAnswerer]:
     """Yields what is served in the cluster that this process has joined.
 
     Raises Unavailable if nothing is, ModelRefused if this machine lacks the model's tokenizer.
     """
     with known_errors():
-        if await asyncio.to_thread(client.find) is None:
+        if await asyncio.to_thread(client.find_controller) is None:
             raise Unavailable(f"{client.NOT_SERVED}, or give --url or --address")
-    plan: Deployment = await asyncio.to_thread(client.ask, "wanted")
+    plan: Deployment = await asyncio.to_thread(client.ask_controller, "wanted")
     served = await asyncio.to_thread(serve, plan, int(time.time()))
     router = Router(lambda address: GrpcTarget(address, plan.security.tls))
-    async with following(router, lambda: look(plan.target.model)):
+    async with following(router, lambda: poll_targets(plan.target.model)):
         yield ClusterAnswerer(router, served)
 
 
-def look(model: str) -> list[TargetState]:
+def poll_targets(model: str) -> list[TargetState]:
     """Returns who serves the model now. Raises Unavailable while the controller is away."""
-    fleet: Fleet = client.ask("fleet")
-    return serving(fleet.targets, model)
+    fleet: Fleet = client.ask_controller("fleet")
+    return targets_of_model(fleet.targets, model)

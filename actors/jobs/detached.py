@@ -7,29 +7,29 @@ import sys
 import ray
 from ray.job_submission import JobSubmissionClient
 
-from actors.jobs.runner import Order
+from actors.jobs.runner import SubmitOptions
 from runtime.core.errors import Unavailable
 
-COMMAND = "from actors.cli import main; main()"
-MEANWHILE = "leave --detach out, or run `ray job submit -- outrider submit ...` against its head"
+ENTRYPOINT = "from actors.cli import main; main()"
+WORKAROUND = "leave --detach out, or run `ray job submit -- outrider submit ...` against its head"
 
 
-def detach(order: Order) -> str:
+def detach(order: SubmitOptions) -> str:
     """Hands the order to the cluster that this process has joined; returns the name of the Ray job. Raises Unavailable.
 
     Its files must be where they are here on the machine that runs it, the cluster's head.
     """
     dashboard = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR).dashboard_url
     if not dashboard:
-        raise Unavailable(f"this cluster has no dashboard, which takes Ray jobs: {MEANWHILE}")
+        raise Unavailable(f"this cluster has no dashboard, which takes Ray jobs: {WORKAROUND}")
     try:
         client = JobSubmissionClient(f"http://{dashboard.removeprefix('http://')}")
         name: str = client.submit_job(
-            entrypoint=shlex.join([sys.executable, "-c", COMMAND, "submit", *order.arguments()])
+            entrypoint=shlex.join([sys.executable, "-c", ENTRYPOINT, "submit", *order.arguments()])
         )
     except (ConnectionError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise Unavailable(
-            f"the dashboard at {dashboard} does not take the job ({first}): {MEANWHILE}"
+            f"the dashboard at {dashboard} does not take the job ({first}): {WORKAROUND}"
         ) from error
     return name

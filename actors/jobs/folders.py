@@ -13,39 +13,39 @@ from runtime.core.errors import InvalidRequest, Unavailable
 SUFFIX = ".job"
 INDEX = "index.sqlite"
 LOCK = "owner"
-PATIENCE, KNOCK = (
+LOCK_TIMEOUT_S, LOCK_POLL_PERIOD_S = (
     0.2,
     0.05,
 )  # seconds that a lock is asked for, and between two tries: `busy` holds it for a moment
 
 
-def known() -> Path:
+def jobs_folder() -> Path:
     """The folder that has all jobs of this user: their state, or a link to it."""
     base = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
     return Path(base) / "outrider" / "jobs"
 
 
-def state_of(output: str, local: Path | None) -> Path:
+def state_folder(output: str, local: Path | None) -> Path:
     """The folder of the job that writes `output`: beside it where it is a file (`local`), else among the user's own."""
-    return local.with_name(local.name + SUFFIX) if local else known() / _short(output)
+    return local.with_name(local.name + SUFFIX) if local else jobs_folder() / _short_hash(output)
 
 
-def enter(folder: Path) -> None:
+def register_job(folder: Path) -> None:
     """`outrider jobs` finds it from now on. Where that is not possible it does without."""
-    link = known() / _short(str(folder))
-    if folder.parent != known():
+    link = jobs_folder() / _short_hash(str(folder))
+    if folder.parent != jobs_folder():
         with suppress(OSError):
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(folder, target_is_directory=True)
 
 
-def indices() -> list[Path]:
+def list_index_files() -> list[Path]:
     """The files of all jobs of this user."""
-    return list(known().glob(f"*/{INDEX}"))
+    return list(jobs_folder().glob(f"*/{INDEX}"))
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def lock_job(folder: Path) -> Iterator[None]:
     """Makes the folder; nobody else has it inside the block. The kernel ends the claim with the process, however that ends.
 
     A folder that has no index in the end is left as it was found.
@@ -55,17 +55,17 @@ def claimed(folder: Path) -> Iterator[None]:
     made = not folder.exists()
     lock = FileLock(
         folder / LOCK,
-        timeout=PATIENCE,
-        poll_interval=KNOCK,
+        timeout=LOCK_TIMEOUT_S,
+        poll_interval=LOCK_POLL_PERIOD_S,
         fallback_to_soft=False,
-        on_acquired=_sign,
+        on_acquired=_write_pid,
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
         raise Unavailable(
-            f"process {_owner(folder)} works on the job in {folder}: wait for it, or end it first"
+            f"process {_read_pid(folder)} works on the job in {folder}: wait for it, or end it first"
         ) from error
     except FileNotFoundError as error:
         raise Unavailable(
@@ -80,16 +80,21 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
     finally:
         if not (folder / INDEX).exists():
-            _leave(folder, made)
+            _clean_up(folder, made)
         lock.release()
 
 
-def busy(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
     """Whether a process works on the job."""
     if not (folder / LOCK).exists():
         return False
     try:
-        with FileLock(folder / LOCK, timeout=PATIENCE, poll_interval=KNOCK, fallback_to_soft=False):
+        with FileLock(
+            folder / LOCK,
+            timeout=LOCK_TIMEOUT_S,
+            poll_interval=LOCK_POLL_PERIOD_S,
+            fallback_to_soft=False,
+        ):
             return False
     except Timeout:
         return True
@@ -97,26 +102,26 @@ def busy(folder: Path) -> bool:
         return False
 
 
-def forget(folder: Path) -> None:
+def delete_index(folder: Path) -> None:
     """Takes the index out of the folder, and nothing else."""
     for file in folder.glob(f"{INDEX}*"):
         file.unlink()
 
 
-def _leave(folder: Path, made: bool) -> None:
+def _clean_up(folder: Path, made: bool) -> None:
     with suppress(OSError):
         (folder / LOCK).unlink()
         if made:
             folder.rmdir()
 
 
-def _sign(lock: int) -> None:
+def _write_pid(lock: int) -> None:
     """Writes who holds the lock into its file."""
     os.truncate(lock, 0)
     os.pwrite(lock, str(os.getpid()).encode(), 0)
 
 
-def _owner(folder: Path) -> str:
+def _read_pid(folder: Path) -> str:
     """The process that has signed the lock; a crash may have torn what it wrote."""
     with suppress(OSError):
         written = (folder / LOCK).read_bytes()
@@ -125,5 +130,5 @@ def _owner(folder: Path) -> str:
     return "unknown"
 
 
-def _short(text: str) -> str:
+def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -13,12 +13,15 @@ import httpx2
 from actors.jobs.items import Answer, Item
 from runtime.core.errors import InvalidRequest, Overloaded, Unavailable
 
-CONNECT, ANSWER = 10.0, 3600.0  # seconds for a connection, and for the longest answer
-LONGEST_WAIT = 30.0  # seconds that a Retry-After is obeyed
-LATER = (408, 425, 429, 503)
-KEY = 401
+CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = (
+    10.0,
+    3600.0,
+)  # seconds for a connection, and for the longest answer
+MAX_RETRY_AFTER_S = 30.0  # seconds that a Retry-After is obeyed
+RETRIED_STATUSES = (408, 425, 429, 503)
+UNAUTHORIZED = 401
 BAD_GATEWAY = 502
-WANTED = "give the URL of an OpenAI-compatible gateway, up to its /v1"
+URL_HINT = "give the URL of an OpenAI-compatible gateway, up to its /v1"
 
 
 class HttpAnswerer:
@@ -36,11 +39,11 @@ class HttpAnswerer:
                 headers={"Idempotency-Key": item.key},
             )
         except httpx2.HTTPError as error:
-            raise Unavailable(gone(self._url, error)) from error
-        if response.status_code == KEY:
-            raise InvalidRequest(refused(self._url), "api_key_file")
-        if response.status_code in LATER:
-            await asyncio.sleep(wait(response.headers.get("retry-after", "")))
+            raise Unavailable(unreachable_message(self._url, error)) from error
+        if response.status_code == UNAUTHORIZED:
+            raise InvalidRequest(wrong_key_message(self._url), "api_key_file")
+        if response.status_code in RETRIED_STATUSES:
+            await asyncio.sleep(retry_after_seconds(response.headers.get("retry-after", "")))
             raise Overloaded(
                 f"{self._url} answers {response.status_code}: too many requests, or too few targets"
             )
@@ -48,11 +51,11 @@ class HttpAnswerer:
             raise Unavailable(
                 f"{self._url} answers {response.status_code}, from elsewhere: give the URL that it redirects to"
             )
-        return answer_of(response)
+        return parse_answer(response)
 
 
 @asynccontextmanager
-async def gateway(
+async def open_gateway(
     url: str,
     key: str | None = None,
     authority: ssl.SSLContext | None = None,
@@ -62,7 +65,7 @@ async def gateway(
     url = url.rstrip("/")
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-    timeout = httpx2.Timeout(ANSWER, connect=CONNECT)
+    timeout = httpx2.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
     async with httpx2.AsyncClient(
         headers=headers,
         timeout=timeout,
@@ -71,15 +74,15 @@ async def gateway(
         verify=True if authority is None else authority,
     ) as client:
         try:
-            response = await client.get(f"{url}/models", timeout=CONNECT)
+            response = await client.get(f"{url}/models", timeout=CONNECT_TIMEOUT_S)
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise Unavailable(gone(url, error)) from error
-        if response.status_code == KEY:
-            raise InvalidRequest(refused(url), "api_key_file")
-        if not response.is_success and response.status_code not in LATER:
-            raise Unavailable(f"{url}/models answers {response.status_code}: {WANTED}")
-        if response.is_success and "data" not in (content(response) or {}):
-            raise Unavailable(f"{url}/models answers without a list of models: {WANTED}")
+            raise Unavailable(unreachable_message(url, error)) from error
+        if response.status_code == UNAUTHORIZED:
+            raise InvalidRequest(wrong_key_message(url), "api_key_file")
+        if not response.is_success and response.status_code not in RETRIED_STATUSES:
+            raise Unavailable(f"{url}/models answers {response.status_code}: {URL_HINT}")
+        if response.is_success and "data" not in (json_object(response) or {}):
+            raise Unavailable(f"{url}/models answers without a list of models: {URL_HINT}")
         yield HttpAnswerer(client, url)
 
 
@@ -99,7 +102,7 @@ def read_key(file: Path) -> str:
     return key
 
 
-def read_authority(file: Path) -> ssl.SSLContext:
+def load_authority(file: Path) -> ssl.SSLContext:
     """Trusts the authority in this PEM file alone. Raises InvalidRequest."""
     try:
         return ssl.create_default_context(cafile=file)
@@ -109,14 +112,14 @@ def read_authority(file: Path) -> ssl.SSLContext:
         ) from error
 
 
-def wait(retry_after: str) -> float:
+def retry_after_seconds(retry_after: str) -> float:
     """Seconds, of a Retry-After in seconds; its other form, a date, counts as none."""
-    return min(float(retry_after), LONGEST_WAIT) if retry_after.isdecimal() else 0.0
+    return min(float(retry_after), MAX_RETRY_AFTER_S) if retry_after.isdecimal() else 0.0
 
 
-def answer_of(response: httpx2.Response) -> Answer:
+def parse_answer(response: httpx2.Response) -> Answer:
     """An error is the item's answer as it is, and so is a JSON object with choices. Anything else, such as a proxy's page, is a 502."""
-    body, status = content(response), response.status_code
+    body, status = json_object(response), response.status_code
     if not response.is_error and not (
         body and isinstance(body.get("choices"), list) and body["choices"]
     ):
@@ -134,7 +137,7 @@ def answer_of(response: httpx2.Response) -> Answer:
     return Answer(status, body, response.headers.get("x-request-id", ""))
 
 
-def content(response: httpx2.Response) -> dict[str, Any] | None:
+def json_object(response: httpx2.Response) -> dict[str, Any] | None:
     """The body; None where it is no JSON object, or has a number in it that JSON cannot write."""
     try:
         body = response.json()
@@ -144,9 +147,9 @@ def content(response: httpx2.Response) -> dict[str, Any] | None:
     return body if isinstance(body, dict) else None
 
 
-def gone(url: str, error: Exception) -> str:
+def unreachable_message(url: str, error: Exception) -> str:
     return f"no gateway answers at {url} ({str(error) or type(error).__name__}): start it, or give another --url"
 
 
-def refused(url: str) -> str:
+def wrong_key_message(url: str) -> str:
     return f"{url} refuses the key: give the right one with --api-key-file"

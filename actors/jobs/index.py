@@ -10,12 +10,12 @@ from actors.jobs.items import Answer
 from actors.openai.errors import plain
 from runtime.core.errors import InvalidRequest, Unavailable
 
-PATIENCE = 30.0  # seconds for another process, which reads or cancels, to be done
-FAILED = 400  # an HTTP status from here on is an error
-PAGE = 1000  # items that are read at one time
-VERSION = 1  # of the tables
+SQLITE_TIMEOUT_S = 30.0  # seconds for another process, which reads or cancels, to be done
+MIN_ERROR_STATUS = 400  # an HTTP status from here on is an error
+PAGE_SIZE = 1000  # items that are read at one time
+SCHEMA_VERSION = 1  # of the tables
 SCHEMA = f"""
-PRAGMA user_version = {VERSION};
+PRAGMA user_version = {SCHEMA_VERSION};
 CREATE TABLE job (
   id TEXT NOT NULL, source TEXT NOT NULL, output TEXT NOT NULL, fingerprint TEXT NOT NULL, created REAL NOT NULL,
   position INTEGER NOT NULL DEFAULT 0, digest TEXT NOT NULL DEFAULT '',
@@ -30,7 +30,7 @@ CREATE INDEX unanswered ON items (line) WHERE status IS NULL;
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class JobRecord:
     """What a job is. `fingerprint` is that of the source's bytes; `created` in seconds since 1970."""
 
     id: str
@@ -41,7 +41,7 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class ItemResult:
     """An item that has its answer."""
 
     custom_id: str
@@ -50,7 +50,7 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class OutputMark:
     """How much of an output is known to be right.
 
     position  the bytes of a file; the number of parts of an object
@@ -71,7 +71,7 @@ class Totals:
     tokens: int
 
     def plus(self, answers: Sequence[Answer]) -> "Totals":
-        failed = sum(answer.status >= FAILED for answer in answers)
+        failed = sum(answer.status >= MIN_ERROR_STATUS for answer in answers)
         return Totals(
             self.items,
             self.done + len(answers),
@@ -80,16 +80,16 @@ class Totals:
         )
 
 
-class Index:
+class JobIndex:
     """All methods may be called from any thread, by one at a time. Raises Unavailable where SQLite cannot use the folder.
 
     Methods that write are done when they return: the loss of power does not undo them.
     """
 
     def __init__(self, file: Path) -> None:
-        with _explained(file):
+        with _sqlite_errors(file):
             self._base = sqlite3.connect(
-                file, timeout=PATIENCE, isolation_level=None, check_same_thread=False
+                file, timeout=SQLITE_TIMEOUT_S, isolation_level=None, check_same_thread=False
             )
             self._base.execute("PRAGMA journal_mode = WAL")
             self._base.execute(
@@ -100,16 +100,16 @@ class Index:
     def close(self) -> None:
         self._base.close()
 
-    def record(self) -> Record | None:
+    def record(self) -> JobRecord | None:
         """None: no job was begun here. Raises Unavailable where another version of Outrider has begun it."""
-        with _explained(self._file):
+        with _sqlite_errors(self._file):
             if not self._base.execute("SELECT 1 FROM sqlite_master WHERE name = 'job'").fetchall():
                 return None
-            if self._one("PRAGMA user_version") != VERSION:
+            if self._one("PRAGMA user_version") != SCHEMA_VERSION:
                 raise Unavailable(
                     f"another version of Outrider has begun the job in {self._file.parent}: end it with that one"
                 )
-            return Record(
+            return JobRecord(
                 *self._base.execute(
                     "SELECT id, source, output, fingerprint, created FROM job"
                 ).fetchone()
@@ -137,7 +137,7 @@ class Index:
                 "custom_id",
             )
 
-    def name(self, record: Record) -> Record:
+    def name(self, record: JobRecord) -> JobRecord:
         """Raises InvalidRequest where no item was added."""
         if not self.totals().items:
             raise InvalidRequest(f"{record.source} has no items: give at least one line", "file")
@@ -147,24 +147,24 @@ class Index:
         )
         return record
 
-    def mark(self) -> Mark:
+    def mark(self) -> OutputMark:
         """How much of the output is known here to be right."""
-        with _explained(self._file):
-            return Mark(*self._base.execute("SELECT position, digest FROM job").fetchone())
+        with _sqlite_errors(self._file):
+            return OutputMark(*self._base.execute("SELECT position, digest FROM job").fetchone())
 
     def unanswered(self) -> Iterator[tuple[int, bytes]]:
         """Lines, rising, each with its digest. Answers may be kept meanwhile: the index is read a page at a time."""
         line = 0
-        query = f"SELECT line, digest FROM items WHERE status IS NULL AND line > ? ORDER BY line LIMIT {PAGE}"
+        query = f"SELECT line, digest FROM items WHERE status IS NULL AND line > ? ORDER BY line LIMIT {PAGE_SIZE}"
         while True:
-            with _explained(self._file):
+            with _sqlite_errors(self._file):
                 rows = self._base.execute(query, (line,)).fetchall()
             yield from rows
-            if len(rows) < PAGE:
+            if len(rows) < PAGE_SIZE:
                 return
             line = rows[-1][0]
 
-    def keep(self, kept: Sequence[Kept], mark: Mark) -> None:
+    def save(self, kept: Sequence[ItemResult], mark: OutputMark) -> None:
         """These have their answers, and the output is right up to `mark`: both or neither.
 
         Raises InvalidRequest for a custom_id that no item has.
@@ -184,8 +184,8 @@ class Index:
             )
 
     def totals(self) -> Totals:
-        with _explained(self._file):
-            counts = f"COUNT(*), COUNT(status), COALESCE(SUM(status >= {FAILED}), 0), COALESCE(SUM(tokens), 0)"
+        with _sqlite_errors(self._file):
+            counts = f"COUNT(*), COUNT(status), COALESCE(SUM(status >= {MIN_ERROR_STATUS}), 0), COALESCE(SUM(tokens), 0)"
             return Totals(*self._base.execute(f"SELECT {counts} FROM items").fetchone())
 
     def finish(self) -> None:
@@ -202,7 +202,7 @@ class Index:
         return bool(self._one("SELECT cancelled FROM job"))
 
     def _one(self, query: str) -> int:
-        with _explained(self._file):
+        with _sqlite_errors(self._file):
             return int(self._base.execute(query).fetchone()[0])
 
     def _set(self, column: str, value: int) -> None:
@@ -211,7 +211,7 @@ class Index:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with _explained(self._file):
+        with _sqlite_errors(self._file):
             self._base.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -222,14 +222,14 @@ class Index:
 
 
 @contextmanager
-def reading(file: Path) -> Iterator[Index]:
+def open_index(file: Path) -> Iterator[JobIndex]:
     """The index of a job that some process may be working on."""
-    with closing(Index(file)) as index:
+    with closing(JobIndex(file)) as index:
         yield index
 
 
 @contextmanager
-def _explained(file: Path) -> Iterator[None]:
+def _sqlite_errors(file: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:

@@ -14,7 +14,7 @@ from runtime.core.errors import InvalidRequest
 FIELDS = {"custom_id", "method", "url", "body"}
 SEED_BYTES = 6  # so that a seed is a whole number in every reader of JSON
 DIGEST_BYTES = 16  # of a line
-OPENING = b'{"id": "batch_req_'  # of every line of an output
+LINE_PREFIX = b'{"id": "batch_req_'  # of every line of an output
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
-class Misfit:
+class InvalidItem:
     """A line whose answer is known without asking: it is no request, and says so in its own answer."""
 
     line: int
@@ -56,38 +56,38 @@ class Answer:
         return count if isinstance(count, int) else 0
 
 
-def custom_id(line: int, raw: bytes) -> str:
+def parse_custom_id(line: int, raw: bytes) -> str:
     """The name of the item on this line. Raises InvalidRequest, naming the line, where nothing could be answered to it."""
-    return _name(line, _object(line, raw))
+    return _checked_custom_id(line, _parse_object(line, raw))
 
 
-def read(line: int, raw: bytes, job: str) -> Item | Misfit:
+def parse_item(line: int, raw: bytes, job: str) -> Item | InvalidItem:
     """The item on this line. One without a seed gets its own, the same in each life of `job`. Raises as `custom_id` does."""
-    found = _object(line, raw)
-    name = _name(line, found)
+    found = _parse_object(line, raw)
+    name = _checked_custom_id(line, found)
     try:
-        body = _body(found)
+        body = _checked_body(found)
     except InvalidRequest as error:
-        return Misfit(line, name, error)
+        return InvalidItem(line, name, error)
     if body.get("seed") is None:
-        body["seed"] = seed(job, name)
-    return Item(line, name, found["url"], body, key(job, name))
+        body["seed"] = item_seed(job, name)
+    return Item(line, name, found["url"], body, item_key(job, name))
 
 
-def seed(job: str, name: str) -> int:
+def item_seed(job: str, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{job}\n{name}".encode()).digest()[:SEED_BYTES])
 
 
-def key(job: str, name: str) -> str:
+def item_key(job: str, name: str) -> str:
     return hashlib.sha256(f"{job}\n{name}".encode()).hexdigest()[:24]
 
 
-def digest(raw: bytes) -> bytes:
+def line_digest(raw: bytes) -> bytes:
     """Tells whether a line is still the one that it was."""
     return hashlib.sha256(raw).digest()[:DIGEST_BYTES]
 
 
-def refusal(error: InvalidRequest) -> Answer:
+def error_answer(error: InvalidRequest) -> Answer:
     """To a request that is wrong in itself."""
     found = refused(error)
     return Answer(found.status, found.body())
@@ -97,7 +97,7 @@ def output_line(job: str, name: str, answer: Answer) -> bytes:
     """ASCII throughout: no reader can take a character inside for the end of the line."""
     response = {"status_code": answer.status, "request_id": answer.request_id, "body": answer.body}
     found = {
-        "id": f"batch_req_{key(job, name)}",
+        "id": f"batch_req_{item_key(job, name)}",
         "custom_id": name,
         "response": response,
         "error": None,
@@ -105,7 +105,7 @@ def output_line(job: str, name: str, answer: Answer) -> bytes:
     return json.dumps(found).encode() + b"\n"
 
 
-def answered(raw: bytes) -> tuple[str, Answer]:
+def parse_output_line(raw: bytes) -> tuple[str, Answer]:
     """The custom_id and the answer of an output line. Raises InvalidRequest where somebody else has changed the line."""
     try:
         found = json.loads(raw)
@@ -119,14 +119,14 @@ def answered(raw: bytes) -> tuple[str, Answer]:
     return name, Answer(status, body, response.get("request_id", ""))
 
 
-def _object(line: int, raw: bytes) -> dict[str, Any]:
+def _parse_object(line: int, raw: bytes) -> dict[str, Any]:
     try:
         return parse(raw)
     except InvalidRequest as error:
         raise InvalidRequest(f"line {line}: {error}", "line") from error
 
 
-def _name(line: int, found: dict[str, Any]) -> str:
+def _checked_custom_id(line: int, found: dict[str, Any]) -> str:
     name = found.get("custom_id")
     if (
         not isinstance(name, str)
@@ -141,7 +141,7 @@ def _name(line: int, found: dict[str, Any]) -> str:
     return name
 
 
-def _body(found: dict[str, Any]) -> dict[str, Any]:
+def _checked_body(found: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(found.keys() - FIELDS)
     if unknown:
         raise InvalidRequest(

@@ -9,20 +9,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from actors.jobs import folders, items, source
-from actors.jobs.index import Index, Kept, Record, Totals
-from actors.jobs.items import Answer, Item, Misfit
+from actors.jobs.index import ItemResult, JobIndex, JobRecord, Totals
+from actors.jobs.items import Answer, InvalidItem, Item
 from actors.jobs.lease import Lease
-from actors.jobs.outputs import Output, destination
+from actors.jobs.outputs import Output, resolve_output
 from runtime.core.errors import InvalidRequest, OutriderError, Unavailable
 
-OTHER = "its content is not what it was"
+CONTENT_CHANGED = "its content is not what it was"
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class AnsweredItem:
     """An item and what came of it."""
 
-    item: Item | Misfit
+    item: Item | InvalidItem
     answer: Answer
 
 
@@ -30,45 +30,48 @@ class Job:
     """Made by `opened`. An answer counts from the return of `keep`: it stands in the output once then, whatever happens after."""
 
     def __init__(
-        self, record: Record, file: str, index: Index, output: Output, lease: Lease | None
+        self, record: JobRecord, file: str, index: JobIndex, output: Output, lease: Lease | None
     ) -> None:
         self.record, self.totals = record, index.totals()
         self._file, self._index, self._output, self._lease = file, index, output, lease
         self._difference = (
-            ""  # between the file and what it was when the job began, found by `left`
+            ""  # between the file and what it was when the job began, found by `remaining`
         )
 
-    def left(self) -> Iterator[Item | Misfit]:
+    def remaining(self) -> Iterator[Item | InvalidItem]:
         """The items without an answer, in the order of the file, read as they are taken.
 
         It ends at a line that is not what it was when the job began; `finish` raises then.
         """
-        given = source.lines(self._file)
+        given = source.read_lines(self._file)
         for line, digest in self._index.unanswered():
             try:
                 raw = next((raw for number, raw in given if number >= line), b"")
             except InvalidRequest as error:
                 self._difference = str(error)
                 return
-            if items.digest(raw) != digest:
+            if items.line_digest(raw) != digest:
                 self._difference = (
                     f"line {line} is not what it was" if raw else f"line {line} is gone"
                 )
                 return
-            yield items.read(line, raw, self.record.id)
+            yield items.parse_item(line, raw, self.record.id)
 
-    def keep(self, answered: Sequence[Answered]) -> None:
+    def save(self, answered: Sequence[AnsweredItem]) -> None:
         lines = [
             items.output_line(self.record.id, one.item.custom_id, one.answer) for one in answered
         ]
         mark = self._output.append(b"".join(lines))
-        self._index.keep(
-            [Kept(one.item.custom_id, one.answer.status, one.answer.tokens) for one in answered],
+        self._index.save(
+            [
+                ItemResult(one.item.custom_id, one.answer.status, one.answer.tokens)
+                for one in answered
+            ],
             mark,
         )
         self.totals = self.totals.plus([one.answer for one in answered])
 
-    def wanted(self) -> bool:
+    def renew(self) -> bool:
         """False where somebody has cancelled the job. To be asked every few seconds: it renews the claim.
 
         Raises Unavailable where another machine has taken the job over.
@@ -84,8 +87,8 @@ class Job:
         What was answered is kept, and the job can be taken up again when the file is back.
         """
         totals = self._index.totals()
-        if found := self._difference or difference(self._file, self.record.fingerprint):
-            raise changed(self._file, self.record.output, totals, found)
+        if found := self._difference or source_difference(self._file, self.record.fingerprint):
+            raise source_changed(self._file, self.record.output, totals, found)
         if totals.done < totals.items:
             raise Unavailable(
                 f"{totals.items - totals.done} items have no answer: run the same command again"
@@ -94,15 +97,15 @@ class Job:
         self._index.finish()
 
 
-def difference(file: str, fingerprint: str) -> str:
+def source_difference(file: str, fingerprint: str) -> str:
     """Between the file and the one with this fingerprint; "" where there is none."""
     try:
-        return "" if source.fingerprint(file) == fingerprint else OTHER
+        return "" if source.fingerprint(file) == fingerprint else CONTENT_CHANGED
     except InvalidRequest:
         return "it is gone, or cannot be read"
 
 
-def changed(file: str, out: str, totals: Totals, how: str) -> InvalidRequest:
+def source_changed(file: str, out: str, totals: Totals, how: str) -> InvalidRequest:
     return InvalidRequest(
         f"{file} has changed since its job began ({how}); {totals.done} of {totals.items} items are answered in {out}: bring the file back "
         "and run the same command to go on, or give another -o",
@@ -111,37 +114,37 @@ def changed(file: str, out: str, totals: Totals, how: str) -> InvalidRequest:
 
 
 @contextmanager
-def opened(file: str, out: str) -> Iterator[Job]:
+def open_job(file: str, out: str) -> Iterator[Job]:
     """The job that answers `file` into `out`: begun, or taken up where it was left.
 
     Raises InvalidRequest, before anything is asked, for a file that cannot be read, a line that has no name of its own, an output that
     belongs to something else; Unavailable where another process works on the job.
     """
-    file, out = absolute(file), absolute(out)
-    output, local, lease = destination(out)
+    file, out = absolute_url(file), absolute_url(out)
+    output, local, lease = resolve_output(out)
     digest = source.fingerprint(file)
-    folder = folders.state_of(out, local)
-    with folders.claimed(folder), closing(Index(folder / folders.INDEX)) as index:
+    folder = folders.state_folder(out, local)
+    with folders.lock_job(folder), closing(JobIndex(folder / folders.INDEX)) as index:
         record = index.record()
         if record is None:
-            record = _begun(index, output, Record("", file, out, digest, time.time()), folder)
+            record = _begin(index, output, JobRecord("", file, out, digest, time.time()), folder)
         if record.fingerprint != digest and record.source == file:
-            raise changed(file, out, index.totals(), OTHER)
+            raise source_changed(file, out, index.totals(), CONTENT_CHANGED)
         if record.fingerprint != digest:
             raise InvalidRequest(
                 f"{out} is the output of a job on another file, {record.source}: give another -o, or delete it and {folder} to begin anew",
                 "o",
             )
-        folders.enter(folder)
+        folders.register_job(folder)
         index.cancel(False)
-        with _held(lease):
+        with _lease_held(lease):
             if not index.finished():
                 _resume(index, output)
             yield Job(record, file, index, output, lease)
 
 
 @contextmanager
-def _held(lease: Lease | None) -> Iterator[None]:
+def _lease_held(lease: Lease | None) -> Iterator[None]:
     if lease is None:
         yield
     else:
@@ -152,18 +155,18 @@ def _held(lease: Lease | None) -> Iterator[None]:
             lease.release()
 
 
-def absolute(url: str) -> str:
+def absolute_url(url: str) -> str:
     """As it is called from anywhere on this machine."""
     return url if "://" in url or "::" in url else str(Path(url).absolute())
 
 
-def _begun(index: Index, output: Output, record: Record, folder: Path) -> Record:
+def _begin(index: JobIndex, output: Output, record: JobRecord, folder: Path) -> JobRecord:
     """All lines are in the index and the output is taken, or no trace is left."""
     digest = hashlib.sha256()
     try:
         with index.creating():
-            for line, raw in source.lines(record.source, digest.update):
-                index.add(line, items.custom_id(line, raw), items.digest(raw))
+            for line, raw in source.read_lines(record.source, digest.update):
+                index.add(line, items.parse_custom_id(line, raw), items.line_digest(raw))
             if digest.hexdigest() != record.fingerprint:
                 raise InvalidRequest(
                     f"{record.source} has changed while it was read: give a file that stays as it is",
@@ -172,12 +175,12 @@ def _begun(index: Index, output: Output, record: Record, folder: Path) -> Record
             job = output.begin(f"job-{uuid.uuid4().hex[:10]}", record.fingerprint)
             return index.name(replace(record, id=job))
     except OutriderError:
-        folders.forget(folder)
+        folders.delete_index(folder)
         raise
 
 
-def _resume(index: Index, output: Output) -> None:
+def _resume(index: JobIndex, output: Output) -> None:
     mark = index.mark()
-    known = [items.answered(line) for line in output.resume(mark)]
+    known = [items.parse_output_line(line) for line in output.resume(mark)]
     if known:
-        index.keep([Kept(name, answer.status, answer.tokens) for name, answer in known], mark)
+        index.save([ItemResult(name, answer.status, answer.tokens) for name, answer in known], mark)

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from runtime.core.errors import Unavailable
 
-LEASE = 30.0  # seconds that it lasts; renewed while a process works on the job
+LEASE_S = 30.0  # seconds that it lasts; renewed while a process works on the job
 
 
-class Owner(NamedTuple):
+class LeaseOwner(NamedTuple):
     """Who holds a lease, and until when, in seconds since 1970."""
 
     id: str
@@ -22,7 +22,7 @@ class Owner(NamedTuple):
 
 
 @contextmanager
-def reaching() -> Iterator[None]:
+def store_errors() -> Iterator[None]:
     """What a store refuses inside becomes Unavailable."""
     try:
         yield
@@ -46,11 +46,11 @@ class Lease:
         self._id, self._host = uuid.uuid4().hex[:12], host or socket.gethostname()
         self._until = 0.0
 
-    @reaching()
+    @store_errors()
     def hold(self) -> None:
         """To be called more often than every LEASE / 2 seconds. Raises Unavailable where somebody else has it."""
         now = self._now()
-        if now < self._until - LEASE / 2:
+        if now < self._until - LEASE_S / 2:
             return
         owner = self._owner()
         # One of this very host is gone: its claim on the folder of the index was free (actors.jobs.folders).
@@ -61,9 +61,9 @@ class Lease:
             and now < owner.until
         ):
             raise Unavailable(
-                f"host {owner.host} works on this job: end it there, or wait {LEASE:g} s after it is gone"
+                f"host {owner.host} works on this job: end it there, or wait {LEASE_S:g} s after it is gone"
             )
-        self._until = now + LEASE
+        self._until = now + LEASE_S
         write_json(self._fs, self._file, {"id": self._id, "host": self._host, "until": self._until})
 
     def release(self) -> None:
@@ -73,14 +73,14 @@ class Lease:
             if owner is not None and owner.id == self._id:
                 self._fs.rm_file(self._file)
 
-    def _owner(self) -> Owner | None:
+    def _owner(self) -> LeaseOwner | None:
         """None where nobody holds it. A torn file has no owner: whoever wrote it is gone, or writes it again."""
         try:
             found = read_json(self._fs, self._file)
             return (
                 None
                 if found is None
-                else Owner(str(found["id"]), str(found["host"]), float(found["until"]))
+                else LeaseOwner(str(found["id"]), str(found["host"]), float(found["until"]))
             )
         except (ValueError, KeyError, TypeError):
             return None

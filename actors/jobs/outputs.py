@@ -12,13 +12,13 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from actors.jobs.folders import SUFFIX
-from actors.jobs.index import Mark
-from actors.jobs.items import OPENING, answered
-from actors.jobs.lease import Lease, reaching, read_json, write_json
+from actors.jobs.index import OutputMark
+from actors.jobs.items import LINE_PREFIX, parse_output_line
+from actors.jobs.lease import Lease, read_json, store_errors, write_json
 from runtime.core.errors import InvalidRequest, Unavailable
 
-TOGETHER = 64  # parts that are fetched at one time
-PIECE = 1 << 20  # bytes that are read at one time
+PARTS_PER_FETCH = 64  # parts that are fetched at one time
+CHUNK_BYTES = 1 << 20  # bytes that are read at one time
 
 
 class Output(Protocol):
@@ -30,13 +30,13 @@ class Output(Protocol):
         Raises InvalidRequest where the output is taken by something else.
         """
 
-    def resume(self, mark: Mark) -> list[bytes]:
+    def resume(self, mark: OutputMark) -> list[bytes]:
         """Undoes what was half done after `mark`, and returns whole lines that are kept and that the index may not know.
 
         Raises InvalidRequest where the output is not as the job left it.
         """
 
-    def append(self, lines: bytes) -> Mark:
+    def append(self, lines: bytes) -> OutputMark:
         """Writes whole lines, durable when this returns. Raises InvalidRequest where somebody else has changed the output."""
 
     def finish(self) -> None:
@@ -63,7 +63,7 @@ class FileOutput:
                 )
         return job
 
-    def resume(self, mark: Mark) -> list[bytes]:
+    def resume(self, mark: OutputMark) -> list[bytes]:
         try:
             file = os.open(self._path, os.O_RDWR | (0 if mark.position else os.O_CREAT), 0o644)
         except FileNotFoundError as error:
@@ -73,10 +73,10 @@ class FileOutput:
                 f"cannot write {self._path} ({error.strerror}): give another -o", "o"
             ) from error
         with os.fdopen(file, "r+b") as opened:
-            self._digest = _digest(opened, mark.position)
+            self._digest = _hash_prefix(opened, mark.position)
             if mark.position and self._digest.hexdigest() != mark.digest:
                 raise self._changed("is not as its job left it")
-            if not _ours(opened.read(len(OPENING))):
+            if not _is_torn_line(opened.read(len(LINE_PREFIX))):
                 raise self._changed("has more in it than its job has written")
             opened.truncate(
                 mark.position
@@ -86,7 +86,7 @@ class FileOutput:
         self._size = mark.position
         return []
 
-    def append(self, lines: bytes) -> Mark:
+    def append(self, lines: bytes) -> OutputMark:
         try:
             with self._path.open("r+b") as file:
                 self._check(os.fstat(file.fileno()))
@@ -100,14 +100,14 @@ class FileOutput:
             ) from error
         self._size += len(lines)
         self._digest.update(lines)
-        return Mark(self._size, self._digest.hexdigest())
+        return OutputMark(self._size, self._digest.hexdigest())
 
     def finish(self) -> None:
         try:
             with self._path.open("rb") as file:
                 if self._file is not None:
                     self._check(os.fstat(file.fileno()))
-                    if _digest(file, self._size).digest() != self._digest.digest():
+                    if _hash_prefix(file, self._size).digest() != self._digest.digest():
                         raise self._changed("was changed by somebody else")
         except FileNotFoundError as error:
             raise self._changed("is gone") from error
@@ -151,7 +151,7 @@ class PartsOutput:
         self._fs, self._path, self._folder = fs, path, path + SUFFIX
         self._owner, self._position = uuid.uuid4().hex[:12], 0
 
-    @reaching()
+    @store_errors()
     def begin(self, job: str, fingerprint: str) -> str:
         found = self._found()
         if found is None:
@@ -173,8 +173,8 @@ class PartsOutput:
             )
         return str(found["id"])
 
-    @reaching()
-    def resume(self, mark: Mark) -> list[bytes]:
+    @store_errors()
+    def resume(self, mark: OutputMark) -> list[bytes]:
         if self._job()["whole"]:
             with self._fs.open(self._path, "rb") as whole:
                 return list(whole)
@@ -188,13 +188,13 @@ class PartsOutput:
             else [line for data in self._fetched(parts) for line in data.splitlines(keepends=True)]
         )
 
-    @reaching()
-    def append(self, lines: bytes) -> Mark:
+    @store_errors()
+    def append(self, lines: bytes) -> OutputMark:
         self._fs.pipe_file(f"{self._folder}/part-{self._position:08d}-{self._owner}", lines)
         self._position += 1
-        return Mark(self._position)
+        return OutputMark(self._position)
 
-    @reaching()
+    @store_errors()
     def finish(self) -> None:
         job = self._job()
         if job["whole"] and not self._fs.exists(self._path):
@@ -210,7 +210,7 @@ class PartsOutput:
                 for data in self._fetched(parts):
                     whole.write(
                         b"".join(
-                            line for line in data.splitlines(keepends=True) if _new(line, seen)
+                            line for line in data.splitlines(keepends=True) if _is_first(line, seen)
                         )
                     )
             write_json(self._fs, f"{self._folder}/job.json", job | {"whole": True})
@@ -251,8 +251,8 @@ class PartsOutput:
         return sorted(path for path in self._fs.ls(self._folder, detail=False) if "/part-" in path)
 
     def _fetched(self, parts: list[str]) -> Iterator[bytes]:
-        for first in range(0, len(parts), TOGETHER):
-            some = parts[first : first + TOGETHER]
+        for first in range(0, len(parts), PARTS_PER_FETCH):
+            some = parts[first : first + PARTS_PER_FETCH]
             found = self._fs.cat(some)
             yield from (found[path] for path in some)
 
@@ -265,7 +265,7 @@ class Destination(NamedTuple):
     lease: Lease | None = None
 
 
-def destination(url: str) -> Destination:
+def resolve_output(url: str) -> Destination:
     """Raises InvalidRequest for a path or a URL that cannot be written."""
     try:
         fs, path = fsspec.core.url_to_fs(url)
@@ -288,22 +288,22 @@ def destination(url: str) -> Destination:
     return Destination(FileOutput(file), file)
 
 
-def _digest(file: IO[bytes], size: int) -> "hashlib._Hash":
+def _hash_prefix(file: IO[bytes], size: int) -> "hashlib._Hash":
     """SHA-256 of so many bytes from the beginning of the file, or of all that there are; the file stands behind them then."""
     digest = hashlib.sha256()
-    while size and (piece := file.read(min(size, PIECE))):
+    while size and (piece := file.read(min(size, CHUNK_BYTES))):
         digest.update(piece)
         size -= len(piece)
     return digest
 
 
-def _ours(tail: bytes) -> bool:
+def _is_torn_line(tail: bytes) -> bool:
     """Whether what stands behind the last mark can be of this job: the beginning of a line, or what the loss of power leaves."""
-    return OPENING.startswith(tail) or not tail.strip(b"\0")
+    return LINE_PREFIX.startswith(tail) or not tail.strip(b"\0")
 
 
-def _new(line: bytes, seen: set[str]) -> bool:
-    name, _ = answered(line)
+def _is_first(line: bytes, seen: set[str]) -> bool:
+    name, _ = parse_output_line(line)
     new = name not in seen
     seen.add(name)
     return new

@@ -7,52 +7,52 @@ from pathlib import Path
 
 from actors.jobs.answerer import Answerer
 from actors.jobs.job import Job
-from actors.jobs.worker import Show, work
+from actors.jobs.worker import ShowTotals, answer_job
 
-MOST = 32  # items in flight, unless said otherwise
+DEFAULT_PARALLEL = 32  # items in flight, unless said otherwise
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """`url`: of a gateway, with the files of its `key` and its authority `ca`; "": what the Ray cluster serves. `most`: items in flight."""
+class SubmitOptions:
+    """`url`: of a gateway, with the files of its `key` and its authority `ca`; "": what the Ray cluster serves. `parallel`: items in flight."""
 
     file: str
     out: str
     url: str = ""
     key: Path | None = None
     ca: Path | None = None
-    most: int = MOST
+    parallel: int = DEFAULT_PARALLEL
 
     def arguments(self) -> list[str]:
         """Of `outrider submit`, for another process on this machine."""
         gateway = ["--url", self.url] if self.url else []
         key = ["--api-key-file", str(self.key.absolute())] if self.key else []
         ca = ["--ca", str(self.ca.absolute())] if self.ca else []
-        return [self.file, "-o", self.out, "--parallel", str(self.most), *gateway, *key, *ca]
+        return [self.file, "-o", self.out, "--parallel", str(self.parallel), *gateway, *key, *ca]
 
 
-def live(order: Order, job: Job, show: Show) -> bool:
+def run_job(order: SubmitOptions, job: Job, show: ShowTotals) -> bool:
     """Until all is answered, and True then; False where the job was cancelled. Raises as actors.jobs.worker.
 
     Where there is no URL, this process has joined the cluster before.
     """
 
     async def life() -> bool:
-        async with answering(order) as answerer:
-            return await work(job, answerer, order.most, show)
+        async with open_answerer(order) as answerer:
+            return await answer_job(job, answerer, order.parallel, show)
 
     return asyncio.run(life())
 
 
-def answering(order: Order) -> AbstractAsyncContextManager[Answerer]:
+def open_answerer(order: SubmitOptions) -> AbstractAsyncContextManager[Answerer]:
     if order.url:
-        from actors.jobs.http_answerer import gateway, read_authority, read_key
+        from actors.jobs.http_answerer import load_authority, open_gateway, read_key
 
-        return gateway(
+        return open_gateway(
             order.url,
             read_key(order.key) if order.key else None,
-            read_authority(order.ca) if order.ca else None,
+            load_authority(order.ca) if order.ca else None,
         )
-    from actors.jobs.cluster_answerer import deployment  # transformers, grpc
+    from actors.jobs.cluster_answerer import open_deployment  # transformers, grpc
 
-    return deployment()
+    return open_deployment()

@@ -11,26 +11,28 @@ import fsspec
 from runtime.core import limits
 from runtime.core.errors import InvalidRequest
 
-PIECE = 1 << 20  # bytes that are read at one time
+CHUNK_BYTES = 1 << 20  # bytes that are read at one time
 
 
 def fingerprint(url: str) -> str:
     """SHA-256 of its bytes. Raises InvalidRequest where it cannot be read."""
-    with _opened(url) as file:
+    with _open(url) as file:
         return hashlib.file_digest(file, hashlib.sha256).hexdigest()  # type: ignore[arg-type]  # any readable file will do
 
 
-def lines(url: str, heard: Callable[[bytes], None] | None = None) -> Iterator[tuple[int, bytes]]:
+def read_lines(
+    url: str, on_chunk: Callable[[bytes], None] | None = None
+) -> Iterator[tuple[int, bytes]]:
     """Its lines that are not blank, without their ends, each with its number from 1.
 
-    A byte-order mark at its beginning is read over. `heard` is called with every piece of the file, in order.
+    A byte-order mark at its beginning is read over. `on_chunk` is called with every piece of the file, in order.
     Raises InvalidRequest where it cannot be read, and for a line of more than limits.BODY_BYTES: such a line is never held whole.
     """
     number, rest = 0, b""
-    with _opened(url) as file:
-        while piece := file.read(PIECE):
-            if heard is not None:
-                heard(piece)
+    with _open(url) as file:
+        while piece := file.read(CHUNK_BYTES):
+            if on_chunk is not None:
+                on_chunk(piece)
             *whole, rest = (rest + piece).split(b"\n")
             for line in whole:
                 number += 1
@@ -52,7 +54,7 @@ def _checked(number: int, line: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 @contextmanager
-def _opened(url: str) -> Iterator[IO[bytes]]:
+def _open(url: str) -> Iterator[IO[bytes]]:
     try:
         with fsspec.open(url, "rb") as file:
             yield file

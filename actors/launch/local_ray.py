@@ -21,8 +21,8 @@ from runtime.config import cache_folder
 from runtime.core.errors import Unavailable
 
 HOST = "127.0.0.2"  # Ray would put the machine's own address in place of 127.0.0.1
-CPUS = 256  # Ray's, to be taken by actors: none is to wait for room on the only machine
-START, END = 120.0, 10.0  # seconds
+LOGICAL_CPUS = 256  # Ray's, to be taken by actors: none is to wait for room on the only machine
+START_TIMEOUT_S, END_TIMEOUT_S = 120.0, 10.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +55,10 @@ FORMAT = TypeAdapter(LocalRay)
 def find() -> LocalRay | None:
     """The one that serves, if it is there."""
     try:
-        found = FORMAT.validate_json(record().read_bytes())
+        found = FORMAT.validate_json(record_file().read_bytes())
     except (OSError, ValidationError):
         return None
-    return found if any(birth(pid) == born for pid, born in found.born.items()) else None
+    return found if any(process_birth(pid) == born for pid, born in found.born.items()) else None
 
 
 def start() -> LocalRay:
@@ -91,7 +91,7 @@ def start() -> LocalRay:
     ]
     command += [
         f"--object-store-memory={OBJECT_STORE}",
-        f"--num-cpus={CPUS}",
+        f"--num-cpus={LOGICAL_CPUS}",
         "--include-log-monitor=false",
     ]
     new = LocalRay(f"{HOST}:{gcs}", f"http://127.0.0.1:{dashboard}", folder, 0, {})
@@ -111,12 +111,12 @@ def start() -> LocalRay:
                 start_new_session=True,
             )
         undoing.callback(starting.wait)
-        undoing.callback(lambda: end(began(new, starting.pid)))
+        undoing.callback(lambda: end(with_processes(new, starting.pid)))
         try:
-            failed = starting.wait(START) != 0
+            failed = starting.wait(START_TIMEOUT_S) != 0
         except subprocess.TimeoutExpired:
             failed = True
-        found = began(new, starting.pid)
+        found = with_processes(new, starting.pid)
         if failed or not found.born:
             last = said.read_text("utf-8", "replace").strip().splitlines()[-1:] or [
                 "no reason given"
@@ -124,42 +124,42 @@ def start() -> LocalRay:
             raise Unavailable(
                 f"Ray does not start on this machine ({last[0]}): give --address of a cluster that runs"
             )
-        record().parent.mkdir(parents=True, exist_ok=True)
-        record().write_bytes(FORMAT.dump_json(found))
+        record_file().parent.mkdir(parents=True, exist_ok=True)
+        record_file().write_bytes(FORMAT.dump_json(found))
         undoing.pop_all()
     return found
 
 
-def began(ray: LocalRay, session: int) -> LocalRay:
-    return replace(ray, session=session, born=processes(session))
+def with_processes(ray: LocalRay, session: int) -> LocalRay:
+    return replace(ray, session=session, born=session_processes(session))
 
 
 def end(ray: LocalRay) -> None:
     """Ends its processes and those that they have started, and nobody else's; returns when they are gone."""
-    if any(birth(pid) == born for pid, born in ray.born.items()):
-        members = processes(ray.session)
-        tell(members, signal.SIGTERM)
-        deadline = time.monotonic() + END
-        while processes(ray.session) and time.monotonic() < deadline:
+    if any(process_birth(pid) == born for pid, born in ray.born.items()):
+        members = session_processes(ray.session)
+        send_signal(members, signal.SIGTERM)
+        deadline = time.monotonic() + END_TIMEOUT_S
+        while session_processes(ray.session) and time.monotonic() < deadline:
             time.sleep(0.1)
-        tell(processes(ray.session), signal.SIGKILL)
+        send_signal(session_processes(ray.session), signal.SIGKILL)
     shutil.rmtree(ray.folder, ignore_errors=True)
     if (remembered := find()) is None or remembered == ray:
-        record().unlink(missing_ok=True)
+        record_file().unlink(missing_ok=True)
 
 
-def record() -> Path:
+def record_file() -> Path:
     """Where the one that serves is remembered."""
     return cache_folder() / "local-ray.json"
 
 
-def processes(session: int) -> dict[int, int]:
+def session_processes(session: int) -> dict[int, int]:
     """Processes of a session that are alive, each with its birth."""
     found = {}
     for folder in Path("/proc").iterdir():
         if (
             folder.name.isdecimal()
-            and (fields := status(int(folder.name)))
+            and (fields := read_stat(int(folder.name)))
             and int(fields[3]) == session
             and fields[0] != "Z"
         ):
@@ -167,12 +167,12 @@ def processes(session: int) -> dict[int, int]:
     return found
 
 
-def birth(pid: int) -> int | None:
-    fields = status(pid)
+def process_birth(pid: int) -> int | None:
+    fields = read_stat(pid)
     return int(fields[19]) if fields and fields[0] != "Z" else None
 
 
-def status(pid: int) -> list[str]:
+def read_stat(pid: int) -> list[str]:
     """Fields of /proc/PID/stat from the state on; none where there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -180,9 +180,9 @@ def status(pid: int) -> list[str]:
         return []
 
 
-def tell(members: dict[int, int], what: signal.Signals) -> None:
+def send_signal(members: dict[int, int], what: signal.Signals) -> None:
     for pid, born in members.items():
-        if birth(pid) == born:
+        if process_birth(pid) == born:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, what)
 
@@ -196,7 +196,7 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def joining(ray: LocalRay) -> Iterator[None]:
+def join_environment(ray: LocalRay) -> Iterator[None]:
     """This process may join it inside the block; to be entered before Ray is imported."""
     before = {name: os.environ.get(name) for name in ray.environment()}
     os.environ.update(ray.environment())

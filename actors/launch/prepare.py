@@ -16,7 +16,7 @@ from runtime.target.target import check_prompt
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class CheckedModels:
     """Of a target: its tokenizer and context; and what should be known of the pairs."""
 
     tokenizer: PreTrainedTokenizerFast
@@ -25,12 +25,12 @@ class Checked:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedPrompt:
     prompt: Tokens
     warnings: tuple[str, ...]
 
 
-def check_models(plan: Deployment) -> Checked:
+def check_models(plan: Deployment) -> CheckedModels:
     """Raise now what the target, a head or a drafter would raise later of its model: ModelRefused, PairMismatch."""
     target = plan.target.model
     context, tokenizer = context_length(target), load_tokenizer(target)
@@ -49,15 +49,15 @@ def check_models(plan: Deployment) -> Checked:
         warnings += check_pair(
             tokenizer, load_tokenizer(draft), (target, draft), (context, context_length(draft))
         )
-    return Checked(tokenizer, context, tuple(warnings))
+    return CheckedModels(tokenizer, context, tuple(warnings))
 
 
-def prepare(plan: Deployment, text: str, sampling: Sampling) -> Prepared:
+def prepare(plan: Deployment, text: str, sampling: Sampling) -> PreparedPrompt:
     """Tokenise. Raises as `check_models`, and InvalidRequest as the target would."""
     found = check_models(plan)
     prompt = tuple(found.tokenizer.encode(text))
     check_prompt(prompt, sampling, len(found.tokenizer), found.context)
-    return Prepared(prompt, found.warnings)
+    return PreparedPrompt(prompt, found.warnings)
 
 
 def context_length(model: str) -> int:

@@ -15,16 +15,16 @@ from runtime.draft.draft_host import DraftHost
 from runtime.telemetry.tracing import Recording
 
 Note = Callable[[str], None]  # told what is being done, for people
-PATIENCE = 5.0  # seconds for the controller's answer
-STOP = 10.0  # seconds that actors may take to be told
+ANSWER_TIMEOUT_S = 5.0  # seconds for the controller's answer
+STOP_TIMEOUT_S = 10.0  # seconds that actors may take to be told
 
 
 class Service(Protocol):
     def generate(self, request: Request) -> AsyncGenerator[Chunk, None]: ...
 
 
-Look = Callable[[], Sequence[TargetState]]
-Opener = Callable[[], contextlib.AbstractAsyncContextManager[Service]]
+PollTargets = Callable[[], Sequence[TargetState]]
+OpenService = Callable[[], contextlib.AbstractAsyncContextManager[Service]]
 
 
 @contextlib.contextmanager
@@ -34,7 +34,7 @@ def serving(
     in_process: bool,
     note: Note,
     recordings: list[Recording] | None = None,
-) -> Iterator[Opener]:
+) -> Iterator[OpenService]:
     """Start it; what is handed out opens the service on a running event loop. Everything started ends with the block.
 
     `recordings`: to be filled with what target and drafters record, when all is over.
@@ -42,7 +42,7 @@ def serving(
     if in_process:
         yield lambda: local_service(deployment, note, recordings)
     else:
-        with cluster(deployment, address, note, recordings) as look:
+        with ray_deployment(deployment, address, note, recordings) as look:
             yield lambda: remote_service(look, deployment.security.tls)
 
 
@@ -82,7 +82,7 @@ async def local_service(
 
 
 @contextlib.asynccontextmanager
-async def remote_service(look: Look, tls: TlsConfig | None) -> AsyncIterator[Service]:
+async def remote_service(look: PollTargets, tls: TlsConfig | None) -> AsyncIterator[Service]:
     """A session goes on at the target's next life where it dies."""
     from actors.routing.router import Router, following
     from actors.rpc.client import GrpcTarget
@@ -92,12 +92,12 @@ async def remote_service(look: Look, tls: TlsConfig | None) -> AsyncIterator[Ser
 
 
 @contextlib.contextmanager
-def cluster(
+def ray_deployment(
     deployment: Deployment,
     address: str | None,
     note: Note,
     recordings: list[Recording] | None = None,
-) -> Iterator[Look]:
+) -> Iterator[PollTargets]:
     """Controller, targets and drafters on a Ray cluster; what is yielded says which targets are there, and raises Unavailable where it
     cannot tell.
 
@@ -118,11 +118,11 @@ def cluster(
 
         def look() -> Sequence[TargetState]:
             with known_errors():
-                fleet: Fleet = ray.get(controller.fleet.remote(), timeout=PATIENCE)
+                fleet: Fleet = ray.get(controller.fleet.remote(), timeout=ANSWER_TIMEOUT_S)
             return fleet.targets
 
         ray.get(controller.start.remote())
         yield look
         if recordings is not None:
             recordings += ray.get(controller.trace.remote())
-        ray.get(controller.stop.remote(), timeout=STOP)
+        ray.get(controller.stop.remote(), timeout=STOP_TIMEOUT_S)

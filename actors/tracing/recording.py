@@ -5,14 +5,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from actors.launch import cluster_client
-from actors.tracing.trace_reader import save
+from actors.controller import client
+from actors.tracing.trace_reader import save_trace
 from runtime.core.errors import InvalidRequest
 
-PATIENCE = 60.0  # seconds: half an hour of a busy fleet is some hundred megabytes
+TRACE_TIMEOUT_S = 60.0  # seconds: half an hour of a busy fleet is some hundred megabytes
 
 
-def check_file(file: Path) -> None:
+def check_writable(file: Path) -> None:
     """Raises InvalidRequest where it could not be written: better before the recording than after it."""
     if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
         raise InvalidRequest(
@@ -20,15 +20,15 @@ def check_file(file: Path) -> None:
         )
 
 
-def record(controller: cluster_client.Controller, file: Path, wait: Callable[[], object]) -> None:
+def record_until(file: Path, wait: Callable[[], object]) -> None:
     """Until `wait` is over, or interrupted; the service goes on. Raises Unavailable where the controller is gone by then."""
-    controller.ask("recording", True)
+    client.ask_controller("recording", True)
     try:
         with suppress(KeyboardInterrupt):
             wait()
     finally:
         try:
-            recordings = controller.ask("trace", timeout_s=PATIENCE)
+            recordings = client.ask_controller("trace", timeout_s=TRACE_TIMEOUT_S)
         finally:
-            controller.ask("recording", False)
-        save(file, recordings)
+            client.ask_controller("recording", False)
+        save_trace(file, recordings)

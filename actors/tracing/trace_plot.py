@@ -28,10 +28,10 @@ TARGETS = {COMPUTE: "#2b6cb0", WAIT: "#f6c445", BOOKKEEPING: "#8a94a3", PREFILL:
 DRAFTERS = ("#2f9e6e", "#d9722e", "#17a2b8", "#b0568f", "#8c6d31", "#5c6bc0")
 TICK, RETURN, OTHER = "#c0262d", "#30343b", "#b8bec8"
 LABEL = 0.012  # share of the window that a bar must have to carry its number
-LONGEST = 22  # characters of a lane's name that are shown
+MAX_NAME_LENGTH = 22  # characters of a lane's name that are shown
 
 
-def draw(found: Timeline, window: Interval, file: Path) -> None:
+def draw_trace(found: Timeline, window: Interval, file: Path) -> None:
     """Raises InvalidRequest where the file cannot be written."""
     from matplotlib.figure import Figure
 
@@ -71,12 +71,14 @@ def draw_lanes(axis: "Axes", found: Timeline, window: Interval, colours: dict[st
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    heights = dict(zip(found.blocks, levels(found), strict=True))
+    heights = dict(zip(found.blocks, lane_heights(found), strict=True))
     keys: dict[str, Patch | Line2D] = {}
     for lane, y in heights.items():
         palette = TARGETS if lane == TARGET else {STEP: colours[lane]}
         for name, colour in palette.items():
-            bars = [block for block in within(found.blocks[lane], window) if block.name == name]
+            bars = [
+                block for block in blocks_within(found.blocks[lane], window) if block.name == name
+            ]
             if bars:
                 spans = [(1e3 * bar.began, 1e3 * (bar.ended - bar.began)) for bar in bars]
                 axis.broken_barh(
@@ -115,7 +117,7 @@ def draw_lanes(axis: "Axes", found: Timeline, window: Interval, colours: dict[st
                 [], [], color=colour, marker=head, markersize=5, linewidth=0.9, label=kind
             )
     axis.set_yticks(
-        list(heights.values()), [shortened(lane) for lane in heights], fontsize=11, parse_math=False
+        list(heights.values()), [shorten(lane) for lane in heights], fontsize=11, parse_math=False
     )
     axis.set_ylim(min(heights.values()) - 0.6, max(heights.values()) + 0.6)
     axis.tick_params(axis="both", length=0)
@@ -134,7 +136,7 @@ def draw_lanes(axis: "Axes", found: Timeline, window: Interval, colours: dict[st
     )
 
 
-def levels(found: Timeline) -> Iterator[float]:
+def lane_heights(found: Timeline) -> Iterator[float]:
     """Heights of the lanes, from 0 down; there is room for the arrows below the target."""
     y = 0.0
     for lane in found.blocks:
@@ -146,7 +148,7 @@ def number_steps(
     axis: "Axes", found: Timeline, window: Interval, heights: dict[str, float]
 ) -> None:
     """The tokens that a step committed, over its bar where the bar is wide enough: accepted ones, and the target's own of each session."""
-    for bar in within(found.blocks.get(TARGET, []), window):
+    for bar in blocks_within(found.blocks.get(TARGET, []), window):
         seen = (max(bar.began, window[0]), min(bar.ended, window[1]))
         if (
             bar.name == COMPUTE
@@ -233,9 +235,9 @@ def draw_counter(
     axis.grid(color=OTHER, alpha=0.4, linewidth=0.6)
 
 
-def within(blocks: list[Block], window: Interval) -> Iterator[Block]:
+def blocks_within(blocks: list[Block], window: Interval) -> Iterator[Block]:
     return (block for block in blocks if block.began < window[1] and block.ended > window[0])
 
 
-def shortened(name: str) -> str:
-    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+def shorten(name: str) -> str:
+    return name if len(name) <= MAX_NAME_LENGTH else f"{name[: MAX_NAME_LENGTH - 1]}…"

@@ -17,10 +17,10 @@ from runtime.telemetry.tracing import COMMIT, COMPUTE, GROWTH, STEP, TARGET, WIR
 
 Time = Annotated[FiniteFloat, Field(ge=0)]  # microseconds
 Interval = tuple[float, float]
-EXCERPT = 0.5  # seconds in a picture where no window is given
+EXCERPT_S = 0.5  # seconds in a picture where no window is given
 
 
-class Name(BaseModel):
+class MetadataEvent(BaseModel):
     ph: Literal["M"]
     name: str
     pid: int
@@ -28,7 +28,7 @@ class Name(BaseModel):
     args: dict[str, str | int]
 
 
-class Complete(BaseModel):
+class CompleteEvent(BaseModel):
     ph: Literal["X"]
     name: str
     pid: int
@@ -38,7 +38,7 @@ class Complete(BaseModel):
     args: dict[str, FiniteFloat | str]
 
 
-class Mark(BaseModel):
+class InstantEvent(BaseModel):
     ph: Literal["i"]
     name: str
     pid: int
@@ -46,7 +46,7 @@ class Mark(BaseModel):
     ts: Time
 
 
-class Counted(BaseModel):
+class CounterEvent(BaseModel):
     ph: Literal["C"]
     name: str
     pid: int
@@ -54,21 +54,24 @@ class Counted(BaseModel):
     args: dict[Literal["value"], FiniteFloat]
 
 
-class Bound(BaseModel):
+class FlowEvent(BaseModel):
     ph: Literal["s", "f"]
 
 
-class Other(BaseModel):
+class OtherData(BaseModel):
     format: Literal["outrider"]
     cut: bool
     unanswered: dict[str, int]
 
 
 class Document(BaseModel):
-    events: list[Annotated[Name | Complete | Mark | Counted | Bound, Field(discriminator="ph")]] = (
-        Field(alias="traceEvents")
-    )
-    other: Other = Field(alias="otherData")
+    events: list[
+        Annotated[
+            MetadataEvent | CompleteEvent | InstantEvent | CounterEvent | FlowEvent,
+            Field(discriminator="ph"),
+        ]
+    ] = Field(alias="traceEvents")
+    other: OtherData = Field(alias="otherData")
 
 
 class Block(NamedTuple):
@@ -115,21 +118,21 @@ class Timeline:
         return extent(own) if own else self.bounds
 
 
-def middle(found: Timeline) -> Interval:
+def middle_window(found: Timeline) -> Interval:
     """Half a second around the middle of the target's steps, which does not fall between two sessions."""
     run = found.run
     steps = [block.began for block in found.blocks.get(TARGET, []) if block.name == COMPUTE] or [
         sum(run) / 2
     ]
-    begin = max(run[0], min(steps[len(steps) // 2] - EXCERPT / 2, run[1] - EXCERPT))
-    return begin, min(run[1], begin + EXCERPT)
+    begin = max(run[0], min(steps[len(steps) // 2] - EXCERPT_S / 2, run[1] - EXCERPT_S))
+    return begin, min(run[1], begin + EXCERPT_S)
 
 
 def extent(blocks: Sequence[Block]) -> Interval:
     return min(block.began for block in blocks), max(block.ended for block in blocks)
 
 
-def save(file: Path, parts: Sequence[Recording]) -> None:
+def save_trace(file: Path, parts: Sequence[Recording]) -> None:
     """Write the recordings as one trace. Raises InvalidRequest where the file cannot be written."""
     try:
         file.write_text(json.dumps(chrome(parts), separators=(",", ":")), "utf-8")
@@ -140,7 +143,7 @@ def save(file: Path, parts: Sequence[Recording]) -> None:
         ) from error
 
 
-def read(file: Path) -> Timeline:
+def read_trace(file: Path) -> Timeline:
     """Raises InvalidRequest where this is no file, no JSON or no trace of ours, or nothing happens in it."""
     try:
         document = Document.model_validate_json(file.read_bytes())
@@ -160,7 +163,7 @@ def read(file: Path) -> Timeline:
             f"{file} is not a trace of {FORMAT} ({where}: {first['msg']}): give a file that `--trace` has written",
             "file",
         ) from error
-    found = timeline(document)
+    found = build_timeline(document)
     if not any(found.blocks.values()):
         raise InvalidRequest(
             f"{file} is an empty trace: neither the target nor a drafter did anything while it was recorded",
@@ -169,13 +172,13 @@ def read(file: Path) -> Timeline:
     return found
 
 
-def timeline(document: Document) -> Timeline:
+def build_timeline(document: Document) -> Timeline:
     processes: dict[int, str] = {}
     lanes: dict[int, str] = {}
     for event in document.events:
-        if isinstance(event, Name) and event.name == "process_name":
+        if isinstance(event, MetadataEvent) and event.name == "process_name":
             processes[event.pid] = str(event.args.get("name", ""))
-        elif isinstance(event, Name) and event.name == "thread_name":
+        elif isinstance(event, MetadataEvent) and event.name == "thread_name":
             lanes[event.tid] = str(event.args.get("name", ""))
     wires = {pid for pid, name in processes.items() if name == WIRE}
     blocks: defaultdict[str, list[Block]] = defaultdict(list)
@@ -186,7 +189,7 @@ def timeline(document: Document) -> Timeline:
     messages: list[Message] = []
     for event in document.events:
         match event:
-            case Complete(pid=pid, name=kind, ts=ts, args=args) if pid in wires:
+            case CompleteEvent(pid=pid, name=kind, ts=ts, args=args) if pid in wires:
                 delay = args.get("ms", 0.0)
                 if isinstance(delay, float):
                     messages.append(
@@ -198,14 +201,14 @@ def timeline(document: Document) -> Timeline:
                             ts / 1e6 + delay / 1e3,
                         )
                     )
-            case Complete(tid=tid, name=name, ts=ts, dur=dur, args=args):
+            case CompleteEvent(tid=tid, name=name, ts=ts, dur=dur, args=args):
                 figures = {name: value for name, value in args.items() if isinstance(value, float)}
                 blocks[lanes.get(tid, str(tid))].append(
                     Block(name, ts / 1e6, (ts + dur) / 1e6, figures)
                 )
-            case Mark(tid=tid, name=name, ts=ts):
+            case InstantEvent(tid=tid, name=name, ts=ts):
                 marks[lanes.get(tid, str(tid))].append((name, ts / 1e6))
-            case Counted(pid=pid, name=name, ts=ts, args=args):
+            case CounterEvent(pid=pid, name=name, ts=ts, args=args):
                 counts[name][processes.get(pid, str(pid))].extend(
                     (ts / 1e6, value) for value in args.values()
                 )
@@ -226,7 +229,7 @@ def timeline(document: Document) -> Timeline:
 
 
 @dataclass(frozen=True, slots=True)
-class Delay:
+class DelayStats:
     """Of one kind of message: how many, and the median and the least seconds from sent to taken in (NaN for none)."""
 
     count: int
@@ -235,34 +238,34 @@ class Delay:
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class TraceStats:
     """Shares of the seconds of one window."""
 
     target: dict[str, float]  # by name of what it did; "other" is the rest
     drafters: dict[str, float]  # in a step
     overlap: float  # target in a forward pass and some drafter in a step
-    delays: dict[str, Delay]
+    delays: dict[str, DelayStats]
 
 
-def figures(found: Timeline, window: Interval) -> Figures:
+def trace_stats(found: Timeline, window: Interval) -> TraceStats:
     seconds = window[1] - window[0]
     own = found.blocks.get(TARGET, [])
     names = dict.fromkeys(block.name for block in own)
-    shares = {name: length(busy(own, name, window)) / seconds for name in names}
-    steps = {lane: busy(found.blocks[lane], STEP, window) for lane in found.drafters}
-    together = common(
-        busy(own, COMPUTE, window),
+    shares = {name: total_length(busy_intervals(own, name, window)) / seconds for name in names}
+    steps = {lane: busy_intervals(found.blocks[lane], STEP, window) for lane in found.drafters}
+    together = intersection(
+        busy_intervals(own, COMPUTE, window),
         union(interval for intervals in steps.values() for interval in intervals),
     )
-    return Figures(
+    return TraceStats(
         target=shares | {"other": max(0.0, 1.0 - sum(shares.values()))},
-        drafters={lane: length(intervals) / seconds for lane, intervals in steps.items()},
-        overlap=length(together) / seconds,
-        delays={kind: delay(found.messages, kind, window) for kind in (GROWTH, COMMIT)},
+        drafters={lane: total_length(intervals) / seconds for lane, intervals in steps.items()},
+        overlap=total_length(together) / seconds,
+        delays={kind: delay_stats(found.messages, kind, window) for kind in (GROWTH, COMMIT)},
     )
 
 
-def busy(blocks: Iterable[Block], name: str, window: Interval) -> list[Interval]:
+def busy_intervals(blocks: Iterable[Block], name: str, window: Interval) -> list[Interval]:
     """When a block of this name was open within the window, as intervals that do not touch."""
     clipped = (
         (max(block.began, window[0]), min(block.ended, window[1]))
@@ -282,7 +285,7 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
     return merged
 
 
-def common(one: Sequence[Interval], other: Sequence[Interval]) -> list[Interval]:
+def intersection(one: Sequence[Interval], other: Sequence[Interval]) -> list[Interval]:
     """Where both are open; each as `union` leaves them."""
     found: list[Interval] = []
     i = j = 0
@@ -297,18 +300,18 @@ def common(one: Sequence[Interval], other: Sequence[Interval]) -> list[Interval]
     return found
 
 
-def length(intervals: Iterable[Interval]) -> float:
+def total_length(intervals: Iterable[Interval]) -> float:
     return sum(ended - began for began, ended in intervals)
 
 
-def delay(messages: Iterable[Message], kind: str, window: Interval) -> Delay:
+def delay_stats(messages: Iterable[Message], kind: str, window: Interval) -> DelayStats:
     """Of the messages sent within the window."""
     delays = [
         message.taken - message.sent
         for message in messages
         if message.kind == kind and window[0] <= message.sent <= window[1]
     ]
-    return Delay(
+    return DelayStats(
         len(delays),
         statistics.median(delays) if delays else math.nan,
         min(delays, default=math.nan),

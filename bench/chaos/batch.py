@@ -73,9 +73,9 @@ def kill_all(running: subprocess.Popen[bytes]) -> int:
     running.kill()
     running.wait()
     ray = local_ray.find()
-    members = {} if ray is None else local_ray.processes(ray.session)
-    local_ray.tell(members, signal.SIGKILL)
-    while ray is not None and local_ray.processes(ray.session):
+    members = {} if ray is None else local_ray.session_processes(ray.session)
+    local_ray.send_signal(members, signal.SIGKILL)
+    while ray is not None and local_ray.session_processes(ray.session):
         time.sleep(LOOK)
     if ray is not None:
         local_ray.end(ray)  # what is left of it on disk

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import ray
 
-from actors.controller.actor_handles import START_TIMEOUT_S, options
+from actors.controller.actor_handles import START_TIMEOUT_S, actor_class
 from actors.drafter import DraftActor
 from actors.ray_session import joined, known_errors
 from actors.rpc.client import GrpcTarget
@@ -263,14 +263,14 @@ def running(pair: Pair, methods: Iterable[Method]) -> Iterator[OutriderRunner]:
         targets = {}
         for cores in wanted_targets:
             config = pair.target_config(cores)
-            targets[cores] = options(
+            targets[cores] = actor_class(
                 MethodTarget, name_of("target", cores), config.placement
             ).remote(config, True)
             ray.get(targets[cores].start.remote(), timeout=START_TIMEOUT_S)
         drafters = {}
         for method, cores in wanted_drafters:
             drafter = pair.drafter_config(method, cores)
-            handle = options(DraftActor, name_of(method, cores), drafter.placement).remote(
+            handle = actor_class(DraftActor, name_of(method, cores), drafter.placement).remote(
                 drafter, pair.target, 0, True
             )
             drafters[method, cores] = handle

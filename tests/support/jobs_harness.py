@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from actors.jobs.index import Index, Mark
+from actors.jobs.index import JobIndex, OutputMark
 from actors.jobs.items import Answer, Item
-from actors.jobs.job import opened
+from actors.jobs.job import open_job
 from actors.jobs.outputs import Output
-from actors.jobs.worker import work
+from actors.jobs.worker import answer_job
 
 
 def line(name: str, **body: Any) -> str:
@@ -97,13 +97,13 @@ class DoomedOutput:
         self.doom.point()
         return found
 
-    def resume(self, mark: Mark) -> list[bytes]:
+    def resume(self, mark: OutputMark) -> list[bytes]:
         self.doom.point()
         found = self.inner.resume(mark)
         self.doom.point()
         return found
 
-    def append(self, lines: bytes) -> Mark:
+    def append(self, lines: bytes) -> OutputMark:
         for written in (0, 1, len(lines) // 2, len(lines) - 1):
             try:
                 self.doom.point()
@@ -120,7 +120,7 @@ class DoomedOutput:
         self.doom.point()
 
 
-class DoomedIndex(Index):
+class DoomedIndex(JobIndex):
     """Killed before, in and after each transaction."""
 
     doom: Doom
@@ -154,5 +154,5 @@ class DoomedFiles:
 
 def live(file: Path | str, out: Path | str, answerer: Any, most: int = 2) -> bool:
     """One life of a job, to its end."""
-    with opened(str(file), str(out)) as job:
-        return asyncio.run(work(job, answerer, most, lambda totals: None))
+    with open_job(str(file), str(out)) as job:
+        return asyncio.run(answer_job(job, answerer, most, lambda totals: None))

@@ -16,7 +16,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,40}")
 HOST = re.compile(r"[A-Za-z0-9:*][A-Za-z0-9:.*-]{0,252}")
 HTTPS = "https"
 
-SAID = """\
+INSTRUCTIONS = """\
 {count} files in {folder}, valid until {until}. Into the deployment file:
 
 security:
@@ -64,14 +64,14 @@ def certs(
     files = {"ca.pem": authority.certificate}
     for stem, signed in {**authority.roles(), HTTPS: authority.website(hosts)}.items():
         files |= {f"{stem}.pem": signed.certificate, f"{stem}-key.pem": signed.key}
-    write(folder, files)
-    text = SAID.format(
+    write_files(folder, files)
+    text = INSTRUCTIONS.format(
         count=len(files), folder=folder.absolute(), until=f"{authority.ends:%Y-%m-%d}"
     )
     Console(soft_wrap=True, highlight=False, markup=False).print(text, end="")
 
 
-def write(folder: Path, files: dict[str, bytes]) -> None:
+def write_files(folder: Path, files: dict[str, bytes]) -> None:
     """Readable for their owner alone. Raises InvalidRequest where there is something already: nothing is overwritten."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -13,13 +13,21 @@ from rich.table import Table
 from actors.cli.commands.options import Address, Json
 from actors.cli.commands.scale import pool_of
 from actors.cli.views.generation_view import Progress
-from actors.cli.views.status_view import Guessed, guessed, life, ratio, short, table
+from actors.cli.views.status_view import (
+    GuessTotals,
+    borderless_table,
+    format_ratio,
+    life_key,
+    short_name,
+    sum_guesses,
+)
+from actors.controller import client
 from actors.controller.fleet_view import Fleet
-from actors.launch import cluster_client
+from actors.launch.cluster import join_cluster
 from runtime.core.sampling_params import in_range
 from runtime.telemetry.reports import GuessReport
 
-LONGEST = 86_400.0
+MAX_SECONDS = 86_400.0
 
 
 def compare(
@@ -30,38 +38,38 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Accepted tokens, acceptance and lag of two pools while both work on the same sessions: those of the next seconds."""
-    in_range("seconds", seconds, 0.1, LONGEST)
-    with Progress(quiet=as_json) as progress, cluster_client.controller(address) as controller:
-        before = controller.fleet()
+    in_range("seconds", seconds, 0.1, MAX_SECONDS)
+    with Progress(quiet=as_json) as progress, join_cluster(address):
+        before = client.fetch_fleet()
         pools = [pool_of(before, name) for name in (first, second)]
         progress.note(f"watching for {seconds:g} s")
         time.sleep(seconds)
-        now = controller.fleet()
-    found = {pool.name: brought(before, now, pool.name) for pool in pools}
+        now = client.fetch_fleet()
+    found = {pool.name: pool_guesses(before, now, pool.name) for pool in pools}
     if as_json:
         sys.stdout.write(json.dumps({name: asdict(one) for name, one in found.items()}) + "\n")
     else:
-        Console(highlight=False).print(compared(found, now, seconds))
+        Console(highlight=False).print(comparison_table(found, now, seconds))
 
 
-def brought(before: Fleet, now: Fleet, pool: str) -> Guessed:
+def pool_guesses(before: Fleet, now: Fleet, pool: str) -> GuessTotals:
     """What the drafters of a pool have brought between the two looks, to targets that were there at both."""
-    last = {life(target): target.report for target in before.targets}
+    last = {life_key(target): target.report for target in before.targets}
     names = {drafter.name for drafter in (*before.drafters, *now.drafters) if drafter.pool == pool}
     found = []
     for target in now.targets:
-        earlier = last.get(life(target))
+        earlier = last.get(life_key(target))
         if target.report is None or earlier is None:
             continue
         found += [
-            since(earlier.guesses.get(name, GuessReport()), report)
+            guesses_since(earlier.guesses.get(name, GuessReport()), report)
             for name, report in target.report.guesses.items()
             if name in names
         ]
-    return guessed(found)
+    return sum_guesses(found)
 
 
-def since(before: GuessReport, now: GuessReport) -> GuessReport:
+def guesses_since(before: GuessReport, now: GuessReport) -> GuessReport:
     """Counters of the time between; those of a drafter that has begun anew count from there."""
     begun = (
         before
@@ -79,20 +87,20 @@ def since(before: GuessReport, now: GuessReport) -> GuessReport:
     )
 
 
-def compared(found: dict[str, Guessed], fleet: Fleet, seconds: float) -> Table:
-    shown = table(
+def comparison_table(found: dict[str, GuessTotals], fleet: Fleet, seconds: float) -> Table:
+    shown = borderless_table(
         "pool", "draft", "drafters", "proposed", "accepted", "tokens/s", "of them", "lag", "ahead"
     )
     for name, one in found.items():
         pool = pool_of(fleet, name)
         shown.add_row(
             name,
-            short(pool.draft),
+            short_name(pool.draft),
             str(pool.ready),
             str(one.proposed),
             str(one.accepted),
             f"{one.accepted / seconds:.1f}",
-            ratio(one.accepted, one.proposed, "{:.0%}"),
+            format_ratio(one.accepted, one.proposed, "{:.0%}"),
             f"{1000 * one.round_trip:.1f} ms" if one.proposed else "-",
             f"{one.lead:.1f}" if one.proposed else "-",
         )

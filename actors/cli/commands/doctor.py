@@ -11,7 +11,7 @@ from actors.cli.commands.options import Dtype
 from runtime import config
 from runtime.core.sampling_params import Sampling
 
-WIDTHS = (1, 4, 8, 16, 32)
+ROW_COUNTS = (1, 4, 8, 16, 32)
 PROMPTS = (
     "def read_lines(path):\n    with open(path) as file:\n",
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n",
@@ -49,8 +49,8 @@ def doctor(
         large, small = (load_model(name, dtype.value, threads=1) for name in names)
         status.update("measuring steps")
         large_times, small_times = (
-            step_times(large, WIDTHS, time.monotonic),
-            step_times(small, WIDTHS, time.monotonic),
+            step_times(large, ROW_COUNTS, time.monotonic),
+            step_times(small, ROW_COUNTS, time.monotonic),
         )
         status.update("measuring acceptance")
         prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
@@ -68,18 +68,20 @@ def doctor(
         f"c = T/t     {ratio:.1f}: no drafter of this kind can bring more than {1 + ratio:.1f} times"
     )
     console.print(
-        f"to expect   {expected(rates, large_times, small_times):.1f} times, if target and draft have a device each"
+        f"to expect   {expected_speedup(rates, large_times, small_times):.1f} times, if target and draft have a device each"
     )
 
 
-def expected(rates: dict[int, float], large: dict[int, float], small: dict[int, float]) -> float:
+def expected_speedup(
+    rates: dict[int, float], large: dict[int, float], small: dict[int, float]
+) -> float:
     """Speed-up over plain decoding, by a rule of thumb.
 
     While a step of n rows runs, the draft gets T(n)/t(4) levels of four children each further; a level is passed with the
     rate of rank 4 at the first, where siblings hedge, and of rank 2 below. Whatever n promises most is taken.
     """
     best = 1.0
-    for width in WIDTHS[1:]:
+    for width in ROW_COUNTS[1:]:
         levels = int(min(width, large[width] / small[4]))
         reached = rates[4] * sum(rates[2] ** depth for depth in range(levels))
         best = max(best, (1.0 + reached) * large[1] / large[width])
@@ -91,8 +93,8 @@ def steps_table(large: dict[int, float], small: dict[int, float]) -> Table:
         title="milliseconds of a step", title_justify="left", box=None, padding=(0, 2, 0, 0)
     )
     found.add_column("rows")
-    for width in WIDTHS:
+    for width in ROW_COUNTS:
         found.add_column(str(width), justify="right")
     for name, times in (("target T", large), ("draft t", small)):
-        found.add_row(name, *(f"{1000 * times[width]:.1f}" for width in WIDTHS))
+        found.add_row(name, *(f"{1000 * times[width]:.1f}" for width in ROW_COUNTS))
     return found

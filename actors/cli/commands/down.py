@@ -6,7 +6,8 @@ import sys
 from actors.cli.commands.options import Address, Json
 from actors.cli.views.generation_view import Progress
 from actors.controller import client
-from actors.launch import cluster_client, local_ray
+from actors.launch import local_ray
+from actors.launch.cluster import chosen_address, join_cluster
 from runtime.core.errors import OutriderError
 
 
@@ -15,10 +16,10 @@ def down(address: Address = None, as_json: Json = False) -> None:
     with Progress(quiet=as_json) as progress:
         progress.note("ending targets, drafters and gateways")
         try:
-            with cluster_client.cluster(address) as local:
-                end()
+            with join_cluster(address) as local:
+                end_deployment()
         except OutriderError:
-            if cluster_client.chosen(address) or (local := local_ray.find()) is None:
+            if chosen_address(address) or (local := local_ray.find()) is None:
                 raise
         if local is not None:  # also where it does not answer, or holds no deployment
             progress.note("ending Ray")
@@ -27,9 +28,9 @@ def down(address: Address = None, as_json: Json = False) -> None:
         sys.stdout.write(json.dumps({"ended": True, "local_ray": local is not None}) + "\n")
 
 
-def end() -> None:
+def end_deployment() -> None:
     import ray
 
-    controller = client.find()
-    client.ask("stop")
+    controller = client.find_controller()
+    client.ask_controller("stop")
     ray.kill(controller)

@@ -9,10 +9,11 @@ import typer
 
 from actors.cli.commands.options import Address, Json
 from actors.cli.views.generation_view import Progress
+from actors.controller import client
 from actors.controller.fleet_view import Fleet
-from actors.launch import cluster_client
+from actors.launch.cluster import join_cluster
 
-PERIOD = 0.2  # seconds between two looks
+POLL_PERIOD_S = 0.2  # seconds between two looks
 
 
 def drain(
@@ -26,17 +27,17 @@ def drain(
 
     Ctrl-C ends the waiting, not the wish.
     """
-    with Progress(quiet=as_json) as progress, cluster_client.controller(address) as controller:
-        fleet: Fleet = controller.ask("drain", actor)
-        while (left := sessions(fleet, actor)) is not None:
+    with Progress(quiet=as_json) as progress, join_cluster(address):
+        fleet: Fleet = client.ask_controller("drain", actor)
+        while (left := sessions_left(fleet, actor)) is not None:
             progress.note(f"{actor} has {left} sessions left")
-            time.sleep(PERIOD)
-            fleet = controller.fleet()
+            time.sleep(POLL_PERIOD_S)
+            fleet = client.fetch_fleet()
     if as_json:
         sys.stdout.write(json.dumps({"drained": actor}) + "\n")
 
 
-def sessions(fleet: Fleet, name: str) -> int | None:
+def sessions_left(fleet: Fleet, name: str) -> int | None:
     """Of the actor of that name while it is draining; None once it has gone."""
     targets = {
         target.name: target.sessions for target in fleet.targets if target.state == "draining"

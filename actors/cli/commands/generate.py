@@ -11,11 +11,11 @@ from typing import Annotated
 
 import typer
 
-from actors.cli.commands.inlined import refuse_beside
+from actors.cli.commands.inlined import refuse_with_file
 from actors.cli.commands.options import Device, Dtype
-from actors.cli.views.generation_view import Progress, Stream, answer
-from actors.launch.serving import Opener, serving
-from actors.tracing.trace_reader import save
+from actors.cli.views.generation_view import Progress, Stream, generation_json
+from actors.launch.serving import OpenService, serving
+from actors.tracing.trace_reader import save_trace
 from runtime import config
 from runtime.core.errors import InvalidRequest, Unavailable
 from runtime.core.messages import Chunk, Request
@@ -36,7 +36,7 @@ class Schedule(StrEnum):
     pearl = "pearl"
 
 
-IN_FILE = ("target", "draft", "drafters", "dtype", "device", "schedule")
+FILE_OPTIONS = ("target", "draft", "drafters", "dtype", "device", "schedule")
 
 
 def generate(
@@ -132,7 +132,7 @@ def generate(
             schedule.value,
         )
     else:
-        refuse_beside(context, str(deployment), *IN_FILE)
+        refuse_with_file(context, str(deployment), *FILE_OPTIONS)
         plan = config.read(deployment)
     from actors.launch.prepare import (
         prepare,
@@ -146,18 +146,18 @@ def generate(
         serving(plan, address, in_process, progress.note, recordings) as opener,
     ):
         stream = Stream(progress, quiet=as_json)
-        last = asyncio.run(consume(opener, request, stream))
+        last = asyncio.run(run_request(opener, request, stream))
     if trace is not None and recordings is not None:
-        save(trace, recordings)
+        save_trace(trace, recordings)
     if last.finish_reason == "error":
         raise Unavailable(f"the target failed: {last.error}")
     if as_json:
-        sys.stdout.write(json.dumps(answer(plan, request, stream, last)) + "\n")
+        sys.stdout.write(json.dumps(generation_json(plan, request, stream, last)) + "\n")
     else:
         stream.summary(prepared.warnings, last)
 
 
-async def consume(opener: Opener, request: Request, stream: Stream) -> Chunk:
+async def run_request(opener: OpenService, request: Request, stream: Stream) -> Chunk:
     """All pieces to the stream; returns the last."""
     async with opener() as service:
         async for chunk in service.generate(request):

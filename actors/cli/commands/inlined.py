@@ -5,7 +5,7 @@ import typer
 from runtime.core.errors import InvalidRequest
 
 
-def refuse_beside(context: typer.Context, file: str, *options: str) -> None:
+def refuse_with_file(context: typer.Context, file: str, *options: str) -> None:
     """Raises InvalidRequest where one of these options was given on the command line: nobody is to believe that it counts."""
     for name in options:
         source = context.get_parameter_source(name)

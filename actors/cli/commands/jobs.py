@@ -10,11 +10,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from actors.cli.views.job_view import Bar
-from actors.jobs.registry import Known, cancel, find, known, look
+from actors.cli.views.job_view import JobProgress
+from actors.jobs.registry import JobStatus, cancel_job, find_job, list_jobs, read_status
 from runtime.core.errors import InvalidRequest
 
-PERIOD = 1.0  # seconds between two looks
+POLL_PERIOD_S = 1.0  # seconds between two looks
 
 
 def jobs(
@@ -34,32 +34,32 @@ def jobs(
     """Batch jobs of this user on this machine, detached ones too."""
     if cancelled and job is None:
         raise InvalidRequest("--cancel without a job: say which", "job")
-    found = known() if job is None else [cancel(job) if cancelled else find(job)]
+    found = list_jobs() if job is None else [cancel_job(job) if cancelled else find_job(job)]
     if as_json:
-        sys.stdout.writelines(json.dumps(told(one)) + "\n" for one in found)
+        sys.stdout.writelines(json.dumps(job_json(one)) + "\n" for one in found)
     elif job is None:
-        Console(highlight=False).print(table(found))
+        Console(highlight=False).print(jobs_table(found))
     elif not cancelled:
-        follow(found[0])
+        follow_job(found[0])
 
 
-def follow(one: Known) -> None:
-    with Bar(quiet=False) as bar:
+def follow_job(one: JobStatus) -> None:
+    with JobProgress(quiet=False) as bar:
         bar.show(one.totals)
         while one.state == "running":
-            time.sleep(PERIOD)
-            one = look(one.file) or one
+            time.sleep(POLL_PERIOD_S)
+            one = read_status(one.file) or one
             bar.show(one.totals)
     totals = one.totals
     line = f"{one.record.id} {one.state}: {totals.done} of {totals.items} items, {totals.failed} of them failed: {one.record.output}"
     sys.stdout.write(f"{line}\n")
 
 
-def told(one: Known) -> dict[str, Any]:
+def job_json(one: JobStatus) -> dict[str, Any]:
     return {**asdict(one.record), "state": one.state, **asdict(one.totals)}
 
 
-def table(found: list[Known]) -> Table:
+def jobs_table(found: list[JobStatus]) -> Table:
     rows = Table("job", "state", "answered", "failed", "tokens", "output")
     for one in found:
         answered = f"{one.totals.done}/{one.totals.items}"

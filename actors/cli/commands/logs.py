@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from actors.cli.commands.options import Address, Json
-from actors.launch import cluster_client
+from actors.launch.cluster import join_cluster
 from runtime.core.errors import InvalidRequest, Unavailable
 from runtime.core.sampling_params import whole
 
-MOST_LINES = 100_000
-READ = 10.0  # seconds for the node to answer
-RAYS_OWN = (":job_id:", ":actor_name:", ":task_name:")  # lines that Ray writes for itself
+MAX_LINES = 100_000
+READ_TIMEOUT_S = 10.0  # seconds for the node to answer
+RAY_PREFIXES = (":job_id:", ":actor_name:", ":task_name:")  # lines that Ray writes for itself
 
 
 def logs(
@@ -30,9 +30,9 @@ def logs(
     as_json: Json = False,
 ) -> None:
     """Show the log of an actor; of its last life where it is lost. There are no prompts, outputs and keys in it."""
-    whole("lines", lines, 1, MOST_LINES)
-    with cluster_client.cluster(address):
-        text = read(actor, lines)
+    whole("lines", lines, 1, MAX_LINES)
+    with join_cluster(address):
+        text = read_log(actor, lines)
     sys.stdout.write(
         json.dumps({"actor": actor, "lines": text}) + "\n"
         if as_json
@@ -40,7 +40,7 @@ def logs(
     )
 
 
-def read(actor: str, lines: int) -> list[str]:
+def read_log(actor: str, lines: int) -> list[str]:
     """Raises InvalidRequest for an actor that was never there, Unavailable where its node has gone."""
     import ray
     from ray._private.state import (
@@ -50,7 +50,9 @@ def read(actor: str, lines: int) -> list[str]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     found = [
-        entry for entry in actors().values() if is_life(str(entry["Name"]), actor) and entry["Pid"]
+        entry
+        for entry in actors().values()
+        if is_life_of(str(entry["Name"]), actor) and entry["Pid"]
     ]
     if not found:
         raise InvalidRequest(
@@ -60,7 +62,7 @@ def read(actor: str, lines: int) -> list[str]:
     there = NodeAffinitySchedulingStrategy(last["Address"]["NodeID"], soft=False)
     task = ray.remote(tail).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
     try:
-        text: list[str] = ray.get(task.remote(last["Pid"], lines), timeout=READ)
+        text: list[str] = ray.get(task.remote(last["Pid"], lines), timeout=READ_TIMEOUT_S)
     except RayError as error:
         raise Unavailable(
             f"the node of {actor} does not answer: its log is lost with it"
@@ -68,7 +70,7 @@ def read(actor: str, lines: int) -> list[str]:
     return text
 
 
-def is_life(name: str, actor: str) -> bool:
+def is_life_of(name: str, actor: str) -> bool:
     """Whether an actor of that name in the cluster is, or was, the one that is meant."""
     stem, _, incarnation = name.rpartition("-")
     return name == actor or (stem == actor and incarnation.isdecimal())
@@ -84,5 +86,5 @@ def tail(pid: int, lines: int) -> list[str]:
     last: deque[str] = deque(maxlen=lines)  # Ray lets a log grow to half a gigabyte
     for file in files:
         with file.open(encoding="utf-8", errors="replace") as written:
-            last.extend(line.rstrip("\n") for line in written if not line.startswith(RAYS_OWN))
+            last.extend(line.rstrip("\n") for line in written if not line.startswith(RAY_PREFIXES))
     return list(last)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from actors.cli.commands.doctor import PROMPTS
-from actors.cli.commands.measure_guesses import Answer, of_drafter, of_head
+from actors.cli.commands.measure_guesses import TargetAnswer, measure_drafter, measure_head
 from actors.compose import build_drafter, build_head
 from actors.launch.prepare import context_length
 from runtime.config import DrafterConfig, Dtype, HeadConfig, Placement
@@ -18,12 +18,12 @@ from runtime.models.vocab_check import check_pair
 from runtime.sim.pair_profile import Measured, positions
 from runtime.sim.replayed_head import HeadFigures
 
-WIDTHS = (1, 2, 4, 8, 16, 17, 32, 33, 64)  # rows; kernels work in tiles of 16
-TEXTS = 8  # of a pass over several
-TOKENS = 96  # of the target's text for each prompt
+PROFILE_ROW_COUNTS = (1, 2, 4, 8, 16, 17, 32, 33, 64)  # rows; kernels work in tiles of 16
+BATCH_TEXTS = 8  # of a pass over several
+MAX_TOKENS = 96  # of the target's text for each prompt
 
 
-def measure(
+def measure_models(
     target: str,
     drafters: Sequence[DrafterConfig],
     heads: Sequence[HeadConfig],
@@ -52,17 +52,20 @@ def measure(
     ]
     large = load_model(target, dtype, threads=1)
     note("measuring the target's steps")
-    times, text = step_times(large, WIDTHS, time.monotonic), text_time(large, TEXTS, time.monotonic)
-    sampling = Sampling(temperature=temperature, max_tokens=min(TOKENS, context // 2))
+    times, text = (
+        step_times(large, PROFILE_ROW_COUNTS, time.monotonic),
+        text_time(large, BATCH_TEXTS, time.monotonic),
+    )
+    sampling = Sampling(temperature=temperature, max_tokens=min(MAX_TOKENS, context // 2))
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
-    answers: list[Answer] = [
+    answers: list[TargetAnswer] = [
         (prompt, continuation(large, prompt, sampling, frozenset())) for prompt in prompts
     ]
     found, sitting = [], []
     for head in heads:
         note(f"measuring {head.method}")
         sitting.append(
-            of_head(head.method, build_head(head, large, tokenizer), large, answers, sampling)
+            measure_head(head.method, build_head(head, large, tokenizer), large, answers, sampling)
         )
     for drafter in drafters:
         name = Path(drafter.model).name or drafter.method
@@ -72,14 +75,18 @@ def measure(
             "target": times,
             "text": text,
             "rtt": rtt,
-            **figures(drafter, target, dtype, answers, sampling),
+            **measure_draft(drafter, target, dtype, answers, sampling),
         }
         found.append(Measured.model_validate(known))
     return found, sitting, warnings
 
 
-def figures(
-    drafter: DrafterConfig, target: str, dtype: Dtype, answers: Sequence[Answer], sampling: Sampling
+def measure_draft(
+    drafter: DrafterConfig,
+    target: str,
+    dtype: Dtype,
+    answers: Sequence[TargetAnswer],
+    sampling: Sampling,
 ) -> dict[str, object]:
     """Its t(w) and its guesses. A method that is not simply a model is asked place by place."""
     if drafter.method in ("model", "layer-skip"):
@@ -87,11 +94,11 @@ def figures(
         small = load_model(drafter.model or target, dtype, threads=1, layers=layers)
         guessed = along(small, answers, sampling)
         return {
-            "draft": step_times(small, WIDTHS, time.monotonic),
+            "draft": step_times(small, PROFILE_ROW_COUNTS, time.monotonic),
             "positions": positions(guessed.ranks, guessed.scores),
         }
     here = Placement(cores=(min(os.sched_getaffinity(0)),))
-    seconds, places = of_drafter(
+    seconds, places = measure_drafter(
         build_drafter(drafter.model_copy(update={"placement": here}), target).draft_engine.drafter,
         answers,
         sampling,

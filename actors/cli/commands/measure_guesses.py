@@ -21,14 +21,14 @@ from runtime.sim.draft_samples import Place
 from runtime.sim.pair_profile import Position
 from runtime.sim.replayed_head import HeadFigures, along
 
-Answer = tuple[Sequence[int], Sequence[int]]  # prompt, and what the target said
-SILENT = -14.0  # log of the chance of what stands for no guess
-WIDTHS = (4, 16)  # leaves of a pass, beside one
+TargetAnswer = tuple[Sequence[int], Sequence[int]]  # prompt, and what the target said
+NO_GUESS_LOGPROB = -14.0  # log of the chance of what stands for no guess
+LEAF_COUNTS = (4, 16)  # leaves of a pass, beside one
 REPEATS = 8
 
 
-def of_head(
-    name: str, head: Head, model: HFModel, answers: Sequence[Answer], sampling: Sampling
+def measure_head(
+    name: str, head: Head, model: HFModel, answers: Sequence[TargetAnswer], sampling: Sampling
 ) -> HeadFigures:
     """It looks at steps of plain decoding along the answers. Each pass is made without it and then with it: the difference is its price."""
     steps: list[tuple[Place, ...]] = []
@@ -53,7 +53,7 @@ def of_head(
             growth = head.propose(
                 [
                     Seen(
-                        begun(number, (*text, output[place]), prompt, sampling),
+                        new_text(number, (*text, output[place]), prompt, sampling),
                         rows.tokens,
                         (0,),
                         shown,
@@ -72,28 +72,28 @@ def of_head(
     return HeadFigures(name, price, tuple(steps))
 
 
-def of_drafter(
-    drafter: Drafter, answers: Sequence[Answer], sampling: Sampling
+def measure_drafter(
+    drafter: Drafter, answers: Sequence[TargetAnswer], sampling: Sampling
 ) -> tuple[dict[int, float], tuple[Position, ...]]:
     """Seconds (median) of a pass by the number of leaves that it guesses below, and the guesses at each place of the answers."""
     seconds, found = [], []
     for number, (prompt, output) in enumerate(answers):
         for place in range(len(output)):
-            guessed, took = asked(
+            guessed, took = timed_expand(
                 drafter,
-                ExpandRequest(begun(number, (*prompt, *output[:place]), prompt, sampling), [0]),
+                ExpandRequest(new_text(number, (*prompt, *output[:place]), prompt, sampling), [0]),
             )
             seconds.append(took)
-            near, *below = levels(guessed, output[place:]) or [
-                Position(rank=None, scores=(SILENT,))
+            near, *below = rank_positions(guessed, output[place:]) or [
+                Position(rank=None, scores=(NO_GUESS_LOGPROB,))
             ]
             found.append(near.model_copy(update={"below": tuple(below)}))
         drafter.close(str(number))
-    wider = {width: seconds_below(drafter, answers[0], sampling, width) for width in WIDTHS}
+    wider = {width: expand_seconds(drafter, answers[0], sampling, width) for width in LEAF_COUNTS}
     return {1: statistics.median(seconds), **wider}, tuple(found)
 
 
-def asked(drafter: Drafter, wish: ExpandRequest) -> tuple[DraftNodes, float]:
+def timed_expand(drafter: Drafter, wish: ExpandRequest) -> tuple[DraftNodes, float]:
     """Its answer, and the seconds of the pass that gave it: those before may have read the text."""
     while True:
         began = time.monotonic()
@@ -102,22 +102,24 @@ def asked(drafter: Drafter, wish: ExpandRequest) -> tuple[DraftNodes, float]:
             return guessed, time.monotonic() - began
 
 
-def seconds_below(drafter: Drafter, answer: Answer, sampling: Sampling, width: int) -> float:
+def expand_seconds(drafter: Drafter, answer: TargetAnswer, sampling: Sampling, width: int) -> float:
     """Seconds (median) of a pass that guesses below so many children of a text's last token."""
     prompt, output = answer
     seconds = []
     for place in range(min(REPEATS, len(output))):
-        text = begun(width, (*prompt, *output[:place]), prompt, sampling)
-        asked(drafter, ExpandRequest(text, [0]))
+        text = new_text(width, (*prompt, *output[:place]), prompt, sampling)
+        timed_expand(drafter, ExpandRequest(text, [0]))
         leaves = [
-            leaf for token in range(width) if (leaf := text.tree.add(0, token, SILENT)) is not None
+            leaf
+            for token in range(width)
+            if (leaf := text.tree.add(0, token, NO_GUESS_LOGPROB)) is not None
         ]
-        seconds.append(asked(drafter, ExpandRequest(text, leaves))[1])
+        seconds.append(timed_expand(drafter, ExpandRequest(text, leaves))[1])
     drafter.close(str(width))
     return statistics.median(seconds)
 
 
-def levels(guessed: DraftNodes, text: Sequence[int]) -> list[Position]:
+def rank_positions(guessed: DraftNodes, text: Sequence[int]) -> list[Position]:
     """The guesses of a pass for one leaf, place by place, each behind the best of the one before; the target goes on with `text`."""
     found: list[Position] = []
     siblings, right = np.arange(len(guessed.tokens))[guessed.levels()[0]], True
@@ -132,7 +134,7 @@ def levels(guessed: DraftNodes, text: Sequence[int]) -> list[Position]:
     return found
 
 
-def begun(number: int, tokens: Tokens, prompt: Sequence[int], sampling: Sampling) -> Text:
+def new_text(number: int, tokens: Tokens, prompt: Sequence[int], sampling: Sampling) -> Text:
     """A text with no guesses yet."""
     tree = TokenTree(text_key(tokens), tokens[-1], limits.TREE_NODES, limits.TREE_DEPTH)
     return Text(str(number), tokens, len(prompt), sampling, tree)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from actors.cli.commands.options import Dtype
-from actors.cli.views.plan_view import Plan, as_json, plot, sentences, tables
+from actors.cli.views.plan_view import Plan, plan_json, plan_tables, plot_plan, recommendations
 from runtime import config
 from runtime.core.errors import InvalidRequest
 from runtime.core.sampling_params import Sampling, in_range, whole
@@ -25,10 +25,10 @@ from runtime.sim.pair_profile import Measured, read
 from runtime.sim.replayed_head import HeadFigures
 from runtime.sim.sweep import Job
 
-MOST_SESSIONS, MOST_TARGETS = 10_000, 64
-LONGEST_TRIP = 10_000.0  # milliseconds
-DEFAULT_RTT = 1.0
-KIND = "schedules"
+MAX_SESSIONS, MAX_TARGETS = 10_000, 64
+MAX_RTT_MS = 10_000.0  # milliseconds
+DEFAULT_RTT_MS = 1.0
+SCHEDULES_GROUP = "schedules"
 
 
 def plan(
@@ -75,7 +75,7 @@ def plan(
 ) -> None:
     """Forecast tokens per second of each schedule from measured step times and guesses: the runtime itself, on a virtual clock."""
     names = tuple(dict.fromkeys(schedule or sweep.SCHEDULES))
-    setting = checked(names, sessions, drafters, targets, rtt, temperature)
+    setting = check_setting(names, sessions, drafters, targets, rtt, temperature)
     if measured and (target or draft):
         raise InvalidRequest(
             "--measured stands in place of models: give either figures or --target and --draft",
@@ -89,27 +89,27 @@ def plan(
             pairs if rtt is None else [pair.model_copy(update={"rtt": rtt / 1e3}) for pair in pairs]
         )
     else:
-        pairs, heads = measure(
-            target, draft, dtype, temperature, DEFAULT_RTT if rtt is None else rtt, errors
+        pairs, heads = measure_pairs(
+            target, draft, dtype, temperature, DEFAULT_RTT_MS if rtt is None else rtt, errors
         )
     if save is not None:
-        write(save, pairs)
-    with simulator(errors) as run_all:
-        found = forecasts(pairs, heads, names, setting, run_all)
+        write_profile(save, pairs)
+    with parallel_simulator(errors) as run_all:
+        found = forecast_plan(pairs, heads, names, setting, run_all)
     if png is not None:
-        plot(found, png)
+        plot_plan(found, png)
     console = Console(highlight=False)
     if as_object:
-        typer.echo(json.dumps(as_json(found)))
+        typer.echo(json.dumps(plan_json(found)))
         return
-    for table in tables(found):
+    for table in plan_tables(found):
         console.print(table)
         console.print()
-    for sentence in sentences(found):
+    for sentence in recommendations(found):
         console.print(sentence)
 
 
-def checked(
+def check_setting(
     names: Sequence[str],
     sessions: int,
     drafters: int,
@@ -124,16 +124,16 @@ def checked(
             f"schedule {wrong[0]!r} is not known: give one of {', '.join(sweep.SCHEDULES)}",
             "schedule",
         )
-    whole("sessions", sessions, 1, MOST_SESSIONS)
+    whole("sessions", sessions, 1, MAX_SESSIONS)
     whole("drafters", drafters, 1, config.MOST_DRAFTERS)
-    whole("targets", targets, 1, MOST_TARGETS)
+    whole("targets", targets, 1, MAX_TARGETS)
     if rtt is not None:
-        in_range("rtt", rtt, 0.0, LONGEST_TRIP)
+        in_range("rtt", rtt, 0.0, MAX_RTT_MS)
     Sampling(temperature=temperature)
     return Setting(drafters=drafters, sessions=sessions, targets=targets)
 
 
-def measure(
+def measure_pairs(
     target: str | None,
     drafts: list[str] | None,
     dtype: Dtype,
@@ -149,7 +149,7 @@ def measure(
     wanted = config.deployment(name, chosen, 1, dtype.value, "auto", local=False)
     with errors.status("loading torch") as status:
         from actors.cli.commands.measure import (
-            measure as of_models,
+            measure_models as of_models,
         )  # torch and transformers: `--help` needs neither
 
         drafters = [pool.member(0) for pool in wanted.pools]
@@ -161,7 +161,7 @@ def measure(
     return pairs, heads
 
 
-def write(file: Path, pairs: Sequence[Measured]) -> None:
+def write_profile(file: Path, pairs: Sequence[Measured]) -> None:
     if len(pairs) != 1:
         raise InvalidRequest(f"--save holds one pair, not {len(pairs)}: give one --draft", "save")
     try:
@@ -173,7 +173,7 @@ def write(file: Path, pairs: Sequence[Measured]) -> None:
 
 
 @contextmanager
-def simulator(errors: Console) -> Iterator[sweep.RunAll]:
+def parallel_simulator(errors: Console) -> Iterator[sweep.RunAll]:
     """Runs simulations on all cores that this process may use, under a progress bar."""
     columns = (
         TextColumn("{task.description}"),
@@ -197,7 +197,7 @@ def simulator(errors: Console) -> Iterator[sweep.RunAll]:
         yield run_all
 
 
-def forecasts(
+def forecast_plan(
     pairs: Sequence[Measured],
     heads: Sequence[HeadFigures],
     names: Sequence[str],
@@ -210,14 +210,14 @@ def forecasts(
         job
         for pair, chosen in zip(pairs, configs, strict=True)
         for job in sweep.jobs(pair, chosen, setting)
-        if job.group == KIND
+        if job.group == SCHEDULES_GROUP
     ]
     compared = list(zip(jobs, run_all(jobs), strict=True))
     fastest = max(compared, key=lambda done: done[1].tokens_per_second)[0].measured
     jobs = [
         job
         for job in sweep.jobs(fastest, configs[pairs.index(fastest)], setting)
-        if job.group != KIND
+        if job.group != SCHEDULES_GROUP
     ]
     if "living" in names:
         shallow = sweep.half_as_deep(fastest)

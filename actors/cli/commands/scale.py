@@ -10,11 +10,12 @@ import typer
 
 from actors.cli.commands.options import Address, Json
 from actors.cli.views.generation_view import Progress
+from actors.controller import client
 from actors.controller.fleet_view import Fleet, PoolState
-from actors.launch import cluster_client
+from actors.launch.cluster import join_cluster
 from runtime.core.errors import InvalidRequest, Unavailable
 
-PERIOD = 0.2  # seconds between two looks
+POLL_PERIOD_S = 0.2  # seconds between two looks
 
 
 def scale(
@@ -29,19 +30,19 @@ def scale(
     Where the cluster has no room it waits until there is; Ctrl-C ends the waiting, not the wish. Drafters that fail again and again are
     given up after some minutes, which ends it too.
     """
-    pool, count = parsed(wish)
-    with Progress(quiet=as_json) as progress, cluster_client.controller(address) as controller:
-        fleet: Fleet = controller.ask("scale", pool, count)
-        while not settled(fleet, pool):
-            check_hope(fleet, pool)
+    pool, count = parse_wish(wish)
+    with Progress(quiet=as_json) as progress, join_cluster(address):
+        fleet: Fleet = client.ask_controller("scale", pool, count)
+        while not is_settled(fleet, pool):
+            raise_given_up(fleet, pool)
             progress.note(f"{pool_of(fleet, pool).ready} of {count} drafters are ready")
-            time.sleep(PERIOD)
-            fleet = controller.fleet()
+            time.sleep(POLL_PERIOD_S)
+            fleet = client.fetch_fleet()
     if as_json:
         sys.stdout.write(json.dumps(asdict(pool_of(fleet, pool))) + "\n")
 
 
-def parsed(wish: str) -> tuple[str, int]:
+def parse_wish(wish: str) -> tuple[str, int]:
     pool, _, count = wish.rpartition("=")
     if not pool or not count.isdecimal() or len(count) > 4:
         raise InvalidRequest(
@@ -51,7 +52,7 @@ def parsed(wish: str) -> tuple[str, int]:
     return pool, int(count)
 
 
-def settled(fleet: Fleet, pool: str) -> bool:
+def is_settled(fleet: Fleet, pool: str) -> bool:
     """As many are ready as are wanted, and nobody is on the way out or in."""
     return (
         pool_of(fleet, pool).ready
@@ -60,7 +61,7 @@ def settled(fleet: Fleet, pool: str) -> bool:
     )
 
 
-def check_hope(fleet: Fleet, pool: str) -> None:
+def raise_given_up(fleet: Fleet, pool: str) -> None:
     """Raises Unavailable where a drafter of the pool was given up."""
     for drafter in fleet.drafters:
         if drafter.pool == pool and drafter.state == "failed":

@@ -12,22 +12,23 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from actors.cli.commands.inlined import refuse_beside
+from actors.cli.commands.inlined import refuse_with_file
 from actors.cli.commands.options import Address, Device, Dtype, Json
 from actors.cli.views.generation_view import Progress
 from actors.controller import client
 from actors.controller.fleet_view import Fleet
-from actors.launch import cluster_client, local_ray
+from actors.launch import local_ray
+from actors.launch.cluster import chosen_address, join_cluster
 from actors.ray_session import NAMESPACE
-from actors.tracing.recording import check_file, record
+from actors.tracing.recording import check_writable, record_until
 from runtime import config
 from runtime.config import Deployment, GatewayConfig
 from runtime.core.sampling_params import whole
 
-ON_HEAD = {
+HEAD_NODE = {
     "node:__internal_head__": 0.001
 }  # where nothing but the loss of the cluster itself takes it along
-IN_FILE = (
+FILE_OPTIONS = (
     "target",
     "draft",
     "drafters",
@@ -38,7 +39,9 @@ IN_FILE = (
     "api_key_file",
     "insecure",
 )
-CALLS = 32  # of the controller at one time: gateways, commands, and those that wait for something
+MAX_CONCURRENT_CALLS = (
+    32  # of the controller at one time: gateways, commands, and those that wait for something
+)
 
 
 def serve(
@@ -80,11 +83,11 @@ def serve(
 ) -> None:
     """Start what is not there yet, change what is; return when all of it is ready. `outrider down` ends it."""
     if trace is not None:
-        check_file(trace)
-    chosen = cluster_client.chosen(address)
+        check_writable(trace)
+    chosen = chosen_address(address)
     fresh = chosen is None and local_ray.find() is None
     if file is not None:
-        refuse_beside(context, str(file), *IN_FILE)
+        refuse_with_file(context, str(file), *FILE_OPTIONS)
         plan = config.read(file)
     else:
         whole("port", port, 0, 65535)
@@ -104,14 +107,14 @@ def serve(
             chosen is None,
         )
         plan = pair.model_copy(update={"gateway": gateway})
-    with Progress(quiet=as_json) as progress, orderly(), ExitStack() as undoing:
-        warnings = check(plan, chosen is None, progress)
+    with Progress(quiet=as_json) as progress, exit_on_signals(), ExitStack() as undoing:
+        warnings = check_plan(plan, chosen is None, progress)
         progress.note("joining Ray" if chosen or not fresh else "starting Ray")
         if fresh:
             undoing.callback(end_local)
         with (
-            cluster_client.cluster(address, start=True),
-            orderly(),
+            join_cluster(address, start=True),
+            exit_on_signals(),
         ):  # again: Ray's own answer to SIGTERM, from here on, is to abort
             progress.note(f"loading {plan.target.model} and {len(plan.drafters())} drafters")
             fleet = deploy(plan)
@@ -122,17 +125,17 @@ def serve(
         )
         sys.stdout.flush()
     else:
-        show(plan, fleet, warnings)
+        show_fleet(plan, fleet, warnings)
     if trace is not None:
         Console(stderr=True, highlight=False).print(
             f"recording; Ctrl-C ends that and writes {trace}, the service goes on"
         )
-        with orderly(), cluster_client.controller(address) as controller:
-            record(controller, trace, threading.Event().wait)
+        with exit_on_signals(), join_cluster(address):
+            record_until(trace, threading.Event().wait)
 
 
 @contextmanager
-def orderly() -> Iterator[None]:
+def exit_on_signals() -> Iterator[None]:
     """Inside, SIGTERM and SIGHUP end this command as Ctrl-C does, and what it has begun is undone."""
 
     def leave(number: int, _: object) -> None:
@@ -154,7 +157,7 @@ def end_local() -> None:
         local_ray.end(started)
 
 
-def check(plan: Deployment, local: bool, progress: Progress) -> tuple[str, ...]:
+def check_plan(plan: Deployment, local: bool, progress: Progress) -> tuple[str, ...]:
     """What can be said before anything is started; of the models, where they are on this machine. Returns what should be known of them."""
     progress.note("looking at the deployment")
     from actors.gateway.server import check_closed
@@ -173,15 +176,15 @@ def deploy(plan: Deployment) -> Fleet:
 
     from actors.controller.controller import Controller
 
-    if client.find() is None:
+    if client.find_controller() is None:
         kind = ray.remote(Controller).options(
             name=client.NAME,
             namespace=NAMESPACE,
             lifetime="detached",
             max_restarts=-1,
             num_cpus=0,
-            max_concurrency=CALLS,
-            resources=ON_HEAD,
+            max_concurrency=MAX_CONCURRENT_CALLS,
+            resources=HEAD_NODE,
         )
         handle: Any = kind.remote(plan, served=True)
         try:
@@ -191,11 +194,11 @@ def deploy(plan: Deployment) -> Fleet:
             ray.kill(handle)
             raise
         return found
-    changed: Fleet = client.ask("apply", plan, timeout_s=None)
+    changed: Fleet = client.ask_controller("apply", plan, timeout_s=None)
     return changed
 
 
-def show(plan: Deployment, fleet: Fleet, warnings: tuple[str, ...]) -> None:
+def show_fleet(plan: Deployment, fleet: Fleet, warnings: tuple[str, ...]) -> None:
     console, errors = (
         Console(highlight=False, soft_wrap=True),
         Console(stderr=True, highlight=False),
@@ -205,10 +208,10 @@ def show(plan: Deployment, fleet: Fleet, warnings: tuple[str, ...]) -> None:
     for url in fleet.gateways:
         console.print(f"{fleet.served_model} is served at {url}/v1")
     if fleet.gateways:
-        console.print(curl(fleet.gateways[0], fleet.served_model, plan.gateway))
+        console.print(curl_command(fleet.gateways[0], fleet.served_model, plan.gateway))
 
 
-def curl(url: str, model: str, gateway: GatewayConfig) -> str:
+def curl_command(url: str, model: str, gateway: GatewayConfig) -> str:
     """A first request, to be copied."""
     words = ["curl", f"{url}/v1/completions", "-H 'Content-Type: application/json'"]
     words += ['-H "Authorization: Bearer $KEY"'] if gateway.api_keys else []

@@ -7,24 +7,24 @@ import time
 from rich.console import Console
 
 from actors.cli.commands.options import Address, Json
-from actors.cli.views.status_view import Look, as_json, shown
-from actors.launch import cluster_client
-from actors.launch.cluster_client import Controller
+from actors.cli.views.status_view import Snapshot, render_status, status_json
+from actors.controller import client
+from actors.launch.cluster import join_cluster
 
-BETWEEN = 1.0  # seconds between the two looks that tokens per second are made of
+SAMPLE_PERIOD_S = 1.0  # seconds between the two looks that tokens per second are made of
 
 
 def status(address: Address = None, as_object: Json = False) -> None:
     """Targets, pools, drafters, sessions, acceptance and lag of each drafter, tokens per second, versions."""
-    with cluster_client.controller(address) as controller:
-        before = look(controller)
-        time.sleep(BETWEEN)
-        now = look(controller)
+    with join_cluster(address):
+        before = take_snapshot()
+        time.sleep(SAMPLE_PERIOD_S)
+        now = take_snapshot()
     if as_object:
-        sys.stdout.write(json.dumps(as_json(before, now)) + "\n")
+        sys.stdout.write(json.dumps(status_json(before, now)) + "\n")
     else:
-        Console(highlight=False).print(shown(before, now))
+        Console(highlight=False).print(render_status(before, now))
 
 
-def look(controller: Controller) -> Look:
-    return Look(time.monotonic(), controller.fleet())
+def take_snapshot() -> Snapshot:
+    return Snapshot(time.monotonic(), client.fetch_fleet())

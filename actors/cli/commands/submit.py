@@ -11,16 +11,19 @@ from typing import Annotated, Any
 import typer
 
 from actors.cli.commands.options import Address, Json
-from actors.cli.views.job_view import Bar
-from actors.jobs.job import Job, absolute, opened
-from actors.jobs.registry import find
-from actors.jobs.runner import MOST, Order, live
-from actors.launch import cluster_client
+from actors.cli.views.job_view import JobProgress
+from actors.jobs.job import Job, absolute_url, open_job
+from actors.jobs.registry import find_job
+from actors.jobs.runner import DEFAULT_PARALLEL, SubmitOptions, run_job
+from actors.launch.cluster import join_cluster
 from runtime.core.errors import InvalidRequest, Unavailable
 from runtime.core.sampling_params import whole
 
-MOST_PARALLEL = 1024
-START, LOOK = 30.0, 0.2  # seconds for a detached job to begin, and between two looks
+MAX_PARALLEL = 1024
+START_TIMEOUT_S, POLL_PERIOD_S = (
+    30.0,
+    0.2,
+)  # seconds for a detached job to begin, and between two looks
 
 
 def submit(
@@ -53,7 +56,7 @@ def submit(
         typer.Option(
             help="at most so many items in flight; fewer where the deployment admits fewer"
         ),
-    ] = MOST,
+    ] = DEFAULT_PARALLEL,
     detach: Annotated[
         bool,
         typer.Option(
@@ -68,18 +71,18 @@ def submit(
     output is a URL. A file with a line that has no custom_id to answer to, or one that stands twice, is refused before anything starts.
     A file or an output that somebody changes meanwhile ends the job; what was answered is kept, and it goes on when they are back.
     """
-    whole("parallel", parallel, 1, MOST_PARALLEL)
+    whole("parallel", parallel, 1, MAX_PARALLEL)
     if (api_key_file or ca) and not url:
         raise InvalidRequest("--api-key-file and --ca are for a gateway: give its --url", "url")
-    order = Order(absolute(file), absolute(out), url, api_key_file, ca, parallel)
+    order = SubmitOptions(absolute_url(file), absolute_url(out), url, api_key_file, ca, parallel)
     if detach:
-        hand_over(order, address, as_json)
+        submit_detached(order, address, as_json)
         return
-    with Bar(quiet=as_json) as bar, opened(order.file, order.out) as job:
+    with JobProgress(quiet=as_json) as bar, open_job(order.file, order.out) as job:
         try:
-            over = carry_out(order, address, job, bar)
+            over = finish_job(order, address, job, bar)
         except KeyboardInterrupt:
-            tell(
+            print_note(
                 job,
                 f"interrupted after {job.totals.done} of {job.totals.items} items; the same command goes on from there",
             )
@@ -90,46 +93,46 @@ def submit(
             f"{job.record.id} was cancelled after {done}: the same command goes on from there"
         )
     if as_json:
-        sys.stdout.write(json.dumps(summary(job)) + "\n")
+        sys.stdout.write(json.dumps(job_summary(job)) + "\n")
     else:
-        tell(
+        print_note(
             job, f"{job.totals.done} items, {job.totals.failed} of them failed: {job.record.output}"
         )
 
 
-def carry_out(order: Order, address: str | None, job: Job, bar: Bar) -> bool:
+def finish_job(order: SubmitOptions, address: str | None, job: Job, bar: JobProgress) -> bool:
     """False where the job was cancelled meanwhile. Where nothing is left to ask, nobody need serve."""
     if job.totals.done == job.totals.items:
         job.finish()
         return True
     bar.note("asking who serves")
-    with nullcontext() if order.url else cluster_client.cluster(address):
-        return live(order, job, bar.show)
+    with nullcontext() if order.url else join_cluster(address):
+        return run_job(order, job, bar.show)
 
 
-def hand_over(order: Order, address: str | None, as_json: bool) -> None:
-    with opened(order.file, order.out) as job:  # what is wrong with the file is said here and now
+def submit_detached(order: SubmitOptions, address: str | None, as_json: bool) -> None:
+    with open_job(order.file, order.out) as job:  # what is wrong with the file is said here and now
         found = job.record.id
-    with cluster_client.cluster(address):
+    with join_cluster(address):
         from actors.jobs.detached import detach  # Ray
 
         name = detach(order)
-        until = time.monotonic() + START
-        while find(found).state == "stopped" and time.monotonic() < until:
-            time.sleep(LOOK)
+        until = time.monotonic() + START_TIMEOUT_S
+        while find_job(found).state == "stopped" and time.monotonic() < until:
+            time.sleep(POLL_PERIOD_S)
     if as_json:
         sys.stdout.write(json.dumps({"id": found, "ray_job": name}) + "\n")
-    elif find(found).state == "stopped":
+    elif find_job(found).state == "stopped":
         sys.stdout.write(
-            f"{found} waits as Ray job {name} and has not begun here within {START:g} s; see: ray job logs {name}\n"
+            f"{found} waits as Ray job {name} and has not begun here within {START_TIMEOUT_S:g} s; see: ray job logs {name}\n"
         )
     else:
         sys.stdout.write(f"{found} runs as Ray job {name}; follow it with: outrider jobs {found}\n")
 
 
-def summary(job: Job) -> dict[str, Any]:
+def job_summary(job: Job) -> dict[str, Any]:
     return {"id": job.record.id, "output": job.record.output, **asdict(job.totals)}
 
 
-def tell(job: Job, what: str) -> None:
+def print_note(job: Job, what: str) -> None:
     sys.stderr.write(f"{job.record.id}: {what}\n")

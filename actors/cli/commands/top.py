@@ -10,35 +10,37 @@ from rich.console import Console
 from rich.live import Live
 
 from actors.cli.commands.options import Address, Json
-from actors.cli.commands.status import look
-from actors.cli.views.status_view import Look, as_json, shown
-from actors.launch import cluster_client
-from actors.launch.cluster_client import Controller
+from actors.cli.commands.status import take_snapshot
+from actors.cli.views.status_view import Snapshot, render_status, status_json
+from actors.launch.cluster import join_cluster
 from runtime.core.errors import Unavailable
 
-PERIOD = 1.0  # seconds
+REFRESH_PERIOD_S = 1.0  # seconds
 
 
 def top(address: Address = None, as_object: Json = False) -> None:
     """The status, live, until Ctrl-C; with --json one object in each line."""
-    with cluster_client.controller(address) as controller:
-        before = look(controller)
+    with join_cluster(address):
+        before = take_snapshot()
         if as_object:
-            for now in looks(controller):
-                sys.stdout.write(json.dumps(as_json(before, now)) + "\n")
+            for now in snapshots():
+                sys.stdout.write(json.dumps(status_json(before, now)) + "\n")
                 sys.stdout.flush()
                 before = now
         with Live(
-            shown(before, before), console=Console(highlight=False), screen=True, auto_refresh=False
+            render_status(before, before),
+            console=Console(highlight=False),
+            screen=True,
+            auto_refresh=False,
         ) as screen:
-            for now in looks(controller):
-                screen.update(shown(before, now), refresh=True)
+            for now in snapshots():
+                screen.update(render_status(before, now), refresh=True)
                 before = now
 
 
-def looks(controller: Controller) -> Iterator[Look]:
+def snapshots() -> Iterator[Snapshot]:
     """One after the other, without those that the controller does not answer in time: when all are busy, people look."""
     while True:
-        time.sleep(PERIOD)
+        time.sleep(REFRESH_PERIOD_S)
         with suppress(Unavailable):
-            yield look(controller)
+            yield take_snapshot()

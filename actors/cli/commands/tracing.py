@@ -8,7 +8,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from actors.tracing.trace_reader import Delay, Figures, Interval, Timeline, figures, middle, read
+from actors.tracing.trace_reader import (
+    DelayStats,
+    Interval,
+    Timeline,
+    TraceStats,
+    middle_window,
+    read_trace,
+    trace_stats,
+)
 from runtime.core.errors import InvalidRequest
 from runtime.telemetry.tracing import COMMIT, GROWTH
 
@@ -34,16 +42,16 @@ def trace(
     ] = None,
 ) -> None:
     """Say what target, drafters and wire did with their time, and draw it."""
-    found = read(file)
-    window = chosen(found, begin, end)
+    found = read_trace(file)
+    window = choose_window(found, begin, end)
     if png is not None:
-        from actors.tracing.trace_plot import draw  # matplotlib
+        from actors.tracing.trace_plot import draw_trace  # matplotlib
 
-        draw(found, window if (begin, end) != (None, None) else middle(found), png)
-    Console(highlight=False).print(table(found, figures(found, window), window))
+        draw_trace(found, window if (begin, end) != (None, None) else middle_window(found), png)
+    Console(highlight=False).print(trace_table(found, trace_stats(found, window), window))
 
 
-def chosen(found: Timeline, begin: float | None, end: float | None) -> Interval:
+def choose_window(found: Timeline, begin: float | None, end: float | None) -> Interval:
     """The run, or what is asked for of the trace. Raises InvalidRequest where that is empty."""
     first, last = found.bounds
     wanted = (found.run[0] if begin is None else begin, found.run[1] if end is None else end)
@@ -61,7 +69,7 @@ def chosen(found: Timeline, begin: float | None, end: float | None) -> Interval:
     return window
 
 
-def table(found: Timeline, seen: Figures, window: Interval) -> Table:
+def trace_table(found: Timeline, seen: TraceStats, window: Interval) -> Table:
     title = f"{window[0]:.3f} s to {window[1]:.3f} s"
     shown = Table(
         title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
@@ -76,13 +84,13 @@ def table(found: Timeline, seen: Figures, window: Interval) -> Table:
     if seen.drafters:
         shown.add_row("overlap", f"target and some drafter compute {seen.overlap:.0%} of the time")
     for kind in (GROWTH, COMMIT) if seen.drafters else ():
-        shown.add_row(f"{kind}s", told(seen.delays[kind], found.unanswered.get(kind, 0)))
+        shown.add_row(f"{kind}s", describe_delay(seen.delays[kind], found.unanswered.get(kind, 0)))
     if found.cut:
         shown.add_row("note", "the recording was full: what happened before may be missing")
     return shown
 
 
-def told(delay: Delay, unanswered: int) -> str:
+def describe_delay(delay: DelayStats, unanswered: int) -> str:
     lost = f"; in the whole trace {unanswered} that nobody took in" if unanswered else ""
     if not delay.count:
         return f"0{lost}"

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from training.teacher import Teacher
     from training.text import Document
 
-MOST_STEPS, MOST_TEXTS, MOST_OWN, MOST_LAYERS = 10_000_000, 4096, 10_000_000_000, 256
+MAX_STEPS, MAX_BATCH, MAX_OWN_TOKENS, MAX_LAYERS = 10_000_000, 4096, 10_000_000_000, 256
 
 train = typer.Typer(
     help="Train what guesses ahead of a target. Interrupted and started again by the same command, it goes on where it was; "
@@ -80,16 +80,16 @@ def medusa(
     """Heads on the target's last hidden state, one for each place ahead (arXiv 2401.10774). Small, and quick to train."""
     whole("heads", heads, 1, 16)
     whole("blocks", blocks, 1, 8)
-    order = ordered(
+    order = make_order(
         "medusa", target, out, {"heads": heads, "blocks": blocks}, steps, batch, context, own, seed
     )
-    with prepared(order, data, device) as (material, work, tell):
+    with prepare_training(order, data, device) as (material, work, tell):
         from runtime.heads.medusa import Medusa
         from training.medusa import make_forward
         from training.run import train_head
 
         made = Medusa(material.teacher.hidden_size, heads, blocks)
-        report(order, train_head(order, material, made, make_forward(made), work, tell))
+        print_report(order, train_head(order, material, made, make_forward(made), work, tell))
 
 
 @train.command("hidden-transfer")
@@ -111,13 +111,13 @@ def hidden_transfer(
 ) -> None:
     """Linear maps to pseudo hidden states, which pass the target's upper layers (arXiv 2404.12022). Dearer to train, guesses better."""
     whole("positions", positions, 1, 16)
-    chosen = entries(target or config.shipped("target"), layers, positions)
-    order = ordered(
+    chosen = entry_layers(target or config.shipped("target"), layers, positions)
+    order = make_order(
         "hidden-transfer", target, out, {"layers": chosen}, steps, batch, context, own, seed
     )
     from training.hidden_transfer import check, make_forward
 
-    with prepared(order, data, device, lambda teacher: check(teacher, context)) as (
+    with prepare_training(order, data, device, lambda teacher: check(teacher, context)) as (
         material,
         work,
         tell,
@@ -126,7 +126,7 @@ def hidden_transfer(
         from training.run import train_head
 
         made = HiddenTransfer(material.teacher.hidden_size, chosen)
-        report(
+        print_report(
             order,
             train_head(order, material, made, make_forward(made, material.teacher), work, tell),
         )
@@ -153,8 +153,8 @@ def s3d(
     """A drafter out of some of the target's own layers, which guesses several places in a pass (arXiv 2405.20314)."""
     whole("masks", masks, 1, 16)
     whole("rank", rank, 1, 1024)
-    layers = staying(depth_of(target or config.shipped("target")), skip)
-    order = ordered(
+    layers = kept_layers(depth_of(target or config.shipped("target")), skip)
+    order = make_order(
         "s3d",
         target,
         out,
@@ -168,7 +168,7 @@ def s3d(
     from training import s3d as method
     from training.hidden_transfer import check
 
-    with prepared(order, data, device, lambda teacher: check(teacher, context)) as (
+    with prepare_training(order, data, device, lambda teacher: check(teacher, context)) as (
         material,
         work,
         tell,
@@ -181,7 +181,7 @@ def s3d(
             method.make_forward(made, material.teacher, layers),
             method.settings(steps, seed),
         )
-        report(order, train_head(order, material, made, forward, work, tell, DRAFT, settings))
+        print_report(order, train_head(order, material, made, forward, work, tell, DRAFT, settings))
 
 
 @train.command()
@@ -218,17 +218,17 @@ def draft(
         )
     if latency is not None:
         in_range("latency", latency, 0.0, 1e5, above=True)
-    given = parsed(shape) if shape is not None else None
+    given = parse_shape(shape) if shape is not None else None
     settings = {
         "loss": loss.value,
         "latency": latency,
         "shape": shape,
-        "start": start and f"{start} ({named(start)})",
+        "start": start and f"{start} ({short_fingerprint(start)})",
     }
-    order = ordered("draft", target, out, settings, steps, batch, context, own, seed)
+    order = make_order("draft", target, out, settings, steps, batch, context, own, seed)
     if start is not None:
-        same_vocabulary(order.target, start)
-    with prepared(order, data, device) as (material, work, tell):
+        check_vocabulary(order.target, start)
+    with prepare_training(order, data, device) as (material, work, tell):
         from training import draft as method
         from training.run import train_draft
         from training.shapes import Shape, measurer
@@ -243,10 +243,10 @@ def draft(
             if given
             else method.started(str(start), teacher.model.device)
         )
-        report(order, train_draft(order, material, module, loss, curve, work, tell))
+        print_report(order, train_draft(order, material, module, loss, curve, work, tell))
 
 
-def parsed(shape: str) -> "Shape":
+def parse_shape(shape: str) -> "Shape":
     """Raises InvalidRequest for what is no shape."""
     from training.shapes import STEP, WIDEST, Shape
 
@@ -255,9 +255,9 @@ def parsed(shape: str) -> "Shape":
         not found
         or int(found[1]) % STEP
         or not STEP <= int(found[1]) <= WIDEST
-        or not 1 <= int(found[2]) <= MOST_LAYERS
+        or not 1 <= int(found[2]) <= MAX_LAYERS
     ):
-        what = f"a multiple of {STEP} up to {WIDEST}, and 1 to {MOST_LAYERS} layers"
+        what = f"a multiple of {STEP} up to {WIDEST}, and 1 to {MAX_LAYERS} layers"
         raise InvalidRequest(
             f"shape {shape[:32]!r} is not allowed: give HIDDENxLAYERS, {what}, such as 128x2",
             "shape",
@@ -265,14 +265,14 @@ def parsed(shape: str) -> "Shape":
     return Shape(int(found[1]), int(found[2]))
 
 
-def named(model: str) -> str:
+def short_fingerprint(model: str) -> str:
     """Of its files, so that other ones are another training."""
     from training.teacher import fingerprint
 
     return fingerprint(model)[:12]
 
 
-def same_vocabulary(target: str, start: str) -> None:
+def check_vocabulary(target: str, start: str) -> None:
     """Raises PairMismatch, and ModelRefused as of loading."""
     from actors.launch.prepare import context_length
     from runtime.models.loader import load_tokenizer
@@ -296,7 +296,7 @@ def depth_of(target: str) -> int:
     return depth
 
 
-def staying(depth: int, skip: str | None) -> list[int]:
+def kept_layers(depth: int, skip: str | None) -> list[int]:
     """The layers that are left. Raises InvalidRequest for numbers that are none, and for all of them."""
     from training.s3d import middle
 
@@ -319,7 +319,7 @@ def staying(depth: int, skip: str | None) -> list[int]:
     return layers
 
 
-def entries(target: str, layers: list[int] | None, positions: int) -> list[int]:
+def entry_layers(target: str, layers: list[int] | None, positions: int) -> list[int]:
     """Layers at which pseudo states enter. Raises InvalidRequest for layers that the target has not."""
     from training.hidden_transfer import default_layers
 
@@ -333,7 +333,7 @@ def entries(target: str, layers: list[int] | None, positions: int) -> list[int]:
     return chosen
 
 
-def ordered(
+def make_order(
     method: str,
     target: str | None,
     out: Path,
@@ -346,9 +346,9 @@ def ordered(
 ) -> "Order":
     from training.run import Order
 
-    whole("steps", steps, 1, MOST_STEPS)
-    whole("batch", batch, 1, MOST_TEXTS)
-    whole("own", own, 0, MOST_OWN)
+    whole("steps", steps, 1, MAX_STEPS)
+    whole("batch", batch, 1, MAX_BATCH)
+    whole("own", own, 0, MAX_OWN_TOKENS)
     whole("seed", seed, 0, 2**31 - 1)
     return Order(
         method,
@@ -364,7 +364,7 @@ def ordered(
 
 
 @contextmanager
-def prepared(
+def prepare_training(
     order: "Order",
     data: list[Path] | None,
     device: Device,
@@ -385,7 +385,7 @@ def prepared(
     threads = torch.get_num_threads()
     folder.refuse(order.out)
     context = fitting_context(order.context, context_length(order.target))
-    texts = documents(data)
+    texts = read_documents(data)
     with Bar() as bar:
         bar.note("loading the target")
         teacher = load_teacher(order.target, device.value)
@@ -400,7 +400,7 @@ def prepared(
         )
         with folder.opened(order.out, order.recipe(target, corpus.digest)) as work:
             own, held_out = (
-                written(order.target, device, asked, outputs.named(target, asked), bar)
+                target_texts(order.target, device, asked, outputs.named(target, asked), bar)
                 for asked in (learn, hold)
             )
             torch.set_num_threads(threads)  # the runtime has set its own
@@ -411,7 +411,7 @@ def prepared(
             )
 
 
-def documents(data: list[Path] | None) -> "list[Document]":
+def read_documents(data: list[Path] | None) -> "list[Document]":
     from training import text
 
     if data is not None:
@@ -422,7 +422,7 @@ def documents(data: list[Path] | None) -> "list[Document]":
     return [text.Document(name, stdlib_corpus.read(name)) for name in names]
 
 
-def written(
+def target_texts(
     target: str, device: Device, requests: "Sequence[Request]", name: str, bar: "Bar"
 ) -> "list[Written]":
     """The answers of the runtime to `requests`: from the cache, as far as they are there."""
@@ -442,7 +442,7 @@ def written(
     return outputs.answered(folder, requests)
 
 
-def report(order: "Order", measured: "list[Acceptance]") -> None:
+def print_report(order: "Order", measured: "list[Acceptance]") -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{order.out} is ready: its card has the figures")
     for at in measured:

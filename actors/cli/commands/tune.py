@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.cli.commands.options import Device
-from actors.cli.commands.train import Context, Data, Target, documents
+from actors.cli.commands.train import Context, Data, Target, read_documents
 from actors.cli.commands.tune_shapes import shapes
 from runtime import config
 from runtime.core.errors import InvalidRequest
@@ -19,7 +19,7 @@ from runtime.core.sampling_params import whole
 if TYPE_CHECKING:
     from training.layers import Subset
 
-MOST_TEXTS = 4096
+MAX_TEXTS = 4096
 
 tune = typer.Typer(
     help="Find settings of a drafting method by measuring.",
@@ -47,7 +47,7 @@ def layers(
     Layers are left out one after the other, always the one that is missed least; of all numbers of layers the one of which the planner
     expects most, on a device of its own, is written down, with what was found for the others.
     """
-    whole("texts", texts, 1, MOST_TEXTS)
+    whole("texts", texts, 1, MAX_TEXTS)
     if out.exists():
         raise InvalidRequest(
             f"{out} is there already: give another --out, or remove it first", "out"
@@ -71,7 +71,7 @@ def layers(
         bar.note("loading the target")
         teacher = load_teacher(name, device.value)
         corpus = text.corpus(
-            documents(data),
+            read_documents(data),
             teacher.tokenizer.backend_tokenizer,
             teacher.tokenizer.eos_token_id,
             2 * length,
@@ -94,10 +94,10 @@ def layers(
     with folder.writable(out):
         content = method.as_json(identity_of(teacher.module.config, teacher.tokenizer), promises)
         folder.write(out, (json.dumps(content, indent=2) + "\n").encode())
-    show(promises, count, out)
+    print_layers(promises, count, out)
 
 
-def show(promises: "dict[Subset, float]", count: int, out: Path) -> None:
+def print_layers(promises: "dict[Subset, float]", count: int, out: Path) -> None:
     from training.layers import best
 
     chosen = best(promises)

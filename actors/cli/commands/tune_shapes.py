@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from actors.cli.commands.doctor import WIDTHS, expected
+from actors.cli.commands.doctor import ROW_COUNTS, expected_speedup
 from actors.cli.commands.options import Device
 from actors.cli.commands.train import Batch, Context, Data, Own, Seed, Steps, Target, draft
 from runtime import config
@@ -21,12 +21,12 @@ from training.goal import Goal
 if TYPE_CHECKING:
     from training.shapes import Shape
 
-SMALLEST, LARGEST = 0.1, 10_000.0  # million parameters
+MIN_MILLION, MAX_MILLION = 0.1, 10_000.0  # million parameters
 RESULT, PICTURE, FIGURES = "shapes.json", "shapes.png", "training.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class MeasuredShape:
     """A shape, its seconds of a pass by rows, its acceptance at temperature 0 by rank, and the speed-up to expect of it."""
 
     name: str
@@ -58,7 +58,7 @@ def shapes(
 
     What a step takes is measured, the speed-up is the rule of thumb of `outrider doctor` (arXiv 2402.01528).
     """
-    in_range("million", million, SMALLEST, LARGEST)
+    in_range("million", million, MIN_MILLION, MAX_MILLION)
     from runtime.models.loader import load_model
     from runtime.models.step_timing import step_times
     from training.shapes import measurer, of_size
@@ -66,13 +66,13 @@ def shapes(
     model = load_model(target or config.shipped("target"), "auto", device.value)
     chosen = of_size(round(1e6 * million), model.vocabulary)
     for shape in chosen:
-        if not (out / called(shape)).exists():
+        if not (out / shape_name(shape)).exists():
             draft(
-                out / called(shape),
+                out / shape_name(shape),
                 target,
                 data,
                 None,
-                called(shape),
+                shape_name(shape),
                 None,
                 loss,
                 steps,
@@ -83,11 +83,11 @@ def shapes(
                 device,
             )
     large, measure = (
-        step_times(model, WIDTHS, time.monotonic),
+        step_times(model, ROW_COUNTS, time.monotonic),
         measurer(model.vocabulary, model.device),
     )
     points = [
-        point(shape, shape.parameters(model.vocabulary), out, measure(shape), large)
+        read_measured(shape, shape.parameters(model.vocabulary), out, measure(shape), large)
         for shape in chosen
     ]
     best = max(points, key=lambda found: found.promise)
@@ -103,25 +103,27 @@ def shapes(
                 + "\n"
             ).encode(),
         )
-        draw(points, best, out / PICTURE)
-    show(points, best, out)
+        draw_shapes(points, best, out / PICTURE)
+    print_shapes(points, best, out)
 
 
-def called(shape: "Shape") -> str:
+def shape_name(shape: "Shape") -> str:
     return f"{shape.hidden}x{shape.layers}"
 
 
-def point(
+def read_measured(
     shape: "Shape", parameters: int, out: Path, times: dict[int, float], large: dict[int, float]
-) -> Point:
+) -> MeasuredShape:
     """`large`: seconds of a pass of the target, by rows. Raises InvalidRequest where a finished model has no figures."""
-    file = out / called(shape) / FIGURES
+    file = out / shape_name(shape) / FIGURES
     try:
         found: dict[str, Any] = json.loads(file.read_bytes())
         rates = {
             int(rank): float(rate) for rank, rate in found["acceptance"][0]["positions"][0].items()
         }
-        return Point(called(shape), parameters, times, rates, expected(rates, large, times))
+        return MeasuredShape(
+            shape_name(shape), parameters, times, rates, expected_speedup(rates, large, times)
+        )
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InvalidRequest(
             f"{file} does not hold the figures of a training: remove {file.parent} to train it again",
@@ -129,7 +131,7 @@ def point(
         ) from error
 
 
-def draw(points: list[Point], best: Point, file: Path) -> None:
+def draw_shapes(points: list[MeasuredShape], best: MeasuredShape, file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -166,7 +168,7 @@ def draw(points: list[Point], best: Point, file: Path) -> None:
     pyplot.close(figure)
 
 
-def show(points: list[Point], best: Point, out: Path) -> None:
+def print_shapes(points: list[MeasuredShape], best: MeasuredShape, out: Path) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in (
         "shape",

@@ -73,20 +73,20 @@ class Stream:
         errors = Console(stderr=True, highlight=False)
         for warning in warnings:
             errors.print(f"note: {warning}", style="yellow")
-        errors.print(table(last.stats, last.finish_reason or ""))
+        errors.print(stats_table(last.stats, last.finish_reason or ""))
 
 
-def table(stats: Stats, reason: str) -> Table:
+def stats_table(stats: Stats, reason: str) -> Table:
     """The summary under the text."""
     found = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     found.add_column(style="dim")
     found.add_column()
-    for name, value in lines(stats, reason):
+    for name, value in stats_rows(stats, reason):
         found.add_row(name, value)
     return found
 
 
-def lines(stats: Stats, reason: str) -> list[tuple[str, str]]:
+def stats_rows(stats: Stats, reason: str) -> list[tuple[str, str]]:
     rounds = max(stats.rounds, 1)
     spent = {
         "prefill": stats.prefill,
@@ -121,7 +121,9 @@ def lines(stats: Stats, reason: str) -> list[tuple[str, str]]:
     ]
 
 
-def answer(plan: Deployment, request: Request, stream: Stream, last: Chunk) -> dict[str, Any]:
+def generation_json(
+    plan: Deployment, request: Request, stream: Stream, last: Chunk
+) -> dict[str, Any]:
     """The object of --json."""
     stats = last.stats
     if stats is None:

@@ -9,10 +9,10 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from actors.jobs.index import Totals
 
-EVERY = 10.0  # seconds between two lines where there is no terminal
+LINE_PERIOD_S = 10.0  # seconds between two lines where there is no terminal
 
 
-class Bar:
+class JobProgress:
     """On standard error; silent if `quiet`. Rates are those since it was made."""
 
     def __init__(self, quiet: bool) -> None:
@@ -24,7 +24,7 @@ class Bar:
         self._began = self._shown = time.monotonic()
         self._first: Totals | None = None
 
-    def __enter__(self) -> "Bar":
+    def __enter__(self) -> "JobProgress":
         if self._console.is_terminal:
             self._progress.start()
         return self
@@ -36,11 +36,11 @@ class Bar:
         now = time.monotonic()
         if self._first is None:
             self._first, self._began = totals, now
-        text = state(totals, self._first, now - self._began)
+        text = progress_line(totals, self._first, now - self._began)
         self._progress.update(
             self._task, description=text, total=totals.items, completed=totals.done
         )
-        if not self._console.is_terminal and now - self._shown >= EVERY:
+        if not self._console.is_terminal and now - self._shown >= LINE_PERIOD_S:
             self._shown = now
             self._console.print(text)
 
@@ -54,7 +54,7 @@ class Bar:
             self._progress.stop()
 
 
-def state(totals: Totals, first: Totals, seconds: float) -> str:
+def progress_line(totals: Totals, first: Totals, seconds: float) -> str:
     """One line; `first` is what it was `seconds` ago."""
     parts = [f"{totals.done}/{totals.items} items"]
     if totals.failed:

@@ -58,20 +58,20 @@ class Plan:
         )
 
 
-def tables(plan: Plan) -> list[Table]:
-    found = [schedules(plan, draft) for draft in plan.drafts]
-    found += [heads(plan)] if plan.of("heads") else []
-    return found + [swept(plan, group) for group in SWEEPS if plan.of(group)]
+def plan_tables(plan: Plan) -> list[Table]:
+    found = [schedule_table(plan, draft) for draft in plan.drafts]
+    found += [head_table(plan)] if plan.of("heads") else []
+    return found + [sweep_table(plan, group) for group in SWEEPS if plan.of(group)]
 
 
-def bare(title: str) -> Table:
+def titled_table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
 
 
-def schedules(plan: Plan, draft: Measured) -> Table:
+def schedule_table(plan: Plan, draft: Measured) -> Table:
     examples, setting = draft_samples.of(draft), plan.setting
     rates = ", ".join(f"{examples.rate(k):.2f}" for k in (1, 2, 4, 8))
-    found = bare(
+    found = titled_table(
         f"{draft.name}: T(1) {1e3 * draft.target[1]:.1f} ms, t(1) {1e3 * draft.draft[1]:.1f} ms, "
         f"c {draft.target[1] / draft.draft[1]:.1f}, acceptance of 1, 2, 4, 8 guesses {rates}, round trip {1e3 * draft.rtt:g} ms; "
         f"sessions {setting.sessions}, drafters {setting.drafters}, targets {setting.targets}"
@@ -91,19 +91,19 @@ def schedules(plan: Plan, draft: Measured) -> Table:
             f"{seen.hits:.0%}",
             f"{seen.waiting:.0%}",
         )
-        found.add_row(named(job.schedule, job.config), *figures)
+        found.add_row(schedule_label(job.schedule, job.config), *figures)
     return found
 
 
-def heads(plan: Plan) -> Table:
+def head_table(plan: Plan) -> Table:
     """Heads of the target under the living schedule."""
-    found = bare(
+    found = titled_table(
         "heads on the target, living: ms more a step, places ahead that are right, tokens/s"
     )
     found.add_column("head", no_wrap=True)
     for name in ("ms", "1st", "2nd", "3rd", "alone", f"beside {plan.fastest.name}", "/ without"):
         found.add_column(name, justify="right")
-    without = living(plan)[plan.fastest.name].tokens_per_second
+    without = living_forecasts(plan)[plan.fastest.name].tokens_per_second
     for (job, both), (_, alone) in zip(plan.of("heads"), plan.of("heads alone"), strict=True):
         head = job.setting.head
         if head is not None:
@@ -117,14 +117,14 @@ def heads(plan: Plan) -> Table:
     return found
 
 
-def living(plan: Plan) -> dict[str, Forecast]:
+def living_forecasts(plan: Plan) -> dict[str, Forecast]:
     """What is expected of the living schedule without heads, by drafter."""
     return {
         job.measured.name: seen for job, seen in plan.of("schedules") if job.schedule == "living"
     }
 
 
-def named(schedule: str, config: ScheduleConfig) -> str:
+def schedule_label(schedule: str, config: ScheduleConfig) -> str:
     match schedule:
         case "sync chain":
             return f"sync chain of {config.passes}"
@@ -135,10 +135,12 @@ def named(schedule: str, config: ScheduleConfig) -> str:
     return schedule
 
 
-def swept(plan: Plan, group: str) -> Table:
+def sweep_table(plan: Plan, group: str) -> Table:
     rates, (what, written) = plan.rates(group), SWEEPS[group]
     values = sorted({value for by_value in rates.values() for value in by_value})
-    found = bare(f"tokens/s by {group}" + (", all sessions together" if group == "load" else ""))
+    found = titled_table(
+        f"tokens/s by {group}" + (", all sessions together" if group == "load" else "")
+    )
     found.add_column(what)
     for value in values:
         found.add_column(written(value), justify="right")
@@ -149,9 +151,9 @@ def swept(plan: Plan, group: str) -> Table:
     return found
 
 
-def sentences(plan: Plan) -> list[str]:
+def recommendations(plan: Plan) -> list[str]:
     """What is recommended, each with its numbers. Nothing without the living schedule."""
-    by_drafter = living(plan)
+    by_drafter = living_forecasts(plan)
     if not by_drafter:
         return []
     seen, best = by_drafter[plan.fastest.name], plan.fastest
@@ -171,11 +173,11 @@ def sentences(plan: Plan) -> list[str]:
         f"and brings {seen.tokens_per_round:.2f} tokens.",
         f"Drafters: {count}, {by_drafters[count]:.1f} tokens/s; one brings {by_drafters[1]:.1f}, "
         f"{max(by_drafters):g} bring {by_drafters[max(by_drafters)]:.1f}.",
-        *with_heads(plan, seen),
+        *head_recommendation(plan, seen),
     ]
 
 
-def with_heads(plan: Plan, without: Forecast) -> list[str]:
+def head_recommendation(plan: Plan, without: Forecast) -> list[str]:
     """The best head, alone or beside the fastest drafter; nothing where none was measured."""
     tried = [
         (seen, f"{job.setting.head.name} alone")
@@ -197,7 +199,7 @@ def with_heads(plan: Plan, without: Forecast) -> list[str]:
     ]
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def plan_json(plan: Plan) -> dict[str, Any]:
     """`measured` holds what --measured reads."""
     return {
         "measured": [draft.model_dump(by_alias=True) for draft in plan.drafts],
@@ -216,11 +218,11 @@ def as_json(plan: Plan) -> dict[str, Any]:
             }
             for job, seen in plan.done
         ],
-        "recommended": sentences(plan),
+        "recommended": recommendations(plan),
     }
 
 
-def plot(plan: Plan, file: Path) -> None:
+def plot_plan(plan: Plan, file: Path) -> None:
     """Raises InvalidRequest where the file cannot be written."""
     from matplotlib.figure import Figure
 

@@ -14,7 +14,7 @@ from runtime.telemetry.reports import GuessReport, TargetReport
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Snapshot:
     """The fleet at a time, in seconds."""
 
     at: float
@@ -22,7 +22,7 @@ class Look:
 
 
 @dataclass(frozen=True, slots=True)
-class Guessed:
+class GuessTotals:
     """Of one drafter or of several, by all targets together. Times in seconds."""
 
     proposed: int
@@ -33,26 +33,26 @@ class Guessed:
     resting: bool
 
 
-def speed(before: Look, now: Look) -> float:
+def fleet_tokens_per_second(before: Snapshot, now: Snapshot) -> float:
     """Tokens per second that all targets delivered between the two looks; those of a target that was replaced meanwhile are missing."""
-    last = {life(target): target.report for target in before.fleet.targets}
+    last = {life_key(target): target.report for target in before.fleet.targets}
     tokens = 0
     for target in now.fleet.targets:
-        earlier = last.get(life(target))
+        earlier = last.get(life_key(target))
         if target.report is not None and earlier is not None:
             tokens += target.report.completion_tokens - earlier.completion_tokens
     return tokens / (now.at - before.at) if now.at > before.at else 0.0
 
 
-def life(target: TargetState) -> tuple[str, int]:
+def life_key(target: TargetState) -> tuple[str, int]:
     return target.name, target.incarnation
 
 
-def guessed(reports: Iterable[GuessReport]) -> Guessed:
+def sum_guesses(reports: Iterable[GuessReport]) -> GuessTotals:
     found = tuple(reports)
     proposed, accepted = sum(one.proposed for one in found), sum(one.accepted for one in found)
     weight = proposed or 1
-    return Guessed(
+    return GuessTotals(
         proposed,
         accepted,
         accepted / weight,
@@ -62,33 +62,39 @@ def guessed(reports: Iterable[GuessReport]) -> Guessed:
     )
 
 
-def of_drafter(fleet: Fleet, name: str) -> Guessed:
+def drafter_guesses(fleet: Fleet, name: str) -> GuessTotals:
     """Or of a head."""
-    return guessed(report.guesses[name] for report in reports(fleet) if name in report.guesses)
+    return sum_guesses(
+        report.guesses[name] for report in target_reports(fleet) if name in report.guesses
+    )
 
 
-def reports(fleet: Fleet) -> list[TargetReport]:
+def target_reports(fleet: Fleet) -> list[TargetReport]:
     return [target.report for target in fleet.targets if target.report is not None]
 
 
-def as_json(before: Look, now: Look) -> dict[str, Any]:
+def status_json(before: Snapshot, now: Snapshot) -> dict[str, Any]:
     """The fleet as it is, with the figures that tables show."""
     found = asdict(now.fleet)
     for drafter in found["drafters"]:
-        drafter["guesses"] = asdict(of_drafter(now.fleet, drafter["name"]))
+        drafter["guesses"] = asdict(drafter_guesses(now.fleet, drafter["name"]))
     found["heads"] = [
-        {"name": name, "guesses": asdict(of_drafter(now.fleet, name))} for name in now.fleet.heads
+        {"name": name, "guesses": asdict(drafter_guesses(now.fleet, name))}
+        for name in now.fleet.heads
     ]
     return found | {
-        "tokens_per_second": speed(before, now),
+        "tokens_per_second": fleet_tokens_per_second(before, now),
         "sessions": sum(target.sessions for target in now.fleet.targets),
     }
 
 
-def shown(before: Look, now: Look) -> RenderableType:
+def render_status(before: Snapshot, now: Snapshot) -> RenderableType:
     fleet = now.fleet
     sessions = sum(target.sessions for target in fleet.targets)
-    delivered, lost = f"{speed(before, now):.1f} tokens/s", f"{fleet.replaced} lives lost"
+    delivered, lost = (
+        f"{fleet_tokens_per_second(before, now):.1f} tokens/s",
+        f"{fleet.replaced} lives lost",
+    )
     head = Text(
         "  ".join(
             [
@@ -102,11 +108,13 @@ def shown(before: Look, now: Look) -> RenderableType:
         style="bold",
     )
     parts = [head, *(Text(f"gateway {url}/v1") for url in fleet.gateways)]
-    return Group(*parts, Text(), targets(fleet), Text(), *heads(fleet), *drafters(fleet))
+    return Group(
+        *parts, Text(), target_table(fleet), Text(), *head_tables(fleet), *drafter_tables(fleet)
+    )
 
 
-def targets(fleet: Fleet) -> Table:
-    found = table(
+def target_table(fleet: Fleet) -> Table:
+    found = borderless_table(
         "target", "state", "sessions", "waiting", "tokens/step", "accepted", "KV", "lost", ""
     )
     for target in fleet.targets:
@@ -116,40 +124,40 @@ def targets(fleet: Fleet) -> Table:
             target.state,
             str(report.live),
             str(report.waiting),
-            ratio(report.completion_tokens, report.rounds, "{:.2f}"),
-            ratio(report.accepted, report.verified, "{:.0%}"),
-            ratio(report.kv_used, report.kv_slots, "{:.0%}"),
+            format_ratio(report.completion_tokens, report.rounds, "{:.2f}"),
+            format_ratio(report.accepted, report.verified, "{:.0%}"),
+            format_ratio(report.kv_used, report.kv_slots, "{:.0%}"),
             str(target.restarts),
             Text(target.trouble, style="yellow"),
         )
     return found
 
 
-def heads(fleet: Fleet) -> list[RenderableType]:
+def head_tables(fleet: Fleet) -> list[RenderableType]:
     """A table of what sits on the targets; nothing where nothing does."""
     if not fleet.heads:
         return []
-    found = table("head", "state", "proposed", "accepted", "of them")
+    found = borderless_table("head", "state", "proposed", "accepted", "of them")
     for name in fleet.heads:
-        brought = of_drafter(fleet, name)
+        brought = drafter_guesses(fleet, name)
         numbers = (
             str(brought.proposed),
             str(brought.accepted),
-            ratio(brought.accepted, brought.proposed, "{:.0%}"),
+            format_ratio(brought.accepted, brought.proposed, "{:.0%}"),
         )
         found.add_row(name, "resting" if brought.resting else "ready", *numbers)
     return [found, Text()]
 
 
-def drafters(fleet: Fleet) -> list[RenderableType]:
+def drafter_tables(fleet: Fleet) -> list[RenderableType]:
     """One table of pools, one of drafters, and why pools were changed by themselves."""
     if not fleet.pools:
         return []
-    pools = table("pool", "draft", "drafters", "wanted", "from", "to", "by itself")
+    pools = borderless_table("pool", "draft", "drafters", "wanted", "from", "to", "by itself")
     for pool in fleet.pools:
         bounds = (str(pool.min), str(pool.max), "yes" if pool.auto else "no")
-        pools.add_row(pool.name, short(pool.draft), str(pool.ready), str(pool.count), *bounds)
-    single = table(
+        pools.add_row(pool.name, short_name(pool.draft), str(pool.ready), str(pool.count), *bounds)
+    single = borderless_table(
         "drafter",
         "pool",
         "state",
@@ -163,12 +171,12 @@ def drafters(fleet: Fleet) -> list[RenderableType]:
         "",
     )
     for drafter in fleet.drafters:
-        single.add_row(*row(drafter, of_drafter(fleet, drafter.name)))
+        single.add_row(*drafter_row(drafter, drafter_guesses(fleet, drafter.name)))
     decisions = [Text(str(pool.decision)) for pool in fleet.pools if pool.decision is not None]
     return [pools, Text(), single, *([Text(), *decisions] if decisions else [])]
 
 
-def row(drafter: DrafterState, brought: Guessed) -> tuple[str | Text, ...]:
+def drafter_row(drafter: DrafterState, brought: GuessTotals) -> tuple[str | Text, ...]:
     return (
         drafter.name,
         drafter.pool,
@@ -176,7 +184,7 @@ def row(drafter: DrafterState, brought: Guessed) -> tuple[str | Text, ...]:
         str(drafter.report.sessions if drafter.report else 0),
         str(brought.proposed),
         str(brought.accepted),
-        ratio(brought.accepted, brought.proposed, "{:.0%}"),
+        format_ratio(brought.accepted, brought.proposed, "{:.0%}"),
         f"{1000 * brought.round_trip:.1f} ms" if brought.proposed else "-",
         f"{brought.lead:.1f}" if brought.proposed else "-",
         str(drafter.restarts),
@@ -184,12 +192,12 @@ def row(drafter: DrafterState, brought: Guessed) -> tuple[str | Text, ...]:
     )
 
 
-def short(draft: str) -> str:
+def short_name(draft: str) -> str:
     """A model's name: of a folder the last part."""
     return Path(draft).name if draft.startswith(("/", ".", "~")) else draft
 
 
-def table(*columns: str) -> Table:
+def borderless_table(*columns: str) -> Table:
     """Words to the left, numbers to the right."""
     found = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     words = {"target", "pool", "head", "drafter", "draft", "state", ""}
@@ -198,5 +206,5 @@ def table(*columns: str) -> Table:
     return found
 
 
-def ratio(part: float, whole: float, form: str) -> str:
+def format_ratio(part: float, whole: float, form: str) -> str:
     return form.format(part / whole) if whole else "-"

@@ -15,13 +15,21 @@ import yaml
 from pydantic import BaseModel
 from rich.console import Console
 
-from actors.cli.commands.compare import brought, compared
-from actors.cli.commands.drain import sessions
-from actors.cli.commands.logs import is_life, tail
-from actors.cli.commands.scale import check_hope, parsed, settled
-from actors.cli.commands.serve import curl
-from actors.cli.commands.top import looks
-from actors.cli.views.status_view import Look, as_json, guessed, of_drafter, shown, speed
+from actors.cli.commands.compare import comparison_table, pool_guesses
+from actors.cli.commands.drain import sessions_left
+from actors.cli.commands.logs import is_life_of, tail
+from actors.cli.commands.scale import is_settled, parse_wish, raise_given_up
+from actors.cli.commands.serve import curl_command
+from actors.cli.commands.top import snapshots
+from actors.cli.views.status_view import (
+    Snapshot,
+    drafter_guesses,
+    fleet_tokens_per_second,
+    render_status,
+    status_json,
+    sum_guesses,
+)
+from actors.controller import client
 from actors.controller.fleet_view import DrafterState, Fleet, PoolState, TargetState
 from actors.controller.scaling_policy import Decision
 from actors.launch import local_ray
@@ -102,24 +110,28 @@ def text(found: Any) -> str:
 
 
 def test_speed_is_what_was_delivered_between_two_looks() -> None:
-    assert speed(Look(10.0, FLEET), Look(12.0, later(90))) == pytest.approx(45.0)
-    assert speed(Look(10.0, FLEET), Look(10.0, FLEET)) == 0.0
+    assert fleet_tokens_per_second(
+        Snapshot(10.0, FLEET), Snapshot(12.0, later(90))
+    ) == pytest.approx(45.0)
+    assert fleet_tokens_per_second(Snapshot(10.0, FLEET), Snapshot(10.0, FLEET)) == 0.0
     reborn = replace(
         FLEET,
         targets=(
             replace(FLEET.targets[0], incarnation=1, report=TargetReport(completion_tokens=5)),
         ),
     )
-    assert speed(Look(10.0, FLEET), Look(12.0, reborn)) == 0.0, "counters of another life"
+    assert fleet_tokens_per_second(Snapshot(10.0, FLEET), Snapshot(12.0, reborn)) == 0.0, (
+        "counters of another life"
+    )
 
 
 def test_what_several_have_brought_is_weighted_by_what_they_proposed() -> None:
-    found = guessed(REPORT.guesses[name] for name in ("small-0", "small-1"))
+    found = sum_guesses(REPORT.guesses[name] for name in ("small-0", "small-1"))
     assert (found.proposed, found.accepted, found.acceptance) == (400, 100, 0.25)
     assert (found.round_trip, found.lead) == pytest.approx((0.003, 3.5))
-    assert guessed([]).acceptance == 0.0
-    assert of_drafter(FLEET, "lookup-0").resting
-    assert not of_drafter(FLEET, "nobody").resting
+    assert sum_guesses([]).acceptance == 0.0
+    assert drafter_guesses(FLEET, "lookup-0").resting
+    assert not drafter_guesses(FLEET, "nobody").resting
 
 
 def test_two_pools_are_compared_on_what_came_between_two_looks() -> None:
@@ -128,11 +140,11 @@ def test_two_pools_are_compared_on_what_came_between_two_looks() -> None:
         small_0=GuessReport(proposed=500, accepted=140, round_trip=0.004, lead=3.0),
         lookup_0=GuessReport(proposed=9, accepted=3),
     )
-    found = brought(FLEET, now, "small")
+    found = pool_guesses(FLEET, now, "small")
     assert (found.proposed, found.accepted, found.round_trip) == pytest.approx((200, 50, 0.004))
-    anew = brought(FLEET, now, "lookup")
+    anew = pool_guesses(FLEET, now, "lookup")
     assert (anew.proposed, anew.accepted) == (9, 3), "a drafter that has begun anew"
-    lines = text(compared({"small": found, "lookup": anew}, now, seconds=10.0)).splitlines()
+    lines = text(comparison_table({"small": found, "lookup": anew}, now, seconds=10.0)).splitlines()
     assert lines[1].split() == [
         "small",
         "org/small",
@@ -148,7 +160,7 @@ def test_two_pools_are_compared_on_what_came_between_two_looks() -> None:
 
 
 def test_the_status_shows_it_all() -> None:
-    said = text(shown(Look(0.0, FLEET), Look(1.0, later(120))))
+    said = text(render_status(Snapshot(0.0, FLEET), Snapshot(1.0, later(120))))
     for part in (
         "big",
         "120.0 tokens/s",
@@ -191,12 +203,14 @@ def test_heads_are_shown_beside_drafters() -> None:
     )
     lines = [
         line.split()
-        for line in text(shown(Look(0.0, with_heads), Look(1.0, with_heads))).splitlines()
+        for line in text(
+            render_status(Snapshot(0.0, with_heads), Snapshot(1.0, with_heads))
+        ).splitlines()
     ]
     assert ["head", "state", "proposed", "accepted", "of", "them"] in lines
     assert ["recycling-0", "ready", "80", "20", "25%"] in lines
     assert ["medusa-0", "ready", "0", "0", "-"] in lines
-    found = as_json(Look(0.0, with_heads), Look(1.0, with_heads))["heads"]
+    found = status_json(Snapshot(0.0, with_heads), Snapshot(1.0, with_heads))["heads"]
     assert [(head["name"], head["guesses"]["accepted"]) for head in found] == [
         ("recycling-0", 20),
         ("medusa-0", 0),
@@ -217,22 +231,23 @@ class Busy:
 
 
 def test_top_waits_for_a_controller_that_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["actors.cli.commands.top"], "PERIOD", 0.0)
-    seen = looks(Busy())  # type: ignore[arg-type]
+    monkeypatch.setattr(sys.modules["actors.cli.commands.top"], "REFRESH_PERIOD_S", 0.0)
+    monkeypatch.setattr(client, "fetch_fleet", Busy().fleet)
+    seen = snapshots()
     assert [look.fleet for look in itertools.islice(seen, 3)] == [FLEET] * 3
 
 
 def test_a_fleet_without_pools_is_shown_too() -> None:
     assert "target-0" in text(
-        shown(
-            Look(0.0, replace(FLEET, pools=(), drafters=())),
-            Look(1.0, replace(FLEET, pools=(), drafters=())),
+        render_status(
+            Snapshot(0.0, replace(FLEET, pools=(), drafters=())),
+            Snapshot(1.0, replace(FLEET, pools=(), drafters=())),
         )
     )
 
 
 def test_the_object_of_json() -> None:
-    found = json.loads(json.dumps(as_json(Look(0.0, FLEET), Look(1.0, later(120)))))
+    found = json.loads(json.dumps(status_json(Snapshot(0.0, FLEET), Snapshot(1.0, later(120)))))
     assert (found["tokens_per_second"], found["sessions"], found["version"]) == (120.0, 3, "1.2.3")
     assert [drafter["guesses"]["accepted"] for drafter in found["drafters"]] == [50, 90, 10]
     assert found["targets"][0]["report"]["completion_tokens"] == 370
@@ -240,22 +255,24 @@ def test_the_object_of_json() -> None:
 
 
 def test_when_scaling_and_draining_are_over() -> None:
-    assert not settled(FLEET, "small"), "one is still on its way out"
-    assert settled(FLEET, "lookup")
+    assert not is_settled(FLEET, "small"), "one is still on its way out"
+    assert is_settled(FLEET, "lookup")
     given_up = replace(
         FLEET,
         drafters=(
             replace(FLEET.drafters[1], state="failed", trouble="given up after 10 failures"),
         ),
     )
-    check_hope(FLEET, "small")
-    check_hope(given_up, "lookup")
+    raise_given_up(FLEET, "small")
+    raise_given_up(given_up, "lookup")
     with pytest.raises(Unavailable, match="small-0 is given up after 10 failures"):
-        check_hope(given_up, "small")
-    assert sessions(FLEET, "small-1") == 1
-    assert sessions(FLEET, "small-0") is None
+        raise_given_up(given_up, "small")
+    assert sessions_left(FLEET, "small-1") == 1
+    assert sessions_left(FLEET, "small-0") is None
     assert (
-        sessions(replace(FLEET, targets=(replace(FLEET.targets[0], state="draining"),)), "target-0")
+        sessions_left(
+            replace(FLEET, targets=(replace(FLEET.targets[0], state="draining"),)), "target-0"
+        )
         == 3
     )
 
@@ -270,13 +287,13 @@ def test_when_scaling_and_draining_are_over() -> None:
     ],
 )
 def test_the_lives_of_an_actor(name: str, actor: str, is_it: bool) -> None:
-    assert is_life(name, actor) == is_it
+    assert is_life_of(name, actor) == is_it
 
 
 def test_the_first_request_that_serve_proposes() -> None:
-    assert "Bearer" not in curl("http://127.0.0.1:1", "big", GatewayConfig())
+    assert "Bearer" not in curl_command("http://127.0.0.1:1", "big", GatewayConfig())
     tls = {"ca": "/ca.pem", "cert": "/c.pem", "key": "/k.pem"}
-    said = curl(
+    said = curl_command(
         "https://10.0.0.1:1",
         "it's",
         GatewayConfig.model_validate({"api_keys": "/keys", "tls": tls}),
@@ -294,12 +311,12 @@ def test_the_first_request_that_serve_proposes() -> None:
 )
 def test_a_wish_that_is_none(wish: str) -> None:
     with pytest.raises(InvalidRequest, match="POOL=N"):
-        parsed(wish)
+        parse_wish(wish)
 
 
 def test_a_wish() -> None:
-    assert parsed("small=0") == ("small", 0)
-    assert parsed("a=b=3") == ("a=b", 3)
+    assert parse_wish("small=0") == ("small", 0)
+    assert parse_wish("a=b=3") == ("a=b", 3)
 
 
 @pytest.fixture
@@ -476,23 +493,23 @@ def test_a_local_ray_is_found_while_one_of_its_processes_is_there(
     nobody: None, tmp_path: Path
 ) -> None:
     assert local_ray.find() is None
-    born = local_ray.birth(os.getpid())
+    born = local_ray.process_birth(os.getpid())
     assert born is not None
     there = LocalRay("127.0.0.2:1", "http://127.0.0.1:2", tmp_path / "ray", 1, {os.getpid(): born})
     cache_folder().mkdir(parents=True)
-    local_ray.record().write_bytes(local_ray.FORMAT.dump_json(there))
+    local_ray.record_file().write_bytes(local_ray.FORMAT.dump_json(there))
     assert local_ray.find() == there
     gone = replace(there, born={os.getpid(): born + 1})
-    local_ray.record().write_bytes(local_ray.FORMAT.dump_json(gone))
+    local_ray.record_file().write_bytes(local_ray.FORMAT.dump_json(gone))
     assert local_ray.find() is None, "another process of the same number"
-    local_ray.record().write_text("nonsense")
+    local_ray.record_file().write_text("nonsense")
     assert local_ray.find() is None
 
 
 def test_only_processes_of_the_session_belong_to_it() -> None:
-    assert os.getpid() in local_ray.processes(os.getsid(0))
-    assert local_ray.processes(2**30) == {}
-    assert local_ray.birth(2**30) is None
+    assert os.getpid() in local_ray.session_processes(os.getsid(0))
+    assert local_ray.session_processes(2**30) == {}
+    assert local_ray.process_birth(2**30) is None
 
 
 def test_a_ray_that_does_not_start_leaves_nothing(

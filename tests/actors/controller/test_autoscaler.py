@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 import pytest
 
 from actors.controller.scaling_policy import (
-    IDLE,
-    LONGEST_PAUSE,
-    PAUSE,
+    IDLE_TIMEOUT_S,
+    MAX_TRIAL_PAUSE_S,
+    TRIAL_PAUSE_S,
     Decision,
     Sample,
-    Scaling,
-    step,
+    ScalingState,
+    decide_size,
 )
 
 PERIOD = 5.0  # seconds between samples
@@ -29,7 +29,7 @@ class World:
     rate: float = 100.0
     sessions: float = 1.0
     delay: float = 10.0
-    known: Scaling = field(default_factory=lambda: Scaling(0))
+    known: ScalingState = field(default_factory=lambda: ScalingState(0))
     now: float = 0.0
     steps: float = 0.0
     rounds: float = 0.0
@@ -64,7 +64,7 @@ class World:
         return self
 
     def take(self, sample: Sample) -> None:
-        self.known, decision = step("pool", self.least, self.most, self.known, sample)
+        self.known, decision = decide_size("pool", self.least, self.most, self.known, sample)
         if decision is not None:
             assert (decision.before, decision.after) == (
                 self.decisions[-1].after if self.decisions else 0,
@@ -98,7 +98,10 @@ def test_it_grows_while_one_more_brings_something_and_no_further() -> None:
 
 def test_what_is_worth_no_device_goes_to_none() -> None:
     world = World(
-        lambda drafters: 0.0, known=Scaling(3), ready=3, decisions=[Decision("pool", 0, 3, 3, "")]
+        lambda drafters: 0.0,
+        known=ScalingState(3),
+        ready=3,
+        decisions=[Decision("pool", 0, 3, 3, "")],
     ).run(300)
     assert world.settled == 0
     assert world.decisions[1].why == "not worth it"
@@ -108,7 +111,7 @@ def test_it_stays_above_its_minimum() -> None:
     world = World(
         lambda drafters: 0.0,
         least=1,
-        known=Scaling(2),
+        known=ScalingState(2),
         ready=2,
         decisions=[Decision("pool", 0, 2, 2, "")],
     ).run(1000)
@@ -119,7 +122,7 @@ def test_it_comes_back_when_it_is_worth_it_again() -> None:
     world = World(lambda drafters: 0.0).run(2000)
     assert world.settled == 0
     world.accepted = first_two
-    world.run(LONGEST_PAUSE + 1000)
+    world.run(MAX_TRIAL_PAUSE_S + 1000)
     assert world.settled == 2
 
 
@@ -140,9 +143,9 @@ def test_between_the_two_bars_nothing_changes() -> None:
     """A third that brings 3 % is not taken on, and is kept where it is there."""
     third = lambda drafters: (0.0, 1.0, 1.5, 1.575, 1.575)[drafters]  # noqa: E731 - a table
     assert World(third).run(3000).settled == 2
-    world = World(third, known=Scaling(3), ready=3, decisions=[Decision("pool", 0, 3, 3, "")]).run(
-        3000
-    )
+    world = World(
+        third, known=ScalingState(3), ready=3, decisions=[Decision("pool", 0, 3, 3, "")]
+    ).run(3000)
     assert world.settled == 3
     assert "one fewer was missed" in {decision.why for decision in world.decisions}
 
@@ -151,16 +154,16 @@ def test_what_one_brings_is_missed_when_the_load_has_changed() -> None:
     world = World(first_two).run(3000)
     assert world.settled == 2
     world.sessions, world.accepted = 8.0, lambda drafters: 0.5 * drafters
-    world.run(PAUSE * 4)
+    world.run(TRIAL_PAUSE_S * 4)
     assert world.settled == 4, "trials are due at once"
 
 
 def test_without_work_it_rests_and_with_work_it_is_back() -> None:
     world = World(first_two).run(400)
     world.rate = 0.0
-    world.run(IDLE + 100)
+    world.run(IDLE_TIMEOUT_S + 100)
     assert world.known.count == 0
-    assert world.decisions[-1].why == f"no work for {IDLE:g} s"
+    assert world.decisions[-1].why == f"no work for {IDLE_TIMEOUT_S:g} s"
     world.rate = 100.0
     world.run(PERIOD)
     assert world.known.count == 2
@@ -189,13 +192,13 @@ def test_new_bounds_are_kept() -> None:
 
 
 def test_another_pool_that_does_the_work_leaves_nothing_to_gain() -> None:
-    known, decisions = Scaling(2), []
+    known, decisions = ScalingState(2), []
     for tick in range(1, 40):
         rounds = 500 * tick
         sample = Sample(
             tick * PERIOD, known.count, rounds, rounds, 2 * rounds, 0, BUSY * tick * PERIOD
         )
-        known, decision = step("pool", 0, 4, known, sample)
+        known, decision = decide_size("pool", 0, 4, known, sample)
         decisions += [decision] if decision else []
     assert [decision.after for decision in decisions[:2]] == [1, 0]
     assert decisions[0].gain == 0.0

@@ -72,7 +72,9 @@ def resumed(
     written = controller_state.encode(
         ControllerState(PLAN, {TARGET: len(members)}, members, {one.name: 3 for one in members}, 5)
     )
-    monkeypatch.setattr(controller_state, "_internal_kv_get", {controller_state.KEY: written}.get)
+    monkeypatch.setattr(
+        controller_state, "_internal_kv_get", {controller_state.STATE_KEY: written}.get
+    )
     monkeypatch.setattr(ray, "get_actor", get_actor)
     monkeypatch.setattr(Controller, "_watch", lambda self: None)
     return Controller(Deployment.model_validate({"target": {"model": "other"}}), served=True)

@@ -35,7 +35,7 @@ def test_what_was_written_down_is_read_again() -> None:
 def told(*found: Member, **reports: TargetReport | DrafterReport) -> Fleet:
     named = {name.replace("_", "-"): report for name, report in reports.items()}
     decision = Decision("small", 5.0, 1, 2, "to see what one more brings", None, None, 80.0)
-    return fleet_view.fleet(PLAN, COUNTS, found, named, {"small": decision}, 4, NOW)
+    return fleet_view.build_fleet(PLAN, COUNTS, found, named, {"small": decision}, 4, NOW)
 
 
 def test_what_is_told_of_a_fleet() -> None:
@@ -101,7 +101,7 @@ def test_counters_of_all_targets_make_a_sample() -> None:
         member("small", 0),
         member("small", 1, "starting"),
     )
-    found = autoscaler.sample("small", there, {"target-0": one, "target-1": two}, NOW)
+    found = autoscaler.take_sample("small", there, {"target-0": one, "target-1": two}, NOW)
     assert (found.at, found.ready, found.steps, found.rounds, found.accepted, found.own) == (
         NOW,
         1,

@@ -141,7 +141,9 @@ def test_a_drafter_that_fails_soon_after_each_start_waits_longer_each_time_and_i
     assert decided(one, counts={"small": 2}) == [("Start", "small-1")]
     assert decided(one, counts={"small": 0}) == [("End", "small-0")]
     assert reconcile(PLAN, {"small": 1}, (reset_failures(one),), now) == [Replace("small-0")]
-    (shown,) = fleet_view.fleet(PLAN, {"small": 1, "lookup": 0}, [one], {}, {}, 0, now).drafters
+    (shown,) = fleet_view.build_fleet(
+        PLAN, {"small": 1, "lookup": 0}, [one], {}, {}, 0, now
+    ).drafters
     assert (shown.state, shown.restarts) == ("failed", 0)
     assert shown.trouble == (
         "given up after 10 failures in a row, the last: its thread has ended; `outrider scale small=N` tries again"

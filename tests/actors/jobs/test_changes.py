@@ -12,10 +12,10 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from actors.jobs import folders, items, registry, source
-from actors.jobs.index import Index, Kept, Mark, reading
+from actors.jobs.index import ItemResult, JobIndex, OutputMark, open_index
 from actors.jobs.items import Answer, Item
-from actors.jobs.job import opened
-from actors.jobs.lease import LEASE, Lease
+from actors.jobs.job import open_job
+from actors.jobs.lease import LEASE_S, Lease
 from actors.jobs.outputs import FileOutput, PartsOutput
 from runtime.core.errors import InvalidRequest, OutriderError, Unavailable
 from tests.support.jobs_harness import Echo, answers, batch, line, live, said
@@ -27,7 +27,7 @@ Change = Callable[[Path], object]
 @pytest.fixture(autouse=True)
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(source, "PIECE", 64)
+    monkeypatch.setattr(source, "CHUNK_BYTES", 64)
     yield
     memory = fsspec.filesystem("memory")
     if memory.exists("/jobs"):
@@ -90,7 +90,7 @@ def check(out: bytes, job: str) -> None:
     found = answers(out)
     assert found.keys() == {f"item-{number}" for number in range(COUNT)}
     for name, one in found.items():
-        assert one["response"]["body"] == said(name, items.seed(job, name))
+        assert one["response"]["body"] == said(name, items.item_seed(job, name))
 
 
 @pytest.mark.parametrize("where", ["file", "memory"])
@@ -105,7 +105,7 @@ def test_a_batch_file_that_changes_under_its_job_ends_it_and_what_was_answered_i
         InvalidRequest, match=r"in\.jsonl has changed since its job began"
     ) as caught:
         live(file, out, first)
-    [job] = registry.known()
+    [job] = registry.list_jobs()
     assert job.state == "stopped"
     assert f"{job.totals.done} of {COUNT} items are answered in {out}" in str(caught.value)
     assert job.totals.done == first.asked.total(), "what was in flight is kept too"
@@ -115,7 +115,7 @@ def test_a_batch_file_that_changes_under_its_job_ends_it_and_what_was_answered_i
     assert second.asked.total() == COUNT - job.totals.done
     with fsspec.open(out, "rb") as opened:
         check(opened.read(), job.record.id)
-    assert registry.find(job.record.id).state == "finished"
+    assert registry.find_job(job.record.id).state == "finished"
 
 
 @pytest.mark.parametrize("change", [change for name, change in SOURCE.items() if name != "deleted"])
@@ -124,8 +124,10 @@ def test_a_batch_file_that_changes_between_two_lives_is_refused_until_it_is_back
 ) -> None:
     file, out = batch(tmp_path / "in.jsonl", COUNT), tmp_path / "out.jsonl"
     before = file.read_bytes()
-    assert not live(file, out, Meddler(lambda: registry.cancel(registry.known()[0].record.id)))
-    [job], kept = registry.known(), out.read_bytes()
+    assert not live(
+        file, out, Meddler(lambda: registry.cancel_job(registry.list_jobs()[0].record.id))
+    )
+    [job], kept = registry.list_jobs(), out.read_bytes()
     change(file)
     with pytest.raises(
         InvalidRequest,
@@ -161,7 +163,7 @@ def test_a_file_that_changes_while_it_is_read_for_the_first_time_is_refused_and_
     fsspec.register_implementation("restless", Restless, clobber=True)
     with (
         pytest.raises(InvalidRequest, match="has changed while it was read"),
-        opened("restless://in.jsonl", str(tmp_path / "out.jsonl")),
+        open_job("restless://in.jsonl", str(tmp_path / "out.jsonl")),
     ):
         pytest.fail("it was begun")
     assert list(tmp_path.iterdir()) == []
@@ -205,7 +207,9 @@ def test_an_output_that_somebody_else_changes_is_left_as_it_is_and_goes_on_when_
         with pytest.raises(OutriderError, match=r"out\.jsonl"):
             live(file, out, Meddler(act))
     else:
-        assert not live(file, out, Meddler(lambda: registry.cancel(registry.known()[0].record.id)))
+        assert not live(
+            file, out, Meddler(lambda: registry.cancel_job(registry.list_jobs()[0].record.id))
+        )
         act()
     for _ in range(2):
         with pytest.raises(OutriderError, match=r"out\.jsonl .*bring it back"):
@@ -219,12 +223,12 @@ def test_an_output_that_somebody_else_changes_is_left_as_it_is_and_goes_on_when_
     assert content(out) == (None if left is None else left + more)
     out.write_bytes((before or b"") + more)
     assert live(file, out, Echo())
-    check(out.read_bytes(), registry.known()[0].record.id)
+    check(out.read_bytes(), registry.list_jobs()[0].record.id)
 
 
 def test_what_a_user_puts_where_an_output_was_to_be_is_not_cut_off(tmp_path: Path) -> None:
     file, out = batch(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
-    with opened(str(file), str(out)):
+    with open_job(str(file), str(out)):
         pass  # killed before the first answer
     out.write_text("precious\n")
     with pytest.raises(InvalidRequest, match="more in it than its job has written"):
@@ -233,12 +237,12 @@ def test_what_a_user_puts_where_an_output_was_to_be_is_not_cut_off(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "tail", [items.OPENING[:5], items.OPENING + b'0", "custom', b"\0\0\0", b""]
+    "tail", [items.LINE_PREFIX[:5], items.LINE_PREFIX + b'0", "custom', b"\0\0\0", b""]
 )
 def test_what_a_kill_or_the_loss_of_power_leaves_is_cut_off(tail: bytes, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     output = FileOutput(out)
-    output.resume(Mark())
+    output.resume(OutputMark())
     mark = output.append(b"whole\n")
     appended(out, tail)
     FileOutput(out).resume(mark)
@@ -258,7 +262,7 @@ def test_two_links_to_one_output_are_one_output(tmp_path: Path) -> None:
             live(other, tmp_path / "link.jsonl", Echo())
 
     assert live(file, out, Meddler(second, when=0))
-    [job] = registry.known()
+    [job] = registry.list_jobs()
     check(out.read_bytes(), job.record.id)
     with pytest.raises(InvalidRequest, match=r"another file, .*in\.jsonl"):
         live(other, tmp_path / "link.jsonl", Echo())
@@ -320,9 +324,9 @@ def test_the_owner_of_a_job_is_named_whoever_had_it_before(tmp_path: Path) -> No
     (tmp_path / "out.jsonl.job").mkdir()
     (tmp_path / "out.jsonl.job" / folders.LOCK).write_text("9" * 20)
     with (
-        opened(file, out),
+        open_job(file, out),
         pytest.raises(Unavailable, match=f"process {os.getpid()} works on the job"),
-        opened(file, out),
+        open_job(file, out),
     ):
         pytest.fail("the second was let in")
 
@@ -330,11 +334,11 @@ def test_the_owner_of_a_job_is_named_whoever_had_it_before(tmp_path: Path) -> No
 @pytest.mark.parametrize("owner", [b"", b"\0\0\0", b"\xff\xfe", b"12a"])
 def test_a_torn_owner_file_is_read_over(owner: bytes, tmp_path: Path) -> None:
     file, out = str(batch(tmp_path / "in.jsonl")), str(tmp_path / "out.jsonl")
-    with opened(file, out):
+    with open_job(file, out):
         (tmp_path / "out.jsonl.job" / folders.LOCK).write_bytes(owner)
         with (
             pytest.raises(Unavailable, match="process unknown works on the job"),
-            opened(file, out),
+            open_job(file, out),
         ):
             pytest.fail("the second was let in")
     assert live(file, out, Echo())
@@ -362,7 +366,7 @@ class Unplugged:
 
 
 def test_a_store_that_is_away_ends_the_job_with_its_name_and_its_lease_by_time() -> None:
-    lease = Lease(Unplugged(), "/jobs/away", lambda: LEASE, "host")
+    lease = Lease(Unplugged(), "/jobs/away", lambda: LEASE_S, "host")
     with pytest.raises(Unavailable, match="the store does not answer"):
         lease.hold()
     lease.release()
@@ -398,7 +402,7 @@ def test_parts_that_somebody_else_removes_are_missed(tmp_path: Path) -> None:
     for path, data in parts.items():
         fs.pipe_file(path, data)
     assert live(file, out, Echo())
-    check(fs.cat_file(out), registry.known()[0].record.id)
+    check(fs.cat_file(out), registry.list_jobs()[0].record.id)
     fs.rm_file("/jobs/parts/out.jsonl")
     with pytest.raises(InvalidRequest, match="is gone"):
         live(file, out, Echo())
@@ -413,7 +417,7 @@ def test_parts_that_are_not_of_the_job_are_refused(data: bytes, tmp_path: Path) 
         batch(tmp_path / "in.jsonl"),
         "memory://jobs/strange/out.jsonl",
     )
-    with opened(str(file), out):
+    with open_job(str(file), out):
         fs.pipe_file("/jobs/strange/out.jsonl.job/part-00000000-x", data)
     with pytest.raises(InvalidRequest, match=r"bring .* back"):
         live(file, out, Echo())
@@ -423,23 +427,25 @@ def test_an_index_of_another_version_is_not_touched(tmp_path: Path) -> None:
     file, out = batch(tmp_path / "in.jsonl"), tmp_path / "out.jsonl"
     assert live(file, out, Echo())
     index = tmp_path / "out.jsonl.job" / folders.INDEX
-    with reading(index) as old:
+    with open_index(index) as old:
         old._base.execute("PRAGMA user_version = 0")
     with pytest.raises(Unavailable, match="another version"):
         live(file, out, Echo())
 
 
 def test_answers_to_no_item_are_kept_neither_in_part(tmp_path: Path) -> None:
-    with opened(str(batch(tmp_path / "in.jsonl")), str(tmp_path / "out.jsonl")) as job:
-        index: Index = job._index
+    with open_job(str(batch(tmp_path / "in.jsonl")), str(tmp_path / "out.jsonl")) as job:
+        index: JobIndex = job._index
         with pytest.raises(InvalidRequest, match="does not have"):
-            index.keep([Kept("item-0", 200, 1), Kept("another", 200, 1)], Mark(10, "x"))
-        assert index.mark() == Mark()
+            index.save(
+                [ItemResult("item-0", 200, 1), ItemResult("another", 200, 1)], OutputMark(10, "x")
+            )
+        assert index.mark() == OutputMark()
         assert index.totals().done == 0
 
 
 def test_an_output_is_finished_only_when_all_is_answered(tmp_path: Path) -> None:
-    with opened(str(batch(tmp_path / "in.jsonl")), str(tmp_path / "out.jsonl")) as job:
+    with open_job(str(batch(tmp_path / "in.jsonl")), str(tmp_path / "out.jsonl")) as job:
         with pytest.raises(Unavailable, match="5 items have no answer"):
             job.finish()
         assert not job._index.finished()

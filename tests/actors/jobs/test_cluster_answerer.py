@@ -128,10 +128,10 @@ def test_targets_of_another_model_are_not_asked(monkeypatch: pytest.MonkeyPatch)
         TargetState(name, "a:1", 0, "ready", 0, None, "node", model=name) for name in ("old", "new")
     )
     monkeypatch.setattr(
-        client, "ask", lambda what: Fleet("new", MODEL, "0", (old, new), (), (), (), 0)
+        client, "ask_controller", lambda what: Fleet("new", MODEL, "0", (old, new), (), (), (), 0)
     )
 
-    assert cluster_answerer.look("old") == [old]
+    assert cluster_answerer.poll_targets("old") == [old]
 
 
 def test_while_the_controller_is_away_nobody_is_thought_to_be_gone(
@@ -145,7 +145,7 @@ def test_while_the_controller_is_away_nobody_is_thought_to_be_gone(
     )
     monkeypatch.setattr(ray, "get", late)
     with pytest.raises(Unavailable):
-        cluster_answerer.look("old")
+        cluster_answerer.poll_targets("old")
 
 
 def test_a_session_that_a_target_gave_up_is_asked_again() -> None:

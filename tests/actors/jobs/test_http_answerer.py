@@ -8,9 +8,15 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from actors.jobs.http_answerer import HttpAnswerer, gateway, read_authority, read_key, wait
+from actors.jobs.http_answerer import (
+    HttpAnswerer,
+    load_authority,
+    open_gateway,
+    read_key,
+    retry_after_seconds,
+)
 from actors.jobs.items import Answer, Item
-from actors.jobs.worker import FAULTS
+from actors.jobs.worker import RETRIED_STATUSES
 from runtime.core.errors import InvalidRequest, OutriderError, Overloaded, Unavailable
 
 URL = "http://gateway.test/v1"
@@ -47,7 +53,7 @@ async def opened(
     key: str | None = None,
     url: str = URL,
 ) -> Answer:
-    async with gateway(url, key, transport=transport) as answerer:
+    async with open_gateway(url, key, transport=transport) as answerer:
         return await act(answerer)
 
 
@@ -104,7 +110,7 @@ def test_an_answer_that_is_no_object_becomes_an_error_body(content: bytes) -> No
 def test_what_is_no_answer_is_a_fault_of_the_gateway(status: int, content: bytes) -> None:
     """Whatever its status says: it is tried again, and is a failed item in the end."""
     found = asked(models(lambda request: httpx2.Response(status, content=content)))
-    assert found.status in FAULTS
+    assert found.status in RETRIED_STATUSES
     assert found.body["error"]["code"] == "bad_gateway"
     assert str(status) in found.body["error"]["message"]
 
@@ -164,7 +170,7 @@ def test_what_is_no_gateway_is_found_out_before_anything_is_asked(
 )
 def test_a_url_where_nobody_is_is_named(url: str) -> None:
     async def enter() -> None:
-        async with gateway(url):
+        async with open_gateway(url):
             pytest.fail("somebody answered")
 
     with pytest.raises(Unavailable) as caught:
@@ -174,7 +180,8 @@ def test_a_url_where_nobody_is_is_named(url: str) -> None:
 
 def test_a_retry_after_is_obeyed_within_reason() -> None:
     assert [
-        wait(given) for given in ("2", "100000", "", "Wed, 21 Oct 2026 07:28:00 GMT", "-1")
+        retry_after_seconds(given)
+        for given in ("2", "100000", "", "Wed, 21 Oct 2026 07:28:00 GMT", "-1")
     ] == [2.0, 30.0, 0.0, 0.0, 0.0]
 
 
@@ -196,4 +203,4 @@ def test_an_authority_is_a_certificate(tmp_path: Path) -> None:
     file.write_text("nonsense")
     for path in (file, tmp_path / "nowhere"):
         with pytest.raises(InvalidRequest, match=str(path)):
-            read_authority(path)
+            load_authority(path)

@@ -9,18 +9,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.jobs import items, source
-from actors.jobs.items import Answer, Item, Misfit
+from actors.jobs.items import Answer, InvalidItem, Item
 from runtime.core import limits
 from runtime.core.errors import InvalidRequest
 from tests.support.jobs_harness import line
 
 
 def test_an_item_keeps_its_own_seed_and_one_without_gets_one_of_its_own() -> None:
-    own = items.read(3, line("a", seed=7).encode(), "job-1")
+    own = items.parse_item(3, line("a", seed=7).encode(), "job-1")
     assert own == Item(
-        3, "a", "/v1/completions", {"model": "m", "prompt": "a", "seed": 7}, items.key("job-1", "a")
+        3,
+        "a",
+        "/v1/completions",
+        {"model": "m", "prompt": "a", "seed": 7},
+        items.item_key("job-1", "a"),
     )
-    given_ones = [items.read(3, line(name, **more).encode(), job) for name, more, job in SEEDLESS]
+    given_ones = [
+        items.parse_item(3, line(name, **more).encode(), job) for name, more, job in SEEDLESS
+    ]
     seeds = [one.body["seed"] for one in given_ones if isinstance(one, Item)]
     assert seeds[0] == seeds[1]
     assert len({seeds[0], seeds[2], seeds[3]}) == 3
@@ -50,9 +56,9 @@ SEEDLESS: list[tuple[str, dict[str, None], str]] = [
 def test_a_line_with_a_name_that_is_no_request_is_answered_so(
     changes: dict[str, object], param: str, named: str
 ) -> None:
-    found = items.read(9, json.dumps(json.loads(line("a")) | changes).encode(), "job-1")
-    assert isinstance(found, Misfit)
-    answer = items.refusal(found.error)
+    found = items.parse_item(9, json.dumps(json.loads(line("a")) | changes).encode(), "job-1")
+    assert isinstance(found, InvalidItem)
+    answer = items.error_answer(found.error)
     assert answer.status == 400
     error = answer.body["error"]
     assert (error["type"], error["code"], error["param"]) == (
@@ -67,8 +73,8 @@ def test_a_line_with_a_name_that_is_no_request_is_answered_so(
 def test_a_missing_field_is_named(missing: str) -> None:
     whole = json.loads(line("a"))
     del whole[missing]
-    found = items.read(1, json.dumps(whole).encode(), "job-1")
-    assert isinstance(found, Misfit)
+    found = items.parse_item(1, json.dumps(whole).encode(), "job-1")
+    assert isinstance(found, InvalidItem)
     assert f"{missing} is missing" in str(found.error)
 
 
@@ -93,7 +99,7 @@ def test_a_missing_field_is_named(missing: str) -> None:
     ids=range(14),
 )
 def test_a_line_without_a_name_to_answer_to_is_refused_by_its_number(raw: bytes) -> None:
-    for act in (lambda: items.custom_id(17, raw), lambda: items.read(17, raw, "job-1")):
+    for act in (lambda: items.parse_custom_id(17, raw), lambda: items.parse_item(17, raw, "job-1")):
         with pytest.raises(InvalidRequest, match="line 17") as caught:
             act()
         assert len(str(caught.value)) < 300
@@ -102,7 +108,7 @@ def test_a_line_without_a_name_to_answer_to_is_refused_by_its_number(raw: bytes)
 @given(st.binary(max_size=200))
 def test_no_bytes_do_anything_else(raw: bytes) -> None:
     try:
-        found = items.custom_id(1, raw)
+        found = items.parse_custom_id(1, raw)
     except InvalidRequest:
         return
     assert found.isprintable()
@@ -120,8 +126,8 @@ def test_an_output_line_is_openais() -> None:
         "error": None,
     }
     assert items.output_line("job-1", "other", Answer(200, {}))[:40] != written[:40]
-    assert written.startswith(items.OPENING)
-    assert items.answered(written) == ("naïve", Answer(200, {"x": "\u2028é"}, "r-1"))
+    assert written.startswith(items.LINE_PREFIX)
+    assert items.parse_output_line(written) == ("naïve", Answer(200, {"x": "\u2028é"}, "r-1"))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +135,7 @@ def test_an_output_line_is_openais() -> None:
 )
 def test_a_line_that_is_no_output_line_is_refused(raw: bytes) -> None:
     with pytest.raises(InvalidRequest, match="bring the output back"):
-        items.answered(raw)
+        items.parse_output_line(raw)
 
 
 @given(
@@ -148,8 +154,8 @@ def test_lines_are_those_of_the_file_whatever_the_pieces(
     fs = fsspec.filesystem("memory")
     fs.pipe_file("/lines.jsonl", content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(source, "PIECE", piece)
-        found = list(source.lines("memory://lines.jsonl"))
+        patch.setattr(source, "CHUNK_BYTES", piece)
+        found = list(source.read_lines("memory://lines.jsonl"))
     assert found == [(number, text) for number, text in enumerate(texts, 1) if text.strip()]
 
 
@@ -158,32 +164,32 @@ def test_a_byte_order_mark_at_the_beginning_is_read_over(
     piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Editors of Windows put one there."""
-    monkeypatch.setattr(source, "PIECE", piece)
+    monkeypatch.setattr(source, "CHUNK_BYTES", piece)
     file = tmp_path / "in.jsonl"
     first, second = line("a").encode(), b"\xef\xbb\xbf" + line("b").encode()
     file.write_bytes(b"\xef\xbb\xbf" + first + b"\r\n" + second + b"\n")
-    assert list(source.lines(str(file))) == [(1, first), (2, second)]
+    assert list(source.read_lines(str(file))) == [(1, first), (2, second)]
     file.write_bytes(b"\xef\xbb\xbf\n" + first)
-    assert list(source.lines(str(file))) == [(2, first)]
+    assert list(source.read_lines(str(file))) == [(2, first)]
 
 
 def test_a_line_that_is_too_long_is_refused_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "BODY_BYTES", 100)
-    monkeypatch.setattr(source, "PIECE", 64)
+    monkeypatch.setattr(source, "CHUNK_BYTES", 64)
     file = tmp_path / "in.jsonl"
     with file.open("wb") as opened:
         opened.write(b"{}\n")
         opened.truncate(1 << 30)
     with pytest.raises(InvalidRequest, match="line 2 is longer than 100 bytes"):
-        list(source.lines(str(file)))
+        list(source.read_lines(str(file)))
 
 
 @pytest.mark.parametrize(
     "url", ["/nowhere/in.jsonl", "/", "nosuch://bucket/in.jsonl", "memory://nothing/in.jsonl"]
 )
 def test_a_file_that_cannot_be_read_is_named(url: str) -> None:
-    for read in (source.fingerprint, lambda url: list(source.lines(url))):
+    for read in (source.fingerprint, lambda url: list(source.read_lines(url))):
         with pytest.raises(InvalidRequest, match=url):
             read(url)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from actors.jobs import folders, items
 from actors.jobs import job as jobs
-from actors.jobs.index import reading
+from actors.jobs.index import open_index
 from actors.jobs.lease import Lease
 from actors.jobs.outputs import Destination, FileOutput, PartsOutput
 from tests.support.jobs_harness import (
@@ -70,12 +70,14 @@ def check(out: str, memory: bool) -> None:
     """All items once, with the seeds of the job."""
     with fsspec.open(out, "rb") as opened:
         found = answers(opened.read())
-    with reading(folders.state_of(out, None if memory else Path(out)) / folders.INDEX) as index:
+    with open_index(
+        folders.state_folder(out, None if memory else Path(out)) / folders.INDEX
+    ) as index:
         record, totals = index.record(), index.totals()
     assert record is not None
     assert sorted(found) == [f"item-{number}" for number in range(COUNT)]
     for name, one in found.items():
-        assert one["response"]["body"] == said(name, items.seed(record.id, name))
+        assert one["response"]["body"] == said(name, items.item_seed(record.id, name))
     assert (totals.items, totals.done, totals.failed, totals.tokens) == (COUNT, COUNT, 0, 3 * COUNT)
 
 
@@ -111,7 +113,7 @@ def test_what_was_kept_is_not_asked_again(tmp_path: Path) -> None:
     while len(left) == COUNT:
         life(file, out, Echo(), last)
         last += 1
-        with reading(tmp_path / "out.jsonl.job" / folders.INDEX) as index:
+        with open_index(tmp_path / "out.jsonl.job" / folders.INDEX) as index:
             left = [line for line, _ in index.unanswered()] if index.record() else left
     assert left, "it was killed before its end"
     assert life(file, out, second, 0)

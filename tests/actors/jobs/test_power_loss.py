@@ -10,10 +10,10 @@ import pytest
 
 from actors.jobs import folders
 from actors.jobs import job as jobs
-from actors.jobs.index import reading
-from actors.jobs.job import opened
+from actors.jobs.index import open_index
+from actors.jobs.job import open_job
 from actors.jobs.outputs import Destination, FileOutput
-from actors.jobs.worker import work
+from actors.jobs.worker import answer_job
 from tests.support.jobs_harness import Echo, answers, batch
 
 COUNT = 20
@@ -60,14 +60,14 @@ def test_what_is_kept_survives_the_loss_of_power(
 
     def life(answerer: Echo, limit: int) -> int:
         """Ends before an item beyond `limit` is answered; returns how many have an answer."""
-        with opened(str(file), str(out)) as job:
+        with open_job(str(file), str(out)) as job:
 
             def show(totals: object) -> None:
                 if answerer.asked.total() >= limit:
                     raise KeyboardInterrupt
 
             with suppress(KeyboardInterrupt):
-                asyncio.run(work(job, answerer, 1, show))
+                asyncio.run(answer_job(job, answerer, 1, show))
             return job.totals.done
 
     kept = life(Echo(), when)
@@ -82,6 +82,6 @@ def test_what_is_kept_survives_the_loss_of_power(
 
 def test_the_index_waits_for_the_disk_at_each_commit(tmp_path: Path) -> None:
     """SQLite's own default loses the last commits of a write-ahead log with the power."""
-    with reading(tmp_path / folders.INDEX) as index:
+    with open_index(tmp_path / folders.INDEX) as index:
         assert index._one("PRAGMA synchronous") == 2
         assert index._base.execute("PRAGMA journal_mode").fetchone() == ("wal",)

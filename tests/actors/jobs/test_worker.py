@@ -9,12 +9,12 @@ import fsspec
 import pytest
 
 from actors.jobs import folders, registry
-from actors.jobs.aimd import LONG, SHORT, Window
+from actors.jobs.aimd import MAX_PAUSE_S, MIN_PAUSE_S, AimdWindow
 from actors.jobs.index import Totals
 from actors.jobs.items import Answer, Item
-from actors.jobs.job import opened
-from actors.jobs.lease import LEASE, Lease
-from actors.jobs.worker import ATTEMPTS, PATIENCE, Clock, work
+from actors.jobs.job import open_job
+from actors.jobs.lease import LEASE_S, Lease
+from actors.jobs.worker import MAX_ATTEMPTS, NO_ANSWER_TIMEOUT_S, Clock, answer_job
 from actors.openai.errors import refused
 from runtime.core.errors import InvalidRequest, Overloaded, TargetsLost, Unavailable
 from tests.support.jobs_harness import Echo, answers, batch, line, live
@@ -56,8 +56,8 @@ def run(
     file: Path, out: Path, answerer: Echo, most: int = 8, hours: Hours | None = None
 ) -> list[Totals]:
     shown: list[Totals] = []
-    with opened(str(file), str(out)) as job:
-        assert asyncio.run(work(job, answerer, most, shown.append, (hours or Hours()).clock))
+    with open_job(str(file), str(out)) as job:
+        assert asyncio.run(answer_job(job, answerer, most, shown.append, (hours or Hours()).clock))
     return shown
 
 
@@ -103,7 +103,7 @@ def test_an_outage_is_sat_out(tmp_path: Path) -> None:
     run(batch(tmp_path / "in.jsonl"), tmp_path / "out.jsonl", Scripted(script), hours=hours)
     assert len(answers((tmp_path / "out.jsonl").read_bytes())) == 5
     assert hours.slept == sorted(hours.slept)
-    assert hours.slept[-1] > SHORT
+    assert hours.slept[-1] > MIN_PAUSE_S
 
 
 def test_an_outage_without_end_is_given_up_and_nothing_is_lost(tmp_path: Path) -> None:
@@ -114,8 +114,8 @@ def test_an_outage_without_end_is_given_up_and_nothing_is_lost(tmp_path: Path) -
     file, out, hours = batch(tmp_path / "in.jsonl"), tmp_path / "out.jsonl", Hours()
     with pytest.raises(Unavailable, match=r"no target.*go on"):
         run(file, out, Scripted(script), hours=hours)
-    assert hours.time > PATIENCE
-    assert max(hours.slept) == LONG
+    assert hours.time > NO_ANSWER_TIMEOUT_S
+    assert max(hours.slept) == MAX_PAUSE_S
     assert list(answers(out.read_bytes())) == ["item-0"]
     run(file, out, Echo())
     assert len(answers(out.read_bytes())) == 5
@@ -158,7 +158,7 @@ def test_a_fault_of_the_server_is_asked_again_and_then_believed(
 
     out = tmp_path / "out.jsonl"
     run(batch(tmp_path / "in.jsonl"), out, Scripted(script))
-    assert tries == ATTEMPTS
+    assert tries == MAX_ATTEMPTS
     assert answers(out.read_bytes())["item-2"]["response"]["status_code"] == (
         500 if fault == "exception" else fault
     )
@@ -198,9 +198,9 @@ def test_cancelled_it_stops_leaves_nothing_in_flight_and_goes_on_later(tmp_path:
 
     async def script(echo: Scripted, item: Item) -> None:
         if item.custom_id == "item-2":
-            [job] = registry.known()
+            [job] = registry.list_jobs()
             assert job.state == "running"
-            registry.cancel(job.record.id)
+            registry.cancel_job(job.record.id)
         if item.custom_id == "item-3":
             echo.flying += 1
             try:
@@ -211,15 +211,15 @@ def test_cancelled_it_stops_leaves_nothing_in_flight_and_goes_on_later(tmp_path:
     echo = Scripted(script)
     assert not live(file, out, echo, most=4)
     assert echo.flying == 0
-    [job] = registry.known()
+    [job] = registry.list_jobs()
     assert job.state == "cancelled"
     assert job.totals.done < 5
     assert live(file, out, Echo())
-    [job] = registry.known()
+    [job] = registry.list_jobs()
     assert job.state == "finished"
     assert len(answers(out.read_bytes())) == 5
     with pytest.raises(InvalidRequest, match="finished"):
-        registry.cancel(job.record.id)
+        registry.cancel_job(job.record.id)
 
 
 def test_finished_it_asks_nothing_more(tmp_path: Path) -> None:
@@ -235,9 +235,13 @@ def test_finished_it_asks_nothing_more(tmp_path: Path) -> None:
 
 def test_two_at_one_time_are_one_too_many(tmp_path: Path) -> None:
     file, out = str(batch(tmp_path / "in.jsonl")), str(tmp_path / "out.jsonl")
-    with opened(file, out), pytest.raises(Unavailable, match="works on the job"), opened(file, out):
+    with (
+        open_job(file, out),
+        pytest.raises(Unavailable, match="works on the job"),
+        open_job(file, out),
+    ):
         pytest.fail("the second was let in")
-    with opened(file, out) as job:
+    with open_job(file, out) as job:
         assert job.totals.items == 5
 
 
@@ -248,12 +252,12 @@ def test_a_lease_keeps_other_machines_off_until_it_expires() -> None:
     first.hold()
     with pytest.raises(Unavailable, match="host-1"):
         second.hold()
-    time = LEASE - 1
+    time = LEASE_S - 1
     first.hold()
-    time = LEASE + 1
+    time = LEASE_S + 1
     with pytest.raises(Unavailable, match="host-1"):
         second.hold()
-    time = 3 * LEASE
+    time = 3 * LEASE_S
     second.hold()
     with pytest.raises(Unavailable, match="host-2"):
         first.hold()
@@ -284,7 +288,7 @@ def test_a_file_that_cannot_be_answered_is_refused_and_leaves_nothing(
 ) -> None:
     file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     file.write_text(content)
-    with pytest.raises(InvalidRequest, match=named), opened(str(file), str(out)):
+    with pytest.raises(InvalidRequest, match=named), open_job(str(file), str(out)):
         pytest.fail("it was begun")
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
@@ -319,21 +323,21 @@ def test_a_state_that_is_damaged_is_said_to_be_so(tmp_path: Path) -> None:
     (tmp_path / "out.jsonl.job" / folders.INDEX).write_bytes(b"nonsense" * 1000)
     with pytest.raises(Unavailable, match=r"out\.jsonl\.job"):
         live(file, out, Echo())
-    assert registry.known() == []
+    assert registry.list_jobs() == []
 
 
 def test_the_window_grows_by_answers_and_shrinks_to_what_was_not_refused() -> None:
-    window = Window(6)
-    assert window.room(0) == 4
+    window = AimdWindow(6)
+    assert window.free(0) == 4
     for _ in range(100):
-        window.answered()
-    assert [window.room(flying) for flying in (0, 5, 6, 7)] == [6, 1, 0, 0]
-    window.refused(3)
-    assert window.room(0) == 3
-    window.refused(0)
-    assert window.room(0) == 1
-    assert window.pause == 4 * SHORT / 2
-    window.answered()
+        window.on_answer()
+    assert [window.free(flying) for flying in (0, 5, 6, 7)] == [6, 1, 0, 0]
+    window.on_refusal(3)
+    assert window.free(0) == 3
+    window.on_refusal(0)
+    assert window.free(0) == 1
+    assert window.pause == 4 * MIN_PAUSE_S / 2
+    window.on_answer()
     assert window.pause == 0
-    assert window.room(0) == 2
-    assert Window(1).room(0) == 1
+    assert window.free(0) == 2
+    assert AimdWindow(1).free(0) == 1

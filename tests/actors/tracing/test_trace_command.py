@@ -8,7 +8,14 @@ import pytest
 from PIL import Image
 
 from actors import cli
-from actors.tracing.trace_reader import common, figures, middle, read, save, union
+from actors.tracing.trace_reader import (
+    intersection,
+    middle_window,
+    read_trace,
+    save_trace,
+    trace_stats,
+    union,
+)
 from runtime.core.errors import InvalidRequest
 from runtime.telemetry.tracing import BOOKKEEPING, COMMIT, COMPUTE, GROWTH, PREFILL, WAIT, Recording
 from tests.runtime.telemetry.test_tracing import MS, synthetic
@@ -25,14 +32,14 @@ def outrider(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """70 steps of 20 ms after a prefill of 10 ms."""
     file = tmp_path_factory.mktemp("trace") / "run.json"
-    save(file, synthetic(70, ("draft-0", "draft-1")))
+    save_trace(file, synthetic(70, ("draft-0", "draft-1")))
     return file
 
 
 def test_shares_and_overlap_are_those_of_the_run(run: Path) -> None:
-    found = read(run)
+    found = read_trace(run)
     assert found.run == pytest.approx((0.0, 1.41))
-    seen = figures(found, (0.010, 1.410))
+    seen = trace_stats(found, (0.010, 1.410))
     expected = {PREFILL: 0.0, WAIT: 0.1, BOOKKEEPING: 0.1, COMPUTE: 0.8, "other": 0.0}
     assert seen.target == pytest.approx(expected, abs=1e-6)
     assert seen.drafters == pytest.approx({"draft-0": 0.4, "draft-1": 0.4}, abs=1e-6)
@@ -43,8 +50,8 @@ def test_shares_and_overlap_are_those_of_the_run(run: Path) -> None:
 
 
 def test_a_window_cuts_what_reaches_over_its_edges(run: Path) -> None:
-    seen = figures(
-        read(run), (0.010, 0.020)
+    seen = trace_stats(
+        read_trace(run), (0.010, 0.020)
     )  # 2 ms wait, 8 ms of the first pass, of which 4 beside draft-0's step
     assert seen.target == pytest.approx(
         {PREFILL: 0.0, WAIT: 0.2, BOOKKEEPING: 0.0, COMPUTE: 0.8, "other": 0.0}, abs=1e-6
@@ -55,7 +62,7 @@ def test_a_window_cuts_what_reaches_over_its_edges(run: Path) -> None:
 
 def test_intervals() -> None:
     assert union([(3.0, 4.0), (0.0, 1.0), (1.0, 2.0), (0.5, 0.75)]) == [(0.0, 2.0), (3.0, 4.0)]
-    assert common([(0.0, 2.0), (3.0, 5.0)], [(1.0, 4.0), (4.5, 6.0)]) == [
+    assert intersection([(0.0, 2.0), (3.0, 5.0)], [(1.0, 4.0), (4.5, 6.0)]) == [
         (1.0, 2.0),
         (3.0, 4.0),
         (4.5, 5.0),
@@ -63,7 +70,7 @@ def test_intervals() -> None:
 
 
 def test_the_excerpt_is_around_the_middle_step(run: Path) -> None:
-    begin, end = middle(read(run))
+    begin, end = middle_window(read_trace(run))
     assert end - begin == pytest.approx(0.5)
     assert begin < 0.712 < end
 
@@ -100,7 +107,7 @@ def test_what_is_asked_for_beyond_the_trace_is_cut_off(
 def test_other_casts_are_drawn_too(
     drafters: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save(tmp_path / "run.json", synthetic(3, drafters))
+    save_trace(tmp_path / "run.json", synthetic(3, drafters))
     assert (
         outrider(
             monkeypatch,
@@ -122,7 +129,7 @@ def test_clocks_that_disagree_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drafter, target = synthetic(5)
-    save(
+    save_trace(
         tmp_path / "run.json",
         [Recording(drafter.process, drafter.offset + 2 * MS, drafter.events, cut=True), target],
     )
@@ -197,7 +204,7 @@ def test_a_file_that_cannot_be_read(
 
 def test_a_trace_that_cannot_be_written() -> None:
     with pytest.raises(InvalidRequest, match=r"/nowhere/run\.json"):
-        save(Path("/nowhere/run.json"), [])
+        save_trace(Path("/nowhere/run.json"), [])
 
 
 def one_line_about(named: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from actors import cli
-from actors.cli.commands.measure_guesses import SILENT, of_drafter
+from actors.cli.commands.measure_guesses import NO_GUESS_LOGPROB, measure_drafter
 from runtime.config import ScheduleConfig
 from runtime.core.draft_nodes import NOTHING, DraftNodes, stack
 from runtime.core.sampling_params import Sampling
@@ -83,11 +83,13 @@ def test_how_often_its_best_guesses_are_right() -> None:
 
 
 def test_a_drafter_without_a_model_is_asked_place_by_place() -> None:
-    seconds, places = of_drafter(Ngram(), [((1, 2, 3, 1, 2), (3, 1, 9))], Sampling())
+    seconds, places = measure_drafter(Ngram(), [((1, 2, 3, 1, 2), (3, 1, 9))], Sampling())
     assert all(took > 0 for took in seconds.values())
     assert sorted(seconds) == [1, 4, 16]
     assert [place.rank for place in places] == [0, 0, None]
-    assert of_drafter(Ngram(), [((1, 2), (3,))], Sampling())[1][0].scores == (SILENT,)
+    assert measure_drafter(Ngram(), [((1, 2), (3,))], Sampling())[1][0].scores == (
+        NO_GUESS_LOGPROB,
+    )
 
 
 @pytest.mark.slow
@@ -100,7 +102,7 @@ def test_the_command_takes_all_kinds(
     monkeypatch.setattr(
         sys.modules["actors.cli.commands.plan"], "Setting", partial(Setting, tokens=40)
     )
-    monkeypatch.setattr(importlib.import_module("actors.cli.commands.measure"), "TOKENS", 12)
+    monkeypatch.setattr(importlib.import_module("actors.cli.commands.measure"), "MAX_TOKENS", 12)
     drafts = [
         option
         for name in ("ngram", "layer-skip", "s3d", "token-recycling", "medusa", "hidden-transfer")
@@ -148,7 +150,7 @@ class Chain:
 def test_a_drafter_that_guesses_several_places_in_a_pass() -> None:
     """Its second guess of the second place is right; the third place hangs on that one, not on the best, so it is not heard of."""
     prompt, answer = tuple(range(4)), (4, 5, 6)
-    _, places = of_drafter(Chain(), [(prompt, answer)], Sampling())
+    _, places = measure_drafter(Chain(), [(prompt, answer)], Sampling())
     assert [place.rank for place in places] == [0, 0, 0]
     assert [[below.rank for below in place.below] for place in places] == [[1], [1], [None]]
     assert len(places[0].below[0].scores) == 2

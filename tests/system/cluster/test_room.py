@@ -34,7 +34,7 @@ def wanted(spec: Spec) -> dict[str, float]:
 
 def test_ray_has_no_room_for_what_does_not_fit_and_for_nothing_else(cluster: None) -> None:
     assert wanted(ELSEWHERE) == {"node:192.0.2.1": 0.001}
-    assert cluster_resources.bundle(ELSEWHERE) == {}
+    assert cluster_resources.autoscaler_bundle(ELSEWHERE) == {}
     began = []
     specs: tuple[Spec, ...] = (TOO_MANY, UNKNOWN, ELSEWHERE, FITS)
     for number, spec in enumerate(specs):

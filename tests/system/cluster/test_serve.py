@@ -51,17 +51,19 @@ def test_sigterm_in_mid_start_leaves_no_ray_behind(moment: str, home: Path, tmp_
             return any(
                 moment in called(pid)
                 for session in sessions
-                for pid in local_ray.processes(session)
+                for pid in local_ray.session_processes(session)
             )
 
         await_(reached, moment)
         running.send_signal(signal.SIGTERM)
         said, _ = running.communicate(timeout=PATIENCE_S)
         assert running.returncode != 0, said
-    await_(lambda: not any(map(local_ray.processes, sessions | rays(home))), "the end of Ray")
+    await_(
+        lambda: not any(map(local_ray.session_processes, sessions | rays(home))), "the end of Ray"
+    )
     assert not [*home.glob("outrider-*")]
     assert local_ray.find() is None
-    assert not local_ray.record().exists()
+    assert not local_ray.record_file().exists()
 
 
 def rays(home: Path) -> set[int]:
@@ -70,7 +72,7 @@ def rays(home: Path) -> set[int]:
     return {
         int(status[3])
         for pid in found
-        if str(home) in called(pid) and (status := local_ray.status(pid))
+        if str(home) in called(pid) and (status := local_ray.read_stat(pid))
     }
 
 
