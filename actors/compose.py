@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from actors.calibration_store import recall
+from actors.calibration_store import load_calibrations
 from runtime.config import (
     DrafterConfig,
     HeadConfig,
@@ -45,21 +45,21 @@ from runtime.target.target import Target
 from runtime.target.verifier import Verifier
 from runtime.telemetry.tracing import OFF, TARGET, Trace
 
-WIDTHS = (1, 2, 4, 8)  # of a drafter's pass, among which the knee is looked for
-UNMEASURED = 4
+MEASURED_WIDTHS = (1, 2, 4, 8)  # of a drafter's pass, among which the knee is looked for
+DEFAULT_WIDTH = 4
 
 
-def settle_memory() -> None:
+def freeze_gc() -> None:
     """What is loaded stays: Python need not look through it for garbage while tokens wait."""
     gc.collect()
     gc.freeze()
 
 
-def threads(placement: Placement) -> int | None:
+def thread_count(placement: Placement) -> int | None:
     return placement.threads or len(placement.cores) or None
 
 
-def end_tokens(model: HFModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+def eos_tokens(model: HFModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
     """Ids that end a text: the tokenizer's, and those of the model's generation settings."""
     settings = getattr(model.module, "generation_config", None)
     said = getattr(settings, "eos_token_id", None)
@@ -71,7 +71,7 @@ def end_tokens(model: HFModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[
     )
 
 
-def finisher(
+def stop_checker_factory(
     tokenizer: PreTrainedTokenizerFast, eos: frozenset[int]
 ) -> Callable[[Request], StopChecker]:
     def finish(request: Request) -> StopChecker:
@@ -81,7 +81,7 @@ def finisher(
     return finish
 
 
-class Built(NamedTuple):
+class BuiltTarget(NamedTuple):
     target: Target
     tokenizer: PreTrainedTokenizerFast
     times: dict[int, float]  # T, seconds of a pass by its rows
@@ -99,16 +99,18 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def build_target(config: TargetConfig, record: bool = False) -> Built:
+def build_target(config: TargetConfig, record: bool = False) -> BuiltTarget:
     """With `record`, the engine keeps a trace."""
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, config.dtype, config.device, threads(config.placement))
-    eos = end_tokens(model, tokenizer)
+    model = load_model(config.model, config.dtype, config.device, thread_count(config.placement))
+    eos = eos_tokens(model, tokenizer)
     times = step_times(model, ROWS, time.monotonic)
     slots = config.kv_tokens or kv_slots(model)
-    known = recall(memory_of(config.model, "target"))
+    known = load_calibrations(memory_of(config.model, "target"))
     trace = Trace(TARGET) if record else OFF
-    heads = {name: mounted(head, model, tokenizer) for name, head in config.named_heads().items()}
+    heads = {
+        name: mount_head(head, model, tokenizer) for name, head in config.named_heads().items()
+    }
     engine = Engine(
         model,
         Verifier(choose, eos, logprobs),
@@ -120,11 +122,13 @@ def build_target(config: TargetConfig, record: bool = False) -> Built:
         heads=heads,
     )
     grammars = Grammars(tokenizer, model.vocabulary, eos)
-    target = Target(engine, finisher(tokenizer, eos), grammars, grammars.close)
-    return Built(target, tokenizer, times)
+    target = Target(engine, stop_checker_factory(tokenizer, eos), grammars, grammars.close)
+    return BuiltTarget(target, tokenizer, times)
 
 
-def mounted(config: HeadConfig, model: HFModel, tokenizer: PreTrainedTokenizerFast) -> MountedHead:
+def mount_head(
+    config: HeadConfig, model: HFModel, tokenizer: PreTrainedTokenizerFast
+) -> MountedHead:
     """Builds a head and measures what its pseudo rows cost."""
     head = build_head(config, model, tokenizer)
     priced = riding_time(model, head.look, RIDDEN, time.monotonic) if head.look.branches else 0.0
@@ -145,11 +149,11 @@ def build_drafter(config: DrafterConfig, target: str, record: bool = False) -> D
     """`target` is the name of the target's model: some methods read it, all speak its vocabulary. `record`: as for a target."""
 
     def load(name: str) -> HFModel:
-        return load_model(name, config.dtype, config.device, threads(config.placement))
+        return load_model(name, config.dtype, config.device, thread_count(config.placement))
 
     def load_layers(name: str) -> HFModel:
         return load_model(
-            name, config.dtype, config.device, threads(config.placement), layers=config.layers
+            name, config.dtype, config.device, thread_count(config.placement), layers=config.layers
         )
 
     def load_changed(
@@ -159,7 +163,7 @@ def build_drafter(config: DrafterConfig, target: str, record: bool = False) -> D
             name,
             config.dtype,
             config.device,
-            threads(config.placement),
+            thread_count(config.placement),
             layers=layers,
             change=change,
         )
@@ -168,19 +172,23 @@ def build_drafter(config: DrafterConfig, target: str, record: bool = False) -> D
     drafter = method.build(
         DrafterContext(target, draft_of(config), load, load_layers, load_changed)
     )
-    known = recall(memory_of_drafter(config, target))
+    known = load_calibrations(memory_of_drafter(config, target))
     trace = Trace(config.name) if record else OFF
     return DraftHost(
         DraftEngine(
-            drafter, config.name, config.width or width_of(drafter), calibrations=known, trace=trace
+            drafter,
+            config.name,
+            config.width or draft_width(drafter),
+            calibrations=known,
+            trace=trace,
         )
     )
 
 
-def width_of(drafter: Drafter) -> int:
-    """Leaves that a drafter expands in one pass: up to the knee of its model's step time; `UNMEASURED` where it has none."""
+def draft_width(drafter: Drafter) -> int:
+    """Leaves that a drafter expands in one pass: up to the knee of its model's step time; `DEFAULT_WIDTH` where it has none."""
     if isinstance(drafter, Noisy):
-        return width_of(drafter.inner)
+        return draft_width(drafter.inner)
     if not isinstance(drafter, ModelDrafter):
-        return UNMEASURED
-    return knee(step_times(drafter.model, WIDTHS, time.monotonic))
+        return DEFAULT_WIDTH
+    return knee(step_times(drafter.model, MEASURED_WIDTHS, time.monotonic))

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from actors.compose import build_head, finisher
+from actors.compose import build_head, stop_checker_factory
 from bench.core.options import RESULTS
 from bench.core.prompts import Prompt, held_out
 from bench.methods.study import HEADS, LEARNING, NEW_TOKENS, TEMPERATURES
@@ -55,7 +55,7 @@ class Counted:
 async def written(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling) -> list[Stats]:
     """The figures of each text, one after the other."""
     target, found = (
-        Target(engine, finisher(load_tokenizer(config.shipped("target")), frozenset())),
+        Target(engine, stop_checker_factory(load_tokenizer(config.shipped("target")), frozenset())),
         [],
     )
     target.start()

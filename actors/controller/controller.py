@@ -30,7 +30,7 @@ from actors.controller.reconciler import (
     serves,
 )
 from actors.rpc.endpoints import ActorLocation
-from actors.rpc.tls import warn_if_open
+from actors.rpc.tls import warn_if_plaintext
 from runtime.config import MOST_DRAFTERS, Deployment
 from runtime.core.errors import InvalidRequest, OutriderError, Unavailable
 from runtime.core.sampling_params import whole
@@ -81,7 +81,7 @@ class Controller:
             self.watcher.start()
         fleet = self._await_ready(timeout_s)
         nodes = [place.node for place in self.places().values()]
-        warn_if_open(nodes, self.deployment.security.tls)
+        warn_if_plaintext(nodes, self.deployment.security.tls)
         return fleet
 
     def fleet(self) -> Fleet:

@@ -16,8 +16,8 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from actors.controller.controller import Controller
 from actors.controller.fleet_view import Fleet, TargetState
-from actors.ray_session import joined, known_errors
-from actors.routing.router import Router, following
+from actors.ray_session import ray_cluster, translate_ray_errors
+from actors.routing.router import Router, updated_router
 from actors.rpc.endpoints import ActorLocation
 from bench.chaos.clients import DEADLINE_S, Seen, Watched, cases, stream
 from bench.chaos.faults import Victim, inject, next_count, next_fault
@@ -74,7 +74,7 @@ def plan(options: Options) -> Deployment:
 
 def run(options: Options, note: Note) -> Outcome:
     """On a Ray of its own, which ends with it. Raises Unavailable, ModelRefused where the deployment does not start."""
-    with joined(None, cpus=options.targets + max(options.drafters, options.most or 0)):
+    with ray_cluster(None, cpus=options.targets + max(options.drafters, options.most or 0)):
         return inside(options, note)
 
 
@@ -98,12 +98,12 @@ async def storm(options: Options, controller: Any, note: Note) -> Outcome:
     seen, over, blows = Seen(), asyncio.Event(), Counter[str]()
 
     def look() -> Sequence[TargetState]:
-        with known_errors():
+        with translate_ray_errors():
             fleet: Fleet = ray.get(controller.fleet.remote(), timeout=PATIENCE)
         seen.look(fleet, time.monotonic())  # as the event loop's
         return fleet.targets
 
-    async with following(Router(lambda address: Watched(address, seen)), look) as router:
+    async with updated_router(Router(lambda address: Watched(address, seen)), look) as router:
         began = asyncio.get_running_loop().time()
         streams = [
             asyncio.create_task(stream(router, known, number, over, seen))

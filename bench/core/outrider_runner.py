@@ -12,7 +12,7 @@ import ray
 
 from actors.controller.actor_handles import START_TIMEOUT_S, actor_class
 from actors.drafter import DraftActor
-from actors.ray_session import joined, known_errors
+from actors.ray_session import ray_cluster, translate_ray_errors
 from actors.rpc.client import GrpcTarget
 from actors.rpc.common import CALLER_SILENCE_MS
 from actors.rpc.endpoints import Endpoint
@@ -193,7 +193,7 @@ class OutriderRunner:
             )
         how, target = method.how, self.targets[method.how.target_cores]
         drafters = {NAMES[name]: self.drafters[name, how.drafter_cores] for name in how.drafters}
-        with known_errors():
+        with translate_ray_errors():
             peers = [
                 Endpoint(name, ray.get(handle.where.remote()).address, 0)
                 for name, handle in drafters.items()
@@ -259,7 +259,7 @@ def running(pair: Pair, methods: Iterable[Method]) -> Iterator[OutriderRunner]:
     hows = [method.how for method in methods if isinstance(method.how, OutriderMethod)]
     wanted_targets = sorted({how.target_cores for how in hows})
     wanted_drafters = sorted({(name, how.drafter_cores) for how in hows for name in how.drafters})
-    with joined(None, cpus=len(wanted_targets) + len(wanted_drafters)):
+    with ray_cluster(None, cpus=len(wanted_targets) + len(wanted_drafters)):
         targets = {}
         for cores in wanted_targets:
             config = pair.target_config(cores)

@@ -13,7 +13,7 @@ import ray
 from actors.controller.client import NAME
 from actors.controller.controller import Controller
 from actors.controller.fleet_view import Fleet
-from actors.ray_session import NAMESPACE, joined
+from actors.ray_session import NAMESPACE, ray_cluster
 from actors.rpc.endpoints import ActorLocation
 from runtime.config import (
     Deployment,
@@ -50,7 +50,7 @@ def serving(target: str, draft: str, requests: int) -> Iterator[Site]:
 
     Raises Unavailable, ModelRefused where they do not start.
     """
-    with joined(None, cpus=3):
+    with ray_cluster(None, cpus=3):
         kind = ray.remote(Controller).options(
             name=NAME, namespace=NAMESPACE, num_cpus=0, max_concurrency=8
         )

@@ -242,11 +242,11 @@ def test_a_drafter_that_sends_two_texts_of_one_name_is_shut_out() -> None:
             target.attach("scripted", link, link.strike)
             await soon(lambda: "scripted" in target.engine.drafters)
             for name in "abc":
-                assert not link.shut
+                assert not link.quarantined
                 found = await answer(target, asking(PROMPT, session=name, max_tokens=5))
                 assert found.tokens == TRUE[:5]
             await soon(lambda: target.drafters == ())
-            assert link.shut
+            assert link.quarantined
             assert link.counters["malformed"] == 3
             assert target.lost == {"scripted": 1}
             assert (await answer(target, asking(PROMPT, max_tokens=8))).tokens == TRUE

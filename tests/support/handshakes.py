@@ -10,7 +10,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from actors.rpc.certificate_authority import Authority
+from actors.rpc.certificate_authority import CertificateAuthority
 from actors.rpc.server import TargetService, serve
 from tests.actors.rpc.test_tls import CHUNK, NOW, answered, lay
 from tests.support.fakes import HOST, ScriptedTarget
@@ -19,7 +19,7 @@ CALLERS, ROUNDS = 100, 20
 
 
 async def main(folder: Path) -> int:
-    authority = Authority("ours", NOW, 30)
+    authority = CertificateAuthority("ours", NOW, 30)
     ours, theirs = lay(folder / "server", authority), lay(folder / "callers", authority)
     server, port = await serve([TargetService(ScriptedTarget(CHUNK))], HOST, tls=ours)
     for number in range(ROUNDS):

@@ -10,7 +10,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from actors.gateway.api_keys import Keys
+from actors.gateway.api_keys import ApiKeys
 from runtime.core import limits
 from tests.support.gateway import CONTEXT, MODEL, Running, Scripted, never, serving, tokenizer
 from tests.support.harness import HANG_S
@@ -32,7 +32,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def gateway(keys: Path) -> Iterator[Running]:
-    with serving(Scripted(never), keys=Keys(keys)) as running:
+    with serving(Scripted(never), keys=ApiKeys(keys)) as running:
         running.headers.update(BEARER)
         yield running
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from actors.gateway.api_keys import Keys
-from actors.openai.protocol import KINDS
-from actors.rpc.certificate_authority import Authority
+from actors.gateway.api_keys import ApiKeys
+from actors.openai.protocol import BODY_TYPES
+from actors.rpc.certificate_authority import CertificateAuthority
 from runtime.config import GatewayConfig, LimitsConfig, TlsConfig
 from runtime.core import limits
 from runtime.core.messages import Chunk, Request
@@ -29,15 +29,15 @@ FRAMES = ("Content-Length: 1000", "Transfer-Encoding: chunked")
 
 
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
+def keys(tmp_path_factory: pytest.TempPathFactory) -> ApiKeys:
     file = tmp_path_factory.mktemp("keys") / "keys"
     file.write_text(f"all:{KEY}\n")
     file.chmod(0o600)
-    return Keys(file)
+    return ApiKeys(file)
 
 
 @pytest.fixture(scope="module")
-def gateway(keys: Keys) -> Iterator[Running]:
+def gateway(keys: ApiKeys) -> Iterator[Running]:
     with serving(Scripted(never), keys=keys) as running:
         yield running
         running.eventually(lambda: not running.connections())
@@ -46,8 +46,8 @@ def gateway(keys: Keys) -> Iterator[Running]:
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "BODY_SECONDS", SOON)
-    monkeypatch.setattr("actors.gateway.connection.STALL_SECONDS", SOON)
-    monkeypatch.setattr("actors.gateway.connection.CLOSE_SECONDS", SOON)
+    monkeypatch.setattr("actors.gateway.connection.STALL_TIMEOUT_S", SOON)
+    monkeypatch.setattr("actors.gateway.connection.CLOSE_TIMEOUT_S", SOON)
 
 
 def connected(gateway: Running, buffer: int | None = None) -> socket.socket:
@@ -186,7 +186,7 @@ def test_who_does_not_read_a_long_answer_is_cut(
     monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], close: tuple[str, ...]
 ) -> None:
     """It is cut as well if all of the answer is in the buffers, or its deadline has ended it."""
-    monkeypatch.setattr("actors.gateway.completion_handler.GRACE_SECONDS", 0.0)
+    monkeypatch.setattr("actors.gateway.completion_handler.DEADLINE_GRACE_S", 0.0)
 
     async def long(request: Request) -> AsyncGenerator[Chunk, None]:
         for _ in range(12):
@@ -257,7 +257,7 @@ def test_requests_that_came_before_the_end_are_answered_all(gateway: Running) ->
 
 def test_who_has_waited_longest_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten silent connections keep nobody out if four may be open, and do not end one that is served."""
-    monkeypatch.setattr("actors.gateway.server.CONNECTIONS", 4)
+    monkeypatch.setattr("actors.gateway.server.MAX_CONNECTIONS", 4)
     gate = Gate()
     scripted = Scripted(gate.speak)
     with (
@@ -283,7 +283,7 @@ def test_who_has_waited_longest_makes_room(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_where_all_are_served_another_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.gateway.server.CONNECTIONS", 1)
+    monkeypatch.setattr("actors.gateway.server.MAX_CONNECTIONS", 1)
     gate = Gate()
     scripted = Scripted(gate.speak)
     with serving(scripted) as gateway, gateway.openai() as client, ThreadPoolExecutor(1) as pool:
@@ -302,8 +302,8 @@ def test_where_all_are_served_another_is_refused(monkeypatch: pytest.MonkeyPatch
 @pytest.fixture(scope="module")
 def secured(tmp_path_factory: pytest.TempPathFactory) -> TlsConfig:
     folder = tmp_path_factory.mktemp("tls")
-    authority = Authority("outrider", datetime.datetime.now(datetime.UTC), 1)
-    site = authority.website(["localhost", "127.0.0.1"])
+    authority = CertificateAuthority("outrider", datetime.datetime.now(datetime.UTC), 1)
+    site = authority.https_server(["localhost", "127.0.0.1"])
     for name, data in {
         "ca": authority.certificate,
         "cert": site.certificate,
@@ -446,7 +446,7 @@ WRONG: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("which", WRONG)
 def test_a_long_list_that_is_wrong_is_left_at_its_first_error(which: str) -> None:
     """Its cost is in the errors: 72,000 of them took most of a second."""
-    kind = KINDS[CHAT if which == "parts" else COMPLETIONS]
+    kind = BODY_TYPES[CHAT if which == "parts" else COMPLETIONS]
     with pytest.raises(ValidationError) as wrong:
         kind.model_validate({"model": MODEL, **WRONG[which]})
     assert wrong.value.error_count() <= 32

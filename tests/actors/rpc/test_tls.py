@@ -20,12 +20,21 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from actors import cli
-from actors.rpc.certificate_authority import Authority, Signed
+from actors.rpc.certificate_authority import CertificateAuthority, SignedCertificate
 from actors.rpc.client import GrpcLink, GrpcTarget
 from actors.rpc.common import closing
 from actors.rpc.server import DraftingService, TargetService, serve
-from actors.rpc.tls import ROLES, Role, channel, host_name, read, roles_in, uri, warn_if_open
-from protos import codec
+from actors.rpc.tls import (
+    ROLES,
+    Role,
+    channel,
+    read_credentials,
+    role_host_name,
+    role_uri,
+    roles_in,
+    warn_if_plaintext,
+)
+from protos import drafting_codec, target_codec
 from runtime.config import Deployment, TlsConfig
 from runtime.core.errors import InvalidRequest, LinkLost, Unavailable
 from runtime.core.messages import Chunk, Request
@@ -37,14 +46,20 @@ from tests.support.paths import ROOT
 NOW = datetime.datetime.now(datetime.UTC)
 REQUEST = Request("s", (1, 2, 3), Sampling())
 CHUNK = Chunk(("a",), (7,), ("",), "length")
-METHODS = {"target": f"/{codec.TARGET}/Generate", "drafter": f"/{codec.DRAFTING}/Speculate"}
+METHODS = {
+    "target": f"/{target_codec.TARGET_SERVICE}/Generate",
+    "drafter": f"/{drafting_codec.DRAFTING_SERVICE}/Speculate",
+}
 
 
-def lay(folder: Path, authority: Authority) -> TlsConfig:
+def lay(folder: Path, authority: CertificateAuthority) -> TlsConfig:
     """The authority's certificates in files, as `outrider certs` names them."""
     folder.mkdir(exist_ok=True)
     (folder / "ca.pem").write_bytes(authority.certificate)
-    signed: dict[str, Signed] = {**authority.roles(), "https": authority.website([HOST])}
+    signed: dict[str, SignedCertificate] = {
+        **authority.roles(),
+        "https": authority.https_server([HOST]),
+    }
     for name, pair in signed.items():
         (folder / f"{name}.pem").write_bytes(pair.certificate)
         (folder / f"{name}-key.pem").write_bytes(pair.key)
@@ -55,13 +70,13 @@ def lay(folder: Path, authority: Authority) -> TlsConfig:
 
 @pytest.fixture(scope="module")
 def tls(tmp_path_factory: pytest.TempPathFactory) -> TlsConfig:
-    return lay(tmp_path_factory.mktemp("certs"), Authority("ours", NOW, 30))
+    return lay(tmp_path_factory.mktemp("certs"), CertificateAuthority("ours", NOW, 30))
 
 
 @pytest.fixture(scope="module")
 def strangers(tmp_path_factory: pytest.TempPathFactory) -> TlsConfig:
     """Of another authority, of the same name."""
-    return lay(tmp_path_factory.mktemp("strangers"), Authority("ours", NOW, 30))
+    return lay(tmp_path_factory.mktemp("strangers"), CertificateAuthority("ours", NOW, 30))
 
 
 def shown(tls: TlsConfig, name: str) -> TlsConfig:
@@ -105,7 +120,7 @@ async def status(
     async with open_channel(address, []) as connection, asyncio.timeout(PATIENCE_S):
         make = connection.unary_stream if service == "target" else connection.stream_stream
         call = make(METHODS[service])(
-            *([codec.encode_request(REQUEST)] if service == "target" else [])
+            *([target_codec.encode_request(REQUEST)] if service == "target" else [])
         )
         code: grpc.StatusCode = await call.code()
         return code
@@ -159,7 +174,9 @@ def dialling(
             )
         credentials = grpc.ssl_channel_credentials(tls.ca.read_bytes(), *pair)
         return grpc.aio.secure_channel(
-            address, credentials, [*options, ("grpc.ssl_target_name_override", host_name(service))]
+            address,
+            credentials,
+            [*options, ("grpc.ssl_target_name_override", role_host_name(service))],
         )
 
     return open_channel
@@ -241,10 +258,10 @@ def test_new_files_are_used_from_the_next_connection_on(
     tmp_path: Path, strangers: TlsConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main() -> None:
-        own = lay(tmp_path, Authority("old", NOW, 30))
+        own = lay(tmp_path, CertificateAuthority("old", NOW, 30))
         async with served(TargetService(ScriptedTarget(CHUNK)), own) as address:
             assert await answered(address, own) == [CHUNK]
-            old = shown(lay(tmp_path / "kept", Authority("unused", NOW, 30)), "gateway")
+            old = shown(lay(tmp_path / "kept", CertificateAuthority("unused", NOW, 30)), "gateway")
             for name in ("ca.pem", "gateway.pem", "gateway-key.pem"):
                 (old.ca.parent / name).write_bytes((tmp_path / name).read_bytes())
             for file in strangers.ca.parent.iterdir():
@@ -288,14 +305,16 @@ def test_files_that_cannot_be_used_are_named(
     folder = tls.ca.parent
     (folder / "noise.pem").write_text("noise")
     with pytest.raises(InvalidRequest, match=message) as caught:
-        read(tls.model_copy(update={name: folder / file for name, file in files.items()}), "target")
+        read_credentials(
+            tls.model_copy(update={name: folder / file for name, file in files.items()}), "target"
+        )
     assert "\n" not in str(caught.value)
 
 
 def test_a_certificate_that_has_run_out_is_refused(tmp_path: Path) -> None:
-    past = lay(tmp_path, Authority("past", NOW - datetime.timedelta(days=40), 30))
+    past = lay(tmp_path, CertificateAuthority("past", NOW - datetime.timedelta(days=40), 30))
     with pytest.raises(InvalidRequest, match=r"ran out on \d{4}-\d\d-\d\d: make new ones"):
-        read(past, "drafter")
+        read_credentials(past, "drafter")
 
 
 def test_a_server_does_not_start_with_files_that_cannot_be_used(tls: TlsConfig) -> None:
@@ -334,7 +353,7 @@ def test_a_link_without_usable_files_is_lost_and_may_come_back(
 
 def test_roles_are_read_from_uris_alone() -> None:
     names = [
-        uri("target", "a"),
+        role_uri("target", "a"),
         "outrider://gateway/b",
         "drafter.outrider.internal",
         "https://x/outrider://drafter/c",
@@ -439,7 +458,7 @@ def test_the_command_makes_what_a_deployment_needs(
     assert plan.security.tls is not None
     assert plan.gateway.tls is not None
     for role in ROLES:
-        certificate = x509.load_pem_x509_certificate(read(plan.security.tls, role)[1])
+        certificate = x509.load_pem_x509_certificate(read_credentials(plan.security.tls, role)[1])
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         assert names.get_values_for_type(x509.UniformResourceIdentifier) == [
             f"outrider://{role}/lab-1"
@@ -505,7 +524,7 @@ def test_several_nodes_in_the_clear_are_worth_a_warning(
     nodes: list[str], lines: int, tls: TlsConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        warn_if_open(nodes, tls)
+        warn_if_plaintext(nodes, tls)
         assert caplog.records == []
-        warn_if_open(nodes, None)
+        warn_if_plaintext(nodes, None)
     assert len(caplog.records) == lines

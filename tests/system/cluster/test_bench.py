@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from actors.ray_session import known_errors
+from actors.ray_session import translate_ray_errors
 from bench.core import compare
 from bench.core import results as kept
 from bench.core.machine import two_cores
@@ -25,7 +25,7 @@ def test_a_small_benchmark_from_end_to_end(
     """The draft is the target itself: every guess is right."""
     monkeypatch.setattr("bench.run.CACHE", tmp_path / "cache")
     monkeypatch.setattr(
-        "bench.core.outrider_runner.joined", lambda address, cpus: known_errors()
+        "bench.core.outrider_runner.ray_cluster", lambda address, cpus: translate_ray_errors()
     )  # it is in a cluster already
     model = str(save_model(tmp_path / "tiny", context=512))
     texts = tmp_path / "texts.txt"
