@@ -24,8 +24,8 @@ from runtime.core.errors import InvalidRequest, Unavailable
 from runtime.core.messages import Request
 from runtime.core.sampling_params import Sampling
 from runtime.models.loader import load_tokenizer
-from tests.actors.rpc.test_tls import lay
 from tests.contracts.link_contract import soon
+from tests.support.certificates import write_certificates
 from tests.support.fakes import HOST
 from tests.support.pair import save_model
 from tests.support.paths import ROOT
@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def tls(tmp_path_factory: pytest.TempPathFactory) -> TlsConfig:
-    return lay(
+    return write_certificates(
         tmp_path_factory.mktemp("certs"),
         CertificateAuthority("ours", datetime.datetime.now(datetime.UTC), 30),
     )

@@ -15,8 +15,8 @@ from actors.rpc.server import DraftingService, TargetService, serve
 from protos import target_codec
 from runtime.core import limits
 from runtime.core.errors import LinkLost
-from tests.actors.rpc.test_tls import NOW, lay
 from tests.contracts.link_contract import PATIENCE_S, soon
+from tests.support.certificates import NOW, write_certificates
 from tests.support.fakes import HELLO, HOST, Feed, ScriptedDrafter, ScriptedTarget, raw_drafter
 from tests.support.harness import asking
 
@@ -73,7 +73,11 @@ def test_a_connection_that_begins_and_says_no_more_is_closed(
     monkeypatch.setattr(common, "CONNECT_TIMEOUT_MS", 200)
 
     async def main() -> None:
-        tls = lay(tmp_path, CertificateAuthority("ours", NOW, 30)) if encrypted else None
+        tls = (
+            write_certificates(tmp_path, CertificateAuthority("ours", NOW, 30))
+            if encrypted
+            else None
+        )
         server, port = await serve([DraftingService(ScriptedDrafter(), HELLO)], HOST, tls=tls)
         reader, writer = await asyncio.open_connection(HOST, port)
         writer.write(said)

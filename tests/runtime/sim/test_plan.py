@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors import cli
 from runtime.config import ScheduleConfig
 from runtime.core.node_names import mix64, text_key
 from runtime.core.sampling_params import Sampling
@@ -24,6 +23,7 @@ from runtime.sim.pair_profile import Measured
 from runtime.sim.simulator import linear
 from runtime.sim.synthetic_models import Guesser, NamingModel, following
 from runtime.target.request_state import RequestState
+from tests.support.command import outrider
 
 T, SMALL_T = 0.03, 0.002
 RATES = {1: 0.75, 2: 0.85, 4: 0.90, 8: 0.93}
@@ -223,13 +223,6 @@ def test_fewer_drafters_that_do_nearly_as_well_are_preferred() -> None:
 # The command
 
 
-def outrider(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["outrider", "plan", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
-
-
 def test_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,7 +235,7 @@ def test_the_command(
         sys.modules["actors.cli.commands.plan"], "Setting", partial(Setting, tokens=40)
     )
     options = ("--measured", file, "--schedule", "plain", "--schedule", "living")
-    assert outrider(monkeypatch, *options, "--save", again, "--png", png, "--json") == 0
+    assert outrider(monkeypatch, "plan", *options, "--save", again, "--png", png, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     rates = {
         forecast["schedule"]: forecast["tokens_per_second"]
@@ -267,7 +260,7 @@ def test_the_command(
         found["measured"][0]
     )
     assert png.read_bytes().startswith(b"\x89PNG")
-    assert outrider(monkeypatch, "--measured", file, "--schedule", "plain") == 0
+    assert outrider(monkeypatch, "plan", "--measured", file, "--schedule", "plain") == 0
     assert "33.3" in capsys.readouterr().out
 
 
@@ -302,7 +295,7 @@ def test_figures_that_cannot_be(
 ) -> None:
     file = tmp_path / "pair.json"
     file.write_text(content)
-    assert outrider(monkeypatch, "--measured", file) == 2
+    assert outrider(monkeypatch, "plan", "--measured", file) == 2
     assert named in capsys.readouterr().err
 
 
@@ -326,5 +319,5 @@ def test_options_that_cannot_be(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert outrider(monkeypatch, *arguments) == 2
+    assert outrider(monkeypatch, "plan", *arguments) == 2
     assert named in capsys.readouterr().err
