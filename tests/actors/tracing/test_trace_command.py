@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-<<<<<<< HEAD
-from actors import cli
 from actors.tracing.trace_reader import (
     intersection,
     middle_window,
@@ -16,13 +14,10 @@ from actors.tracing.trace_reader import (
     trace_stats,
     union,
 )
-=======
-from actors.tracing.trace_reader import common, figures, middle, read, save, union
->>>>>>> b9d734f (tests: certificates, the certs command and TLS in modules of their own; one helper runs the command)
 from runtime.core.errors import InvalidRequest
 from runtime.telemetry.tracing import BOOKKEEPING, COMMIT, COMPUTE, GROWTH, PREFILL, WAIT, Recording
 from tests.runtime.telemetry.test_tracing import MS, synthetic
-from tests.support.command import outrider
+from tests.support.command import assert_one_error_line, outrider
 
 
 @pytest.fixture(scope="module")
@@ -202,11 +197,3 @@ def test_a_file_that_cannot_be_read(
 def test_a_trace_that_cannot_be_written() -> None:
     with pytest.raises(InvalidRequest, match=r"/nowhere/run\.json"):
         save_trace(Path("/nowhere/run.json"), [])
-
-
-def assert_one_error_line(named: str, capsys: pytest.CaptureFixture[str]) -> None:
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1, captured.err
-    assert captured.err.startswith("outrider: ")
-    assert named in captured.err
