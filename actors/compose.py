@@ -27,15 +27,15 @@ from runtime.draft.draft_engine import DraftEngine
 from runtime.draft.draft_host import DraftHost
 from runtime.drafters.base import Drafter, DrafterContext
 from runtime.drafters.model import ModelDrafter
-from runtime.drafters.noisy import Noisy
+from runtime.drafters.noisy import NoisyDrafter
 from runtime.heads.base import Head, HeadContext
 from runtime.models.detokenize import Detokenizer
-from runtime.models.grammar import Grammars
-from runtime.models.head_checkpoint import identity_of
+from runtime.models.grammar import GrammarCompiler
+from runtime.models.head_checkpoint import target_identity
 from runtime.models.hf import HFModel
 from runtime.models.loader import load_model, load_tokenizer
 from runtime.models.sampler import choose, logprobs
-from runtime.models.step_timing import knee, riding_time, step_times
+from runtime.models.step_timing import branch_row_time, knee, step_times
 from runtime.scheduler_factory import scheduler
 from runtime.schedulers.living import ROWS
 from runtime.target.engine import Engine
@@ -121,7 +121,7 @@ def build_target(config: TargetConfig, record: bool = False) -> BuiltTarget:
         trace=trace,
         heads=heads,
     )
-    grammars = Grammars(tokenizer, model.vocabulary, eos)
+    grammars = GrammarCompiler(tokenizer, model.vocabulary, eos)
     target = Target(engine, stop_checker_factory(tokenizer, eos), grammars, grammars.close)
     return BuiltTarget(target, tokenizer, times)
 
@@ -131,7 +131,11 @@ def mount_head(
 ) -> MountedHead:
     """Builds a head and measures what its pseudo rows cost."""
     head = build_head(config, model, tokenizer)
-    priced = riding_time(model, head.look, RIDDEN, time.monotonic) if head.look.branches else 0.0
+    priced = (
+        branch_row_time(model, head.output_spec, RIDDEN, time.monotonic)
+        if head.output_spec.branches
+        else 0.0
+    )
     return MountedHead(head, priced)
 
 
@@ -139,9 +143,9 @@ def build_head(config: HeadConfig, model: HFModel, tokenizer: PreTrainedTokenize
     """Raises ModelRefused for what was not trained for this model, or cannot sit on it."""
     method = importlib.import_module(f"runtime.heads.{module_of(config.method)}")
     head: Head = method.build(
-        HeadContext(model, identity_of(model.module.config, tokenizer), folder_of(config))
+        HeadContext(model, target_identity(model.module.config, tokenizer), folder_of(config))
     )
-    model.check(head.look)
+    model.check(head.output_spec)
     return head
 
 
@@ -187,7 +191,7 @@ def build_drafter(config: DrafterConfig, target: str, record: bool = False) -> D
 
 def draft_width(drafter: Drafter) -> int:
     """Leaves that a drafter expands in one pass: up to the knee of its model's step time; `DEFAULT_WIDTH` where it has none."""
-    if isinstance(drafter, Noisy):
+    if isinstance(drafter, NoisyDrafter):
         return draft_width(drafter.inner)
     if not isinstance(drafter, ModelDrafter):
         return DEFAULT_WIDTH

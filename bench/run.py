@@ -15,7 +15,7 @@ from bench.core.machine import machine, two_cores
 from bench.core.methods import BOTH, FIRST, Cores, Method, Outcome, Runner, TransformersMethod
 from bench.core.options import LEARNING, SWEPT, WARMING, Options, Suite, expected_seconds, suite
 from bench.core.outrider_runner import OutriderRunner, Pair, running
-from bench.core.profiling import Job, Measured
+from bench.core.profiling import Job, PairProfile
 from bench.core.prompts import Prompt, encode, from_file, held_out, pick
 from bench.core.results import PairFacts, Results, Settings
 from bench.core.subprocess_call import call_in_subprocess
@@ -138,7 +138,7 @@ def drawn(options: Options, recordings: Sequence[Recording]) -> Path:
     return picture
 
 
-def empty(options: Options, target: str, measured: Measured, count: int) -> Results:
+def empty(options: Options, target: str, measured: PairProfile, count: int) -> Results:
     """Results with nothing but the pair in them."""
     source = (
         "held-out files of the standard library"

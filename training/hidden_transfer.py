@@ -7,8 +7,8 @@ from torch import Tensor
 
 from runtime.core.errors import ModelRefused
 from runtime.heads.hidden_transfer import HiddenTransfer
-from runtime.models.attention_mask import windows_of
-from runtime.models.llama import fits
+from runtime.models.attention_mask import layer_windows
+from runtime.models.llama import is_llama
 from training.heads import Forward
 from training.teacher import States, Teacher
 
@@ -29,11 +29,11 @@ class ReadOnlyCache:
 def check(teacher: Teacher, context: int) -> None:
     """Raises ModelRefused for a target whose layers cannot be run one by one over a text of so many tokens."""
     name, config = teacher.model.name, teacher.module.config
-    if not fits(teacher.module):
+    if not is_llama(teacher.module):
         raise ModelRefused(
             f"model {name} ({config.model_type}) is not built as Llama is: train medusa for it"
         )
-    if any(window is not None and window <= context for window in windows_of(config).values()):
+    if any(window is not None and window <= context for window in layer_windows(config).values()):
         raise ModelRefused(
             f"model {name} looks back over less than {context} tokens: give a smaller --context"
         )

@@ -16,9 +16,9 @@ from runtime.config import ScheduleConfig
 from runtime.core.errors import ModelRefused
 from runtime.models.acceptance import RANKS
 from runtime.models.base import ModelIdentity
-from runtime.models.hf import MISFITS
+from runtime.models.hf import MODEL_ERRORS
 from runtime.sim.forecast import Setting, forecast
-from runtime.sim.pair_profile import Measured
+from runtime.sim.pair_profile import PairProfile
 from training.teacher import Teacher
 
 TOKENS = 200  # of a forecast
@@ -66,7 +66,7 @@ def speed_up(rates: Mapping[int, float], share: float, times: Mapping[int, float
     times  seconds of a pass of the target, by rows
     """
     draft = {rows: share * seconds for rows, seconds in times.items()}
-    pair = Measured(target=dict(times), draft=draft, acceptance=dict(rates), rtt=0.0)
+    pair = PairProfile(target=dict(times), draft=draft, acceptance=dict(rates), rtt=0.0)
     return forecast(pair, ScheduleConfig(), Setting(tokens=TOKENS)).tokens_per_second * times[1]
 
 
@@ -157,7 +157,7 @@ def guesses(teacher: Teacher, rows: Tensor, most: int) -> Tensor:
                 .indices
             )
         return found
-    except MISFITS as misfit:
+    except MODEL_ERRORS as misfit:
         raise ModelRefused(
             f"model {teacher.model.name} does not run without some of its layers ({misfit}): choose another"
         ) from misfit

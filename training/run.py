@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from runtime.core.errors import InvalidRequest
-from runtime.models.head_checkpoint import identity_of, write_trained
+from runtime.models.head_checkpoint import target_identity, write_checkpoint
 from training import draft, text
 from training.acceptance import Acceptance, measure
 from training.card import card, shapes_table
@@ -109,8 +109,10 @@ def train_head(
         order, material, head, distillation(teacher, forward, offset), how, work, tell
     )
     measured = measure(material.held_out, guesser(teacher, forward), offset)
-    identity = identity_of(teacher.module.config, teacher.tokenizer)
-    write_trained(work / FINISHED, order.method, identity, order.settings, dict(head.state_dict()))
+    identity = target_identity(teacher.module.config, teacher.tokenizer)
+    write_checkpoint(
+        work / FINISHED, order.method, identity, order.settings, dict(head.state_dict())
+    )
     leave(order, material, losses, seconds, measured, work)
     return measured
 

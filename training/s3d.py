@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.drafters.s3d import S3D
-from runtime.models.lora import added
+from runtime.models.lora import adapter_applied
 from training.heads import Forward
 from training.hidden_transfer import pseudo_row_mask
 from training.loop import Settings
@@ -53,7 +53,7 @@ def make_forward(made: S3D, teacher: Teacher, layers: list[int]) -> Forward:
             .to(device)
         )
         mask, angles = seen_by(context, len(masks), device), body.rotary_emb(x, places)
-        with added(kept, made.layers):
+        with adapter_applied(kept, made.layers):
             for layer in kept:
                 x = layer(x, attention_mask=mask, position_ids=places, position_embeddings=angles)
         found: Tensor = body.norm(x).view(batch, 1 + len(masks), context, -1).movedim(1, 0)

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from runtime.core.errors import InvalidRequest
-from runtime.models.fast_path import quicken
+from runtime.models.fast_path import enable_fast_path
 from runtime.models.hf import HFModel
 from runtime.models.step_timing import step_times
 
@@ -81,7 +81,7 @@ def measurer(vocabulary: int, device: torch.device) -> Measure:
     def measure(shape: Shape) -> Times:
         module = LlamaForCausalLM(shape.config(vocabulary, 128, None)).to(device)
         model = HFModel(module, f"{shape.layers} layers of {shape.hidden}")
-        quicken(model)
+        enable_fast_path(model)
         return step_times(model, WIDTHS, time.monotonic)
 
     return measure

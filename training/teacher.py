@@ -10,7 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from runtime.core.errors import ModelRefused
-from runtime.models.hf import MISFITS, PROBE, ROUNDING, HFModel, relative_error
+from runtime.models.hf import (
+    MODEL_ERRORS,
+    PROBE_TOKENS,
+    ROUNDING_TOLERANCE,
+    HFModel,
+    relative_error,
+)
 from runtime.models.loader import find_folder, load_model, load_tokenizer
 
 ENDS = 1 << 20  # bytes of a weight file that are looked at on either side
@@ -40,16 +46,16 @@ class Teacher:
         self.model, self.tokenizer = model, tokenizer
         self.module: Any = model.module.requires_grad_(False).eval()
         self.hidden_size = int(self.module.config.get_text_config(decoder=True).hidden_size)
-        probe = torch.tensor([PROBE], device=model.device)
+        probe = torch.tensor([PROBE_TOKENS], device=model.device)
         try:
             with torch.no_grad():
                 logits = self.module(probe, use_cache=False).logits[0].float()
                 error = relative_error(self.unembed(self.states(probe).last[0]), logits)
-        except MISFITS as misfit:
+        except MODEL_ERRORS as misfit:
             raise ModelRefused(
                 f"model {model.name} does not show its hidden states ({misfit}): choose another target"
             ) from misfit
-        if not error <= ROUNDING[model.dtype == torch.float32]:
+        if not error <= ROUNDING_TOLERANCE[model.dtype == torch.float32]:
             raise ModelRefused(
                 f"model {model.name} changes its logits after the unembedding: choose a target that does not"
             )

@@ -7,7 +7,7 @@ from llguidance.hf import from_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from runtime.config import Deployment
-from runtime.models.hf import context_of
+from runtime.models.hf import max_context
 from runtime.models.loader import find_folder, load_tokenizer, read_config
 
 
@@ -35,7 +35,7 @@ def load_served_model(plan: Deployment, created: int) -> ServedModel:
         plan.served_model(),
         tokenizer,
         from_tokenizer(tokenizer),
-        context_of(text, model),
+        max_context(text, model),
         text.vocab_size,
         created,
     )

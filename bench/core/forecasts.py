@@ -7,7 +7,7 @@ from bench.core.methods import FIRST, SECOND, Method, OutriderMethod, Transforme
 from bench.core.outrider_runner import schedule_of
 from bench.core.results import Forecast, Results
 from runtime.sim.forecast import Setting, forecast
-from runtime.sim.pair_profile import Measured
+from runtime.sim.pair_profile import PairProfile
 
 
 def forecasts(results: Results, methods: Iterable[Method]) -> tuple[Forecast, ...]:
@@ -49,7 +49,7 @@ def foreseen(how: OutriderMethod | TransformersMethod) -> TypeGuard[OutriderMeth
     )
 
 
-def measured(results: Results, temperature: float, batch: int) -> Measured | None:
+def measured(results: Results, temperature: float, batch: int) -> PairProfile | None:
     """The pair as the planner wants it, by itself where nothing is known of its place; None where its profile is not complete."""
     profile, key = results.profile, (temperature, batch)
     guesses = next(
@@ -71,6 +71,6 @@ def measured(results: Results, temperature: float, batch: int) -> Measured | Non
         }
         known |= {"target": place.target, **costs}
     given = {name: value for name, value in known.items() if value is not None}
-    return Measured.model_validate(
+    return PairProfile.model_validate(
         {**given, "acceptance": guesses.ranks, "positions": guesses.positions}
     )

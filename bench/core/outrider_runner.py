@@ -24,7 +24,7 @@ from runtime.config import DrafterConfig, Dtype, HeadConfig, Placement, Schedule
 from runtime.core.errors import InvalidRequest, Unavailable
 from runtime.core.messages import Chunk, Request, Stats, Tokens
 from runtime.core.sampling_params import Sampling
-from runtime.kv.prefix_cache import Prefixes
+from runtime.kv.prefix_cache import PrefixCache
 from runtime.scheduler_factory import scheduler
 from runtime.schedulers.base import Scheduler
 from runtime.scoring.calibration import Calibrations
@@ -113,7 +113,7 @@ class MethodTarget(TargetActor):
         engine.requests.calibrations = self.known.setdefault(
             (how.schedule, *how.drafters, *how.heads), Calibrations()
         )
-        engine.requests.prefixes = Prefixes(engine.requests.prefixes.budget)
+        engine.requests.prefixes = PrefixCache(engine.requests.prefixes.max_slots)
         self.drafters(peers)
 
     def learned(self) -> dict[str, Any]:

@@ -27,14 +27,14 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class PairProfile:
     """`parameters` of target and draft."""
 
     profile: Profile
     parameters: tuple[int, int]
 
 
-def measure(job: Job) -> Measured:
+def measure(job: Job) -> PairProfile:
     """Stays on its core from then on: to be called in a process of its own (bench/core/subprocess_call.py)."""
     os.sched_setaffinity(0, (job.core,))
     from runtime.models.loader import load_model
@@ -50,7 +50,7 @@ def measure(job: Job) -> Measured:
         floor=size / bandwidth(),
         text=text_time(target, TEXTS, time.monotonic, REPEATS),
     )
-    return Measured(profile, (target.module.num_parameters(), draft.module.num_parameters()))
+    return PairProfile(profile, (target.module.num_parameters(), draft.module.num_parameters()))
 
 
 def middle(profiles: Sequence[Profile]) -> Profile:
@@ -90,7 +90,7 @@ def acceptance(answered: Answered) -> tuple[Acceptance, ...]:
     process of its own."""
     job, firsts = answered.job, [run for run in answered.runs if run.repetition == 0]
     os.sched_setaffinity(0, (job.core,))
-    from runtime.models.acceptance import along
+    from runtime.models.acceptance import replay_draft
     from runtime.models.loader import load_model
     from runtime.sim.pair_profile import positions
 
@@ -102,7 +102,9 @@ def acceptance(answered: Answered) -> tuple[Acceptance, ...]:
             if (run.temperature, run.batch) == (temperature, batch)
             for answer in run.answers
         ]
-        guessed = along(draft, answers, Sampling(temperature=temperature, seed=answered.seed))
+        guessed = replay_draft(
+            draft, answers, Sampling(temperature=temperature, seed=answered.seed)
+        )
         place = positions(guessed.ranks, guessed.scores)
         found.append(
             Acceptance(temperature=temperature, batch=batch, ranks=guessed.rates(), positions=place)

@@ -27,7 +27,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from runtime.core.errors import InvalidRequest, ModelRefused
-from runtime.models.head_checkpoint import identity_of, write_trained
+from runtime.models.head_checkpoint import target_identity, write_checkpoint
 from runtime.models.loader import DTYPES, load_tokenizer
 
 CACHE = Path(__file__).parents[2] / "build" / "bench"
@@ -228,8 +228,8 @@ def widened_head(folder: Path, target: Path) -> Path:
     shape = AutoConfig.from_pretrained(target)
     wide = {name: padded(name, tensor, shape) for name, tensor in tensors.items()}
     done = CACHE / f"{folder.name}-{target.name}"
-    identity = identity_of(AutoConfig.from_pretrained(target), load_tokenizer(str(target)))
-    write_trained(done, config["method"], identity, config["settings"], wide)
+    identity = target_identity(AutoConfig.from_pretrained(target), load_tokenizer(str(target)))
+    write_checkpoint(done, config["method"], identity, config["settings"], wide)
     return done
 
 

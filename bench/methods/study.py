@@ -25,7 +25,7 @@ from bench.methods.weights import Cost, line_of, parameters, training_of
 from runtime import config
 from runtime.core.errors import Unavailable
 from runtime.heads.token_recycling import TokenRecycling
-from runtime.models.layer_subset import every_second
+from runtime.models.layer_subset import every_second_layer
 from runtime.models.loader import load_tokenizer, read_config, read_json
 
 DRAFTERS = (MODEL, "ngram", "layer-skip")  # and, where they ship, those that were trained
@@ -142,7 +142,7 @@ def benches(count: int) -> list[Bench]:
         for name in sorted(config.TRAINED)
         if (folder := shipped.parent / name).is_dir()
     }
-    layers = config.layers_of(str(LAYERS)) or every_second(read_config(shipped, shipped.name))
+    layers = config.layers_of(str(LAYERS)) or every_second_layer(read_config(shipped, shipped.name))
     pair = Pair(
         str(target), config.shipped("draft"), "float32", cores, heads, tuple(layers), others
     )
@@ -162,7 +162,7 @@ def benches(count: int) -> list[Bench]:
             openings = encode(load_tokenizer(str(target)), from_file(STORIES), LONGEST)[
                 : LEARNING + min(count, FEW)
             ]
-            layers = every_second(read_config(source, name))
+            layers = every_second_layer(read_config(source, name))
             pair = Pair(
                 str(target), str(small), "float32", cores, {"token-recycling": ""}, tuple(layers)
             )

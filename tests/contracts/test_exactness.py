@@ -25,8 +25,8 @@ from runtime.core.sampling_params import Sampling
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import Drafter
 from runtime.drafters.model import ModelDrafter
-from runtime.drafters.ngram import Ngram
-from runtime.drafters.noisy import Noisy
+from runtime.drafters.ngram import NgramDrafter
+from runtime.drafters.noisy import NoisyDrafter
 from runtime.models.base import Model
 from runtime.models.hf import HFModel
 from runtime.models.loader import load_model
@@ -82,9 +82,13 @@ TREES = {
 # A drafter for a text that is known to the test, with so many branches.
 DRAFTERS: dict[str, Callable[[Sequence[int], int], Drafter]] = {
     "perfect": lambda text, branches: Known(text, VOCABULARY, branches),
-    "noisy": lambda text, branches: Noisy(Known(text, VOCABULARY, branches), VOCABULARY, 0.3),
-    "wrong": lambda text, branches: Noisy(Known(text, VOCABULARY, branches), VOCABULARY, 1.0),
-    "ngram": lambda text, branches: Ngram(),
+    "noisy": lambda text, branches: NoisyDrafter(
+        Known(text, VOCABULARY, branches), VOCABULARY, 0.3
+    ),
+    "wrong": lambda text, branches: NoisyDrafter(
+        Known(text, VOCABULARY, branches), VOCABULARY, 1.0
+    ),
+    "ngram": lambda text, branches: NgramDrafter(),
     "mute": lambda text, branches: Mute(),
     "killed": lambda text, branches: Known(text, VOCABULARY, branches),
 }

@@ -22,7 +22,7 @@ from runtime.core.verify import Verdict, match
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import Drafter
 from runtime.drafters.model import ModelDrafter
-from runtime.drafters.noisy import Noisy
+from runtime.drafters.noisy import NoisyDrafter
 from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
 from runtime.scoring.calibration import Band
@@ -296,7 +296,7 @@ def test_no_collision_of_names_changes_a_token(temperature: float, seed: int) ->
             collider, adversary = Collider(PROMPT, expected.tokens, random), Adversary(seed)
             drafters: list[Drafter] = [
                 ModelDrafter(TOY, branches=2),
-                Noisy(ModelDrafter(TOY), TOY.vocabulary, 0.3),
+                NoisyDrafter(ModelDrafter(TOY), TOY.vocabulary, 0.3),
             ]
             growers = [DraftEngine(drafter, f"d-{n}", 3) for n, drafter in enumerate(drafters)]
 

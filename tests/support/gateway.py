@@ -27,7 +27,7 @@ from runtime.core.sampler_reference import choose
 from runtime.draft.draft_engine import DraftEngine
 from runtime.draft.draft_host import DraftHost
 from runtime.drafters.model import ModelDrafter
-from runtime.models.grammar import Grammars
+from runtime.models.grammar import GrammarCompiler
 from runtime.models.loader import load_tokenizer
 from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
@@ -60,7 +60,7 @@ def toy_target() -> tuple[Target, DraftHost]:
     toy = ToyModel(vocabulary=len(tokenizer()), context=CONTEXT, memory=4)
     eos = frozenset({0})
     engine = Engine(toy, Verifier(choose, eos), Fixed(3, 0.001), time.monotonic)
-    grammars = Grammars(tokenizer(), toy.vocabulary, eos)
+    grammars = GrammarCompiler(tokenizer(), toy.vocabulary, eos)
     target = Target(engine, stop_checker_factory(tokenizer(), eos), grammars, grammars.close)
     return target, DraftHost(DraftEngine(ModelDrafter(toy, branches=1), "d", 1))
 

@@ -13,7 +13,7 @@ from runtime.core.sampling_params import Sampling
 from runtime.heads.hidden_transfer import HiddenTransfer
 from runtime.heads.medusa import Medusa
 from runtime.models.acceptance import RANKS
-from runtime.models.head_checkpoint import identity_of, read_settings, read_tensors
+from runtime.models.head_checkpoint import read_settings, read_tensors, target_identity
 from tests.support.learner import CONTEXT, material, order, rows
 from tests.support.pair import save_model
 from training import folder, heads, hidden_transfer, medusa, outputs, s3d
@@ -170,7 +170,7 @@ def test_a_trained_head_is_a_folder_that_the_runtime_reads(
     before = {name: value.clone() for name, value in made.state_dict().items()}
     with folder.opened(out, asked.recipe("f", "d")) as work:
         measured = train_head(asked, found, made, forward, work, lambda done, loss: None, offset)
-    identity = identity_of(teacher.module.config, teacher.tokenizer)
+    identity = target_identity(teacher.module.config, teacher.tokenizer)
     assert read_settings(out, method, identity) == settings
     tensors = read_tensors(out, {name: tuple(value.shape) for name, value in before.items()})
     assert all(torch.equal(tensors[name], value) for name, value in made.state_dict().items())

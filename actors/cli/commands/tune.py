@@ -55,7 +55,7 @@ def layers(
     import torch
 
     from actors.launch.prepare import context_length
-    from runtime.models.head_checkpoint import identity_of
+    from runtime.models.head_checkpoint import target_identity
     from runtime.models.loader import load_model
     from runtime.models.step_timing import step_times
     from runtime.schedulers.living import ROWS
@@ -92,7 +92,9 @@ def layers(
             for subset in found
         }
     with folder.writable(out):
-        content = method.as_json(identity_of(teacher.module.config, teacher.tokenizer), promises)
+        content = method.as_json(
+            target_identity(teacher.module.config, teacher.tokenizer), promises
+        )
         folder.write(out, (json.dumps(content, indent=2) + "\n").encode())
     print_layers(promises, count, out)
 
