@@ -5,7 +5,7 @@ from typing import Any
 from runtime.core import limits
 from runtime.core.errors import InvalidRequest, OutriderError, Overloaded, TargetsLost
 
-ERROR_TYPES = {
+TYPES = {
     401: "authentication_error",
     403: "permission_error",
     429: "rate_limit_error",
@@ -13,12 +13,12 @@ ERROR_TYPES = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
-MAX_MESSAGE_CHARACTERS = 400  # characters of a message: what it says beyond is nobody's to read
-RETRY_AFTER_S = 1  # seconds
+LONGEST = 400  # characters of a message: what it says beyond is nobody's to read
+RETRY_AFTER = 1  # seconds
 TARGETS_LOST = "targets_lost"  # code of a request that nobody should send again by itself
 
 
-class ApiError(InvalidRequest):
+class Refused(InvalidRequest):
     """An answer that is an error: its HTTP status, OpenAI's code for it, and what goes with it.
 
     retry_after  seconds after which the same request may have luck
@@ -46,9 +46,9 @@ class ApiError(InvalidRequest):
 
     def body(self) -> dict[str, Any]:
         """OpenAI's error body."""
-        kind = ERROR_TYPES.get(self.status, "invalid_request_error")
+        kind = TYPES.get(self.status, "invalid_request_error")
         error = {
-            "message": sanitize(str(self), MAX_MESSAGE_CHARACTERS),
+            "message": plain(str(self), LONGEST),
             "type": kind,
             "param": self.param,
             "code": self.code,
@@ -56,31 +56,28 @@ class ApiError(InvalidRequest):
         return {"error": error} | ({"usage": self.usage} if self.usage is not None else {})
 
 
-def to_api_error(error: OutriderError) -> ApiError:
+def refused(error: OutriderError) -> Refused:
     """The answer to an error of the runtime."""
     match error:
-        case ApiError():
+        case Refused():
             return error
         case InvalidRequest():
-            return ApiError(400, "invalid_value", str(error), error.param)
+            return Refused(400, "invalid_value", str(error), error.param)
         case Overloaded():
-            return ApiError(
-                503,
-                "overloaded",
-                "all places are taken: try again later",
-                retry_after=RETRY_AFTER_S,
+            return Refused(
+                503, "overloaded", "all places are taken: try again later", retry_after=RETRY_AFTER
             )
         case TargetsLost():
-            return ApiError(500, TARGETS_LOST, str(error))
+            return Refused(500, TARGETS_LOST, str(error))
         case _:  # what it says is the operator's to read, with addresses in it
-            return ApiError(
+            return Refused(
                 503,
                 "unavailable",
                 "no target can serve the request now: try again later",
-                retry_after=RETRY_AFTER_S,
+                retry_after=RETRY_AFTER,
             )
 
 
-def sanitize(text: str, most: int = limits.ECHO) -> str:
+def plain(text: str, most: int = limits.ECHO) -> str:
     """What an error may repeat of `text`."""
     return "".join(letter if letter.isprintable() else "?" for letter in text[:most])

@@ -13,13 +13,13 @@ from actors.rpc.common import printable
 from runtime.core.errors import InvalidRequest
 
 Item = TypeVar("Item")
-OnDiscard = Callable[[str, str], None]  # what had no effect, and why
+Refuse = Callable[[str, str], None]  # what had no effect, and why
 
-MAX_COALESCED = 64  # items that are taken from their source before the wire is ready for them
+MOST = 64  # items that are taken from their source before the wire is ready for them
 
 
 async def coalesce(
-    items: AsyncIterator[Item], most: int = MAX_COALESCED
+    items: AsyncIterator[Item], most: int = MOST
 ) -> AsyncGenerator[list[Item], None]:
     """All items in order, in lists of those that came while the list before was dealt with.
 
@@ -55,51 +55,47 @@ async def coalesce(
         await asyncio.gather(reading, return_exceptions=True)
 
 
-def encode_frames(
-    values: Iterable[Item], encode: Callable[[Item], bytes], discard: OnDiscard
-) -> list[bytes]:
+def encoded(values: Iterable[Item], encode: Callable[[Item], bytes], refuse: Refuse) -> list[bytes]:
     """The frames of these values, without those that the wire cannot carry: they are `unsent`."""
     found = []
     for value in values:
         try:
             found.append(encode(value))
         except InvalidRequest as error:
-            discard("unsent", str(error))
+            refuse("unsent", str(error))
     return found
 
 
-def decode_frames(
+def decoded(
     data: bytes,
     unbundle: Callable[[bytes], Sequence[bytes]],
     decode: Callable[[bytes], Item | None],
-    discard: OnDiscard,
+    refuse: Refuse,
 ) -> list[Item]:
     """The values in a message, without those that are `malformed` or of an `unknown` kind.
 
-    One that is refused spoils no other. What `discard` raises is raised here.
+    One that is refused spoils no other. What `refuse` raises is raised here.
     """
     try:
         frames = unbundle(data)
     except InvalidRequest as error:
-        discard("malformed", str(error))
+        refuse("malformed", str(error))
         return []
     found = []
     for frame in frames:
         try:
             value = decode(frame)
         except InvalidRequest as error:
-            discard("malformed", str(error))
+            refuse("malformed", str(error))
             continue
         if value is None:
-            discard("unknown", "a frame of an unknown kind")
+            refuse("unknown", "a frame of an unknown kind")
         else:
             found.append(value)
     return found
 
 
-def count_discarded(
-    logger: logging.Logger, counters: Counter[str], who: str, what: str, why: str
-) -> None:
+def count(logger: logging.Logger, counters: Counter[str], who: str, what: str, why: str) -> None:
     """Count something without effect. The log tells of the first of each kind: a peer cannot fill it."""
     counters[what] += 1
     level = logging.WARNING if counters[what] == 1 else logging.DEBUG

@@ -9,27 +9,27 @@ import numpy.typing as npt
 from runtime.kv.base import KVCache
 
 Ids = npt.NDArray[np.int64]
-PrefixKey = tuple[int, ...]
+Head = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class CachedText:
-    """A finished text, and the cache that holds it. `prefix_key`: its first tokens; most texts differ there already."""
+class Kept:
+    """A finished text, and the cache that holds it. `head`: its first tokens; most texts differ there already."""
 
-    prefix_key: PrefixKey
+    head: Head
     ids: Ids
     cache: KVCache
 
 
-class PrefixCache:
-    """Owns the caches given to it: at most `max_slots` slots together, the least recently used go first.
+class Prefixes:
+    """Owns the caches given to it: at most `budget` slots together, the least recently used go first.
 
-    What two texts have in common counts from `min_tokens` tokens on: fewer are read faster than looked for.
+    What two texts have in common counts from `least` tokens on: fewer are read faster than looked for.
     """
 
-    def __init__(self, max_slots: int, min_tokens: int = 16) -> None:
-        self.max_slots, self.min_tokens = max_slots, min_tokens
-        self.kept: list[CachedText] = []  # the least recently used first
+    def __init__(self, budget: int, least: int = 16) -> None:
+        self.budget, self.least = budget, least
+        self.kept: list[Kept] = []  # the least recently used first
 
     @property
     def slots(self) -> int:
@@ -43,14 +43,10 @@ class PrefixCache:
         the cache has fewer slots than there are tokens.
         """
         cache.truncate(len(tokens))
-        ids, prefix_key = np.asarray(tokens, dtype=np.int64), self.prefix_key(tokens)
-        if not self.min_tokens <= len(ids) <= self.max_slots:
+        ids, head = np.asarray(tokens, dtype=np.int64), self.head(tokens)
+        if not self.least <= len(ids) <= self.budget:
             return
-        shared = {
-            i: common_length(ids, kept.ids)
-            for i, kept in enumerate(self.kept)
-            if kept.prefix_key == prefix_key
-        }
+        shared = {i: common(ids, kept.ids) for i, kept in enumerate(self.kept) if kept.head == head}
         for i, count in shared.items():
             if count == len(ids):
                 self.kept.append(self.kept.pop(i))
@@ -58,11 +54,9 @@ class PrefixCache:
         self.kept = [kept for i, kept in enumerate(self.kept) if shared.get(i, 0) < len(kept.ids)]
         # A long text's cache may be mostly empty now.
         self.kept.append(
-            CachedText(
-                prefix_key, ids, cache.fork(len(ids)) if cache.room > 2 * len(ids) else cache
-            )
+            Kept(head, ids, cache.fork(len(ids)) if cache.room > 2 * len(ids) else cache)
         )
-        while self.slots > self.max_slots:
+        while self.slots > self.budget:
             self.kept.pop(0)
 
     def longest(
@@ -73,27 +67,27 @@ class PrefixCache:
         Looked through are the kept texts and `others`: caches in use, whose first slots hold the text as far as they reach. To
         be forked before it is used. None where nothing is worth it.
         """
-        ids, prefix_key = np.asarray(tokens[:-1], dtype=np.int64), self.prefix_key(tokens)
-        found, best = None, max(self.min_tokens, 1) - 1
+        ids, head = np.asarray(tokens[:-1], dtype=np.int64), self.head(tokens)
+        found, most = None, max(self.least, 1) - 1
         for other, cache in others:
-            if self.prefix_key(other) == prefix_key:
-                n = min(common_length(ids, np.asarray(other, dtype=np.int64)), cache.length)
-                if n > best:
-                    found, best = cache, n
+            if self.head(other) == head:
+                n = min(common(ids, np.asarray(other, dtype=np.int64)), cache.length)
+                if n > most:
+                    found, most = cache, n
         place = None
         for i, kept in enumerate(self.kept):
-            if kept.prefix_key == prefix_key and (n := common_length(ids, kept.ids)) > best:
-                found, best, place = kept.cache, n, i
+            if kept.head == head and (n := common(ids, kept.ids)) > most:
+                found, most, place = kept.cache, n, i
         if place is not None:
             self.kept.append(self.kept.pop(place))
-        return None if found is None else (found, best)
+        return None if found is None else (found, most)
 
-    def prefix_key(self, tokens: Sequence[int]) -> PrefixKey:
+    def head(self, tokens: Sequence[int]) -> Head:
         """What two texts must have in common to have enough in common."""
-        return tuple(tokens[: self.min_tokens])
+        return tuple(tokens[: self.least])
 
 
-def common_length(a: Ids, b: Ids) -> int:
+def common(a: Ids, b: Ids) -> int:
     """Length of the longest common prefix."""
     n = min(len(a), len(b))
     differs = a[:n] != b[:n]

@@ -26,9 +26,9 @@ from transformers import (
 from transformers.utils import logging
 
 from runtime.core.errors import InvalidRequest, ModelRefused
-from runtime.models.fast_path import enable_fast_path, enable_static_path
-from runtime.models.hf import MODEL_ERRORS, HFModel, check_config
-from runtime.models.layer_subset import every_second_layer, keep_layers, truncated_config
+from runtime.models.fast_path import quicken, steady
+from runtime.models.hf import MISFITS, HFModel, check_config
+from runtime.models.layer_subset import every_second, keep, up_to
 from runtime.models.rollback_check import check_rollback
 from runtime.models.template_probe import check_template
 
@@ -36,11 +36,11 @@ Step = Literal["auto", "generic", "static"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-HUB_FILE_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-HUB_TIMEOUT_S = 5.0  # seconds
-INDEX_FILE = "model.safetensors.index.json"
+FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+HUB_PATIENCE = 5.0  # seconds
+INDEX = "model.safetensors.index.json"
 # The most bytes of each file that is read whole; and of a template.
-MAX_FILE_BYTES = {
+SIZES = {
     "config.json": 1 << 20,
     **dict.fromkeys(
         (
@@ -52,22 +52,20 @@ MAX_FILE_BYTES = {
         1 << 24,
     ),
     **dict.fromkeys(
-        ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", INDEX_FILE),
+        ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", INDEX),
         1 << 27,
     ),
 }
-MAX_TEMPLATE_BYTES = 1 << 20
-TEMPLATE_FOLDER = (
-    "additional_chat_templates"  # the only folder within a model's that is looked into
-)
+TEMPLATE_BYTES = 1 << 20
+TEMPLATES = "additional_chat_templates"  # the only folder within a model's that is looked into
 # transformers' name for a warning that it gives once, on standard error. A text that is too long is refused in words of our own.
-TOO_LONG_WARNING = "sequence-length-is-longer-than-the-specified-maximum"
-CODE_KEYS = (
+TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
+CODE = (
     "auto_map",
     "custom_generate",
     "custom_pipelines",
 )  # keys of configurations that name code of the author's
-KERNEL_KEYS = (
+KERNELS = (
     "attn_implementation",
     "_attn_implementation",
     "experts_implementation",
@@ -103,17 +101,17 @@ def load_model(
     if layers is None:
         module = read_weights(folder, name_or_folder, config, kind, place)
     else:
-        kept = list(layers) or every_second_layer(config)
+        kept = list(layers) or every_second(config)
         module = read_weights(
-            folder, name_or_folder, truncated_config(config, kept, name_or_folder), kind, place
+            folder, name_or_folder, up_to(config, kept, name_or_folder), kind, place
         )
-        keep_layers(module, kept, name_or_folder)
+        keep(module, kept, name_or_folder)
     change(module)
     model = HFModel(module, name_or_folder)
     if step == "auto":
-        enable_fast_path(model)
+        quicken(model)
     elif step == "static":
-        enable_static_path(model)
+        steady(model)
     check_rollback(model)
     return model
 
@@ -125,7 +123,7 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
         raise ModelRefused(
             f"{name_or_folder} has no tokenizer.json: save a fast tokenizer into it with save_pretrained()"
         )
-    reject_remote_code(folder, name_or_folder)
+    refuse_code(folder, name_or_folder)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -141,7 +139,7 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
             f"{name_or_folder} has a tokenizer of type {type(tokenizer).__name__}: save a fast one into it"
         )
     check_template(tokenizer.chat_template, name_or_folder)
-    tokenizer.deprecation_warnings[TOO_LONG_WARNING] = True
+    tokenizer.deprecation_warnings[TOO_LONG] = True
     return tokenizer
 
 
@@ -189,9 +187,7 @@ def find_folder(name: str) -> Path:
             f"model folder {name[:256]!r} does not exist: give a folder with config.json and *.safetensors"
         )
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=HUB_FILE_PATTERNS, etag_timeout=HUB_TIMEOUT_S)
-        )
+        return Path(snapshot_download(name, allow_patterns=FETCHED, etag_timeout=HUB_PATIENCE))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise ModelRefused(
             f"model {name} is neither a folder nor to be had from the Hugging Face hub ({type(error).__name__}): "
@@ -199,7 +195,7 @@ def find_folder(name: str) -> Path:
         ) from error
 
 
-def reject_remote_code(folder: Path, name: str) -> None:
+def refuse_code(folder: Path, name: str) -> None:
     """No code of the model's author, nothing that leads out of the folder. The hub's local cache links to its own blobs."""
     for script in folder.glob("*.py"):
         raise ModelRefused(
@@ -207,15 +203,13 @@ def reject_remote_code(folder: Path, name: str) -> None:
         )
     root = folder.resolve()
     root = root.parents[1] if root.parent.name == "snapshots" else root
-    inner = folder / TEMPLATE_FOLDER
+    inner = folder / TEMPLATES
     for file in (*folder.iterdir(), *(inner.iterdir() if inner.is_dir() else ())):
-        if not resolve_path(file).is_relative_to(root):
+        if not resolved(file).is_relative_to(root):
             raise ModelRefused(
                 f"{name}/{file.name} is a link that leads out of the folder: copy the file into it"
             )
-        most = MAX_FILE_BYTES.get(file.name) or (
-            MAX_TEMPLATE_BYTES if file.suffix == ".jinja" else None
-        )
+        most = SIZES.get(file.name) or (TEMPLATE_BYTES if file.suffix == ".jinja" else None)
         if most is not None and file.is_file() and file.stat().st_size > most:
             raise ModelRefused(
                 f"{name}/{file.name} is larger than {most >> 20} MiB: choose another model"
@@ -225,20 +219,20 @@ def reject_remote_code(folder: Path, name: str) -> None:
         folder / "tokenizer_config.json",
         folder / "generation_config.json",
     ):
-        if file.is_file() and (asked := remote_code_key(read_json(file, name))):
+        if file.is_file() and (asked := code_asked_for(read_json(file, name))):
             raise ModelRefused(
                 f"{name}/{file.name} asks for code of its own ({asked}): choose a model that transformers knows"
             )
 
 
-def remote_code_key(settings: dict[str, Any]) -> str | None:
+def code_asked_for(settings: dict[str, Any]) -> str | None:
     """A key, at any depth, that names code of the author's: a module of the folder, or a kernel to be fetched ("owner/name")."""
     waiting: list[object] = [settings]
     while waiting:
         match waiting.pop():
             case dict() as entries:
                 for key, value in entries.items():
-                    if key in CODE_KEYS or (key in KERNEL_KEYS and "/" in str(value)):
+                    if key in CODE or (key in KERNELS and "/" in str(value)):
                         return str(key)
                 waiting.extend(entries.values())
             case list() as values:
@@ -246,7 +240,7 @@ def remote_code_key(settings: dict[str, Any]) -> str | None:
     return None
 
 
-def resolve_path(file: Path) -> Path:
+def resolved(file: Path) -> Path:
     """Where a path leads; the root of the file system for a link that leads nowhere but to itself."""
     try:
         return file.resolve()
@@ -270,7 +264,7 @@ def read_config(folder: Path, name: str) -> PreTrainedConfig:
     """The configuration of a decoder-only model that transformers knows and that can be rolled back."""
     if not (folder / "config.json").is_file():
         raise ModelRefused(f"{name} has no config.json: give the folder of a whole model")
-    reject_remote_code(folder, name)
+    refuse_code(folder, name)
     kind = read_json(folder / "config.json", name).get("model_type")
     if str(kind) not in CONFIG_MAPPING:
         raise ModelRefused(
@@ -280,7 +274,7 @@ def read_config(folder: Path, name: str) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ImportError, StrictDataclassError, *MODEL_ERRORS) as error:
+    except (OSError, ImportError, StrictDataclassError, *MISFITS) as error:
         raise ModelRefused(
             f"{name}/config.json does not fit model_type {kind} ({one_line(error)}): copy it again"
         ) from error
@@ -295,7 +289,7 @@ def read_config(folder: Path, name: str) -> PreTrainedConfig:
 
 def check_weights(folder: Path, name: str) -> None:
     """The safetensors of the model are there, whole, and in the folder itself."""
-    index = folder / INDEX_FILE
+    index = folder / INDEX
     if index.is_file():
         listed = read_index(index, name)
     elif (folder / "model.safetensors").is_file():
@@ -353,7 +347,7 @@ def read_weights(
             folder, config=config, dtype=dtype, output_loading_info=True, **safely
         )
         module.to(device)
-    except (OSError, ImportError, StrictDataclassError, *MODEL_ERRORS) as error:
+    except (OSError, ImportError, StrictDataclassError, *MISFITS) as error:
         raise ModelRefused(
             f"{name} cannot be loaded ({one_line(error)}): copy it again or choose another model"
         ) from error

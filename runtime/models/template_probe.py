@@ -7,24 +7,21 @@ import sys
 
 from runtime.core.errors import ModelRefused
 
-CPU_LIMIT_S, WALL_LIMIT_S = (
-    1,
-    60,
-)  # seconds; the second for a machine that is too busy to give the first
-MAX_MEMORY_BYTES = 1 << 30  # bytes, beyond what Python itself takes
-MAX_OUTPUT_CHARS = 1 << 20  # characters of the text of two short conversations
+CPU_S, WALL_S = 1, 60  # seconds; the second for a machine that is too busy to give the first
+MEMORY = 1 << 30  # bytes, beyond what Python itself takes
+MOST = 1 << 20  # characters of the text of two short conversations
 
 # What a template refuses (roles, their order) is its own affair. SIGXCPU ends a process that is over its time.
-PROBE_PROGRAM = f"""
+PROBE = f"""
 import json, resource, sys
 from transformers.utils.chat_template_utils import render_jinja_template as render
 templates = json.load(sys.stdin)
 talk = [{{"role": role, "content": "Hello."}} for role in ("system", "user", "assistant", "user")]
 spent = resource.getrusage(resource.RUSAGE_SELF)
-limit = int(spent.ru_utime + spent.ru_stime) + 1 + {CPU_LIMIT_S}
+limit = int(spent.ru_utime + spent.ru_stime) + 1 + {CPU_S}
 resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (taken + {MAX_MEMORY_BYTES},) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (taken + {MEMORY},) * 2)
 for template in templates:
     for messages in (talk, talk[1:]):
         try:
@@ -33,7 +30,7 @@ for template in templates:
             sys.exit(3)
         except Exception:
             continue
-        if len(texts[0]) > {MAX_OUTPUT_CHARS}:
+        if len(texts[0]) > {MOST}:
             sys.exit(3)
 """
 
@@ -48,12 +45,12 @@ def check_template(template: str | dict[str, str] | None, name: str) -> None:
     templates = [template] if isinstance(template, str) else list(template.values())
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-c", PROBE_PROGRAM],
+            [sys.executable, "-I", "-c", PROBE],
             input=json.dumps(templates),
             text=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            timeout=WALL_LIMIT_S,
+            timeout=WALL_S,
             check=False,
         )
         ended = done.returncode == 0
@@ -61,5 +58,5 @@ def check_template(template: str | dict[str, str] | None, name: str) -> None:
         ended = False
     if not ended:
         raise ModelRefused(
-            f"{name} has a chat template that does not end within {CPU_LIMIT_S} s and {MAX_MEMORY_BYTES >> 30} GiB: remove it, or choose another model"
+            f"{name} has a chat template that does not end within {CPU_S} s and {MEMORY >> 30} GiB: remove it, or choose another model"
         )

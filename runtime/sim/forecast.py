@@ -14,32 +14,25 @@ from runtime.scheduler_factory import scheduler
 from runtime.schedulers.base import Plan, Scheduler, View
 from runtime.scoring.calibration import Calibrations
 from runtime.sim import draft_samples
-from runtime.sim.pair_profile import PairProfile
-from runtime.sim.replayed_head import HeadProfile, ReplayedHead
-from runtime.sim.simulator import SimulatedDrafter, SimulatedTarget, Simulator, interpolate
-from runtime.sim.synthetic_models import (
-    BRANCHES,
-    CONTEXT,
-    VOCABULARY,
-    SyntheticDrafter,
-    SyntheticTarget,
-    choose,
-)
+from runtime.sim.pair_profile import Measured
+from runtime.sim.replayed_head import HeadFigures, ReplayedHead
+from runtime.sim.simulator import DrafterSide, TargetSide, World, linear
+from runtime.sim.synthetic_models import BRANCHES, CONTEXT, VOCABULARY, Guesser, NamingModel, choose
 from runtime.target.commands import AddRequest
 from runtime.target.engine import Engine
 from runtime.target.head_runner import MountedHead
 from runtime.target.stop_checker import StopChecker
 from runtime.target.verifier import Verifier
 
-ENDLESS_TOKENS = 1 << 30  # tokens of a session that does not end
+ENDLESS = 1 << 30  # tokens of a session that does not end
 DRAFTER = "draft"
-DRAFT_WIDTH = 4  # leaves in one pass of a drafter, as in config.DrafterConfig
-PROMPT_TOKENS = 4  # tokens
-MIN_TOKENS = 400  # counted, of all sessions together
-MIN_SESSION_TOKENS = 40  # tokens of each session, where that is more
-WARM_UP_SHARE = 0.5  # of them, that come before and are not counted: a schedule learns rates and delays over some twenty steps
-DEFAULT_EFFORT = 6_000  # sessions served, counted anew in each pass of a drafter or a target, after which it ends in any case
-EFFORT_PER_SESSION = 100  # the same for each session, where that is more
+WIDTH = 4  # leaves in one pass of a drafter, as in config.DrafterConfig
+PROMPT = 4  # tokens
+TOKENS = 400  # counted, of all sessions together
+STEPS = 40  # tokens of each session, where that is more
+WARM_UP = 0.5  # of them, that come before and are not counted: a schedule learns rates and delays over some twenty steps
+EFFORT = 6_000  # sessions served, counted anew in each pass of a drafter or a target, after which it ends in any case
+EFFORT_EACH = 100  # the same for each session, where that is more
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +47,12 @@ class Setting:
     drafters: int = 1
     sessions: int = 1
     targets: int = 1
-    width: int = DRAFT_WIDTH
+    width: int = WIDTH
     length: int = 0
     once: bool = False
-    tokens: int = MIN_TOKENS
-    effort: int = DEFAULT_EFFORT
-    head: HeadProfile | None = None
+    tokens: int = TOKENS
+    effort: int = EFFORT
+    head: HeadFigures | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +68,7 @@ class Forecast:
 
 
 @dataclass(slots=True)
-class Progress:
+class Seen:
     """Tokens delivered by all targets, and their rounds."""
 
     tokens: int = 0
@@ -97,11 +90,11 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class RecordingScheduler:
+class Watched:
     """A scheduler, and what it is told of finished steps."""
 
     inner: Scheduler
-    progress: Progress
+    seen: Seen
 
     @property
     def style(self) -> Style:
@@ -111,7 +104,7 @@ class RecordingScheduler:
         return self.inner.plan(views)
 
     def observe(self, step: Sequence[Round]) -> None:
-        self.progress.rounds += step
+        self.seen.rounds += step
         self.inner.observe(step)
 
     def on_growth(self, delay: float, first: bool, leaves: int) -> None:
@@ -119,99 +112,99 @@ class RecordingScheduler:
 
 
 def forecast(
-    profile: PairProfile, schedule: ScheduleConfig, setting: Setting = Setting()
+    measured: Measured, schedule: ScheduleConfig, setting: Setting = Setting()
 ) -> Forecast:
-    return simulate(profile, lambda: scheduler(schedule, profile.target), setting)
+    return simulate(measured, lambda: scheduler(schedule, measured.target), setting)
 
 
-def simulate(profile: PairProfile, policy: Callable[[], Scheduler], setting: Setting) -> Forecast:
+def simulate(measured: Measured, policy: Callable[[], Scheduler], setting: Setting) -> Forecast:
     """`policy` makes the scheduler of one target."""
-    simulator, progress, examples = Simulator(), Progress(), draft_samples.samples_of(profile)
-    guesser, calibrations = SyntheticDrafter(examples), examples.calibrations(DRAFTER, BRANCHES)
+    world, seen, examples = World(), Seen(), draft_samples.of(measured)
+    guesser, learned = Guesser(examples), examples.learned(DRAFTER, BRANCHES)
     if setting.head is not None:
-        setting.head.calibrate(calibrations)
-    known = calibrations.saved()
+        setting.head.teach(learned)
+    known = learned.saved()
     wanted_targets = range(min(setting.targets, setting.sessions))
     targets = [
-        simulated_target(
-            simulator, profile, RecordingScheduler(policy(), progress), known, setting.head
-        )
+        target(world, measured, Watched(policy(), seen), known, setting.head)
         for _ in wanted_targets
     ]
     drafters = [
-        simulated_drafter(simulator, profile, f"{DRAFTER}-{n}", guesser, known, setting.width)
+        drafter(world, measured, f"{DRAFTER}-{n}", guesser, known, setting.width)
         for n in range(setting.drafters)
     ]
     for stream, one in enumerate(targets):
         for draft in drafters:
-            draft.join(one, stream, profile.rtt / 2)
+            draft.join(one, stream, measured.rtt / 2)
     for number in range(min(setting.sessions, limits.SESSIONS * len(targets))):
-        admit_session(targets[number % len(targets)].engine, number, setting, progress)
+        admit(targets[number % len(targets)].engine, number, setting, seen)
     for one in targets:
-        one.resume()
+        one.go_on()
     if setting.once:
-        run_until(simulator, drafters, progress, setting.length * setting.sessions, sys.maxsize)
-        return progress.forecast(simulator.now)
-    wanted = max(setting.tokens, MIN_SESSION_TOKENS * setting.sessions)
-    effort = max(setting.effort, EFFORT_PER_SESSION * setting.sessions)
-    run_until(simulator, drafters, progress, int(WARM_UP_SHARE * wanted), effort // 3)
-    began, progress.tokens, progress.rounds = simulator.now, 0, []
-    run_until(simulator, drafters, progress, wanted, effort)
-    return progress.forecast(simulator.now - began)
+        advance(world, drafters, seen, setting.length * setting.sessions, sys.maxsize)
+        return seen.forecast(world.now)
+    wanted = max(setting.tokens, STEPS * setting.sessions)
+    effort = max(setting.effort, EFFORT_EACH * setting.sessions)
+    advance(world, drafters, seen, int(WARM_UP * wanted), effort // 3)
+    began, seen.tokens, seen.rounds = world.now, 0, []
+    advance(world, drafters, seen, wanted, effort)
+    return seen.forecast(world.now - began)
 
 
-def simulated_target(
-    simulator: Simulator,
-    profile: PairProfile,
+def target(
+    world: World,
+    measured: Measured,
     policy: Scheduler,
     known: Mapping[str, Any],
-    head: HeadProfile | None,
-) -> SimulatedTarget:
+    head: HeadFigures | None,
+) -> TargetSide:
     """`known`: saved calibrations; target and drafters begin as after a long time together."""
     heads = {f"{head.name}-0": MountedHead(ReplayedHead(head))} if head is not None else {}
     engine = Engine(
-        SyntheticTarget(),
+        NamingModel(),
         Verifier(choose, frozenset()),
         policy,
-        simulator.clock,
+        world.clock,
         kv_slots=CONTEXT,
         calibrations=Calibrations.restored(known),
         heads=heads,
     )
-    of_rows = interpolate(profile.target)
+    of_rows = linear(measured.target)
 
     def seconds(rows: int, sessions: int, taken: int, busy: bool) -> float:
-        model = (of_rows(rows) + profile.text * (sessions - 1)) * (profile.beside if busy else 1.0)
-        head_time = head.seconds if head is not None and engine.heads.active else 0.0
-        return model + (profile.step + head_time) * sessions + profile.message * taken
+        model = (of_rows(rows) + measured.text * (sessions - 1)) * (
+            measured.beside if busy else 1.0
+        )
+        looked = head.seconds if head is not None and engine.heads.active else 0.0
+        return model + (measured.step + looked) * sessions + measured.message * taken
 
-    return SimulatedTarget(simulator, engine, seconds)
+    return TargetSide(world, engine, seconds)
 
 
-def simulated_drafter(
-    simulator: Simulator,
-    profile: PairProfile,
+def drafter(
+    world: World,
+    measured: Measured,
     name: str,
-    guesser: SyntheticDrafter,
+    guesser: Guesser,
     known: Mapping[str, Any],
     width: int,
-) -> SimulatedDrafter:
+) -> DrafterSide:
     draft_engine = DraftEngine(
-        guesser, name, width, calibrations=Calibrations.restored(known), clock=simulator.clock
+        guesser, name, width, calibrations=Calibrations.restored(known), clock=world.clock
     )
-    return SimulatedDrafter(simulator, draft_engine, interpolate(profile.draft, profile.pass_))
+    return DrafterSide(world, draft_engine, linear(measured.draft, measured.pass_))
 
 
-def admit_session(engine: Engine, number: int, setting: Setting, progress: Progress) -> None:
+def admit(engine: Engine, number: int, setting: Setting, seen: Seen) -> None:
     """A session, and after its end the next in its place."""
 
     def deliver(chunk: Chunk) -> None:
-        progress.tokens += len(chunk.tokens)
+        seen.tokens += len(chunk.tokens)
         if chunk.finish_reason is not None and not setting.once:
-            admit_session(engine, number + limits.SESSIONS * setting.targets, setting, progress)
+            admit(engine, number + limits.SESSIONS * setting.targets, setting, seen)
 
-    prompt = tuple(number // VOCABULARY**digit % VOCABULARY for digit in range(PROMPT_TOKENS))
-    sampling = Sampling(max_tokens=setting.length or ENDLESS_TOKENS)
+    prompt = tuple(number // VOCABULARY**digit % VOCABULARY for digit in range(PROMPT))
+    sampling = Sampling(max_tokens=setting.length or ENDLESS)
     request = Request(str(number), prompt, sampling)
     engine.inbox.put(
         AddRequest(
@@ -220,17 +213,13 @@ def admit_session(engine: Engine, number: int, setting: Setting, progress: Progr
     )
 
 
-def run_until(
-    simulator: Simulator,
-    drafters: Sequence[SimulatedDrafter],
-    progress: Progress,
-    tokens: int,
-    effort: int,
+def advance(
+    world: World, drafters: Sequence[DrafterSide], seen: Seen, tokens: int, effort: int
 ) -> None:
     """Until so many tokens have been seen, or sessions have been served so often since the beginning."""
     while (
-        progress.tokens < tokens
-        and sum(draft.served_requests for draft in drafters) + len(progress.rounds) < effort
+        seen.tokens < tokens
+        and sum(draft.answered for draft in drafters) + len(seen.rounds) < effort
     ):
-        if not simulator.step():
+        if not world.step():
             return

@@ -10,8 +10,8 @@ import torch
 
 from runtime.core.errors import ModelRefused
 from runtime.core.tree_builder import ways
-from runtime.models.base import Branch, OutputSpec, PassInput, Rows, causal
-from runtime.models.fast_path import enable_fast_path
+from runtime.models.base import Branch, Look, Part, Rows, causal
+from runtime.models.fast_path import quicken
 from runtime.models.hf import HFModel
 from tests.runtime.models.test_llama import SHAPES, spread, tree
 from tests.runtime.models.test_static_pass import LONG, give, recorded
@@ -51,39 +51,39 @@ def test_pseudo_rows_pass_the_remaining_layers(layers: tuple[int, ...]) -> None:
     """In one pass with trees of two texts, beside several rows, as alone; and no row of a token feels them."""
     model = deep()
     maps = [torch.nn.Linear(32, 32) for _ in layers]
-    output_spec = OutputSpec(
+    look = Look(
         True, tuple(Branch(layer, linear) for layer, linear in zip(layers, maps, strict=True))
     )
-    model.check(output_spec)
+    model.check(look)
     texts = (list(range(2, 13)), [40, 41, 7])
     visible = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]], dtype=np.bool_)
     paths: tuple[list[int], ...] = ([], [51], [52], [51, 53])
-    for branch_rows in (((0, 3), (2,)), ((1,), ()), ((), (0, 1, 2, 3)), ((), ())):
+    for riders in (((0, 3), (2,)), ((1,), ()), ((), (0, 1, 2, 3)), ((), ())):
         caches, parts = [model.new_cache() for _ in texts], []
-        for cache, text, rode in zip(caches, texts, branch_rows, strict=True):
+        for cache, text, rode in zip(caches, texts, riders, strict=True):
             model.forward(cache, causal(np.array(text), 0))
             rows = Rows(
                 np.array([50, 51, 52, 53]), len(text) + np.array([0, 1, 1, 2]), len(text), visible
             )
-            parts.append(PassInput(cache, rows, branch_rows=rode))
-        output = model.forward_outputs(parts, output_spec)
+            parts.append(Part(cache, rows, riders=rode))
+        shown = model.show_all(parts, look)
         lengths = [cache.length for cache in caches]
         assert lengths == [len(text) + 4 for text in texts]
         for cache, text in zip(caches, texts, strict=True):
             cache.truncate(len(text))
         for one, text, part, logits in zip(
-            output, texts, parts, model.forward_all(parts), strict=True
+            shown, texts, parts, model.forward_all(parts), strict=True
         ):
             torch.testing.assert_close(one.logits, logits, atol=2e-5, rtol=0)
             torch.testing.assert_close(model.unembed(one.hidden), logits, atol=2e-5, rtol=0)
-            for place, row in enumerate(part.branch_rows):
+            for place, row in enumerate(part.riders):
                 expected = naive(model, [*text, 50, *paths[row]], layers, maps)
-                torch.testing.assert_close(one.branch_logits[place], expected, atol=5e-5, rtol=0)
+                torch.testing.assert_close(one.ridden[place], expected, atol=5e-5, rtol=0)
 
 
 def deep() -> HFModel:
     model = HFModel(tiny("llama", num_hidden_layers=4), "deep")
-    enable_fast_path(model)
+    quicken(model)
     return model
 
 
@@ -91,9 +91,9 @@ def deep() -> HFModel:
 def test_hidden_states_are_those_that_logits_are_made_of(family: str) -> None:
     """For each family that has them, of two texts in one pass or in two."""
     model = hf_model(family)
-    model.check(OutputSpec(hidden=True))
-    parts = [PassInput(model.new_cache(), causal(np.arange(2, 2 + n), 0)) for n in (5, 3)]
-    for one, part in zip(model.forward_outputs(parts, OutputSpec(hidden=True)), parts, strict=True):
+    model.check(Look(hidden=True))
+    parts = [Part(model.new_cache(), causal(np.arange(2, 2 + n), 0)) for n in (5, 3)]
+    for one, part in zip(model.show_all(parts, Look(hidden=True)), parts, strict=True):
         assert len(one.hidden) == len(part.rows.tokens) == len(one.logits)
         assert torch.equal(model.unembed(one.hidden).argmax(-1), one.logits.argmax(-1))
 
@@ -102,7 +102,7 @@ def test_layers_that_are_none_are_refused() -> None:
     for layers in ((-1,), (2,), (1, 0)):
         with pytest.raises(ModelRefused, match="pseudo rows that enter at layers"):
             hf_model("llama").check(
-                OutputSpec(branches=tuple(Branch(layer, lambda states: states) for layer in layers))
+                Look(branches=tuple(Branch(layer, lambda states: states) for layer in layers))
             )
 
 
@@ -115,9 +115,8 @@ def test_what_fails_leaves_the_caches_as_they_were() -> None:
         raise RuntimeError("no memory")
 
     with pytest.raises(RuntimeError, match="no memory"):
-        model.forward_outputs(
-            [PassInput(cache, causal(np.arange(3), 10), branch_rows=(1,))],
-            OutputSpec(branches=(Branch(1, fails),)),
+        model.show_all(
+            [Part(cache, causal(np.arange(3), 10), riders=(1,))], Look(branches=(Branch(1, fails),))
         )
     assert cache.length == 10
 
@@ -127,24 +126,24 @@ def test_what_heads_look_at_is_shown_as_by_the_short_pass() -> None:
     kind, options = SHAPES["qwen3 sliding"]
     counts: list[int] = []
     quick, static = (HFModel(spread(tiny(kind, **options)), "m") for _ in range(2))
-    enable_fast_path(quick)
+    quicken(quick)
     give(static, record=partial(recorded, counts))
-    double = OutputSpec(
+    double = Look(
         True, (Branch(1, lambda states: 2 * states), Branch(1, lambda states: states + 1))
     )
     found: list[list[torch.Tensor]] = []
     for model in (quick, static):
         one, two = model.new_cache(), model.new_cache()
         tensors = [model.forward(one, causal(LONG[:9], 0)), model.forward(two, causal(LONG[:3], 0))]
-        for output_spec in (OutputSpec(True), double, OutputSpec(), OutputSpec(True)):
+        for look in (Look(True), double, Look(), Look(True)):
             parts = [
-                PassInput(one, tree(one.length), branch_rows=(0, 3)),
-                PassInput(two, tree(two.length), branch_rows=(2,)),
+                Part(one, tree(one.length), riders=(0, 3)),
+                Part(two, tree(two.length), riders=(2,)),
             ]
-            for output in model.forward_outputs(parts, output_spec):
+            for shown in model.show_all(parts, look):
                 tensors += [
                     tensor
-                    for tensor in (output.logits, output.hidden, output.branch_logits)
+                    for tensor in (shown.logits, shown.hidden, shown.ridden)
                     if tensor is not None
                 ]
         tensors.append(model.unembed(torch.ones(2, 32)))
