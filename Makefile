@@ -12,7 +12,7 @@ FITS := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 BIN := .venv/bin
 UNUSED := /(tests?|testing|rllib|sympy|_inductor|onnx|transformers/models)/
 
-.PHONY: help install demo bench bench-methods test test-chaos test-load test-cluster check format proto train audit sbom clean
+.PHONY: help install demo bench bench-methods test test-exactness test-chaos test-load test-cluster check format proto train audit sbom clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ bench-methods: install ## compare all ways to guess, alone and beside the draft 
 
 test: install ## all tests, on up to four cores
 	$(BIN)/pytest -q --durations=10 --numprocesses auto --maxprocesses 4
+
+test-exactness: install ## the whole product of model families, drafters and trees, before a release; 5 minutes
+	OUTRIDER_TEST_EXHAUSTIVE=1 $(BIN)/pytest -q --durations=10 --numprocesses auto --maxprocesses 4 --dist load tests/contracts/test_exactness.py
 
 # Sizes of these two, to be had smaller: make test-chaos CHAOS_SECONDS=60
 CHAOS_STREAMS ?= 200

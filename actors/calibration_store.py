@@ -10,7 +10,7 @@ from runtime.scoring.calibration import Calibrations
 log = logging.getLogger(__name__)
 
 
-def recall(file: Path) -> Calibrations:
+def load_calibrations(file: Path) -> Calibrations:
     """What was kept there; nothing where there is no such file, or none of ours: that costs a few hundred tokens of learning."""
     try:
         return Calibrations.restored(json.loads(file.read_text("utf-8")))
@@ -23,7 +23,7 @@ def recall(file: Path) -> Calibrations:
         return Calibrations()
 
 
-def remember(file: Path, known: Calibrations) -> None:
+def save_calibrations(file: Path, known: Calibrations) -> None:
     """Replace the file as a whole. A disk that refuses it is logged: the next life starts cold."""
     draft = file.with_suffix(f".{os.getpid()}")
     try:

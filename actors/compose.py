@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from actors.calibration_store import recall
+from actors.calibration_store import load_calibrations
 from runtime.config import (
     DrafterConfig,
     HeadConfig,
@@ -27,15 +27,15 @@ from runtime.draft.draft_engine import DraftEngine
 from runtime.draft.draft_host import DraftHost
 from runtime.drafters.base import Drafter, DrafterContext
 from runtime.drafters.model import ModelDrafter
-from runtime.drafters.noisy import Noisy
+from runtime.drafters.noisy import NoisyDrafter
 from runtime.heads.base import Head, HeadContext
 from runtime.models.detokenize import Detokenizer
-from runtime.models.grammar import Grammars
-from runtime.models.head_checkpoint import identity_of
+from runtime.models.grammar import GrammarCompiler
+from runtime.models.head_checkpoint import target_identity
 from runtime.models.hf import HFModel
 from runtime.models.loader import load_model, load_tokenizer
 from runtime.models.sampler import choose, logprobs
-from runtime.models.step_timing import knee, riding_time, step_times
+from runtime.models.step_timing import branch_row_time, knee, step_times
 from runtime.scheduler_factory import scheduler
 from runtime.schedulers.living import ROWS
 from runtime.target.engine import Engine
@@ -45,21 +45,21 @@ from runtime.target.target import Target
 from runtime.target.verifier import Verifier
 from runtime.telemetry.tracing import OFF, TARGET, Trace
 
-WIDTHS = (1, 2, 4, 8)  # of a drafter's pass, among which the knee is looked for
-UNMEASURED = 4
+MEASURED_WIDTHS = (1, 2, 4, 8)  # of a drafter's pass, among which the knee is looked for
+DEFAULT_WIDTH = 4
 
 
-def settle_memory() -> None:
+def freeze_gc() -> None:
     """What is loaded stays: Python need not look through it for garbage while tokens wait."""
     gc.collect()
     gc.freeze()
 
 
-def threads(placement: Placement) -> int | None:
+def thread_count(placement: Placement) -> int | None:
     return placement.threads or len(placement.cores) or None
 
 
-def end_tokens(model: HFModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+def eos_tokens(model: HFModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
     """Ids that end a text: the tokenizer's, and those of the model's generation settings."""
     settings = getattr(model.module, "generation_config", None)
     said = getattr(settings, "eos_token_id", None)
@@ -71,7 +71,7 @@ def end_tokens(model: HFModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[
     )
 
 
-def finisher(
+def stop_checker_factory(
     tokenizer: PreTrainedTokenizerFast, eos: frozenset[int]
 ) -> Callable[[Request], StopChecker]:
     def finish(request: Request) -> StopChecker:
@@ -81,7 +81,7 @@ def finisher(
     return finish
 
 
-class Built(NamedTuple):
+class BuiltTarget(NamedTuple):
     target: Target
     tokenizer: PreTrainedTokenizerFast
     times: dict[int, float]  # T, seconds of a pass by its rows
@@ -99,16 +99,18 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def build_target(config: TargetConfig, record: bool = False) -> Built:
+def build_target(config: TargetConfig, record: bool = False) -> BuiltTarget:
     """With `record`, the engine keeps a trace."""
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, config.dtype, config.device, threads(config.placement))
-    eos = end_tokens(model, tokenizer)
+    model = load_model(config.model, config.dtype, config.device, thread_count(config.placement))
+    eos = eos_tokens(model, tokenizer)
     times = step_times(model, ROWS, time.monotonic)
     slots = config.kv_tokens or kv_slots(model)
-    known = recall(memory_of(config.model, "target"))
+    known = load_calibrations(memory_of(config.model, "target"))
     trace = Trace(TARGET) if record else OFF
-    heads = {name: mounted(head, model, tokenizer) for name, head in config.named_heads().items()}
+    heads = {
+        name: mount_head(head, model, tokenizer) for name, head in config.named_heads().items()
+    }
     engine = Engine(
         model,
         Verifier(choose, eos, logprobs),
@@ -119,15 +121,21 @@ def build_target(config: TargetConfig, record: bool = False) -> Built:
         trace=trace,
         heads=heads,
     )
-    grammars = Grammars(tokenizer, model.vocabulary, eos)
-    target = Target(engine, finisher(tokenizer, eos), grammars, grammars.close)
-    return Built(target, tokenizer, times)
+    grammars = GrammarCompiler(tokenizer, model.vocabulary, eos)
+    target = Target(engine, stop_checker_factory(tokenizer, eos), grammars, grammars.close)
+    return BuiltTarget(target, tokenizer, times)
 
 
-def mounted(config: HeadConfig, model: HFModel, tokenizer: PreTrainedTokenizerFast) -> MountedHead:
+def mount_head(
+    config: HeadConfig, model: HFModel, tokenizer: PreTrainedTokenizerFast
+) -> MountedHead:
     """Builds a head and measures what its pseudo rows cost."""
     head = build_head(config, model, tokenizer)
-    priced = riding_time(model, head.look, RIDDEN, time.monotonic) if head.look.branches else 0.0
+    priced = (
+        branch_row_time(model, head.output_spec, RIDDEN, time.monotonic)
+        if head.output_spec.branches
+        else 0.0
+    )
     return MountedHead(head, priced)
 
 
@@ -135,9 +143,9 @@ def build_head(config: HeadConfig, model: HFModel, tokenizer: PreTrainedTokenize
     """Raises ModelRefused for what was not trained for this model, or cannot sit on it."""
     method = importlib.import_module(f"runtime.heads.{module_of(config.method)}")
     head: Head = method.build(
-        HeadContext(model, identity_of(model.module.config, tokenizer), folder_of(config))
+        HeadContext(model, target_identity(model.module.config, tokenizer), folder_of(config))
     )
-    model.check(head.look)
+    model.check(head.output_spec)
     return head
 
 
@@ -145,11 +153,11 @@ def build_drafter(config: DrafterConfig, target: str, record: bool = False) -> D
     """`target` is the name of the target's model: some methods read it, all speak its vocabulary. `record`: as for a target."""
 
     def load(name: str) -> HFModel:
-        return load_model(name, config.dtype, config.device, threads(config.placement))
+        return load_model(name, config.dtype, config.device, thread_count(config.placement))
 
     def load_layers(name: str) -> HFModel:
         return load_model(
-            name, config.dtype, config.device, threads(config.placement), layers=config.layers
+            name, config.dtype, config.device, thread_count(config.placement), layers=config.layers
         )
 
     def load_changed(
@@ -159,7 +167,7 @@ def build_drafter(config: DrafterConfig, target: str, record: bool = False) -> D
             name,
             config.dtype,
             config.device,
-            threads(config.placement),
+            thread_count(config.placement),
             layers=layers,
             change=change,
         )
@@ -168,19 +176,23 @@ def build_drafter(config: DrafterConfig, target: str, record: bool = False) -> D
     drafter = method.build(
         DrafterContext(target, draft_of(config), load, load_layers, load_changed)
     )
-    known = recall(memory_of_drafter(config, target))
+    known = load_calibrations(memory_of_drafter(config, target))
     trace = Trace(config.name) if record else OFF
     return DraftHost(
         DraftEngine(
-            drafter, config.name, config.width or width_of(drafter), calibrations=known, trace=trace
+            drafter,
+            config.name,
+            config.width or draft_width(drafter),
+            calibrations=known,
+            trace=trace,
         )
     )
 
 
-def width_of(drafter: Drafter) -> int:
-    """Leaves that a drafter expands in one pass: up to the knee of its model's step time; `UNMEASURED` where it has none."""
-    if isinstance(drafter, Noisy):
-        return width_of(drafter.inner)
+def draft_width(drafter: Drafter) -> int:
+    """Leaves that a drafter expands in one pass: up to the knee of its model's step time; `DEFAULT_WIDTH` where it has none."""
+    if isinstance(drafter, NoisyDrafter):
+        return draft_width(drafter.inner)
     if not isinstance(drafter, ModelDrafter):
-        return UNMEASURED
-    return knee(step_times(drafter.model, WIDTHS, time.monotonic))
+        return DEFAULT_WIDTH
+    return knee(step_times(drafter.model, MEASURED_WIDTHS, time.monotonic))

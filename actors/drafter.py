@@ -4,8 +4,8 @@ import threading
 
 import grpc
 
-from actors.calibration_store import remember
-from actors.cpu_affinity import load_gently, settle
+from actors.calibration_store import save_calibrations
+from actors.cpu_affinity import import_at_low_priority, pin
 from actors.rpc.endpoints import ActorLocation, own_host, own_location
 from actors.rpc.loop_thread import LoopThread
 from actors.rpc.server import DraftingService, serve
@@ -37,23 +37,23 @@ class DraftActor:
             tls,
         )
         self.address = ""
-        self.changing = threading.Lock()  # Ray calls from several threads
+        self.lock = threading.Lock()  # Ray calls from several threads
 
     def start(self) -> ActorLocation:
         """Loads the model and opens the server, once; raises what is wrong with either. (Ray would hide it in a constructor.)"""
-        with self.changing:
+        with self.lock:
             if not self.address:
                 self._start()
         return self.where()
 
     def _start(self) -> None:
-        settle(
+        pin(
             self.config.placement
         )  # before torch is loaded: who starts does not take the cores of those that serve
-        load_gently("actors.compose")
+        import_at_low_priority("actors.compose")
         from actors.compose import (
             build_drafter,
-            settle_memory,
+            freeze_gc,
         )  # torch: only the process that computes pays for it
         from runtime.models.loader import load_tokenizer
 
@@ -63,7 +63,7 @@ class DraftActor:
             config.model if config.method not in TRAINED else ""
         )  # what was trained for the target has the target's tokenizer
         vocabulary = vocabulary_hash(load_tokenizer(own or self.target))
-        settle_memory()
+        freeze_gc()
         self.network = LoopThread()
         host = config.placement.listen or own_host()
         hello = Hello(vocabulary, config.model or config.method, config.name, self.incarnation)
@@ -90,16 +90,18 @@ class DraftActor:
         """What was recorded since the last call."""
         return self.host.draft_engine.trace.take()
 
-    def remember(self) -> None:
+    def save_calibrations(self) -> None:
         """Keep what was learned of this target for the next life."""
-        remember(memory_of_drafter(self.config, self.target), self.host.draft_engine.calibrations)
+        save_calibrations(
+            memory_of_drafter(self.config, self.target), self.host.draft_engine.calibrations
+        )
 
     def stop(self) -> None:
         """Ends all streams and the server; the process may go then."""
-        self.network.run(stop(self.host, self.server))
+        self.network.run(stop_serving(self.host, self.server))
         self.network.stop()
 
 
-async def stop(host: DraftHost, server: grpc.aio.Server) -> None:
+async def stop_serving(host: DraftHost, server: grpc.aio.Server) -> None:
     await server.stop(0.2)
     await host.stop()

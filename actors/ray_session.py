@@ -12,9 +12,9 @@ from runtime.core.errors import OutriderError, Unavailable
 if TYPE_CHECKING:
     from ray.exceptions import RayTaskError
 
-OBJECT_STORE = 100 * 2**20  # bytes; nothing of ours goes through it
+OBJECT_STORE_BYTES = 100 * 2**20  # bytes; nothing of ours goes through it
 NAMESPACE = "outrider"
-KNOCK = 3.0  # seconds for a cluster to answer
+PROBE_TIMEOUT_S = 3.0  # seconds for a cluster to answer
 ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray 2.60 warns without it
     "RAY_worker_niceness": "0",  # Ray's 15 would let any other process hold up target and drafters
@@ -22,7 +22,7 @@ ENVIRONMENT = {
 
 
 @contextlib.contextmanager
-def joined(address: str | None, cpus: int = 1) -> Iterator[None]:
+def ray_cluster(address: str | None, cpus: int = 1) -> Iterator[None]:
     """This process in the cluster at `address`, or in one of its own with so many CPUs, which ends with the block.
 
     Raises Unavailable where the cluster cannot be reached or started; inside, Ray's errors come out as the project's own.
@@ -34,7 +34,7 @@ def joined(address: str | None, cpus: int = 1) -> Iterator[None]:
     quiet: Any = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address:
-            knock(address)
+            probe(address)
             ray.init(address=address, **quiet)
         else:
             # "local": not the one that RAY_ADDRESS or an earlier `ray start` names.
@@ -42,23 +42,23 @@ def joined(address: str | None, cpus: int = 1) -> Iterator[None]:
                 address="local",
                 num_cpus=cpus,
                 include_dashboard=False,
-                object_store_memory=OBJECT_STORE,
+                object_store_memory=OBJECT_STORE_BYTES,
                 **quiet,
             )
     except (RuntimeError, ValueError, OSError, OverflowError) as error:
         raise Unavailable(unreachable(address, str(error))) from error
     try:
-        with known_errors():
+        with translate_ray_errors():
             yield
     finally:
         ray.shutdown()
 
 
-def knock(address: str) -> None:
+def probe(address: str) -> None:
     """Raises OSError where nobody listens: Ray itself would try for two minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=KNOCK).close()
+        socket.create_connection((host, int(port)), timeout=PROBE_TIMEOUT_S).close()
 
 
 def unreachable(address: str | None, why: str) -> str:
@@ -69,7 +69,7 @@ def unreachable(address: str | None, why: str) -> str:
 
 
 @contextlib.contextmanager
-def known_errors() -> Iterator[None]:
+def translate_ray_errors() -> Iterator[None]:
     """Ray's errors as the project's own."""
     from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 

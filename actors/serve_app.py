@@ -22,7 +22,7 @@ class Arguments(BaseModel):
     deployment: Path
 
 
-class Keeper:
+class DeploymentWatcher:
     def __init__(self, deployment: str) -> None:
         """Returns when the deployment is ready. Raises Unavailable with what `outrider serve` says where it does not become so."""
         done = subprocess.run(
@@ -52,6 +52,6 @@ def build(arguments: Arguments) -> Any:
         "num_cpus": 0,
         "resources": {"node:__internal_head__": 0.001},
     }  # where the deployment file lies
-    return serve.deployment(Keeper, num_replicas=1, ray_actor_options=options).bind(
+    return serve.deployment(DeploymentWatcher, num_replicas=1, ray_actor_options=options).bind(
         str(arguments.deployment)
     )

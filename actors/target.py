@@ -4,8 +4,8 @@ import threading
 
 import grpc
 
-from actors.calibration_store import remember
-from actors.cpu_affinity import load_gently, settle
+from actors.calibration_store import save_calibrations
+from actors.cpu_affinity import import_at_low_priority, pin
 from actors.rpc.client import GrpcLink
 from actors.rpc.endpoints import ActorLocation, Endpoint, own_host, own_location
 from actors.rpc.loop_thread import LoopThread
@@ -29,7 +29,7 @@ class TargetActor:
     ) -> None:
         self.config, self.record, self.tls = config, record, tls
         self.address = ""
-        self.changing = threading.Lock()  # Ray calls from several threads
+        self.lock = threading.Lock()  # Ray calls from several threads
         self.schedulers: dict[ScheduleConfig, Scheduler] = {}
         self.tokens: int | None = None  # of the vocabulary
         self.peers: dict[str, Endpoint] = {}
@@ -37,19 +37,19 @@ class TargetActor:
 
     def start(self) -> ActorLocation:
         """Loads the model and opens the server, once; raises what is wrong with either. (Ray would hide it in a constructor.)"""
-        with self.changing:
+        with self.lock:
             if not self.address:
                 self._start()
         return self.where()
 
     def _start(self) -> None:
-        settle(
+        pin(
             self.config.placement
         )  # before torch is loaded: who starts does not take the cores of those that serve
-        load_gently("actors.compose")
+        import_at_low_priority("actors.compose")
         from actors.compose import (
             build_target,
-            settle_memory,
+            freeze_gc,
         )  # torch: only the process that computes pays for it
 
         self.target, tokenizer, self.times = build_target(self.config, self.record)
@@ -58,10 +58,10 @@ class TargetActor:
             vocabulary_hash(tokenizer),
             self.target.engine.model.vocabulary,
         )
-        settle_memory()
+        freeze_gc()
         self.network = LoopThread()
         host = self.config.placement.listen or own_host()
-        self.server, port = self.network.run(start(self.target, host, self.tls))
+        self.server, port = self.network.run(start_serving(self.target, host, self.tls))
         self.address = f"{host}:{port}"
 
     def where(self) -> ActorLocation:
@@ -79,7 +79,7 @@ class TargetActor:
 
     def drafters(self, peers: list[Endpoint]) -> None:
         """Who is there now: new ones are attached, also to sessions under way; those not named are let go, their share is taken back."""
-        with self.changing:
+        with self.lock:
             wanted = {peer.name: peer for peer in peers}
             changed = [
                 name for name in self.target.drafters if wanted.get(name) != self.peers.get(name)
@@ -87,10 +87,10 @@ class TargetActor:
             # A link that is kept remembers what it has been through: one that broke the protocol too often stays shut for a while.
             self.links = {peer: self.links.get(peer) or self._link(peer) for peer in peers}
             self.network.run(
-                exchange(
+                swap_links(
                     self.target,
                     changed,
-                    {peer.name: link for peer, link in self.links.items() if not link.shut},
+                    {peer.name: link for peer, link in self.links.items() if not link.quarantined},
                 )
             )
             self.peers = wanted
@@ -113,9 +113,11 @@ class TargetActor:
         """What was recorded since the last call."""
         return self.target.engine.trace.take()
 
-    def remember(self) -> None:
+    def save_calibrations(self) -> None:
         """Keep what was learned of the drafters for the next life."""
-        remember(memory_of(self.config.model, "target"), self.target.engine.requests.calibrations)
+        save_calibrations(
+            memory_of(self.config.model, "target"), self.target.engine.requests.calibrations
+        )
 
     def attached(self) -> list[str]:
         """Names of the drafters whose links are up."""
@@ -123,25 +125,27 @@ class TargetActor:
 
     def stop(self) -> None:
         """Ends sessions, links and server; the process may go then."""
-        self.network.run(stop(self.target, self.server))
+        self.network.run(stop_serving(self.target, self.server))
         self.network.stop()
 
 
 # Outside the class: Ray would take a class with coroutines for an async actor and run all of it on a loop of its own.
 
 
-async def start(target: Target, host: str, tls: TlsConfig | None) -> tuple[grpc.aio.Server, int]:
+async def start_serving(
+    target: Target, host: str, tls: TlsConfig | None
+) -> tuple[grpc.aio.Server, int]:
     target.start()
     return await serve([TargetService(target)], host, tls=tls)
 
 
-async def exchange(target: Target, leaving: list[str], links: dict[str, GrpcLink]) -> None:
+async def swap_links(target: Target, leaving: list[str], links: dict[str, GrpcLink]) -> None:
     for name in leaving:
         await target.detach(name)
     for name, link in links.items():
         target.attach(name, link, link.strike)
 
 
-async def stop(target: Target, server: grpc.aio.Server) -> None:
+async def stop_serving(target: Target, server: grpc.aio.Server) -> None:
     await target.stop()
     await server.stop(0.2)

@@ -8,38 +8,40 @@ from protos import speculation_pb2 as pb
 from runtime.core import limits
 from runtime.core.errors import InvalidRequest
 
-WRAPPING = 16  # bytes around a frame in a bundle, and around all of them, at most
+FRAME_OVERHEAD_BYTES = 16  # bytes around a frame in a bundle, and around all of them, at most
 
 
-def to_drafter(frames: Sequence[bytes]) -> list[bytes]:
+def bundle_events(frames: Sequence[bytes]) -> list[bytes]:
     """Encoded events, as the fewest messages that the wire carries."""
     return [
         few[0] if len(few) == 1 else pb.ToDrafter(bundle=pb.Bundle(frames=few)).SerializeToString()
-        for few in within(frames)
+        for few in group_frames(frames)
     ]
 
 
-def from_drafter(frames: Sequence[bytes]) -> list[bytes]:
+def bundle_replies(frames: Sequence[bytes]) -> list[bytes]:
     """Encoded replies, as the fewest messages that the wire carries."""
     return [
         few[0]
         if len(few) == 1
         else pb.FromDrafter(bundle=pb.Bundle(frames=few)).SerializeToString()
-        for few in within(frames)
+        for few in group_frames(frames)
     ]
 
 
-def frames_to_drafter(data: bytes) -> Sequence[bytes]:
-    """The frames of a message, one or several, for codec.decode_event. Raises InvalidRequest for what is no message."""
-    return frames_of(pb.ToDrafter, data)
+def unbundle_events(data: bytes) -> Sequence[bytes]:
+    """The frames of a message, one or several, for drafting_codec.decode_event. Raises InvalidRequest for what is no message."""
+    return unbundle_frames(pb.ToDrafter, data)
 
 
-def frames_from_drafter(data: bytes) -> Sequence[bytes]:
-    """The frames of a message, one or several, for codec.decode_reply. Raises InvalidRequest for what is no message."""
-    return frames_of(pb.FromDrafter, data)
+def unbundle_replies(data: bytes) -> Sequence[bytes]:
+    """The frames of a message, one or several, for drafting_codec.decode_reply. Raises InvalidRequest for what is no message."""
+    return unbundle_frames(pb.FromDrafter, data)
 
 
-def frames_of(kind: type[pb.ToDrafter] | type[pb.FromDrafter], data: bytes) -> Sequence[bytes]:
+def unbundle_frames(
+    kind: type[pb.ToDrafter] | type[pb.FromDrafter], data: bytes
+) -> Sequence[bytes]:
     try:
         frame = kind.FromString(data)
     except DecodeError as error:
@@ -53,15 +55,15 @@ def frames_of(kind: type[pb.ToDrafter] | type[pb.FromDrafter], data: bytes) -> S
     return frame.bundle.frames if frame.HasField("bundle") else (data,)
 
 
-def within(frames: Sequence[bytes]) -> list[list[bytes]]:
+def group_frames(frames: Sequence[bytes]) -> list[list[bytes]]:
     """In order, in groups that fit into a message."""
     groups: list[list[bytes]] = []
     room = 0
     for frame in frames:
-        needed = len(frame) + WRAPPING
+        needed = len(frame) + FRAME_OVERHEAD_BYTES
         if needed > room or len(groups[-1]) == limits.FRAMES:
             groups.append([])
-            room = limits.MESSAGE_BYTES - WRAPPING
+            room = limits.MESSAGE_BYTES - FRAME_OVERHEAD_BYTES
         groups[-1].append(frame)
         room -= needed
     return groups

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = "protos/speculation.proto"
 
 
-def generated() -> dict[Path, bytes]:
+def compile_protos() -> dict[Path, bytes]:
     """What the installed compiler makes of the source, by the file it belongs in."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [f"--{kind}_out={folder}" for kind in ("python", "pyi", "grpc_python")]
@@ -23,11 +23,11 @@ def generated() -> dict[Path, bytes]:
         return {ROOT / path.relative_to(folder): path.read_bytes() for path in found}
 
 
-def stale() -> list[Path]:
+def stale_files() -> list[Path]:
     """The files that are not what the compiler would write."""
     return [
         path
-        for path, content in generated().items()
+        for path, content in compile_protos().items()
         if not path.exists() or path.read_bytes() != content
     ]
 
@@ -38,9 +38,9 @@ def main() -> None:
         "--check", action="store_true", help="write nothing; exit with 1 where the files are stale"
     )
     if not parser.parse_args().check:
-        for path, content in generated().items():
+        for path, content in compile_protos().items():
             path.write_bytes(content)
-    elif names := [str(path.relative_to(ROOT)) for path in stale()]:
+    elif names := [str(path.relative_to(ROOT)) for path in stale_files()]:
         sys.exit(f"stale: {', '.join(names)}: run `make proto` and commit the result")
 
 

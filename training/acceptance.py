@@ -11,14 +11,14 @@ from torch import Tensor
 from runtime.core.sampler_reference import Ask
 from runtime.models.acceptance import RANKS
 from runtime.models.sampler import candidates
-from training.outputs import TargetText
+from training.outputs import Written
 
 # Logits (positions, context, vocabulary) of a text (context,): row p of position i says what is at p + offset + i.
 Guess = Callable[[Sequence[int]], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class HeldOutAcceptance:
+class Acceptance:
     """At one temperature.
 
     rates  of each position ahead: share of the target's choices among the first k guesses, by k of RANKS
@@ -37,13 +37,11 @@ class HeldOutAcceptance:
         }
 
 
-def measure_acceptance(
-    texts: Sequence[TargetText], guess: Guess, offset: int
-) -> list[HeldOutAcceptance]:
+def measure(texts: Sequence[Written], guess: Guess, offset: int) -> list[Acceptance]:
     """By temperature, rising. `offset`: 1 for a draft, whose row says what comes next, 2 for a head, whose target says that itself."""
     temperatures = sorted({text.sampling.temperature for text in texts})
     return [
-        acceptance_at(
+        summary(
             temperature,
             [text for text in texts if text.sampling.temperature == temperature],
             guess,
@@ -53,21 +51,19 @@ def measure_acceptance(
     ]
 
 
-def acceptance_at(
-    temperature: float, texts: Sequence[TargetText], guess: Guess, offset: int
-) -> HeldOutAcceptance:
+def summary(temperature: float, texts: Sequence[Written], guess: Guess, offset: int) -> Acceptance:
     ranks = np.concatenate(
         [ranks_of(text, guess((*text.prompt, *text.output)), offset) for text in texts], axis=1
     )
     rates = tuple({k: float(((of >= 0) & (of < k)).mean()) for k in RANKS} for of in ranks)
-    return HeldOutAcceptance(
+    return Acceptance(
         temperature,
         rates,
         1.0 + float(np.logical_and.accumulate(ranks == 0, axis=0).sum(axis=0).mean()),
     )
 
 
-def ranks_of(text: TargetText, logits: Tensor, offset: int) -> npt.NDArray[np.int64]:
+def ranks_of(text: Written, logits: Tensor, offset: int) -> npt.NDArray[np.int64]:
     """(positions, n): place of the target's choice among the guesses, from 0, or -1. Column m is of a step whose guesses begin at output m.
 
     The last steps, whose guesses reach beyond the text, are left out.

@@ -16,12 +16,12 @@ from runtime.config import ScheduleConfig
 from runtime.core.errors import ModelRefused
 from runtime.models.acceptance import RANKS
 from runtime.models.base import ModelIdentity
-from runtime.models.hf import MISFITS
+from runtime.models.hf import MODEL_ERRORS
 from runtime.sim.forecast import Setting, forecast
-from runtime.sim.pair_profile import Measured
+from runtime.sim.pair_profile import PairProfile
 from training.teacher import Teacher
 
-FORECAST_TOKENS = 200  # of a forecast
+TOKENS = 200  # of a forecast
 
 Score = Callable[
     [Sequence[int]], float
@@ -36,7 +36,7 @@ class Subset:
     acceptance: float
 
 
-def search_layers(
+def search(
     count: int, score: Score, tell: Callable[[int], None] = lambda more: None
 ) -> list[Subset]:
     """From all of `count` layers but one down to a single one; each is its predecessor less a layer. `tell` hears of each trial."""
@@ -53,14 +53,12 @@ def search_layers(
     return found
 
 
-def count_trials(count: int) -> int:
+def trials(count: int) -> int:
     """How many subsets a search looks at."""
     return count * (count + 1) // 2 - 1
 
 
-def forecast_speed_up(
-    rates: Mapping[int, float], share: float, times: Mapping[int, float]
-) -> float:
+def speed_up(rates: Mapping[int, float], share: float, times: Mapping[int, float]) -> float:
     """What the planner expects of layers that draft on a device of their own while the target computes, over plain decoding.
 
     rates  how often their first k guesses hold the target's choice, by k
@@ -68,14 +66,11 @@ def forecast_speed_up(
     times  seconds of a pass of the target, by rows
     """
     draft = {rows: share * seconds for rows, seconds in times.items()}
-    pair = Measured(target=dict(times), draft=draft, acceptance=dict(rates), rtt=0.0)
-    return (
-        forecast(pair, ScheduleConfig(), Setting(tokens=FORECAST_TOKENS)).tokens_per_second
-        * times[1]
-    )
+    pair = PairProfile(target=dict(times), draft=draft, acceptance=dict(rates), rtt=0.0)
+    return forecast(pair, ScheduleConfig(), Setting(tokens=TOKENS)).tokens_per_second * times[1]
 
 
-def best_subset(promises: Mapping[Subset, float]) -> Subset:
+def best(promises: Mapping[Subset, float]) -> Subset:
     """That with the greatest speed-up."""
     return max(promises, key=lambda subset: promises[subset])
 
@@ -94,7 +89,7 @@ def as_json(identity: ModelIdentity, promises: Mapping[Subset, float]) -> dict[s
     return {
         "method": "layer-skip",
         "target": asdict(identity),
-        **told(best_subset(promises)),
+        **told(best(promises)),
         "others": others,
     }
 
@@ -110,7 +105,7 @@ def layers_of(teacher: Teacher) -> nn.ModuleList:
 
 
 @contextmanager
-def keep_layers(teacher: Teacher, layers: Sequence[int]) -> Iterator[None]:
+def only(teacher: Teacher, layers: Sequence[int]) -> Iterator[None]:
     """The target without its other layers, for as long as the block lasts."""
     whole = layers_of(teacher)
     teacher.module.model.layers = nn.ModuleList(whole[layer] for layer in layers)
@@ -120,23 +115,23 @@ def keep_layers(teacher: Teacher, layers: Sequence[int]) -> Iterator[None]:
         teacher.module.model.layers = whole
 
 
-def agreement_score(teacher: Teacher, texts: Sequence[Tensor]) -> Score:
+def agreement(teacher: Teacher, texts: Sequence[Tensor]) -> Score:
     """On texts (batch, context) each: how often the kept layers' most likely token is the whole target's."""
-    found = rank_rates(teacher, texts, (1,))
+    found = rates(teacher, texts, (1,))
     return lambda layers: found(layers)[1]
 
 
-def rank_rates(
+def rates(
     teacher: Teacher, texts: Sequence[Tensor], ranks: Sequence[int] = RANKS
 ) -> Callable[[Sequence[int]], dict[int, float]]:
     """On texts (batch, context) each: how often the kept layers' first k guesses hold the whole target's choice, by k."""
-    wanted = [top_tokens(teacher, rows, 1) for rows in texts]
+    wanted = [guesses(teacher, rows, 1) for rows in texts]
 
     def found(layers: Sequence[int]) -> dict[int, float]:
-        with keep_layers(teacher, layers):
+        with only(teacher, layers):
             right = torch.cat(
                 [
-                    top_tokens(teacher, rows, max(ranks)) == truth
+                    guesses(teacher, rows, max(ranks)) == truth
                     for rows, truth in zip(texts, wanted, strict=True)
                 ]
             )
@@ -145,14 +140,14 @@ def rank_rates(
     return found
 
 
-def pass_share(teacher: Teacher, layers: Sequence[int]) -> float:
+def cost(teacher: Teacher, layers: Sequence[int]) -> float:
     """Share of a pass of the whole target, by the weights that are read: the layers and the unembedding."""
     unembedding = teacher.module.get_output_embeddings().weight.numel()
     sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in layers_of(teacher)]
     return float((sum(sizes[layer] for layer in layers) + unembedding) / (sum(sizes) + unembedding))
 
 
-def top_tokens(teacher: Teacher, rows: Tensor, most: int) -> Tensor:
+def guesses(teacher: Teacher, rows: Tensor, most: int) -> Tensor:
     """(batch, context, most), most likely first."""
     try:
         with torch.no_grad():
@@ -162,7 +157,7 @@ def top_tokens(teacher: Teacher, rows: Tensor, most: int) -> Tensor:
                 .indices
             )
         return found
-    except MISFITS as misfit:
+    except MODEL_ERRORS as misfit:
         raise ModelRefused(
             f"model {teacher.model.name} does not run without some of its layers ({misfit}): choose another"
         ) from misfit

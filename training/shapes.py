@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from runtime.core.errors import InvalidRequest
-from runtime.models.fast_path import quicken
+from runtime.models.fast_path import enable_fast_path
 from runtime.models.hf import HFModel
 from runtime.models.step_timing import step_times
 
@@ -24,14 +24,14 @@ DEPTHS = (
     8,
 )  # one layer alone cannot look up what followed an earlier occurrence, which takes two
 WIDTHS = (1, 2, 4, 8)  # rows of a pass that are measured
-BUDGET_ROWS = 4  # of the pass that the budget is for: the children of one leaf
-HEAD_SIZE = 64  # dimensions of an attention head
-HIDDEN_STEP = 64  # hidden sizes are multiples of it
-MAX_HIDDEN = 4096
+ROWS = 4  # of the pass that the budget is for: the children of one leaf
+HEAD = 64  # dimensions of an attention head
+STEP = 64  # hidden sizes are multiples of it
+WIDEST = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class DraftShape:
+class Shape:
     hidden: int
     layers: int
 
@@ -48,14 +48,14 @@ class DraftShape:
         )
 
     def config(self, vocabulary: int, context: int, end: int | None) -> LlamaConfig:
-        return llama_config(self.hidden, self.layers, self.intermediate, vocabulary, context, end)
+        return llama(self.hidden, self.layers, self.intermediate, vocabulary, context, end)
 
 
-def llama_config(
+def llama(
     hidden: int, layers: int, intermediate: int, vocabulary: int, context: int, end: int | None
 ) -> LlamaConfig:
     """Of heads of HEAD dimensions; embedding and unembedding are one."""
-    heads = max(1, hidden // HEAD_SIZE)
+    heads = max(1, hidden // HEAD)
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -72,66 +72,60 @@ def llama_config(
 
 
 Times = dict[int, float]  # seconds of a pass by its rows
-Measure = Callable[[DraftShape], Times]
+Measure = Callable[[Shape], Times]
 
 
-def make_measure(vocabulary: int, device: torch.device) -> Measure:
+def measurer(vocabulary: int, device: torch.device) -> Measure:
     """t(w) of untrained models: what a pass takes does not depend on what the weights are."""
 
-    def measure(shape: DraftShape) -> Times:
+    def measure(shape: Shape) -> Times:
         module = LlamaForCausalLM(shape.config(vocabulary, 128, None)).to(device)
         model = HFModel(module, f"{shape.layers} layers of {shape.hidden}")
-        quicken(model)
+        enable_fast_path(model)
         return step_times(model, WIDTHS, time.monotonic)
 
     return measure
 
 
-def shapes_of_size(parameters: int, vocabulary: int) -> list[DraftShape]:
+def of_size(parameters: int, vocabulary: int) -> list[Shape]:
     """For each depth the shape whose size is nearest to so many parameters."""
-    hidden = range(HIDDEN_STEP, MAX_HIDDEN + 1, HIDDEN_STEP)
+    hidden = range(STEP, WIDEST + 1, STEP)
     return [
         min(
-            (DraftShape(width, depth) for width in hidden),
+            (Shape(width, depth) for width in hidden),
             key=lambda shape: abs(math.log(shape.parameters(vocabulary) / parameters)),
         )
         for depth in DEPTHS
     ]
 
 
-def widest_within(budget: float, depth: int, measure: Measure) -> tuple[DraftShape, Times] | None:
+def within(budget: float, depth: int, measure: Measure) -> tuple[Shape, Times] | None:
     """The widest shape of so many layers whose pass of ROWS rows takes at most `budget` seconds; None where the narrowest takes longer.
 
     Twice as wide as long as that fits, then halfway between what fits and what does not: no model far beyond the budget is made.
     """
-    fitting, good, bad = None, 0, MAX_HIDDEN // HIDDEN_STEP + 1
+    fitting, good, bad = None, 0, WIDEST // STEP + 1
     while bad - good > 1:
         width = (
-            min(max(1, 2 * good), (good + bad) // 2)
-            if bad > MAX_HIDDEN // HIDDEN_STEP
-            else (good + bad) // 2
+            min(max(1, 2 * good), (good + bad) // 2) if bad > WIDEST // STEP else (good + bad) // 2
         )
-        shape = DraftShape(width * HIDDEN_STEP, depth)
+        shape = Shape(width * STEP, depth)
         times = measure(shape)
-        if times[BUDGET_ROWS] <= budget:
+        if times[ROWS] <= budget:
             fitting, good = (shape, times), width
         else:
             bad = width
     return fitting
 
 
-def propose_shape(
-    budget: float, vocabulary: int, measure: Measure
-) -> tuple[DraftShape, dict[DraftShape, Times]]:
+def propose(budget: float, vocabulary: int, measure: Measure) -> tuple[Shape, dict[Shape, Times]]:
     """The largest shape within `budget` seconds, and t(w) of the shapes of its size at every depth.
 
     Of shapes that are about as large (a tenth less), the shallowest. Raises InvalidRequest for a budget that nothing fits into.
     """
-    fitting = [
-        found for depth in DEPTHS if (found := widest_within(budget, depth, measure)) is not None
-    ]
+    fitting = [found for depth in DEPTHS if (found := within(budget, depth, measure)) is not None]
     if not fitting:
-        least = measure(DraftShape(HIDDEN_STEP, DEPTHS[0]))[BUDGET_ROWS]
+        least = measure(Shape(STEP, DEPTHS[0]))[ROWS]
         raise InvalidRequest(
             f"latency {1e3 * budget:g} ms is below what the smallest shape takes here ({1e3 * least:.2f} ms): raise it",
             "latency",
@@ -144,6 +138,6 @@ def propose_shape(
     known = dict(fitting)
     curve = {
         shape: known.get(shape) or measure(shape)
-        for shape in (chosen, *shapes_of_size(chosen.parameters(vocabulary), vocabulary))
+        for shape in (chosen, *of_size(chosen.parameters(vocabulary), vocabulary))
     }
     return chosen, curve

@@ -10,10 +10,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from runtime.core.errors import ModelRefused
-from runtime.models.hf import MISFITS, PROBE, ROUNDING, HFModel, relative_error
+from runtime.models.hf import (
+    MODEL_ERRORS,
+    PROBE_TOKENS,
+    ROUNDING_TOLERANCE,
+    HFModel,
+    relative_error,
+)
 from runtime.models.loader import find_folder, load_model, load_tokenizer
 
-FINGERPRINT_BYTES = 1 << 20  # bytes of a weight file that are looked at on either side
+ENDS = 1 << 20  # bytes of a weight file that are looked at on either side
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +46,16 @@ class Teacher:
         self.model, self.tokenizer = model, tokenizer
         self.module: Any = model.module.requires_grad_(False).eval()
         self.hidden_size = int(self.module.config.get_text_config(decoder=True).hidden_size)
-        probe = torch.tensor([PROBE], device=model.device)
+        probe = torch.tensor([PROBE_TOKENS], device=model.device)
         try:
             with torch.no_grad():
                 logits = self.module(probe, use_cache=False).logits[0].float()
                 error = relative_error(self.unembed(self.states(probe).last[0]), logits)
-        except MISFITS as misfit:
+        except MODEL_ERRORS as misfit:
             raise ModelRefused(
                 f"model {model.name} does not show its hidden states ({misfit}): choose another target"
             ) from misfit
-        if not error <= ROUNDING[model.dtype == torch.float32]:
+        if not error <= ROUNDING_TOLERANCE[model.dtype == torch.float32]:
             raise ModelRefused(
                 f"model {model.name} changes its logits after the unembedding: choose a target that does not"
             )
@@ -78,12 +84,12 @@ def fingerprint(target: str) -> str:
     found = hashlib.sha256()
     for file in sorted(find_folder(target).iterdir(), key=lambda file: file.name):
         if file.name in ("config.json", "tokenizer.json") or file.suffix == ".safetensors":
-            found.update(f"{file.name} {file.stat().st_size} ".encode() + file_ends(file))
+            found.update(f"{file.name} {file.stat().st_size} ".encode() + ends(file))
     return found.hexdigest()
 
 
-def file_ends(file: Path) -> bytes:
+def ends(file: Path) -> bytes:
     with file.open("rb") as stream:
-        first = stream.read(FINGERPRINT_BYTES)
-        stream.seek(max(0, file.stat().st_size - FINGERPRINT_BYTES))
+        first = stream.read(ENDS)
+        stream.seek(max(0, file.stat().st_size - ENDS))
         return first + stream.read()

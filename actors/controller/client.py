@@ -3,7 +3,7 @@
 from typing import Any
 
 from actors.controller.fleet_view import Fleet
-from actors.ray_session import NAMESPACE, known_errors
+from actors.ray_session import NAMESPACE, translate_ray_errors
 from runtime.core.errors import Unavailable
 
 NAME = "controller"
@@ -34,7 +34,7 @@ def ask_controller(
     import ray
     from ray.exceptions import GetTimeoutError
 
-    with known_errors():
+    with translate_ray_errors():
         if (controller := find_controller()) is None:
             raise Unavailable(NOT_SERVED)
         try:

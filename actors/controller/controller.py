@@ -30,7 +30,7 @@ from actors.controller.reconciler import (
     serves,
 )
 from actors.rpc.endpoints import ActorLocation
-from actors.rpc.tls import warn_if_open
+from actors.rpc.tls import warn_if_plaintext
 from runtime.config import MOST_DRAFTERS, Deployment
 from runtime.core.errors import InvalidRequest, OutriderError, Unavailable
 from runtime.core.sampling_params import whole
@@ -57,6 +57,8 @@ class Controller:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
         self.deployment, self.served, self.record = deployment, served, record
         self.counts = first_counts(deployment, gateways=served)
+        # What was in force before each `apply` that is not ready yet, oldest first.
+        self.fallbacks: list[tuple[Deployment, dict[str, int]]] = []
         self.members = Members(prefix, detached=served)
         self.autoscaler = Autoscaler()
         self.resources = ClusterResources()
@@ -79,7 +81,7 @@ class Controller:
             self.watcher.start()
         fleet = self._await_ready(timeout_s)
         nodes = [place.node for place in self.places().values()]
-        warn_if_open(nodes, self.deployment.security.tls)
+        warn_if_plaintext(nodes, self.deployment.security.tls)
         return fleet
 
     def fleet(self) -> Fleet:
@@ -99,21 +101,20 @@ class Controller:
         new does not start, the deployment before stays in force, and this raises as `start`.
         """
         with self.changed:
-            before = self.deployment, self.counts
-            self.deployment, self.counts = (
-                deployment,
-                next_counts(deployment, self.counts, gateways=self.served),
-            )
+            self.fallbacks.append((self.deployment, self.counts))
+            self.deployment = deployment
+            self.counts = next_counts(deployment, self.counts, gateways=self.served)
             self.autoscaler.forget()
             self.members.retry({member.role for member in self.members.present})
             log.info("a deployment is applied")
         try:
-            return self._await_ready(timeout_s)
+            fleet = self._await_ready(timeout_s)
         except OutriderError:
-            with self.changed:
-                self.deployment, self.counts = before
-                log.info("the deployment before is in force again")
+            self._roll_back(deployment)
             raise
+        with self.changed:
+            self.fallbacks.clear()
+        return fleet
 
     def scale(self, pool: str, count: int) -> Fleet:
         """Sets the number of drafters, also in place of those that were given up; returns at once.
@@ -273,6 +274,18 @@ class Controller:
             self.members.replaced,
             time.monotonic(),
         )
+
+    def _roll_back(self, failed: Deployment) -> None:
+        """Restores the deployment before the failed one, unless a later one is in force already.
+
+        A later one that fails too does not come back to a deployment that has failed.
+        """
+        with self.changed:
+            if self.deployment is not failed:
+                self.fallbacks = [kept for kept in self.fallbacks if kept[0] is not failed]
+            elif self.fallbacks:
+                self.deployment, self.counts = self.fallbacks.pop()
+                log.info("rolled back to the deployment before")
 
     # Its own restart
 

@@ -115,7 +115,7 @@ class Members:
         handle = self.handles[member.name]
         log.info("%s is drained: %s", member.name, why)
         if drafts(member):
-            handle.actor.remember.remote()  # its work ends when no target names it any more
+            handle.actor.save_calibrations.remote()  # its work ends when no target names it any more
         else:
             handle.draining = handle.actor.drain.remote()
         self.by_name[member.name] = replace(member, state="draining")

@@ -32,7 +32,7 @@ def take_recordings(handles: Sequence[ActorHandle]) -> list[Recording]:
 
 def save_calibrations(handles: Sequence[ActorHandle], timeout_s: float = 0.0) -> None:
     """Has what was learned written down; waits for it at most so long."""
-    ask_all(handles, "remember", timeout_s=timeout_s)
+    ask_all(handles, "save_calibrations", timeout_s=timeout_s)
 
 
 def ask_all(

@@ -13,11 +13,11 @@ import ray
 
 from actors.controller import client
 from actors.controller.fleet_view import Fleet, TargetState, targets_of_model
-from actors.gateway.api_keys import Keys
-from actors.gateway.app import build
-from actors.gateway.served_model import serve
-from actors.gateway.server import check_closed, listen, server
+from actors.gateway.api_keys import ApiKeys
+from actors.gateway.app import build_app
+from actors.gateway.server import build_server, check_exposure, listen
 from actors.gateway.state import Service
+from actors.openai.served_model import load_served_model
 from actors.routing.router import Router
 from actors.rpc.client import GrpcTarget
 from actors.rpc.endpoints import ActorLocation, own_host
@@ -27,31 +27,31 @@ from runtime.core.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
-PERIOD = 0.5  # seconds between two looks at the fleet
+FLEET_POLL_PERIOD_S = 0.5  # seconds between two looks at the fleet
 ANSWER_TIMEOUT_S = 2.0  # for the controller: each look is followed by another
-STOP = 15.0  # seconds for the end of everything
-SWITCH_INTERVAL = (
+STOP_TIMEOUT_S = 15.0  # seconds for the end of everything
+SWITCH_INTERVAL_S = (
     0.0005  # seconds; a thread that tokenises a long prompt holds up the streams no longer
 )
 
-Look = Callable[[], Fleet]
+GetFleet = Callable[[], Fleet]
 
 
 class Gateway:
-    """`look` says what is there now, and is called on a thread of its own; it raises Unavailable where it cannot tell."""
+    """`get_fleet` says what is there now, and is called on a thread of its own; it raises Unavailable where it cannot tell."""
 
-    def __init__(self, plan: Deployment, look: Look) -> None:
-        self.plan, self.look = plan, look
+    def __init__(self, plan: Deployment, get_fleet: GetFleet) -> None:
+        self.plan, self.get_fleet = plan, get_fleet
         self.fleet: Fleet | None = None
         self._stopping = threading.Event()
 
     def start(self) -> str:
         """Opens the server; returns its URL. Raises InvalidRequest, ModelRefused, Unavailable."""
         config = self.plan.gateway
-        check_closed(config)
-        keys = None if config.api_keys is None else Keys(config.api_keys)
-        served = serve(self.plan, int(time.time()))
-        sys.setswitchinterval(SWITCH_INTERVAL)
+        check_exposure(config)
+        keys = None if config.api_keys is None else ApiKeys(config.api_keys)
+        served = load_served_model(self.plan, int(time.time()))
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self.router = Router(lambda address: GrpcTarget(address, self.plan.security.tls))
         self.service = Service(
             served,
@@ -61,7 +61,7 @@ class Gateway:
             lambda: self.router.ready,
             lambda: self.fleet,
         )
-        self.server = server(build(self.service), config)
+        self.server = build_server(build_app(self.service), config)
         socket = listen(config.host, config.port)
         port = socket.getsockname()[1]
         self.network = LoopThread("gateway")
@@ -82,25 +82,27 @@ class Gateway:
         self.watcher.join()
         self.server.should_exit = True
         with contextlib.suppress(TimeoutError):
-            self.serving.result(STOP)
-        self.network.run(self.router.close(), STOP)
+            self.serving.result(STOP_TIMEOUT_S)
+        self.network.run(self.router.close(), STOP_TIMEOUT_S)
         self.network.stop()
 
     def _watch(self) -> None:
         while not self._stopping.is_set():
             try:
-                self.fleet = self.look()
+                self.fleet = self.get_fleet()
             except Unavailable as error:
                 log.warning("the fleet is as it was: %s", error)
             else:
                 # While a deployment changes there may be targets of another model, too.
                 self.network.run(
-                    told(self.router, targets_of_model(self.fleet.targets, self.plan.target.model))
+                    update_router(
+                        self.router, targets_of_model(self.fleet.targets, self.plan.target.model)
+                    )
                 )
-            self._stopping.wait(PERIOD)
+            self._stopping.wait(FLEET_POLL_PERIOD_S)
 
 
-async def told(router: Router, targets: Sequence[TargetState]) -> None:
+async def update_router(router: Router, targets: Sequence[TargetState]) -> None:
     router.update(targets)
 
 
@@ -108,7 +110,7 @@ class GatewayActor(Gateway):
     """A Ray actor. It asks the controller of its cluster who is there."""
 
     def __init__(self, plan: Deployment) -> None:
-        def look() -> Fleet:
+        def get_fleet() -> Fleet:
             found = client.ask_controller("fleet", timeout_s=ANSWER_TIMEOUT_S)
             if not isinstance(found, Fleet):
                 raise Unavailable(
@@ -116,7 +118,7 @@ class GatewayActor(Gateway):
                 )
             return found
 
-        super().__init__(plan, look)
+        super().__init__(plan, get_fleet)
 
     def where(self) -> ActorLocation:
         """A sign of life, with the server's URL."""

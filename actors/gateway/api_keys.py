@@ -12,12 +12,12 @@ from runtime.core.errors import InvalidRequest
 
 log = logging.getLogger(__name__)
 
-NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-SHORTEST = 16  # characters of a key
+NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
+MIN_KEY_CHARACTERS = 16  # characters of a key
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class ApiKey:
     """`digest` is the key's sha256. `models`: those that it may ask for; None: all."""
 
     name: str
@@ -25,35 +25,35 @@ class Key:
     models: frozenset[str] | None
 
 
-class Keys:
+class ApiKeys:
     """The keys of a file as it is now. A change that cannot be read is logged, and the keys stay as they were."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._keys, self._seen = read(file), version(file)
+        self._keys, self._seen = read_keys(file), file_version(file)
 
-    def find(self, given: str) -> Key | None:
+    def find(self, given: str) -> ApiKey | None:
         """The key that was given. It takes the same time whichever it is, and none."""
-        self._look()
+        self._reload()
         digest = hashlib.sha256(given.encode(errors="replace")).digest()
-        found: Key | None = None
+        found: ApiKey | None = None
         for key in self._keys:
             if hmac.compare_digest(key.digest, digest):
                 found = key
         return found
 
-    def _look(self) -> None:
-        now = version(self.file)
+    def _reload(self) -> None:
+        now = file_version(self.file)
         if now == self._seen:
             return
         self._seen = now
         try:
-            self._keys = read(self.file)
+            self._keys = read_keys(self.file)
         except InvalidRequest as error:
             log.warning("the API keys stay as they were: %s", error)
 
 
-def version(file: Path) -> tuple[int, ...]:
+def file_version(file: Path) -> tuple[int, ...]:
     try:
         found = file.stat()
     except OSError:
@@ -61,7 +61,7 @@ def version(file: Path) -> tuple[int, ...]:
     return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode
 
 
-def read(file: Path) -> tuple[Key, ...]:
+def read_keys(file: Path) -> tuple[ApiKey, ...]:
     """Raises InvalidRequest, which names the line and never a key."""
     try:
         found = file.stat()
@@ -74,7 +74,7 @@ def read(file: Path) -> tuple[Key, ...]:
     if is_open(found.st_mode, found.st_uid, os.geteuid()):
         raise InvalidRequest(f"others than its owner can use {file}: chmod 600 {file}", "api_keys")
     keys = [
-        of_line(number, line)
+        parse_line(number, line)
         for number, line in enumerate(lines, 1)
         if line.strip() and not line.startswith("#")
     ]
@@ -95,21 +95,21 @@ def is_open(mode: int, owner: int, reader: int) -> bool:
     return bool(mode & (0o037 if owner == 0 != reader else 0o077))
 
 
-def of_line(number: int, line: str) -> Key:
+def parse_line(number: int, line: str) -> ApiKey:
     name, _, rest = line.strip().partition(":")
     key, colon, models = rest.partition(":")
     if (
-        not NAME.fullmatch(name)
-        or len(key) < SHORTEST
+        not NAME_PATTERN.fullmatch(name)
+        or len(key) < MIN_KEY_CHARACTERS
         or not key.isascii()
         or not key.isprintable()
         or " " in key
     ):
         raise InvalidRequest(
-            f"line {number} of the API keys is not NAME:KEY[:MODEL,...] with a key of {SHORTEST} characters or more",
+            f"line {number} of the API keys is not NAME:KEY[:MODEL,...] with a key of {MIN_KEY_CHARACTERS} characters or more",
             "api_keys",
         )
     allowed = (
         frozenset(model.strip() for model in models.split(",") if model.strip()) if colon else None
     )
-    return Key(name, hashlib.sha256(key.encode()).digest(), allowed)
+    return ApiKey(name, hashlib.sha256(key.encode()).digest(), allowed)

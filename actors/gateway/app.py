@@ -9,14 +9,14 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
-from actors.gateway.completion_handler import Exchange
-from actors.gateway.middleware import Door
+from actors.gateway.completion_handler import CompletionHandler
+from actors.gateway.middleware import GatewayMiddleware
 from actors.gateway.state import Service
-from actors.openai.errors import Refused, plain
-from actors.openai.protocol import KINDS
+from actors.openai.errors import ApiError, sanitize
+from actors.openai.protocol import BODY_TYPES
 
-REF = "#/components/schemas/{model}"
-QUIET: TelemetryConfig = {
+SCHEMA_REF = "#/components/schemas/{model}"
+TELEMETRY_OFF: TelemetryConfig = {
     "tracing": False,
     "metrics": False,
     "logs": False,
@@ -25,29 +25,32 @@ QUIET: TelemetryConfig = {
 }
 
 
-def build(service: Service) -> FastAPI:
+def build_app(service: Service) -> FastAPI:
     """No page that loads anything from elsewhere, nothing that tells of the code."""
     app = FastAPI(
         title="Outrider",
         version=service.version,
-        telemetry=QUIET,
+        telemetry=TELEMETRY_OFF,
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
     )
-    for url, kind in KINDS.items():
+    for url, kind in BODY_TYPES.items():
         app.add_api_route(
             url,
-            generating(service, url),
+            completion_route(service, url),
             methods=["POST"],
-            openapi_extra=described(kind.__name__),
+            openapi_extra=body_schema(kind.__name__),
             response_class=JSONResponse,
         )
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
-        return {"object": "list", "data": [model(service)] if visible(request, service) else []}
+        return {
+            "object": "list",
+            "data": [model(service)] if may_see_model(request, service) else [],
+        }
 
     @app.get("/v1/models/{name:path}")
     async def one_model(request: Request, name: str) -> dict[str, Any]:
@@ -63,7 +66,7 @@ def build(service: Service) -> FastAPI:
     async def ready() -> dict[str, str]:
         """Requests are taken."""
         if not service.ready:
-            raise Refused(
+            raise ApiError(
                 503, "not_ready", "no target takes requests now: try again later", retry_after=1
             )
         return {"status": "ready"}
@@ -74,26 +77,28 @@ def build(service: Service) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.meter.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    app.add_exception_handler(Refused, answer_refused)
-    app.add_exception_handler(HTTPException, answer_http)
-    app.add_exception_handler(Exception, answer_fault)
+    app.add_exception_handler(ApiError, handle_api_error)
+    app.add_exception_handler(HTTPException, handle_http_error)
+    app.add_exception_handler(Exception, handle_internal_error)
     app.add_middleware(
-        Door, service=service, routes=frozenset(getattr(route, "path", "") for route in app.routes)
+        GatewayMiddleware,
+        service=service,
+        routes=frozenset(getattr(route, "path", "") for route in app.routes),
     )
-    documented(app)
+    add_body_schemas(app)
     return app
 
 
-def generating(service: Service, url: str) -> Any:
+def completion_route(service: Service, url: str) -> Any:
     async def generate() -> Response:
-        return Exchange(service, url)
+        return CompletionHandler(service, url)
 
     return generate
 
 
-def visible(request: Request, service: Service) -> bool:
+def may_see_model(request: Request, service: Service) -> bool:
     key = request.state.key
     return key is None or key.models is None or service.served.name in key.models
 
@@ -109,48 +114,48 @@ def model(service: Service) -> dict[str, Any]:
     }
 
 
-async def answer_refused(_: Request, error: Exception) -> Response:
-    if not isinstance(error, Refused):
+async def handle_api_error(_: Request, error: Exception) -> Response:
+    if not isinstance(error, ApiError):
         raise error
     return JSONResponse(error.body(), error.status, error.headers)
 
 
-async def answer_http(request: Request, error: Exception) -> Response:
+async def handle_http_error(request: Request, error: Exception) -> Response:
     """An address or a method that there is none of."""
     if not isinstance(error, HTTPException):
         raise error
-    found = Refused(
+    found = ApiError(
         error.status_code,
         error.detail.lower().replace(" ", "_"),
-        f"{request.method} {plain(request.url.path)}: {error.detail}",
+        f"{request.method} {sanitize(request.url.path)}: {error.detail}",
     )
     return JSONResponse(found.body(), found.status, error.headers)
 
 
-async def answer_fault(_: Request, error: Exception) -> Response:
+async def handle_internal_error(_: Request, error: Exception) -> Response:
     """Ours. The log has the rest."""
     return JSONResponse(
-        Refused(
+        ApiError(
             500, "internal_error", f"the gateway has failed ({type(error).__name__}): see its log"
         ).body(),
         500,
     )
 
 
-def described(name: str) -> dict[str, Any]:
+def body_schema(name: str) -> dict[str, Any]:
     """What OpenAPI says of a body that is read by ourselves."""
-    content = {"application/json": {"schema": {"$ref": REF.format(model=name)}}}
+    content = {"application/json": {"schema": {"$ref": SCHEMA_REF.format(model=name)}}}
     return {"requestBody": {"required": True, "content": content}}
 
 
-def documented(app: FastAPI) -> None:
+def add_body_schemas(app: FastAPI) -> None:
     """app.openapi() knows the bodies."""
     plain_openapi = app.openapi
 
     def openapi() -> dict[str, Any]:
         found = plain_openapi()
         _, schemas = models_json_schema(
-            [(kind, "validation") for kind in KINDS.values()], ref_template=REF
+            [(kind, "validation") for kind in BODY_TYPES.values()], ref_template=SCHEMA_REF
         )
         found.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
         return found

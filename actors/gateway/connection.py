@@ -21,15 +21,15 @@ from starlette.types import Receive, Scope, Send
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from actors.gateway.completion_handler import Speaker
-from actors.gateway.streams import encoded
-from actors.openai.errors import Refused, refused
+from actors.gateway.completion_handler import ResponseWriter
+from actors.gateway.streams import to_json
+from actors.openai.errors import ApiError, to_api_error
 from runtime.core import limits
 from runtime.core.errors import Overloaded
 
-STALL_SECONDS = 30.0  # in which a client may take nothing of what is sent to it
-CLOSE_SECONDS = 5.0  # in which a client does its part in closing a connection
-PROBE_SECONDS = 0.25  # between two looks whether a half-closed client is still there
+STALL_TIMEOUT_S = 30.0  # in which a client may take nothing of what is sent to it
+CLOSE_TIMEOUT_S = 5.0  # in which a client does its part in closing a connection
+CLIENT_PROBE_PERIOD_S = 0.25  # between two looks whether a half-closed client is still there
 
 
 class Phase(Enum):
@@ -41,7 +41,7 @@ class Phase(Enum):
     GOODBYE = auto()  # the client closes its side
 
 
-def patience(phase: Phase) -> float:
+def phase_timeout_s(phase: Phase) -> float:
     """Returns the seconds that a connection may stay in the phase without progress."""
     match phase:
         case Phase.REQUEST:
@@ -49,30 +49,30 @@ def patience(phase: Phase) -> float:
         case Phase.SERVICE:
             return math.inf
         case Phase.READER:
-            return STALL_SECONDS
+            return STALL_TIMEOUT_S
         case Phase.GOODBYE:
-            return CLOSE_SECONDS
+            return CLOSE_TIMEOUT_S
 
 
 class ConnectionTable:
     """Cuts the connections that wait too long, and the longest waiting when too many are open.
 
-    `most`: connections that may be open. `tls`: secures them; None means plain HTTP.
+    `max_connections`: connections that may be open. `tls`: secures them; None means plain HTTP.
     `waiting`: those that wait for their clients, as the last sweep found them, longest first.
     """
 
-    def __init__(self, most: int, tls: ssl.SSLContext | None) -> None:
-        self.most, self.tls = most, tls
+    def __init__(self, max_connections: int, tls: ssl.SSLContext | None) -> None:
+        self.max_connections, self.tls = max_connections, tls
         self.waiting: deque[ClientConnection] = deque()
 
     def sweep(self, connections: Collection[Any], now: float) -> None:
         """Looks at all connections. It is called periodically, with the event loop's time."""
         waiting = []
         for connection in list(connections):
-            found = connection.look()
-            if found != connection.seen:
-                connection.seen, connection.since = found, now
-            elif now - connection.since > patience(found[0]):
+            found = connection.progress()
+            if found != connection.last_progress:
+                connection.last_progress, connection.since = found, now
+            elif now - connection.since > phase_timeout_s(found[0]):
                 connection.cut()
             elif found[0] is not Phase.SERVICE:
                 waiting.append(connection)
@@ -80,17 +80,17 @@ class ConnectionTable:
         self.waiting = deque(waiting)
 
     def make_room(self, connections: Collection[Any]) -> None:
-        """Cuts the longest waiting until `most` are left, or none of them waits any more."""
-        while len(connections) > self.most and self.waiting:
+        """Cuts the longest waiting until `max_connections` are left, or none of them waits any more."""
+        while len(connections) > self.max_connections and self.waiting:
             connection = self.waiting.popleft()
-            if connection in connections and connection.look() == connection.seen:
+            if connection in connections and connection.progress() == connection.last_progress:
                 connection.cut()
 
 
 class ClientConnection(H11Protocol):
     """Extends uvicorn's protocol by four things.
 
-    - `ConnectionTable` can look at it: `seen` is the last look that found something new,
+    - `ConnectionTable` can look at it: `last_progress` is the last look that found something new,
       `since` the event loop's time then.
     - It counts from the first byte of the TLS handshake, not from its end.
     - It answers invalid HTTP in OpenAI's form.
@@ -108,7 +108,7 @@ class ClientConnection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.transport = transport
         self.connections.add(self)
-        self.seen, self.since = self.look(), self.loop.time()
+        self.last_progress, self.since = self.progress(), self.loop.time()
         self.table.make_room(self.connections)
         if self.table.tls is None:
             super().connection_made(transport)
@@ -124,7 +124,7 @@ class ClientConnection(H11Protocol):
                 tls,
                 server_side=True,
                 ssl_handshake_timeout=60 + limits.BODY_SECONDS,
-                ssl_shutdown_timeout=60 + CLOSE_SECONDS,
+                ssl_shutdown_timeout=60 + CLOSE_TIMEOUT_S,
             )
         if secured is None or self not in self.connections:
             self.connections.discard(self)
@@ -134,13 +134,13 @@ class ClientConnection(H11Protocol):
         self.handle_events()
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if len(self.connections) > self.table.most:
-            error = refused(Overloaded("too many connections"))
-            await Speaker(send).refuse(error, {"connection": "close"})
+        if len(self.connections) > self.table.max_connections:
+            error = to_api_error(Overloaded("too many connections"))
+            await ResponseWriter(send).write_error(error, {"connection": "close"})
         else:
             await self.serve(scope, receive, send)
 
-    def look(self) -> tuple[Phase, Any]:
+    def progress(self) -> tuple[Phase, Any]:
         """Returns the phase, and a value that changes whenever the client makes progress."""
         left = self.transport.get_write_buffer_size()
         if left:
@@ -175,7 +175,7 @@ class ClientConnection(H11Protocol):
         if not waits or self.table.tls is not None or self.scope["http_version"] != "1.1":
             return False
         self.half_closed = True
-        self._probe = self.loop.call_later(PROBE_SECONDS, self._look_for_client, cycle)
+        self._probe = self.loop.call_later(CLIENT_PROBE_PERIOD_S, self._look_for_client, cycle)
         return True
 
     def _look_for_client(self, cycle: Any) -> None:
@@ -188,7 +188,7 @@ class ClientConnection(H11Protocol):
             interim = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
             self.transport.write(self.conn.send(interim))
             cycle = None  # one is enough
-        self._probe = self.loop.call_later(PROBE_SECONDS, self._look_for_client, cycle)
+        self._probe = self.loop.call_later(CLIENT_PROBE_PERIOD_S, self._look_for_client, cycle)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._probe is not None:
@@ -209,8 +209,10 @@ class ClientConnection(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()
             return
-        refusal = Refused(status, "invalid_http", "the request is not valid HTTP/1.1: see RFC 9112")
-        body = encoded(refusal.body())
+        refusal = ApiError(
+            status, "invalid_http", "the request is not valid HTTP/1.1: see RFC 9112"
+        )
+        body = to_json(refusal.body())
         headers = [
             ("content-type", "application/json"),
             ("content-length", str(len(body))),

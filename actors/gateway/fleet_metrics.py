@@ -15,7 +15,7 @@ Sample = tuple[Labels, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class FleetMetric:
     """One metric: the names of its labels, and how to find its samples in a fleet."""
 
     name: str
@@ -25,12 +25,12 @@ class Figure:
     samples: Callable[[Fleet], Iterable[Sample]]
 
 
-def of_report(
+def report_metrics(
     prefix: str,
     labels: Labels,
     report: type,
     found: Callable[[Fleet], Iterable[tuple[Labels, Any]]],
-) -> Iterator[Figure]:
+) -> Iterator[FleetMetric]:
     """Yields a metric for each field of a report that says how it is exposed.
 
     `found` gives the reports of a fleet, each with the values of its labels.
@@ -39,27 +39,27 @@ def of_report(
         metric: Metric | None = field.metadata.get("metric")
         if metric is not None:
             names = (*labels, metric.label) if metric.label else labels
-            yield Figure(
+            yield FleetMetric(
                 f"{prefix}{metric.name}",
                 metric.kind,
                 metric.meaning,
                 names,
-                of_field(field.name, found),
+                field_samples(field.name, found),
             )
 
 
-def of_field(
+def field_samples(
     name: str, found: Callable[[Fleet], Iterable[tuple[Labels, Any]]]
 ) -> Callable[[Fleet], Iterable[Sample]]:
     def samples(fleet: Fleet) -> Iterator[Sample]:
         for labels, report in found(fleet):
-            for label, value in values(getattr(report, name)):
+            for label, value in labelled_values(getattr(report, name)):
                 yield labels + label, value
 
     return samples
 
 
-def values(value: Any) -> Iterator[Sample]:
+def labelled_values(value: Any) -> Iterator[Sample]:
     """Yields the numbers of a field, each with its key or its place."""
     match value:
         case dict():
@@ -92,25 +92,25 @@ def drafters(fleet: Fleet) -> Iterator[tuple[Labels, DrafterReport]]:
     )
 
 
-FIGURES = (
-    *of_report("outrider:target_", ("target",), TargetReport, targets),
-    *of_report("outrider:drafter_", ("target", "drafter", "pool"), GuessReport, guesses),
-    *of_report("outrider:drafter_", ("drafter", "pool"), DrafterReport, drafters),
-    Figure(
+FLEET_METRICS = (
+    *report_metrics("outrider:target_", ("target",), TargetReport, targets),
+    *report_metrics("outrider:drafter_", ("target", "drafter", "pool"), GuessReport, guesses),
+    *report_metrics("outrider:drafter_", ("drafter", "pool"), DrafterReport, drafters),
+    FleetMetric(
         "outrider:target_restarts_total",
         "counter",
         "Lives of a target that were lost and followed by another",
         ("target",),
         lambda fleet: (((found.name,), float(found.restarts)) for found in fleet.targets),
     ),
-    Figure(
+    FleetMetric(
         "outrider:target_ready",
         "gauge",
         "1 where the target takes new sessions",
         ("target",),
         lambda fleet: (((found.name,), float(found.state == "ready")) for found in fleet.targets),
     ),
-    Figure(
+    FleetMetric(
         "outrider:drafter_restarts_total",
         "counter",
         "Lives of a drafter that were lost and followed by another",
@@ -119,7 +119,7 @@ FIGURES = (
             ((found.name, found.pool), float(found.restarts)) for found in fleet.drafters
         ),
     ),
-    Figure(
+    FleetMetric(
         "outrider:drafter_ready",
         "gauge",
         "1 where the drafter takes new sessions",
@@ -128,21 +128,21 @@ FIGURES = (
             ((found.name, found.pool), float(found.state == "ready")) for found in fleet.drafters
         ),
     ),
-    Figure(
+    FleetMetric(
         "outrider:pool_drafters_wanted",
         "gauge",
         "Drafters that the pool is to have",
         ("pool",),
         lambda fleet: (((found.name,), float(found.count)) for found in fleet.pools),
     ),
-    Figure(
+    FleetMetric(
         "outrider:pool_drafters_ready",
         "gauge",
         "Drafters of the pool that work",
         ("pool",),
         lambda fleet: (((found.name,), float(found.ready)) for found in fleet.pools),
     ),
-    Figure(
+    FleetMetric(
         "outrider:lives_lost_total",
         "counter",
         "Lives of targets, drafters and gateways that were lost and followed",
@@ -160,9 +160,9 @@ class FleetCollector(Collector):
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         fleet = self.fleet()
-        for figure in FIGURES:
-            kind = CounterMetricFamily if figure.kind == "counter" else GaugeMetricFamily
-            family = kind(figure.name, figure.meaning, labels=figure.labels)
-            for labels, value in figure.samples(fleet) if fleet is not None else ():
+        for metric in FLEET_METRICS:
+            kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+            family = kind(metric.name, metric.meaning, labels=metric.labels)
+            for labels, value in metric.samples(fleet) if fleet is not None else ():
                 family.add_metric(labels, value)
             yield family

@@ -6,19 +6,19 @@ from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from actors.gateway.streams import Make, Pieces, ended
-from actors.openai.errors import Refused
+from actors.gateway.streams import MakePieces, Pieces, cancel_all
+from actors.openai.errors import ApiError
 
-KEEP_SECONDS = 600.0
-KEEP_ENTRIES = 1024
-KEEP_BYTES = 64 << 20
-SANE = re.compile(r"[\x21-\x7e]{1,128}")
+CACHE_TTL_S = 600.0
+MAX_CACHE_ENTRIES = 1024
+MAX_CACHE_BYTES = 64 << 20
+KEY_PATTERN = re.compile(r"[\x21-\x7e]{1,128}")
 
-Name = tuple[str | None, str]  # of the API key; the Idempotency-Key
+CacheKey = tuple[str | None, str]  # of the API key; the Idempotency-Key
 
 
 @dataclass(slots=True, eq=False)
-class Run:
+class CachedResponse:
     """One answer: what there is of it, and those who listen."""
 
     digest: bytes
@@ -29,13 +29,13 @@ class Run:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
 
-    def tell(self) -> None:
+    def notify(self) -> None:
         """Wakes all that listen."""
         self.changed.set()
         self.changed = asyncio.Event()
 
 
-class Replays:
+class IdempotencyCache:
     """Whole answers are kept for ten minutes, while there is room; errors are not. An answer that nobody listens to any more ends.
 
     Kept in this process: another gateway knows nothing of them. `now`: seconds; `replayed` is called for each who gets an answer that
@@ -44,12 +44,12 @@ class Replays:
 
     def __init__(self, now: Callable[[], float], replayed: Callable[[], None]) -> None:
         self._now, self._replayed = now, replayed
-        self.runs: dict[Name, Run] = {}
+        self.responses: dict[CacheKey, CachedResponse] = {}
 
-    async def share(self, name: Name, digest: bytes, make: Make) -> Pieces:
+    async def share(self, name: CacheKey, digest: bytes, make: MakePieces) -> Pieces:
         """The pieces of the answer to the request that `digest` stands for; `make` begins it where there is none.
 
-        Raises Refused: 409 where the key has been used with another request; and whatever the answer's own making raises.
+        Raises ApiError: 409 where the key has been used with another request; and whatever the answer's own making raises.
         """
         run = self._run(name, digest, make)
         run.listeners += 1
@@ -69,15 +69,15 @@ class Replays:
             if run.listeners == 0 and run.task is not None:
                 if not run.over:
                     self._forget(name, run)
-                await ended([run.task])
+                await cancel_all([run.task])
 
-    def _run(self, name: Name, digest: bytes, make: Make) -> Run:
+    def _run(self, name: CacheKey, digest: bytes, make: MakePieces) -> CachedResponse:
         self._expire()
-        if (run := self.runs.get(name)) is None:
-            run = self.runs[name] = Run(digest)
+        if (run := self.responses.get(name)) is None:
+            run = self.responses[name] = CachedResponse(digest)
             run.task = asyncio.create_task(self._make(name, run, make))
         elif run.digest != digest:
-            raise Refused(
+            raise ApiError(
                 409,
                 "idempotency_key_reused",
                 "the Idempotency-Key was used with another request: take a new one",
@@ -86,39 +86,43 @@ class Replays:
             self._replayed()
         return run
 
-    async def _make(self, name: Name, run: Run, make: Make) -> None:
+    async def _make(self, name: CacheKey, run: CachedResponse, make: MakePieces) -> None:
         whole = False
         try:
             async with aclosing(make()) as pieces:
                 async for piece in pieces:
                     run.pieces.append(piece)
-                    run.tell()
+                    run.notify()
             whole = True
         finally:
             if not whole:
                 self._forget(name, run)
-            run.over, run.expires = True, self._now() + KEEP_SECONDS
-            run.tell()
+            run.over, run.expires = True, self._now() + CACHE_TTL_S
+            run.notify()
 
-    def _forget(self, name: Name, run: Run) -> None:
-        if self.runs.get(name) is run:
-            del self.runs[name]
+    def _forget(self, name: CacheKey, run: CachedResponse) -> None:
+        if self.responses.get(name) is run:
+            del self.responses[name]
 
     def _expire(self) -> None:
         """Of the answers that are whole, the oldest go: those whose time is over, and those for which there is no room."""
-        whole = [(name, run) for name, run in self.runs.items() if run.over]
+        whole = [(name, run) for name, run in self.responses.items() if run.over]
         held = sum(len(piece) for _, run in whole for piece in run.pieces)
         for name, run in whole:
-            if run.expires > self._now() and len(self.runs) < KEEP_ENTRIES and held <= KEEP_BYTES:
+            if (
+                run.expires > self._now()
+                and len(self.responses) < MAX_CACHE_ENTRIES
+                and held <= MAX_CACHE_BYTES
+            ):
                 break
             held -= sum(map(len, run.pieces))
             self._forget(name, run)
 
 
-def sane(key: str) -> str:
-    """Raises Refused (400) for a key that is none."""
-    if not SANE.fullmatch(key):
-        raise Refused(
+def check_key(key: str) -> str:
+    """Raises ApiError (400) for a key that is none."""
+    if not KEY_PATTERN.fullmatch(key):
+        raise ApiError(
             400,
             "invalid_value",
             "the Idempotency-Key is not allowed: give 1 to 128 printable characters",

@@ -6,13 +6,13 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from actors.controller.fleet_view import Fleet
-from actors.gateway.concurrency_limiter import Ledger
+from actors.gateway.concurrency_limiter import ConcurrencyLimiter
 from actors.gateway.fleet_metrics import FleetCollector
 from runtime.core.messages import Chunk, Request
 from runtime.telemetry.metrics import speculative_decoding
 
 PREFIX = "outrider:"
-FIRST = (
+FIRST_TOKEN_BUCKETS = (
     0.005,
     0.01,
     0.02,
@@ -33,7 +33,7 @@ FIRST = (
     80.0,
     160.0,
 )
-BETWEEN = (
+TOKEN_BUCKETS = (
     0.001,
     0.0025,
     0.005,
@@ -52,7 +52,7 @@ BETWEEN = (
     1.0,
     2.5,
 )
-WHOLE = (
+REQUEST_BUCKETS = (
     0.1,
     0.3,
     0.5,
@@ -73,16 +73,18 @@ WHOLE = (
     480.0,
     960.0,
 )
-GONE = "499"  # nobody was there to hear the answer
+CLIENT_CLOSED = "499"  # nobody was there to hear the answer
 
 
-class Meter:
+class GatewayMetrics:
     """Counts and times. Its figures have no content of requests in them, nor who sent them."""
 
-    def __init__(self, model: str, ledger: Ledger, fleet: Callable[[], Fleet | None]) -> None:
+    def __init__(
+        self, model: str, limiter: ConcurrencyLimiter, fleet: Callable[[], Fleet | None]
+    ) -> None:
         self.registry = CollectorRegistry()
 
-        def own(
+        def model_metric(
             kind: Callable[..., Any], name: str, meaning: str, *labels: str, **more: Any
         ) -> Any:
             made = kind(
@@ -91,83 +93,83 @@ class Meter:
             return made if labels else made.labels(model)
 
         self.model = model
-        running = own(
+        running = model_metric(
             Gauge, "num_requests_running", "Generations under way that have given a token"
         )
-        waiting = own(
+        waiting = model_metric(
             Gauge, "num_requests_waiting", "Generations under way that have not given a token yet"
         )
         running.set_function(
-            lambda: sum(entry.sessions for entry in tuple(ledger.entries) if entry.speaks)
+            lambda: sum(entry.sessions for entry in tuple(limiter.active) if entry.has_token)
         )
         waiting.set_function(
-            lambda: sum(entry.sessions for entry in tuple(ledger.entries) if not entry.speaks)
+            lambda: sum(entry.sessions for entry in tuple(limiter.active) if not entry.has_token)
         )
-        self.first = own(
+        self.first = model_metric(
             Histogram,
             "time_to_first_token_seconds",
             "From a request's arrival to its first token",
-            buckets=FIRST,
+            buckets=FIRST_TOKEN_BUCKETS,
         )
-        self.between = own(
+        self.between = model_metric(
             Histogram,
             "inter_token_latency_seconds",
             "Between two deliveries of a generation",
-            buckets=BETWEEN,
+            buckets=TOKEN_BUCKETS,
         )
-        self.per_token = own(
+        self.per_token = model_metric(
             Histogram,
             "time_per_output_token_seconds",
             "Of a generation, its mean time of a token after the first",
-            buckets=BETWEEN,
+            buckets=TOKEN_BUCKETS,
         )
-        self.whole = own(
+        self.whole = model_metric(
             Histogram,
             "e2e_request_latency_seconds",
             "From a request's arrival to its last token",
-            buckets=WHOLE,
+            buckets=REQUEST_BUCKETS,
         )
-        self.prompts = own(
+        self.prompts = model_metric(
             Counter, "prompt_tokens_total", "Prompt tokens of requests that have given a token"
         )
-        self.generated = own(Counter, "generation_tokens_total", "Tokens generated")
-        self.success = own(
+        self.generated = model_metric(Counter, "generation_tokens_total", "Tokens generated")
+        self.success = model_metric(
             Counter, "request_success_total", "Generations that ended, by reason", "finished_reason"
         )
-        self.drafts = own(
+        self.drafts = model_metric(
             Counter, "spec_decode_num_drafts_total", "Rounds in which draft tokens were verified"
         )
-        self.draft_tokens = own(
+        self.draft_tokens = model_metric(
             Counter,
             "spec_decode_num_draft_tokens_total",
             "Draft tokens that the target has verified",
         )
-        self.accepted = own(
+        self.accepted = model_metric(
             Counter, "spec_decode_num_accepted_tokens_total", "Draft tokens that were accepted"
         )
-        self.accepted_at = own(
+        self.accepted_at = model_metric(
             Counter,
             "spec_decode_num_accepted_tokens_per_pos_total",
             "Draft tokens accepted, by their place in the draft, from 0",
             "position",
         )
-        self.by_drafter = own(
+        self.by_drafter = model_metric(
             Counter,
             "accepted_tokens_total",
             "Draft tokens accepted, by the drafter that guessed them first",
             "drafter",
         )
-        self.responses = own(
+        self.responses = model_metric(
             Counter,
             "http_responses_total",
             "HTTP answers; code 499: the client left before",
             "route",
             "code",
         )
-        self.ignored = own(
+        self.ignored = model_metric(
             Counter, "ignored_fields_total", "Unknown fields of bodies that were ignored"
         )
-        self.replayed = own(
+        self.replayed = model_metric(
             Counter,
             "idempotent_replays_total",
             "Requests that got the answer of an earlier one with their Idempotency-Key",
@@ -185,19 +187,19 @@ class Meter:
         self.success.labels(self.model, reason).inc()
 
 
-class Watch:
+class RequestTimer:
     """Times one request's generations. `now`: seconds; `arrived`: when its request did."""
 
     def __init__(
         self,
-        meter: Meter,
+        metrics: GatewayMetrics,
         requests: Iterable[Request],
         n: int,
         arrived: float,
         now: Callable[[], float],
     ) -> None:
-        self.meter, self.requests, self.n, self.arrived, self.now = (
-            meter,
+        self.metrics, self.requests, self.n, self.arrived, self.now = (
+            metrics,
             tuple(requests),
             n,
             arrived,
@@ -208,46 +210,46 @@ class Watch:
         self.counts = [0] * len(self.requests)
         self.open = len(self.requests)
 
-    def saw(self, index: int, chunk: Chunk) -> None:
+    def on_chunk(self, index: int, chunk: Chunk) -> None:
         """This chunk of this generation is here."""
-        now, meter = self.now(), self.meter
+        now, metrics = self.now(), self.metrics
         if chunk.tokens:
             if self.begun[index] is None:
                 if not any(self.counts):
-                    meter.first.observe(now - self.arrived)
+                    metrics.first.observe(now - self.arrived)
                 self.begun[index] = now
                 if index % self.n == 0:
-                    meter.prompts.inc(len(self.requests[index].prompt))
+                    metrics.prompts.inc(len(self.requests[index].prompt))
             else:
-                meter.between.observe(now - self.last[index])
+                metrics.between.observe(now - self.last[index])
             self.last[index] = now
             self.counts[index] += len(chunk.tokens)
-            meter.generated.inc(len(chunk.tokens))
+            metrics.generated.inc(len(chunk.tokens))
         if chunk.finish_reason is not None:
             self._ended(index, chunk, now)
 
     def _ended(self, index: int, chunk: Chunk, now: float) -> None:
-        meter, begun, count = self.meter, self.begun[index], self.counts[index]
+        metrics, begun, count = self.metrics, self.begun[index], self.counts[index]
         self.open -= 1
-        meter.ended(str(chunk.finish_reason))
+        metrics.ended(str(chunk.finish_reason))
         if begun is not None and count > 1:
-            meter.per_token.observe((now - begun) / (count - 1))
+            metrics.per_token.observe((now - begun) / (count - 1))
         if self.open == 0:
-            meter.whole.observe(now - self.arrived)
+            metrics.whole.observe(now - self.arrived)
         if (stats := chunk.stats) is not None and stats.verified:
             said = speculative_decoding(stats)
-            meter.drafts.inc(said["num_drafts"])
-            meter.draft_tokens.inc(stats.verified)
-            meter.accepted.inc(stats.accepted)
+            metrics.drafts.inc(said["num_drafts"])
+            metrics.draft_tokens.inc(stats.verified)
+            metrics.accepted.inc(stats.accepted)
             for position in range(len(stats.histogram) - 1):
-                meter.accepted_at.labels(meter.model, str(position)).inc(
+                metrics.accepted_at.labels(metrics.model, str(position)).inc(
                     sum(stats.histogram[position + 1 :])
                 )
             for drafter, accepted in stats.by_drafter.items():
-                meter.by_drafter.labels(meter.model, drafter).inc(accepted)
+                metrics.by_drafter.labels(metrics.model, drafter).inc(accepted)
 
-    def left(self) -> None:
+    def abort_unfinished(self) -> None:
         """Those that are not over will not be finished."""
         for _ in range(self.open):
-            self.meter.ended("abort")
+            self.metrics.ended("abort")
         self.open = 0

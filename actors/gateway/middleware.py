@@ -13,19 +13,21 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from actors.gateway.completion_handler import Speaker
+from actors.gateway.completion_handler import ResponseWriter
 from actors.gateway.state import Service, now
-from actors.openai.errors import Refused
+from actors.openai.errors import ApiError
 from runtime.core import limits
 
-SANE = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-DROP_BYTES = 4 * limits.BODY_BYTES  # of a body that are dropped until its sender reads the answer
-DROP_SECONDS = 2.0  # without a byte of it, after which the connection ends
+REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+MAX_DISCARDED_BYTES = (
+    4 * limits.BODY_BYTES
+)  # of a body that are dropped until its sender reads the answer
+DISCARD_TIMEOUT_S = 2.0  # without a byte of it, after which the connection ends
 
 Message = MutableMapping[str, Any]
 
 
-class Door:
+class GatewayMiddleware:
     """`routes`: the addresses that metrics name; all others are "other" there."""
 
     def __init__(self, app: ASGIApp, service: Service, routes: frozenset[str]) -> None:
@@ -36,8 +38,8 @@ class Door:
             return await self.app(scope, receive, send)
         headers, path = Headers(scope=scope), scope["path"]
         given = headers.get("x-request-id", "")
-        answer_id = given if SANE.fullmatch(given) else uuid.uuid4().hex
-        body = Incoming(headers, receive)
+        answer_id = given if REQUEST_ID_PATTERN.fullmatch(given) else uuid.uuid4().hex
+        body = BodyReader(headers, receive)
 
         async def answering(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -47,25 +49,25 @@ class Door:
                 ]
                 if not body.whole:
                     message["headers"].append((b"connection", b"close"))
-                self.service.meter.answered(
+                self.service.metrics.answered(
                     path if path in self.routes else "other", message["status"]
                 )
             elif not body.whole and not message.get("more_body", False):
                 await send({**message, "more_body": True})
-                await body.drop()
+                await body.discard()
                 message = {"type": "http.response.body", "body": b""}
             await send(message)
 
         try:
             check_head(scope)
-            key = self.service.caller(path, headers.get("authorization", ""))
-        except Refused as error:
-            return await Speaker(answering).refuse(error)
+            key = self.service.authenticate(path, headers.get("authorization", ""))
+        except ApiError as error:
+            return await ResponseWriter(answering).write_error(error)
         scope.setdefault("state", {})["key"] = key
         return await self.app(scope, body.receive, answering)
 
 
-class Incoming:
+class BodyReader:
     """Reads a request's body.
 
     `whole`: all of it was read, so that another request may use the connection.
@@ -81,15 +83,15 @@ class Incoming:
         self.whole = self.whole or not message.get("more_body", False)
         return message
 
-    async def drop(self) -> None:
+    async def discard(self) -> None:
         """Drops what is left, within bounds.
 
         Unread bytes would reset the connection before the client has read the answer.
         """
-        left = DROP_BYTES
+        left = MAX_DISCARDED_BYTES
         while not self.whole and left > 0:
             try:
-                async with asyncio.timeout_at(min(now() + DROP_SECONDS, self._until)):
+                async with asyncio.timeout_at(min(now() + DISCARD_TIMEOUT_S, self._until)):
                     message = await self.receive()
             except TimeoutError:
                 return
@@ -97,11 +99,11 @@ class Incoming:
 
 
 def check_head(scope: Scope) -> None:
-    """Raises Refused (400, 431) for a head that is too large or contradicts itself."""
+    """Raises ApiError (400, 431) for a head that is too large or contradicts itself."""
     size = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
     size += sum(len(name) + len(value) for name, value in scope["headers"])
     if len(scope["headers"]) > limits.HEADERS or size > limits.HEADER_BYTES:
-        raise Refused(
+        raise ApiError(
             431,
             "headers_too_large",
             f"more than {limits.HEADERS} headers, or {limits.HEADER_BYTES >> 10} KiB of them: send fewer",
@@ -113,4 +115,4 @@ def check_head(scope: Scope) -> None:
         why = (
             "Transfer-Encoding is not allowed with Content-Length or in HTTP/1.0: send one of them"
         )
-        raise Refused(400, "invalid_http", why)
+        raise ApiError(400, "invalid_http", why)

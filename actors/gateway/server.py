@@ -17,9 +17,9 @@ from runtime.core.errors import InvalidRequest, Unavailable
 
 log = logging.getLogger(__name__)
 
-CONNECTIONS = 4096  # open at one time
-IDLE_SECONDS = 5  # between two requests of one connection
-LEAVE_SECONDS = 5  # that answers under way get at the end
+MAX_CONNECTIONS = 4096  # open at one time
+KEEP_ALIVE_S = 5  # between two requests of one connection
+SHUTDOWN_TIMEOUT_S = 5  # that answers under way get at the end
 SWEEP_TICKS = 5  # of 0.1 s each, between two looks at the connections
 
 
@@ -36,7 +36,7 @@ class GatewayServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def check_closed(config: GatewayConfig) -> None:
+def check_exposure(config: GatewayConfig) -> None:
     """Raises InvalidRequest for an address that others reach without keys or without TLS, unless that is said to be right."""
     if is_loopback(config.host) or (config.api_keys is not None and config.tls is not None):
         return
@@ -76,7 +76,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
-        found.listen(CONNECTIONS // 2)
+        found.listen(MAX_CONNECTIONS // 2)
     except OSError as error:
         found.close()
         raise Unavailable(
@@ -85,7 +85,7 @@ def listen(host: str, port: int) -> socket.socket:
     return found
 
 
-def server(app: ASGIApp, config: GatewayConfig) -> GatewayServer:
+def build_server(app: ASGIApp, config: GatewayConfig) -> GatewayServer:
     """To be run by `serve(sockets=[...])`, ended by `should_exit`. Raises InvalidRequest for certificates that cannot be read."""
     secured: dict[str, Any] = {}
     if config.tls is not None:
@@ -100,8 +100,8 @@ def server(app: ASGIApp, config: GatewayConfig) -> GatewayServer:
         server_header=False,
         proxy_headers=False,
         h11_max_incomplete_event_size=limits.HEADER_BYTES,
-        timeout_keep_alive=IDLE_SECONDS,
-        timeout_graceful_shutdown=LEAVE_SECONDS,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
         **secured,
     )
     try:
@@ -111,7 +111,7 @@ def server(app: ASGIApp, config: GatewayConfig) -> GatewayServer:
             f"the gateway's certificate or key cannot be used ({type(error).__name__}): see gateway.tls",
             "tls",
         ) from error
-    table = ConnectionTable(CONNECTIONS, settings.ssl)
+    table = ConnectionTable(MAX_CONNECTIONS, settings.ssl)
     settings.ssl = None  # connections secure themselves: they count before the handshake ends
     settings.http_protocol_class = partial(ClientConnection, table)  # type: ignore[assignment]
     return GatewayServer(settings, table)

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequen
 from contextlib import aclosing
 from typing import Any, Protocol, TypeVar
 
-from actors.openai.json_body import ClientGone, Receive
+from actors.openai.json_body import ClientDisconnected, Receive
 from runtime.core.messages import Chunk, Request
 
 Result = TypeVar("Result")
@@ -14,14 +14,14 @@ Result = TypeVar("Result")
 DONE = b"data: [DONE]\n\n"
 
 
-class Generator(Protocol):
+class GenerationBackend(Protocol):
     """A target, or a router over several."""
 
     def generate(self, request: Request) -> AsyncGenerator[Chunk, None]: ...
 
 
-async def merged(
-    body: Generator, requests: Sequence[Request]
+async def merge_chunks(
+    backend: GenerationBackend, requests: Sequence[Request]
 ) -> AsyncGenerator[tuple[int, Chunk], None]:
     """The chunks of all requests as they come, each with its request's number. The first error of one ends all.
 
@@ -30,7 +30,7 @@ async def merged(
     arrived: asyncio.Queue[tuple[int, Chunk] | asyncio.Task[None]] = asyncio.Queue()
 
     async def read(index: int, request: Request) -> None:
-        async with aclosing(body.generate(request)) as chunks:
+        async with aclosing(backend.generate(request)) as chunks:
             async for chunk in chunks:
                 arrived.put_nowait((index, chunk))
 
@@ -47,50 +47,52 @@ async def merged(
                 left -= 1
                 found.result()
     finally:
-        await ended(reading)
+        await cancel_all(reading)
 
 
-async def attended(receive: Receive, work: Coroutine[Any, Any, Result], until: float) -> Result:
-    """The result of `work`. It is cancelled, and has cleaned up, when this raises ClientGone (nobody listens any more) or TimeoutError.
+async def run_until_disconnect(
+    receive: Receive, work: Coroutine[Any, Any, Result], until: float
+) -> Result:
+    """The result of `work`. It is cancelled, and has cleaned up, when this raises ClientDisconnected (nobody listens any more) or TimeoutError.
 
     To be called when the whole request was received; `until` is the event loop's time.
     """
     tasks: list[asyncio.Task[Any]] = [
         asyncio.create_task(work),
-        asyncio.create_task(departure(receive)),
+        asyncio.create_task(wait_disconnect(receive)),
     ]
     try:
         async with asyncio.timeout_at(until):
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not tasks[0].done():
-            raise ClientGone
+            raise ClientDisconnected
         result: Result = tasks[0].result()
         return result
     finally:
-        await ended(tasks)
+        await cancel_all(tasks)
 
 
-async def departure(receive: Receive) -> None:
+async def wait_disconnect(receive: Receive) -> None:
     """Returns when the client has gone."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def ended(tasks: Sequence[asyncio.Task[Any]]) -> None:
+async def cancel_all(tasks: Sequence[asyncio.Task[Any]]) -> None:
     """Cancels them all and returns when all are over."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def encoded(value: Mapping[str, Any]) -> bytes:
+def to_json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def sse(event: Mapping[str, Any]) -> bytes:
     """A server-sent event. JSON has no line breaks, so that one line of data is enough."""
-    return b"data: " + encoded(event) + b"\n\n"
+    return b"data: " + to_json(event) + b"\n\n"
 
 
 Pieces = AsyncGenerator[bytes, None]  # of an answer's body
-Make = Callable[[], Pieces]
+MakePieces = Callable[[], Pieces]

@@ -9,13 +9,13 @@ from typing import Any
 
 from actors.controller import client
 from actors.controller.fleet_view import Fleet, TargetState, targets_of_model
-from actors.gateway.served_model import Served, serve
-from actors.gateway.streams import Generator, merged
+from actors.gateway.streams import GenerationBackend, merge_chunks
 from actors.jobs.items import Answer, Item
 from actors.openai import protocol, request_adapter, response_builder
-from actors.openai.errors import Refused, refused
-from actors.ray_session import known_errors
-from actors.routing.router import Router, following
+from actors.openai.errors import ApiError, to_api_error
+from actors.openai.served_model import ServedModel, load_served_model
+from actors.ray_session import translate_ray_errors
+from actors.routing.router import Router, updated_router
 from actors.rpc.client import GrpcTarget
 from runtime.config import Deployment
 from runtime.core.errors import InvalidRequest, TargetsLost, Unavailable
@@ -28,7 +28,7 @@ class ClusterAnswerer:
     """`targets`: anything that generates; `served` is what it serves. Made by `deployment`."""
 
     def __init__(
-        self, targets: Generator, served: Served, now: Callable[[], float] = time.time
+        self, targets: GenerationBackend, served: ServedModel, now: Callable[[], float] = time.time
     ) -> None:
         self._targets, self._served, self._now = targets, served, now
 
@@ -38,29 +38,29 @@ class ClusterAnswerer:
         try:
             return Answer(200, await self._answered(item, name), name)
         except (InvalidRequest, TargetsLost) as error:
-            found = refused(error)
+            found = to_api_error(error)
             if found.status == UNAVAILABLE_STATUS:
                 raise Unavailable(str(error)) from error
             return Answer(found.status, found.body(), name)
 
     async def _answered(self, item: Item, name: str) -> dict[str, Any]:
         body, asked = await asyncio.to_thread(self._translated, item, name)
-        answer = response_builder.Answer(body, self._served, asked, name, int(self._now()))
-        async with aclosing(merged(self._targets, asked)) as chunks:
+        answer = response_builder.ResponseBuilder(body, self._served, asked, name, int(self._now()))
+        async with aclosing(merge_chunks(self._targets, asked)) as chunks:
             async for index, chunk in chunks:
                 answer.add(index, chunk)
         return answer.whole()
 
     def _translated(self, item: Item, name: str) -> tuple[protocol.AnyBody, list[Request]]:
-        body, _ = protocol.read(item.url, item.body)
+        body, _ = protocol.parse_body(item.url, item.body)
         if body.model != self._served.name:
-            raise Refused(
+            raise ApiError(
                 404,
                 "model_not_found",
                 f"there is no such model: ask for {self._served.name}",
                 "model",
             )
-        return body, request_adapter.requests(
+        return body, request_adapter.build_requests(
             body, self._served, name, item.body["seed"], body.timeout
         )
 
@@ -71,13 +71,13 @@ async def open_deployment() -> AsyncIterator[ClusterAnswerer]:
 
     Raises Unavailable if nothing is, ModelRefused if this machine lacks the model's tokenizer.
     """
-    with known_errors():
+    with translate_ray_errors():
         if await asyncio.to_thread(client.find_controller) is None:
             raise Unavailable(f"{client.NOT_SERVED}, or give --url or --address")
     plan: Deployment = await asyncio.to_thread(client.ask_controller, "wanted")
-    served = await asyncio.to_thread(serve, plan, int(time.time()))
+    served = await asyncio.to_thread(load_served_model, plan, int(time.time()))
     router = Router(lambda address: GrpcTarget(address, plan.security.tls))
-    async with following(router, lambda: poll_targets(plan.target.model)):
+    async with updated_router(router, lambda: poll_targets(plan.target.model)):
         yield ClusterAnswerer(router, served)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actors.jobs.items import Answer
-from actors.openai.errors import plain
+from actors.openai.errors import sanitize
 from runtime.core.errors import InvalidRequest, Unavailable
 
 SQLITE_TIMEOUT_S = 30.0  # seconds for another process, which reads or cancels, to be done
@@ -133,7 +133,7 @@ class JobIndex:
                 "SELECT line FROM items WHERE custom_id = ?", (name,)
             ).fetchone()[0]
             raise InvalidRequest(
-                f"line {line} has the custom_id of line {first}, {plain(name)!r}: give each its own",
+                f"line {line} has the custom_id of line {first}, {sanitize(name)!r}: give each its own",
                 "custom_id",
             )
 

@@ -5,9 +5,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from actors.openai.errors import plain, refused
-from actors.openai.json_body import parse
-from actors.openai.protocol import KINDS
+from actors.openai.errors import sanitize, to_api_error
+from actors.openai.json_body import parse_json
+from actors.openai.protocol import BODY_TYPES
 from runtime.core import limits
 from runtime.core.errors import InvalidRequest
 
@@ -89,7 +89,7 @@ def line_digest(raw: bytes) -> bytes:
 
 def error_answer(error: InvalidRequest) -> Answer:
     """To a request that is wrong in itself."""
-    found = refused(error)
+    found = to_api_error(error)
     return Answer(found.status, found.body())
 
 
@@ -113,7 +113,7 @@ def parse_output_line(raw: bytes) -> tuple[str, Answer]:
         name, status, body = found["custom_id"], response["status_code"], response["body"]
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidRequest(
-            f"{plain(repr(raw))} is no line of an output: bring the output back as the job left it",
+            f"{sanitize(repr(raw))} is no line of an output: bring the output back as the job left it",
             "o",
         ) from error
     return name, Answer(status, body, response.get("request_id", ""))
@@ -121,7 +121,7 @@ def parse_output_line(raw: bytes) -> tuple[str, Answer]:
 
 def _parse_object(line: int, raw: bytes) -> dict[str, Any]:
     try:
-        return parse(raw)
+        return parse_json(raw)
     except InvalidRequest as error:
         raise InvalidRequest(f"line {line}: {error}", "line") from error
 
@@ -133,7 +133,7 @@ def _checked_custom_id(line: int, found: dict[str, Any]) -> str:
         or not 0 < len(name) <= limits.NAME_LENGTH
         or not name.isprintable()
     ):
-        given = "no custom_id" if name is None else f"custom_id {plain(json.dumps(name))}"
+        given = "no custom_id" if name is None else f"custom_id {sanitize(json.dumps(name))}"
         raise InvalidRequest(
             f"line {line} has {given}: give a printable string of 1 to {limits.NAME_LENGTH} characters",
             "custom_id",
@@ -145,15 +145,15 @@ def _checked_body(found: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(found.keys() - FIELDS)
     if unknown:
         raise InvalidRequest(
-            f"unknown field {plain(unknown[0])!r}: an item has custom_id, method, url and body",
+            f"unknown field {sanitize(unknown[0])!r}: an item has custom_id, method, url and body",
             "line",
         )
-    for field, allowed in (("method", ("POST",)), ("url", tuple(KINDS))):
+    for field, allowed in (("method", ("POST",)), ("url", tuple(BODY_TYPES))):
         if found.get(field) not in allowed:
             given = (
                 "is missing"
                 if field not in found
-                else f"{plain(json.dumps(found[field]))} is not allowed"
+                else f"{sanitize(json.dumps(found[field]))} is not allowed"
             )
             raise InvalidRequest(f"{field} {given}: give {' or '.join(allowed)}", field)
     body = found.get("body")

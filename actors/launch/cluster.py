@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from actors.launch import local_ray
 from actors.launch.local_ray import LocalRay
-from actors.ray_session import joined
+from actors.ray_session import ray_cluster
 from runtime.core.errors import Unavailable
 
 
@@ -22,7 +22,7 @@ def join_cluster(address: str | None, start: bool = False) -> Iterator[LocalRay 
     Raises Unavailable where there is none, or it does not answer.
     """
     if named := chosen_address(address):
-        with joined(named):
+        with ray_cluster(named):
             yield None
         return
     local = local_ray.find() or (local_ray.start() if start else None)
@@ -30,5 +30,5 @@ def join_cluster(address: str | None, start: bool = False) -> Iterator[LocalRay 
         raise Unavailable(
             "nothing is served on this machine: start it with `outrider serve`, or give --address of a cluster"
         )
-    with local_ray.join_environment(local), joined(local.address):
+    with local_ray.join_environment(local), ray_cluster(local.address):
         yield local

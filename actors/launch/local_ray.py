@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from actors.ray_session import ENVIRONMENT, OBJECT_STORE
+from actors.ray_session import ENVIRONMENT, OBJECT_STORE_BYTES
 from runtime.config import cache_folder
 from runtime.core.errors import Unavailable
 
@@ -90,7 +90,7 @@ def start() -> LocalRay:
         f"--temp-dir={folder}",
     ]
     command += [
-        f"--object-store-memory={OBJECT_STORE}",
+        f"--object-store-memory={OBJECT_STORE_BYTES}",
         f"--num-cpus={LOGICAL_CPUS}",
         "--include-log-monitor=false",
     ]

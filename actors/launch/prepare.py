@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 from runtime.config import TRAINED, Deployment, draft_of, folder_of
 from runtime.core.messages import Tokens
 from runtime.core.sampling_params import Sampling
-from runtime.models.head_checkpoint import identity_of, read_settings
-from runtime.models.hf import context_of
+from runtime.models.head_checkpoint import read_settings, target_identity
+from runtime.models.hf import max_context
 from runtime.models.loader import check_weights, find_folder, load_tokenizer, read_config
 from runtime.models.vocab_check import check_pair
 from runtime.target.target import check_prompt
@@ -40,7 +40,7 @@ def check_models(plan: Deployment) -> CheckedModels:
     ]
     for method, folder in trained:
         read_settings(
-            folder, method, identity_of(read_config(find_folder(target), target), tokenizer)
+            folder, method, target_identity(read_config(find_folder(target), target), tokenizer)
         )
     warnings: list[str] = []
     for draft in dict.fromkeys(
@@ -65,4 +65,4 @@ def context_length(model: str) -> int:
     folder = find_folder(model)
     config = read_config(folder, model)
     check_weights(folder, model)
-    return context_of(config.get_text_config(decoder=True), model)
+    return max_context(config.get_text_config(decoder=True), model)

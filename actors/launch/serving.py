@@ -6,9 +6,9 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from typing import Protocol
 
-from actors.calibration_store import remember
+from actors.calibration_store import save_calibrations
 from actors.controller.fleet_view import Fleet, TargetState
-from actors.ray_session import joined, known_errors
+from actors.ray_session import ray_cluster, translate_ray_errors
 from runtime.config import Deployment, TlsConfig, memory_of, memory_of_drafter
 from runtime.core.messages import Chunk, Request
 from runtime.draft.draft_host import DraftHost
@@ -69,9 +69,11 @@ async def local_service(
         await target.stop()
         for host in hosts:
             await host.stop()
-        remember(memory_of(deployment.target.model, "target"), target.engine.requests.calibrations)
+        save_calibrations(
+            memory_of(deployment.target.model, "target"), target.engine.requests.calibrations
+        )
         for host, config in zip(hosts, deployment.drafters(), strict=False):
-            remember(
+            save_calibrations(
                 memory_of_drafter(config, deployment.target.model), host.draft_engine.calibrations
             )
         if recordings is not None:
@@ -84,10 +86,10 @@ async def local_service(
 @contextlib.asynccontextmanager
 async def remote_service(look: PollTargets, tls: TlsConfig | None) -> AsyncIterator[Service]:
     """A session goes on at the target's next life where it dies."""
-    from actors.routing.router import Router, following
+    from actors.routing.router import Router, updated_router
     from actors.rpc.client import GrpcTarget
 
-    async with following(Router(lambda address: GrpcTarget(address, tls)), look) as router:
+    async with updated_router(Router(lambda address: GrpcTarget(address, tls)), look) as router:
         yield router
 
 
@@ -105,7 +107,7 @@ def ray_deployment(
     """
     note("joining Ray" if address else "starting Ray")
     drafters = len(deployment.drafters())
-    with joined(address, cpus=deployment.target.replicas + drafters):
+    with ray_cluster(address, cpus=deployment.target.replicas + drafters):
         import ray
 
         from actors.controller.controller import Controller
@@ -117,7 +119,7 @@ def ray_deployment(
         )
 
         def look() -> Sequence[TargetState]:
-            with known_errors():
+            with translate_ray_errors():
                 fleet: Fleet = ray.get(controller.fleet.remote(), timeout=ANSWER_TIMEOUT_S)
             return fleet.targets
 

@@ -5,7 +5,7 @@ from typing import Any
 from runtime.core import limits
 from runtime.core.errors import InvalidRequest, OutriderError, Overloaded, TargetsLost
 
-TYPES = {
+ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
     429: "rate_limit_error",
@@ -13,12 +13,12 @@ TYPES = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
-LONGEST = 400  # characters of a message: what it says beyond is nobody's to read
-RETRY_AFTER = 1  # seconds
+MAX_MESSAGE_CHARACTERS = 400  # characters of a message: what it says beyond is nobody's to read
+RETRY_AFTER_S = 1  # seconds
 TARGETS_LOST = "targets_lost"  # code of a request that nobody should send again by itself
 
 
-class Refused(InvalidRequest):
+class ApiError(InvalidRequest):
     """An answer that is an error: its HTTP status, OpenAI's code for it, and what goes with it.
 
     retry_after  seconds after which the same request may have luck
@@ -46,9 +46,9 @@ class Refused(InvalidRequest):
 
     def body(self) -> dict[str, Any]:
         """OpenAI's error body."""
-        kind = TYPES.get(self.status, "invalid_request_error")
+        kind = ERROR_TYPES.get(self.status, "invalid_request_error")
         error = {
-            "message": plain(str(self), LONGEST),
+            "message": sanitize(str(self), MAX_MESSAGE_CHARACTERS),
             "type": kind,
             "param": self.param,
             "code": self.code,
@@ -56,28 +56,31 @@ class Refused(InvalidRequest):
         return {"error": error} | ({"usage": self.usage} if self.usage is not None else {})
 
 
-def refused(error: OutriderError) -> Refused:
+def to_api_error(error: OutriderError) -> ApiError:
     """The answer to an error of the runtime."""
     match error:
-        case Refused():
+        case ApiError():
             return error
         case InvalidRequest():
-            return Refused(400, "invalid_value", str(error), error.param)
+            return ApiError(400, "invalid_value", str(error), error.param)
         case Overloaded():
-            return Refused(
-                503, "overloaded", "all places are taken: try again later", retry_after=RETRY_AFTER
+            return ApiError(
+                503,
+                "overloaded",
+                "all places are taken: try again later",
+                retry_after=RETRY_AFTER_S,
             )
         case TargetsLost():
-            return Refused(500, TARGETS_LOST, str(error))
+            return ApiError(500, TARGETS_LOST, str(error))
         case _:  # what it says is the operator's to read, with addresses in it
-            return Refused(
+            return ApiError(
                 503,
                 "unavailable",
                 "no target can serve the request now: try again later",
-                retry_after=RETRY_AFTER,
+                retry_after=RETRY_AFTER_S,
             )
 
 
-def plain(text: str, most: int = limits.ECHO) -> str:
+def sanitize(text: str, most: int = limits.ECHO) -> str:
     """What an error may repeat of `text`."""
     return "".join(letter if letter.isprintable() else "?" for letter in text[:most])

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from actors.openai.errors import Refused
+from actors.openai.errors import ApiError
 from runtime.core import limits
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -17,18 +17,18 @@ OPENERS = (b",", b"[", b"{")  # of an item each
 LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (limits.JSON_NUMBER + 1))
 
 
-class ClientGone(Exception):
+class ClientDisconnected(Exception):
     """Nobody is there to hear the answer."""
 
 
 async def read_body(headers: Mapping[str, str], receive: Receive) -> bytes:
-    """All of the body. Raises Refused (408, 413, 415), ClientGone."""
+    """All of the body. Raises ApiError (408, 413, 415), ClientDisconnected."""
     if "content-encoding" in headers:
-        raise Refused(
+        raise ApiError(
             415, "unsupported_encoding", "Content-Encoding is not supported: send the body as it is"
         )
     if not is_json(headers.get("content-type", "")):
-        raise Refused(
+        raise ApiError(
             415, "unsupported_media_type", "Content-Type is not JSON: send application/json"
         )
     length = headers.get("content-length", "0")
@@ -41,13 +41,13 @@ async def read_body(headers: Mapping[str, str], receive: Receive) -> bytes:
             while more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise ClientGone
+                    raise ClientDisconnected
                 body += message.get("body", b"")
                 if len(body) > limits.BODY_BYTES:
                     raise too_large()
                 more = message.get("more_body", False)
     except TimeoutError as error:
-        raise Refused(
+        raise ApiError(
             408,
             "body_timeout",
             f"the body has not come within {limits.BODY_SECONDS:g} s: send it faster",
@@ -55,8 +55,8 @@ async def read_body(headers: Mapping[str, str], receive: Receive) -> bytes:
     return bytes(body)
 
 
-def too_large() -> Refused:
-    return Refused(
+def too_large() -> ApiError:
+    return ApiError(
         413, "body_too_large", f"the body is larger than {limits.BODY_BYTES >> 20} MiB: send less"
     )
 
@@ -70,8 +70,8 @@ def is_json(content_type: str) -> bool:
     )
 
 
-def parse(body: bytes) -> dict[str, Any]:
-    """Returns the object that the body says. Raises Refused: invalid_json, too_complex.
+def parse_json(body: bytes) -> dict[str, Any]:
+    """Returns the object that the body says. Raises ApiError: invalid_json, too_complex.
 
     Values and digits are counted before anything is built.
     """
@@ -85,16 +85,16 @@ def parse(body: bytes) -> dict[str, Any]:
     except ValueError as error:
         if str(error).startswith("recursion limit"):
             raise too_deep() from error
-        raise invalid(str(error)) from error
+        raise invalid_json(str(error)) from error
     if not isinstance(value, dict):
-        raise invalid("it is not an object")
+        raise invalid_json("it is not an object")
     if count_members(value) != bare.count(b":"):
-        raise invalid("a key stands twice in one object")
+        raise invalid_json("a key stands twice in one object")
     return value
 
 
 def without_strings(body: bytes) -> bytes:
-    """Returns what stands outside of strings. Raises Refused (too_complex) for too many strings."""
+    """Returns what stands outside of strings. Raises ApiError (too_complex) for too many strings."""
     plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
     if plain.count(b'"') > 4 * limits.JSON_TOTAL:  # each value may be a string, and have a key
         raise too_complex(f"there are more than {2 * limits.JSON_TOTAL} strings")
@@ -102,7 +102,7 @@ def without_strings(body: bytes) -> bytes:
 
 
 def count_members(value: dict[str, Any]) -> int:
-    """Returns how many keys there are, of all objects. Raises Refused (too_complex)."""
+    """Returns how many keys there are, of all objects. Raises ApiError (too_complex)."""
     level: list[Any] = [value]  # the arrays and objects of one depth
     members = depth = 0
     while level:
@@ -120,13 +120,13 @@ def count_members(value: dict[str, Any]) -> int:
     return members
 
 
-def invalid(why: str) -> Refused:
-    return Refused(400, "invalid_json", f"the body is invalid JSON: {why}")
+def invalid_json(why: str) -> ApiError:
+    return ApiError(400, "invalid_json", f"the body is invalid JSON: {why}")
 
 
-def too_complex(why: str) -> Refused:
-    return Refused(400, "too_complex", f"the body is too complex: {why}")
+def too_complex(why: str) -> ApiError:
+    return ApiError(400, "too_complex", f"the body is too complex: {why}")
 
 
-def too_deep() -> Refused:
+def too_deep() -> ApiError:
     return too_complex(f"more than {limits.JSON_DEPTH} arrays and objects are inside each other")

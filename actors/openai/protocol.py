@@ -6,15 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from actors.openai.errors import Refused, plain
+from actors.openai.errors import ApiError, sanitize
 from runtime.core import limits
 
 # Long lists end at their first error: pydantic takes microseconds for each.
 Ids = Annotated[list[int], Field(min_length=1, max_length=limits.JSON_ITEMS, fail_fast=True)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
-# Refused even where unknown fields are ignored: whoever sends them relies on what they do.
-NEVER = frozenset(
+# ApiError even where unknown fields are ignored: whoever sends them relies on what they do.
+ALWAYS_REFUSED = frozenset(
     {
         "chat_template",
         "chat_template_kwargs",
@@ -25,7 +25,7 @@ NEVER = frozenset(
     }
 )
 
-UNKNOWN_FIELDS = 1000  # of all messages
+MAX_UNKNOWN_FIELDS = 1000  # of all messages
 
 EXPECTED = {
     "prompt": f"a string, a list of token ids, or a list of up to {limits.PROMPTS} of either",
@@ -34,29 +34,29 @@ EXPECTED = {
 }
 
 
-class Body(BaseModel):
+class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class StreamOptions(Body):
+class StreamOptions(StrictModel):
     include_usage: bool = False
 
 
-class Speculative(Body):
+class Speculative(StrictModel):
     """`max_rows`: tree nodes that a step may verify for this request."""
 
     enabled: bool = True
     max_rows: int | None = Field(default=None, ge=0, le=limits.STEP_ROWS)
 
 
-class JsonSchema(Body):
+class JsonSchema(StrictModel):
     name: str = ""
     description: str = ""
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool = True
 
 
-class ResponseFormat(Body):
+class ResponseFormat(StrictModel):
     """OpenAI's, and `regex` beside it."""
 
     type: Literal["text", "json_object", "json_schema", "regex"]
@@ -64,14 +64,14 @@ class ResponseFormat(Body):
     regex: str | None = None
 
 
-class StructuredOutputs(Body):
+class StructuredOutputs(StrictModel):
     """As in vLLM."""
 
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     regex: str | None = None
 
 
-class Common(Body):
+class CommonBody(StrictModel):
     """What completions and chat have in common. Names and meanings are OpenAI's; those that OpenAI lacks, vLLM's."""
 
     model: str
@@ -107,7 +107,7 @@ class Common(Body):
     prompt_cache_key: str | None = None
 
 
-class CompletionBody(Common):
+class CompletionBody(CommonBody):
     prompt: (
         str
         | Ids
@@ -119,7 +119,7 @@ class CompletionBody(Common):
     echo: Literal[False] = False
 
 
-class Message(Body):
+class Message(StrictModel):
     """`content` is text, or parts of type "text" (translate.py looks into them)."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -127,7 +127,7 @@ class Message(Body):
     name: str | None = None
 
 
-class ChatBody(Common):
+class ChatBody(CommonBody):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
@@ -135,34 +135,36 @@ class ChatBody(Common):
 
 
 AnyBody = CompletionBody | ChatBody
-KINDS: dict[str, type[CompletionBody] | type[ChatBody]] = {
+BODY_TYPES: dict[str, type[CompletionBody] | type[ChatBody]] = {
     "/v1/completions": CompletionBody,
     "/v1/chat/completions": ChatBody,
 }
 
 
-def read(url: str, value: dict[str, Any], strict: bool = True) -> tuple[AnyBody, tuple[str, ...]]:
-    """The body of a request to `url` (one of KINDS), and the unknown fields in it, which are an error where `strict`.
+def parse_body(
+    url: str, value: dict[str, Any], strict: bool = True
+) -> tuple[AnyBody, tuple[str, ...]]:
+    """The body of a request to `url` (one of BODY_TYPES), and the unknown fields in it, which are an error where `strict`.
 
-    A field that is null counts as not given. Raises Refused (400).
+    A field that is null counts as not given. Raises ApiError (400).
     """
-    value = without_nulls(value)
+    value = drop_nulls(value)
     check_unknown(value)
-    kind = KINDS[url]
+    kind = BODY_TYPES[url]
     try:
         return kind.model_validate(value), ()
     except ValidationError as error:
         errors = error.errors(include_input=False, include_url=False, include_context=False)
     unknown = [found["loc"] for found in errors if found["type"] == "extra_forbidden"]
-    if unknown and (strict or any(loc[0] in NEVER for loc in unknown)):
-        raise Refused(
+    if unknown and (strict or any(loc[0] in ALWAYS_REFUSED for loc in unknown)):
+        raise ApiError(
             400,
             "unknown_field",
-            f"{plain(dotted(unknown[0]))} is not known: leave it out",
-            plain(dotted(unknown[0])),
+            f"{sanitize(dotted(unknown[0]))} is not known: leave it out",
+            sanitize(dotted(unknown[0])),
         )
     if len(unknown) < len(errors):
-        raise wrong(
+        raise validation_error(
             next(
                 (found["loc"], found["msg"], found["type"])
                 for found in errors
@@ -171,41 +173,44 @@ def read(url: str, value: dict[str, Any], strict: bool = True) -> tuple[AnyBody,
         )
     value = copy.deepcopy(value)
     for loc in unknown:
-        without(value, loc)
-    return kind.model_validate(value), tuple(plain(dotted(loc)) for loc in unknown)
+        delete_at(value, loc)
+    return kind.model_validate(value), tuple(sanitize(dotted(loc)) for loc in unknown)
 
 
-def wrong(first: tuple[tuple[int | str, ...], str, str]) -> Refused:
+def validation_error(first: tuple[tuple[int | str, ...], str, str]) -> ApiError:
     loc, why, kind = first
     field = str(loc[0]) if loc else ""
     if kind == "missing":
-        return Refused(
-            400, "missing_field", f"{plain(dotted(loc))} is missing: give it", plain(dotted(loc))
+        return ApiError(
+            400,
+            "missing_field",
+            f"{sanitize(dotted(loc))} is missing: give it",
+            sanitize(dotted(loc)),
         )
     if field in EXPECTED:
-        return Refused(
+        return ApiError(
             400, "invalid_value", f"{field} is not allowed: give {EXPECTED[field]}", field
         )
-    name = plain(dotted(loc))
-    return Refused(
-        400, "invalid_value", f"{name} is not allowed: {why[:1].lower()}{why[1:]}", plain(field)
+    name = sanitize(dotted(loc))
+    return ApiError(
+        400, "invalid_value", f"{name} is not allowed: {why[:1].lower()}{why[1:]}", sanitize(field)
     )
 
 
 def check_unknown(value: dict[str, Any]) -> None:
-    """Raises Refused for messages with more unknown fields than are worth being named each."""
+    """Raises ApiError for messages with more unknown fields than are worth being named each."""
     messages = value.get("messages")
     if isinstance(messages, list):
         known = Message.model_fields.keys()
         if (
             sum(len(message.keys() - known) for message in messages if isinstance(message, dict))
-            > UNKNOWN_FIELDS
+            > MAX_UNKNOWN_FIELDS
         ):
-            why = f"more than {UNKNOWN_FIELDS} fields in messages are not known: leave them out"
-            raise Refused(400, "too_complex", why, "messages")
+            why = f"more than {MAX_UNKNOWN_FIELDS} fields in messages are not known: leave them out"
+            raise ApiError(400, "too_complex", why, "messages")
 
 
-def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
+def drop_nulls(value: dict[str, Any]) -> dict[str, Any]:
     found = {name: field for name, field in value.items() if field is not None}
     messages = found.get("messages")
     if isinstance(messages, list):
@@ -218,7 +223,7 @@ def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def without(value: Any, loc: Sequence[int | str]) -> None:
+def delete_at(value: Any, loc: Sequence[int | str]) -> None:
     """Takes the field at `loc` out of a body that is wrong there. No union holds an object, so that `loc` is its path."""
     *path, last = loc
     for step in path:

@@ -4,25 +4,25 @@ import json
 import re
 from typing import Any
 
-from actors.gateway.served_model import Served
 from actors.openai.chat_template import render
-from actors.openai.errors import Refused, plain
+from actors.openai.errors import ApiError, sanitize
 from actors.openai.protocol import AnyBody, ChatBody, CompletionBody, Message
+from actors.openai.served_model import ServedModel
 from runtime.core import limits
 from runtime.core.messages import Request, Tokens
 from runtime.core.sampling_params import Constraint, Sampling
 
 
-def requests(
-    body: AnyBody, served: Served, name: str, seed: int, deadline: float | None = None
+def build_requests(
+    body: AnyBody, served: ServedModel, name: str, seed: int, deadline: float | None = None
 ) -> list[Request]:
     """One for each choice: `n` of the first prompt, then of the second, ... Their sessions are called `name`-0, -1, ...
 
     Choice number i of a prompt is sampled with the body's seed + i; `seed` is for a body that has none. Raises InvalidRequest
-    (Refused, where OpenAI has a code for it).
+    (ApiError, where OpenAI has a code for it).
     """
     if body.stream_options is not None and not body.stream:
-        raise Refused(
+        raise ApiError(
             400,
             "invalid_value",
             "stream_options without stream: leave them out, or set stream",
@@ -48,7 +48,7 @@ def requests(
     return found
 
 
-def prompts(body: AnyBody, served: Served) -> list[Tokens]:
+def prompts(body: AnyBody, served: ServedModel) -> list[Tokens]:
     if isinstance(body, ChatBody):
         text = render(served.tokenizer, [spoken(message) for message in body.messages])
         return [tuple(served.tokenizer.encode(text, add_special_tokens=False))]
@@ -57,31 +57,31 @@ def prompts(body: AnyBody, served: Served) -> list[Tokens]:
     return [tokens(prompt, served) for prompt in (given if several else [given])]
 
 
-def tokens(prompt: Any, served: Served) -> Tokens:
+def tokens(prompt: Any, served: ServedModel) -> Tokens:
     """Of a text or a list of ids."""
     if isinstance(prompt, str):
         return tuple(served.tokenizer.encode(prompt))
     wrong = next((token for token in prompt if not 0 <= token < served.vocabulary), None)
     if wrong is not None:
-        raise Refused(
+        raise ApiError(
             400,
             "invalid_value",
-            f"token id {plain(str(wrong))} is not in the vocabulary: give 0 to {served.vocabulary - 1}",
+            f"token id {sanitize(str(wrong))} is not in the vocabulary: give 0 to {served.vocabulary - 1}",
             "prompt",
         )
     return tuple(prompt)
 
 
 def spoken(message: Message) -> dict[str, str]:
-    """A message as templates know it. Raises Refused for anything but text."""
+    """A message as templates know it. Raises ApiError for anything but text."""
     role = "system" if message.role == "developer" else message.role
     name = {} if message.name is None else {"name": message.name}
     if isinstance(message.content, str):
         return {"role": role, "content": message.content} | name
     for part in message.content:
         if part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = plain(str(part.get("type")))
-            raise Refused(
+            kind = sanitize(str(part.get("type")))
+            raise ApiError(
                 400,
                 "unsupported_content",
                 f"content of type {kind} is not supported: give text",
@@ -95,21 +95,21 @@ def nth(seed: int, choice: int) -> int:
     return (seed + choice + 2**63) % 2**64 - 2**63
 
 
-def sampling(body: AnyBody, served: Served, length: int, seed: int) -> Sampling:
+def sampling(body: AnyBody, served: ServedModel, length: int, seed: int) -> Sampling:
     """For a prompt of so many tokens. Raises InvalidRequest."""
     given = body.max_tokens
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
         given = body.max_completion_tokens
     room = served.context - length
     if length == 0:
-        raise Refused(
+        raise ApiError(
             400,
             "invalid_value",
             "the prompt is empty: give at least one token",
             "messages" if isinstance(body, ChatBody) else "prompt",
         )
     if room < (given or 1):
-        raise Refused(
+        raise ApiError(
             400,
             "context_length_exceeded",
             f"the model's context is {served.context} tokens; the prompt has {length} and {given or 1} are asked for: lower one of them",
@@ -136,13 +136,13 @@ def sampling(body: AnyBody, served: Served, length: int, seed: int) -> Sampling:
     )
 
 
-def token_id(token: str, served: Served) -> int:
+def token_id(token: str, served: ServedModel) -> int:
     """Of a key of logit_bias."""
     if not re.fullmatch(r"[0-9]{1,9}", token) or int(token) >= served.vocabulary:
-        raise Refused(
+        raise ApiError(
             400,
             "invalid_value",
-            f"logit_bias token {plain(token)} is not in the vocabulary: give 0 to {served.vocabulary - 1}",
+            f"logit_bias token {sanitize(token)} is not in the vocabulary: give 0 to {served.vocabulary - 1}",
             "logit_bias",
         )
     return int(token)
@@ -153,7 +153,7 @@ def logprobs(body: AnyBody) -> int | None:
     if isinstance(body, CompletionBody):
         return body.logprobs
     if body.top_logprobs and not body.logprobs:
-        raise Refused(
+        raise ApiError(
             400, "invalid_value", "top_logprobs without logprobs: set logprobs", "top_logprobs"
         )
     return body.top_logprobs if body.logprobs else None
@@ -167,7 +167,7 @@ def constraint(body: AnyBody) -> Constraint | None:
         found.append(Constraint("json_object"))
     if form is not None and form.type == "json_schema":
         if form.json_schema is None:
-            raise Refused(
+            raise ApiError(
                 400,
                 "missing_field",
                 "response_format.json_schema is missing: give it",
@@ -176,7 +176,7 @@ def constraint(body: AnyBody) -> Constraint | None:
         found.append(schema(form.json_schema.schema_))
     if form is not None and form.type == "regex":
         if form.regex is None:
-            raise Refused(
+            raise ApiError(
                 400, "missing_field", "response_format.regex is missing: give it", "response_format"
             )
         found.append(Constraint("regex", form.regex))
@@ -185,7 +185,7 @@ def constraint(body: AnyBody) -> Constraint | None:
     if structured is not None and structured.regex is not None:
         found.append(Constraint("regex", structured.regex))
     if len(found) > 1:
-        raise Refused(
+        raise ApiError(
             400,
             "invalid_value",
             "the output can have one form only: give one of response_format, json and regex",

@@ -6,15 +6,15 @@ from typing import Any
 
 from llguidance import LLTokenizer
 
-from actors.gateway.served_model import Served
-from actors.openai.errors import Refused
+from actors.openai.errors import ApiError
 from actors.openai.protocol import AnyBody, ChatBody
-from actors.openai.usage import metrics, together, usage
+from actors.openai.served_model import ServedModel
+from actors.openai.usage import merge_stats, metrics, usage
 from runtime.core.messages import Chunk, FinishReason, Logprob, Request, Stats
 
 
 @dataclass(slots=True)
-class Said:
+class ChoiceOutput:
     """What has come of one choice. `offsets`: characters of the text before each token."""
 
     text: str = ""
@@ -34,17 +34,17 @@ class Said:
             self.reason, self.stats = chunk.finish_reason, chunk.stats
 
 
-class Answer:
+class ResponseBuilder:
     """The answer to one request, while its chunks come: `add` them, in any order of choices, then `whole`; or send what `delta` gives.
 
     `name` is the answer's id without its prefix, `created` in seconds since 1970. Usage is what was delivered.
     """
 
     def __init__(
-        self, body: AnyBody, served: Served, asked: Sequence[Request], name: str, created: int
+        self, body: AnyBody, served: ServedModel, asked: Sequence[Request], name: str, created: int
     ) -> None:
         self.body, self.served, self.asked = body, served, asked
-        self.said = [Said() for _ in asked]
+        self.said = [ChoiceOutput() for _ in asked]
         self.chat = isinstance(body, ChatBody)
         self.head = {
             "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{name}",
@@ -58,13 +58,13 @@ class Answer:
         return all(said.reason is not None for said in self.said)
 
     def add(self, index: int, chunk: Chunk) -> None:
-        """Raises Refused where the choice has ended without an end: at its deadline, or by a fault of the target."""
+        """Raises ApiError where the choice has ended without an end: at its deadline, or by a fault of the target."""
         self.said[index].add(chunk)
         match chunk.finish_reason:
             case "deadline":
                 raise self.late()
             case "cancelled":
-                raise Refused(
+                raise ApiError(
                     503,
                     "unavailable",
                     "the target has given the request up: try again",
@@ -72,7 +72,7 @@ class Answer:
                     usage=self.usage(),
                 )
             case "error":
-                raise Refused(
+                raise ApiError(
                     500,
                     "target_failed",
                     "the target has failed on this request: see its log",
@@ -81,8 +81,8 @@ class Answer:
             case None | "stop" | "length":
                 pass
 
-    def late(self) -> Refused:
-        return Refused(
+    def late(self) -> ApiError:
+        return ApiError(
             504,
             "deadline_exceeded",
             "the deadline has passed: allow more time, or ask for less",
@@ -102,7 +102,7 @@ class Answer:
     def figures(self) -> dict[str, Any]:
         """How it was made: of all choices together; and the first one's seed, which makes it again."""
         parts = [said.stats for said in self.said if said.stats is not None]
-        return {"seed": self.asked[0].sampling.seed, "metrics": metrics(together(parts))}
+        return {"seed": self.asked[0].sampling.seed, "metrics": metrics(merge_stats(parts))}
 
     def whole(self) -> dict[str, Any]:
         """The answer in one piece, when all is said."""
@@ -181,11 +181,11 @@ class Answer:
     ) -> dict[str, Any] | None:
         if not logprobs:
             return None
-        of = of_chat if self.chat else of_completion
-        return of(self.served.pieces, tokens, logprobs, offsets)
+        of = chat_logprobs if self.chat else completion_logprobs
+        return of(self.served.byte_tokenizer, tokens, logprobs, offsets)
 
 
-def of_chat(
+def chat_logprobs(
     pieces: LLTokenizer, tokens: Sequence[int], logprobs: Sequence[Logprob], offsets: Sequence[int]
 ) -> dict[str, Any]:
     def entry(token: int, logprob: float) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def of_chat(
     }
 
 
-def of_completion(
+def completion_logprobs(
     pieces: LLTokenizer, tokens: Sequence[int], logprobs: Sequence[Logprob], offsets: Sequence[int]
 ) -> dict[str, Any]:
     """The chosen token is one of the top ones here, whatever its rank. Of tokens that read the same, the more likely one counts."""

@@ -47,6 +47,6 @@ def metrics(stats: Stats) -> dict[str, Any]:
     }
 
 
-def together(parts: Sequence[Stats]) -> Stats:
+def merge_stats(parts: Sequence[Stats]) -> Stats:
     """Returns the figures of sessions that ran at the same time: their sum, but for the elapsed time."""
     return replace(sum(parts, NO_STATS), elapsed=max((part.elapsed for part in parts), default=0.0))

@@ -21,18 +21,18 @@ from runtime.core.messages import Chunk, Request
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 300.0  # that a session without a deadline waits for a target
-GRACE_S = 2.0  # that a target gets beyond a deadline to end the session itself
+TARGET_WAIT_S = 300.0  # that a session without a deadline waits for a target
+DEADLINE_GRACE_S = 2.0  # that a target gets beyond a deadline to end the session itself
 SUSPECT_S = 3.0  # for which a target that was lost is chosen after all others: until the next `update` can tell, it looks idle
-AGAIN_S = 0.5  # before a session asks a target again that has lost or refused it
-PERIOD_S = 0.5  # between two looks at who is there
+RETRY_DELAY_S = 0.5  # before a session asks a target again that has lost or refused it
+POLL_PERIOD_S = 0.5  # between two looks at who is there
 MAX_FAILED_TARGETS = 8  # lost or out of reach one after the other without a token between
 MAX_DEATHS = 2  # of targets that held the session and brought no token: it may be the cause
 
 Key = TypeVar("Key")
 
 
-class Remote(Protocol):
+class RemoteTarget(Protocol):
     """A target in another process, as actors.rpc.client.GrpcTarget."""
 
     def generate(self, request: Request) -> AsyncGenerator[Chunk, None]: ...
@@ -42,8 +42,8 @@ class Remote(Protocol):
         ...
 
 
-Connect = Callable[[str], Remote]  # from a target's address
-Look = Callable[[], Sequence[TargetState]]
+Connect = Callable[[str], RemoteTarget]  # from a target's address
+GetTargets = Callable[[], Sequence[TargetState]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +57,10 @@ class Load:
     sessions: int
     capacity: int = 0
     suspect: bool = False
-    given: int = 0
+    last_assigned: int = 0
 
 
-def choose(loads: Mapping[Key, Load]) -> Key | None:
+def least_loaded(loads: Mapping[Key, Load]) -> Key | None:
     """The target that would have the fewest sessions for its capacity; of equals the one that was given none for longest.
 
     Suspects come last. A capacity that is not known counts as the largest known. None where there is no target.
@@ -69,23 +69,23 @@ def choose(loads: Mapping[Key, Load]) -> Key | None:
 
     def rank(key: Key) -> tuple[bool, float, int]:
         load = loads[key]
-        return load.suspect, (load.sessions + 1) / (load.capacity or most), load.given
+        return load.suspect, (load.sessions + 1) / (load.capacity or most), load.last_assigned
 
     return min(loads, key=rank, default=None)
 
 
 @dataclass(slots=True, eq=False)
-class Link:
+class TargetLink:
     """One life of a target. `reading`: scopes of those who wait for its next chunk, to be woken when it leaves."""
 
     life: TargetLife
-    remote: Remote
+    remote: RemoteTarget
     state: TargetState
     sessions: int = 0  # of this router
     others: int = 0  # of other callers, when `state` was told
-    given: int = 0
+    last_assigned: int = 0
     suspect_until: float = -math.inf
-    left: bool = False
+    removed: bool = False
     reading: set[asyncio.Timeout] = field(default_factory=set)
 
     def load(self, now: float) -> Load:
@@ -94,21 +94,21 @@ class Link:
             self.sessions + self.others,
             report.kv_slots if report else 0,
             now < self.suspect_until,
-            self.given,
+            self.last_assigned,
         )
 
 
 class Router:
-    """All methods are called on one event loop. `patience`: seconds that a session without a deadline waits for a target.
+    """All methods are called on one event loop. `target_wait_s`: seconds that a session without a deadline waits for a target.
 
     lost      targets that sessions had to leave, by name: once for each session
     """
 
-    def __init__(self, connect: Connect, patience: float = PATIENCE_S) -> None:
-        self.connect, self.patience = connect, patience
+    def __init__(self, connect: Connect, target_wait_s: float = TARGET_WAIT_S) -> None:
+        self.connect, self.target_wait_s = connect, target_wait_s
         self.lost: Counter[str] = Counter()
-        self._links: dict[TargetLife, Link] = {}
-        self._given = 0
+        self._links: dict[TargetLife, TargetLink] = {}
+        self._assigned = 0
         self._changed = asyncio.Event()  # another one after each update
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -126,13 +126,13 @@ class Router:
             if state.state != "starting"
         }
         for life in self._links.keys() - told.keys():
-            self._part_with(self._links.pop(life))
+            self._remove_link(self._links.pop(life))
         for life, state in told.items():
             link = self._links.get(life)
             if link is not None:
                 link.state, link.others = state, max(0, state.sessions - link.sessions)
             elif state.state == "ready":
-                self._meet(life, state)
+                self._add_link(life, state)
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -160,17 +160,17 @@ class Router:
             asked = session.next_request(now())
             async with self._calling(link, session, asked) as call:
                 while not session.over:
-                    chunk = await read(link, call, session.ends + GRACE_S)
+                    chunk = await next_chunk(link, call, session.ends + DEADLINE_GRACE_S)
                     yield (
                         session.deadline_chunk(now())
                         if chunk is None
                         else session.take(chunk, asked.epoch, now())
                     )
 
-    async def _next_target(self, session: RoutedSession) -> Link | None:
+    async def _next_target(self, session: RoutedSession) -> TargetLink | None:
         """Waited for until the deadline; None where that passes and the client has heard something. Raises Unavailable else."""
         now = asyncio.get_running_loop().time
-        until = session.ends if session.ends < math.inf else now() + self.patience
+        until = session.ends if session.ends < math.inf else now() + self.target_wait_s
         while (at := now()) < until:
             if (link := self._choose(session)) is not None:
                 return link
@@ -184,7 +184,7 @@ class Router:
             f"no target has taken the session within {until - session.began:.1f} s: see `outrider status`"
         )
 
-    def _choose(self, session: RoutedSession) -> Link | None:
+    def _choose(self, session: RoutedSession) -> TargetLink | None:
         """The target that may be asked now, if there is one."""
         now = asyncio.get_running_loop().time()
         open_to = {
@@ -192,28 +192,28 @@ class Router:
             for life, link in self._links.items()
             if link.state.state == "ready" and session.excluded_until.get(life, -math.inf) <= now
         }
-        life = choose(open_to)
+        life = least_loaded(open_to)
         return None if life is None else self._links[life]
 
     @asynccontextmanager
     async def _calling(
-        self, link: Link, session: RoutedSession, request: Request
+        self, link: TargetLink, session: RoutedSession, request: Request
     ) -> AsyncIterator[AsyncGenerator[Chunk, None]]:
         """The call at this target; it is over when the block is. A loss and a refusal end here, if another target may be asked."""
-        self._given += 1
-        link.given = self._given
+        self._assigned += 1
+        link.last_assigned = self._assigned
         link.sessions += 1
         try:
             async with aclosing(link.remote.generate(request)) as call:
                 yield call
         except Overloaded:
-            self._refused(link, session)
+            self._exclude(link, session)
             if not session.begun and (session.calls > 1 or self._choose(session) is None):
                 raise
         except InvalidRequest as error:
             if error.param != "session" or not session.begun:
                 raise
-            self._refused(link, session)  # it has not noticed yet that our last call there is over
+            self._exclude(link, session)  # it has not noticed yet that our last call there is over
         except Unavailable as error:
             self._lose(link, session, error)
             if len(session.died_with_it) >= MAX_DEATHS:
@@ -228,14 +228,14 @@ class Router:
         finally:
             link.sessions -= 1
 
-    def _refused(self, link: Link, session: RoutedSession) -> None:
+    def _exclude(self, link: TargetLink, session: RoutedSession) -> None:
         """A new session asks no target twice; one that has begun is owed its rest, and asks again."""
         now = asyncio.get_running_loop().time()
-        session.excluded_until[link.life] = now + AGAIN_S if session.begun else math.inf
+        session.excluded_until[link.life] = now + RETRY_DELAY_S if session.begun else math.inf
 
-    def _lose(self, link: Link, session: RoutedSession, error: Unavailable) -> None:
+    def _lose(self, link: TargetLink, session: RoutedSession, error: Unavailable) -> None:
         now = asyncio.get_running_loop().time()
-        if not link.left and now >= link.suspect_until:
+        if not link.removed and now >= link.suspect_until:
             log.warning(
                 "target %s is lost or refuses sessions, they go on elsewhere: %s",
                 link.state.name,
@@ -243,23 +243,23 @@ class Router:
             )
         self.lost[link.state.name] += 1
         link.suspect_until = now + SUSPECT_S
-        session.excluded_until[link.life] = now + AGAIN_S
+        session.excluded_until[link.life] = now + RETRY_DELAY_S
         session.failed_targets.add(link.life)
         if isinstance(error, TargetDied) and not session.brought_tokens:
             session.died_with_it.add(link.life)
         session.leave()
 
-    def _meet(self, life: TargetLife, state: TargetState) -> None:
+    def _add_link(self, life: TargetLife, state: TargetState) -> None:
         try:
-            self._links[life] = Link(
+            self._links[life] = TargetLink(
                 life, self.connect(state.address), state, others=state.sessions
             )
         except InvalidRequest as error:  # certificates that have run out, or are being replaced: the next update tries again
             log.warning("target %s cannot be called: %s", state.name, error)
 
-    def _part_with(self, link: Link) -> None:
+    def _remove_link(self, link: TargetLink) -> None:
         """Wakes those who read from it; its calls end with its connection, those of clients who do not read just now too."""
-        link.left = True
+        link.removed = True
         now = asyncio.get_running_loop().time()
         for scope in link.reading:
             scope.reschedule(now)
@@ -268,9 +268,11 @@ class Router:
         closing.add_done_callback(self._closing.discard)
 
 
-async def read(link: Link, call: AsyncGenerator[Chunk, None], until: float) -> Chunk | None:
+async def next_chunk(
+    link: TargetLink, call: AsyncGenerator[Chunk, None], until: float
+) -> Chunk | None:
     """The call's next chunk; None where it has not come by then. Raises Unavailable where the target leaves meanwhile."""
-    if link.left:
+    if link.removed:
         raise Unavailable("it has left the cluster")
     scope = asyncio.timeout_at(until if until < math.inf else None)
     try:
@@ -283,7 +285,7 @@ async def read(link: Link, call: AsyncGenerator[Chunk, None], until: float) -> C
     except StopAsyncIteration as error:
         raise TargetDied("its stream has ended before the text") from error
     except TimeoutError as error:
-        if link.left:
+        if link.removed:
             raise Unavailable("it has left the cluster") from error
         if scope.expired():
             return None
@@ -291,12 +293,12 @@ async def read(link: Link, call: AsyncGenerator[Chunk, None], until: float) -> C
 
 
 @asynccontextmanager
-async def following(router: Router, look: Look) -> AsyncIterator[Router]:
+async def updated_router(router: Router, get_targets: GetTargets) -> AsyncIterator[Router]:
     """The router, told again and again who is there; closed with the block.
 
-    `look` is called on a thread of its own. While it raises Unavailable, who was there is thought to be.
+    `get_targets` is called on a thread of its own. While it raises Unavailable, who was there is thought to be.
     """
-    watching = asyncio.create_task(follow(router, look))
+    watching = asyncio.create_task(poll_targets(router, get_targets))
     try:
         yield router
     finally:
@@ -305,8 +307,8 @@ async def following(router: Router, look: Look) -> AsyncIterator[Router]:
         await router.close()
 
 
-async def follow(router: Router, look: Look) -> None:
+async def poll_targets(router: Router, get_targets: GetTargets) -> None:
     while True:
         with contextlib.suppress(Unavailable):
-            router.update(await asyncio.to_thread(look))
-        await asyncio.sleep(PERIOD_S)
+            router.update(await asyncio.to_thread(get_targets))
+        await asyncio.sleep(POLL_PERIOD_S)

@@ -11,30 +11,34 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID as Purpose
 from cryptography.x509.oid import NameOID
 
-from actors.rpc.tls import ROLES, Role, host_name, uri
+from actors.rpc.tls import ROLES, Role, role_host_name, role_uri
 
-SKEW = datetime.timedelta(hours=1)  # by which the clocks of the nodes may be behind this one
+CLOCK_SKEW = datetime.timedelta(hours=1)  # by which the clocks of the nodes may be behind this one
 
 
 @dataclass(frozen=True, slots=True)
-class Signed:
+class SignedCertificate:
     """A certificate and its key, in PEM."""
 
     certificate: bytes
     key: bytes
 
 
-class Authority:
+class CertificateAuthority:
     """Certificates valid for `days` from `now` on. Its key is in no file and cannot be read out."""
 
     def __init__(self, name: str, now: datetime.datetime, days: int) -> None:
-        self.name, self.begins, self.ends = name, now - SKEW, now + datetime.timedelta(days=days)
+        self.name, self.begins, self.ends = (
+            name,
+            now - CLOCK_SKEW,
+            now + datetime.timedelta(days=days),
+        )
         self._key = ec.generate_private_key(ec.SECP256R1())
         subject = common_name(f"{name} authority")
         self._certificate = (
-            self._draft(subject, subject, self._key.public_key())
+            self._builder(subject, subject, self._key.public_key())
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(usage(signs=True), critical=True)
+            .add_extension(key_usage(signs=True), critical=True)
             .sign(self._key, hashes.SHA256())
         )
 
@@ -42,20 +46,20 @@ class Authority:
     def certificate(self) -> bytes:
         return self._certificate.public_bytes(serialization.Encoding.PEM)
 
-    def role(self, role: Role) -> Signed:
+    def role(self, role: Role) -> SignedCertificate:
         """For an actor, as a server and as a client."""
         names = [
-            x509.UniformResourceIdentifier(uri(role, self.name)),
-            x509.DNSName(host_name(role)),
+            x509.UniformResourceIdentifier(role_uri(role, self.name)),
+            x509.DNSName(role_host_name(role)),
         ]
         return self._signed(
             f"{self.name} {role}", names, [Purpose.SERVER_AUTH, Purpose.CLIENT_AUTH]
         )
 
-    def roles(self) -> dict[str, Signed]:
+    def roles(self) -> dict[str, SignedCertificate]:
         return {role: self.role(role) for role in ROLES}
 
-    def website(self, hosts: Sequence[str]) -> Signed:
+    def https_server(self, hosts: Sequence[str]) -> SignedCertificate:
         """For the gateway's HTTPS server, reached by these names and addresses. Of no role: actors do not take it."""
         return self._signed(
             f"{self.name} https", [general_name(host) for host in hosts], [Purpose.SERVER_AUTH]
@@ -66,12 +70,12 @@ class Authority:
         subject: str,
         names: Sequence[x509.GeneralName],
         purposes: Sequence[x509.ObjectIdentifier],
-    ) -> Signed:
+    ) -> SignedCertificate:
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = (
-            self._draft(common_name(subject), self._certificate.subject, key.public_key())
+            self._builder(common_name(subject), self._certificate.subject, key.public_key())
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(usage(signs=False), critical=True)
+            .add_extension(key_usage(signs=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .sign(self._key, hashes.SHA256())
@@ -81,9 +85,9 @@ class Authority:
             serialization.PrivateFormat.PKCS8,
             serialization.NoEncryption(),
         )
-        return Signed(certificate.public_bytes(serialization.Encoding.PEM), secret)
+        return SignedCertificate(certificate.public_bytes(serialization.Encoding.PEM), secret)
 
-    def _draft(
+    def _builder(
         self, subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey
     ) -> x509.CertificateBuilder:
         return (
@@ -114,7 +118,7 @@ def general_name(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def usage(signs: bool) -> x509.KeyUsage:
+def key_usage(signs: bool) -> x509.KeyUsage:
     """Of an authority that signs certificates; else of a key that signs handshakes."""
     return x509.KeyUsage(
         digital_signature=not signs,

@@ -13,18 +13,18 @@ import grpc
 from actors.rpc.common import (
     DRAFTER_SILENCE_MS,
     ERROR_NAME,
-    HANDSHAKE_S,
-    TAKEN,
+    HANDSHAKE_TIMEOUT_S,
+    REQUEST_TAKEN,
     TARGET_SILENCE_MS,
     client_options,
     closing,
-    error_of,
-    reason,
+    describe_status,
+    to_outrider_error,
 )
-from actors.rpc.frames import coalesce, count, decoded, encoded
+from actors.rpc.frames import coalesce, count_discarded, decode_frames, encode_frames
 from actors.rpc.reply_budget import ReplyBudget
 from actors.rpc.tls import channel
-from protos import bundle, codec
+from protos import bundle, drafting_codec, target_codec
 from protos.handshake import Hello, mismatch
 from runtime.config import TlsConfig
 from runtime.core.errors import InvalidRequest, LinkLost, TargetDied, Unavailable
@@ -32,11 +32,11 @@ from runtime.core.messages import Chunk, Draft, Event, Reply, Request
 
 logger = logging.getLogger(__name__)
 
-STRIKES, STRIKE_S = (
+MAX_STRIKES, STRIKE_WINDOW_S = (
     3,
     60.0,
 )  # so many messages that break the protocol within so many seconds end the link
-STRIKING = ("malformed", "surplus")
+STRIKE_KINDS = ("malformed", "surplus")
 
 
 class GrpcLink:
@@ -48,14 +48,14 @@ class GrpcLink:
 
     A stop or cut of the drafter raises LinkLost within two seconds, a kill at once, `handshake_s` seconds of
     silence at the start too. Malformed replies and surplus messages are strikes: three of them within a
-    minute raise LinkLost, on this connection or a later one; the link is `shut` then.
+    minute raise LinkLost, on this connection or a later one; the link is `quarantined` then.
     """
 
     def __init__(
         self,
         address: str,
         hello: Hello,
-        handshake_s: float = HANDSHAKE_S,
+        handshake_s: float = HANDSHAKE_TIMEOUT_S,
         now: Callable[[], float] = time.monotonic,
         tls: TlsConfig | None = None,
         tokens: int | None = None,
@@ -68,12 +68,12 @@ class GrpcLink:
         self._tls, self._tokens = tls, tokens
         self._handshake_s = handshake_s
         self._now = now
-        self._strikes: deque[float] = deque(maxlen=STRIKES)
+        self._strikes: deque[float] = deque(maxlen=MAX_STRIKES)
 
     @property
-    def shut(self) -> bool:
+    def quarantined(self) -> bool:
         """Whether the drafter is in quarantine: for a minute after the last of three strikes nobody should call `speculate`."""
-        return self._struck_out() and self._now() - self._strikes[-1] < STRIKE_S
+        return self._struck_out() and self._now() - self._strikes[-1] < STRIKE_WINDOW_S
 
     async def speculate(self, events: AsyncIterator[Event]) -> AsyncGenerator[Reply, None]:
         """As in DraftLink. An error raised by `events` itself is raised here as it is."""
@@ -86,19 +86,19 @@ class GrpcLink:
         except InvalidRequest as error:  # certificates that have run out, or are being replaced
             raise self._lost(str(error)) from error
         async with connection:
-            call = connection.stream_stream(f"/{codec.DRAFTING}/Speculate")()
+            call = connection.stream_stream(f"/{drafting_codec.DRAFTING_SERVICE}/Speculate")()
             ended = asyncio.Event()
             forwarding: asyncio.Task[None] | None = None
             budget = ReplyBudget()
             try:
-                await self._greet(call)
+                await self._handshake(call)
                 forwarding = asyncio.create_task(self._forward(call, events, ended, budget))
                 while (data := await call.read()) is not grpc.aio.EOF:
                     replies = self._replies(data, budget)
                     for reply in replies:
-                        if not isinstance(reply, codec.Bye):
+                        if not isinstance(reply, drafting_codec.Bye):
                             yield reply
-                    if any(isinstance(reply, codec.Bye) for reply in replies):
+                    if any(isinstance(reply, drafting_codec.Bye) for reply in replies):
                         break
                 if not ended.is_set():
                     raise self._lost(
@@ -107,7 +107,7 @@ class GrpcLink:
                         else "it said goodbye"
                     )
             except grpc.aio.AioRpcError as error:
-                raise self._lost(reason(error)) from error
+                raise self._lost(describe_status(error)) from error
             except asyncio.CancelledError:
                 if forwarding is not None and forwarding.done():
                     forwarding.result()
@@ -118,18 +118,18 @@ class GrpcLink:
                     await asyncio.gather(forwarding, return_exceptions=True)
                 call.cancel()
 
-    async def _greet(self, call: Any) -> None:
+    async def _handshake(self, call: Any) -> None:
         """Raises LinkLost, and AioRpcError where the drafter refuses."""
         try:
             async with asyncio.timeout(self._handshake_s):
-                await call.write(codec.encode_hello_to_drafter(self.hello))
+                await call.write(drafting_codec.encode_hello_to_drafter(self.hello))
                 data = await call.read()
         except TimeoutError as error:
             raise self._lost(f"no hello within {self._handshake_s:g} s") from error
         if data is grpc.aio.EOF:
             raise self._lost("the stream ended before its hello")
         try:
-            self.peer = codec.decode_hello_from_drafter(data)
+            self.peer = drafting_codec.decode_hello_from_drafter(data)
         except InvalidRequest as error:
             raise self._lost(str(error)) from error
         if (why := mismatch(self.hello, self.peer)) is not None:
@@ -141,8 +141,8 @@ class GrpcLink:
         try:
             async with closing(coalesce(events)) as waiting:
                 async for some in waiting:
-                    for data in bundle.to_drafter(
-                        encoded(some, partial(granted, budget), self._refuse)
+                    for data in bundle.bundle_events(
+                        encode_frames(some, partial(encode_granted, budget), self._discard)
                     ):
                         await call.write(data)
             ended.set()
@@ -153,58 +153,61 @@ class GrpcLink:
             call.cancel()  # wakes the reader
             raise
 
-    def _replies(self, data: bytes, budget: ReplyBudget) -> list[Reply | codec.Bye]:
+    def _replies(self, data: bytes, budget: ReplyBudget) -> list[Reply | drafting_codec.Bye]:
         """Without what has no effect. Raises LinkLost at the last strike."""
-        return decoded(data, partial(self._within, budget), self._decoded, self._refuse)
+        return decode_frames(data, partial(self._within, budget), self._decode_reply, self._discard)
 
     def _within(self, budget: ReplyBudget, data: bytes) -> Sequence[bytes]:
         """The frames of a message that is within the budget; of another one none. Raises InvalidRequest for what is no message."""
         if len(data) > budget.size:
-            self._refuse(
+            self._discard(
                 "surplus", f"{len(data)} bytes where {budget.size} are left until the next event"
             )
             return ()
-        frames = bundle.frames_from_drafter(data)
+        frames = bundle.unbundle_replies(data)
         if not budget.spend(max(1, len(frames)), len(data)):
-            self._refuse(
+            self._discard(
                 "surplus",
                 f"{len(frames)} frames where {budget.frames} are left until the next event",
             )
             return ()
         return frames
 
-    def _decoded(self, frame: bytes) -> Reply | codec.Bye | None:
-        """As codec.decode_reply. Raises InvalidRequest for a token that there is not, too."""
-        reply = codec.decode_reply(frame)
+    def _decode_reply(self, frame: bytes) -> Reply | drafting_codec.Bye | None:
+        """As drafting_codec.decode_reply. Raises InvalidRequest for a token that there is not, too."""
+        reply = drafting_codec.decode_reply(frame)
         if self._tokens is not None and isinstance(reply, Draft):
             strange = reply.tokens[(reply.tokens < 0) | (reply.tokens >= self._tokens)]
             if len(strange):
                 raise InvalidRequest(f"token {strange[0]} of a vocabulary of {self._tokens}")
         return reply
 
-    def _refuse(self, what: str, why: str) -> None:
+    def _discard(self, what: str, why: str) -> None:
         """Count it. Raises LinkLost where it is the last strike."""
-        if what not in STRIKING:
-            count(logger, self.counters, f"drafter {self.hello.drafter}", what, why)
+        if what not in STRIKE_KINDS:
+            count_discarded(logger, self.counters, f"drafter {self.hello.drafter}", what, why)
         elif self.strike(why, what):
-            raise self._lost(f"quarantined after {STRIKES} strikes, the last: {what}: {why}")
+            raise self._lost(f"quarantined after {MAX_STRIKES} strikes, the last: {what}: {why}")
 
     def strike(self, why: str, what: str = "malformed") -> bool:
         """Count a reply that no honest drafter sends. True from the last strike on: the caller ends the link then."""
-        count(logger, self.counters, f"drafter {self.hello.drafter}", what, why)
+        count_discarded(logger, self.counters, f"drafter {self.hello.drafter}", what, why)
         self._strikes.append(self._now())
         return self._struck_out()
 
     def _struck_out(self) -> bool:
-        return len(self._strikes) == STRIKES and self._strikes[-1] - self._strikes[0] <= STRIKE_S
+        return (
+            len(self._strikes) == MAX_STRIKES
+            and self._strikes[-1] - self._strikes[0] <= STRIKE_WINDOW_S
+        )
 
     def _lost(self, why: str) -> LinkLost:
         return LinkLost(f"drafter {self.hello.drafter} is lost ({why})")
 
 
-def granted(budget: ReplyBudget, event: Event) -> bytes:
+def encode_granted(budget: ReplyBudget, event: Event) -> bytes:
     """The event's frame. What the drafter may answer to it is in the budget before it is sent."""
-    frame = codec.encode_event(event)
+    frame = drafting_codec.encode_event(event)
     budget.grant(event)
     return frame
 
@@ -223,7 +226,7 @@ class GrpcTarget:
         self._channel = channel(
             address, client_options(silence_ms), tls, own="gateway", peer="target"
         )
-        self._generate = self._channel.unary_stream(f"/{codec.TARGET}/Generate")
+        self._generate = self._channel.unary_stream(f"/{target_codec.TARGET_SERVICE}/Generate")
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
         """The output, piece by piece. Closing the iterator, or cancelling its reader, cancels the work at the target.
@@ -231,13 +234,13 @@ class GrpcTarget:
         Raises InvalidRequest, Overloaded, PairMismatch as the target does; TargetDied if it is lost while it holds the request;
         Unavailable if it cannot be reached, or refuses.
         """
-        call = self._generate(codec.encode_request(request))
+        call = self._generate(target_codec.encode_request(request))
         try:
             while (data := await call.read()) is not grpc.aio.EOF:
                 yield self._chunk(data)
         except grpc.aio.AioRpcError as error:
-            found = error_of(error, "the target")
-            if isinstance(found, Unavailable) and await died(call, error):
+            found = to_outrider_error(error, "the target")
+            if isinstance(found, Unavailable) and await target_died(call, error):
                 found = TargetDied(str(found))
             raise found from error
         finally:
@@ -245,7 +248,7 @@ class GrpcTarget:
 
     def _chunk(self, data: bytes) -> Chunk:
         try:
-            return codec.decode_chunk(data)
+            return target_codec.decode_chunk(data)
         except InvalidRequest as error:
             raise Unavailable(
                 f"the target answers nonsense ({error}): install the same version"
@@ -256,9 +259,9 @@ class GrpcTarget:
         await self._channel.close()
 
 
-async def died(call: Any, error: grpc.aio.AioRpcError) -> bool:
+async def target_died(call: Any, error: grpc.aio.AioRpcError) -> bool:
     """Tells whether the peer had taken the request, and has then been lost without a word."""
     if error.code() is not grpc.StatusCode.UNAVAILABLE:
         return False
     spoken = any(name == ERROR_NAME for name, _ in error.trailing_metadata() or ())
-    return not spoken and TAKEN in tuple(await call.initial_metadata())
+    return not spoken and REQUEST_TAKEN in tuple(await call.initial_metadata())

@@ -19,13 +19,16 @@ from runtime.core.errors import (
     Unavailable,
 )
 
-HANDSHAKE_S = 3.0  # a peer that has not said Hello by then is mute
-CONNECT_MS = (
+HANDSHAKE_TIMEOUT_S = 3.0  # a peer that has not said Hello by then is mute
+CONNECT_TIMEOUT_MS = (
     5000  # a connection that has not finished its TLS and HTTP/2 handshakes by then is closed
 )
-ADDRESS = re.compile(r"\b(?:ipv4|ipv6|unix):\S*[^\s:]")  # as gRPC writes them
-SAID = 500  # characters of a peer's own words that are passed on
-TAKEN = ("outrider-taken", "1")  # initial metadata: the target holds the request from now on
+PEER_ADDRESS = re.compile(r"\b(?:ipv4|ipv6|unix):\S*[^\s:]")  # as gRPC writes them
+MAX_PEER_CHARACTERS = 500  # characters of a peer's own words that are passed on
+REQUEST_TAKEN = (
+    "outrider-taken",
+    "1",
+)  # initial metadata: the target holds the request from now on
 ERROR_NAME = (
     "outrider-error"  # trailing metadata: the kind of error that the peer itself has raised
 )
@@ -76,7 +79,7 @@ def server_options(silence_ms: int) -> list[tuple[str, int]]:
         ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.so_reuseport", 0),
-        ("grpc.server_handshake_timeout_ms", CONNECT_MS),
+        ("grpc.server_handshake_timeout_ms", CONNECT_TIMEOUT_MS),
     ]
 
 
@@ -93,7 +96,7 @@ Item = TypeVar("Item")
 
 
 @asynccontextmanager
-async def aborting(context: Any) -> AsyncIterator[None]:
+async def abort_on_error(context: Any) -> AsyncIterator[None]:
     """Ends the RPC of this servicer context with the status that belongs to an OutriderError raised inside."""
     try:
         yield
@@ -106,18 +109,20 @@ async def aborting(context: Any) -> AsyncIterator[None]:
         await context.abort(STATUS.get(type(error), StatusCode.INTERNAL), str(error), metadata)
 
 
-def reason(error: grpc.aio.AioRpcError) -> str:
+def describe_status(error: grpc.aio.AioRpcError) -> str:
     """Without the addresses that gRPC puts into its own words: this goes into logs and answers."""
-    return f"{error.code().name}: {printable(ADDRESS.sub('the peer', error.details() or ''))}"
+    return f"{error.code().name}: {printable(PEER_ADDRESS.sub('the peer', error.details() or ''))}"
 
 
 def printable(said: str) -> str:
     """The words of a peer, fit for a line of a log: it cannot begin another one, nor move the cursor of who reads it."""
-    return "".join(character if character.isprintable() else " " for character in said[:SAID])
+    return "".join(
+        character if character.isprintable() else " " for character in said[:MAX_PEER_CHARACTERS]
+    )
 
 
-def error_of(error: grpc.aio.AioRpcError, peer: str) -> OutriderError:
-    """The error that `aborting` was given at the other end; Unavailable for all that gRPC itself has to say."""
+def to_outrider_error(error: grpc.aio.AioRpcError, peer: str) -> OutriderError:
+    """The error that `abort_on_error` was given at the other end; Unavailable for all that gRPC itself has to say."""
     match error.code():
         case StatusCode.INVALID_ARGUMENT:
             return InvalidRequest(
@@ -129,7 +134,7 @@ def error_of(error: grpc.aio.AioRpcError, peer: str) -> OutriderError:
             return PairMismatch(error.details())
         case _:
             return Unavailable(
-                f"{peer} cannot be reached or has failed ({reason(error)}): start it again"
+                f"{peer} cannot be reached or has failed ({describe_status(error)}): start it again"
             )
 
 

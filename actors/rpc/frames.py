@@ -13,13 +13,13 @@ from actors.rpc.common import printable
 from runtime.core.errors import InvalidRequest
 
 Item = TypeVar("Item")
-Refuse = Callable[[str, str], None]  # what had no effect, and why
+OnDiscard = Callable[[str, str], None]  # what had no effect, and why
 
-MOST = 64  # items that are taken from their source before the wire is ready for them
+MAX_COALESCED = 64  # items that are taken from their source before the wire is ready for them
 
 
 async def coalesce(
-    items: AsyncIterator[Item], most: int = MOST
+    items: AsyncIterator[Item], most: int = MAX_COALESCED
 ) -> AsyncGenerator[list[Item], None]:
     """All items in order, in lists of those that came while the list before was dealt with.
 
@@ -55,47 +55,51 @@ async def coalesce(
         await asyncio.gather(reading, return_exceptions=True)
 
 
-def encoded(values: Iterable[Item], encode: Callable[[Item], bytes], refuse: Refuse) -> list[bytes]:
+def encode_frames(
+    values: Iterable[Item], encode: Callable[[Item], bytes], discard: OnDiscard
+) -> list[bytes]:
     """The frames of these values, without those that the wire cannot carry: they are `unsent`."""
     found = []
     for value in values:
         try:
             found.append(encode(value))
         except InvalidRequest as error:
-            refuse("unsent", str(error))
+            discard("unsent", str(error))
     return found
 
 
-def decoded(
+def decode_frames(
     data: bytes,
     unbundle: Callable[[bytes], Sequence[bytes]],
     decode: Callable[[bytes], Item | None],
-    refuse: Refuse,
+    discard: OnDiscard,
 ) -> list[Item]:
     """The values in a message, without those that are `malformed` or of an `unknown` kind.
 
-    One that is refused spoils no other. What `refuse` raises is raised here.
+    One that is refused spoils no other. What `discard` raises is raised here.
     """
     try:
         frames = unbundle(data)
     except InvalidRequest as error:
-        refuse("malformed", str(error))
+        discard("malformed", str(error))
         return []
     found = []
     for frame in frames:
         try:
             value = decode(frame)
         except InvalidRequest as error:
-            refuse("malformed", str(error))
+            discard("malformed", str(error))
             continue
         if value is None:
-            refuse("unknown", "a frame of an unknown kind")
+            discard("unknown", "a frame of an unknown kind")
         else:
             found.append(value)
     return found
 
 
-def count(logger: logging.Logger, counters: Counter[str], who: str, what: str, why: str) -> None:
+def count_discarded(
+    logger: logging.Logger, counters: Counter[str], who: str, what: str, why: str
+) -> None:
     """Count something without effect. The log tells of the first of each kind: a peer cannot fill it."""
     counters[what] += 1
     level = logging.WARNING if counters[what] == 1 else logging.DEBUG

@@ -8,17 +8,17 @@ alone tells, before anything is decoded.
 
 from typing import NamedTuple
 
-from protos.codec import IDS, KEYS, SCORES
+from protos.drafting_codec import KEY_DTYPE, SCORE_DTYPE, TOKEN_DTYPE
 from runtime.core import limits
 from runtime.core.messages import AS_IT_LIKES, Close, Commit, Event, Open, Share, Style
 
-NODE_BYTES = KEYS.itemsize + IDS.itemsize + SCORES.itemsize
+NODE_BYTES = KEY_DTYPE.itemsize + TOKEN_DTYPE.itemsize + SCORE_DTYPE.itemsize
 FRAME_BYTES = 64  # of a frame without its nodes and the session's name
 # Frames after one event. A drafter sends ever more rarely (runtime.draft.draft_engine): its tree is full
 # after about 20.
-FRAMES = 32
+FRAMES_PER_EVENT = 32
 # Events whose grants may be left over: the answers to them may all be on their way at once.
-SAVED = 32
+MAX_SAVED_EVENTS = 32
 
 
 class Grant(NamedTuple):
@@ -32,7 +32,9 @@ class Grant(NamedTuple):
 
 
 # At the start of a connection.
-FIRST = Grant(FRAMES, FRAMES * FRAME_BYTES + limits.TREE_NODES * NODE_BYTES)
+INITIAL_GRANT = Grant(
+    FRAMES_PER_EVENT, FRAMES_PER_EVENT * FRAME_BYTES + limits.TREE_NODES * NODE_BYTES
+)
 
 
 class ReplyBudget:
@@ -44,7 +46,7 @@ class ReplyBudget:
     """
 
     def __init__(self) -> None:
-        self.frames, self.size = FIRST
+        self.frames, self.size = INITIAL_GRANT
         self.styles: dict[str, Style] = {}
         self.resting: set[str] = set()
 
@@ -62,10 +64,10 @@ class ReplyBudget:
                 self.resting.discard(session)
                 return
         style = self.styles.get(event.session, AS_IT_LIKES)
-        granted = granted_by(event.session, style, event.session in self.resting)
-        most = granted.times(SAVED * max(1, len(self.styles)))
-        self.frames = renewed(self.frames, granted.frames, most.frames)
-        self.size = renewed(self.size, granted.size, most.size)
+        granted = grant_for(event.session, style, event.session in self.resting)
+        most = granted.times(MAX_SAVED_EVENTS * max(1, len(self.styles)))
+        self.frames = replenish(self.frames, granted.frames, most.frames)
+        self.size = replenish(self.size, granted.size, most.size)
 
     def rest(self, share: Share) -> None:
         if share.of == 0:
@@ -82,7 +84,7 @@ class ReplyBudget:
         return True
 
 
-def granted_by(session: str, style: Style, resting: bool) -> Grant:
+def grant_for(session: str, style: Style, resting: bool) -> Grant:
     """What an event of this session grants.
 
     A resting drafter has only a Resync to send, until the text is sent to it again. A schedule may
@@ -93,10 +95,10 @@ def granted_by(session: str, style: Style, resting: bool) -> Grant:
     if resting:
         return Grant(1, frame)
     nodes = limits.TREE_NODES if style.width else limits.TREE_NODES // 2
-    return Grant(FRAMES, FRAMES * frame + nodes * NODE_BYTES)
+    return Grant(FRAMES_PER_EVENT, FRAMES_PER_EVENT * frame + nodes * NODE_BYTES)
 
 
-def renewed(left: int, granted: int, most: int) -> int:
+def replenish(left: int, granted: int, most: int) -> int:
     """`left` and what is granted, at most `most`.
 
     What was saved while more sessions were under way goes down to that step by step: answers to

@@ -13,15 +13,15 @@ from grpc_reflection.v1alpha import reflection
 from actors.rpc.common import (
     CALLER_SILENCE_MS,
     DRAFTER_SILENCE_MS,
-    HANDSHAKE_S,
-    TAKEN,
-    aborting,
+    HANDSHAKE_TIMEOUT_S,
+    REQUEST_TAKEN,
+    abort_on_error,
     closing,
     server_options,
 )
-from actors.rpc.frames import coalesce, count, decoded, encoded
-from actors.rpc.tls import only, server_credentials
-from protos import bundle, codec
+from actors.rpc.frames import coalesce, count_discarded, decode_frames, encode_frames
+from actors.rpc.tls import require_role, server_credentials
+from protos import bundle, drafting_codec, target_codec
 from protos.handshake import Hello, mismatch
 from runtime.config import TlsConfig
 from runtime.core import limits
@@ -31,12 +31,12 @@ from runtime.core.messages import Chunk, Event, Request
 
 logger = logging.getLogger(__name__)
 
-CALLS = (
+MAX_CALLS = (
     2 * limits.SESSIONS
 )  # at one time, of all kinds: the bodies refuse sessions themselves, with a better message
 
 
-class Generator(Protocol):
+class TargetBackend(Protocol):
     """A target, seen from its callers."""
 
     def generate(self, request: Request) -> AsyncIterator[Chunk]: ...
@@ -48,9 +48,11 @@ class DraftingService:
     counters  what had no effect, by reason: `malformed` and `unknown` events, `unsent` replies, `refused` handshakes
     """
 
-    name = codec.DRAFTING
+    name = drafting_codec.DRAFTING_SERVICE
 
-    def __init__(self, body: DraftLink, hello: Hello, handshake_s: float = HANDSHAKE_S) -> None:
+    def __init__(
+        self, body: DraftLink, hello: Hello, handshake_s: float = HANDSHAKE_TIMEOUT_S
+    ) -> None:
         self.body = body
         self.hello = hello
         self.counters: Counter[str] = Counter()
@@ -59,26 +61,26 @@ class DraftingService:
     def handler(self, secured: bool = False) -> grpc.GenericRpcHandler:
         """With `secured`, for targets alone."""
         # Bytes in and out: a frame that does not parse must not end the stream.
-        method = only("target", self._speculate) if secured else self._speculate
+        method = require_role("target", self._speculate) if secured else self._speculate
         return grpc.method_handlers_generic_handler(
             self.name, {"Speculate": grpc.stream_stream_rpc_method_handler(method)}
         )
 
     async def _speculate(self, _: AsyncIterator[bytes], context: Any) -> None:
-        async with aborting(context):
-            await self._greet(context)
+        async with abort_on_error(context):
+            await self._handshake(context)
             async with (
                 closing(self.body.speculate(self._events(context))) as replies,
                 closing(coalesce(replies)) as waiting,
             ):
                 async for some in waiting:
-                    for data in bundle.from_drafter(
-                        encoded(some, codec.encode_reply, self._refuse)
+                    for data in bundle.bundle_replies(
+                        encode_frames(some, drafting_codec.encode_reply, self._discard)
                     ):
                         await context.write(data)
-            await context.write(codec.encode_reply(codec.Bye()))
+            await context.write(drafting_codec.encode_reply(drafting_codec.Bye()))
 
-    async def _greet(self, context: Any) -> None:
+    async def _handshake(self, context: Any) -> None:
         """Raises InvalidRequest and PairMismatch. The own Hello is sent only where the target's fits."""
         try:
             async with asyncio.timeout(self._handshake_s):
@@ -89,46 +91,46 @@ class DraftingService:
             ) from error
         if data is grpc.aio.EOF:
             raise InvalidRequest("the stream ended before its hello: send it first")
-        if (why := mismatch(codec.decode_hello_to_drafter(data), self.hello)) is not None:
-            self._refuse("refused", why)
+        if (why := mismatch(drafting_codec.decode_hello_to_drafter(data), self.hello)) is not None:
+            self._discard("refused", why)
             raise PairMismatch(why)
-        await context.write(codec.encode_hello_from_drafter(self.hello))
+        await context.write(drafting_codec.encode_hello_from_drafter(self.hello))
 
     async def _events(self, context: Any) -> AsyncGenerator[Event, None]:
         while (data := await context.read()) is not grpc.aio.EOF:
-            events: list[Event] = decoded(
-                data, bundle.frames_to_drafter, codec.decode_event, self._refuse
+            events: list[Event] = decode_frames(
+                data, bundle.unbundle_events, drafting_codec.decode_event, self._discard
             )
             for event in events:
                 yield event
 
-    def _refuse(self, what: str, why: str) -> None:
-        count(logger, self.counters, "a target", what, why)
+    def _discard(self, what: str, why: str) -> None:
+        count_discarded(logger, self.counters, "a target", what, why)
 
 
 class TargetService:
     """Serves a target. The body's iterator is closed when the caller has gone."""
 
-    name = codec.TARGET
+    name = target_codec.TARGET_SERVICE
 
-    def __init__(self, body: Generator) -> None:
+    def __init__(self, body: TargetBackend) -> None:
         self.body = body
 
     def handler(self, secured: bool = False) -> grpc.GenericRpcHandler:
         """With `secured`, for gateways alone."""
-        method = only("gateway", self._generate) if secured else self._generate
+        method = require_role("gateway", self._generate) if secured else self._generate
         return grpc.method_handlers_generic_handler(
             self.name, {"Generate": grpc.unary_stream_rpc_method_handler(method)}
         )
 
     async def _generate(self, data: bytes, context: Any) -> None:
-        await context.send_initial_metadata((TAKEN,))
+        await context.send_initial_metadata((REQUEST_TAKEN,))
         async with (
-            aborting(context),
-            closing(self.body.generate(codec.decode_request(data))) as chunks,
+            abort_on_error(context),
+            closing(self.body.generate(target_codec.decode_request(data))) as chunks,
         ):
             async for chunk in chunks:
-                await context.write(codec.encode_chunk(chunk))
+                await context.write(target_codec.encode_chunk(chunk))
 
 
 async def serve(
@@ -148,7 +150,7 @@ async def serve(
         None if tls is None else server_credentials(tls, "target" if for_callers else "drafter")
     )
     options = server_options(CALLER_SILENCE_MS if for_callers else DRAFTER_SILENCE_MS)
-    server = grpc.aio.server(options=options, maximum_concurrent_rpcs=CALLS)
+    server = grpc.aio.server(options=options, maximum_concurrent_rpcs=MAX_CALLS)
     server.add_generic_rpc_handlers(
         [service.handler(secured=tls is not None) for service in services]
     )

@@ -22,7 +22,7 @@ from runtime.core.errors import InvalidRequest
 
 Role = Literal["target", "drafter", "gateway"]
 ROLES: tuple[Role, ...] = get_args(Role)
-SCHEME = "outrider://"
+URI_SCHEME = "outrider://"
 ALTERNATIVE_NAMES = (
     "x509_subject_alternative_name"  # gRPC's name for what a peer's certificate is made out to
 )
@@ -33,11 +33,11 @@ log = logging.getLogger(__name__)
 Method = Callable[[Any, Any], Awaitable[None]]
 
 
-def uri(role: Role, name: str) -> str:
-    return f"{SCHEME}{role}/{name}"
+def role_uri(role: Role, name: str) -> str:
+    return f"{URI_SCHEME}{role}/{name}"
 
 
-def host_name(role: Role) -> str:
+def role_host_name(role: Role) -> str:
     """What a client takes the name of its server to be, whatever address it is at."""
     return f"{role}.outrider.internal"
 
@@ -45,7 +45,9 @@ def host_name(role: Role) -> str:
 def roles_in(names: Iterable[str]) -> frozenset[Role]:
     """Roles among the names that a certificate is made out to."""
     said = {
-        name.removeprefix(SCHEME).partition("/")[0] for name in names if name.startswith(SCHEME)
+        name.removeprefix(URI_SCHEME).partition("/")[0]
+        for name in names
+        if name.startswith(URI_SCHEME)
     }
     return frozenset(role for role in ROLES if role in said)
 
@@ -59,10 +61,10 @@ def channel(
     """
     if tls is None:
         return grpc.aio.insecure_channel(address, options)
-    ca, cert, key = read(tls, own)
+    ca, cert, key = read_credentials(tls, own)
     credentials = grpc.ssl_channel_credentials(ca, key, cert)
     return grpc.aio.secure_channel(
-        address, credentials, [*options, ("grpc.ssl_target_name_override", host_name(peer))]
+        address, credentials, [*options, ("grpc.ssl_target_name_override", role_host_name(peer))]
     )
 
 
@@ -72,7 +74,7 @@ def server_credentials(tls: TlsConfig, own: Role) -> grpc.ServerCredentials:
     The files are read again for every connection: new ones are used from then on, without a restart.
     """
 
-    used = read(tls, own)
+    used = read_credentials(tls, own)
 
     def configuration() -> grpc.ServerCertificateConfiguration:
         ca, cert, key = used
@@ -82,7 +84,7 @@ def server_credentials(tls: TlsConfig, own: Role) -> grpc.ServerCredentials:
         """None where nothing is new: gRPC 1.85 ends the process (SIGSEGV) where one is replaced during the handshake of another caller."""
         nonlocal used
         try:
-            found = read(tls, own)
+            found = read_credentials(tls, own)
         except InvalidRequest as error:
             log.warning("the certificates of before stay in use: %s", error)
             return None
@@ -96,7 +98,7 @@ def server_credentials(tls: TlsConfig, own: Role) -> grpc.ServerCredentials:
     )
 
 
-def only(role: Role, method: Method) -> Method:
+def require_role(role: Role, method: Method) -> Method:
     """The method of a servicer, for callers whose certificate says that they are a `role`: PERMISSION_DENIED for all others."""
 
     async def guarded(request: Any, context: Any) -> None:
@@ -116,14 +118,14 @@ def only(role: Role, method: Method) -> Method:
     return guarded
 
 
-def read(tls: TlsConfig, own: Role) -> tuple[bytes, bytes, bytes]:
+def read_credentials(tls: TlsConfig, own: Role) -> tuple[bytes, bytes, bytes]:
     """Certificates of the authority, own certificate, own key, in PEM. "{role}" in a path stands for `own`.
 
     Raises InvalidRequest for what would only fail at the first handshake, where nobody sees why: a file that is missing or no PEM, a
     key of another certificate, a certificate of another role or one that has run out.
     """
     ca, cert, key = (Path(str(path).replace("{role}", own)) for path in (tls.ca, tls.cert, tls.key))
-    found = pem(ca), pem(cert), pem(key)
+    found = read_pem(ca), read_pem(cert), read_pem(key)
     try:
         x509.load_pem_x509_certificates(found[0])
         certificate = x509.load_pem_x509_certificate(found[1])
@@ -152,7 +154,7 @@ def read(tls: TlsConfig, own: Role) -> tuple[bytes, bytes, bytes]:
     return found
 
 
-def pem(file: Path) -> bytes:
+def read_pem(file: Path) -> bytes:
     try:
         with file.open("rb") as opened:
             return opened.read(PEM_BYTES)
@@ -163,7 +165,7 @@ def pem(file: Path) -> bytes:
         ) from error
 
 
-def warn_if_open(nodes: Iterable[str], tls: TlsConfig | None) -> None:
+def warn_if_plaintext(nodes: Iterable[str], tls: TlsConfig | None) -> None:
     """One line in the log where actors of several nodes talk in the clear. An empty name is no node of a cluster."""
     count = len({node for node in nodes if node})
     if tls is None and count > 1:

@@ -12,7 +12,7 @@ from actors.rpc.endpoints import ActorLocation
 
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
 Victim = tuple[str, int]  # name and incarnation
-MemberState = TypeVar("MemberState", TargetState, DrafterState)
+State = TypeVar("State", TargetState, DrafterState)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +24,10 @@ class Fault:
     address: str
 
 
-def next_fault(fleet: Fleet, already_hit: Collection[Victim], draw: random.Random) -> Fault | None:
-    """Against any member that serves and was not already_hit yet in this life. The last such target is spared: there must be something to go on
+def next_fault(fleet: Fleet, struck: Collection[Victim], draw: random.Random) -> Fault | None:
+    """Against any member that serves and was not struck yet in this life. The last such target is spared: there must be something to go on
     at. None where nobody is left."""
-    targets, drafters = healthy(fleet.targets, already_hit), healthy(fleet.drafters, already_hit)
+    targets, drafters = whole(fleet.targets, struck), whole(fleet.drafters, struck)
     chosen: list[TargetState | DrafterState] = [*(targets if len(targets) > 1 else []), *drafters]
     if not chosen:
         return None
@@ -36,21 +36,21 @@ def next_fault(fleet: Fleet, already_hit: Collection[Victim], draw: random.Rando
     return Fault(state.name, state.incarnation, role, draw.choice(SIGNALS), state.address)
 
 
-def healthy(members: Sequence[MemberState], already_hit: Collection[Victim]) -> list[MemberState]:
+def whole(members: Sequence[State], struck: Collection[Victim]) -> list[State]:
     return [
         state
         for state in members
-        if state.state == "ready" and (state.name, state.incarnation) not in already_hit
+        if state.state == "ready" and (state.name, state.incarnation) not in struck
     ]
 
 
-def inject(fault: Fault, places: Mapping[str, ActorLocation]) -> bool:
+def inject(blow: Fault, places: Mapping[str, ActorLocation]) -> bool:
     """False where the process is not there any more."""
-    place = places.get(fault.name)
-    if place is None or place.address != fault.address:
+    place = places.get(blow.name)
+    if place is None or place.address != blow.address:
         return False
     try:
-        os.kill(place.pid, fault.signal)
+        os.kill(place.pid, blow.signal)
     except ProcessLookupError:
         return False
     return True

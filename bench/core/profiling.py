@@ -11,15 +11,15 @@ from runtime.core.sampling_params import Sampling
 
 TARGET_ROWS = (1, 2, 4, 8, 16, 32, 64)
 DRAFT_ROWS = (1, 2, 4, 8, 16, 32)
-TEXT_COUNT = 8
+TEXTS = 8
 REPEATS = 7
-BANDWIDTH_NUMBERS = (
+STREAM = (
     1 << 26
 )  # float32 numbers read at once to find the memory's bandwidth: more than any cache holds
 
 
 @dataclass(frozen=True, slots=True)
-class ProfileJob:
+class Job:
     target: str
     draft: str
     dtype: str
@@ -27,14 +27,14 @@ class ProfileJob:
 
 
 @dataclass(frozen=True, slots=True)
-class ProfileResult:
+class PairProfile:
     """`parameters` of target and draft."""
 
     profile: Profile
     parameters: tuple[int, int]
 
 
-def profile_pair(job: ProfileJob) -> ProfileResult:
+def measure(job: Job) -> PairProfile:
     """Stays on its core from then on: to be called in a process of its own (bench/core/subprocess_call.py)."""
     os.sched_setaffinity(0, (job.core,))
     from runtime.models.loader import load_model
@@ -47,13 +47,13 @@ def profile_pair(job: ProfileJob) -> ProfileResult:
     profile = Profile(
         target=step_times(target, TARGET_ROWS, time.monotonic, REPEATS),
         draft=step_times(draft, DRAFT_ROWS, time.monotonic, REPEATS),
-        floor=size / memory_bandwidth(),
-        text=text_time(target, TEXT_COUNT, time.monotonic, REPEATS),
+        floor=size / bandwidth(),
+        text=text_time(target, TEXTS, time.monotonic, REPEATS),
     )
-    return ProfileResult(profile, (target.module.num_parameters(), draft.module.num_parameters()))
+    return PairProfile(profile, (target.module.num_parameters(), draft.module.num_parameters()))
 
 
-def median_profile(profiles: Sequence[Profile]) -> Profile:
+def middle(profiles: Sequence[Profile]) -> Profile:
     """The medians of what was measured at several times: on a shared machine a core may be twice as fast in one minute as in the next."""
 
     def times(of: Callable[[Profile], dict[int, float]]) -> dict[int, float]:
@@ -77,20 +77,20 @@ def median_profile(profiles: Sequence[Profile]) -> Profile:
 
 
 @dataclass(frozen=True, slots=True)
-class AnsweredRuns:
+class Answered:
     """`runs` of plain decoding. `seed`: of their first repetition."""
 
-    job: ProfileJob
+    job: Job
     seed: int
     runs: tuple[Run, ...]
 
 
-def measure_acceptance(answered: AnsweredRuns) -> tuple[Acceptance, ...]:
+def acceptance(answered: Answered) -> tuple[Acceptance, ...]:
     """What the draft guesses along these answers, by temperature and batch; a text that was repeated counts once. As `measure`, for a
     process of its own."""
     job, firsts = answered.job, [run for run in answered.runs if run.repetition == 0]
     os.sched_setaffinity(0, (job.core,))
-    from runtime.models.acceptance import along
+    from runtime.models.acceptance import replay_draft
     from runtime.models.loader import load_model
     from runtime.sim.pair_profile import positions
 
@@ -102,7 +102,9 @@ def measure_acceptance(answered: AnsweredRuns) -> tuple[Acceptance, ...]:
             if (run.temperature, run.batch) == (temperature, batch)
             for answer in run.answers
         ]
-        guessed = along(draft, answers, Sampling(temperature=temperature, seed=answered.seed))
+        guessed = replay_draft(
+            draft, answers, Sampling(temperature=temperature, seed=answered.seed)
+        )
         place = positions(guessed.ranks, guessed.scores)
         found.append(
             Acceptance(temperature=temperature, batch=batch, ranks=guessed.rates(), positions=place)
@@ -110,11 +112,11 @@ def measure_acceptance(answered: AnsweredRuns) -> tuple[Acceptance, ...]:
     return tuple(found)
 
 
-def memory_bandwidth() -> float:
+def bandwidth() -> float:
     """Bytes per second that one core reads from memory, in order."""
     import torch
 
-    numbers = torch.ones(BANDWIDTH_NUMBERS)
+    numbers = torch.ones(STREAM)
     seconds = []
     for _ in range(REPEATS):
         began = time.monotonic()

@@ -35,7 +35,7 @@ class PairFacts(Strict):
     dtype: str
 
 
-class RunSettings(Strict):
+class Settings(Strict):
     prompts: str  # where they are from
     count: int
     new_tokens: int
@@ -146,7 +146,7 @@ class Profile(Strict):
     text: float | None = None
 
 
-class SweepResult(Strict):
+class Tried(Strict):
     """A setting that the sweep tried, on prompts that were not measured later; `name` is the method's if it was the best."""
 
     name: str
@@ -168,10 +168,10 @@ class Results(Strict):
     name: str
     machine: Machine
     pair: PairFacts
-    settings: RunSettings
+    settings: Settings
     methods: tuple[MethodFacts, ...]
     profile: Profile = Profile()
-    sweep: tuple[SweepResult, ...] = ()
+    sweep: tuple[Tried, ...] = ()
     runs: tuple[Run, ...] = ()
     forecasts: tuple[Forecast, ...] = ()
 
@@ -191,7 +191,7 @@ def steps_of(stats: Stats, lead: float | None = None) -> Steps:
     )
 
 
-def write_results(results: Results, file: Path) -> None:
+def write(results: Results, file: Path) -> None:
     """Replaces the file at once: who reads or interrupts sees the old content or the new."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
@@ -199,7 +199,7 @@ def write_results(results: Results, file: Path) -> None:
     partial.replace(file)
 
 
-def read_results(file: Path) -> Results:
+def read(file: Path) -> Results:
     try:
         return Results.model_validate_json(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -11,9 +11,9 @@ class Paper:
     method: str
     title: str
     source: str
-    min_speed_up: float | None
+    least: float | None
     reported: str
-    setup: str
+    where: str
     difference: str
 
 

@@ -14,69 +14,62 @@ from bench.core.loop import cases, rounds
 from bench.core.machine import machine, two_cores
 from bench.core.methods import FIRST, Method, OutriderMethod
 from bench.core.options import RESULTS
-from bench.core.outrider_runner import ModelPair, OutriderRunner, running_cluster
-from bench.core.prompts import Prompt, encode_prompts, held_out_prompts, read_prompts
+from bench.core.outrider_runner import OutriderRunner, Pair, running
+from bench.core.prompts import Prompt, encode, from_file, held_out
 from bench.core.subprocess_call import call_in_subprocess
-from bench.core.widen import widen_head, widen_to_small
-from bench.methods.method_goals import MODEL, WITH_MODEL, goals_grid
-from bench.methods.method_stats import MethodStats, add_run
-from bench.methods.methods_report import (
-    PLAIN,
-    Study,
-    draw_methods,
-    methods_grid,
-    methods_page,
-    papers_grid,
-)
-from bench.methods.weights import Cost, card_value, count_parameters, training_cost
+from bench.core.widen import widened_head, widened_small
+from bench.methods.method_goals import BESIDE, MODEL, verdicts
+from bench.methods.method_stats import MethodStats, add
+from bench.methods.methods_report import PLAIN, Study, draw, methods, page, papers
+from bench.methods.weights import Cost, line_of, parameters, training_of
 from runtime import config
 from runtime.core.errors import Unavailable
 from runtime.heads.token_recycling import TokenRecycling
-from runtime.models.layer_subset import every_second
+from runtime.models.layer_subset import every_second_layer
 from runtime.models.loader import load_tokenizer, read_config, read_json
 
 DRAFTERS = (MODEL, "ngram", "layer-skip")  # and, where they ship, those that were trained
 HEADS = ("token-recycling", "medusa", "hidden-transfer")
 UNTRAINED = ("ngram", "layer-skip", "token-recycling")
-LEARNING_PROMPTS = (
+LEARNING = (
     2  # prompts from which each method learns what its guesses are worth; they are not measured
 )
 NEW_TOKENS = 96
 TEMPERATURES = (0.0, 0.8)
 SHIPPED = "the target that ships"
-LAYERS_FILE = (
+LAYERS = (
     RESULTS / "layers.json"
 )  # as `outrider tune layers` has found them for the target that ships
-SHARED_FOLDER = Path(__file__).parents[3] / "shared"
-OTHER_PAIRS = (
+SHARED = Path(__file__).parents[3] / "shared"
+OTHERS = (
     ("babyllama361-as105", "babyllama105"),
     ("stories260K", "llama2xs-500it"),
 )  # targets and drafts in SHARED / "models"
-STORY_PROMPTS = SHARED_FOLDER / "prompts" / "tinystories_20_openings.json"
-STORY_COUNT, MAX_PROMPT_TOKENS = 2, 128  # prompts of each of these that are measured; tokens of one
+STORIES = SHARED / "prompts" / "tinystories_20_openings.json"
+FEW, LONGEST = 2, 128  # prompts of each of these that are measured; tokens of one
 
 
 @dataclass(frozen=True, slots=True)
-class StudyTarget:
+class Bench:
     """One target to be measured. `source`: its folder before it was widened; the first LEARNING of the `prompts` are not measured."""
 
     name: str
     source: Path
-    pair: ModelPair
+    pair: Pair
     prompts: Sequence[Prompt]
-    method_names: Sequence[str]
+    which: Sequence[str]
 
     @property
     def about(self) -> str:
         model = read_config(Path(self.pair.target), self.pair.target)
         return (
             f"{self.source.name}, widened to {model.hidden_size}x{model.num_hidden_layers} without changing its function "
-            f"({count_parameters(Path(self.pair.target)) / 1e6:.0f} million parameters), float32; draft model: {Path(self.pair.draft).name}. "
-            f"{len(self.prompts) - LEARNING_PROMPTS} prompts, {NEW_TOKENS} new tokens, all methods in turns."
+            f"({parameters(Path(self.pair.target)) / 1e6:.0f} million parameters), float32; draft model: {Path(self.pair.draft).name}. "
+            f"{len(self.prompts) - LEARNING} prompts, {NEW_TOKENS} new tokens, all methods in turns."
         )
 
 
-def methods_of(which: Sequence[str]) -> list[Method]:
+def ways(which: Sequence[str]) -> list[Method]:
     """Plain decoding; the model; each other way to guess alone, then beside the model; and what costs next to nothing together with it."""
 
     def guessing(*names: str) -> OutriderMethod:
@@ -88,26 +81,26 @@ def methods_of(which: Sequence[str]) -> list[Method]:
 
     others = [name for name in which if name != MODEL]
     together = Method(
-        f"{WITH_MODEL}ngram + token-recycling", guessing(MODEL, "ngram", "token-recycling")
+        f"{BESIDE}ngram + token-recycling", guessing(MODEL, "ngram", "token-recycling")
     )
     alone = [Method(name, guessing(name)) for name in (MODEL, *others)]
-    beside = [Method(WITH_MODEL + name, guessing(MODEL, name)) for name in others]
+    beside = [Method(BESIDE + name, guessing(MODEL, name)) for name in others]
     return [Method(PLAIN, OutriderMethod("plain")), *alone, *beside, together]
 
 
-def measure_rounds(
+def measured(
     cluster: OutriderRunner,
     plan: Sequence[loop.Round],
     note: str,
     found: dict[tuple[str, float], MethodStats],
 ) -> None:
-    with loop.progress_bar() as progress:
+    with loop.bar() as progress:
         task = progress.add_task(note, total=sum(len(round_.methods) for round_ in plan))
         for round_ in plan:
             temperature, outputs = round_.case.sampling.temperature, {}
             for method in round_.methods:
                 progress.update(task, description=f"{note}: {method.name}")
-                before = proposed_nodes(cluster)
+                before = proposed(cluster)
                 try:
                     outcome = cluster.run(method, round_.case.prompts, round_.case.sampling)
                 except Unavailable as error:  # of one prompt: the others are measured all the same
@@ -116,84 +109,83 @@ def measure_rounds(
                     )
                     continue
                 nodes = {
-                    who: count - before.get(who, 0)
-                    for who, count in proposed_nodes(cluster).items()
+                    who: count - before.get(who, 0) for who, count in proposed(cluster).items()
                 }
                 one = found.setdefault(
                     (method.name, temperature), MethodStats(method.name, temperature)
                 )
-                add_run(one, round_.case.name, outcome, cluster.recordings, cluster.learned, nodes)
+                add(one, round_.case.name, outcome, cluster.recordings, cluster.learned, nodes)
                 outputs[method.name] = outcome.outputs
                 progress.advance(task)
             for name, output in outputs.items():
                 found[name, temperature].same &= output == outputs[PLAIN]
 
 
-def proposed_nodes(cluster: OutriderRunner) -> dict[str, int]:
+def proposed(cluster: OutriderRunner) -> dict[str, int]:
     """Nodes that were new to the target's trees since its start, by who guessed."""
     report = ray.get(cluster.targets[FIRST].report.remote())
     return {who: guesses.proposed for who, guesses in report.guesses.items()}
 
 
-def study_targets(count: int) -> list[StudyTarget]:
+def benches(count: int) -> list[Bench]:
     cores = two_cores()
     shipped = Path(config.shipped("target"))
-    target = call_in_subprocess(widen_to_small, (str(shipped), "float32"))
+    target = call_in_subprocess(widened_small, (str(shipped), "float32"))
     trained = {
         name: folder for name in HEADS if (folder := shipped.parent / "heads" / name).is_dir()
     }
     heads = {
-        name: str(widen_head(trained[name], target)) if name in trained else "" for name in HEADS
+        name: str(widened_head(trained[name], target)) if name in trained else "" for name in HEADS
     }
     others = {
-        name: str(widen_head(folder, target))
+        name: str(widened_head(folder, target))
         for name in sorted(config.TRAINED)
         if (folder := shipped.parent / name).is_dir()
     }
-    layers = config.layers_of(str(LAYERS_FILE)) or every_second(read_config(shipped, shipped.name))
-    pair = ModelPair(
+    layers = config.layers_of(str(LAYERS)) or every_second_layer(read_config(shipped, shipped.name))
+    pair = Pair(
         str(target), config.shipped("draft"), "float32", cores, heads, tuple(layers), others
     )
     found = [
-        StudyTarget(
+        Bench(
             SHIPPED,
             shipped,
             pair,
-            held_out_prompts(load_tokenizer(str(target)), LEARNING_PROMPTS + count, 2),
+            held_out(load_tokenizer(str(target)), LEARNING + count, 2),
             (*DRAFTERS, *others, *HEADS),
         )
     ]
-    for name, draft in OTHER_PAIRS:
-        source, small = SHARED_FOLDER / "models" / name, SHARED_FOLDER / "models" / draft
-        if source.is_dir() and small.is_dir() and STORY_PROMPTS.is_file():
-            target = call_in_subprocess(widen_to_small, (str(source), "float32"))
-            openings = encode_prompts(
-                load_tokenizer(str(target)), read_prompts(STORY_PROMPTS), MAX_PROMPT_TOKENS
-            )[: LEARNING_PROMPTS + min(count, STORY_COUNT)]
-            layers = every_second(read_config(source, name))
-            pair = ModelPair(
+    for name, draft in OTHERS:
+        source, small = SHARED / "models" / name, SHARED / "models" / draft
+        if source.is_dir() and small.is_dir() and STORIES.is_file():
+            target = call_in_subprocess(widened_small, (str(source), "float32"))
+            openings = encode(load_tokenizer(str(target)), from_file(STORIES), LONGEST)[
+                : LEARNING + min(count, FEW)
+            ]
+            layers = every_second_layer(read_config(source, name))
+            pair = Pair(
                 str(target), str(small), "float32", cores, {"token-recycling": ""}, tuple(layers)
             )
-            found.append(StudyTarget(name, source, pair, openings, (MODEL, *UNTRAINED)))
+            found.append(Bench(name, source, pair, openings, (MODEL, *UNTRAINED)))
     return found
 
 
-def costs_of(bench: StudyTarget) -> dict[str, Cost]:
+def costs(bench: Bench) -> dict[str, Cost]:
     """By method, in the order of the table."""
     target, pair = Path(bench.pair.target), bench.pair
     model = read_config(target, pair.target)
     table = TokenRecycling(model.vocab_size)
     own = (
-        card_value(Path(config.shipped("target")).parent / "README.md", "trained on", column=2)
+        line_of(Path(config.shipped("target")).parent / "README.md", "trained on", column=2)
         if pair.draft == config.shipped("draft")
         else ""
     )
-    searched = bench.name == SHIPPED and LAYERS_FILE.is_file()
+    searched = bench.name == SHIPPED and LAYERS.is_file()
     known = {
-        MODEL: Cost(2 * count_parameters(Path(pair.draft)), own or "by others"),
+        MODEL: Cost(2 * parameters(Path(pair.draft)), own or "by others"),
         "ngram": Cost(0, "none"),
         "layer-skip": Cost(
-            2 * count_parameters(target, pair.layers),
+            2 * parameters(target, pair.layers),
             "a search" if searched else "none: every second layer",
         ),
         "token-recycling": Cost(table.tokens.nbytes + table.scores.nbytes, "none"),
@@ -201,19 +193,18 @@ def costs_of(bench: StudyTarget) -> dict[str, Cost]:
     for name, folder in pair.heads.items():
         if folder:
             known[name] = Cost(
-                4 * count_parameters(Path(folder)),
-                training_cost(Path(config.shipped("target")).parent / "heads" / name),
+                4 * parameters(Path(folder)),
+                training_of(Path(config.shipped("target")).parent / "heads" / name),
             )
     for name, folder in pair.trained.items():
         stay = read_json(Path(folder) / "config.json", folder)["settings"]["layers"]
         known[name] = Cost(
-            2 * count_parameters(target, stay),
-            training_cost(Path(config.shipped("target")).parent / name),
+            2 * parameters(target, stay), training_of(Path(config.shipped("target")).parent / name)
         )
-    return {name: known[name] for name in bench.method_names}
+    return {name: known[name] for name in bench.which}
 
 
-def rounds_of(prompts: Sequence[Prompt], which: Sequence[Method]) -> list[loop.Round]:
+def plan_of(prompts: Sequence[Prompt], which: Sequence[Method]) -> list[loop.Round]:
     """Every text goes on for NEW_TOKENS, also where the target would end it: one that ends at once tells nothing."""
     every = cases(prompts, 1, TEMPERATURES, 1, NEW_TOKENS, 1)
     return rounds(
@@ -221,17 +212,17 @@ def rounds_of(prompts: Sequence[Prompt], which: Sequence[Method]) -> list[loop.R
     )
 
 
-def run_study(bench: StudyTarget) -> Study:
-    which = methods_of(bench.method_names)
+def study(bench: Bench) -> Study:
+    which = ways(bench.which)
     found: dict[tuple[str, float], MethodStats] = {}
-    learned, measuring = bench.prompts[:LEARNING_PROMPTS], bench.prompts[LEARNING_PROMPTS:]
-    with running_cluster(bench.pair, which) as cluster:
-        measure_rounds(cluster, rounds_of(learned, which), f"{bench.name}: learning", {})
-        measure_rounds(cluster, rounds_of(measuring, which), bench.name, found)
-    return Study(bench.name, bench.about, tuple(found.values()), costs_of(bench))
+    learned, measuring = bench.prompts[:LEARNING], bench.prompts[LEARNING:]
+    with running(bench.pair, which) as cluster:
+        measured(cluster, plan_of(learned, which), f"{bench.name}: learning", {})
+        measured(cluster, plan_of(measuring, which), bench.name, found)
+    return Study(bench.name, bench.about, tuple(found.values()), costs(bench))
 
 
-def write_study(studies: Sequence[Study], folder: Path) -> Path:
+def write(studies: Sequence[Study], folder: Path) -> Path:
     """methods.json, methods.md and methods.png; returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = machine(2)
@@ -240,8 +231,8 @@ def write_study(studies: Sequence[Study], folder: Path) -> Path:
         "studies": [asdict(one) for one in studies],
     }
     (folder / "methods.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    draw_methods(studies[0], folder / "methods.png")
-    (folder / "methods.md").write_text(methods_page(studies, facts, "methods.png"), "utf-8")
+    draw(studies[0], folder / "methods.png")
+    (folder / "methods.md").write_text(page(studies, facts, "methods.png"), "utf-8")
     return folder / "methods.md"
 
 
@@ -253,15 +244,13 @@ def main() -> None:
     arguments = parser.parse_args()
     console, studies = Console(), []
     with console.status("widening targets and heads"):
-        chosen = study_targets(arguments.count)[: 1 if arguments.shipped else None]
+        chosen = benches(arguments.count)[: 1 if arguments.shipped else None]
     for bench in chosen:
-        studies.append(run_study(bench))
-        file = write_study(
-            studies, arguments.folder
-        )  # after each: an interruption loses one target
+        studies.append(study(bench))
+        file = write(studies, arguments.folder)  # after each: an interruption loses one target
     for one in studies:
         for temperature in one.temperatures:
-            console.print(methods_grid(one, temperature).terminal())
-    console.print(goals_grid(studies[0].by_temperature).terminal())
-    console.print(papers_grid(studies[0]).terminal())
+            console.print(methods(one, temperature).terminal())
+    console.print(verdicts(studies[0].by_temperature).terminal())
+    console.print(papers(studies[0]).terminal())
     console.print(file)

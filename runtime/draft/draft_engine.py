@@ -100,16 +100,16 @@ class DraftEngine:
 
     def grow(self) -> bool:
         """One pass of the method over all sessions; False where there is nothing to expand until the next event."""
-        wishes = self.plan()
-        self.send_rest(wishes)
-        if wishes:
+        requests = self.plan()
+        self.send_rest(requests)
+        if requests:
             began = self.clock()
-            answers = self.ask(wishes)
+            answers = self.ask(requests)
             self.passes += 1
             self.computed += self.clock() - began
-            self.add(wishes, answers)
-            self.record(wishes, began)
-        return bool(wishes)
+            self.add(requests, answers)
+            self.record(requests, began)
+        return bool(requests)
 
     def plan(self) -> list[ExpandRequest]:
         """What to expand now, of each session at most one wish. Changes nothing."""
@@ -124,16 +124,16 @@ class DraftEngine:
             if count
         ]
 
-    def ask(self, wishes: Sequence[ExpandRequest]) -> Sequence[DraftNodes | None]:
+    def ask(self, requests: Sequence[ExpandRequest]) -> Sequence[DraftNodes | None]:
         """The method's answers. Where it fails, each session is asked about alone: those that fail again are given up."""
         try:
-            answers = self.drafter.expand(wishes)
-            if len(answers) != len(wishes):
-                raise ValueError(f"{len(answers)} answers to {len(wishes)} wishes")
+            answers = self.drafter.expand(requests)
+            if len(answers) != len(requests):
+                raise ValueError(f"{len(answers)} answers to {len(requests)} wishes")
         except FAULTS as error:
-            if len(wishes) > 1:
-                return [self.ask([wish])[0] for wish in wishes]
-            self.give_up(wishes[0].text.session, error)
+            if len(requests) > 1:
+                return [self.ask([request])[0] for request in requests]
+            self.give_up(requests[0].text.session, error)
             return [None]
         return answers
 
@@ -143,27 +143,27 @@ class DraftEngine:
         self.counters["failed"] += 1
         self.forget(session)
 
-    def add(self, wishes: Sequence[ExpandRequest], answers: Sequence[DraftNodes | None]) -> None:
+    def add(self, requests: Sequence[ExpandRequest], answers: Sequence[DraftNodes | None]) -> None:
         """Put the answers to `plan` into the trees and send them, with no event taken in between. A session whose answer cannot be one
         is given up."""
-        for wish, children in zip(wishes, answers, strict=True):
-            state = self.states.get(wish.text.session)
+        for request, children in zip(requests, answers, strict=True):
+            state = self.states.get(request.text.session)
             if state is not None and children is not None:
-                self.expanded(state, wish.leaves)
+                self.expanded(state, request.leaves)
                 try:
                     state.unsent += self.sprout(state, children)
                 except FAULTS as error:
-                    self.give_up(wish.text.session, error)
+                    self.give_up(request.text.session, error)
                     continue
                 if state.due:
                     self.send(state)
                 state.expandable().extend()
 
-    def send_rest(self, wishes: Sequence[ExpandRequest]) -> None:
+    def send_rest(self, requests: Sequence[ExpandRequest]) -> None:
         """What was held back of the sessions that are not wished for now."""
-        wished = {wish.text.session for wish in wishes}
+        requested = {request.text.session for request in requests}
         for name, state in self.states.items():
-            if state.unsent and name not in wished:
+            if state.unsent and name not in requested:
                 self.send(state)
 
     def expanded(self, state: DraftState, leaves: Sequence[int]) -> None:
@@ -244,7 +244,7 @@ class DraftEngine:
             self.trace.sent(draft, self.clock(), self.name)
             state.send(draft)
 
-    def record(self, wishes: Sequence[ExpandRequest], began: float) -> None:
+    def record(self, requests: Sequence[ExpandRequest], began: float) -> None:
         if self.trace is not OFF:
             now = self.clock()
             self.trace.span(
@@ -252,10 +252,10 @@ class DraftEngine:
                 STEP,
                 began,
                 now,
-                leaves=sum(len(wish.leaves) for wish in wishes),
-                sessions=len(wishes),
+                leaves=sum(len(request.leaves) for request in requests),
+                sessions=len(requests),
             )
-            self.trace.count(LEAD, now, max(max(wish.text.tree.depth) for wish in wishes))
+            self.trace.count(LEAD, now, max(max(request.text.tree.depth) for request in requests))
 
     def hear(self, stream: int, event: Event, send: Send) -> None:
         name = private(stream, event.session)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from runtime.core.draft_nodes import DraftNodes
 from runtime.core.sampling_params import Sampling
 from runtime.core.tree import TokenTree
-from runtime.models.base import Model, Open
+from runtime.models.base import HiddenStateModel, Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class ExpandRequest:
 class Drafter(Protocol):
     """Anything that proposes continuations. It may be wrong or silent; nothing it says is trusted."""
 
-    def expand(self, wishes: Sequence[ExpandRequest]) -> Sequence[DraftNodes | None]:
+    def expand(self, requests: Sequence[ExpandRequest]) -> Sequence[DraftNodes | None]:
         """Guess the children of the leaves of several sessions, of each session at most one wish; the answers are parallel.
 
         One forward pass for all of them where the method has a model. Nothing need be returned for a leaf that the method
@@ -68,4 +68,4 @@ class DrafterContext:
     draft: str
     load: Callable[[str], Model]
     load_layers: Callable[[str], Model]
-    load_changed: Callable[[str, Sequence[int], Callable[[Any], None]], Open]
+    load_changed: Callable[[str, Sequence[int], Callable[[Any], None]], HiddenStateModel]

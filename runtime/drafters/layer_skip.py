@@ -8,5 +8,5 @@ from runtime.drafters.base import DrafterContext
 from runtime.drafters.model import ModelDrafter
 
 
-def build(ingredients: DrafterContext) -> ModelDrafter:
-    return ModelDrafter(ingredients.load_layers(ingredients.target))
+def build(context: DrafterContext) -> ModelDrafter:
+    return ModelDrafter(context.load_layers(context.target))

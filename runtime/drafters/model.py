@@ -17,17 +17,17 @@ from runtime.core.sampler_reference import Ask
 from runtime.core.tree import TokenTree
 from runtime.drafters.base import DrafterContext, ExpandRequest, Text
 from runtime.kv.base import KVCache
-from runtime.kv.prefix_cache import Prefixes
-from runtime.models.base import Logits, Model, Part, Rows
+from runtime.kv.prefix_cache import PrefixCache
+from runtime.models.base import Logits, Model, PassInput, Rows
 from runtime.models.sampler import candidates_all
 
 BRANCHES = 4  # children of a leaf
-CHUNK = 512  # tokens of texts that are read in one pass, of all sessions together
-FINISHED = 16384  # slots for the texts of sessions that are over
+CHUNK_TOKENS = 512  # tokens of texts that are read in one pass, of all sessions together
+FINISHED_SLOTS = 16384  # slots for the texts of sessions that are over
 
 
 @dataclass(slots=True)
-class Kept:
+class SessionCache:
     """One session's cache: the first `prefix` tokens of its text, which make the text named `key`; then tree slots."""
 
     cache: KVCache
@@ -38,21 +38,21 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class SessionStep:
     """One session's part of a pass: committed tokens that are not in its cache yet, then leaves.
 
     above  of each leaf, the slots of its ancestors below the prefix, counted from there; leaves of this step among them
     """
 
-    wish: ExpandRequest
-    kept: Kept
+    request: ExpandRequest
+    kept: SessionCache
     missing: Sequence[int]
     leaves: Sequence[int]
-    above: Sequence[Sequence[int]]
+    ancestor_slots: Sequence[Sequence[int]]
     reading: bool = False  # there is too much to read for one pass
 
-    def part(self) -> Part:
-        kept, tree, root = self.kept, self.wish.text.tree, len(self.wish.text.tokens) - 1
+    def pass_input(self) -> PassInput:
+        kept, tree, root = self.kept, self.request.text.tree, len(self.request.text.tokens) - 1
         m, behind = len(self.missing), kept.cache.length - kept.prefix
         n = m + len(self.leaves)
         visible = np.zeros((n, behind + n), dtype=np.bool_)
@@ -60,7 +60,7 @@ class Step:
             visible[:, :m] = np.tri(n, m, dtype=np.bool_)
         start = m * (behind + n)  # of each leaf's row in the flattened array
         seen: list[int] = []
-        for row, slots in enumerate(self.above, start=m):
+        for row, slots in enumerate(self.ancestor_slots, start=m):
             seen += [start + slot for slot in slots]
             seen.append(start + behind + row)
             start += behind + n
@@ -72,15 +72,15 @@ class Step:
             *range(kept.prefix, kept.prefix + m),
             *[root + tree.depth[leaf] for leaf in self.leaves],
         ]
-        return Part(
+        return PassInput(
             kept.cache,
             Rows(tokens, np.asarray(positions, dtype=np.int64), kept.prefix, visible),
             last=len(self.leaves),
         )
 
-    def done(self) -> None:
+    def commit_rows(self) -> None:
         """Know the rows of the pass, which are in the cache now."""
-        kept, tree = self.kept, self.wish.text.tree
+        kept, tree = self.kept, self.request.text.tree
         kept.key, kept.prefix = text_key(self.missing, kept.key), kept.prefix + len(self.missing)
         for slot, leaf in enumerate(self.leaves, start=kept.cache.length - len(self.leaves)):
             if leaf == 0:
@@ -88,8 +88,8 @@ class Step:
             else:
                 kept.slots[tree.key[leaf]] = slot
 
-    def ask(self) -> Ask:
-        text = self.wish.text
+    def sampling_input(self) -> Ask:
+        text = self.request.text
         return Ask(
             text.sampling,
             text.prompt,
@@ -107,26 +107,30 @@ class ModelDrafter:
     """
 
     def __init__(
-        self, model: Model, branches: int = BRANCHES, chunk: int = CHUNK, finished: int = FINISHED
+        self,
+        model: Model,
+        branches: int = BRANCHES,
+        chunk: int = CHUNK_TOKENS,
+        finished: int = FINISHED_SLOTS,
     ) -> None:
         self.model, self.branches, self.chunk = model, branches, chunk
-        self.kept: dict[str, Kept] = {}
-        self.finished = Prefixes(finished)
+        self.kept: dict[str, SessionCache] = {}
+        self.finished = PrefixCache(finished)
 
-    def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes | None]:
-        steps = rationed([self.step(wish) for wish in wishes], self.chunk)
+    def expand(self, requests: Sequence[ExpandRequest]) -> list[DraftNodes | None]:
+        steps = limit_prefill([self.step(request) for request in requests], self.chunk)
         passing = [step for step in steps if step.missing or step.leaves]
         found = dict(zip(map(id, passing), self.guess(passing), strict=True))
         return [None if step.reading else found.get(id(step), NOTHING) for step in steps]
 
-    def guess(self, steps: Sequence[Step]) -> list[DraftNodes]:
+    def guess(self, steps: Sequence[SessionStep]) -> list[DraftNodes]:
         """The children of the leaves of each step, by one pass over all of them."""
-        passed = self.model.forward_all([step.part() for step in steps]) if steps else []
+        passed = self.model.forward_all([step.pass_input() for step in steps]) if steps else []
         for step in steps:
-            step.done()
+            step.commit_rows()
         return self.children(steps, passed)
 
-    def children(self, steps: Sequence[Step], passed: Sequence[Logits]) -> list[DraftNodes]:
+    def children(self, steps: Sequence[SessionStep], passed: Sequence[Logits]) -> list[DraftNodes]:
         """Out of the logits of the leaves of each step."""
         asking = [
             (torch.as_tensor(rows), step)
@@ -135,7 +139,10 @@ class ModelDrafter:
         ]
         guesses = iter(
             candidates_all(
-                [(rows, step.ask(), step.wish.branches or self.branches) for rows, step in asking]
+                [
+                    (rows, step.sampling_input(), step.request.branches or self.branches)
+                    for rows, step in asking
+                ]
             )
         )
         return [children(step.leaves, *next(guesses)) if step.leaves else NOTHING for step in steps]
@@ -145,45 +152,45 @@ class ModelDrafter:
         if kept is not None:
             self.finished.keep(kept.text[: kept.prefix], kept.cache)
 
-    def step(self, wish: ExpandRequest) -> Step:
+    def step(self, request: ExpandRequest) -> SessionStep:
         """Bring the session's cache to its text, and find out what is to be computed."""
-        text, tree = wish.text, wish.text.tree
+        text, tree = request.text, request.text.tree
         base = len(text.tokens) - 1  # position of the root
         kept = self.kept.get(text.session)
         if kept is None:
-            kept = self.kept[text.session] = self.begin(text)
-        again = 0 in wish.leaves and base < self.model.context
-        settle(kept, text, again)
-        missing = text.tokens[kept.prefix : base] if again else []
+            kept = self.kept[text.session] = self.new_session(text)
+        recompute_root = 0 in request.leaves and base < self.model.context
+        reuse_cache(kept, text, recompute_root)
+        missing = text.tokens[kept.prefix : base] if recompute_root else []
         first = kept.cache.length - kept.prefix + len(missing)
         rows: dict[int, int] = {}  # leaf -> its slot, counted from the prefix
         paths: list[list[int]] = []
-        for leaf in wish.leaves:  # the likeliest first, so what is above others is a row already
+        for leaf in request.leaves:  # the likeliest first, so what is above others is a row already
             slots = (
-                above(kept, tree, leaf, rows)
+                ancestor_slots(kept, tree, leaf, rows)
                 if base + tree.depth[leaf] < self.model.context
                 else None
             )
             if slots is not None:
                 rows[leaf] = first + len(rows)
                 paths.append(slots)
-        return Step(wish, kept, missing, list(rows), paths)
+        return SessionStep(request, kept, missing, list(rows), paths)
 
-    def begin(self, text: Text) -> Kept:
+    def new_session(self, text: Text) -> SessionCache:
         """With a copy of what some other text has in common with this one."""
         others = ((other.text[: other.prefix], other.cache) for other in self.kept.values())
         found = self.finished.longest(text.tokens, others)
         if found is None:
-            return Kept(self.model.new_cache())
+            return SessionCache(self.model.new_cache())
         cache, length = found
-        return Kept(cache.fork(length), length, text_key(text.tokens[:length]))
+        return SessionCache(cache.fork(length), length, text_key(text.tokens[:length]))
 
 
-def settle(kept: Kept, text: Text, again: bool) -> None:
-    """Of the cache, keep the text's tokens (not the root, if it is to be computed `again`) and then the slots of its tree."""
-    tree, wanted = text.tree, len(text.tokens) - again
+def reuse_cache(kept: SessionCache, text: Text, recompute_root: bool) -> None:
+    """Of the cache, keep the text's tokens (not the root, if it is to be computed `recompute_root`) and then the slots of its tree."""
+    tree, wanted = text.tree, len(text.tokens) - recompute_root
     kept.text = text.tokens
-    if kept.key == tree.key[0] and not again:
+    if kept.key == tree.key[0] and not recompute_root:
         return
     if kept.prefix > wanted:
         kept.prefix, kept.key = wanted, text_key(text.tokens[:wanted])
@@ -202,7 +209,9 @@ def settle(kept: Kept, text: Text, again: bool) -> None:
     kept.prefix, kept.key = reach, key
 
 
-def above(kept: Kept, tree: TokenTree, leaf: int, rows: Mapping[int, int]) -> list[int] | None:
+def ancestor_slots(
+    kept: SessionCache, tree: TokenTree, leaf: int, rows: Mapping[int, int]
+) -> list[int] | None:
     """The slots of a leaf's ancestors, counted from the prefix, of which the root may be the last token; `rows`: those of nodes that are
     read in the same pass. None where one is neither there nor in the cache."""
     if kept.key != tree.key[0] and leaf != 0 and 0 not in rows:
@@ -218,14 +227,14 @@ def above(kept: Kept, tree: TokenTree, leaf: int, rows: Mapping[int, int]) -> li
     return found
 
 
-def rationed(steps: Sequence[Step], tokens: int) -> list[Step]:
+def limit_prefill(steps: Sequence[SessionStep], tokens: int) -> list[SessionStep]:
     """The steps of one pass that reads at most so many tokens of texts; who reads on in the next one has no leaves in it."""
     found = list(steps)
     for place in sorted(range(len(steps)), key=lambda place: len(steps[place].missing)):
         step = steps[place]
         if len(step.missing) > tokens:
             found[place] = replace(
-                step, missing=step.missing[:tokens], leaves=[], above=[], reading=True
+                step, missing=step.missing[:tokens], leaves=[], ancestor_slots=[], reading=True
             )
         tokens -= len(found[place].missing)
     return found
@@ -241,5 +250,5 @@ def children(leaves: Sequence[int], tokens: np.ndarray, scores: np.ndarray) -> D
     return DraftNodes(*found) if allowed.all() else DraftNodes(*(array[allowed] for array in found))
 
 
-def build(ingredients: DrafterContext) -> ModelDrafter:
-    return ModelDrafter(ingredients.load(ingredients.draft))
+def build(context: DrafterContext) -> ModelDrafter:
+    return ModelDrafter(context.load(context.draft))

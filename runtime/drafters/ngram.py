@@ -7,29 +7,29 @@ import numpy as np
 from runtime.core.draft_nodes import DraftNodes
 from runtime.drafters.base import DrafterContext, ExpandRequest, Text
 
-LONGEST = 4  # tokens that must agree, most first
-SHORTEST = 2
-LOOK_BACK = 1024  # tokens searched
+MAX_NGRAM = 4  # tokens that must agree, most first
+MIN_NGRAM = 2
+LOOK_BACK_TOKENS = 1024  # tokens searched
 
 
-class Ngram:
+class NgramDrafter:
     """Keeps nothing: every answer is read off the text."""
 
-    def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes]:
-        return [self.guess(wish.text, wish.leaves) for wish in wishes]
+    def expand(self, requests: Sequence[ExpandRequest]) -> list[DraftNodes]:
+        return [self.guess(request.text, request.leaves) for request in requests]
 
     def guess(self, text: Text, leaves: Sequence[int]) -> DraftNodes:
         parents: list[int] = []
         tokens: list[int] = []
         scores: list[float] = []
-        recent = text.tokens[-LOOK_BACK:]
+        recent = text.tokens[-LOOK_BACK_TOKENS:]
         for leaf in leaves:
             found = lookup([*recent, *text.tree.tokens_to(leaf)])
             if found is not None:
-                token, agreed = found
+                token, length = found
                 parents.append(leaf)
                 tokens.append(token)
-                scores.append(float(np.log(agreed / (agreed + 1.0))))
+                scores.append(float(np.log(length / (length + 1.0))))
         return DraftNodes(
             np.asarray(parents, dtype=np.int32),
             np.asarray(tokens, dtype=np.int32),
@@ -43,7 +43,7 @@ class Ngram:
 def lookup(tokens: Sequence[int]) -> tuple[int, int] | None:
     """The token that followed the latest earlier occurrence of the longest suffix, and how long that suffix is."""
     text = np.asarray(tokens)
-    for length in range(min(LONGEST, len(text) - 1), SHORTEST - 1, -1):
+    for length in range(min(MAX_NGRAM, len(text) - 1), MIN_NGRAM - 1, -1):
         windows = np.lib.stride_tricks.sliding_window_view(text[:-1], length)
         places = np.flatnonzero((windows == text[-length:]).all(axis=1))
         if len(places):
@@ -51,5 +51,5 @@ def lookup(tokens: Sequence[int]) -> tuple[int, int] | None:
     return None
 
 
-def build(ingredients: DrafterContext) -> Ngram:
-    return Ngram()
+def build(context: DrafterContext) -> NgramDrafter:
+    return NgramDrafter()

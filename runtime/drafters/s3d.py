@@ -19,21 +19,21 @@ from runtime.core.draft_nodes import DraftNodes, stack
 from runtime.core.errors import ModelRefused
 from runtime.core.sampler_reference import Ask
 from runtime.drafters.base import DrafterContext
-from runtime.drafters.model import ModelDrafter, Step, children
-from runtime.models.base import Branch, Look, Open, Part
+from runtime.drafters.model import ModelDrafter, SessionStep, children
+from runtime.models.base import Branch, HiddenStateModel, OutputSpec, PassInput
 from runtime.models.head_checkpoint import (
     Settings,
-    identity_of,
     read_settings,
     read_tensors,
+    target_identity,
     whole_number,
 )
 from runtime.models.loader import find_folder, load_tokenizer, read_config
-from runtime.models.lora import adapter, merge
-from runtime.models.sampler import Guesses, candidates_all
+from runtime.models.lora import make_adapter, merge
+from runtime.models.sampler import Candidates, candidates_all
 
 BRANCHES = 2  # guesses of a mask row
-MOST, MOST_RANK = 16, 1024  # masks; rank of the adapter
+MAX_MASKS, MAX_RANK = 16, 1024  # masks; rank of the adapter
 
 
 class S3D(nn.Module):
@@ -44,7 +44,7 @@ class S3D(nn.Module):
     ) -> None:
         super().__init__()
         self.mask_embed = nn.Parameter(torch.randn(masks, hidden_size))
-        self.layers = adapter(layers, rank)
+        self.layers = make_adapter(layers, rank)
 
 
 class MaskDrafter(ModelDrafter):
@@ -53,65 +53,72 @@ class MaskDrafter(ModelDrafter):
     What they guess of a place hangs below the best guess of the place before; a leaf there can still be asked about, and is then read.
     """
 
-    def __init__(self, model: Open, masks: torch.Tensor) -> None:
+    def __init__(self, model: HiddenStateModel, masks: torch.Tensor) -> None:
         super().__init__(model)
-        self.open, self.look = (
+        self.open, self.output_spec = (
             model,
-            Look(branches=tuple(Branch(0, partial(repeated, mask)) for mask in masks)),
+            OutputSpec(branches=tuple(Branch(0, partial(expand_mask, mask)) for mask in masks)),
         )
 
-    def guess(self, steps: Sequence[Step]) -> list[DraftNodes]:
-        shown = (
-            self.open.show_all([self.masked(step) for step in steps], self.look) if steps else []
+    def guess(self, steps: Sequence[SessionStep]) -> list[DraftNodes]:
+        output = (
+            self.open.forward_outputs(
+                [self.with_mask_rows(step) for step in steps], self.output_spec
+            )
+            if steps
+            else []
         )
         for step in steps:
-            step.done()
-        near = self.children(
+            step.commit_rows()
+        nearest = self.children(
             steps,
             [
                 one.logits[len(one.logits) - len(step.leaves) :]
-                for step, one in zip(steps, shown, strict=True)
+                for step, one in zip(steps, output, strict=True)
             ],
         )
-        ridden = [
-            (step, one.ridden[0])
-            for step, one in zip(steps, shown, strict=True)
-            if one.ridden is not None
+        branch_logits = [
+            (step, one.branch_logits[0])
+            for step, one in zip(steps, output, strict=True)
+            if one.branch_logits is not None
         ]
         far = iter(
-            candidates_all([(rows, further(step, len(rows)), BRANCHES) for step, rows in ridden])
+            candidates_all(
+                [(rows, lookahead_input(step, len(rows)), BRANCHES) for step, rows in branch_logits]
+            )
         )
         return [
             found
-            if one.ridden is None
-            else hung(found, step.leaves[0], next(far), len(step.wish.text.tree))
-            for step, one, found in zip(steps, shown, near, strict=True)
+            if one.branch_logits is None
+            else attach_lookahead(found, step.leaves[0], next(far), len(step.request.text.tree))
+            for step, one, found in zip(steps, output, nearest, strict=True)
         ]
 
-    def masked(self, step: Step) -> Part:
-        part, row = step.part(), len(step.missing)
+    def with_mask_rows(self, step: SessionStep) -> PassInput:
+        pass_input, row = step.pass_input(), len(step.missing)
         fits = (
-            step.leaves and part.rows.positions[row] + len(self.look.branches) < self.model.context
+            step.leaves
+            and pass_input.rows.positions[row] + len(self.output_spec.branches) < self.model.context
         )
-        return replace(part, riders=(row,)) if fits else part
+        return replace(pass_input, branch_rows=(row,)) if fits else pass_input
 
 
-def repeated(mask: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+def expand_mask(mask: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     return mask.to(states.dtype).expand_as(states)
 
 
-def further(step: Step, places: int) -> Ask:
+def lookahead_input(step: SessionStep, places: int) -> Ask:
     """What follows the first leaf's child, what follows that, and so on, whatever they may be: of these tokens only the number is known."""
-    text, leaf = step.wish.text, step.leaves[0]
+    text, leaf = step.request.text, step.leaves[0]
     path, unknown = text.tree.tokens_to(leaf), text.tree.token[leaf]
     paths = [[*path, *[unknown] * place] for place in range(1, places + 1)]
     return Ask(text.sampling, text.prompt, text.tokens, paths, frozenset())
 
 
-def hung(near: DraftNodes, leaf: int, far: Guesses, roots: int) -> DraftNodes:
+def attach_lookahead(nearest: DraftNodes, leaf: int, far: Candidates, roots: int) -> DraftNodes:
     """Hang the guesses for each place further ahead, (places, k), below the best child of `leaf`. The tree has `roots` nodes."""
-    best = np.flatnonzero(near.parents == leaf)[:1].tolist()
-    levels = [near]
+    best = np.flatnonzero(nearest.parents == leaf)[:1].tolist()
+    levels = [nearest]
     for tokens, scores in zip(*far, strict=True):
         level = children(best if len(levels) == 1 else [0], tokens[None], scores[None])
         if not len(best) or not len(level.tokens):
@@ -120,30 +127,30 @@ def hung(near: DraftNodes, leaf: int, far: Guesses, roots: int) -> DraftNodes:
     return stack(levels, roots)
 
 
-def kept_layers(folder: Path, settings: Settings, most: int) -> list[int]:
+def check_kept_layers(folder: Path, settings: Settings, layer_count: int) -> list[int]:
     """Raises ModelRefused for what are no layers of the target in their order."""
     layers: Any = settings.get("layers")
     whole = (
         isinstance(layers, list)
         and bool(layers)
-        and all(type(layer) is int and 0 <= layer < most for layer in layers)
+        and all(type(layer) is int and 0 <= layer < layer_count for layer in layers)
     )
     if not whole or layers != sorted(set(layers)):
         raise ModelRefused(
-            f"{folder}/config.json: layers {str(layers)[:32]} are not some of 0 to {most - 1} that rise: copy it again"
+            f"{folder}/config.json: layers {str(layers)[:32]} are not some of 0 to {layer_count - 1} that rise: copy it again"
         )
     return [*layers]
 
 
-def build(ingredients: DrafterContext) -> MaskDrafter:
+def build(context: DrafterContext) -> MaskDrafter:
     """Raises ModelRefused for a folder that was not trained for this target, and for a target that takes no mask rows."""
-    folder, target = Path(ingredients.draft), ingredients.target
-    identity = identity_of(read_config(find_folder(target), target), load_tokenizer(target))
+    folder, target = Path(context.draft), context.target
+    identity = target_identity(read_config(find_folder(target), target), load_tokenizer(target))
     settings = read_settings(folder, "s3d", identity)
-    layers = kept_layers(folder, settings, identity.layers)
+    layers = check_kept_layers(folder, settings, identity.layers)
     masks, rank = (
-        whole_number(folder, settings, "masks", 1, MOST),
-        whole_number(folder, settings, "rank", 1, MOST_RANK),
+        whole_number(folder, settings, "masks", 1, MAX_MASKS),
+        whole_number(folder, settings, "rank", 1, MAX_RANK),
     )
     learned: list[S3D] = []
 
@@ -157,7 +164,7 @@ def build(ingredients: DrafterContext) -> MaskDrafter:
         merge(module.model.layers, made.layers)
         learned.append(made)
 
-    model = ingredients.load_changed(target, layers, change)
+    model = context.load_changed(target, layers, change)
     drafter = MaskDrafter(model, learned[0].mask_embed.detach().to(model.device))
-    model.check(drafter.look)
+    model.check(drafter.output_spec)
     return drafter

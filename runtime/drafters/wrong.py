@@ -2,9 +2,9 @@
 
 from runtime.drafters.base import DrafterContext
 from runtime.drafters.model import ModelDrafter
-from runtime.drafters.noisy import Noisy
+from runtime.drafters.noisy import NoisyDrafter
 
 
-def build(ingredients: DrafterContext) -> Noisy:
-    model = ingredients.load(ingredients.draft)
-    return Noisy(ModelDrafter(model), model.vocabulary, wrong=1.0)
+def build(context: DrafterContext) -> NoisyDrafter:
+    model = context.load(context.draft)
+    return NoisyDrafter(ModelDrafter(model), model.vocabulary, wrong=1.0)

@@ -1,6 +1,6 @@
 """What a head promises. It sits on the target and guesses from what the target's own pass has computed, without a pass of its own.
 
-A new head is one new file in this folder with a `build()`; what it needs of a pass it says by its `look`.
+A new head is one new file in this folder with a `build()`; what it needs of a pass it says by its `output_spec`.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ import numpy.typing as npt
 from runtime.core.draft_nodes import DraftNodes
 from runtime.core.sampler_reference import Ask
 from runtime.drafters.base import Text
-from runtime.models.base import Look, ModelIdentity, Open, Shown
+from runtime.models.base import HiddenStateModel, ModelIdentity, OutputSpec, PassOutput
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class VerifiedStep:
     """What a step has shown of one session, whose root has moved since.
 
     text    the session as a drafter sees it; its tree is the target's own and is not to be changed
@@ -31,19 +31,19 @@ class Seen:
     text: Text
     tokens: npt.NDArray[np.int64]
     path: Sequence[int]
-    shown: Shown
-    riders: Sequence[int] = ()
+    output: PassOutput
+    branch_rows: Sequence[int] = ()
 
 
 class Head(Protocol):
     """Like a drafter it may be wrong or silent, and nothing it says is trusted. It runs on the target's thread, within the step."""
 
     @property
-    def look(self) -> Look:
+    def output_spec(self) -> OutputSpec:
         """What it needs of every pass; the same at all times."""
         ...
 
-    def propose(self, seen: Sequence[Seen]) -> Sequence[DraftNodes]:
+    def propose(self, seen: Sequence[VerifiedStep]) -> Sequence[DraftNodes]:
         """Guess how the texts of several sessions go on; the answers are parallel. All hangs on the root of a text: `roots` is 1."""
         ...
 
@@ -56,12 +56,12 @@ class Head(Protocol):
 class HeadContext:
     """What a head's `build()` may use: the target, and the folder of what was trained for it, if any."""
 
-    model: Open
+    model: HiddenStateModel
     identity: ModelIdentity
     folder: Path | None
 
 
-def ask_ahead(seen: Seen, places: int) -> Ask:
+def ask_ahead(seen: VerifiedStep, places: int) -> Ask:
     """Ask for the tokens of the next `places` places after the new root.
 
     Nothing is known of the paths that lead there but their lengths.

@@ -13,13 +13,13 @@ from torch import nn
 from runtime.core.draft_nodes import NOTHING, DraftNodes
 from runtime.core.errors import ModelRefused
 from runtime.core.tree_builder import ways
-from runtime.heads.base import HeadContext, Seen, ask_ahead
-from runtime.models.base import Branch, Look
-from runtime.models.head_checkpoint import TRAIN, Settings, read_settings, read_tensors
+from runtime.heads.base import HeadContext, VerifiedStep, ask_ahead
+from runtime.models.base import Branch, OutputSpec
+from runtime.models.head_checkpoint import TRAIN_HINT, Settings, read_settings, read_tensors
 from runtime.models.sampler import candidates_all
 
 BRANCHES = 6  # guesses of a place
-MOST = 16  # maps
+MAX_MAPS = 16  # maps
 
 
 class HiddenTransfer(nn.Module):
@@ -29,7 +29,7 @@ class HiddenTransfer(nn.Module):
     def __init__(self, hidden_size: int, layers: Sequence[int]) -> None:
         super().__init__()
         self.layers = tuple(layers)
-        self.maps = nn.ModuleList(unchanging(hidden_size) for _ in self.layers)
+        self.maps = nn.ModuleList(identity_linear(hidden_size) for _ in self.layers)
 
     def pseudo(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """The state (..., d) of the place index + 1 after that of `hidden` (..., d), both behind layers[index] layers."""
@@ -37,7 +37,7 @@ class HiddenTransfer(nn.Module):
         return state
 
 
-def unchanging(size: int) -> nn.Linear:
+def identity_linear(size: int) -> nn.Linear:
     linear = nn.Linear(size, size)
     nn.init.eye_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -48,22 +48,26 @@ class HiddenTransferHead:
     """A Head. Where nothing rode beside the row that the target stopped at, it is silent."""
 
     def __init__(self, module: HiddenTransfer) -> None:
-        self.look = Look(
+        self.output_spec = OutputSpec(
             branches=tuple(
                 Branch(layer, linear)
                 for layer, linear in zip(module.layers, module.maps, strict=True)
             )
         )
 
-    def propose(self, seen: Sequence[Seen]) -> list[DraftNodes]:
+    def propose(self, seen: Sequence[VerifiedStep]) -> list[DraftNodes]:
         places = [
-            one.riders.index(one.path[-1])
-            if one.shown.ridden is not None and one.path[-1] in one.riders
+            one.branch_rows.index(one.path[-1])
+            if one.output.branch_logits is not None and one.path[-1] in one.branch_rows
             else None
             for one in seen
         ]
         asked = [
-            (one.shown.ridden[place], ask_ahead(one, len(self.look.branches)), BRANCHES)
+            (
+                one.output.branch_logits[place],
+                ask_ahead(one, len(self.output_spec.branches)),
+                BRANCHES,
+            )
             for one, place in zip(seen, places, strict=True)
             if place is not None
         ]
@@ -74,37 +78,37 @@ class HiddenTransferHead:
         pass
 
 
-def layers_of(folder: Path, settings: Settings, most: int) -> list[int]:
+def check_branch_layers(folder: Path, settings: Settings, layer_count: int) -> list[int]:
     """Raises ModelRefused for what are no layers of the target in their order."""
     layers: Any = settings.get("layers")
     whole = (
         isinstance(layers, list)
-        and 0 < len(layers) <= MOST
-        and all(type(layer) is int and 0 < layer < most for layer in layers)
+        and 0 < len(layers) <= MAX_MAPS
+        and all(type(layer) is int and 0 < layer < layer_count for layer in layers)
     )
     if not whole or layers != sorted(layers):
         raise ModelRefused(
-            f"{folder}/config.json: {str(layers)[:32]} are not 1 to {MOST} layers from 1 to {most - 1} that do not fall"
+            f"{folder}/config.json: {str(layers)[:32]} are not 1 to {MAX_MAPS} layers from 1 to {layer_count - 1} that do not fall"
         )
     return [*layers]
 
 
-def build(mount: HeadContext) -> HiddenTransferHead:
+def build(context: HeadContext) -> HiddenTransferHead:
     """Raises ModelRefused where nothing was trained for this target."""
-    if mount.folder is None:
+    if context.folder is None:
         raise ModelRefused(
-            f"no hidden-transfer ships for this target: {TRAIN} hidden-transfer, and give its folder"
+            f"no hidden-transfer ships for this target: {TRAIN_HINT} hidden-transfer, and give its folder"
         )
     settings, d = (
-        read_settings(mount.folder, "hidden-transfer", mount.identity),
-        mount.identity.hidden_size,
+        read_settings(context.folder, "hidden-transfer", context.identity),
+        context.identity.hidden_size,
     )
-    layers = layers_of(mount.folder, settings, mount.identity.layers)
+    layers = check_branch_layers(context.folder, settings, context.identity.layers)
     shapes: dict[str, tuple[int, ...]] = {}
     for index in range(len(layers)):
         shapes |= {f"maps.{index}.weight": (d, d), f"maps.{index}.bias": (d,)}
     module = HiddenTransfer(d, layers)
-    module.load_state_dict(read_tensors(mount.folder, shapes))
+    module.load_state_dict(read_tensors(context.folder, shapes))
     return HiddenTransferHead(
-        module.to(mount.model.device, mount.model.dtype).eval().requires_grad_(False)
+        module.to(context.model.device, context.model.dtype).eval().requires_grad_(False)
     )

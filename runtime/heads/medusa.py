@@ -13,13 +13,13 @@ from torch import nn
 from runtime.core.draft_nodes import DraftNodes
 from runtime.core.errors import ModelRefused
 from runtime.core.tree_builder import ways
-from runtime.heads.base import HeadContext, Seen, ask_ahead
-from runtime.models.base import Look, Open
-from runtime.models.head_checkpoint import TRAIN, read_settings, read_tensors, whole_number
+from runtime.heads.base import HeadContext, VerifiedStep, ask_ahead
+from runtime.models.base import HiddenStateModel, OutputSpec
+from runtime.models.head_checkpoint import TRAIN_HINT, read_settings, read_tensors, whole_number
 from runtime.models.sampler import candidates_all
 
 BRANCHES = 6  # guesses of a place
-MOST = 16  # heads, and blocks of a head
+MAX_HEADS = 16  # heads, and blocks of a head
 
 
 class Medusa(nn.Module):
@@ -38,10 +38,10 @@ class Medusa(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.stack([through(blocks, hidden) for blocks in self.heads], dim=-2)
+        return torch.stack([apply_blocks(blocks, hidden) for blocks in self.heads], dim=-2)
 
 
-def through(blocks: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def apply_blocks(blocks: nn.Module, x: torch.Tensor) -> torch.Tensor:
     for block in blocks.children():
         x = x + F.silu(block(x))
     return x
@@ -50,14 +50,14 @@ def through(blocks: nn.Module, x: torch.Tensor) -> torch.Tensor:
 class MedusaHead:
     """A Head. It keeps nothing of a session: the row that the target stopped at says it all."""
 
-    look = Look(hidden=True)
+    output_spec = OutputSpec(hidden=True)
 
-    def __init__(self, model: Open, module: Medusa) -> None:
+    def __init__(self, model: HiddenStateModel, module: Medusa) -> None:
         self.model, self.module = model, module
 
-    def propose(self, seen: Sequence[Seen]) -> list[DraftNodes]:
+    def propose(self, seen: Sequence[VerifiedStep]) -> list[DraftNodes]:
         with torch.inference_mode():
-            states = self.module(torch.stack([one.shown.hidden[one.path[-1]] for one in seen]))
+            states = self.module(torch.stack([one.output.hidden[one.path[-1]] for one in seen]))
             logits = self.model.unembed(states.flatten(0, 1)).unflatten(0, states.shape[:2])
             asks = [ask_ahead(one, logits.shape[1]) for one in seen]
             guesses = candidates_all(
@@ -69,19 +69,25 @@ class MedusaHead:
         pass
 
 
-def build(mount: HeadContext) -> MedusaHead:
+def build(context: HeadContext) -> MedusaHead:
     """Raises ModelRefused where nothing was trained for this target."""
-    if mount.folder is None:
-        raise ModelRefused(f"no medusa ships for this target: {TRAIN} medusa, and give its folder")
-    settings, d = read_settings(mount.folder, "medusa", mount.identity), mount.identity.hidden_size
+    if context.folder is None:
+        raise ModelRefused(
+            f"no medusa ships for this target: {TRAIN_HINT} medusa, and give its folder"
+        )
+    settings, d = (
+        read_settings(context.folder, "medusa", context.identity),
+        context.identity.hidden_size,
+    )
     heads, blocks = (
-        whole_number(mount.folder, settings, name, 1, MOST) for name in ("heads", "blocks")
+        whole_number(context.folder, settings, name, 1, MAX_HEADS) for name in ("heads", "blocks")
     )
     shapes: dict[str, tuple[int, ...]] = {}
     for name in (f"heads.{head}.{block}" for head in range(heads) for block in range(blocks)):
         shapes |= {f"{name}.weight": (d, d), f"{name}.bias": (d,)}
     module = Medusa(d, heads, blocks)
-    module.load_state_dict(read_tensors(mount.folder, shapes))
+    module.load_state_dict(read_tensors(context.folder, shapes))
     return MedusaHead(
-        mount.model, module.to(mount.model.device, mount.model.dtype).eval().requires_grad_(False)
+        context.model,
+        module.to(context.model.device, context.model.dtype).eval().requires_grad_(False),
     )

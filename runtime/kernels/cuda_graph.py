@@ -7,15 +7,15 @@ import torch
 Run = Callable[[], torch.Tensor]
 Record = Callable[[Run], Run]
 
-WARM_UPS = 2  # libraries choose their kernels and take their work space before a capture, during which they may not
+WARM_UP_RUNS = 2  # libraries choose their kernels and take their work space before a capture, during which they may not
 
 
-def straight(function: Run) -> Run:
+def run_eagerly(function: Run) -> Run:
     """Nothing is recorded: the function itself, on devices without graphs."""
     return function
 
 
-class Capture:
+class GraphCapture:
     """Records functions on one device. All that they read and write lies where it lay; their graphs share one pool of memory.
 
     So what a replay returned is valid until the next replay of any of them: copy what is to be kept. A function must do the same when
@@ -31,7 +31,7 @@ class Capture:
         with torch.cuda.device(self._device):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                for _ in range(WARM_UPS):
+                for _ in range(WARM_UP_RUNS):
                     function()
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()

@@ -20,33 +20,33 @@ class Kernel:
     """Computes products with matrices in panels `width` wide."""
 
     width: int
-    turn: Callable[[int], None]
-    share: Any  # a function of C, with an address
+    transpose: Callable[[int], None]
+    work: Any  # a function of C, with an address
     engine: object  # owns the code
 
     def __call__(self, arguments: Arguments) -> None:
-        """On as many threads as `arguments.shares` says: those of torch. Other threads of Python run meanwhile."""
+        """On as many threads as `arguments.work_items` says: those of torch. Other threads of Python run meanwhile."""
         address = ctypes.addressof(arguments)
-        if arguments.turned != arguments.rows:
-            self.turn(address)
-        if arguments.shares == 1:
-            self.share(address)
+        if arguments.transposed != arguments.rows:
+            self.transpose(address)
+        if arguments.work_items == 1:
+            self.work(address)
         else:
-            openmp().GOMP_parallel(
-                self.share,
+            openmp_library().GOMP_parallel(
+                self.work,
                 ctypes.c_void_p(address),
-                ctypes.c_uint(arguments.shares),
+                ctypes.c_uint(arguments.work_items),
                 ctypes.c_uint(0),
             )
 
 
 @functools.cache
-def able() -> bool:
+def is_supported() -> bool:
     """Whether there are kernels for this processor, shown by translating one, and threads of torch that they can use."""
-    if not hasattr(openmp(), "GOMP_parallel"):
+    if not hasattr(openmp_library(), "GOMP_parallel"):
         return False
     try:
-        kernel(torch.bfloat16)
+        load_kernel(torch.bfloat16)
     except (LookupError, RuntimeError) as error:
         log.warning("products are left to torch: %s", error)
         return False
@@ -54,7 +54,7 @@ def able() -> bool:
 
 
 @functools.cache
-def kernel(kind: torch.dtype) -> Kernel:
+def load_kernel(dtype: torch.dtype) -> Kernel:
     """For matrices of this type. Takes half a second at first.
 
     Raises LookupError for a processor that is not known, RuntimeError where LLVM does not serve it.
@@ -63,7 +63,7 @@ def kernel(kind: torch.dtype) -> Kernel:
     registers = registers_of(features)
     if registers is None:
         raise LookupError("no kernel is known for this processor")
-    return translate(kind, registers, binding.get_host_cpu_name(), features.flatten())
+    return compile_kernel(dtype, registers, binding.get_host_cpu_name(), features.flatten())
 
 
 def registers_of(features: Mapping[str, bool]) -> Registers | None:
@@ -76,12 +76,14 @@ def registers_of(features: Mapping[str, bool]) -> Registers | None:
 
 
 @functools.cache
-def openmp() -> ctypes.CDLL:
+def openmp_library() -> ctypes.CDLL:
     """What torch has brought into this process: its threads serve here too."""
     return ctypes.CDLL(None)
 
 
-def translate(kind: torch.dtype, registers: Registers, processor: str, features: str) -> Kernel:
+def compile_kernel(
+    dtype: torch.dtype, registers: Registers, processor: str, features: str
+) -> Kernel:
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     machine = binding.Target.from_default_triple().create_target_machine(
@@ -89,7 +91,7 @@ def translate(kind: torch.dtype, registers: Registers, processor: str, features:
         features=f"{features},-prefer-256-bit",  # or vectors of 512 bits would be split in two
         opt=3,
     )
-    module = binding.parse_assembly(str(Program(kind, registers).module))
+    module = binding.parse_assembly(str(Program(dtype, registers).module))
     module.verify()
     passes = binding.create_pass_builder(
         machine, binding.create_pipeline_tuning_options(speed_level=3)
@@ -98,5 +100,5 @@ def translate(kind: torch.dtype, registers: Registers, processor: str, features:
     engine = binding.create_mcjit_compiler(module, machine)
     engine.finalize_object()
     call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-    turn, share = (call(engine.get_function_address(name)) for name in ("turn", "share"))
-    return Kernel(2 * registers.lanes, turn, share, engine)
+    transpose, work = (call(engine.get_function_address(name)) for name in ("transpose", "work"))
+    return Kernel(2 * registers.lanes, transpose, work, engine)

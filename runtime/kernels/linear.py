@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from runtime.kernels.jit import able
-from runtime.kernels.packed_weight import Panels, shortest
+from runtime.kernels.jit import is_supported
+from runtime.kernels.packed_weight import PackedWeight, smallest_exact_dtype
 
-WEIGHTS = 1 << 16  # of a matrix, from which on panels pay
-ONEDNN_WEIGHTS = 1 << 19  # the same of oneDNN's copy
-HINT = 16  # rows that oneDNN arranges a matrix for; others are served as well
-LEAST = {torch.float32: 4, torch.bfloat16: 1}  # rows from which on oneDNN's copy is used
+MIN_PANEL_WEIGHTS = 1 << 16  # of a matrix, from which on panels pay
+MIN_ONEDNN_WEIGHTS = 1 << 19  # the same of oneDNN's copy
+ONEDNN_ROWS_HINT = 16  # rows that oneDNN arranges a matrix for; others are served as well
+ONEDNN_MIN_ROWS = {torch.float32: 4, torch.bfloat16: 1}  # rows from which on oneDNN's copy is used
 
 
 def native_bf16() -> bool:
@@ -36,15 +36,20 @@ def native_bf16() -> bool:
     return found
 
 
-def panelled(weight: torch.Tensor) -> bool:
+def uses_panels(weight: torch.Tensor) -> bool:
     """Whether a copy in panels would be used."""
     fits = weight.dtype in (torch.float32, torch.float16) or (
         weight.dtype == torch.bfloat16 and not native_bf16()
     )
-    return fits and weight.device.type == "cpu" and weight.numel() >= WEIGHTS and able()
+    return (
+        fits
+        and weight.device.type == "cpu"
+        and weight.numel() >= MIN_PANEL_WEIGHTS
+        and is_supported()
+    )
 
 
-def reordered(weight: torch.Tensor) -> bool:
+def uses_onednn(weight: torch.Tensor) -> bool:
     """Whether oneDNN's copy would be used: only where there are no panels."""
     fits = torch.backends.mkldnn.is_available() and (
         weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and native_bf16())
@@ -52,16 +57,16 @@ def reordered(weight: torch.Tensor) -> bool:
     return (
         fits
         and weight.device.type == "cpu"
-        and weight.numel() >= ONEDNN_WEIGHTS
-        and not panelled(weight)
+        and weight.numel() >= MIN_ONEDNN_WEIGHTS
+        and not uses_panels(weight)
     )
 
 
 def copy_bytes(weight: torch.Tensor) -> int:
     """Of the copy that would be used; 0 where none would."""
-    if panelled(weight):
-        return weight.numel() * shortest(weight).itemsize
-    return weight.numel() * weight.element_size() if reordered(weight) else 0
+    if uses_panels(weight):
+        return weight.numel() * smallest_exact_dtype(weight).itemsize
+    return weight.numel() * weight.element_size() if uses_onednn(weight) else 0
 
 
 def has_room(module: nn.Module) -> bool:
@@ -70,47 +75,51 @@ def has_room(module: nn.Module) -> bool:
     return needed <= os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-class Product:
+class LinearOp:
     """rows @ weight.T + bias; `rows` (n, inner) -> (n, outer). With `pack`, by a copy of the matrix where that pays."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, pack: bool) -> None:
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
-        self._turned, self._least = self.weight.t(), LEAST.get(weight.dtype, 1)
+        self._transposed, self._min_rows = self.weight.t(), ONEDNN_MIN_ROWS.get(weight.dtype, 1)
         self._panels = (
-            Panels(self.weight, self.bias, shortest(self.weight))
-            if pack and panelled(self.weight)
+            PackedWeight(self.weight, self.bias, smallest_exact_dtype(self.weight))
+            if pack and uses_panels(self.weight)
             else None
         )
-        reorder = pack and reordered(self.weight)
-        self._packed = (
-            torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), HINT)
+        reorder = pack and uses_onednn(self.weight)
+        self._onednn = (
+            torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), ONEDNN_ROWS_HINT)
             if reorder
             else None
         )
 
-    def __call__(self, rows: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
-        """`onto` is added to the result."""
+    def __call__(self, rows: torch.Tensor, addend: torch.Tensor | None = None) -> torch.Tensor:
+        """`addend` is added to the result."""
         if self._panels is not None:
-            return self._panels(rows, onto)
-        if self._packed is not None and len(rows) >= self._least:
+            return self._panels(rows, addend)
+        if self._onednn is not None and len(rows) >= self._min_rows:
             result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-                rows, self._packed, self.bias, "none", [], ""
+                rows, self._onednn, self.bias, "none", [], ""
             )
-            return result if onto is None else result.add_(onto)
-        onto = self.bias if onto is None else onto if self.bias is None else onto + self.bias
+            return result if addend is None else result.add_(addend)
+        addend = (
+            self.bias if addend is None else addend if self.bias is None else addend + self.bias
+        )
         return (
-            torch.mm(rows, self._turned) if onto is None else torch.addmm(onto, rows, self._turned)
+            torch.mm(rows, self._transposed)
+            if addend is None
+            else torch.addmm(addend, rows, self._transposed)
         )
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer by `Product`. It shares the parameters of the layer that it is made from."""
+    """A linear layer by `LinearOp`. It shares the parameters of the layer that it is made from."""
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.product = Product(linear.weight, linear.bias, pack=True)
+        self.product = LinearOp(linear.weight, linear.bias, pack=True)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (torch's own name)
         if torch.is_grad_enabled():
@@ -124,5 +133,7 @@ def pack(module: nn.Module) -> None:
     """Replace the linear layers of a model for which packing pays; its parameters stay what and where they are."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and (panelled(child.weight) or reordered(child.weight)):
+            if type(child) is nn.Linear and (
+                uses_panels(child.weight) or uses_onednn(child.weight)
+            ):
                 setattr(parent, name, PackedLinear(child))

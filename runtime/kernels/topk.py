@@ -5,7 +5,7 @@ import torch
 BLOCK = 64  # elements
 
 
-def top(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and indices (rows, k) of the k highest of `scores` (rows, n), falling; k is at most n.
 
     On a CPU the blocks with the k highest maxima are found first: they hold the k highest elements.

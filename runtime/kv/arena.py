@@ -10,7 +10,7 @@ from weakref import ref
 import numpy as np
 import torch
 
-from runtime.kv.store import FIRST_SLOTS, TorchCache
+from runtime.kv.store import INITIAL_SLOTS, TorchCache
 
 
 class Arena:
@@ -29,7 +29,7 @@ class Arena:
         self._owners: list[ref[TorchCache] | None] = [None] * seats
         self._order = list(range(seats))  # the least recently used first
 
-    def take(self, caches: Sequence[TorchCache]) -> list[int]:
+    def assign(self, caches: Sequence[TorchCache]) -> list[int]:
         """The seat of each cache, at most as many as there are seats. Who has none gets the lowest free one, or the one least used."""
         owners = [self._owner(seat) for seat in range(self.seats)]
         held = [
@@ -41,7 +41,7 @@ class Arena:
             [*free, *(seat for seat in self._order if seat not in free and seat not in held)]
         )
         found = [
-            self._place(cache, next(spare)) if seat is None else seat
+            self._assign(cache, next(spare)) if seat is None else seat
             for cache, seat in zip(caches, held, strict=True)
         ]
         self._order = [*(seat for seat in self._order if seat not in found), *found]
@@ -53,7 +53,7 @@ class Arena:
         cache = None if known is None else known()
         return cache if cache is not None and cache.planes() is self._views[seat] else None
 
-    def _place(self, cache: TorchCache, seat: int) -> int:
+    def _assign(self, cache: TorchCache, seat: int) -> int:
         owner = self._owner(seat)
         if owner is not None:
             move_out(owner)
@@ -76,4 +76,4 @@ def move_in(cache: TorchCache, planes: torch.Tensor) -> None:
 
 def move_out(cache: TorchCache) -> None:
     """Into memory of its own."""
-    cache._grow(min(cache.capacity, max(cache.length, FIRST_SLOTS)))
+    cache._grow(min(cache.capacity, max(cache.length, INITIAL_SLOTS)))

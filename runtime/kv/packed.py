@@ -21,7 +21,7 @@ class PackedCache(Cache):
     """What a model of `count` layers writes to in a pass over the rows of several texts, laid behind each other.
 
     `caches` have room for their rows, which they were told of with `append`. Keys and values of different texts do not fit one
-    tensor, so `update` returns the new rows alone, and what attention is to read waits in `take`.
+    tensor, so `update` returns the new rows alone, and what attention is to read waits in `take_written`.
     """
 
     def __init__(self, caches: Sequence[TorchCache], count: int) -> None:
@@ -37,7 +37,7 @@ class PackedCache(Cache):
         pieces = zip(self.caches, keys.split(rows, dim=2), values.split(rows, dim=2), strict=True)
         self._written = [cache.layers[index].update(*states) for cache, *states in pieces]
 
-    def take(self) -> list[States]:
+    def take_written(self) -> list[States]:
         """Of each text, all keys and values of the layer written last. Raises LookupError where they were taken before."""
         if self._written is None:
             raise LookupError("attention over keys that this layer has not written")

@@ -9,27 +9,27 @@ import numpy.typing as npt
 from runtime.kv.base import KVCache
 
 Ids = npt.NDArray[np.int64]
-Head = tuple[int, ...]
+PrefixKey = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Kept:
-    """A finished text, and the cache that holds it. `head`: its first tokens; most texts differ there already."""
+class CachedText:
+    """A finished text, and the cache that holds it. `prefix_key`: its first tokens; most texts differ there already."""
 
-    head: Head
+    prefix_key: PrefixKey
     ids: Ids
     cache: KVCache
 
 
-class Prefixes:
-    """Owns the caches given to it: at most `budget` slots together, the least recently used go first.
+class PrefixCache:
+    """Owns the caches given to it: at most `max_slots` slots together, the least recently used go first.
 
-    What two texts have in common counts from `least` tokens on: fewer are read faster than looked for.
+    What two texts have in common counts from `min_tokens` tokens on: fewer are read faster than looked for.
     """
 
-    def __init__(self, budget: int, least: int = 16) -> None:
-        self.budget, self.least = budget, least
-        self.kept: list[Kept] = []  # the least recently used first
+    def __init__(self, max_slots: int, min_tokens: int = 16) -> None:
+        self.max_slots, self.min_tokens = max_slots, min_tokens
+        self.kept: list[CachedText] = []  # the least recently used first
 
     @property
     def slots(self) -> int:
@@ -43,10 +43,14 @@ class Prefixes:
         the cache has fewer slots than there are tokens.
         """
         cache.truncate(len(tokens))
-        ids, head = np.asarray(tokens, dtype=np.int64), self.head(tokens)
-        if not self.least <= len(ids) <= self.budget:
+        ids, prefix_key = np.asarray(tokens, dtype=np.int64), self.prefix_key(tokens)
+        if not self.min_tokens <= len(ids) <= self.max_slots:
             return
-        shared = {i: common(ids, kept.ids) for i, kept in enumerate(self.kept) if kept.head == head}
+        shared = {
+            i: common_length(ids, kept.ids)
+            for i, kept in enumerate(self.kept)
+            if kept.prefix_key == prefix_key
+        }
         for i, count in shared.items():
             if count == len(ids):
                 self.kept.append(self.kept.pop(i))
@@ -54,9 +58,11 @@ class Prefixes:
         self.kept = [kept for i, kept in enumerate(self.kept) if shared.get(i, 0) < len(kept.ids)]
         # A long text's cache may be mostly empty now.
         self.kept.append(
-            Kept(head, ids, cache.fork(len(ids)) if cache.room > 2 * len(ids) else cache)
+            CachedText(
+                prefix_key, ids, cache.fork(len(ids)) if cache.room > 2 * len(ids) else cache
+            )
         )
-        while self.slots > self.budget:
+        while self.slots > self.max_slots:
             self.kept.pop(0)
 
     def longest(
@@ -67,27 +73,27 @@ class Prefixes:
         Looked through are the kept texts and `others`: caches in use, whose first slots hold the text as far as they reach. To
         be forked before it is used. None where nothing is worth it.
         """
-        ids, head = np.asarray(tokens[:-1], dtype=np.int64), self.head(tokens)
-        found, most = None, max(self.least, 1) - 1
+        ids, prefix_key = np.asarray(tokens[:-1], dtype=np.int64), self.prefix_key(tokens)
+        found, best = None, max(self.min_tokens, 1) - 1
         for other, cache in others:
-            if self.head(other) == head:
-                n = min(common(ids, np.asarray(other, dtype=np.int64)), cache.length)
-                if n > most:
-                    found, most = cache, n
+            if self.prefix_key(other) == prefix_key:
+                n = min(common_length(ids, np.asarray(other, dtype=np.int64)), cache.length)
+                if n > best:
+                    found, best = cache, n
         place = None
         for i, kept in enumerate(self.kept):
-            if kept.head == head and (n := common(ids, kept.ids)) > most:
-                found, most, place = kept.cache, n, i
+            if kept.prefix_key == prefix_key and (n := common_length(ids, kept.ids)) > best:
+                found, best, place = kept.cache, n, i
         if place is not None:
             self.kept.append(self.kept.pop(place))
-        return None if found is None else (found, most)
+        return None if found is None else (found, best)
 
-    def head(self, tokens: Sequence[int]) -> Head:
+    def prefix_key(self, tokens: Sequence[int]) -> PrefixKey:
         """What two texts must have in common to have enough in common."""
-        return tuple(tokens[: self.least])
+        return tuple(tokens[: self.min_tokens])
 
 
-def common(a: Ids, b: Ids) -> int:
+def common_length(a: Ids, b: Ids) -> int:
     """Length of the longest common prefix."""
     n = min(len(a), len(b))
     differs = a[:n] != b[:n]

@@ -23,7 +23,7 @@ from transformers.cache_utils import (
 
 from runtime.core.errors import InvalidRequest
 
-FIRST_SLOTS = 64
+INITIAL_SLOTS = 64
 
 Shape = tuple[int, int]  # heads, dim
 Layout = Sequence[tuple[Shape, Shape]]  # of the keys and of the values, layer by layer
@@ -80,7 +80,7 @@ class TorchCache(Cache):
                 f"{length} tokens and guesses do not fit the cache of {self.capacity}: shorten the prompt or the output"
             )
         if length > len(self._places):
-            self._grow(min(self.capacity, max(length, len(self._places) * 5 // 4, FIRST_SLOTS)))
+            self._grow(min(self.capacity, max(length, len(self._places) * 5 // 4, INITIAL_SLOTS)))
         self.start, self.length = self.length, length
         return self.start
 

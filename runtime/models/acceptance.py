@@ -49,7 +49,7 @@ class Replay:
         return {k: float((found < k).sum() / max(1, len(self.ranks))) for k in RANKS}
 
 
-def along(
+def replay_draft(
     draft: HFModel, texts: Iterable[tuple[Sequence[int], Sequence[int]]], sampling: Sampling
 ) -> Replay:
     """What the draft guesses along prompts and what a target answered to each.
@@ -86,4 +86,4 @@ def acceptance(
             yield prompt, continuation(target, prompt, sampling, eos)
             step()
 
-    return along(draft, texts(), sampling).rates()
+    return replay_draft(draft, texts(), sampling).rates()

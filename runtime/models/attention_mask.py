@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 from runtime.models.base import Rows
 
 
-def additive(
+def additive_mask(
     rows: Rows, positions: npt.NDArray[np.int64], window: int | None, hide: float
 ) -> npt.NDArray[np.float32] | None:
     """(n, slots): 0 where a row looks, `hide` where it does not; None for one row that sees every slot.
@@ -27,7 +27,7 @@ def additive(
     return mask
 
 
-def windows_of(config: PreTrainedConfig) -> dict[str, int | None]:
+def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
     """The window of each type of layer that the model has (None = all of the text); one entry where all layers are alike."""
     window = getattr(config, "sliding_window", None)
     types = sorted(set(getattr(config, "layer_types", None) or ()))

@@ -38,16 +38,16 @@ def causal(tokens: npt.NDArray[np.int64], start: int) -> Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PassInput:
     """One text's share of a packed pass. With `last`, logits are computed for the last `last` rows only (0: for none).
 
-    `riders`: those of its rows that pseudo rows ride beside, where a pass has any (see Branch).
+    `branch_rows`: those of its rows that pseudo rows ride beside, where a pass has any (see Branch).
     """
 
     cache: KVCache
     rows: Rows
     last: int | None = None
-    riders: Sequence[int] = ()
+    branch_rows: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Branch:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class OutputSpec:
     """What of a pass is wanted beside its logits: the states that they are made of; branches, whose layers do not fall."""
 
     hidden: bool = False
@@ -72,7 +72,7 @@ class Look:
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class PassOutput:
     """What a pass has computed of one part.
 
     logits  (rows, vocabulary), as `Model.forward` returns them
@@ -82,7 +82,7 @@ class Shown:
 
     logits: Logits
     hidden: Any = None
-    ridden: Any = None
+    branch_logits: Any = None
 
 
 class Model(Protocol):
@@ -112,7 +112,7 @@ class Model(Protocol):
         """
         ...
 
-    def forward_all(self, parts: Sequence[Part]) -> list[Logits]:
+    def forward_all(self, parts: Sequence[PassInput]) -> list[Logits]:
         """One pass over the rows of several texts, each with its own cache: for each part what `forward` would return.
 
         The weights are read once for all of them. On an error all caches are as before.
@@ -120,7 +120,7 @@ class Model(Protocol):
         ...
 
 
-class Open(Model, Protocol):
+class HiddenStateModel(Model, Protocol):
     """A Model in torch that shows more of a pass than logits."""
 
     @property
@@ -131,16 +131,18 @@ class Open(Model, Protocol):
         """Of its states."""
         ...
 
-    def check(self, look: Look) -> None:
+    def check(self, output_spec: OutputSpec) -> None:
         """Raises ModelRefused where this cannot be shown."""
         ...
 
-    def show_all(self, parts: Sequence[Part], look: Look) -> list[Shown]:
+    def forward_outputs(
+        self, parts: Sequence[PassInput], output_spec: OutputSpec
+    ) -> list[PassOutput]:
         """`forward_all`, and what was looked at. Logits may be there for more rows than a part's `last`, before those."""
         ...
 
     def unembed(self, hidden: Any) -> Logits:
-        """float32 (rows, vocabulary) of states (rows, d) such as `show_all` shows."""
+        """float32 (rows, vocabulary) of states (rows, d) such as `forward_outputs` shows."""
         ...
 
 

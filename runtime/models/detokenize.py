@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are no character, or not yet one
-LONGEST = 4  # bytes of a character, and so the most tokens that one is spread over
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are no character, or not yet one
+MAX_TOKENS_PER_CHAR = 4  # bytes of a character, and so the most tokens that one is spread over
 
 
 class Detokenizer:
@@ -29,10 +29,10 @@ class Detokenizer:
             len(prompt),
             self._known,
         )  # without a character that the prompt may have begun
-        if self._known.endswith(UNKNOWN):
-            for border in range(len(prompt) - 1, max(len(prompt) - LONGEST, -1), -1):
+        if self._known.endswith(REPLACEMENT):
+            for border in range(len(prompt) - 1, max(len(prompt) - MAX_TOKENS_PER_CHAR, -1), -1):
                 text = self._text(self._window[:border])
-                if not text.endswith(UNKNOWN):
+                if not text.endswith(REPLACEMENT):
                     self._border, self._whole = border, text
                     break
 
@@ -40,7 +40,7 @@ class Detokenizer:
         """The text that has become certain with this token; "" while a character is not complete."""
         self._window.append(token)
         text = self._aligned()
-        sure = text.rstrip(UNKNOWN)
+        sure = text.rstrip(REPLACEMENT)
         piece = sure[len(self._known) :]
         if piece and sure == text:
             self._window = self._window[self._border :]

@@ -23,45 +23,45 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from runtime.kv.packed import PackedCache
 from runtime.kv.store import TorchCache
-from runtime.models.attention_mask import additive, windows_of
-from runtime.models.base import Look, Part, Shown
+from runtime.models.attention_mask import additive_mask, layer_windows
+from runtime.models.base import OutputSpec, PassInput, PassOutput
 
-NAME = "outrider"  # of our attention function in transformers' register
+ATTENTION_NAME = "outrider"  # of our attention function in transformers' register
 
 
-class Generic:
+class TransformersPass:
     """Runs `module` over parts whose caches are TorchCaches with the rows' slots appended and their positions written.
 
-    `together`: whether several parts are read in one pass.
+    `can_pack`: whether several parts are read in one pass.
     """
 
     def __init__(self, module: PreTrainedModel) -> None:
-        self.module, self.together = module, False
+        self.module, self.can_pack = module, False
         self._config = module.config.get_text_config(decoder=True)
-        self._windows = windows_of(self._config)
+        self._windows = layer_windows(self._config)
         self._masks_by_type = len(set(getattr(self._config, "layer_types", None) or ())) > 1
         self._sliced = "logits_to_keep" in inspect.signature(module.forward).parameters
         self._device: torch.device = module.device
         self._dtype: torch.dtype = module.dtype
         self._lowest = torch.finfo(self._dtype).min
 
-    def __call__(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+    def __call__(self, parts: Sequence[PassInput]) -> list[torch.Tensor]:
         """For each part the logits of its rows, float32, as `Model.forward_all` promises; caches are not rolled back on an error."""
-        if len(parts) > 1 and self.together:
-            return self.read_together(parts)
-        return [self.read(part) for part in parts]
+        if len(parts) > 1 and self.can_pack:
+            return self.read_packed(parts)
+        return [self.read_one(part) for part in parts]
 
-    def check(self, look: Look) -> None:
+    def check(self, output_spec: OutputSpec) -> None:
         """As promised by Pass (runtime.models.hf)."""
-        if look.branches:
+        if output_spec.branches:
             raise LookupError("transformers' own pass takes no pseudo rows")
-        if look.hidden and self.module.get_output_embeddings() is None:
+        if output_spec.hidden and self.module.get_output_embeddings() is None:
             raise LookupError("nothing is known to turn its hidden states into logits")
 
-    def show(self, parts: Sequence[Part], look: Look) -> list[Shown]:
+    def show(self, parts: Sequence[PassInput], output_spec: OutputSpec) -> list[PassOutput]:
         """Hidden states are what the unembedding is given. Pseudo rows are not taken along."""
-        if not look.hidden:
-            return [Shown(logits) for logits in self(parts)]
+        if not output_spec.hidden:
+            return [PassOutput(logits) for logits in self(parts)]
         given: list[torch.Tensor] = []
         hook = self.module.get_output_embeddings().register_forward_pre_hook(
             lambda module, inputs: given.append(inputs[0][0])
@@ -71,25 +71,25 @@ class Generic:
         finally:
             hook.remove()
         hidden = torch.cat(given).split([len(part.rows.tokens) for part in parts])
-        return [Shown(*of_one) for of_one in zip(logits, hidden, strict=True)]
+        return [PassOutput(*of_one) for of_one in zip(logits, hidden, strict=True)]
 
     def unembed(self, hidden: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.module.get_output_embeddings()(hidden.to(self._dtype))
         return logits.float()
 
-    def read(self, part: Part) -> torch.Tensor:
+    def read_one(self, part: PassInput) -> torch.Tensor:
         """One text in a pass of its own."""
-        rows, cache = part.rows, stored(part)
+        rows, cache = part.rows, torch_cache(part)
         mask = self._by_type(
             {kind: self.mask(part, window) for kind, window in self._windows.items()}
         )
-        kept = wanted(part)
+        kept = logit_rows(part)
         logits = self._run(rows.tokens, rows.positions, mask, cache, max(kept, 1))
         return logits[logits.shape[0] - kept :].float()
 
-    def read_together(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+    def read_packed(self, parts: Sequence[PassInput]) -> list[torch.Tensor]:
         """All texts in one pass. Raises LookupError where the model does not ask for attention as transformers' interface has it."""
-        caches = [stored(part) for part in parts]
+        caches = [torch_cache(part) for part in parts]
         masks: dict[str, torch.Tensor | None] = {}
         for kind, window in self._windows.items():
             pieces = [self.mask(part, window) for part in parts]
@@ -99,7 +99,7 @@ class Generic:
             ]
             masks[kind] = torch.cat([piece.view(1, 1, 1, -1) for piece in filled], dim=-1)
         ends = list(accumulate(len(part.rows.tokens) for part in parts))
-        kept = [wanted(part) for part in parts]
+        kept = [logit_rows(part) for part in parts]
         rows = np.concatenate(
             [np.arange(end - count, end) for end, count in zip(ends, kept, strict=True)]
         )
@@ -109,7 +109,7 @@ class Generic:
             np.concatenate([getattr(part.rows, name) for part in parts])
             for name in ("tokens", "positions")
         )
-        with self._splitting(packed):
+        with self._packed_attention(packed):
             logits = self._run(
                 tokens, positions, self._by_type(masks), packed, index if len(index) else 1
             )
@@ -131,16 +131,16 @@ class Generic:
         return logits
 
     @contextmanager
-    def _splitting(self, packed: PackedCache) -> Iterator[None]:
+    def _packed_attention(self, packed: PackedCache) -> Iterator[None]:
         """Attention is ours as long as this lasts; at all other times the module is as transformers made it."""
-        usual = self._config._attn_implementation
-        token = CURRENT.set((packed, usual))
-        self._config._attn_implementation = NAME
+        default = self._config._attn_implementation
+        token = CURRENT_PASS.set((packed, default))
+        self._config._attn_implementation = ATTENTION_NAME
         try:
             yield
         finally:
-            self._config._attn_implementation = usual
-            CURRENT.reset(token)
+            self._config._attn_implementation = default
+            CURRENT_PASS.reset(token)
 
     def _row(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)[None]).to(self._device)
@@ -159,9 +159,9 @@ class Generic:
             }
         return first
 
-    def mask(self, part: Part, window: int | None) -> torch.Tensor | None:
+    def mask(self, part: PassInput, window: int | None) -> torch.Tensor | None:
         """(1, 1, n, slots) of one part, as runtime.models.attention_mask has it."""
-        mask = additive(part.rows, stored(part).positions, window, self._lowest)
+        mask = additive_mask(part.rows, torch_cache(part).positions, window, self._lowest)
         return (
             None
             if mask is None
@@ -169,22 +169,22 @@ class Generic:
         )
 
 
-def stored(part: Part) -> TorchCache:
+def torch_cache(part: PassInput) -> TorchCache:
     if not isinstance(part.cache, TorchCache):
         raise TypeError(f"a cache of type {type(part.cache).__name__}: use new_cache()")
     return part.cache
 
 
-def wanted(part: Part) -> int:
+def logit_rows(part: PassInput) -> int:
     """How many of the rows, counted from the last, are to have logits."""
     rows = len(part.rows.tokens)
     return rows if part.last is None else min(part.last, rows)
 
 
-CURRENT: ContextVar[tuple[PackedCache, str]] = ContextVar("CURRENT")
+CURRENT_PASS: ContextVar[tuple[PackedCache, str]] = ContextVar("CURRENT_PASS")
 
 
-def attend(
+def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -197,10 +197,10 @@ def attend(
     query           (1, heads, rows, dim), rows of all texts
     attention_mask  (1, 1, 1, sum of rows x slots), the masks of the texts one after the other
     """
-    packed, usual = CURRENT.get()
-    function = usual_attention(module, usual)
+    packed, default = CURRENT_PASS.get()
+    function = attention_function(module, default)
     outputs, row, place = [], 0, 0
-    for cache, (keys, values) in zip(packed.caches, packed.take(), strict=True):
+    for cache, (keys, values) in zip(packed.caches, packed.take_written(), strict=True):
         n, slots = cache.length - cache.start, cache.length
         mask = attention_mask[..., place : place + n * slots].view(1, 1, n, slots)
         outputs.append(
@@ -210,7 +210,9 @@ def attend(
     return torch.cat(outputs, dim=1), None
 
 
-def usual_attention(module: torch.nn.Module, name: str) -> Callable[..., tuple[torch.Tensor, Any]]:
+def attention_function(
+    module: torch.nn.Module, name: str
+) -> Callable[..., tuple[torch.Tensor, Any]]:
     """The function that an attention module of transformers would call under the implementation `name`.
 
     Raises LookupError for one that does not follow its conventions.
@@ -226,4 +228,4 @@ def usual_attention(module: torch.nn.Module, name: str) -> Callable[..., tuple[t
     return found
 
 
-AttentionInterface.register(NAME, attend)
+AttentionInterface.register(ATTENTION_NAME, packed_attention)

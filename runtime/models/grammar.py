@@ -26,17 +26,19 @@ from runtime.models.grammar_check import check_regex, check_schema, refusal
 from runtime.models.grammar_process import ForkServer
 from runtime.models.grammar_worker import BUSY, ERROR, TOKEN, receive, send
 
-COMPILE_S = 0.2  # of processor time, until the first mask is there
-MASK_S = 0.2  # of processor time, for all masks after it; the model's thread waits for them
-TOKEN_S = 0.005  # that each token adds to what is left of MASK_S
-MEMORY = 128 << 20  # bytes that one grammar may take
-ANSWER_S = 5.0  # of the clock, for a machine that gives little processor time
-LEXER_STATES = 20_000  # of one text; 1 to 2 kB each
-ROW_ITEMS = 10_000  # of the parser; a property takes about 4 (limits.SCHEMA_PROPERTIES)
-SPACE = r"[ \t\n\r]{0,16}"  # in JSON: some models, once they indent, go on until max_tokens
+COMPILE_CPU_S = 0.2  # of processor time, until the first mask is there
+MASKS_CPU_S = 0.2  # of processor time, for all masks after it; the model's thread waits for them
+TOKEN_CPU_S = 0.005  # that each token adds to what is left of MASKS_CPU_S
+MEMORY_BYTES = 128 << 20  # bytes that one grammar may take
+ANSWER_TIMEOUT_S = 5.0  # of the clock, for a machine that gives little processor time
+MAX_LEXER_STATES = 20_000  # of one text; 1 to 2 kB each
+MAX_ROW_ITEMS = 10_000  # of the parser; a property takes about 4 (limits.SCHEMA_PROPERTIES)
+JSON_WHITESPACE = (
+    r"[ \t\n\r]{0,16}"  # in JSON: some models, once they indent, go on until max_tokens
+)
 
 
-class Matcher:
+class GrammarMatcher:
     """A Guide whose masks come from a process of its own.
 
     The process computes the next mask as soon as it hears of a token, while the model computes.
@@ -47,7 +49,7 @@ class Matcher:
         """Speaks over `channel`; `size` is the number of columns of the model's logits."""
         self._channel, self._kind, self._size, self._eos = channel, kind, size, eos
         self._mask: Allowed | None = None
-        self._limit = f"{COMPILE_S:g} s"
+        self._limit = f"{COMPILE_CPU_S:g} s"
 
     def begin(self, text: str) -> None:
         """Has the process compile a grammar. Raises as `allowed` does."""
@@ -66,7 +68,7 @@ class Matcher:
             return
         if not self.allowed()[token]:
             raise refusal(self._kind, f"token {token} does not follow")
-        self._mask, self._limit = None, f"{MASK_S:g} s for its masks"
+        self._mask, self._limit = None, f"{MASKS_CPU_S:g} s for its masks"
         with self._alive():
             self._channel.sendall(TOKEN.pack(token))
 
@@ -88,11 +90,11 @@ class Matcher:
         try:
             yield
         except OSError as error:
-            why = f"too complex: over {self._limit} or {MEMORY >> 20} MiB"
+            why = f"too complex: over {self._limit} or {MEMORY_BYTES >> 20} MiB"
             raise refusal(self._kind, why) from error
 
 
-class Grammars:
+class GrammarCompiler:
     """Opens a matcher for each text. Any thread may call it.
 
     The process that loads the tokenizer starts at the first call, which takes about a second. It
@@ -107,7 +109,7 @@ class Grammars:
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()  # held while the server starts, never while one compiles
 
-    def __call__(self, constraint: Constraint) -> Matcher:
+    def __call__(self, constraint: Constraint) -> GrammarMatcher:
         """Returns the beginning of a text.
 
         Raises InvalidRequest for what is no grammar or costs too much, Overloaded if too many
@@ -121,7 +123,7 @@ class Grammars:
         elif kind == "regex":
             check_regex(text)
         channel = self._channel(kind)
-        matcher = Matcher(channel, kind, self._size, self._eos)
+        matcher = GrammarMatcher(channel, kind, self._size, self._eos)
         weakref.finalize(matcher, release, channel, self._open)
         matcher.begin(text)
         return matcher
@@ -148,7 +150,7 @@ class Grammars:
             except OSError as error:
                 raise Overloaded("no process can read grammars now: try again later") from error
             self._open.add(channel)
-        channel.settimeout(ANSWER_S)
+        channel.settimeout(ANSWER_TIMEOUT_S)
         return channel
 
     def _fork(self, kind: str) -> socket.socket:
@@ -175,12 +177,12 @@ class Grammars:
             "vocabulary": max(self._size, len(self._tokenizer)),
             "eos": sorted(self._eos),
             "bounds": {
-                "compile_s": COMPILE_S,
-                "mask_s": MASK_S,
-                "token_s": TOKEN_S,
-                "memory": MEMORY,
-                "space": SPACE,
-                "parser": {"max_lexer_states": LEXER_STATES, "max_items_in_row": ROW_ITEMS},
+                "compile_s": COMPILE_CPU_S,
+                "mask_s": MASKS_CPU_S,
+                "token_s": TOKEN_CPU_S,
+                "memory": MEMORY_BYTES,
+                "space": JSON_WHITESPACE,
+                "parser": {"max_lexer_states": MAX_LEXER_STATES, "max_items_in_row": MAX_ROW_ITEMS},
             },
         }
 

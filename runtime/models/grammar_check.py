@@ -12,15 +12,15 @@ from urllib.parse import unquote
 from runtime.core import limits
 from runtime.core.errors import InvalidRequest
 
-WRITTEN_OUT = 10_000  # parts of an expression once all its counted repetitions are written out
-PRODUCT = 10_000  # of the sizes of the expressions that one string has to match
-FORMAT = 100  # size of the expression of a `format`
-COMBINED = 20_000  # steps of combining the parts of a schema
-SHOWN = 64  # characters of a complaint, which may quote the grammar
+MAX_REGEX_PARTS = 10_000  # parts of an expression once all its counted repetitions are written out
+MAX_REGEX_PRODUCT = 10_000  # of the sizes of the expressions that one string has to match
+FORMAT_PARTS = 100  # size of the expression of a `format`
+MAX_COMBINE_STEPS = 20_000  # steps of combining the parts of a schema
+MAX_REASON_CHARS = 64  # characters of a complaint, which may quote the grammar
 
 
 def refusal(kind: str, why: str) -> InvalidRequest:
-    shown = "".join(char if char.isprintable() else " " for char in why)[:SHOWN]
+    shown = "".join(char if char.isprintable() else " " for char in why)[:MAX_REASON_CHARS]
     return InvalidRequest(f"{kind} cannot be used ({shown}): give another one", "response_format")
 
 
@@ -36,7 +36,7 @@ def check_schema(text: str) -> None:
             raise refusal("json_schema", "it is no object")
         references = References(schema)
         references.check(schema, ("#",))
-        Shapes(references).of(schema)
+        SchemaShapes(references).of(schema)
     except ValueError as error:
         raise refusal("json_schema", f"it is no JSON: {error}") from error
     except RecursionError as error:
@@ -80,7 +80,7 @@ def children(part: Any) -> Iterable[Any]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Shape:
+class SchemaShape:
     """What a schema asks of one place of a JSON text, as far as it multiplies.
 
     sizes       of the expressions that a string must match, all of them at once
@@ -91,17 +91,17 @@ class Shape:
 
     sizes: tuple[int, ...] = ()
     properties: int = 0
-    named: dict[str, "Shape"] = field(default_factory=dict)
-    others: "Shape | None" = None
+    named: dict[str, "SchemaShape"] = field(default_factory=dict)
+    others: "SchemaShape | None" = None
 
-    def at(self, name: str) -> "Shape":
+    def at(self, name: str) -> "SchemaShape":
         return self.named.get(name) or self.others or ANYTHING
 
 
-ANYTHING = Shape()
+ANYTHING = SchemaShape()
 
 
-class Shapes:
+class SchemaShapes:
     """Combines the parts of a schema as a grammar library does, and refuses what multiplies.
 
     A product of expressions is an automaton with as many states as the product of theirs, and
@@ -110,12 +110,12 @@ class Shapes:
 
     def __init__(self, references: References) -> None:
         self._references = references
-        self._known: dict[int, Shape] = {}  # by the identity of a part
-        self._both: dict[tuple[Shape, Shape], Shape] = {}
-        self._either: dict[tuple[Shape, Shape], Shape] = {}
+        self._known: dict[int, SchemaShape] = {}  # by the identity of a part
+        self._both: dict[tuple[SchemaShape, SchemaShape], SchemaShape] = {}
+        self._either: dict[tuple[SchemaShape, SchemaShape], SchemaShape] = {}
         self._steps = 0
 
-    def of(self, part: Any) -> Shape:
+    def of(self, part: Any) -> SchemaShape:
         """Returns the shape of a part whose references are in order. Raises InvalidRequest."""
         if not isinstance(part, dict):
             return ANYTHING
@@ -123,31 +123,31 @@ class Shapes:
             self._known[id(part)] = reduce(self.both, self._parts(part))
         return self._known[id(part)]
 
-    def _parts(self, part: dict[str, Any]) -> Iterator[Shape]:
+    def _parts(self, part: dict[str, Any]) -> Iterator[SchemaShape]:
         """Yields what must hold at the same time."""
         yield self._own(part)
         if isinstance(reference := part.get("$ref"), str):
             yield self.of(self._references.find(reference))
-        for one in listed(part, "allOf"):
+        for one in list_at(part, "allOf"):
             yield self.of(one)
         for key in ("anyOf", "oneOf"):
-            if options := listed(part, key):
+            if options := list_at(part, key):
                 yield reduce(self.either, map(self.of, options))
 
-    def _own(self, part: dict[str, Any]) -> Shape:
-        sizes = [FORMAT] if isinstance(part.get("format"), str) else []
+    def _own(self, part: dict[str, Any]) -> SchemaShape:
+        sizes = [FORMAT_PARTS] if isinstance(part.get("format"), str) else []
         if isinstance(pattern := part.get("pattern"), str):
             sizes.append(check_regex(pattern, "json_schema"))
-        patterned = mapping(part, "patternProperties")
+        patterned = dict_at(part, "patternProperties")
         names = sorted(check_regex(pattern, "json_schema") for pattern in patterned)
         check_product(names[-2:])  # no two may fit one name
-        properties = mapping(part, "properties")
+        properties = dict_at(part, "properties")
         inside = [
             *patterned.values(),
             part.get("additionalProperties"),
             part.get("items"),
-            *listed(part, "items"),
-            *listed(part, "prefixItems"),
+            *list_at(part, "items"),
+            *list_at(part, "prefixItems"),
         ]
         return self._checked(
             tuple(sizes),
@@ -156,7 +156,7 @@ class Shapes:
             reduce(self.either, map(self.of, inside)),
         )
 
-    def both(self, one: Shape, other: Shape) -> Shape:
+    def both(self, one: SchemaShape, other: SchemaShape) -> SchemaShape:
         """Returns the shape of what fits both."""
         if ANYTHING in (one, other):
             return one if other is ANYTHING else other
@@ -170,7 +170,7 @@ class Shapes:
             self._both[one, other] = found
         return self._both[one, other]
 
-    def either(self, one: Shape, other: Shape) -> Shape:
+    def either(self, one: SchemaShape, other: SchemaShape) -> SchemaShape:
         """Returns a shape that covers both."""
         if one is other or other is ANYTHING:
             return one
@@ -187,8 +187,12 @@ class Shapes:
         return self._either[one, other]
 
     def _checked(
-        self, sizes: tuple[int, ...], properties: int, named: dict[str, Shape], others: Shape
-    ) -> Shape:
+        self,
+        sizes: tuple[int, ...],
+        properties: int,
+        named: dict[str, SchemaShape],
+        others: SchemaShape,
+    ) -> SchemaShape:
         check_product(sizes)
         if properties > (most := limits.SCHEMA_PROPERTIES):
             raise refusal(
@@ -196,20 +200,20 @@ class Shapes:
             )
         if not sizes and not named and others is ANYTHING:
             return ANYTHING
-        return Shape(sizes, properties, named, others)
+        return SchemaShape(sizes, properties, named, others)
 
     def _count(self, names: Iterable[str]) -> None:
         self._steps += 1 + len(list(names))
-        if self._steps > COMBINED:
+        if self._steps > MAX_COMBINE_STEPS:
             raise refusal("json_schema", "its parts combine in too many ways")
 
 
-def listed(part: dict[str, Any], key: str) -> list[Any]:
+def list_at(part: dict[str, Any], key: str) -> list[Any]:
     found = part.get(key)
     return found if isinstance(found, list) else []
 
 
-def mapping(part: dict[str, Any], key: str) -> dict[str, Any]:
+def dict_at(part: dict[str, Any], key: str) -> dict[str, Any]:
     found = part.get(key)
     return found if isinstance(found, dict) else {}
 
@@ -220,8 +224,10 @@ def product(sizes: Iterable[int]) -> int:
 
 def check_product(sizes: Sequence[int]) -> None:
     """Raises InvalidRequest if expressions that go together have too many parts together."""
-    if len(sizes) > 1 and product(sizes) > PRODUCT:
-        raise refusal("json_schema", f"its patterns multiply to more than {PRODUCT} parts")
+    if len(sizes) > 1 and product(sizes) > MAX_REGEX_PRODUCT:
+        raise refusal(
+            "json_schema", f"its patterns multiply to more than {MAX_REGEX_PRODUCT} parts"
+        )
 
 
 PIECE = re.compile(
@@ -255,6 +261,6 @@ def check_regex(pattern: str, kind: str = "regex") -> int:
             case _:
                 last = 1
                 sizes[-1] += 1
-    if max(sizes) > WRITTEN_OUT:
+    if max(sizes) > MAX_REGEX_PARTS:
         raise refusal(kind, "it is too long once its counts are written out")
     return max(sizes)

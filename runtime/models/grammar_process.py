@@ -12,8 +12,8 @@ from typing import Any
 from runtime.models import grammar_worker
 from runtime.models.grammar_worker import MASK, receive, send
 
-START_S = 60.0  # for a machine that is busy; it takes about a second
-STOP_S = 5.0
+START_TIMEOUT_S = 60.0  # for a machine that is busy; it takes about a second
+STOP_TIMEOUT_S = 5.0
 
 
 class ForkServer:
@@ -34,7 +34,7 @@ class ForkServer:
             )
         self._control = ours
         self.close = weakref.finalize(self, stop, self.process, ours)
-        ours.settimeout(START_S)
+        ours.settimeout(START_TIMEOUT_S)
         try:
             send(ours, json.dumps(setup).encode())
             data = receive(ours)
@@ -61,6 +61,6 @@ def stop(process: subprocess.Popen[bytes], control: socket.socket) -> None:
     """Returns when the process is gone, and its children with it."""
     control.close()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(STOP_S)
+        process.wait(STOP_TIMEOUT_S)
     process.kill()
     process.wait()

@@ -64,7 +64,7 @@ def limit_memory(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (mapped + size, mapped + size))
 
 
-def grammar_of(kind: str, text: str, space: str) -> str:
+def build_grammar(kind: str, text: str, space: str) -> str:
     """Returns the constraint in llguidance's own language. Raises ValueError."""
     if kind == "regex":
         return LLMatcher.grammar_from_regex(text)
@@ -72,22 +72,22 @@ def grammar_of(kind: str, text: str, space: str) -> str:
     return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": space})
 
 
-def complaint(matcher: LLMatcher) -> str:
+def error_message(matcher: LLMatcher) -> str:
     """Returns the line of llguidance's message that says what is wrong."""
     lines = matcher.get_error().splitlines() or ["nothing may follow"]
     marked = (line.removeprefix("error: ") for line in lines if line.startswith("error: "))
     return next(marked, lines[0])
 
 
-def answer(channel: socket.socket, matcher: LLMatcher) -> None:
+def send_mask(channel: socket.socket, matcher: LLMatcher) -> None:
     mask = matcher.compute_bitmask()
     if matcher.is_error():
-        send(channel, ERROR, complaint(matcher).encode(errors="replace"))
+        send(channel, ERROR, error_message(matcher).encode(errors="replace"))
     else:
         send(channel, MASK, mask)
 
 
-def serve(channel: socket.socket, words: LLTokenizer, bounds: dict[str, Any]) -> None:
+def serve(channel: socket.socket, tokenizer: LLTokenizer, bounds: dict[str, Any]) -> None:
     """Serves one text until the other end closes the channel."""
     first = receive(channel)
     if first is None:
@@ -96,9 +96,9 @@ def serve(channel: socket.socket, words: LLTokenizer, bounds: dict[str, Any]) ->
     limits = LLParserLimits(**bounds["parser"], verbose_errors=False)
     try:
         with processor_time(bounds["compile_s"]):
-            grammar = grammar_of(asked["kind"], asked["text"], bounds["space"])
-            matcher = LLMatcher(words, grammar, log_level=0, limits=limits)
-            answer(channel, matcher)
+            grammar = build_grammar(asked["kind"], asked["text"], bounds["space"])
+            matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+            send_mask(channel, matcher)
     except ValueError as error:  # text that is no Unicode, among others
         send(channel, ERROR, str(error).encode(errors="replace"))
         return
@@ -107,13 +107,13 @@ def serve(channel: socket.socket, words: LLTokenizer, bounds: dict[str, Any]) ->
         began = time.process_time()
         with processor_time(max(left, 0.001)):  # 0 would be no limit
             matcher.consume_token(TOKEN.unpack(token)[0])
-            answer(channel, matcher)
+            send_mask(channel, matcher)
         left += bounds["token_s"] - (time.process_time() - began)
         left = min(left, bounds["mask_s"])
 
 
 def fork(
-    channel: socket.socket, control: socket.socket, words: LLTokenizer, bounds: dict[str, Any]
+    channel: socket.socket, control: socket.socket, tokenizer: LLTokenizer, bounds: dict[str, Any]
 ) -> None:
     """Starts a child that serves `channel`; answers BUSY if the machine has no room for one."""
     try:
@@ -126,7 +126,7 @@ def fork(
             control.close()
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             limit_memory(bounds["memory"])
-            serve(channel, words, bounds)
+            serve(channel, tokenizer, bounds)
         finally:
             os._exit(0)
 
@@ -138,7 +138,9 @@ def main(control: socket.socket) -> None:
         return
     setup = json.loads(asked)
     try:
-        words = LLTokenizer(setup["tokenizer"], n_vocab=setup["vocabulary"], eos_token=setup["eos"])
+        tokenizer = LLTokenizer(
+            setup["tokenizer"], n_vocab=setup["vocabulary"], eos_token=setup["eos"]
+        )
     except BaseException as error:  # noqa: BLE001 - a panic of the library is no Exception
         send(control, ERROR, str(error).encode(errors="replace"))
         return
@@ -151,7 +153,7 @@ def main(control: socket.socket) -> None:
             break
         for file in files:
             with socket.socket(fileno=file) as channel, contextlib.suppress(OSError):
-                fork(channel, control, words, setup["bounds"])
+                fork(channel, control, tokenizer, setup["bounds"])
     with contextlib.suppress(ProcessLookupError):  # a group of its own has its number
         os.killpg(os.getpid(), signal.SIGTERM)
     with contextlib.suppress(ChildProcessError):

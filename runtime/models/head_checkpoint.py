@@ -21,15 +21,15 @@ from transformers import PreTrainedConfig
 
 from runtime.core.errors import ModelRefused
 from runtime.models.base import ModelIdentity
-from runtime.models.loader import one_line, read_json, refuse_code
+from runtime.models.loader import one_line, read_json, reject_remote_code
 from runtime.models.vocab_check import Vocabulary, vocabulary_hash
 
-TRAIN = "train one with `outrider train`"
+TRAIN_HINT = "train one with `outrider train`"
 Settings = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
 
 
-def identity_of(config: PreTrainedConfig, tokenizer: Vocabulary) -> ModelIdentity:
+def target_identity(config: PreTrainedConfig, tokenizer: Vocabulary) -> ModelIdentity:
     text: Any = config.get_text_config(decoder=True)
     return ModelIdentity(
         text.hidden_size, text.num_hidden_layers, text.vocab_size, vocabulary_hash(tokenizer)
@@ -40,9 +40,9 @@ def read_settings(folder: Path, method: str, identity: ModelIdentity) -> Setting
     """What config.json says. Raises ModelRefused for what is no head of this method, or one of another target."""
     if not (folder / "config.json").is_file():
         raise ModelRefused(
-            f"{folder} has no config.json: give the folder of a trained head, or {TRAIN}"
+            f"{folder} has no config.json: give the folder of a trained head, or {TRAIN_HINT}"
         )
-    refuse_code(folder, str(folder))
+    reject_remote_code(folder, str(folder))
     config = read_json(folder / "config.json", str(folder))
     if config.get("method") != method:
         raise ModelRefused(
@@ -51,11 +51,11 @@ def read_settings(folder: Path, method: str, identity: ModelIdentity) -> Setting
     target, settings = config.get("target"), config.get("settings")
     if not isinstance(target, dict) or not isinstance(settings, dict):
         raise ModelRefused(f"{folder}/config.json lacks `target` or `settings`: copy it again")
-    for name, wanted in asdict(identity).items():
-        if target.get(name) != wanted:
-            said, should = str(target.get(name))[:16], str(wanted)[:16]
+    for name, logit_rows in asdict(identity).items():
+        if target.get(name) != logit_rows:
+            said, should = str(target.get(name))[:16], str(logit_rows)[:16]
             raise ModelRefused(
-                f"{folder} was trained for another target ({name} {said}, not {should}): {TRAIN} for this one"
+                f"{folder} was trained for another target ({name} {said}, not {should}): {TRAIN_HINT} for this one"
             )
     return settings
 
@@ -82,7 +82,7 @@ def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Tensors
                     if found.get(name) != shapes.get(name)
                 )
                 raise ModelRefused(
-                    f"{folder}/model.safetensors does not fit its config.json ({wrong[:64]}): copy it again, or {TRAIN}"
+                    f"{folder}/model.safetensors does not fit its config.json ({wrong[:64]}): copy it again, or {TRAIN_HINT}"
                 )
             tensors = {name: file.get_tensor(name) for name in found}
     except (SafetensorError, OSError, ValueError) as error:
@@ -93,12 +93,12 @@ def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Tensors
         tensor.is_floating_point() and tensor.isfinite().all() for tensor in tensors.values()
     ):
         raise ModelRefused(
-            f"{folder}/model.safetensors holds what are no finite numbers: copy it again, or {TRAIN}"
+            f"{folder}/model.safetensors holds what are no finite numbers: copy it again, or {TRAIN_HINT}"
         )
     return tensors
 
 
-def write_trained(
+def write_checkpoint(
     folder: Path, method: str, identity: ModelIdentity, settings: Settings, tensors: Tensors
 ) -> None:
     """All or nothing: a folder that is there is replaced in one go. Raises OSError."""

@@ -14,37 +14,37 @@ from runtime.core import limits
 from runtime.core.errors import InvalidRequest, ModelRefused
 from runtime.kv.base import KVCache
 from runtime.kv.store import TorchCache, layout_of
-from runtime.models.base import Look, Part, Rows, Shown, causal
-from runtime.models.generic import Generic, stored
+from runtime.models.base import OutputSpec, PassInput, PassOutput, Rows, causal
+from runtime.models.generic import TransformersPass, torch_cache
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # What transformers' modelling code is known to raise for a model that cannot take our masks, positions or cache.
-MISFITS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
-ROUNDING = {
+ROUNDING_TOLERANCE = {
     True: 1e-3,
     False: 5e-2,
 }  # relative error of logits that rounding explains, in float32 and in shorter types
-PROBE = [1, 2]  # a text; token 0 is often padding, of which the embedding is zero
+PROBE_TOKENS = [1, 2]  # a text; token 0 is often padding, of which the embedding is zero
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
 
-class Pass(Protocol):
+class ForwardPass(Protocol):
     """Reads parts whose rows have their slots; see Generic, the one that fits every model."""
 
-    def __call__(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+    def __call__(self, parts: Sequence[PassInput]) -> list[torch.Tensor]:
         """Logits of each part."""
         ...
 
-    def check(self, look: Look) -> None:
+    def check(self, output_spec: OutputSpec) -> None:
         """As Open.check. Raises LookupError that says what is missing."""
         ...
 
-    def show(self, parts: Sequence[Part], look: Look) -> list[Shown]:
-        """As Open.show_all; the pseudo rows have their slots behind the rows of their part, those of one branch together."""
+    def show(self, parts: Sequence[PassInput], output_spec: OutputSpec) -> list[PassOutput]:
+        """As Open.forward_outputs; the pseudo rows have their slots behind the rows of their part, those of one branch together."""
         ...
 
     def unembed(self, hidden: torch.Tensor) -> torch.Tensor: ...
@@ -60,7 +60,7 @@ class HFModel:
         check_config(module.config, type(module), name)
         config = module.config.get_text_config(decoder=True)
         self.module, self._name = module.eval(), name
-        self._context = context_of(config, name)
+        self._context = max_context(config, name)
         if "position_ids" not in inspect.signature(module.forward).parameters:
             raise ModelRefused(
                 f"model {name} ({config.model_type}) cannot be told positions: choose one with rotary or learned positions"
@@ -69,28 +69,33 @@ class HFModel:
         self._dtype: torch.dtype = module.dtype
         try:
             with torch.inference_mode():
-                probe = module(input_ids=torch.tensor([PROBE], device=self._device), use_cache=True)
+                probe = module(
+                    input_ids=torch.tensor([PROBE_TOKENS], device=self._device), use_cache=True
+                )
             self._layout = layout_of(probe.past_key_values.layers)
             self._stored: torch.dtype = probe.past_key_values.layers[0].keys.dtype
-        except MISFITS as error:
+        except MODEL_ERRORS as error:
             raise ModelRefused(
                 f"model {name} cannot be rolled back exactly ({error}): choose one of plain attention layers"
             ) from error
         self._vocabulary = int(probe.logits.shape[-1])
-        self.generic = Generic(module)
-        self.step: Pass = self.generic
-        self.generic.together = self._reads_together(probe.logits[0].float())
+        self.generic = TransformersPass(module)
+        self.step: ForwardPass = self.generic
+        self.generic.can_pack = self._can_pack(probe.logits[0].float())
 
-    def _reads_together(self, expected: torch.Tensor) -> bool:
-        """Whether the module can read two texts in one pass: PROBE, whose logits are known, and its beginning."""
-        parts = [Part(self.new_cache(), causal(np.array(text), 0)) for text in (PROBE, PROBE[:1])]
-        self.generic.together = True
+    def _can_pack(self, expected: torch.Tensor) -> bool:
+        """Whether the module can read two texts in one pass: PROBE_TOKENS, whose logits are known, and its beginning."""
+        parts = [
+            PassInput(self.new_cache(), causal(np.array(text), 0))
+            for text in (PROBE_TOKENS, PROBE_TOKENS[:1])
+        ]
+        self.generic.can_pack = True
         try:
             error = relative_error(torch.cat(self.forward_all(parts)), expected[[0, 1, 0]])
-        except (InvalidRequest, *MISFITS) as misfit:
+        except (InvalidRequest, *MODEL_ERRORS) as misfit:
             log.info("model %s reads several texts one by one: %s", self._name, misfit)
             return False
-        if not error <= ROUNDING[self._dtype == torch.float32]:
+        if not error <= ROUNDING_TOLERANCE[self._dtype == torch.float32]:
             log.warning(
                 "model %s reads several texts one by one: in one pass its logits are off by %.2g",
                 self._name,
@@ -130,34 +135,41 @@ class HFModel:
 
         Raises InvalidRequest for a token outside the vocabulary or a position outside the context.
         """
-        return self.forward_all([Part(cache, rows, last)])[0]
+        return self.forward_all([PassInput(cache, rows, last)])[0]
 
-    def forward_all(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+    def forward_all(self, parts: Sequence[PassInput]) -> list[torch.Tensor]:
         """As promised by Model; errors as of `forward`. A text may be in one part only."""
         return self._read(parts, 0, self.step)
 
-    def check(self, look: Look) -> None:
+    def check(self, output_spec: OutputSpec) -> None:
         """As promised by Open."""
         try:
-            self.step.check(look)
+            self.step.check(output_spec)
         except LookupError as error:
             raise ModelRefused(
                 f"model {self._name} cannot show what this method looks at ({error}): choose another method"
             ) from error
 
-    def show_all(self, parts: Sequence[Part], look: Look) -> list[Shown]:
+    def forward_outputs(
+        self, parts: Sequence[PassInput], output_spec: OutputSpec
+    ) -> list[PassOutput]:
         """As promised by Open; errors as of `forward`."""
-        return self._read(parts, len(look.branches), lambda parts: self.step.show(parts, look))
+        return self._read(
+            parts, len(output_spec.branches), lambda parts: self.step.show(parts, output_spec)
+        )
 
     def unembed(self, hidden: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
             return self.step.unembed(hidden)
 
     def _read(
-        self, parts: Sequence[Part], branches: int, read: Callable[[Sequence[Part]], list[Result]]
+        self,
+        parts: Sequence[PassInput],
+        branches: int,
+        read: Callable[[Sequence[PassInput]], list[Result]],
     ) -> list[Result]:
         """`read`, with slots for the rows of the parts and, as long as it runs, for `branches` pseudo rows beside each rider."""
-        caches = [stored(part) for part in parts]
+        caches = [torch_cache(part) for part in parts]
         positions = [positions_of(part, branches) for part in parts]
         for part, places in zip(parts, positions, strict=True):
             self._check(part.rows.tokens, places)
@@ -191,11 +203,11 @@ class HFModel:
             )
 
 
-def positions_of(part: Part, branches: int) -> npt.NDArray[np.int64]:
+def positions_of(part: PassInput, branches: int) -> npt.NDArray[np.int64]:
     """Of the rows, then of the pseudo rows, branch by branch."""
-    if not part.riders:
+    if not part.branch_rows:
         return part.rows.positions
-    ridden = part.rows.positions[list(part.riders)]
+    ridden = part.rows.positions[list(part.branch_rows)]
     return np.concatenate(
         [part.rows.positions, *(ridden + ahead for ahead in range(1, branches + 1))]
     )
@@ -230,7 +242,7 @@ def check_config(config: PreTrainedConfig, kind: type[PreTrainedModel], name: st
         )
 
 
-def context_of(config: PreTrainedConfig, name: str) -> int:
+def max_context(config: PreTrainedConfig, name: str) -> int:
     """The longest text whose keys do not depend on how long the text becomes later.
 
     With `longrope` the angles of all positions change where the text outgrows the original context: cached keys would no longer be

@@ -10,7 +10,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from runtime.core.errors import ModelRefused
 
 
-def up_to(config: PreTrainedConfig, layers: Sequence[int], name: str) -> PreTrainedConfig:
+def truncated_config(
+    config: PreTrainedConfig, layers: Sequence[int], name: str
+) -> PreTrainedConfig:
     """`config` without the layers behind the last of `layers`. Raises ModelRefused where these are not layers of it, in their order."""
     count: int = config.get_text_config(decoder=True).num_hidden_layers
     if (
@@ -21,10 +23,10 @@ def up_to(config: PreTrainedConfig, layers: Sequence[int], name: str) -> PreTrai
         raise ModelRefused(
             f"layers {str(list(layers))[:48]} are not some of the {count} of {name}: give numbers from 0 to {count - 1} that rise"
         )
-    return shortened(config, range(layers[-1] + 1))
+    return with_layers(config, range(layers[-1] + 1))
 
 
-def keep(module: PreTrainedModel, layers: Sequence[int], name: str) -> None:
+def keep_layers(module: PreTrainedModel, layers: Sequence[int], name: str) -> None:
     """Let go of all layers but these. Raises ModelRefused where they do not lie where Llama's do."""
     body: Any = getattr(module, "model", None)
     if not isinstance(getattr(body, "layers", None), nn.ModuleList):
@@ -36,10 +38,10 @@ def keep(module: PreTrainedModel, layers: Sequence[int], name: str) -> None:
         for part in layer.modules():
             if hasattr(part, "layer_idx"):
                 part.layer_idx = index
-    body.config = module.config = shortened(module.config, layers)
+    body.config = module.config = with_layers(module.config, layers)
 
 
-def shortened(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
+def with_layers(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
     """A copy that tells of these layers alone."""
     found = copy.deepcopy(config)
     text: Any = found.get_text_config(decoder=True)
@@ -50,6 +52,6 @@ def shortened(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConf
     return found
 
 
-def every_second(config: PreTrainedConfig) -> list[int]:
+def every_second_layer(config: PreTrainedConfig) -> list[int]:
     """What is kept where nobody has looked for something better (`outrider tune layers`)."""
     return list(range(0, config.get_text_config(decoder=True).num_hidden_layers, 2))

@@ -18,17 +18,17 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from runtime.kernels.linear import Product, has_room
-from runtime.models.attention_mask import additive, windows_of
-from runtime.models.base import Look, Part, Rows, Shown
-from runtime.models.generic import stored, wanted
-from runtime.models.hf import context_of
+from runtime.kernels.linear import LinearOp, has_room
+from runtime.models.attention_mask import additive_mask, layer_windows
+from runtime.models.base import OutputSpec, PassInput, PassOutput, Rows
+from runtime.models.generic import logit_rows, torch_cache
+from runtime.models.hf import max_context
 
 MODEL_TYPES = {"llama", "mistral", "qwen2", "qwen3"}
-ANGLES = 512  # positions whose angles are computed at first
+INITIAL_POSITIONS = 512  # positions whose angles are computed at first
 
 
-class Norm:
+class RMSNorm:
     """x * weight / sqrt(mean(x^2) + eps) over the last dimension, computed in float32.
 
     As x / hypot(|x|, sqrt(d eps)) * (sqrt(d) weight), which takes four calls where F.rms_norm makes ten.
@@ -48,19 +48,19 @@ class Norm:
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
-    before: Norm
-    qkv: Product
-    heads: Norm | None  # of queries and keys, head by head
-    out: Product
-    after: Norm
-    gate_up: Product
-    down: Product
+class LlamaLayer:
+    before: RMSNorm
+    qkv: LinearOp
+    heads: RMSNorm | None  # of queries and keys, head by head
+    out: LinearOp
+    after: RMSNorm
+    gate_up: LinearOp
+    down: LinearOp
     kind: str  # names the window
 
 
 @dataclass(frozen=True, slots=True)
-class Lane:
+class PartView:
     """One part in a pass: its rows, and views of its cache, of which each layer has one."""
 
     start: int
@@ -86,7 +86,7 @@ class LlamaPass:
         self._kv: int = config.num_key_value_heads
         self._heads: int = config.num_attention_heads
         self._dtype: torch.dtype = module.dtype
-        self._windows = windows_of(config)
+        self._windows = layer_windows(config)
         self._embedding: torch.Tensor = body.embed_tokens.weight.detach()
         kinds = getattr(config, "layer_types", None) or [""] * len(body.layers)
         self._layers = [
@@ -94,64 +94,64 @@ class LlamaPass:
         ]
         self._norm = norm(body.norm)
         self._head = fused(module.lm_head, pack=pack)
-        self._rotary, self._context = body.rotary_emb, context_of(config, config.model_type)
-        self._angles = self._table(min(ANGLES, self._context))
+        self._rotary, self._context = body.rotary_emb, max_context(config, config.model_type)
+        self._rope = self._rope_table(min(INITIAL_POSITIONS, self._context))
 
-    def __call__(self, parts: Sequence[Part]) -> list[torch.Tensor]:
-        lanes, ends = self._lanes(parts), ends_of(parts)
-        cos, sin = self._rotations(np.concatenate([part.rows.positions for part in parts]))
-        x = self._embedded(parts)
+    def __call__(self, parts: Sequence[PassInput]) -> list[torch.Tensor]:
+        views, ends = self._views(parts), row_ends(parts)
+        cos, sin = self._cos_sin(np.concatenate([part.rows.positions for part in parts]))
+        x = self._embed(parts)
         for index in range(len(self._layers)):
-            x = self._through(index, x, cos, sin, lanes)
-        kept = [wanted(part) for part in parts]
+            x = self._run_layer(index, x, cos, sin, views)
+        kept = [logit_rows(part) for part in parts]
         if sum(kept) < len(x):
             x = torch.cat([x[end - count : end] for end, count in zip(ends, kept, strict=True)])
         return list(self._head(self._norm(x)).float().split(kept))
 
-    def check(self, look: Look) -> None:
+    def check(self, output_spec: OutputSpec) -> None:
         """As promised by Pass (runtime.models.hf)."""
-        layers = [branch.layer for branch in look.branches]
+        layers = [branch.layer for branch in output_spec.branches]
         if layers != sorted(layers) or not all(0 <= layer < len(self._layers) for layer in layers):
             raise LookupError(f"pseudo rows that enter at layers {layers} of {len(self._layers)}")
 
-    def show(self, parts: Sequence[Part], look: Look) -> list[Shown]:
+    def show(self, parts: Sequence[PassInput], output_spec: OutputSpec) -> list[PassOutput]:
         """As promised by Pass."""
-        counts, riders = (
+        counts, branch_rows = (
             [len(part.rows.tokens) for part in parts],
-            [len(part.riders) if look.branches else 0 for part in parts],
+            [len(part.branch_rows) if output_spec.branches else 0 for part in parts],
         )
-        n, m = sum(counts), sum(riders)
-        branches = look.branches if m else ()
-        beginnings = [end - count for end, count in zip(ends_of(parts), counts, strict=True)]
+        n, m = sum(counts), sum(branch_rows)
+        branches = output_spec.branches if m else ()
+        beginnings = [end - count for end, count in zip(row_ends(parts), counts, strict=True)]
         sources = np.array(
             [
                 start + row
                 for part, start in zip(parts, beginnings, strict=True)
-                for row in part.riders
+                for row in part.branch_rows
             ],
             dtype=np.int64,
         )
         positions = np.concatenate([part.rows.positions for part in parts])
-        cos, sin = self._rotations(
+        cos, sin = self._cos_sin(
             np.concatenate(
                 [positions, *(positions[sources] + ahead for ahead in range(1, len(branches) + 1))]
             )
         )
         ridden = torch.from_numpy(sources).to(self._embedding.device)
-        lanes, x = self._lanes(parts), self._embedded(parts)
+        views, x = self._views(parts), self._embed(parts)
         for index in range(len(self._layers)):
             if entering := [branch for branch in branches if branch.layer == index]:
                 states = x.index_select(0, ridden)
                 x = torch.cat([x, *(branch.map(states).to(x.dtype) for branch in entering)])
-                lanes = self._wide_lanes(parts, (len(x) - n) // m, len(branches))
-            x = self._through(index, x, cos[: len(x)], sin[: len(x)], lanes)
-        kept = [wanted(part) for part in parts]
+                views = self._views_with_branches(parts, (len(x) - n) // m, len(branches))
+            x = self._run_layer(index, x, cos[: len(x)], sin[: len(x)], views)
+        kept = [logit_rows(part) for part in parts]
         if sum(kept) < n:
             x = torch.cat(
                 [
                     *(
                         x[end - count : end]
-                        for end, count in zip(ends_of(parts), kept, strict=True)
+                        for end, count in zip(row_ends(parts), kept, strict=True)
                     ),
                     x[n:],
                 ]
@@ -159,44 +159,44 @@ class LlamaPass:
             n = sum(kept)
         hidden = self._norm(x)
         logits = self._head(hidden).float()
-        of_rows = hidden[:n].split(kept) if look.hidden else [None] * len(parts)
+        of_rows = hidden[:n].split(kept) if output_spec.hidden else [None] * len(parts)
         pseudo = (
-            logits[n:].unflatten(0, (len(branches), m)).transpose(0, 1).split(riders)
+            logits[n:].unflatten(0, (len(branches), m)).transpose(0, 1).split(branch_rows)
             if m
             else [None] * len(parts)
         )
-        of_pseudo = [rows if count else None for rows, count in zip(pseudo, riders, strict=True)]
+        of_pseudo = [
+            rows if count else None for rows, count in zip(pseudo, branch_rows, strict=True)
+        ]
         return [
-            Shown(*of_one)
+            PassOutput(*of_one)
             for of_one in zip(logits[:n].split(kept), of_rows, of_pseudo, strict=True)
         ]
 
     def unembed(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._head(hidden.to(self._dtype)).float()
 
-    def _embedded(self, parts: Sequence[Part]) -> torch.Tensor:
+    def _embed(self, parts: Sequence[PassInput]) -> torch.Tensor:
         return self._embedding.index_select(
-            0, joint([part.rows.tokens for part in parts]).to(self._embedding.device)
+            0, concat_ids([part.rows.tokens for part in parts]).to(self._embedding.device)
         )
 
-    def _rotations(self, positions: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _cos_sin(self, positions: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of each row, (rows, 1, dim)."""
-        if len(self._angles) < self._context and (longest := int(positions.max())) >= len(
-            self._angles
-        ):
-            self._angles = self._table(min(2 * longest, self._context))
-        cos, sin = self._angles.index_select(
-            0, torch.from_numpy(positions).to(self._angles.device)
+        if len(self._rope) < self._context and (longest := int(positions.max())) >= len(self._rope):
+            self._rope = self._rope_table(min(2 * longest, self._context))
+        cos, sin = self._rope.index_select(
+            0, torch.from_numpy(positions).to(self._rope.device)
         ).unbind(1)
         return cos, sin
 
-    def _through(
+    def _run_layer(
         self,
         index: int,
         x: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        lanes: Sequence[Lane],
+        views: Sequence[PartView],
     ) -> torch.Tensor:
         """The rows behind layer `index`."""
         layer, middle = self._layers[index], self._heads + self._kv
@@ -204,34 +204,34 @@ class LlamaPass:
         qk = qkv.narrow(1, 0, middle)
         plain = qk if layer.heads is None else layer.heads(qk)
         torch.addcmul(plain * cos, plain.roll(self._dim // 2, -1), sin, out=qk)
-        x = layer.out(self._attend(index, layer.kind, qkv, lanes), x)
+        x = layer.out(self._attend(index, layer.kind, qkv, views), x)
         gate, up = layer.gate_up(layer.after(x)).chunk(2, -1)
         return layer.down(F.silu(gate).mul_(up), x)
 
     def _attend(
-        self, index: int, kind: str, qkv: torch.Tensor, lanes: Sequence[Lane]
+        self, index: int, kind: str, qkv: torch.Tensor, views: Sequence[PartView]
     ) -> torch.Tensor:
         """(rows, heads * dim), from (rows, heads of queries, of keys, of values, dim).
 
         With many texts most of a small model's pass is the calls that are made for each of them: what can be done for all at once is.
         """
         places = (
-            torch.cat([lane.places for lane in lanes if lane.places is not None])
-            if lanes[0].places is not None
+            torch.cat([view.places for view in views if view.places is not None])
+            if views[0].places is not None
             else None
         )
         by_head = (qkv if places is None else qkv.index_select(0, places)).transpose(0, 1)
         queries = by_head.narrow(0, 0, self._heads).unsqueeze(0)
         new = by_head.narrow(0, self._heads, 2 * self._kv).unflatten(0, (2, self._kv))
         outputs, start = [], 0
-        for lane in lanes:
-            count = lane.end - lane.start
-            lane.new[index].copy_(new.narrow(2, start, count))
+        for view in views:
+            count = view.end - view.start
+            view.new[index].copy_(new.narrow(2, start, count))
             output = F.scaled_dot_product_attention(
                 queries.narrow(2, start, count),
-                lane.keys[index],
-                lane.values[index],
-                attn_mask=lane.masks[kind],
+                view.keys[index],
+                view.values[index],
+                attn_mask=view.masks[kind],
                 scale=self._scale,
                 enable_gqa=self._heads != self._kv,
             )
@@ -240,22 +240,27 @@ class LlamaPass:
         joined = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)).reshape(start, -1)
         return joined if places is None else torch.empty_like(joined).index_copy_(0, places, joined)
 
-    def _lanes(self, parts: Sequence[Part]) -> list[Lane]:
+    def _views(self, parts: Sequence[PassInput]) -> list[PartView]:
         """Of the rows alone, without pseudo rows."""
         return [
-            self._lane(part, part.rows, end)
-            for part, end in zip(parts, ends_of(parts), strict=True)
+            self._view(part, part.rows, end)
+            for part, end in zip(parts, row_ends(parts), strict=True)
         ]
 
-    def _wide_lanes(self, parts: Sequence[Part], entered: int, branches: int) -> list[Lane]:
+    def _views_with_branches(
+        self, parts: Sequence[PassInput], entered: int, branches: int
+    ) -> list[PartView]:
         """Of the rows and the pseudo rows of the branches that have entered."""
-        ends, before = ends_of(parts), 0
-        n, m = ends[-1], sum(len(part.riders) for part in parts)
-        lanes = []
+        ends, before = row_ends(parts), 0
+        n, m = ends[-1], sum(len(part.branch_rows) for part in parts)
+        views = []
         for part, end in zip(parts, ends, strict=True):
-            rows, own = with_riders(part, entered), np.arange(before, before + len(part.riders))
+            rows, own = (
+                with_pseudo_rows(part, entered),
+                np.arange(before, before + len(part.branch_rows)),
+            )
             if len(parts) == 1:
-                lanes.append(self._lane(part, rows, len(rows.positions)))
+                views.append(self._view(part, rows, len(rows.positions)))
                 continue
             places = np.concatenate(
                 [
@@ -263,25 +268,25 @@ class LlamaPass:
                     *(n + branch * m + own for branch in range(entered)),
                 ]
             )
-            lanes.append(
+            views.append(
                 replace(
-                    self._lane(part, rows, end),
+                    self._view(part, rows, end),
                     places=torch.from_numpy(places).to(self._embedding.device),
                 )
             )
-            before += len(part.riders)
-        return lanes
+            before += len(part.branch_rows)
+        return views
 
-    def _lane(self, part: Part, rows: Rows, end: int) -> Lane:
-        cache, count = stored(part), len(rows.positions)
+    def _view(self, part: PassInput, rows: Rows, end: int) -> PartView:
+        cache, count = torch_cache(part), len(rows.positions)
         slots, device = cache.start + count, self._embedding.device
         masks = {
-            kind: additive(rows, cache.positions[:slots], window, -np.inf)
+            kind: additive_mask(rows, cache.positions[:slots], window, -np.inf)
             for kind, window in self._windows.items()
         }
         planes = cache.planes()
         in_use = planes.narrow(2, 0, slots).unsqueeze(1).unbind(0)
-        return Lane(
+        return PartView(
             end - count,
             end,
             planes.narrow(2, cache.start, count).unflatten(0, (-1, 2)).unbind(0),
@@ -293,7 +298,7 @@ class LlamaPass:
             },
         )
 
-    def _layer(self, layer: Any, kind: str, pack: bool) -> Layer:
+    def _layer(self, layer: Any, kind: str, pack: bool) -> LlamaLayer:
         attention, mlp = layer.self_attn, layer.mlp
         heads = None
         if hasattr(attention, "q_norm"):
@@ -301,8 +306,8 @@ class LlamaPass:
                 half.weight.detach().expand(count, -1)
                 for half, count in ((attention.q_norm, self._heads), (attention.k_norm, self._kv))
             )
-            heads = Norm(torch.cat([q, k]), attention.q_norm.variance_epsilon)
-        return Layer(
+            heads = RMSNorm(torch.cat([q, k]), attention.q_norm.variance_epsilon)
+        return LlamaLayer(
             norm(layer.input_layernorm),
             fused(attention.q_proj, attention.k_proj, attention.v_proj, pack=pack),
             heads,
@@ -313,7 +318,7 @@ class LlamaPass:
             kind,
         )
 
-    def _table(self, positions: int) -> torch.Tensor:
+    def _rope_table(self, positions: int) -> torch.Tensor:
         """(positions, 2, 1, dim): cosines, and sines whose first half is negative, so that rotation is x cos + roll(x, dim / 2) sin."""
         with torch.inference_mode():
             cos, sin = self._rotary(
@@ -323,7 +328,7 @@ class LlamaPass:
             return torch.stack([cos[0], sin[0]], dim=1)[:, :, None]
 
 
-def fits(module: PreTrainedModel) -> bool:
+def is_llama(module: PreTrainedModel) -> bool:
     """Whether `module` is built as LlamaPass expects; that they agree is shown by comparison."""
     config = module.config
     if config.model_type not in MODEL_TYPES or config.hidden_act not in ("silu", "swish"):
@@ -336,43 +341,43 @@ def fits(module: PreTrainedModel) -> bool:
     return linear and len({layer.self_attn.head_dim for layer in module.model.layers}) == 1
 
 
-def ends_of(parts: Sequence[Part]) -> list[int]:
+def row_ends(parts: Sequence[PassInput]) -> list[int]:
     """Of the rows of each part among those of all."""
     return list(accumulate(len(part.rows.tokens) for part in parts))
 
 
-def with_riders(part: Part, branches: int) -> Rows:
+def with_pseudo_rows(part: PassInput, branches: int) -> Rows:
     """The rows of a part and behind them its pseudo rows, branch by branch; these have no tokens."""
-    rows, riders = part.rows, list(part.riders)
+    rows, branch_rows = part.rows, list(part.branch_rows)
     positions = np.concatenate(
-        [rows.positions, *(rows.positions[riders] + ahead for ahead in range(1, branches + 1))]
+        [rows.positions, *(rows.positions[branch_rows] + ahead for ahead in range(1, branches + 1))]
     )
-    own = np.kron(np.tri(branches, dtype=np.bool_), np.eye(len(riders), dtype=np.bool_))
+    own = np.kron(np.tri(branches, dtype=np.bool_), np.eye(len(branch_rows), dtype=np.bool_))
     hidden = np.zeros((len(rows.positions), len(own)), dtype=np.bool_)
     visible = np.block(
-        [[rows.visible, hidden], [np.tile(rows.visible[riders], (branches, 1)), own]]
+        [[rows.visible, hidden], [np.tile(rows.visible[branch_rows], (branches, 1)), own]]
     )
     return Rows(rows.tokens, positions, rows.prefix, visible)
 
 
-def joint(arrays: Sequence[npt.NDArray[np.int64]]) -> torch.Tensor:
+def concat_ids(arrays: Sequence[npt.NDArray[np.int64]]) -> torch.Tensor:
     return torch.from_numpy(
         np.ascontiguousarray(arrays[0]) if len(arrays) == 1 else np.concatenate(arrays)
     )
 
 
-def norm(module: Any) -> Norm:
-    return Norm(module.weight, module.variance_epsilon)
+def norm(module: Any) -> RMSNorm:
+    return RMSNorm(module.weight, module.variance_epsilon)
 
 
-def fused(*linears: nn.Linear, pack: bool) -> Product:
+def fused(*linears: nn.Linear, pack: bool) -> LinearOp:
     """One product for several of the same input. The parameters of `linears` become views of the joint one: no memory is taken twice."""
     if len(linears) == 1:
-        return Product(linears[0].weight, linears[0].bias, pack)
+        return LinearOp(linears[0].weight, linears[0].bias, pack)
     weight = torch.cat([linear.weight.detach() for linear in linears])
     for linear, view in zip(
         linears, weight.split([linear.out_features for linear in linears]), strict=True
     ):
         linear.weight.data = view
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-    return Product(weight, torch.cat(biases) if biases else None, pack)
+    return LinearOp(weight, torch.cat(biases) if biases else None, pack)

@@ -26,9 +26,9 @@ from transformers import (
 from transformers.utils import logging
 
 from runtime.core.errors import InvalidRequest, ModelRefused
-from runtime.models.fast_path import quicken, steady
-from runtime.models.hf import MISFITS, HFModel, check_config
-from runtime.models.layer_subset import every_second, keep, up_to
+from runtime.models.fast_path import enable_fast_path, enable_static_path
+from runtime.models.hf import MODEL_ERRORS, HFModel, check_config
+from runtime.models.layer_subset import every_second_layer, keep_layers, truncated_config
 from runtime.models.rollback_check import check_rollback
 from runtime.models.template_probe import check_template
 
@@ -36,11 +36,11 @@ Step = Literal["auto", "generic", "static"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-HUB_PATIENCE = 5.0  # seconds
-INDEX = "model.safetensors.index.json"
+HUB_FILE_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+HUB_TIMEOUT_S = 5.0  # seconds
+INDEX_FILE = "model.safetensors.index.json"
 # The most bytes of each file that is read whole; and of a template.
-SIZES = {
+MAX_FILE_BYTES = {
     "config.json": 1 << 20,
     **dict.fromkeys(
         (
@@ -52,20 +52,22 @@ SIZES = {
         1 << 24,
     ),
     **dict.fromkeys(
-        ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", INDEX),
+        ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", INDEX_FILE),
         1 << 27,
     ),
 }
-TEMPLATE_BYTES = 1 << 20
-TEMPLATES = "additional_chat_templates"  # the only folder within a model's that is looked into
+MAX_TEMPLATE_BYTES = 1 << 20
+TEMPLATE_FOLDER = (
+    "additional_chat_templates"  # the only folder within a model's that is looked into
+)
 # transformers' name for a warning that it gives once, on standard error. A text that is too long is refused in words of our own.
-TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
-CODE = (
+TOO_LONG_WARNING = "sequence-length-is-longer-than-the-specified-maximum"
+CODE_KEYS = (
     "auto_map",
     "custom_generate",
     "custom_pipelines",
 )  # keys of configurations that name code of the author's
-KERNELS = (
+KERNEL_KEYS = (
     "attn_implementation",
     "_attn_implementation",
     "experts_implementation",
@@ -101,17 +103,17 @@ def load_model(
     if layers is None:
         module = read_weights(folder, name_or_folder, config, kind, place)
     else:
-        kept = list(layers) or every_second(config)
+        kept = list(layers) or every_second_layer(config)
         module = read_weights(
-            folder, name_or_folder, up_to(config, kept, name_or_folder), kind, place
+            folder, name_or_folder, truncated_config(config, kept, name_or_folder), kind, place
         )
-        keep(module, kept, name_or_folder)
+        keep_layers(module, kept, name_or_folder)
     change(module)
     model = HFModel(module, name_or_folder)
     if step == "auto":
-        quicken(model)
+        enable_fast_path(model)
     elif step == "static":
-        steady(model)
+        enable_static_path(model)
     check_rollback(model)
     return model
 
@@ -123,7 +125,7 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
         raise ModelRefused(
             f"{name_or_folder} has no tokenizer.json: save a fast tokenizer into it with save_pretrained()"
         )
-    refuse_code(folder, name_or_folder)
+    reject_remote_code(folder, name_or_folder)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -139,7 +141,7 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
             f"{name_or_folder} has a tokenizer of type {type(tokenizer).__name__}: save a fast one into it"
         )
     check_template(tokenizer.chat_template, name_or_folder)
-    tokenizer.deprecation_warnings[TOO_LONG] = True
+    tokenizer.deprecation_warnings[TOO_LONG_WARNING] = True
     return tokenizer
 
 
@@ -187,7 +189,9 @@ def find_folder(name: str) -> Path:
             f"model folder {name[:256]!r} does not exist: give a folder with config.json and *.safetensors"
         )
     try:
-        return Path(snapshot_download(name, allow_patterns=FETCHED, etag_timeout=HUB_PATIENCE))
+        return Path(
+            snapshot_download(name, allow_patterns=HUB_FILE_PATTERNS, etag_timeout=HUB_TIMEOUT_S)
+        )
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise ModelRefused(
             f"model {name} is neither a folder nor to be had from the Hugging Face hub ({type(error).__name__}): "
@@ -195,7 +199,7 @@ def find_folder(name: str) -> Path:
         ) from error
 
 
-def refuse_code(folder: Path, name: str) -> None:
+def reject_remote_code(folder: Path, name: str) -> None:
     """No code of the model's author, nothing that leads out of the folder. The hub's local cache links to its own blobs."""
     for script in folder.glob("*.py"):
         raise ModelRefused(
@@ -203,13 +207,15 @@ def refuse_code(folder: Path, name: str) -> None:
         )
     root = folder.resolve()
     root = root.parents[1] if root.parent.name == "snapshots" else root
-    inner = folder / TEMPLATES
+    inner = folder / TEMPLATE_FOLDER
     for file in (*folder.iterdir(), *(inner.iterdir() if inner.is_dir() else ())):
-        if not resolved(file).is_relative_to(root):
+        if not resolve_path(file).is_relative_to(root):
             raise ModelRefused(
                 f"{name}/{file.name} is a link that leads out of the folder: copy the file into it"
             )
-        most = SIZES.get(file.name) or (TEMPLATE_BYTES if file.suffix == ".jinja" else None)
+        most = MAX_FILE_BYTES.get(file.name) or (
+            MAX_TEMPLATE_BYTES if file.suffix == ".jinja" else None
+        )
         if most is not None and file.is_file() and file.stat().st_size > most:
             raise ModelRefused(
                 f"{name}/{file.name} is larger than {most >> 20} MiB: choose another model"
@@ -219,20 +225,20 @@ def refuse_code(folder: Path, name: str) -> None:
         folder / "tokenizer_config.json",
         folder / "generation_config.json",
     ):
-        if file.is_file() and (asked := code_asked_for(read_json(file, name))):
+        if file.is_file() and (asked := remote_code_key(read_json(file, name))):
             raise ModelRefused(
                 f"{name}/{file.name} asks for code of its own ({asked}): choose a model that transformers knows"
             )
 
 
-def code_asked_for(settings: dict[str, Any]) -> str | None:
+def remote_code_key(settings: dict[str, Any]) -> str | None:
     """A key, at any depth, that names code of the author's: a module of the folder, or a kernel to be fetched ("owner/name")."""
     waiting: list[object] = [settings]
     while waiting:
         match waiting.pop():
             case dict() as entries:
                 for key, value in entries.items():
-                    if key in CODE or (key in KERNELS and "/" in str(value)):
+                    if key in CODE_KEYS or (key in KERNEL_KEYS and "/" in str(value)):
                         return str(key)
                 waiting.extend(entries.values())
             case list() as values:
@@ -240,7 +246,7 @@ def code_asked_for(settings: dict[str, Any]) -> str | None:
     return None
 
 
-def resolved(file: Path) -> Path:
+def resolve_path(file: Path) -> Path:
     """Where a path leads; the root of the file system for a link that leads nowhere but to itself."""
     try:
         return file.resolve()
@@ -264,7 +270,7 @@ def read_config(folder: Path, name: str) -> PreTrainedConfig:
     """The configuration of a decoder-only model that transformers knows and that can be rolled back."""
     if not (folder / "config.json").is_file():
         raise ModelRefused(f"{name} has no config.json: give the folder of a whole model")
-    refuse_code(folder, name)
+    reject_remote_code(folder, name)
     kind = read_json(folder / "config.json", name).get("model_type")
     if str(kind) not in CONFIG_MAPPING:
         raise ModelRefused(
@@ -274,7 +280,7 @@ def read_config(folder: Path, name: str) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ImportError, StrictDataclassError, *MISFITS) as error:
+    except (OSError, ImportError, StrictDataclassError, *MODEL_ERRORS) as error:
         raise ModelRefused(
             f"{name}/config.json does not fit model_type {kind} ({one_line(error)}): copy it again"
         ) from error
@@ -289,7 +295,7 @@ def read_config(folder: Path, name: str) -> PreTrainedConfig:
 
 def check_weights(folder: Path, name: str) -> None:
     """The safetensors of the model are there, whole, and in the folder itself."""
-    index = folder / INDEX
+    index = folder / INDEX_FILE
     if index.is_file():
         listed = read_index(index, name)
     elif (folder / "model.safetensors").is_file():
@@ -347,7 +353,7 @@ def read_weights(
             folder, config=config, dtype=dtype, output_loading_info=True, **safely
         )
         module.to(device)
-    except (OSError, ImportError, StrictDataclassError, *MISFITS) as error:
+    except (OSError, ImportError, StrictDataclassError, *MODEL_ERRORS) as error:
         raise ModelRefused(
             f"{name} cannot be loaded ({one_line(error)}): copy it again or choose another model"
         ) from error

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from runtime.kernels.packed_weight import shortest
+from runtime.kernels.packed_weight import smallest_exact_dtype
 
 
-class LowRank(nn.Module):
+class LoraLinear(nn.Module):
     """up (down x). `up` begins at zero: an untrained one changes nothing."""
 
     def __init__(self, inner: int, outer: int, rank: int) -> None:
@@ -21,25 +21,25 @@ class LowRank(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(F.linear(x.to(self.down.dtype), self.down), self.up)
 
-    def whole(self) -> torch.Tensor:
+    def delta_weight(self) -> torch.Tensor:
         """As one matrix (outer, inner)."""
         return self.up @ self.down
 
 
-def adapter(layers: Sequence[nn.Module], rank: int) -> nn.ModuleList:
-    """A LowRank for each linear map of each layer."""
+def make_adapter(layers: Sequence[nn.Module], rank: int) -> nn.ModuleList:
+    """A LoraLinear for each linear map of each layer."""
     return nn.ModuleList(
         nn.ModuleDict(
             {
-                name: LowRank(linear.in_features, linear.out_features, rank)
-                for name, linear in linears(layer).items()
+                name: LoraLinear(linear.in_features, linear.out_features, rank)
+                for name, linear in linear_layers(layer).items()
             }
         )
         for layer in layers
     )
 
 
-def linears(layer: nn.Module) -> dict[str, nn.Linear]:
+def linear_layers(layer: nn.Module) -> dict[str, nn.Linear]:
     """By their names: q_proj, up_proj, and so on."""
     return {
         name.rpartition(".")[2]: part
@@ -49,22 +49,24 @@ def linears(layer: nn.Module) -> dict[str, nn.Linear]:
 
 
 @contextmanager
-def added(layers: Sequence[nn.Module], learned: nn.ModuleList) -> Iterator[None]:
+def adapter_applied(layers: Sequence[nn.Module], learned: nn.ModuleList) -> Iterator[None]:
     """The layers compute with what was learned, for as long as the block lasts. Gradients go to that."""
     with ExitStack() as stack:
         for layer, part in zip(layers, learned, strict=True):
-            for name, linear in linears(layer).items():
-                stack.callback(linear.register_forward_hook(hook(pairs(part)[name])).remove)
+            for name, linear in linear_layers(layer).items():
+                stack.callback(
+                    linear.register_forward_hook(lora_hook(lora_by_name(part)[name])).remove
+                )
         yield
 
 
-def pairs(learned: nn.Module) -> dict[str, LowRank]:
+def lora_by_name(learned: nn.Module) -> dict[str, LoraLinear]:
     """Of one layer's part of an adapter."""
-    return {name: pair for name, pair in learned.named_children() if isinstance(pair, LowRank)}
+    return {name: pair for name, pair in learned.named_children() if isinstance(pair, LoraLinear)}
 
 
-def hook(
-    learned: LowRank,
+def lora_hook(
+    learned: LoraLinear,
 ) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch.Tensor]:
     def add(_: nn.Module, given: tuple[torch.Tensor, ...], result: torch.Tensor) -> torch.Tensor:
         more: torch.Tensor = learned(given[0])
@@ -80,6 +82,8 @@ def merge(layers: Sequence[nn.Module], learned: nn.ModuleList) -> None:
     """
     with torch.no_grad():
         for layer, part in zip(layers, learned, strict=True):
-            for name, linear in linears(layer).items():
-                changed = linear.weight.float() + pairs(part)[name].whole().to(linear.weight.device)
-                linear.weight.copy_(changed.to(shortest(linear.weight)))
+            for name, linear in linear_layers(layer).items():
+                changed = linear.weight.float() + lora_by_name(part)[name].delta_weight().to(
+                    linear.weight.device
+                )
+                linear.weight.copy_(changed.to(smallest_exact_dtype(linear.weight)))

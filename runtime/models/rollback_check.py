@@ -4,12 +4,12 @@ import numpy as np
 import torch
 
 from runtime.core.errors import InvalidRequest, ModelRefused
-from runtime.models.base import Part, Rows, causal
-from runtime.models.hf import MISFITS, ROUNDING, HFModel, relative_error
+from runtime.models.base import PassInput, Rows, causal
+from runtime.models.hf import MODEL_ERRORS, ROUNDING_TOLERANCE, HFModel, relative_error
 from runtime.models.prefill import prefill
 
-PREFIX = 5
-TRIES = 3
+PREFIX_TOKENS = 5
+MAX_TRIES = 3
 
 
 def check_rollback(model: HFModel) -> float:
@@ -19,17 +19,17 @@ def check_rollback(model: HFModel) -> float:
     Returns the worst relative error of a row's logits (root mean square). Raises ModelRefused where it is beyond what rounding
     explains. Several texts are tried: one may sit at the border between two experts, where rounding alone changes much.
     """
-    if model.context < PREFIX + 4:
+    if model.context < PREFIX_TOKENS + 4:
         raise ModelRefused(
-            f"model {model.name} has a context of {model.context} tokens: choose one with at least {PREFIX + 4}"
+            f"model {model.name} has a context of {model.context} tokens: choose one with at least {PREFIX_TOKENS + 4}"
         )
-    allowed = ROUNDING[model.dtype == torch.float32]
+    allowed = ROUNDING_TOLERANCE[model.dtype == torch.float32]
     error = float("inf")
-    for seed in range(TRIES):
-        tokens = np.random.default_rng(seed).integers(0, model.vocabulary, PREFIX + 6)
+    for seed in range(MAX_TRIES):
+        tokens = np.random.default_rng(seed).integers(0, model.vocabulary, PREFIX_TOKENS + 6)
         try:
-            error = min(error, worst_row(model, tokens))
-        except (InvalidRequest, *MISFITS) as cause:
+            error = min(error, worst_row_error(model, tokens))
+        except (InvalidRequest, *MODEL_ERRORS) as cause:
             raise ModelRefused(
                 f"model {model.name} cannot read a tree of guesses ({cause}): choose another architecture"
             ) from cause
@@ -41,10 +41,10 @@ def check_rollback(model: HFModel) -> float:
     )
 
 
-def worst_row(model: HFModel, tokens: np.ndarray[tuple[int], np.dtype[np.int64]]) -> float:
-    prefix, (root, left, right, left2, right2, end) = tokens[:PREFIX], tokens[PREFIX:]
-    by_left = plain(model, [*prefix, root, left, left2])
-    by_right = plain(model, [*prefix, root, right, right2, end])
+def worst_row_error(model: HFModel, tokens: np.ndarray[tuple[int], np.dtype[np.int64]]) -> float:
+    prefix, (root, left, right, left2, right2, end) = tokens[:PREFIX_TOKENS], tokens[PREFIX_TOKENS:]
+    by_left = plain_logits(model, [*prefix, root, left, left2])
+    by_right = plain_logits(model, [*prefix, root, right, right2, end])
     cache = model.new_cache()
     prefill(model, cache, prefix)
     ancestors = np.array(
@@ -52,21 +52,23 @@ def worst_row(model: HFModel, tokens: np.ndarray[tuple[int], np.dtype[np.int64]]
         dtype=np.bool_,
     )
     tree = np.array([root, left, right, left2, right2])
-    rows = model.forward(cache, Rows(tree, PREFIX + np.array([0, 1, 1, 2, 2]), PREFIX, ancestors))
-    cache.keep(PREFIX + 1, [PREFIX + 2, PREFIX + 4])
-    after = model.forward(cache, causal(np.array([end]), PREFIX + 3))
-    cache.truncate(PREFIX)
-    again = model.forward(cache, causal(np.array([root]), PREFIX))
-    cache.truncate(PREFIX)
+    rows = model.forward(
+        cache, Rows(tree, PREFIX_TOKENS + np.array([0, 1, 1, 2, 2]), PREFIX_TOKENS, ancestors)
+    )
+    cache.keep(PREFIX_TOKENS + 1, [PREFIX_TOKENS + 2, PREFIX_TOKENS + 4])
+    after = model.forward(cache, causal(np.array([end]), PREFIX_TOKENS + 3))
+    cache.truncate(PREFIX_TOKENS)
+    again = model.forward(cache, causal(np.array([root]), PREFIX_TOKENS))
+    cache.truncate(PREFIX_TOKENS)
     longer, branches = (
-        cache.fork(PREFIX),
+        cache.fork(PREFIX_TOKENS),
         (np.array([root, left, left2]), np.array([right, right2, end])),
     )
-    model.forward(longer, causal(np.array([root]), PREFIX), last=0)
+    model.forward(longer, causal(np.array([root]), PREFIX_TOKENS), last=0)
     packed = model.forward_all(
         [
-            Part(cache, causal(branches[0], PREFIX)),
-            Part(longer, causal(branches[1], PREFIX + 1), last=2),
+            PassInput(cache, causal(branches[0], PREFIX_TOKENS)),
+            PassInput(longer, causal(branches[1], PREFIX_TOKENS + 1), last=2),
         ]
     )
     got = torch.cat([rows, after, again, *packed])
@@ -76,9 +78,11 @@ def worst_row(model: HFModel, tokens: np.ndarray[tuple[int], np.dtype[np.int64]]
     return relative_error(got, expected)
 
 
-def plain(model: HFModel, tokens: list[int]) -> torch.Tensor:
+def plain_logits(model: HFModel, tokens: list[int]) -> torch.Tensor:
     """Logits behind the prefix by a pass without any cache or mask of ours."""
     with torch.inference_mode():
         ids = torch.tensor([tokens], device=model.device)
-        logits: torch.Tensor = model.module(input_ids=ids, use_cache=False).logits[0, PREFIX:]
+        logits: torch.Tensor = model.module(input_ids=ids, use_cache=False).logits[
+            0, PREFIX_TOKENS:
+        ]
         return logits.float()

@@ -14,12 +14,12 @@ from runtime.core import noise
 from runtime.core.messages import Logprob
 from runtime.core.sampler_reference import Ask, pair_up
 from runtime.core.sampling_params import Sampling
-from runtime.kernels.topk import top
+from runtime.kernels.topk import topk
 
-POOL = 64  # most likely tokens among which a drafter looks for its candidates
+CANDIDATE_POOL = 64  # most likely tokens among which a drafter looks for its candidates
 
 Scores = npt.NDArray[np.float32]
-Guesses = tuple[npt.NDArray[np.int32], Scores]
+Candidates = tuple[npt.NDArray[np.int32], Scores]
 
 
 def choose(logits: torch.Tensor, ask: Ask) -> npt.NDArray[np.int64]:
@@ -41,42 +41,42 @@ def logprobs(logits: torch.Tensor, tokens: Sequence[int], k: int) -> tuple[Logpr
     chosen = logs.gather(1, torch.tensor(tokens, dtype=torch.int64, device=logs.device)[:, None])[
         :, 0
     ]
-    values, best = top(logs, min(k, logs.shape[1])) if k else (logs[:, :0], logs[:, :0])
+    values, best = topk(logs, min(k, logs.shape[1])) if k else (logs[:, :0], logs[:, :0])
     return pair_up(chosen.cpu().numpy(), best.cpu().numpy(), values.cpu().numpy())
 
 
 def shape(logits: torch.Tensor, ask: Ask) -> torch.Tensor:
     """As runtime.core.sampler_reference.shape. Where nothing is to be changed, the result is `logits` itself."""
-    scores = _edited(logits, ask)
-    return scores if ask.sampling.temperature == 0 else _warped(scores, ask.sampling)
+    scores = _apply_penalties(logits, ask)
+    return scores if ask.sampling.temperature == 0 else _apply_filters(scores, ask.sampling)
 
 
-def _edited(logits: torch.Tensor, ask: Ask) -> torch.Tensor:
+def _apply_penalties(logits: torch.Tensor, ask: Ask) -> torch.Tensor:
     """The constraint, bias, the ban of min_tokens and penalties: what counts at temperature 0 too."""
     sampling, scores = ask.sampling, logits
     if ask.allowed is not None:
         scores = scores.masked_fill(torch.from_numpy(~ask.allowed).to(scores.device), -inf)
     if sampling.logit_bias:
-        scores = _biased(scores, sampling)
+        scores = _apply_bias(scores, sampling)
     if short := ask.too_short():
         scores = scores.clone()
         scores[
             torch.tensor(short)[:, None], torch.tensor(sorted(ask.eos), dtype=torch.int64)
         ] = -inf
     if sampling.repetition_penalty != 1:
-        texts = _seen(ask, scores.shape[1]).to(scores.device)
+        texts = _seen_tokens(ask, scores.shape[1]).to(scores.device)
         scores = processors.RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty))(
             texts, scores
         )
     if sampling.frequency_penalty or sampling.presence_penalty:
-        times = _times(ask, scores.shape[1]).to(scores.device)
+        times = _token_counts(ask, scores.shape[1]).to(scores.device)
         scores = (
             scores - sampling.frequency_penalty * times - sampling.presence_penalty * (times > 0)
         )
     return scores
 
 
-def candidates(logits: torch.Tensor, ask: Ask, k: int, pool: int = POOL) -> Guesses:
+def candidates(logits: torch.Tensor, ask: Ask, k: int, pool: int = CANDIDATE_POOL) -> Candidates:
     """A drafter's guesses for what the target answers to `ask`: token ids and scores (rows, k), best first.
 
     At temperature 0 the k most probable tokens with the log of their probability. Above it, coupled to the target: the
@@ -89,17 +89,17 @@ def candidates(logits: torch.Tensor, ask: Ask, k: int, pool: int = POOL) -> Gues
 
 
 def candidates_all(
-    questions: Sequence[tuple[torch.Tensor, Ask, int]], pool: int = POOL
-) -> list[Guesses]:
+    questions: Sequence[tuple[torch.Tensor, Ask, int]], pool: int = CANDIDATE_POOL
+) -> list[Candidates]:
     """`candidates` for each (logits, ask, k): one look at the vocabulary and one transfer for all of them."""
     if not questions:
         return []
-    edited = [_edited(logits, ask) for logits, ask, _ in questions]
+    edited = [_apply_penalties(logits, ask) for logits, ask, _ in questions]
     scores = edited[0] if len(edited) == 1 else torch.cat(edited)
     if any(ask.sampling.temperature == 0 for _, ask, _ in questions):
         scores = scores.log_softmax(dim=-1)  # changes nothing for the others
-    most = max(k if ask.sampling.temperature == 0 else max(pool, k) for _, ask, k in questions)
-    best = top(scores, min(most, scores.shape[1]))
+    width = max(k if ask.sampling.temperature == 0 else max(pool, k) for _, ask, k in questions)
+    best = topk(scores, min(width, scores.shape[1]))
     values, places = best[0].cpu().numpy(), best[1].cpu().numpy()
     totals = np.zeros((len(values), 1), dtype=np.float32)
     if any(ask.sampling.temperature > 0 and ask.sampling.top_p < 1 for _, ask, _ in questions):
@@ -119,14 +119,14 @@ def candidates_all(
         slice(end - len(logits), end) for end, (logits, _, _) in zip(ends, questions, strict=True)
     ]
     return [
-        ranked(values[of], places[of], totals[of], ask, k, pool)
+        rank_candidates(values[of], places[of], totals[of], ask, k, pool)
         for of, (_, ask, k) in zip(rows, questions, strict=True)
     ]
 
 
-def ranked(
+def rank_candidates(
     values: Scores, places: npt.NDArray[np.int64], total: Scores, ask: Ask, k: int, pool: int
-) -> Guesses:
+) -> Candidates:
     """The best `k` of each row's most likely tokens `places`, whose scores `values` fall.
 
     total  (rows, 1)  log of the sum of exp of all scores over the temperature; looked at for top_p alone
@@ -134,8 +134,8 @@ def ranked(
     sampling = ask.sampling
     if sampling.temperature == 0:
         return places[:, :k].astype(np.int32), np.minimum(values[:, :k], 0)
-    most = max(pool, k)
-    tokens, kept = places[:, :most], values[:, :most].astype(np.float64) / sampling.temperature
+    width = max(pool, k)
+    tokens, kept = places[:, :width], values[:, :width].astype(np.float64) / sampling.temperature
     if sampling.top_k:
         kept[:, sampling.top_k :] = -inf
     if sampling.top_p < 1:
@@ -160,7 +160,7 @@ def _logsumexp(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return total
 
 
-def _warped(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def _apply_filters(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Temperature above 0, then the filters, each left out where it changes nothing. None of them looks at the text."""
     chain: list[
         Callable[[torch.LongTensor, torch.Tensor], torch.Tensor]
@@ -174,20 +174,20 @@ def _warped(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     if sampling.min_p:
         chain.append(processors.MinPLogitsWarper(sampling.min_p))
     if chain:
-        text = _no_text(scores)
+        text = _empty_text(scores)
         for processor in chain:
             scores = processor(text, scores)
     return scores
 
 
-def _biased(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def _apply_bias(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     biased: torch.Tensor = _bias(sampling.logit_bias, str(scores.device), scores.shape[1])(
-        _no_text(scores), scores
+        _empty_text(scores), scores
     )
     return biased
 
 
-def _no_text(scores: torch.Tensor) -> torch.LongTensor:
+def _empty_text(scores: torch.Tensor) -> torch.LongTensor:
     """The argument of a processor that does not look at it."""
     return torch.empty((len(scores), 0), dtype=torch.int64).long()  # type: ignore[return-value]
 
@@ -202,7 +202,7 @@ def _bias(
     )
 
 
-def _seen(ask: Ask, vocabulary: int) -> torch.Tensor:
+def _seen_tokens(ask: Ask, vocabulary: int) -> torch.Tensor:
     """The set of tokens of each row's text, int64 (rows, n), filled up with `vocabulary`, an id that penalties skip."""
     text = np.unique(np.asarray(ask.text, dtype=np.int64))
     seen = np.full((len(ask.paths), len(text) + max(map(len, ask.paths))), vocabulary)
@@ -212,7 +212,7 @@ def _seen(ask: Ask, vocabulary: int) -> torch.Tensor:
     return torch.from_numpy(seen)
 
 
-def _times(ask: Ask, vocabulary: int) -> torch.Tensor:
+def _token_counts(ask: Ask, vocabulary: int) -> torch.Tensor:
     """How often each token stands in each row's output, float32 (rows, vocabulary)."""
     output = np.asarray(ask.text[ask.prompt :], dtype=np.int64)
     times = np.tile(

@@ -17,18 +17,18 @@ from transformers import PreTrainedModel
 
 from runtime.kernels.cuda_graph import Record, Run
 from runtime.kv.arena import Arena
-from runtime.models.attention_mask import additive
-from runtime.models.base import Look, Part, Shown
-from runtime.models.generic import stored, wanted
-from runtime.models.hf import Pass
-from runtime.models.llama import LlamaPass, ends_of
+from runtime.models.attention_mask import additive_mask
+from runtime.models.base import OutputSpec, PassInput, PassOutput
+from runtime.models.generic import logit_rows, torch_cache
+from runtime.models.hf import ForwardPass
+from runtime.models.llama import LlamaPass, row_ends
 
-ROWS = 128  # of all texts together; a step of one text has at most limits.STEP_ROWS nodes and the root, one more than 64
-LEAST_SLOTS = 256
+MAX_ROWS = 128  # of all texts together; a step of one text has at most limits.STEP_ROWS nodes and the root, one more than 64
+MIN_SLOTS = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class PassShape:
     """Of a pass: so many rows, which see the first `slots` slots of the seats [first, first + seats)."""
 
     first: int
@@ -38,7 +38,7 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class InputBuffers:
     """Where the passes of one shape find their input.
 
     ids     int64 (4, rows): tokens, positions, places in the arena counted through all seats (slots + 1 a seat), and which of
@@ -51,109 +51,112 @@ class Frame:
 
 
 class StaticPass(LlamaPass):
-    """Runs parts as Generic does; those that are too many, too long or too wide for it go to `otherwise`. Pseudo rows are not recorded.
+    """Runs parts as Generic does; those that are too many, too long or too wide for it go to `fallback`. Pseudo rows are not recorded.
 
     `record` makes of a function one that does the same in the same memory. A slot that is hidden must hold finite numbers: a text of
-    which a guess overflowed can come out as not a number, where `otherwise` would have ignored the guess.
+    which a guess overflowed can come out as not a number, where `fallback` would have ignored the guess.
     """
 
     def __init__(
-        self, module: PreTrainedModel, arena: Arena, otherwise: Pass, record: Record
+        self, module: PreTrainedModel, arena: Arena, fallback: ForwardPass, record: Record
     ) -> None:
         # What LlamaPass makes without naming a device is made on this one.
         with module.device:
             super().__init__(module)
-            self._angles = self._table(min(arena.slots, self._context))
-        self._arena, self._otherwise, self._record = arena, otherwise, record
+            self._rope = self._rope_table(min(arena.slots, self._context))
+        self._arena, self._fallback, self._record = arena, fallback, record
         self._places = arena.memory.flatten(2, 3).unflatten(0, (-1, 2)).unbind(0)
         self._group = self._heads // self._kv
         # One for all shapes: a GPU would otherwise keep the logits of every graph.
-        self._logits = torch.zeros((ROWS, self._head.weight.shape[0]), device=module.device)
+        self._logits = torch.zeros((MAX_ROWS, self._head.weight.shape[0]), device=module.device)
         self._hidden = torch.zeros(
-            (ROWS, self._embedding.shape[1]), dtype=self._dtype, device=module.device
+            (MAX_ROWS, self._embedding.shape[1]), dtype=self._dtype, device=module.device
         )
-        self._frames: dict[Shape, Frame] = {}
-        self._runs: dict[tuple[Shape, bool], Run] = {}  # which leave the hidden states, or do not
+        self._buffers: dict[PassShape, InputBuffers] = {}
+        self._runs: dict[
+            tuple[PassShape, bool], Run
+        ] = {}  # which leave the hidden states, or do not
 
-    def __call__(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+    def __call__(self, parts: Sequence[PassInput]) -> list[torch.Tensor]:
         if not self.has_room(parts):
-            return self._otherwise(parts)
-        logits, ends = self._replayed(parts, hidden=False), ends_of(parts)
+            return self._fallback(parts)
+        logits, ends = self._replay(parts, hidden=False), row_ends(parts)
         return [
-            logits[end - wanted(part) : end].clone() for part, end in zip(parts, ends, strict=True)
+            logits[end - logit_rows(part) : end].clone()
+            for part, end in zip(parts, ends, strict=True)
         ]
 
-    def show(self, parts: Sequence[Part], look: Look) -> list[Shown]:
-        """As promised by Pass. Parts that go to `otherwise` have no pseudo rows there."""
+    def show(self, parts: Sequence[PassInput], output_spec: OutputSpec) -> list[PassOutput]:
+        """As promised by Pass. Parts that go to `fallback` have no pseudo rows there."""
         if not self.has_room(parts):
-            return self._otherwise.show(parts, Look(look.hidden))
-        if look.branches and any(part.riders for part in parts):
-            return super().show(parts, look)
+            return self._fallback.show(parts, OutputSpec(output_spec.hidden))
+        if output_spec.branches and any(part.branch_rows for part in parts):
+            return super().show(parts, output_spec)
         logits, counts = (
-            self._replayed(parts, look.hidden),
+            self._replay(parts, output_spec.hidden),
             [len(part.rows.tokens) for part in parts],
         )
         hidden = (
             self._hidden[: sum(counts)].clone().split(counts)
-            if look.hidden
+            if output_spec.hidden
             else [None] * len(parts)
         )
         return [
-            Shown(*of_one)
+            PassOutput(*of_one)
             for of_one in zip(logits[: sum(counts)].clone().split(counts), hidden, strict=True)
         ]
 
-    def _replayed(self, parts: Sequence[Part], hidden: bool) -> torch.Tensor:
+    def _replay(self, parts: Sequence[PassInput], hidden: bool) -> torch.Tensor:
         """Logits of the rows of all parts, and of more rows behind them; valid until the next pass."""
-        seats = self._arena.take([stored(part) for part in parts])
+        seats = self._arena.assign([torch_cache(part) for part in parts])
         shape = shape_of(parts, seats, self._arena.slots)
-        frame = self._frame(shape)
+        buffers = self._buffers_for(shape)
         for buffer, values in zip(
-            (frame.ids, frame.hidden),
-            laid_out(parts, seats, shape, self._arena.slots, self._windows),
+            (buffers.ids, buffers.hidden),
+            layout_inputs(parts, seats, shape, self._arena.slots, self._windows),
             strict=True,
         ):
             buffer.copy_(torch.from_numpy(values))
         run = self._runs.get((shape, hidden))
         if run is None:
             run = self._runs[shape, hidden] = self._record(
-                partial(self._compute, shape, frame, hidden)
+                partial(self._compute, shape, buffers, hidden)
             )
         return run()
 
-    def has_room(self, parts: Sequence[Part]) -> bool:
+    def has_room(self, parts: Sequence[PassInput]) -> bool:
         """Whether these parts can be read here."""
         rows = sum(len(part.rows.tokens) for part in parts)
-        slots = max(stored(part).length for part in parts)
+        slots = max(torch_cache(part).length for part in parts)
         longest = max(int(part.rows.positions.max()) for part in parts)
         return (
-            rows <= ROWS
+            rows <= MAX_ROWS
             and len(parts) <= self._arena.seats
             and slots <= self._arena.slots
-            and longest < len(self._angles)
+            and longest < len(self._rope)
         )
 
-    def _frame(self, shape: Shape) -> Frame:
-        if shape not in self._frames:
+    def _buffers_for(self, shape: PassShape) -> InputBuffers:
+        if shape not in self._buffers:
             device = self._embedding.device
-            self._frames[shape] = Frame(
+            self._buffers[shape] = InputBuffers(
                 torch.zeros((4, shape.rows), dtype=torch.int64, device=device),
                 torch.zeros(
                     (len(self._windows), shape.rows, shape.slots), dtype=torch.bool, device=device
                 ),
             )
-        return self._frames[shape]
+        return self._buffers[shape]
 
-    def _compute(self, shape: Shape, frame: Frame, hidden: bool) -> torch.Tensor:
+    def _compute(self, shape: PassShape, buffers: InputBuffers, hidden: bool) -> torch.Tensor:
         """Logits of all rows of the frame, (rows, vocabulary) in float32, valid until the next call for any shape. `hidden`: what they
         are made of is left, too.
 
         Which operations run does not depend on what the frame holds.
         """
-        tokens, positions, places, own = frame.ids.unbind(0)
+        tokens, positions, places, own = buffers.ids.unbind(0)
         n, middle = shape.rows, self._heads + self._kv
-        masks = dict(zip(self._windows, self._masks(frame.hidden), strict=True))
-        cos, sin = self._angles.index_select(0, positions).unbind(1)
+        masks = dict(zip(self._windows, self._masks(buffers.hidden), strict=True))
+        cos, sin = self._rope.index_select(0, positions).unbind(1)
         x = self._embedding.index_select(0, tokens)
         for index, layer in enumerate(self._layers):
             qkv = layer.qkv(layer.before(x)).view(n, middle + self._kv, self._dim)
@@ -164,7 +167,7 @@ class StaticPass(LlamaPass):
             self._places[index].index_copy_(
                 2, places, new.view(n, 2, self._kv, self._dim).permute(1, 2, 0, 3)
             )
-            x = layer.out(self._over_seats(index, shape, queries, masks[layer.kind], own), x)
+            x = layer.out(self._attend_seats(index, shape, queries, masks[layer.kind], own), x)
             gate, up = layer.gate_up(layer.after(x)).chunk(2, -1)
             x = layer.down(F.silu(gate).mul_(up), x)
         x = self._norm(x)
@@ -177,8 +180,13 @@ class StaticPass(LlamaPass):
         added = torch.zeros_like(hidden, dtype=self._dtype).masked_fill_(hidden, -torch.inf)
         return list(added.repeat(1, self._group, 1).unbind(0))
 
-    def _over_seats(
-        self, index: int, shape: Shape, queries: torch.Tensor, mask: torch.Tensor, own: torch.Tensor
+    def _attend_seats(
+        self,
+        index: int,
+        shape: PassShape,
+        queries: torch.Tensor,
+        mask: torch.Tensor,
+        own: torch.Tensor,
     ) -> torch.Tensor:
         """(rows, heads * dim), from (rows, heads, dim).
 
@@ -205,25 +213,27 @@ class StaticPass(LlamaPass):
         return result
 
 
-def shape_of(parts: Sequence[Part], seats: Sequence[int], most: int) -> Shape:
+def shape_of(parts: Sequence[PassInput], seats: Sequence[int], most: int) -> PassShape:
     """The smallest shape for these parts; `most` is the slots of a seat. A block has a power of two seats, from a multiple of that on."""
     width = 1
     while len({seat // width for seat in seats}) > 1:
         width *= 2
-    rows = power(sum(len(part.rows.tokens) for part in parts))
-    slots = min(most, max(LEAST_SLOTS, power(max(stored(part).length for part in parts))))
-    return Shape(min(seats) // width * width, width, rows, slots)
+    rows = next_power_of_two(sum(len(part.rows.tokens) for part in parts))
+    slots = min(
+        most, max(MIN_SLOTS, next_power_of_two(max(torch_cache(part).length for part in parts)))
+    )
+    return PassShape(min(seats) // width * width, width, rows, slots)
 
 
-def power(count: int) -> int:
+def next_power_of_two(count: int) -> int:
     """The least power of two that is at least `count`."""
     return 1 << (count - 1).bit_length()
 
 
-def laid_out(
-    parts: Sequence[Part],
+def layout_inputs(
+    parts: Sequence[PassInput],
     seats: Sequence[int],
-    shape: Shape,
+    shape: PassShape,
     slots: int,
     windows: Mapping[str, int | None],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
@@ -232,7 +242,7 @@ def laid_out(
     hidden = np.ones((len(windows), shape.rows, shape.slots), dtype=np.bool_)
     end = 0
     for part, seat in zip(parts, seats, strict=True):
-        cache, rows = stored(part), part.rows
+        cache, rows = torch_cache(part), part.rows
         begin, end = end, end + len(rows.tokens)
         ids[:, begin:end] = (
             rows.tokens,
@@ -241,7 +251,7 @@ def laid_out(
             (seat - shape.first) * shape.rows + np.arange(begin, end),
         )
         for kind, window in enumerate(windows.values()):
-            mask = additive(rows, cache.positions, window, 1.0)
+            mask = additive_mask(rows, cache.positions, window, 1.0)
             hidden[kind, begin:end, : cache.length] = False if mask is None else mask
     ids[2, end:] = slots
     hidden[:, end:, 0] = False

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from runtime.core.clock import Clock
-from runtime.models.base import Look, Model, Open, Part, Rows
+from runtime.models.base import HiddenStateModel, Model, OutputSpec, PassInput, Rows
 from runtime.models.prefill import prefill
 
-TEXT = 64  # tokens in the cache while it is measured
-RIDDEN = 8  # rows of a usual step
+TEXT_TOKENS = 64  # tokens in the cache while it is measured
+TYPICAL_ROWS = 8  # rows of a usual step
 
 
 def step_times(
@@ -21,13 +21,13 @@ def step_times(
     All widths are measured in turn, `repeats` times: what else the machine does at the moment falls on all of them. A first turn is
     not counted.
     """
-    text = min(TEXT, model.context - 2)
+    text = min(TEXT_TOKENS, model.context - 2)
     cache = model.new_cache()
     prefill(model, cache, np.zeros(text, dtype=np.int64))
     seconds: dict[int, list[float]] = {width: [] for width in widths}
     for _ in range(repeats + 1):
         for width, found in seconds.items():
-            rows = fan(text, width)
+            rows = fan_rows(text, width)
             began = clock()
             float(model.forward(cache, rows)[0, 0])  # waits for the device
             found.append(clock() - began)
@@ -40,43 +40,51 @@ def text_time(model: Model, texts: int, clock: Clock, repeats: int = 5) -> float
 
     Against a pass with as many rows of one text.
     """
-    length = min(TEXT, model.context - 2)
+    length = min(TEXT_TOKENS, model.context - 2)
     caches = [model.new_cache() for _ in range(texts)]
     for cache in caches:
         prefill(model, cache, np.zeros(length, dtype=np.int64))
     differences = []
     for _ in range(repeats + 1):
         began = clock()
-        rows = model.forward_all([Part(cache, fan(length, 1), None) for cache in caches])
+        rows = model.forward_all([PassInput(cache, fan_rows(length, 1), None) for cache in caches])
         float(rows[-1][0, 0])
         middle = clock()
         caches[0].truncate(length)
-        float(model.forward(caches[0], fan(length, texts))[0, 0])
+        float(model.forward(caches[0], fan_rows(length, texts))[0, 0])
         differences.append((middle - began) - (clock() - middle))
         for cache in caches:
             cache.truncate(length)
     return max(0.0, statistics.median(differences[1:]) / (texts - 1))
 
 
-def riding_time(model: Open, look: Look, riders: int, clock: Clock, repeats: int = 5) -> float:
-    """Seconds (median) by which pseudo rows beside `riders` rows prolong a pass of `RIDDEN` rows; never below 0."""
-    text = min(TEXT, model.context - 2 - len(look.branches))
+def branch_row_time(
+    model: HiddenStateModel,
+    output_spec: OutputSpec,
+    branch_rows: int,
+    clock: Clock,
+    repeats: int = 5,
+) -> float:
+    """Seconds (median) by which pseudo rows beside `branch_rows` rows prolong a pass of `TYPICAL_ROWS` rows; never below 0."""
+    text = min(TEXT_TOKENS, model.context - 2 - len(output_spec.branches))
     cache = model.new_cache()
     prefill(model, cache, np.zeros(text, dtype=np.int64))
     differences = []
     for _ in range(repeats + 1):
         times = []
-        for ridden in (range(riders), ()):
+        for chosen in (range(branch_rows), ()):
             began = clock()
-            (shown,) = model.show_all([Part(cache, fan(text, RIDDEN), None, ridden)], look)
-            float(shown.logits[0, 0])
+            (output,) = model.forward_outputs(
+                [PassInput(cache, fan_rows(text, TYPICAL_ROWS), None, chosen)], output_spec
+            )
+            float(output.logits[0, 0])
             times.append(clock() - began)
             cache.truncate(text)
         differences.append(times[0] - times[1])
     return max(0.0, statistics.median(differences[1:]))
 
 
-def fan(text: int, width: int) -> Rows:
+def fan_rows(text: int, width: int) -> Rows:
     """A root behind `text` tokens, and its children."""
     visible = np.eye(width, dtype=np.bool_)
     visible[:, 0] = True

@@ -7,21 +7,24 @@ import sys
 
 from runtime.core.errors import ModelRefused
 
-CPU_S, WALL_S = 1, 60  # seconds; the second for a machine that is too busy to give the first
-MEMORY = 1 << 30  # bytes, beyond what Python itself takes
-MOST = 1 << 20  # characters of the text of two short conversations
+CPU_LIMIT_S, WALL_LIMIT_S = (
+    1,
+    60,
+)  # seconds; the second for a machine that is too busy to give the first
+MAX_MEMORY_BYTES = 1 << 30  # bytes, beyond what Python itself takes
+MAX_OUTPUT_CHARS = 1 << 20  # characters of the text of two short conversations
 
 # What a template refuses (roles, their order) is its own affair. SIGXCPU ends a process that is over its time.
-PROBE = f"""
+PROBE_PROGRAM = f"""
 import json, resource, sys
 from transformers.utils.chat_template_utils import render_jinja_template as render
 templates = json.load(sys.stdin)
 talk = [{{"role": role, "content": "Hello."}} for role in ("system", "user", "assistant", "user")]
 spent = resource.getrusage(resource.RUSAGE_SELF)
-limit = int(spent.ru_utime + spent.ru_stime) + 1 + {CPU_S}
+limit = int(spent.ru_utime + spent.ru_stime) + 1 + {CPU_LIMIT_S}
 resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (taken + {MEMORY},) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (taken + {MAX_MEMORY_BYTES},) * 2)
 for template in templates:
     for messages in (talk, talk[1:]):
         try:
@@ -30,7 +33,7 @@ for template in templates:
             sys.exit(3)
         except Exception:
             continue
-        if len(texts[0]) > {MOST}:
+        if len(texts[0]) > {MAX_OUTPUT_CHARS}:
             sys.exit(3)
 """
 
@@ -45,12 +48,12 @@ def check_template(template: str | dict[str, str] | None, name: str) -> None:
     templates = [template] if isinstance(template, str) else list(template.values())
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-c", PROBE],
+            [sys.executable, "-I", "-c", PROBE_PROGRAM],
             input=json.dumps(templates),
             text=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            timeout=WALL_S,
+            timeout=WALL_LIMIT_S,
             check=False,
         )
         ended = done.returncode == 0
@@ -58,5 +61,5 @@ def check_template(template: str | dict[str, str] | None, name: str) -> None:
         ended = False
     if not ended:
         raise ModelRefused(
-            f"{name} has a chat template that does not end within {CPU_S} s and {MEMORY >> 30} GiB: remove it, or choose another model"
+            f"{name} has a chat template that does not end within {CPU_LIMIT_S} s and {MAX_MEMORY_BYTES >> 30} GiB: remove it, or choose another model"
         )

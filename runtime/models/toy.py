@@ -13,7 +13,7 @@ import numpy.typing as npt
 from runtime.core.errors import InvalidRequest
 from runtime.core.node_names import EMPTY_TEXT, mix64
 from runtime.kv.base import KVCache
-from runtime.models.base import Part, Rows
+from runtime.models.base import PassInput, Rows
 
 
 class ToyCache:
@@ -82,9 +82,9 @@ class ToyModel:
     def forward(
         self, cache: KVCache, rows: Rows, last: int | None = None
     ) -> npt.NDArray[np.float32]:
-        return self.forward_all([Part(cache, rows, last)])[0]
+        return self.forward_all([PassInput(cache, rows, last)])[0]
 
-    def forward_all(self, parts: Sequence[Part]) -> list[npt.NDArray[np.float32]]:
+    def forward_all(self, parts: Sequence[PassInput]) -> list[npt.NDArray[np.float32]]:
         lengths = [part.cache.length for part in parts]
         done = False
         try:
@@ -96,7 +96,7 @@ class ToyModel:
                 for part, length in zip(parts, lengths, strict=True):
                     part.cache.truncate(length)
 
-    def read(self, part: Part) -> npt.NDArray[np.float32]:
+    def read(self, part: PassInput) -> npt.NDArray[np.float32]:
         """One part of a pass. An error leaves its rows in the cache."""
         cache, rows = part.cache, part.rows
         if not isinstance(cache, ToyCache):

@@ -14,25 +14,32 @@ from runtime.scheduler_factory import scheduler
 from runtime.schedulers.base import Plan, Scheduler, View
 from runtime.scoring.calibration import Calibrations
 from runtime.sim import draft_samples
-from runtime.sim.pair_profile import Measured
-from runtime.sim.replayed_head import HeadFigures, ReplayedHead
-from runtime.sim.simulator import DrafterSide, TargetSide, World, linear
-from runtime.sim.synthetic_models import BRANCHES, CONTEXT, VOCABULARY, Guesser, NamingModel, choose
+from runtime.sim.pair_profile import PairProfile
+from runtime.sim.replayed_head import HeadProfile, ReplayedHead
+from runtime.sim.simulator import SimulatedDrafter, SimulatedTarget, Simulator, interpolate
+from runtime.sim.synthetic_models import (
+    BRANCHES,
+    CONTEXT,
+    VOCABULARY,
+    SyntheticDrafter,
+    SyntheticTarget,
+    choose,
+)
 from runtime.target.commands import AddRequest
 from runtime.target.engine import Engine
 from runtime.target.head_runner import MountedHead
 from runtime.target.stop_checker import StopChecker
 from runtime.target.verifier import Verifier
 
-ENDLESS = 1 << 30  # tokens of a session that does not end
+ENDLESS_TOKENS = 1 << 30  # tokens of a session that does not end
 DRAFTER = "draft"
-WIDTH = 4  # leaves in one pass of a drafter, as in config.DrafterConfig
-PROMPT = 4  # tokens
-TOKENS = 400  # counted, of all sessions together
-STEPS = 40  # tokens of each session, where that is more
-WARM_UP = 0.5  # of them, that come before and are not counted: a schedule learns rates and delays over some twenty steps
-EFFORT = 6_000  # sessions served, counted anew in each pass of a drafter or a target, after which it ends in any case
-EFFORT_EACH = 100  # the same for each session, where that is more
+DRAFT_WIDTH = 4  # leaves in one pass of a drafter, as in config.DrafterConfig
+PROMPT_TOKENS = 4  # tokens
+MIN_TOKENS = 400  # counted, of all sessions together
+MIN_SESSION_TOKENS = 40  # tokens of each session, where that is more
+WARM_UP_SHARE = 0.5  # of them, that come before and are not counted: a schedule learns rates and delays over some twenty steps
+DEFAULT_EFFORT = 6_000  # sessions served, counted anew in each pass of a drafter or a target, after which it ends in any case
+EFFORT_PER_SESSION = 100  # the same for each session, where that is more
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +54,12 @@ class Setting:
     drafters: int = 1
     sessions: int = 1
     targets: int = 1
-    width: int = WIDTH
+    width: int = DRAFT_WIDTH
     length: int = 0
     once: bool = False
-    tokens: int = TOKENS
-    effort: int = EFFORT
-    head: HeadFigures | None = None
+    tokens: int = MIN_TOKENS
+    effort: int = DEFAULT_EFFORT
+    head: HeadProfile | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +75,7 @@ class Forecast:
 
 
 @dataclass(slots=True)
-class Seen:
+class Progress:
     """Tokens delivered by all targets, and their rounds."""
 
     tokens: int = 0
@@ -90,11 +97,11 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class Watched:
+class RecordingScheduler:
     """A scheduler, and what it is told of finished steps."""
 
     inner: Scheduler
-    seen: Seen
+    progress: Progress
 
     @property
     def style(self) -> Style:
@@ -104,7 +111,7 @@ class Watched:
         return self.inner.plan(views)
 
     def observe(self, step: Sequence[Round]) -> None:
-        self.seen.rounds += step
+        self.progress.rounds += step
         self.inner.observe(step)
 
     def on_growth(self, delay: float, first: bool, leaves: int) -> None:
@@ -112,99 +119,99 @@ class Watched:
 
 
 def forecast(
-    measured: Measured, schedule: ScheduleConfig, setting: Setting = Setting()
+    profile: PairProfile, schedule: ScheduleConfig, setting: Setting = Setting()
 ) -> Forecast:
-    return simulate(measured, lambda: scheduler(schedule, measured.target), setting)
+    return simulate(profile, lambda: scheduler(schedule, profile.target), setting)
 
 
-def simulate(measured: Measured, policy: Callable[[], Scheduler], setting: Setting) -> Forecast:
+def simulate(profile: PairProfile, policy: Callable[[], Scheduler], setting: Setting) -> Forecast:
     """`policy` makes the scheduler of one target."""
-    world, seen, examples = World(), Seen(), draft_samples.of(measured)
-    guesser, learned = Guesser(examples), examples.learned(DRAFTER, BRANCHES)
+    simulator, progress, examples = Simulator(), Progress(), draft_samples.samples_of(profile)
+    guesser, calibrations = SyntheticDrafter(examples), examples.calibrations(DRAFTER, BRANCHES)
     if setting.head is not None:
-        setting.head.teach(learned)
-    known = learned.saved()
+        setting.head.calibrate(calibrations)
+    known = calibrations.saved()
     wanted_targets = range(min(setting.targets, setting.sessions))
     targets = [
-        target(world, measured, Watched(policy(), seen), known, setting.head)
+        simulated_target(
+            simulator, profile, RecordingScheduler(policy(), progress), known, setting.head
+        )
         for _ in wanted_targets
     ]
     drafters = [
-        drafter(world, measured, f"{DRAFTER}-{n}", guesser, known, setting.width)
+        simulated_drafter(simulator, profile, f"{DRAFTER}-{n}", guesser, known, setting.width)
         for n in range(setting.drafters)
     ]
     for stream, one in enumerate(targets):
         for draft in drafters:
-            draft.join(one, stream, measured.rtt / 2)
+            draft.join(one, stream, profile.rtt / 2)
     for number in range(min(setting.sessions, limits.SESSIONS * len(targets))):
-        admit(targets[number % len(targets)].engine, number, setting, seen)
+        admit_session(targets[number % len(targets)].engine, number, setting, progress)
     for one in targets:
-        one.go_on()
+        one.resume()
     if setting.once:
-        advance(world, drafters, seen, setting.length * setting.sessions, sys.maxsize)
-        return seen.forecast(world.now)
-    wanted = max(setting.tokens, STEPS * setting.sessions)
-    effort = max(setting.effort, EFFORT_EACH * setting.sessions)
-    advance(world, drafters, seen, int(WARM_UP * wanted), effort // 3)
-    began, seen.tokens, seen.rounds = world.now, 0, []
-    advance(world, drafters, seen, wanted, effort)
-    return seen.forecast(world.now - began)
+        run_until(simulator, drafters, progress, setting.length * setting.sessions, sys.maxsize)
+        return progress.forecast(simulator.now)
+    wanted = max(setting.tokens, MIN_SESSION_TOKENS * setting.sessions)
+    effort = max(setting.effort, EFFORT_PER_SESSION * setting.sessions)
+    run_until(simulator, drafters, progress, int(WARM_UP_SHARE * wanted), effort // 3)
+    began, progress.tokens, progress.rounds = simulator.now, 0, []
+    run_until(simulator, drafters, progress, wanted, effort)
+    return progress.forecast(simulator.now - began)
 
 
-def target(
-    world: World,
-    measured: Measured,
+def simulated_target(
+    simulator: Simulator,
+    profile: PairProfile,
     policy: Scheduler,
     known: Mapping[str, Any],
-    head: HeadFigures | None,
-) -> TargetSide:
+    head: HeadProfile | None,
+) -> SimulatedTarget:
     """`known`: saved calibrations; target and drafters begin as after a long time together."""
     heads = {f"{head.name}-0": MountedHead(ReplayedHead(head))} if head is not None else {}
     engine = Engine(
-        NamingModel(),
+        SyntheticTarget(),
         Verifier(choose, frozenset()),
         policy,
-        world.clock,
+        simulator.clock,
         kv_slots=CONTEXT,
         calibrations=Calibrations.restored(known),
         heads=heads,
     )
-    of_rows = linear(measured.target)
+    of_rows = interpolate(profile.target)
 
     def seconds(rows: int, sessions: int, taken: int, busy: bool) -> float:
-        model = (of_rows(rows) + measured.text * (sessions - 1)) * (
-            measured.beside if busy else 1.0
-        )
-        looked = head.seconds if head is not None and engine.heads.active else 0.0
-        return model + (measured.step + looked) * sessions + measured.message * taken
+        model = (of_rows(rows) + profile.text * (sessions - 1)) * (profile.beside if busy else 1.0)
+        head_time = head.seconds if head is not None and engine.heads.active else 0.0
+        return model + (profile.step + head_time) * sessions + profile.message * taken
 
-    return TargetSide(world, engine, seconds)
+    return SimulatedTarget(simulator, engine, seconds)
 
 
-def drafter(
-    world: World,
-    measured: Measured,
+def simulated_drafter(
+    simulator: Simulator,
+    profile: PairProfile,
     name: str,
-    guesser: Guesser,
+    guesser: SyntheticDrafter,
     known: Mapping[str, Any],
     width: int,
-) -> DrafterSide:
+) -> SimulatedDrafter:
     draft_engine = DraftEngine(
-        guesser, name, width, calibrations=Calibrations.restored(known), clock=world.clock
+        guesser, name, width, calibrations=Calibrations.restored(known), clock=simulator.clock
     )
-    return DrafterSide(world, draft_engine, linear(measured.draft, measured.pass_))
+    return SimulatedDrafter(simulator, draft_engine, interpolate(profile.draft, profile.pass_))
 
 
-def admit(engine: Engine, number: int, setting: Setting, seen: Seen) -> None:
+def admit_session(engine: Engine, number: int, setting: Setting, progress: Progress) -> None:
     """A session, and after its end the next in its place."""
 
     def deliver(chunk: Chunk) -> None:
-        seen.tokens += len(chunk.tokens)
+        progress.tokens += len(chunk.tokens)
         if chunk.finish_reason is not None and not setting.once:
-            admit(engine, number + limits.SESSIONS * setting.targets, setting, seen)
+            admit_session(engine, number + limits.SESSIONS * setting.targets, setting, progress)
 
-    prompt = tuple(number // VOCABULARY**digit % VOCABULARY for digit in range(PROMPT))
-    sampling = Sampling(max_tokens=setting.length or ENDLESS)
+    prompt = tuple(number // VOCABULARY**digit % VOCABULARY for digit in range(PROMPT_TOKENS))
+    sampling = Sampling(max_tokens=setting.length or ENDLESS_TOKENS)
     request = Request(str(number), prompt, sampling)
     engine.inbox.put(
         AddRequest(
@@ -213,13 +220,17 @@ def admit(engine: Engine, number: int, setting: Setting, seen: Seen) -> None:
     )
 
 
-def advance(
-    world: World, drafters: Sequence[DrafterSide], seen: Seen, tokens: int, effort: int
+def run_until(
+    simulator: Simulator,
+    drafters: Sequence[SimulatedDrafter],
+    progress: Progress,
+    tokens: int,
+    effort: int,
 ) -> None:
     """Until so many tokens have been seen, or sessions have been served so often since the beginning."""
     while (
-        seen.tokens < tokens
-        and sum(draft.answered for draft in drafters) + len(seen.rounds) < effort
+        progress.tokens < tokens
+        and sum(draft.served_requests for draft in drafters) + len(progress.rounds) < effort
     ):
-        if not world.step():
+        if not simulator.step():
             return

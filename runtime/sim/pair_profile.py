@@ -29,7 +29,7 @@ class Position(Strict):
     below: tuple["Position", ...] = ()
 
 
-class Measured(Strict):
+class PairProfile(Strict):
     """A target, a draft and what lies between them.
 
     target, draft  T(n) and t(w): seconds of a pass by its rows; beyond what is measured they are taken to be linear
@@ -72,7 +72,7 @@ class Measured(Strict):
         return rates
 
     @model_validator(mode="after")
-    def enough(self) -> "Measured":
+    def enough(self) -> "PairProfile":
         if not (self.acceptance or self.positions):
             raise ValueError("give acceptance or positions")
         return self
@@ -89,10 +89,10 @@ def positions(
     )
 
 
-def read(file: Path) -> Measured:
+def read_profile(file: Path) -> PairProfile:
     """Raises InvalidRequest that names the first wrong key or value."""
     try:
-        return Measured.model_validate_json(file.read_text("utf-8"))
+        return PairProfile.model_validate_json(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(
             f"{file} cannot be read: give a file of measurements, as plan --save writes it",

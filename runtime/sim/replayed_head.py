@@ -9,15 +9,15 @@ from runtime.core.draft_nodes import NOTHING, DraftNodes
 from runtime.core.node_names import child_key, text_key
 from runtime.core.tree_builder import ways
 from runtime.drafters.base import Text
-from runtime.heads.base import Seen
-from runtime.models.base import Look
+from runtime.heads.base import VerifiedStep
+from runtime.models.base import OutputSpec
 from runtime.scoring.calibration import Calibrations
-from runtime.sim.draft_samples import Place
-from runtime.sim.synthetic_models import VOCABULARY, following
+from runtime.sim.draft_samples import RankedScores
+from runtime.sim.synthetic_models import VOCABULARY, next_token
 
 
 @dataclass(frozen=True, slots=True)
-class HeadFigures:
+class HeadProfile:
     """What was measured of a head.
 
     seconds  that a step with it takes longer: its own time, and that of what it looks at
@@ -27,15 +27,15 @@ class HeadFigures:
 
     name: str
     seconds: float
-    steps: tuple[tuple[Place, ...], ...]
+    steps: tuple[tuple[RankedScores, ...], ...]
 
-    def right(self, ahead: int) -> float:
+    def hit_rate(self, ahead: int) -> float:
         """Share of the steps in which the best guess of each of so many places was right."""
         return sum(
             len(step) >= ahead and all(rank == 0 for rank, _ in step[:ahead]) for step in self.steps
         ) / len(self.steps)
 
-    def teach(self, known: Calibrations) -> None:
+    def calibrate(self, known: Calibrations) -> None:
         """What a target knows of this head after all of these steps."""
         table = known.band(0.0).of(self.name)
         for step in self.steps:
@@ -45,18 +45,18 @@ class HeadFigures:
 
 
 class ReplayedHead:
-    """A Head of NamingModel."""
+    """A Head of SyntheticTarget."""
 
-    look = Look()
+    output_spec = OutputSpec()
 
-    def __init__(self, figures: HeadFigures) -> None:
-        self.figures = figures
+    def __init__(self, profile: HeadProfile) -> None:
+        self.profile = profile
 
-    def propose(self, seen: Sequence[Seen]) -> list[DraftNodes]:
-        return [self.growth(one.text) for one in seen]
+    def propose(self, seen: Sequence[VerifiedStep]) -> list[DraftNodes]:
+        return [self.draft(one.text) for one in seen]
 
-    def growth(self, text: Text) -> DraftNodes:
-        steps = self.figures.steps
+    def draft(self, text: Text) -> DraftNodes:
+        steps = self.profile.steps
         step = steps[(text_key(text.tokens[: text.prompt]) + len(text.tokens)) % len(steps)]
         if not step:
             return NOTHING
@@ -67,7 +67,7 @@ class ReplayedHead:
             text.tree.key[0],
         )
         for place, (rank, scores) in enumerate(step):
-            right = following(key)
+            right = next_token(key)
             tokens[place] = [
                 right if guess == rank else (right + 1 + guess) % VOCABULARY
                 for guess in range(most)
@@ -80,19 +80,19 @@ class ReplayedHead:
         pass
 
 
-def along(growth: DraftNodes, text: Sequence[int]) -> tuple[Place, ...]:
-    """A step of HeadFigures: what a head has guessed, where `text` is what the target goes on with after the root."""
+def head_step(draft: DraftNodes, text: Sequence[int]) -> tuple[RankedScores, ...]:
+    """A step of HeadProfile: what a head has guessed, where `text` is what the target goes on with after the root."""
     node, found = 0, []
     for token in text:
-        children = np.flatnonzero(growth.parents == node)
+        children = np.flatnonzero(draft.parents == node)
         if not len(children):
             break
-        best = children[np.argsort(-growth.scores[children], kind="stable")]
-        right = np.flatnonzero(growth.tokens[best] == token)
+        best = children[np.argsort(-draft.scores[children], kind="stable")]
+        right = np.flatnonzero(draft.tokens[best] == token)
         found.append(
             (
                 int(right[0]) if len(right) else -1,
-                tuple(np.minimum(growth.scores[best], 0.0).tolist()),
+                tuple(np.minimum(draft.scores[best], 0.0).tolist()),
             )
         )
         if not len(right):

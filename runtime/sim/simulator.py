@@ -20,57 +20,57 @@ from runtime.target.commands import Command, Join, ReplyReceived
 from runtime.target.engine import Engine
 from runtime.target.verifier import Decision
 
-TICK = 1e-6  # seconds: the shortest wait, so that a rest too small for the clock's last digit passes too
-Seconds = Callable[[int], float]  # of a pass, by its rows
-Costs = Callable[
+MIN_DELAY_S = 1e-6  # seconds: the shortest wait, so that a rest too small for the clock's last digit passes too
+PassTime = Callable[[int], float]  # of a pass, by its rows
+StepTime = Callable[
     [int, int, int, bool], float
 ]  # of a step: rows, sessions, growths taken in before it, whether a drafter computes
 
 
-class World:
+class Simulator:
     """Things that are going to happen, in the order of their times; of those at one time the earlier arranged comes first."""
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.coming: list[tuple[float, int, Callable[[], None]]] = []
+        self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.order = itertools.count()
 
     def clock(self) -> float:
         return self.now
 
-    def after(self, delay: float, happens: Callable[[], None]) -> None:
-        heapq.heappush(self.coming, (self.now + delay, next(self.order), happens))
+    def call_later(self, delay: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self.events, (self.now + delay, next(self.order), action))
 
     def step(self) -> bool:
         """Let the next thing happen; False where nothing is left."""
-        if not self.coming:
+        if not self.events:
             return False
-        self.now, _, happens = heapq.heappop(self.coming)
-        happens()
+        self.now, _, action = heapq.heappop(self.events)
+        action()
         return True
 
 
-class TargetSide:
+class SimulatedTarget:
     """An engine whose steps take `seconds`."""
 
-    def __init__(self, world: World, engine: Engine, seconds: Costs) -> None:
-        self.world, self.engine, self.seconds = world, engine, seconds
-        self.drafters: list[DrafterSide] = []
+    def __init__(self, simulator: Simulator, engine: Engine, seconds: StepTime) -> None:
+        self.simulator, self.engine, self.seconds = simulator, engine, seconds
+        self.drafters: list[SimulatedDrafter] = []
         self.computing = False
         self.plans = (
             0  # made so far: an alarm that was set before the last of them has been overtaken
         )
 
-    def hear(self, arrived: Command) -> None:
+    def receive(self, arrived: Command) -> None:
         self.engine.inbox.put(arrived)
         if not self.computing:
-            self.go_on()
+            self.resume()
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Engine.run and the first half of Engine.step, up to the pass. Reading a prompt takes no time here."""
         engine = self.engine
         self.plans += 1
-        taken = engine.inbox.qsize()
+        messages = engine.inbox.qsize()
         engine.receive(0.0)
         engine.requests.start(engine.scheduler.style)
         while len(engine.requests.ready()) < len(engine.requests.running):
@@ -79,7 +79,7 @@ class TargetSide:
         if not isinstance(batch, Batch):
             this = self.plans
             if batch is not None:
-                self.world.after(max(batch, TICK), lambda: self.wake(this))
+                self.simulator.call_later(max(batch, MIN_DELAY_S), lambda: self.wake(this))
             return
         decisions = engine.decide(batch)
         self.computing = True
@@ -87,69 +87,73 @@ class TargetSide:
             sum(len(part.rows.tokens) for part in batch.parts),
             any(drafter.computing for drafter in self.drafters),
         )
-        self.world.after(
-            self.seconds(rows, len(batch.items), taken, busy),
-            lambda: self.decided(batch, decisions),
+        self.simulator.call_later(
+            self.seconds(rows, len(batch.items), messages, busy),
+            lambda: self.finish_step(batch, decisions),
         )
 
     def wake(self, plan: int) -> None:
         if plan == self.plans and not self.computing:
-            self.go_on()
+            self.resume()
 
-    def decided(self, batch: Batch, decisions: Sequence[Decision | None]) -> None:
+    def finish_step(self, batch: Batch, decisions: Sequence[Decision | None]) -> None:
         """The second half of Engine.step."""
         self.computing = False
         self.engine.receive(0.0)
-        self.engine.commit(batch, decisions, self.world.now)
-        self.go_on()
+        self.engine.commit(batch, decisions, self.simulator.now)
+        self.resume()
 
 
-class DrafterSide:
+class SimulatedDrafter:
     """A draft engine whose passes take `seconds`. It serves all targets that it is joined to as one queue."""
 
-    def __init__(self, world: World, draft_engine: DraftEngine, seconds: Seconds) -> None:
-        self.world, self.draft_engine, self.seconds = world, draft_engine, seconds
+    def __init__(self, simulator: Simulator, draft_engine: DraftEngine, seconds: PassTime) -> None:
+        self.simulator, self.draft_engine, self.seconds = simulator, draft_engine, seconds
         self.computing = False
-        self.answered = 0  # wishes
+        self.served_requests = 0  # wishes
 
-    def hear(self, told: EventReceived) -> None:
+    def receive(self, told: EventReceived) -> None:
         self.draft_engine.inbox.put(told)
         if not self.computing:
-            self.go_on()
+            self.resume()
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """DraftEngine.run up to the method's pass."""
         self.draft_engine.take_in(block=False)
-        wishes = self.draft_engine.plan()
-        self.draft_engine.send_rest(wishes)
-        if not wishes:
+        requests = self.draft_engine.plan()
+        self.draft_engine.send_rest(requests)
+        if not requests:
             return
         self.computing = True
-        self.answered += len(wishes)
-        rows = sum(len(wish.leaves) for wish in wishes)
-        self.world.after(self.seconds(rows), lambda: self.computed(wishes))
+        self.served_requests += len(requests)
+        rows = sum(len(request.leaves) for request in requests)
+        self.simulator.call_later(self.seconds(rows), lambda: self.finish_pass(requests))
 
-    def computed(self, wishes: Sequence[ExpandRequest]) -> None:
+    def finish_pass(self, requests: Sequence[ExpandRequest]) -> None:
         self.computing = False
-        self.draft_engine.add(wishes, self.draft_engine.ask(wishes))
-        self.go_on()
+        self.draft_engine.add(requests, self.draft_engine.ask(requests))
+        self.resume()
 
-    def join(self, target: TargetSide, stream: int, one_way: float) -> None:
+    def join(self, target: SimulatedTarget, stream: int, one_way: float) -> None:
         """A link between the two, on which every message is under way for `one_way` seconds."""
         name = self.draft_engine.name
 
         def reply(message: Reply) -> None:
             named = replace(message, drafter=name)
-            self.world.after(one_way, lambda: target.hear(ReplyReceived(named, self.world.now)))
+            self.simulator.call_later(
+                one_way, lambda: target.receive(ReplyReceived(named, self.simulator.now))
+            )
 
         def send(event: Event) -> None:
-            self.world.after(one_way, lambda: self.hear(EventReceived(stream, event, reply)))
+            self.simulator.call_later(
+                one_way, lambda: self.receive(EventReceived(stream, event, reply))
+            )
 
         target.drafters.append(self)
         target.engine.handle(Join(name, send))
 
 
-def linear(times: dict[int, float], more: float = 0.0) -> Seconds:
+def interpolate(times: dict[int, float], more: float = 0.0) -> PassTime:
     """Between the measured rows straight lines, never falling; beyond them the last of these goes on. `more` is added to all."""
     rows = np.asarray(sorted(times), dtype=np.float64)
     seconds = np.maximum.accumulate(np.asarray([times[int(n)] for n in rows]))

@@ -8,11 +8,11 @@ from runtime.core import limits
 from runtime.core.errors import InvalidRequest
 from runtime.schedulers.pearl import gamma
 from runtime.sim.forecast import Forecast, Setting, forecast
-from runtime.sim.pair_profile import Measured
-from runtime.sim.replayed_head import HeadFigures
+from runtime.sim.pair_profile import PairProfile
+from runtime.sim.replayed_head import HeadProfile
 
-CHAINS = (1, 2, 3, 4, 5, 6, 8, 12)
-SHAPES = (
+CHAIN_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 12)
+TREE_SHAPES = (
     (2, 2, 4, 8),
     (4, 2, 4, 12),
     (4, 4, 4, 16),
@@ -24,9 +24,12 @@ SCHEDULES = ("plain", "sync chain", "sync tree", "amusd", "pearl", "living")
 DRAFTERS = (1, 2, 4, 8, 16, 32, 64)
 ROUND_TRIPS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)  # seconds
 SESSIONS = (1, 4, 16, 64, 256, 1000)
-LOADED = ("plain", "living")  # schedules of which the load is swept: the others serve one session
-ENOUGH = 0.97  # of the best rate: fewer drafters that reach it are preferred
-SHORT = 200  # tokens of a simulation that only chooses a setting
+LOAD_SCHEDULES = (
+    "plain",
+    "living",
+)  # schedules of which the load is swept: the others serve one session
+GOOD_ENOUGH = 0.97  # of the best rate: fewer drafters that reach it are preferred
+TUNING_TOKENS = 200  # tokens of a simulation that only chooses a setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +39,16 @@ class Job:
     group: str
     schedule: str
     label: float
-    measured: Measured
+    profile: PairProfile
     config: ScheduleConfig
     setting: Setting
 
     @property
-    def same(self) -> tuple[object, ...]:
+    def dedup_key(self) -> tuple[object, ...]:
         """Equal for simulations with the same outcome: what waits for a full target does not change it."""
         most = limits.SESSIONS * self.setting.targets
         return (
-            id(self.measured),
+            id(self.profile),
             self.config,
             replace(self.setting, sessions=min(self.setting.sessions, most)),
         )
@@ -56,14 +59,14 @@ class Job:
         return self.setting.sessions * self.setting.drafters
 
     def run(self) -> Forecast:
-        return forecast(self.measured, self.config, self.setting)
+        return forecast(self.profile, self.config, self.setting)
 
 
 Done = tuple[Job, Forecast]
 RunAll = Callable[[Sequence[Job]], list[Forecast]]  # in their order
 
 
-def settings(name: str, measured: Measured) -> list[ScheduleConfig]:
+def settings(name: str, profile: PairProfile) -> list[ScheduleConfig]:
     """All settings in which a schedule is tried; one where it has none. Raises InvalidRequest for an unknown name."""
     match name:
         case "plain" | "amusd" | "living":
@@ -72,31 +75,32 @@ def settings(name: str, measured: Measured) -> list[ScheduleConfig]:
             return [
                 ScheduleConfig(
                     policy="pearl",
-                    passes=gamma(measured.target[1], measured.draft[1] + measured.pass_),
+                    passes=gamma(profile.target[1], profile.draft[1] + profile.pass_),
                 )
             ]
         case "sync chain":
             return [
-                ScheduleConfig(policy="sync", width=1, branches=1, passes=k, rows=k) for k in CHAINS
+                ScheduleConfig(policy="sync", width=1, branches=1, passes=k, rows=k)
+                for k in CHAIN_LENGTHS
             ]
         case "sync tree":
             return [
                 ScheduleConfig(policy="sync", width=w, branches=b, passes=p, rows=n)
-                for w, b, p, n in SHAPES
+                for w, b, p, n in TREE_SHAPES
             ]
     raise InvalidRequest(
         f"schedule {name!r} is not known: give one of {', '.join(SCHEDULES)}", "schedule"
     )
 
 
-def chosen(
-    measured: Measured, names: Sequence[str], setting: Setting, run_all: RunAll
+def best_settings(
+    profile: PairProfile, names: Sequence[str], setting: Setting, run_all: RunAll
 ) -> dict[str, ScheduleConfig]:
     """The best setting of each schedule, by short simulations."""
-    short = replace(setting, tokens=SHORT)
-    tried = {name: settings(name, measured) for name in names}
+    short = replace(setting, tokens=TUNING_TOKENS)
+    tried = {name: settings(name, profile) for name in names}
     jobs = [
-        Job("settings", name, number, measured, config, short)
+        Job("settings", name, number, profile, config, short)
         for name, configs in tried.items()
         if len(configs) > 1
         for number, config in enumerate(configs)
@@ -109,15 +113,15 @@ def chosen(
     return best
 
 
-def jobs(measured: Measured, configs: dict[str, ScheduleConfig], setting: Setting) -> list[Job]:
+def jobs(profile: PairProfile, configs: dict[str, ScheduleConfig], setting: Setting) -> list[Job]:
     """Every schedule as it is, by round trips, and, where it makes sense, by drafters and by load."""
     found = [
-        Job("schedules", name, 0, measured, config, setting) for name, config in configs.items()
+        Job("schedules", name, 0, profile, config, setting) for name, config in configs.items()
     ]
     for name, config in configs.items():
         if name == "living":
             found += [
-                Job("drafters", name, count, measured, config, replace(setting, drafters=count))
+                Job("drafters", name, count, profile, config, replace(setting, drafters=count))
                 for count in DRAFTERS
             ]
         if name != "plain":
@@ -126,25 +130,25 @@ def jobs(measured: Measured, configs: dict[str, ScheduleConfig], setting: Settin
                     "round trips",
                     name,
                     rtt,
-                    measured.model_copy(update={"rtt": rtt}),
+                    profile.model_copy(update={"rtt": rtt}),
                     config,
                     setting,
                 )
                 for rtt in ROUND_TRIPS
             ]
-        if name in LOADED:
+        if name in LOAD_SCHEDULES:
             found += [
-                Job("load", name, count, measured, config, replace(setting, sessions=count))
+                Job("load", name, count, profile, config, replace(setting, sessions=count))
                 for count in SESSIONS
             ]
     return found
 
 
-def head_jobs(measured: Measured, heads: Sequence[HeadFigures], setting: Setting) -> list[Job]:
+def head_jobs(profile: PairProfile, heads: Sequence[HeadProfile], setting: Setting) -> list[Job]:
     """Each head by itself, and beside the drafters."""
     living = ScheduleConfig()
     beside = [
-        Job("heads", "living", number, measured, living, replace(setting, head=head))
+        Job("heads", "living", number, profile, living, replace(setting, head=head))
         for number, head in enumerate(heads)
     ]
     return [
@@ -153,14 +157,14 @@ def head_jobs(measured: Measured, heads: Sequence[HeadFigures], setting: Setting
     ] + beside
 
 
-def half_as_deep(measured: Measured) -> Measured:
+def with_half_draft_time(profile: PairProfile) -> PairProfile:
     """The same guesses in half the time: what a draft of half the layers would be worth, were it as good."""
-    return measured.model_copy(
-        update={"draft": {rows: seconds / 2 for rows, seconds in measured.draft.items()}}
+    return profile.model_copy(
+        update={"draft": {rows: seconds / 2 for rows, seconds in profile.draft.items()}}
     )
 
 
-def fewest(by_drafters: dict[float, float]) -> int:
+def fewest_drafters(by_drafters: dict[float, float]) -> int:
     """The smallest number of drafters with nearly the best rate."""
     best = max(by_drafters.values())
-    return int(min(count for count, rate in by_drafters.items() if rate >= ENOUGH * best))
+    return int(min(count for count, rate in by_drafters.items() if rate >= GOOD_ENOUGH * best))

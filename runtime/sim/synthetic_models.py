@@ -11,39 +11,39 @@ from runtime.core.node_names import EMPTY_TEXT, mix64, text_key
 from runtime.core.sampler_reference import Ask
 from runtime.drafters.base import ExpandRequest, Text
 from runtime.kv.base import KVCache
-from runtime.models.base import Part, Rows
-from runtime.sim.draft_samples import Guesses, Place
+from runtime.models.base import PassInput, Rows
+from runtime.sim.draft_samples import DraftSamples, RankedScores
 
 VOCABULARY = 64
 CONTEXT = 1 << 40
 BRANCHES = 4  # children of a leaf, as in drafters/model.py
-NEXT, EXAMPLE = 1 << 32, 1 << 33  # what a content name is mixed with: no token ids
+NEXT_SALT, EXAMPLE_SALT = 1 << 32, 1 << 33  # what a content name is mixed with: no token ids
 
-Names = npt.NDArray[np.uint64]
+Keys = npt.NDArray[np.uint64]
 
 
-def following(key: int) -> int:
+def next_token(key: int) -> int:
     """The token that follows the text of this name."""
-    return mix64(key, NEXT) % VOCABULARY
+    return mix64(key, NEXT_SALT) % VOCABULARY
 
 
-class NameCache:
+class SyntheticCache:
     """For keys and values: the name of the text that ends in each slot."""
 
-    def __init__(self, names: Sequence[int] = ()) -> None:
-        self.names = list(names)
+    def __init__(self, keys: Sequence[int] = ()) -> None:
+        self.keys = list(keys)
 
     @property
     def length(self) -> int:
-        return len(self.names)
+        return len(self.keys)
 
     @property
     def room(self) -> int:
         return self.length
 
     def append(self, rows: int) -> int:
-        self.names += [0] * rows
-        return len(self.names) - rows
+        self.keys += [0] * rows
+        return len(self.keys) - rows
 
     def keep(self, prefix: int, slots: Sequence[int]) -> None:
         if not 0 <= prefix <= self.length or any(
@@ -52,74 +52,76 @@ class NameCache:
             raise IndexError(
                 f"prefix {prefix} and slots {list(slots)} of a cache of {self.length} slots"
             )
-        self.names[prefix:] = [self.names[slot] for slot in slots]
+        self.keys[prefix:] = [self.keys[slot] for slot in slots]
 
-    def fork(self, length: int) -> "NameCache":
-        return NameCache(self.names[:length])
+    def fork(self, length: int) -> "SyntheticCache":
+        return SyntheticCache(self.keys[:length])
 
     def truncate(self, length: int) -> None:
-        del self.names[length:]
+        del self.keys[length:]
 
 
-class NamingModel:
+class SyntheticTarget:
     """A Model whose "logits" are names: of the text that each row sees, read through cache and mask like any model's."""
 
     name, vocabulary, context = "synthetic", VOCABULARY, CONTEXT
 
-    def new_cache(self) -> NameCache:
-        return NameCache()
+    def new_cache(self) -> SyntheticCache:
+        return SyntheticCache()
 
-    def forward(self, cache: KVCache, rows: Rows, last: int | None = None) -> Names:
-        return self.forward_all([Part(cache, rows, last)])[0]
+    def forward(self, cache: KVCache, rows: Rows, last: int | None = None) -> Keys:
+        return self.forward_all([PassInput(cache, rows, last)])[0]
 
-    def forward_all(self, parts: Sequence[Part]) -> list[Names]:
+    def forward_all(self, parts: Sequence[PassInput]) -> list[Keys]:
         return [self.read(part) for part in parts]
 
-    def read(self, part: Part) -> Names:
+    def read(self, part: PassInput) -> Keys:
         cache, rows = part.cache, part.rows
-        if not isinstance(cache, NameCache):
+        if not isinstance(cache, SyntheticCache):
             raise TypeError(f"a cache of type {type(cache).__name__}: use new_cache()")
         n, first = len(rows.tokens), cache.append(len(rows.tokens))
-        before = cache.names[rows.prefix - 1] if rows.prefix else EMPTY_TEXT
+        before = cache.keys[rows.prefix - 1] if rows.prefix else EMPTY_TEXT
         above = rows.visible.copy()
         above[np.arange(n), first - rows.prefix + np.arange(n)] = False  # itself
         last = np.where(above.any(axis=1), above.shape[1] - 1 - above[:, ::-1].argmax(axis=1), -1)
         for row, (token, place) in enumerate(zip(rows.tokens.tolist(), last.tolist(), strict=True)):
-            cache.names[first + row] = mix64(
-                before if place < 0 else cache.names[rows.prefix + place], token
+            cache.keys[first + row] = mix64(
+                before if place < 0 else cache.keys[rows.prefix + place], token
             )
         wanted = n if part.last is None else min(part.last, n)
-        return np.asarray(cache.names[first + n - wanted :], dtype=np.uint64)
+        return np.asarray(cache.keys[first + n - wanted :], dtype=np.uint64)
 
 
-def choose(logits: Names, ask: Ask) -> npt.NDArray[np.int64]:
-    """The Chooser of NamingModel."""
-    return np.asarray([following(name) for name in logits.tolist()], dtype=np.int64)
+def choose(logits: Keys, ask: Ask) -> npt.NDArray[np.int64]:
+    """The Chooser of SyntheticTarget."""
+    return np.asarray([next_token(name) for name in logits.tolist()], dtype=np.int64)
 
 
-class Guesser:
+class SyntheticDrafter:
     """A Drafter of that text. On the path that the target will take it replays the examples in their order, from a place
     that depends on the prompt; beside it, where nothing comes true, it takes an example drawn by the name of the text.
     """
 
-    def __init__(self, guesses: Guesses) -> None:
+    def __init__(self, guesses: DraftSamples) -> None:
         self.guesses = guesses
         self.path: dict[str, set[int]] = {}  # names on the target's path, by session
 
-    def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes]:
-        return [self.children(wish) for wish in wishes]
+    def expand(self, requests: Sequence[ExpandRequest]) -> list[DraftNodes]:
+        return [self.children(request) for request in requests]
 
     def close(self, session: str) -> None:
         self.path.pop(session, None)
 
-    def children(self, wish: ExpandRequest) -> DraftNodes:
+    def children(self, request: ExpandRequest) -> DraftNodes:
         parents: list[int] = []
         tokens: list[int] = []
         scores: list[float] = []
-        most = wish.branches or BRANCHES
-        examples = [self.example(wish.text, leaf) for leaf in wish.leaves]
-        for leaf, example in zip(wish.leaves, examples, strict=True):
-            guessed, said = beside(wish.text.tree.key[leaf], self.guesses.place(example), most)
+        most = request.branches or BRANCHES
+        examples = [self.example(request.text, leaf) for leaf in request.leaves]
+        for leaf, example in zip(request.leaves, examples, strict=True):
+            guessed, said = synthetic_guesses(
+                request.text.tree.key[leaf], self.guesses.place(example), most
+            )
             parents += [leaf] * len(said)
             tokens += guessed
             scores += said
@@ -129,18 +131,18 @@ class Guesser:
             np.asarray(scores, np.float32),
         )
         behind = (
-            self.behind(wish.text.tree.key[wish.leaves[0]], tokens[0], examples[0], most)
+            self.behind(request.text.tree.key[request.leaves[0]], tokens[0], examples[0], most)
             if tokens
             else []
         )
-        return stack([near, *behind], len(wish.text.tree)) if behind else near
+        return stack([near, *behind], len(request.text.tree)) if behind else near
 
     def behind(self, key: int, best: int, example: int, most: int) -> list[DraftNodes]:
         """What the pass guessed behind the `best` guess for the first leaf, of name `key`, each below the first of those before."""
         levels = []
         for place in self.guesses.behind(example):
             key = mix64(key, best)
-            guessed, said = beside(key, place, most)
+            guessed, said = synthetic_guesses(key, place, most)
             levels.append(
                 DraftNodes(
                     np.zeros(len(said), np.int32),
@@ -155,15 +157,15 @@ class Guesser:
         tree, guesses = text.tree, self.guesses
         path = self.path.setdefault(text.session, set())
         key, above = tree.key[leaf], tree.key[tree.parent[leaf]]
-        if leaf == 0 or (above in path and following(above) == tree.token[leaf]):
+        if leaf == 0 or (above in path and next_token(above) == tree.token[leaf]):
             path.add(key)
-        told = text_key(text.tokens[: text.prompt]) + len(text.tokens) + tree.depth[leaf]
-        return (told if key in path else mix64(key, EXAMPLE)) % len(guesses)
+        place = text_key(text.tokens[: text.prompt]) + len(text.tokens) + tree.depth[leaf]
+        return (place if key in path else mix64(key, EXAMPLE_SALT)) % len(guesses)
 
 
-def beside(key: int, place: Place, most: int) -> tuple[list[int], list[float]]:
+def synthetic_guesses(key: int, place: RankedScores, most: int) -> tuple[list[int], list[float]]:
     """At most so many guesses of what follows the text of this name, the target's choice at its rank, and their scores."""
-    (rank, said), right = place, following(key)
+    (rank, said), right = place, next_token(key)
     return [
         right if guess == rank else (right + 1 + guess) % VOCABULARY
         for guess in range(len(said[:most]))

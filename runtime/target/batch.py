@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from runtime.kv.base import KVCache
-from runtime.models.base import Part, Rows
+from runtime.models.base import PassInput, Rows
 from runtime.target.request_state import RequestState
 from runtime.target.session import Session
 
@@ -19,7 +19,7 @@ class BatchItem:
     state: RequestState
     nodes: list[int]
     credited: list[str]
-    part: Part
+    part: PassInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,11 @@ class Batch:
     began: float
 
     @property
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[PassInput]:
         return [item.part for item in self.items]
 
 
-def pack(session: Session, cache: KVCache, nodes: Sequence[int]) -> Part:
+def pack(session: Session, cache: KVCache, nodes: Sequence[int]) -> PassInput:
     """Make the rows of one session: its root's, then those of `nodes`.
 
     `nodes` are closed under parents and in order; the cache holds all of the text but its last
@@ -49,7 +49,7 @@ def pack(session: Session, cache: KVCache, nodes: Sequence[int]) -> Part:
     rows = np.asarray([0, *nodes])
     tokens = np.frombuffer(tree.token, dtype=np.int64)[rows]
     positions = prefix + np.frombuffer(tree.depth, dtype=np.int64)[rows]
-    return Part(cache, Rows(tokens, positions, prefix, visible))
+    return PassInput(cache, Rows(tokens, positions, prefix, visible))
 
 
 def keep_accepted(cache: KVCache, prefix: int, nodes: Sequence[int], path: Sequence[int]) -> None:

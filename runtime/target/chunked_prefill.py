@@ -7,8 +7,8 @@ import numpy as np
 
 from runtime.core.clock import Clock
 from runtime.core.errors import FAULTS
-from runtime.kv.prefix_cache import Ids, Prefixes, common
-from runtime.models.base import Model, Part, causal
+from runtime.kv.prefix_cache import Ids, PrefixCache, common_length
+from runtime.models.base import Model, PassInput, causal
 from runtime.target.request_state import RequestState
 
 CHUNK = 512  # tokens that are read at once
@@ -27,7 +27,11 @@ class PrefillResult:
 
 
 def prefill_next(
-    model: Model, prefixes: Prefixes, sessions: Sequence[RequestState], began: float, clock: Clock
+    model: Model,
+    prefixes: PrefixCache,
+    sessions: Sequence[RequestState],
+    began: float,
+    clock: Clock,
 ) -> PrefillResult:
     """Read on in what is not in the caches of `sessions`: all but the last token of each text.
 
@@ -66,7 +70,7 @@ def order(live: RequestState) -> tuple[bool, bool]:
 
 def read_pieces(
     model: Model,
-    prefixes: Prefixes,
+    prefixes: PrefixCache,
     sessions: Sequence[RequestState],
     found: PrefillResult,
     clock: Clock,
@@ -76,7 +80,7 @@ def read_pieces(
     began, reading = found.done, sorted((live for live in sessions if not live.ready), key=order)
     budget = CHUNK if len(reading) == len(sessions) else min(CHUNK, CHUNK_BESIDE * len(reading))
     others = [(other.session.tokens[:-1], other.cache) for other in sessions if other.ready]
-    pieces, read_now = list[tuple[RequestState, Part]](), dict[tuple[int, ...], list[Ids]]()
+    pieces, read_now = list[tuple[RequestState, PassInput]](), dict[tuple[int, ...], list[Ids]]()
     for live in reading:
         if budget <= 0:
             break
@@ -86,7 +90,7 @@ def read_pieces(
             if live.cache.length == 0:
                 cached = prefixes.longest(live.session.tokens, others)
                 most = 0 if cached is None else cached[1]
-                if max((common(text, other) for other in alike), default=0) >= most + ALIKE:
+                if max((common_length(text, other) for other in alike), default=0) >= most + ALIKE:
                     continue
                 if cached is not None:
                     live.cache, live.reused = cached[0].fork(most), most
@@ -98,7 +102,7 @@ def read_pieces(
         start = live.cache.length
         tokens = text[start : start + budget]
         budget -= len(tokens)
-        pieces.append((live, Part(live.cache, causal(tokens, start), last=0)))
+        pieces.append((live, PassInput(live.cache, causal(tokens, start), last=0)))
     compute(model, pieces, found)
     found.done = clock()
     for live, part in pieces:
@@ -109,7 +113,7 @@ def read_pieces(
 
 
 def compute(
-    model: Model, pieces: Sequence[tuple[RequestState, Part]], found: PrefillResult
+    model: Model, pieces: Sequence[tuple[RequestState, PassInput]], found: PrefillResult
 ) -> None:
     """One pass; where it fails, one for each text: what fails again is that text's own fault."""
     try:

@@ -65,7 +65,7 @@ class Committer:
         outputs = [(one, chunk) for one in committed if (chunk := self._output(one)) is not None]
         self._credit(committed)
         going = [(one.item, one.decision) for one, chunk in outputs if chunk.finish_reason is None]
-        ridden = sum(self.heads.riding_time(batch.parts).values())
+        ridden = sum(self.heads.branch_row_time(batch.parts).values())
         self.heads.guess(going, trace)
         done = self.clock()
         rounds = [round_of(one, batch, decided, done, ridden) for one, _ in outputs]

@@ -15,8 +15,8 @@ from runtime.core.messages import Draft
 from runtime.core.node_names import child_key
 from runtime.core.tree import TokenTree
 from runtime.drafters.base import Text
-from runtime.heads.base import Head, Seen
-from runtime.models.base import Look, Model, Open, Part, Shown
+from runtime.heads.base import Head, VerifiedStep
+from runtime.models.base import HiddenStateModel, Model, OutputSpec, PassInput, PassOutput
 from runtime.scoring.drafter_utility import DrafterUtility
 from runtime.target.batch import BatchItem
 from runtime.target.request_state import RequestState
@@ -28,7 +28,7 @@ from runtime.telemetry.tracing import STEP, Trace
 RIDDEN = 4  # rows beside which pseudo rows ride where their price is measured
 MOST = 16  # of a session's step, at most: those at which the target most likely stops
 
-NOTHING = Look()
+NOTHING = OutputSpec()
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class HeadRunner:
         self.built = dict(heads)
         self.selected: dict[str, Head] = {}
         self.active: list[str] = []
-        self.look = NOTHING  # of those active
+        self.output_spec = NOTHING  # of those active
         self.select(None)
 
     def select(self, names: Container[str] | None) -> None:
@@ -72,7 +72,7 @@ class HeadRunner:
             for name, mounted in self.built.items()
             if names is None or name in names
         }
-        joint([head.look for head in chosen.values()])
+        joint([head.output_spec for head in chosen.values()])
         self.selected.clear()
         self.selected.update(chosen)
         self._look_with([name for name in self.active if name in chosen])
@@ -81,12 +81,14 @@ class HeadRunner:
         """Let those that do not rest look at the next pass, and guess after it."""
         self._look_with(self.utility.active(self.selected))
 
-    def with_branch_rows(self, session: Session, nodes: Sequence[int], part: Part) -> Part:
+    def with_branch_rows(
+        self, session: Session, nodes: Sequence[int], part: PassInput
+    ) -> PassInput:
         """Let pseudo rows ride in a session's part of a step where a head wants them and they are worth their time.
 
         Beside a row at which the target stops they bring about a token.
         """
-        branches = len(self.look.branches)
+        branches = len(self.output_spec.branches)
         if not branches or not wanted(session):
             return part
         least = self.metrics.rate * sum(self.price(name) for name in self.active)
@@ -94,35 +96,37 @@ class HeadRunner:
             ends(session.tree, nodes) >= least
         )
         rows = [row for row in likely_ends(session.tree, nodes) if worth[row]]
-        return replace(part, riders=sorted(rows[:MOST]))
+        return replace(part, branch_rows=sorted(rows[:MOST]))
 
     def price(self, name: str) -> float:
         """Seconds for each row that is ridden."""
         return self.built[name].seconds / RIDDEN
 
-    def forward(self, parts: Sequence[Part]) -> list[Shown]:
+    def forward(self, parts: Sequence[PassInput]) -> list[PassOutput]:
         """One pass with all that the heads look at. Raises what the model raises where nobody looks."""
-        if self.look != NOTHING:
+        if self.output_spec != NOTHING:
             try:
-                return cast(Open, self.model).show_all(parts, self.look)
+                return cast(HiddenStateModel, self.model).forward_outputs(parts, self.output_spec)
             except FAULTS as error:
                 failure = error
-            found = [Shown(logits) for logits in self.model.forward_all(parts)]
-            for name in [name for name in self.active if self.selected[name].look != NOTHING]:
+            found = [PassOutput(logits) for logits in self.model.forward_all(parts)]
+            for name in [
+                name for name in self.active if self.selected[name].output_spec != NOTHING
+            ]:
                 self.disable(name, failure)
             return found
-        return [Shown(logits) for logits in self.model.forward_all(parts)]
+        return [PassOutput(logits) for logits in self.model.forward_all(parts)]
 
-    def riding_time(self, parts: Sequence[Part]) -> dict[str, float]:
+    def branch_row_time(self, parts: Sequence[PassInput]) -> dict[str, float]:
         """Seconds that a pass over these takes longer for the pseudo rows of heads, by head."""
-        ridden = sum(len(part.riders) for part in parts)
+        ridden = sum(len(part.branch_rows) for part in parts)
         return {
             name: ridden * price for name in self.active if ridden and (price := self.price(name))
         }
 
-    def charge(self, parts: Sequence[Part]) -> None:
+    def charge(self, parts: Sequence[PassInput]) -> None:
         """Charge the heads for the pseudo rows of a pass."""
-        for name, seconds in self.riding_time(parts).items():
+        for name, seconds in self.branch_row_time(parts).items():
             self.utility.spend({name}, seconds)
 
     def guess(self, going: Sequence[tuple[BatchItem, Decision]], trace: Trace) -> None:
@@ -158,10 +162,13 @@ class HeadRunner:
                 self.disable(name, error)
 
     def _look_with(self, names: list[str]) -> None:
-        self.active, self.look = names, joint([self.selected[name].look for name in names])
+        self.active, self.output_spec = (
+            names,
+            joint([self.selected[name].output_spec for name in names]),
+        )
 
     def _propose(
-        self, name: str, states: Sequence[RequestState], seen: Sequence[Seen]
+        self, name: str, states: Sequence[RequestState], seen: Sequence[VerifiedStep]
     ) -> list[tuple[RequestState, Draft]]:
         """What one head guesses, as a drafter would send it."""
         try:
@@ -177,12 +184,14 @@ class HeadRunner:
             return []
 
 
-def joint(looks: Sequence[Look]) -> Look:
+def joint(output_specs: Sequence[OutputSpec]) -> OutputSpec:
     """All that they want. Raises InvalidRequest where two have branches: a pass has those of one."""
-    branched = [look.branches for look in looks if look.branches]
+    branched = [output_spec.branches for output_spec in output_specs if output_spec.branches]
     if len(branched) > 1:
         raise InvalidRequest("two heads want pseudo rows in one pass: give one of them", "draft")
-    return Look(any(look.hidden for look in looks), branched[0] if branched else ())
+    return OutputSpec(
+        any(output_spec.hidden for output_spec in output_specs), branched[0] if branched else ()
+    )
 
 
 def wanted(session: Session) -> bool:
@@ -190,7 +199,7 @@ def wanted(session: Session) -> bool:
     return session.request.speculation and min(session.room, session.most) > 0
 
 
-def seen_of(item: BatchItem, decision: Decision) -> Seen:
+def seen_of(item: BatchItem, decision: Decision) -> VerifiedStep:
     """What a step has shown of a session, whose root has moved since."""
     session, row_of = (
         item.state.session,
@@ -198,7 +207,7 @@ def seen_of(item: BatchItem, decision: Decision) -> Seen:
     )
     text = Text(session.id, session.tokens, session.prompt, session.request.sampling, session.tree)
     path = [0, *(row_of[node] for node in decision.verdict.path)]
-    return Seen(text, item.part.rows.tokens, path, decision.shown, item.part.riders)
+    return VerifiedStep(text, item.part.rows.tokens, path, decision.output, item.part.branch_rows)
 
 
 def draft_of(session: Session, growth: DraftNodes, name: str) -> Draft:

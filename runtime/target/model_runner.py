@@ -1,7 +1,7 @@
 """Runs one pass of the target's model over a batch, and decides for each session from its logits."""
 
 from runtime.core.errors import FAULTS
-from runtime.models.base import Shown
+from runtime.models.base import PassOutput
 from runtime.target.batch import Batch, BatchItem
 from runtime.target.head_runner import HeadRunner
 from runtime.target.verifier import Decision, Verifier
@@ -21,22 +21,22 @@ class ModelRunner:
         """
         self.heads.charge(batch.parts)
         try:
-            shown = self.heads.forward(batch.parts)
+            output = self.heads.forward(batch.parts)
         except FAULTS:
             self.metrics.fallbacks["alone"] += 1
             return [self._run_alone(item) for item in batch.items]
-        return [self._decide(*one) for one in zip(batch.items, shown, strict=True)]
+        return [self._decide(*one) for one in zip(batch.items, output, strict=True)]
 
     def _run_alone(self, item: BatchItem) -> Decision | Exception:
         try:
-            (shown,) = self.heads.forward([item.part])
+            (output,) = self.heads.forward([item.part])
         except FAULTS as error:
             return error
-        return self._decide(item, shown)
+        return self._decide(item, output)
 
-    def _decide(self, item: BatchItem, shown: Shown) -> Decision | Exception:
+    def _decide(self, item: BatchItem, output: PassOutput) -> Decision | Exception:
         state = item.state
         try:
-            return self.verifier.decide(state.session, state.admitted.guide, item.nodes, shown)
+            return self.verifier.decide(state.session, state.admitted.guide, item.nodes, output)
         except FAULTS as error:
             return error

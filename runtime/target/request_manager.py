@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from runtime.core.clock import Clock
 from runtime.core.messages import Chunk, Close, FinishReason, Style
-from runtime.kv.prefix_cache import Prefixes
+from runtime.kv.prefix_cache import PrefixCache
 from runtime.models.base import Model
 from runtime.scoring.calibration import Calibrations
 from runtime.target.admission import Admission
@@ -38,7 +38,7 @@ class RequestManager:
         self.metrics, self.calibrations = metrics, calibrations
         self.running: dict[str, RequestState] = {}
         self.admission = Admission(kv_slots - kv_slots // 4)
-        self.prefixes = Prefixes(kv_slots // 4)
+        self.prefixes = PrefixCache(kv_slots // 4)
         self.kv_slots, self.kv_kept = kv_slots, 0  # the latter hold finished texts
         self.soonest = math.inf  # clock when the first deadline ends
         self.report = self.metrics.report(0, 0, 0, kv_slots, ())  # read from any thread

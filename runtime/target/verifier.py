@@ -7,17 +7,17 @@ from typing import Any
 from runtime.core.messages import Logprob
 from runtime.core.sampler_reference import Ask, Chooser, Guide, Scorer, logprobs
 from runtime.core.verify import Verdict, match, walk
-from runtime.models.base import Shown
+from runtime.models.base import PassOutput
 from runtime.target.session import Session
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """`logprobs`: of the verdict's tokens, the target's own included; empty where nobody asked for them. `shown`: what it was made of."""
+    """`logprobs`: of the verdict's tokens, the target's own included; empty where nobody asked for them. `output`: what it was made of."""
 
     verdict: Verdict
     logprobs: tuple[Logprob, ...]
-    shown: Shown
+    output: PassOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +29,13 @@ class Verifier:
     score: Scorer = logprobs
 
     def decide(
-        self, session: Session, guide: Guide | None, nodes: Sequence[int], shown: Shown
+        self, session: Session, guide: Guide | None, nodes: Sequence[int], output: PassOutput
     ) -> Decision:
-        """`shown` is of the rows of the root and of `nodes`. `guide` goes along with what is decided.
+        """`output` is of the rows of the root and of `nodes`. `guide` goes along with what is decided.
 
         Nothing else changes, and each decision is committed: so the state of a constraint needs no rollback.
         """
-        logits = shown.logits
+        logits = output.logits
         verdict = (
             self.verdict(session, nodes, logits)
             if guide is None
@@ -43,10 +43,10 @@ class Verifier:
         )
         k = session.request.sampling.logprobs
         if k is None:
-            return Decision(verdict, (), shown)
+            return Decision(verdict, (), output)
         rows = [0, *(nodes.index(node) + 1 for node in verdict.path)]
         tokens = [*(session.tree.token[node] for node in verdict.path), verdict.token]
-        return Decision(verdict, self.score(logits[rows], tokens, k), shown)
+        return Decision(verdict, self.score(logits[rows], tokens, k), output)
 
     def verdict(self, session: Session, nodes: Sequence[int], logits: Any) -> Verdict:
         ask = Ask(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.calibration_store import recall, remember
+from actors.calibration_store import load_calibrations, save_calibrations
 from runtime.config import memory_of
 from runtime.scoring.calibration import Calibrations
 
@@ -19,15 +19,15 @@ def learned() -> Calibrations:
 
 def test_what_is_remembered_is_recalled(tmp_path: Path) -> None:
     file = tmp_path / "deep" / "known.json"
-    remember(file, learned())
-    assert recall(file).saved() == learned().saved()
-    remember(file, Calibrations())
-    assert recall(file).saved() == {}
+    save_calibrations(file, learned())
+    assert load_calibrations(file).saved() == learned().saved()
+    save_calibrations(file, Calibrations())
+    assert load_calibrations(file).saved() == {}
     assert [found.name for found in file.parent.iterdir()] == ["known.json"]
 
 
 def test_without_a_file_it_begins_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert recall(tmp_path / "none.json").saved() == {}
+    assert load_calibrations(tmp_path / "none.json").saved() == {}
     assert caplog.text == ""
 
 
@@ -41,7 +41,7 @@ def test_a_file_that_is_not_ours_is_ignored_and_said(
     file = tmp_path / "known.json"
     file.write_bytes(content)
     with caplog.at_level(logging.WARNING):
-        assert recall(file).saved() == {}
+        assert load_calibrations(file).saved() == {}
     assert "learning anew" in caplog.text
 
 
@@ -50,7 +50,7 @@ def test_a_folder_that_cannot_be_written_is_said(
 ) -> None:
     (tmp_path / "file").touch()
     with caplog.at_level(logging.WARNING):
-        remember(tmp_path / "file" / "known.json", learned())
+        save_calibrations(tmp_path / "file" / "known.json", learned())
     assert "cannot be kept" in caplog.text
 
 

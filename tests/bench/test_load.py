@@ -10,11 +10,11 @@ import pytest
 
 from actors.rpc.server import TargetService
 from actors.rpc.server import serve as serve_grpc
-from bench.chaos.clients import Answer, ReferenceCase
+from bench.chaos.clients import Answer, Case
 from bench.load.disconnects import Disconnects, disconnects
-from bench.load.gateway_overhead import GatewayOverhead, gateway_overhead, mean_step
+from bench.load.gateway_overhead import GatewayOverhead, gateway_overhead, step_of
 from bench.load.overload import Overload, overload
-from bench.load.served_fleet import ServedFleet, anonymous_memory, cpu_seconds
+from bench.load.served import Site, computed, held
 from runtime.config import LimitsConfig
 from runtime.core.messages import Request
 from runtime.core.sampling_params import Sampling
@@ -34,8 +34,8 @@ def gateway() -> Iterator[Running]:
 
 
 @pytest.fixture(scope="module")
-def cases(gateway: Running) -> list[ReferenceCase]:
-    async def plainly() -> list[ReferenceCase]:
+def cases(gateway: Running) -> list[Case]:
+    async def plainly() -> list[Case]:
         found = []
         for number, prompt in enumerate(PROMPTS):
             asked = (
@@ -50,18 +50,18 @@ def cases(gateway: Running) -> list[ReferenceCase]:
                     )
                 ]
             )
-            found.append(ReferenceCase(*asked, Answer(said.tokens, said.text, said.reason)))
+            found.append(Case(*asked, Answer(said.tokens, said.text, said.reason)))
         return found
 
     return gateway.network.run(plainly(), HANG_S)
 
 
 @pytest.fixture(scope="module")
-def site(gateway: Running) -> Iterator[ServedFleet]:
+def site(gateway: Running) -> Iterator[Site]:
     """All in this process."""
     server, port = gateway.network.run(served(gateway.body), HANG_S)
     pids = {"gateway-0": os.getpid()}
-    yield ServedFleet(gateway.port(), MODEL, f"127.0.0.1:{port}", gateway.body.report, pids)
+    yield Site(gateway.port(), MODEL, f"127.0.0.1:{port}", gateway.body.report, pids)
     gateway.network.run(server.stop(None), HANG_S)
 
 
@@ -69,7 +69,7 @@ async def served(target: Any) -> Any:
     return await serve_grpc([TargetService(target)], "127.0.0.1")
 
 
-def test_what_the_gateway_adds(site: ServedFleet, cases: list[ReferenceCase]) -> None:
+def test_what_the_gateway_adds(site: Site, cases: list[Case]) -> None:
     found = asyncio.run(gateway_overhead(site, cases, streams=4, rounds=2))
     assert found.wrong == 0
     assert min(found.step, found.direct, found.through) > 0
@@ -78,7 +78,7 @@ def test_what_the_gateway_adds(site: ServedFleet, cases: list[ReferenceCase]) ->
 
 
 def test_beyond_its_places_a_gateway_refuses_and_answers_the_others(
-    site: ServedFleet, cases: list[ReferenceCase]
+    site: Site, cases: list[Case]
 ) -> None:
     with serving(limits=LimitsConfig(requests=2)) as small:
         found = asyncio.run(
@@ -92,7 +92,7 @@ def test_beyond_its_places_a_gateway_refuses_and_answers_the_others(
 
 
 def test_clients_that_leave_free_everything(
-    gateway: Running, site: ServedFleet, cases: list[ReferenceCase]
+    gateway: Running, site: Site, cases: list[Case]
 ) -> None:
     found = asyncio.run(disconnects(site, cases, clients=16, warm=8, seed=1))
     assert found.right
@@ -138,8 +138,8 @@ def test_what_is_shown() -> None:
 
 def test_the_step_and_what_a_process_takes() -> None:
     before = TargetReport(steps=10, computed=1.0, waited=0.5, bookkeeping=0.5)
-    assert mean_step(
+    assert step_of(
         before, replace(before, steps=20, computed=1.1, bookkeeping=0.6)
     ) == pytest.approx(0.02)
-    assert anonymous_memory(os.getpid()) > 1 << 20
-    assert cpu_seconds(os.getpid()) > 0
+    assert held(os.getpid()) > 1 << 20
+    assert computed(os.getpid()) > 0

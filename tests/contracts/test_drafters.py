@@ -28,7 +28,7 @@ from runtime.draft.draft_state import RUN_AHEAD
 from runtime.draft.frontier import Frontier
 from runtime.drafters.base import Drafter, ExpandRequest, Text
 from runtime.drafters.model import ModelDrafter
-from runtime.models.base import Part
+from runtime.models.base import PassInput
 from runtime.models.sampler import candidates
 from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
@@ -177,13 +177,13 @@ def test_sessions_do_not_show_in_each_other(method: str, temperature: float) -> 
     }
     together, alone = built(method), {name: built(method) for name in texts}
     for names in (["a", "b"], ["b", "c", "a"], ["c", "a"]):
-        wishes = [
+        requests = [
             ExpandRequest(texts[name], Frontier(texts[name].tree, 20, -50.0).best(3))
             for name in names
         ]
-        for wish, reply in zip(wishes, together.expand(wishes), strict=True):
-            text = wish.text
-            expected = expanded(alone[text.session], text, wish.leaves)
+        for request, reply in zip(requests, together.expand(requests), strict=True):
+            text = request.text
+            expected = expanded(alone[text.session], text, request.leaves)
             assert reply is not None
             found = near(reply)
             assert (found.parents.tolist(), found.tokens.tolist()) == (
@@ -191,7 +191,7 @@ def test_sessions_do_not_show_in_each_other(method: str, temperature: float) -> 
                 expected.tokens.tolist(),
             )
             assert np.allclose(found.scores, expected.scores, atol=1e-5)
-            for leaf in wish.leaves:
+            for leaf in request.leaves:
                 text.tree.expanded[leaf] = True
             for parent, token, score in zip(
                 found.parents.tolist(), found.tokens.tolist(), found.scores.tolist(), strict=True
@@ -229,7 +229,7 @@ class Counting(ToyModel):
         super().__init__(vocabulary)
         self.passes: list[list[int]] = []
 
-    def forward_all(self, parts: Sequence[Part]) -> list[np.ndarray]:
+    def forward_all(self, parts: Sequence[PassInput]) -> list[np.ndarray]:
         self.passes.append([len(part.rows.tokens) for part in parts])
         return super().forward_all(parts)
 
@@ -374,7 +374,7 @@ def test_a_session_whose_pass_fails_is_given_up_alone() -> None:
     """Its text has a token that its model has not: the pass of all fails, and then its own."""
 
     class Strict(ToyModel):
-        def forward_all(self, parts: Sequence[Part]) -> list[np.ndarray]:
+        def forward_all(self, parts: Sequence[PassInput]) -> list[np.ndarray]:
             if any((part.rows.tokens == 99).any() for part in parts):
                 raise InvalidRequest("token 99")
             return super().forward_all(parts)

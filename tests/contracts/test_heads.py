@@ -22,13 +22,13 @@ from runtime.core.tree import TokenTree
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import Text
 from runtime.drafters.model import ModelDrafter
-from runtime.heads.base import Head, HeadContext, Seen
+from runtime.heads.base import Head, HeadContext, VerifiedStep
 from runtime.heads.hidden_transfer import HiddenTransfer
 from runtime.heads.medusa import Medusa
-from runtime.models.base import Branch, Look, Model, ModelIdentity, causal
-from runtime.models.head_checkpoint import write_trained
+from runtime.models.base import Branch, Model, ModelIdentity, OutputSpec, causal
+from runtime.models.head_checkpoint import write_checkpoint
 from runtime.models.hf import HFModel
-from runtime.models.llama import fits
+from runtime.models.llama import is_llama
 from runtime.models.sampler import choose
 from runtime.models.toy import ToyModel
 from runtime.schedulers.base import Plan, View
@@ -64,7 +64,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for parameter in module.parameters():
             parameter.data += torch.randn_like(parameter) * 0.02
         folders[method] = tmp_path_factory.mktemp("heads") / method
-        write_trained(
+        write_checkpoint(
             folders[method], method, IDENTITY, SETTINGS[method], dict(module.state_dict())
         )
     return folders
@@ -73,7 +73,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def built(method: str, trained: Mapping[str, Path], model: HFModel | None = None) -> Head:
     mount = HeadContext(model or hf_model("llama"), IDENTITY, trained.get(method))
     head: Head = import_module(f"runtime.heads.{module_of(method)}").build(mount)
-    mount.model.check(head.look)
+    mount.model.check(head.output_spec)
     return head
 
 
@@ -96,7 +96,7 @@ def test_the_output_is_the_targets(
     method: str, temperature: float, family: str, trained: dict[str, Path]
 ) -> None:
     model = hf_model(family)
-    if method == "hidden-transfer" and not fits(model.module):
+    if method == "hidden-transfer" and not is_llama(model.module):
         with pytest.raises(ModelRefused, match="takes no pseudo rows"):
             built(method, trained, model)
         return
@@ -149,10 +149,10 @@ class Watching:
     growths: list[DraftNodes]
 
     @property
-    def look(self) -> Look:
-        return self.inner.look
+    def output_spec(self) -> OutputSpec:
+        return self.inner.output_spec
 
-    def propose(self, seen: Sequence[Seen]) -> Sequence[DraftNodes]:
+    def propose(self, seen: Sequence[VerifiedStep]) -> Sequence[DraftNodes]:
         found = self.inner.propose(seen)
         self.growths.extend(found)
         return found
@@ -236,12 +236,12 @@ def test_the_contract_covers_the_folder() -> None:
 class Oracle:
     """A head that knows what will be written, `depth` tokens of it."""
 
-    look: ClassVar[Look] = Look()
+    output_spec: ClassVar[OutputSpec] = OutputSpec()
 
     def __init__(self, text: Sequence[int], depth: int) -> None:
         self.text, self.depth = list(text), depth
 
-    def propose(self, seen: Sequence[Seen]) -> list[DraftNodes]:
+    def propose(self, seen: Sequence[VerifiedStep]) -> list[DraftNodes]:
         return [self.grow(one.text) for one in seen]
 
     def grow(self, text: Text) -> DraftNodes:
@@ -306,7 +306,7 @@ def test_a_session_without_speculation_is_no_business_of_a_head() -> None:
 
 
 class Failing(Oracle):
-    def propose(self, seen: Sequence[Seen]) -> list[DraftNodes]:
+    def propose(self, seen: Sequence[VerifiedStep]) -> list[DraftNodes]:
         raise RuntimeError("out of memory")
 
 
@@ -323,7 +323,7 @@ class Lopsided(Oracle):
 class Blind(Oracle):
     """Wants to look at what the model does not show."""
 
-    look = Look(hidden=True)
+    output_spec = OutputSpec(hidden=True)
 
 
 class Clinging(Oracle):
@@ -375,7 +375,7 @@ def test_a_head_that_brings_nothing_rests_and_costs_nothing() -> None:
 
 
 class Branched(Oracle):
-    look = Look(branches=(Branch(1, lambda states: states),))
+    output_spec = OutputSpec(branches=(Branch(1, lambda states: states),))
 
 
 def test_a_head_that_rests_does_not_look(trained: dict[str, Path]) -> None:
@@ -383,13 +383,15 @@ def test_a_head_that_rests_does_not_look(trained: dict[str, Path]) -> None:
     engine = headed(model, built("hidden-transfer", trained), built("medusa", trained))
     lockstep = Lockstep(engine)
     chunks = lockstep.admit(asking(PROMPT, max_tokens=40))
-    looks = []
+    output_specs = []
     for resting in (set[str](), {"h-0"}, {"h-0", "h-1"}):
         lockstep.round()
         engine.drafter_manager.utility.resting = resting
         lockstep.round()
-        looks.append((len(engine.heads.look.branches), engine.heads.look.hidden))
-    assert looks == [(2, True), (0, True), (0, False)]
+        output_specs.append(
+            (len(engine.heads.output_spec.branches), engine.heads.output_spec.hidden)
+        )
+    assert output_specs == [(2, True), (0, True), (0, False)]
     while engine.requests.running:
         lockstep.round()
     assert (

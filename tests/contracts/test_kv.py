@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 
 from runtime.core.errors import InvalidRequest
 from runtime.kv.packed import PackedCache
-from runtime.kv.store import FIRST_SLOTS, TorchCache
+from runtime.kv.store import INITIAL_SLOTS, TorchCache
 from runtime.models.base import Rows
 from runtime.models.prefill import prefill
 from tests.support.families import hf_model
@@ -99,15 +99,15 @@ def test_the_memory_of_a_text_is_free_as_soon_as_nobody_holds_it() -> None:
 
 
 def test_growth_keeps_what_is_there_and_takes_memory_as_it_goes() -> None:
-    kv = small(capacity=5 * FIRST_SLOTS)
+    kv = small(capacity=5 * INITIAL_SLOTS)
     assert storage(kv) == 0
     written: list[int] = []
-    for length in (3, FIRST_SLOTS - 3, 1, FIRST_SLOTS, 3 * FIRST_SLOTS - 1):
+    for length in (3, INITIAL_SLOTS - 3, 1, INITIAL_SLOTS, 3 * INITIAL_SLOTS - 1):
         written += range(len(written), len(written) + length)
         fill(kv, written[-length:])
         assert marks(kv) == written
-        assert len(written) <= storage(kv) <= max(FIRST_SLOTS, 2 * len(written))
-    assert storage(kv) == 5 * FIRST_SLOTS
+        assert len(written) <= storage(kv) <= max(INITIAL_SLOTS, 2 * len(written))
+    assert storage(kv) == 5 * INITIAL_SLOTS
 
 
 def storage(kv: TorchCache) -> int:
@@ -157,9 +157,9 @@ def test_a_fork_goes_its_own_way(length: int) -> None:
 
 
 def test_a_fork_takes_memory_for_what_it_holds() -> None:
-    kv = small(capacity=8 * FIRST_SLOTS)
-    fill(kv, list(range(3 * FIRST_SLOTS)))
-    assert storage(kv.fork(5)) == FIRST_SLOTS
+    kv = small(capacity=8 * INITIAL_SLOTS)
+    fill(kv, list(range(3 * INITIAL_SLOTS)))
+    assert storage(kv.fork(5)) == INITIAL_SLOTS
 
 
 @pytest.mark.parametrize("length", [4, -1])
@@ -195,12 +195,12 @@ def test_rows_of_several_texts_go_to_their_own_caches() -> None:
             for heads, dim in (keys, values)
         ]
         packed.update(states[0] + index, states[1] - index, index)
-        read = packed.take()
+        read = packed.take_written()
         assert [[tuple(state.shape) for state in pair] for pair in read] == [
             [(1, heads, slots, dim) for heads, dim in (keys, values)] for slots in (3, 1)
         ]
         with pytest.raises(LookupError):
-            packed.take()
+            packed.take_written()
     assert [marks(kv) for kv in caches] == [[5, 6, 7], [6]]
 
 

@@ -14,7 +14,7 @@ import pytest
 from actors.rpc.client import GrpcLink
 from actors.rpc.common import closing
 from actors.rpc.server import DraftingService, serve
-from protos import bundle, codec
+from protos import bundle, drafting_codec
 from protos import speculation_pb2 as pb
 from runtime.core import limits
 from runtime.core.errors import LinkLost, Overloaded
@@ -41,7 +41,7 @@ from tests.support.fakes import (
     raw_drafter,
 )
 
-GOOD = codec.encode_reply(chain("s", 1, text_key((5, 6, 7))))
+GOOD = drafting_codec.encode_reply(chain("s", 1, text_key((5, 6, 7))))
 BAD: bytes = pb.FromDrafter(
     draft=pb.Draft(session="s", parents=bytes(8), tokens=bytes(4), scores=b"\x00\x00\xc0\x7f")
 ).SerializeToString()
@@ -69,7 +69,7 @@ async def called(service: DraftingService) -> AsyncIterator[Any]:
     """A call to this service, to be written and read frame by frame; over, with its server, when the block is."""
     server, port = await serve([service], HOST)
     async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
-        call = channel.stream_stream(f"/{codec.DRAFTING}/Speculate")()
+        call = channel.stream_stream(f"/{drafting_codec.DRAFTING_SERVICE}/Speculate")()
         yield call
         call.cancel()
     await server.stop(None)
@@ -85,7 +85,7 @@ async def lost(link: GrpcLink, *events: Event) -> str:
 async def greeted(context: Any, *frames: bytes) -> None:
     """A raw drafter that says hello, then these frames, then nothing until the target goes."""
     await context.read()
-    await context.write(codec.encode_hello_from_drafter(HELLO))
+    await context.write(drafting_codec.encode_hello_from_drafter(HELLO))
     for frame in frames:
         await context.write(frame)
     while await context.read() is not grpc.aio.EOF:
@@ -115,9 +115,12 @@ def test_a_refused_handshake_names_both_values() -> None:
 @pytest.mark.parametrize(
     ("first", "says"),
     [
-        (codec.encode_hello_from_drafter(replace(HELLO, vocabulary="feedbeef")), "feedbeef"),
         (
-            codec.encode_hello_from_drafter(replace(HELLO, incarnation=1)),
+            drafting_codec.encode_hello_from_drafter(replace(HELLO, vocabulary="feedbeef")),
+            "feedbeef",
+        ),
+        (
+            drafting_codec.encode_hello_from_drafter(replace(HELLO, incarnation=1)),
             "life 0 was asked for, drafter scripted in life 1 is here",
         ),
         (GOOD, "not hello"),
@@ -248,7 +251,7 @@ def test_a_reply_over_the_limit_loses_the_link() -> None:
 def test_an_end_without_a_goodbye_is_a_loss() -> None:
     async def script(context: Any) -> None:
         await context.read()
-        await context.write(codec.encode_hello_from_drafter(HELLO))
+        await context.write(drafting_codec.encode_hello_from_drafter(HELLO))
 
     async def main() -> None:
         async with raw_drafter(script) as address:
@@ -335,14 +338,14 @@ def test_what_comes_at_once_crosses_in_order_whatever_is_wrong_with_one() -> Non
         body = ScriptedDrafter()
         service = DraftingService(body, HELLO)
         async with called(service) as call:
-            await call.write(codec.encode_hello_to_drafter(HELLO))
+            await call.write(drafting_codec.encode_hello_to_drafter(HELLO))
             frames = [
-                codec.encode_event(opening("a")),
+                drafting_codec.encode_event(opening("a")),
                 GARBAGE,
                 LATER,
-                codec.encode_event(opening("b")),
+                drafting_codec.encode_event(opening("b")),
             ]
-            (together,) = bundle.to_drafter(frames)
+            (together,) = bundle.bundle_events(frames)
             await call.write(together)
             await soon(lambda: len(body.seen) == 2)
         assert body.seen == [opening("a"), opening("b")]
@@ -371,14 +374,21 @@ def test_events_without_sense_change_nothing_and_are_counted() -> None:
         body = ScriptedDrafter()
         service = DraftingService(body, HELLO)
         async with called(service) as call:
-            hello = codec.encode_hello_to_drafter(HELLO)
+            hello = drafting_codec.encode_hello_to_drafter(HELLO)
             negative: bytes = pb.ToDrafter(
                 commit=pb.Commit(session="s", tokens=[-1])
             ).SerializeToString()
-            for frame in (hello, GARBAGE, LATER, hello, negative, codec.encode_event(opening())):
+            for frame in (
+                hello,
+                GARBAGE,
+                LATER,
+                hello,
+                negative,
+                drafting_codec.encode_event(opening()),
+            ):
                 await call.write(frame)
-            assert codec.decode_hello_from_drafter(await call.read()) == HELLO
-            assert isinstance(codec.decode_reply(await call.read()), Draft)
+            assert drafting_codec.decode_hello_from_drafter(await call.read()) == HELLO
+            assert isinstance(drafting_codec.decode_reply(await call.read()), Draft)
         assert body.seen == [opening()]
         assert service.counters == {"malformed": 3, "unknown": 1}
 
@@ -388,11 +398,11 @@ def test_events_without_sense_change_nothing_and_are_counted() -> None:
 @pytest.mark.parametrize(
     ("frame", "code", "says"),
     [
-        (codec.encode_event(opening()), grpc.StatusCode.INVALID_ARGUMENT, "not hello"),
+        (drafting_codec.encode_event(opening()), grpc.StatusCode.INVALID_ARGUMENT, "not hello"),
         (GARBAGE, grpc.StatusCode.INVALID_ARGUMENT, "no frame"),
         (bytes(limits.MESSAGE_BYTES + 1), grpc.StatusCode.RESOURCE_EXHAUSTED, ""),
         (
-            codec.encode_hello_to_drafter(replace(HELLO, protocol=9)),
+            drafting_codec.encode_hello_to_drafter(replace(HELLO, protocol=9)),
             grpc.StatusCode.FAILED_PRECONDITION,
             "protocol 9",
         ),
@@ -404,7 +414,7 @@ def test_a_client_that_does_not_keep_to_the_handshake_is_told(
     async def main() -> None:
         server, port = await serve([DraftingService(ScriptedDrafter(), HELLO)], HOST)
         async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
-            call = channel.stream_stream(f"/{codec.DRAFTING}/Speculate")()
+            call = channel.stream_stream(f"/{drafting_codec.DRAFTING_SERVICE}/Speculate")()
             await call.write(frame)
             async with asyncio.timeout(PATIENCE_S):
                 assert await call.code() == code
@@ -420,7 +430,7 @@ def test_a_client_that_says_nothing_is_told() -> None:
             [DraftingService(ScriptedDrafter(), HELLO, handshake_s=0.2)], HOST
         )
         async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
-            call = channel.stream_stream(f"/{codec.DRAFTING}/Speculate")()
+            call = channel.stream_stream(f"/{drafting_codec.DRAFTING_SERVICE}/Speculate")()
             async with asyncio.timeout(PATIENCE_S):
                 assert await call.code() == grpc.StatusCode.INVALID_ARGUMENT
                 assert await call.details() == "no hello within 0.2 s: send it first"

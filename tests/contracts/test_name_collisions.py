@@ -22,7 +22,7 @@ from runtime.core.verify import Verdict, match
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import Drafter
 from runtime.drafters.model import ModelDrafter
-from runtime.drafters.noisy import Noisy
+from runtime.drafters.noisy import NoisyDrafter
 from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
 from runtime.scoring.calibration import Band
@@ -242,11 +242,11 @@ def test_a_drafter_that_sends_two_texts_of_one_name_is_shut_out() -> None:
             target.attach("scripted", link, link.strike)
             await soon(lambda: "scripted" in target.engine.drafters)
             for name in "abc":
-                assert not link.shut
+                assert not link.quarantined
                 found = await answer(target, asking(PROMPT, session=name, max_tokens=5))
                 assert found.tokens == TRUE[:5]
             await soon(lambda: target.drafters == ())
-            assert link.shut
+            assert link.quarantined
             assert link.counters["malformed"] == 3
             assert target.lost == {"scripted": 1}
             assert (await answer(target, asking(PROMPT, max_tokens=8))).tokens == TRUE
@@ -296,7 +296,7 @@ def test_no_collision_of_names_changes_a_token(temperature: float, seed: int) ->
             collider, adversary = Collider(PROMPT, expected.tokens, random), Adversary(seed)
             drafters: list[Drafter] = [
                 ModelDrafter(TOY, branches=2),
-                Noisy(ModelDrafter(TOY), TOY.vocabulary, 0.3),
+                NoisyDrafter(ModelDrafter(TOY), TOY.vocabulary, 0.3),
             ]
             growers = [DraftEngine(drafter, f"d-{n}", 3) for n, drafter in enumerate(drafters)]
 

@@ -20,8 +20,8 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from actors.gateway.api_keys import is_open
-from actors.gateway.concurrency_limiter import Ledger
-from actors.gateway.metrics import Meter
+from actors.gateway.concurrency_limiter import ConcurrencyLimiter
+from actors.gateway.metrics import GatewayMetrics
 from actors.serve_app import Arguments
 from runtime import config
 from runtime.config import Deployment, LimitsConfig, methods
@@ -331,7 +331,7 @@ def test_the_image_copies_what_is_there_and_all_packages() -> None:
 
 def served() -> set[str]:
     """Names of all series that a gateway serves."""
-    meter = Meter("model", Ledger(LimitsConfig()), lambda: None)
+    meter = GatewayMetrics("model", ConcurrencyLimiter(LimitsConfig()), lambda: None)
     names = set()
     for family in meter.registry.collect():
         endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from actors.rpc.tls import ROLES, read
+from actors.rpc.tls import ROLES, read_credentials
 from runtime.config import Deployment, TlsConfig
 from tests.support.paths import ROOT
 
@@ -309,7 +309,7 @@ def test_the_keys_that_are_made_are_private_and_stay(tmp_path: Path) -> None:
     } == {0}
     certs = tmp_path / ".outrider" / "certs"
     for role in ROLES:
-        read(
+        read_credentials(
             TlsConfig(ca=certs / "ca.pem", cert=certs / "{role}.pem", key=certs / "{role}-key.pem"),
             role,
         )

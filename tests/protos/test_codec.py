@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from protos import codec, generate
+from protos import drafting_codec, fields, generate, target_codec
 from protos import speculation_pb2 as pb
 from protos.handshake import PROTOCOL, Hello, mismatch
 from runtime.core import limits
@@ -41,7 +41,7 @@ ids = st.integers(0, 2**31 - 1)
 tokens = st.lists(ids, max_size=20).map(tuple)
 seconds = st.floats(0, 1e9)
 constraints = st.builds(
-    Constraint, st.sampled_from(list(codec.KINDS)), st.text(min_size=1, max_size=30)
+    Constraint, st.sampled_from(list(fields.CONSTRAINT_KINDS)), st.text(min_size=1, max_size=30)
 )
 samplings = st.builds(
     Sampling,
@@ -112,7 +112,7 @@ logprobs = st.builds(Logprob, logs, st.lists(st.tuples(ids, logs), max_size=3).m
 def chunks(draw: st.DrawFn) -> Chunk:
     ids_ = draw(tokens)
     by = draw(st.lists(st.text(max_size=8), min_size=len(ids_), max_size=len(ids_)).map(tuple))
-    reason = draw(st.sampled_from(list(codec.REASONS)))
+    reason = draw(st.sampled_from(list(target_codec.FINISH_REASONS)))
     pieces = draw(st.lists(st.text(max_size=8), min_size=len(ids_), max_size=len(ids_)).map(tuple))
     logged = draw(
         st.just(()) | st.lists(logprobs, min_size=len(ids_), max_size=len(ids_)).map(tuple)
@@ -139,25 +139,25 @@ def drafts(draw: st.DrawFn) -> Draft:
 @quick
 @given(events)
 def test_event_round_trip(event: Event) -> None:
-    assert codec.decode_event(codec.encode_event(event)) == event
+    assert drafting_codec.decode_event(drafting_codec.encode_event(event)) == event
 
 
 @quick
 @given(requests)
 def test_request_round_trip(request: Request) -> None:
-    assert codec.decode_request(codec.encode_request(request)) == request
+    assert target_codec.decode_request(target_codec.encode_request(request)) == request
 
 
 @quick
 @given(chunks())
 def test_chunk_round_trip(chunk: Chunk) -> None:
-    assert codec.decode_chunk(codec.encode_chunk(chunk)) == chunk
+    assert target_codec.decode_chunk(target_codec.encode_chunk(chunk)) == chunk
 
 
 @quick
 @given(drafts())
 def test_draft_round_trip(draft: Draft) -> None:
-    found = codec.decode_reply(codec.encode_reply(draft))
+    found = drafting_codec.decode_reply(drafting_codec.encode_reply(draft))
     assert isinstance(found, Draft)
     assert (found.session, found.epoch, found.drafter) == (draft.session, draft.epoch, "")
     for name in ("parents", "tokens", "scores"):
@@ -170,27 +170,38 @@ def test_draft_round_trip(draft: Draft) -> None:
 @quick
 @given(names)
 def test_short_replies_round_trip(session: str) -> None:
-    assert codec.decode_reply(codec.encode_reply(Resync(session, DRAFTER))) == Resync(session, "")
-    assert codec.decode_reply(codec.encode_reply(codec.Bye())) == codec.Bye()
+    assert drafting_codec.decode_reply(
+        drafting_codec.encode_reply(Resync(session, DRAFTER))
+    ) == Resync(session, "")
+    assert (
+        drafting_codec.decode_reply(drafting_codec.encode_reply(drafting_codec.Bye()))
+        == drafting_codec.Bye()
+    )
 
 
 @quick
 @given(st.builds(Hello, names, names, names, epochs, counts))
 def test_hello_round_trip(hello: Hello) -> None:
-    assert codec.decode_hello_to_drafter(codec.encode_hello_to_drafter(hello)) == hello
-    assert codec.decode_hello_from_drafter(codec.encode_hello_from_drafter(hello)) == hello
+    assert (
+        drafting_codec.decode_hello_to_drafter(drafting_codec.encode_hello_to_drafter(hello))
+        == hello
+    )
+    assert (
+        drafting_codec.decode_hello_from_drafter(drafting_codec.encode_hello_from_drafter(hello))
+        == hello
+    )
 
 
 @quick
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_value_or_an_invalid_request(data: bytes) -> None:
     decoders: list[Callable[[bytes], object]] = [
-        codec.decode_event,
-        codec.decode_request,
-        codec.decode_chunk,
-        codec.decode_hello_to_drafter,
-        codec.decode_hello_from_drafter,
-        codec.decode_reply,
+        drafting_codec.decode_event,
+        target_codec.decode_request,
+        target_codec.decode_chunk,
+        drafting_codec.decode_hello_to_drafter,
+        drafting_codec.decode_hello_from_drafter,
+        drafting_codec.decode_reply,
     ]
     for decode in decoders:
         try:
@@ -221,8 +232,8 @@ def nodes(count: int) -> tuple[bytes, bytes, bytes]:
 
 
 def test_growth_at_the_limits_is_taken() -> None:
-    assert isinstance(codec.decode_reply(growth(*nodes(limits.DRAFT_NODES))), Draft)
-    assert isinstance(codec.decode_reply(growth(scores=floats(-3e38))), Draft)
+    assert isinstance(drafting_codec.decode_reply(growth(*nodes(limits.DRAFT_NODES))), Draft)
+    assert isinstance(drafting_codec.decode_reply(growth(scores=floats(-3e38))), Draft)
 
 
 @pytest.mark.parametrize(
@@ -239,18 +250,18 @@ def test_growth_at_the_limits_is_taken() -> None:
         (growth(tokens=np.array([-1], "<i4").tobytes()), "token id -1"),
         (growth(session=""), "session of 0 characters"),
         (growth(session="s" * 257), "session of 257 characters"),
-        (codec.encode_hello_from_drafter(Hello("v", "m", "d")), "hello has no place"),
+        (drafting_codec.encode_hello_from_drafter(Hello("v", "m", "d")), "hello has no place"),
         (b"\xff\xff\xff", "3 bytes are no frame"),
     ],
 )
 def test_malformed_replies_are_refused(frame: bytes, says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
-        codec.decode_reply(frame)
+        drafting_codec.decode_reply(frame)
 
 
 def test_one_bad_score_among_good_ones_is_found() -> None:
     with pytest.raises(InvalidRequest, match="scores"):
-        codec.decode_reply(growth(bytes(24), bytes(12), floats(-1, math.nan, -2)))
+        drafting_codec.decode_reply(growth(bytes(24), bytes(12), floats(-1, math.nan, -2)))
 
 
 @pytest.mark.parametrize(
@@ -302,7 +313,7 @@ def test_one_bad_score_among_good_ones_is_found() -> None:
 )
 def test_malformed_events_are_refused(frame: Any, says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
-        codec.decode_event(frame.SerializeToString())
+        drafting_codec.decode_event(frame.SerializeToString())
 
 
 @pytest.mark.parametrize(
@@ -333,7 +344,9 @@ def test_malformed_events_are_refused(frame: Any, says: str) -> None:
 )
 def test_malformed_requests_name_the_parameter(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        codec.decode_request(pb.GenerateRequest(**{"session": "s", **fields}).SerializeToString())
+        target_codec.decode_request(
+            pb.GenerateRequest(**{"session": "s", **fields}).SerializeToString()
+        )
     assert caught.value.param == param
 
 
@@ -366,23 +379,23 @@ def logged(**fields: Any) -> pb.GenerateChunk:
 )
 def test_malformed_chunks_are_refused(chunk: Any, says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
-        codec.decode_chunk(chunk.SerializeToString())
+        target_codec.decode_chunk(chunk.SerializeToString())
 
 
 def test_absent_fields_have_the_defaults() -> None:
-    assert codec.decode_request(pb.GenerateRequest(session="s").SerializeToString()) == Request(
-        "s", (), Sampling()
-    )
+    assert target_codec.decode_request(
+        pb.GenerateRequest(session="s").SerializeToString()
+    ) == Request("s", (), Sampling())
     opened = pb.ToDrafter(open=pb.Open(session="s", tokens=[7], prompt=1))
-    assert codec.decode_event(opened.SerializeToString()) == Open(
+    assert drafting_codec.decode_event(opened.SerializeToString()) == Open(
         "s", 0, (7,), 1, Sampling(), Share("s", 0, 0), Style(0, 0, 0)
     )
 
 
 def test_a_frame_of_a_later_protocol_is_neither_a_value_nor_an_error() -> None:
     later = b"\xfa\x01\x03abc"  # field 31, length-delimited
-    assert codec.decode_event(later) is None
-    assert codec.decode_reply(later) is None
+    assert drafting_codec.decode_event(later) is None
+    assert drafting_codec.decode_reply(later) is None
 
 
 @pytest.mark.parametrize(
@@ -395,7 +408,7 @@ def test_a_frame_of_a_later_protocol_is_neither_a_value_nor_an_error() -> None:
 )
 def test_what_the_wire_cannot_carry_is_an_invalid_request(request_: Request, says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
-        codec.encode_request(request_)
+        target_codec.encode_request(request_)
 
 
 HELLO = Hello("abc", "big", "d0", 3)
@@ -424,4 +437,4 @@ def test_models_of_one_vocabulary_match() -> None:
 
 
 def test_generated_code_is_fresh() -> None:
-    assert generate.stale() == []
+    assert generate.stale_files() == []

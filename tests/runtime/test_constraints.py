@@ -17,9 +17,9 @@ from runtime.core.sampling_params import Constraint, Sampling
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import Drafter
 from runtime.drafters.model import ModelDrafter
-from runtime.drafters.noisy import Noisy
+from runtime.drafters.noisy import NoisyDrafter
 from runtime.models import sampler as fast
-from runtime.models.grammar import Grammars
+from runtime.models.grammar import GrammarCompiler
 from runtime.models.loader import load_model, load_tokenizer
 from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
@@ -62,7 +62,7 @@ TEMPERATURES = pytest.mark.parametrize("temperature", [0.0, 0.8])
 # A drafter for a text that is known to the test.
 DRAFTERS: dict[str, Callable[[list[int]], Drafter]] = {
     "perfect": lambda text: Known(text, 4096, 2),
-    "noisy": lambda text: Noisy(Known(text, 4096, 2), 4096, 0.3),
+    "noisy": lambda text: NoisyDrafter(Known(text, 4096, 2), 4096, 0.3),
     "ignorant": lambda text: ModelDrafter(TOY, branches=2),
     "mute": lambda text: Mute(),
 }
@@ -74,13 +74,13 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="module")
-def grammars(tokenizer: Any) -> Iterator[Grammars]:
-    made = Grammars(tokenizer, 4096, EOS)
+def grammars(tokenizer: Any) -> Iterator[GrammarCompiler]:
+    made = GrammarCompiler(tokenizer, 4096, EOS)
     yield made
     made.close()
 
 
-def check(grammars: Grammars, tokenizer: Any, constraint: Constraint, found: Output) -> None:
+def check(grammars: GrammarCompiler, tokenizer: Any, constraint: Constraint, found: Output) -> None:
     """Every token was allowed, and a text that has ended is what was asked for."""
     guide = grammars(constraint)
     for token in found.tokens:
@@ -104,7 +104,11 @@ def text_of(tokenizer: Any, found: Output) -> str:
 @CONSTRAINTS
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_speculation_on_is_speculation_off(
-    drafter: str, constraint: Constraint, temperature: float, tokenizer: Any, grammars: Grammars
+    drafter: str,
+    constraint: Constraint,
+    temperature: float,
+    tokenizer: Any,
+    grammars: GrammarCompiler,
 ) -> None:
     request = asking(
         PROMPT, max_tokens=40, temperature=temperature, seed=5, constraint=constraint, logprobs=2
@@ -126,7 +130,7 @@ def test_speculation_on_is_speculation_off(
 @TEMPERATURES
 @CONSTRAINTS
 def test_the_shipped_pair(
-    constraint: Constraint, temperature: float, tokenizer: Any, grammars: Grammars, pair: Any
+    constraint: Constraint, temperature: float, tokenizer: Any, grammars: GrammarCompiler, pair: Any
 ) -> None:
     target, draft = pair
     prompt = tokenizer.encode("def copy_file(src, dst):\n    ")
@@ -163,7 +167,7 @@ class Counting:
         self.inner.take(token)
 
 
-def test_a_step_costs_a_mask_for_each_token_that_it_decides(grammars: Grammars) -> None:
+def test_a_step_costs_a_mask_for_each_token_that_it_decides(grammars: GrammarCompiler) -> None:
     guides: list[Counting] = []
 
     def counted(constraint: Constraint) -> Counting:
@@ -193,7 +197,7 @@ def limit_of_a_step(found: Output) -> int:
     ],
 )
 def test_a_complete_text_ends_however_much_longer_it_was_to_be(
-    early: dict[str, Any], tokenizer: Any, grammars: Grammars
+    early: dict[str, Any], tokenizer: Any, grammars: GrammarCompiler
 ) -> None:
     request = asking(PROMPT, max_tokens=30, constraint=Constraint("regex", "(yes|no)!"), **early)
     alone = plain(TOY, request, EOS, grammar=grammars)
@@ -211,7 +215,7 @@ def test_a_complete_text_ends_however_much_longer_it_was_to_be(
 
 
 def test_an_end_that_is_not_wanted_waits_until_nothing_else_is_allowed(
-    tokenizer: Any, grammars: Grammars
+    tokenizer: Any, grammars: GrammarCompiler
 ) -> None:
     """After "a" the text may end or go on: with ignore_eos it goes on."""
     request = asking(
@@ -224,7 +228,9 @@ def test_an_end_that_is_not_wanted_waits_until_nothing_else_is_allowed(
     assert len(text_of(tokenizer, plain(TOY, request, EOS, grammar=grammars))) == 40
 
 
-def test_a_grammar_that_becomes_too_complex_ends_its_session_alone(grammars: Grammars) -> None:
+def test_a_grammar_that_becomes_too_complex_ends_its_session_alone(
+    grammars: GrammarCompiler,
+) -> None:
     class Failing(Counting):
         def allowed(self) -> Allowed:
             if self.masks == 5:
@@ -242,7 +248,7 @@ def test_a_grammar_that_becomes_too_complex_ends_its_session_alone(grammars: Gra
 # At the target
 
 
-def test_requests_with_constraints_beside_each_other(grammars: Grammars) -> None:
+def test_requests_with_constraints_beside_each_other(grammars: GrammarCompiler) -> None:
     async def main() -> None:
         requests = [
             asking(
@@ -269,7 +275,7 @@ def test_requests_with_constraints_beside_each_other(grammars: Grammars) -> None
 
 
 def test_a_text_decided_in_part_is_gone_on_with_where_its_constraint_stands(
-    grammars: Grammars,
+    grammars: GrammarCompiler,
 ) -> None:
     async def main() -> None:
         sampling = Sampling(max_tokens=24, constraint=SCHEMA, temperature=0.8, seed=3)
@@ -291,7 +297,7 @@ def test_a_text_decided_in_part_is_gone_on_with_where_its_constraint_stands(
 
 
 def test_a_constraint_that_cannot_be_used_is_refused_before_the_first_piece(
-    grammars: Grammars,
+    grammars: GrammarCompiler,
 ) -> None:
     async def main() -> None:
         async with (
@@ -312,7 +318,7 @@ def test_a_constraint_that_cannot_be_used_is_refused_before_the_first_piece(
     asyncio.run(main())
 
 
-def test_the_noise_of_a_position_is_the_same_with_a_constraint(grammars: Grammars) -> None:
+def test_the_noise_of_a_position_is_the_same_with_a_constraint(grammars: GrammarCompiler) -> None:
     """So a constraint that bars nothing that would be chosen changes nothing: drafters that do not know of it guess as well as ever."""
     free = plain(TOY, asking(PROMPT, temperature=0.8, seed=1, max_tokens=12), EOS)
     mask = np.ones(4096, np.bool_)

@@ -9,7 +9,7 @@ import grpc
 import numpy as np
 
 from actors.rpc.server import DraftingService, serve
-from protos import codec
+from protos import drafting_codec
 from protos.handshake import Hello
 from runtime.core.messages import Chunk, Commit, Draft, Event, Open, Reply, Request, Resync, Share
 from runtime.core.node_names import child_key, text_key
@@ -130,7 +130,11 @@ async def raw_drafter(script: Callable[[Any], Awaitable[None]]) -> AsyncIterator
     server = grpc.aio.server(options=[("grpc.max_send_message_length", -1)])
     handler = grpc.stream_stream_rpc_method_handler(speculate)
     server.add_generic_rpc_handlers(
-        [grpc.method_handlers_generic_handler(codec.DRAFTING, {"Speculate": handler})]
+        [
+            grpc.method_handlers_generic_handler(
+                drafting_codec.DRAFTING_SERVICE, {"Speculate": handler}
+            )
+        ]
     )
     port = server.add_insecure_port(f"{HOST}:0")
     await server.start()

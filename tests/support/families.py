@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from runtime.models.fast_path import quicken
+from runtime.models.fast_path import enable_fast_path
 from runtime.models.hf import HFModel
 
 VOCABULARY = 96
@@ -71,5 +71,5 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 def hf_model(family: str) -> HFModel:
     """The family's model, made once in a process, with the pass that a loaded one would have."""
     model = HFModel(FAMILIES[family](), family)
-    quicken(model)
+    enable_fast_path(model)
     return model

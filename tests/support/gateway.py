@@ -13,13 +13,13 @@ import openai
 from llguidance.hf import from_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from actors.compose import finisher
-from actors.gateway.api_keys import Keys
-from actors.gateway.app import build
-from actors.gateway.served_model import Served
-from actors.gateway.server import GatewayServer, listen, server
+from actors.compose import stop_checker_factory
+from actors.gateway.api_keys import ApiKeys
+from actors.gateway.app import build_app
+from actors.gateway.server import GatewayServer, build_server, listen
 from actors.gateway.state import Service
-from actors.gateway.streams import Generator
+from actors.gateway.streams import GenerationBackend
+from actors.openai.served_model import ServedModel
 from actors.rpc.loop_thread import LoopThread
 from runtime.config import GatewayConfig, LimitsConfig
 from runtime.core.messages import Chunk, Request
@@ -27,7 +27,7 @@ from runtime.core.sampler_reference import choose
 from runtime.draft.draft_engine import DraftEngine
 from runtime.draft.draft_host import DraftHost
 from runtime.drafters.model import ModelDrafter
-from runtime.models.grammar import Grammars
+from runtime.models.grammar import GrammarCompiler
 from runtime.models.loader import load_tokenizer
 from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
@@ -50,9 +50,9 @@ def tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     return found
 
 
-def served(template: str | None = TEMPLATE, context: int = CONTEXT) -> Served:
+def served(template: str | None = TEMPLATE, context: int = CONTEXT) -> ServedModel:
     found = tokenizer(template)
-    return Served(MODEL, found, from_tokenizer(found), context, len(found), 1_700_000_000)
+    return ServedModel(MODEL, found, from_tokenizer(found), context, len(found), 1_700_000_000)
 
 
 def toy_target() -> tuple[Target, DraftHost]:
@@ -60,8 +60,8 @@ def toy_target() -> tuple[Target, DraftHost]:
     toy = ToyModel(vocabulary=len(tokenizer()), context=CONTEXT, memory=4)
     eos = frozenset({0})
     engine = Engine(toy, Verifier(choose, eos), Fixed(3, 0.001), time.monotonic)
-    grammars = Grammars(tokenizer(), toy.vocabulary, eos)
-    target = Target(engine, finisher(tokenizer(), eos), grammars, grammars.close)
+    grammars = GrammarCompiler(tokenizer(), toy.vocabulary, eos)
+    target = Target(engine, stop_checker_factory(tokenizer(), eos), grammars, grammars.close)
     return target, DraftHost(DraftEngine(ModelDrafter(toy, branches=1), "d", 1))
 
 
@@ -132,14 +132,14 @@ class Running:
             if engine is None
             else not self.body._sessions and engine.requests.idle
         )
-        return not self.service.ledger.entries and idle
+        return not self.service.limiter.active and idle
 
 
 @contextmanager
 def serving(
-    body: Generator | None = None,
+    body: GenerationBackend | None = None,
     limits: LimitsConfig | None = None,
-    keys: Keys | None = None,
+    keys: ApiKeys | None = None,
     template: str | None = TEMPLATE,
     ready: Callable[[], bool] = lambda: True,
     config: GatewayConfig | None = None,
@@ -157,8 +157,8 @@ def serving(
         service = network.run(
             made(served(template), body, limits or LimitsConfig(), keys, ready, fleet)
         )
-        app = build(service)
-        http = server(app, config)
+        app = build_app(service)
+        http = build_server(app, config)
         socket = listen(config.host, 0)
         serving = network.submit(http.serve(sockets=[socket]))
         stop.insert(0, lambda: serving.result(HANG_S))

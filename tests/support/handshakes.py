@@ -10,20 +10,27 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from actors.rpc.certificate_authority import Authority
+from actors.rpc.certificate_authority import CertificateAuthority
 from actors.rpc.server import TargetService, serve
-from tests.actors.rpc.test_tls import CHUNK, NOW, answered, lay
+from tests.support.certificates import CHUNK, NOW, answered, write_certificates
 from tests.support.fakes import HOST, ScriptedTarget
 
 CALLERS, ROUNDS = 100, 20
 
 
 async def main(folder: Path) -> int:
-    authority = Authority("ours", NOW, 30)
-    ours, theirs = lay(folder / "server", authority), lay(folder / "callers", authority)
+    authority = CertificateAuthority("ours", NOW, 30)
+    ours, theirs = (
+        write_certificates(folder / "server", authority),
+        write_certificates(folder / "callers", authority),
+    )
     server, port = await serve([TargetService(ScriptedTarget(CHUNK))], HOST, tls=ours)
     for number in range(ROUNDS):
-        renewal = [asyncio.to_thread(lay, folder / "server", authority)] if number % 4 == 3 else []
+        renewal = (
+            [asyncio.to_thread(write_certificates, folder / "server", authority)]
+            if number % 4 == 3
+            else []
+        )
         await asyncio.gather(asyncio.to_thread(crowd, port), *renewal)
     found = [await answered(f"{HOST}:{port}", theirs) for _ in range(3)]
     await server.stop(None)

@@ -117,8 +117,8 @@ class Known:
     def __init__(self, text: Sequence[int], vocabulary: int, branches: int = 1) -> None:
         self.text, self.vocabulary, self.branches = list(text), vocabulary, branches
 
-    def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes]:
-        return [self.guess(wish.text, wish.leaves) for wish in wishes]
+    def expand(self, requests: Sequence[ExpandRequest]) -> list[DraftNodes]:
+        return [self.guess(request.text, request.leaves) for request in requests]
 
     def guess(self, text: Text, leaves: Sequence[int]) -> DraftNodes:
         found: list[tuple[int, int, float]] = []
@@ -139,8 +139,8 @@ class Known:
 
 
 class Mute:
-    def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes]:
-        return [children([]) for _ in wishes]
+    def expand(self, requests: Sequence[ExpandRequest]) -> list[DraftNodes]:
+        return [children([]) for _ in requests]
 
     def close(self, session: str) -> None:
         pass

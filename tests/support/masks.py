@@ -12,7 +12,7 @@ from torch import nn
 
 from runtime.drafters.base import DrafterContext
 from runtime.drafters.s3d import S3D, MaskDrafter, build
-from runtime.models.head_checkpoint import identity_of, write_trained
+from runtime.models.head_checkpoint import target_identity, write_checkpoint
 from runtime.models.loader import load_model, load_tokenizer
 from tests.support.pair import save_model
 
@@ -41,10 +41,10 @@ def tiny(vocabulary: int = 4096, context: int = 4096) -> Tiny:
             if name.endswith("up"):
                 nn.init.normal_(parameter, std=0.1)
     settings = {"layers": LAYERS, "masks": MASKS, "rank": RANK}
-    write_trained(
+    write_checkpoint(
         root / "s3d",
         "s3d",
-        identity_of(module.config, load_tokenizer(str(target))),
+        target_identity(module.config, load_tokenizer(str(target))),
         settings,
         dict(made.state_dict()),
     )

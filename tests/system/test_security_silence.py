@@ -11,12 +11,12 @@ import grpc
 import pytest
 
 from actors.drafter import DraftActor
-from actors.rpc.certificate_authority import Authority
+from actors.rpc.certificate_authority import CertificateAuthority
 from actors.rpc.client import GrpcTarget
 from actors.rpc.endpoints import Endpoint
 from actors.rpc.tls import channel
 from actors.target import TargetActor
-from protos import codec
+from protos import drafting_codec
 from protos import speculation_pb2 as pb
 from protos.handshake import PROTOCOL
 from runtime.config import DrafterConfig, Placement, TargetConfig, TlsConfig
@@ -24,8 +24,8 @@ from runtime.core.errors import InvalidRequest, Unavailable
 from runtime.core.messages import Request
 from runtime.core.sampling_params import Sampling
 from runtime.models.loader import load_tokenizer
-from tests.actors.rpc.test_tls import lay
 from tests.contracts.link_contract import soon
+from tests.support.certificates import write_certificates
 from tests.support.fakes import HOST
 from tests.support.pair import save_model
 from tests.support.paths import ROOT
@@ -41,8 +41,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def tls(tmp_path_factory: pytest.TempPathFactory) -> TlsConfig:
-    return lay(
-        tmp_path_factory.mktemp("certs"), Authority("ours", datetime.datetime.now(datetime.UTC), 30)
+    return write_certificates(
+        tmp_path_factory.mktemp("certs"),
+        CertificateAuthority("ours", datetime.datetime.now(datetime.UTC), 30),
     )
 
 
@@ -108,11 +109,11 @@ def test_actors_speak_by_certificate_and_keep_silent(
     async def malformed(address: str) -> None:
         """From a target that does not keep to the protocol."""
         async with channel(address, [], tls, "target", "drafter") as connection:
-            call = connection.stream_stream(f"/{codec.DRAFTING}/Speculate")()
+            call = connection.stream_stream(f"/{drafting_codec.DRAFTING_SERVICE}/Speculate")()
             hello = pb.Hello(protocol=PROTOCOL, vocabulary="other", model="other", drafter="lookup")
             await call.write(pb.ToDrafter(hello=hello).SerializeToString())
             assert await call.code() is grpc.StatusCode.FAILED_PRECONDITION
-            call = connection.stream_stream(f"/{codec.DRAFTING}/Speculate")()
+            call = connection.stream_stream(f"/{drafting_codec.DRAFTING_SERVICE}/Speculate")()
             await call.write(
                 pb.ToDrafter(
                     open=pb.Open(session=MARK, tokens=prompt, prompt=1)

@@ -45,7 +45,7 @@ def certs(
     ] = None,
 ) -> None:
     """Make a certificate authority, a certificate for each role of actors, and one for the gateway's HTTPS."""
-    from actors.rpc.certificate_authority import Authority  # grpc: `--help` needs none
+    from actors.rpc.certificate_authority import CertificateAuthority  # grpc: `--help` needs none
 
     whole("days", days, 1, 3650)
     if not NAME.fullmatch(name):
@@ -60,9 +60,9 @@ def certs(
                 f"host {given[:64]!r} is neither a name nor an IP address: give what clients write into the URL",
                 "host",
             )
-    authority = Authority(name, datetime.datetime.now(datetime.UTC), days)
+    authority = CertificateAuthority(name, datetime.datetime.now(datetime.UTC), days)
     files = {"ca.pem": authority.certificate}
-    for stem, signed in {**authority.roles(), HTTPS: authority.website(hosts)}.items():
+    for stem, signed in {**authority.roles(), HTTPS: authority.https_server(hosts)}.items():
         files |= {f"{stem}.pem": signed.certificate, f"{stem}-key.pem": signed.key}
     write_files(folder, files)
     text = INSTRUCTIONS.format(

@@ -11,12 +11,12 @@ from actors.compose import build_drafter, build_head
 from actors.launch.prepare import context_length
 from runtime.config import DrafterConfig, Dtype, HeadConfig, Placement
 from runtime.core.sampling_params import Sampling
-from runtime.models.acceptance import along, continuation
+from runtime.models.acceptance import continuation, replay_draft
 from runtime.models.loader import load_model, load_tokenizer
 from runtime.models.step_timing import step_times, text_time
 from runtime.models.vocab_check import check_pair
-from runtime.sim.pair_profile import Measured, positions
-from runtime.sim.replayed_head import HeadFigures
+from runtime.sim.pair_profile import PairProfile, positions
+from runtime.sim.replayed_head import HeadProfile
 
 PROFILE_ROW_COUNTS = (1, 2, 4, 8, 16, 17, 32, 33, 64)  # rows; kernels work in tiles of 16
 BATCH_TEXTS = 8  # of a pass over several
@@ -31,7 +31,7 @@ def measure_models(
     temperature: float,
     rtt: float,
     note: Callable[[str], None],
-) -> tuple[list[Measured], list[HeadFigures], list[str]]:
+) -> tuple[list[PairProfile], list[HeadProfile], list[str]]:
     """Figures for each drafter beside that target, and of each head on it, one thread each; and what should be known of the pairs. `note`
     is told what is being done.
 
@@ -77,7 +77,7 @@ def measure_models(
             "rtt": rtt,
             **measure_draft(drafter, target, dtype, answers, sampling),
         }
-        found.append(Measured.model_validate(known))
+        found.append(PairProfile.model_validate(known))
     return found, sitting, warnings
 
 
@@ -92,7 +92,7 @@ def measure_draft(
     if drafter.method in ("model", "layer-skip"):
         layers = drafter.layers if drafter.method == "layer-skip" else None
         small = load_model(drafter.model or target, dtype, threads=1, layers=layers)
-        guessed = along(small, answers, sampling)
+        guessed = replay_draft(small, answers, sampling)
         return {
             "draft": step_times(small, PROFILE_ROW_COUNTS, time.monotonic),
             "positions": positions(guessed.ranks, guessed.scores),

@@ -14,12 +14,12 @@ from runtime.core.node_names import text_key
 from runtime.core.sampling_params import Sampling
 from runtime.core.tree import TokenTree
 from runtime.drafters.base import Drafter, ExpandRequest, Text
-from runtime.heads.base import Head, Seen
-from runtime.models.base import Part, causal
+from runtime.heads.base import Head, VerifiedStep
+from runtime.models.base import PassInput, causal
 from runtime.models.hf import HFModel
-from runtime.sim.draft_samples import Place
+from runtime.sim.draft_samples import RankedScores
 from runtime.sim.pair_profile import Position
-from runtime.sim.replayed_head import HeadFigures, along
+from runtime.sim.replayed_head import HeadProfile, head_step
 
 TargetAnswer = tuple[Sequence[int], Sequence[int]]  # prompt, and what the target said
 NO_GUESS_LOGPROB = -14.0  # log of the chance of what stands for no guess
@@ -29,9 +29,9 @@ REPEATS = 8
 
 def measure_head(
     name: str, head: Head, model: HFModel, answers: Sequence[TargetAnswer], sampling: Sampling
-) -> HeadFigures:
+) -> HeadProfile:
     """It looks at steps of plain decoding along the answers. Each pass is made without it and then with it: the difference is its price."""
-    steps: list[tuple[Place, ...]] = []
+    steps: list[tuple[RankedScores, ...]] = []
     without, passes, own = [], [], []
     for number, (prompt, output) in enumerate(answers):
         cache = model.new_cache()
@@ -41,35 +41,38 @@ def measure_head(
             text = (*prompt, *output[:place])
             rows = causal(np.asarray(text[-1:]), cache.length)
             began = time.monotonic()
-            model.forward_all([Part(cache, rows)])
+            model.forward_all([PassInput(cache, rows)])
             middle = time.monotonic()
             cache.truncate(len(text) - 1)
-            part = Part(cache, rows)
-            if head.look.branches and rows.positions[0] + len(head.look.branches) < model.context:
-                part = replace(part, riders=(0,))
+            part = PassInput(cache, rows)
+            if (
+                head.output_spec.branches
+                and rows.positions[0] + len(head.output_spec.branches) < model.context
+            ):
+                part = replace(part, branch_rows=(0,))
             looking = time.monotonic()
-            (shown,) = model.show_all([part], head.look)
+            (pass_output,) = model.forward_outputs([part], head.output_spec)
             seen = time.monotonic()
             growth = head.propose(
                 [
-                    Seen(
+                    VerifiedStep(
                         new_text(number, (*text, output[place]), prompt, sampling),
                         rows.tokens,
                         (0,),
-                        shown,
-                        part.riders,
+                        pass_output,
+                        part.branch_rows,
                     )
                 ]
             )[0]
             own.append(time.monotonic() - seen)
             without.append(middle - began)
             passes.append(seen - looking)
-            steps.append(along(growth, output[place + 1 :]))
+            steps.append(head_step(growth, output[place + 1 :]))
         head.close(str(number))
     price = statistics.median(own) + max(
         0.0, statistics.median(passes) - statistics.median(without)
     )
-    return HeadFigures(name, price, tuple(steps))
+    return HeadProfile(name, price, tuple(steps))
 
 
 def measure_drafter(
@@ -93,11 +96,11 @@ def measure_drafter(
     return {1: statistics.median(seconds), **wider}, tuple(found)
 
 
-def timed_expand(drafter: Drafter, wish: ExpandRequest) -> tuple[DraftNodes, float]:
+def timed_expand(drafter: Drafter, request: ExpandRequest) -> tuple[DraftNodes, float]:
     """Its answer, and the seconds of the pass that gave it: those before may have read the text."""
     while True:
         began = time.monotonic()
-        (guessed,) = drafter.expand([wish])
+        (guessed,) = drafter.expand([request])
         if guessed is not None:
             return guessed, time.monotonic() - began
 

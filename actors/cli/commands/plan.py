@@ -21,8 +21,8 @@ from runtime.core.errors import InvalidRequest
 from runtime.core.sampling_params import Sampling, in_range, whole
 from runtime.sim import sweep
 from runtime.sim.forecast import Forecast, Setting
-from runtime.sim.pair_profile import Measured, read
-from runtime.sim.replayed_head import HeadFigures
+from runtime.sim.pair_profile import PairProfile, read_profile
+from runtime.sim.replayed_head import HeadProfile
 from runtime.sim.sweep import Job
 
 MAX_SESSIONS, MAX_TARGETS = 10_000, 64
@@ -82,9 +82,9 @@ def plan(
             "measured",
         )
     errors = Console(stderr=True, highlight=False)
-    heads: list[HeadFigures] = []
+    heads: list[HeadProfile] = []
     if measured:
-        pairs = [read(file) for file in measured]
+        pairs = [read_profile(file) for file in measured]
         pairs = (
             pairs if rtt is None else [pair.model_copy(update={"rtt": rtt / 1e3}) for pair in pairs]
         )
@@ -140,7 +140,7 @@ def measure_pairs(
     temperature: float,
     rtt: float,
     errors: Console,
-) -> tuple[list[Measured], list[HeadFigures]]:
+) -> tuple[list[PairProfile], list[HeadProfile]]:
     """Of drafters, of which there is one at least, and of heads. Heads that are asked for alone are set beside the draft model that ships,
     and on another target beside n-grams."""
     name, chosen = target or config.shipped("target"), tuple(dict.fromkeys(drafts or ()))
@@ -161,7 +161,7 @@ def measure_pairs(
     return pairs, heads
 
 
-def write_profile(file: Path, pairs: Sequence[Measured]) -> None:
+def write_profile(file: Path, pairs: Sequence[PairProfile]) -> None:
     if len(pairs) != 1:
         raise InvalidRequest(f"--save holds one pair, not {len(pairs)}: give one --draft", "save")
     try:
@@ -185,27 +185,27 @@ def parallel_simulator(errors: Console) -> Iterator[sweep.RunAll]:
     with pool, Progress(*columns, console=errors, transient=True) as progress:
 
         def run_all(jobs: Sequence[Job]) -> list[Forecast]:
-            distinct = {job.same: job for job in jobs}
+            distinct = {job.dedup_key: job for job in jobs}
             bar = progress.add_task("simulating", total=len(distinct))
             longest_first = sorted(distinct, key=lambda same: -distinct[same].effort)
             coming = {same: pool.submit(distinct[same].run) for same in longest_first}
             for _ in as_completed(coming.values()):
                 progress.advance(bar)
             progress.remove_task(bar)
-            return [coming[job.same].result() for job in jobs]
+            return [coming[job.dedup_key].result() for job in jobs]
 
         yield run_all
 
 
 def forecast_plan(
-    pairs: Sequence[Measured],
-    heads: Sequence[HeadFigures],
+    pairs: Sequence[PairProfile],
+    heads: Sequence[HeadProfile],
     names: Sequence[str],
     setting: Setting,
     run_all: sweep.RunAll,
 ) -> Plan:
     """All schedules for every drafter; the rest for the one that is fastest, beside which heads are set."""
-    configs = [sweep.chosen(pair, names, setting, run_all) for pair in pairs]
+    configs = [sweep.best_settings(pair, names, setting, run_all) for pair in pairs]
     jobs = [
         job
         for pair, chosen in zip(pairs, configs, strict=True)
@@ -213,14 +213,14 @@ def forecast_plan(
         if job.group == SCHEDULES_GROUP
     ]
     compared = list(zip(jobs, run_all(jobs), strict=True))
-    fastest = max(compared, key=lambda done: done[1].tokens_per_second)[0].measured
+    fastest = max(compared, key=lambda done: done[1].tokens_per_second)[0].profile
     jobs = [
         job
         for job in sweep.jobs(fastest, configs[pairs.index(fastest)], setting)
         if job.group != SCHEDULES_GROUP
     ]
     if "living" in names:
-        shallow = sweep.half_as_deep(fastest)
+        shallow = sweep.with_half_draft_time(fastest)
         jobs.append(
             Job("half as deep", "living", 0, shallow, config.ScheduleConfig(), replace(setting))
         )

@@ -160,12 +160,12 @@ def end_local() -> None:
 def check_plan(plan: Deployment, local: bool, progress: Progress) -> tuple[str, ...]:
     """What can be said before anything is started; of the models, where they are on this machine. Returns what should be known of them."""
     progress.note("looking at the deployment")
-    from actors.gateway.server import check_closed
+    from actors.gateway.server import check_exposure
     from actors.launch.prepare import (
         check_models,
     )  # torch and transformers: `--help` and a wrong flag need neither
 
-    check_closed(plan.gateway)
+    check_exposure(plan.gateway)
     return check_models(plan).warnings if local else ()
 
 

@@ -15,16 +15,16 @@ from actors.launch.serving import serving
 from runtime import config
 from runtime.core.errors import InvalidRequest
 from runtime.core.sampling_params import in_range, whole
-from training.loss_kind import LossKind
+from training.goal import Goal
 
 if TYPE_CHECKING:
     from runtime.core.messages import Request
-    from training.acceptance import HeldOutAcceptance
-    from training.loop import StepCallback
-    from training.outputs import TargetText
-    from training.progress import ProgressBar
-    from training.run import TrainingData, TrainingJob
-    from training.shapes import DraftShape
+    from training.acceptance import Acceptance
+    from training.loop import Tell
+    from training.outputs import Written
+    from training.progress import Bar
+    from training.run import Material, Order
+    from training.shapes import Shape
     from training.teacher import Teacher
     from training.text import Document
 
@@ -115,9 +115,9 @@ def hidden_transfer(
     order = make_order(
         "hidden-transfer", target, out, {"layers": chosen}, steps, batch, context, own, seed
     )
-    from training.hidden_transfer import check_target, make_forward
+    from training.hidden_transfer import check, make_forward
 
-    with prepare_training(order, data, device, lambda teacher: check_target(teacher, context)) as (
+    with prepare_training(order, data, device, lambda teacher: check(teacher, context)) as (
         material,
         work,
         tell,
@@ -166,24 +166,22 @@ def s3d(
         seed,
     )
     from training import s3d as method
-    from training.hidden_transfer import check_target
+    from training.hidden_transfer import check
 
-    with prepare_training(order, data, device, lambda teacher: check_target(teacher, context)) as (
+    with prepare_training(order, data, device, lambda teacher: check(teacher, context)) as (
         material,
         work,
         tell,
     ):
-        from training.heads import DRAFT_OFFSET
+        from training.heads import DRAFT
         from training.run import train_head
 
-        made = method.new_s3d(material.teacher, layers, masks, rank, seed)
+        made = method.new(material.teacher, layers, masks, rank, seed)
         forward, settings = (
             method.make_forward(made, material.teacher, layers),
-            method.s3d_settings(steps, seed),
+            method.settings(steps, seed),
         )
-        print_report(
-            order, train_head(order, material, made, forward, work, tell, DRAFT_OFFSET, settings)
-        )
+        print_report(order, train_head(order, material, made, forward, work, tell, DRAFT, settings))
 
 
 @train.command()
@@ -200,11 +198,11 @@ def draft(
         str | None, typer.Option(help="a draft model to go on from: name or folder")
     ] = None,
     loss: Annotated[
-        LossKind,
+        Goal,
         typer.Option(
             help="towards the target's distribution (kl for temperature 0, tvd++ for above), or the next token alone"
         ),
-    ] = LossKind.tvd_plus_plus,
+    ] = Goal.tvd_plus_plus,
     steps: Steps = 900,
     batch: Batch = 16,
     context: Context = 256,
@@ -233,40 +231,38 @@ def draft(
     with prepare_training(order, data, device) as (material, work, tell):
         from training import draft as method
         from training.run import train_draft
-        from training.shapes import DraftShape, make_measure
+        from training.shapes import Shape, measurer
 
         teacher = material.teacher
-        curve: dict[DraftShape, dict[int, float]] = {}
+        curve: dict[Shape, dict[int, float]] = {}
         if latency is not None:
-            measure = make_measure(teacher.model.vocabulary, teacher.model.device)
-            given, curve = method.settle_shape(
-                work, latency / 1e3, teacher.model.vocabulary, measure
-            )
+            measure = measurer(teacher.model.vocabulary, teacher.model.device)
+            given, curve = method.settled(work, latency / 1e3, teacher.model.vocabulary, measure)
         module = (
-            method.new_draft(given, teacher, seed)
+            method.new(given, teacher, seed)
             if given
-            else method.load_start(str(start), teacher.model.device)
+            else method.started(str(start), teacher.model.device)
         )
         print_report(order, train_draft(order, material, module, loss, curve, work, tell))
 
 
-def parse_shape(shape: str) -> "DraftShape":
+def parse_shape(shape: str) -> "Shape":
     """Raises InvalidRequest for what is no shape."""
-    from training.shapes import HIDDEN_STEP, MAX_HIDDEN, DraftShape
+    from training.shapes import STEP, WIDEST, Shape
 
     found = re.fullmatch(r"(\d{1,5})x(\d{1,3})", shape)
     if (
         not found
-        or int(found[1]) % HIDDEN_STEP
-        or not HIDDEN_STEP <= int(found[1]) <= MAX_HIDDEN
+        or int(found[1]) % STEP
+        or not STEP <= int(found[1]) <= WIDEST
         or not 1 <= int(found[2]) <= MAX_LAYERS
     ):
-        what = f"a multiple of {HIDDEN_STEP} up to {MAX_HIDDEN}, and 1 to {MAX_LAYERS} layers"
+        what = f"a multiple of {STEP} up to {WIDEST}, and 1 to {MAX_LAYERS} layers"
         raise InvalidRequest(
             f"shape {shape[:32]!r} is not allowed: give HIDDENxLAYERS, {what}, such as 128x2",
             "shape",
         )
-    return DraftShape(int(found[1]), int(found[2]))
+    return Shape(int(found[1]), int(found[2]))
 
 
 def short_fingerprint(model: str) -> str:
@@ -302,9 +298,9 @@ def depth_of(target: str) -> int:
 
 def kept_layers(depth: int, skip: str | None) -> list[int]:
     """The layers that are left. Raises InvalidRequest for numbers that are none, and for all of them."""
-    from training.s3d import default_skipped
+    from training.s3d import middle
 
-    left_out = set(default_skipped(depth))
+    left_out = set(middle(depth))
     if skip is not None:
         pieces = re.fullmatch(r"(\d{1,4}(-\d{1,4})?,)*", f"{skip},") and [
             piece.partition("-") for piece in skip.split(",")
@@ -347,14 +343,14 @@ def make_order(
     context: int,
     own: int,
     seed: int,
-) -> "TrainingJob":
-    from training.run import TrainingJob
+) -> "Order":
+    from training.run import Order
 
     whole("steps", steps, 1, MAX_STEPS)
     whole("batch", batch, 1, MAX_BATCH)
     whole("own", own, 0, MAX_OWN_TOKENS)
     whole("seed", seed, 0, 2**31 - 1)
-    return TrainingJob(
+    return Order(
         method,
         target or config.shipped("target"),
         out.absolute(),
@@ -369,11 +365,11 @@ def make_order(
 
 @contextmanager
 def prepare_training(
-    order: "TrainingJob",
+    order: "Order",
     data: list[Path] | None,
     device: Device,
     check: "Callable[[Teacher], None]" = lambda teacher: None,
-) -> Iterator[tuple["TrainingData", Path, "StepCallback"]]:
+) -> Iterator[tuple["Material", Path, "Tell"]]:
     """What to learn from, the folder to work in, and who is told of each step. All that can be refused is, before anything is written.
 
     `check` raises where the method cannot use the target.
@@ -382,34 +378,34 @@ def prepare_training(
 
     from actors.launch.prepare import context_length
     from training import folder, outputs, text
-    from training.progress import ProgressBar
-    from training.run import TrainingData, check_context
+    from training.progress import Bar
+    from training.run import Material, fitting_context
     from training.teacher import fingerprint, load_teacher
 
     threads = torch.get_num_threads()
-    folder.check_out_is_free(order.out)
-    context = check_context(order.context, context_length(order.target))
+    folder.refuse(order.out)
+    context = fitting_context(order.context, context_length(order.target))
     texts = read_documents(data)
-    with ProgressBar() as bar:
+    with Bar() as bar:
         bar.note("loading the target")
         teacher = load_teacher(order.target, device.value)
         check(teacher)
-        corpus = text.build_corpus(
+        corpus = text.corpus(
             texts, teacher.tokenizer.backend_tokenizer, teacher.tokenizer.eos_token_id, 2 * context
         )
         target = fingerprint(order.target)
         learn, hold = (
-            outputs.training_requests(corpus, order.own, context, order.seed),
-            outputs.held_out_requests(corpus, context, order.seed),
+            outputs.to_learn(corpus, order.own, context, order.seed),
+            outputs.to_measure(corpus, context, order.seed),
         )
-        with folder.open_work(order.out, order.recipe(target, corpus.digest)) as work:
+        with folder.opened(order.out, order.recipe(target, corpus.digest)) as work:
             own, held_out = (
-                target_texts(order.target, device, asked, outputs.folder_name(target, asked), bar)
+                target_texts(order.target, device, asked, outputs.named(target, asked), bar)
                 for asked in (learn, hold)
             )
             torch.set_num_threads(threads)  # the runtime has set its own
             yield (
-                TrainingData(teacher, corpus, outputs.rows_of(own), held_out),
+                Material(teacher, corpus, outputs.rows_of(own), held_out),
                 work,
                 bar.steps(order.steps),
             )
@@ -419,36 +415,34 @@ def read_documents(data: list[Path] | None) -> "list[Document]":
     from training import text
 
     if data is not None:
-        return text.read_documents(data)
+        return text.read(data)
     from training import stdlib_corpus
 
-    names = sorted(
-        [*stdlib_corpus.library_files(held_out=False), *stdlib_corpus.library_files(held_out=True)]
-    )
-    return [text.Document(name, stdlib_corpus.read_source(name)) for name in names]
+    names = sorted([*stdlib_corpus.files(held_out=False), *stdlib_corpus.files(held_out=True)])
+    return [text.Document(name, stdlib_corpus.read(name)) for name in names]
 
 
 def target_texts(
-    target: str, device: Device, requests: "Sequence[Request]", name: str, bar: "ProgressBar"
-) -> "list[TargetText]":
+    target: str, device: Device, requests: "Sequence[Request]", name: str, bar: "Bar"
+) -> "list[Written]":
     """The answers of the runtime to `requests`: from the cache, as far as they are there."""
     from training import outputs
 
     folder = config.cache_folder() / "outputs" / name
-    if left := outputs.count_missing(folder, requests):
+    if left := outputs.missing(folder, requests):
         plan = config.deployment(target, (), 0, "auto", device.value, local=True)
         tell = bar.counts("the target writes texts to learn from", left)
 
         async def ask() -> None:
             with serving(plan, None, in_process=True, note=lambda what: None) as opener:
                 async with opener() as service:
-                    await outputs.write_answers(service.generate, requests, folder, tell)
+                    await outputs.answer(service.generate, requests, folder, tell)
 
         asyncio.run(ask())
-    return outputs.read_answers(folder, requests)
+    return outputs.answered(folder, requests)
 
 
-def print_report(order: "TrainingJob", measured: "list[HeldOutAcceptance]") -> None:
+def print_report(order: "Order", measured: "list[Acceptance]") -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{order.out} is ready: its card has the figures")
     for at in measured:

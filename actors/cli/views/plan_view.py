@@ -11,9 +11,9 @@ from runtime.config import ScheduleConfig
 from runtime.core.errors import InvalidRequest
 from runtime.sim import draft_samples
 from runtime.sim.forecast import Forecast, Setting
-from runtime.sim.pair_profile import Measured
-from runtime.sim.simulator import linear
-from runtime.sim.sweep import Done, fewest
+from runtime.sim.pair_profile import PairProfile
+from runtime.sim.simulator import interpolate
+from runtime.sim.sweep import Done, fewest_drafters
 
 SWEEPS: dict[
     str, tuple[str, Callable[[float], str]]
@@ -28,16 +28,16 @@ SWEEPS: dict[
 class Plan:
     """`fastest` of the drafts is the one that all but the group "schedules" is about."""
 
-    drafts: tuple[Measured, ...]
-    fastest: Measured
+    drafts: tuple[PairProfile, ...]
+    fastest: PairProfile
     setting: Setting
     done: tuple[Done, ...]
 
-    def of(self, group: str, draft: Measured | None = None) -> list[Done]:
+    def of(self, group: str, draft: PairProfile | None = None) -> list[Done]:
         return [
             done
             for done in self.done
-            if done[0].group == group and draft in (None, done[0].measured)
+            if done[0].group == group and draft in (None, done[0].profile)
         ]
 
     def rates(self, group: str) -> dict[str, dict[float, float]]:
@@ -47,7 +47,7 @@ class Plan:
             found.setdefault(job.schedule, {})[job.label] = forecast.tokens_per_second
         return found
 
-    def plain(self, draft: Measured) -> float | None:
+    def plain(self, draft: PairProfile) -> float | None:
         return next(
             (
                 found.tokens_per_second
@@ -68,8 +68,8 @@ def titled_table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
 
 
-def schedule_table(plan: Plan, draft: Measured) -> Table:
-    examples, setting = draft_samples.of(draft), plan.setting
+def schedule_table(plan: Plan, draft: PairProfile) -> Table:
+    examples, setting = draft_samples.samples_of(draft), plan.setting
     rates = ", ".join(f"{examples.rate(k):.2f}" for k in (1, 2, 4, 8))
     found = titled_table(
         f"{draft.name}: T(1) {1e3 * draft.target[1]:.1f} ms, t(1) {1e3 * draft.draft[1]:.1f} ms, "
@@ -107,7 +107,7 @@ def head_table(plan: Plan) -> Table:
     for (job, both), (_, alone) in zip(plan.of("heads"), plan.of("heads alone"), strict=True):
         head = job.setting.head
         if head is not None:
-            rights = (f"{head.right(ahead):.2f}" for ahead in (1, 2, 3))
+            rights = (f"{head.hit_rate(ahead):.2f}" for ahead in (1, 2, 3))
             rates = (
                 f"{alone.tokens_per_second:.1f}",
                 f"{both.tokens_per_second:.1f}",
@@ -120,7 +120,7 @@ def head_table(plan: Plan) -> Table:
 def living_forecasts(plan: Plan) -> dict[str, Forecast]:
     """What is expected of the living schedule without heads, by drafter."""
     return {
-        job.measured.name: seen for job, seen in plan.of("schedules") if job.schedule == "living"
+        job.profile.name: seen for job, seen in plan.of("schedules") if job.schedule == "living"
     }
 
 
@@ -164,8 +164,8 @@ def recommendations(plan: Plan) -> list[str]:
     )
     half = next(found for job, found in plan.of("half as deep"))
     by_drafters = plan.rates("drafters")["living"]
-    count = fewest(by_drafters)
-    time = linear(best.target)
+    count = fewest_drafters(by_drafters)
+    time = interpolate(best.target)
     return [
         f"Draft: {best.name}, {seen.tokens_per_second:.1f} tokens/s{others}; with half the layers, were it as often right, "
         f"{half.tokens_per_second:.1f}: depth costs latency, width hardly does (arXiv 2402.01528).",
@@ -207,13 +207,13 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "forecasts": [
             {
                 "group": job.group,
-                "draft": job.measured.name,
+                "draft": job.profile.name,
                 "schedule": job.schedule,
                 "config": job.config.model_dump(),
                 "drafters": job.setting.drafters,
                 "head": job.setting.head.name if job.setting.head else None,
                 "sessions": job.setting.sessions,
-                "rtt": job.measured.rtt,
+                "rtt": job.profile.rtt,
                 **asdict(seen),
             }
             for job, seen in plan.done

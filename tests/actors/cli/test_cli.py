@@ -1,6 +1,5 @@
 """What the command line does with bad input: one line that names the value and the way out, exit code 2, no traceback."""
 
-import io
 import json
 import os
 import socket
@@ -11,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors import cli
 from actors.drafter import DraftActor
 from runtime.config import DrafterConfig, Placement
 from runtime.core.errors import Unavailable
+from tests.support.command import assert_one_error_line, outrider
 from tests.support.pair import SHIPPED, save_model, save_tokenizer
 from tests.support.paths import ROOT
 
@@ -22,15 +21,6 @@ from tests.support.paths import ROOT
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("models") / "tiny", context=64)
-
-
-def outrider(monkeypatch: pytest.MonkeyPatch, *arguments: object, stdin: bytes = b"") -> int:
-    """The exit code of the command, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["outrider", *map(str, arguments)])
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
 
 
 @pytest.mark.parametrize(
@@ -70,22 +60,14 @@ def test_one_line_names_the_value(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert outrider(monkeypatch, "generate", *arguments) == 2
-    one_line_about(named, capsys)
-
-
-def one_line_about(named: str, capsys: pytest.CaptureFixture[str]) -> None:
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1, captured.err
-    assert captured.err.startswith("outrider: ")
-    assert named in captured.err
+    assert_one_error_line(named, capsys)
 
 
 def test_standard_input_that_is_not_utf8(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert outrider(monkeypatch, "generate", "--prompt-file", "-", stdin=b"abc\xff") == 2
-    one_line_about("byte 3", capsys)
+    assert_one_error_line("byte 3", capsys)
 
 
 def test_a_prompt_over_the_context(
@@ -107,7 +89,7 @@ def test_a_prompt_over_the_context(
         )
         == 2
     )
-    one_line_about("context 64", capsys)
+    assert_one_error_line("context 64", capsys)
 
 
 def test_an_output_over_the_context(
@@ -128,7 +110,7 @@ def test_an_output_over_the_context(
         )
         == 2
     )
-    one_line_about("max_tokens 64", capsys)
+    assert_one_error_line("max_tokens 64", capsys)
 
 
 def test_a_folder_without_tokenizer(
@@ -140,7 +122,7 @@ def test_a_folder_without_tokenizer(
         outrider(monkeypatch, "generate", "--target", tmp_path, "--draft", "ngram", "--prompt", "a")
         == 2
     )
-    one_line_about("tokenizer.json", capsys)
+    assert_one_error_line("tokenizer.json", capsys)
 
 
 def test_a_folder_with_pickled_weights(
@@ -153,7 +135,7 @@ def test_a_folder_with_pickled_weights(
         outrider(monkeypatch, "generate", "--target", tmp_path, "--draft", "ngram", "--prompt", "a")
         == 2
     )
-    one_line_about("pytorch_model.bin", capsys)
+    assert_one_error_line("pytorch_model.bin", capsys)
 
 
 def test_a_model_with_code_of_its_own(
@@ -168,7 +150,7 @@ def test_a_model_with_code_of_its_own(
         outrider(monkeypatch, "generate", "--target", tmp_path, "--draft", "ngram", "--prompt", "a")
         == 2
     )
-    one_line_about("auto_map", capsys)
+    assert_one_error_line("auto_map", capsys)
 
 
 def test_a_draft_of_another_vocabulary(
@@ -195,7 +177,7 @@ def test_a_draft_of_another_vocabulary(
         )
         == 2
     )
-    one_line_about(str(draft), capsys)
+    assert_one_error_line(str(draft), capsys)
 
 
 def test_an_address_of_no_cluster(
@@ -218,7 +200,7 @@ def test_an_address_of_no_cluster(
             address,
         )
         assert outrider(monkeypatch, *call) == 2
-    one_line_about(address, capsys)
+    assert_one_error_line(address, capsys)
 
 
 def test_ray_that_cannot_start(tiny: Path, tmp_path: Path) -> None:

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from actors import cli
 from runtime.config import cache_folder
+from tests.support.command import outrider
 from tests.support.pair import save_model
 from training.folder import LOCK
 
@@ -26,14 +25,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("data") / "text.txt"
     file.write_text("".join(f"def number_{index}():\n    return {index}\n" for index in range(400)))
     return file
-
-
-def outrider(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """The exit code of the command, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["outrider", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
 
 
 def test_a_head_from_the_command_line_is_the_same_twice(
@@ -115,7 +106,7 @@ def test_an_interrupted_training_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.run.measure_acceptance", broken)
+        patch.setattr("training.run.measure", broken)
         assert outrider(patch, *command) == 130
     assert not (tmp_path / "h").exists()
     assert (tmp_path / "h.partial" / "checkpoint.pt").exists()

@@ -1,5 +1,7 @@
 """A controller that comes back finds its members, or learns that they are lost. Ray is a fake."""
 
+import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +14,10 @@ from actors.controller import actor_handles, controller_state, recorder
 from actors.controller.actor_handles import ActorHandle
 from actors.controller.controller import Controller
 from actors.controller.controller_state import ControllerState
-from actors.controller.reconciler import TARGET, Member, spec_of
+from actors.controller.reconciler import GATEWAY, TARGET, Member, spec_of
 from actors.rpc.endpoints import ActorLocation
 from runtime.config import Deployment
+from runtime.core.errors import Unavailable
 from runtime.telemetry.tracing import Recording
 
 PLAN = Deployment.model_validate({"target": {"model": "big", "replicas": 4}})
@@ -124,6 +127,53 @@ def test_one_that_is_gone_can_be_drained(monkeypatch: pytest.MonkeyPatch) -> Non
     found.drain("target-0")
     assert ended == ["target-0"]
     assert not found.members.present
+
+
+@pytest.mark.parametrize("second_starts", [True, False])
+def test_an_apply_that_fails_leaves_a_later_one_in_force(
+    monkeypatch: pytest.MonkeyPatch, second_starts: bool
+) -> None:
+    """The second of two calls at once begins while the first waits, and ends after it."""
+    found = resumed(monkeypatch, {})
+    first, second = (Deployment.model_validate({"target": {"model": name}}) for name in "ab")
+    waiting, failed = threading.Event(), threading.Event()
+
+    def await_ready(timeout_s: float) -> None:
+        if found.deployment is first:
+            waiting.set()
+            assert failed.wait(30.0)
+            raise Unavailable("the first does not start")
+        failed.set()
+        thread.join(30.0)
+        assert (found.deployment, found.counts) == (second, {TARGET: 1, GATEWAY: 1})
+        if not second_starts:
+            raise Unavailable("the second does not start")
+
+    def apply_first() -> None:
+        with pytest.raises(Unavailable, match="first"):
+            found.apply(first)
+
+    monkeypatch.setattr(found, "_await_ready", await_ready)
+    thread = threading.Thread(target=apply_first)
+    thread.start()
+    assert waiting.wait(30.0)
+    with nullcontext() if second_starts else pytest.raises(Unavailable, match="second"):
+        found.apply(second)
+    assert found.deployment == (second if second_starts else PLAN)
+
+
+def test_an_apply_that_fails_brings_back_the_deployment_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = resumed(monkeypatch, {})
+
+    def fail(timeout_s: float) -> None:
+        raise Unavailable("it does not start")
+
+    monkeypatch.setattr(found, "_await_ready", fail)
+    with pytest.raises(Unavailable, match="does not start"):
+        found.apply(Deployment.model_validate({"target": {"model": "a"}}))
+    assert (found.deployment, found.counts) == (PLAN, {TARGET: 0})
 
 
 def test_a_lost_member_takes_only_its_own_recording_along(monkeypatch: pytest.MonkeyPatch) -> None:

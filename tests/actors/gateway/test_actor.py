@@ -16,8 +16,8 @@ import pytest
 
 from actors.controller.fleet_view import Fleet, TargetState
 from actors.gateway.actor import Gateway
-from actors.gateway.served_model import serve
-from actors.rpc.certificate_authority import Authority
+from actors.openai.served_model import load_served_model
+from actors.rpc.certificate_authority import CertificateAuthority
 from actors.rpc.loop_thread import LoopThread
 from actors.rpc.server import TargetService
 from actors.rpc.server import serve as serve_grpc
@@ -88,8 +88,8 @@ def test_from_the_url_to_the_target_and_back_in_secret(
     behind: Behind, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With keys and TLS; nothing of a request, a key or an address is logged at the level that is on."""
-    authority = Authority("outrider", datetime.datetime.now(datetime.UTC), 1)
-    site = authority.website(["localhost", "127.0.0.1"])
+    authority = CertificateAuthority("outrider", datetime.datetime.now(datetime.UTC), 1)
+    site = authority.https_server(["localhost", "127.0.0.1"])
     for name, data in {
         "ca": authority.certificate,
         "cert": site.certificate,
@@ -181,6 +181,6 @@ def test_it_does_not_start_open_to_others() -> None:
 
 
 def test_what_is_known_of_the_model() -> None:
-    found = serve(plan(GatewayConfig()), 5)
+    found = load_served_model(plan(GatewayConfig()), 5)
     assert (found.name, found.vocabulary, found.created) == ("target", 4096, 5)
-    assert serve(plan(GatewayConfig(served_model="mine")), 5).name == "mine"
+    assert load_served_model(plan(GatewayConfig(served_model="mine")), 5).name == "mine"

@@ -6,9 +6,9 @@ from typing import Any
 import openai
 import pytest
 
-from actors.openai.protocol import read
-from actors.openai.request_adapter import requests
-from actors.openai.response_builder import of_chat, of_completion
+from actors.openai.protocol import parse_body
+from actors.openai.request_adapter import build_requests
+from actors.openai.response_builder import chat_logprobs, completion_logprobs
 from runtime.config import LimitsConfig
 from runtime.core.errors import InvalidRequest, Overloaded, TargetsLost, Unavailable
 from runtime.core.messages import Chunk, Logprob, Request, Stats
@@ -109,10 +109,10 @@ def test_logprobs_of_chats() -> None:
 
 def test_the_bytes_of_a_character_that_is_spread_over_tokens() -> None:
     ids = tokenizer().encode("é")
-    pieces = served().pieces
-    entries = of_chat(pieces, ids, [Logprob(-1.0)] * len(ids), range(len(ids)))["content"]
+    pieces = served().byte_tokenizer
+    entries = chat_logprobs(pieces, ids, [Logprob(-1.0)] * len(ids), range(len(ids)))["content"]
     assert bytes(byte for entry in entries for byte in entry["bytes"]) == "é".encode()
-    assert of_completion(pieces, ids, [Logprob(-1.0)] * len(ids), [0] * len(ids))[
+    assert completion_logprobs(pieces, ids, [Logprob(-1.0)] * len(ids), [0] * len(ids))[
         "token_logprobs"
     ] == [-1.0] * len(ids)
 
@@ -149,12 +149,12 @@ def test_the_bytes_of_a_character_that_is_spread_over_tokens() -> None:
     ids=lambda value: None if isinstance(value, Constraint) else str(value)[:60],
 )
 def test_the_form_of_the_output(asked: dict[str, Any], constraint: Constraint | None) -> None:
-    body, _ = read(COMPLETIONS, {"model": MODEL, "prompt": "x", **asked})
-    assert requests(body, served(), "s", 0)[0].sampling.constraint == constraint
+    body, _ = parse_body(COMPLETIONS, {"model": MODEL, "prompt": "x", **asked})
+    assert build_requests(body, served(), "s", 0)[0].sampling.constraint == constraint
 
 
 def test_what_is_asked_of_targets() -> None:
-    body, ignored = read(
+    body, ignored = parse_body(
         CHAT,
         {
             "model": MODEL,
@@ -168,7 +168,7 @@ def test_what_is_asked_of_targets() -> None:
         },
         strict=False,
     )
-    first, second = requests(body, served(), "name", 0, 7.5)
+    first, second = build_requests(body, served(), "name", 0, 7.5)
     assert ignored == ("tools",)
     assert (first.session, second.session) == ("name-0", "name-1")
     assert (first.sampling.seed, second.sampling.seed) == (2**63 - 1, -(2**63))
@@ -183,12 +183,12 @@ def test_what_is_asked_of_targets() -> None:
         1.0,
         CONTEXT - len(first.prompt),
     )
-    body, _ = read(
+    body, _ = parse_body(
         COMPLETIONS, {"model": MODEL, "prompt": ["a", [1, 2]], "speculative": {"max_rows": 3}}
     )
     assert [
         (request.prompt, request.max_rows, request.sampling.seed)
-        for request in requests(body, served(), "s", 9)
+        for request in build_requests(body, served(), "s", 9)
     ] == [
         (tuple(tokenizer().encode("a")), 3, 9),
         ((1, 2), 3, 9),

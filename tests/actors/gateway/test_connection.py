@@ -1,101 +1,34 @@
-"""No client, with a key or without one, keeps a connection open without a bound or keeps others out."""
+"""No client, with or without a key, holds a connection open forever or shuts others out."""
 
 import contextlib
 import datetime
 import json
 import socket
 import ssl
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
-from actors.gateway.api_keys import Keys
-from actors.openai.protocol import KINDS
-from actors.rpc.certificate_authority import Authority
-from runtime.config import GatewayConfig, LimitsConfig, TlsConfig
+from actors.rpc.certificate_authority import CertificateAuthority
+from runtime.config import GatewayConfig, TlsConfig
 from runtime.core import limits
 from runtime.core.messages import Chunk, Request
 from tests.actors.gateway.test_life import Gate, let, stats
 from tests.support.gateway import MODEL, Running, Scripted, never, serving
 from tests.support.harness import HANG_S
+from tests.support.raw_http import CHAT, COMPLETIONS, KEY, answer, connected, ends, flood, head
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-KEY = "a-key-for-all-models"
 SOON = 0.3  # seconds, in place of the real bounds
 FRAMES = ("Content-Length: 1000", "Transfer-Encoding: chunked")
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
-    file = tmp_path_factory.mktemp("keys") / "keys"
-    file.write_text(f"all:{KEY}\n")
-    file.chmod(0o600)
-    return Keys(file)
-
-
-@pytest.fixture(scope="module")
-def gateway(keys: Keys) -> Iterator[Running]:
-    with serving(Scripted(never), keys=keys) as running:
-        yield running
-        running.eventually(lambda: not running.connections())
 
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "BODY_SECONDS", SOON)
-    monkeypatch.setattr("actors.gateway.connection.STALL_SECONDS", SOON)
-    monkeypatch.setattr("actors.gateway.connection.CLOSE_SECONDS", SOON)
-
-
-def connected(gateway: Running, buffer: int | None = None) -> socket.socket:
-    """Opens a connection; `buffer` bytes may wait there for the client to read them."""
-    found = socket.socket()
-    if buffer is not None:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-    found.settimeout(HANG_S)
-    found.connect(("127.0.0.1", gateway.port()))
-    return found
-
-
-def flood(connection: socket.socket, data: bytes) -> None:
-    """Sends until it cannot go on."""
-    while True:
-        connection.sendall(data)
-
-
-def head(method: str, path: str, *lines: str, key: str | None = KEY, version: str = "1.1") -> bytes:
-    allowed = () if key is None else (f"Authorization: Bearer {key}",)
-    return "\r\n".join(
-        (f"{method} {path} HTTP/{version}", "Host: a", *allowed, *lines, "", "")
-    ).encode()
-
-
-def answer(connection: socket.socket) -> tuple[int, bytes, bytes]:
-    """Returns status, head and body of the next final answer, which has a Content-Length."""
-    found = b""
-    while b"\r\n\r\n" not in found:
-        found += (data := connection.recv(65536))
-        assert data, found
-        if found.startswith(b"HTTP/1.1 100 ") and b"\r\n\r\n" in found:
-            found = found.partition(b"\r\n\r\n")[2]
-    first, _, body = found.partition(b"\r\n\r\n")
-    first = first.lower()
-    length = int(first.partition(b"content-length: ")[2].split(b"\r\n")[0])
-    while len(body) < length:
-        body += (data := connection.recv(65536))
-        assert data
-    return int(first.split(b" ")[1]), first, body
-
-
-def ends(connection: socket.socket) -> bool:
-    """Returns True when the server has ended the connection."""
-    with contextlib.suppress(ConnectionResetError):
-        while connection.recv(65536):
-            pass
-    return True
+    monkeypatch.setattr("actors.gateway.connection.STALL_TIMEOUT_S", SOON)
+    monkeypatch.setattr("actors.gateway.connection.CLOSE_TIMEOUT_S", SOON)
 
 
 ROUTES = [
@@ -123,8 +56,8 @@ ROUTES = [
 
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("frame", FRAMES)
-def test_a_body_that_nobody_reads_ends_its_connection(gateway: Running, frame: str) -> None:
-    """Whatever is asked for, with a key and without one."""
+def test_an_unread_body_ends_its_connection(gateway: Running, frame: str) -> None:
+    """This holds for every route, with and without a key."""
     with contextlib.ExitStack() as stack:
         open_ones = []
         for method, path, status in ROUTES:
@@ -169,7 +102,7 @@ def test_a_connection_whose_bodies_were_read_or_empty_is_used_again(gateway: Run
 
 
 @pytest.mark.usefixtures("short")
-def test_who_sends_requests_and_reads_no_answers_is_cut(gateway: Running) -> None:
+def test_a_client_that_reads_no_answers_is_disconnected(gateway: Running) -> None:
     with connected(gateway, 4096) as connection:
         connection.settimeout(SOON)
         with pytest.raises(OSError, match=r"timed out|reset|pipe"):
@@ -182,11 +115,11 @@ def test_who_sends_requests_and_reads_no_answers_is_cut(gateway: Running) -> Non
     "fields", [{}, {"stream": True}, {"stream": True, "timeout": SOON}], ids=str
 )
 @pytest.mark.parametrize("close", [(), ("Connection: close",)], ids=["keep", "close"])
-def test_who_does_not_read_a_long_answer_is_cut(
+def test_a_client_that_does_not_read_a_long_answer_is_disconnected(
     monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], close: tuple[str, ...]
 ) -> None:
-    """It is cut as well if all of the answer is in the buffers, or its deadline has ended it."""
-    monkeypatch.setattr("actors.gateway.completion_handler.GRACE_SECONDS", 0.0)
+    """This holds also if the whole answer is buffered or the deadline has ended it."""
+    monkeypatch.setattr("actors.gateway.completion_handler.DEADLINE_GRACE_S", 0.0)
 
     async def long(request: Request) -> AsyncGenerator[Chunk, None]:
         for _ in range(12):
@@ -211,11 +144,11 @@ def test_who_does_not_read_a_long_answer_is_cut(
         gateway.eventually(gateway.free)
 
 
-# Clients that end their side, and clients that are gone
+# Clients that close their side
 
 
 @pytest.mark.parametrize("waits", [False, True], ids=["at once", "later"])
-def test_who_ends_its_side_gets_its_answer(waits: bool) -> None:
+def test_a_half_closed_client_gets_its_answer(waits: bool) -> None:
     gate = Gate()
     scripted = Scripted(gate.speak)
     body = json.dumps({"model": MODEL, "prompt": "x"}).encode()
@@ -234,7 +167,7 @@ def test_who_ends_its_side_gets_its_answer(waits: bool) -> None:
         if waits:
             assert connection.recv(100, socket.MSG_PEEK).startswith(
                 b"HTTP/1.1 100 "
-            )  # is anybody there?
+            )  # the probe for a client
             let(gateway, gate)
         status, _, text = answer(connection)
         assert (status, json.loads(text)["choices"][0]["text"]) == (200, "ab")
@@ -242,7 +175,7 @@ def test_who_ends_its_side_gets_its_answer(waits: bool) -> None:
         gateway.eventually(lambda: not gateway.connections())
 
 
-def test_requests_that_came_before_the_end_are_answered_all(gateway: Running) -> None:
+def test_all_requests_before_a_half_close_are_answered(gateway: Running) -> None:
     with connected(gateway) as connection:
         connection.sendall(head("GET", "/health") * 3)
         connection.shutdown(socket.SHUT_WR)
@@ -252,12 +185,12 @@ def test_requests_that_came_before_the_end_are_answered_all(gateway: Running) ->
         assert found.count(b"200 OK") == 3
 
 
-# Who keeps others out
+# Many connections
 
 
-def test_who_has_waited_longest_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten silent connections keep nobody out if four may be open, and do not end one that is served."""
-    monkeypatch.setattr("actors.gateway.server.CONNECTIONS", 4)
+def test_the_longest_idle_connection_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a limit of four, ten silent connections neither shut others out nor end a served one."""
+    monkeypatch.setattr("actors.gateway.server.MAX_CONNECTIONS", 4)
     gate = Gate()
     scripted = Scripted(gate.speak)
     with (
@@ -282,8 +215,8 @@ def test_who_has_waited_longest_makes_room(monkeypatch: pytest.MonkeyPatch) -> N
         assert served.result().choices[0].text == "ab"
 
 
-def test_where_all_are_served_another_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.gateway.server.CONNECTIONS", 1)
+def test_a_full_gateway_refuses_another_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.gateway.server.MAX_CONNECTIONS", 1)
     gate = Gate()
     scripted = Scripted(gate.speak)
     with serving(scripted) as gateway, gateway.openai() as client, ThreadPoolExecutor(1) as pool:
@@ -302,8 +235,8 @@ def test_where_all_are_served_another_is_refused(monkeypatch: pytest.MonkeyPatch
 @pytest.fixture(scope="module")
 def secured(tmp_path_factory: pytest.TempPathFactory) -> TlsConfig:
     folder = tmp_path_factory.mktemp("tls")
-    authority = Authority("outrider", datetime.datetime.now(datetime.UTC), 1)
-    site = authority.website(["localhost", "127.0.0.1"])
+    authority = CertificateAuthority("outrider", datetime.datetime.now(datetime.UTC), 1)
+    site = authority.https_server(["localhost", "127.0.0.1"])
     for name, data in {
         "ca": authority.certificate,
         "cert": site.certificate,
@@ -313,7 +246,7 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> TlsConfig:
     return TlsConfig(ca=folder / "ca", cert=folder / "cert", key=folder / "key")
 
 
-def test_tls_that_is_never_shaken_hands_for_counts_and_ends(
+def test_an_unfinished_tls_handshake_counts_as_a_connection_and_times_out(
     secured: TlsConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(Scripted(never), config=GatewayConfig(port=0, tls=secured)) as gateway:
@@ -337,124 +270,3 @@ def test_tls_that_is_never_shaken_hands_for_counts_and_ends(
                 shaken.sendall(sent)
                 assert answer(shaken)[0] in (200, 415)
         gateway.eventually(lambda: not gateway.connections())
-
-
-# HTTP at its edges
-
-
-BODY = json.dumps({"model": "other", "prompt": "x"}).encode()
-JSON = "Content-Type: application/json"
-CHUNKED = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
-
-
-@pytest.mark.parametrize(
-    ("sent", "status"),
-    [
-        (
-            head("POST", COMPLETIONS, JSON, "Transfer-Encoding: chunked") + CHUNKED,
-            404,
-        ),  # it is the odd ones that are refused
-        (
-            head(
-                "POST",
-                COMPLETIONS,
-                JSON,
-                f"Content-Length: {len(BODY)}",
-                "Transfer-Encoding: chunked",
-            )
-            + CHUNKED,
-            400,
-        ),
-        (
-            head(
-                "POST",
-                COMPLETIONS,
-                JSON,
-                "Transfer-Encoding: chunked",
-                f"Content-Length: {len(CHUNKED)}",
-            )
-            + CHUNKED,
-            400,
-        ),
-        (
-            head("POST", COMPLETIONS, JSON, "Transfer-Encoding: chunked", version="1.0") + CHUNKED,
-            400,
-        ),
-        (head("POST", COMPLETIONS, JSON, "Transfer-Encoding: chunked") + b"nonsense\r\n", 400),
-        (head("POST", COMPLETIONS, JSON, "Transfer-Encoding: gzip"), 501),
-        (head("POST", COMPLETIONS, JSON, "Content-Length: -5"), 400),
-        (head("GET", "/health", "X-A : b"), 400),
-        (head("GET", "/health", f"X-A: {'a' * (17 << 10)}"), 431),
-        (head("GET", "/health", f"X-A: {'a' * (4 << 20)}"), 431),
-        (head("GET", "/health", *(f"X-{number}: a" for number in range(101))), 431),
-        (b"GET /health HTTP/1.1\r\n\r\n", 400),
-        (b"nonsense\r\n\r\n", 400),
-        (b"\r\n" * 100, 400),
-        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200), 400),
-    ],
-    ids=lambda value: repr(value[-30:]) if isinstance(value, bytes) else None,
-)
-def test_what_is_no_http_gets_openais_error_and_the_connection_ends(
-    gateway: Running, sent: bytes, status: int
-) -> None:
-    with connected(gateway) as connection:
-        connection.sendall(sent)
-        found, first, body = answer(connection)
-        assert found == status
-        assert b"\r\ncontent-type: application/json" in first
-        assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
-        if status not in (404, 431):  # their heads may have been read in full
-            assert b"\r\nconnection: close" in first
-            assert ends(connection)
-
-
-@pytest.mark.parametrize("key", [KEY, None])
-@pytest.mark.parametrize("framed", ["length", "chunked"])
-def test_who_sends_too_much_can_read_why(gateway: Running, framed: str, key: str | None) -> None:
-    """Five MiB, sent in full before the answer is looked for."""
-    data = b" " * (5 << 20)
-    frame = f"Content-Length: {len(data)}" if framed == "length" else "Transfer-Encoding: chunked"
-    with connected(gateway) as connection:
-        connection.sendall(head("POST", COMPLETIONS, JSON, frame, key=key))
-        connection.sendall(
-            data if framed == "length" else b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data)
-        )
-        status, _, body = answer(connection)
-        expected = (401, "invalid_api_key") if key is None else (413, "body_too_large")
-        assert (status, json.loads(body)["error"]["code"]) == expected
-        assert ends(connection)
-
-
-def test_who_sends_far_too_much_is_not_listened_to_for_ever(gateway: Running) -> None:
-    piece = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
-    with connected(gateway) as connection:
-        connection.sendall(head("POST", COMPLETIONS, JSON, "Transfer-Encoding: chunked"))
-        with pytest.raises(ConnectionError):
-            flood(connection, piece)
-
-
-WRONG: dict[str, dict[str, Any]] = {
-    "lists": {"prompt": [["a"] * 9000] * 8},
-    "numbers": {"prompt": [[1.5] * 9000] * 8},
-    "objects": {"prompt": [{}] * 10_000},
-    "late": {"prompt": [[1] * 9000] * 7 + [[1] * 8999 + ["a"]]},
-    "parts": {"messages": [{"role": "user", "content": [1] * 9000}] * 8},
-    "stop": {"stop": [1] * 9000},
-}
-
-
-@pytest.mark.parametrize("which", WRONG)
-def test_a_long_list_that_is_wrong_is_left_at_its_first_error(which: str) -> None:
-    """Its cost is in the errors: 72,000 of them took most of a second."""
-    kind = KINDS[CHAT if which == "parts" else COMPLETIONS]
-    with pytest.raises(ValidationError) as wrong:
-        kind.model_validate({"model": MODEL, **WRONG[which]})
-    assert wrong.value.error_count() <= 32
-
-
-@pytest.mark.parametrize("strict", [True, False])
-def test_unknown_fields_beyond_counting_are_refused_uncounted(strict: bool) -> None:
-    message = {"role": "user", "content": "x"} | {f"field{number}": 1 for number in range(8)}
-    with serving(Scripted(never), LimitsConfig(strict=strict)) as gateway, gateway.http() as client:
-        reply = client.post(CHAT, json={"model": MODEL, "messages": [message] * 8000})
-        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "too_complex")

@@ -9,8 +9,8 @@ from typing import Any
 import openai
 import pytest
 
-from actors.openai.protocol import read
-from actors.openai.request_adapter import requests
+from actors.openai.protocol import parse_body
+from actors.openai.request_adapter import build_requests
 from runtime.models import grammar_check
 from tests.support.gateway import CONTEXT, MODEL, Running, Scripted, never, serving, tokenizer
 from tests.support.harness import Output, answer
@@ -38,10 +38,10 @@ def client(gateway: Running) -> Iterator[openai.OpenAI]:
 
 def direct(gateway: Running, url: str, body: dict[str, Any]) -> list[Output]:
     """What the target itself says to the requests that the body means."""
-    found, _ = read(url, body)
+    found, _ = parse_body(url, body)
     return [
         gateway.network.run(answer(gateway.body, request))
-        for request in requests(found, gateway.service.served, uuid.uuid4().hex, 0)
+        for request in build_requests(found, gateway.service.served, uuid.uuid4().hex, 0)
     ]
 
 

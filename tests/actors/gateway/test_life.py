@@ -15,7 +15,7 @@ import httpx2 as httpx
 import openai
 import pytest
 
-from actors.gateway.api_keys import Keys
+from actors.gateway.api_keys import ApiKeys
 from runtime.config import LimitsConfig
 from runtime.core.messages import Chunk, Request, Stats
 from tests.support.gateway import MODEL, Running, Scripted, serving
@@ -135,7 +135,7 @@ def test_who_leaves_closes_all_choices_at_once(gate: Gate, stream: bool) -> None
 def test_a_client_that_does_not_read_is_cut_after_its_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("actors.gateway.completion_handler.GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("actors.gateway.completion_handler.DEADLINE_GRACE_S", 0.1)
 
     async def endless(request: Request) -> AsyncGenerator[Chunk, None]:
         while True:
@@ -147,7 +147,7 @@ def test_a_client_that_does_not_read_is_cut_after_its_deadline(
         socket.create_connection(("127.0.0.1", gateway.port()), timeout=HANG_S) as connection,
     ):
         connection.sendall(raw(COMPLETIONS, body(stream=True, timeout=0.3)))
-        gateway.eventually(lambda: bool(gateway.service.ledger.entries))
+        gateway.eventually(lambda: bool(gateway.service.limiter.active))
         gateway.eventually(gateway.free)
 
 
@@ -176,7 +176,7 @@ def test_the_deadline_travels_to_the_target(how: str) -> None:
 def test_a_target_that_never_answers_ends_with_the_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("actors.gateway.completion_handler.GRACE_SECONDS", 0.0)
+    monkeypatch.setattr("actors.gateway.completion_handler.DEADLINE_GRACE_S", 0.0)
 
     async def mute(request: Request) -> AsyncGenerator[Chunk, None]:
         await asyncio.Event().wait()
@@ -203,7 +203,7 @@ def test_beyond_the_bounds_all_are_refused_at_once_and_those_inside_are_unharmed
     file.chmod(0o600)
     scripted = Scripted(gate.speak)
     with (
-        serving(scripted, LimitsConfig(requests=8, per_key=3), Keys(file)) as gateway,
+        serving(scripted, LimitsConfig(requests=8, per_key=3), ApiKeys(file)) as gateway,
         ThreadPoolExecutor(64) as pool,
         gateway.http() as client,
     ):
@@ -266,7 +266,7 @@ def test_a_drain_refuses_new_requests_and_waits_for_those_under_way(gate: Gate) 
         first = pool.submit(client.post, COMPLETIONS, json=body())
         gateway.eventually(lambda: scripted.open == 1)
         drained: Future[None] = gateway.network.submit(gateway.service.drain())
-        gateway.eventually(lambda: gateway.service.ledger.draining)
+        gateway.eventually(lambda: gateway.service.limiter.draining)
         with gateway.http() as other:
             refused = other.post(COMPLETIONS, json=body())
             assert (
@@ -307,7 +307,7 @@ def test_what_comes_twice_runs_once(gate: Gate) -> None:
 
         whole = [pool.submit(ask, "one") for _ in range(3)]
         streamed = [pool.submit(ask, "two", stream=True) for _ in range(3)]
-        gateway.eventually(lambda: len(gateway.service.ledger.entries) == 6 and scripted.open == 2)
+        gateway.eventually(lambda: len(gateway.service.limiter.active) == 6 and scripted.open == 2)
         other = ask("one", max_tokens=5)
         assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_key_reused")
         let(gateway, gate)
@@ -340,10 +340,14 @@ def test_a_run_goes_on_while_somebody_listens_and_ends_with_the_last(gate: Gate)
                 headers={"idempotency-key": "k", "content-type": "application/json"},
             )
             gateway.eventually(
-                lambda: any(run.listeners == 2 for run in gateway.service.replays.runs.values())
+                lambda: any(
+                    run.listeners == 2 for run in gateway.service.idempotency.responses.values()
+                )
             )
         gateway.eventually(
-            lambda: all(run.listeners == 1 for run in gateway.service.replays.runs.values())
+            lambda: all(
+                run.listeners == 1 for run in gateway.service.idempotency.responses.values()
+            )
         )
         let(gateway, gate)
         assert '"text":"b"' in second.result().text
@@ -353,7 +357,7 @@ def test_a_run_goes_on_while_somebody_listens_and_ends_with_the_last(gate: Gate)
             alone.sendall(data.replace(b": k", b": l"))
             gateway.eventually(lambda: scripted.open == 1)
         gateway.eventually(gateway.free)
-        assert [key for _, key in gateway.service.replays.runs] == ["k"]
+        assert [key for _, key in gateway.service.idempotency.responses] == ["k"]
 
 
 def test_an_error_is_not_kept_and_a_second_try_says_the_same() -> None:

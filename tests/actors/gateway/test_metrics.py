@@ -10,8 +10,8 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from actors.controller.fleet_view import DrafterState, Fleet, PoolState, TargetState
-from actors.gateway.concurrency_limiter import Ledger
-from actors.gateway.metrics import Meter
+from actors.gateway.concurrency_limiter import ConcurrencyLimiter
+from actors.gateway.metrics import GatewayMetrics
 from runtime.config import LimitsConfig
 from runtime.core.messages import Chunk, Request, Stats
 from runtime.telemetry.reports import DrafterReport, GuessReport, TargetReport
@@ -86,8 +86,8 @@ def families() -> list[Metric]:
     return [*meter.registry.collect()]
 
 
-async def measured() -> Meter:
-    meter = Meter(MODEL, Ledger(LimitsConfig()), fleet)
+async def measured() -> GatewayMetrics:
+    meter = GatewayMetrics(MODEL, ConcurrencyLimiter(LimitsConfig()), fleet)
     meter.answered("/v1/completions", 200)
     meter.ended("stop")
     meter.accepted_at.labels(MODEL, "0")

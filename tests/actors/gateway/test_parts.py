@@ -16,15 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.gateway import idempotency
-from actors.gateway.api_keys import Keys, is_open, read
-from actors.gateway.idempotency import Replays
-from actors.gateway.server import check_closed, is_loopback, listen, server
+from actors.gateway.api_keys import ApiKeys, is_open, read_keys
+from actors.gateway.idempotency import IdempotencyCache
+from actors.gateway.server import build_server, check_exposure, is_loopback, listen
 from actors.openai import chat_template
 from actors.openai.chat_template import render
-from actors.openai.errors import Refused
-from actors.openai.json_body import parse
-from actors.openai.protocol import read as read_body
-from actors.openai.usage import together
+from actors.openai.errors import ApiError
+from actors.openai.json_body import parse_json
+from actors.openai.protocol import parse_body
+from actors.openai.usage import merge_stats
 from runtime.config import GatewayConfig, TlsConfig
 from runtime.core.errors import InvalidRequest, Unavailable
 from runtime.core.messages import Round, Stats
@@ -36,7 +36,7 @@ def status_or(work: Callable[[], Any]) -> Any:
     """What it returns, or the status of what it refuses with."""
     try:
         return work()
-    except Refused as refused:
+    except ApiError as refused:
         return refused.status
 
 
@@ -54,7 +54,7 @@ values = st.recursive(
 @given(st.dictionaries(st.text(), values, max_size=6), st.booleans())
 @settings(max_examples=40)
 def test_what_is_json_is_read_as_json(value: dict[str, Any], ascii_only: bool) -> None:
-    assert parse(json.dumps(value, ensure_ascii=ascii_only).encode()) == value
+    assert parse_json(json.dumps(value, ensure_ascii=ascii_only).encode()) == value
 
 
 @given(
@@ -63,7 +63,7 @@ def test_what_is_json_is_read_as_json(value: dict[str, Any], ascii_only: bool) -
 )
 @settings(max_examples=200)
 def test_what_is_not_is_refused_and_never_more_than_json_allows(text: str) -> None:
-    found = status_or(lambda: parse(text.encode()))
+    found = status_or(lambda: parse_json(text.encode()))
     assert found == 400 or found == json.loads(text)
 
 
@@ -71,7 +71,7 @@ def test_what_is_not_is_refused_and_never_more_than_json_allows(text: str) -> No
 @given(st.lists(st.tuples(st.text('a:"\\', max_size=2), values), max_size=5))
 def test_a_key_stands_once_in_an_object(pairs: list[tuple[str, Any]]) -> None:
     inner = ",".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in pairs)
-    found = status_or(lambda: parse(f'{{"inside": [{{{inner}}}]}}'.encode()))
+    found = status_or(lambda: parse_json(f'{{"inside": [{{{inner}}}]}}'.encode()))
     assert found == ({"inside": [dict(pairs)]} if len(dict(pairs)) == len(pairs) else 400)
 
 
@@ -80,7 +80,7 @@ def test_a_key_stands_once_in_an_object(pairs: list[tuple[str, Any]]) -> None:
 )
 def test_what_stands_in_a_string_counts_as_one_value(text: str) -> None:
     value = {"a": text * 300_000, text: ["x", {text: text}]}
-    assert parse(json.dumps(value).encode()) == value
+    assert parse_json(json.dumps(value).encode()) == value
 
 
 @settings(max_examples=40)
@@ -90,7 +90,7 @@ def test_what_stands_in_a_string_counts_as_one_value(text: str) -> None:
     st.booleans(),
 )
 def test_any_object_is_a_body_or_refused(value: dict[str, Any], url: str, strict: bool) -> None:
-    assert status_or(lambda: read_body(url, value, strict)) == 400 or "model" in value
+    assert status_or(lambda: parse_body(url, value, strict)) == 400 or "model" in value
 
 
 def test_a_string_that_never_ends_takes_no_time() -> None:
@@ -102,8 +102,8 @@ def test_a_string_that_never_ends_takes_no_time() -> None:
         b"1" * 2_000_000,
         b"," * 2_000_000,
     ):
-        with pytest.raises(Refused):
-            parse(text)
+        with pytest.raises(ApiError):
+            parse_json(text)
     assert time.process_time() - began < 15
 
 
@@ -121,7 +121,7 @@ LONG = "0123456789abcdef"
 
 
 def test_keys(tmp_path: Path) -> None:
-    keys = Keys(keys_file(tmp_path, f"# comment\n\nme:{LONG}\nyou:{LONG}1:a/b,c:d\n"))
+    keys = ApiKeys(keys_file(tmp_path, f"# comment\n\nme:{LONG}\nyou:{LONG}1:a/b,c:d\n"))
     assert keys.find("") is keys.find(LONG[:-1]) is keys.find(LONG.upper()) is None
     me, you = keys.find(LONG), keys.find(f"{LONG}1")
     assert me is not None
@@ -134,7 +134,7 @@ def test_a_key_that_is_taken_back_is_none_at_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = keys_file(tmp_path, f"me:{LONG}\nyou:{LONG}1\n")
-    keys = Keys(file)
+    keys = ApiKeys(file)
     keys_file(tmp_path, f"you:{LONG}1\n")
     os.utime(file, ns=(1, 1))
     assert keys.find(LONG) is None
@@ -168,7 +168,7 @@ def test_a_file_of_keys_that_is_none(tmp_path: Path, text: str, mode: int, why: 
     file.write_bytes(text.encode(errors="surrogateescape"))
     file.chmod(mode)
     with pytest.raises(InvalidRequest, match=why) as caught:
-        read(file)
+        read_keys(file)
     assert LONG not in str(caught.value)
 
 
@@ -190,7 +190,7 @@ def test_when_a_file_of_keys_is_open(mode: int, owner: int, reader: int, it_is: 
 
 def test_a_file_of_keys_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="cannot be read"):
-        Keys(tmp_path / "none")
+        ApiKeys(tmp_path / "none")
 
 
 # Replays
@@ -210,7 +210,7 @@ async def pieces(*said: bytes) -> AsyncGenerator[bytes, None]:
 
 
 async def all_of(
-    replays: Replays, key: str, digest: bytes = b"", said: Sequence[bytes] = (b"x",)
+    replays: IdempotencyCache, key: str, digest: bytes = b"", said: Sequence[bytes] = (b"x",)
 ) -> list[bytes]:
     async with aclosing(replays.share((None, key), digest, lambda: pieces(*said))) as shared:
         return [piece async for piece in shared]
@@ -222,28 +222,28 @@ def test_answers_are_kept_for_a_time_and_while_there_is_room(
     async def main() -> None:
         clock = Clock()
         replayed: list[None] = []
-        replays = Replays(clock, lambda: replayed.append(None))
+        replays = IdempotencyCache(clock, lambda: replayed.append(None))
         assert await all_of(replays, "a", said=[b"1", b"2"]) == [b"1", b"2"]
         assert await all_of(replays, "a", said=[b"3"]) == [b"1", b"2"]
         assert len(replayed) == 1
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(ApiError) as refused:
             await all_of(replays, "a", digest=b"other")
         assert refused.value.status == 409
-        clock.now = idempotency.KEEP_SECONDS
+        clock.now = idempotency.CACHE_TTL_S
         assert await all_of(replays, "a", digest=b"other", said=[b"3"]) == [b"3"]
-        monkeypatch.setattr(idempotency, "KEEP_BYTES", 10)
+        monkeypatch.setattr(idempotency, "MAX_CACHE_BYTES", 10)
         for name in "bcdefg":
             await all_of(replays, name, said=[b"12345"])
-        assert len(replays.runs) <= 3
-        monkeypatch.setattr(idempotency, "KEEP_ENTRIES", 2)
+        assert len(replays.responses) <= 3
+        monkeypatch.setattr(idempotency, "MAX_CACHE_ENTRIES", 2)
         for name in "hijk":
             await all_of(replays, name, said=[b"1"])
-        assert list(replays.runs) == [(None, "j"), (None, "k")]
+        assert list(replays.responses) == [(None, "j"), (None, "k")]
 
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("fault", [KeyError("ours"), Refused(503, "unavailable", "not now")])
+@pytest.mark.parametrize("fault", [KeyError("ours"), ApiError(503, "unavailable", "not now")])
 def test_an_answer_that_failed_half_way_is_not_taken_for_whole(fault: Exception) -> None:
     """All that listen hear of it, and the next one under its key begins anew."""
 
@@ -252,13 +252,17 @@ def test_an_answer_that_failed_half_way_is_not_taken_for_whole(fault: Exception)
         await asyncio.sleep(0)
         raise fault
 
-    async def heard(replays: Replays, pieces: list[bytes]) -> None:
+    async def heard(replays: IdempotencyCache, pieces: list[bytes]) -> None:
         async with aclosing(replays.share((None, "a"), b"", failing)) as shared:
             async for piece in shared:
                 pieces += [piece]
 
     async def main() -> None:
-        replays, first, second = Replays(Clock(), lambda: None), list[bytes](), list[bytes]()
+        replays, first, second = (
+            IdempotencyCache(Clock(), lambda: None),
+            list[bytes](),
+            list[bytes](),
+        )
         ends = await asyncio.gather(
             heard(replays, first), heard(replays, second), return_exceptions=True
         )
@@ -297,8 +301,8 @@ MESSAGES = [{"role": "user", "content": "x"}]
 def test_a_template_that_runs_wild_is_refused(
     template: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.1 if why == "more than" else 60.0)
-    with pytest.raises(Refused, match=why) as refused:
+    monkeypatch.setattr(chat_template, "RENDER_TIMEOUT_S", 0.1 if why == "more than" else 60.0)
+    with pytest.raises(ApiError, match=why) as refused:
         render(tokenizer(template), MESSAGES)
     assert refused.value.status == 400
 
@@ -316,7 +320,7 @@ def test_the_way_out_of_a_template_leaves_no_trace() -> None:
 def test_figures_of_several_choices_are_their_sum() -> None:
     one = Stats(2, 5, 3, 8, 6, 2, 1, (1, 2), {"a": 2}, {"late": 1}, 3.0)
     two = Stats(2, 4, 2, 7, 5, 3, 2, (1, 0, 1), {"a": 1, "b": 2}, {}, 2.0)
-    found = together([one, two])
+    found = merge_stats([one, two])
     assert (found.completion_tokens, found.rounds, found.histogram, found.by_drafter) == (
         9,
         5,
@@ -355,17 +359,17 @@ def test_a_gateway_that_others_reach_is_closed(host: str, caplog: pytest.LogCapt
         (GatewayConfig(host=host, tls=TLS), "api_keys"),
     ):
         with pytest.raises(InvalidRequest, match=f"has no {lacking}: give them"):
-            check_closed(config)
-    check_closed(GatewayConfig(host=host, api_keys=Path("k"), tls=TLS))
+            check_exposure(config)
+    check_exposure(GatewayConfig(host=host, api_keys=Path("k"), tls=TLS))
     with caplog.at_level(logging.WARNING):
-        check_closed(GatewayConfig(host=host, insecure=True))
+        check_exposure(GatewayConfig(host=host, insecure=True))
     assert "without api_keys and tls" in caplog.text
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
 def test_a_gateway_that_nobody_else_reaches_may_be_open(host: str) -> None:
     assert is_loopback(host)
-    check_closed(GatewayConfig(host=host))
+    check_exposure(GatewayConfig(host=host))
 
 
 def test_an_address_or_certificate_that_cannot_be_had(tmp_path: Path) -> None:
@@ -379,4 +383,4 @@ def test_an_address_or_certificate_that_cannot_be_had(tmp_path: Path) -> None:
     (tmp_path / "bad.pem").write_text("nonsense")
     for file in (tmp_path / "none.pem", tmp_path / "bad.pem"):
         with pytest.raises(InvalidRequest, match="certificate or key"):
-            server(app, GatewayConfig(tls=TlsConfig(ca=file, cert=file, key=file)))
+            build_server(app, GatewayConfig(tls=TlsConfig(ca=file, cert=file, key=file)))

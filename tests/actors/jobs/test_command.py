@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from actors import cli
+from tests.support.command import outrider
 from tests.support.jobs_harness import answers, batch, line, said
 from tests.support.paths import ROOT
 
@@ -109,15 +109,13 @@ def started(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command(*arguments), cwd=ROOT, text=True, preexec_fn=heed, **pipes)  # noqa: PLW1509
 
 
-def outrider(
+def captured_run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
 ) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of the command, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["outrider", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
+    """Returns the exit code, standard output and standard error of the command."""
+    code = outrider(monkeypatch, *arguments)
     captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, captured.err
+    return code, captured.out, captured.err
 
 
 def test_a_command_that_is_killed_at_random_moments_answers_each_item_once(
@@ -170,16 +168,16 @@ def test_the_key_is_sent_and_the_end_is_told(
     with file.open("a") as more:
         more.write(json.dumps({"custom_id": "crooked"}) + "\n")
     call = ("submit", file, "-o", out, "--url", gateway.url, "--api-key-file", key)
-    code, shown, said_so = outrider(capsys, monkeypatch, *call)
+    code, shown, said_so = captured_run(capsys, monkeypatch, *call)
     assert (code, shown) == (0, "")
     assert said_so.splitlines()[-1].endswith(f"6 items, 1 of them failed: {out}")
     assert gateway.keys == {"Bearer sk-test"}
     asked = gateway.requests
-    code, _, _ = outrider(
+    code, _, _ = captured_run(
         capsys, monkeypatch, "submit", file, "-o", out, "--url", "http://127.0.0.1:1/v1"
     )
     assert (code, gateway.requests) == (0, asked), "where nothing is left, nobody need answer"
-    code, shown, _ = outrider(capsys, monkeypatch, "jobs", "--json")
+    code, shown, _ = captured_run(capsys, monkeypatch, "jobs", "--json")
     assert code == 0
     listed = json.loads(shown)
     assert (listed["state"], listed["done"], listed["failed"], listed["output"]) == (
@@ -188,9 +186,9 @@ def test_the_key_is_sent_and_the_end_is_told(
         1,
         str(out),
     )
-    code, shown, _ = outrider(capsys, monkeypatch, "jobs")
+    code, shown, _ = captured_run(capsys, monkeypatch, "jobs")
     assert (code, listed["id"] in shown) == (0, True)
-    code, shown, _ = outrider(capsys, monkeypatch, "jobs", listed["id"])
+    code, shown, _ = captured_run(capsys, monkeypatch, "jobs", listed["id"])
     assert code == 0
     assert f"{listed['id']} finished: 6 of 6 items, 1 of them failed" in shown
 
@@ -242,7 +240,7 @@ def test_one_line_names_the_value(
     paths = [
         str(tmp_path / f"{word.lower()}.jsonl") if word.isupper() else word for word in arguments
     ]
-    code, shown, said_so = outrider(capsys, monkeypatch, "submit", *paths)
+    code, shown, said_so = captured_run(capsys, monkeypatch, "submit", *paths)
     assert (code, shown) == (2, "")
     assert said_so.startswith("outrider: ")
     assert said_so.count("\n") == 1, said_so
@@ -260,7 +258,7 @@ def test_a_job_that_is_not_there_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    code, shown, said_so = outrider(capsys, monkeypatch, "jobs", *arguments)
+    code, shown, said_so = captured_run(capsys, monkeypatch, "jobs", *arguments)
     assert (code, shown) == (2, "")
     assert named in said_so
 
@@ -279,18 +277,19 @@ def test_a_job_that_runs_is_cancelled_from_outside(
         os.kill(running.pid, signal.SIGSTOP)  # so that it cannot finish meanwhile
         [listed] = [
             json.loads(text)
-            for text in outrider(capsys, monkeypatch, "jobs", "--json")[1].splitlines()
+            for text in captured_run(capsys, monkeypatch, "jobs", "--json")[1].splitlines()
         ]
         assert listed["state"] == "running"
-        code, _, refused = outrider(capsys, monkeypatch, *call)
+        code, _, refused = captured_run(capsys, monkeypatch, *call)
         assert (code, f"process {running.pid}" in refused) == (2, True)
-        assert outrider(capsys, monkeypatch, "jobs", listed["id"], "--cancel")[0] == 0
+        assert captured_run(capsys, monkeypatch, "jobs", listed["id"], "--cancel")[0] == 0
         os.kill(running.pid, signal.SIGCONT)
         _, said_so = running.communicate(timeout=PATIENCE_S)
         assert running.returncode == 2
         assert "was cancelled after" in said_so
     [listed] = [
-        json.loads(text) for text in outrider(capsys, monkeypatch, "jobs", "--json")[1].splitlines()
+        json.loads(text)
+        for text in captured_run(capsys, monkeypatch, "jobs", "--json")[1].splitlines()
     ]
     assert listed["state"] == "cancelled"
     assert listed["done"] == len(answers(out.read_bytes())) < 2000

@@ -15,7 +15,7 @@ from actors.jobs.items import Answer, Item
 from actors.jobs.job import open_job
 from actors.jobs.lease import LEASE_S, Lease
 from actors.jobs.worker import MAX_ATTEMPTS, NO_ANSWER_TIMEOUT_S, Clock, answer_job
-from actors.openai.errors import refused
+from actors.openai.errors import to_api_error
 from runtime.core.errors import InvalidRequest, Overloaded, TargetsLost, Unavailable
 from tests.support.jobs_harness import Echo, answers, batch, line, live
 
@@ -172,7 +172,7 @@ def test_an_item_that_may_be_what_ends_targets_is_not_asked_again(tmp_path: Path
         if item.custom_id != "item-2":
             return None
         tries += 1
-        return Answer(500, refused(TargetsLost("2 targets died")).body())
+        return Answer(500, to_api_error(TargetsLost("2 targets died")).body())
 
     out = tmp_path / "out.jsonl"
     run(batch(tmp_path / "in.jsonl"), out, Scripted(script))

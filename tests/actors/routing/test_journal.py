@@ -138,7 +138,7 @@ class Clusters(RuleBasedStateMachine):
         self.loop = VirtualLoop()
         self.lives = {"a": 0, "b": 0}
         self.puppets: dict[str, Puppet] = {}
-        self.router = Router(self.puppets.__getitem__, patience=1e4)
+        self.router = Router(self.puppets.__getitem__, target_wait_s=1e4)
         self.chunks: list[Chunk] = []
         self.barren = 0  # restarts since the last of them
         self.reading = self.loop.create_task(self.listen())

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.routing.router import AGAIN_S, GRACE_S, MAX_DEATHS, Router
+from actors.routing.router import DEADLINE_GRACE_S, MAX_DEATHS, RETRY_DELAY_S, Router
 from runtime.core.errors import InvalidRequest, Overloaded, Unavailable
 from tests.support.router_harness import (
     ANSWER,
@@ -79,7 +79,7 @@ def test_life_after_life_the_figures_add_up(deaths: list[tuple[int, Death, int]]
             for life, (_, death, size) in enumerate(deaths)
         }
         lives[f"t/{len(deaths)}"] = Scripted(ANSWER, (2,))
-        router = Router(lives.__getitem__, patience=1e6)
+        router = Router(lives.__getitem__, target_wait_s=1e6)
         reading = asyncio.ensure_future(all_of(router.generate(ASKED)))
         place = 0
         for life, (more, _, size) in enumerate(deaths):
@@ -203,9 +203,9 @@ def test_a_target_that_has_not_noticed_the_end_of_our_last_call_is_asked_again()
         target = Scripted(ANSWER, cut=5)
         router, _ = stage(target)
         reading = asyncio.ensure_future(all_of(router.generate(ASKED)))
-        await asyncio.sleep(AGAIN_S / 2)
+        await asyncio.sleep(RETRY_DELAY_S / 2)
         target.cut, target.refuses = None, InvalidRequest("session 's' is under way", "session")
-        await asyncio.sleep(10 * AGAIN_S)
+        await asyncio.sleep(10 * RETRY_DELAY_S)
         target.refuses = None
         assert heard(await reading) == PLAIN
 
@@ -237,7 +237,7 @@ def test_a_session_that_has_begun_waits_until_an_overloaded_target_has_room() ->
         full = Scripted(ANSWER, refuses=Overloaded("full"))
         router, _ = stage(Scripted(ANSWER, cut=9), full)
         reading = asyncio.ensure_future(all_of(router.generate(ASKED)))
-        await asyncio.sleep(10 * AGAIN_S)
+        await asyncio.sleep(10 * RETRY_DELAY_S)
         assert len(full.asked) > 2
         full.refuses = None
         assert heard(await reading) == PLAIN
@@ -281,7 +281,7 @@ def test_a_session_waits_for_the_first_target() -> None:
 def test_without_a_target_a_session_ends_in_time(deadline: float | None, after: float) -> None:
     async def main() -> None:
         router, now = (
-            Router(lambda _: Scripted(ANSWER), patience=50.0),
+            Router(lambda _: Scripted(ANSWER), target_wait_s=50.0),
             asyncio.get_running_loop().time,
         )
         began = now()
@@ -316,7 +316,7 @@ def test_what_has_said_something_ends_by_its_deadline(gone: bool) -> None:
         began = asyncio.get_running_loop().time()
         said = heard(await all_of(router.generate(replace(ASKED, deadline=20.0))))
         assert asyncio.get_running_loop().time() - began == pytest.approx(
-            20.0 if gone else 20.0 + GRACE_S
+            20.0 if gone else 20.0 + DEADLINE_GRACE_S
         )
         assert (said.reason, said.tokens, said.pieces) == (
             "deadline",

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.controller.fleet_view import TargetState
-from actors.routing.router import Load, Router, choose, following
+from actors.routing.router import Load, Router, least_loaded, updated_router
 from runtime.core.errors import Unavailable
 from tests.support.router_harness import (
     ANSWER,
@@ -51,7 +51,7 @@ def test_sessions_are_spread_evenly() -> None:
 
 def test_it_follows_whoever_knows_who_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first life is lost while nobody knows of the second; nor is there always somebody who knows."""
-    monkeypatch.setattr("actors.routing.router.PERIOD_S", 0.001)
+    monkeypatch.setattr("actors.routing.router.POLL_PERIOD_S", 0.001)
     first, second = Scripted(ANSWER, cut=5), Scripted(ANSWER)
     bodies = {"t/0": first, "t/1": second}
     said: list[TargetState | None] = [None, there("t"), None]
@@ -63,7 +63,7 @@ def test_it_follows_whoever_knows_who_is_there(monkeypatch: pytest.MonkeyPatch) 
         return [known]
 
     async def main() -> None:
-        async with following(Router(bodies.__getitem__), look) as router:
+        async with updated_router(Router(bodies.__getitem__), look) as router:
             assert heard(await all_of(router.generate(ASKED))) == PLAIN
         assert first.closed
         assert second.closed
@@ -72,21 +72,23 @@ def test_it_follows_whoever_knows_who_is_there(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_choice() -> None:
-    assert choose({}) is None
-    assert choose({"a": Load(3), "b": Load(2)}) == "b"
-    assert choose({"a": Load(3, 4000), "b": Load(2, 1000)}) == "a", "fewer for its size"
-    assert choose({"a": Load(3, 4000), "b": Load(2)}) == "b", "perhaps as large"
-    assert choose({"a": Load(1, given=7), "b": Load(1, given=2)}) == "b", "its turn"
-    assert choose({"a": Load(9), "b": Load(0, suspect=True)}) == "a"
-    assert choose({"b": Load(0, suspect=True)}) == "b", "better than none"
+    assert least_loaded({}) is None
+    assert least_loaded({"a": Load(3), "b": Load(2)}) == "b"
+    assert least_loaded({"a": Load(3, 4000), "b": Load(2, 1000)}) == "a", "fewer for its size"
+    assert least_loaded({"a": Load(3, 4000), "b": Load(2)}) == "b", "perhaps as large"
+    assert least_loaded({"a": Load(1, last_assigned=7), "b": Load(1, last_assigned=2)}) == "b", (
+        "its turn"
+    )
+    assert least_loaded({"a": Load(9), "b": Load(0, suspect=True)}) == "a"
+    assert least_loaded({"b": Load(0, suspect=True)}) == "b", "better than none"
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(1, 60))
 def test_shares_are_those_of_the_capacities(sizes: list[int], sessions: int) -> None:
     held = [0] * len(sizes)
     for number in range(sessions):
-        place = choose(
-            {key: Load(held[key], 1000 * size, given=0) for key, size in enumerate(sizes)}
+        place = least_loaded(
+            {key: Load(held[key], 1000 * size, last_assigned=0) for key, size in enumerate(sizes)}
         )
         assert place is not None
         held[place] += 1

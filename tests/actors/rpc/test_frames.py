@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator
 import pytest
 
 from actors.rpc.common import closing
-from actors.rpc.frames import coalesce, count, decoded, encoded
+from actors.rpc.frames import coalesce, count_discarded, decode_frames, encode_frames
 from runtime.core.errors import InvalidRequest
 from tests.contracts.link_contract import soon
 
 
-async def numbers(count: int, taken: list[int]) -> AsyncIterator[int]:
-    for number in range(count):
+async def numbers(count_discarded: int, taken: list[int]) -> AsyncIterator[int]:
+    for number in range(count_discarded):
         taken.append(number)
         yield number
         if number == 0:
@@ -99,12 +99,12 @@ def test_what_cannot_be_sent_or_read_is_named_and_spoils_nothing_else() -> None:
     def refuse(what: str, why: str) -> None:
         refused.append((what, why))
 
-    assert encoded([b"a", b"bad", b"c"], lambda value: through(value) or b"", refuse) == [
+    assert encode_frames([b"a", b"bad", b"c"], lambda value: through(value) or b"", refuse) == [
         b"a",
         b"c",
     ]
-    assert decoded(b"a bad later c", bytes.split, through, refuse) == [b"a", b"c"]
-    assert decoded(b"bad", lambda data: [through(data) or b""], through, refuse) == []
+    assert decode_frames(b"a bad later c", bytes.split, through, refuse) == [b"a", b"c"]
+    assert decode_frames(b"bad", lambda data: [through(data) or b""], through, refuse) == []
     assert [what for what, _ in refused] == ["unsent", "malformed", "unknown", "malformed"]
     assert refused[0][1] == refused[1][1] == "bad is not allowed"
 
@@ -113,6 +113,6 @@ def test_the_log_tells_the_first_of_each_kind_in_one_line(caplog: pytest.LogCapt
     counters: Counter[str] = Counter()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            count(logging.getLogger("test"), counters, "a peer", "malformed", "one\nline")
+            count_discarded(logging.getLogger("test"), counters, "a peer", "malformed", "one\nline")
     assert [record.getMessage() for record in caplog.records] == ["a peer: malformed: one line"]
     assert counters == {"malformed": 3}

@@ -15,7 +15,7 @@ import pytest
 
 from actors.rpc.client import GrpcLink, GrpcTarget
 from actors.rpc.server import DraftingService, TargetService, serve
-from protos import codec
+from protos import drafting_codec, target_codec
 from protos import speculation_pb2 as pb
 from runtime.core import limits
 from runtime.core.messages import Close, Commit, Resync, Share
@@ -131,20 +131,20 @@ def hostile_reply(random: Random) -> bytes:
 
 
 REQUESTS: tuple[Make, ...] = (
-    lambda _: codec.encode_request(asking((1, 2, 3), max_tokens=4)),
+    lambda _: target_codec.encode_request(asking((1, 2, 3), max_tokens=4)),
     hostile_request,
 )
 EVENTS: tuple[Make, ...] = (
-    lambda _: codec.encode_event(opening(tokens=(1, 2, 3))),
-    lambda _: codec.encode_event(Commit("s", 1, 3, (4,), 99)),
-    lambda _: codec.encode_event(Share("s", 0, 2)),
-    lambda _: codec.encode_event(Close("s")),
+    lambda _: drafting_codec.encode_event(opening(tokens=(1, 2, 3))),
+    lambda _: drafting_codec.encode_event(Commit("s", 1, 3, (4,), 99)),
+    lambda _: drafting_codec.encode_event(Share("s", 0, 2)),
+    lambda _: drafting_codec.encode_event(Close("s")),
     hostile_event,
     hostile_event,
 )
 REPLIES: tuple[Make, ...] = (
-    lambda _: codec.encode_reply(chain("canary", 0, 5)),
-    lambda _: codec.encode_reply(Resync("canary", DRAFTER)),
+    lambda _: drafting_codec.encode_reply(chain("canary", 0, 5)),
+    lambda _: drafting_codec.encode_reply(Resync("canary", DRAFTER)),
     hostile_reply,
     hostile_reply,
 )
@@ -181,7 +181,9 @@ class Attack:
 
     async def on_target(self, channel: grpc.aio.Channel) -> None:
         self.sent += 1
-        call = channel.unary_stream(f"/{codec.TARGET}/Generate")(spoiled(self.random, REQUESTS))
+        call = channel.unary_stream(f"/{target_codec.TARGET_SERVICE}/Generate")(
+            spoiled(self.random, REQUESTS)
+        )
         try:
             async with asyncio.timeout(PATIENCE_S):
                 await call.read()
@@ -192,12 +194,12 @@ class Attack:
             call.cancel()
 
     async def on_drafter(self, channel: grpc.aio.Channel) -> None:
-        call = channel.stream_stream(f"/{codec.DRAFTING}/Speculate")()
+        call = channel.stream_stream(f"/{drafting_codec.DRAFTING_SERVICE}/Speculate")()
         greeted = self.random.random() < 0.8
         try:
             async with asyncio.timeout(PATIENCE_S):
                 if greeted:
-                    await call.write(codec.encode_hello_to_drafter(HELLO))
+                    await call.write(drafting_codec.encode_hello_to_drafter(HELLO))
                     await call.read()
                 for _ in range(
                     FRAMES if greeted else 1
@@ -215,7 +217,7 @@ class Attack:
 
     async def as_drafter(self, context: Any) -> None:
         await context.read()
-        await context.write(codec.encode_hello_from_drafter(HELLO))
+        await context.write(drafting_codec.encode_hello_from_drafter(HELLO))
         while not context.cancelled():
             self.sent += 1
             await context.write(spoiled(self.random, REPLIES))

@@ -16,7 +16,7 @@ from runtime.core.sampling_params import Sampling
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import Drafter
 from runtime.drafters.model import ModelDrafter
-from runtime.drafters.noisy import Noisy
+from runtime.drafters.noisy import NoisyDrafter
 from runtime.target.commands import AddRequest
 from tests.runtime.target.test_engine import EOS, PROMPT, TEXT, TOY, alone, perfect
 from tests.support.harness import Lockstep, asking, engine_of, lettering, output, plain
@@ -110,7 +110,7 @@ def test_the_network_changes_nothing_but_speed(temperature: float, seed: int) ->
     adversary = Adversary(seed)
     drafters: list[Drafter] = [
         ModelDrafter(TOY, branches=2),
-        Noisy(ModelDrafter(TOY), TOY.vocabulary, 0.3),
+        NoisyDrafter(ModelDrafter(TOY), TOY.vocabulary, 0.3),
     ]
     draft_engines = [DraftEngine(drafter, f"d{n}", 3) for n, drafter in enumerate(drafters)]
     request = asking(PROMPT, temperature=temperature, seed=seed, max_tokens=20)

@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from actors.rpc.client import STRIKE_S, STRIKES, GrpcLink
+from actors.rpc.client import MAX_STRIKES, STRIKE_WINDOW_S, GrpcLink
 from actors.rpc.common import closing
 from actors.rpc.endpoints import Endpoint
-from actors.rpc.reply_budget import FIRST, FRAMES, NODE_BYTES, granted_by
+from actors.rpc.reply_budget import FRAMES_PER_EVENT, INITIAL_GRANT, NODE_BYTES, grant_for
 from actors.rpc.server import DraftingService, serve
 from actors.target import TargetActor
-from protos import bundle, codec
+from protos import bundle, drafting_codec
 from protos import speculation_pb2 as pb
 from runtime.config import TargetConfig
 from runtime.core import limits
@@ -35,15 +35,19 @@ ROOT = text_key((5, 6, 7))
 WHOLE = chain("s", 1, ROOT, limits.DRAFT_NODES)
 SAME = replace(WHOLE, parents=np.full_like(WHOLE.parents, ROOT), tokens=np.zeros_like(WHOLE.tokens))
 FLOODS = {
-    "growth": codec.encode_reply(WHOLE),
-    "one guess again and again": codec.encode_reply(SAME),
-    "growth of a session that there is not": codec.encode_reply(replace(WHOLE, session="ghost")),
-    "growth of another epoch": codec.encode_reply(replace(WHOLE, epoch=7)),
-    "single nodes": codec.encode_reply(chain("s", 1, ROOT, 1)),
-    "empty growth": codec.encode_reply(Draft("s", 1, DRAFTER, *map(np.array, ([], [], [])))),
-    "requests for the text": codec.encode_reply(Resync("s", DRAFTER)),
-    "many requests at once": bundle.from_drafter(
-        [codec.encode_reply(Resync("s", DRAFTER))] * limits.FRAMES
+    "growth": drafting_codec.encode_reply(WHOLE),
+    "one guess again and again": drafting_codec.encode_reply(SAME),
+    "growth of a session that there is not": drafting_codec.encode_reply(
+        replace(WHOLE, session="ghost")
+    ),
+    "growth of another epoch": drafting_codec.encode_reply(replace(WHOLE, epoch=7)),
+    "single nodes": drafting_codec.encode_reply(chain("s", 1, ROOT, 1)),
+    "empty growth": drafting_codec.encode_reply(
+        Draft("s", 1, DRAFTER, *map(np.array, ([], [], [])))
+    ),
+    "requests for the text": drafting_codec.encode_reply(Resync("s", DRAFTER)),
+    "many requests at once": bundle.bundle_replies(
+        [drafting_codec.encode_reply(Resync("s", DRAFTER))] * limits.FRAMES
     )[0],
     "frames of a later version": LATER,
     "long frames of a later version": LATER[:2]
@@ -60,10 +64,10 @@ def test_a_link_is_shut_for_a_minute_after_the_last_strike() -> None:
     async def main() -> None:
         async with raw_drafter(lambda context: greeted(context, BAD, BAD, BAD)) as address:
             link = GrpcLink(address, HELLO, now=lambda: now[0])
-            shut = [link.shut]
+            shut = [link.quarantined]
             await lost(link)
-        for now[0] in (0.0, STRIKE_S - 1, STRIKE_S):
-            shut.append(link.shut)
+        for now[0] in (0.0, STRIKE_WINDOW_S - 1, STRIKE_WINDOW_S):
+            shut.append(link.quarantined)
         assert shut == [False, True, True, False]
 
     asyncio.run(main())
@@ -71,7 +75,9 @@ def test_a_link_is_shut_for_a_minute_after_the_last_strike() -> None:
 
 def test_a_token_that_there_is_not_is_a_strike() -> None:
     async def main() -> None:
-        known, beyond = (codec.encode_reply(chain("s", 1, ROOT, nodes)) for nodes in (10, 11))
+        known, beyond = (
+            drafting_codec.encode_reply(chain("s", 1, ROOT, nodes)) for nodes in (10, 11)
+        )
         async with raw_drafter(
             lambda context: greeted(context, known, beyond, beyond, beyond)
         ) as address:
@@ -105,7 +111,7 @@ def test_a_target_does_not_call_a_drafter_in_quarantine() -> None:
     link._strikes.extend([0.0, 0.0, 0.0])
     actor.drafters(peers)
     assert list(Attached.links) == ["good-0"]
-    now[0] = STRIKE_S
+    now[0] = STRIKE_WINDOW_S
     actor.drafters(peers)
     assert Attached.links["bad-0"] is link, "which still knows of its strikes"
 
@@ -116,7 +122,7 @@ def test_a_target_does_not_call_a_drafter_in_quarantine() -> None:
 async def flooding(context: Any, frame: bytes) -> None:
     """A raw drafter that says hello, then this frame for ever, as fast as it can."""
     await context.read()
-    await context.write(codec.encode_hello_from_drafter(HELLO))
+    await context.write(drafting_codec.encode_hello_from_drafter(HELLO))
     while not context.cancelled():
         await context.write(frame)
 
@@ -134,17 +140,17 @@ def test_a_flood_is_let_in_up_to_the_budget_and_ends_in_quarantine(flood: str) -
     """However little time passes, and whatever it consists of."""
     taken: Counter[str] = Counter()
     opened = opening()
-    granted = granted_by(opened.session, AS_IT_LIKES, resting=False)
+    granted = grant_for(opened.session, AS_IT_LIKES, resting=False)
 
     async def main() -> None:
         async with raw_drafter(lambda context: flooding(context, FLOODS[flood])) as address:
             link = GrpcLink(address, HELLO, now=lambda: 0.0)
             with pytest.raises(LinkLost, match="quarantined after 3 strikes, the last: surplus"):
                 await count(link, Feed(opened), taken)
-        assert link.counters["surplus"] == STRIKES
-        assert link.shut
-        assert taken["replies"] + link.counters["unknown"] <= FIRST.frames + granted.frames
-        assert taken["nodes"] <= (FIRST.size + granted.size) // NODE_BYTES
+        assert link.counters["surplus"] == MAX_STRIKES
+        assert link.quarantined
+        assert taken["replies"] + link.counters["unknown"] <= INITIAL_GRANT.frames + granted.frames
+        assert taken["nodes"] <= (INITIAL_GRANT.size + granted.size) // NODE_BYTES
 
     asyncio.run(main())
 
@@ -156,7 +162,7 @@ class Talkative:
         async for event in events:
             key = event.key if isinstance(event, Commit) else ROOT
             yield chain(event.session, 1, key, limits.DRAFT_NODES)
-            for _ in range(FRAMES - 1):
+            for _ in range(FRAMES_PER_EVENT - 1):
                 yield chain(event.session, 1, key, 1)
 
 
@@ -168,7 +174,7 @@ def test_each_commit_renews_the_budget() -> None:
             feed = Feed(opening())
             async with closing(link.speculate(feed)) as replies:
                 for number in range(commits):
-                    found = [await anext(replies) for _ in range(FRAMES)]
+                    found = [await anext(replies) for _ in range(FRAMES_PER_EVENT)]
                     assert all(isinstance(reply, Draft) for reply in found)
                     feed.put(Commit("s", 1, 3 + number, (8,), number))
             assert isinstance(link, GrpcLink)
@@ -197,7 +203,7 @@ def test_a_flood_changes_no_output_and_an_honest_drafter_beside_it_stays() -> No
                     strict=True,
                 ):
                     assert found.said() == plain(TOY, request).said()
-                await soon(lambda: flooder.shut and "flood" not in target.drafters)
+                await soon(lambda: flooder.quarantined and "flood" not in target.drafters)
             assert target.drafters == (DRAFTER,)
             assert honest.counters == {}
             await server.stop(None)

@@ -7,8 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.rpc import reply_budget
-from actors.rpc.reply_budget import FIRST, FRAMES, NODE_BYTES, SAVED, ReplyBudget, granted_by
-from protos import codec
+from actors.rpc.reply_budget import (
+    FRAMES_PER_EVENT,
+    INITIAL_GRANT,
+    MAX_SAVED_EVENTS,
+    NODE_BYTES,
+    ReplyBudget,
+    grant_for,
+)
+from protos import drafting_codec
 from runtime.core import limits
 from runtime.core.messages import (
     AS_IT_LIKES,
@@ -29,7 +36,7 @@ from tests.support.fakes import chain, opening
 from tests.support.harness import Known, Lockstep, asking, continued, engine_of
 
 NAMES = ("s", "a name of some length", "\N{PILE OF POO}" * limits.NAME_LENGTH)
-GRANT = granted_by("s", AS_IT_LIKES, resting=False)
+GRANT = grant_for("s", AS_IT_LIKES, resting=False)
 
 
 def committed(session: str = "s") -> Commit:
@@ -49,7 +56,7 @@ class Watched:
         if not isinstance(message, Draft | Resync):
             self.budget.grant(message)
             return [message]
-        frame = codec.encode_reply(message)
+        frame = drafting_codec.encode_reply(message)
         self.said += 1
         if not self.budget.spend(1, len(frame)):
             left = f"{self.budget.frames} frames, {self.budget.size} bytes"
@@ -65,7 +72,7 @@ def test_an_honest_drafter_stays_within_the_budget(
     method: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It fills the tree of each session after every commit, and may save nothing from one event to the next."""
-    monkeypatch.setattr(reply_budget, "SAVED", 1)
+    monkeypatch.setattr(reply_budget, "MAX_SAVED_EVENTS", 1)
     watched = Watched()
     lockstep = Lockstep(
         engine_of(LOOPING), DraftEngine(built(method), "d", width), passes=RUN_AHEAD, tamper=watched
@@ -82,7 +89,7 @@ def test_an_honest_drafter_stays_within_the_budget(
 def test_so_does_one_that_grows_as_a_schedule_asks(
     style: Style, knows: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reply_budget, "SAVED", 1)
+    monkeypatch.setattr(reply_budget, "MAX_SAVED_EVENTS", 1)
     monkeypatch.setattr(Fixed, "style", style)
     watched = Watched()
     text = continued(LOOPING, PROMPT, 40) if knows else [0]
@@ -114,22 +121,25 @@ def test_after_each_event_a_flood_gets_in_what_the_event_grants(size: int) -> No
     spent(budget, 1, size)
     for _ in range(1000):
         budget.grant(committed())
-        assert spent(budget, 1, size) <= min(FRAMES, GRANT.size // max(1, size)) + 1
+        assert spent(budget, 1, size) <= min(FRAMES_PER_EVENT, GRANT.size // max(1, size)) + 1
     assert GRANT.size <= 2 * limits.TREE_NODES * NODE_BYTES
 
 
 def test_without_events_a_flood_ends() -> None:
     budget = ReplyBudget()
-    assert spent(budget, 1, 1) == FIRST.frames
+    assert spent(budget, 1, 1) == INITIAL_GRANT.frames
     assert spent(budget, 1, 1) == 0
 
 
 def test_silence_saves_so_much_and_no_more() -> None:
     budget = ReplyBudget()
     budget.grant(opening())
-    for _ in range(10 * SAVED):
+    for _ in range(10 * MAX_SAVED_EVENTS):
         budget.grant(committed())
-    assert (budget.frames, budget.size) == (SAVED * GRANT.frames, SAVED * GRANT.size)
+    assert (budget.frames, budget.size) == (
+        MAX_SAVED_EVENTS * GRANT.frames,
+        MAX_SAVED_EVENTS * GRANT.size,
+    )
 
 
 def test_a_resting_drafter_may_ask_for_the_text_and_no_more() -> None:
@@ -142,9 +152,9 @@ def test_a_resting_drafter_may_ask_for_the_text_and_no_more() -> None:
         budget.grant(committed())
     assert spent(budget, 1, 0) == 0
     budget.grant(Share("s", 0, 0))
-    assert spent(budget, 1, len(codec.encode_reply(Resync("s", "d")))) == 1
+    assert spent(budget, 1, len(drafting_codec.encode_reply(Resync("s", "d")))) == 1
     budget.grant(Share("s", 0, 1))
-    assert spent(budget, 1, 0) == FRAMES
+    assert spent(budget, 1, 0) == FRAMES_PER_EVENT
 
 
 def test_each_session_under_way_has_its_grants() -> None:
@@ -154,7 +164,7 @@ def test_each_session_under_way_has_its_grants() -> None:
     spent(budget, 1, 0)
     for number in range(8):
         budget.grant(committed(str(number)))
-    assert spent(budget, 1, 0) == 8 * FRAMES
+    assert spent(budget, 1, 0) == 8 * FRAMES_PER_EVENT
 
 
 def test_what_was_saved_for_many_sessions_goes_when_they_have_gone() -> None:
@@ -163,16 +173,16 @@ def test_what_was_saved_for_many_sessions_goes_when_they_have_gone() -> None:
     names = [str(number) for number in range(8)]
     for name in names:
         budget.grant(opening(name))
-    for name in names * SAVED:
+    for name in names * MAX_SAVED_EVENTS:
         budget.grant(committed(name))
     saved = budget.frames
-    assert saved == 8 * SAVED * FRAMES
+    assert saved == 8 * MAX_SAVED_EVENTS * FRAMES_PER_EVENT
     for name in names[1:]:
         budget.grant(Close(name))
     assert budget.frames == saved
-    for _ in range(7 * SAVED):
+    for _ in range(7 * MAX_SAVED_EVENTS):
         budget.grant(committed("0"))
-    assert budget.frames == SAVED * FRAMES
+    assert budget.frames == MAX_SAVED_EVENTS * FRAMES_PER_EVENT
     assert list(budget.styles) == ["0"]
 
 
@@ -197,10 +207,10 @@ def test_whatever_happens_no_more_comes_in_than_was_granted(
             budget.grant(one)
         elif budget.spend(*one):
             frames, size = frames + one[0], size + one[1]
-        assert 0 <= budget.frames <= FRAMES * (events + 1)
+        assert 0 <= budget.frames <= FRAMES_PER_EVENT * (events + 1)
         assert budget.size >= 0
-        assert frames <= FRAMES * (events + 1)
-        assert size <= FIRST.size + GRANT.size * events
+        assert frames <= FRAMES_PER_EVENT * (events + 1)
+        assert size <= INITIAL_GRANT.size + GRANT.size * events
 
 
 def test_growth_of_a_whole_tree_is_within_one_event_of_a_wide_schedule() -> None:
@@ -209,5 +219,5 @@ def test_growth_of_a_whole_tree_is_within_one_event_of_a_wide_schedule() -> None
     style = Style(width=64)
     opened = opening()
     budget.grant(Open("s", 1, opened.tokens, 1, opened.sampling, opened.share, style))
-    draft = codec.encode_reply(chain("s", 1, 7, limits.DRAFT_NODES))
+    draft = drafting_codec.encode_reply(chain("s", 1, 7, limits.DRAFT_NODES))
     assert spent(budget, 1, len(draft)) >= limits.TREE_NODES // limits.DRAFT_NODES

@@ -15,8 +15,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from actors.rpc.client import GrpcTarget
 from actors.rpc.common import closing
 from actors.rpc.server import DraftingService, TargetService, serve
-from protos import codec
 from protos import speculation_pb2 as pb
+from protos import target_codec
 from protos.handshake import PROTOCOL
 from protos.speculation_pb2_grpc import DraftingStub, TargetStub
 from runtime.core import limits
@@ -152,7 +152,11 @@ def test_a_target_that_speaks_nonsense_is_unavailable() -> None:
         server = grpc.aio.server()
         handler = grpc.unary_stream_rpc_method_handler(generate)
         server.add_generic_rpc_handlers(
-            [grpc.method_handlers_generic_handler(codec.TARGET, {"Generate": handler})]
+            [
+                grpc.method_handlers_generic_handler(
+                    target_codec.TARGET_SERVICE, {"Generate": handler}
+                )
+            ]
         )
         target = GrpcTarget(f"{HOST}:{server.add_insecure_port(f'{HOST}:0')}")
         await server.start()

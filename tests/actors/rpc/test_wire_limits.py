@@ -9,18 +9,18 @@ import grpc
 import pytest
 
 from actors.rpc import common, server
-from actors.rpc.certificate_authority import Authority
+from actors.rpc.certificate_authority import CertificateAuthority
 from actors.rpc.client import GrpcLink
 from actors.rpc.server import DraftingService, TargetService, serve
-from protos import codec
+from protos import target_codec
 from runtime.core import limits
 from runtime.core.errors import LinkLost
-from tests.actors.rpc.test_tls import NOW, lay
 from tests.contracts.link_contract import PATIENCE_S, soon
+from tests.support.certificates import NOW, write_certificates
 from tests.support.fakes import HELLO, HOST, Feed, ScriptedDrafter, ScriptedTarget, raw_drafter
 from tests.support.harness import asking
 
-GENERATE = f"/{codec.TARGET}/Generate"
+GENERATE = f"/{target_codec.TARGET_SERVICE}/Generate"
 ANY_SIZE = [("grpc.max_send_message_length", -1)]
 
 
@@ -70,10 +70,14 @@ def test_a_message_over_the_limit_is_refused_however_small_it_is_packed(
 def test_a_connection_that_begins_and_says_no_more_is_closed(
     said: bytes, encrypted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(common, "CONNECT_MS", 200)
+    monkeypatch.setattr(common, "CONNECT_TIMEOUT_MS", 200)
 
     async def main() -> None:
-        tls = lay(tmp_path, Authority("ours", NOW, 30)) if encrypted else None
+        tls = (
+            write_certificates(tmp_path, CertificateAuthority("ours", NOW, 30))
+            if encrypted
+            else None
+        )
         server, port = await serve([DraftingService(ScriptedDrafter(), HELLO)], HOST, tls=tls)
         reader, writer = await asyncio.open_connection(HOST, port)
         writer.write(said)
@@ -94,7 +98,7 @@ def test_streams_beyond_the_limit_are_refused_and_the_others_go_on(
         body = ScriptedTarget(hangs=True)
         server, port = await serve([TargetService(body)], HOST)
         async with grpc.aio.insecure_channel(f"{HOST}:{port}") as channel:
-            request = codec.encode_request(asking((1,)))
+            request = target_codec.encode_request(asking((1,)))
             held = [channel.unary_stream(GENERATE)(request) for _ in range(3)]
             await soon(lambda: body.running == 3)
             async with asyncio.timeout(PATIENCE_S):

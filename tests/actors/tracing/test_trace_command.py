@@ -1,13 +1,11 @@
 """What `outrider trace` makes of a file: figures, a picture, one line for what the user can mend."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from actors import cli
 from actors.tracing.trace_reader import (
     intersection,
     middle_window,
@@ -19,13 +17,7 @@ from actors.tracing.trace_reader import (
 from runtime.core.errors import InvalidRequest
 from runtime.telemetry.tracing import BOOKKEEPING, COMMIT, COMPUTE, GROWTH, PREFILL, WAIT, Recording
 from tests.runtime.telemetry.test_tracing import MS, synthetic
-
-
-def outrider(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["outrider", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
+from tests.support.command import assert_one_error_line, outrider
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +161,7 @@ def test_a_file_that_is_no_trace_of_ours(
     file = tmp_path / "file.json"
     file.write_bytes(content)
     assert outrider(monkeypatch, "trace", file) == 2
-    one_line_about(named, capsys)
+    assert_one_error_line(named, capsys)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +183,7 @@ def test_arguments_that_cannot_be(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert outrider(monkeypatch, "trace", run, *arguments) == 2
-    one_line_about(named, capsys)
+    assert_one_error_line(named, capsys)
 
 
 @pytest.mark.parametrize("file", ["/nowhere/run.json", "."])
@@ -199,17 +191,9 @@ def test_a_file_that_cannot_be_read(
     file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert outrider(monkeypatch, "trace", file) == 2
-    one_line_about(f"cannot read {file}", capsys)
+    assert_one_error_line(f"cannot read {file}", capsys)
 
 
 def test_a_trace_that_cannot_be_written() -> None:
     with pytest.raises(InvalidRequest, match=r"/nowhere/run\.json"):
         save_trace(Path("/nowhere/run.json"), [])
-
-
-def one_line_about(named: str, capsys: pytest.CaptureFixture[str]) -> None:
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1, captured.err
-    assert captured.err.startswith("outrider: ")
-    assert named in captured.err

@@ -15,7 +15,7 @@ from runtime.core.messages import Chunk, Commit, Draft, Event, Logprob, Open, Re
 from runtime.core.sampler_reference import choose
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.model import ModelDrafter
-from runtime.models.base import Part
+from runtime.models.base import PassInput
 from runtime.models.toy import ToyModel
 from runtime.schedulers.amusd import Amusd
 from runtime.schedulers.base import Scheduler
@@ -193,7 +193,7 @@ class Slow(ToyModel):
         super().__init__(vocabulary=24, memory=3, context=context)
         self.clock = clock
 
-    def read(self, part: Part) -> Any:
+    def read(self, part: PassInput) -> Any:
         self.clock.now += len(part.rows.tokens)
         return super().read(part)
 

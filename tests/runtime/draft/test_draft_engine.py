@@ -328,7 +328,8 @@ def test_width_and_branches_as_asked_or_its_own() -> None:
     hand.hear(opened(), opened("wide", style=Style(width=3, branches=7)))
     hand.grow(1)
     found = {
-        wish.text.session: (len(wish.leaves), wish.branches) for wish in hand.draft_engine.plan()
+        request.text.session: (len(request.leaves), request.branches)
+        for request in hand.draft_engine.plan()
     }
     assert found == {"0/s": (2, 0), "0/wide": (3, 7)}
 
@@ -351,9 +352,9 @@ def test_all_sessions_are_expanded_in_one_call() -> None:
     class Counting(Known):
         calls = 0
 
-        def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes]:
+        def expand(self, requests: Sequence[ExpandRequest]) -> list[DraftNodes]:
             self.calls += 1
-            return super().expand(wishes)
+            return super().expand(requests)
 
     hand = Hand()
     hand.draft_engine.drafter = counting = Counting(TEXT, V)
@@ -369,19 +370,21 @@ def test_rows_are_bounded_and_everyone_gets_one(sessions: int, rows: int) -> Non
     hand.hear(*(opened(f"s{n}") for n in range(sessions)))
     for _ in range(3):
         hand.draft_engine.grow()
-    wishes = hand.draft_engine.plan()
-    assert len(wishes) == sessions
-    assert sum(len(wish.leaves) for wish in wishes) == rows
+    requests = hand.draft_engine.plan()
+    assert len(requests) == sessions
+    assert sum(len(request.leaves) for request in requests) == rows
 
 
 def test_a_look_at_the_plan_changes_nothing() -> None:
     hand = Hand(width=4, branches=4)
     hand.hear(opened(), opened("t"))
     for _ in range(4):
-        before = [(wish.text.session, list(wish.leaves)) for wish in hand.draft_engine.plan()]
-        wishes = hand.draft_engine.plan()
-        assert [(wish.text.session, list(wish.leaves)) for wish in wishes] == before
-        hand.draft_engine.add(wishes, hand.draft_engine.ask(wishes))
+        before = [
+            (request.text.session, list(request.leaves)) for request in hand.draft_engine.plan()
+        ]
+        requests = hand.draft_engine.plan()
+        assert [(request.text.session, list(request.leaves)) for request in requests] == before
+        hand.draft_engine.add(requests, hand.draft_engine.ask(requests))
     assert hand.drafts()
 
 
@@ -391,13 +394,13 @@ def test_a_method_that_asks_for_patience_is_asked_again() -> None:
             super().__init__(TEXT, V)
             self.asked = 0
 
-        def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes | None]:  # type: ignore[override]
+        def expand(self, requests: Sequence[ExpandRequest]) -> list[DraftNodes | None]:  # type: ignore[override]
             self.asked += 1
             return [
                 None
-                if self.asked < 4 and wish.text.session == "0/s"
-                else self.guess(wish.text, wish.leaves)
-                for wish in wishes
+                if self.asked < 4 and request.text.session == "0/s"
+                else self.guess(request.text, request.leaves)
+                for request in requests
             ]
 
     hand = Hand()

@@ -92,8 +92,8 @@ def test_an_answer_that_can_be_none_gives_up_that_session_alone(nonsense: DraftN
 
 def test_a_method_that_answers_too_little_is_asked_about_each_session_alone() -> None:
     class Terse(Known):
-        def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes]:
-            return super().expand(wishes)[:1]
+        def expand(self, requests: Sequence[ExpandRequest]) -> list[DraftNodes]:
+            return super().expand(requests)[:1]
 
     hand = Hand()
     hand.draft_engine.drafter = Terse(TEXT, V)

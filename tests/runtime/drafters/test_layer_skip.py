@@ -15,7 +15,7 @@ from runtime.core.errors import ModelRefused
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.model import ModelDrafter
 from runtime.models.base import causal
-from runtime.models.layer_subset import every_second, keep, up_to
+from runtime.models.layer_subset import every_second_layer, keep_layers, truncated_config
 from runtime.models.loader import load_model
 from runtime.models.sampler import choose
 from tests.support.families import FAMILIES, tiny
@@ -47,7 +47,7 @@ def test_by_default_it_is_every_second(folder: Path) -> None:
     part, said = load_model(str(folder), layers=()), load_model(str(folder), layers=[0, 2])
     logits = [model.forward(model.new_cache(), causal(TEXT, 0)) for model in (part, said)]
     assert torch.equal(*logits)
-    assert every_second(part.module.config) == [0]
+    assert every_second_layer(part.module.config) == [0]
 
 
 @pytest.mark.parametrize("layers", [[4], [1, 0], [0, 0], [-1, 2]])
@@ -59,7 +59,7 @@ def test_layers_that_are_none_are_refused(folder: Path, layers: list[int]) -> No
 def test_models_built_otherwise_are_refused() -> None:
     module = FAMILIES["gpt2"]()
     with pytest.raises(ModelRefused, match="has its layers in another place than Llama"):
-        keep(module, [0], "g")
+        keep_layers(module, [0], "g")
 
 
 def test_windows_go_with_their_layers() -> None:
@@ -67,7 +67,7 @@ def test_windows_go_with_their_layers() -> None:
         "qwen2", num_hidden_layers=4, use_sliding_window=True, sliding_window=6, max_window_layers=2
     ).config
     assert config.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
-    found: Any = up_to(config, [1, 2], "q")
+    found: Any = truncated_config(config, [1, 2], "q")
     assert found.layer_types == ["full_attention"] * 2 + ["sliding_attention"]
     assert (config.num_hidden_layers, found.num_hidden_layers) == (4, 3)
 

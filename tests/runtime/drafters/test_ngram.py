@@ -12,8 +12,8 @@ from runtime.core.messages import Close, Request
 from runtime.core.sampling_params import Sampling
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import ExpandRequest
-from runtime.drafters.ngram import LONGEST, SHORTEST, Ngram, lookup
-from runtime.drafters.noisy import Noisy
+from runtime.drafters.ngram import MAX_NGRAM, MIN_NGRAM, NgramDrafter, lookup
+from runtime.drafters.noisy import NoisyDrafter
 from tests.contracts.test_drafters import LOOPING, PROMPT, expanded, text_of
 from tests.support.harness import Lockstep, engine_of
 from tests.support.harness import children as guesses
@@ -27,8 +27,8 @@ from tests.support.harness import children as guesses
         ([1, 2, 3, 9, 1, 2, 3], (9, 3)),
         ([1, 2, 7, 5, 1, 2, 8, 0, 1, 2], (8, 2)),  # the latest place of those that agree in as much
         ([5, 1, 2, 7, 0, 1, 2, 8, 5, 1, 2], (7, 3)),  # more agreement before a later place
-        ([4, 4, 4, 4, 4, 4], (4, LONGEST)),
-        ([4, 4, 4], (4, SHORTEST)),
+        ([4, 4, 4, 4, 4, 4], (4, MAX_NGRAM)),
+        ([4, 4, 4], (4, MIN_NGRAM)),
         ([1, 2, 3], None),
         ([2, 1, 3, 1], None),  # one token is no evidence
         ([7], None),
@@ -41,7 +41,7 @@ def test_lookup(tokens: list[int], found: tuple[int, int] | None) -> None:
 
 @given(st.lists(st.integers(0, 2), max_size=40))
 def test_lookup_is_the_longest_and_latest(tokens: list[int]) -> None:
-    for length in range(LONGEST, SHORTEST - 1, -1):
+    for length in range(MAX_NGRAM, MIN_NGRAM - 1, -1):
         places = [
             i
             for i in range(len(tokens) - length)
@@ -55,7 +55,7 @@ def test_lookup_is_the_longest_and_latest(tokens: list[int]) -> None:
 
 def test_ngrams_look_along_the_tree() -> None:
     text = text_of([1, 2, 3, 4, 5, 1, 2])
-    drafter, leaf, written = Ngram(), 0, []
+    drafter, leaf, written = NgramDrafter(), 0, []
     for _ in range(4):
         found = expanded(drafter, text, [leaf])
         written.append(int(found.tokens[0]))
@@ -74,10 +74,10 @@ class Same:
     def __init__(self) -> None:
         self.closed: list[str] = []
 
-    def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes | None]:
+    def expand(self, requests: Sequence[ExpandRequest]) -> list[DraftNodes | None]:
         return [
-            guesses([(leaf, 31, -0.5) for leaf in wish.leaves]) if wish.leaves else None
-            for wish in wishes
+            guesses([(leaf, 31, -0.5) for leaf in request.leaves]) if request.leaves else None
+            for request in requests
         ]
 
     def close(self, session: str) -> None:
@@ -93,13 +93,15 @@ def test_a_share_of_the_guesses_is_spoilt_the_same_in_every_run(
         text.tree.add(0, token, -0.5)
     leaves = list(range(1, 401))
     inner = Same()
-    noisy = Noisy(inner, 32, wrong)
+    noisy = NoisyDrafter(inner, 32, wrong)
     found = expanded(noisy, text, leaves)
     spoilt = found.tokens != 31
     assert low <= spoilt.sum() <= high
     assert set(found.tokens[spoilt].tolist()) <= {0}
     assert np.array_equal(found.parents, leaves)
-    assert np.array_equal(found.tokens, expanded(Noisy(Same(), 32, wrong), text, leaves).tokens)
+    assert np.array_equal(
+        found.tokens, expanded(NoisyDrafter(Same(), 32, wrong), text, leaves).tokens
+    )
     assert noisy.expand([ExpandRequest(text, [])]) == [None]
     noisy.close("s")
     assert inner.closed == ["s"]

@@ -16,7 +16,7 @@ from actors.compose import build_drafter
 from actors.drafter import DraftActor
 from actors.launch.prepare import check_models
 from bench.core import widen as widening
-from bench.core.widen import WideShape, widen_folder, widen_head
+from bench.core.widen import Shape, widened, widened_head
 from runtime.config import DrafterConfig, Placement, deployment, draft_of, drafter_of
 from runtime.core import limits
 from runtime.core.draft_nodes import DraftNodes, stack
@@ -28,9 +28,9 @@ from runtime.core.tree import TokenTree
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import ExpandRequest, Text
 from runtime.drafters.s3d import BRANCHES, MaskDrafter, build
-from runtime.kv.prefix_cache import Prefixes
+from runtime.kv.prefix_cache import PrefixCache
 from runtime.models.loader import load_model
-from runtime.models.lora import LowRank, linears, merge, pairs
+from runtime.models.lora import LoraLinear, linear_layers, lora_by_name, merge
 from runtime.models.sampler import choose
 from tests.support.harness import Lockstep, asking, children, engine_of, plain
 from tests.support.masks import LAYERS, MASKS, drafter, ingredients, tiny
@@ -66,8 +66,8 @@ def changed_module() -> Any:
     module.model.layers = torch.nn.ModuleList(module.model.layers[layer] for layer in LAYERS)
     with torch.no_grad():
         for layer, part in zip(module.model.layers, found.made.layers, strict=True):
-            for name, linear in linears(layer).items():
-                pair = pairs(part)[name]
+            for name, linear in linear_layers(layer).items():
+                pair = lora_by_name(part)[name]
                 linear.weight += pair.up @ pair.down
     return module
 
@@ -124,7 +124,7 @@ def test_training_computes_what_the_drafter_will() -> None:
 def test_an_untrained_one_is_the_layers_alone() -> None:
     found = tiny()
     teacher = load_teacher(str(found.target), "cpu")
-    one, two = (training.new_s3d(teacher, LAYERS, MASKS, 2, seed) for seed in (1, 1))
+    one, two = (training.new(teacher, LAYERS, MASKS, 2, seed) for seed in (1, 1))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     part = load_model(str(found.target), layers=LAYERS, step="generic").module
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_an_untrained_one_is_the_layers_alone() -> None:
     [(1, []), (2, []), (3, [1]), (9, [2, 3, 4, 5, 6, 7]), (32, list(range(8, 31)))],
 )
 def test_the_middle(layers: int, expected: list[int]) -> None:
-    assert training.default_skipped(layers) == expected
+    assert training.middle(layers) == expected
 
 
 # The drafter
@@ -192,7 +192,7 @@ def test_what_masks_have_guessed_is_read_in_one_pass_with_what_is_above() -> Non
     """Leaves below leaves, hits on guesses that nobody has read, misses: each guess is what a drafter says that reads the text anew."""
     sent: list[Reply] = []
     draft_engine, anew = DraftEngine(drafter(tiny()), "d", 4), drafter(tiny())
-    anew.finished = Prefixes(0)
+    anew.finished = PrefixCache(0)
     opened(draft_engine, sent)
     tokens = list(TEXT)
     for step in range(12):
@@ -248,15 +248,15 @@ def test_what_is_barred_is_not_guessed() -> None:
 class Chains:
     """Says two tokens for each leaf, and below the second of them, then below the first of those, two more each."""
 
-    def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes]:
+    def expand(self, requests: Sequence[ExpandRequest]) -> list[DraftNodes]:
         below = [children([(1, 7, -0.2), (1, 8, -0.3)]), children([(0, 9, -0.1), (1, 10, -0.4)])]
         near = [
-            children([(wish.leaves[0], 5, -0.1), (wish.leaves[0], 6, self.second)])
-            for wish in wishes
+            children([(request.leaves[0], 5, -0.1), (request.leaves[0], 6, self.second)])
+            for request in requests
         ]
         return [
-            stack([one, *below], len(wish.text.tree))
-            for one, wish in zip(near, wishes, strict=True)
+            stack([one, *below], len(request.text.tree))
+            for one, request in zip(near, requests, strict=True)
         ]
 
     def __init__(self, second: float) -> None:
@@ -352,7 +352,7 @@ def test_merged_weights_stay_as_short_as_they_were() -> None:
     linear = layer["q_proj"]
     assert isinstance(linear, torch.nn.Linear)
     linear.weight.data = linear.weight.data.bfloat16().float()
-    before, pair = linear.weight.detach().clone(), LowRank(64, 64, 2)
+    before, pair = linear.weight.detach().clone(), LoraLinear(64, 64, 2)
     torch.nn.init.normal_(pair.up, std=0.1)
     merge([layer], torch.nn.ModuleList([torch.nn.ModuleDict({"q_proj": pair})]))
     assert torch.equal(linear.weight, linear.weight.bfloat16().float())
@@ -366,12 +366,12 @@ def test_widened_with_its_target_it_guesses_the_same(
 ) -> None:
     monkeypatch.setattr(widening, "CACHE", tmp_path)
     found = tiny()
-    wide = widen_folder(found.target, WideShape(hidden=96, layers=4, ffn=160), "float32")
+    wide = widened(found.target, Shape(hidden=96, layers=4, ffn=160), "float32")
     answers = [
         levels(answer)
         for folder, target in (
             (found.folder, found.target),
-            (widen_head(found.folder, wide), wide),
+            (widened_head(found.folder, wide), wide),
         )
         for answer in build(ingredients(target, folder)).expand([ExpandRequest(text_of(TEXT), [0])])
         if answer is not None

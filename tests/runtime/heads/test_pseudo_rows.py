@@ -10,8 +10,8 @@ import torch
 
 from runtime.core.errors import ModelRefused
 from runtime.core.tree_builder import ways
-from runtime.models.base import Branch, Look, Part, Rows, causal
-from runtime.models.fast_path import quicken
+from runtime.models.base import Branch, OutputSpec, PassInput, Rows, causal
+from runtime.models.fast_path import enable_fast_path
 from runtime.models.hf import HFModel
 from tests.runtime.models.test_llama import SHAPES, spread, tree
 from tests.runtime.models.test_static_pass import LONG, give, recorded
@@ -51,39 +51,39 @@ def test_pseudo_rows_pass_the_remaining_layers(layers: tuple[int, ...]) -> None:
     """In one pass with trees of two texts, beside several rows, as alone; and no row of a token feels them."""
     model = deep()
     maps = [torch.nn.Linear(32, 32) for _ in layers]
-    look = Look(
+    output_spec = OutputSpec(
         True, tuple(Branch(layer, linear) for layer, linear in zip(layers, maps, strict=True))
     )
-    model.check(look)
+    model.check(output_spec)
     texts = (list(range(2, 13)), [40, 41, 7])
     visible = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]], dtype=np.bool_)
     paths: tuple[list[int], ...] = ([], [51], [52], [51, 53])
-    for riders in (((0, 3), (2,)), ((1,), ()), ((), (0, 1, 2, 3)), ((), ())):
+    for branch_rows in (((0, 3), (2,)), ((1,), ()), ((), (0, 1, 2, 3)), ((), ())):
         caches, parts = [model.new_cache() for _ in texts], []
-        for cache, text, rode in zip(caches, texts, riders, strict=True):
+        for cache, text, rode in zip(caches, texts, branch_rows, strict=True):
             model.forward(cache, causal(np.array(text), 0))
             rows = Rows(
                 np.array([50, 51, 52, 53]), len(text) + np.array([0, 1, 1, 2]), len(text), visible
             )
-            parts.append(Part(cache, rows, riders=rode))
-        shown = model.show_all(parts, look)
+            parts.append(PassInput(cache, rows, branch_rows=rode))
+        output = model.forward_outputs(parts, output_spec)
         lengths = [cache.length for cache in caches]
         assert lengths == [len(text) + 4 for text in texts]
         for cache, text in zip(caches, texts, strict=True):
             cache.truncate(len(text))
         for one, text, part, logits in zip(
-            shown, texts, parts, model.forward_all(parts), strict=True
+            output, texts, parts, model.forward_all(parts), strict=True
         ):
             torch.testing.assert_close(one.logits, logits, atol=2e-5, rtol=0)
             torch.testing.assert_close(model.unembed(one.hidden), logits, atol=2e-5, rtol=0)
-            for place, row in enumerate(part.riders):
+            for place, row in enumerate(part.branch_rows):
                 expected = naive(model, [*text, 50, *paths[row]], layers, maps)
-                torch.testing.assert_close(one.ridden[place], expected, atol=5e-5, rtol=0)
+                torch.testing.assert_close(one.branch_logits[place], expected, atol=5e-5, rtol=0)
 
 
 def deep() -> HFModel:
     model = HFModel(tiny("llama", num_hidden_layers=4), "deep")
-    quicken(model)
+    enable_fast_path(model)
     return model
 
 
@@ -91,9 +91,9 @@ def deep() -> HFModel:
 def test_hidden_states_are_those_that_logits_are_made_of(family: str) -> None:
     """For each family that has them, of two texts in one pass or in two."""
     model = hf_model(family)
-    model.check(Look(hidden=True))
-    parts = [Part(model.new_cache(), causal(np.arange(2, 2 + n), 0)) for n in (5, 3)]
-    for one, part in zip(model.show_all(parts, Look(hidden=True)), parts, strict=True):
+    model.check(OutputSpec(hidden=True))
+    parts = [PassInput(model.new_cache(), causal(np.arange(2, 2 + n), 0)) for n in (5, 3)]
+    for one, part in zip(model.forward_outputs(parts, OutputSpec(hidden=True)), parts, strict=True):
         assert len(one.hidden) == len(part.rows.tokens) == len(one.logits)
         assert torch.equal(model.unembed(one.hidden).argmax(-1), one.logits.argmax(-1))
 
@@ -102,7 +102,7 @@ def test_layers_that_are_none_are_refused() -> None:
     for layers in ((-1,), (2,), (1, 0)):
         with pytest.raises(ModelRefused, match="pseudo rows that enter at layers"):
             hf_model("llama").check(
-                Look(branches=tuple(Branch(layer, lambda states: states) for layer in layers))
+                OutputSpec(branches=tuple(Branch(layer, lambda states: states) for layer in layers))
             )
 
 
@@ -115,8 +115,9 @@ def test_what_fails_leaves_the_caches_as_they_were() -> None:
         raise RuntimeError("no memory")
 
     with pytest.raises(RuntimeError, match="no memory"):
-        model.show_all(
-            [Part(cache, causal(np.arange(3), 10), riders=(1,))], Look(branches=(Branch(1, fails),))
+        model.forward_outputs(
+            [PassInput(cache, causal(np.arange(3), 10), branch_rows=(1,))],
+            OutputSpec(branches=(Branch(1, fails),)),
         )
     assert cache.length == 10
 
@@ -126,24 +127,24 @@ def test_what_heads_look_at_is_shown_as_by_the_short_pass() -> None:
     kind, options = SHAPES["qwen3 sliding"]
     counts: list[int] = []
     quick, static = (HFModel(spread(tiny(kind, **options)), "m") for _ in range(2))
-    quicken(quick)
+    enable_fast_path(quick)
     give(static, record=partial(recorded, counts))
-    double = Look(
+    double = OutputSpec(
         True, (Branch(1, lambda states: 2 * states), Branch(1, lambda states: states + 1))
     )
     found: list[list[torch.Tensor]] = []
     for model in (quick, static):
         one, two = model.new_cache(), model.new_cache()
         tensors = [model.forward(one, causal(LONG[:9], 0)), model.forward(two, causal(LONG[:3], 0))]
-        for look in (Look(True), double, Look(), Look(True)):
+        for output_spec in (OutputSpec(True), double, OutputSpec(), OutputSpec(True)):
             parts = [
-                Part(one, tree(one.length), riders=(0, 3)),
-                Part(two, tree(two.length), riders=(2,)),
+                PassInput(one, tree(one.length), branch_rows=(0, 3)),
+                PassInput(two, tree(two.length), branch_rows=(2,)),
             ]
-            for shown in model.show_all(parts, look):
+            for output in model.forward_outputs(parts, output_spec):
                 tensors += [
                     tensor
-                    for tensor in (shown.logits, shown.hidden, shown.ridden)
+                    for tensor in (output.logits, output.hidden, output.branch_logits)
                     if tensor is not None
                 ]
         tensors.append(model.unembed(torch.ones(2, 32)))

@@ -14,9 +14,14 @@ from runtime.core.sampler_reference import choose as choose_by_numpy
 from runtime.core.sampling_params import Sampling
 from runtime.core.tree import TokenTree
 from runtime.drafters.base import Text
-from runtime.heads.base import Seen
-from runtime.heads.token_recycling import KEPT, NODES, TokenRecycling, shape
-from runtime.models.base import Shown
+from runtime.heads.base import VerifiedStep
+from runtime.heads.token_recycling import (
+    CANDIDATES_PER_TOKEN,
+    MAX_NODES,
+    TokenRecycling,
+    tree_template,
+)
+from runtime.models.base import PassOutput
 from runtime.models.toy import ToyModel
 from tests.contracts.test_heads import headed
 from tests.support.harness import Lockstep, asking, plain
@@ -28,18 +33,18 @@ def seen_of(
     logits: np.ndarray,
     path: Sequence[int] = (0,),
     **sampling: Any,
-) -> Seen:
+) -> VerifiedStep:
     tree = TokenTree(text_key(tokens), tokens[-1], limits.TREE_NODES, limits.TREE_DEPTH)
     text = Text("s", list(tokens), len(tokens), Sampling(**sampling), tree)
-    return Seen(
-        text, np.asarray(row_tokens), path, Shown(torch.as_tensor(logits, dtype=torch.float32))
+    return VerifiedStep(
+        text, np.asarray(row_tokens), path, PassOutput(torch.as_tensor(logits, dtype=torch.float32))
     )
 
 
 def test_candidates_of_every_row_are_kept_and_the_accepted_rows_win() -> None:
     head, logits = TokenRecycling(30), np.random.default_rng(0).standard_normal((4, 30))
     head.learn([seen_of([1, 7, 7], [1, 7, 7, 9], logits, path=[0, 1])])
-    order = np.argsort(-logits, axis=1)[:, :KEPT]
+    order = np.argsort(-logits, axis=1)[:, :CANDIDATES_PER_TOKEN]
     for token, row in ((1, 0), (7, 1), (9, 3)):
         assert head.tokens[token].tolist() == order[row].tolist()
     assert (head.tokens[2] == -1).all()
@@ -50,7 +55,7 @@ def test_the_tree_follows_the_table() -> None:
     """Token t is followed by t + 1, then by t + 2, ...: every node's token is its parent's and its rank plus 1."""
     head = TokenRecycling(64)
     logits = np.full((64, 64), -50.0)
-    for token, rank in itertools.product(range(64), range(KEPT)):
+    for token, rank in itertools.product(range(64), range(CANDIDATES_PER_TOKEN)):
         logits[token, (token + 1 + rank) % 64] = -rank
     head.learn([seen_of([0], range(64), logits, path=[0])])
     growth = head.grow(seen_of([0, 5], [0], logits).text)
@@ -59,9 +64,9 @@ def test_the_tree_follows_the_table() -> None:
         token - tokens[parent] - 1
         for parent, token in zip(growth.parents.tolist(), growth.tokens.tolist(), strict=True)
     ]
-    assert all(0 <= rank < KEPT for rank in ranks)
+    assert all(0 <= rank < CANDIDATES_PER_TOKEN for rank in ranks)
     assert ranks[0] == 0
-    assert NODES >= len(growth.tokens) > 8
+    assert MAX_NODES >= len(growth.tokens) > 8
     said = growth.scores.tolist()
     assert all(
         said[place] == pytest.approx(float(head.scores[0][rank]))
@@ -81,11 +86,11 @@ def test_with_noise_it_ranks_by_the_noise_of_the_target() -> None:
 
 
 def test_the_shape_is_best_first() -> None:
-    levels, parents = shape(KEPT)
-    assert len(parents) == NODES + 1 == 1 + sum(len(level.ranks) for level in levels)
+    levels, parents = tree_template(CANDIDATES_PER_TOKEN)
+    assert len(parents) == MAX_NODES + 1 == 1 + sum(len(level.ranks) for level in levels)
     assert all(parent < place for place, parent in enumerate(parents.tolist()) if place)
     assert (
         max(len(level.ranks) for level in levels) == len(levels[1].ranks)
-        or len(levels[0].ranks) <= KEPT
+        or len(levels[0].ranks) <= CANDIDATES_PER_TOKEN
     )
-    assert shape(3)[0][0].ranks.tolist() == [0, 1, 2]
+    assert tree_template(3)[0][0].ranks.tolist() == [0, 1, 2]

@@ -6,18 +6,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from runtime.kernels import linear
-from runtime.kernels.jit import able
+from runtime.kernels.jit import is_supported
 from runtime.kernels.linear import (
-    LEAST,
-    ONEDNN_WEIGHTS,
-    WEIGHTS,
+    MIN_ONEDNN_WEIGHTS,
+    MIN_PANEL_WEIGHTS,
+    ONEDNN_MIN_ROWS,
+    LinearOp,
     PackedLinear,
-    Product,
     copy_bytes,
     has_room,
     pack,
-    panelled,
-    reordered,
+    uses_onednn,
+    uses_panels,
 )
 
 LARGE = (1024, 512)
@@ -27,9 +27,9 @@ LARGE = (1024, 512)
 def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether this processor has panels."""
     has: bool = request.param
-    if has and not able():
+    if has and not is_supported():
         pytest.skip("no kernel for this processor")
-    monkeypatch.setattr(linear, "able", lambda: has)
+    monkeypatch.setattr(linear, "is_supported", lambda: has)
     return has
 
 
@@ -41,20 +41,20 @@ def test_packing_changes_nothing_but_rounding(
 ) -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(shape) / shape[1] ** 0.5, torch.randn(rows, shape[1])
-    offset, onto = torch.randn(shape[0]) if bias else None, torch.randn(rows, shape[0])
+    offset, addend = torch.randn(shape[0]) if bias else None, torch.randn(rows, shape[0])
     with torch.inference_mode():
         for packed in (False, True):
-            product = Product(weight, offset, packed)
+            product = LinearOp(weight, offset, packed)
             torch.testing.assert_close(product(x), F.linear(x, weight, offset), atol=1e-5, rtol=0)
             torch.testing.assert_close(
-                product(x, onto.clone()), F.linear(x, weight, offset) + onto, atol=1e-5, rtol=0
+                product(x, addend.clone()), F.linear(x, weight, offset) + addend, atol=1e-5, rtol=0
             )
 
 
 def test_a_row_is_the_same_whatever_stands_beside_it(ways: bool) -> None:
     torch.manual_seed(0)
-    product, x = Product(torch.randn(LARGE) / 16, None, pack=True), torch.randn(32, 512)
-    assert LEAST[torch.float32] <= 8
+    product, x = LinearOp(torch.randn(LARGE) / 16, None, pack=True), torch.randn(32, 512)
+    assert ONEDNN_MIN_ROWS[torch.float32] <= 8
     with torch.inference_mode():
         whole, part = product(x)[:8], product(x[:8])
     assert torch.equal(whole, part) or not ways
@@ -69,14 +69,14 @@ def test_copies_are_for_large_matrices(
     large, short, half = (
         torch.empty(LARGE, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)
     )
-    assert [panelled(weight) for weight in (large, short, half)] == [
+    assert [uses_panels(weight) for weight in (large, short, half)] == [
         ways,
         ways and not native,
         ways,
     ]
-    assert [reordered(weight) for weight in (large, short, half)] == [not ways, native, False]
-    assert not panelled(torch.empty(WEIGHTS // 256 - 1, 256))
-    assert not reordered(torch.empty(ONEDNN_WEIGHTS // 256 - 1, 256))
+    assert [uses_onednn(weight) for weight in (large, short, half)] == [not ways, native, False]
+    assert not uses_panels(torch.empty(MIN_PANEL_WEIGHTS // 256 - 1, 256))
+    assert not uses_onednn(torch.empty(MIN_ONEDNN_WEIGHTS // 256 - 1, 256))
 
 
 def test_a_copy_takes_what_the_shortest_exact_type_needs(ways: bool) -> None:
@@ -90,12 +90,12 @@ def test_a_copy_takes_what_the_shortest_exact_type_needs(ways: bool) -> None:
 def test_without_units_for_it_16_bits_go_through_panels(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not able():
+    if not is_supported():
         pytest.skip("no kernel for this processor")
     monkeypatch.setattr(linear, "native_bf16", lambda: False)
     weight, x = (torch.randn(LARGE) / 16).to(dtype), torch.randn(3, 512).to(dtype)
-    found = Product(weight, None, pack=True)(x)
-    assert torch.equal(found, Product(weight.float(), None, pack=True)(x.float()).to(dtype))
+    found = LinearOp(weight, None, pack=True)(x)
+    assert torch.equal(found, LinearOp(weight.float(), None, pack=True)(x.float()).to(dtype))
 
 
 def test_without_room_for_copies_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:

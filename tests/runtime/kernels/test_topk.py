@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.kernels.topk import BLOCK, top
+from runtime.kernels.topk import BLOCK, topk
 
 
 @given(
@@ -19,7 +19,7 @@ from runtime.kernels.topk import BLOCK, top
 def test_the_highest_in_falling_order(rows: int, n: int, k: int, seed: int, spread: float) -> None:
     """With a small spread there are many equal values: any of them will do."""
     scores = (torch.randn(rows, n, generator=torch.Generator().manual_seed(seed)) * spread).round()
-    values, indices = top(scores, min(k, n))
+    values, indices = topk(scores, min(k, n))
     assert torch.equal(values, scores.topk(min(k, n), dim=-1).values)
     assert torch.equal(scores.gather(1, indices), values)
     assert all(len(set(row)) == len(row) for row in indices.tolist())
@@ -29,6 +29,6 @@ def test_the_highest_in_falling_order(rows: int, n: int, k: int, seed: int, spre
 def test_barred_tokens_come_last(n: int) -> None:
     scores = torch.full((1, n), -torch.inf)
     scores[0, n - 1] = 1.0
-    values, indices = top(scores, 3)
+    values, indices = topk(scores, 3)
     assert indices[0, 0] == n - 1
     assert values.tolist() == [[1.0, -torch.inf, -torch.inf]]

@@ -19,10 +19,10 @@ def test_seats_go_to_the_first_free_then_from_the_least_recently_used() -> None:
 
     a, b, c, d = (text(mark) for mark in range(1, 5))
     arena = Arena(a, 3, 50)
-    assert [arena.take([cache]) for cache in (b, a, b)] == [[0], [1], [0]]
-    assert arena.take([c, a]) == [2, 1]
-    assert arena.take([d]) == [0]
-    assert arena.take([b, d]) == [2, 0]
+    assert [arena.assign([cache]) for cache in (b, a, b)] == [[0], [1], [0]]
+    assert arena.assign([c, a]) == [2, 1]
+    assert arena.assign([d]) == [0]
+    assert arena.assign([b, d]) == [2, 0]
     for mark, cache in enumerate((a, b, c, d), 1):
         assert cache.positions.tolist() == [mark] * 3
         assert torch.equal(cache.planes()[:, :, :3], torch.full((4, 2, 3, 8), float(mark)))
@@ -31,4 +31,4 @@ def test_seats_go_to_the_first_free_then_from_the_least_recently_used() -> None:
         ) == (cache is not c)
     del a, cache
     gc.collect()
-    assert arena.take([text(9)]) == [1]
+    assert arena.assign([text(9)]) == [1]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.kv.prefix_cache import Prefixes, common
+from runtime.kv.prefix_cache import PrefixCache, common_length
 from runtime.models.base import causal
 from runtime.models.toy import ToyCache, ToyModel
 
@@ -29,14 +29,16 @@ def shared(a: list[int], b: list[int]) -> int:
 
 @given(TOKENS, TOKENS)
 def test_common(a: list[int], b: list[int]) -> None:
-    assert common(np.asarray(a, dtype=np.int64), np.asarray(b, dtype=np.int64)) == shared(a, b)
+    assert common_length(np.asarray(a, dtype=np.int64), np.asarray(b, dtype=np.int64)) == shared(
+        a, b
+    )
 
 
 @given(st.lists(TOKENS, max_size=12), st.lists(TOKENS, max_size=3), TOKENS, st.integers(1, 4))
 def test_without_a_limit_the_longest_of_all_is_found(
     texts: list[list[int]], live: list[list[int]], asked: list[int], least: int
 ) -> None:
-    prefixes = Prefixes(10**6, least)
+    prefixes = PrefixCache(10**6, least)
     for text in texts:
         prefixes.keep(text, cache_of(text, behind=2))
     found = prefixes.longest(asked, [(text, cache_of(text)) for text in live])
@@ -55,7 +57,7 @@ def test_without_a_limit_the_longest_of_all_is_found(
 def test_the_budget_holds_and_the_least_recently_used_goes_first(
     history: list[tuple[bool, list[int]]], budget: int
 ) -> None:
-    prefixes = Prefixes(budget, least=2)
+    prefixes = PrefixCache(budget, min_tokens=2)
     oracle: list[list[int]] = []  # the least recently used first
     for keeps, text in history:
         if keeps:
@@ -78,7 +80,7 @@ def test_the_budget_holds_and_the_least_recently_used_goes_first(
 
 
 def test_a_text_that_goes_on_takes_the_place_of_its_beginning() -> None:
-    prefixes = Prefixes(100, least=2)
+    prefixes = PrefixCache(100, min_tokens=2)
     for text in ([1, 2, 3], [9, 9, 9], [1, 2, 3, 4], [1, 2]):
         prefixes.keep(text, cache_of(text))
     assert [kept.ids.tolist() for kept in prefixes.kept] == [[9, 9, 9], [1, 2, 3, 4]]
@@ -86,7 +88,7 @@ def test_a_text_that_goes_on_takes_the_place_of_its_beginning() -> None:
 
 
 def test_a_live_text_counts_as_far_as_its_cache_reaches() -> None:
-    found = Prefixes(0, least=2).longest(
+    found = PrefixCache(0, min_tokens=2).longest(
         [1, 2, 3, 4, 5, 6], [([1, 2, 3, 4, 5], cache_of([1, 2, 3, 4]))]
     )
     assert found is not None
@@ -95,14 +97,14 @@ def test_a_live_text_counts_as_far_as_its_cache_reaches() -> None:
 
 def test_a_cache_without_the_text_is_refused() -> None:
     with pytest.raises(IndexError):
-        Prefixes(100, least=1).keep([1, 2, 3], cache_of([1, 2]))
+        PrefixCache(100, min_tokens=1).keep([1, 2, 3], cache_of([1, 2]))
 
 
 def test_a_fork_reads_as_a_fresh_prefill_would() -> None:
     model, text = ToyModel(vocabulary=8), [1, 2, 3, 4, 5, 6]
     cache = model.new_cache()
     model.forward(cache, causal(np.asarray(text), 0))
-    prefixes = Prefixes(100, least=2)
+    prefixes = PrefixCache(100, min_tokens=2)
     prefixes.keep(text, cache)
     found = prefixes.longest([1, 2, 3, 7, 7])
     assert found is not None

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from runtime.models.detokenize import UNKNOWN, Detokenizer
+from runtime.models.detokenize import REPLACEMENT, Detokenizer
 from tests.support.paths import ROOT
 
 SHIPPED = ROOT / "models" / "target" / "tokenizer.json"
@@ -75,8 +75,8 @@ def test_real_text(tokenizer: Tokenizer, text: str, where: float) -> None:
     assert whole.endswith("".join(given_out))
     if whole.startswith(before):
         assert before + "".join(given_out) == whole
-    if UNKNOWN not in whole:
-        assert UNKNOWN not in "".join(given_out)
+    if REPLACEMENT not in whole:
+        assert REPLACEMENT not in "".join(given_out)
 
 
 @given(st.text(min_size=1, max_size=12), st.floats(0, 1))
@@ -85,7 +85,7 @@ def test_a_prompt_that_ends_inside_a_character(
     tokenizer: Tokenizer, text: str, where: float
 ) -> None:
     """The output then begins with that character."""
-    data, prefix = text.replace(UNKNOWN, "").encode(), tokenizer.encode("x").ids
+    data, prefix = text.replace(REPLACEMENT, "").encode(), tokenizer.encode("x").ids
     cut = round(where * len(data))
     tokens = [byte(tokenizer, value) for value in data]
     complete = data[:cut].decode(errors="ignore")
@@ -132,9 +132,9 @@ def test_any_tokens_of_a_byte_fallback_vocabulary(
     """Its decoder takes characters back when an invalid byte follows them; what was given out stays, and nothing is lost."""
     given_out = "".join(pieces(stories, prompt, output))
     whole, before = decoded(stories, prompt + output), decoded(stories, prompt)
-    kept = [char for char in whole if char != UNKNOWN]
+    kept = [char for char in whole if char != REPLACEMENT]
     assert len(given_out.encode()) <= 3 * len(whole.encode())
-    if whole.startswith(before) and UNKNOWN not in whole:
+    if whole.startswith(before) and REPLACEMENT not in whole:
         assert before + given_out == whole
     if not before:
         remaining = iter(given_out)
@@ -170,11 +170,11 @@ def test_a_character_of_four_tokens(tokenizer: Tokenizer) -> None:
 def test_a_character_that_the_prompt_begins(tokenizer: Tokenizer) -> None:
     first, second = (byte(tokenizer, value) for value in "é".encode())
     prompt = [*tokenizer.encode("x").ids, first, second, first]
-    assert pieces(tokenizer, prompt, [second, second]) == ["é", "", UNKNOWN]
+    assert pieces(tokenizer, prompt, [second, second]) == ["é", "", REPLACEMENT]
 
 
 def test_an_unknown_character_of_the_prompt_is_not_repeated(tokenizer: Tokenizer) -> None:
-    prompt = tokenizer.encode("x" + UNKNOWN).ids
+    prompt = tokenizer.encode("x" + REPLACEMENT).ids
     assert "".join(pieces(tokenizer, prompt, [byte(tokenizer, ord("a"))])) == "a"
 
 
@@ -183,12 +183,12 @@ def test_invalid_bytes(tokenizer: Tokenizer) -> None:
     prompt = tokenizer.encode("x").ids
     letter = tokenizer.token_to_id("o")
     assert letter is not None
-    assert "".join(pieces(tokenizer, prompt, [c3, a9, ff, letter])) == f"é{UNKNOWN}o"
-    assert "".join(pieces(tokenizer, prompt, [letter, c3])) == f"o{UNKNOWN}"
+    assert "".join(pieces(tokenizer, prompt, [c3, a9, ff, letter])) == f"é{REPLACEMENT}o"
+    assert "".join(pieces(tokenizer, prompt, [letter, c3])) == f"o{REPLACEMENT}"
     assert pieces(tokenizer, prompt, [ff, ff, letter, letter]) == [
         "",
         "",
-        f"{UNKNOWN}{UNKNOWN}o",
+        f"{REPLACEMENT}{REPLACEMENT}o",
         "o",
         "",
     ]

@@ -12,7 +12,7 @@ from runtime.config import shipped
 from runtime.core import limits
 from runtime.core.errors import InvalidRequest
 from runtime.core.sampling_params import Constraint, Kind
-from runtime.models.grammar import Grammars, Matcher
+from runtime.models.grammar import GrammarCompiler, GrammarMatcher
 from runtime.models.loader import load_tokenizer
 
 VOCABULARY = 4096 + 5  # logits may have columns that are no token
@@ -25,13 +25,13 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture(scope="module")
-def grammars(tokenizer: Any) -> Iterator[Grammars]:
-    made = Grammars(tokenizer, VOCABULARY, EOS)
+def grammars(tokenizer: Any) -> Iterator[GrammarCompiler]:
+    made = GrammarCompiler(tokenizer, VOCABULARY, EOS)
     yield made
     made.close()
 
 
-def tokens(matcher: Matcher) -> list[int]:
+def tokens(matcher: GrammarMatcher) -> list[int]:
     mask = matcher.allowed()
     assert mask.shape == (VOCABULARY,)
     assert mask.dtype == np.bool_
@@ -39,7 +39,7 @@ def tokens(matcher: Matcher) -> list[int]:
     return found
 
 
-def written(tokenizer: Any, matcher: Matcher, text: str) -> bool:
+def written(tokenizer: Any, matcher: GrammarMatcher, text: str) -> bool:
     """Whether the text is let through, token by token and then as a whole."""
     for token in tokenizer.encode(text):
         if token not in tokens(matcher):
@@ -80,7 +80,12 @@ SCHEMA = {
     ],
 )
 def test_what_fits_is_let_through_and_nothing_else(
-    tokenizer: Any, grammars: Grammars, kind: Kind, text: str, good: list[str], bad: list[str]
+    tokenizer: Any,
+    grammars: GrammarCompiler,
+    kind: Kind,
+    text: str,
+    good: list[str],
+    bad: list[str],
 ) -> None:
     assert [written(tokenizer, grammars(Constraint(kind, text)), one) for one in good] == [
         True
@@ -91,7 +96,7 @@ def test_what_fits_is_let_through_and_nothing_else(
 
 
 def test_a_complete_text_may_only_end_and_its_end_may_be_taken(
-    tokenizer: Any, grammars: Grammars
+    tokenizer: Any, grammars: GrammarCompiler
 ) -> None:
     matcher = grammars(Constraint("regex", "abc"))
     assert written(tokenizer, matcher, "abc")
@@ -101,7 +106,7 @@ def test_a_complete_text_may_only_end_and_its_end_may_be_taken(
 
 
 def test_all_tokens_that_end_a_text_do(tokenizer: Any) -> None:
-    grammars = Grammars(tokenizer, VOCABULARY, frozenset({0, 5}))
+    grammars = GrammarCompiler(tokenizer, VOCABULARY, frozenset({0, 5}))
     matcher = grammars(Constraint("regex", "a?"))
     assert {0, 5} <= set(tokens(matcher))
     matcher.take(tokenizer.encode("a")[0])
@@ -109,12 +114,12 @@ def test_all_tokens_that_end_a_text_do(tokenizer: Any) -> None:
     grammars.close()
 
 
-def test_what_is_not_allowed_cannot_be_taken(tokenizer: Any, grammars: Grammars) -> None:
+def test_what_is_not_allowed_cannot_be_taken(tokenizer: Any, grammars: GrammarCompiler) -> None:
     with pytest.raises(InvalidRequest, match="does not follow"):
         grammars(Constraint("regex", "abc")).take(tokenizer.encode("x")[0])
 
 
-def test_texts_of_one_grammar_go_their_own_ways(tokenizer: Any, grammars: Grammars) -> None:
+def test_texts_of_one_grammar_go_their_own_ways(tokenizer: Any, grammars: GrammarCompiler) -> None:
     first, second = grammars(Constraint("regex", "a+b")), grammars(Constraint("regex", "a+b"))
     first.take(tokenizer.encode("a")[0])
     assert tokens(first) != tokens(second)
@@ -161,7 +166,7 @@ REFUSED: list[tuple[Kind, str, str]] = [
     ("kind", "text", "says"), REFUSED, ids=[f"{kind}-{text[:20]!a}" for kind, text, _ in REFUSED]
 )
 def test_what_is_no_grammar_or_costs_too_much_is_refused_in_one_line(
-    grammars: Grammars, kind: Kind, text: str, says: str
+    grammars: GrammarCompiler, kind: Kind, text: str, says: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=says) as caught:
         grammars(Constraint(kind, text))
@@ -194,16 +199,18 @@ DOUBLED = {"$ref": "#/$defs/a0", "$defs": STEPS | {"a40": {}}}  # 2 ** 40 ways t
         ("json_schema", json.dumps(DOUBLED)),
     ],
 )
-def test_what_only_looks_dangerous_is_taken(grammars: Grammars, kind: Kind, text: str) -> None:
+def test_what_only_looks_dangerous_is_taken(
+    grammars: GrammarCompiler, kind: Kind, text: str
+) -> None:
     assert tokens(grammars(Constraint(kind, text)))
 
 
 def test_a_model_that_cannot_end_takes_no_constraint(tokenizer: Any) -> None:
     with pytest.raises(InvalidRequest, match="no token that ends a text"):
-        Grammars(tokenizer, VOCABULARY, frozenset())(Constraint("json_object"))
+        GrammarCompiler(tokenizer, VOCABULARY, frozenset())(Constraint("json_object"))
 
 
-def test_the_longest_text_is_read(grammars: Grammars) -> None:
+def test_the_longest_text_is_read(grammars: GrammarCompiler) -> None:
     long = json.dumps({"enum": [f"{n:08}" for n in range(1300)]})
     assert limits.CONSTRAINT_BYTES * 0.9 < len(long) <= limits.CONSTRAINT_BYTES
     assert tokens(grammars(Constraint("json_schema", long)))

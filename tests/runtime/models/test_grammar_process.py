@@ -18,7 +18,7 @@ from runtime.core import limits
 from runtime.core.errors import InvalidRequest, Overloaded
 from runtime.core.sampling_params import Constraint
 from runtime.models import grammar, grammar_check
-from runtime.models.grammar import Grammars, Matcher
+from runtime.models.grammar import GrammarCompiler, GrammarMatcher
 from runtime.models.loader import load_tokenizer
 from tests.support.harness import HANG_S
 
@@ -44,8 +44,8 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture
-def grammars(tokenizer: Any) -> Iterator[Grammars]:
-    made = Grammars(tokenizer, 4096, EOS)
+def grammars(tokenizer: Any) -> Iterator[GrammarCompiler]:
+    made = GrammarCompiler(tokenizer, 4096, EOS)
     yield made
     made.close()
 
@@ -82,7 +82,7 @@ def server_of(before: set[int]) -> int:
     return server
 
 
-def write(tokenizer: Any, matcher: Matcher, text: str) -> None:
+def write(tokenizer: Any, matcher: GrammarMatcher, text: str) -> None:
     for token in tokenizer.encode(text):
         assert matcher.allowed()[token]
         matcher.take(token)
@@ -118,7 +118,7 @@ PRODUCTS = {
 
 @pytest.mark.parametrize("value", PRODUCTS.values(), ids=PRODUCTS)
 def test_products_of_expressions_are_refused_by_name(
-    grammars: Grammars, value: dict[str, Any]
+    grammars: GrammarCompiler, value: dict[str, Any]
 ) -> None:
     before = children(os.getpid())
     with pytest.raises(InvalidRequest, match="patterns multiply to more than 10000 parts") as found:
@@ -146,12 +146,12 @@ SUMS = {
 
 @pytest.mark.parametrize("value", SUMS.values(), ids=SUMS)
 def test_expressions_for_different_strings_do_not_multiply(
-    grammars: Grammars, value: dict[str, Any]
+    grammars: GrammarCompiler, value: dict[str, Any]
 ) -> None:
     assert grammars(schema(value)).allowed().any()
 
 
-def test_parts_that_combine_in_too_many_ways_are_refused(grammars: Grammars) -> None:
+def test_parts_that_combine_in_too_many_ways_are_refused(grammars: GrammarCompiler) -> None:
     wide: dict[str, Any] = {"properties": {f"p{i}": {} for i in range(90)}}
     with pytest.raises(InvalidRequest, match="its parts combine in too many ways"):
         grammars(schema({"allOf": [{"$ref": "#/$defs/a"}] * 400, "$defs": {"a": wide}}))
@@ -173,7 +173,7 @@ def objects(*counts: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("counts", [(501,), (600,), (300, 201)])
 def test_too_many_properties_are_refused_by_the_limit(
-    grammars: Grammars, counts: tuple[int, ...]
+    grammars: GrammarCompiler, counts: tuple[int, ...]
 ) -> None:
     with pytest.raises(
         InvalidRequest, match=f"{sum(counts)} properties at one place, the most is 500"
@@ -183,7 +183,7 @@ def test_too_many_properties_are_refused_by_the_limit(
 
 @pytest.mark.parametrize("counts", [(500,), (250, 250)])
 def test_as_many_properties_as_are_allowed_can_be_written(
-    grammars: Grammars, tokenizer: Any, counts: tuple[int, ...]
+    grammars: GrammarCompiler, tokenizer: Any, counts: tuple[int, ...]
 ) -> None:
     matcher = grammars(schema(objects(*counts)))
     write(tokenizer, matcher, '{"7":"a","9":"b","249":"b"}')
@@ -192,23 +192,23 @@ def test_as_many_properties_as_are_allowed_can_be_written(
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_grammar_that_never_compiles_is_refused_while_others_are_served(
-    grammars: Grammars, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    grammars: GrammarCompiler, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = set(children(os.getpid()))
     first = grammars(GOOD)
     server = server_of(before)
     with ThreadPoolExecutor() as pool, monkeypatch.context() as patient:
-        patient.setattr(grammar, "ANSWER_S", HANG_S)
+        patient.setattr(grammar, "ANSWER_TIMEOUT_S", HANG_S)
         attack = pool.submit(refused, grammars, ATTACK)
         write(tokenizer, first, "ab" * 10)
         write(tokenizer, grammars(GOOD), "abc")
         why = attack.result(HANG_S)
-    assert f"over {grammar.COMPILE_S:g} s or {grammar.MEMORY >> 20} MiB" in why
+    assert f"over {grammar.COMPILE_CPU_S:g} s or {grammar.MEMORY_BYTES >> 20} MiB" in why
     write(tokenizer, first, "c")
     assert server_of(before) == server, "the tokenizer is not loaded again"
 
 
-def refused(grammars: Grammars, constraint: Constraint) -> str:
+def refused(grammars: GrammarCompiler, constraint: Constraint) -> str:
     with pytest.raises(InvalidRequest) as found:
         grammars(constraint)
     return str(found.value)
@@ -219,11 +219,11 @@ def test_a_grammar_that_compiles_waits_for_no_other(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The attack may take minutes here: it is under way until everything is closed."""
-    monkeypatch.setattr(grammar, "COMPILE_S", 600.0)
-    monkeypatch.setattr(grammar, "MEMORY", 1 << 40)
-    monkeypatch.setattr(grammar, "ANSWER_S", 600.0)
+    monkeypatch.setattr(grammar, "COMPILE_CPU_S", 600.0)
+    monkeypatch.setattr(grammar, "MEMORY_BYTES", 1 << 40)
+    monkeypatch.setattr(grammar, "ANSWER_TIMEOUT_S", 600.0)
     before = set(children(os.getpid()))
-    grammars = Grammars(tokenizer, 4096, EOS)
+    grammars = GrammarCompiler(tokenizer, 4096, EOS)
     with ThreadPoolExecutor() as pool:
         first = grammars(GOOD)
         server = server_of(before)
@@ -241,7 +241,9 @@ def test_a_grammar_that_compiles_waits_for_no_other(
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_a_mask_that_never_ends_ends_its_own_text(grammars: Grammars, tokenizer: Any) -> None:
+def test_a_mask_that_never_ends_ends_its_own_text(
+    grammars: GrammarCompiler, tokenizer: Any
+) -> None:
     """It compiles at once: the product stands behind a property that comes first."""
     late = [{"type": "string", "pattern": f"^(z|y(a|b)*a(a|b){{{i}}})$"} for i in range(1, 23)]
     value = {
@@ -257,7 +259,7 @@ def test_a_mask_that_never_ends_ends_its_own_text(grammars: Grammars, tokenizer:
     write(tokenizer, other, "abc")
 
 
-def wander(tokenizer: Any, matcher: Matcher) -> None:
+def wander(tokenizer: Any, matcher: GrammarMatcher) -> None:
     letters = [tokenizer.encode(letter)[0] for letter in "ab"]
     drawn = random.Random(1)
     for _ in range(20_000):
@@ -270,9 +272,9 @@ MANY_STATES = Constraint("regex", "(a|b)*a(a|b){24}c")
 def test_a_text_that_needs_too_much_memory_ends_alone(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grammar, "MEMORY", 4 << 20)
-    monkeypatch.setattr(grammar, "LEXER_STATES", 10**7)
-    grammars = Grammars(tokenizer, 4096, EOS)
+    monkeypatch.setattr(grammar, "MEMORY_BYTES", 4 << 20)
+    monkeypatch.setattr(grammar, "MAX_LEXER_STATES", 10**7)
+    grammars = GrammarCompiler(tokenizer, 4096, EOS)
     first, second = grammars(MANY_STATES), grammars(MANY_STATES)
     with pytest.raises(InvalidRequest, match="or 4 MiB"):
         wander(tokenizer, first)
@@ -284,11 +286,11 @@ def test_masks_that_are_slow_again_and_again_end_their_text(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No single one is over the limit, but the model's thread waits for all of them."""
-    monkeypatch.setattr(grammar, "MASK_S", 0.1)
-    monkeypatch.setattr(grammar, "TOKEN_S", 0.0)
-    monkeypatch.setattr(grammar, "MEMORY", 1 << 40)
-    monkeypatch.setattr(grammar, "LEXER_STATES", 10**7)
-    grammars = Grammars(tokenizer, 4096, EOS)
+    monkeypatch.setattr(grammar, "MASKS_CPU_S", 0.1)
+    monkeypatch.setattr(grammar, "TOKEN_CPU_S", 0.0)
+    monkeypatch.setattr(grammar, "MEMORY_BYTES", 1 << 40)
+    monkeypatch.setattr(grammar, "MAX_LEXER_STATES", 10**7)
+    grammars = GrammarCompiler(tokenizer, 4096, EOS)
     matcher = grammars(MANY_STATES)
     with pytest.raises(InvalidRequest, match=r"over 0\.1 s for its masks"):
         wander(tokenizer, matcher)
@@ -298,8 +300,8 @@ def test_masks_that_are_slow_again_and_again_end_their_text(
 def test_texts_of_one_grammar_do_not_use_up_each_others_states(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grammar, "LEXER_STATES", 1000)
-    grammars = Grammars(tokenizer, 4096, EOS)
+    monkeypatch.setattr(grammar, "MAX_LEXER_STATES", 1000)
+    grammars = GrammarCompiler(tokenizer, 4096, EOS)
     first, second = grammars(MANY_STATES), grammars(MANY_STATES)
     with pytest.raises(InvalidRequest, match="too many states"):
         wander(tokenizer, first)
@@ -308,7 +310,7 @@ def test_texts_of_one_grammar_do_not_use_up_each_others_states(
     grammars.close()
 
 
-def test_a_process_that_is_killed_is_replaced(grammars: Grammars, tokenizer: Any) -> None:
+def test_a_process_that_is_killed_is_replaced(grammars: GrammarCompiler, tokenizer: Any) -> None:
     before = set(children(os.getpid()))
     first = grammars(GOOD)
     server = server_of(before)
@@ -321,7 +323,7 @@ def test_a_process_that_is_killed_is_replaced(grammars: Grammars, tokenizer: Any
     write(tokenizer, first, "abc")
 
 
-def test_the_process_of_a_text_ends_with_it(grammars: Grammars) -> None:
+def test_the_process_of_a_text_ends_with_it(grammars: GrammarCompiler) -> None:
     before = set(children(os.getpid()))
     matcher = grammars(GOOD)
     (process,) = children(server_of(before))
@@ -332,7 +334,7 @@ def test_the_process_of_a_text_ends_with_it(grammars: Grammars) -> None:
 
 def test_nothing_is_left_after_close(tokenizer: Any) -> None:
     before = set(children(os.getpid()))
-    grammars = Grammars(tokenizer, 4096, EOS)
+    grammars = GrammarCompiler(tokenizer, 4096, EOS)
     matchers = [grammars(GOOD) for _ in range(3)]
     server = server_of(before)
     processes = children(server)
@@ -347,7 +349,7 @@ def test_nothing_is_left_after_close(tokenizer: Any) -> None:
 
 
 def test_processes_are_bounded_in_number(
-    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+    grammars: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "GRAMMARS", 2)
     matchers = [grammars(GOOD), grammars(GOOD)]

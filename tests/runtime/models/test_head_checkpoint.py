@@ -20,7 +20,12 @@ from runtime.core.sampling_params import Sampling
 from runtime.heads import hidden_transfer, medusa
 from runtime.heads.base import HeadContext
 from runtime.models.base import ModelIdentity
-from runtime.models.head_checkpoint import identity_of, read_settings, read_tensors, write_trained
+from runtime.models.head_checkpoint import (
+    read_settings,
+    read_tensors,
+    target_identity,
+    write_checkpoint,
+)
 from runtime.models.loader import load_tokenizer
 from tests.support.families import VOCABULARY, hf_model
 from tests.support.harness import answer
@@ -37,7 +42,7 @@ class Words:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_trained(
+    write_checkpoint(
         tmp_path / "head", "medusa", IDENTITY, SETTINGS, dict(medusa.Medusa(32, 2).state_dict())
     )
     return tmp_path / "head"
@@ -56,7 +61,7 @@ def test_what_is_written_is_read(folder: Path) -> None:
     }
     assert set(read_tensors(folder, shapes)) == set(shapes)
     assert [path.name for path in folder.parent.iterdir()] == ["head"]
-    write_trained(
+    write_checkpoint(
         folder,
         "medusa",
         IDENTITY,
@@ -68,13 +73,13 @@ def test_what_is_written_is_read(folder: Path) -> None:
 
 def test_what_cannot_be_written_leaves_the_old(folder: Path) -> None:
     with pytest.raises(TypeError):
-        write_trained(folder, "medusa", IDENTITY, {"heads": object()}, {})
+        write_checkpoint(folder, "medusa", IDENTITY, {"heads": object()}, {})
     assert read_settings(folder, "medusa", IDENTITY) == SETTINGS
     assert [path.name for path in folder.parent.iterdir()] == ["head"]
 
 
 def test_who_a_target_is() -> None:
-    found = identity_of(hf_model("llama").module.config, Words())
+    found = target_identity(hf_model("llama").module.config, Words())
     assert (found.hidden_size, found.layers, found.vocabulary, len(found.tokenizer)) == (
         32,
         2,
@@ -158,7 +163,7 @@ def test_a_spoilt_folder_is_refused(
 
 @pytest.mark.parametrize("layers", [None, [], [2], [0], [1.0], [1] * 17, "1", [True]])
 def test_layers_that_are_none_are_refused(tmp_path: Path, layers: object) -> None:
-    write_trained(
+    write_checkpoint(
         tmp_path / "head", "hidden-transfer", IDENTITY, {"layers": layers}, {"none": torch.zeros(1)}
     )
     with pytest.raises(ModelRefused, match="are not 1 to 16 layers from 1 to 1 that do not fall"):
@@ -167,7 +172,7 @@ def test_layers_that_are_none_are_refused(tmp_path: Path, layers: object) -> Non
 
 def test_layers_that_fall_are_refused(tmp_path: Path) -> None:
     identity = replace(IDENTITY, layers=4)
-    write_trained(
+    write_checkpoint(
         tmp_path / "head", "hidden-transfer", identity, {"layers": [2, 1]}, {"none": torch.zeros(1)}
     )
     with pytest.raises(ModelRefused, match="that do not fall"):
@@ -177,8 +182,8 @@ def test_layers_that_fall_are_refused(tmp_path: Path) -> None:
 def test_composed_from_a_configuration(tmp_path: Path) -> None:
     """With everything as in a deployment but in one process: threads, scheduler, tokenizer, folders."""
     folder = save_model(tmp_path / "target")
-    identity = identity_of(AutoConfig.from_pretrained(folder), load_tokenizer(str(folder)))
-    write_trained(
+    identity = target_identity(AutoConfig.from_pretrained(folder), load_tokenizer(str(folder)))
+    write_checkpoint(
         tmp_path / "medusa",
         "medusa",
         identity,
@@ -186,7 +191,7 @@ def test_composed_from_a_configuration(tmp_path: Path) -> None:
         dict(medusa.Medusa(32, 2).state_dict()),
     )
     transfer = dict(hidden_transfer.HiddenTransfer(32, [1]).state_dict())
-    write_trained(tmp_path / "transfer", "hidden-transfer", identity, {"layers": [1]}, transfer)
+    write_checkpoint(tmp_path / "transfer", "hidden-transfer", identity, {"layers": [1]}, transfer)
     drafts = ("token-recycling", str(tmp_path / "medusa"), str(tmp_path / "transfer"))
     plan = deployment(str(folder), drafts, 1, "float32", "cpu", local=True)
     assert check_models(plan).warnings == ()

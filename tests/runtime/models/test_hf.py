@@ -12,10 +12,10 @@ from transformers.modeling_utils import AttentionInterface
 from runtime.core.errors import InvalidRequest, ModelRefused
 from runtime.core.tree import TokenTree
 from runtime.kv.base import KVCache
-from runtime.models.base import Model, Part, Rows, causal
-from runtime.models.fast_path import quicken
-from runtime.models.generic import NAME
-from runtime.models.hf import HFModel, check_config, context_of
+from runtime.models.base import Model, PassInput, Rows, causal
+from runtime.models.fast_path import enable_fast_path
+from runtime.models.generic import ATTENTION_NAME
+from runtime.models.hf import HFModel, check_config, max_context
 from runtime.models.prefill import prefill
 from runtime.models.rollback_check import check_rollback
 from tests.support.families import FAMILIES, VOCABULARY, hf_model, tiny
@@ -214,7 +214,7 @@ def test_a_cache_of_another_kind() -> None:
         hf_model("llama").forward(Other(), causal(PROMPT, 0))
 
 
-def three(model: HFModel) -> list[Part]:
+def three(model: HFModel) -> list[PassInput]:
     """Texts of other lengths, each with some rows to read: a tree, one row, plain text of which two rows are wanted."""
     parts = []
     for length, rows, last in ((4, None, None), (9, 1, None), (0, 12, 2), (7, 3, 0)):
@@ -226,7 +226,7 @@ def three(model: HFModel) -> list[Part]:
             if rows is None
             else causal(text[length : length + rows], length)
         )
-        parts.append(Part(kv, read, last))
+        parts.append(PassInput(kv, read, last))
     return parts
 
 
@@ -235,12 +235,12 @@ def test_several_texts_in_one_pass(family: str) -> None:
     model = hf_model(family)
     apart = [model.forward(part.cache, part.rows, part.last) for part in three(model)]
     parts = three(model)
-    together = model.forward_all(parts)
-    assert [len(logits) for logits in together] == [8, 1, 2, 0]
-    for found, expected in zip(together, apart, strict=True):
+    can_pack = model.forward_all(parts)
+    assert [len(logits) for logits in can_pack] == [8, 1, 2, 0]
+    for found, expected in zip(can_pack, apart, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     more = model.forward_all(
-        [Part(part.cache, causal(np.array([5]), part.cache.length)) for part in parts[1:3]]
+        [PassInput(part.cache, causal(np.array([5]), part.cache.length)) for part in parts[1:3]]
     )
     text = np.random.default_rng(9).integers(0, VOCABULARY, 20)
     close(more[0], plain(model, [*text[:10], 5])[-1:])
@@ -251,7 +251,7 @@ def test_several_texts_in_one_pass(family: str) -> None:
 def test_one_pass_is_one_pass(family: str) -> None:
     """Of transformers' own module where there is no faster one; Falcon alone does not ask for attention through the interface."""
     model = HFModel(FAMILIES[family](), family)
-    assert model.generic.together == (family != "falcon")
+    assert model.generic.can_pack == (family != "falcon")
     parts, passes = three(model), []
     with model.module.register_forward_hook(lambda *_: passes.append(1)):
         model.forward_all(parts)
@@ -267,14 +267,14 @@ def test_a_module_that_reads_several_texts_wrongly_reads_them_one_by_one(
     with caplog.at_level(logging.WARNING), pytest.MonkeyPatch.context() as patch:
         patch.setitem(
             AttentionInterface._global_mapping,
-            NAME,
+            ATTENTION_NAME,
             lambda module, query, key, value, mask, **_: (
                 value.transpose(1, 2).repeat(1, 1, 2, 1),
                 None,
             ),
         )
         model = HFModel(module, "own way")
-    assert not model.generic.together
+    assert not model.generic.can_pack
     assert (
         "model own way reads several texts one by one: in one pass its logits are off by"
         in caplog.text
@@ -293,22 +293,24 @@ def test_an_error_in_one_text_leaves_all_caches_as_they_were(
 ) -> None:
     model = HFModel(FAMILIES[family](), family)
     if family == "llama":
-        quicken(model)
+        enable_fast_path(model)
     parts = three(model)
     lengths = [part.cache.length for part in parts]
-    bad = Part(model.new_cache(), causal(np.array([VOCABULARY]), 0))
+    bad = PassInput(model.new_cache(), causal(np.array([VOCABULARY]), 0))
     full = model.new_cache()
     full.append(full.capacity)
     for culprit in (
         bad,
-        Part(full, Rows(np.array([1]), np.array([0]), full.capacity, np.ones((1, 1), np.bool_))),
+        PassInput(
+            full, Rows(np.array([1]), np.array([0]), full.capacity, np.ones((1, 1), np.bool_))
+        ),
     ):
         with pytest.raises(InvalidRequest):
             model.forward_all([*parts, culprit])
         assert [part.cache.length for part in parts] == lengths
     step = model.step
 
-    def broken(parts: Sequence[Part]) -> list[torch.Tensor]:
+    def broken(parts: Sequence[PassInput]) -> list[torch.Tensor]:
         step(parts)
         raise RuntimeError("out of memory")
 
@@ -415,4 +417,4 @@ def test_longrope_ends_where_its_angles_would_change() -> None:
 
 def test_no_context_length_is_refused() -> None:
     with pytest.raises(ModelRefused, match=r"endless .* names no context length"):
-        context_of(PreTrainedConfig(), "endless")
+        max_context(PreTrainedConfig(), "endless")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from runtime.models.base import Part, Rows, causal
-from runtime.models.fast_path import quicken
+from runtime.models.base import PassInput, Rows, causal
+from runtime.models.fast_path import enable_fast_path
 from runtime.models.hf import HFModel
-from runtime.models.llama import ANGLES, LlamaPass, fits
+from runtime.models.llama import INITIAL_POSITIONS, LlamaPass, is_llama
 from runtime.models.rollback_check import check_rollback
 from tests.support.families import FAMILIES, VOCABULARY, WINDOW, tiny
 
@@ -77,7 +77,7 @@ def pair(shape: str, dtype: torch.dtype = torch.float32) -> tuple[HFModel, HFMod
     """The model with transformers' pass, and a copy with the short one."""
     kind, options = SHAPES[shape]
     generic, quick = (HFModel(spread(tiny(kind, **options)).to(dtype), shape) for _ in range(2))
-    quicken(quick)
+    enable_fast_path(quick)
     assert isinstance(quick.step, LlamaPass)
     return generic, quick
 
@@ -108,9 +108,9 @@ def test_the_short_pass_is_the_long_one(shape: str) -> None:
         ]
         logits += model.forward_all(
             [
-                Part(kv, tree(18)),
-                Part(other, causal(TEXT, 0), last=2),
-                Part(model.new_cache(), causal(TEXT[:1], 0)),
+                PassInput(kv, tree(18)),
+                PassInput(other, causal(TEXT, 0), last=2),
+                PassInput(model.new_cache(), causal(TEXT[:1], 0)),
             ]
         )
         found.append(
@@ -124,7 +124,7 @@ def test_the_short_pass_is_the_long_one(shape: str) -> None:
 
 @pytest.mark.parametrize("shape", ["llama", "llama3", "yarn"])
 def test_angles_beyond_those_computed_at_first(shape: str) -> None:
-    text = np.resize(TEXT, ANGLES + 70 if shape != "llama" else 512)
+    text = np.resize(TEXT, INITIAL_POSITIONS + 70 if shape != "llama" else 512)
     generic, quick = pair(shape)
     for length in (500, len(text)):
         logits = [
@@ -165,24 +165,26 @@ def test_the_module_stays_whole_and_takes_no_more_memory(shape: str) -> None:
 @pytest.mark.parametrize("family", ["phi3", "gpt2", "mixtral", "gemma2"])
 def test_others_keep_the_pass_of_transformers(family: str) -> None:
     model = HFModel(FAMILIES[family](), family)
-    assert not fits(model.module)
-    quicken(model)
+    assert not is_llama(model.module)
+    enable_fast_path(model)
     assert model.step is model.generic
 
 
 def test_another_activation_does_not_fit() -> None:
-    assert not fits(tiny("llama", hidden_act="gelu"))
-    assert fits(tiny("llama"))
+    assert not is_llama(tiny("llama", hidden_act="gelu"))
+    assert is_llama(tiny("llama"))
 
 
 def test_a_pass_that_disagrees_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = HFModel(tiny("llama"), "twisted")
-    table = LlamaPass._table
-    monkeypatch.setattr(LlamaPass, "_table", lambda self, positions: table(self, positions) * 1.1)
+    table = LlamaPass._rope_table
+    monkeypatch.setattr(
+        LlamaPass, "_rope_table", lambda self, positions: table(self, positions) * 1.1
+    )
     with caplog.at_level(logging.WARNING):
-        quicken(model)
+        enable_fast_path(model)
     assert model.step is model.generic
     assert "model twisted keeps transformers' own pass: the faster one is off by" in caplog.text
 
@@ -193,6 +195,6 @@ def test_a_pass_that_cannot_be_made_is_not_used(
     model = HFModel(tiny("llama"), "odd")
     monkeypatch.delattr(LlamaPass, "_lane")
     with caplog.at_level(logging.WARNING):
-        quicken(model)
+        enable_fast_path(model)
     assert model.step is model.generic
     assert "does not fit it" in caplog.text

@@ -23,7 +23,7 @@ from runtime.models.loader import load_model, load_tokenizer
 from runtime.models.vocab_check import vocabulary_hash
 from tests.support.families import FAMILIES, VOCABULARY, hf_model, tiny
 
-WEIGHTS = "model.safetensors"
+MIN_PANEL_WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -171,12 +171,12 @@ def test_a_hub_that_cannot_be_reached(name: str) -> None:
 
 
 def test_a_file_is_no_folder(folder: Path) -> None:
-    refused(folder / WEIGHTS, "is a file")
+    refused(folder / MIN_PANEL_WEIGHTS, "is a file")
 
 
 @pytest.mark.parametrize(
     ("file", "message"),
-    [("config.json", "has no config.json"), (WEIGHTS, "has no model.safetensors")],
+    [("config.json", "has no config.json"), (MIN_PANEL_WEIGHTS, "has no model.safetensors")],
 )
 def test_a_missing_file(folder: Path, file: str, message: str) -> None:
     (folder / file).unlink()
@@ -206,7 +206,7 @@ def test_a_missing_tokenizer(folder: Path) -> None:
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
 def test_pickled_weights_alone(folder: Path, file: str) -> None:
-    (folder / WEIGHTS).rename(folder / file)
+    (folder / MIN_PANEL_WEIGHTS).rename(folder / file)
     refused(folder, f"has no safetensors, only {file}: convert it")
 
 
@@ -361,7 +361,7 @@ def test_a_template_cannot_reach_out_of_its_sandbox(folder: Path, tmp_path: Path
     assert not (tmp_path / "reached").exists()
 
 
-@pytest.mark.parametrize("file", [WEIGHTS, "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("file", [MIN_PANEL_WEIGHTS, "config.json", "tokenizer.json"])
 def test_a_link_out_of_the_folder(folder: Path, file: str) -> None:
     outside = folder.parent / "outside"
     (folder / file).rename(outside)
@@ -416,25 +416,29 @@ OVERLAP = json.dumps(
     ids=["empty", "short", "absurd", "200-MiB", "array", "past-the-end", "overlap"],
 )
 def test_a_broken_header(folder: Path, content: bytes) -> None:
-    (folder / WEIGHTS).write_bytes(content)
+    (folder / MIN_PANEL_WEIGHTS).write_bytes(content)
     refused(folder, "model.safetensors is not a whole safetensors file")
 
 
 def test_a_download_that_broke_off(folder: Path) -> None:
-    whole = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(whole[:-100])
+    whole = (folder / MIN_PANEL_WEIGHTS).read_bytes()
+    (folder / MIN_PANEL_WEIGHTS).write_bytes(whole[:-100])
     refused(folder, "model.safetensors is not a whole safetensors file")
 
 
 def test_missing_and_misshapen_weights(folder: Path) -> None:
-    weights = load_file(folder / WEIGHTS)
+    weights = load_file(folder / MIN_PANEL_WEIGHTS)
     save_file(
         {name: tensor for name, tensor in weights.items() if "q_proj" not in name},
-        folder / WEIGHTS,
+        folder / MIN_PANEL_WEIGHTS,
         {"format": "pt"},
     )
     refused(folder, "lacks 2 of its weights")
-    save_file({**weights, "lm_head.weight": torch.zeros(5, 5)}, folder / WEIGHTS, {"format": "pt"})
+    save_file(
+        {**weights, "lm_head.weight": torch.zeros(5, 5)},
+        folder / MIN_PANEL_WEIGHTS,
+        {"format": "pt"},
+    )
     refused(folder, "cannot be loaded")
 
 

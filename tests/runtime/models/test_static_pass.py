@@ -14,16 +14,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from runtime.kernels.cuda_graph import Capture, Record, Run, straight
+from runtime.kernels.cuda_graph import GraphCapture, Record, Run, run_eagerly
 from runtime.kv.arena import Arena
 from runtime.kv.store import TorchCache
-from runtime.models.base import Look, Part, Rows, Shown, causal
-from runtime.models.fast_path import quicken, seats_for, steady
+from runtime.models.base import OutputSpec, PassInput, PassOutput, Rows, causal
+from runtime.models.fast_path import enable_fast_path, enable_static_path, seats_for
 from runtime.models.hf import HFModel
 from runtime.models.loader import Step, load_model
 from runtime.models.rollback_check import check_rollback
-from runtime.models.static_pass import ROWS, Shape, StaticPass, laid_out, shape_of
-from runtime.models.step_timing import fan, step_times
+from runtime.models.static_pass import MAX_ROWS, PassShape, StaticPass, layout_inputs, shape_of
+from runtime.models.step_timing import fan_rows, step_times
 from tests.contracts import test_kv
 from tests.runtime.models.test_llama import SHAPES, spread, tree
 from tests.support.families import FAMILIES, VOCABULARY, tiny
@@ -68,20 +68,22 @@ def recorded(counts: list[int], function: Run) -> Run:
 class Never:
     """A Pass that nothing may come to."""
 
-    def __call__(self, parts: Sequence[Part]) -> list[torch.Tensor]:
+    def __call__(self, parts: Sequence[PassInput]) -> list[torch.Tensor]:
         raise AssertionError("read by the other pass")
 
-    def check(self, look: Look) -> None:
+    def check(self, output_spec: OutputSpec) -> None:
         raise AssertionError("asked of the other pass")
 
-    def show(self, parts: Sequence[Part], look: Look) -> list[Shown]:
+    def show(self, parts: Sequence[PassInput], output_spec: OutputSpec) -> list[PassOutput]:
         raise AssertionError("shown by the other pass")
 
     def unembed(self, hidden: torch.Tensor) -> torch.Tensor:
         raise AssertionError("asked of the other pass")
 
 
-def give(model: HFModel, seats: int = 2, slots: int = 512, record: Record = straight) -> StaticPass:
+def give(
+    model: HFModel, seats: int = 2, slots: int = 512, record: Record = run_eagerly
+) -> StaticPass:
     """Put a StaticPass into the model. What goes past it fails."""
     step = StaticPass(model.module, Arena(model.new_cache(), seats, slots), Never(), record)
     model.step = step
@@ -101,7 +103,7 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def bush(start: int, rows: int) -> Rows:
-    return replace(fan(start, rows), tokens=LONG[start : start + rows])
+    return replace(fan_rows(start, rows), tokens=LONG[start : start + rows])
 
 
 def content(kv: TorchCache) -> list[torch.Tensor]:
@@ -121,11 +123,13 @@ def history(model: HFModel) -> list[torch.Tensor]:
         model.forward(kv, causal(LONG[:3], 13), last=1),
         model.forward(kv, causal(LONG[:2], 16), last=0),
     ]
-    logits += model.forward_all([Part(kv, tree(18)), Part(other, causal(LONG[:40], 0), last=2)])
+    logits += model.forward_all(
+        [PassInput(kv, tree(18)), PassInput(other, causal(LONG[:40], 0), last=2)]
+    )
     kv.truncate(12)
     fork = kv.fork(7)
     logits += model.forward_all(
-        [Part(fork, tree(7), last=3), Part(kv, causal(LONG[:1], 12), last=0)]
+        [PassInput(fork, tree(7), last=3), PassInput(kv, causal(LONG[:1], 12), last=0)]
     )
     logits.append(model.forward(other, tree(40)))
     return [*logits, *content(kv), *content(other), *content(fork)]
@@ -163,7 +167,7 @@ def test_logits_outlive_the_next_replay() -> None:
     assert torch.equal(first, before)
 
 
-@pytest.mark.parametrize("rows", [*range(1, 18), 31, 32, 33, 64, 65, ROWS])
+@pytest.mark.parametrize("rows", [*range(1, 18), 31, 32, 33, 64, 65, MAX_ROWS])
 def test_every_number_of_rows(rows: int) -> None:
     generic, static, step = pair()
     found = []
@@ -173,7 +177,7 @@ def test_every_number_of_rows(rows: int) -> None:
         found.append([model.forward(kv, bush(20, rows)), *content(kv)])
     for expected, got in zip(*found, strict=True):
         close(got, expected)
-    assert {shape.rows for shape in step._frames} == {32, 1 << (rows - 1).bit_length()}
+    assert {shape.rows for shape in step._buffers} == {32, 1 << (rows - 1).bit_length()}
 
 
 def test_every_length_across_a_border_of_slots() -> None:
@@ -188,7 +192,7 @@ def test_every_length_across_a_border_of_slots() -> None:
             for model, kv in zip((generic, static), caches, strict=True)
         )
         close(got, expected)
-        assert (Shape(0, 1, 1, 512) in step._frames) == (start >= 256)
+        assert (PassShape(0, 1, 1, 512) in step._buffers) == (start >= 256)
     for kv in caches:
         kv.keep(200, list(range(255, 262)))
     expected, got = (
@@ -207,7 +211,7 @@ def test_more_texts_than_seats_take_turns() -> None:
         logits = []
         for model, own in zip((generic, static), caches, strict=True):
             parts = [
-                Part(own[i], bush(own[i].length, int(w)))
+                PassInput(own[i], bush(own[i].length, int(w)))
                 for i, w in zip(chosen, widths, strict=True)
             ]
             logits.append(torch.cat(model.forward_all(parts)))
@@ -227,12 +231,18 @@ def test_a_block_spans_the_seats_between() -> None:
     found = []
     for model in (generic, static):
         caches = [model.new_cache() for _ in range(4)]
-        model.forward_all([Part(kv, causal(LONG[i : i + 5], 0)) for i, kv in enumerate(caches)])
-        found.append(torch.cat(model.forward_all([Part(caches[i], tree(5)) for i in (2, 1)])))
+        model.forward_all(
+            [PassInput(kv, causal(LONG[i : i + 5], 0)) for i, kv in enumerate(caches)]
+        )
+        found.append(torch.cat(model.forward_all([PassInput(caches[i], tree(5)) for i in (2, 1)])))
         found.append(model.forward(caches[3], tree(5)))
     close(found[2], found[0])
     close(found[3], found[1])
-    assert set(step._frames) == {Shape(0, 4, 32, 256), Shape(0, 4, 16, 256), Shape(3, 1, 8, 256)}
+    assert set(step._buffers) == {
+        PassShape(0, 4, 32, 256),
+        PassShape(0, 4, 16, 256),
+        PassShape(3, 1, 8, 256),
+    }
 
 
 def test_any_history_reads_as_a_fresh_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,20 +255,22 @@ def test_any_history_reads_as_a_fresh_prefill(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     "parts",
     [
-        lambda model: [Part(model.new_cache(), causal(LONG[: ROWS + 1], 0))],
-        lambda model: [Part(model.new_cache(), causal(LONG[:2], 0)) for _ in range(3)],
+        lambda model: [PassInput(model.new_cache(), causal(LONG[: MAX_ROWS + 1], 0))],
+        lambda model: [PassInput(model.new_cache(), causal(LONG[:2], 0)) for _ in range(3)],
         lambda model: [
-            Part(model.new_cache(), Rows(LONG[:1], np.array([300]), 0, np.ones((1, 1), np.bool_)))
+            PassInput(
+                model.new_cache(), Rows(LONG[:1], np.array([300]), 0, np.ones((1, 1), np.bool_))
+            )
         ],
     ],
     ids=["rows", "texts", "positions"],
 )
-def test_what_is_too_much_is_read_otherwise(parts: Callable[[HFModel], list[Part]]) -> None:
+def test_what_is_too_much_is_read_otherwise(parts: Callable[[HFModel], list[PassInput]]) -> None:
     generic, static, _ = pair(seats=2, slots=256)
     with pytest.raises(AssertionError, match="other pass"):
         static.forward_all(parts(static))
     static.step = StaticPass(
-        static.module, Arena(static.new_cache(), 2, 256), static.generic, straight
+        static.module, Arena(static.new_cache(), 2, 256), static.generic, run_eagerly
     )
     close(
         torch.cat(static.forward_all(parts(static))), torch.cat(generic.forward_all(parts(generic)))
@@ -267,7 +279,7 @@ def test_what_is_too_much_is_read_otherwise(parts: Callable[[HFModel], list[Part
 
 def test_a_text_outgrows_its_seat_and_comes_back() -> None:
     generic, static, _ = pair(slots=32)
-    step = StaticPass(static.module, Arena(static.new_cache(), 1, 32), static.generic, straight)
+    step = StaticPass(static.module, Arena(static.new_cache(), 1, 32), static.generic, run_eagerly)
     static.step = step
     caches = [model.new_cache() for model in (generic, static)]
     seated = []
@@ -287,18 +299,18 @@ def test_a_pass_that_fails_leaves_the_caches_as_they_were() -> None:
     def fails(function: Run) -> Run:
         raise RuntimeError("no capture")
 
-    generic, static, step = pair(record=straight)
+    generic, static, step = pair(record=run_eagerly)
     caches = [model.new_cache() for model in (generic, static)]
     for model, kv in zip((generic, static), caches, strict=True):
         model.forward(kv, causal(LONG[:10], 0))
     fresh, before = static.new_cache(), content(caches[1])
     step._record = fails
     with pytest.raises(RuntimeError, match="no capture"):
-        static.forward_all([Part(caches[1], tree(10)), Part(fresh, tree(0))])
+        static.forward_all([PassInput(caches[1], tree(10)), PassInput(fresh, tree(0))])
     assert (caches[1].length, fresh.length) == (10, 0)
     assert caches[1].positions.tolist() == list(range(10))
     assert all(torch.equal(now, then) for now, then in zip(content(caches[1]), before, strict=True))
-    step._record = straight
+    step._record = run_eagerly
     close(static.forward(caches[1], tree(10)), generic.forward(caches[0], tree(10)))
 
 
@@ -317,10 +329,10 @@ def test_all_that_it_reads_is_on_the_device_of_the_module() -> None:
     """No GPU here: shapes on the meta device, which refuses tensors of another."""
     module = spread(tiny("qwen3", head_dim=16)).to("meta")
     like = TorchCache([((2, 16), (2, 16))] * 2, 600, torch.float32, module.device)
-    step = StaticPass(module, Arena(like, 4, 512), Never(), straight)
-    shape = Shape(2, 2, 8, 256)
+    step = StaticPass(module, Arena(like, 4, 512), Never(), run_eagerly)
+    shape = PassShape(2, 2, 8, 256)
     with torch.inference_mode():
-        logits = step._compute(shape, step._frame(shape), True)
+        logits = step._compute(shape, step._buffers_for(shape), True)
     assert (logits.device.type, logits.shape) == ("meta", (8, VOCABULARY))
     # Scalars of the CPU would be let pass.
     norms = [
@@ -341,13 +353,13 @@ def test_the_least_shape() -> None:
     ]
     kv[0].append(256)
     kv[1].append(257)
-    parts = [Part(cache, fan(0, rows)) for cache, rows in zip(kv, (1, 8), strict=True)]
-    assert shape_of(parts[:1], [5], 2304) == Shape(5, 1, 1, 256)
-    assert shape_of(parts[1:], [0], 2304) == Shape(0, 1, 8, 512)
-    assert shape_of(parts, [4, 5], 2304) == Shape(4, 2, 16, 512)
-    assert shape_of(parts, [6, 1], 2304) == Shape(0, 8, 16, 512)
+    parts = [PassInput(cache, fan_rows(0, rows)) for cache, rows in zip(kv, (1, 8), strict=True)]
+    assert shape_of(parts[:1], [5], 2304) == PassShape(5, 1, 1, 256)
+    assert shape_of(parts[1:], [0], 2304) == PassShape(0, 1, 8, 512)
+    assert shape_of(parts, [4, 5], 2304) == PassShape(4, 2, 16, 512)
+    assert shape_of(parts, [6, 1], 2304) == PassShape(0, 8, 16, 512)
     kv[0].append(1900)
-    assert shape_of(parts[:1], [2], 2304) == Shape(2, 1, 1, 2304)
+    assert shape_of(parts[:1], [2], 2304) == PassShape(2, 1, 1, 2304)
 
 
 def test_what_a_frame_holds() -> None:
@@ -356,8 +368,11 @@ def test_what_a_frame_holds() -> None:
         cache.append(length)
         cache.append(n)
         cache.positions[:] = np.arange(length + n)
-    parts = [Part(kv[0], causal(np.array([7, 8]), 3)), Part(kv[1], causal(np.array([9]), 1))]
-    ids, hidden = laid_out(parts, [3, 2], Shape(2, 2, 4, 6), 40, {"all": None, "near": 2})
+    parts = [
+        PassInput(kv[0], causal(np.array([7, 8]), 3)),
+        PassInput(kv[1], causal(np.array([9]), 1)),
+    ]
+    ids, hidden = layout_inputs(parts, [3, 2], PassShape(2, 2, 4, 6), 40, {"all": None, "near": 2})
     assert ids.tolist() == [
         [7, 8, 9, 0],
         [3, 4, 1, 0],
@@ -380,9 +395,9 @@ def test_what_a_frame_holds() -> None:
 
 def test_a_cpu_gets_it_only_when_asked() -> None:
     model = HFModel(tiny("llama"), "small")
-    quicken(model)
+    enable_fast_path(model)
     assert not isinstance(model.step, StaticPass)
-    assert steady(model)
+    assert enable_static_path(model)
     assert isinstance(model.step, StaticPass)
     assert check_rollback(model) < 1e-4
 
@@ -399,7 +414,7 @@ def test_a_loaded_model_has_it_on_request(tmp_path: Path) -> None:
 
 def test_a_model_built_otherwise_keeps_its_pass() -> None:
     model = HFModel(FAMILIES["gpt2"](), "gpt2")
-    assert not steady(model)
+    assert not enable_static_path(model)
     assert model.step is model.generic
 
 
@@ -414,7 +429,7 @@ def test_a_static_pass_that_disagrees_is_not_used(
         lambda self, hidden: [mask.clamp(min=-1.0) for mask in masks(self, hidden)],
     )
     with caplog.at_level(logging.WARNING):
-        assert not steady(model)
+        assert not enable_static_path(model)
     assert model.step is model.generic
     assert "model twisted keeps transformers' own pass: the faster one is off by" in caplog.text
 
@@ -428,9 +443,9 @@ def on_gpu(dtype: torch.dtype) -> tuple[HFModel, HFModel]:
     generic, static = (
         HFModel(spread(tiny("llama", head_dim=64)).to("cuda", dtype), "llama") for _ in range(2)
     )
-    quicken(static)
+    enable_fast_path(static)
     assert isinstance(static.step, StaticPass)
-    assert isinstance(static.step._record, Capture)
+    assert isinstance(static.step._record, GraphCapture)
     return generic, static
 
 

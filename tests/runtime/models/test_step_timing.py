@@ -1,7 +1,7 @@
 """Step times are medians over turns, of what the clock says."""
 
-from runtime.models.base import Part
-from runtime.models.step_timing import fan, step_times
+from runtime.models.base import PassInput
+from runtime.models.step_timing import fan_rows, step_times
 from runtime.models.toy import ToyModel
 
 
@@ -12,7 +12,7 @@ class Slow(ToyModel):
         super().__init__(context=32)
         self.now, self.passes = 0.0, 0
 
-    def read(self, part: Part):  # type: ignore[no-untyped-def]
+    def read(self, part: PassInput):  # type: ignore[no-untyped-def]
         self.now += len(part.rows.tokens) + (100.0 if self.passes % 3 == 1 else 0.0)
         self.passes += 1
         return super().read(part)
@@ -25,7 +25,7 @@ def test_medians_by_width() -> None:
 
 
 def test_a_fan_is_a_root_and_its_children() -> None:
-    rows = fan(7, 3)
+    rows = fan_rows(7, 3)
     assert rows.positions.tolist() == [7, 8, 8]
     assert rows.visible.tolist() == [[True, False, False], [True, True, False], [True, False, True]]
     assert rows.prefix == 7

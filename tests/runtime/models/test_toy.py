@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.core.errors import InvalidRequest
-from runtime.models.base import Part, Rows, causal
+from runtime.models.base import PassInput, Rows, causal
 from runtime.models.prefill import prefill
 from runtime.models.toy import ToyCache, ToyModel
 
@@ -97,7 +97,7 @@ def test_the_cache_keeps_its_promises_at_the_edges() -> None:
 def test_several_texts_in_one_pass_bit_by_bit() -> None:
     model = ToyModel()
     parts = [
-        Part(fed(model, TEXT[:length]), causal(np.array([7, length]), length), last)
+        PassInput(fed(model, TEXT[:length]), causal(np.array([7, length]), length), last)
         for length, last in ((1, None), (5, 1), (3, 0))
     ]
     logits = model.forward_all(parts)
@@ -112,8 +112,8 @@ def test_an_error_in_one_text_leaves_all_caches_as_they_were() -> None:
     model = ToyModel()
     caches = [fed(model, TEXT), fed(model, TEXT)]
     parts = [
-        Part(caches[0], causal(np.array([7]), 5)),
-        Part(caches[1], Rows(np.array([7]), np.array([9]), 5, np.ones((1, 1), np.bool_))),
+        PassInput(caches[0], causal(np.array([7]), 5)),
+        PassInput(caches[1], Rows(np.array([7]), np.array([9]), 5, np.ones((1, 1), np.bool_))),
     ]
     with pytest.raises(ValueError, match="not contiguous"):
         model.forward_all(parts)

@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors import cli
 from runtime.config import ScheduleConfig
 from runtime.core.node_names import mix64, text_key
 from runtime.core.sampling_params import Sampling
 from runtime.core.tree import TokenTree
 from runtime.drafters.base import ExpandRequest, Text
-from runtime.models.base import Part, Rows, causal
+from runtime.models.base import PassInput, Rows, causal
 from runtime.schedulers.fixed import Fixed
 from runtime.schedulers.sync import Sync
 from runtime.sim import draft_samples, sweep
 from runtime.sim.forecast import Forecast, Setting, forecast, simulate
-from runtime.sim.pair_profile import Measured
-from runtime.sim.simulator import linear
-from runtime.sim.synthetic_models import Guesser, NamingModel, following
+from runtime.sim.pair_profile import PairProfile
+from runtime.sim.simulator import interpolate
+from runtime.sim.synthetic_models import SyntheticDrafter, SyntheticTarget, next_token
 from runtime.target.request_state import RequestState
+from tests.support.command import outrider
 
 T, SMALL_T = 0.03, 0.002
 RATES = {1: 0.75, 2: 0.85, 4: 0.90, 8: 0.93}
@@ -31,18 +31,18 @@ PERFECT = [{"rank": 0, "scores": [-0.001]}]
 QUICK = Setting(tokens=150)
 
 
-def measured(**changed: Any) -> Measured:
+def profile(**changed: Any) -> PairProfile:
     known = {
         "target": {1: T, 16: 0.034, 64: 0.05},
         "draft": {1: SMALL_T, 16: 0.0022},
         "acceptance": RATES,
         "rtt": 0.001,
     }
-    return Measured.model_validate({**known, **changed})
+    return PairProfile.model_validate({**known, **changed})
 
 
 def of(policy: str, setting: Setting = QUICK, **changed: Any) -> Forecast:
-    return forecast(measured(**changed), ScheduleConfig.model_validate({"policy": policy}), setting)
+    return forecast(profile(**changed), ScheduleConfig.model_validate({"policy": policy}), setting)
 
 
 # The clock
@@ -66,7 +66,7 @@ def test_bookkeeping_is_time_too() -> None:
 def test_a_perfect_chain_in_turns_takes_k_passes_a_round_trip_and_a_step(
     k: int, rtt: float
 ) -> None:
-    pair = measured(target={1: T}, draft={1: SMALL_T}, positions=PERFECT, rtt=rtt)
+    pair = profile(target={1: T}, draft={1: SMALL_T}, positions=PERFECT, rtt=rtt)
     found = simulate(pair, lambda: Sync(1, 1, k, k, SMALL_T), Setting(tokens=20 * (k + 1)))
     assert found.tokens_per_round == pytest.approx(k + 1)
     assert found.tokens_per_second == pytest.approx((k + 1) / (k * SMALL_T + rtt + T), rel=0.05)
@@ -74,7 +74,7 @@ def test_a_perfect_chain_in_turns_takes_k_passes_a_round_trip_and_a_step(
 
 def test_who_runs_ahead_of_a_target_that_never_waits_gives_it_what_a_step_leaves_time_for() -> None:
     """A step of 15 passes, of which 3 are lost on the way: the tokens of a second are those of the drafter, or the rows."""
-    pair = measured(target={1: T}, draft={1: SMALL_T}, positions=PERFECT, rtt=0.0)
+    pair = profile(target={1: T}, draft={1: SMALL_T}, positions=PERFECT, rtt=0.0)
     found = simulate(pair, lambda: Fixed(4), Setting(tokens=200, width=1))
     assert found.tokens_per_second == pytest.approx(5 / T, rel=0.02)
     assert found.waiting == 0.0
@@ -120,16 +120,16 @@ def test_the_same_twice() -> None:
 
 
 def test_beyond_what_is_measured_times_go_on_as_before() -> None:
-    seconds = linear({1: 1.0, 4: 2.0, 8: 4.0}, more=0.5)
+    seconds = interpolate({1: 1.0, 4: 2.0, 8: 4.0}, more=0.5)
     assert [seconds(n) for n in (1, 2, 8, 10)] == pytest.approx([1.5, 1.5 + 1 / 3, 4.5, 5.5])
-    assert linear({1: 1.0})(100) == 1.0
+    assert interpolate({1: 1.0})(100) == 1.0
 
 
 # The pair
 
 
 def test_the_target_reads_its_text_through_cache_positions_and_mask() -> None:
-    model, text = NamingModel(), [5, 6, 7]
+    model, text = SyntheticTarget(), [5, 6, 7]
     cache = model.new_cache()
     assert model.forward(cache, causal(np.asarray(text), 0)).tolist() == [
         text_key(text[: n + 1]) for n in range(3)
@@ -137,10 +137,10 @@ def test_the_target_reads_its_text_through_cache_positions_and_mask() -> None:
     # A root, its child 1, that one's child 2, and the root's child 3.
     visible = np.asarray([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]], dtype=np.bool_)
     rows = Rows(np.asarray([8, 1, 2, 3]), np.asarray([3, 4, 5, 4]), 3, visible)
-    (names,) = model.forward_all([Part(cache, rows)])
+    (names,) = model.forward_all([PassInput(cache, rows)])
     assert names.tolist() == [text_key([*text, *path]) for path in ([8], [8, 1], [8, 1, 2], [8, 3])]
     cache.keep(4, [6])
-    assert cache.names[-1] == text_key([*text, 8, 3])
+    assert cache.keys[-1] == text_key([*text, 8, 3])
 
 
 @pytest.mark.parametrize("policy", ["plain", "sync", "amusd", "pearl", "living"])
@@ -160,7 +160,7 @@ def test_the_text_is_the_same_under_every_schedule(
     text, prompt = texts[-1], 4
     assert len(text) > 60
     assert text[prompt:] == [
-        following(text_key(text[:place])) for place in range(prompt, len(text))
+        next_token(text_key(text[:place])) for place in range(prompt, len(text))
     ]
 
 
@@ -168,12 +168,12 @@ def test_the_text_is_the_same_under_every_schedule(
     "rates", [RATES, {1: 0.4, 2: 0.5, 4: 0.6, 8: 0.7}, {1: 1.0}, {1: 0.0, 2: 0.0}]
 )
 def test_examples_made_from_rates_have_these_rates(rates: dict[int, float]) -> None:
-    examples = draft_samples.of(measured(acceptance=rates))
+    examples = draft_samples.samples_of(profile(acceptance=rates))
     assert {k: examples.rate(k) for k in rates} == pytest.approx(rates, abs=0.03)
 
 
 def test_what_is_said_of_easy_positions_is_higher() -> None:
-    examples = draft_samples.of(measured())
+    examples = draft_samples.samples_of(profile())
     said = {
         right: [
             scores[0]
@@ -187,15 +187,15 @@ def test_what_is_said_of_easy_positions_is_higher() -> None:
 
 @pytest.mark.parametrize("branches", [1, 2, 4])
 def test_the_draft_finds_the_targets_choice_as_often_as_the_examples_say(branches: int) -> None:
-    examples = draft_samples.of(measured())
-    guesser, found, text = Guesser(examples), [], [1, 2, 3, 4]
+    examples = draft_samples.samples_of(profile())
+    guesser, found, text = SyntheticDrafter(examples), [], [1, 2, 3, 4]
     key = text_key(text)
     for _ in range(2000):
         tree = TokenTree(key, text[-1], 16, 16)
         (children,) = guesser.expand(
             [ExpandRequest(Text("s", text, 4, Sampling(), tree), [0], branches)]
         )
-        right = following(key)
+        right = next_token(key)
         assert len(set(children.tokens.tolist())) == branches
         found.append(right in children.tokens)
         text.append(right)
@@ -210,31 +210,24 @@ def test_the_best_setting_of_a_schedule_is_the_one_that_is_chosen() -> None:
     def run_all(jobs: Any) -> list[Forecast]:
         return [Forecast(100.0 - abs(job.config.passes - 5), 1.0, 1.0, 0.0, 0.0) for job in jobs]
 
-    found = sweep.chosen(measured(), ["plain", "sync chain", "pearl"], Setting(), run_all)
+    found = sweep.best_settings(profile(), ["plain", "sync chain", "pearl"], Setting(), run_all)
     assert found["sync chain"].passes == 5
     assert found["pearl"].passes == 15
     assert found["plain"].policy == "plain"
 
 
 def test_fewer_drafters_that_do_nearly_as_well_are_preferred() -> None:
-    assert sweep.fewest({1: 90.0, 2: 98.0, 4: 100.0, 8: 99.0}) == 2
+    assert sweep.fewest_drafters({1: 90.0, 2: 98.0, 4: 100.0, 8: 99.0}) == 2
 
 
 # The command
-
-
-def outrider(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["outrider", "plan", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
 
 
 def test_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, again, png = tmp_path / "pair.json", tmp_path / "again.json", tmp_path / "plan.png"
-    file.write_text(measured(name="small").model_dump_json(by_alias=True))
+    file.write_text(profile(name="small").model_dump_json(by_alias=True))
     monkeypatch.setattr(sweep, "DRAFTERS", (1, 2))
     monkeypatch.setattr(sweep, "ROUND_TRIPS", (0.0, 0.05))
     monkeypatch.setattr(sweep, "SESSIONS", (1, 4))
@@ -242,7 +235,7 @@ def test_the_command(
         sys.modules["actors.cli.commands.plan"], "Setting", partial(Setting, tokens=40)
     )
     options = ("--measured", file, "--schedule", "plain", "--schedule", "living")
-    assert outrider(monkeypatch, *options, "--save", again, "--png", png, "--json") == 0
+    assert outrider(monkeypatch, "plan", *options, "--save", again, "--png", png, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     rates = {
         forecast["schedule"]: forecast["tokens_per_second"]
@@ -263,11 +256,11 @@ def test_the_command(
         "Rows",
         "Drafters",
     ]
-    assert Measured.model_validate_json(again.read_text()) == Measured.model_validate(
+    assert PairProfile.model_validate_json(again.read_text()) == PairProfile.model_validate(
         found["measured"][0]
     )
     assert png.read_bytes().startswith(b"\x89PNG")
-    assert outrider(monkeypatch, "--measured", file, "--schedule", "plain") == 0
+    assert outrider(monkeypatch, "plan", "--measured", file, "--schedule", "plain") == 0
     assert "33.3" in capsys.readouterr().out
 
 
@@ -302,7 +295,7 @@ def test_figures_that_cannot_be(
 ) -> None:
     file = tmp_path / "pair.json"
     file.write_text(content)
-    assert outrider(monkeypatch, "--measured", file) == 2
+    assert outrider(monkeypatch, "plan", "--measured", file) == 2
     assert named in capsys.readouterr().err
 
 
@@ -326,5 +319,5 @@ def test_options_that_cannot_be(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert outrider(monkeypatch, *arguments) == 2
+    assert outrider(monkeypatch, "plan", *arguments) == 2
     assert named in capsys.readouterr().err

@@ -14,21 +14,21 @@ from runtime.config import ScheduleConfig
 from runtime.core.draft_nodes import NOTHING, DraftNodes, stack
 from runtime.core.sampling_params import Sampling
 from runtime.drafters.base import ExpandRequest
-from runtime.drafters.ngram import Ngram
+from runtime.drafters.ngram import NgramDrafter
 from runtime.scoring.calibration import Calibrations
 from runtime.sim import draft_samples, sweep
 from runtime.sim.forecast import Setting, forecast
-from runtime.sim.pair_profile import Measured
-from runtime.sim.replayed_head import HeadFigures, along
+from runtime.sim.pair_profile import PairProfile
+from runtime.sim.replayed_head import HeadProfile, head_step
 
 T = 0.03
-PERFECT = HeadFigures("perfect", 0.0, (((0, (-0.001,)), (0, (-0.001,))),))
-WRONG = HeadFigures("wrong", 0.0, (((-1, (-0.5,)),),))
-SILENT_HEAD = HeadFigures("silent", 0.0, ((),))
+PERFECT = HeadProfile("perfect", 0.0, (((0, (-0.001,)), (0, (-0.001,))),))
+WRONG = HeadProfile("wrong", 0.0, (((-1, (-0.5,)),),))
+SILENT_HEAD = HeadProfile("silent", 0.0, ((),))
 
 
-def tokens_per_second(head: HeadFigures | None, drafters: int = 0) -> float:
-    pair = Measured(target={1: T}, draft={1: 0.002}, acceptance={1: 0.5, 4: 0.7})
+def tokens_per_second(head: HeadProfile | None, drafters: int = 0) -> float:
+    pair = PairProfile(target={1: T}, draft={1: 0.002}, acceptance={1: 0.5, 4: 0.7})
     return forecast(
         pair, ScheduleConfig(), Setting(drafters=drafters, tokens=90, head=head)
     ).tokens_per_second
@@ -39,13 +39,13 @@ def test_two_places_that_are_always_right_make_three_tokens_a_step() -> None:
 
 
 def test_what_it_costs_is_time_of_every_step() -> None:
-    assert tokens_per_second(HeadFigures("dear", 0.01, PERFECT.steps)) == pytest.approx(
+    assert tokens_per_second(HeadProfile("dear", 0.01, PERFECT.steps)) == pytest.approx(
         3 / (T + 0.01), rel=0.05
     )
 
 
 @pytest.mark.parametrize("head", [WRONG, SILENT_HEAD, None])
-def test_nothing_right_is_plain_decoding(head: HeadFigures | None) -> None:
+def test_nothing_right_is_plain_decoding(head: HeadProfile | None) -> None:
     assert tokens_per_second(head) == pytest.approx(1 / T, rel=0.02)
 
 
@@ -61,33 +61,33 @@ def test_the_way_that_the_target_took_through_a_growth() -> None:
         np.log([0.3, 0.6, 0.2, 0.5, 0.9]),
         roots=1,
     )
-    found = along(growth, [7, 8, 2, 1])
+    found = head_step(growth, [7, 8, 2, 1])
     assert [rank for rank, _ in found] == [1, 0, -1]
     assert [np.exp(scores).tolist() for _, scores in found] == [
         pytest.approx([0.6, 0.3]),
         pytest.approx([0.5, 0.2]),
         pytest.approx([0.9]),
     ]
-    assert along(growth, [7]) == along(growth, [7, 8])[:1]
-    assert along(NOTHING, [7, 8]) == ()
+    assert head_step(growth, [7]) == head_step(growth, [7, 8])[:1]
+    assert head_step(NOTHING, [7, 8]) == ()
 
 
 def test_how_often_its_best_guesses_are_right() -> None:
-    figures = HeadFigures(
+    figures = HeadProfile(
         "a", 0.0, (((0, (-0.1,)), (1, (-0.1, -2.0))), ((0, (-0.1,)), (0, (-0.1,))), ())
     )
-    assert [figures.right(ahead) for ahead in (1, 2, 3)] == pytest.approx([2 / 3, 1 / 3, 0.0])
+    assert [figures.hit_rate(ahead) for ahead in (1, 2, 3)] == pytest.approx([2 / 3, 1 / 3, 0.0])
     known = Calibrations()
-    figures.teach(known)
+    figures.calibrate(known)
     assert (known.band(0.0).of("a-0").tries.sum(), known.band(0.0).of("a-0").hits.sum()) == (5, 4)
 
 
 def test_a_drafter_without_a_model_is_asked_place_by_place() -> None:
-    seconds, places = measure_drafter(Ngram(), [((1, 2, 3, 1, 2), (3, 1, 9))], Sampling())
+    seconds, places = measure_drafter(NgramDrafter(), [((1, 2, 3, 1, 2), (3, 1, 9))], Sampling())
     assert all(took > 0 for took in seconds.values())
     assert sorted(seconds) == [1, 4, 16]
     assert [place.rank for place in places] == [0, 0, None]
-    assert measure_drafter(Ngram(), [((1, 2), (3,))], Sampling())[1][0].scores == (
+    assert measure_drafter(NgramDrafter(), [((1, 2), (3,))], Sampling())[1][0].scores == (
         NO_GUESS_LOGPROB,
     )
 
@@ -131,8 +131,8 @@ def test_the_command_takes_all_kinds(
 class Chain:
     """A drafter that guesses three places in each pass: the first two right."""
 
-    def expand(self, wishes: Sequence[ExpandRequest]) -> list[DraftNodes]:
-        return [self.guess(len(wish.text.tokens)) for wish in wishes]
+    def expand(self, requests: Sequence[ExpandRequest]) -> list[DraftNodes]:
+        return [self.guess(len(request.text.tokens)) for request in requests]
 
     def guess(self, place: int) -> DraftNodes:
         def level(tokens: list[int], parent: int) -> DraftNodes:
@@ -154,9 +154,11 @@ def test_a_drafter_that_guesses_several_places_in_a_pass() -> None:
     assert [place.rank for place in places] == [0, 0, 0]
     assert [[below.rank for below in place.below] for place in places] == [[1], [1], [None]]
     assert len(places[0].below[0].scores) == 2
-    known = draft_samples.of(Measured(target={1: 0.03}, draft={1: 0.002}, positions=places))
+    known = draft_samples.samples_of(
+        PairProfile(target={1: 0.03}, draft={1: 0.002}, positions=places)
+    )
     assert known.behind(0) == ((1, places[0].below[0].scores),)
-    taught = known.learned("a", 2).band(0.0).of("a")
+    taught = known.calibrations("a", 2).band(0.0).of("a")
     assert taught.tries.sum() == 3 * 2 + 3 * 2  # each pass was judged at both of its places
 
 
@@ -166,7 +168,7 @@ def test_several_places_in_a_pass_are_worth_several_passes() -> None:
     pair = {"target": {1: 0.03}, "draft": {1: 0.03}, "rtt": 0.0}
     found = [
         forecast(
-            Measured.model_validate({**pair, "positions": [{**one, "below": [one] * below}]}),
+            PairProfile.model_validate({**pair, "positions": [{**one, "below": [one] * below}]}),
             ScheduleConfig(),
             Setting(tokens=150),
         )
@@ -174,7 +176,7 @@ def test_several_places_in_a_pass_are_worth_several_passes() -> None:
     ]
     assert found[1].tokens_per_second > 1.5 * found[0].tokens_per_second
     wrong = {"rank": None, "scores": [-0.001]}
-    useless = Measured.model_validate({**pair, "positions": [{**one, "below": [wrong] * 3}]})
+    useless = PairProfile.model_validate({**pair, "positions": [{**one, "below": [wrong] * 3}]})
     assert (
         forecast(useless, ScheduleConfig(), Setting(tokens=150)).tokens_per_second
         < 1.1 * found[0].tokens_per_second

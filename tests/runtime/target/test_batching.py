@@ -9,7 +9,7 @@ import pytest
 from runtime.core.errors import InvalidRequest
 from runtime.core.messages import Chunk, Commit, Event, Open, Request, Resync, Share, Style
 from runtime.core.sampler_reference import choose
-from runtime.models.base import Part
+from runtime.models.base import PassInput
 from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
 from runtime.schedulers.sync import Sync
@@ -33,7 +33,7 @@ class Watched(ToyModel):
         self.passes: list[list[int]] = []
         self.most = most
 
-    def forward_all(self, parts: Sequence[Part]) -> Any:
+    def forward_all(self, parts: Sequence[PassInput]) -> Any:
         self.passes.append([len(part.rows.tokens) for part in parts])
         if max(self.passes[-1]) > self.most:
             raise RuntimeError("no room on the device")
@@ -262,7 +262,7 @@ def test_a_session_whose_part_fails_ends_alone() -> None:
 
 def test_a_step_in_which_one_part_fails_is_made_by_the_others_alone() -> None:
     class Moody(Watched):
-        def forward_all(self, parts: Sequence[Part]) -> Any:
+        def forward_all(self, parts: Sequence[PassInput]) -> Any:
             if any(part.rows.tokens[0] == 23 for part in parts):
                 raise RuntimeError("not this token")
             return super().forward_all(parts)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from runtime.heads.hidden_transfer import HiddenTransfer, HiddenTransferHead
-from runtime.models.base import Look, Part, Shown, causal
+from runtime.models.base import OutputSpec, PassInput, PassOutput, causal
 from runtime.models.hf import HFModel
 from runtime.models.sampler import choose
-from runtime.models.step_timing import RIDDEN, riding_time
+from runtime.models.step_timing import TYPICAL_ROWS, branch_row_time
 from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
 from runtime.scoring.drafter_utility import DrafterUtility
@@ -29,15 +29,17 @@ class Slow(ToyModel):
 
     def __init__(self) -> None:
         super().__init__(context=32)
-        self.now, self.passes, self.looks = 0.0, 0, set[Look]()
+        self.now, self.passes, self.output_specs = 0.0, 0, set[OutputSpec]()
 
-    def show_all(self, parts: Sequence[Part], look: Look) -> list[Shown]:
-        self.looks.add(look)
-        self.now += sum(len(part.rows.tokens) + 2 * len(part.riders) for part in parts) + (
+    def forward_outputs(
+        self, parts: Sequence[PassInput], output_spec: OutputSpec
+    ) -> list[PassOutput]:
+        self.output_specs.add(output_spec)
+        self.now += sum(len(part.rows.tokens) + 2 * len(part.branch_rows) for part in parts) + (
             100.0 if self.passes % 6 == 1 else 0.0
         )
         self.passes += 1
-        return [Shown(logits) for logits in self.forward_all(parts)]
+        return [PassOutput(logits) for logits in self.forward_all(parts)]
 
 
 def head(model: HFModel) -> HiddenTransferHead:
@@ -45,19 +47,19 @@ def head(model: HFModel) -> HiddenTransferHead:
 
 
 def test_the_price_is_what_riders_add() -> None:
-    model, look = Slow(), head(hf_model("llama")).look
-    assert riding_time(model, look, 3, lambda: model.now) == 6.0  # type: ignore[arg-type]
+    model, output_spec = Slow(), head(hf_model("llama")).output_spec
+    assert branch_row_time(model, output_spec, 3, lambda: model.now) == 6.0  # type: ignore[arg-type]
     assert model.passes == 2 * 6
-    assert model.looks == {look}
-    assert RIDDEN >= 3
+    assert model.output_specs == {output_spec}
+    assert TYPICAL_ROWS >= 3
 
 
 @pytest.mark.parametrize(
-    ("riders", "expected"),
+    ("branch_rows", "expected"),
     [(((0,), (1, 2)), {"h-0": 1.5}), (((0,), ()), {"h-0": 0.5}), (((), ()), {})],
 )
 def test_it_is_paid_for_each_row_that_is_ridden(
-    riders: Sequence[Sequence[int]], expected: dict[str, float]
+    branch_rows: Sequence[Sequence[int]], expected: dict[str, float]
 ) -> None:
     model = hf_model("llama")
     runner = HeadRunner(
@@ -67,10 +69,12 @@ def test_it_is_paid_for_each_row_that_is_ridden(
         Ledger(),
         lambda: 0.0,
     )
-    parts = [Part(model.new_cache(), causal(np.arange(3), 0), riders=of) for of in riders]
-    assert runner.riding_time(parts) == {}  # it is not active
+    parts = [
+        PassInput(model.new_cache(), causal(np.arange(3), 0), branch_rows=of) for of in branch_rows
+    ]
+    assert runner.branch_row_time(parts) == {}  # it is not active
     runner.activate()
-    assert runner.riding_time(parts) == expected
+    assert runner.branch_row_time(parts) == expected
 
 
 @pytest.mark.parametrize("price", [0.0, 1e9])
@@ -97,9 +101,9 @@ def test_the_head_is_charged_for_them_in_each_step(price: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "riders"), [(0.0, (0, 1, 2, 3)), (0.15, (1, 2, 3)), (0.3, (2,)), (0.5, ())]
+    ("seconds", "branch_rows"), [(0.0, (0, 1, 2, 3)), (0.15, (1, 2, 3)), (0.3, (2,)), (0.5, ())]
 )
-def test_only_rows_that_are_worth_it_are_ridden(seconds: float, riders: Sequence[int]) -> None:
+def test_only_rows_that_are_worth_it_are_ridden(seconds: float, branch_rows: Sequence[int]) -> None:
     """The target writes a token a second. It stops at the root's row with a chance of 0.1, at the others' with 0.18, 0.45, 0.27."""
     model = hf_model("llama")
     engine = Engine(
@@ -121,7 +125,7 @@ def test_only_rows_that_are_worth_it_are_ridden(seconds: float, riders: Sequence
     engine.metrics.computed, engine.metrics.completion = 10.0, 10
     assert engine.heads.with_branch_rows(
         live.session, [1, 2, 3], pack(live.session, live.cache, [1, 2, 3])
-    ).riders == list(riders)
+    ).branch_rows == list(branch_rows)
 
 
 @pytest.mark.parametrize(("nodes", "ridden"), [(8, 9), (30, 16)])
@@ -146,8 +150,8 @@ def test_where_they_cost_nothing_all_rows_are_ridden_that_the_target_may_stop_at
         tree.add(node, 5 + node, math.log(0.9))
     engine.heads.activate()
     chain = list(range(1, nodes + 1))
-    riders = engine.heads.with_branch_rows(
+    branch_rows = engine.heads.with_branch_rows(
         live.session, chain, pack(live.session, live.cache, chain)
-    ).riders
-    assert len(riders) == ridden
-    assert nodes in riders, "the end of a likely chain"
+    ).branch_rows
+    assert len(branch_rows) == ridden
+    assert nodes in branch_rows, "the end of a likely chain"

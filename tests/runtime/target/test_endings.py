@@ -11,7 +11,7 @@ from runtime.core.messages import Chunk, Event, Request, Resync, Round, Style
 from runtime.core.sampler_reference import choose
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.model import ModelDrafter
-from runtime.models.base import Part
+from runtime.models.base import PassInput
 from runtime.models.toy import ToyModel
 from runtime.schedulers.base import Plan, View
 from runtime.schedulers.fixed import Fixed
@@ -82,7 +82,7 @@ def test_an_error_ends_its_session_and_no_other(error: Exception) -> None:
 
 def test_an_error_while_reading_the_prompt() -> None:
     class Unreadable(ToyModel):
-        def read(self, part: Part) -> Any:
+        def read(self, part: PassInput) -> Any:
             if len(part.rows.tokens) == 12:
                 raise RuntimeError("out of memory")
             return super().read(part)

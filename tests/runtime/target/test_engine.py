@@ -25,8 +25,8 @@ from runtime.core.sampling_params import Sampling
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import Drafter
 from runtime.drafters.model import ModelDrafter
-from runtime.drafters.ngram import Ngram
-from runtime.drafters.noisy import Noisy
+from runtime.drafters.ngram import NgramDrafter
+from runtime.drafters.noisy import NoisyDrafter
 from runtime.models.toy import ToyModel
 from runtime.target.commands import AddRequest, Join, Leave, ReplyReceived
 from tests.support.harness import (
@@ -110,7 +110,9 @@ def test_growth_beyond_what_is_verified_makes_hits_and_is_used_later() -> None:
 
 
 def test_a_wrong_drafter_costs_rows_and_nothing_else() -> None:
-    wrong = DraftEngine(Noisy(Known(TEXT, TOY.vocabulary, 2), TOY.vocabulary, wrong=1.0), "w", 4)
+    wrong = DraftEngine(
+        NoisyDrafter(Known(TEXT, TOY.vocabulary, 2), TOY.vocabulary, wrong=1.0), "w", 4
+    )
     (found,) = Lockstep(engine_of(TOY), wrong).run(asking(PROMPT))
     assert found.said() == alone(asking(PROMPT))
     assert (found.stats.rounds, found.stats.accepted, found.stats.hits) == (24, 0, 0)
@@ -184,8 +186,8 @@ def test_sessions_beside_each_other_are_as_alone() -> None:
 def test_drafters_share_a_session() -> None:
     drafters: list[Drafter] = [
         ModelDrafter(TOY),
-        Noisy(ModelDrafter(TOY), 24, 0.5),
-        Ngram(),
+        NoisyDrafter(ModelDrafter(TOY), 24, 0.5),
+        NgramDrafter(),
         ModelDrafter(TOY),
         Mute(),
     ]

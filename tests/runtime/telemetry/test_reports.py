@@ -14,8 +14,8 @@ from runtime.core.messages import Draft, Event, Resync
 from runtime.core.sampler_reference import choose
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.model import ModelDrafter
-from runtime.drafters.noisy import Noisy
-from runtime.models.base import Part
+from runtime.drafters.noisy import NoisyDrafter
+from runtime.models.base import PassInput
 from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
 from runtime.scoring.drafter_utility import TRIAL
@@ -94,7 +94,7 @@ def test_what_was_drafted_was_accepted_or_rejected_or_expired() -> None:
     ]
     draft_engines = (
         DraftEngine(Known(TEXT, 24, 3), "known", 2),
-        DraftEngine(Noisy(Known(TEXT, 24, 2), 24, 0.5), "noisy", 2),
+        DraftEngine(NoisyDrafter(Known(TEXT, 24, 2), 24, 0.5), "noisy", 2),
         DraftEngine(ModelDrafter(TOY, branches=2), "model", 2),
     )
     lockstep = Lockstep(engine_of(Failing(24, 2000, memory=3)), *draft_engines, passes=3)
@@ -194,7 +194,7 @@ def test_a_round_trip_ends_with_the_first_growth_on_the_new_root() -> None:
 
 def test_what_a_target_goes_without_is_counted_by_cause() -> None:
     class Moody(ToyModel):
-        def forward_all(self, parts: Sequence[Part]) -> Any:
+        def forward_all(self, parts: Sequence[PassInput]) -> Any:
             if len(parts) > 1:
                 raise RuntimeError("one at a time")
             return super().forward_all(parts)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from actors.ray_session import joined
+from actors.ray_session import ray_cluster
 
 CPUS = 16  # Ray's, not the machine's: enough for all actors that any test here wants at one time
 
@@ -12,5 +12,5 @@ CPUS = 16  # Ray's, not the machine's: enough for all actors that any test here 
 @pytest.fixture(scope="package")
 def cluster() -> Iterator[None]:
     """This process is in a Ray of its own. What a test starts in it, it stops; names of actors begin with a prefix of the test's."""
-    with joined(None, cpus=CPUS):
+    with ray_cluster(None, cpus=CPUS):
         yield

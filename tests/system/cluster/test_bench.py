@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from actors.ray_session import known_errors
+from actors.ray_session import translate_ray_errors
 from bench.core import compare
 from bench.core import results as kept
 from bench.core.machine import two_cores
 from bench.core.methods import PLAIN
-from bench.core.options import BenchOptions, Size
-from bench.run import benchmark, differing_methods
+from bench.core.options import Options, Size
+from bench.run import benchmark, differing
 from tests.support.pair import save_model
 
 pytestmark = pytest.mark.cluster
@@ -25,12 +25,12 @@ def test_a_small_benchmark_from_end_to_end(
     """The draft is the target itself: every guess is right."""
     monkeypatch.setattr("bench.run.CACHE", tmp_path / "cache")
     monkeypatch.setattr(
-        "bench.core.outrider_runner.joined", lambda address, cpus: known_errors()
+        "bench.core.outrider_runner.ray_cluster", lambda address, cpus: translate_ray_errors()
     )  # it is in a cluster already
     model = str(save_model(tmp_path / "tiny", context=512))
     texts = tmp_path / "texts.txt"
     texts.write_text("def f(x):\nimport os\nclass A:\nreturn None\n")
-    options = BenchOptions(
+    options = Options(
         model,
         model,
         False,
@@ -46,13 +46,13 @@ def test_a_small_benchmark_from_end_to_end(
     found = benchmark(options, Console(file=io.StringIO()))
     assert os.sched_getaffinity(0) == before
     assert len(two_cores()) == 2
-    assert found == kept.read_results(tmp_path / "found" / "tiny.json")
+    assert found == kept.read(tmp_path / "found" / "tiny.json")
     assert {(one.method, one.batch) for one in found.runs if one.batch > 1} == {
         (name, 2) for name in ("plain", "living", "transformers greedy")
     }
-    assert differing_methods(found) == []
+    assert differing(found) == []
     tree, living, plain = (
-        compare.total_steps(found, name) for name in ("sync tree", "living", PLAIN.name)
+        compare.totals(found, name) for name in ("sync tree", "living", PLAIN.name)
     )
     assert tree is not None
     assert living is not None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.actors.cli.test_cli import outrider
+from tests.support.command import outrider
 from tests.support.pair import save_model
 from tests.support.paths import ROOT
 

@@ -7,35 +7,35 @@ from llguidance.hf import from_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from runtime.config import Deployment
-from runtime.models.hf import context_of
+from runtime.models.hf import max_context
 from runtime.models.loader import find_folder, load_tokenizer, read_config
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedModel:
     """`name` is what clients ask for; `context` and `vocabulary` are the model's own bounds; `created`: seconds since 1970.
 
-    `pieces` knows the bytes of each token.
+    `byte_tokenizer` knows the bytes of each token.
     """
 
     name: str
     tokenizer: PreTrainedTokenizerFast
-    pieces: LLTokenizer
+    byte_tokenizer: LLTokenizer
     context: int
     vocabulary: int
     created: int
 
 
-def serve(plan: Deployment, created: int) -> Served:
+def load_served_model(plan: Deployment, created: int) -> ServedModel:
     """Reads the tokenizer and the configuration of the target's model. Raises ModelRefused."""
     model = plan.target.model
     text = read_config(find_folder(model), model).get_text_config(decoder=True)
     tokenizer = load_tokenizer(model)
-    return Served(
+    return ServedModel(
         plan.served_model(),
         tokenizer,
         from_tokenizer(tokenizer),
-        context_of(text, model),
+        max_context(text, model),
         text.vocab_size,
         created,
     )
