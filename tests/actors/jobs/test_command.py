@@ -93,11 +93,6 @@ def gateway() -> Iterator[Gateway]:
     server.server_close()
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
-
-
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-c", "from actors.cli import main; main()", *map(str, arguments)]
 

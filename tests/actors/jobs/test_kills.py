@@ -1,6 +1,5 @@
 """A job that is killed anywhere, any number of times, answers each item exactly once."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,15 +27,6 @@ from tests.support.jobs_harness import (
 )
 
 COUNT = 3
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
-    yield
-    memory = fsspec.filesystem("memory")
-    if memory.exists("/jobs"):
-        memory.rm("/jobs", recursive=True)
 
 
 def life(file: Path, out: str, answerer: Echo, last: int) -> bool:

@@ -20,11 +20,6 @@ from runtime.core.errors import InvalidRequest, Overloaded, TargetsLost, Unavail
 from tests.support.jobs_harness import Echo, answers, batch, line, live
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
-
-
 class Scripted(Echo):
     """Does what `script` says with an item, before it answers as Echo."""
 
