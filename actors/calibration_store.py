@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 def load_calibrations(file: Path) -> Calibrations:
     """What was kept there; nothing where there is no such file, or none of ours: that costs a few hundred tokens of learning."""
     try:
-        return Calibrations.restored(json.loads(file.read_text("utf-8")))
+        return Calibrations.from_dict(json.loads(file.read_text("utf-8")))
     except FileNotFoundError:
         return Calibrations()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -28,7 +28,7 @@ def save_calibrations(file: Path, known: Calibrations) -> None:
     draft = file.with_suffix(f".{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(known.saved()), "utf-8")
+        draft.write_text(json.dumps(known.to_dict()), "utf-8")
         draft.replace(file)
     except OSError as error:
         log.warning("what was learned cannot be kept: %s", error.strerror)

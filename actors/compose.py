@@ -11,17 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from actors.calibration_store import load_calibrations
-from runtime.config import (
-    DrafterConfig,
-    HeadConfig,
-    Placement,
-    TargetConfig,
-    draft_of,
-    folder_of,
-    memory_of,
-    memory_of_drafter,
-    module_of,
-)
+from runtime.config import DrafterConfig, HeadConfig, Placement, TargetConfig
 from runtime.core.messages import Request
 from runtime.draft.draft_engine import DraftEngine
 from runtime.draft.draft_host import DraftHost
@@ -29,6 +19,8 @@ from runtime.drafters.base import Drafter, DrafterContext
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.noisy import NoisyDrafter
 from runtime.heads.base import Head, HeadContext
+from runtime.method_registry import module_name
+from runtime.model_paths import calibration_file, draft_model, drafter_calibration_file, head_folder
 from runtime.models.detokenize import Detokenizer
 from runtime.models.grammar import GrammarCompiler
 from runtime.models.head_checkpoint import target_identity
@@ -36,14 +28,14 @@ from runtime.models.hf import HFModel
 from runtime.models.loader import load_model, load_tokenizer
 from runtime.models.sampler import choose, logprobs
 from runtime.models.step_timing import branch_row_time, knee, step_times
-from runtime.scheduler_factory import scheduler
-from runtime.schedulers.living import ROWS
+from runtime.scheduler_factory import make_scheduler
+from runtime.schedulers.living import MEASURED_ROWS
 from runtime.target.engine import Engine
-from runtime.target.head_runner import RIDDEN, MountedHead
+from runtime.target.head_runner import PRICED_BRANCH_ROWS, MountedHead
 from runtime.target.stop_checker import StopChecker
 from runtime.target.target import Target
 from runtime.target.verifier import Verifier
-from runtime.telemetry.tracing import OFF, TARGET, Trace
+from runtime.telemetry.tracing import NO_TRACE, TARGET, Trace
 
 MEASURED_WIDTHS = (1, 2, 4, 8)  # of a drafter's pass, among which the knee is looked for
 DEFAULT_WIDTH = 4
@@ -104,17 +96,17 @@ def build_target(config: TargetConfig, record: bool = False) -> BuiltTarget:
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, config.dtype, config.device, thread_count(config.placement))
     eos = eos_tokens(model, tokenizer)
-    times = step_times(model, ROWS, time.monotonic)
+    times = step_times(model, MEASURED_ROWS, time.monotonic)
     slots = config.kv_tokens or kv_slots(model)
-    known = load_calibrations(memory_of(config.model, "target"))
-    trace = Trace(TARGET) if record else OFF
+    known = load_calibrations(calibration_file(config.model, "target"))
+    trace = Trace(TARGET) if record else NO_TRACE
     heads = {
         name: mount_head(head, model, tokenizer) for name, head in config.named_heads().items()
     }
     engine = Engine(
         model,
         Verifier(choose, eos, logprobs),
-        scheduler(config.schedule, times),
+        make_scheduler(config.schedule, times),
         time.monotonic,
         kv_slots=slots,
         calibrations=known,
@@ -132,7 +124,7 @@ def mount_head(
     """Builds a head and measures what its pseudo rows cost."""
     head = build_head(config, model, tokenizer)
     priced = (
-        branch_row_time(model, head.output_spec, RIDDEN, time.monotonic)
+        branch_row_time(model, head.output_spec, PRICED_BRANCH_ROWS, time.monotonic)
         if head.output_spec.branches
         else 0.0
     )
@@ -141,9 +133,9 @@ def mount_head(
 
 def build_head(config: HeadConfig, model: HFModel, tokenizer: PreTrainedTokenizerFast) -> Head:
     """Raises ModelRefused for what was not trained for this model, or cannot sit on it."""
-    method = importlib.import_module(f"runtime.heads.{module_of(config.method)}")
+    method = importlib.import_module(f"runtime.heads.{module_name(config.method)}")
     head: Head = method.build(
-        HeadContext(model, target_identity(model.module.config, tokenizer), folder_of(config))
+        HeadContext(model, target_identity(model.module.config, tokenizer), head_folder(config))
     )
     model.check(head.output_spec)
     return head
@@ -172,12 +164,12 @@ def build_drafter(config: DrafterConfig, target: str, record: bool = False) -> D
             change=change,
         )
 
-    method = importlib.import_module(f"runtime.drafters.{module_of(config.method)}")
+    method = importlib.import_module(f"runtime.drafters.{module_name(config.method)}")
     drafter = method.build(
-        DrafterContext(target, draft_of(config), load, load_layers, load_changed)
+        DrafterContext(target, draft_model(config), load, load_layers, load_changed)
     )
-    known = load_calibrations(memory_of_drafter(config, target))
-    trace = Trace(config.name) if record else OFF
+    known = load_calibrations(drafter_calibration_file(config, target))
+    trace = Trace(config.name) if record else NO_TRACE
     return DraftHost(
         DraftEngine(
             drafter,

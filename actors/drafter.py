@@ -10,12 +10,13 @@ from actors.rpc.endpoints import ActorLocation, own_host, own_location
 from actors.rpc.loop_thread import LoopThread
 from actors.rpc.server import DraftingService, serve
 from protos.handshake import Hello
-from runtime.config import TRAINED, DrafterConfig, TlsConfig, memory_of_drafter
+from runtime.config import TRAINED_METHODS, DrafterConfig, TlsConfig
 from runtime.core.errors import Unavailable
 from runtime.draft.draft_host import DraftHost
+from runtime.model_paths import drafter_calibration_file
 from runtime.models.vocab_check import vocabulary_hash
 from runtime.telemetry.reports import DrafterReport
-from runtime.telemetry.tracing import OFF, Recording, Trace
+from runtime.telemetry.tracing import NO_TRACE, Recording, Trace
 
 
 class DraftActor:
@@ -60,7 +61,7 @@ class DraftActor:
         config = self.config
         self.host = build_drafter(config, self.target, self.record)
         own = (
-            config.model if config.method not in TRAINED else ""
+            config.model if config.method not in TRAINED_METHODS else ""
         )  # what was trained for the target has the target's tokenizer
         vocabulary = vocabulary_hash(load_tokenizer(own or self.target))
         freeze_gc()
@@ -84,16 +85,16 @@ class DraftActor:
 
     def recording(self, on: bool) -> None:
         """Whether it records what it does, from now on. What was recorded before is forgotten."""
-        self.host.draft_engine.trace = Trace(self.config.name) if on else OFF
+        self.host.draft_engine.trace = Trace(self.config.name) if on else NO_TRACE
 
     def trace(self) -> Recording:
         """What was recorded since the last call."""
-        return self.host.draft_engine.trace.take()
+        return self.host.draft_engine.trace.drain()
 
     def save_calibrations(self) -> None:
         """Keep what was learned of this target for the next life."""
         save_calibrations(
-            memory_of_drafter(self.config, self.target), self.host.draft_engine.calibrations
+            drafter_calibration_file(self.config, self.target), self.host.draft_engine.calibrations
         )
 
     def stop(self) -> None:

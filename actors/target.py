@@ -11,14 +11,15 @@ from actors.rpc.endpoints import ActorLocation, Endpoint, own_host, own_location
 from actors.rpc.loop_thread import LoopThread
 from actors.rpc.server import TargetService, serve
 from protos.handshake import Hello
-from runtime.config import ScheduleConfig, TargetConfig, TlsConfig, memory_of
+from runtime.config import ScheduleConfig, TargetConfig, TlsConfig
 from runtime.core.errors import Unavailable
+from runtime.model_paths import calibration_file
 from runtime.models.vocab_check import vocabulary_hash
-from runtime.scheduler_factory import scheduler
+from runtime.scheduler_factory import make_scheduler
 from runtime.schedulers.base import Scheduler
 from runtime.target.target import Target
 from runtime.telemetry.reports import TargetReport
-from runtime.telemetry.tracing import OFF, TARGET, Recording, Trace
+from runtime.telemetry.tracing import NO_TRACE, TARGET, Recording, Trace
 
 
 class TargetActor:
@@ -102,21 +103,21 @@ class TargetActor:
     def schedule(self, config: ScheduleConfig) -> None:
         """Schedule like this from the next step on. A policy that comes back knows what it had learned."""
         if config not in self.schedulers:
-            self.schedulers[config] = scheduler(config, self.times)
+            self.schedulers[config] = make_scheduler(config, self.times)
         self.target.schedule(self.schedulers[config])
 
     def recording(self, on: bool) -> None:
         """Whether it records what it does, from now on. What was recorded before is forgotten."""
-        self.target.engine.trace = Trace(TARGET) if on else OFF
+        self.target.engine.trace = Trace(TARGET) if on else NO_TRACE
 
     def trace(self) -> Recording:
         """What was recorded since the last call."""
-        return self.target.engine.trace.take()
+        return self.target.engine.trace.drain()
 
     def save_calibrations(self) -> None:
         """Keep what was learned of the drafters for the next life."""
         save_calibrations(
-            memory_of(self.config.model, "target"), self.target.engine.requests.calibrations
+            calibration_file(self.config.model, "target"), self.target.engine.requests.calibrations
         )
 
     def attached(self) -> list[str]:

@@ -25,7 +25,7 @@ from bench.reports import report
 from bench.stages import FINISHING, MEASURING, Lab, Plan, State
 from runtime.core.errors import InvalidRequest
 from runtime.core.messages import Tokens
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 from runtime.models.loader import load_tokenizer
 from runtime.models.vocab_check import check_pair
 from runtime.schedulers.pearl import gamma
@@ -38,7 +38,7 @@ class Everything:
     def __init__(self, cluster: OutriderRunner, rivals: dict[Cores, TransformersRunner]) -> None:
         self.cluster, self.rivals = cluster, rivals
 
-    def run(self, method: Method, prompts: Sequence[Prompt], sampling: Sampling) -> Outcome:
+    def run(self, method: Method, prompts: Sequence[Prompt], sampling: SamplingParams) -> Outcome:
         runner: Runner = (
             self.rivals[method.how.cores]
             if isinstance(method.how, TransformersMethod)
@@ -188,7 +188,7 @@ def everything(pair: Pair, which: Suite, console: Console) -> Iterator[Everythin
                     )
                     rivals[cores] = stack.enter_context(TransformersRunner(place))
                     rivals[cores].run(
-                        first, [Prompt("", FIRST_TOKENS)], Sampling(max_tokens=2)
+                        first, [Prompt("", FIRST_TOKENS)], SamplingParams(max_tokens=2)
                     )  # answers when it has loaded
             cluster = stack.enter_context(running(pair, which.all))
         yield Everything(cluster, rivals)

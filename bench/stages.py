@@ -18,7 +18,7 @@ from bench.core.profiling import Answered, Job
 from bench.core.prompts import Prompt
 from bench.core.results import Profile, Results, Tried
 from bench.core.subprocess_call import call_in_subprocess
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,7 @@ def batches(plan: Plan, state: State, lab: Lab) -> State:
     )
     lab.discard(
         [
-            Round(Case("", one.case.prompts, Sampling(max_tokens=plan.few)), one.methods)
+            Round(Case("", one.case.prompts, SamplingParams(max_tokens=plan.few)), one.methods)
             for one in todo
         ],
         "warming up",

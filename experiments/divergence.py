@@ -22,7 +22,9 @@ from bench.core.outrider_runner import ask
 from bench.core.prompts import held_out
 from runtime import config
 from runtime.core.messages import Request, Tokens
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
+from runtime.deployment_builder import build_deployment
+from runtime.model_paths import bundled_model
 from runtime.models.base import causal
 from runtime.models.hf import HFModel
 from runtime.models.loader import load_model, load_tokenizer
@@ -68,7 +70,7 @@ def divergence(
 
 
 async def outputs(
-    deployment: config.Deployment, prompts: Sequence[Tokens], sampling: Sampling
+    deployment: config.Deployment, prompts: Sequence[Tokens], sampling: SamplingParams
 ) -> list[tuple[Tokens, Tokens]]:
     """Of each prompt, with speculation and without."""
     found = []
@@ -86,19 +88,19 @@ async def outputs(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--target", default=config.shipped("target"))
-    parser.add_argument("--draft", default=config.shipped("draft"))
+    parser.add_argument("--target", default=bundled_model("target"))
+    parser.add_argument("--draft", default=bundled_model("draft"))
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--count", type=int, default=20, help="held-out prompts")
     parser.add_argument("--tokens", type=int, default=128, help="of each output")
     given = parser.parse_args()
-    deployment = config.deployment(
+    deployment = build_deployment(
         given.target, (given.draft,), 1, given.dtype, "auto", local=True, policy="sync"
     )
     prompts = [
         prompt.tokens for prompt in held_out(load_tokenizer(given.target), given.count, seed=1)
     ]
-    written = asyncio.run(outputs(deployment, prompts, Sampling(max_tokens=given.tokens)))
+    written = asyncio.run(outputs(deployment, prompts, SamplingParams(max_tokens=given.tokens)))
     model = load_model(given.target, given.dtype)
     table = Table(
         title=f"{given.dtype}: texts that differ with and without speculation", title_justify="left"

@@ -20,10 +20,10 @@ from bench.core.options import RESULTS
 from bench.core.prompts import Prompt, held_out
 from bench.methods.study import HEADS, LEARNING, NEW_TOKENS, TEMPERATURES
 from bench.reports.grid import Grid
-from runtime import config
 from runtime.config import HeadConfig
 from runtime.core.messages import Request, Stats
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
+from runtime.model_paths import bundled_model
 from runtime.models.hf import HFModel
 from runtime.models.loader import load_model, load_tokenizer
 from runtime.models.sampler import choose
@@ -52,10 +52,12 @@ class Counted:
         return self.tokens / self.steps
 
 
-async def written(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling) -> list[Stats]:
+async def written(
+    engine: Engine, prompts: Sequence[Prompt], sampling: SamplingParams
+) -> list[Stats]:
     """The figures of each text, one after the other."""
     target, found = (
-        Target(engine, stop_checker_factory(load_tokenizer(config.shipped("target")), frozenset())),
+        Target(engine, stop_checker_factory(load_tokenizer(bundled_model("target")), frozenset())),
         [],
     )
     target.start()
@@ -74,7 +76,7 @@ def counted(
     model: HFModel, name: str, temperature: float, rows: int, prompts: Sequence[Prompt]
 ) -> Counted:
     """The clock stands: heads that take long are asked all the same."""
-    head = build_head(HeadConfig(method=name), model, load_tokenizer(config.shipped("target")))
+    head = build_head(HeadConfig(method=name), model, load_tokenizer(bundled_model("target")))
     engine = Engine(
         model,
         Verifier(choose, frozenset()),
@@ -82,7 +84,9 @@ def counted(
         lambda: 0.0,
         heads={name: MountedHead(head)},
     )
-    sampling = Sampling(temperature=temperature, seed=1, max_tokens=NEW_TOKENS, ignore_eos=True)
+    sampling = SamplingParams(
+        temperature=temperature, seed=1, max_tokens=NEW_TOKENS, ignore_eos=True
+    )
     stats = asyncio.run(written(engine, prompts, sampling))[LEARNING:]
     return Counted(
         name,
@@ -125,7 +129,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    shipped = config.shipped("target")
+    shipped = bundled_model("target")
     model = load_model(shipped, "float32", "cpu", 1)
     prompts = held_out(load_tokenizer(shipped), LEARNING + arguments.count, 2)
     console, cases = (

@@ -26,8 +26,8 @@ from bench.methods.methods_report import PLAIN
 from bench.methods.study import LEARNING, NEW_TOKENS, TEMPERATURES, measured, plan_of
 from bench.reports.grid import Grid
 from bench.reports.plots import DPI, LIVING, OURS, STYLE
-from runtime import config
 from runtime.core.errors import InvalidRequest, OutriderError
+from runtime.model_paths import bundled_model
 from runtime.models.loader import load_tokenizer
 
 FILE = "shapes.json"
@@ -180,7 +180,7 @@ def main() -> None:
         shapes = read(arguments.shapes)
     except OutriderError as error:
         parser.error(str(error))
-    target = call_in_subprocess(widened_small, (config.shipped("target"), "float32"))
+    target = call_in_subprocess(widened_small, (bundled_model("target"), "float32"))
     prompts = held_out(load_tokenizer(str(target)), LEARNING + arguments.count, 2)
     all_ = sorted(
         (tried(shape, target, two_cores(), prompts) for shape in shapes),

@@ -48,9 +48,9 @@ def unbundle_frames(
         raise InvalidRequest(
             f"{len(data)} bytes are no frame of this protocol: send messages of speculation.proto"
         ) from error
-    if len(frame.bundle.frames) > limits.FRAMES:
+    if len(frame.bundle.frames) > limits.FRAMES_PER_MESSAGE:
         raise InvalidRequest(
-            f"a message of {len(frame.bundle.frames)} frames: at most {limits.FRAMES} are allowed, send several messages"
+            f"a message of {len(frame.bundle.frames)} frames: at most {limits.FRAMES_PER_MESSAGE} are allowed, send several messages"
         )
     return frame.bundle.frames if frame.HasField("bundle") else (data,)
 
@@ -61,7 +61,7 @@ def group_frames(frames: Sequence[bytes]) -> list[list[bytes]]:
     room = 0
     for frame in frames:
         needed = len(frame) + FRAME_OVERHEAD_BYTES
-        if needed > room or len(groups[-1]) == limits.FRAMES:
+        if needed > room or len(groups[-1]) == limits.FRAMES_PER_MESSAGE:
             groups.append([])
             room = limits.MESSAGE_BYTES - FRAME_OVERHEAD_BYTES
         groups[-1].append(frame)

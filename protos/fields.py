@@ -13,13 +13,13 @@ from runtime.core.errors import InvalidRequest
 from runtime.core.messages import (
     Tokens,
 )
-from runtime.core.sampling_params import Constraint, Kind, Sampling
+from runtime.core.sampling_params import Constraint, ConstraintKind, SamplingParams
 
 SAMPLING_COMPOUND = ("stop", "logit_bias", "constraint")
 SAMPLING_SCALARS = tuple(
-    field.name for field in fields(Sampling) if field.name not in SAMPLING_COMPOUND
+    field.name for field in fields(SamplingParams) if field.name not in SAMPLING_COMPOUND
 )
-CONSTRAINT_KINDS: dict[Kind, pb.ConstraintKind] = {
+CONSTRAINT_KINDS: dict[ConstraintKind, pb.ConstraintKind] = {
     "json_object": pb.CONSTRAINT_KIND_JSON_OBJECT,
     "json_schema": pb.CONSTRAINT_KIND_JSON_SCHEMA,
     "regex": pb.CONSTRAINT_KIND_REGEX,
@@ -56,7 +56,7 @@ def parse(parser: Callable[[bytes], Frame], data: bytes) -> Frame:
         ) from error
 
 
-def sampling_to_pb(sampling: Sampling) -> pb.Sampling:
+def sampling_to_pb(sampling: SamplingParams) -> pb.Sampling:
     return pb.Sampling(
         **{name: getattr(sampling, name) for name in SAMPLING_SCALARS},
         stop=sampling.stop,
@@ -66,7 +66,7 @@ def sampling_to_pb(sampling: Sampling) -> pb.Sampling:
     )
 
 
-def sampling_from_pb(sampling: pb.Sampling) -> Sampling:
+def sampling_from_pb(sampling: pb.Sampling) -> SamplingParams:
     if len(sampling.bias_tokens) != len(sampling.bias_values):
         counts = f"{len(sampling.bias_tokens)} tokens and {len(sampling.bias_values)} values"
         raise InvalidRequest(f"logit_bias has {counts}: send as many of each", "logit_bias")
@@ -75,7 +75,9 @@ def sampling_from_pb(sampling: pb.Sampling) -> Sampling:
     constraint = (
         constraint_from_pb(sampling.constraint) if sampling.HasField("constraint") else None
     )
-    return Sampling(**given, stop=tuple(sampling.stop), logit_bias=bias, constraint=constraint)
+    return SamplingParams(
+        **given, stop=tuple(sampling.stop), logit_bias=bias, constraint=constraint
+    )
 
 
 def constraint_to_pb(constraint: Constraint) -> pb.Constraint:

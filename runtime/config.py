@@ -1,14 +1,6 @@
 """What is started where. Checked here, at the edge; trusted inside. The only place that reads files or the machine's shape."""
 
-import hashlib
-import importlib.resources
-import itertools
-import json
-import os
-import pkgutil
-import re
 from collections import Counter
-from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -23,31 +15,29 @@ from pydantic import (
     model_validator,
 )
 
-import runtime.drafters
-import runtime.heads
-from runtime.core.cpu_affinity import share_of, split_cores
+from runtime.core.cpu_partition import share_of
 from runtime.core.errors import InvalidRequest
-from runtime.core.sampling_params import whole
+from runtime.method_registry import drafting_methods, head_methods
 
 Device = Literal["auto", "cpu", "cuda"]
-MOST_DRAFTERS = 64
+MAX_DRAFTERS = 64
 POOL_NAME = r"^[a-z0-9][a-z0-9._-]{0,40}$"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Policy = Literal["living", "plain", "sync", "amusd", "pearl"]
-TRAINED = frozenset(
+TRAINED_METHODS = frozenset(
     {"s3d"}
 )  # drafting methods whose model is a folder that was trained for this target
 LANES = ("target", "wire")  # of a trace; every other lane is a drafter's
 ROLES = (*LANES, "controller", "gateway")  # actors that are no drafters
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     """Unknown keys are errors; values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Placement(Strict):
+class Placement(StrictModel):
     """Where an actor runs: what it takes from Ray, and what it uses of the machine it lands on."""
 
     num_cpus: float = Field(default=1.0, ge=0)
@@ -66,7 +56,7 @@ class Placement(Strict):
     )
 
 
-class ScheduleConfig(Strict):
+class ScheduleConfig(StrictModel):
     """When the target verifies what (runtime/schedulers). The living tree is the product; the others are what it is compared with.
 
     `width`, `branches`, `passes` and `rows` shape the tree of `sync`; `passes` is also the gamma of `pearl`.
@@ -79,20 +69,22 @@ class ScheduleConfig(Strict):
     rows: int = Field(default=4, ge=1, le=64)
 
 
-def known_head(method: str) -> str:
-    if method not in heads():
-        raise ValueError(f"{method!r} is no head: give one of {', '.join(heads())}")
+def check_head_method(method: str) -> str:
+    if method not in head_methods():
+        raise ValueError(f"{method!r} is no head: give one of {', '.join(head_methods())}")
     return method
 
 
-class HeadConfig(Strict):
+class HeadConfig(StrictModel):
     """One head of a target; they are called METHOD-0, METHOD-1, ... `folder`: what was trained for this target; default: what ships."""
 
-    method: Annotated[str, AfterValidator(known_head), Field(description="a file in runtime/heads")]
+    method: Annotated[
+        str, AfterValidator(check_head_method), Field(description="a file in runtime/heads")
+    ]
     folder: str = ""
 
 
-class TargetConfig(Strict):
+class TargetConfig(StrictModel):
     model: str
     dtype: Dtype = "auto"
     device: Device = "auto"
@@ -117,13 +109,17 @@ class TargetConfig(Strict):
         return named
 
 
-def known(method: str) -> str:
-    if method not in methods():
-        raise ValueError(f"{method!r} is no drafting method: give one of {', '.join(methods())}")
+def check_method(method: str) -> str:
+    if method not in drafting_methods():
+        raise ValueError(
+            f"{method!r} is no drafting method: give one of {', '.join(drafting_methods())}"
+        )
     return method
 
 
-Method = Annotated[str, AfterValidator(known), Field(description="a file in runtime/drafters")]
+Method = Annotated[
+    str, AfterValidator(check_method), Field(description="a file in runtime/drafters")
+]
 
 
 Layers = Annotated[
@@ -134,7 +130,7 @@ Layers = Annotated[
 ]
 
 
-class DrafterConfig(Strict):
+class DrafterConfig(StrictModel):
     """One drafter. `model` is the draft model of the methods that have one, or the folder of what was trained for this target."""
 
     name: str
@@ -161,7 +157,7 @@ class DrafterConfig(Strict):
         return name
 
 
-class PoolConfig(Strict):
+class PoolConfig(StrictModel):
     """Drafters of one kind, as many as are wanted at the time. They are called NAME-0, NAME-1, ...
 
     `min` and `max` bound how many there are; `count` is how many there are at first, and stays unless `auto` is set or somebody scales.
@@ -182,9 +178,9 @@ class PoolConfig(Strict):
         le=64,
         description="leaves expanded in one forward pass; default: as many as cost little more than one",
     )
-    min: int = Field(default=0, ge=0, le=MOST_DRAFTERS)
-    max: int = Field(default=MOST_DRAFTERS, ge=0, le=MOST_DRAFTERS)
-    count: int = Field(default=1, ge=0, le=MOST_DRAFTERS)
+    min: int = Field(default=0, ge=0, le=MAX_DRAFTERS)
+    max: int = Field(default=MAX_DRAFTERS, ge=0, le=MAX_DRAFTERS)
+    count: int = Field(default=1, ge=0, le=MAX_DRAFTERS)
     auto: bool = Field(
         default=False, description="between min and max by what one more drafter brings"
     )
@@ -223,7 +219,7 @@ class PoolConfig(Strict):
         )
 
 
-class TlsConfig(Strict):
+class TlsConfig(StrictModel):
     """PEM files, on every node at the same path; under `security`, "{role}" in a path stands for target, drafter or gateway. Made by
     `outrider certs`."""
 
@@ -232,7 +228,7 @@ class TlsConfig(Strict):
     key: Path
 
 
-class GatewayConfig(Strict):
+class GatewayConfig(StrictModel):
     """The OpenAI-compatible HTTP server: one on each of `nodes` (IP addresses; none: one, wherever Ray puts it)."""
 
     host: str = "127.0.0.1"
@@ -246,7 +242,7 @@ class GatewayConfig(Strict):
     insecure: bool = Field(default=False, description="allow a public address without keys or TLS")
 
 
-class LimitsConfig(Strict):
+class LimitsConfig(StrictModel):
     """Of the gateway. What is beyond is refused early, never dropped later."""
 
     requests: int = Field(
@@ -261,13 +257,13 @@ class LimitsConfig(Strict):
     )
 
 
-class SecurityConfig(Strict):
+class SecurityConfig(StrictModel):
     """Between actors. Without `tls` they talk in the clear: for a machine or a network of one's own."""
 
     tls: TlsConfig | None = None
 
 
-class Deployment(Strict):
+class Deployment(StrictModel):
     """Everything that is served together."""
 
     target: TargetConfig
@@ -304,164 +300,7 @@ class Deployment(Strict):
         return tuple(pool.member(index) for pool in self.pools for index in range(pool.count))
 
 
-def methods() -> list[str]:
-    """Names of the drafting methods: the files in runtime/drafters."""
-    return named_files(runtime.drafters.__path__)
-
-
-def heads() -> list[str]:
-    """Names of the heads: the files in runtime/heads."""
-    return named_files(runtime.heads.__path__)
-
-
-def named_files(folders: Iterable[str]) -> list[str]:
-    return sorted(
-        module.name.replace("_", "-")
-        for module in pkgutil.iter_modules(folders)
-        if module.name != "base"
-    )
-
-
-def module_of(method: str) -> str:
-    """The file's name of a drafting method or a head."""
-    return method.replace("-", "_")
-
-
-def shipped(name: Literal["target", "draft"]) -> str:
-    """Folder of a model that comes with the project."""
-    return str(importlib.resources.files("models") / name)
-
-
-def folder_of(head: HeadConfig) -> Path | None:
-    """As configured, or of the head that comes with the project, trained for the target that does; None where none does."""
-    folder = Path(head.folder or str(importlib.resources.files("models") / "heads" / head.method))
-    return folder if head.folder or folder.is_dir() else None
-
-
-def draft_of(drafter: DrafterConfig | PoolConfig) -> str:
-    """The model, or the folder of what was trained, that it drafts with: as configured, or what comes with the project for its method."""
-    folder = importlib.resources.files("models") / drafter.method
-    return drafter.model or (str(folder) if folder.is_dir() else "")
-
-
-def trained_as(folder: str) -> str:
-    """The method that something was trained for; nothing for any other folder or name."""
-    try:
-        return str(json.loads((Path(folder) / "config.json").read_bytes())["method"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return ""
-
-
-def head_of(draft: str) -> HeadConfig | None:
-    """The head that is meant: by its name, or by a folder that was trained to be one. None for what is a drafter or a model."""
-    if draft in heads():
-        return HeadConfig(method=draft)
-    method = trained_as(draft)
-    return HeadConfig(method=method, folder=draft) if method in heads() else None
-
-
-def drafter_of(draft: str) -> tuple[str, str, tuple[int, ...]]:
-    """Method, model and layers of what is no head: a method's name, what was tuned or trained for one, or a model."""
-    if layers := layers_of(draft):
-        return "layer-skip", "", layers
-    if draft in methods() and draft != "model":
-        return draft, "", ()
-    method = trained_as(draft)
-    return method if method in methods() else "model", draft, ()
-
-
-def layers_of(draft: str) -> tuple[int, ...]:
-    """What `outrider tune layers` has written into a file; empty for anything else."""
-    try:
-        found = json.loads(Path(draft).read_bytes())
-        layers = tuple(int(layer) for layer in found["layers"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return ()
-    return layers if found.get("method") == "layer-skip" else ()
-
-
-def deployment(
-    target: str,
-    drafts: tuple[str, ...],
-    drafters: int,
-    dtype: Dtype,
-    device: Device,
-    local: bool,
-    policy: Policy = "living",
-) -> Deployment:
-    """A pool of `drafters` actors for each of `drafts` (a method's name or a model), beside one target with those of them that are heads.
-
-    With `local`, target and pools share this machine's cores between them and listen on loopback alone; Ray has nothing to ration.
-    """
-    here = Placement(num_cpus=0, listen="127.0.0.1") if local else Placement()
-    whole("drafters", drafters, 0, MOST_DRAFTERS)
-    mounted = {draft: head for draft in drafts if (head := head_of(draft)) is not None}
-    apart = [draft for draft in drafts if draft not in mounted]
-    mine, *shares = (
-        split_cores(sorted(os.sched_getaffinity(0)), len(apart))
-        if local
-        else [()] * (len(apart) + 1)
-    )
-    pools: list[PoolConfig] = []
-    for draft, cores in zip(apart, shares, strict=True):
-        method, model, layers = drafter_of(draft)
-        name = pool_name(
-            draft, {*(pool.name for pool in pools), *(head.method for head in mounted.values())}
-        )
-        place = here.model_copy(update={"cores": cores})
-        kind = {
-            "method": method,
-            "model": model,
-            "layers": layers,
-            "dtype": dtype,
-            "device": device,
-        }
-        pools.append(
-            PoolConfig.model_validate({"name": name, "count": drafters, "placement": place, **kind})
-        )
-    return Deployment(
-        target=TargetConfig(
-            model=target,
-            dtype=dtype,
-            device=device,
-            schedule=ScheduleConfig(policy=policy),
-            heads=tuple(mounted.values()),
-            placement=here.model_copy(update={"cores": mine}),
-        ),
-        pools=tuple(pools),
-    )
-
-
-def pool_name(draft: str, taken: Container[str]) -> str:
-    """The last part of a model's name, as far as a pool may be called so; with a number where it is taken already."""
-    stem = re.sub(r"[^a-z0-9._-]+", "-", Path(draft).name.lower()).lstrip("._-")[:32] or "draft"
-    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-    return next(name for name in names if name not in taken and name not in ROLES)
-
-
-def cache_folder() -> Path:
-    """What this project keeps between its runs: beside the user's other caches."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outrider"
-
-
-def memory_of(model: str, role: Literal["target", "drafter"], method: str = "") -> Path:
-    """The file in which a target or a drafter keeps what it has learned of one model."""
-    name = hashlib.sha256(
-        f"{Path(model).resolve() if Path(model).is_dir() else model}\n{method}".encode()
-    ).hexdigest()[:16]
-    return cache_folder() / f"{role}-{name}.json"
-
-
-def memory_of_drafter(config: DrafterConfig, target: str) -> Path:
-    """As memory_of: what this kind of drafter has learned of this target."""
-    return memory_of(
-        target,
-        "drafter",
-        f"{config.method} {config.model}" + "".join(f" {layer}" for layer in config.layers),
-    )
-
-
-def read(file: Path) -> Deployment:
+def load_deployment(file: Path) -> Deployment:
     """A deployment from a YAML file. Raises InvalidRequest that names the first wrong key or value."""
     try:
         return Deployment.model_validate(yaml.safe_load(file.read_text()))

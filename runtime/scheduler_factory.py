@@ -11,7 +11,7 @@ from runtime.schedulers.plain import Plain
 from runtime.schedulers.sync import Sync
 
 
-def scheduler(config: ScheduleConfig, times: Mapping[int, float]) -> Scheduler:
+def make_scheduler(config: ScheduleConfig, times: Mapping[int, float]) -> Scheduler:
     """`times`: T, seconds of a pass by its rows. A drafter's step is taken to last a fourth of T until one has been seen."""
     t = times[1] / 4
     match config.policy:

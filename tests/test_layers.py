@@ -34,12 +34,12 @@ LAYERS = (
     (
         "*__init__",
         "core/clock",
-        "core/cpu_affinity",
+        "core/cpu_partition",
         "core/draft_nodes",
         "core/errors",
         "core/limits",
         "core/messages",
-        "core/node_names",
+        "core/node_keys",
         "core/node_table",
         "core/sampling_params",
         "core/tree",
@@ -52,7 +52,7 @@ LAYERS = (
         "core/links",
         "core/noise",
         "core/sampler_reference",
-        "core/verify",
+        "core/accepted_path",
         "draft/frontier",
         "scoring/agreement",
         "scoring/calibration",
@@ -75,7 +75,7 @@ LAYERS = (
         "target/verifier",
         "telemetry/metrics",
     ),
-    ("config",),
+    ("config", "deployment_builder", "method_registry", "model_paths"),
     ("kv/*", "kernels/*", "models/*", "drafters/*", "heads/*"),
     ("target/*", "draft/*"),
     ("scheduler_factory", "sim/*"),
@@ -108,9 +108,9 @@ NEVER: tuple[set[str], ...] = (
     {"asyncio", "time", "random"},
 )
 HIDDEN = {
-    "runtime/drafters/*": ("target/session", "core/verify", "target/*"),
-    "runtime/heads/*": ("target/session", "core/verify", "target/*"),
-    "runtime/schedulers/*": ("target/session", "core/tree", "core/verify"),
+    "runtime/drafters/*": ("target/session", "core/accepted_path", "target/*"),
+    "runtime/heads/*": ("target/session", "core/accepted_path", "target/*"),
+    "runtime/schedulers/*": ("target/session", "core/tree", "core/accepted_path"),
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from runtime.core.sampler_reference import Ask
+from runtime.core.sampler_reference import SamplingInput
 from runtime.models.acceptance import RANKS
 from runtime.models.sampler import candidates
 from training.outputs import Written
@@ -77,7 +77,7 @@ def ranks_of(text: Written, logits: Tensor, offset: int) -> npt.NDArray[np.int64
         ]  # row p guesses place p + offset + i, which is output p + offset + i - prompt
         paths = [text.output[: m + i] for m in range(n)]
         tokens, _ = candidates(
-            rows, Ask(text.sampling, prompt, text.prompt, paths, frozenset()), max(RANKS)
+            rows, SamplingInput(text.sampling, prompt, text.prompt, paths, frozenset()), max(RANKS)
         )
         right = tokens == output[i : i + n, None]
         found[i] = np.where(right.any(axis=1), right.argmax(axis=1), -1)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from runtime.core.errors import Unavailable
 from runtime.core.messages import Chunk, Request, Tokens
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 from training.folder import write
 from training.text import Corpus, excerpts, windows
 
@@ -34,7 +34,7 @@ class Written:
 
     prompt: Tokens
     output: Tokens
-    sampling: Sampling
+    sampling: SamplingParams
 
 
 def to_learn(corpus: Corpus, tokens: int, context: int, seed: int) -> list[Request]:
@@ -67,8 +67,8 @@ def to_measure(corpus: Corpus, context: int, seed: int) -> list[Request]:
     ]
 
 
-def sampling(temperature: float, seed: int, tokens: int) -> Sampling:
-    return Sampling(temperature=temperature, seed=seed, max_tokens=tokens, ignore_eos=True)
+def sampling(temperature: float, seed: int, tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=temperature, seed=seed, max_tokens=tokens, ignore_eos=True)
 
 
 def named(fingerprint: str, requests: Sequence[Request]) -> str:

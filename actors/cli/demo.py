@@ -16,9 +16,10 @@ from actors.launch.serving import OpenService, Service, serving
 from actors.openai.usage import tokens_per_second
 from bench.core.subprocess_call import call_in_subprocess
 from bench.core.widen import widened_small
-from runtime import config
 from runtime.core.messages import Chunk, Request, Stats
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
+from runtime.deployment_builder import build_deployment
+from runtime.model_paths import bundled_model
 
 PROMPTS = (
     'def read_config(path):\n    """Read the configuration from a file."""',
@@ -28,8 +29,8 @@ PROMPTS = (
 MAX_TOKENS = 96
 # Models of this size repeat themselves when they are greedy; a mild penalty keeps them going.
 SETTINGS = {
-    "greedy": Sampling(repetition_penalty=1.1, max_tokens=MAX_TOKENS),
-    "temperature 0.8": Sampling(temperature=0.8, seed=1, max_tokens=MAX_TOKENS),
+    "greedy": SamplingParams(repetition_penalty=1.1, max_tokens=MAX_TOKENS),
+    "temperature 0.8": SamplingParams(temperature=0.8, seed=1, max_tokens=MAX_TOKENS),
 }
 WARM_UP = 2  # runs that are not counted: caches, and the runtime's own measurements
 
@@ -130,7 +131,7 @@ def main() -> None:
         help="the target as it ships, which is hardly slower than the draft",
     )
     arguments = parser.parse_args()
-    target, draft = config.shipped("target"), config.shipped("draft")
+    target, draft = bundled_model("target"), bundled_model("draft")
     console = Console()
     if not arguments.small:
         with console.status("widening the target"):
@@ -138,7 +139,7 @@ def main() -> None:
         console.print(
             "The target that ships, widened to the cost of 88 million parameters: what is added is multiplied by zero."
         )
-    plan = config.deployment(target, (draft,), 1, "auto", "auto", local=True)
+    plan = build_deployment(target, (draft,), 1, "auto", "auto", local=True)
     prompts = [prepare(plan, prompt, SETTINGS["greedy"]).prompt for prompt in PROMPTS]
     console.print(
         "Target and drafter are Ray actors on a core each; they talk gRPC. Green: guessed by the drafter. White: the target's own."

@@ -31,9 +31,9 @@ from actors.controller.reconciler import (
 )
 from actors.rpc.endpoints import ActorLocation
 from actors.rpc.tls import warn_if_plaintext
-from runtime.config import MOST_DRAFTERS, Deployment
+from runtime.config import MAX_DRAFTERS, Deployment
 from runtime.core.errors import InvalidRequest, OutriderError, Unavailable
-from runtime.core.sampling_params import whole
+from runtime.core.sampling_params import check_int
 from runtime.telemetry.tracing import Recording
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class Controller:
         """
         with self.changed:
             config = pool_of(self.deployment, pool)
-            whole("count", count, 0, MOST_DRAFTERS)
+            check_int("count", count, 0, MAX_DRAFTERS)
             if not config.min <= count <= config.max:
                 raise InvalidRequest(
                     f"pool {pool} has from {config.min} to {config.max} drafters, not {count}: change its min or max",

@@ -220,12 +220,12 @@ def request_timeout_s(header: str | None, field: Any) -> float | None:
     """Seconds, as the header or the body's field says; the shorter of both. Raises ApiError (400)."""
     if header is not None and (
         not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", header)
-        or not 0 < float(header) <= limits.DEADLINE
+        or not 0 < float(header) <= limits.MAX_DEADLINE_S
     ):
         raise ApiError(
             400,
             "invalid_value",
-            f"X-Request-Timeout is not allowed: give seconds up to {limits.DEADLINE:g}",
+            f"X-Request-Timeout is not allowed: give seconds up to {limits.MAX_DEADLINE_S:g}",
             "X-Request-Timeout",
         )
     return min(

@@ -1,7 +1,7 @@
 """A connection bounds how long it waits for its client; the table of all of them keeps room.
 
 A connection is always in one phase. Only `Phase.SERVICE` has no bound here, since the gateway
-bounds its own work: a body by `limits.BODY_SECONDS`, an answer by the request's deadline.
+bounds its own work: a body by `limits.BODY_TIMEOUT_S`, an answer by the request's deadline.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ def phase_timeout_s(phase: Phase) -> float:
     """Returns the seconds that a connection may stay in the phase without progress."""
     match phase:
         case Phase.REQUEST:
-            return limits.BODY_SECONDS
+            return limits.BODY_TIMEOUT_S
         case Phase.SERVICE:
             return math.inf
         case Phase.READER:
@@ -123,7 +123,7 @@ class ClientConnection(H11Protocol):
                 self,
                 tls,
                 server_side=True,
-                ssl_handshake_timeout=60 + limits.BODY_SECONDS,
+                ssl_handshake_timeout=60 + limits.BODY_TIMEOUT_S,
                 ssl_shutdown_timeout=60 + CLOSE_TIMEOUT_S,
             )
         if secured is None or self not in self.connections:

@@ -8,7 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from actors.controller.fleet_view import Fleet
-from runtime.telemetry.reports import DrafterReport, GuessReport, Kind, Metric, TargetReport
+from runtime.telemetry.reports import DrafterReport, GuessReport, Metric, MetricKind, TargetReport
 
 Labels = tuple[str, ...]
 Sample = tuple[Labels, float]
@@ -19,7 +19,7 @@ class FleetMetric:
     """One metric: the names of its labels, and how to find its samples in a fleet."""
 
     name: str
-    kind: Kind
+    kind: MetricKind
     meaning: str
     labels: Labels
     samples: Callable[[Fleet], Iterable[Sample]]

@@ -76,7 +76,7 @@ class BodyReader:
     def __init__(self, headers: Headers, receive: Receive) -> None:
         empty = headers.get("content-length", "0") == "0"
         self.whole = empty and "transfer-encoding" not in headers
-        self._receive, self._until = receive, now() + limits.BODY_SECONDS
+        self._receive, self._until = receive, now() + limits.BODY_TIMEOUT_S
 
     async def receive(self) -> Message:
         message = await self._receive()

@@ -17,8 +17,8 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from actors.ray_session import ENVIRONMENT, OBJECT_STORE_BYTES
-from runtime.config import cache_folder
 from runtime.core.errors import Unavailable
+from runtime.model_paths import cache_folder
 
 HOST = "127.0.0.2"  # Ray would put the machine's own address in place of 127.0.0.1
 LOGICAL_CPUS = 256  # Ray's, to be taken by actors: none is to wait for room on the only machine

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from runtime.config import TRAINED, Deployment, draft_of, folder_of
+from runtime.config import TRAINED_METHODS, Deployment
 from runtime.core.messages import Tokens
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
+from runtime.model_paths import draft_model, head_folder
 from runtime.models.head_checkpoint import read_settings, target_identity
 from runtime.models.hf import max_context
 from runtime.models.loader import check_weights, find_folder, load_tokenizer, read_config
@@ -34,9 +35,11 @@ def check_models(plan: Deployment) -> CheckedModels:
     """Raise now what the target, a head or a drafter would raise later of its model: ModelRefused, PairMismatch."""
     target = plan.target.model
     context, tokenizer = context_length(target), load_tokenizer(target)
-    trained = [(head.method, folder) for head in plan.target.heads if (folder := folder_of(head))]
+    trained = [(head.method, folder) for head in plan.target.heads if (folder := head_folder(head))]
     trained += [
-        (pool.method, Path(draft_of(pool))) for pool in plan.pools if pool.method in TRAINED
+        (pool.method, Path(draft_model(pool)))
+        for pool in plan.pools
+        if pool.method in TRAINED_METHODS
     ]
     for method, folder in trained:
         read_settings(
@@ -44,7 +47,7 @@ def check_models(plan: Deployment) -> CheckedModels:
         )
     warnings: list[str] = []
     for draft in dict.fromkeys(
-        pool.model for pool in plan.pools if pool.model and pool.method not in TRAINED
+        pool.model for pool in plan.pools if pool.model and pool.method not in TRAINED_METHODS
     ):
         warnings += check_pair(
             tokenizer, load_tokenizer(draft), (target, draft), (context, context_length(draft))
@@ -52,7 +55,7 @@ def check_models(plan: Deployment) -> CheckedModels:
     return CheckedModels(tokenizer, context, tuple(warnings))
 
 
-def prepare(plan: Deployment, text: str, sampling: Sampling) -> PreparedPrompt:
+def prepare(plan: Deployment, text: str, sampling: SamplingParams) -> PreparedPrompt:
     """Tokenise. Raises as `check_models`, and InvalidRequest as the target would."""
     found = check_models(plan)
     prompt = tuple(found.tokenizer.encode(text))

@@ -9,9 +9,10 @@ from typing import Protocol
 from actors.calibration_store import save_calibrations
 from actors.controller.fleet_view import Fleet, TargetState
 from actors.ray_session import ray_cluster, translate_ray_errors
-from runtime.config import Deployment, TlsConfig, memory_of, memory_of_drafter
+from runtime.config import Deployment, TlsConfig
 from runtime.core.messages import Chunk, Request
 from runtime.draft.draft_host import DraftHost
+from runtime.model_paths import calibration_file, drafter_calibration_file
 from runtime.telemetry.tracing import Recording
 
 Note = Callable[[str], None]  # told what is being done, for people
@@ -70,16 +71,17 @@ async def local_service(
         for host in hosts:
             await host.stop()
         save_calibrations(
-            memory_of(deployment.target.model, "target"), target.engine.requests.calibrations
+            calibration_file(deployment.target.model, "target"), target.engine.requests.calibrations
         )
         for host, config in zip(hosts, deployment.drafters(), strict=False):
             save_calibrations(
-                memory_of_drafter(config, deployment.target.model), host.draft_engine.calibrations
+                drafter_calibration_file(config, deployment.target.model),
+                host.draft_engine.calibrations,
             )
         if recordings is not None:
             recordings += [
-                target.engine.trace.take(),
-                *(host.draft_engine.trace.take() for host in hosts),
+                target.engine.trace.drain(),
+                *(host.draft_engine.trace.drain() for host in hosts),
             ]
 
 

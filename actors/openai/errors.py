@@ -81,6 +81,6 @@ def to_api_error(error: OutriderError) -> ApiError:
             )
 
 
-def sanitize(text: str, most: int = limits.ECHO) -> str:
+def sanitize(text: str, most: int = limits.ERROR_ECHO_LENGTH) -> str:
     """What an error may repeat of `text`."""
     return "".join(letter if letter.isprintable() else "?" for letter in text[:most])

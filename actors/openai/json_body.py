@@ -14,7 +14,7 @@ from runtime.core import limits
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 OPENERS = (b",", b"[", b"{")  # of an item each
-LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (limits.JSON_NUMBER + 1))
+LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (limits.JSON_NUMBER_LENGTH + 1))
 
 
 class ClientDisconnected(Exception):
@@ -36,7 +36,7 @@ async def read_body(headers: Mapping[str, str], receive: Receive) -> bytes:
         raise too_large()
     body = bytearray()
     try:
-        async with asyncio.timeout(limits.BODY_SECONDS):
+        async with asyncio.timeout(limits.BODY_TIMEOUT_S):
             more = True
             while more:
                 message = await receive()
@@ -50,7 +50,7 @@ async def read_body(headers: Mapping[str, str], receive: Receive) -> bytes:
         raise ApiError(
             408,
             "body_timeout",
-            f"the body has not come within {limits.BODY_SECONDS:g} s: send it faster",
+            f"the body has not come within {limits.BODY_TIMEOUT_S:g} s: send it faster",
         ) from error
     return bytes(body)
 
@@ -76,10 +76,10 @@ def parse_json(body: bytes) -> dict[str, Any]:
     Values and digits are counted before anything is built.
     """
     bare = without_strings(body)
-    if sum(map(bare.count, OPENERS)) > limits.JSON_TOTAL:
-        raise too_complex(f"there are more than {limits.JSON_TOTAL} values")
+    if sum(map(bare.count, OPENERS)) > limits.JSON_VALUES:
+        raise too_complex(f"there are more than {limits.JSON_VALUES} values")
     if LONG_NUMBER.search(bare):
-        raise too_complex(f"a number has more than {limits.JSON_NUMBER} digits")
+        raise too_complex(f"a number has more than {limits.JSON_NUMBER_LENGTH} digits")
     try:
         value = from_json(body, allow_inf_nan=False)
     except ValueError as error:
@@ -96,8 +96,8 @@ def parse_json(body: bytes) -> dict[str, Any]:
 def without_strings(body: bytes) -> bytes:
     """Returns what stands outside of strings. Raises ApiError (too_complex) for too many strings."""
     plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
-    if plain.count(b'"') > 4 * limits.JSON_TOTAL:  # each value may be a string, and have a key
-        raise too_complex(f"there are more than {2 * limits.JSON_TOTAL} strings")
+    if plain.count(b'"') > 4 * limits.JSON_VALUES:  # each value may be a string, and have a key
+        raise too_complex(f"there are more than {2 * limits.JSON_VALUES} strings")
     return b"".join(plain.split(b'"')[::2])
 
 

@@ -94,7 +94,7 @@ class CommonBody(StrictModel):
     speculative: Speculative = Speculative()
     stream: bool = False
     stream_options: StreamOptions | None = None
-    timeout: Annotated[Finite, Field(gt=0, le=limits.DEADLINE)] | None = Field(
+    timeout: Annotated[Finite, Field(gt=0, le=limits.MAX_DEADLINE_S)] | None = Field(
         default=None, description="seconds until the deadline"
     )
 

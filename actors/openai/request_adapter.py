@@ -10,7 +10,7 @@ from actors.openai.protocol import AnyBody, ChatBody, CompletionBody, Message
 from actors.openai.served_model import ServedModel
 from runtime.core import limits
 from runtime.core.messages import Request, Tokens
-from runtime.core.sampling_params import Constraint, Sampling
+from runtime.core.sampling_params import Constraint, SamplingParams
 
 
 def build_requests(
@@ -95,7 +95,7 @@ def nth(seed: int, choice: int) -> int:
     return (seed + choice + 2**63) % 2**64 - 2**63
 
 
-def sampling(body: AnyBody, served: ServedModel, length: int, seed: int) -> Sampling:
+def sampling(body: AnyBody, served: ServedModel, length: int, seed: int) -> SamplingParams:
     """For a prompt of so many tokens. Raises InvalidRequest."""
     given = body.max_tokens
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
@@ -115,7 +115,7 @@ def sampling(body: AnyBody, served: ServedModel, length: int, seed: int) -> Samp
             f"the model's context is {served.context} tokens; the prompt has {length} and {given or 1} are asked for: lower one of them",
             "max_tokens" if room > 0 else "prompt",
         )
-    return Sampling(
+    return SamplingParams(
         temperature=body.temperature,
         top_k=max(body.top_k, 0),
         top_p=body.top_p,
@@ -128,7 +128,7 @@ def sampling(body: AnyBody, served: ServedModel, length: int, seed: int) -> Samp
         ),
         seed=seed,
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop),
-        max_tokens=given or min(room, max(limits.OUTPUT_TOKENS, body.min_tokens)),
+        max_tokens=given or min(room, max(limits.DEFAULT_MAX_TOKENS, body.min_tokens)),
         min_tokens=body.min_tokens,
         ignore_eos=body.ignore_eos,
         logprobs=logprobs(body),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from protos.drafting_codec import KEY_DTYPE, SCORE_DTYPE, TOKEN_DTYPE
 from runtime.core import limits
-from runtime.core.messages import AS_IT_LIKES, Close, Commit, Event, Open, Share, Style
+from runtime.core.messages import DEFAULT_STYLE, Close, Commit, Event, Open, Share, Style
 
 NODE_BYTES = KEY_DTYPE.itemsize + TOKEN_DTYPE.itemsize + SCORE_DTYPE.itemsize
 FRAME_BYTES = 64  # of a frame without its nodes and the session's name
@@ -63,7 +63,7 @@ class ReplyBudget:
                 self.styles.pop(session, None)
                 self.resting.discard(session)
                 return
-        style = self.styles.get(event.session, AS_IT_LIKES)
+        style = self.styles.get(event.session, DEFAULT_STYLE)
         granted = grant_for(event.session, style, event.session in self.resting)
         most = granted.times(MAX_SAVED_EVENTS * max(1, len(self.styles)))
         self.frames = replenish(self.frames, granted.frames, most.frames)
@@ -89,7 +89,7 @@ def grant_for(session: str, style: Style, resting: bool) -> Grant:
 
     A resting drafter has only a Resync to send, until the text is sent to it again. A schedule may
     ask for passes so wide that they fill the whole tree. A drafter that grows as it likes fills a
-    quarter of it (draft_engine.RUN_AHEAD), and one pass may go beyond that.
+    quarter of it (draft_engine.MAX_UNVERIFIED_NODES), and one pass may go beyond that.
     """
     frame = FRAME_BYTES + len(session.encode(errors="replace"))
     if resting:

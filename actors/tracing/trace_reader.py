@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from runtime.core.errors import InvalidRequest
-from runtime.telemetry.chrome_trace import FORMAT, chrome
+from runtime.telemetry.chrome_trace import FORMAT, to_chrome_trace
 from runtime.telemetry.tracing import COMMIT, COMPUTE, GROWTH, STEP, TARGET, WIRE, Recording
 
 Time = Annotated[FiniteFloat, Field(ge=0)]  # microseconds
@@ -135,7 +135,7 @@ def extent(blocks: Sequence[Block]) -> Interval:
 def save_trace(file: Path, parts: Sequence[Recording]) -> None:
     """Write the recordings as one trace. Raises InvalidRequest where the file cannot be written."""
     try:
-        file.write_text(json.dumps(chrome(parts), separators=(",", ":")), "utf-8")
+        file.write_text(json.dumps(to_chrome_trace(parts), separators=(",", ":")), "utf-8")
     except OSError as error:
         raise InvalidRequest(
             f"cannot write the trace to {file} ({error.strerror}): give a file in a folder that exists",

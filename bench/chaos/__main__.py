@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 
 from bench.chaos.run import Options, run
-from runtime.config import shipped
 from runtime.core.errors import OutriderError
+from runtime.model_paths import bundled_model
 
 
 def main(
@@ -27,8 +27,8 @@ def main(
         int | None,
         typer.Option(min=1, help="no blows: change the number of drafters, from 0 to this"),
     ] = None,
-    target: Annotated[str, typer.Option(help="model")] = shipped("target"),
-    draft: Annotated[str, typer.Option(help="model")] = shipped("draft"),
+    target: Annotated[str, typer.Option(help="model")] = bundled_model("target"),
+    draft: Annotated[str, typer.Option(help="model")] = bundled_model("draft"),
     out: Annotated[
         Path | None, typer.Option("--json", help="write the result into this file")
     ] = None,

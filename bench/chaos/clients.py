@@ -15,7 +15,7 @@ from bench.chaos.outcome import Gap
 from runtime.config import TargetConfig
 from runtime.core.errors import OutriderError
 from runtime.core.messages import Chunk, FinishReason, Request, Tokens
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 from runtime.models.loader import load_tokenizer
 
 PROMPTS = (
@@ -44,7 +44,7 @@ class Case:
     """A request, and what plain decoding answers to it."""
 
     prompt: Tokens
-    sampling: Sampling
+    sampling: SamplingParams
     expected: Answer
 
 
@@ -123,7 +123,7 @@ async def cases(config: TargetConfig, count: int, tokens: int, seed: int) -> lis
         asked = [
             (
                 tuple(tokenizer.encode(PROMPTS[number % len(PROMPTS)])),
-                Sampling(
+                SamplingParams(
                     temperature=TEMPERATURES[number % len(TEMPERATURES)],
                     seed=seed + number,
                     max_tokens=tokens,

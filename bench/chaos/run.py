@@ -23,7 +23,7 @@ from bench.chaos.clients import DEADLINE_S, Seen, Watched, cases, stream
 from bench.chaos.faults import Victim, inject, next_count, next_fault
 from bench.chaos.outcome import Outcome
 from runtime.config import Deployment, Placement, PoolConfig, TargetConfig
-from runtime.core.cpu_affinity import split_cores
+from runtime.core.cpu_partition import split_cores
 
 HERE = Placement(num_cpus=1, threads=1, listen="127.0.0.1")
 POOL = "chaos"

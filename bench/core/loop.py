@@ -18,7 +18,7 @@ from bench.core.compare import fastest
 from bench.core.methods import Method, Outcome, Runner
 from bench.core.prompts import Prompt
 from bench.core.results import Results, Run
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Case:
 
     name: str
     prompts: tuple[Prompt, ...]
-    sampling: Sampling
+    sampling: SamplingParams
     repetition: int = 0
 
 
@@ -58,7 +58,7 @@ def cases(
         Case(
             name_of(group),
             group,
-            Sampling(temperature=temperature, seed=seed + repetition, max_tokens=new_tokens),
+            SamplingParams(temperature=temperature, seed=seed + repetition, max_tokens=new_tokens),
             repetition,
         )
         for repetition in range(repetitions)

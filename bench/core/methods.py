@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 from bench.core.prompts import Prompt
 from bench.core.results import MethodFacts, Passes, Steps
 from runtime.core.messages import Tokens
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 
 Cores = tuple[int, ...]  # places in the list of cores that the benchmark may use
 FIRST, SECOND, BOTH = (0,), (1,), (0, 1)
@@ -94,7 +94,7 @@ class Outcome:
 
 
 class Runner(Protocol):
-    def run(self, method: Method, prompts: Sequence[Prompt], sampling: Sampling) -> Outcome:
+    def run(self, method: Method, prompts: Sequence[Prompt], sampling: SamplingParams) -> Outcome:
         """Continue all prompts at the same time, alone on the machine. Raises OutriderError where the method cannot."""
         ...
 

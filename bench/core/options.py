@@ -23,9 +23,9 @@ from bench.core.methods import (
 )
 from bench.core.prompts import Prompt
 from bench.core.widen import CACHE
-from runtime import config
 from runtime.core.errors import InvalidRequest
-from runtime.core.sampling_params import Sampling, whole
+from runtime.core.sampling_params import SamplingParams, check_int
+from runtime.model_paths import bundled_model
 
 RESULTS = Path(__file__).parents[1] / "results"
 # Prompts for the sweep, for warming up, and for those methods that learn what guesses are worth: a target keeps that from one life to
@@ -73,15 +73,15 @@ def chosen_dtype(wanted: Wanted, flags: Iterable[str]) -> Literal["float32", "bf
 
 def checked(size: Size) -> Size:
     """Raises InvalidRequest. Temperatures and batches in rising order, none twice; a batch of one is the main run itself."""
-    whole("count", size.count, 1)
-    whole("repetitions", size.repetitions, 1, 100)
-    whole("new_tokens", size.new_tokens, 2)
+    check_int("count", size.count, 1)
+    check_int("repetitions", size.repetitions, 1, 100)
+    check_int("new_tokens", size.new_tokens, 2)
     if not size.temperatures:
         raise InvalidRequest("no temperature is given: give at least one", "temperature")
     for temperature in size.temperatures:
-        Sampling(temperature=temperature)
+        SamplingParams(temperature=temperature)
     for batch in size.batches:
-        whole("batch", batch, 1, 256)
+        check_int("batch", batch, 1, 256)
     rising = tuple(sorted(set(size.temperatures)))
     return Size(
         size.count,
@@ -93,7 +93,7 @@ def checked(size: Size) -> Size:
 
 
 def shipped_pair() -> tuple[str, str]:
-    return config.shipped("target"), config.shipped("draft")
+    return bundled_model("target"), bundled_model("draft")
 
 
 def folder_for(quick: bool) -> Path:

@@ -23,9 +23,9 @@ from bench.core.prompts import Prompt
 from runtime.config import DrafterConfig, Dtype, HeadConfig, Placement, ScheduleConfig, TargetConfig
 from runtime.core.errors import InvalidRequest, Unavailable
 from runtime.core.messages import Chunk, Request, Stats, Tokens
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 from runtime.kv.prefix_cache import PrefixCache
-from runtime.scheduler_factory import scheduler
+from runtime.scheduler_factory import make_scheduler
 from runtime.schedulers.base import Scheduler
 from runtime.scoring.calibration import Calibrations
 from runtime.telemetry.tracing import Recording
@@ -108,7 +108,7 @@ class MethodTarget(TargetActor):
         """
         engine = self.target.engine
         if how not in self.policies:
-            self.policies[how] = scheduler(schedule_of(how), self.times)
+            self.policies[how] = make_scheduler(schedule_of(how), self.times)
         self.target.schedule(self.policies[how], frozenset(f"{head}-0" for head in how.heads))
         engine.requests.calibrations = self.known.setdefault(
             (how.schedule, *how.drafters, *how.heads), Calibrations()
@@ -118,7 +118,7 @@ class MethodTarget(TargetActor):
 
     def learned(self) -> dict[str, Any]:
         """What guesses of the present method were worth so far, as Calibrations saves it."""
-        return self.target.engine.requests.calibrations.saved()
+        return self.target.engine.requests.calibrations.to_dict()
 
 
 class Service(Protocol):
@@ -135,7 +135,7 @@ class Answer:
 
 
 async def ask(
-    service: Service, prompts: Sequence[Tokens], sampling: Sampling
+    service: Service, prompts: Sequence[Tokens], sampling: SamplingParams
 ) -> tuple[float, list[Answer]]:
     """All prompts at the same time; returns also when that began. Raises Unavailable where one of them ends by an error."""
     requests = [Request(uuid.uuid4().hex, prompt, sampling) for prompt in prompts]
@@ -184,7 +184,11 @@ class OutriderRunner:
         self._services: dict[str, GrpcTarget] = {}
 
     def run(
-        self, method: Method, prompts: Sequence[Prompt], sampling: Sampling, tries: int = TRIES
+        self,
+        method: Method,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        tries: int = TRIES,
     ) -> Outcome:
         """Raises InvalidRequest for a method of others, Unavailable where an actor has ended or a drafter was lost on the way each time."""
         if not isinstance(method.how, OutriderMethod):
@@ -228,7 +232,7 @@ class OutriderRunner:
             time.sleep(LOOK)
 
     async def _ask(
-        self, address: str, prompts: Sequence[Tokens], sampling: Sampling
+        self, address: str, prompts: Sequence[Tokens], sampling: SamplingParams
     ) -> tuple[float, list[Answer]]:
         if address not in self._services:
             self._services[address] = GrpcTarget(address, silence_ms=CALLER_SILENCE_MS)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.core.results import Acceptance, Profile, Run
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 
 TARGET_ROWS = (1, 2, 4, 8, 16, 32, 64)
 DRAFT_ROWS = (1, 2, 4, 8, 16, 32)
@@ -103,7 +103,7 @@ def acceptance(answered: Answered) -> tuple[Acceptance, ...]:
             for answer in run.answers
         ]
         guessed = replay_draft(
-            draft, answers, Sampling(temperature=temperature, seed=answered.seed)
+            draft, answers, SamplingParams(temperature=temperature, seed=answered.seed)
         )
         place = positions(guessed.ranks, guessed.scores)
         found.append(

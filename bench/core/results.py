@@ -5,13 +5,13 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from runtime.config import Strict
+from runtime.config import StrictModel
 from runtime.core.errors import InvalidRequest
 from runtime.core.messages import Stats, Tokens
 from runtime.sim.pair_profile import Position
 
 
-class Machine(Strict):
+class Machine(StrictModel):
     """`cores` are those that the benchmark used; `flags` those of the processor that decide how fast bf16 is."""
 
     processor: str
@@ -25,7 +25,7 @@ class Machine(Strict):
     date: str
 
 
-class PairFacts(Strict):
+class PairFacts(StrictModel):
     """Names, parameters and data type of the two models."""
 
     target: str
@@ -35,7 +35,7 @@ class PairFacts(Strict):
     dtype: str
 
 
-class Settings(Strict):
+class Settings(StrictModel):
     prompts: str  # where they are from
     count: int
     new_tokens: int
@@ -43,14 +43,14 @@ class Settings(Strict):
     seed: int
 
 
-class MethodFacts(Strict):
+class MethodFacts(StrictModel):
     name: str
     who: Literal["ours", "transformers"]
     cores: int
     detail: str
 
 
-class Steps(Strict):
+class Steps(StrictModel):
     """Of the target's steps in one run of ours. `lead` is the mean number of tokens by which drafting was ahead when a step began."""
 
     rounds: int
@@ -65,7 +65,7 @@ class Steps(Strict):
     lead: float | None = None
 
 
-class Passes(Strict):
+class Passes(StrictModel):
     """What one run of ours recorded of its costs.
 
     target       rows, sessions and seconds of each pass of the target
@@ -82,7 +82,7 @@ class Passes(Strict):
     round_trip: float | None = None
 
 
-class Run(Strict):
+class Run(StrictModel):
     """One run of one method. `prompt` names the prompt, or where `batch` is above 1 the group of them; `text` is a digest of the output.
 
     `first_seconds` and `first_tokens` end with the first token of every prompt: what is left of the run is decoding. `answers`: each
@@ -104,7 +104,7 @@ class Run(Strict):
     passes: Passes | None = Field(default=None, exclude=True, repr=False)
 
 
-class Acceptance(Strict):
+class Acceptance(StrictModel):
     """Along plain decoding's texts of one temperature and batch. By number k of guesses: the share of positions at which the draft's
     first k hold the target's choice; and position by position."""
 
@@ -114,7 +114,7 @@ class Acceptance(Strict):
     positions: tuple[Position, ...] = ()
 
 
-class InPlace(Strict):
+class InPlace(StrictModel):
     """What passes and bookkeeping cost where they ran, of all runs of one temperature and batch.
 
     `target` is T(n) of one text, a drafter at work beside it. `round_trip` is from target to drafter and back; `step` the target's
@@ -130,7 +130,7 @@ class InPlace(Strict):
     draft_pass: float | None = None
 
 
-class Profile(Strict):
+class Profile(StrictModel):
     """The pair on one core each (or on the GPU): medians of three times, before, between and after the runs. Step times by rows, the
     root included.
 
@@ -146,7 +146,7 @@ class Profile(Strict):
     text: float | None = None
 
 
-class Tried(Strict):
+class Tried(StrictModel):
     """A setting that the sweep tried, on prompts that were not measured later; `name` is the method's if it was the best."""
 
     name: str
@@ -154,7 +154,7 @@ class Tried(Strict):
     tokens_per_second: float
 
 
-class Forecast(Strict):
+class Forecast(StrictModel):
     """What the planner expects of a method, decoding alone, all prompts of the batch together."""
 
     method: str
@@ -163,7 +163,7 @@ class Forecast(Strict):
     tokens_per_second: float
 
 
-class Results(Strict):
+class Results(StrictModel):
     format: Literal[1] = 1
     name: str
     machine: Machine

@@ -16,7 +16,7 @@ from bench.core.methods import Method, Outcome, TransformersMethod
 from bench.core.prompts import Prompt
 from runtime.core.errors import InvalidRequest, Unavailable
 from runtime.core.messages import Tokens
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Place:
 class Job:
     how: TransformersMethod
     prompts: tuple[Tokens, ...]
-    sampling: Sampling
+    sampling: SamplingParams
 
 
 class TransformersRunner:
@@ -52,7 +52,7 @@ class TransformersRunner:
     def __enter__(self) -> "TransformersRunner":
         return self
 
-    def run(self, method: Method, prompts: Sequence[Prompt], sampling: Sampling) -> Outcome:
+    def run(self, method: Method, prompts: Sequence[Prompt], sampling: SamplingParams) -> Outcome:
         """Raises InvalidRequest for what generate() cannot do, Unavailable where the process has ended."""
         if not isinstance(method.how, TransformersMethod):
             raise InvalidRequest(
@@ -137,7 +137,7 @@ class Pair:
         outputs = tuple(upto(row[ids.shape[1] :], self.ends()) for row in rows)
         return Outcome(outputs, ended - began, first.at - began, first.count)
 
-    def arguments(self, how: TransformersMethod, sampling: Sampling) -> dict[str, Any]:
+    def arguments(self, how: TransformersMethod, sampling: SamplingParams) -> dict[str, Any]:
         """Of generate(), which reads the number of guesses from the assistant's own settings. A constant number has no other limit."""
         found: dict[str, Any] = {
             "max_new_tokens": sampling.max_tokens,

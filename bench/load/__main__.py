@@ -16,8 +16,9 @@ from bench.load.gateway_overhead import GatewayOverhead, gateway_overhead
 from bench.load.overload import Overload, overload
 from bench.load.served import Site, serving
 from bench.reports.grid import Grid
-from runtime.config import Placement, TargetConfig, shipped
+from runtime.config import Placement, TargetConfig
 from runtime.core.errors import OutriderError
+from runtime.model_paths import bundled_model
 
 CASES, TOKENS = 24, 96
 WARM = 200  # clients
@@ -41,8 +42,8 @@ def main(
     times: Annotated[float, typer.Option(min=1, help="as many requests as are answered")] = 10.0,
     clients: Annotated[int, typer.Option(min=8, help="that leave")] = 1000,
     seed: Annotated[int, typer.Option(help="of what clients do")] = 1,
-    target: Annotated[str, typer.Option(help="model")] = shipped("target"),
-    draft: Annotated[str, typer.Option(help="model")] = shipped("draft"),
+    target: Annotated[str, typer.Option(help="model")] = bundled_model("target"),
+    draft: Annotated[str, typer.Option(help="model")] = bundled_model("draft"),
     out: Annotated[
         Path | None, typer.Option("--json", help="write the result into this file")
     ] = None,

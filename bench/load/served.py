@@ -23,7 +23,7 @@ from runtime.config import (
     PoolConfig,
     TargetConfig,
 )
-from runtime.core.cpu_affinity import split_cores
+from runtime.core.cpu_partition import split_cores
 from runtime.telemetry.reports import TargetReport
 
 KV_TOKENS = 6144  # enough for all places; finished texts are kept up to a quarter of it: it is full soon, and memory grows no more by that

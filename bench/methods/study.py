@@ -24,7 +24,10 @@ from bench.methods.methods_report import PLAIN, Study, draw, methods, page, pape
 from bench.methods.weights import Cost, line_of, parameters, training_of
 from runtime import config
 from runtime.core.errors import Unavailable
+from runtime.deployment_builder import read_layers
 from runtime.heads.token_recycling import TokenRecycling
+from runtime.method_registry import head_methods
+from runtime.model_paths import bundled_model
 from runtime.models.layer_subset import every_second_layer
 from runtime.models.loader import load_tokenizer, read_config, read_json
 
@@ -74,7 +77,7 @@ def ways(which: Sequence[str]) -> list[Method]:
 
     def guessing(*names: str) -> OutriderMethod:
         drafters, heads = (
-            tuple(name for name in names if (name in config.heads()) == is_head)
+            tuple(name for name in names if (name in head_methods()) == is_head)
             for is_head in (False, True)
         )
         return OutriderMethod("living", drafters=drafters, heads=heads)
@@ -129,7 +132,7 @@ def proposed(cluster: OutriderRunner) -> dict[str, int]:
 
 def benches(count: int) -> list[Bench]:
     cores = two_cores()
-    shipped = Path(config.shipped("target"))
+    shipped = Path(bundled_model("target"))
     target = call_in_subprocess(widened_small, (str(shipped), "float32"))
     trained = {
         name: folder for name in HEADS if (folder := shipped.parent / "heads" / name).is_dir()
@@ -139,13 +142,11 @@ def benches(count: int) -> list[Bench]:
     }
     others = {
         name: str(widened_head(folder, target))
-        for name in sorted(config.TRAINED)
+        for name in sorted(config.TRAINED_METHODS)
         if (folder := shipped.parent / name).is_dir()
     }
-    layers = config.layers_of(str(LAYERS)) or every_second_layer(read_config(shipped, shipped.name))
-    pair = Pair(
-        str(target), config.shipped("draft"), "float32", cores, heads, tuple(layers), others
-    )
+    layers = read_layers(str(LAYERS)) or every_second_layer(read_config(shipped, shipped.name))
+    pair = Pair(str(target), bundled_model("draft"), "float32", cores, heads, tuple(layers), others)
     found = [
         Bench(
             SHIPPED,
@@ -176,8 +177,8 @@ def costs(bench: Bench) -> dict[str, Cost]:
     model = read_config(target, pair.target)
     table = TokenRecycling(model.vocab_size)
     own = (
-        line_of(Path(config.shipped("target")).parent / "README.md", "trained on", column=2)
-        if pair.draft == config.shipped("draft")
+        line_of(Path(bundled_model("target")).parent / "README.md", "trained on", column=2)
+        if pair.draft == bundled_model("draft")
         else ""
     )
     searched = bench.name == SHIPPED and LAYERS.is_file()
@@ -194,12 +195,12 @@ def costs(bench: Bench) -> dict[str, Cost]:
         if folder:
             known[name] = Cost(
                 4 * parameters(Path(folder)),
-                training_of(Path(config.shipped("target")).parent / "heads" / name),
+                training_of(Path(bundled_model("target")).parent / "heads" / name),
             )
     for name, folder in pair.trained.items():
         stay = read_json(Path(folder) / "config.json", folder)["settings"]["layers"]
         known[name] = Cost(
-            2 * parameters(target, stay), training_of(Path(config.shipped("target")).parent / name)
+            2 * parameters(target, stay), training_of(Path(bundled_model("target")).parent / name)
         )
     return {name: known[name] for name in bench.which}
 

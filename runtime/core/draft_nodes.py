@@ -54,7 +54,7 @@ class DraftNodes:
         return [np.asarray(places) for places in found]
 
 
-NOTHING = DraftNodes(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
+NO_NODES = DraftNodes(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.float32))
 
 
 def stack(levels: Sequence[DraftNodes], roots: int) -> DraftNodes:

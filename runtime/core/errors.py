@@ -54,7 +54,7 @@ class TargetDied(Unavailable):
 
 # What a request, a model, a tokenizer or a drafting method may raise: it ends that session alone.
 # Any other error is a fault of the loop that meets it.
-FAULTS = (
+SESSION_FAULTS = (
     OutriderError,
     RuntimeError,
     ValueError,

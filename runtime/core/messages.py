@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 
 Key = int  # 64-bit content name of a token prefix (runtime.core.tree)
 Tokens = tuple[int, ...]
@@ -37,7 +37,7 @@ class Style:
     passes: int = 0
 
 
-AS_IT_LIKES = Style()
+DEFAULT_STYLE = Style()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +51,9 @@ class Open:
     epoch: int
     tokens: Tokens
     prompt: int
-    sampling: Sampling
+    sampling: SamplingParams
     share: Share
-    style: Style = AS_IT_LIKES
+    style: Style = DEFAULT_STYLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class Request:
 
     session: str
     prompt: Tokens
-    sampling: Sampling
+    sampling: SamplingParams
     speculation: bool = True
     committed: Tokens = ()
     epoch: int = 0
@@ -193,14 +193,17 @@ class Stats:
     def __add__(self, other: "Stats") -> "Stats":
         """Adds field by field, elapsed times too; histograms by place, dicts by key."""
         return Stats(
-            *(added(getattr(self, each.name), getattr(other, each.name)) for each in fields(self))
+            *(
+                add_values(getattr(self, each.name), getattr(other, each.name))
+                for each in fields(self)
+            )
         )
 
 
 NO_STATS = Stats(0, 0, 0, 0, 0, 0, 0, ())
 
 
-def added(one: Any, other: Any) -> Any:
+def add_values(one: Any, other: Any) -> Any:
     """Adds two values of a field of Stats."""
     match one:
         case tuple():

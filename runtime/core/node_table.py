@@ -6,7 +6,7 @@ from math import inf
 
 import numpy as np
 
-from runtime.core.node_names import Floats, Ints, Keys
+from runtime.core.node_keys import Floats, Ints, Keys
 
 # The type of each column and the root's value. Arrays of the standard library are quick to read and
 # to append to one by one, and numpy sees them without a copy.
@@ -18,15 +18,15 @@ COLUMNS: dict[str, tuple[str, float]] = {
     "rank": ("q", 0),
     "fanout": ("q", 0),
     "expanded": ("b", False),
-    "said": ("d", 0.0),
+    "raw_logprob": ("d", 0.0),
     "score": ("d", 0.0),
     "top": ("d", -inf),
     "path": ("d", 0.0),
-    "aside": ("d", 0.0),
-    "turns": ("q", 0),
+    "off_top_logprob": ("d", 0.0),
+    "off_top_count": ("q", 0),
 }
-FROM_THE_ROOT = ("depth", "path", "aside", "turns")  # sums over the way down
-OF_THE_GUESS = ("parent", "rank", "said", "score")  # the root has none of these any more
+PATH_SUM_COLUMNS = ("depth", "path", "off_top_logprob", "off_top_count")  # sums over the way down
+EDGE_COLUMNS = ("parent", "rank", "raw_logprob", "score")  # the root has none of these any more
 
 
 class NodeTable:
@@ -57,12 +57,12 @@ class NodeTable:
     rank: "array[int]"
     fanout: "array[int]"
     expanded: "array[int]"
-    said: "array[float]"
+    raw_logprob: "array[float]"
     score: "array[float]"
     top: "array[float]"
     path: "array[float]"
-    aside: "array[float]"
-    turns: "array[int]"
+    off_top_logprob: "array[float]"
+    off_top_count: "array[int]"
     drafter: list[str]
 
     def __init__(self, root_key: int, root_token: int) -> None:
@@ -84,14 +84,14 @@ class NodeTable:
         tokens: Ints,
         parents: Sequence[int],
         ranks: Sequence[int],
-        said: Floats,
+        raw_logprob: Floats,
         scores: Floats,
         drafter: str,
     ) -> None:
         """Add nodes (n,) of one drafter in their order; a parent may be one of those before."""
         self.key.frombytes(keys.tobytes())
         self.token.frombytes(tokens.tobytes())
-        self.said.frombytes(said.tobytes())
+        self.raw_logprob.frombytes(raw_logprob.tobytes())
         self.score.frombytes(scores.tobytes())
         self.parent.extend(parents)
         self.rank.extend(ranks)
@@ -100,17 +100,17 @@ class NodeTable:
         self.fanout.frombytes(bytes(8 * len(parents)))
         self.top.extend([-inf] * len(parents))
         fanout, top, depth = self.fanout, self.top, self.depth
-        path, aside, turns = self.path, self.aside, self.turns
+        path, off_top_logprob, off_top_count = self.path, self.off_top_logprob, self.off_top_count
         for parent, score in zip(parents, scores.tolist(), strict=True):
             fanout[parent] += 1
             depth.append(depth[parent] + 1)
             path.append(path[parent] + score)
             if top[parent] >= score:
-                aside.append(aside[parent] + score)
-                turns.append(turns[parent] + 1)
+                off_top_logprob.append(off_top_logprob[parent] + score)
+                off_top_count.append(off_top_count[parent] + 1)
             else:
-                aside.append(aside[parent])
-                turns.append(turns[parent])
+                off_top_logprob.append(off_top_logprob[parent])
+                off_top_count.append(off_top_count[parent])
                 top[parent] = score
 
     def keep(self, rows: Ints) -> Ints:
@@ -122,13 +122,13 @@ class NodeTable:
         moved[rows] = np.arange(len(rows))
         for name, (kind, _) in COLUMNS.items():
             kept = np.frombuffer(getattr(self, name), kind)[rows]
-            if name in FROM_THE_ROOT:
+            if name in PATH_SUM_COLUMNS:
                 kept -= kept[0]
             elif name == "parent":
                 kept = moved[kept]
             setattr(self, name, array(kind, kept.tobytes()))
         self.drafter = [self.drafter[row] for row in rows.tolist()]
-        for name in OF_THE_GUESS:
+        for name in EDGE_COLUMNS:
             getattr(self, name)[0] = COLUMNS[name][1]
         self.drafter[0] = ""
         return moved
@@ -145,12 +145,14 @@ class NodeTable:
         for node in range(1, n):
             if believed[node] > top[parents[node]]:
                 best[parents[node]], top[parents[node]] = node, believed[node]
-        path, aside, turns = [0.0], [0.0], [0]
+        path, off_top_logprob, off_top_count = [0.0], [0.0], [0]
         for node in range(1, n):
             parent, score = parents[node], believed[node]
             turned = best[parent] != node
             path.append(path[parent] + score)
-            aside.append(aside[parent] + score if turned else aside[parent])
-            turns.append(turns[parent] + turned)
-        self.top, self.turns = array("d", top), array("q", turns)
-        self.path, self.aside = array("d", path), array("d", aside)
+            off_top_logprob.append(
+                off_top_logprob[parent] + score if turned else off_top_logprob[parent]
+            )
+            off_top_count.append(off_top_count[parent] + turned)
+        self.top, self.off_top_count = array("d", top), array("q", off_top_count)
+        self.path, self.off_top_logprob = array("d", path), array("d", off_top_logprob)

@@ -15,30 +15,30 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime.core.node_names import mix64
+from runtime.core.node_keys import mix64
 
 Array = Any  # numpy array or torch tensor: whatever `xp` computes on
 
-SIGN = 1 << 63
+SIGN_BIT = 1 << 63
 GOLDEN = 0x9E3779B97F4A7C15 - (
     1 << 64
 )  # as int64; the constants are SplitMix64's (Steele et al. 2014)
 MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 MIX_2 = 0x94D049BB133111EB - (1 << 64)
-ONE = 0x3FF0000000000000  # bits of 1.0
-SQRT_HALF = 0x3FE6A09E667F3BCD  # bits of the square root of 1/2
-MANTISSA = (1 << 52) - 1
+ONE_BITS = 0x3FF0000000000000  # bits of 1.0
+SQRT_HALF_BITS = 0x3FE6A09E667F3BCD  # bits of the square root of 1/2
+MANTISSA_MASK = (1 << 52) - 1
 LN_2 = 0.6931471805599453
-TERMS = tuple(2.0 / (2 * k + 1) for k in range(11))  # of 2 artanh(s) / s in s squared
+ARTANH_TERMS = tuple(2.0 / (2 * k + 1) for k in range(11))  # of 2 artanh(s) / s in s squared
 
 
 def row_key(seed: int, position: int) -> int:
     """64 well mixed bits (as int64) that stand for one position of one seed."""
     key = mix64(mix64(seed, 0), position)
-    return (key ^ SIGN) - SIGN
+    return (key ^ SIGN_BIT) - SIGN_BIT
 
 
-def bits(seed: int, positions: Sequence[int], tokens: Array, xp: Any = np) -> Array:
+def random_bits(seed: int, positions: Sequence[int], tokens: Array, xp: Any = np) -> Array:
     """64 random bits, int64 (rows, n), for each position and each of its token ids.
 
     `tokens` is int64 (n,), the same for all rows, or (rows, n); the result is of its namespace and on its device.
@@ -47,49 +47,49 @@ def bits(seed: int, positions: Sequence[int], tokens: Array, xp: Any = np) -> Ar
         [row_key(seed, position) for position in positions], dtype=xp.int64, device=tokens.device
     )
     x = tokens * GOLDEN + keys[:, None]
-    x ^= _right(x, 30)
+    x ^= _shift_right(x, 30)
     x *= MIX_1
-    x ^= _right(x, 27)
+    x ^= _shift_right(x, 27)
     x *= MIX_2
-    x ^= _right(x, 31)
+    x ^= _shift_right(x, 31)
     return x
 
 
-def from_bits(x: Array, xp: Any = np) -> Array:
+def gumbel_from_bits(x: Array, xp: Any = np) -> Array:
     """Standard Gumbel noise, float64, out of 64 random bits (the upper 51 count): -log(-log(u)), between -3.6 and 36.1.
 
     u is an odd multiple of 2**-52, never 0 or 1. Within 1e-14 of the exact value, and that relative to it in the upper tail.
     """
-    return -_log(-_log(_above_one(x, xp) - 1.0, xp), xp)
+    return -_log(-_log(_one_plus_uniform(x, xp) - 1.0, xp), xp)
 
 
 def gumbel(seed: int, positions: Sequence[int], tokens: Array, xp: Any = np) -> Array:
-    """Standard Gumbel noise, float64 (rows, n): one row for each position, one column for each token id (see `bits`)."""
-    return from_bits(bits(seed, positions, tokens, xp), xp)
+    """Standard Gumbel noise, float64 (rows, n): one row for each position, one column for each token id (see `random_bits`)."""
+    return gumbel_from_bits(random_bits(seed, positions, tokens, xp), xp)
 
 
-def nearly(
+def approx_gumbel(
     seed: int, positions: Sequence[int], tokens: npt.NDArray[np.integer[Any]]
 ) -> npt.NDArray[np.float64]:
     """What `gumbel` finds on numpy, but for rounding, in a third of the time: for guesses, which need not be the same bits everywhere."""
     noise: npt.NDArray[np.float64] = -np.log(
-        -np.log(_above_one(bits(seed, positions, tokens), np) - 1.0)
+        -np.log(_one_plus_uniform(random_bits(seed, positions, tokens), np) - 1.0)
     )
     return noise
 
 
-def ceiling(x: Array, xp: Any = np) -> Array:
-    """An upper bound of from_bits(x), in three operations: less than 0.07 above it where that is 5 or more.
+def gumbel_upper_bound(x: Array, xp: Any = np) -> Array:
+    """An upper bound of gumbel_from_bits(x), in three operations: less than 0.07 above it where that is 5 or more.
 
     -log(-log(1 - w)) <= -log(w), and the bits of a float, read as a number, are a lower bound of its base-2 logarithm.
     """
-    bound = xp.asarray((2.0 - _above_one(x, xp)).view(xp.int64), dtype=xp.float64)
-    bound *= -LN_2 / (MANTISSA + 1)
+    bound = xp.asarray((2.0 - _one_plus_uniform(x, xp)).view(xp.int64), dtype=xp.float64)
+    bound *= -LN_2 / (MANTISSA_MASK + 1)
     bound += 1023 * LN_2 + 1e-9  # the rounding of the conversion is below 1e-12
     return bound
 
 
-def argmax(
+def gumbel_argmax(
     scores: npt.NDArray[np.floating[Any]], seed: int, positions: Sequence[int]
 ) -> npt.NDArray[np.int64]:
     """argmax(scores + gumbel) of each row of `scores` (rows, vocabulary), the lowest token id where two are equal.
@@ -97,33 +97,33 @@ def argmax(
     Logarithms cost six times as much as the bits, and few tokens can win: the exact noise of the token with the highest
     upper bound is what the others' upper bounds must reach. -inf in `scores` is a token that is not allowed.
     """
-    x = bits(seed, positions, np.arange(scores.shape[1]))
-    bound = ceiling(x)
+    x = random_bits(seed, positions, np.arange(scores.shape[1]))
+    bound = gumbel_upper_bound(x)
     bound += scores
     rows = np.arange(len(scores))
     guess: npt.NDArray[np.int64] = bound.argmax(axis=1)
-    reached = scores[rows, guess] + from_bits(x[rows, guess])
+    reached = scores[rows, guess] + gumbel_from_bits(x[rows, guess])
     row, token = np.nonzero(bound >= reached[:, None])
     if len(row) == len(rows):  # nobody else's: so it is for most
         return guess
     bound.fill(-np.inf)
-    bound[row, token] = scores[row, token] + from_bits(x[row, token])
+    bound[row, token] = scores[row, token] + gumbel_from_bits(x[row, token])
     bound[rows, guess] = reached
     winners: npt.NDArray[np.int64] = bound.argmax(axis=1)
     return winners
 
 
-def _right(x: Array, places: int) -> Array:
+def _shift_right(x: Array, places: int) -> Array:
     """Shift of int64 to the right with zeros moving in."""
     shifted = x >> places
     shifted &= (1 << (64 - places)) - 1
     return shifted
 
 
-def _above_one(x: Array, xp: Any) -> Array:
+def _one_plus_uniform(x: Array, xp: Any) -> Array:
     """1 + u, exact: the upper 51 bits of x put below the leading 1 of a float64, the last bit always set."""
-    f = _right(x, 12)
-    f |= ONE | 1
+    f = _shift_right(x, 12)
+    f |= ONE_BITS | 1
     return f.view(xp.float64)
 
 
@@ -134,18 +134,18 @@ def _log(x: Array, xp: Any) -> Array:
     where its terms fall below 2**-53.
     """
     x = x.view(xp.int64)
-    e = x - SQRT_HALF
+    e = x - SQRT_HALF_BITS
     e >>= 52
     m = (x - (e << 52)).view(xp.float64)
     s = m - 1.0
     m += 1.0
     s /= m
     z = s * s
-    series = z * TERMS[-1]
-    for term in TERMS[-2:0:-1]:
+    series = z * ARTANH_TERMS[-1]
+    for term in ARTANH_TERMS[-2:0:-1]:
         series += term
         series *= z
-    series += TERMS[0]
+    series += ARTANH_TERMS[0]
     series *= s
     e = xp.asarray(e, dtype=xp.float64)
     e *= LN_2

@@ -13,13 +13,13 @@ import numpy.typing as npt
 
 from runtime.core import noise
 from runtime.core.messages import Logprob
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 
 Scores = npt.NDArray[np.float32]
 Allowed = npt.NDArray[np.bool_]
 
 
-class Guide(Protocol):
+class GrammarState(Protocol):
     """A constraint after some text: what that may go on with. Belongs to one text; made by what knows grammars.
 
     A text that may end allows the tokens that end it, and one that is complete allows no other.
@@ -29,20 +29,20 @@ class Guide(Protocol):
         """For each token (vocabulary,) whether it may follow; some may. Raises InvalidRequest where that takes too much to find out."""
         ...
 
-    def take(self, token: int) -> None:
+    def accept_token(self, token: int) -> None:
         """The text goes on with this token; one that ends it changes nothing. Raises InvalidRequest for one that is not allowed."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class SamplingInput:
     """What is asked of a chooser: the token that follows each of some rows, all of one session.
 
     Row i's text is `text`, all that is committed, continued by `paths[i]`. `prompt` of the tokens of `text` came from the
     user; `eos` are the token ids that end a text. `allowed` (rows, vocabulary) are the tokens that a constraint leaves each row.
     """
 
-    sampling: Sampling
+    sampling: SamplingParams
     prompt: int
     text: Sequence[int]
     paths: Sequence[Sequence[int]]
@@ -79,15 +79,15 @@ class Ask:
         ]
 
 
-class Chooser(Protocol):
+class Sampler(Protocol):
     """`choose` below and its twins: pure functions, of which a row's token depends on that row and its text alone."""
 
-    def __call__(self, logits: Any, ask: Ask) -> npt.NDArray[np.int64]:
+    def __call__(self, logits: Any, inputs: SamplingInput, /) -> npt.NDArray[np.int64]:
         """The token (rows,) that follows each row of `logits` (rows, vocabulary), which are left as they are."""
         ...
 
 
-class Scorer(Protocol):
+class LogprobScorer(Protocol):
     """`logprobs` below and its twins."""
 
     def __call__(self, logits: Any, tokens: Sequence[int], k: int) -> tuple[Logprob, ...]:
@@ -98,12 +98,12 @@ class Scorer(Protocol):
         ...
 
 
-def choose(logits: npt.ArrayLike, ask: Ask) -> npt.NDArray[np.int64]:
+def reference_sample(logits: npt.ArrayLike, inputs: SamplingInput) -> npt.NDArray[np.int64]:
     """The Chooser of numpy logits: argmax at temperature 0, else argmax of the scores and the noise of its position."""
-    scores = shape(logits, ask)
-    if ask.sampling.temperature > 0:
+    scores = process_logits(logits, inputs)
+    if inputs.sampling.temperature > 0:
         scores = scores + noise.gumbel(
-            ask.sampling.seed, ask.positions(), np.arange(scores.shape[1])
+            inputs.sampling.seed, inputs.positions(), np.arange(scores.shape[1])
         )
     tokens: npt.NDArray[np.int64] = scores.argmax(axis=1)
     return tokens
@@ -116,10 +116,10 @@ def logprobs(logits: npt.ArrayLike, tokens: Sequence[int], k: int) -> tuple[Logp
     logs = scores - high - np.log(np.exp(scores - high).sum(axis=1, keepdims=True))
     chosen = logs[np.arange(len(tokens)), list(tokens)]
     best = np.argsort(-logs, axis=1, kind="stable")[:, :k]
-    return pair_up(chosen, best, np.take_along_axis(logs, best, axis=1))
+    return make_logprobs(chosen, best, np.take_along_axis(logs, best, axis=1))
 
 
-def pair_up(
+def make_logprobs(
     chosen: npt.NDArray[Any], best: npt.NDArray[Any], values: npt.NDArray[Any]
 ) -> tuple[Logprob, ...]:
     """Logprobs of the chosen tokens (rows,), and the best tokens with theirs (rows, k). Rounding lifts none above 0."""
@@ -130,28 +130,30 @@ def pair_up(
     )
 
 
-def shape(logits: npt.ArrayLike, ask: Ask) -> Scores:
+def process_logits(logits: npt.ArrayLike, inputs: SamplingInput) -> Scores:
     """New scores (rows, vocabulary): softmax of them is the law of each row's token. At temperature 0 only the argmax counts."""
-    sampling, scores = ask.sampling, np.array(logits, dtype=np.float32)
-    if ask.allowed is not None:
-        scores[~ask.allowed] = -np.inf
+    sampling, scores = inputs.sampling, np.array(logits, dtype=np.float32)
+    if inputs.allowed is not None:
+        scores[~inputs.allowed] = -np.inf
     for token, bias in dict(sampling.logit_bias).items():
         scores[:, token] += np.float32(bias)
-    scores[np.ix_(ask.too_short(), sorted(ask.eos))] = -np.inf
-    for row, path in zip(scores, ask.paths, strict=True):
-        text = [*ask.text, *path]
-        repeat(row, text, sampling.repetition_penalty)
-        count(row, text[ask.prompt :], sampling.frequency_penalty, sampling.presence_penalty)
+    scores[np.ix_(inputs.too_short(), sorted(inputs.eos))] = -np.inf
+    for row, path in zip(scores, inputs.paths, strict=True):
+        text = [*inputs.text, *path]
+        apply_repetition_penalty(row, text, sampling.repetition_penalty)
+        apply_count_penalties(
+            row, text[inputs.prompt :], sampling.frequency_penalty, sampling.presence_penalty
+        )
     if sampling.temperature == 0:
         return scores
     scores /= np.float32(sampling.temperature)
-    keep_k(scores, sampling.top_k)
-    keep_p(scores, sampling.top_p)
-    keep_near(scores, sampling.min_p)
+    apply_top_k(scores, sampling.top_k)
+    apply_top_p(scores, sampling.top_p)
+    apply_min_p(scores, sampling.min_p)
     return scores
 
 
-def repeat(row: Scores, text: Sequence[int], penalty: float) -> None:
+def apply_repetition_penalty(row: Scores, text: Sequence[int], penalty: float) -> None:
     """Divide the scores above 0, and multiply those below, of all tokens that are in the text."""
     if penalty == 1:
         return
@@ -161,7 +163,9 @@ def repeat(row: Scores, text: Sequence[int], penalty: float) -> None:
     )
 
 
-def count(row: Scores, output: Sequence[int], frequency: float, presence: float) -> None:
+def apply_count_penalties(
+    row: Scores, output: Sequence[int], frequency: float, presence: float
+) -> None:
     """Lower the scores of the output's tokens: `frequency` for each occurrence, `presence` once."""
     if frequency == presence == 0:
         return
@@ -172,13 +176,13 @@ def count(row: Scores, output: Sequence[int], frequency: float, presence: float)
     row -= np.float32(presence) * (times > 0)
 
 
-def keep_k(scores: Scores, top_k: int) -> None:
+def apply_top_k(scores: Scores, top_k: int) -> None:
     """Bar all scores of a row below its k-th highest."""
     if 0 < top_k < scores.shape[1]:
         scores[scores < np.sort(scores, axis=1)[:, [-top_k]]] = -np.inf
 
 
-def keep_p(scores: Scores, top_p: float) -> None:
+def apply_top_p(scores: Scores, top_p: float) -> None:
     """Bar all but the fewest most probable tokens of a row whose probabilities add up to `top_p` or more."""
     if top_p < 1:
         ascending = np.argsort(scores, axis=1, kind="stable")
@@ -189,7 +193,7 @@ def keep_p(scores: Scores, top_p: float) -> None:
         scores[np.take_along_axis(barred, np.argsort(ascending, axis=1), axis=1)] = -np.inf
 
 
-def keep_near(scores: Scores, min_p: float) -> None:
+def apply_min_p(scores: Scores, min_p: float) -> None:
     """Bar all tokens less probable than `min_p` times the most probable of their row."""
     if min_p > 0:
         p = softmax(scores)

@@ -6,8 +6,8 @@ from typing import Literal, get_args
 from runtime.core import limits
 from runtime.core.errors import InvalidRequest
 
-Kind = Literal["json_object", "json_schema", "regex"]
-COLDEST = (
+ConstraintKind = Literal["json_object", "json_schema", "regex"]
+MIN_TEMPERATURE = (
     0.001  # lowest temperature above 0: below it, logits / temperature leave the range of float32
 )
 
@@ -19,13 +19,13 @@ class Constraint:
     Raises InvalidRequest for a text that is not there or too long; whether it means anything: runtime.models.grammar.
     """
 
-    kind: Kind
+    kind: ConstraintKind
     text: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
+        if self.kind not in get_args(ConstraintKind):
             raise InvalidRequest(
-                f"constraint {str(self.kind)[:64]!r} is not known: give {', '.join(get_args(Kind))}",
+                f"constraint {str(self.kind)[:64]!r} is not known: give {', '.join(get_args(ConstraintKind))}",
                 "response_format",
             )
         if (size := len(self.text.encode(errors="replace"))) > limits.CONSTRAINT_BYTES:
@@ -38,7 +38,7 @@ class Constraint:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class SamplingParams:
     """How the target chooses tokens and when it ends. Names and meanings as in vLLM's SamplingParams.
 
     temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch those filters off. repetition_penalty looks at prompt
@@ -67,21 +67,21 @@ class Sampling:
     constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
-        in_range("temperature", self.temperature, 0.0, 100.0)
-        if 0.0 < self.temperature < COLDEST:
+        check_range("temperature", self.temperature, 0.0, 100.0)
+        if 0.0 < self.temperature < MIN_TEMPERATURE:
             raise InvalidRequest(
-                f"temperature {self.temperature} is not allowed: give 0 or {COLDEST:g} to 100",
+                f"temperature {self.temperature} is not allowed: give 0 or {MIN_TEMPERATURE:g} to 100",
                 "temperature",
             )
-        whole("top_k", self.top_k, 0)
-        in_range("top_p", self.top_p, 0.0, 1.0, above=True)
-        in_range("min_p", self.min_p, 0.0, 1.0)
-        in_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
-        in_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        in_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        whole("seed", self.seed, -(2**63), 2**63 - 1)
-        whole("max_tokens", self.max_tokens, 1)
-        whole("min_tokens", self.min_tokens, 0)
+        check_int("top_k", self.top_k, 0)
+        check_range("top_p", self.top_p, 0.0, 1.0, above=True)
+        check_range("min_p", self.min_p, 0.0, 1.0)
+        check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
+        check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        check_int("seed", self.seed, -(2**63), 2**63 - 1)
+        check_int("max_tokens", self.max_tokens, 1)
+        check_int("min_tokens", self.min_tokens, 0)
         if self.min_tokens > self.max_tokens:
             raise InvalidRequest(
                 f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}: lower it",
@@ -106,13 +106,13 @@ class Sampling:
                 "logit_bias",
             )
         for token, bias in self.logit_bias:
-            whole("logit_bias token", token, 0)
-            in_range("logit_bias", bias, -100.0, 100.0)
+            check_int("logit_bias token", token, 0)
+            check_range("logit_bias", bias, -100.0, 100.0)
         if self.logprobs is not None:
-            whole("logprobs", self.logprobs, 0, limits.LOGPROBS)
+            check_int("logprobs", self.logprobs, 0, limits.LOGPROBS)
 
 
-def in_range(name: str, value: float, low: float, high: float, above: bool = False) -> None:
+def check_range(name: str, value: float, low: float, high: float, above: bool = False) -> None:
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
@@ -125,7 +125,7 @@ def in_range(name: str, value: float, low: float, high: float, above: bool = Fal
         )
 
 
-def whole(name: str, value: int, low: int, high: int = 2**31 - 1) -> None:
+def check_int(name: str, value: int, low: int, high: int = 2**31 - 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise InvalidRequest(
             f"{name} {value} is not allowed: give a whole number from {low} to {high}", name

@@ -1,7 +1,7 @@
 """The token tree: guesses that continue the committed tokens.
 
 A node is its parent and its token, so equal guesses of different drafters are one node. Drafters
-refer to nodes by the names of runtime.core.node_names, and each drafter has names of its own here: what
+refer to nodes by the names of runtime.core.node_keys, and each drafter has names of its own here: what
 one of them sends cannot change what another one means.
 """
 
@@ -13,14 +13,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from runtime.core.node_names import Floats, Ints, Keys, child_key, child_keys, text_key
+from runtime.core.node_keys import Floats, Ints, Keys, child_key, child_keys, text_key
 from runtime.core.node_table import NodeTable
 
 Estimate = Callable[[Ints, Floats], Floats]  # ranks and what was said of nodes -> their scores
 
 
 @dataclass(frozen=True, slots=True)
-class Merged:
+class MergeResult:
     """What became of nodes that were offered.
 
     rows        places of those that are new, in order
@@ -41,13 +41,13 @@ class Merged:
     shared: list[int]
 
 
-class Voice(NamedTuple):
+class Proposal(NamedTuple):
     """Who has guessed a node, as which of its own guesses for that place (from 0 on), and the log
     of the estimate that it sent."""
 
     drafter: str
     rank: int
-    said: float
+    raw_logprob: float
 
 
 class TokenTree(NodeTable):
@@ -58,7 +58,7 @@ class TokenTree(NodeTable):
     echoes  for each node, who has guessed it after its first drafter
     """
 
-    __slots__ = ("below", "echoes", "max_depth", "max_nodes", "named")
+    __slots__ = ("child_index", "later_proposals", "max_depth", "max_nodes", "nodes_by_key")
 
     def __init__(self, root_key: int, root_token: int, max_nodes: int, max_depth: int) -> None:
         """Make a tree of the root alone; `max_nodes` others fit at most, `max_depth` tokens deep."""
@@ -67,24 +67,29 @@ class TokenTree(NodeTable):
 
     def clear(self, root_key: int, root_token: int) -> None:
         super().clear(root_key, root_token)
-        self.echoes: dict[int, list[Voice]] = {}
-        self.below: dict[int, int] | None = None
-        self.named = _nobody_yet(root_key)
+        self.later_proposals: dict[int, list[Proposal]] = {}
+        self.child_index: dict[int, int] | None = None
+        self.nodes_by_key = _empty_key_maps(root_key)
 
     def add(
-        self, parent: int, token: int, score: float, said: float | None = None, drafter: str = ""
+        self,
+        parent: int,
+        token: int,
+        score: float,
+        raw_logprob: float | None = None,
+        drafter: str = "",
     ) -> int | None:
         """Add one node to a tree that one drafter grows alone.
 
         Returns its index; None if it is there already, its name is taken, or it is beyond the limit
-        of nodes or depth. `said` is `score` before calibration; without it they are the same.
+        of nodes or depth. `raw_logprob` is `score` before calibration; without it they are the same.
         """
-        node, key, mine = len(self), child_key(self.key[parent], token), self.named[drafter]
+        node, key, mine = len(self), child_key(self.key[parent], token), self.nodes_by_key[drafter]
         taken = self.child(parent, token) is not None or key in mine
         if taken or node > self.max_nodes or self.depth[parent] >= self.max_depth:
             return None
         keys, tokens = np.array([key], np.uint64), np.array([token], np.int64)
-        told, scores = np.array([score if said is None else said]), np.array([score])
+        told, scores = np.array([score if raw_logprob is None else raw_logprob]), np.array([score])
         rank = self.fanout[parent]
         self._insert(
             keys, tokens, [parent], [rank], told.astype(float), scores.astype(float), drafter
@@ -93,16 +98,16 @@ class TokenTree(NodeTable):
         return node
 
     def merge(
-        self, parents: Keys, tokens: Ints, said: Floats, drafter: str, estimate: Estimate
-    ) -> Merged:
+        self, parents: Keys, tokens: Ints, raw_logprob: Floats, drafter: str, estimate: Estimate
+    ) -> MergeResult:
         """Add the nodes (n,) that one drafter has guessed, in order, by its names of their parents.
 
         A node's rank is its place among this drafter's own guesses there, its score is
         estimate(rank, said). Nodes that others have guessed get an echo; `rescore` changes scores.
         """
         keys = child_keys(parents, tokens)
-        mine, depth_of = self.named[drafter], self.depth
-        alone = len(self.named) == 1  # nobody else has named a node
+        mine, depth_of = self.nodes_by_key[drafter], self.depth
+        alone = len(self.nodes_by_key) == 1  # nobody else has named a node
         old = size = len(self)
         repeated = full = collisions = 0
         rows, stale, placed, ranks = list[int](), list[int](), list[int](), list[int]()
@@ -127,15 +132,17 @@ class TokenTree(NodeTable):
             if parent not in counts:
                 counts[parent] = 0
                 if parent < old and self.fanout[parent]:
-                    heard = [who for child in self.children(parent) for who in self.names(child)]
+                    heard = [
+                        who for child in self.children(parent) for who in self.drafters_of(child)
+                    ]
                     counts[parent] = heard.count(drafter)
                     if counts[parent] < len(heard):
                         others.add(parent)
             if not alone and (twin := self.child(parent, token)) is not None:
                 repeated += 1
                 mine[key] = twin
-                voice = Voice(drafter, counts[parent], float(said[row]))
-                self.echoes.setdefault(twin, []).append(voice)
+                proposal = Proposal(drafter, counts[parent], float(raw_logprob[row]))
+                self.later_proposals.setdefault(twin, []).append(proposal)
             else:
                 depth = (depth_of[parent] if parent < old else depths[parent - old]) + 1
                 if size > self.max_nodes or depth > self.max_depth:
@@ -152,10 +159,10 @@ class TokenTree(NodeTable):
                 shared[parent] = None
         if rows:
             new = np.array(rows)
-            keys, tokens, said = keys[new], tokens[new], said[new]
-            scores = estimate(np.array(ranks), said)
-            self._insert(keys, tokens, placed, ranks, said, scores, drafter)
-        return Merged(rows, stale, repeated, full, collisions, list(shared))
+            keys, tokens, raw_logprob = keys[new], tokens[new], raw_logprob[new]
+            scores = estimate(np.array(ranks), raw_logprob)
+            self._insert(keys, tokens, placed, ranks, raw_logprob, scores, drafter)
+        return MergeResult(rows, stale, repeated, full, collisions, list(shared))
 
     def _insert(
         self,
@@ -163,36 +170,39 @@ class TokenTree(NodeTable):
         tokens: Ints,
         parents: list[int],
         ranks: list[int],
-        said: Floats,
+        raw_logprob: Floats,
         scores: Floats,
         drafter: str,
     ) -> None:
         """Add nodes as `append` does. Every node comes in here; the caller makes its name known."""
         old = len(self)
-        self.append(keys, tokens, parents, ranks, said, scores, drafter)
-        if self.below is not None:
-            self.below.update(self._places(old))
+        self.append(keys, tokens, parents, ranks, raw_logprob, scores, drafter)
+        if self.child_index is not None:
+            self.child_index.update(self._child_entries(old))
 
-    def _places(self, first: int) -> Iterator[tuple[int, int]]:
-        """The entries of `below` from this node on."""
+    def _child_entries(self, first: int) -> Iterator[tuple[int, int]]:
+        """The entries of `child_index` from this node on."""
         parents = np.frombuffer(self.parent, np.int64)[first:]
         tokens = np.frombuffer(self.token, np.int64)[first:]
         return zip((parents << 32 | tokens).tolist(), range(first, len(self)), strict=True)
 
-    def names(self, node: int) -> list[str]:
+    def drafters_of(self, node: int) -> list[str]:
         """All who have guessed it, the first of them first."""
-        return [self.drafter[node], *(voice.drafter for voice in self.echoes.get(node, ()))]
+        return [
+            self.drafter[node],
+            *(proposal.drafter for proposal in self.later_proposals.get(node, ())),
+        ]
 
-    def voices(self, node: int) -> list[Voice]:
+    def proposals(self, node: int) -> list[Proposal]:
         """The same, with what they said."""
-        first = Voice(self.drafter[node], self.rank[node], self.said[node])
-        return [first, *self.echoes.get(node, ())]
+        first = Proposal(self.drafter[node], self.rank[node], self.raw_logprob[node])
+        return [first, *self.later_proposals.get(node, ())]
 
     def child(self, node: int, token: int) -> int | None:
         """The child of `node` with this token; None where there is none."""
-        if self.below is None:
-            self.below = dict(self._places(1))
-        return self.below.get(node << 32 | token)
+        if self.child_index is None:
+            self.child_index = dict(self._child_entries(1))
+        return self.child_index.get(node << 32 | token)
 
     def children(self, node: int) -> list[int]:
         """In order of arrival."""
@@ -231,40 +241,42 @@ class TokenTree(NodeTable):
             self.clear(text_key(tokens, self.key[0]), tokens[-1])
             return False
         if node > 0:
-            self._keep_below(node)
+            self._keep_subtree(node)
         return True
 
-    def _keep_below(self, root: int) -> None:
+    def _keep_subtree(self, root: int) -> None:
         """Make `root` the root. The nodes below it stay in their order."""
         if not self.fanout[root]:
             expanded = self.expanded[root]
             self.clear(self.key[root], self.token[root])
             self.expanded[0] = expanded
             return
-        moved = self.keep(self._below(root))
-        if self.echoes:
+        moved = self.keep(self._subtree(root))
+        if self.later_proposals:
             places = moved.tolist()
-            self.echoes = {
-                places[node]: voices for node, voices in self.echoes.items() if places[node] > 0
+            self.later_proposals = {
+                places[node]: proposals
+                for node, proposals in self.later_proposals.items()
+                if places[node] > 0
             }
-        self.below = None
-        self._name_anew()
+        self.child_index = None
+        self._rebuild_keys()
 
-    def _name_anew(self) -> None:
-        """Make `named` again from what it stands for."""
+    def _rebuild_keys(self) -> None:
+        """Make `nodes_by_key` again from what it stands for."""
         names = self.key.tolist()
-        self.named = named = _nobody_yet(names[0])
+        self.nodes_by_key = nodes_by_key = _empty_key_maps(names[0])
         if len(first := set(self.drafter[1:])) == 1:
-            named[first.pop()] = dict(zip(names, range(len(names)), strict=True))
+            nodes_by_key[first.pop()] = dict(zip(names, range(len(names)), strict=True))
         else:
             for node, drafter in enumerate(self.drafter[1:], start=1):
-                named[drafter][names[node]] = node
-        for node, voices in self.echoes.items():
+                nodes_by_key[drafter][names[node]] = node
+        for node, proposals in self.later_proposals.items():
             name = names[node]
-            for drafter, _, _ in voices:
-                named[drafter][name] = node
+            for drafter, _, _ in proposals:
+                nodes_by_key[drafter][name] = node
 
-    def _below(self, root: int) -> Ints:
+    def _subtree(self, root: int) -> Ints:
         """Indices of `root` and all below it, in order.
 
         By pointer doubling: after n rounds every node has looked 2^n ancestors up.
@@ -277,7 +289,7 @@ class TokenTree(NodeTable):
             jump = jump[jump]
         return np.flatnonzero(inside)
 
-    def best(self, count: int, values: Floats | None = None) -> list[int]:
+    def best_nodes(self, count: int, values: Floats | None = None) -> list[int]:
         """The `count` best nodes by path score, closed under parents, parents first; no root.
 
         `values` (n,) are other scores of the paths; they too never rise on the way down.
@@ -294,7 +306,7 @@ class TokenTree(NodeTable):
         )
         return sorted(order.tolist())
 
-    def visible(self, nodes: Sequence[int]) -> npt.NDArray[np.bool_]:
+    def ancestor_mask(self, nodes: Sequence[int]) -> npt.NDArray[np.bool_]:
         """Ancestor mask (n, n) of `nodes`, which are closed under parents and in order.
 
         The root counts as prefix.
@@ -312,6 +324,6 @@ class TokenTree(NodeTable):
         return np.unpackbits(packed, axis=1, count=n, bitorder="little").view(np.bool_)
 
 
-def _nobody_yet(root_key: int) -> defaultdict[str, dict[int, int]]:
+def _empty_key_maps(root_key: int) -> defaultdict[str, dict[int, int]]:
     """What each drafter means by a name: everybody knows the root's."""
     return defaultdict(lambda: {root_key: 0})

@@ -5,17 +5,17 @@ import heapq
 import numpy as np
 import numpy.typing as npt
 
-from runtime.core.draft_nodes import NOTHING, DraftNodes
+from runtime.core.draft_nodes import NO_NODES, DraftNodes
 
-NODES = 32  # of a tree at most
-FLOOR = float(np.log(0.01))  # path probability below which no row is spent on a node
+MAX_NODES = 32  # of a tree at most
+MIN_PATH_LOGPROB = float(np.log(0.01))  # path probability below which no row is spent on a node
 
 
-def ways(
+def best_first(
     tokens: npt.NDArray[np.integer],
     scores: npt.NDArray[np.floating],
-    nodes: int = NODES,
-    floor: float = FLOOR,
+    nodes: int = MAX_NODES,
+    floor: float = MIN_PATH_LOGPROB,
 ) -> DraftNodes:
     """The `nodes` likeliest nodes, parents first. `tokens` and `scores` (places, k), best first; a score of -inf is no guess."""
     places, k = tokens.shape
@@ -34,7 +34,7 @@ def ways(
         if place + 1 < places:
             heapq.heappush(ahead, (cost - said[place + 1][0], place + 1, 0, len(found)))
     if not found:
-        return NOTHING
+        return NO_NODES
     chosen = (
         np.array([ids[place][rank] for place, rank in found]),
         np.array([said[place][rank] for place, rank in found]),

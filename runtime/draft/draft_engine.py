@@ -15,21 +15,21 @@ import numpy.typing as npt
 from runtime.core import limits
 from runtime.core.clock import Clock
 from runtime.core.draft_nodes import DraftNodes
-from runtime.core.errors import FAULTS
+from runtime.core.errors import SESSION_FAULTS
 from runtime.core.messages import Close, Commit, Draft, Event, Open, Resync, Share
-from runtime.core.node_names import Ints, Keys, text_key
+from runtime.core.node_keys import Ints, Keys, text_key
 from runtime.core.tree import TokenTree
 from runtime.draft.commands import Command, EventReceived, GrowthDropped, Send, Stop, StreamClosed
-from runtime.draft.draft_state import FLOOR, DraftState, expand_request, new_tree
-from runtime.draft.frontier import allot
+from runtime.draft.draft_state import MIN_PATH_LOGPROB, DraftState, expand_request, new_tree
+from runtime.draft.frontier import allocate_rows
 from runtime.drafters.base import Drafter, ExpandRequest
-from runtime.scoring.calibration import Band, Calibrations
+from runtime.scoring.calibration import Calibrations, TemperatureBucket
 from runtime.telemetry.reports import DrafterReport
-from runtime.telemetry.tracing import LEAD, OFF, REROOT, STEP, Trace
+from runtime.telemetry.tracing import LEAD, NO_TRACE, REROOT, STEP, Trace
 
 log = logging.getLogger(__name__)
 
-ROWS = 16  # leaves in one pass over several sessions: a pass with so many rows costs little more than one with a single row
+MAX_PASS_ROWS = 16  # leaves in one pass over several sessions: a pass with so many rows costs little more than one with a single row
 
 
 class DraftEngine:
@@ -44,9 +44,9 @@ class DraftEngine:
         drafter: Drafter,
         name: str,
         width: int = 4,
-        rows: int = ROWS,
+        rows: int = MAX_PASS_ROWS,
         calibrations: Calibrations | None = None,
-        trace: Trace = OFF,
+        trace: Trace = NO_TRACE,
         clock: Clock = time.monotonic,
     ) -> None:
         self.drafter, self.name, self.width, self.rows, self.trace, self.clock = (
@@ -73,12 +73,12 @@ class DraftEngine:
     def run(self) -> None:
         """Until Stop. Nothing is kept of any session then."""
         idle = True
-        while self.take_in(block=idle):
-            idle = not self.grow()
+        while self.receive(block=idle):
+            idle = not self.step()
         for name in tuple(self.states):
             self.forget(name)
 
-    def take_in(self, block: bool) -> bool:
+    def receive(self, block: bool) -> bool:
         """Apply all events that have arrived, waiting for the first if asked to; False once Stop was there."""
         try:
             while True:
@@ -91,31 +91,31 @@ class DraftEngine:
                         ]:
                             self.forget(name)
                     case GrowthDropped(stream=stream, session=session):
-                        self.grow_anew(private(stream, session))
+                        self.regrow(session_key(stream, session))
                     case EventReceived(stream=stream, event=event, send=send):
-                        self.hear(stream, event, send)
+                        self.handle(stream, event, send)
                 block = False
         except queue.Empty:
             return True
 
-    def grow(self) -> bool:
+    def step(self) -> bool:
         """One pass of the method over all sessions; False where there is nothing to expand until the next event."""
         requests = self.plan()
-        self.send_rest(requests)
+        self.send_unsent(requests)
         if requests:
             began = self.clock()
-            answers = self.ask(requests)
+            answers = self.expand(requests)
             self.passes += 1
             self.computed += self.clock() - began
-            self.add(requests, answers)
+            self.insert_answers(requests, answers)
             self.record(requests, began)
         return bool(requests)
 
     def plan(self) -> list[ExpandRequest]:
         """What to expand now, of each session at most one wish. Changes nothing."""
-        awake = [(name, state) for name, state in self.states.items() if not state.rests()]
+        awake = [(name, state) for name, state in self.states.items() if not state.is_resting()]
         widths = [state.width(self.width) for _, state in awake]
-        counts = allot(
+        counts = allocate_rows(
             [state.expandable() for _, state in awake], widths, max([self.rows, *widths])
         )
         return [
@@ -124,55 +124,57 @@ class DraftEngine:
             if count
         ]
 
-    def ask(self, requests: Sequence[ExpandRequest]) -> Sequence[DraftNodes | None]:
+    def expand(self, requests: Sequence[ExpandRequest]) -> Sequence[DraftNodes | None]:
         """The method's answers. Where it fails, each session is asked about alone: those that fail again are given up."""
         try:
             answers = self.drafter.expand(requests)
             if len(answers) != len(requests):
                 raise ValueError(f"{len(answers)} answers to {len(requests)} wishes")
-        except FAULTS as error:
+        except SESSION_FAULTS as error:
             if len(requests) > 1:
-                return [self.ask([request])[0] for request in requests]
-            self.give_up(requests[0].text.session, error)
+                return [self.expand([request])[0] for request in requests]
+            self.fail(requests[0].text.session, error)
             return [None]
         return answers
 
-    def give_up(self, session: str, error: Exception) -> None:
+    def fail(self, session: str, error: Exception) -> None:
         log.warning("drafter %s gives a session up: %s", self.name, type(error).__name__)
         log.debug("the fault, whose words may quote the session", exc_info=error)
         self.counters["failed"] += 1
         self.forget(session)
 
-    def add(self, requests: Sequence[ExpandRequest], answers: Sequence[DraftNodes | None]) -> None:
+    def insert_answers(
+        self, requests: Sequence[ExpandRequest], answers: Sequence[DraftNodes | None]
+    ) -> None:
         """Put the answers to `plan` into the trees and send them, with no event taken in between. A session whose answer cannot be one
         is given up."""
         for request, children in zip(requests, answers, strict=True):
             state = self.states.get(request.text.session)
             if state is not None and children is not None:
-                self.expanded(state, request.leaves)
+                self.mark_expanded(state, request.leaves)
                 try:
-                    state.unsent += self.sprout(state, children)
-                except FAULTS as error:
-                    self.give_up(request.text.session, error)
+                    state.unsent += self.insert_levels(state, children)
+                except SESSION_FAULTS as error:
+                    self.fail(request.text.session, error)
                     continue
-                if state.due:
+                if state.should_send:
                     self.send(state)
                 state.expandable().extend()
 
-    def send_rest(self, requests: Sequence[ExpandRequest]) -> None:
+    def send_unsent(self, requests: Sequence[ExpandRequest]) -> None:
         """What was held back of the sessions that are not wished for now."""
         requested = {request.text.session for request in requests}
         for name, state in self.states.items():
             if state.unsent and name not in requested:
                 self.send(state)
 
-    def expanded(self, state: DraftState, leaves: Sequence[int]) -> None:
+    def mark_expanded(self, state: DraftState, leaves: Sequence[int]) -> None:
         state.passes += 1
         for leaf in leaves:
             state.tree.expanded[leaf] = True
         state.expandable().drop_expanded()
 
-    def sprout(self, state: DraftState, nodes: DraftNodes) -> list[Draft]:
+    def insert_levels(self, state: DraftState, nodes: DraftNodes) -> list[Draft]:
         """Put new nodes into the tree, level by level; returns what is to be sent of them. What is below a guess that is left out is
         left out too."""
         levels = nodes.levels()
@@ -185,12 +187,12 @@ class DraftEngine:
                 if number and nodes.roots is not None
                 else hung.astype(np.int64)
             )
-            drafts.append(self.put(state, parents, nodes.tokens[level], nodes.scores[level]))
+            drafts.append(self.insert(state, parents, nodes.tokens[level], nodes.scores[level]))
             if number + 1 < len(levels):
-                placed[level] = became(state.tree, parents, nodes.tokens[level])
+                placed[level] = find_children(state.tree, parents, nodes.tokens[level])
         return drafts
 
-    def put(
+    def insert(
         self,
         state: DraftState,
         parents: Ints,
@@ -201,11 +203,11 @@ class DraftEngine:
 
         Siblings that are hardly possible are left out, but not the first child: a node is asked about once, and may become the root.
         """
-        tree, calibration = state.tree, self.calibration(state).of(self.name)
+        tree, calibration = state.tree, self.calibration(state).table(self.name)
         said = scores.astype(np.float64)
-        ranks = np.frombuffer(tree.fanout, np.int64)[parents] + place_in_run(parents)
+        ranks = np.frombuffer(tree.fanout, np.int64)[parents] + run_positions(parents)
         likely = (ranks == 0) | (
-            np.frombuffer(tree.path)[parents] + calibration.scores(ranks, said) >= FLOOR
+            np.frombuffer(tree.path)[parents] + calibration.scores(ranks, said) >= MIN_PATH_LOGPROB
         )
         possible = likely & (parents >= 0)
         keys, tokens, said = (
@@ -214,11 +216,11 @@ class DraftEngine:
             said[possible],
         )
         new = tree.merge(keys, tokens.astype(np.int64), said, self.name, calibration.scores).rows
-        return self.draft(
+        return self.make_draft(
             state, keys[new], tokens[new].astype(np.int32), said[new].astype(np.float32)
         )
 
-    def draft(
+    def make_draft(
         self,
         state: DraftState,
         parents: Keys,
@@ -236,16 +238,16 @@ class DraftEngine:
             )
         )
         state.unsent.clear()
-        state.heard = state.passes
+        state.sent_passes = state.passes
         self.nodes += len(tokens)
         for start in range(0, len(tokens), limits.DRAFT_NODES):
             piece = slice(start, start + limits.DRAFT_NODES)
-            draft = self.draft(state, parents[piece], tokens[piece], scores[piece])
+            draft = self.make_draft(state, parents[piece], tokens[piece], scores[piece])
             self.trace.sent(draft, self.clock(), self.name)
             state.send(draft)
 
     def record(self, requests: Sequence[ExpandRequest], began: float) -> None:
-        if self.trace is not OFF:
+        if self.trace is not NO_TRACE:
             now = self.clock()
             self.trace.span(
                 self.name,
@@ -257,8 +259,8 @@ class DraftEngine:
             )
             self.trace.count(LEAD, now, max(max(request.text.tree.depth) for request in requests))
 
-    def hear(self, stream: int, event: Event, send: Send) -> None:
-        name = private(stream, event.session)
+    def handle(self, stream: int, event: Event, send: Send) -> None:
+        name = session_key(stream, event.session)
         known = self.states.get(name)
         match event:
             case Open():
@@ -284,7 +286,7 @@ class DraftEngine:
         tree = new_tree(text_key(event.tokens), event.tokens[-1])
         self.states[name] = DraftState(stream, event, send, event.share, list(event.tokens), tree)
 
-    def grow_anew(self, name: str) -> None:
+    def regrow(self, name: str) -> None:
         """From the root, so that all is sent again."""
         state = self.states.get(name)
         if state is not None:
@@ -320,11 +322,11 @@ class DraftEngine:
             self.counters["resync"] += 1
             state.send(Resync(state.opened.session, self.name))
 
-    def calibration(self, state: DraftState) -> Band:
-        return self.calibrations.band(state.opened.sampling.temperature)
+    def calibration(self, state: DraftState) -> TemperatureBucket:
+        return self.calibrations.bucket(state.opened.sampling.temperature)
 
 
-def became(tree: TokenTree, parents: Ints, tokens: npt.NDArray[np.integer]) -> Ints:
+def find_children(tree: TokenTree, parents: Ints, tokens: npt.NDArray[np.integer]) -> Ints:
     """Of children of these nodes, -1 for none; -1 where they are not in the tree."""
     found = (
         tree.child(parent, token) if parent >= 0 else None
@@ -333,7 +335,7 @@ def became(tree: TokenTree, parents: Ints, tokens: npt.NDArray[np.integer]) -> I
     return np.array([-1 if node is None else node for node in found], dtype=np.int64)
 
 
-def place_in_run(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def run_positions(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """For each value, how many equal ones stand right before it."""
     places = np.arange(len(values))
     begins = (
@@ -344,6 +346,6 @@ def place_in_run(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return places - np.maximum.accumulate(np.where(begins, places, 0))
 
 
-def private(stream: int, session: str) -> str:
+def session_key(stream: int, session: str) -> str:
     """A session's name at the drafting method: unlike those of other streams."""
     return f"{stream}/{session}"

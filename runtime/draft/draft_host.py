@@ -9,7 +9,7 @@ from runtime.core.messages import Draft, Event, Reply
 from runtime.draft.commands import EventReceived, GrowthDropped, Stop, StreamClosed
 from runtime.draft.draft_engine import DraftEngine
 
-REPLIES_WAITING = 256  # growth that nobody fetches is dropped beyond this
+MAX_UNREAD_REPLIES = 256  # growth that nobody fetches is dropped beyond this
 
 
 class DraftHost:
@@ -43,7 +43,7 @@ class DraftHost:
         dropped: set[str] = set()
 
         def push(reply: Reply) -> None:
-            if isinstance(reply, Draft) and waiting.qsize() >= REPLIES_WAITING:
+            if isinstance(reply, Draft) and waiting.qsize() >= MAX_UNREAD_REPLIES:
                 self.draft_engine.counters["dropped replies"] += 1
                 dropped.add(reply.session)
             else:

@@ -10,11 +10,11 @@ from runtime.draft.commands import Send
 from runtime.draft.frontier import Frontier
 from runtime.drafters.base import ExpandRequest, Text
 
-RUN_AHEAD = 512  # nodes that wait for a commit
-FLOOR = -7.0  # log of the least path probability worth a node
+MAX_UNVERIFIED_NODES = 512  # nodes that wait for a commit
+MIN_PATH_LOGPROB = -7.0  # log of the least path probability worth a node
 # Of the passes since the last commit this part may be held back: their messages cost both sides more
 # than the newest guesses are worth.
-HELD = 0.25
+MAX_HELD_BACK = 0.25
 
 
 @dataclass(slots=True)
@@ -29,31 +29,31 @@ class DraftState:
     tree: TokenTree
     frontier: Frontier | None = None  # None where it is to be made anew
     passes: int = 0  # answered since the last commit
-    heard: int = 0  # of them, those that the target has been told of
+    sent_passes: int = 0  # of them, those that the target has been told of
     unsent: list[Draft] = field(default_factory=list)
     lost: bool = False  # has missed a commit and asked for the text again
 
     def restart(self, tree: TokenTree) -> None:
         """Go on with this tree."""
-        self.tree, self.frontier, self.passes, self.heard = tree, None, 0, 0
+        self.tree, self.frontier, self.passes, self.sent_passes = tree, None, 0, 0
         self.unsent.clear()
 
     @property
-    def due(self) -> bool:
+    def should_send(self) -> bool:
         """Whether the target should hear now: at once after a commit, when it may have little else, then ever more rarely."""
-        return self.passes - self.heard >= HELD * self.passes
+        return self.passes - self.sent_passes >= MAX_HELD_BACK * self.passes
 
     @property
-    def limit(self) -> int:
+    def node_limit(self) -> int:
         """Nodes. The mirror has room for the trees of all: one that is refused there takes all below it along."""
-        return min(RUN_AHEAD, limits.TREE_NODES // (self.share.of + 1))
+        return min(MAX_UNVERIFIED_NODES, limits.TREE_NODES // (self.share.of + 1))
 
-    def rests(self) -> bool:
+    def is_resting(self) -> bool:
         """Whether nothing is to be grown until the next event, whatever may be expanded."""
         passes = self.opened.style.passes
         return (
             self.lost
-            or len(self.tree) > self.limit
+            or len(self.tree) > self.node_limit
             or self.share.of == 0
             or 0 < passes <= self.passes
         )
@@ -67,7 +67,7 @@ class DraftState:
         asked, expandable = self.opened.style.width, self.expandable().expandable
         if asked or not expandable:
             return asked
-        least = expandable[0][0] - FLOOR * (1 - len(self.tree) / self.limit)
+        least = expandable[0][0] - MIN_PATH_LOGPROB * (1 - len(self.tree) / self.node_limit)
         return sum(path <= least for path, _ in expandable[:own]) or 1
 
     def expandable(self) -> Frontier:
@@ -75,7 +75,7 @@ class DraftState:
         if self.frontier is None:
             room = self.opened.prompt + self.opened.sampling.max_tokens - len(self.tokens)
             floor = (
-                -math.inf if self.opened.style.width else FLOOR
+                -math.inf if self.opened.style.width else MIN_PATH_LOGPROB
             )  # who asks for a chain wants it however unlikely it is
             self.frontier = Frontier(self.tree, min(limits.TREE_DEPTH, room - 1), floor, self.share)
         return self.frontier

@@ -6,7 +6,7 @@ from itertools import islice
 from runtime.core.messages import Share
 from runtime.core.tree import TokenTree
 
-ALL = Share("", 0, 1)
+WHOLE_TREE = Share("", 0, 1)
 
 
 class Frontier:
@@ -19,7 +19,9 @@ class Frontier:
     belongs to the drafter that the name of its branch points to, its first ancestor off the main line.
     """
 
-    def __init__(self, tree: TokenTree, deepest: int, floor: float, share: Share = ALL) -> None:
+    def __init__(
+        self, tree: TokenTree, deepest: int, floor: float, share: Share = WHOLE_TREE
+    ) -> None:
         self.tree, self.deepest, self.floor, self.share = tree, deepest, floor, share
         self.owners: list[int | None] = [None]  # of each node seen so far; None on the main line
         self.expandable: list[tuple[float, int]] = []  # (-path score, node)
@@ -58,7 +60,7 @@ class Frontier:
         self.expandable = [entry for entry in self.expandable if not self.tree.expanded[entry[1]]]
 
 
-def allot(frontiers: Sequence[Frontier], widths: Sequence[int], rows: int) -> list[int]:
+def allocate_rows(frontiers: Sequence[Frontier], widths: Sequence[int], rows: int) -> list[int]:
     """How many nodes of each frontier are expanded in one pass over all of them.
 
     One of each that has any; beyond that the most probable of all, at most widths[i] of frontier i and `rows` together.

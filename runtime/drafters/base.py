@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from runtime.core.draft_nodes import DraftNodes
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 from runtime.core.tree import TokenTree
 from runtime.models.base import HiddenStateModel, Model
 
@@ -20,7 +20,7 @@ class Text:
     session: str
     tokens: Sequence[int]
     prompt: int
-    sampling: Sampling
+    sampling: SamplingParams
     tree: TokenTree
 
 

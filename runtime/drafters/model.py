@@ -11,9 +11,9 @@ from itertools import islice
 import numpy as np
 import torch
 
-from runtime.core.draft_nodes import NOTHING, DraftNodes
-from runtime.core.node_names import EMPTY_TEXT, child_key, text_key
-from runtime.core.sampler_reference import Ask
+from runtime.core.draft_nodes import NO_NODES, DraftNodes
+from runtime.core.node_keys import EMPTY_TEXT, child_key, text_key
+from runtime.core.sampler_reference import SamplingInput
 from runtime.core.tree import TokenTree
 from runtime.drafters.base import DrafterContext, ExpandRequest, Text
 from runtime.kv.base import KVCache
@@ -88,9 +88,9 @@ class SessionStep:
             else:
                 kept.slots[tree.key[leaf]] = slot
 
-    def sampling_input(self) -> Ask:
+    def sampling_input(self) -> SamplingInput:
         text = self.request.text
-        return Ask(
+        return SamplingInput(
             text.sampling,
             text.prompt,
             text.tokens,
@@ -121,7 +121,7 @@ class ModelDrafter:
         steps = limit_prefill([self.step(request) for request in requests], self.chunk)
         passing = [step for step in steps if step.missing or step.leaves]
         found = dict(zip(map(id, passing), self.guess(passing), strict=True))
-        return [None if step.reading else found.get(id(step), NOTHING) for step in steps]
+        return [None if step.reading else found.get(id(step), NO_NODES) for step in steps]
 
     def guess(self, steps: Sequence[SessionStep]) -> list[DraftNodes]:
         """The children of the leaves of each step, by one pass over all of them."""
@@ -145,7 +145,9 @@ class ModelDrafter:
                 ]
             )
         )
-        return [children(step.leaves, *next(guesses)) if step.leaves else NOTHING for step in steps]
+        return [
+            children(step.leaves, *next(guesses)) if step.leaves else NO_NODES for step in steps
+        ]
 
     def close(self, session: str) -> None:
         kept = self.kept.pop(session, None)

@@ -17,7 +17,7 @@ from torch import nn
 
 from runtime.core.draft_nodes import DraftNodes, stack
 from runtime.core.errors import ModelRefused
-from runtime.core.sampler_reference import Ask
+from runtime.core.sampler_reference import SamplingInput
 from runtime.drafters.base import DrafterContext
 from runtime.drafters.model import ModelDrafter, SessionStep, children
 from runtime.models.base import Branch, HiddenStateModel, OutputSpec, PassInput
@@ -107,12 +107,12 @@ def expand_mask(mask: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     return mask.to(states.dtype).expand_as(states)
 
 
-def lookahead_input(step: SessionStep, places: int) -> Ask:
+def lookahead_input(step: SessionStep, places: int) -> SamplingInput:
     """What follows the first leaf's child, what follows that, and so on, whatever they may be: of these tokens only the number is known."""
     text, leaf = step.request.text, step.leaves[0]
     path, unknown = text.tree.tokens_to(leaf), text.tree.token[leaf]
     paths = [[*path, *[unknown] * place] for place in range(1, places + 1)]
-    return Ask(text.sampling, text.prompt, text.tokens, paths, frozenset())
+    return SamplingInput(text.sampling, text.prompt, text.tokens, paths, frozenset())
 
 
 def attach_lookahead(nearest: DraftNodes, leaf: int, far: Candidates, roots: int) -> DraftNodes:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.core.draft_nodes import DraftNodes
-from runtime.core.sampler_reference import Ask
+from runtime.core.sampler_reference import SamplingInput
 from runtime.drafters.base import Text
 from runtime.models.base import HiddenStateModel, ModelIdentity, OutputSpec, PassOutput
 
@@ -61,11 +61,11 @@ class HeadContext:
     folder: Path | None
 
 
-def ask_ahead(seen: VerifiedStep, places: int) -> Ask:
+def ask_ahead(seen: VerifiedStep, places: int) -> SamplingInput:
     """Ask for the tokens of the next `places` places after the new root.
 
     Nothing is known of the paths that lead there but their lengths.
     """
     text, root = seen.text, seen.text.tokens[-1]
     paths = [[root] * place for place in range(places)]
-    return Ask(text.sampling, text.prompt, text.tokens, paths, frozenset())
+    return SamplingInput(text.sampling, text.prompt, text.tokens, paths, frozenset())

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from runtime.core.draft_nodes import NOTHING, DraftNodes
+from runtime.core.draft_nodes import NO_NODES, DraftNodes
 from runtime.core.errors import ModelRefused
-from runtime.core.tree_builder import ways
+from runtime.core.tree_builder import best_first
 from runtime.heads.base import HeadContext, VerifiedStep, ask_ahead
 from runtime.models.base import Branch, OutputSpec
 from runtime.models.head_checkpoint import TRAIN_HINT, Settings, read_settings, read_tensors
@@ -72,7 +72,7 @@ class HiddenTransferHead:
             if place is not None
         ]
         guesses = iter(candidates_all(asked))
-        return [NOTHING if place is None else ways(*next(guesses)) for place in places]
+        return [NO_NODES if place is None else best_first(*next(guesses)) for place in places]
 
     def close(self, session: str) -> None:
         pass

@@ -12,7 +12,7 @@ from torch import nn
 
 from runtime.core.draft_nodes import DraftNodes
 from runtime.core.errors import ModelRefused
-from runtime.core.tree_builder import ways
+from runtime.core.tree_builder import best_first
 from runtime.heads.base import HeadContext, VerifiedStep, ask_ahead
 from runtime.models.base import HiddenStateModel, OutputSpec
 from runtime.models.head_checkpoint import TRAIN_HINT, read_settings, read_tensors, whole_number
@@ -63,7 +63,7 @@ class MedusaHead:
             guesses = candidates_all(
                 [(rows, ask, BRANCHES) for rows, ask in zip(logits, asks, strict=True)]
             )
-        return [ways(*guess) for guess in guesses]
+        return [best_first(*guess) for guess in guesses]
 
     def close(self, session: str) -> None:
         pass

@@ -17,7 +17,7 @@ import torch
 
 from runtime.core import noise
 from runtime.core.draft_nodes import DraftNodes
-from runtime.core.sampler_reference import Ask
+from runtime.core.sampler_reference import SamplingInput
 from runtime.drafters.base import Text
 from runtime.heads.base import HeadContext, VerifiedStep
 from runtime.kernels.topk import topk
@@ -112,7 +112,7 @@ class TokenRecycling:
         """The nodes of a level whose parents are `above` (n,), each of its rank by the noise that the target will choose by at `place`."""
         guesses, scores, sampling = self.tokens[above], self.scores[above], text.sampling
         if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
-            ask = Ask(
+            ask = SamplingInput(
                 sampling, text.prompt, text.tokens, [range(place - len(text.tokens))], frozenset()
             )  # one place for all of them
             total = np.logaddexp.reduce(
@@ -121,7 +121,9 @@ class TokenRecycling:
             tokens, shares = rank_candidates(scores, guesses, total, ask, self.kept, self.kept)
             return tokens[level.rows, level.ranks], shares[level.rows, level.ranks]
         # Without filters the same, in fewer operations: what it costs is calls, not numbers.
-        chances = scores / sampling.temperature + noise.nearly(sampling.seed, [place], guesses)
+        chances = scores / sampling.temperature + noise.approx_gumbel(
+            sampling.seed, [place], guesses
+        )
         chances -= chances.max(axis=1, keepdims=True)
         total = np.log(np.exp(chances).sum(axis=1))
         found = (-chances).argsort(axis=1)[level.rows, level.ranks]
@@ -130,7 +132,8 @@ class TokenRecycling:
 
 @cache
 def tree_template(kept: int) -> tuple[list[Level], Ints]:
-    """The MAX_NODES nodes that are likeliest by RANK_PROBABILITY, level by level, and the parent of each (n,), the root and its own parent 0 first."""
+    """The MAX_NODES nodes that are likeliest by RANK_PROBABILITY, level by level, and the parent
+    of each (n,), the root and its own parent 0 first."""
     found: list[tuple[int, ...]] = [()]  # by the ranks on the way to them
     ahead: list[tuple[float, tuple[int, ...]]] = [(-RANK_PROBABILITY[0], (0,))]
     while len(found) <= MAX_NODES:

@@ -71,7 +71,7 @@ def move_in(cache: TorchCache, planes: torch.Tensor) -> None:
     places = np.zeros(planes.shape[2], dtype=np.int64)
     places[: cache.length] = cache.positions
     (shape,) = cache._planes
-    cache._planes[shape], cache._places = planes, places
+    cache._planes[shape], cache._child_entries = planes, places
 
 
 def move_out(cache: TorchCache) -> None:

@@ -40,7 +40,7 @@ class TorchCache(Cache):
     ) -> None:
         self.capacity, self.length, self.start = capacity, 0, 0
         self._layout, self._dtype, self._device = layout, dtype, device
-        self._places = np.zeros(0, dtype=np.int64)
+        self._child_entries = np.zeros(0, dtype=np.int64)
         self._planes: dict[Shape, torch.Tensor] = {}
         for shape in dict.fromkeys(shape for pair in layout for shape in pair):
             count = sum(pair.count(shape) for pair in layout)
@@ -59,11 +59,11 @@ class TorchCache(Cache):
 
     @property
     def positions(self) -> npt.NDArray[np.int64]:
-        return self._places[: self.length]
+        return self._child_entries[: self.length]
 
     @property
     def room(self) -> int:
-        return len(self._places)
+        return len(self._child_entries)
 
     @property
     def slot_bytes(self) -> int:
@@ -79,8 +79,10 @@ class TorchCache(Cache):
             raise InvalidRequest(
                 f"{length} tokens and guesses do not fit the cache of {self.capacity}: shorten the prompt or the output"
             )
-        if length > len(self._places):
-            self._grow(min(self.capacity, max(length, len(self._places) * 5 // 4, INITIAL_SLOTS)))
+        if length > len(self._child_entries):
+            self._grow(
+                min(self.capacity, max(length, len(self._child_entries) * 5 // 4, INITIAL_SLOTS))
+            )
         self.start, self.length = self.length, length
         return self.start
 
@@ -99,7 +101,7 @@ class TorchCache(Cache):
             still += 1
         if still < len(slots):
             chosen = np.asarray(slots[still:], dtype=np.int64)
-            self._places[prefix + still : end] = self._places[chosen]
+            self._child_entries[prefix + still : end] = self._child_entries[chosen]
             with torch.no_grad():
                 for planes in self._planes.values():
                     index = torch.from_numpy(chosen).to(planes.device)
@@ -142,7 +144,7 @@ class TorchCache(Cache):
                 grown[shape][:, :, : self.length] = old[:, :, : self.length]
         places = np.zeros(slots, dtype=np.int64)
         places[: self.length] = self.positions
-        self._planes, self._places = (
+        self._planes, self._child_entries = (
             grown,
             places,
         )  # all or, where there was no memory for it, nothing

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from runtime.core.sampler_reference import Ask
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampler_reference import SamplingInput
+from runtime.core.sampling_params import SamplingParams
 from runtime.models.base import causal
 from runtime.models.hf import HFModel
 from runtime.models.prefill import prefill
@@ -17,13 +17,13 @@ RANKS = (1, 2, 4, 8)
 
 
 def continuation(
-    target: HFModel, prompt: Sequence[int], sampling: Sampling, eos: frozenset[int]
+    target: HFModel, prompt: Sequence[int], sampling: SamplingParams, eos: frozenset[int]
 ) -> list[int]:
     """What the target writes after `prompt`, by plain decoding, up to max_tokens or an end-of-text token (not included)."""
     cache, text = target.new_cache(), list(prompt)
     logits = prefill(target, cache, np.asarray(text))
     while True:
-        token = int(choose(logits, Ask(sampling, len(prompt), text, [[]], eos))[0])
+        token = int(choose(logits, SamplingInput(sampling, len(prompt), text, [[]], eos))[0])
         if token in eos:
             return text[len(prompt) :]
         text.append(token)
@@ -50,7 +50,7 @@ class Replay:
 
 
 def replay_draft(
-    draft: HFModel, texts: Iterable[tuple[Sequence[int], Sequence[int]]], sampling: Sampling
+    draft: HFModel, texts: Iterable[tuple[Sequence[int], Sequence[int]]], sampling: SamplingParams
 ) -> Replay:
     """What the draft guesses along prompts and what a target answered to each.
 
@@ -63,7 +63,7 @@ def replay_draft(
             logits = draft.forward(draft.new_cache(), causal(text[:-1], 0), last=len(output))
             paths = [output[:i] for i in range(len(output))]
             guesses, said = candidates(
-                logits, Ask(sampling, len(prompt), prompt, paths, frozenset()), max(RANKS)
+                logits, SamplingInput(sampling, len(prompt), prompt, paths, frozenset()), max(RANKS)
             )
             right = guesses == np.asarray(output)[:, None]
             ranks.append(np.where(right.any(axis=1), right.argmax(axis=1), -1))
@@ -75,7 +75,7 @@ def acceptance(
     target: HFModel,
     draft: HFModel,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: SamplingParams,
     eos: frozenset[int],
     step: Callable[[], None] = lambda: None,
 ) -> dict[int, float]:

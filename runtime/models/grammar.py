@@ -62,7 +62,7 @@ class GrammarMatcher:
             self._mask = self._receive()
         return self._mask
 
-    def take(self, token: int) -> None:
+    def accept_token(self, token: int) -> None:
         # Nothing follows the end of a text. llguidance calls the end of a complete text an error.
         if token in self._eos:
             return
@@ -141,7 +141,7 @@ class GrammarCompiler:
     def _channel(self, kind: str) -> socket.socket:
         """Returns a channel to a new process."""
         with self._lock:
-            if len(self._open) >= (most := limits.GRAMMARS):
+            if len(self._open) >= (most := limits.CONSTRAINED_REQUESTS):
                 raise Overloaded(
                     f"{most} texts with a response_format are under way, the most: try again later"
                 )

@@ -12,8 +12,8 @@ from transformers.generation import logits_process as processors
 
 from runtime.core import noise
 from runtime.core.messages import Logprob
-from runtime.core.sampler_reference import Ask, pair_up
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampler_reference import SamplingInput, make_logprobs
+from runtime.core.sampling_params import SamplingParams
 from runtime.kernels.topk import topk
 
 CANDIDATE_POOL = 64  # most likely tokens among which a drafter looks for its candidates
@@ -22,11 +22,11 @@ Scores = npt.NDArray[np.float32]
 Candidates = tuple[npt.NDArray[np.int32], Scores]
 
 
-def choose(logits: torch.Tensor, ask: Ask) -> npt.NDArray[np.int64]:
+def choose(logits: torch.Tensor, ask: SamplingInput) -> npt.NDArray[np.int64]:
     """The Chooser of float32 torch logits (rows, vocabulary): the tokens that runtime.core.sampler_reference.choose would choose."""
     scores, seed = shape(logits, ask), ask.sampling.seed
     if ask.sampling.temperature > 0 and scores.device.type == "cpu":
-        return noise.argmax(scores.numpy(), seed, ask.positions())
+        return noise.gumbel_argmax(scores.numpy(), seed, ask.positions())
     if ask.sampling.temperature > 0:
         scores = scores + noise.gumbel(
             seed, ask.positions(), torch.arange(scores.shape[1], device=scores.device), torch
@@ -42,16 +42,16 @@ def logprobs(logits: torch.Tensor, tokens: Sequence[int], k: int) -> tuple[Logpr
         :, 0
     ]
     values, best = topk(logs, min(k, logs.shape[1])) if k else (logs[:, :0], logs[:, :0])
-    return pair_up(chosen.cpu().numpy(), best.cpu().numpy(), values.cpu().numpy())
+    return make_logprobs(chosen.cpu().numpy(), best.cpu().numpy(), values.cpu().numpy())
 
 
-def shape(logits: torch.Tensor, ask: Ask) -> torch.Tensor:
+def shape(logits: torch.Tensor, ask: SamplingInput) -> torch.Tensor:
     """As runtime.core.sampler_reference.shape. Where nothing is to be changed, the result is `logits` itself."""
     scores = _apply_penalties(logits, ask)
     return scores if ask.sampling.temperature == 0 else _apply_filters(scores, ask.sampling)
 
 
-def _apply_penalties(logits: torch.Tensor, ask: Ask) -> torch.Tensor:
+def _apply_penalties(logits: torch.Tensor, ask: SamplingInput) -> torch.Tensor:
     """The constraint, bias, the ban of min_tokens and penalties: what counts at temperature 0 too."""
     sampling, scores = ask.sampling, logits
     if ask.allowed is not None:
@@ -76,7 +76,9 @@ def _apply_penalties(logits: torch.Tensor, ask: Ask) -> torch.Tensor:
     return scores
 
 
-def candidates(logits: torch.Tensor, ask: Ask, k: int, pool: int = CANDIDATE_POOL) -> Candidates:
+def candidates(
+    logits: torch.Tensor, ask: SamplingInput, k: int, pool: int = CANDIDATE_POOL
+) -> Candidates:
     """A drafter's guesses for what the target answers to `ask`: token ids and scores (rows, k), best first.
 
     At temperature 0 the k most probable tokens with the log of their probability. Above it, coupled to the target: the
@@ -89,7 +91,7 @@ def candidates(logits: torch.Tensor, ask: Ask, k: int, pool: int = CANDIDATE_POO
 
 
 def candidates_all(
-    questions: Sequence[tuple[torch.Tensor, Ask, int]], pool: int = CANDIDATE_POOL
+    questions: Sequence[tuple[torch.Tensor, SamplingInput, int]], pool: int = CANDIDATE_POOL
 ) -> list[Candidates]:
     """`candidates` for each (logits, ask, k): one look at the vocabulary and one transfer for all of them."""
     if not questions:
@@ -125,7 +127,12 @@ def candidates_all(
 
 
 def rank_candidates(
-    values: Scores, places: npt.NDArray[np.int64], total: Scores, ask: Ask, k: int, pool: int
+    values: Scores,
+    places: npt.NDArray[np.int64],
+    total: Scores,
+    ask: SamplingInput,
+    k: int,
+    pool: int,
 ) -> Candidates:
     """The best `k` of each row's most likely tokens `places`, whose scores `values` fall.
 
@@ -144,7 +151,7 @@ def rank_candidates(
         kept[:, 1:][(np.cumsum(probability, axis=1) - probability >= sampling.top_p)[:, 1:]] = -inf
     if sampling.min_p:
         kept[kept < kept[:, :1] + log(sampling.min_p)] = -inf
-    perturbed = kept + noise.nearly(sampling.seed, ask.positions(), tokens)
+    perturbed = kept + noise.approx_gumbel(sampling.seed, ask.positions(), tokens)
     rows, order = (
         np.arange(len(tokens))[:, None],
         np.argsort(-perturbed, axis=1, kind="stable")[:, :k],
@@ -160,7 +167,7 @@ def _logsumexp(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return total
 
 
-def _apply_filters(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def _apply_filters(scores: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
     """Temperature above 0, then the filters, each left out where it changes nothing. None of them looks at the text."""
     chain: list[
         Callable[[torch.LongTensor, torch.Tensor], torch.Tensor]
@@ -180,7 +187,7 @@ def _apply_filters(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     return scores
 
 
-def _apply_bias(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+def _apply_bias(scores: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
     biased: torch.Tensor = _bias(sampling.logit_bias, str(scores.device), scores.shape[1])(
         _empty_text(scores), scores
     )
@@ -202,7 +209,7 @@ def _bias(
     )
 
 
-def _seen_tokens(ask: Ask, vocabulary: int) -> torch.Tensor:
+def _seen_tokens(ask: SamplingInput, vocabulary: int) -> torch.Tensor:
     """The set of tokens of each row's text, int64 (rows, n), filled up with `vocabulary`, an id that penalties skip."""
     text = np.unique(np.asarray(ask.text, dtype=np.int64))
     seen = np.full((len(ask.paths), len(text) + max(map(len, ask.paths))), vocabulary)
@@ -212,7 +219,7 @@ def _seen_tokens(ask: Ask, vocabulary: int) -> torch.Tensor:
     return torch.from_numpy(seen)
 
 
-def _token_counts(ask: Ask, vocabulary: int) -> torch.Tensor:
+def _token_counts(ask: SamplingInput, vocabulary: int) -> torch.Tensor:
     """How often each token stands in each row's output, float32 (rows, vocabulary)."""
     output = np.asarray(ask.text[ask.prompt :], dtype=np.int64)
     times = np.tile(

@@ -65,7 +65,7 @@ class StaticPass(LlamaPass):
             super().__init__(module)
             self._rope = self._rope_table(min(arena.slots, self._context))
         self._arena, self._fallback, self._record = arena, fallback, record
-        self._places = arena.memory.flatten(2, 3).unflatten(0, (-1, 2)).unbind(0)
+        self._child_entries = arena.memory.flatten(2, 3).unflatten(0, (-1, 2)).unbind(0)
         self._group = self._heads // self._kv
         # One for all shapes: a GPU would otherwise keep the logits of every graph.
         self._logits = torch.zeros((MAX_ROWS, self._head.weight.shape[0]), device=module.device)
@@ -164,7 +164,7 @@ class StaticPass(LlamaPass):
             plain = qk if layer.heads is None else layer.heads(qk)
             torch.addcmul(plain * cos, plain.roll(self._dim // 2, -1), sin, out=qk)
             queries, new = qkv.split((self._heads, 2 * self._kv), 1)
-            self._places[index].index_copy_(
+            self._child_entries[index].index_copy_(
                 2, places, new.view(n, 2, self._kv, self._dim).permute(1, 2, 0, 3)
             )
             x = layer.out(self._attend_seats(index, shape, queries, masks[layer.kind], own), x)

@@ -61,5 +61,6 @@ def check_template(template: str | dict[str, str] | None, name: str) -> None:
         ended = False
     if not ended:
         raise ModelRefused(
-            f"{name} has a chat template that does not end within {CPU_LIMIT_S} s and {MAX_MEMORY_BYTES >> 30} GiB: remove it, or choose another model"
+            f"{name} has a chat template that does not end within {CPU_LIMIT_S} s and "
+            f"{MAX_MEMORY_BYTES >> 30} GiB: remove it, or choose another model"
         )

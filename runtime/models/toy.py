@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.core.errors import InvalidRequest
-from runtime.core.node_names import EMPTY_TEXT, mix64
+from runtime.core.node_keys import EMPTY_TEXT, mix64
 from runtime.kv.base import KVCache
 from runtime.models.base import PassInput, Rows
 

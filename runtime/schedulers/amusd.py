@@ -12,11 +12,11 @@ guesses all the same. With `least` 0 the target never waits, and decodes plainly
 
 from runtime.core import limits
 from runtime.core.messages import Style
-from runtime.schedulers.base import View
-from runtime.schedulers.blocking import Turns
+from runtime.schedulers.base import SessionView
+from runtime.schedulers.blocking import Blocking
 
 
-class Amusd(Turns):
+class Amusd(Blocking):
     style = Style(width=1, branches=1)
 
     def __init__(self, t: float, least: int = 2, rows: int = limits.STEP_ROWS) -> None:
@@ -25,11 +25,11 @@ class Amusd(Turns):
         self.least, self.rows = least, rows
 
     @property
-    def due(self) -> int:
+    def expected_growths(self) -> int:
         return max(1, self.least)
 
-    def lacks(self, view: View) -> bool:
+    def needs_growth(self, view: SessionView) -> bool:
         return view.depth < self.least
 
-    def wanted(self, view: View) -> int:
+    def rows_wanted(self, view: SessionView) -> int:
         return self.rows

@@ -11,7 +11,7 @@ from runtime.core.messages import Round, Style
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class SessionView:
     """One session before a step; times in seconds.
 
     gains         path probabilities of the mirror's nodes that could be verified, falling
@@ -31,7 +31,7 @@ class View:
     leaves: npt.NDArray[np.float64]
     depth: int = 0
     drafters: int = 0
-    promise: float = 0.0
+    coverage: float = 0.0
     hit: bool = False
     width: int = 0
     waited: float = 0.0
@@ -54,7 +54,7 @@ class Scheduler(Protocol):
     @property
     def style(self) -> Style: ...
 
-    def plan(self, views: Sequence[View]) -> Plan:
+    def plan(self, views: Sequence[SessionView]) -> Plan:
         """What to do now with the sessions that are ready. Asked again after a wait, or as soon as growth arrives."""
         ...
 

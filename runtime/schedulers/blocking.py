@@ -8,14 +8,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from runtime.core.messages import Round
-from runtime.schedulers.base import Plan, View
+from runtime.schedulers.base import Plan, SessionView
 
-MEMORY = 0.1  # weight of a new observation
-OUTLIER = 1.5  # times the usual delay that an observation counts at most: some spans hold a rest of the drafter
-PATIENCE = 4.0  # how many times the usual delay a step waits for the next growth, and in all
+DELAY_EWMA_WEIGHT = 0.1  # weight of a new observation
+MAX_DELAY_RATIO = 1.5  # times the usual delay that an observation counts at most: some spans hold a rest of the drafter
+PATIENCE_FACTOR = 4.0  # how many times the usual delay a step waits for the next growth, and in all
 
 
-class Turns(ABC):
+class Blocking(ABC):
     """Of several sessions, each step serves all: it waits while any of them lacks something and is still patient.
 
     The papers treat one session at a time; this is the plainest reading for several, and the slowest drafter sets the pace of all.
@@ -29,28 +29,32 @@ class Turns(ABC):
 
     @property
     @abstractmethod
-    def due(self) -> int:
+    def expected_growths(self) -> int:
         """How many messages of growth a step waits for, at most."""
 
     @abstractmethod
-    def lacks(self, view: View) -> bool:
+    def needs_growth(self, view: SessionView) -> bool:
         """Whether the session should not be verified yet."""
 
     @abstractmethod
-    def wanted(self, view: View) -> int:
+    def rows_wanted(self, view: SessionView) -> int:
         """Rows beside the root, were there enough nodes."""
 
-    def plan(self, views: Sequence[View]) -> Plan:
-        rows = tuple(min(self.wanted(view), len(view.gains)) for view in views)
+    def plan(self, views: Sequence[SessionView]) -> Plan:
+        rows = tuple(min(self.rows_wanted(view), len(view.gains)) for view in views)
         return Plan(
             rows,
             max(
-                (self.patience(view) for view in views if view.drafters and self.lacks(view)),
+                (
+                    self.wait_seconds(view)
+                    for view in views
+                    if view.drafters and self.needs_growth(view)
+                ),
                 default=0.0,
             ),
         )
 
-    def patience(self, view: View) -> float:
+    def wait_seconds(self, view: SessionView) -> float:
         """Seconds still to wait for the session's next growth. A drafter that dribbles what nobody lacks gets no more time in all than
         one that brings what it should.
 
@@ -60,21 +64,21 @@ class Turns(ABC):
         usual, since = (
             (self.gap, view.since_growth) if view.growths else (self.first, view.since_commit)
         )
-        total = self.first + (self.due - 1) * self.gap
+        total = self.first + (self.expected_growths - 1) * self.gap
         if view.depth == 0:
             usual, total = max(usual, self.step), max(total, self.step)
-        return max(0.0, min(PATIENCE * usual - since, PATIENCE * total - view.waited))
+        return max(0.0, min(PATIENCE_FACTOR * usual - since, PATIENCE_FACTOR * total - view.waited))
 
     def observe(self, step: Sequence[Round]) -> None:
         for done in step[:1]:
-            self.step += MEMORY * (done.computed - self.step)
+            self.step += DELAY_EWMA_WEIGHT * (done.computed - self.step)
 
     def on_growth(self, delay: float, first: bool, leaves: int) -> None:
         if first:
-            self.first = blend(self.first, delay)
+            self.first = update_delay(self.first, delay)
         else:
-            self.gap = blend(self.gap, delay)
+            self.gap = update_delay(self.gap, delay)
 
 
-def blend(usual: float, delay: float) -> float:
-    return usual + MEMORY * (min(delay, OUTLIER * usual) - usual)
+def update_delay(usual: float, delay: float) -> float:
+    return usual + DELAY_EWMA_WEIGHT * (min(delay, MAX_DELAY_RATIO * usual) - usual)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from runtime.core.messages import Round, Style
-from runtime.schedulers.base import Plan, View
+from runtime.schedulers.base import Plan, SessionView
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class Fixed:
     def style(self) -> Style:
         return Style()
 
-    def plan(self, views: Sequence[View]) -> Plan:
+    def plan(self, views: Sequence[SessionView]) -> Plan:
         rows = tuple(min(self.rows, len(view.gains)) for view in views)
         lefts = [
             self.patience - view.waited for view in views if view.drafters and not len(view.gains)

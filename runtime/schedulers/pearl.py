@@ -17,8 +17,8 @@ target's decision counts as rejected, so for a drafter as slow as the target thi
 
 from runtime.core import limits
 from runtime.core.messages import Style
-from runtime.schedulers.base import View
-from runtime.schedulers.blocking import Turns
+from runtime.schedulers.base import SessionView
+from runtime.schedulers.blocking import Blocking
 
 
 def gamma(step: float, t: float) -> int:
@@ -29,18 +29,18 @@ def gamma(step: float, t: float) -> int:
     return max(1, min(round(step / t), limits.TREE_DEPTH // 2))
 
 
-class Pearl(Turns):
+class Pearl(Blocking):
     def __init__(self, gamma: int, t: float) -> None:
         """`t`: see Turns."""
         super().__init__(t)
         self.style = Style(width=1, branches=1, passes=gamma)
 
     @property
-    def due(self) -> int:
+    def expected_growths(self) -> int:
         return self.style.passes
 
-    def lacks(self, view: View) -> bool:
-        return view.depth < self.wanted(view)
+    def needs_growth(self, view: SessionView) -> bool:
+        return view.depth < self.rows_wanted(view)
 
-    def wanted(self, view: View) -> int:
+    def rows_wanted(self, view: SessionView) -> int:
         return self.style.passes - 1 if view.hit else 0

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from runtime.core.messages import Round, Style
-from runtime.schedulers.base import Plan, View
+from runtime.schedulers.base import Plan, SessionView
 
 
 class Plain:
     style = Style(width=1, branches=1, passes=1)  # the least that drafters can be asked to do
 
-    def plan(self, views: Sequence[View]) -> Plan:
+    def plan(self, views: Sequence[SessionView]) -> Plan:
         return Plan((0,) * len(views))
 
     def observe(self, step: Sequence[Round]) -> None:

@@ -7,11 +7,11 @@ nodes.
 """
 
 from runtime.core.messages import Style
-from runtime.schedulers.base import View
-from runtime.schedulers.blocking import Turns
+from runtime.schedulers.base import SessionView
+from runtime.schedulers.blocking import Blocking
 
 
-class Sync(Turns):
+class Sync(Blocking):
     def __init__(self, width: int, branches: int, passes: int, rows: int, t: float) -> None:
         """`t`: see Turns. All at least 1."""
         super().__init__(t)
@@ -19,14 +19,14 @@ class Sync(Turns):
         self.rows = rows
 
     @property
-    def due(self) -> int:
+    def expected_growths(self) -> int:
         return self.style.passes
 
-    def lacks(self, view: View) -> bool:
+    def needs_growth(self, view: SessionView) -> bool:
         """A chain is through when it is long enough, counting what a re-root has left of it; a tree after so many growths."""
         if self.style.width == self.style.branches == 1:
             return view.depth < self.style.passes
         return view.growths < self.style.passes
 
-    def wanted(self, view: View) -> int:
+    def rows_wanted(self, view: SessionView) -> int:
         return self.rows

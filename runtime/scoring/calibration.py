@@ -12,27 +12,29 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime.core.node_names import Floats, Ints
+from runtime.core.node_keys import Floats, Ints
 from runtime.core.tree import TokenTree
 
-RANKS = 8
+MAX_RANKS = 8
 BINS = 10
-PRIOR = 8.0  # as many observations as the drafter's own number counts for
-ENOUGH = 1000.0  # observations of one kind; then old ones count half, so that a change is noticed
-MEMORY = 0.02  # weight of a new observation in `promise`
-HOPE = 0.7  # `promise` before anything was observed
-LEAST = 1e-6  # probability
+PRIOR_WEIGHT = 8.0  # as many observations as the drafter's own number counts for
+MAX_OBSERVATIONS = (
+    1000.0  # observations of one kind; then old ones count half, so that a change is noticed
+)
+COVERAGE_EWMA_WEIGHT = 0.02  # weight of a new observation in `promise`
+INITIAL_COVERAGE = 0.7  # `promise` before anything was observed
+MIN_PROBABILITY = 1e-6  # probability
 
 
-def bin_of(score: float) -> int:
+def bin_index(score: float) -> int:
     """Ten bins, finer near certainty: by the square root of the probability that it is wrong."""
     return min(BINS - 1, int(BINS * math.sqrt(max(0.0, 1.0 - math.exp(score)))))
 
 
-def cells(ranks: Ints, scores: Floats) -> tuple[Ints, Ints]:
+def table_cells(ranks: Ints, scores: Floats) -> tuple[Ints, Ints]:
     """Row and column of each in a table."""
     columns = BINS * np.sqrt(np.maximum(1.0 - np.exp(scores), 0.0))
-    return np.minimum(ranks, RANKS - 1), np.minimum(columns, BINS - 1).astype(np.int64)
+    return np.minimum(ranks, MAX_RANKS - 1), np.minimum(columns, BINS - 1).astype(np.int64)
 
 
 class Calibration:
@@ -41,12 +43,12 @@ class Calibration:
     __slots__ = ("hits", "tries")
 
     def __init__(self) -> None:
-        self.tries = np.zeros((RANKS, BINS))
-        self.hits = np.zeros((RANKS, BINS))
+        self.tries = np.zeros((MAX_RANKS, BINS))
+        self.hits = np.zeros((MAX_RANKS, BINS))
 
     def observe(self, rank: int, score: float, taken: bool) -> None:
-        cell = min(rank, RANKS - 1), bin_of(score)
-        if self.tries[cell] >= ENOUGH:
+        cell = min(rank, MAX_RANKS - 1), bin_index(score)
+        if self.tries[cell] >= MAX_OBSERVATIONS:
             self.tries[cell] /= 2
             self.hits[cell] /= 2
         self.tries[cell] += 1.0
@@ -54,38 +56,42 @@ class Calibration:
 
     def scores(self, ranks: Ints, scores: Floats) -> Floats:
         """Logs (n,) of the estimated acceptance, at most 0: observed where there is enough, the drafter's own number before."""
-        kind_of = cells(ranks, scores)
-        estimates = (self.hits[kind_of] + PRIOR * np.exp(scores)) / (self.tries[kind_of] + PRIOR)
-        found: Floats = np.log(np.minimum(np.maximum(estimates, LEAST), 1.0))
+        kind_of = table_cells(ranks, scores)
+        estimates = (self.hits[kind_of] + PRIOR_WEIGHT * np.exp(scores)) / (
+            self.tries[kind_of] + PRIOR_WEIGHT
+        )
+        found: Floats = np.log(np.minimum(np.maximum(estimates, MIN_PROBABILITY), 1.0))
         return found
 
 
-class Band:
+class TemperatureBucket:
     """What is known at one temperature. `promise`: how often the target's choice is among the children of an expanded node."""
 
-    __slots__ = ("promise", "tables")
+    __slots__ = ("coverage", "tables")
 
     def __init__(self) -> None:
         self.tables: dict[str, Calibration] = {}
-        self.promise = HOPE
+        self.coverage = INITIAL_COVERAGE
 
-    def of(self, drafter: str, others: str = "") -> Calibration:
+    def table(self, drafter: str, others: str = "") -> Calibration:
         """The table of all drafters of this one's kind; for guesses beside those of `others`, as runtime.scoring.agreement names it, one apart."""
-        return self.tables.setdefault(kind(drafter) + others, Calibration())
+        return self.tables.setdefault(drafter_kind(drafter) + others, Calibration())
 
     def observe_path(self, tree: TokenTree, decided: Sequence[int]) -> None:
         """Every node that the decided tokens pass, the root first, has seen one choice of the target: count its children by the kind that
         came first. It was alone then, whatever others have guessed since; these are not counted here."""
-        for node, taken in passed(tree, decided):
+        for node, taken in choices_along(tree, decided):
             if children := tree.children(node):
-                first = kind(tree.drafter[children[0]])
+                first = drafter_kind(tree.drafter[children[0]])
                 for child in children:
-                    if kind(tree.drafter[child]) == first:
-                        self.of(first).observe(tree.rank[child], tree.said[child], child == taken)
-                self.promise += MEMORY * ((taken is not None) - self.promise)
+                    if drafter_kind(tree.drafter[child]) == first:
+                        self.table(first).observe(
+                            tree.rank[child], tree.raw_logprob[child], child == taken
+                        )
+                self.coverage += COVERAGE_EWMA_WEIGHT * ((taken is not None) - self.coverage)
 
 
-def passed(tree: TokenTree, decided: Sequence[int]) -> Iterator[tuple[int, int | None]]:
+def choices_along(tree: TokenTree, decided: Sequence[int]) -> Iterator[tuple[int, int | None]]:
     """The nodes at which the target has chosen one of these tokens, each with the child that has it; None where there is none."""
     node: int | None = 0
     for token in decided:
@@ -97,50 +103,50 @@ def passed(tree: TokenTree, decided: Sequence[int]) -> Iterator[tuple[int, int |
 
 
 class Calibrations:
-    """All bands of one target or drafter. `saved` and `restored` are inverse; what is saved is plain JSON.
+    """All buckets of one target or drafter. `saved` and `from_dict` are inverse; what is saved is plain JSON.
 
     `saved` may be called by another thread than the one that observes.
     """
 
     def __init__(self) -> None:
-        self.bands: dict[str, Band] = {}
+        self.buckets: dict[str, TemperatureBucket] = {}
 
-    def band(self, temperature: float) -> Band:
-        return self.bands.setdefault(f"{temperature:.1f}", Band())
+    def bucket(self, temperature: float) -> TemperatureBucket:
+        return self.buckets.setdefault(f"{temperature:.1f}", TemperatureBucket())
 
-    def saved(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {
             name: {
-                "promise": band.promise,
+                "promise": bucket.coverage,
                 "tables": {
-                    kind: [table.tries.tolist(), table.hits.tolist()]
-                    for kind, table in tuple(band.tables.items())
+                    drafter_kind: [table.tries.tolist(), table.hits.tolist()]
+                    for drafter_kind, table in tuple(bucket.tables.items())
                 },
             }
-            for name, band in tuple(self.bands.items())
+            for name, bucket in tuple(self.buckets.items())
         }
 
     @classmethod
-    def restored(cls, saved: Mapping[str, Any]) -> "Calibrations":
+    def from_dict(cls, saved: Mapping[str, Any]) -> "Calibrations":
         """Raises ValueError, KeyError or TypeError for what was not made by `saved`."""
         found = cls()
-        for name, band in saved.items():
-            known = found.band(float(name))
-            known.promise = min(1.0, max(0.0, float(band["promise"])))
-            for drafter, (tries, hits) in band["tables"].items():
-                table = known.of(drafter)
-                table.tries, table.hits = counts(tries), counts(hits)
+        for name, bucket in saved.items():
+            known = found.bucket(float(name))
+            known.coverage = min(1.0, max(0.0, float(bucket["promise"])))
+            for drafter, (tries, hits) in bucket["tables"].items():
+                table = known.table(drafter)
+                table.tries, table.hits = parse_counts(tries), parse_counts(hits)
         return found
 
 
-def counts(rows: Sequence[Sequence[float]]) -> npt.NDArray[np.float64]:
+def parse_counts(rows: Sequence[Sequence[float]]) -> npt.NDArray[np.float64]:
     found = np.array(rows, dtype=np.float64)
-    if found.shape != (RANKS, BINS) or not (np.isfinite(found) & (found >= 0)).all():
-        raise ValueError(f"a calibration table has {RANKS} rows of {BINS} counts")
+    if found.shape != (MAX_RANKS, BINS) or not (np.isfinite(found) & (found >= 0)).all():
+        raise ValueError(f"a calibration table has {MAX_RANKS} rows of {BINS} counts")
     return found
 
 
-def kind(drafter: str) -> str:
+def drafter_kind(drafter: str) -> str:
     """The name without its number: drafters NAME-0, NAME-1 of one pool share what is known of them."""
     name, dash, number = drafter.rpartition("-")
     return name if dash and number.isdecimal() else drafter

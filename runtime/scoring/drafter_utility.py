@@ -3,9 +3,9 @@
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 
-TRIAL = 64  # commits that a drafter is given to show something
-REST = 512  # commits that it rests before it is tried again
-LEAST = 0.01  # tokens per commit that are worth a share
+TRIAL_COMMITS = 64  # commits that a drafter is given to show something
+REST_COMMITS = 512  # commits that it rests before it is tried again
+MIN_TOKENS_PER_COMMIT = 0.01  # tokens per commit that are worth a share
 
 
 class DrafterUtility:
@@ -17,7 +17,7 @@ class DrafterUtility:
         self.spent: defaultdict[str, float] = defaultdict(float)  # seconds of the target's
         self.resting: set[str] = set()
 
-    def spend(self, heads: Collection[str], seconds: float) -> None:
+    def charge(self, heads: Collection[str], seconds: float) -> None:
         """Charge the seconds that the target has waited for these together to each in equal parts."""
         for head in heads:
             self.spent[head] += seconds / len(heads)
@@ -41,10 +41,10 @@ class DrafterUtility:
         for name in drafters:
             self.commits[name] += 1
             resting = name in self.resting
-            if self.commits[name] < (REST if resting else TRIAL):
+            if self.commits[name] < (REST_COMMITS if resting else TRIAL_COMMITS):
                 continue
             useless = not resting and self.tokens[name] < max(
-                LEAST * self.commits[name], rate * self.spent[name]
+                MIN_TOKENS_PER_COMMIT * self.commits[name], rate * self.spent[name]
             )
             if useless != resting:
                 changed.add(name)

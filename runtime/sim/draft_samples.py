@@ -52,13 +52,13 @@ class DraftSamples:
     def calibrations(self, name: str, branches: int) -> Calibrations:
         """What a target knows after these examples, with so many children of each node of a drafter of that name."""
         known = Calibrations()
-        band = known.band(0.0)
-        table = band.of(name)
+        bucket = known.bucket(0.0)
+        table = bucket.table(name)
         for example in range(len(self)):
             for rank, scores in judged_places((self.place(example), *self.behind(example))):
                 for place, score in enumerate(scores[:branches]):
                     table.observe(place, score, place == rank)
-        band.promise = self.rate(branches)
+        bucket.coverage = self.rate(branches)
         return known
 
 

@@ -8,10 +8,10 @@ from typing import Any
 from runtime.config import ScheduleConfig
 from runtime.core import limits
 from runtime.core.messages import Chunk, Request, Round, Style
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 from runtime.draft.draft_engine import DraftEngine
-from runtime.scheduler_factory import scheduler
-from runtime.schedulers.base import Plan, Scheduler, View
+from runtime.scheduler_factory import make_scheduler
+from runtime.schedulers.base import Plan, Scheduler, SessionView
 from runtime.scoring.calibration import Calibrations
 from runtime.sim import draft_samples
 from runtime.sim.pair_profile import PairProfile
@@ -107,7 +107,7 @@ class RecordingScheduler:
     def style(self) -> Style:
         return self.inner.style
 
-    def plan(self, views: Sequence[View]) -> Plan:
+    def plan(self, views: Sequence[SessionView]) -> Plan:
         return self.inner.plan(views)
 
     def observe(self, step: Sequence[Round]) -> None:
@@ -121,7 +121,7 @@ class RecordingScheduler:
 def forecast(
     profile: PairProfile, schedule: ScheduleConfig, setting: Setting = Setting()
 ) -> Forecast:
-    return simulate(profile, lambda: scheduler(schedule, profile.target), setting)
+    return simulate(profile, lambda: make_scheduler(schedule, profile.target), setting)
 
 
 def simulate(profile: PairProfile, policy: Callable[[], Scheduler], setting: Setting) -> Forecast:
@@ -130,7 +130,7 @@ def simulate(profile: PairProfile, policy: Callable[[], Scheduler], setting: Set
     guesser, calibrations = SyntheticDrafter(examples), examples.calibrations(DRAFTER, BRANCHES)
     if setting.head is not None:
         setting.head.calibrate(calibrations)
-    known = calibrations.saved()
+    known = calibrations.to_dict()
     wanted_targets = range(min(setting.targets, setting.sessions))
     targets = [
         simulated_target(
@@ -175,7 +175,7 @@ def simulated_target(
         policy,
         simulator.clock,
         kv_slots=CONTEXT,
-        calibrations=Calibrations.restored(known),
+        calibrations=Calibrations.from_dict(known),
         heads=heads,
     )
     of_rows = interpolate(profile.target)
@@ -197,7 +197,7 @@ def simulated_drafter(
     width: int,
 ) -> SimulatedDrafter:
     draft_engine = DraftEngine(
-        guesser, name, width, calibrations=Calibrations.restored(known), clock=simulator.clock
+        guesser, name, width, calibrations=Calibrations.from_dict(known), clock=simulator.clock
     )
     return SimulatedDrafter(simulator, draft_engine, interpolate(profile.draft, profile.pass_))
 
@@ -211,7 +211,7 @@ def admit_session(engine: Engine, number: int, setting: Setting, progress: Progr
             admit_session(engine, number + limits.SESSIONS * setting.targets, setting, progress)
 
     prompt = tuple(number // VOCABULARY**digit % VOCABULARY for digit in range(PROMPT_TOKENS))
-    sampling = Sampling(max_tokens=setting.length or ENDLESS_TOKENS)
+    sampling = SamplingParams(max_tokens=setting.length or ENDLESS_TOKENS)
     request = Request(str(number), prompt, sampling)
     engine.inbox.put(
         AddRequest(

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from runtime.config import Strict
+from runtime.config import StrictModel
 from runtime.core.errors import InvalidRequest
 
 Seconds = Annotated[float, Field(gt=0, lt=1e6, allow_inf_nan=False)]
@@ -16,7 +16,7 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Score = Annotated[float, Field(le=0, allow_inf_nan=False)]
 
 
-class Position(Strict):
+class Position(StrictModel):
     """One position of the target's own text: the log probabilities that the draft gave to its best guesses, falling, and
     the place of the target's choice among them, from 0; None where it was not there.
 
@@ -29,7 +29,7 @@ class Position(Strict):
     below: tuple["Position", ...] = ()
 
 
-class PairProfile(Strict):
+class PairProfile(StrictModel):
     """A target, a draft and what lies between them.
 
     target, draft  T(n) and t(w): seconds of a pass by its rows; beyond what is measured they are taken to be linear

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.core.draft_nodes import NOTHING, DraftNodes
-from runtime.core.node_names import child_key, text_key
-from runtime.core.tree_builder import ways
+from runtime.core.draft_nodes import NO_NODES, DraftNodes
+from runtime.core.node_keys import child_key, text_key
+from runtime.core.tree_builder import best_first
 from runtime.drafters.base import Text
 from runtime.heads.base import VerifiedStep
 from runtime.models.base import OutputSpec
@@ -37,7 +37,7 @@ class HeadProfile:
 
     def calibrate(self, known: Calibrations) -> None:
         """What a target knows of this head after all of these steps."""
-        table = known.band(0.0).of(self.name)
+        table = known.bucket(0.0).table(self.name)
         for step in self.steps:
             for rank, scores in step:
                 for place, score in enumerate(scores):
@@ -59,7 +59,7 @@ class ReplayedHead:
         steps = self.profile.steps
         step = steps[(text_key(text.tokens[: text.prompt]) + len(text.tokens)) % len(steps)]
         if not step:
-            return NOTHING
+            return NO_NODES
         most = max(len(scores) for _, scores in step)
         tokens, said, key = (
             np.zeros((len(step), most), np.int64),
@@ -74,7 +74,7 @@ class ReplayedHead:
             ]
             said[place, : len(scores)] = scores
             key = child_key(key, right)
-        return ways(tokens, said)
+        return best_first(tokens, said)
 
     def close(self, session: str) -> None:
         pass

@@ -119,9 +119,9 @@ class SimulatedDrafter:
 
     def resume(self) -> None:
         """DraftEngine.run up to the method's pass."""
-        self.draft_engine.take_in(block=False)
+        self.draft_engine.receive(block=False)
         requests = self.draft_engine.plan()
-        self.draft_engine.send_rest(requests)
+        self.draft_engine.send_unsent(requests)
         if not requests:
             return
         self.computing = True
@@ -131,7 +131,7 @@ class SimulatedDrafter:
 
     def finish_pass(self, requests: Sequence[ExpandRequest]) -> None:
         self.computing = False
-        self.draft_engine.add(requests, self.draft_engine.ask(requests))
+        self.draft_engine.insert_answers(requests, self.draft_engine.expand(requests))
         self.resume()
 
     def join(self, target: SimulatedTarget, stream: int, one_way: float) -> None:

@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.core.draft_nodes import DraftNodes, stack
-from runtime.core.node_names import EMPTY_TEXT, mix64, text_key
-from runtime.core.sampler_reference import Ask
+from runtime.core.node_keys import EMPTY_TEXT, mix64, text_key
+from runtime.core.sampler_reference import SamplingInput
 from runtime.drafters.base import ExpandRequest, Text
 from runtime.kv.base import KVCache
 from runtime.models.base import PassInput, Rows
@@ -92,7 +92,7 @@ class SyntheticTarget:
         return np.asarray(cache.keys[first + n - wanted :], dtype=np.uint64)
 
 
-def choose(logits: Keys, ask: Ask) -> npt.NDArray[np.int64]:
+def choose(logits: Keys, ask: SamplingInput) -> npt.NDArray[np.int64]:
     """The Chooser of SyntheticTarget."""
     return np.asarray([next_token(name) for name in logits.tolist()], dtype=np.int64)
 

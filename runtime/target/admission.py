@@ -8,7 +8,7 @@ from runtime.core.messages import Request
 from runtime.target.commands import AddRequest
 
 
-def slots_of(request: Request, context: int) -> int:
+def slots_needed(request: Request, context: int) -> int:
     """The most slots that a session will need: its longest text, and the rows of one step behind it."""
     return min(context, len(request.prompt) + request.sampling.max_tokens) + limits.STEP_ROWS
 
@@ -23,7 +23,7 @@ class Admission:
 
     def check(self, request: Request, context: int) -> None:
         """Raises InvalidRequest for a request that would not fit an idle target."""
-        if (need := slots_of(request, context)) > self.budget:
+        if (need := slots_needed(request, context)) > self.budget:
             raise InvalidRequest(
                 f"prompt of {len(request.prompt)} tokens + max_tokens {request.sampling.max_tokens} need {need} slots of KV memory, "
                 f"the target has {self.budget}: lower max_tokens, or raise the target's kv_tokens",
@@ -34,7 +34,7 @@ class Admission:
         """The request that may begin now and the slots reserved for it; None where nobody waits, or the first has no room yet."""
         if not self.waiting or live >= limits.SESSIONS:
             return None
-        need = slots_of(self.waiting[0].request, context)
+        need = slots_needed(self.waiting[0].request, context)
         if self.reserved + need > self.budget:
             return None
         self.reserved += need

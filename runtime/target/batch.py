@@ -45,7 +45,7 @@ def pack(session: Session, cache: KVCache, nodes: Sequence[int]) -> PassInput:
     tree, prefix, n = session.tree, len(session.tokens) - 1, len(nodes) + 1
     visible = np.zeros((n, n), dtype=np.bool_)
     visible[:, 0] = True
-    visible[1:, 1:] = tree.visible(nodes)
+    visible[1:, 1:] = tree.ancestor_mask(nodes)
     rows = np.asarray([0, *nodes])
     tokens = np.frombuffer(tree.token, dtype=np.int64)[rows]
     positions = prefix + np.frombuffer(tree.depth, dtype=np.int64)[rows]

@@ -6,14 +6,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from runtime.core.clock import Clock
-from runtime.core.errors import FAULTS
+from runtime.core.errors import SESSION_FAULTS
 from runtime.kv.prefix_cache import Ids, PrefixCache, common_length
 from runtime.models.base import Model, PassInput, causal
 from runtime.target.request_state import RequestState
 
-CHUNK = 512  # tokens that are read at once
-CHUNK_BESIDE = 64  # of each text, where other sessions wait for their step meanwhile
-ALIKE = 32  # tokens that are worth waiting for, and by which texts are taken to begin alike
+CHUNK_TOKENS = 512  # tokens that are read at once
+BUSY_CHUNK_TOKENS = 64  # of each text, where other sessions wait for their step meanwhile
+MIN_SHARED_TOKENS = (
+    32  # tokens that are worth waiting for, and by which texts are taken to begin alike
+)
 
 
 @dataclass(slots=True)
@@ -38,37 +40,37 @@ def prefill_next(
     One pass. Where others wait for their step and many texts are in a hurry, as many as these need for a piece of each: else the last
     of them would wait for a step of all those before it, again after each pass.
     """
-    found, stepping = PrefillResult(began), any(live.ready for live in sessions)
+    found, stepping = PrefillResult(began), any(state.ready for state in sessions)
     left = (
-        sum(min(CHUNK_BESIDE, missing(live)) for live in sessions if is_urgent(live))
+        sum(min(BUSY_CHUNK_TOKENS, unread_tokens(state)) for state in sessions if is_urgent(state))
         if stepping
         else 0
     )
     while True:
         before = found.rows
-        read_pieces(model, prefixes, sessions, found, clock)
+        prefill_pass(model, prefixes, sessions, found, clock)
         left -= found.rows - before
         if left <= 0 or found.failed or not any(map(is_urgent, sessions)):
             return found
 
 
-def missing(live: RequestState) -> int:
+def unread_tokens(state: RequestState) -> int:
     """Tokens that are yet to be read."""
-    return len(live.session.tokens) - 1 - live.cache.length
+    return len(state.session.tokens) - 1 - state.cache.length
 
 
-def is_urgent(live: RequestState) -> bool:
+def is_urgent(state: RequestState) -> bool:
     """Whether its client waits in the midst of a text that was begun elsewhere, or it is read in one piece."""
-    return not live.ready and (
-        bool(live.session.request.committed) or missing(live) <= CHUNK_BESIDE
+    return not state.ready and (
+        bool(state.session.request.committed) or unread_tokens(state) <= BUSY_CHUNK_TOKENS
     )
 
 
-def order(live: RequestState) -> tuple[bool, bool]:
-    return missing(live) > CHUNK_BESIDE, not live.session.request.committed
+def prefill_order(state: RequestState) -> tuple[bool, bool]:
+    return unread_tokens(state) > BUSY_CHUNK_TOKENS, not state.session.request.committed
 
 
-def read_pieces(
+def prefill_pass(
     model: Model,
     prefixes: PrefixCache,
     sessions: Sequence[RequestState],
@@ -77,51 +79,61 @@ def read_pieces(
 ) -> None:
     """One pass: what can be read in one piece first, then what was begun elsewhere, then the oldest. A text waits while one that is read
     now has more in common with it than any cache: it can be copied next time."""
-    began, reading = found.done, sorted((live for live in sessions if not live.ready), key=order)
-    budget = CHUNK if len(reading) == len(sessions) else min(CHUNK, CHUNK_BESIDE * len(reading))
+    began, reading = (
+        found.done,
+        sorted((state for state in sessions if not state.ready), key=prefill_order),
+    )
+    budget = (
+        CHUNK_TOKENS
+        if len(reading) == len(sessions)
+        else min(CHUNK_TOKENS, BUSY_CHUNK_TOKENS * len(reading))
+    )
     others = [(other.session.tokens[:-1], other.cache) for other in sessions if other.ready]
     pieces, read_now = list[tuple[RequestState, PassInput]](), dict[tuple[int, ...], list[Ids]]()
-    for live in reading:
+    for state in reading:
         if budget <= 0:
             break
-        text = np.asarray(live.session.tokens[:-1], dtype=np.int64)
-        alike = read_now.setdefault(tuple(live.session.tokens[:ALIKE]), [])
+        text = np.asarray(state.session.tokens[:-1], dtype=np.int64)
+        alike = read_now.setdefault(tuple(state.session.tokens[:MIN_SHARED_TOKENS]), [])
         try:
-            if live.cache.length == 0:
-                cached = prefixes.longest(live.session.tokens, others)
+            if state.cache.length == 0:
+                cached = prefixes.longest(state.session.tokens, others)
                 most = 0 if cached is None else cached[1]
-                if max((common_length(text, other) for other in alike), default=0) >= most + ALIKE:
+                if (
+                    max((common_length(text, other) for other in alike), default=0)
+                    >= most + MIN_SHARED_TOKENS
+                ):
                     continue
                 if cached is not None:
-                    live.cache, live.reused = cached[0].fork(most), most
+                    state.cache, state.reused = cached[0].fork(most), most
                     found.reused += most
-        except FAULTS as error:
-            found.failed.append((live, error))
+        except SESSION_FAULTS as error:
+            found.failed.append((state, error))
             continue
         alike.append(text)
-        start = live.cache.length
+        start = state.cache.length
         tokens = text[start : start + budget]
         budget -= len(tokens)
-        pieces.append((live, PassInput(live.cache, causal(tokens, start), last=0)))
-    compute(model, pieces, found)
+        pieces.append((state, PassInput(state.cache, causal(tokens, start), last=0)))
+    forward_pieces(model, pieces, found)
     found.done = clock()
-    for live, part in pieces:
+    for state, part in pieces:
         found.rows += len(part.rows.tokens)
-        live.ready = live.cache.length == len(live.session.tokens) - 1
-        live.prefilled += found.done - began
-        live.committed_at = live.growth_at = found.done
+        state.ready = state.cache.length == len(state.session.tokens) - 1
+        state.prefilled += found.done - began
+        state.committed_at = state.growth_at = found.done
 
 
-def compute(
+def forward_pieces(
     model: Model, pieces: Sequence[tuple[RequestState, PassInput]], found: PrefillResult
 ) -> None:
     """One pass; where it fails, one for each text: what fails again is that text's own fault."""
     try:
         if parts := [part for _, part in pieces if len(part.rows.tokens)]:
             model.forward_all(parts)
-    except FAULTS as error:
+    except SESSION_FAULTS as error:
         if len(pieces) > 1:
             for one in pieces:
-                compute(model, [one], found)
+                forward_pieces(model, [one], found)
         else:
             found.failed.append((pieces[0][0], error))

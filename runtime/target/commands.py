@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from runtime.core.messages import Chunk, Event, Reply, Request
-from runtime.core.sampler_reference import Guide
+from runtime.core.sampler_reference import GrammarState
 from runtime.schedulers.base import Scheduler
 from runtime.target.stop_checker import StopChecker
 
@@ -13,10 +13,10 @@ Send = Callable[[Event], None]
 Strike = Callable[
     [str], object
 ]  # counts a message that no honest drafter sends against its sender; says what is wrong with it
-Deliver = Callable[[Chunk], None]
+DeliverChunk = Callable[[Chunk], None]
 
 
-def forgive(why: str) -> bool:
+def ignore_strike(why: str) -> bool:
     """A Strike that counts nothing and never ends the link: a drafter in this very process is trusted as far as that."""
     return False
 
@@ -24,16 +24,16 @@ def forgive(why: str) -> bool:
 @dataclass(frozen=True, slots=True)
 class AddRequest:
     request: Request
-    finish: StopChecker
-    deliver: Deliver
-    asked: float = 0.0  # clock when the target took the request
-    guide: Guide | None = None  # the request's constraint, after what is committed
+    stop_checker: StopChecker
+    deliver: DeliverChunk
+    received_at: float = 0.0  # clock when the target took the request
+    grammar: GrammarState | None = None  # the request's constraint, after what is committed
 
     @property
     def expires(self) -> float:
         """Clock from which on nobody wants the rest."""
         deadline = self.request.deadline
-        return math.inf if deadline is None else self.asked + deadline
+        return math.inf if deadline is None else self.received_at + deadline
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Cancel:
 class Join:
     drafter: str
     send: Send
-    strike: Strike = forgive
+    strike: Strike = ignore_strike
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from runtime.core.clock import Clock
-from runtime.core.errors import FAULTS
+from runtime.core.errors import SESSION_FAULTS
 from runtime.core.messages import Chunk, Commit, Round
 from runtime.schedulers.base import Scheduler
 from runtime.target.batch import Batch, BatchItem, keep_accepted
@@ -12,25 +12,25 @@ from runtime.target.drafter_manager import DrafterManager
 from runtime.target.head_runner import HeadRunner
 from runtime.target.request_manager import RequestManager
 from runtime.target.verifier import Decision
-from runtime.telemetry.metrics import Ledger
+from runtime.telemetry.metrics import TargetMetrics
 from runtime.telemetry.tracing import NODES, TARGET, Trace
 
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """A session whose root has moved. `guessed`: by whom each token was guessed ("": nobody)."""
+    """A session whose root has moved. `guessed_by`: by whom each token was guessed ("": nobody)."""
 
     item: BatchItem
     decision: Decision
     commit: Commit
-    guessed: tuple[str, ...]
+    guessed_by: tuple[str, ...]
     hit: bool
 
     @property
     def credited(self) -> list[str]:
         """Who gets the credit for each accepted node."""
         nodes = self.item.nodes
-        return [self.item.credited[nodes.index(node)] for node in self.decision.verdict.path]
+        return [self.item.credited[nodes.index(node)] for node in self.decision.accepted.path]
 
 
 class Committer:
@@ -41,7 +41,7 @@ class Committer:
         requests: RequestManager,
         drafters: DrafterManager,
         heads: HeadRunner,
-        metrics: Ledger,
+        metrics: TargetMetrics,
         clock: Clock,
     ) -> None:
         self.requests, self.drafters, self.heads = requests, drafters, heads
@@ -68,11 +68,11 @@ class Committer:
         ridden = sum(self.heads.branch_row_time(batch.parts).values())
         self.heads.guess(going, trace)
         done = self.clock()
-        rounds = [round_of(one, batch, decided, done, ridden) for one, _ in outputs]
+        rounds = [make_round(one, batch, decided, done, ridden) for one, _ in outputs]
         scheduler.observe(rounds)
         self.metrics.step(rounds)
         for (one, chunk), round_ in zip(outputs, rounds, strict=True):
-            one.item.state.committed(round_, decided)
+            one.item.state.record_commit(round_, decided)
             self.metrics.delivered(chunk.drafters)
         for one, chunk in outputs:
             self._deliver(one, chunk)
@@ -82,22 +82,22 @@ class Committer:
 
     def _move_root(self, item: BatchItem, decision: Decision, trace: Trace) -> Committed:
         """Apply a decision to its session, and tell the drafters."""
-        session, verdict = item.state.session, decision.verdict
-        guessed = (*(session.tree.drafter[node] for node in verdict.path), "")
+        session, accepted = item.state.session, decision.accepted
+        guessed_by = (*(session.tree.drafter[node] for node in accepted.path), "")
         nodes = len(session.tree)
-        commit, hit = session.apply(verdict)
+        commit, hit = session.apply(accepted)
         self.metrics.dropped += nodes - len(session.tree)
-        self.drafters.tell(session, commit)
+        self.drafters.notify(session, commit)
         trace.sent(commit, self.clock(), TARGET)
-        return Committed(item, decision, commit, guessed, hit)
+        return Committed(item, decision, commit, guessed_by, hit)
 
     def _output(self, one: Committed) -> Chunk | None:
         """Roll the cache back and make the output; None if that fails and so ends the session."""
         state, base = one.item.state, one.commit.base - 1
         try:
-            keep_accepted(state.cache, base, one.item.nodes, one.decision.verdict.path)
-            return state.hand_out(one.commit, one.guessed, one.decision.logprobs)
-        except FAULTS as error:
+            keep_accepted(state.cache, base, one.item.nodes, one.decision.accepted.path)
+            return state.make_chunk(one.commit, one.guessed_by, one.decision.logprobs)
+        except SESSION_FAULTS as error:
             # What is behind is in no order.
             state.cache.truncate(min(state.cache.length, base))
             self.requests.fail(state, error)
@@ -116,14 +116,14 @@ class Committer:
             self.requests.finish(state, replace(chunk, stats=state.stats(self.clock())))
 
 
-def round_of(one: Committed, batch: Batch, decided: float, done: float, ridden: float) -> Round:
+def make_round(one: Committed, batch: Batch, decided: float, done: float, ridden: float) -> Round:
     """The record of one session in a step that was decided and `done` at these readings."""
     state, planned = one.item.state, batch.began - batch.opened - batch.waited
     return Round(
         session=state.session.id,
-        number=len(state.tally.rounds),
+        number=len(state.metrics.rounds),
         width=len(one.item.nodes),
-        accepted=len(one.decision.verdict.path),
+        accepted=len(one.decision.accepted.path),
         hit=one.hit,
         waited=batch.waited,
         computed=decided - batch.began,

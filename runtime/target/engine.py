@@ -35,9 +35,9 @@ from runtime.target.model_runner import ModelRunner
 from runtime.target.request_manager import RequestManager
 from runtime.target.step_planner import StepPlanner
 from runtime.target.verifier import Decision, Verifier
-from runtime.telemetry.metrics import Ledger
+from runtime.telemetry.metrics import TargetMetrics
 from runtime.telemetry.reports import TargetReport
-from runtime.telemetry.tracing import OFF, PREFILL, TARGET, Trace
+from runtime.telemetry.tracing import NO_TRACE, PREFILL, TARGET, Trace
 
 KV_SLOTS = 1 << 20  # unless a target is told its memory
 
@@ -56,11 +56,11 @@ class Engine:
         kv_slots: int = KV_SLOTS,
         calibrations: Calibrations | None = None,
         heads: Mapping[str, MountedHead] | None = None,
-        trace: Trace = OFF,
+        trace: Trace = NO_TRACE,
     ) -> None:
         self.model, self.scheduler, self.clock, self.trace = model, scheduler, clock, trace
         self.inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self.metrics, utility = Ledger(), DrafterUtility()
+        self.metrics, utility = TargetMetrics(), DrafterUtility()
         self.heads = HeadRunner(model, heads or {}, utility, self.metrics, clock)
         self.drafter_manager = DrafterManager(self.metrics, utility, self.heads.selected)
         self.requests = RequestManager(
@@ -168,7 +168,7 @@ class Engine:
                 self.merge(GrowthReceived(name, drafter, [(draft, at)]))
             case ReplyReceived(reply=Resync(session=name, drafter=drafter)):
                 if (state := self.requests.running.get(name)) is not None:
-                    self.drafter_manager.open_again(state, drafter)
+                    self.drafter_manager.reopen(state, drafter)
             case AddRequest():
                 self.requests.add(arrived, self.scheduler.style)
             case Cancel(session=name):
@@ -191,7 +191,7 @@ class Engine:
         for draft, at in growth.drafts:
             if (seconds := state.round_trip(draft, at)) is not None:
                 self.metrics.guesses[growth.drafter].answered(seconds)
-            delay, first = state.grown(at)
+            delay, first = state.record_growth(at)
             if state.ready:
                 self.scheduler.on_growth(delay, first, leaves=len(set(draft.parents.tolist())))
             self.trace.taken(draft, at, TARGET)

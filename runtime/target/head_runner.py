@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from runtime.core.clock import Clock
 from runtime.core.draft_nodes import DraftNodes
-from runtime.core.errors import FAULTS, InvalidRequest
+from runtime.core.errors import SESSION_FAULTS, InvalidRequest
 from runtime.core.messages import Draft
-from runtime.core.node_names import child_key
+from runtime.core.node_keys import child_key
 from runtime.core.tree import TokenTree
 from runtime.drafters.base import Text
 from runtime.heads.base import Head, VerifiedStep
@@ -22,20 +22,20 @@ from runtime.target.batch import BatchItem
 from runtime.target.request_state import RequestState
 from runtime.target.session import Session
 from runtime.target.verifier import Decision
-from runtime.telemetry.metrics import Ledger
+from runtime.telemetry.metrics import TargetMetrics
 from runtime.telemetry.tracing import STEP, Trace
 
-RIDDEN = 4  # rows beside which pseudo rows ride where their price is measured
-MOST = 16  # of a session's step, at most: those at which the target most likely stops
+PRICED_BRANCH_ROWS = 4  # rows beside which pseudo rows ride where their price is measured
+MAX_BRANCH_ROWS = 16  # of a session's step, at most: those at which the target most likely stops
 
-NOTHING = OutputSpec()
+NO_OUTPUTS = OutputSpec()
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class MountedHead:
-    """A head, and the seconds by which its pseudo rows prolong a pass in which RIDDEN rows are ridden (0 where it has none)."""
+    """A head, and the seconds by which its pseudo rows prolong a pass in which PRICED_BRANCH_ROWS rows are ridden (0 where it has none)."""
 
     head: Head
     seconds: float = 0.0
@@ -54,7 +54,7 @@ class HeadRunner:
         model: Model,
         heads: Mapping[str, MountedHead],
         utility: DrafterUtility,
-        metrics: Ledger,
+        metrics: TargetMetrics,
         clock: Clock,
     ) -> None:
         """Raises InvalidRequest for two heads whose branches would meet."""
@@ -62,7 +62,7 @@ class HeadRunner:
         self.built = dict(heads)
         self.selected: dict[str, Head] = {}
         self.active: list[str] = []
-        self.output_spec = NOTHING  # of those active
+        self.output_spec = NO_OUTPUTS  # of those active
         self.select(None)
 
     def select(self, names: Container[str] | None) -> None:
@@ -72,7 +72,7 @@ class HeadRunner:
             for name, mounted in self.built.items()
             if names is None or name in names
         }
-        joint([head.output_spec for head in chosen.values()])
+        merge_looks([head.output_spec for head in chosen.values()])
         self.selected.clear()
         self.selected.update(chosen)
         self._look_with([name for name in self.active if name in chosen])
@@ -89,29 +89,29 @@ class HeadRunner:
         Beside a row at which the target stops they bring about a token.
         """
         branches = len(self.output_spec.branches)
-        if not branches or not wanted(session):
+        if not branches or not can_use_drafts(session):
             return part
         least = self.metrics.rate * sum(self.price(name) for name in self.active)
         worth = (part.rows.positions + branches < self.model.context) & (
-            ends(session.tree, nodes) >= least
+            end_probabilities(session.tree, nodes) >= least
         )
-        rows = [row for row in likely_ends(session.tree, nodes) if worth[row]]
-        return replace(part, branch_rows=sorted(rows[:MOST]))
+        rows = [row for row in rows_by_end_probability(session.tree, nodes) if worth[row]]
+        return replace(part, branch_rows=sorted(rows[:MAX_BRANCH_ROWS]))
 
     def price(self, name: str) -> float:
         """Seconds for each row that is ridden."""
-        return self.built[name].seconds / RIDDEN
+        return self.built[name].seconds / PRICED_BRANCH_ROWS
 
     def forward(self, parts: Sequence[PassInput]) -> list[PassOutput]:
         """One pass with all that the heads look at. Raises what the model raises where nobody looks."""
-        if self.output_spec != NOTHING:
+        if self.output_spec != NO_OUTPUTS:
             try:
                 return cast(HiddenStateModel, self.model).forward_outputs(parts, self.output_spec)
-            except FAULTS as error:
+            except SESSION_FAULTS as error:
                 failure = error
             found = [PassOutput(logits) for logits in self.model.forward_all(parts)]
             for name in [
-                name for name in self.active if self.selected[name].output_spec != NOTHING
+                name for name in self.active if self.selected[name].output_spec != NO_OUTPUTS
             ]:
                 self.disable(name, failure)
             return found
@@ -127,7 +127,7 @@ class HeadRunner:
     def charge(self, parts: Sequence[PassInput]) -> None:
         """Charge the heads for the pseudo rows of a pass."""
         for name, seconds in self.branch_row_time(parts).items():
-            self.utility.spend({name}, seconds)
+            self.utility.charge({name}, seconds)
 
     def guess(self, going: Sequence[tuple[BatchItem, Decision]], trace: Trace) -> None:
         """Let the active heads guess how these sessions go on from their new roots.
@@ -136,14 +136,14 @@ class HeadRunner:
         """
         if not self.active:
             return
-        items = [(item, decision) for item, decision in going if wanted(item.state.session)]
-        seen = [seen_of(item, decision) for item, decision in items]
+        items = [(item, decision) for item, decision in going if can_use_drafts(item.state.session)]
+        seen = [make_seen(item, decision) for item, decision in items]
         for name in tuple(self.active) if seen else ():
             began = self.clock()
             for state, draft in self._propose(name, [item.state for item, _ in items], seen):
                 state.head_drafts.append(draft)
             ended = self.clock()
-            self.utility.spend({name}, ended - began)
+            self.utility.charge({name}, ended - began)
             trace.span(name, STEP, began, ended, sessions=len(seen))
 
     def disable(self, name: str, error: Exception) -> None:
@@ -158,13 +158,13 @@ class HeadRunner:
         for name, mounted in tuple(self.built.items()):
             try:
                 mounted.head.close(session)
-            except FAULTS as error:
+            except SESSION_FAULTS as error:
                 self.disable(name, error)
 
     def _look_with(self, names: list[str]) -> None:
         self.active, self.output_spec = (
             names,
-            joint([self.selected[name].output_spec for name in names]),
+            merge_looks([self.selected[name].output_spec for name in names]),
         )
 
     def _propose(
@@ -178,13 +178,13 @@ class HeadRunner:
                 for state, growth in zip(states, growths, strict=True)
                 if len(growth.tokens)
             ]
-            return [(state, draft_of(state.session, growth, name)) for state, growth in found]
-        except FAULTS as error:
+            return [(state, make_draft(state.session, growth, name)) for state, growth in found]
+        except SESSION_FAULTS as error:
             self.disable(name, error)
             return []
 
 
-def joint(output_specs: Sequence[OutputSpec]) -> OutputSpec:
+def merge_looks(output_specs: Sequence[OutputSpec]) -> OutputSpec:
     """All that they want. Raises InvalidRequest where two have branches: a pass has those of one."""
     branched = [output_spec.branches for output_spec in output_specs if output_spec.branches]
     if len(branched) > 1:
@@ -194,23 +194,23 @@ def joint(output_specs: Sequence[OutputSpec]) -> OutputSpec:
     )
 
 
-def wanted(session: Session) -> bool:
+def can_use_drafts(session: Session) -> bool:
     """Whether anybody can help: not with the last token."""
-    return session.request.speculation and min(session.room, session.most) > 0
+    return session.request.speculation and min(session.room, session.max_step_nodes) > 0
 
 
-def seen_of(item: BatchItem, decision: Decision) -> VerifiedStep:
+def make_seen(item: BatchItem, decision: Decision) -> VerifiedStep:
     """What a step has shown of a session, whose root has moved since."""
     session, row_of = (
         item.state.session,
         {node: row for row, node in enumerate(item.nodes, start=1)},
     )
     text = Text(session.id, session.tokens, session.prompt, session.request.sampling, session.tree)
-    path = [0, *(row_of[node] for node in decision.verdict.path)]
+    path = [0, *(row_of[node] for node in decision.accepted.path)]
     return VerifiedStep(text, item.part.rows.tokens, path, decision.output, item.part.branch_rows)
 
 
-def draft_of(session: Session, growth: DraftNodes, name: str) -> Draft:
+def make_draft(session: Session, growth: DraftNodes, name: str) -> Draft:
     """Nodes by the names of their parents. Raises ValueError for a parent that does not come before its child, and for arrays of unequal
     length."""
     if len(growth.scores) != len(growth.tokens):
@@ -233,7 +233,7 @@ def draft_of(session: Session, growth: DraftNodes, name: str) -> Draft:
     )
 
 
-def ends(tree: TokenTree, nodes: Sequence[int]) -> npt.NDArray[np.float64]:
+def end_probabilities(tree: TokenTree, nodes: Sequence[int]) -> npt.NDArray[np.float64]:
     """(rows,) of a step, root and `nodes`: how likely the target's way ends at each."""
     taken: npt.NDArray[np.float64] = np.exp(np.frombuffer(tree.path)[[0, *nodes]])
     found, row_of = taken.copy(), {node: row for row, node in enumerate([0, *nodes])}
@@ -242,7 +242,7 @@ def ends(tree: TokenTree, nodes: Sequence[int]) -> npt.NDArray[np.float64]:
     return found
 
 
-def likely_ends(tree: TokenTree, nodes: Sequence[int]) -> list[int]:
+def rows_by_end_probability(tree: TokenTree, nodes: Sequence[int]) -> list[int]:
     """All rows of a step, in the order of how likely the target's way ends there."""
-    order: list[int] = np.argsort(-ends(tree, nodes), kind="stable").tolist()
+    order: list[int] = np.argsort(-end_probabilities(tree, nodes), kind="stable").tolist()
     return order

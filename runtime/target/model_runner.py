@@ -1,17 +1,17 @@
 """Runs one pass of the target's model over a batch, and decides for each session from its logits."""
 
-from runtime.core.errors import FAULTS
+from runtime.core.errors import SESSION_FAULTS
 from runtime.models.base import PassOutput
 from runtime.target.batch import Batch, BatchItem
 from runtime.target.head_runner import HeadRunner
 from runtime.target.verifier import Decision, Verifier
-from runtime.telemetry.metrics import Ledger
+from runtime.telemetry.metrics import TargetMetrics
 
 
 class ModelRunner:
     """Makes passes in which a session that fails harms no other. The heads see what they look at."""
 
-    def __init__(self, heads: HeadRunner, verifier: Verifier, metrics: Ledger) -> None:
+    def __init__(self, heads: HeadRunner, verifier: Verifier, metrics: TargetMetrics) -> None:
         self.heads, self.verifier, self.metrics = heads, verifier, metrics
 
     def run(self, batch: Batch) -> list[Decision | Exception]:
@@ -22,7 +22,7 @@ class ModelRunner:
         self.heads.charge(batch.parts)
         try:
             output = self.heads.forward(batch.parts)
-        except FAULTS:
+        except SESSION_FAULTS:
             self.metrics.fallbacks["alone"] += 1
             return [self._run_alone(item) for item in batch.items]
         return [self._decide(*one) for one in zip(batch.items, output, strict=True)]
@@ -30,13 +30,13 @@ class ModelRunner:
     def _run_alone(self, item: BatchItem) -> Decision | Exception:
         try:
             (output,) = self.heads.forward([item.part])
-        except FAULTS as error:
+        except SESSION_FAULTS as error:
             return error
         return self._decide(item, output)
 
     def _decide(self, item: BatchItem, output: PassOutput) -> Decision | Exception:
         state = item.state
         try:
-            return self.verifier.decide(state.session, state.admitted.guide, item.nodes, output)
-        except FAULTS as error:
+            return self.verifier.decide(state.session, state.admitted.grammar, item.nodes, output)
+        except SESSION_FAULTS as error:
             return error

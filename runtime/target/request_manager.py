@@ -14,7 +14,7 @@ from runtime.target.drafter_manager import DrafterManager
 from runtime.target.head_runner import HeadRunner
 from runtime.target.request_state import RequestState
 from runtime.target.session import Session
-from runtime.telemetry.metrics import Ledger, Tally
+from runtime.telemetry.metrics import SessionMetrics, TargetMetrics
 
 
 class RequestManager:
@@ -29,7 +29,7 @@ class RequestManager:
         model: Model,
         drafters: DrafterManager,
         heads: HeadRunner,
-        metrics: Ledger,
+        metrics: TargetMetrics,
         clock: Clock,
         kv_slots: int,
         calibrations: Calibrations,
@@ -58,8 +58,8 @@ class RequestManager:
         while (admitted := self.admission.next(len(self.running), self.model.context)) is not None:
             command, slots = admitted
             request, now = command.request, self.clock()
-            band = self.calibrations.band(request.sampling.temperature)
-            session = Session(request, self.model.vocabulary, self.model.context, band, style)
+            bucket = self.calibrations.bucket(request.sampling.temperature)
+            session = Session(request, self.model.vocabulary, self.model.context, bucket, style)
             self.running[session.id] = RequestState(
                 session, self.model.new_cache(), command, slots, committed_at=now, growth_at=now
             )
@@ -90,7 +90,7 @@ class RequestManager:
         self.prefixes.keep(session.tokens[:length], state.cache)
         self.kv_kept = self.prefixes.slots
         self.metrics.dropped += len(session.tree) - 1
-        self.drafters.tell(session, Close(session.id))
+        self.drafters.notify(session, Close(session.id))
         self.heads.close(session.id)
         self._answer(state.admitted, last)
 
@@ -105,8 +105,8 @@ class RequestManager:
         if state is not None:
             self.finish(state, Chunk((), (), (), reason, state.stats(self.clock())))
         elif waiting is not None:
-            prompt, elapsed = len(waiting.request.prompt), self.clock() - waiting.asked
-            stats = Tally().stats(prompt, 0, 0, {}, {}, 0.0, elapsed)
+            prompt, elapsed = len(waiting.request.prompt), self.clock() - waiting.received_at
+            stats = SessionMetrics().stats(prompt, 0, 0, {}, {}, 0.0, elapsed)
             self._answer(waiting, Chunk((), (), (), reason, stats))
 
     def abort_all(self, arrived: Sequence[AddRequest]) -> None:

@@ -8,10 +8,10 @@ import numpy as np
 
 from runtime.core.messages import Chunk, Commit, Draft, Logprob, Round, Stats
 from runtime.kv.base import KVCache
-from runtime.schedulers.base import View
+from runtime.schedulers.base import SessionView
 from runtime.target.commands import AddRequest
 from runtime.target.session import Session
-from runtime.telemetry.metrics import Tally
+from runtime.telemetry.metrics import SessionMetrics
 
 
 @dataclass(slots=True)
@@ -22,7 +22,7 @@ class RequestState:
     cache: KVCache
     admitted: AddRequest
     slots: int  # of KV memory, reserved for it
-    tally: Tally = field(default_factory=Tally)
+    metrics: SessionMetrics = field(default_factory=SessionMetrics)
     ready: bool = False  # all but the last token of the text is in the cache
     reused: int = 0  # tokens of the prompt that came from another text's cache
     prefilled: float = 0.0  # seconds that the prompt took
@@ -51,17 +51,17 @@ class RequestState:
         default_factory=Counter
     )  # delivered tokens by the drafter that guessed them
 
-    def view(self, now: float, waited: float, drafters: int) -> View:
-        gains, leaves, depth = self.session.worth()
+    def view(self, now: float, waited: float, drafters: int) -> SessionView:
+        gains, leaves, depth = self.session.marginal_gains()
         self.depth = depth
-        return View(
+        return SessionView(
             gains=gains,
             leaves=leaves,
             depth=depth,
             drafters=drafters
-            if min(self.session.room, self.session.most) > 0
+            if min(self.session.room, self.session.max_step_nodes) > 0
             else 0,  # nobody can help with the last token
-            promise=self.session.band.promise,
+            coverage=self.session.bucket.coverage,
             hit=self.hit,
             width=self.width,
             waited=waited,
@@ -70,21 +70,21 @@ class RequestState:
             growths=self.growths,
         )
 
-    def committed(self, done: Round, at: float) -> None:
-        self.tally.add(done)
+    def record_commit(self, done: Round, at: float) -> None:
+        self.metrics.add(done)
         self.hit, self.width, self.growths = done.hit, done.width, 0
         self.committed_at = self.growth_at = at
         self.answered.clear()
         self.reopened.clear()
 
-    def grown(self, at: float) -> tuple[float, bool]:
+    def record_growth(self, at: float) -> tuple[float, bool]:
         """Seconds since the commit or the growth before this one, and whether it was a commit."""
         delay, first = max(0.0, at - self.growth_at), self.growths == 0
         self.growth_at = at
         self.growths += 1
         return delay, first
 
-    def reached(self, drafter: str, new: int) -> None:
+    def record_reach(self, drafter: str, new: int) -> None:
         """`new` nodes, the newest of the tree, came from this drafter."""
         length = len(self.session.tokens) + max(self.session.tree.depth[-new:])
         self.reach[drafter] = max(length, self.reach.get(drafter, 0))
@@ -103,10 +103,10 @@ class RequestState:
         """Tokens that the drafter is ahead: at most those that the tree is, for what it guessed may be gone."""
         return max(0, min(self.depth, self.reach.get(drafter, 0) - len(self.session.tokens)))
 
-    def without(self, drafters: Sized, active: Sized) -> str | None:
+    def fallback_cause(self, drafters: Sized, active: Sized) -> str | None:
         """What this step lacks, in the words of TargetReport; None where it lacks nothing, or nothing could help."""
         session = self.session
-        if not session.request.speculation or min(session.room, session.most) <= 0:
+        if not session.request.speculation or min(session.room, session.max_step_nodes) <= 0:
             return None
         if not len(drafters):
             return "no drafter"
@@ -114,14 +114,14 @@ class RequestState:
             return "all resting"
         return "empty tree" if len(session.tree) == 1 else None
 
-    def hand_out(
+    def make_chunk(
         self, commit: Commit, guessed: tuple[str, ...], logprobs: tuple[Logprob, ...] = ()
     ) -> Chunk:
         """Tokens one by one through the finish function: what comes after the end is not handed out."""
         pieces: list[str] = []
         reason = None
         for token in commit.tokens:
-            delta = self.admitted.finish.feed(token)
+            delta = self.admitted.stop_checker.feed(token)
             pieces.append(delta.text)
             reason = delta.reason
             if reason is not None:
@@ -133,13 +133,13 @@ class RequestState:
         )
 
     def stats(self, now: float) -> Stats:
-        return self.tally.stats(
+        return self.metrics.stats(
             prompt_tokens=self.session.prompt,
-            completion_tokens=self.admitted.finish.count,
+            completion_tokens=self.admitted.stop_checker.count,
             drafted=self.session.drafted,
             by_drafter=self.accepted,
             ignored=self.session.ignored,
             prefill=self.prefilled,
-            elapsed=now - self.admitted.asked,
+            elapsed=now - self.admitted.received_at,
             reused=self.reused,
         )

@@ -1,4 +1,4 @@
-"""One generation as a state machine without I/O: growth is offered, rows are selected, a verdict is applied."""
+"""One generation as a state machine without I/O: growth is offered, rows are selected, a accepted is applied."""
 
 import math
 from collections import Counter, deque
@@ -8,19 +8,21 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.core import limits
-from runtime.core.messages import AS_IT_LIKES, Commit, Draft, Key, Open, Request, Share, Style
-from runtime.core.node_names import text_key
+from runtime.core.accepted_path import AcceptedPath
+from runtime.core.messages import DEFAULT_STYLE, Commit, Draft, Key, Open, Request, Share, Style
+from runtime.core.node_keys import text_key
 from runtime.core.tree import TokenTree
-from runtime.core.verify import Verdict
 from runtime.scoring import agreement
-from runtime.scoring.calibration import Band
+from runtime.scoring.calibration import TemperatureBucket
 
-Probabilities = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.float64]
 
-MEMORY = 0.05  # weight of a new position in what is known of this text
-USUAL = 0.8  # share of first guesses that are right, before anything was seen of the text
-LEAST, MOST = 0.3, 2.0  # of the tilt
-LEAST_TURN = -3.0
+ACCURACY_EWMA_WEIGHT = 0.05  # weight of a new position in what is known of this text
+INITIAL_ACCURACY = (
+    0.8  # share of first guesses that are right, before anything was seen of the text
+)
+MIN_CONFIDENCE_SCALE, MAX_CONFIDENCE_SCALE = 0.3, 2.0  # of the tilt
+MIN_BRANCH_PENALTY = -3.0
 
 
 class Session:
@@ -36,21 +38,21 @@ class Session:
         request: Request,
         vocabulary: int,
         context: int,
-        band: Band,
-        style: Style = AS_IT_LIKES,
+        bucket: TemperatureBucket,
+        style: Style = DEFAULT_STYLE,
     ) -> None:
         self.request = request
         self.id = request.session
         self.epoch = request.epoch
         self.style = style
         self.vocabulary = vocabulary
-        self.band = band
+        self.bucket = bucket
         self.tokens = [*request.prompt, *request.committed]
         self.prompt = len(request.prompt)
         self.end = min(
             context, self.prompt + request.sampling.max_tokens
         )  # length of the longest text allowed
-        self.most = (
+        self.max_step_nodes = (
             limits.STEP_ROWS
             if request.max_rows is None
             else min(limits.STEP_ROWS, request.max_rows)
@@ -58,10 +60,10 @@ class Session:
         self.tree = TokenTree(
             text_key(self.tokens), self.tokens[-1], limits.TREE_NODES, limits.TREE_DEPTH
         )
-        self.right = self.expected = (
-            USUAL  # moving averages: first guesses that were right, and what they were scored
+        self.accuracy = self.expected_accuracy = (
+            INITIAL_ACCURACY  # moving averages: first guesses that were right, and what they were scored
         )
-        self.passed: deque[Key] = deque(
+        self.passed_keys: deque[Key] = deque(
             maxlen=limits.TREE_DEPTH
         )  # names of the texts that the root has left behind
         self.drafted = 0
@@ -79,26 +81,32 @@ class Session:
             self.style,
         )
 
-    def offer(self, *drafts: Draft) -> int:
+    def merge_drafts(self, *drafts: Draft) -> int:
         """Merge growth of one drafter into the mirror; returns how many nodes were new.
 
         Idempotent and, between messages, free of order: a node whose parent is not alive is dropped. Nothing in a draft
         can do more than add nodes.
         """
-        fitting = [draft for draft in drafts if self.fits(draft)]
+        fitting = [draft for draft in drafts if self.is_mergeable(draft)]
         if not fitting:
             return 0
         parents, drafter = np.concatenate([draft.parents for draft in fitting]), fitting[0].drafter
         tokens = np.concatenate([draft.tokens for draft in fitting], dtype=np.int64)
-        said = np.concatenate([draft.scores for draft in fitting], dtype=np.float64)
-        valid = (tokens >= 0) & (tokens < self.vocabulary) & (said <= 0.0)
+        raw_logprob = np.concatenate([draft.scores for draft in fitting], dtype=np.float64)
+        valid = (tokens >= 0) & (tokens < self.vocabulary) & (raw_logprob <= 0.0)
         merged = self.tree.merge(
-            parents[valid], tokens[valid], said[valid], drafter, self.band.of(drafter).scores
+            parents[valid],
+            tokens[valid],
+            raw_logprob[valid],
+            drafter,
+            self.bucket.table(drafter).scores,
         )
-        if merged.shared and (scores := agreement.scores(self.band, self.tree, merged.shared)):
+        if merged.shared and (
+            scores := agreement.combined_scores(self.bucket, self.tree, merged.shared)
+        ):
             self.tree.rescore(scores)
         late = (
-            sum(map(set(self.passed).__contains__, parents[valid][merged.stale].tolist()))
+            sum(map(set(self.passed_keys).__contains__, parents[valid][merged.stale].tolist()))
             if merged.stale
             else 0
         )
@@ -116,7 +124,7 @@ class Session:
         self.drafted += len(merged.rows)
         return len(merged.rows)
 
-    def fits(self, draft: Draft) -> bool:
+    def is_mergeable(self, draft: Draft) -> bool:
         """Whether it may be merged; counted where it may not."""
         if draft.epoch == self.epoch and len(draft.tokens) <= limits.DRAFT_NODES:
             return True
@@ -129,28 +137,39 @@ class Session:
         return self.end - len(self.tokens) - 1
 
     @property
-    def tilt(self) -> float:
+    def confidence_scale(self) -> float:
         """How much likelier this text's first guesses are right than scores say: their probability is exp(tilt * score), so 1 is neutral.
 
         Easy passages are easy for a while: scores are right on average over texts, and too low in one, too high in another.
         """
-        return min(MOST, max(LEAST, math.log(self.right) / math.log(self.expected)))
+        return min(
+            MAX_CONFIDENCE_SCALE,
+            max(MIN_CONFIDENCE_SCALE, math.log(self.accuracy) / math.log(self.expected_accuracy)),
+        )
 
     @property
-    def turn(self) -> float:
+    def branch_penalty(self) -> float:
         """What a path loses where it leaves the first guess, beside the score of the guess that it takes: the likelier the first are
         right, the less is left for others. Never above 0: no node is worth more than its parent."""
-        return max(LEAST_TURN, min(0.0, math.log((1.0 - self.right) / (1.0 - self.expected))))
+        return max(
+            MIN_BRANCH_PENALTY,
+            min(0.0, math.log((1.0 - self.accuracy) / (1.0 - self.expected_accuracy))),
+        )
 
-    def values(self) -> Probabilities:
+    def values(self) -> Floats:
         """Logs of the path probabilities of all nodes, (n,), as far as this text is like its last positions."""
-        aside, turns = np.frombuffer(self.tree.aside), np.frombuffer(self.tree.turns, np.int64)
-        found: Probabilities = (
-            self.tilt * (np.frombuffer(self.tree.path) - aside) + aside + self.turn * turns
+        off_top_logprob, off_top_count = (
+            np.frombuffer(self.tree.off_top_logprob),
+            np.frombuffer(self.tree.off_top_count, np.int64),
+        )
+        found: Floats = (
+            self.confidence_scale * (np.frombuffer(self.tree.path) - off_top_logprob)
+            + off_top_logprob
+            + self.branch_penalty * off_top_count
         )
         return found
 
-    def worth(self) -> tuple[Probabilities, Probabilities, int]:
+    def marginal_gains(self) -> tuple[Floats, Floats, int]:
         """Path probabilities of all nodes that could be verified, and of those among them that could still get children,
         falling; the depth of the deepest. With an empty tree the leaf is the root, of probability 1. No more nodes than may be
         verified in one step."""
@@ -159,7 +178,7 @@ class Session:
         inside = depths <= room
         inside[0] = False
         ends = (depths < room) & (fanout == 0)
-        gains = np.exp(-np.sort(-values[inside])[: self.most])
+        gains = np.exp(-np.sort(-values[inside])[: self.max_step_nodes])
         leaves = np.exp(-np.sort(-values[ends]))
         return gains, leaves, int(depths[inside].max(initial=0))
 
@@ -168,25 +187,27 @@ class Session:
 
         Nodes so deep that their token could not be delivered are left out.
         """
-        if (most := min(count, self.most)) == 0:
+        if (max_step_nodes := min(count, self.max_step_nodes)) == 0:
             return []
         room = self.room
         return [
-            node for node in self.tree.best(most, self.values()) if self.tree.depth[node] <= room
+            node
+            for node in self.tree.best_nodes(max_step_nodes, self.values())
+            if self.tree.depth[node] <= room
         ]
 
     def paths(self, nodes: Sequence[int]) -> list[list[int]]:
         """Token ids below the root for each row of a step: the root's own (empty), then those of `nodes`."""
         return [[], *(self.tree.tokens_to(node) for node in nodes)]
 
-    def apply(self, verdict: Verdict) -> tuple[Commit, bool]:
+    def apply(self, accepted: AcceptedPath) -> tuple[Commit, bool]:
         """Append what the target decided and move the root; the second value is whether the new root was a node (hit)."""
         tree, base = self.tree, len(self.tokens)
-        decided = [tree.token[node] for node in verdict.path] + [verdict.token]
-        self.band.observe_path(tree, decided)
-        agreement.observe_path(self.band, tree, decided)
+        decided = [tree.token[node] for node in accepted.path] + [accepted.token]
+        self.bucket.observe_path(tree, decided)
+        agreement.observe_path(self.bucket, tree, decided)
         self.observe(decided)
-        self.passed.extend(tree.key[node] for node in (0, *verdict.path))
+        self.passed_keys.extend(tree.key[node] for node in (0, *accepted.path))
         hit = tree.reroot(decided)
         self.tokens.extend(decided)
         return Commit(self.id, self.epoch, base, tuple(decided), tree.key[0]), hit
@@ -199,10 +220,12 @@ class Session:
             if not children:
                 return
             first = max(children, key=tree.score.__getitem__)
-            self.right += MEMORY * ((tree.token[first] == token) - self.right)
-            self.expected += MEMORY * (math.exp(tree.score[first]) - self.expected)
-            self.right, self.expected = (
-                min(0.99, max(0.05, mean)) for mean in (self.right, self.expected)
+            self.accuracy += ACCURACY_EWMA_WEIGHT * ((tree.token[first] == token) - self.accuracy)
+            self.expected_accuracy += ACCURACY_EWMA_WEIGHT * (
+                math.exp(tree.score[first]) - self.expected_accuracy
+            )
+            self.accuracy, self.expected_accuracy = (
+                min(0.99, max(0.05, mean)) for mean in (self.accuracy, self.expected_accuracy)
             )
             taken = tree.child(node, token)
             if taken is None:

@@ -44,7 +44,7 @@ class StepPlanner:
 
     def batch(self, ready: Sequence[RequestState], plan: Plan) -> Batch:
         """Make the batch of a plan that waits for nothing. The next step begins after it."""
-        self.drafters.note(ready)
+        self.drafters.record_leads(ready)
         self.heads.activate()
         items = [self._item(state, rows) for state, rows in zip(ready, plan.rows, strict=True)]
         now = self.clock()
@@ -69,7 +69,7 @@ class StepPlanner:
                 self.drafters.merge(state, draft.drafter, [draft])
             state.head_drafts.clear()
         plan = self._ask(scheduler, ready, now)
-        self.drafters.utility.spend(heads, self.clock() - began)
+        self.drafters.utility.charge(heads, self.clock() - began)
         return plan
 
     def _item(self, state: RequestState, rows: int) -> BatchItem:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class StopChecker:
 
     def __init__(
         self,
-        sampling: Sampling,
+        sampling: SamplingParams,
         eos: frozenset[int],
         decode: Callable[[int], str],
         flush: Callable[[], str],
@@ -53,12 +53,12 @@ class StopChecker:
         if last:
             piece += self._flush()
         text = self._held + piece
-        cut = cut_at(text, len(self._held), self._sampling.stop) if may_stop else None
+        cut = find_stop(text, len(self._held), self._sampling.stop) if may_stop else None
         if cut is not None:
             return self._end(text[:cut], "stop")
         if last:
             return self._end(text, "stop" if ended else "length")
-        sure = len(text) - undecided(text, self._sampling.stop)
+        sure = len(text) - held_length(text, self._sampling.stop)
         self._held = text[sure:]
         return Delta(text[:sure])
 
@@ -67,7 +67,7 @@ class StopChecker:
         return Delta(text, reason)
 
 
-def cut_at(text: str, old: int, stops: tuple[str, ...]) -> int | None:
+def find_stop(text: str, old: int, stops: tuple[str, ...]) -> int | None:
     """Where the stop string begins that is complete first, beyond the first `old` characters; None where there is none."""
     found = [
         (start + len(stop), start)
@@ -77,7 +77,7 @@ def cut_at(text: str, old: int, stops: tuple[str, ...]) -> int | None:
     return min(found)[1] if found else None
 
 
-def undecided(text: str, stops: tuple[str, ...]) -> int:
+def held_length(text: str, stops: tuple[str, ...]) -> int:
     """Length of the longest end of `text` that a stop string goes on from."""
     longest = min(len(text), max(map(len, stops), default=1) - 1)
     return next(

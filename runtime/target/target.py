@@ -12,8 +12,8 @@ from runtime.core import limits
 from runtime.core.errors import InvalidRequest, LinkLost, Overloaded, Unavailable
 from runtime.core.links import DraftLink
 from runtime.core.messages import Chunk, Event, Request, Tokens
-from runtime.core.sampler_reference import Guide
-from runtime.core.sampling_params import Constraint, Sampling, whole
+from runtime.core.sampler_reference import GrammarState
+from runtime.core.sampling_params import Constraint, SamplingParams, check_int
 from runtime.schedulers.base import Scheduler
 from runtime.target.commands import (
     AddRequest,
@@ -23,7 +23,7 @@ from runtime.target.commands import (
     ReplyReceived,
     SetScheduler,
     Stop,
-    forgive,
+    ignore_strike,
 )
 from runtime.target.engine import Engine
 from runtime.target.stop_checker import StopChecker
@@ -31,12 +31,12 @@ from runtime.telemetry.reports import TargetReport
 
 log = logging.getLogger(__name__)
 
-Grammar = Callable[
-    [Constraint], Guide
+GrammarCompiler = Callable[
+    [Constraint], GrammarState
 ]  # the beginning of a text; may take a while, and be called from any thread
 
-HEARD_WAITING = 4096  # messages that the engine has not taken in; beyond, links are not read: a flood holds up its sender
-EVENTS_WAITING = 1024  # a link that lets so many pile up is mute
+MAX_INBOX_MESSAGES = 4096  # messages that the engine has not taken in; beyond, links are not read: a flood holds up its sender
+MAX_PENDING_EVENTS = 1024  # a link that lets so many pile up is mute
 
 
 def check(request: Request, vocabulary: int, context: int) -> None:
@@ -44,12 +44,12 @@ def check(request: Request, vocabulary: int, context: int) -> None:
     check_tokens(request.committed, vocabulary)
     check_prompt(request.prompt, request.sampling, vocabulary, context)
     if request.max_rows is not None:
-        whole("max_rows", request.max_rows, 0)
+        check_int("max_rows", request.max_rows, 0)
     if request.deadline is not None and math.isnan(request.deadline):
         raise InvalidRequest("deadline nan is not allowed: give a number of seconds", "deadline")
 
 
-def check_prompt(prompt: Tokens, sampling: Sampling, vocabulary: int, context: int) -> None:
+def check_prompt(prompt: Tokens, sampling: SamplingParams, vocabulary: int, context: int) -> None:
     """Raises InvalidRequest if the model cannot continue this prompt by `max_tokens`."""
     if not prompt:
         raise InvalidRequest("the prompt is empty: give at least one token", "prompt")
@@ -83,23 +83,25 @@ def check_tokens(tokens: Tokens, vocabulary: int) -> None:
             )
 
 
-def resumed(finish: StopChecker, request: Request) -> StopChecker:
-    """`finish` after the tokens that were decided before. Raises InvalidRequest where they end the text already."""
+def resume_stop_checker(stop_checker: StopChecker, request: Request) -> StopChecker:
+    """`stop_checker` after the tokens that were decided before. Raises InvalidRequest where they end the text already."""
     for token in request.committed:
-        if finish.feed(token).reason is not None:
+        if stop_checker.feed(token).reason is not None:
             raise InvalidRequest(
-                f"the text ended with token {finish.count} of those committed: nothing follows it",
+                f"the text ended with token {stop_checker.count} of those committed: nothing follows it",
                 "committed",
             )
-    return finish
+    return stop_checker
 
 
-def guided(grammar: Grammar, constraint: Constraint, request: Request) -> Guide:
+def resume_grammar(
+    grammar: GrammarCompiler, constraint: Constraint, request: Request
+) -> GrammarState:
     """The constraint after the tokens that were decided before. Raises InvalidRequest where they break it."""
     guide = grammar(constraint)
     for place, token in enumerate(request.committed):
         try:
-            guide.take(token)
+            guide.accept_token(token)
         except InvalidRequest as error:
             raise InvalidRequest(
                 f"token {token}, number {place} of those committed, breaks the response_format",
@@ -119,7 +121,7 @@ class Target:
         self,
         engine: Engine,
         finish: Callable[[Request], StopChecker],
-        grammar: Grammar | None = None,
+        grammar: GrammarCompiler | None = None,
         on_stop: Callable[[], object] | None = None,
     ) -> None:
         self.engine, self.finish, self.grammar, self.on_stop = engine, finish, grammar, on_stop
@@ -172,11 +174,11 @@ class Target:
         if self._draining:
             raise Unavailable("the target is draining: ask another one")
         self.engine.requests.admission.check(request, self.engine.model.context)
-        if len(self._sessions) >= (most := limits.SESSIONS + limits.QUEUE):
+        if len(self._sessions) >= (most := limits.SESSIONS + limits.QUEUED_REQUESTS):
             raise Overloaded(
                 f"{len(self._sessions)} sessions are under way or waiting, the most is {most}: try again later"
             )
-        finish = resumed(self.finish(request), request)
+        stop_checker = resume_stop_checker(self.finish(request), request)
         chunks: asyncio.Queue[Chunk] = asyncio.Queue()
 
         def deliver(chunk: Chunk) -> None:
@@ -186,7 +188,7 @@ class Target:
         over = False
         try:
             guide = await self._guide(request)
-            self.engine.inbox.put(AddRequest(request, finish, deliver, asked, guide))
+            self.engine.inbox.put(AddRequest(request, stop_checker, deliver, asked, guide))
             if self.engine.over:
                 raise Unavailable("the target has stopped: start it again")
             while not over:
@@ -199,7 +201,7 @@ class Target:
             if not over:
                 self.engine.inbox.put(Cancel(request.session))
 
-    async def _guide(self, request: Request) -> Guide | None:
+    async def _guide(self, request: Request) -> GrammarState | None:
         """Made on a thread of its own: neither the event loop nor the model waits for a grammar."""
         constraint = request.sampling.constraint
         if constraint is None:
@@ -208,20 +210,22 @@ class Target:
             raise InvalidRequest(
                 "this target knows no grammars: ask without response_format", "response_format"
             )
-        return await asyncio.to_thread(guided, self.grammar, constraint, request)
+        return await asyncio.to_thread(resume_grammar, self.grammar, constraint, request)
 
     def schedule(self, scheduler: Scheduler, heads: frozenset[str] | None = None) -> None:
         """From now on, with these heads (None: all that there are); sessions under way keep the style in which their drafters grow."""
         self.engine.inbox.put(SetScheduler(scheduler, heads))
 
-    def attach(self, name: str, link: DraftLink, struck: Callable[[str], bool] = forgive) -> None:
+    def attach(
+        self, name: str, link: DraftLink, on_strike: Callable[[str], bool] = ignore_strike
+    ) -> None:
         """Let this drafter guess for all sessions, those under way included. A link that ends is detached and counted.
 
-        `struck` hears, on the event loop, what was wrong with a message that no honest drafter sends. Where it returns True
+        `on_strike` hears, on the event loop, what was wrong with a message that no honest drafter sends. Where it returns True
         the link ends.
         """
         if name not in self._links:
-            self._links[name] = self._loop.create_task(self._follow(name, link, struck))
+            self._links[name] = self._loop.create_task(self._follow(name, link, on_strike))
 
     async def detach(self, name: str) -> None:
         """Go on without this drafter; no error where it is not attached."""
@@ -235,18 +239,18 @@ class Target:
         """Names of those attached now."""
         return tuple(self._links)
 
-    async def _follow(self, name: str, link: DraftLink, struck: Callable[[str], bool]) -> None:
-        waiting: asyncio.Queue[Event] = asyncio.Queue(EVENTS_WAITING)
+    async def _follow(self, name: str, link: DraftLink, on_strike: Callable[[str], bool]) -> None:
+        waiting: asyncio.Queue[Event] = asyncio.Queue(MAX_PENDING_EVENTS)
         this = asyncio.current_task()
 
         def push(event: Event) -> None:
             if not waiting.full():
                 waiting.put_nowait(event)
             else:
-                end(f"it has not taken its last {EVENTS_WAITING} events")
+                end(f"it has not taken its last {MAX_PENDING_EVENTS} events")
 
         def count(why: str) -> None:
-            if struck(why):
+            if on_strike(why):
                 end(f"in quarantine, since it sends what no drafter may; the last was {why}")
 
         def end(why: str) -> None:
@@ -268,7 +272,7 @@ class Target:
         self.engine.inbox.put(Join(name, send, strike))
         try:
             async for reply in replies:
-                while self.engine.inbox.qsize() > HEARD_WAITING:  # noqa: ASYNC110 - the engine's thread sets no event here
+                while self.engine.inbox.qsize() > MAX_INBOX_MESSAGES:  # noqa: ASYNC110 - the engine's thread sets no event here
                     await asyncio.sleep(0.001)
                 # Who speaks is known from the link, not from the message.
                 self.engine.inbox.put(

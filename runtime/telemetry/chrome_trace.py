@@ -16,28 +16,28 @@ from typing import Any, NamedTuple
 from runtime.telemetry.tracing import TARGET, WIRE, Count, Flow, Instant, Recording, Span
 
 FORMAT = "outrider"  # what a reader of our own looks for
-PHASES = (
+PHASE_ORDER = (
     "MXiCsf"  # in this order where the times are equal: a slice is open before what binds to it
 )
 
-Place = tuple[int, str]  # pid, lane
-Made = dict[str, Any]  # one event of the format
+LaneId = tuple[int, str]  # pid, lane
+TraceEvent = dict[str, Any]  # one event of the format
 
 
-class End(NamedTuple):
-    place: Place
+class FlowEnd(NamedTuple):
+    place: LaneId
     at: int
 
 
-class Arrow(NamedTuple):
+class FlowArrow(NamedTuple):
     """A message from one lane to another; times in nanoseconds of the merged trace."""
 
     kind: str
-    sent: End
-    taken: End
+    sent: FlowEnd
+    taken: FlowEnd
 
 
-def chrome(parts: Sequence[Recording]) -> Made:
+def to_chrome_trace(parts: Sequence[Recording]) -> TraceEvent:
     """The trace as a JSON object. Times begin at 0 with the earliest event; content names are replaced by running numbers.
 
     Lanes stand in the order target, drafters by name, wire. Growth and commits become arrows and spans on the wire where both ends
@@ -48,36 +48,36 @@ def chrome(parts: Sequence[Recording]) -> Made:
         part.offset - ordered[0].offset for part in ordered
     ]  # before times are added: seconds since 1970 have 1e-7 s of precision
     starts = [
-        begin_of(event) + shift
+        start_of(event) + shift
         for part, shift in zip(ordered, shifts, strict=True)
         for event in part.events
     ]
     origin = min(starts, default=0.0)
-    threads: dict[Place, int] = {}
+    threads: dict[LaneId, int] = {}
     numbers = itertools.count(
         len(ordered) + 2
     )  # a tid equal to a pid would be that process's main thread
-    made: list[Made] = []
-    flows: list[tuple[Place, Flow, int]] = []
+    made: list[TraceEvent] = []
+    flows: list[tuple[LaneId, Flow, int]] = []
     for pid, (part, shift) in enumerate(zip(ordered, shifts, strict=True), start=1):
-        made += named_process(pid, part.process)
-        for lane in sorted(lanes(part), key=lambda lane: (lane != TARGET, lane)):
+        made += process_metadata(pid, part.process)
+        for lane in sorted(lanes_of(part), key=lambda lane: (lane != TARGET, lane)):
             threads[pid, lane] = next(numbers)
-            made += named_thread(pid, threads[pid, lane], lane)
+            made += thread_metadata(pid, threads[pid, lane], lane)
         moment = partial(nanoseconds, shift - origin)
         for event in part.events:
             if isinstance(event, Flow):
                 flows.append(((pid, event.lane), event, moment(event.at)))
             else:
-                made.append(plain(event, pid, threads, moment))
+                made.append(to_trace_event(event, pid, threads, moment))
     arrows, unanswered = match_flows(flows)
-    made += bound(arrows, made, threads)
-    made += wire(arrows, len(ordered) + 1, numbers)
+    made += flow_events(arrows, made, threads)
+    made += wire_events(arrows, len(ordered) + 1, numbers)
     made.sort(
         key=lambda one: (
             one["ph"] != "M",
             one.get("ts", 0),
-            PHASES.index(one["ph"]),
+            PHASE_ORDER.index(one["ph"]),
             -one.get("dur", 0),
         )
     )
@@ -92,15 +92,17 @@ def chrome(parts: Sequence[Recording]) -> Made:
     return {"traceEvents": made, "displayTimeUnit": "ms", "otherData": other}
 
 
-def plain(
+def to_trace_event(
     event: Span | Instant | Count,
     pid: int,
-    threads: Mapping[Place, int],
+    threads: Mapping[LaneId, int],
     moment: Callable[[float], int],
-) -> Made:
+) -> TraceEvent:
     match event:
         case Span(lane=lane, name=name, began=began, ended=ended, figures=figures):
-            return complete(pid, threads[pid, lane], name, moment(began), moment(ended), figures)
+            return complete_event(
+                pid, threads[pid, lane], name, moment(began), moment(ended), figures
+            )
         case Instant(lane=lane, name=name, at=at, figures=figures):
             return {
                 "ph": "i",
@@ -115,15 +117,15 @@ def plain(
             return {"ph": "C", "pid": pid, "name": name, "ts": moment(at), "args": {"value": value}}
 
 
-def lanes(part: Recording) -> set[str]:
+def lanes_of(part: Recording) -> set[str]:
     return {event.lane for event in part.events if not isinstance(event, Count)}
 
 
 def is_target(part: Recording) -> bool:
-    return TARGET in lanes(part)
+    return TARGET in lanes_of(part)
 
 
-def begin_of(event: Span | Instant | Count | Flow) -> float:
+def start_of(event: Span | Instant | Count | Flow) -> float:
     return event.began if isinstance(event, Span) else event.at
 
 
@@ -131,7 +133,7 @@ def nanoseconds(shift: float, seconds: float) -> int:
     return round((seconds + shift) * 1e9)
 
 
-def named_process(pid: int, name: str) -> list[Made]:
+def process_metadata(pid: int, name: str) -> list[TraceEvent]:
     common = {"ph": "M", "pid": pid}
     return [
         common | {"name": "process_name", "args": {"name": name}},
@@ -139,7 +141,7 @@ def named_process(pid: int, name: str) -> list[Made]:
     ]
 
 
-def named_thread(pid: int, tid: int, name: str) -> list[Made]:
+def thread_metadata(pid: int, tid: int, name: str) -> list[TraceEvent]:
     common = {"ph": "M", "pid": pid, "tid": tid}
     return [
         common | {"name": "thread_name", "args": {"name": name}},
@@ -147,9 +149,9 @@ def named_thread(pid: int, tid: int, name: str) -> list[Made]:
     ]
 
 
-def complete(
+def complete_event(
     pid: int, tid: int, name: str, began: int, ended: int, figures: dict[str, Any]
-) -> Made:
+) -> TraceEvent:
     return {
         "ph": "X",
         "pid": pid,
@@ -161,26 +163,28 @@ def complete(
     }
 
 
-def match_flows(flows: Iterable[tuple[Place, Flow, int]]) -> tuple[list[Arrow], dict[str, int]]:
+def match_flows(
+    flows: Iterable[tuple[LaneId, Flow, int]],
+) -> tuple[list[FlowArrow], dict[str, int]]:
     """Pairs of sent and taken in, by time of sending; and how many of each kind were sent and not taken in by anybody.
 
     The n-th end in a lane belongs to the n-th beginning of that name: what is sent again has the same name again.
     """
-    begun: defaultdict[tuple[str, int], list[End]] = defaultdict(list)
-    ended: defaultdict[tuple[str, int, Place], list[End]] = defaultdict(list)
+    begun: defaultdict[tuple[str, int], list[FlowEnd]] = defaultdict(list)
+    ended: defaultdict[tuple[str, int, LaneId], list[FlowEnd]] = defaultdict(list)
     for place, flow, at in sorted(flows, key=itemgetter(2)):
-        end = End(place, at)
+        end = FlowEnd(place, at)
         if flow.begins:
             begun[flow.kind, flow.key].append(end)
         else:
             ended[flow.kind, flow.key, end.place].append(end)
     answered: set[tuple[str, int, int]] = set()
-    arrows: list[Arrow] = []
+    arrows: list[FlowArrow] = []
     for (kind, key, _), takings in ended.items():
         for number, (sent, taken) in enumerate(
             zip(begun.get((kind, key), ()), takings, strict=False)
         ):
-            arrows.append(Arrow(kind, sent, taken))
+            arrows.append(FlowArrow(kind, sent, taken))
             answered.add((kind, key, number))
     arrows.sort(key=lambda arrow: arrow.sent.at)
     unanswered: Counter[str] = Counter()
@@ -191,16 +195,16 @@ def match_flows(flows: Iterable[tuple[Place, Flow, int]]) -> tuple[list[Arrow], 
     return arrows, dict(unanswered)
 
 
-def bound(
-    arrows: Sequence[Arrow], made: Sequence[Made], threads: Mapping[Place, int]
-) -> list[Made]:
+def flow_events(
+    arrows: Sequence[FlowArrow], made: Sequence[TraceEvent], threads: Mapping[LaneId, int]
+) -> list[TraceEvent]:
     """Flow events, each at a time when a slice of its lane is open; none for an arrow that would run backwards then."""
     slices: dict[int, tuple[list[int], list[int]]] = {tid: ([], []) for tid in threads.values()}
     for event in sorted((event for event in made if event["ph"] == "X"), key=itemgetter("ts")):
         begins, ends = slices[event["tid"]]
         begins.append(event["ts"])
         ends.append(event["ts"] + event["dur"])
-    found: list[Made] = []
+    found: list[TraceEvent] = []
     for number, arrow in enumerate(arrows, start=1):
         source, sink = threads[arrow.sent.place], threads[arrow.taken.place]
         sent, taken = (
@@ -233,9 +237,9 @@ def open_after(begins: Sequence[int], ends: Sequence[int], at: int) -> int | Non
     return begins[last + 1] if last + 1 < len(begins) else None
 
 
-def wire(arrows: Sequence[Arrow], pid: int, numbers: Iterable[int]) -> list[Made]:
+def wire_events(arrows: Sequence[FlowArrow], pid: int, numbers: Iterable[int]) -> list[TraceEvent]:
     """A span for each arrow, in as many threads as there are messages under way at one time."""
-    made = named_process(pid, WIRE)
+    made = process_metadata(pid, WIRE)
     free = iter(numbers)
     for kind in sorted({arrow.kind for arrow in arrows}, reverse=True):
         rows: list[tuple[int, int]] = []  # tid, and when its last message was taken in
@@ -245,7 +249,7 @@ def wire(arrows: Sequence[Arrow], pid: int, numbers: Iterable[int]) -> list[Made
                 row = next((row for row, (_, until) in enumerate(rows) if until <= sent), len(rows))
                 if row == len(rows):
                     rows.append((next(free), 0))
-                    made += named_thread(pid, rows[row][0], kind)
+                    made += thread_metadata(pid, rows[row][0], kind)
                 rows[row] = (rows[row][0], max(taken, sent))
                 # Clocks of two machines may disagree by more than the way takes: `ms` is below 0 then.
                 figures = {
@@ -253,5 +257,5 @@ def wire(arrows: Sequence[Arrow], pid: int, numbers: Iterable[int]) -> list[Made
                     "to": arrow.taken.place[1],
                     "ms": (taken - sent) / 1e6,
                 }
-                made.append(complete(pid, rows[row][0], kind, sent, taken, figures))
+                made.append(complete_event(pid, rows[row][0], kind, sent, taken, figures))
     return made

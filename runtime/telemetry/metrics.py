@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from runtime.core.messages import Round, Stats
 from runtime.telemetry.reports import GuessReport, TargetReport
 
-MEMORY = 0.1  # weight of a new round trip
+ROUND_TRIP_EWMA_WEIGHT = 0.1  # weight of a new round trip
 
 
-class Tally:
+class SessionMetrics:
     """The running sums of one session."""
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Tally:
 
 
 @dataclass(slots=True)
-class Guesses:
+class DrafterMetrics:
     """The running figures of one drafter; see GuessReport."""
 
     proposed: int = 0
@@ -72,7 +72,7 @@ class Guesses:
         self.round_trip = (
             seconds
             if self.round_trip is None
-            else self.round_trip + MEMORY * (seconds - self.round_trip)
+            else self.round_trip + ROUND_TRIP_EWMA_WEIGHT * (seconds - self.round_trip)
         )
 
     def report(self, resting: bool) -> GuessReport:
@@ -88,7 +88,7 @@ class Guesses:
         )
 
 
-class Ledger:
+class TargetMetrics:
     """The running sums of one target since its start, kept by one thread; `report` freezes them."""
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class Ledger:
         self.places: list[int] = []  # delivered guesses by their place on the path
         self.finished: Counter[str] = Counter()  # by FinishReason
         self.fallbacks: Counter[str] = Counter()
-        self.guesses: defaultdict[str, Guesses] = defaultdict(Guesses)
+        self.guesses: defaultdict[str, DrafterMetrics] = defaultdict(DrafterMetrics)
 
     @property
     def rate(self) -> float:

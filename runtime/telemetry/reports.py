@@ -6,7 +6,7 @@ Times are in seconds. A field says with its definition how it is exposed as a me
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["counter", "gauge"]
+MetricKind = Literal["counter", "gauge"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +14,7 @@ class Metric:
     """How a field is exposed. `label` says what its keys or places are, "" for a single value."""
 
     name: str
-    kind: Kind
+    kind: MetricKind
     meaning: str
     label: str = ""
 

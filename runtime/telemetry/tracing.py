@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from runtime.core.messages import Commit, Draft, Key, Round
-from runtime.core.node_names import mix64
+from runtime.core.node_keys import mix64
 
 TARGET, WIRE = "target", "wire"  # every other lane is a drafter's
 COMPUTE, WAIT, BOOKKEEPING, PREFILL = "compute", "wait", "bookkeeping", "prefill"
@@ -26,7 +26,7 @@ STEP, REROOT = "step", "re-root"
 GROWTH, COMMIT = "growth", "commit"
 LEAD, NODES, ROWS = "lead (tokens)", "live nodes", "rows"
 
-EVENTS = 200_000  # the newest that a recorder keeps; half an hour of 100 steps a second
+MAX_EVENTS = 200_000  # the newest that a recorder keeps; half an hour of 100 steps a second
 
 
 class Span(NamedTuple):
@@ -77,7 +77,7 @@ class Recording:
     cut: bool
 
 
-class Pass(Protocol):
+class StepTimes(Protocol):
     """What the target knows of a step when its forward pass begins: readings of the clock, and seconds."""
 
     @property
@@ -96,7 +96,7 @@ class Trace:
 
     __slots__ = ("_events", "offset", "process")
 
-    def __init__(self, process: str, offset: float | None = None, most: int = EVENTS) -> None:
+    def __init__(self, process: str, offset: float | None = None, most: int = MAX_EVENTS) -> None:
         self.process = process
         self.offset = wall_offset() if offset is None else offset
         self._events: deque[Event] = deque(maxlen=most)
@@ -115,12 +115,12 @@ class Trace:
         self._events.append(Flow(lane, kind, key, at, begins))
 
     def sent(self, message: Draft | Commit, at: float, lane: str) -> None:
-        self.flow(*name_of(message), at, lane, begins=True)
+        self.flow(*flow_key(message), at, lane, begins=True)
 
     def taken(self, message: Draft | Commit, at: float, lane: str) -> None:
-        self.flow(*name_of(message), at, lane, begins=False)
+        self.flow(*flow_key(message), at, lane, begins=False)
 
-    def step(self, step: Pass, rounds: Sequence[Round], decided: float, done: float) -> None:
+    def step(self, step: StepTimes, rounds: Sequence[Round], decided: float, done: float) -> None:
         """The target's: its waits, which are drawn as one at the beginning, the forward pass, and the bookkeeping around it."""
         packing = min(step.opened + step.waited, step.began)
         rows = len(rounds) + sum(round_.width for round_ in rounds)
@@ -134,7 +134,7 @@ class Trace:
         self.span(TARGET, BOOKKEEPING, decided, done)
         self.count(ROWS, step.began, rows)
 
-    def take(self) -> Recording:
+    def drain(self) -> Recording:
         """What was recorded since the last call. It pickles, without any of the caller's objects."""
         count = len(self._events)
         # One by one from the left, which is safe beside appends; copying the deque would not be.
@@ -142,7 +142,7 @@ class Trace:
         return Recording(self.process, self.offset, events, cut=count == self._events.maxlen)
 
 
-class Off(Trace):
+class NullTrace(Trace):
     """Records nothing."""
 
     __slots__ = ()
@@ -168,14 +168,14 @@ class Off(Trace):
     def taken(self, message: Draft | Commit, at: float, lane: str) -> None:
         pass
 
-    def step(self, step: Pass, rounds: Sequence[Round], decided: float, done: float) -> None:
+    def step(self, step: StepTimes, rounds: Sequence[Round], decided: float, done: float) -> None:
         pass
 
 
-OFF = Off()
+NO_TRACE = NullTrace()
 
 
-def name_of(message: Draft | Commit) -> tuple[str, Key]:
+def flow_key(message: Draft | Commit) -> tuple[str, Key]:
     """Kind and key of a message's arrow, the same wherever it is asked; equal guesses of other drafters and sessions have other keys."""
     if isinstance(message, Commit):
         return COMMIT, mix64(message.key, zlib.crc32(message.session.encode()))

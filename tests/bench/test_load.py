@@ -17,7 +17,7 @@ from bench.load.overload import Overload, overload
 from bench.load.served import Site, computed, held
 from runtime.config import LimitsConfig
 from runtime.core.messages import Request
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 from runtime.telemetry.reports import TargetReport
 from tests.support.gateway import MODEL, Running, serving, tokenizer
 from tests.support.harness import HANG_S, output
@@ -40,7 +40,9 @@ def cases(gateway: Running) -> list[Case]:
         for number, prompt in enumerate(PROMPTS):
             asked = (
                 tuple(tokenizer().encode(prompt)),
-                Sampling(temperature=number / 2, seed=number, max_tokens=TOKENS, ignore_eos=True),
+                SamplingParams(
+                    temperature=number / 2, seed=number, max_tokens=TOKENS, ignore_eos=True
+                ),
             )
             said = output(
                 [

@@ -27,7 +27,7 @@ from bench.core.profiling import middle
 from bench.core.prompts import Prompt
 from bench.core.results import Profile, Results
 from runtime.core.errors import Unavailable
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 from tests.support.benchmarks import run, synthetic
 
 PROMPTS = [Prompt(name, (1, 2, 3)) for name in "abcde"]
@@ -40,7 +40,7 @@ class Counted:
         self.calls: list[tuple[str, str, float]] = []
         self.fails = fails
 
-    def run(self, method: Method, prompts: Sequence[Prompt], sampling: Sampling) -> Outcome:
+    def run(self, method: Method, prompts: Sequence[Prompt], sampling: SamplingParams) -> Outcome:
         self.calls.append(
             (method.name, "".join(prompt.name for prompt in prompts), sampling.temperature)
         )

@@ -16,7 +16,7 @@ from bench.methods.methods_report import PLAIN, Study, methods, page, papers, ru
 from bench.methods.papers import PAPERS
 from bench.methods.study import HEADS, SHIPPED, TEMPERATURES, UNTRAINED, benches, costs, ways, write
 from bench.methods.weights import Cost, line_of, parameters, training_of
-from runtime import config
+from runtime.method_registry import drafting_methods, head_methods
 from runtime.telemetry.tracing import STEP, Recording, Trace
 
 EVERY = (MODEL, "ngram", "layer-skip", *HEADS)
@@ -51,8 +51,8 @@ def whole() -> Study:
 
 def test_every_head_and_every_drafter_that_ships_is_in_it() -> None:
     hows = [way.how for way in ways(EVERY) if isinstance(way.how, OutriderMethod)]
-    assert {head for how in hows for head in how.heads} == set(config.heads())
-    assert {drafter for how in hows for drafter in how.drafters} >= set(config.methods()) - {
+    assert {head for how in hows for head in how.heads} == set(head_methods())
+    assert {drafter for how in hows for drafter in how.drafters} >= set(drafting_methods()) - {
         "noisy",
         "wrong",
         "s3d",
@@ -91,7 +91,7 @@ def recording(*spans: tuple[str, float, float, int]) -> Recording:
     trace = Trace("here")
     for lane, began, ended, leaves in spans:
         trace.span(lane, STEP, began, ended, leaves=leaves)
-    return trace.take()
+    return trace.drain()
 
 
 def outcome(rounds: int, tokens: int) -> Outcome:

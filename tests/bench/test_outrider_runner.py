@@ -28,7 +28,7 @@ from bench.core.recorded import lead, round_trip, steps
 from bench.core.subprocess_call import call_in_subprocess
 from runtime.core.errors import InvalidRequest, Unavailable
 from runtime.core.messages import Chunk, Request, Stats
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 from runtime.telemetry.tracing import (
     BOOKKEEPING,
     COMMIT,
@@ -60,7 +60,7 @@ def recordings() -> list[Recording]:
     drafter.count(LEAD, 102.3, 9.0)
     drafter.flow(COMMIT, 7, 101.503, "draft-0", begins=False)
     drafter.flow(GROWTH, 9, 101.748, "draft-0", begins=True)
-    return [target.take(), drafter.take()]
+    return [target.drain(), drafter.drain()]
 
 
 def test_the_first_step_is_no_decoding() -> None:
@@ -96,12 +96,12 @@ class Failing:
 
 def test_a_request_that_fails_is_no_result() -> None:
     with pytest.raises(Unavailable, match="out of memory"):
-        asyncio.run(ask(Failing(), [(1, 2)], Sampling()))
+        asyncio.run(ask(Failing(), [(1, 2)], SamplingParams()))
 
 
 def test_methods_of_others_are_refused() -> None:
     with pytest.raises(InvalidRequest, match="is transformers'"):
-        OutriderRunner({}, {}).run(RIVALS[0], PROMPTS[:1], Sampling())
+        OutriderRunner({}, {}).run(RIVALS[0], PROMPTS[:1], SamplingParams())
 
 
 def test_what_a_process_apart_finds_or_raises_comes_back() -> None:

@@ -40,7 +40,7 @@ def test_passes_are_read_from_recordings() -> None:
     target.flow(GROWTH, 10, 1.75, TARGET, begins=True)
     drafter.span("draft-0", STEP, 1.0, 1.1, leaves=4)
     drafter.span("draft-0", STEP, 1.3, 1.4, leaves=2)
-    found = passes(target.take(), [drafter.take()])
+    found = passes(target.drain(), [drafter.drain()])
     assert (found.messages, found.round_trip) == (1, None)
     assert found.target[0] == pytest.approx((3, 2, 0.5))
     assert found.bookkeeping == pytest.approx(

@@ -27,7 +27,7 @@ from bench.stages import (
     sweep,
 )
 from runtime.core.errors import Unavailable
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 from tests.support.benchmarks import synthetic
 
 PROMPTS = tuple(Prompt(name, (1, 2, 3)) for name in "abcd")
@@ -46,7 +46,7 @@ class Scripted:
         self.calls: list[tuple[str, str, int]] = []
         self.fails = fails
 
-    def run(self, method: Method, prompts: Sequence[Prompt], sampling: Sampling) -> Outcome:
+    def run(self, method: Method, prompts: Sequence[Prompt], sampling: SamplingParams) -> Outcome:
         names = "".join(prompt.name for prompt in prompts)
         self.calls.append((method.name, names, sampling.max_tokens))
         if names == self.fails:

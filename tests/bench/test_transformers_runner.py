@@ -12,11 +12,11 @@ from bench.core.methods import GREEDY, RIVALS, Method, OutriderMethod, Transform
 from bench.core.prompts import Prompt
 from bench.core.transformers_runner import Place, TransformersRunner, upto
 from runtime.core.errors import InvalidRequest, Unavailable
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 from tests.support.pair import save_model
 
 PROMPTS = [Prompt("a", tuple(range(5, 25))), Prompt("b", tuple(range(40, 52)))]
-GREEDILY = Sampling(max_tokens=12)
+GREEDILY = SamplingParams(max_tokens=12)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_every_method_writes_the_greedy_text(
     assert found.outputs == (expected(pair[0], PROMPTS[0]),)
     assert 1 <= found.first_tokens <= 12
     assert 0 < found.first_seconds <= found.seconds
-    sampling = Sampling(temperature=0.8, seed=3, max_tokens=12)
+    sampling = SamplingParams(temperature=0.8, seed=3, max_tokens=12)
     first, again = (rivals.run(method, PROMPTS[:1], sampling).outputs for _ in range(2))
     assert first == again
     assert len(first[0]) <= 12
@@ -71,7 +71,7 @@ def test_constant_guesses_do_not_outlast_their_method(rivals: TransformersRunner
         Method("assisted", TransformersMethod("assisted")),
         Method("assisted 3", TransformersMethod("assisted", 3)),
     )
-    sampling = Sampling(temperature=0.8, seed=1, max_tokens=12)
+    sampling = SamplingParams(temperature=0.8, seed=1, max_tokens=12)
     before = rivals.run(usual, PROMPTS[:1], sampling).outputs
     rivals.run(constant, PROMPTS[:1], sampling)
     assert rivals.run(usual, PROMPTS[:1], sampling).outputs == before

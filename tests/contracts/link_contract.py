@@ -14,7 +14,7 @@ from actors.rpc.common import closing
 from actors.rpc.server import DraftingService, serve
 from runtime.core.links import DraftLink
 from runtime.core.messages import Close, Commit, Draft, Event, Reply, Share
-from runtime.core.node_names import child_key, text_key
+from runtime.core.node_keys import child_key, text_key
 from tests.support.fakes import HELLO, HOST, Feed, opening
 from tests.support.paths import ROOT
 

@@ -14,20 +14,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.config import methods, module_of
 from runtime.core import limits
 from runtime.core.draft_nodes import DraftNodes
 from runtime.core.errors import InvalidRequest
 from runtime.core.messages import Commit, Draft, Open, Reply, Share
-from runtime.core.node_names import text_key
-from runtime.core.sampler_reference import Ask
-from runtime.core.sampling_params import Sampling
+from runtime.core.node_keys import text_key
+from runtime.core.sampler_reference import SamplingInput
+from runtime.core.sampling_params import SamplingParams
 from runtime.core.tree import TokenTree
 from runtime.draft.draft_engine import DraftEngine
-from runtime.draft.draft_state import RUN_AHEAD
+from runtime.draft.draft_state import MAX_UNVERIFIED_NODES
 from runtime.draft.frontier import Frontier
 from runtime.drafters.base import Drafter, ExpandRequest, Text
 from runtime.drafters.model import ModelDrafter
+from runtime.method_registry import drafting_methods, module_name
 from runtime.models.base import PassInput
 from runtime.models.sampler import candidates
 from runtime.models.toy import ToyModel
@@ -39,11 +39,11 @@ PROMPT = [3, 1, 4, 1, 5, 9, 3, 1, 4, 1]
 LOOPING = ToyModel(
     vocabulary=16, memory=2
 )  # its greedy output repeats itself: something for every method to find
-METHODS = pytest.mark.parametrize("method", methods())
+METHODS = pytest.mark.parametrize("method", drafting_methods())
 
 
 def built(method: str) -> Drafter:
-    module = importlib.import_module(f"runtime.drafters.{module_of(method)}")
+    module = importlib.import_module(f"runtime.drafters.{module_name(method)}")
     found = masks.tiny(
         LOOPING.vocabulary
     )  # a method that reads the target's folder, and what was trained for it, finds one
@@ -56,7 +56,7 @@ def built(method: str) -> Drafter:
 
 def text_of(tokens: Sequence[int], session: str = "s", **sampling: object) -> Text:
     tree = TokenTree(text_key(tokens), tokens[-1], limits.TREE_NODES, limits.TREE_DEPTH)
-    return Text(session, list(tokens), len(tokens), Sampling(**sampling), tree)  # type: ignore[arg-type]
+    return Text(session, list(tokens), len(tokens), SamplingParams(**sampling), tree)  # type: ignore[arg-type]
 
 
 def expanded(drafter: Drafter, text: Text, leaves: Sequence[int], branches: int = 0) -> DraftNodes:
@@ -126,14 +126,14 @@ def test_replies_are_bounded_and_make_sense(method: str, width: int, temperature
     """As long as nobody commits, a drafter falls silent; each of its messages is one that a target takes."""
     sent: list[Reply] = []
     draft_engine = DraftEngine(built(method), "d", width)
-    sampling = Sampling(max_tokens=400, temperature=temperature, top_k=3)
-    draft_engine.hear(
+    sampling = SamplingParams(max_tokens=400, temperature=temperature, top_k=3)
+    draft_engine.handle(
         0, Open("s", 0, tuple(PROMPT), len(PROMPT), sampling, Share("s", 0, 1)), sent.append
     )
     passes = 0
-    while draft_engine.grow():
+    while draft_engine.step():
         passes += 1
-        assert passes <= RUN_AHEAD + limits.TREE_DEPTH
+        assert passes <= MAX_UNVERIFIED_NODES + limits.TREE_DEPTH
     known = {text_key(PROMPT)}
     assert draft_engine.counters == {}
     for reply in sent:
@@ -257,7 +257,7 @@ def test_its_cache_never_shows(
                 path = [*tokens, *tree.tokens_to(leaf)]
                 expected, _ = candidates(
                     torch.as_tensor(model.logits(path))[None],
-                    Ask(text.sampling, text.prompt, path, [[]], frozenset()),
+                    SamplingInput(text.sampling, text.prompt, path, [[]], frozenset()),
                     2,
                 )
                 assert found.tokens[found.parents == leaf].tolist() == expected[0].tolist()
@@ -315,19 +315,19 @@ def test_leaves_of_all_sessions_go_through_the_model_together() -> None:
 def test_after_a_miss_one_narrow_pass_gives_the_children_of_the_new_root() -> None:
     model, sent = Counting(), list[Reply]()
     draft_engine = DraftEngine(ModelDrafter(model), "d", 4)
-    draft_engine.hear(
-        0, Open("s", 0, tuple(PROMPT), len(PROMPT), Sampling(), Share("s", 0, 1)), sent.append
+    draft_engine.handle(
+        0, Open("s", 0, tuple(PROMPT), len(PROMPT), SamplingParams(), Share("s", 0, 1)), sent.append
     )
     for _ in range(5):
-        draft_engine.grow()
+        draft_engine.step()
     tree = draft_engine.states["0/s"].tree
     missed = next(token for token in range(12) if tree.child(0, token) is None)
-    draft_engine.hear(
+    draft_engine.handle(
         0, Commit("s", 0, len(PROMPT), (missed, 3), text_key([*PROMPT, missed, 3])), sent.append
     )
     model.passes.clear()
     sent.clear()
-    draft_engine.grow()
+    draft_engine.step()
     assert model.passes == [[2]]
     (draft,) = sent
     assert isinstance(draft, Draft)
@@ -373,22 +373,22 @@ def test_a_beginning_that_was_read_is_not_read_again(closed: bool) -> None:
 def test_a_session_whose_pass_fails_is_given_up_alone() -> None:
     """Its text has a token that its model has not: the pass of all fails, and then its own."""
 
-    class Strict(ToyModel):
+    class StrictModel(ToyModel):
         def forward_all(self, parts: Sequence[PassInput]) -> list[np.ndarray]:
             if any((part.rows.tokens == 99).any() for part in parts):
                 raise InvalidRequest("token 99")
             return super().forward_all(parts)
 
     sent: list[Reply] = []
-    draft_engine = DraftEngine(ModelDrafter(Strict(vocabulary=12), branches=1), "d", 4)
+    draft_engine = DraftEngine(ModelDrafter(StrictModel(vocabulary=12), branches=1), "d", 4)
     for session, text in (("a", PROMPT), ("bad", [1, 99]), ("b", PROMPT[:-1])):
-        draft_engine.hear(
+        draft_engine.handle(
             0,
-            Open(session, 0, tuple(text), len(text), Sampling(), Share(session, 0, 1)),
+            Open(session, 0, tuple(text), len(text), SamplingParams(), Share(session, 0, 1)),
             sent.append,
         )
-    draft_engine.grow()
-    draft_engine.grow()
+    draft_engine.step()
+    draft_engine.step()
     assert [reply.session for reply in sent] == ["a", "b"] * 2
     assert list(draft_engine.states) == ["0/a", "0/b"]
     assert draft_engine.counters == {"failed": 1}

@@ -18,15 +18,16 @@ import pytest
 from tokenizers import Tokenizer
 
 from actors.compose import build_drafter, build_target
-from runtime.config import DrafterConfig, TargetConfig, shipped
+from runtime.config import DrafterConfig, TargetConfig
 from runtime.core.messages import Request
-from runtime.core.sampler_reference import choose as choose_by_numpy
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampler_reference import reference_sample
+from runtime.core.sampling_params import SamplingParams
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import Drafter
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.ngram import NgramDrafter
 from runtime.drafters.noisy import NoisyDrafter
+from runtime.model_paths import bundled_model
 from runtime.models.base import Model
 from runtime.models.hf import HFModel
 from runtime.models.loader import load_model
@@ -293,7 +294,7 @@ MIXES: tuple[dict[str, Any], ...] = (
 @pytest.mark.parametrize("temperature", [0.4, 0.8, 1.3])
 def test_seeded_sampling_on_is_off(temperature: float, seed: int) -> None:
     model = ToyModel(vocabulary=24, memory=4)
-    accepted = sampled(model, range(20), temperature, seed, choose_by_numpy)
+    accepted = sampled(model, range(20), temperature, seed, reference_sample)
     assert accepted > 20 * COUNT / 3
 
 
@@ -393,7 +394,7 @@ def composed(target: str, draft: str, asked: Sequence[Sequence[int]], count: int
                     Request(
                         f"{number}-{speculation}",
                         tuple(prompt),
-                        Sampling(max_tokens=count),
+                        SamplingParams(max_tokens=count),
                         speculation,
                     ),
                 )
@@ -427,7 +428,7 @@ def test_pairs_of_others_on_story_openings(shared: Path, target: str, draft: str
 
 @pytest.mark.slow
 def test_the_shipped_pair_on_held_out_prompts() -> None:
-    target, draft = shipped("target"), shipped("draft")
+    target, draft = bundled_model("target"), bundled_model("draft")
     asked = prompts(Tokenizer.from_file(str(Path(target) / "tokenizer.json")), 20, 32)
     assert len(asked) == 20
     assert in_lockstep(target, draft, asked, 128, generated=1, passes=4) > 1.5

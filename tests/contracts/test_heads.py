@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.config import heads, module_of
 from runtime.core import limits
 from runtime.core.draft_nodes import DraftNodes
 from runtime.core.errors import InvalidRequest, ModelRefused
-from runtime.core.node_names import text_key
-from runtime.core.sampler_reference import Chooser
-from runtime.core.sampler_reference import choose as choose_by_numpy
+from runtime.core.node_keys import text_key
+from runtime.core.sampler_reference import Sampler, reference_sample
 from runtime.core.tree import TokenTree
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import Text
@@ -25,18 +23,19 @@ from runtime.drafters.model import ModelDrafter
 from runtime.heads.base import Head, HeadContext, VerifiedStep
 from runtime.heads.hidden_transfer import HiddenTransfer
 from runtime.heads.medusa import Medusa
+from runtime.method_registry import head_methods, module_name
 from runtime.models.base import Branch, Model, ModelIdentity, OutputSpec, causal
 from runtime.models.head_checkpoint import write_checkpoint
 from runtime.models.hf import HFModel
 from runtime.models.llama import is_llama
 from runtime.models.sampler import choose
 from runtime.models.toy import ToyModel
-from runtime.schedulers.base import Plan, View
+from runtime.schedulers.base import Plan, SessionView
 from runtime.schedulers.fixed import Fixed
-from runtime.scoring.drafter_utility import REST, TRIAL
+from runtime.scoring.drafter_utility import REST_COMMITS, TRIAL_COMMITS
 from runtime.target.commands import SetScheduler
 from runtime.target.engine import Engine
-from runtime.target.head_runner import MountedHead, draft_of, likely_ends
+from runtime.target.head_runner import MountedHead, make_draft, rows_by_end_probability
 from runtime.target.session import Session
 from runtime.target.verifier import Verifier
 from tests.contracts.test_drafters import holds
@@ -46,7 +45,7 @@ from tests.support.harness import NOBODY, Known, Lockstep, Mute, asking, continu
 PROMPT = (3, 1, 4, 1, 5, 9, 3, 1, 4, 1)
 TOY = ToyModel(vocabulary=24, memory=3)
 TEXT = continued(TOY, PROMPT, 100)
-HEADS = pytest.mark.parametrize("method", heads())
+HEADS = pytest.mark.parametrize("method", head_methods())
 IDENTITY = ModelIdentity(32, 2, VOCABULARY, "hash")
 SETTINGS: dict[str, dict[str, Any]] = {
     "medusa": {"heads": 3, "blocks": 2},
@@ -72,12 +71,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def built(method: str, trained: Mapping[str, Path], model: HFModel | None = None) -> Head:
     mount = HeadContext(model or hf_model("llama"), IDENTITY, trained.get(method))
-    head: Head = import_module(f"runtime.heads.{module_of(method)}").build(mount)
+    head: Head = import_module(f"runtime.heads.{module_name(method)}").build(mount)
     mount.model.check(head.output_spec)
     return head
 
 
-def headed(model: Model, *mounted: Head, rows: int = 8, chooser: Chooser = choose) -> Engine:
+def headed(model: Model, *mounted: Head, rows: int = 8, chooser: Sampler = choose) -> Engine:
     """An engine whose clock ticks once for each look at it; its heads are h-0, h-1, ..."""
     ticks = itertools.count()
     named = {f"h-{number}": MountedHead(head) for number, head in enumerate(mounted)}
@@ -129,7 +128,7 @@ def test_beside_drafters_and_all_other_heads(
     request = asking(PROMPT, max_tokens=40, temperature=temperature, seed=3)
     mounted = [
         built(method, trained),
-        *(built(other, trained) for other in heads() if other != method),
+        *(built(other, trained) for other in head_methods() if other != method),
     ]
     engine = headed(model, *mounted, rows=16)
     (found,) = Lockstep(engine, DraftEngine(ModelDrafter(hf_model("llama")), "d", 2), passes=1).run(
@@ -226,8 +225,8 @@ def test_a_head_that_must_be_trained_says_so(method: str) -> None:
 
 
 def test_the_contract_covers_the_folder() -> None:
-    assert {"token-recycling", "medusa", "hidden-transfer"} <= set(heads())
-    assert "base" not in heads()
+    assert {"token-recycling", "medusa", "hidden-transfer"} <= set(head_methods())
+    assert "base" not in head_methods()
 
 
 # The seam
@@ -256,7 +255,7 @@ class Oracle:
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_a_perfect_head_saves_d_of_d_plus_one_steps(depth: int) -> None:
     """But for the first, before which it has seen nothing."""
-    engine = headed(TOY, Oracle(TEXT, depth), chooser=choose_by_numpy)
+    engine = headed(TOY, Oracle(TEXT, depth), chooser=reference_sample)
     (found,) = Lockstep(engine).run(asking(PROMPT, max_tokens=8 * (depth + 1) + 1))
     assert found.tokens == tuple(TEXT[len(PROMPT) : len(PROMPT) + 8 * (depth + 1) + 1])
     assert (found.stats.rounds, found.stats.accepted) == (9, 8 * depth)
@@ -270,7 +269,7 @@ def test_a_perfect_head_saves_d_of_d_plus_one_steps(depth: int) -> None:
 
 def test_acceptance_is_counted_for_each() -> None:
     """The drafter guesses a token in each round, which the head knows too, and the head one more."""
-    engine = headed(TOY, Oracle(TEXT, 2), chooser=choose_by_numpy)
+    engine = headed(TOY, Oracle(TEXT, 2), chooser=reference_sample)
     (found,) = Lockstep(engine, DraftEngine(Known(TEXT, 24), "d", 1), passes=1).run(
         asking(PROMPT, max_tokens=38)
     )
@@ -284,13 +283,13 @@ class Waits(Fixed):
 
     seen: ClassVar[list[tuple[float, int]]] = []
 
-    def plan(self, views: Sequence[View]) -> Plan:
+    def plan(self, views: Sequence[SessionView]) -> Plan:
         self.seen.append((views[0].waited, len(views[0].gains)))
         return super().plan(views) if views[0].waited else Plan((0,), 1.0)
 
 
 def test_while_somebody_is_waited_for_heads_do_not_count() -> None:
-    engine = headed(TOY, Oracle(TEXT, 2), chooser=choose_by_numpy)
+    engine = headed(TOY, Oracle(TEXT, 2), chooser=reference_sample)
     engine.scheduler = Waits(8)
     (found,) = Lockstep(engine).run(asking(PROMPT, max_tokens=7))
     assert found.stats.rounds == 3
@@ -299,7 +298,7 @@ def test_while_somebody_is_waited_for_heads_do_not_count() -> None:
 
 
 def test_a_session_without_speculation_is_no_business_of_a_head() -> None:
-    engine = headed(TOY, Oracle(TEXT, 2), chooser=choose_by_numpy)
+    engine = headed(TOY, Oracle(TEXT, 2), chooser=reference_sample)
     (found,) = Lockstep(engine).run(asking(PROMPT, speculation=False))
     assert found.stats.drafted == 0
     assert engine.metrics.guesses == {}
@@ -337,7 +336,7 @@ class Clinging(Oracle):
 def test_a_head_that_fails_is_disabled(
     kind: type[Oracle], caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine = headed(TOY, kind(TEXT, 2), Oracle(TEXT, 2), chooser=choose_by_numpy)
+    engine = headed(TOY, kind(TEXT, 2), Oracle(TEXT, 2), chooser=reference_sample)
     (found,) = Lockstep(engine).run(asking(PROMPT))
     assert found.tokens == tuple(TEXT[len(PROMPT) : len(PROMPT) + 24])
     assert list(engine.heads.selected) == list(engine.drafter_manager.heads) == ["h-1"]
@@ -360,16 +359,16 @@ class Wrong(Oracle):
 
 def test_a_head_that_brings_nothing_rests_and_costs_nothing() -> None:
     engine, text = (
-        headed(TOY, Wrong(continued(TOY, PROMPT, 700), 1), chooser=choose_by_numpy),
+        headed(TOY, Wrong(continued(TOY, PROMPT, 700), 1), chooser=reference_sample),
         continued(TOY, PROMPT, 400),
     )
     (found,) = Lockstep(engine).run(asking(PROMPT, max_tokens=200))
     assert found.tokens == tuple(text[len(PROMPT) : len(PROMPT) + 200])
     assert found.stats.accepted == 0
     assert found.stats.ignored["invalid"] == 3 * (
-        TRIAL - 1
+        TRIAL_COMMITS - 1
     )  # it is judged after the last commit of its trial, and not asked again
-    assert engine.metrics.guesses["h-0"].proposed == TRIAL - 1 < REST
+    assert engine.metrics.guesses["h-0"].proposed == TRIAL_COMMITS - 1 < REST_COMMITS
     assert engine.drafter_manager.utility.active(engine.heads.selected) == []
     assert engine.report().guesses["h-0"].resting
 
@@ -402,18 +401,18 @@ def test_a_head_that_rests_does_not_look(trained: dict[str, Path]) -> None:
 @pytest.mark.parametrize("known", [0, 1])
 def test_a_head_rests_where_a_drafter_guesses_the_same(known: int) -> None:
     """It knows two tokens of each step; so does the drafter, or it knows nothing."""
-    text = continued(TOY, PROMPT, 4 * TRIAL)
-    engine = headed(TOY, Oracle(text, 2), chooser=choose_by_numpy)
+    text = continued(TOY, PROMPT, 4 * TRIAL_COMMITS)
+    engine = headed(TOY, Oracle(text, 2), chooser=reference_sample)
     found = Lockstep(engine, DraftEngine(Known(text, 24) if known else Mute(), "d", 1), passes=2)
-    found.admit(asking(PROMPT, max_tokens=4 * TRIAL))
-    for _ in range(TRIAL):
+    found.admit(asking(PROMPT, max_tokens=4 * TRIAL_COMMITS))
+    for _ in range(TRIAL_COMMITS):
         found.round()
     assert engine.requests.running
     assert ("h-0" in engine.drafter_manager.utility.resting) == bool(known)
 
 
 def test_heads_come_into_use_and_go_out_of_it() -> None:
-    engine = headed(TOY, Oracle(TEXT, 1), Oracle(TEXT, 3), chooser=choose_by_numpy)
+    engine = headed(TOY, Oracle(TEXT, 1), Oracle(TEXT, 3), chooser=reference_sample)
     for names, brought in (
         (frozenset({"h-0"}), {"h-0"}),
         (frozenset(), set()),
@@ -437,8 +436,8 @@ def test_where_the_way_likely_ends() -> None:
     tree.add(0, 5, float(np.log(0.9)))
     tree.add(1, 6, float(np.log(0.5)))
     tree.add(1, 7, float(np.log(0.3)))
-    assert likely_ends(tree, [1, 2, 3]) == [2, 3, 1, 0]
-    assert likely_ends(tree, []) == [0]
+    assert rows_by_end_probability(tree, [1, 2, 3]) == [2, 3, 1, 0]
+    assert rows_by_end_probability(tree, []) == [0]
 
 
 def test_a_draft_names_its_parents() -> None:
@@ -447,13 +446,13 @@ def test_a_draft_names_its_parents() -> None:
         24,
         100,
         Engine(
-            TOY, Verifier(choose_by_numpy, NOBODY), Fixed(1), lambda: 0.0
-        ).requests.calibrations.band(0.0),
+            TOY, Verifier(reference_sample, NOBODY), Fixed(1), lambda: 0.0
+        ).requests.calibrations.bucket(0.0),
     )
-    draft = draft_of(
+    draft = make_draft(
         session,
         DraftNodes(np.array([0, 1, 0]), np.array([5, 6, 7]), np.array([-0.1, -0.2, -0.3]), roots=1),
         "h-0",
     )
     assert draft.parents.tolist() == [text_key(PROMPT), text_key([*PROMPT, 5]), text_key(PROMPT)]
-    assert session.offer(draft) == 3
+    assert session.merge_drafts(draft) == 3

@@ -20,8 +20,8 @@ from runtime.core import limits
 from runtime.core.errors import LinkLost, Overloaded
 from runtime.core.links import DraftLink
 from runtime.core.messages import Draft, Event, Open, Reply
-from runtime.core.node_names import text_key
-from runtime.core.sampling_params import Sampling
+from runtime.core.node_keys import text_key
+from runtime.core.sampling_params import SamplingParams
 from tests.contracts.link_contract import (
     PATIENCE_S,
     LinkContract,
@@ -318,9 +318,9 @@ def test_events_that_the_wire_cannot_carry_cost_only_their_session() -> None:
     async def main() -> None:
         body = ScriptedDrafter()
         huge = Open(
-            "huge", 1, (10**6,) * limits.MESSAGE_BYTES, 1, Sampling(), opening("huge").share
+            "huge", 1, (10**6,) * limits.MESSAGE_BYTES, 1, SamplingParams(), opening("huge").share
         )
-        alien = replace(opening("alien"), sampling=Sampling(stop=("\udcff",)))
+        alien = replace(opening("alien"), sampling=SamplingParams(stop=("\udcff",)))
         async with (
             over_grpc(body) as link,
             closing(link.speculate(Feed(huge, alien, opening()))) as replies,

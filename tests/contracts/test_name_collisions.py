@@ -14,18 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.rpc.client import GrpcLink
-from runtime.core import node_names
+from runtime.core import node_keys
+from runtime.core.accepted_path import AcceptedPath, accept_path
 from runtime.core.messages import Commit, Draft, Event, Open, Reply, Request
-from runtime.core.node_names import child_keys, text_key
-from runtime.core.sampling_params import Sampling
-from runtime.core.verify import Verdict, match
+from runtime.core.node_keys import child_keys, text_key
+from runtime.core.sampling_params import SamplingParams
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import Drafter
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.noisy import NoisyDrafter
 from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
-from runtime.scoring.calibration import Band
+from runtime.scoring.calibration import TemperatureBucket
 from runtime.target.commands import AddRequest, Join, ReplyReceived
 from runtime.target.session import Session
 from tests.actors.rpc.test_network import Adversary
@@ -67,7 +67,7 @@ def growth(*chains: Sequence[int], below: int, session: str = "s", drafter: str 
 @contextmanager
 def short_names(bits: int = 16) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(node_names, "NAME_MASK", (1 << bits) - 1)
+        patch.setattr(node_keys, "KEY_MASK", (1 << bits) - 1)
         yield
 
 
@@ -84,7 +84,10 @@ def texts_named(
 
 def session(model: ToyModel = WIDE) -> Session:
     return Session(
-        Request("s", PROMPT, Sampling(max_tokens=20)), model.vocabulary, model.context, Band()
+        Request("s", PROMPT, SamplingParams(max_tokens=20)),
+        model.vocabulary,
+        model.context,
+        TemperatureBucket(),
     )
 
 
@@ -98,19 +101,24 @@ def test_the_attack_is_one() -> None:
 
 def test_the_descent_follows_tokens_and_not_names() -> None:
     of = session()
-    assert of.offer(growth(OTHER, TRUE[:4], below=ROOT)) == 9
+    assert of.merge_drafts(growth(OTHER, TRUE[:4], below=ROOT)) == 9
     nodes = of.select(9)
     written = {TRUE[:n]: TRUE[n] for n in range(5)}
-    verdict = match(of.tree, nodes, [written.get(tuple(path), 0) for path in of.paths(nodes)])
-    assert ([of.tree.token[node] for node in verdict.path], verdict.token) == ([*TRUE[:4]], TRUE[4])
-    commit, hit = of.apply(verdict)
+    accepted = accept_path(
+        of.tree, nodes, [written.get(tuple(path), 0) for path in of.paths(nodes)]
+    )
+    assert ([of.tree.token[node] for node in accepted.path], accepted.token) == (
+        [*TRUE[:4]],
+        TRUE[4],
+    )
+    commit, hit = of.apply(accepted)
     assert (commit.tokens, commit.key, hit) == (TRUE[:5], text_key(TRUE[:5], ROOT), False)
     assert len(of.tree) == 1, "nothing of the other text hangs on the new root"
 
 
 def test_a_second_text_under_a_taken_name_is_refused() -> None:
     of = session()
-    assert of.offer(growth(OTHER, TRUE[:5], below=ROOT)) == 9
+    assert of.merge_drafts(growth(OTHER, TRUE[:5], below=ROOT)) == 9
     assert +of.ignored == {"collision": 1}
     assert of.tree.descend(TRUE[:4]) is not None
     assert of.tree.descend(TRUE[:5]) is None
@@ -120,16 +128,16 @@ def test_the_name_of_the_root_is_taken_too() -> None:
     with short_names(8):
         of, root = session(TOY), text_key(PROMPT)
         alike = texts_named(root, root, 2)[0]
-        assert of.offer(growth(alike, below=root)) == 1
+        assert of.merge_drafts(growth(alike, below=root)) == 1
         assert +of.ignored == {"collision": 1}
 
 
 def test_what_one_drafter_calls_so_is_nothing_to_another() -> None:
     """The text of the other is neither refused nor hung on the wrong node, and its echo is one of the same text."""
     of = session()
-    of.offer(growth(OTHER, below=ROOT, drafter="hostile"))
-    assert of.offer(growth(TRUE, below=ROOT, drafter="honest")) == len(TRUE)
-    assert of.offer(growth(TRUE[:4], below=ROOT, drafter="hostile")) == 0
+    of.merge_drafts(growth(OTHER, below=ROOT, drafter="hostile"))
+    assert of.merge_drafts(growth(TRUE, below=ROOT, drafter="honest")) == len(TRUE)
+    assert of.merge_drafts(growth(TRUE[:4], below=ROOT, drafter="hostile")) == 0
     assert +of.ignored == {"repeated": 4}
     for text, names in (
         (OTHER, ["hostile"]),
@@ -138,25 +146,25 @@ def test_what_one_drafter_calls_so_is_nothing_to_another() -> None:
     ):
         node = of.tree.descend(text)
         assert node is not None
-        assert of.tree.names(node) == names
-    of.apply(Verdict(tuple(of.tree.descend(TRUE[:n]) or 0 for n in range(1, 6)), TRUE[5]))
+        assert of.tree.drafters_of(node) == names
+    of.apply(AcceptedPath(tuple(of.tree.descend(TRUE[:n]) or 0 for n in range(1, 6)), TRUE[5]))
     assert [of.tree.tokens_to(node) for node in range(1, len(of.tree))] == [[TRUE[6]], [*TRUE[6:8]]]
-    assert of.offer(growth(TRUE[6:], [7], below=of.tree.key[0], drafter="honest")) == 1
+    assert of.merge_drafts(growth(TRUE[6:], [7], below=of.tree.key[0], drafter="honest")) == 1
 
 
 def test_growth_that_arrives_under_a_passed_name_is_not_late() -> None:
     """Otherwise fewer would be stale than none, and the session's figures could not be sent."""
     with short_names(8):
         of = session(TOY)
-        of.apply(Verdict((), 5))
+        of.apply(AcceptedPath((), 5))
         root = of.tree.key[0]
-        alike = texts_named(of.passed[0], root, 2)[0]
-        assert of.offer(growth(alike, below=root)) == 2
+        alike = texts_named(of.passed_keys[0], root, 2)[0]
+        assert of.merge_drafts(growth(alike, below=root)) == 2
         assert (
-            of.offer(
+            of.merge_drafts(
                 replace(
-                    growth([1], [2], [3], below=of.passed[0]),
-                    parents=np.array([of.passed[0]] * 2 + [1 << 40], np.uint64),
+                    growth([1], [2], [3], below=of.passed_keys[0]),
+                    parents=np.array([of.passed_keys[0]] * 2 + [1 << 40], np.uint64),
                 )
             )
             == 2

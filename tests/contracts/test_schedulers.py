@@ -14,23 +14,23 @@ import runtime.schedulers
 from runtime.core.messages import Round, Style
 from runtime.schedulers import living
 from runtime.schedulers.amusd import Amusd
-from runtime.schedulers.base import Plan, Scheduler, View
+from runtime.schedulers.base import Plan, Scheduler, SessionView
 from runtime.schedulers.fixed import Fixed
 from runtime.schedulers.pearl import Pearl, gamma
 from runtime.schedulers.plain import Plain
 from runtime.schedulers.sync import Sync
 
-PATIENCE = 0.02
+PATIENCE_FACTOR = 0.02
 
 MAKERS: dict[str, Callable[[], Scheduler]] = {  # by file
     "amusd": lambda: Amusd(0.004),
-    "fixed": lambda: Fixed(8, PATIENCE),
-    "living": lambda: living.Living({rows: 0.01 + 0.0005 * rows for rows in living.ROWS}),
+    "fixed": lambda: Fixed(8, PATIENCE_FACTOR),
+    "living": lambda: living.Living({rows: 0.01 + 0.0005 * rows for rows in living.MEASURED_ROWS}),
     "pearl": lambda: Pearl(5, 0.004),
     "plain": Plain,
     "sync": lambda: Sync(4, 2, 3, 12, 0.004),
 }
-SHARED = {"base", "turns"}  # files that are no policy
+SHARED = {"base", "blocking"}  # files that are no policy
 
 
 def test_every_file_is_under_contract() -> None:
@@ -70,11 +70,11 @@ SCHEDULERS = pytest.mark.parametrize("make", list(MAKERS.values()), ids=list(MAK
 
 
 @st.composite
-def trees(draw: st.DrawFn, drafters: st.SearchStrategy[int]) -> View:
+def trees(draw: st.DrawFn, drafters: st.SearchStrategy[int]) -> SessionView:
     """A session as it comes to its step: nothing waited so far."""
     gains = sorted(draw(st.lists(st.floats(0.0, 1.0), max_size=80)), reverse=True)
     leaves = gains[len(gains) // 2 :] or [1.0]
-    return View(
+    return SessionView(
         np.asarray(gains, dtype=np.float64),
         np.asarray(leaves, dtype=np.float64),
         depth=draw(st.integers(1, len(gains))) if gains else 0,
@@ -86,7 +86,7 @@ def trees(draw: st.DrawFn, drafters: st.SearchStrategy[int]) -> View:
     )
 
 
-def later(views: Sequence[View], seconds: float) -> list[View]:
+def later(views: Sequence[SessionView], seconds: float) -> list[SessionView]:
     """Nothing has arrived meanwhile."""
     return [
         replace(
@@ -109,7 +109,7 @@ def taught(make: Callable[[], Scheduler], history: History) -> Scheduler:
     return scheduler
 
 
-def check(plan: Plan, views: Sequence[View]) -> None:
+def check(plan: Plan, views: Sequence[SessionView]) -> None:
     assert len(plan.rows) == len(views)
     for rows, view in zip(plan.rows, views, strict=True):
         assert isinstance(rows, int)
@@ -132,7 +132,7 @@ def test_a_style_asks_for_something_or_leaves_the_choice(make: Callable[[], Sche
     waited=st.floats(0.0, 2.0),
 )
 def test_a_plan_is_sane_for_any_views(
-    make: Callable[[], Scheduler], history: History, views: list[View], waited: float
+    make: Callable[[], Scheduler], history: History, views: list[SessionView], waited: float
 ) -> None:
     plan = taught(make, history).plan(later(views, waited))
     check(plan, views)
@@ -144,13 +144,13 @@ def test_a_plan_is_sane_for_any_views(
 @settings(max_examples=50)
 @given(history=HISTORIES, views=st.lists(trees(st.integers(0, 2)), min_size=1, max_size=4))
 def test_patience_with_silent_drafters_ends(
-    make: Callable[[], Scheduler], history: History, views: list[View]
+    make: Callable[[], Scheduler], history: History, views: list[SessionView]
 ) -> None:
     """Asked again after each wait, it steps before long: after four times the slowest growth or step ever seen at most."""
     scheduler, waited = taught(make, history), 0.0
     slowest = max(
         [
-            PATIENCE,
+            PATIENCE_FACTOR,
             *(seen.delay if isinstance(seen, Growth) else seen[0].computed for seen in history),
         ]
     )
@@ -169,16 +169,16 @@ def test_patience_with_silent_drafters_ends(
 @settings(max_examples=50)
 @given(history=HISTORIES, views=st.lists(trees(st.integers(0, 4)), min_size=1, max_size=4))
 def test_a_plan_is_a_pure_function_of_what_was_seen(
-    make: Callable[[], Scheduler], history: History, views: list[View]
+    make: Callable[[], Scheduler], history: History, views: list[SessionView]
 ) -> None:
     scheduler = taught(make, history)
     assert scheduler.plan(views) == scheduler.plan(views) == taught(make, history).plan(views)
 
 
-def view(nodes: int = 0, drafters: int = 1, waited: float = 0.0, **others: float) -> View:
+def view(nodes: int = 0, drafters: int = 1, waited: float = 0.0, **others: float) -> SessionView:
     """A chain of so many nodes."""
     gains = 0.9 ** np.arange(1.0, nodes + 1)
-    return View(
+    return SessionView(
         gains,
         gains[-1:] if nodes else np.ones(1),
         depth=nodes,
@@ -192,20 +192,20 @@ def view(nodes: int = 0, drafters: int = 1, waited: float = 0.0, **others: float
     ("views", "plan"),
     [
         ([view(drafters=0)], Plan((0,))),
-        ([view()], Plan((0,), PATIENCE)),
-        ([view(waited=0.015)], Plan((0,), PATIENCE - 0.015)),
-        ([view(waited=PATIENCE)], Plan((0,))),
+        ([view()], Plan((0,), PATIENCE_FACTOR)),
+        ([view(waited=0.015)], Plan((0,), PATIENCE_FACTOR - 0.015)),
+        ([view(waited=PATIENCE_FACTOR)], Plan((0,))),
         ([view(1)], Plan((1,))),
         ([view(9, drafters=0)], Plan((8,))),
         (
             [view(9), view(waited=0.015), view(3), view(waited=0.005)],
-            Plan((8, 0, 3, 0), PATIENCE - 0.005),
+            Plan((8, 0, 3, 0), PATIENCE_FACTOR - 0.005),
         ),
         ([view(9), view(waited=0.03), view(3)], Plan((8, 0, 3))),
     ],
 )
-def test_fixed(views: list[View], plan: Plan) -> None:
-    scheduler = Fixed(8, PATIENCE)
+def test_fixed(views: list[SessionView], plan: Plan) -> None:
+    scheduler = Fixed(8, PATIENCE_FACTOR)
     scheduler.observe([Round("s", 0, 8, 0, False, 0.0, 9.0, 0.0)])
     scheduler.on_growth(9.0, True, 1)
     assert scheduler.plan(views) == plan
@@ -253,7 +253,7 @@ TREE = Sync(2, 2, 2, 5, 1.0)
         (Pearl(1, 1.0), [view(hit=True)], Plan((0,))),
     ],
 )
-def test_taking_turns(scheduler: Scheduler, views: list[View], plan: Plan) -> None:
+def test_taking_turns(scheduler: Scheduler, views: list[SessionView], plan: Plan) -> None:
     assert scheduler.plan(views) == plan
 
 

@@ -24,7 +24,8 @@ from actors.gateway.concurrency_limiter import ConcurrencyLimiter
 from actors.gateway.metrics import GatewayMetrics
 from actors.serve_app import Arguments
 from runtime import config
-from runtime.config import Deployment, LimitsConfig, methods
+from runtime.config import Deployment, LimitsConfig
+from runtime.method_registry import drafting_methods
 from tests.support.kubernetes import schema_of
 from tests.support.paths import ROOT
 from tests.system.cluster.queries import alerts, panels, rules, shown
@@ -200,8 +201,8 @@ def test_keys_are_made_once_for_their_owner_alone_and_nodes_get_certificates_by_
 
 @by_name(EXAMPLES)
 def test_the_examples_are_deployments_and_closed(file: Path) -> None:
-    deployment = config.read(file)
-    assert {pool.method for pool in deployment.pools} <= set(methods())
+    deployment = config.load_deployment(file)
+    assert {pool.method for pool in deployment.pools} <= set(drafting_methods())
     if deployment.gateway.host != "127.0.0.1":
         assert deployment.gateway.api_keys
         assert deployment.gateway.tls
@@ -255,7 +256,7 @@ def test_the_pods_are_closed_placed_and_complete(file: Path) -> None:
 
 @by_name(MANIFESTS)
 def test_the_gateway_finds_its_keys_and_takes_them_for_closed(file: Path) -> None:
-    deployment = config.read(DEPLOY / "examples" / "kubernetes.yaml")
+    deployment = config.load_deployment(DEPLOY / "examples" / "kubernetes.yaml")
     pod = ray_cluster(file.stem)["headGroupSpec"]["template"]["spec"]
     (laid,) = [volume["secret"] for volume in pod["volumes"] if volume["name"] == "api-keys"]
     (mount,) = [

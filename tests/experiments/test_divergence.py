@@ -3,9 +3,9 @@
 import pytest
 
 from experiments.divergence import Divergence, divergence
-from runtime import config
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.model import ModelDrafter
+from runtime.model_paths import bundled_model
 from runtime.models.loader import load_model, load_tokenizer
 from runtime.models.sampler import choose
 from tests.support.harness import Lockstep, asking, engine_of, plain
@@ -22,9 +22,9 @@ PROMPTS = (
 @pytest.mark.slow
 def test_texts_of_bfloat16_differ_at_near_ties_alone() -> None:
     target, draft = (
-        load_model(config.shipped(name), "bfloat16", "cpu", 1) for name in ("target", "draft")
+        load_model(bundled_model(name), "bfloat16", "cpu", 1) for name in ("target", "draft")
     )
-    tokenizer, lengths = load_tokenizer(config.shipped("target")), []
+    tokenizer, lengths = load_tokenizer(bundled_model("target")), []
     for text in PROMPTS:
         request = asking(tokenizer.encode(text), max_tokens=40)
         (guessed,) = Lockstep(
@@ -39,7 +39,7 @@ def test_texts_of_bfloat16_differ_at_near_ties_alone() -> None:
 
 
 def test_a_difference_without_a_tie_is_seen() -> None:
-    model = load_model(config.shipped("draft"), "float32", "cpu", 1)
+    model = load_model(bundled_model("draft"), "float32", "cpu", 1)
     tokens = plain(model, asking((5, 6, 7), max_tokens=6), chooser=choose).tokens
     assert divergence(model, (5, 6, 7), tokens, tokens) is None
     assert divergence(model, (5, 6, 7), tokens, tokens[:3]) is None

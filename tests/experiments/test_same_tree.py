@@ -3,12 +3,12 @@
 from bench.core.prompts import held_out
 from bench.methods.study import LEARNING, NEW_TOKENS
 from experiments.same_tree import Counted, counted, grid, page
-from runtime import config
+from runtime.model_paths import bundled_model
 from runtime.models.loader import load_model, load_tokenizer
 
 
 def test_what_is_counted_does_not_depend_on_the_clock() -> None:
-    shipped = config.shipped("target")
+    shipped = bundled_model("target")
     model, prompts = (
         load_model(shipped, "float32", "cpu", 1),
         held_out(load_tokenizer(shipped), LEARNING + 1, 2),

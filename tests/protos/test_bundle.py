@@ -41,16 +41,20 @@ def test_a_frame_as_large_as_a_message_goes_alone() -> None:
 
 def test_a_message_holds_so_many_frames_and_no_more() -> None:
     """A frame may be empty: a message of them would be a million lines of work."""
-    frames = [drafting_codec.encode_reply(Resync("s", DRAFTER))] * (2 * limits.FRAMES + 1)
+    frames = [drafting_codec.encode_reply(Resync("s", DRAFTER))] * (
+        2 * limits.FRAMES_PER_MESSAGE + 1
+    )
     messages = bundle.bundle_replies(frames)
     assert [len(bundle.unbundle_replies(message)) for message in messages] == [
-        limits.FRAMES,
-        limits.FRAMES,
+        limits.FRAMES_PER_MESSAGE,
+        limits.FRAMES_PER_MESSAGE,
         1,
     ]
     with pytest.raises(InvalidRequest, match="257 frames"):
         bundle.unbundle_replies(
-            pb.FromDrafter(bundle=pb.Bundle(frames=[b""] * (limits.FRAMES + 1))).SerializeToString()
+            pb.FromDrafter(
+                bundle=pb.Bundle(frames=[b""] * (limits.FRAMES_PER_MESSAGE + 1))
+            ).SerializeToString()
         )
 
 

@@ -29,7 +29,7 @@ from runtime.core.messages import (
     Stats,
     Style,
 )
-from runtime.core.sampling_params import Constraint, Sampling
+from runtime.core.sampling_params import Constraint, SamplingParams
 
 DRAFTER = "d0"
 quick = settings(max_examples=50, deadline=None)  # a busy machine is no failure
@@ -44,7 +44,7 @@ constraints = st.builds(
     Constraint, st.sampled_from(list(fields.CONSTRAINT_KINDS)), st.text(min_size=1, max_size=30)
 )
 samplings = st.builds(
-    Sampling,
+    SamplingParams,
     temperature=st.just(0.0) | st.floats(0.01, 100),
     top_k=ids,
     top_p=st.floats(0.001, 1),
@@ -385,10 +385,10 @@ def test_malformed_chunks_are_refused(chunk: Any, says: str) -> None:
 def test_absent_fields_have_the_defaults() -> None:
     assert target_codec.decode_request(
         pb.GenerateRequest(session="s").SerializeToString()
-    ) == Request("s", (), Sampling())
+    ) == Request("s", (), SamplingParams())
     opened = pb.ToDrafter(open=pb.Open(session="s", tokens=[7], prompt=1))
     assert drafting_codec.decode_event(opened.SerializeToString()) == Open(
-        "s", 0, (7,), 1, Sampling(), Share("s", 0, 0), Style(0, 0, 0)
+        "s", 0, (7,), 1, SamplingParams(), Share("s", 0, 0), Style(0, 0, 0)
     )
 
 
@@ -401,9 +401,9 @@ def test_a_frame_of_a_later_protocol_is_neither_a_value_nor_an_error() -> None:
 @pytest.mark.parametrize(
     ("request_", "says"),
     [
-        (Request("s", (2**31,), Sampling()), "2147483648"),
-        (Request("s", (1,), Sampling(stop=("\udcff",))), "surrogates"),
-        (Request("s", (1000,) * limits.MESSAGE_BYTES, Sampling()), "at most 1048576"),
+        (Request("s", (2**31,), SamplingParams()), "2147483648"),
+        (Request("s", (1,), SamplingParams(stop=("\udcff",))), "surrogates"),
+        (Request("s", (1000,) * limits.MESSAGE_BYTES, SamplingParams()), "at most 1048576"),
     ],
 )
 def test_what_the_wire_cannot_carry_is_an_invalid_request(request_: Request, says: str) -> None:

@@ -14,36 +14,36 @@ from runtime.config import (
     Placement,
     PoolConfig,
     TargetConfig,
-    deployment,
-    folder_of,
-    heads,
-    methods,
-    read,
-    shipped,
+    load_deployment,
 )
-from runtime.core.cpu_affinity import split_cores
+from runtime.core.cpu_partition import split_cores
 from runtime.core.errors import InvalidRequest
+from runtime.deployment_builder import build_deployment
+from runtime.method_registry import drafting_methods, head_methods
+from runtime.model_paths import bundled_model, head_folder
 
 
 def named(*drafts: str, drafters: int = 1) -> list[str]:
     return [
         drafter.name
-        for drafter in deployment("t", drafts, drafters, "auto", "cpu", local=False).drafters()
+        for drafter in build_deployment(
+            "t", drafts, drafters, "auto", "cpu", local=False
+        ).drafters()
     ]
 
 
 def test_the_methods_are_the_files() -> None:
-    assert {"model", "ngram", "noisy"} <= set(methods())
-    assert "base" not in methods()
+    assert {"model", "ngram", "noisy"} <= set(drafting_methods())
+    assert "base" not in drafting_methods()
 
 
 def test_the_heads_are_the_files_and_sit_on_the_target(tmp_path: Path) -> None:
-    assert {"token-recycling", "medusa", "hidden-transfer"} <= set(heads())
+    assert {"token-recycling", "medusa", "hidden-transfer"} <= set(head_methods())
     trained, model = tmp_path / "trained", tmp_path / "model"
     for folder, config in ((trained, {"method": "medusa"}), (model, {"model_type": "llama"})):
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config))
-    made = deployment(
+    made = build_deployment(
         "big",
         ("token-recycling", "small", str(trained), "medusa", str(model)),
         2,
@@ -57,22 +57,24 @@ def test_the_heads_are_the_files_and_sit_on_the_target(tmp_path: Path) -> None:
         "medusa-1": HeadConfig(method="medusa"),
     }
     assert [pool.name for pool in made.pools] == ["small", "model"]
-    assert folder_of(HeadConfig(method="token-recycling")) is None
-    assert folder_of(HeadConfig(method="medusa", folder="x")) == Path("x")
+    assert head_folder(HeadConfig(method="token-recycling")) is None
+    assert head_folder(HeadConfig(method="medusa", folder="x")) == Path("x")
 
 
 def test_a_pool_is_not_called_as_a_head_is() -> None:
     mounted = TargetConfig(model="t", heads=(HeadConfig(method="medusa"),))
     with pytest.raises(ValidationError, match="'medusa' is that of a head"):
         Deployment(target=mounted, pools=(PoolConfig(name="medusa", method="ngram"),))
-    made = deployment("big", ("medusa", "org/medusa"), 1, "auto", "cpu", local=False)
+    made = build_deployment("big", ("medusa", "org/medusa"), 1, "auto", "cpu", local=False)
     assert [pool.name for pool in made.pools] == ["medusa-2"]
     with pytest.raises(ValidationError, match="'ngram' is no head"):
         HeadConfig(method="ngram")
 
 
 def test_a_draft_is_a_method_or_a_model() -> None:
-    made = deployment("big", ("ngram", "org/small", "model"), 1, "float32", "cpu", local=False)
+    made = build_deployment(
+        "big", ("ngram", "org/small", "model"), 1, "float32", "cpu", local=False
+    )
     assert made.target == TargetConfig(model="big", dtype="float32", device="cpu")
     assert [(drafter.name, drafter.method, drafter.model) for drafter in made.drafters()] == [
         ("ngram-0", "ngram", ""),
@@ -104,7 +106,7 @@ def test_on_one_machine_the_cores_are_shared_and_nothing_listens_outside(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 1, 2, 0})
-    made = deployment("big", ("small", "ngram"), 1, "auto", "auto", local=True)
+    made = build_deployment("big", ("small", "ngram"), 1, "auto", "auto", local=True)
     assert [
         made.target.placement.cores,
         *(drafter.placement.cores for drafter in made.drafters()),
@@ -113,7 +115,7 @@ def test_on_one_machine_the_cores_are_shared_and_nothing_listens_outside(
         made.target.placement.listen,
         *(drafter.placement.listen for drafter in made.drafters()),
     } == {"127.0.0.1"}
-    spread = deployment("big", ("small",), 2, "auto", "auto", local=False)
+    spread = build_deployment("big", ("small",), 2, "auto", "auto", local=False)
     assert {made.target.placement.num_cpus, *(pool.placement.num_cpus for pool in made.pools)} == {
         0
     }
@@ -179,7 +181,7 @@ def test_what_clients_ask_for(tmp_path: Path) -> None:
 
 def test_the_shipped_pair_lies_in_the_project() -> None:
     for name in ("target", "draft"):
-        assert (Path(shipped(name)) / "tokenizer.json").is_file()
+        assert (Path(bundled_model(name)) / "tokenizer.json").is_file()
 
 
 GOOD = """
@@ -193,7 +195,7 @@ pools:
 def test_a_deployment_file(tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text(GOOD)
-    assert read(file) == Deployment(
+    assert load_deployment(file) == Deployment(
         target=TargetConfig(
             model="big",
             dtype="float32",
@@ -244,7 +246,7 @@ def test_a_wrong_file_is_named_with_what_is_wrong(tmp_path: Path, text: str, say
     file = tmp_path / "cluster.yaml"
     file.write_text(text)
     with pytest.raises(InvalidRequest) as caught:
-        read(file)
+        load_deployment(file)
     assert says in str(caught.value)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -253,12 +255,12 @@ def test_a_wrong_file_is_named_with_what_is_wrong(tmp_path: Path, text: str, say
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="does not exist"):
-        read(tmp_path / "none.yaml")
+        load_deployment(tmp_path / "none.yaml")
     with pytest.raises(InvalidRequest, match="cannot be read"):
-        read(tmp_path)
+        load_deployment(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"target: \xff")
     with pytest.raises(InvalidRequest, match="is not YAML"):
-        read(tmp_path / "latin.yaml")
+        load_deployment(tmp_path / "latin.yaml")
 
 
 def test_values_do_not_change() -> None:

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.config import shipped
 from runtime.core.errors import InvalidRequest
 from runtime.core.messages import Request
-from runtime.core.sampler_reference import Allowed, choose
-from runtime.core.sampling_params import Constraint, Sampling
+from runtime.core.sampler_reference import Allowed, reference_sample
+from runtime.core.sampling_params import Constraint, SamplingParams
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import Drafter
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.noisy import NoisyDrafter
+from runtime.model_paths import bundled_model
 from runtime.models import sampler as fast
 from runtime.models.grammar import GrammarCompiler
 from runtime.models.loader import load_model, load_tokenizer
@@ -70,7 +70,7 @@ DRAFTERS: dict[str, Callable[[list[int]], Drafter]] = {
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return load_tokenizer(shipped("target"))
+    return load_tokenizer(bundled_model("target"))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def check(grammars: GrammarCompiler, tokenizer: Any, constraint: Constraint, fou
     guide = grammars(constraint)
     for token in found.tokens:
         assert guide.allowed()[token]
-        guide.take(token)
+        guide.accept_token(token)
     if found.reason == "stop" and constraint.kind == "regex":
         assert re.fullmatch(constraint.text, text_of(tokenizer, found))
     elif found.reason == "stop":
@@ -147,8 +147,8 @@ def test_the_shipped_pair(
 
 @pytest.fixture(scope="module")
 def pair() -> Any:
-    return load_model(shipped("target"), "float32", "cpu"), load_model(
-        shipped("draft"), "float32", "cpu"
+    return load_model(bundled_model("target"), "float32", "cpu"), load_model(
+        bundled_model("draft"), "float32", "cpu"
     )
 
 
@@ -163,8 +163,8 @@ class Counting:
         mask: Allowed = self.inner.allowed()
         return mask
 
-    def take(self, token: int) -> None:
-        self.inner.take(token)
+    def accept_token(self, token: int) -> None:
+        self.inner.accept_token(token)
 
 
 def test_a_step_costs_a_mask_for_each_token_that_it_decides(grammars: GrammarCompiler) -> None:
@@ -278,7 +278,7 @@ def test_a_text_decided_in_part_is_gone_on_with_where_its_constraint_stands(
     grammars: GrammarCompiler,
 ) -> None:
     async def main() -> None:
-        sampling = Sampling(max_tokens=24, constraint=SCHEMA, temperature=0.8, seed=3)
+        sampling = SamplingParams(max_tokens=24, constraint=SCHEMA, temperature=0.8, seed=3)
         whole = plain(TOY, Request("s", PROMPT, sampling), EOS, grammar=grammars)
         async with running(TOY, Fixed(8), EOS, grammar=grammars) as asked:
             for cut in (1, 9, 23):
@@ -327,8 +327,11 @@ def test_the_noise_of_a_position_is_the_same_with_a_constraint(grammars: Grammar
         def allowed(self) -> Allowed:
             return mask
 
-        def take(self, token: int) -> None:
+        def accept_token(self, token: int) -> None:
             pass
 
     request = asking(PROMPT, temperature=0.8, seed=1, max_tokens=12, constraint=REGEX)
-    assert plain(TOY, request, EOS, choose, lambda constraint: Anything()).tokens == free.tokens
+    assert (
+        plain(TOY, request, EOS, reference_sample, lambda constraint: Anything()).tokens
+        == free.tokens
+    )

@@ -11,12 +11,12 @@ from actors.rpc.common import closing
 from actors.rpc.server import DraftingService, TargetService, serve
 from runtime.config import TlsConfig
 from runtime.core.messages import Chunk, Request
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 from tests.contracts.link_contract import draft_for
 from tests.support.fakes import HELLO, HOST, Feed, opening
 
 NOW = datetime.datetime.now(datetime.UTC)
-REQUEST = Request("s", (1, 2, 3), Sampling())
+REQUEST = Request("s", (1, 2, 3), SamplingParams())
 CHUNK = Chunk(("a",), (7,), ("",), "length")
 
 

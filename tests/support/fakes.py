@@ -12,8 +12,8 @@ from actors.rpc.server import DraftingService, serve
 from protos import drafting_codec
 from protos.handshake import Hello
 from runtime.core.messages import Chunk, Commit, Draft, Event, Open, Reply, Request, Resync, Share
-from runtime.core.node_names import child_key, text_key
-from runtime.core.sampling_params import Sampling
+from runtime.core.node_keys import child_key, text_key
+from runtime.core.sampling_params import SamplingParams
 
 DRAFTER = "scripted"
 HELLO = Hello("0123abcd", "big", DRAFTER)  # the target's
@@ -45,7 +45,7 @@ class Feed:
 
 
 def opening(session: str = "s", tokens: tuple[int, ...] = (5, 6, 7), epoch: int = 1) -> Open:
-    return Open(session, epoch, tokens, 1, Sampling(), Share(session, 0, 1))
+    return Open(session, epoch, tokens, 1, SamplingParams(), Share(session, 0, 1))
 
 
 def chain(session: str, epoch: int, root: int, nodes: int = 4, drafter: str = DRAFTER) -> Draft:

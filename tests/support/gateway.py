@@ -23,7 +23,7 @@ from actors.openai.served_model import ServedModel
 from actors.rpc.loop_thread import LoopThread
 from runtime.config import GatewayConfig, LimitsConfig
 from runtime.core.messages import Chunk, Request
-from runtime.core.sampler_reference import choose
+from runtime.core.sampler_reference import reference_sample
 from runtime.draft.draft_engine import DraftEngine
 from runtime.draft.draft_host import DraftHost
 from runtime.drafters.model import ModelDrafter
@@ -59,7 +59,7 @@ def toy_target() -> tuple[Target, DraftHost]:
     """A target whose texts are varied, and a drafter that guesses them. To be started and stopped on one event loop."""
     toy = ToyModel(vocabulary=len(tokenizer()), context=CONTEXT, memory=4)
     eos = frozenset({0})
-    engine = Engine(toy, Verifier(choose, eos), Fixed(3, 0.001), time.monotonic)
+    engine = Engine(toy, Verifier(reference_sample, eos), Fixed(3, 0.001), time.monotonic)
     grammars = GrammarCompiler(tokenizer(), toy.vocabulary, eos)
     target = Target(engine, stop_checker_factory(tokenizer(), eos), grammars, grammars.close)
     return target, DraftHost(DraftEngine(ModelDrafter(toy, branches=1), "d", 1))

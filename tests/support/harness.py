@@ -24,20 +24,20 @@ from runtime.core.messages import (
     Stats,
     Style,
 )
-from runtime.core.sampler_reference import Chooser, choose
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampler_reference import Sampler, reference_sample
+from runtime.core.sampling_params import SamplingParams
 from runtime.draft.commands import EventReceived
 from runtime.draft.draft_engine import DraftEngine
 from runtime.draft.draft_host import DraftHost
 from runtime.drafters.base import Drafter, ExpandRequest, Text
 from runtime.models.base import Model
-from runtime.schedulers.base import Plan, Scheduler, View
+from runtime.schedulers.base import Plan, Scheduler, SessionView
 from runtime.schedulers.fixed import Fixed
 from runtime.scoring.calibration import Calibration
 from runtime.target.commands import AddRequest, Join, Leave, ReplyReceived
 from runtime.target.engine import Engine
 from runtime.target.stop_checker import StopChecker
-from runtime.target.target import Grammar, Target
+from runtime.target.target import GrammarCompiler, Target
 from runtime.target.verifier import Verifier
 from tests.contracts.link_contract import soon
 
@@ -105,7 +105,9 @@ def lettering(eos: frozenset[int] = NOBODY) -> Callable[[Request], StopChecker]:
 def asking(
     prompt: Sequence[int], session: str = "s", speculation: bool = True, **sampling: Any
 ) -> Request:
-    return Request(session, tuple(prompt), Sampling(**{"max_tokens": 24, **sampling}), speculation)
+    return Request(
+        session, tuple(prompt), SamplingParams(**{"max_tokens": 24, **sampling}), speculation
+    )
 
 
 # Drafters
@@ -165,7 +167,7 @@ def score_of(calibration: Calibration, rank: int, said: float) -> float:
 
 
 def engine_of(
-    model: Model, rows: int = 8, eos: frozenset[int] = NOBODY, chooser: Chooser = choose
+    model: Model, rows: int = 8, eos: frozenset[int] = NOBODY, chooser: Sampler = reference_sample
 ) -> Engine:
     ticks = itertools.count()
     return Engine(model, Verifier(chooser, eos), Fixed(rows), lambda: float(next(ticks)))
@@ -181,7 +183,7 @@ class Lockstep:
         *draft_engines: DraftEngine,
         passes: int = 2,
         tamper: Tamper = lambda message: [message],
-        grammar: Grammar | None = None,
+        grammar: GrammarCompiler | None = None,
     ) -> None:
         self.engine, self.passes, self.tamper, self.grammar = engine, passes, tamper, grammar
         self.draft_engines: list[DraftEngine] = []
@@ -234,10 +236,10 @@ class Lockstep:
 
     def round(self) -> None:
         for draft_engine in self.draft_engines:
-            draft_engine.take_in(block=False)
+            draft_engine.receive(block=False)
             for _ in range(self.passes):
-                draft_engine.grow()
-            draft_engine.send_rest(())  # as if there had been no time for more
+                draft_engine.step()
+            draft_engine.send_unsent(())  # as if there had been no time for more
         self.engine.receive(0.0)
         self.engine.step()
 
@@ -247,7 +249,7 @@ class Lockstep:
         while self.engine.requests.running:
             self.round()
         for draft_engine in self.draft_engines:
-            draft_engine.take_in(block=False)
+            draft_engine.receive(block=False)
         return [output(of_one) for of_one in chunks]
 
 
@@ -255,8 +257,8 @@ def plain(
     model: Model,
     request: Request,
     eos: frozenset[int] = NOBODY,
-    chooser: Chooser = choose,
-    grammar: Grammar | None = None,
+    chooser: Sampler = reference_sample,
+    grammar: GrammarCompiler | None = None,
 ) -> Output:
     """What the target says alone."""
     return Lockstep(engine_of(model, eos=eos, chooser=chooser), grammar=grammar).run(
@@ -265,7 +267,7 @@ def plain(
 
 
 def continued(
-    model: Model, prompt: Sequence[int], count: int, chooser: Chooser = choose
+    model: Model, prompt: Sequence[int], count: int, chooser: Sampler = reference_sample
 ) -> list[int]:
     """The prompt and `count` tokens more, as the target writes greedily."""
     return [*prompt, *plain(model, asking(prompt, max_tokens=count), chooser=chooser).tokens]
@@ -284,7 +286,7 @@ class Patient:
     rows: int
     style: ClassVar[Style] = Style()
 
-    def plan(self, views: Sequence[View]) -> Plan:
+    def plan(self, views: Sequence[SessionView]) -> Plan:
         rows = tuple(min(self.rows, len(view.gains)) for view in views)
         lacking = [view for view in views if view.drafters and len(view.gains) < self.rows]
         return Plan(rows, max((HANG_S - view.waited for view in lacking), default=0.0))
@@ -301,9 +303,9 @@ async def running(
     model: Model,
     scheduler: Scheduler,
     eos: frozenset[int] = NOBODY,
-    chooser: Chooser = choose,
+    chooser: Sampler = reference_sample,
     finish: Callable[[Request], StopChecker] | None = None,
-    grammar: Grammar | None = None,
+    grammar: GrammarCompiler | None = None,
 ) -> AsyncIterator[Target]:
     """A target on this event loop, stopped in the end."""
     target = Target(

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 from training import outputs, text
 from training.run import Material, Order
 from training.teacher import Teacher
@@ -33,7 +33,7 @@ def written(teacher: Teacher, seed: int = 0) -> list[outputs.Written]:
     """Texts that the target has not written: any will do for a loop."""
     made = rows(seed, batch=2).tolist()
     return [
-        outputs.Written(tuple(row[:6]), tuple(row[6:]), Sampling(temperature=t, seed=1))
+        outputs.Written(tuple(row[:6]), tuple(row[6:]), SamplingParams(temperature=t, seed=1))
         for row in made
         for t in (0.0, 0.8)
     ]

@@ -13,10 +13,10 @@ from actors.controller.fleet_view import TargetState
 from actors.routing.router import Router
 from runtime.core.errors import OutriderError, TargetDied, Unavailable
 from runtime.core.messages import Chunk, Logprob, Request, Stats
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 from runtime.models.detokenize import Detokenizer
 from runtime.target.stop_checker import StopChecker
-from runtime.target.target import resumed
+from runtime.target.target import resume_stop_checker
 from runtime.telemetry.reports import TargetReport
 from tests.support.harness import output
 from tests.support.paths import ROOT
@@ -139,7 +139,7 @@ def spoken(
     answer: Sequence[int], request: Request, sizes: Sequence[int]
 ) -> Iterator[tuple[int, Chunk]]:
     """The chunks that follow what was committed, each with the number of its first token."""
-    finish, place = resumed(finish_of(request), request), len(request.committed)
+    finish, place = resume_stop_checker(finish_of(request), request), len(request.committed)
     for rounds, size in enumerate(itertools.cycle(sizes), 1):
         start, reason = place, None
         pieces: list[str] = []
@@ -182,7 +182,9 @@ def there(
 
 TEXT = "(größe):\n    x = '世界 STO'  # naïve 😀 STOP1\n    return 'STOP!' + x"
 ANSWER: tuple[int, ...] = tuple(TOKENIZER.encode(TEXT).ids)
-ASKED = Request("s", PROMPT, Sampling(stop=("STOP!", "😀 END"), max_tokens=100, logprobs=1, seed=5))
+ASKED = Request(
+    "s", PROMPT, SamplingParams(stop=("STOP!", "😀 END"), max_tokens=100, logprobs=1, seed=5)
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from protos.handshake import PROTOCOL
 from runtime.config import DrafterConfig, Placement, TargetConfig, TlsConfig
 from runtime.core.errors import InvalidRequest, Unavailable
 from runtime.core.messages import Request
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 from runtime.models.loader import load_tokenizer
 from tests.contracts.link_contract import soon
 from tests.support.certificates import write_certificates
@@ -71,7 +71,9 @@ def test_actors_speak_by_certificate_and_keep_silent(
 ) -> None:
     prompt = tuple(load_tokenizer(model).encode(f"{MARK} {MARK} {MARK}"))
     request = Request(
-        "s", prompt, Sampling(max_tokens=40, temperature=0.5, seed=3, stop=(MARK,), ignore_eos=True)
+        "s",
+        prompt,
+        SamplingParams(max_tokens=40, temperature=0.5, seed=3, stop=(MARK,), ignore_eos=True),
     )
     told: list[str] = []
 
@@ -86,7 +88,7 @@ def test_actors_speak_by_certificate_and_keep_silent(
         with pytest.raises(InvalidRequest, match="over the context"):
             await anext(
                 client.generate(
-                    replace(request, sampling=Sampling(max_tokens=10_000, stop=(MARK,)))
+                    replace(request, sampling=SamplingParams(max_tokens=10_000, stop=(MARK,)))
                 )
             )
         with pytest.raises(InvalidRequest, match="is not in the vocabulary"):

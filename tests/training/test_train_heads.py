@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.core.errors import ModelRefused
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 from runtime.heads.hidden_transfer import HiddenTransfer
 from runtime.heads.medusa import Medusa
 from runtime.models.acceptance import RANKS
@@ -212,7 +212,7 @@ def knowing(
 
 @pytest.mark.parametrize("offset", [1, 2])
 def test_acceptance_counts_places_and_chains(offset: int) -> None:
-    answer = outputs.Written((1, 2, 3), (4, 5, 6, 7, 8, 9), Sampling())
+    answer = outputs.Written((1, 2, 3), (4, 5, 6, 7, 8, 9), SamplingParams())
     (at,) = measure([answer], knowing(answer, 3, offset, (True, False, True)), offset)
     assert [rates[1] for rates in at.rates] == [1.0, 0.0, 1.0]
     assert [rates[2] for rates in at.rates] == [1.0, 1.0, 1.0]
@@ -222,13 +222,15 @@ def test_acceptance_counts_places_and_chains(offset: int) -> None:
 
 def test_guesses_share_the_targets_noise_above_temperature_0() -> None:
     """A guesser with the target's own logits is right at any temperature, though both draw."""
-    from runtime.core.sampler_reference import Ask
+    from runtime.core.sampler_reference import SamplingInput
     from runtime.models.sampler import choose
 
-    sampling, same = Sampling(temperature=1.0, seed=5), torch.zeros(1, 16)
+    sampling, same = SamplingParams(temperature=1.0, seed=5), torch.zeros(1, 16)
     tokens: list[int] = []
     for _ in range(12):
-        tokens.append(int(choose(same, Ask(sampling, 2, [1, 2], [tokens], frozenset()))[0]))
+        tokens.append(
+            int(choose(same, SamplingInput(sampling, 2, [1, 2], [tokens], frozenset()))[0])
+        )
     assert len(set(tokens)) > 4
     answer = outputs.Written((1, 2), tuple(tokens), sampling)
     (at,) = measure([answer], lambda text: torch.zeros(1, len(text), 16), 1)

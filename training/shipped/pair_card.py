@@ -12,7 +12,7 @@ import torch
 from rich.progress import track
 from torch.nn import functional as F
 
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 from runtime.models.acceptance import RANKS, acceptance
 from runtime.models.hf import HFModel
 from runtime.models.loader import load_model, load_tokenizer
@@ -122,7 +122,7 @@ def acceptance_table(target: HFModel, draft: HFModel, prompts: Sequence[Sequence
     ]
     eos = frozenset({int(target.module.config.eos_token_id)})
     for temperature in track(TEMPERATURES, description="acceptance"):
-        sampling = Sampling(temperature=temperature, seed=1, max_tokens=NEW_TOKENS)
+        sampling = SamplingParams(temperature=temperature, seed=1, max_tokens=NEW_TOKENS)
         rates = acceptance(target, draft, prompts, sampling, eos)
         rows.append(
             f"| {temperature:g} | " + " | ".join(f"{rates[rank]:.3f}" for rank in RANKS) + " |"

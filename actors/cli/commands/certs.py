@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from runtime.core.errors import InvalidRequest
-from runtime.core.sampling_params import whole
+from runtime.core.sampling_params import check_int
 
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,40}")
 HOST = re.compile(r"[A-Za-z0-9:*][A-Za-z0-9:.*-]{0,252}")
@@ -47,7 +47,7 @@ def certs(
     """Make a certificate authority, a certificate for each role of actors, and one for the gateway's HTTPS."""
     from actors.rpc.certificate_authority import CertificateAuthority  # grpc: `--help` needs none
 
-    whole("days", days, 1, 3650)
+    check_int("days", days, 1, 3650)
     if not NAME.fullmatch(name):
         raise InvalidRequest(
             f"name {name[:64]!r} is not allowed: give up to 41 lower-case letters, digits, dots and dashes",

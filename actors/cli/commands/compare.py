@@ -24,7 +24,7 @@ from actors.cli.views.status_view import (
 from actors.controller import client
 from actors.controller.fleet_view import Fleet
 from actors.launch.cluster import join_cluster
-from runtime.core.sampling_params import in_range
+from runtime.core.sampling_params import check_range
 from runtime.telemetry.reports import GuessReport
 
 MAX_SECONDS = 86_400.0
@@ -38,7 +38,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Accepted tokens, acceptance and lag of two pools while both work on the same sessions: those of the next seconds."""
-    in_range("seconds", seconds, 0.1, MAX_SECONDS)
+    check_range("seconds", seconds, 0.1, MAX_SECONDS)
     with Progress(quiet=as_json) as progress, join_cluster(address):
         before = client.fetch_fleet()
         pools = [pool_of(before, name) for name in (first, second)]

@@ -26,7 +26,7 @@ def configure(
     if file is None:
         sys.stdout.write(EXAMPLE.read_text("utf-8"))
         return
-    plan = config.read(file)
+    plan = config.load_deployment(file)
     if as_json:
         sys.stdout.write(plan.model_dump_json() + "\n")
     else:

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.cli.commands.options import Dtype
-from runtime import config
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
+from runtime.model_paths import bundled_model
 
 ROW_COUNTS = (1, 4, 8, 16, 32)
 PROMPTS = (
@@ -40,7 +40,7 @@ def doctor(
     from runtime.models.step_timing import step_times
     from runtime.models.vocab_check import check_pair
 
-    names = (target or config.shipped("target"), draft or config.shipped("draft"))
+    names = (target or bundled_model("target"), draft or bundled_model("draft"))
     contexts = (context_length(names[0]), context_length(names[1]))
     tokenizer = load_tokenizer(names[0])
     warnings = check_pair(tokenizer, load_tokenizer(names[1]), names, contexts)
@@ -54,7 +54,7 @@ def doctor(
         )
         status.update("measuring acceptance")
         prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
-        sampling = Sampling(temperature=temperature, max_tokens=min(64, contexts[0] // 2))
+        sampling = SamplingParams(temperature=temperature, max_tokens=min(64, contexts[0] // 2))
         rates = acceptance(large, small, prompts, sampling, frozenset())
     console.print(
         f"The pair fits: {len(tokenizer)} tokens in both vocabularies, context {contexts[0]} and {contexts[1]}."

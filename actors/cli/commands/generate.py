@@ -19,7 +19,9 @@ from actors.tracing.trace_reader import save_trace
 from runtime import config
 from runtime.core.errors import InvalidRequest, Unavailable
 from runtime.core.messages import Chunk, Request
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
+from runtime.deployment_builder import build_deployment
+from runtime.model_paths import bundled_model
 from runtime.telemetry.tracing import Recording
 
 
@@ -105,7 +107,7 @@ def generate(
     ] = False,
 ) -> None:
     """Continue a prompt. At a terminal, drafted tokens are green and the target's own white."""
-    sampling = Sampling(
+    sampling = SamplingParams(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -121,9 +123,9 @@ def generate(
     )
     wanted = speculation is Switch.on
     if deployment is None:
-        drafts = tuple(draft or (config.shipped("draft"),)) if wanted else ()
-        plan = config.deployment(
-            target or config.shipped("target"),
+        drafts = tuple(draft or (bundled_model("draft"),)) if wanted else ()
+        plan = build_deployment(
+            target or bundled_model("target"),
             drafts,
             drafters,
             dtype.value,
@@ -133,7 +135,7 @@ def generate(
         )
     else:
         refuse_with_file(context, str(deployment), *FILE_OPTIONS)
-        plan = config.read(deployment)
+        plan = config.load_deployment(deployment)
     from actors.launch.prepare import (
         prepare,
     )  # torch and transformers: `--help` and a wrong flag need neither

@@ -11,7 +11,7 @@ import typer
 from actors.cli.commands.options import Address, Json
 from actors.launch.cluster import join_cluster
 from runtime.core.errors import InvalidRequest, Unavailable
-from runtime.core.sampling_params import whole
+from runtime.core.sampling_params import check_int
 
 MAX_LINES = 100_000
 READ_TIMEOUT_S = 10.0  # seconds for the node to answer
@@ -30,7 +30,7 @@ def logs(
     as_json: Json = False,
 ) -> None:
     """Show the log of an actor; of its last life where it is lost. There are no prompts, outputs and keys in it."""
-    whole("lines", lines, 1, MAX_LINES)
+    check_int("lines", lines, 1, MAX_LINES)
     with join_cluster(address):
         text = read_log(actor, lines)
     sys.stdout.write(

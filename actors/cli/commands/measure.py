@@ -10,7 +10,7 @@ from actors.cli.commands.measure_guesses import TargetAnswer, measure_drafter, m
 from actors.compose import build_drafter, build_head
 from actors.launch.prepare import context_length
 from runtime.config import DrafterConfig, Dtype, HeadConfig, Placement
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 from runtime.models.acceptance import continuation, replay_draft
 from runtime.models.loader import load_model, load_tokenizer
 from runtime.models.step_timing import step_times, text_time
@@ -56,7 +56,7 @@ def measure_models(
         step_times(large, PROFILE_ROW_COUNTS, time.monotonic),
         text_time(large, BATCH_TEXTS, time.monotonic),
     )
-    sampling = Sampling(temperature=temperature, max_tokens=min(MAX_TOKENS, context // 2))
+    sampling = SamplingParams(temperature=temperature, max_tokens=min(MAX_TOKENS, context // 2))
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     answers: list[TargetAnswer] = [
         (prompt, continuation(large, prompt, sampling, frozenset())) for prompt in prompts
@@ -86,7 +86,7 @@ def measure_draft(
     target: str,
     dtype: Dtype,
     answers: Sequence[TargetAnswer],
-    sampling: Sampling,
+    sampling: SamplingParams,
 ) -> dict[str, object]:
     """Its t(w) and its guesses. A method that is not simply a model is asked place by place."""
     if drafter.method in ("model", "layer-skip"):

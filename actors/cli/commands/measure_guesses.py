@@ -10,8 +10,8 @@ import numpy as np
 from runtime.core import limits
 from runtime.core.draft_nodes import DraftNodes
 from runtime.core.messages import Tokens
-from runtime.core.node_names import text_key
-from runtime.core.sampling_params import Sampling
+from runtime.core.node_keys import text_key
+from runtime.core.sampling_params import SamplingParams
 from runtime.core.tree import TokenTree
 from runtime.drafters.base import Drafter, ExpandRequest, Text
 from runtime.heads.base import Head, VerifiedStep
@@ -28,7 +28,7 @@ REPEATS = 8
 
 
 def measure_head(
-    name: str, head: Head, model: HFModel, answers: Sequence[TargetAnswer], sampling: Sampling
+    name: str, head: Head, model: HFModel, answers: Sequence[TargetAnswer], sampling: SamplingParams
 ) -> HeadProfile:
     """It looks at steps of plain decoding along the answers. Each pass is made without it and then with it: the difference is its price."""
     steps: list[tuple[RankedScores, ...]] = []
@@ -76,7 +76,7 @@ def measure_head(
 
 
 def measure_drafter(
-    drafter: Drafter, answers: Sequence[TargetAnswer], sampling: Sampling
+    drafter: Drafter, answers: Sequence[TargetAnswer], sampling: SamplingParams
 ) -> tuple[dict[int, float], tuple[Position, ...]]:
     """Seconds (median) of a pass by the number of leaves that it guesses below, and the guesses at each place of the answers."""
     seconds, found = [], []
@@ -105,7 +105,9 @@ def timed_expand(drafter: Drafter, request: ExpandRequest) -> tuple[DraftNodes, 
             return guessed, time.monotonic() - began
 
 
-def expand_seconds(drafter: Drafter, answer: TargetAnswer, sampling: Sampling, width: int) -> float:
+def expand_seconds(
+    drafter: Drafter, answer: TargetAnswer, sampling: SamplingParams, width: int
+) -> float:
     """Seconds (median) of a pass that guesses below so many children of a text's last token."""
     prompt, output = answer
     seconds = []
@@ -137,7 +139,7 @@ def rank_positions(guessed: DraftNodes, text: Sequence[int]) -> list[Position]:
     return found
 
 
-def new_text(number: int, tokens: Tokens, prompt: Sequence[int], sampling: Sampling) -> Text:
+def new_text(number: int, tokens: Tokens, prompt: Sequence[int], sampling: SamplingParams) -> Text:
     """A text with no guesses yet."""
     tree = TokenTree(text_key(tokens), tokens[-1], limits.TREE_NODES, limits.TREE_DEPTH)
     return Text(str(number), tokens, len(prompt), sampling, tree)

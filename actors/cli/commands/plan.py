@@ -18,7 +18,9 @@ from actors.cli.commands.options import Dtype
 from actors.cli.views.plan_view import Plan, plan_json, plan_tables, plot_plan, recommendations
 from runtime import config
 from runtime.core.errors import InvalidRequest
-from runtime.core.sampling_params import Sampling, in_range, whole
+from runtime.core.sampling_params import SamplingParams, check_int, check_range
+from runtime.deployment_builder import build_deployment, resolve_head
+from runtime.model_paths import bundled_model
 from runtime.sim import sweep
 from runtime.sim.forecast import Forecast, Setting
 from runtime.sim.pair_profile import PairProfile, read_profile
@@ -124,12 +126,12 @@ def check_setting(
             f"schedule {wrong[0]!r} is not known: give one of {', '.join(sweep.SCHEDULES)}",
             "schedule",
         )
-    whole("sessions", sessions, 1, MAX_SESSIONS)
-    whole("drafters", drafters, 1, config.MOST_DRAFTERS)
-    whole("targets", targets, 1, MAX_TARGETS)
+    check_int("sessions", sessions, 1, MAX_SESSIONS)
+    check_int("drafters", drafters, 1, config.MAX_DRAFTERS)
+    check_int("targets", targets, 1, MAX_TARGETS)
     if rtt is not None:
-        in_range("rtt", rtt, 0.0, MAX_RTT_MS)
-    Sampling(temperature=temperature)
+        check_range("rtt", rtt, 0.0, MAX_RTT_MS)
+    SamplingParams(temperature=temperature)
     return Setting(drafters=drafters, sessions=sessions, targets=targets)
 
 
@@ -143,10 +145,10 @@ def measure_pairs(
 ) -> tuple[list[PairProfile], list[HeadProfile]]:
     """Of drafters, of which there is one at least, and of heads. Heads that are asked for alone are set beside the draft model that ships,
     and on another target beside n-grams."""
-    name, chosen = target or config.shipped("target"), tuple(dict.fromkeys(drafts or ()))
-    if all(config.head_of(draft) for draft in chosen):
-        chosen = (*chosen, config.shipped("draft") if target is None else "ngram")
-    wanted = config.deployment(name, chosen, 1, dtype.value, "auto", local=False)
+    name, chosen = target or bundled_model("target"), tuple(dict.fromkeys(drafts or ()))
+    if all(resolve_head(draft) for draft in chosen):
+        chosen = (*chosen, bundled_model("draft") if target is None else "ngram")
+    wanted = build_deployment(name, chosen, 1, dtype.value, "auto", local=False)
     with errors.status("loading torch") as status:
         from actors.cli.commands.measure import (
             measure_models as of_models,

@@ -23,7 +23,9 @@ from actors.ray_session import NAMESPACE
 from actors.tracing.recording import check_writable, record_until
 from runtime import config
 from runtime.config import Deployment, GatewayConfig
-from runtime.core.sampling_params import whole
+from runtime.core.sampling_params import check_int
+from runtime.deployment_builder import build_deployment
+from runtime.model_paths import bundled_model
 
 HEAD_NODE = {
     "node:__internal_head__": 0.001
@@ -88,18 +90,18 @@ def serve(
     fresh = chosen is None and local_ray.find() is None
     if file is not None:
         refuse_with_file(context, str(file), *FILE_OPTIONS)
-        plan = config.read(file)
+        plan = config.load_deployment(file)
     else:
-        whole("port", port, 0, 65535)
+        check_int("port", port, 0, 65535)
         gateway = GatewayConfig(
             host=host,
             port=port,
             api_keys=api_key_file and api_key_file.resolve(),
             insecure=insecure,
         )
-        drafts = tuple(draft or (config.shipped("draft"),))
-        pair = config.deployment(
-            target or config.shipped("target"),
+        drafts = tuple(draft or (bundled_model("draft"),))
+        pair = build_deployment(
+            target or bundled_model("target"),
             drafts,
             drafters,
             dtype.value,

@@ -17,7 +17,7 @@ from actors.jobs.registry import find_job
 from actors.jobs.runner import DEFAULT_PARALLEL, SubmitOptions, run_job
 from actors.launch.cluster import join_cluster
 from runtime.core.errors import InvalidRequest, Unavailable
-from runtime.core.sampling_params import whole
+from runtime.core.sampling_params import check_int
 
 MAX_PARALLEL = 1024
 START_TIMEOUT_S, POLL_PERIOD_S = (
@@ -71,7 +71,7 @@ def submit(
     output is a URL. A file with a line that has no custom_id to answer to, or one that stands twice, is refused before anything starts.
     A file or an output that somebody changes meanwhile ends the job; what was answered is kept, and it goes on when they are back.
     """
-    whole("parallel", parallel, 1, MAX_PARALLEL)
+    check_int("parallel", parallel, 1, MAX_PARALLEL)
     if (api_key_file or ca) and not url:
         raise InvalidRequest("--api-key-file and --ca are for a gateway: give its --url", "url")
     order = SubmitOptions(absolute_url(file), absolute_url(out), url, api_key_file, ca, parallel)

@@ -12,9 +12,10 @@ from rich.console import Console
 
 from actors.cli.commands.options import Device
 from actors.launch.serving import serving
-from runtime import config
 from runtime.core.errors import InvalidRequest
-from runtime.core.sampling_params import in_range, whole
+from runtime.core.sampling_params import check_int, check_range
+from runtime.deployment_builder import build_deployment
+from runtime.model_paths import bundled_model, cache_folder
 from training.goal import Goal
 
 if TYPE_CHECKING:
@@ -78,8 +79,8 @@ def medusa(
     device: Device = Device.auto,
 ) -> None:
     """Heads on the target's last hidden state, one for each place ahead (arXiv 2401.10774). Small, and quick to train."""
-    whole("heads", heads, 1, 16)
-    whole("blocks", blocks, 1, 8)
+    check_int("heads", heads, 1, 16)
+    check_int("blocks", blocks, 1, 8)
     order = make_order(
         "medusa", target, out, {"heads": heads, "blocks": blocks}, steps, batch, context, own, seed
     )
@@ -110,8 +111,8 @@ def hidden_transfer(
     device: Device = Device.auto,
 ) -> None:
     """Linear maps to pseudo hidden states, which pass the target's upper layers (arXiv 2404.12022). Dearer to train, guesses better."""
-    whole("positions", positions, 1, 16)
-    chosen = entry_layers(target or config.shipped("target"), layers, positions)
+    check_int("positions", positions, 1, 16)
+    chosen = entry_layers(target or bundled_model("target"), layers, positions)
     order = make_order(
         "hidden-transfer", target, out, {"layers": chosen}, steps, batch, context, own, seed
     )
@@ -151,9 +152,9 @@ def s3d(
     device: Device = Device.auto,
 ) -> None:
     """A drafter out of some of the target's own layers, which guesses several places in a pass (arXiv 2405.20314)."""
-    whole("masks", masks, 1, 16)
-    whole("rank", rank, 1, 1024)
-    layers = kept_layers(depth_of(target or config.shipped("target")), skip)
+    check_int("masks", masks, 1, 16)
+    check_int("rank", rank, 1, 1024)
+    layers = kept_layers(depth_of(target or bundled_model("target")), skip)
     order = make_order(
         "s3d",
         target,
@@ -217,7 +218,7 @@ def draft(
             "latency",
         )
     if latency is not None:
-        in_range("latency", latency, 0.0, 1e5, above=True)
+        check_range("latency", latency, 0.0, 1e5, above=True)
     given = parse_shape(shape) if shape is not None else None
     settings = {
         "loss": loss.value,
@@ -346,13 +347,13 @@ def make_order(
 ) -> "Order":
     from training.run import Order
 
-    whole("steps", steps, 1, MAX_STEPS)
-    whole("batch", batch, 1, MAX_BATCH)
-    whole("own", own, 0, MAX_OWN_TOKENS)
-    whole("seed", seed, 0, 2**31 - 1)
+    check_int("steps", steps, 1, MAX_STEPS)
+    check_int("batch", batch, 1, MAX_BATCH)
+    check_int("own", own, 0, MAX_OWN_TOKENS)
+    check_int("seed", seed, 0, 2**31 - 1)
     return Order(
         method,
-        target or config.shipped("target"),
+        target or bundled_model("target"),
         out.absolute(),
         settings,
         steps,
@@ -428,9 +429,9 @@ def target_texts(
     """The answers of the runtime to `requests`: from the cache, as far as they are there."""
     from training import outputs
 
-    folder = config.cache_folder() / "outputs" / name
+    folder = cache_folder() / "outputs" / name
     if left := outputs.missing(folder, requests):
-        plan = config.deployment(target, (), 0, "auto", device.value, local=True)
+        plan = build_deployment(target, (), 0, "auto", device.value, local=True)
         tell = bar.counts("the target writes texts to learn from", left)
 
         async def ask() -> None:

@@ -12,9 +12,9 @@ from rich.table import Table
 from actors.cli.commands.options import Device
 from actors.cli.commands.train import Context, Data, Target, read_documents
 from actors.cli.commands.tune_shapes import shapes
-from runtime import config
 from runtime.core.errors import InvalidRequest
-from runtime.core.sampling_params import whole
+from runtime.core.sampling_params import check_int
+from runtime.model_paths import bundled_model
 
 if TYPE_CHECKING:
     from training.layers import Subset
@@ -47,7 +47,7 @@ def layers(
     Layers are left out one after the other, always the one that is missed least; of all numbers of layers the one of which the planner
     expects most, on a device of its own, is written down, with what was found for the others.
     """
-    whole("texts", texts, 1, MAX_TEXTS)
+    check_int("texts", texts, 1, MAX_TEXTS)
     if out.exists():
         raise InvalidRequest(
             f"{out} is there already: give another --out, or remove it first", "out"
@@ -58,14 +58,14 @@ def layers(
     from runtime.models.head_checkpoint import target_identity
     from runtime.models.loader import load_model
     from runtime.models.step_timing import step_times
-    from runtime.schedulers.living import ROWS
+    from runtime.schedulers.living import MEASURED_ROWS
     from training import folder, text
     from training import layers as method
     from training.progress import Bar
     from training.run import fitting_context
     from training.teacher import load_teacher
 
-    name = target or config.shipped("target")
+    name = target or bundled_model("target")
     length = fitting_context(context, context_length(name))
     with Bar() as bar:
         bar.note("loading the target")
@@ -83,7 +83,7 @@ def layers(
         bar.note("measuring the target's steps, and what to expect")
         rates, times = (
             method.rates(teacher, rows),
-            step_times(load_model(name, "auto", device.value), ROWS, time.monotonic),
+            step_times(load_model(name, "auto", device.value), MEASURED_ROWS, time.monotonic),
         )
         promises = {
             subset: method.speed_up(

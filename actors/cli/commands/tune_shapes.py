@@ -13,9 +13,9 @@ from rich.table import Table
 from actors.cli.commands.doctor import ROW_COUNTS, expected_speedup
 from actors.cli.commands.options import Device
 from actors.cli.commands.train import Batch, Context, Data, Own, Seed, Steps, Target, draft
-from runtime import config
 from runtime.core.errors import InvalidRequest
-from runtime.core.sampling_params import in_range
+from runtime.core.sampling_params import check_range
+from runtime.model_paths import bundled_model
 from training.goal import Goal
 
 if TYPE_CHECKING:
@@ -58,12 +58,12 @@ def shapes(
 
     What a step takes is measured, the speed-up is the rule of thumb of `outrider doctor` (arXiv 2402.01528).
     """
-    in_range("million", million, MIN_MILLION, MAX_MILLION)
+    check_range("million", million, MIN_MILLION, MAX_MILLION)
     from runtime.models.loader import load_model
     from runtime.models.step_timing import step_times
     from training.shapes import measurer, of_size
 
-    model = load_model(target or config.shipped("target"), "auto", device.value)
+    model = load_model(target or bundled_model("target"), "auto", device.value)
     chosen = of_size(round(1e6 * million), model.vocabulary)
     for shape in chosen:
         if not (out / shape_name(shape)).exists():

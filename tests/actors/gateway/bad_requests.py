@@ -233,7 +233,7 @@ def bad_requests() -> Iterator[Any]:
             {},
             400,
             "unknown_field",
-            name[: limits.ECHO],
+            name[: limits.ERROR_ECHO_LENGTH],
             id=f"field-{name[:12]}",
         )
     yield pytest.param(

@@ -56,8 +56,8 @@ def test_bad_input_gets_its_error(
     )
     assert param is None or error["param"] == param
     assert len(error["message"]) <= 400
-    assert MARK[: limits.ECHO + 1] not in answer.text
-    assert "x" * (limits.ECHO + 1) not in answer.text
+    assert MARK[: limits.ERROR_ECHO_LENGTH + 1] not in answer.text
+    assert "x" * (limits.ERROR_ECHO_LENGTH + 1) not in answer.text
     assert gateway.free()
 
 

@@ -26,7 +26,7 @@ FRAMES = ("Content-Length: 1000", "Transfer-Encoding: chunked")
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "BODY_SECONDS", SOON)
+    monkeypatch.setattr(limits, "BODY_TIMEOUT_S", SOON)
     monkeypatch.setattr("actors.gateway.connection.STALL_TIMEOUT_S", SOON)
     monkeypatch.setattr("actors.gateway.connection.CLOSE_TIMEOUT_S", SOON)
 
@@ -253,14 +253,14 @@ def test_an_unfinished_tls_handshake_counts_as_a_connection_and_times_out(
         with connected(gateway) as silent, connected(gateway) as halfway:
             halfway.sendall(b"\x16\x03\x01\x02\x00\x01\x00")
             gateway.eventually(lambda: len(gateway.connections()) == 2)
-            monkeypatch.setattr(limits, "BODY_SECONDS", SOON)
+            monkeypatch.setattr(limits, "BODY_TIMEOUT_S", SOON)
             assert ends(silent)
             assert ends(halfway)
         with connected(gateway) as plain:
             plain.sendall(head("GET", "/health"))
             assert ends(plain)
         gateway.eventually(lambda: not gateway.connections())
-        monkeypatch.setattr(limits, "BODY_SECONDS", HANG_S)
+        monkeypatch.setattr(limits, "BODY_TIMEOUT_S", HANG_S)
         trusted = ssl.create_default_context(cafile=str(secured.ca))
         with (
             connected(gateway) as connection,

@@ -28,7 +28,7 @@ from actors.openai.usage import merge_stats
 from runtime.config import GatewayConfig, TlsConfig
 from runtime.core.errors import InvalidRequest, Unavailable
 from runtime.core.messages import Round, Stats
-from runtime.telemetry.metrics import Tally, speculative_decoding
+from runtime.telemetry.metrics import SessionMetrics, speculative_decoding
 from tests.support.gateway import tokenizer
 
 
@@ -331,7 +331,7 @@ def test_figures_of_several_choices_are_their_sum() -> None:
 
 
 def test_a_draft_is_a_round_in_which_something_was_speculated() -> None:
-    tally = Tally()
+    tally = SessionMetrics()
     for number, (width, accepted) in enumerate([(0, 0), (3, 0), (2, 2), (0, 0)]):
         tally.add(
             Round(

@@ -94,7 +94,7 @@ def test_a_body_without_an_end_is_read_to_the_limit(gateway: Running) -> None:
 def test_a_body_or_head_that_never_arrives_times_out(
     gateway: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "BODY_SECONDS", 1.0)
+    monkeypatch.setattr(limits, "BODY_TIMEOUT_S", 1.0)
     answer = talk(gateway, post("Content-Length: 100") + b"{")
     assert status_of(answer) == 408
     assert b"connection: close" in answer.lower()
@@ -107,7 +107,7 @@ def test_a_trickling_head_is_cut_off_but_a_reused_connection_is_not(
     gateway: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four requests take more time together than one head may take."""
-    monkeypatch.setattr(limits, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(limits, "BODY_TIMEOUT_S", 0.3)
 
     def pause() -> None:
         time.sleep(0.1)
@@ -121,7 +121,7 @@ def test_a_trickling_head_is_cut_off_but_a_reused_connection_is_not(
         for step in (bytes([letter]), pause)
     ]
     assert talk(gateway, *trickle) == b""
-    monkeypatch.setattr(limits, "BODY_SECONDS", 2.0)
+    monkeypatch.setattr(limits, "BODY_TIMEOUT_S", 2.0)
     whole = b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"
     last = b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
     assert talk(gateway, whole, rest, whole, rest, whole, rest, last).count(b"200 OK") == 4

@@ -18,7 +18,7 @@ from actors.rpc.client import GrpcTarget
 from actors.rpc.server import TargetService, serve
 from runtime.core.errors import TargetDied, TargetsLost, Unavailable
 from runtime.core.messages import Chunk, Request
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
 from runtime.target.target import Target
@@ -29,7 +29,7 @@ from tests.support.router_harness import PROMPT, Heard, all_of, finish_of, heard
 
 TOKENS = 40
 MODEL = ToyModel(vocabulary=1024, sharpness=3.0)
-FREE = Sampling(
+FREE = SamplingParams(
     temperature=0.7,
     seed=11,
     max_tokens=TOKENS,
@@ -45,7 +45,7 @@ async def target() -> AsyncIterator[Target]:
         yield found
 
 
-async def plainly(sampling: Sampling) -> Heard:
+async def plainly(sampling: SamplingParams) -> Heard:
     async with target() as alone:
         return heard(
             await all_of(alone.generate(Request("plain", PROMPT, sampling, speculation=False)))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from runtime.core import limits
 from runtime.core.messages import Chunk, Close, Commit, Draft, Event, Open, Reply, Resync, Share
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import Drafter
 from runtime.drafters.model import ModelDrafter
@@ -95,8 +95,8 @@ class Adversary:
                 tokens,
                 self.random.choice(self.keys),
             ),
-            Open(session, 0, (*PROMPT, *tokens), 5, Sampling(max_tokens=24), share),
-            Open(session, 0, (), 0, Sampling(), share),
+            Open(session, 0, (*PROMPT, *tokens), 5, SamplingParams(max_tokens=24), share),
+            Open(session, 0, (), 0, SamplingParams(), share),
             share,
             Close(session),
         ]

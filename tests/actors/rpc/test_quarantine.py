@@ -20,8 +20,8 @@ from protos import speculation_pb2 as pb
 from runtime.config import TargetConfig
 from runtime.core import limits
 from runtime.core.errors import LinkLost
-from runtime.core.messages import AS_IT_LIKES, Commit, Draft, Event, Reply, Resync
-from runtime.core.node_names import text_key
+from runtime.core.messages import DEFAULT_STYLE, Commit, Draft, Event, Reply, Resync
+from runtime.core.node_keys import text_key
 from runtime.drafters.model import ModelDrafter
 from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
@@ -47,7 +47,7 @@ FLOODS = {
     ),
     "requests for the text": drafting_codec.encode_reply(Resync("s", DRAFTER)),
     "many requests at once": bundle.bundle_replies(
-        [drafting_codec.encode_reply(Resync("s", DRAFTER))] * limits.FRAMES
+        [drafting_codec.encode_reply(Resync("s", DRAFTER))] * limits.FRAMES_PER_MESSAGE
     )[0],
     "frames of a later version": LATER,
     "long frames of a later version": LATER[:2]
@@ -140,7 +140,7 @@ def test_a_flood_is_let_in_up_to_the_budget_and_ends_in_quarantine(flood: str) -
     """However little time passes, and whatever it consists of."""
     taken: Counter[str] = Counter()
     opened = opening()
-    granted = grant_for(opened.session, AS_IT_LIKES, resting=False)
+    granted = grant_for(opened.session, DEFAULT_STYLE, resting=False)
 
     async def main() -> None:
         async with raw_drafter(lambda context: flooding(context, FLOODS[flood])) as address:

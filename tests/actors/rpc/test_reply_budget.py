@@ -18,7 +18,7 @@ from actors.rpc.reply_budget import (
 from protos import drafting_codec
 from runtime.core import limits
 from runtime.core.messages import (
-    AS_IT_LIKES,
+    DEFAULT_STYLE,
     Close,
     Commit,
     Draft,
@@ -29,14 +29,14 @@ from runtime.core.messages import (
     Style,
 )
 from runtime.draft.draft_engine import DraftEngine
-from runtime.draft.draft_state import RUN_AHEAD
+from runtime.draft.draft_state import MAX_UNVERIFIED_NODES
 from runtime.schedulers.fixed import Fixed
 from tests.contracts.test_drafters import LOOPING, METHODS, PROMPT, built
 from tests.support.fakes import chain, opening
 from tests.support.harness import Known, Lockstep, asking, continued, engine_of
 
 NAMES = ("s", "a name of some length", "\N{PILE OF POO}" * limits.NAME_LENGTH)
-GRANT = grant_for("s", AS_IT_LIKES, resting=False)
+GRANT = grant_for("s", DEFAULT_STYLE, resting=False)
 
 
 def committed(session: str = "s") -> Commit:
@@ -75,7 +75,10 @@ def test_an_honest_drafter_stays_within_the_budget(
     monkeypatch.setattr(reply_budget, "MAX_SAVED_EVENTS", 1)
     watched = Watched()
     lockstep = Lockstep(
-        engine_of(LOOPING), DraftEngine(built(method), "d", width), passes=RUN_AHEAD, tamper=watched
+        engine_of(LOOPING),
+        DraftEngine(built(method), "d", width),
+        passes=MAX_UNVERIFIED_NODES,
+        tamper=watched,
     )
     lockstep.run(*(asking(PROMPT, name, max_tokens=8) for name in NAMES))
     assert watched.refused == []

@@ -22,14 +22,16 @@ from protos.speculation_pb2_grpc import DraftingStub, TargetStub
 from runtime.core import limits
 from runtime.core.errors import InvalidRequest, OutriderError, Overloaded, PairMismatch, Unavailable
 from runtime.core.messages import Chunk, Request
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 from tests.contracts.link_contract import PATIENCE_S, soon
 from tests.support.fakes import DRAFTER, HELLO, HOST, ScriptedDrafter, ScriptedTarget
 
 GARBAGE = b"\xff" * 20
 
 
-REQUEST = Request("s", (1, 2, 3), Sampling(temperature=0.5, seed=-7, stop=("x",)), False, (4,))
+REQUEST = Request(
+    "s", (1, 2, 3), SamplingParams(temperature=0.5, seed=-7, stop=("x",)), False, (4,)
+)
 CHUNKS = (Chunk(("a",), (7,), ("",)), Chunk(("b", "c"), (8, 9), ("d0", ""), "stop"))
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.core import noise
-from runtime.core.node_names import mix64
+from runtime.core.node_keys import mix64
 
 MASK = (1 << 64) - 1
 EXTREMES = np.array(
@@ -72,10 +72,12 @@ def test_torch_gives_the_same_bits() -> None:
             noise.gumbel(seed, range(20), torch.from_numpy(tokens), torch).numpy(), expected
         )
     assert np.array_equal(
-        noise.from_bits(torch.from_numpy(EXTREMES), torch).numpy(), noise.from_bits(EXTREMES)
+        noise.gumbel_from_bits(torch.from_numpy(EXTREMES), torch).numpy(),
+        noise.gumbel_from_bits(EXTREMES),
     )
     assert np.array_equal(
-        noise.ceiling(torch.from_numpy(EXTREMES), torch).numpy(), noise.ceiling(EXTREMES)
+        noise.gumbel_upper_bound(torch.from_numpy(EXTREMES), torch).numpy(),
+        noise.gumbel_upper_bound(EXTREMES),
     )
 
 
@@ -97,14 +99,14 @@ def test_tokens_may_differ_from_row_to_row() -> None:
 def test_tails() -> None:
     upper = (np.array([2**52 - 1, 2**52 - 3, 2**52 - 2**20 - 1, 2**51 + 1]) << 12).astype(np.int64)
     w = np.array([1, 3, 2**20 + 1, 2**51 - 1]) / 2**52
-    assert noise.from_bits(upper) == pytest.approx(-np.log(-np.log1p(-w)), rel=1e-14)
-    assert noise.from_bits(EXTREMES).min() >= -3.6
-    assert noise.from_bits(EXTREMES).max() <= 36.1
+    assert noise.gumbel_from_bits(upper) == pytest.approx(-np.log(-np.log1p(-w)), rel=1e-14)
+    assert noise.gumbel_from_bits(EXTREMES).min() >= -3.6
+    assert noise.gumbel_from_bits(EXTREMES).max() <= 36.1
 
 
 def test_ceiling_is_close_above() -> None:
-    x = np.concatenate([noise.bits(1, range(50), np.arange(2000)).ravel(), EXTREMES])
-    value, bound = noise.from_bits(x), noise.ceiling(x)
+    x = np.concatenate([noise.random_bits(1, range(50), np.arange(2000)).ravel(), EXTREMES])
+    value, bound = noise.gumbel_from_bits(x), noise.gumbel_upper_bound(x)
     assert (bound >= value).all()
     assert (bound - value)[value > 5].max() < 0.07
 
@@ -150,7 +152,7 @@ def test_a_pair_that_depends_is_found() -> None:
 
 @pytest.mark.parametrize("bit", [0, 1, 31, 62])
 def test_one_bit_of_the_seed_turns_half_of_the_bits(bit: int) -> None:
-    changed = noise.bits(99, range(50), np.arange(50)) ^ noise.bits(
+    changed = noise.random_bits(99, range(50), np.arange(50)) ^ noise.random_bits(
         99 ^ (1 << bit), range(50), np.arange(50)
     )
     share = np.unpackbits(changed.view(np.uint8)).mean()
@@ -163,6 +165,6 @@ def test_argmax_is_the_plain_argmax(spread: float) -> None:
     scores[:, ::7] = -np.inf
     positions = [5 * row for row in range(40)]
     assert np.array_equal(
-        noise.argmax(scores, 11, positions),
+        noise.gumbel_argmax(scores, 11, positions),
         (scores + noise.gumbel(11, positions, np.arange(3000))).argmax(axis=1),
     )

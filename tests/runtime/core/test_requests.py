@@ -12,7 +12,7 @@ import pytest
 
 from runtime.core.errors import InvalidRequest
 from runtime.core.messages import Chunk, Commit, Draft, Event, Logprob, Open, Request
-from runtime.core.sampler_reference import choose
+from runtime.core.sampler_reference import reference_sample
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.model import ModelDrafter
 from runtime.models.base import PassInput
@@ -21,7 +21,7 @@ from runtime.schedulers.amusd import Amusd
 from runtime.schedulers.base import Scheduler
 from runtime.schedulers.fixed import Fixed
 from runtime.schedulers.sync import Sync
-from runtime.target.chunked_prefill import CHUNK
+from runtime.target.chunked_prefill import CHUNK_TOKENS
 from runtime.target.commands import Join, ReplyReceived
 from runtime.target.engine import Engine
 from runtime.target.target import check
@@ -143,7 +143,7 @@ def test_a_request_bounds_its_rows(most: int) -> None:
 
 @pytest.mark.parametrize("scheduler", [Fixed(8, 1e9), Sync(1, 1, 4, 4, 1e9), Amusd(1e9)])
 def test_nobody_is_waited_for_by_who_wants_no_rows(scheduler: Scheduler) -> None:
-    engine = Engine(TOY, Verifier(choose, NOBODY), scheduler, lambda: 0.0)
+    engine = Engine(TOY, Verifier(reference_sample, NOBODY), scheduler, lambda: 0.0)
     (found,) = Lockstep(engine, DraftEngine(Mute(), "d")).run(replace(asking(PROMPT), max_rows=0))
     assert found.tokens == tuple(TEXT[5:29])
 
@@ -201,7 +201,11 @@ class Slow(ToyModel):
 def desk(clock: Hand, scheduler: Scheduler | None = None, kv_slots: int = 10**6) -> Desk:
     return Desk(
         Engine(
-            Slow(clock), Verifier(choose, NOBODY), scheduler or Fixed(8), clock, kv_slots=kv_slots
+            Slow(clock),
+            Verifier(reference_sample, NOBODY),
+            scheduler or Fixed(8),
+            clock,
+            kv_slots=kv_slots,
         )
     )
 
@@ -267,9 +271,9 @@ def test_what_comes_too_late_is_not_begun(deadline: float) -> None:
 def test_a_long_prompt_is_left_when_its_deadline_is_over() -> None:
     clock = Hand()
     at = desk(clock)
-    at.admit(replace(asking((7,) * (2 * CHUNK + 9)), deadline=CHUNK - 1.0))
+    at.admit(replace(asking((7,) * (2 * CHUNK_TOKENS + 9)), deadline=CHUNK_TOKENS - 1.0))
     found = at.run()["s"]
-    assert (found.reason, found.tokens, clock.now) == ("deadline", (), CHUNK)
+    assert (found.reason, found.tokens, clock.now) == ("deadline", (), CHUNK_TOKENS)
 
 
 def test_a_wait_for_drafters_is_no_longer_than_the_deadline() -> None:

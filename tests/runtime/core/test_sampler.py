@@ -11,13 +11,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from runtime.core import noise, sampler_reference
-from runtime.core.sampler_reference import Ask, Chooser, Scorer
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampler_reference import LogprobScorer, Sampler, SamplingInput
+from runtime.core.sampling_params import SamplingParams
 from runtime.models import sampler as fast
 
 EOS = frozenset({0, 3})
-CHOOSERS: dict[str, Chooser] = {
-    "numpy": sampler_reference.choose,
+CHOOSERS: dict[str, Sampler] = {
+    "numpy": sampler_reference.reference_sample,
     "torch": lambda logits, ask: fast.choose(torch.as_tensor(logits), ask),
 }
 DRAWS = 100_000
@@ -25,17 +25,22 @@ ROWS = 500  # of one call
 LOGITS = np.array([1.5, 0.3, -0.7, 2.0, 0.0, -2.5, 1.1, 0.9, -0.2, 1.5], dtype=np.float32)
 
 Tokens = npt.NDArray[np.int64]
-build: Callable[..., Sampling] = Sampling
+build: Callable[..., SamplingParams] = SamplingParams
 chooser = pytest.mark.parametrize("choose", CHOOSERS.values(), ids=list(CHOOSERS))
 
 
 def ask(
-    sampling: Sampling, paths: list[list[int]], text: tuple[int, ...] = (1, 2), prompt: int = 1
-) -> Ask:
-    return Ask(sampling, prompt, text, paths, EOS)
+    sampling: SamplingParams,
+    paths: list[list[int]],
+    text: tuple[int, ...] = (1, 2),
+    prompt: int = 1,
+) -> SamplingInput:
+    return SamplingInput(sampling, prompt, text, paths, EOS)
 
 
-def constrained(sampling: Sampling, paths: list[list[int]], allowed: npt.NDArray[np.bool_]) -> Ask:
+def constrained(
+    sampling: SamplingParams, paths: list[list[int]], allowed: npt.NDArray[np.bool_]
+) -> SamplingInput:
     return replace(ask(sampling, paths), allowed=allowed)
 
 
@@ -88,7 +93,7 @@ LAWS = [
 
 @chooser
 @pytest.mark.parametrize("parameters", LAWS, ids=str)
-def test_the_law(choose: Chooser, parameters: dict[str, float]) -> None:
+def test_the_law(choose: Sampler, parameters: dict[str, float]) -> None:
     paths, logits = [[4] * length for length in range(ROWS)], np.tile(LOGITS, (ROWS, 1))
     drawn = np.concatenate(
         [choose(logits, ask(build(seed=seed, **parameters), paths)) for seed in seeds()]
@@ -131,13 +136,13 @@ def test_a_wrong_rule_is_caught(rule: Callable[[int, range], Tokens]) -> None:
     assert chi_square(np.bincount(drawn, minlength=len(LOGITS)), law(1.0)) < 1e-6
 
 
-def some_sampling(rng: np.random.Generator) -> Sampling:
+def some_sampling(rng: np.random.Generator) -> SamplingParams:
     """Any mix of parameters, each switched off half of the time."""
 
     def perhaps(value: float, off: float) -> float:
         return value if rng.random() < 0.5 else off
 
-    return Sampling(
+    return SamplingParams(
         temperature=perhaps(float(rng.uniform(0.3, 2.0)), 0.0),
         top_k=int(perhaps(int(rng.integers(1, 60)), 0)),
         top_p=perhaps(float(rng.uniform(0.3, 0.99)), 1.0),
@@ -164,7 +169,9 @@ def test_numpy_and_torch_agree_and_rows_do_not_touch_each_other(number: int) -> 
     before, question = logits.clone(), ask(sampling, paths, text, prompt=9)
     together = fast.choose(logits, question)
     assert together.dtype == np.int64
-    assert together.tolist() == sampler_reference.choose(logits.numpy(), question).tolist()
+    assert (
+        together.tolist() == sampler_reference.reference_sample(logits.numpy(), question).tolist()
+    )
     assert together.tolist() == [
         fast.choose(logits[row : row + 1], ask(sampling, [paths[row]], text, 9))[0]
         for row in range(9)
@@ -177,7 +184,7 @@ def test_numpy_and_torch_agree_and_rows_do_not_touch_each_other(number: int) -> 
     assert torch.equal(logits, before)
     shaped, twin = (
         fast.shape(logits, question).numpy(),
-        sampler_reference.shape(logits.numpy(), question),
+        sampler_reference.process_logits(logits.numpy(), question),
     )
     assert np.array_equal(np.isinf(shaped), np.isinf(twin))
     assert np.allclose(shaped, twin, atol=1e-5)
@@ -244,7 +251,7 @@ def test_the_scores_are_those_of_generate(
 
 
 @chooser
-def test_frequency_and_presence_count_the_output_alone(choose: Chooser) -> None:
+def test_frequency_and_presence_count_the_output_alone(choose: Sampler) -> None:
     logits = np.array([[0.0, 5.0, 4.5, 4.0, 3.0]] * 3, dtype=np.float32)
     text, paths = (1, 1, 1, 2), [[], [1], [1, 1]]
     assert choose(logits, ask(build(presence_penalty=0.9), paths, text, prompt=3)).tolist() == [
@@ -270,7 +277,7 @@ def test_frequency_and_presence_count_the_output_alone(choose: Chooser) -> None:
 
 
 @chooser
-def test_the_end_is_barred_for_min_tokens(choose: Chooser) -> None:
+def test_the_end_is_barred_for_min_tokens(choose: Sampler) -> None:
     logits = np.array([[9.0, 1.0, 0.0, 8.0, 0.5]] * 3, dtype=np.float32)
     assert choose(
         logits, ask(build(min_tokens=2), [[], [1], [1, 2]], (1, 2), prompt=2)
@@ -279,7 +286,7 @@ def test_the_end_is_barred_for_min_tokens(choose: Chooser) -> None:
 
 @chooser
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_what_a_constraint_bars_is_never_chosen(choose: Chooser, temperature: float) -> None:
+def test_what_a_constraint_bars_is_never_chosen(choose: Sampler, temperature: float) -> None:
     """However likely it is, however it is favoured, and however few the filters leave."""
     rng = np.random.default_rng(1)
     logits, allowed = (
@@ -303,7 +310,7 @@ def test_what_a_constraint_bars_is_never_chosen(choose: Chooser, temperature: fl
 
 
 @chooser
-def test_a_constraint_that_bars_nothing_changes_nothing(choose: Chooser) -> None:
+def test_a_constraint_that_bars_nothing_changes_nothing(choose: Sampler) -> None:
     logits, paths = some_logits(6, 40).numpy(), [[3] * row for row in range(6)]
     for sampling in (build(), build(temperature=0.7, top_p=0.8, min_tokens=4)):
         free = choose(logits, constrained(sampling, paths, np.ones((6, 40), np.bool_)))
@@ -315,7 +322,7 @@ def test_a_constraint_that_bars_nothing_changes_nothing(choose: Chooser) -> None
     "early", [{"min_tokens": 9}, {"ignore_eos": True}, {"min_tokens": 9, "temperature": 1.0}]
 )
 def test_an_end_that_comes_too_early_is_chosen_where_nothing_else_is_allowed(
-    choose: Chooser, early: dict[str, object]
+    choose: Sampler, early: dict[str, object]
 ) -> None:
     logits = np.array([[9.0, 1.0, 0.0, 8.0, 0.5]] * 3, dtype=np.float32)
     allowed = np.array(
@@ -327,7 +334,7 @@ def test_an_end_that_comes_too_early_is_chosen_where_nothing_else_is_allowed(
     ).tolist() == [2, 0, 3]
 
 
-SCORERS: dict[str, Scorer] = {
+SCORERS: dict[str, LogprobScorer] = {
     "numpy": sampler_reference.logprobs,
     "torch": lambda logits, tokens, k: fast.logprobs(torch.as_tensor(logits), tokens, k),
 }
@@ -336,7 +343,7 @@ SCORERS: dict[str, Scorer] = {
 @pytest.mark.parametrize("scorer", SCORERS.values(), ids=list(SCORERS))
 @pytest.mark.parametrize(("vocabulary", "k"), [(5, 0), (5, 3), (5, 20), (3000, 20)])
 def test_logprobs_are_those_of_the_logits_as_they_are(
-    scorer: Scorer, vocabulary: int, k: int
+    scorer: LogprobScorer, vocabulary: int, k: int
 ) -> None:
     logits = some_logits(3, vocabulary)
     expected = logits.double().log_softmax(dim=-1)
@@ -352,7 +359,9 @@ def test_logprobs_are_those_of_the_logits_as_they_are(
 
 
 @pytest.mark.parametrize("scorer", SCORERS.values(), ids=list(SCORERS))
-def test_a_certain_token_has_logprob_0_and_an_impossible_one_the_lowest(scorer: Scorer) -> None:
+def test_a_certain_token_has_logprob_0_and_an_impossible_one_the_lowest(
+    scorer: LogprobScorer,
+) -> None:
     (found,) = scorer(np.array([[-np.inf, 60.0, -60.0]], dtype=np.float32), [1], 3)
     assert found.chosen == 0.0
     assert [token for token, _ in found.top] == [1, 2, 0]
@@ -360,7 +369,7 @@ def test_a_certain_token_has_logprob_0_and_an_impossible_one_the_lowest(scorer: 
 
 
 @chooser
-def test_greedy_takes_the_first_of_equals(choose: Chooser) -> None:
+def test_greedy_takes_the_first_of_equals(choose: Sampler) -> None:
     assert choose(
         np.array([[1.0, 3.0, 3.0, 2.0]], dtype=np.float32), ask(build(top_k=1, top_p=0.1), [[]])
     ).tolist() == [1]

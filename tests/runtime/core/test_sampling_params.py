@@ -7,9 +7,9 @@ import pytest
 
 from runtime.core import limits
 from runtime.core.errors import InvalidRequest
-from runtime.core.sampling_params import Constraint, Sampling
+from runtime.core.sampling_params import Constraint, SamplingParams
 
-build: Callable[..., Sampling] = Sampling
+build: Callable[..., SamplingParams] = SamplingParams
 BAD: list[tuple[str, object]] = [
     *((name, value) for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
       for value in (float("nan"), float("inf"), float("-inf"), 10**400, "1", True, None)),

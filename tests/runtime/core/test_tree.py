@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from runtime.core import node_names
-from runtime.core.node_names import EMPTY_TEXT, MASK, child_key, mix64, text_key
+from runtime.core import node_keys
+from runtime.core.node_keys import EMPTY_TEXT, MASK_64, child_key, mix64, text_key
 from runtime.core.node_table import COLUMNS
 from runtime.core.tree import TokenTree
 
@@ -21,20 +21,20 @@ Path = tuple[int, ...]
 
 
 class TreeMachine(RuleBasedStateMachine):
-    """`paths` is the oracle: the score and whether it is expanded, of every path below the root, in order of arrival; `voices` who has
-    guessed it, each as which of its guesses there and with what it said; `named` what each of them means by a name."""
+    """`paths` is the oracle: the score and whether it is expanded, of every path below the root, in order of arrival; `proposals` who has
+    guessed it, each as which of its guesses there and with what it said; `nodes_by_key` what each of them means by a name."""
 
     bits = 64  # of names
 
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(node_names, "NAME_MASK", (1 << self.bits) - 1)
+        self.patch.setattr(node_keys, "KEY_MASK", (1 << self.bits) - 1)
         self.text = list(TEXT)
         self.tree = TokenTree(text_key(TEXT), TEXT[-1], MAX_NODES, MAX_DEPTH)
         self.paths: dict[Path, tuple[float, bool]] = {}
-        self.voices: dict[Path, list[tuple[str, int, float]]] = {}
-        self.named: dict[str, dict[int, Path]] = {}
+        self.proposals: dict[Path, list[tuple[str, int, float]]] = {}
+        self.nodes_by_key: dict[str, dict[int, Path]] = {}
         self.root_expanded = False
 
     def teardown(self) -> None:
@@ -49,7 +49,7 @@ class TreeMachine(RuleBasedStateMachine):
         return text_key([*self.text, *path])
 
     def names_of(self, drafter: str) -> dict[int, Path]:
-        return self.named.setdefault(drafter, {self.name(()): ()})
+        return self.nodes_by_key.setdefault(drafter, {self.name(()): ()})
 
     @rule(data=st.data(), token=TOKENS, score=st.floats(-9.0, 0.0))
     def add(self, data: st.DataObject, token: int, score: float) -> None:
@@ -66,7 +66,7 @@ class TreeMachine(RuleBasedStateMachine):
         added = self.tree.add(self.node(parent), token, score, drafter=drafter)
         assert added == (len(self.tree) - 1 if fits else None)
         if fits:
-            self.paths[path], self.voices[path], mine[name] = (
+            self.paths[path], self.proposals[path], mine[name] = (
                 (score, False),
                 [(drafter, rank, score)],
                 path,
@@ -74,8 +74,8 @@ class TreeMachine(RuleBasedStateMachine):
 
     def heard(self, parent: Path, drafter: str) -> int:
         """How many children it has guessed there."""
-        siblings = [voices for path, voices in self.voices.items() if path[:-1] == parent]
-        return sum(name == drafter for voices in siblings for name, _, _ in voices)
+        siblings = [proposals for path, proposals in self.proposals.items() if path[:-1] == parent]
+        return sum(name == drafter for proposals in siblings for name, _, _ in proposals)
 
     @rule(
         paths=st.lists(st.lists(TOKENS, min_size=1, max_size=MAX_DEPTH).map(tuple), max_size=8),
@@ -87,7 +87,7 @@ class TreeMachine(RuleBasedStateMachine):
         nodes = sorted({path[:n] for path in paths for n in range(1, len(path) + 1)}, key=len)
         offered = [*nodes, *nodes]
         above = np.array([self.name(path[:-1]) for path in offered], dtype=np.uint64)
-        tokens, said = (
+        tokens, raw_logprob = (
             np.array([path[-1] for path in offered], dtype=np.int64),
             np.full(len(offered), -2.0),
         )
@@ -103,26 +103,28 @@ class TreeMachine(RuleBasedStateMachine):
             if name in mine:
                 lost["repeated" if mine[name] == path else "collisions"] += 1
                 continue
-            voice = (drafter, self.heard(path[:-1], drafter), -2.0)
+            proposal = (drafter, self.heard(path[:-1], drafter), -2.0)
             if path in self.paths:
                 lost["repeated"] += 1
-                self.voices[path].append(voice)
+                self.proposals[path].append(proposal)
             elif len(self.paths) < MAX_NODES and len(path) <= MAX_DEPTH:
                 new.append(row)
-                self.paths[path], self.voices[path] = (-2.0, False), [voice]
+                self.paths[path], self.proposals[path] = (-2.0, False), [proposal]
             else:
                 lost["full"] += 1
                 continue
             mine[name] = path
             names = {
                 who
-                for sibling, voices in self.voices.items()
+                for sibling, proposals in self.proposals.items()
                 if sibling[:-1] == path[:-1]
-                for who, _, _ in voices
+                for who, _, _ in proposals
             }
             if len(names) > 1:
                 shared.add(path[:-1])
-        merged = self.tree.merge(above, tokens, said, drafter, lambda ranks, said: said)
+        merged = self.tree.merge(
+            above, tokens, raw_logprob, drafter, lambda ranks, raw_logprob: raw_logprob
+        )
         assert merged.rows == new
         assert {tuple(self.tree.tokens_to(parent)) for parent in merged.shared} == shared
         assert len(merged.shared) == len(shared)
@@ -163,13 +165,15 @@ class TreeMachine(RuleBasedStateMachine):
         assert self.tree.reroot(tokens) == hit
         self.text.extend(tokens)
         self.paths = survivors
-        self.voices = {path: self.voices[(*tokens, *path)] for path in survivors}
-        self.named = {
-            who: {self.name(()): ()} for voices in self.voices.values() for who, _, _ in voices
+        self.proposals = {path: self.proposals[(*tokens, *path)] for path in survivors}
+        self.nodes_by_key = {
+            who: {self.name(()): ()}
+            for proposals in self.proposals.values()
+            for who, _, _ in proposals
         }
-        for path, voices in self.voices.items():
-            for who, _, _ in voices:
-                self.named[who][self.name(path)] = path
+        for path, proposals in self.proposals.items():
+            for who, _, _ in proposals:
+                self.nodes_by_key[who][self.name(path)] = path
         assert {path: self.tree.rank[self.node(path)] for path in survivors} == ranks
         assert self.tree.key[0] == text_key(self.text)
         assert self.tree.token[0] == self.text[-1]
@@ -188,26 +192,28 @@ class TreeMachine(RuleBasedStateMachine):
             assert 0 <= tree.parent[node] < node
             assert tree.depth[node] == len(path) <= MAX_DEPTH
             assert (tree.score[node], tree.expanded[node]) == (score, expanded)
-            assert [tuple(voice) for voice in tree.voices(node)] == self.voices[path]
-            assert tree.names(node) == [name for name, _, _ in self.voices[path]]
+            assert [tuple(proposal) for proposal in tree.proposals(node)] == self.proposals[path]
+            assert tree.drafters_of(node) == [name for name, _, _ in self.proposals[path]]
             assert math.isclose(
                 tree.path[node],
                 sum(self.paths[path[:n]][0] for n in range(1, len(path) + 1)),
                 abs_tol=1e-9,
             )
-            turned = tree.turns[node] - tree.turns[tree.parent[node]]
+            turned = tree.off_top_count[node] - tree.off_top_count[tree.parent[node]]
             assert turned in (0, 1)
             assert math.isclose(
-                tree.aside[node] - tree.aside[tree.parent[node]], turned * score, abs_tol=1e-9
+                tree.off_top_logprob[node] - tree.off_top_logprob[tree.parent[node]],
+                turned * score,
+                abs_tol=1e-9,
             )
-        for who in tree.named.keys() | self.named.keys():
+        for who in tree.nodes_by_key.keys() | self.nodes_by_key.keys():
             meant = {
                 name: tuple(tree.tokens_to(node))
-                for name, node in tree.named.get(who, {}).items()
+                for name, node in tree.nodes_by_key.get(who, {}).items()
                 if node
             }
             assert meant == {
-                name: path for name, path in self.named.get(who, {}).items() if path
+                name: path for name, path in self.nodes_by_key.get(who, {}).items() if path
             }, who
         for node in range(len(tree)):
             below = {path[-1]: child for path, child in found.items() if tree.parent[child] == node}
@@ -215,7 +221,7 @@ class TreeMachine(RuleBasedStateMachine):
             assert tree.fanout[node] == len(below)
             best = [child for child in below.values() if tree.score[child] == tree.top[node]]
             assert not best or any(
-                tree.turns[child] == tree.turns[node] for child in best
+                tree.off_top_count[child] == tree.off_top_count[node] for child in best
             )  # the likeliest is no turn
             assert {token: tree.child(node, token) for token in range(4)} == {
                 token: below.get(token) for token in range(4)
@@ -224,7 +230,7 @@ class TreeMachine(RuleBasedStateMachine):
     @invariant()
     def the_best_are_best_and_hold_their_parents(self) -> None:
         for count in range(len(self.tree) + 1):
-            best = self.tree.best(count)
+            best = self.tree.best_nodes(count)
             assert best == sorted(set(best))
             assert len(best) == min(count, len(self.paths))
             assert {self.tree.parent[node] for node in best} <= {0, *best}
@@ -236,11 +242,11 @@ class TreeMachine(RuleBasedStateMachine):
     @invariant()
     def a_node_sees_its_ancestors_and_itself(self) -> None:
         for count in (len(self.paths), len(self.paths) // 2):
-            nodes = self.tree.best(count)
+            nodes = self.tree.best_nodes(count)
             paths = [self.tree.tokens_to(node) for node in nodes]
             expected = [[path[: len(above)] == above for above in paths] for path in paths]
             assert np.array_equal(
-                self.tree.visible(nodes),
+                self.tree.ancestor_mask(nodes),
                 np.array(expected, dtype=bool).reshape(len(nodes), len(nodes)),
             )
 
@@ -266,7 +272,7 @@ def test_a_name_is_that_of_the_whole_text() -> None:
     )
     names = {text_key(text) for n in range(4) for text in np.ndindex(*[6] * n)}
     assert len(names) == 1 + 6 + 36 + 216
-    assert all(0 <= name <= MASK for name in names)
+    assert all(0 <= name <= MASK_64 for name in names)
 
 
 def test_names_are_the_same_in_every_process_and_version() -> None:
@@ -281,9 +287,14 @@ def test_names_are_the_same_in_every_process_and_version() -> None:
 
 def test_what_is_said_stands_beside_the_score() -> None:
     tree = TokenTree(1, 0, 8, 8)
-    node = tree.add(0, 5, -0.1, said=-3.0, drafter="a")
+    node = tree.add(0, 5, -0.1, raw_logprob=-3.0, drafter="a")
     assert node == 1
-    assert (tree.score[1], tree.said[1], tree.path[1], tree.drafter[1]) == (-0.1, -3.0, -0.1, "a")
+    assert (tree.score[1], tree.raw_logprob[1], tree.path[1], tree.drafter[1]) == (
+        -0.1,
+        -3.0,
+        -0.1,
+        "a",
+    )
     assert tree.reroot([6]) is False
     assert (len(tree), tree.key[0], tree.token[0]) == (1, mix64(1, 6), 6)
 
@@ -309,8 +320,8 @@ def test_a_message_is_its_nodes_one_by_one(
 ) -> None:
     """Growth of one drafter after that of another, in one message and in as many as it has nodes: the same columns, echoes and names."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(node_names, "NAME_MASK", (1 << bits) - 1)
-        keys, tokens, said = (
+        patch.setattr(node_keys, "KEY_MASK", (1 << bits) - 1)
+        keys, tokens, raw_logprob = (
             [text_key(TEXT)],
             np.array([guess[1] for guess in guesses]),
             np.array([guess[2] for guess in guesses]),
@@ -323,16 +334,22 @@ def test_a_message_is_its_nodes_one_by_one(
         trees = [TokenTree(text_key(TEXT), TEXT[-1], 9, 3) for _ in range(2)]
         for tree in trees:
             tree.merge(
-                above[first], tokens[first], said[first], "a", lambda ranks, said: said - ranks
+                above[first],
+                tokens[first],
+                raw_logprob[first],
+                "a",
+                lambda ranks, raw_logprob: raw_logprob - ranks,
             )
-        whole = trees[0].merge(above, tokens, said, "b", lambda ranks, said: said - ranks)
+        whole = trees[0].merge(
+            above, tokens, raw_logprob, "b", lambda ranks, raw_logprob: raw_logprob - ranks
+        )
         parts = [
             trees[1].merge(
                 above[n : n + 1],
                 tokens[n : n + 1],
-                said[n : n + 1],
+                raw_logprob[n : n + 1],
                 "b",
-                lambda ranks, said: said - ranks,
+                lambda ranks, raw_logprob: raw_logprob - ranks,
             )
             for n in range(len(guesses))
         ]
@@ -346,5 +363,5 @@ def test_a_message_is_its_nodes_one_by_one(
     one, many = trees
     assert all(
         getattr(one, name) == getattr(many, name)
-        for name in (*COLUMNS, "drafter", "echoes", "named")
+        for name in (*COLUMNS, "drafter", "later_proposals", "nodes_by_key")
     )

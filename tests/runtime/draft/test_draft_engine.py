@@ -11,7 +11,7 @@ from runtime.core import limits
 from runtime.core.draft_nodes import DraftNodes
 from runtime.core.links import DraftLink
 from runtime.core.messages import (
-    AS_IT_LIKES,
+    DEFAULT_STYLE,
     Close,
     Commit,
     Draft,
@@ -22,12 +22,12 @@ from runtime.core.messages import (
     Share,
     Style,
 )
-from runtime.core.node_names import text_key
-from runtime.core.sampling_params import Sampling
+from runtime.core.node_keys import text_key
+from runtime.core.sampling_params import SamplingParams
 from runtime.draft.commands import EventReceived, GrowthDropped, Stop, StreamClosed
-from runtime.draft.draft_engine import ROWS, DraftEngine
+from runtime.draft.draft_engine import MAX_PASS_ROWS, DraftEngine
 from runtime.draft.draft_host import DraftHost
-from runtime.draft.draft_state import FLOOR, RUN_AHEAD
+from runtime.draft.draft_state import MAX_UNVERIFIED_NODES, MIN_PATH_LOGPROB
 from runtime.drafters.base import ExpandRequest, Text
 from runtime.drafters.model import ModelDrafter
 from runtime.models.toy import ToyModel
@@ -53,14 +53,14 @@ def opened(
     epoch: int = 0,
     share: tuple[int, int] = (0, 1),
     most: int = 100,
-    style: Style = AS_IT_LIKES,
+    style: Style = DEFAULT_STYLE,
 ) -> Open:
     return Open(
         session,
         epoch,
         tuple(tokens),
         len(PROMPT),
-        Sampling(max_tokens=most),
+        SamplingParams(max_tokens=most),
         Share(session, *share),
         style,
     )
@@ -80,13 +80,13 @@ class Hand:
     def hear(self, *events: Event, stream: int = 0) -> None:
         for event in events:
             self.draft_engine.inbox.put(EventReceived(stream, event, self.sent.append))
-        assert self.draft_engine.take_in(block=False)
+        assert self.draft_engine.receive(block=False)
 
     def grow(self, times: int, session: str = "s") -> list[int]:
         """Tokens of the session that were sent in so many passes."""
         before = len(self.sent)
         for _ in range(times):
-            self.draft_engine.grow()
+            self.draft_engine.step()
         return [token for draft in self.drafts(session, before) for token in draft.tokens.tolist()]
 
     def drafts(self, session: str = "s", start: int = 0) -> list[Draft]:
@@ -177,7 +177,7 @@ def test_streams_have_names_of_their_own() -> None:
     hand.hear(opened(tokens=TEXT[:9]), stream=1)
     assert [hand.text(name) for name in ("0/s", "0/t", "1/s")] == [PROMPT, PROMPT, TEXT[:9]]
     hand.draft_engine.inbox.put(StreamClosed(0))
-    hand.draft_engine.take_in(block=False)
+    hand.draft_engine.receive(block=False)
     assert list(hand.draft_engine.states) == ["1/s"]
 
 
@@ -193,7 +193,7 @@ def test_sessions_are_bounded() -> None:
     hand = Hand()
     hand.hear(*(opened(f"s{n}") for n in range(limits.SESSIONS + 1)))
     assert len(hand.draft_engine.states) == limits.SESSIONS
-    hand.hear(Open("empty", 0, (), 0, Sampling(), Share("empty", 0, 1)))
+    hand.hear(Open("empty", 0, (), 0, SamplingParams(), Share("empty", 0, 1)))
     assert hand.draft_engine.counters == {"refused": 2}
     hand.hear(opened("s0", TEXT[:7]))
     assert hand.text("0/s0") == TEXT[:7]
@@ -244,7 +244,8 @@ def test_it_stops_at_the_depth_of_a_tree() -> None:
 
 
 @pytest.mark.parametrize(
-    ("of", "most"), [(1, RUN_AHEAD), (8, limits.TREE_NODES // 9), (16, limits.TREE_NODES // 17)]
+    ("of", "most"),
+    [(1, MAX_UNVERIFIED_NODES), (8, limits.TREE_NODES // 9), (16, limits.TREE_NODES // 17)],
 )
 def test_run_ahead_is_bounded_so_that_the_mirror_holds_the_trees_of_all(of: int, most: int) -> None:
     hand = Hand(width=4, branches=4)
@@ -259,7 +260,7 @@ def test_run_ahead_is_bounded_so_that_the_mirror_holds_the_trees_of_all(of: int,
 def test_what_is_hardly_possible_is_not_grown() -> None:
     class Doubting(Known):
         def guess(self, text: Text, leaves: Sequence[int]) -> DraftNodes:
-            return children([(leaf, 1, FLOOR / 2.5) for leaf in leaves])
+            return children([(leaf, 1, MIN_PATH_LOGPROB / 2.5) for leaf in leaves])
 
     hand = Hand()
     hand.draft_engine.drafter = Doubting(TEXT, V)
@@ -364,12 +365,12 @@ def test_all_sessions_are_expanded_in_one_call() -> None:
     assert counting.calls == 2
 
 
-@pytest.mark.parametrize(("sessions", "rows"), [(1, 4), (3, 12), (6, ROWS), (30, 30)])
+@pytest.mark.parametrize(("sessions", "rows"), [(1, 4), (3, 12), (6, MAX_PASS_ROWS), (30, 30)])
 def test_rows_are_bounded_and_everyone_gets_one(sessions: int, rows: int) -> None:
     hand = Hand(width=4, branches=4)
     hand.hear(*(opened(f"s{n}") for n in range(sessions)))
     for _ in range(3):
-        hand.draft_engine.grow()
+        hand.draft_engine.step()
     requests = hand.draft_engine.plan()
     assert len(requests) == sessions
     assert sum(len(request.leaves) for request in requests) == rows
@@ -384,7 +385,7 @@ def test_a_look_at_the_plan_changes_nothing() -> None:
         ]
         requests = hand.draft_engine.plan()
         assert [(request.text.session, list(request.leaves)) for request in requests] == before
-        hand.draft_engine.add(requests, hand.draft_engine.ask(requests))
+        hand.draft_engine.insert_answers(requests, hand.draft_engine.expand(requests))
     assert hand.drafts()
 
 

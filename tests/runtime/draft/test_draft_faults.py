@@ -11,7 +11,7 @@ from actors.rpc.common import closing
 from runtime.core.draft_nodes import DraftNodes
 from runtime.core.errors import InvalidRequest
 from runtime.core.messages import Draft, Event, Resync
-from runtime.core.node_names import text_key
+from runtime.core.node_keys import text_key
 from runtime.draft import draft_host
 from runtime.draft.commands import GrowthDropped
 from runtime.drafters.base import ExpandRequest, Text
@@ -109,7 +109,7 @@ def test_growth_that_was_dropped_is_sent_again() -> None:
     assert hand.grow(3) == list(TEXT[5:8])
     hand.draft_engine.inbox.put(GrowthDropped(0, "s"))
     hand.draft_engine.inbox.put(GrowthDropped(0, "over"))
-    hand.draft_engine.take_in(block=False)
+    hand.draft_engine.receive(block=False)
     assert hand.grow(4) == list(TEXT[5:9])
 
 
@@ -117,7 +117,7 @@ def test_growth_that_nobody_fetches_is_dropped_but_no_question(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The reader sleeps over a queue of two. It finds those two, and behind them the question that came last."""
-    monkeypatch.setattr(draft_host, "REPLIES_WAITING", 2)
+    monkeypatch.setattr(draft_host, "MAX_UNREAD_REPLIES", 2)
 
     async def main() -> None:
         async with hosted(Known(TEXT, V)) as host:
@@ -141,7 +141,7 @@ def test_growth_that_nobody_fetches_is_dropped_but_no_question(
 
 def test_a_clogged_link_becomes_useful_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """What hangs on dropped growth would mean nothing to the target: once there is room all is sent from the root."""
-    monkeypatch.setattr(draft_host, "REPLIES_WAITING", 2)
+    monkeypatch.setattr(draft_host, "MAX_UNREAD_REPLIES", 2)
 
     async def main() -> None:
         async with (
@@ -181,7 +181,7 @@ def test_a_silent_method_sends_nothing_and_rests() -> None:
     hand = Hand()
     hand.draft_engine.drafter = Mute()
     hand.hear(opened())
-    assert hand.draft_engine.grow() is True
-    assert hand.draft_engine.grow() is False
+    assert hand.draft_engine.step() is True
+    assert hand.draft_engine.step() is False
     assert hand.sent == []
     assert np.array_equal(hand.draft_engine.states["0/s"].tree.expanded, [True])

@@ -4,9 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.core.messages import Share
-from runtime.core.node_names import mix64
+from runtime.core.node_keys import mix64
 from runtime.core.tree import TokenTree
-from runtime.draft.frontier import Frontier, allot
+from runtime.draft.frontier import Frontier, allocate_rows
 
 DEEP, LOW = 100, -100.0
 SCORES = st.floats(-3.0, 0.0)
@@ -110,7 +110,7 @@ def test_rows_go_to_the_most_probable_of_all_and_one_to_each(
         [Frontier(tree, DEEP, LOW) for tree, _ in sessions],
         [width for _, width in sessions],
     )
-    counts = allot(frontiers, widths, rows)
+    counts = allocate_rows(frontiers, widths, rows)
     assert len(counts) == len(frontiers)
     for count, frontier, width in zip(counts, frontiers, widths, strict=True):
         assert min(1, len(frontier.expandable)) <= count <= min(width, len(frontier.expandable))
@@ -142,6 +142,6 @@ def test_a_session_that_is_sure_gets_more_than_one_in_doubt() -> None:
         for token in range(6):
             tree.add(0, token, score)
     frontiers = [Frontier(sure, DEEP, LOW), Frontier(doubting, DEEP, LOW)]
-    assert allot(frontiers, [4, 4], 5) == [4, 1]
-    assert allot(frontiers, [2, 4], 5) == [2, 3]
-    assert allot([], [], 16) == []
+    assert allocate_rows(frontiers, [4, 4], 5) == [4, 1]
+    assert allocate_rows(frontiers, [2, 4], 5) == [2, 3]
+    assert allocate_rows([], [], 16) == []

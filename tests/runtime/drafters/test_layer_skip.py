@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from actors.compose import build_drafter
-from runtime.config import DrafterConfig, deployment, layers_of
+from runtime.config import DrafterConfig
 from runtime.core.errors import ModelRefused
+from runtime.deployment_builder import build_deployment, read_layers
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.model import ModelDrafter
 from runtime.models.base import causal
@@ -92,8 +93,12 @@ def test_what_was_tuned_is_a_draft(tmp_path: Path) -> None:
     tuned, other = tmp_path / "tuned.json", tmp_path / "other.json"
     tuned.write_text(json.dumps({"method": "layer-skip", "layers": [0, 3]}))
     other.write_text(json.dumps({"layers": [0, 3]}))
-    assert (layers_of(str(tuned)), layers_of(str(other)), layers_of("ngram")) == ((0, 3), (), ())
-    made = deployment("t", (str(tuned), "layer-skip", "ngram"), 1, "auto", "cpu", local=False)
+    assert (read_layers(str(tuned)), read_layers(str(other)), read_layers("ngram")) == (
+        (0, 3),
+        (),
+        (),
+    )
+    made = build_deployment("t", (str(tuned), "layer-skip", "ngram"), 1, "auto", "cpu", local=False)
     assert [(drafter.method, drafter.model, drafter.layers) for drafter in made.drafters()] == [
         ("layer-skip", "", (0, 3)),
         ("layer-skip", "", ()),

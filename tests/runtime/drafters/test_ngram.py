@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from runtime.core.draft_nodes import DraftNodes
 from runtime.core.messages import Close, Request
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import ExpandRequest
 from runtime.drafters.ngram import MAX_NGRAM, MIN_NGRAM, NgramDrafter, lookup
@@ -111,9 +111,9 @@ def test_the_sessions_of_a_request_are_closed_at_the_drafter() -> None:
     inner = Same()
     draft_engine = DraftEngine(inner, "d")
     Lockstep(engine_of(LOOPING), draft_engine).run(
-        Request("x", tuple(PROMPT), Sampling(max_tokens=4))
+        Request("x", tuple(PROMPT), SamplingParams(max_tokens=4))
     )
     assert inner.closed == ["0/x"]
-    draft_engine.hear(0, Close("x"), lambda reply: None)
+    draft_engine.handle(0, Close("x"), lambda reply: None)
     assert inner.closed == ["0/x"]
     assert draft_engine.counters == {}

@@ -17,18 +17,20 @@ from actors.drafter import DraftActor
 from actors.launch.prepare import check_models
 from bench.core import widen as widening
 from bench.core.widen import Shape, widened, widened_head
-from runtime.config import DrafterConfig, Placement, deployment, draft_of, drafter_of
+from runtime.config import DrafterConfig, Placement
 from runtime.core import limits
 from runtime.core.draft_nodes import DraftNodes, stack
 from runtime.core.errors import ModelRefused
 from runtime.core.messages import Commit, Draft, Open, Reply, Share
-from runtime.core.node_names import mix64, text_key
-from runtime.core.sampling_params import Sampling
+from runtime.core.node_keys import mix64, text_key
+from runtime.core.sampling_params import SamplingParams
 from runtime.core.tree import TokenTree
+from runtime.deployment_builder import build_deployment, resolve_drafter
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import ExpandRequest, Text
 from runtime.drafters.s3d import BRANCHES, MaskDrafter, build
 from runtime.kv.prefix_cache import PrefixCache
+from runtime.model_paths import draft_model
 from runtime.models.loader import load_model
 from runtime.models.lora import LoraLinear, linear_layers, lora_by_name, merge
 from runtime.models.sampler import choose
@@ -42,7 +44,7 @@ TEXT = [5, 6, 7, 8, 5, 6, 9, 11]
 
 def text_of(tokens: Sequence[int], **sampling: Any) -> Text:
     tree = TokenTree(text_key(tokens), tokens[-1], limits.TREE_NODES, limits.TREE_DEPTH)
-    return Text("s", list(tokens), len(tokens), Sampling(**sampling), tree)
+    return Text("s", list(tokens), len(tokens), SamplingParams(**sampling), tree)
 
 
 def levels(found: DraftNodes) -> list[DraftNodes]:
@@ -162,8 +164,8 @@ def test_the_output_is_the_targets_and_is_guessed_sooner(temperature: float) -> 
 def grown(draft_engine: DraftEngine, sent: list[Reply]) -> list[tuple[int, int]]:
     """(parent, token) of all that one pass has sent."""
     sent.clear()
-    draft_engine.grow()
-    draft_engine.send_rest(())
+    draft_engine.step()
+    draft_engine.send_unsent(())
     drafts = [reply for reply in sent if isinstance(reply, Draft)]
     return [
         pair
@@ -173,9 +175,9 @@ def grown(draft_engine: DraftEngine, sent: list[Reply]) -> list[tuple[int, int]]
 
 
 def opened(draft_engine: DraftEngine, sent: list[Reply], tokens: Sequence[int] = TEXT) -> None:
-    draft_engine.hear(
+    draft_engine.handle(
         0,
-        Open("s", 0, tuple(tokens), len(tokens), Sampling(max_tokens=100), Share("s", 0, 1)),
+        Open("s", 0, tuple(tokens), len(tokens), SamplingParams(max_tokens=100), Share("s", 0, 1)),
         sent.append,
     )
 
@@ -199,7 +201,7 @@ def test_what_masks_have_guessed_is_read_in_one_pass_with_what_is_above() -> Non
         for _ in range(step % 3 + 1):
             state = draft_engine.states["0/s"]
             asked = draft_engine.plan()[0]
-            (answer,) = draft_engine.ask([asked])
+            (answer,) = draft_engine.expand([asked])
             assert answer is not None
             for leaf in asked.leaves:
                 (alone,) = anew.expand(
@@ -212,12 +214,12 @@ def test_what_masks_have_guessed_is_read_in_one_pass_with_what_is_above() -> Non
                 np.testing.assert_allclose(
                     answer.scores[answer.parents == leaf], near.scores, atol=1e-3
                 )
-            draft_engine.add([asked], [answer])
+            draft_engine.insert_answers([asked], [answer])
         tree = draft_engine.states["0/s"].tree
         node = int(np.argmax(np.frombuffer(tree.depth, np.int64)))
         decided = tree.tokens_to(node)[: 1 + step % 4] if step % 4 != 3 else [step]
         tokens += decided
-        draft_engine.hear(
+        draft_engine.handle(
             0,
             Commit("s", 0, len(tokens) - len(decided), tuple(decided), text_key(tokens)),
             sent.append,
@@ -295,14 +297,14 @@ def test_what_is_below_a_guess_that_is_left_out_is_left_out() -> None:
 
 def test_a_folder_or_its_name_is_a_draft() -> None:
     folder = str(tiny().folder)
-    assert drafter_of(folder) == ("s3d", folder, ())
-    assert drafter_of("s3d") == ("s3d", "", ())
-    made = deployment(str(tiny().target), (folder,), 1, "float32", "cpu", local=False)
+    assert resolve_drafter(folder) == ("s3d", folder, ())
+    assert resolve_drafter("s3d") == ("s3d", "", ())
+    made = build_deployment(str(tiny().target), (folder,), 1, "float32", "cpu", local=False)
     check_models(made)
     host = build_drafter(made.drafters()[0], str(tiny().target))
     assert isinstance(host.draft_engine.drafter, MaskDrafter)
-    assert draft_of(DrafterConfig(name="d", method="s3d", model="x")) == "x"
-    assert draft_of(DrafterConfig(name="d", method="ngram")) == ""
+    assert draft_model(DrafterConfig(name="d", method="s3d", model="x")) == "x"
+    assert draft_model(DrafterConfig(name="d", method="ngram")) == ""
 
 
 def edited(tmp_path: Path, **settings: object) -> Path:
@@ -335,7 +337,7 @@ def test_a_folder_that_was_tampered_with_is_refused(
 
 
 def test_what_was_trained_for_another_target_is_refused() -> None:
-    made = deployment(
+    made = build_deployment(
         str(tiny(context=16).target),
         (str(tiny(vocabulary=16).folder),),
         1,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from runtime.core.errors import ModelRefused
-from runtime.core.tree_builder import ways
+from runtime.core.tree_builder import best_first
 from runtime.models.base import Branch, OutputSpec, PassInput, Rows, causal
 from runtime.models.fast_path import enable_fast_path
 from runtime.models.hf import HFModel
@@ -156,7 +156,7 @@ def test_what_heads_look_at_is_shown_as_by_the_short_pass() -> None:
 
 def test_the_likeliest_ways() -> None:
     tokens, scores = np.array([[1, 2], [3, 4]]), np.log([[0.6, 0.4], [0.9, 0.1]])
-    growth = ways(tokens, scores, nodes=4)
+    growth = best_first(tokens, scores, nodes=4)
     assert list(zip(growth.parents.tolist(), growth.tokens.tolist(), strict=True)) == [
         (0, 1),
         (1, 3),
@@ -164,6 +164,6 @@ def test_the_likeliest_ways() -> None:
         (3, 3),
     ]
     assert np.exp(growth.scores) == pytest.approx([0.6, 0.9, 0.4, 0.9])
-    assert len(ways(tokens, scores, floor=float(np.log(0.05))).tokens) == 5
-    assert len(ways(np.empty((0, 2), np.int64), np.empty((0, 2))).tokens) == 0
-    assert ways(tokens, np.where(tokens == 2, -np.inf, scores)).tokens.tolist() == [1, 3, 4]
+    assert len(best_first(tokens, scores, floor=float(np.log(0.05))).tokens) == 5
+    assert len(best_first(np.empty((0, 2), np.int64), np.empty((0, 2))).tokens) == 0
+    assert best_first(tokens, np.where(tokens == 2, -np.inf, scores)).tokens.tolist() == [1, 3, 4]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from runtime.core import limits
-from runtime.core.node_names import text_key
-from runtime.core.sampler_reference import choose as choose_by_numpy
-from runtime.core.sampling_params import Sampling
+from runtime.core.node_keys import text_key
+from runtime.core.sampler_reference import reference_sample
+from runtime.core.sampling_params import SamplingParams
 from runtime.core.tree import TokenTree
 from runtime.drafters.base import Text
 from runtime.heads.base import VerifiedStep
@@ -27,7 +27,7 @@ from tests.contracts.test_heads import headed
 from tests.support.harness import Lockstep, asking, plain
 
 
-def seen_of(
+def make_seen(
     tokens: Sequence[int],
     row_tokens: Sequence[int],
     logits: np.ndarray,
@@ -35,7 +35,7 @@ def seen_of(
     **sampling: Any,
 ) -> VerifiedStep:
     tree = TokenTree(text_key(tokens), tokens[-1], limits.TREE_NODES, limits.TREE_DEPTH)
-    text = Text("s", list(tokens), len(tokens), Sampling(**sampling), tree)
+    text = Text("s", list(tokens), len(tokens), SamplingParams(**sampling), tree)
     return VerifiedStep(
         text, np.asarray(row_tokens), path, PassOutput(torch.as_tensor(logits, dtype=torch.float32))
     )
@@ -43,7 +43,7 @@ def seen_of(
 
 def test_candidates_of_every_row_are_kept_and_the_accepted_rows_win() -> None:
     head, logits = TokenRecycling(30), np.random.default_rng(0).standard_normal((4, 30))
-    head.learn([seen_of([1, 7, 7], [1, 7, 7, 9], logits, path=[0, 1])])
+    head.learn([make_seen([1, 7, 7], [1, 7, 7, 9], logits, path=[0, 1])])
     order = np.argsort(-logits, axis=1)[:, :CANDIDATES_PER_TOKEN]
     for token, row in ((1, 0), (7, 1), (9, 3)):
         assert head.tokens[token].tolist() == order[row].tolist()
@@ -57,8 +57,8 @@ def test_the_tree_follows_the_table() -> None:
     logits = np.full((64, 64), -50.0)
     for token, rank in itertools.product(range(64), range(CANDIDATES_PER_TOKEN)):
         logits[token, (token + 1 + rank) % 64] = -rank
-    head.learn([seen_of([0], range(64), logits, path=[0])])
-    growth = head.grow(seen_of([0, 5], [0], logits).text)
+    head.learn([make_seen([0], range(64), logits, path=[0])])
+    growth = head.grow(make_seen([0, 5], [0], logits).text)
     tokens = [5, *growth.tokens.tolist()]
     ranks = [
         token - tokens[parent] - 1
@@ -79,7 +79,9 @@ def test_with_noise_it_ranks_by_the_noise_of_the_target() -> None:
     model, right = ToyModel(vocabulary=24, memory=1), 0
     for seed in range(6):
         request = asking([seed % 24], max_tokens=60, temperature=0.9, seed=seed, top_k=6)
-        (found,) = Lockstep(headed(model, TokenRecycling(24), chooser=choose_by_numpy)).run(request)
+        (found,) = Lockstep(headed(model, TokenRecycling(24), chooser=reference_sample)).run(
+            request
+        )
         assert found.said() == plain(model, request).said()
         right += found.stats.accepted
     assert right > 6 * 20

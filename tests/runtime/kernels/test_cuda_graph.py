@@ -21,7 +21,7 @@ class Recorder:
 
     def ask(self, method: str, *arguments: object, timeout_s: float | None = 1.0) -> Any:
         self.asked.append((method, *arguments))
-        return [self.target.take()] if method == "trace" else None
+        return [self.target.drain()] if method == "trace" else None
 
 
 def interrupted() -> None:

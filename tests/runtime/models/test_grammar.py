@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.config import shipped
 from runtime.core import limits
 from runtime.core.errors import InvalidRequest
-from runtime.core.sampling_params import Constraint, Kind
+from runtime.core.sampling_params import Constraint, ConstraintKind
+from runtime.model_paths import bundled_model
 from runtime.models.grammar import GrammarCompiler, GrammarMatcher
 from runtime.models.loader import load_tokenizer
 
@@ -21,7 +21,7 @@ EOS = frozenset({0})
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return load_tokenizer(shipped("target"))
+    return load_tokenizer(bundled_model("target"))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def written(tokenizer: Any, matcher: GrammarMatcher, text: str) -> bool:
     for token in tokenizer.encode(text):
         if token not in tokens(matcher):
             return False
-        matcher.take(token)
+        matcher.accept_token(token)
     return bool(EOS & set(tokens(matcher)))
 
 
@@ -82,7 +82,7 @@ SCHEMA = {
 def test_what_fits_is_let_through_and_nothing_else(
     tokenizer: Any,
     grammars: GrammarCompiler,
-    kind: Kind,
+    kind: ConstraintKind,
     text: str,
     good: list[str],
     bad: list[str],
@@ -102,31 +102,31 @@ def test_a_complete_text_may_only_end_and_its_end_may_be_taken(
     assert written(tokenizer, matcher, "abc")
     for _ in range(3):
         assert tokens(matcher) == [0]
-        matcher.take(0)
+        matcher.accept_token(0)
 
 
 def test_all_tokens_that_end_a_text_do(tokenizer: Any) -> None:
     grammars = GrammarCompiler(tokenizer, VOCABULARY, frozenset({0, 5}))
     matcher = grammars(Constraint("regex", "a?"))
     assert {0, 5} <= set(tokens(matcher))
-    matcher.take(tokenizer.encode("a")[0])
+    matcher.accept_token(tokenizer.encode("a")[0])
     assert tokens(matcher) == [0, 5]
     grammars.close()
 
 
 def test_what_is_not_allowed_cannot_be_taken(tokenizer: Any, grammars: GrammarCompiler) -> None:
     with pytest.raises(InvalidRequest, match="does not follow"):
-        grammars(Constraint("regex", "abc")).take(tokenizer.encode("x")[0])
+        grammars(Constraint("regex", "abc")).accept_token(tokenizer.encode("x")[0])
 
 
 def test_texts_of_one_grammar_go_their_own_ways(tokenizer: Any, grammars: GrammarCompiler) -> None:
     first, second = grammars(Constraint("regex", "a+b")), grammars(Constraint("regex", "a+b"))
-    first.take(tokenizer.encode("a")[0])
+    first.accept_token(tokenizer.encode("a")[0])
     assert tokens(first) != tokens(second)
     assert tokens(second) == tokens(grammars(Constraint("regex", "a+b")))
 
 
-REFUSED: list[tuple[Kind, str, str]] = [
+REFUSED: list[tuple[ConstraintKind, str, str]] = [
     ("regex", "(", "unclosed group"),
     ("regex", "(?=a)b", "look-around"),
     ("regex", r"(a)\1", "backreferences are not supported"),
@@ -166,7 +166,7 @@ REFUSED: list[tuple[Kind, str, str]] = [
     ("kind", "text", "says"), REFUSED, ids=[f"{kind}-{text[:20]!a}" for kind, text, _ in REFUSED]
 )
 def test_what_is_no_grammar_or_costs_too_much_is_refused_in_one_line(
-    grammars: GrammarCompiler, kind: Kind, text: str, says: str
+    grammars: GrammarCompiler, kind: ConstraintKind, text: str, says: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=says) as caught:
         grammars(Constraint(kind, text))
@@ -200,7 +200,7 @@ DOUBLED = {"$ref": "#/$defs/a0", "$defs": STEPS | {"a40": {}}}  # 2 ** 40 ways t
     ],
 )
 def test_what_only_looks_dangerous_is_taken(
-    grammars: GrammarCompiler, kind: Kind, text: str
+    grammars: GrammarCompiler, kind: ConstraintKind, text: str
 ) -> None:
     assert tokens(grammars(Constraint(kind, text)))
 

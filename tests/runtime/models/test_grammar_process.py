@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from runtime.config import shipped
 from runtime.core import limits
 from runtime.core.errors import InvalidRequest, Overloaded
 from runtime.core.sampling_params import Constraint
+from runtime.model_paths import bundled_model
 from runtime.models import grammar, grammar_check
 from runtime.models.grammar import GrammarCompiler, GrammarMatcher
 from runtime.models.loader import load_tokenizer
@@ -40,7 +40,7 @@ GOOD = Constraint("regex", "(a|b)*c")
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return load_tokenizer(shipped("target"))
+    return load_tokenizer(bundled_model("target"))
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def server_of(before: set[int]) -> int:
 def write(tokenizer: Any, matcher: GrammarMatcher, text: str) -> None:
     for token in tokenizer.encode(text):
         assert matcher.allowed()[token]
-        matcher.take(token)
+        matcher.accept_token(token)
     matcher.allowed()
 
 
@@ -263,7 +263,7 @@ def wander(tokenizer: Any, matcher: GrammarMatcher) -> None:
     letters = [tokenizer.encode(letter)[0] for letter in "ab"]
     drawn = random.Random(1)
     for _ in range(20_000):
-        matcher.take(drawn.choice(letters))
+        matcher.accept_token(drawn.choice(letters))
 
 
 MANY_STATES = Constraint("regex", "(a|b)*a(a|b){24}c")
@@ -344,14 +344,14 @@ def test_nothing_is_left_after_close(tokenizer: Any) -> None:
     assert gone(processes)
     for matcher in matchers:
         with pytest.raises(InvalidRequest, match="too complex"):
-            write(load_tokenizer(shipped("target")), matcher, "a")
+            write(load_tokenizer(bundled_model("target")), matcher, "a")
     grammars.close()
 
 
 def test_processes_are_bounded_in_number(
     grammars: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "GRAMMARS", 2)
+    monkeypatch.setattr(limits, "CONSTRAINED_REQUESTS", 2)
     matchers = [grammars(GOOD), grammars(GOOD)]
     with pytest.raises(Overloaded, match="2 texts with a response_format are under way"):
         grammars(GOOD)

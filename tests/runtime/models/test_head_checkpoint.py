@@ -13,10 +13,10 @@ from transformers import AutoConfig
 
 from actors.compose import build_target
 from actors.launch.prepare import check_models
-from runtime.config import deployment
 from runtime.core.errors import ModelRefused
 from runtime.core.messages import Request
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
+from runtime.deployment_builder import build_deployment
 from runtime.heads import hidden_transfer, medusa
 from runtime.heads.base import HeadContext
 from runtime.models.base import ModelIdentity
@@ -193,7 +193,7 @@ def test_composed_from_a_configuration(tmp_path: Path) -> None:
     transfer = dict(hidden_transfer.HiddenTransfer(32, [1]).state_dict())
     write_checkpoint(tmp_path / "transfer", "hidden-transfer", identity, {"layers": [1]}, transfer)
     drafts = ("token-recycling", str(tmp_path / "medusa"), str(tmp_path / "transfer"))
-    plan = deployment(str(folder), drafts, 1, "float32", "cpu", local=True)
+    plan = build_deployment(str(folder), drafts, 1, "float32", "cpu", local=True)
     assert check_models(plan).warnings == ()
 
     prompt = (3, 1, 4, 1, 5, 9, 3, 1, 4, 1)
@@ -202,7 +202,7 @@ def test_composed_from_a_configuration(tmp_path: Path) -> None:
         target = build_target(plan.target).target
         target.start()
         for temperature in (0.0, 0.8):
-            sampling = Sampling(max_tokens=40, temperature=temperature, seed=1)
+            sampling = SamplingParams(max_tokens=40, temperature=temperature, seed=1)
             on, off = [
                 await answer(target, Request(f"{wanted}", prompt, sampling, speculation=wanted))
                 for wanted in (True, False)

@@ -40,7 +40,7 @@ def rows_of(tree: TokenTree, start: int) -> Rows:
     n = len(tree)
     visible = np.zeros((n, n), dtype=np.bool_)
     visible[:, 0] = True
-    visible[1:, 1:] = tree.visible(range(1, n))
+    visible[1:, 1:] = tree.ancestor_mask(range(1, n))
     return Rows(np.array(tree.token), start + np.array(tree.depth), start, visible)
 
 

@@ -154,10 +154,11 @@ def test_the_module_stays_whole_and_takes_no_more_memory(shape: str) -> None:
         )
     attention = quick.module.model.layers[0].self_attn
     assert isinstance(quick.step, LlamaPass)
-    joint = quick.step._layers[0].qkv.weight
-    assert joint.data_ptr() == attention.q_proj.weight.data_ptr()
+    merge_looks = quick.step._layers[0].qkv.weight
+    assert merge_looks.data_ptr() == attention.q_proj.weight.data_ptr()
     assert (
-        joint.untyped_storage().data_ptr() == attention.v_proj.weight.untyped_storage().data_ptr()
+        merge_looks.untyped_storage().data_ptr()
+        == attention.v_proj.weight.untyped_storage().data_ptr()
     )
     assert quick.step._head.weight.data_ptr() == quick.module.lm_head.weight.data_ptr()
 

@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.core.messages import Round
-from runtime.schedulers.base import View
-from runtime.schedulers.living import LATE, MOST, Living
+from runtime.schedulers.base import SessionView
+from runtime.schedulers.living import LATE_FACTOR, MAX_STEP_NODES, Living
 
 TIMES = {1: 0.010, 2: 0.010, 4: 0.011, 8: 0.012, 16: 0.014, 17: 0.018, 32: 0.020}
 
 
-def view(gains: list[float], **options: object) -> View:
+def view(gains: list[float], **options: object) -> SessionView:
     falling = np.sort(np.asarray(gains))[::-1]
-    return View(gains=falling, leaves=falling if gains else np.ones(1), **options)  # type: ignore[arg-type]
+    return SessionView(gains=falling, leaves=falling if gains else np.ones(1), **options)  # type: ignore[arg-type]
 
 
 def living(rate: float = 100.0, first: float | None = 0.002, gap: float | None = 0.001) -> Living:
@@ -29,10 +29,10 @@ def living(rate: float = 100.0, first: float | None = 0.002, gap: float | None =
 
 def test_time_is_linear_between_and_beyond_what_was_measured() -> None:
     found = living()
-    assert found.time([1, 6, 16, 17, 24, 47]).tolist() == pytest.approx(
+    assert found.pass_seconds([1, 6, 16, 17, 24, 47]).tolist() == pytest.approx(
         [0.010, 0.0115, 0.014, 0.018, 0.018 + 7 * 0.002 / 15, 0.022]
     )
-    assert Living({1: 0.01}).time([1, 64]).tolist() == [0.01, 0.01]
+    assert Living({1: 0.01}).pass_seconds([1, 64]).tolist() == [0.01, 0.01]
 
 
 @settings(max_examples=200)
@@ -45,13 +45,13 @@ def test_rows_are_the_best_that_any_choice_of_rows_could_be(
 ) -> None:
     """Against all ways to take the best n of each session; a rate below that of plain decoding is not believed."""
     found, views = living(rate), [view(tree) for tree in trees]
-    rate = max(rate, len(views) / float(found.time(len(views))))
+    rate = max(rate, len(views) / float(found.pass_seconds(len(views))))
 
     def value(rows: tuple[int, ...]) -> float:
         expected = sum(
             float(one.gains[:count].sum()) for one, count in zip(views, rows, strict=True)
         )
-        return expected - rate * float(found.time(len(views) + sum(rows)))
+        return expected - rate * float(found.pass_seconds(len(views) + sum(rows)))
 
     best = max(
         value(rows) for rows in itertools.product(*(range(len(one.gains) + 1) for one in views))
@@ -72,29 +72,29 @@ def test_the_seventeenth_row_must_pay_for_its_tile() -> None:
 
 
 def test_no_more_rows_than_a_pass_may_have() -> None:
-    assert living(0.001).plan([view([0.9] * 200), view([0.8] * 200)]).rows == (MOST, 0)
+    assert living(0.001).plan([view([0.9] * 200), view([0.8] * 200)]).rows == (MAX_STEP_NODES, 0)
 
 
 @pytest.mark.parametrize(
     ("options", "waits"),
     [
         ({}, True),  # 0.9 tokens are promised in 2 ms, in which 0.2 are earned
-        ({"promise": 0.41}, True),
-        ({"promise": 0.39}, False),  # less than twice as many
+        ({"coverage": 0.41}, True),
+        ({"coverage": 0.39}, False),  # less than twice as many
         ({"drafters": 0}, False),
-        ({"promise": 0.1}, False),
-        ({"since_growth": 0.002 * LATE}, False),  # late
-        ({"since_growth": 0.002 * LATE - 0.0001}, True),
+        ({"coverage": 0.1}, False),
+        ({"since_growth": 0.002 * LATE_FACTOR}, False),  # late
+        ({"since_growth": 0.002 * LATE_FACTOR - 0.0001}, True),
     ],
 )
 def test_after_a_miss_it_waits_for_what_is_worth_it(options: dict[str, float], waits: bool) -> None:
-    plan = living().plan([view([], **{"drafters": 1, "promise": 0.9, **options})])
+    plan = living().plan([view([], **{"drafters": 1, "coverage": 0.9, **options})])
     assert (plan.wait > 0.0) == waits
-    assert plan.wait <= 0.002 * LATE
+    assert plan.wait <= 0.002 * LATE_FACTOR
 
 
 def test_it_waits_for_more_as_long_as_the_leaves_promise_twice_what_the_target_earns() -> None:
-    found, seen = living(300.0), {"drafters": 1, "promise": 0.9, "growths": 1}
+    found, seen = living(300.0), {"drafters": 1, "coverage": 0.9, "growths": 1}
     found.width = 2.0
     assert (
         found.plan([view([0.5, 0.2, 0.2], **seen)]).wait > 0.0
@@ -109,13 +109,13 @@ def test_it_waits_for_more_as_long_as_the_leaves_promise_twice_what_the_target_e
 
 
 def test_with_other_sessions_nobody_is_waited_for() -> None:
-    assert living().plan([view([], drafters=1, promise=0.9), view([])]).wait == 0.0
+    assert living().plan([view([], drafters=1, coverage=0.9), view([])]).wait == 0.0
 
 
 def test_before_growth_was_ever_seen_it_tries_for_half_a_step() -> None:
     found = living(first=None, gap=None)
-    assert found.plan([view([], drafters=1, promise=0.9)]).wait == pytest.approx(0.005)
-    assert found.plan([view([], drafters=1, promise=0.9, since_growth=0.005)]).wait == 0.0
+    assert found.plan([view([], drafters=1, coverage=0.9)]).wait == pytest.approx(0.005)
+    assert found.plan([view([], drafters=1, coverage=0.9, since_growth=0.005)]).wait == 0.0
 
 
 def done(
@@ -141,9 +141,9 @@ def test_step_times_follow_what_is_seen_and_stay_monotone() -> None:
     for _ in range(300):
         found.observe([done(5, computed=0.030), done(5, computed=0.030)])
         assert (np.diff(found.times) >= 0.0).all()
-    assert float(found.time(12)) == pytest.approx(0.030, rel=0.02)
-    assert float(found.time(1)) == pytest.approx(0.010, rel=0.1)
-    assert float(found.time(32)) >= 0.030
+    assert float(found.pass_seconds(12)) == pytest.approx(0.030, rel=0.02)
+    assert float(found.pass_seconds(1)) == pytest.approx(0.010, rel=0.1)
+    assert float(found.pass_seconds(32)) >= 0.030
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
@@ -155,7 +155,7 @@ def test_a_step_that_the_machine_held_up_does_not_end_speculation(rows: int) -> 
         chosen = []
         for _ in range(count):
             (width,) = found.plan(tree).rows
-            found.observe([done(width, 2, computed=float(Living(TIMES).time(1 + width)))])
+            found.observe([done(width, 2, computed=float(Living(TIMES).pass_seconds(1 + width)))])
             chosen.append(width)
         return chosen
 
@@ -179,7 +179,7 @@ def test_a_width_that_was_slow_for_a_while_is_tried_again() -> None:
     found = Living(TIMES)
     for _ in range(50):
         found.observe([done(15, computed=0.1)])
-    assert float(found.time(16)) == pytest.approx(0.1, rel=0.02)
+    assert float(found.pass_seconds(16)) == pytest.approx(0.1, rel=0.02)
     for _ in range(500):
         found.observe([done(0)])
     assert found.times.tolist() == pytest.approx([TIMES[rows] for rows in sorted(TIMES)], rel=0.05)

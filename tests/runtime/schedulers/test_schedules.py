@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.core.messages import Round, Style
-from runtime.core.node_names import text_key
+from runtime.core.node_keys import text_key
 from runtime.core.tree import TokenTree
 from runtime.schedulers.amusd import Amusd
-from runtime.schedulers.base import Scheduler, View
-from runtime.schedulers.blocking import PATIENCE
+from runtime.schedulers.base import Scheduler, SessionView
+from runtime.schedulers.blocking import PATIENCE_FACTOR
 from runtime.schedulers.pearl import Pearl, gamma
 from runtime.schedulers.plain import Plain
 from runtime.schedulers.sync import Sync
@@ -134,14 +134,14 @@ class Race:
     def room(self) -> int:
         return self.length - self.drafter.committed - 1
 
-    def view(self) -> View:
+    def view(self) -> SessionView:
         gains = np.sort(np.exp(self.tree.path[1:]))[::-1]
         leaves = [
             path
             for path, fanout in zip(self.tree.path, self.tree.fanout, strict=True)
             if not fanout
         ]
-        return View(
+        return SessionView(
             gains,
             np.sort(np.exp(leaves))[::-1],
             depth=max(self.tree.depth),
@@ -171,7 +171,7 @@ class Race:
         return grown
 
     def step(self, rows: int) -> None:
-        nodes, began = set(self.tree.best(rows)), self.now
+        nodes, began = set(self.tree.best_nodes(rows)), self.now
         assert len(nodes) == rows
         while self.drafter.ends <= began + self.computed:
             self.grow()
@@ -253,7 +253,7 @@ def test_near_the_end_of_the_text_it_waits_in_vain_but_not_for_long() -> None:
     """Two tokens are left: one pass, four times as long for a second one, then the step."""
     assert timeline(Race(Sync(1, 1, 4, 4, 2), t=2, step=7, length=7)) == [
         (8, 4, 5),
-        (15 + 2 + PATIENCE * 2, 1, 2),
+        (15 + 2 + PATIENCE_FACTOR * 2, 1, 2),
     ]
 
 
@@ -353,4 +353,4 @@ def test_a_drafter_that_falls_silent_costs_speed_only(
     after = [step for step in race.steps if step.began > 60]
     assert {(step.rows, step.tokens) for step in after} == {(0, 1)}
     began = [step.began for step in after]
-    assert max(np.diff(began)) <= 8 + PATIENCE * 8
+    assert max(np.diff(began)) <= 8 + PATIENCE_FACTOR * 8

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from runtime.core.node_names import text_key
+from runtime.core.node_keys import text_key
 from runtime.core.tree import TokenTree
-from runtime.scoring.drafter_utility import REST, TRIAL, DrafterUtility
+from runtime.scoring.drafter_utility import REST_COMMITS, TRIAL_COMMITS, DrafterUtility
 from runtime.target.drafter_manager import DrafterManager
-from runtime.telemetry.metrics import Ledger
+from runtime.telemetry.metrics import TargetMetrics
 
 
 def after(utility: DrafterUtility, commits: int, guessed: list[str]) -> list[int]:
@@ -16,27 +16,27 @@ def after(utility: DrafterUtility, commits: int, guessed: list[str]) -> list[int
 
 def test_who_brings_nothing_rests_and_is_tried_again() -> None:
     utility = DrafterUtility()
-    assert after(utility, TRIAL - 1, ["a", "", "a"]) == []
+    assert after(utility, TRIAL_COMMITS - 1, ["a", "", "a"]) == []
     assert utility.active(["a", "b"]) == ["a", "b"]
     assert after(utility, 1, ["a", ""]) == [1]
     assert utility.active(["a", "b"]) == ["a"]
-    assert after(utility, REST, ["a", ""]) == [REST]
+    assert after(utility, REST_COMMITS, ["a", ""]) == [REST_COMMITS]
     assert utility.active(["a", "b"]) == ["a", "b"]
-    assert after(utility, TRIAL, ["a", ""]) == [TRIAL]
+    assert after(utility, TRIAL_COMMITS, ["a", ""]) == [TRIAL_COMMITS]
     assert utility.active(["a", "b"]) == ["a"]
 
 
 def test_one_token_in_a_hundred_commits_is_worth_a_share() -> None:
     utility = DrafterUtility()
     for _ in range(5):
-        after(utility, TRIAL - 1, ["a", ""])
+        after(utility, TRIAL_COMMITS - 1, ["a", ""])
         assert after(utility, 1, ["b", ""]) == []
     assert utility.active(["a", "b"]) == ["a", "b"]
 
 
 def test_all_may_rest_and_a_newcomer_does_not_inherit_that() -> None:
     utility = DrafterUtility()
-    assert after(utility, TRIAL, [""]) == [TRIAL]
+    assert after(utility, TRIAL_COMMITS, [""]) == [TRIAL_COMMITS]
     assert utility.active(["a", "b"]) == []
     utility.forget("b")
     assert utility.active(["a", "b"]) == ["b"]
@@ -47,8 +47,8 @@ def test_a_head_must_bring_more_than_its_time_is_worth() -> None:
     """It is right of one token in each step, which takes as long as two others."""
     for price, rests in ((0.5, False), (2.0, True)):
         utility = DrafterUtility()
-        for _ in range(TRIAL):
-            utility.spend(["h-0"], price)
+        for _ in range(TRIAL_COMMITS):
+            utility.charge(["h-0"], price)
             utility.observe(["h-0"], ["h-0", ""], rate=1.0)
         assert (utility.resting == {"h-0"}) is rests
 
@@ -57,13 +57,17 @@ def test_what_a_drafter_has_guessed_as_well_is_not_owed_to_a_head() -> None:
     """5 by both, the head first; 6 by the head alone; 7 by the drafter alone; 8 by both, the drafter first."""
     tree = TokenTree(text_key([1]), 1, 10, 10)
     for name, tokens in (("h-0", [5, 6]), ("d-0", [5, 7, 8]), ("h-0", [8]), ("h-1", [6])):
-        parents, said = (
+        parents, raw_logprob = (
             np.full(len(tokens), tree.key[0], dtype=np.uint64),
             np.full(len(tokens), -1.0),
         )
-        tree.merge(parents, np.array(tokens), said, name, lambda ranks, said: said)
+        tree.merge(
+            parents, np.array(tokens), raw_logprob, name, lambda ranks, raw_logprob: raw_logprob
+        )
     nodes = [tree.descend([token]) or 0 for token in (5, 6, 7, 8)]
-    assert DrafterManager(Ledger(), DrafterUtility(), ["h-0", "h-1"]).credited_to(tree, nodes) == [
+    assert DrafterManager(TargetMetrics(), DrafterUtility(), ["h-0", "h-1"]).credited_to(
+        tree, nodes
+    ) == [
         "d-0",
         "h-0",
         "d-0",

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from runtime.config import ScheduleConfig
-from runtime.core.node_names import mix64, text_key
-from runtime.core.sampling_params import Sampling
+from runtime.core.node_keys import mix64, text_key
+from runtime.core.sampling_params import SamplingParams
 from runtime.core.tree import TokenTree
 from runtime.drafters.base import ExpandRequest, Text
 from runtime.models.base import PassInput, Rows, causal
@@ -148,14 +148,14 @@ def test_the_text_is_the_same_under_every_schedule(
     policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts: list[list[int]] = []
-    hand_out = RequestState.hand_out
+    make_chunk = RequestState.make_chunk
 
     def listen(live: RequestState, *told: Any) -> Any:
-        chunk = hand_out(live, *told)
+        chunk = make_chunk(live, *told)
         texts.append(list(live.session.tokens))
         return chunk
 
-    monkeypatch.setattr(RequestState, "hand_out", listen)
+    monkeypatch.setattr(RequestState, "make_chunk", listen)
     of(policy, Setting(tokens=60))
     text, prompt = texts[-1], 4
     assert len(text) > 60
@@ -193,7 +193,7 @@ def test_the_draft_finds_the_targets_choice_as_often_as_the_examples_say(branche
     for _ in range(2000):
         tree = TokenTree(key, text[-1], 16, 16)
         (children,) = guesser.expand(
-            [ExpandRequest(Text("s", text, 4, Sampling(), tree), [0], branches)]
+            [ExpandRequest(Text("s", text, 4, SamplingParams(), tree), [0], branches)]
         )
         right = next_token(key)
         assert len(set(children.tokens.tolist())) == branches

@@ -11,8 +11,8 @@ import pytest
 from actors import cli
 from actors.cli.commands.measure_guesses import NO_GUESS_LOGPROB, measure_drafter
 from runtime.config import ScheduleConfig
-from runtime.core.draft_nodes import NOTHING, DraftNodes, stack
-from runtime.core.sampling_params import Sampling
+from runtime.core.draft_nodes import NO_NODES, DraftNodes, stack
+from runtime.core.sampling_params import SamplingParams
 from runtime.drafters.base import ExpandRequest
 from runtime.drafters.ngram import NgramDrafter
 from runtime.scoring.calibration import Calibrations
@@ -69,7 +69,7 @@ def test_the_way_that_the_target_took_through_a_growth() -> None:
         pytest.approx([0.9]),
     ]
     assert head_step(growth, [7]) == head_step(growth, [7, 8])[:1]
-    assert head_step(NOTHING, [7, 8]) == ()
+    assert head_step(NO_NODES, [7, 8]) == ()
 
 
 def test_how_often_its_best_guesses_are_right() -> None:
@@ -79,15 +79,20 @@ def test_how_often_its_best_guesses_are_right() -> None:
     assert [figures.hit_rate(ahead) for ahead in (1, 2, 3)] == pytest.approx([2 / 3, 1 / 3, 0.0])
     known = Calibrations()
     figures.calibrate(known)
-    assert (known.band(0.0).of("a-0").tries.sum(), known.band(0.0).of("a-0").hits.sum()) == (5, 4)
+    assert (
+        known.bucket(0.0).table("a-0").tries.sum(),
+        known.bucket(0.0).table("a-0").hits.sum(),
+    ) == (5, 4)
 
 
 def test_a_drafter_without_a_model_is_asked_place_by_place() -> None:
-    seconds, places = measure_drafter(NgramDrafter(), [((1, 2, 3, 1, 2), (3, 1, 9))], Sampling())
+    seconds, places = measure_drafter(
+        NgramDrafter(), [((1, 2, 3, 1, 2), (3, 1, 9))], SamplingParams()
+    )
     assert all(took > 0 for took in seconds.values())
     assert sorted(seconds) == [1, 4, 16]
     assert [place.rank for place in places] == [0, 0, None]
-    assert measure_drafter(NgramDrafter(), [((1, 2), (3,))], Sampling())[1][0].scores == (
+    assert measure_drafter(NgramDrafter(), [((1, 2), (3,))], SamplingParams())[1][0].scores == (
         NO_GUESS_LOGPROB,
     )
 
@@ -150,7 +155,7 @@ class Chain:
 def test_a_drafter_that_guesses_several_places_in_a_pass() -> None:
     """Its second guess of the second place is right; the third place hangs on that one, not on the best, so it is not heard of."""
     prompt, answer = tuple(range(4)), (4, 5, 6)
-    _, places = measure_drafter(Chain(), [(prompt, answer)], Sampling())
+    _, places = measure_drafter(Chain(), [(prompt, answer)], SamplingParams())
     assert [place.rank for place in places] == [0, 0, 0]
     assert [[below.rank for below in place.below] for place in places] == [[1], [1], [None]]
     assert len(places[0].below[0].scores) == 2
@@ -158,7 +163,7 @@ def test_a_drafter_that_guesses_several_places_in_a_pass() -> None:
         PairProfile(target={1: 0.03}, draft={1: 0.002}, positions=places)
     )
     assert known.behind(0) == ((1, places[0].below[0].scores),)
-    taught = known.calibrations("a", 2).band(0.0).of("a")
+    taught = known.calibrations("a", 2).bucket(0.0).table("a")
     assert taught.tries.sum() == 3 * 2 + 3 * 2  # each pass was judged at both of its places
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from runtime.core import limits
 from runtime.core.errors import InvalidRequest
 from runtime.core.messages import Request
-from runtime.core.sampling_params import Sampling
-from runtime.target.admission import Admission, slots_of
+from runtime.core.sampling_params import SamplingParams
+from runtime.target.admission import Admission, slots_needed
 from runtime.target.commands import AddRequest
 from tests.support.harness import lettering
 
@@ -18,13 +18,13 @@ CONTEXT = 1000
 
 
 def admit(name: str, tokens: int) -> AddRequest:
-    request = Request(name, (1,), Sampling(max_tokens=tokens))
+    request = Request(name, (1,), SamplingParams(max_tokens=tokens))
     return AddRequest(request, lettering()(request), lambda chunk: None)
 
 
 def test_the_longest_text_and_a_step_are_reserved() -> None:
-    assert slots_of(admit("s", 20).request, CONTEXT) == 21 + limits.STEP_ROWS
-    assert slots_of(admit("s", 5000).request, CONTEXT) == CONTEXT + limits.STEP_ROWS
+    assert slots_needed(admit("s", 20).request, CONTEXT) == 21 + limits.STEP_ROWS
+    assert slots_needed(admit("s", 5000).request, CONTEXT) == CONTEXT + limits.STEP_ROWS
 
 
 def test_the_first_that_waits_is_not_overtaken() -> None:

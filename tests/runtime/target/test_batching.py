@@ -8,16 +8,16 @@ import pytest
 
 from runtime.core.errors import InvalidRequest
 from runtime.core.messages import Chunk, Commit, Event, Open, Request, Resync, Share, Style
-from runtime.core.sampler_reference import choose
+from runtime.core.sampler_reference import reference_sample
 from runtime.models.base import PassInput
 from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
 from runtime.schedulers.sync import Sync
-from runtime.scoring.drafter_utility import REST, TRIAL
-from runtime.target.chunked_prefill import ALIKE, CHUNK, CHUNK_BESIDE
+from runtime.scoring.drafter_utility import REST_COMMITS, TRIAL_COMMITS
+from runtime.target.chunked_prefill import BUSY_CHUNK_TOKENS, CHUNK_TOKENS, MIN_SHARED_TOKENS
 from runtime.target.commands import AddRequest, Cancel, Join, ReplyReceived, SetScheduler, Stop
 from runtime.target.engine import Engine
-from runtime.target.target import resumed
+from runtime.target.target import resume_stop_checker
 from runtime.target.verifier import Verifier
 from tests.runtime.target.test_engine import draft
 from tests.support.harness import NOBODY, Output, asking, engine_of, lettering, output, plain
@@ -49,7 +49,7 @@ class Desk:
 
     def admit(self, request: Request) -> None:
         self.chunks[request.session] = []
-        finish = resumed(lettering()(request), request)
+        finish = resume_stop_checker(lettering()(request), request)
         self.engine.handle(
             AddRequest(request, finish, self.chunks[request.session].append, self.engine.clock())
         )
@@ -64,7 +64,11 @@ def desk(model: ToyModel, kv_slots: int = 10**6) -> Desk:
     ticks = iter(range(10**9))
     return Desk(
         Engine(
-            model, Verifier(choose, NOBODY), Fixed(8), lambda: float(next(ticks)), kv_slots=kv_slots
+            model,
+            Verifier(reference_sample, NOBODY),
+            Fixed(8),
+            lambda: float(next(ticks)),
+            kv_slots=kv_slots,
         )
     )
 
@@ -93,33 +97,33 @@ def test_a_long_prompt_does_not_stall_the_others() -> None:
     at.admit(asking(PROMPT, "short", max_tokens=40))
     at.engine.step()
     before = len(at.chunks["short"])
-    at.admit(asking(tuple(n % 24 for n in range(5 * CHUNK_BESIDE + 2)), "long"))
+    at.admit(asking(tuple(n % 24 for n in range(5 * BUSY_CHUNK_TOKENS + 2)), "long"))
     for n in range(1, 6):
         at.engine.step()
         assert len(at.chunks["short"]) == before + n
         assert len(at.chunks["long"]) == 0
-    assert [rows for rows in model.passes if rows[0] > 5] == [[CHUNK_BESIDE]] * 5
+    assert [rows for rows in model.passes if rows[0] > 5] == [[BUSY_CHUNK_TOKENS]] * 5
     at.engine.step()
     assert len(at.chunks["long"]) == 1
 
 
 def test_several_prompts_are_read_in_one_pass_but_not_what_a_cache_will_have() -> None:
-    model, alike = Watched(), tuple(n % 23 for n in range(ALIKE + 8))
+    model, alike = Watched(), tuple(n % 23 for n in range(MIN_SHARED_TOKENS + 8))
     at = desk(model)
     for number, prompt in enumerate([(1, *alike), (2, *alike), (2, *alike, 5), (3,) * 6]):
         at.admit(asking(prompt, f"s{number}", max_tokens=4))
     at.engine.step()
-    assert model.passes[0] == [ALIKE + 8, ALIKE + 8, 5]
+    assert model.passes[0] == [MIN_SHARED_TOKENS + 8, MIN_SHARED_TOKENS + 8, 5]
     at.engine.step()
     assert [len(at.chunks[f"s{number}"]) > 0 for number in range(4)] == [True] * 4
     assert (
-        at.run()["s2"].stats.reused == ALIKE + 9
+        at.run()["s2"].stats.reused == MIN_SHARED_TOKENS + 9
     )  # all that the two have in common: a step has added the last token
 
 
 def test_what_a_cache_has_already_is_waited_for_by_nobody() -> None:
     """Sessions that come from a lost target, of a prompt that is served here, are read in one pass, whatever they have in common."""
-    model, alike = Watched(), tuple(n % 23 for n in range(ALIKE + 8))
+    model, alike = Watched(), tuple(n % 23 for n in range(MIN_SHARED_TOKENS + 8))
     at = desk(model)
     at.admit(asking(alike, "here", max_tokens=40))
     at.engine.step()
@@ -131,7 +135,7 @@ def test_what_a_cache_has_already_is_waited_for_by_nobody() -> None:
     assert all(at.chunks[f"s{number}"] for number in range(5))
     found = at.run()
     for number, prompt in enumerate(moved):
-        assert found[f"s{number}"].stats.reused == ALIKE + 8
+        assert found[f"s{number}"].stats.reused == MIN_SHARED_TOKENS + 8
         assert (
             found[f"s{number}"].said()
             == plain(ToyModel(24, memory=3), asking(prompt, f"s{number}", max_tokens=4)).said()
@@ -146,14 +150,16 @@ def test_many_short_texts_and_those_begun_elsewhere_wait_for_no_step_between_the
     at.engine.step()
     before, passes = len(at.chunks["here"]), len(model.passes)
     prompts = [
-        (number, *((7 * n + number) % 23 for n in range(CHUNK_BESIDE - 8)))
-        for number in range(CHUNK // CHUNK_BESIDE + 8)
+        (number, *((7 * n + number) % 23 for n in range(BUSY_CHUNK_TOKENS - 8)))
+        for number in range(CHUNK_TOKENS // BUSY_CHUNK_TOKENS + 8)
     ]
     requests = [asking(prompt, f"s{number}") for number, prompt in enumerate(prompts)]
     whole = [plain(ToyModel(24, memory=3), request) for request in requests]
     cuts = [4 * (number % 2) for number in range(len(requests))]
-    at.admit(asking([n % 24 for n in range(CHUNK)], "long"))
-    at.admit(replace(asking([n % 23 for n in range(CHUNK)], "long and begun"), committed=(1, 2)))
+    at.admit(asking([n % 24 for n in range(CHUNK_TOKENS)], "long"))
+    at.admit(
+        replace(asking([n % 23 for n in range(CHUNK_TOKENS)], "long and begun"), committed=(1, 2))
+    )
     for request, answer, cut in zip(requests, whole, cuts, strict=True):
         at.admit(replace(request, committed=answer.tokens[:cut], epoch=1))
     at.engine.step()
@@ -161,8 +167,8 @@ def test_many_short_texts_and_those_begun_elsewhere_wait_for_no_step_between_the
     assert len(at.chunks["here"]) == before + 1
     *read, step = model.passes[passes:]
     assert len(step) == 1 + len(requests)
-    assert max(map(sum, read)) <= CHUNK
-    assert sum(map(sum, read)) < (len(requests) + 1) * CHUNK_BESIDE + CHUNK
+    assert max(map(sum, read)) <= CHUNK_TOKENS
+    assert sum(map(sum, read)) < (len(requests) + 1) * BUSY_CHUNK_TOKENS + CHUNK_TOKENS
     for name in ("long", "long and begun"):
         at.engine.handle(Cancel(name))
     found = at.run()
@@ -279,7 +285,10 @@ def test_patience_is_counted_as_waiting() -> None:
     ticks = iter(range(10**9))
     at = Desk(
         Engine(
-            Watched(), Verifier(choose, NOBODY), Fixed(8, patience=10.0), lambda: float(next(ticks))
+            Watched(),
+            Verifier(reference_sample, NOBODY),
+            Fixed(8, patience=10.0),
+            lambda: float(next(ticks)),
         )
     )
     send: Callable[[Event], None] = lambda event: None  # noqa: E731
@@ -300,7 +309,7 @@ def test_a_drafter_that_brings_nothing_rests_and_is_tried_again() -> None:
     engine = engine_of(ToyModel(24, memory=3, context=4000))
     at = Desk(engine)
     engine.handle(Join("mute", events.append))
-    at.admit(asking(PROMPT, max_tokens=TRIAL + REST + 10))
+    at.admit(asking(PROMPT, max_tokens=TRIAL_COMMITS + REST_COMMITS + 10))
     at.run()
     assert [event for event in events if isinstance(event, Share)] == [
         Share("s", 0, 0),
@@ -320,7 +329,7 @@ def test_a_resting_drafter_that_asks_for_the_text_gets_it_when_its_rest_is_over(
         events.append(event)
         engine.inbox.put(ReplyReceived(Resync("s", "mute"), 0.0))
 
-    at.admit(asking(PROMPT, max_tokens=TRIAL + REST + 10))
+    at.admit(asking(PROMPT, max_tokens=TRIAL_COMMITS + REST_COMMITS + 10))
     while engine.drafter_manager.utility.resting != {"mute"}:
         if not events:
             engine.handle(Join("mute", events.append))
@@ -331,7 +340,7 @@ def test_a_resting_drafter_that_asks_for_the_text_gets_it_when_its_rest_is_over(
         at.engine.step()
     opened = [event for event in events if isinstance(event, Open)]
     assert [event.share.of for event in opened[:2]] == [1, 1]
-    assert len(opened[1].tokens) == len(PROMPT) + TRIAL + REST
+    assert len(opened[1].tokens) == len(PROMPT) + TRIAL_COMMITS + REST_COMMITS
     place = events.index(opened[1])
     assert all(
         isinstance(event, Commit | Share) and event != Share("s", 0, 1) for event in events[1:place]

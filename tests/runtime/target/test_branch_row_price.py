@@ -16,10 +16,10 @@ from runtime.schedulers.fixed import Fixed
 from runtime.scoring.drafter_utility import DrafterUtility
 from runtime.target.batch import pack
 from runtime.target.engine import Engine
-from runtime.target.head_runner import RIDDEN as PRICED
+from runtime.target.head_runner import PRICED_BRANCH_ROWS as PRICED
 from runtime.target.head_runner import HeadRunner, MountedHead
 from runtime.target.verifier import Verifier
-from runtime.telemetry.metrics import Ledger
+from runtime.telemetry.metrics import TargetMetrics
 from tests.support.families import hf_model
 from tests.support.harness import NOBODY, Lockstep, asking
 
@@ -66,7 +66,7 @@ def test_it_is_paid_for_each_row_that_is_ridden(
         model,
         {"h-0": MountedHead(head(model), 0.5 * PRICED)},
         DrafterUtility(),
-        Ledger(),
+        TargetMetrics(),
         lambda: 0.0,
     )
     parts = [
@@ -95,7 +95,7 @@ def test_the_head_is_charged_for_them_in_each_step(price: float) -> None:
         (1 + 5) * price / PRICED
     )  # beside the root alone, then beside it and four guesses
     (live,) = engine.requests.running.values()
-    assert [round_.ridden for round_ in live.tally.rounds] == pytest.approx(
+    assert [round_.ridden for round_ in live.metrics.rounds] == pytest.approx(
         [price / PRICED, 5 * price / PRICED]
     )
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from runtime.core.messages import Chunk, Event, Request, Resync, Round, Style
-from runtime.core.sampler_reference import choose
+from runtime.core.sampler_reference import reference_sample
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.model import ModelDrafter
 from runtime.models.base import PassInput
 from runtime.models.toy import ToyModel
-from runtime.schedulers.base import Plan, View
+from runtime.schedulers.base import Plan, SessionView
 from runtime.schedulers.fixed import Fixed
 from runtime.target.commands import AddRequest, Cancel, Join, ReplyReceived, Stop
 from runtime.target.engine import Engine
@@ -103,11 +103,11 @@ def test_stop_ends_what_is_under_way() -> None:
 
 def test_a_fault_in_the_loop_leaves_no_caller_waiting() -> None:
     class Faulty(Fixed):
-        def plan(self, views: Sequence[View]) -> Plan:
+        def plan(self, views: Sequence[SessionView]) -> Plan:
             raise ZeroDivisionError
 
     chunks: list[Chunk] = []
-    engine = Engine(TOY, Verifier(choose, NOBODY), Faulty(8), lambda: 0.0)
+    engine = Engine(TOY, Verifier(reference_sample, NOBODY), Faulty(8), lambda: 0.0)
     engine.inbox.put(AddRequest(asking(PROMPT), lettering()(asking(PROMPT)), chunks.append))
     with pytest.raises(ZeroDivisionError):
         engine.run()
@@ -116,7 +116,7 @@ def test_a_fault_in_the_loop_leaves_no_caller_waiting() -> None:
 
 def test_nobody_is_waited_for_at_the_last_token() -> None:
     """Fixed waits where a drafter is there and has said nothing; the clock of the rig would let it wait for ever."""
-    engine = Engine(TOY, Verifier(choose, NOBODY), Fixed(8, 1e9), lambda: 0.0)
+    engine = Engine(TOY, Verifier(reference_sample, NOBODY), Fixed(8, 1e9), lambda: 0.0)
     (found,) = Lockstep(engine, DraftEngine(Mute(), "d")).run(asking(PROMPT, max_tokens=1))
     assert found.tokens == tuple(TEXT[5:6])
 
@@ -127,9 +127,9 @@ class Waiting:
     style = Style()
 
     def __init__(self) -> None:
-        self.asked: queue.SimpleQueue[Sequence[View]] = queue.SimpleQueue()
+        self.asked: queue.SimpleQueue[Sequence[SessionView]] = queue.SimpleQueue()
 
-    def plan(self, views: Sequence[View]) -> Plan:
+    def plan(self, views: Sequence[SessionView]) -> Plan:
         self.asked.put(views)
         rows = tuple(len(view.gains) for view in views)
         return Plan(rows, 0.0 if all(rows) else 20.0)
@@ -145,7 +145,7 @@ class Waiting:
 def waiting() -> Iterable[tuple[Engine, Waiting]]:
     """An engine on its thread that waits whenever there is nothing to verify."""
     scheduler = Waiting()
-    engine = Engine(TOY, Verifier(choose, NOBODY), scheduler, lambda: 0.0)
+    engine = Engine(TOY, Verifier(reference_sample, NOBODY), scheduler, lambda: 0.0)
     thread = threading.Thread(target=engine.run)
     thread.start()
     yield engine, scheduler

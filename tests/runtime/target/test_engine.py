@@ -19,9 +19,9 @@ from runtime.core.messages import (
     Resync,
     Share,
 )
-from runtime.core.node_names import text_key
-from runtime.core.sampler_reference import Ask, choose
-from runtime.core.sampling_params import Sampling
+from runtime.core.node_keys import text_key
+from runtime.core.sampler_reference import SamplingInput, reference_sample
+from runtime.core.sampling_params import SamplingParams
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import Drafter
 from runtime.drafters.model import ModelDrafter
@@ -62,7 +62,13 @@ def alone(request: Request, eos: frozenset[int] = NOBODY) -> tuple[object, ...]:
 def test_without_drafters_it_is_plain_decoding() -> None:
     text = list(PROMPT)
     for _ in range(24):
-        text.append(int(choose(TOY.logits(text)[None], Ask(Sampling(), 5, text, [[]], NOBODY))[0]))
+        text.append(
+            int(
+                reference_sample(
+                    TOY.logits(text)[None], SamplingInput(SamplingParams(), 5, text, [[]], NOBODY)
+                )[0]
+            )
+        )
     found = plain(TOY, asking(PROMPT))
     assert (*PROMPT, *found.tokens) == tuple(text)
     assert found.reason == "length"
@@ -223,7 +229,7 @@ def through(
         lockstep.round()
     assert not due
     for draft_engine in lockstep.draft_engines:
-        draft_engine.take_in(block=False)
+        draft_engine.receive(block=False)
     return output(chunks), lockstep
 
 

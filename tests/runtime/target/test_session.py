@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.core import limits
+from runtime.core.accepted_path import AcceptedPath
 from runtime.core.messages import Commit, Draft, Request, Share
-from runtime.core.node_names import mix64, text_key
-from runtime.core.sampling_params import Sampling
-from runtime.core.verify import Verdict
-from runtime.scoring.calibration import Band
+from runtime.core.node_keys import mix64, text_key
+from runtime.core.sampling_params import SamplingParams
+from runtime.scoring.calibration import TemperatureBucket
 from runtime.target.session import Session
 from tests.support.harness import score_of
 
@@ -28,9 +28,9 @@ def session(
     max_tokens: int = 20, context: int = 100, committed: tuple[int, ...] = (), epoch: int = 0
 ) -> Session:
     request = Request(
-        "s", PROMPT, Sampling(max_tokens=max_tokens), committed=committed, epoch=epoch
+        "s", PROMPT, SamplingParams(max_tokens=max_tokens), committed=committed, epoch=epoch
     )
-    return Session(request, V, context, Band())
+    return Session(request, V, context, TemperatureBucket())
 
 
 def draft(
@@ -69,11 +69,11 @@ def test_merging_needs_no_order_and_bears_repetition(
     """Drafts of whole paths, in any order and some of them twice, make the same tree as one draft of all of it."""
     nodes = sorted({leaf[:n] for leaf in leaves for n in range(1, len(leaf) + 1)}, key=len)
     whole, parts = session(), session()
-    added = whole.offer(draft(*((path[:-1], path[-1]) for path in nodes)))
+    added = whole.merge_drafts(draft(*((path[:-1], path[-1]) for path in nodes)))
     messages = [draft(*((leaf[:n], leaf[n]) for n in range(len(leaf)))) for leaf in leaves]
     messages += [messages[cut % len(messages)] for cut in cuts]
     random.shuffle(messages)  # type: ignore[attr-defined]
-    assert sum(parts.offer(message) for message in messages) == added == len(nodes)
+    assert sum(parts.merge_drafts(message) for message in messages) == added == len(nodes)
     assert paths(parts) == paths(whole) == set(nodes)
     assert parts.drafted == whole.drafted == added
     assert set(parts.ignored) == {"repeated"}
@@ -88,29 +88,29 @@ def between(*scores: float) -> float:
 
 def test_growth_is_kept_with_what_the_drafter_said_and_its_calibrated_score() -> None:
     of = session()
-    of.band.of("a").observe(0, -0.5, False)
-    assert of.offer(draft(((), 5), ((5,), 6), drafter="a")) == 2
+    of.bucket.table("a").observe(0, -0.5, False)
+    assert of.merge_drafts(draft(((), 5), ((5,), 6), drafter="a")) == 2
     tree = of.tree
-    assert tree.score[1] == score_of(of.band.of("a"), 0, -0.5) < -0.5
-    assert of.offer(draft(((), 5), ((), 7), scores=[-0.125, -2.0], drafter="b")) == 1
-    assert tree.said.tolist() == [0.0, -0.5, -0.5, -2.0]
+    assert tree.score[1] == score_of(of.bucket.table("a"), 0, -0.5) < -0.5
+    assert of.merge_drafts(draft(((), 5), ((), 7), scores=[-0.125, -2.0], drafter="b")) == 1
+    assert tree.raw_logprob.tolist() == [0.0, -0.5, -0.5, -2.0]
     assert tree.rank.tolist() == [0, 0, 0, 1]
     assert tree.drafter == ["", "a", "a", "b"]
-    assert tree.score[3] == pytest.approx(score_of(of.band.of("b"), 1, -2.0))
-    both = [score_of(of.band.of("a"), 0, -0.5), score_of(of.band.of("b"), 0, -0.125)]
+    assert tree.score[3] == pytest.approx(score_of(of.bucket.table("b"), 1, -2.0))
+    both = [score_of(of.bucket.table("a"), 0, -0.5), score_of(of.bucket.table("b"), 0, -0.125)]
     assert tree.score[1] == pytest.approx(
         between(*both)
     )  # of two that guess the same, neither is believed alone
     assert both[0] < tree.score[1] < both[1]
-    assert of.offer(draft(((), 5), scores=[-3.0], drafter="c")) == 0
-    assert tree.score[1] == pytest.approx(between(*both, score_of(of.band.of("c"), 0, -3.0)))
+    assert of.merge_drafts(draft(((), 5), scores=[-3.0], drafter="c")) == 0
+    assert tree.score[1] == pytest.approx(between(*both, score_of(of.bucket.table("c"), 0, -3.0)))
     assert tree.path[2] == tree.score[1] + tree.score[2]
-    of.band.of("d").observe(0, -0.0625, False)
-    assert of.offer(draft(((), 4), ((), 7), scores=[-0.0625, -0.0625], drafter="d")) == 1
+    of.bucket.table("d").observe(0, -0.0625, False)
+    assert of.merge_drafts(draft(((), 4), ((), 7), scores=[-0.0625, -0.0625], drafter="d")) == 1
     second = score_of(
-        of.band.of("d"), 1, -0.0625
+        of.bucket.table("d"), 1, -0.0625
     )  # its second guess for that place, whoever guessed the first
-    assert tree.score[3] == pytest.approx(between(score_of(of.band.of("b"), 1, -2.0), second))
+    assert tree.score[3] == pytest.approx(between(score_of(of.bucket.table("b"), 1, -2.0), second))
 
 
 @pytest.mark.parametrize(
@@ -132,33 +132,37 @@ def test_what_makes_no_sense_changes_nothing_and_is_counted(
     message: Draft, why: str, count: int
 ) -> None:
     of = session()
-    assert of.offer(message) == 0
+    assert of.merge_drafts(message) == 0
     assert paths(of) == set()
     assert +of.ignored == Counter({why: count} if count else {})
-    assert of.offer(draft(((), 5))) == 1
+    assert of.merge_drafts(draft(((), 5))) == 1
 
 
 def test_an_impossible_guess_is_worth_little_but_breaks_nothing() -> None:
     of = session()
-    assert of.offer(draft(((), 5), scores=[-math.inf])) == 1
-    assert of.worth()[0].tolist() == [pytest.approx(1e-6)]
+    assert of.merge_drafts(draft(((), 5), scores=[-math.inf])) == 1
+    assert of.marginal_gains()[0].tolist() == [pytest.approx(1e-6)]
 
 
 def test_the_mirror_is_bounded_in_nodes_and_depth() -> None:
-    of = Session(Request("s", PROMPT, Sampling(max_tokens=10**6)), 10**6, 10**7, Band())
+    of = Session(
+        Request("s", PROMPT, SamplingParams(max_tokens=10**6)), 10**6, 10**7, TemperatureBucket()
+    )
     deep = (1,) * (limits.TREE_DEPTH + 5)
-    assert of.offer(draft(*((deep[:n], 1) for n in range(len(deep))))) == limits.TREE_DEPTH
+    assert of.merge_drafts(draft(*((deep[:n], 1) for n in range(len(deep))))) == limits.TREE_DEPTH
     assert of.ignored == Counter({"full": 1, "stale": 4})
     for start in range(2, limits.TREE_NODES + limits.DRAFT_NODES, limits.DRAFT_NODES):
-        of.offer(draft(*(((), start + n) for n in range(limits.DRAFT_NODES))))
+        of.merge_drafts(draft(*(((), start + n) for n in range(limits.DRAFT_NODES))))
     assert len(of.tree) == limits.TREE_NODES + 1
     assert of.drafted == limits.TREE_NODES
 
 
 def test_rows_are_the_best_nodes_whose_tokens_could_be_delivered() -> None:
     of = session(max_tokens=3)
-    of.offer(draft(((), 5), ((5,), 6), ((5, 6), 7), ((), 2), scores=[-0.1, -0.1, -0.1, -3.0]))
-    gains, leaves, depth = of.worth()
+    of.merge_drafts(
+        draft(((), 5), ((5,), 6), ((5, 6), 7), ((), 2), scores=[-0.1, -0.1, -0.1, -3.0])
+    )
+    gains, leaves, depth = of.marginal_gains()
     assert gains.tolist() == pytest.approx([math.exp(-0.1), math.exp(-0.2), math.exp(-3.0)])
     assert leaves.tolist() == pytest.approx(
         [math.exp(-3.0)]
@@ -175,16 +179,16 @@ def test_rows_are_the_best_nodes_whose_tokens_could_be_delivered() -> None:
 )
 def test_nothing_is_verified_beyond_the_end(max_tokens: int, context: int, deepest: int) -> None:
     of = session(max_tokens, context)
-    of.offer(draft(((), 5), ((5,), 5), ((5, 5), 5)))
-    assert len(of.worth()[0]) == len(of.select(9)) == deepest
+    of.merge_drafts(draft(((), 5), ((5,), 5), ((5, 5), 5)))
+    assert len(of.marginal_gains()[0]) == len(of.select(9)) == deepest
 
 
 def test_what_a_tree_is_worth() -> None:
     of = session()
-    gains, leaves, depth = of.worth()
+    gains, leaves, depth = of.marginal_gains()
     assert (gains.tolist(), leaves.tolist(), depth) == ([], [1.0], 0)
-    of.offer(draft(((), 5), ((), 6), ((5,), 7), scores=[-0.5, -1.0, -0.25]))
-    gains, leaves, depth = of.worth()
+    of.merge_drafts(draft(((), 5), ((), 6), ((5,), 7), scores=[-0.5, -1.0, -0.25]))
+    gains, leaves, depth = of.marginal_gains()
     assert gains.tolist() == pytest.approx([math.exp(-0.5), math.exp(-0.75), math.exp(-1.0)])
     assert leaves.tolist() == pytest.approx([math.exp(-0.75), math.exp(-1.0)])
     assert depth == 2
@@ -192,35 +196,35 @@ def test_what_a_tree_is_worth() -> None:
 
 def test_a_verdict_moves_the_root_and_says_so() -> None:
     of = session(epoch=4)
-    of.offer(draft(((), 5), ((5,), 6), ((5, 6), 2), ((), 7), epoch=4))
-    commit, hit = of.apply(Verdict((1, 2), 2))
+    of.merge_drafts(draft(((), 5), ((5,), 6), ((5, 6), 2), ((), 7), epoch=4))
+    commit, hit = of.apply(AcceptedPath((1, 2), 2))
     assert (commit, hit) == (Commit("s", 4, 3, (5, 6, 2), text_key([3, 1, 4, 5, 6, 2])), True)
     assert of.tokens == [3, 1, 4, 5, 6, 2]
     assert paths(of) == set()
-    commit, hit = of.apply(Verdict((), 1))
+    commit, hit = of.apply(AcceptedPath((), 1))
     assert (commit, hit) == (Commit("s", 4, 6, (1,), mix64(text_key([3, 1, 4, 5, 6, 2]), 1)), False)
 
 
 def test_growth_below_the_new_root_survives_and_late_growth_still_fits() -> None:
     of = session()
-    of.offer(draft(((), 5), ((5,), 6), ((), 7)))
-    of.apply(Verdict((), 5))
+    of.merge_drafts(draft(((), 5), ((5,), 6), ((), 7)))
+    of.apply(AcceptedPath((), 5))
     assert paths(of) == {(6,)}
-    assert of.offer(draft(((), 7), ((5,), 4), ((5, 6), 3), ((7,), 1))) == 2
+    assert of.merge_drafts(draft(((), 7), ((5,), 4), ((5, 6), 3), ((7,), 1))) == 2
     assert paths(of) == {(6,), (4,), (6, 3)}
     assert of.ignored == Counter({"late": 1, "stale": 1})
 
 
 def test_calibration_learns_from_verdicts() -> None:
     of = session()
-    of.offer(draft(((), 5), ((), 6)))
-    of.apply(Verdict((), 6))
-    assert score_of(of.band.of("d"), 0, -0.5) < -0.5 < score_of(of.band.of("d"), 1, -0.5)
+    of.merge_drafts(draft(((), 5), ((), 6)))
+    of.apply(AcceptedPath((), 6))
+    assert score_of(of.bucket.table("d"), 0, -0.5) < -0.5 < score_of(of.bucket.table("d"), 1, -0.5)
 
 
 def test_who_joins_late_learns_the_whole_text() -> None:
     of = session(committed=(1, 5), epoch=2)
-    of.apply(Verdict((), 7))
+    of.apply(AcceptedPath((), 7))
     opened = of.open(Share("s", 1, 3))
     assert (opened.session, opened.epoch, opened.tokens, opened.prompt) == (
         "s",
@@ -234,39 +238,41 @@ def test_who_joins_late_learns_the_whole_text() -> None:
 
 def test_a_text_that_is_guessed_better_than_scored_is_worth_more_and_the_other_way_round() -> None:
     easy, hard = session(max_tokens=400, context=1000), session(max_tokens=400, context=1000)
-    for of, right in ((easy, True), (hard, False)):
-        assert of.tilt == 1.0
+    for of, accuracy in ((easy, True), (hard, False)):
+        assert of.confidence_scale == 1.0
         for _ in range(200):
-            of.band = Band()  # scores as the drafter says them
-            of.offer(draft(((), 5), ((), 6), scores=[-0.5, -2.0], root=of.tree.key[0]))
-            of.apply(Verdict((), 5 if right else 6))
-        of.band = Band()
-        of.offer(draft(((), 5), ((5,), 6), scores=[-0.5, -0.5], root=of.tree.key[0]))
-    assert easy.tilt < 1.0 < hard.tilt
-    assert easy.worth()[0][1] > math.exp(-1.0) > hard.worth()[0][1]
+            of.bucket = TemperatureBucket()  # scores as the drafter says them
+            of.merge_drafts(draft(((), 5), ((), 6), scores=[-0.5, -2.0], root=of.tree.key[0]))
+            of.apply(AcceptedPath((), 5 if accuracy else 6))
+        of.bucket = TemperatureBucket()
+        of.merge_drafts(draft(((), 5), ((5,), 6), scores=[-0.5, -0.5], root=of.tree.key[0]))
+    assert easy.confidence_scale < 1.0 < hard.confidence_scale
+    assert easy.marginal_gains()[0][1] > math.exp(-1.0) > hard.marginal_gains()[0][1]
     assert easy.select(1) == hard.select(1) == [1]
 
 
 def test_without_guesses_nothing_is_known_of_a_text() -> None:
     of = session()
     for _ in range(9):
-        of.apply(Verdict((), 1))
-    assert of.tilt == 1.0
+        of.apply(AcceptedPath((), 1))
+    assert of.confidence_scale == 1.0
 
 
 def test_where_first_guesses_are_right_more_often_others_are_worth_less() -> None:
-    session = Session(Request("s", (1, 2), Sampling(max_tokens=20)), 64, 100, Band())
+    session = Session(
+        Request("s", (1, 2), SamplingParams(max_tokens=20)), 64, 100, TemperatureBucket()
+    )
     for token, score in ((5, math.log(0.8)), (6, math.log(0.15))):
         session.tree.add(0, token, score)
     session.tree.add(2, 7, math.log(0.8))  # below the second
     neutral = session.values()
     np.testing.assert_allclose(np.exp(neutral), [1.0, 0.8, 0.15, 0.12])
-    session.right = 0.95  # of those that were scored 0.8
+    session.accuracy = 0.95  # of those that were scored 0.8
     first, second, below = np.exp(session.values())[1:]
     assert first > 0.9
     assert second == pytest.approx(0.15 * (1 - 0.95) / (1 - 0.8))
     assert below == pytest.approx(second * first)
-    session.right = 0.5
+    session.accuracy = 0.5
     harder = np.exp(session.values())
     assert harder[1] < 0.8
     assert harder[2] == pytest.approx(0.15), "no node is worth more than its parent"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from runtime.core.sampling_params import Constraint, Sampling
+from runtime.core.sampling_params import Constraint, SamplingParams
 from runtime.target.stop_checker import StopChecker
 
 EOS = 0
@@ -46,13 +46,13 @@ class Decoder:
         return text
 
 
-def finish(sampling: Sampling, slow: bool = False) -> StopChecker:
+def finish(sampling: SamplingParams, slow: bool = False) -> StopChecker:
     decoder = Decoder(slow)
     return StopChecker(sampling, frozenset({EOS}), decoder.decode, decoder.flush)
 
 
 def run(
-    sampling: Sampling, tokens: list[int], slow: bool = False
+    sampling: SamplingParams, tokens: list[int], slow: bool = False
 ) -> tuple[list[str], int, str | None]:
     """What is given out token by token, the number of tokens, the reason."""
     end = finish(sampling, slow)
@@ -60,7 +60,7 @@ def run(
     return shown, end.count, end.reason
 
 
-def oracle(sampling: Sampling, tokens: list[int]) -> tuple[str, int, str | None]:
+def oracle(sampling: SamplingParams, tokens: list[int]) -> tuple[str, int, str | None]:
     """The whole text, tokens counted, reason: every possible cut of every prefix is looked at."""
     text = ""
     for n, token in enumerate(tokens, 1):
@@ -95,7 +95,7 @@ stops_of = st.lists(st.text("abéö\n𝄞", min_size=1, max_size=5), max_size=4)
 def test_oracle(
     tokens: list[int], stops: tuple[str, ...], most: int, least: int, ignore_eos: bool
 ) -> None:
-    sampling = Sampling(
+    sampling = SamplingParams(
         stop=stops, max_tokens=most, min_tokens=min(least, most), ignore_eos=ignore_eos
     )
     shown, count, reason = run(sampling, tokens)
@@ -109,7 +109,7 @@ def test_oracle(
 def test_nothing_is_shown_that_is_taken_back_and_nothing_is_held_without_need(
     tokens: list[int], stops: tuple[str, ...]
 ) -> None:
-    sampling = Sampling(stop=stops, max_tokens=100)
+    sampling = SamplingParams(stop=stops, max_tokens=100)
     shown, _, reason = run(sampling, tokens)
     whole = oracle(sampling, tokens)[0]
     for n in range(len(shown) - (reason is not None)):
@@ -127,7 +127,7 @@ def test_how_a_text_is_cut_into_tokens_does_not_matter(
     results = []
     for pieces in (list(text), [text[a:b] for a, b in pairwise(borders)]):
         end = StopChecker(
-            Sampling(stop=stops, max_tokens=100), frozenset(), pieces.__getitem__, str
+            SamplingParams(stop=stops, max_tokens=100), frozenset(), pieces.__getitem__, str
         )
         shown = ""
         for token in range(len(pieces)):
@@ -143,7 +143,7 @@ def test_a_decoder_that_lags_loses_no_text(
     tokens: list[int], stops: tuple[str, ...], most: int
 ) -> None:
     """What it still holds when the text ends comes with the last token, and stop strings are found in it."""
-    sampling = Sampling(stop=stops, max_tokens=most)
+    sampling = SamplingParams(stop=stops, max_tokens=most)
     shown, count, reason = run(sampling, tokens, slow=True)
     text, expected_count, expected_reason = oracle(sampling, tokens)
     if reason is not None:
@@ -177,13 +177,13 @@ def test_a_decoder_that_lags_loses_no_text(
 def test_cases(
     arguments: dict[str, object], tokens: list[int], expected: tuple[str, int, str]
 ) -> None:
-    build: Callable[..., Sampling] = Sampling
+    build: Callable[..., SamplingParams] = SamplingParams
     shown, count, reason = run(build(**arguments), tokens)
     assert ("".join(shown), count, reason) == expected
 
 
 def test_nothing_follows_the_end() -> None:
-    end = finish(Sampling(max_tokens=1))
+    end = finish(SamplingParams(max_tokens=1))
     assert end.feed(1).reason == "length"
     with pytest.raises(RuntimeError, match="token 2 follows"):
         end.feed(2)

@@ -11,7 +11,7 @@ import pytest
 from runtime.core import limits
 from runtime.core.errors import InvalidRequest, Overloaded, Unavailable
 from runtime.core.messages import Event, Reply, Request
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 from runtime.drafters.model import ModelDrafter
 from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
@@ -160,7 +160,7 @@ class Deaf:
 def test_a_link_whose_events_pile_up_is_dropped(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(target, "EVENTS_WAITING", 10)
+    monkeypatch.setattr(target, "MAX_PENDING_EVENTS", 10)
 
     async def main() -> None:
         deaf = Deaf()
@@ -257,7 +257,7 @@ def test_cancelling_the_reader_frees_the_session() -> None:
 
 def test_sessions_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "SESSIONS", 1)
-    monkeypatch.setattr(limits, "QUEUE", 1)
+    monkeypatch.setattr(limits, "QUEUED_REQUESTS", 1)
 
     async def main() -> None:
         async with running(TOY, Patient(3)) as asked, hosted(Mute()) as host:
@@ -303,7 +303,7 @@ def test_stopping_ends_what_is_under_way_and_refuses_what_comes() -> None:
         (asking(()), "the prompt is empty", "prompt"),
         (asking((3, 32)), "token id 32 is not in the vocabulary: ids go from 0 to 31", "prompt"),
         (asking((3, -1)), "token id -1 ", "prompt"),
-        (Request("s", (3,), Sampling(), committed=(99,)), "token id 99 ", "prompt"),
+        (Request("s", (3,), SamplingParams(), committed=(99,)), "token id 99 ", "prompt"),
         (asking((3,), logit_bias=((32, 1.0),)), "logit_bias token 32 ", "logit_bias"),
         (
             asking((3,) * 64, max_tokens=1),
@@ -355,7 +355,7 @@ def test_a_text_decided_in_part_is_gone_on_with() -> None:
             await attached(asked, "d", host)
             for cut in (1, 10, 23):
                 request = Request(
-                    "s", PROMPT, Sampling(max_tokens=24), committed=whole.tokens[:cut]
+                    "s", PROMPT, SamplingParams(max_tokens=24), committed=whole.tokens[:cut]
                 )
                 found = await answer(asked, request)
                 assert (found.tokens, found.text, found.reason) == (
@@ -366,7 +366,8 @@ def test_a_text_decided_in_part_is_gone_on_with() -> None:
                 assert found.stats.completion_tokens == 24
             with pytest.raises(InvalidRequest, match="ended with token 24") as caught:
                 await answer(
-                    asked, Request("s", PROMPT, Sampling(max_tokens=24), committed=whole.tokens)
+                    asked,
+                    Request("s", PROMPT, SamplingParams(max_tokens=24), committed=whole.tokens),
                 )
             assert caught.value.param == "committed"
 

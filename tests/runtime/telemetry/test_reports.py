@@ -11,14 +11,14 @@ import pytest
 
 from runtime.core.errors import Unavailable
 from runtime.core.messages import Draft, Event, Resync
-from runtime.core.sampler_reference import choose
+from runtime.core.sampler_reference import reference_sample
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.noisy import NoisyDrafter
 from runtime.models.base import PassInput
 from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
-from runtime.scoring.drafter_utility import TRIAL
+from runtime.scoring.drafter_utility import TRIAL_COMMITS
 from runtime.target.commands import AddRequest, Cancel, Join, ReplyReceived, Stop
 from runtime.target.engine import Engine
 from runtime.target.verifier import Verifier
@@ -154,7 +154,7 @@ class Told:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.engine = Engine(TOY, Verifier(choose, NOBODY), Fixed(8), lambda: self.now)
+        self.engine = Engine(TOY, Verifier(reference_sample, NOBODY), Fixed(8), lambda: self.now)
         self.events: list[Event] = []
         self.engine.handle(Join("d", self.events.append))
         request = asking(PROMPT, max_tokens=60)
@@ -205,8 +205,8 @@ def test_what_a_target_goes_without_is_counted_by_cause() -> None:
     )
     assert reported(engine).fallbacks == {"no drafter": 4}  # with the last token nobody could help
     engine = engine_of(TOY)
-    Lockstep(engine, DraftEngine(Mute(), "d")).run(asking(PROMPT, max_tokens=TRIAL + 10))
-    assert reported(engine).fallbacks == {"empty tree": TRIAL, "all resting": 9}
+    Lockstep(engine, DraftEngine(Mute(), "d")).run(asking(PROMPT, max_tokens=TRIAL_COMMITS + 10))
+    assert reported(engine).fallbacks == {"empty tree": TRIAL_COMMITS, "all resting": 9}
     assert reported(engine).guesses["d"] == GuessReport(resting=True)
     engine = engine_of(Moody(24, memory=3))
     outputs = Lockstep(engine, DraftEngine(Known(TEXT, 24), "d")).run(
@@ -229,7 +229,7 @@ def test_prompts_that_were_in_a_cache_are_counted_apart() -> None:
 
 
 def test_asked_from_another_thread_while_it_works() -> None:
-    engine = Engine(TOY, Verifier(choose, NOBODY), Fixed(4), lambda: 0.0)
+    engine = Engine(TOY, Verifier(reference_sample, NOBODY), Fixed(4), lambda: 0.0)
     thread = threading.Thread(target=engine.run)
     thread.start()
     ended = threading.Event()

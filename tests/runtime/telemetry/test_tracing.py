@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 
 from runtime.core.messages import Commit, Draft, Round
-from runtime.telemetry.chrome_trace import chrome
+from runtime.telemetry.chrome_trace import to_chrome_trace
 from runtime.telemetry.tracing import (
     BOOKKEEPING,
     COMMIT,
     COMPUTE,
-    EVENTS,
     GROWTH,
     LEAD,
+    MAX_EVENTS,
+    NO_TRACE,
     NODES,
-    OFF,
     PREFILL,
     REROOT,
     ROWS,
@@ -32,7 +32,7 @@ from runtime.telemetry.tracing import (
     Recording,
     Span,
     Trace,
-    name_of,
+    flow_key,
     wall_offset,
 )
 
@@ -87,7 +87,7 @@ def synthetic(
             helper.taken(commit(number), decided + 3.5 * MS - SKEW, name)
             if number % 3 == 2:
                 helper.instant(name, REROOT, decided + 3.5 * MS - SKEW)
-    return [*(helper.take() for helper in reversed(helpers)), target.take()]
+    return [*(helper.drain() for helper in reversed(helpers)), target.drain()]
 
 
 def only(trace: dict[str, Any], phase: str) -> list[dict[str, Any]]:
@@ -101,12 +101,12 @@ def test_a_ring_keeps_the_newest_and_says_so() -> None:
     trace = Trace("p", offset=0.0, most=3)
     for number in range(5):
         trace.count(ROWS, float(number), number)
-    taken = trace.take()
+    taken = trace.drain()
     assert taken == Recording(
         "p", 0.0, [Count(ROWS, 2.0, 2), Count(ROWS, 3.0, 3), Count(ROWS, 4.0, 4)], cut=True
     )
     trace.count(ROWS, 5.0, 5)
-    assert trace.take() == Recording("p", 0.0, [Count(ROWS, 5.0, 5)], cut=False)
+    assert trace.drain() == Recording("p", 0.0, [Count(ROWS, 5.0, 5)], cut=False)
 
 
 def test_threads_record_beside_a_taker_and_nothing_is_lost() -> None:
@@ -123,30 +123,30 @@ def test_threads_record_beside_a_taker_and_nothing_is_lost() -> None:
         thread.start()
     together.wait()
     while any(thread.is_alive() for thread in threads):
-        seen += [event.value for event in trace.take().events if isinstance(event, Count)]
-    seen += [event.value for event in trace.take().events if isinstance(event, Count)]
+        seen += [event.value for event in trace.drain().events if isinstance(event, Count)]
+    seen += [event.value for event in trace.drain().events if isinstance(event, Count)]
     assert sorted(seen) == list(range(3 * each))
 
 
 def test_off_records_nothing_through_any_method() -> None:
-    OFF.span(TARGET, COMPUTE, 0.0, 1.0, rows=1)
-    OFF.instant("d", REROOT, 0.0)
-    OFF.count(ROWS, 0.0, 1)
-    OFF.flow(GROWTH, 1, 0.0, "d", begins=True)
-    OFF.sent(growth(1), 0.0, "d")
-    OFF.taken(commit(1), 0.0, "d")
-    OFF.step(Opened(0.0, 0.0, 0.0), rounds(1, 1), 1.0, 2.0)
-    assert OFF.take().events == []
+    NO_TRACE.span(TARGET, COMPUTE, 0.0, 1.0, rows=1)
+    NO_TRACE.instant("d", REROOT, 0.0)
+    NO_TRACE.count(ROWS, 0.0, 1)
+    NO_TRACE.flow(GROWTH, 1, 0.0, "d", begins=True)
+    NO_TRACE.sent(growth(1), 0.0, "d")
+    NO_TRACE.taken(commit(1), 0.0, "d")
+    NO_TRACE.step(Opened(0.0, 0.0, 0.0), rounds(1, 1), 1.0, 2.0)
+    assert NO_TRACE.drain().events == []
     inherited = {
         name for name, value in vars(Trace).items() if callable(value) and not name.startswith("_")
-    } - set(vars(type(OFF)))
-    assert inherited == {"take"}
+    } - set(vars(type(NO_TRACE)))
+    assert inherited == {"drain"}
 
 
 def test_a_step_is_wait_packing_pass_and_bookkeeping_without_gaps() -> None:
     trace = Trace(TARGET, offset=0.0)
     trace.step(Opened(1.0, 0.25, 1.5), [*rounds(3, 2), *rounds(4, 1)], 2.0, 2.5)
-    assert trace.take().events == [
+    assert trace.drain().events == [
         Span(TARGET, WAIT, 1.0, 1.25, {}),
         Span(TARGET, BOOKKEEPING, 1.25, 1.5, {}),
         Span(TARGET, COMPUTE, 1.5, 2.0, {"rows": 9, "sessions": 2, "accepted": 3}),
@@ -165,8 +165,8 @@ def test_both_sides_name_a_message_alike_and_no_other_one_so() -> None:
         commit(2),
         commit(1, session="t"),
     ]
-    names = [name_of(message) for message in messages]
-    assert [name_of(pickle.loads(pickle.dumps(message))) for message in messages] == names
+    names = [flow_key(message) for message in messages]
+    assert [flow_key(pickle.loads(pickle.dumps(message))) for message in messages] == names
     assert len(set(names)) == len(names)
     assert all(0 <= key < 2**64 for _, key in names)
 
@@ -177,7 +177,7 @@ def test_a_recording_pickles() -> None:
 
 
 def test_two_readings_of_the_wall_clock_agree_better_than_a_step_lasts() -> None:
-    assert EVENTS >= 100_000
+    assert MAX_EVENTS >= 100_000
     assert wall_offset() == pytest.approx(wall_offset(), abs=1.0)
 
 
@@ -195,7 +195,7 @@ FIELDS = {
 
 
 def test_every_event_has_the_documented_fields_and_is_in_order() -> None:
-    trace = json.loads(json.dumps(chrome(synthetic(20, ("draft-0", "draft-1")))))
+    trace = json.loads(json.dumps(to_chrome_trace(synthetic(20, ("draft-0", "draft-1")))))
     events = trace["traceEvents"]
     assert {event["ph"] for event in events} == set(FIELDS)
     for event in events:
@@ -219,7 +219,7 @@ def test_every_event_has_the_documented_fields_and_is_in_order() -> None:
 
 
 def test_lanes_are_named_and_stand_in_order_whatever_the_order_of_the_recordings() -> None:
-    trace = chrome(synthetic(3, ("draft-0", "draft-1")))
+    trace = to_chrome_trace(synthetic(3, ("draft-0", "draft-1")))
     process = {
         event["pid"]: event["args"]["name"]
         for event in only(trace, "M")
@@ -260,7 +260,7 @@ def nested(events: Sequence[dict[str, Any]]) -> bool:
 
 
 def test_slices_of_one_thread_never_overlap_in_part_and_arrows_bind_to_open_ones() -> None:
-    trace = chrome(synthetic(20, ("draft-0", "draft-1")))
+    trace = to_chrome_trace(synthetic(20, ("draft-0", "draft-1")))
     slices = only(trace, "X")
     assert nested(slices)
     begun, ended = (
@@ -288,14 +288,14 @@ def test_messages_under_way_at_one_time_lie_on_different_threads_of_the_wire() -
     for number, (sent, taken) in enumerate([(1.0, 4.0), (2.0, 5.0), (4.0, 6.0)]):
         sender.sent(growth(number), sent, "draft-0")
         receiver.taken(growth(number), taken, TARGET)
-    slices = only(chrome([sender.take(), receiver.take()]), "X")
+    slices = only(to_chrome_trace([sender.drain(), receiver.drain()]), "X")
     assert [(event["ts"], event["dur"]) for event in slices] == [(0.0, 3e6), (1e6, 3e6), (3e6, 2e6)]
     assert slices[0]["tid"] == slices[2]["tid"] != slices[1]["tid"]
     assert nested(slices)
 
 
 def test_machines_line_up_by_their_wall_clocks() -> None:
-    trace = chrome(synthetic(1))
+    trace = to_chrome_trace(synthetic(1))
     began = {event["name"]: event["ts"] for event in only(trace, "X")}
     assert began[COMPUTE] == pytest.approx(
         12_000, abs=1
@@ -308,7 +308,7 @@ def test_adjacent_spans_stay_adjacent_long_after_the_machine_was_started() -> No
     trace, start = Trace(TARGET, offset=1.7e9), 3_000_000.123456789
     for number in range(200):
         trace.span(TARGET, COMPUTE, start + number * 0.0123457, start + (number + 1) * 0.0123457)
-    slices = only(chrome([trace.take()]), "X")
+    slices = only(to_chrome_trace([trace.drain()]), "X")
     assert nested(slices)
     assert [round(one["ts"] + one["dur"], 3) for one in slices[:-1]] == [
         one["ts"] for one in slices[1:]
@@ -318,7 +318,7 @@ def test_adjacent_spans_stay_adjacent_long_after_the_machine_was_started() -> No
 def test_no_content_name_is_left_in_a_trace() -> None:
     parts = synthetic(5)
     keys = {event.key for part in parts for event in part.events if isinstance(event, Flow)}
-    written = json.dumps(chrome(parts))
+    written = json.dumps(to_chrome_trace(parts))
     assert len(keys) == 10
     assert [key for key in keys if str(key) in written or f"{key:x}" in written] == []
 
@@ -337,12 +337,14 @@ def test_what_is_sent_twice_under_one_name_is_two_arrows_and_what_nobody_takes_i
         other.taken(commit(1), at + 0.5, "draft-1")
     sender.sent(commit(2), 3.0, TARGET)
     other.taken(commit(3), 4.0, "draft-1")
-    trace = chrome([sender.take(), receiver.take(), other.take()])
+    trace = to_chrome_trace([sender.drain(), receiver.drain(), other.drain()])
     delays = [(event["args"]["to"], event["args"]["ms"]) for event in only(trace, "X")]
     assert sorted(delays) == [("draft-0", 250.0)] * 2 + [("draft-1", 500.0)] * 2
     assert trace["otherData"]["unanswered"] == {COMMIT: 1}
 
 
 def test_nothing_recorded_is_a_trace_too() -> None:
-    assert only(chrome([]), "X") == []
-    assert [event["args"] for event in only(chrome([OFF.take()]), "M")][:1] == [{"name": ""}]
+    assert only(to_chrome_trace([]), "X") == []
+    assert [event["args"] for event in only(to_chrome_trace([NO_TRACE.drain()]), "M")][:1] == [
+        {"name": ""}
+    ]

@@ -4,9 +4,10 @@ import asyncio
 from typing import Any
 
 from actors.compose import build_target
-from runtime.config import TargetConfig, shipped
+from runtime.config import TargetConfig
 from runtime.core.messages import Request
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
+from runtime.model_paths import bundled_model
 from runtime.models.loader import load_tokenizer
 
 PROMPTS = ("def copy_file(src, dst):\n", "import os\n\n\nclass Reader:\n", "for name in sorted(")
@@ -14,7 +15,7 @@ PROMPTS = ("def copy_file(src, dst):\n", "import os\n\n\nclass Reader:\n", "for 
 
 def cases(max_tokens: int) -> list[dict[str, Any]]:
     """Each with `request`, the arguments of openai's `completions.create`, and `text`."""
-    tokenizer = load_tokenizer(shipped("target"))
+    tokenizer = load_tokenizer(bundled_model("target"))
     asked = [
         Request(
             f"{number}-{temperature}",
@@ -31,8 +32,10 @@ def cases(max_tokens: int) -> list[dict[str, Any]]:
     ]
 
 
-def sampling(max_tokens: int, temperature: float, seed: int) -> Sampling:
-    return Sampling(temperature=temperature, seed=seed, max_tokens=max_tokens, ignore_eos=True)
+def sampling(max_tokens: int, temperature: float, seed: int) -> SamplingParams:
+    return SamplingParams(
+        temperature=temperature, seed=seed, max_tokens=max_tokens, ignore_eos=True
+    )
 
 
 def body(request: Request) -> dict[str, Any]:
@@ -48,7 +51,7 @@ def body(request: Request) -> dict[str, Any]:
 
 async def answers(requests: list[Request]) -> list[str]:
     target = build_target(
-        TargetConfig(model=shipped("target"), dtype="float32", kv_tokens=8192)
+        TargetConfig(model=bundled_model("target"), dtype="float32", kv_tokens=8192)
     ).target
     target.start()
     try:

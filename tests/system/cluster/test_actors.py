@@ -15,15 +15,16 @@ from actors.controller.controller import Controller
 from actors.ray_session import cause_of
 from actors.rpc.client import GrpcTarget
 from actors.rpc.endpoints import ActorLocation
-from runtime.config import Deployment, deployment
+from runtime.config import Deployment
 from runtime.core.errors import ModelRefused
 from runtime.core.messages import Chunk, Request
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
+from runtime.deployment_builder import build_deployment
 from tests.support.pair import save_model
 from tests.system.cluster.texts import PATIENCE_S, stream
 
 pytestmark = pytest.mark.cluster
-LONG = Sampling(
+LONG = SamplingParams(
     max_tokens=16_000, ignore_eos=True
 )  # far more than a drafter's restart lasts; it is not read to its end
 
@@ -35,7 +36,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Deployment:
     folder = str(
         save_model(tmp_path_factory.mktemp("models") / "deep", context=16_384, num_hidden_layers=24)
     )
-    return deployment(folder, (folder,), 1, "auto", "cpu", local=True, policy="sync")
+    return build_deployment(folder, (folder,), 1, "auto", "cpu", local=True, policy="sync")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def address(controller: Any) -> str:
 
 @asynccontextmanager
 async def asked(
-    address: str, name: str, sampling: Sampling, speculation: bool = True
+    address: str, name: str, sampling: SamplingParams, speculation: bool = True
 ) -> AsyncIterator[AsyncIterator[Chunk]]:
     client = GrpcTarget(address)
     chunks = client.generate(Request(name, (5, 6, 7), sampling, speculation))
@@ -63,14 +64,14 @@ async def asked(
         await client.close()
 
 
-async def output(address: str, name: str, sampling: Sampling, speculation: bool) -> list[int]:
+async def output(address: str, name: str, sampling: SamplingParams, speculation: bool) -> list[int]:
     async with asked(address, name, sampling, speculation) as chunks:
         return [token async for chunk in chunks for token in chunk.tokens]
 
 
 def test_speculation_over_real_actors_changes_no_token(address: str) -> None:
     for temperature in (0.0, 0.9):
-        sampling = Sampling(temperature=temperature, seed=3, max_tokens=200, ignore_eos=True)
+        sampling = SamplingParams(temperature=temperature, seed=3, max_tokens=200, ignore_eos=True)
         plain = asyncio.run(output(address, f"off-{temperature}", sampling, False))
         assert len(plain) == 200
         assert asyncio.run(output(address, f"on-{temperature}", sampling, True)) == plain
@@ -122,7 +123,7 @@ def place(controller: Any) -> ActorLocation | None:
 def test_what_an_actor_raises_at_its_start_reaches_the_caller(
     cluster: None, plan: Deployment, tmp_path: Path
 ) -> None:
-    broken = deployment(str(tmp_path), (), 1, "auto", "cpu", local=True)
+    broken = build_deployment(str(tmp_path), (), 1, "auto", "cpu", local=True)
     handle = ray.remote(Controller).options(num_cpus=0, max_concurrency=4).remote(broken, "broken-")
     with pytest.raises(ray.exceptions.RayTaskError) as caught:
         ray.get(handle.start.remote(), timeout=PATIENCE_S)

@@ -18,8 +18,9 @@ from actors.controller.controller import Controller
 from actors.controller.fleet_view import Fleet
 from actors.ray_session import cause_of
 from actors.rpc.endpoints import ActorLocation
-from runtime.config import Deployment, GatewayConfig, deployment
+from runtime.config import Deployment, GatewayConfig
 from runtime.core.errors import InvalidRequest, ModelRefused
+from runtime.deployment_builder import build_deployment
 from runtime.telemetry.tracing import COMPUTE, STEP, Span
 from tests.support.pair import save_model
 from tests.system.cluster.texts import PATIENCE_S, stream
@@ -33,7 +34,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Deployment:
     model = str(
         save_model(tmp_path_factory.mktemp("models") / "deep", context=16_384, num_hidden_layers=24)
     )
-    found = deployment(model, ("ngram",), 1, "auto", "cpu", local=True)
+    found = build_deployment(model, ("ngram",), 1, "auto", "cpu", local=True)
     return found.model_copy(update={"gateway": GatewayConfig(port=0)})
 
 

@@ -8,12 +8,13 @@ import ray
 
 from actors.controller import actor_handles, cluster_resources
 from actors.controller.reconciler import DrafterSpec, GatewaySpec, Member, Spec
-from runtime.config import Placement, deployment
+from runtime.config import Placement
+from runtime.deployment_builder import build_deployment
 from tests.system.cluster.conftest import CPUS
 from tests.system.cluster.texts import PATIENCE_S
 
 pytestmark = pytest.mark.cluster
-PLAN = deployment("target", ("ngram",), 1, "auto", "cpu", local=True)
+PLAN = build_deployment("target", ("ngram",), 1, "auto", "cpu", local=True)
 
 
 def drafter(placement: Placement) -> DrafterSpec:

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from actors.rpc.client import GrpcTarget
 from actors.rpc.common import CALLER_SILENCE_MS
 from runtime.core.messages import Request
-from runtime.core.sampling_params import Sampling
+from runtime.core.sampling_params import SamplingParams
 
 PATIENCE_S = 600.0  # a wait that takes so long is a fault; starts took 225 on two cores that had five times too much to do
 
@@ -44,7 +44,9 @@ async def stream(address: str, name: str, speculation: bool = True) -> AsyncIter
         GrpcTarget(address, silence_ms=CALLER_SILENCE_MS),
         Text(),
     )  # nobody else can go on with it
-    request = Request(name, (5, 6, 7), Sampling(max_tokens=16_000, ignore_eos=True), speculation)
+    request = Request(
+        name, (5, 6, 7), SamplingParams(max_tokens=16_000, ignore_eos=True), speculation
+    )
 
     async def read() -> None:
         async for chunk in client.generate(request):

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.config import shipped
+from runtime.model_paths import bundled_model
 from tests.support.paths import ROOT
 from tests.system.cluster.hosts import Hosts, await_, hosts, missing
 from tests.system.cluster.queries import rules, shown
@@ -44,9 +44,9 @@ PATIENCE_S = 600.0  # for anything; a busy machine is slow, and only a failure w
 RARE = ("target_fallbacks_total",)  # has no series before it happens
 
 DEPLOYMENT = f"""
-target: {{model: {shipped("target")}, dtype: float32, kv_tokens: 8192, replicas: 2, placement: {{resources: {{target: 1}}, threads: 1}}}}
+target: {{model: {bundled_model("target")}, dtype: float32, kv_tokens: 8192, replicas: 2, placement: {{resources: {{target: 1}}, threads: 1}}}}
 pools:
-  - {{name: draft, model: {shipped("draft")}, dtype: float32, max: 4, placement: {{resources: {{drafter: 1}}, num_cpus: 0.5, threads: 1}}}}
+  - {{name: draft, model: {bundled_model("draft")}, dtype: float32, max: 4, placement: {{resources: {{drafter: 1}}, num_cpus: 0.5, threads: 1}}}}
 gateway:
   host: {HEAD}
   port: 8443

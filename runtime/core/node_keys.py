@@ -13,10 +13,10 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-MASK = (1 << 64) - 1
-NAME_MASK = MASK  # the bits of a name that count; tests leave few, so that names collide
+MASK_64 = (1 << 64) - 1
+KEY_MASK = MASK_64  # the bits of a name that count; tests leave few, so that names collide
 EMPTY_TEXT = 0x9E3779B97F4A7C15
-STEP, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+INCREMENT, MULTIPLIER_1, MULTIPLIER_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 Keys = npt.NDArray[np.uint64]
 Ints = npt.NDArray[np.int64]
@@ -25,23 +25,23 @@ Floats = npt.NDArray[np.float64]
 
 def mix64(key: int, token: int) -> int:
     """64 bits that depend on all bits of both (finaliser of SplitMix64, Steele et al. 2014)."""
-    x = (key + (token + 1) * STEP) & MASK
-    x = ((x ^ (x >> 30)) * FIRST) & MASK
-    x = ((x ^ (x >> 27)) * SECOND) & MASK
+    x = (key + (token + 1) * INCREMENT) & MASK_64
+    x = ((x ^ (x >> 30)) * MULTIPLIER_1) & MASK_64
+    x = ((x ^ (x >> 27)) * MULTIPLIER_2) & MASK_64
     return x ^ (x >> 31)
 
 
 def child_key(key: int, token: int) -> int:
     """The name of the text named `key` continued by `token`."""
-    return mix64(key, token) & NAME_MASK
+    return mix64(key, token) & KEY_MASK
 
 
 def child_keys(keys: Keys, tokens: Ints) -> Keys:
     """The child_key (n,) of each pair."""
-    x = keys + (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(STEP)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(FIRST)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(SECOND)
-    names: Keys = (x ^ (x >> np.uint64(31))) & np.uint64(NAME_MASK)
+    x = keys + (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(INCREMENT)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(MULTIPLIER_1)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(MULTIPLIER_2)
+    names: Keys = (x ^ (x >> np.uint64(31))) & np.uint64(KEY_MASK)
     return names
 
 
