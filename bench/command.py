@@ -69,7 +69,7 @@ def bench(
     from bench.core import options as sizes  # torch and Ray: `--help` and a wrong flag need neither
     from bench.core.machine import machine
     from bench.reports import report
-    from bench.run import benchmark, differing
+    from bench.run import benchmark, differing_methods
 
     default = sizes.QUICK if quick else sizes.FULL
     size = sizes.Size(
@@ -84,15 +84,15 @@ def bench(
             "--widen without --target: the default target is widened anyway", "widen"
         )
     ours, theirs = sizes.shipped_pair()
-    kind = sizes.chosen_dtype(dtype.value, machine(2).flags)
+    kind = sizes.choose_dtype(dtype.value, machine(2).flags)
     stem = "shipped" if target is None and draft is None else Path(target or ours).name
-    wanted = sizes.Options(
+    wanted = sizes.BenchOptions(
         target=target or ours,
         draft=draft or theirs,
         widen=widen or target is None,
         dtype=kind,
         prompts=prompts,
-        size=sizes.checked(size),
+        size=sizes.validated(size),
         seed=seed,
         quick=quick,
         folder=folder or sizes.folder_for(quick),
@@ -100,8 +100,8 @@ def bench(
     )
     console = Console()
     found = benchmark(wanted, console)
-    report.show(found, console)
+    report.print_report(found, console)
     console.print(f"{wanted.folder / wanted.name}.md", highlight=False)
-    if kind == "float32" and (others := differing(found)):
+    if kind == "float32" and (others := differing_methods(found)):
         console.print(f"not the text of plain decoding: {', '.join(others)}", style="red")
         sys.exit(1)

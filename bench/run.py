@@ -13,16 +13,30 @@ from actors.tracing.trace_reader import middle_window, read_trace, save_trace
 from bench.core import compare, loop, profiling, results
 from bench.core.machine import machine, two_cores
 from bench.core.methods import BOTH, FIRST, Cores, Method, Outcome, Runner, TransformersMethod
-from bench.core.options import LEARNING, SWEPT, WARMING, Options, Suite, expected_seconds, suite
-from bench.core.outrider_runner import OutriderRunner, Pair, running
-from bench.core.profiling import Job, PairProfile
-from bench.core.prompts import Prompt, encode, from_file, held_out, pick
-from bench.core.results import PairFacts, Results, Settings
+from bench.core.options import (
+    LEARNING_PROMPTS,
+    SWEEP_PROMPTS,
+    WARM_UP_PROMPTS,
+    BenchOptions,
+    Suite,
+    choose_suite,
+    expected_seconds,
+)
+from bench.core.outrider_runner import ModelPair, OutriderRunner, running_cluster
+from bench.core.profiling import ProfileJob, ProfileResult
+from bench.core.prompts import (
+    Prompt,
+    encode_prompts,
+    held_out_prompts,
+    read_prompts,
+    sample_prompts,
+)
+from bench.core.results import PairFacts, Results, RunSettings
 from bench.core.subprocess_call import call_in_subprocess
-from bench.core.transformers_runner import Place, TransformersRunner
-from bench.core.widen import CACHE, SMALL, widened_small
+from bench.core.transformers_runner import TransformersRunner, WorkerSpec
+from bench.core.widen import CACHE, SMALL_SHAPE, widen_to_small
 from bench.reports import report
-from bench.stages import FINISHING, MEASURING, Lab, Plan, State
+from bench.stages import FINISHING, MEASURING, BenchPlan, BenchState, BenchTools
 from runtime.core.errors import InvalidRequest
 from runtime.core.messages import Tokens
 from runtime.core.sampling_params import SamplingParams
@@ -32,7 +46,7 @@ from runtime.schedulers.pearl import gamma
 from runtime.telemetry.tracing import Recording
 
 
-class Everything:
+class CombinedRunner:
     """A Runner for all methods: ours on the cluster, transformers' in the process of their cores."""
 
     def __init__(self, cluster: OutriderRunner, rivals: dict[Cores, TransformersRunner]) -> None:
@@ -47,55 +61,61 @@ class Everything:
         return runner.run(method, prompts, sampling)
 
 
-def benchmark(options: Options, console: Console) -> Results:
+def benchmark(options: BenchOptions, console: Console) -> Results:
     """Does all of it, and writes NAME.json, NAME.md and pictures; what was measured until then is kept where it is interrupted."""
     cores = two_cores()
     file = options.folder / f"{options.name}.json"
-    with aside(cores), console.status("preparing the pair") as status:
-        plan, state = prepared(options, cores, status.update)
+    with keep_off(cores), console.status("preparing the pair") as status:
+        plan, state = prepare(options, cores, status.update)
     step, draft_step = state.results.profile.target[1], state.results.profile.draft[1]
     minutes = expected_seconds(plan.suite, options.size, step) / 60
     console.print(
         f"T = {1e3 * step:.1f} ms, t = {1e3 * draft_step:.2f} ms, {options.dtype}: about {minutes:.0f} minutes more"
     )
-    pair = Pair(plan.pair.target, options.draft, options.dtype, cores)
-    with aside(cores), everything(pair, plan.suite, console) as runner, loop.bar() as progress:
-        lab = Lab(
+    pair = ModelPair(plan.pair.target, options.draft, options.dtype, cores)
+    with (
+        keep_off(cores),
+        start_runners(pair, plan.suite, console) as runner,
+        loop.progress_bar() as progress,
+    ):
+        lab = BenchTools(
             runner,
             progress,
-            lambda so_far: results.write(so_far, file),
-            lambda: call_in_subprocess(profiling.measure, plan.pair).profile,
+            lambda so_far: results.write_results(so_far, file),
+            lambda: call_in_subprocess(profiling.profile_pair, plan.pair).profile,
         )
         for stage in MEASURING:
             state = stage(plan, state, lab)
         recordings = runner.cluster.recordings
-    with aside(cores), console.status("acceptance and forecasts"):
+    with keep_off(cores), console.status("acceptance and forecasts"):
         for finish in FINISHING:
             state = finish(plan, state)
-    results.write(state.results, file)
-    report.write(state.results, options.folder, drawn(options, recordings))
+    results.write_results(state.results, file)
+    report.write_report(state.results, options.folder, draw_recording(options, recordings))
     return state.results
 
 
-def prepared(
-    options: Options, cores: tuple[int, ...], note: Callable[[str], None]
-) -> tuple[Plan, State]:
+def prepare(
+    options: BenchOptions, cores: tuple[int, ...], note: Callable[[str], None]
+) -> tuple[BenchPlan, BenchState]:
     """What is to be measured, and the results with nothing but the pair in them. Raises what is wrong with the pair or the options."""
     target = (
-        str(call_in_subprocess(widened_small, (options.target, options.dtype)))
+        str(call_in_subprocess(widen_to_small, (options.target, options.dtype)))
         if options.widen
         else options.target
     )
-    prompts, asides = chosen_prompts(options, target)
+    prompts, other_prompts = choose_prompts(options, target)
     note("measuring the pair by itself")
-    pair = Job(target, options.draft, options.dtype, cores[0])
-    measured = call_in_subprocess(profiling.measure, pair)
-    which = suite(options.quick, gamma(measured.profile.target[1], measured.profile.draft[1]))
-    plan = Plan(options, which, pair, prompts, asides)
-    return plan, State(empty(options, target, measured, len(plan.measured)))
+    pair = ProfileJob(target, options.draft, options.dtype, cores[0])
+    measured = call_in_subprocess(profiling.profile_pair, pair)
+    which = choose_suite(
+        options.quick, gamma(measured.profile.target[1], measured.profile.draft[1])
+    )
+    plan = BenchPlan(options, which, pair, prompts, other_prompts)
+    return plan, BenchState(empty_results(options, target, measured, len(plan.measured_prompts)))
 
 
-def chosen_prompts(options: Options, target: str) -> tuple[list[Prompt], list[Prompt]]:
+def choose_prompts(options: BenchOptions, target: str) -> tuple[list[Prompt], list[Prompt]]:
     """Those that are measured, and those for the sweep, for warming up and for learning.
 
     Raises PairMismatch for models that cannot be used together, InvalidRequest where their context has no room for prompts.
@@ -109,23 +129,25 @@ def chosen_prompts(options: Options, target: str) -> tuple[list[Prompt], list[Pr
             f"new_tokens {options.size.new_tokens} leave no room in a context of {min(contexts)}",
             "new_tokens",
         )
-    others = SWEPT + WARMING + (0 if options.quick else LEARNING)
+    others = SWEEP_PROMPTS + WARM_UP_PROMPTS + (0 if options.quick else LEARNING_PROMPTS)
     wanted = max((options.size.count, *options.size.batches))
     of_file = (
-        None if options.prompts is None else encode(tokenizer, from_file(options.prompts), most)
+        None
+        if options.prompts is None
+        else encode_prompts(tokenizer, read_prompts(options.prompts), most)
     )
     drawn = (
-        held_out(tokenizer, wanted + others, options.seed)
+        held_out_prompts(tokenizer, wanted + others, options.seed)
         if of_file is None
-        else pick(of_file, wanted + others, options.seed)
+        else sample_prompts(of_file, wanted + others, options.seed)
     )
-    prompts, asides = drawn[:wanted], drawn[wanted:]
-    if len(asides) < others:  # the file has not enough for both
-        asides = held_out(tokenizer, others, options.seed)
-    return prompts, asides
+    prompts, other_prompts = drawn[:wanted], drawn[wanted:]
+    if len(other_prompts) < others:  # the file has not enough for both
+        other_prompts = held_out_prompts(tokenizer, others, options.seed)
+    return prompts, other_prompts
 
 
-def drawn(options: Options, recordings: Sequence[Recording]) -> Path:
+def draw_recording(options: BenchOptions, recordings: Sequence[Recording]) -> Path:
     """The picture of the recorded run, its trace kept in the cache."""
     CACHE.mkdir(parents=True, exist_ok=True)
     trace, picture = (
@@ -138,7 +160,9 @@ def drawn(options: Options, recordings: Sequence[Recording]) -> Path:
     return picture
 
 
-def empty(options: Options, target: str, measured: PairProfile, count: int) -> Results:
+def empty_results(
+    options: BenchOptions, target: str, measured: ProfileResult, count: int
+) -> Results:
     """Results with nothing but the pair in them."""
     source = (
         "held-out files of the standard library"
@@ -148,13 +172,13 @@ def empty(options: Options, target: str, measured: PairProfile, count: int) -> R
     size = options.size
     facts = PairFacts(
         target=Path(options.target).name
-        + (f", widened to {SMALL.hidden}x{SMALL.layers}" if options.widen else ""),
+        + (f", widened to {SMALL_SHAPE.hidden}x{SMALL_SHAPE.layers}" if options.widen else ""),
         draft=Path(options.draft).name,
         target_parameters=measured.parameters[0],
         draft_parameters=measured.parameters[1],
         dtype=options.dtype,
     )
-    settings = Settings(
+    settings = RunSettings(
         prompts=source,
         count=count,
         new_tokens=size.new_tokens,
@@ -172,7 +196,7 @@ def empty(options: Options, target: str, measured: PairProfile, count: int) -> R
 
 
 @contextlib.contextmanager
-def everything(pair: Pair, which: Suite, console: Console) -> Iterator[Everything]:
+def start_runners(pair: ModelPair, which: Suite, console: Console) -> Iterator[CombinedRunner]:
     """All that is compared, loaded and at rest. It ends with the block."""
     with contextlib.ExitStack() as stack:
         rivals: dict[Cores, TransformersRunner] = {}
@@ -180,7 +204,7 @@ def everything(pair: Pair, which: Suite, console: Console) -> Iterator[Everythin
             for cores in (FIRST, BOTH):
                 first = next((method for method in which.rivals if method.how.cores == cores), None)
                 if first is not None:
-                    place = Place(
+                    place = WorkerSpec(
                         Path(pair.target),
                         Path(pair.draft),
                         pair.dtype,
@@ -188,17 +212,17 @@ def everything(pair: Pair, which: Suite, console: Console) -> Iterator[Everythin
                     )
                     rivals[cores] = stack.enter_context(TransformersRunner(place))
                     rivals[cores].run(
-                        first, [Prompt("", FIRST_TOKENS)], SamplingParams(max_tokens=2)
+                        first, [Prompt("", LOADING_PROMPT)], SamplingParams(max_tokens=2)
                     )  # answers when it has loaded
-            cluster = stack.enter_context(running(pair, which.all))
-        yield Everything(cluster, rivals)
+            cluster = stack.enter_context(running_cluster(pair, which.all))
+        yield CombinedRunner(cluster, rivals)
 
 
-FIRST_TOKENS: Tokens = tuple(range(1, 9))
+LOADING_PROMPT: Tokens = tuple(range(1, 9))
 
 
 @contextlib.contextmanager
-def aside(cores: Sequence[int]) -> Iterator[None]:
+def keep_off(cores: Sequence[int]) -> Iterator[None]:
     """Keeps this process, and what of its children asks for no cores, off these where there are others."""
     usable = os.sched_getaffinity(0)
     os.sched_setaffinity(0, usable - set(cores) or usable)
@@ -208,7 +232,7 @@ def aside(cores: Sequence[int]) -> Iterator[None]:
         os.sched_setaffinity(0, usable)
 
 
-def differing(found: Results) -> list[str]:
+def differing_methods(found: Results) -> list[str]:
     """Our methods that did not write plain's text in every run: in float32 there are none."""
     names = [facts.name for facts in found.methods if facts.who == "ours"]
     keys = {(run.temperature, run.batch) for run in found.runs}

@@ -9,55 +9,63 @@ from dataclasses import dataclass, replace
 from rich.progress import Progress
 
 from bench.core import compare, loop, profiling
-from bench.core.forecasts import forecasts, foreseen
+from bench.core.forecasts import forecast_methods, is_forecastable
 from bench.core.loop import Case, Round, cases, rounds
-from bench.core.methods import LIVING, LIVINGS, PLAIN, Method, OutriderMethod, Runner
-from bench.core.options import SWEPT, WARMING, Options, Suite, batch_cases, main_rounds, own
-from bench.core.places import places
-from bench.core.profiling import Answered, Job
+from bench.core.methods import LIVING, LIVING_METHODS, PLAIN, Method, OutriderMethod, Runner
+from bench.core.options import (
+    SWEEP_PROMPTS,
+    WARM_UP_PROMPTS,
+    BenchOptions,
+    Suite,
+    batch_cases,
+    main_rounds,
+    own_methods,
+)
+from bench.core.places import costs_in_place
+from bench.core.profiling import AnsweredRuns, ProfileJob
 from bench.core.prompts import Prompt
-from bench.core.results import Profile, Results, Tried
+from bench.core.results import Profile, Results, SweepResult
 from bench.core.subprocess_call import call_in_subprocess
 from runtime.core.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BenchPlan:
     """What is measured, and on which prompts.
 
     pair     the job that profiles the pair by itself
     prompts  enough for the runs and for the largest batch
-    asides   others for the sweep, for warming up and for learning
+    other_prompts   others for the sweep, for warming up and for learning
     """
 
-    options: Options
+    options: BenchOptions
     suite: Suite
-    pair: Job
+    pair: ProfileJob
     prompts: Sequence[Prompt]
-    asides: Sequence[Prompt]
+    other_prompts: Sequence[Prompt]
 
     @property
-    def measured(self) -> Sequence[Prompt]:
+    def measured_prompts(self) -> Sequence[Prompt]:
         return self.prompts[: self.options.size.count]
 
     @property
-    def swept(self) -> Sequence[Prompt]:
-        return self.asides[:SWEPT]
+    def sweep_prompts(self) -> Sequence[Prompt]:
+        return self.other_prompts[:SWEEP_PROMPTS]
 
     @property
-    def warming(self) -> Sequence[Prompt]:
-        return self.asides[SWEPT : SWEPT + WARMING]
+    def warm_up_prompts(self) -> Sequence[Prompt]:
+        return self.other_prompts[SWEEP_PROMPTS : SWEEP_PROMPTS + WARM_UP_PROMPTS]
 
     @property
-    def learned(self) -> Sequence[Prompt]:
-        return self.asides[SWEPT + WARMING :]
+    def learning_prompts(self) -> Sequence[Prompt]:
+        return self.other_prompts[SWEEP_PROMPTS + WARM_UP_PROMPTS :]
 
     @property
-    def lowest(self) -> float:
+    def lowest_temperature(self) -> float:
         return min(self.options.size.temperatures)
 
     @property
-    def few(self) -> int:
+    def warm_up_tokens(self) -> int:
         """New tokens of a text that only warms up."""
         return max(2, self.options.size.new_tokens // 4)
 
@@ -79,20 +87,20 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class BenchState:
     """What has been found. `methods` are known once the sweep has chosen the best setting of each."""
 
     results: Results
     methods: tuple[Method, ...] = ()
     profiles: tuple[Profile, ...] = ()
 
-    def updated(self, **changes: object) -> "State":
+    def updated(self, **changes: object) -> "BenchState":
         """With these fields of the results changed."""
         return replace(self, results=self.results.model_copy(update=changes))
 
 
 @dataclass(frozen=True, slots=True)
-class Lab:
+class BenchTools:
     """What stages measure with. `keep` gets the results after each round; `profile` measures the pair by itself."""
 
     runner: Runner
@@ -112,64 +120,77 @@ class Lab:
         )
 
 
-Stage = Callable[[Plan, State, Lab], State]
+Stage = Callable[[BenchPlan, BenchState, BenchTools], BenchState]
 
 
-def start_up(plan: Plan, state: State, lab: Lab) -> State:
+def run_each_once(plan: BenchPlan, state: BenchState, lab: BenchTools) -> BenchState:
     """Every runner has run before anything is measured."""
     first = [group[0] for group in plan.suite.groups.values()]
     methods = [*plan.suite.fixed, *first, *plan.suite.rivals]
     lab.discard(
-        rounds(plan.cases(plan.warming[:1], (plan.lowest,), plan.few), methods), "warming up"
+        rounds(
+            plan.cases(plan.warm_up_prompts[:1], (plan.lowest_temperature,), plan.warm_up_tokens),
+            methods,
+        ),
+        "warming up",
     )
     return state
 
 
-def sweep(plan: Plan, state: State, lab: Lab) -> State:
+def sweep(plan: BenchPlan, state: BenchState, lab: BenchTools) -> BenchState:
     """Tries all settings on prompts that are not measured, and chooses the fastest of each method."""
     tried = tuple(method for group in plan.suite.groups.values() for method in group)
     without_keeping = replace(lab, keep=lambda results: None)
     found = without_keeping.add(
-        state.results, rounds(plan.cases(plan.swept, (plan.lowest,)), tried), "sweep"
+        state.results,
+        rounds(plan.cases(plan.sweep_prompts, (plan.lowest_temperature,)), tried),
+        "sweep",
     )
-    methods = plan.suite.final(loop.chosen(found, plan.suite.groups))
-    settings = told(found, plan.suite, plan.lowest)
+    methods = plan.suite.final(loop.best_settings(found, plan.suite.groups))
+    settings = sweep_results(found, plan.suite, plan.lowest_temperature)
     return replace(state, methods=methods).updated(
         methods=tuple(method.facts for method in methods), sweep=settings
     )
 
 
-def warm_up(plan: Plan, state: State, lab: Lab) -> State:
+def warm_up(plan: BenchPlan, state: BenchState, lab: BenchTools) -> BenchState:
     temperatures = plan.options.size.temperatures
-    lab.discard(rounds(plan.cases(plan.warming, temperatures), own(state.methods)), "warming up")
-    return state
-
-
-def learn(plan: Plan, state: State, lab: Lab) -> State:
-    """The living methods learn what guesses are worth, as they do in a target that serves."""
     lab.discard(
-        rounds(plan.cases(plan.learned, plan.options.size.temperatures), LIVINGS), "learning"
+        rounds(plan.cases(plan.warm_up_prompts, temperatures), own_methods(state.methods)),
+        "warming up",
     )
     return state
 
 
-def run_all(plan: Plan, state: State, lab: Lab) -> State:
-    todo = main_rounds(plan.measured, plan.options.size, plan.options.seed, state.methods)
+def learn(plan: BenchPlan, state: BenchState, lab: BenchTools) -> BenchState:
+    """The living methods learn what guesses are worth, as they do in a target that serves."""
+    lab.discard(
+        rounds(plan.cases(plan.learning_prompts, plan.options.size.temperatures), LIVING_METHODS),
+        "learning",
+    )
+    return state
+
+
+def run_all(plan: BenchPlan, state: BenchState, lab: BenchTools) -> BenchState:
+    todo = main_rounds(plan.measured_prompts, plan.options.size, plan.options.seed, state.methods)
     return replace(state, results=lab.add(state.results, todo, "runs"))
 
 
-def profile(plan: Plan, state: State, lab: Lab) -> State:
+def profile(plan: BenchPlan, state: BenchState, lab: BenchTools) -> BenchState:
     """Measures the pair by itself again: the profile speaks of the machine as the runs met it."""
     return replace(state, profiles=(*state.profiles, lab.profile()))
 
 
-def batches(plan: Plan, state: State, lab: Lab) -> State:
+def batches(plan: BenchPlan, state: BenchState, lab: BenchTools) -> BenchState:
     todo = rounds(
         batch_cases(plan.prompts, plan.options.size, plan.options.seed), plan.suite.batched
     )
     lab.discard(
         [
-            Round(Case("", one.case.prompts, SamplingParams(max_tokens=plan.few)), one.methods)
+            Round(
+                Case("", one.case.prompts, SamplingParams(max_tokens=plan.warm_up_tokens)),
+                one.methods,
+            )
             for one in todo
         ],
         "warming up",
@@ -177,24 +198,27 @@ def batches(plan: Plan, state: State, lab: Lab) -> State:
     return replace(state, results=lab.add(state.results, todo, "batches"))
 
 
-def record(plan: Plan, state: State, lab: Lab) -> State:
+def record_living(plan: BenchPlan, state: BenchState, lab: BenchTools) -> BenchState:
     """Makes the last run one of the living schedule: its recording is drawn."""
-    lab.discard(rounds(plan.cases(plan.warming[:1], (plan.lowest,)), [LIVING]), "a recorded run")
+    lab.discard(
+        rounds(plan.cases(plan.warm_up_prompts[:1], (plan.lowest_temperature,)), [LIVING]),
+        "a recorded run",
+    )
     return state
 
 
-def reckon(plan: Plan, state: State, lab: Lab) -> State:
+def locate_profile(plan: BenchPlan, state: BenchState, lab: BenchTools) -> BenchState:
     """The profile is the middle of all that were measured, moved to where the methods ran."""
-    alone = profiling.middle((state.results.profile, *state.profiles))
-    like = {method.name for method in own(state.methods) if foreseen(method.how)}
-    where = places(alone, [run for run in state.results.runs if run.method in like])
+    alone = profiling.median_profile((state.results.profile, *state.profiles))
+    like = {method.name for method in own_methods(state.methods) if is_forecastable(method.how)}
+    where = costs_in_place(alone, [run for run in state.results.runs if run.method in like])
     found = state.updated(profile=alone.model_copy(update={"places": where}))
     lab.keep(found.results)
     return found
 
 
 MEASURING: tuple[Stage, ...] = (
-    start_up,
+    run_each_once,
     sweep,
     warm_up,
     learn,
@@ -202,25 +226,25 @@ MEASURING: tuple[Stage, ...] = (
     profile,
     batches,
     profile,
-    record,
-    reckon,
+    record_living,
+    locate_profile,
 )
 
 
-def accept(plan: Plan, state: State) -> State:
+def add_acceptance(plan: BenchPlan, state: BenchState) -> BenchState:
     """Finds how often the draft guesses what plain decoding wrote."""
     plain = tuple(run for run in state.results.runs if run.method == PLAIN.name)
     guessed = call_in_subprocess(
-        profiling.acceptance, Answered(plan.pair, plan.options.seed, plain)
+        profiling.measure_acceptance, AnsweredRuns(plan.pair, plan.options.seed, plain)
     )
     return state.updated(profile=state.results.profile.model_copy(update={"acceptance": guessed}))
 
 
-def forecast(plan: Plan, state: State) -> State:
-    return state.updated(forecasts=forecasts(state.results, state.methods))
+def add_forecasts(plan: BenchPlan, state: BenchState) -> BenchState:
+    return state.updated(forecast_methods=forecast_methods(state.results, state.methods))
 
 
-def drop_texts(plan: Plan, state: State) -> State:
+def drop_texts(plan: BenchPlan, state: BenchState) -> BenchState:
     """Texts and passes have served their purpose; files do not hold them."""
     return state.updated(
         runs=tuple(
@@ -229,24 +253,28 @@ def drop_texts(plan: Plan, state: State) -> State:
     )
 
 
-FINISHING: tuple[Callable[[Plan, State], State], ...] = (accept, forecast, drop_texts)
+FINISHING: tuple[Callable[[BenchPlan, BenchState], BenchState], ...] = (
+    add_acceptance,
+    add_forecasts,
+    drop_texts,
+)
 
 
-def told(found: Results, which: Suite, temperature: float) -> tuple[Tried, ...]:
+def sweep_results(found: Results, which: Suite, temperature: float) -> tuple[SweepResult, ...]:
     """The settings that the sweep tried and measured."""
     speeds = {
         (name, method): speed
         for name, group in which.groups.items()
         for method in group
-        if (speed := compare.speed(found, method.name, temperature))
+        if (speed := compare.decode_speed(found, method.name, temperature))
     }
     return tuple(
-        Tried(name=name, detail=setting(method), tokens_per_second=speed.median)
+        SweepResult(name=name, detail=setting_text(method), tokens_per_second=speed.median)
         for (name, method), speed in speeds.items()
     )
 
 
-def setting(method: Method) -> str:
+def setting_text(method: Method) -> str:
     how = method.how
     return (
         f"{method.facts.detail}, drafter on {len(how.drafter_cores)}"

@@ -14,19 +14,19 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from bench.core.options import RESULTS
-from bench.methods.weights import line_of
+from bench.methods.weights import card_value
 from bench.reports.grid import Grid
 from bench.reports.plots import DPI, LIVING, OTHERS, STYLE
 from runtime.core.errors import InvalidRequest, OutriderError
-from training.draft import WARM
+from training.draft import KL_SHARE
 from training.loop import smooth
 
-GOAL = 0.05  # more of the first guesses right than with next-token training
+MIN_GAIN = 0.05  # more of the first guesses right than with next-token training
 CARD, FIGURES = "README.md", "training.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class TrainedDraft:
     """`settings`: as its card says. `rates`: by temperature, of the first k guesses the share that holds the target's choice."""
 
     name: str
@@ -37,7 +37,7 @@ class Trained:
     seconds: float
 
 
-def read(folder: Path) -> Trained:
+def read_trained(folder: Path) -> TrainedDraft:
     """Raises InvalidRequest for a folder that no training of a draft has made."""
     try:
         found = json.loads((folder / FIGURES).read_bytes())
@@ -56,17 +56,17 @@ def read(folder: Path) -> Trained:
         ) from error
     if not rates or not least < float("inf"):
         raise InvalidRequest(f"{folder} was not measured: train it again", "folder")
-    return Trained(
+    return TrainedDraft(
         folder.name,
-        line_of(folder / CARD, "settings"),
-        line_of(folder / CARD, "steps"),
+        card_value(folder / CARD, "settings"),
+        card_value(folder / CARD, "steps"),
         losses,
         rates,
         seconds,
     )
 
 
-def table(trained: Sequence[Trained]) -> Grid:
+def results_grid(trained: Sequence[TrainedDraft]) -> Grid:
     """Acceptance in percent; behind it the difference to the first in points."""
     first, lines = trained[0], []
     for temperature, known in sorted(first.rates.items()):
@@ -97,37 +97,37 @@ def table(trained: Sequence[Trained]) -> Grid:
     )
 
 
-def verdicts(trained: Sequence[Trained]) -> list[str]:
+def verdict_lines(trained: Sequence[TrainedDraft]) -> list[str]:
     """Of each but the first, whether its first guess is right as much more often as wanted."""
     first, found = trained[0], []
     for one in trained[1:]:
         for temperature in sorted(one.rates.keys() & first.rates.keys()):
             more = one.rates[temperature][1] - first.rates[temperature][1]
-            verdict = "met" if more >= GOAL else "missed"
+            verdict = "met" if more >= MIN_GAIN else "missed"
             found.append(
                 f"{one.name} over {first.name} at temperature {temperature:g}: first guess right {100 * more:+.1f} points (goal "
-                f"{100 * GOAL:+.0f}: {verdict})"
+                f"{100 * MIN_GAIN:+.0f}: {verdict})"
             )
     return found
 
 
-def page(trained: Sequence[Trained], picture: str) -> str:
+def results_page(trained: Sequence[TrainedDraft], picture: str) -> str:
     how = "\n".join(f"| {one.name} | {one.settings} | {one.steps} |" for one in trained)
     parts = [
         "# Draft models drawn to their target",
         "The same shape, data, seed and steps; the difference is what the draft is drawn to (`outrider train draft --loss`). How often its "
         "first k guesses hold the token that the target chooses, in percent, on the target's own answers to held-out beginnings, by the "
         f"rule of the runtime; in brackets the difference to {trained[0].name} in points. The losses are distances of different kinds: "
-        f"only their courses can be compared (tvd and tvd++ follow forward KL for {WARM:.0%} of the steps, then their loss jumps).",
-        table(trained).markdown(),
-        "\n".join(f"- {verdict}" for verdict in verdicts(trained)),
+        f"only their courses can be compared (tvd and tvd++ follow forward KL for {KL_SHARE:.0%} of the steps, then their loss jumps).",
+        results_grid(trained).markdown(),
+        "\n".join(f"- {verdict}" for verdict in verdict_lines(trained)),
         f"![loss by step]({picture})",
         f"| | settings | steps |\n|---|---|---|\n{how}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def draw(trained: Sequence[Trained], file: Path) -> None:
+def draw_losses(trained: Sequence[TrainedDraft], file: Path) -> None:
     """The loss of each, by step: as it was, and smoothed."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5 * len(trained), 3.2))
@@ -154,15 +154,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=RESULTS, help="for the page and its picture")
     given = parser.parse_args(arguments)
     try:
-        trained = [read(folder) for folder in given.trained]
+        trained = [read_trained(folder) for folder in given.trained]
     except OutriderError as error:
         parser.error(str(error))
     given.folder.mkdir(parents=True, exist_ok=True)
-    draw(trained, given.folder / "aligned.png")
-    (given.folder / "aligned.md").write_text(page(trained, "aligned.png"), "utf-8")
+    draw_losses(trained, given.folder / "aligned.png")
+    (given.folder / "aligned.md").write_text(results_page(trained, "aligned.png"), "utf-8")
     console = Console(highlight=False, soft_wrap=True)
-    console.print(table(trained).terminal())
-    for verdict in verdicts(trained):
+    console.print(results_grid(trained).terminal())
+    for verdict in verdict_lines(trained):
         console.print(verdict)
     console.print(given.folder / "aligned.md")
 

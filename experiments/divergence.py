@@ -18,8 +18,8 @@ from rich.progress import track
 from rich.table import Table
 
 from actors.launch.serving import local_service
-from bench.core.outrider_runner import ask
-from bench.core.prompts import held_out
+from bench.core.outrider_runner import ask_all
+from bench.core.prompts import held_out_prompts
 from runtime import config
 from runtime.core.messages import Request, Tokens
 from runtime.core.sampling_params import SamplingParams
@@ -29,8 +29,10 @@ from runtime.models.base import causal
 from runtime.models.hf import HFModel
 from runtime.models.loader import load_model, load_tokenizer
 
-STEP = 2.0**-7  # between neighbouring bfloat16 numbers, in relation to the power of two below them
-TIE = 8  # such steps: logits are sums over many rounded numbers
+BF16_STEP = (
+    2.0**-7
+)  # between neighbouring bfloat16 numbers, in relation to the power of two below them
+MAX_TIE_STEPS = 8  # such steps: logits are sums over many rounded numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +48,15 @@ class Divergence:
         """How far apart, in steps of bfloat16 numbers of their size."""
         first, second = self.logits
         return abs(first - second) / (
-            STEP * 2.0 ** math.floor(math.log2(max(abs(first), abs(second), 1e-30)))
+            BF16_STEP * 2.0 ** math.floor(math.log2(max(abs(first), abs(second), 1e-30)))
         )
 
     @property
     def near_tie(self) -> bool:
-        return self.steps <= TIE
+        return self.steps <= MAX_TIE_STEPS
 
 
-def divergence(
+def first_divergence(
     model: HFModel, prompt: Sequence[int], one: Sequence[int], other: Sequence[int]
 ) -> Divergence | None:
     """None where the outputs are equal, or one only longer. The replay is one causal pass over the text that both have."""
@@ -69,14 +71,14 @@ def divergence(
     return Divergence(place, tokens, (float(logits[tokens[0]]), float(logits[tokens[1]])))
 
 
-async def outputs(
+async def answer_both_ways(
     deployment: config.Deployment, prompts: Sequence[Tokens], sampling: SamplingParams
 ) -> list[tuple[Tokens, Tokens]]:
     """Of each prompt, with speculation and without."""
     found = []
     async with local_service(deployment, lambda note: None) as service:
         for prompt in track(prompts, "writing", console=Console(stderr=True)):
-            _, (guessed,) = await ask(service, [prompt], sampling)
+            _, (guessed,) = await ask_all(service, [prompt], sampling)
             plain: list[int] = []
             async for chunk in service.generate(
                 Request(uuid.uuid4().hex, prompt, sampling, speculation=False)
@@ -98,9 +100,12 @@ def main() -> None:
         given.target, (given.draft,), 1, given.dtype, "auto", local=True, policy="sync"
     )
     prompts = [
-        prompt.tokens for prompt in held_out(load_tokenizer(given.target), given.count, seed=1)
+        prompt.tokens
+        for prompt in held_out_prompts(load_tokenizer(given.target), given.count, seed=1)
     ]
-    written = asyncio.run(outputs(deployment, prompts, SamplingParams(max_tokens=given.tokens)))
+    written = asyncio.run(
+        answer_both_ways(deployment, prompts, SamplingParams(max_tokens=given.tokens))
+    )
     model = load_model(given.target, given.dtype)
     table = Table(
         title=f"{given.dtype}: texts that differ with and without speculation", title_justify="left"
@@ -108,7 +113,7 @@ def main() -> None:
     for column in ("prompt", "equal tokens", "logits", "steps apart", "near-tie"):
         table.add_column(column, justify="right")
     found = [
-        (number, divergence(model, prompt, *texts))
+        (number, first_divergence(model, prompt, *texts))
         for number, (prompt, texts) in enumerate(zip(prompts, written, strict=True))
     ]
     for number, one in found:

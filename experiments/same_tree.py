@@ -17,8 +17,8 @@ from rich.progress import track
 
 from actors.compose import build_head, stop_checker_factory
 from bench.core.options import RESULTS
-from bench.core.prompts import Prompt, held_out
-from bench.methods.study import HEADS, LEARNING, NEW_TOKENS, TEMPERATURES
+from bench.core.prompts import Prompt, held_out_prompts
+from bench.methods.study import HEADS, LEARNING_PROMPTS, NEW_TOKENS, TEMPERATURES
 from bench.reports.grid import Grid
 from runtime.config import HeadConfig
 from runtime.core.messages import Request, Stats
@@ -33,12 +33,12 @@ from runtime.target.head_runner import MountedHead
 from runtime.target.target import Target
 from runtime.target.verifier import Verifier
 
-ROWS = (4, 8, 16)  # verified in a step, beside the root
+ROW_COUNTS = (4, 8, 16)  # verified in a step, beside the root
 FILE = "same-tree.md"
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class StepCount:
     """Tokens per step of one head, once it has learned what its guesses are worth."""
 
     head: str
@@ -52,7 +52,7 @@ class Counted:
         return self.tokens / self.steps
 
 
-async def written(
+async def collect_stats(
     engine: Engine, prompts: Sequence[Prompt], sampling: SamplingParams
 ) -> list[Stats]:
     """The figures of each text, one after the other."""
@@ -72,9 +72,9 @@ async def written(
     return found
 
 
-def counted(
+def count_steps(
     model: HFModel, name: str, temperature: float, rows: int, prompts: Sequence[Prompt]
-) -> Counted:
+) -> StepCount:
     """The clock stands: heads that take long are asked all the same."""
     head = build_head(HeadConfig(method=name), model, load_tokenizer(bundled_model("target")))
     engine = Engine(
@@ -87,8 +87,8 @@ def counted(
     sampling = SamplingParams(
         temperature=temperature, seed=1, max_tokens=NEW_TOKENS, ignore_eos=True
     )
-    stats = asyncio.run(written(engine, prompts, sampling))[LEARNING:]
-    return Counted(
+    stats = asyncio.run(collect_stats(engine, prompts, sampling))[LEARNING_PROMPTS:]
+    return StepCount(
         name,
         temperature,
         rows,
@@ -97,28 +97,29 @@ def counted(
     )
 
 
-def grid(all_: Sequence[Counted]) -> Grid:
+def results_grid(all_: Sequence[StepCount]) -> Grid:
     """A line for each head and temperature, a column for each number of rows."""
     by = {(one.temperature, one.head, one.rows): f"{one.tokens_per_step:.2f}" for one in all_}
     lines = dict.fromkeys((one.temperature, one.head) for one in all_)
     cells = tuple(
-        (f"{at:g}", head, *(by.get((at, head, rows), "-") for rows in ROWS)) for at, head in lines
+        (f"{at:g}", head, *(by.get((at, head, rows), "-") for rows in ROW_COUNTS))
+        for at, head in lines
     )
     return Grid(
         "tokens per step",
-        ("temperature", "head", *(f"{rows} rows" for rows in ROWS)),
+        ("temperature", "head", *(f"{rows} rows" for rows in ROW_COUNTS)),
         cells,
         words=("head",),
     )
 
 
-def page(all_: Sequence[Counted], prompts: int) -> str:
+def results_page(all_: Sequence[StepCount], prompts: int) -> str:
     return (
         "# Heads with the same tree\n\n"
         f"Tokens per step where every step verifies so many rows beside the root, on the target that ships, alone; {prompts} held-out "
         f"prompts, {NEW_TOKENS} new tokens of each (`python -m experiments.same_tree`). Only counted: the figures are the same on a slower "
         "machine. What comes of it where each row has its price is in [methods.md](methods.md).\n\n"
-        + grid(all_).markdown()
+        + results_grid(all_).markdown()
         + "\n"
     )
 
@@ -131,19 +132,19 @@ def main() -> None:
     torch.set_num_threads(1)
     shipped = bundled_model("target")
     model = load_model(shipped, "float32", "cpu", 1)
-    prompts = held_out(load_tokenizer(shipped), LEARNING + arguments.count, 2)
+    prompts = held_out_prompts(load_tokenizer(shipped), LEARNING_PROMPTS + arguments.count, 2)
     console, cases = (
         Console(),
-        [(at, rows, head) for at in TEMPERATURES for rows in ROWS for head in HEADS],
+        [(at, rows, head) for at in TEMPERATURES for rows in ROW_COUNTS for head in HEADS],
     )
     found = [
-        counted(model, head, at, rows, prompts)
+        count_steps(model, head, at, rows, prompts)
         for at, rows, head in track(cases, "heads with the same tree", console=console)
     ]
     found.sort(key=lambda one: (one.temperature, HEADS.index(one.head), one.rows))
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    (arguments.folder / FILE).write_text(page(found, arguments.count), "utf-8")
-    console.print(grid(found).terminal())
+    (arguments.folder / FILE).write_text(results_page(found, arguments.count), "utf-8")
+    console.print(results_grid(found).terminal())
     console.print(arguments.folder / FILE)
 
 

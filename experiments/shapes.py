@@ -16,14 +16,20 @@ from rich.console import Console
 from bench.core.machine import machine, two_cores
 from bench.core.methods import Method, OutriderMethod
 from bench.core.options import RESULTS
-from bench.core.outrider_runner import Pair, running
-from bench.core.prompts import Prompt, held_out
+from bench.core.outrider_runner import ModelPair, running_cluster
+from bench.core.prompts import Prompt, held_out_prompts
 from bench.core.subprocess_call import call_in_subprocess
-from bench.core.widen import widened_small
+from bench.core.widen import widen_to_small
 from bench.methods.method_goals import MODEL
-from bench.methods.method_stats import MethodStats, ratio
+from bench.methods.method_stats import MethodStats, median_ratio
 from bench.methods.methods_report import PLAIN
-from bench.methods.study import LEARNING, NEW_TOKENS, TEMPERATURES, measured, plan_of
+from bench.methods.study import (
+    LEARNING_PROMPTS,
+    NEW_TOKENS,
+    TEMPERATURES,
+    measure_rounds,
+    rounds_of,
+)
 from bench.reports.grid import Grid
 from bench.reports.plots import DPI, LIVING, OURS, STYLE
 from runtime.core.errors import InvalidRequest, OutriderError
@@ -31,14 +37,14 @@ from runtime.model_paths import bundled_model
 from runtime.models.loader import load_tokenizer
 
 FILE = "shapes.json"
-WAYS = (
+METHODS = (
     Method(PLAIN, OutriderMethod("plain")),
     Method(MODEL, OutriderMethod("living", drafters=(MODEL,))),
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class MeasuredShape:
     """A draft model: its folder, millions of parameters, milliseconds of a pass by rows, acceptance by number of guesses."""
 
     folder: Path
@@ -48,19 +54,19 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Tried:
+class ShapeResult:
     """`speeds` and `gains` (times plain decoding) by temperature."""
 
-    shape: Shape
+    shape: MeasuredShape
     speeds: dict[float, float]
     gains: dict[float, float]
 
 
-def read(folder: Path) -> list[Shape]:
+def read_shapes(folder: Path) -> list[MeasuredShape]:
     """Raises InvalidRequest for a folder that `outrider tune shapes` has not made."""
     try:
         return [
-            Shape(
+            MeasuredShape(
                 folder / point["name"],
                 point["parameters"] / 1e6,
                 {int(rows): 1e3 * seconds for rows, seconds in point["times"].items()},
@@ -75,21 +81,25 @@ def read(folder: Path) -> list[Shape]:
         ) from error
 
 
-def tried(shape: Shape, target: Path, cores: tuple[int, ...], prompts: Sequence[Prompt]) -> Tried:
+def measure_shape(
+    shape: MeasuredShape, target: Path, cores: tuple[int, ...], prompts: Sequence[Prompt]
+) -> ShapeResult:
     found: dict[tuple[str, float], MethodStats] = {}
-    with running(Pair(str(target), str(shape.folder), "float32", cores), WAYS) as cluster:
+    with running_cluster(
+        ModelPair(str(target), str(shape.folder), "float32", cores), METHODS
+    ) as cluster:
         for some, note, kept in (
-            (prompts[:LEARNING], "learning", {}),
-            (prompts[LEARNING:], "runs", found),
+            (prompts[:LEARNING_PROMPTS], "learning", {}),
+            (prompts[LEARNING_PROMPTS:], "runs", found),
         ):
-            measured(cluster, plan_of(some, WAYS), f"{shape.folder.name}: {note}", kept)
+            measure_rounds(cluster, rounds_of(some, METHODS), f"{shape.folder.name}: {note}", kept)
     speeds = {at: found[MODEL, at].speed for at in TEMPERATURES}
-    return Tried(
-        shape, speeds, {at: ratio(found[MODEL, at], found[PLAIN, at]) for at in TEMPERATURES}
+    return ShapeResult(
+        shape, speeds, {at: median_ratio(found[MODEL, at], found[PLAIN, at]) for at in TEMPERATURES}
     )
 
 
-def table(all_: Sequence[Tried]) -> Grid:
+def results_grid(all_: Sequence[ShapeResult]) -> Grid:
     rows = [
         (
             one.shape.folder.name,
@@ -108,21 +118,21 @@ def table(all_: Sequence[Tried]) -> Grid:
     )
 
 
-def page(all_: Sequence[Tried], prompts: int, picture: str) -> str:
+def results_page(all_: Sequence[ShapeResult], prompts: int, picture: str) -> str:
     facts, best = machine(2), max(all_, key=lambda one: one.gains[TEMPERATURES[0]])
     parts = [
         "# Draft models of one size",
         "The same parameters as few wide or many narrow layers, trained alike by `outrider tune shapes`; then each drafts for the target "
         f"that ships, widened, as the only drafter of the living schedule. {facts.processor}, {facts.date}; {prompts} prompts, "
         f"{NEW_TOKENS} new tokens. Acceptance is at temperature 0, on the target's own answers to held-out beginnings.",
-        table(all_).markdown(),
+        results_grid(all_).markdown(),
         f"Fastest end to end at temperature 0: {best.shape.folder.name}.",
         f"![latency against acceptance, and speed]({picture})",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def draw(all_: Sequence[Tried], file: Path) -> None:
+def draw_shapes(all_: Sequence[ShapeResult], file: Path) -> None:
     """Left the trade-off, latency against acceptance; right what it comes to."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11, 3.8))
@@ -177,20 +187,22 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=RESULTS, help="for the page and its picture")
     arguments = parser.parse_args()
     try:
-        shapes = read(arguments.shapes)
+        shapes = read_shapes(arguments.shapes)
     except OutriderError as error:
         parser.error(str(error))
-    target = call_in_subprocess(widened_small, (bundled_model("target"), "float32"))
-    prompts = held_out(load_tokenizer(str(target)), LEARNING + arguments.count, 2)
+    target = call_in_subprocess(widen_to_small, (bundled_model("target"), "float32"))
+    prompts = held_out_prompts(load_tokenizer(str(target)), LEARNING_PROMPTS + arguments.count, 2)
     all_ = sorted(
-        (tried(shape, target, two_cores(), prompts) for shape in shapes),
+        (measure_shape(shape, target, two_cores(), prompts) for shape in shapes),
         key=lambda one: one.shape.times[4],
     )
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    draw(all_, arguments.folder / "shapes.png")
-    (arguments.folder / "shapes.md").write_text(page(all_, arguments.count, "shapes.png"), "utf-8")
+    draw_shapes(all_, arguments.folder / "shapes.png")
+    (arguments.folder / "shapes.md").write_text(
+        results_page(all_, arguments.count, "shapes.png"), "utf-8"
+    )
     console = Console()
-    console.print(table(all_).terminal())
+    console.print(results_grid(all_).terminal())
     console.print(arguments.folder / "shapes.md")
 
 

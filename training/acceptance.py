@@ -11,14 +11,14 @@ from torch import Tensor
 from runtime.core.sampler_reference import SamplingInput
 from runtime.models.acceptance import RANKS
 from runtime.models.sampler import candidates
-from training.outputs import Written
+from training.outputs import TargetText
 
 # Logits (positions, context, vocabulary) of a text (context,): row p of position i says what is at p + offset + i.
 Guess = Callable[[Sequence[int]], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Acceptance:
+class HeldOutAcceptance:
     """At one temperature.
 
     rates  of each position ahead: share of the target's choices among the first k guesses, by k of RANKS
@@ -37,11 +37,13 @@ class Acceptance:
         }
 
 
-def measure(texts: Sequence[Written], guess: Guess, offset: int) -> list[Acceptance]:
+def measure_acceptance(
+    texts: Sequence[TargetText], guess: Guess, offset: int
+) -> list[HeldOutAcceptance]:
     """By temperature, rising. `offset`: 1 for a draft, whose row says what comes next, 2 for a head, whose target says that itself."""
     temperatures = sorted({text.sampling.temperature for text in texts})
     return [
-        summary(
+        acceptance_at(
             temperature,
             [text for text in texts if text.sampling.temperature == temperature],
             guess,
@@ -51,19 +53,21 @@ def measure(texts: Sequence[Written], guess: Guess, offset: int) -> list[Accepta
     ]
 
 
-def summary(temperature: float, texts: Sequence[Written], guess: Guess, offset: int) -> Acceptance:
+def acceptance_at(
+    temperature: float, texts: Sequence[TargetText], guess: Guess, offset: int
+) -> HeldOutAcceptance:
     ranks = np.concatenate(
         [ranks_of(text, guess((*text.prompt, *text.output)), offset) for text in texts], axis=1
     )
     rates = tuple({k: float(((of >= 0) & (of < k)).mean()) for k in RANKS} for of in ranks)
-    return Acceptance(
+    return HeldOutAcceptance(
         temperature,
         rates,
         1.0 + float(np.logical_and.accumulate(ranks == 0, axis=0).sum(axis=0).mean()),
     )
 
 
-def ranks_of(text: Written, logits: Tensor, offset: int) -> npt.NDArray[np.int64]:
+def ranks_of(text: TargetText, logits: Tensor, offset: int) -> npt.NDArray[np.int64]:
     """(positions, n): place of the target's choice among the guesses, from 0, or -1. Column m is of a step whose guesses begin at output m.
 
     The last steps, whose guesses reach beyond the text, are left out.

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from runtime.models.acceptance import RANKS
-from training.acceptance import Acceptance
+from training.acceptance import HeldOutAcceptance
 from training.loop import smooth
-from training.shapes import Shape, Times
+from training.shapes import DraftShape, Times
 from training.text import Corpus
 
 TITLES = {
@@ -16,7 +16,7 @@ TITLES = {
     "s3d": "S3D",
     "draft": "Draft model",
 }
-POINTS = 8  # of the loss curve
+CURVE_POINTS = 8  # of the loss curve
 
 TEMPLATE = """---
 library_name: outrider
@@ -50,14 +50,14 @@ beginnings, by the rule of the runtime (at temperature > 0 guesses and choices s
 """
 
 
-def card(
+def render_card(
     method: str,
     target: str,
     order: dict[str, Any],
     corpus: Corpus,
     losses: list[float],
     seconds: float,
-    measured: Sequence[Acceptance],
+    measured: Sequence[HeldOutAcceptance],
 ) -> str:
     """`seconds`: of the last run of the training, which may have gone on where another was interrupted."""
     own = order["own"]
@@ -79,11 +79,11 @@ def card(
         minutes=seconds / 60,
         seed=order["seed"],
         acceptance=acceptance_table(measured),
-        curve=curve(losses),
+        curve=loss_curve(losses),
     )
 
 
-def acceptance_table(measured: Sequence[Acceptance]) -> str:
+def acceptance_table(measured: Sequence[HeldOutAcceptance]) -> str:
     rows = [
         "| temperature | place ahead | "
         + " | ".join(f"k = {rank}" for rank in RANKS)
@@ -99,10 +99,10 @@ def acceptance_table(measured: Sequence[Acceptance]) -> str:
     return "\n".join(rows)
 
 
-def curve(losses: list[float]) -> str:
+def loss_curve(losses: list[float]) -> str:
     """The loss, smoothed, at evenly spread steps."""
     smoothed, last = smooth(losses), len(losses) - 1
-    steps = sorted({round(index * last / (POINTS - 1)) for index in range(POINTS)})
+    steps = sorted({round(index * last / (CURVE_POINTS - 1)) for index in range(CURVE_POINTS)})
     head = "| step | " + " | ".join(str(step + 1) for step in steps) + " |"
     return "\n".join(
         [
@@ -113,7 +113,7 @@ def curve(losses: list[float]) -> str:
     )
 
 
-def shapes_table(curve: Mapping[Shape, Times], vocabulary: int) -> str:
+def shapes_table(curve: Mapping[DraftShape, Times], vocabulary: int) -> str:
     """A section of the card with what shapes of one size take, or nothing where none was measured."""
     if not curve:
         return ""

@@ -12,34 +12,36 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from runtime.models.loader import find_folder, read_config, read_weights
 from training import losses
-from training.folder import write
-from training.goal import Goal
-from training.loop import Loss, Settings, low_precision
-from training.shapes import Measure, Shape, Times, propose
+from training.folder import write_atomically
+from training.loop import Loss, TrainingSettings, low_precision
+from training.loss_kind import LossKind
+from training.shapes import DraftShape, Measure, Times, propose_shape
 from training.teacher import Teacher
 
 DISTANCES = {
-    Goal.kl: losses.forward_kl,
-    Goal.tvd: losses.tvd,
-    Goal.tvd_plus_plus: losses.tvd_plus_plus,
+    LossKind.kl: losses.forward_kl,
+    LossKind.tvd: losses.tvd,
+    LossKind.tvd_plus_plus: losses.tvd_plus_plus,
 }
-WARM = 0.8  # share of the steps in which tvd and tvd++ follow KL: at first their gradient is almost nothing, and they narrow a draft down
-GENTLE = 0.1  # of the learning rates, for a draft that knows something already
-PROPOSAL = "shape.json"
+KL_SHARE = 0.8  # share of the steps in which tvd and tvd++ follow KL: at first their gradient is almost nothing, and they narrow a draft down
+CONTINUED_RATE_FACTOR = 0.1  # of the learning rates, for a draft that knows something already
+PROPOSAL_FILE = "shape.json"
 
 
-def settings(steps: int, seed: int, fresh: bool) -> Settings:
-    usual = Settings(steps, seed, decay=0.05)
+def draft_settings(steps: int, seed: int, fresh: bool) -> TrainingSettings:
+    usual = TrainingSettings(steps, seed, decay=0.05)
     return (
         usual
         if fresh
         else replace(
-            usual, matrix_rate=GENTLE * usual.matrix_rate, other_rate=GENTLE * usual.other_rate
+            usual,
+            matrix_rate=CONTINUED_RATE_FACTOR * usual.matrix_rate,
+            other_rate=CONTINUED_RATE_FACTOR * usual.other_rate,
         )
     )
 
 
-def new(shape: Shape, teacher: Teacher, seed: int) -> PreTrainedModel:
+def new_draft(shape: DraftShape, teacher: Teacher, seed: int) -> PreTrainedModel:
     """Of random weights, with the target's vocabulary and context."""
     torch.manual_seed(seed)
     config = shape.config(
@@ -48,7 +50,7 @@ def new(shape: Shape, teacher: Teacher, seed: int) -> PreTrainedModel:
     return LlamaForCausalLM(config).to(teacher.model.device)
 
 
-def started(start: str, device: torch.device) -> PreTrainedModel:
+def load_start(start: str, device: torch.device) -> PreTrainedModel:
     """A model to go on from, in float32. Raises ModelRefused."""
     folder = find_folder(start)
     module: PreTrainedModel = read_weights(
@@ -57,25 +59,25 @@ def started(start: str, device: torch.device) -> PreTrainedModel:
     return module
 
 
-def distillation(teacher: Teacher, draft: PreTrainedModel, goal: Goal) -> Loss:
+def distillation(teacher: Teacher, draft: PreTrainedModel, goal: LossKind) -> Loss:
     """Towards `goal`; tvd and tvd++ begin with forward KL. Token ids that one of the two has no logit for are left out."""
 
     def loss(rows: Tensor, done: float) -> Tensor:
         rows = rows.to(teacher.model.device)
         with low_precision(rows.device):
             guess = draft(input_ids=rows, use_cache=False).logits.float()
-        if goal is Goal.next_token:
+        if goal is LossKind.next_token:
             return losses.next_token(guess[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
         with torch.no_grad(), low_precision(rows.device):
             truth = teacher.module(rows, use_cache=False).logits.float()
         most = min(guess.shape[-1], truth.shape[-1])
-        distance = DISTANCES[Goal.kl if done < WARM else goal]
+        distance = DISTANCES[LossKind.kl if done < KL_SHARE else goal]
         return distance(guess[..., :most].flatten(0, 1), truth[..., :most].flatten(0, 1))
 
     return loss
 
 
-def guesser(draft: PreTrainedModel) -> Callable[[Sequence[int]], Tensor]:
+def draft_guesser(draft: PreTrainedModel) -> Callable[[Sequence[int]], Tensor]:
     """Logits (1, context, vocabulary) of a text, on the CPU."""
 
     def guess(text: Sequence[int]) -> Tensor:
@@ -88,27 +90,29 @@ def guesser(draft: PreTrainedModel) -> Callable[[Sequence[int]], Tensor]:
     return guess
 
 
-def settled(
+def settle_shape(
     work: Path, budget: float, vocabulary: int, measure: Measure
-) -> tuple[Shape, dict[Shape, Times]]:
+) -> tuple[DraftShape, dict[DraftShape, Times]]:
     """The proposed shape and what was measured for it: measured once, so that an interrupted training goes on with the same."""
-    file = work / PROPOSAL
+    file = work / PROPOSAL_FILE
     if not file.exists():
-        shape, curve = propose(budget, vocabulary, measure)
+        shape, curve = propose_shape(budget, vocabulary, measure)
         rows = [
             [of.hidden, of.layers, {str(rows): seconds for rows, seconds in times.items()}]
             for of, times in curve.items()
         ]
-        write(file, json.dumps({"shape": [shape.hidden, shape.layers], "curve": rows}).encode())
+        write_atomically(
+            file, json.dumps({"shape": [shape.hidden, shape.layers], "curve": rows}).encode()
+        )
     found: dict[str, Any] = json.loads(file.read_bytes())
     curve = {
-        Shape(hidden, layers): {int(rows): s for rows, s in times.items()}
+        DraftShape(hidden, layers): {int(rows): s for rows, s in times.items()}
         for hidden, layers, times in found["curve"]
     }
-    return Shape(*found["shape"]), curve
+    return DraftShape(*found["shape"]), curve
 
 
-def save(draft: PreTrainedModel, teacher: Teacher, folder: Path) -> None:
+def save_draft(draft: PreTrainedModel, teacher: Teacher, folder: Path) -> None:
     """A Hugging Face folder with the target's tokenizer; weights in bfloat16, to which those of `draft` are rounded too."""
     draft.to(torch.bfloat16).save_pretrained(folder)
     draft.float()

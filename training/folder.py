@@ -17,13 +17,13 @@ RECIPE, LOCK, FINISHED = "recipe.json", "lock", "finished"
 
 
 @contextmanager
-def opened(out: Path, recipe: Mapping[str, Any]) -> Iterator[Path]:
+def open_work(out: Path, recipe: Mapping[str, Any]) -> Iterator[Path]:
     """The folder to work in, for as long as the block lasts for this process alone. `recipe`: all that decides the result, as JSON.
 
     Raises InvalidRequest where `out` is there already, where its unfinished work is of another recipe or under way elsewhere, and for
     what the disk refuses inside the block: the work stays as it was at the last checkpoint.
     """
-    refuse(out)
+    check_out_is_free(out)
     work = out.with_name(f"{out.name}.partial")
     with writable(out):
         work.mkdir(parents=True, exist_ok=True)
@@ -35,11 +35,11 @@ def opened(out: Path, recipe: Mapping[str, Any]) -> Iterator[Path]:
                 "out",
             ) from error
         with lock:
-            check(work, recipe)
+            check_recipe(work, recipe)
             yield work
 
 
-def refuse(out: Path) -> None:
+def check_out_is_free(out: Path) -> None:
     """Raises InvalidRequest for a result's place that is taken."""
     if not out.name:
         raise InvalidRequest(f"--out {out} has no name: give the folder to be made", "out")
@@ -51,7 +51,7 @@ def refuse(out: Path) -> None:
         )
 
 
-def check(work: Path, recipe: Mapping[str, Any]) -> None:
+def check_recipe(work: Path, recipe: Mapping[str, Any]) -> None:
     """Begin under this recipe, or go on under the same."""
     wanted = json.loads(json.dumps(recipe))
     file = work / RECIPE
@@ -61,7 +61,7 @@ def check(work: Path, recipe: Mapping[str, Any]) -> None:
                 f"{work} holds something else ({others[0]}): give another --out, or remove it",
                 "out",
             )
-        write(file, json.dumps(wanted, indent=2).encode())
+        write_atomically(file, json.dumps(wanted, indent=2).encode())
         return
     try:
         found = json.loads(file.read_bytes())
@@ -83,11 +83,11 @@ def check(work: Path, recipe: Mapping[str, Any]) -> None:
 def publish(work: Path, out: Path) -> None:
     """Give the folder `work / FINISHED` its name, and forget the rest. Until then there is no `out`."""
     for file in (work / FINISHED).iterdir():
-        sync(file)
+        fsync_path(file)
     if out.is_dir():
         out.rmdir()
     (work / FINISHED).rename(out)
-    sync(out.parent)
+    fsync_path(out.parent)
     shutil.rmtree(work)
 
 
@@ -104,7 +104,7 @@ def writable(out: Path) -> Iterator[None]:
         ) from error
 
 
-def write(file: Path, content: bytes) -> None:
+def write_atomically(file: Path, content: bytes) -> None:
     """Whole or not at all."""
     beside = file.with_name(f"{file.name}.tmp")
     with beside.open("wb") as stream:
@@ -114,7 +114,7 @@ def write(file: Path, content: bytes) -> None:
     beside.replace(file)
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -12,14 +12,14 @@ from training.teacher import States, Teacher
 # Of a batch of texts: states after the final norm (positions, batch, context, hidden), for each position ahead; and a loss of their own.
 Forward = Callable[[States], tuple[Tensor, Tensor]]
 
-DRAFT, HEAD = (
+DRAFT_OFFSET, HEAD_OFFSET = (
     1,
     2,
 )  # offsets: how far behind its row the first place is that is guessed. What is at 1 the target itself says in the row
-FADE = 0.8  # weight of each position against the one before: what is further ahead is reached less often (Medusa, arXiv 2401.10774)
+POSITION_DECAY = 0.8  # weight of each position against the one before: what is further ahead is reached less often (Medusa, arXiv 2401.10774)
 
 
-def distillation(teacher: Teacher, forward: Forward, offset: int = HEAD) -> Loss:
+def distillation(teacher: Teacher, forward: Forward, offset: int = HEAD_OFFSET) -> Loss:
     """Forward KL to the target's own distribution at each position, plus what `forward` itself asks for.
 
     The state of position i in row p says what is at p + offset + i; so does the target's own state in row p + offset - 1 + i.
@@ -32,7 +32,7 @@ def distillation(teacher: Teacher, forward: Forward, offset: int = HEAD) -> Loss
         states, total = forward(seen)
         for i, state in enumerate(states):
             n = state.shape[1] - (offset - 1) - i
-            total = total + FADE**i * forward_kl(
+            total = total + POSITION_DECAY**i * forward_kl(
                 teacher.unembed(state[:, :n]).flatten(0, 1), truth[:, i:].flatten(0, 1)
             )
         return total
@@ -40,7 +40,7 @@ def distillation(teacher: Teacher, forward: Forward, offset: int = HEAD) -> Loss
     return loss
 
 
-def guesser(teacher: Teacher, forward: Forward) -> Callable[[Sequence[int]], Tensor]:
+def head_guesser(teacher: Teacher, forward: Forward) -> Callable[[Sequence[int]], Tensor]:
     """Logits (positions, context, vocabulary) of a text's heads, on the CPU."""
 
     def guess(text: Sequence[int]) -> Tensor:

@@ -12,7 +12,7 @@ from runtime.models.llama import is_llama
 from training.heads import Forward
 from training.teacher import States, Teacher
 
-NEARNESS = 0.5  # weight of the distance between pseudo states and true ones, layer by layer, beside the distance of what they say
+STATE_LOSS_WEIGHT = 0.5  # weight of the distance between pseudo states and true ones, layer by layer, beside the distance of what they say
 
 
 class ReadOnlyCache:
@@ -26,7 +26,7 @@ class ReadOnlyCache:
         return torch.cat([real.keys, keys], dim=2), torch.cat([real.values, values], dim=2)
 
 
-def check(teacher: Teacher, context: int) -> None:
+def check_target(teacher: Teacher, context: int) -> None:
     """Raises ModelRefused for a target whose layers cannot be run one by one over a text of so many tokens."""
     name, config = teacher.model.name, teacher.module.config
     if not is_llama(teacher.module):
@@ -83,12 +83,12 @@ def make_forward(maps: HiddenTransfer, teacher: Teacher) -> Forward:
                 position_embeddings=body.rotary_emb(x, where),
             )
             if number + 1 < len(body.layers):
-                far = far + distance(
+                far = far + state_distance(
                     x.view(batch, -1, context, x.shape[-1]), seen.layers[number + 1]
                 )
                 terms += 1
         found: Tensor = body.norm(x).view(batch, positions, context, -1).movedim(1, 0)
-        return found, NEARNESS * far / max(1, terms)
+        return found, STATE_LOSS_WEIGHT * far / max(1, terms)
 
     return states
 
@@ -102,7 +102,7 @@ def pseudo_row_mask(context: int, positions: int, device: torch.device) -> Tenso
     return torch.cat([torch.cat(row, dim=1) for row in rows])[None, None]
 
 
-def distance(pseudo: Tensor, true: Tensor) -> Tensor:
+def state_distance(pseudo: Tensor, true: Tensor) -> Tensor:
     """Mean over positions of the squared distance, relative to the true states' squares. pseudo (batch, positions, context, hidden) stands
     one further to the right than true (batch, context, hidden) for each position."""
     total = torch.zeros((), device=true.device)

@@ -21,7 +21,7 @@ from runtime.sim.forecast import Setting, forecast
 from runtime.sim.pair_profile import PairProfile
 from training.teacher import Teacher
 
-TOKENS = 200  # of a forecast
+FORECAST_TOKENS = 200  # of a forecast
 
 Score = Callable[
     [Sequence[int]], float
@@ -36,7 +36,7 @@ class Subset:
     acceptance: float
 
 
-def search(
+def search_layers(
     count: int, score: Score, tell: Callable[[int], None] = lambda more: None
 ) -> list[Subset]:
     """From all of `count` layers but one down to a single one; each is its predecessor less a layer. `tell` hears of each trial."""
@@ -53,12 +53,14 @@ def search(
     return found
 
 
-def trials(count: int) -> int:
+def count_trials(count: int) -> int:
     """How many subsets a search looks at."""
     return count * (count + 1) // 2 - 1
 
 
-def speed_up(rates: Mapping[int, float], share: float, times: Mapping[int, float]) -> float:
+def forecast_speed_up(
+    rates: Mapping[int, float], share: float, times: Mapping[int, float]
+) -> float:
     """What the planner expects of layers that draft on a device of their own while the target computes, over plain decoding.
 
     rates  how often their first k guesses hold the target's choice, by k
@@ -67,10 +69,13 @@ def speed_up(rates: Mapping[int, float], share: float, times: Mapping[int, float
     """
     draft = {rows: share * seconds for rows, seconds in times.items()}
     pair = PairProfile(target=dict(times), draft=draft, acceptance=dict(rates), rtt=0.0)
-    return forecast(pair, ScheduleConfig(), Setting(tokens=TOKENS)).tokens_per_second * times[1]
+    return (
+        forecast(pair, ScheduleConfig(), Setting(tokens=FORECAST_TOKENS)).tokens_per_second
+        * times[1]
+    )
 
 
-def best(promises: Mapping[Subset, float]) -> Subset:
+def best_subset(promises: Mapping[Subset, float]) -> Subset:
     """That with the greatest speed-up."""
     return max(promises, key=lambda subset: promises[subset])
 
@@ -89,7 +94,7 @@ def as_json(identity: ModelIdentity, promises: Mapping[Subset, float]) -> dict[s
     return {
         "method": "layer-skip",
         "target": asdict(identity),
-        **told(best(promises)),
+        **told(best_subset(promises)),
         "others": others,
     }
 
@@ -105,7 +110,7 @@ def layers_of(teacher: Teacher) -> nn.ModuleList:
 
 
 @contextmanager
-def only(teacher: Teacher, layers: Sequence[int]) -> Iterator[None]:
+def keep_layers(teacher: Teacher, layers: Sequence[int]) -> Iterator[None]:
     """The target without its other layers, for as long as the block lasts."""
     whole = layers_of(teacher)
     teacher.module.model.layers = nn.ModuleList(whole[layer] for layer in layers)
@@ -115,23 +120,23 @@ def only(teacher: Teacher, layers: Sequence[int]) -> Iterator[None]:
         teacher.module.model.layers = whole
 
 
-def agreement(teacher: Teacher, texts: Sequence[Tensor]) -> Score:
+def agreement_score(teacher: Teacher, texts: Sequence[Tensor]) -> Score:
     """On texts (batch, context) each: how often the kept layers' most likely token is the whole target's."""
-    found = rates(teacher, texts, (1,))
+    found = rank_rates(teacher, texts, (1,))
     return lambda layers: found(layers)[1]
 
 
-def rates(
+def rank_rates(
     teacher: Teacher, texts: Sequence[Tensor], ranks: Sequence[int] = RANKS
 ) -> Callable[[Sequence[int]], dict[int, float]]:
     """On texts (batch, context) each: how often the kept layers' first k guesses hold the whole target's choice, by k."""
-    wanted = [guesses(teacher, rows, 1) for rows in texts]
+    wanted = [top_tokens(teacher, rows, 1) for rows in texts]
 
     def found(layers: Sequence[int]) -> dict[int, float]:
-        with only(teacher, layers):
+        with keep_layers(teacher, layers):
             right = torch.cat(
                 [
-                    guesses(teacher, rows, max(ranks)) == truth
+                    top_tokens(teacher, rows, max(ranks)) == truth
                     for rows, truth in zip(texts, wanted, strict=True)
                 ]
             )
@@ -140,14 +145,14 @@ def rates(
     return found
 
 
-def cost(teacher: Teacher, layers: Sequence[int]) -> float:
+def pass_share(teacher: Teacher, layers: Sequence[int]) -> float:
     """Share of a pass of the whole target, by the weights that are read: the layers and the unembedding."""
     unembedding = teacher.module.get_output_embeddings().weight.numel()
     sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in layers_of(teacher)]
     return float((sum(sizes[layer] for layer in layers) + unembedding) / (sum(sizes) + unembedding))
 
 
-def guesses(teacher: Teacher, rows: Tensor, most: int) -> Tensor:
+def top_tokens(teacher: Teacher, rows: Tensor, most: int) -> Tensor:
     """(batch, context, most), most likely first."""
     try:
         with torch.no_grad():

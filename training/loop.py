@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from runtime.core.errors import InvalidRequest
-from training.folder import write
+from training.folder import write_atomically
 
 Loss = Callable[
     [Tensor, float], Tensor
 ]  # token ids (batch, context), share of the steps that are done -> scalar
 Batches = Callable[[int], Tensor]  # step -> token ids (batch, context)
-Tell = Callable[[int, float], None]  # steps done, loss of the last
+StepCallback = Callable[[int, float], None]  # steps done, loss of the last
 
 CHECKPOINT_EVERY = 50  # steps
 WARM_UP = 0.02  # shares of all steps
@@ -26,7 +26,7 @@ DECAY = 0.35
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class TrainingSettings:
     """`matrix_rate` is Muon's learning rate, for matrices; `other_rate` AdamW's, for all else; `decay` draws matrices towards nothing."""
 
     steps: int
@@ -36,14 +36,14 @@ class Settings:
     decay: float = 0.0
 
 
-def rate_at(step: int, steps: int) -> float:
+def learning_rate_at(step: int, steps: int) -> float:
     """Warm up, hold, then decay linearly to a twentieth (the warm-up/stable/decay schedule, arXiv 2404.06395)."""
     warm = min(1.0, (step + 1) / max(1.0, WARM_UP * steps))
     left = min(1.0, (steps - step) / max(1.0, DECAY * steps))
     return min(warm, max(0.05, left))
 
 
-def optimizers(module: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
+def optimizers(module: nn.Module, settings: TrainingSettings) -> list[torch.optim.Optimizer]:
     """Muon for the matrices (kellerjordan.github.io/posts/muon), AdamW for embeddings, unembedding and the rest."""
     learned = [
         (name, parameter)
@@ -82,9 +82,9 @@ def train(
     module: nn.Module,
     loss: Loss,
     batches: Batches,
-    settings: Settings,
+    settings: TrainingSettings,
     checkpoint: Path,
-    tell: Tell,
+    tell: StepCallback,
 ) -> list[float]:
     """Run to `settings.steps`, from `checkpoint` where there is one. Returns the losses of all steps.
 
@@ -97,13 +97,13 @@ def train(
     learned = {
         name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad
     }
-    losses = resume(checkpoint, learned, optims)
+    losses = load_checkpoint(checkpoint, learned, optims)
     tell(len(losses), losses[-1] if losses else math.nan)
     for step in range(len(losses), settings.steps):
         for group, rate in zip(
             (group for optim in optims for group in optim.param_groups), rates, strict=True
         ):
-            group["lr"] = rate * rate_at(step, settings.steps)
+            group["lr"] = rate * learning_rate_at(step, settings.steps)
         torch.manual_seed(settings.seed * 1_000_003 + step)
         value = loss(batches(step), step / settings.steps)
         value.backward()
@@ -119,11 +119,11 @@ def train(
             optim.zero_grad()
         tell(len(losses), losses[-1])
         if len(losses) % CHECKPOINT_EVERY == 0 or len(losses) == settings.steps:
-            save(checkpoint, learned, optims, losses)
+            save_checkpoint(checkpoint, learned, optims, losses)
     return losses
 
 
-def save(
+def save_checkpoint(
     checkpoint: Path,
     learned: dict[str, nn.Parameter],
     optims: list[torch.optim.Optimizer],
@@ -136,10 +136,10 @@ def save(
     }
     buffer = io.BytesIO()  # torch's own writer turns a full disk into an error without a name
     torch.save(state, buffer)
-    write(checkpoint, buffer.getvalue())
+    write_atomically(checkpoint, buffer.getvalue())
 
 
-def resume(
+def load_checkpoint(
     checkpoint: Path, learned: dict[str, nn.Parameter], optims: list[torch.optim.Optimizer]
 ) -> list[float]:
     """The losses so far; parameters and optimizers are as they were then."""

@@ -7,12 +7,12 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from training.loop import Tell
+from training.loop import StepCallback
 
-EVERY = 10.0  # seconds between two lines where there is no terminal
+LINE_PERIOD_S = 10.0  # seconds between two lines where there is no terminal
 
 
-class Bar:
+class ProgressBar:
     """Progress on standard error: what is done, how much of it, how long it will take; a line now and then where that is no terminal."""
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Bar:
         self._task = self._progress.add_task("", total=None)
         self._shown = time.monotonic()
 
-    def __enter__(self) -> "Bar":
+    def __enter__(self) -> "ProgressBar":
         if self._console.is_terminal:
             self._progress.start()
         return self
@@ -49,7 +49,7 @@ class Bar:
         self._begin(what, total)
         return lambda more: self._show(what, more)
 
-    def steps(self, total: int) -> Tell:
+    def steps(self, total: int) -> StepCallback:
         self._begin("training", total)
 
         def tell(done: int, loss: float) -> None:
@@ -67,6 +67,6 @@ class Bar:
         self._progress.update(self._task, description=what, advance=more)
         task, now = self._progress.tasks[0], time.monotonic()
         over = task.completed == task.total
-        if not self._console.is_terminal and (now - self._shown >= EVERY or over):
+        if not self._console.is_terminal and (now - self._shown >= LINE_PERIOD_S or over):
             self._shown = now
             self._console.print(f"{what}, {task.completed:.0f} of {task.total or 0:.0f}")

@@ -15,21 +15,21 @@ from transformers import PreTrainedModel
 from runtime.core.errors import InvalidRequest
 from runtime.models.head_checkpoint import target_identity, write_checkpoint
 from training import draft, text
-from training.acceptance import Acceptance, measure
-from training.card import card, shapes_table
-from training.folder import FINISHED, publish, write
-from training.goal import Goal
-from training.heads import HEAD, Forward, distillation, guesser
-from training.loop import Batches, Loss, Settings, Tell, train
-from training.outputs import Written
-from training.shapes import Shape, Times
+from training.acceptance import HeldOutAcceptance, measure_acceptance
+from training.card import render_card, shapes_table
+from training.folder import FINISHED, publish, write_atomically
+from training.heads import HEAD_OFFSET, Forward, distillation, head_guesser
+from training.loop import Batches, Loss, StepCallback, TrainingSettings, train
+from training.loss_kind import LossKind
+from training.outputs import TargetText
+from training.shapes import DraftShape, Times
 from training.teacher import Teacher
 
 CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class TrainingJob:
     """What is asked for, whatever the method.
 
     batch, context  texts of a step, and tokens of each
@@ -53,22 +53,22 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
-class Material:
+class TrainingData:
     """own: texts of the target (n, context); held_out: its answers to beginnings that it has not seen."""
 
     teacher: Teacher
     corpus: text.Corpus
     own: npt.NDArray[np.int32]
-    held_out: Sequence[Written]
+    held_out: Sequence[TargetText]
 
-    def batches(self, order: Order) -> Batches:
+    def batches(self, order: TrainingJob) -> Batches:
         sources = [text.windows(self.corpus.train, order.context, order.seed)]
         if len(self.own):
-            sources.append(text.texts(self.own, order.seed))
-        return text.batches(sources, order.batch)
+            sources.append(text.text_rows(self.own, order.seed))
+        return text.make_batches(sources, order.batch)
 
 
-def fitting_context(wanted: int, model: int) -> int:
+def check_context(wanted: int, model: int) -> int:
     """Raises InvalidRequest for a context that the model has not, or that is too short to be cut into beginning and answer."""
     if not 16 <= wanted <= model:
         raise InvalidRequest(
@@ -77,14 +77,14 @@ def fitting_context(wanted: int, model: int) -> int:
     return wanted
 
 
-def fit(
-    order: Order,
-    material: Material,
+def run_training(
+    order: TrainingJob,
+    material: TrainingData,
     module: nn.Module,
     loss: Loss,
-    settings: Settings,
+    settings: TrainingSettings,
     work: Path,
-    tell: Tell,
+    tell: StepCallback,
 ) -> tuple[list[float], float]:
     """Train `module`; the losses, and the seconds that this run of it took."""
     began = time.monotonic()
@@ -93,50 +93,50 @@ def fit(
 
 
 def train_head(
-    order: Order,
-    material: Material,
+    order: TrainingJob,
+    material: TrainingData,
     head: nn.Module,
     forward: Forward,
     work: Path,
-    tell: Tell,
-    offset: int = HEAD,
-    settings: Settings | None = None,
-) -> list[Acceptance]:
+    tell: StepCallback,
+    offset: int = HEAD_OFFSET,
+    settings: TrainingSettings | None = None,
+) -> list[HeldOutAcceptance]:
     """Train, measure, and leave the folder of the head at `order.out`. `offset`: as of training.heads; `settings`: the usual ones."""
-    teacher, how = material.teacher, settings or Settings(order.steps, order.seed)
+    teacher, how = material.teacher, settings or TrainingSettings(order.steps, order.seed)
     head.to(teacher.model.device)
-    losses, seconds = fit(
+    losses, seconds = run_training(
         order, material, head, distillation(teacher, forward, offset), how, work, tell
     )
-    measured = measure(material.held_out, guesser(teacher, forward), offset)
+    measured = measure_acceptance(material.held_out, head_guesser(teacher, forward), offset)
     identity = target_identity(teacher.module.config, teacher.tokenizer)
     write_checkpoint(
         work / FINISHED, order.method, identity, order.settings, dict(head.state_dict())
     )
-    leave(order, material, losses, seconds, measured, work)
+    publish_result(order, material, losses, seconds, measured, work)
     return measured
 
 
 def train_draft(
-    order: Order,
-    material: Material,
+    order: TrainingJob,
+    material: TrainingData,
     module: PreTrainedModel,
-    goal: Goal,
-    curve: dict[Shape, Times],
+    goal: LossKind,
+    curve: dict[DraftShape, Times],
     work: Path,
-    tell: Tell,
-) -> list[Acceptance]:
+    tell: StepCallback,
+) -> list[HeldOutAcceptance]:
     """As train_head, for a draft model. `curve`: what was measured when its shape was chosen."""
     teacher = material.teacher
-    settings = draft.settings(order.steps, order.seed, fresh=not order.settings.get("start"))
-    losses, seconds = fit(
+    settings = draft.draft_settings(order.steps, order.seed, fresh=not order.settings.get("start"))
+    losses, seconds = run_training(
         order, material, module, draft.distillation(teacher, module, goal), settings, work, tell
     )
-    draft.save(module, teacher, work / FINISHED)
-    measured = measure(
-        material.held_out, draft.guesser(module), offset=1
+    draft.save_draft(module, teacher, work / FINISHED)
+    measured = measure_acceptance(
+        material.held_out, draft.draft_guesser(module), offset=1
     )  # of the weights as they are kept
-    leave(
+    publish_result(
         order,
         material,
         losses,
@@ -148,24 +148,24 @@ def train_draft(
     return measured
 
 
-def leave(
-    order: Order,
-    material: Material,
+def publish_result(
+    order: TrainingJob,
+    material: TrainingData,
     losses: list[float],
     seconds: float,
-    measured: Sequence[Acceptance],
+    measured: Sequence[HeldOutAcceptance],
     work: Path,
     more: str = "",
 ) -> None:
     """The card beside what was learned, and its figures as JSON; then the folder gets its name."""
-    about = card(
+    about = render_card(
         order.method, order.target, asdict(order), material.corpus, losses, seconds, measured
     )
-    write(work / FINISHED / "README.md", (about + more).encode())
+    write_atomically(work / FINISHED / "README.md", (about + more).encode())
     figures = {
         "losses": [round(loss, 5) for loss in losses],
         "acceptance": [at.as_json() for at in measured],
         "seconds": round(seconds, 1),
     }
-    write(work / FINISHED / "training.json", json.dumps(figures).encode())
+    write_atomically(work / FINISHED / "training.json", json.dumps(figures).encode())
     publish(work, order.out)

@@ -9,22 +9,22 @@ from runtime.drafters.s3d import S3D
 from runtime.models.lora import adapter_applied
 from training.heads import Forward
 from training.hidden_transfer import pseudo_row_mask
-from training.loop import Settings
+from training.loop import TrainingSettings
 from training.teacher import States, Teacher
 
-RATE = 0.007  # Muon's: the two matrices of an adapter multiply each other, and the weights that they change are trained already
+ADAPTER_RATE = 0.007  # Muon's: the two matrices of an adapter multiply each other, and the weights that they change are trained already
 
 
-def settings(steps: int, seed: int) -> Settings:
-    return Settings(steps, seed, matrix_rate=RATE)
+def s3d_settings(steps: int, seed: int) -> TrainingSettings:
+    return TrainingSettings(steps, seed, matrix_rate=ADAPTER_RATE)
 
 
-def middle(layers: int) -> list[int]:
+def default_skipped(layers: int) -> list[int]:
     """Those that are skipped where nobody says which: a quarter stays before them, one layer behind."""
     return list(range(max(1, layers // 4), layers - 1))
 
 
-def new(teacher: Teacher, layers: list[int], masks: int, rank: int, seed: int) -> S3D:
+def new_s3d(teacher: Teacher, layers: list[int], masks: int, rank: int, seed: int) -> S3D:
     """Untrained. Mask rows begin as strange tokens of the usual size."""
     torch.manual_seed(seed)
     body: Any = teacher.module.model
@@ -52,7 +52,7 @@ def make_forward(made: S3D, teacher: Teacher, layers: list[int]) -> Forward:
             .flatten()[None]
             .to(device)
         )
-        mask, angles = seen_by(context, len(masks), device), body.rotary_emb(x, places)
+        mask, angles = s3d_mask(context, len(masks), device), body.rotary_emb(x, places)
         with adapter_applied(kept, made.layers):
             for layer in kept:
                 x = layer(x, attention_mask=mask, position_ids=places, position_embeddings=angles)
@@ -62,7 +62,7 @@ def make_forward(made: S3D, teacher: Teacher, layers: list[int]) -> Forward:
     return states
 
 
-def seen_by(context: int, masks: int, device: torch.device) -> Tensor:
+def s3d_mask(context: int, masks: int, device: torch.device) -> Tensor:
     """bool (1, 1, n, n), n rows of the text and then of masks, place by place: a text's row sees the text so far, no mask row."""
     text = torch.ones(context, context, dtype=torch.bool, device=device).tril()
     none = torch.zeros(context, masks * context, dtype=torch.bool, device=device)

@@ -24,14 +24,14 @@ DEPTHS = (
     8,
 )  # one layer alone cannot look up what followed an earlier occurrence, which takes two
 WIDTHS = (1, 2, 4, 8)  # rows of a pass that are measured
-ROWS = 4  # of the pass that the budget is for: the children of one leaf
-HEAD = 64  # dimensions of an attention head
-STEP = 64  # hidden sizes are multiples of it
-WIDEST = 4096
+BUDGET_ROWS = 4  # of the pass that the budget is for: the children of one leaf
+HEAD_SIZE = 64  # dimensions of an attention head
+HIDDEN_STEP = 64  # hidden sizes are multiples of it
+MAX_HIDDEN = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class DraftShape:
     hidden: int
     layers: int
 
@@ -48,14 +48,14 @@ class Shape:
         )
 
     def config(self, vocabulary: int, context: int, end: int | None) -> LlamaConfig:
-        return llama(self.hidden, self.layers, self.intermediate, vocabulary, context, end)
+        return llama_config(self.hidden, self.layers, self.intermediate, vocabulary, context, end)
 
 
-def llama(
+def llama_config(
     hidden: int, layers: int, intermediate: int, vocabulary: int, context: int, end: int | None
 ) -> LlamaConfig:
     """Of heads of HEAD dimensions; embedding and unembedding are one."""
-    heads = max(1, hidden // HEAD)
+    heads = max(1, hidden // HEAD_SIZE)
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -72,13 +72,13 @@ def llama(
 
 
 Times = dict[int, float]  # seconds of a pass by its rows
-Measure = Callable[[Shape], Times]
+Measure = Callable[[DraftShape], Times]
 
 
-def measurer(vocabulary: int, device: torch.device) -> Measure:
+def make_measure(vocabulary: int, device: torch.device) -> Measure:
     """t(w) of untrained models: what a pass takes does not depend on what the weights are."""
 
-    def measure(shape: Shape) -> Times:
+    def measure(shape: DraftShape) -> Times:
         module = LlamaForCausalLM(shape.config(vocabulary, 128, None)).to(device)
         model = HFModel(module, f"{shape.layers} layers of {shape.hidden}")
         enable_fast_path(model)
@@ -87,45 +87,51 @@ def measurer(vocabulary: int, device: torch.device) -> Measure:
     return measure
 
 
-def of_size(parameters: int, vocabulary: int) -> list[Shape]:
+def shapes_of_size(parameters: int, vocabulary: int) -> list[DraftShape]:
     """For each depth the shape whose size is nearest to so many parameters."""
-    hidden = range(STEP, WIDEST + 1, STEP)
+    hidden = range(HIDDEN_STEP, MAX_HIDDEN + 1, HIDDEN_STEP)
     return [
         min(
-            (Shape(width, depth) for width in hidden),
+            (DraftShape(width, depth) for width in hidden),
             key=lambda shape: abs(math.log(shape.parameters(vocabulary) / parameters)),
         )
         for depth in DEPTHS
     ]
 
 
-def within(budget: float, depth: int, measure: Measure) -> tuple[Shape, Times] | None:
+def widest_within(budget: float, depth: int, measure: Measure) -> tuple[DraftShape, Times] | None:
     """The widest shape of so many layers whose pass of ROWS rows takes at most `budget` seconds; None where the narrowest takes longer.
 
     Twice as wide as long as that fits, then halfway between what fits and what does not: no model far beyond the budget is made.
     """
-    fitting, good, bad = None, 0, WIDEST // STEP + 1
+    fitting, good, bad = None, 0, MAX_HIDDEN // HIDDEN_STEP + 1
     while bad - good > 1:
         width = (
-            min(max(1, 2 * good), (good + bad) // 2) if bad > WIDEST // STEP else (good + bad) // 2
+            min(max(1, 2 * good), (good + bad) // 2)
+            if bad > MAX_HIDDEN // HIDDEN_STEP
+            else (good + bad) // 2
         )
-        shape = Shape(width * STEP, depth)
+        shape = DraftShape(width * HIDDEN_STEP, depth)
         times = measure(shape)
-        if times[ROWS] <= budget:
+        if times[BUDGET_ROWS] <= budget:
             fitting, good = (shape, times), width
         else:
             bad = width
     return fitting
 
 
-def propose(budget: float, vocabulary: int, measure: Measure) -> tuple[Shape, dict[Shape, Times]]:
+def propose_shape(
+    budget: float, vocabulary: int, measure: Measure
+) -> tuple[DraftShape, dict[DraftShape, Times]]:
     """The largest shape within `budget` seconds, and t(w) of the shapes of its size at every depth.
 
     Of shapes that are about as large (a tenth less), the shallowest. Raises InvalidRequest for a budget that nothing fits into.
     """
-    fitting = [found for depth in DEPTHS if (found := within(budget, depth, measure)) is not None]
+    fitting = [
+        found for depth in DEPTHS if (found := widest_within(budget, depth, measure)) is not None
+    ]
     if not fitting:
-        least = measure(Shape(STEP, DEPTHS[0]))[ROWS]
+        least = measure(DraftShape(HIDDEN_STEP, DEPTHS[0]))[BUDGET_ROWS]
         raise InvalidRequest(
             f"latency {1e3 * budget:g} ms is below what the smallest shape takes here ({1e3 * least:.2f} ms): raise it",
             "latency",
@@ -138,6 +144,6 @@ def propose(budget: float, vocabulary: int, measure: Measure) -> tuple[Shape, di
     known = dict(fitting)
     curve = {
         shape: known.get(shape) or measure(shape)
-        for shape in (chosen, *of_size(chosen.parameters(vocabulary), vocabulary))
+        for shape in (chosen, *shapes_of_size(chosen.parameters(vocabulary), vocabulary))
     }
     return chosen, curve

@@ -19,7 +19,7 @@ from runtime.models.hf import (
 )
 from runtime.models.loader import find_folder, load_model, load_tokenizer
 
-ENDS = 1 << 20  # bytes of a weight file that are looked at on either side
+FINGERPRINT_BYTES = 1 << 20  # bytes of a weight file that are looked at on either side
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +84,12 @@ def fingerprint(target: str) -> str:
     found = hashlib.sha256()
     for file in sorted(find_folder(target).iterdir(), key=lambda file: file.name):
         if file.name in ("config.json", "tokenizer.json") or file.suffix == ".safetensors":
-            found.update(f"{file.name} {file.stat().st_size} ".encode() + ends(file))
+            found.update(f"{file.name} {file.stat().st_size} ".encode() + file_ends(file))
     return found.hexdigest()
 
 
-def ends(file: Path) -> bytes:
+def file_ends(file: Path) -> bytes:
     with file.open("rb") as stream:
-        first = stream.read(ENDS)
-        stream.seek(max(0, file.stat().st_size - ENDS))
+        first = stream.read(FINGERPRINT_BYTES)
+        stream.seek(max(0, file.stat().st_size - FINGERPRINT_BYTES))
         return first + stream.read()

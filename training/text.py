@@ -16,7 +16,7 @@ from runtime.core.errors import InvalidRequest
 Stream = npt.NDArray[np.int32]
 
 HELD_OUT_SHARE = 20  # one document in twenty
-MOST_BYTES = 1 << 30  # of all documents together: they are held in memory
+MAX_BYTES = 1 << 30  # of all documents together: they are held in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Corpus:
     digest: str  # sha256 of both
 
 
-def read(paths: Sequence[Path]) -> list[Document]:
+def read_documents(paths: Sequence[Path]) -> list[Document]:
     """The files, and those of folders at any depth (hidden ones and what is not UTF-8 left out there), sorted by name.
 
     Raises InvalidRequest for a path that is not there or cannot be read, a named file that is not UTF-8, and no text at all.
@@ -45,39 +45,39 @@ def read(paths: Sequence[Path]) -> list[Document]:
     found = [
         document
         for path in paths
-        for document in (of_folder(path) if path.is_dir() else [of_file(path, path.name)])
+        for document in (read_folder(path) if path.is_dir() else [read_file(path, path.name)])
     ]
     if not any(document.text.strip() for document in found):
         raise InvalidRequest(
             f"no text in {', '.join(map(str, paths))[:200] or 'no files'}: give files or folders of UTF-8 text",
             "data",
         )
-    if (size := sum(len(document.text) for document in found)) > MOST_BYTES:
+    if (size := sum(len(document.text) for document in found)) > MAX_BYTES:
         raise InvalidRequest(
-            f"{size} characters of text: at most {MOST_BYTES} are read, give fewer files", "data"
+            f"{size} characters of text: at most {MAX_BYTES} are read, give fewer files", "data"
         )
     return found
 
 
-def of_folder(folder: Path) -> Iterator[Document]:
+def read_folder(folder: Path) -> Iterator[Document]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and not any(part.startswith(".") for part in Path(name).parts):
             try:
-                yield of_file(path, name)
+                yield read_file(path, name)
             except UnicodeError:
                 continue
 
 
-class NotText(InvalidRequest, UnicodeError):
+class NotUtf8(InvalidRequest, UnicodeError):
     """A file that is not UTF-8."""
 
 
-def of_file(path: Path, name: str) -> Document:
+def read_file(path: Path, name: str) -> Document:
     try:
         return Document(name, path.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise NotText(
+        raise NotUtf8(
             f"{path} is not UTF-8 (byte {error.start}): convert it first", "data"
         ) from error
     except OSError as error:
@@ -86,17 +86,17 @@ def of_file(path: Path, name: str) -> Document:
         ) from error
 
 
-def bucket(name: str, of: int) -> int:
+def hash_bucket(name: str, of: int) -> int:
     """A number in [0, of) that depends on the name alone."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % of
 
 
-def split(documents: Sequence[Document]) -> tuple[list[str], list[str]]:
+def split_documents(documents: Sequence[Document]) -> tuple[list[str], list[str]]:
     """Texts to learn from and held-out ones: one document in twenty by a hash of its name, or the ends of all where there are few."""
     parts: tuple[list[str], list[str]] = ([], [])
     if len(documents) >= 2 * HELD_OUT_SHARE:
         for document in documents:
-            parts[bucket(document.name, HELD_OUT_SHARE) == 0].append(document.text)
+            parts[hash_bucket(document.name, HELD_OUT_SHARE) == 0].append(document.text)
     if parts[0] and parts[1]:
         return parts
     cuts = [len(document.text) - len(document.text) // HELD_OUT_SHARE for document in documents]
@@ -106,7 +106,7 @@ def split(documents: Sequence[Document]) -> tuple[list[str], list[str]]:
     )
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str], end: int | None) -> Stream:
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], end: int | None) -> Stream:
     ends = [] if end is None else [end]
     runs = [
         np.array([*encoding.ids, *ends], dtype=np.int32)
@@ -115,11 +115,11 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], end: int | None) -> Strea
     return np.concatenate([np.zeros(0, np.int32), *runs])
 
 
-def corpus(
+def build_corpus(
     documents: Sequence[Document], tokenizer: Tokenizer, end: int | None, least: int
 ) -> Corpus:
     """Raises InvalidRequest where there are fewer than `least` tokens to learn from, or to be measured on."""
-    train, held_out = (encode(tokenizer, texts, end) for texts in split(documents))
+    train, held_out = (encode_texts(tokenizer, texts, end) for texts in split_documents(documents))
     if len(train) < least or len(held_out) < least:
         short = "to learn from" if len(train) < least else "held out"
         raise InvalidRequest(
@@ -157,7 +157,7 @@ def windows(stream: Stream, context: int, seed: int) -> Callable[[int], Stream]:
     return window
 
 
-def texts(rows: npt.NDArray[np.int32], seed: int) -> Callable[[int], Stream]:
+def text_rows(rows: npt.NDArray[np.int32], seed: int) -> Callable[[int], Stream]:
     """Row number i of texts of equal length (n, context), for any i: each epoch in another order."""
 
     @lru_cache(maxsize=2)
@@ -167,7 +167,9 @@ def texts(rows: npt.NDArray[np.int32], seed: int) -> Callable[[int], Stream]:
     return lambda index: rows[epoch(index // len(rows))[index % len(rows)]]
 
 
-def batches(sources: Sequence[Callable[[int], Stream]], size: int) -> Callable[[int], torch.Tensor]:
+def make_batches(
+    sources: Sequence[Callable[[int], Stream]], size: int
+) -> Callable[[int], torch.Tensor]:
     """Batch number i, int64 (size, context): rows of all sources in turn. A pure function of i."""
 
     def batch(step: int) -> torch.Tensor:

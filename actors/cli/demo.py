@@ -15,7 +15,7 @@ from actors.launch.prepare import prepare
 from actors.launch.serving import OpenService, Service, serving
 from actors.openai.usage import tokens_per_second
 from bench.core.subprocess_call import call_in_subprocess
-from bench.core.widen import widened_small
+from bench.core.widen import widen_to_small
 from runtime.core.messages import Chunk, Request, Stats
 from runtime.core.sampling_params import SamplingParams
 from runtime.deployment_builder import build_deployment
@@ -135,7 +135,7 @@ def main() -> None:
     console = Console()
     if not arguments.small:
         with console.status("widening the target"):
-            target = str(call_in_subprocess(widened_small, (target, "float32")))
+            target = str(call_in_subprocess(widen_to_small, (target, "float32")))
         console.print(
             "The target that ships, widened to the cost of 88 million parameters: what is added is multiplied by zero."
         )

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bench.chaos.run import Options, run
+from bench.chaos.run import ChaosOptions, run
 from runtime.core.errors import OutriderError
 from runtime.model_paths import bundled_model
 
@@ -36,7 +36,7 @@ def main(
     """Exit code 1 where an answer failed, differed or did not come."""
     logging.disable(logging.WARNING)  # losses are counted here
     console = Console(highlight=False)
-    options = Options(
+    options = ChaosOptions(
         target, draft, streams, seconds, targets, drafters, tokens, seed, every, scale
     )
     try:
@@ -50,7 +50,7 @@ def main(
         console.print(line, markup=False)
     if out is not None:
         out.write_text(json.dumps(outcome.as_json(), indent=1) + "\n")
-    raise typer.Exit(0 if outcome.right else 1)
+    raise typer.Exit(0 if outcome.passed else 1)
 
 
 if __name__ == "__main__":

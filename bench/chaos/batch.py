@@ -22,14 +22,14 @@ from rich.console import Console
 from actors.launch import local_ray
 from bench.reports.grid import Grid
 
-COMMAND = [sys.executable, "-c", "from actors.cli import main; main()"]
-LOOK = 0.05  # seconds between two looks at the output
+OUTRIDER = [sys.executable, "-c", "from actors.cli import main; main()"]
+POLL_PERIOD_S = 0.05  # seconds between two looks at the output
 PROMPTS = ("def f{}(self, path):", "import os\nclass A{}:", "for item{} in ", "# {} is")
 TEMPERATURES = (0.0, 0.7, 1.0)
-WRONG = ("missing", "doubled", "failed", "differing")  # each is to be 0
+FAILURE_KINDS = ("missing", "doubled", "failed", "differing")  # each is to be 0
 
 
-def body(number: int, tokens: int, speculation: bool) -> dict[str, Any]:
+def request_body(number: int, tokens: int, speculation: bool) -> dict[str, Any]:
     """Of an item, greedy or sampled."""
     prompt = PROMPTS[number % len(PROMPTS)].format(number)
     return {
@@ -43,10 +43,10 @@ def body(number: int, tokens: int, speculation: bool) -> dict[str, Any]:
     }
 
 
-def write(file: Path, items: int, tokens: int, speculation: bool) -> None:
+def write_items(file: Path, items: int, tokens: int, speculation: bool) -> None:
     with file.open("w") as lines:
         for number in range(items):
-            asked = body(number, tokens, speculation)
+            asked = request_body(number, tokens, speculation)
             line = {
                 "custom_id": f"item-{number}",
                 "method": "POST",
@@ -58,13 +58,13 @@ def write(file: Path, items: int, tokens: int, speculation: bool) -> None:
 
 def serve() -> None:
     subprocess.run(
-        [*COMMAND, "serve", "--port", "0", "--json"], check=True, stdout=subprocess.DEVNULL
+        [*OUTRIDER, "serve", "--port", "0", "--json"], check=True, stdout=subprocess.DEVNULL
     )
 
 
 def submit(file: Path, out: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [*COMMAND, "submit", str(file), "-o", str(out), "--json"], stdout=subprocess.DEVNULL
+        [*OUTRIDER, "submit", str(file), "-o", str(out), "--json"], stdout=subprocess.DEVNULL
     )
 
 
@@ -76,17 +76,17 @@ def kill_all(running: subprocess.Popen[bytes]) -> int:
     members = {} if ray is None else local_ray.session_processes(ray.session)
     local_ray.send_signal(members, signal.SIGKILL)
     while ray is not None and local_ray.session_processes(ray.session):
-        time.sleep(LOOK)
+        time.sleep(POLL_PERIOD_S)
     if ray is not None:
         local_ray.end(ray)  # what is left of it on disk
     return len(members) + 1
 
 
-def answered(out: Path) -> int:
+def count_answers(out: Path) -> int:
     return out.read_bytes().count(b"\n") if out.exists() else 0
 
 
-def texts(out: Path) -> tuple[dict[str, Any], int]:
+def read_answers(out: Path) -> tuple[dict[str, Any], int]:
     """What is said to each item, and how many lines there are."""
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     found = {}
@@ -105,8 +105,8 @@ def run(items: int, kills: int, tokens: int, seed: int, folder: Path) -> dict[st
     plain_in, plain_out, chaos_in, chaos_out = (
         folder / f"{name}.jsonl" for name in ("plain", "plain-out", "chaos", "chaos-out")
     )
-    write(plain_in, items, tokens, speculation=False)
-    write(chaos_in, items, tokens, speculation=True)
+    write_items(plain_in, items, tokens, speculation=False)
+    write_items(chaos_in, items, tokens, speculation=True)
     serve()
     if submit(plain_in, plain_out).wait():
         raise SystemExit("the batch without kills has failed")
@@ -114,14 +114,14 @@ def run(items: int, kills: int, tokens: int, seed: int, folder: Path) -> dict[st
     killed, at, began = [], [], time.monotonic()
     for moment in moments:
         running = submit(chaos_in, chaos_out)
-        while answered(chaos_out) <= moment and running.poll() is None:
-            time.sleep(LOOK)
-        at.append(answered(chaos_out))
+        while count_answers(chaos_out) <= moment and running.poll() is None:
+            time.sleep(POLL_PERIOD_S)
+        at.append(count_answers(chaos_out))
         killed.append(kill_all(running))
         serve()
     failed = submit(chaos_in, chaos_out).wait()
-    plain, _ = texts(plain_out)
-    found, lines = texts(chaos_out)
+    plain, _ = read_answers(plain_out)
+    found, lines = read_answers(chaos_out)
     return {
         "items": items,
         "kills": kills,
@@ -136,10 +136,13 @@ def run(items: int, kills: int, tokens: int, seed: int, folder: Path) -> dict[st
     }
 
 
-def grid(found: dict[str, Any]) -> Grid:
+def results_grid(found: dict[str, Any]) -> Grid:
     rows = (
         ("items; lines of answers", f"{found['items']}; {found['lines']}"),
-        ("missing, doubled, failed, differing", ", ".join(str(found[what]) for what in WRONG)),
+        (
+            "missing, doubled, failed, differing",
+            ", ".join(str(found[what]) for what in FAILURE_KINDS),
+        ),
         ("processes killed each time", ", ".join(map(str, found["killed"]))),
         ("after so many answers", ", ".join(map(str, found["at"]))),
         ("from the first start to the last answer", f"{found['seconds']:.0f} s"),
@@ -166,10 +169,10 @@ def main() -> None:
         finally:
             if (left := local_ray.find()) is not None:
                 local_ray.end(left)
-    Console(highlight=False).print(grid(found).terminal())
+    Console(highlight=False).print(results_grid(found).terminal())
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
-    sys.exit(any(found[what] for what in WRONG))
+    sys.exit(any(found[what] for what in FAILURE_KINDS))
 
 
 if __name__ == "__main__":

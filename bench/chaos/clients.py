@@ -11,7 +11,7 @@ from actors.compose import build_target
 from actors.controller.fleet_view import DrafterState, Fleet, TargetState
 from actors.routing.router import Router
 from actors.rpc.client import GrpcTarget
-from bench.chaos.outcome import Gap
+from bench.chaos.chaos_report import Gap
 from runtime.config import TargetConfig
 from runtime.core.errors import OutriderError
 from runtime.core.messages import Chunk, FinishReason, Request, Tokens
@@ -40,7 +40,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class ReferenceCase:
     """A request, and what plain decoding answers to it."""
 
     prompt: Tokens
@@ -58,11 +58,11 @@ class Call:
 
 
 @dataclass(slots=True)
-class Seen:
+class Observations:
     """What all clients have seen. Times are the event loop's, or seconds.
 
     calls     of each session under way, one after the other
-    struck    by a target's address, when it was struck
+    fault_times    by a target's address, when it was fault_times
     gaps      of all sessions, one for each target that they left
     down      by the name of each member that is lost, since when
     returned  how long those were away that are back
@@ -70,7 +70,7 @@ class Seen:
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
-    struck: dict[str, float] = field(default_factory=dict)
+    fault_times: dict[str, float] = field(default_factory=dict)
     gaps: list[Gap] = field(default_factory=list)
     down: dict[str, float] = field(default_factory=dict)
     returned: list[float] = field(default_factory=list)
@@ -79,7 +79,7 @@ class Seen:
         default_factory=Counter
     )  # "finished", "failed", "differing", "tokens"
 
-    async def noted(
+    async def record_call(
         self, address: str, session: str, chunks: AsyncGenerator[Chunk, None]
     ) -> AsyncGenerator[Chunk, None]:
         """What this target says to this session, with when it was asked and when that was over."""
@@ -93,7 +93,7 @@ class Seen:
         finally:
             call.ended = now()
 
-    def look(self, fleet: Fleet, now: float) -> None:
+    def update_downtime(self, fleet: Fleet, now: float) -> None:
         """Who is away, and who is back."""
         members: list[TargetState | DrafterState] = [*fleet.targets, *fleet.drafters]
         for member in members:
@@ -103,18 +103,20 @@ class Seen:
                 self.returned.append(now - self.down.pop(member.name))
 
 
-class Watched(GrpcTarget):
+class ObservedTarget(GrpcTarget):
     """A target that notes which sessions it is given, and how long it has them."""
 
-    def __init__(self, address: str, seen: Seen) -> None:
+    def __init__(self, address: str, seen: Observations) -> None:
         super().__init__(address)
         self._seen = seen
 
     def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
-        return self._seen.noted(self.address, request.session, super().generate(request))
+        return self._seen.record_call(self.address, request.session, super().generate(request))
 
 
-async def cases(config: TargetConfig, count: int, tokens: int, seed: int) -> list[Case]:
+async def build_cases(
+    config: TargetConfig, count: int, tokens: int, seed: int
+) -> list[ReferenceCase]:
     """So many requests, each answered by this target alone, in this process."""
     tokenizer = await asyncio.to_thread(load_tokenizer, config.model)
     target = (await asyncio.to_thread(build_target, config)).target
@@ -136,17 +138,22 @@ async def cases(config: TargetConfig, count: int, tokens: int, seed: int) -> lis
             Request(str(number), *request, speculation=False)
             for number, request in enumerate(asked)
         ]
-        found = await asyncio.gather(*(answer_of(target.generate(request)) for request in plain))
-        return [Case(*request, expected) for request, expected in zip(asked, found, strict=True)]
+        found = await asyncio.gather(
+            *(collect_answer(target.generate(request)) for request in plain)
+        )
+        return [
+            ReferenceCase(*request, expected)
+            for request, expected in zip(asked, found, strict=True)
+        ]
     finally:
         await target.stop()
 
 
-async def answer_of(chunks: AsyncGenerator[Chunk, None]) -> Answer:
-    return joined([chunk async for chunk in chunks])
+async def collect_answer(chunks: AsyncGenerator[Chunk, None]) -> Answer:
+    return join_chunks([chunk async for chunk in chunks])
 
 
-def joined(chunks: Sequence[Chunk]) -> Answer:
+def join_chunks(chunks: Sequence[Chunk]) -> Answer:
     tokens = tuple(token for chunk in chunks for token in chunk.tokens)
     return Answer(
         tokens,
@@ -155,14 +162,18 @@ def joined(chunks: Sequence[Chunk]) -> Answer:
     )
 
 
-async def stream(
-    router: Router, known: Sequence[Case], number: int, over: asyncio.Event, seen: Seen
+async def run_client(
+    router: Router,
+    known: Sequence[ReferenceCase],
+    number: int,
+    over: asyncio.Event,
+    seen: Observations,
 ) -> None:
     """Ask one case after the other until it is over; what was asked before is answered to its end."""
     while not over.is_set():
         case, session = known[number % len(known)], f"chaos-{number}"
         try:
-            await ask(router, case, session, seen)
+            await ask_and_compare(router, case, session, seen)
         except OutriderError as error:
             seen.counts["failed"] += 1
             seen.wrong.append(f"{session}: {type(error).__name__}: {error}")
@@ -170,7 +181,9 @@ async def stream(
         number += len(known) * 1000 + 1  # a name of its own, the next case
 
 
-async def ask(router: Router, case: Case, session: str, seen: Seen) -> None:
+async def ask_and_compare(
+    router: Router, case: ReferenceCase, session: str, seen: Observations
+) -> None:
     now = asyncio.get_running_loop().time
     chunks, gaps = list[Chunk](), list[Gap]()
     last, served = now(), 0  # the last piece, and which of the calls it came by
@@ -182,7 +195,7 @@ async def ask(router: Router, case: Case, session: str, seen: Seen) -> None:
             at = now()
             if len(calls) - 1 > served:
                 left = calls[served]
-                since = max(last, min(seen.struck.get(left.address, last), left.ended))
+                since = max(last, min(seen.fault_times.get(left.address, last), left.ended))
                 gaps.append(
                     Gap(left.ended - since, calls[-1].began - left.ended, at - calls[-1].began)
                 )
@@ -190,10 +203,10 @@ async def ask(router: Router, case: Case, session: str, seen: Seen) -> None:
             chunks.append(chunk)
     if len(gaps) == 1 and (stats := chunks[-1].stats) is not None:
         gaps = [
-            replace(gaps[0], read=stats.prefill)
+            replace(gaps[0], prefill=stats.prefill)
         ]  # a lost target takes its own figures along: this is of the other
     seen.gaps += gaps
-    answer = joined(chunks)
+    answer = join_chunks(chunks)
     seen.counts["tokens"] += len(answer.tokens)
     seen.counts["finished"] += 1
     if answer.reason in ("error", "deadline", "cancelled"):

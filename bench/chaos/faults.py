@@ -12,7 +12,7 @@ from actors.rpc.endpoints import ActorLocation
 
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
 Victim = tuple[str, int]  # name and incarnation
-State = TypeVar("State", TargetState, DrafterState)
+MemberState = TypeVar("MemberState", TargetState, DrafterState)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +24,10 @@ class Fault:
     address: str
 
 
-def next_fault(fleet: Fleet, struck: Collection[Victim], draw: random.Random) -> Fault | None:
-    """Against any member that serves and was not struck yet in this life. The last such target is spared: there must be something to go on
+def next_fault(fleet: Fleet, already_hit: Collection[Victim], draw: random.Random) -> Fault | None:
+    """Against any member that serves and was not already_hit yet in this life. The last such target is spared: there must be something to go on
     at. None where nobody is left."""
-    targets, drafters = whole(fleet.targets, struck), whole(fleet.drafters, struck)
+    targets, drafters = healthy(fleet.targets, already_hit), healthy(fleet.drafters, already_hit)
     chosen: list[TargetState | DrafterState] = [*(targets if len(targets) > 1 else []), *drafters]
     if not chosen:
         return None
@@ -36,21 +36,21 @@ def next_fault(fleet: Fleet, struck: Collection[Victim], draw: random.Random) ->
     return Fault(state.name, state.incarnation, role, draw.choice(SIGNALS), state.address)
 
 
-def whole(members: Sequence[State], struck: Collection[Victim]) -> list[State]:
+def healthy(members: Sequence[MemberState], already_hit: Collection[Victim]) -> list[MemberState]:
     return [
         state
         for state in members
-        if state.state == "ready" and (state.name, state.incarnation) not in struck
+        if state.state == "ready" and (state.name, state.incarnation) not in already_hit
     ]
 
 
-def inject(blow: Fault, places: Mapping[str, ActorLocation]) -> bool:
+def inject(fault: Fault, places: Mapping[str, ActorLocation]) -> bool:
     """False where the process is not there any more."""
-    place = places.get(blow.name)
-    if place is None or place.address != blow.address:
+    place = places.get(fault.name)
+    if place is None or place.address != fault.address:
         return False
     try:
-        os.kill(place.pid, blow.signal)
+        os.kill(place.pid, fault.signal)
     except ProcessLookupError:
         return False
     return True

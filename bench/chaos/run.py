@@ -19,22 +19,22 @@ from actors.controller.fleet_view import Fleet, TargetState
 from actors.ray_session import ray_cluster, translate_ray_errors
 from actors.routing.router import Router, updated_router
 from actors.rpc.endpoints import ActorLocation
-from bench.chaos.clients import DEADLINE_S, Seen, Watched, cases, stream
+from bench.chaos.chaos_report import ChaosReport
+from bench.chaos.clients import DEADLINE_S, Observations, ObservedTarget, build_cases, run_client
 from bench.chaos.faults import Victim, inject, next_count, next_fault
-from bench.chaos.outcome import Outcome
 from runtime.config import Deployment, Placement, PoolConfig, TargetConfig
 from runtime.core.cpu_partition import split_cores
 
-HERE = Placement(num_cpus=1, threads=1, listen="127.0.0.1")
+LOOPBACK = Placement(num_cpus=1, threads=1, listen="127.0.0.1")
 POOL = "chaos"
-PATIENCE = 5.0  # seconds for an answer of the controller
-END = 30.0  # seconds for actors to be told that it is over
+CONTROLLER_TIMEOUT_S = 5.0  # seconds for an answer of the controller
+SHUTDOWN_TIMEOUT_S = 30.0  # seconds for actors to be told that it is over
 
-Note = Callable[[str], None]  # told what is being done, and how far it is
+Notify = Callable[[str], None]  # told what is being done, and how far it is
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class ChaosOptions:
     """`every`: seconds between two blows or, with `most`, between two changes of the number of drafters, from 0 to `most`, and no blows."""
 
     target: str
@@ -45,15 +45,15 @@ class Options:
     drafters: int
     tokens: int
     seed: int
-    every: float = 1.0
-    most: int | None = None
+    period_s: float = 1.0
+    max_drafters: int | None = None
     cases: int = 24
 
 
-def plan(options: Options) -> Deployment:
+def chaos_deployment(options: ChaosOptions) -> Deployment:
     """Targets on one half of the cores, drafters on the other, as where they have devices of their own."""
     mine, others = split_cores(sorted(os.sched_getaffinity(0)), 1)
-    here, there = (HERE.model_copy(update={"cores": cores}) for cores in (mine, others))
+    here, there = (LOOPBACK.model_copy(update={"cores": cores}) for cores in (mine, others))
     target = TargetConfig(
         model=options.target,
         dtype="float32",
@@ -72,51 +72,53 @@ def plan(options: Options) -> Deployment:
     return Deployment(target=target, pools=(pool,))
 
 
-def run(options: Options, note: Note) -> Outcome:
+def run(options: ChaosOptions, note: Notify) -> ChaosReport:
     """On a Ray of its own, which ends with it. Raises Unavailable, ModelRefused where the deployment does not start."""
-    with ray_cluster(None, cpus=options.targets + max(options.drafters, options.most or 0)):
-        return inside(options, note)
+    with ray_cluster(None, cpus=options.targets + max(options.drafters, options.max_drafters or 0)):
+        return run_in_cluster(options, note)
 
 
-def inside(options: Options, note: Note) -> Outcome:
+def run_in_cluster(options: ChaosOptions, note: Notify) -> ChaosReport:
     """As `run`, in the cluster that this process has joined."""
     kind = ray.remote(Controller).options(num_cpus=0, max_concurrency=8)
-    controller = kind.remote(plan(options), prefix=f"chaos-{uuid.uuid4().hex[:6]}-")
+    controller = kind.remote(chaos_deployment(options), prefix=f"chaos-{uuid.uuid4().hex[:6]}-")
     try:
         note("starting targets and drafters")
         ray.get(controller.start.remote())
-        return asyncio.run(storm(options, controller, note))
+        return asyncio.run(run_under_faults(options, controller, note))
     finally:
         with contextlib.suppress(RayError, GetTimeoutError):
-            ray.get(controller.stop.remote(), timeout=END)
+            ray.get(controller.stop.remote(), timeout=SHUTDOWN_TIMEOUT_S)
 
 
-async def storm(options: Options, controller: Any, note: Note) -> Outcome:
+async def run_under_faults(options: ChaosOptions, controller: Any, note: Notify) -> ChaosReport:
     note("answering each request plainly")
-    config = TargetConfig(model=options.target, dtype="float32", device="cpu", placement=HERE)
-    known = await cases(config, options.cases, options.tokens, options.seed)
-    seen, over, blows = Seen(), asyncio.Event(), Counter[str]()
+    config = TargetConfig(model=options.target, dtype="float32", device="cpu", placement=LOOPBACK)
+    known = await build_cases(config, options.cases, options.tokens, options.seed)
+    seen, over, blows = Observations(), asyncio.Event(), Counter[str]()
 
     def look() -> Sequence[TargetState]:
         with translate_ray_errors():
-            fleet: Fleet = ray.get(controller.fleet.remote(), timeout=PATIENCE)
-        seen.look(fleet, time.monotonic())  # as the event loop's
+            fleet: Fleet = ray.get(controller.fleet.remote(), timeout=CONTROLLER_TIMEOUT_S)
+        seen.update_downtime(fleet, time.monotonic())  # as the event loop's
         return fleet.targets
 
-    async with updated_router(Router(lambda address: Watched(address, seen)), look) as router:
+    async with updated_router(
+        Router(lambda address: ObservedTarget(address, seen)), look
+    ) as router:
         began = asyncio.get_running_loop().time()
         streams = [
-            asyncio.create_task(stream(router, known, number, over, seen))
+            asyncio.create_task(run_client(router, known, number, over, seen))
             for number in range(options.streams)
         ]
         changes = 0
-        doing = scale if options.most is not None else beat
+        doing = vary_drafters if options.max_drafters is not None else inject_faults
         try:
             async with asyncio.timeout(options.seconds):
                 async for what in doing(options, controller, seen):
                     blows.update([what] if what else [])
-                    changes += options.most is not None
-                    note(progress(seen, blows, changes))
+                    changes += options.max_drafters is not None
+                    note(progress_line(seen, blows, changes))
         except TimeoutError:
             over.set()
         note("the last answers")
@@ -126,8 +128,8 @@ async def storm(options: Options, controller: Any, note: Note) -> Outcome:
             task.cancel()
         await asyncio.gather(*unfinished, return_exceptions=True)
         await asyncio.gather(*finished)
-        replaced = getattr(await told(controller.fleet), "replaced", 0)
-    return Outcome(
+        replaced = getattr(await call_controller(controller.fleet), "replaced", 0)
+    return ChaosReport(
         streams=options.streams,
         targets=options.targets,
         drafters=options.drafters,
@@ -148,42 +150,48 @@ async def storm(options: Options, controller: Any, note: Note) -> Outcome:
     )
 
 
-def progress(seen: Seen, blows: Counter[str], changes: int) -> str:
+def progress_line(seen: Observations, blows: Counter[str], changes: int) -> str:
     done = f"{changes} changes" if changes else f"{blows.total()} blows"
     bad = seen.counts["failed"] + seen.counts["differing"]
     return f"{done}, {seen.counts['finished']} answers, {bad} of them wrong, {len(seen.gaps)} continuations"
 
 
-async def told(method: Any, *arguments: object) -> Any:
+async def call_controller(method: Any, *arguments: object) -> Any:
     """The controller's answer; None where there is none in time."""
     try:
-        return await asyncio.to_thread(ray.get, method.remote(*arguments), timeout=PATIENCE)
+        return await asyncio.to_thread(
+            ray.get, method.remote(*arguments), timeout=CONTROLLER_TIMEOUT_S
+        )
     except GetTimeoutError:
         return None
 
 
-async def beat(options: Options, controller: Any, seen: Seen) -> AsyncIterator[str]:
-    """A blow every so many seconds; yields the role and signal of each."""
-    draw, struck = random.Random(options.seed), set[Victim]()
+async def inject_faults(
+    options: ChaosOptions, controller: Any, seen: Observations
+) -> AsyncIterator[str]:
+    """A fault every so many seconds; yields the role and signal of each."""
+    draw, already_hit = random.Random(options.seed), set[Victim]()
     while True:
-        await asyncio.sleep(options.every)
-        fleet: Fleet | None = await told(controller.fleet)
-        places: dict[str, ActorLocation] | None = await told(controller.places)
-        blow = next_fault(fleet, struck, draw) if fleet else None
-        if blow is not None and places and inject(blow, places):
-            struck.add((blow.name, blow.incarnation))
-            seen.struck[blow.address] = asyncio.get_running_loop().time()
-            yield f"{blow.role} {blow.signal.name}"
+        await asyncio.sleep(options.period_s)
+        fleet: Fleet | None = await call_controller(controller.fleet)
+        places: dict[str, ActorLocation] | None = await call_controller(controller.places)
+        fault = next_fault(fleet, already_hit, draw) if fleet else None
+        if fault is not None and places and inject(fault, places):
+            already_hit.add((fault.name, fault.incarnation))
+            seen.fault_times[fault.address] = asyncio.get_running_loop().time()
+            yield f"{fault.role} {fault.signal.name}"
         else:
             yield ""
 
 
-async def scale(options: Options, controller: Any, seen: Seen) -> AsyncIterator[str]:
+async def vary_drafters(
+    options: ChaosOptions, controller: Any, seen: Observations
+) -> AsyncIterator[str]:
     """Another number of drafters every so many seconds; yields after each change."""
     draw, count = random.Random(options.seed), options.drafters
     while True:
-        await asyncio.sleep(options.every)
-        wanted = next_count(count, options.most or 0, draw)
-        if await told(controller.scale, POOL, wanted) is not None:
+        await asyncio.sleep(options.period_s)
+        wanted = next_count(count, options.max_drafters or 0, draw)
+        if await call_controller(controller.scale, POOL, wanted) is not None:
             count = wanted
             yield ""

@@ -3,8 +3,16 @@
 import statistics
 from collections.abc import Iterable
 
-from bench.core.figures import Bound, Spread, Values, bound, by_rank, over_prompts, paired
 from bench.core.results import Results, Run, Steps
+from bench.core.summary_stats import (
+    Bound,
+    RunValues,
+    Spread,
+    bound,
+    over_prompts,
+    paired_ratios,
+    rank_probabilities,
+)
 
 
 def runs_of(results: Results, method: str, temperature: float = 0.0, batch: int = 1) -> list[Run]:
@@ -15,27 +23,33 @@ def runs_of(results: Results, method: str, temperature: float = 0.0, batch: int 
     ]
 
 
-def decoding(run: Run) -> float | None:
+def decode_rate(run: Run) -> float | None:
     """Tokens per second after the first ones, reading of the prompt not counted. None where nothing followed them."""
     if run.tokens <= run.first_tokens:
         return None
     return (run.tokens - run.first_tokens) / (run.seconds - run.first_seconds)
 
 
-def rates(results: Results, method: str, temperature: float = 0.0, batch: int = 1) -> Values:
+def decode_rates(
+    results: Results, method: str, temperature: float = 0.0, batch: int = 1
+) -> RunValues:
     found = {
-        (run.prompt, run.repetition): decoding(run)
+        (run.prompt, run.repetition): decode_rate(run)
         for run in runs_of(results, method, temperature, batch)
     }
     return {key: rate for key, rate in found.items() if rate is not None}
 
 
-def speed(results: Results, method: str, temperature: float = 0.0, batch: int = 1) -> Spread | None:
+def decode_speed(
+    results: Results, method: str, temperature: float = 0.0, batch: int = 1
+) -> Spread | None:
     """Tokens per second of decoding."""
-    return over_prompts(rates(results, method, temperature, batch))
+    return over_prompts(decode_rates(results, method, temperature, batch))
 
 
-def whole(results: Results, method: str, temperature: float = 0.0, batch: int = 1) -> Spread | None:
+def overall_speed(
+    results: Results, method: str, temperature: float = 0.0, batch: int = 1
+) -> Spread | None:
     """Tokens per second from the call to the last token, reading of the prompt included."""
     return over_prompts(
         {
@@ -45,16 +59,19 @@ def whole(results: Results, method: str, temperature: float = 0.0, batch: int = 
     )
 
 
-def ratio(
+def speed_ratio(
     results: Results, above: str, below: str, temperature: float = 0.0, batch: int = 1
 ) -> Spread | None:
     """How many times as fast `above` is as `below`, on the same prompts in the same repetitions. None where they have none in common."""
     return over_prompts(
-        paired(rates(results, above, temperature, batch), rates(results, below, temperature, batch))
+        paired_ratios(
+            decode_rates(results, above, temperature, batch),
+            decode_rates(results, below, temperature, batch),
+        )
     )
 
 
-def aggregate(
+def aggregate_rate(
     results: Results, method: str, temperature: float = 0.0, batch: int = 1
 ) -> float | None:
     """Tokens of all runs over the time of all runs, decoding alone."""
@@ -65,19 +82,19 @@ def aggregate(
     return sum(run.tokens - run.first_tokens for run in runs) / seconds if seconds else None
 
 
-def fastest(
+def fastest_method(
     results: Results, methods: Iterable[str], temperature: float = 0.0, batch: int = 1
 ) -> str | None:
     """The method of the highest median speed; None where none of them was measured."""
     speeds = {
         method: found.median
         for method in methods
-        if (found := speed(results, method, temperature, batch))
+        if (found := decode_speed(results, method, temperature, batch))
     }
     return max(speeds, key=lambda method: speeds[method], default=None)
 
 
-def rivals(results: Results) -> list[str]:
+def transformers_methods(results: Results) -> list[str]:
     """transformers' speculative methods, whatever their cores."""
     return [
         facts.name
@@ -110,7 +127,7 @@ def agreement(
     return sum(mine[key] == known[key] for key in both), len(both)
 
 
-def shares(
+def time_shares(
     results: Results, method: str, temperature: float = 0.0, batch: int = 1
 ) -> dict[str, float] | None:
     """Where the target's time of decoding went, as parts of 1; `rest` is what no step accounts for. None where there are no figures."""
@@ -127,7 +144,9 @@ def shares(
     return found | {"rest": max(0.0, 1.0 - sum(found.values()))}
 
 
-def totals(results: Results, method: str, temperature: float = 0.0, batch: int = 1) -> Steps | None:
+def total_steps(
+    results: Results, method: str, temperature: float = 0.0, batch: int = 1
+) -> Steps | None:
     """The steps of all runs together; `lead` is their mean, by runs."""
     steps = [run.steps for run in runs_of(results, method, temperature, batch) if run.steps]
     if not steps:
@@ -148,7 +167,7 @@ def totals(results: Results, method: str, temperature: float = 0.0, batch: int =
     )
 
 
-def steps_in_place(results: Results, temperature: float = 0.0) -> dict[int, float]:
+def step_times_in_place(results: Results, temperature: float = 0.0) -> dict[int, float]:
     """T(n) where the methods ran, one prompt at a time; that of the pair by itself where no passes were recorded."""
     found = (
         place.target
@@ -158,7 +177,7 @@ def steps_in_place(results: Results, temperature: float = 0.0) -> dict[int, floa
     return next(found, results.profile.target)
 
 
-def limit(results: Results, temperature: float = 0.0) -> Bound | None:
+def bound_of(results: Results, temperature: float = 0.0) -> Bound | None:
     """The bound of the measured step times and acceptance. None where one of them is missing."""
     ranks = next(
         (
@@ -168,19 +187,19 @@ def limit(results: Results, temperature: float = 0.0) -> Bound | None:
         ),
         None,
     )
-    steps = steps_in_place(results, temperature)
+    steps = step_times_in_place(results, temperature)
     if not ranks or 1 not in steps or 1 not in results.profile.draft:
         return None
-    return bound(results.profile.draft[1], steps, by_rank(ranks))
+    return bound(results.profile.draft[1], steps, rank_probabilities(ranks))
 
 
-def reached(results: Results, method: str, temperature: float = 0.0) -> float | None:
+def bound_share(results: Results, method: str, temperature: float = 0.0) -> float | None:
     """Share of the bound, which is that of all texts together."""
-    found, most = aggregate(results, method, temperature), limit(results, temperature)
+    found, most = aggregate_rate(results, method, temperature), bound_of(results, temperature)
     return found / most.rate if found and most else None
 
 
-def misses(results: Results) -> dict[tuple[str, float, int], tuple[float, float]]:
+def forecasts_and_measured(results: Results) -> dict[tuple[str, float, int], tuple[float, float]]:
     """By (method, temperature, batch): what the planner expected and what was measured, where both are there.
 
     The planner lets a method write all the texts one after the other, so that is what it is held to: all tokens over all time, where
@@ -188,7 +207,7 @@ def misses(results: Results) -> dict[tuple[str, float, int], tuple[float, float]
     """
     found = {}
     for forecast in results.forecasts:
-        measured = aggregate(results, forecast.method, forecast.temperature, forecast.batch)
+        measured = aggregate_rate(results, forecast.method, forecast.temperature, forecast.batch)
         if measured:
             found[forecast.method, forecast.temperature, forecast.batch] = (
                 forecast.tokens_per_second,

@@ -4,30 +4,30 @@ from collections.abc import Iterable
 from typing import TypeGuard
 
 from bench.core.methods import FIRST, SECOND, Method, OutriderMethod, TransformersMethod
-from bench.core.outrider_runner import schedule_of
+from bench.core.outrider_runner import schedule_config
 from bench.core.results import Forecast, Results
 from runtime.sim.forecast import Setting, forecast
 from runtime.sim.pair_profile import PairProfile
 
 
-def forecasts(results: Results, methods: Iterable[Method]) -> tuple[Forecast, ...]:
+def forecast_methods(results: Results, methods: Iterable[Method]) -> tuple[Forecast, ...]:
     """For each method, temperature and batch that was measured, of those that the planner knows."""
     found = []
     for method in methods:
         how = method.how
-        if not foreseen(how):
+        if not is_forecastable(how):
             continue
         for temperature, batch in sorted(
             {(run.temperature, run.batch) for run in results.runs if run.method == method.name}
         ):
-            pair = measured(results, temperature, batch)
+            pair = measured_pair(results, temperature, batch)
             if pair is not None:
                 together = batch > 1  # texts that end leave others alone
                 length = results.settings.new_tokens if together else 0
                 setting = Setting(
                     drafters=len(how.drafters), sessions=batch, length=length, once=together
                 )
-                rate = forecast(pair, schedule_of(how), setting).tokens_per_second
+                rate = forecast(pair, schedule_config(how), setting).tokens_per_second
                 found.append(
                     Forecast(
                         method=method.name,
@@ -39,7 +39,7 @@ def forecasts(results: Results, methods: Iterable[Method]) -> tuple[Forecast, ..
     return tuple(found)
 
 
-def foreseen(how: OutriderMethod | TransformersMethod) -> TypeGuard[OutriderMethod]:
+def is_forecastable(how: OutriderMethod | TransformersMethod) -> TypeGuard[OutriderMethod]:
     """The target on the first core, and on the second a model drafter or none."""
     return (
         isinstance(how, OutriderMethod)
@@ -49,7 +49,7 @@ def foreseen(how: OutriderMethod | TransformersMethod) -> TypeGuard[OutriderMeth
     )
 
 
-def measured(results: Results, temperature: float, batch: int) -> PairProfile | None:
+def measured_pair(results: Results, temperature: float, batch: int) -> PairProfile | None:
     """The pair as the planner wants it, by itself where nothing is known of its place; None where its profile is not complete."""
     profile, key = results.profile, (temperature, batch)
     guesses = next(

@@ -14,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from bench.core.compare import fastest
+from bench.core.compare import fastest_method
 from bench.core.methods import Method, Outcome, Runner
 from bench.core.prompts import Prompt
 from bench.core.results import Results, Run
@@ -56,7 +56,7 @@ def cases(
     ]
     return [
         Case(
-            name_of(group),
+            group_name(group),
             group,
             SamplingParams(temperature=temperature, seed=seed + repetition, max_tokens=new_tokens),
             repetition,
@@ -67,7 +67,7 @@ def cases(
     ]
 
 
-def name_of(group: Sequence[Prompt]) -> str:
+def group_name(group: Sequence[Prompt]) -> str:
     return group[0].name if len(group) == 1 else f"{group[0].name} and {len(group) - 1} more"
 
 
@@ -80,7 +80,7 @@ def rounds(cases: Sequence[Case], methods: Sequence[Method]) -> list[Round]:
     return found
 
 
-def record(method: Method, case: Case, outcome: Outcome) -> Run:
+def run_of(method: Method, case: Case, outcome: Outcome) -> Run:
     return Run(
         method=method.name,
         temperature=case.sampling.temperature,
@@ -119,7 +119,7 @@ def measure(
         for method in round_.methods:
             progress.update(task, description=f"{note}: {method.name}")
             found.append(
-                record(
+                run_of(
                     method,
                     round_.case,
                     runner.run(method, round_.case.prompts, round_.case.sampling),
@@ -140,11 +140,11 @@ def collect(
     return results
 
 
-def chosen(results: Results, candidates: Mapping[str, Sequence[Method]]) -> list[Method]:
+def best_settings(results: Results, candidates: Mapping[str, Sequence[Method]]) -> list[Method]:
     """Of each group of candidates that was measured the fastest, at the lowest temperature there is, under the group's name."""
     found = []
     for name, methods in candidates.items():
-        best = fastest(
+        best = fastest_method(
             results,
             [method.name for method in methods],
             min((run.temperature for run in results.runs), default=0.0),
@@ -153,7 +153,7 @@ def chosen(results: Results, candidates: Mapping[str, Sequence[Method]]) -> list
     return found
 
 
-def bar() -> Progress:
+def progress_bar() -> Progress:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

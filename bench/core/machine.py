@@ -10,7 +10,7 @@ from pathlib import Path
 from bench.core.results import Machine
 from runtime.core.errors import InvalidRequest
 
-TELLING = (
+SPEED_FLAGS = (
     "avx2",
     "avx512f",
     "avx512_vnni",
@@ -22,7 +22,7 @@ TELLING = (
 )  # flags that decide how fast rows are
 
 
-NATIVE = {"avx512_bf16", "amx_bf16"}  # flags of a processor that multiplies bf16
+BF16_FLAGS = {"avx512_bf16", "amx_bf16"}  # flags of a processor that multiplies bf16
 
 
 def two_cores() -> tuple[int, int]:
@@ -33,7 +33,7 @@ def two_cores() -> tuple[int, int]:
             f"the benchmark needs two cores and may use {len(usable)}: run it where there are two",
             "cores",
         )
-    twins = read(f"/sys/devices/system/cpu/cpu{usable[0]}/topology/thread_siblings_list")
+    twins = read_text(f"/sys/devices/system/cpu/cpu{usable[0]}/topology/thread_siblings_list")
     return usable[0], next(
         (core for core in usable[1:] if str(core) not in re.split(r"[,\s]", twins)), usable[1]
     )
@@ -41,11 +41,11 @@ def two_cores() -> tuple[int, int]:
 
 def machine(cores: int, gpu: str = "") -> Machine:
     """This one, now. `cores` are those that the benchmark uses, `gpu` the name of its GPU."""
-    facts = cpu_facts(read("/proc/cpuinfo"))
+    facts = cpu_facts(read_text("/proc/cpuinfo"))
     flags = facts.get("flags", facts.get("Features", "")).split()
     return Machine(
         processor=facts.get("model name", platform.processor() or platform.machine()),
-        flags=tuple(flag for flag in TELLING if flag in flags),
+        flags=tuple(flag for flag in SPEED_FLAGS if flag in flags),
         cores=cores,
         memory_gib=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
         gpu=gpu,
@@ -62,7 +62,7 @@ def cpu_facts(text: str) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in lines}
 
 
-def read(file: str) -> str:
+def read_text(file: str) -> str:
     try:
         return Path(file).read_text("utf-8")
     except OSError:

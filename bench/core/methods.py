@@ -99,25 +99,25 @@ class Runner(Protocol):
         ...
 
 
-def named(cores: Cores) -> str:
+def cores_suffix(cores: Cores) -> str:
     return "" if len(cores) == 1 else f", {len(cores)} cores"
 
 
 PLAIN = Method("plain", OutriderMethod("plain"))
 LIVING = Method("living", OutriderMethod("living", drafters=("model",)))
 GREEDY = Method("transformers greedy", TransformersMethod("greedy"))
-ALONE = (
+PLAIN_METHODS = (
     PLAIN,
     Method("plain, 2 cores", OutriderMethod("plain", target_cores=BOTH)),
 )
-LIVINGS = (
+LIVING_METHODS = (
     LIVING,
     Method("living + ngram", OutriderMethod("living", drafters=("model", "ngram"))),
     Method("living, no drafter", OutriderMethod("living")),
     Method("living, wrong drafter", OutriderMethod("living", drafters=("wrong",))),
 )
 AMUSD = Method("amusd", OutriderMethod("amusd", drafters=("model",)))
-KINDS = {
+TRANSFORMERS_KINDS = {
     "transformers greedy": TransformersMethod("greedy"),
     "assisted": TransformersMethod("assisted"),
     "assisted 3": TransformersMethod("assisted", 3),
@@ -125,10 +125,10 @@ KINDS = {
     "assisted 8": TransformersMethod("assisted", 8),
     "prompt lookup": TransformersMethod("lookup", 10),
 }
-RIVALS = tuple(
-    Method(name + named(cores), replace(how, cores=cores))
+TRANSFORMERS_METHODS = tuple(
+    Method(name + cores_suffix(cores), replace(how, cores=cores))
     for cores in (FIRST, BOTH)
-    for name, how in KINDS.items()
+    for name, how in TRANSFORMERS_KINDS.items()
 )
 # The methods that are measured with several prompts at a time.
 BATCHED = (PLAIN, LIVING, GREEDY)
@@ -155,7 +155,7 @@ TREES = tuple(
 )
 
 
-def candidates(gamma: int) -> dict[str, tuple[Method, ...]]:
+def sweep_candidates(gamma: int) -> dict[str, tuple[Method, ...]]:
     """The methods that have settings by name, each in all that the sweep tries; the best setting then bears the name alone.
 
     `gamma` is the one that PEARL's authors recommend for this pair. A drafter that waits while the target works on both cores may

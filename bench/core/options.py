@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Literal
 
 from bench.core.loop import Case, Round, cases, rounds
-from bench.core.machine import NATIVE
+from bench.core.machine import BF16_FLAGS
 from bench.core.methods import (
-    ALONE,
     AMUSD,
     BATCHED,
     BOTH,
     GREEDY,
     LIVING,
-    LIVINGS,
+    LIVING_METHODS,
     PLAIN,
-    RIVALS,
+    PLAIN_METHODS,
+    TRANSFORMERS_METHODS,
     Method,
     OutriderMethod,
-    candidates,
+    sweep_candidates,
 )
 from bench.core.prompts import Prompt
 from bench.core.widen import CACHE
@@ -30,8 +30,8 @@ from runtime.model_paths import bundled_model
 RESULTS = Path(__file__).parents[1] / "results"
 # Prompts for the sweep, for warming up, and for those methods that learn what guesses are worth: a target keeps that from one life to
 # the next, here it begins with nothing. None of them is measured.
-SWEPT, WARMING, LEARNING = 2, 2, 4
-Wanted = Literal["auto", "float32", "bfloat16"]
+SWEEP_PROMPTS, WARM_UP_PROMPTS, LEARNING_PROMPTS = 2, 2, 4
+DtypeChoice = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ QUICK = Size(count=2, repetitions=1, new_tokens=32, temperatures=(0.0,), batches
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class BenchOptions:
     """`prompts`: a file or folder, None for held-out files. `folder`: for the results and the page, both called `name`."""
 
     target: str
@@ -63,15 +63,15 @@ class Options:
     name: str
 
 
-def chosen_dtype(wanted: Wanted, flags: Iterable[str]) -> Literal["float32", "bfloat16"]:
+def choose_dtype(wanted: DtypeChoice, flags: Iterable[str]) -> Literal["float32", "bfloat16"]:
     """bf16 where the processor multiplies it. Elsewhere rows cost too much: on AVX-512 without it 16 of them took 7 times as long as
     one, in float32 1.4 times."""
     if wanted != "auto":
         return wanted
-    return "bfloat16" if NATIVE & set(flags) else "float32"
+    return "bfloat16" if BF16_FLAGS & set(flags) else "float32"
 
 
-def checked(size: Size) -> Size:
+def validated(size: Size) -> Size:
     """Raises InvalidRequest. Temperatures and batches in rising order, none twice; a batch of one is the main run itself."""
     check_int("count", size.count, 1)
     check_int("repetitions", size.repetitions, 1, 100)
@@ -123,12 +123,14 @@ class Suite:
         return (*self.fixed, *best, *self.rivals)
 
 
-def suite(quick: bool, gamma: int) -> Suite:
+def choose_suite(quick: bool, gamma: int) -> Suite:
     """`gamma`: PEARL's, for this pair."""
-    groups = candidates(gamma)
+    groups = sweep_candidates(gamma)
     if not quick:
-        return Suite((*ALONE, *LIVINGS, AMUSD), groups, RIVALS)
-    rivals = tuple(method for method in RIVALS if method.name in (GREEDY.name, "assisted 5"))
+        return Suite((*PLAIN_METHODS, *LIVING_METHODS, AMUSD), groups, TRANSFORMERS_METHODS)
+    rivals = tuple(
+        method for method in TRANSFORMERS_METHODS if method.name in (GREEDY.name, "assisted 5")
+    )
     return Suite((PLAIN, LIVING), {"sync tree": groups["sync tree"][1:3]}, rivals)
 
 
@@ -144,11 +146,11 @@ def main_rounds(
     ]
     return [
         *rounds([case for case in every if case.repetition == 0], methods),
-        *rounds(again, own(methods)),
+        *rounds(again, own_methods(methods)),
     ]
 
 
-def own(methods: Sequence[Method]) -> list[Method]:
+def own_methods(methods: Sequence[Method]) -> list[Method]:
     return [method for method in methods if isinstance(method.how, OutriderMethod)]
 
 
@@ -163,26 +165,26 @@ def batch_cases(prompts: Sequence[Prompt], size: Size, seed: int) -> list[Case]:
 
 
 # Seconds of a token in steps of one row on one core, as they were found on two machines; for the time left to wait, and nothing else.
-COSTS = {"plain": 1.0, "greedy": 1.4, "lookup": 1.1, "assisted": 0.9}
-DRAFTED, USELESS, SPREAD = (
+RELATIVE_COSTS = {"plain": 1.0, "greedy": 1.4, "lookup": 1.1, "assisted": 0.9}
+COST_WITH_DRAFTS, COST_WITHOUT_DRAFTS, TWO_CORE_FACTOR = (
     0.5,
     1.1,
     0.7,
 )  # with drafts; with none, or wrong ones; on two cores, of that on one
 
 
-def cost(method: Method) -> float:
+def relative_cost(method: Method) -> float:
     how = method.how
     if isinstance(how, OutriderMethod):
         found = (
-            COSTS["plain"]
+            RELATIVE_COSTS["plain"]
             if how.schedule == "plain"
-            else DRAFTED
+            else COST_WITH_DRAFTS
             if set(how.drafters) & {"model", "ngram"}
-            else USELESS
+            else COST_WITHOUT_DRAFTS
         )
-        return found * (SPREAD if how.target_cores == BOTH else 1.0)
-    return COSTS[how.kind] * (SPREAD if how.cores == BOTH else 1.0)
+        return found * (TWO_CORE_FACTOR if how.target_cores == BOTH else 1.0)
+    return RELATIVE_COSTS[how.kind] * (TWO_CORE_FACTOR if how.cores == BOTH else 1.0)
 
 
 def expected_seconds(which: Suite, size: Size, step: float) -> float:
@@ -191,13 +193,19 @@ def expected_seconds(which: Suite, size: Size, step: float) -> float:
         which.final([group[0] for group in which.groups.values()]),
         (size.new_tokens + 10) * step,
     )
-    again = size.count * (size.repetitions - 1) + WARMING * len(size.temperatures)
+    again = size.count * (size.repetitions - 1) + WARM_UP_PROMPTS * len(size.temperatures)
     main = (
-        size.count * len(size.temperatures) * sum(map(cost, methods)) * one
-        + again * sum(map(cost, own(methods))) * one
+        size.count * len(size.temperatures) * sum(map(relative_cost, methods)) * one
+        + again * sum(map(relative_cost, own_methods(methods))) * one
     )
-    learning = LEARNING * len(size.temperatures) * sum(map(cost, LIVINGS)) * one
-    sweep = SWEPT * sum(cost(method) for group in which.groups.values() for method in group) * one
+    learning = (
+        LEARNING_PROMPTS * len(size.temperatures) * sum(map(relative_cost, LIVING_METHODS)) * one
+    )
+    sweep = (
+        SWEEP_PROMPTS
+        * sum(relative_cost(method) for group in which.groups.values() for method in group)
+        * one
+    )
     batched = (
         sum((size.new_tokens * (1 + batch / 16) + 10 * batch) * step for batch in size.batches)
         * 1.5

@@ -17,7 +17,7 @@ from actors.rpc.client import GrpcTarget
 from actors.rpc.common import CALLER_SILENCE_MS
 from actors.rpc.endpoints import Endpoint
 from actors.target import TargetActor
-from bench.core import recorded
+from bench.core import recording_stats
 from bench.core.methods import Cores, Method, Outcome, OutriderMethod
 from bench.core.prompts import Prompt
 from runtime.config import DrafterConfig, Dtype, HeadConfig, Placement, ScheduleConfig, TargetConfig
@@ -30,20 +30,20 @@ from runtime.schedulers.base import Scheduler
 from runtime.scoring.calibration import Calibrations
 from runtime.telemetry.tracing import Recording
 
-NAMES = {
+DRAFTER_NAMES = {
     "model": "draft-0",
     "ngram": "ngram-0",
     "wrong": "wrong-0",
     "layer-skip": "layer-skip-0",
     "s3d": "s3d-0",
 }  # of drafters, by method
-TRIES = 3  # of a run on whose way a drafter is lost
-PATIENCE = 10.0  # seconds until a target has its drafters
-LOOK = 0.01  # seconds between two looks
+MAX_TRIES = 3  # of a run on whose way a drafter is lost
+ATTACH_TIMEOUT_S = 10.0  # seconds until a target has its drafters
+POLL_PERIOD_S = 0.01  # seconds between two looks
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class ModelPair:
     """Folders or names of target and draft, and the numbers of the cores that may be used: `Cores` are places among these.
 
     `heads`: their folders by method, "" for what needs none. `layers`: those that layer-skip keeps; default: every second.
@@ -58,7 +58,7 @@ class Pair:
     layers: tuple[int, ...] = ()
     trained: Mapping[str, str] = field(default_factory=dict)
 
-    def placed(self, cores: Cores) -> Placement:
+    def placement(self, cores: Cores) -> Placement:
         return Placement(cores=tuple(self.cores[place] for place in cores), listen="127.0.0.1")
 
     def target_config(self, cores: Cores) -> TargetConfig:
@@ -70,25 +70,25 @@ class Pair:
             dtype=self.dtype,
             device="cpu",
             heads=heads,
-            placement=self.placed(cores),
+            placement=self.placement(cores),
         )
 
     def drafter_config(self, method: str, cores: Cores) -> DrafterConfig:
         model = self.trained.get(method, "" if method in ("ngram", "layer-skip") else self.draft)
         layers = self.layers if method == "layer-skip" else ()
         named = {
-            "name": NAMES[method],
+            "name": DRAFTER_NAMES[method],
             "method": method,
             "model": model,
             "layers": layers,
             "dtype": self.dtype,
         }
         return DrafterConfig.model_validate(
-            {**named, "device": "cpu", "placement": self.placed(cores)}
+            {**named, "device": "cpu", "placement": self.placement(cores)}
         )
 
 
-def schedule_of(how: OutriderMethod) -> ScheduleConfig:
+def schedule_config(how: OutriderMethod) -> ScheduleConfig:
     return ScheduleConfig.model_validate({"policy": how.schedule, **dict(how.options)})
 
 
@@ -100,7 +100,7 @@ class MethodTarget(TargetActor):
         self.policies: dict[OutriderMethod, Scheduler] = {}
         self.known: dict[tuple[str, ...], Calibrations] = {}
 
-    def become(self, how: OutriderMethod, peers: list[Endpoint]) -> None:
+    def use_method(self, how: OutriderMethod, peers: list[Endpoint]) -> None:
         """From the next request on; to be called when none is under way.
 
         A method that comes back knows what it had learned: a schedule of its own for each, calibrations for each policy with
@@ -108,7 +108,7 @@ class MethodTarget(TargetActor):
         """
         engine = self.target.engine
         if how not in self.policies:
-            self.policies[how] = make_scheduler(schedule_of(how), self.times)
+            self.policies[how] = make_scheduler(schedule_config(how), self.times)
         self.target.schedule(self.policies[how], frozenset(f"{head}-0" for head in how.heads))
         engine.requests.calibrations = self.known.setdefault(
             (how.schedule, *how.drafters, *how.heads), Calibrations()
@@ -126,7 +126,7 @@ class Service(Protocol):
 
 
 @dataclass(slots=True)
-class Answer:
+class TimedAnswer:
     """Of one request: its tokens, and how many of them were there at each moment (`time.perf_counter`)."""
 
     tokens: list[int] = field(default_factory=list)
@@ -134,17 +134,19 @@ class Answer:
     stats: Stats | None = None
 
 
-async def ask(
+async def ask_all(
     service: Service, prompts: Sequence[Tokens], sampling: SamplingParams
-) -> tuple[float, list[Answer]]:
+) -> tuple[float, list[TimedAnswer]]:
     """All prompts at the same time; returns also when that began. Raises Unavailable where one of them ends by an error."""
     requests = [Request(uuid.uuid4().hex, prompt, sampling) for prompt in prompts]
     began = time.perf_counter()
-    return began, list(await asyncio.gather(*(listen(service, request) for request in requests)))
+    return began, list(
+        await asyncio.gather(*(time_answer(service, request) for request in requests))
+    )
 
 
-async def listen(service: Service, request: Request) -> Answer:
-    answer = Answer()
+async def time_answer(service: Service, request: Request) -> TimedAnswer:
+    answer = TimedAnswer()
     async for chunk in service.generate(request):
         if chunk.finish_reason in ("error", "cancelled"):
             raise Unavailable(
@@ -156,7 +158,7 @@ async def listen(service: Service, request: Request) -> Answer:
     return answer
 
 
-def outcome(began: float, answers: Sequence[Answer]) -> Outcome:
+def outcome_of(began: float, answers: Sequence[TimedAnswer]) -> Outcome:
     """Of requests that were made when it `began`; without the figures of the steps."""
     first = max(next(at for at, count in answer.moments if count) for answer in answers)
     return Outcome(
@@ -188,7 +190,7 @@ class OutriderRunner:
         method: Method,
         prompts: Sequence[Prompt],
         sampling: SamplingParams,
-        tries: int = TRIES,
+        tries: int = MAX_TRIES,
     ) -> Outcome:
         """Raises InvalidRequest for a method of others, Unavailable where an actor has ended or a drafter was lost on the way each time."""
         if not isinstance(method.how, OutriderMethod):
@@ -196,13 +198,15 @@ class OutriderRunner:
                 f"method {method.name!r} is transformers': run it with its own runner", "method"
             )
         how, target = method.how, self.targets[method.how.target_cores]
-        drafters = {NAMES[name]: self.drafters[name, how.drafter_cores] for name in how.drafters}
+        drafters = {
+            DRAFTER_NAMES[name]: self.drafters[name, how.drafter_cores] for name in how.drafters
+        }
         with translate_ray_errors():
             peers = [
                 Endpoint(name, ray.get(handle.where.remote()).address, 0)
                 for name, handle in drafters.items()
             ]
-            ray.get(target.become.remote(how, peers))
+            ray.get(target.use_method.remote(how, peers))
             self._await_drafters(target, sorted(drafters))
             actors = [target, *drafters.values()]
             ray.get([actor.trace.remote() for actor in actors])  # what came after the last run
@@ -220,23 +224,23 @@ class OutriderRunner:
                 )
             self.recordings = ray.get([actor.trace.remote() for actor in actors])
             self.learned = ray.get(target.learned.remote())
-        return with_steps(outcome(began, answers), answers, self.recordings)
+        return with_steps(outcome_of(began, answers), answers, self.recordings)
 
     def _await_drafters(self, target: Any, names: list[str]) -> None:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + ATTACH_TIMEOUT_S
         while (attached := sorted(ray.get(target.attached.remote()))) != names:
             if time.monotonic() > deadline:
                 raise Unavailable(
                     f"the target has the drafters {attached} and not {names}: see the message above"
                 )
-            time.sleep(LOOK)
+            time.sleep(POLL_PERIOD_S)
 
     async def _ask(
         self, address: str, prompts: Sequence[Tokens], sampling: SamplingParams
-    ) -> tuple[float, list[Answer]]:
+    ) -> tuple[float, list[TimedAnswer]]:
         if address not in self._services:
             self._services[address] = GrpcTarget(address, silence_ms=CALLER_SILENCE_MS)
-        return await ask(self._services[address], prompts, sampling)
+        return await ask_all(self._services[address], prompts, sampling)
 
     def close(self) -> None:
         """Ends the connections, not the actors."""
@@ -245,16 +249,18 @@ class OutriderRunner:
         self._loop.close()
 
 
-def with_steps(found: Outcome, answers: Sequence[Answer], parts: Sequence[Recording]) -> Outcome:
+def with_steps(
+    found: Outcome, answers: Sequence[TimedAnswer], parts: Sequence[Recording]
+) -> Outcome:
     """With the passes, and the figures of the target's steps where it served one prompt: several share theirs."""
     target, *drafters = parts
     stats = answers[0].stats if len(answers) == 1 else None
-    steps = None if stats is None else recorded.steps(stats, target, drafters)
-    return replace(found, steps=steps, passes=recorded.passes(target, drafters))
+    steps = None if stats is None else recording_stats.recorded_steps(stats, target, drafters)
+    return replace(found, steps=steps, passes=recording_stats.recorded_passes(target, drafters))
 
 
 @contextlib.contextmanager
-def running(pair: Pair, methods: Iterable[Method]) -> Iterator[OutriderRunner]:
+def running_cluster(pair: ModelPair, methods: Iterable[Method]) -> Iterator[OutriderRunner]:
     """A Ray cluster on this machine with the actors that these methods need. All of it ends with the block.
 
     Targets start one by one, before any drafter: each measures its T(n) then, alone on its cores. All of them record, which
@@ -268,13 +274,13 @@ def running(pair: Pair, methods: Iterable[Method]) -> Iterator[OutriderRunner]:
         for cores in wanted_targets:
             config = pair.target_config(cores)
             targets[cores] = actor_class(
-                MethodTarget, name_of("target", cores), config.placement
+                MethodTarget, actor_name("target", cores), config.placement
             ).remote(config, True)
             ray.get(targets[cores].start.remote(), timeout=START_TIMEOUT_S)
         drafters = {}
         for method, cores in wanted_drafters:
             drafter = pair.drafter_config(method, cores)
-            handle = actor_class(DraftActor, name_of(method, cores), drafter.placement).remote(
+            handle = actor_class(DraftActor, actor_name(method, cores), drafter.placement).remote(
                 drafter, pair.target, 0, True
             )
             drafters[method, cores] = handle
@@ -286,5 +292,5 @@ def running(pair: Pair, methods: Iterable[Method]) -> Iterator[OutriderRunner]:
             found.close()
 
 
-def name_of(what: str, cores: Cores) -> str:
+def actor_name(what: str, cores: Cores) -> str:
     return f"bench-{what}-{'-'.join(map(str, cores))}"

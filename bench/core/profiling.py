@@ -11,15 +11,15 @@ from runtime.core.sampling_params import SamplingParams
 
 TARGET_ROWS = (1, 2, 4, 8, 16, 32, 64)
 DRAFT_ROWS = (1, 2, 4, 8, 16, 32)
-TEXTS = 8
+TEXT_COUNT = 8
 REPEATS = 7
-STREAM = (
+BANDWIDTH_NUMBERS = (
     1 << 26
 )  # float32 numbers read at once to find the memory's bandwidth: more than any cache holds
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class ProfileJob:
     target: str
     draft: str
     dtype: str
@@ -27,14 +27,14 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class PairProfile:
+class ProfileResult:
     """`parameters` of target and draft."""
 
     profile: Profile
     parameters: tuple[int, int]
 
 
-def measure(job: Job) -> PairProfile:
+def profile_pair(job: ProfileJob) -> ProfileResult:
     """Stays on its core from then on: to be called in a process of its own (bench/core/subprocess_call.py)."""
     os.sched_setaffinity(0, (job.core,))
     from runtime.models.loader import load_model
@@ -47,13 +47,13 @@ def measure(job: Job) -> PairProfile:
     profile = Profile(
         target=step_times(target, TARGET_ROWS, time.monotonic, REPEATS),
         draft=step_times(draft, DRAFT_ROWS, time.monotonic, REPEATS),
-        floor=size / bandwidth(),
-        text=text_time(target, TEXTS, time.monotonic, REPEATS),
+        floor=size / memory_bandwidth(),
+        text=text_time(target, TEXT_COUNT, time.monotonic, REPEATS),
     )
-    return PairProfile(profile, (target.module.num_parameters(), draft.module.num_parameters()))
+    return ProfileResult(profile, (target.module.num_parameters(), draft.module.num_parameters()))
 
 
-def middle(profiles: Sequence[Profile]) -> Profile:
+def median_profile(profiles: Sequence[Profile]) -> Profile:
     """The medians of what was measured at several times: on a shared machine a core may be twice as fast in one minute as in the next."""
 
     def times(of: Callable[[Profile], dict[int, float]]) -> dict[int, float]:
@@ -77,15 +77,15 @@ def middle(profiles: Sequence[Profile]) -> Profile:
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class AnsweredRuns:
     """`runs` of plain decoding. `seed`: of their first repetition."""
 
-    job: Job
+    job: ProfileJob
     seed: int
     runs: tuple[Run, ...]
 
 
-def acceptance(answered: Answered) -> tuple[Acceptance, ...]:
+def measure_acceptance(answered: AnsweredRuns) -> tuple[Acceptance, ...]:
     """What the draft guesses along these answers, by temperature and batch; a text that was repeated counts once. As `measure`, for a
     process of its own."""
     job, firsts = answered.job, [run for run in answered.runs if run.repetition == 0]
@@ -112,11 +112,11 @@ def acceptance(answered: Answered) -> tuple[Acceptance, ...]:
     return tuple(found)
 
 
-def bandwidth() -> float:
+def memory_bandwidth() -> float:
     """Bytes per second that one core reads from memory, in order."""
     import torch
 
-    numbers = torch.ones(STREAM)
+    numbers = torch.ones(BANDWIDTH_NUMBERS)
     seconds = []
     for _ in range(REPEATS):
         began = time.monotonic()

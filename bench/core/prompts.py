@@ -13,14 +13,14 @@ from runtime.core.errors import InvalidRequest
 from runtime.core.messages import Tokens
 from training import stdlib_corpus
 
-SHORTEST, LONGEST = 64, 256  # tokens of context
-FIELDS = (
+MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS = 64, 256  # tokens of context
+PROMPT_FIELDS = (
     "prompt",
     "question",
     "turns",
     "text",
 )  # where the sets in use keep it: HumanEval, GSM8K, MT-Bench and Spec-Bench, plain text
-LARGEST = 1 << 26  # bytes of a prompt file
+MAX_FILE_BYTES = 1 << 26  # bytes of a prompt file
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +31,19 @@ class Prompt:
     tokens: Tokens
 
 
-def held_out(tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> list[Prompt]:
+def held_out_prompts(tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> list[Prompt]:
     """Excerpts of SHORTEST to LONGEST tokens, of as many different held-out files, that begin and end where a line does.
 
     Files, places and lengths are drawn with `seed` alone. Raises InvalidRequest where there are fewer files than `count`.
     """
     draw = random.Random(seed)
-    names = stdlib_corpus.files(held_out=True)
+    names = stdlib_corpus.library_files(held_out=True)
     draw.shuffle(names)
     found: list[Prompt] = []
     for name in names:
         if len(found) == count:
             break
-        cut = excerpt(tokenizer, stdlib_corpus.read(name), draw)
+        cut = excerpt(tokenizer, stdlib_corpus.read_source(name), draw)
         if cut is not None:
             line, tokens = cut
             found.append(Prompt(f"{name}:{line}", tokens))
@@ -60,7 +60,7 @@ def excerpt(
 ) -> tuple[int, Tokens] | None:
     """Whole lines from a drawn one on, as many as fit into a drawn length; with its number. None for a text too short for that."""
     lines = text.splitlines(keepends=True)
-    most = draw.randint(SHORTEST, LONGEST)
+    most = draw.randint(MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS)
     first = draw.randrange(max(1, len(lines)))
     tokens: Tokens = ()
     for last in range(first + 1, len(lines) + 1):
@@ -68,10 +68,10 @@ def excerpt(
         if len(longer) > most:
             break
         tokens = longer
-    return (first + 1, tokens) if len(tokens) >= SHORTEST else None
+    return (first + 1, tokens) if len(tokens) >= MIN_PROMPT_TOKENS else None
 
 
-def from_file(path: Path) -> dict[str, str]:
+def read_prompts(path: Path) -> dict[str, str]:
     """Texts by name, in the order of the file.
 
     - .jsonl: an object a line, with the prompt under `prompt`, `question`, `turns` (a list: its first) or `text`; or a string a line;
@@ -85,13 +85,13 @@ def from_file(path: Path) -> dict[str, str]:
         files = sorted(
             file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")
         )
-        return some({file.name: read(file) for file in files}, path)
-    text = read(path)
+        return drop_empty({file.name: read_text(file) for file in files}, path)
+    text = read_text(path)
     if path.suffix == ".json":
-        values = parse(text, str(path))
+        values = parse_json(text, str(path))
         if not isinstance(values, list):
             raise InvalidRequest(f"{path} holds no list: give a list of prompts", "prompts")
-        return some(
+        return drop_empty(
             {
                 f"{path.name}:{number}": prompt_of(value, f"{path}, entry {number}")
                 for number, value in enumerate(values, 1)
@@ -100,21 +100,23 @@ def from_file(path: Path) -> dict[str, str]:
         )
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if path.suffix == ".jsonl":
-        return some(
+        return drop_empty(
             {
-                f"{path.name}:{n}": prompt_of(parse(line, f"{path}, line {n}"), f"{path}, line {n}")
+                f"{path.name}:{n}": prompt_of(
+                    parse_json(line, f"{path}, line {n}"), f"{path}, line {n}"
+                )
                 for n, line in lines
             },
             path,
         )
-    return some({f"{path.name}:{number}": line for number, line in lines}, path)
+    return drop_empty({f"{path.name}:{number}": line for number, line in lines}, path)
 
 
-def read(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
-        if path.stat().st_size > LARGEST:
+        if path.stat().st_size > MAX_FILE_BYTES:
             raise InvalidRequest(
-                f"{path} is larger than {LARGEST >> 20} MiB: give a smaller file of prompts",
+                f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB: give a smaller file of prompts",
                 "prompts",
             )
         return path.read_text("utf-8")
@@ -128,7 +130,7 @@ def read(path: Path) -> str:
         ) from error
 
 
-def parse(text: str, where: str) -> Any:
+def parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -139,10 +141,10 @@ def parse(text: str, where: str) -> Any:
 
 def prompt_of(value: object, where: str) -> str:
     if isinstance(value, dict):
-        field = next((field for field in FIELDS if field in value), None)
+        field = next((field for field in PROMPT_FIELDS if field in value), None)
         if field is None:
             raise InvalidRequest(
-                f"{where} has no prompt: name the field {', '.join(FIELDS[:-1])} or {FIELDS[-1]}",
+                f"{where} has no prompt: name the field {', '.join(PROMPT_FIELDS[:-1])} or {PROMPT_FIELDS[-1]}",
                 "prompts",
             )
         value, where = value[field], f"{where}, {field}"
@@ -156,19 +158,21 @@ def prompt_of(value: object, where: str) -> str:
     return value
 
 
-def some(texts: dict[str, str], path: Path) -> dict[str, str]:
+def drop_empty(texts: dict[str, str], path: Path) -> dict[str, str]:
     full = {name: text for name, text in texts.items() if text}
     if not full:
         raise InvalidRequest(f"{path} holds no prompt: give a file of prompts", "prompts")
     return full
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, texts: dict[str, str], most: int) -> list[Prompt]:
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerFast, texts: dict[str, str], most: int
+) -> list[Prompt]:
     """The texts as tokens; of one that is longer than `most` the beginning is cut away, as the output continues its end."""
     return [Prompt(name, tuple(tokenizer.encode(text))[-most:]) for name, text in texts.items()]
 
 
-def pick(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
+def sample_prompts(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
     """`count` of them, drawn with `seed` alone, in the order of the file; all where there are no more."""
     chosen = sorted(random.Random(seed).sample(range(len(prompts)), min(count, len(prompts))))
     return [prompts[index] for index in chosen]

@@ -35,7 +35,7 @@ class PairFacts(StrictModel):
     dtype: str
 
 
-class Settings(StrictModel):
+class RunSettings(StrictModel):
     prompts: str  # where they are from
     count: int
     new_tokens: int
@@ -146,7 +146,7 @@ class Profile(StrictModel):
     text: float | None = None
 
 
-class Tried(StrictModel):
+class SweepResult(StrictModel):
     """A setting that the sweep tried, on prompts that were not measured later; `name` is the method's if it was the best."""
 
     name: str
@@ -168,10 +168,10 @@ class Results(StrictModel):
     name: str
     machine: Machine
     pair: PairFacts
-    settings: Settings
+    settings: RunSettings
     methods: tuple[MethodFacts, ...]
     profile: Profile = Profile()
-    sweep: tuple[Tried, ...] = ()
+    sweep: tuple[SweepResult, ...] = ()
     runs: tuple[Run, ...] = ()
     forecasts: tuple[Forecast, ...] = ()
 
@@ -191,7 +191,7 @@ def steps_of(stats: Stats, lead: float | None = None) -> Steps:
     )
 
 
-def write(results: Results, file: Path) -> None:
+def write_results(results: Results, file: Path) -> None:
     """Replaces the file at once: who reads or interrupts sees the old content or the new."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
@@ -199,7 +199,7 @@ def write(results: Results, file: Path) -> None:
     partial.replace(file)
 
 
-def read(file: Path) -> Results:
+def read_results(file: Path) -> Results:
     try:
         return Results.model_validate_json(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -17,7 +17,7 @@ def call_in_subprocess(function: Callable[[Given], Found], given: Given) -> Foun
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(
-        target=answer, args=(theirs, function, given), name=function.__name__, daemon=True
+        target=serve_call, args=(theirs, function, given), name=function.__name__, daemon=True
     )
     process.start()
     theirs.close()
@@ -36,7 +36,7 @@ def call_in_subprocess(function: Callable[[Given], Found], given: Given) -> Foun
     return found
 
 
-def answer(connection: Connection, function: Callable[[Given], Found], given: Given) -> None:
+def serve_call(connection: Connection, function: Callable[[Given], Found], given: Given) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who ends this process
     try:
         connection.send(function(given))

@@ -20,7 +20,7 @@ from runtime.core.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class WorkerSpec:
     """`cores` are numbers of the machine's cores; there are as many threads. `device` is cpu, cuda or cuda:0, of both models."""
 
     target: Path
@@ -31,7 +31,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class GenerateJob:
     how: TransformersMethod
     prompts: tuple[Tokens, ...]
     sampling: SamplingParams
@@ -40,11 +40,11 @@ class Job:
 class TransformersRunner:
     """A worker process that has loaded the pair; a Runner for methods of transformers. Use it as a context manager."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: WorkerSpec) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
-            target=serve, args=(theirs, place), name="transformers", daemon=True
+            target=serve_jobs, args=(theirs, place), name="transformers", daemon=True
         )
         self._process.start()
         theirs.close()
@@ -64,7 +64,7 @@ class TransformersRunner:
             )
         try:
             self._connection.send(
-                Job(method.how, tuple(prompt.tokens for prompt in prompts), sampling)
+                GenerateJob(method.how, tuple(prompt.tokens for prompt in prompts), sampling)
             )
             outcome: Outcome = self._connection.recv()
         except (EOFError, OSError) as error:
@@ -88,26 +88,26 @@ class TransformersRunner:
         self.close()
 
 
-def serve(connection: Connection, place: Place) -> None:
+def serve_jobs(connection: Connection, place: WorkerSpec) -> None:
     """Answers jobs until the other end closes. An error ends the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who ends this process
     os.sched_setaffinity(0, place.cores)
     import torch
 
     torch.set_num_threads(len(place.cores))
-    pair = Pair(place)
+    pair = LoadedPair(place)
     while True:
         try:
-            job: Job = connection.recv()
+            job: GenerateJob = connection.recv()
         except EOFError:
             return
         connection.send(pair.run(job))
 
 
-class Pair:
+class LoadedPair:
     """Target and assistant in this process."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: WorkerSpec) -> None:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
@@ -120,11 +120,11 @@ class Pair:
         )
         self.usual = copy.deepcopy(self.draft.generation_config)
 
-    def run(self, job: Job) -> Outcome:
+    def run(self, job: GenerateJob) -> Outcome:
         import torch
 
         torch.manual_seed(job.sampling.seed)
-        ids, mask = padded(job.prompts)
+        ids, mask = pad_left(job.prompts)
         first = FirstTokens()
         how = self.arguments(job.how, job.sampling)
         began = time.perf_counter()
@@ -134,7 +134,7 @@ class Pair:
         }
         rows: list[list[int]] = self.target.generate(**given, **how, streamer=first).tolist()
         ended = time.perf_counter()
-        outputs = tuple(upto(row[ids.shape[1] :], self.ends()) for row in rows)
+        outputs = tuple(until_end(row[ids.shape[1] :], self.ends()) for row in rows)
         return Outcome(outputs, ended - began, first.at - began, first.count)
 
     def arguments(self, how: TransformersMethod, sampling: SamplingParams) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class FirstTokens:
         pass
 
 
-def padded(prompts: Sequence[Tokens]) -> tuple[Any, Any]:
+def pad_left(prompts: Sequence[Tokens]) -> tuple[Any, Any]:
     """Token ids and attention mask, int64 (prompts, longest), padded on the left."""
     import torch
 
@@ -190,7 +190,7 @@ def padded(prompts: Sequence[Tokens]) -> tuple[Any, Any]:
     return ids, mask
 
 
-def upto(tokens: Sequence[int], ends: set[int]) -> Tokens:
+def until_end(tokens: Sequence[int], ends: set[int]) -> Tokens:
     """The tokens as far as the first that ends a text, with it: generate() pads what has ended."""
     last = next((index for index, token in enumerate(tokens) if token in ends), len(tokens) - 1)
     return tuple(tokens[: last + 1])

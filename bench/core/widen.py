@@ -31,13 +31,13 @@ from runtime.models.head_checkpoint import target_identity, write_checkpoint
 from runtime.models.loader import DTYPES, load_tokenizer
 
 CACHE = Path(__file__).parents[2] / "build" / "bench"
-SPREAD = 0.02  # standard deviation of the weights that only cost time
-NOISE = 1 << 20  # of them drawn, then repeated: billions would take minutes
-VERSION = 2  # of what `widen` computes; part of the name in the cache
+WEIGHT_STD = 0.02  # standard deviation of the weights that only cost time
+NOISE_COUNT = 1 << 20  # of them drawn, then repeated: billions would take minutes
+WIDEN_VERSION = 2  # of what `widen` computes; part of the name in the cache
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class WideShape:
     """Heads keep the size that they have in the source; without a number there are as many as the hidden size holds."""
 
     hidden: int
@@ -46,7 +46,7 @@ class Shape:
     heads: int | None = None
 
 
-SMALL = Shape(hidden=768, layers=12, ffn=2048)  # 88M parameters for the target that ships
+SMALL_SHAPE = WideShape(hidden=768, layers=12, ffn=2048)  # 88M parameters for the target that ships
 
 
 def head_size(config: LlamaConfig) -> int:
@@ -63,7 +63,7 @@ def widen(
     Raises InvalidRequest where the shape is smaller than the source's anywhere.
     """
     old = source.config
-    check(old, hidden, layers, ffn, heads)
+    check_shape(old, hidden, layers, ffn, heads)
     size, ratio = head_size(old), old.hidden_size / hidden
     group = old.num_attention_heads // old.num_key_value_heads
     changes = {
@@ -86,7 +86,7 @@ def widen(
     model.tie_weights()
     model.generation_config = source.generation_config
     noise = (
-        (torch.randn(NOISE, generator=torch.Generator().manual_seed(seed)) * SPREAD)
+        (torch.randn(NOISE_COUNT, generator=torch.Generator().manual_seed(seed)) * WEIGHT_STD)
         .bfloat16()
         .float()
     )
@@ -100,11 +100,11 @@ def widen(
     }
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            fill(tensor, name, given, ratio, ungroup, noise)
+            fill_weight(tensor, name, given, ratio, ungroup, noise)
     return model
 
 
-def check(old: LlamaConfig, hidden: int, layers: int, ffn: int, heads: int) -> None:
+def check_shape(old: LlamaConfig, hidden: int, layers: int, ffn: int, heads: int) -> None:
     pairs = {
         "hidden": (hidden, old.hidden_size),
         "layers": (layers, old.num_hidden_layers),
@@ -118,7 +118,7 @@ def check(old: LlamaConfig, hidden: int, layers: int, ffn: int, heads: int) -> N
             )
 
 
-def fill(
+def fill_weight(
     tensor: Tensor,
     name: str,
     given: dict[str, Tensor],
@@ -160,7 +160,7 @@ def fill(
         tensor[: source.shape[0]] = source
 
 
-def widened(folder: Path, shape: Shape, dtype: str) -> Path:
+def widen_folder(folder: Path, shape: WideShape, dtype: str) -> Path:
     """The folder, in the cache, of the model in `folder` given this shape: written where it is not there, named by source, shape and dtype.
 
     Raises ModelRefused where the source is no Llama model, InvalidRequest for a shape or dtype that does not fit it.
@@ -169,7 +169,7 @@ def widened(folder: Path, shape: Shape, dtype: str) -> Path:
         raise InvalidRequest(
             f"dtype {dtype!r} is not known: give one of {', '.join(DTYPES)}", "dtype"
         )
-    done = CACHE / name_of(folder, shape, dtype)
+    done = CACHE / cache_name(folder, shape, dtype)
     if done.is_dir():
         return done
     logging.disable_progress_bar()
@@ -189,13 +189,13 @@ def widened(folder: Path, shape: Shape, dtype: str) -> Path:
     return done
 
 
-def widened_small(given: tuple[str, str]) -> Path:
+def widen_to_small(given: tuple[str, str]) -> Path:
     """`widened` to SMALL, by folder and dtype; for bench.core.subprocess_call."""
     folder, dtype = given
-    return widened(Path(folder), SMALL, dtype)
+    return widen_folder(Path(folder), SMALL_SHAPE, dtype)
 
 
-def name_of(folder: Path, shape: Shape, dtype: str) -> str:
+def cache_name(folder: Path, shape: WideShape, dtype: str) -> str:
     """Equal for equal content: a hash of the configuration, the weights and what is made of them."""
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
@@ -205,7 +205,7 @@ def name_of(folder: Path, shape: Shape, dtype: str) -> str:
         ) from error
     if not isinstance(config, dict) or config.get("model_type") != "llama":
         raise ModelRefused(f"{folder} is no Llama model: only that family can be widened")
-    digest = hashlib.sha256(f"{VERSION} {shape} {dtype}".encode())
+    digest = hashlib.sha256(f"{WIDEN_VERSION} {shape} {dtype}".encode())
     files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
     if not any(file.suffix == ".safetensors" for file in files):
         raise ModelRefused(f"{folder} has no safetensors: give the folder of a whole model")
@@ -218,7 +218,7 @@ def name_of(folder: Path, shape: Shape, dtype: str) -> str:
     )
 
 
-def widened_head(folder: Path, target: Path) -> Path:
+def widen_head(folder: Path, target: Path) -> Path:
     """The folder, in the cache, of a trained head or S3D made to fit `target`, which `widened` has made of the target that it was trained
     for: the channels that were added are zero, and stay so. Of an S3D's target, keys have as many heads as queries."""
     config, tensors = (
@@ -226,14 +226,14 @@ def widened_head(folder: Path, target: Path) -> Path:
         load_file(folder / "model.safetensors"),
     )
     shape = AutoConfig.from_pretrained(target)
-    wide = {name: padded(name, tensor, shape) for name, tensor in tensors.items()}
+    wide = {name: pad_tensor(name, tensor, shape) for name, tensor in tensors.items()}
     done = CACHE / f"{folder.name}-{target.name}"
     identity = target_identity(AutoConfig.from_pretrained(target), load_tokenizer(str(target)))
     write_checkpoint(done, config["method"], identity, config["settings"], wide)
     return done
 
 
-def padded(name: str, tensor: Tensor, shape: LlamaConfig) -> Tensor:
+def pad_tensor(name: str, tensor: Tensor, shape: LlamaConfig) -> Tensor:
     """One tensor of something trained, with zeros behind. Of an adapter's pair, (rank, inner) and (outer, rank), the rank stays."""
     heads, ffn = shape.num_attention_heads * head_size(shape), shape.intermediate_size
     reads = {"o_proj": heads, "down_proj": ffn}

@@ -10,18 +10,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bench.chaos.clients import Case, cases
+from bench.chaos.clients import ReferenceCase, build_cases
 from bench.load.disconnects import Disconnects, disconnects
 from bench.load.gateway_overhead import GatewayOverhead, gateway_overhead
 from bench.load.overload import Overload, overload
-from bench.load.served import Site, serving
+from bench.load.served_fleet import ServedFleet, serving
 from bench.reports.grid import Grid
 from runtime.config import Placement, TargetConfig
 from runtime.core.errors import OutriderError
 from runtime.model_paths import bundled_model
 
-CASES, TOKENS = 24, 96
-WARM = 200  # clients
+NUM_CASES, TOKENS_PER_CASE = 24, 96
+WARM_UP_CLIENTS = 200  # clients
 TURNS = 4
 
 
@@ -52,23 +52,23 @@ def main(
     console = Console(highlight=False)
 
     async def loaded(
-        site: Site, known: list[Case]
+        site: ServedFleet, known: list[ReferenceCase]
     ) -> tuple[GatewayOverhead, Overload, Disconnects]:
         console.log("what the gateway adds")
         cost = await gateway_overhead(site, known, streams, rounds)
         console.log("overload")
         crowd = await overload(site, known, places, times, seconds / TURNS, TURNS)
         console.log("clients that leave")
-        return cost, crowd, await disconnects(site, known, clients, WARM, seed)
+        return cost, crowd, await disconnects(site, known, clients, WARM_UP_CLIENTS, seed)
 
     try:
         console.log("answering each request plainly")
         here = Placement(num_cpus=1, threads=1, listen="127.0.0.1")
         known = asyncio.run(
-            cases(
+            build_cases(
                 TargetConfig(model=target, dtype="float32", device="cpu", placement=here),
-                CASES,
-                TOKENS,
+                NUM_CASES,
+                TOKENS_PER_CASE,
                 seed,
             )
         )

@@ -7,17 +7,17 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.chaos.clients import Case
-from bench.chaos.outcome import percentile
-from bench.load.calls import ask, body, connected, encoded
-from bench.load.served import Site, held
+from bench.chaos.chaos_report import percentile
+from bench.chaos.clients import ReferenceCase
+from bench.load.http_client import ask, completion_body, connection, http_request
+from bench.load.served_fleet import ServedFleet, anonymous_memory
 
-GOAL_S, GOAL_BYTES = 1.0, 20 << 20
-AT_ONCE = 8
-LISTEN_S = 0.3  # the longest that a client listens before it leaves
-LOOK_S = 0.005  # between two looks at whether all is freed
-GIVE_UP_S = 30.0
-RESET = b"\1\0\0\0\0\0\0\0"  # for SO_LINGER: a reset in place of a goodbye
+MAX_FREED_S, MAX_GROWTH_BYTES = 1.0, 20 << 20
+GROUP_SIZE = 8
+MAX_LISTEN_S = 0.3  # the longest that a client listens before it leaves
+POLL_PERIOD_S = 0.005  # between two looks at whether all is freed
+FREED_TIMEOUT_S = 30.0
+LINGER_RESET = b"\1\0\0\0\0\0\0\0"  # for SO_LINGER: a reset in place of a goodbye
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Disconnects:
 
     @property
     def met(self) -> bool:
-        return self.right and max(self.freed) <= GOAL_S and self.growth <= GOAL_BYTES
+        return self.right and max(self.freed) <= MAX_FREED_S and self.growth <= MAX_GROWTH_BYTES
 
     def rows(self) -> list[tuple[str, str]]:
         times = ", ".join(
@@ -56,55 +56,61 @@ class Disconnects:
 
 
 async def disconnects(
-    site: Site, cases: Sequence[Case], clients: int, warm: int, seed: int
+    site: ServedFleet, cases: Sequence[ReferenceCase], clients: int, warm: int, seed: int
 ) -> Disconnects:
     """In groups. `warm` clients leave before memory is looked at: by then all code and all caches have been used."""
     draw = random.Random(seed)
-    for _ in range(0, warm, AT_ONCE):
-        await group(site, cases, draw)
-    before = {name: held(pid) for name, pid in site.pids.items()}
-    freed = [await group(site, cases, draw) for _ in range(0, clients, AT_ONCE)]
-    grown = {name: held(pid) - before[name] for name, pid in site.pids.items()}
-    last = await ask(site.port, encoded(body(site.model, cases[0])))
-    return Disconnects(AT_ONCE * len(freed), tuple(freed), grown, last.right(cases[0]))
+    for _ in range(0, warm, GROUP_SIZE):
+        await disconnect_group(site, cases, draw)
+    before = {name: anonymous_memory(pid) for name, pid in site.pids.items()}
+    freed = [await disconnect_group(site, cases, draw) for _ in range(0, clients, GROUP_SIZE)]
+    grown = {name: anonymous_memory(pid) - before[name] for name, pid in site.pids.items()}
+    last = await ask(site.port, http_request(completion_body(site.model, cases[0])))
+    return Disconnects(GROUP_SIZE * len(freed), tuple(freed), grown, last.is_correct(cases[0]))
 
 
-async def group(site: Site, cases: Sequence[Case], draw: random.Random) -> float:
+async def disconnect_group(
+    site: ServedFleet, cases: Sequence[ReferenceCase], draw: random.Random
+) -> float:
     """Clients that leave, all at one time; returns how long it took until they were forgotten."""
-    await asyncio.gather(*(leave(site, draw.choice(cases), draw) for _ in range(AT_ONCE)))
-    return await until_free(site)
+    await asyncio.gather(*(disconnect(site, draw.choice(cases), draw) for _ in range(GROUP_SIZE)))
+    return await wait_until_free(site)
 
 
-async def leave(site: Site, case: Case, draw: random.Random) -> None:
+async def disconnect(site: ServedFleet, case: ReferenceCase, draw: random.Random) -> None:
     """After any part of the request, or after all of it and any part of the answer; by a goodbye or a reset."""
-    data = encoded(body(site.model, case, stream=draw.random() < 0.7, n=draw.choice([1, 1, 3])))
+    data = http_request(
+        completion_body(site.model, case, stream=draw.random() < 0.7, n=draw.choice([1, 1, 3]))
+    )
     sent = data[: draw.choice([len(data), len(data), draw.randrange(len(data))])]
     heard, reset = draw.randrange(4000), draw.random() < 0.5
-    async with connected(site.port) as (reader, writer):
+    async with connection(site.port) as (reader, writer):
         writer.write(sent)
         await writer.drain()
         with contextlib.suppress(TimeoutError, ConnectionError):
-            async with asyncio.timeout(LISTEN_S * draw.random()):
+            async with asyncio.timeout(MAX_LISTEN_S * draw.random()):
                 await reader.read(heard)
         if reset:
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            writer.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET
+            )
 
 
-async def until_free(site: Site) -> float:
+async def wait_until_free(site: ServedFleet) -> float:
     """Seconds until nothing is under way; `GIVE_UP_S` where that does not come."""
     now = asyncio.get_running_loop().time
     began = now()
-    while now() - began < GIVE_UP_S:
+    while now() - began < FREED_TIMEOUT_S:
         report = await asyncio.to_thread(site.report)
-        if not report.live and not report.waiting and not await under_way(site.port):
+        if not report.live and not report.waiting and not await requests_in_flight(site.port):
             return now() - began
-        await asyncio.sleep(LOOK_S)
-    return GIVE_UP_S
+        await asyncio.sleep(POLL_PERIOD_S)
+    return FREED_TIMEOUT_S
 
 
-async def under_way(port: int) -> int:
+async def requests_in_flight(port: int) -> int:
     """Generations of this gateway, by its own metrics."""
-    async with connected(port) as (reader, writer):
+    async with connection(port) as (reader, writer):
         writer.write(b"GET /metrics HTTP/1.1\r\nHost: load\r\nConnection: close\r\n\r\n")
         text = (await reader.read()).decode()
     running = [

@@ -8,13 +8,13 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from actors.rpc.client import GrpcTarget
-from bench.chaos.clients import Case
-from bench.load.calls import ask, body, encoded
-from bench.load.served import Site, computed
+from bench.chaos.clients import ReferenceCase
+from bench.load.http_client import ask, completion_body, http_request
+from bench.load.served_fleet import ServedFleet, cpu_seconds
 from runtime.core.messages import Request
 from runtime.telemetry.reports import TargetReport
 
-GOAL = 0.05
+MAX_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class GatewayOverhead:
 
     @property
     def met(self) -> bool:
-        return not self.wrong and self.share <= GOAL
+        return not self.wrong and self.share <= MAX_SHARE
 
     def rows(self) -> list[tuple[str, str]]:
         times = f"{1e3 * self.direct:.2f} ms, {1e3 * self.through:.2f} ms"
@@ -53,12 +53,12 @@ class GatewayOverhead:
                 "the target's step; processor time of the gateway for a token",
                 f"{1e3 * self.step:.2f} ms; {1e3 * self.gateway:.2f} ms",
             ),
-            (f"added / step (goal: at most {GOAL:.0%})", f"{self.share:.1%}"),
+            (f"added / step (goal: at most {MAX_SHARE:.0%})", f"{self.share:.1%}"),
         ]
 
 
 async def gateway_overhead(
-    site: Site, cases: Sequence[Case], streams: int, rounds: int
+    site: ServedFleet, cases: Sequence[ReferenceCase], streams: int, rounds: int
 ) -> GatewayOverhead:
     """`rounds` of so many streams at one time each way; of all streams the median."""
     asked = [cases[number % len(cases)] for number in range(streams)]
@@ -66,47 +66,55 @@ async def gateway_overhead(
     tokens, spent, wrong = 0, 0.0, 0
     before = await asyncio.to_thread(site.report)
     for _ in range(rounds):
-        direct += await from_target(site, asked)
-        began = computed(site.pids["gateway-0"])
+        direct += await stream_from_target(site, asked)
+        began = cpu_seconds(site.pids["gateway-0"])
         replies = await asyncio.gather(
             *(
-                ask(site.port, encoded(body(site.model, case, speculative={"enabled": False})))
+                ask(
+                    site.port,
+                    http_request(completion_body(site.model, case, speculative={"enabled": False})),
+                )
                 for case in asked
             )
         )
-        spent += computed(site.pids["gateway-0"]) - began
+        spent += cpu_seconds(site.pids["gateway-0"]) - began
         tokens += sum(len(case.expected.tokens) for case in asked)
-        wrong += sum(not reply.right(case) for reply, case in zip(replies, asked, strict=True))
-        through += [between(reply.came, case) for reply, case in zip(replies, asked, strict=True)]
-    step = step_of(before, await asyncio.to_thread(site.report))
+        wrong += sum(not reply.is_correct(case) for reply, case in zip(replies, asked, strict=True))
+        through += [
+            inter_token_time(reply.piece_times, case)
+            for reply, case in zip(replies, asked, strict=True)
+        ]
+    step = mean_step(before, await asyncio.to_thread(site.report))
     return GatewayOverhead(
         streams, step, statistics.median(direct), statistics.median(through), spent / tokens, wrong
     )
 
 
-async def from_target(site: Site, asked: Sequence[Case]) -> list[float]:
+async def stream_from_target(site: ServedFleet, asked: Sequence[ReferenceCase]) -> list[float]:
     target = GrpcTarget(site.target)
     try:
-        return await asyncio.gather(*(timed(target, case) for case in asked))
+        return await asyncio.gather(*(time_stream(target, case) for case in asked))
     finally:
         await target.close()
 
 
-async def timed(target: GrpcTarget, case: Case) -> float:
-    now, came = asyncio.get_running_loop().time, list[float]()
+async def time_stream(target: GrpcTarget, case: ReferenceCase) -> float:
+    now, piece_times = asyncio.get_running_loop().time, list[float]()
     async with aclosing(
         target.generate(Request(uuid.uuid4().hex, case.prompt, case.sampling, speculation=False))
     ) as chunks:
         async for _ in chunks:
-            came.append(now())
-    return between(came, case)
+            piece_times.append(now())
+    return inter_token_time(piece_times, case)
 
 
-def between(came: Sequence[float], case: Case) -> float:
+def inter_token_time(piece_times: Sequence[float], case: ReferenceCase) -> float:
     """Seconds from token to token."""
-    return (came[-1] - came[0]) / (len(case.expected.tokens) - 1) if came else 0.0
+    return (
+        (piece_times[-1] - piece_times[0]) / (len(case.expected.tokens) - 1) if piece_times else 0.0
+    )
 
 
-def step_of(before: TargetReport, after: TargetReport) -> float:
+def mean_step(before: TargetReport, after: TargetReport) -> float:
     spent = [report.computed + report.waited + report.bookkeeping for report in (before, after)]
     return (spent[1] - spent[0]) / (after.steps - before.steps)

@@ -6,15 +6,15 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from bench.chaos.clients import Case
-from bench.chaos.outcome import percentile
-from bench.load.calls import Reply, ask, body, encoded
-from bench.load.gateway_overhead import between
-from bench.load.served import Site
+from bench.chaos.chaos_report import percentile
+from bench.chaos.clients import ReferenceCase
+from bench.load.gateway_overhead import inter_token_time
+from bench.load.http_client import Reply, ask, completion_body, http_request
+from bench.load.served_fleet import ServedFleet
 
-GOAL_S = 0.05
-SLOWER = 1.25  # times the pace of a gateway that is just full: more would be harm
-FULL = 503
+MAX_REFUSAL_S = 0.05
+MAX_SLOWDOWN = 1.25  # times the pace of a gateway that is just full: more would be harm
+AT_CAPACITY = 503
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ class Overload:
         return (
             not self.wrong
             and bool(self.refused)
-            and percentile(self.refused, 99) <= GOAL_S
-            and self.stormy <= SLOWER * self.calm
+            and percentile(self.refused, 99) <= MAX_REFUSAL_S
+            and self.stormy <= MAX_SLOWDOWN * self.calm
         )
 
     def rows(self) -> list[tuple[str, str]]:
@@ -56,71 +56,95 @@ class Overload:
                 f"{self.offered:.0f}; {self.admitted}, {len(self.refused)}",
             ),
             ("admitted or refused wrongly", str(self.wrong)),
-            (f"refusals: p50, p99, longest (goal: p99 at most {1e3 * GOAL_S:.0f} ms)", waits),
             (
-                f"token to token of those admitted: just full, overload (goal: at most {SLOWER:g} times)",
+                f"refusals: p50, p99, longest (goal: p99 at most {1e3 * MAX_REFUSAL_S:.0f} ms)",
+                waits,
+            ),
+            (
+                f"token to token of those admitted: just full, overload (goal: at most {MAX_SLOWDOWN:g} times)",
                 f"{1e3 * self.calm:.2f} ms, {1e3 * self.stormy:.2f} ms",
             ),
         ]
 
 
 async def overload(
-    site: Site, cases: Sequence[Case], places: int, times: float, seconds: float, turns: int
+    site: ServedFleet,
+    cases: Sequence[ReferenceCase],
+    places: int,
+    times: float,
+    seconds: float,
+    turns: int,
 ) -> Overload:
     """In turns, each for so many seconds: as many clients as there are places, each asking again when it is answered; then requests at
     `times` that rate, whoever has been answered."""
     numbers, offered = itertools.count(), list[float]()
-    calm, stormy = Answered(), Answered()
+    calm, stormy = Exchanges(), Exchanges()
     for _ in range(turns):
-        found = await full(site, cases, places, seconds, numbers)
+        found = await run_at_capacity(site, cases, places, seconds, numbers)
         offered.append(times * len(found) / seconds)
         calm += found
-        stormy += await flood(site, cases, offered[-1], seconds, numbers)
-    served = [(reply, case) for reply, case in stormy if reply.status != FULL]
+        stormy += await run_at_rate(site, cases, offered[-1], seconds, numbers)
+    served = [(reply, case) for reply, case in stormy if reply.status != AT_CAPACITY]
     return Overload(
         times=times,
         offered=statistics.mean(offered),
         admitted=len(served),
-        refused=tuple(reply.over - reply.sent for reply, _ in stormy if reply.status == FULL),
-        calm=pace(calm),
-        stormy=pace(served),
-        wrong=sum(not reply.right(case) for reply, case in (*calm, *served)),
+        refused=tuple(
+            reply.ended - reply.sent for reply, _ in stormy if reply.status == AT_CAPACITY
+        ),
+        calm=median_inter_token_time(calm),
+        stormy=median_inter_token_time(served),
+        wrong=sum(not reply.is_correct(case) for reply, case in (*calm, *served)),
     )
 
 
-Answered = list[tuple[Reply, Case]]
+Exchanges = list[tuple[Reply, ReferenceCase]]
 
 
-async def full(
-    site: Site, cases: Sequence[Case], places: int, seconds: float, numbers: Iterator[int]
-) -> Answered:
-    now, found = asyncio.get_running_loop().time, Answered()
+async def run_at_capacity(
+    site: ServedFleet,
+    cases: Sequence[ReferenceCase],
+    places: int,
+    seconds: float,
+    numbers: Iterator[int],
+) -> Exchanges:
+    now, found = asyncio.get_running_loop().time, Exchanges()
     until = now() + seconds
 
     async def client() -> None:
         while now() < until:
-            found.append(await once(site, cases, next(numbers)))
+            found.append(await exchange(site, cases, next(numbers)))
 
     await asyncio.gather(*(client() for _ in range(places)))
     return found
 
 
-async def flood(
-    site: Site, cases: Sequence[Case], rate: float, seconds: float, numbers: Iterator[int]
-) -> Answered:
-    asking = list[asyncio.Task[tuple[Reply, Case]]]()
+async def run_at_rate(
+    site: ServedFleet,
+    cases: Sequence[ReferenceCase],
+    rate: float,
+    seconds: float,
+    numbers: Iterator[int],
+) -> Exchanges:
+    asking = list[asyncio.Task[tuple[Reply, ReferenceCase]]]()
     async with asyncio.TaskGroup() as group:
         for _ in range(round(rate * seconds)):
-            asking.append(group.create_task(once(site, cases, next(numbers))))
+            asking.append(group.create_task(exchange(site, cases, next(numbers))))
             await asyncio.sleep(1 / rate)
     return [task.result() for task in asking]
 
 
-async def once(site: Site, cases: Sequence[Case], number: int) -> tuple[Reply, Case]:
+async def exchange(
+    site: ServedFleet, cases: Sequence[ReferenceCase], number: int
+) -> tuple[Reply, ReferenceCase]:
     case = cases[number % len(cases)]
-    return await ask(site.port, encoded(body(site.model, case))), case
+    return await ask(site.port, http_request(completion_body(site.model, case))), case
 
 
-def pace(served: Answered) -> float:
+def median_inter_token_time(served: Exchanges) -> float:
     """Seconds from token to token: the median of all streams."""
-    return statistics.median(between(reply.came, case) for reply, case in served) if served else 0.0
+    return (
+        statistics.median(inter_token_time(reply.piece_times, case) for reply, case in served)
+        if served
+        else 0.0
+    )

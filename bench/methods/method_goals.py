@@ -3,46 +3,52 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from bench.methods.method_stats import MethodStats, ratio
+from bench.methods.method_stats import MethodStats, median_ratio
 from bench.reports.grid import Grid
 
 MODEL = "model"
-BESIDE = f"{MODEL} + "
+WITH_MODEL = f"{MODEL} + "
 
-Rows = Mapping[str, MethodStats]  # what was measured of one target at one temperature, by method
+StatsByMethod = Mapping[
+    str, MethodStats
+]  # what was measured of one target at one temperature, by method
 
 
 @dataclass(frozen=True, slots=True)
-class Goal:
+class MethodGoal:
     """`find` is None where it was not measured. Met at or above `least`; above it alone where `more`."""
 
     what: str
-    least: float
-    find: Callable[[Rows], float | None]
-    more: bool = False
+    threshold: float
+    find: Callable[[StatsByMethod], float | None]
+    is_strict: bool = False
 
     def met(self, value: float) -> bool:
-        return value > self.least if self.more else value >= self.least
+        return value > self.threshold if self.is_strict else value >= self.threshold
 
 
-def beside(*others: str) -> Callable[[Rows], float | None]:
+def gain_with_model(*others: str) -> Callable[[StatsByMethod], float | None]:
     """The best of these combinations with the model against the model alone; all that there are if none is named."""
 
-    def find(rows: Rows) -> float | None:
-        names = [BESIDE + name for name in others] or [
-            name for name in rows if name.startswith(BESIDE)
+    def find(rows: StatsByMethod) -> float | None:
+        names = [WITH_MODEL + name for name in others] or [
+            name for name in rows if name.startswith(WITH_MODEL)
         ]
-        found = [ratio(rows[name], rows[MODEL]) for name in names if name in rows and MODEL in rows]
+        found = [
+            median_ratio(rows[name], rows[MODEL])
+            for name in names
+            if name in rows and MODEL in rows
+        ]
         return max(found, default=None)
 
     return find
 
 
-def tokens_per_step(name: str) -> Callable[[Rows], float | None]:
+def tokens_per_step(name: str) -> Callable[[StatsByMethod], float | None]:
     return lambda rows: rows[name].tokens_per_step if name in rows else None
 
 
-def above(name: str, other: str) -> Callable[[Rows], float | None]:
+def token_gain(name: str, other: str) -> Callable[[StatsByMethod], float | None]:
     """Tokens per step of the one less those of the other."""
     return lambda rows: (
         rows[name].tokens_per_step - rows[other].tokens_per_step
@@ -51,30 +57,32 @@ def above(name: str, other: str) -> Callable[[Rows], float | None]:
     )
 
 
-GOALS = (
-    Goal("model + token-recycling / model", 0.98, beside("token-recycling")),
-    Goal("best combination with the model / model", 1.10, beside()),
-    Goal("hidden-transfer: tokens per step alone", 1.4, tokens_per_step("hidden-transfer")),
-    Goal("s3d: tokens per step alone", 1.4, tokens_per_step("s3d")),
-    Goal(
+METHOD_GOALS = (
+    MethodGoal("model + token-recycling / model", 0.98, gain_with_model("token-recycling")),
+    MethodGoal("best combination with the model / model", 1.10, gain_with_model()),
+    MethodGoal("hidden-transfer: tokens per step alone", 1.4, tokens_per_step("hidden-transfer")),
+    MethodGoal("s3d: tokens per step alone", 1.4, tokens_per_step("s3d")),
+    MethodGoal(
         "hidden-transfer: tokens per step more than medusa",
         0.0,
-        above("hidden-transfer", "medusa"),
-        more=True,
+        token_gain("hidden-transfer", "medusa"),
+        is_strict=True,
     ),
 )
 
 
-def verdicts(by_temperature: Mapping[float, Rows]) -> Grid:
+def goals_grid(by_temperature: Mapping[float, StatsByMethod]) -> Grid:
     """A line for each goal, a column for each temperature."""
     lines = []
-    for goal in GOALS:
+    for goal in METHOD_GOALS:
         values = (goal.find(rows) for rows in by_temperature.values())
         cells = (
             "-" if value is None else f"{value:.2f}, {'met' if goal.met(value) else 'missed'}"
             for value in values
         )
-        lines.append((goal.what, f"{'above' if goal.more else 'at least'} {goal.least:g}", *cells))
+        lines.append(
+            (goal.what, f"{'above' if goal.is_strict else 'at least'} {goal.threshold:g}", *cells)
+        )
     return Grid(
         "goals", ("goal", "wanted", *(f"temperature {at:g}" for at in by_temperature)), tuple(lines)
     )

@@ -54,7 +54,7 @@ class MethodStats:
         )
 
 
-def add(
+def add_run(
     one: MethodStats,
     prompt: str,
     outcome: Outcome,
@@ -76,8 +76,8 @@ def add(
     )  # of decoding: the first step is not in them
     one.tokens += sum(map(len, outcome.outputs))
     one.steps += steps.rounds
-    one.accepted = summed(one.accepted, steps.by_drafter)
-    one.nodes = summed(one.nodes, nodes)
+    one.accepted = sum_counts(one.accepted, steps.by_drafter)
+    one.nodes = sum_counts(one.nodes, nodes)
     for part in recordings:
         for event in part.events:
             if isinstance(event, Span) and event.name == STEP and event.figures.get("leaves", 1):
@@ -85,14 +85,14 @@ def add(
                     one.seconds.get(event.lane, 0.0) + event.ended - event.began
                 )
                 one.passes[event.lane] = one.passes.get(event.lane, 0) + 1
-    one.acceptance = by_rank(learned.get(f"{one.temperature:.1f}", {}))
+    one.acceptance = acceptance_by_rank(learned.get(f"{one.temperature:.1f}", {}))
 
 
-def summed(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+def sum_counts(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
     return dict(Counter(one) + Counter(other))
 
 
-def by_rank(band: Mapping[str, Any]) -> dict[str, list[float]]:
+def acceptance_by_rank(band: Mapping[str, Any]) -> dict[str, list[float]]:
     """How often a guess was right once its parent was, for the first ranks of each kind of who guessed."""
     found = {}
     for who, (tries, hits) in band.get("tables", {}).items():
@@ -101,7 +101,7 @@ def by_rank(band: Mapping[str, Any]) -> dict[str, list[float]]:
     return found
 
 
-def ratio(above: MethodStats, below: MethodStats) -> float:
+def median_ratio(above: MethodStats, below: MethodStats) -> float:
     """How many times as fast: the median over the prompts of both."""
     return statistics.median(
         above.rates[prompt] / below.rates[prompt]
@@ -109,7 +109,7 @@ def ratio(above: MethodStats, below: MethodStats) -> float:
     )
 
 
-def extra(one: MethodStats, plain: MethodStats) -> float:
+def extra_step_ms(one: MethodStats, plain: MethodStats) -> float:
     """Milliseconds that a step takes beyond one of plain decoding: the median over the prompts of both."""
     return statistics.median(
         one.times[prompt] - plain.times[prompt] for prompt in one.times.keys() & plain.times.keys()

@@ -8,8 +8,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from bench.core.results import Machine
-from bench.methods.method_goals import BESIDE, MODEL, verdicts
-from bench.methods.method_stats import FIRST_RANKS, MethodStats, extra, ratio
+from bench.methods.method_goals import MODEL, WITH_MODEL, goals_grid
+from bench.methods.method_stats import FIRST_RANKS, MethodStats, extra_step_ms, median_ratio
 from bench.methods.papers import PAPERS
 from bench.methods.weights import Cost
 from bench.reports.grid import Grid
@@ -42,12 +42,12 @@ class Study:
         return {at: self.at(at) for at in self.temperatures}
 
 
-def methods(study: Study, temperature: float) -> Grid:
+def methods_grid(study: Study, temperature: float) -> Grid:
     """A line for each way to guess: by itself, and beside the draft model."""
     rows = study.at(temperature)
     lines = []
     for name, cost in study.costs.items():
-        one, both = rows.get(name), rows.get(BESIDE + name)
+        one, both = rows.get(name), rows.get(WITH_MODEL + name)
         if one is None:
             continue
         kind = "draft" if name == MODEL else name
@@ -58,12 +58,12 @@ def methods(study: Study, temperature: float) -> Grid:
                 *(f"{share:.2f}" for share in shares),
                 *("-" for _ in range(FIRST_RANKS - len(shares))),
                 f"{one.tokens_per_step:.2f}",
-                number(one.per_node(f"{kind}-0"), 3),
-                f"{extra(one, rows[PLAIN]):+.1f}",
+                format_number(one.per_node(f"{kind}-0"), 3),
+                f"{extra_step_ms(one, rows[PLAIN]):+.1f}",
                 f"{one.speed:.1f}",
-                f"{ratio(one, rows[PLAIN]):.2f}",
+                f"{median_ratio(one, rows[PLAIN]):.2f}",
                 f"{both.speed:.1f}" if both else "-",
-                f"{ratio(both, rows[MODEL]):.2f}" if both and MODEL in rows else "-",
+                f"{median_ratio(both, rows[MODEL]):.2f}" if both and MODEL in rows else "-",
                 f"{cost.keeps / 1e6:.2f}",
                 cost.training,
             )
@@ -88,17 +88,17 @@ def methods(study: Study, temperature: float) -> Grid:
     )
 
 
-def runs(study: Study, temperature: float) -> Grid:
+def runs_grid(study: Study, temperature: float) -> Grid:
     """A line for all that was run."""
     rows = study.at(temperature)
     lines = [
         (
             one.name,
             f"{one.speed:.1f}",
-            f"{ratio(one, rows[PLAIN]):.2f}",
-            f"{ratio(one, rows[MODEL]):.2f}" if MODEL in rows else "-",
+            f"{median_ratio(one, rows[PLAIN]):.2f}",
+            f"{median_ratio(one, rows[MODEL]):.2f}" if MODEL in rows else "-",
             f"{one.tokens_per_step:.2f}",
-            f"{extra(one, rows[PLAIN]):+.1f}",
+            f"{extra_step_ms(one, rows[PLAIN]):+.1f}",
             ", ".join(f"{who} {count}" for who, count in sorted(one.accepted.items()) if who)
             or "-",
             ", ".join(
@@ -129,21 +129,21 @@ def runs(study: Study, temperature: float) -> Grid:
     )
 
 
-def papers(study: Study) -> Grid:
+def papers_grid(study: Study) -> Grid:
     """What each paper reports beside what was measured at the lowest temperature."""
     rows = study.at(min(study.temperatures, default=0.0))
     lines = []
     for paper in PAPERS:
         one = rows.get(paper.method)
-        ours = ratio(one, rows[PLAIN]) if one else None
-        reached = ours is not None and paper.least is not None and ours >= paper.least
+        ours = median_ratio(one, rows[PLAIN]) if one else None
+        reached = ours is not None and paper.min_speed_up is not None and ours >= paper.min_speed_up
         figure = f"{ours:.2f} x" if ours is not None else "-"
         lines.append(
             (
                 paper.method,
                 f"{paper.title}, {paper.source}",
                 paper.reported,
-                paper.where,
+                paper.setup,
                 figure,
                 "-" if reached else paper.difference,
             )
@@ -152,11 +152,11 @@ def papers(study: Study) -> Grid:
     return Grid("papers", columns, tuple(lines), columns)
 
 
-def number(value: float | None, digits: int) -> str:
+def format_number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-WORDS = (
+LEGEND = (
     "*right, 1.*: how often the first guess was right once its parent was; *2.* the second, and so on. *ms/node*: of the guesser's own "
     "time, for each node that was new to the target's tree. *extra ms/step*: what a step of the target (its pass and its bookkeeping) "
     "takes beyond one of plain decoding. *x plain*, *x model*: times as fast as plain decoding, and as the draft model alone; medians over "
@@ -164,38 +164,38 @@ WORDS = (
     "head's time in a step, a drafter's pass. What its guesses are worth each method has learned from other prompts."
 )
 
-CHOSEN = (
+TREE_NOTE = (
     "Tokens per step are those of the trees that the living schedule chose to be fast, smaller where rows are dear; what heads reach with "
     "the same tree, whatever it costs, `python -m experiments.same_tree` counts ([same-tree.md](same-tree.md))."
 )
 
 
-def page(studies: Sequence[Study], machine: Machine, picture: str) -> str:
+def methods_page(studies: Sequence[Study], machine: Machine, picture: str) -> str:
     parts = [
         "# Ways to guess",
-        f"{machine.processor}, {machine.date}: the target on one core, drafters on another (`make bench-methods`). {WORDS}",
+        f"{machine.processor}, {machine.date}: the target on one core, drafters on another (`make bench-methods`). {LEGEND}",
         f"![tokens per second by method]({picture})",
     ]
     for study in studies:
         parts += [f"## {study.name}", study.about]
         for temperature in study.temperatures:
-            for grid in (methods(study, temperature), runs(study, temperature)):
+            for grid in (methods_grid(study, temperature), runs_grid(study, temperature)):
                 parts += [f"**{grid.title}**", grid.markdown()]
     if studies:
         parts += [
             "## Goals",
-            f"On {studies[0].name}. {CHOSEN}",
-            verdicts(studies[0].by_temperature).markdown(),
+            f"On {studies[0].name}. {TREE_NOTE}",
+            goals_grid(studies[0].by_temperature).markdown(),
         ]
         parts += [
             "## What the papers report",
             f"*Here*: on {studies[0].name}, at temperature 0.",
-            papers(studies[0]).markdown(),
+            papers_grid(studies[0]).markdown(),
         ]
     return "\n\n".join(parts) + "\n"
 
 
-def draw(study: Study, file: Path) -> None:
+def draw_methods(study: Study, file: Path) -> None:
     """Tokens per second by method, a panel for each temperature."""
     with mpl.rc_context(STYLE):
         names = list(study.at(study.temperatures[0]))
@@ -205,14 +205,14 @@ def draw(study: Study, file: Path) -> None:
             rows = study.at(temperature)
             shown = sorted(rows.values(), key=lambda one: one.speed)
             for place, one in enumerate(shown):
-                axis.barh(place, one.speed, color=tint(one.name), height=0.72)
+                axis.barh(place, one.speed, color=bar_colour(one.name), height=0.72)
                 axis.plot(
                     [min(one.rates.values()), max(one.rates.values())],
                     [place, place],
                     color="#1c2126",
                     linewidth=1.1,
                 )
-                label = f"{one.speed:.0f}   {ratio(one, rows[PLAIN]):.2f} x plain"
+                label = f"{one.speed:.0f}   {median_ratio(one, rows[PLAIN]):.2f} x plain"
                 axis.text(max(one.rates.values()) * 1.01, place, label, va="center", fontsize=8.5)
             axis.set_yticks(range(len(shown)), [one.name for one in shown])
             axis.set(
@@ -227,6 +227,6 @@ def draw(study: Study, file: Path) -> None:
         figure.savefig(file, dpi=DPI)
 
 
-def tint(name: str) -> str:
+def bar_colour(name: str) -> str:
     """Of what is alone, of what is beside the model, of plain decoding."""
-    return OTHERS if name == PLAIN else LIVING if name.startswith(BESIDE) else OURS
+    return OTHERS if name == PLAIN else LIVING if name.startswith(WITH_MODEL) else OURS

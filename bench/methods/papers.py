@@ -11,9 +11,9 @@ class Paper:
     method: str
     title: str
     source: str
-    least: float | None
+    min_speed_up: float | None
     reported: str
-    where: str
+    setup: str
     difference: str
 
 

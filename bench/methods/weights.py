@@ -5,7 +5,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
-LAYERS = "model.layers."
+LAYER_PREFIX = "model.layers."
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,18 +16,18 @@ class Cost:
     training: str
 
 
-def parameters(folder: Path, layers: Container[int] | None = None) -> int:
+def count_parameters(folder: Path, layers: Container[int] | None = None) -> int:
     """Numbers in the weights of a folder; with `layers` only in these layers of a Llama model, and in what lies outside of its layers."""
     count = 0
     for file in sorted(folder.glob("*.safetensors")):
-        for name, size in sizes(file).items():
-            number = name.removeprefix(LAYERS).partition(".")[0]
-            if layers is None or not name.startswith(LAYERS) or int(number) in layers:
+        for name, size in tensor_sizes(file).items():
+            number = name.removeprefix(LAYER_PREFIX).partition(".")[0]
+            if layers is None or not name.startswith(LAYER_PREFIX) or int(number) in layers:
                 count += size
     return count
 
 
-def sizes(file: Path) -> dict[str, int]:
+def tensor_sizes(file: Path) -> dict[str, int]:
     """Numbers in each tensor, from the head of the file alone."""
     with file.open("rb") as stream:
         head = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
@@ -41,7 +41,7 @@ def sizes(file: Path) -> dict[str, int]:
     return found
 
 
-def line_of(card: Path, name: str, column: int = 1) -> str:
+def card_value(card: Path, name: str, column: int = 1) -> str:
     """What a card's table says of `name`; nothing where there is no card."""
     lines = card.read_text("utf-8").splitlines() if card.is_file() else []
     return next(
@@ -50,10 +50,10 @@ def line_of(card: Path, name: str, column: int = 1) -> str:
     )
 
 
-def training_of(folder: Path) -> str:
+def training_cost(folder: Path) -> str:
     """Steps and time, as the card of a training says."""
     steps, time = (
-        line_of(folder / "README.md", "steps"),
-        line_of(folder / "README.md", "time of the last run"),
+        card_value(folder / "README.md", "steps"),
+        card_value(folder / "README.md", "time of the last run"),
     )
     return f"{steps}; {time}" if steps else "not known"

@@ -3,7 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bench.core.compare import fastest, misses, ratio, reached, rivals, shares
+from bench.core.compare import (
+    bound_share,
+    fastest_method,
+    forecasts_and_measured,
+    speed_ratio,
+    time_shares,
+    transformers_methods,
+)
 from bench.core.results import Results
 
 
@@ -14,11 +21,11 @@ class Goal:
     what: str
     limit: float
     find: Callable[[Results], float | None]
-    most: bool = False
+    at_most: bool = False
     percent: bool = False
 
     def met(self, value: float) -> bool:
-        return value <= self.limit if self.most else value >= self.limit
+        return value <= self.limit if self.at_most else value >= self.limit
 
     def show(self, value: float) -> str:
         return f"{value:.0%}" if self.percent else f"{value:.2f}"
@@ -28,21 +35,21 @@ def times(
     above: str, below: str, temperature: float = 0.0, batch: int = 1
 ) -> Callable[[Results], float | None]:
     def find(results: Results) -> float | None:
-        found = ratio(results, above, below, temperature, batch)
+        found = speed_ratio(results, above, below, temperature, batch)
         return found.median if found else None
 
     return find
 
 
 def over_the_best_rival(results: Results) -> float | None:
-    best = fastest(results, rivals(results))
-    found = ratio(results, "living", best) if best else None
+    best = fastest_method(results, transformers_methods(results))
+    found = speed_ratio(results, "living", best) if best else None
     return found.median if found else None
 
 
 def share(part: str) -> Callable[[Results], float | None]:
     def find(results: Results) -> float | None:
-        found = shares(results, "living")
+        found = time_shares(results, "living")
         return found[part] if found else None
 
     return find
@@ -50,7 +57,10 @@ def share(part: str) -> Callable[[Results], float | None]:
 
 def worst_forecast(results: Results) -> float | None:
     return max(
-        (abs(expected / measured - 1) for expected, measured in misses(results).values()),
+        (
+            abs(expected / measured - 1)
+            for expected, measured in forecasts_and_measured(results).values()
+        ),
         default=None,
     )
 
@@ -74,10 +84,13 @@ GOALS = (
     Goal("living / plain", 2.8, times("living", "plain")),
     Goal("living / plain at temperature 0.8", 2.4, times("living", "plain", 0.8)),
     Goal("target's time: compute", 0.85, share("compute"), percent=True),
-    Goal("target's time: wait", 0.12, share("wait"), most=True, percent=True),
-    Goal("target's time: bookkeeping", 0.03, share("bookkeeping"), most=True, percent=True),
+    Goal("target's time: wait", 0.12, share("wait"), at_most=True, percent=True),
+    Goal("target's time: bookkeeping", 0.03, share("bookkeeping"), at_most=True, percent=True),
     Goal(
-        "share of the bound reached", 0.8, lambda results: reached(results, "living"), percent=True
+        "share of the bound reached",
+        0.8,
+        lambda results: bound_share(results, "living"),
+        percent=True,
     ),
     Goal("living / plain, batch 8", 1.3, times("living", "plain", batch=8)),
     Goal("living / plain, batch 16", 0.98, times("living", "plain", batch=16)),
@@ -91,7 +104,7 @@ GOALS = (
         "planner's worst forecast against measurement",
         0.15,
         worst_forecast,
-        most=True,
+        at_most=True,
         percent=True,
     ),
 )
@@ -104,7 +117,7 @@ class Finding:
 
     @property
     def wanted(self) -> str:
-        return f"at {'most' if self.goal.most else 'least'} {self.goal.show(self.goal.limit)}"
+        return f"at {'most' if self.goal.at_most else 'least'} {self.goal.show(self.goal.limit)}"
 
     @property
     def measured(self) -> str:

@@ -13,7 +13,12 @@ from bench.core import compare
 from bench.core.results import MethodFacts, Results
 
 LIVING, OURS, OTHERS, INK = "#0b6e6e", "#7fc0b8", "#b9bec5", "#3b4148"
-PARTS = {"compute": "#0b6e6e", "wait": "#f2b544", "bookkeeping": "#d1603d", "rest": "#e4e6e9"}
+TIME_COLOURS = {
+    "compute": "#0b6e6e",
+    "wait": "#f2b544",
+    "bookkeeping": "#d1603d",
+    "rest": "#e4e6e9",
+}
 STYLE: Any = {
     "font.size": 9.5,
     "axes.spines.top": False,
@@ -34,9 +39,14 @@ STYLE: Any = {
 DPI = 130
 
 
-def draw(results: Results, folder: Path) -> dict[str, Path]:
+def draw_pictures(results: Results, folder: Path) -> dict[str, Path]:
     """Writes NAME-speed.png and so on for what was measured; returns the files by what they show."""
-    pictures = {"speed": speed, "steps": steps, "time": time_shares, "batches": batches}
+    pictures = {
+        "speed": speed_figure,
+        "steps": steps_figure,
+        "time": time_figure,
+        "batches": batches_figure,
+    }
     found: dict[str, Path] = {}
     with mpl.rc_context(STYLE):
         for what, picture in pictures.items():
@@ -47,18 +57,18 @@ def draw(results: Results, folder: Path) -> dict[str, Path]:
     return found
 
 
-def colour(facts: MethodFacts) -> str:
+def method_colour(facts: MethodFacts) -> str:
     if facts.name in ("living", "living + ngram"):
         return LIVING
     return OURS if facts.who == "ours" else OTHERS
 
 
-def speed(results: Results) -> Figure | None:
+def speed_figure(results: Results) -> Figure | None:
     """Bars by method, a panel for each temperature, whiskers from quartile to quartile over prompts."""
     temperatures = [
         t
         for t in compare.temperatures(results)
-        if any(compare.speed(results, facts.name, t) for facts in results.methods)
+        if any(compare.decode_speed(results, facts.name, t) for facts in results.methods)
     ]
     if not temperatures:
         return None
@@ -66,7 +76,7 @@ def speed(results: Results) -> Figure | None:
     figure = Figure(figsize=(6.6 * len(temperatures), height))
     axes = figure.subplots(1, len(temperatures), squeeze=False)
     for axis, temperature in zip(axes[0], temperatures, strict=True):
-        bars(axis, results, temperature)
+        speed_bars(axis, results, temperature)
     legend = [
         Patch(color=tint, label=name)
         for name, tint in (
@@ -80,16 +90,16 @@ def speed(results: Results) -> Figure | None:
     return figure
 
 
-def bars(axis: Axes, results: Results, temperature: float) -> None:
+def speed_bars(axis: Axes, results: Results, temperature: float) -> None:
     measured = [
         (found, facts)
         for facts in results.methods
-        if (found := compare.speed(results, facts.name, temperature))
+        if (found := compare.decode_speed(results, facts.name, temperature))
     ]
     measured.sort(key=lambda pair: pair[0].median)
     longest = max(found.high for found, _ in measured)
     for place, (found, facts) in enumerate(measured):
-        axis.barh(place, found.median, color=colour(facts), height=0.72)
+        axis.barh(place, found.median, color=method_colour(facts), height=0.72)
         axis.plot(
             [found.low, found.high],
             [place, place],
@@ -97,7 +107,7 @@ def bars(axis: Axes, results: Results, temperature: float) -> None:
             linewidth=1.1,
             solid_capstyle="butt",
         )
-        times = compare.ratio(results, facts.name, "plain", temperature)
+        times = compare.speed_ratio(results, facts.name, "plain", temperature)
         label = f"{found.median:.0f}" + (
             f"   {times.median:.2f} x plain" if times and facts.name != "plain" else ""
         )
@@ -113,7 +123,7 @@ def bars(axis: Axes, results: Results, temperature: float) -> None:
     axis.tick_params(axis="y", length=0)
 
 
-def steps(results: Results) -> Figure | None:
+def steps_figure(results: Results) -> Figure | None:
     """T(n) and t(n), each on its own scale; what is flat is free."""
     times = {"target: T(n)": results.profile.target, "draft: t(n)": results.profile.draft}
     shown = {name: found for name, found in times.items() if found}
@@ -143,13 +153,13 @@ def steps(results: Results) -> Figure | None:
     return figure
 
 
-def time_shares(results: Results) -> Figure | None:
+def time_figure(results: Results) -> Figure | None:
     """Where the target's time went, of our methods, at the lowest temperature."""
     temperature = min(compare.temperatures(results), default=0.0)
     found = [
         (facts.name, parts)
         for facts in results.methods
-        if (parts := compare.shares(results, facts.name, temperature))
+        if (parts := compare.time_shares(results, facts.name, temperature))
     ]
     if not found:
         return None
@@ -157,7 +167,7 @@ def time_shares(results: Results) -> Figure | None:
     axis = figure.subplots()
     for place, (_, parts) in enumerate(reversed(found)):
         left = 0.0
-        for part, tint in PARTS.items():
+        for part, tint in TIME_COLOURS.items():
             axis.barh(
                 place,
                 parts[part],
@@ -183,11 +193,13 @@ def time_shares(results: Results) -> Figure | None:
     axis.set(title=f"the target's time, temperature {temperature:g}", xlim=(0, 1))
     axis.xaxis.set_major_formatter(PercentFormatter(1.0))
     axis.margins(y=0.02)
-    axis.legend(ncols=len(PARTS), loc="upper left", bbox_to_anchor=(0, -0.1 - 0.4 / len(found)))
+    axis.legend(
+        ncols=len(TIME_COLOURS), loc="upper left", bbox_to_anchor=(0, -0.1 - 0.4 / len(found))
+    )
     return figure
 
 
-def batches(results: Results) -> Figure | None:
+def batches_figure(results: Results) -> Figure | None:
     """Tokens per second of all texts together, and how many times as fast as plain decoding, over the batch size."""
     sizes = compare.batches(results)
     batched = [
@@ -200,17 +212,26 @@ def batches(results: Results) -> Figure | None:
     figure = Figure(figsize=(10, 3.4))
     left, right = figure.subplots(1, 2)
     for facts in batched:
-        line: Any = {"color": colour(facts), "marker": "o", "markersize": 4, "label": facts.name}
+        line: Any = {
+            "color": method_colour(facts),
+            "marker": "o",
+            "markersize": 4,
+            "label": facts.name,
+        }
         found = {
-            size: one for size in sizes if (one := compare.speed(results, facts.name, batch=size))
+            size: one
+            for size in sizes
+            if (one := compare.decode_speed(results, facts.name, batch=size))
         }
         left.plot(list(found), [one.median for one in found.values()], **line)
         low, high = [one.low for one in found.values()], [one.high for one in found.values()]
-        left.fill_between(list(found), low, high, color=colour(facts), alpha=0.2, linewidth=0)
+        left.fill_between(
+            list(found), low, high, color=method_colour(facts), alpha=0.2, linewidth=0
+        )
         ratios = {
             size: one.median
             for size in sizes
-            if (one := compare.ratio(results, facts.name, "plain", batch=size))
+            if (one := compare.speed_ratio(results, facts.name, "plain", batch=size))
         }
         right.plot(list(ratios), list(ratios.values()), **line)
     for axis in (left, right):

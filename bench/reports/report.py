@@ -5,13 +5,13 @@ from pathlib import Path
 from rich.console import Console
 
 from bench.core import compare
-from bench.core.machine import NATIVE
+from bench.core.machine import BF16_FLAGS
 from bench.core.results import Results
 from bench.reports import plots, tables
 from bench.reports.grid import Grid
 
 
-def show(results: Results, console: Console) -> None:
+def print_report(results: Results, console: Console) -> None:
     by_temperature = [
         kind(results, temperature)
         for temperature in compare.temperatures(results)
@@ -30,18 +30,18 @@ def show(results: Results, console: Console) -> None:
             console.print(grid.terminal())
 
 
-def write(results: Results, folder: Path, trace: Path | None = None) -> Path:
+def write_report(results: Results, folder: Path, trace: Path | None = None) -> Path:
     """NAME.md and its pictures, beside the results. `trace`: the picture of a recorded run, in the same folder. Returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = plots.draw(results, folder) | ({"trace": trace} if trace else {})
+    pictures = plots.draw_pictures(results, folder) | ({"trace": trace} if trace else {})
     page = folder / f"{results.name}.md"
     page.write_text(
-        markdown(results, {what: file.name for what, file in pictures.items()}), "utf-8"
+        report_page(results, {what: file.name for what, file in pictures.items()}), "utf-8"
     )
     return page
 
 
-def markdown(results: Results, pictures: dict[str, str]) -> str:
+def report_page(results: Results, pictures: dict[str, str]) -> str:
     """`pictures` are file names beside the page, by what they show."""
     parts = [f"# Benchmark: {results.name}", introduction(results)]
     parts += section("Goals", "", tables.goals(results))
@@ -98,7 +98,7 @@ BOUND = (
 
 def introduction(results: Results) -> str:
     machine, pair, settings = results.machine, results.pair, results.settings
-    native = sorted(NATIVE & set(machine.flags))
+    native = sorted(BF16_FLAGS & set(machine.flags))
     facts = {
         "processor": f"{machine.processor}, {machine.cores} cores used, {machine.memory_gib:.0f} GiB"
         + (f"; {', '.join(machine.flags)}" if machine.flags else "")

@@ -1,8 +1,8 @@
 """The tables of a benchmark: made once, shown in a terminal or written as Markdown."""
 
 from bench.core import compare
-from bench.core.figures import Spread
 from bench.core.results import Results
+from bench.core.summary_stats import Spread
 from bench.reports.goals import findings
 from bench.reports.grid import Grid
 
@@ -21,12 +21,14 @@ def speeds(results: Results, temperature: float, batch: int = 1) -> Grid:
     """Methods by falling speed; the ratios are paired by prompt and repetition."""
     rows = []
     for facts in results.methods:
-        found = compare.speed(results, facts.name, temperature, batch)
-        all_of_it = compare.whole(results, facts.name, temperature, batch)
+        found = compare.decode_speed(results, facts.name, temperature, batch)
+        all_of_it = compare.overall_speed(results, facts.name, temperature, batch)
         if found is None or all_of_it is None:
             continue
         ratios = [
-            show(compare.ratio(results, facts.name, reference, temperature, batch), 2)
+            format_spread(
+                compare.speed_ratio(results, facts.name, reference, temperature, batch), 2
+            )
             for reference in REFERENCES
         ]
         same, of = compare.agreement(results, facts.name, "plain", temperature, batch)
@@ -37,7 +39,7 @@ def speeds(results: Results, temperature: float, batch: int = 1) -> Grid:
             facts.name,
             facts.who,
             str(facts.cores),
-            show(found, 1),
+            format_spread(found, 1),
             *ratios,
             f"{all_of_it.median:.1f}",
             text,
@@ -59,7 +61,7 @@ def speeds(results: Results, temperature: float, batch: int = 1) -> Grid:
     )
 
 
-def show(found: Spread | None, digits: int) -> str:
+def format_spread(found: Spread | None, digits: int) -> str:
     """Median and quartiles."""
     return (
         f"{found.median:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
@@ -73,8 +75,8 @@ def steps(results: Results, temperature: float) -> Grid:
     rows = []
     for facts in results.methods:
         found, parts = (
-            compare.totals(results, facts.name, temperature),
-            compare.shares(results, facts.name, temperature),
+            compare.total_steps(results, facts.name, temperature),
+            compare.time_shares(results, facts.name, temperature),
         )
         if found is None or parts is None or not found.rounds:
             continue
@@ -128,9 +130,11 @@ def batches(results: Results, temperature: float = 0.0) -> Grid:
     ]
     rows = []
     for batch in compare.batches(results):
-        found = [compare.speed(results, name, temperature, batch) for name in names]
-        ratio = compare.ratio(results, "living", "plain", temperature, batch)
-        rows.append((str(batch), *(show(one, 1) for one in found), show(ratio, 2)))
+        found = [compare.decode_speed(results, name, temperature, batch) for name in names]
+        ratio = compare.speed_ratio(results, "living", "plain", temperature, batch)
+        rows.append(
+            (str(batch), *(format_spread(one, 1) for one in found), format_spread(ratio, 2))
+        )
     return Grid(
         "batches",
         ("batch", *(f"{name}, tokens/s" for name in names), "living / plain"),
@@ -175,11 +179,11 @@ def acceptance(results: Results) -> Grid:
 def bounds(results: Results) -> Grid:
     rows = []
     for found in (of for of in results.profile.acceptance if of.batch == 1):
-        limit = compare.limit(results, found.temperature)
-        share = compare.reached(results, "living", found.temperature)
+        limit = compare.bound_of(results, found.temperature)
+        share = compare.bound_share(results, "living", found.temperature)
         if limit:
             verifying = f"{limit.verifying:.1f} at {limit.rows} rows"
-            times = f"{limit.rate * compare.steps_in_place(results, found.temperature)[1]:.2f}"
+            times = f"{limit.rate * compare.step_times_in_place(results, found.temperature)[1]:.2f}"
             reached = f"{share:.0%}" if share else "not measured"
             rows.append(
                 (
@@ -212,7 +216,9 @@ def forecasts(results: Results) -> Grid:
             f"{measured:.1f}",
             f"{expected / measured - 1:+.0%}",
         )
-        for (method, temperature, batch), (expected, measured) in compare.misses(results).items()
+        for (method, temperature, batch), (expected, measured) in compare.forecasts_and_measured(
+            results
+        ).items()
     ]
     return Grid(
         "the planner's forecast",

@@ -10,11 +10,11 @@ import pytest
 
 from actors.rpc.server import TargetService
 from actors.rpc.server import serve as serve_grpc
-from bench.chaos.clients import Answer, Case
+from bench.chaos.clients import Answer, ReferenceCase
 from bench.load.disconnects import Disconnects, disconnects
-from bench.load.gateway_overhead import GatewayOverhead, gateway_overhead, step_of
+from bench.load.gateway_overhead import GatewayOverhead, gateway_overhead, mean_step
 from bench.load.overload import Overload, overload
-from bench.load.served import Site, computed, held
+from bench.load.served_fleet import ServedFleet, anonymous_memory, cpu_seconds
 from runtime.config import LimitsConfig
 from runtime.core.messages import Request
 from runtime.core.sampling_params import SamplingParams
@@ -34,8 +34,8 @@ def gateway() -> Iterator[Running]:
 
 
 @pytest.fixture(scope="module")
-def cases(gateway: Running) -> list[Case]:
-    async def plainly() -> list[Case]:
+def cases(gateway: Running) -> list[ReferenceCase]:
+    async def plainly() -> list[ReferenceCase]:
         found = []
         for number, prompt in enumerate(PROMPTS):
             asked = (
@@ -52,18 +52,18 @@ def cases(gateway: Running) -> list[Case]:
                     )
                 ]
             )
-            found.append(Case(*asked, Answer(said.tokens, said.text, said.reason)))
+            found.append(ReferenceCase(*asked, Answer(said.tokens, said.text, said.reason)))
         return found
 
     return gateway.network.run(plainly(), HANG_S)
 
 
 @pytest.fixture(scope="module")
-def site(gateway: Running) -> Iterator[Site]:
+def site(gateway: Running) -> Iterator[ServedFleet]:
     """All in this process."""
     server, port = gateway.network.run(served(gateway.body), HANG_S)
     pids = {"gateway-0": os.getpid()}
-    yield Site(gateway.port(), MODEL, f"127.0.0.1:{port}", gateway.body.report, pids)
+    yield ServedFleet(gateway.port(), MODEL, f"127.0.0.1:{port}", gateway.body.report, pids)
     gateway.network.run(server.stop(None), HANG_S)
 
 
@@ -71,7 +71,7 @@ async def served(target: Any) -> Any:
     return await serve_grpc([TargetService(target)], "127.0.0.1")
 
 
-def test_what_the_gateway_adds(site: Site, cases: list[Case]) -> None:
+def test_what_the_gateway_adds(site: ServedFleet, cases: list[ReferenceCase]) -> None:
     found = asyncio.run(gateway_overhead(site, cases, streams=4, rounds=2))
     assert found.wrong == 0
     assert min(found.step, found.direct, found.through) > 0
@@ -80,7 +80,7 @@ def test_what_the_gateway_adds(site: Site, cases: list[Case]) -> None:
 
 
 def test_beyond_its_places_a_gateway_refuses_and_answers_the_others(
-    site: Site, cases: list[Case]
+    site: ServedFleet, cases: list[ReferenceCase]
 ) -> None:
     with serving(limits=LimitsConfig(requests=2)) as small:
         found = asyncio.run(
@@ -94,7 +94,7 @@ def test_beyond_its_places_a_gateway_refuses_and_answers_the_others(
 
 
 def test_clients_that_leave_free_everything(
-    gateway: Running, site: Site, cases: list[Case]
+    gateway: Running, site: ServedFleet, cases: list[ReferenceCase]
 ) -> None:
     found = asyncio.run(disconnects(site, cases, clients=16, warm=8, seed=1))
     assert found.right
@@ -140,8 +140,8 @@ def test_what_is_shown() -> None:
 
 def test_the_step_and_what_a_process_takes() -> None:
     before = TargetReport(steps=10, computed=1.0, waited=0.5, bookkeeping=0.5)
-    assert step_of(
+    assert mean_step(
         before, replace(before, steps=20, computed=1.1, bookkeeping=0.6)
     ) == pytest.approx(0.02)
-    assert held(os.getpid()) > 1 << 20
-    assert computed(os.getpid()) > 0
+    assert anonymous_memory(os.getpid()) > 1 << 20
+    assert cpu_seconds(os.getpid()) > 0

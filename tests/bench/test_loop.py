@@ -8,22 +8,31 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from bench.core.compare import speed
-from bench.core.loop import bar, cases, chosen, collect, digest, measure, record, rounds
+from bench.core.compare import decode_speed
+from bench.core.loop import (
+    best_settings,
+    cases,
+    collect,
+    digest,
+    measure,
+    progress_bar,
+    rounds,
+    run_of,
+)
 from bench.core.machine import cpu_facts, machine
 from bench.core.methods import (
-    ALONE,
     AMUSD,
     BATCHED,
-    LIVINGS,
-    RIVALS,
+    LIVING_METHODS,
+    PLAIN_METHODS,
+    TRANSFORMERS_METHODS,
     Method,
     Outcome,
     OutriderMethod,
     TransformersMethod,
-    candidates,
+    sweep_candidates,
 )
-from bench.core.profiling import middle
+from bench.core.profiling import median_profile
 from bench.core.prompts import Prompt
 from bench.core.results import Profile, Results
 from runtime.core.errors import Unavailable
@@ -100,7 +109,7 @@ def test_what_is_measured_is_kept_round_by_round() -> None:
     )
     assert kept == [2, 4]
     assert [call[:2] for call in runner.calls] == [("x", "a"), ("yy", "a"), ("yy", "b"), ("x", "b")]
-    middle = speed(found, "yy")
+    middle = decode_speed(found, "yy")
     assert middle is not None
     assert (middle.median, middle.count) == (1.5, 2)
 
@@ -115,7 +124,7 @@ def test_an_interruption_keeps_the_rounds_that_were_done() -> None:
 
 def test_a_record_is_of_the_whole_batch() -> None:
     case = cases(PROMPTS[:2], 2, (0.8,), 1, 16, 0)[0]
-    found = record(methods("x")[0], case, Outcome(((1, 2), (3,)), 2.0, 0.5, 2))
+    found = run_of(methods("x")[0], case, Outcome(((1, 2), (3,)), 2.0, 0.5, 2))
     assert (found.batch, found.tokens, found.first_tokens, found.seconds, found.temperature) == (
         2,
         3,
@@ -141,12 +150,18 @@ def test_the_sweep_names_the_fastest_setting() -> None:
         run("sync chain #1", 60.0),
         run("sync chain #0", 90.0, temperature=0.8),
     )
-    found = chosen(empty().model_copy(update={"runs": runs}), groups)
+    found = best_settings(empty().model_copy(update={"runs": runs}), groups)
     assert found == [Method("sync chain", groups["sync chain"][1].how)]
 
 
 def test_names_are_unique_and_two_cores_are_the_most() -> None:
-    every = [*ALONE, *LIVINGS, AMUSD, *RIVALS, *chain.from_iterable(candidates(12).values())]
+    every = [
+        *PLAIN_METHODS,
+        *LIVING_METHODS,
+        AMUSD,
+        *TRANSFORMERS_METHODS,
+        *chain.from_iterable(sweep_candidates(12).values()),
+    ]
     assert len({method.name for method in every}) == len(every)
     assert {method.facts.cores for method in every} == {1, 2}
     assert set(BATCHED) < set(every)
@@ -178,7 +193,7 @@ def test_the_machine_tells_its_processor() -> None:
 
 
 def test_the_bar_shows_the_time_left() -> None:
-    with bar() as progress:
+    with progress_bar() as progress:
         progress.console.file = io.StringIO()
         assert list(measure([], Counted(), progress, "nothing")) == []
 
@@ -188,7 +203,7 @@ def test_a_profile_is_the_middle_of_several() -> None:
         Profile(target={1: one, 8: 2 * one}, draft={1: one / 10}, floor=one, text=text)
         for one, text in ((3.0, 0.0), (1.0, 0.5), (2.0, 0.1))
     ]
-    found = middle(profiles)
+    found = median_profile(profiles)
     assert (found.target, found.draft) == ({1: 2.0, 8: 4.0}, {1: 0.2})
     assert (found.floor, found.text) == (2.0, 0.1)
-    assert middle(profiles[:1]) == profiles[0]
+    assert median_profile(profiles[:1]) == profiles[0]

@@ -10,12 +10,34 @@ from safetensors.torch import save_file
 from bench.core.machine import machine
 from bench.core.methods import Outcome, OutriderMethod
 from bench.core.results import Steps
-from bench.methods.method_goals import BESIDE, GOALS, MODEL, verdicts
-from bench.methods.method_stats import MethodStats, add, by_rank, extra, ratio
-from bench.methods.methods_report import PLAIN, Study, methods, page, papers, runs
+from bench.methods.method_goals import METHOD_GOALS, MODEL, WITH_MODEL, goals_grid
+from bench.methods.method_stats import (
+    MethodStats,
+    acceptance_by_rank,
+    add_run,
+    extra_step_ms,
+    median_ratio,
+)
+from bench.methods.methods_report import (
+    PLAIN,
+    Study,
+    methods_grid,
+    methods_page,
+    papers_grid,
+    runs_grid,
+)
 from bench.methods.papers import PAPERS
-from bench.methods.study import HEADS, SHIPPED, TEMPERATURES, UNTRAINED, benches, costs, ways, write
-from bench.methods.weights import Cost, line_of, parameters, training_of
+from bench.methods.study import (
+    HEADS,
+    SHIPPED,
+    TEMPERATURES,
+    UNTRAINED,
+    costs_of,
+    methods_of,
+    study_targets,
+    write_study,
+)
+from bench.methods.weights import Cost, card_value, count_parameters, training_cost
 from runtime.method_registry import drafting_methods, head_methods
 from runtime.telemetry.tracing import STEP, Recording, Trace
 
@@ -45,25 +67,29 @@ def study(*found: MethodStats) -> Study:
 
 def whole() -> Study:
     return study(
-        *(found(way.name, at, {"x": 30.0, "y": 20.0}) for at in TEMPERATURES for way in ways(EVERY))
+        *(
+            found(way.name, at, {"x": 30.0, "y": 20.0})
+            for at in TEMPERATURES
+            for way in methods_of(EVERY)
+        )
     )
 
 
 def test_every_head_and_every_drafter_that_ships_is_in_it() -> None:
-    hows = [way.how for way in ways(EVERY) if isinstance(way.how, OutriderMethod)]
+    hows = [way.how for way in methods_of(EVERY) if isinstance(way.how, OutriderMethod)]
     assert {head for how in hows for head in how.heads} == set(head_methods())
     assert {drafter for how in hows for drafter in how.drafters} >= set(drafting_methods()) - {
         "noisy",
         "wrong",
         "s3d",
     }
-    assert len({way.name for way in ways(EVERY)}) == len(hows)
+    assert len({way.name for way in methods_of(EVERY)}) == len(hows)
 
 
 def test_each_is_alone_and_beside_the_model() -> None:
-    names = [way.name for way in ways((MODEL, *UNTRAINED))]
+    names = [way.name for way in methods_of((MODEL, *UNTRAINED))]
     assert names[:2] == [PLAIN, MODEL]
-    assert all(name in names and BESIDE + name in names for name in UNTRAINED)
+    assert all(name in names and WITH_MODEL + name in names for name in UNTRAINED)
 
 
 def test_ratios_are_paired_by_prompt() -> None:
@@ -71,8 +97,8 @@ def test_ratios_are_paired_by_prompt() -> None:
         found("a", 0.0, {"x": 30.0, "y": 8.0, "z": 1.0}),
         found("b", 0.0, {"y": 2.0, "x": 10.0}),
     )
-    assert ratio(above, below) == pytest.approx(3.5)
-    assert extra(
+    assert median_ratio(above, below) == pytest.approx(3.5)
+    assert extra_step_ms(
         found("a", 0.0, {}, times={"x": 40.0, "y": 35.0}),
         found("b", 0.0, {}, times={"x": 30.0, "y": 31.0}),
     ) == pytest.approx(7.0)
@@ -81,10 +107,10 @@ def test_ratios_are_paired_by_prompt() -> None:
 def test_acceptance_by_rank_is_that_of_all_confidences() -> None:
     tries, hits = [[0.0] * 10 for _ in range(8)], [[0.0] * 10 for _ in range(8)]
     tries[0][1], tries[0][5], hits[0][1], hits[0][5] = 30.0, 10.0, 15.0, 5.0
-    assert by_rank({"promise": 0.7, "tables": {"draft": [tries, hits]}}) == {
+    assert acceptance_by_rank({"promise": 0.7, "tables": {"draft": [tries, hits]}}) == {
         "draft": [0.5, 0.0, 0.0, 0.0]
     }
-    assert by_rank({}) == {}
+    assert acceptance_by_rank({}) == {}
 
 
 def recording(*spans: tuple[str, float, float, int]) -> Recording:
@@ -111,7 +137,7 @@ def outcome(rounds: int, tokens: int) -> Outcome:
 
 def test_what_a_run_tells() -> None:
     one = MethodStats("a", 0.0)
-    add(
+    add_run(
         one,
         "x",
         outcome(5, 9),
@@ -125,20 +151,20 @@ def test_what_a_run_tells() -> None:
         0.5
     )  # the pass that read the prompt guessed nothing
     assert one.per_node("b-0") is None
-    add(one, "y", outcome(5, 9), [], {}, {"a-0": 8})
+    add_run(one, "y", outcome(5, 9), [], {}, {"a-0": 8})
     assert (one.nodes, one.accepted, one.steps, one.tokens) == ({"a-0": 20}, {"a-0": 6}, 10, 18)
 
 
 @pytest.mark.parametrize(("rounds", "tokens"), [(1, 9), (5, 1)])
 def test_a_run_that_ended_at_once_tells_nothing(rounds: int, tokens: int) -> None:
     one = MethodStats("a", 0.0)
-    add(one, "x", outcome(rounds, tokens), [], {}, {})
+    add_run(one, "x", outcome(rounds, tokens), [], {}, {})
     assert not one.rates
     assert not one.steps
 
 
 def test_the_page_has_every_method_at_every_temperature() -> None:
-    lines = page([whole()], machine(2), "p.png").splitlines()
+    lines = methods_page([whole()], machine(2), "p.png").splitlines()
     for name in EVERY:
         assert sum(line.startswith(f"| {name} |") for line in lines) >= 2 * len(TEMPERATURES)
 
@@ -146,7 +172,7 @@ def test_the_page_has_every_method_at_every_temperature() -> None:
 def test_a_text_that_differs_is_not_hidden() -> None:
     all_ = whole()
     all_.found[3].same = False
-    grids = [runs(all_, at) for at in TEMPERATURES]
+    grids = [runs_grid(all_, at) for at in TEMPERATURES]
     assert [row[0] for grid in grids for row in grid.rows if row[-1] == "NO"] == [
         all_.found[3].name
     ]
@@ -164,10 +190,10 @@ def test_the_line_of_a_method() -> None:
     rows = [
         found(PLAIN, 0.0, {"x": 10.0}),
         found(MODEL, 0.0, {"x": 16.0}),
-        found(BESIDE + "ngram", 0.0, {"x": 24.0}),
+        found(WITH_MODEL + "ngram", 0.0, {"x": 24.0}),
         one,
     ]
-    (line,) = [row for row in methods(study(*rows), 0.0).rows if row[0] == "ngram"]
+    (line,) = [row for row in methods_grid(study(*rows), 0.0).rows if row[0] == "ngram"]
     assert line[1:] == (
         "0.50",
         "0.25",
@@ -184,7 +210,7 @@ def test_the_line_of_a_method() -> None:
         "none",
     )
     assert (
-        methods(study(one), 0.0).rows == ()
+        methods_grid(study(one), 0.0).rows == ()
     )  # without plain decoding there is nothing to compare with
 
 
@@ -195,7 +221,7 @@ def test_papers_are_of_methods_that_there_are_and_the_reason_stands_where_ours_i
         found("token-recycling", 0.0, {"x": 21.0}),
         found("medusa", 0.0, {"x": 15.0}),
     ]
-    rows = {row[0]: row for row in papers(study(*fast)).rows}
+    rows = {row[0]: row for row in papers_grid(study(*fast)).rows}
     assert rows["token-recycling"][4:] == ("2.10 x", "-")
     assert rows["medusa"][4] == "1.50 x"
     assert rows["medusa"][5] != "-"
@@ -214,37 +240,37 @@ def test_parameters_of_a_folder_and_of_some_layers(tmp_path: Path) -> None:
         tmp_path / "model.safetensors",
         {"format": "pt"},
     )
-    assert parameters(tmp_path) == 40
-    assert parameters(tmp_path, (1, 10)) == 30
-    assert parameters(tmp_path, ()) == 10
+    assert count_parameters(tmp_path) == 40
+    assert count_parameters(tmp_path, (1, 10)) == 30
+    assert count_parameters(tmp_path, ()) == 10
 
 
 def test_a_card_is_asked_for_what_training_took(tmp_path: Path) -> None:
-    assert training_of(tmp_path) == "not known"
+    assert training_cost(tmp_path) == "not known"
     (tmp_path / "README.md").write_text(
         "| | |\n|---|---|\n| steps | 3 of 2 |\n| time of the last run | 1.0 minutes |\n"
     )
-    assert training_of(tmp_path) == "3 of 2; 1.0 minutes"
-    assert line_of(tmp_path / "README.md", "data") == ""
+    assert training_cost(tmp_path) == "3 of 2; 1.0 minutes"
+    assert card_value(tmp_path / "README.md", "data") == ""
 
 
 @pytest.mark.slow
 def test_what_ships_can_be_measured() -> None:
     """Widened, with its heads, and what each keeps is known."""
-    first = benches(2)[0]
+    first = study_targets(2)[0]
     assert first.name == SHIPPED
     assert len({prompt.tokens for prompt in first.prompts}) == len(first.prompts)
-    assert list(costs(first)) == list(first.which)
+    assert list(costs_of(first)) == list(first.method_names)
     assert (
-        costs(first)["ngram"].keeps
+        costs_of(first)["ngram"].keeps
         == 0
-        < costs(first)["token-recycling"].keeps
-        < costs(first)["medusa"].keeps
+        < costs_of(first)["token-recycling"].keeps
+        < costs_of(first)["medusa"].keeps
     )
 
 
 def test_results_are_left_in_the_folder(tmp_path: Path) -> None:
-    assert write([whole()], tmp_path / "new").read_text("utf-8").startswith("# Ways to guess")
+    assert write_study([whole()], tmp_path / "new").read_text("utf-8").startswith("# Ways to guess")
     assert {file.name for file in (tmp_path / "new").iterdir()} == {
         "methods.md",
         "methods.json",
@@ -269,7 +295,7 @@ def test_goals_are_decided_by_what_was_measured() -> None:
         found("model", 0.8, {"x": 4.0}),
         found(PLAIN, 0.8, {"x": 4.0}),
     )
-    grid = verdicts(one.by_temperature)
+    grid = goals_grid(one.by_temperature)
     assert grid.columns == ("goal", "wanted", "temperature 0", "temperature 0.8")
     assert [line[2] for line in grid.rows] == [
         "0.97, missed",
@@ -278,6 +304,6 @@ def test_goals_are_decided_by_what_was_measured() -> None:
         "-",
         "0.50, met",
     ]
-    assert [line[3] for line in grid.rows] == ["-"] * len(GOALS)
+    assert [line[3] for line in grid.rows] == ["-"] * len(METHOD_GOALS)
     rows["medusa"].tokens = 140
-    assert verdicts({0.0: rows}).rows[-1][2] == "0.00, missed"
+    assert goals_grid({0.0: rows}).rows[-1][2] == "0.00, missed"

@@ -9,22 +9,36 @@ from pathlib import Path
 import pytest
 
 from actors import cli
-from bench.core.forecasts import forecasts
-from bench.core.methods import ALONE, GREEDY, LIVING, PLAIN, RIVALS, Method, OutriderMethod
+from bench.core.forecasts import forecast_methods
+from bench.core.methods import (
+    GREEDY,
+    LIVING,
+    PLAIN,
+    PLAIN_METHODS,
+    TRANSFORMERS_METHODS,
+    Method,
+    OutriderMethod,
+)
 from bench.core.options import (
     FULL,
     QUICK,
     Size,
     batch_cases,
-    checked,
-    chosen_dtype,
+    choose_dtype,
+    choose_suite,
     expected_seconds,
     main_rounds,
-    suite,
+    validated,
 )
-from bench.core.outrider_runner import Answer, OutriderRunner, ask, outcome, schedule_of
-from bench.core.prompts import Prompt, from_file
-from bench.core.recorded import lead, round_trip, steps
+from bench.core.outrider_runner import (
+    OutriderRunner,
+    TimedAnswer,
+    ask_all,
+    outcome_of,
+    schedule_config,
+)
+from bench.core.prompts import Prompt, read_prompts
+from bench.core.recording_stats import mean_lead, recorded_steps, round_trip
 from bench.core.subprocess_call import call_in_subprocess
 from runtime.core.errors import InvalidRequest, Unavailable
 from runtime.core.messages import Chunk, Request, Stats
@@ -66,7 +80,7 @@ def recordings() -> list[Recording]:
 def test_the_first_step_is_no_decoding() -> None:
     target, drafter = recordings()
     stats = Stats(4, 6, 2, 10, 8, 4, 1, (0, 0, 2), by_drafter={"draft-0": 4}, computed=0.9)
-    found = steps(stats, target, [drafter])
+    found = recorded_steps(stats, target, [drafter])
     assert (found.computed, found.waited, found.bookkeeping) == pytest.approx((0.4, 0.2, 0.1))
     assert (found.rounds, found.accepted, found.by_drafter) == (2, 4, {"draft-0": 4})
     assert found.lead == pytest.approx(2.5)  # 0 when the first step began, 5 at the second
@@ -74,15 +88,15 @@ def test_the_first_step_is_no_decoding() -> None:
 
 def test_without_drafters_there_is_no_lead_and_no_wire() -> None:
     target, drafter = recordings()
-    assert lead(target, []) is None
+    assert mean_lead(target, []) is None
     assert round_trip([target]) is None
     assert round_trip([target, drafter]) == pytest.approx(0.005)
 
 
 def test_an_outcome_counts_from_the_moment_when_every_prompt_has_begun() -> None:
-    quick = Answer([1, 2, 3, 4], [(10.1, 1), (10.4, 3), (10.9, 4)])
-    slow = Answer([5, 6], [(10.5, 1), (11.5, 2)])
-    found = outcome(10.0, [quick, slow])
+    quick = TimedAnswer([1, 2, 3, 4], [(10.1, 1), (10.4, 3), (10.9, 4)])
+    slow = TimedAnswer([5, 6], [(10.5, 1), (11.5, 2)])
+    found = outcome_of(10.0, [quick, slow])
     assert found.outputs == ((1, 2, 3, 4), (5, 6))
     assert (found.seconds, found.first_seconds) == pytest.approx((1.5, 0.5))
     assert found.first_tokens == 4
@@ -96,31 +110,31 @@ class Failing:
 
 def test_a_request_that_fails_is_no_result() -> None:
     with pytest.raises(Unavailable, match="out of memory"):
-        asyncio.run(ask(Failing(), [(1, 2)], SamplingParams()))
+        asyncio.run(ask_all(Failing(), [(1, 2)], SamplingParams()))
 
 
 def test_methods_of_others_are_refused() -> None:
     with pytest.raises(InvalidRequest, match="is transformers'"):
-        OutriderRunner({}, {}).run(RIVALS[0], PROMPTS[:1], SamplingParams())
+        OutriderRunner({}, {}).run(TRANSFORMERS_METHODS[0], PROMPTS[:1], SamplingParams())
 
 
 def test_what_a_process_apart_finds_or_raises_comes_back() -> None:
     assert call_in_subprocess(abs, -3) == 3
     with pytest.raises(InvalidRequest, match="/nowhere") as caught:
-        call_in_subprocess(from_file, Path("/nowhere"))
+        call_in_subprocess(read_prompts, Path("/nowhere"))
     assert caught.value.param == "prompts"
     with pytest.raises(Unavailable, match="code 3"):
         call_in_subprocess(os._exit, 3)
 
 
 def test_bf16_is_for_processors_that_multiply_it() -> None:
-    assert chosen_dtype("auto", ["avx2", "avx512f"]) == "float32"
-    assert chosen_dtype("auto", ["avx512f", "amx_bf16"]) == "bfloat16"
-    assert chosen_dtype("bfloat16", []) == "bfloat16"
+    assert choose_dtype("auto", ["avx2", "avx512f"]) == "float32"
+    assert choose_dtype("auto", ["avx512f", "amx_bf16"]) == "bfloat16"
+    assert choose_dtype("bfloat16", []) == "bfloat16"
 
 
 def test_sizes_are_checked_and_ordered() -> None:
-    assert checked(Size(1, 1, 8, (0.8, 0.0, 0.8), (8, 1, 4))) == Size(1, 1, 8, (0.0, 0.8), (4, 8))
+    assert validated(Size(1, 1, 8, (0.8, 0.0, 0.8), (8, 1, 4))) == Size(1, 1, 8, (0.0, 0.8), (4, 8))
     for wrong, named in (
         (Size(0, 1, 8, (0.0,), ()), "count"),
         (Size(1, 0, 8, (0.0,), ()), "repetitions"),
@@ -129,7 +143,7 @@ def test_sizes_are_checked_and_ordered() -> None:
         (Size(1, 1, 8, (0.0,), (0,)), "batch"),
     ):
         with pytest.raises(InvalidRequest, match=named):
-            checked(wrong)
+            validated(wrong)
 
 
 def test_ours_are_repeated_at_the_lowest_temperature() -> None:
@@ -144,9 +158,9 @@ def test_ours_are_repeated_at_the_lowest_temperature() -> None:
 
 
 def test_a_quick_benchmark_is_a_part_of_the_whole() -> None:
-    whole, part = suite(False, 12), suite(True, 12)
+    whole, part = choose_suite(False, 12), choose_suite(True, 12)
     assert {method.name for method in part.all} < {method.name for method in whole.all}
-    assert {*ALONE, *RIVALS} < set(whole.all)
+    assert {*PLAIN_METHODS, *TRANSFORMERS_METHODS} < set(whole.all)
     assert {
         dict(method.how.options)["passes"]
         for method in whole.groups["pearl"]
@@ -158,11 +172,11 @@ def test_a_quick_benchmark_is_a_part_of_the_whole() -> None:
 
 def test_the_forecast_of_plain_decoding_is_its_step() -> None:
     methods = [
-        *ALONE,
+        *PLAIN_METHODS,
         Method("living + ngram", OutriderMethod("living", drafters=("model", "ngram"))),
-        *RIVALS,
+        *TRANSFORMERS_METHODS,
     ]
-    found = forecasts(
+    found = forecast_methods(
         synthetic().model_copy(
             update={
                 "runs": (run("plain", 40.0), run("plain, 2 cores", 60.0), run("assisted", 50.0))
@@ -177,9 +191,9 @@ def test_the_forecast_of_plain_decoding_is_its_step() -> None:
 
 
 def test_options_become_the_schedule() -> None:
-    assert schedule_of(OutriderMethod("sync", (("rows", 15), ("width", 4)))).rows == 15
+    assert schedule_config(OutriderMethod("sync", (("rows", 15), ("width", 4)))).rows == 15
     assert (
-        schedule_of(
+        schedule_config(
             LIVING.how if isinstance(LIVING.how, OutriderMethod) else OutriderMethod("plain")
         ).policy
         == "living"

@@ -2,9 +2,9 @@
 
 import pytest
 
-from bench.core.forecasts import measured
-from bench.core.places import places, stretched
-from bench.core.recorded import passes
+from bench.core.forecasts import measured_pair
+from bench.core.places import costs_in_place, scaled_step_times
+from bench.core.recording_stats import recorded_passes
 from bench.core.results import Acceptance, Passes, Profile
 from runtime.telemetry.tracing import (
     BOOKKEEPING,
@@ -40,7 +40,7 @@ def test_passes_are_read_from_recordings() -> None:
     target.flow(GROWTH, 10, 1.75, TARGET, begins=True)
     drafter.span("draft-0", STEP, 1.0, 1.1, leaves=4)
     drafter.span("draft-0", STEP, 1.3, 1.4, leaves=2)
-    found = passes(target.drain(), [drafter.drain()])
+    found = recorded_passes(target.drain(), [drafter.drain()])
     assert (found.messages, found.round_trip) == (1, None)
     assert found.target[0] == pytest.approx((3, 2, 0.5))
     assert found.bookkeeping == pytest.approx(
@@ -51,7 +51,7 @@ def test_passes_are_read_from_recordings() -> None:
 
 
 def test_step_times_are_moved_to_what_passes_took() -> None:
-    found = stretched(PROFILE, [PLAIN, DRAFTED])
+    found = scaled_step_times(PROFILE, [PLAIN, DRAFTED])
     assert found == pytest.approx(
         {1: 0.022, 8: 0.036, 64: 0.150}
     )  # no pass was as wide as that: what is nearest speaks for it
@@ -61,14 +61,16 @@ def test_several_texts_and_widths_between_are_held_to_what_they_would_take() -> 
     seen = Passes(
         target=((9, 5, 2 * (0.024 + 0.076 / 56 + 4 * 0.001)),) * 20, bookkeeping=0.0, messages=0
     )
-    assert stretched(PROFILE, [seen]) == pytest.approx({1: 0.040, 8: 0.048, 64: 0.200})
+    assert scaled_step_times(PROFILE, [seen]) == pytest.approx({1: 0.040, 8: 0.048, 64: 0.200})
 
 
 def test_a_few_odd_passes_move_nothing() -> None:
     odd = Passes(target=((64, 1, 5.0),) * 2, bookkeeping=0.0, messages=0)
-    assert stretched(PROFILE, [PLAIN, odd])[64] == pytest.approx(0.110)
-    assert stretched(PROFILE, [odd])[64] == pytest.approx(5.0)  # but where there is nothing else
-    assert stretched(PROFILE, []) == PROFILE.target
+    assert scaled_step_times(PROFILE, [PLAIN, odd])[64] == pytest.approx(0.110)
+    assert scaled_step_times(PROFILE, [odd])[64] == pytest.approx(
+        5.0
+    )  # but where there is nothing else
+    assert scaled_step_times(PROFILE, []) == PROFILE.target
 
 
 def test_costs_are_those_of_each_session_growth_and_pass() -> None:
@@ -77,7 +79,7 @@ def test_costs_are_those_of_each_session_growth_and_pass() -> None:
         run("living", 80.0, passes=DRAFTED),
         run("assisted", 40.0),
     ]
-    (found,) = places(PROFILE, runs)
+    (found,) = costs_in_place(PROFILE, runs)
     assert (found.temperature, found.batch) == (0.0, 1)
     assert found.step == pytest.approx(0.010 / 20)
     assert found.message == pytest.approx((0.040 - 20 * 0.0005) / 50)
@@ -86,11 +88,11 @@ def test_costs_are_those_of_each_session_growth_and_pass() -> None:
 
 
 def test_the_planner_is_given_the_place_of_the_runs() -> None:
-    where = places(PROFILE, [run("plain", 40.0, passes=PLAIN)])
+    where = costs_in_place(PROFILE, [run("plain", 40.0, passes=PLAIN)])
     profile = PROFILE.model_copy(
         update={"places": where, "acceptance": (Acceptance(temperature=0.0, ranks={1: 0.5}),)}
     )
-    found = measured(synthetic().model_copy(update={"profile": profile}), 0.0, 1)
+    found = measured_pair(synthetic().model_copy(update={"profile": profile}), 0.0, 1)
     assert found is not None
     assert (found.target, found.draft, found.text, found.step) == (
         where[0].target,

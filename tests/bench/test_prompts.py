@@ -5,39 +5,46 @@ from pathlib import Path
 
 import pytest
 
-from bench.core.prompts import LONGEST, SHORTEST, encode, from_file, held_out, pick
+from bench.core.prompts import (
+    MAX_PROMPT_TOKENS,
+    MIN_PROMPT_TOKENS,
+    encode_prompts,
+    held_out_prompts,
+    read_prompts,
+    sample_prompts,
+)
 from runtime.core.errors import InvalidRequest
 from runtime.models.loader import load_tokenizer
 from tests.support.pair import SHIPPED
 from training import stdlib_corpus
-from training.text import HELD_OUT_SHARE, bucket
+from training.text import HELD_OUT_SHARE, hash_bucket
 
 
 def test_held_out_prompts_are_whole_lines_of_different_held_out_files() -> None:
     tokenizer = load_tokenizer(str(SHIPPED))
-    found = held_out(tokenizer, 6, seed=3)
+    found = held_out_prompts(tokenizer, 6, seed=3)
     assert len({prompt.name.rpartition(":")[0] for prompt in found}) == 6
     for prompt in found:
         name, _, line = prompt.name.rpartition(":")
-        assert bucket(name, HELD_OUT_SHARE) == 0
-        assert SHORTEST <= len(prompt.tokens) <= LONGEST
+        assert hash_bucket(name, HELD_OUT_SHARE) == 0
+        assert MIN_PROMPT_TOKENS <= len(prompt.tokens) <= MAX_PROMPT_TOKENS
         text = tokenizer.decode(list(prompt.tokens))
-        rest = "".join(stdlib_corpus.read(name).splitlines(keepends=True)[int(line) - 1 :])
+        rest = "".join(stdlib_corpus.read_source(name).splitlines(keepends=True)[int(line) - 1 :])
         assert rest.startswith(text)
         assert text.endswith("\n")
 
 
 def test_held_out_prompts_depend_on_the_seed_alone() -> None:
     tokenizer = load_tokenizer(str(SHIPPED))
-    assert held_out(tokenizer, 3, seed=3) == held_out(tokenizer, 3, seed=3)
-    assert held_out(tokenizer, 3, seed=3)[:2] == held_out(tokenizer, 2, seed=3)
-    assert held_out(tokenizer, 3, seed=4) != held_out(tokenizer, 3, seed=3)
+    assert held_out_prompts(tokenizer, 3, seed=3) == held_out_prompts(tokenizer, 3, seed=3)
+    assert held_out_prompts(tokenizer, 3, seed=3)[:2] == held_out_prompts(tokenizer, 2, seed=3)
+    assert held_out_prompts(tokenizer, 3, seed=4) != held_out_prompts(tokenizer, 3, seed=3)
 
 
 def test_more_prompts_than_files_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stdlib_corpus, "files", lambda held_out: [])
+    monkeypatch.setattr(stdlib_corpus, "library_files", lambda held_out: [])
     with pytest.raises(InvalidRequest, match="2 prompts are more than the 0"):
-        held_out(load_tokenizer(str(SHIPPED)), 2, seed=0)
+        held_out_prompts(load_tokenizer(str(SHIPPED)), 2, seed=0)
 
 
 FILES = {
@@ -57,8 +64,8 @@ FILES = {
 def test_every_format_is_read(name: str, tmp_path: Path) -> None:
     text, expected = FILES[name]
     (tmp_path / name).write_text(text, "utf-8")
-    assert from_file(tmp_path / name) == expected
-    assert list(from_file(tmp_path / name)) == list(expected)
+    assert read_prompts(tmp_path / name) == expected
+    assert list(read_prompts(tmp_path / name)) == list(expected)
 
 
 def test_a_folder_holds_a_prompt_in_each_file(tmp_path: Path) -> None:
@@ -69,7 +76,10 @@ def test_a_folder_holds_a_prompt_in_each_file(tmp_path: Path) -> None:
         "empty": "",
     }.items():
         (tmp_path / name).write_text(text)
-    assert list(from_file(tmp_path).items()) == [("a.txt", "two\nlines"), ("b.py", "import os\n")]
+    assert list(read_prompts(tmp_path).items()) == [
+        ("a.txt", "two\nlines"),
+        ("b.py", "import os\n"),
+    ]
 
 
 BAD = {
@@ -88,39 +98,39 @@ def test_bad_files_are_refused_with_the_place(name: str, tmp_path: Path) -> None
     text, message = BAD[name]
     (tmp_path / name).write_text(text)
     with pytest.raises(InvalidRequest, match=message):
-        from_file(tmp_path / name)
+        read_prompts(tmp_path / name)
 
 
 def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="cannot be read"):
-        from_file(tmp_path / "none.txt")
+        read_prompts(tmp_path / "none.txt")
     (tmp_path / "x.txt").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(InvalidRequest, match="not UTF-8"):
-        from_file(tmp_path / "x.txt")
+        read_prompts(tmp_path / "x.txt")
 
 
 def test_a_long_text_keeps_its_end() -> None:
     tokenizer = load_tokenizer(str(SHIPPED))
     texts = {"short": "import os\n", "long": "x = 1\n" * 100}
-    short, long = encode(tokenizer, texts, 20)
+    short, long = encode_prompts(tokenizer, texts, 20)
     assert tokenizer.decode(list(short.tokens)) == "import os\n"
     assert list(long.tokens) == tokenizer.encode(texts["long"])[-20:]
 
 
 def test_picking_keeps_the_order_and_depends_on_the_seed_alone() -> None:
-    all_of_them = encode(
+    all_of_them = encode_prompts(
         load_tokenizer(str(SHIPPED)), {str(number): "import os\n" for number in range(20)}, 20
     )
-    some = pick(all_of_them, 5, seed=1)
+    some = sample_prompts(all_of_them, 5, seed=1)
     assert some == sorted(some, key=lambda prompt: int(prompt.name))
     assert len(some) == 5
-    assert some == pick(all_of_them, 5, seed=1) != pick(all_of_them, 5, seed=2)
-    assert pick(all_of_them, 50, seed=1) == all_of_them
+    assert some == sample_prompts(all_of_them, 5, seed=1) != sample_prompts(all_of_them, 5, seed=2)
+    assert sample_prompts(all_of_them, 50, seed=1) == all_of_them
 
 
 def test_the_prompt_sets_of_others_are_read(shared: Path) -> None:
     counts = {
-        file.name: len(from_file(file))
+        file.name: len(read_prompts(file))
         for file in (shared / "prompts").iterdir()
         if file.suffix in (".json", ".jsonl")
     }

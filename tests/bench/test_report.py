@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from bench.core import compare, results
-from bench.core.figures import Spread
 from bench.core.results import Results
+from bench.core.summary_stats import Spread
 from bench.reports import report, tables
 from bench.reports.goals import GOALS, findings
 from runtime.core.errors import InvalidRequest
@@ -33,18 +33,18 @@ def test_speed_is_that_of_decoding() -> None:
         run("plain", 80.0, temperature=0.8),
         run("living", 100.0, batch=4),
     )
-    near(compare.speed(found, "plain"), 42.5, 45.0, 47.5, 2)
+    near(compare.decode_speed(found, "plain"), 42.5, 45.0, 47.5, 2)
     rate = 128 / (0.25 + 127 / 80)
-    near(compare.whole(found, "plain", 0.8), rate, rate, rate, 1)
-    assert compare.speed(found, "living") is None
+    near(compare.overall_speed(found, "plain", 0.8), rate, rate, rate, 1)
+    assert compare.decode_speed(found, "living") is None
     assert compare.temperatures(found) == [0.0, 0.8]
     assert compare.batches(found) == [1, 4]
 
 
 def test_a_run_that_ends_with_its_first_token_has_no_speed() -> None:
     found = of(run("plain", 40.0, tokens=1), run("plain", 50.0, 1))
-    near(compare.speed(found, "plain"), 50.0, 50.0, 50.0, 1)
-    assert compare.aggregate(found, "plain") == pytest.approx(50.0)
+    near(compare.decode_speed(found, "plain"), 50.0, 50.0, 50.0, 1)
+    assert compare.aggregate_rate(found, "plain") == pytest.approx(50.0)
 
 
 def test_ratios_and_the_fastest() -> None:
@@ -55,15 +55,15 @@ def test_ratios_and_the_fastest() -> None:
         run("living", 30.0, 1),
         run("amusd", 900.0, 2),
     )
-    near(compare.ratio(found, "living", "plain"), 2.25, 2.5, 2.75, 2)
-    assert compare.ratio(found, "living", "amusd") is None
-    assert compare.fastest(found, ["plain", "living", "pearl"]) == "living"
-    assert compare.fastest(found, ["pearl"]) is None
-    assert compare.aggregate(found, "plain") == pytest.approx(2 * 127 / (127 / 40 + 127 / 10))
+    near(compare.speed_ratio(found, "living", "plain"), 2.25, 2.5, 2.75, 2)
+    assert compare.speed_ratio(found, "living", "amusd") is None
+    assert compare.fastest_method(found, ["plain", "living", "pearl"]) == "living"
+    assert compare.fastest_method(found, ["pearl"]) is None
+    assert compare.aggregate_rate(found, "plain") == pytest.approx(2 * 127 / (127 / 40 + 127 / 10))
 
 
 def test_rivals_are_transformers_speculative_methods_on_any_cores() -> None:
-    names = compare.rivals(synthetic())
+    names = compare.transformers_methods(synthetic())
     assert len(names) == 10
     assert {"assisted", "prompt lookup, 2 cores"} < set(names)
     assert not [name for name in names if "greedy" in name]
@@ -87,8 +87,8 @@ def test_shares_of_the_targets_time() -> None:
         run("living", 50.0, 1, steps=steps(seconds, 0.9, 0.0, 0.02)),
     )
     expected = {"compute": 0.85, "wait": 0.05, "bookkeeping": 0.03, "rest": 0.07}
-    assert compare.shares(found, "living") == pytest.approx(expected)
-    total = compare.totals(found, "living")
+    assert compare.time_shares(found, "living") == pytest.approx(expected)
+    total = compare.total_steps(found, "living")
     assert total is not None
     assert (total.rounds, total.accepted, total.by_drafter) == (
         80,
@@ -96,8 +96,8 @@ def test_shares_of_the_targets_time() -> None:
         {"model-0": 160, "ngram-0": 16},
     )
     assert total.lead == pytest.approx(3.2)
-    assert compare.shares(found, "plain") is None
-    assert compare.totals(found, "plain") is None
+    assert compare.time_shares(found, "plain") is None
+    assert compare.total_steps(found, "plain") is None
 
 
 def test_the_bound_and_the_share_of_it() -> None:
@@ -105,13 +105,13 @@ def test_the_bound_and_the_share_of_it() -> None:
         run("living", 60.0),
         profile=results.Profile(target={1: 0.02, 2: 0.02}, draft={1: 0.002}, acceptance=(half(),)),
     )
-    limit = compare.limit(found)
+    limit = compare.bound_of(found)
     assert limit is not None
     assert limit.rate == pytest.approx(75.0)
     assert limit.rows == 2
-    assert compare.reached(found, "living") == pytest.approx(0.8)
-    assert compare.limit(found, 0.8) is None
-    assert compare.reached(found, "living", 0.8) is None
+    assert compare.bound_share(found, "living") == pytest.approx(0.8)
+    assert compare.bound_of(found, 0.8) is None
+    assert compare.bound_share(found, "living", 0.8) is None
 
 
 def half() -> results.Acceptance:
@@ -130,7 +130,7 @@ def test_goals_are_met_missed_or_not_measured() -> None:
 
 def test_a_limit_is_within_its_goal() -> None:
     for goal in GOALS:
-        worse = goal.limit + 0.001 if goal.most else goal.limit - 0.001
+        worse = goal.limit + 0.001 if goal.at_most else goal.limit - 0.001
         assert goal.met(goal.limit)
         assert not goal.met(worse)
 
@@ -144,14 +144,14 @@ def test_goals_compare_methods_that_there_are() -> None:
 
 def test_results_survive_the_file(tmp_path: Path) -> None:
     found = synthetic()
-    results.write(found, tmp_path / "deep" / "x.json")
-    assert results.read(tmp_path / "deep" / "x.json") == found
+    results.write_results(found, tmp_path / "deep" / "x.json")
+    assert results.read_results(tmp_path / "deep" / "x.json") == found
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["x.json"]
 
 
 def test_files_that_are_no_results_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="cannot be read"):
-        results.read(tmp_path / "none.json")
+        results.read_results(tmp_path / "none.json")
     for text, message in (
         ("{", "content"),
         ('{"name": "x"}', "machine"),
@@ -159,11 +159,11 @@ def test_files_that_are_no_results_are_refused(tmp_path: Path) -> None:
     ):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(InvalidRequest, match=message):
-            results.read(tmp_path / "x.json")
+            results.read_results(tmp_path / "x.json")
 
 
 def test_the_page_shows_every_picture_and_every_goal(tmp_path: Path) -> None:
-    page = report.write(synthetic(), tmp_path)
+    page = report.write_report(synthetic(), tmp_path)
     text = page.read_text("utf-8")
     pictures = re.findall(r"!\[\w+\]\((.*?)\)", text)
     assert sorted(pictures) == sorted(file.name for file in tmp_path.glob("*.png"))
@@ -176,7 +176,7 @@ def test_the_page_shows_every_picture_and_every_goal(tmp_path: Path) -> None:
 
 
 def test_a_page_of_nothing_has_goals_and_no_pictures(tmp_path: Path) -> None:
-    text = report.write(of(profile=results.Profile()), tmp_path).read_text("utf-8")
+    text = report.write_report(of(profile=results.Profile()), tmp_path).read_text("utf-8")
     assert text.count("not measured") == len(GOALS)
     assert "## Speed" not in text
     assert not list(tmp_path.glob("*.png"))
@@ -193,7 +193,7 @@ def test_methods_stand_by_falling_speed() -> None:
 
 def test_the_terminal_shows_the_tables() -> None:
     console = Console(file=io.StringIO(), width=200)
-    report.show(synthetic(), console)
+    report.print_report(synthetic(), console)
     text = console.file.getvalue() if isinstance(console.file, io.StringIO) else ""
     for title in (
         "temperature 0",

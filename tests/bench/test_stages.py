@@ -10,19 +10,19 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bench.core.methods import LIVING, PLAIN, Method, Outcome
-from bench.core.options import QUICK, Options, suite
-from bench.core.profiling import Job
+from bench.core.options import QUICK, BenchOptions, choose_suite
+from bench.core.profiling import ProfileJob
 from bench.core.prompts import Prompt
 from bench.core.results import Profile, Results
 from bench.stages import (
     MEASURING,
-    Lab,
-    Plan,
-    State,
+    BenchPlan,
+    BenchState,
+    BenchTools,
+    add_forecasts,
     drop_texts,
-    forecast,
     profile,
-    record,
+    record_living,
     run_all,
     sweep,
 )
@@ -33,10 +33,12 @@ from tests.support.benchmarks import synthetic
 PROMPTS = tuple(Prompt(name, (1, 2, 3)) for name in "abcd")
 ASIDES = tuple(Prompt(name, (1, 2, 3)) for name in "stuv")
 SIZE = replace(QUICK, count=2, new_tokens=8, batches=(2,))
-OPTIONS = Options(
+OPTIONS = BenchOptions(
     "target", "draft", False, "float32", None, SIZE, 1, True, Path("nowhere"), "small"
 )
-PLAN = Plan(OPTIONS, suite(True, 4), Job("target", "draft", "float32", 0), PROMPTS, ASIDES)
+PLAN = BenchPlan(
+    OPTIONS, choose_suite(True, 4), ProfileJob("target", "draft", "float32", 0), PROMPTS, ASIDES
+)
 
 
 class Scripted:
@@ -55,17 +57,19 @@ class Scripted:
         return Outcome(tuple((7,) * 4 for _ in prompts), seconds, 1.0, len(prompts))
 
 
-def start() -> State:
-    return State(
+def start() -> BenchState:
+    return BenchState(
         synthetic().model_copy(update={"methods": (), "runs": (), "sweep": (), "forecasts": ()})
     )
 
 
-def lab(runner: Scripted, kept: list[Results]) -> Lab:
+def lab(runner: Scripted, kept: list[Results]) -> BenchTools:
     slower = synthetic().profile.model_copy(
         update={"target": {rows: 3 * time for rows, time in synthetic().profile.target.items()}}
     )
-    return Lab(runner, Progress(console=Console(file=io.StringIO())), kept.append, lambda: slower)
+    return BenchTools(
+        runner, Progress(console=Console(file=io.StringIO())), kept.append, lambda: slower
+    )
 
 
 def test_all_stages_make_complete_results() -> None:
@@ -119,16 +123,16 @@ def test_stages_change_nothing_that_they_were_given() -> None:
     after = profile(PLAN, run_all(PLAN, state, lab(Scripted(), [])), lab(Scripted(), []))
     assert (state.results, state.profiles) == (before, ())
     assert (len(after.results.runs), len(after.profiles)) == (4, 1)
-    assert record(PLAN, after, lab(Scripted(), [])) == after
+    assert record_living(PLAN, after, lab(Scripted(), [])) == after
 
 
 def test_files_hold_no_texts() -> None:
     state = run_all(PLAN, replace(start(), methods=(PLAIN, LIVING)), lab(Scripted(), []))
     assert all(run.answers for run in state.results.runs)
-    kept = drop_texts(PLAN, forecast(PLAN, state))
+    kept = drop_texts(PLAN, add_forecasts(PLAN, state))
     assert not any(run.answers or run.passes for run in kept.results.runs)
 
 
 def test_an_empty_profile_forecasts_nothing() -> None:
-    state = State(start().results.model_copy(update={"profile": Profile()}), (PLAIN, LIVING))
-    assert forecast(PLAN, state).results.forecasts == ()
+    state = BenchState(start().results.model_copy(update={"profile": Profile()}), (PLAIN, LIVING))
+    assert add_forecasts(PLAN, state).results.forecasts == ()

@@ -8,9 +8,15 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from bench.core.methods import GREEDY, RIVALS, Method, OutriderMethod, TransformersMethod
+from bench.core.methods import (
+    GREEDY,
+    TRANSFORMERS_METHODS,
+    Method,
+    OutriderMethod,
+    TransformersMethod,
+)
 from bench.core.prompts import Prompt
-from bench.core.transformers_runner import Place, TransformersRunner, upto
+from bench.core.transformers_runner import TransformersRunner, WorkerSpec, until_end
 from runtime.core.errors import InvalidRequest, Unavailable
 from runtime.core.sampling_params import SamplingParams
 from tests.support.pair import save_model
@@ -27,7 +33,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def rivals(pair: tuple[Path, Path]) -> Iterator[TransformersRunner]:
-    with TransformersRunner(Place(*pair, "float32", (min(os.sched_getaffinity(0)),))) as found:
+    with TransformersRunner(WorkerSpec(*pair, "float32", (min(os.sched_getaffinity(0)),))) as found:
         yield found
 
 
@@ -42,7 +48,7 @@ def expected(folder: Path, prompt: Prompt) -> tuple[int, ...]:
 
 @pytest.mark.parametrize(
     "method",
-    [method for method in RIVALS if method.facts.cores == 1],
+    [method for method in TRANSFORMERS_METHODS if method.facts.cores == 1],
     ids=lambda method: method.name,
 )
 def test_every_method_writes_the_greedy_text(
@@ -89,7 +95,7 @@ def test_a_worker_that_cannot_load_says_so(
 ) -> None:
     with (
         TransformersRunner(
-            Place(tmp_path, tmp_path, "float32", (min(os.sched_getaffinity(0)),))
+            WorkerSpec(tmp_path, tmp_path, "float32", (min(os.sched_getaffinity(0)),))
         ) as found,
         pytest.raises(Unavailable, match="code 1"),
     ):
@@ -98,6 +104,6 @@ def test_a_worker_that_cannot_load_says_so(
 
 
 def test_a_text_ends_with_its_end() -> None:
-    assert upto([4, 5, 0, 0, 0], {0}) == (4, 5, 0)
-    assert upto([4, 5], {0}) == (4, 5)
-    assert upto([], {0}) == ()
+    assert until_end([4, 5, 0, 0, 0], {0}) == (4, 5, 0)
+    assert until_end([4, 5], {0}) == (4, 5)
+    assert until_end([], {0}) == ()

@@ -7,11 +7,11 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from bench.core import widen as widening
-from bench.core.widen import Shape, widen, widened
+from bench.core.widen import WideShape, widen, widen_folder
 from runtime.core.errors import InvalidRequest, ModelRefused
 from tests.support.pair import save_model
 
-WIDE = Shape(hidden=96, layers=4, ffn=160)
+WIDE = WideShape(hidden=96, layers=4, ffn=160)
 KINDS = {
     "plain": {},
     "grouped heads": {"num_attention_heads": 4, "num_key_value_heads": 2},
@@ -87,7 +87,7 @@ def test_smaller_than_the_source_is_refused() -> None:
 @pytest.mark.usefixtures("cache")
 def test_heads_fill_the_hidden_size_whatever_their_own(tmp_path: Path) -> None:
     found = LlamaConfig.from_pretrained(
-        widened(save_model(tmp_path, num_attention_heads=4), WIDE, "float32")
+        widen_folder(save_model(tmp_path, num_attention_heads=4), WIDE, "float32")
     )
     assert (found.head_dim, found.num_attention_heads) == (8, 12)
 
@@ -95,13 +95,13 @@ def test_heads_fill_the_hidden_size_whatever_their_own(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("cache")
 def test_a_folder_is_made_once_and_named_by_its_content(tmp_path: Path) -> None:
     source = save_model(tmp_path / "source")
-    first = widened(source, WIDE, "bfloat16")
+    first = widen_folder(source, WIDE, "bfloat16")
     made = (first / "model.safetensors").stat().st_mtime_ns
-    assert widened(source, WIDE, "bfloat16") == first
+    assert widen_folder(source, WIDE, "bfloat16") == first
     assert (first / "model.safetensors").stat().st_mtime_ns == made
-    assert widened(source, WIDE, "float32") != first
+    assert widen_folder(source, WIDE, "float32") != first
     save_model(tmp_path / "source", seed=1)
-    assert widened(source, WIDE, "bfloat16") != first
+    assert widen_folder(source, WIDE, "bfloat16") != first
     loaded = LlamaForCausalLM.from_pretrained(first, dtype="auto")
     assert loaded.dtype == torch.bfloat16
     assert AutoTokenizer.from_pretrained(first).encode(
@@ -111,12 +111,12 @@ def test_a_folder_is_made_once_and_named_by_its_content(tmp_path: Path) -> None:
 
 def test_other_families_and_no_model_at_all_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelRefused, match="cannot be read"):
-        widened(tmp_path, WIDE, "float32")
+        widen_folder(tmp_path, WIDE, "float32")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(ModelRefused, match="only that family"):
-        widened(tmp_path, WIDE, "float32")
+        widen_folder(tmp_path, WIDE, "float32")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ModelRefused, match="no safetensors"):
-        widened(tmp_path, WIDE, "float32")
+        widen_folder(tmp_path, WIDE, "float32")
     with pytest.raises(InvalidRequest, match="float8"):
-        widened(tmp_path, WIDE, "float8")
+        widen_folder(tmp_path, WIDE, "float8")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.aligned import main, read, table, verdicts
+from experiments.aligned import main, read_trained, results_grid, verdict_lines
 from runtime.core.errors import InvalidRequest
 
 
@@ -37,7 +37,7 @@ def two(tmp_path: Path) -> list[Path]:
 
 
 def test_the_others_are_compared_with_the_first(two: list[Path]) -> None:
-    rows = table([read(folder) for folder in two]).rows
+    rows = results_grid([read_trained(folder) for folder in two]).rows
     assert [row[:4] for row in rows] == [
         ("before", "0", "50.0", "90.0"),
         ("after", "0", "56.0 (+6.0)", "90.0 (+0.0)"),
@@ -48,7 +48,7 @@ def test_the_others_are_compared_with_the_first(two: list[Path]) -> None:
 
 
 def test_the_goal_is_five_points(two: list[Path]) -> None:
-    at_zero, above = verdicts([read(folder) for folder in two])
+    at_zero, above = verdict_lines([read_trained(folder) for folder in two])
     assert at_zero.endswith("+6.0 points (goal +5: met)")
     assert above.endswith("+4.0 points (goal +5: missed)")
 
@@ -72,4 +72,4 @@ def test_the_command(two: list[Path], tmp_path: Path) -> None:
 def test_folders_that_no_training_has_made(content: str, tmp_path: Path) -> None:
     (tmp_path / "training.json").write_text(content)
     with pytest.raises(InvalidRequest, match="training"):
-        read(tmp_path)
+        read_trained(tmp_path)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.divergence import Divergence, divergence
+from experiments.divergence import Divergence, first_divergence
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.model import ModelDrafter
 from runtime.model_paths import bundled_model
@@ -32,7 +32,7 @@ def test_texts_of_bfloat16_differ_at_near_ties_alone() -> None:
         ).run(request)
         alone = plain(target, request, chooser=choose)
         assert guessed.stats.accepted > 0
-        found = divergence(target, request.prompt, guessed.tokens, alone.tokens)
+        found = first_divergence(target, request.prompt, guessed.tokens, alone.tokens)
         assert found is None or found.near_tie, found
         lengths.append(len(guessed.tokens) if found is None else found.place)
     assert sum(lengths) > 40
@@ -41,9 +41,9 @@ def test_texts_of_bfloat16_differ_at_near_ties_alone() -> None:
 def test_a_difference_without_a_tie_is_seen() -> None:
     model = load_model(bundled_model("draft"), "float32", "cpu", 1)
     tokens = plain(model, asking((5, 6, 7), max_tokens=6), chooser=choose).tokens
-    assert divergence(model, (5, 6, 7), tokens, tokens) is None
-    assert divergence(model, (5, 6, 7), tokens, tokens[:3]) is None
-    found = divergence(model, (5, 6, 7), tokens, (*tokens[:4], tokens[4] + 1, tokens[5]))
+    assert first_divergence(model, (5, 6, 7), tokens, tokens) is None
+    assert first_divergence(model, (5, 6, 7), tokens, tokens[:3]) is None
+    found = first_divergence(model, (5, 6, 7), tokens, (*tokens[:4], tokens[4] + 1, tokens[5]))
     assert found is not None
     assert (found.place, found.tokens) == (4, (tokens[4], tokens[4] + 1))
     assert found.logits[0] > found.logits[1]

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from bench.methods.study import TEMPERATURES
-from experiments.shapes import Shape, Tried, draw, page, read, table
+from experiments.shapes import (
+    MeasuredShape,
+    ShapeResult,
+    draw_shapes,
+    read_shapes,
+    results_grid,
+    results_page,
+)
 from runtime.core.errors import InvalidRequest
 
 WIDE = {
@@ -20,7 +27,9 @@ WIDE = {
 
 def test_what_the_tuning_has_left(tmp_path: Path) -> None:
     (tmp_path / "shapes.json").write_text(json.dumps({"best": "128x2", "shapes": [WIDE]}))
-    assert read(tmp_path) == [Shape(tmp_path / "128x2", 0.95, {1: 1.0, 4: 1.5}, {1: 0.5, 4: 0.75})]
+    assert read_shapes(tmp_path) == [
+        MeasuredShape(tmp_path / "128x2", 0.95, {1: 1.0, 4: 1.5}, {1: 0.5, 4: 0.75})
+    ]
 
 
 @pytest.mark.parametrize(
@@ -36,20 +45,20 @@ def test_what_the_tuning_has_left(tmp_path: Path) -> None:
 def test_folders_that_hold_no_shapes(content: str, tmp_path: Path) -> None:
     (tmp_path / "shapes.json").write_text(content)
     with pytest.raises(InvalidRequest, match="tune shapes"):
-        read(tmp_path)
+        read_shapes(tmp_path)
 
 
 def test_the_page_names_the_fastest(tmp_path: Path) -> None:
     first, other = TEMPERATURES
     shapes = [
-        Shape(Path(name), 0.95, {1: ms, 4: ms}, {1: 0.5, 4: 0.75})
+        MeasuredShape(Path(name), 0.95, {1: ms, 4: ms}, {1: 0.5, 4: 0.75})
         for name, ms in (("128x2", 1.0), ("64x8", 3.0))
     ]
     tried = [
-        Tried(shapes[0], {first: 60.0, other: 40.0}, {first: 2.0, other: 1.3}),
-        Tried(shapes[1], {first: 50.0, other: 41.0}, {first: 1.7, other: 1.4}),
+        ShapeResult(shapes[0], {first: 60.0, other: 40.0}, {first: 2.0, other: 1.3}),
+        ShapeResult(shapes[1], {first: 50.0, other: 41.0}, {first: 1.7, other: 1.4}),
     ]
-    assert table(tried).rows[1] == (
+    assert results_grid(tried).rows[1] == (
         "64x8",
         "0.95",
         "3.00",
@@ -59,6 +68,6 @@ def test_the_page_names_the_fastest(tmp_path: Path) -> None:
         "50.0 (1.70 x plain)",
         "41.0 (1.40 x plain)",
     )
-    assert "Fastest end to end at temperature 0: 128x2." in page(tried, 3, "p.png")
-    draw(tried, tmp_path / "p.png")
+    assert "Fastest end to end at temperature 0: 128x2." in results_page(tried, 3, "p.png")
+    draw_shapes(tried, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 1000

@@ -2,7 +2,15 @@
 
 import numpy as np
 
-from bench.core.methods import ALONE, AMUSD, GREEDY, LIVINGS, RIVALS, Method, OutriderMethod
+from bench.core.methods import (
+    AMUSD,
+    GREEDY,
+    LIVING_METHODS,
+    PLAIN_METHODS,
+    TRANSFORMERS_METHODS,
+    Method,
+    OutriderMethod,
+)
 from bench.core.results import (
     Acceptance,
     Forecast,
@@ -11,7 +19,7 @@ from bench.core.results import (
     Profile,
     Results,
     Run,
-    Settings,
+    RunSettings,
     Steps,
 )
 
@@ -48,7 +56,7 @@ SYNC = (
     ),
     Method("pearl", OutriderMethod("pearl", (("passes", 12),), ("model",))),
 )
-METHODS = (*ALONE, *SYNC, AMUSD, *LIVINGS, *RIVALS)
+METHODS = (*PLAIN_METHODS, *SYNC, AMUSD, *LIVING_METHODS, *TRANSFORMERS_METHODS)
 TOKENS, PROMPTS, REPETITIONS, PREFILL = 128, 6, 3, 0.25
 
 
@@ -153,7 +161,7 @@ def synthetic() -> Results:
             draft_parameters=1_700_000,
             dtype="bfloat16",
         ),
-        settings=Settings(
+        settings=RunSettings(
             prompts="held-out files",
             count=PROMPTS,
             new_tokens=TOKENS,

@@ -11,9 +11,9 @@ import pytest
 from actors.controller.fleet_view import DrafterState, Fleet
 from actors.routing.router import Router
 from actors.rpc.endpoints import ActorLocation
-from bench.chaos.clients import Answer, Case, Seen, stream
+from bench.chaos.chaos_report import ChaosReport, Gap, percentile
+from bench.chaos.clients import Answer, Observations, ReferenceCase, run_client
 from bench.chaos.faults import Fault, inject, next_count, next_fault
-from bench.chaos.outcome import Gap, Outcome, percentile
 from runtime.core.errors import Unavailable
 from runtime.core.messages import Chunk, Request
 from tests.support.router_harness import ANSWER, ASKED, COUNT, PLAIN, Scripted, played, there
@@ -30,7 +30,7 @@ FLEET = Fleet(
     0,
 )
 GAPS = (Gap(0.25, 0.0, 0.25), Gap(0.0, 0.5, 0.5, 0.25), Gap(2.0, 0.0, 0.5, 0.125))
-OUTCOME = Outcome(8, 2, 1, 0, 10.0, 30, 0, 0, 0, 900, 3, 0, {"target SIGKILL": 1}, GAPS)
+OUTCOME = ChaosReport(8, 2, 1, 0, 10.0, 30, 0, 0, 0, 900, 3, 0, {"target SIGKILL": 1}, GAPS)
 
 
 def test_blows_fall_on_all_that_serve_but_never_on_the_last_target() -> None:
@@ -70,9 +70,9 @@ def test_percentiles() -> None:
     "bad", [{"failed": 1}, {"differing": 1}, {"unfinished": 1}, {"finished": 0}]
 )
 def test_an_outcome_is_right_only_where_all_of_it_is(bad: dict[str, int]) -> None:
-    wrong = Outcome(**{name: getattr(OUTCOME, name) for name in OUTCOME.__slots__} | bad)
-    assert OUTCOME.right
-    assert not wrong.right
+    wrong = ChaosReport(**{name: getattr(OUTCOME, name) for name in OUTCOME.__slots__} | bad)
+    assert OUTCOME.passed
+    assert not wrong.passed
     parts = OUTCOME.as_json()["parts"]
     assert (
         parts["gap at a target's death"]["p99"],
@@ -83,10 +83,10 @@ def test_an_outcome_is_right_only_where_all_of_it_is(bad: dict[str, int]) -> Non
 
 
 def test_a_client_compares_and_measures() -> None:
-    """A target falls silent after 9 tokens and is struck then; 4 s later it is missed."""
+    """A target falls silent after 9 tokens and is fault_times then; 4 s later it is missed."""
 
-    async def main(expected: Answer) -> Seen:
-        seen, over = Seen(), asyncio.Event()
+    async def main(expected: Answer) -> Observations:
+        seen, over = Observations(), asyncio.Event()
         lives = {"t0/0": Scripted(ANSWER, cut=9, death="silent"), "t1/0": Scripted(ANSWER)}
 
         class Noted(Scripted):
@@ -96,16 +96,18 @@ def test_a_client_compares_and_measures() -> None:
                 lives[address] = self
 
             def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
-                return seen.noted(self.address, request.session, super().generate(request))
+                return seen.record_call(self.address, request.session, super().generate(request))
 
         router = Router(Noted)
         router.update([there("t0"), there("t1")])
         asking = asyncio.ensure_future(
-            stream(router, [Case(ASKED.prompt, ASKED.sampling, expected)], 0, over, seen)
+            run_client(
+                router, [ReferenceCase(ASKED.prompt, ASKED.sampling, expected)], 0, over, seen
+            )
         )
         await lives["t0/0"].silent.wait()
         await asyncio.sleep(2.0)
-        seen.struck["t0/0"] = asyncio.get_running_loop().time()
+        seen.fault_times["t0/0"] = asyncio.get_running_loop().time()
         await asyncio.sleep(4.0)
         over.set()
         router.update([there("t1")])
@@ -128,23 +130,27 @@ def test_a_client_compares_and_measures() -> None:
 
 
 def test_who_is_away_is_timed_until_it_is_back() -> None:
-    seen = Seen()
-    seen.look(FLEET, 0.0)
+    seen = Observations()
+    seen.update_downtime(FLEET, 0.0)
     (target, *others) = FLEET.targets
     away, back = replace(target, state="starting", restarts=1), replace(target, restarts=1)
     for at, state in ((1.0, away), (2.0, away), (8.0, back), (9.0, back)):
-        seen.look(replace(FLEET, targets=(state, *others)), at)
+        seen.update_downtime(replace(FLEET, targets=(state, *others)), at)
     assert seen.returned == [7.0]
 
 
 def test_an_answer_that_fails_is_counted() -> None:
-    async def main() -> Seen:
-        seen, over = Seen(), asyncio.Event()
+    async def main() -> Observations:
+        seen, over = Observations(), asyncio.Event()
         router = Router(lambda _: Scripted(ANSWER, refuses=Unavailable("gone")))
         router.update([there("t0")])
         asking = asyncio.ensure_future(
-            stream(
-                router, [Case(ASKED.prompt, ASKED.sampling, Answer((), "", "stop"))], 0, over, seen
+            run_client(
+                router,
+                [ReferenceCase(ASKED.prompt, ASKED.sampling, Answer((), "", "stop"))],
+                0,
+                over,
+                seen,
             )
         )
         over_soon = asyncio.get_running_loop().call_later(1.0, over.set)

@@ -14,7 +14,7 @@ from runtime.models.loader import load_tokenizer
 from tests.support.learner import CONTEXT, documents, rows
 from tests.support.pair import SHIPPED
 from training import folder, losses, text
-from training.loop import Settings, is_matrix, rate_at, smooth, train
+from training.loop import TrainingSettings, is_matrix, learning_rate_at, smooth, train
 
 
 def logits(seed: int, rows: int = 5, vocabulary: int = 7) -> Tensor:
@@ -108,7 +108,7 @@ def learn(
         if done == stop:
             raise KeyboardInterrupt
 
-    found = train(module, loss, rows, Settings(steps, seed=3, decay=0.05), checkpoint, tell)
+    found = train(module, loss, rows, TrainingSettings(steps, seed=3, decay=0.05), checkpoint, tell)
     return module, found
 
 
@@ -133,7 +133,7 @@ def test_a_training_learns(tmp_path: Path) -> None:
         module,
         lambda rows, done: (module.linear(x) - x).square().mean(),
         rows,
-        Settings(40),
+        TrainingSettings(40),
         tmp_path / "a",
         lambda done, loss: None,
     )
@@ -162,7 +162,7 @@ def test_a_loss_that_is_no_number_ends_the_training(tmp_path: Path) -> None:
             module,
             lambda rows, done: module.linear.weight.sum() * math.nan,
             rows,
-            Settings(2),
+            TrainingSettings(2),
             tmp_path / "a",
             lambda done, loss: None,
         )
@@ -170,7 +170,7 @@ def test_a_loss_that_is_no_number_ends_the_training(tmp_path: Path) -> None:
 
 
 def test_the_rate_warms_up_holds_and_falls() -> None:
-    rates = [rate_at(step, 100) for step in range(100)]
+    rates = [learning_rate_at(step, 100) for step in range(100)]
     assert rates[0] == 0.5
     assert rates[2:60] == [1.0] * 58
     assert rates[65:] == sorted(rates[65:], reverse=True)
@@ -193,14 +193,16 @@ def test_smoothing_is_a_mean_over_what_came_before() -> None:
 
 
 def test_one_document_in_twenty_is_held_out_by_its_name_alone() -> None:
-    learned, held = text.split(documents(200))
+    learned, held = text.split_documents(documents(200))
     assert len(learned) + len(held) == 200
     assert 3 <= len(held) <= 20
-    assert set(text.split(documents(100))[1]) <= set(held)
+    assert set(text.split_documents(documents(100))[1]) <= set(held)
 
 
 def test_of_few_documents_the_ends_are_held_out() -> None:
-    learned, held = text.split([text.Document("a", "x" * 95 + "y" * 5), text.Document("b", "")])
+    learned, held = text.split_documents(
+        [text.Document("a", "x" * 95 + "y" * 5), text.Document("b", "")]
+    )
     assert (learned, held) == (["x" * 95, ""], ["y" * 5, ""])
 
 
@@ -212,7 +214,9 @@ def test_files_and_folders_are_read_and_what_is_no_text_is_left_out_of_folders(
     (tmp_path / "in" / "b.bin").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "in" / ".hidden").write_text("c")
     (tmp_path / "d.txt").write_text("d")
-    assert [document.name for document in text.read([tmp_path / "in", tmp_path / "d.txt"])] == [
+    assert [
+        document.name for document in text.read_documents([tmp_path / "in", tmp_path / "d.txt"])
+    ] == [
         "a.txt",
         "d.txt",
     ]
@@ -229,9 +233,9 @@ def test_bad_data_is_named(tmp_path: Path) -> None:
         ([tmp_path / "none"], "no text in .*: give files or folders of UTF-8 text"),
     ):
         with pytest.raises(InvalidRequest, match=message):
-            text.read(paths)
+            text.read_documents(paths)
     with pytest.raises(InvalidRequest, match="at least 48 to learn from are needed"):
-        text.corpus(
+        text.build_corpus(
             [text.Document("a", "short")],
             load_tokenizer(str(SHIPPED)).backend_tokenizer,
             0,
@@ -243,7 +247,7 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
     stream, own = np.arange(1000, dtype=np.int32), np.arange(60, dtype=np.int32).reshape(5, 12)
 
     def batch(seed: int) -> Callable[[int], Tensor]:
-        return text.batches([text.windows(stream, 12, seed), text.texts(own, seed)], 4)
+        return text.make_batches([text.windows(stream, 12, seed), text.text_rows(own, seed)], 4)
 
     assert torch.equal(batch(1)(37), batch(1)(37))
     assert not torch.equal(batch(1)(37), batch(2)(37))
@@ -265,16 +269,16 @@ def test_an_epoch_of_windows_overlaps_nowhere() -> None:
 
 def test_a_result_is_there_once_it_is_whole(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with folder.opened(out, {"steps": 1}) as work:
+    with folder.open_work(out, {"steps": 1}) as work:
         (work / folder.FINISHED).mkdir()
-        folder.write(work / folder.FINISHED / "a", b"1")
+        folder.write_atomically(work / folder.FINISHED / "a", b"1")
         assert not out.exists()
         folder.publish(work, out)
     assert (out / "a").read_bytes() == b"1"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
     with (
         pytest.raises(InvalidRequest, match="out is there already: give another --out"),
-        folder.opened(out, {"steps": 1}),
+        folder.open_work(out, {"steps": 1}),
     ):
         pass
 
@@ -284,13 +288,13 @@ def test_work_under_other_settings_is_refused_and_under_the_same_gone_on_with(
 ) -> None:
     out = tmp_path / "out"
     for _ in range(2):
-        with folder.opened(out, {"steps": 1, "layers": (1, 2)}) as work:
+        with folder.open_work(out, {"steps": 1, "layers": (1, 2)}) as work:
             (work / "checkpoint.pt").touch()
     with (
         pytest.raises(
             InvalidRequest, match=r"unfinished work under other settings \(steps was 1 and is 2\)"
         ),
-        folder.opened(out, {"steps": 2, "layers": (1, 2)}),
+        folder.open_work(out, {"steps": 2, "layers": (1, 2)}),
     ):
         pass
 
@@ -301,7 +305,7 @@ def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path, content: str) -> 
     (tmp_path / "out.partial" / "recipe.json").write_text(content)
     with (
         pytest.raises(InvalidRequest, match="is not readable: remove"),
-        folder.opened(tmp_path / "out", {}),
+        folder.open_work(tmp_path / "out", {}),
     ):
         pass
 
@@ -311,20 +315,20 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out.partial" / "thesis.tex").write_text("years")
     with (
         pytest.raises(InvalidRequest, match=r"holds something else \(thesis.tex\)"),
-        folder.opened(tmp_path / "out", {}),
+        folder.open_work(tmp_path / "out", {}),
     ):
         pass
     (tmp_path / "file").touch()
     for taken in (tmp_path / "file", tmp_path):
         with pytest.raises(InvalidRequest, match="is there already"):
-            folder.refuse(taken)
+            folder.check_out_is_free(taken)
 
 
 def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
-    with folder.opened(tmp_path / "out", {}):
+    with folder.open_work(tmp_path / "out", {}):
         with (
             pytest.raises(InvalidRequest, match="worked on by another training"),
-            folder.opened(tmp_path / "out", {}),
+            folder.open_work(tmp_path / "out", {}),
         ):
             pass
         assert (tmp_path / "out.partial").is_dir()
@@ -332,8 +336,8 @@ def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path: Path) -> None:
     def fill() -> None:
-        with folder.opened(tmp_path / "out", {}) as work:
-            folder.write(work / "checkpoint.pt", b"whole")
+        with folder.open_work(tmp_path / "out", {}) as work:
+            folder.write_atomically(work / "checkpoint.pt", b"whole")
             raise OSError(28, "No space left on device")
 
     with pytest.raises(

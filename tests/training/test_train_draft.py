@@ -10,8 +10,8 @@ from runtime.core.errors import InvalidRequest
 from tests.support.learner import material, order, rows
 from tests.support.pair import save_model
 from training import draft, folder, shapes
-from training.goal import Goal
-from training.run import fitting_context, train_draft
+from training.loss_kind import LossKind
+from training.run import check_context, train_draft
 from training.teacher import Teacher, load_teacher
 
 
@@ -28,17 +28,17 @@ def teacher(target: Path) -> Teacher:
 # Drafts
 
 
-@pytest.mark.parametrize("goal", Goal)
+@pytest.mark.parametrize("goal", LossKind)
 def test_every_loss_trains_a_draft_that_the_runtime_loads(
-    teacher: Teacher, target: Path, tmp_path: Path, goal: Goal
+    teacher: Teacher, target: Path, tmp_path: Path, goal: LossKind
 ) -> None:
     from runtime.models.loader import load_model, load_tokenizer
 
-    out, shape = tmp_path / "out", shapes.Shape(64, 1)
+    out, shape = tmp_path / "out", shapes.DraftShape(64, 1)
     asked = order(out, target, "draft", {"loss": goal}, steps=4)
-    module = draft.new(shape, teacher, seed=0)
+    module = draft.new_draft(shape, teacher, seed=0)
     times = {shape: {1: 0.001, 4: 0.002}}
-    with folder.opened(out, asked.recipe("f", "d")) as work:
+    with folder.open_work(out, asked.recipe("f", "d")) as work:
         train_draft(asked, material(teacher), module, goal, times, work, lambda done, loss: None)
     assert load_model(str(out), "float32", "cpu").vocabulary == teacher.model.vocabulary
     assert load_tokenizer(str(out)).get_vocab() == teacher.tokenizer.get_vocab()
@@ -49,40 +49,43 @@ def test_every_loss_trains_a_draft_that_the_runtime_loads(
 def test_a_draft_goes_on_from_another_and_tvd_begins_with_kl(
     teacher: Teacher, target: Path
 ) -> None:
-    module, tokens = draft.started(str(target), torch.device("cpu")), rows()
+    module, tokens = draft.load_start(str(target), torch.device("cpu")), rows()
     values = {
         (goal, done): float(draft.distillation(teacher, module, goal)(tokens, done).detach())
-        for goal in Goal
+        for goal in LossKind
         for done in (0.0, 0.9)
     }
     assert (
-        values[Goal.kl, 0.0]
-        == values[Goal.tvd, 0.0]
-        == values[Goal.tvd_plus_plus, 0.0]
+        values[LossKind.kl, 0.0]
+        == values[LossKind.tvd, 0.0]
+        == values[LossKind.tvd_plus_plus, 0.0]
         == pytest.approx(0.0, abs=1e-5)
     )
-    assert values[Goal.tvd, 0.9] == pytest.approx(0.0, abs=1e-5)
-    assert values[Goal.next_token, 0.0] == values[Goal.next_token, 0.9] > 1.0
+    assert values[LossKind.tvd, 0.9] == pytest.approx(0.0, abs=1e-5)
+    assert values[LossKind.next_token, 0.0] == values[LossKind.next_token, 0.9] > 1.0
 
 
 def test_what_a_draft_knows_already_is_changed_gently() -> None:
-    fresh, gentle = draft.settings(9, 1, fresh=True), draft.settings(9, 1, fresh=False)
+    fresh, gentle = draft.draft_settings(9, 1, fresh=True), draft.draft_settings(9, 1, fresh=False)
     assert gentle.matrix_rate == pytest.approx(0.1 * fresh.matrix_rate)
     assert gentle.other_rate == pytest.approx(0.1 * fresh.other_rate)
     assert (gentle.steps, gentle.seed, gentle.decay) == (9, 1, fresh.decay)
 
 
-def by_parameters(shape: shapes.Shape) -> shapes.Times:
+def by_parameters(shape: shapes.DraftShape) -> shapes.Times:
     """A machine on which a layer costs 0.1 ms and a million parameters 1 ms."""
     return {rows: shape.layers * 1e-4 + shape.parameters(1000) * 1e-9 for rows in shapes.WIDTHS}
 
 
 def test_the_shallowest_of_the_largest_shapes_within_the_budget_is_proposed() -> None:
-    chosen, curve = shapes.propose(3e-3, 1000, by_parameters)
-    assert by_parameters(chosen)[shapes.ROWS] <= 3e-3
+    chosen, curve = shapes.propose_shape(3e-3, 1000, by_parameters)
+    assert by_parameters(chosen)[shapes.BUDGET_ROWS] <= 3e-3
     assert chosen.layers == 2
     assert (
-        by_parameters(shapes.Shape(chosen.hidden + shapes.STEP, chosen.layers))[shapes.ROWS] > 3e-3
+        by_parameters(shapes.DraftShape(chosen.hidden + shapes.HIDDEN_STEP, chosen.layers))[
+            shapes.BUDGET_ROWS
+        ]
+        > 3e-3
     )
     assert next(iter(curve)) == chosen
     assert len(curve) >= 4
@@ -95,51 +98,55 @@ def test_a_budget_that_nothing_fits_into_is_refused() -> None:
         InvalidRequest,
         match=r"latency 0.01 ms is below what the smallest shape takes here \(0.37 ms\): raise it",
     ):
-        shapes.propose(1e-5, 1000, by_parameters)
+        shapes.propose_shape(1e-5, 1000, by_parameters)
 
 
 def test_a_proposal_is_measured_once(tmp_path: Path) -> None:
-    first = draft.settled(tmp_path, 3e-3, 1000, by_parameters)
-    assert draft.settled(tmp_path, 3e-3, 1000, lambda shape: pytest.fail("measured again")) == first
+    first = draft.settle_shape(tmp_path, 3e-3, 1000, by_parameters)
+    assert (
+        draft.settle_shape(tmp_path, 3e-3, 1000, lambda shape: pytest.fail("measured again"))
+        == first
+    )
 
 
 def test_shapes_are_what_they_are_said_to_be(teacher: Teacher) -> None:
-    shape = shapes.Shape(128, 2)
-    module = draft.new(shape, teacher, 0)
+    shape = shapes.DraftShape(128, 2)
+    module = draft.new_draft(shape, teacher, 0)
     matrices = {
         parameter.data_ptr(): parameter.numel()
         for parameter in module.parameters()
         if parameter.ndim == 2
     }
     assert sum(matrices.values()) == shape.parameters(4096)
-    measured = shapes.measurer(4096, torch.device("cpu"))(shapes.Shape(64, 1))
+    measured = shapes.make_measure(4096, torch.device("cpu"))(shapes.DraftShape(64, 1))
     assert set(measured) == set(shapes.WIDTHS)
     assert all(seconds > 0 for seconds in measured.values())
 
 
 def test_a_context_must_be_one_that_the_target_reads() -> None:
-    assert fitting_context(64, 64) == 64
+    assert check_context(64, 64) == 64
     for wrong in (15, 65):
         with pytest.raises(InvalidRequest, match="this target reads 16 to 64 tokens"):
-            fitting_context(wrong, 64)
+            check_context(wrong, 64)
 
 
 @pytest.mark.parametrize("budget", [0.0004, 0.001, 0.01, 0.1, 10.0])
 def test_the_widest_that_fits_is_found_without_making_much_wider_ones(budget: float) -> None:
     seen: list[int] = []
 
-    def measure(shape: shapes.Shape) -> shapes.Times:
+    def measure(shape: shapes.DraftShape) -> shapes.Times:
         seen.append(shape.hidden)
         return by_parameters(shape)
 
     fitting = [
-        shapes.Shape(hidden, 2) for hidden in range(shapes.STEP, shapes.WIDEST + 1, shapes.STEP)
+        shapes.DraftShape(hidden, 2)
+        for hidden in range(shapes.HIDDEN_STEP, shapes.MAX_HIDDEN + 1, shapes.HIDDEN_STEP)
     ]
     expected = max(
-        (shape.hidden for shape in fitting if by_parameters(shape)[shapes.ROWS] <= budget),
+        (shape.hidden for shape in fitting if by_parameters(shape)[shapes.BUDGET_ROWS] <= budget),
         default=None,
     )
-    found = shapes.within(budget, 2, measure)
+    found = shapes.widest_within(budget, 2, measure)
     assert (found and found[0].hidden) == expected
-    assert max(seen) <= 2 * (expected or shapes.STEP)
+    assert max(seen) <= 2 * (expected or shapes.HIDDEN_STEP)
     assert len(seen) <= 13

@@ -17,7 +17,7 @@ from runtime.models.head_checkpoint import read_settings, read_tensors, target_i
 from tests.support.learner import CONTEXT, material, order, rows
 from tests.support.pair import save_model
 from training import folder, heads, hidden_transfer, medusa, outputs, s3d
-from training.acceptance import measure
+from training.acceptance import measure_acceptance
 from training.run import train_head
 from training.teacher import Teacher, fingerprint, load_teacher
 
@@ -70,7 +70,7 @@ def test_untrained_medusa_heads_say_what_the_target_says_of_the_next_place(
         torch.testing.assert_close(state, teacher.states(tokens).last)
 
 
-@pytest.mark.parametrize("offset", [heads.DRAFT, heads.HEAD])
+@pytest.mark.parametrize("offset", [heads.DRAFT_OFFSET, heads.HEAD_OFFSET])
 def test_the_loss_looks_at_the_places_that_are_to_be_guessed(teacher: Teacher, offset: int) -> None:
     """Who knew the future would have none: row p of position i against what the target says in row p + offset - 1 + i."""
 
@@ -135,16 +135,18 @@ def test_pseudo_rows_pass_the_layers_as_if_they_continued_the_text(
 def test_pseudo_states_that_are_true_are_at_no_distance() -> None:
     true = torch.randn(2, CONTEXT, 8)
     pseudo = torch.stack([true.roll(-1 - i, dims=1) for i in range(3)], dim=1)
-    assert float(hidden_transfer.distance(pseudo, true)) == 0.0
-    assert float(hidden_transfer.distance(torch.zeros_like(pseudo), true)) == pytest.approx(1.0)
+    assert float(hidden_transfer.state_distance(pseudo, true)) == 0.0
+    assert float(hidden_transfer.state_distance(torch.zeros_like(pseudo), true)) == pytest.approx(
+        1.0
+    )
 
 
 def test_hidden_transfer_wants_a_target_that_it_can_run(teacher: Teacher, target: Path) -> None:
-    hidden_transfer.check(teacher, CONTEXT)
+    hidden_transfer.check_target(teacher, CONTEXT)
     other = load_teacher(str(target), "cpu")
     other.module.config.hidden_act = "gelu"
     with pytest.raises(ModelRefused, match="is not built as Llama is: train medusa for it"):
-        hidden_transfer.check(other, CONTEXT)
+        hidden_transfer.check_target(other, CONTEXT)
 
 
 @pytest.mark.parametrize("method", ["medusa", "hidden-transfer", "s3d"])
@@ -155,20 +157,20 @@ def test_a_trained_head_is_a_folder_that_the_runtime_reads(
     settings: dict[str, object]
     if method == "medusa":
         made, settings = Medusa(teacher.hidden_size, 2), {"heads": 2, "blocks": 1}
-        forward, offset = medusa.make_forward(made), heads.HEAD
+        forward, offset = medusa.make_forward(made), heads.HEAD_OFFSET
     elif method == "s3d":
         made, settings = (
-            s3d.new(teacher, [0, 2], 1, 2, seed=0),
+            s3d.new_s3d(teacher, [0, 2], 1, 2, seed=0),
             {"layers": [0, 2], "masks": 1, "rank": 2},
         )
-        forward, offset = s3d.make_forward(made, teacher, [0, 2]), heads.DRAFT
+        forward, offset = s3d.make_forward(made, teacher, [0, 2]), heads.DRAFT_OFFSET
     else:
         made, settings = HiddenTransfer(teacher.hidden_size, [1, 2]), {"layers": [1, 2]}
-        forward, offset = hidden_transfer.make_forward(made, teacher), heads.HEAD
+        forward, offset = hidden_transfer.make_forward(made, teacher), heads.HEAD_OFFSET
     out, found = tmp_path / "out", material(teacher)
     asked = order(out, target, method, settings)
     before = {name: value.clone() for name, value in made.state_dict().items()}
-    with folder.opened(out, asked.recipe("f", "d")) as work:
+    with folder.open_work(out, asked.recipe("f", "d")) as work:
         measured = train_head(asked, found, made, forward, work, lambda done, loss: None, offset)
     identity = target_identity(teacher.module.config, teacher.tokenizer)
     assert read_settings(out, method, identity) == settings
@@ -193,7 +195,7 @@ def test_the_target_is_left_as_it_is(teacher: Teacher) -> None:
 
 
 def knowing(
-    answer: outputs.Written, positions: int, offset: int, right: Sequence[bool]
+    answer: outputs.TargetText, positions: int, offset: int, right: Sequence[bool]
 ) -> Callable[[Sequence[int]], Tensor]:
     """Guesses that hold the truth first, or, where they are wrong, second."""
 
@@ -212,8 +214,8 @@ def knowing(
 
 @pytest.mark.parametrize("offset", [1, 2])
 def test_acceptance_counts_places_and_chains(offset: int) -> None:
-    answer = outputs.Written((1, 2, 3), (4, 5, 6, 7, 8, 9), SamplingParams())
-    (at,) = measure([answer], knowing(answer, 3, offset, (True, False, True)), offset)
+    answer = outputs.TargetText((1, 2, 3), (4, 5, 6, 7, 8, 9), SamplingParams())
+    (at,) = measure_acceptance([answer], knowing(answer, 3, offset, (True, False, True)), offset)
     assert [rates[1] for rates in at.rates] == [1.0, 0.0, 1.0]
     assert [rates[2] for rates in at.rates] == [1.0, 1.0, 1.0]
     assert at.chain == 2.0
@@ -232,6 +234,6 @@ def test_guesses_share_the_targets_noise_above_temperature_0() -> None:
             int(choose(same, SamplingInput(sampling, 2, [1, 2], [tokens], frozenset()))[0])
         )
     assert len(set(tokens)) > 4
-    answer = outputs.Written((1, 2), tuple(tokens), sampling)
-    (at,) = measure([answer], lambda text: torch.zeros(1, len(text), 16), 1)
+    answer = outputs.TargetText((1, 2), tuple(tokens), sampling)
+    (at,) = measure_acceptance([answer], lambda text: torch.zeros(1, len(text), 16), 1)
     assert at.rates[0][1] == 1.0

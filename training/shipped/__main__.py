@@ -27,18 +27,18 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from training import loop, stdlib_corpus, text
-from training.folder import write
+from training.folder import write_atomically
 from training.losses import forward_kl, next_token
-from training.progress import Bar
+from training.progress import ProgressBar
 from training.shipped.pair_card import write_card
-from training.shipped.pair_heads import train as train_head
-from training.shipped.pair_shapes import CONTEXT, DRAFT, MODELS, TARGET, VOCABULARY, Shape
+from training.shipped.pair_heads import train_pair_head as train_head
+from training.shipped.pair_shapes import CONTEXT, DRAFT, MODELS, TARGET, VOCABULARY, PairShape
 
 WORK = MODELS.parent / "build" / "train"
 BATCH_TOKENS, DECAY = 8192, 0.05
 
 
-class Stage(StrEnum):
+class TrainingStage(StrEnum):
     tokenizer = "tokenizer"
     target = "target"
     outputs = "outputs"
@@ -59,7 +59,8 @@ def train_tokenizer() -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(
-        (stdlib_corpus.read(name) for name in stdlib_corpus.files(held_out=False)), trainer
+        (stdlib_corpus.read_source(name) for name in stdlib_corpus.library_files(held_out=False)),
+        trainer,
     )
     end = stdlib_corpus.END_OF_TEXT
     wrapped = PreTrainedTokenizerFast(
@@ -77,7 +78,7 @@ def load_tokenizer() -> Tokenizer:
     return Tokenizer.from_file(str(MODELS / "target" / "tokenizer.json"))
 
 
-def new_model(shape: Shape, seed: int) -> LlamaForCausalLM:
+def new_model(shape: PairShape, seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     end = load_tokenizer().token_to_id(stdlib_corpus.END_OF_TEXT)
     if end is None:
@@ -93,7 +94,9 @@ def training_stream() -> text.Stream:
         cached.parent.mkdir(parents=True, exist_ok=True)
         np.save(
             cached,
-            stdlib_corpus.token_stream(load_tokenizer(), stdlib_corpus.files(held_out=False)),
+            stdlib_corpus.token_stream(
+                load_tokenizer(), stdlib_corpus.library_files(held_out=False)
+            ),
         )
     return np.asarray(np.load(cached), dtype=np.int32)
 
@@ -103,18 +106,18 @@ def context_at(step: int, steps: int) -> int:
     return CONTEXT // 2 if step < 0.75 * steps else CONTEXT
 
 
-def learn(
+def train_model(
     name: str,
     model: LlamaForCausalLM,
     loss: loop.Loss,
     streams: Sequence[text.Stream],
-    settings: loop.Settings,
+    settings: loop.TrainingSettings,
 ) -> None:
     """Batches of all streams in equal parts; what was learned goes into models/NAME, the log of losses beside the checkpoint."""
     folder = WORK / name
     folder.mkdir(parents=True, exist_ok=True)
     by_context = {
-        context: text.batches(
+        context: text.make_batches(
             [text.windows(stream, context, settings.seed) for stream in streams],
             BATCH_TOKENS // context,
         )
@@ -124,7 +127,7 @@ def learn(
     def batches(step: int) -> Tensor:
         return by_context[context_at(step, settings.steps)](step)
 
-    with Bar() as bar:
+    with ProgressBar() as bar:
         losses = loop.train(
             model, loss, batches, settings, folder / "checkpoint.pt", bar.steps(settings.steps)
         )
@@ -132,11 +135,13 @@ def learn(
         {"step": step, "tokens": (step + 1) * BATCH_TOKENS, "loss": round(value, 4)}
         for step, value in enumerate(losses)
     ]
-    write(folder / "loss.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries).encode())
-    save(model, MODELS / name)
+    write_atomically(
+        folder / "loss.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries).encode()
+    )
+    save_model(model, MODELS / name)
 
 
-def save(model: LlamaForCausalLM, folder: Path) -> None:
+def save_model(model: LlamaForCausalLM, folder: Path) -> None:
     """A Hugging Face folder with bf16 safetensors."""
     model.to(torch.bfloat16).save_pretrained(folder)
 
@@ -150,7 +155,9 @@ def train_target(steps: int, compiled: bool) -> None:
             logits = forward(rows, use_cache=False).logits
         return next_token(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten())
 
-    learn("target", model, loss, [training_stream()], loop.Settings(steps, decay=DECAY))
+    train_model(
+        "target", model, loss, [training_stream()], loop.TrainingSettings(steps, decay=DECAY)
+    )
 
 
 def write_outputs(tokens: int) -> None:
@@ -200,11 +207,19 @@ def train_draft(steps: int, compiled: bool) -> None:
             got = forward(rows, use_cache=False).logits.float()
         return forward_kl(got.flatten(0, 1), wanted.flatten(0, 1))
 
-    learn("draft", model, loss, [own, training_stream()], loop.Settings(steps, seed=7, decay=DECAY))
+    train_model(
+        "draft",
+        model,
+        loss,
+        [own, training_stream()],
+        loop.TrainingSettings(steps, seed=7, decay=DECAY),
+    )
 
 
 def main(
-    stages: Annotated[list[Stage] | None, typer.Argument(help="default: all, in order")] = None,
+    stages: Annotated[
+        list[TrainingStage] | None, typer.Argument(help="default: all, in order")
+    ] = None,
     target_steps: int = 900,
     draft_steps: int = 900,
     output_tokens: int = 1_000_000,
@@ -212,19 +227,19 @@ def main(
         bool, typer.Option(help="torch.compile: about 1.5 times as fast; wants a C++ compiler")
     ] = shutil.which("g++") is not None,
 ) -> None:
-    for stage in stages or list(Stage):
+    for stage in stages or list(TrainingStage):
         match stage:
-            case Stage.tokenizer:
+            case TrainingStage.tokenizer:
                 train_tokenizer()
-            case Stage.target:
+            case TrainingStage.target:
                 train_target(target_steps, compiled)
-            case Stage.outputs:
+            case TrainingStage.outputs:
                 write_outputs(output_tokens)
-            case Stage.draft:
+            case TrainingStage.draft:
                 train_draft(draft_steps, compiled)
-            case Stage.medusa | Stage.hidden_transfer | Stage.s3d:
+            case TrainingStage.medusa | TrainingStage.hidden_transfer | TrainingStage.s3d:
                 train_head(stage.value, WORK / "outputs")
-            case Stage.card:
+            case TrainingStage.card:
                 write_card(WORK)
 
 

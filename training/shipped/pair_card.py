@@ -77,13 +77,13 @@ def write_card(work: Path) -> None:
     )
     tokenizer = load_tokenizer(str(MODELS / "target"))
     logs = {name: read_log(work / name / "loss.jsonl") for name in ("target", "draft")}
-    draw(logs, MODELS / "loss.png")
+    draw_losses(logs, MODELS / "loss.png")
     held_out = stdlib_corpus.token_stream(
-        tokenizer.backend_tokenizer, stdlib_corpus.files(held_out=True)
+        tokenizer.backend_tokenizer, stdlib_corpus.library_files(held_out=True)
     )
     page = TEMPLATE.format(
-        target_size=size(target),
-        draft_size=size(draft),
+        target_size=million_parameters(target),
+        draft_size=million_parameters(draft),
         target_shape=f"{TARGET.hidden}, {TARGET.layers}, {TARGET.intermediate}",
         draft_shape=f"{DRAFT.hidden}, {DRAFT.layers}, {DRAFT.intermediate}",
         target_tokens=logs["target"][-1][0] / 1e6,
@@ -97,8 +97,8 @@ def write_card(work: Path) -> None:
         vocabulary=VOCABULARY,
         context=CONTEXT,
         python=platform.python_version(),
-        files=len(stdlib_corpus.files(held_out=False)),
-        held_out=len(stdlib_corpus.files(held_out=True)),
+        files=len(stdlib_corpus.library_files(held_out=False)),
+        held_out=len(stdlib_corpus.library_files(held_out=True)),
         prompts=PROMPTS,
         prompt_tokens=PROMPT_TOKENS,
         new_tokens=NEW_TOKENS,
@@ -111,7 +111,7 @@ def write_card(work: Path) -> None:
     (MODELS / "README.md").write_text(page)
 
 
-def size(model: HFModel) -> float:
+def million_parameters(model: HFModel) -> float:
     return float(sum(parameter.numel() for parameter in model.module.parameters())) / 1e6
 
 
@@ -159,7 +159,7 @@ def losses_of(log: Sequence[tuple[int, float]]) -> list[float]:
     return [loss for _, loss in log]
 
 
-def draw(logs: dict[str, list[tuple[int, float]]], file: Path) -> None:
+def draw_losses(logs: dict[str, list[tuple[int, float]]], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -12,29 +12,29 @@ from runtime.heads.medusa import Medusa
 from runtime.models.acceptance import continuation
 from runtime.models.loader import load_model
 from training import hidden_transfer, medusa, outputs, s3d, stdlib_corpus, text
-from training.folder import opened
-from training.heads import DRAFT, HEAD, Forward
-from training.progress import Bar
-from training.run import Material, Order, train_head
+from training.folder import open_work
+from training.heads import DRAFT_OFFSET, HEAD_OFFSET, Forward
+from training.progress import ProgressBar
+from training.run import TrainingData, TrainingJob, train_head
 from training.shipped.pair_shapes import MODELS
 from training.teacher import Teacher, fingerprint, load_teacher
 
 CONTEXT = 256
-OUT = MODELS / "heads"
-STAY, MASKS, RANK = (
+HEADS_FOLDER = MODELS / "heads"
+KEPT_LAYERS, MASKS, RANK = (
     [0, 1, 6],
     3,
     16,
 )  # of S3D; these three layers are what `outrider tune layers` finds
 
 
-def order(method: str) -> Order:
+def job_of(method: str) -> TrainingJob:
     target = str(MODELS / "target")
     if method == "medusa":
-        return Order(
+        return TrainingJob(
             method,
             target,
-            OUT / method,
+            HEADS_FOLDER / method,
             {"heads": 3, "blocks": 1},
             steps=900,
             batch=4,
@@ -43,10 +43,10 @@ def order(method: str) -> Order:
             seed=0,
         )
     if method == "hidden-transfer":
-        return Order(
+        return TrainingJob(
             method,
             target,
-            OUT / method,
+            HEADS_FOLDER / method,
             {"layers": [3, 4, 5]},
             steps=560,
             batch=2,
@@ -54,8 +54,8 @@ def order(method: str) -> Order:
             own=0,
             seed=0,
         )
-    settings = {"layers": STAY, "masks": MASKS, "rank": RANK}
-    return Order(
+    settings = {"layers": KEPT_LAYERS, "masks": MASKS, "rank": RANK}
+    return TrainingJob(
         method,
         target,
         MODELS / method,
@@ -68,53 +68,55 @@ def order(method: str) -> Order:
     )
 
 
-def built(method: str, teacher: Teacher) -> tuple[nn.Module, Forward, int]:
+def build(method: str, teacher: Teacher) -> tuple[nn.Module, Forward, int]:
     """What is trained, what it guesses, and the offset of the first place that it guesses."""
-    settings = order(method).settings
+    settings = job_of(method).settings
     if method == "medusa":
         heads = Medusa(teacher.hidden_size, settings["heads"], settings["blocks"])
-        return heads, medusa.make_forward(heads), HEAD
+        return heads, medusa.make_forward(heads), HEAD_OFFSET
     if method == "hidden-transfer":
         maps = HiddenTransfer(teacher.hidden_size, settings["layers"])
-        return maps, hidden_transfer.make_forward(maps, teacher), HEAD
-    made = s3d.new(teacher, **settings, seed=0)
-    return made, s3d.make_forward(made, teacher, settings["layers"]), DRAFT
+        return maps, hidden_transfer.make_forward(maps, teacher), HEAD_OFFSET
+    made = s3d.new_s3d(teacher, **settings, seed=0)
+    return made, s3d.make_forward(made, teacher, settings["layers"]), DRAFT_OFFSET
 
 
-def train(method: str, own: Path) -> None:
+def train_pair_head(method: str, own: Path) -> None:
     """`own`: the folder with the target's own texts, as the stage `outputs` has left them."""
     rows = np.concatenate([np.load(file) for file in sorted(own.glob("*.npy"))]).astype(np.int32)
-    asked = replace(order(method), own=rows.size)
+    asked = replace(job_of(method), own=rows.size)
     teacher = load_teacher(asked.target, "cpu")
-    names = sorted([*stdlib_corpus.files(held_out=False), *stdlib_corpus.files(held_out=True)])
-    documents = [text.Document(name, stdlib_corpus.read(name)) for name in names]
-    data = text.corpus(
+    names = sorted(
+        [*stdlib_corpus.library_files(held_out=False), *stdlib_corpus.library_files(held_out=True)]
+    )
+    documents = [text.Document(name, stdlib_corpus.read_source(name)) for name in names]
+    data = text.build_corpus(
         documents, teacher.tokenizer.backend_tokenizer, teacher.tokenizer.eos_token_id, 2 * CONTEXT
     )
     with (
-        opened(asked.out, asked.recipe(fingerprint(asked.target), data.digest)) as work,
-        Bar() as bar,
+        open_work(asked.out, asked.recipe(fingerprint(asked.target), data.digest)) as work,
+        ProgressBar() as bar,
     ):
-        module, forward, offset = built(method, teacher)
-        material = Material(
-            teacher, data, rows, held_out(asked.target, data, own.parent / "held-out")
+        module, forward, offset = build(method, teacher)
+        material = TrainingData(
+            teacher, data, rows, held_out_texts(asked.target, data, own.parent / "held-out")
         )
-        settings = s3d.settings(asked.steps, asked.seed) if method == "s3d" else None
+        settings = s3d.s3d_settings(asked.steps, asked.seed) if method == "s3d" else None
         train_head(asked, material, module, forward, work, bar.steps(asked.steps), offset, settings)
 
 
-def held_out(target: str, data: text.Corpus, folder: Path) -> list[outputs.Written]:
+def held_out_texts(target: str, data: text.Corpus, folder: Path) -> list[outputs.TargetText]:
     """The target's answers to beginnings of held-out files: written once, under `folder`."""
-    requests = outputs.to_measure(data, CONTEXT, seed=0)
-    place = folder / outputs.named(fingerprint(target), requests)
-    if left := outputs.missing(place, requests):
+    requests = outputs.held_out_requests(data, CONTEXT, seed=0)
+    place = folder / outputs.folder_name(fingerprint(target), requests)
+    if left := outputs.count_missing(place, requests):
         quick = load_model(target, "float32", "cpu")
         for number, group in track(
-            list(enumerate(outputs.grouped(requests))),
+            list(enumerate(outputs.groups_of(requests))),
             description=f"{left} texts to be measured on",
         ):
-            if not outputs.there(place, number):
-                outputs.keep(
+            if not outputs.has_answers(place, number):
+                outputs.save_answers(
                     place,
                     number,
                     [
@@ -122,4 +124,4 @@ def held_out(target: str, data: text.Corpus, folder: Path) -> list[outputs.Writt
                         for asked in group
                     ],
                 )
-    return outputs.answered(place, requests)
+    return outputs.read_answers(place, requests)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-from training.shapes import llama
+from training.shapes import llama_config
 
 MODELS = Path(str(importlib.resources.files("models")))
 VOCABULARY = 4096
@@ -14,14 +14,16 @@ CONTEXT = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class PairShape:
     hidden: int
     layers: int
     intermediate: int
 
     def config(self, end_of_text: int) -> LlamaConfig:
-        return llama(self.hidden, self.layers, self.intermediate, VOCABULARY, CONTEXT, end_of_text)
+        return llama_config(
+            self.hidden, self.layers, self.intermediate, VOCABULARY, CONTEXT, end_of_text
+        )
 
 
-TARGET = Shape(hidden=256, layers=9, intermediate=704)  # 8.3M parameters
-DRAFT = Shape(hidden=128, layers=2, intermediate=384)  # 0.95M parameters
+TARGET = PairShape(hidden=256, layers=9, intermediate=704)  # 8.3M parameters
+DRAFT = PairShape(hidden=128, layers=2, intermediate=384)  # 0.95M parameters

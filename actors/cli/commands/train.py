@@ -16,16 +16,16 @@ from runtime.core.errors import InvalidRequest
 from runtime.core.sampling_params import check_int, check_range
 from runtime.deployment_builder import build_deployment
 from runtime.model_paths import bundled_model, cache_folder
-from training.goal import Goal
+from training.loss_kind import LossKind
 
 if TYPE_CHECKING:
     from runtime.core.messages import Request
-    from training.acceptance import Acceptance
-    from training.loop import Tell
-    from training.outputs import Written
-    from training.progress import Bar
-    from training.run import Material, Order
-    from training.shapes import Shape
+    from training.acceptance import HeldOutAcceptance
+    from training.loop import StepCallback
+    from training.outputs import TargetText
+    from training.progress import ProgressBar
+    from training.run import TrainingData, TrainingJob
+    from training.shapes import DraftShape
     from training.teacher import Teacher
     from training.text import Document
 
@@ -116,9 +116,9 @@ def hidden_transfer(
     order = make_order(
         "hidden-transfer", target, out, {"layers": chosen}, steps, batch, context, own, seed
     )
-    from training.hidden_transfer import check, make_forward
+    from training.hidden_transfer import check_target, make_forward
 
-    with prepare_training(order, data, device, lambda teacher: check(teacher, context)) as (
+    with prepare_training(order, data, device, lambda teacher: check_target(teacher, context)) as (
         material,
         work,
         tell,
@@ -167,22 +167,24 @@ def s3d(
         seed,
     )
     from training import s3d as method
-    from training.hidden_transfer import check
+    from training.hidden_transfer import check_target
 
-    with prepare_training(order, data, device, lambda teacher: check(teacher, context)) as (
+    with prepare_training(order, data, device, lambda teacher: check_target(teacher, context)) as (
         material,
         work,
         tell,
     ):
-        from training.heads import DRAFT
+        from training.heads import DRAFT_OFFSET
         from training.run import train_head
 
-        made = method.new(material.teacher, layers, masks, rank, seed)
+        made = method.new_s3d(material.teacher, layers, masks, rank, seed)
         forward, settings = (
             method.make_forward(made, material.teacher, layers),
-            method.settings(steps, seed),
+            method.s3d_settings(steps, seed),
         )
-        print_report(order, train_head(order, material, made, forward, work, tell, DRAFT, settings))
+        print_report(
+            order, train_head(order, material, made, forward, work, tell, DRAFT_OFFSET, settings)
+        )
 
 
 @train.command()
@@ -199,11 +201,11 @@ def draft(
         str | None, typer.Option(help="a draft model to go on from: name or folder")
     ] = None,
     loss: Annotated[
-        Goal,
+        LossKind,
         typer.Option(
             help="towards the target's distribution (kl for temperature 0, tvd++ for above), or the next token alone"
         ),
-    ] = Goal.tvd_plus_plus,
+    ] = LossKind.tvd_plus_plus,
     steps: Steps = 900,
     batch: Batch = 16,
     context: Context = 256,
@@ -232,38 +234,40 @@ def draft(
     with prepare_training(order, data, device) as (material, work, tell):
         from training import draft as method
         from training.run import train_draft
-        from training.shapes import Shape, measurer
+        from training.shapes import DraftShape, make_measure
 
         teacher = material.teacher
-        curve: dict[Shape, dict[int, float]] = {}
+        curve: dict[DraftShape, dict[int, float]] = {}
         if latency is not None:
-            measure = measurer(teacher.model.vocabulary, teacher.model.device)
-            given, curve = method.settled(work, latency / 1e3, teacher.model.vocabulary, measure)
+            measure = make_measure(teacher.model.vocabulary, teacher.model.device)
+            given, curve = method.settle_shape(
+                work, latency / 1e3, teacher.model.vocabulary, measure
+            )
         module = (
-            method.new(given, teacher, seed)
+            method.new_draft(given, teacher, seed)
             if given
-            else method.started(str(start), teacher.model.device)
+            else method.load_start(str(start), teacher.model.device)
         )
         print_report(order, train_draft(order, material, module, loss, curve, work, tell))
 
 
-def parse_shape(shape: str) -> "Shape":
+def parse_shape(shape: str) -> "DraftShape":
     """Raises InvalidRequest for what is no shape."""
-    from training.shapes import STEP, WIDEST, Shape
+    from training.shapes import HIDDEN_STEP, MAX_HIDDEN, DraftShape
 
     found = re.fullmatch(r"(\d{1,5})x(\d{1,3})", shape)
     if (
         not found
-        or int(found[1]) % STEP
-        or not STEP <= int(found[1]) <= WIDEST
+        or int(found[1]) % HIDDEN_STEP
+        or not HIDDEN_STEP <= int(found[1]) <= MAX_HIDDEN
         or not 1 <= int(found[2]) <= MAX_LAYERS
     ):
-        what = f"a multiple of {STEP} up to {WIDEST}, and 1 to {MAX_LAYERS} layers"
+        what = f"a multiple of {HIDDEN_STEP} up to {MAX_HIDDEN}, and 1 to {MAX_LAYERS} layers"
         raise InvalidRequest(
             f"shape {shape[:32]!r} is not allowed: give HIDDENxLAYERS, {what}, such as 128x2",
             "shape",
         )
-    return Shape(int(found[1]), int(found[2]))
+    return DraftShape(int(found[1]), int(found[2]))
 
 
 def short_fingerprint(model: str) -> str:
@@ -299,9 +303,9 @@ def depth_of(target: str) -> int:
 
 def kept_layers(depth: int, skip: str | None) -> list[int]:
     """The layers that are left. Raises InvalidRequest for numbers that are none, and for all of them."""
-    from training.s3d import middle
+    from training.s3d import default_skipped
 
-    left_out = set(middle(depth))
+    left_out = set(default_skipped(depth))
     if skip is not None:
         pieces = re.fullmatch(r"(\d{1,4}(-\d{1,4})?,)*", f"{skip},") and [
             piece.partition("-") for piece in skip.split(",")
@@ -344,14 +348,14 @@ def make_order(
     context: int,
     own: int,
     seed: int,
-) -> "Order":
-    from training.run import Order
+) -> "TrainingJob":
+    from training.run import TrainingJob
 
     check_int("steps", steps, 1, MAX_STEPS)
     check_int("batch", batch, 1, MAX_BATCH)
     check_int("own", own, 0, MAX_OWN_TOKENS)
     check_int("seed", seed, 0, 2**31 - 1)
-    return Order(
+    return TrainingJob(
         method,
         target or bundled_model("target"),
         out.absolute(),
@@ -366,11 +370,11 @@ def make_order(
 
 @contextmanager
 def prepare_training(
-    order: "Order",
+    order: "TrainingJob",
     data: list[Path] | None,
     device: Device,
     check: "Callable[[Teacher], None]" = lambda teacher: None,
-) -> Iterator[tuple["Material", Path, "Tell"]]:
+) -> Iterator[tuple["TrainingData", Path, "StepCallback"]]:
     """What to learn from, the folder to work in, and who is told of each step. All that can be refused is, before anything is written.
 
     `check` raises where the method cannot use the target.
@@ -379,34 +383,34 @@ def prepare_training(
 
     from actors.launch.prepare import context_length
     from training import folder, outputs, text
-    from training.progress import Bar
-    from training.run import Material, fitting_context
+    from training.progress import ProgressBar
+    from training.run import TrainingData, check_context
     from training.teacher import fingerprint, load_teacher
 
     threads = torch.get_num_threads()
-    folder.refuse(order.out)
-    context = fitting_context(order.context, context_length(order.target))
+    folder.check_out_is_free(order.out)
+    context = check_context(order.context, context_length(order.target))
     texts = read_documents(data)
-    with Bar() as bar:
+    with ProgressBar() as bar:
         bar.note("loading the target")
         teacher = load_teacher(order.target, device.value)
         check(teacher)
-        corpus = text.corpus(
+        corpus = text.build_corpus(
             texts, teacher.tokenizer.backend_tokenizer, teacher.tokenizer.eos_token_id, 2 * context
         )
         target = fingerprint(order.target)
         learn, hold = (
-            outputs.to_learn(corpus, order.own, context, order.seed),
-            outputs.to_measure(corpus, context, order.seed),
+            outputs.training_requests(corpus, order.own, context, order.seed),
+            outputs.held_out_requests(corpus, context, order.seed),
         )
-        with folder.opened(order.out, order.recipe(target, corpus.digest)) as work:
+        with folder.open_work(order.out, order.recipe(target, corpus.digest)) as work:
             own, held_out = (
-                target_texts(order.target, device, asked, outputs.named(target, asked), bar)
+                target_texts(order.target, device, asked, outputs.folder_name(target, asked), bar)
                 for asked in (learn, hold)
             )
             torch.set_num_threads(threads)  # the runtime has set its own
             yield (
-                Material(teacher, corpus, outputs.rows_of(own), held_out),
+                TrainingData(teacher, corpus, outputs.rows_of(own), held_out),
                 work,
                 bar.steps(order.steps),
             )
@@ -416,34 +420,36 @@ def read_documents(data: list[Path] | None) -> "list[Document]":
     from training import text
 
     if data is not None:
-        return text.read(data)
+        return text.read_documents(data)
     from training import stdlib_corpus
 
-    names = sorted([*stdlib_corpus.files(held_out=False), *stdlib_corpus.files(held_out=True)])
-    return [text.Document(name, stdlib_corpus.read(name)) for name in names]
+    names = sorted(
+        [*stdlib_corpus.library_files(held_out=False), *stdlib_corpus.library_files(held_out=True)]
+    )
+    return [text.Document(name, stdlib_corpus.read_source(name)) for name in names]
 
 
 def target_texts(
-    target: str, device: Device, requests: "Sequence[Request]", name: str, bar: "Bar"
-) -> "list[Written]":
+    target: str, device: Device, requests: "Sequence[Request]", name: str, bar: "ProgressBar"
+) -> "list[TargetText]":
     """The answers of the runtime to `requests`: from the cache, as far as they are there."""
     from training import outputs
 
     folder = cache_folder() / "outputs" / name
-    if left := outputs.missing(folder, requests):
+    if left := outputs.count_missing(folder, requests):
         plan = build_deployment(target, (), 0, "auto", device.value, local=True)
         tell = bar.counts("the target writes texts to learn from", left)
 
         async def ask() -> None:
             with serving(plan, None, in_process=True, note=lambda what: None) as opener:
                 async with opener() as service:
-                    await outputs.answer(service.generate, requests, folder, tell)
+                    await outputs.write_answers(service.generate, requests, folder, tell)
 
         asyncio.run(ask())
-    return outputs.answered(folder, requests)
+    return outputs.read_answers(folder, requests)
 
 
-def print_report(order: "Order", measured: "list[Acceptance]") -> None:
+def print_report(order: "TrainingJob", measured: "list[HeldOutAcceptance]") -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{order.out} is ready: its card has the figures")
     for at in measured:

@@ -61,16 +61,16 @@ def layers(
     from runtime.schedulers.living import MEASURED_ROWS
     from training import folder, text
     from training import layers as method
-    from training.progress import Bar
-    from training.run import fitting_context
+    from training.progress import ProgressBar
+    from training.run import check_context
     from training.teacher import load_teacher
 
     name = target or bundled_model("target")
-    length = fitting_context(context, context_length(name))
-    with Bar() as bar:
+    length = check_context(context, context_length(name))
+    with ProgressBar() as bar:
         bar.note("loading the target")
         teacher = load_teacher(name, device.value)
-        corpus = text.corpus(
+        corpus = text.build_corpus(
             read_documents(data),
             teacher.tokenizer.backend_tokenizer,
             teacher.tokenizer.eos_token_id,
@@ -78,16 +78,18 @@ def layers(
         )
         count = len(method.layers_of(teacher))
         rows = [torch.tensor([excerpt]) for excerpt in text.excerpts(corpus.train, texts, length)]
-        score = method.agreement(teacher, rows)
-        found = method.search(count, score, bar.counts("leaving layers out", method.trials(count)))
+        score = method.agreement_score(teacher, rows)
+        found = method.search_layers(
+            count, score, bar.counts("leaving layers out", method.count_trials(count))
+        )
         bar.note("measuring the target's steps, and what to expect")
         rates, times = (
-            method.rates(teacher, rows),
+            method.rank_rates(teacher, rows),
             step_times(load_model(name, "auto", device.value), MEASURED_ROWS, time.monotonic),
         )
         promises = {
-            subset: method.speed_up(
-                rates(subset.layers), method.cost(teacher, subset.layers), times
+            subset: method.forecast_speed_up(
+                rates(subset.layers), method.pass_share(teacher, subset.layers), times
             )
             for subset in found
         }
@@ -95,14 +97,14 @@ def layers(
         content = method.as_json(
             target_identity(teacher.module.config, teacher.tokenizer), promises
         )
-        folder.write(out, (json.dumps(content, indent=2) + "\n").encode())
+        folder.write_atomically(out, (json.dumps(content, indent=2) + "\n").encode())
     print_layers(promises, count, out)
 
 
 def print_layers(promises: "dict[Subset, float]", count: int, out: Path) -> None:
-    from training.layers import best
+    from training.layers import best_subset
 
-    chosen = best(promises)
+    chosen = best_subset(promises)
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("layers", "agree with all", "to expect", "kept"):
         table.add_column(heading)

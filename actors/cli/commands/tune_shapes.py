@@ -16,10 +16,10 @@ from actors.cli.commands.train import Batch, Context, Data, Own, Seed, Steps, Ta
 from runtime.core.errors import InvalidRequest
 from runtime.core.sampling_params import check_range
 from runtime.model_paths import bundled_model
-from training.goal import Goal
+from training.loss_kind import LossKind
 
 if TYPE_CHECKING:
-    from training.shapes import Shape
+    from training.shapes import DraftShape
 
 MIN_MILLION, MAX_MILLION = 0.1, 10_000.0  # million parameters
 RESULT, PICTURE, FIGURES = "shapes.json", "shapes.png", "training.json"
@@ -46,7 +46,9 @@ def shapes(
     million: Annotated[float, typer.Option(help="parameters of each draft model, about")],
     target: Target = None,
     data: Data = None,
-    loss: Annotated[Goal, typer.Option(help="what they are trained with")] = Goal.tvd_plus_plus,
+    loss: Annotated[
+        LossKind, typer.Option(help="what they are trained with")
+    ] = LossKind.tvd_plus_plus,
     steps: Steps = 300,
     batch: Batch = 8,
     context: Context = 256,
@@ -61,10 +63,10 @@ def shapes(
     check_range("million", million, MIN_MILLION, MAX_MILLION)
     from runtime.models.loader import load_model
     from runtime.models.step_timing import step_times
-    from training.shapes import measurer, of_size
+    from training.shapes import make_measure, shapes_of_size
 
     model = load_model(target or bundled_model("target"), "auto", device.value)
-    chosen = of_size(round(1e6 * million), model.vocabulary)
+    chosen = shapes_of_size(round(1e6 * million), model.vocabulary)
     for shape in chosen:
         if not (out / shape_name(shape)).exists():
             draft(
@@ -84,17 +86,17 @@ def shapes(
             )
     large, measure = (
         step_times(model, ROW_COUNTS, time.monotonic),
-        measurer(model.vocabulary, model.device),
+        make_measure(model.vocabulary, model.device),
     )
     points = [
         read_measured(shape, shape.parameters(model.vocabulary), out, measure(shape), large)
         for shape in chosen
     ]
     best = max(points, key=lambda found: found.promise)
-    from training.folder import writable, write
+    from training.folder import writable, write_atomically
 
     with writable(out):
-        write(
+        write_atomically(
             out / RESULT,
             (
                 json.dumps(
@@ -107,12 +109,16 @@ def shapes(
     print_shapes(points, best, out)
 
 
-def shape_name(shape: "Shape") -> str:
+def shape_name(shape: "DraftShape") -> str:
     return f"{shape.hidden}x{shape.layers}"
 
 
 def read_measured(
-    shape: "Shape", parameters: int, out: Path, times: dict[int, float], large: dict[int, float]
+    shape: "DraftShape",
+    parameters: int,
+    out: Path,
+    times: dict[int, float],
+    large: dict[int, float],
 ) -> MeasuredShape:
     """`large`: seconds of a pass of the target, by rows. Raises InvalidRequest where a finished model has no figures."""
     file = out / shape_name(shape) / FIGURES

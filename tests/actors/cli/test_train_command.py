@@ -106,7 +106,7 @@ def test_an_interrupted_training_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.run.measure", broken)
+        patch.setattr("training.run.measure_acceptance", broken)
         assert outrider(patch, *command) == 130
     assert not (tmp_path / "h").exists()
     assert (tmp_path / "h.partial" / "checkpoint.pt").exists()

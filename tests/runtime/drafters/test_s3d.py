@@ -16,7 +16,7 @@ from actors.compose import build_drafter
 from actors.drafter import DraftActor
 from actors.launch.prepare import check_models
 from bench.core import widen as widening
-from bench.core.widen import Shape, widened, widened_head
+from bench.core.widen import WideShape, widen_folder, widen_head
 from runtime.config import DrafterConfig, Placement
 from runtime.core import limits
 from runtime.core.draft_nodes import DraftNodes, stack
@@ -126,7 +126,7 @@ def test_training_computes_what_the_drafter_will() -> None:
 def test_an_untrained_one_is_the_layers_alone() -> None:
     found = tiny()
     teacher = load_teacher(str(found.target), "cpu")
-    one, two = (training.new(teacher, LAYERS, MASKS, 2, seed) for seed in (1, 1))
+    one, two = (training.new_s3d(teacher, LAYERS, MASKS, 2, seed) for seed in (1, 1))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     part = load_model(str(found.target), layers=LAYERS, step="generic").module
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_an_untrained_one_is_the_layers_alone() -> None:
     [(1, []), (2, []), (3, [1]), (9, [2, 3, 4, 5, 6, 7]), (32, list(range(8, 31)))],
 )
 def test_the_middle(layers: int, expected: list[int]) -> None:
-    assert training.middle(layers) == expected
+    assert training.default_skipped(layers) == expected
 
 
 # The drafter
@@ -368,12 +368,12 @@ def test_widened_with_its_target_it_guesses_the_same(
 ) -> None:
     monkeypatch.setattr(widening, "CACHE", tmp_path)
     found = tiny()
-    wide = widened(found.target, Shape(hidden=96, layers=4, ffn=160), "float32")
+    wide = widen_folder(found.target, WideShape(hidden=96, layers=4, ffn=160), "float32")
     answers = [
         levels(answer)
         for folder, target in (
             (found.folder, found.target),
-            (widened_head(found.folder, wide), wide),
+            (widen_head(found.folder, wide), wide),
         )
         for answer in build(ingredients(target, folder)).expand([ExpandRequest(text_of(TEXT), [0])])
         if answer is not None

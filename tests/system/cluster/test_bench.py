@@ -12,8 +12,8 @@ from bench.core import compare
 from bench.core import results as kept
 from bench.core.machine import two_cores
 from bench.core.methods import PLAIN
-from bench.core.options import Options, Size
-from bench.run import benchmark, differing
+from bench.core.options import BenchOptions, Size
+from bench.run import benchmark, differing_methods
 from tests.support.pair import save_model
 
 pytestmark = pytest.mark.cluster
@@ -30,7 +30,7 @@ def test_a_small_benchmark_from_end_to_end(
     model = str(save_model(tmp_path / "tiny", context=512))
     texts = tmp_path / "texts.txt"
     texts.write_text("def f(x):\nimport os\nclass A:\nreturn None\n")
-    options = Options(
+    options = BenchOptions(
         model,
         model,
         False,
@@ -46,13 +46,13 @@ def test_a_small_benchmark_from_end_to_end(
     found = benchmark(options, Console(file=io.StringIO()))
     assert os.sched_getaffinity(0) == before
     assert len(two_cores()) == 2
-    assert found == kept.read(tmp_path / "found" / "tiny.json")
+    assert found == kept.read_results(tmp_path / "found" / "tiny.json")
     assert {(one.method, one.batch) for one in found.runs if one.batch > 1} == {
         (name, 2) for name in ("plain", "living", "transformers greedy")
     }
-    assert differing(found) == []
+    assert differing_methods(found) == []
     tree, living, plain = (
-        compare.totals(found, name) for name in ("sync tree", "living", PLAIN.name)
+        compare.total_steps(found, name) for name in ("sync tree", "living", PLAIN.name)
     )
     assert tree is not None
     assert living is not None

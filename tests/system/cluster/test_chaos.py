@@ -4,17 +4,17 @@ from dataclasses import replace
 
 import pytest
 
-from bench.chaos.run import Options, inside
+from bench.chaos.run import ChaosOptions, run_in_cluster
 from tests.support.pair import save_model
 
 pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
+def options(tmp_path_factory: pytest.TempPathFactory) -> ChaosOptions:
     """The draft is the target itself, so that its guesses are right. The first blow of this seed falls on a target."""
     folder = str(save_model(tmp_path_factory.mktemp("models") / "tiny", context=512))
-    return Options(
+    return ChaosOptions(
         folder,
         folder,
         streams=8,
@@ -23,21 +23,21 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
         drafters=1,
         tokens=200,
         seed=2,
-        every=2.0,
+        period_s=2.0,
         cases=8,
     )
 
 
-def test_blows_change_no_token(cluster: None, options: Options) -> None:
-    outcome = inside(options, silent)
-    assert outcome.right, outcome.wrong
+def test_blows_change_no_token(cluster: None, options: ChaosOptions) -> None:
+    outcome = run_in_cluster(options, silent)
+    assert outcome.passed, outcome.wrong
     assert any(what.startswith("target") for what in outcome.blows)
     assert outcome.gaps, "no session was under way when a target was struck"
 
 
-def test_drafters_that_come_and_go_change_no_token(cluster: None, options: Options) -> None:
-    outcome = inside(replace(options, targets=1, most=2), silent)
-    assert outcome.right, outcome.wrong
+def test_drafters_that_come_and_go_change_no_token(cluster: None, options: ChaosOptions) -> None:
+    outcome = run_in_cluster(replace(options, targets=1, max_drafters=2), silent)
+    assert outcome.passed, outcome.wrong
     assert outcome.changes > 0
     assert not outcome.blows
 

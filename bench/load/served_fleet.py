@@ -27,11 +27,11 @@ from runtime.core.cpu_partition import split_cores
 from runtime.telemetry.reports import TargetReport
 
 KV_TOKENS = 6144  # enough for all places; finished texts are kept up to a quarter of it: it is full soon, and memory grows no more by that
-END = 30.0  # seconds for actors to be told that it is over
+SHUTDOWN_TIMEOUT_S = 30.0  # seconds for actors to be told that it is over
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class ServedFleet:
     """A gateway on this machine's loopback with one target behind it.
 
     target  its gRPC address;  report  what it says of itself now;  pids  of the processes that serve, by name
@@ -45,7 +45,7 @@ class Site:
 
 
 @contextlib.contextmanager
-def serving(target: str, draft: str, requests: int) -> Iterator[Site]:
+def serving(target: str, draft: str, requests: int) -> Iterator[ServedFleet]:
     """One target, one drafter and a gateway with room for so many requests, on a Ray of their own, which ends with the block.
 
     Raises Unavailable, ModelRefused where they do not start.
@@ -54,16 +54,16 @@ def serving(target: str, draft: str, requests: int) -> Iterator[Site]:
         kind = ray.remote(Controller).options(
             name=NAME, namespace=NAMESPACE, num_cpus=0, max_concurrency=8
         )
-        controller = kind.remote(plan(target, draft, requests), served=True)
+        controller = kind.remote(load_deployment(target, draft, requests), served=True)
         try:
             fleet: Fleet = ray.get(controller.start.remote())
             places: dict[str, ActorLocation] = ray.get(controller.places.remote())
-            yield found(fleet, places)
+            yield locate(fleet, places)
         finally:
-            ray.get(controller.stop.remote(), timeout=END)
+            ray.get(controller.stop.remote(), timeout=SHUTDOWN_TIMEOUT_S)
 
 
-def plan(target: str, draft: str, requests: int) -> Deployment:
+def load_deployment(target: str, draft: str, requests: int) -> Deployment:
     """The target on one half of the cores, the drafter and whatever else there is on the other."""
     mine, others = split_cores(sorted(os.sched_getaffinity(0)), 1)
     here, there = (
@@ -82,10 +82,10 @@ def plan(target: str, draft: str, requests: int) -> Deployment:
     )
 
 
-def found(fleet: Fleet, places: Mapping[str, ActorLocation]) -> Site:
+def locate(fleet: Fleet, places: Mapping[str, ActorLocation]) -> ServedFleet:
     (state,) = fleet.targets
     actor: Any = ray.get_actor(f"{state.name}-{state.incarnation}", namespace=NAMESPACE)
-    return Site(
+    return ServedFleet(
         port=urlsplit(fleet.gateways[0]).port or 0,
         model=fleet.served_model,
         target=state.address,
@@ -94,7 +94,7 @@ def found(fleet: Fleet, places: Mapping[str, ActorLocation]) -> Site:
     )
 
 
-def held(pid: int) -> int:
+def anonymous_memory(pid: int) -> int:
     """Bytes of memory that a process has of its own: without the pages of files, which the system drops and brings back as it likes."""
     fields = dict(
         line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -102,7 +102,7 @@ def held(pid: int) -> int:
     return sum(int(fields[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem", "VmSwap"))
 
 
-def computed(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
     """Seconds of processor time that a process has had."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

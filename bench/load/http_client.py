@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.chaos.clients import Case
+from bench.chaos.clients import ReferenceCase
 
 HOST = "127.0.0.1"
 URL = "/v1/completions"
@@ -15,7 +15,7 @@ URL = "/v1/completions"
 
 @dataclass(slots=True)
 class Reply:
-    """Of one request. Times are the event loop's: when it was sent, when each piece of text came, when all was over.
+    """Of one request. Times are the event loop's: when it was sent, when each piece of text piece_times, when all was over.
 
     `reason`: OpenAI's finish reason, or the code of the error that ended the stream.
     """
@@ -24,10 +24,10 @@ class Reply:
     status: int = 0
     text: str = ""
     reason: str = ""
-    came: list[float] = field(default_factory=list)
-    over: float = 0.0
+    piece_times: list[float] = field(default_factory=list)
+    ended: float = 0.0
 
-    def right(self, case: Case) -> bool:
+    def is_correct(self, case: ReferenceCase) -> bool:
         """Whether it is what plain decoding says."""
         return (self.status, self.text, self.reason) == (
             200,
@@ -36,7 +36,7 @@ class Reply:
         )
 
 
-def body(model: str, case: Case, **fields: Any) -> dict[str, Any]:
+def completion_body(model: str, case: ReferenceCase, **fields: Any) -> dict[str, Any]:
     sampling = case.sampling
     asked = {
         "temperature": sampling.temperature,
@@ -47,14 +47,14 @@ def body(model: str, case: Case, **fields: Any) -> dict[str, Any]:
     return {"model": model, "prompt": list(case.prompt), "stream": True, **asked, **fields}
 
 
-def encoded(value: dict[str, Any]) -> bytes:
+def http_request(value: dict[str, Any]) -> bytes:
     data = json.dumps(value).encode()
     head = f"POST {URL} HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     return head.encode() + data
 
 
 @asynccontextmanager
-async def connected(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+async def connection(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     reader, writer = await asyncio.open_connection(HOST, port)
     try:
         yield reader, writer
@@ -67,24 +67,24 @@ async def ask(port: int, data: bytes) -> Reply:
     now = asyncio.get_running_loop().time
     reply = Reply(sent=now())
     try:
-        async with connected(port) as (reader, writer):
+        async with connection(port) as (reader, writer):
             writer.write(data)
             status = int((await reader.readline()).split()[1])
             while line := await reader.readline():
                 if line.startswith(b"data: {"):  # each event is one line of one chunk
-                    take(reply, json.loads(line.removeprefix(b"data: ")), now())
+                    add_event(reply, json.loads(line.removeprefix(b"data: ")), now())
             reply.status = status
     except (OSError, LookupError) as error:
         reply.reason = type(error).__name__
-    reply.over = now()
+    reply.ended = now()
     return reply
 
 
-def take(reply: Reply, event: dict[str, Any], at: float) -> None:
+def add_event(reply: Reply, event: dict[str, Any], at: float) -> None:
     if "error" in event:
         reply.reason = event["error"]["code"]
     for choice in event.get("choices", ()):
         reply.text += choice["text"]
         reply.reason = choice["finish_reason"] or reply.reason
         if choice["text"]:
-            reply.came.append(at)
+            reply.piece_times.append(at)

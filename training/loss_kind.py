@@ -3,7 +3,7 @@
 from enum import StrEnum
 
 
-class Goal(StrEnum):
+class LossKind(StrEnum):
     """The distance to the target's distribution that is made small; or the next token alone, as language models are trained."""
 
     kl = "kl"

@@ -24,7 +24,7 @@ from runtime.telemetry.tracing import (
 )
 
 
-def steps(stats: Stats, target: Recording, drafters: Sequence[Recording]) -> Steps:
+def recorded_steps(stats: Stats, target: Recording, drafters: Sequence[Recording]) -> Steps:
     """Of a run of one prompt. Counts are those of all steps; times those of decoding, the first step left out as in compare.decoding."""
     spans = [event for event in target.events if isinstance(event, Span)]
     first = next((number for number, span in enumerate(spans) if span.name == COMPUTE), len(spans))
@@ -32,7 +32,7 @@ def steps(stats: Stats, target: Recording, drafters: Sequence[Recording]) -> Ste
         name: sum(span.ended - span.began for span in spans[first + 1 :] if span.name == name)
         for name in (COMPUTE, WAIT, BOOKKEEPING)
     }
-    found = steps_of(stats, lead(target, drafters))
+    found = steps_of(stats, mean_lead(target, drafters))
     return found.model_copy(
         update={
             "computed": times[COMPUTE],
@@ -42,7 +42,7 @@ def steps(stats: Stats, target: Recording, drafters: Sequence[Recording]) -> Ste
     )
 
 
-def lead(target: Recording, drafters: Sequence[Recording]) -> float | None:
+def mean_lead(target: Recording, drafters: Sequence[Recording]) -> float | None:
     """Tokens by which the deepest drafter's tree was ahead when a pass of the target began, on average. None without drafters."""
     begins = [
         event.began + target.offset
@@ -72,20 +72,25 @@ def round_trip(parts: Sequence[Recording]) -> float | None:
     """Seconds from target to drafter and back: medians of the commits and the growths that arrived. None where there were none."""
     delays = []
     for kind in (COMMIT, GROWTH):
-        sent, taken = moments(parts, kind, begins=True), moments(parts, kind, begins=False)
+        sent, taken = (
+            message_times(parts, kind, begins=True),
+            message_times(parts, kind, begins=False),
+        )
         delays.append([taken[key] - sent[key] for key in sent.keys() & taken.keys()])
     return sum(statistics.median(of_kind) for of_kind in delays) if all(delays) else None
 
 
-def passes(target: Recording, drafters: Sequence[Recording]) -> Passes:
-    spans, drafting = by_name(target), [by_name(part)[STEP] for part in drafters]
+def recorded_passes(target: Recording, drafters: Sequence[Recording]) -> Passes:
+    spans, drafting = spans_by_name(target), [spans_by_name(part)[STEP] for part in drafters]
     computing, apart = spans[COMPUTE], (*spans[WAIT], *spans[PREFILL])
     return Passes(
         target=tuple(
             (int(one.figures["rows"]), int(one.figures["sessions"]), one.ended - one.began)
             for one in computing
         ),
-        bookkeeping=sum(between(one, after, apart) for one, after in itertools.pairwise(computing)),
+        bookkeeping=sum(
+            time_between(one, after, apart) for one, after in itertools.pairwise(computing)
+        ),
         messages=sum(
             isinstance(event, Flow) and event.kind == GROWTH and not event.begins
             for event in target.events
@@ -99,13 +104,13 @@ def passes(target: Recording, drafters: Sequence[Recording]) -> Passes:
     )
 
 
-def between(one: Span, after: Span, apart: Iterable[Span]) -> float:
+def time_between(one: Span, after: Span, apart: Iterable[Span]) -> float:
     """Seconds from the end of a span to the beginning of another, without what lies there of the spans `apart`."""
     inside = (min(other.ended, after.began) - max(other.began, one.ended) for other in apart)
     return after.began - one.ended - sum(seconds for seconds in inside if seconds > 0.0)
 
 
-def by_name(part: Recording) -> defaultdict[str, list[Span]]:
+def spans_by_name(part: Recording) -> defaultdict[str, list[Span]]:
     found: defaultdict[str, list[Span]] = defaultdict(list)
     for event in part.events:
         if isinstance(event, Span):
@@ -113,7 +118,7 @@ def by_name(part: Recording) -> defaultdict[str, list[Span]]:
     return found
 
 
-def moments(parts: Sequence[Recording], kind: str, begins: bool) -> dict[int, float]:
+def message_times(parts: Sequence[Recording], kind: str, begins: bool) -> dict[int, float]:
     """When each message of this kind was sent, or first taken in, by its key; seconds since 1970."""
     found: dict[int, float] = {}
     for part in parts:

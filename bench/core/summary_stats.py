@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-Values = dict[tuple[str, int], float]  # by prompt and repetition
+RunValues = dict[tuple[str, int], float]  # by prompt and repetition
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ def spread(values: Sequence[float]) -> Spread | None:
     return Spread(low, median, high, len(values))
 
 
-def over_prompts(values: Values) -> Spread | None:
+def over_prompts(values: RunValues) -> Spread | None:
     """The median of each prompt's repetitions, and their spread over the prompts."""
     prompts: dict[str, list[float]] = {}
     for (prompt, _), value in values.items():
@@ -36,12 +36,12 @@ def over_prompts(values: Values) -> Spread | None:
     return spread([statistics.median(found) for found in prompts.values()])
 
 
-def paired(above: Values, below: Values) -> Values:
+def paired_ratios(above: RunValues, below: RunValues) -> RunValues:
     """Ratios of what was measured in both."""
     return {key: value / below[key] for key, value in above.items() if below.get(key)}
 
 
-def by_rank(shares: Mapping[int, float]) -> list[float]:
+def rank_probabilities(shares: Mapping[int, float]) -> list[float]:
     """Probability that the target's choice is the draft's first, second, ... guess.
 
     `shares` are those of positions whose choice is among the first k guesses, by k; between measured k the gain is shared evenly.

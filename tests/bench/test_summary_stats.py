@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.core.figures import Spread, bound, by_rank, expected_tokens, over_prompts, paired, spread
+from bench.core.summary_stats import (
+    Spread,
+    bound,
+    expected_tokens,
+    over_prompts,
+    paired_ratios,
+    rank_probabilities,
+    spread,
+)
 
 
 def test_quartiles() -> None:
@@ -25,13 +33,13 @@ def test_ratios_are_of_the_same_prompt_and_repetition() -> None:
         {("a", 0): 6.0, ("a", 1): 9.0, ("b", 0): 1.0},
         {("a", 0): 3.0, ("a", 1): 1.0, ("c", 0): 1.0},
     )
-    assert paired(above, below) == {("a", 0): 2.0, ("a", 1): 9.0}
+    assert paired_ratios(above, below) == {("a", 0): 2.0, ("a", 1): 9.0}
 
 
 def test_acceptance_of_each_rank() -> None:
-    assert by_rank({1: 0.6, 2: 0.7, 4: 0.8}) == pytest.approx([0.6, 0.1, 0.05, 0.05])
-    assert by_rank({2: 0.5, 1: 0.6}) == pytest.approx([0.6, 0.0])
-    assert by_rank({}) == []
+    assert rank_probabilities({1: 0.6, 2: 0.7, 4: 0.8}) == pytest.approx([0.6, 0.1, 0.05, 0.05])
+    assert rank_probabilities({2: 0.5, 1: 0.6}) == pytest.approx([0.6, 0.0])
+    assert rank_probabilities({}) == []
 
 
 def test_the_best_tree_by_hand() -> None:

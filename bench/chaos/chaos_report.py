@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.reports.grid import Grid
 
-SHARES = (50, 99, 100)
+PERCENTILES = (50, 99, 100)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +23,15 @@ class Gap:
     noticed: float
     placed: float
     answered: float
-    read: float | None = None
+    prefill: float | None = None
 
     @property
-    def whole(self) -> float:
+    def total(self) -> float:
         return self.noticed + self.placed + self.answered
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ChaosReport:
     """Times in seconds. `blows` by role and signal; `returned`: from the loss of a member to its next life; `load`: of the machine, the
     mean of a minute."""
 
@@ -54,15 +54,15 @@ class Outcome:
     wrong: tuple[str, ...] = ()
 
     @property
-    def right(self) -> bool:
+    def passed(self) -> bool:
         """Nothing was lost, repeated or changed."""
         return self.failed == self.differing == self.unfinished == 0 < self.finished
 
     def parts(self) -> dict[str, list[float]]:
         """The gaps, and what they consist of."""
-        read = [gap.read for gap in self.gaps if gap.read is not None]
+        read = [gap.prefill for gap in self.gaps if gap.prefill is not None]
         found = {
-            "gap at a target's death": [gap.whole for gap in self.gaps],
+            "gap at a target's death": [gap.total for gap in self.gaps],
             "noticed": [gap.noticed for gap in self.gaps],
             "placed": [gap.placed for gap in self.gaps],
             "answered": [gap.answered for gap in self.gaps],
@@ -73,17 +73,17 @@ class Outcome:
 
     def as_json(self) -> dict[str, Any]:
         parts = {
-            name: {f"p{share}": round(percentile(found, share), 3) for share in SHARES}
+            name: {f"p{share}": round(percentile(found, share), 3) for share in PERCENTILES}
             for name, found in self.parts().items()
         }
         told = asdict(self) | {"gaps": len(self.gaps), "returned": len(self.returned)}
-        return {**told, "parts": parts, "right": self.right}
+        return {**told, "parts": parts, "right": self.passed}
 
     def grid(self) -> Grid:
         parts = [
             (
                 f"{name}: p50, p99, longest",
-                ", ".join(f"{percentile(found, share):.2f} s" for share in SHARES),
+                ", ".join(f"{percentile(found, share):.2f} s" for share in PERCENTILES),
             )
             for name, found in self.parts().items()
         ]
