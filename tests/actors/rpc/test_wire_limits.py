@@ -92,7 +92,7 @@ def test_a_connection_that_begins_and_says_no_more_is_closed(
 def test_streams_beyond_the_limit_are_refused_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(server, "CALLS", 3)
+    monkeypatch.setattr(server, "MAX_CALLS", 3)
 
     async def main() -> None:
         body = ScriptedTarget(hangs=True)

@@ -13,9 +13,9 @@ from runtime.core.tree_builder import best_first
 from runtime.models.base import Branch, OutputSpec, PassInput, Rows, causal
 from runtime.models.fast_path import enable_fast_path
 from runtime.models.hf import HFModel
-from tests.runtime.models.test_llama import SHAPES, spread, tree
-from tests.runtime.models.test_static_pass import LONG, give, recorded
 from tests.support.families import FAMILIES, hf_model, tiny
+from tests.support.llama_shapes import SHAPES, spread, tree
+from tests.support.static_pass import LONG, give, recorded
 
 
 def naive(

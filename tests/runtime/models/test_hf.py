@@ -1,4 +1,4 @@
-"""Every family reads a tree as it would read each of its paths alone."""
+"""Every family computes for a tree what it computes for each of its paths alone."""
 
 import logging
 from collections.abc import Sequence
@@ -6,19 +6,18 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_utils import AttentionInterface
 
-from runtime.core.errors import InvalidRequest, ModelRefused
+from runtime.core.errors import InvalidRequest
 from runtime.core.tree import TokenTree
 from runtime.kv.base import KVCache
 from runtime.models.base import Model, PassInput, Rows, causal
 from runtime.models.fast_path import enable_fast_path
 from runtime.models.generic import ATTENTION_NAME
-from runtime.models.hf import HFModel, check_config, max_context
+from runtime.models.hf import HFModel
 from runtime.models.prefill import prefill
 from runtime.models.rollback_check import check_rollback
-from tests.support.families import FAMILIES, VOCABULARY, hf_model, tiny
+from tests.support.families import FAMILIES, VOCABULARY, hf_model
 
 TOLERANCE = 1e-4  # on logits whose standard deviation is 1.5
 PROMPT = np.random.default_rng(7).integers(0, VOCABULARY, 10)
@@ -27,7 +26,7 @@ families = pytest.mark.parametrize("family", FAMILIES)
 
 
 def grown(nodes: int, seed: int = 0) -> TokenTree:
-    """A tree at the last token of PROMPT, of any shape."""
+    """Returns a random tree rooted at the last token of PROMPT."""
     rng = np.random.default_rng(seed)
     tree = TokenTree(0, int(PROMPT[-1]), max_nodes=nodes, max_depth=64)
     while len(tree) <= nodes:
@@ -36,7 +35,7 @@ def grown(nodes: int, seed: int = 0) -> TokenTree:
 
 
 def rows_of(tree: TokenTree, start: int) -> Rows:
-    """The root and all nodes, behind a prefix of `start` tokens."""
+    """Returns rows for the root and all nodes after a prefix of `start` tokens."""
     n = len(tree)
     visible = np.zeros((n, n), dtype=np.bool_)
     visible[:, 0] = True
@@ -58,14 +57,14 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def begun(model: HFModel) -> KVCache:
-    """A cache of all of PROMPT but its last token."""
+    """Returns a cache of PROMPT without its last token."""
     kv = model.new_cache()
     prefill(model, kv, PROMPT[:-1])
     return kv
 
 
 @families
-def test_a_row_of_a_tree_reads_as_its_path_alone(family: str) -> None:
+def test_a_row_of_a_tree_equals_its_path_alone(family: str) -> None:
     model, tree = hf_model(family), grown(12)
     assert max(tree.depth) >= 3
     kv = begun(model)
@@ -120,7 +119,7 @@ def test_greedy_steps_are_those_of_transformers(family: str) -> None:
 
 
 @families
-def test_a_text_read_in_pieces_reads_as_a_whole(family: str) -> None:
+def test_prefill_in_pieces_equals_prefill_at_once(family: str) -> None:
     model, expected = hf_model(family), plain(hf_model(family), PROMPT.tolist())
     pieces, whole = model.new_cache(), model.new_cache()
     close(prefill(model, pieces, PROMPT, chunk=3), expected[-1:])
@@ -143,7 +142,7 @@ def test_logits_of_a_row_do_not_depend_on_the_width_of_the_pass(family: str) -> 
 
 
 @pytest.mark.parametrize(("last", "count"), [(None, 4), (0, 0), (1, 1), (3, 3), (4, 4), (9, 4)])
-def test_only_the_logits_that_are_asked_for(last: int | None, count: int) -> None:
+def test_only_the_requested_logits_are_computed(last: int | None, count: int) -> None:
     model: Model = hf_model("llama")
     kv = model.new_cache()
     logits = model.forward(kv, causal(PROMPT[:4], 0), last)
@@ -152,7 +151,7 @@ def test_only_the_logits_that_are_asked_for(last: int | None, count: int) -> Non
     assert kv.length == 4
 
 
-def test_what_the_model_says_of_itself() -> None:
+def test_model_attributes() -> None:
     model = hf_model("gemma2")
     assert (model.name, model.vocabulary, model.context) == ("gemma2", VOCABULARY, 512)
 
@@ -215,7 +214,7 @@ def test_a_cache_of_another_kind() -> None:
 
 
 def three(model: HFModel) -> list[PassInput]:
-    """Texts of other lengths, each with some rows to read: a tree, one row, plain text of which two rows are wanted."""
+    """Returns texts of different lengths with rows to read: a tree, one row, and plain text."""
     parts = []
     for length, rows, last in ((4, None, None), (9, 1, None), (0, 12, 2), (7, 3, 0)):
         text = np.random.default_rng(length).integers(0, VOCABULARY, 20)
@@ -235,9 +234,9 @@ def test_several_texts_in_one_pass(family: str) -> None:
     model = hf_model(family)
     apart = [model.forward(part.cache, part.rows, part.last) for part in three(model)]
     parts = three(model)
-    can_pack = model.forward_all(parts)
-    assert [len(logits) for logits in can_pack] == [8, 1, 2, 0]
-    for found, expected in zip(can_pack, apart, strict=True):
+    packed = model.forward_all(parts)
+    assert [len(logits) for logits in packed] == [8, 1, 2, 0]
+    for found, expected in zip(packed, apart, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     more = model.forward_all(
         [PassInput(part.cache, causal(np.array([5]), part.cache.length)) for part in parts[1:3]]
@@ -249,7 +248,9 @@ def test_several_texts_in_one_pass(family: str) -> None:
 
 @families
 def test_one_pass_is_one_pass(family: str) -> None:
-    """Of transformers' own module where there is no faster one; Falcon alone does not ask for attention through the interface."""
+    """Several texts are one pass of transformers' module, but for Falcon.
+
+    Falcon does not call attention through the interface."""
     model = HFModel(FAMILIES[family](), family)
     assert model.generic.can_pack == (family != "falcon")
     parts, passes = three(model), []
@@ -259,10 +260,10 @@ def test_one_pass_is_one_pass(family: str) -> None:
     assert model.module.config._attn_implementation in ("sdpa", "eager")
 
 
-def test_a_module_that_reads_several_texts_wrongly_reads_them_one_by_one(
+def test_a_module_that_fails_on_packed_texts_reads_them_one_by_one(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Here each row attends to itself alone."""
+    """In this module each row attends only to itself."""
     module = FAMILIES["llama"]()
     with caplog.at_level(logging.WARNING), pytest.MonkeyPatch.context() as patch:
         patch.setitem(
@@ -341,7 +342,7 @@ def test_nothing_to_prefill() -> None:
 
 
 @families
-def test_every_family_proves_that_it_can_be_rolled_back(family: str) -> None:
+def test_every_family_passes_the_rollback_check(family: str) -> None:
     assert check_rollback(hf_model(family)) < 1e-4
 
 
@@ -353,68 +354,3 @@ def test_low_precision(family: str, dtype: torch.dtype) -> None:
     kv = model.new_cache()
     assert model.forward(kv, causal(PROMPT, 0)).dtype == torch.float32
     assert {kv.plane(*place).dtype for layer in kv.layers for place in layer.places} == {dtype}
-
-
-def test_the_proof_fails_where_branches_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = HFModel(FAMILIES["llama"](), "leaking")
-    monkeypatch.setattr(
-        model.generic,
-        "mask",
-        lambda part, window: torch.zeros((1, 1, len(part.rows.tokens), part.cache.length)),
-    )
-    with pytest.raises(ModelRefused, match="cannot be rolled back exactly"):
-        check_rollback(model)
-
-
-def test_positions_by_slot_are_refused() -> None:
-    with pytest.raises(ModelRefused, match="ALiBi"):
-        HFModel(tiny("falcon", alibi=True, ffn_hidden_size=48), "falcon-alibi")
-    with pytest.raises(ModelRefused, match="bloom"):
-        HFModel(tiny("bloom"), "bloom")
-
-
-@pytest.mark.parametrize(
-    "model_type",
-    [
-        "mamba",
-        "rwkv",
-        "qwen3_next",
-        "jamba",
-        "recurrent_gemma",
-        "falcon_mamba",
-        "llama4_text",
-        "bart",
-    ],
-)
-def test_models_that_keep_more_than_keys_and_values_are_refused(model_type: str) -> None:
-    config = AutoConfig.for_model(model_type)
-    with (
-        torch.device("meta"),
-        pytest.raises(ModelRefused, match=f"^model x \\({model_type}\\) .*: choose a"),
-    ):
-        check_config(config, AutoModelForCausalLM._model_mapping[type(config)], "x")
-
-
-def test_a_recurrent_model_in_memory_is_refused() -> None:
-    module = tiny("mamba", state_size=4, expand=2, conv_kernel=2, time_step_rank=2)
-    with pytest.raises(ModelRefused, match=r"recurrent state|linear_attention"):
-        HFModel(module, "mamba")
-
-
-def test_longrope_ends_where_its_angles_would_change() -> None:
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0] * 4,
-        "long_factor": [2.0] * 4,
-    }
-    model = HFModel(
-        tiny("phi3", original_max_position_embeddings=64, rope_parameters=rope), "phi3-long"
-    )
-    assert model.context == 64
-    assert check_rollback(model) < 1e-4
-
-
-def test_no_context_length_is_refused() -> None:
-    with pytest.raises(ModelRefused, match=r"endless .* names no context length"):
-        max_context(PreTrainedConfig(), "endless")

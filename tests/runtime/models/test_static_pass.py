@@ -1,138 +1,36 @@
-"""The pass of fixed shapes computes what the generic one does, whatever is in its memory; recorded once and replayed, it still does."""
+"""The static pass computes what the generic pass does, whatever its memory holds.
 
-import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+A recorded pass computes the same on every replay.
+"""
+
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from time import perf_counter
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from runtime.kernels.cuda_graph import GraphCapture, Record, Run, run_eagerly
+from runtime.kernels.cuda_graph import Run, run_eagerly
 from runtime.kv.arena import Arena
 from runtime.kv.store import TorchCache
-from runtime.models.base import OutputSpec, PassInput, PassOutput, Rows, causal
-from runtime.models.fast_path import enable_fast_path, enable_static_path, seats_for
+from runtime.models.base import PassInput, Rows, causal
 from runtime.models.hf import HFModel
-from runtime.models.loader import Step, load_model
-from runtime.models.rollback_check import check_rollback
 from runtime.models.static_pass import MAX_ROWS, PassShape, StaticPass, layout_inputs, shape_of
-from runtime.models.step_timing import fan_rows, step_times
+from runtime.models.step_timing import fan_rows
 from tests.contracts import test_kv
-from tests.runtime.models.test_llama import SHAPES, spread, tree
 from tests.support.families import FAMILIES, VOCABULARY, tiny
-
-LONG = np.random.default_rng(4).integers(0, VOCABULARY, 512)
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-
-class Recorder(TorchDispatchMode):
-    """What a CUDA graph does, on a CPU: the operations of one call, run again on the very tensors of that call."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
-        return out
-
-    def replay(self) -> None:
-        for func, args, kwargs, out in self.calls:
-            for new, old in zip(tree_leaves(func(*args, **kwargs)), tree_leaves(out), strict=True):
-                if isinstance(new, torch.Tensor) and new.data_ptr() != old.data_ptr():
-                    old.copy_(new)
-
-
-def recorded(counts: list[int], function: Run) -> Run:
-    """A Record. `counts` gets the number of operations of each recording."""
-    recorder = Recorder()
-    with recorder:
-        output = function()
-    counts.append(len(recorder.calls))
-
-    def replay() -> torch.Tensor:
-        recorder.replay()
-        return output
-
-    return replay
-
-
-class Never:
-    """A Pass that nothing may come to."""
-
-    def __call__(self, parts: Sequence[PassInput]) -> list[torch.Tensor]:
-        raise AssertionError("read by the other pass")
-
-    def check(self, output_spec: OutputSpec) -> None:
-        raise AssertionError("asked of the other pass")
-
-    def show(self, parts: Sequence[PassInput], output_spec: OutputSpec) -> list[PassOutput]:
-        raise AssertionError("shown by the other pass")
-
-    def unembed(self, hidden: torch.Tensor) -> torch.Tensor:
-        raise AssertionError("asked of the other pass")
-
-
-def give(
-    model: HFModel, seats: int = 2, slots: int = 512, record: Record = run_eagerly
-) -> StaticPass:
-    """Put a StaticPass into the model. What goes past it fails."""
-    step = StaticPass(model.module, Arena(model.new_cache(), seats, slots), Never(), record)
-    model.step = step
-    return step
-
-
-def pair(shape: str = "llama", **options: Any) -> tuple[HFModel, HFModel, StaticPass]:
-    """The model with transformers' pass, and a copy with the static one."""
-    kind, config = SHAPES[shape]
-    generic, static = (HFModel(spread(tiny(kind, **config)), shape) for _ in range(2))
-    return generic, static, give(static, **options)
-
-
-def close(got: torch.Tensor, expected: torch.Tensor) -> None:
-    assert got.dtype == expected.dtype == torch.float32
-    torch.testing.assert_close(got, expected, atol=5e-5, rtol=0)
-
-
-def bush(start: int, rows: int) -> Rows:
-    return replace(fan_rows(start, rows), tokens=LONG[start : start + rows])
-
-
-def content(kv: TorchCache) -> list[torch.Tensor]:
-    return [kv.plane(*place).clone() for layer in kv.layers for place in layer.places]
-
-
-def history(model: HFModel) -> list[torch.Tensor]:
-    """Logits of trees, rollbacks, a fork and several texts, then the keys and values."""
-    kv, other = model.new_cache(), model.new_cache()
-    logits = [
-        model.forward(kv, causal(LONG[:9], 0)),
-        model.forward(kv, causal(LONG[9:10], 9)),
-        model.forward(kv, tree(10)),
-    ]
-    kv.keep(11, [12, 14])
-    logits += [
-        model.forward(kv, causal(LONG[:3], 13), last=1),
-        model.forward(kv, causal(LONG[:2], 16), last=0),
-    ]
-    logits += model.forward_all(
-        [PassInput(kv, tree(18)), PassInput(other, causal(LONG[:40], 0), last=2)]
-    )
-    kv.truncate(12)
-    fork = kv.fork(7)
-    logits += model.forward_all(
-        [PassInput(fork, tree(7), last=3), PassInput(kv, causal(LONG[:1], 12), last=0)]
-    )
-    logits.append(model.forward(other, tree(40)))
-    return [*logits, *content(kv), *content(other), *content(fork)]
+from tests.support.llama_shapes import SHAPES, spread, tree
+from tests.support.static_pass import (
+    LONG,
+    Never,
+    bush,
+    close,
+    content,
+    give,
+    history,
+    pair,
+    recorded,
+)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -143,7 +41,7 @@ def test_it_computes_what_the_generic_pass_does(shape: str) -> None:
 
 
 @pytest.mark.parametrize("shape", ["llama", "qwen3 sliding", "one head of keys"])
-def test_what_is_recorded_once_holds_for_every_later_input(shape: str) -> None:
+def test_a_recorded_pass_is_right_for_later_inputs(shape: str) -> None:
     """The same operations on the same memory, nothing decided anew, as a CUDA graph has it."""
     counts: list[int] = []
     generic, static, step = pair(shape, record=partial(recorded, counts))
@@ -265,7 +163,7 @@ def test_any_history_reads_as_a_fresh_prefill(monkeypatch: pytest.MonkeyPatch) -
     ],
     ids=["rows", "texts", "positions"],
 )
-def test_what_is_too_much_is_read_otherwise(parts: Callable[[HFModel], list[PassInput]]) -> None:
+def test_inputs_over_its_limits_go_to_the_generic_pass(parts: Callable[[HFModel], list[PassInput]]) -> None:
     generic, static, _ = pair(seats=2, slots=256)
     with pytest.raises(AssertionError, match="other pass"):
         static.forward_all(parts(static))
@@ -314,7 +212,7 @@ def test_a_pass_that_fails_leaves_the_caches_as_they_were() -> None:
     close(static.forward(caches[1], tree(10)), generic.forward(caches[0], tree(10)))
 
 
-def test_nothing_that_a_text_left_in_its_seat_reaches_the_next() -> None:
+def test_a_seat_leaks_nothing_to_its_next_text() -> None:
     generic, static, step = pair(seats=1)
     first, second = static.new_cache(), static.new_cache()
     static.forward(first, causal(LONG[:20], 0))
@@ -325,7 +223,7 @@ def test_nothing_that_a_text_left_in_its_seat_reaches_the_next() -> None:
     )
 
 
-def test_all_that_it_reads_is_on_the_device_of_the_module() -> None:
+def test_every_input_is_on_the_module's_device() -> None:
     """No GPU here: shapes on the meta device, which refuses tensors of another."""
     module = spread(tiny("qwen3", head_dim=16)).to("meta")
     like = TorchCache([((2, 16), (2, 16))] * 2, 600, torch.float32, module.device)
@@ -347,7 +245,7 @@ def test_all_that_it_reads_is_on_the_device_of_the_module() -> None:
     assert {norm.least.device.type for norm in norms} == {"meta"}
 
 
-def test_the_least_shape() -> None:
+def test_the_smallest_fitting_shape_is_chosen() -> None:
     kv = [
         TorchCache([((2, 8), (2, 8))], 3000, torch.float32, torch.device("cpu")) for _ in range(2)
     ]
@@ -362,7 +260,7 @@ def test_the_least_shape() -> None:
     assert shape_of(parts[:1], [2], 2304) == PassShape(2, 1, 1, 2304)
 
 
-def test_what_a_frame_holds() -> None:
+def test_layout_of_the_inputs() -> None:
     kv = [TorchCache([((2, 8), (2, 8))], 90, torch.float32, torch.device("cpu")) for _ in range(2)]
     for cache, length, n in ((kv[0], 3, 2), (kv[1], 1, 1)):
         cache.append(length)
@@ -391,83 +289,3 @@ def test_what_a_frame_holds() -> None:
         [1, 1, 0, 0, 0, 0],
         [1, 0, 0, 0, 0, 0],
     ]
-
-
-def test_a_cpu_gets_it_only_when_asked() -> None:
-    model = HFModel(tiny("llama"), "small")
-    enable_fast_path(model)
-    assert not isinstance(model.step, StaticPass)
-    assert enable_static_path(model)
-    assert isinstance(model.step, StaticPass)
-    assert check_rollback(model) < 1e-4
-
-
-def test_a_loaded_model_has_it_on_request(tmp_path: Path) -> None:
-    tiny("qwen3", head_dim=16).save_pretrained(tmp_path)
-    steps: tuple[Step, Step] = ("static", "auto")
-    static, usual = (load_model(str(tmp_path), device="cpu", step=step) for step in steps)
-    assert isinstance(static.step, StaticPass)
-    assert not isinstance(usual.step, StaticPass)
-    for got, expected in zip(history(static), history(usual), strict=True):
-        close(got, expected)
-
-
-def test_a_model_built_otherwise_keeps_its_pass() -> None:
-    model = HFModel(FAMILIES["gpt2"](), "gpt2")
-    assert not enable_static_path(model)
-    assert model.step is model.generic
-
-
-def test_a_static_pass_that_disagrees_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = HFModel(tiny("llama"), "twisted")
-    masks = StaticPass._masks
-    monkeypatch.setattr(
-        StaticPass,
-        "_masks",
-        lambda self, hidden: [mask.clamp(min=-1.0) for mask in masks(self, hidden)],
-    )
-    with caplog.at_level(logging.WARNING):
-        assert not enable_static_path(model)
-    assert model.step is model.generic
-    assert "model twisted keeps transformers' own pass: the faster one is off by" in caplog.text
-
-
-@pytest.mark.parametrize(("room", "seats"), [(99, 0), (100, 1), (399, 2), (400, 4), (10**9, 8)])
-def test_seats_are_a_power_of_two_that_fits(room: int, seats: int) -> None:
-    assert seats_for(room, 100) == seats
-
-
-def on_gpu(dtype: torch.dtype) -> tuple[HFModel, HFModel]:
-    generic, static = (
-        HFModel(spread(tiny("llama", head_dim=64)).to("cuda", dtype), "llama") for _ in range(2)
-    )
-    enable_fast_path(static)
-    assert isinstance(static.step, StaticPass)
-    assert isinstance(static.step._record, GraphCapture)
-    return generic, static
-
-
-@cuda
-def test_a_replay_is_the_eager_pass() -> None:
-    generic, static = on_gpu(torch.float32)
-    expected = history(generic)
-    for _ in range(3):
-        for got, wanted in zip(history(static), expected, strict=True):
-            torch.testing.assert_close(got, wanted, atol=1e-3, rtol=0)
-    assert check_rollback(static) < 1e-3
-
-
-@cuda
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_short_types_on_a_gpu(
-    dtype: torch.dtype, record_property: Callable[[str, object], None]
-) -> None:
-    """The seconds of a step are reported, not judged."""
-    generic, static = on_gpu(dtype)
-    assert check_rollback(static) < 0.05
-    for name, model in (("generic", generic), ("static", static)):
-        record_property(
-            f"seconds by rows, {name}", str(step_times(model, (1, 16, 64), perf_counter))
-        )
