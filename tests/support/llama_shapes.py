@@ -1,4 +1,4 @@
-"""Small models of the llama shape, and a tree of rows for them."""
+"""Configures small Llama-like models and a tree of rows for them."""
 
 from typing import Any
 
@@ -7,8 +7,24 @@ import torch
 from transformers import PreTrainedModel
 
 from runtime.models.base import Rows
-from tests.runtime.models.test_llama import LLAMA3, LONG, TEXT, YARN
-from tests.support.families import WINDOW
+from tests.support.families import VOCABULARY, WINDOW
+
+TEXT = np.random.default_rng(3).integers(0, VOCABULARY, 40)
+LONG = {"max_position_embeddings": 2048}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -53,7 +69,7 @@ def spread(module: PreTrainedModel) -> PreTrainedModel:
 
 
 def tree(start: int) -> Rows:
-    """A root, two children, two grandchildren."""
+    """Returns a root with two children and two grandchildren."""
     visible = np.array(
         [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 1, 0], [1, 0, 1, 0, 1]],
         dtype=np.bool_,

@@ -11,25 +11,8 @@ from runtime.models.fast_path import enable_fast_path
 from runtime.models.hf import HFModel
 from runtime.models.llama import INITIAL_POSITIONS, LlamaPass, is_llama
 from runtime.models.rollback_check import check_rollback
-from tests.support.families import FAMILIES, VOCABULARY, tiny
-from tests.support.llama_shapes import SHAPES, spread, tree
-
-TEXT = np.random.default_rng(3).integers(0, VOCABULARY, 40)
-LONG = {"max_position_embeddings": 2048}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 512,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+from tests.support.families import FAMILIES, tiny
+from tests.support.llama_shapes import SHAPES, TEXT, spread, tree
 
 
 def pair(shape: str, dtype: torch.dtype = torch.float32) -> tuple[HFModel, HFModel]:

@@ -163,7 +163,9 @@ def test_any_history_reads_as_a_fresh_prefill(monkeypatch: pytest.MonkeyPatch) -
     ],
     ids=["rows", "texts", "positions"],
 )
-def test_inputs_over_its_limits_go_to_the_generic_pass(parts: Callable[[HFModel], list[PassInput]]) -> None:
+def test_inputs_over_its_limits_go_to_the_generic_pass(
+    parts: Callable[[HFModel], list[PassInput]],
+) -> None:
     generic, static, _ = pair(seats=2, slots=256)
     with pytest.raises(AssertionError, match="other pass"):
         static.forward_all(parts(static))
@@ -223,7 +225,7 @@ def test_a_seat_leaks_nothing_to_its_next_text() -> None:
     )
 
 
-def test_every_input_is_on_the_module's_device() -> None:
+def test_every_input_is_on_the_device_of_the_module() -> None:
     """No GPU here: shapes on the meta device, which refuses tensors of another."""
     module = spread(tiny("qwen3", head_dim=16)).to("meta")
     like = TorchCache([((2, 16), (2, 16))] * 2, 600, torch.float32, module.device)
