@@ -1,4 +1,4 @@
-"""What a drafting method promises. A new method is one new file in this folder with a `build()`."""
+"""The interface of a drafting method. A new method is one file in this folder with a `build()`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,9 +12,13 @@ from runtime.models.base import HiddenStateModel, Model
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """One session as a drafter sees it: what is committed, and the tree of guesses that continues it.
+    """One session as a drafter sees it.
 
-    The root of `tree` is the last of `tokens`; `prompt` of them came from the user.
+    session   its name
+    tokens    committed tokens
+    prompt    number of tokens that came from the user
+    sampling  the session's sampling parameters
+    tree      guesses that continue the text; the root is the last of `tokens`
     """
 
     session: str
@@ -26,9 +30,13 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class ExpandRequest:
-    """Nodes of one session's tree (indices) whose children are wanted; a node that was answered for is not asked about again.
+    """Asks for children of nodes of one session's tree.
 
-    `branches`: so many children of each; 0 leaves it to the method.
+    A node that was answered is not asked about again.
+
+    text      the session
+    leaves    indices of the nodes
+    branches  children per node; 0 leaves the number to the method
     """
 
     text: Text
@@ -37,31 +45,36 @@ class ExpandRequest:
 
 
 class Drafter(Protocol):
-    """Anything that proposes continuations. It may be wrong or silent; nothing it says is trusted."""
+    """Proposes continuations. It may be wrong or silent; the target trusts nothing it returns."""
 
     def expand(self, requests: Sequence[ExpandRequest]) -> Sequence[DraftNodes | None]:
-        """Guess the children of the leaves of several sessions, of each session at most one wish; the answers are parallel.
+        """Guess the children of leaves of several sessions, with at most one request per session.
 
-        One forward pass for all of them where the method has a model. Nothing need be returned for a leaf that the method
-        has no opinion on; the host does not ask again. None asks for patience, while a long text is read: the host asks
-        again. Where one wish cannot be answered the whole call raises, and any of them may be asked again.
+        The answers are parallel to the requests. A method with a model runs one forward pass for
+        all requests. It may omit children of a leaf; the host does not ask again. None means that
+        the method is still reading a long text; the host asks again. If one request fails the whole
+        call raises, and the host may ask any of them again.
         """
         ...
 
     def close(self, session: str) -> None:
-        """The session is over, and its name means nothing any more; no error where nothing is kept. What was read of its text
-        may serve later texts that begin alike."""
+        """Forget a session that has ended; an unknown session is no error.
+
+        Caches of its text may serve later texts with the same prefix.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class DrafterContext:
-    """What a method's `build()` may use: names of models, or the folder of what was trained, and the ways to load one on this drafter's
+    """The models that a method's `build()` may use, and functions that load them on this drafter's
     device.
 
-    load          whole
-    load_layers   in part: the layers that were configured, else every second
-    load_changed  in part: the layers of these numbers, once the function has changed the module that they make
+    target        name of the target
+    draft         name of the draft, or the folder of the trained weights
+    load          loads a whole model
+    load_layers   loads the configured layers, by default every second one
+    load_changed  loads the layers with the given numbers, then lets a function change the module
     """
 
     target: str

@@ -1,7 +1,8 @@
-"""Some of the target's own layers as drafter ("Draft & Verify", arXiv 2309.08168; LayerSkip, 2404.16710): nothing is trained.
+"""Drafts with some of the target's own layers, without training.
 
-Which layers is found by `outrider tune layers`. It runs on a device of its own and loads those layers alone, so it has a cache of its own:
-unlike there, target and drafter compute at the same time.
+See "Draft & Verify" (arXiv 2309.08168) and LayerSkip (arXiv 2404.16710). `outrider tune layers`
+finds the layers. The drafter loads only those layers, on its own device and with its own cache, so
+unlike in the papers target and drafter compute at the same time.
 """
 
 from runtime.drafters.base import DrafterContext

@@ -1,7 +1,8 @@
-"""A smaller causal language model as drafter: one forward pass expands leaves of the trees of all sessions.
+"""Drafts with a smaller causal language model; one forward pass serves the trees of all sessions.
 
-Its caches are addressed by content: a slot is known by the key of the text that ends in it. After a commit the slots of
-the surviving subtree are kept, whatever has happened in between; what is missing is computed in the pass of the leaves.
+Caches are addressed by content: a slot is identified by the key of the text that ends in it. After
+a commit the slots of the surviving subtree are reused, and missing ones are computed together with
+the leaves.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,14 +22,17 @@ from runtime.kv.prefix_cache import PrefixCache
 from runtime.models.base import Logits, Model, PassInput, Rows
 from runtime.models.sampler import candidates_all
 
-BRANCHES = 4  # children of a leaf
-CHUNK_TOKENS = 512  # tokens of texts that are read in one pass, of all sessions together
-FINISHED_SLOTS = 16384  # slots for the texts of sessions that are over
+BRANCHES = 4  # children per leaf
+CHUNK_TOKENS = 512  # prefilled per pass, over all sessions
+FINISHED_SLOTS = 16384  # for the caches of finished sessions
 
 
 @dataclass(slots=True)
 class SessionCache:
-    """One session's cache: the first `prefix` tokens of its text, which make the text named `key`; then tree slots."""
+    """One session's cache.
+
+    Slots hold the first `prefix` tokens of the text, whose key is `key`, followed by tree nodes.
+    """
 
     cache: KVCache
     prefix: int = 0
@@ -39,9 +43,13 @@ class SessionCache:
 
 @dataclass(frozen=True, slots=True)
 class SessionStep:
-    """One session's part of a pass: committed tokens that are not in its cache yet, then leaves.
+    """One session's share of a pass.
 
-    above  of each leaf, the slots of its ancestors below the prefix, counted from there; leaves of this step among them
+    missing         committed tokens that are not in the cache yet
+    leaves          nodes to compute after those
+    ancestor_slots  per leaf the slots of its ancestors after the prefix, counted from there,
+                    including leaves of this step
+    reading         the missing tokens do not fit this pass
     """
 
     request: ExpandRequest
@@ -49,7 +57,7 @@ class SessionStep:
     missing: Sequence[int]
     leaves: Sequence[int]
     ancestor_slots: Sequence[Sequence[int]]
-    reading: bool = False  # there is too much to read for one pass
+    reading: bool = False
 
     def pass_input(self) -> PassInput:
         kept, tree, root = self.kept, self.request.text.tree, len(self.request.text.tokens) - 1
@@ -58,7 +66,7 @@ class SessionStep:
         visible = np.zeros((n, behind + n), dtype=np.bool_)
         if m:
             visible[:, :m] = np.tri(n, m, dtype=np.bool_)
-        start = m * (behind + n)  # of each leaf's row in the flattened array
+        start = m * (behind + n)  # of the leaf's row in the flattened array
         seen: list[int] = []
         for row, slots in enumerate(self.ancestor_slots, start=m):
             seen += [start + slot for slot in slots]
@@ -79,7 +87,7 @@ class SessionStep:
         )
 
     def commit_rows(self) -> None:
-        """Know the rows of the pass, which are in the cache now."""
+        """Record the rows of the pass, which are in the cache now."""
         kept, tree = self.kept, self.request.text.tree
         kept.key, kept.prefix = text_key(self.missing, kept.key), kept.prefix + len(self.missing)
         for slot, leaf in enumerate(self.leaves, start=kept.cache.length - len(self.leaves)):
@@ -100,10 +108,10 @@ class SessionStep:
 
 
 class ModelDrafter:
-    """Any Model with the target's vocabulary. Silent beyond its own context.
+    """Drafts with any Model that has the target's vocabulary. It is silent beyond its own context.
 
-    Long texts are read `chunk` tokens a pass, what is shortest first, so that other sessions go on meanwhile. Caches of
-    sessions that are over serve texts that begin alike, up to `finished` slots.
+    It prefills at most `chunk` tokens per pass, shortest texts first, so that other sessions go on.
+    Caches of finished sessions, up to `finished` slots, serve texts with the same prefix.
     """
 
     def __init__(
@@ -124,14 +132,14 @@ class ModelDrafter:
         return [None if step.reading else found.get(id(step), NO_NODES) for step in steps]
 
     def guess(self, steps: Sequence[SessionStep]) -> list[DraftNodes]:
-        """The children of the leaves of each step, by one pass over all of them."""
+        """Return the children of the leaves of each step, computed in one pass."""
         passed = self.model.forward_all([step.pass_input() for step in steps]) if steps else []
         for step in steps:
             step.commit_rows()
         return self.children(steps, passed)
 
     def children(self, steps: Sequence[SessionStep], passed: Sequence[Logits]) -> list[DraftNodes]:
-        """Out of the logits of the leaves of each step."""
+        """Turn the logits of the leaves of each step into children."""
         asking = [
             (torch.as_tensor(rows), step)
             for step, rows in zip(steps, passed, strict=True)
@@ -155,7 +163,7 @@ class ModelDrafter:
             self.finished.keep(kept.text[: kept.prefix], kept.cache)
 
     def step(self, request: ExpandRequest) -> SessionStep:
-        """Bring the session's cache to its text, and find out what is to be computed."""
+        """Bring the session's cache up to date with its text, and list the rows to compute."""
         text, tree = request.text, request.text.tree
         base = len(text.tokens) - 1  # position of the root
         kept = self.kept.get(text.session)
@@ -165,9 +173,9 @@ class ModelDrafter:
         reuse_cache(kept, text, recompute_root)
         missing = text.tokens[kept.prefix : base] if recompute_root else []
         first = kept.cache.length - kept.prefix + len(missing)
-        rows: dict[int, int] = {}  # leaf -> its slot, counted from the prefix
+        rows: dict[int, int] = {}  # leaf -> slot, counted from the prefix
         paths: list[list[int]] = []
-        for leaf in request.leaves:  # the likeliest first, so what is above others is a row already
+        for leaf in request.leaves:  # likeliest first, so ancestors come before their descendants
             slots = (
                 ancestor_slots(kept, tree, leaf, rows)
                 if base + tree.depth[leaf] < self.model.context
@@ -179,7 +187,7 @@ class ModelDrafter:
         return SessionStep(request, kept, missing, list(rows), paths)
 
     def new_session(self, text: Text) -> SessionCache:
-        """With a copy of what some other text has in common with this one."""
+        """Start with a copy of the longest prefix that another text shares with this one."""
         others = ((other.text[: other.prefix], other.cache) for other in self.kept.values())
         found = self.finished.longest(text.tokens, others)
         if found is None:
@@ -189,7 +197,10 @@ class ModelDrafter:
 
 
 def reuse_cache(kept: SessionCache, text: Text, recompute_root: bool) -> None:
-    """Of the cache, keep the text's tokens (not the root, if it is to be computed `recompute_root`) and then the slots of its tree."""
+    """Keep the slots of the text's tokens, followed by the slots of its tree.
+
+    The root is dropped if `recompute_root`.
+    """
     tree, wanted = text.tree, len(text.tokens) - recompute_root
     kept.text = text.tokens
     if kept.key == tree.key[0] and not recompute_root:
@@ -214,8 +225,12 @@ def reuse_cache(kept: SessionCache, text: Text, recompute_root: bool) -> None:
 def ancestor_slots(
     kept: SessionCache, tree: TokenTree, leaf: int, rows: Mapping[int, int]
 ) -> list[int] | None:
-    """The slots of a leaf's ancestors, counted from the prefix, of which the root may be the last token; `rows`: those of nodes that are
-    read in the same pass. None where one is neither there nor in the cache."""
+    """Return the slots of a leaf's ancestors, counted from the prefix; the prefix may include the
+    root.
+
+    `rows` holds the slots of nodes computed in the same pass. Returns None if an ancestor is
+    neither in the cache nor in `rows`.
+    """
     if kept.key != tree.key[0] and leaf != 0 and 0 not in rows:
         return None
     found = []
@@ -230,7 +245,10 @@ def ancestor_slots(
 
 
 def limit_prefill(steps: Sequence[SessionStep], tokens: int) -> list[SessionStep]:
-    """The steps of one pass that reads at most so many tokens of texts; who reads on in the next one has no leaves in it."""
+    """Limit the steps of a pass to `tokens` missing tokens.
+
+    A step that needs more reads a part and has no leaves in this pass.
+    """
     found = list(steps)
     for place in sorted(range(len(steps)), key=lambda place: len(steps[place].missing)):
         step = steps[place]
@@ -248,7 +266,7 @@ def children(leaves: Sequence[int], tokens: np.ndarray, scores: np.ndarray) -> D
         tokens.ravel(),
         scores.ravel(),
     )
-    allowed = np.isfinite(found[2])  # the target would not choose what the filters bar
+    allowed = np.isfinite(found[2])  # the target never samples filtered tokens
     return DraftNodes(*found) if allowed.all() else DraftNodes(*(array[allowed] for array in found))
 
 

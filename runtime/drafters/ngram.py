@@ -1,4 +1,7 @@
-"""Prompt lookup: what followed the last time these tokens stood together (Saxena 2023; LLMA, arXiv 2304.04487)."""
+"""Prompt lookup: proposes what followed the latest earlier occurrence of the last tokens.
+
+See Saxena (2023) and LLMA (arXiv 2304.04487).
+"""
 
 from collections.abc import Sequence
 
@@ -7,13 +10,13 @@ import numpy as np
 from runtime.core.draft_nodes import DraftNodes
 from runtime.drafters.base import DrafterContext, ExpandRequest, Text
 
-MAX_NGRAM = 4  # tokens that must agree, most first
+MAX_NGRAM = 4  # tokens that must match; longer matches are tried first
 MIN_NGRAM = 2
 LOOK_BACK_TOKENS = 1024  # tokens searched
 
 
 class NgramDrafter:
-    """Keeps nothing: every answer is read off the text."""
+    """Stateless: each answer is computed from the text."""
 
     def expand(self, requests: Sequence[ExpandRequest]) -> list[DraftNodes]:
         return [self.guess(request.text, request.leaves) for request in requests]
@@ -41,7 +44,10 @@ class NgramDrafter:
 
 
 def lookup(tokens: Sequence[int]) -> tuple[int, int] | None:
-    """The token that followed the latest earlier occurrence of the longest suffix, and how long that suffix is."""
+    """Find the latest earlier occurrence of the longest suffix.
+
+    Returns the token that followed it and the length of the suffix, or None if nothing matches.
+    """
     text = np.asarray(tokens)
     for length in range(min(MAX_NGRAM, len(text) - 1), MIN_NGRAM - 1, -1):
         windows = np.lib.stride_tricks.sliding_window_view(text[:-1], length)

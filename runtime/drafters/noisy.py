@@ -1,4 +1,4 @@
-"""The target as its own drafter, with a share of its guesses spoilt: for tests and for measuring what acceptance is worth."""
+"""Drafts with the target itself and corrupts a share of the guesses: for tests and measurements."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,10 @@ WRONG_RATE = 0.3
 
 
 class NoisyDrafter:
-    """`wrong` 0 is a perfect drafter, 1 one that is always wrong. Which guesses are spoilt depends on the text alone."""
+    """Corrupts the share `wrong` of the guesses of `inner`: 0 is perfect, 1 always wrong.
+
+    The text alone determines which guesses are corrupted.
+    """
 
     def __init__(self, inner: Drafter, vocabulary: int, wrong: float = WRONG_RATE) -> None:
         self.inner, self.vocabulary, self.wrong = inner, vocabulary, wrong

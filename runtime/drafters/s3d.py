@@ -1,8 +1,10 @@
-"""S3D (Zhong, Bharadwaj 2024, arXiv 2405.20314): the target without its middle layers, and mask rows behind the token that is to be
-continued, each of which guesses a place further ahead: several tokens for one pass.
+"""S3D (Zhong, Bharadwaj 2024, arXiv 2405.20314): drafts several tokens per pass with mask rows.
 
-What the masks are and a low-rank adapter on the layers that stay are trained; the target is left as it is. A device of its own needs
-these layers alone. Mask rows are the pseudo rows of runtime.models.base, begun below the first layer: nothing of them stays in a cache.
+The drafter is the target without its middle layers. Each mask row after the token to continue
+guesses one place further ahead. Only the mask embeddings and a low-rank adapter on the remaining
+layers are trained; the target does not change. The drafter's device holds only these layers. Mask
+rows are the pseudo rows of runtime.models.base that enter below the first layer, so nothing of them
+stays in a cache.
 """
 
 from collections.abc import Sequence
@@ -32,12 +34,15 @@ from runtime.models.loader import find_folder, load_tokenizer, read_config
 from runtime.models.lora import make_adapter, merge
 from runtime.models.sampler import Candidates, candidates_all
 
-BRANCHES = 2  # guesses of a mask row
-MAX_MASKS, MAX_RANK = 16, 1024  # masks; rank of the adapter
+BRANCHES = 2  # guesses per mask row
+MAX_MASKS, MAX_RANK = 16, 1024  # of masks, and of the adapter's rank
 
 
 class S3D(nn.Module):
-    """What is trained: the embeddings of the masks, (masks, hidden size), and an adapter for `layers`, the target's own that stay."""
+    """The trained weights: mask embeddings (masks, hidden size) and an adapter for `layers`.
+
+    `layers` are the layers of the target that remain.
+    """
 
     def __init__(
         self, layers: Sequence[nn.Module], hidden_size: int, masks: int, rank: int
@@ -48,9 +53,11 @@ class S3D(nn.Module):
 
 
 class MaskDrafter(ModelDrafter):
-    """A ModelDrafter whose passes have mask rows beside the likeliest leaf of each session, but at the end of the context.
+    """A ModelDrafter whose passes carry mask rows next to the likeliest leaf of each session.
 
-    What they guess of a place hangs below the best guess of the place before; a leaf there can still be asked about, and is then read.
+    The guesses for a place hang below the best guess of the place before. The target may still ask
+    about a leaf there, which then gets its own row. Mask rows are omitted at the end of the
+    context.
     """
 
     def __init__(self, model: HiddenStateModel, masks: torch.Tensor) -> None:
@@ -108,7 +115,10 @@ def expand_mask(mask: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
 
 
 def lookahead_input(step: SessionStep, places: int) -> SamplingInput:
-    """What follows the first leaf's child, what follows that, and so on, whatever they may be: of these tokens only the number is known."""
+    """Return the sampling input of the places after the first leaf's child.
+
+    Only the number of tokens up to there is known, not the tokens.
+    """
     text, leaf = step.request.text, step.leaves[0]
     path, unknown = text.tree.tokens_to(leaf), text.tree.token[leaf]
     paths = [[*path, *[unknown] * place] for place in range(1, places + 1)]
@@ -116,7 +126,10 @@ def lookahead_input(step: SessionStep, places: int) -> SamplingInput:
 
 
 def attach_lookahead(nearest: DraftNodes, leaf: int, far: Candidates, roots: int) -> DraftNodes:
-    """Hang the guesses for each place further ahead, (places, k), below the best child of `leaf`. The tree has `roots` nodes."""
+    """Attach the guesses for each further place, (places, k), below the best child of `leaf`.
+
+    The tree has `roots` nodes.
+    """
     best = np.flatnonzero(nearest.parents == leaf)[:1].tolist()
     levels = [nearest]
     for tokens, scores in zip(*far, strict=True):
@@ -128,7 +141,10 @@ def attach_lookahead(nearest: DraftNodes, leaf: int, far: Candidates, roots: int
 
 
 def check_kept_layers(folder: Path, settings: Settings, layer_count: int) -> list[int]:
-    """Raises ModelRefused for what are no layers of the target in their order."""
+    """Return the layer numbers of a checkpoint.
+
+    Raises ModelRefused unless they are rising layer numbers of the target.
+    """
     layers: Any = settings.get("layers")
     whole = (
         isinstance(layers, list)
@@ -137,13 +153,16 @@ def check_kept_layers(folder: Path, settings: Settings, layer_count: int) -> lis
     )
     if not whole or layers != sorted(set(layers)):
         raise ModelRefused(
-            f"{folder}/config.json: layers {str(layers)[:32]} are not some of 0 to {layer_count - 1} that rise: copy it again"
+            f"{folder}/config.json: layers {str(layers)[:32]} must rise and lie "
+            f"between 0 and {layer_count - 1}: copy the file again"
         )
     return [*layers]
 
 
 def build(context: DrafterContext) -> MaskDrafter:
-    """Raises ModelRefused for a folder that was not trained for this target, and for a target that takes no mask rows."""
+    """Build the drafter. Raises ModelRefused for a checkpoint of another target or a target without
+    mask rows.
+    """
     folder, target = Path(context.draft), context.target
     identity = target_identity(read_config(find_folder(target), target), load_tokenizer(target))
     settings = read_settings(folder, "s3d", identity)

@@ -1,4 +1,4 @@
-"""A draft model with every guess spoilt: for measuring what a useless drafter costs."""
+"""Drafts with the draft model and corrupts every guess, to measure what a useless drafter costs."""
 
 from runtime.drafters.base import DrafterContext
 from runtime.drafters.model import ModelDrafter

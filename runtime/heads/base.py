@@ -1,6 +1,7 @@
-"""What a head promises. It sits on the target and guesses from what the target's own pass has computed, without a pass of its own.
+"""The interface of a head: it guesses from the target's own pass, without a pass of its own.
 
-A new head is one new file in this folder with a `build()`; what it needs of a pass it says by its `output_spec`.
+A new head is one new file in this folder with a `build()`. Its `output_spec` states which outputs
+of a pass it needs.
 """
 
 from collections.abc import Sequence
@@ -19,13 +20,15 @@ from runtime.models.base import HiddenStateModel, ModelIdentity, OutputSpec, Pas
 
 @dataclass(frozen=True, slots=True)
 class VerifiedStep:
-    """What a step has shown of one session, whose root has moved since.
+    """One session's result of a step, after its root has moved.
 
-    text    the session as a drafter sees it; its tree is the target's own and is not to be changed
-    tokens  int64 (rows,)  the token of each row that was verified: the old root's, then those of nodes
-    path    rows on the way that the target took, from 0 on: what it chose after the last of them is the new root
-    shown   of each row the logits, and what was looked at
-    riders  the rows that pseudo rows rode beside
+    text         the session as a drafter sees it; the head must not change its tree, which is the
+                 target's
+    tokens       int64 (rows,): the token of each verified row, first the old root, then nodes
+    path         rows of the accepted path, from 0; the token that the target chose after the last
+                 is the new root
+    output       logits of each row, and the outputs requested by `output_spec`
+    branch_rows  rows that pseudo rows branched from
     """
 
     text: Text
@@ -36,25 +39,31 @@ class VerifiedStep:
 
 
 class Head(Protocol):
-    """Like a drafter it may be wrong or silent, and nothing it says is trusted. It runs on the target's thread, within the step."""
+    """Guesses continuations. It may be wrong or silent; the target trusts nothing it returns.
+
+    It runs on the target's thread, within the step.
+    """
 
     @property
     def output_spec(self) -> OutputSpec:
-        """What it needs of every pass; the same at all times."""
+        """Return the outputs that the head needs of every pass; they never change."""
         ...
 
     def propose(self, seen: Sequence[VerifiedStep]) -> Sequence[DraftNodes]:
-        """Guess how the texts of several sessions go on; the answers are parallel. All hangs on the root of a text: `roots` is 1."""
+        """Guess how the texts of several sessions continue; the answers are parallel.
+
+        All guesses hang on the root of a text, so `roots` is 1.
+        """
         ...
 
     def close(self, session: str) -> None:
-        """The session is over, and its name means nothing any more; no error where nothing is kept."""
+        """Forget a session that has ended; an unknown session is no error."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class HeadContext:
-    """What a head's `build()` may use: the target, and the folder of what was trained for it, if any."""
+    """The target that a head's `build()` may use, and the folder of its trained weights, if any."""
 
     model: HiddenStateModel
     identity: ModelIdentity

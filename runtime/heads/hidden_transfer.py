@@ -1,6 +1,8 @@
-"""Hidden transfer (Wu et al. 2024, arXiv 2404.12022; its successor FIRP, 2410.20488): linear maps at chosen layers turn a token's state
-into pseudo states of the places after it, which pass the remaining layers beside the verified rows, in the same pass. Maps are trained;
-the target is left as it is.
+"""Hidden transfer: linear maps turn a token's hidden state into pseudo states of later places.
+
+See Wu et al. (2024, arXiv 2404.12022) and its successor FIRP (arXiv 2410.20488). The pseudo states
+enter at chosen layers and pass the remaining layers together with the verified rows, in the same
+pass. Only the maps are trained; the target does not change.
 """
 
 from collections.abc import Sequence
@@ -18,13 +20,15 @@ from runtime.models.base import Branch, OutputSpec
 from runtime.models.head_checkpoint import TRAIN_HINT, Settings, read_settings, read_tensors
 from runtime.models.sampler import candidates_all
 
-BRANCHES = 6  # guesses of a place
-MAX_MAPS = 16  # maps
+BRANCHES = 6  # guesses per place
+MAX_MAPS = 16
 
 
 class HiddenTransfer(nn.Module):
-    """One map for each place ahead. `layers[i]`: how many layers of the target the i-th pseudo state has no part in. Maps begin as
-    identity."""
+    """One map per place ahead, initialised to the identity.
+
+    The i-th pseudo state skips the first `layers[i]` layers of the target.
+    """
 
     def __init__(self, hidden_size: int, layers: Sequence[int]) -> None:
         super().__init__()
@@ -32,7 +36,10 @@ class HiddenTransfer(nn.Module):
         self.maps = nn.ModuleList(identity_linear(hidden_size) for _ in self.layers)
 
     def pseudo(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """The state (..., d) of the place index + 1 after that of `hidden` (..., d), both behind layers[index] layers."""
+        """Map states (..., d) to the states (..., d) `index` + 1 places later.
+
+        Both are the states after layers[index] layers.
+        """
         state: torch.Tensor = self.maps[index](hidden)
         return state
 
@@ -45,7 +52,7 @@ def identity_linear(size: int) -> nn.Linear:
 
 
 class HiddenTransferHead:
-    """A Head. Where nothing rode beside the row that the target stopped at, it is silent."""
+    """A Head that is silent if no pseudo row branched from the row at which the target stopped."""
 
     def __init__(self, module: HiddenTransfer) -> None:
         self.output_spec = OutputSpec(
@@ -79,7 +86,10 @@ class HiddenTransferHead:
 
 
 def check_branch_layers(folder: Path, settings: Settings, layer_count: int) -> list[int]:
-    """Raises ModelRefused for what are no layers of the target in their order."""
+    """Return the layer numbers of a checkpoint.
+
+    Raises ModelRefused unless they are layer numbers of the target that do not fall.
+    """
     layers: Any = settings.get("layers")
     whole = (
         isinstance(layers, list)
@@ -88,16 +98,18 @@ def check_branch_layers(folder: Path, settings: Settings, layer_count: int) -> l
     )
     if not whole or layers != sorted(layers):
         raise ModelRefused(
-            f"{folder}/config.json: {str(layers)[:32]} are not 1 to {MAX_MAPS} layers from 1 to {layer_count - 1} that do not fall"
+            f"{folder}/config.json: {str(layers)[:32]} must be 1 to {MAX_MAPS} "
+            f"layers from 1 to {layer_count - 1} that do not fall"
         )
     return [*layers]
 
 
 def build(context: HeadContext) -> HiddenTransferHead:
-    """Raises ModelRefused where nothing was trained for this target."""
+    """Build the head. Raises ModelRefused if it was not trained for this target."""
     if context.folder is None:
         raise ModelRefused(
-            f"no hidden-transfer ships for this target: {TRAIN_HINT} hidden-transfer, and give its folder"
+            "no hidden-transfer ships for this target: "
+            f"{TRAIN_HINT} hidden-transfer, and give its folder"
         )
     settings, d = (
         read_settings(context.folder, "hidden-transfer", context.identity),

@@ -1,7 +1,9 @@
-"""Medusa (Cai et al. 2024, arXiv 2401.10774): residual blocks turn the last hidden state into states of the places after the next.
+"""Medusa (Cai et al. 2024, arXiv 2401.10774): residual blocks map the last hidden state to later
+places.
 
-Unlike there, all share the target's own unembedding, frozen: one of each head's own would be as large as that, in the file and in every
-step. Heads are trained; the target is left as it is.
+Unlike in the paper, all heads share the target's frozen unembedding: one per head would multiply
+the size of the file and the cost of each step. Only the heads are trained; the target does not
+change.
 """
 
 from collections.abc import Sequence
@@ -18,14 +20,16 @@ from runtime.models.base import HiddenStateModel, OutputSpec
 from runtime.models.head_checkpoint import TRAIN_HINT, read_settings, read_tensors, whole_number
 from runtime.models.sampler import candidates_all
 
-BRANCHES = 6  # guesses of a place
-MAX_HEADS = 16  # heads, and blocks of a head
+BRANCHES = 6  # guesses per place
+MAX_HEADS = 16  # also the limit on blocks per head
 
 
 class Medusa(nn.Module):
-    """States (..., heads, d) out of hidden states (..., d). The target's unembedding makes of state i what is 2 + i places on.
+    """Maps hidden states (..., d) to states (..., heads, d).
 
-    Weights begin at zero: an untrained head says of its place what the target says of the next.
+    The target's unembedding turns state i into the logits of the place 2 + i tokens later. Weights
+    are initialised to zero: an untrained head predicts for its place what the target predicts for
+    the next.
     """
 
     def __init__(self, hidden_size: int, heads: int, blocks: int = 1) -> None:
@@ -48,7 +52,7 @@ def apply_blocks(blocks: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 class MedusaHead:
-    """A Head. It keeps nothing of a session: the row that the target stopped at says it all."""
+    """A stateless Head: it needs only the row at which the target stopped."""
 
     output_spec = OutputSpec(hidden=True)
 
@@ -70,7 +74,7 @@ class MedusaHead:
 
 
 def build(context: HeadContext) -> MedusaHead:
-    """Raises ModelRefused where nothing was trained for this target."""
+    """Build the head. Raises ModelRefused if it was not trained for this target."""
     if context.folder is None:
         raise ModelRefused(
             f"no medusa ships for this target: {TRAIN_HINT} medusa, and give its folder"

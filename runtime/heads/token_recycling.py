@@ -1,8 +1,9 @@
-"""Token recycling (Luo et al. 2024, arXiv 2408.08696): what the target thought likely after a token, the last time that it met it.
+"""Token recycling (Luo et al. 2024, arXiv 2408.08696): reuses the target's earlier candidates.
 
-The first candidates of every row that was verified are kept by the row's token, also those of rows that were rejected, and the tree below
-a new root is grown from them alone: a table is looked up, nothing is computed. One table serves all sessions of a target: it holds tokens
-that the target thought likely in texts of others, and no text of more than two tokens can be read from it.
+The top candidates of every verified row are stored by the row's token, rejected rows included. The
+tree below a new root is built from this table alone, without computation. One table serves all
+sessions of a target. It holds tokens that the target considered likely in other texts, but no text
+of more than two tokens can be read from it.
 """
 
 import heapq
@@ -24,12 +25,14 @@ from runtime.kernels.topk import topk
 from runtime.models.base import OutputSpec
 from runtime.models.sampler import rank_candidates
 
-CANDIDATES_PER_TOKEN = 8  # candidates of a token
-MAX_NODES = 48  # of a tree at most
+CANDIDATES_PER_TOKEN = 8
+MAX_NODES = 48  # per tree
 MAX_DEPTH = 6
-MAX_SAMPLED_DEPTH = 4  # above temperature 0: a level costs several times as much there, and what lies deeper is seldom right
-MIN_PATH_LOGPROB = np.log(0.01)  # path probability below which no row is spent on a node
-# How likely a token is the target's choice by its rank; it shapes the tree. Measured on the target that ships at temperature 0.
+# Above temperature 0 a level costs several times as much, and deeper guesses are seldom right.
+MAX_SAMPLED_DEPTH = 4
+MIN_PATH_LOGPROB = np.log(0.01)  # nodes below this path probability are dropped
+# Probability that a candidate of each rank is the target's choice; it shapes the tree. Measured with
+# the target that ships, at temperature 0.
 RANK_PROBABILITY = (0.4, 0.12, 0.06, 0.04, 0.03, 0.02, 0.02, 0.01)
 UNKNOWN_TOKEN = -1
 
@@ -41,7 +44,14 @@ ScoredTokens = tuple[
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """The nodes of one depth: `nodes` are their places in the tree, each is child number ranks[i] of parents[i], that is above[rows[i]]."""
+    """The nodes of one depth.
+
+    nodes    their places in the tree
+    parents  places of their parents
+    ranks    their ranks among the candidates of the parent
+    above    places of the distinct parents
+    rows     index of each node's parent in `above`
+    """
 
     nodes: slice
     parents: Ints
@@ -51,13 +61,17 @@ class Level:
 
 
 class TokenRecycling:
-    """A Head for any target. `tokens` and `scores` (vocabulary + 1, kept): candidates by the token before them, most likely first."""
+    """A Head for any target.
+
+    `tokens` and `scores`, both (vocabulary + 1, kept), hold the candidates after each token,
+    likeliest first.
+    """
 
     output_spec = OutputSpec()
 
     def __init__(self, vocabulary: int, kept: int = CANDIDATES_PER_TOKEN) -> None:
         self.kept = min(kept, vocabulary)
-        # The last row is that of UNKNOWN_TOKEN: nothing is known of what follows it.
+        # The last row belongs to UNKNOWN_TOKEN, which has no candidates.
         self.tokens = np.full((vocabulary + 1, self.kept), UNKNOWN_TOKEN, dtype=np.int64)
         self.scores = np.zeros((vocabulary + 1, self.kept), dtype=np.float32)
 
@@ -69,7 +83,9 @@ class TokenRecycling:
         pass
 
     def learn(self, seen: Sequence[VerifiedStep]) -> None:
-        """Where a token has several rows, those that were accepted count, and of them the last."""
+        """Store the candidates of all rows. If a token has several rows, the last accepted one
+        wins.
+        """
         logits = [torch.as_tensor(one.output.logits) for one in seen]
         values, tokens = topk(logits[0] if len(logits) == 1 else torch.cat(logits), self.kept)
         places, start = [], 0
@@ -104,23 +120,29 @@ class TokenRecycling:
             path[level.nodes] = path[level.parents] + logprobs[level.nodes]
             if path[level.nodes].max() < MIN_PATH_LOGPROB:
                 break
-        kept = (tokens != UNKNOWN_TOKEN) & (path >= MIN_PATH_LOGPROB)  # with a node go all below it
+        kept = (tokens != UNKNOWN_TOKEN) & (
+            path >= MIN_PATH_LOGPROB
+        )  # dropping a node drops its descendants
         number = np.cumsum(kept) - 1
         return DraftNodes(number[parents[kept]][1:], tokens[kept][1:], logprobs[kept][1:], roots=1)
 
     def coupled_candidates(self, text: Text, above: Ints, level: Level, place: int) -> ScoredTokens:
-        """The nodes of a level whose parents are `above` (n,), each of its rank by the noise that the target will choose by at `place`."""
+        """Return the nodes of a level above temperature 0, ranked with the target's own noise.
+
+        `above` (n,) holds the tokens of the distinct parents and `place` the position of the new
+        tokens.
+        """
         guesses, scores, sampling = self.tokens[above], self.scores[above], text.sampling
         if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
             ask = SamplingInput(
                 sampling, text.prompt, text.tokens, [range(place - len(text.tokens))], frozenset()
-            )  # one place for all of them
+            )  # one position for all
             total = np.logaddexp.reduce(
                 scores / np.float32(sampling.temperature), axis=1, keepdims=True
             )
             tokens, shares = rank_candidates(scores, guesses, total, ask, self.kept, self.kept)
             return tokens[level.rows, level.ranks], shares[level.rows, level.ranks]
-        # Without filters the same, in fewer operations: what it costs is calls, not numbers.
+        # The same without filters in fewer calls, which dominate the cost.
         chances = scores / sampling.temperature + noise.approx_gumbel(
             sampling.seed, [place], guesses
         )
@@ -132,9 +154,12 @@ class TokenRecycling:
 
 @cache
 def tree_template(kept: int) -> tuple[list[Level], Ints]:
-    """The MAX_NODES nodes that are likeliest by RANK_PROBABILITY, level by level, and the parent
-    of each (n,), the root and its own parent 0 first."""
-    found: list[tuple[int, ...]] = [()]  # by the ranks on the way to them
+    """Return the MAX_NODES likeliest nodes by RANK_PROBABILITY, level by level, and the parents
+    (n,).
+
+    The parents begin with the root, which is its own parent 0.
+    """
+    found: list[tuple[int, ...]] = [()]  # each node as the ranks on its path
     ahead: list[tuple[float, tuple[int, ...]]] = [(-RANK_PROBABILITY[0], (0,))]
     while len(found) <= MAX_NODES:
         chance, way = heapq.heappop(ahead)

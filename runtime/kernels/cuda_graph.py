@@ -1,4 +1,4 @@
-"""A pass of fixed shapes and addresses as one CUDA graph: a replay is one launch instead of hundreds."""
+"""Records a pass of fixed shapes and addresses as a CUDA graph: one launch instead of hundreds."""
 
 from collections.abc import Callable
 
@@ -7,19 +7,22 @@ import torch
 Run = Callable[[], torch.Tensor]
 Record = Callable[[Run], Run]
 
-WARM_UP_RUNS = 2  # libraries choose their kernels and take their work space before a capture, during which they may not
+# Libraries choose kernels and allocate workspaces in warm-up runs; during a capture they may not.
+WARM_UP_RUNS = 2
 
 
 def run_eagerly(function: Run) -> Run:
-    """Nothing is recorded: the function itself, on devices without graphs."""
+    """Return the function unchanged, for devices without graphs."""
     return function
 
 
 class GraphCapture:
-    """Records functions on one device. All that they read and write lies where it lay; their graphs share one pool of memory.
+    """Records functions on one device; their graphs share one memory pool.
 
-    So what a replay returned is valid until the next replay of any of them: copy what is to be kept. A function must do the same when
-    it is called again on the same input, since warm-ups run it. Raises RuntimeError for one that cannot be captured.
+    All inputs and outputs stay at their addresses. The result of a replay is valid until the next
+    replay of any of the graphs, so copy what must be kept. Warm-up runs call a function several
+    times: calls with the same input must have the same effect. Raises RuntimeError for a function
+    that cannot be captured.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -35,7 +38,7 @@ class GraphCapture:
                     function()
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            # Threads of other models may allocate meanwhile: only what this thread does is forbidden to disturb the capture.
+            # Threads of other models may allocate meanwhile: only this thread must not.
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):

@@ -1,4 +1,4 @@
-"""Products of a few rows with a matrix in machine code that LLVM has translated for the processor at hand."""
+"""Compiles products of a few rows with a matrix for the local processor, with LLVM."""
 
 import ctypes
 import functools
@@ -17,15 +17,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """Computes products with matrices in panels `width` wide."""
+    """Computes products with matrices in panels of `width` outputs."""
 
     width: int
     transpose: Callable[[int], None]
-    work: Any  # a function of C, with an address
-    engine: object  # owns the code
+    work: Any  # a C function with an address
+    engine: object  # owns the machine code
 
     def __call__(self, arguments: Arguments) -> None:
-        """On as many threads as `arguments.work_items` says: those of torch. Other threads of Python run meanwhile."""
+        """Run on `arguments.work_items` of torch's threads, without the GIL."""
         address = ctypes.addressof(arguments)
         if arguments.transposed != arguments.rows:
             self.transpose(address)
@@ -42,22 +42,22 @@ class Kernel:
 
 @functools.cache
 def is_supported() -> bool:
-    """Whether there are kernels for this processor, shown by translating one, and threads of torch that they can use."""
+    """Return whether this processor has kernels, by compiling one, and torch has threads for it."""
     if not hasattr(openmp_library(), "GOMP_parallel"):
         return False
     try:
         load_kernel(torch.bfloat16)
     except (LookupError, RuntimeError) as error:
-        log.warning("products are left to torch: %s", error)
+        log.warning("using torch for matrix products: %s", error)
         return False
     return True
 
 
 @functools.cache
 def load_kernel(dtype: torch.dtype) -> Kernel:
-    """For matrices of this type. Takes half a second at first.
+    """Return the kernel for matrices of this type; the first call takes half a second.
 
-    Raises LookupError for a processor that is not known, RuntimeError where LLVM does not serve it.
+    Raises LookupError for an unknown processor, RuntimeError if LLVM does not support it.
     """
     features = binding.get_host_cpu_features()
     registers = registers_of(features)
@@ -67,7 +67,7 @@ def load_kernel(dtype: torch.dtype) -> Kernel:
 
 
 def registers_of(features: Mapping[str, bool]) -> Registers | None:
-    """None for a processor that is not known."""
+    """Return the register set, or None for an unknown processor."""
     if features.get("avx512f"):
         return Registers(16, 14)
     if features.get("avx2") and features.get("fma") and features.get("f16c"):
@@ -77,7 +77,7 @@ def registers_of(features: Mapping[str, bool]) -> Registers | None:
 
 @functools.cache
 def openmp_library() -> ctypes.CDLL:
-    """What torch has brought into this process: its threads serve here too."""
+    """Return the process's own symbols: torch brings OpenMP, whose threads the kernels share."""
     return ctypes.CDLL(None)
 
 

@@ -1,12 +1,13 @@
-"""The code of products of a few rows with a matrix, before it is translated for a processor.
+"""Generates LLVM IR for products of a few rows with a matrix.
 
-A matrix lies in panels. A panel is two vectors of outputs wide and as long as a row; its lines, one for each element of a row, follow each
-other in memory, so that all of the matrix is one stream. A block of rows keeps its sums in registers while a panel passes by: a line is
-read once, widened to float32 there, and multiplied with one number of each row. So a block of rows costs little more than reading the
-matrix, and weights of 16 bits cost half of those of 32.
+A matrix is stored in panels. A panel is two vectors of outputs wide and as long as a row. Its
+lines, one per element of a row, are adjacent in memory, so the whole matrix is one stream. A block
+of rows keeps its sums in registers while a panel passes: each line is read once, widened to float32
+and multiplied with one number of each row. A block of rows thus costs little more than reading the
+matrix, and 16-bit weights cost half as much as 32-bit weights.
 
-Each sum takes up its products one after the other, each added with one rounding: what a row becomes depends on nothing but the row,
-whatever rows are beside it and on however many threads.
+Each sum adds its products in order with one rounding each, so a row's result depends on that row
+alone, whatever the other rows and the number of threads.
 """
 
 import ctypes
@@ -23,13 +24,14 @@ I8 = ir.IntType(8)
 F32 = ir.FloatType()
 PTR = ir.PointerType()
 
-LINES_PER_PASS = 512  # lines of a panel that all rows are multiplied with before the next ones: with their rows they stay in the cache
+# Lines of a panel that all rows are multiplied with before the next ones; they stay in the cache.
+LINES_PER_PASS = 512
 CACHE_LINE = 64  # bytes
-TRANSPOSE_TILE = 16  # elements of a row that are turned at once: a line of the cache
+TRANSPOSE_TILE = 16  # elements of a row transposed at once: one cache line
 
 
 class Arguments(ctypes.Structure):
-    """Of `transpose` and `work`, which are called one after the other. Addresses; strides in floats."""
+    """Arguments of `transpose` and `work`, which run in this order. Strides are in floats."""
 
     _fields_ = [
         ("rows", ctypes.c_int64),  # (count, inner), dense
@@ -41,25 +43,28 @@ class Arguments(ctypes.Structure):
         (
             "addend",
             ctypes.c_int64,
-        ),  # what is added to the sums: (count, all outputs of the panels), of stride 0 where it is one for all rows
+        ),  # (count, outputs of all panels), added to the sums; stride 0: the same for all rows
         ("addend_stride", ctypes.c_int64),
-        ("out", ctypes.c_int64),  # (count, all outputs of the panels)
+        ("out", ctypes.c_int64),  # (count, outputs of all panels)
         ("out_stride", ctypes.c_int64),
-        ("work_items", ctypes.c_int64),  # of the panels, for as many threads
-        ("next", ctypes.c_int64),  # share to be done
+        ("work_items", ctypes.c_int64),  # shares of the panels, one per thread
+        ("next", ctypes.c_int64),  # next share
     ]
 
 
 @dataclass(frozen=True, slots=True)
 class Registers:
-    """Floats that one holds, and the rows of a block: two sums each, beside a line of the matrix and what widens it."""
+    """The floats per register, and the rows of a block.
+
+    A row takes two sums, next to a line of the matrix and its widened form.
+    """
 
     lanes: int
     rows: int
 
 
 class Program:
-    """The code before translation: `module`, with the functions `transpose` and `work`."""
+    """The IR module, with the functions `transpose` and `work`."""
 
     def __init__(self, dtype: torch.dtype, registers: Registers) -> None:
         self.module = ir.Module()
@@ -87,9 +92,10 @@ class Program:
         self.work()
 
     def block(self, rows: int) -> ir.Function:
-        """`rows` rows with `lines` lines of a panel: `out` becomes `start`, and the products, and `addend`.
+        """Return a function that multiplies `rows` rows with `lines` lines of a panel.
 
-        What is at `ahead`, and from line to line `step` bytes on, will be wanted soon.
+        It sets `out` to `start` + products + `addend`, and prefetches `step` bytes per line at
+        `ahead`.
         """
         types = [
             PTR,
@@ -159,7 +165,10 @@ class Program:
         return function
 
     def widen(self, at: ir.IRBuilder, line: ir.Value) -> list[ir.Value]:
-        """The two vectors of a line. In bfloat16 they are the lower and the upper halves of 32-bit words: the upper halves of floats."""
+        """Return the two float vectors of a line.
+
+        In bfloat16 they are the lower and upper halves of 32-bit words: the upper halves of floats.
+        """
         if self.dtype == torch.bfloat16:
             words = ir.VectorType(I32, self.lanes)
             both = at.load(line, typ=words, align=4)
@@ -188,7 +197,9 @@ class Program:
         )
 
     def transpose(self) -> None:
-        """Writes the rows' first elements side by side, then their second ones, and so on."""
+        """Emit a function that writes the rows' first elements side by side, then the second ones,
+        etc.
+        """
         at, args = self.entry("transpose")
         with loop(at, ceil_div(at, args["inner"], TRANSPOSE_TILE)) as (tile, _):
             first = at.mul(tile, I64(TRANSPOSE_TILE))
@@ -211,7 +222,7 @@ class Program:
         at.ret_void()
 
     def work(self) -> None:
-        """Does shares until none is left, whichever threads come."""
+        """Emit a function in which threads take shares until none is left."""
         at, args = self.entry("work")
         take, work, done = (at.append_basic_block(name) for name in ("take", "work", "done"))
         at.branch(take)
@@ -232,7 +243,11 @@ class Program:
         at.ret_void()
 
     def panel(self, at: ir.IRBuilder, args: Mapping[str, ir.Value], panel: ir.Value) -> None:
-        """A panel piece by piece, with all rows, in blocks that are as equal as can be; each block fetches its part of the next piece."""
+        """Emit the product of a panel with all rows, piece by piece, in blocks of nearly equal
+        size.
+
+        Each block prefetches its part of the next piece.
+        """
         column = at.mul(panel, I64(2 * self.lanes))
         blocks, pieces = (
             ceil_div(at, args["count"], len(self.blocks)),
@@ -276,7 +291,7 @@ class Program:
                 self.call_block(at, rows, block_args)
 
     def call_block(self, at: ir.IRBuilder, rows: ir.Value, arguments: Sequence[ir.Value]) -> None:
-        """Calls the block of so many rows."""
+        """Emit a call of the block function for `rows` rows."""
         after = at.append_basic_block()
         switch = at.switch(rows, after)
         for number, function in enumerate(self.blocks, 1):
@@ -288,7 +303,7 @@ class Program:
         at.position_at_end(after)
 
     def entry(self, name: str) -> tuple[ir.IRBuilder, dict[str, ir.Value]]:
-        """A function of Arguments: its beginning, and what they say."""
+        """Begin a function of Arguments; return its builder and the values of the fields."""
         function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [PTR]), name)
         at = ir.IRBuilder(function.append_basic_block())
         addresses = ("rows", "transposed", "matrix", "addend", "out")
@@ -307,7 +322,11 @@ class Program:
 def loop(
     at: ir.IRBuilder, count: ir.Value, values: Sequence[ir.Value] = ()
 ) -> Iterator[tuple[ir.Value, list[ir.Value]]]:
-    """What is built within is done `count` times, at least once, with its number and `values`; the list is left as the values become."""
+    """Repeat the body `count` times, at least once.
+
+    Yields the number of the iteration and the carried `values`; the body replaces the values in the
+    list.
+    """
     before, body, after = at.block, at.append_basic_block(), at.append_basic_block()
     at.branch(body)
     at.position_at_end(body)
@@ -324,18 +343,18 @@ def loop(
 
 
 def element_ptr(at: ir.IRBuilder, base: ir.Value, unit: ir.Type, count: ir.Value) -> ir.Value:
-    """The address `count` units behind `base`."""
+    """Return the address `count` units after `base`."""
     return at.gep(base, [count], source_etype=unit)
 
 
 def ceil_div(at: ir.IRBuilder, count: ir.Value, size: int) -> ir.Value:
-    """How many parts of at most `size` there are."""
+    """Return count / size, rounded up."""
     return at.udiv(at.add(count, I64(size - 1)), I64(size))
 
 
 def even_share(
     at: ir.IRBuilder, count: ir.Value, index: ir.Value, parts: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
-    """Where the part `index` of `parts` equal ones begins, and how long it is."""
+    """Return start and length of share `index` of `parts` nearly equal ones."""
     first = at.udiv(at.mul(count, index), parts)
     return first, at.sub(at.udiv(at.mul(count, at.add(index, I64(1))), parts), first)

@@ -1,4 +1,7 @@
-"""A matrix arranged for `load_kernel`, in the shortest type that holds its values exactly: products in float32 read half of it or all."""
+"""A matrix arranged for the compiled kernels, in the smallest type that holds its values exactly.
+
+Products in float32 then read half of the matrix's bytes, or all of them if 16 bits are not exact.
+"""
 
 import contextlib
 import mmap
@@ -10,15 +13,18 @@ from runtime.kernels.jit import load_kernel
 from runtime.kernels.llvm_ir import Arguments
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
-SCAN_WEIGHTS = 1 << 18  # weights that are looked at together: they fit into a cache
-HUGE_PAGE_BYTES = 1 << 21  # bytes of a large page of memory
+SCAN_WEIGHTS = 1 << 18  # weights compared at a time, so that they fit the cache
+HUGE_PAGE_BYTES = 1 << 21  # bytes
 MAX_ROWS = (
     70  # multiplied at once: more of them and a piece of the matrix no longer fit into a cache
 )
 
 
 def smallest_exact_dtype(weight: torch.Tensor) -> torch.dtype:
-    """The type of 16 bits that holds every weight exactly, float32 where there is none. Most published weights are in bfloat16."""
+    """Return the 16-bit type that holds every weight exactly, or float32 if there is none.
+
+    Most published weights are in bfloat16.
+    """
     for kind in HALF_DTYPES:
         if all(
             torch.equal(part, part.to(kind).to(part.dtype))
@@ -29,28 +35,29 @@ def smallest_exact_dtype(weight: torch.Tensor) -> torch.dtype:
 
 
 def allocate(shape: torch.Size, kind: torch.dtype) -> torch.Tensor:
-    """Memory for what is read from end to end, in large pages where the system gives them to those who ask.
+    """Allocate memory for sequential reads, in huge pages if the system provides them on request.
 
-    Each page that is read has to be looked up, and a large one is 512 others: that saves 4 to 6 % of a product's time.
+    A huge page replaces 512 others in the page table. That saves 4 to 6 % of a product's time.
     """
     size = shape.numel() * kind.itemsize
     if size < HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=kind)
     memory = mmap.mmap(-1, size + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
+    with contextlib.suppress(OSError):  # the kernel does not support huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     return whole[-whole.data_ptr() % HUGE_PAGE_BYTES :][:size].view(kind).view(shape)
 
 
 class PackedWeight:
-    """rows @ weight.T + bias on a CPU, computed in float32. What a row becomes depends on the row alone, bit for bit.
+    """Computes rows @ weight.T + bias on a CPU in float32, (n, inner) -> (n, outer).
 
-    `rows` (n, inner) -> (n, outer), in the type of the rows. Raises ValueError for other shapes.
+    The result has the type of the rows. Each row's result depends bit for bit on that row alone.
+    Raises ValueError for other shapes.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, kind: torch.dtype) -> None:
-        """`kind` holds the weights exactly. Raises what `load_kernel` raises."""
+        """Pack the weights; `kind` must hold them exactly. Raises what `load_kernel` raises."""
         self._kernel = load_kernel(kind)
         self._outer, self._inner = weight.shape
         panels = -(-self._outer // self._kernel.width)
@@ -59,21 +66,22 @@ class PackedWeight:
         halves = F.pad(weight.to(kind), (0, 0, 0, self._spare)).reshape(
             panels, 2, self._kernel.width // 2, self._inner
         )
-        # In bfloat16 the halves of a line lie between each other: see `Program.widened`.
+        # In bfloat16 the halves of a line are interleaved: see `Program.widen`.
         lines = halves.permute((0, 3, 2, 1) if kind == torch.bfloat16 else (0, 3, 1, 2))
         self._matrix = allocate(lines.shape, kind).copy_(lines)
         self._bias = None if bias is None else F.pad(bias.float(), (0, self._spare))
         self._zeros = torch.zeros(self._width)
 
     def __call__(self, rows: torch.Tensor, addend: torch.Tensor | None = None) -> torch.Tensor:
-        """`addend` is added to the result."""
+        """Compute the product and add `addend` to it."""
         if rows.dtype != torch.float32:
             return self(rows.float(), None if addend is None else addend.float()).to(rows.dtype)
         count, inner = rows.shape
         if inner != self._inner or (addend is not None and addend.shape != (count, self._outer)):
             added = "nothing" if addend is None else tuple(addend.shape)
             raise ValueError(
-                f"rows {tuple(rows.shape)} onto {added} do not fit: the matrix is {self._outer} x {self._inner}"
+                f"rows {tuple(rows.shape)} and addend {added} do not fit: "
+                f"the matrix is {self._outer} x {self._inner}"
             )
         rows = rows.contiguous()
         addends, stride = self._addend(addend)
@@ -98,7 +106,9 @@ class PackedWeight:
         return out[:, : self._outer].contiguous() if self._spare else out
 
     def _addend(self, addend: torch.Tensor | None) -> tuple[torch.Tensor, int]:
-        """What is added to the sums of each row, and its stride: 0 where it is the same for all."""
+        """Return what is added to each row's sums, and its stride: 0 if it is the same for all
+        rows.
+        """
         if addend is None:
             return self._zeros if self._bias is None else self._bias, 0
         wide = F.pad(addend, (0, self._spare)) if self._spare else addend

@@ -1,4 +1,4 @@
-"""The k highest of each row, faster than torch's own on a CPU, where topk() looks at every element with a heap in hand."""
+"""Top-k per row, on a CPU faster than torch.topk(), which passes every element through a heap."""
 
 import torch
 
@@ -6,9 +6,10 @@ BLOCK = 64  # elements
 
 
 def topk(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and indices (rows, k) of the k highest of `scores` (rows, n), falling; k is at most n.
+    """Return values and indices (rows, k) of the k highest of `scores` (rows, n), falling; k <= n.
 
-    On a CPU the blocks with the k highest maxima are found first: they hold the k highest elements.
+    On a CPU it first finds the blocks with the k highest maxima, which contain the k highest
+    elements.
     """
     rows, n = scores.shape
     blocks = n // BLOCK

@@ -1,7 +1,8 @@
-"""Memory that stays where it is, for the keys and values of a few texts: what a pass that is recorded once can point into.
+"""Memory at fixed addresses for the keys and values of a few texts, as recorded passes need it.
 
-A text that takes a seat moves into the arena and stays the TorchCache that it was: it appends, keeps, truncates and forks by the same
-code, on a view. When another text needs the seat, or the text outgrows it, it moves out into memory of its own.
+A text that takes a seat moves into the arena. Its TorchCache keeps working on a view of the arena:
+it appends, keeps, truncates and forks with the same code. If another text needs the seat, or the
+text outgrows it, the text moves out into its own memory.
 """
 
 from collections.abc import Sequence
@@ -16,21 +17,26 @@ from runtime.kv.store import INITIAL_SLOTS, TorchCache
 class Arena:
     """Seats of `slots` slots each, for caches whose layers all have the shape of those of `like`.
 
-    memory  (planes, heads, seats, slots + 1, dim); no text reads the last slot of a seat: rows of no text are written there
+    memory  (planes, heads, seats, slots + 1, dim); padding rows are written to the last slot of a
+            seat, which no text reads
     """
 
     def __init__(self, like: TorchCache, seats: int, slots: int) -> None:
         planes, heads, _, dim = like.planes().shape
         self.seats, self.slots = seats, slots
-        # A tensor made in inference mode could not be written to outside of it. Zeros, because a hidden slot must be finite.
+        # A tensor made in inference mode is read-only outside of it. Zeros keep hidden slots
+        # finite.
         with torch.inference_mode(False), torch.no_grad():
             self.memory = like.planes().new_zeros((planes, heads, seats, slots + 1, dim))
             self._views = [self.memory[:, :, seat, :slots] for seat in range(seats)]
         self._owners: list[ref[TorchCache] | None] = [None] * seats
-        self._order = list(range(seats))  # the least recently used first
+        self._order = list(range(seats))  # least recently used first
 
     def assign(self, caches: Sequence[TorchCache]) -> list[int]:
-        """The seat of each cache, at most as many as there are seats. Who has none gets the lowest free one, or the one least used."""
+        """Return the seat of each cache, for at most as many caches as there are seats.
+
+        A cache without a seat gets the lowest free one, or the least recently used one.
+        """
         owners = [self._owner(seat) for seat in range(self.seats)]
         held = [
             next((seat for seat, owner in enumerate(owners) if owner is cache), None)
@@ -48,7 +54,7 @@ class Arena:
         return found
 
     def _owner(self, seat: int) -> TorchCache | None:
-        """Who sits there; nobody where the text is gone or has moved out."""
+        """Return the cache in a seat, or None if it is gone or has moved out."""
         known = self._owners[seat]
         cache = None if known is None else known()
         return cache if cache is not None and cache.planes() is self._views[seat] else None
@@ -63,10 +69,13 @@ class Arena:
 
 
 def move_in(cache: TorchCache, planes: torch.Tensor) -> None:
-    """From now on the cache is in `planes`, which has room for it. Slots of this pass (from `cache.start` on) are yet to be written."""
+    """Move a cache into `planes`, which has room for it.
+
+    The slots of the current pass, from `cache.start` on, are written later.
+    """
     with torch.no_grad():
         planes[:, :, : cache.start] = cache.planes()[:, :, : cache.start]
-        # What another text left there might not be finite, and a hidden slot counts 0 times its values.
+        # Leftovers of another text may not be finite, and a hidden slot adds 0 times its values.
         planes[:, :, cache.start :] = 0
     places = np.zeros(planes.shape[2], dtype=np.int64)
     places[: cache.length] = cache.positions
@@ -75,5 +84,5 @@ def move_in(cache: TorchCache, planes: torch.Tensor) -> None:
 
 
 def move_out(cache: TorchCache) -> None:
-    """Into memory of its own."""
+    """Move a cache into its own memory."""
     cache._grow(min(cache.capacity, max(cache.length, INITIAL_SLOTS)))

@@ -1,13 +1,13 @@
-"""What a cache promises, whatever it stores."""
+"""The interface of a key-value cache, whatever it stores."""
 
 from collections.abc import Sequence
 from typing import Protocol
 
 
 class KVCache(Protocol):
-    """Slots 0 .. length-1 of one text: first a contiguous prefix, behind it the rows of a tree in any order.
+    """Slots 0 .. length-1 of one text: a contiguous prefix, then rows of a tree in any order.
 
-    After any sequence of calls, reading the slots of a path gives what a fresh prefill of that path would give.
+    After any sequence of calls the slots of a path read as a fresh prefill of that path would.
     """
 
     @property
@@ -17,24 +17,29 @@ class KVCache(Protocol):
 
     @property
     def room(self) -> int:
-        """Slots for which memory is taken: at least `length`."""
+        """Slots with allocated memory: at least `length`."""
         ...
 
     def append(self, rows: int) -> int:
-        """Make room for `rows` more slots; returns the first. Raises InvalidRequest beyond the capacity."""
+        """Add `rows` slots and return the first. Raises InvalidRequest beyond the capacity."""
         ...
 
     def keep(self, prefix: int, slots: Sequence[int]) -> None:
-        """Keep [0, prefix) and, moved behind it in this order, `slots` (each at least `prefix`, none twice).
+        """Keep [0, prefix), followed by `slots` in this order, and free all others.
 
-        All others are free afterwards. Raises IndexError for a slot that is not in use.
+        Each slot is at least `prefix` and listed once. Raises IndexError for a slot that is not in
+        use.
         """
         ...
 
     def fork(self, length: int) -> "KVCache":
-        """A cache of its own that begins with a copy of slots [0, length). Raises IndexError as `truncate` does."""
+        """Return a new cache with a copy of slots [0, length). Raises IndexError as `truncate`
+        does.
+        """
         ...
 
     def truncate(self, length: int) -> None:
-        """Forget all slots from `length` on. Raises IndexError where `length` is above the present length."""
+        """Free all slots from `length` on. Raises IndexError if `length` exceeds the current
+        length.
+        """
         ...

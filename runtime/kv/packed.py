@@ -1,4 +1,6 @@
-"""The caches of several texts as one transformers `Cache`: each text's rows of a pass go into the cache of that text."""
+"""Presents the caches of several texts as one transformers `Cache`; each text's rows go to its own
+cache.
+"""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -18,10 +20,12 @@ States = tuple[torch.Tensor, torch.Tensor]
 
 
 class PackedCache(Cache):
-    """What a model of `count` layers writes to in a pass over the rows of several texts, laid behind each other.
+    """The cache of a model with `count` layers in a pass over the rows of several texts,
+    concatenated.
 
-    `caches` have room for their rows, which they were told of with `append`. Keys and values of different texts do not fit one
-    tensor, so `update` returns the new rows alone, and what attention is to read waits in `take_written`.
+    `caches` already have room for their rows, by `append`. Keys and values of different texts do
+    not fit one tensor, so `update` returns only the new rows, and attention reads everything from
+    `take_written`.
     """
 
     def __init__(self, caches: Sequence[TorchCache], count: int) -> None:
@@ -38,7 +42,10 @@ class PackedCache(Cache):
         self._written = [cache.layers[index].update(*states) for cache, *states in pieces]
 
     def take_written(self) -> list[States]:
-        """Of each text, all keys and values of the layer written last. Raises LookupError where they were taken before."""
+        """Return each text's keys and values of the layer written last.
+
+        Raises LookupError if they were taken before.
+        """
         if self._written is None:
             raise LookupError("attention over keys that this layer has not written")
         written, self._written = self._written, None
@@ -46,7 +53,9 @@ class PackedCache(Cache):
 
 
 class PackedLayer(CacheLayerMixin):
-    """Layer `index` of all texts. It has no length of its own: the passes that use it bring masks and positions."""
+    """Layer `index` of all texts. It reports no length, because its passes bring masks and
+    positions.
+    """
 
     is_sliding = False
 
@@ -54,12 +63,12 @@ class PackedLayer(CacheLayerMixin):
         super().__init__()
         self.cache = cast(
             PackedCache, proxy(cache)
-        )  # not held, or the caches of a pass would wait for a search for cycles
+        )  # a weak reference, so that no cycle keeps the caches of a pass alive
         self.index = index
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing: the caches are made whole."""
+        """Do nothing: the caches are complete from the start."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

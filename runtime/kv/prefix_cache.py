@@ -1,4 +1,4 @@
-"""Caches of finished texts, kept so that a text that begins like one of them need not be read again."""
+"""Keeps caches of finished texts, so that texts with the same prefix skip part of the prefill."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,9 @@ PrefixKey = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CachedText:
-    """A finished text, and the cache that holds it. `prefix_key`: its first tokens; most texts differ there already."""
+    """A finished text with its cache. `prefix_key` holds its first tokens, which differ for most
+    texts.
+    """
 
     prefix_key: PrefixKey
     ids: Ids
@@ -22,9 +24,10 @@ class CachedText:
 
 
 class PrefixCache:
-    """Owns the caches given to it: at most `max_slots` slots together, the least recently used go first.
+    """Owns caches of at most `max_slots` slots in total, evicting the least recently used ones.
 
-    What two texts have in common counts from `min_tokens` tokens on: fewer are read faster than looked for.
+    Common prefixes shorter than `min_tokens` do not count, because reading them is faster than
+    searching.
     """
 
     def __init__(self, max_slots: int, min_tokens: int = 16) -> None:
@@ -33,14 +36,14 @@ class PrefixCache:
 
     @property
     def slots(self) -> int:
-        """For which memory is taken."""
+        """Slots with allocated memory."""
         return sum(kept.cache.room for kept in self.kept)
 
     def keep(self, tokens: Sequence[int], cache: KVCache) -> None:
-        """Take the cache over. Its first slots hold `tokens`; what is behind them is dropped.
+        """Take ownership of a cache whose first slots hold `tokens`, and drop the slots after them.
 
-        A text that continues a kept one takes its place; one that a kept one continues adds nothing. Raises IndexError where
-        the cache has fewer slots than there are tokens.
+        A text that extends a cached one replaces it; a prefix of a cached one adds nothing. Raises
+        IndexError if the cache has fewer slots than tokens.
         """
         cache.truncate(len(tokens))
         ids, prefix_key = np.asarray(tokens, dtype=np.int64), self.prefix_key(tokens)
@@ -56,7 +59,7 @@ class PrefixCache:
                 self.kept.append(self.kept.pop(i))
                 return
         self.kept = [kept for i, kept in enumerate(self.kept) if shared.get(i, 0) < len(kept.ids)]
-        # A long text's cache may be mostly empty now.
+        # The cache of a text that was longer may be mostly empty now.
         self.kept.append(
             CachedText(
                 prefix_key, ids, cache.fork(len(ids)) if cache.room > 2 * len(ids) else cache
@@ -68,10 +71,11 @@ class PrefixCache:
     def longest(
         self, tokens: Sequence[int], others: Iterable[tuple[Sequence[int], KVCache]] = ()
     ) -> tuple[KVCache, int] | None:
-        """The cache whose text has most in common with `tokens`, and how many tokens: at most all but the last.
+        """Find the cache with the longest common prefix, at most all tokens but the last.
 
-        Looked through are the kept texts and `others`: caches in use, whose first slots hold the text as far as they reach. To
-        be forked before it is used. None where nothing is worth it.
+        The search covers the cached texts and `others`, caches in use whose first slots hold the
+        given text as far as they reach. Returns the cache, to be forked before use, and the number
+        of common tokens, or None if no common prefix is long enough.
         """
         ids, prefix_key = np.asarray(tokens[:-1], dtype=np.int64), self.prefix_key(tokens)
         found, best = None, max(self.min_tokens, 1) - 1
@@ -89,12 +93,12 @@ class PrefixCache:
         return None if found is None else (found, best)
 
     def prefix_key(self, tokens: Sequence[int]) -> PrefixKey:
-        """What two texts must have in common to have enough in common."""
+        """Return the tokens that two texts must share to have a common prefix that counts."""
         return tuple(tokens[: self.min_tokens])
 
 
 def common_length(a: Ids, b: Ids) -> int:
-    """Length of the longest common prefix."""
+    """Return the length of the longest common prefix."""
     n = min(len(a), len(b))
     differs = a[:n] != b[:n]
     return int(differs.argmax()) if differs.any() else n

@@ -1,8 +1,9 @@
-"""Keys and values of one text in torch tensors: a transformers `Cache` that rolls back exactly.
+"""Stores keys and values of one text in torch tensors: a transformers `Cache` with exact rollback.
 
-Layers of equal shape share one tensor (planes, heads, capacity, dim), a plane being the keys or the values of a layer, so a
-rollback is one copy per shape and not one per layer. Sliding-window layers are stored whole: their window is a matter of
-the mask, which the model makes from the positions kept here.
+Layers of equal shape share one tensor (planes, heads, capacity, dim). A plane holds the keys or the
+values of a layer, so a rollback takes one copy per shape, not one per layer. Sliding-window layers
+are stored in full: the mask, which the model builds from the positions kept here, implements the
+window.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,13 +27,14 @@ from runtime.core.errors import InvalidRequest
 INITIAL_SLOTS = 64
 
 Shape = tuple[int, int]  # heads, dim
-Layout = Sequence[tuple[Shape, Shape]]  # of the keys and of the values, layer by layer
+Layout = Sequence[tuple[Shape, Shape]]  # shapes of keys and values, by layer
 
 
 class TorchCache(Cache):
-    """A KVCache (runtime.kv.base). Memory is taken as it is used, in steps of a quarter, up to `capacity` slots.
+    """A KVCache (runtime.kv.base). Memory grows with use, by at least a quarter, up to `capacity`
+    slots.
 
-    positions  int64 (length,)  place in the text of what is in each slot, written by the model
+    positions  int64 (length,): the position in the text of each slot, written by the model
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class TorchCache(Cache):
 
     @property
     def slot_bytes(self) -> int:
-        """Of one token, all layers together."""
+        """Bytes per token, all layers together."""
         return sum(
             planes.shape[0] * planes.shape[1] * planes.shape[3] * planes.element_size()
             for planes in self._planes.values()
@@ -77,7 +79,8 @@ class TorchCache(Cache):
         length = self.length + rows
         if length > self.capacity:
             raise InvalidRequest(
-                f"{length} tokens and guesses do not fit the cache of {self.capacity}: shorten the prompt or the output"
+                f"{length} tokens and guesses do not fit the cache of {self.capacity}: "
+                "shorten the prompt or the output"
             )
         if length > len(self._child_entries):
             self._grow(
@@ -126,17 +129,20 @@ class TorchCache(Cache):
         return other
 
     def plane(self, shape: Shape, place: int) -> torch.Tensor:
-        """One layer's keys or values, (1, heads, length, dim): a view."""
+        """Return one layer's keys or values, (1, heads, length, dim), as a view."""
         return self._planes[shape][place : place + 1, :, : self.length]
 
     def planes(self) -> torch.Tensor:
-        """All layers' keys and values, alternating, (2 x layers, heads, slots, dim), where all have one shape; a view with room behind."""
+        """Return all keys and values, alternating by layer, (2 x layers, heads, slots, dim).
+
+        All layers must have the same shape. The result is a view of all allocated slots.
+        """
         (planes,) = self._planes.values()
         return planes
 
     def _grow(self, slots: int) -> None:
         grown: dict[Shape, torch.Tensor] = {}
-        # A tensor made in inference mode could not be written to outside of it.
+        # A tensor made in inference mode is read-only outside of it.
         with torch.inference_mode(False), torch.no_grad():
             for shape, old in self._planes.items():
                 # Uninitialised memory may hold NaN, but no slot is read before it is written.
@@ -147,11 +153,11 @@ class TorchCache(Cache):
         self._planes, self._child_entries = (
             grown,
             places,
-        )  # all or, where there was no memory for it, nothing
+        )  # assigned together: a failed allocation changes nothing
 
 
 class TorchLayer(CacheLayerMixin):
-    """What one attention layer sees of the cache: transformers writes through `update` and asks for the sizes of a mask."""
+    """One attention layer's view of the cache, as transformers calls it."""
 
     is_sliding = False
 
@@ -159,18 +165,21 @@ class TorchLayer(CacheLayerMixin):
         self, cache: TorchCache, keys: tuple[Shape, int], values: tuple[Shape, int]
     ) -> None:
         super().__init__()
-        # Not held, or the memory of a text that is over would wait for a search for cycles, and many would pile up until then.
+        # A weak reference: a cycle would keep finished texts' memory until the next collection.
         self.cache = cast(TorchCache, proxy(cache))
         self.places = keys, values
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing: the cache is made whole."""
+        """Do nothing: the cache is complete from the start."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the rows of the pass into the slots that were appended for it; all slots in use, the new ones included."""
+        """Write the rows of the pass into the appended slots.
+
+        Returns keys and values of all slots in use, the new ones included.
+        """
         return self._write(self.places[0], key_states), self._write(self.places[1], value_states)
 
     def _write(self, place: tuple[Shape, int], states: torch.Tensor) -> torch.Tensor:
@@ -189,7 +198,7 @@ class TorchLayer(CacheLayerMixin):
 
 
 def layout_of(layers: Iterable[Any]) -> list[tuple[Shape, Shape]]:
-    """The shapes that a filled transformers cache has, layer by layer.
+    """Return the shapes of a filled transformers cache, by layer.
 
     Raises ValueError for a layer that stores anything but keys and values of single tokens.
     """

@@ -1,6 +1,7 @@
-"""How a draft guesses, as a list of examples: from a replay of a real one, or from its rates alone.
+"""Samples of a draft's guesses, taken from a replay of a real draft or generated from its rates.
 
-A saved calibration is no source of them: it forgets what is frequent, so it does not tell how frequent anything is.
+A saved calibration cannot supply them: it forgets frequencies, so it does not tell how often
+anything happens.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,24 +13,28 @@ import numpy.typing as npt
 from runtime.scoring.calibration import Calibrations
 from runtime.sim.pair_profile import PairProfile, Position
 
-SAMPLE_COUNT = 4096  # examples that are made where none were measured
-MAX_RANKS = 8  # guesses of a made example
+SAMPLE_COUNT = 4096  # generated if none were measured
+MAX_RANKS = 8  # guesses of a generated sample
 SEED = 20_241
-LOGIT_NOISE = 0.5  # standard deviation, in logits, of what a draft says of itself, where that was not measured
+# Standard deviation, in logits, of a draft's stated confidence if it was not measured.
+LOGIT_NOISE = 0.5
 MIN_PROBABILITY = 1e-6  # probability
-CONCENTRATIONS = np.geomspace(0.02, 200.0, 400)  # that are tried for the Beta law
+CONCENTRATIONS = np.geomspace(0.02, 200.0, 400)  # candidates for the fit of the Beta law
 
-RankedScores = tuple[
-    int, tuple[float, ...]
-]  # rank of the target's choice among the guesses of a place, from 0 (-1: not there); their scores, falling
+# Rank of the target's choice among the guesses for a position, from 0 (-1: not among them), and the
+# scores of the guesses, falling.
+RankedScores = tuple[int, tuple[float, ...]]
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class DraftSamples:
-    """Examples, parallel: `ranks` (place of the target's choice, from 0; -1: not guessed) and `scores` (logs, falling).
+    """Samples as parallel tuples.
 
-    below  parallel to these, or empty: ranks and scores of what the same pass guessed behind its best guess, behind the best of that, ...
+    ranks   rank of the target's choice among the guesses, from 0; -1 if it was not guessed
+    scores  log probabilities of the guesses, falling
+    below   empty, or for each sample the ranks and scores that the same pass guessed after its best
+            guess, after the best guess of those, and so on
     """
 
     ranks: tuple[int, ...]
@@ -40,7 +45,7 @@ class DraftSamples:
         return len(self.ranks)
 
     def rate(self, k: int) -> float:
-        """Share of the examples whose first k guesses hold the target's choice."""
+        """Return the share of the samples whose first k guesses contain the target's choice."""
         return sum(0 <= rank < k for rank in self.ranks) / len(self.ranks)
 
     def place(self, example: int) -> RankedScores:
@@ -50,7 +55,9 @@ class DraftSamples:
         return self.below[example] if self.below else ()
 
     def calibrations(self, name: str, branches: int) -> Calibrations:
-        """What a target knows after these examples, with so many children of each node of a drafter of that name."""
+        """Return what a target has learned after these samples, for a drafter `name` with
+        `branches` children per node.
+        """
         known = Calibrations()
         bucket = known.bucket(0.0)
         table = bucket.table(name)
@@ -63,7 +70,7 @@ class DraftSamples:
 
 
 def samples_of(profile: PairProfile) -> DraftSamples:
-    """From the best that was measured."""
+    """Return samples from the most detailed measurement that the profile contains."""
     if profile.positions:
         near = [ranked_scores(position) for position in profile.positions]
         below = tuple(tuple(map(ranked_scores, position.below)) for position in profile.positions)
@@ -78,7 +85,11 @@ def ranked_scores(position: Position) -> RankedScores:
 
 
 def judged_places(places: Iterable[RankedScores]) -> Iterator[RankedScores]:
-    """Those of a pass that the target has judged: up to the first whose best guess was wrong, for what is behind hangs on it."""
+    """Yield the positions of a pass that the target has judged.
+
+    They end at the first position whose best guess was wrong, because all later guesses depend on
+    it.
+    """
     for rank, scores in places:
         yield rank, scores
         if rank != 0:
@@ -86,11 +97,13 @@ def judged_places(places: Iterable[RankedScores]) -> Iterator[RankedScores]:
 
 
 def beta_samples(rates: Mapping[int, float]) -> DraftSamples:
-    """Easy and hard positions: the first guess is right with a chance that is Beta distributed over positions, each further
-    one with the same chance, once those before it were wrong; the k-th is right with a(1-a)^(k-1).
+    """Generate samples with easy and hard positions.
 
-    So the first k fail with E(1-a)^k, the product of (b+j)/(a+b+j) for j < k: that decides the law. What the draft says is
-    its chance, with noise.
+    At each position the first guess is right with a probability a that is Beta distributed over
+    positions. Each further guess has the same probability once those before it were wrong, so the
+    k-th is right with a(1-a)^(k-1). The first k guesses all fail with probability E(1-a)^k, the
+    product of (b+j)/(a+b+j) for j < k, which determines the Beta law. The draft states its
+    probability with noise.
     """
     draw = np.random.default_rng(SEED)
     first = float(np.clip(rates[1], MIN_PROBABILITY, 1.0 - MIN_PROBABILITY))
@@ -111,13 +124,13 @@ def beta_samples(rates: Mapping[int, float]) -> DraftSamples:
 
 
 def rank_probabilities(chance: Floats) -> Floats:
-    """(SAMPLE_COUNT, MAX_RANKS): that the first right guess is at each rank."""
+    """Return (SAMPLE_COUNT, MAX_RANKS): probabilities of the rank of the first right guess."""
     found: Floats = chance[:, None] * (1.0 - chance[:, None]) ** np.arange(MAX_RANKS)
     return found
 
 
 def fit_concentration(rates: Mapping[int, float], first: float) -> float:
-    """a + b of the Beta law of mean `first` that comes nearest to the rates."""
+    """Return a + b of the Beta law with mean `first` that fits the rates best."""
     errors = np.zeros(len(CONCENTRATIONS))
     for k, rate in rates.items():
         tries = np.arange(k)[:, None]

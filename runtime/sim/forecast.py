@@ -1,4 +1,4 @@
-"""What to expect: tokens per second of a schedule, by letting the runtime run on a virtual clock."""
+"""Forecasts the tokens per second of a schedule by running the runtime on a virtual clock."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -31,24 +31,33 @@ from runtime.target.head_runner import MountedHead
 from runtime.target.stop_checker import StopChecker
 from runtime.target.verifier import Verifier
 
-ENDLESS_TOKENS = 1 << 30  # tokens of a session that does not end
+ENDLESS_TOKENS = 1 << 30  # tokens of an endless session
 DRAFTER = "draft"
-DRAFT_WIDTH = 4  # leaves in one pass of a drafter, as in config.DrafterConfig
+DRAFT_WIDTH = 4  # leaves per drafter pass, as in config.DrafterConfig
 PROMPT_TOKENS = 4  # tokens
-MIN_TOKENS = 400  # counted, of all sessions together
-MIN_SESSION_TOKENS = 40  # tokens of each session, where that is more
-WARM_UP_SHARE = 0.5  # of them, that come before and are not counted: a schedule learns rates and delays over some twenty steps
-DEFAULT_EFFORT = 6_000  # sessions served, counted anew in each pass of a drafter or a target, after which it ends in any case
-EFFORT_PER_SESSION = 100  # the same for each session, where that is more
+MIN_TOKENS = 400  # counted, over all sessions
+MIN_SESSION_TOKENS = 40  # counted per session, if that is more
+# Tokens generated before counting starts, as a share of those counted: a schedule needs about
+# twenty steps to learn rates and delays.
+WARM_UP_SHARE = 0.5
+# Limit on served sessions, counted again in each pass of a drafter or a target.
+DEFAULT_EFFORT = 6_000
+EFFORT_PER_SESSION = 100  # the same limit per session, if that is more
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is simulated beside the pair. Sessions are divided evenly over the targets; every drafter serves all of these.
+    """The simulated deployment and load.
 
-    `length`: tokens of each session, after which another takes its place (0: none ends); `once`: none does, and what counts is the
-    whole of them, from the first token to the last, as when a batch is measured. A target holds 256 sessions at most: others wait,
-    and do not change how many tokens there are in a second. `head`: one that sits on every target.
+    Sessions are divided evenly over the targets, and every drafter serves all targets. A target
+    holds at most 256 sessions; the others wait and do not change the rate.
+
+    length  tokens per session, after which another session takes its place (0: sessions do not end)
+    once    no session is replaced and all tokens count, from the first to the last, as in a
+            measured batch
+    tokens  tokens to count
+    effort  limit on the work of the simulation, see DEFAULT_EFFORT
+    head    a head that sits on every target
     """
 
     drafters: int = 1
@@ -64,8 +73,12 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Of all sessions together, in steady state. `hits`: share of the rounds whose new root was drafted; `rows`: of a
-    session in a step, the root included; `waiting`: share of the targets' time."""
+    """The steady state of all sessions together.
+
+    rows     rows per session and step, root included
+    hits     share of the rounds whose new root was drafted
+    waiting  share of the targets' time spent waiting
+    """
 
     tokens_per_second: float
     tokens_per_round: float
@@ -98,7 +111,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class RecordingScheduler:
-    """A scheduler, and what it is told of finished steps."""
+    """A scheduler that records the finished rounds it observes."""
 
     inner: Scheduler
     progress: Progress
@@ -125,7 +138,7 @@ def forecast(
 
 
 def simulate(profile: PairProfile, policy: Callable[[], Scheduler], setting: Setting) -> Forecast:
-    """`policy` makes the scheduler of one target."""
+    """Run the simulation; `policy` creates the scheduler of one target."""
     simulator, progress, examples = Simulator(), Progress(), draft_samples.samples_of(profile)
     guesser, calibrations = SyntheticDrafter(examples), examples.calibrations(DRAFTER, BRANCHES)
     if setting.head is not None:
@@ -167,7 +180,9 @@ def simulated_target(
     known: Mapping[str, Any],
     head: HeadProfile | None,
 ) -> SimulatedTarget:
-    """`known`: saved calibrations; target and drafters begin as after a long time together."""
+    """Create a target that starts with saved calibrations, `known`, as after a long time of
+    operation.
+    """
     heads = {f"{head.name}-0": MountedHead(ReplayedHead(head))} if head is not None else {}
     engine = Engine(
         SyntheticTarget(),
@@ -203,7 +218,7 @@ def simulated_drafter(
 
 
 def admit_session(engine: Engine, number: int, setting: Setting, progress: Progress) -> None:
-    """A session, and after its end the next in its place."""
+    """Start a session, and the next one in its place when it ends."""
 
     def deliver(chunk: Chunk) -> None:
         progress.tokens += len(chunk.tokens)
@@ -227,7 +242,7 @@ def run_until(
     tokens: int,
     effort: int,
 ) -> None:
-    """Until so many tokens have been seen, or sessions have been served so often since the beginning."""
+    """Run until `tokens` tokens have been delivered or `effort` sessions have been served."""
     while (
         progress.tokens < tokens
         and sum(draft.served_requests for draft in drafters) + len(progress.rounds) < effort

@@ -1,4 +1,7 @@
-"""What is known of a pair and its devices, as numbers: all that a forecast needs. Kept as JSON; times in seconds."""
+"""Measurements of a model pair and its devices: everything that a forecast needs.
+
+The file format is JSON; times are in seconds.
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -17,11 +20,13 @@ Score = Annotated[float, Field(le=0, allow_inf_nan=False)]
 
 
 class Position(StrictModel):
-    """One position of the target's own text: the log probabilities that the draft gave to its best guesses, falling, and
-    the place of the target's choice among them, from 0; None where it was not there.
+    """One position of the target's own text.
 
-    below  what the same pass has guessed behind its best guess, behind the best of that, and so on; no rank behind a best guess that was
-           wrong
+    rank    rank of the target's choice among the draft's guesses, from 0; None if it was not among
+            them
+    scores  log probabilities that the draft gave to its best guesses, falling
+    below   what the same pass guessed after its best guess, after the best guess of those, and so
+            on; nothing follows a best guess that was wrong
     """
 
     rank: Annotated[int, Field(ge=0)] | None
@@ -30,16 +35,19 @@ class Position(StrictModel):
 
 
 class PairProfile(StrictModel):
-    """A target, a draft and what lies between them.
+    """A target, a draft and the network between them.
 
-    target, draft  T(n) and t(w): seconds of a pass by its rows; beyond what is measured they are taken to be linear
-    acceptance     by number k of guesses: the share of positions at which the draft's first k hold the target's choice
-    positions      what a replay of the draft on the target's texts has found, in order: says more, and is preferred
-    rtt            from target to drafter and back
-    text           more of a target's pass for each text in it beyond the first
-    beside         times as long as alone that a target's pass takes while a drafter computes: they may share a memory
-    step           the target's bookkeeping in each step for each session; `message`: more of it for each growth that arrives
-    pass_          ("pass" in JSON) a drafter's bookkeeping in each of its passes
+    target, draft  T(n) and t(w): seconds of a pass by its rows, extrapolated linearly
+    acceptance     by number k of guesses: the share of positions at which the draft's first k
+                   contain the target's choice
+    positions      what a replay of the draft on the target's texts found, in order; preferred over
+                   `acceptance`
+    rtt            round trip between target and drafter
+    text           added to a target's pass by each text beyond the first
+    beside         slowdown of a target's pass while a drafter computes, since they may share memory
+    step           the target's bookkeeping per step and session
+    message        the target's bookkeeping per growth that arrives
+    pass_          ("pass" in JSON) a drafter's bookkeeping per pass
     """
 
     name: str = "draft"
@@ -81,7 +89,7 @@ class PairProfile(StrictModel):
 def positions(
     ranks: npt.NDArray[np.int64], scores: npt.NDArray[np.float32]
 ) -> tuple[Position, ...]:
-    """Of a replay (runtime.models.acceptance.Replay)."""
+    """Convert a replay (runtime.models.acceptance.Replay) to positions."""
     pairs = zip(ranks.tolist(), scores.astype(np.float64).round(4).tolist(), strict=True)
     return tuple(
         Position(rank=None if rank < 0 else rank, scores=tuple(min(0.0, score) for score in of))
@@ -90,7 +98,7 @@ def positions(
 
 
 def read_profile(file: Path) -> PairProfile:
-    """Raises InvalidRequest that names the first wrong key or value."""
+    """Read a profile. Raises InvalidRequest that names the first invalid key or value."""
     try:
         return PairProfile.model_validate_json(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,6 @@
-"""A head of the target, without weights: what it guessed along texts that were measured, said again along a text that is made up."""
+"""A head without weights: it repeats on a synthetic text what a real head guessed on measured
+texts.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +20,12 @@ from runtime.sim.synthetic_models import VOCABULARY, next_token
 
 @dataclass(frozen=True, slots=True)
 class HeadProfile:
-    """What was measured of a head.
+    """Measurements of a head.
 
-    seconds  that a step with it takes longer: its own time, and that of what it looks at
-    steps    one after the other along the target's texts: of each place ahead its guesses after the target's own tokens before it, up to
-             the first place at which they did not hold the target's choice; nothing where the head was silent
+    seconds  added to a step by the head: its own time, and the time of the outputs that it reads
+    steps    in order along the target's texts: for each place ahead the guesses after the target's
+             own tokens, up to the first place whose guesses missed the target's choice; empty if
+             the head was silent
     """
 
     name: str
@@ -30,13 +33,15 @@ class HeadProfile:
     steps: tuple[tuple[RankedScores, ...], ...]
 
     def hit_rate(self, ahead: int) -> float:
-        """Share of the steps in which the best guess of each of so many places was right."""
+        """Return the share of the steps in which the best guess was right at each of the first
+        `ahead` places.
+        """
         return sum(
             len(step) >= ahead and all(rank == 0 for rank, _ in step[:ahead]) for step in self.steps
         ) / len(self.steps)
 
     def calibrate(self, known: Calibrations) -> None:
-        """What a target knows of this head after all of these steps."""
+        """Teach a target's calibrations everything that these steps show."""
         table = known.bucket(0.0).table(self.name)
         for step in self.steps:
             for rank, scores in step:
@@ -81,7 +86,9 @@ class ReplayedHead:
 
 
 def head_step(draft: DraftNodes, text: Sequence[int]) -> tuple[RankedScores, ...]:
-    """A step of HeadProfile: what a head has guessed, where `text` is what the target goes on with after the root."""
+    """Return a step of HeadProfile: the guesses of a head, given the target's actual continuation
+    `text` after the root.
+    """
     node, found = 0, []
     for token in text:
         children = np.flatnonzero(draft.parents == node)

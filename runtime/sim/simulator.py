@@ -1,7 +1,8 @@
-"""The runtime on a virtual clock: target engines, draft engines and the messages between them, as discrete events.
+"""Runs the runtime on a virtual clock: target engines, draft engines and their messages are events.
 
-Nothing here decides anything: engine, session, scheduler and draft_engine are those that run in earnest, called in the order of
-their own loops, with the clock moved on where a model would be computing and where a message would be on its way.
+The simulator takes no decisions. Engine, session, scheduler and draft engine are the real ones,
+called in the order of their own loops. The clock advances while a model would compute or a message
+would travel.
 """
 
 import heapq
@@ -20,15 +21,16 @@ from runtime.target.commands import Command, Join, ReplyReceived
 from runtime.target.engine import Engine
 from runtime.target.verifier import Decision
 
-MIN_DELAY_S = 1e-6  # seconds: the shortest wait, so that a rest too small for the clock's last digit passes too
-PassTime = Callable[[int], float]  # of a pass, by its rows
-StepTime = Callable[
-    [int, int, int, bool], float
-]  # of a step: rows, sessions, growths taken in before it, whether a drafter computes
+MIN_DELAY_S = 1e-6  # a shorter delay could be lost in the rounding of the clock
+PassTime = Callable[[int], float]  # seconds of a pass by its rows
+# Seconds of a step by rows, sessions, messages received before it, and whether a drafter computes.
+StepTime = Callable[[int, int, int, bool], float]
 
 
 class Simulator:
-    """Things that are going to happen, in the order of their times; of those at one time the earlier arranged comes first."""
+    """A queue of future events in order of time; simultaneous events run in the order of
+    scheduling.
+    """
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -42,7 +44,7 @@ class Simulator:
         heapq.heappush(self.events, (self.now + delay, next(self.order), action))
 
     def step(self) -> bool:
-        """Let the next thing happen; False where nothing is left."""
+        """Run the next event; return False if there is none."""
         if not self.events:
             return False
         self.now, _, action = heapq.heappop(self.events)
@@ -57,9 +59,7 @@ class SimulatedTarget:
         self.simulator, self.engine, self.seconds = simulator, engine, seconds
         self.drafters: list[SimulatedDrafter] = []
         self.computing = False
-        self.plans = (
-            0  # made so far: an alarm that was set before the last of them has been overtaken
-        )
+        self.plans = 0  # made so far: a timer set before the latest plan is obsolete
 
     def receive(self, arrived: Command) -> None:
         self.engine.inbox.put(arrived)
@@ -67,7 +67,9 @@ class SimulatedTarget:
             self.resume()
 
     def resume(self) -> None:
-        """Engine.run and the first half of Engine.step, up to the pass. Reading a prompt takes no time here."""
+        """Do what Engine.run and the first half of Engine.step do, up to the pass. Prefill takes no
+        time here.
+        """
         engine = self.engine
         self.plans += 1
         messages = engine.inbox.qsize()
@@ -97,7 +99,7 @@ class SimulatedTarget:
             self.resume()
 
     def finish_step(self, batch: Batch, decisions: Sequence[Decision | None]) -> None:
-        """The second half of Engine.step."""
+        """Do the second half of Engine.step."""
         self.computing = False
         self.engine.receive(0.0)
         self.engine.commit(batch, decisions, self.simulator.now)
@@ -105,20 +107,20 @@ class SimulatedTarget:
 
 
 class SimulatedDrafter:
-    """A draft engine whose passes take `seconds`. It serves all targets that it is joined to as one queue."""
+    """A draft engine whose passes take `seconds`. It serves all of its targets from one queue."""
 
     def __init__(self, simulator: Simulator, draft_engine: DraftEngine, seconds: PassTime) -> None:
         self.simulator, self.draft_engine, self.seconds = simulator, draft_engine, seconds
         self.computing = False
-        self.served_requests = 0  # wishes
+        self.served_requests = 0
 
-    def receive(self, told: EventReceived) -> None:
-        self.draft_engine.inbox.put(told)
+    def receive(self, arrived: EventReceived) -> None:
+        self.draft_engine.inbox.put(arrived)
         if not self.computing:
             self.resume()
 
     def resume(self) -> None:
-        """DraftEngine.run up to the method's pass."""
+        """Do what DraftEngine.run does, up to the method's pass."""
         self.draft_engine.receive(block=False)
         requests = self.draft_engine.plan()
         self.draft_engine.send_unsent(requests)
@@ -135,7 +137,7 @@ class SimulatedDrafter:
         self.resume()
 
     def join(self, target: SimulatedTarget, stream: int, one_way: float) -> None:
-        """A link between the two, on which every message is under way for `one_way` seconds."""
+        """Link this drafter to a target; each message takes `one_way` seconds."""
         name = self.draft_engine.name
 
         def reply(message: Reply) -> None:
@@ -154,7 +156,10 @@ class SimulatedDrafter:
 
 
 def interpolate(times: dict[int, float], more: float = 0.0) -> PassTime:
-    """Between the measured rows straight lines, never falling; beyond them the last of these goes on. `more` is added to all."""
+    """Return a function from rows to seconds, plus `more`.
+
+    It is linear between the measured rows and never falls; beyond them the last slope continues.
+    """
     rows = np.asarray(sorted(times), dtype=np.float64)
     seconds = np.maximum.accumulate(np.asarray([times[int(n)] for n in rows]))
     slope = float((seconds[-1] - seconds[-2]) / (rows[-1] - rows[-2])) if len(rows) > 1 else 0.0

@@ -1,4 +1,4 @@
-"""What a plan compares: schedules, numbers of drafters, round trips and loads, each as a list of simulations and its outcome."""
+"""Lists the simulations that a plan compares: schedules, drafter counts, round trips and loads."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,9 +27,9 @@ SESSIONS = (1, 4, 16, 64, 256, 1000)
 LOAD_SCHEDULES = (
     "plain",
     "living",
-)  # schedules of which the load is swept: the others serve one session
-GOOD_ENOUGH = 0.97  # of the best rate: fewer drafters that reach it are preferred
-TUNING_TOKENS = 200  # tokens of a simulation that only chooses a setting
+)  # swept over loads; the other schedules serve one session
+GOOD_ENOUGH = 0.97  # share of the best rate that a smaller number of drafters must reach
+TUNING_TOKENS = 200  # per simulation that only chooses a setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,10 @@ class Job:
 
     @property
     def dedup_key(self) -> tuple[object, ...]:
-        """Equal for simulations with the same outcome: what waits for a full target does not change it."""
+        """Return a key that is equal for simulations with the same outcome.
+
+        Sessions that wait for a full target do not change the outcome.
+        """
         most = limits.SESSIONS * self.setting.targets
         return (
             id(self.profile),
@@ -55,7 +58,7 @@ class Job:
 
     @property
     def effort(self) -> int:
-        """Grows with the time that the simulation takes."""
+        """Return an estimate that grows with the time of the simulation."""
         return self.setting.sessions * self.setting.drafters
 
     def run(self) -> Forecast:
@@ -63,11 +66,11 @@ class Job:
 
 
 Done = tuple[Job, Forecast]
-RunAll = Callable[[Sequence[Job]], list[Forecast]]  # in their order
+RunAll = Callable[[Sequence[Job]], list[Forecast]]  # results in the order of the jobs
 
 
 def settings(name: str, profile: PairProfile) -> list[ScheduleConfig]:
-    """All settings in which a schedule is tried; one where it has none. Raises InvalidRequest for an unknown name."""
+    """Return all settings of a schedule to try. Raises InvalidRequest for an unknown name."""
     match name:
         case "plain" | "amusd" | "living":
             return [ScheduleConfig.model_validate({"policy": name})]
@@ -96,7 +99,7 @@ def settings(name: str, profile: PairProfile) -> list[ScheduleConfig]:
 def best_settings(
     profile: PairProfile, names: Sequence[str], setting: Setting, run_all: RunAll
 ) -> dict[str, ScheduleConfig]:
-    """The best setting of each schedule, by short simulations."""
+    """Find the best setting of each schedule with short simulations."""
     short = replace(setting, tokens=TUNING_TOKENS)
     tried = {name: settings(name, profile) for name in names}
     jobs = [
@@ -114,7 +117,9 @@ def best_settings(
 
 
 def jobs(profile: PairProfile, configs: dict[str, ScheduleConfig], setting: Setting) -> list[Job]:
-    """Every schedule as it is, by round trips, and, where it makes sense, by drafters and by load."""
+    """Return each schedule as it is, over round trips, and for some schedules over drafters and
+    load.
+    """
     found = [
         Job("schedules", name, 0, profile, config, setting) for name, config in configs.items()
     ]
@@ -145,7 +150,7 @@ def jobs(profile: PairProfile, configs: dict[str, ScheduleConfig], setting: Sett
 
 
 def head_jobs(profile: PairProfile, heads: Sequence[HeadProfile], setting: Setting) -> list[Job]:
-    """Each head by itself, and beside the drafters."""
+    """Return jobs for each head without drafters and together with them."""
     living = ScheduleConfig()
     beside = [
         Job("heads", "living", number, profile, living, replace(setting, head=head))
@@ -158,13 +163,16 @@ def head_jobs(profile: PairProfile, heads: Sequence[HeadProfile], setting: Setti
 
 
 def with_half_draft_time(profile: PairProfile) -> PairProfile:
-    """The same guesses in half the time: what a draft of half the layers would be worth, were it as good."""
+    """Return the profile with the same guesses in half the time.
+
+    It shows the value of a draft with half the layers and the same quality.
+    """
     return profile.model_copy(
         update={"draft": {rows: seconds / 2 for rows, seconds in profile.draft.items()}}
     )
 
 
 def fewest_drafters(by_drafters: dict[float, float]) -> int:
-    """The smallest number of drafters with nearly the best rate."""
+    """Return the smallest number of drafters that comes close to the best rate."""
     best = max(by_drafters.values())
     return int(min(count for count, rate in by_drafters.items() if rate >= GOOD_ENOUGH * best))

@@ -1,5 +1,7 @@
-"""A target and its draft without weights, for a clock that is not real: the text is a pure function of what stands before it,
-and the draft knows it as well as the examples say."""
+"""A target and a drafter without weights, for simulations on a virtual clock.
+
+The text is a pure function of its prefix, and the drafter predicts it as well as the samples say.
+"""
 
 from collections.abc import Sequence
 
@@ -16,19 +18,19 @@ from runtime.sim.draft_samples import DraftSamples, RankedScores
 
 VOCABULARY = 64
 CONTEXT = 1 << 40
-BRANCHES = 4  # children of a leaf, as in drafters/model.py
-NEXT_SALT, EXAMPLE_SALT = 1 << 32, 1 << 33  # what a content name is mixed with: no token ids
+BRANCHES = 4  # children per leaf, as in drafters/model.py
+NEXT_SALT, EXAMPLE_SALT = 1 << 32, 1 << 33  # mixed into text keys; not token ids
 
 Keys = npt.NDArray[np.uint64]
 
 
 def next_token(key: int) -> int:
-    """The token that follows the text of this name."""
+    """Return the token that follows the text with this key."""
     return mix64(key, NEXT_SALT) % VOCABULARY
 
 
 class SyntheticCache:
-    """For keys and values: the name of the text that ends in each slot."""
+    """Stores, in place of keys and values, the key of the text that ends in each slot."""
 
     def __init__(self, keys: Sequence[int] = ()) -> None:
         self.keys = list(keys)
@@ -62,7 +64,7 @@ class SyntheticCache:
 
 
 class SyntheticTarget:
-    """A Model whose "logits" are names: of the text that each row sees, read through cache and mask like any model's."""
+    """A Model whose "logits" are keys of the text that each row sees through cache and mask."""
 
     name, vocabulary, context = "synthetic", VOCABULARY, CONTEXT
 
@@ -93,13 +95,16 @@ class SyntheticTarget:
 
 
 def choose(logits: Keys, ask: SamplingInput) -> npt.NDArray[np.int64]:
-    """The Chooser of SyntheticTarget."""
+    """Implement the Chooser of SyntheticTarget."""
     return np.asarray([next_token(name) for name in logits.tolist()], dtype=np.int64)
 
 
 class SyntheticDrafter:
-    """A Drafter of that text. On the path that the target will take it replays the examples in their order, from a place
-    that depends on the prompt; beside it, where nothing comes true, it takes an example drawn by the name of the text.
+    """A Drafter that guesses the synthetic text.
+
+    On the target's path it replays the samples in order, from a position that depends on the
+    prompt. Off the path, where nothing can come true, it takes a sample drawn by the key of the
+    text.
     """
 
     def __init__(self, guesses: DraftSamples) -> None:
@@ -138,7 +143,11 @@ class SyntheticDrafter:
         return stack([near, *behind], len(request.text.tree)) if behind else near
 
     def behind(self, key: int, best: int, example: int, most: int) -> list[DraftNodes]:
-        """What the pass guessed behind the `best` guess for the first leaf, of name `key`, each below the first of those before."""
+        """Return the guesses of the pass after the `best` guess for the first leaf, whose key is
+        `key`.
+
+        Each level hangs below the first guess of the level before it.
+        """
         levels = []
         for place in self.guesses.behind(example):
             key = mix64(key, best)
@@ -164,7 +173,10 @@ class SyntheticDrafter:
 
 
 def synthetic_guesses(key: int, place: RankedScores, most: int) -> tuple[list[int], list[float]]:
-    """At most so many guesses of what follows the text of this name, the target's choice at its rank, and their scores."""
+    """Return at most `most` guesses for the token after `key`, and their scores.
+
+    The target's choice stands at its rank.
+    """
     (rank, said), right = place, next_token(key)
     return [
         right if guess == rank else (right + 1 + guess) % VOCABULARY

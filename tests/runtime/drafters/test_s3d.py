@@ -318,11 +318,11 @@ def edited(tmp_path: Path, **settings: object) -> Path:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"layers": []}, "are not some of 0 to 2 that rise"),
-        ({"layers": [0, 3]}, "are not some of 0 to 2 that rise"),
-        ({"layers": [2, 0]}, "are not some of 0 to 2 that rise"),
-        ({"layers": [0, 0]}, "are not some of 0 to 2 that rise"),
-        ({"layers": "02"}, "are not some of 0 to 2 that rise"),
+        ({"layers": []}, "must rise and lie between 0 and 2"),
+        ({"layers": [0, 3]}, "must rise and lie between 0 and 2"),
+        ({"layers": [2, 0]}, "must rise and lie between 0 and 2"),
+        ({"layers": [0, 0]}, "must rise and lie between 0 and 2"),
+        ({"layers": "02"}, "must rise and lie between 0 and 2"),
         ({"masks": 0}, "masks 0 is no whole number from 1 to 16"),
         ({"masks": 2}, "does not fit its config.json"),
         ({"rank": 10**9}, "rank 1000000000 is no whole number"),
