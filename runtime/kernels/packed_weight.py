@@ -15,9 +15,7 @@ from runtime.kernels.llvm_ir import Arguments
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 SCAN_WEIGHTS = 1 << 18  # weights compared at a time, so that they fit the cache
 HUGE_PAGE_BYTES = 1 << 21  # bytes
-MAX_ROWS = (
-    70  # multiplied at once: more of them and a piece of the matrix no longer fit into a cache
-)
+MAX_ROWS = 70  # multiplied at once; with more a piece of the matrix no longer fits the cache
 
 
 def smallest_exact_dtype(weight: torch.Tensor) -> torch.dtype:
