@@ -31,8 +31,8 @@ MAX_DEPTH = 6
 # Above temperature 0 a level costs several times as much, and deeper guesses are seldom right.
 MAX_SAMPLED_DEPTH = 4
 MIN_PATH_LOGPROB = np.log(0.01)  # nodes below this path probability are dropped
-# Probability that a candidate of each rank is the target's choice; it shapes the tree. Measured with
-# the target that ships, at temperature 0.
+# Probability that a candidate of each rank is the target's choice, which shapes the tree. Measured
+# with the target that ships, at temperature 0.
 RANK_PROBABILITY = (0.4, 0.12, 0.06, 0.04, 0.03, 0.02, 0.02, 0.01)
 UNKNOWN_TOKEN = -1
 
