@@ -1,36 +1,28 @@
-"""The promise: with drafters or without, whatever they say, the tokens are the target's own, which are transformers' own.
+"""With drafters or without, the output is the target's own, which is that of transformers.
 
-float32 on the CPU. Where lock-step is used, nothing depends on time, so the number of rounds is asserted too: a fault that costs only
-speed would pass unseen otherwise.
+The tests run in float32 on the CPU. Lock-step tests do not depend on time, so they assert the
+number of rounds too: a fault that costs only speed would go unnoticed otherwise.
 """
 
 import asyncio
 import itertools
-import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
 
-from actors.compose import build_drafter, build_target
-from runtime.config import DrafterConfig, TargetConfig
 from runtime.core.messages import Request
 from runtime.core.sampler_reference import reference_sample
-from runtime.core.sampling_params import SamplingParams
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import Drafter
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.ngram import NgramDrafter
 from runtime.drafters.noisy import NoisyDrafter
-from runtime.model_paths import bundled_model
 from runtime.models.base import Model
 from runtime.models.hf import HFModel
-from runtime.models.loader import load_model
 from runtime.models.sampler import choose
 from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
@@ -51,9 +43,7 @@ from tests.support.harness import (
     plain,
     running,
     transformers_greedy,
-    transformers_replay,
 )
-from training.stdlib_corpus import prompts
 
 EOS = frozenset({1})
 PROMPTS = (
@@ -335,101 +325,3 @@ def sampled(
         outputs.add(found.tokens)
     assert len(outputs) == len(numbers)
     return accepted
-
-
-# Real pairs
-
-
-def in_lockstep(
-    target: str, draft: str, asked: Sequence[Sequence[int]], count: int, generated: int, passes: int
-) -> float:
-    """Asserts that on is off, and transformers' own: what it generates to the first `generated` prompts, and what it would generate
-    to all. The first prompt is answered alone, all of them beside each other. Returns the tokens for each step of the target."""
-    model, eos = load_model(target, "float32", "cpu"), end_of_text(target)
-    drafter = ModelDrafter(load_model(draft, "float32", "cpu"), branches=2)
-    requests = [
-        asking(prompt, f"s{number}", max_tokens=count) for number, prompt in enumerate(asked)
-    ]
-
-    def guided(*requests: Request) -> list[Output]:
-        draft_engine = DraftEngine(drafter, "d", 2 * len(requests))
-        return Lockstep(engine_of(model, 8, eos, choose), draft_engine, passes=passes).run(
-            *requests
-        )
-
-    found = guided(*requests)
-    alone = Lockstep(engine_of(model, eos=eos, chooser=choose)).run(
-        *(replace(request, speculation=False) for request in requests)
-    )
-    assert [on.said() for on in found] == [off.said() for off in alone]
-    assert (
-        guided(requests[0])[0].said()
-        == plain(model, requests[0], eos, choose).said()
-        == found[0].said()
-    )
-    for number, (prompt, on) in enumerate(zip(asked, found, strict=True)):
-        assert on.tokens == transformers_replay(model.module, prompt, on.tokens)
-        if number < generated:
-            assert on.tokens == transformers_greedy(model.module, prompt, count)
-    return sum(len(on.tokens) for on in found) / sum(on.stats.rounds for on in found)
-
-
-def composed(target: str, draft: str, asked: Sequence[Sequence[int]], count: int) -> None:
-    """Asserts that on is off, with everything as in a deployment but in one process: threads, scheduler, tokenizer."""
-
-    async def main() -> None:
-        running_target = build_target(
-            TargetConfig(model=target, dtype="float32", device="cpu")
-        ).target
-        host = build_drafter(
-            DrafterConfig(name="d", model=draft, dtype="float32", device="cpu"), target
-        )
-        running_target.start()
-        host.start()
-        await attached(running_target, "d", host)
-        for number, prompt in enumerate(asked):
-            on, off = [
-                await answer(
-                    running_target,
-                    Request(
-                        f"{number}-{speculation}",
-                        tuple(prompt),
-                        SamplingParams(max_tokens=count),
-                        speculation,
-                    ),
-                )
-                for speculation in (True, False)
-            ]
-            assert on.said() == off.said()
-            assert off.stats.drafted == 0
-        await running_target.stop()
-        await host.stop()
-
-    asyncio.run(main())
-
-
-def end_of_text(folder: str) -> frozenset[int]:
-    settings = json.loads((Path(folder) / "generation_config.json").read_text())
-    return frozenset({settings["eos_token_id"]})
-
-
-@pytest.mark.parametrize(
-    ("target", "draft"), [("stories260K", "llama2xs-500it"), ("babyllama361-as105", "babyllama105")]
-)
-def test_pairs_of_others_on_story_openings(shared: Path, target: str, draft: str) -> None:
-    openings = json.loads((shared / "prompts" / "tinystories_20_openings.json").read_text())
-    target, draft = str(shared / "models" / target), str(shared / "models" / draft)
-    tokenizer = Tokenizer.from_file(f"{target}/tokenizer.json")
-    asked = [tokenizer.encode(opening).ids for opening in openings]
-    assert len(asked) == 20
-    assert in_lockstep(target, draft, asked, 64, generated=5, passes=2) > 1.5
-    composed(target, draft, asked[:3], 64)
-
-
-@pytest.mark.slow
-def test_the_shipped_pair_on_held_out_prompts() -> None:
-    target, draft = bundled_model("target"), bundled_model("draft")
-    asked = prompts(Tokenizer.from_file(str(Path(target) / "tokenizer.json")), 20, 32)
-    assert len(asked) == 20
-    assert in_lockstep(target, draft, asked, 128, generated=1, passes=4) > 1.5
-    composed(target, draft, asked[:3], 64)

@@ -26,9 +26,9 @@ from runtime.drafters.model import ModelDrafter
 from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
 from tests.contracts.link_contract import PATIENCE_S, over_grpc, soon
-from tests.contracts.test_links import BAD, LATER, greeted, lost
 from tests.support.fakes import DRAFTER, HELLO, HOST, Feed, chain, opening, raw_drafter
 from tests.support.harness import answer, asking, attached, hosted, plain, running
+from tests.support.raw_links import BAD, LATER, greeted, lost
 
 TOY = ToyModel(vocabulary=24, memory=3, context=600)
 ROOT = text_key((5, 6, 7))

@@ -31,7 +31,7 @@ from runtime.core.messages import (
 from runtime.draft.draft_engine import DraftEngine
 from runtime.draft.draft_state import MAX_UNVERIFIED_NODES
 from runtime.schedulers.fixed import Fixed
-from tests.contracts.test_drafters import LOOPING, METHODS, PROMPT, built
+from tests.support.drafters import LOOPING, METHODS, PROMPT, built
 from tests.support.fakes import chain, opening
 from tests.support.harness import Known, Lockstep, asking, continued, engine_of
 

@@ -14,7 +14,7 @@ from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import ExpandRequest
 from runtime.drafters.ngram import MAX_NGRAM, MIN_NGRAM, NgramDrafter, lookup
 from runtime.drafters.noisy import NoisyDrafter
-from tests.contracts.test_drafters import LOOPING, PROMPT, expanded, text_of
+from tests.support.drafters import LOOPING, PROMPT, expanded, text_of
 from tests.support.harness import Lockstep, engine_of
 from tests.support.harness import children as guesses
 

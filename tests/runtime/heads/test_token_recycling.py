@@ -23,8 +23,8 @@ from runtime.heads.token_recycling import (
 )
 from runtime.models.base import PassOutput
 from runtime.models.toy import ToyModel
-from tests.contracts.test_heads import headed
 from tests.support.harness import Lockstep, asking, plain
+from tests.support.heads import headed
 
 
 def make_seen(
