@@ -29,7 +29,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Asynchronous speculative decoding: drafters guess ahead on other devices, the output is exactly the target's.",
+    help="Asynchronous speculative decoding: drafters guess ahead on other devices, "
+    "and the output is exactly the target's.",
 )
 app.command()(generate)
 app.command()(doctor)
@@ -53,5 +54,5 @@ app.add_typer(tune, name="tune")
 
 
 def main() -> None:
-    """Runs the command that the arguments name; none at all ask for help. Exits as `command_line.run` does."""
+    """Runs the command of the arguments, --help if there are none. Exits as `command_line.run`."""
     run(app, sys.argv[1:] or ["--help"])

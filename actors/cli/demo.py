@@ -1,4 +1,7 @@
-"""`make demo`: the pair that ships writes Python, first the target alone, then with its drafter; same tokens, other speed."""
+"""`make demo`: compares the bundled target alone with the target and its drafter.
+
+Both generate the same Python; only the speed differs.
+"""
 
 import argparse
 import asyncio
@@ -27,17 +30,17 @@ PROMPTS = (
     "import os\nimport sys\n\n\ndef main(args):\n    if not args:",
 )
 MAX_TOKENS = 96
-# Models of this size repeat themselves when they are greedy; a mild penalty keeps them going.
+# Small models repeat themselves in greedy decoding; a mild penalty avoids that.
 SETTINGS = {
     "greedy": SamplingParams(repetition_penalty=1.1, max_tokens=MAX_TOKENS),
     "temperature 0.8": SamplingParams(temperature=0.8, seed=1, max_tokens=MAX_TOKENS),
 }
-WARM_UP = 2  # runs that are not counted: caches, and the runtime's own measurements
+WARM_UP = 2  # uncounted runs, which fill caches and the runtime's measurements
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One prompt under one setting: the target alone, and with drafts."""
+    """The stats of one prompt under one setting: with the target alone, and with drafts."""
 
     setting: str
     plain: Stats
@@ -47,7 +50,7 @@ class Comparison:
 async def run(
     opener: OpenService, prompts: Sequence[tuple[int, ...]], console: Console, progress: Progress
 ) -> list[Comparison]:
-    """Figures of every prompt under every setting. Exits where the tokens differ."""
+    """Returns the stats of every prompt under every setting. Exits if the tokens differ."""
     found: list[Comparison] = []
     async with opener() as service:
         for number in range(WARM_UP):
@@ -81,7 +84,7 @@ async def run(
                 if (alone.tokens, alone.text) != (drafted.tokens, drafted.text):
                     console.print(f"the texts differ: {alone.text!r} without drafts", style="red")
                     sys.exit(1)
-                console.print(stats_table(fast, "the same text as the target alone"))
+                console.print(stats_table(fast, "same text as the target alone"))
                 found.append(Comparison(name, plain, fast))
     return found
 
@@ -92,7 +95,7 @@ async def collect_stats(service: Service, request: Request, stream: Stream) -> S
         stream.show(chunk)
         last = chunk
     if last is None or last.stats is None:
-        raise RuntimeError("the target ended the stream without its figures")
+        raise RuntimeError("the target ended the stream without stats")
     return last.stats
 
 
@@ -124,11 +127,11 @@ def summary_table(results: Sequence[Comparison]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--in-process", action="store_true", help="without Ray and sockets")
+    parser.add_argument("--in-process", action="store_true", help="run without Ray and sockets")
     parser.add_argument(
         "--small",
         action="store_true",
-        help="the target as it ships, which is hardly slower than the draft",
+        help="use the bundled target as it is, which is hardly slower than the draft",
     )
     arguments = parser.parse_args()
     target, draft = bundled_model("target"), bundled_model("draft")
@@ -137,12 +140,14 @@ def main() -> None:
         with console.status("widening the target"):
             target = str(call_in_subprocess(widen_to_small, (target, "float32")))
         console.print(
-            "The target that ships, widened to the cost of 88 million parameters: what is added is multiplied by zero."
+            "The bundled target is widened to the cost of 88 million parameters; the added weights "
+            "are zero."
         )
     plan = build_deployment(target, (draft,), 1, "auto", "auto", local=True)
     prompts = [prepare(plan, prompt, SETTINGS["greedy"]).prompt for prompt in PROMPTS]
     console.print(
-        "Target and drafter are Ray actors on a core each; they talk gRPC. Green: guessed by the drafter. White: the target's own."
+        "Target and drafter are Ray actors with a core each, connected by gRPC. "
+        "Green: guessed by the drafter. White: by the target."
     )
     with (
         Progress(quiet=False) as progress,

@@ -1,4 +1,4 @@
-"""Ray's side of a member: its actor, and the answers awaited of it. Nothing here blocks."""
+"""Controls the Ray actor of a member, and tracks the answers that it owes. Nothing here blocks."""
 
 import contextlib
 import os
@@ -33,9 +33,9 @@ from runtime.config import Placement
 from runtime.core.errors import OutriderError, Unavailable
 from runtime.telemetry.reports import DrafterReport, TargetReport
 
-START_TIMEOUT_S = 600.0  # for a member to load its model once its process is there
-MAX_CONCURRENT_CALLS = 8  # of an actor at one time: signs of life come through while others wait
-# Names of the actors' classes, as their processes show them.
+START_TIMEOUT_S = 600.0  # for a member to load its model once its process runs
+MAX_CONCURRENT_CALLS = 8  # so that reports are answered while other calls wait
+# Class names, as they appear in the command lines of the actors' processes.
 ACTOR_CLASSES = {TargetSpec: "TargetActor", DrafterSpec: "DraftActor", GatewaySpec: "GatewayActor"}
 
 
@@ -45,12 +45,12 @@ class ActorHandle:
 
     actor         Ray's handle; None for an actor that is gone
     starting, placed, reporting, draining, notifying
-                  answers that are awaited
-    asked_at      clock when `reporting` was asked
-    heard_at      clock when the last question was asked that the actor has answered
-    notified      drafters that a target has taken in once `notifying` is answered
-    acknowledged  drafters that a target has taken in
-    failure       what its start raised
+                  pending answers
+    asked_at      clock at the time of the pending report's request
+    heard_at      clock at the time of the latest request that the actor has answered
+    notified      drafters that the target knows once `notifying` is answered
+    acknowledged  drafters that the target knows
+    failure       error that its start raised
     """
 
     actor: Any
@@ -68,9 +68,9 @@ class ActorHandle:
 
 
 def create(member: Member, name: str, detached: bool, record: bool) -> ActorHandle:
-    """Asks Ray for the actor and tells it to start; it may wait for room.
+    """Creates the actor and starts it; it may wait for resources.
 
-    `name` is the actor's, used once in the cluster.
+    `name` is the actor's name, unique in the cluster.
     """
     match member.spec:
         case TargetSpec(config, tls):
@@ -89,9 +89,9 @@ def create(member: Member, name: str, detached: bool, record: bool) -> ActorHand
 
 
 def adopt(member: Member, name: str, now: float) -> tuple[Member, ActorHandle]:
-    """Takes over an actor that was there before this controller.
+    """Takes over an actor of the controller before this one.
 
-    The member is lost if the actor is gone, or Ray does not find it.
+    The member is lost if Ray does not find the actor.
     """
     try:
         actor = ray.get_actor(name)
@@ -114,7 +114,7 @@ def adopt_lost(member: Member, why: str) -> tuple[Member, ActorHandle]:
 
 
 def ask(member: Member, handle: ActorHandle, now: float) -> None:
-    """Asks for the next sign of life."""
+    """Requests the next report, a sign of life."""
     is_gateway = isinstance(member.spec, GatewaySpec)
     sign = handle.actor.where if is_gateway else handle.actor.report
     handle.reporting, handle.asked_at = sign.remote(), now
@@ -151,7 +151,8 @@ def poll_start(member: Member, handle: ActorHandle, now: float) -> Member:
             return member
         if not isinstance(place, ActorLocation):
             handle.failure = Unavailable(
-                f"{member.name} answered {place!r} and not its place: install the same version on all nodes"
+                f"{member.name} answered {place!r} instead of its location: install the same "
+                "version on all nodes"
             )
             return mark_lost(member, "it is of another version", now)
         ask(member, handle, now)
@@ -194,9 +195,9 @@ def session_count(report: TargetReport | DrafterReport | None) -> int:
 
 
 def notify_drafters(handle: ActorHandle, endpoints: Sequence[Endpoint]) -> None:
-    """Tells a target who its drafters are, once it has taken in what it was told before.
+    """Sends a target its drafters, once it has acknowledged the message before.
 
-    Telling it twice changes nothing, and brings back a link that was lost.
+    Repeating the message changes nothing, and restores a lost link.
     """
     if handle.notifying is not None:
         if not is_answered(handle.notifying):
@@ -209,9 +210,9 @@ def notify_drafters(handle: ActorHandle, endpoints: Sequence[Endpoint]) -> None:
 
 
 def kill(member: Member, handle: ActorHandle) -> None:
-    """Ends the actor, and its process if that does not hear Ray.
+    """Kills the actor, and its process if it does not respond to Ray.
 
-    A process that is stopped would hold its device until it is gone.
+    A stopped process would hold its device until it is gone.
     """
     if handle.actor is not None:
         with contextlib.suppress(RayError):
@@ -220,8 +221,8 @@ def kill(member: Member, handle: ActorHandle) -> None:
         return
     pid, kind = member.place.pid, ACTOR_CLASSES[type(member.spec)]
     if node == ray.get_runtime_context().get_node_id():
-        # On a thread: /proc waits for a process that is stuck in the kernel. A Ray task would start
-        # a worker beside the members that go on for the lost one.
+        # On a thread, since /proc blocks for a process that is stuck in the kernel. A Ray task
+        # would start a worker that competes with the remaining members.
         Thread(target=end_process, args=(pid, kind), daemon=True).start()
         return
     there = NodeAffinitySchedulingStrategy(node, soft=False)

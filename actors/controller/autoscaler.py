@@ -1,4 +1,4 @@
-"""Sizes the pools that scale by themselves, one sample of the fleet's counters at a time."""
+"""Resizes the pools that scale automatically, one sample of the fleet's counters at a time."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Autoscaler:
-    """Remembers what each pool has been through.
+    """Remembers the history of each pool.
 
     decisions  the last one of each pool that changed its size
     """
@@ -25,7 +25,7 @@ class Autoscaler:
     _history: dict[str, ScalingState] = field(default_factory=dict)
 
     def forget(self) -> None:
-        """Begins anew with each pool, since the deployment has changed."""
+        """Forgets all history, since the deployment has changed."""
         self._history = {}
 
     def resize(
@@ -36,7 +36,7 @@ class Autoscaler:
         reports: Reports,
         now: float,
     ) -> dict[str, int]:
-        """Takes one sample of each pool that scales by itself; returns the counts from now on."""
+        """Samples each pool that scales automatically; returns the new counts."""
         found = dict(counts)
         for pool in pools:
             if not pool.auto:
@@ -57,7 +57,7 @@ class Autoscaler:
 
 
 def take_sample(pool: str, members: Sequence[Member], reports: Reports, now: float) -> Sample:
-    """Returns the counters of all running targets together, as one pool sees them."""
+    """Returns the counters of all running targets together, from the view of one pool."""
     drafters = {member.name: member for member in members if member.role == pool}
     targets = [
         report

@@ -1,4 +1,4 @@
-"""The controller that serves, as other processes of its cluster find and ask it."""
+"""Finds and calls the controller from other processes of its cluster."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ NOT_SERVED = "nothing is served in this cluster: start it with `outrider serve`"
 def find_controller() -> Any | None:
     """Returns the controller's Ray handle; None if nothing is served in this cluster.
 
-    Callers find it anew each time: a controller that was lost comes back under its name.
+    Callers look it up each time: a restarted controller has the same name and another handle.
     """
     import ray
 
@@ -27,9 +27,10 @@ def find_controller() -> Any | None:
 def ask_controller(
     method: str, *arguments: object, timeout_s: float | None = ANSWER_TIMEOUT_S
 ) -> Any:
-    """Returns the controller's answer; waits for ever if `timeout_s` is None.
+    """Calls a method of the controller and returns its answer.
 
-    Raises what the controller raises; Unavailable if there is none, or it does not answer in time.
+    Waits forever if `timeout_s` is None. Raises what the controller raises, and Unavailable if
+    there is none or it does not answer in time.
     """
     import ray
     from ray.exceptions import GetTimeoutError
@@ -41,7 +42,8 @@ def ask_controller(
             return ray.get(getattr(controller, method).remote(*arguments), timeout=timeout_s)
         except GetTimeoutError as error:
             raise Unavailable(
-                f"the controller does not answer within {timeout_s:g} s: see `outrider logs controller`"
+                f"no answer from the controller within {timeout_s:g} s: see `outrider logs "
+                "controller`"
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""Room in the cluster: what members take of it, what Ray says of it, what Ray is asked for."""
+"""Computes the resources that members take, and asks Ray which are missing or leaving."""
 
 import logging
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ from runtime.config import Placement
 
 log = logging.getLogger(__name__)
 
-GCS_TIMEOUT_S = 0.5  # for an answer of Ray's head
-NODE_PREFIX = "node:"  # before an address: Ray's name for what only that node has
-DIGITS = 4  # that Ray keeps of an amount
+GCS_TIMEOUT_S = 0.5  # for an answer of Ray's head node node node node
+NODE_PREFIX = "node:"  # prefix of the resource that only the node with that address has
+DIGITS = 4  # precision of Ray's amounts
 
 Bundle = dict[str, float]  # amounts by resource
 
 
 class ClusterResources:
-    """Asks Ray's autoscaler for room, and remembers what Ray said last.
+    """Requests resources from Ray's autoscaler, and remembers Ray's latest answers.
 
-    leaving    nodes that Ray was told to let go, by its names for them
-    unmet      bundles that actors want and Ray has no room for
-    requested  bundles that the autoscaler was asked for
+    leaving    IDs of nodes that are being drained
+    unmet      bundles that actors want and Ray cannot place
+    requested  bundles requested from the autoscaler
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class ClusterResources:
         self.requested: list[Bundle] = []
 
     def refresh(self, late: bool) -> None:
-        """Asks Ray which nodes leave and, if some member is `late`, what it has no room for."""
+        """Asks Ray which nodes leave and, if a member is `late`, which bundles it cannot place."""
         self.leaving = leaving_nodes(self.leaving)
         self.unmet = unmet_demands(self.unmet) if late else ()
 
@@ -46,15 +46,15 @@ class ClusterResources:
         return not member.placed and demand(placement_of(member.spec)) in self.unmet
 
     def request(self, bundles: list[Bundle]) -> None:
-        """Asks for a cluster that holds all of these; for nothing if there are none."""
+        """Requests a cluster that holds all these bundles; none withdraw the request."""
         if bundles != self.requested:
-            log.info("the cluster is asked for room for %d members", len(bundles))
+            log.info("requesting resources for %d members from the cluster", len(bundles))
             request_resources(bundles=bundles)
             self.requested = bundles
 
 
 def leaving_nodes(before: frozenset[str]) -> frozenset[str]:
-    """Returns the nodes that Ray was told to let go; `before` if it does not answer at once."""
+    """Returns the nodes that are being drained; `before` if Ray does not answer at once."""
     ray_says: Any = internal_kv_get_gcs_client
     try:
         return frozenset(ray_says().get_draining_nodes(timeout=GCS_TIMEOUT_S))
@@ -63,7 +63,7 @@ def leaving_nodes(before: frozenset[str]) -> frozenset[str]:
 
 
 def unmet_demands(before: tuple[Bundle, ...]) -> tuple[Bundle, ...]:
-    """Returns what actors want and Ray has no room for; `before` if it does not answer at once."""
+    """Returns bundles that Ray cannot place; `before` if Ray does not answer at once."""
     ray_says: Any = internal_kv_get_gcs_client
     try:
         data = ray_says().get_cluster_resource_state(timeout_s=GCS_TIMEOUT_S)
@@ -76,7 +76,7 @@ def unmet_demands(before: tuple[Bundle, ...]) -> tuple[Bundle, ...]:
 
 
 def missing_room(members: Sequence[Member], now: float) -> list[Bundle]:
-    """Returns what all members take if one of them waits for room, nothing if none does."""
+    """Returns the bundles of all members if one of them waits for resources, else nothing."""
     if not any(waits_for_room(member, now) for member in members):
         return []
     return [found for member in members if (found := autoscaler_bundle(member.spec))]
@@ -85,7 +85,7 @@ def missing_room(members: Sequence[Member], now: float) -> list[Bundle]:
 def autoscaler_bundle(spec: Spec) -> Bundle:
     """Returns what a member takes, as Ray's autoscaler wants it.
 
-    It leaves a given node out: that cannot be asked for.
+    It omits a fixed node, which the autoscaler cannot provide.
     """
     wanted = demand(placement_of(spec))
     return {name: amount for name, amount in wanted.items() if not name.startswith(NODE_PREFIX)}
@@ -98,7 +98,7 @@ def placement_of(spec: Spec) -> Placement:
 
 
 def demand(placement: Placement) -> Bundle:
-    """Returns what a placement takes from the cluster, as Ray counts it."""
+    """Returns the resources of a placement, as Ray counts them."""
     given = {f"{NODE_PREFIX}{placement.node}": 0.001} if placement.node else {}
     found = {"CPU": placement.num_cpus, "GPU": placement.num_gpus} | placement.resources | given
     return {name: round(amount, DIGITS) for name, amount in found.items() if amount}

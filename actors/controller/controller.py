@@ -1,7 +1,7 @@
-"""The controller brings the members of a fleet to what is wanted, watches and replaces them.
+"""Controls a fleet: starts, watches and replaces its members, and changes its deployment.
 
-It keeps changes of the deployment and the watch loop. `reconciler` decides, `members` acts; the saved
-state, the sizes of pools and the room in the cluster have an owner each.
+`reconciler` decides and `members` acts. The saved state, the pool sizes and the cluster's resources
+have a class each.
 """
 
 import logging
@@ -38,17 +38,18 @@ from runtime.telemetry.tracing import Recording
 
 log = logging.getLogger(__name__)
 
-PERIOD_S = 0.5  # between two looks at all members
-SAMPLE_PERIOD_S = 5.0  # between two samples for pools that scale by themselves
-SAVE_PERIOD_S = 60.0  # between two savings of what was learned
+PERIOD_S = 0.5  # between two polls of all members
+SAMPLE_PERIOD_S = 5.0  # between two samples for the autoscaler
+SAVE_PERIOD_S = 60.0  # between two savings of calibrations
 CRASH_EXIT_CODE = 70  # exit code
 
 
 class Controller:
-    """A Ray actor. Callers and one watching thread share it; who changes something holds the lock.
+    """A Ray actor. Its callers and its watching thread share the state under one lock.
 
-    If `served`, its actors are detached, with gateways, and it knows them again after its own restart,
-    until `stop`. Else they end with it, and `prefix` keeps their names apart from others in the cluster.
+    If `served`, its actors are detached, gateways are started, and the state survives a restart of
+    the controller until `stop`. Otherwise the actors end with the controller, and `prefix` keeps
+    their names unique in the cluster.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Controller:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
         self.deployment, self.served, self.record = deployment, served, record
         self.counts = first_counts(deployment, gateways=served)
-        # What was in force before each `apply` that is not ready yet, oldest first.
+        # The deployment before each pending `apply`, oldest first.
         self.fallbacks: list[tuple[Deployment, dict[str, int]]] = []
         self.members = Members(prefix, detached=served)
         self.autoscaler = Autoscaler()
@@ -70,12 +71,12 @@ class Controller:
             self._resume(known)
             self.watcher.start()
 
-    # What others ask for
+    # Methods for callers
 
     def start(self, timeout_s: float = actor_handles.START_TIMEOUT_S) -> Fleet:
-        """Starts everything, once; returns when all of it is ready, and goes on watching.
+        """Starts all members, once; returns when all are ready, and keeps watching them.
 
-        Raises what an actor's own start raised, and Unavailable if not all is ready in time.
+        Raises the error of an actor's start, and Unavailable if not all members are ready in time.
         """
         if not self.watcher.is_alive():
             self.watcher.start()
@@ -89,16 +90,17 @@ class Controller:
             return self._fleet()
 
     def wanted(self) -> Deployment:
-        """Returns the deployment that is in force."""
+        """Returns the current deployment."""
         return self.deployment
 
     def apply(
         self, deployment: Deployment, timeout_s: float = actor_handles.START_TIMEOUT_S
     ) -> Fleet:
-        """Changes to this deployment without dropping a session; returns when all of it is ready.
+        """Changes to this deployment without dropping a session; returns when all is ready.
 
-        What is unchanged stays; what has changed starts anew before the old is drained. If something
-        new does not start, the deployment before stays in force, and this raises as `start`.
+        Unchanged members stay; changed ones start again before the old ones are drained. If a new
+        member does not start, the deployment before is restored, and this raises as `start` does. A
+        later `apply` supersedes this one; then nothing is restored.
         """
         with self.changed:
             self.fallbacks.append((self.deployment, self.counts))
@@ -106,7 +108,7 @@ class Controller:
             self.counts = next_counts(deployment, self.counts, gateways=self.served)
             self.autoscaler.forget()
             self.members.retry({member.role for member in self.members.present})
-            log.info("a deployment is applied")
+            log.info("applying a deployment")
         try:
             fleet = self._await_ready(timeout_s)
         except OutriderError:
@@ -117,43 +119,44 @@ class Controller:
         return fleet
 
     def scale(self, pool: str, count: int) -> Fleet:
-        """Sets the number of drafters, also in place of those that were given up; returns at once.
+        """Sets the number of drafters in a pool, retries failed ones, and returns at once.
 
-        Raises InvalidRequest for an unknown pool, and for a count out of the pool's bounds.
+        Raises InvalidRequest if the pool is unknown, or the count is outside its bounds.
         """
         with self.changed:
             config = pool_of(self.deployment, pool)
             check_int("count", count, 0, MAX_DRAFTERS)
             if not config.min <= count <= config.max:
                 raise InvalidRequest(
-                    f"pool {pool} has from {config.min} to {config.max} drafters, not {count}: change its min or max",
+                    f"count {count} is out of bounds: pool {pool} has min {config.min} and max "
+                    f"{config.max}; change them",
                     "count",
                 )
-            log.info("pool %s: %d -> %d drafters (asked for)", pool, self.counts[pool], count)
+            log.info("pool %s: %d -> %d drafters (requested)", pool, self.counts[pool], count)
             self.counts = self.counts | {pool: count}
             self.members.retry({pool})
             return self._fleet()
 
     def drain(self, name: str) -> Fleet:
-        """Lets this member finish and go, and wants one fewer of its role; returns at once.
+        """Drains this member and reduces the count of its role by one; returns at once.
 
-        Raises InvalidRequest for an unknown name.
+        Raises InvalidRequest if the name is unknown.
         """
         with self.changed:
             member = self.members.by_name.get(name)
             if member is None:
                 known = ", ".join(sorted(self.members.by_name)) or "none"
-                raise InvalidRequest(f"there is no {name!r}: give one of {known}", "actor")
+                raise InvalidRequest(f"unknown actor {name!r}: give one of {known}", "actor")
             if member.state != "draining":
                 self.counts = self.counts | {
                     member.role: max(0, self.counts.get(member.role, 0) - 1)
                 }
-                action = Drain(name, "asked for") if serves(member) else End(name, "asked for")
+                action = Drain(name, "requested") if serves(member) else End(name, "requested")
                 self.members.act(action, time.monotonic())
             return self._fleet()
 
     def places(self) -> dict[str, ActorLocation]:
-        """Returns where each member is now, without those that are starting."""
+        """Returns the location of each member that has started."""
         with self.changed:
             return {
                 member.name: member.place
@@ -162,25 +165,25 @@ class Controller:
             }
 
     def recording(self, on: bool) -> None:
-        """Switches the recording of targets and drafters, also of those that start later."""
+        """Switches recording in targets and drafters on or off, also in those that start later."""
         with self.changed:
             self.record = on
             handles = self.members.computing()
         recorder.set_recording(handles, on)
 
     def trace(self) -> list[Recording]:
-        """Returns what targets and drafters have recorded since the last call.
+        """Returns the recordings of targets and drafters since the last call.
 
-        What a member had recorded before it was lost is missing.
+        The recording of a lost member is missing.
         """
         with self.changed:
             handles = self.members.computing()
         return recorder.take_recordings(handles)
 
     def stop(self) -> None:
-        """Ends every actor that this one started; returns when they were told.
+        """Kills all actors of this controller.
 
-        What they learned is saved if they answer in time.
+        Calibrations are saved if the actors answer in time.
         """
         self.stopping.set()
         self._save_calibrations(ANSWER_TIMEOUT_S)
@@ -190,7 +193,7 @@ class Controller:
                 self.store.clear()
             self.resources.request([])
 
-    # The loop
+    # The watch loop
 
     def _watch(self) -> None:
         sampled = saved = time.monotonic()
@@ -212,12 +215,12 @@ class Controller:
                     self._save_calibrations()
                     saved = now
         finally:
-            if not self.stopping.is_set():  # nobody watches then: better a new controller
-                log.critical("the controller ends by a fault of its own", exc_info=True)
+            if not self.stopping.is_set():  # nobody would watch: Ray restarts the controller
+                log.critical("the controller has failed", exc_info=True)
                 os._exit(CRASH_EXIT_CODE)
 
     def _reconcile(self, now: float) -> None:
-        """Hears all members, decides, acts."""
+        """Polls all members, decides, acts."""
         self.members.poll(self.resources, now)
         for action in reconcile(self.deployment, self.counts, self.members.present, now):
             self.members.act(action, now)
@@ -237,24 +240,25 @@ class Controller:
             handles = self.members.computing()
         recorder.save_calibrations(handles, timeout_s)
 
-    # What it knows
+    # State
 
     def _await_ready(self, timeout_s: float) -> Fleet:
-        """Waits until all is ready that is wanted now."""
+        """Waits until all wanted members are ready."""
         deadline = time.monotonic() + timeout_s
         with self.changed:
             while not self._is_ready():
                 self.members.raise_failed_start(self._matching())
                 if self.stopping.is_set():
-                    raise Unavailable("the deployment was ended meanwhile: start it again")
+                    raise Unavailable("the deployment was stopped meanwhile: start it again")
                 if not self.changed.wait(deadline - time.monotonic()):
                     raise Unavailable(
-                        f"not ready within {timeout_s:g} s: {fleet_view.describe_unready(self.members.present)}"
+                        f"not ready within {timeout_s:g} s: "
+                        f"{fleet_view.describe_unready(self.members.present)}"
                     )
             return self._fleet()
 
     def _is_ready(self) -> bool:
-        """Tells whether as many as are wanted serve, and every target has taken in who drafts."""
+        """Tells whether all wanted members serve, and every target knows its drafters."""
         satisfied = is_satisfied(self.deployment, self.counts, self.members.present)
         return satisfied and self.members.targets_know_drafters(self._matching())
 
@@ -276,9 +280,9 @@ class Controller:
         )
 
     def _roll_back(self, failed: Deployment) -> None:
-        """Restores the deployment before the failed one, unless a later one is in force already.
+        """Restores the deployment before the failed one, unless a later one is current already.
 
-        A later one that fails too does not come back to a deployment that has failed.
+        If the later one fails too, it does not restore a failed deployment.
         """
         with self.changed:
             if self.deployment is not failed:
@@ -287,7 +291,7 @@ class Controller:
                 self.deployment, self.counts = self.fallbacks.pop()
                 log.info("rolled back to the deployment before")
 
-    # Its own restart
+    # Restart of the controller
 
     def _save(self) -> None:
         if self.served:
@@ -296,7 +300,7 @@ class Controller:
             self.store.save(ControllerState(self.deployment, self.counts, members, lives, replaced))
 
     def _resume(self, known: ControllerState) -> None:
-        log.info("the controller was restarted: it looks for %d members", len(known.members))
+        log.info("the controller was restarted; looking for %d members", len(known.members))
         self.deployment, self.counts = known.deployment, known.counts
         self.members.lives, self.members.replaced = known.lives, known.replaced
         now = time.monotonic()

@@ -1,4 +1,4 @@
-"""What a controller must know of its fleet after its own restart."""
+"""Saves what a controller must know of its fleet after a restart."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ STATE_KEY = b"outrider-fleet"
 
 @dataclass(frozen=True, slots=True)
 class ControllerState:
-    """Names of fields are those of the saved form.
+    """Field names are those of the saved form.
 
-    lives  how many each name has had, so that no incarnation comes twice
+    lives  number of lives of each name, so that no incarnation repeats
     """
 
     deployment: Deployment
@@ -37,7 +37,7 @@ def decode(data: bytes) -> ControllerState:
 
 
 class StateStore:
-    """Keeps the state in Ray's key-value store, which lives as long as the actors do."""
+    """Keeps the state in Ray's key-value store, which lives as long as the actors."""
 
     def __init__(self) -> None:
         self._saved = b""
@@ -48,7 +48,7 @@ class StateStore:
         return None if data is None else decode(data)
 
     def save(self, state: ControllerState) -> None:
-        """Writes the state if it differs from the last one written."""
+        """Writes the state if it has changed."""
         data = encode(state)
         if data != self._saved:
             _internal_kv_put(STATE_KEY, data, overwrite=True)

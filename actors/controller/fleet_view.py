@@ -1,4 +1,4 @@
-"""What the controller tells of its fleet to routers, gateways and people. Pure."""
+"""Describes a fleet to routers, gateways and people. Pure."""
 
 import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,17 +23,17 @@ Reports = Mapping[str, TargetReport | DrafterReport | None]  # by member
 
 @dataclass(frozen=True, slots=True)
 class TargetState:
-    """A target, as others are to treat it.
+    """A target, as others see it.
 
-    Only a `ready` one gets new sessions; a `failed` one is not started any more. While a deployment
-    changes there may be targets of two models.
+    Only a `ready` target gets new sessions; a `failed` one is not restarted. While a deployment
+    changes, there may be targets of two models.
 
-    address   that of its gRPC server, "" until it has one
-    sessions  under way and waiting
-    node      Ray's name of its node
+    address   of its gRPC server, "" until it has one
+    sessions  running and waiting
+    node      Ray's node ID
     restarts  lives lost under this name
     trouble   why it does not start, "" if nothing is known to be wrong
-    model     what it serves
+    model     the model that it serves
     """
 
     name: str
@@ -50,7 +50,7 @@ class TargetState:
 
 @dataclass(frozen=True, slots=True)
 class DrafterState:
-    """A drafter; its fields are those of TargetState. It is `failed` after too many failures."""
+    """A drafter, with fields as in TargetState. It is `failed` after too many failures."""
 
     name: str
     pool: str
@@ -68,8 +68,8 @@ class PoolState:
     """A pool of drafters.
 
     draft     the model, or the method of a pool without one
-    count     drafters that are wanted now
-    decision  the last one that changed the count by itself
+    count     wanted number of drafters
+    decision  the last one of the autoscaler that changed the count
     """
 
     name: str
@@ -84,11 +84,11 @@ class PoolState:
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """All that is told of a fleet.
+    """A snapshot of a fleet.
 
     gateways  addresses of those that serve
-    replaced  members that were lost and followed by another life
-    heads     names of those that sit on each target
+    replaced  members that were lost and restarted
+    heads     names of the heads on each target
     """
 
     model: str
@@ -103,7 +103,7 @@ class Fleet:
 
 
 def targets_of_model(targets: Sequence[TargetState], model: str) -> list[TargetState]:
-    """Returns the targets of this model, and those of an older version, which do not say theirs."""
+    """Returns the targets of this model, and those of older versions, which omit theirs."""
     return [target for target in targets if target.model in ("", model)]
 
 
@@ -182,7 +182,7 @@ def drafter_state(member: Member, report: object, now: float) -> DrafterState:
 
 
 def public_state(member: Member) -> State:
-    """Returns the state for others: a lost member gets nothing until its next life is ready."""
+    """Returns the state for others, in which a lost member is `starting`."""
     return "starting" if member.lost and member.state != "failed" else member.state
 
 
@@ -194,26 +194,28 @@ def failure_reason(member: Member, now: float) -> str:
             f"given up after {member.failures} failures in a row, the last: {member.lost}; {again}"
         )
     waits = waits_for_room(member, now)
-    return member.lost or ("it waits for room in the cluster" if waits else "")
+    return member.lost or ("waits for free resources in the cluster" if waits else "")
 
 
 def without_volatile(member: Member) -> Member:
-    """Returns the member without what changes all the time, as it is saved."""
+    """Returns the member, for saving, without the fields that change all the time."""
     return replace(member, since=0.0, sessions=0)
 
 
 def describe_unready(members: Iterable[Member]) -> str:
-    """Says why not all members are there yet."""
-    said = [
+    """Describes why not all members are ready."""
+    stages = [
         f"{member.name} {describe_start(member)}"
         for member in members
         if member.state == "starting"
     ]
-    return ", ".join(sorted(said)) or "targets and drafters do not reach each other"
+    return ", ".join(sorted(stages)) or "targets and drafters cannot reach each other"
 
 
 def describe_start(member: Member) -> str:
-    """Says how far the start of a member is."""
+    """Describes how far the start of a member is."""
     if member.placed:
         return "is loading"
-    return "waits for room in the cluster" if member.unschedulable else "has no process yet"
+    return (
+        "waits for free resources in the cluster" if member.unschedulable else "has no process yet"
+    )

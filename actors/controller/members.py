@@ -1,4 +1,4 @@
-"""The members of a fleet and their actors: hears them, and does to them what was decided."""
+"""Holds the members of a fleet and their actors: polls them, and carries out decisions."""
 
 import logging
 from collections.abc import Collection
@@ -33,9 +33,9 @@ class Members:
     """Belongs to one controller, whose lock the caller holds. Nothing in it blocks.
 
     by_name   the members
-    handles   their actors; a member that was begun has none until `create_actors`
-    lives     how many each name has had
-    replaced  members that were lost and followed by another life
+    handles   their actors; a new member has none until `create_actors`
+    lives     number of lives of each name
+    replaced  members that were lost and restarted
     """
 
     def __init__(self, prefix: str, detached: bool) -> None:
@@ -54,7 +54,7 @@ class Members:
         return {name: handle.report for name, handle in self.handles.items()}
 
     def computing(self) -> list[ActorHandle]:
-        """Returns the targets, then the drafters that can be asked."""
+        """Returns the running targets, then the running drafters."""
         running = [member for member in self.present if is_running(member)]
         targets = [member for member in running if member.role == TARGET]
         pools = dict.fromkeys(member.role for member in running if drafts(member))
@@ -62,7 +62,7 @@ class Members:
         return [self.handles[member.name] for member in (*targets, *drafters)]
 
     def poll(self, resources: ClusterResources, now: float) -> None:
-        """Takes in what the actors have answered, and what Ray says of their nodes."""
+        """Takes in the answers of the actors, and Ray's answers about their nodes."""
         last_heard = max((handle.heard_at for handle in self.handles.values()), default=0.0)
         for before in self.present:
             found = actor_handles.poll(before, self.handles[before.name], last_heard, now)
@@ -86,7 +86,7 @@ class Members:
             case GiveUp(name):
                 lost = self.by_name[name]
                 log.error(
-                    "%s is given up: it failed %d times in a row, at last: %s",
+                    "%s is given up after %d failures in a row, the last: %s",
                     name,
                     lost.failures,
                     lost.lost,
@@ -115,13 +115,13 @@ class Members:
         handle = self.handles[member.name]
         log.info("%s is drained: %s", member.name, why)
         if drafts(member):
-            handle.actor.save_calibrations.remote()  # its work ends when no target names it any more
+            handle.actor.save_calibrations.remote()  # it ends when no target uses it any more
         else:
             handle.draining = handle.actor.drain.remote()
         self.by_name[member.name] = replace(member, state="draining")
 
     def create_actors(self, record: bool) -> None:
-        """Creates the actors of members that were begun. The caller has saved these before."""
+        """Creates the actors of new members. The caller has saved these members before."""
         for name in self.by_name.keys() - self.handles.keys():
             member = self.by_name[name]
             self.handles[name] = actor_handles.create(
@@ -134,11 +134,11 @@ class Members:
         self.by_name[saved.name], self.handles[saved.name] = found, handle
 
     def _actor_name(self, member: Member) -> str:
-        """Returns a name for each life, since Ray may keep that of a lost one for a while."""
+        """Returns a name per life, since Ray may keep the name of a lost actor for a while."""
         return f"{self.prefix}{member.name}-{member.incarnation}"
 
     def notify_targets(self) -> None:
-        """Tells every target who drafts. A draining drafter is done once no target names it."""
+        """Sends every target its drafters. A draining drafter ends once no target uses it."""
         endpoints = drafter_endpoints(self.present)
         targets = [
             self.handles[member.name]
@@ -153,23 +153,24 @@ class Members:
                 self.by_name[member.name] = replace(member, drained=not named)
 
     def targets_know_drafters(self, members: Collection[Member]) -> bool:
-        """Tells whether the targets among these that serve have taken in who drafts."""
+        """Tells whether the serving targets among these have acknowledged the drafters."""
         endpoints = drafter_endpoints(self.present)
         targets = [member for member in members if member.role == TARGET and serves(member)]
         return all(self.handles[member.name].acknowledged == endpoints for member in targets)
 
     def raise_failed_start(self, members: Collection[Member]) -> None:
-        """Raises what the start of one of these has raised; Unavailable if one fails repeatedly."""
+        """Raises the error of a failed start; Unavailable if a member fails repeatedly."""
         for member in members:
             if (failure := self.handles[member.name].failure) is not None:
                 raise failure
             if member.lost and member.failures >= MAX_WAITED_FAILURES:
                 raise Unavailable(
-                    f"{member.name}: {member.lost}, {member.failures} times: see `outrider logs {member.name}`"
+                    f"{member.name}: {member.lost}, {member.failures} times: see `outrider logs "
+                    f"{member.name}`"
                 )
 
     def retry(self, roles: Collection[str]) -> None:
-        """Lets lost members of these roles start at once, also those that were given up."""
+        """Lets lost members of these roles restart at once, also those that were given up."""
         for member in self.present:
             if member.role in roles and member.lost:
                 self.by_name[member.name] = reset_failures(member)
@@ -181,6 +182,6 @@ class Members:
 
 
 def may_ask(handle: ActorHandle, drafter: str) -> bool:
-    """Tells whether the target may still ask this drafter."""
+    """Tells whether the target may still use this drafter."""
     known = handle.acknowledged
     return known is None or drafter in {endpoint.name for endpoint in known}

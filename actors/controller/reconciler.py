@@ -1,7 +1,7 @@
-"""Decides what to do about a fleet: wanted deployment and present members in, actions out. Pure.
+"""Decides what to do about a fleet: wanted deployment and members in, actions out. Pure.
 
 A member is one life of a target, a drafter or a gateway, made from a spec. Members with equal specs
-are interchangeable; a member is outdated once its spec is no longer the wanted one.
+are interchangeable. A member is outdated once the deployment wants another spec.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,14 @@ from runtime.config import Deployment, DrafterConfig, PoolConfig, TargetConfig, 
 from runtime.core.errors import InvalidRequest
 
 TARGET, GATEWAY = "target", "gateway"  # roles; every other is the name of a pool
-ANSWER_TIMEOUT_S = 2.0  # without an answer, after which a member is lost
-SILENCE_TIMEOUT_S = 6.0  # the same while nobody answers, or before the member's first answer
-GATEWAY_TIMEOUT_S = 15.0  # the same for a gateway: clients' streams end with it for good
-SCHEDULING_TIMEOUT_S = 15.0  # without a process, after which an unschedulable member waits for room
-MAX_BACKOFF_S = 30.0  # between two starts of a member that does not start
-MIN_UPTIME_S = 4.0  # that a drafter must live after its start to have started well
-MAX_FAILURES = 10  # in a row until a drafter is given up: with the backoffs, three minutes
-MAX_WAITED_FAILURES = 3  # in a row until callers that wait for a start are told
+ANSWER_TIMEOUT_S = 2.0  # without an answer until a member is lost
+SILENCE_TIMEOUT_S = 6.0  # the same while no member answers, or before its first answer
+GATEWAY_TIMEOUT_S = 15.0  # the same for a gateway, whose clients' streams cannot be resumed
+SCHEDULING_TIMEOUT_S = 15.0  # until an unschedulable member counts as waiting for resources
+MAX_BACKOFF_S = 30.0  # between two attempts to start a member
+MIN_UPTIME_S = 4.0  # below which a drafter's life counts as a failed start
+MAX_FAILURES = 10  # in a row until a drafter is given up; with the backoffs, three minutes
+MAX_WAITED_FAILURES = 3  # in a row until callers that wait for a start get an error
 
 State = Literal["starting", "ready", "draining", "failed"]
 
@@ -52,14 +52,14 @@ Spec = TargetSpec | DrafterSpec | GatewaySpec
 class Member:
     """One life of a target, a drafter or a gateway.
 
-    index          its number among those of its role
-    since          clock when its state, its placing or its loss began
-    placed         its process is there
-    unschedulable  it has no process since Ray has no room for it
-    leaves         Ray was told to let its node go
-    drained        it has nothing to do any more
+    index          its number within its role
+    since          clock when it entered its state, got its process, or was lost
+    placed         its process runs
+    unschedulable  Ray has no resources for its process
+    leaves         its node is being drained
+    drained        it has no work left
     lost           why it is no longer there, "" while it is
-    failures       starts under this name that failed, one after the other
+    failures       consecutive failed starts under this name
     restarts       lives lost under this name
     """
 
@@ -92,21 +92,21 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Replace:
-    """Starts a new life of a member that is lost."""
+    """Starts a new life of a lost member."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """Leaves a member without a further life until somebody asks for one."""
+    """Leaves a member without a further life until a user requests one."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Lets a member finish what it has and gives it nothing new."""
+    """Lets a member finish its work and gives it nothing new."""
 
     name: str
     why: str
@@ -114,7 +114,7 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """Ends a member that is not needed any more, or is lost and not missed."""
+    """Ends a member that is not needed, or that is lost and needs no replacement."""
 
     name: str
     why: str
@@ -136,7 +136,7 @@ def next_counts(
 ) -> dict[str, int]:
     """Returns the counts when a deployment follows another.
 
-    A pool that scales by itself keeps its present size, within its bounds.
+    A pool that scales automatically keeps its present size, within its bounds.
     """
     kept = {
         pool.name: max(pool.min, min(pool.max, present[pool.name]))
@@ -152,7 +152,7 @@ def pool_of(deployment: Deployment, name: str) -> PoolConfig:
         if pool.name == name:
             return pool
     known = ", ".join(pool.name for pool in deployment.pools) or "none"
-    raise InvalidRequest(f"there is no pool {name!r}: the deployment has {known}", "pool")
+    raise InvalidRequest(f"unknown pool {name!r}: the deployment has {known}", "pool")
 
 
 def spec_of(deployment: Deployment, role: str, index: int) -> Spec | None:
@@ -177,9 +177,9 @@ def spec_of(deployment: Deployment, role: str, index: int) -> Spec | None:
 def reconcile(
     deployment: Deployment, counts: Mapping[str, int], members: Sequence[Member], now: float
 ) -> list[Action]:
-    """Returns what brings the members nearer to `counts` of the wanted specs.
+    """Returns the actions that bring the members closer to `counts` of the wanted specs.
 
-    It asks for nothing that is under way already.
+    It requests nothing that is under way already.
     """
     roles = dict.fromkeys([*counts, *(member.role for member in members)])
     return [
@@ -197,7 +197,7 @@ def reconcile_role(
     kept = sorted(fit, key=preference)[:count]
     leaving = [member for member in members if member not in kept]
     if role == GATEWAY:
-        # An outdated gateway holds the port, and serves the old targets until there are new ones.
+        # An outdated gateway holds the port, and serves the old targets until new ones are ready.
         targets_serve = any(serves(member) for member in matching(deployment, TARGET, everybody))
         still_needed = 0 if targets_serve else count
     else:
@@ -216,7 +216,7 @@ def reconcile_role(
 
 
 def matching(deployment: Deployment, role: str, members: Sequence[Member]) -> list[Member]:
-    """Returns the members of a role that have the wanted spec and may stay, however many."""
+    """Returns the members of a role that have the wanted spec and may stay, in any number."""
     return [
         member
         for member in members
@@ -228,12 +228,12 @@ def matching(deployment: Deployment, role: str, members: Sequence[Member]) -> li
 
 
 def preference(member: Member) -> tuple[bool, bool, int, int]:
-    """Sorts first the members that stay: those that serve, then the busiest, then by index."""
+    """Sorts members that stay first: those that serve, then the busiest, then by index."""
     return bool(member.lost), member.state != "ready", -member.sessions, member.index
 
 
 def is_idle(member: Member) -> bool:
-    """Tells whether nobody depends on the member, so that it may end at once."""
+    """Tells whether the member has no work, so that it may end at once."""
     return bool(member.lost) or member.state == "starting" or member.drained
 
 
@@ -251,18 +251,18 @@ def replacements(kept: Sequence[Member], now: float) -> list[Action]:
 
 
 def evictions(role: str, leaving: Sequence[Member], kept: Sequence[Member]) -> list[Action]:
-    """Drains members whose node goes; a target only while another one serves."""
+    """Drains members whose node leaves; a target only while another one serves."""
     going = [member for member in leaving if serves(member) and member.leaves]
     may_go = role != TARGET or any(map(serves, kept))
     return [Drain(member.name, "its node leaves") for member in going if may_go]
 
 
 def drains(leaving: Sequence[Member], fit: Sequence[Member], still_needed: int) -> list[Action]:
-    """Drains surplus members at once, and outdated ones but for those that are still needed."""
+    """Drains surplus members, and outdated ones that are no longer needed."""
     serving = [member for member in leaving if serves(member) and not member.leaves]
     outdated = sorted((member for member in serving if member not in fit), key=preference)
     return [
-        *(Drain(member.name, "one too many") for member in serving if member in fit),
+        *(Drain(member.name, "surplus") for member in serving if member in fit),
         *(Drain(member.name, "outdated") for member in outdated[max(0, still_needed) :]),
     ]
 
@@ -270,7 +270,7 @@ def drains(leaving: Sequence[Member], fit: Sequence[Member], still_needed: int) 
 def starts(
     deployment: Deployment, role: str, count: int, members: Sequence[Member], there: int
 ) -> list[Action]:
-    """Starts new members under the first free indexes; a gateway only under that of its node."""
+    """Starts new members under the first free indexes; a gateway only under its node's index."""
     taken = {member.index for member in members}
     found: list[Action] = []
     for index in numbers():
@@ -282,17 +282,17 @@ def starts(
 
 
 def succeeds(member: Member, now: float) -> bool:
-    """Tells whether an outdated member may go because of this one."""
+    """Tells whether an outdated member may end because of this one."""
     return serves(member) or waits_for_room(member, now)
 
 
 def waits_for_room(member: Member, now: float) -> bool:
-    """Tells whether the member has found no room in the cluster for long."""
+    """Tells whether the member has waited for resources for SCHEDULING_TIMEOUT_S."""
     return member.unschedulable and is_late(member, now)
 
 
 def is_late(member: Member, now: float) -> bool:
-    """Tells whether the member's process should be there by now and is not."""
+    """Tells whether the member's process should run by now and does not."""
     waiting = member.state == "starting" and not member.placed and not member.lost
     return waiting and now - member.since >= SCHEDULING_TIMEOUT_S
 
@@ -300,16 +300,16 @@ def is_late(member: Member, now: float) -> bool:
 def timed_out(
     asked: float, last_heard: float, now: float, timeout_s: float = ANSWER_TIMEOUT_S
 ) -> bool:
-    """Tells whether a member that was asked at `asked`, and has not answered, is lost.
+    """Tells whether a member that has not answered a request from `asked` is lost.
 
-    `last_heard` is when the latest question was asked that any member has answered. If that is not
-    after `asked`, it is rather the controller that is held up, and silence may last longer.
+    `last_heard` is the time of the latest request that any member has answered. If it is not after
+    `asked`, the controller itself may be slow, so the timeout is at least SILENCE_TIMEOUT_S.
     """
     return now - asked > (timeout_s if last_heard > asked else max(timeout_s, SILENCE_TIMEOUT_S))
 
 
 def serves(member: Member) -> bool:
-    """Tells whether the member is there and takes new work."""
+    """Tells whether the member is ready and takes new work."""
     return member.state == "ready" and not member.lost
 
 
@@ -318,7 +318,7 @@ def drafts(member: Member) -> bool:
 
 
 def is_running(member: Member) -> bool:
-    """Tells whether the member can be asked: it is ready or being drained, and not lost."""
+    """Tells whether the member is ready or draining, and not lost."""
     return member.place is not None and not member.lost
 
 
@@ -333,7 +333,7 @@ def is_satisfied(
 
 
 def drafter_endpoints(members: Sequence[Member]) -> tuple[Endpoint, ...]:
-    """Returns the drafters that targets are to have."""
+    """Returns the drafters that targets should use."""
     return tuple(
         Endpoint(member.name, member.place.address, member.incarnation)
         for member in members
@@ -342,25 +342,25 @@ def drafter_endpoints(members: Sequence[Member]) -> tuple[Endpoint, ...]:
 
 
 def mark_lost(member: Member, why: str, now: float) -> Member:
-    """Returns the member without its life.
+    """Returns the member as lost.
 
-    A failed start counts as a failure, and so does a drafter's life that ends early. A target's does
-    not: it is needed too much to wait because its last life was short.
+    A failed start counts as a failure, and so does an early end of a drafter's life. A target's
+    does not: a short life must not delay its restart.
     """
     failed = member.place is None or (drafts(member) and now - member.since < MIN_UPTIME_S)
     return replace(member, lost=why, since=now, failures=member.failures + 1 if failed else 0)
 
 
 def is_exhausted(member: Member) -> bool:
-    """Tells whether a drafter has failed so often that it gets no further life."""
+    """Tells whether a drafter has failed so often that it is given up."""
     return drafts(member) and member.failures >= MAX_FAILURES
 
 
 def reset_failures(member: Member) -> Member:
-    """Returns a lost member as one to be replaced at once, whatever it has failed at before."""
+    """Returns a lost member that restarts at once, whatever its failures."""
     return replace(member, state="starting", failures=0)
 
 
 def backoff(failures: int) -> float:
-    """Returns the seconds until the next start after so many that failed."""
+    """Returns the seconds until the next start after this many failed ones."""
     return min(MAX_BACKOFF_S, 2.0 ** (failures - 1)) if failures else 0.0

@@ -1,4 +1,4 @@
-"""Recordings of what targets and drafters do, and what they have learned: asked of all at once."""
+"""Calls all targets and drafters at once: for recordings, and to save calibrations."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,14 +12,14 @@ from runtime.telemetry.tracing import Recording
 
 
 def set_recording(handles: Sequence[ActorHandle], on: bool) -> None:
-    """Switches recording on or off; returns when all have answered, or late."""
+    """Switches recording on or off; returns when all have answered or timed out."""
     ask_all(handles, "recording", on, timeout_s=ANSWER_TIMEOUT_S)
 
 
 def take_recordings(handles: Sequence[ActorHandle]) -> list[Recording]:
-    """Returns what the actors have recorded since the last call.
+    """Returns the recordings of the actors since the last call.
 
-    Actors that are late or lost are left out.
+    Actors that are lost or do not answer in time are omitted.
     """
     found: list[Recording] = []
     for answer in ask_all(handles, "trace", timeout_s=ANSWER_TIMEOUT_S):
@@ -31,14 +31,14 @@ def take_recordings(handles: Sequence[ActorHandle]) -> list[Recording]:
 
 
 def save_calibrations(handles: Sequence[ActorHandle], timeout_s: float = 0.0) -> None:
-    """Has what was learned written down; waits for it at most so long."""
+    """Lets the actors save their calibrations; waits at most `timeout_s` seconds."""
     ask_all(handles, "save_calibrations", timeout_s=timeout_s)
 
 
 def ask_all(
     handles: Sequence[ActorHandle], method: str, *arguments: object, timeout_s: float
 ) -> list[Any]:
-    """Calls a method of all actors; returns the answers that are there within the time."""
+    """Calls a method of all actors; returns the answers that arrive within `timeout_s` seconds."""
     answers = [getattr(handle.actor, method).remote(*arguments) for handle in handles]
     if not answers or not timeout_s:
         return []

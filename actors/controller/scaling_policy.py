@@ -1,34 +1,34 @@
-"""How many drafters a pool should have: as many as each still brings more than it is worth. Pure: counters in, decisions out.
+"""Decides how many drafters a pool should have. Pure: counters in, decisions out.
 
-What one more drafter brings is measured, not modelled: the pool is tried with one more or one fewer, and the two are compared by
-accepted tokens per round (a step of one session), which does not change when sessions come and go as tokens per second do.
+The gain of a drafter is measured, not modelled: the pool is tried with one more or one fewer. The
+two sizes are compared by accepted tokens per round (a step of one session), which does not change
+when sessions come and go, as tokens per second do.
 """
 
 from dataclasses import dataclass, field, replace
 
-# Relative gains: tokens that one drafter adds to those that the rest delivers.
-MIN_GAIN_TO_ADD = 0.05  # a drafter on trial must bring so much to stay ...
-MIN_GAIN_TO_KEEP = 0.02  # ... and one that is there so little to go: between them nothing changes
-SETTLE_S = (
-    5.0  # seconds after a change until its effect is measured: trees grow anew, calibrations learn
-)
-WINDOW_S = 20.0  # seconds of measuring, at least ...
-MIN_ROUNDS = 400  # ... and so many rounds
-IDLE_TIMEOUT_S = 300.0  # seconds without a round after which the pool shrinks to its minimum
-TRIAL_PAUSE_S = (
-    120.0  # seconds until the same trial is made again; doubled by each that has changed nothing
-)
+# Gains are relative: tokens that one drafter adds, per token that the others deliver.
+MIN_GAIN_TO_ADD = 0.05  # a drafter on trial stays from this gain on
+MIN_GAIN_TO_KEEP = 0.02  # a drafter leaves below this gain; the gap avoids oscillation
+SETTLE_S = 5.0  # after a change until it is measured: trees regrow, calibrations learn
+WINDOW_S = 20.0  # minimum length of a window
+MIN_ROUNDS = 400  # in a window
+IDLE_TIMEOUT_S = 300.0  # without a round until the pool shrinks to its minimum
+TRIAL_PAUSE_S = 120.0  # until a trial is repeated; doubled by each that has changed nothing
 MAX_TRIAL_PAUSE_S = 3600.0
-LOAD_CHANGE_FACTOR = 2.0  # where the sessions of a step have become so many times more or fewer, trials are due at once
+# Trials are due at once when the sessions in a step have changed by this factor.
+LOAD_CHANGE_FACTOR = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Counters since some start, of all targets together; `at` and `busy` in seconds.
+    """Counters of all targets together since their start.
 
-    ready     drafters of the pool that are at work now
-    accepted  tokens delivered that any drafter had guessed; `own`: that this pool's had
-    busy      time that targets spent on steps
+    at        clock, in seconds
+    ready     drafters of the pool that are ready
+    accepted  delivered tokens that any drafter had guessed
+    own       delivered tokens that this pool had guessed
+    busy      seconds that targets spent on steps
     """
 
     at: float
@@ -42,7 +42,13 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class WindowStats:
-    """Of one window: accepted tokens per round of all and of the pool, sessions in a step, rounds per busy second."""
+    """Statistics of one window.
+
+    accepted  accepted tokens per round, of all drafters
+    own       accepted tokens per round, of the pool
+    sessions  mean sessions in a step
+    rate      rounds per busy second
+    """
 
     accepted: float
     own: float
@@ -52,8 +58,12 @@ class WindowStats:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Why a pool's count was changed, in tokens per second: `gain` is what the drafter in question was measured to bring (None: not
-    known yet), `worth` what it would have to, `speed` what is delivered."""
+    """Why the count of a pool was changed.
+
+    gain   tokens per second that the drafter in question brings, as measured; None if not known yet
+    worth  tokens per second that it would have to bring
+    speed  tokens per second that are delivered
+    """
 
     pool: str
     at: float
@@ -66,30 +76,38 @@ class Decision:
 
     def __str__(self) -> str:
         numbers = {"gain": self.gain, "worth": self.worth, "of": self.speed}
-        said = ", ".join(
+        figures = ", ".join(
             f"{name} {value:.1f} tokens/s" for name, value in numbers.items() if value is not None
         )
-        return f"pool {self.pool}: {self.before} -> {self.after} drafters ({self.why}{'; ' + said if said else ''})"
+        details = f"{self.why}; {figures}" if figures else self.why
+        return f"pool {self.pool}: {self.before} -> {self.after} drafters ({details})"
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """The pool has `before` drafters more or fewer than it is tried with."""
+    """A trial with one drafter more or fewer than `before`."""
 
     before: int
-    measured: WindowStats  # with `before`
+    measured: WindowStats  # with `before` drafters drafters drafters drafters
 
 
 @dataclass(frozen=True, slots=True)
 class ScalingState:
-    """What is known of one pool between two samples. `due` and `pauses`: when a trial with so many drafters may be made, and how long
-    it rests after that; `resting`: the count to come back to when there is work again."""
+    """State of one pool between two samples.
+
+    since      start of the window
+    worked_at  clock of the last sample with new rounds
+    sessions   mean sessions in a step at the last settled window
+    resting    count to restore when there is work again
+    due        clock when a trial with this many drafters may be made
+    pauses     seconds that the trial was postponed by last
+    """
 
     count: int
-    since: Sample | None = None  # the window's beginning
+    since: Sample | None = None
     worked_at: float | None = None
     rounds: int = 0
-    sessions: float = 0.0  # in a step, when it last settled
+    sessions: float = 0.0
     trial: Trial | None = None
     resting: int | None = None
     due: dict[int, float] = field(default_factory=dict)
@@ -99,7 +117,10 @@ class ScalingState:
 def decide_size(
     pool: str, min_count: int, max_count: int, known: ScalingState, sample: Sample
 ) -> tuple[ScalingState, Decision | None]:
-    """What is known after this sample, and whether the count changes. Samples come in order of time, some seconds apart."""
+    """Returns the state after this sample, and a decision if the count changes.
+
+    Samples come in order of time, some seconds apart.
+    """
     works = known.worked_at is None or sample.rounds > known.rounds
     known = replace(known, rounds=sample.rounds, worked_at=sample.at if works else known.worked_at)
     if not min_count <= known.count <= max_count:
@@ -134,7 +155,10 @@ def decide_size(
 
 
 def measure_window(known: ScalingState, sample: Sample) -> tuple[WindowStats | None, ScalingState]:
-    """What the window shows once it is long enough; it begins when all drafters of the pool are there and have settled."""
+    """Returns the statistics of the window once it is long enough.
+
+    The window starts when all drafters of the pool are ready and have settled.
+    """
     begun = known.since
     if sample.ready != known.count:
         return None, replace(known, since=None)
@@ -146,7 +170,7 @@ def measure_window(known: ScalingState, sample: Sample) -> tuple[WindowStats | N
         or sample.accepted < begun.accepted
         or sample.own < begun.own
     ):
-        # Still settling, or a target has gone, and its counters with it.
+        # Still settling, or a target has left with its counters.
         return None, replace(known, since=replace(sample, at=max(begun.at, sample.at)))
     rounds, steps, busy = (
         sample.rounds - begun.rounds,
@@ -167,7 +191,7 @@ def measure_window(known: ScalingState, sample: Sample) -> tuple[WindowStats | N
 def judge_trial(
     pool: str, known: ScalingState, trial: Trial, measured: WindowStats, sample: Sample
 ) -> tuple[ScalingState, Decision | None]:
-    """The trial is over: keep what was tried, or go back."""
+    """Ends a trial: keeps its count, or restores the one before."""
     grown = known.count > trial.before
     few, many = (trial.measured, measured) if grown else (measured, trial.measured)
     gain, bar = relative_gain(few, many), MIN_GAIN_TO_ADD if grown else MIN_GAIN_TO_KEEP
@@ -194,7 +218,7 @@ def begin_trial(
     measured: WindowStats,
     sample: Sample,
 ) -> tuple[ScalingState, Decision | None]:
-    """Settled: begin the trial that is due, if one is."""
+    """Starts a trial if one is due."""
     if not known.sessions:
         known = replace(known, sessions=measured.sessions)
     elif not 1 / LOAD_CHANGE_FACTOR < measured.sessions / known.sessions < LOAD_CHANGE_FACTOR:
@@ -203,9 +227,7 @@ def begin_trial(
     fewer, more = known.count - 1, known.count + 1
     if known.count > min_count:
         mean, worth = measured.own * measured.rate / known.count, MIN_GAIN_TO_KEEP * speed
-        if (
-            mean < worth
-        ):  # guesses of several overlap: the last drafter brings no more than the mean
+        if mean < worth:  # guesses overlap, so the last drafter brings at most the mean
             return change_count(
                 postpone_trial(known, known.count, sample.at),
                 pool,
@@ -232,12 +254,15 @@ def begin_trial(
 
 
 def relative_gain(few: WindowStats, many: WindowStats) -> float:
-    """Tokens that the last drafter adds, as a part of what a round delivers without it (its accepted ones and the target's own)."""
+    """Returns what the last drafter adds, relative to what a round delivers without it.
+
+    A round delivers the accepted tokens and one of the target.
+    """
     return (many.accepted - few.accepted) / (1.0 + few.accepted)
 
 
 def postpone_trial(known: ScalingState, count: int, now: float) -> ScalingState:
-    """No trial with `count` drafters for a while; for longer with each time."""
+    """Postpones trials with `count` drafters, for twice as long each time."""
     pause = min(MAX_TRIAL_PAUSE_S, 2 * known.pauses.get(count, TRIAL_PAUSE_S / 2))
     return replace(
         known, due=known.due | {count: now + pause}, pauses=known.pauses | {count: pause}
@@ -254,7 +279,7 @@ def change_count(
     trial: Trial | None = None,
     resting: int | None = None,
 ) -> tuple[ScalingState, Decision]:
-    """With another count from now on. `numbers`: gain, worth and speed of the decision."""
+    """Changes the count. `numbers` are gain, worth and speed of the decision."""
     decision = Decision(pool, sample.at, known.count, count, why, *numbers)
     return replace(known, count=count, since=None, trial=trial, resting=resting), decision
 

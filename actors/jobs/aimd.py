@@ -1,4 +1,7 @@
-"""How many items are in flight: what the deployment admits, found by trying."""
+"""Limits the items in flight by additive increase and multiplicative decrease (AIMD).
+
+The deployment does not say how many requests it admits, so the limit is found by trying.
+"""
 
 from dataclasses import dataclass
 
@@ -8,10 +11,11 @@ MIN_PAUSE_S, MAX_PAUSE_S = 0.1, 5.0  # seconds of a pause
 
 @dataclass(slots=True)
 class AimdWindow:
-    """One more after each round of answers; after a refusal no more than were not refused. `max_size` bounds it.
+    """Grows by one item per round of answers, and shrinks to what was admitted after a refusal.
 
-    pause  seconds to wait before the next item, where nothing is in flight whose end would tell that there is room: doubled by each
-           refusal that no answer came before
+    max_size  upper bound of `size`
+    pause     seconds to wait before the next item while nothing is in flight, since no answer can
+              then show that there is room; each refusal in a row doubles it
     """
 
     max_size: int
@@ -22,7 +26,7 @@ class AimdWindow:
         self.size = min(self.size, self.max_size)
 
     def free(self, in_flight: int) -> int:
-        """For how many more."""
+        """Returns how many more items may be sent."""
         return max(0, int(self.size) - in_flight)
 
     def on_answer(self) -> None:
@@ -30,6 +34,6 @@ class AimdWindow:
         self.pause = 0.0
 
     def on_refusal(self, admitted: int) -> None:
-        """Some were; so many others were not."""
+        """Shrinks the window after items were refused while `admitted` others were not."""
         self.size = max(1, min(self.size, admitted))
         self.pause = min(MAX_PAUSE_S, 2 * self.pause or MIN_PAUSE_S)

@@ -1,4 +1,4 @@
-"""The seam between jobs and what answers them: a deployment asked directly, or any gateway over HTTP."""
+"""The interface between jobs and what answers their items: a deployment, or any gateway over HTTP."""
 
 from typing import Protocol
 
@@ -7,8 +7,8 @@ from actors.jobs.items import Answer, Item
 
 class Answerer(Protocol):
     async def answer(self, item: Item) -> Answer:
-        """Whatever is the item's own matter is its answer, errors too.
+        """Returns the answer to an item, which may be an error of the item itself.
 
-        Raises Overloaded and Unavailable where the same item may well be answered later, another OutriderError where no item will be.
-        Cancelling frees what the item holds.
+        Raises Overloaded or Unavailable if the same item may succeed later, and another
+        OutriderError if no item will. Cancelling the call frees what the item holds.
         """

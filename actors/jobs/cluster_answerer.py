@@ -1,4 +1,7 @@
-"""Items answered by a deployment's targets, asked from this process as a gateway would ask them: its journal is here."""
+"""Answers items with the deployment of the Ray cluster that this process has joined.
+
+The process routes requests to targets as a gateway does, and keeps their journal.
+"""
 
 import asyncio
 import time
@@ -21,11 +24,11 @@ from runtime.config import Deployment
 from runtime.core.errors import InvalidRequest, TargetsLost, Unavailable
 from runtime.core.messages import Request
 
-UNAVAILABLE_STATUS = 503  # by a target that drains or was lost for good
+UNAVAILABLE_STATUS = 503  # a target drains or was lost for good
 
 
 class ClusterAnswerer:
-    """`targets`: anything that generates; `served` is what it serves. Made by `deployment`."""
+    """Answers items with `targets`, which serve `served`. Created by `open_deployment`."""
 
     def __init__(
         self, targets: GenerationBackend, served: ServedModel, now: Callable[[], float] = time.time
@@ -33,7 +36,7 @@ class ClusterAnswerer:
         self._targets, self._served, self._now = targets, served, now
 
     async def answer(self, item: Item) -> Answer:
-        """As in Answerer."""
+        """Answers an item as `Answerer` specifies."""
         name = uuid.uuid4().hex
         try:
             return Answer(200, await self._answered(item, name), name)
@@ -57,7 +60,7 @@ class ClusterAnswerer:
             raise ApiError(
                 404,
                 "model_not_found",
-                f"there is no such model: ask for {self._served.name}",
+                f"unknown model: ask for {self._served.name}",
                 "model",
             )
         return body, request_adapter.build_requests(
@@ -67,9 +70,10 @@ class ClusterAnswerer:
 
 @asynccontextmanager
 async def open_deployment() -> AsyncIterator[ClusterAnswerer]:
-    """Yields what is served in the cluster that this process has joined.
+    """Yields an answerer for the deployment of the cluster that this process has joined.
 
-    Raises Unavailable if nothing is, ModelRefused if this machine lacks the model's tokenizer.
+    Raises Unavailable if nothing is served there, and ModelRefused if this machine lacks the
+    model's tokenizer.
     """
     with translate_ray_errors():
         if await asyncio.to_thread(client.find_controller) is None:
@@ -82,6 +86,6 @@ async def open_deployment() -> AsyncIterator[ClusterAnswerer]:
 
 
 def poll_targets(model: str) -> list[TargetState]:
-    """Returns who serves the model now. Raises Unavailable while the controller is away."""
+    """Returns the targets of the model. Raises Unavailable while the controller does not answer."""
     fleet: Fleet = client.ask_controller("fleet")
     return targets_of_model(fleet.targets, model)

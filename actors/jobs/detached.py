@@ -1,4 +1,7 @@
-"""Jobs that go on in the cluster when the command is over: as Ray jobs that run the same command there."""
+"""Submits jobs to the cluster as Ray jobs, which continue after the command has ended.
+
+A Ray job runs the same `outrider submit` command on the head of the cluster.
+"""
 
 import logging
 import shlex
@@ -11,17 +14,18 @@ from actors.jobs.runner import SubmitOptions
 from runtime.core.errors import Unavailable
 
 ENTRYPOINT = "from actors.cli import main; main()"
-WORKAROUND = "leave --detach out, or run `ray job submit -- outrider submit ...` against its head"
+WORKAROUND = "omit --detach, or run `ray job submit -- outrider submit ...` on the head"
 
 
 def detach(order: SubmitOptions) -> str:
-    """Hands the order to the cluster that this process has joined; returns the name of the Ray job. Raises Unavailable.
+    """Submits the job to the cluster that this process has joined; returns the ID of the Ray job.
 
-    Its files must be where they are here on the machine that runs it, the cluster's head.
+    The head of the cluster must have the files under the same paths. Raises Unavailable if the
+    dashboard does not accept the job.
     """
     dashboard = ray.init(ignore_reinit_error=True, logging_level=logging.ERROR).dashboard_url
     if not dashboard:
-        raise Unavailable(f"this cluster has no dashboard, which takes Ray jobs: {WORKAROUND}")
+        raise Unavailable(f"the cluster has no dashboard to submit Ray jobs to: {WORKAROUND}")
     try:
         client = JobSubmissionClient(f"http://{dashboard.removeprefix('http://')}")
         name: str = client.submit_job(
@@ -30,6 +34,6 @@ def detach(order: SubmitOptions) -> str:
     except (ConnectionError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise Unavailable(
-            f"the dashboard at {dashboard} does not take the job ({first}): {WORKAROUND}"
+            f"the dashboard at {dashboard} rejects the job ({first}): {WORKAROUND}"
         ) from error
     return name

@@ -1,4 +1,4 @@
-"""Where jobs keep their state, how one process claims a job, and which jobs this user has."""
+"""Stores the state of jobs in folders, and locks each job for one process."""
 
 import hashlib
 import os
@@ -13,25 +13,26 @@ from runtime.core.errors import InvalidRequest, Unavailable
 SUFFIX = ".job"
 INDEX = "index.sqlite"
 LOCK = "owner"
-LOCK_TIMEOUT_S, LOCK_POLL_PERIOD_S = (
-    0.2,
-    0.05,
-)  # seconds that a lock is asked for, and between two tries: `busy` holds it for a moment
+LOCK_TIMEOUT_S = 0.2  # `is_locked` in another process may hold the lock for a moment
+LOCK_POLL_PERIOD_S = 0.05
 
 
 def jobs_folder() -> Path:
-    """The folder that has all jobs of this user: their state, or a link to it."""
+    """Returns the folder with the state of the user's jobs, or links to it."""
     base = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
     return Path(base) / "outrider" / "jobs"
 
 
 def state_folder(output: str, local: Path | None) -> Path:
-    """The folder of the job that writes `output`: beside it where it is a file (`local`), else among the user's own."""
+    """Returns the folder with the state of the job that writes `output`.
+
+    It is next to a local output file (`local`), and in the user's own folder for a URL.
+    """
     return local.with_name(local.name + SUFFIX) if local else jobs_folder() / _short_hash(output)
 
 
 def register_job(folder: Path) -> None:
-    """`outrider jobs` finds it from now on. Where that is not possible it does without."""
+    """Links a job's folder so that `outrider jobs` finds it; does nothing if that is not possible."""
     link = jobs_folder() / _short_hash(str(folder))
     if folder.parent != jobs_folder():
         with suppress(OSError):
@@ -40,17 +41,19 @@ def register_job(folder: Path) -> None:
 
 
 def list_index_files() -> list[Path]:
-    """The files of all jobs of this user."""
+    """Returns the index files of all jobs of the user."""
     return list(jobs_folder().glob(f"*/{INDEX}"))
 
 
 @contextmanager
 def lock_job(folder: Path) -> Iterator[None]:
-    """Makes the folder; nobody else has it inside the block. The kernel ends the claim with the process, however that ends.
+    """Creates the folder and locks it for this process.
 
-    A folder that has no index in the end is left as it was found.
+    The kernel releases the lock when the process ends, even if it is killed. If the folder has no
+    index at the end, it is left as it was found.
 
-    Raises Unavailable where another process has it, InvalidRequest where the folder cannot be.
+    Raises Unavailable if another process holds the lock, and InvalidRequest if the folder cannot be
+    created.
     """
     made = not folder.exists()
     lock = FileLock(
@@ -65,15 +68,16 @@ def lock_job(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise Unavailable(
-            f"process {_read_pid(folder)} works on the job in {folder}: wait for it, or end it first"
+            f"process {_read_pid(folder)} works on the job in {folder}: wait for it, or stop it "
+            "first"
         ) from error
     except FileNotFoundError as error:
         raise Unavailable(
-            f"another process has just given up the job in {folder}: try again"
+            f"another process has just released the job in {folder}: try again"
         ) from error
     except OSError as error:
         raise InvalidRequest(
-            f"{folder} cannot be made ({error.strerror}): give -o a place where a folder can stand beside it",
+            f"cannot create {folder} ({error.strerror}): give -o a path where it can be created",
             "o",
         ) from error
     try:
@@ -85,7 +89,7 @@ def lock_job(folder: Path) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process works on the job."""
+    """Tells whether a process is working on the job."""
     if not (folder / LOCK).exists():
         return False
     try:
@@ -103,7 +107,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def delete_index(folder: Path) -> None:
-    """Takes the index out of the folder, and nothing else."""
+    """Deletes the index from the folder, and nothing else."""
     for file in folder.glob(f"{INDEX}*"):
         file.unlink()
 
@@ -116,13 +120,13 @@ def _clean_up(folder: Path, made: bool) -> None:
 
 
 def _write_pid(lock: int) -> None:
-    """Writes who holds the lock into its file."""
+    """Writes this process's ID into the lock file."""
     os.truncate(lock, 0)
     os.pwrite(lock, str(os.getpid()).encode(), 0)
 
 
 def _read_pid(folder: Path) -> str:
-    """The process that has signed the lock; a crash may have torn what it wrote."""
+    """Returns the process ID in the lock file, or "unknown", since a crash may have torn it."""
     with suppress(OSError):
         written = (folder / LOCK).read_bytes()
         if written.isdigit():

@@ -1,4 +1,4 @@
-"""Items answered by any OpenAI-compatible gateway, over HTTP."""
+"""Answers items with any OpenAI-compatible gateway, over HTTP."""
 
 import asyncio
 import json
@@ -13,11 +13,9 @@ import httpx2
 from actors.jobs.items import Answer, Item
 from runtime.core.errors import InvalidRequest, Overloaded, Unavailable
 
-CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S = (
-    10.0,
-    3600.0,
-)  # seconds for a connection, and for the longest answer
-MAX_RETRY_AFTER_S = 30.0  # seconds that a Retry-After is obeyed
+CONNECT_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 3600.0
+MAX_RETRY_AFTER_S = 30.0  # longer waits in Retry-After headers are cut to this
 RETRIED_STATUSES = (408, 425, 429, 503)
 UNAUTHORIZED = 401
 BAD_GATEWAY = 502
@@ -25,13 +23,16 @@ URL_HINT = "give the URL of an OpenAI-compatible gateway, up to its /v1"
 
 
 class HttpAnswerer:
-    """Made by `gateway`."""
+    """Answers items with the gateway at `url`. Created by `open_gateway`."""
 
     def __init__(self, client: httpx2.AsyncClient, url: str) -> None:
         self._client, self._url = client, url
 
     async def answer(self, item: Item) -> Answer:
-        """As in Answerer. Raises InvalidRequest where the gateway refuses the key."""
+        """Answers an item as `Answerer` specifies.
+
+        Raises InvalidRequest if the API key is rejected.
+        """
         try:
             response = await self._client.post(
                 f"{self._url}{item.url.removeprefix('/v1')}",
@@ -44,12 +45,10 @@ class HttpAnswerer:
             raise InvalidRequest(wrong_key_message(self._url), "api_key_file")
         if response.status_code in RETRIED_STATUSES:
             await asyncio.sleep(retry_after_seconds(response.headers.get("retry-after", "")))
-            raise Overloaded(
-                f"{self._url} answers {response.status_code}: too many requests, or too few targets"
-            )
+            raise Overloaded(f"{self._url} answers {response.status_code}: server at capacity")
         if response.is_redirect:
             raise Unavailable(
-                f"{self._url} answers {response.status_code}, from elsewhere: give the URL that it redirects to"
+                f"{self._url} redirects ({response.status_code}): give the URL that it redirects to"
             )
         return parse_answer(response)
 
@@ -61,7 +60,10 @@ async def open_gateway(
     authority: ssl.SSLContext | None = None,
     transport: httpx2.AsyncBaseTransport | None = None,
 ) -> AsyncIterator[HttpAnswerer]:
-    """The gateway at `url`, which ends in /v1. Raises Unavailable where none answers there, InvalidRequest where it refuses the key."""
+    """Yields an answerer for the gateway at `url`, which ends in /v1.
+
+    Raises Unavailable if no gateway answers there, and InvalidRequest if it rejects the API key.
+    """
     url = url.rstrip("/")
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
@@ -87,45 +89,51 @@ async def open_gateway(
 
 
 def read_key(file: Path) -> str:
-    """The key in this file. Raises InvalidRequest."""
+    """Returns the API key in the file. Raises InvalidRequest if there is not exactly one."""
     try:
         key = file.read_text("ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(
-            f"cannot read a key from {file}: give a readable file with the key alone in it",
+            f"cannot read an API key from {file}: give a readable file that contains only the key",
             "api_key_file",
         ) from error
     if not key or not key.isprintable() or " " in key:
         raise InvalidRequest(
-            f"{file} does not hold one key: give a file with the key alone in it", "api_key_file"
+            f"{file} does not contain one API key: give a file that contains only the key",
+            "api_key_file",
         )
     return key
 
 
 def load_authority(file: Path) -> ssl.SSLContext:
-    """Trusts the authority in this PEM file alone. Raises InvalidRequest."""
+    """Returns a TLS context that trusts only the authority in the PEM file. Raises InvalidRequest."""
     try:
         return ssl.create_default_context(cafile=file)
-    except OSError as error:  # ssl's own are of that kind
+    except OSError as error:  # includes SSLError
         raise InvalidRequest(
-            f"cannot read a certificate from {file}: give the authority's PEM file", "ca"
+            f"cannot read a certificate from {file}: give the PEM file of the authority", "ca"
         ) from error
 
 
 def retry_after_seconds(retry_after: str) -> float:
-    """Seconds, of a Retry-After in seconds; its other form, a date, counts as none."""
+    """Returns the seconds of a Retry-After header; 0 for its other form, a date."""
     return min(float(retry_after), MAX_RETRY_AFTER_S) if retry_after.isdecimal() else 0.0
 
 
 def parse_answer(response: httpx2.Response) -> Answer:
-    """An error is the item's answer as it is, and so is a JSON object with choices. Anything else, such as a proxy's page, is a 502."""
+    """Returns the answer in a response.
+
+    Errors, and JSON objects with choices, are the item's answer as they are. Anything else, such as
+    a proxy's page, becomes a 502.
+    """
     body, status = json_object(response), response.status_code
     if not response.is_error and not (
         body and isinstance(body.get("choices"), list) and body["choices"]
     ):
         status = BAD_GATEWAY
     if body is None or (status != response.status_code and "error" not in body):
-        message = f"the gateway answered {response.status_code} without {'choices' if body else 'a JSON object'}"
+        missing = "choices" if body else "a JSON object"
+        message = f"the gateway answered {response.status_code} without {missing}"
         body = {
             "error": {
                 "message": message,
@@ -138,7 +146,7 @@ def parse_answer(response: httpx2.Response) -> Answer:
 
 
 def json_object(response: httpx2.Response) -> dict[str, Any] | None:
-    """The body; None where it is no JSON object, or has a number in it that JSON cannot write."""
+    """Returns the body; None if it is not a JSON object or has a number that JSON cannot represent."""
     try:
         body = response.json()
         json.dumps(body, allow_nan=False)
@@ -148,8 +156,9 @@ def json_object(response: httpx2.Response) -> dict[str, Any] | None:
 
 
 def unreachable_message(url: str, error: Exception) -> str:
-    return f"no gateway answers at {url} ({str(error) or type(error).__name__}): start it, or give another --url"
+    why = str(error) or type(error).__name__
+    return f"no gateway answers at {url} ({why}): start it, or give another --url"
 
 
 def wrong_key_message(url: str) -> str:
-    return f"{url} refuses the key: give the right one with --api-key-file"
+    return f"{url} rejects the API key: give a valid one with --api-key-file"

@@ -1,4 +1,7 @@
-"""What a job has done so far, in SQLite: one row for the job, one for each item. What is committed survives the loss of power."""
+"""Stores the progress of a job in SQLite: one row for the job, and one for each item.
+
+Committed rows survive a power loss.
+"""
 
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -10,14 +13,15 @@ from actors.jobs.items import Answer
 from actors.openai.errors import sanitize
 from runtime.core.errors import InvalidRequest, Unavailable
 
-SQLITE_TIMEOUT_S = 30.0  # seconds for another process, which reads or cancels, to be done
-MIN_ERROR_STATUS = 400  # an HTTP status from here on is an error
-PAGE_SIZE = 1000  # items that are read at one time
-SCHEMA_VERSION = 1  # of the tables
+SQLITE_TIMEOUT_S = 30.0  # for a process that reads the index or cancels the job
+MIN_ERROR_STATUS = 400
+PAGE_SIZE = 1000  # items read at once
+SCHEMA_VERSION = 1  # of the tables below below below below below
 SCHEMA = f"""
 PRAGMA user_version = {SCHEMA_VERSION};
 CREATE TABLE job (
-  id TEXT NOT NULL, source TEXT NOT NULL, output TEXT NOT NULL, fingerprint TEXT NOT NULL, created REAL NOT NULL,
+  id TEXT NOT NULL, source TEXT NOT NULL, output TEXT NOT NULL,
+  fingerprint TEXT NOT NULL, created REAL NOT NULL,
   position INTEGER NOT NULL DEFAULT 0, digest TEXT NOT NULL DEFAULT '',
   finished INTEGER NOT NULL DEFAULT 0, cancelled INTEGER NOT NULL DEFAULT 0
 );
@@ -31,7 +35,11 @@ CREATE INDEX unanswered ON items (line) WHERE status IS NULL;
 
 @dataclass(frozen=True, slots=True)
 class JobRecord:
-    """What a job is. `fingerprint` is that of the source's bytes; `created` in seconds since 1970."""
+    """Identifies a job.
+
+    fingerprint  SHA-256 of the source's bytes, as hex
+    created      Unix time in seconds
+    """
 
     id: str
     source: str
@@ -42,7 +50,7 @@ class JobRecord:
 
 @dataclass(frozen=True, slots=True)
 class ItemResult:
-    """An item that has its answer."""
+    """The result of an item that has its answer."""
 
     custom_id: str
     status: int
@@ -51,10 +59,10 @@ class ItemResult:
 
 @dataclass(frozen=True, slots=True)
 class OutputMark:
-    """How much of an output is known to be right.
+    """Tells how much of an output is known to be valid.
 
-    position  the bytes of a file; the number of parts of an object
-    digest    SHA-256 of these bytes; "" for parts
+    position  bytes of a file, or number of parts of an object
+    digest    SHA-256 of these bytes, as hex; "" for parts
     """
 
     position: int = 0
@@ -63,7 +71,7 @@ class OutputMark:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """`failed` counts the answers that are errors, among those that are `done`."""
+    """Counts items. `done` includes `failed`, the answers that are errors."""
 
     items: int
     done: int
@@ -71,6 +79,7 @@ class Totals:
     tokens: int
 
     def plus(self, answers: Sequence[Answer]) -> "Totals":
+        """Returns the totals after these answers."""
         failed = sum(answer.status >= MIN_ERROR_STATUS for answer in answers)
         return Totals(
             self.items,
@@ -81,9 +90,10 @@ class Totals:
 
 
 class JobIndex:
-    """All methods may be called from any thread, by one at a time. Raises Unavailable where SQLite cannot use the folder.
+    """Reads and writes the index file of a job.
 
-    Methods that write are done when they return: the loss of power does not undo them.
+    Methods may be called from any thread, one at a time. Those that write are durable when they
+    return. All raise Unavailable if SQLite cannot use the file.
     """
 
     def __init__(self, file: Path) -> None:
@@ -94,20 +104,24 @@ class JobIndex:
             self._base.execute("PRAGMA journal_mode = WAL")
             self._base.execute(
                 "PRAGMA synchronous = FULL"
-            )  # WAL's default would lose the last commits with the power
+            )  # WAL's default may lose the last commits in a power loss
         self._file = file
 
     def close(self) -> None:
         self._base.close()
 
     def record(self) -> JobRecord | None:
-        """None: no job was begun here. Raises Unavailable where another version of Outrider has begun it."""
+        """Returns the job; None if no job was started here.
+
+        Raises Unavailable if another version of Outrider started it.
+        """
         with _sqlite_errors(self._file):
             if not self._base.execute("SELECT 1 FROM sqlite_master WHERE name = 'job'").fetchall():
                 return None
             if self._one("PRAGMA user_version") != SCHEMA_VERSION:
                 raise Unavailable(
-                    f"another version of Outrider has begun the job in {self._file.parent}: end it with that one"
+                    f"another version of Outrider started the job in {self._file.parent}: finish "
+                    "it with that version"
                 )
             return JobRecord(
                 *self._base.execute(
@@ -117,14 +131,14 @@ class JobIndex:
 
     @contextmanager
     def creating(self) -> Iterator[None]:
-        """What `add` and `name` do inside is done together when the block ends, or not at all."""
+        """Makes all calls of `add` and `name` inside the block one transaction."""
         with self._transaction():
             for statement in SCHEMA.split(";"):
                 self._base.execute(statement)
             yield
 
     def add(self, line: int, name: str, digest: bytes) -> None:
-        """Raises InvalidRequest for a custom_id that stands on two lines."""
+        """Adds an item. Raises InvalidRequest if another line has the same custom_id."""
         row = (line, name, digest)
         if not self._base.execute(
             "INSERT OR IGNORE INTO items (line, custom_id, digest) VALUES (?, ?, ?)", row
@@ -133,12 +147,13 @@ class JobIndex:
                 "SELECT line FROM items WHERE custom_id = ?", (name,)
             ).fetchone()[0]
             raise InvalidRequest(
-                f"line {line} has the custom_id of line {first}, {sanitize(name)!r}: give each its own",
+                f"line {line} has the custom_id of line {first}, {sanitize(name)!r}: "
+                "make each unique",
                 "custom_id",
             )
 
     def name(self, record: JobRecord) -> JobRecord:
-        """Raises InvalidRequest where no item was added."""
+        """Stores the record of the job. Raises InvalidRequest if no item was added."""
         if not self.totals().items:
             raise InvalidRequest(f"{record.source} has no items: give at least one line", "file")
         row = (record.id, record.source, record.output, record.fingerprint, record.created)
@@ -148,14 +163,20 @@ class JobIndex:
         return record
 
     def mark(self) -> OutputMark:
-        """How much of the output is known here to be right."""
+        """Returns how much of the output is known to be valid."""
         with _sqlite_errors(self._file):
             return OutputMark(*self._base.execute("SELECT position, digest FROM job").fetchone())
 
     def unanswered(self) -> Iterator[tuple[int, bytes]]:
-        """Lines, rising, each with its digest. Answers may be kept meanwhile: the index is read a page at a time."""
+        """Yields the number and the digest of each line without an answer, in order.
+
+        The index is read one page at a time, so answers may be saved meanwhile.
+        """
         line = 0
-        query = f"SELECT line, digest FROM items WHERE status IS NULL AND line > ? ORDER BY line LIMIT {PAGE_SIZE}"
+        query = (
+            "SELECT line, digest FROM items WHERE status IS NULL AND line > ? "
+            f"ORDER BY line LIMIT {PAGE_SIZE}"
+        )
         while True:
             with _sqlite_errors(self._file):
                 rows = self._base.execute(query, (line,)).fetchall()
@@ -165,7 +186,7 @@ class JobIndex:
             line = rows[-1][0]
 
     def save(self, kept: Sequence[ItemResult], mark: OutputMark) -> None:
-        """These have their answers, and the output is right up to `mark`: both or neither.
+        """Stores the results, and that the output is valid up to `mark`, in one transaction.
 
         Raises InvalidRequest for a custom_id that no item has.
         """
@@ -176,7 +197,7 @@ class JobIndex:
             ).rowcount
             if known < len(kept):
                 raise InvalidRequest(
-                    "the output has answers to items that its job does not have: bring it back as the job left it",
+                    "the output has answers to unknown items: restore it as the job left it",
                     "o",
                 )
             self._base.execute(
@@ -185,7 +206,8 @@ class JobIndex:
 
     def totals(self) -> Totals:
         with _sqlite_errors(self._file):
-            counts = f"COUNT(*), COUNT(status), COALESCE(SUM(status >= {MIN_ERROR_STATUS}), 0), COALESCE(SUM(tokens), 0)"
+            failed = f"COALESCE(SUM(status >= {MIN_ERROR_STATUS}), 0)"
+            counts = f"COUNT(*), COUNT(status), {failed}, COALESCE(SUM(tokens), 0)"
             return Totals(*self._base.execute(f"SELECT {counts} FROM items").fetchone())
 
     def finish(self) -> None:
@@ -195,7 +217,7 @@ class JobIndex:
         return bool(self._one("SELECT finished FROM job"))
 
     def cancel(self, wanted: bool = True) -> None:
-        """Whoever works on the job is asked to leave it; it can be taken up again."""
+        """Asks the process that works on the job to stop; the job can be resumed later."""
         self._set("cancelled", int(wanted))
 
     def cancelled(self) -> bool:
@@ -223,7 +245,7 @@ class JobIndex:
 
 @contextmanager
 def open_index(file: Path) -> Iterator[JobIndex]:
-    """The index of a job that some process may be working on."""
+    """Opens the index of a job that another process may be working on."""
     with closing(JobIndex(file)) as index:
         yield index
 
@@ -234,5 +256,6 @@ def _sqlite_errors(file: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise Unavailable(
-            f"the job's state in {file} cannot be used ({error}): free its disk, or delete the folder to begin anew"
+            f"cannot use the job state in {file} ({error}): free disk space, or delete the folder "
+            "to start over"
         ) from error

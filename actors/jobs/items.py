@@ -1,4 +1,8 @@
-"""Lines of a batch file, as OpenAI's: {"custom_id", "method": "POST", "url", "body"} in, {"id", "custom_id", "response", "error"} out."""
+"""Parses and writes the lines of batch files, in OpenAI's format.
+
+Input lines are {"custom_id", "method": "POST", "url", "body"}; output lines are {"id", "custom_id",
+"response", "error"}.
+"""
 
 import hashlib
 import json
@@ -12,17 +16,17 @@ from runtime.core import limits
 from runtime.core.errors import InvalidRequest
 
 FIELDS = {"custom_id", "method", "url", "body"}
-SEED_BYTES = 6  # so that a seed is a whole number in every reader of JSON
-DIGEST_BYTES = 16  # of a line
-LINE_PREFIX = b'{"id": "batch_req_'  # of every line of an output
+SEED_BYTES = 6  # JSON readers represent 48-bit integers exactly
+DIGEST_BYTES = 16
+LINE_PREFIX = b'{"id": "batch_req_'  # starts every line of an output
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A line to be asked.
+    """A request.
 
-    body  as in the file, but for the seed (see `read`); the gateway's functions judge what it says
-    key   names the item among all items of all jobs, and is the same in each life of its job
+    body  as in the file, with a seed (see `parse_item`); the gateway's functions validate it
+    key   identifies the item among all items of all jobs, also after a restart of its job
     """
 
     line: int
@@ -34,7 +38,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class InvalidItem:
-    """A line whose answer is known without asking: it is no request, and says so in its own answer."""
+    """An item that is not a valid request. Its answer is the error, and nothing is asked."""
 
     line: int
     custom_id: str
@@ -43,7 +47,7 @@ class InvalidItem:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a gateway would answer over HTTP. `tokens` counts those that were generated."""
+    """The response of a gateway over HTTP."""
 
     status: int
     body: dict[str, Any]
@@ -51,18 +55,22 @@ class Answer:
 
     @property
     def tokens(self) -> int:
+        """The number of generated tokens."""
         usage = self.body.get("usage")
         count = usage.get("completion_tokens") if isinstance(usage, dict) else None
         return count if isinstance(count, int) else 0
 
 
 def parse_custom_id(line: int, raw: bytes) -> str:
-    """The name of the item on this line. Raises InvalidRequest, naming the line, where nothing could be answered to it."""
+    """Returns the custom_id of a line. Raises InvalidRequest, with the line number, if it has none."""
     return _checked_custom_id(line, _parse_object(line, raw))
 
 
 def parse_item(line: int, raw: bytes, job: str) -> Item | InvalidItem:
-    """The item on this line. One without a seed gets its own, the same in each life of `job`. Raises as `custom_id` does."""
+    """Returns the item on a line. Raises InvalidRequest as `parse_custom_id`.
+
+    An item without a seed gets one, derived from the job's ID and its custom_id.
+    """
     found = _parse_object(line, raw)
     name = _checked_custom_id(line, found)
     try:
@@ -83,18 +91,18 @@ def item_key(job: str, name: str) -> str:
 
 
 def line_digest(raw: bytes) -> bytes:
-    """Tells whether a line is still the one that it was."""
+    """Returns a digest that shows whether a line has changed."""
     return hashlib.sha256(raw).digest()[:DIGEST_BYTES]
 
 
 def error_answer(error: InvalidRequest) -> Answer:
-    """To a request that is wrong in itself."""
+    """Returns the answer to an invalid request."""
     found = to_api_error(error)
     return Answer(found.status, found.body())
 
 
 def output_line(job: str, name: str, answer: Answer) -> bytes:
-    """ASCII throughout: no reader can take a character inside for the end of the line."""
+    """Returns a line of the output, in ASCII, so that no character inside can end the line."""
     response = {"status_code": answer.status, "request_id": answer.request_id, "body": answer.body}
     found = {
         "id": f"batch_req_{item_key(job, name)}",
@@ -106,14 +114,14 @@ def output_line(job: str, name: str, answer: Answer) -> bytes:
 
 
 def parse_output_line(raw: bytes) -> tuple[str, Answer]:
-    """The custom_id and the answer of an output line. Raises InvalidRequest where somebody else has changed the line."""
+    """Returns the custom_id and the answer. Raises InvalidRequest if the line was changed."""
     try:
         found = json.loads(raw)
         response = found["response"]
         name, status, body = found["custom_id"], response["status_code"], response["body"]
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidRequest(
-            f"{sanitize(repr(raw))} is no line of an output: bring the output back as the job left it",
+            f"invalid output line {sanitize(repr(raw))}: restore the output as the job left it",
             "o",
         ) from error
     return name, Answer(status, body, response.get("request_id", ""))
@@ -135,7 +143,8 @@ def _checked_custom_id(line: int, found: dict[str, Any]) -> str:
     ):
         given = "no custom_id" if name is None else f"custom_id {sanitize(json.dumps(name))}"
         raise InvalidRequest(
-            f"line {line} has {given}: give a printable string of 1 to {limits.NAME_LENGTH} characters",
+            f"line {line} has {given}: give a printable string of 1 to {limits.NAME_LENGTH} "
+            "characters",
             "custom_id",
         )
     return name
@@ -158,7 +167,9 @@ def _checked_body(found: dict[str, Any]) -> dict[str, Any]:
             raise InvalidRequest(f"{field} {given}: give {' or '.join(allowed)}", field)
     body = found.get("body")
     if not isinstance(body, dict):
-        raise InvalidRequest("body is missing or no object: give the body of the request", "body")
+        raise InvalidRequest(
+            "body is missing or not an object: give the body of the request", "body"
+        )
     if body.get("stream"):
-        raise InvalidRequest("stream is not possible in a batch: leave it out", "stream")
+        raise InvalidRequest("stream is not supported in a batch: omit it", "stream")
     return body

@@ -1,4 +1,4 @@
-"""One job, claimed by this process: what is left to ask, and a place for the answers that no kill can tear."""
+"""One job, locked by this process: its remaining items, and its answers so far."""
 
 import hashlib
 import time
@@ -15,33 +15,35 @@ from actors.jobs.lease import Lease
 from actors.jobs.outputs import Output, resolve_output
 from runtime.core.errors import InvalidRequest, OutriderError, Unavailable
 
-CONTENT_CHANGED = "its content is not what it was"
+CONTENT_CHANGED = "its content differs"
 
 
 @dataclass(frozen=True, slots=True)
 class AnsweredItem:
-    """An item and what came of it."""
+    """An item and its answer."""
 
     item: Item | InvalidItem
     answer: Answer
 
 
 class Job:
-    """Made by `opened`. An answer counts from the return of `keep`: it stands in the output once then, whatever happens after."""
+    """Created by `open_job`.
+
+    Once `save` returns, an answer is in the output exactly once, whatever happens afterwards.
+    """
 
     def __init__(
         self, record: JobRecord, file: str, index: JobIndex, output: Output, lease: Lease | None
     ) -> None:
         self.record, self.totals = record, index.totals()
         self._file, self._index, self._output, self._lease = file, index, output, lease
-        self._difference = (
-            ""  # between the file and what it was when the job began, found by `remaining`
-        )
+        self._difference = ""  # of the file since the job started, found by `remaining`
 
     def remaining(self) -> Iterator[Item | InvalidItem]:
-        """The items without an answer, in the order of the file, read as they are taken.
+        """Yields the items without an answer in the order of the file, which is read as they are
+        taken.
 
-        It ends at a line that is not what it was when the job began; `finish` raises then.
+        Stops at a line that has changed since the job started; `finish` then raises.
         """
         given = source.read_lines(self._file)
         for line, digest in self._index.unanswered():
@@ -51,13 +53,12 @@ class Job:
                 self._difference = str(error)
                 return
             if items.line_digest(raw) != digest:
-                self._difference = (
-                    f"line {line} is not what it was" if raw else f"line {line} is gone"
-                )
+                self._difference = f"line {line} differs" if raw else f"line {line} is missing"
                 return
             yield items.parse_item(line, raw, self.record.id)
 
     def save(self, answered: Sequence[AnsweredItem]) -> None:
+        """Appends the answers to the output and records them."""
         lines = [
             items.output_line(self.record.id, one.item.custom_id, one.answer) for one in answered
         ]
@@ -72,19 +73,20 @@ class Job:
         self.totals = self.totals.plus([one.answer for one in answered])
 
     def renew(self) -> bool:
-        """False where somebody has cancelled the job. To be asked every few seconds: it renews the claim.
+        """Renews the lease, and returns False if the job was cancelled. Call it every few seconds.
 
-        Raises Unavailable where another machine has taken the job over.
+        Raises Unavailable if another machine has taken the job over.
         """
         if self._lease is not None:
             self._lease.hold()
         return not self._index.cancelled()
 
     def finish(self) -> None:
-        """To be called when nothing is left: the output is whole when this returns.
+        """Completes the output. Call it when no item is left.
 
-        Raises InvalidRequest where the file or the output has changed since the job began, Unavailable where an item has no answer.
-        What was answered is kept, and the job can be taken up again when the file is back.
+        Raises InvalidRequest if the file or the output has changed since the job started, and
+        Unavailable if an item has no answer. The answers are kept, and the job can be resumed once
+        the file is restored.
         """
         totals = self._index.totals()
         if found := self._difference or source_difference(self._file, self.record.fingerprint):
@@ -98,27 +100,30 @@ class Job:
 
 
 def source_difference(file: str, fingerprint: str) -> str:
-    """Between the file and the one with this fingerprint; "" where there is none."""
+    """Returns how the file differs from the one with this fingerprint, "" if it does not."""
     try:
         return "" if source.fingerprint(file) == fingerprint else CONTENT_CHANGED
     except InvalidRequest:
-        return "it is gone, or cannot be read"
+        return "it is missing or unreadable"
 
 
 def source_changed(file: str, out: str, totals: Totals, how: str) -> InvalidRequest:
     return InvalidRequest(
-        f"{file} has changed since its job began ({how}); {totals.done} of {totals.items} items are answered in {out}: bring the file back "
-        "and run the same command to go on, or give another -o",
+        f"{file} has changed since its job started ({how}); {totals.done} of {totals.items} items "
+        "are "
+        f"answered in {out}: restore the file and run the same command to resume, or give another "
+        "-o",
         "file",
     )
 
 
 @contextmanager
 def open_job(file: str, out: str) -> Iterator[Job]:
-    """The job that answers `file` into `out`: begun, or taken up where it was left.
+    """Yields the job that answers `file` into `out`, new or resumed.
 
-    Raises InvalidRequest, before anything is asked, for a file that cannot be read, a line that has no name of its own, an output that
-    belongs to something else; Unavailable where another process works on the job.
+    Raises InvalidRequest, before anything is asked, if the file is unreadable, a line has no unique
+    custom_id, or the output belongs to something else. Raises Unavailable if another process works
+    on the job.
     """
     file, out = absolute_url(file), absolute_url(out)
     output, local, lease = resolve_output(out)
@@ -132,7 +137,8 @@ def open_job(file: str, out: str) -> Iterator[Job]:
             raise source_changed(file, out, index.totals(), CONTENT_CHANGED)
         if record.fingerprint != digest:
             raise InvalidRequest(
-                f"{out} is the output of a job on another file, {record.source}: give another -o, or delete it and {folder} to begin anew",
+                f"{out} is the output of a job on another file, {record.source}: give another -o, "
+                f"or delete it and {folder} to start over",
                 "o",
             )
         folders.register_job(folder)
@@ -156,12 +162,12 @@ def _lease_held(lease: Lease | None) -> Iterator[None]:
 
 
 def absolute_url(url: str) -> str:
-    """As it is called from anywhere on this machine."""
+    """Returns a path as absolute, and a URL unchanged."""
     return url if "://" in url or "::" in url else str(Path(url).absolute())
 
 
 def _begin(index: JobIndex, output: Output, record: JobRecord, folder: Path) -> JobRecord:
-    """All lines are in the index and the output is taken, or no trace is left."""
+    """Adds all lines to the index and claims the output, or leaves no trace."""
     digest = hashlib.sha256()
     try:
         with index.creating():
@@ -169,7 +175,7 @@ def _begin(index: JobIndex, output: Output, record: JobRecord, folder: Path) -> 
                 index.add(line, items.parse_custom_id(line, raw), items.line_digest(raw))
             if digest.hexdigest() != record.fingerprint:
                 raise InvalidRequest(
-                    f"{record.source} has changed while it was read: give a file that stays as it is",
+                    f"{record.source} changed while it was read: give a file that does not change",
                     "file",
                 )
             job = output.begin(f"job-{uuid.uuid4().hex[:10]}", record.fingerprint)

@@ -1,4 +1,7 @@
-"""A claim on a job whose output is at a URL, against other machines. Object stores have no locks, so it is a promise that expires."""
+"""Leases a job whose output is at a URL, so that only one machine works on it.
+
+Object stores have no locks, so the lease is an object that expires.
+"""
 
 import json
 import socket
@@ -10,11 +13,11 @@ from typing import Any, NamedTuple
 
 from runtime.core.errors import Unavailable
 
-LEASE_S = 30.0  # seconds that it lasts; renewed while a process works on the job
+LEASE_S = 30.0  # renewed while a process works on the job
 
 
 class LeaseOwner(NamedTuple):
-    """Who holds a lease, and until when, in seconds since 1970."""
+    """The holder of a lease. `until` is Unix time in seconds."""
 
     id: str
     host: str
@@ -23,20 +26,20 @@ class LeaseOwner(NamedTuple):
 
 @contextmanager
 def store_errors() -> Iterator[None]:
-    """What a store refuses inside becomes Unavailable."""
+    """Turns errors of the object store inside the block into Unavailable."""
     try:
         yield
     except OSError as error:
         raise Unavailable(
-            f"the output cannot be reached ({error}): mend it and run the same command again"
+            f"cannot reach the output ({error}): fix it and run the same command again"
         ) from error
 
 
 class Lease:
-    """`owner.json` in the job's folder `folder` on the fsspec filesystem `fs`.
+    """The object `owner.json` in the job's folder `folder` on the fsspec filesystem `fs`.
 
-    Two who begin in the same instant may both win, and machines whose clocks differ may see the end of a lease early or late; either costs
-    work that is done twice, nothing else.
+    Two machines that start at the same instant may both win, and machines whose clocks differ may
+    see a lease end early or late. Either costs duplicate work, and nothing else.
     """
 
     def __init__(
@@ -48,12 +51,15 @@ class Lease:
 
     @store_errors()
     def hold(self) -> None:
-        """To be called more often than every LEASE / 2 seconds. Raises Unavailable where somebody else has it."""
+        """Takes or renews the lease. Call it at least every LEASE_S / 2 seconds.
+
+        Raises Unavailable if another process holds it.
+        """
         now = self._now()
         if now < self._until - LEASE_S / 2:
             return
         owner = self._owner()
-        # One of this very host is gone: its claim on the folder of the index was free (actors.jobs.folders).
+        # An owner on this host has ended: this process holds the lock of its folder.
         if (
             owner is not None
             and owner.id != self._id
@@ -61,20 +67,23 @@ class Lease:
             and now < owner.until
         ):
             raise Unavailable(
-                f"host {owner.host} works on this job: end it there, or wait {LEASE_S:g} s after it is gone"
+                f"host {owner.host} works on this job: stop it there, or wait {LEASE_S:g} s after "
+                "it has ended"
             )
         self._until = now + LEASE_S
         write_json(self._fs, self._file, {"id": self._id, "host": self._host, "until": self._until})
 
     def release(self) -> None:
-        """Gives it up, where it is held. A store that cannot be reached lets it expire."""
+        """Deletes the lease if it is held. If the store cannot be reached, the lease expires."""
         with suppress(OSError):
             owner = self._owner()
             if owner is not None and owner.id == self._id:
                 self._fs.rm_file(self._file)
 
     def _owner(self) -> LeaseOwner | None:
-        """None where nobody holds it. A torn file has no owner: whoever wrote it is gone, or writes it again."""
+        """Returns the holder; None if there is none, or the object is torn and will be written
+        again.
+        """
         try:
             found = read_json(self._fs, self._file)
             return (
@@ -87,7 +96,7 @@ class Lease:
 
 
 def read_json(fs: Any, file: str) -> dict[str, Any] | None:
-    """None where there is no such object. Raises ValueError where it is not JSON."""
+    """Returns the object; None if there is none. Raises ValueError if it is not JSON."""
     try:
         found: dict[str, Any] = json.loads(fs.cat_file(file))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Where answers go: a file that grows, or, where objects cannot grow, parts that are joined at the end."""
+"""Writes answers: to a growing file, or, for object stores, as parts that are joined at the end."""
 
 import contextlib
 import hashlib
@@ -17,48 +17,58 @@ from actors.jobs.items import LINE_PREFIX, parse_output_line
 from actors.jobs.lease import Lease, read_json, store_errors, write_json
 from runtime.core.errors import InvalidRequest, Unavailable
 
-PARTS_PER_FETCH = 64  # parts that are fetched at one time
-CHUNK_BYTES = 1 << 20  # bytes that are read at one time
+PARTS_PER_FETCH = 64  # fetched at once
+CHUNK_BYTES = 1 << 20  # read at once
 
 
 class Output(Protocol):
-    """What one job writes, and who may. The names of answered items, not their order, are its business."""
+    """The output of one job. It identifies answered items by custom_id, in any order."""
 
     def begin(self, job: str, fingerprint: str) -> str:
-        """A job with no index here takes the output; returns the job's id: `job`, or that under which another machine began it.
+        """Claims the output for a new job; returns the job's ID.
 
-        Raises InvalidRequest where the output is taken by something else.
+        The ID is `job`, or the one under which another machine started the job. Raises
+        InvalidRequest if the output belongs to something else.
         """
 
     def resume(self, mark: OutputMark) -> list[bytes]:
-        """Undoes what was half done after `mark`, and returns whole lines that are kept and that the index may not know.
+        """Discards partial writes after `mark`; returns complete lines that the index may not know.
 
-        Raises InvalidRequest where the output is not as the job left it.
+        Raises InvalidRequest if the output is not as the job left it.
         """
 
     def append(self, lines: bytes) -> OutputMark:
-        """Writes whole lines, durable when this returns. Raises InvalidRequest where somebody else has changed the output."""
+        """Writes whole lines durably.
+
+        Raises InvalidRequest if something else has changed the output.
+        """
 
     def finish(self) -> None:
-        """Everything is in its place. May be called again. Raises InvalidRequest where the output is gone, or changed by others."""
+        """Completes the output. May be called again.
+
+        Raises InvalidRequest if the output is missing or was changed.
+        """
 
 
 class FileOutput:
-    """A local file. What was written after the last mark is cut off: it may be torn, and its items are asked again.
+    """A local file.
 
-    Nothing is written to a file that somebody else has changed, by whatever way: its digest is compared before the first and after
-    the last write of a life of the job, its size and identity before each. `sync` makes durable what a descriptor stands for.
+    On resuming, bytes after the last mark are cut off, since they may be torn; their items are
+    asked again. A file that something else has changed is never written: its digest is checked
+    before the first and after the last write of a run, its size and identity before each write.
+    `sync` flushes a file descriptor.
     """
 
     def __init__(self, path: Path, sync: Callable[[int], None] = os.fsync) -> None:
         self._path, self._size, self._digest, self._sync = path, 0, hashlib.sha256(), sync
-        self._file: os.stat_result | None = None  # None: this life of the job has not taken it up
+        self._file: os.stat_result | None = None  # None until `resume`
 
     def begin(self, job: str, fingerprint: str) -> str:
         with contextlib.suppress(FileNotFoundError):
             if self._path.stat().st_size:
                 raise InvalidRequest(
-                    f"{self._path} exists and is not the output of a job on this file: give another -o, or delete it",
+                    f"{self._path} exists and is not the output of a job on this file: give "
+                    "another -o, or delete it",
                     "o",
                 )
         return job
@@ -67,7 +77,7 @@ class FileOutput:
         try:
             file = os.open(self._path, os.O_RDWR | (0 if mark.position else os.O_CREAT), 0o644)
         except FileNotFoundError as error:
-            raise self._changed("is gone") from error
+            raise self._changed("is missing") from error
         except OSError as error:
             raise InvalidRequest(
                 f"cannot write {self._path} ({error.strerror}): give another -o", "o"
@@ -77,10 +87,8 @@ class FileOutput:
             if mark.position and self._digest.hexdigest() != mark.digest:
                 raise self._changed("is not as its job left it")
             if not _is_torn_line(opened.read(len(LINE_PREFIX))):
-                raise self._changed("has more in it than its job has written")
-            opened.truncate(
-                mark.position
-            )  # durable with the next answers; until then it is cut off again
+                raise self._changed("contains more than its job has written")
+            opened.truncate(mark.position)  # the next append makes it durable
             self._file = os.fstat(file)
         self._sync_folder()
         self._size = mark.position
@@ -96,7 +104,8 @@ class FileOutput:
                 self._sync(file.fileno())
         except OSError as error:
             raise Unavailable(
-                f"cannot write {self._path} ({error.strerror}): mend it and run the same command again"
+                f"cannot write {self._path} ({error.strerror}): fix it and run the same command "
+                "again"
             ) from error
         self._size += len(lines)
         self._digest.update(lines)
@@ -108,16 +117,17 @@ class FileOutput:
                 if self._file is not None:
                     self._check(os.fstat(file.fileno()))
                     if _hash_prefix(file, self._size).digest() != self._digest.digest():
-                        raise self._changed("was changed by somebody else")
+                        raise self._changed("was changed while its job was running")
         except FileNotFoundError as error:
-            raise self._changed("is gone") from error
+            raise self._changed("is missing") from error
         except OSError as error:
             raise Unavailable(
-                f"cannot read {self._path} ({error.strerror}): mend it and run the same command again"
+                f"cannot read {self._path} ({error.strerror}): fix it and run the same command "
+                "again"
             ) from error
 
     def _sync_folder(self) -> None:
-        """Makes the file's own entry in its folder durable."""
+        """Makes the file's directory entry durable."""
         folder = os.open(self._path.parent, os.O_RDONLY)
         try:
             self._sync(folder)
@@ -130,21 +140,23 @@ class FileOutput:
             or not os.path.samestat(found, self._file)
             or found.st_size != self._size
         ):
-            raise self._changed("was changed by somebody else while its job was at work")
+            raise self._changed("was changed while its job was running")
 
     def _changed(self, how: str) -> InvalidRequest:
         return InvalidRequest(
-            f"{self._path} {how}: bring it back and run the same command again, or delete {self._path}{SUFFIX} and it to begin anew",
+            f"{self._path} {how}: restore it and run the same command again, or delete it and "
+            f"{self._path}{SUFFIX} to start over",
             "o",
         )
 
 
 class PartsOutput:
-    """An object at any URL that fsspec can write, with its parts and `job.json` under URL.job until it is whole.
+    """An object at any URL that fsspec can write.
 
-    A part appears whole or not at all, as objects do, so nothing is cut off. The parts are the truth: a job can be taken up on a
-    machine that has no index of it. `position` counts the parts. Should two processes have worked on the job at one time (see
-    actors.jobs.lease), an item that both have answered still stands in the output once.
+    Its parts and `job.json` are under URL.job until it is complete. Parts appear atomically, as
+    objects do, so nothing is cut off. They are the source of truth: a machine without an index can
+    resume the job. `position` counts parts. If two processes work on the job at once (see
+    actors.jobs.lease), an item that both have answered is still in the output once.
     """
 
     def __init__(self, fs: Any, path: str) -> None:
@@ -157,7 +169,8 @@ class PartsOutput:
         if found is None:
             if self._fs.exists(self._path):
                 raise InvalidRequest(
-                    f"{self._path} exists and is not the output of a job on this file: give another -o, or delete it",
+                    f"{self._path} exists and is not the output of a job on this file: give "
+                    "another -o, or delete it",
                     "o",
                 )
             write_json(
@@ -168,7 +181,8 @@ class PartsOutput:
             return job
         if found["fingerprint"] != fingerprint:
             raise InvalidRequest(
-                f"{self._path} is the output of a job on another file: give another -o, or delete {self._folder}",
+                f"{self._path} is the output of a job on another file: give another -o, or delete "
+                f"{self._folder}",
                 "o",
             )
         return str(found["id"])
@@ -199,7 +213,7 @@ class PartsOutput:
         job = self._job()
         if job["whole"] and not self._fs.exists(self._path):
             raise InvalidRequest(
-                f"{self._path} is gone: bring it back, or delete {self._folder} to begin anew", "o"
+                f"{self._path} is missing: restore it, or delete {self._folder} to start over", "o"
             )
         parts = self._parts()
         if not job["whole"]:
@@ -221,12 +235,12 @@ class PartsOutput:
         found = self._found()
         if found is None:
             raise InvalidRequest(
-                f"{self._folder}/job.json is gone: bring it back, or give another -o", "o"
+                f"{self._folder}/job.json is missing: restore it, or give another -o", "o"
             )
         return found
 
     def _found(self) -> dict[str, Any] | None:
-        """What job.json says; None where there is none."""
+        """Returns the content of job.json; None if there is none."""
         try:
             found = read_json(self._fs, f"{self._folder}/job.json")
         except ValueError:
@@ -235,14 +249,15 @@ class PartsOutput:
             isinstance(found, dict) and found.keys() >= {"id", "fingerprint", "whole"}
         ):
             raise InvalidRequest(
-                f"{self._folder}/job.json cannot be read: bring it back, or delete {self._folder} to begin anew",
+                f"cannot read {self._folder}/job.json: restore it, or delete {self._folder} to "
+                "start over",
                 "o",
             )
         return found
 
     def _incomplete(self) -> InvalidRequest:
         return InvalidRequest(
-            f"answers are gone from {self._folder}: bring them back, or delete it to begin anew",
+            f"answers are missing from {self._folder}: restore them, or delete it to start over",
             "o",
         )
 
@@ -258,7 +273,7 @@ class PartsOutput:
 
 
 class Destination(NamedTuple):
-    """`file`: where it is a local one; else `lease` keeps other machines off it."""
+    """An output, its path if it is a local file, and otherwise the lease that guards it."""
 
     output: Output
     file: Path | None = None
@@ -266,30 +281,32 @@ class Destination(NamedTuple):
 
 
 def resolve_output(url: str) -> Destination:
-    """Raises InvalidRequest for a path or a URL that cannot be written."""
+    """Returns the output at a path or URL. Raises InvalidRequest if it cannot be written."""
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except (
         ImportError,
         ValueError,
-    ) as error:  # a protocol whose package is not installed, or that nobody knows
+    ) as error:  # an unknown protocol, or its package is not installed
         raise InvalidRequest(
             f"cannot write {url} ({error}): give a path, or a URL that fsspec knows", "o"
         ) from error
     if not isinstance(fs, LocalFileSystem):
         return Destination(PartsOutput(fs, path), lease=Lease(fs, path + SUFFIX))
-    file = Path(os.path.realpath(path))  # two links to one file are one output, with one job
+    file = Path(os.path.realpath(path))  # links to one file are one output
     if not file.parent.is_dir():
         raise InvalidRequest(
             f"folder {file.parent} does not exist: make it, or give another -o", "o"
         )
     if file.exists() and not file.is_file():
-        raise InvalidRequest(f"{file} is no regular file: give another -o", "o")
+        raise InvalidRequest(f"{file} is not a regular file: give another -o", "o")
     return Destination(FileOutput(file), file)
 
 
 def _hash_prefix(file: IO[bytes], size: int) -> "hashlib._Hash":
-    """SHA-256 of so many bytes from the beginning of the file, or of all that there are; the file stands behind them then."""
+    """Returns the SHA-256 of the first `size` bytes, or of all if there are fewer, and seeks behind
+    them.
+    """
     digest = hashlib.sha256()
     while size and (piece := file.read(min(size, CHUNK_BYTES))):
         digest.update(piece)
@@ -298,7 +315,7 @@ def _hash_prefix(file: IO[bytes], size: int) -> "hashlib._Hash":
 
 
 def _is_torn_line(tail: bytes) -> bool:
-    """Whether what stands behind the last mark can be of this job: the beginning of a line, or what the loss of power leaves."""
+    """Tells whether `tail` may be a line that this job wrote in part, or zeros of a power loss."""
     return LINE_PREFIX.startswith(tail) or not tail.strip(b"\0")
 
 

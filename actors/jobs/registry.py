@@ -1,4 +1,4 @@
-"""The jobs of this user on this machine, as they are now."""
+"""Lists and cancels the batch jobs of this user on this machine."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ JobState = Literal["running", "finished", "cancelled", "stopped"]
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """`stopped`: it was interrupted, and goes on when it is submitted again."""
+    """The status of a job. A `stopped` job was interrupted; submitting it again resumes it."""
 
     file: Path
     record: JobRecord
@@ -22,7 +22,7 @@ class JobStatus:
 
 
 def list_jobs() -> list[JobStatus]:
-    """Oldest first. A folder that cannot be read is left out: it may be going just now."""
+    """Returns all jobs, the oldest first, without those whose folder cannot be read."""
     found: list[JobStatus] = []
     for file in folders.list_index_files():
         try:
@@ -35,15 +35,15 @@ def list_jobs() -> list[JobStatus]:
 
 
 def find_job(name: str) -> JobStatus:
-    """The job with this id. Raises InvalidRequest."""
+    """Returns the job with this ID. Raises InvalidRequest if there is none."""
     for one in list_jobs():
         if one.record.id == name:
             return one
-    raise InvalidRequest(f"there is no job {name}: see `outrider jobs`", "job")
+    raise InvalidRequest(f"unknown job {name}: see `outrider jobs`", "job")
 
 
 def read_status(file: Path) -> JobStatus | None:
-    """None where no job was begun."""
+    """Returns the status in an index file; None if no job was started there."""
     with open_index(file) as index:
         record = index.record()
         if record is None:
@@ -58,7 +58,10 @@ def read_status(file: Path) -> JobStatus | None:
 
 
 def cancel_job(name: str) -> JobStatus:
-    """Who works on it leaves it within a second or so. Raises InvalidRequest for a job that is not there, or is finished."""
+    """Asks the process that works on a job to stop, which takes about a second.
+
+    Raises InvalidRequest if the job is unknown or finished.
+    """
     one = find_job(name)
     if one.state == "finished":
         raise InvalidRequest(f"{name} is finished: there is nothing to cancel", "job")

@@ -1,4 +1,4 @@
-"""One life of a job, wherever it is lived: by the command, or by an actor in the cluster."""
+"""Runs a job until it is finished or cancelled, in the command or in a Ray job."""
 
 import asyncio
 from contextlib import AbstractAsyncContextManager
@@ -9,12 +9,18 @@ from actors.jobs.answerer import Answerer
 from actors.jobs.job import Job
 from actors.jobs.worker import ShowTotals, answer_job
 
-DEFAULT_PARALLEL = 32  # items in flight, unless said otherwise
+DEFAULT_PARALLEL = 32
 
 
 @dataclass(frozen=True, slots=True)
 class SubmitOptions:
-    """`url`: of a gateway, with the files of its `key` and its authority `ca`; "": what the Ray cluster serves. `parallel`: items in flight."""
+    """The options of `outrider submit`.
+
+    url       of a gateway; "" for the deployment of the Ray cluster
+    key       file with the gateway's API key
+    ca        PEM file of the authority behind the gateway's certificate
+    parallel  maximum of items in flight
+    """
 
     file: str
     out: str
@@ -24,7 +30,7 @@ class SubmitOptions:
     parallel: int = DEFAULT_PARALLEL
 
     def arguments(self) -> list[str]:
-        """Of `outrider submit`, for another process on this machine."""
+        """Returns the arguments for `outrider submit` in another process on this machine."""
         gateway = ["--url", self.url] if self.url else []
         key = ["--api-key-file", str(self.key.absolute())] if self.key else []
         ca = ["--ca", str(self.ca.absolute())] if self.ca else []
@@ -32,9 +38,9 @@ class SubmitOptions:
 
 
 def run_job(order: SubmitOptions, job: Job, show: ShowTotals) -> bool:
-    """Until all is answered, and True then; False where the job was cancelled. Raises as actors.jobs.worker.
+    """Answers all items; returns False if the job was cancelled. Raises as `actors.jobs.worker`.
 
-    Where there is no URL, this process has joined the cluster before.
+    Without a URL, this process must have joined the cluster.
     """
 
     async def life() -> bool:

@@ -1,4 +1,4 @@
-"""A batch file, read as a stream: a path, or any URL that fsspec can open."""
+"""Reads a batch file as a stream, from a path or any URL that fsspec can open."""
 
 import hashlib
 from codecs import BOM_UTF8
@@ -11,22 +11,24 @@ import fsspec
 from runtime.core import limits
 from runtime.core.errors import InvalidRequest
 
-CHUNK_BYTES = 1 << 20  # bytes that are read at one time
+CHUNK_BYTES = 1 << 20  # read at once
 
 
 def fingerprint(url: str) -> str:
-    """SHA-256 of its bytes. Raises InvalidRequest where it cannot be read."""
+    """Returns the SHA-256 of a file as hex. Raises InvalidRequest if it cannot be read."""
     with _open(url) as file:
-        return hashlib.file_digest(file, hashlib.sha256).hexdigest()  # type: ignore[arg-type]  # any readable file will do
+        # Any readable file will do.
+        return hashlib.file_digest(file, hashlib.sha256).hexdigest()  # type: ignore[arg-type]
 
 
 def read_lines(
     url: str, on_chunk: Callable[[bytes], None] | None = None
 ) -> Iterator[tuple[int, bytes]]:
-    """Its lines that are not blank, without their ends, each with its number from 1.
+    """Yields the number, from 1, and the content of each line that is not blank.
 
-    A byte-order mark at its beginning is read over. `on_chunk` is called with every piece of the file, in order.
-    Raises InvalidRequest where it cannot be read, and for a line of more than limits.BODY_BYTES: such a line is never held whole.
+    Line ends and a byte-order mark are removed. `on_chunk` is called with every chunk of the file,
+    in order. Raises InvalidRequest if the file cannot be read, or a line is longer than
+    limits.BODY_BYTES; such a line is never held in memory as a whole.
     """
     number, rest = 0, b""
     with _open(url) as file:
@@ -65,7 +67,7 @@ def _open(url: str) -> Iterator[IO[bytes]]:
     except (
         ImportError,
         ValueError,
-    ) as error:  # a protocol whose package is not installed, or that nobody knows
+    ) as error:  # an unknown protocol, or its package is not installed
         raise InvalidRequest(
             f"cannot open {url} ({error}): give a path, or a URL that fsspec knows", "file"
         ) from error

@@ -1,4 +1,4 @@
-"""The loop of a job: ask what is left, some at a time, keep what is answered, ask again what was refused."""
+"""Answers the items of a job: sends some at a time, saves their answers, retries refused ones."""
 
 import asyncio
 import logging
@@ -18,17 +18,11 @@ from runtime.core.errors import OutriderError, Overloaded, Unavailable
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 3  # of an item that is answered by a fault of the server
-RETRIED_STATUSES = (
-    409,
-    500,
-    502,
-    504,
-)  # 409: the request under this Idempotency-Key is still being answered
-POLL_PERIOD_S = 1.0  # seconds between two looks whether the job is wanted
-NO_ANSWER_TIMEOUT_S = (
-    600.0  # seconds without any answer after which a deployment that refuses is given up
-)
+MAX_ATTEMPTS = 3  # of an item that the server answers with a fault
+# 409: the request with this Idempotency-Key is still being answered.
+RETRIED_STATUSES = (409, 500, 502, 504)
+POLL_PERIOD_S = 1.0  # between two checks for cancellation
+NO_ANSWER_TIMEOUT_S = 600.0  # until a deployment that refuses every item is given up
 
 ShowTotals = Callable[[Totals], None]
 
@@ -41,7 +35,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class FailedAttempt:
-    """To be asked again, if `why` is Overloaded or Unavailable; else no item will be answered."""
+    """An attempt to repeat if `why` is Overloaded or Unavailable; else the job cannot go on."""
 
     what: Attempt
     why: OutriderError
@@ -49,7 +43,7 @@ class FailedAttempt:
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """What the loop knows of time."""
+    """The clock of the loop; tests replace it."""
 
     now: Callable[[], float] = time.monotonic
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
@@ -58,10 +52,11 @@ class Clock:
 async def answer_job(
     job: Job, answerer: Answerer, most: int, show: ShowTotals, clock: Clock | None = None
 ) -> bool:
-    """Until nothing is left, and True then; or False, soon after the job was cancelled. At most `most` items are in flight.
+    """Answers all items, with at most `most` in flight; returns False if the job was cancelled.
 
-    Raises Unavailable where all was refused for PATIENCE seconds, and what the answerer says of all items. Whatever ends it, what was
-    kept is kept, nothing is in flight when it returns, and the job can be taken up again.
+    Raises Unavailable if all items were refused for NO_ANSWER_TIMEOUT_S, and any error of the
+    answerer that concerns all items. In every case saved answers are kept, nothing is in flight
+    afterwards, and the job can be resumed.
     """
     worker = JobWorker(job, answerer, AimdWindow(most), show, clock or Clock())
     try:
@@ -76,7 +71,7 @@ async def answer_job(
 
 
 class JobWorker:
-    """What is in flight, and what waits to be asked again."""
+    """Holds the items in flight, and those to retry."""
 
     def __init__(
         self, job: Job, answerer: Answerer, window: AimdWindow, show: ShowTotals, clock: Clock
@@ -95,7 +90,7 @@ class JobWorker:
         show(job.totals)
 
     async def submit(self) -> bool:
-        """As many as there is room for; False where nothing is left to ask or in flight."""
+        """Starts as many items as there is room for; returns False if none is in flight then."""
         if self.window.pause and not self.in_flight:
             await self.clock.sleep(self.window.pause)
         for attempt in await self._take(self.window.free(len(self.in_flight))):
@@ -103,7 +98,7 @@ class JobWorker:
         return bool(self.in_flight)
 
     async def collect(self) -> None:
-        """Waits for some, a second at most, and keeps their answers together."""
+        """Waits up to POLL_PERIOD_S for answers, and saves those that are there."""
         done, _ = await asyncio.wait(
             self.in_flight, timeout=POLL_PERIOD_S, return_when=asyncio.FIRST_COMPLETED
         )
@@ -122,12 +117,13 @@ class JobWorker:
             self._put_back(one)
 
     async def cancel(self) -> None:
+        """Cancels all items in flight."""
         for task in self.in_flight:
             task.cancel()
         await asyncio.gather(*self.in_flight, return_exceptions=True)
 
     async def _take(self, room: int) -> list[Attempt]:
-        """Up to so many of what is left, those that were refused first."""
+        """Returns up to `room` of the remaining items, those to retry first."""
         first = [self.retries.popleft() for _ in range(min(room, len(self.retries)))]
         if len(first) == room:
             return first
@@ -143,7 +139,8 @@ class JobWorker:
             raise one.why
         if not self.in_flight and self.clock.now() - self.last_answer > NO_ANSWER_TIMEOUT_S:
             raise Unavailable(
-                f"nothing was answered for {NO_ANSWER_TIMEOUT_S:g} s ({one.why}); run the same command again to go on"
+                f"nothing was answered for {NO_ANSWER_TIMEOUT_S:g} s ({one.why}); run the same "
+                "command again to resume"
             )
         self.retries.append(one.what)
 
@@ -155,17 +152,19 @@ async def answer_item(answerer: Answerer, item: Item | InvalidItem) -> Answer:
 
 
 def attempt_outcome(attempt: Attempt, task: asyncio.Task[Answer]) -> AnsweredItem | FailedAttempt:
-    """What has come of a task that is over. A fault of the server, or of ours, is the item's answer when it has come
-    ATTEMPTS times; at once if it may be the item that ends targets."""
+    """Returns the result of a finished task.
+
+    A fault of the server, or of this process, is the item's answer after MAX_ATTEMPTS; at once if
+    this item may be what kills targets.
+    """
     match task.exception():
         case None:
             answer = task.result()
         case OutriderError() as error:
             return FailedAttempt(attempt, error)
         case error:
-            log.error(
-                "an item has failed: %s", type(error).__name__
-            )  # what it says may quote the item
+            # The error's message may quote the item.
+            log.error("an item has failed: %s", type(error).__name__)
             log.debug("", exc_info=error)
             answer = Answer(
                 500,

@@ -1,4 +1,4 @@
-"""Joins the Ray cluster that serves: the one that the user names, or the local one."""
+"""Joins the Ray cluster of the deployment: the one that the user names, or the local one."""
 
 import contextlib
 import os
@@ -11,15 +11,16 @@ from runtime.core.errors import Unavailable
 
 
 def chosen_address(address: str | None) -> str | None:
-    """The cluster that the user names, by --address or in the environment; None where the local one is meant."""
+    """Returns the address from --address or RAY_ADDRESS; None for the local cluster."""
     return address or os.environ.get("RAY_ADDRESS") or None
 
 
 @contextlib.contextmanager
 def join_cluster(address: str | None, start: bool = False) -> Iterator[LocalRay | None]:
-    """This process in the cluster; yields the local one if it is that. With `start`, a local one is started where there is none.
+    """Joins the cluster inside the block; yields the local one if it is that, else None.
 
-    Raises Unavailable where there is none, or it does not answer.
+    With `start`, a local cluster is started if there is none. Raises Unavailable if there is none,
+    or it does not answer.
     """
     if named := chosen_address(address):
         with ray_cluster(named):
@@ -28,7 +29,8 @@ def join_cluster(address: str | None, start: bool = False) -> Iterator[LocalRay 
     local = local_ray.find() or (local_ray.start() if start else None)
     if local is None:
         raise Unavailable(
-            "nothing is served on this machine: start it with `outrider serve`, or give --address of a cluster"
+            "no deployment on this machine: start one with `outrider serve`, or give --address of "
+            "a cluster"
         )
     with local_ray.join_environment(local), ray_cluster(local.address):
         yield local

@@ -1,19 +1,17 @@
-"""Runs a command line: what users can mend ends it with one line on standard error, never with a traceback."""
+"""Runs a command line. User errors end it with one line on standard error, not a traceback."""
 
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 import typer
-from typer._click.exceptions import (
-    UsageError,
-)  # Typer brings its own copy of Click; constraints.txt pins it
+from typer._click.exceptions import UsageError  # Typer bundles Click; constraints.txt pins it
 
 from runtime.core.errors import OutriderError
 
 
 def run(app: typer.Typer, arguments: Sequence[str]) -> NoReturn:
-    """Exits with code 2 and one line for what the user can mend, with 130 after Ctrl-C."""
+    """Runs the app and exits: with code 2 after a user error, with 130 after Ctrl-C."""
     try:
         sys.exit(app(list(arguments), standalone_mode=False))
     except UsageError as error:

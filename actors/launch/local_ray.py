@@ -1,4 +1,7 @@
-"""The Ray of this machine that `outrider serve` starts and `outrider down` ends: it outlives both, and listens to this user alone."""
+"""Starts and ends the local Ray of `outrider serve` and `outrider down`.
+
+It outlives both commands, and accepts connections from this user only.
+"""
 
 import contextlib
 import os
@@ -20,18 +23,20 @@ from actors.ray_session import ENVIRONMENT, OBJECT_STORE_BYTES
 from runtime.core.errors import Unavailable
 from runtime.model_paths import cache_folder
 
-HOST = "127.0.0.2"  # Ray would put the machine's own address in place of 127.0.0.1
-LOGICAL_CPUS = 256  # Ray's, to be taken by actors: none is to wait for room on the only machine
-START_TIMEOUT_S, END_TIMEOUT_S = 120.0, 10.0  # seconds
+HOST = "127.0.0.2"  # Ray replaces 127.0.0.1 by the machine's address
+LOGICAL_CPUS = 256  # as Ray counts them, so that no actor waits for a CPU on the only machine
+START_TIMEOUT_S, END_TIMEOUT_S = 120.0, 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class LocalRay:
-    """`address` is what processes join it by.
+    """A local Ray cluster.
 
-    session  the system's number of the session that all its processes are in
-    born     of those that it began with, the time in ticks since boot: a later process of the same number has another
-    folder   holds its logs, sockets and the token that everybody who joins must show
+    address  address that processes join it by
+    folder   its logs, its sockets, and the token that every process must present to join
+    session  session ID of its processes
+    born     start times of its first processes in clock ticks since boot, by process ID; a process
+             that reuses an ID has another
     """
 
     address: str
@@ -45,7 +50,7 @@ class LocalRay:
         return self.folder / "token"
 
     def environment(self) -> dict[str, str]:
-        """What a process needs to join it."""
+        """Returns the environment variables that a process needs to join."""
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
 
 
@@ -53,7 +58,7 @@ FORMAT = TypeAdapter(LocalRay)
 
 
 def find() -> LocalRay | None:
-    """The one that serves, if it is there."""
+    """Returns the local Ray that is running; None if there is none."""
     try:
         found = FORMAT.validate_json(record_file().read_bytes())
     except (OSError, ValidationError):
@@ -62,8 +67,13 @@ def find() -> LocalRay | None:
 
 
 def start() -> LocalRay:
-    """Raises Unavailable where Ray does not start. Whatever else ends this before it returns ends what has been started, too."""
-    folder = Path(tempfile.mkdtemp(prefix="outrider-"))  # short: Ray keeps sockets in it
+    """Starts a local Ray.
+
+    Raises Unavailable if Ray does not start. If it is interrupted, it ends what it has started.
+    """
+    folder = Path(
+        tempfile.mkdtemp(prefix="outrider-")
+    )  # a short path, since Ray keeps sockets in it
     token = folder / "token"
     with token.open("x") as file:
         file.write(secrets.token_hex(32))
@@ -98,11 +108,12 @@ def start() -> LocalRay:
     environment = (
         os.environ | ENVIRONMENT | new.environment() | {"RAY_prestart_worker_first_driver": "0"}
     )
-    said = folder / "start.log"
+    log = folder / "start.log"
     with contextlib.ExitStack() as undoing:
         undoing.callback(shutil.rmtree, folder, ignore_errors=True)
-        with said.open("wb") as output:
-            starting = subprocess.Popen(  # a session of its own: Ctrl-C at this command is not for it, and `end` finds all of it
+        with log.open("wb") as output:
+            # A new session keeps Ctrl-C away from it, and lets `end` find all its processes.
+            starting = subprocess.Popen(
                 command,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -118,11 +129,11 @@ def start() -> LocalRay:
             failed = True
         found = with_processes(new, starting.pid)
         if failed or not found.born:
-            last = said.read_text("utf-8", "replace").strip().splitlines()[-1:] or [
+            last = log.read_text("utf-8", "replace").strip().splitlines()[-1:] or [
                 "no reason given"
             ]
             raise Unavailable(
-                f"Ray does not start on this machine ({last[0]}): give --address of a cluster that runs"
+                f"cannot start Ray on this machine ({last[0]}): give --address of a running cluster"
             )
         record_file().parent.mkdir(parents=True, exist_ok=True)
         record_file().write_bytes(FORMAT.dump_json(found))
@@ -131,11 +142,12 @@ def start() -> LocalRay:
 
 
 def with_processes(ray: LocalRay, session: int) -> LocalRay:
+    """Returns the local Ray with the processes of its session."""
     return replace(ray, session=session, born=session_processes(session))
 
 
 def end(ray: LocalRay) -> None:
-    """Ends its processes and those that they have started, and nobody else's; returns when they are gone."""
+    """Ends its processes and those that they have started; returns when they are gone."""
     if any(process_birth(pid) == born for pid, born in ray.born.items()):
         members = session_processes(ray.session)
         send_signal(members, signal.SIGTERM)
@@ -149,12 +161,12 @@ def end(ray: LocalRay) -> None:
 
 
 def record_file() -> Path:
-    """Where the one that serves is remembered."""
+    """Returns the file that records the local Ray."""
     return cache_folder() / "local-ray.json"
 
 
 def session_processes(session: int) -> dict[int, int]:
-    """Processes of a session that are alive, each with its birth."""
+    """Returns the start times of the live processes of a session, by process ID."""
     found = {}
     for folder in Path("/proc").iterdir():
         if (
@@ -168,12 +180,13 @@ def session_processes(session: int) -> dict[int, int]:
 
 
 def process_birth(pid: int) -> int | None:
+    """Returns the start time of a live process in clock ticks since boot; None if it is gone."""
     fields = read_stat(pid)
     return int(fields[19]) if fields and fields[0] != "Z" else None
 
 
 def read_stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat from the state on; none where there is no such process."""
+    """Returns the fields of /proc/PID/stat from `state` on; none if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -181,6 +194,7 @@ def read_stat(pid: int) -> list[str]:
 
 
 def send_signal(members: dict[int, int], what: signal.Signals) -> None:
+    """Sends a signal to those processes that are still the same."""
     for pid, born in members.items():
         if process_birth(pid) == born:
             with contextlib.suppress(ProcessLookupError):
@@ -197,7 +211,7 @@ def free_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def join_environment(ray: LocalRay) -> Iterator[None]:
-    """This process may join it inside the block; to be entered before Ray is imported."""
+    """Lets this process join the local Ray. Enter it before Ray is imported."""
     before = {name: os.environ.get(name) for name in ray.environment()}
     os.environ.update(ray.environment())
     try:

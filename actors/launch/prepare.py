@@ -1,4 +1,4 @@
-"""What can be checked before anything is started: folders, tokenizers, lengths."""
+"""Validates models, prompts and lengths before anything is started."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from runtime.target.target import check_prompt
 
 @dataclass(frozen=True, slots=True)
 class CheckedModels:
-    """Of a target: its tokenizer and context; and what should be known of the pairs."""
+    """The target's tokenizer and context length in tokens, and warnings about the pairs."""
 
     tokenizer: PreTrainedTokenizerFast
     context: int
@@ -32,7 +32,10 @@ class PreparedPrompt:
 
 
 def check_models(plan: Deployment) -> CheckedModels:
-    """Raise now what the target, a head or a drafter would raise later of its model: ModelRefused, PairMismatch."""
+    """Validates the target, its heads and its drafters.
+
+    Raises ModelRefused and PairMismatch, as loading the models would.
+    """
     target = plan.target.model
     context, tokenizer = context_length(target), load_tokenizer(target)
     trained = [(head.method, folder) for head in plan.target.heads if (folder := head_folder(head))]
@@ -56,7 +59,10 @@ def check_models(plan: Deployment) -> CheckedModels:
 
 
 def prepare(plan: Deployment, text: str, sampling: SamplingParams) -> PreparedPrompt:
-    """Tokenise. Raises as `check_models`, and InvalidRequest as the target would."""
+    """Tokenizes the prompt.
+
+    Raises as `check_models` does, and InvalidRequest as the target would.
+    """
     found = check_models(plan)
     prompt = tuple(found.tokenizer.encode(text))
     check_prompt(prompt, sampling, len(found.tokenizer), found.context)
@@ -64,7 +70,7 @@ def prepare(plan: Deployment, text: str, sampling: SamplingParams) -> PreparedPr
 
 
 def context_length(model: str) -> int:
-    """Of a model whose folder is in order; its weights are looked at, not read."""
+    """Returns a model's context length in tokens; checks its files without reading the weights."""
     folder = find_folder(model)
     config = read_config(folder, model)
     check_weights(folder, model)

@@ -1,4 +1,4 @@
-"""A running deployment that answers requests: in this process, or as Ray actors reached by gRPC."""
+"""Runs a deployment for one command: in this process, or as Ray actors reached by gRPC."""
 
 import asyncio
 import contextlib
@@ -15,9 +15,9 @@ from runtime.draft.draft_host import DraftHost
 from runtime.model_paths import calibration_file, drafter_calibration_file
 from runtime.telemetry.tracing import Recording
 
-Note = Callable[[str], None]  # told what is being done, for people
-ANSWER_TIMEOUT_S = 5.0  # seconds for the controller's answer
-STOP_TIMEOUT_S = 10.0  # seconds that actors may take to be told
+Note = Callable[[str], None]  # gets a short progress message
+ANSWER_TIMEOUT_S = 5.0  # of the controller
+STOP_TIMEOUT_S = 10.0  # of the controller
 
 
 class Service(Protocol):
@@ -36,9 +36,10 @@ def serving(
     note: Note,
     recordings: list[Recording] | None = None,
 ) -> Iterator[OpenService]:
-    """Start it; what is handed out opens the service on a running event loop. Everything started ends with the block.
+    """Starts the deployment, and ends it with the block.
 
-    `recordings`: to be filled with what target and drafters record, when all is over.
+    Yields a function that opens the service on a running event loop. At the end, `recordings` gets
+    what the target and the drafters have recorded.
     """
     if in_process:
         yield lambda: local_service(deployment, note, recordings)
@@ -51,6 +52,7 @@ def serving(
 async def local_service(
     deployment: Deployment, note: Note, recordings: list[Recording] | None = None
 ) -> AsyncIterator[Service]:
+    """Runs target and drafters in this process."""
     from actors.compose import build_drafter, build_target
 
     record = recordings is not None
@@ -87,7 +89,10 @@ async def local_service(
 
 @contextlib.asynccontextmanager
 async def remote_service(look: PollTargets, tls: TlsConfig | None) -> AsyncIterator[Service]:
-    """A session goes on at the target's next life where it dies."""
+    """Yields a router to the targets.
+
+    If a target dies, its sessions continue on its next life.
+    """
     from actors.routing.router import Router, updated_router
     from actors.rpc.client import GrpcTarget
 
@@ -102,10 +107,11 @@ def ray_deployment(
     note: Note,
     recordings: list[Recording] | None = None,
 ) -> Iterator[PollTargets]:
-    """Controller, targets and drafters on a Ray cluster; what is yielded says which targets are there, and raises Unavailable where it
-    cannot tell.
+    """Runs controller, targets and drafters on a Ray cluster.
 
-    Raises Unavailable where the cluster cannot be reached or started, and what an actor's own start raised.
+    Yields a function that returns the targets, and raises Unavailable if the controller does not
+    answer. Raises Unavailable if the cluster cannot be reached or started, and the error of an
+    actor's start.
     """
     note("joining Ray" if address else "starting Ray")
     drafters = len(deployment.drafters())

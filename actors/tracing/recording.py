@@ -1,4 +1,4 @@
-"""`outrider serve --trace FILE`: what targets and drafters of a service do, from when it is ready until Ctrl-C."""
+"""Records the targets and drafters of a deployment: `outrider serve --trace FILE`."""
 
 import os
 from collections.abc import Callable
@@ -9,11 +9,11 @@ from actors.controller import client
 from actors.tracing.trace_reader import save_trace
 from runtime.core.errors import InvalidRequest
 
-TRACE_TIMEOUT_S = 60.0  # seconds: half an hour of a busy fleet is some hundred megabytes
+TRACE_TIMEOUT_S = 60.0  # half an hour of a busy fleet is some hundred megabytes
 
 
 def check_writable(file: Path) -> None:
-    """Raises InvalidRequest where it could not be written: better before the recording than after it."""
+    """Raises InvalidRequest if the file cannot be written, before anything is recorded."""
     if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
         raise InvalidRequest(
             f"cannot write the trace to {file}: give a file in a folder that exists", "trace"
@@ -21,7 +21,10 @@ def check_writable(file: Path) -> None:
 
 
 def record_until(file: Path, wait: Callable[[], object]) -> None:
-    """Until `wait` is over, or interrupted; the service goes on. Raises Unavailable where the controller is gone by then."""
+    """Records until `wait` returns or is interrupted, and writes the trace; the deployment goes on.
+
+    Raises Unavailable if the controller is gone by then.
+    """
     client.ask_controller("recording", True)
     try:
         with suppress(KeyboardInterrupt):

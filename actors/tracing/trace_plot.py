@@ -1,4 +1,8 @@
-"""A trace drawn: lanes of target and drafters with the messages between them, counters below, one axis of milliseconds."""
+"""Draws a trace.
+
+Lanes show the target and the drafters, with arrows for the messages between them. Counters are
+below. All share one axis of milliseconds.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,18 +25,18 @@ from runtime.telemetry.tracing import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH, LANE, COUNTER, FRAME, DPI = 15.0, 0.75, 0.95, 1.5, 130  # inches, and dots of one
-BAR = 0.25  # half the height of a bar, where lanes are 1 apart
-GAP = 1.5  # from the target's lane to the first drafter's
+WIDTH, LANE, COUNTER, FRAME, DPI = 15.0, 0.75, 0.95, 1.5, 130  # inches; dots per inch
+BAR = 0.25  # half the height of a bar; lanes are 1 apart
+GAP = 1.5  # between the lanes of the target and the first drafter
 TARGETS = {COMPUTE: "#2b6cb0", WAIT: "#f6c445", BOOKKEEPING: "#8a94a3", PREFILL: "#7b4fa6"}
 DRAFTERS = ("#2f9e6e", "#d9722e", "#17a2b8", "#b0568f", "#8c6d31", "#5c6bc0")
 TICK, RETURN, OTHER = "#c0262d", "#30343b", "#b8bec8"
-LABEL = 0.012  # share of the window that a bar must have to carry its number
-MAX_NAME_LENGTH = 22  # characters of a lane's name that are shown
+LABEL = 0.012  # minimum width of a labelled bar, as a share of the window
+MAX_NAME_LENGTH = 22  # longer names of lanes are cut
 
 
 def draw_trace(found: Timeline, window: Interval, file: Path) -> None:
-    """Raises InvalidRequest where the file cannot be written."""
+    """Draws a window of the trace as a PNG. Raises InvalidRequest if it cannot be written."""
     from matplotlib.figure import Figure
 
     lanes, names = list(found.blocks), sorted(found.counts)
@@ -42,7 +46,10 @@ def draw_trace(found: Timeline, window: Interval, file: Path) -> None:
         :, 0
     ]
     run = found.run
-    title = f"{1e3 * window[0]:.0f} to {1e3 * window[1]:.0f} ms of a run that lasts from {1e3 * run[0]:.0f} to {1e3 * run[1]:.0f} ms"
+    title = (
+        f"{1e3 * window[0]:.0f} to {1e3 * window[1]:.0f} ms of a run "
+        f"from {1e3 * run[0]:.0f} to {1e3 * run[1]:.0f} ms"
+    )
     if any(bar.name == COMPUTE for bar in found.blocks.get(TARGET, [])):
         title += " (+n: tokens committed by the step)"
     figure.suptitle(title, fontsize=12, x=0.01, ha="left")
@@ -137,7 +144,7 @@ def draw_lanes(axis: "Axes", found: Timeline, window: Interval, colours: dict[st
 
 
 def lane_heights(found: Timeline) -> Iterator[float]:
-    """Heights of the lanes, from 0 down; there is room for the arrows below the target."""
+    """Yields the heights of the lanes, from 0 down, with space for arrows below the target."""
     y = 0.0
     for lane in found.blocks:
         yield y
@@ -147,7 +154,10 @@ def lane_heights(found: Timeline) -> Iterator[float]:
 def number_steps(
     axis: "Axes", found: Timeline, window: Interval, heights: dict[str, float]
 ) -> None:
-    """The tokens that a step committed, over its bar where the bar is wide enough: accepted ones, and the target's own of each session."""
+    """Labels the bars of steps that are wide enough with the tokens that they committed.
+
+    These are the accepted tokens, and one of the target for each session.
+    """
     for bar in blocks_within(found.blocks.get(TARGET, []), window):
         seen = (max(bar.began, window[0]), min(bar.ended, window[1]))
         if (
@@ -171,7 +181,7 @@ def number_steps(
 def draw_arrows(
     axis: "Axes", arrows: list[Message], heights: dict[str, float], colours: dict[str, str]
 ) -> None:
-    """Lines from the edge of one lane to the edge of the other, each with a head where it is taken in."""
+    """Draws lines from lane to lane, with a head where the message was received."""
     from matplotlib.collections import LineCollection
 
     lines, shades = [], []
@@ -194,7 +204,7 @@ def draw_arrows(
             if (line[1][1] < line[0][1]) is down
         ]
         if ends:
-            # The middle of a marker lies half its height before the edge that it points at.
+            # A marker points at the edge, so its middle is half its height before the edge.
             xs, ys = (
                 [x for (x, _), _ in ends],
                 [y + (0.06 if down else -0.06) for (_, y), _ in ends],

@@ -1,4 +1,4 @@
-"""A trace file read back, and the figures that are drawn from it. Times are seconds since the trace began."""
+"""Reads trace files, and computes statistics of them. Times are seconds since the trace began."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from runtime.telemetry.tracing import COMMIT, COMPUTE, GROWTH, STEP, TARGET, WIR
 
 Time = Annotated[FiniteFloat, Field(ge=0)]  # microseconds
 Interval = tuple[float, float]
-EXCERPT_S = 0.5  # seconds in a picture where no window is given
+EXCERPT_S = 0.5  # length of a picture without a given window
 
 
 class MetadataEvent(BaseModel):
@@ -75,7 +75,7 @@ class Document(BaseModel):
 
 
 class Block(NamedTuple):
-    """Something that a lane did."""
+    """An activity of a lane."""
 
     name: str
     began: float
@@ -84,16 +84,26 @@ class Block(NamedTuple):
 
 
 class Message(NamedTuple):
+    """A message between lanes.
+
+    taken  time of receipt; it is before `sent` if the clocks of two machines disagree
+    """
+
     kind: str
-    source: str  # lanes
+    source: str  # a lane
     sink: str
     sent: float
-    taken: float  # before `sent` where the clocks of two machines disagree
+    taken: float
 
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """`blocks` and `marks` by lane, `counts` by name and process, each list by time; lanes in their order, the wire left out."""
+    """The content of a trace, without the wire.
+
+    blocks  by lane, in order of time; the lanes in their order
+    marks   by lane, in order of time
+    counts  by name and process, in order of time
+    """
 
     blocks: dict[str, list[Block]]
     marks: dict[str, list[tuple[str, float]]]
@@ -108,18 +118,21 @@ class Timeline:
 
     @property
     def bounds(self) -> Interval:
-        """From the first to the last thing that anybody did."""
+        """The interval from the first to the last activity of any lane."""
         return extent([block for lane in self.blocks.values() for block in lane])
 
     @property
     def run(self) -> Interval:
-        """From the first to the last thing that the target did; the bounds where it did nothing."""
+        """The interval from the first to the last activity of the target, else the bounds."""
         own = self.blocks.get(TARGET)
         return extent(own) if own else self.bounds
 
 
 def middle_window(found: Timeline) -> Interval:
-    """Half a second around the middle of the target's steps, which does not fall between two sessions."""
+    """Returns half a second around the middle one of the target's steps.
+
+    The middle in time might fall between two sessions.
+    """
     run = found.run
     steps = [block.began for block in found.blocks.get(TARGET, []) if block.name == COMPUTE] or [
         sum(run) / 2
@@ -133,40 +146,42 @@ def extent(blocks: Sequence[Block]) -> Interval:
 
 
 def save_trace(file: Path, parts: Sequence[Recording]) -> None:
-    """Write the recordings as one trace. Raises InvalidRequest where the file cannot be written."""
+    """Writes the recordings as one trace. Raises InvalidRequest if the file cannot be written."""
     try:
         file.write_text(json.dumps(to_chrome_trace(parts), separators=(",", ":")), "utf-8")
     except OSError as error:
         raise InvalidRequest(
-            f"cannot write the trace to {file} ({error.strerror}): give a file in a folder that exists",
+            f"cannot write the trace to {file} ({error.strerror}): give a file in a folder that "
+            "exists",
             "trace",
         ) from error
 
 
 def read_trace(file: Path) -> Timeline:
-    """Raises InvalidRequest where this is no file, no JSON or no trace of ours, or nothing happens in it."""
+    """Reads a trace file. Raises InvalidRequest if it is unreadable, not a trace, or empty."""
     try:
         document = Document.model_validate_json(file.read_bytes())
     except OSError as error:
         raise InvalidRequest(
-            f"cannot read {file} ({error.strerror}): give a file that `--trace` has written", "file"
+            f"cannot read {file} ({error.strerror}): give a file written by `--trace`", "file"
         ) from error
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         if first["type"] == "json_invalid":
             raise InvalidRequest(
-                f"{file} is not JSON ({first['msg']}): give a file that `--trace` has written",
+                f"{file} is invalid JSON ({first['msg']}): give a file written by `--trace`",
                 "file",
             ) from error
-        where = ".".join(map(str, first["loc"])) or "the whole"
+        where = ".".join(map(str, first["loc"])) or "document"
         raise InvalidRequest(
-            f"{file} is not a trace of {FORMAT} ({where}: {first['msg']}): give a file that `--trace` has written",
+            f"{file} is not a trace of {FORMAT} ({where}: {first['msg']}): give a file written by "
+            "`--trace`",
             "file",
         ) from error
     found = build_timeline(document)
     if not any(found.blocks.values()):
         raise InvalidRequest(
-            f"{file} is an empty trace: neither the target nor a drafter did anything while it was recorded",
+            f"{file} is an empty trace: neither the target nor a drafter was active in it",
             "file",
         )
     return found
@@ -230,7 +245,7 @@ def build_timeline(document: Document) -> Timeline:
 
 @dataclass(frozen=True, slots=True)
 class DelayStats:
-    """Of one kind of message: how many, and the median and the least seconds from sent to taken in (NaN for none)."""
+    """Seconds from sent to received of one kind of message; NaN if there are none."""
 
     count: int
     median: float
@@ -239,11 +254,16 @@ class DelayStats:
 
 @dataclass(frozen=True, slots=True)
 class TraceStats:
-    """Shares of the seconds of one window."""
+    """Shares of the time of one window.
 
-    target: dict[str, float]  # by name of what it did; "other" is the rest
-    drafters: dict[str, float]  # in a step
-    overlap: float  # target in a forward pass and some drafter in a step
+    target    by name of the activity; "other" is the rest
+    drafters  in a step, by drafter
+    overlap   the target in a forward pass and some drafter in a step
+    """
+
+    target: dict[str, float]
+    drafters: dict[str, float]
+    overlap: float
     delays: dict[str, DelayStats]
 
 
@@ -266,7 +286,7 @@ def trace_stats(found: Timeline, window: Interval) -> TraceStats:
 
 
 def busy_intervals(blocks: Iterable[Block], name: str, window: Interval) -> list[Interval]:
-    """When a block of this name was open within the window, as intervals that do not touch."""
+    """Returns when a block of this name was open in the window, as disjoint intervals."""
     clipped = (
         (max(block.began, window[0]), min(block.ended, window[1]))
         for block in blocks
@@ -286,7 +306,7 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def intersection(one: Sequence[Interval], other: Sequence[Interval]) -> list[Interval]:
-    """Where both are open; each as `union` leaves them."""
+    """Returns when both are open; each must be as `union` returns it."""
     found: list[Interval] = []
     i = j = 0
     while i < len(one) and j < len(other):
@@ -305,7 +325,7 @@ def total_length(intervals: Iterable[Interval]) -> float:
 
 
 def delay_stats(messages: Iterable[Message], kind: str, window: Interval) -> DelayStats:
-    """Of the messages sent within the window."""
+    """Returns the delays of the messages sent within the window."""
     delays = [
         message.taken - message.sent
         for message in messages

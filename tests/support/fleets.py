@@ -28,7 +28,7 @@ FLEET = Fleet(
     targets=(
         TargetState("target-0", "10.0.0.1:1", 0, "ready", 3, REPORT, "node"),
         TargetState(
-            "target-1", "", 2, "starting", 0, None, "", 2, "it waits for room in the cluster"
+            "target-1", "", 2, "starting", 0, None, "", 2, "waits for free resources in the cluster"
         ),
     ),
     drafters=(

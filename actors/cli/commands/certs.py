@@ -1,4 +1,4 @@
-"""`outrider certs`: certificates for one deployment, made once and laid on its nodes."""
+"""`outrider certs`: creates the TLS certificates of a deployment."""
 
 import datetime
 import os
@@ -17,47 +17,46 @@ HOST = re.compile(r"[A-Za-z0-9:*][A-Za-z0-9:.*-]{0,252}")
 HTTPS = "https"
 
 INSTRUCTIONS = """\
-{count} files in {folder}, valid until {until}. Into the deployment file:
+Created {count} files in {folder}, valid until {until}. Add to the deployment file:
 
 security:
   tls: {{ca: {folder}/ca.pem, cert: "{folder}/{{role}}.pem", key: "{folder}/{{role}}-key.pem"}}
 gateway:
   tls: {{ca: {folder}/ca.pem, cert: {folder}/https.pem, key: {folder}/https-key.pem}}
 
-Copy them to the same path on every node; one that hosts drafters alone needs ca.pem and the two files of the drafter. HTTPS clients
-trust the gateway by ca.pem. The authority's key was not kept, so that nobody can sign with it: to renew, make a new folder.
+Copy the files to the same path on every node. A node with drafters only needs ca.pem and the two
+files of the drafter. HTTPS clients verify the gateway with ca.pem. The key of the authority was not
+saved, so nobody can sign with it; to renew the certificates, create a new folder.
 """
 
 
 def certs(
-    folder: Annotated[
-        Path, typer.Argument(help="where to put them; must not exist yet, or be empty")
-    ],
-    days: Annotated[int, typer.Option(help="how long they are valid")] = 365,
+    folder: Annotated[Path, typer.Argument(help="new or empty folder for the certificates")],
+    days: Annotated[int, typer.Option(help="days of validity")] = 365,
     name: Annotated[
-        str, typer.Option(help="of the deployment, for people who read a certificate")
+        str, typer.Option(help="name of the deployment in the certificates")
     ] = "outrider",
     host: Annotated[
         list[str] | None,
-        typer.Option(
-            help="name or IP address that HTTPS clients reach the gateway at; may be repeated"
-        ),
+        typer.Option(help="host name or IP address of the gateway for HTTPS clients (repeatable)"),
     ] = None,
 ) -> None:
-    """Make a certificate authority, a certificate for each role of actors, and one for the gateway's HTTPS."""
-    from actors.rpc.certificate_authority import CertificateAuthority  # grpc: `--help` needs none
+    """Create a certificate authority and certificates for each role and the gateway's HTTPS."""
+    from actors.rpc.certificate_authority import CertificateAuthority  # grpc is slow to import
 
     check_int("days", days, 1, 3650)
     if not NAME.fullmatch(name):
         raise InvalidRequest(
-            f"name {name[:64]!r} is not allowed: give up to 41 lower-case letters, digits, dots and dashes",
+            f"name {name[:64]!r} is invalid: give up to 41 lower-case letters, digits, dots and "
+            "dashes",
             "name",
         )
     hosts = host or ["localhost", "127.0.0.1", "::1"]
     for given in hosts:
         if not HOST.fullmatch(given):
             raise InvalidRequest(
-                f"host {given[:64]!r} is neither a name nor an IP address: give what clients write into the URL",
+                f"host {given[:64]!r} is not a host name or IP address: give the host in the URL "
+                "of clients",
                 "host",
             )
     authority = CertificateAuthority(name, datetime.datetime.now(datetime.UTC), days)
@@ -72,12 +71,15 @@ def certs(
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Readable for their owner alone. Raises InvalidRequest where there is something already: nothing is overwritten."""
+    """Writes files that only their owner can read.
+
+    Raises InvalidRequest if the folder is not empty: nothing is overwritten.
+    """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise InvalidRequest(
-                f"{folder} is not empty: give a new folder, certificates in use are not overwritten",
+                f"{folder} is not empty: give a new folder, since certificates are not overwritten",
                 "folder",
             )
         folder.chmod(0o700)
@@ -88,5 +90,5 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
                 file.write(content)
     except OSError as error:
         raise InvalidRequest(
-            f"{folder} cannot be written ({error.strerror}): give another folder", "folder"
+            f"cannot write {folder} ({error.strerror}): give another folder", "folder"
         ) from error

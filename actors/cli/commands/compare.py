@@ -1,4 +1,4 @@
-"""`outrider compare`: two pools of drafters on the same sessions."""
+"""`outrider compare`: compares two pools of drafters on the same sessions."""
 
 import json
 import sys
@@ -33,11 +33,11 @@ MAX_SECONDS = 86_400.0
 def compare(
     first: Annotated[str, typer.Argument(metavar="POOL_A")],
     second: Annotated[str, typer.Argument(metavar="POOL_B")],
-    seconds: Annotated[float, typer.Option(help="how long to watch")] = 10.0,
+    seconds: Annotated[float, typer.Option(help="seconds to watch")] = 10.0,
     address: Address = None,
     as_json: Json = False,
 ) -> None:
-    """Accepted tokens, acceptance and lag of two pools while both work on the same sessions: those of the next seconds."""
+    """Compare accepted tokens, acceptance and lag of two pools on the same sessions."""
     check_range("seconds", seconds, 0.1, MAX_SECONDS)
     with Progress(quiet=as_json) as progress, join_cluster(address):
         before = client.fetch_fleet()
@@ -53,7 +53,7 @@ def compare(
 
 
 def pool_guesses(before: Fleet, now: Fleet, pool: str) -> GuessTotals:
-    """What the drafters of a pool have brought between the two looks, to targets that were there at both."""
+    """Returns the guesses of a pool between two snapshots, on targets that are in both."""
     last = {life_key(target): target.report for target in before.targets}
     names = {drafter.name for drafter in (*before.drafters, *now.drafters) if drafter.pool == pool}
     found = []
@@ -70,7 +70,7 @@ def pool_guesses(before: Fleet, now: Fleet, pool: str) -> GuessTotals:
 
 
 def guesses_since(before: GuessReport, now: GuessReport) -> GuessReport:
-    """Counters of the time between; those of a drafter that has begun anew count from there."""
+    """Returns the counters since `before`; all of `now` if the drafter has restarted."""
     begun = (
         before
         if before.proposed <= now.proposed and before.accepted <= now.accepted

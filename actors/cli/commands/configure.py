@@ -1,4 +1,4 @@
-"""`outrider config`: a commented deployment file, and whether a given one is right."""
+"""`outrider config`: checks a deployment file, or prints an example."""
 
 import sys
 from pathlib import Path
@@ -14,13 +14,13 @@ EXAMPLE = Path(__file__).with_name("example.yaml")
 
 
 def configure(
-    file: Annotated[Path | None, typer.Argument(help="deployment file to be checked")] = None,
+    file: Annotated[Path | None, typer.Argument(help="deployment file to check")] = None,
     example: Annotated[
-        bool, typer.Option("--example", help="print a commented one that names every field")
+        bool, typer.Option("--example", help="print a commented example with every field")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check a deployment file, or print an example of one."""
+    """Check a deployment file, or print an example."""
     if (file is not None) == example:
         raise InvalidRequest("give either a deployment file or --example", "file")
     if file is None:
@@ -37,5 +37,6 @@ def configure(
             or "none"
         )
         sys.stdout.write(
-            f"{file} is right: target {plan.target.model}, {plan.target.replicas} replicas; pools: {pools}\n"
+            f"{file} is valid: target {plan.target.model}, {plan.target.replicas} replicas; "
+            f"pools: {pools}\n"
         )

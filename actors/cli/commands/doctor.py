@@ -1,4 +1,4 @@
-"""`outrider doctor`: does this pair fit, and what is to be expected of it?"""
+"""`outrider doctor`: checks a pair of models, and estimates its speed-up."""
 
 import time
 from typing import Annotated
@@ -32,8 +32,11 @@ def doctor(
     ] = Dtype.auto,
     temperature: float = 0.0,
 ) -> None:
-    """Say whether target and draft fit, how long their steps take, and what speed-up that allows. One thread each."""
-    # torch and transformers: `--help` needs neither
+    """Check whether target and draft match, time their steps, and estimate the speed-up.
+
+    Each model uses one thread.
+    """
+    # torch and transformers are slow to import
     from actors.launch.prepare import context_length
     from runtime.models.acceptance import RANKS, acceptance
     from runtime.models.loader import load_model, load_tokenizer
@@ -57,28 +60,29 @@ def doctor(
         sampling = SamplingParams(temperature=temperature, max_tokens=min(64, contexts[0] // 2))
         rates = acceptance(large, small, prompts, sampling, frozenset())
     console.print(
-        f"The pair fits: {len(tokenizer)} tokens in both vocabularies, context {contexts[0]} and {contexts[1]}."
+        f"The pair matches: {len(tokenizer)} tokens in both vocabularies, "
+        f"context {contexts[0]} and {contexts[1]}."
     )
     for warning in warnings:
         console.print(f"note: {warning}", style="yellow")
     console.print(steps_table(large_times, small_times))
     console.print("acceptance  " + "  ".join(f"first {rank}: {rates[rank]:.2f}" for rank in RANKS))
     ratio = large_times[1] / small_times[1]
+    console.print(f"c = T/t     {ratio:.1f}: the speed-up cannot exceed {1 + ratio:.1f}")
     console.print(
-        f"c = T/t     {ratio:.1f}: no drafter of this kind can bring more than {1 + ratio:.1f} times"
-    )
-    console.print(
-        f"to expect   {expected_speedup(rates, large_times, small_times):.1f} times, if target and draft have a device each"
+        f"expected    {expected_speedup(rates, large_times, small_times):.1f} times, with a device "
+        "each"
     )
 
 
 def expected_speedup(
     rates: dict[int, float], large: dict[int, float], small: dict[int, float]
 ) -> float:
-    """Speed-up over plain decoding, by a rule of thumb.
+    """Estimates the speed-up over plain decoding by a rule of thumb.
 
-    While a step of n rows runs, the draft gets T(n)/t(4) levels of four children each further; a level is passed with the
-    rate of rank 4 at the first, where siblings hedge, and of rank 2 below. Whatever n promises most is taken.
+    While a step of n rows runs, the draft grows by T(n)/t(4) levels of four children each. The
+    target accepts the first level at the rate of rank 4, since siblings hedge, and each level below
+    at the rate of rank 2. The best n counts.
     """
     best = 1.0
     for width in ROW_COUNTS[1:]:
@@ -90,7 +94,7 @@ def expected_speedup(
 
 def steps_table(large: dict[int, float], small: dict[int, float]) -> Table:
     found = Table(
-        title="milliseconds of a step", title_justify="left", box=None, padding=(0, 2, 0, 0)
+        title="milliseconds per step", title_justify="left", box=None, padding=(0, 2, 0, 0)
     )
     found.add_column("rows")
     for width in ROW_COUNTS:

@@ -1,4 +1,4 @@
-"""`outrider down`: the end of what `outrider serve` has started."""
+"""`outrider down`: ends the deployment of `outrider serve`."""
 
 import json
 import sys
@@ -12,7 +12,10 @@ from runtime.core.errors import OutriderError
 
 
 def down(address: Address = None, as_json: Json = False) -> None:
-    """End the deployment, and the local Ray where `outrider serve` has started one. Requests under way end."""
+    """End the deployment, and the local Ray if `outrider serve` has started one.
+
+    Running requests are aborted.
+    """
     with Progress(quiet=as_json) as progress:
         progress.note("ending targets, drafters and gateways")
         try:
@@ -21,7 +24,7 @@ def down(address: Address = None, as_json: Json = False) -> None:
         except OutriderError:
             if chosen_address(address) or (local := local_ray.find()) is None:
                 raise
-        if local is not None:  # also where it does not answer, or holds no deployment
+        if local is not None:  # even if it does not answer, or has no deployment
             progress.note("ending Ray")
             local_ray.end(local)
     if as_json:

@@ -1,4 +1,4 @@
-"""`outrider drain`: one actor less, without losing a session."""
+"""`outrider drain`: removes one actor without losing a session."""
 
 import json
 import sys
@@ -13,19 +13,19 @@ from actors.controller import client
 from actors.controller.fleet_view import Fleet
 from actors.launch.cluster import join_cluster
 
-POLL_PERIOD_S = 0.2  # seconds between two looks
+POLL_PERIOD_S = 0.2
 
 
 def drain(
-    actor: Annotated[
-        str, typer.Argument(help="name of a target or a drafter, as `outrider status` shows it")
-    ],
+    actor: Annotated[str, typer.Argument(help="name of a target or drafter in `outrider status`")],
     address: Address = None,
     as_json: Json = False,
 ) -> None:
-    """Let an actor finish what it has, give it nothing new, and end it; return when it has gone. There is one fewer of its kind then.
+    """Drain an actor and remove it; return when it has ended.
 
-    Ctrl-C ends the waiting, not the wish.
+    The count of its role is reduced by one.
+
+    Ctrl-C stops waiting; the actor is drained nevertheless.
     """
     with Progress(quiet=as_json) as progress, join_cluster(address):
         fleet: Fleet = client.ask_controller("drain", actor)
@@ -38,7 +38,7 @@ def drain(
 
 
 def sessions_left(fleet: Fleet, name: str) -> int | None:
-    """Of the actor of that name while it is draining; None once it has gone."""
+    """Returns the sessions of a draining actor; None once it has ended."""
     targets = {
         target.name: target.sessions for target in fleet.targets if target.state == "draining"
     }

@@ -1,4 +1,4 @@
-"""`outrider generate`: one prompt in, the target's exact tokens out."""
+"""`outrider generate`: continues one prompt."""
 
 import asyncio
 import json
@@ -44,22 +44,20 @@ FILE_OPTIONS = ("target", "draft", "drafters", "dtype", "device", "schedule")
 def generate(
     context: typer.Context,
     target: Annotated[
-        str | None, typer.Option(help="model name or folder; default: the one that ships")
+        str | None, typer.Option(help="model name or folder; default: the bundled one")
     ] = None,
     draft: Annotated[
         list[str] | None,
-        typer.Option(
-            help="draft model, method or head (repeatable); default: the model that ships"
-        ),
+        typer.Option(help="draft model, method or head (repeatable); default: the bundled model"),
     ] = None,
-    drafters: Annotated[int, typer.Option(help="actors for each --draft")] = 1,
-    prompt: Annotated[str | None, typer.Option(help="the text to continue")] = None,
+    drafters: Annotated[int, typer.Option(help="drafters for each --draft")] = 1,
+    prompt: Annotated[str | None, typer.Option(help="text to continue")] = None,
     prompt_file: Annotated[
-        str | None, typer.Option(help="read it from a file; - for standard input")
+        str | None, typer.Option(help="file with the text to continue; - for standard input")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="at most so many new tokens")] = 128,
-    min_tokens: Annotated[int, typer.Option(help="no end before so many")] = 0,
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="maximum of new tokens")] = 128,
+    min_tokens: Annotated[int, typer.Option(help="minimum of new tokens")] = 0,
+    temperature: Annotated[float, typer.Option(help="0: greedy")] = 0.0,
     top_p: float = 1.0,
     top_k: Annotated[int, typer.Option(help="0: all")] = 0,
     min_p: float = 0.0,
@@ -67,46 +65,45 @@ def generate(
     presence_penalty: float = 0.0,
     frequency_penalty: float = 0.0,
     seed: Annotated[
-        int | None, typer.Option(help="same seed, same tokens; default: drawn, and reported")
+        int | None,
+        typer.Option(help="makes the output reproducible; default: random, and reported"),
     ] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="end before this text (repeatable)")
+        list[str] | None, typer.Option(help="stop before this text (repeatable)")
     ] = None,
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="go on after the end-of-text token")
+        bool, typer.Option("--ignore-eos", help="continue after the end-of-text token")
     ] = False,
     dtype: Annotated[
-        Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's own on CUDA")
+        Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's dtype on CUDA")
     ] = Dtype.auto,
     device: Device = Device.auto,
-    speculation: Annotated[Switch, typer.Option(help="off: the target alone")] = Switch.on,
+    speculation: Annotated[Switch, typer.Option(help="off: target alone")] = Switch.on,
     schedule: Annotated[
-        Schedule, typer.Option(help="when the target verifies what; the others are for comparison")
+        Schedule, typer.Option(help="scheduler of the target; all but living are for comparison")
     ] = Schedule.living,
     trace: Annotated[
         Path | None,
-        typer.Option(help="record what happens when: for `outrider trace` and ui.perfetto.dev"),
+        typer.Option(help="write a trace file for `outrider trace` and ui.perfetto.dev"),
     ] = None,
     deployment: Annotated[
         Path | None,
-        typer.Option(
-            help="YAML file with models, schedule and placement, instead of their options"
-        ),
+        typer.Option(help="YAML file with models, schedule and placement, in place of options"),
     ] = None,
     address: Annotated[
         str | None,
         typer.Option(
-            help="a Ray cluster, e.g. auto or ray://host:10001; default: start a local one"
+            help="Ray cluster, such as auto or ray://host:10001; default: a new local one"
         ),
     ] = None,
     in_process: Annotated[
-        bool, typer.Option("--in-process", help="the same code without Ray and sockets")
+        bool, typer.Option("--in-process", help="run the same code without Ray and sockets")
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="one JSON object on standard output, nothing else")
+        bool, typer.Option("--json", help="print only a JSON object on standard output")
     ] = False,
 ) -> None:
-    """Continue a prompt. At a terminal, drafted tokens are green and the target's own white."""
+    """Continue a prompt. At a terminal, tokens of drafters are green, the target's are white."""
     sampling = SamplingParams(
         temperature=temperature,
         top_k=top_k,
@@ -136,9 +133,7 @@ def generate(
     else:
         refuse_with_file(context, str(deployment), *FILE_OPTIONS)
         plan = config.load_deployment(deployment)
-    from actors.launch.prepare import (
-        prepare,
-    )  # torch and transformers: `--help` and a wrong flag need neither
+    from actors.launch.prepare import prepare  # torch and transformers are slow to import
 
     prepared = prepare(plan, prompt_text(prompt, prompt_file), sampling)
     request = Request(uuid.uuid4().hex, prepared.prompt, sampling, speculation=wanted)
@@ -160,17 +155,20 @@ def generate(
 
 
 async def run_request(opener: OpenService, request: Request, stream: Stream) -> Chunk:
-    """All pieces to the stream; returns the last."""
+    """Shows all chunks; returns the last."""
     async with opener() as service:
         async for chunk in service.generate(request):
             stream.show(chunk)
             if chunk.finish_reason is not None:
                 return chunk
-    raise Unavailable("the target ended the stream without a reason: see its log")
+    raise Unavailable("the target ended the stream without a finish reason: see its log")
 
 
 def prompt_text(prompt: str | None, prompt_file: str | None) -> str:
-    """The one prompt that was given. Raises InvalidRequest for none, two, an unreadable one, an empty one."""
+    """Returns the prompt.
+
+    Raises InvalidRequest unless exactly one readable, non-empty one is given.
+    """
     if (prompt is None) == (prompt_file is None):
         raise InvalidRequest(
             "give exactly one of --prompt TEXT and --prompt-file FILE (or - for standard input)",

@@ -1,4 +1,4 @@
-"""`outrider jobs`: which batch jobs there are and how far they are; one of them followed to its end, or cancelled."""
+"""`outrider jobs`: lists, follows and cancels batch jobs."""
 
 import json
 import sys
@@ -14,26 +14,24 @@ from actors.cli.views.job_view import JobProgress
 from actors.jobs.registry import JobStatus, cancel_job, find_job, list_jobs, read_status
 from runtime.core.errors import InvalidRequest
 
-POLL_PERIOD_S = 1.0  # seconds between two looks
+POLL_PERIOD_S = 1.0
 
 
 def jobs(
     job: Annotated[
-        str | None, typer.Argument(help="follow this one until it ends or stops; default: list all")
+        str | None, typer.Argument(help="job to follow until it ends or stops; default: list all")
     ] = None,
     cancelled: Annotated[
         bool,
-        typer.Option(
-            "--cancel", help="make whoever works on it leave it; submitted again it goes on"
-        ),
+        typer.Option("--cancel", help="cancel the job; submitting it again resumes it"),
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="one JSON object a line on standard output, as it is now")
+        bool, typer.Option("--json", help="print the current state as one JSON object per line")
     ] = False,
 ) -> None:
-    """Batch jobs of this user on this machine, detached ones too."""
+    """List the batch jobs of this user on this machine, including detached ones."""
     if cancelled and job is None:
-        raise InvalidRequest("--cancel without a job: say which", "job")
+        raise InvalidRequest("--cancel without a job: give its ID", "job")
     found = list_jobs() if job is None else [cancel_job(job) if cancelled else find_job(job)]
     if as_json:
         sys.stdout.writelines(json.dumps(job_json(one)) + "\n" for one in found)
@@ -51,8 +49,8 @@ def follow_job(one: JobStatus) -> None:
             one = read_status(one.file) or one
             bar.show(one.totals)
     totals = one.totals
-    line = f"{one.record.id} {one.state}: {totals.done} of {totals.items} items, {totals.failed} of them failed: {one.record.output}"
-    sys.stdout.write(f"{line}\n")
+    done = f"{totals.done} of {totals.items} items, {totals.failed} of them failed"
+    sys.stdout.write(f"{one.record.id} {one.state}: {done}: {one.record.output}\n")
 
 
 def job_json(one: JobStatus) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`outrider logs`: what an actor has written, on whichever node it is or was."""
+"""`outrider logs`: shows the log of an actor from any node."""
 
 import json
 import sys
@@ -14,22 +14,23 @@ from runtime.core.errors import InvalidRequest, Unavailable
 from runtime.core.sampling_params import check_int
 
 MAX_LINES = 100_000
-READ_TIMEOUT_S = 10.0  # seconds for the node to answer
-RAY_PREFIXES = (":job_id:", ":actor_name:", ":task_name:")  # lines that Ray writes for itself
+READ_TIMEOUT_S = 10.0  # for the node to answer
+RAY_PREFIXES = (":job_id:", ":actor_name:", ":task_name:")  # of lines for Ray itself
 
 
 def logs(
     actor: Annotated[
         str,
-        typer.Argument(
-            help="name of a target or a drafter as in `outrider status`, gateway-0, or controller"
-        ),
+        typer.Argument(help="target or drafter in `outrider status`, or gateway-0, or controller"),
     ] = "controller",
-    lines: Annotated[int, typer.Option(help="the last so many")] = 100,
+    lines: Annotated[int, typer.Option(help="maximum of lines, the last ones")] = 100,
     address: Address = None,
     as_json: Json = False,
 ) -> None:
-    """Show the log of an actor; of its last life where it is lost. There are no prompts, outputs and keys in it."""
+    """Show the log of an actor, of its last life if it is lost.
+
+    Logs contain no prompts, outputs or keys.
+    """
     check_int("lines", lines, 1, MAX_LINES)
     with join_cluster(address):
         text = read_log(actor, lines)
@@ -41,11 +42,14 @@ def logs(
 
 
 def read_log(actor: str, lines: int) -> list[str]:
-    """Raises InvalidRequest for an actor that was never there, Unavailable where its node has gone."""
+    """Returns the last lines of a log.
+
+    Raises InvalidRequest if the actor is unknown, and Unavailable if its node is gone.
+    """
     import ray
-    from ray._private.state import (
-        actors,
-    )  # the public API asks the dashboard, which clusters may not have
+
+    # The public API needs the dashboard, which a cluster may lack.
+    from ray._private.state import actors
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -55,9 +59,7 @@ def read_log(actor: str, lines: int) -> list[str]:
         if is_life_of(str(entry["Name"]), actor) and entry["Pid"]
     ]
     if not found:
-        raise InvalidRequest(
-            f"there is no actor {actor!r} with a log: see `outrider status`", "actor"
-        )
+        raise InvalidRequest(f"unknown actor {actor!r}: see `outrider status`", "actor")
     last: dict[str, Any] = max(found, key=lambda entry: int(entry["StartTime"]))
     there = NodeAffinitySchedulingStrategy(last["Address"]["NodeID"], soft=False)
     task = ray.remote(tail).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
@@ -65,19 +67,19 @@ def read_log(actor: str, lines: int) -> list[str]:
         text: list[str] = ray.get(task.remote(last["Pid"], lines), timeout=READ_TIMEOUT_S)
     except RayError as error:
         raise Unavailable(
-            f"the node of {actor} does not answer: its log is lost with it"
+            f"the node of {actor} does not answer, so its log cannot be read"
         ) from error
     return text
 
 
 def is_life_of(name: str, actor: str) -> bool:
-    """Whether an actor of that name in the cluster is, or was, the one that is meant."""
+    """Tells whether an actor's name in the cluster belongs to a life of `actor`."""
     stem, _, incarnation = name.rpartition("-")
     return name == actor or (stem == actor and incarnation.isdecimal())
 
 
 def tail(pid: int, lines: int) -> list[str]:
-    """On the node of that process: the end of what it has written, standard output before standard error."""
+    """Returns the last lines of a process on this node, standard error after standard output."""
     import ray
 
     context = ray.get_runtime_context()

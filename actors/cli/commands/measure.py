@@ -1,4 +1,4 @@
-"""What `outrider plan` measures of models when it is given no figures: step times, and guesses on the target's own texts."""
+"""Measures models for `outrider plan`: step times, and guesses on the target's own texts."""
 
 import os
 import time
@@ -19,8 +19,8 @@ from runtime.sim.pair_profile import PairProfile, positions
 from runtime.sim.replayed_head import HeadProfile
 
 PROFILE_ROW_COUNTS = (1, 2, 4, 8, 16, 17, 32, 33, 64)  # rows; kernels work in tiles of 16
-BATCH_TEXTS = 8  # of a pass over several
-MAX_TOKENS = 96  # of the target's text for each prompt
+BATCH_TEXTS = 8  # in a batched pass
+MAX_TOKENS = 96  # generated for each prompt
 
 
 def measure_models(
@@ -32,10 +32,11 @@ def measure_models(
     rtt: float,
     note: Callable[[str], None],
 ) -> tuple[list[PairProfile], list[HeadProfile], list[str]]:
-    """Figures for each drafter beside that target, and of each head on it, one thread each; and what should be known of the pairs. `note`
-    is told what is being done.
+    """Measures each drafter with the target, and each head on it, with one thread each.
 
-    Raises PairMismatch or ModelRefused for models that cannot be used together.
+    Returns the drafters' profiles (`rtt` in seconds), the heads' figures, and warnings about the
+    pairs. `note` gets progress messages. Raises PairMismatch or ModelRefused if models cannot be
+    used together.
     """
     note("loading models")
     tokenizer, context = load_tokenizer(target), context_length(target)
@@ -88,7 +89,10 @@ def measure_draft(
     answers: Sequence[TargetAnswer],
     sampling: SamplingParams,
 ) -> dict[str, object]:
-    """Its t(w) and its guesses. A method that is not simply a model is asked place by place."""
+    """Returns the draft's step times by rows, in seconds, and its guesses.
+
+    Methods other than models are asked at each place of the texts.
+    """
     if drafter.method in ("model", "layer-skip"):
         layers = drafter.layers if drafter.method == "layer-skip" else None
         small = load_model(drafter.model or target, dtype, threads=1, layers=layers)

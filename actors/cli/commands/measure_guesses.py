@@ -1,4 +1,4 @@
-"""What `outrider plan` measures of heads, and of drafters without a model, along the target's own texts."""
+"""Measures heads, and drafters without a model, along the target's own texts."""
 
 import statistics
 import time
@@ -21,16 +21,19 @@ from runtime.sim.draft_samples import RankedScores
 from runtime.sim.pair_profile import Position
 from runtime.sim.replayed_head import HeadProfile, head_step
 
-TargetAnswer = tuple[Sequence[int], Sequence[int]]  # prompt, and what the target said
-NO_GUESS_LOGPROB = -14.0  # log of the chance of what stands for no guess
-LEAF_COUNTS = (4, 16)  # leaves of a pass, beside one
+TargetAnswer = tuple[Sequence[int], Sequence[int]]  # prompt and output of the target
+NO_GUESS_LOGPROB = -14.0  # stands for no guess
+LEAF_COUNTS = (4, 16)  # of a pass, in addition to one
 REPEATS = 8
 
 
 def measure_head(
     name: str, head: Head, model: HFModel, answers: Sequence[TargetAnswer], sampling: SamplingParams
 ) -> HeadProfile:
-    """It looks at steps of plain decoding along the answers. Each pass is made without it and then with it: the difference is its price."""
+    """Measures a head in steps of plain decoding along the answers.
+
+    Each pass runs without the head and then with it; the difference is its cost.
+    """
     steps: list[tuple[RankedScores, ...]] = []
     without, passes, own = [], [], []
     for number, (prompt, output) in enumerate(answers):
@@ -78,7 +81,7 @@ def measure_head(
 def measure_drafter(
     drafter: Drafter, answers: Sequence[TargetAnswer], sampling: SamplingParams
 ) -> tuple[dict[int, float], tuple[Position, ...]]:
-    """Seconds (median) of a pass by the number of leaves that it guesses below, and the guesses at each place of the answers."""
+    """Returns the median seconds of a pass by leaves, and the guesses at each place."""
     seconds, found = [], []
     for number, (prompt, output) in enumerate(answers):
         for place in range(len(output)):
@@ -97,7 +100,7 @@ def measure_drafter(
 
 
 def timed_expand(drafter: Drafter, request: ExpandRequest) -> tuple[DraftNodes, float]:
-    """Its answer, and the seconds of the pass that gave it: those before may have read the text."""
+    """Returns the guesses, and the seconds of their pass without passes that read the text."""
     while True:
         began = time.monotonic()
         (guessed,) = drafter.expand([request])
@@ -108,7 +111,7 @@ def timed_expand(drafter: Drafter, request: ExpandRequest) -> tuple[DraftNodes, 
 def expand_seconds(
     drafter: Drafter, answer: TargetAnswer, sampling: SamplingParams, width: int
 ) -> float:
-    """Seconds (median) of a pass that guesses below so many children of a text's last token."""
+    """Returns the median seconds of a pass below `width` children of a text's last token."""
     prompt, output = answer
     seconds = []
     for place in range(min(REPEATS, len(output))):
@@ -125,13 +128,16 @@ def expand_seconds(
 
 
 def rank_positions(guessed: DraftNodes, text: Sequence[int]) -> list[Position]:
-    """The guesses of a pass for one leaf, place by place, each behind the best of the one before; the target goes on with `text`."""
+    """Returns the guesses of a pass for one leaf, by place.
+
+    Each place is below the best guess of the one before. `text` is the target's continuation.
+    """
     found: list[Position] = []
     siblings, right = np.arange(len(guessed.tokens))[guessed.levels()[0]], True
     while len(siblings):
         best = siblings[np.argsort(-guessed.scores[siblings], kind="stable")]
-        told = text[len(found) : len(found) + 1] if right else ()
-        ranks = np.flatnonzero(np.isin(guessed.tokens[best], told)).tolist()
+        actual = text[len(found) : len(found) + 1] if right else ()
+        ranks = np.flatnonzero(np.isin(guessed.tokens[best], actual)).tolist()
         scores = tuple(np.minimum(guessed.scores[best].astype(float), 0.0).tolist())
         found.append(Position(rank=ranks[0] if ranks else None, scores=scores))
         right = found[-1].rank == 0
@@ -140,6 +146,6 @@ def rank_positions(guessed: DraftNodes, text: Sequence[int]) -> list[Position]:
 
 
 def new_text(number: int, tokens: Tokens, prompt: Sequence[int], sampling: SamplingParams) -> Text:
-    """A text with no guesses yet."""
+    """Returns a text without guesses."""
     tree = TokenTree(text_key(tokens), tokens[-1], limits.TREE_NODES, limits.TREE_DEPTH)
     return Text(str(number), tokens, len(prompt), sampling, tree)

@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
-ADDRESS = "a Ray cluster, e.g. auto or ray://host:10001; default: RAY_ADDRESS, else the local one that `outrider serve` has started"
+ADDRESS = (
+    "Ray cluster, such as auto or ray://host:10001; "
+    "default: RAY_ADDRESS, else the local one of `outrider serve`"
+)
 
 Address = Annotated[str | None, typer.Option(help=ADDRESS)]
-Json = Annotated[
-    bool, typer.Option("--json", help="one JSON object on standard output, nothing else")
-]
+Json = Annotated[bool, typer.Option("--json", help="print only a JSON object on standard output")]
 
 
 class Dtype(StrEnum):

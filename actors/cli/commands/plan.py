@@ -1,4 +1,4 @@
-"""`outrider plan`: how fast each schedule would be, with how many drafters, at what distance, under what load; by simulation."""
+"""`outrider plan`: forecasts the speed of schedules by simulation."""
 
 import json
 import os
@@ -28,59 +28,59 @@ from runtime.sim.replayed_head import HeadProfile
 from runtime.sim.sweep import Job
 
 MAX_SESSIONS, MAX_TARGETS = 10_000, 64
-MAX_RTT_MS = 10_000.0  # milliseconds
+MAX_RTT_MS = 10_000.0
 DEFAULT_RTT_MS = 1.0
 SCHEDULES_GROUP = "schedules"
 
 
 def plan(
     target: Annotated[
-        str | None, typer.Option(help="model name or folder; default: the one that ships")
+        str | None, typer.Option(help="model name or folder; default: the bundled one")
     ] = None,
     draft: Annotated[
         list[str] | None,
         typer.Option(
-            help="model, drafting method or head, as for generate; several are compared; default: the model that ships"
+            help="model, method or head as for generate (repeatable); default: the bundled model"
         ),
     ] = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's own on CUDA")
+        Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's dtype on CUDA")
     ] = Dtype.auto,
     temperature: float = 0.0,
     measured: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="figures in place of models, as --save writes them; several are compared"
-        ),
+        typer.Option(help="file written by --save, in place of models (repeatable)"),
     ] = None,
     save: Annotated[
-        Path | None, typer.Option(help="write the figures of one pair into this file")
+        Path | None, typer.Option(help="write the measurements of one pair to this file")
     ] = None,
     rtt: Annotated[
         float | None,
-        typer.Option(
-            help="milliseconds from target to drafter and back; default: 1, or what the figures say"
-        ),
+        typer.Option(help="round trip to the drafters in milliseconds; default: 1, or as measured"),
     ] = None,
-    sessions: Annotated[int, typer.Option(help="at a time")] = 1,
+    sessions: Annotated[int, typer.Option(help="concurrent sessions")] = 1,
     drafters: int = 1,
     targets: Annotated[
-        int, typer.Option(help="sessions are divided among them, drafters serve all")
+        int, typer.Option(help="targets that share the sessions; drafters serve all")
     ] = 1,
     schedule: Annotated[
-        list[str] | None, typer.Option(help=f"of {', '.join(sweep.SCHEDULES)}; default: all")
+        list[str] | None,
+        typer.Option(help=f"{', '.join(sweep.SCHEDULES)} (repeatable); default: all"),
     ] = None,
-    png: Annotated[Path | None, typer.Option(help="draw the forecast into this file")] = None,
+    png: Annotated[Path | None, typer.Option(help="draw the forecast as a PNG")] = None,
     as_object: Annotated[
-        bool, typer.Option("--json", help="one JSON object in place of tables")
+        bool, typer.Option("--json", help="print a JSON object in place of tables")
     ] = False,
 ) -> None:
-    """Forecast tokens per second of each schedule from measured step times and guesses: the runtime itself, on a virtual clock."""
+    """Forecast tokens per second for each schedule.
+
+    The runtime itself runs on a virtual clock, with measured step times and guesses.
+    """
     names = tuple(dict.fromkeys(schedule or sweep.SCHEDULES))
     setting = check_setting(names, sessions, drafters, targets, rtt, temperature)
     if measured and (target or draft):
         raise InvalidRequest(
-            "--measured stands in place of models: give either figures or --target and --draft",
+            "--measured replaces models: give either --measured, or --target and --draft",
             "measured",
         )
     errors = Console(stderr=True, highlight=False)
@@ -119,11 +119,11 @@ def check_setting(
     rtt: float | None,
     temperature: float,
 ) -> Setting:
-    """Raises InvalidRequest for what is out of range."""
+    """Returns the setting. Raises InvalidRequest for values out of range."""
     wrong = [name for name in names if name not in sweep.SCHEDULES]
     if wrong:
         raise InvalidRequest(
-            f"schedule {wrong[0]!r} is not known: give one of {', '.join(sweep.SCHEDULES)}",
+            f"unknown schedule {wrong[0]!r}: give one of {', '.join(sweep.SCHEDULES)}",
             "schedule",
         )
     check_int("sessions", sessions, 1, MAX_SESSIONS)
@@ -143,19 +143,21 @@ def measure_pairs(
     rtt: float,
     errors: Console,
 ) -> tuple[list[PairProfile], list[HeadProfile]]:
-    """Of drafters, of which there is one at least, and of heads. Heads that are asked for alone are set beside the draft model that ships,
-    and on another target beside n-grams."""
+    """Measures the drafters, of which there is at least one, and the heads.
+
+    Heads without a drafter are combined with the bundled draft model, or with n-grams on another
+    target.
+    """
     name, chosen = target or bundled_model("target"), tuple(dict.fromkeys(drafts or ()))
     if all(resolve_head(draft) for draft in chosen):
         chosen = (*chosen, bundled_model("draft") if target is None else "ngram")
     wanted = build_deployment(name, chosen, 1, dtype.value, "auto", local=False)
     with errors.status("loading torch") as status:
-        from actors.cli.commands.measure import (
-            measure_models as of_models,
-        )  # torch and transformers: `--help` needs neither
+        # torch and transformers are slow to import
+        from actors.cli.commands.measure import measure_models
 
         drafters = [pool.member(0) for pool in wanted.pools]
-        pairs, heads, warnings = of_models(
+        pairs, heads, warnings = measure_models(
             name, drafters, wanted.target.heads, dtype.value, temperature, rtt / 1e3, status.update
         )
     for warning in warnings:
@@ -176,7 +178,7 @@ def write_profile(file: Path, pairs: Sequence[PairProfile]) -> None:
 
 @contextmanager
 def parallel_simulator(errors: Console) -> Iterator[sweep.RunAll]:
-    """Runs simulations on all cores that this process may use, under a progress bar."""
+    """Runs simulations on all cores of this process, with a progress bar."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -206,7 +208,7 @@ def forecast_plan(
     setting: Setting,
     run_all: sweep.RunAll,
 ) -> Plan:
-    """All schedules for every drafter; the rest for the one that is fastest, beside which heads are set."""
+    """Forecasts all schedules for every drafter, and the rest for the fastest one."""
     configs = [sweep.best_settings(pair, names, setting, run_all) for pair in pairs]
     jobs = [
         job

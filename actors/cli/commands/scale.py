@@ -1,4 +1,4 @@
-"""`outrider scale`: more drafters or fewer, while sessions run."""
+"""`outrider scale`: changes the number of drafters in a pool."""
 
 import json
 import sys
@@ -15,20 +15,22 @@ from actors.controller.fleet_view import Fleet, PoolState
 from actors.launch.cluster import join_cluster
 from runtime.core.errors import InvalidRequest, Unavailable
 
-POLL_PERIOD_S = 0.2  # seconds between two looks
+POLL_PERIOD_S = 0.2
 
 
 def scale(
     wish: Annotated[
-        str, typer.Argument(metavar="POOL=N", help="so many drafters in this pool, also 0")
+        str, typer.Argument(metavar="POOL=N", help="pool and its number of drafters, from 0")
     ],
     address: Address = None,
     as_json: Json = False,
 ) -> None:
-    """Change the number of drafters of a pool; return when it is so. Those that go are drained first; no token changes.
+    """Change the number of drafters of a pool; return when it is reached.
 
-    Where the cluster has no room it waits until there is; Ctrl-C ends the waiting, not the wish. Drafters that fail again and again are
-    given up after some minutes, which ends it too.
+    Surplus drafters are drained.
+
+    If the cluster lacks resources, the command waits for them. Ctrl-C stops waiting; the change
+    stays. The command fails if a drafter is given up after repeated failures.
     """
     pool, count = parse_wish(wish)
     with Progress(quiet=as_json) as progress, join_cluster(address):
@@ -46,14 +48,14 @@ def parse_wish(wish: str) -> tuple[str, int]:
     pool, _, count = wish.rpartition("=")
     if not pool or not count.isdecimal() or len(count) > 4:
         raise InvalidRequest(
-            f"{wish[:64]!r} is not POOL=N: give a pool's name and a number, for example draft=3",
+            f"{wish[:64]!r} is not POOL=N: give a pool's name and a number, such as draft=3",
             "wish",
         )
     return pool, int(count)
 
 
 def is_settled(fleet: Fleet, pool: str) -> bool:
-    """As many are ready as are wanted, and nobody is on the way out or in."""
+    """Tells whether as many drafters are ready as wanted, and none is starting or draining."""
     return (
         pool_of(fleet, pool).ready
         == pool_of(fleet, pool).count
@@ -62,7 +64,7 @@ def is_settled(fleet: Fleet, pool: str) -> bool:
 
 
 def raise_given_up(fleet: Fleet, pool: str) -> None:
-    """Raises Unavailable where a drafter of the pool was given up."""
+    """Raises Unavailable if a drafter of the pool was given up."""
     for drafter in fleet.drafters:
         if drafter.pool == pool and drafter.state == "failed":
             raise Unavailable(f"{drafter.name} is {drafter.trouble}")
@@ -72,4 +74,6 @@ def pool_of(fleet: Fleet, name: str) -> PoolState:
     for pool in fleet.pools:
         if pool.name == name:
             return pool
-    raise InvalidRequest(f"pool {name!r} is gone: another deployment was applied meanwhile", "pool")
+    raise InvalidRequest(
+        f"pool {name!r} was removed: another deployment was applied meanwhile", "pool"
+    )

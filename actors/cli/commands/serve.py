@@ -1,4 +1,4 @@
-"""`outrider serve`: a deployment that goes on when the command is over; again, with another file, it changes to that one."""
+"""`outrider serve`: starts a deployment that outlives the command, or changes the running one."""
 
 import json
 import signal
@@ -27,9 +27,7 @@ from runtime.core.sampling_params import check_int
 from runtime.deployment_builder import build_deployment
 from runtime.model_paths import bundled_model
 
-HEAD_NODE = {
-    "node:__internal_head__": 0.001
-}  # where nothing but the loss of the cluster itself takes it along
+HEAD_NODE = {"node:__internal_head__": 0.001}  # the controller lives as long as the cluster
 FILE_OPTIONS = (
     "target",
     "draft",
@@ -41,49 +39,46 @@ FILE_OPTIONS = (
     "api_key_file",
     "insecure",
 )
-MAX_CONCURRENT_CALLS = (
-    32  # of the controller at one time: gateways, commands, and those that wait for something
-)
+MAX_CONCURRENT_CALLS = 32  # of the controller: gateways, commands, and calls that wait
 
 
 def serve(
     context: typer.Context,
     file: Annotated[
-        Path | None, typer.Argument(help="deployment file; `outrider config --example` prints one")
+        Path | None, typer.Argument(help="deployment file; see `outrider config --example`")
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="model name or folder; default: the one that ships")
+        str | None, typer.Option(help="model name or folder; default: the bundled one")
     ] = None,
     draft: Annotated[
         list[str] | None,
-        typer.Option(help="draft model or method (repeatable); default: the one that ships"),
+        typer.Option(help="draft model or method (repeatable); default: the bundled model"),
     ] = None,
-    drafters: Annotated[int, typer.Option(help="actors for each --draft")] = 1,
+    drafters: Annotated[int, typer.Option(help="drafters for each --draft")] = 1,
     dtype: Annotated[
-        Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's own on CUDA")
+        Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's dtype on CUDA")
     ] = Dtype.auto,
     device: Device = Device.auto,
-    host: Annotated[str, typer.Option(help="address that the gateway listens on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="of the gateway; 0: any")] = 8000,
+    host: Annotated[str, typer.Option(help="listening address of the gateway")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port of the gateway; 0: any free port")] = 8000,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(
-            help="file of `NAME:KEY[:MODEL,...]` lines; default: nobody is asked for a key"
-        ),
+        typer.Option(help="file of `NAME:KEY[:MODEL,...]` lines; default: no API keys"),
     ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="allow a public address without keys or TLS")
     ] = False,
     trace: Annotated[
         Path | None,
-        typer.Option(
-            help="record what happens when, until Ctrl-C: for `outrider trace` and ui.perfetto.dev"
-        ),
+        typer.Option(help="record a trace until Ctrl-C, for `outrider trace` and ui.perfetto.dev"),
     ] = None,
     address: Address = None,
     as_json: Json = False,
 ) -> None:
-    """Start what is not there yet, change what is; return when all of it is ready. `outrider down` ends it."""
+    """Start a deployment, or change the running one to this; return when it is ready.
+
+    `outrider down` ends it.
+    """
     if trace is not None:
         check_writable(trace)
     chosen = chosen_address(address)
@@ -114,10 +109,8 @@ def serve(
         progress.note("joining Ray" if chosen or not fresh else "starting Ray")
         if fresh:
             undoing.callback(end_local)
-        with (
-            join_cluster(address, start=True),
-            exit_on_signals(),
-        ):  # again: Ray's own answer to SIGTERM, from here on, is to abort
+        # Again, since Ray installs a handler that aborts on SIGTERM.
+        with join_cluster(address, start=True), exit_on_signals():
             progress.note(f"loading {plan.target.model} and {len(plan.drafters())} drafters")
             fleet = deploy(plan)
         undoing.pop_all()
@@ -130,7 +123,7 @@ def serve(
         show_fleet(plan, fleet, warnings)
     if trace is not None:
         Console(stderr=True, highlight=False).print(
-            f"recording; Ctrl-C ends that and writes {trace}, the service goes on"
+            f"recording; Ctrl-C writes {trace}, and the deployment keeps running"
         )
         with exit_on_signals(), join_cluster(address):
             record_until(trace, threading.Event().wait)
@@ -138,14 +131,14 @@ def serve(
 
 @contextmanager
 def exit_on_signals() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP end this command as Ctrl-C does, and what it has begun is undone."""
+    """Makes SIGTERM and SIGHUP exit inside the block, so that cleanup runs as after Ctrl-C."""
 
     def leave(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as `nohup` wants it
+        if handler is not signal.SIG_IGN:  # `nohup` ignores SIGHUP
             signal.signal(number, leave)
     try:
         yield
@@ -160,19 +153,23 @@ def end_local() -> None:
 
 
 def check_plan(plan: Deployment, local: bool, progress: Progress) -> tuple[str, ...]:
-    """What can be said before anything is started; of the models, where they are on this machine. Returns what should be known of them."""
-    progress.note("looking at the deployment")
+    """Validates the deployment before anything is started, and models if they are local.
+
+    Returns warnings about the models.
+    """
+    progress.note("checking the deployment")
     from actors.gateway.server import check_exposure
-    from actors.launch.prepare import (
-        check_models,
-    )  # torch and transformers: `--help` and a wrong flag need neither
+    from actors.launch.prepare import check_models  # torch and transformers are slow to import
 
     check_exposure(plan.gateway)
     return check_models(plan).warnings if local else ()
 
 
 def deploy(plan: Deployment) -> Fleet:
-    """By the controller of this cluster; by a new one where there is none, which ends with all it has started if that fails."""
+    """Applies the deployment with the controller of this cluster, or with a new one.
+
+    A new controller ends, with all that it has started, if that fails.
+    """
     import ray
     from ray.exceptions import RayTaskError
 
@@ -214,7 +211,7 @@ def show_fleet(plan: Deployment, fleet: Fleet, warnings: tuple[str, ...]) -> Non
 
 
 def curl_command(url: str, model: str, gateway: GatewayConfig) -> str:
-    """A first request, to be copied."""
+    """Returns a command line for a first request."""
     words = ["curl", f"{url}/v1/completions", "-H 'Content-Type: application/json'"]
     words += ['-H "Authorization: Bearer $KEY"'] if gateway.api_keys else []
     words += [f"--cacert {gateway.tls.ca}"] if gateway.tls else []

@@ -1,4 +1,4 @@
-"""`outrider status`: what is there and how it does."""
+"""`outrider status`: shows the fleet once."""
 
 import json
 import sys
@@ -11,11 +11,11 @@ from actors.cli.views.status_view import Snapshot, render_status, status_json
 from actors.controller import client
 from actors.launch.cluster import join_cluster
 
-SAMPLE_PERIOD_S = 1.0  # seconds between the two looks that tokens per second are made of
+SAMPLE_PERIOD_S = 1.0  # between the two snapshots that rates come from
 
 
 def status(address: Address = None, as_object: Json = False) -> None:
-    """Targets, pools, drafters, sessions, acceptance and lag of each drafter, tokens per second, versions."""
+    """Show targets, pools, drafters, sessions, acceptance, lag, tokens per second and versions."""
     with join_cluster(address):
         before = take_snapshot()
         time.sleep(SAMPLE_PERIOD_S)

@@ -1,4 +1,4 @@
-"""`outrider submit`: a file of requests in, a file of answers out, each exactly once, however often it is interrupted."""
+"""`outrider submit`: answers a batch file, each item exactly once."""
 
 import json
 import sys
@@ -20,60 +20,55 @@ from runtime.core.errors import InvalidRequest, Unavailable
 from runtime.core.sampling_params import check_int
 
 MAX_PARALLEL = 1024
-START_TIMEOUT_S, POLL_PERIOD_S = (
-    30.0,
-    0.2,
-)  # seconds for a detached job to begin, and between two looks
+START_TIMEOUT_S = 30.0  # of a detached job
+POLL_PERIOD_S = 0.2
 
 
 def submit(
     file: Annotated[
         str,
-        typer.Argument(
-            help="requests, one in each line, in OpenAI's batch format; a path or any URL of fsspec"
-        ),
+        typer.Argument(help="batch file in OpenAI's format; a path or any URL of fsspec"),
     ],
     out: Annotated[
         str,
-        typer.Option("--output", "-o", help="answers, in any order; a path or any URL of fsspec"),
+        typer.Option(
+            "--output", "-o", help="file for the answers, in any order; a path or any URL of fsspec"
+        ),
     ],
     url: Annotated[
         str,
         typer.Option(
-            help="any OpenAI-compatible gateway, e.g. http://127.0.0.1:8000/v1; default: the cluster"
+            help="OpenAI-compatible gateway, such as http://127.0.0.1:8000/v1; default: the cluster"
         ),
     ] = "",
     api_key_file: Annotated[
-        Path | None, typer.Option(help="file with the key for --url alone in it")
+        Path | None, typer.Option(help="file that contains only the API key for --url")
     ] = None,
     ca: Annotated[
         Path | None,
-        typer.Option(help="PEM file of the authority behind the certificate of an https --url"),
+        typer.Option(help="PEM file of the certificate authority for an https --url"),
     ] = None,
     address: Address = None,
     parallel: Annotated[
         int,
-        typer.Option(
-            help="at most so many items in flight; fewer where the deployment admits fewer"
-        ),
+        typer.Option(help="maximum of items in flight; the deployment may admit fewer"),
     ] = DEFAULT_PARALLEL,
     detach: Annotated[
         bool,
-        typer.Option(
-            "--detach", help="hand the job to the cluster and return; see `outrider jobs`"
-        ),
+        typer.Option("--detach", help="run the job in the cluster and return; see `outrider jobs`"),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Answer a batch file. Interrupted and started again by the same command, it goes on where it was.
+    """Answer a batch file. After an interruption, the same command resumes the job.
 
-    Items that fail have their error as their answer. State is in OUTPUT.job beside the output, or in the user's data folder where the
-    output is a URL. A file with a line that has no custom_id to answer to, or one that stands twice, is refused before anything starts.
-    A file or an output that somebody changes meanwhile ends the job; what was answered is kept, and it goes on when they are back.
+    Failed items have their error as answer. The state is in OUTPUT.job next to the output, or in
+    the user's data folder if the output is a URL. A file in which a line has no custom_id, or two
+    have the same, is refused before anything starts. If the file or the output is changed
+    meanwhile, the job ends; answers are kept, and it resumes once they are restored.
     """
     check_int("parallel", parallel, 1, MAX_PARALLEL)
     if (api_key_file or ca) and not url:
-        raise InvalidRequest("--api-key-file and --ca are for a gateway: give its --url", "url")
+        raise InvalidRequest("--api-key-file and --ca need a gateway: give its --url", "url")
     order = SubmitOptions(absolute_url(file), absolute_url(out), url, api_key_file, ca, parallel)
     if detach:
         submit_detached(order, address, as_json)
@@ -84,13 +79,14 @@ def submit(
         except KeyboardInterrupt:
             print_note(
                 job,
-                f"interrupted after {job.totals.done} of {job.totals.items} items; the same command goes on from there",
+                f"interrupted after {job.totals.done} of {job.totals.items} items; the same "
+                "command resumes the job",
             )
             raise
     if not over:
         done = f"{job.totals.done} of {job.totals.items} items"
         raise Unavailable(
-            f"{job.record.id} was cancelled after {done}: the same command goes on from there"
+            f"{job.record.id} was cancelled after {done}: the same command resumes it"
         )
     if as_json:
         sys.stdout.write(json.dumps(job_summary(job)) + "\n")
@@ -101,17 +97,20 @@ def submit(
 
 
 def finish_job(order: SubmitOptions, address: str | None, job: Job, bar: JobProgress) -> bool:
-    """False where the job was cancelled meanwhile. Where nothing is left to ask, nobody need serve."""
+    """Answers the remaining items; returns False if the job was cancelled.
+
+    If no item is left, no deployment is needed.
+    """
     if job.totals.done == job.totals.items:
         job.finish()
         return True
-    bar.note("asking who serves")
+    bar.note("joining the cluster")
     with nullcontext() if order.url else join_cluster(address):
         return run_job(order, job, bar.show)
 
 
 def submit_detached(order: SubmitOptions, address: str | None, as_json: bool) -> None:
-    with open_job(order.file, order.out) as job:  # what is wrong with the file is said here and now
+    with open_job(order.file, order.out) as job:  # reports errors in the file now
         found = job.record.id
     with join_cluster(address):
         from actors.jobs.detached import detach  # Ray
@@ -124,7 +123,8 @@ def submit_detached(order: SubmitOptions, address: str | None, as_json: bool) ->
         sys.stdout.write(json.dumps({"id": found, "ray_job": name}) + "\n")
     elif find_job(found).state == "stopped":
         sys.stdout.write(
-            f"{found} waits as Ray job {name} and has not begun here within {START_TIMEOUT_S:g} s; see: ray job logs {name}\n"
+            f"{found} is queued as Ray job {name} and has not started within "
+            f"{START_TIMEOUT_S:g} s; see: ray job logs {name}\n"
         )
     else:
         sys.stdout.write(f"{found} runs as Ray job {name}; follow it with: outrider jobs {found}\n")

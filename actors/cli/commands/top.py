@@ -1,4 +1,4 @@
-"""`outrider top`: status, again and again."""
+"""`outrider top`: shows the status continuously."""
 
 import json
 import sys
@@ -15,11 +15,11 @@ from actors.cli.views.status_view import Snapshot, render_status, status_json
 from actors.launch.cluster import join_cluster
 from runtime.core.errors import Unavailable
 
-REFRESH_PERIOD_S = 1.0  # seconds
+REFRESH_PERIOD_S = 1.0
 
 
 def top(address: Address = None, as_object: Json = False) -> None:
-    """The status, live, until Ctrl-C; with --json one object in each line."""
+    """Show the status continuously until Ctrl-C; with --json, one object per line."""
     with join_cluster(address):
         before = take_snapshot()
         if as_object:
@@ -39,7 +39,11 @@ def top(address: Address = None, as_object: Json = False) -> None:
 
 
 def snapshots() -> Iterator[Snapshot]:
-    """One after the other, without those that the controller does not answer in time: when all are busy, people look."""
+    """Yields snapshots.
+
+    Skips those that the controller does not answer in time: people use this command when the fleet
+    is busy.
+    """
     while True:
         time.sleep(REFRESH_PERIOD_S)
         with suppress(Unavailable):

@@ -1,4 +1,4 @@
-"""`outrider trace`: what a recorded run did with its time, as figures and as a picture."""
+"""`outrider trace`: summarizes and draws a trace."""
 
 from pathlib import Path
 from typing import Annotated
@@ -24,24 +24,22 @@ from runtime.telemetry.tracing import COMMIT, GROWTH
 def trace(
     file: Annotated[
         Path,
-        typer.Argument(
-            help="what `--trace FILE` of generate, serve or bench has written; ui.perfetto.dev opens it too"
-        ),
+        typer.Argument(help="trace file of generate, serve or bench; ui.perfetto.dev opens it too"),
     ],
-    png: Annotated[Path | None, typer.Option(help="draw it into this file")] = None,
+    png: Annotated[Path | None, typer.Option(help="draw the trace as a PNG")] = None,
     begin: Annotated[
         float | None,
-        typer.Option("--from", help="seconds since the trace began; default: where the run begins"),
+        typer.Option("--from", help="start in seconds of the trace; default: start of the run"),
     ] = None,
     end: Annotated[
         float | None,
         typer.Option(
             "--to",
-            help="default: where it ends; with neither, half a second in its middle is drawn",
+            help="end; default: end of the run; without both, half a second is drawn",
         ),
     ] = None,
 ) -> None:
-    """Say what target, drafters and wire did with their time, and draw it."""
+    """Show how target, drafters and wire spent their time, and draw it."""
     found = read_trace(file)
     window = choose_window(found, begin, end)
     if png is not None:
@@ -52,18 +50,20 @@ def trace(
 
 
 def choose_window(found: Timeline, begin: float | None, end: float | None) -> Interval:
-    """The run, or what is asked for of the trace. Raises InvalidRequest where that is empty."""
+    """Returns the run, or the given part of the trace. Raises InvalidRequest if it is empty."""
     first, last = found.bounds
     wanted = (found.run[0] if begin is None else begin, found.run[1] if end is None else end)
     if not wanted[0] < wanted[1]:
         raise InvalidRequest(
-            f"the window from {wanted[0]:g} s to {wanted[1]:g} s is empty: give --from a smaller value than --to",
+            f"the window from {wanted[0]:g} s to {wanted[1]:g} s is empty: "
+            "give --from a smaller value than --to",
             "from",
         )
     window = (max(wanted[0], first), min(wanted[1], last))
     if not window[0] < window[1]:
         raise InvalidRequest(
-            f"nothing happens between {wanted[0]:g} s and {wanted[1]:g} s: the trace goes from {first:.3f} s to {last:.3f} s",
+            f"nothing happens between {wanted[0]:g} s and {wanted[1]:g} s: the trace goes from "
+            f"{first:.3f} s to {last:.3f} s",
             "from",
         )
     return window
@@ -86,13 +86,15 @@ def trace_table(found: Timeline, seen: TraceStats, window: Interval) -> Table:
     for kind in (GROWTH, COMMIT) if seen.drafters else ():
         shown.add_row(f"{kind}s", describe_delay(seen.delays[kind], found.unanswered.get(kind, 0)))
     if found.cut:
-        shown.add_row("note", "the recording was full: what happened before may be missing")
+        shown.add_row("note", "the recording was full: its beginning may be missing")
     return shown
 
 
 def describe_delay(delay: DelayStats, unanswered: int) -> str:
-    lost = f"; in the whole trace {unanswered} that nobody took in" if unanswered else ""
+    lost = f"; {unanswered} in the whole trace were not received" if unanswered else ""
     if not delay.count:
         return f"0{lost}"
-    skew = f" (clocks disagree: the least is {1e3 * delay.least:.2f} ms)" if delay.least < 0 else ""
-    return f"{delay.count}, median {1e3 * delay.median:.2f} ms from sent to taken in{skew}{lost}"
+    skew = (
+        f" (clocks disagree: the minimum is {1e3 * delay.least:.2f} ms)" if delay.least < 0 else ""
+    )
+    return f"{delay.count}, median {1e3 * delay.median:.2f} ms from sent to received{skew}{lost}"

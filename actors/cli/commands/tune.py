@@ -1,4 +1,4 @@
-"""`outrider tune layers`: which of the target's own layers make the best drafter, found on texts; `outrider tune shapes`."""
+"""`outrider tune layers` and `outrider tune shapes`: find settings of drafters by measuring."""
 
 import json
 import time
@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.cli.commands.options import Device
-from actors.cli.commands.train import Context, Data, Target, read_documents
+from actors.cli.commands.train_options import Context, Data, Target
+from actors.cli.commands.train_setup import read_documents
 from actors.cli.commands.tune_shapes import shapes
 from runtime.core.errors import InvalidRequest
 from runtime.core.sampling_params import check_int
@@ -33,25 +34,24 @@ tune.command()(shapes)
 
 @tune.command()
 def layers(
-    out: Annotated[Path, typer.Option(help="the JSON file to be written")],
+    out: Annotated[Path, typer.Option(help="JSON file to write")],
     target: Target = None,
     data: Data = None,
     texts: Annotated[
-        int, typer.Option(help="so many, evenly spread over the data, are measured on")
+        int, typer.Option(help="texts to measure on, evenly spread over the data")
     ] = 16,
     context: Context = 128,
     device: Device = Device.auto,
 ) -> None:
-    """Search for the layers that the target can draft with (Draft & Verify, arXiv 2309.08168; LayerSkip, 2404.16710).
+    """Search for the layers of the target that draft best.
 
-    Layers are left out one after the other, always the one that is missed least; of all numbers of layers the one of which the planner
-    expects most, on a device of its own, is written down, with what was found for the others.
+    The methods are Draft & Verify (arXiv 2309.08168) and LayerSkip (arXiv 2404.16710). Layers are
+    removed one by one, always the one that matters least. The file gets the number of layers with
+    the highest expected speed-up on a separate device, and the results for all other numbers.
     """
     check_int("texts", texts, 1, MAX_TEXTS)
     if out.exists():
-        raise InvalidRequest(
-            f"{out} is there already: give another --out, or remove it first", "out"
-        )
+        raise InvalidRequest(f"{out} exists: give another --out, or remove it first", "out")
     import torch
 
     from actors.launch.prepare import context_length
@@ -80,9 +80,9 @@ def layers(
         rows = [torch.tensor([excerpt]) for excerpt in text.excerpts(corpus.train, texts, length)]
         score = method.agreement_score(teacher, rows)
         found = method.search_layers(
-            count, score, bar.counts("leaving layers out", method.count_trials(count))
+            count, score, bar.counts("removing layers", method.count_trials(count))
         )
-        bar.note("measuring the target's steps, and what to expect")
+        bar.note("measuring steps")
         rates, times = (
             method.rank_rates(teacher, rows),
             step_times(load_model(name, "auto", device.value), MEASURED_ROWS, time.monotonic),
@@ -106,7 +106,7 @@ def print_layers(promises: "dict[Subset, float]", count: int, out: Path) -> None
 
     chosen = best_subset(promises)
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("layers", "agree with all", "to expect", "kept"):
+    for heading in ("layers", "agree with all", "expected", "kept"):
         table.add_column(heading)
     for subset, promise in promises.items():
         kept, style = " ".join(map(str, subset.layers)), "bold" if subset is chosen else None
@@ -121,8 +121,9 @@ def print_layers(promises: "dict[Subset, float]", count: int, out: Path) -> None
     console.print(table)
     if promises[chosen] <= 1.0:
         console.print(
-            "Drafting with layers of this target is not expected to pay: choose another method."
+            "No speed-up is expected from the layers of this target: choose another method."
         )
     console.print(
-        f"{out} names layers {', '.join(map(str, chosen.layers))} for the drafting method layer-skip: `--draft {out}`"
+        f"{out} names layers {', '.join(map(str, chosen.layers))} for the method layer-skip: "
+        f"use `--draft {out}`"
     )

@@ -1,4 +1,4 @@
-"""`outrider tune shapes`: draft models of one size and several depths, trained alike: what they take, how often they are right."""
+"""`outrider tune shapes`: compares draft models of one size and several depths."""
 
 import json
 import time
@@ -12,7 +12,8 @@ from rich.table import Table
 
 from actors.cli.commands.doctor import ROW_COUNTS, expected_speedup
 from actors.cli.commands.options import Device
-from actors.cli.commands.train import Batch, Context, Data, Own, Seed, Steps, Target, draft
+from actors.cli.commands.train import draft
+from actors.cli.commands.train_options import Batch, Context, Data, Own, Seed, Steps, Target
 from runtime.core.errors import InvalidRequest
 from runtime.core.sampling_params import check_range
 from runtime.model_paths import bundled_model
@@ -27,7 +28,12 @@ RESULT, PICTURE, FIGURES = "shapes.json", "shapes.png", "training.json"
 
 @dataclass(frozen=True, slots=True)
 class MeasuredShape:
-    """A shape, its seconds of a pass by rows, its acceptance at temperature 0 by rank, and the speed-up to expect of it."""
+    """A shape and its measurements.
+
+    times    seconds of a pass, by rows
+    rates    acceptance at temperature 0, by rank
+    promise  expected speed-up
+    """
 
     name: str
     parameters: int
@@ -39,16 +45,14 @@ class MeasuredShape:
 def shapes(
     out: Annotated[
         Path,
-        typer.Option(
-            help="folder for the draft models, the table and the picture; finished models there are kept"
-        ),
+        typer.Option(help="folder for draft models, table and picture; finished models are kept"),
     ],
-    million: Annotated[float, typer.Option(help="parameters of each draft model, about")],
+    million: Annotated[
+        float, typer.Option(help="approximate parameters of each draft model, in millions")
+    ],
     target: Target = None,
     data: Data = None,
-    loss: Annotated[
-        LossKind, typer.Option(help="what they are trained with")
-    ] = LossKind.tvd_plus_plus,
+    loss: Annotated[LossKind, typer.Option(help="training loss")] = LossKind.tvd_plus_plus,
     steps: Steps = 300,
     batch: Batch = 8,
     context: Context = 256,
@@ -56,9 +60,10 @@ def shapes(
     seed: Seed = 0,
     device: Device = Device.auto,
 ) -> None:
-    """Train draft models of one size, from shallow and wide to deep and narrow, and say which makes this target fastest here.
+    """Train draft models of one size and several depths, and find the fastest for the target.
 
-    What a step takes is measured, the speed-up is the rule of thumb of `outrider doctor` (arXiv 2402.01528).
+    The shapes go from wide and shallow to narrow and deep. Step times are measured here; the
+    speed-up is the rule of thumb of `outrider doctor` (arXiv 2402.01528).
     """
     check_range("million", million, MIN_MILLION, MAX_MILLION)
     from runtime.models.loader import load_model
@@ -120,7 +125,10 @@ def read_measured(
     times: dict[int, float],
     large: dict[int, float],
 ) -> MeasuredShape:
-    """`large`: seconds of a pass of the target, by rows. Raises InvalidRequest where a finished model has no figures."""
+    """Returns a finished shape; `large` are the target's seconds of a pass, by rows.
+
+    Raises InvalidRequest if the finished model has no measurements.
+    """
     file = out / shape_name(shape) / FIGURES
     try:
         found: dict[str, Any] = json.loads(file.read_bytes())
@@ -132,7 +140,7 @@ def read_measured(
         )
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InvalidRequest(
-            f"{file} does not hold the figures of a training: remove {file.parent} to train it again",
+            f"{file} has no training measurements: remove {file.parent} to train it again",
             "out",
         ) from error
 
@@ -166,7 +174,7 @@ def draw_shapes(points: list[MeasuredShape], best: MeasuredShape, file: Path) ->
     axis.set(
         xlabel="milliseconds of a pass of 4 rows",
         ylabel="acceptance, first guess",
-        title="draft models of one size; green: fastest to expect",
+        title="draft models of one size; green: fastest",
     )
     axis.grid(alpha=0.3)
     figure.tight_layout()
@@ -183,7 +191,7 @@ def print_shapes(points: list[MeasuredShape], best: MeasuredShape, out: Path) ->
         "t(4) ms",
         "first guess right",
         "of 4",
-        "to expect",
+        "expected",
     ):
         table.add_column(heading, justify="right")
     for found in points:
@@ -200,4 +208,4 @@ def print_shapes(points: list[MeasuredShape], best: MeasuredShape, out: Path) ->
         )
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"{out / best.name} is the draft to take; {out / PICTURE} shows them all")
+    console.print(f"{out / best.name} is the best draft model; {out / PICTURE} shows all")

@@ -1,4 +1,4 @@
-"""What people see of a generation: a note of what is being started, the text in two colours, a summary; or one JSON object."""
+"""Shows a generation at a terminal, or formats it as a JSON object."""
 
 import sys
 from types import TracebackType
@@ -17,7 +17,7 @@ DRAFTED, OWN = "green", "bold white"
 
 
 class Progress:
-    """A line with a spinner on standard error while things start; silent where that is no terminal or `quiet`."""
+    """A progress line with a spinner on standard error, if that is a terminal and not `quiet`."""
 
     def __init__(self, quiet: bool) -> None:
         self.console = Console(stderr=True, quiet=quiet)
@@ -47,7 +47,7 @@ class Progress:
 
 
 class Stream:
-    """The pieces as they come: to standard output unless `quiet`, in colour where that is a terminal; and kept."""
+    """Prints the pieces of an output as they come, in colour at a terminal, and collects them."""
 
     def __init__(self, progress: Progress, quiet: bool) -> None:
         self.progress, self.quiet = progress, quiet
@@ -77,7 +77,7 @@ class Stream:
 
 
 def stats_table(stats: Stats, reason: str) -> Table:
-    """The summary under the text."""
+    """Returns the summary under the text."""
     found = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     found.add_column(style="dim")
     found.add_column()
@@ -100,7 +100,8 @@ def stats_rows(stats: Stats, reason: str) -> list[tuple[str, str]]:
     return [
         (
             "speed",
-            f"{tokens_per_second(stats):.1f} tokens/s ({stats.completion_tokens} tokens in {stats.elapsed:.2f} s, ended by {reason})",
+            f"{tokens_per_second(stats):.1f} tokens/s ({stats.completion_tokens} tokens in "
+            f"{stats.elapsed:.2f} s, ended by {reason})",
         ),
         (
             "per step",
@@ -124,10 +125,10 @@ def stats_rows(stats: Stats, reason: str) -> list[tuple[str, str]]:
 def generation_json(
     plan: Deployment, request: Request, stream: Stream, last: Chunk
 ) -> dict[str, Any]:
-    """The object of --json."""
+    """Returns the object of --json."""
     stats = last.stats
     if stats is None:
-        raise ValueError("the last piece of an output carries its figures")
+        raise ValueError("the last chunk of an output has its stats")
     return {
         "text": stream.text,
         "token_ids": stream.tokens,

@@ -1,4 +1,4 @@
-"""What people see of a job: a bar with rates and the time left at a terminal, else a line now and then; a table of all jobs."""
+"""Shows the progress of a job: as a bar at a terminal, else as a line every 10 s."""
 
 import time
 from datetime import timedelta
@@ -9,11 +9,11 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from actors.jobs.index import Totals
 
-LINE_PERIOD_S = 10.0  # seconds between two lines where there is no terminal
+LINE_PERIOD_S = 10.0  # between two lines without a terminal
 
 
 class JobProgress:
-    """On standard error; silent if `quiet`. Rates are those since it was made."""
+    """Writes to standard error unless `quiet`. Rates are those since the first totals."""
 
     def __init__(self, quiet: bool) -> None:
         self._console = Console(stderr=True, quiet=quiet, highlight=False)
@@ -55,7 +55,7 @@ class JobProgress:
 
 
 def progress_line(totals: Totals, first: Totals, seconds: float) -> str:
-    """One line; `first` is what it was `seconds` ago."""
+    """Returns one line of progress; `first` are the totals `seconds` ago."""
     parts = [f"{totals.done}/{totals.items} items"]
     if totals.failed:
         parts.append(f"{totals.failed} failed")

@@ -1,4 +1,4 @@
-"""A plan as people see it: tables, one sentence for each recommendation, a picture; and as one JSON object."""
+"""Shows a plan as tables, recommendations and a picture, or formats it as a JSON object."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,9 +15,8 @@ from runtime.sim.pair_profile import PairProfile
 from runtime.sim.simulator import interpolate
 from runtime.sim.sweep import Done, fewest_drafters
 
-SWEEPS: dict[
-    str, tuple[str, Callable[[float], str]]
-] = {  # by group: what varies, and how a value of it is written
+# The label of what varies in a group, and the format of its values.
+SWEEPS: dict[str, tuple[str, Callable[[float], str]]] = {
     "drafters": ("drafters", "{:g}".format),
     "round trips": ("round trip, ms", lambda seconds: f"{1e3 * seconds:g}"),
     "load": ("sessions", "{:g}".format),
@@ -26,7 +25,7 @@ SWEEPS: dict[
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`fastest` of the drafts is the one that all but the group "schedules" is about."""
+    """The forecasts for several drafts. All groups but "schedules" are about the `fastest`."""
 
     drafts: tuple[PairProfile, ...]
     fastest: PairProfile
@@ -41,7 +40,7 @@ class Plan:
         ]
 
     def rates(self, group: str) -> dict[str, dict[float, float]]:
-        """Tokens per second by schedule and value."""
+        """Returns tokens per second by schedule and value."""
         found: dict[str, dict[float, float]] = {}
         for job, forecast in self.of(group):
             found.setdefault(job.schedule, {})[job.label] = forecast.tokens_per_second
@@ -73,11 +72,12 @@ def schedule_table(plan: Plan, draft: PairProfile) -> Table:
     rates = ", ".join(f"{examples.rate(k):.2f}" for k in (1, 2, 4, 8))
     found = titled_table(
         f"{draft.name}: T(1) {1e3 * draft.target[1]:.1f} ms, t(1) {1e3 * draft.draft[1]:.1f} ms, "
-        f"c {draft.target[1] / draft.draft[1]:.1f}, acceptance of 1, 2, 4, 8 guesses {rates}, round trip {1e3 * draft.rtt:g} ms; "
+        f"c {draft.target[1] / draft.draft[1]:.1f}, acceptance of 1, 2, 4, 8 guesses {rates}, "
+        f"round trip {1e3 * draft.rtt:g} ms; "
         f"sessions {setting.sessions}, drafters {setting.drafters}, targets {setting.targets}"
     )
     found.add_column("schedule")
-    for name in ("tokens/s", "/ plain", "tokens a step", "rows", "hits", "waiting"):
+    for name in ("tokens/s", "/ plain", "tokens/step", "rows", "hits", "waiting"):
         found.add_column(name, justify="right")
     plain = plan.plain(draft)
     for job, seen in plan.of("schedules", draft):
@@ -96,12 +96,12 @@ def schedule_table(plan: Plan, draft: PairProfile) -> Table:
 
 
 def head_table(plan: Plan) -> Table:
-    """Heads of the target under the living schedule."""
+    """Returns the forecasts for heads of the target under the living schedule."""
     found = titled_table(
-        "heads on the target, living: ms more a step, places ahead that are right, tokens/s"
+        "heads on the target, living: extra ms per step, acceptance by place ahead, tokens/s"
     )
     found.add_column("head", no_wrap=True)
-    for name in ("ms", "1st", "2nd", "3rd", "alone", f"beside {plan.fastest.name}", "/ without"):
+    for name in ("ms", "1st", "2nd", "3rd", "alone", f"with {plan.fastest.name}", "/ without"):
         found.add_column(name, justify="right")
     without = living_forecasts(plan)[plan.fastest.name].tokens_per_second
     for (job, both), (_, alone) in zip(plan.of("heads"), plan.of("heads alone"), strict=True):
@@ -118,7 +118,7 @@ def head_table(plan: Plan) -> Table:
 
 
 def living_forecasts(plan: Plan) -> dict[str, Forecast]:
-    """What is expected of the living schedule without heads, by drafter."""
+    """Returns the forecasts of the living schedule without heads, by drafter."""
     return {
         job.profile.name: seen for job, seen in plan.of("schedules") if job.schedule == "living"
     }
@@ -129,7 +129,8 @@ def schedule_label(schedule: str, config: ScheduleConfig) -> str:
         case "sync chain":
             return f"sync chain of {config.passes}"
         case "sync tree":
-            return f"sync tree, {config.passes} passes of {config.width} leaves x {config.branches}, {config.rows} rows"
+            leaves = f"{config.width} leaves x {config.branches}"
+            return f"sync tree, {config.passes} passes of {leaves}, {config.rows} rows"
         case "pearl":
             return f"pearl, gamma {config.passes}"
     return schedule
@@ -152,7 +153,7 @@ def sweep_table(plan: Plan, group: str) -> Table:
 
 
 def recommendations(plan: Plan) -> list[str]:
-    """What is recommended, each with its numbers. Nothing without the living schedule."""
+    """Returns one sentence for each recommendation; none without the living schedule."""
     by_drafter = living_forecasts(plan)
     if not by_drafter:
         return []
@@ -167,25 +168,27 @@ def recommendations(plan: Plan) -> list[str]:
     count = fewest_drafters(by_drafters)
     time = interpolate(best.target)
     return [
-        f"Draft: {best.name}, {seen.tokens_per_second:.1f} tokens/s{others}; with half the layers, were it as often right, "
-        f"{half.tokens_per_second:.1f}: depth costs latency, width hardly does (arXiv 2402.01528).",
-        f"Rows: {seen.rows:.0f} of a step on average, which then takes {time(round(seen.rows)) / time(1):.2f} times as long as with one "
-        f"and brings {seen.tokens_per_round:.2f} tokens.",
-        f"Drafters: {count}, {by_drafters[count]:.1f} tokens/s; one brings {by_drafters[1]:.1f}, "
-        f"{max(by_drafters):g} bring {by_drafters[max(by_drafters)]:.1f}.",
+        f"Draft: {best.name}, {seen.tokens_per_second:.1f} tokens/s{others}; with half the layers "
+        f"and the same acceptance, {half.tokens_per_second:.1f}: depth costs latency, width hardly "
+        "does (arXiv 2402.01528).",
+        f"Rows: {seen.rows:.0f} per step on average; such a step takes "
+        f"{time(round(seen.rows)) / time(1):.2f} times as long as one with a single row, and "
+        f"yields {seen.tokens_per_round:.2f} tokens.",
+        f"Drafters: {count}, {by_drafters[count]:.1f} tokens/s; one yields {by_drafters[1]:.1f}, "
+        f"{max(by_drafters):g} yield {by_drafters[max(by_drafters)]:.1f}.",
         *head_recommendation(plan, seen),
     ]
 
 
 def head_recommendation(plan: Plan, without: Forecast) -> list[str]:
-    """The best head, alone or beside the fastest drafter; nothing where none was measured."""
+    """Returns a sentence about the best head, alone or with the fastest drafter."""
     tried = [
         (seen, f"{job.setting.head.name} alone")
         for job, seen in plan.of("heads alone")
         if job.setting.head
     ]
     tried += [
-        (seen, f"{job.setting.head.name} beside {plan.fastest.name}")
+        (seen, f"{job.setting.head.name} with {plan.fastest.name}")
         for job, seen in plan.of("heads")
         if job.setting.head
     ]
@@ -193,14 +196,15 @@ def head_recommendation(plan: Plan, without: Forecast) -> list[str]:
         return []
     seen, name = max(tried, key=lambda one: one[0].tokens_per_second)
     gain = seen.tokens_per_second / without.tokens_per_second
-    verdict = name if gain > 1.0 else f"none; the best, {name}, would bring less"
+    verdict = name if gain > 1.0 else f"none; the best, {name}, would be slower"
     return [
-        f"Head: {verdict}: {seen.tokens_per_second:.1f} tokens/s, {gain:.2f} times {plan.fastest.name} alone."
+        f"Head: {verdict}: {seen.tokens_per_second:.1f} tokens/s, "
+        f"{gain:.2f} times {plan.fastest.name} alone."
     ]
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """`measured` holds what --measured reads."""
+    """Returns the object of --json; --measured reads its "measured" entries."""
     return {
         "measured": [draft.model_dump(by_alias=True) for draft in plan.drafts],
         "setting": asdict(plan.setting),
@@ -223,7 +227,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def plot_plan(plan: Plan, file: Path) -> None:
-    """Raises InvalidRequest where the file cannot be written."""
+    """Draws the forecast into a PNG file. Raises InvalidRequest if it cannot be written."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13.0, 8.5), dpi=110, layout="constrained")

@@ -1,4 +1,7 @@
-"""What people see of a fleet: tables and figures made of what the controller says, and of the difference between two looks."""
+"""Shows a fleet as tables, or formats it as a JSON object.
+
+Rates come from the difference of two snapshots.
+"""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -15,7 +18,7 @@ from runtime.telemetry.reports import GuessReport, TargetReport
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The fleet at a time, in seconds."""
+    """The fleet at a time in seconds."""
 
     at: float
     fleet: Fleet
@@ -23,18 +26,26 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class GuessTotals:
-    """Of one drafter or of several, by all targets together. Times in seconds."""
+    """Guesses of one or several drafters, by all targets together.
+
+    acceptance  accepted, as a share of proposed
+    round_trip  mean seconds, weighted by proposed guesses
+    lead        mean lead, weighted by proposed guesses
+    """
 
     proposed: int
     accepted: int
-    acceptance: float  # of those proposed
-    round_trip: float  # mean, by what was proposed
+    acceptance: float
+    round_trip: float
     lead: float
     resting: bool
 
 
 def fleet_tokens_per_second(before: Snapshot, now: Snapshot) -> float:
-    """Tokens per second that all targets delivered between the two looks; those of a target that was replaced meanwhile are missing."""
+    """Returns the tokens per second that all targets delivered between two snapshots.
+
+    Tokens of a target that was replaced meanwhile are missing.
+    """
     last = {life_key(target): target.report for target in before.fleet.targets}
     tokens = 0
     for target in now.fleet.targets:
@@ -63,7 +74,7 @@ def sum_guesses(reports: Iterable[GuessReport]) -> GuessTotals:
 
 
 def drafter_guesses(fleet: Fleet, name: str) -> GuessTotals:
-    """Or of a head."""
+    """Returns the guesses of a drafter or head."""
     return sum_guesses(
         report.guesses[name] for report in target_reports(fleet) if name in report.guesses
     )
@@ -74,7 +85,7 @@ def target_reports(fleet: Fleet) -> list[TargetReport]:
 
 
 def status_json(before: Snapshot, now: Snapshot) -> dict[str, Any]:
-    """The fleet as it is, with the figures that tables show."""
+    """Returns the fleet, with the figures that the tables show."""
     found = asdict(now.fleet)
     for drafter in found["drafters"]:
         drafter["guesses"] = asdict(drafter_guesses(now.fleet, drafter["name"]))
@@ -134,7 +145,7 @@ def target_table(fleet: Fleet) -> Table:
 
 
 def head_tables(fleet: Fleet) -> list[RenderableType]:
-    """A table of what sits on the targets; nothing where nothing does."""
+    """Returns the table of heads; nothing if there are none."""
     if not fleet.heads:
         return []
     found = borderless_table("head", "state", "proposed", "accepted", "of them")
@@ -150,7 +161,7 @@ def head_tables(fleet: Fleet) -> list[RenderableType]:
 
 
 def drafter_tables(fleet: Fleet) -> list[RenderableType]:
-    """One table of pools, one of drafters, and why pools were changed by themselves."""
+    """Returns the tables of pools and drafters, and the autoscaler's last decisions."""
     if not fleet.pools:
         return []
     pools = borderless_table("pool", "draft", "drafters", "wanted", "from", "to", "by itself")
@@ -193,12 +204,12 @@ def drafter_row(drafter: DrafterState, brought: GuessTotals) -> tuple[str | Text
 
 
 def short_name(draft: str) -> str:
-    """A model's name: of a folder the last part."""
+    """Returns a model's name; the last part if it is a folder."""
     return Path(draft).name if draft.startswith(("/", ".", "~")) else draft
 
 
 def borderless_table(*columns: str) -> Table:
-    """Words to the left, numbers to the right."""
+    """Returns a table with words on the left and numbers on the right."""
     found = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     words = {"target", "pool", "head", "drafter", "draft", "state", ""}
     for column in columns:

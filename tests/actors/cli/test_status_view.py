@@ -92,7 +92,7 @@ def test_status_shows_targets_drafters_and_pools() -> None:
         "3 lives lost",
         "1.2.3",
         "http://127.0.0.1:8000/v1",
-        "waits for room",
+        "waits for free resources",
         "resting",
     ):
         assert part in said

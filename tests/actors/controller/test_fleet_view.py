@@ -57,7 +57,7 @@ def test_what_is_told_of_a_fleet() -> None:
     assert found.targets[0].report is target
     assert found.targets[0].model == "big"
     assert [(one.name, one.pool, one.state, one.trouble) for one in found.drafters] == [
-        ("lookup-0", "lookup", "starting", "it waits for room in the cluster"),
+        ("lookup-0", "lookup", "starting", "waits for free resources in the cluster"),
         ("small-0", "small", "ready", ""),
         ("small-1", "small", "starting", "no answer for 2.1 s"),
     ]

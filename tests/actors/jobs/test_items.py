@@ -134,7 +134,7 @@ def test_an_output_line_is_openais() -> None:
     "raw", [b"", b"{", b"[]", b"{}", b'{"custom_id": "a", "response": null}', b"\0\0", b"\xff"]
 )
 def test_a_line_that_is_no_output_line_is_refused(raw: bytes) -> None:
-    with pytest.raises(InvalidRequest, match="bring the output back"):
+    with pytest.raises(InvalidRequest, match="restore the output"):
         items.parse_output_line(raw)
 
 

@@ -29,7 +29,7 @@ def test_a_users_file_in_place_of_the_output_is_not_truncated(tmp_path: Path) ->
     with open_job(str(file), str(out)):
         pass  # killed before the first answer
     out.write_text("precious\n")
-    with pytest.raises(InvalidRequest, match="more in it than its job has written"):
+    with pytest.raises(InvalidRequest, match="contains more than its job has written"):
         live(file, out, Echo())
     assert out.read_text() == "precious\n"
 
@@ -79,7 +79,7 @@ def test_two_jobs_on_hard_links_of_one_output_never_mix_their_answers(
     os.link(out, tmp_path / "link.jsonl")
     with (
         ThreadPoolExecutor() as pool,
-        pytest.raises(InvalidRequest, match="changed by somebody else"),
+        pytest.raises(InvalidRequest, match="changed while its job was running"),
     ):
         live(
             file,
@@ -101,7 +101,7 @@ def test_an_output_must_be_a_regular_file(kind: str, tmp_path: Path) -> None:
             os.mkfifo(out)
         case _:
             out.symlink_to("/dev/null")
-    with pytest.raises(InvalidRequest, match="no regular file"):
+    with pytest.raises(InvalidRequest, match="not a regular file"):
         live(batch(tmp_path / "in.jsonl"), out, Echo())
 
 
@@ -176,5 +176,5 @@ def test_a_torn_job_description_is_named(
 ) -> None:
     fs = fsspec.filesystem("memory")
     fs.pipe_file("/jobs/torn/out.jsonl.job/job.json", torn)
-    with pytest.raises(InvalidRequest, match=r"out\.jsonl\.job/job\.json cannot be read"):
+    with pytest.raises(InvalidRequest, match=r"cannot read .*out\.jsonl\.job/job\.json"):
         live(batch(tmp_path / "in.jsonl"), "memory://jobs/torn/out.jsonl", Echo())

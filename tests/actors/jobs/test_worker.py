@@ -224,7 +224,7 @@ def test_finished_it_asks_nothing_more(tmp_path: Path) -> None:
     assert live(file, out, again)
     assert not again.asked
     out.unlink()
-    with pytest.raises(InvalidRequest, match="is gone"):
+    with pytest.raises(InvalidRequest, match="is missing"):
         live(file, out, Echo())
 
 

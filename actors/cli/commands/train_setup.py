@@ -1,0 +1,152 @@
+"""Prepares a training: its order, its texts, and the texts that the target generates."""
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from actors.cli.commands.options import Device
+from actors.launch.serving import serving
+from runtime.core.sampling_params import check_int
+from runtime.deployment_builder import build_deployment
+from runtime.model_paths import bundled_model, cache_folder
+
+if TYPE_CHECKING:
+    from runtime.core.messages import Request
+    from training.acceptance import HeldOutAcceptance
+    from training.loop import StepCallback
+    from training.outputs import TargetText
+    from training.progress import ProgressBar
+    from training.run import TrainingData, TrainingJob
+    from training.teacher import Teacher
+    from training.text import Document
+
+MAX_STEPS = 10_000_000
+MAX_BATCH = 4096
+MAX_OWN_TOKENS = 10_000_000_000
+
+
+def make_order(
+    method: str,
+    target: str | None,
+    out: Path,
+    settings: dict[str, Any],
+    steps: int,
+    batch: int,
+    context: int,
+    own: int,
+    seed: int,
+) -> "TrainingJob":
+    from training.run import TrainingJob
+
+    check_int("steps", steps, 1, MAX_STEPS)
+    check_int("batch", batch, 1, MAX_BATCH)
+    check_int("own", own, 0, MAX_OWN_TOKENS)
+    check_int("seed", seed, 0, 2**31 - 1)
+    return TrainingJob(
+        method,
+        target or bundled_model("target"),
+        out.absolute(),
+        settings,
+        steps,
+        batch,
+        context,
+        own,
+        seed,
+    )
+
+
+@contextmanager
+def prepare_training(
+    order: "TrainingJob",
+    data: list[Path] | None,
+    device: Device,
+    check: "Callable[[Teacher], None]" = lambda teacher: None,
+) -> Iterator[tuple["TrainingData", Path, "StepCallback"]]:
+    """Yields the training material, the working folder, and a function that reports each step.
+
+    Everything invalid is refused before anything is written. `check` raises if the method cannot
+    use the target.
+    """
+    import torch
+
+    from actors.launch.prepare import context_length
+    from training import folder, outputs, text
+    from training.progress import ProgressBar
+    from training.run import TrainingData, check_context
+    from training.teacher import fingerprint, load_teacher
+
+    threads = torch.get_num_threads()
+    folder.check_out_is_free(order.out)
+    context = check_context(order.context, context_length(order.target))
+    texts = read_documents(data)
+    with ProgressBar() as bar:
+        bar.note("loading the target")
+        teacher = load_teacher(order.target, device.value)
+        check(teacher)
+        corpus = text.build_corpus(
+            texts, teacher.tokenizer.backend_tokenizer, teacher.tokenizer.eos_token_id, 2 * context
+        )
+        target = fingerprint(order.target)
+        learn, hold = (
+            outputs.training_requests(corpus, order.own, context, order.seed),
+            outputs.held_out_requests(corpus, context, order.seed),
+        )
+        with folder.open_work(order.out, order.recipe(target, corpus.digest)) as work:
+            own, held_out = (
+                target_texts(order.target, device, asked, outputs.folder_name(target, asked), bar)
+                for asked in (learn, hold)
+            )
+            torch.set_num_threads(threads)  # the runtime has changed it
+            yield (
+                TrainingData(teacher, corpus, outputs.rows_of(own), held_out),
+                work,
+                bar.steps(order.steps),
+            )
+
+
+def read_documents(data: list[Path] | None) -> "list[Document]":
+    from training import text
+
+    if data is not None:
+        return text.read_documents(data)
+    from training import stdlib_corpus
+
+    names = sorted(
+        [*stdlib_corpus.library_files(held_out=False), *stdlib_corpus.library_files(held_out=True)]
+    )
+    return [text.Document(name, stdlib_corpus.read_source(name)) for name in names]
+
+
+def target_texts(
+    target: str, device: Device, requests: "Sequence[Request]", name: str, bar: "ProgressBar"
+) -> "list[TargetText]":
+    """Returns the target's answers to `requests`, from the cache as far as they are in it."""
+    from training import outputs
+
+    folder = cache_folder() / "outputs" / name
+    if left := outputs.count_missing(folder, requests):
+        plan = build_deployment(target, (), 0, "auto", device.value, local=True)
+        tell = bar.counts("generating training texts with the target", left)
+
+        async def ask() -> None:
+            with serving(plan, None, in_process=True, note=lambda what: None) as opener:
+                async with opener() as service:
+                    await outputs.write_answers(service.generate, requests, folder, tell)
+
+        asyncio.run(ask())
+    return outputs.read_answers(folder, requests)
+
+
+def print_report(order: "TrainingJob", measured: "list[HeldOutAcceptance]") -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{order.out} is ready: see its model card")
+    for at in measured:
+        rates = "  ".join(f"{rates[1]:.2f}" for rates in at.rates)
+        console.print(
+            f"temperature {at.temperature:g}: acceptance at each place ahead {rates}; "
+            f"{at.chain:.2f} tokens per step with one guess for each"
+        )
