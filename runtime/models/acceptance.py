@@ -1,4 +1,6 @@
-"""How often a draft's first k guesses hold the token that the target chooses, on the target's own outputs."""
+"""Measures how often a draft's first k guesses contain the target's choice, on the target's
+outputs.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ RANKS = (1, 2, 4, 8)
 def continuation(
     target: HFModel, prompt: Sequence[int], sampling: SamplingParams, eos: frozenset[int]
 ) -> list[int]:
-    """What the target writes after `prompt`, by plain decoding, up to max_tokens or an end-of-text token (not included)."""
+    """Decode plainly after `prompt`, up to max_tokens or an end-of-text token (not included)."""
     cache, text = target.new_cache(), list(prompt)
     logits = prefill(target, cache, np.asarray(text))
     while True:
@@ -36,15 +38,17 @@ def continuation(
 class Replay:
     """A draft's guesses at the positions of a target's texts, in order.
 
-    ranks   int64 (n,)  place of the target's choice among the guesses of its position, from 0; -1 where it is not there
-    scores  float32 (n, k)  logs of the probabilities that the draft gives to its guesses, falling along a row
+    ranks   int64 (n,): rank of the target's choice among the guesses, from 0; -1 if it is not there
+    scores  float32 (n, k): log probabilities of the guesses, falling along a row
     """
 
     ranks: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float32]
 
     def rates(self) -> dict[int, float]:
-        """Share of the positions, by number k of guesses, at which the target's choice is among the first k."""
+        """Return for each k the share of the positions whose first k guesses contain the target's
+        choice.
+        """
         found = self.ranks[self.ranks >= 0]
         return {k: float((found < k).sum() / max(1, len(self.ranks))) for k in RANKS}
 
@@ -52,9 +56,10 @@ class Replay:
 def replay_draft(
     draft: HFModel, texts: Iterable[tuple[Sequence[int], Sequence[int]]], sampling: SamplingParams
 ) -> Replay:
-    """What the draft guesses along prompts and what a target answered to each.
+    """Run the draft along prompts and the target's outputs.
 
-    At temperature > 0 the guesses are coupled to the target by the noise of their position, as in the runtime.
+    Above temperature 0 the guesses are coupled to the target by the noise of their position, as in
+    the runtime.
     """
     ranks, scores = [np.zeros(0, np.int64)], [np.zeros((0, max(RANKS)), np.float32)]
     for prompt, output in texts:
@@ -79,7 +84,9 @@ def acceptance(
     eos: frozenset[int],
     step: Callable[[], None] = lambda: None,
 ) -> dict[int, float]:
-    """The rates along the target's own continuations of `prompts`. `step` is called after each of them."""
+    """Return the rates on the target's own continuations of `prompts`; `step` runs after each
+    prompt.
+    """
 
     def texts() -> Iterator[tuple[Sequence[int], Sequence[int]]]:
         for prompt in prompts:

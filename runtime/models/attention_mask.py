@@ -1,4 +1,4 @@
-"""Which slots a row sees, as numbers to add to attention scores."""
+"""Builds additive attention masks from the slots that each row sees."""
 
 import numpy as np
 import numpy.typing as npt
@@ -10,10 +10,12 @@ from runtime.models.base import Rows
 def additive_mask(
     rows: Rows, positions: npt.NDArray[np.int64], window: int | None, hide: float
 ) -> npt.NDArray[np.float32] | None:
-    """(n, slots): 0 where a row looks, `hide` where it does not; None for one row that sees every slot.
+    """Return (n, slots): 0 for visible slots and `hide` for hidden ones; None if one row sees all
+    slots.
 
-    `positions` are of all slots of the cache, the rows' own included. With a `window`, a row sees what lies less than that before it
-    *in the text*: slots of a tree are not in the order of the text, so positions decide.
+    `positions` covers all slots of the cache, those of the rows included. With a `window` a row
+    sees only slots less than `window` before it *in the text*. Tree slots are not in text order, so
+    positions decide.
     """
     first, hidden = rows.prefix, ~rows.visible
     if window is not None and rows.positions.max() - positions.min() >= window:
@@ -28,7 +30,9 @@ def additive_mask(
 
 
 def layer_windows(config: PreTrainedConfig) -> dict[str, int | None]:
-    """The window of each type of layer that the model has (None = all of the text); one entry where all layers are alike."""
+    """Return the window of each layer type, None for full attention; one entry if all layers are
+    alike.
+    """
     window = getattr(config, "sliding_window", None)
     types = sorted(set(getattr(config, "layer_types", None) or ()))
     if not types:

@@ -1,4 +1,4 @@
-"""What the runtime asks of a model: one forward pass over rows of a tree, with a cache that rolls back exactly."""
+"""The interface of a model: one forward pass over rows of a tree, with a cache that rolls back."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,20 +9,20 @@ import numpy.typing as npt
 
 from runtime.kv.base import KVCache
 
-# Logits stay where the model computed them: a torch tensor (rows, vocabulary) in float32 on the model's device, or a
+# Logits stay on the model's device, as a torch tensor (rows, vocabulary) in float32, or as a
 # numpy array from the toy model. Only a Chooser and the drafter of the same family look inside.
 Logits = Any
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The input of one forward pass: n new rows behind a cache that holds a prefix and, perhaps, tree slots.
+    """The input of a forward pass: n new rows after a cache with a prefix and perhaps tree slots.
 
     tokens     int64 (n,)
-    positions  int64 (n,)  place of each token in its text, from 0
+    positions  int64 (n,): position of each token in its text, from 0
     prefix     slots [0, prefix) of the cache are visible to every row
-    visible    bool (n, cache.length - prefix + n): which later slots each row attends to, the rows' own slots included
-               (a row always sees itself)
+    visible    bool (n, cache.length - prefix + n): the later slots that each row attends to, the
+               rows' own slots included; a row always sees itself
     """
 
     tokens: npt.NDArray[np.int64]
@@ -32,16 +32,17 @@ class Rows:
 
 
 def causal(tokens: npt.NDArray[np.int64], start: int) -> Rows:
-    """Rows of plain text that continues a cache of `start` slots."""
+    """Return rows of plain text that continues a cache of `start` slots."""
     n = len(tokens)
     return Rows(tokens, np.arange(start, start + n), start, np.tri(n, dtype=np.bool_))
 
 
 @dataclass(frozen=True, slots=True)
 class PassInput:
-    """One text's share of a packed pass. With `last`, logits are computed for the last `last` rows only (0: for none).
+    """One text's share of a packed pass.
 
-    `branch_rows`: those of its rows that pseudo rows ride beside, where a pass has any (see Branch).
+    last         compute logits only for the last `last` rows (0: none; None: all)
+    branch_rows  rows that pseudo rows branch from, see Branch
     """
 
     cache: KVCache
@@ -52,11 +53,12 @@ class PassInput:
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """A pseudo row for each rider: it has no token, and begins above the first `layer` layers.
+    """A pseudo row for each branch row. It has no token and enters above the first `layer` layers.
 
-    There `map` makes its state, (n, d) -> (n, d), out of that of the row it rides beside. The i-th branch of a pass, from 0, stands i + 1
-    places behind its row and sees what the row sees, the row, and the branches of that row before it. No row sees a pseudo row, and
-    nothing of it stays in a cache.
+    There `map`, (n, d) -> (n, d), computes its state from the state of the branch row. The i-th
+    branch of a pass, from 0, stands i + 1 positions after its row. It sees what that row sees, the
+    row itself, and the earlier branches of that row. No other row sees a pseudo row, and nothing of
+    it stays in a cache.
     """
 
     layer: int
@@ -65,7 +67,11 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class OutputSpec:
-    """What of a pass is wanted beside its logits: the states that they are made of; branches, whose layers do not fall."""
+    """The outputs of a pass besides logits.
+
+    hidden    return the states from which the logits are computed
+    branches  pseudo rows to compute, with layers that do not fall
+    """
 
     hidden: bool = False
     branches: tuple[Branch, ...] = ()
@@ -73,11 +79,11 @@ class OutputSpec:
 
 @dataclass(frozen=True, slots=True)
 class PassOutput:
-    """What a pass has computed of one part.
+    """The outputs of a pass for one text.
 
-    logits  (rows, vocabulary), as `Model.forward` returns them
-    hidden  (rows, d) where they were wanted: what `unembed` makes the logits of
-    ridden  (riders, branches, vocabulary) float32, of pseudo rows; None where the part had none
+    logits         (rows, vocabulary), as `Model.forward` returns them
+    hidden         (rows, d) if requested: the input of `unembed`
+    branch_logits  (branch rows, branches, vocabulary) float32 of pseudo rows; None without any
     """
 
     logits: Logits
@@ -86,49 +92,51 @@ class PassOutput:
 
 
 class Model(Protocol):
-    """A decoder-only language model. Not safe for use by two threads at a time."""
+    """A decoder-only language model. It is not thread-safe."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def vocabulary(self) -> int:
-        """Number of token ids: logits have that many columns."""
+        """Number of token ids, which is the number of columns of the logits."""
         ...
 
     @property
     def context(self) -> int:
-        """The most tokens that a text may have, output included."""
+        """Maximum number of tokens of a text, output included."""
         ...
 
     def new_cache(self) -> KVCache:
-        """An empty cache for one text."""
+        """Return an empty cache for one text."""
         ...
 
     def forward(self, cache: KVCache, rows: Rows, last: int | None = None) -> Logits:
-        """One pass: appends the rows to `cache` and returns the logits that follow each of them.
+        """Run one pass: append the rows to `cache` and return the float32 logits after each of
+        them.
 
-        With `last`, only those of the last `last` rows are computed. float32 in any case. On an error the cache is as before.
+        With `last`, only the last `last` rows get logits. On an error the cache is unchanged.
         """
         ...
 
     def forward_all(self, parts: Sequence[PassInput]) -> list[Logits]:
-        """One pass over the rows of several texts, each with its own cache: for each part what `forward` would return.
+        """Run one pass over rows of several texts, each with its own cache.
 
-        The weights are read once for all of them. On an error all caches are as before.
+        Returns for each part what `forward` would return. The weights are read once for all parts.
+        On an error all caches are unchanged.
         """
         ...
 
 
 class HiddenStateModel(Model, Protocol):
-    """A Model in torch that shows more of a pass than logits."""
+    """A Model in torch that returns hidden states and pseudo rows as well as logits."""
 
     @property
     def device(self) -> Any: ...
 
     @property
     def dtype(self) -> Any:
-        """Of its states."""
+        """Type of the hidden states."""
         ...
 
     def check(self, output_spec: OutputSpec) -> None:
@@ -138,11 +146,16 @@ class HiddenStateModel(Model, Protocol):
     def forward_outputs(
         self, parts: Sequence[PassInput], output_spec: OutputSpec
     ) -> list[PassOutput]:
-        """`forward_all`, and what was looked at. Logits may be there for more rows than a part's `last`, before those."""
+        """Run `forward_all` and return the requested outputs.
+
+        There may be logits for more rows than a part's `last`; those rows come first.
+        """
         ...
 
     def unembed(self, hidden: Any) -> Logits:
-        """float32 (rows, vocabulary) of states (rows, d) such as `forward_outputs` shows."""
+        """Return float32 logits (rows, vocabulary) of hidden states (rows, d) from
+        `forward_outputs`.
+        """
         ...
 
 

@@ -1,20 +1,22 @@
-"""From tokens to text, one token at a time, without ever splitting a character."""
+"""Decodes tokens to text one at a time, without ever splitting a character."""
 
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are no character, or not yet one
-MAX_TOKENS_PER_CHAR = 4  # bytes of a character, and so the most tokens that one is spread over
+# Decoders emit it for invalid or incomplete bytes.
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+MAX_TOKENS_PER_CHAR = 4  # at most one per byte
 
 
 class Detokenizer:
-    """The text of an output that follows a prompt: pieces of `decode` and `flush` joined are decode(prompt + output)
-    without decode(prompt), special tokens left out.
+    """Decodes an output that follows a prompt.
 
-    What the prompt leaves incomplete, the output completes: the whole character is then the output's. Bytes that never
-    become a character are U+FFFD as soon as a character follows them, or at `flush`. (tokenizers' DecodeStream has no
-    flush, hands out the prompt again where it ends inside a character, and raises on some sequences of byte tokens.)
+    The pieces of `decode` and `flush` together are decode(prompt + output) without decode(prompt),
+    special tokens left out. If the output completes a character that the prompt began, the whole
+    character belongs to the output. Bytes that never become a character turn into U+FFFD when a
+    character follows them, or at `flush`. (tokenizers' DecodeStream has no flush, repeats the
+    prompt if it ends inside a character, and raises on some sequences of byte tokens.)
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
@@ -37,7 +39,7 @@ class Detokenizer:
                     break
 
     def decode(self, token: int) -> str:
-        """The text that has become certain with this token; "" while a character is not complete."""
+        """Return the text that this token makes certain; "" while a character is incomplete."""
         self._window.append(token)
         text = self._aligned()
         sure = text.rstrip(REPLACEMENT)
@@ -51,7 +53,7 @@ class Detokenizer:
         return piece
 
     def flush(self) -> str:
-        """What is left when the tokens end."""
+        """Return the remaining text after the last token."""
         text = self._aligned()
         piece, self._known = text[len(self._known) :], text
         return piece
@@ -61,14 +63,15 @@ class Detokenizer:
         return text
 
     def _aligned(self) -> str:
-        """The window's text, which begins with the text that is known."""
+        """Return the window's text, which begins with the known text."""
         text = self._text(self._window)
         if text.startswith(self._known):
             return text
         self._known = self._whole
         if text.startswith(self._known):
-            return text  # the output has completed a character of the prompt
-        # Byte tokens in a row are decoded together, so an invalid one spoils those before it: what was handed out stays.
+            return text  # the output completed a character of the prompt
+        # Adjacent byte tokens are decoded together, so an invalid one invalidates those before it.
+        # Text that was returned stays.
         self._window = self._window[self._border :]
         self._border, self._known, self._whole = 0, "", ""
         return self._text(self._window)

@@ -1,4 +1,4 @@
-"""A faster pass where the model has one, once it has shown that it computes the same."""
+"""Installs a faster pass if it computes the same results as the model's own."""
 
 import logging
 import os
@@ -16,16 +16,20 @@ from runtime.models.hf import MODEL_ERRORS, ROUNDING_TOLERANCE, ForwardPass, HFM
 from runtime.models.llama import LlamaPass, is_llama
 from runtime.models.static_pass import StaticPass
 
-PROBE_LENGTHS = (24, 7)  # of the texts that are compared
-MAX_SEATS = 8  # texts that a static pass reads at once, where there is memory for them
-MAX_SEAT_SLOTS = 8192  # of one text: longer ones are read by the generic pass
-FREE_MEMORY_DIVISOR = 8  # a static pass takes at most this part of the free memory for its seats
+PROBE_LENGTHS = (24, 7)  # tokens of the texts compared
+MAX_SEATS = 8  # texts per static pass, memory permitting
+MAX_SEAT_SLOTS = 8192  # per text; the generic pass serves longer ones
+FREE_MEMORY_DIVISOR = 8  # seats take at most this fraction of the free memory
 
 log = logging.getLogger(__name__)
 
 
 def enable_fast_path(model: HFModel) -> None:
-    """Gives the model a faster pass that agrees with its own: StaticPass on a GPU, LlamaPass on a CPU, else packed products there."""
+    """Install a faster pass that agrees with the model's own.
+
+    It is a StaticPass on a GPU and a LlamaPass on a CPU; other models on a CPU get packed linear
+    layers.
+    """
     if model.device.type == "cuda":
         enable_static_path(model)
     elif model.device.type == "cpu":
@@ -35,7 +39,10 @@ def enable_fast_path(model: HFModel) -> None:
 
 
 def enable_static_path(model: HFModel) -> bool:
-    """Gives the model a StaticPass where it is built for it, there is memory, and the two agree. Recorded on a GPU, plain elsewhere."""
+    """Install a StaticPass if the architecture and the free memory allow it and the results agree.
+
+    It is recorded on a GPU and runs eagerly elsewhere. Returns whether it was installed.
+    """
     if not is_llama(model.module):
         return False
     like = model.new_cache()
@@ -59,20 +66,23 @@ def enable_static_path(model: HFModel) -> bool:
 
 
 def seats_for(room: int, seat: int) -> int:
-    """The greatest power of two, at most MAX_SEATS, of seats of `seat` bytes that fit into `room` bytes; 0 where not one does."""
+    """Return how many seats of `seat` bytes fit in `room` bytes.
+
+    The result is a power of two, at most MAX_SEATS, or 0.
+    """
     count = min(room // seat, MAX_SEATS)
     return 1 << count.bit_length() - 1 if count else 0
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes."""
+    """Return the free memory of the device, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def install_if_equal(model: HFModel, make: Callable[[], ForwardPass]) -> bool:
-    """Gives the model the pass that `make` makes; takes it back where it computes something else."""
+    """Install the pass that `make` creates; restore the old one if the results differ."""
     tokens = np.random.default_rng(0).integers(
         0, model.vocabulary, min(PROBE_LENGTHS[0], model.context)
     )
@@ -102,7 +112,7 @@ def install_if_equal(model: HFModel, make: Callable[[], ForwardPass]) -> bool:
 def probe_logits(
     model: HFModel, tokens: np.ndarray[tuple[int], np.dtype[np.int64]]
 ) -> torch.Tensor:
-    """Logits of a text alone, then of its beginning beside it."""
+    """Return logits of a text, then of two texts in one pass."""
     alone = model.forward(model.new_cache(), causal(tokens, 0))
     both = [PassInput(model.new_cache(), causal(tokens[:length], 0)) for length in PROBE_LENGTHS]
     return torch.cat([alone, *model.forward_all(both)])

@@ -1,10 +1,12 @@
-"""A pass through transformers' own code, for any decoder of plain attention; the oracle of faster passes.
+"""Runs transformers' own code, for any decoder with plain attention; the oracle of the faster
+passes.
 
-The tree is told by a 4-D additive mask and explicit positions.
+The tree is expressed by a 4-D additive mask and explicit positions.
 
-Several texts are one pass: their rows lie behind each other as if they were one text, so that linear layers, norms and experts run
-once over all of them; attention alone runs text by text, each with its own cache and mask. That is an attention function of
-transformers' AttentionInterface. A model that does not go through that interface gets one pass for each text.
+Several texts make one pass. Their rows are concatenated, so linear layers, norms and experts run
+once for all of them. Only attention runs text by text, each with its own cache and mask, in an
+attention function registered with transformers' AttentionInterface. A model that bypasses that
+interface gets one pass per text.
 """
 
 import inspect
@@ -26,13 +28,13 @@ from runtime.kv.store import TorchCache
 from runtime.models.attention_mask import additive_mask, layer_windows
 from runtime.models.base import OutputSpec, PassInput, PassOutput
 
-ATTENTION_NAME = "outrider"  # of our attention function in transformers' register
+ATTENTION_NAME = "outrider"  # of our function in AttentionInterface
 
 
 class TransformersPass:
-    """Runs `module` over parts whose caches are TorchCaches with the rows' slots appended and their positions written.
+    """Runs `module` on parts whose TorchCaches have slots and positions for the rows.
 
-    `can_pack`: whether several parts are read in one pass.
+    `can_pack` says whether several parts fit one pass.
     """
 
     def __init__(self, module: PreTrainedModel) -> None:
@@ -46,20 +48,23 @@ class TransformersPass:
         self._lowest = torch.finfo(self._dtype).min
 
     def __call__(self, parts: Sequence[PassInput]) -> list[torch.Tensor]:
-        """For each part the logits of its rows, float32, as `Model.forward_all` promises; caches are not rolled back on an error."""
+        """Return the float32 logits of each part, as `Model.forward_all` does.
+
+        Caches are not rolled back on an error.
+        """
         if len(parts) > 1 and self.can_pack:
             return self.read_packed(parts)
         return [self.read_one(part) for part in parts]
 
     def check(self, output_spec: OutputSpec) -> None:
-        """As promised by Pass (runtime.models.hf)."""
+        """Implement ForwardPass (runtime.models.hf)."""
         if output_spec.branches:
             raise LookupError("transformers' own pass takes no pseudo rows")
         if output_spec.hidden and self.module.get_output_embeddings() is None:
             raise LookupError("nothing is known to turn its hidden states into logits")
 
     def show(self, parts: Sequence[PassInput], output_spec: OutputSpec) -> list[PassOutput]:
-        """Hidden states are what the unembedding is given. Pseudo rows are not taken along."""
+        """Return the inputs of the unembedding as hidden states. Pseudo rows are not supported."""
         if not output_spec.hidden:
             return [PassOutput(logits) for logits in self(parts)]
         given: list[torch.Tensor] = []
@@ -78,7 +83,7 @@ class TransformersPass:
         return logits.float()
 
     def read_one(self, part: PassInput) -> torch.Tensor:
-        """One text in a pass of its own."""
+        """Read one text in its own pass."""
         rows, cache = part.rows, torch_cache(part)
         mask = self._by_type(
             {kind: self.mask(part, window) for kind, window in self._windows.items()}
@@ -88,7 +93,7 @@ class TransformersPass:
         return logits[logits.shape[0] - kept :].float()
 
     def read_packed(self, parts: Sequence[PassInput]) -> list[torch.Tensor]:
-        """All texts in one pass. Raises LookupError where the model does not ask for attention as transformers' interface has it."""
+        """Read all texts in one pass. Raises LookupError if the model bypasses the interface."""
         caches = [torch_cache(part) for part in parts]
         masks: dict[str, torch.Tensor | None] = {}
         for kind, window in self._windows.items():
@@ -132,7 +137,7 @@ class TransformersPass:
 
     @contextmanager
     def _packed_attention(self, packed: PackedCache) -> Iterator[None]:
-        """Attention is ours as long as this lasts; at all other times the module is as transformers made it."""
+        """Use our attention function inside the block; the module is unmodified otherwise."""
         default = self._config._attn_implementation
         token = CURRENT_PASS.set((packed, default))
         self._config._attn_implementation = ATTENTION_NAME
@@ -149,10 +154,12 @@ class TransformersPass:
         return torch.zeros((1, 1, 1, slots), dtype=self._dtype, device=self._device)
 
     def _by_type(self, masks: dict[str, torch.Tensor | None]) -> Any:
-        """One mask, None where nothing is hidden; by layer type where the model has several."""
+        """Return one mask, or None if nothing is hidden; a mask per layer type if the model has
+        several.
+        """
         first = next((mask for mask in masks.values() if mask is not None), None)
         if self._masks_by_type and first is not None:
-            # A layer type that needs no mask gets one all the same: None would have transformers make its own for all.
+            # Give every layer type a mask: after None, transformers would create its own for all.
             return {
                 kind: torch.zeros_like(first) if mask is None else mask
                 for kind, mask in masks.items()
@@ -160,7 +167,7 @@ class TransformersPass:
         return first
 
     def mask(self, part: PassInput, window: int | None) -> torch.Tensor | None:
-        """(1, 1, n, slots) of one part, as runtime.models.attention_mask has it."""
+        """Return the mask of one part, (1, 1, n, slots), see runtime.models.attention_mask."""
         mask = additive_mask(part.rows, torch_cache(part).positions, window, self._lowest)
         return (
             None
@@ -176,7 +183,7 @@ def torch_cache(part: PassInput) -> TorchCache:
 
 
 def logit_rows(part: PassInput) -> int:
-    """How many of the rows, counted from the last, are to have logits."""
+    """Return the number of rows, counted from the last, that get logits."""
     rows = len(part.rows.tokens)
     return rows if part.last is None else min(part.last, rows)
 
@@ -192,10 +199,10 @@ def packed_attention(
     attention_mask: torch.Tensor,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of the pass in progress, text by text, each by the function that the model would use for one.
+    """Compute attention text by text, with the function that the model would use for one text.
 
     query           (1, heads, rows, dim), rows of all texts
-    attention_mask  (1, 1, 1, sum of rows x slots), the masks of the texts one after the other
+    attention_mask  (1, 1, 1, sum of rows x slots), the concatenated masks of the texts
     """
     packed, default = CURRENT_PASS.get()
     function = attention_function(module, default)
@@ -213,7 +220,7 @@ def packed_attention(
 def attention_function(
     module: torch.nn.Module, name: str
 ) -> Callable[..., tuple[torch.Tensor, Any]]:
-    """The function that an attention module of transformers would call under the implementation `name`.
+    """Return transformers' attention function of the implementation `name`.
 
     Raises LookupError for one that does not follow its conventions.
     """

@@ -1,9 +1,9 @@
-"""JSON schemas and regular expressions as masks over a vocabulary, computed by llguidance.
+"""Turns JSON schemas and regular expressions into vocabulary masks, with llguidance.
 
-A grammar comes from a stranger, and what it costs shows only when it is compiled, or at a later
-token. Each text therefore has a process of its own, which compiles its grammar and computes its
-masks (runtime.models.grammar_worker). The kernel bounds that process in memory and in processor
-time. No stranger's grammar reaches the target's process, and none slows another text down.
+A grammar comes from an untrusted client, and its cost may show only at compile time or at a later
+token. Each text therefore has its own process, which compiles its grammar and computes its masks
+(runtime.models.grammar_worker). The kernel bounds the memory and processor time of that process. No
+client's grammar runs in the target's process, and none slows another text down.
 """
 
 import contextlib
@@ -39,10 +39,10 @@ JSON_WHITESPACE = (
 
 
 class GrammarMatcher:
-    """A Guide whose masks come from a process of its own.
+    """A GrammarState whose masks are computed by a separate process.
 
-    The process computes the next mask as soon as it hears of a token, while the model computes.
-    It ends when the matcher is garbage.
+    The process computes the next mask as soon as it receives a token, while the model computes. It
+    ends when the matcher is garbage collected.
     """
 
     def __init__(self, channel: socket.socket, kind: str, size: int, eos: frozenset[int]) -> None:
@@ -63,7 +63,7 @@ class GrammarMatcher:
         return self._mask
 
     def accept_token(self, token: int) -> None:
-        # Nothing follows the end of a text. llguidance calls the end of a complete text an error.
+        # Nothing follows the end of a text, which llguidance would call an error.
         if token in self._eos:
             return
         if not self.allowed()[token]:
@@ -78,7 +78,7 @@ class GrammarMatcher:
             if data is None:
                 raise ConnectionResetError
         if data[:1] == BUSY:
-            raise Overloaded("there is no room for a process that reads a grammar: try again later")
+            raise Overloaded("cannot start another grammar process: try again later")
         if data[:1] == ERROR:
             raise refusal(self._kind, data[1:].decode())
         bits = np.frombuffer(data, dtype=np.uint8, offset=1)
@@ -95,10 +95,10 @@ class GrammarMatcher:
 
 
 class GrammarCompiler:
-    """Opens a matcher for each text. Any thread may call it.
+    """Creates a matcher for each text. It is thread-safe.
 
-    The process that loads the tokenizer starts at the first call, which takes about a second. It
-    is replaced if it is killed.
+    The process that loads the tokenizer starts at the first call, which takes about a second. It is
+    replaced if it is killed.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, size: int, eos: frozenset[int]) -> None:
@@ -110,14 +110,14 @@ class GrammarCompiler:
         self._lock = threading.Lock()  # held while the server starts, never while one compiles
 
     def __call__(self, constraint: Constraint) -> GrammarMatcher:
-        """Returns the beginning of a text.
+        """Return a matcher at the beginning of a text.
 
-        Raises InvalidRequest for what is no grammar or costs too much, Overloaded if too many
-        texts have a grammar at the same time.
+        Raises InvalidRequest for an invalid or too expensive grammar, Overloaded if too many texts
+        have a grammar at the same time.
         """
         kind, text = constraint.kind, constraint.text
         if not self._eos:
-            raise refusal(kind, "the model has no token that ends a text")
+            raise refusal(kind, "the model has no end-of-text token")
         if kind == "json_schema":
             check_schema(text)
         elif kind == "regex":
@@ -129,7 +129,7 @@ class GrammarCompiler:
         return matcher
 
     def close(self) -> None:
-        """Ends all processes, those of texts under way included, and waits for their end."""
+        """End all processes, including those of unfinished texts, and wait for them."""
         with self._lock:
             server, self._server = self._server, None
             for channel in tuple(self._open):
@@ -143,18 +143,18 @@ class GrammarCompiler:
         with self._lock:
             if len(self._open) >= (most := limits.CONSTRAINED_REQUESTS):
                 raise Overloaded(
-                    f"{most} texts with a response_format are under way, the most: try again later"
+                    f"server at capacity: {most} requests with a response_format: try again later"
                 )
             try:
                 channel = self._fork(kind)
             except OSError as error:
-                raise Overloaded("no process can read grammars now: try again later") from error
+                raise Overloaded("cannot start the grammar server: try again later") from error
             self._open.add(channel)
         channel.settimeout(ANSWER_TIMEOUT_S)
         return channel
 
     def _fork(self, kind: str) -> socket.socket:
-        """Raises OSError where no process can be started."""
+        """Return a channel to a new process. Raises OSError if none can be started."""
         if self._server is not None:
             with contextlib.suppress(OSError):
                 return self._server.fork()
@@ -166,7 +166,7 @@ class GrammarCompiler:
                 return self._server.fork()
             except ValueError:
                 self._unusable = True
-        raise refusal(kind, "the model's tokenizer is of no kind that llguidance knows")
+        raise refusal(kind, "llguidance does not support the model's tokenizer")
 
     def _setup(self) -> dict[str, Any]:
         words = copy(self._tokenizer.backend_tokenizer)

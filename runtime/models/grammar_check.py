@@ -1,4 +1,4 @@
-"""What a grammar may not ask for. It is refused by name before anything compiles it."""
+"""Rejects grammars that cannot be bounded, before anything compiles them."""
 
 import json
 import math
@@ -25,26 +25,26 @@ def refusal(kind: str, why: str) -> InvalidRequest:
 
 
 def check_schema(text: str) -> None:
-    """Raises InvalidRequest for a schema that could not be bounded.
+    """Raises InvalidRequest for a schema whose cost cannot be bounded.
 
-    It is no JSON, refers to itself or to what is not in it, has expressions that are too long or
-    that multiply, or has objects with too many properties.
+    The schema is invalid JSON, is recursive, has references that lead out of it, has expressions
+    that are too long or that multiply, or has objects with too many properties.
     """
     try:
         schema = json.loads(text)
         if not isinstance(schema, dict):
-            raise refusal("json_schema", "it is no object")
+            raise refusal("json_schema", "it is not an object")
         references = References(schema)
         references.check(schema, ("#",))
         SchemaShapes(references).of(schema)
     except ValueError as error:
-        raise refusal("json_schema", f"it is no JSON: {error}") from error
+        raise refusal("json_schema", f"invalid JSON: {error}") from error
     except RecursionError as error:
         raise refusal("json_schema", "it is nested too deeply") from error
 
 
 class References:
-    """The references of a schema."""
+    """Resolves the references of a schema."""
 
     def __init__(self, whole: Any) -> None:
         self.whole = whole
@@ -81,10 +81,10 @@ def children(part: Any) -> Iterable[Any]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SchemaShape:
-    """What a schema asks of one place of a JSON text, as far as it multiplies.
+    """The constraints that a schema puts on one place of a JSON text, as far as they multiply.
 
-    sizes       of the expressions that a string must match, all of them at once
-    properties  names that an object may have, those of alternatives added up
+    sizes       sizes of the expressions that a string must match at once
+    properties  number of names that an object may have, summed over alternatives
     named       shapes of the values of properties
     others      shape of every other value inside this one
     """

@@ -1,4 +1,4 @@
-"""The process that forks a process for each grammar, as its owner sees it."""
+"""Owns the process that forks a process for each grammar."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ STOP_TIMEOUT_S = 5.0
 
 
 class ForkServer:
-    """Forks a process for each grammar. It ends when it is closed or garbage, or with its owner."""
+    """Forks a process for each grammar. It ends when closed, garbage collected or orphaned."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
         """Starts the process. Raises ValueError if it refuses `setup`, OSError if it dies."""
@@ -27,7 +27,7 @@ class ForkServer:
             self.process = subprocess.Popen(
                 [*program, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # it ends its whole group; Ctrl-C is the owner's affair
+                start_new_session=True,  # it ends its whole group; the owner handles Ctrl-C
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # it might quote grammars
@@ -43,7 +43,11 @@ class ForkServer:
             raise
         if data is None or data[:1] != MASK:
             self.close()
-            raise OSError("it has died") if data is None else ValueError(data[1:].decode())
+            raise (
+                OSError("the grammar server died")
+                if data is None
+                else ValueError(data[1:].decode())
+            )
 
     def fork(self) -> socket.socket:
         """Returns a channel to a new process. Raises OSError if the server is dead."""

@@ -1,12 +1,12 @@
-"""The program of the processes in which grammars are compiled and read. It is run as a file.
+"""The processes that compile and run grammars. This file is executed as a program.
 
-The first process loads the tokenizer and runs nothing that a stranger wrote. It forks a child for
-each socket that it is handed. A child serves one text: it compiles the text's grammar, then answers
-each token with the mask of the tokens that may follow. The kernel bounds the child's memory and the
-processor time of each answer. A child that goes over a bound dies, and its socket closes.
+The first process loads the tokenizer and runs no untrusted input. It forks a child for each socket
+that it receives. A child serves one text: it compiles the text's grammar, then answers each token
+with the mask of the tokens that may follow. The kernel bounds the child's memory and the processor
+time of each answer. A child that exceeds a bound dies, and its socket closes.
 
-A frame is a length of 4 bytes (big endian) and so many bytes. An answer begins with MASK, ERROR or
-BUSY.
+A frame is a length of 4 bytes (big endian) and that many bytes. An answer begins with MASK, ERROR
+or BUSY.
 """
 
 import contextlib
@@ -52,14 +52,14 @@ def read(channel: socket.socket, size: int) -> bytes | None:
 
 @contextlib.contextmanager
 def processor_time(seconds: float) -> Iterator[None]:
-    """Kills this process by SIGPROF if the block takes more processor time than this."""
+    """Kill this process by SIGPROF if the block takes more than `seconds` of processor time."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
     yield
     signal.setitimer(signal.ITIMER_PROF, 0.0)
 
 
 def limit_memory(size: int) -> None:
-    """Lets this process map so many more bytes, and no more."""
+    """Allow this process to map `size` more bytes."""
     mapped = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + size, mapped + size))
 
@@ -99,7 +99,7 @@ def serve(channel: socket.socket, tokenizer: LLTokenizer, bounds: dict[str, Any]
             grammar = build_grammar(asked["kind"], asked["text"], bounds["space"])
             matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
             send_mask(channel, matcher)
-    except ValueError as error:  # text that is no Unicode, among others
+    except ValueError as error:  # text that is not Unicode, for example
         send(channel, ERROR, str(error).encode(errors="replace"))
         return
     left = bounds["mask_s"]

@@ -1,9 +1,11 @@
-"""The folder of a trained head: config.json, model.safetensors, and whose hidden states it was trained on. Data from a stranger, too.
+"""Reads and writes the folder of a trained head. Its content is untrusted.
 
-    config.json         {"method": NAME, "target": {"hidden_size", "layers", "vocabulary", "tokenizer"}, "settings": {...}}
+    config.json         {"method": NAME, "target": {"hidden_size", "layers", "vocabulary",
+                         "tokenizer"}, "settings": {...}}; `target` identifies whose hidden states
+                         the head was trained on
     model.safetensors   tensors, by the names that the method gives them
 
-What is beside them, a card perhaps, is not looked at.
+Other files, such as a model card, are ignored.
 """
 
 import json
@@ -37,7 +39,10 @@ def target_identity(config: PreTrainedConfig, tokenizer: Vocabulary) -> ModelIde
 
 
 def read_settings(folder: Path, method: str, identity: ModelIdentity) -> Settings:
-    """What config.json says. Raises ModelRefused for what is no head of this method, or one of another target."""
+    """Read the settings in config.json.
+
+    Raises ModelRefused for a checkpoint of another method or another target.
+    """
     if not (folder / "config.json").is_file():
         raise ModelRefused(
             f"{folder} has no config.json: give the folder of a trained head, or {TRAIN_HINT}"
@@ -46,7 +51,8 @@ def read_settings(folder: Path, method: str, identity: ModelIdentity) -> Setting
     config = read_json(folder / "config.json", str(folder))
     if config.get("method") != method:
         raise ModelRefused(
-            f"{folder} holds {str(config.get('method'))[:64]!r} and not {method}: give the folder of another head"
+            f"{folder} holds {str(config.get('method'))[:64]!r} and not {method}: "
+            "give the folder of another head"
         )
     target, settings = config.get("target"), config.get("settings")
     if not isinstance(target, dict) or not isinstance(settings, dict):
@@ -55,26 +61,32 @@ def read_settings(folder: Path, method: str, identity: ModelIdentity) -> Setting
         if target.get(name) != logit_rows:
             said, should = str(target.get(name))[:16], str(logit_rows)[:16]
             raise ModelRefused(
-                f"{folder} was trained for another target ({name} {said}, not {should}): {TRAIN_HINT} for this one"
+                f"{folder} was trained for another target ({name} {said}, not {should}): "
+                f"{TRAIN_HINT} for this one"
             )
     return settings
 
 
 def whole_number(folder: Path, settings: Settings, name: str, least: int, most: int) -> int:
-    """Raises ModelRefused for what is none, or not between these."""
+    """Return a setting. Raises ModelRefused unless it is an integer from `least` to `most`."""
     value = settings.get(name)
     if type(value) is not int or not least <= value <= most:
         raise ModelRefused(
-            f"{folder}/config.json: {name} {str(value)[:16]} is no whole number from {least} to {most}: copy it again"
+            f"{folder}/config.json: {name} {str(value)[:16]} is not an integer "
+            f"from {least} to {most}: copy it again"
         )
     return value
 
 
 def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
-    """Exactly these, in the type that they are stored in. Raises ModelRefused where the file holds anything else, before that is read."""
+    """Read exactly these tensors, in their stored type.
+
+    Raises ModelRefused if the file contains anything else, before reading it.
+    """
     try:
         with safe_open(folder / "model.safetensors", framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            names = file.keys()
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
             if found != dict(shapes):
                 wrong = min(
                     name
@@ -82,7 +94,8 @@ def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Tensors
                     if found.get(name) != shapes.get(name)
                 )
                 raise ModelRefused(
-                    f"{folder}/model.safetensors does not fit its config.json ({wrong[:64]}): copy it again, or {TRAIN_HINT}"
+                    f"{folder}/model.safetensors does not fit its config.json ({wrong[:64]}): "
+                    f"copy it again, or {TRAIN_HINT}"
                 )
             tensors = {name: file.get_tensor(name) for name in found}
     except (SafetensorError, OSError, ValueError) as error:
@@ -93,7 +106,8 @@ def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Tensors
         tensor.is_floating_point() and tensor.isfinite().all() for tensor in tensors.values()
     ):
         raise ModelRefused(
-            f"{folder}/model.safetensors holds what are no finite numbers: copy it again, or {TRAIN_HINT}"
+            f"{folder}/model.safetensors contains non-finite numbers: "
+            f"copy it again, or {TRAIN_HINT}"
         )
     return tensors
 
@@ -101,7 +115,7 @@ def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Tensors
 def write_checkpoint(
     folder: Path, method: str, identity: ModelIdentity, settings: Settings, tensors: Tensors
 ) -> None:
-    """All or nothing: a folder that is there is replaced in one go. Raises OSError."""
+    """Write a checkpoint atomically, replacing an existing folder. Raises OSError."""
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
     beside.mkdir(parents=True)
     try:

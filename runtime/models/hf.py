@@ -1,4 +1,6 @@
-"""Any decoder-only causal language model of transformers, reading trees of guesses, of one text or of several, in one pass."""
+"""Wraps a decoder-only causal language model of transformers; one pass reads trees of several
+texts.
+"""
 
 import inspect
 import logging
@@ -18,7 +20,7 @@ from runtime.models.base import OutputSpec, PassInput, PassOutput, Rows, causal
 from runtime.models.generic import TransformersPass, torch_cache
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-# What transformers' modelling code is known to raise for a model that cannot take our masks, positions or cache.
+# transformers' modelling code raises these for models that reject our masks, positions or cache.
 MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 ROUNDING_TOLERANCE = {
@@ -33,10 +35,10 @@ Result = TypeVar("Result")
 
 
 class ForwardPass(Protocol):
-    """Reads parts whose rows have their slots; see Generic, the one that fits every model."""
+    """Reads parts whose rows have slots; TransformersPass is the one that fits every model."""
 
     def __call__(self, parts: Sequence[PassInput]) -> list[torch.Tensor]:
-        """Logits of each part."""
+        """Return the logits of each part."""
         ...
 
     def check(self, output_spec: OutputSpec) -> None:
@@ -44,16 +46,20 @@ class ForwardPass(Protocol):
         ...
 
     def show(self, parts: Sequence[PassInput], output_spec: OutputSpec) -> list[PassOutput]:
-        """As Open.forward_outputs; the pseudo rows have their slots behind the rows of their part, those of one branch together."""
+        """Implement HiddenStateModel.forward_outputs.
+
+        The slots of the pseudo rows follow the rows of their part, grouped by branch.
+        """
         ...
 
     def unembed(self, hidden: torch.Tensor) -> torch.Tensor: ...
 
 
 class HFModel:
-    """A Model (runtime.models.base) around `module`, which is used where and in the type it is; see `load.load_model`.
+    """A Model (runtime.models.base) around `module`, which keeps its device and type.
 
-    Raises ModelRefused for a model that keeps more of a text than keys and values of its tokens.
+    Use `runtime.models.loader.load_model` to create one. Raises ModelRefused for a model that
+    stores more of a text than keys and values of its tokens.
     """
 
     def __init__(self, module: PreTrainedModel, name: str) -> None:
@@ -63,7 +69,8 @@ class HFModel:
         self._context = max_context(config, name)
         if "position_ids" not in inspect.signature(module.forward).parameters:
             raise ModelRefused(
-                f"model {name} ({config.model_type}) cannot be told positions: choose one with rotary or learned positions"
+                f"model {name} ({config.model_type}) takes no position_ids: "
+                "choose one with rotary or learned positions"
             )
         self._device: torch.device = module.device
         self._dtype: torch.dtype = module.dtype
@@ -76,7 +83,8 @@ class HFModel:
             self._stored: torch.dtype = probe.past_key_values.layers[0].keys.dtype
         except MODEL_ERRORS as error:
             raise ModelRefused(
-                f"model {name} cannot be rolled back exactly ({error}): choose one of plain attention layers"
+                f"model {name} cannot be rolled back exactly ({error}): "
+                "choose one with plain attention layers"
             ) from error
         self._vocabulary = int(probe.logits.shape[-1])
         self.generic = TransformersPass(module)
@@ -84,7 +92,7 @@ class HFModel:
         self.generic.can_pack = self._can_pack(probe.logits[0].float())
 
     def _can_pack(self, expected: torch.Tensor) -> bool:
-        """Whether the module can read two texts in one pass: PROBE_TOKENS, whose logits are known, and its beginning."""
+        """Return whether the module reads two texts in one pass: PROBE_TOKENS and its beginning."""
         parts = [
             PassInput(self.new_cache(), causal(np.array(text), 0))
             for text in (PROBE_TOKENS, PROBE_TOKENS[:1])
@@ -125,35 +133,37 @@ class HFModel:
         return self._dtype
 
     def new_cache(self) -> TorchCache:
-        """Room for the whole context and a full tree behind it, taken only as it is used."""
+        """Return a cache for the whole context and a full tree; memory grows with use."""
         return TorchCache(
             self._layout, self._context + limits.TREE_NODES, self._stored, self._device
         )
 
     def forward(self, cache: KVCache, rows: Rows, last: int | None = None) -> torch.Tensor:
-        """As promised by Model: float32 (rows, vocabulary) on the model's device. On an error the cache is as before.
+        """Implement Model: float32 (rows, vocabulary) on the model's device.
 
-        Raises InvalidRequest for a token outside the vocabulary or a position outside the context.
+        On an error the cache is unchanged. Raises InvalidRequest for a token outside the vocabulary
+        or a position outside the context.
         """
         return self.forward_all([PassInput(cache, rows, last)])[0]
 
     def forward_all(self, parts: Sequence[PassInput]) -> list[torch.Tensor]:
-        """As promised by Model; errors as of `forward`. A text may be in one part only."""
+        """Implement Model; raises as `forward` does. A text may be in one part only."""
         return self._read(parts, 0, self.step)
 
     def check(self, output_spec: OutputSpec) -> None:
-        """As promised by Open."""
+        """Implement HiddenStateModel."""
         try:
             self.step.check(output_spec)
         except LookupError as error:
             raise ModelRefused(
-                f"model {self._name} cannot show what this method looks at ({error}): choose another method"
+                f"model {self._name} lacks outputs that this method needs ({error}): "
+                "choose another method"
             ) from error
 
     def forward_outputs(
         self, parts: Sequence[PassInput], output_spec: OutputSpec
     ) -> list[PassOutput]:
-        """As promised by Open; errors as of `forward`."""
+        """Implement HiddenStateModel; raises as `forward` does."""
         return self._read(
             parts, len(output_spec.branches), lambda parts: self.step.show(parts, output_spec)
         )
@@ -168,7 +178,10 @@ class HFModel:
         branches: int,
         read: Callable[[Sequence[PassInput]], list[Result]],
     ) -> list[Result]:
-        """`read`, with slots for the rows of the parts and, as long as it runs, for `branches` pseudo rows beside each rider."""
+        """Call `read` with slots for the rows and for `branches` pseudo rows per branch row.
+
+        The slots of the pseudo rows are freed afterwards.
+        """
         caches = [torch_cache(part) for part in parts]
         positions = [positions_of(part, branches) for part in parts]
         for part, places in zip(parts, positions, strict=True):
@@ -192,19 +205,21 @@ class HFModel:
                     cache.truncate(length)
 
     def _check(self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> None:
-        # On a GPU an index out of range would end the process and not the request.
+        # On a GPU an index out of range would end the process, not just the request.
         if tokens.min() < 0 or tokens.max() >= self._vocabulary:
             raise InvalidRequest(
-                f"a token id outside the vocabulary of {self._vocabulary} of model {self._name}: check the tokenizer"
+                f"a token id outside the vocabulary of {self._vocabulary} of model {self._name}: "
+                "check the tokenizer"
             )
         if positions.min() < 0 or positions.max() >= self._context:
             raise InvalidRequest(
-                f"position {positions.max()} is beyond the context of {self._context} of model {self._name}: shorten it"
+                f"position {positions.max()} is beyond the context of {self._context} "
+                f"of model {self._name}: shorten the text"
             )
 
 
 def positions_of(part: PassInput, branches: int) -> npt.NDArray[np.int64]:
-    """Of the rows, then of the pseudo rows, branch by branch."""
+    """Return positions of the rows, then of the pseudo rows, branch by branch."""
     if not part.branch_rows:
         return part.rows.positions
     ridden = part.rows.positions[list(part.branch_rows)]
@@ -214,7 +229,7 @@ def positions_of(part: PassInput, branches: int) -> npt.NDArray[np.int64]:
 
 
 def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """The worst row's root mean square error, relative to the spread of what is expected."""
+    """Return the worst row's root mean square error, relative to the spread of `expected`."""
     centred = expected - expected.mean(dim=1, keepdim=True)
     return float(
         ((logits - expected).square().mean(dim=1) / centred.square().mean(dim=1).clamp_min(1e-12))
@@ -224,7 +239,10 @@ def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def check_config(config: PreTrainedConfig, kind: type[PreTrainedModel], name: str) -> None:
-    """Raises ModelRefused for what is known, before any weight is read, not to be a decoder of plain attention layers."""
+    """Raise ModelRefused if the configuration rules out a decoder with plain attention layers.
+
+    The check needs no weights.
+    """
     text = config.get_text_config(decoder=True)
     if config.is_encoder_decoder:
         raise ModelRefused(
@@ -234,24 +252,28 @@ def check_config(config: PreTrainedConfig, kind: type[PreTrainedModel], name: st
     if kind._is_stateful or others:
         what = f"layers of type {', '.join(others)}" if others else "a recurrent state"
         raise ModelRefused(
-            f"model {name} ({config.model_type}) has {what}, no exact rollback: choose a model of plain attention"
+            f"model {name} ({config.model_type}) has {what}, no exact rollback: "
+            "choose a model of plain attention"
         )
     if getattr(text, "alibi", False):
         raise ModelRefused(
-            f"model {name} ({config.model_type}) has ALiBi positions, which no tree can have: choose one with rotary positions"
+            f"model {name} ({config.model_type}) has ALiBi positions, which do not support trees: "
+            "choose one with rotary positions"
         )
 
 
 def max_context(config: PreTrainedConfig, name: str) -> int:
-    """The longest text whose keys do not depend on how long the text becomes later.
+    """Return the maximum text length at which keys do not depend on the later length of the text.
 
-    With `longrope` the angles of all positions change where the text outgrows the original context: cached keys would no longer be
-    those of a fresh prefill, so the original context is the limit.
+    With `longrope` the angles of all positions change when the text outgrows the original context.
+    Cached keys would then differ from those of a fresh prefill, so the original context is the
+    limit.
     """
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:
         raise ModelRefused(
-            f"model {name} ({config.model_type}) names no context length: set max_position_embeddings in its config.json"
+            f"model {name} ({config.model_type}) has no context length: "
+            "set max_position_embeddings in its config.json"
         )
     rope = getattr(config, "rope_parameters", None) or {}
     for variant in [rope, *(value for value in rope.values() if isinstance(value, dict))]:

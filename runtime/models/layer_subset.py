@@ -1,4 +1,4 @@
-"""A model of some of another one's layers, with its embedding and unembedding: what self-speculation drafts with."""
+"""Reduces a model to some of its layers, for self-speculation; embedding and unembedding stay."""
 
 import copy
 from collections.abc import Sequence
@@ -13,7 +13,10 @@ from runtime.core.errors import ModelRefused
 def truncated_config(
     config: PreTrainedConfig, layers: Sequence[int], name: str
 ) -> PreTrainedConfig:
-    """`config` without the layers behind the last of `layers`. Raises ModelRefused where these are not layers of it, in their order."""
+    """Return `config` without the layers after the last of `layers`.
+
+    Raises ModelRefused unless `layers` are rising layer numbers of the model.
+    """
     count: int = config.get_text_config(decoder=True).num_hidden_layers
     if (
         not layers
@@ -21,17 +24,18 @@ def truncated_config(
         or not 0 <= layers[0] <= layers[-1] < count
     ):
         raise ModelRefused(
-            f"layers {str(list(layers))[:48]} are not some of the {count} of {name}: give numbers from 0 to {count - 1} that rise"
+            f"layers {str(list(layers))[:48]} are not some of the {count} of {name}: "
+            f"give numbers from 0 to {count - 1} that rise"
         )
     return with_layers(config, range(layers[-1] + 1))
 
 
 def keep_layers(module: PreTrainedModel, layers: Sequence[int], name: str) -> None:
-    """Let go of all layers but these. Raises ModelRefused where they do not lie where Llama's do."""
+    """Drop all layers but these. Raises ModelRefused unless the layers are stored as in Llama."""
     body: Any = getattr(module, "model", None)
     if not isinstance(getattr(body, "layers", None), nn.ModuleList):
         raise ModelRefused(
-            f"{name} has its layers in another place than Llama: choose another drafting method"
+            f"{name} does not store its layers as Llama does: choose another drafting method"
         )
     body.layers = nn.ModuleList(body.layers[layer] for layer in layers)
     for index, layer in enumerate(body.layers):
@@ -42,7 +46,7 @@ def keep_layers(module: PreTrainedModel, layers: Sequence[int], name: str) -> No
 
 
 def with_layers(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
-    """A copy that tells of these layers alone."""
+    """Return a copy of the configuration that describes only these layers."""
     found = copy.deepcopy(config)
     text: Any = found.get_text_config(decoder=True)
     kinds = getattr(text, "layer_types", None)
@@ -53,5 +57,5 @@ def with_layers(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedCo
 
 
 def every_second_layer(config: PreTrainedConfig) -> list[int]:
-    """What is kept where nobody has looked for something better (`outrider tune layers`)."""
+    """Return the default choice, if `outrider tune layers` found nothing better."""
     return list(range(0, config.get_text_config(decoder=True).num_hidden_layers, 2))

@@ -1,9 +1,11 @@
-"""A short pass for models built as Llama is, on a CPU: most of a small model's step is otherwise spent between its products.
+"""A short pass for Llama-like models: a small model's step otherwise spends most time between
+products.
 
-Rotary positions, grouped heads, a gated MLP and RMS norms; biases, norms of queries and keys, and sliding windows where the model has
-them. It computes what transformers' code computes, from the same parameters: products that share their input become one, angles are
-looked up, a layer's keys and values are written at once. Pseudo rows (see Branch) come behind all others where they enter: each matrix
-is read once for both.
+It supports rotary positions, grouped heads, a gated MLP and RMS norms; also biases, norms of
+queries and keys, and sliding windows. It computes what transformers' code computes, from the same
+parameters. Products with the same input are fused, angles come from a table, and a layer's keys and
+values are written at once. Pseudo rows (see Branch) follow all other rows, so each matrix is read
+once for both.
 """
 
 from collections.abc import Sequence
@@ -25,13 +27,14 @@ from runtime.models.generic import logit_rows, torch_cache
 from runtime.models.hf import max_context
 
 MODEL_TYPES = {"llama", "mistral", "qwen2", "qwen3"}
-INITIAL_POSITIONS = 512  # positions whose angles are computed at first
+INITIAL_POSITIONS = 512  # in the first table of angles
 
 
 class RMSNorm:
-    """x * weight / sqrt(mean(x^2) + eps) over the last dimension, computed in float32.
+    """Computes x * weight / sqrt(mean(x^2) + eps) over the last dimension in float32.
 
-    As x / hypot(|x|, sqrt(d eps)) * (sqrt(d) weight), which takes four calls where F.rms_norm makes ten.
+    It evaluates x / hypot(|x|, sqrt(d eps)) * (sqrt(d) weight), which takes four calls; F.rms_norm
+    makes ten.
     """
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
@@ -61,21 +64,26 @@ class LlamaLayer:
 
 @dataclass(frozen=True, slots=True)
 class PartView:
-    """One part in a pass: its rows, and views of its cache, of which each layer has one."""
+    """The rows of one part in a pass, and per-layer views of its cache.
+
+    start, end    its rows among those of all parts
+    new           (2, heads, rows, dim): destination of a layer's new keys and values
+    keys, values  (1, heads, slots, dim)
+    masks         by layer type
+    places        its rows if they are not [start, end): pseudo rows follow the rows of all parts
+    """
 
     start: int
     end: int
-    new: Sequence[torch.Tensor]  # (2, heads, rows, dim): where a layer's new keys and values go
-    keys: Sequence[torch.Tensor]  # (1, heads, slots, dim)
+    new: Sequence[torch.Tensor]
+    keys: Sequence[torch.Tensor]
     values: Sequence[torch.Tensor]
     masks: dict[str, torch.Tensor | None]
-    places: torch.Tensor | None = (
-        None  # of its rows, where they are not [start, end): pseudo rows come behind those of all parts
-    )
+    places: torch.Tensor | None = None
 
 
 class LlamaPass:
-    """Runs parts as Generic does. `module` and this share the memory of their parameters."""
+    """A ForwardPass that shares the memory of the parameters with `module`."""
 
     def __init__(self, module: PreTrainedModel) -> None:
         pack = has_room(module)
@@ -109,13 +117,13 @@ class LlamaPass:
         return list(self._head(self._norm(x)).float().split(kept))
 
     def check(self, output_spec: OutputSpec) -> None:
-        """As promised by Pass (runtime.models.hf)."""
+        """Implement ForwardPass (runtime.models.hf)."""
         layers = [branch.layer for branch in output_spec.branches]
         if layers != sorted(layers) or not all(0 <= layer < len(self._layers) for layer in layers):
             raise LookupError(f"pseudo rows that enter at layers {layers} of {len(self._layers)}")
 
     def show(self, parts: Sequence[PassInput], output_spec: OutputSpec) -> list[PassOutput]:
-        """As promised by Pass."""
+        """Implement ForwardPass."""
         counts, branch_rows = (
             [len(part.rows.tokens) for part in parts],
             [len(part.branch_rows) if output_spec.branches else 0 for part in parts],
@@ -182,7 +190,7 @@ class LlamaPass:
         )
 
     def _cos_sin(self, positions: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of each row, (rows, 1, dim)."""
+        """Return cosines and sines of each row, (rows, 1, dim)."""
         if len(self._rope) < self._context and (longest := int(positions.max())) >= len(self._rope):
             self._rope = self._rope_table(min(2 * longest, self._context))
         cos, sin = self._rope.index_select(
@@ -198,7 +206,7 @@ class LlamaPass:
         sin: torch.Tensor,
         views: Sequence[PartView],
     ) -> torch.Tensor:
-        """The rows behind layer `index`."""
+        """Return the rows after layer `index`."""
         layer, middle = self._layers[index], self._heads + self._kv
         qkv = layer.qkv(layer.before(x)).view(len(x), middle + self._kv, self._dim)
         qk = qkv.narrow(1, 0, middle)
@@ -211,9 +219,10 @@ class LlamaPass:
     def _attend(
         self, index: int, kind: str, qkv: torch.Tensor, views: Sequence[PartView]
     ) -> torch.Tensor:
-        """(rows, heads * dim), from (rows, heads of queries, of keys, of values, dim).
+        """Return (rows, heads * dim), from (rows, heads of queries, of keys, of values, dim).
 
-        With many texts most of a small model's pass is the calls that are made for each of them: what can be done for all at once is.
+        With many texts the calls per text dominate a small model's pass, so as much as possible is
+        done for all texts at once.
         """
         places = (
             torch.cat([view.places for view in views if view.places is not None])
@@ -241,7 +250,7 @@ class LlamaPass:
         return joined if places is None else torch.empty_like(joined).index_copy_(0, places, joined)
 
     def _views(self, parts: Sequence[PassInput]) -> list[PartView]:
-        """Of the rows alone, without pseudo rows."""
+        """Return views of the rows alone, without pseudo rows."""
         return [
             self._view(part, part.rows, end)
             for part, end in zip(parts, row_ends(parts), strict=True)
@@ -250,7 +259,7 @@ class LlamaPass:
     def _views_with_branches(
         self, parts: Sequence[PassInput], entered: int, branches: int
     ) -> list[PartView]:
-        """Of the rows and the pseudo rows of the branches that have entered."""
+        """Return views of the rows and of the pseudo rows that have entered."""
         ends, before = row_ends(parts), 0
         n, m = ends[-1], sum(len(part.branch_rows) for part in parts)
         views = []
@@ -319,7 +328,10 @@ class LlamaPass:
         )
 
     def _rope_table(self, positions: int) -> torch.Tensor:
-        """(positions, 2, 1, dim): cosines, and sines whose first half is negative, so that rotation is x cos + roll(x, dim / 2) sin."""
+        """Return (positions, 2, 1, dim): cosines and sines.
+
+        The first half of the sines is negative, so that a rotation is x cos + roll(x, dim / 2) sin.
+        """
         with torch.inference_mode():
             cos, sin = self._rotary(
                 self._embedding, torch.arange(positions, device=self._embedding.device)[None]
@@ -329,7 +341,9 @@ class LlamaPass:
 
 
 def is_llama(module: PreTrainedModel) -> bool:
-    """Whether `module` is built as LlamaPass expects; that they agree is shown by comparison."""
+    """Return whether `module` is built as LlamaPass expects; a comparison must show that they
+    agree.
+    """
     config = module.config
     if config.model_type not in MODEL_TYPES or config.hidden_act not in ("silu", "swish"):
         return False
@@ -342,12 +356,14 @@ def is_llama(module: PreTrainedModel) -> bool:
 
 
 def row_ends(parts: Sequence[PassInput]) -> list[int]:
-    """Of the rows of each part among those of all."""
+    """Return the end of each part's rows among those of all parts."""
     return list(accumulate(len(part.rows.tokens) for part in parts))
 
 
 def with_pseudo_rows(part: PassInput, branches: int) -> Rows:
-    """The rows of a part and behind them its pseudo rows, branch by branch; these have no tokens."""
+    """Return the rows of a part followed by its pseudo rows, branch by branch, which have no
+    tokens.
+    """
     rows, branch_rows = part.rows, list(part.branch_rows)
     positions = np.concatenate(
         [rows.positions, *(rows.positions[branch_rows] + ahead for ahead in range(1, branches + 1))]
@@ -371,7 +387,10 @@ def norm(module: Any) -> RMSNorm:
 
 
 def fused(*linears: nn.Linear, pack: bool) -> LinearOp:
-    """One product for several of the same input. The parameters of `linears` become views of the joint one: no memory is taken twice."""
+    """Fuse linear layers with the same input into one product.
+
+    The parameters of `linears` become views of the fused ones, so no memory is taken twice.
+    """
     if len(linears) == 1:
         return LinearOp(linears[0].weight, linears[0].bias, pack)
     weight = torch.cat([linear.weight.detach() for linear in linears])

@@ -1,6 +1,7 @@
-"""From a name or a folder to a model that has proved itself; everything in the folder is data from a stranger.
+"""Loads a model from a folder or hub name and verifies it. Everything in the folder is untrusted.
 
-Only safetensors are read, no code of the model's author is run, and nothing outside the folder is opened.
+Only safetensors are read, no code of the model's author runs, and no file outside the folder is
+opened.
 """
 
 import json
@@ -39,7 +40,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 HUB_FILE_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 HUB_TIMEOUT_S = 5.0  # seconds
 INDEX_FILE = "model.safetensors.index.json"
-# The most bytes of each file that is read whole; and of a template.
+# Maximum size of each file that is read in full, and of a template.
 MAX_FILE_BYTES = {
     "config.json": 1 << 20,
     **dict.fromkeys(
@@ -57,10 +58,8 @@ MAX_FILE_BYTES = {
     ),
 }
 MAX_TEMPLATE_BYTES = 1 << 20
-TEMPLATE_FOLDER = (
-    "additional_chat_templates"  # the only folder within a model's that is looked into
-)
-# transformers' name for a warning that it gives once, on standard error. A text that is too long is refused in words of our own.
+TEMPLATE_FOLDER = "additional_chat_templates"  # the only subfolder that is read
+# transformers' name for a warning that it prints once. Our own error replaces it.
 TOO_LONG_WARNING = "sequence-length-is-longer-than-the-specified-maximum"
 CODE_KEYS = (
     "auto_map",
@@ -85,13 +84,18 @@ def load_model(
     layers: Sequence[int] | None = None,
     change: Callable[[PreTrainedModel], None] = lambda module: None,
 ) -> HFModel:
-    """A folder with config.json and safetensors, or a name on the Hugging Face hub (or in its local cache).
+    """Load a folder with config.json and safetensors, or a name on the Hugging Face hub.
 
-    dtype "auto" is float32 on a CPU and the checkpoint's own on a GPU; device "auto" is the first GPU where there is one. `threads`
-    sets torch's threads for the whole process. `step` "generic" leaves every pass to transformers' own code; "auto" takes a faster one
-    where there is one that agrees with it; "static" does so with the one of fixed shapes, which is meant for GPUs, on any device.
-    `layers` takes those of the model alone, by their numbers; none of them: every second. `change` may then change the module in place.
-    Raises ModelRefused (the model), InvalidRequest (dtype or device).
+    dtype    "auto" is float32 on a CPU and the checkpoint's own type on a GPU
+    device   "auto" is the first GPU if there is one
+    threads  sets torch's threads for the whole process
+    step     "generic" uses transformers' own code for every pass; "auto" installs a faster pass
+             that agrees with it; "static" does so with the pass of fixed shapes, made for GPUs, on
+             any device
+    layers   numbers of the layers to load; an empty list means every second one
+    change   may modify the module in place before it is verified
+
+    Raises ModelRefused for the model, InvalidRequest for the dtype or device.
     """
     place = find_device(device)
     kind = find_dtype(dtype, place)
@@ -119,11 +123,15 @@ def load_model(
 
 
 def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder or of a hub name, from its tokenizer.json, its chat template tried out. Raises ModelRefused."""
+    """Load the tokenizer.json of a folder or hub name, and test its chat template.
+
+    Raises ModelRefused.
+    """
     folder = find_folder(name_or_folder)
     if not (folder / "tokenizer.json").is_file():
         raise ModelRefused(
-            f"{name_or_folder} has no tokenizer.json: save a fast tokenizer into it with save_pretrained()"
+            f"{name_or_folder} has no tokenizer.json: "
+            "save a fast tokenizer into it with save_pretrained()"
         )
     reject_remote_code(folder, name_or_folder)
     try:
@@ -138,7 +146,8 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelRefused(
-            f"{name_or_folder} has a tokenizer of type {type(tokenizer).__name__}: save a fast one into it"
+            f"{name_or_folder} has a tokenizer of type {type(tokenizer).__name__}: "
+            "save a fast one into it"
         )
     check_template(tokenizer.chat_template, name_or_folder)
     tokenizer.deprecation_warnings[TOO_LONG_WARNING] = True
@@ -150,12 +159,12 @@ def find_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise InvalidRequest(
-            f"device {device[:64]!r} is not known: give auto, cpu, cuda or cuda:0", "device"
+            f"unknown device {device[:64]!r}: give auto, cpu, cuda or cuda:0", "device"
         )
     found = torch.device(device)
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise InvalidRequest(
-            f"device {device} is not here ({torch.cuda.device_count()} GPUs): give auto or cpu",
+            f"device {device} not found ({torch.cuda.device_count()} GPUs): give auto or cpu",
             "device",
         )
     return found
@@ -166,16 +175,16 @@ def find_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
         return "auto" if device.type == "cuda" else torch.float32
     if dtype not in DTYPES:
         raise InvalidRequest(
-            f"dtype {dtype[:64]!r} is not known: give auto, {', '.join(DTYPES)}", "dtype"
+            f"unknown dtype {dtype[:64]!r}: give auto, {', '.join(DTYPES)}", "dtype"
         )
     return DTYPES[dtype]
 
 
 def find_folder(name: str) -> Path:
-    """The folder itself, or the hub's local copy, fetched where it is not there yet."""
+    """Return the folder itself, or the hub's local copy, downloading it if necessary."""
     if not name or "\0" in name or len(name) > 1024:
         raise ModelRefused(
-            f"model name {name[:64]!r} is not a name: give a folder or a name on the Hugging Face hub"
+            f"invalid model name {name[:64]!r}: give a folder or a name on the Hugging Face hub"
         )
     folder = Path(name)
     if folder.is_dir():
@@ -186,7 +195,8 @@ def find_folder(name: str) -> Path:
         )
     if not HUB_NAME.fullmatch(name):
         raise ModelRefused(
-            f"model folder {name[:256]!r} does not exist: give a folder with config.json and *.safetensors"
+            f"model folder {name[:256]!r} does not exist: "
+            "give a folder with config.json and *.safetensors"
         )
     try:
         return Path(
@@ -194,16 +204,20 @@ def find_folder(name: str) -> Path:
         )
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise ModelRefused(
-            f"model {name} is neither a folder nor to be had from the Hugging Face hub ({type(error).__name__}): "
+            f"model {name} is not a folder and not available from the Hugging Face hub "
+            f"({type(error).__name__}): "
             "check the name or the network, or give a folder"
         ) from error
 
 
 def reject_remote_code(folder: Path, name: str) -> None:
-    """No code of the model's author, nothing that leads out of the folder. The hub's local cache links to its own blobs."""
+    """Raise ModelRefused for code of the model's author and for links out of the folder.
+
+    Links of the hub's local cache to its own blobs are allowed.
+    """
     for script in folder.glob("*.py"):
         raise ModelRefused(
-            f"{name} brings code of its own ({script.name}): choose a model that transformers knows"
+            f"{name} contains its own code ({script.name}): choose a model that transformers knows"
         )
     root = folder.resolve()
     root = root.parents[1] if root.parent.name == "snapshots" else root
@@ -227,12 +241,15 @@ def reject_remote_code(folder: Path, name: str) -> None:
     ):
         if file.is_file() and (asked := remote_code_key(read_json(file, name))):
             raise ModelRefused(
-                f"{name}/{file.name} asks for code of its own ({asked}): choose a model that transformers knows"
+                f"{name}/{file.name} requires its own code ({asked}): "
+                "choose a model that transformers knows"
             )
 
 
 def remote_code_key(settings: dict[str, Any]) -> str | None:
-    """A key, at any depth, that names code of the author's: a module of the folder, or a kernel to be fetched ("owner/name")."""
+    """Return a key, at any depth, that names code of the author: a module, or a kernel
+    "owner/name".
+    """
     waiting: list[object] = [settings]
     while waiting:
         match waiting.pop():
@@ -247,7 +264,7 @@ def remote_code_key(settings: dict[str, Any]) -> str | None:
 
 
 def resolve_path(file: Path) -> Path:
-    """Where a path leads; the root of the file system for a link that leads nowhere but to itself."""
+    """Resolve a path; a link that leads only to itself resolves to the file system's root."""
     try:
         return file.resolve()
     except (OSError, RuntimeError):
@@ -259,7 +276,7 @@ def read_json(file: Path, name: str) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelRefused(
-            f"{name}/{file.name} is not readable JSON ({one_line(error)}): copy it again"
+            f"{name}/{file.name} is invalid JSON ({one_line(error)}): copy it again"
         ) from error
     if not isinstance(value, dict):
         raise ModelRefused(f"{name}/{file.name} is not a JSON object: copy it again")
@@ -267,14 +284,15 @@ def read_json(file: Path, name: str) -> dict[str, Any]:
 
 
 def read_config(folder: Path, name: str) -> PreTrainedConfig:
-    """The configuration of a decoder-only model that transformers knows and that can be rolled back."""
+    """Read the configuration of a supported decoder-only model that can be rolled back."""
     if not (folder / "config.json").is_file():
         raise ModelRefused(f"{name} has no config.json: give the folder of a whole model")
     reject_remote_code(folder, name)
     kind = read_json(folder / "config.json", name).get("model_type")
     if str(kind) not in CONFIG_MAPPING:
         raise ModelRefused(
-            f"{name}/config.json names model_type {str(kind)[:64]!r}: choose a model that transformers knows"
+            f"{name}/config.json names model_type {str(kind)[:64]!r}: "
+            "choose a model that transformers knows"
         )
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
@@ -286,7 +304,8 @@ def read_config(folder: Path, name: str) -> PreTrainedConfig:
         ) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelRefused(
-            f"{name} ({config.model_type}) is not a causal language model: choose a decoder-only model"
+            f"{name} ({config.model_type}) is not a causal language model: "
+            "choose a decoder-only model"
         )
     kinds: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     check_config(config, kinds[0] if isinstance(kinds, tuple) else kinds, name)
@@ -294,7 +313,7 @@ def read_config(folder: Path, name: str) -> PreTrainedConfig:
 
 
 def check_weights(folder: Path, name: str) -> None:
-    """The safetensors of the model are there, whole, and in the folder itself."""
+    """Raise ModelRefused unless all safetensors are complete and in the folder itself."""
     index = folder / INDEX_FILE
     if index.is_file():
         listed = read_index(index, name)
@@ -306,14 +325,16 @@ def check_weights(folder: Path, name: str) -> None:
         for file in folder.glob(ending)
     ):
         raise ModelRefused(
-            f"{name} has no safetensors, only {others[0]}: convert it where you trust it, with save_pretrained()"
+            f"{name} has no safetensors, only {others[0]}: "
+            "convert it where you trust it, with save_pretrained()"
         )
     else:
         raise ModelRefused(f"{name} has no model.safetensors: give the folder of a whole model")
     for file in listed:
         if Path(file).name != file or not (folder / file).is_file():
             raise ModelRefused(
-                f"{name} has no weight file {file[:64]!r} although its index names it: copy it again"
+                f"{name} has no weight file {file[:64]!r} although its index names it: "
+                "copy it again"
             )
         try:
             with safe_open(folder / file, framework="pt"):
@@ -325,7 +346,7 @@ def check_weights(folder: Path, name: str) -> None:
 
 
 def read_index(index: Path, name: str) -> list[str]:
-    """Names of the weight files in an index of shards."""
+    """Return the names of the weight files in an index of shards."""
     try:
         weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return sorted({str(file) for file in weights.values()})
@@ -342,7 +363,10 @@ def read_weights(
     dtype: torch.dtype | str,
     device: torch.device,
 ) -> Any:
-    """The module with all of its weights: transformers would fill missing ones with random numbers and warn."""
+    """Load the module with all of its weights.
+
+    transformers only warns about missing weights and fills them with random numbers.
+    """
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

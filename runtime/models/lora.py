@@ -1,4 +1,4 @@
-"""A low-rank adapter (LoRA, arXiv 2106.09685): what is learned of the linear maps of some layers while their weights stay as they are."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) for the linear layers of a frozen model."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,7 +11,7 @@ from runtime.kernels.packed_weight import smallest_exact_dtype
 
 
 class LoraLinear(nn.Module):
-    """up (down x). `up` begins at zero: an untrained one changes nothing."""
+    """Computes up (down x). `up` begins at zero, so an untrained adapter changes nothing."""
 
     def __init__(self, inner: int, outer: int, rank: int) -> None:
         super().__init__()
@@ -22,12 +22,12 @@ class LoraLinear(nn.Module):
         return F.linear(F.linear(x.to(self.down.dtype), self.down), self.up)
 
     def delta_weight(self) -> torch.Tensor:
-        """As one matrix (outer, inner)."""
+        """Return the product as one matrix (outer, inner)."""
         return self.up @ self.down
 
 
 def make_adapter(layers: Sequence[nn.Module], rank: int) -> nn.ModuleList:
-    """A LoraLinear for each linear map of each layer."""
+    """Create a LoraLinear for each linear layer of each layer."""
     return nn.ModuleList(
         nn.ModuleDict(
             {
@@ -40,7 +40,7 @@ def make_adapter(layers: Sequence[nn.Module], rank: int) -> nn.ModuleList:
 
 
 def linear_layers(layer: nn.Module) -> dict[str, nn.Linear]:
-    """By their names: q_proj, up_proj, and so on."""
+    """Return the linear layers by name: q_proj, up_proj, and so on."""
     return {
         name.rpartition(".")[2]: part
         for name, part in layer.named_modules()
@@ -50,7 +50,7 @@ def linear_layers(layer: nn.Module) -> dict[str, nn.Linear]:
 
 @contextmanager
 def adapter_applied(layers: Sequence[nn.Module], learned: nn.ModuleList) -> Iterator[None]:
-    """The layers compute with what was learned, for as long as the block lasts. Gradients go to that."""
+    """Apply the adapter to the layers inside the block. Gradients flow to the adapter."""
     with ExitStack() as stack:
         for layer, part in zip(layers, learned, strict=True):
             for name, linear in linear_layers(layer).items():
@@ -61,7 +61,7 @@ def adapter_applied(layers: Sequence[nn.Module], learned: nn.ModuleList) -> Iter
 
 
 def lora_by_name(learned: nn.Module) -> dict[str, LoraLinear]:
-    """Of one layer's part of an adapter."""
+    """Return the LoraLinears of one layer's part of an adapter."""
     return {name: pair for name, pair in learned.named_children() if isinstance(pair, LoraLinear)}
 
 
@@ -76,9 +76,10 @@ def lora_hook(
 
 
 def merge(layers: Sequence[nn.Module], learned: nn.ModuleList) -> None:
-    """Put what was learned into the weights for good, so that it costs nothing.
+    """Add the adapter to the weights permanently, so that it costs nothing.
 
-    They stay in the type of 16 bits that holds them now, if one does: products would else have twice as much to read.
+    Weights that fit a 16-bit type are rounded to it again; otherwise products would read twice as
+    much.
     """
     with torch.no_grad():
         for layer, part in zip(layers, learned, strict=True):

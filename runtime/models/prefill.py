@@ -1,4 +1,4 @@
-"""Reading a long text in pieces, so that its masks and activations stay small."""
+"""Reads a long text in chunks, so that masks and activations stay small."""
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +11,10 @@ from runtime.models.base import Logits, Model, causal
 def prefill(
     model: Model, cache: KVCache, tokens: npt.NDArray[np.int64], chunk: int = 512
 ) -> Logits:
-    """Append `tokens` to a cache that holds plain text alone; the logits (1, vocabulary) that follow the last of them.
+    """Append `tokens` to a cache of plain text; return the logits (1, vocabulary) after the last
+    one.
 
-    Raises InvalidRequest for no tokens. The cache is left with the pieces that were read where a later one fails.
+    Raises InvalidRequest for no tokens. If a chunk fails, the cache keeps the chunks before it.
     """
     if len(tokens) == 0:
         raise InvalidRequest("the text is empty: give at least one token", "prompt")

@@ -1,4 +1,6 @@
-"""The proof that a model can be a tree target: rows that must not see each other do not, and a rollback leaves no trace."""
+"""Verifies that a model can be a tree target: hidden rows stay hidden, and a rollback leaves no
+trace.
+"""
 
 import numpy as np
 import torch
@@ -13,15 +15,17 @@ MAX_TRIES = 3
 
 
 def check_rollback(model: HFModel) -> float:
-    """Read a tree of two branches, roll back to one, go on, read the branches as two texts in one pass, and compare each row with
-    a plain pass of transformers' own.
+    """Compare tree passes, a rollback and a packed pass with a plain pass of transformers' own
+    code.
 
-    Returns the worst relative error of a row's logits (root mean square). Raises ModelRefused where it is beyond what rounding
-    explains. Several texts are tried: one may sit at the border between two experts, where rounding alone changes much.
+    Returns the worst relative error (root mean square) of a row's logits. Raises ModelRefused if
+    rounding does not explain it. Several texts are tried: one may lie at the border between two
+    experts, which rounding alone can change.
     """
     if model.context < PREFIX_TOKENS + 4:
         raise ModelRefused(
-            f"model {model.name} has a context of {model.context} tokens: choose one with at least {PREFIX_TOKENS + 4}"
+            f"model {model.name} has a context of {model.context} tokens: "
+            f"choose one with at least {PREFIX_TOKENS + 4}"
         )
     allowed = ROUNDING_TOLERANCE[model.dtype == torch.float32]
     error = float("inf")
@@ -31,12 +35,14 @@ def check_rollback(model: HFModel) -> float:
             error = min(error, worst_row_error(model, tokens))
         except (InvalidRequest, *MODEL_ERRORS) as cause:
             raise ModelRefused(
-                f"model {model.name} cannot read a tree of guesses ({cause}): choose another architecture"
+                f"model {model.name} cannot read a token tree ({cause}): "
+                "choose another architecture"
             ) from cause
         if error <= allowed:
             return error
     raise ModelRefused(
-        f"model {model.name} cannot be rolled back exactly (logits of a tree are off by {error:.2g}, allowed {allowed:g}): "
+        f"model {model.name} cannot be rolled back exactly "
+        f"(logits of a tree are off by {error:.2g}, allowed {allowed:g}): "
         "choose a model of plain attention"
     )
 
@@ -79,7 +85,7 @@ def worst_row_error(model: HFModel, tokens: np.ndarray[tuple[int], np.dtype[np.i
 
 
 def plain_logits(model: HFModel, tokens: list[int]) -> torch.Tensor:
-    """Logits behind the prefix by a pass without any cache or mask of ours."""
+    """Return the logits after the prefix, without our cache and masks."""
     with torch.inference_mode():
         ids = torch.tensor([tokens], device=model.device)
         logits: torch.Tensor = model.module(input_ids=ids, use_cache=False).logits[

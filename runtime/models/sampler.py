@@ -1,4 +1,7 @@
-"""The rule of runtime.core.sampler_reference on torch tensors, through transformers' logits processors, on the device of the logits."""
+"""Implements runtime.core.sampler_reference with torch tensors, on the device of the logits.
+
+It uses transformers' logits processors.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -16,14 +19,14 @@ from runtime.core.sampler_reference import SamplingInput, make_logprobs
 from runtime.core.sampling_params import SamplingParams
 from runtime.kernels.topk import topk
 
-CANDIDATE_POOL = 64  # most likely tokens among which a drafter looks for its candidates
+CANDIDATE_POOL = 64  # most likely tokens that a drafter ranks
 
 Scores = npt.NDArray[np.float32]
 Candidates = tuple[npt.NDArray[np.int32], Scores]
 
 
 def choose(logits: torch.Tensor, ask: SamplingInput) -> npt.NDArray[np.int64]:
-    """The Chooser of float32 torch logits (rows, vocabulary): the tokens that runtime.core.sampler_reference.choose would choose."""
+    """Implement the Chooser for float32 torch logits, see sampler_reference.choose."""
     scores, seed = shape(logits, ask), ask.sampling.seed
     if ask.sampling.temperature > 0 and scores.device.type == "cpu":
         return noise.gumbel_argmax(scores.numpy(), seed, ask.positions())
@@ -36,7 +39,7 @@ def choose(logits: torch.Tensor, ask: SamplingInput) -> npt.NDArray[np.int64]:
 
 
 def logprobs(logits: torch.Tensor, tokens: Sequence[int], k: int) -> tuple[Logprob, ...]:
-    """The Scorer of float32 torch logits (rows, vocabulary): what runtime.core.sampler_reference.logprobs finds, but for rounding."""
+    """Implement the Scorer for float32 torch logits (rows, vocabulary), equal up to rounding."""
     logs = logits.log_softmax(dim=-1)
     chosen = logs.gather(1, torch.tensor(tokens, dtype=torch.int64, device=logs.device)[:, None])[
         :, 0
@@ -46,13 +49,13 @@ def logprobs(logits: torch.Tensor, tokens: Sequence[int], k: int) -> tuple[Logpr
 
 
 def shape(logits: torch.Tensor, ask: SamplingInput) -> torch.Tensor:
-    """As runtime.core.sampler_reference.shape. Where nothing is to be changed, the result is `logits` itself."""
+    """Implement sampler_reference.shape; returns `logits` itself if nothing changes."""
     scores = _apply_penalties(logits, ask)
     return scores if ask.sampling.temperature == 0 else _apply_filters(scores, ask.sampling)
 
 
 def _apply_penalties(logits: torch.Tensor, ask: SamplingInput) -> torch.Tensor:
-    """The constraint, bias, the ban of min_tokens and penalties: what counts at temperature 0 too."""
+    """Apply what counts at temperature 0 too: constraint, bias, min_tokens and penalties."""
     sampling, scores = ask.sampling, logits
     if ask.allowed is not None:
         scores = scores.masked_fill(torch.from_numpy(~ask.allowed).to(scores.device), -inf)
@@ -79,13 +82,14 @@ def _apply_penalties(logits: torch.Tensor, ask: SamplingInput) -> torch.Tensor:
 def candidates(
     logits: torch.Tensor, ask: SamplingInput, k: int, pool: int = CANDIDATE_POOL
 ) -> Candidates:
-    """A drafter's guesses for what the target answers to `ask`: token ids and scores (rows, k), best first.
+    """Return a drafter's guesses for the target's choice: ids and scores (rows, k), best first.
 
-    At temperature 0 the k most probable tokens with the log of their probability. Above it, coupled to the target: the
-    `pool` most probable tokens ranked by score / temperature + the very noise that the target will use. Their scores are
-    then the log of the softmax of those sums over the pool: it falls as the lead does, and is no calibrated probability.
-    The filters top_k, top_p and min_p are applied inside the pool: a token that they bar has score -inf, and so is none. `k`
-    and `pool` above the vocabulary are cut to it.
+    At temperature 0 they are the k most probable tokens with their log probabilities. Above it they
+    are coupled to the target: the `pool` most probable tokens are ranked by score / temperature +
+    the target's own noise. Their scores are the log softmax of those sums over the pool, which
+    falls with the lead and is not a calibrated probability. The filters top_k, top_p and min_p
+    apply inside the pool; a filtered token has score -inf and is no guess. `k` and `pool` are
+    limited to the vocabulary.
     """
     return candidates_all([(logits, ask, k)], pool)[0]
 
@@ -93,13 +97,15 @@ def candidates(
 def candidates_all(
     questions: Sequence[tuple[torch.Tensor, SamplingInput, int]], pool: int = CANDIDATE_POOL
 ) -> list[Candidates]:
-    """`candidates` for each (logits, ask, k): one look at the vocabulary and one transfer for all of them."""
+    """Return `candidates` of several (logits, input, k) with one pass over the vocabulary and one
+    transfer.
+    """
     if not questions:
         return []
     edited = [_apply_penalties(logits, ask) for logits, ask, _ in questions]
     scores = edited[0] if len(edited) == 1 else torch.cat(edited)
     if any(ask.sampling.temperature == 0 for _, ask, _ in questions):
-        scores = scores.log_softmax(dim=-1)  # changes nothing for the others
+        scores = scores.log_softmax(dim=-1)  # does not change the result of the others
     width = max(k if ask.sampling.temperature == 0 else max(pool, k) for _, ask, k in questions)
     best = topk(scores, min(width, scores.shape[1]))
     values, places = best[0].cpu().numpy(), best[1].cpu().numpy()
@@ -134,9 +140,9 @@ def rank_candidates(
     k: int,
     pool: int,
 ) -> Candidates:
-    """The best `k` of each row's most likely tokens `places`, whose scores `values` fall.
+    """Return the best `k` of each row's most likely tokens `places`, whose scores `values` fall.
 
-    total  (rows, 1)  log of the sum of exp of all scores over the temperature; looked at for top_p alone
+    total  (rows, 1): log of the sum of exp of all scores over the temperature; used for top_p only
     """
     sampling = ask.sampling
     if sampling.temperature == 0:
@@ -161,17 +167,17 @@ def rank_candidates(
 
 
 def _logsumexp(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """log of the sum of exp of each row, as a column; one score at least is finite in each."""
+    """Return log sum exp of each row as a column; each row has a finite score."""
     high = scores.max(axis=1, keepdims=True)
     total: npt.NDArray[np.float64] = high + np.log(np.exp(scores - high).sum(axis=1, keepdims=True))
     return total
 
 
 def _apply_filters(scores: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
-    """Temperature above 0, then the filters, each left out where it changes nothing. None of them looks at the text."""
+    """Apply a temperature above 0 and the filters, skipping those without effect."""
     chain: list[
         Callable[[torch.LongTensor, torch.Tensor], torch.Tensor]
-    ] = []  # a LogitsProcessorList inspects each at each call
+    ] = []  # a LogitsProcessorList would inspect each processor at every call
     if sampling.temperature != 1:
         chain.append(processors.TemperatureLogitsWarper(float(sampling.temperature)))
     if sampling.top_k:
@@ -195,7 +201,7 @@ def _apply_bias(scores: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
 
 
 def _empty_text(scores: torch.Tensor) -> torch.LongTensor:
-    """The argument of a processor that does not look at it."""
+    """Return the text argument of a processor that ignores it."""
     return torch.empty((len(scores), 0), dtype=torch.int64).long()  # type: ignore[return-value]
 
 
@@ -203,14 +209,20 @@ def _empty_text(scores: torch.Tensor) -> torch.LongTensor:
 def _bias(
     pairs: tuple[tuple[int, float], ...], device: str, vocabulary: int
 ) -> processors.SequenceBiasLogitsProcessor:
-    """Kept between steps: it fills a vector of the vocabulary's size, on the device that it is first used on."""
+    """Return a processor that is cached between steps.
+
+    It fills a vector of the vocabulary's size, on the device of its first use.
+    """
     return processors.SequenceBiasLogitsProcessor(
         [[[token], float(bias)] for token, bias in dict(pairs).items()]
     )
 
 
 def _seen_tokens(ask: SamplingInput, vocabulary: int) -> torch.Tensor:
-    """The set of tokens of each row's text, int64 (rows, n), filled up with `vocabulary`, an id that penalties skip."""
+    """Return the set of tokens of each row's text, int64 (rows, n), padded with `vocabulary`.
+
+    Penalties skip that id.
+    """
     text = np.unique(np.asarray(ask.text, dtype=np.int64))
     seen = np.full((len(ask.paths), len(text) + max(map(len, ask.paths))), vocabulary)
     seen[:, : len(text)] = text
@@ -220,7 +232,7 @@ def _seen_tokens(ask: SamplingInput, vocabulary: int) -> torch.Tensor:
 
 
 def _token_counts(ask: SamplingInput, vocabulary: int) -> torch.Tensor:
-    """How often each token stands in each row's output, float32 (rows, vocabulary)."""
+    """Return how often each token occurs in each row's output, float32 (rows, vocabulary)."""
     output = np.asarray(ask.text[ask.prompt :], dtype=np.int64)
     times = np.tile(
         np.bincount(output, minlength=vocabulary)[:vocabulary].astype(np.float32),

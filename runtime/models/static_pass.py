@@ -1,8 +1,9 @@
-"""The pass of LlamaPass in tensors of fixed shapes at fixed addresses, so that a GPU can record it once and replay it.
+"""LlamaPass with fixed shapes and addresses, so that a GPU can record a pass once and replay it.
 
-Rows are padded to 1, 2, 4, ... 128, slots to 256, 512, ...: each such shape is recorded when it is first met. Keys and values lie in
-an Arena. All rows are read against all seats of a block of neighbouring seats, and of the results a row's is the one of its own seat:
-with few rows attention waits for memory, not for arithmetic, and linear layers see no row twice.
+Rows are padded to 1, 2, 4, ... 128 and slots to 256, 512, ...; each such shape is recorded at its
+first use. Keys and values are in an Arena. All rows attend to all seats of a block of adjacent
+seats, and each row takes the result of its own seat. With few rows attention is bound by memory,
+not by arithmetic, and linear layers process no row twice.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,13 +24,13 @@ from runtime.models.generic import logit_rows, torch_cache
 from runtime.models.hf import ForwardPass
 from runtime.models.llama import LlamaPass, row_ends
 
-MAX_ROWS = 128  # of all texts together; a step of one text has at most limits.STEP_ROWS nodes and the root, one more than 64
+MAX_ROWS = 128  # over all texts; a step of one text has at most limits.STEP_ROWS + 1 = 65
 MIN_SLOTS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class PassShape:
-    """Of a pass: so many rows, which see the first `slots` slots of the seats [first, first + seats)."""
+    """The shape of a pass: `rows` rows see `slots` slots of the seats [first, first + seats)."""
 
     first: int
     seats: int
@@ -39,11 +40,11 @@ class PassShape:
 
 @dataclass(frozen=True, slots=True)
 class InputBuffers:
-    """Where the passes of one shape find their input.
+    """The input addresses of the passes of one shape.
 
-    ids     int64 (4, rows): tokens, positions, places in the arena counted through all seats (slots + 1 a seat), and which of
-            the seats x rows results of attention is the row's own
-    hidden  bool (windows, rows, slots): which slots of its own seat a row does not see
+    ids     int64 (4, rows): tokens, positions, places in the arena counted through all seats (slots
+            + 1 per seat), and the index of the row's own attention result among seats x rows
+    hidden  bool (windows, rows, slots): slots of its own seat that a row does not see
     """
 
     ids: torch.Tensor
@@ -51,31 +52,30 @@ class InputBuffers:
 
 
 class StaticPass(LlamaPass):
-    """Runs parts as Generic does; those that are too many, too long or too wide for it go to `fallback`. Pseudo rows are not recorded.
+    """A ForwardPass of fixed shapes; parts that are too many or too long go to `fallback`.
 
-    `record` makes of a function one that does the same in the same memory. A slot that is hidden must hold finite numbers: a text of
-    which a guess overflowed can come out as not a number, where `fallback` would have ignored the guess.
+    `record` turns a function into one that does the same in the same memory. Pseudo rows are not
+    recorded. A hidden slot must hold finite numbers: after a guess overflows, the text may come out
+    as NaN where `fallback` would ignore the guess.
     """
 
     def __init__(
         self, module: PreTrainedModel, arena: Arena, fallback: ForwardPass, record: Record
     ) -> None:
-        # What LlamaPass makes without naming a device is made on this one.
+        # LlamaPass creates tensors on the default device.
         with module.device:
             super().__init__(module)
             self._rope = self._rope_table(min(arena.slots, self._context))
         self._arena, self._fallback, self._record = arena, fallback, record
         self._child_entries = arena.memory.flatten(2, 3).unflatten(0, (-1, 2)).unbind(0)
         self._group = self._heads // self._kv
-        # One for all shapes: a GPU would otherwise keep the logits of every graph.
+        # Shared by all shapes: a GPU would otherwise keep the logits of every graph.
         self._logits = torch.zeros((MAX_ROWS, self._head.weight.shape[0]), device=module.device)
         self._hidden = torch.zeros(
             (MAX_ROWS, self._embedding.shape[1]), dtype=self._dtype, device=module.device
         )
         self._buffers: dict[PassShape, InputBuffers] = {}
-        self._runs: dict[
-            tuple[PassShape, bool], Run
-        ] = {}  # which leave the hidden states, or do not
+        self._runs: dict[tuple[PassShape, bool], Run] = {}  # by whether they return hidden states
 
     def __call__(self, parts: Sequence[PassInput]) -> list[torch.Tensor]:
         if not self.has_room(parts):
@@ -87,7 +87,7 @@ class StaticPass(LlamaPass):
         ]
 
     def show(self, parts: Sequence[PassInput], output_spec: OutputSpec) -> list[PassOutput]:
-        """As promised by Pass. Parts that go to `fallback` have no pseudo rows there."""
+        """Implement ForwardPass. Parts that go to `fallback` have no pseudo rows there."""
         if not self.has_room(parts):
             return self._fallback.show(parts, OutputSpec(output_spec.hidden))
         if output_spec.branches and any(part.branch_rows for part in parts):
@@ -107,7 +107,7 @@ class StaticPass(LlamaPass):
         ]
 
     def _replay(self, parts: Sequence[PassInput], hidden: bool) -> torch.Tensor:
-        """Logits of the rows of all parts, and of more rows behind them; valid until the next pass."""
+        """Return the logits of all rows, followed by padding rows; valid until the next pass."""
         seats = self._arena.assign([torch_cache(part) for part in parts])
         shape = shape_of(parts, seats, self._arena.slots)
         buffers = self._buffers_for(shape)
@@ -125,7 +125,7 @@ class StaticPass(LlamaPass):
         return run()
 
     def has_room(self, parts: Sequence[PassInput]) -> bool:
-        """Whether these parts can be read here."""
+        """Return whether these parts fit this pass."""
         rows = sum(len(part.rows.tokens) for part in parts)
         slots = max(torch_cache(part).length for part in parts)
         longest = max(int(part.rows.positions.max()) for part in parts)
@@ -148,10 +148,10 @@ class StaticPass(LlamaPass):
         return self._buffers[shape]
 
     def _compute(self, shape: PassShape, buffers: InputBuffers, hidden: bool) -> torch.Tensor:
-        """Logits of all rows of the frame, (rows, vocabulary) in float32, valid until the next call for any shape. `hidden`: what they
-        are made of is left, too.
+        """Return the float32 logits (rows, vocabulary) of all rows in the buffers.
 
-        Which operations run does not depend on what the frame holds.
+        They are valid until the next call for any shape. With `hidden` the hidden states are kept
+        too. The operations do not depend on the content of the buffers.
         """
         tokens, positions, places, own = buffers.ids.unbind(0)
         n, middle = shape.rows, self._heads + self._kv
@@ -176,7 +176,7 @@ class StaticPass(LlamaPass):
         return self._logits[:n].copy_(self._head(x))
 
     def _masks(self, hidden: torch.Tensor) -> list[torch.Tensor]:
-        """For each window (query heads of one head of keys x rows, slots), to be added."""
+        """Return the additive mask of each window (query heads per key head x rows, slots)."""
         added = torch.zeros_like(hidden, dtype=self._dtype).masked_fill_(hidden, -torch.inf)
         return list(added.repeat(1, self._group, 1).unbind(0))
 
@@ -188,9 +188,10 @@ class StaticPass(LlamaPass):
         mask: torch.Tensor,
         own: torch.Tensor,
     ) -> torch.Tensor:
-        """(rows, heads * dim), from (rows, heads, dim).
+        """Return (rows, heads * dim), from (rows, heads, dim).
 
-        Query heads that share a head of keys are further rows of it, so keys are neither repeated nor read twice by any kernel.
+        Query heads that share a key head become further rows of it, so that no kernel repeats or
+        rereads keys.
         """
         block = self._arena.memory[
             2 * index : 2 * index + 2, :, shape.first : shape.first + shape.seats, : shape.slots
@@ -214,7 +215,10 @@ class StaticPass(LlamaPass):
 
 
 def shape_of(parts: Sequence[PassInput], seats: Sequence[int], most: int) -> PassShape:
-    """The smallest shape for these parts; `most` is the slots of a seat. A block has a power of two seats, from a multiple of that on."""
+    """Return the smallest shape for these parts; a seat has `most` slots.
+
+    A block has a power of two seats and begins at a multiple of that.
+    """
     width = 1
     while len({seat // width for seat in seats}) > 1:
         width *= 2
@@ -226,7 +230,7 @@ def shape_of(parts: Sequence[PassInput], seats: Sequence[int], most: int) -> Pas
 
 
 def next_power_of_two(count: int) -> int:
-    """The least power of two that is at least `count`."""
+    """Return the smallest power of two that is at least `count`."""
     return 1 << (count - 1).bit_length()
 
 
@@ -237,7 +241,10 @@ def layout_inputs(
     slots: int,
     windows: Mapping[str, int | None],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """What a Frame of this shape is to hold; `slots` are those of a seat. Further rows see slot 0 and are written behind the slots."""
+    """Return the content of InputBuffers of this shape; a seat has `slots` slots.
+
+    Padding rows see slot 0 and are written after the slots.
+    """
     ids = np.zeros((4, shape.rows), dtype=np.int64)
     hidden = np.ones((len(windows), shape.rows, shape.slots), dtype=np.bool_)
     end = 0

@@ -1,4 +1,4 @@
-"""How long a step takes with so many rows: T(n) of a target, t(w) of a drafter, on the device they are on."""
+"""Measures the time of a step by its rows: T(n) of a target, t(w) of a drafter, on their device."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -9,17 +9,17 @@ from runtime.core.clock import Clock
 from runtime.models.base import HiddenStateModel, Model, OutputSpec, PassInput, Rows
 from runtime.models.prefill import prefill
 
-TEXT_TOKENS = 64  # tokens in the cache while it is measured
-TYPICAL_ROWS = 8  # rows of a usual step
+TEXT_TOKENS = 64  # in the cache during a measurement
+TYPICAL_ROWS = 8  # of a step
 
 
 def step_times(
     model: Model, widths: Sequence[int], clock: Clock, repeats: int = 5
 ) -> dict[int, float]:
-    """Seconds (median) of one pass by its rows: a root and `width - 1` children of it, logits brought to the CPU.
+    """Return median seconds of a pass by its rows: a root and `width - 1` children.
 
-    All widths are measured in turn, `repeats` times: what else the machine does at the moment falls on all of them. A first turn is
-    not counted.
+    The time includes bringing logits to the CPU. Widths are interleaved over `repeats` rounds, so
+    that other load on the machine affects all of them. The first round is not counted.
     """
     text = min(TEXT_TOKENS, model.context - 2)
     cache = model.new_cache()
@@ -36,9 +36,9 @@ def step_times(
 
 
 def text_time(model: Model, texts: int, clock: Clock, repeats: int = 5) -> float:
-    """Seconds (median) that each text beyond the first adds to a pass with one row of each of `texts` texts; never below 0.
+    """Return the median seconds that each text beyond the first adds to a pass; never below 0.
 
-    Against a pass with as many rows of one text.
+    It compares one row each of `texts` texts with as many rows of one text.
     """
     length = min(TEXT_TOKENS, model.context - 2)
     caches = [model.new_cache() for _ in range(texts)]
@@ -65,7 +65,11 @@ def branch_row_time(
     clock: Clock,
     repeats: int = 5,
 ) -> float:
-    """Seconds (median) by which pseudo rows beside `branch_rows` rows prolong a pass of `TYPICAL_ROWS` rows; never below 0."""
+    """Return the median seconds that pseudo rows of `branch_rows` rows add to a pass; never below
+    0.
+
+    The pass has TYPICAL_ROWS rows.
+    """
     text = min(TEXT_TOKENS, model.context - 2 - len(output_spec.branches))
     cache = model.new_cache()
     prefill(model, cache, np.zeros(text, dtype=np.int64))
@@ -85,7 +89,7 @@ def branch_row_time(
 
 
 def fan_rows(text: int, width: int) -> Rows:
-    """A root behind `text` tokens, and its children."""
+    """Return a root after `text` tokens, and its children."""
     visible = np.eye(width, dtype=np.bool_)
     visible[:, 0] = True
     positions = np.full(width, text + 1, dtype=np.int64)
@@ -94,5 +98,5 @@ def fan_rows(text: int, width: int) -> Rows:
 
 
 def knee(times: Mapping[int, float]) -> int:
-    """The most rows that cost at most a quarter more than one, of those that were measured."""
+    """Return the largest measured number of rows that costs at most a quarter more than one row."""
     return max(width for width, seconds in times.items() if seconds <= 1.25 * times[1])

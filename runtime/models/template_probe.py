@@ -1,5 +1,7 @@
-"""A chat template is a program of the model's author. It runs in a sandbox that keeps it from everything but time and memory; here
-it is tried out once, in a process of its own that has little of both."""
+"""Tries a chat template once in a process with little time and memory.
+
+A template is a program of the model's author. Its sandbox protects everything but time and memory.
+"""
 
 import json
 import subprocess
@@ -10,11 +12,11 @@ from runtime.core.errors import ModelRefused
 CPU_LIMIT_S, WALL_LIMIT_S = (
     1,
     60,
-)  # seconds; the second for a machine that is too busy to give the first
-MAX_MEMORY_BYTES = 1 << 30  # bytes, beyond what Python itself takes
-MAX_OUTPUT_CHARS = 1 << 20  # characters of the text of two short conversations
+)  # WALL_LIMIT_S is for a busy machine
+MAX_MEMORY_BYTES = 1 << 30  # beyond what Python itself takes
+MAX_OUTPUT_CHARS = 1 << 20  # for two short conversations
 
-# What a template refuses (roles, their order) is its own affair. SIGXCPU ends a process that is over its time.
+# A template may refuse roles or their order. SIGXCPU ends a process that exceeds its time.
 PROBE_PROGRAM = f"""
 import json, resource, sys
 from transformers.utils.chat_template_utils import render_jinja_template as render
@@ -39,9 +41,10 @@ for template in templates:
 
 
 def check_template(template: str | dict[str, str] | None, name: str) -> None:
-    """Raises ModelRefused where a template (one, or several by name) does not come to an end within its time and memory.
+    """Raise ModelRefused if a template (one, or several by name) exceeds its time and memory.
 
-    It takes a second or two, where there is a template at all. A template may still behave only until it is asked for real.
+    The check takes a second or two if there is a template. A malicious template may still behave
+    well only during the check.
     """
     if not template:
         return

@@ -1,7 +1,7 @@
-"""The exact, tiny model that serves as oracle: its logits are a pure function of the tokens that a row can see.
+"""An exact, tiny model that serves as oracle: its logits are a pure function of the visible tokens.
 
-It reads those through cache, positions and mask like any model, so that a fault in one of them changes the output; and
-it computes in integers first, so that the number of rows in a pass changes nothing.
+It reads tokens through cache, positions and mask like any model, so a fault in one of them changes
+the output. It computes in integers first, so the number of rows in a pass changes nothing.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from runtime.models.base import PassInput, Rows
 
 
 class ToyCache:
-    """Tokens and positions in place of keys and values."""
+    """Stores tokens and positions in place of keys and values."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -62,7 +62,11 @@ class ToyCache:
 
 
 class ToyModel:
-    """`sharpness` scales the logits: 0 makes all tokens equally likely. `memory`: how many last tokens matter (0 = all)."""
+    """The toy model.
+
+    sharpness  scales the logits: 0 makes all tokens equally likely
+    memory     number of last tokens that matter (0: all)
+    """
 
     name = "toy"
 
@@ -97,7 +101,7 @@ class ToyModel:
                     part.cache.truncate(length)
 
     def read(self, part: PassInput) -> npt.NDArray[np.float32]:
-        """One part of a pass. An error leaves its rows in the cache."""
+        """Compute one part of a pass. An error leaves its rows in the cache."""
         cache, rows = part.cache, part.rows
         if not isinstance(cache, ToyCache):
             raise TypeError(f"a cache of type {type(cache).__name__}: use new_cache()")
@@ -112,16 +116,20 @@ class ToyModel:
         return logits
 
     def seen(self, cache: ToyCache, prefix: int, visible: npt.NDArray[np.bool_]) -> list[int]:
-        """The tokens of the visible slots by position. Raises ValueError where the positions are not 0, 1, 2, ..."""
+        """Return the tokens of the visible slots by position.
+
+        Raises ValueError unless the positions are 0, 1, 2, ...
+        """
         slots = [*range(prefix), *(prefix + np.flatnonzero(visible)).tolist()]
         slots.sort(key=lambda slot: cache.positions[slot])
         if [cache.positions[slot] for slot in slots] != list(range(len(slots))):
             raise ValueError(
-                f"positions of the visible slots are not contiguous: {[cache.positions[slot] for slot in slots]}"
+                "positions of the visible slots are not contiguous: "
+                f"{[cache.positions[slot] for slot in slots]}"
             )
         return [cache.tokens[slot] for slot in slots]
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
-        """(vocabulary,) of the text `tokens`."""
+        """Return the logits (vocabulary,) after the text `tokens`."""
         generator = np.random.default_rng(reduce(mix64, tokens[-self.memory :], EMPTY_TEXT))
         return (self.sharpness * generator.standard_normal(self.vocabulary)).astype(np.float32)

@@ -59,7 +59,7 @@ def test_layers_that_are_none_are_refused(folder: Path, layers: list[int]) -> No
 
 def test_models_built_otherwise_are_refused() -> None:
     module = FAMILIES["gpt2"]()
-    with pytest.raises(ModelRefused, match="has its layers in another place than Llama"):
+    with pytest.raises(ModelRefused, match="does not store its layers as Llama does"):
         keep_layers(module, [0], "g")
 
 

@@ -323,9 +323,9 @@ def edited(tmp_path: Path, **settings: object) -> Path:
         ({"layers": [2, 0]}, "must rise and lie between 0 and 2"),
         ({"layers": [0, 0]}, "must rise and lie between 0 and 2"),
         ({"layers": "02"}, "must rise and lie between 0 and 2"),
-        ({"masks": 0}, "masks 0 is no whole number from 1 to 16"),
+        ({"masks": 0}, "masks 0 is not an integer from 1 to 16"),
         ({"masks": 2}, "does not fit its config.json"),
-        ({"rank": 10**9}, "rank 1000000000 is no whole number"),
+        ({"rank": 10**9}, "rank 1000000000 is not an integer"),
         ({"layers": [0]}, "does not fit its config.json"),
     ],
 )

@@ -73,5 +73,5 @@ def test_longrope_is_limited_to_its_original_context() -> None:
 
 
 def test_no_context_length_is_refused() -> None:
-    with pytest.raises(ModelRefused, match=r"endless .* names no context length"):
+    with pytest.raises(ModelRefused, match=r"endless .* has no context length"):
         max_context(PreTrainedConfig(), "endless")

@@ -135,10 +135,10 @@ REFUSED: list[tuple[ConstraintKind, str, str]] = [
     ("regex", "(?:(?:a{,}|b{30}){30}){30}", "too long once"),
     ("regex", "a{99999999999999999999}", "too long once"),
     ("regex", "[a-z]{1,9000}[0-9]{1,9000}", "too long once"),
-    ("json_schema", "{", "it is no JSON"),
+    ("json_schema", "{", "invalid JSON"),
     ("json_schema", "[" * 9000, "nested too deeply"),
-    ("json_schema", "[]", "it is no object"),
-    ("json_schema", "true", "it is no object"),
+    ("json_schema", "[]", "it is not an object"),
+    ("json_schema", "true", "it is not an object"),
     ("json_schema", '{"type": "text"}', "Invalid type: text"),
     ("json_schema", '{"not": {}}', "Unimplemented keys"),
     ("json_schema", '{"enum": []}', "Unsatisfiable"),
@@ -206,7 +206,7 @@ def test_what_only_looks_dangerous_is_taken(
 
 
 def test_a_model_that_cannot_end_takes_no_constraint(tokenizer: Any) -> None:
-    with pytest.raises(InvalidRequest, match="no token that ends a text"):
+    with pytest.raises(InvalidRequest, match="no end-of-text token"):
         GrammarCompiler(tokenizer, VOCABULARY, frozenset())(Constraint("json_object"))
 
 

@@ -353,7 +353,7 @@ def test_processes_are_bounded_in_number(
 ) -> None:
     monkeypatch.setattr(limits, "CONSTRAINED_REQUESTS", 2)
     matchers = [grammars(GOOD), grammars(GOOD)]
-    with pytest.raises(Overloaded, match="2 texts with a response_format are under way"):
+    with pytest.raises(Overloaded, match="server at capacity: 2 requests with a response_format"):
         grammars(GOOD)
     matchers.pop()
     gc.collect()

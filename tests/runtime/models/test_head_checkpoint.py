@@ -118,9 +118,9 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pa
     ("spoil", "said"),
     [
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "not readable JSON"),
+        (lambda folder: (folder / "config.json").write_text("{"), "invalid JSON"),
         (lambda folder: (folder / "config.json").write_text("[]"), "not a JSON object"),
-        (lambda folder: (folder / "code.py").write_text("import os"), "brings code of its own"),
+        (lambda folder: (folder / "code.py").write_text("import os"), "contains its own code"),
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot be read"),
         (
             lambda folder: (folder / "model.safetensors").write_bytes(b"1234567890"),
@@ -129,9 +129,9 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pa
         (change(method="hidden-transfer"), "holds 'hidden-transfer' and not medusa"),
         (change(target=None), "lacks `target` or `settings`"),
         (change(settings=[1]), "lacks `target` or `settings`"),
-        (change(settings={"heads": 2}), "blocks None is no whole number from 1 to 16"),
-        (change(settings={"heads": 10**9, "blocks": 1}), "heads 1000000000 is no whole number"),
-        (change(settings={"heads": True, "blocks": 1}), "heads True is no whole number"),
+        (change(settings={"heads": 2}), "blocks None is not an integer from 1 to 16"),
+        (change(settings={"heads": 10**9, "blocks": 1}), "heads 1000000000 is not an integer"),
+        (change(settings={"heads": True, "blocks": 1}), "heads True is not an integer"),
         (
             change(settings={"heads": 3, "blocks": 1}),
             r"does not fit its config.json \(heads.2.0.bias\)",
@@ -144,12 +144,12 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Pa
             tensors(lambda found: found.update(more=torch.zeros(1))),
             r"does not fit its config.json \(more\)",
         ),
-        (tensors(lambda found: found["heads.0.0.bias"].fill_(float("nan"))), "no finite numbers"),
+        (tensors(lambda found: found["heads.0.0.bias"].fill_(float("nan"))), "non-finite numbers"),
         (
             tensors(
                 lambda found: found.update({"heads.0.0.bias": torch.zeros(32, dtype=torch.int32)})
             ),
-            "no finite numbers",
+            "non-finite numbers",
         ),
     ],
 )
@@ -166,7 +166,7 @@ def test_layers_that_are_none_are_refused(tmp_path: Path, layers: object) -> Non
     write_checkpoint(
         tmp_path / "head", "hidden-transfer", IDENTITY, {"layers": layers}, {"none": torch.zeros(1)}
     )
-    with pytest.raises(ModelRefused, match="are not 1 to 16 layers from 1 to 1 that do not fall"):
+    with pytest.raises(ModelRefused, match="must be 1 to 16 layers from 1 to 1 that do not fall"):
         hidden_transfer.build(mount(tmp_path / "head"))
 
 

@@ -22,10 +22,10 @@ def test_pickled_weights_alone(folder: Path, file: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "config.json is not readable JSON"),
-        ('{"model_type": ' + "9" * 5000 + "}", "config.json is not readable JSON"),
+        ("{", "config.json is invalid JSON"),
+        ('{"model_type": ' + "9" * 5000 + "}", "config.json is invalid JSON"),
         ("[]", "config.json is not a JSON object"),
-        ("[" * 100_000, "config.json is not readable JSON"),
+        ("[" * 100_000, "config.json is invalid JSON"),
         (" " * (1 << 20) + "{}", "config.json is larger than 1 MiB"),
         ("{}", "config.json names model_type 'None'"),
         ('{"model_type": "no_such_model"}', "config.json names model_type 'no_such_model'"),
@@ -58,15 +58,15 @@ def test_a_bad_config(folder: Path, content: str, message: str) -> None:
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
 def test_code_of_the_authors(folder: Path, load: Callable[[str], object]) -> None:
     edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_x.X"})
-    refused(folder, "config.json asks for code of its own (auto_map)", load)
+    refused(folder, "config.json requires its own code (auto_map)", load)
     edit(folder / "config.json", auto_map=None)
     (folder / "modeling_x.py").write_text("raise SystemExit(1)")
-    refused(folder, "brings code of its own (modeling_x.py)", load)
+    refused(folder, "contains its own code (modeling_x.py)", load)
 
 
 def test_code_of_the_authors_in_the_tokenizer(folder: Path) -> None:
     edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["x.X", None]})
-    refused(folder, "tokenizer_config.json asks for code of its own", load_tokenizer)
+    refused(folder, "tokenizer_config.json requires its own code", load_tokenizer)
 
 
 def test_pickled_weights_next_to_safetensors_are_not_opened(folder: Path) -> None:
@@ -93,7 +93,7 @@ def test_code_requested_by_a_nested_setting_is_refused(
     folder: Path, asking: dict[str, object]
 ) -> None:
     edit(folder / "config.json", **asking)
-    refused(folder, "config.json asks for code of its own")
+    refused(folder, "config.json requires its own code")
 
 
 def test_a_known_attention_name_is_not_code(folder: Path) -> None:

@@ -87,13 +87,13 @@ def test_threads_are_set(folder: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["int8", "", "float64"])
 def test_unknown_type(dtype: str) -> None:
-    with pytest.raises(InvalidRequest, match=rf"dtype '{dtype}' is not known: give auto, float32"):
+    with pytest.raises(InvalidRequest, match=rf"unknown dtype '{dtype}': give auto, float32"):
         load_model("nowhere", dtype)
 
 
 @pytest.mark.parametrize(
     ("device", "message"),
-    [("tpu", "'tpu' is not known"), ("cuda:99", "cuda:99 is not here"), ("cuda:x", "not known")],
+    [("tpu", "unknown device 'tpu'"), ("cuda:99", "cuda:99 not found"), ("cuda:x", "unknown device")],
 )
 def test_unknown_device(device: str, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
@@ -120,13 +120,13 @@ def test_no_such_folder(name: str, load: Callable[[str], object]) -> None:
 
 @pytest.mark.parametrize("name", ["", "a\0b", "x" * 2000])
 def test_not_a_name(name: str) -> None:
-    refused(name, "is not a name")
+    refused(name, "invalid model name")
 
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("name", ["gpt2", "someone/some-model", "a--b", "a.."])
 def test_a_hub_that_cannot_be_reached(name: str) -> None:
-    refused(name, f"model {name} is neither a folder nor to be had from the Hugging Face hub")
+    refused(name, f"model {name} is not a folder and not available from the Hugging Face hub")
 
 
 def test_a_file_is_no_folder(folder: Path) -> None:
@@ -187,7 +187,7 @@ def test_missing_and_misshapen_weights(folder: Path) -> None:
 
 def test_a_model_without_positions_of_its_own(tmp_path: Path) -> None:
     tiny("bloom").save_pretrained(tmp_path)
-    refused(tmp_path, "cannot be told positions")
+    refused(tmp_path, "takes no position_ids")
 
 
 def test_tokenizer(folder: Path) -> None:
