@@ -1,4 +1,4 @@
-"""Composition: a target or a drafter from its configuration, on the machine this runs on. No Ray, no sockets."""
+"""Builds a target or a drafter from its configuration, on this machine, without Ray and sockets."""
 
 import gc
 import importlib
@@ -37,12 +37,12 @@ from runtime.target.target import Target
 from runtime.target.verifier import Verifier
 from runtime.telemetry.tracing import NO_TRACE, TARGET, Trace
 
-MEASURED_WIDTHS = (1, 2, 4, 8)  # of a drafter's pass, among which the knee is looked for
+MEASURED_WIDTHS = (1, 2, 4, 8)  # candidate widths of a drafter's pass
 DEFAULT_WIDTH = 4
 
 
 def freeze_gc() -> None:
-    """What is loaded stays: Python need not look through it for garbage while tokens wait."""
+    """Exempts everything loaded so far from garbage collection, which would delay tokens."""
     gc.collect()
     gc.freeze()
 
@@ -52,10 +52,10 @@ def thread_count(placement: Placement) -> int | None:
 
 
 def eos_tokens(model: HFModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """Ids that end a text: the tokenizer's, and those of the model's generation settings."""
+    """Returns the ids that end a text, from the tokenizer and the model's generation config."""
     settings = getattr(model.module, "generation_config", None)
-    said = getattr(settings, "eos_token_id", None)
-    listed = said if isinstance(said, list) else [said]
+    eos = getattr(settings, "eos_token_id", None)
+    listed = eos if isinstance(eos, list) else [eos]
     return frozenset(
         token
         for token in (*listed, tokenizer.eos_token_id)
@@ -76,23 +76,23 @@ def stop_checker_factory(
 class BuiltTarget(NamedTuple):
     target: Target
     tokenizer: PreTrainedTokenizerFast
-    times: dict[int, float]  # T, seconds of a pass by its rows
+    times: dict[int, float]  # seconds of a pass, by its number of rows
 
 
 def kv_slots(model: HFModel) -> int:
-    """Tokens that fit into a quarter of the memory that is free on the model's device."""
+    """Returns how many tokens fit into a quarter of the free memory of the model's device."""
     return int(free_bytes(model.device) // 4 // model.new_cache().slot_bytes)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the memory that is free on the device, in bytes."""
+    """Returns the memory that is free on the device, in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def build_target(config: TargetConfig, record: bool = False) -> BuiltTarget:
-    """With `record`, the engine keeps a trace."""
+    """Builds a target and measures its step times. With `record`, the engine records a trace."""
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, config.dtype, config.device, thread_count(config.placement))
     eos = eos_tokens(model, tokenizer)
@@ -132,7 +132,11 @@ def mount_head(
 
 
 def build_head(config: HeadConfig, model: HFModel, tokenizer: PreTrainedTokenizerFast) -> Head:
-    """Raises ModelRefused for what was not trained for this model, or cannot sit on it."""
+    """Builds a head.
+
+    Raises ModelRefused if its weights were trained for another model, or the model does not support
+    it.
+    """
     method = importlib.import_module(f"runtime.heads.{module_name(config.method)}")
     head: Head = method.build(
         HeadContext(model, target_identity(model.module.config, tokenizer), head_folder(config))
@@ -142,7 +146,11 @@ def build_head(config: HeadConfig, model: HFModel, tokenizer: PreTrainedTokenize
 
 
 def build_drafter(config: DrafterConfig, target: str, record: bool = False) -> DraftHost:
-    """`target` is the name of the target's model: some methods read it, all speak its vocabulary. `record`: as for a target."""
+    """Builds a drafter and its host.
+
+    `target` names the target's model: every drafter uses its vocabulary, and some methods load it
+    too. With `record`, the engine records a trace.
+    """
 
     def load(name: str) -> HFModel:
         return load_model(name, config.dtype, config.device, thread_count(config.placement))
@@ -182,7 +190,10 @@ def build_drafter(config: DrafterConfig, target: str, record: bool = False) -> D
 
 
 def draft_width(drafter: Drafter) -> int:
-    """Leaves that a drafter expands in one pass: up to the knee of its model's step time; `DEFAULT_WIDTH` where it has none."""
+    """Returns how many leaves a drafter expands in one pass.
+
+    That is the knee of its model's step time, or `DEFAULT_WIDTH` if the drafter has no model.
+    """
     if isinstance(drafter, NoisyDrafter):
         return draft_width(drafter.inner)
     if not isinstance(drafter, ModelDrafter):

@@ -1,4 +1,7 @@
-"""Which cores a process computes on, and who goes first there. Loads nothing: it comes before what takes long to load."""
+"""Pins a process to its cores and loads heavy modules at low priority.
+
+This module imports nothing slow, since it runs before anything slow is loaded.
+"""
 
 import contextlib
 import importlib
@@ -8,27 +11,27 @@ from threading import Thread
 
 from runtime.config import Placement
 
-SWITCH_INTERVAL_S = (
-    0.0002  # seconds; Python's own 5 ms would let the model's thread hold up the exchange
-)
-LOADING_NICENESS = 5  # how much lower the priority is of who loads: what serves on the same core gets three quarters of it
+# Python's default of 5 ms would let the model's thread delay the event loop.
+SWITCH_INTERVAL_S = 0.0002
+# With this niceness, a process that serves on the same core still gets three quarters of it.
+LOADING_NICENESS = 5
 
 
 def pin(placement: Placement) -> None:
-    """Stay on the given cores, from this thread on: the threads it starts inherit that."""
+    """Pins this thread, and every thread that it starts, to the placement's cores."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     if placement.cores:
         os.sched_setaffinity(0, placement.cores)
 
 
 def import_at_low_priority(module: str) -> None:
-    """Import what takes long on a thread of low priority, which is over then: who starts does not hold up those that serve.
+    """Imports a slow module on a low-priority thread, so that a start does not slow down others.
 
-    Where that fails, the next import of it says why.
+    If the import fails, the next import of the module raises the error.
     """
 
     def load() -> None:
-        os.nice(LOADING_NICENESS)  # of this thread alone: to rise again would take a privilege
+        os.nice(LOADING_NICENESS)  # affects this thread alone; only root could undo it
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
 

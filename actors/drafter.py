@@ -1,4 +1,4 @@
-"""The process that hosts a drafter: a model's thread, and a gRPC loop on a thread of its own."""
+"""The process that hosts a drafter: its model runs on one thread, its gRPC server on another."""
 
 import threading
 
@@ -20,7 +20,10 @@ from runtime.telemetry.tracing import NO_TRACE, Recording, Trace
 
 
 class DraftActor:
-    """A Ray actor, or used as it is. It knows no target: targets come to it."""
+    """Hosts a drafter, as a Ray actor or as a plain object.
+
+    Targets connect to it; it knows none of them.
+    """
 
     def __init__(
         self,
@@ -41,7 +44,10 @@ class DraftActor:
         self.lock = threading.Lock()  # Ray calls from several threads
 
     def start(self) -> ActorLocation:
-        """Loads the model and opens the server, once; raises what is wrong with either. (Ray would hide it in a constructor.)"""
+        """Loads the model and opens the server, if that has not been done; returns the location.
+
+        Raises what the load or the server raises. (Ray would hide an error of the constructor.)
+        """
         with self.lock:
             if not self.address:
                 self._start()
@@ -50,19 +56,19 @@ class DraftActor:
     def _start(self) -> None:
         pin(
             self.config.placement
-        )  # before torch is loaded: who starts does not take the cores of those that serve
+        )  # before torch is loaded, so that the start does not use cores of running actors
         import_at_low_priority("actors.compose")
         from actors.compose import (
             build_drafter,
             freeze_gc,
-        )  # torch: only the process that computes pays for it
+        )  # loads torch, which only this process needs
         from runtime.models.loader import load_tokenizer
 
         config = self.config
         self.host = build_drafter(config, self.target, self.record)
         own = (
             config.model if config.method not in TRAINED_METHODS else ""
-        )  # what was trained for the target has the target's tokenizer
+        )  # a drafter trained for the target uses the target's tokenizer
         vocabulary = vocabulary_hash(load_tokenizer(own or self.target))
         freeze_gc()
         self.network = LoopThread()
@@ -78,27 +84,30 @@ class DraftActor:
         return own_location(self.address)
 
     def report(self) -> DrafterReport:
-        """What it has done, and a sign of life. Raises Unavailable where the thread that drafts has ended."""
+        """Returns the drafter's metrics. The controller uses the call as a health check too.
+
+        Raises Unavailable if the drafting thread has ended.
+        """
         if not self.host.alive:
             raise Unavailable("the drafter's thread has ended: see its log")
         return self.host.draft_engine.report()
 
     def recording(self, on: bool) -> None:
-        """Whether it records what it does, from now on. What was recorded before is forgotten."""
+        """Starts or stops recording a trace; drops what was recorded before."""
         self.host.draft_engine.trace = Trace(self.config.name) if on else NO_TRACE
 
     def trace(self) -> Recording:
-        """What was recorded since the last call."""
+        """Returns what was recorded since the last call."""
         return self.host.draft_engine.trace.drain()
 
     def save_calibrations(self) -> None:
-        """Keep what was learned of this target for the next life."""
+        """Saves what was learned about this target for the next process."""
         save_calibrations(
             drafter_calibration_file(self.config, self.target), self.host.draft_engine.calibrations
         )
 
     def stop(self) -> None:
-        """Ends all streams and the server; the process may go then."""
+        """Ends all streams and the server."""
         self.network.run(stop_serving(self.host, self.server))
         self.network.stop()
 

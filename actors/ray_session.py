@@ -1,4 +1,4 @@
-"""How processes come to a Ray cluster and leave it, and Ray's errors as the project's own."""
+"""Connects processes to a Ray cluster, and translates Ray's errors into the project's own."""
 
 import contextlib
 import logging
@@ -12,20 +12,21 @@ from runtime.core.errors import OutriderError, Unavailable
 if TYPE_CHECKING:
     from ray.exceptions import RayTaskError
 
-OBJECT_STORE_BYTES = 100 * 2**20  # bytes; nothing of ours goes through it
+OBJECT_STORE_BYTES = 100 * 2**20  # the project stores nothing in it
 NAMESPACE = "outrider"
-PROBE_TIMEOUT_S = 3.0  # seconds for a cluster to answer
+PROBE_TIMEOUT_S = 3.0  # for a cluster to accept a connection
 ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray 2.60 warns without it
-    "RAY_worker_niceness": "0",  # Ray's 15 would let any other process hold up target and drafters
+    "RAY_worker_niceness": "0",  # with Ray's 15, any other process would delay target and drafters
 }
 
 
 @contextlib.contextmanager
 def ray_cluster(address: str | None, cpus: int = 1) -> Iterator[None]:
-    """This process in the cluster at `address`, or in one of its own with so many CPUs, which ends with the block.
+    """Connects this process to the cluster at `address`, or to a private one with `cpus` CPUs.
 
-    Raises Unavailable where the cluster cannot be reached or started; inside, Ray's errors come out as the project's own.
+    A private cluster ends with the block. Inside the block, Ray's errors are translated. Raises
+    Unavailable if the cluster cannot be reached or started.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -37,7 +38,7 @@ def ray_cluster(address: str | None, cpus: int = 1) -> Iterator[None]:
             probe(address)
             ray.init(address=address, **quiet)
         else:
-            # "local": not the one that RAY_ADDRESS or an earlier `ray start` names.
+            # "local" ignores RAY_ADDRESS and a cluster started by `ray start`.
             ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -55,7 +56,9 @@ def ray_cluster(address: str | None, cpus: int = 1) -> Iterator[None]:
 
 
 def probe(address: str) -> None:
-    """Raises OSError where nobody listens: Ray itself would try for two minutes."""
+    """Raises OSError at once if nobody listens at the address: Ray itself would retry for two
+    minutes.
+    """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host, int(port)), timeout=PROBE_TIMEOUT_S).close()
@@ -64,13 +67,19 @@ def probe(address: str) -> None:
 def unreachable(address: str | None, why: str) -> str:
     first = why.strip().splitlines()[0] if why.strip() else "no reason given"
     if address:
-        return f"no Ray cluster at {address} ({first}): start one with `ray start --head`, or leave --address out for a local one"
-    return f"Ray does not start on this machine ({first}): see /tmp/ray/session_latest/logs, or use --in-process"
+        return (
+            f"no Ray cluster at {address} ({first}): start one with `ray start --head`,"
+            " or leave --address out for a local one"
+        )
+    return (
+        f"Ray does not start on this machine ({first}):"
+        " see /tmp/ray/session_latest/logs, or use --in-process"
+    )
 
 
 @contextlib.contextmanager
 def translate_ray_errors() -> Iterator[None]:
-    """Ray's errors as the project's own."""
+    """Raises Ray's errors as the project's own."""
     from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
     try:
@@ -84,7 +93,9 @@ def translate_ray_errors() -> Iterator[None]:
 
 
 def cause_of(error: "RayTaskError") -> OutriderError:
-    """The project's own error inside Ray's wrapping; Unavailable with the last line where it is none of ours."""
+    """Returns the project's error that Ray has wrapped, or Unavailable with the last line of any
+    other.
+    """
     if isinstance(error.cause, OutriderError):
         return error.cause
     return Unavailable(f"an actor failed: {str(error).strip().splitlines()[-1]}")

@@ -1,7 +1,8 @@
-"""Outrider as an application of Ray Serve, for KubeRay's RayService: it deploys and watches; no request goes through it.
+"""Outrider as a Ray Serve application, for KubeRay's RayService.
 
-Its replica is healthy while some target takes sessions. So KubeRay brings a deployment up again that was lost, and moves clients to
-the new cluster of an upgrade when that one is ready.
+The application deploys and watches; requests do not pass through it. Its replica is healthy while
+at least one target accepts sessions. KubeRay therefore restarts a lost deployment, and an upgrade
+moves clients to the new cluster once it is ready.
 """
 
 import subprocess
@@ -15,7 +16,9 @@ from runtime.core.errors import Unavailable
 
 
 class Arguments(BaseModel):
-    """`deployment`: the file that `outrider serve` takes, on the node of the replica."""
+    """Arguments of the application. `deployment` is a file for `outrider serve` on the replica's
+    node.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -24,7 +27,10 @@ class Arguments(BaseModel):
 
 class DeploymentWatcher:
     def __init__(self, deployment: str) -> None:
-        """Returns when the deployment is ready. Raises Unavailable with what `outrider serve` says where it does not become so."""
+        """Starts the deployment and returns when it is ready.
+
+        Raises Unavailable with the error of `outrider serve` if the start fails.
+        """
         done = subprocess.run(
             ["outrider", "serve", deployment, "--address", "auto"],
             capture_output=True,
@@ -35,18 +41,18 @@ class DeploymentWatcher:
             raise Unavailable(done.stderr.strip())
 
     def check_health(self) -> None:
-        """Answers Ray Serve. Raises Unavailable while no target takes sessions."""
+        """Answers Ray Serve's health check. Raises Unavailable while no target accepts sessions."""
         fleet = client.ask_controller("fleet")
         if not any(target.state == "ready" for target in fleet.targets):
-            raise Unavailable("no target takes sessions now: see `outrider status`")
+            raise Unavailable("no target accepts sessions now: see `outrider status`")
 
     async def __call__(self, _: Any) -> str:
         return "requests go to the gateway\n"
 
 
 def build(arguments: Arguments) -> Any:
-    """The application, from the `args` of a serveConfigV2."""
-    from ray import serve  # nothing else needs it
+    """Returns the application for the `args` of a serveConfigV2."""
+    from ray import serve  # imported here, since only this function needs it
 
     options = {
         "num_cpus": 0,

@@ -1,4 +1,4 @@
-"""The process that hosts a target: a model's thread, and a gRPC loop on a thread of its own."""
+"""The process that hosts a target: its model runs on one thread, its gRPC server on another."""
 
 import threading
 
@@ -23,7 +23,10 @@ from runtime.telemetry.tracing import NO_TRACE, TARGET, Recording, Trace
 
 
 class TargetActor:
-    """A Ray actor, or used as it is. Ray's calls place and inform it; requests and drafts come by gRPC."""
+    """Hosts a target, as a Ray actor or as a plain object.
+
+    Ray calls place and configure it; requests and drafts travel over gRPC.
+    """
 
     def __init__(
         self, config: TargetConfig, record: bool = False, tls: TlsConfig | None = None
@@ -37,7 +40,10 @@ class TargetActor:
         self.links: dict[Endpoint, GrpcLink] = {}
 
     def start(self) -> ActorLocation:
-        """Loads the model and opens the server, once; raises what is wrong with either. (Ray would hide it in a constructor.)"""
+        """Loads the model and opens the server, if that has not been done; returns the location.
+
+        Raises what the load or the server raises. (Ray would hide an error of the constructor.)
+        """
         with self.lock:
             if not self.address:
                 self._start()
@@ -46,12 +52,12 @@ class TargetActor:
     def _start(self) -> None:
         pin(
             self.config.placement
-        )  # before torch is loaded: who starts does not take the cores of those that serve
+        )  # before torch is loaded, so that the start does not use cores of running actors
         import_at_low_priority("actors.compose")
         from actors.compose import (
             build_target,
             freeze_gc,
-        )  # torch: only the process that computes pays for it
+        )  # loads torch, which only this process needs
 
         self.target, tokenizer, self.times = build_target(self.config, self.record)
         self.schedulers[self.config.schedule] = self.target.engine.scheduler
@@ -69,23 +75,30 @@ class TargetActor:
         return own_location(self.address)
 
     def report(self) -> TargetReport:
-        """What it has done, and a sign of life. Raises Unavailable where the thread that decides has ended."""
+        """Returns the target's metrics. The controller uses the call as a health check too.
+
+        Raises Unavailable if the engine's thread has ended.
+        """
         if self.target.engine.over:
             raise Unavailable("the target's thread has ended: see its log")
         return self.target.report()
 
     def drain(self) -> None:
-        """Refuses new sessions from now on; returns when those under way are over. May be called again."""
+        """Refuses new sessions, and returns once the running ones have ended. Idempotent."""
         self.network.run(self.target.drain())
 
     def drafters(self, peers: list[Endpoint]) -> None:
-        """Who is there now: new ones are attached, also to sessions under way; those not named are let go, their share is taken back."""
+        """Sets the current drafters.
+
+        New drafters are attached, also to running sessions. Drafters not listed are detached, and
+        their share of the tree is given to others.
+        """
         with self.lock:
             wanted = {peer.name: peer for peer in peers}
             changed = [
                 name for name in self.target.drafters if wanted.get(name) != self.peers.get(name)
             ]
-            # A link that is kept remembers what it has been through: one that broke the protocol too often stays shut for a while.
+            # A kept link keeps its strikes: a drafter in quarantine stays there.
             self.links = {peer: self.links.get(peer) or self._link(peer) for peer in peers}
             self.network.run(
                 swap_links(
@@ -101,36 +114,39 @@ class TargetActor:
         return GrpcLink(peer.address, hello, tls=self.tls, tokens=self.tokens)
 
     def schedule(self, config: ScheduleConfig) -> None:
-        """Schedule like this from the next step on. A policy that comes back knows what it had learned."""
+        """Uses this schedule from the next step on. A schedule that was used before keeps what it
+        learned.
+        """
         if config not in self.schedulers:
             self.schedulers[config] = make_scheduler(config, self.times)
         self.target.schedule(self.schedulers[config])
 
     def recording(self, on: bool) -> None:
-        """Whether it records what it does, from now on. What was recorded before is forgotten."""
+        """Starts or stops recording a trace; drops what was recorded before."""
         self.target.engine.trace = Trace(TARGET) if on else NO_TRACE
 
     def trace(self) -> Recording:
-        """What was recorded since the last call."""
+        """Returns what was recorded since the last call."""
         return self.target.engine.trace.drain()
 
     def save_calibrations(self) -> None:
-        """Keep what was learned of the drafters for the next life."""
+        """Saves what was learned about the drafters for the next process."""
         save_calibrations(
             calibration_file(self.config.model, "target"), self.target.engine.requests.calibrations
         )
 
     def attached(self) -> list[str]:
-        """Names of the drafters whose links are up."""
+        """Returns the names of the connected drafters."""
         return list(self.target.drafters)
 
     def stop(self) -> None:
-        """Ends sessions, links and server; the process may go then."""
+        """Ends sessions, links and the server."""
         self.network.run(stop_serving(self.target, self.server))
         self.network.stop()
 
 
-# Outside the class: Ray would take a class with coroutines for an async actor and run all of it on a loop of its own.
+# Outside the class: Ray treats a class with coroutines as an async actor, and would run all of
+# its methods on an event loop.
 
 
 async def start_serving(

@@ -1,4 +1,6 @@
-"""Several encoded frames as one message: what a message costs is mostly not what is in it."""
+"""Bundles several encoded frames into one message, since most of a message's cost is its
+overhead.
+"""
 
 from collections.abc import Sequence
 
@@ -8,11 +10,11 @@ from protos import speculation_pb2 as pb
 from runtime.core import limits
 from runtime.core.errors import InvalidRequest
 
-FRAME_OVERHEAD_BYTES = 16  # bytes around a frame in a bundle, and around all of them, at most
+FRAME_OVERHEAD_BYTES = 16  # at most, for each frame of a bundle and for the bundle itself
 
 
 def bundle_events(frames: Sequence[bytes]) -> list[bytes]:
-    """Encoded events, as the fewest messages that the wire carries."""
+    """Bundles encoded events into the fewest messages that the wire carries."""
     return [
         few[0] if len(few) == 1 else pb.ToDrafter(bundle=pb.Bundle(frames=few)).SerializeToString()
         for few in group_frames(frames)
@@ -20,7 +22,7 @@ def bundle_events(frames: Sequence[bytes]) -> list[bytes]:
 
 
 def bundle_replies(frames: Sequence[bytes]) -> list[bytes]:
-    """Encoded replies, as the fewest messages that the wire carries."""
+    """Bundles encoded replies into the fewest messages that the wire carries."""
     return [
         few[0]
         if len(few) == 1
@@ -30,12 +32,12 @@ def bundle_replies(frames: Sequence[bytes]) -> list[bytes]:
 
 
 def unbundle_events(data: bytes) -> Sequence[bytes]:
-    """The frames of a message, one or several, for drafting_codec.decode_event. Raises InvalidRequest for what is no message."""
+    """Returns the frames of a message, for drafting_codec.decode_event. Raises InvalidRequest."""
     return unbundle_frames(pb.ToDrafter, data)
 
 
 def unbundle_replies(data: bytes) -> Sequence[bytes]:
-    """The frames of a message, one or several, for drafting_codec.decode_reply. Raises InvalidRequest for what is no message."""
+    """Returns the frames of a message, for drafting_codec.decode_reply. Raises InvalidRequest."""
     return unbundle_frames(pb.FromDrafter, data)
 
 
@@ -46,17 +48,19 @@ def unbundle_frames(
         frame = kind.FromString(data)
     except DecodeError as error:
         raise InvalidRequest(
-            f"{len(data)} bytes are no frame of this protocol: send messages of speculation.proto"
+            f"{len(data)} bytes are not a valid frame: send messages of speculation.proto"
         ) from error
     if len(frame.bundle.frames) > limits.FRAMES_PER_MESSAGE:
         raise InvalidRequest(
-            f"a message of {len(frame.bundle.frames)} frames: at most {limits.FRAMES_PER_MESSAGE} are allowed, send several messages"
+            f"a message of {len(frame.bundle.frames)} frames:"
+            f" at most {limits.FRAMES_PER_MESSAGE} are allowed,"
+            " send several messages"
         )
     return frame.bundle.frames if frame.HasField("bundle") else (data,)
 
 
 def group_frames(frames: Sequence[bytes]) -> list[list[bytes]]:
-    """In order, in groups that fit into a message."""
+    """Splits the frames, in order, into groups that each fit into a message."""
     groups: list[list[bytes]] = []
     room = 0
     for frame in frames:

@@ -1,4 +1,4 @@
-"""Encodes and decodes the messages between a target and a drafter."""
+"""Encodes and decodes the messages between a target and a drafter. Contract: see fields.py."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +86,7 @@ def encode_event(event: Event) -> Message:
 
 
 def decode_event(data: bytes) -> Event | None:
-    """None for a kind of frame that this version does not know."""
+    """Returns the event; None for a kind of frame that this version does not know."""
     frame = parse(pb.ToDrafter.FromString, data)
     match frame.WhichOneof("kind"):
         case "open":
@@ -107,12 +107,12 @@ def decode_event(data: bytes) -> Event | None:
         case None:
             return None
         case other:
-            raise InvalidRequest(f"{other} has no place among the events: send it first, once")
+            raise InvalidRequest(f"{other} is not an event: send it once, as the first frame")
 
 
 @encoder
 def encode_reply(reply: Reply | Bye) -> Message:
-    """Without the drafter's name, which the stream implies."""
+    """Encodes a reply without the drafter's name, which the stream implies."""
     match reply:
         case Draft(session, epoch, _, parents, tokens, scores):
             draft = pb.Draft(session=session, epoch=epoch)
@@ -127,9 +127,10 @@ def encode_reply(reply: Reply | Bye) -> Message:
 
 
 def decode_reply(data: bytes) -> Reply | Bye | None:
-    """None for a kind of frame that this version does not know. The arrays of a Draft are read-only views.
+    """Returns the reply; None for a kind of frame that this version does not know.
 
-    The reply names no drafter (""): who speaks is known from the link, and the target writes it down.
+    The arrays of a Draft are read-only views. The reply's drafter is "": the target knows the
+    sender from the link and fills it in.
     """
     frame = parse(pb.FromDrafter.FromString, data)
     match frame.WhichOneof("kind"):
@@ -142,7 +143,7 @@ def decode_reply(data: bytes) -> Reply | Bye | None:
         case None:
             return None
         case other:
-            raise InvalidRequest(f"{other} has no place among the replies: send it first, once")
+            raise InvalidRequest(f"{other} is not a reply: send it once, as the first frame")
 
 
 def _hello_to_pb(hello: Hello) -> pb.Hello:
@@ -192,7 +193,8 @@ def _style_from_pb(style: pb.Style) -> Style:
     most = max(style.width, style.branches)
     if most > limits.TREE_NODES:
         raise InvalidRequest(
-            f"a style of width {style.width}, branches {style.branches}: at most {limits.TREE_NODES} are allowed",
+            f"a style of width {style.width}, branches {style.branches}:"
+            f" at most {limits.TREE_NODES} are allowed",
             "style",
         )
     return Style(style.width, style.branches, style.passes)
@@ -214,7 +216,8 @@ def _draft_from_pb(draft: pb.Draft) -> Draft:
     nodes = len(tokens)
     if len(parents) != nodes or len(scores) != nodes:
         raise InvalidRequest(
-            f"growth of {len(parents)} parents, {nodes} tokens and {len(scores)} scores: send as many of each"
+            f"growth of {len(parents)} parents, {nodes} tokens and {len(scores)} scores:"
+            " send as many of each"
         )
     if nodes > limits.DRAFT_NODES:
         raise InvalidRequest(f"growth of {nodes} nodes: at most {limits.DRAFT_NODES} are allowed")
@@ -225,7 +228,8 @@ def _draft_from_pb(draft: pb.Draft) -> Draft:
     # A comparison with NaN is false.
     if nodes and not (scores.min() > -np.inf and scores.max() <= 0):
         raise InvalidRequest(
-            f"scores from {scores.min()} to {scores.max()} are not allowed: give finite numbers up to 0",
+            f"scores from {scores.min()} to {scores.max()} are not allowed:"
+            " give finite numbers up to 0",
             "scores",
         )
     return Draft(session, draft.epoch, "", parents, tokens, scores)
@@ -234,7 +238,8 @@ def _draft_from_pb(draft: pb.Draft) -> Draft:
 def _array(data: bytes, dtype: np.dtype[Any], name: str) -> npt.NDArray[Any]:
     if len(data) % dtype.itemsize:
         raise InvalidRequest(
-            f"{len(data)} bytes of {name} are no whole number of {dtype.name} values: send all of them",
+            f"{len(data)} bytes of {name} are no whole number of {dtype.name} values:"
+            " send all of them",
             name,
         )
     return np.frombuffer(data, dtype)

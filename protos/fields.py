@@ -1,4 +1,12 @@
-"""Converts and checks what the messages of both services share."""
+"""Encodes, decodes and checks the fields that messages of both services share.
+
+Together with drafting_codec.py and target_codec.py, this is the only code that knows both the
+values of runtime/core/messages.py and their bytes. Every `encode_*` returns bytes that decode to an
+equal value, or raises InvalidRequest for what the wire cannot carry: more than
+limits.MESSAGE_BYTES, a number beyond its field, text that is not Unicode. Every `decode_*` raises
+InvalidRequest, and nothing else, for invalid bytes. Token ids are checked to be non-negative, but
+not against a vocabulary.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import fields
@@ -30,7 +38,7 @@ Frame = TypeVar("Frame")
 
 
 def encoder(build: Callable[[Value], Message]) -> Callable[[Value], bytes]:
-    """Makes an encoder of a function that builds the protobuf message."""
+    """Turns a function that builds a protobuf message into one that returns its bytes."""
 
     @wraps(build)
     def encode(value: Value) -> bytes:
@@ -40,7 +48,8 @@ def encoder(build: Callable[[Value], Message]) -> Callable[[Value], bytes]:
             raise InvalidRequest(f"{type(value).__name__} cannot be sent: {error}") from error
         if len(data) > limits.MESSAGE_BYTES:
             raise InvalidRequest(
-                f"{type(value).__name__} of {len(data)} bytes: at most {limits.MESSAGE_BYTES} are allowed, send fewer tokens"
+                f"{type(value).__name__} of {len(data)} bytes:"
+                f" at most {limits.MESSAGE_BYTES} are allowed, send fewer tokens"
             )
         return data
 
@@ -52,7 +61,7 @@ def parse(parser: Callable[[bytes], Frame], data: bytes) -> Frame:
         return parser(data)
     except DecodeError as error:
         raise InvalidRequest(
-            f"{len(data)} bytes are no frame of this protocol: send messages of speculation.proto"
+            f"{len(data)} bytes are not a valid frame: send messages of speculation.proto"
         ) from error
 
 
@@ -87,7 +96,7 @@ def constraint_to_pb(constraint: Constraint) -> pb.Constraint:
 def constraint_from_pb(constraint: pb.Constraint) -> Constraint:
     if constraint.kind not in CONSTRAINT_OF:
         raise InvalidRequest(
-            f"constraint {constraint.kind} is not known: install the same version",
+            f"unknown constraint {constraint.kind}: install the same version",
             "response_format",
         )
     return Constraint(CONSTRAINT_OF[constraint.kind], constraint.text)

@@ -1,4 +1,7 @@
-"""`python -m protos.generate` writes the code that belongs to speculation.proto; with --check it only says whether it is stale."""
+"""Generates the code of speculation.proto.
+
+Run `python -m protos.generate`; with --check it only reports whether the code is stale.
+"""
 
 import argparse
 import sys
@@ -12,10 +15,10 @@ SOURCE = "protos/speculation.proto"
 
 
 def compile_protos() -> dict[Path, bytes]:
-    """What the installed compiler makes of the source, by the file it belongs in."""
+    """Returns the compiler's output by the file it belongs in."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [f"--{kind}_out={folder}" for kind in ("python", "pyi", "grpc_python")]
-        # From the root of the repository, so that the imports in the output read `from protos import ...`.
+        # Run from the root of the repository, so that the output imports `from protos`.
         status = protoc.main(["protoc", f"-I{ROOT}", *outputs, str(ROOT / SOURCE)])
         if status:
             sys.exit(f"protoc could not compile {SOURCE} (status {status}): see the lines above")
@@ -24,7 +27,7 @@ def compile_protos() -> dict[Path, bytes]:
 
 
 def stale_files() -> list[Path]:
-    """The files that are not what the compiler would write."""
+    """Returns the generated files that differ from the compiler's output."""
     return [
         path
         for path, content in compile_protos().items()
@@ -35,7 +38,7 @@ def stale_files() -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with 1 where the files are stale"
+        "--check", action="store_true", help="write nothing; exit with 1 if a file is stale"
     )
     if not parser.parse_args().check:
         for path, content in compile_protos().items():

@@ -1,4 +1,4 @@
-"""Encodes and decodes the messages between a target and its callers."""
+"""Encodes and decodes the messages between a target and its callers. Contract: see fields.py."""
 
 import math
 from dataclasses import fields
@@ -77,11 +77,14 @@ def encode_chunk(chunk: Chunk) -> Message:
 def decode_chunk(data: bytes) -> Chunk:
     chunk = parse(pb.GenerateChunk.FromString, data)
     if not len(chunk.tokens) == len(chunk.drafters) == len(chunk.pieces):
-        sizes = f"{len(chunk.tokens)} tokens, {len(chunk.drafters)} drafters and {len(chunk.pieces)} pieces"
+        sizes = (
+            f"{len(chunk.tokens)} tokens, {len(chunk.drafters)} drafters"
+            f" and {len(chunk.pieces)} pieces"
+        )
         raise InvalidRequest(f"a chunk has {sizes}: send as many of each", "tokens")
     if chunk.finish_reason not in FINISH_REASON_OF:
         raise InvalidRequest(
-            f"finish_reason {chunk.finish_reason} is not known: install the same version",
+            f"unknown finish_reason {chunk.finish_reason}: install the same version",
             "finish_reason",
         )
     return Chunk(
@@ -111,7 +114,8 @@ def _logprobs_from_pb(logprobs: pb.Logprobs, tokens: int) -> tuple[Logprob, ...]
         logprobs.top_tokens
     ) == len(values):
         raise InvalidRequest(
-            f"logprobs of {len(chosen)} tokens and {len(values)} others: send those of all {tokens} tokens",
+            f"logprobs of {len(chosen)} tokens and {len(values)} others:"
+            f" send those of all {tokens} tokens",
             "logprobs",
         )
     if not all(value <= 0 for value in (*chosen, *values)):  # a comparison with NaN is false

@@ -1,4 +1,4 @@
-"""The process of a gateway: HTTP on an event loop of its own thread, requests to the targets by gRPC on the same loop."""
+"""The process of a gateway: HTTP and gRPC on one event loop, which runs on its own thread."""
 
 import contextlib
 import logging
@@ -27,18 +27,20 @@ from runtime.core.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
-FLEET_POLL_PERIOD_S = 0.5  # seconds between two looks at the fleet
-ANSWER_TIMEOUT_S = 2.0  # for the controller: each look is followed by another
-STOP_TIMEOUT_S = 15.0  # seconds for the end of everything
-SWITCH_INTERVAL_S = (
-    0.0005  # seconds; a thread that tokenises a long prompt holds up the streams no longer
-)
+FLEET_POLL_PERIOD_S = 0.5
+ANSWER_TIMEOUT_S = 2.0  # for the controller, which is asked again soon
+STOP_TIMEOUT_S = 15.0
+SWITCH_INTERVAL_S = 0.0005  # a thread that tokenises a long prompt delays streams no longer
 
 GetFleet = Callable[[], Fleet]
 
 
 class Gateway:
-    """`get_fleet` says what is there now, and is called on a thread of its own; it raises Unavailable where it cannot tell."""
+    """Serves HTTP.
+
+    `get_fleet` returns the current fleet and is called on another thread; it raises Unavailable if
+    the fleet is unknown.
+    """
 
     def __init__(self, plan: Deployment, get_fleet: GetFleet) -> None:
         self.plan, self.get_fleet = plan, get_fleet
@@ -69,15 +71,16 @@ class Gateway:
         self.watcher = threading.Thread(target=self._watch, name="fleet", daemon=True)
         self.watcher.start()
         host = own_host() if config.host in ("0.0.0.0", "::") else config.host
-        self.url = f"{'http' if config.tls is None else 'https'}://{f'[{host}]' if ':' in host else host}:{port}"
+        scheme = "http" if config.tls is None else "https"
+        self.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
         return self.url
 
     def drain(self) -> None:
-        """Refuses new requests; returns when those under way are over."""
+        """Refuses new requests; returns once the running ones have ended."""
         self.network.run(self.service.drain())
 
     def stop(self) -> None:
-        """Ends the server; what is under way then has seconds to end."""
+        """Ends the server, after a grace period for running requests."""
         self._stopping.set()
         self.watcher.join()
         self.server.should_exit = True
@@ -91,9 +94,9 @@ class Gateway:
             try:
                 self.fleet = self.get_fleet()
             except Unavailable as error:
-                log.warning("the fleet is as it was: %s", error)
+                log.warning("the fleet cannot be updated: %s", error)
             else:
-                # While a deployment changes there may be targets of another model, too.
+                # While a deployment changes, the fleet may have targets of another model too.
                 self.network.run(
                     update_router(
                         self.router, targets_of_model(self.fleet.targets, self.plan.target.model)
@@ -107,19 +110,22 @@ async def update_router(router: Router, targets: Sequence[TargetState]) -> None:
 
 
 class GatewayActor(Gateway):
-    """A Ray actor. It asks the controller of its cluster who is there."""
+    """A gateway as a Ray actor. It asks its cluster's controller for the fleet."""
 
     def __init__(self, plan: Deployment) -> None:
         def get_fleet() -> Fleet:
             found = client.ask_controller("fleet", timeout_s=ANSWER_TIMEOUT_S)
             if not isinstance(found, Fleet):
                 raise Unavailable(
-                    "the controller does not say who is there: install the same version on all nodes"
+                    "the controller does not say who is there:"
+                    " install the same version on all nodes"
                 )
             return found
 
         super().__init__(plan, get_fleet)
 
     def where(self) -> ActorLocation:
-        """A sign of life, with the server's URL."""
+        """Returns the server's URL as a location. The controller uses the call as a health
+        check.
+        """
         return ActorLocation(self.url, os.getpid(), ray.get_runtime_context().get_node_id())

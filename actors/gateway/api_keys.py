@@ -1,4 +1,4 @@
-"""API keys: a file of NAME:KEY[:MODEL,...] lines, for its reader's eyes alone. Read again when it changes."""
+"""API keys: a private file of NAME:KEY[:MODEL,...] lines, read again when it changes."""
 
 import hashlib
 import hmac
@@ -13,12 +13,12 @@ from runtime.core.errors import InvalidRequest
 log = logging.getLogger(__name__)
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
-MIN_KEY_CHARACTERS = 16  # characters of a key
+MIN_KEY_CHARACTERS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """`digest` is the key's sha256. `models`: those that it may ask for; None: all."""
+    """A key. `digest` is its sha256. `models` are those it may use; None means all."""
 
     name: str
     digest: bytes
@@ -26,14 +26,14 @@ class ApiKey:
 
 
 class ApiKeys:
-    """The keys of a file as it is now. A change that cannot be read is logged, and the keys stay as they were."""
+    """The keys of a file. An invalid change is logged, and the previous keys stay valid."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self._keys, self._seen = read_keys(file), file_version(file)
 
     def find(self, given: str) -> ApiKey | None:
-        """The key that was given. It takes the same time whichever it is, and none."""
+        """Returns the key, or None if it is unknown. It takes the same time in all cases."""
         self._reload()
         digest = hashlib.sha256(given.encode(errors="replace")).digest()
         found: ApiKey | None = None
@@ -50,7 +50,7 @@ class ApiKeys:
         try:
             self._keys = read_keys(self.file)
         except InvalidRequest as error:
-            log.warning("the API keys stay as they were: %s", error)
+            log.warning("the new API keys cannot be used, the old ones stay: %s", error)
 
 
 def file_version(file: Path) -> tuple[int, ...]:
@@ -62,7 +62,7 @@ def file_version(file: Path) -> tuple[int, ...]:
 
 
 def read_keys(file: Path) -> tuple[ApiKey, ...]:
-    """Raises InvalidRequest, which names the line and never a key."""
+    """Reads the file. Raises InvalidRequest, which names the line but never a key."""
     try:
         found = file.stat()
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -72,7 +72,9 @@ def read_keys(file: Path) -> tuple[ApiKey, ...]:
             "api_keys",
         ) from error
     if is_open(found.st_mode, found.st_uid, os.geteuid()):
-        raise InvalidRequest(f"others than its owner can use {file}: chmod 600 {file}", "api_keys")
+        raise InvalidRequest(
+            f"users other than its owner can access {file}: chmod 600 {file}", "api_keys"
+        )
     keys = [
         parse_line(number, line)
         for number, line in enumerate(lines, 1)
@@ -90,8 +92,11 @@ def read_keys(file: Path) -> tuple[ApiKey, ...]:
 
 
 def is_open(mode: int, owner: int, reader: int) -> bool:
-    """Whether others than this user can use a file of that mode and owner. Where root has laid it down for another user, as Kubernetes
-    does with secrets, that one reads it as its group, and by nothing else: reading is the group's then, all else is nobody's."""
+    """Tells whether users other than the reader can access a file of this mode and owner.
+
+    If root owns it and the reader is another user, as with Kubernetes secrets, the reader gets
+    access through the group: then the group may read, and others may do nothing.
+    """
     return bool(mode & (0o037 if owner == 0 != reader else 0o077))
 
 
@@ -106,7 +111,8 @@ def parse_line(number: int, line: str) -> ApiKey:
         or " " in key
     ):
         raise InvalidRequest(
-            f"line {number} of the API keys is not NAME:KEY[:MODEL,...] with a key of {MIN_KEY_CHARACTERS} characters or more",
+            f"line {number} of the API keys is not NAME:KEY[:MODEL,...] with a key of"
+            f" {MIN_KEY_CHARACTERS} characters or more",
             "api_keys",
         )
     allowed = (

@@ -26,7 +26,9 @@ TELEMETRY_OFF: TelemetryConfig = {
 
 
 def build_app(service: Service) -> FastAPI:
-    """No page that loads anything from elsewhere, nothing that tells of the code."""
+    """Returns the application, without pages that load external content and without any
+    telemetry.
+    """
     app = FastAPI(
         title="Outrider",
         version=service.version,
@@ -121,7 +123,7 @@ async def handle_api_error(_: Request, error: Exception) -> Response:
 
 
 async def handle_http_error(request: Request, error: Exception) -> Response:
-    """An address or a method that there is none of."""
+    """Answers an unknown URL or method."""
     if not isinstance(error, HTTPException):
         raise error
     found = ApiError(
@@ -133,7 +135,7 @@ async def handle_http_error(request: Request, error: Exception) -> Response:
 
 
 async def handle_internal_error(_: Request, error: Exception) -> Response:
-    """Ours. The log has the rest."""
+    """Answers an unexpected error; the log has its traceback."""
     return JSONResponse(
         ApiError(
             500, "internal_error", f"the gateway has failed ({type(error).__name__}): see its log"
@@ -143,13 +145,15 @@ async def handle_internal_error(_: Request, error: Exception) -> Response:
 
 
 def body_schema(name: str) -> dict[str, Any]:
-    """What OpenAPI says of a body that is read by ourselves."""
+    """Returns the OpenAPI entry of a body, which FastAPI does not see because the handler
+    reads it.
+    """
     content = {"application/json": {"schema": {"$ref": SCHEMA_REF.format(model=name)}}}
     return {"requestBody": {"required": True, "content": content}}
 
 
 def add_body_schemas(app: FastAPI) -> None:
-    """app.openapi() knows the bodies."""
+    """Adds the schemas of the bodies to app.openapi()."""
     plain_openapi = app.openapi
 
     def openapi() -> dict[str, Any]:

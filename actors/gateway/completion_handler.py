@@ -1,4 +1,7 @@
-"""One request for text, from its body to the last byte of its answer. What it holds is freed here, whatever happens."""
+"""Handles one completion request, from its body to the last byte of its response.
+
+Everything that it holds is released here, whatever happens.
+"""
 
 import asyncio
 import hashlib
@@ -31,7 +34,8 @@ from runtime.core import limits
 from runtime.core.errors import InvalidRequest, OutriderError
 from runtime.core.messages import Request
 
-DEADLINE_GRACE_S = 5.0  # beyond its deadline for the end of an answer: a target says itself that it is late; a client that does not read is cut
+# A target ends a late session itself. This grace period ends responses that a client does not read.
+DEADLINE_GRACE_S = 5.0
 EVENT_STREAM_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-store",
@@ -41,7 +45,7 @@ EVENT_STREAM_HEADERS = {
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
-    """A request that can be served. Times are the event loop's."""
+    """A valid request. Times are the event loop's."""
 
     body: AnyBody
     requests: list[Request]
@@ -50,12 +54,12 @@ class ParsedRequest:
 
     @property
     def longest(self) -> int:
-        """The choice with the longest text: a target that takes it takes the others."""
+        """Returns the index of the longest prompt: a target that accepts it accepts the others."""
         return max(range(len(self.requests)), key=lambda index: len(self.requests[index].prompt))
 
 
 class CompletionHandler(Response):
-    """The answer to a request to `url`, found out while it is sent."""
+    """The response to a request to `url`, generated while it is sent."""
 
     def __init__(self, service: Service, url: str) -> None:
         super().__init__()
@@ -90,7 +94,7 @@ class CompletionHandler(Response):
     async def _parse(
         self, raw: bytes, headers: Headers, key: ApiKey | None, arrived: float
     ) -> ParsedRequest:
-        """Raises InvalidRequest."""
+        """Parses the request. Raises InvalidRequest."""
         body, ignored = await asyncio.to_thread(
             lambda: parse_body(self.url, parse_json(raw), self.service.limits.strict)
         )
@@ -103,7 +107,7 @@ class CompletionHandler(Response):
         name, seed = uuid.uuid4().hex, secrets.randbits(63)
         if (
             repeated := headers.get("idempotency-key")
-        ) is not None:  # should it be run again after all, its text will be the same
+        ) is not None:  # the same key gives the same text, even if the response is not cached
             seed = int.from_bytes(
                 hashlib.sha256(f"{key and key.name}\n{repeated}".encode()).digest()[:8], signed=True
             )
@@ -119,7 +123,9 @@ class CompletionHandler(Response):
         raw: bytes,
         entry: ActiveRequest,
     ) -> Pieces:
-        """The answer; that of an earlier request where both have one Idempotency-Key."""
+        """Returns the response body, shared with earlier requests that have the same
+        Idempotency-Key.
+        """
         repeated = headers.get("idempotency-key")
         if repeated is None:
             return self._pieces(parsed, entry)
@@ -131,7 +137,10 @@ class CompletionHandler(Response):
         )
 
     async def _pieces(self, parsed: ParsedRequest, entry: ActiveRequest) -> Pieces:
-        """The body of the answer: all in one, or events. Nothing comes before a target has taken the request. Raises OutriderError."""
+        """Yields the response body: all at once, or as events. Raises OutriderError.
+
+        Nothing is yielded before a target has accepted the request.
+        """
         answer = ResponseBuilder(
             parsed.body, self.service.served, parsed.requests, uuid.uuid4().hex, int(time.time())
         )
@@ -139,8 +148,8 @@ class CompletionHandler(Response):
             self.service.metrics, parsed.requests, parsed.body.n, parsed.arrived, now
         )
         held: bytes | None = (
-            b"".join(map(sse, answer.opening())) if parsed.body.stream else b""
-        )  # None: nothing is held back any more
+            b"".join(map(sse, answer.opening_events())) if parsed.body.stream else b""
+        )  # None once nothing is held back
         try:
             async with aclosing(merge_chunks(self.service.backend, parsed.requests)) as chunks:
                 async for index, chunk in chunks:
@@ -160,24 +169,29 @@ class CompletionHandler(Response):
                         held += events
         except OutriderError as error:
             if not any(timer.counts):
-                timer.open = 0  # refused: there was nothing to end
+                timer.open = 0  # refused: no generation has started
             if isinstance(error, InvalidRequest) or now() < parsed.until:
                 raise
-            raise answer.late() from error
+            raise answer.deadline_error() from error
         finally:
             timer.abort_unfinished()
-        self.service.limiter.release(entry)  # before the client can know that it may ask again
-        yield DONE if parsed.body.stream else to_json(answer.whole())
+        self.service.limiter.release(
+            entry
+        )  # before the client sees the end and may send its next request
+        yield DONE if parsed.body.stream else to_json(answer.response())
 
 
 class ResponseWriter:
-    """Sends one answer. `stream`: as events, each at once."""
+    """Sends one response. With `stream`, each piece is sent at once, as an event."""
 
     def __init__(self, send: Send) -> None:
         self.send, self.stream, self.started = send, False, False
 
     async def write(self, pieces: Pieces) -> None:
-        """Raises what ends the pieces, where nothing was sent yet; else the client hears of it in the stream."""
+        """Sends the pieces.
+
+        Raises their error if nothing was sent yet; otherwise the error is sent as an event.
+        """
         async with aclosing(pieces):
             try:
                 async for piece in pieces:
@@ -194,12 +208,12 @@ class ResponseWriter:
     async def write_error(
         self, error: ApiError, headers: Mapping[str, str] = MappingProxyType({})
     ) -> None:
-        """Sends nothing after the begin of another answer."""
+        """Sends an error, unless a response has started."""
         if not self.started:
             await self.write_all(error.status, {**error.headers, **headers}, to_json(error.body()))
 
     async def write_all(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        """All at once."""
+        """Sends a complete response."""
         await self._start(
             status, {"content-type": "application/json", "content-length": str(len(body))} | headers
         )
@@ -217,7 +231,7 @@ class ResponseWriter:
 
 
 def request_timeout_s(header: str | None, field: Any) -> float | None:
-    """Seconds, as the header or the body's field says; the shorter of both. Raises ApiError (400)."""
+    """Returns the shorter of the timeouts of header and body, in seconds. Raises ApiError (400)."""
     if header is not None and (
         not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", header)
         or not 0 < float(header) <= limits.MAX_DEADLINE_S

@@ -1,4 +1,7 @@
-"""Who is being served. Bounds are held by counting the entries, so that no counter can be wrong."""
+"""Limits the concurrent requests of a gateway.
+
+Limits are checked against the set of active requests, so no counter can become wrong.
+"""
 
 import asyncio
 from collections.abc import Iterator
@@ -8,12 +11,17 @@ from dataclasses import dataclass
 from actors.openai.errors import RETRY_AFTER_S, ApiError
 from runtime.config import LimitsConfig
 
-DRAIN_RETRY_AFTER_S = 5  # seconds until a client should ask again: another gateway is there by then, or this one again
+DRAIN_RETRY_AFTER_S = 5  # by then another gateway runs, or this one again
 
 
 @dataclass(slots=True, eq=False)
 class ActiveRequest:
-    """A request under way. `key`: the name of its API key; `sessions`: its choices, known once its body is; `has_token`: a token has come."""
+    """A running request.
+
+    key        name of its API key
+    sessions   its choices, known once its body is parsed
+    has_token  a token has arrived
+    """
 
     key: str | None
     sessions: int = 1
@@ -21,7 +29,7 @@ class ActiveRequest:
 
 
 class ConcurrencyLimiter:
-    """The requests under way in this gateway. A request of n choices counts n times."""
+    """The active requests of this gateway. A request of n choices counts n times."""
 
     def __init__(self, limits: LimitsConfig) -> None:
         self.limits, self.draining = limits, False
@@ -30,12 +38,14 @@ class ConcurrencyLimiter:
 
     @contextmanager
     def admit(self, key: str | None) -> Iterator[ActiveRequest]:
-        """For as long as the request is under way. Raises ApiError: 503 (full, draining), 429 (the key's own quota)."""
+        """Holds a place for a request. Raises ApiError: 503 (full, draining), 429 (quota of the
+        key).
+        """
         if self.draining:
             raise ApiError(
                 503,
                 "draining",
-                "the gateway is about to end: ask another, or later",
+                "the gateway is shutting down: use another, or try again later",
                 retry_after=DRAIN_RETRY_AFTER_S,
             )
         self._check(key, 1)
@@ -47,12 +57,14 @@ class ConcurrencyLimiter:
             self.release(entry)
 
     def release(self, entry: ActiveRequest) -> None:
-        """Its place is free. May be called again."""
+        """Releases its place. Idempotent."""
         self.active.discard(entry)
         self._left.set()
 
     def resize(self, entry: ActiveRequest, sessions: int) -> None:
-        """The entry is of so many sessions. Raises as `admit`; 400 for more than could ever be."""
+        """Sets the number of its sessions. Raises as `admit`; 400 if it exceeds the limit on its
+        own.
+        """
         most = (
             self.limits.requests
             if entry.key is None
@@ -62,18 +74,19 @@ class ConcurrencyLimiter:
             raise ApiError(
                 400,
                 "too_many_choices",
-                f"{sessions} choices of all prompts: {most} may be under way, lower n or send fewer",
+                f"{sessions} choices of all prompts: at most {most} may run at once,"
+                " lower n or send fewer",
                 "n",
             )
         self._check(entry.key, sessions - entry.sessions)
         entry.sessions = sessions
 
     def sessions(self, key: str | None = None) -> int:
-        """Of one key, or of all."""
+        """Returns the number of active sessions, of one key or of all."""
         return sum(entry.sessions for entry in self.active if key is None or entry.key == key)
 
     async def wait_idle(self) -> None:
-        """Returns when nothing is under way."""
+        """Returns once no request is active."""
         while self.active:
             self._left.clear()
             await self._left.wait()
@@ -83,13 +96,13 @@ class ConcurrencyLimiter:
             raise ApiError(
                 429,
                 "rate_limit_exceeded",
-                f"{self.limits.per_key} requests of this key may be under way: wait for one to end",
+                f"this key may have {self.limits.per_key} requests at once: wait for one to end",
                 retry_after=RETRY_AFTER_S,
             )
         if self.sessions() + more > self.limits.requests:
             raise ApiError(
                 503,
                 "overloaded",
-                "all places are taken: try again later",
+                "server at capacity: try again later",
                 retry_after=RETRY_AFTER_S,
             )

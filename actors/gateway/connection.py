@@ -27,13 +27,13 @@ from actors.openai.errors import ApiError, to_api_error
 from runtime.core import limits
 from runtime.core.errors import Overloaded
 
-STALL_TIMEOUT_S = 30.0  # in which a client may take nothing of what is sent to it
-CLOSE_TIMEOUT_S = 5.0  # in which a client does its part in closing a connection
-CLIENT_PROBE_PERIOD_S = 0.25  # between two looks whether a half-closed client is still there
+STALL_TIMEOUT_S = 30.0  # for a client that reads nothing of what is sent
+CLOSE_TIMEOUT_S = 5.0  # for a client to close its side
+CLIENT_PROBE_PERIOD_S = 0.25  # between two checks of a half-closed client
 
 
 class Phase(Enum):
-    """Says what a connection waits for."""
+    """What a connection waits for."""
 
     REQUEST = auto()  # the client sends the TLS handshake and the head of a request
     SERVICE = auto()  # the gateway reads the body and answers
@@ -55,10 +55,11 @@ def phase_timeout_s(phase: Phase) -> float:
 
 
 class ConnectionTable:
-    """Cuts the connections that wait too long, and the longest waiting when too many are open.
+    """Cuts connections that wait too long, and the longest waiting ones if too many are open.
 
-    `max_connections`: connections that may be open. `tls`: secures them; None means plain HTTP.
-    `waiting`: those that wait for their clients, as the last sweep found them, longest first.
+    max_connections  connections that may be open
+    tls              secures them; None means plain HTTP
+    waiting          connections that wait for their clients as of the last sweep, longest first
     """
 
     def __init__(self, max_connections: int, tls: ssl.SSLContext | None) -> None:
@@ -66,7 +67,7 @@ class ConnectionTable:
         self.waiting: deque[ClientConnection] = deque()
 
     def sweep(self, connections: Collection[Any], now: float) -> None:
-        """Looks at all connections. It is called periodically, with the event loop's time."""
+        """Checks all connections. It is called periodically, with the event loop's time."""
         waiting = []
         for connection in list(connections):
             found = connection.progress()
@@ -80,7 +81,7 @@ class ConnectionTable:
         self.waiting = deque(waiting)
 
     def make_room(self, connections: Collection[Any]) -> None:
-        """Cuts the longest waiting until `max_connections` are left, or none of them waits any more."""
+        """Cuts the longest waiting ones until `max_connections` are left, or none of them waits."""
         while len(connections) > self.max_connections and self.waiting:
             connection = self.waiting.popleft()
             if connection in connections and connection.progress() == connection.last_progress:
@@ -88,11 +89,11 @@ class ConnectionTable:
 
 
 class ClientConnection(H11Protocol):
-    """Extends uvicorn's protocol by four things.
+    """Extends uvicorn's protocol in four ways.
 
-    - `ConnectionTable` can look at it: `last_progress` is the last look that found something new,
-      `since` the event loop's time then.
-    - It counts from the first byte of the TLS handshake, not from its end.
+    - `ConnectionTable` can check its progress: `last_progress` is the last new one, made at the
+      event loop's time `since`.
+    - It counts as open from the first byte of the TLS handshake, not from its end.
     - It answers invalid HTTP in OpenAI's form.
     - It answers a client that has half-closed the connection (plain HTTP/1.1 only).
     """
@@ -152,23 +153,23 @@ class ClientConnection(H11Protocol):
         return Phase.REQUEST, (self.cycle, bool(self.conn.trailing_data[0]))
 
     def cut(self) -> None:
-        """Ends the connection at once; it counts no more."""
+        """Aborts the connection, which no longer counts as open."""
         self.connections.discard(self)
         self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         if self._ended:
             return
-        if self.scheme is None:  # it comes with the last bytes of the handshake
+        if self.scheme is None:  # arrived with the last bytes of the handshake
             self.conn.receive_data(data)
         else:
             super().data_received(data)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Keeps the connection while its answer is under way.
+        """Keeps the connection open until its response is complete.
 
-        Not with TLS, which asyncio always closes, nor with HTTP/1.0, which has no interim
-        responses: there nobody could tell a client that waits from one that has gone.
+        This excludes TLS, which asyncio always closes, and HTTP/1.0, which has no interim responses
+        that could tell a waiting client from one that has disconnected.
         """
         cycle = self.cycle
         waits = cycle is not None and not cycle.response_complete and not cycle.more_body
@@ -179,7 +180,7 @@ class ClientConnection(H11Protocol):
         return True
 
     def _look_for_client(self, cycle: Any) -> None:
-        """Cuts the connection if the client has gone: its host resets it at an interim response."""
+        """Cuts the connection if the client is gone: its host resets it at an interim response."""
         client: Any = self.transport.get_extra_info("socket")
         if client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self.cut()
@@ -197,13 +198,13 @@ class ClientConnection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.half_closed and self.cycle.response_complete:  # no other request was there already
+        if self.half_closed and self.cycle.response_complete:  # no pipelined request follows
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        """Answers invalid HTTP, unless an answer has begun, and drops what still comes.
+        """Answers invalid HTTP, unless a response has started, and discards further input.
 
-        Unread bytes would reset the connection before the client has read the answer.
+        Unread bytes would reset the connection before the client has read the response.
         """
         status = getattr(sys.exception(), "error_status_hint", 400)  # h11 has just raised
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):

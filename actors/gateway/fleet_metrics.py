@@ -1,4 +1,4 @@
-"""Targets, drafters and pools as Prometheus reads them, each time it asks: what they have said of themselves last."""
+"""Exposes the latest reports of targets, drafters and pools to Prometheus, at each scrape."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -16,7 +16,7 @@ Sample = tuple[Labels, float]
 
 @dataclass(frozen=True, slots=True)
 class FleetMetric:
-    """One metric: the names of its labels, and how to find its samples in a fleet."""
+    """A metric: its label names, and the function that finds its samples in a fleet."""
 
     name: str
     kind: MetricKind
@@ -31,9 +31,9 @@ def report_metrics(
     report: type,
     found: Callable[[Fleet], Iterable[tuple[Labels, Any]]],
 ) -> Iterator[FleetMetric]:
-    """Yields a metric for each field of a report that says how it is exposed.
+    """Yields a metric for each exposed field of a report.
 
-    `found` gives the reports of a fleet, each with the values of its labels.
+    `found` returns the reports of a fleet, each with its label values.
     """
     for field in fields(report):
         metric: Metric | None = field.metadata.get("metric")
@@ -60,7 +60,7 @@ def field_samples(
 
 
 def labelled_values(value: Any) -> Iterator[Sample]:
-    """Yields the numbers of a field, each with its key or its place."""
+    """Yields the numbers of a field, each with its key or index."""
     match value:
         case dict():
             yield from (((key,), float(count)) for key, count in value.items())
@@ -77,7 +77,7 @@ def targets(fleet: Fleet) -> Iterator[tuple[Labels, TargetReport]]:
 
 
 def guesses(fleet: Fleet) -> Iterator[tuple[Labels, GuessReport]]:
-    """Yields what drafters brought to targets. The pool of a drafter that is gone is ""."""
+    """Yields the reports on drafters by targets. The pool of a removed drafter is ""."""
     pools = {drafter.name: drafter.pool for drafter in fleet.drafters}
     for (target,), report in targets(fleet):
         for name, guess in report.guesses.items():
@@ -153,7 +153,7 @@ FLEET_METRICS = (
 
 
 class FleetCollector(Collector):
-    """`fleet` returns what is known, None while that is nothing."""
+    """A collector. `fleet` returns the fleet, or None while it is unknown."""
 
     def __init__(self, fleet: Callable[[], Fleet | None]) -> None:
         self.fleet = fleet

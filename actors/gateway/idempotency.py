@@ -1,4 +1,4 @@
-"""Idempotency-Key: the same request under the same key runs once, however many ask; all of them get the one answer, from its beginning."""
+"""Idempotency-Key: identical requests with the same key run once and share one response."""
 
 import asyncio
 import re
@@ -19,7 +19,7 @@ CacheKey = tuple[str | None, str]  # of the API key; the Idempotency-Key
 
 @dataclass(slots=True, eq=False)
 class CachedResponse:
-    """One answer: what there is of it, and those who listen."""
+    """A response: its pieces so far, and how many clients read it."""
 
     digest: bytes
     pieces: list[bytes] = field(default_factory=list)
@@ -30,16 +30,17 @@ class CachedResponse:
     task: asyncio.Task[None] | None = None
 
     def notify(self) -> None:
-        """Wakes all that listen."""
+        """Wakes all readers."""
         self.changed.set()
         self.changed = asyncio.Event()
 
 
 class IdempotencyCache:
-    """Whole answers are kept for ten minutes, while there is room; errors are not. An answer that nobody listens to any more ends.
+    """Keeps complete responses for ten minutes, within limits; errors are not kept.
 
-    Kept in this process: another gateway knows nothing of them. `now`: seconds; `replayed` is called for each who gets an answer that
-    was begun before.
+    A response that nobody reads any more is cancelled. The cache belongs to this process; other
+    gateways do not share it. `now` returns seconds; `replayed` is called for every request that
+    gets an earlier request's response.
     """
 
     def __init__(self, now: Callable[[], float], replayed: Callable[[], None]) -> None:
@@ -47,9 +48,11 @@ class IdempotencyCache:
         self.responses: dict[CacheKey, CachedResponse] = {}
 
     async def share(self, name: CacheKey, digest: bytes, make: MakePieces) -> Pieces:
-        """The pieces of the answer to the request that `digest` stands for; `make` begins it where there is none.
+        """Yields the response to the request with this digest; starts it with `make` if there is
+        none.
 
-        Raises ApiError: 409 where the key has been used with another request; and whatever the answer's own making raises.
+        Raises ApiError (409) if the key was used with another request, and any error of the
+        response.
         """
         run = self._run(name, digest, make)
         run.listeners += 1
@@ -80,7 +83,7 @@ class IdempotencyCache:
             raise ApiError(
                 409,
                 "idempotency_key_reused",
-                "the Idempotency-Key was used with another request: take a new one",
+                "the Idempotency-Key was used with another request: use a new one",
             )
         else:
             self._replayed()
@@ -105,7 +108,7 @@ class IdempotencyCache:
             del self.responses[name]
 
     def _expire(self) -> None:
-        """Of the answers that are whole, the oldest go: those whose time is over, and those for which there is no room."""
+        """Removes the oldest complete responses that have expired or exceed the limits."""
         whole = [(name, run) for name, run in self.responses.items() if run.over]
         held = sum(len(piece) for _, run in whole for piece in run.pieces)
         for name, run in whole:
@@ -120,7 +123,7 @@ class IdempotencyCache:
 
 
 def check_key(key: str) -> str:
-    """Raises ApiError (400) for a key that is none."""
+    """Returns the key. Raises ApiError (400) if it is invalid."""
     if not KEY_PATTERN.fullmatch(key):
         raise ApiError(
             400,

@@ -1,4 +1,4 @@
-"""What Prometheus reads: the requests of this gateway, as they go; the fleet behind it, as it says itself. All names: deploy/METRICS.md."""
+"""Prometheus metrics of the gateway's requests and of the fleet. deploy/METRICS.md lists them."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -73,11 +73,11 @@ REQUEST_BUCKETS = (
     480.0,
     960.0,
 )
-CLIENT_CLOSED = "499"  # nobody was there to hear the answer
+CLIENT_CLOSED = "499"  # the client disconnected before the response
 
 
 class GatewayMetrics:
-    """Counts and times. Its figures have no content of requests in them, nor who sent them."""
+    """Counters and histograms. They contain neither contents nor senders of requests."""
 
     def __init__(
         self, model: str, limiter: ConcurrencyLimiter, fleet: Callable[[], Fleet | None]
@@ -177,7 +177,7 @@ class GatewayMetrics:
         self.registry.register(FleetCollector(fleet))
 
     def text(self) -> bytes:
-        """In Prometheus's own format."""
+        """Returns the metrics in Prometheus's text format."""
         return generate_latest(self.registry)
 
     def answered(self, route: str, code: int | str) -> None:
@@ -188,7 +188,7 @@ class GatewayMetrics:
 
 
 class RequestTimer:
-    """Times one request's generations. `now`: seconds; `arrived`: when its request did."""
+    """Times the generations of one request. `arrived` is its arrival; `now` returns seconds."""
 
     def __init__(
         self,
@@ -211,7 +211,7 @@ class RequestTimer:
         self.open = len(self.requests)
 
     def on_chunk(self, index: int, chunk: Chunk) -> None:
-        """This chunk of this generation is here."""
+        """Records a chunk of a generation."""
         now, metrics = self.now(), self.metrics
         if chunk.tokens:
             if self.begun[index] is None:
@@ -249,7 +249,7 @@ class RequestTimer:
                 metrics.by_drafter.labels(metrics.model, drafter).inc(accepted)
 
     def abort_unfinished(self) -> None:
-        """Those that are not over will not be finished."""
+        """Records the generations that have not ended as aborted."""
         for _ in range(self.open):
             self.metrics.ended("abort")
         self.open = 0

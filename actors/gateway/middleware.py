@@ -1,7 +1,7 @@
-"""Every HTTP request passes here before its route is looked for.
+"""Checks every HTTP request before it is routed.
 
-Its head is bounded, its API key checked, its answer gets an id, and what nobody has read of its
-body ends the connection.
+It limits the head, checks the API key, and adds an id to the response. A connection ends if its
+request's body was not read to the end.
 """
 
 import asyncio
@@ -19,16 +19,15 @@ from actors.openai.errors import ApiError
 from runtime.core import limits
 
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-MAX_DISCARDED_BYTES = (
-    4 * limits.BODY_BYTES
-)  # of a body that are dropped until its sender reads the answer
-DISCARD_TIMEOUT_S = 2.0  # without a byte of it, after which the connection ends
+# Bytes of a body that are discarded until its sender reads the response.
+MAX_DISCARDED_BYTES = 4 * limits.BODY_BYTES
+DISCARD_TIMEOUT_S = 2.0  # for the next bytes of a discarded body
 
 Message = MutableMapping[str, Any]
 
 
 class GatewayMiddleware:
-    """`routes`: the addresses that metrics name; all others are "other" there."""
+    """The middleware. `routes` are the paths that metrics name; others count as "other"."""
 
     def __init__(self, app: ASGIApp, service: Service, routes: frozenset[str]) -> None:
         self.app, self.service, self.routes = app, service, routes
@@ -68,9 +67,8 @@ class GatewayMiddleware:
 
 
 class BodyReader:
-    """Reads a request's body.
-
-    `whole`: all of it was read, so that another request may use the connection.
+    """Reads a request's body. `whole` is True once all of it was read, so the connection can be
+    reused.
     """
 
     def __init__(self, headers: Headers, receive: Receive) -> None:
@@ -84,9 +82,9 @@ class BodyReader:
         return message
 
     async def discard(self) -> None:
-        """Drops what is left, within bounds.
+        """Discards the rest of the body, within limits.
 
-        Unread bytes would reset the connection before the client has read the answer.
+        Unread bytes would reset the connection before the client has read the response.
         """
         left = MAX_DISCARDED_BYTES
         while not self.whole and left > 0:
@@ -99,14 +97,15 @@ class BodyReader:
 
 
 def check_head(scope: Scope) -> None:
-    """Raises ApiError (400, 431) for a head that is too large or contradicts itself."""
+    """Raises ApiError (400, 431) for a head that is too large or contradictory."""
     size = len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
     size += sum(len(name) + len(value) for name, value in scope["headers"])
     if len(scope["headers"]) > limits.HEADERS or size > limits.HEADER_BYTES:
         raise ApiError(
             431,
             "headers_too_large",
-            f"more than {limits.HEADERS} headers, or {limits.HEADER_BYTES >> 10} KiB of them: send fewer",
+            f"more than {limits.HEADERS} headers, or {limits.HEADER_BYTES >> 10} KiB of them:"
+            " send fewer",
         )
     names = {name for name, _ in scope["headers"]}
     if b"transfer-encoding" in names and (

@@ -1,4 +1,7 @@
-"""The HTTP server itself: its address, its bounds, its patience. No access log: addresses and keys are nobody's to read there."""
+"""The HTTP server: its address, limits and timeouts.
+
+There is no access log, because it would contain addresses and keys.
+"""
 
 import asyncio
 import ipaddress
@@ -17,14 +20,14 @@ from runtime.core.errors import InvalidRequest, Unavailable
 
 log = logging.getLogger(__name__)
 
-MAX_CONNECTIONS = 4096  # open at one time
-KEEP_ALIVE_S = 5  # between two requests of one connection
-SHUTDOWN_TIMEOUT_S = 5  # that answers under way get at the end
-SWEEP_TICKS = 5  # of 0.1 s each, between two looks at the connections
+MAX_CONNECTIONS = 4096
+KEEP_ALIVE_S = 5
+SHUTDOWN_TIMEOUT_S = 5  # for running responses
+SWEEP_TICKS = 5  # of 0.1 s each, between two sweeps
 
 
 class GatewayServer(uvicorn.Server):
-    """Sweeps its connections every half second."""
+    """A uvicorn server that sweeps its connections every half second."""
 
     def __init__(self, config: uvicorn.Config, table: ConnectionTable) -> None:
         super().__init__(config)
@@ -37,7 +40,10 @@ class GatewayServer(uvicorn.Server):
 
 
 def check_exposure(config: GatewayConfig) -> None:
-    """Raises InvalidRequest for an address that others reach without keys or without TLS, unless that is said to be right."""
+    """Raises InvalidRequest if others can reach the address without API keys or TLS.
+
+    The `insecure` setting allows it.
+    """
     if is_loopback(config.host) or (config.api_keys is not None and config.tls is not None):
         return
     lacking = " and ".join(
@@ -47,12 +53,11 @@ def check_exposure(config: GatewayConfig) -> None:
     )
     if not config.insecure:
         raise InvalidRequest(
-            f"the gateway on {config.host} has no {lacking}: give them, or listen on 127.0.0.1, or set insecure",
+            f"the gateway on {config.host} has no {lacking}: give them, or listen on 127.0.0.1,"
+            " or set insecure",
             "gateway",
         )
-    log.warning(
-        "insecure, as configured: the gateway can be reached from elsewhere without %s", lacking
-    )
+    log.warning("insecure, as configured: other hosts can reach the gateway without %s", lacking)
 
 
 def is_loopback(host: str) -> bool:
@@ -63,7 +68,7 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Raises Unavailable where the port cannot be had."""
+    """Returns a listening socket. Raises Unavailable if the port cannot be bound."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -86,7 +91,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def build_server(app: ASGIApp, config: GatewayConfig) -> GatewayServer:
-    """To be run by `serve(sockets=[...])`, ended by `should_exit`. Raises InvalidRequest for certificates that cannot be read."""
+    """Returns a server, to be run by `serve(sockets=[...])` and ended by `should_exit`.
+
+    Raises InvalidRequest if the certificates cannot be read.
+    """
     secured: dict[str, Any] = {}
     if config.tls is not None:
         secured = {"ssl_certfile": str(config.tls.cert), "ssl_keyfile": str(config.tls.key)}
@@ -108,10 +116,13 @@ def build_server(app: ASGIApp, config: GatewayConfig) -> GatewayServer:
         settings.load()
     except OSError as error:  # ssl.SSLError is one
         raise InvalidRequest(
-            f"the gateway's certificate or key cannot be used ({type(error).__name__}): see gateway.tls",
+            f"the gateway's certificate or key cannot be used ({type(error).__name__}):"
+            " see gateway.tls",
             "tls",
         ) from error
     table = ConnectionTable(MAX_CONNECTIONS, settings.ssl)
-    settings.ssl = None  # connections secure themselves: they count before the handshake ends
+    settings.ssl = (
+        None  # connections do TLS themselves, so that they count before the handshake ends
+    )
     settings.http_protocol_class = partial(ClientConnection, table)  # type: ignore[assignment]
     return GatewayServer(settings, table)

@@ -1,4 +1,4 @@
-"""What all requests of a gateway share."""
+"""The state that all requests of a gateway share."""
 
 import asyncio
 import importlib.metadata
@@ -15,13 +15,16 @@ from actors.openai.errors import ApiError, sanitize
 from actors.openai.served_model import ServedModel
 from runtime.config import LimitsConfig
 
-PUBLIC_ROUTES = ("/health", "/ready")  # need no key
+PUBLIC_ROUTES = ("/health", "/ready")  # accessible without an API key
 
 
 class Service:
-    """`backend` generates; `ready` says whether it takes requests now; `fleet` is what is behind it, None while that is not known.
+    """The shared state.
 
-    Without `keys` everybody may ask.
+    backend  generates the output
+    keys     API keys; with None, anyone may send requests
+    ready    returns whether the backend accepts requests
+    fleet    returns the fleet behind the gateway, None while it is unknown
     """
 
     def __init__(
@@ -51,29 +54,34 @@ class Service:
         return self._ready() and not self.limiter.draining
 
     async def drain(self) -> None:
-        """Refuses new requests; returns when those under way are over."""
+        """Refuses new requests; returns once the running ones have ended."""
         self.limiter.draining = True
         await self.limiter.wait_idle()
 
     def authenticate(self, path: str, authorization: str) -> ApiKey | None:
-        """Whose request it is. Raises ApiError (401), the same for no key, a wrong one and one that was taken back."""
+        """Returns the API key of a request. Raises ApiError (401), the same for a missing and a
+        wrong key.
+        """
         if self.keys is None or path in PUBLIC_ROUTES:
             return None
         scheme, _, given = authorization.partition(" ")
         key = self.keys.find(given.strip() if scheme.lower() == "bearer" else "")
         if key is None:
             raise ApiError(
-                401, "invalid_api_key", "the API key is not known: send Authorization: Bearer KEY"
+                401, "invalid_api_key", "the API key is invalid: send Authorization: Bearer KEY"
             )
         return key
 
     def check_model(self, name: str, key: ApiKey | None) -> None:
-        """Names are compared, never joined to a path. Raises ApiError: 404, 403."""
+        """Raises ApiError (404, 403) if the key may not use the model, or it is not served.
+
+        Names are compared, and never become part of a path.
+        """
         if name != self.served.name:
             raise ApiError(
                 404,
                 "model_not_found",
-                f"model {sanitize(name)} is not served: see /v1/models",
+                f"unknown model {sanitize(name)}: see /v1/models",
                 "model",
             )
         if key is not None and key.models is not None and name not in key.models:
@@ -86,5 +94,5 @@ class Service:
 
 
 def now() -> float:
-    """The event loop's time."""
+    """Returns the event loop's time."""
     return asyncio.get_running_loop().time()

@@ -1,4 +1,4 @@
-"""Several generations read as one, for as long as somebody listens; and what they become on the wire."""
+"""Merges concurrent generations, cancels them when the client disconnects, and encodes events."""
 
 import asyncio
 import json
@@ -23,9 +23,9 @@ class GenerationBackend(Protocol):
 async def merge_chunks(
     backend: GenerationBackend, requests: Sequence[Request]
 ) -> AsyncGenerator[tuple[int, Chunk], None]:
-    """The chunks of all requests as they come, each with its request's number. The first error of one ends all.
+    """Yields the chunks of all requests as they arrive, each with its request's index.
 
-    Closing it closes all generations at once; they are closed when it is.
+    The first error ends all. Closing the iterator closes all generations before it returns.
     """
     arrived: asyncio.Queue[tuple[int, Chunk] | asyncio.Task[None]] = asyncio.Queue()
 
@@ -53,9 +53,10 @@ async def merge_chunks(
 async def run_until_disconnect(
     receive: Receive, work: Coroutine[Any, Any, Result], until: float
 ) -> Result:
-    """The result of `work`. It is cancelled, and has cleaned up, when this raises ClientDisconnected (nobody listens any more) or TimeoutError.
+    """Returns the result of `work`.
 
-    To be called when the whole request was received; `until` is the event loop's time.
+    Cancels the work, waits until it has cleaned up, and raises ClientDisconnected or, at the event
+    loop's time `until`, TimeoutError. Call it after the whole request was received.
     """
     tasks: list[asyncio.Task[Any]] = [
         asyncio.create_task(work),
@@ -73,13 +74,13 @@ async def run_until_disconnect(
 
 
 async def wait_disconnect(receive: Receive) -> None:
-    """Returns when the client has gone."""
+    """Returns once the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def cancel_all(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    """Cancels them all and returns when all are over."""
+    """Cancels the tasks and returns once all have ended."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -90,9 +91,9 @@ def to_json(value: Mapping[str, Any]) -> bytes:
 
 
 def sse(event: Mapping[str, Any]) -> bytes:
-    """A server-sent event. JSON has no line breaks, so that one line of data is enough."""
+    """Returns a server-sent event. JSON contains no line breaks, so one data line is enough."""
     return b"data: " + to_json(event) + b"\n\n"
 
 
-Pieces = AsyncGenerator[bytes, None]  # of an answer's body
+Pieces = AsyncGenerator[bytes, None]  # of a response body
 MakePieces = Callable[[], Pieces]

@@ -52,7 +52,7 @@ class ClusterAnswerer:
         async with aclosing(merge_chunks(self._targets, asked)) as chunks:
             async for index, chunk in chunks:
                 answer.add(index, chunk)
-        return answer.whole()
+        return answer.response()
 
     def _translated(self, item: Item, name: str) -> tuple[protocol.AnyBody, list[Request]]:
         body, _ = protocol.parse_body(item.url, item.body)

@@ -1,4 +1,8 @@
-"""A conversation as the model's own text. Its template comes from a stranger: it is bounded in time and in what it writes."""
+"""Renders a conversation with the model's chat template, within limits.
+
+A template comes from the model's author and is not trusted: its run time and its output are
+bounded.
+"""
 
 import sys
 import time
@@ -15,18 +19,21 @@ from actors.openai.errors import ApiError, sanitize
 
 RENDER_TIMEOUT_S = 1.0
 MAX_TEMPLATE_CHARACTERS = 256 << 10
-MAX_TEXT_CHARACTERS = 8 << 20  # twice what a body may hold
-COMPILED_TEMPLATE_NAME = "<template>"  # what Jinja calls the file of compiled templates
+MAX_TEXT_CHARACTERS = 8 << 20  # twice the limit of a body
+COMPILED_TEMPLATE_NAME = "<template>"  # Jinja's file name for compiled templates
 
 Message = dict[str, str]
 
 
 class RenderTimeout(Exception):
-    """The template runs on and on."""
+    """The template runs for too long."""
 
 
 def render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> str:
-    """The prompt, up to where the assistant is to speak, in transformers' sandbox. Raises ApiError (400)."""
+    """Returns the prompt up to the assistant's turn, rendered in transformers' sandbox.
+
+    Raises ApiError (400).
+    """
     if tokenizer.chat_template is None:
         raise ApiError(
             400,
@@ -54,15 +61,20 @@ def render(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> s
     ) as error:
         raise template_error(sanitize(str(error))) from error
     if not isinstance(text, str) or len(text) > MAX_TEXT_CHARACTERS:
-        raise template_error("it writes too much")
+        raise template_error(f"its output has more than {MAX_TEXT_CHARACTERS} characters")
     return text
 
 
 @lru_cache
 def check_template(template: str) -> None:
-    """Raises ApiError for a template that could hold up everything at once: a power is computed in one piece, by the compiler even."""
+    """Raises ApiError for a template that could block the whole process.
+
+    A power is evaluated in one step, even by the compiler, so no time limit can interrupt it.
+    """
     if len(template) > MAX_TEMPLATE_CHARACTERS:
-        raise template_error(f"it has {len(template)} characters")
+        raise template_error(
+            f"it has {len(template)} characters, more than {MAX_TEMPLATE_CHARACTERS}"
+        )
     if any(
         (kind, value) == ("operator", "**") for _, kind, value in jinja2.Environment().lex(template)
     ):
@@ -80,7 +92,9 @@ def template_error(why: str) -> ApiError:
 
 @contextmanager
 def time_limit(seconds: float, now: Callable[[], float]) -> Iterator[None]:
-    """Ends a template's code on this thread with RenderTimeout when the time is over: at the next line that it enters."""
+    """Raises RenderTimeout in template code on this thread, at its first new line after
+    the limit.
+    """
     until = now() + seconds
     before = sys.gettrace()
 

@@ -1,4 +1,4 @@
-"""What goes wrong, as OpenAI's error body; the errors of the runtime and of the gateway itself."""
+"""Converts errors of the runtime and the gateway into OpenAI's error bodies."""
 
 from typing import Any
 
@@ -13,16 +13,19 @@ ERROR_TYPES = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
-MAX_MESSAGE_CHARACTERS = 400  # characters of a message: what it says beyond is nobody's to read
-RETRY_AFTER_S = 1  # seconds
-TARGETS_LOST = "targets_lost"  # code of a request that nobody should send again by itself
+MAX_MESSAGE_CHARACTERS = 400
+RETRY_AFTER_S = 1
+TARGETS_LOST = "targets_lost"  # error code of a request that clients must not retry automatically
 
 
 class ApiError(InvalidRequest):
-    """An answer that is an error: its HTTP status, OpenAI's code for it, and what goes with it.
+    """An error response.
 
-    retry_after  seconds after which the same request may have luck
-    usage        of what was generated all the same
+    status       HTTP status
+    code         OpenAI's error code
+    param        the parameter at fault, if any
+    retry_after  seconds after which the client may retry
+    usage        tokens that were generated nevertheless
     """
 
     def __init__(
@@ -41,11 +44,11 @@ class ApiError(InvalidRequest):
     def headers(self) -> dict[str, str]:
         found = {"retry-after": str(self.retry_after)} if self.retry_after is not None else {}
         if self.code == TARGETS_LOST:
-            found["x-should-retry"] = "false"  # OpenAI's clients obey it
+            found["x-should-retry"] = "false"  # OpenAI's clients honour it
         return found | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
 
     def body(self) -> dict[str, Any]:
-        """OpenAI's error body."""
+        """Returns OpenAI's error body."""
         kind = ERROR_TYPES.get(self.status, "invalid_request_error")
         error = {
             "message": sanitize(str(self), MAX_MESSAGE_CHARACTERS),
@@ -57,7 +60,7 @@ class ApiError(InvalidRequest):
 
 
 def to_api_error(error: OutriderError) -> ApiError:
-    """The answer to an error of the runtime."""
+    """Returns the response for an error of the runtime."""
     match error:
         case ApiError():
             return error
@@ -67,12 +70,12 @@ def to_api_error(error: OutriderError) -> ApiError:
             return ApiError(
                 503,
                 "overloaded",
-                "all places are taken: try again later",
+                "server at capacity: try again later",
                 retry_after=RETRY_AFTER_S,
             )
         case TargetsLost():
             return ApiError(500, TARGETS_LOST, str(error))
-        case _:  # what it says is the operator's to read, with addresses in it
+        case _:  # its text is for the operator: it may contain addresses
             return ApiError(
                 503,
                 "unavailable",
@@ -82,5 +85,5 @@ def to_api_error(error: OutriderError) -> ApiError:
 
 
 def sanitize(text: str, most: int = limits.ERROR_ECHO_LENGTH) -> str:
-    """What an error may repeat of `text`."""
+    """Returns the first `most` characters of `text`, with unprintable ones replaced."""
     return "".join(letter if letter.isprintable() else "?" for letter in text[:most])

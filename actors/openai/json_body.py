@@ -1,4 +1,4 @@
-"""Reads a request's body and parses it, and bounds both."""
+"""Reads and parses a request's body, within limits."""
 
 import asyncio
 import re
@@ -13,19 +13,21 @@ from runtime.core import limits
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
-OPENERS = (b",", b"[", b"{")  # of an item each
+OPENERS = (b",", b"[", b"{")  # each precedes one value
 LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (limits.JSON_NUMBER_LENGTH + 1))
 
 
 class ClientDisconnected(Exception):
-    """Nobody is there to hear the answer."""
+    """The client has closed the connection."""
 
 
 async def read_body(headers: Mapping[str, str], receive: Receive) -> bytes:
-    """All of the body. Raises ApiError (408, 413, 415), ClientDisconnected."""
+    """Returns the whole body. Raises ApiError (408, 413, 415), ClientDisconnected."""
     if "content-encoding" in headers:
         raise ApiError(
-            415, "unsupported_encoding", "Content-Encoding is not supported: send the body as it is"
+            415,
+            "unsupported_encoding",
+            "Content-Encoding is not supported: send the body uncompressed",
         )
     if not is_json(headers.get("content-type", "")):
         raise ApiError(
@@ -50,7 +52,7 @@ async def read_body(headers: Mapping[str, str], receive: Receive) -> bytes:
         raise ApiError(
             408,
             "body_timeout",
-            f"the body has not come within {limits.BODY_TIMEOUT_S:g} s: send it faster",
+            f"the body did not arrive within {limits.BODY_TIMEOUT_S:g} s: send it faster",
         ) from error
     return bytes(body)
 
@@ -62,7 +64,7 @@ def too_large() -> ApiError:
 
 
 def is_json(content_type: str) -> bool:
-    """application/json, in UTF-8 where it says so."""
+    """Tells whether the type is application/json with no charset but UTF-8."""
     kind, *parameters = (part.strip().lower() for part in content_type.split(";"))
     return kind == "application/json" and all(
         not parameter or parameter.replace('"', "") in ("charset=utf-8", "charset=utf8")
@@ -71,7 +73,7 @@ def is_json(content_type: str) -> bool:
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """Returns the object that the body says. Raises ApiError: invalid_json, too_complex.
+    """Returns the JSON object in the body. Raises ApiError: invalid_json, too_complex.
 
     Values and digits are counted before anything is built.
     """
@@ -89,12 +91,12 @@ def parse_json(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise invalid_json("it is not an object")
     if count_members(value) != bare.count(b":"):
-        raise invalid_json("a key stands twice in one object")
+        raise invalid_json("an object has a duplicate key")
     return value
 
 
 def without_strings(body: bytes) -> bytes:
-    """Returns what stands outside of strings. Raises ApiError (too_complex) for too many strings."""
+    """Returns the body without its strings. Raises ApiError (too_complex) for too many strings."""
     plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
     if plain.count(b'"') > 4 * limits.JSON_VALUES:  # each value may be a string, and have a key
         raise too_complex(f"there are more than {2 * limits.JSON_VALUES} strings")
@@ -102,7 +104,7 @@ def without_strings(body: bytes) -> bytes:
 
 
 def count_members(value: dict[str, Any]) -> int:
-    """Returns how many keys there are, of all objects. Raises ApiError (too_complex)."""
+    """Returns the number of keys in all objects. Raises ApiError (too_complex)."""
     level: list[Any] = [value]  # the arrays and objects of one depth
     members = depth = 0
     while level:
@@ -129,4 +131,4 @@ def too_complex(why: str) -> ApiError:
 
 
 def too_deep() -> ApiError:
-    return too_complex(f"more than {limits.JSON_DEPTH} arrays and objects are inside each other")
+    return too_complex(f"arrays and objects are nested deeper than {limits.JSON_DEPTH} levels")

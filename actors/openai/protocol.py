@@ -1,4 +1,7 @@
-"""What may stand in a request's body. Values are of exactly the type that is said: "5", true and 1.5 are no numbers of tokens."""
+"""Defines the request bodies.
+
+Types are strict: "5", true and 1.5 are not accepted as a number of tokens.
+"""
 
 import copy
 from collections.abc import Sequence
@@ -9,11 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from actors.openai.errors import ApiError, sanitize
 from runtime.core import limits
 
-# Long lists end at their first error: pydantic takes microseconds for each.
+# Validation of a long list stops at its first error: each costs pydantic microseconds.
 Ids = Annotated[list[int], Field(min_length=1, max_length=limits.JSON_ITEMS, fail_fast=True)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
-# ApiError even where unknown fields are ignored: whoever sends them relies on what they do.
+# These are rejected even if unknown fields are ignored: a client that sends them needs their
+# effect.
 ALWAYS_REFUSED = frozenset(
     {
         "chat_template",
@@ -25,12 +29,13 @@ ALWAYS_REFUSED = frozenset(
     }
 )
 
-MAX_UNKNOWN_FIELDS = 1000  # of all messages
+MAX_UNKNOWN_FIELDS = 1000  # in all messages of a body
 
 EXPECTED = {
     "prompt": f"a string, a list of token ids, or a list of up to {limits.PROMPTS} of either",
     "stop": f"a string, or a list of up to {limits.STOP_STRINGS}",
-    "messages": "a list of objects with role (system, developer, user or assistant) and content (text)",
+    "messages": "a list of objects with role (system, developer, user or assistant)"
+    " and content (text)",
 }
 
 
@@ -43,7 +48,9 @@ class StreamOptions(StrictModel):
 
 
 class Speculative(StrictModel):
-    """`max_rows`: tree nodes that a step may verify for this request."""
+    """Options of speculative decoding. `max_rows`: tree nodes that a step may verify for this
+    request.
+    """
 
     enabled: bool = True
     max_rows: int | None = Field(default=None, ge=0, le=limits.STEP_ROWS)
@@ -57,7 +64,7 @@ class JsonSchema(StrictModel):
 
 
 class ResponseFormat(StrictModel):
-    """OpenAI's, and `regex` beside it."""
+    """OpenAI's response_format, extended by `regex`."""
 
     type: Literal["text", "json_object", "json_schema", "regex"]
     json_schema: JsonSchema | None = None
@@ -65,14 +72,17 @@ class ResponseFormat(StrictModel):
 
 
 class StructuredOutputs(StrictModel):
-    """As in vLLM."""
+    """vLLM's structured_outputs."""
 
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     regex: str | None = None
 
 
 class CommonBody(StrictModel):
-    """What completions and chat have in common. Names and meanings are OpenAI's; those that OpenAI lacks, vLLM's."""
+    """The fields that completions and chat share.
+
+    Names and meanings are OpenAI's, or vLLM's for fields that OpenAI lacks.
+    """
 
     model: str
     n: int = Field(default=1, ge=1, le=limits.CHOICES)
@@ -98,7 +108,7 @@ class CommonBody(StrictModel):
         default=None, description="seconds until the deadline"
     )
 
-    # These mean something to OpenAI's own service alone.
+    # These only matter to OpenAI's own service, and are ignored.
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
@@ -120,7 +130,9 @@ class CompletionBody(CommonBody):
 
 
 class Message(StrictModel):
-    """`content` is text, or parts of type "text" (translate.py looks into them)."""
+    """A chat message. `content` is text, or parts of type "text" (request_adapter.py
+    checks them).
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[dict[str, Any]], Field(fail_fast=True)]
@@ -144,9 +156,10 @@ BODY_TYPES: dict[str, type[CompletionBody] | type[ChatBody]] = {
 def parse_body(
     url: str, value: dict[str, Any], strict: bool = True
 ) -> tuple[AnyBody, tuple[str, ...]]:
-    """The body of a request to `url` (one of BODY_TYPES), and the unknown fields in it, which are an error where `strict`.
+    """Returns the body of a request to `url` (a key of BODY_TYPES), and its unknown fields.
 
-    A field that is null counts as not given. Raises ApiError (400).
+    With `strict`, an unknown field is an error. A field that is null counts as absent. Raises
+    ApiError (400).
     """
     value = drop_nulls(value)
     check_unknown(value)
@@ -160,7 +173,7 @@ def parse_body(
         raise ApiError(
             400,
             "unknown_field",
-            f"{sanitize(dotted(unknown[0]))} is not known: leave it out",
+            f"unknown field {sanitize(dotted(unknown[0]))}: leave it out",
             sanitize(dotted(unknown[0])),
         )
     if len(unknown) < len(errors):
@@ -198,7 +211,7 @@ def validation_error(first: tuple[tuple[int | str, ...], str, str]) -> ApiError:
 
 
 def check_unknown(value: dict[str, Any]) -> None:
-    """Raises ApiError for messages with more unknown fields than are worth being named each."""
+    """Raises ApiError if the messages have too many unknown fields to report each."""
     messages = value.get("messages")
     if isinstance(messages, list):
         known = Message.model_fields.keys()
@@ -206,7 +219,7 @@ def check_unknown(value: dict[str, Any]) -> None:
             sum(len(message.keys() - known) for message in messages if isinstance(message, dict))
             > MAX_UNKNOWN_FIELDS
         ):
-            why = f"more than {MAX_UNKNOWN_FIELDS} fields in messages are not known: leave them out"
+            why = f"messages have more than {MAX_UNKNOWN_FIELDS} unknown fields: leave them out"
             raise ApiError(400, "too_complex", why, "messages")
 
 
@@ -224,7 +237,10 @@ def drop_nulls(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def delete_at(value: Any, loc: Sequence[int | str]) -> None:
-    """Takes the field at `loc` out of a body that is wrong there. No union holds an object, so that `loc` is its path."""
+    """Deletes the field at `loc`, the location of a validation error.
+
+    No union contains an object, so `loc` is the path to the field.
+    """
     *path, last = loc
     for step in path:
         value = value[step]

@@ -1,4 +1,7 @@
-"""From a request's body to what targets are asked. Pure: names, seeds and time are handed in. (Back again: answers.py.)"""
+"""Converts a request's body into requests to targets. Pure: callers pass names, seeds and times.
+
+The way back is in response_builder.py.
+"""
 
 import json
 import re
@@ -16,10 +19,11 @@ from runtime.core.sampling_params import Constraint, SamplingParams
 def build_requests(
     body: AnyBody, served: ServedModel, name: str, seed: int, deadline: float | None = None
 ) -> list[Request]:
-    """One for each choice: `n` of the first prompt, then of the second, ... Their sessions are called `name`-0, -1, ...
+    """Returns a request for each choice: `n` for the first prompt, `n` for the second, and so on.
 
-    Choice number i of a prompt is sampled with the body's seed + i; `seed` is for a body that has none. Raises InvalidRequest
-    (ApiError, where OpenAI has a code for it).
+    Their sessions are called `name`-0, `name`-1, ... Choice i of a prompt is sampled with the
+    body's seed + i, or with `seed` + i if the body has none. Raises InvalidRequest; ApiError if
+    OpenAI has a code for the error.
     """
     if body.stream_options is not None and not body.stream:
         raise ApiError(
@@ -29,10 +33,13 @@ def build_requests(
             "stream_options",
         )
     found: list[Request] = []
-    for prompt in prompts(body, served):
+    for prompt in tokenize_prompts(body, served):
         for choice in range(body.n):
-            parameters = sampling(
-                body, served, len(prompt), nth(seed if body.seed is None else body.seed, choice)
+            parameters = sampling_params(
+                body,
+                served,
+                len(prompt),
+                choice_seed(seed if body.seed is None else body.seed, choice),
             )
             rows = body.speculative.max_rows
             found.append(
@@ -48,17 +55,17 @@ def build_requests(
     return found
 
 
-def prompts(body: AnyBody, served: ServedModel) -> list[Tokens]:
+def tokenize_prompts(body: AnyBody, served: ServedModel) -> list[Tokens]:
     if isinstance(body, ChatBody):
-        text = render(served.tokenizer, [spoken(message) for message in body.messages])
+        text = render(served.tokenizer, [template_message(message) for message in body.messages])
         return [tuple(served.tokenizer.encode(text, add_special_tokens=False))]
     given = body.prompt
     several = isinstance(given, list) and not isinstance(given[0], int)
-    return [tokens(prompt, served) for prompt in (given if several else [given])]
+    return [tokenize(prompt, served) for prompt in (given if several else [given])]
 
 
-def tokens(prompt: Any, served: ServedModel) -> Tokens:
-    """Of a text or a list of ids."""
+def tokenize(prompt: Any, served: ServedModel) -> Tokens:
+    """Returns the token ids of a text, or check a list of ids."""
     if isinstance(prompt, str):
         return tuple(served.tokenizer.encode(prompt))
     wrong = next((token for token in prompt if not 0 <= token < served.vocabulary), None)
@@ -66,14 +73,15 @@ def tokens(prompt: Any, served: ServedModel) -> Tokens:
         raise ApiError(
             400,
             "invalid_value",
-            f"token id {sanitize(str(wrong))} is not in the vocabulary: give 0 to {served.vocabulary - 1}",
+            f"token id {sanitize(str(wrong))} is not in the vocabulary:"
+            f" give 0 to {served.vocabulary - 1}",
             "prompt",
         )
     return tuple(prompt)
 
 
-def spoken(message: Message) -> dict[str, str]:
-    """A message as templates know it. Raises ApiError for anything but text."""
+def template_message(message: Message) -> dict[str, str]:
+    """Returns the message in the form that templates expect. Raises ApiError if it is not text."""
     role = "system" if message.role == "developer" else message.role
     name = {} if message.name is None else {"name": message.name}
     if isinstance(message.content, str):
@@ -90,13 +98,13 @@ def spoken(message: Message) -> dict[str, str]:
     return {"role": role, "content": "\n".join(part["text"] for part in message.content)} | name
 
 
-def nth(seed: int, choice: int) -> int:
-    """seed + choice, as a 64-bit integer."""
+def choice_seed(seed: int, choice: int) -> int:
+    """Returns seed + choice as a signed 64-bit integer."""
     return (seed + choice + 2**63) % 2**64 - 2**63
 
 
-def sampling(body: AnyBody, served: ServedModel, length: int, seed: int) -> SamplingParams:
-    """For a prompt of so many tokens. Raises InvalidRequest."""
+def sampling_params(body: AnyBody, served: ServedModel, length: int, seed: int) -> SamplingParams:
+    """Returns the sampling parameters for a prompt of `length` tokens. Raises InvalidRequest."""
     given = body.max_tokens
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
         given = body.max_completion_tokens
@@ -112,7 +120,8 @@ def sampling(body: AnyBody, served: ServedModel, length: int, seed: int) -> Samp
         raise ApiError(
             400,
             "context_length_exceeded",
-            f"the model's context is {served.context} tokens; the prompt has {length} and {given or 1} are asked for: lower one of them",
+            f"the model's context is {served.context} tokens; the prompt has {length} and"
+            f" {given or 1} are asked for: lower one of them",
             "max_tokens" if room > 0 else "prompt",
         )
     return SamplingParams(
@@ -124,32 +133,33 @@ def sampling(body: AnyBody, served: ServedModel, length: int, seed: int) -> Samp
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
         logit_bias=tuple(
-            (token_id(token, served), bias) for token, bias in body.logit_bias.items()
+            (parse_token_id(token, served), bias) for token, bias in body.logit_bias.items()
         ),
         seed=seed,
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop),
         max_tokens=given or min(room, max(limits.DEFAULT_MAX_TOKENS, body.min_tokens)),
         min_tokens=body.min_tokens,
         ignore_eos=body.ignore_eos,
-        logprobs=logprobs(body),
-        constraint=constraint(body),
+        logprobs=logprob_count(body),
+        constraint=parse_constraint(body),
     )
 
 
-def token_id(token: str, served: ServedModel) -> int:
-    """Of a key of logit_bias."""
+def parse_token_id(token: str, served: ServedModel) -> int:
+    """Returns the token id that a key of logit_bias names."""
     if not re.fullmatch(r"[0-9]{1,9}", token) or int(token) >= served.vocabulary:
         raise ApiError(
             400,
             "invalid_value",
-            f"logit_bias token {sanitize(token)} is not in the vocabulary: give 0 to {served.vocabulary - 1}",
+            f"logit_bias token {sanitize(token)} is not in the vocabulary:"
+            f" give 0 to {served.vocabulary - 1}",
             "logit_bias",
         )
     return int(token)
 
 
-def logprobs(body: AnyBody) -> int | None:
-    """How many of the most likely tokens are wanted beside the chosen one; None: not even that."""
+def logprob_count(body: AnyBody) -> int | None:
+    """Returns how many top tokens to report with the chosen one; None for no logprobs at all."""
     if isinstance(body, CompletionBody):
         return body.logprobs
     if body.top_logprobs and not body.logprobs:
@@ -159,8 +169,8 @@ def logprobs(body: AnyBody) -> int | None:
     return body.top_logprobs if body.logprobs else None
 
 
-def constraint(body: AnyBody) -> Constraint | None:
-    """What response_format or structured_outputs ask for. Raises InvalidRequest."""
+def parse_constraint(body: AnyBody) -> Constraint | None:
+    """Returns the constraint of response_format or structured_outputs. Raises InvalidRequest."""
     form, structured = body.response_format, body.structured_outputs
     found: list[Constraint] = []
     if form is not None and form.type == "json_object":
@@ -173,7 +183,7 @@ def constraint(body: AnyBody) -> Constraint | None:
                 "response_format.json_schema is missing: give it",
                 "response_format",
             )
-        found.append(schema(form.json_schema.schema_))
+        found.append(schema_constraint(form.json_schema.schema_))
     if form is not None and form.type == "regex":
         if form.regex is None:
             raise ApiError(
@@ -181,7 +191,7 @@ def constraint(body: AnyBody) -> Constraint | None:
             )
         found.append(Constraint("regex", form.regex))
     if structured is not None and structured.json_ is not None:
-        found.append(schema(structured.json_))
+        found.append(schema_constraint(structured.json_))
     if structured is not None and structured.regex is not None:
         found.append(Constraint("regex", structured.regex))
     if len(found) > 1:
@@ -194,8 +204,8 @@ def constraint(body: AnyBody) -> Constraint | None:
     return found[0] if found else None
 
 
-def schema(given: dict[str, Any] | str) -> Constraint:
-    """Whether it means anything is the target's to say, before the first token."""
+def schema_constraint(given: dict[str, Any] | str) -> Constraint:
+    """Returns the constraint of a JSON schema. The target validates it before the first token."""
     return Constraint(
         "json_schema",
         given

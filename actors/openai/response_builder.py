@@ -1,4 +1,7 @@
-"""From chunks to what clients read: OpenAI's objects, whole or in pieces. Pure: names and time are handed in."""
+"""Builds OpenAI's response objects from chunks, whole or streamed.
+
+Pure: callers pass names and times.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +18,7 @@ from runtime.core.messages import Chunk, FinishReason, Logprob, Request, Stats
 
 @dataclass(slots=True)
 class ChoiceOutput:
-    """What has come of one choice. `offsets`: characters of the text before each token."""
+    """The output of one choice. `offsets`: characters of text before each token."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
@@ -35,16 +38,23 @@ class ChoiceOutput:
 
 
 class ResponseBuilder:
-    """The answer to one request, while its chunks come: `add` them, in any order of choices, then `whole`; or send what `delta` gives.
+    """Builds the response to one request while its chunks arrive.
 
-    `name` is the answer's id without its prefix, `created` in seconds since 1970. Usage is what was delivered.
+    Either `add` all chunks, in any order of choices, and then call `response`; or send what `delta`
+    returns for each. `name` is the response's id without its prefix, `created` is in seconds since
+    1970. Usage counts the tokens delivered.
     """
 
     def __init__(
-        self, body: AnyBody, served: ServedModel, asked: Sequence[Request], name: str, created: int
+        self,
+        body: AnyBody,
+        served: ServedModel,
+        requests: Sequence[Request],
+        name: str,
+        created: int,
     ) -> None:
-        self.body, self.served, self.asked = body, served, asked
-        self.said = [ChoiceOutput() for _ in asked]
+        self.body, self.served, self.requests = body, served, requests
+        self.outputs = [ChoiceOutput() for _ in requests]
         self.chat = isinstance(body, ChatBody)
         self.head = {
             "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{name}",
@@ -53,21 +63,23 @@ class ResponseBuilder:
         }
 
     @property
-    def over(self) -> bool:
-        """Every choice has come to its end."""
-        return all(said.reason is not None for said in self.said)
+    def finished(self) -> bool:
+        """Tells whether every choice has ended."""
+        return all(output.reason is not None for output in self.outputs)
 
     def add(self, index: int, chunk: Chunk) -> None:
-        """Raises ApiError where the choice has ended without an end: at its deadline, or by a fault of the target."""
-        self.said[index].add(chunk)
+        """Adds a chunk. Raises ApiError if its choice ended at its deadline, or by a target's
+        failure.
+        """
+        self.outputs[index].add(chunk)
         match chunk.finish_reason:
             case "deadline":
-                raise self.late()
+                raise self.deadline_error()
             case "cancelled":
                 raise ApiError(
                     503,
                     "unavailable",
-                    "the target has given the request up: try again",
+                    "the target has cancelled the request: try again",
                     retry_after=1,
                     usage=self.usage(),
                 )
@@ -81,7 +93,7 @@ class ResponseBuilder:
             case None | "stop" | "length":
                 pass
 
-    def late(self) -> ApiError:
+    def deadline_error(self) -> ApiError:
         return ApiError(
             504,
             "deadline_exceeded",
@@ -90,35 +102,37 @@ class ResponseBuilder:
         )
 
     def usage(self) -> dict[str, Any]:
-        firsts = range(0, len(self.asked), self.body.n)
+        firsts = range(0, len(self.requests), self.body.n)
         reused = (
-            min(stats.reused, len(self.asked[first].prompt))
+            min(stats.reused, len(self.requests[first].prompt))
             for first in firsts
-            if (stats := self.said[first].stats) is not None
+            if (stats := self.outputs[first].stats) is not None
         )
-        prompt = sum(len(self.asked[first].prompt) for first in firsts)
-        return usage(prompt, sum(len(said.tokens) for said in self.said), sum(reused))
+        prompt = sum(len(self.requests[first].prompt) for first in firsts)
+        return usage(prompt, sum(len(output.tokens) for output in self.outputs), sum(reused))
 
-    def figures(self) -> dict[str, Any]:
-        """How it was made: of all choices together; and the first one's seed, which makes it again."""
-        parts = [said.stats for said in self.said if said.stats is not None]
-        return {"seed": self.asked[0].sampling.seed, "metrics": metrics(merge_stats(parts))}
+    def generation_info(self) -> dict[str, Any]:
+        """Returns the first choice's seed, which reproduces the response, and the metrics of all
+        choices.
+        """
+        parts = [output.stats for output in self.outputs if output.stats is not None]
+        return {"seed": self.requests[0].sampling.seed, "metrics": metrics(merge_stats(parts))}
 
-    def whole(self) -> dict[str, Any]:
-        """The answer in one piece, when all is said."""
+    def response(self) -> dict[str, Any]:
+        """Returns the complete response."""
         choices: list[dict[str, Any]] = []
-        for index, said in enumerate(self.said):
+        for index, output in enumerate(self.outputs):
             choice = {
                 "index": index,
-                "finish_reason": said.reason,
-                "logprobs": self.logprobs(said.tokens, said.logprobs, said.offsets),
+                "finish_reason": output.reason,
+                "logprobs": self.logprobs(output.tokens, output.logprobs, output.offsets),
             }
             choices.append(
                 choice
                 | (
-                    {"message": {"role": "assistant", "content": said.text}}
+                    {"message": {"role": "assistant", "content": output.text}}
                     if self.chat
-                    else {"text": said.text}
+                    else {"text": output.text}
                 )
             )
         kind = "chat.completion" if self.chat else "text_completion"
@@ -127,34 +141,34 @@ class ResponseBuilder:
             "object": kind,
             "choices": choices,
             "usage": self.usage(),
-            **self.figures(),
+            **self.generation_info(),
         }
 
-    def opening(self) -> list[dict[str, Any]]:
-        """What a stream begins with: who speaks, in a chat."""
+    def opening_events(self) -> list[dict[str, Any]]:
+        """Returns the events that open a stream: in a chat, the role of each choice."""
         if not self.chat:
             return []
         return [
             self.event([self.choice(index, {"delta": {"role": "assistant", "content": ""}})])
-            for index in range(len(self.asked))
+            for index in range(len(self.requests))
         ]
 
     def delta(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
-        """Adds the chunk; what a stream says of it, perhaps nothing yet. Raises as `add`."""
-        first = len(self.said[index].tokens)
+        """Adds a chunk and returns its events, possibly none. Raises like `add`."""
+        first = len(self.outputs[index].tokens)
         self.add(index, chunk)
         text = "".join(chunk.pieces)
         if not text and not chunk.logprobs and chunk.finish_reason is None:
             return []
-        logprobs = self.logprobs(chunk.tokens, chunk.logprobs, self.said[index].offsets[first:])
-        said: dict[str, Any] = (
+        logprobs = self.logprobs(chunk.tokens, chunk.logprobs, self.outputs[index].offsets[first:])
+        output: dict[str, Any] = (
             {"delta": {"content": text} if text else {}} if self.chat else {"text": text}
         )
-        found = [self.event([self.choice(index, said, logprobs, chunk.finish_reason)])]
-        if self.over:
+        found = [self.event([self.choice(index, output, logprobs, chunk.finish_reason)])]
+        if self.finished:
             if self.wants_usage:
                 found.append(self.event([]) | {"usage": self.usage()})
-            found[-1] |= self.figures()
+            found[-1] |= self.generation_info()
         return found
 
     @property
@@ -170,11 +184,11 @@ class ResponseBuilder:
     def choice(
         self,
         index: int,
-        said: dict[str, Any],
+        output: dict[str, Any],
         logprobs: Any = None,
         reason: FinishReason | None = None,
     ) -> dict[str, Any]:
-        return {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
+        return {"index": index, **output, "logprobs": logprobs, "finish_reason": reason}
 
     def logprobs(
         self, tokens: Sequence[int], logprobs: Sequence[Logprob], offsets: Sequence[int]
@@ -204,7 +218,10 @@ def chat_logprobs(
 def completion_logprobs(
     pieces: LLTokenizer, tokens: Sequence[int], logprobs: Sequence[Logprob], offsets: Sequence[int]
 ) -> dict[str, Any]:
-    """The chosen token is one of the top ones here, whatever its rank. Of tokens that read the same, the more likely one counts."""
+    """Returns the logprobs object of a completion.
+
+    The chosen token is always among the top ones. Of tokens with equal text, the likeliest counts.
+    """
 
     def text(token: int) -> str:
         return pieces.decode_bytes([token]).decode(errors="replace")

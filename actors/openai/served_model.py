@@ -1,4 +1,4 @@
-"""What a gateway knows of the model that it answers for: its name, tokenizer and bounds. None of its weights."""
+"""Describes the model that a gateway serves: name, tokenizer and limits, but not its weights."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,13 @@ from runtime.models.loader import find_folder, load_tokenizer, read_config
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """`name` is what clients ask for; `context` and `vocabulary` are the model's own bounds; `created`: seconds since 1970.
+    """The served model.
 
-    `byte_tokenizer` knows the bytes of each token.
+    name            the name that clients ask for
+    byte_tokenizer  maps each token to its bytes
+    context         the model's maximum length, in tokens
+    vocabulary      number of token ids
+    created         seconds since 1970
     """
 
     name: str

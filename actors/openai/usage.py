@@ -1,4 +1,4 @@
-"""What an answer says of its own making: usage, and how speculation went. Shared by the gateway and the command line."""
+"""Builds the usage and metrics fields of a response, for the gateway and the command line."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,12 +9,15 @@ from runtime.telemetry.metrics import speculative_decoding
 
 
 def tokens_per_second(stats: Stats) -> float:
-    """Tokens delivered over the time from the target's taking the request to its last token, prefill included."""
+    """Returns the delivered tokens per second.
+
+    The time runs from when the target accepts the request to its last token, prefill included.
+    """
     return stats.completion_tokens / stats.elapsed if stats.elapsed else 0.0
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> dict[str, Any]:
-    """OpenAI's object."""
+    """Returns OpenAI's usage object."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -24,7 +27,7 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) ->
 
 
 def metrics(stats: Stats) -> dict[str, Any]:
-    """vLLM's `speculative_decoding`, and our own figures beside it."""
+    """Returns vLLM's `speculative_decoding` object, and the project's own metrics next to it."""
     return {
         "tokens_per_second": tokens_per_second(stats),
         "speculative_decoding": speculative_decoding(stats),
@@ -48,5 +51,5 @@ def metrics(stats: Stats) -> dict[str, Any]:
 
 
 def merge_stats(parts: Sequence[Stats]) -> Stats:
-    """Returns the figures of sessions that ran at the same time: their sum, but for the elapsed time."""
+    """Returns the statistics of concurrent sessions: sums, and the longest elapsed time."""
     return replace(sum(parts, NO_STATS), elapsed=max((part.elapsed for part in parts), default=0.0))

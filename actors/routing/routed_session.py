@@ -1,4 +1,4 @@
-"""One session on its way over targets: what its client may have heard, and who has worked on it."""
+"""A session on its way over targets: its output so far, and the targets that worked on it."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,31 +7,31 @@ from dataclasses import dataclass, field, replace
 from runtime.core.errors import TargetDied, Unavailable
 from runtime.core.messages import NO_STATS, Chunk, Request, Stats, Tokens
 
-MIN_DEADLINE_S = 0.001  # that is passed on
+MIN_DEADLINE_S = 0.001  # shortest deadline passed to a target
 
 TargetLife = tuple[str, int, str]  # a target's name, incarnation and address
 
 
 @dataclass(slots=True, eq=False)
 class RoutedSession:
-    """Times are the event loop's.
+    """A session. Times are the event loop's.
 
-    The output is one append-only history, whatever becomes of the targets that write it. Tokens are
-    appended before the client sees them: what is not in it was never said, and the next target says
-    it again. Only the target of the current epoch appends, each token at its own place.
+    The output is one append-only history, whichever targets write it. Tokens are appended before
+    the client sees them: what is not in the history was never sent, and the next target generates
+    it again. Only the target of the current epoch appends, each token at its own position.
 
     ends            its deadline
     output          output tokens that the client may have seen
-    epoch           of the present target
-    calls           targets that were asked so far
-    position        place in the output behind the last token of the present target
-    guessed         for each chunk of the present target, who guessed its tokens
-    stats           figures of the targets that it has left
-    failed_targets  lives of targets that were lost since the last token
-    brought_tokens  the present target has
-    died_with_it    lives of targets that died while they held it and had brought no token, since
-                    the last token of another one
-    excluded_until  lives that it does not ask before a time
+    epoch           epoch of the current target
+    calls           targets asked so far
+    position        position in the output after the last token of the current target
+    guessed         for each chunk of the current target, the drafters of its tokens
+    stats           statistics of the targets that it has left
+    failed_targets  incarnations of targets that were lost since the last token
+    brought_tokens  the current target has delivered tokens
+    died_with_it    incarnations of targets that died while they held it and delivered no token,
+                    since the last token of another target
+    excluded_until  incarnations that it does not ask before a time
     """
 
     request: Request
@@ -54,21 +54,21 @@ class RoutedSession:
 
     @property
     def begun(self) -> bool:
-        """Tells whether a target has taken it, or may have."""
+        """Tells whether a target has accepted it, or may have."""
         return bool(self.guessed or self.stats or self.failed_targets)
 
     @property
     def was_heard(self) -> bool:
-        """Tells whether the client has got a token."""
+        """Tells whether the client has received a token."""
         return len(self.output) > len(self.request.committed)
 
     def fence(self) -> int:
-        """Begins the next epoch: nothing that an older one still sends has any effect."""
+        """Begins the next epoch: whatever an older one still sends is ignored."""
         self.epoch += 1
         return self.epoch
 
     def append(self, epoch: int, position: int, tokens: Tokens) -> bool:
-        """Takes tokens of the current epoch that follow the last one.
+        """Appends tokens of the current epoch that follow the last one.
 
         Returns False, and changes nothing, for all others.
         """
@@ -78,7 +78,7 @@ class RoutedSession:
         return True
 
     def next_request(self, now: float) -> Request:
-        """Returns what the next target is asked, in an epoch of its own."""
+        """Returns the request for the next target, in an epoch of its own."""
         epoch = self.fence() if self.calls else self.epoch
         self.calls += 1
         self.brought_tokens = False
@@ -89,12 +89,14 @@ class RoutedSession:
     def take(self, chunk: Chunk, epoch: int, now: float) -> Chunk:
         """Appends a chunk; returns what the client may see.
 
-        Raises Unavailable if the target gives the session up.
+        Raises Unavailable if the chunk does not fit, TargetDied if the target cancels the session.
         """
         if not self.append(epoch, self.position, chunk.tokens):
-            raise Unavailable("its output does not follow what was said before")
+            raise Unavailable("its output does not continue the previous output")
         self.position += len(chunk.tokens)
-        if chunk.finish_reason == "cancelled":  # not by us: we would not be listening
+        if (
+            chunk.finish_reason == "cancelled"
+        ):  # by the target: the router does not read on after it cancels
             self.leave(chunk.stats)
             raise TargetDied("it has ended the session")
         self.guessed.append(chunk.drafters)
@@ -108,22 +110,22 @@ class RoutedSession:
         return chunk
 
     def leave(self, stats: Stats | None = None) -> None:
-        """Ends the present target's part, with its own figures or without."""
+        """Ends the current target's part, with its own statistics or reconstructed ones."""
         if stats is not None or self.guessed:
             self.stats.append(stats or self.reconstructed())
         self.guessed = []
 
     def deadline_chunk(self, now: float) -> Chunk:
-        """Ends the session, since its deadline has passed; returns its last chunk."""
+        """Ends the session after its deadline; returns its last chunk."""
         self.over = True
         return Chunk((), (), (), "deadline", self.total(None, now))
 
     def reconstructed(self) -> Stats:
-        """Returns the present target's figures, as far as its chunks tell them."""
+        """Returns the current target's statistics, as far as its chunks reveal them."""
         return reconstruct_stats(len(self.request.prompt), self.guessed)
 
     def total(self, last: Stats | None, now: float) -> Stats:
-        """Returns the session's figures, `last` being the present target's."""
+        """Returns the session's statistics; `last` are the current target's."""
         parts = [*self.stats, last or self.reconstructed()]
         prompt = parts[0].prompt_tokens
         return replace(
@@ -136,10 +138,10 @@ class RoutedSession:
 
 
 def reconstruct_stats(prompt_tokens: int, guessed: Sequence[Sequence[str]]) -> Stats:
-    """Returns the figures of a target that died before it reported them.
+    """Returns the statistics of a target that died before it reported them.
 
-    Nodes that were not delivered are unknown. `guessed` names, for each chunk, who guessed each token
-    of it, "" if nobody.
+    Nodes that were not delivered are unknown. `guessed` names, for each chunk, the drafter of each
+    of its tokens, "" if none.
     """
     accepted = [[name for name in names if name] for names in guessed]
     lengths = Counter(len(names) for names in accepted if names)

@@ -1,7 +1,8 @@
-"""Sessions spread over targets by load; where a target is lost, its sessions go on elsewhere, and their clients see a pause at most.
+"""Spreads sessions over targets by load, and moves them to other targets when one is lost.
 
-What a session has said stands in its journal before its client hears it. The next target gets the journal and goes on behind it:
-a choice is a function of text, seed and position, so it continues the very text that the lost one would have written.
+A session's output is recorded before its client sees it. The next target gets the record and
+continues: a choice is a function of text, seed and position, so the text is the one that the lost
+target would have written. Clients see at most a pause.
 """
 
 import asyncio
@@ -21,13 +22,14 @@ from runtime.core.messages import Chunk, Request
 
 log = logging.getLogger(__name__)
 
-TARGET_WAIT_S = 300.0  # that a session without a deadline waits for a target
-DEADLINE_GRACE_S = 2.0  # that a target gets beyond a deadline to end the session itself
-SUSPECT_S = 3.0  # for which a target that was lost is chosen after all others: until the next `update` can tell, it looks idle
-RETRY_DELAY_S = 0.5  # before a session asks a target again that has lost or refused it
-POLL_PERIOD_S = 0.5  # between two looks at who is there
-MAX_FAILED_TARGETS = 8  # lost or out of reach one after the other without a token between
-MAX_DEATHS = 2  # of targets that held the session and brought no token: it may be the cause
+TARGET_WAIT_S = 300.0  # for a session without a deadline
+DEADLINE_GRACE_S = 2.0  # for a target to end a session itself after its deadline
+# A lost target is chosen after all others for this time: it looks idle until the next `update`.
+SUSPECT_S = 3.0
+RETRY_DELAY_S = 0.5  # before a session asks the same target again
+POLL_PERIOD_S = 0.5  # between two updates of the targets
+MAX_FAILED_TARGETS = 8  # lost or unreachable in a row, without a token in between
+MAX_DEATHS = 2  # of targets that held the session and delivered no token: it may be the cause
 
 Key = TypeVar("Key")
 
@@ -38,7 +40,7 @@ class RemoteTarget(Protocol):
     def generate(self, request: Request) -> AsyncGenerator[Chunk, None]: ...
 
     async def close(self) -> None:
-        """Ends the connection and every call on it."""
+        """Closes the connection and ends every call on it."""
         ...
 
 
@@ -48,10 +50,12 @@ GetTargets = Callable[[], Sequence[TargetState]]
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A target, as the choice sees it.
+    """A target's load.
 
-    sessions  live and waiting;  capacity  slots of KV memory, 0 where not known;  suspect  lost a moment ago
-    given     rises with each session that is given out: when it got its last one
+    sessions       running and waiting
+    capacity       slots of KV memory, 0 if unknown
+    suspect        lost a moment ago
+    last_assigned  number of the session that it got last; rises with every assignment
     """
 
     sessions: int
@@ -61,9 +65,10 @@ class Load:
 
 
 def least_loaded(loads: Mapping[Key, Load]) -> Key | None:
-    """The target that would have the fewest sessions for its capacity; of equals the one that was given none for longest.
+    """Returns the target with the fewest sessions for its capacity; None without targets.
 
-    Suspects come last. A capacity that is not known counts as the largest known. None where there is no target.
+    Of equals it is the one that has waited longest for a session. Suspects come last. An unknown
+    capacity counts as the largest known one.
     """
     most = max((load.capacity for load in loads.values()), default=0) or 1
 
@@ -76,13 +81,18 @@ def least_loaded(loads: Mapping[Key, Load]) -> Key | None:
 
 @dataclass(slots=True, eq=False)
 class TargetLink:
-    """One life of a target. `reading`: scopes of those who wait for its next chunk, to be woken when it leaves."""
+    """A connection to one incarnation of a target.
+
+    sessions  this router's
+    others    those of other callers, when `state` was reported
+    reading   timeouts of the readers of its next chunk, rescheduled to wake them when it is removed
+    """
 
     life: TargetLife
     remote: RemoteTarget
     state: TargetState
-    sessions: int = 0  # of this router
-    others: int = 0  # of other callers, when `state` was told
+    sessions: int = 0
+    others: int = 0
     last_assigned: int = 0
     suspect_until: float = -math.inf
     removed: bool = False
@@ -99,9 +109,10 @@ class TargetLink:
 
 
 class Router:
-    """All methods are called on one event loop. `target_wait_s`: seconds that a session without a deadline waits for a target.
+    """Routes sessions. All methods must be called on one event loop.
 
-    lost      targets that sessions had to leave, by name: once for each session
+    target_wait_s  seconds that a session without a deadline waits for a target
+    lost           sessions that had to leave a target, by its name
     """
 
     def __init__(self, connect: Connect, target_wait_s: float = TARGET_WAIT_S) -> None:
@@ -109,17 +120,20 @@ class Router:
         self.lost: Counter[str] = Counter()
         self._links: dict[TargetLife, TargetLink] = {}
         self._assigned = 0
-        self._changed = asyncio.Event()  # another one after each update
+        self._changed = asyncio.Event()  # replaced at each update
         self._closing: set[asyncio.Task[None]] = set()
 
     @property
     def ready(self) -> bool:
-        """Whether some target takes sessions."""
+        """Tells whether a target accepts sessions."""
         return any(link.state.state == "ready" for link in self._links.values())
 
     def update(self, targets: Sequence[TargetState]) -> None:
-        """Who is there now. Sessions on a target that is not there any more, or lives anew, leave it at once; so does one that is said to
-        be starting (again): it is lost, and its next life not there yet."""
+        """Sets the current targets.
+
+        Sessions leave a target at once if it is gone, has another incarnation, or is starting
+        again.
+        """
         told = {
             (state.name, state.incarnation, state.address): state
             for state in targets
@@ -137,17 +151,20 @@ class Router:
         self._changed = asyncio.Event()
 
     async def close(self) -> None:
-        """Ends all connections; returns when they are closed. Sessions still under way find no target any more."""
+        """Closes all connections. Sessions that still run find no target any more."""
         self.update(())
         await asyncio.gather(*self._closing)
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
-        """The output in pieces, as of one target: the last has a finish reason and the figures of all that worked on it.
+        """Yields the output in chunks, as if by one target.
 
-        Raises InvalidRequest as the target does; Overloaded where two targets, or the only one, refuse a new session; TargetsLost
-        where two died with it and it made no progress between; Unavailable where no target was there in time, or one after the other was
-        lost. A session that has said something already ends with finish
-        reason "deadline" where its time is over. Closing the iterator cancels the work at the target at once.
+        The last chunk has a finish reason and the statistics of all targets involved. A session
+        that has delivered tokens ends with finish reason "deadline" after its deadline. Closing the
+        iterator cancels the work at the target at once.
+
+        Raises InvalidRequest as the target does; Overloaded if two targets, or the only one, refuse
+        a new session; TargetsLost if two targets died with it and it made no progress; Unavailable
+        if no target was available in time, or too many were lost in a row.
         """
         now = asyncio.get_running_loop().time
         ends = math.inf if request.deadline is None else now() + request.deadline
@@ -168,7 +185,11 @@ class Router:
                     )
 
     async def _next_target(self, session: RoutedSession) -> TargetLink | None:
-        """Waited for until the deadline; None where that passes and the client has heard something. Raises Unavailable else."""
+        """Returns a target for the session, or None if its deadline passes after it has delivered
+        tokens.
+
+        Raises Unavailable if no target is available in time.
+        """
         now = asyncio.get_running_loop().time
         until = session.ends if session.ends < math.inf else now() + self.target_wait_s
         while (at := now()) < until:
@@ -181,11 +202,12 @@ class Router:
         if session.was_heard and until == session.ends:
             return None
         raise Unavailable(
-            f"no target has taken the session within {until - session.began:.1f} s: see `outrider status`"
+            f"no target accepted the session within {until - session.began:.1f} s:"
+            " see `outrider status`"
         )
 
     def _choose(self, session: RoutedSession) -> TargetLink | None:
-        """The target that may be asked now, if there is one."""
+        """Returns the target to ask now, if there is one."""
         now = asyncio.get_running_loop().time()
         open_to = {
             life: link.load(now)
@@ -199,7 +221,10 @@ class Router:
     async def _calling(
         self, link: TargetLink, session: RoutedSession, request: Request
     ) -> AsyncIterator[AsyncGenerator[Chunk, None]]:
-        """The call at this target; it is over when the block is. A loss and a refusal end here, if another target may be asked."""
+        """Yields the call to this target and closes it.
+
+        Suppresses a loss or a refusal if another target may be asked.
+        """
         self._assigned += 1
         link.last_assigned = self._assigned
         link.sessions += 1
@@ -213,23 +238,27 @@ class Router:
         except InvalidRequest as error:
             if error.param != "session" or not session.begun:
                 raise
-            self._exclude(link, session)  # it has not noticed yet that our last call there is over
+            self._exclude(link, session)  # the target has not noticed yet that the last call ended
         except Unavailable as error:
             self._lose(link, session, error)
             if len(session.died_with_it) >= MAX_DEATHS:
                 raise TargetsLost(
-                    f"{MAX_DEATHS} targets died while they held this request, which made no progress: no other target is given it"
+                    f"{MAX_DEATHS} targets died while they held this request,"
+                    " which made no progress: no other target is given it"
                 ) from error
             if len(session.failed_targets) >= MAX_FAILED_TARGETS:
                 lives = len(session.failed_targets)
                 raise Unavailable(
-                    f"{lives} targets were lost one after the other without a token of this session: see their logs"
+                    f"{lives} targets were lost one after the other without a token of this"
+                    " session: see their logs"
                 ) from error
         finally:
             link.sessions -= 1
 
     def _exclude(self, link: TargetLink, session: RoutedSession) -> None:
-        """A new session asks no target twice; one that has begun is owed its rest, and asks again."""
+        """Excludes the target for a new session; delays the next call for a session that
+        has begun.
+        """
         now = asyncio.get_running_loop().time()
         session.excluded_until[link.life] = now + RETRY_DELAY_S if session.begun else math.inf
 
@@ -237,7 +266,7 @@ class Router:
         now = asyncio.get_running_loop().time()
         if not link.removed and now >= link.suspect_until:
             log.warning(
-                "target %s is lost or refuses sessions, they go on elsewhere: %s",
+                "target %s is lost or refuses sessions, which continue elsewhere: %s",
                 link.state.name,
                 error,
             )
@@ -254,11 +283,15 @@ class Router:
             self._links[life] = TargetLink(
                 life, self.connect(state.address), state, others=state.sessions
             )
-        except InvalidRequest as error:  # certificates that have run out, or are being replaced: the next update tries again
+        except (
+            InvalidRequest
+        ) as error:  # certificates expired or just being replaced; retried later
             log.warning("target %s cannot be called: %s", state.name, error)
 
     def _remove_link(self, link: TargetLink) -> None:
-        """Wakes those who read from it; its calls end with its connection, those of clients who do not read just now too."""
+        """Wakes its readers and closes its connection, which ends the calls that nobody reads right
+        now.
+        """
         link.removed = True
         now = asyncio.get_running_loop().time()
         for scope in link.reading:
@@ -271,7 +304,10 @@ class Router:
 async def next_chunk(
     link: TargetLink, call: AsyncGenerator[Chunk, None], until: float
 ) -> Chunk | None:
-    """The call's next chunk; None where it has not come by then. Raises Unavailable where the target leaves meanwhile."""
+    """Returns the call's next chunk; None if it does not arrive by `until`.
+
+    Raises Unavailable if the target is removed, TargetDied if its stream ends early.
+    """
     if link.removed:
         raise Unavailable("it has left the cluster")
     scope = asyncio.timeout_at(until if until < math.inf else None)
@@ -283,7 +319,7 @@ async def next_chunk(
             finally:
                 link.reading.discard(scope)
     except StopAsyncIteration as error:
-        raise TargetDied("its stream has ended before the text") from error
+        raise TargetDied("its stream ended early") from error
     except TimeoutError as error:
         if link.removed:
             raise Unavailable("it has left the cluster") from error
@@ -294,9 +330,10 @@ async def next_chunk(
 
 @asynccontextmanager
 async def updated_router(router: Router, get_targets: GetTargets) -> AsyncIterator[Router]:
-    """The router, told again and again who is there; closed with the block.
+    """Yields the router and updates it periodically; closes it at the end of the block.
 
-    `get_targets` is called on a thread of its own. While it raises Unavailable, who was there is thought to be.
+    `get_targets` is called on another thread. While it raises Unavailable, the targets stay as they
+    were.
     """
     watching = asyncio.create_task(poll_targets(router, get_targets))
     try:

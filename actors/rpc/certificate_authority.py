@@ -1,4 +1,7 @@
-"""A certificate authority of one deployment's own: it signs each role's certificate and the gateway's, and is gone."""
+"""A certificate authority for one deployment.
+
+It signs a certificate for each role and one for the gateway, and then its key is discarded.
+"""
 
 import datetime
 import ipaddress
@@ -13,7 +16,7 @@ from cryptography.x509.oid import NameOID
 
 from actors.rpc.tls import ROLES, Role, role_host_name, role_uri
 
-CLOCK_SKEW = datetime.timedelta(hours=1)  # by which the clocks of the nodes may be behind this one
+CLOCK_SKEW = datetime.timedelta(hours=1)  # the clocks of nodes may be behind this one by as much
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,9 @@ class SignedCertificate:
 
 
 class CertificateAuthority:
-    """Certificates valid for `days` from `now` on. Its key is in no file and cannot be read out."""
+    """Signs certificates that are valid from `now` for `days`. Its key is never written or
+    exposed.
+    """
 
     def __init__(self, name: str, now: datetime.datetime, days: int) -> None:
         self.name, self.begins, self.ends = (
@@ -47,7 +52,7 @@ class CertificateAuthority:
         return self._certificate.public_bytes(serialization.Encoding.PEM)
 
     def role(self, role: Role) -> SignedCertificate:
-        """For an actor, as a server and as a client."""
+        """Returns an actor's certificate, for both its server and its clients."""
         names = [
             x509.UniformResourceIdentifier(role_uri(role, self.name)),
             x509.DNSName(role_host_name(role)),
@@ -60,7 +65,10 @@ class CertificateAuthority:
         return {role: self.role(role) for role in ROLES}
 
     def https_server(self, hosts: Sequence[str]) -> SignedCertificate:
-        """For the gateway's HTTPS server, reached by these names and addresses. Of no role: actors do not take it."""
+        """Returns the certificate of the gateway's HTTPS server, for these names and addresses.
+
+        It has no role, so actors do not accept it.
+        """
         return self._signed(
             f"{self.name} https", [general_name(host) for host in hosts], [Purpose.SERVER_AUTH]
         )
@@ -111,7 +119,9 @@ def common_name(text: str) -> x509.Name:
 
 
 def general_name(host: str) -> x509.GeneralName:
-    """Raises ValueError for a name that no certificate can hold."""
+    """Returns the host as a subject name. Raises ValueError for a name that no certificate
+    can hold.
+    """
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
@@ -119,7 +129,7 @@ def general_name(host: str) -> x509.GeneralName:
 
 
 def key_usage(signs: bool) -> x509.KeyUsage:
-    """Of an authority that signs certificates; else of a key that signs handshakes."""
+    """Returns the key usage of an authority, which signs certificates, or of a leaf's key."""
     return x509.KeyUsage(
         digital_signature=not signs,
         key_cert_sign=signs,

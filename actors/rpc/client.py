@@ -1,4 +1,4 @@
-"""The client's side of both services: a drafter seen from a target, and a target seen from its callers."""
+"""Clients of both services: a target's link to a drafter, and a caller's connection to a target."""
 
 import asyncio
 import logging
@@ -32,23 +32,24 @@ from runtime.core.messages import Chunk, Draft, Event, Reply, Request
 
 logger = logging.getLogger(__name__)
 
-MAX_STRIKES, STRIKE_WINDOW_S = (
-    3,
-    60.0,
-)  # so many messages that break the protocol within so many seconds end the link
+MAX_STRIKES, STRIKE_WINDOW_S = 3, 60.0  # so many strikes in so many seconds end the link
 STRIKE_KINDS = ("malformed", "surplus")
 
 
 class GrpcLink:
-    """A drafter in another process (a runtime.core.links.DraftLink). One connection for each call of `speculate`.
+    """A runtime.core.links.DraftLink to a drafter in another process.
 
-    counters  what had no effect, by reason: `malformed` and `unknown` replies, `surplus` messages beyond the budget of
-              actors.rpc.reply_budget, which are not decoded, `unsent` events that the wire cannot carry
-    peer      what the drafter said of itself, after the handshake
+    Each call of `speculate` opens a connection.
 
-    A stop or cut of the drafter raises LinkLost within two seconds, a kill at once, `handshake_s` seconds of
-    silence at the start too. Malformed replies and surplus messages are strikes: three of them within a
-    minute raise LinkLost, on this connection or a later one; the link is `quarantined` then.
+    counters  discarded items by reason: `malformed` and `unknown` replies; `surplus` messages,
+              which exceed the budget of actors.rpc.reply_budget and are not decoded; `unsent`
+              events, which cannot be encoded
+    peer      the drafter's Hello, after the handshake
+
+    If the drafter stops or is cut off, LinkLost is raised within two seconds; at once if it is
+    killed; and after `handshake_s` seconds without a handshake. A malformed reply or a surplus
+    message is a strike. Three strikes within a minute, also over several connections, raise
+    LinkLost and put the link into quarantine.
     """
 
     def __init__(
@@ -60,7 +61,11 @@ class GrpcLink:
         tls: TlsConfig | None = None,
         tokens: int | None = None,
     ) -> None:
-        """`tokens`: how many the target's vocabulary has; guesses of others are malformed. None where that is not looked at."""
+        """Creates the link.
+
+        `tokens` is the size of the target's vocabulary: guesses beyond it are malformed. None
+        disables the check.
+        """
         self.address = address
         self.hello = hello
         self.peer: Hello | None = None
@@ -72,18 +77,21 @@ class GrpcLink:
 
     @property
     def quarantined(self) -> bool:
-        """Whether the drafter is in quarantine: for a minute after the last of three strikes nobody should call `speculate`."""
+        """Tells whether the drafter is in quarantine: nobody should call `speculate`.
+
+        Quarantine lasts for a minute after the last of three strikes.
+        """
         return self._struck_out() and self._now() - self._strikes[-1] < STRIKE_WINDOW_S
 
     async def speculate(self, events: AsyncIterator[Event]) -> AsyncGenerator[Reply, None]:
-        """As in DraftLink. An error raised by `events` itself is raised here as it is."""
+        """Implements DraftLink. An error raised by `events` is raised here unchanged."""
         logger.debug(
             "drafter %s is at %s", self.hello.drafter, self.address
-        )  # said nowhere else: the lines above debug name no addresses
+        )  # log lines above the debug level contain no addresses
         options = client_options(DRAFTER_SILENCE_MS)
         try:
             connection = channel(self.address, options, self._tls, own="target", peer="drafter")
-        except InvalidRequest as error:  # certificates that have run out, or are being replaced
+        except InvalidRequest as error:  # an expired certificate, or one that is being replaced
             raise self._lost(str(error)) from error
         async with connection:
             call = connection.stream_stream(f"/{drafting_codec.DRAFTING_SERVICE}/Speculate")()
@@ -119,7 +127,7 @@ class GrpcLink:
                 call.cancel()
 
     async def _handshake(self, call: Any) -> None:
-        """Raises LinkLost, and AioRpcError where the drafter refuses."""
+        """Exchanges Hellos. Raises LinkLost; AioRpcError if the drafter refuses."""
         try:
             async with asyncio.timeout(self._handshake_s):
                 await call.write(drafting_codec.encode_hello_to_drafter(self.hello))
@@ -148,17 +156,20 @@ class GrpcLink:
             ended.set()
             await call.done_writing()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            return  # the stream is over, and its reader knows why
+            return  # the stream has ended, and its reader raises the reason
         except BaseException:
             call.cancel()  # wakes the reader
             raise
 
     def _replies(self, data: bytes, budget: ReplyBudget) -> list[Reply | drafting_codec.Bye]:
-        """Without what has no effect. Raises LinkLost at the last strike."""
+        """Decodes a message, without what is discarded. Raises LinkLost at the last strike."""
         return decode_frames(data, partial(self._within, budget), self._decode_reply, self._discard)
 
     def _within(self, budget: ReplyBudget, data: bytes) -> Sequence[bytes]:
-        """The frames of a message that is within the budget; of another one none. Raises InvalidRequest for what is no message."""
+        """Returns the frames of a message, or none if it exceeds the budget.
+
+        Raises InvalidRequest if it is not a valid message.
+        """
         if len(data) > budget.size:
             self._discard(
                 "surplus", f"{len(data)} bytes where {budget.size} are left until the next event"
@@ -174,7 +185,7 @@ class GrpcLink:
         return frames
 
     def _decode_reply(self, frame: bytes) -> Reply | drafting_codec.Bye | None:
-        """As drafting_codec.decode_reply. Raises InvalidRequest for a token that there is not, too."""
+        """Decodes a reply. Raises InvalidRequest, also for a token outside the vocabulary."""
         reply = drafting_codec.decode_reply(frame)
         if self._tokens is not None and isinstance(reply, Draft):
             strange = reply.tokens[(reply.tokens < 0) | (reply.tokens >= self._tokens)]
@@ -183,14 +194,17 @@ class GrpcLink:
         return reply
 
     def _discard(self, what: str, why: str) -> None:
-        """Count it. Raises LinkLost where it is the last strike."""
+        """Counts a discarded item. Raises LinkLost if it is the last strike."""
         if what not in STRIKE_KINDS:
             count_discarded(logger, self.counters, f"drafter {self.hello.drafter}", what, why)
         elif self.strike(why, what):
             raise self._lost(f"quarantined after {MAX_STRIKES} strikes, the last: {what}: {why}")
 
     def strike(self, why: str, what: str = "malformed") -> bool:
-        """Count a reply that no honest drafter sends. True from the last strike on: the caller ends the link then."""
+        """Counts a reply that no correct drafter sends.
+
+        Returns True from the last strike on: the caller must then end the link.
+        """
         count_discarded(logger, self.counters, f"drafter {self.hello.drafter}", what, why)
         self._strikes.append(self._now())
         return self._struck_out()
@@ -206,17 +220,18 @@ class GrpcLink:
 
 
 def encode_granted(budget: ReplyBudget, event: Event) -> bytes:
-    """The event's frame. What the drafter may answer to it is in the budget before it is sent."""
+    """Encodes the event, and adds what the drafter may answer to the budget."""
     frame = drafting_codec.encode_event(event)
     budget.grant(event)
     return frame
 
 
 class GrpcTarget:
-    """A target in another process. To be made, used and closed on one running event loop.
+    """A target in another process. Create, use and close it on one running event loop.
 
-    With `tls` it is called as a gateway. A stop or cut of the target is noticed within `silence_ms` and half a second, a kill at once.
-    Raises InvalidRequest where the files of `tls` cannot be used.
+    With `tls` it connects with the role of a gateway. If the target stops or is cut off, that is
+    noticed within `silence_ms` and half a second; at once if it is killed. Raises InvalidRequest if
+    the files of `tls` cannot be used.
     """
 
     def __init__(
@@ -229,10 +244,11 @@ class GrpcTarget:
         self._generate = self._channel.unary_stream(f"/{target_codec.TARGET_SERVICE}/Generate")
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
-        """The output, piece by piece. Closing the iterator, or cancelling its reader, cancels the work at the target.
+        """Yields the output in chunks.
 
-        Raises InvalidRequest, Overloaded, PairMismatch as the target does; TargetDied if it is lost while it holds the request;
-        Unavailable if it cannot be reached, or refuses.
+        Closing the iterator, or cancelling its reader, cancels the work at the target. Raises
+        InvalidRequest, Overloaded and PairMismatch as the target does; TargetDied if the target is
+        lost while it holds the request; Unavailable if it cannot be reached, or refuses.
         """
         call = self._generate(target_codec.encode_request(request))
         try:
@@ -251,16 +267,18 @@ class GrpcTarget:
             return target_codec.decode_chunk(data)
         except InvalidRequest as error:
             raise Unavailable(
-                f"the target answers nonsense ({error}): install the same version"
+                f"the target sent an invalid reply ({error}): install the same version"
             ) from error
 
     async def close(self) -> None:
-        """Ends the connection and every call on it."""
+        """Closes the connection and ends every call on it."""
         await self._channel.close()
 
 
 async def target_died(call: Any, error: grpc.aio.AioRpcError) -> bool:
-    """Tells whether the peer had taken the request, and has then been lost without a word."""
+    """Tells whether the target had accepted the request and was then lost without an error of its
+    own.
+    """
     if error.code() is not grpc.StatusCode.UNAVAILABLE:
         return False
     spoken = any(name == ERROR_NAME for name, _ in error.trailing_metadata() or ())

@@ -1,4 +1,6 @@
-"""What every gRPC client and server of the project shares: the options of a connection, and how errors cross it."""
+"""Shared by every gRPC client and server of the project: channel options, and errors over
+the wire.
+"""
 
 import re
 from collections.abc import AsyncIterator
@@ -19,32 +21,34 @@ from runtime.core.errors import (
     Unavailable,
 )
 
-HANDSHAKE_TIMEOUT_S = 3.0  # a peer that has not said Hello by then is mute
-CONNECT_TIMEOUT_MS = (
-    5000  # a connection that has not finished its TLS and HTTP/2 handshakes by then is closed
-)
+HANDSHAKE_TIMEOUT_S = 3.0  # for a peer to send its Hello
+CONNECT_TIMEOUT_MS = 5000  # for the TLS and HTTP/2 handshakes of a connection
 PEER_ADDRESS = re.compile(r"\b(?:ipv4|ipv6|unix):\S*[^\s:]")  # as gRPC writes them
-MAX_PEER_CHARACTERS = 500  # characters of a peer's own words that are passed on
+MAX_PEER_CHARACTERS = 500  # of a peer's text in logs and errors
 REQUEST_TAKEN = (
     "outrider-taken",
     "1",
-)  # initial metadata: the target holds the request from now on
-ERROR_NAME = (
-    "outrider-error"  # trailing metadata: the kind of error that the peer itself has raised
-)
-ERROR_PARAM = "outrider-param"  # trailing metadata: which parameter an INVALID_ARGUMENT is about
+)  # initial metadata: the target has accepted the request
+ERROR_NAME = "outrider-error"  # trailing metadata: the class of the error that the peer raised
+ERROR_PARAM = "outrider-param"  # trailing metadata: the parameter at fault
 
-KEEPALIVE_MS = 500  # of silence until a peer is asked for a sign of life
-# How long, beyond that, a peer may leave a ping unanswered. A drafter or, for a router, a target that is lost by mistake costs
-# speed only: it is back at once, and others go on meanwhile. A caller of a single target loses its answer with it, and a target does
-# in vain what it did for a caller: there, a busy machine gets more time.
+KEEPALIVE_MS = 500  # of silence until a peer is pinged
+# How long a peer may leave a ping unanswered. To lose a drafter by mistake costs only speed, and so
+# it is for a router that loses a target: the peer is back at once, and others go on meanwhile. A
+# caller of a single target would lose its response, and the target its work for the caller, so they
+# allow for a busy machine.
 DRAFTER_SILENCE_MS = TARGET_SILENCE_MS = 1000
 CALLER_SILENCE_MS = 3000
 
 
 def shared_options(silence_ms: int) -> list[tuple[str, int]]:
-    """A peer that is cut off or stopped is noticed within `silence_ms` and half a second. keepalive_timeout alone sees the cut, whose
-    packets nobody acknowledges; behind a stopped process the kernel still does, and a ping would wait its own minute."""
+    """Returns the options of clients and servers.
+
+    A peer that is cut off or stopped is noticed within `silence_ms` and half a second.
+    keepalive_timeout alone notices only a cut, since nobody acknowledges its packets. The kernel
+    still acknowledges those to a stopped process, whose ping would time out after gRPC's default of
+    a minute.
+    """
     return [
         ("grpc.max_send_message_length", limits.MESSAGE_BYTES),
         ("grpc.max_receive_message_length", limits.MESSAGE_BYTES),
@@ -63,17 +67,21 @@ def client_options(silence_ms: int) -> list[tuple[str, int]]:
         (
             "grpc.use_local_subchannel_pool",
             1,
-        ),  # or a new channel inherits the back-off of a lost one
+        ),  # else a new channel inherits the back-off of a lost one
         (
             "grpc.min_reconnect_backoff_ms",
             2000,
-        ),  # gRPC's name for the time that one connection attempt gets
+        ),  # gRPC's name for the timeout of one connection attempt
         ("grpc.max_reconnect_backoff_ms", 2000),
     ]
 
 
 def server_options(silence_ms: int) -> list[tuple[str, int]]:
-    """The server must allow pings as often as clients send them, or it closes the connection (GOAWAY, too_many_pings)."""
+    """Returns the options of a server.
+
+    It must allow pings as often as clients send them, or it closes the connection (GOAWAY,
+    too_many_pings).
+    """
     return [
         *shared_options(silence_ms),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
@@ -97,7 +105,7 @@ Item = TypeVar("Item")
 
 @asynccontextmanager
 async def abort_on_error(context: Any) -> AsyncIterator[None]:
-    """Ends the RPC of this servicer context with the status that belongs to an OutriderError raised inside."""
+    """Aborts the RPC of this context with the status of an OutriderError raised inside."""
     try:
         yield
     except OutriderError as error:
@@ -110,19 +118,21 @@ async def abort_on_error(context: Any) -> AsyncIterator[None]:
 
 
 def describe_status(error: grpc.aio.AioRpcError) -> str:
-    """Without the addresses that gRPC puts into its own words: this goes into logs and answers."""
+    """Returns the error for logs and responses, without the addresses that gRPC adds."""
     return f"{error.code().name}: {printable(PEER_ADDRESS.sub('the peer', error.details() or ''))}"
 
 
 def printable(said: str) -> str:
-    """The words of a peer, fit for a line of a log: it cannot begin another one, nor move the cursor of who reads it."""
+    """Returns a peer's text fit for one line of a log, without line breaks and control
+    characters.
+    """
     return "".join(
         character if character.isprintable() else " " for character in said[:MAX_PEER_CHARACTERS]
     )
 
 
 def to_outrider_error(error: grpc.aio.AioRpcError, peer: str) -> OutriderError:
-    """The error that `abort_on_error` was given at the other end; Unavailable for all that gRPC itself has to say."""
+    """Returns the error that `abort_on_error` sent; Unavailable for an error of gRPC itself."""
     match error.code():
         case StatusCode.INVALID_ARGUMENT:
             return InvalidRequest(
@@ -140,7 +150,7 @@ def to_outrider_error(error: grpc.aio.AioRpcError, peer: str) -> OutriderError:
 
 @asynccontextmanager
 async def closing(iterator: AsyncIterator[Item]) -> AsyncIterator[AsyncIterator[Item]]:
-    """Closes the iterator, where it can be closed, before going on."""
+    """Closes the iterator at the end of the block, if it can be closed."""
     try:
         yield iterator
     finally:

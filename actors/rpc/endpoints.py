@@ -1,4 +1,4 @@
-"""How actors tell each other where they are."""
+"""The addresses by which actors find each other."""
 
 import os
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A drafter to talk to. Another incarnation of a name is another process at another address."""
+    """A drafter's address. Another incarnation of a name is another process at another address."""
 
     name: str
     address: str
@@ -15,7 +15,9 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class ActorLocation:
-    """Names a running actor's server, its process, and its Ray node ("" without Ray)."""
+    """The address of a running actor's server, its process id, and its Ray node (""
+    without Ray).
+    """
 
     address: str
     pid: int

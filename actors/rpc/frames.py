@@ -1,6 +1,7 @@
-"""What both ends of a drafter's stream share: they turn values into frames and frames into values.
+"""Converts values to frames and back, at both ends of a drafter's stream.
 
-What waits together goes together. What has no effect is counted, and spoils nothing else.
+Values that wait at the same time share a message. An invalid frame is counted and does not affect
+the others.
 """
 
 import asyncio
@@ -13,19 +14,19 @@ from actors.rpc.common import printable
 from runtime.core.errors import InvalidRequest
 
 Item = TypeVar("Item")
-OnDiscard = Callable[[str, str], None]  # what had no effect, and why
+OnDiscard = Callable[[str, str], None]  # the kind of what is discarded, and the reason
 
-MAX_COALESCED = 64  # items that are taken from their source before the wire is ready for them
+MAX_COALESCED = 64  # items read ahead while the wire is busy
 
 
 async def coalesce(
     items: AsyncIterator[Item], most: int = MAX_COALESCED
 ) -> AsyncGenerator[list[Item], None]:
-    """All items in order, in lists of those that came while the list before was dealt with.
+    """Yields all items in order, in lists of those that arrived while the last list was handled.
 
-    A message costs both ends more than all that is in it. A list has at least one item and at most
-    `most`. An error that `items` raises is raised here, after what came before it. A task of its own
-    reads `items`; it is over when this generator is.
+    A message costs both ends more than its contents. A list has at least one item and at most
+    `most`. An error that `items` raises is raised here, after the items before it. A separate task
+    reads `items`; it ends with this generator.
     """
     waiting: list[Item] = []
     news, room = asyncio.Event(), asyncio.Event()
@@ -58,7 +59,7 @@ async def coalesce(
 def encode_frames(
     values: Iterable[Item], encode: Callable[[Item], bytes], discard: OnDiscard
 ) -> list[bytes]:
-    """The frames of these values, without those that the wire cannot carry: they are `unsent`."""
+    """Returns the frames of these values. Those that the wire cannot carry are `unsent`."""
     found = []
     for value in values:
         try:
@@ -74,9 +75,9 @@ def decode_frames(
     decode: Callable[[bytes], Item | None],
     discard: OnDiscard,
 ) -> list[Item]:
-    """The values in a message, without those that are `malformed` or of an `unknown` kind.
+    """Returns the values in a message, without those that are `malformed` or of an `unknown` kind.
 
-    One that is refused spoils no other. What `discard` raises is raised here.
+    A discarded frame does not affect the others. An error that `discard` raises is raised here.
     """
     try:
         frames = unbundle(data)
@@ -100,7 +101,10 @@ def decode_frames(
 def count_discarded(
     logger: logging.Logger, counters: Counter[str], who: str, what: str, why: str
 ) -> None:
-    """Count something without effect. The log tells of the first of each kind: a peer cannot fill it."""
+    """Counts a discarded item.
+
+    Only the first of each kind is logged as a warning, so that a peer cannot flood the log.
+    """
     counters[what] += 1
     level = logging.WARNING if counters[what] == 1 else logging.DEBUG
     logger.log(level, "%s: %s: %s", who, what, printable(why))

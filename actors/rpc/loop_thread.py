@@ -1,4 +1,4 @@
-"""An event loop on a thread of its own, so that the network is served while a model computes."""
+"""Runs an event loop on its own thread, so that the network is served while a model computes."""
 
 import asyncio
 import threading
@@ -10,7 +10,10 @@ Result = TypeVar("Result")
 
 
 class LoopThread:
-    """Starts at once. A process that speaks gRPC has one: grpc.aio wants all of it on one loop."""
+    """An event loop on a thread, started at once.
+
+    A process that uses gRPC has exactly one: all of grpc.aio must run on one loop.
+    """
 
     def __init__(self, name: str = "grpc") -> None:
         started: Future[asyncio.AbstractEventLoop] = Future()
@@ -26,11 +29,17 @@ class LoopThread:
         await self._stopping.wait()
 
     def submit(self, coroutine: Coroutine[Any, Any, Result]) -> Future[Result]:
-        """Runs it on the loop; callable from any thread. Cancelling the future cancels the coroutine."""
+        """Runs the coroutine on the loop, from any thread. Cancelling the future cancels the
+        coroutine.
+        """
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def run(self, coroutine: Coroutine[Any, Any, Result], timeout: float | None = None) -> Result:
-        """Its result, waited for; never to be called on the loop's own thread. Raises TimeoutError, and cancels it then."""
+        """Runs the coroutine on the loop and returns its result. Never call it on the loop's own
+        thread.
+
+        Raises TimeoutError after `timeout` seconds, and cancels the coroutine.
+        """
         future = self.submit(coroutine)
         try:
             return future.result(timeout)
@@ -38,7 +47,7 @@ class LoopThread:
             future.cancel()
 
     def stop(self) -> None:
-        """Cancels what still runs, lets it clean up, and ends the thread. May be called again."""
+        """Cancels running coroutines, lets them clean up, and ends the thread. Idempotent."""
         if self._thread.is_alive():
             self.loop.call_soon_threadsafe(self._stopping.set)
             self._thread.join()

@@ -1,9 +1,10 @@
-"""How much a drafter may say on one connection. Every event of its target renews the budget.
+"""Limits how much a drafter may send on one connection. Every event of its target renews the
+budget.
 
-A drafter has something useful to say only after it has heard something new. Its tree holds a bounded
-number of nodes, each is sent once, and a commit makes room for others. So an honest drafter has never
-said more than the events that it was sent have granted. What goes beyond that is a flood. Its size
-alone tells, before anything is decoded.
+A drafter has nothing useful to send until it receives something new: its tree holds a bounded
+number of nodes, each is sent once, and a commit makes room for others. A correct drafter therefore
+never sends more than the events it received have granted. Anything beyond that is a flood,
+recognised by its size before it is decoded.
 """
 
 from typing import NamedTuple
@@ -13,16 +14,16 @@ from runtime.core import limits
 from runtime.core.messages import DEFAULT_STYLE, Close, Commit, Event, Open, Share, Style
 
 NODE_BYTES = KEY_DTYPE.itemsize + TOKEN_DTYPE.itemsize + SCORE_DTYPE.itemsize
-FRAME_BYTES = 64  # of a frame without its nodes and the session's name
-# Frames after one event. A drafter sends ever more rarely (runtime.draft.draft_engine): its tree is full
-# after about 20.
+FRAME_BYTES = 64  # size of a frame without its nodes and its session's name
+# A drafter sends less and less often after an event (runtime.draft.draft_engine): its tree is full
+# after about 20 frames.
 FRAMES_PER_EVENT = 32
-# Events whose grants may be left over: the answers to them may all be on their way at once.
+# Grants of so many events may accumulate: the replies to them may all be in flight at once.
 MAX_SAVED_EVENTS = 32
 
 
 class Grant(NamedTuple):
-    """So many frames, and bytes in all of them."""
+    """A number of frames, and of bytes in all of them."""
 
     frames: int
     size: int
@@ -31,17 +32,17 @@ class Grant(NamedTuple):
         return Grant(self.frames * factor, self.size * factor)
 
 
-# At the start of a connection.
+# Granted at the start of a connection.
 INITIAL_GRANT = Grant(
     FRAMES_PER_EVENT, FRAMES_PER_EVENT * FRAME_BYTES + limits.TREE_NODES * NODE_BYTES
 )
 
 
 class ReplyBudget:
-    """Tell `grant` of every event before it is sent, and `spend` of every message that has come.
+    """Call `grant` for every event before it is sent, and `spend` for every message received.
 
-    frames, size   what may still come
-    styles         of the sessions under way
+    frames, size   what may still arrive
+    styles         styles of the running sessions
     resting        those of them in which the drafter owns no part of the tree
     """
 
@@ -76,7 +77,9 @@ class ReplyBudget:
             self.resting.discard(share.session)
 
     def spend(self, frames: int, size: int) -> bool:
-        """Take a message of so many frames and bytes off; False where it is beyond the budget."""
+        """Subtracts a message of so many frames and bytes; returns False if it exceeds the
+        budget.
+        """
         if frames > self.frames or size > self.size:
             return False
         self.frames -= frames
@@ -85,11 +88,11 @@ class ReplyBudget:
 
 
 def grant_for(session: str, style: Style, resting: bool) -> Grant:
-    """What an event of this session grants.
+    """Returns what an event of this session grants.
 
-    A resting drafter has only a Resync to send, until the text is sent to it again. A schedule may
-    ask for passes so wide that they fill the whole tree. A drafter that grows as it likes fills a
-    quarter of it (draft_engine.MAX_UNVERIFIED_NODES), and one pass may go beyond that.
+    A resting drafter can only send a Resync until the text is sent to it again. A schedule may
+    request passes so wide that they fill the whole tree. Without one, a drafter fills a quarter of
+    it (draft_engine.MAX_UNVERIFIED_NODES), and one pass may exceed that.
     """
     frame = FRAME_BYTES + len(session.encode(errors="replace"))
     if resting:
@@ -99,9 +102,9 @@ def grant_for(session: str, style: Style, resting: bool) -> Grant:
 
 
 def replenish(left: int, granted: int, most: int) -> int:
-    """`left` and what is granted, at most `most`.
+    """Returns `left` plus what is granted, at most `most`.
 
-    What was saved while more sessions were under way goes down to that step by step: answers to
-    those that have ended may still be on their way.
+    What was saved while more sessions ran decreases to `most` step by step, since replies to ended
+    sessions may still be in flight.
     """
     return min(left + granted, max(most, left - granted))

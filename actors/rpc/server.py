@@ -1,4 +1,6 @@
-"""The server's side of both services. The bodies are what runs without gRPC too: a DraftLink, an object with `generate`."""
+"""Servers of both services. Their bodies also run without gRPC: a DraftLink, an object with
+`generate`.
+"""
 
 import asyncio
 import logging
@@ -31,21 +33,23 @@ from runtime.core.messages import Chunk, Event, Request
 
 logger = logging.getLogger(__name__)
 
-MAX_CALLS = (
-    2 * limits.SESSIONS
-)  # at one time, of all kinds: the bodies refuse sessions themselves, with a better message
+# Concurrent calls of all kinds. The bodies refuse excess sessions first, with a better message.
+MAX_CALLS = 2 * limits.SESSIONS
 
 
 class TargetBackend(Protocol):
-    """A target, seen from its callers."""
+    """A target, as its callers see it."""
 
     def generate(self, request: Request) -> AsyncIterator[Chunk]: ...
 
 
 class DraftingService:
-    """Serves a drafter. Each stream is one `body.speculate` of its own; it is closed before the stream is gone.
+    """Serves a drafter.
 
-    counters  what had no effect, by reason: `malformed` and `unknown` events, `unsent` replies, `refused` handshakes
+    Each stream is one call of `body.speculate`, which is closed before the stream ends.
+
+    counters  discarded items by reason: `malformed` and `unknown` events, `unsent` replies,
+              `refused` handshakes
     """
 
     name = drafting_codec.DRAFTING_SERVICE
@@ -59,8 +63,8 @@ class DraftingService:
         self._handshake_s = handshake_s
 
     def handler(self, secured: bool = False) -> grpc.GenericRpcHandler:
-        """With `secured`, for targets alone."""
-        # Bytes in and out: a frame that does not parse must not end the stream.
+        """Returns the gRPC handler. With `secured`, only targets may call it."""
+        # The handlers get bytes, since an invalid frame must not end the stream.
         method = require_role("target", self._speculate) if secured else self._speculate
         return grpc.method_handlers_generic_handler(
             self.name, {"Speculate": grpc.stream_stream_rpc_method_handler(method)}
@@ -81,7 +85,10 @@ class DraftingService:
             await context.write(drafting_codec.encode_reply(drafting_codec.Bye()))
 
     async def _handshake(self, context: Any) -> None:
-        """Raises InvalidRequest and PairMismatch. The own Hello is sent only where the target's fits."""
+        """Exchanges Hellos; the own one is sent only if the target's matches.
+
+        Raises InvalidRequest and PairMismatch.
+        """
         try:
             async with asyncio.timeout(self._handshake_s):
                 data = await context.read()
@@ -109,7 +116,7 @@ class DraftingService:
 
 
 class TargetService:
-    """Serves a target. The body's iterator is closed when the caller has gone."""
+    """Serves a target. The body's iterator is closed when the caller has disconnected."""
 
     name = target_codec.TARGET_SERVICE
 
@@ -117,7 +124,7 @@ class TargetService:
         self.body = body
 
     def handler(self, secured: bool = False) -> grpc.GenericRpcHandler:
-        """With `secured`, for gateways alone."""
+        """Returns the gRPC handler. With `secured`, only gateways may call it."""
         method = require_role("gateway", self._generate) if secured else self._generate
         return grpc.method_handlers_generic_handler(
             self.name, {"Generate": grpc.unary_stream_rpc_method_handler(method)}
@@ -139,11 +146,12 @@ async def serve(
     port: int = 0,
     tls: TlsConfig | None = None,
 ) -> tuple[grpc.aio.Server, int]:
-    """A running server with these, health and reflection; and its port, chosen by the system where `port` is 0.
+    """Starts a server with these services, health and reflection; returns it and its port.
 
-    With `tls` it lets in certificates of the deployment alone, and each service the role that it is for. To be stopped by
-    `await server.stop(grace)` on the same event loop. Raises Unavailable where the port cannot be had, InvalidRequest where
-    the files of `tls` cannot be used.
+    If `port` is 0, the system chooses one. With `tls`, only certificates of the deployment are
+    accepted, and each service only accepts its callers' role. Stop it by `await server.stop(grace)`
+    on the same event loop. Raises Unavailable if the port cannot be bound, InvalidRequest if the
+    files of `tls` cannot be used.
     """
     for_callers = any(isinstance(service, TargetService) for service in services)
     credentials = (

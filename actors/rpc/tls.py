@@ -1,9 +1,11 @@
-"""Mutual TLS between actors: who may talk to whom, proved by certificates of a certificate authority of the deployment's own.
+"""Mutual TLS between actors: each proves its role by a certificate of the deployment's own
+authority.
 
-A certificate carries its role twice. The URI `outrider://ROLE/NAME` is what a server asks its callers for. The DNS name
-`ROLE.outrider.internal` is what a client asks its server for, in place of a host name: actors are reached by addresses that change
-with every start, so a name of the host would prove nothing. That is safe because the authority signs nothing but this deployment's
-roles: whoever holds a drafter's key can pose as a drafter, as its holder should, and as nothing else.
+A certificate carries its role twice. A server checks the URI `outrider://ROLE/NAME` of its callers.
+A client checks the DNS name `ROLE.outrider.internal` of its server, in place of a host name: actors
+get new addresses with every start, so a host name would prove nothing. That is safe because the
+authority signs only the roles of this deployment: the holder of a drafter's key can act as a
+drafter, as it should, and as nothing else.
 """
 
 import datetime
@@ -23,9 +25,7 @@ from runtime.core.errors import InvalidRequest
 Role = Literal["target", "drafter", "gateway"]
 ROLES: tuple[Role, ...] = get_args(Role)
 URI_SCHEME = "outrider://"
-ALTERNATIVE_NAMES = (
-    "x509_subject_alternative_name"  # gRPC's name for what a peer's certificate is made out to
-)
+ALTERNATIVE_NAMES = "x509_subject_alternative_name"  # gRPC's name of the property
 PEM_BYTES = 1 << 16
 
 log = logging.getLogger(__name__)
@@ -38,12 +38,12 @@ def role_uri(role: Role, name: str) -> str:
 
 
 def role_host_name(role: Role) -> str:
-    """What a client takes the name of its server to be, whatever address it is at."""
+    """Returns the host name that a client expects of a server of this role."""
     return f"{role}.outrider.internal"
 
 
 def roles_in(names: Iterable[str]) -> frozenset[Role]:
-    """Roles among the names that a certificate is made out to."""
+    """Returns the roles among a certificate's alternative names."""
     said = {
         name.removeprefix(URI_SCHEME).partition("/")[0]
         for name in names
@@ -55,9 +55,10 @@ def roles_in(names: Iterable[str]) -> frozenset[Role]:
 def channel(
     address: str, options: list[tuple[str, int]], tls: TlsConfig | None, own: Role, peer: Role
 ) -> grpc.aio.Channel:
-    """A connection as `own` to a server that must prove to be a `peer`; in the clear without `tls`.
+    """Returns a channel as `own` to a server that must prove the role `peer`; insecure without
+    `tls`.
 
-    Raises InvalidRequest for files that cannot be used.
+    Raises InvalidRequest if the files cannot be used.
     """
     if tls is None:
         return grpc.aio.insecure_channel(address, options)
@@ -69,9 +70,11 @@ def channel(
 
 
 def server_credentials(tls: TlsConfig, own: Role) -> grpc.ServerCredentials:
-    """Of a server that lets in only who shows a certificate of the same authority. Raises InvalidRequest as `channel`.
+    """Returns credentials of a server that only accepts clients with a certificate of the same
+    authority.
 
-    The files are read again for every connection: new ones are used from then on, without a restart.
+    The files are read again for every connection, so new ones take effect without a restart. Raises
+    InvalidRequest if the files cannot be used.
     """
 
     used = read_credentials(tls, own)
@@ -81,12 +84,16 @@ def server_credentials(tls: TlsConfig, own: Role) -> grpc.ServerCredentials:
         return grpc.ssl_server_certificate_configuration([(key, cert)], ca)
 
     def renewed() -> grpc.ServerCertificateConfiguration | None:
-        """None where nothing is new: gRPC 1.85 ends the process (SIGSEGV) where one is replaced during the handshake of another caller."""
+        """Returns None if nothing has changed.
+
+        gRPC 1.85 ends the process (SIGSEGV) if a configuration is replaced during the handshake of
+        another client.
+        """
         nonlocal used
         try:
             found = read_credentials(tls, own)
         except InvalidRequest as error:
-            log.warning("the certificates of before stay in use: %s", error)
+            log.warning("new certificates cannot be used, the old ones stay in use: %s", error)
             return None
         if found == used:
             return None
@@ -99,7 +106,10 @@ def server_credentials(tls: TlsConfig, own: Role) -> grpc.ServerCredentials:
 
 
 def require_role(role: Role, method: Method) -> Method:
-    """The method of a servicer, for callers whose certificate says that they are a `role`: PERMISSION_DENIED for all others."""
+    """Wraps a servicer's method to accept only callers whose certificate has this role.
+
+    Others get PERMISSION_DENIED.
+    """
 
     async def guarded(request: Any, context: Any) -> None:
         names = (
@@ -119,10 +129,11 @@ def require_role(role: Role, method: Method) -> Method:
 
 
 def read_credentials(tls: TlsConfig, own: Role) -> tuple[bytes, bytes, bytes]:
-    """Certificates of the authority, own certificate, own key, in PEM. "{role}" in a path stands for `own`.
+    """Returns the authority's certificates, own certificate and own key, in PEM.
 
-    Raises InvalidRequest for what would only fail at the first handshake, where nobody sees why: a file that is missing or no PEM, a
-    key of another certificate, a certificate of another role or one that has run out.
+    "{role}" in a path is replaced by `own`. Raises InvalidRequest for what would otherwise only
+    fail at the first handshake, without a visible reason: a file that is missing or not PEM, a key
+    that does not match the certificate, a certificate of another role or an expired one.
     """
     ca, cert, key = (Path(str(path).replace("{role}", own)) for path in (tls.ca, tls.cert, tls.key))
     found = read_pem(ca), read_pem(cert), read_pem(key)
@@ -134,7 +145,7 @@ def read_credentials(tls: TlsConfig, own: Role) -> tuple[bytes, bytes, bytes]:
         roles = roles_in(names.get_values_for_type(x509.UniformResourceIdentifier))
     except (ValueError, TypeError, UnsupportedAlgorithm, x509.ExtensionNotFound) as error:
         raise InvalidRequest(
-            f"{ca}, {cert} or {key} is not what it should be ({error}): see `outrider certs`", "tls"
+            f"{ca}, {cert} or {key} is invalid ({error}): see `outrider certs`", "tls"
         ) from error
     if secret.public_key() != certificate.public_key():
         raise InvalidRequest(
@@ -143,12 +154,14 @@ def read_credentials(tls: TlsConfig, own: Role) -> tuple[bytes, bytes, bytes]:
     if own not in roles:
         said = " and ".join(sorted(roles)) or "none"
         raise InvalidRequest(
-            f"{cert} is for role {said}, not {own}: write {{role}} into the path, or give a certificate of it",
+            f"{cert} is for role {said}, not {own}: write {{role}} into the path,"
+            f" or give a certificate of it",
             "tls",
         )
     if certificate.not_valid_after_utc <= datetime.datetime.now(datetime.UTC):
         raise InvalidRequest(
-            f"{cert} ran out on {certificate.not_valid_after_utc:%Y-%m-%d}: make new ones with `outrider certs`",
+            f"{cert} expired on {certificate.not_valid_after_utc:%Y-%m-%d}:"
+            " make new ones with `outrider certs`",
             "tls",
         )
     return found
@@ -166,10 +179,11 @@ def read_pem(file: Path) -> bytes:
 
 
 def warn_if_plaintext(nodes: Iterable[str], tls: TlsConfig | None) -> None:
-    """One line in the log where actors of several nodes talk in the clear. An empty name is no node of a cluster."""
+    """Logs a warning if actors of several nodes talk without TLS. An empty name is not a node."""
     count = len({node for node in nodes if node})
     if tls is None and count > 1:
         log.warning(
-            "actors on %d nodes talk without TLS: name certificates under security.tls, or keep the network to yourself",
+            "actors on %d nodes talk without TLS: set certificates under security.tls,"
+            " or isolate the network",
             count,
         )

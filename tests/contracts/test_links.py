@@ -74,7 +74,7 @@ def test_a_refused_handshake_names_both_values() -> None:
             "life 0 was asked for, drafter scripted in life 1 is here",
         ),
         (GOOD, "not hello"),
-        (GARBAGE, "20 bytes are no frame"),
+        (GARBAGE, "20 bytes are not a valid frame"),
     ],
 )
 def test_the_target_checks_the_drafters_hello_too(first: bytes, says: str) -> None:

@@ -65,7 +65,7 @@ def test_a_bundle_in_a_bundle_is_of_no_kind() -> None:
     (frame,) = bundle.unbundle_replies(
         pb.FromDrafter(bundle=pb.Bundle(frames=[inner])).SerializeToString()
     )
-    with pytest.raises(InvalidRequest, match="bundle has no place"):
+    with pytest.raises(InvalidRequest, match="bundle is not a"):
         drafting_codec.decode_reply(frame)
 
 

@@ -250,8 +250,8 @@ def test_growth_at_the_limits_is_taken() -> None:
         (growth(tokens=np.array([-1], "<i4").tobytes()), "token id -1"),
         (growth(session=""), "session of 0 characters"),
         (growth(session="s" * 257), "session of 257 characters"),
-        (drafting_codec.encode_hello_from_drafter(Hello("v", "m", "d")), "hello has no place"),
-        (b"\xff\xff\xff", "3 bytes are no frame"),
+        (drafting_codec.encode_hello_from_drafter(Hello("v", "m", "d")), "hello is not a"),
+        (b"\xff\xff\xff", "3 bytes are not a valid frame"),
     ],
 )
 def test_malformed_replies_are_refused(frame: bytes, says: str) -> None:
@@ -308,7 +308,7 @@ def test_one_bad_score_among_good_ones_is_found() -> None:
         (pb.ToDrafter(commit=pb.Commit(session="s", tokens=[-1])), "token id -1"),
         (pb.ToDrafter(share=pb.Share(session="s", index=2, of=2)), "share 2 of 2"),
         (pb.ToDrafter(close=pb.Close()), "session of 0"),
-        (pb.ToDrafter(hello=pb.Hello()), "hello has no place"),
+        (pb.ToDrafter(hello=pb.Hello()), "hello is not a"),
     ],
 )
 def test_malformed_events_are_refused(frame: Any, says: str) -> None:

@@ -160,4 +160,4 @@ def test_an_answer_that_fails_is_counted() -> None:
 
     seen = played(main())
     assert (seen.counts["failed"], seen.counts["finished"]) == (1, 0)
-    assert "no target has taken the session" in seen.wrong[0]
+    assert "no target accepted the session" in seen.wrong[0]

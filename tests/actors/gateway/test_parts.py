@@ -290,7 +290,7 @@ MESSAGES = [{"role": "user", "content": "x"}]
         ("{{ ''.__class__.__mro__ }}", "template"),
         ("{{ messages[5].content }}", "template"),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{% for a in range(3000) %}{{ 'x' * 4000 }}{% endfor %}", "too much"),
+        ("{% for a in range(3000) %}{{ 'x' * 4000 }}{% endfor %}", "more than 8388608 characters"),
         ("{% nonsense %}", "template"),
         ("{{ 1 / 0 }}", "template"),
         ("{% for a in range(10000000000) %}{% endfor %}", "template"),

@@ -177,7 +177,7 @@ def test_a_loss_is_logged_once_and_without_what_was_said(caplog: pytest.LogCaptu
     with caplog.at_level(logging.INFO):
         played(main())
     assert [record.getMessage() for record in caplog.records] == [
-        "target t0 is lost or refuses sessions, they go on elsewhere: connection reset"
+        "target t0 is lost or refuses sessions, which continue elsewhere: connection reset"
     ]
 
 
@@ -285,7 +285,7 @@ def test_without_a_target_a_session_ends_in_time(deadline: float | None, after: 
             asyncio.get_running_loop().time,
         )
         began = now()
-        with pytest.raises(Unavailable, match="no target has taken the session"):
+        with pytest.raises(Unavailable, match="no target accepted the session"):
             await all_of(router.generate(replace(ASKED, deadline=deadline)))
         assert now() - began == pytest.approx(after)
 

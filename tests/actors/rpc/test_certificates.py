@@ -25,17 +25,17 @@ from tests.support.fakes import HOST
             {"cert": "nowhere.pem"},
             r"nowhere\.pem cannot be read \(No such file or directory\): give",
         ),
-        ({"ca": "noise.pem"}, "noise.pem, .* is not what it should be"),
-        ({"cert": "noise.pem"}, "is not what it should be"),
-        ({"key": "noise.pem"}, "is not what it should be"),
-        ({"key": "{role}.pem"}, "is not what it should be"),
+        ({"ca": "noise.pem"}, "noise.pem, .* is invalid"),
+        ({"cert": "noise.pem"}, "is invalid"),
+        ({"key": "noise.pem"}, "is invalid"),
+        ({"key": "{role}.pem"}, "is invalid"),
         ({"key": "drafter-key.pem"}, r"drafter-key\.pem is not the key of .*target\.pem: give"),
         (
             {"cert": "gateway.pem", "key": "gateway-key.pem"},
             "is for role gateway, not target: write {role} into the path",
         ),
         ({"cert": "https.pem", "key": "https-key.pem"}, "is for role none, not target"),
-        ({"cert": "ca.pem"}, "is not what it should be"),
+        ({"cert": "ca.pem"}, "is invalid"),
     ],
 )
 def test_unusable_files_are_named_in_the_error(
@@ -54,7 +54,7 @@ def test_an_expired_certificate_is_refused(tmp_path: Path) -> None:
     past = write_certificates(
         tmp_path, CertificateAuthority("past", NOW - datetime.timedelta(days=40), 30)
     )
-    with pytest.raises(InvalidRequest, match=r"ran out on \d{4}-\d\d-\d\d: make new ones"):
+    with pytest.raises(InvalidRequest, match=r"expired on \d{4}-\d\d-\d\d: make new ones"):
         read_credentials(past, "drafter")
 
 

@@ -204,7 +204,7 @@ def test_new_files_are_used_from_the_next_connection_on(
                 await answered(address, old)
             (tmp_path / "target.pem").write_text("half of a certific")
             assert await answered(address, strangers) == [CHUNK]
-        assert "the certificates of before stay in use" in caplog.text
+        assert "the old ones stay in use" in caplog.text
 
     asyncio.run(main())
 
