@@ -1,8 +1,7 @@
-"""The files of deploy/, against what reads them.
+"""The files of deploy/ are valid for the programs that read them.
 
-What is checked how: cluster files by Ray's own validator; shell scripts by `bash -n` and by running those that make keys; manifests by the
-schemas of tests/support/kubernetes.py;  names of metrics in rules and dashboard by the registry that the gateway
-serves, and the expressions by promtool where it is installed.
+Ray's own validator checks the cluster files. `bash -n` checks the shell scripts, and those that
+make keys are run. The schemas of tests/support/kubernetes.py check the manifests.
 """
 
 import json
@@ -20,22 +19,15 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from actors.gateway.api_keys import is_open
-from actors.gateway.concurrency_limiter import ConcurrencyLimiter
-from actors.gateway.metrics import GatewayMetrics
 from actors.serve_app import Arguments
 from runtime import config
-from runtime.config import Deployment, LimitsConfig
+from runtime.config import Deployment
 from runtime.method_registry import drafting_methods
+from tests.support.deploy_files import CLUSTERS, DEPLOY, EXAMPLES, MANIFESTS, SCRIPTS, by_name, read
 from tests.support.kubernetes import schema_of
 from tests.support.paths import ROOT
-from tests.system.cluster.queries import alerts, panels, rules, shown
-from tests.system.cluster.try_cluster import DEPLOYMENT, cluster_file
+from tests.system.cluster.cluster_operator import DEPLOYMENT, cluster_file
 
-DEPLOY = ROOT / "deploy"
-CLUSTERS = sorted((DEPLOY / "ray").glob("*.yaml"))
-SCRIPTS = ("again", "certify", "keys", "leave", "node")
-EXAMPLES = sorted((DEPLOY / "examples").glob("*.yaml"))
-MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
 SETTINGS = {
     "RAY_AUTH_MODE": "token",
     "RAY_USE_TLS": "1",
@@ -45,16 +37,7 @@ SETTINGS = {
 }
 
 
-def by_name(files: list[Path]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("file", files, ids=lambda file: file.stem)
-
-
-def read(file: Path) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(file.read_text("utf-8"))
-    return content
-
-
-# --- cluster files -----------------------------------------------------------------------------------------------------
+# Cluster files
 
 
 @by_name(CLUSTERS)
@@ -66,7 +49,7 @@ def test_ray_takes_the_cluster_file_and_would_notice_a_wrong_key(file: Path) -> 
         validate_config(prepare_config(read(file) | {"setup_command": []}))
 
 
-def test_the_on_premise_file_filled_in_is_one() -> None:
+def test_the_filled_in_on_premise_file_is_valid() -> None:
     prepared = prepare_config(yaml.safe_load(cluster_file()))
     validate_config(prepared)
     assert prepared["max_workers"] == 3
@@ -74,7 +57,7 @@ def test_the_on_premise_file_filled_in_is_one() -> None:
 
 
 @pytest.mark.parametrize("name", ["aws", "gcp"])
-def test_targets_and_drafters_are_nodes_of_their_own_kinds(name: str) -> None:
+def test_targets_and_drafters_run_on_separate_node_types(name: str) -> None:
     kinds = read(DEPLOY / "ray" / f"{name}.yaml")["available_node_types"]
     assert {kind for kind, content in kinds.items() if "GPU" not in content["resources"]} == {
         "head"
@@ -196,11 +179,11 @@ def test_keys_are_made_once_for_their_owner_alone_and_nodes_get_certificates_by_
     assert (out / "node-key.pem").stat().st_mode & 0o077 == 0
 
 
-# --- deployment files --------------------------------------------------------------------------------------------------
+# Deployment files
 
 
 @by_name(EXAMPLES)
-def test_the_examples_are_deployments_and_closed(file: Path) -> None:
+def test_the_examples_are_valid_and_not_open(file: Path) -> None:
     deployment = config.load_deployment(file)
     assert {pool.method for pool in deployment.pools} <= set(drafting_methods())
     if deployment.gateway.host != "127.0.0.1":
@@ -212,11 +195,11 @@ def test_the_examples_are_deployments_and_closed(file: Path) -> None:
         assert deployment.pools[0].placement.resources == {"drafter": 1}
 
 
-def test_the_deployment_of_the_trial_is_one() -> None:
+def test_the_deployment_of_the_cluster_trial_is_valid() -> None:
     assert Deployment.model_validate(yaml.safe_load(DEPLOYMENT)).target.replicas == 2
 
 
-# --- Kubernetes --------------------------------------------------------------------------------------------------------
+# Kubernetes
 
 
 def ray_cluster(name: str) -> dict[str, Any]:
@@ -296,7 +279,7 @@ def test_the_application_of_the_service_is_there_and_takes_its_arguments() -> No
     Arguments.model_validate(application["args"])
 
 
-# --- the image ---------------------------------------------------------------------------------------------------------
+# The image
 
 
 def test_the_image_copies_what_is_there_and_all_packages() -> None:
@@ -325,123 +308,3 @@ def test_the_image_copies_what_is_there_and_all_packages() -> None:
     }
     assert sent == copied
     assert text.index("\nUSER outrider") < text.index("\nENTRYPOINT")
-
-
-# --- Prometheus and Grafana --------------------------------------------------------------------------------------------
-
-
-def served() -> set[str]:
-    """Names of all series that a gateway serves."""
-    meter = GatewayMetrics("model", ConcurrencyLimiter(LimitsConfig()), lambda: None)
-    names = set()
-    for family in meter.registry.collect():
-        endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(
-            family.type, ("",)
-        )
-        names |= {family.name + ending for ending in endings}
-    return names
-
-
-def test_rules_and_dashboard_ask_for_metrics_that_there_are() -> None:
-    asked = {
-        name
-        for expression in [*shown(), *alerts()]
-        for name in re.findall(r"outrider:\w+", expression)
-    }
-    assert len(asked) > 25
-    assert asked - served() == set()
-
-
-def test_each_rule_says_what_to_do_and_each_panel_has_its_place() -> None:
-    assert len({rule["alert"] for rule in rules()}) == len(rules())
-    assert [
-        rule["alert"] for rule in rules() if set(rule["annotations"]) != {"summary", "action"}
-    ] == []
-    assert len({panel["id"] for panel in panels()}) == len(panels())
-    cells = [
-        (x, y)
-        for place in (panel["gridPos"] for panel in panels())
-        for x in range(place["x"], place["x"] + place["w"])
-        for y in range(place["y"], place["y"] + place["h"])
-    ]
-    assert len(cells) == len(set(cells)), "two panels lie over each other"
-    assert max(x for x, _ in cells) == 23
-
-
-@pytest.mark.skipif(
-    shutil.which("promtool") is None, reason="needs promtool: apt-get install prometheus"
-)
-@pytest.mark.parametrize(("accepted", "fires"), [(90, False), (1, True)])
-def test_collapsed_acceptance_is_told_from_that_of_a_healthy_tree(
-    accepted: int, fires: bool, tmp_path: Path
-) -> None:
-    """A target makes 10 rounds a second, for each of which its drafter sends a tree of 30 nodes; so many are accepted in 10 seconds."""
-    names = 'drafter="a-0", pool="a"'
-    series = [
-        {
-            "series": f'outrider:{name}{{instance="{gateway}", target="t", {labels}}}',
-            "values": f"0+{step}x120",
-        }
-        for gateway in ("g0", "g1")  # each tells of the whole fleet
-        for name, labels, step in (
-            ("target_rounds_total", "", 100),
-            ("drafter_proposed_tokens_total", names, 3000),
-            ("drafter_accepted_tokens_total", names, accepted),
-        )
-    ]
-    alert = {"exp_labels": {"severity": "ticket", "pool": "a"}, "exp_annotations": {}}
-    expected = (
-        [alert | {"exp_annotations": annotations("OutriderAcceptanceCollapsed", "a")}]
-        if fires
-        else []
-    )
-    asked = [
-        {"eval_time": "15m", "alertname": "OutriderAcceptanceCollapsed", "exp_alerts": expected}
-    ]
-    trial = {
-        "rule_files": ["rules.yml"],
-        "tests": [{"interval": "10s", "input_series": series, "alert_rule_test": asked}],
-    }
-    shutil.copy(DEPLOY / "prometheus" / "rules.yml", tmp_path)
-    (tmp_path / "trial.yml").write_text(yaml.safe_dump(trial), "utf-8")
-    done = subprocess.run(
-        ["promtool", "test", "rules", "trial.yml"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def annotations(alert: str, pool: str) -> dict[str, str]:
-    found: dict[str, str] = next(rule["annotations"] for rule in rules() if rule["alert"] == alert)
-    return {name: text.replace("{{ $labels.pool }}", pool) for name, text in found.items()}
-
-
-@pytest.mark.skipif(
-    shutil.which("promtool") is None, reason="needs promtool: apt-get install prometheus"
-)
-def test_prometheus_takes_rules_configuration_and_queries(tmp_path: Path) -> None:
-    text = (DEPLOY / "prometheus" / "prometheus.yml").read_text("utf-8")
-    for number, file in enumerate(re.findall(r"_file: (\S+?)[,}]", text)):
-        (tmp_path / str(number)).touch()
-        text = text.replace(file, str(number))
-    (tmp_path / "prometheus.yml").write_text(text.replace("GATEWAY", "192.0.2.1:8443"), "utf-8")
-    shutil.copy(DEPLOY / "prometheus" / "rules.yml", tmp_path)
-    asked = [
-        {"record": f"q{i}", "expr": expression}
-        for i, expression in enumerate([*shown(), *alerts()])
-    ]
-    (tmp_path / "queries.yml").write_text(
-        yaml.safe_dump({"groups": [{"name": "all", "rules": asked}]}), "utf-8"
-    )
-    for what, file in (("config", "prometheus.yml"), ("rules", "queries.yml")):
-        done = subprocess.run(
-            ["promtool", "check", what, file],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr

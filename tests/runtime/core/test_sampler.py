@@ -1,4 +1,4 @@
-"""The choice of tokens: numpy rule and torch rule against the exact law, against each other and against transformers."""
+"""The numpy and torch samplers follow the exact law and agree with each other and transformers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -11,11 +11,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from runtime.core import noise, sampler_reference
-from runtime.core.sampler_reference import LogprobScorer, Sampler, SamplingInput
+from runtime.core.sampler_reference import Sampler, SamplingInput
 from runtime.core.sampling_params import SamplingParams
 from runtime.models import sampler as fast
+from tests.support.sampling import EOS, ask, build, some_logits
 
-EOS = frozenset({0, 3})
 CHOOSERS: dict[str, Sampler] = {
     "numpy": sampler_reference.reference_sample,
     "torch": lambda logits, ask: fast.choose(torch.as_tensor(logits), ask),
@@ -25,17 +25,7 @@ ROWS = 500  # of one call
 LOGITS = np.array([1.5, 0.3, -0.7, 2.0, 0.0, -2.5, 1.1, 0.9, -0.2, 1.5], dtype=np.float32)
 
 Tokens = npt.NDArray[np.int64]
-build: Callable[..., SamplingParams] = SamplingParams
 chooser = pytest.mark.parametrize("choose", CHOOSERS.values(), ids=list(CHOOSERS))
-
-
-def ask(
-    sampling: SamplingParams,
-    paths: list[list[int]],
-    text: tuple[int, ...] = (1, 2),
-    prompt: int = 1,
-) -> SamplingInput:
-    return SamplingInput(sampling, prompt, text, paths, EOS)
 
 
 def constrained(
@@ -47,7 +37,7 @@ def constrained(
 def law(
     temperature: float, top_k: float = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> list[float]:
-    """The exact law of LOGITS, in words: order by probability, cut, cut, cut, and share out what is left."""
+    """Computes the exact law of LOGITS: sort by probability, apply three filters, renormalise."""
     weight = {
         token: exp(logit / temperature) for token, logit in enumerate(LOGITS.astype(float).tolist())
     }
@@ -334,40 +324,6 @@ def test_an_end_that_comes_too_early_is_chosen_where_nothing_else_is_allowed(
     ).tolist() == [2, 0, 3]
 
 
-SCORERS: dict[str, LogprobScorer] = {
-    "numpy": sampler_reference.logprobs,
-    "torch": lambda logits, tokens, k: fast.logprobs(torch.as_tensor(logits), tokens, k),
-}
-
-
-@pytest.mark.parametrize("scorer", SCORERS.values(), ids=list(SCORERS))
-@pytest.mark.parametrize(("vocabulary", "k"), [(5, 0), (5, 3), (5, 20), (3000, 20)])
-def test_logprobs_are_those_of_the_logits_as_they_are(
-    scorer: LogprobScorer, vocabulary: int, k: int
-) -> None:
-    logits = some_logits(3, vocabulary)
-    expected = logits.double().log_softmax(dim=-1)
-    found = scorer(logits.numpy(), [1, 4, 2], k)
-    assert [one.chosen for one in found] == pytest.approx(
-        [float(expected[row, token]) for row, token in enumerate([1, 4, 2])], abs=1e-5
-    )
-    best = expected.topk(min(k, vocabulary), dim=-1)
-    assert [[token for token, _ in one.top] for one in found] == best.indices.tolist()
-    for one, values in zip(found, best.values.tolist(), strict=True):
-        assert [value for _, value in one.top] == pytest.approx(values, abs=1e-5)
-        assert max([one.chosen, *(value for _, value in one.top)]) <= 0.0
-
-
-@pytest.mark.parametrize("scorer", SCORERS.values(), ids=list(SCORERS))
-def test_a_certain_token_has_logprob_0_and_an_impossible_one_the_lowest(
-    scorer: LogprobScorer,
-) -> None:
-    (found,) = scorer(np.array([[-np.inf, 60.0, -60.0]], dtype=np.float32), [1], 3)
-    assert found.chosen == 0.0
-    assert [token for token, _ in found.top] == [1, 2, 0]
-    assert found.top[2][1] == -np.inf
-
-
 @chooser
 def test_greedy_takes_the_first_of_equals(choose: Sampler) -> None:
     assert choose(
@@ -378,63 +334,3 @@ def test_greedy_takes_the_first_of_equals(choose: Sampler) -> None:
 def test_greedy_without_penalties_leaves_the_logits_alone() -> None:
     logits = torch.randn(3, 20)
     assert fast.shape(logits, ask(build(top_k=3, top_p=0.5), [[], [], []])) is logits
-
-
-def some_logits(rows: int, vocabulary: int) -> torch.Tensor:
-    return torch.from_numpy(
-        np.random.default_rng(rows).standard_normal((rows, vocabulary)).astype(np.float32) * 2
-    )
-
-
-def test_candidates_at_temperature_0_are_the_most_probable() -> None:
-    logits = some_logits(5, 300)
-    tokens, scores = fast.candidates(logits, ask(build(logit_bias=((7, 50.0),)), [[]] * 5), 4)
-    logits[:, 7] += 50
-    expected = logits.log_softmax(dim=-1).topk(4)
-    assert tokens.dtype == np.int32
-    assert scores.dtype == np.float32
-    assert np.array_equal(tokens, expected.indices.numpy())
-    assert np.allclose(scores, expected.values.numpy(), atol=1e-5)
-    assert (tokens[:, 0] == 7).all()
-    assert (scores <= 0).all()
-
-
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        {},
-        {"top_k": 9},
-        {"top_p": 0.7},
-        {"min_p": 0.2},
-        {"top_k": 30, "top_p": 0.9, "logit_bias": ((3, 4.0),)},
-        {"repetition_penalty": 1.5, "presence_penalty": 1.0},
-    ],
-    ids=str,
-)
-def test_the_first_candidate_of_a_perfect_drafter_is_the_choice(
-    parameters: dict[str, object],
-) -> None:
-    logits, sampling = some_logits(200, 300), build(temperature=0.8, seed=4, **parameters)
-    question = ask(sampling, [[1] * length for length in range(200)])
-    tokens, scores = fast.candidates(logits, question, 5, pool=300)
-    assert tokens[:, 0].tolist() == fast.choose(logits, question).tolist()
-    assert (scores[:, 1:] <= scores[:, :-1]).all()
-    shaped = fast.shape(logits, question).numpy()
-    assert np.array_equal(
-        np.isinf(scores), np.isinf(np.take_along_axis(shaped, tokens.astype(np.int64), axis=1))
-    )
-
-
-def test_scores_of_candidates_are_shares_of_the_pool() -> None:
-    _, scores = fast.candidates(
-        some_logits(6, 40), ask(build(temperature=1.0), [[1] * i for i in range(6)]), 10, pool=10
-    )
-    assert np.allclose(np.exp(scores).sum(axis=1), 1, atol=1e-5)
-
-
-def test_more_candidates_than_tokens() -> None:
-    for temperature in (0.0, 1.0):
-        tokens, _ = fast.candidates(
-            some_logits(2, 3), ask(build(temperature=temperature), [[], [1]]), 8
-        )
-        assert np.sort(tokens, axis=1).tolist() == [[0, 1, 2]] * 2

@@ -16,7 +16,7 @@ from runtime.draft import draft_host
 from runtime.draft.commands import GrowthDropped
 from runtime.drafters.base import ExpandRequest, Text
 from tests.contracts.link_contract import PATIENCE_S, draft_for, soon
-from tests.runtime.draft.test_draft_engine import PROMPT, TEXT, Hand, V, commit, opened
+from tests.support.draft_engine import PROMPT, TEXT, Hand, V, commit, opened
 from tests.support.fakes import Feed, opening
 from tests.support.harness import Known, Mute, hosted
 

@@ -1,104 +1,49 @@
-"""`make test-cluster`: the on-premise cluster file for real, on hosts made out of this machine.
+"""`make test-cluster` runs the on-premise cluster file on hosts made out of this machine.
 
-`ray up` on a head, two target hosts and a drafter host; `outrider serve`; the `openai` package asks without pause while drafters are
-scaled, a host is cut off, another leaves and then is stopped, a third is powered down, the gateway is killed; a batch goes through
-`ray job submit`; everything goes down again. Every answer is compared with plain decoding. Prints each check with the seconds it took;
-ends with code 1 at the first that fails. Each step is a function: from a Python prompt, within `hosts`, one `bring_up` serves many trials.
-With the argument `short` it does a part of that in three minutes: up, served, asked, a host cut off, down again.
+`ray up` starts a head, two target hosts and a drafter host, and `outrider serve` a fleet. The
+`openai` package sends requests without pause while drafters are scaled, one host is cut off,
+another leaves and is stopped, a third is powered down, and the gateway is killed. A batch goes
+through `ray job submit`. At the end everything is taken down. Every answer is compared with plain
+decoding. The program prints each check with the seconds it took, and ends with code 1 at the first
+that fails. Each step is a function: from a Python prompt, within `hosts`, one `bring_up` serves
+many trials. With the argument `short` it takes three minutes: it brings the cluster up, serves,
+sends requests, cuts a host off and takes everything down.
 """
 
 import contextlib
 import json
-import re
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from runtime.model_paths import bundled_model
 from tests.support.paths import ROOT
-from tests.system.cluster.hosts import Hosts, await_, hosts, missing
+from tests.system.cluster.cluster_operator import (
+    ADDRESSES,
+    BIN,
+    DEPLOYMENT,
+    HEAD,
+    KEYS,
+    KNOCK,
+    PATIENCE_S,
+    READY,
+    Failed,
+    Operator,
+    check,
+    cluster_file,
+    say,
+)
+from tests.system.cluster.hosts import await_, hosts, missing
 from tests.system.cluster.queries import rules, shown
 from tests.system.cluster.reference import cases
 from tests.system.cluster.status_stream import Looks
 from tests.system.cluster.traffic import Traffic
 
-NET = "10.77.5"
-HEAD, TARGETS, DRAFTERS = f"{NET}.10", (f"{NET}.11", f"{NET}.12"), f"{NET}.13"
-ADDRESSES = {
-    "client": f"{NET}.5",
-    "head": HEAD,
-    "target-a": TARGETS[0],
-    "target-b": TARGETS[1],
-    "drafters": DRAFTERS,
-}
-BIN = ROOT / ".venv" / "bin"
-KEYS = "/root/.outrider"
 STREAMS = 3
 TOKENS = 160
-PATIENCE_S = 600.0  # for anything; a busy machine is slow, and only a failure waits so long
 RARE = ("target_fallbacks_total",)  # has no series before it happens
-
-DEPLOYMENT = f"""
-target: {{model: {bundled_model("target")}, dtype: float32, kv_tokens: 8192, replicas: 2, placement: {{resources: {{target: 1}}, threads: 1}}}}
-pools:
-  - {{name: draft, model: {bundled_model("draft")}, dtype: float32, max: 4, placement: {{resources: {{drafter: 1}}, num_cpus: 0.5, threads: 1}}}}
-gateway:
-  host: {HEAD}
-  port: 8443
-  nodes: [{HEAD}]
-  api_keys: {KEYS}/api-keys
-  tls: {{ca: {KEYS}/certs/ca.pem, cert: {KEYS}/certs/https.pem, key: {KEYS}/certs/https-key.pem}}
-security:
-  tls: {{ca: {KEYS}/certs/ca.pem, cert: "{KEYS}/certs/{{role}}.pem", key: "{KEYS}/certs/{{role}}-key.pem"}}
-"""
-
-# Whether the gateway takes requests.
-READY = f"""
-import pathlib, ssl, urllib.request
-trusted = ssl.create_default_context(cafile=pathlib.Path("{KEYS}/certs/ca.pem"))
-urllib.request.urlopen("https://{HEAD}:8443/ready", timeout=5, context=trusted)
-"""
-
-# The first bytes that Ray's server says to who shows no certificate, and to who shows that of a node.
-KNOCK = f"""
-import contextlib, os, socket, ssl
-for certificate in ((), (os.environ["RAY_TLS_SERVER_CERT"], os.environ["RAY_TLS_SERVER_KEY"])):
-    shown = ssl.create_default_context(cafile=os.environ["RAY_TLS_CA_CERT"])
-    shown.set_alpn_protocols(["h2"])
-    if certificate:
-        shown.load_cert_chain(*certificate)
-    said = b""
-    with contextlib.suppress(ssl.SSLError, ConnectionError):
-        with shown.wrap_socket(socket.create_connection(("{HEAD}", 6379), 30), server_hostname="{HEAD}") as secured:
-            said = secured.recv(100)
-    print(len(said))
-"""
-
-
-class Failed(Exception):
-    """A check that failed: which, and what was seen."""
-
-
-def say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
-@contextlib.contextmanager
-def check(what: str) -> Iterator[list[str]]:
-    """A line when it is done, with what was put into the list. Raises Failed."""
-    begin, more = time.monotonic(), list[str]()
-    try:
-        yield more
-    except (subprocess.SubprocessError, TimeoutError, AssertionError) as error:
-        seen = getattr(error, "output", None) or ""
-        raise Failed(f"after {time.monotonic() - begin:.1f} s: {what}\n{error}\n{seen}") from error
-    say(f"{time.monotonic() - begin:6.1f} s  {'; '.join([what, *more])}")
 
 
 def main() -> int:
@@ -127,59 +72,6 @@ def main() -> int:
     return 0
 
 
-@dataclass(frozen=True, slots=True)
-class Operator:
-    """What a person does at the client, and sees."""
-
-    made: Hosts
-
-    def client(self, command: str, patience: float = PATIENCE_S) -> str:
-        return self.made.run("client", f"cd {ROOT} && PATH={BIN}:$PATH && {command}", patience)
-
-    def put(self, path: str, content: str) -> None:
-        self.made.run("client", f"cat >{path} <<'END'\n{content}\nEND")
-
-    def on_head(self, command: str, patience: float = PATIENCE_S) -> str:
-        return self.client(f"ray exec ~/cluster.yaml {shlex.quote(command)} 2>&1", patience)
-
-    def outrider(self, command: str, patience: float = PATIENCE_S) -> str:
-        return self.made.run("head", f"outrider {command}", patience)
-
-    def fleet(self) -> dict[str, Any]:
-        status: dict[str, Any] = json.loads(
-            self.outrider("status --address auto --json").splitlines()[-1]
-        )
-        return status
-
-    def queries(self) -> dict[str, int]:
-        """Series found by each query of dashboard and rules; none before Prometheus answers."""
-        said = self.made.run(
-            "client",
-            f"cd {ROOT} && {BIN}/python -m tests.system.cluster.queries http://127.0.0.1:9090 2>/dev/null || echo '{{}}'",
-        )
-        answers: dict[str, int] = json.loads(said.splitlines()[-1])
-        return answers
-
-    def all_joined(self) -> bool:
-        lines = {line.strip() for line in self.made.run("head", "ray status 2>&1").splitlines()}
-        return {"0.0/2.0 target", "0.0/4.0 drafter"} <= lines
-
-    def logs(self) -> str:
-        """Ends of the logs on the head, and of the drafters' and targets' hosts that are still there."""
-        names = "{gcs_server.out,raylet.out,raylet.err,dashboard_agent.log,monitor.log,monitor.err,worker*.err}"
-        # Without the frames of a stack and the counters that would hide what was said before them.
-        one = "grep -vE '^/|total|state-dump|num_|^ *$' $log | tail -n 25 | cut -c 1-300"
-        tail = f'cd /tmp/ray/session_latest/logs && for log in {names}; do [ ! -s $log ] || {{ echo "==> $log"; {one}; }}; done'
-        found = [f"--- {host}\n{self._try(host, tail)}" for host in ADDRESSES if host != "client"]
-        return "\n".join(found)
-
-    def _try(self, host: str, command: str) -> str:
-        try:
-            return self.made.run(host, command, 10)
-        except subprocess.SubprocessError as error:
-            return str(error)
-
-
 def whole_life(operator: Operator, known: list[dict[str, Any]]) -> None:
     bring_up(operator)
     serve(operator, known)
@@ -205,7 +97,7 @@ def short_life(operator: Operator, known: list[dict[str, Any]]) -> None:
 
 @contextlib.contextmanager
 def asking(operator: Operator) -> Iterator[tuple[Traffic, Looks]]:
-    """A client asks without pause, and somebody looks on, until the end."""
+    """Sends requests without pause and follows the status until the block ends."""
     with contextlib.ExitStack() as stack:
         traffic = ask(operator)
         stack.callback(traffic.stop)
@@ -270,7 +162,7 @@ def ask(operator: Operator) -> Traffic:
 
 
 def watch(operator: Operator) -> bool:
-    """Start a Prometheus on the client, if there is one on this machine; it ends with its host."""
+    """Starts a Prometheus on the client if this machine has one; it ends with its host."""
     if shutil.which("prometheus") is None:
         say("    -    no Prometheus here: apt-get install prometheus")
         return False
@@ -405,7 +297,7 @@ def power_off(operator: Operator, traffic: Traffic, looks: Looks) -> None:
 
 
 def missed(looks: Looks, what: str, left: int) -> str:
-    """Wait until no more are there, as the controller sees it."""
+    """Waits until the controller reports `left` of them; returns how long that took."""
     begin = time.monotonic()
     looks.await_(what, left)
     return f"seen after {time.monotonic() - begin:.1f} s"
@@ -424,7 +316,7 @@ def lose_gateway(operator: Operator) -> None:
 
 
 def take_down(operator: Operator, reached: Sequence[str]) -> None:
-    """`reached`: targets' hosts that can be reached."""
+    """Takes everything down; `reached` are the target hosts that can be reached."""
     with check("outrider down, ray down"):
         operator.on_head("outrider down --address auto")
         operator.client("ray down -y ~/cluster.yaml 2>&1")
@@ -433,21 +325,6 @@ def take_down(operator: Operator, reached: Sequence[str]) -> None:
             operator.made.run(host, "ray stop")
         for host in ("head", *reached):
             operator.made.run(host, "! pgrep -f '[r]aylet/raylet|[g]cs_server'")
-
-
-def cluster_file() -> str:
-    """The one that ships, filled in as its first lines say."""
-    text = (ROOT / "deploy" / "ray" / "on-premise.yaml").read_text("utf-8")
-    text = (
-        text.replace("HEAD_ADDRESS", HEAD)
-        .replace("DRAFTER_ADDRESS", DRAFTERS)
-        .replace("ssh_user: USER", "ssh_user: root")
-    )
-    return re.sub(
-        r"( *)(.*)TARGET_ADDRESS(.*)",
-        lambda line: "\n".join(f"{line[1]}{line[2]}{one}{line[3]}" for one in TARGETS),
-        text,
-    )
 
 
 if __name__ == "__main__":
