@@ -93,7 +93,11 @@ def test_unknown_type(dtype: str) -> None:
 
 @pytest.mark.parametrize(
     ("device", "message"),
-    [("tpu", "unknown device 'tpu'"), ("cuda:99", "cuda:99 not found"), ("cuda:x", "unknown device")],
+    [
+        ("tpu", "unknown device 'tpu'"),
+        ("cuda:99", "cuda:99 not found"),
+        ("cuda:x", "unknown device"),
+    ],
 )
 def test_unknown_device(device: str, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
