@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from actors.controller import client
+from actors.fleet import client
 from runtime.core.errors import Unavailable
 
 

@@ -26,7 +26,7 @@ from actors.controller.reconciler import (
     timed_out,
 )
 from actors.drafter import DraftActor
-from actors.ray_session import cause_of, first_line
+from actors.fleet.ray_session import cause_of, first_line
 from actors.rpc.endpoints import ActorLocation, Endpoint
 from actors.target import TargetActor
 from runtime.config import Placement

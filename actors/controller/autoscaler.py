@@ -4,10 +4,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from actors.controller import scaling_policy
 from actors.controller.fleet_view import Reports
 from actors.controller.reconciler import TARGET, Member, is_running, serves
-from actors.controller.scaling_policy import Decision, Sample, ScalingState
+from actors.fleet import scaling_policy
+from actors.fleet.scaling_policy import Decision, Sample, ScalingState
 from runtime.config import PoolConfig
 from runtime.telemetry.reports import TargetReport
 

@@ -13,7 +13,6 @@ from actors.controller import actor_handles, fleet_view, recorder
 from actors.controller.autoscaler import Autoscaler
 from actors.controller.cluster_resources import ClusterResources, missing_room
 from actors.controller.controller_state import ControllerState, StateStore
-from actors.controller.fleet_view import Fleet
 from actors.controller.members import Members
 from actors.controller.reconciler import (
     ANSWER_TIMEOUT_S,
@@ -29,6 +28,7 @@ from actors.controller.reconciler import (
     reconcile,
     serves,
 )
+from actors.fleet.fleet_state import Fleet
 from actors.rpc.endpoints import ActorLocation
 from actors.rpc.tls import warn_if_plaintext
 from runtime.config import MAX_DRAFTERS, Deployment

@@ -7,8 +7,8 @@ are interchangeable. A member is outdated once the deployment wants another spec
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count as numbers
-from typing import Literal
 
+from actors.fleet.fleet_state import State
 from actors.rpc.endpoints import ActorLocation, Endpoint
 from runtime.config import Deployment, DrafterConfig, PoolConfig, TargetConfig, TlsConfig
 from runtime.core.errors import InvalidRequest
@@ -22,8 +22,6 @@ MAX_BACKOFF_S = 30.0  # between two attempts to start a member
 MIN_UPTIME_S = 4.0  # below which a drafter's life counts as a failed start
 MAX_FAILURES = 10  # in a row until a drafter is given up; with the backoffs, three minutes
 MAX_WAITED_FAILURES = 3  # in a row until callers that wait for a start get an error
-
-State = Literal["starting", "ready", "draining", "failed"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from concurrent.futures import Future
 
 import ray
 
-from actors.controller import client
-from actors.controller.fleet_view import Fleet, TargetState, targets_of_model
+from actors.fleet import client
+from actors.fleet.fleet_state import Fleet, TargetState, targets_of_model
 from actors.gateway.api_keys import ApiKeys
 from actors.gateway.app import build_app
 from actors.gateway.server import build_server, check_exposure, listen

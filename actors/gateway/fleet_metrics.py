@@ -7,7 +7,7 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from actors.controller.fleet_view import Fleet
+from actors.fleet.fleet_state import Fleet
 from runtime.telemetry.reports import DrafterReport, GuessReport, Metric, MetricKind, TargetReport
 
 Labels = tuple[str, ...]

@@ -5,7 +5,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from actors.controller.fleet_view import Fleet
+from actors.fleet.fleet_state import Fleet
 from actors.gateway.concurrency_limiter import ConcurrencyLimiter
 from actors.gateway.fleet_metrics import FleetCollector
 from runtime.core.messages import Chunk, Request

@@ -5,7 +5,7 @@ import importlib.metadata
 import time
 from collections.abc import Callable
 
-from actors.controller.fleet_view import Fleet
+from actors.fleet.fleet_state import Fleet
 from actors.gateway.api_keys import ApiKey, ApiKeys
 from actors.gateway.concurrency_limiter import ConcurrencyLimiter
 from actors.gateway.idempotency import IdempotencyCache

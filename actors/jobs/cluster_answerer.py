@@ -10,14 +10,14 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
-from actors.controller import client
-from actors.controller.fleet_view import Fleet, TargetState, targets_of_model
+from actors.fleet import client
+from actors.fleet.fleet_state import Fleet, TargetState, targets_of_model
+from actors.fleet.ray_session import translate_ray_errors
 from actors.gateway.streams import GenerationBackend, merge_chunks
 from actors.jobs.items import Answer, Item
 from actors.openai import protocol, request_adapter, response_builder
 from actors.openai.errors import ApiError, to_api_error
 from actors.openai.served_model import ServedModel, load_served_model
-from actors.ray_session import translate_ray_errors
 from actors.routing.router import Router, updated_router
 from actors.rpc.client import GrpcTarget
 from runtime.config import Deployment

@@ -4,9 +4,9 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+from actors.fleet.ray_session import ray_cluster
 from actors.launch import local_ray
 from actors.launch.local_ray import LocalRay
-from actors.ray_session import ray_cluster
 from runtime.core.errors import Unavailable
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from actors.ray_session import ENVIRONMENT, OBJECT_STORE_BYTES
+from actors.fleet.ray_session import ENVIRONMENT, OBJECT_STORE_BYTES
 from runtime.core.errors import Unavailable
 from runtime.model_paths import cache_folder
 

@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, S
 from typing import Protocol
 
 from actors.calibration_store import save_calibrations
-from actors.controller.fleet_view import Fleet, TargetState
-from actors.ray_session import ray_cluster, translate_ray_errors
+from actors.fleet.fleet_state import Fleet, TargetState
+from actors.fleet.ray_session import ray_cluster, translate_ray_errors
 from runtime.config import Deployment, TlsConfig
 from runtime.core.messages import Chunk, Request
 from runtime.draft.draft_host import DraftHost

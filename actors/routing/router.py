@@ -15,7 +15,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-from actors.controller.fleet_view import TargetState
+from actors.fleet.fleet_state import TargetState
 from actors.routing.routed_session import RoutedSession, TargetLife
 from runtime.core.errors import InvalidRequest, Overloaded, TargetDied, TargetsLost, Unavailable
 from runtime.core.messages import Chunk, Request

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from actors.controller import client
+from actors.fleet import client
 from actors.tracing.trace_reader import save_trace
 from runtime.core.errors import InvalidRequest
 

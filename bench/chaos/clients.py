@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from actors.compose import build_target
-from actors.controller.fleet_view import DrafterState, Fleet, TargetState
+from actors.fleet.fleet_state import DrafterState, Fleet, TargetState
 from actors.routing.router import Router
 from actors.rpc.client import GrpcTarget
 from bench.chaos.chaos_report import Gap

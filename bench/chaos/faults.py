@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from actors.controller.fleet_view import DrafterState, Fleet, TargetState
+from actors.fleet.fleet_state import DrafterState, Fleet, TargetState
 from actors.rpc.endpoints import ActorLocation
 
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP)

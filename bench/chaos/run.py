@@ -15,8 +15,8 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from actors.controller.controller import Controller
-from actors.controller.fleet_view import Fleet, TargetState
-from actors.ray_session import ray_cluster, translate_ray_errors
+from actors.fleet.fleet_state import Fleet, TargetState
+from actors.fleet.ray_session import ray_cluster, translate_ray_errors
 from actors.routing.router import Router, updated_router
 from actors.rpc.endpoints import ActorLocation
 from bench.chaos.chaos_report import ChaosReport

@@ -12,7 +12,7 @@ import ray
 
 from actors.controller.actor_handles import START_TIMEOUT_S, actor_class
 from actors.drafter import DraftActor
-from actors.ray_session import ray_cluster, translate_ray_errors
+from actors.fleet.ray_session import ray_cluster, translate_ray_errors
 from actors.rpc.client import GrpcTarget
 from actors.rpc.common import CALLER_SILENCE_MS
 from actors.rpc.endpoints import Endpoint

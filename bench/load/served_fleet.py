@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 
 import ray
 
-from actors.controller.client import NAME
 from actors.controller.controller import Controller
-from actors.controller.fleet_view import Fleet
-from actors.ray_session import NAMESPACE, ray_cluster
+from actors.fleet.client import NAME
+from actors.fleet.fleet_state import Fleet
+from actors.fleet.ray_session import NAMESPACE, ray_cluster
 from actors.rpc.endpoints import ActorLocation
 from runtime.config import (
     Deployment,

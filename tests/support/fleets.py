@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from actors.controller.fleet_view import DrafterState, Fleet, PoolState, TargetState
-from actors.controller.scaling_policy import Decision
+from actors.fleet.fleet_state import DrafterState, Fleet, PoolState, TargetState
+from actors.fleet.scaling_policy import Decision
 from runtime.telemetry.reports import DrafterReport, GuessReport, TargetReport
 
 REPORT = TargetReport(

@@ -3,7 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from actors.controller.reconciler import Member, State, first_counts, spec_of
+from actors.controller.reconciler import Member, first_counts, spec_of
+from actors.fleet.fleet_state import State
 from actors.rpc.endpoints import ActorLocation
 from runtime.config import Deployment
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from tokenizers import Tokenizer
 
-from actors.controller.fleet_view import TargetState
+from actors.fleet.fleet_state import TargetState
 from actors.routing.router import Router
 from runtime.core.errors import OutriderError, TargetDied, Unavailable
 from runtime.core.messages import Chunk, Logprob, Request, Stats

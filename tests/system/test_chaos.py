@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from actors.controller.fleet_view import DrafterState, Fleet
+from actors.fleet.fleet_state import DrafterState, Fleet
 from actors.routing.router import Router
 from actors.rpc.endpoints import ActorLocation
 from bench.chaos.chaos_report import ChaosReport, Gap, percentile

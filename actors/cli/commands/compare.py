@@ -21,8 +21,8 @@ from actors.cli.views.status_view import (
     short_name,
     sum_guesses,
 )
-from actors.controller import client
-from actors.controller.fleet_view import Fleet
+from actors.fleet import client
+from actors.fleet.fleet_state import Fleet
 from actors.launch.cluster import join_cluster
 from runtime.core.sampling_params import check_range
 from runtime.telemetry.reports import GuessReport

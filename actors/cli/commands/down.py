@@ -5,7 +5,7 @@ import sys
 
 from actors.cli.commands.options import Address, Json
 from actors.cli.views.generation_view import Progress
-from actors.controller import client
+from actors.fleet import client
 from actors.launch import local_ray
 from actors.launch.cluster import chosen_address, join_cluster
 from runtime.core.errors import OutriderError

@@ -9,8 +9,8 @@ import typer
 
 from actors.cli.commands.options import Address, Json
 from actors.cli.views.generation_view import Progress
-from actors.controller import client
-from actors.controller.fleet_view import Fleet
+from actors.fleet import client
+from actors.fleet.fleet_state import Fleet
 from actors.launch.cluster import join_cluster
 
 POLL_PERIOD_S = 0.2

@@ -10,8 +10,8 @@ import typer
 
 from actors.cli.commands.options import Address, Json
 from actors.cli.views.generation_view import Progress
-from actors.controller import client
-from actors.controller.fleet_view import Fleet, PoolState
+from actors.fleet import client
+from actors.fleet.fleet_state import Fleet, PoolState
 from actors.launch.cluster import join_cluster
 from runtime.core.errors import InvalidRequest, Unavailable
 

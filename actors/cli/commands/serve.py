@@ -15,11 +15,11 @@ from rich.console import Console
 from actors.cli.commands.inlined import refuse_with_file
 from actors.cli.commands.options import Address, Device, Dtype, Json
 from actors.cli.views.generation_view import Progress
-from actors.controller import client
-from actors.controller.fleet_view import Fleet
+from actors.fleet import client
+from actors.fleet.fleet_state import Fleet
+from actors.fleet.ray_session import NAMESPACE
 from actors.launch import local_ray
 from actors.launch.cluster import chosen_address, join_cluster
-from actors.ray_session import NAMESPACE
 from actors.tracing.recording import check_writable, record_until
 from runtime import config
 from runtime.config import Deployment, GatewayConfig

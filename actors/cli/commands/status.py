@@ -8,7 +8,7 @@ from rich.console import Console
 
 from actors.cli.commands.options import Address, Json
 from actors.cli.views.status_view import Snapshot, render_status, status_json
-from actors.controller import client
+from actors.fleet import client
 from actors.launch.cluster import join_cluster
 
 SAMPLE_PERIOD_S = 1.0  # between the two snapshots that rates come from

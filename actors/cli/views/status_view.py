@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from actors.controller.fleet_view import DrafterState, Fleet, TargetState
+from actors.fleet.fleet_state import DrafterState, Fleet, TargetState
 from runtime.telemetry.reports import GuessReport, TargetReport
 
 

@@ -20,8 +20,8 @@ from actors.cli.views.status_view import (
     status_json,
     sum_guesses,
 )
-from actors.controller import client
-from actors.controller.fleet_view import Fleet
+from actors.fleet import client
+from actors.fleet.fleet_state import Fleet
 from runtime.core.errors import Unavailable
 from runtime.telemetry.reports import GuessReport, TargetReport
 from tests.support.fleets import FLEET, REPORT, later

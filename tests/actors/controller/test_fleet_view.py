@@ -6,9 +6,9 @@ import pytest
 
 from actors.controller import autoscaler, controller_state, fleet_view
 from actors.controller.controller_state import ControllerState
-from actors.controller.fleet_view import Fleet
 from actors.controller.reconciler import GATEWAY, SCHEDULING_TIMEOUT_S, TARGET, Member
-from actors.controller.scaling_policy import Decision
+from actors.fleet.fleet_state import Fleet
+from actors.fleet.scaling_policy import Decision
 from actors.rpc.endpoints import ActorLocation
 from runtime.config import Deployment, TlsConfig
 from runtime.telemetry.reports import DrafterReport, GuessReport, TargetReport

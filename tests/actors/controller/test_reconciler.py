@@ -19,7 +19,6 @@ from actors.controller.reconciler import (
     Member,
     Replace,
     Start,
-    State,
     backoff,
     first_counts,
     mark_lost,
@@ -28,6 +27,7 @@ from actors.controller.reconciler import (
     spec_of,
     timed_out,
 )
+from actors.fleet.fleet_state import State
 from actors.rpc.endpoints import ActorLocation
 from runtime.config import Deployment
 from tests.support.members import COUNTS, NOW, OTHER, PLAN, member

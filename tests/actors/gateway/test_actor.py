@@ -14,7 +14,7 @@ from typing import Any
 import openai
 import pytest
 
-from actors.controller.fleet_view import Fleet, TargetState
+from actors.fleet.fleet_state import Fleet, TargetState
 from actors.gateway.actor import Gateway
 from actors.openai.served_model import load_served_model
 from actors.rpc.certificate_authority import CertificateAuthority

@@ -12,7 +12,7 @@ import grpc
 import openai
 import pytest
 
-from actors.controller.fleet_view import Fleet, TargetState
+from actors.fleet.fleet_state import Fleet, TargetState
 from actors.gateway.actor import Gateway
 from actors.rpc.loop_thread import LoopThread
 from actors.rpc.server import TargetService

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from actors.controller.fleet_view import DrafterState, Fleet, PoolState, TargetState
+from actors.fleet.fleet_state import DrafterState, Fleet, PoolState, TargetState
 from actors.gateway.concurrency_limiter import ConcurrencyLimiter
 from actors.gateway.metrics import GatewayMetrics
 from runtime.config import LimitsConfig

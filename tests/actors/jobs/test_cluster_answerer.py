@@ -9,8 +9,8 @@ import pytest
 import ray
 from ray.exceptions import GetTimeoutError
 
-from actors.controller import client
-from actors.controller.fleet_view import Fleet, TargetState
+from actors.fleet import client
+from actors.fleet.fleet_state import Fleet, TargetState
 from actors.jobs import cluster_answerer
 from actors.jobs.cluster_answerer import ClusterAnswerer
 from actors.jobs.items import Answer, Item

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
-from actors.controller.fleet_view import TargetState
+from actors.fleet.fleet_state import TargetState
 from actors.routing.routed_session import RoutedSession
 from actors.routing.router import Router
 from runtime.core.errors import Unavailable

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.controller.fleet_view import TargetState
+from actors.fleet.fleet_state import TargetState
 from actors.routing.router import Load, Router, least_loaded, updated_router
 from runtime.core.errors import Unavailable
 from tests.support.router_harness import (

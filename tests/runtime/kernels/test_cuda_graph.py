@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from actors.controller import client
+from actors.fleet import client
 from actors.tracing.recording import check_writable, record_until
 from actors.tracing.trace_reader import read_trace
 from runtime.core.errors import InvalidRequest

@@ -15,8 +15,8 @@ from runtime.models.loader import Step, load_model
 from runtime.models.rollback_check import check_rollback
 from runtime.models.static_pass import StaticPass
 from runtime.models.step_timing import step_times
-from tests.runtime.models.test_llama import spread
 from tests.support.families import FAMILIES, tiny
+from tests.support.llama_shapes import spread
 from tests.support.static_pass import close, history
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

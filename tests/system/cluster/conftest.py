@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from actors.ray_session import ray_cluster
+from actors.fleet.ray_session import ray_cluster
 
 CPUS = 16  # Ray's, not the machine's: enough for all actors that any test here wants at one time
 

@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from actors.controller.controller import Controller
-from actors.ray_session import cause_of
+from actors.fleet.ray_session import cause_of
 from actors.rpc.client import GrpcTarget
 from actors.rpc.endpoints import ActorLocation
 from runtime.config import Deployment

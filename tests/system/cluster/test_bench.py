@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from actors.ray_session import translate_ray_errors
+from actors.fleet.ray_session import translate_ray_errors
 from bench.core import compare
 from bench.core import results as kept
 from bench.core.machine import two_cores

@@ -13,10 +13,10 @@ import pytest
 import ray
 from ray._private.state import actors
 
-from actors.controller.client import NAME
 from actors.controller.controller import Controller
-from actors.controller.fleet_view import Fleet
-from actors.ray_session import cause_of
+from actors.fleet.client import NAME
+from actors.fleet.fleet_state import Fleet
+from actors.fleet.ray_session import cause_of
 from actors.rpc.endpoints import ActorLocation
 from runtime.config import Deployment, GatewayConfig
 from runtime.core.errors import InvalidRequest, ModelRefused

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from actors.controller.fleet_view import Fleet
-from actors.ray_session import NAMESPACE, translate_ray_errors
+from actors.fleet.fleet_state import Fleet
+from actors.fleet.ray_session import NAMESPACE, translate_ray_errors
 from runtime.core.errors import Unavailable
 
 NAME = "controller"

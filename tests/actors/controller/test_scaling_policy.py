@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from actors.controller.scaling_policy import (
+from actors.fleet.scaling_policy import (
     IDLE_TIMEOUT_S,
     MAX_TRIAL_PAUSE_S,
     TRIAL_PAUSE_S,
