@@ -126,6 +126,12 @@ def test_every_module_and_test_that_is_run_exists(page: Path) -> None:
                 assert (ROOT / word.partition("::")[0]).exists(), f"{word}: no such test"
 
 
+def test_the_files_that_architecture_names_exist() -> None:
+    names = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    for name in re.findall(r"`([\w/]+\.py)`", (ROOT / "ARCHITECTURE.md").read_text("utf-8")):
+        assert (ROOT / name).exists() if "/" in name else name in names, name
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= README_LINES
 
