@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from xdist.remote import Producer
     from xdist.scheduler import LoadFileScheduling
 
-# The models of the tests are tiny: a second thread only costs. Set before anything loads torch, and inherited by Ray's workers.
+# The models are tiny: a second thread only costs. This is set before anything loads torch, and
+# Ray's workers inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -31,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 settings.register_profile("outrider", deadline=None, derandomize=True)
 settings.load_profile("outrider")
 
-# The packages have general names: another `runtime` on the path would be tested in place of this one.
+# The packages have general names: another `runtime` on the path would be tested instead.
 assert Path(str(runtime.__file__)).parent == ROOT / "runtime", (
     f"runtime is imported from {runtime.__file__}, not from {ROOT}"
 )

@@ -36,7 +36,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def commands(page: Path) -> list[str]:
-    """Everything on the page that is shown as a command: lines of code blocks, and code in the prose."""
+    """Returns every command on the page, from code blocks and code in prose."""
     text = page.read_text("utf-8")
     blocks = FENCE.findall(text)
     rest = FENCE.sub("", text)

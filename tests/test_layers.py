@@ -1,4 +1,4 @@
-"""Who may import whom (ARCHITECTURE.md), held by reading the import statements of every file; and the rules on files."""
+"""Import statements follow the layers of ARCHITECTURE.md, and files follow their rules."""
 
 import ast
 import subprocess
@@ -29,7 +29,8 @@ FILES = sorted(
 )
 SOURCES = [file for file in FILES if "_pb2" not in file]
 
-# A file of runtime/ belongs to the first layer that has a pattern for it, and may use its own layer and those before.
+# A file of runtime/ belongs to the first layer with a pattern for it. It may use its own layer
+# and those before it.
 LAYERS = (
     (
         "*__init__",
@@ -126,7 +127,10 @@ def layer(name: str) -> int:
 
 
 def imports(source: str) -> set[str]:
-    """Files of this project as paths without ".py" (a package as its __init__), other modules by their top-level name; lazy ones too."""
+    """Returns this project's files as paths without ".py" and other modules by top-level name.
+
+    A package is its __init__. Lazy imports count too.
+    """
     found: set[str] = set()
     for node in ast.walk(ast.parse((ROOT / source).read_text("utf-8"))):
         match node:

@@ -1,4 +1,4 @@
-"""What was learned survives a restart; whatever is wrong with the file costs a cold start and no more."""
+"""Calibration survives a restart; a broken file costs only a cold start."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What `make test-load` measures, small, on a gateway with a toy target: that all is counted and all is right, not how long it takes."""
+"""`make test-load` in small, on a toy target: everything is counted and right."""
 
 import asyncio
 import os

@@ -43,7 +43,7 @@ PROMPTS = [Prompt(name, (1, 2, 3)) for name in "abcde"]
 
 
 class Counted:
-    """A runner whose methods take as many seconds as their names have letters; it fails at its `fails`-th run."""
+    """Takes as many seconds per method as its name has letters; fails at its `fails`-th run."""
 
     def __init__(self, fails: int | None = None) -> None:
         self.calls: list[tuple[str, str, float]] = []

@@ -1,4 +1,4 @@
-"""The stages of a benchmark, without models: each adds its part, and what was measured is kept where a later one fails."""
+"""Each stage of a benchmark adds its part; a later failure keeps what was measured."""
 
 import io
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ PLAN = BenchPlan(
 
 
 class Scripted:
-    """A runner whose second setting of a swept method is the fastest; it fails at a prompt of the name `fails`."""
+    """Is fastest with the second setting of a swept method; fails at a prompt named `fails`."""
 
     def __init__(self, fails: str = "") -> None:
         self.calls: list[tuple[str, str, int]] = []

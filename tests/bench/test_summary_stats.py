@@ -44,7 +44,8 @@ def test_acceptance_of_each_rank() -> None:
 
 def test_the_best_tree_by_hand() -> None:
     ranks = [0.6, 0.3]
-    # Values of nodes: first child 0.6, second 0.3; below the first 0.36 and 0.18; three deep 0.216; below the second 0.18 and 0.09.
+    # Values of nodes: first child 0.6, second 0.3; below the first 0.36 and 0.18; three deep 0.216;
+    # below the second 0.18 and 0.09.
     assert expected_tokens(ranks, 1) == 1.0
     assert expected_tokens(ranks, 2) == pytest.approx(1.6)
     assert expected_tokens(ranks, 3) == pytest.approx(1.96)

@@ -1,4 +1,4 @@
-"""What every implementation of an interface must do. A test module subclasses a contract and names its implementation."""
+"""Holds the contract of every link; a test module subclasses it and names an implementation."""
 
 import asyncio
 import subprocess
@@ -18,7 +18,8 @@ from runtime.core.node_keys import child_key, text_key
 from tests.support.fakes import HELLO, HOST, Feed, opening
 from tests.support.paths import ROOT
 
-PATIENCE_S = 30.0  # seconds: a wait that takes so long is a fault. A silent peer would not be missed in 45 without keepalive.
+# Seconds; a longer wait is a fault. Without keepalive a silent peer would go unnoticed for 45.
+PATIENCE_S = 30.0
 
 Attach = Callable[[DraftLink], AbstractAsyncContextManager[DraftLink]]
 
@@ -42,7 +43,7 @@ TRANSPORTS: dict[str, Attach] = {"in-process": in_process, "grpc": over_grpc}
 
 @contextmanager
 def process_of(module: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A process that runs this module, and the address that it serves at: it says its port first. Killed with the block."""
+    """Runs this module as a process and yields the address it prints; kills it after the block."""
     process = subprocess.Popen(
         [sys.executable, "-m", module], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )

@@ -47,7 +47,7 @@ def test_the_output_is_the_targets_through_a_link(method: str) -> None:
 @pytest.mark.parametrize("width", [1, 4, 64])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_replies_are_bounded_and_make_sense(method: str, width: int, temperature: float) -> None:
-    """As long as nobody commits, a drafter falls silent; each of its messages is one that a target takes."""
+    """Without commits a drafter falls silent; a target accepts each of its messages."""
     sent: list[Reply] = []
     draft_engine = DraftEngine(built(method), "d", width)
     sampling = SamplingParams(max_tokens=400, temperature=temperature, top_k=3)

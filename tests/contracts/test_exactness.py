@@ -55,7 +55,7 @@ COUNT = 24
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A tree of `depth` levels: a pass expands `width` leaves by `branches` children; `rows` of them are verified."""
+    """A tree of `depth` levels: a pass expands `width` leaves by `branches`; `rows` are verified."""
 
     width: int
     branches: int
@@ -99,7 +99,7 @@ COMBINATIONS = [
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A tiny model and what it says to a prompt, plainly: by transformers, and by the engine without drafters."""
+    """A tiny model with its plain output, by transformers and by the engine without drafters."""
 
     model: HFModel
     request: Request
@@ -183,7 +183,7 @@ def check_speed(drafter: str, found: Output, best: int, before: int) -> None:
 
 
 def test_a_model_drafts_perfectly_for_itself(family: Family) -> None:
-    """Its own cache, with branches, misses and prefills, is as exact as the target's: greedy and with noise."""
+    """Its cache, with branches, misses and prefills, is as exact as the target's."""
     for temperature in (0.0, 0.9):
         request = asking(
             family.request.prompt,
@@ -198,7 +198,7 @@ def test_a_model_drafts_perfectly_for_itself(family: Family) -> None:
         )
         (found,) = lockstep.run(request)
         assert found.said() == plain(family.model, request, EOS, choose).said()
-        # Noise draws all orders of probability: now and then the better path is the third or lies outside the pool.
+        # Noise gives every order of probability: the better path may be third or outside the pool.
         assert (
             found.stats.rounds == COUNT // 3
             if temperature == 0.0
@@ -228,7 +228,7 @@ def test_an_end_of_text_inside_an_accepted_run(tree: str) -> None:
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_with_threads_and_links(llama: Family, drafter: str, tree: str) -> None:
-    """Growth comes when it comes. Drafters that always have something to say are waited for, so that it is verified."""
+    """Growth arrives at any time. The target waits for drafters that always have some."""
     shape, patience = (
         TREES[tree],
         PATIENCE_S if drafter in ("perfect", "noisy", "wrong", "killed") else 0.002,
@@ -305,7 +305,7 @@ def loaded() -> dict[str, HFModel]:
 def sampled(
     model: Model, numbers: Sequence[int], temperature: float, seed: int, chooser: Any
 ) -> int:
-    """Runs one prompt for each number, on and off; returns how many drafted tokens were accepted."""
+    """Runs one prompt per number with and without drafts; returns the accepted drafted tokens."""
     accepted, outputs = 0, set()
     for number in numbers:
         prompt = [(number * 5 + place * place) % 24 for place in range(3 + number)]

@@ -39,7 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of heads that know nothing: random weights, but small ones, so that they say much the same as the target."""
+    """Writes heads with small random weights, so that they say much the same as the target."""
     torch.manual_seed(1)
     modules = {"medusa": Medusa(32, 3, 2), "hidden-transfer": HiddenTransfer(32, [1, 1])}
     folders = {}

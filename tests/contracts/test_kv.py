@@ -215,7 +215,10 @@ def plain(family: str, path: tuple[int, ...]) -> torch.Tensor:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """A target's or drafter's use of its cache, in any order. The oracle is a list: of each slot, its parent and its text."""
+    """Uses a cache as a target or drafter does, in any order.
+
+    The oracle is a list of each slot's parent and text.
+    """
 
     family = "llama"
 
@@ -266,7 +269,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.texts) > self.prefix)
     @rule(data=st.data(), subtree=st.booleans())
     def commit(self, data: st.DataObject, subtree: bool) -> None:
-        """Move the root to a slot of the tree; a drafter keeps what grows below it, a target does not."""
+        """Moves the root to a slot of the tree; a drafter keeps the subtree, a target does not."""
         root = data.draw(st.integers(self.prefix, len(self.texts) - 1))
         chosen = [slot for slot in self.path(root) if slot >= self.prefix]
         accepted = len(chosen)

@@ -1,4 +1,4 @@
-"""Two texts of one name, as a hostile drafter finds them in seconds: no token changes, and nobody else is blamed."""
+"""Two texts with the same key, which a hostile drafter finds in seconds, change no token."""
 
 import asyncio
 from collections import Counter
@@ -45,7 +45,7 @@ from tests.support.harness import (
     running,
 )
 
-# An attack on the names as they are, found in three seconds: OTHER has the name of the first five true tokens.
+# An attack on the real keys, found in three seconds: OTHER has the key of the first five tokens.
 PROMPT = (3, 1, 4, 1, 5)
 ROOT = text_key(PROMPT)
 WIDE = ToyModel(vocabulary=151_936, context=512, memory=3)
@@ -133,7 +133,7 @@ def test_the_name_of_the_root_is_taken_too() -> None:
 
 
 def test_what_one_drafter_calls_so_is_nothing_to_another() -> None:
-    """The text of the other is neither refused nor hung on the wrong node, and its echo is one of the same text."""
+    """The other text is neither refused nor attached to the wrong node; its echo matches it."""
     of = session()
     of.merge_drafts(growth(OTHER, below=ROOT, drafter="hostile"))
     assert of.merge_drafts(growth(TRUE, below=ROOT, drafter="honest")) == len(TRUE)
@@ -266,7 +266,7 @@ def test_a_drafter_that_sends_two_texts_of_one_name_is_shut_out() -> None:
 
 
 class Collider:
-    """Knows what will be written, and brings another text of the same name whenever a drafter brings something."""
+    """Knows the output and adds another text with the same key to every draft."""
 
     def __init__(self, prompt: Sequence[int], written: Sequence[int], random: Random) -> None:
         self.text, self.random, self.length, self.made = [*prompt, *written], random, len(prompt), 0
@@ -279,7 +279,7 @@ class Collider:
         return self.random.choice([[message, self.collision()], [self.collision(), message]])
 
     def collision(self, session: str = "s") -> Draft:
-        """Below the newest root: what is true, up to a name that another text has too, and that text before or after it."""
+        """Returns the true text below the newest root, up to a colliding key, and the other text."""
         key, true = text_key(self.text[: self.length]), self.text[self.length : self.length + 4]
         alike = [
             text
@@ -295,7 +295,7 @@ class Collider:
 @given(seed=st.integers(0, 10**9))
 @settings(max_examples=15)
 def test_no_collision_of_names_changes_a_token(temperature: float, seed: int) -> None:
-    """Growth, echoes, commits, re-roots and resyncs, lost, repeated, held back and forged, with names of 16 bits and of 8."""
+    """Messages are lost, repeated, delayed and forged, with keys of 16 bits and of 8."""
     request = asking(PROMPT, temperature=temperature, seed=seed, max_tokens=20)
     expected = plain(TOY, request)
     for bits in (16, 8):

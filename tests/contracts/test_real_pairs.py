@@ -67,7 +67,7 @@ def in_lockstep(
 
 
 def composed(target: str, draft: str, asked: Sequence[Sequence[int]], count: int) -> None:
-    """Asserts that on is off, with everything as in a deployment but in one process: threads, scheduler, tokenizer."""
+    """Asserts that drafts change nothing with threads, scheduler and tokenizer in one process."""
 
     async def main() -> None:
         running_target = build_target(

@@ -146,7 +146,7 @@ def test_a_plan_is_sane_for_any_views(
 def test_patience_with_silent_drafters_ends(
     make: Callable[[], Scheduler], history: History, views: list[SessionView]
 ) -> None:
-    """Asked again after each wait, it steps before long: after four times the slowest growth or step ever seen at most."""
+    """Asked after each wait, it steps within four times the slowest growth or step."""
     scheduler, waited = taught(make, history), 0.0
     slowest = max(
         [
@@ -229,7 +229,7 @@ TREE = Sync(2, 2, 2, 5, 1.0)
         (CHAIN, [view(4, growths=4)], Plan((4,))),
         (CHAIN, [view(3, drafters=0)], Plan((3,))),
         (CHAIN, [view(4, growths=1, hit=True)], Plan((4,))),  # long enough, whenever that grew
-        # a tree is through after its growths, however deep or full it is: what a re-root has left does not count
+        # A tree is finished after its growths, at any depth or size; what a re-root left does not count.
         (TREE, [view(9, growths=1)], Plan((5,), 4.0)),
         (TREE, [view(2, growths=2)], Plan((2,))),
         # one step for all: the session with most patience left decides
@@ -245,7 +245,7 @@ TREE = Sync(2, 2, 2, 5, 1.0)
         (Amusd(1.0), [view(64, growths=64), view(9)], Plan((64, 9))),
         (Amusd(1.0, rows=8), [view(64)], Plan((8,))),
         (Amusd(1.0, least=0), [view(), view(1)], Plan((0, 1))),
-        # after a rejection at once and without rows, even where some are there; after acceptance all but one of a round's tokens
+        # After a rejection: at once and without rows. After acceptance: all but one of a round's tokens.
         (Pearl(4, 1.0), [view(), view(2)], Plan((0, 0))),
         (Pearl(4, 1.0), [view(2, hit=True)], Plan((2,), 4.0)),
         (Pearl(4, 1.0), [view(2, hit=True, since_commit=4.0)], Plan((2,))),
@@ -272,7 +272,7 @@ def test_patience_follows_the_delays_seen_and_for_an_empty_tree_the_steps() -> N
 def test_a_drafter_that_dribbles_what_nobody_lacks_gets_no_more_time_than_one_that_works(
     scheduler: Scheduler,
 ) -> None:
-    """Siblings of the only node, one at a time, each just before patience ends: the tree does not get deeper."""
+    """Siblings of the only node arrive just before patience ends; the tree gets no deeper."""
     waited = 0.0
     for growths in range(1, 100):
         wait = scheduler.plan([view(1, waited=waited, hit=True, growths=growths)]).wait
@@ -284,7 +284,7 @@ def test_a_drafter_that_dribbles_what_nobody_lacks_gets_no_more_time_than_one_th
 
 
 def test_rests_of_the_drafter_hardly_count_as_delays() -> None:
-    """After a hit, the span from growth to growth holds the target's step: here every second one."""
+    """After a hit, the span between growths includes the target's step, here every second one."""
     scheduler = Sync(2, 2, 2, 5, 1.0)
     for _ in range(200):
         scheduler.on_growth(1.0, False, 1)

@@ -1,4 +1,4 @@
-"""The files of deploy/ are closed as they are shipped: this fails where one opens a door, and it is shown to notice each kind of door."""
+"""The shipped files of deploy/ are closed, and this test notices each kind of hole."""
 
 import copy
 import ipaddress

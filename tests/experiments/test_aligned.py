@@ -1,4 +1,4 @@
-"""The page that sets draft models side by side that were drawn to their target in different ways."""
+"""The page compares draft models that were aligned to their target in different ways."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from runtime.core.errors import InvalidRequest
 def trained(
     folder: Path, first: Mapping[float, float], losses: tuple[float, ...] = (3.0, 2.0)
 ) -> Path:
-    """As `outrider train draft` leaves it: `first` is how often the first guess is right, by temperature."""
+    """Writes a result as `outrider train draft` does; `first` is the first-guess rate."""
     folder.mkdir()
     rates = [
         {"temperature": at, "positions": [{"1": rate, "8": 0.9}], "chain": 1 + rate}

@@ -1,4 +1,4 @@
-"""bfloat16: where speculation and plain decoding write different texts, the target was undecided."""
+"""In bfloat16, speculation and plain decoding differ only at undecided tokens."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Constraints in the loop: every output fits, and is the same with drafters, who know of no constraint, as without."""
+"""Every constrained output fits and is the same with drafters, which know no constraint."""
 
 import asyncio
 import json
@@ -319,7 +319,7 @@ def test_a_constraint_that_cannot_be_used_is_refused_before_the_first_piece(
 
 
 def test_the_noise_of_a_position_is_the_same_with_a_constraint(grammars: GrammarCompiler) -> None:
-    """So a constraint that bars nothing that would be chosen changes nothing: drafters that do not know of it guess as well as ever."""
+    """A constraint that bars nothing likely changes nothing; drafters guess as well as before."""
     free = plain(TOY, asking(PROMPT, temperature=0.8, seed=1, max_tokens=12), EOS)
     mask = np.ones(4096, np.bool_)
 

@@ -1,4 +1,4 @@
-"""Stand-ins that do as little as their interface allows. As a program, this file serves a scripted drafter until it is killed."""
+"""Minimal implementations of interfaces. As a program, it serves a scripted drafter."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -21,7 +21,7 @@ HOST = "127.0.0.1"
 
 
 class Feed:
-    """Events of a test, as a target would send them: an async iterator that waits for more until it is ended."""
+    """Sends events as a target would: an async iterator that waits for more until it ends."""
 
     def __init__(self, *events: Event) -> None:
         self._queue: asyncio.Queue[Event | None] = asyncio.Queue()
@@ -99,7 +99,7 @@ class ScriptedDrafter:
 
 
 class ScriptedTarget:
-    """Speaks these pieces, then raises `fails`, or waits for ever if `hangs`. `running`: calls that are not over."""
+    """Sends these pieces, then raises `fails` or hangs; `running` counts open calls."""
 
     def __init__(self, *chunks: Chunk, fails: Exception | None = None, hangs: bool = False) -> None:
         self.chunks, self.fails, self.hangs = chunks, fails, hangs
@@ -122,7 +122,7 @@ class ScriptedTarget:
 
 @asynccontextmanager
 async def raw_drafter(script: Callable[[Any], Awaitable[None]]) -> AsyncIterator[str]:
-    """The address of a server whose Speculate is `script(context)`: it reads and writes whatever bytes it likes."""
+    """Yields the address of a server whose Speculate is `script(context)`, with raw bytes."""
 
     async def speculate(_: AsyncIterator[bytes], context: Any) -> None:
         await script(context)

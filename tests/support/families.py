@@ -1,4 +1,4 @@
-"""One tiny random model of each family that the runtime promises to read exactly. Seeded: the same weights in every run."""
+"""Builds one tiny, seeded random model of each family that the runtime reads exactly."""
 
 from collections.abc import Callable
 from functools import cache

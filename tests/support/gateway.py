@@ -1,4 +1,4 @@
-"""A gateway with a toy target behind it, on a port of its own: everything is real but the model and Ray."""
+"""Runs a gateway with a toy target on a port of its own; only the model and Ray are fake."""
 
 import asyncio
 import time
@@ -56,7 +56,7 @@ def served(template: str | None = TEMPLATE, context: int = CONTEXT) -> ServedMod
 
 
 def toy_target() -> tuple[Target, DraftHost]:
-    """A target whose texts are varied, and a drafter that guesses them. To be started and stopped on one event loop."""
+    """Returns a target with varied texts and its drafter; start and stop them on one loop."""
     toy = ToyModel(vocabulary=len(tokenizer()), context=CONTEXT, memory=4)
     eos = frozenset({0})
     engine = Engine(toy, Verifier(reference_sample, eos), Fixed(3, 0.001), time.monotonic)
@@ -66,7 +66,7 @@ def toy_target() -> tuple[Target, DraftHost]:
 
 
 class Scripted:
-    """Says what the test lets it say: each request gets the chunks of `speak(request)`. `open`: generations under way."""
+    """Answers each request with `speak(request)`; `open` counts running generations."""
 
     def __init__(self, speak: Callable[[Request], AsyncGenerator[Chunk, None]]) -> None:
         self.speak, self.open = speak, 0

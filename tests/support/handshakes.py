@@ -38,7 +38,7 @@ async def main(folder: Path) -> int:
 
 
 def crowd(port: int) -> None:
-    """Connections that come together and go again: the server takes up its certificates for each."""
+    """Opens and closes many connections at once; the server reads its certificates for each."""
     with ExitStack() as stack:
         for _ in range(CALLERS):
             stack.enter_context(socket.create_connection((HOST, port)))

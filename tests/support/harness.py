@@ -1,4 +1,4 @@
-"""Targets and drafters put together in a few lines: on one thread and in lock-step, or as they run in earnest."""
+"""Runs targets and drafters in lock-step on one thread, or with threads as in production."""
 
 import itertools
 import time
@@ -114,7 +114,7 @@ def asking(
 
 
 class Known:
-    """Knows what will be written: its first guess is right; the others, and all below them, are wrong."""
+    """Knows the output: its first guess is right; the others and all below them are wrong."""
 
     def __init__(self, text: Sequence[int], vocabulary: int, branches: int = 1) -> None:
         self.text, self.vocabulary, self.branches = list(text), vocabulary, branches
@@ -378,7 +378,7 @@ def transformers_greedy(module: Any, prompt: Sequence[int], count: int) -> tuple
 def transformers_replay(
     module: Any, prompt: Sequence[int], tokens: Sequence[int]
 ) -> tuple[int, ...]:
-    """The most probable token at each place of `tokens`, read in one pass: `tokens` itself exactly where generate() writes it."""
+    """Returns the most probable token at each place, in one pass: generate()'s own output."""
     with torch.inference_mode():
         logits = module(torch.tensor([[*prompt, *tokens]])).logits[0]
     return tuple(logits[len(prompt) - 1 : -1].argmax(dim=-1).tolist())

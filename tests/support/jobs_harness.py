@@ -1,4 +1,4 @@
-"""What the tests of jobs share: batch files, an answerer that is a function of the item, and kills at any operation of the store."""
+"""Helpers of the job tests: batch files, an answerer, and kills at any store operation."""
 
 import asyncio
 import json

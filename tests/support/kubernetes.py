@@ -8,7 +8,7 @@ from typing import Any
 
 
 def an_object(required: str = "", **properties: Any) -> dict[str, Any]:
-    """The schema of an object with these properties and no other; `required` names those that must be there."""
+    """Returns the schema of an object with exactly these properties; `required` must be there."""
     return {
         "type": "object",
         "properties": properties,

@@ -1,4 +1,4 @@
-"""An S3D that knows nothing, for a tiny target: random masks, and a random adapter that is large enough to be seen."""
+"""Makes an untrained S3D for a tiny target, with random masks and a large random adapter."""
 
 import atexit
 import shutil

@@ -1,4 +1,4 @@
-"""A tiny target and draft on disk, with the tokenizer that ships: for tests that start real processes."""
+"""Writes a tiny target and draft to disk, for tests that start real processes."""
 
 import shutil
 from pathlib import Path

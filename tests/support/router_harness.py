@@ -1,4 +1,4 @@
-"""Scripted targets for the router, and an event loop on which time passes only when there is nothing else to do."""
+"""Scripts targets for the router, on an event loop with virtual time."""
 
 import asyncio
 import itertools
@@ -29,7 +29,10 @@ PROMPT: tuple[int, ...] = tuple(TOKENIZER.encode("def größe").ids)
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Its time jumps to the next timer. What would wait for ever raises AssertionError. For programs without threads and network."""
+    """Jumps to its next timer; a wait without one raises AssertionError.
+
+    It is for programs without threads and network.
+    """
 
     def __init__(self) -> None:
         super().__init__()

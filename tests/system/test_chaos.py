@@ -1,4 +1,4 @@
-"""The parts of the chaos harness that decide and count. The harness itself: tests/system/cluster/test_chaos.py."""
+"""The chaos harness decides and counts; tests/system/cluster/test_chaos.py runs it."""
 
 import asyncio
 import random

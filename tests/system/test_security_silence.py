@@ -1,4 +1,4 @@
-"""Nothing of what users write, of what they are answered, of keys or addresses stands in logs or traces, whatever goes wrong."""
+"""Logs and traces contain no prompt, answer, key or address, whatever fails."""
 
 import asyncio
 import datetime
@@ -62,7 +62,8 @@ def deployed(model: str, tls: TlsConfig) -> Iterator[tuple[TargetActor, DraftAct
         target.drafters([Endpoint("lookup", place.address, 0)])
         yield target, drafter
     finally:
-        drafter.stop()  # before its target: a link that is lost is worth a line in the log, and the line worth a look
+        # Before its target: a lost link is worth a log line, and the test reads that line.
+        drafter.stop()
         target.stop()
 
 

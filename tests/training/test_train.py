@@ -1,4 +1,4 @@
-"""Training: repeatable to the bit, resumable, whole or not there at all; losses that are what their formulas say."""
+"""Training is bit-for-bit repeatable, resumable and atomic; its losses match the formulas."""
 
 import math
 from collections.abc import Callable

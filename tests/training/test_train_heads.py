@@ -1,4 +1,4 @@
-"""Heads are trained on what they will see and are to guess; acceptance is counted as the runtime would."""
+"""Heads train on what they will see; acceptance is counted as the runtime would."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -72,7 +72,7 @@ def test_untrained_medusa_heads_say_what_the_target_says_of_the_next_place(
 
 @pytest.mark.parametrize("offset", [heads.DRAFT_OFFSET, heads.HEAD_OFFSET])
 def test_the_loss_looks_at_the_places_that_are_to_be_guessed(teacher: Teacher, offset: int) -> None:
-    """Who knew the future would have none: row p of position i against what the target says in row p + offset - 1 + i."""
+    """An oracle has no loss: row p of position i against the target's row p + offset - 1 + i."""
 
     def forward(seen: object) -> tuple[Tensor, Tensor]:
         last = teacher.states(tokens).last
@@ -93,7 +93,7 @@ def test_the_loss_looks_at_the_places_that_are_to_be_guessed(teacher: Teacher, o
 
 
 def pseudo_alone(teacher: Teacher, maps: HiddenTransfer, tokens: Tensor, place: int) -> Tensor:
-    """States (positions, hidden) of the pseudo rows of the row at `place`: text and pseudo rows pass whole layers as one text."""
+    """Returns states (positions, hidden) of the pseudo rows at `place`, through whole layers."""
     n, body = place + 1, teacher.module.model
     x = body.embed_tokens(tokens[:, :n])
     for number, layer in enumerate(body.layers):

@@ -1,4 +1,4 @@
-"""The search for layers to draft with, on scores that are known; and on a target with a layer that does nothing."""
+"""The search for draft layers works on known scores and on a target with an idle layer."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the command line does with bad input: one line that names the value and the way out, exit code 2, no traceback."""
+"""Bad input ends a command with one line, which names the value and the way out."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`outrider train` and `outrider tune`, from flags to folders; the target's own texts come out of the runtime."""
+"""`outrider train` and `outrider tune` turn flags into folders of weights and results."""
 
 import json
 import shutil

@@ -64,7 +64,7 @@ def member(index: int, **others: Any) -> Member:
 def resumed(
     monkeypatch: pytest.MonkeyPatch, answers: dict[str, Actor | Exception], *members: Member
 ) -> Controller:
-    """A controller whose predecessor had these members; `answers` are Ray's, by the name of an actor."""
+    """Returns a controller that takes over `members`; `answers` are Ray's, by actor name."""
 
     def get_actor(name: str) -> Actor:
         answer = answers[name]

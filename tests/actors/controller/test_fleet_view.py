@@ -1,4 +1,4 @@
-"""What a controller tells of its members, saves of them, and counts for the sizes of pools. No Ray."""
+"""The controller reports and saves its members, and counts them for pool sizes. No Ray."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""A gateway as it runs in its actor, but for Ray: its own thread, targets reached by gRPC, keys, TLS; what it logs."""
+"""The gateway in its actor's thread reaches targets by gRPC, with keys and TLS, and logs nothing."""
 
 import datetime
 import logging
@@ -87,7 +87,7 @@ def ready(gateway: Gateway) -> None:
 def test_from_the_url_to_the_target_and_back_in_secret(
     behind: Behind, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With keys and TLS; nothing of a request, a key or an address is logged at the level that is on."""
+    """With keys and TLS, the log names no request, key or address at the active level."""
     authority = CertificateAuthority("outrider", datetime.datetime.now(datetime.UTC), 1)
     site = authority.https_server(["localhost", "127.0.0.1"])
     for name, data in {

@@ -1,4 +1,4 @@
-"""What becomes of what targets say, scripted: logprobs in both formats, errors before and in a stream; and what targets are asked."""
+"""The gateway translates scripted target replies: logprobs, errors, and requests to targets."""
 
 from collections.abc import AsyncGenerator
 from typing import Any

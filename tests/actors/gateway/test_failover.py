@@ -1,4 +1,4 @@
-"""Targets that die behind a gateway while the openai package streams from it: its users see a pause, and the very same text."""
+"""If a target dies behind a gateway, its streaming users see a pause and the same text."""
 
 import asyncio
 import time
@@ -29,7 +29,10 @@ PROMPTS = ("import os", "def f(", "x = ", "class A:")
 
 
 class Held:
-    """A target that, after each piece of a text that goes on, waits until it is let go on. `open` sessions, of which `waiting` wait."""
+    """Waits after each piece of a text until it is released.
+
+    `open` counts the sessions and `waiting` those that wait.
+    """
 
     def __init__(self, body: Target) -> None:
         self.body, self.open, self.waiting = body, 0, 0

@@ -1,4 +1,4 @@
-"""Malformed requests by the hundred, made from the gateway's own schema: whatever comes, no answer is of class 5xx, and streams go on."""
+"""No malformed request from the gateway's own schema gets a 5xx or disturbs a stream."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The gateway as OpenAI's own client sees it: the same text streamed, whole and from the target itself; parameters; errors."""
+"""OpenAI's client gets the target's text from the gateway, whole and streamed, and its errors."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Requests that do not run through: clients that leave, deadlines, overload, drain; and those that come twice."""
+"""Requests end early: clients leave, deadlines pass, the gateway is full or drains."""
 
 import asyncio
 import contextlib
@@ -80,7 +80,7 @@ def raw(url: str, value: dict[str, Any]) -> bytes:
 
 
 def test_clients_that_leave_at_any_point_free_everything(gateway: Running) -> None:
-    """After any number of bytes sent or received, streaming or not, with several choices or one. As many as the environment says."""
+    """The client leaves after any number of bytes, streaming or not, with one choice or several."""
     chance = random.Random(1)
     with gateway.http() as client:
         expected = client.post(COMPLETIONS, json=body(max_tokens=30)).json()["choices"]
@@ -298,7 +298,7 @@ def test_readiness_follows_the_targets() -> None:
 
 
 def test_what_comes_twice_runs_once(gate: Gate) -> None:
-    """Concurrent callers share the run, later ones its answer; streams too; another body, and another key's caller, do not."""
+    """Concurrent callers share the run and later callers its answer; other bodies and keys do not."""
     scripted = Scripted(gate.speak)
     with serving(scripted) as gateway, ThreadPoolExecutor(8) as pool, gateway.http() as client:
 

@@ -1,4 +1,4 @@
-"""The metrics: what they count, and their one table. As a program, this file writes the table anew."""
+"""The metrics count what their table says. Run as a program, this file writes the table."""
 
 import asyncio
 import re

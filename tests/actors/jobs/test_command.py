@@ -1,4 +1,4 @@
-"""The commands themselves: a process that is killed at random moments, Ctrl-C, and what they say."""
+"""The job commands survive kills at random moments and Ctrl-C, and report their state."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Items asked over HTTP: what is the item's own matter, what is asked again, and what ends the job."""
+"""Answers over HTTP belong to the item, are retried, or end the job."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Outputs, leases and owner files that are torn, strange or claimed twice are refused and left alone."""
+"""Torn, foreign or shared outputs, leases and owner files are refused and left alone."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""What is kept survives the loss of power: a disk that forgets whatever was not synced, under a whole job."""
+"""Kept answers survive a power loss: the disk forgets whatever was not synced."""
 
 import asyncio
 import os
@@ -20,7 +20,10 @@ COUNT = 20
 
 
 class Forgetful:
-    """A folder of a disk with a cache: `lose_power` leaves the entries and the bytes that `sync` has seen, and nothing else."""
+    """Is a folder on a disk with a cache.
+
+    `lose_power` leaves only the entries and bytes that were synced.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -46,7 +49,7 @@ class Forgetful:
 def test_what_is_kept_survives_the_loss_of_power(
     when: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The power goes when so many items are asked; those that were kept are not asked again, and stand in the output once."""
+    """The power fails at the given item; kept answers are not asked for again, and occur once."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
     (tmp_path / "out").mkdir()
     file, out, disk = (

@@ -1,4 +1,4 @@
-"""The loop of a job: how much is in flight, what is asked again, what ends it, and who may work on it."""
+"""The job loop bounds the items in flight, retries, stops on errors and has one owner."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Real targets that are lost in mid-stream, in process and behind real servers: their sessions go on to the very same end."""
+"""Sessions on real targets that are lost in mid-stream continue to the same end."""
 
 import asyncio
 import functools
@@ -54,7 +54,7 @@ async def plainly(sampling: SamplingParams) -> Heard:
 
 @dataclass(eq=False)
 class Mortal:
-    """A target in this process that is lost before it says more than `left` tokens; a cut falls into the next piece."""
+    """Is a target in this process that is lost after `left` tokens, within the next piece."""
 
     body: Target
     left: int = 10**9
@@ -74,7 +74,7 @@ class Mortal:
 
 
 def test_a_target_lost_before_any_token_is_followed_exactly() -> None:
-    """Temperature, penalties, logprobs, a stop string that tokens share, characters of several tokens; growth from a drafter."""
+    """Covers sampling, penalties, logprobs, stop strings, multi-token characters and a drafter."""
 
     async def main() -> None:
         free = await plainly(FREE)
@@ -152,7 +152,7 @@ async def served() -> AsyncIterator[Served]:
 
 
 def test_servers_that_go_are_followed_and_drop_what_they_held() -> None:
-    """Of three, two stop while sessions are under way; the router hears of it from the connections alone."""
+    """Two of three targets stop during sessions; the router sees only closed connections."""
     asked = [Request(f"s{number}", PROMPT, replace(FREE, seed=number)) for number in range(6)]
 
     async def main() -> None:

@@ -1,4 +1,4 @@
-"""One history for each session (SM3): two targets that die and come back, a network that loses, repeats and delays, a router between."""
+"""Each session has one history (SM3), whatever happens to its targets and the network."""
 
 import asyncio
 import math
@@ -50,7 +50,7 @@ def choice(text: Tokens) -> int:
 
 
 class Histories(RuleBasedStateMachine):
-    """Targets write what follows the journal as they were given it; what they have sent arrives whenever, as often, or never."""
+    """Targets continue the journal they got; their messages arrive at any time, twice or never."""
 
     sent = Bundle("sent")
 
@@ -99,7 +99,7 @@ class Histories(RuleBasedStateMachine):
 
 
 class Puppet:
-    """A life of a target that says the next chunk when it is told to. `calls`: those that are open, each what it will say."""
+    """Is one life of a target that sends its next chunk on request; `calls` are its open calls."""
 
     def __init__(self) -> None:
         self.calls: list[asyncio.Queue[int]] = []
@@ -131,7 +131,7 @@ class Puppet:
 
 
 class Clusters(RuleBasedStateMachine):
-    """The router itself: whatever is killed, stopped, named late or not at all, the client's stream is a beginning of the answer."""
+    """Whatever fails, the client's stream of the real router is a prefix of the answer."""
 
     def __init__(self) -> None:
         super().__init__()

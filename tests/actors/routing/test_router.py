@@ -1,4 +1,4 @@
-"""The router on scripted targets, on a virtual clock: what a client sees does not tell how often its target was lost."""
+"""On scripted targets and a virtual clock, the client cannot see that its target was lost."""
 
 import asyncio
 import logging
@@ -71,7 +71,7 @@ def test_a_target_lost_before_any_token_changes_nothing_that_a_client_sees(death
     )
 )
 def test_life_after_life_the_figures_add_up(deaths: list[tuple[int, Death, int]]) -> None:
-    """Each life of the one target says some tokens more before it dies; the next one is named then."""
+    """Each life of the target sends some tokens and dies; then the next life is named."""
 
     async def main() -> None:
         lives = {
@@ -116,7 +116,8 @@ def test_the_parts_figures_are_joined() -> None:
         )
         stats = (await all_of(router.generate(ASKED)))[-1].stats
         assert stats is not None
-        # Of the first, three rounds with a guessed token each were seen; the second has told that it had two, the third that it had one.
+        # Of the first life, three rounds with a guessed token each were seen. The second life reported
+        # two of them, the third one.
         assert (stats.rounds, stats.histogram) == (3 + 2 + 1, (2 + 1, 3))
         assert (stats.prompt_tokens, stats.completion_tokens) == (len(PROMPT), COUNT)
         assert (stats.verified, stats.drafted) == (3 + 4 + 2, 3 + 4 + 2)

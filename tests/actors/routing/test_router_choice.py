@@ -50,7 +50,7 @@ def test_sessions_are_spread_evenly() -> None:
 
 
 def test_it_follows_whoever_knows_who_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first life is lost while nobody knows of the second; nor is there always somebody who knows."""
+    """The first life is lost before anybody knows the second; sometimes nobody knows one at all."""
     monkeypatch.setattr("actors.routing.router.POLL_PERIOD_S", 0.001)
     first, second = Scripted(ANSWER, cut=5), Scripted(ANSWER)
     bodies = {"t/0": first, "t/1": second}

@@ -1,4 +1,4 @@
-"""What waits for the wire goes together, in order; what cannot cross it is counted and spoils nothing else."""
+"""Waiting messages are sent together, in order; an unsendable one is counted and harms no other."""
 
 import asyncio
 import logging

@@ -252,7 +252,7 @@ def test_malformed_messages_are_refused_and_a_stream_beside_them_is_as_alone(
                 assert found.said() == plain(TOY, CANARY).said()
 
             async def sing() -> None:
-                """Beside all of it, and beside a hostile drafter that comes back whenever it was shut out."""
+                """Runs next to all of this, and next to a hostile drafter that always returns."""
                 while asked.sent < COUNT or guessed.sent < COUNT:
                     target.attach("hostile", GrpcLink(hostile, HELLO))
                     await canary()

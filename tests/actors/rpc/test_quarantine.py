@@ -1,4 +1,4 @@
-"""A drafter that breaks the protocol, or says more than anybody can use, is not called for a while."""
+"""A drafter that breaks the protocol or floods its target is not called for a while."""
 
 import asyncio
 from collections import Counter
@@ -89,7 +89,7 @@ def test_a_token_that_there_is_not_is_a_strike() -> None:
 
 
 def test_a_target_does_not_call_a_drafter_in_quarantine() -> None:
-    """It is told twice a second who drafts, which brings back what was lost: but not this one, until its minute is over."""
+    """Drafters are announced twice a second, but this one returns only after its minute."""
 
     class Attached:
         links: ClassVar[dict[str, GrpcLink]] = {}

@@ -47,7 +47,7 @@ def committed(session: str = "s") -> Commit:
 
 
 class Watched:
-    """A budget between an engine and one draft engine. `said`: frames of which it was asked; `refused`: those beyond it."""
+    """Puts a budget between an engine and a draft engine; counts frames and refused frames."""
 
     def __init__(self) -> None:
         self.budget, self.said, self.refused = ReplyBudget(), 0, list[str]()
@@ -71,7 +71,7 @@ class Watched:
 def test_an_honest_drafter_stays_within_the_budget(
     method: str, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It fills the tree of each session after every commit, and may save nothing from one event to the next."""
+    """The drafter fills each tree after every commit and may save nothing between events."""
     monkeypatch.setattr(reply_budget, "MAX_SAVED_EVENTS", 1)
     watched = Watched()
     lockstep = Lockstep(

@@ -1,4 +1,4 @@
-"""A target served over gRPC, and the server around both services: errors, cancellation, health, reflection."""
+"""A target served over gRPC: errors, cancellation, health and reflection."""
 
 import asyncio
 import socket

@@ -1,4 +1,4 @@
-"""What a stranger can take from a gRPC server before a service sees him: bytes, time and streams are bounded."""
+"""A gRPC server bounds the bytes, time and streams of unauthenticated peers."""
 
 import asyncio
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What `outrider trace` makes of a file: figures, a picture, one line for what the user can mend."""
+"""`outrider trace` prints figures and a picture of a file, or one line of error."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a request may ask beside its tokens: how likely they were, few rows, an epoch, to be over in time."""
+"""A request can ask for logprobs, few rows, an epoch and a deadline."""
 
 import asyncio
 import math

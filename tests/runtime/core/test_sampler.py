@@ -97,7 +97,7 @@ def drawn_from(logits: npt.NDArray[np.float32], seed: int, positions: Sequence[i
 
 
 def wrong_resampled(seed: int, positions: range) -> Tokens:
-    """A guess is kept where the choice confirms it; where not, the token is drawn again instead of taken from the choice."""
+    """Is wrong: keeps a confirmed guess, and samples again instead of taking the choice."""
     guess, first, second = (
         drawn_from(LOGITS, seed + shift, positions) for shift in (10**6, 0, 2 * 10**6)
     )

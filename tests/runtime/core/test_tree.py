@@ -318,7 +318,7 @@ def test_no_path_leads_to_a_node_that_is_not_there() -> None:
 def test_a_message_is_its_nodes_one_by_one(
     guesses: list[tuple[int, int, float, bool]], bits: int
 ) -> None:
-    """Growth of one drafter after that of another, in one message and in as many as it has nodes: the same columns, echoes and names."""
+    """Growth in one message or node by node gives the same columns, echoes and keys."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(node_keys, "KEY_MASK", (1 << bits) - 1)
         keys, tokens, raw_logprob = (

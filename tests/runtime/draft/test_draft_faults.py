@@ -116,7 +116,7 @@ def test_growth_that_was_dropped_is_sent_again() -> None:
 def test_growth_that_nobody_fetches_is_dropped_but_no_question(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The reader sleeps over a queue of two. It finds those two, and behind them the question that came last."""
+    """The reader of a queue of two sleeps; it finds two replies and the last question."""
     monkeypatch.setattr(draft_host, "MAX_UNREAD_REPLIES", 2)
 
     async def main() -> None:
@@ -140,7 +140,7 @@ def test_growth_that_nobody_fetches_is_dropped_but_no_question(
 
 
 def test_a_clogged_link_becomes_useful_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What hangs on dropped growth would mean nothing to the target: once there is room all is sent from the root."""
+    """Nodes below dropped growth are useless, so everything is sent again from the root."""
     monkeypatch.setattr(draft_host, "MAX_UNREAD_REPLIES", 2)
 
     async def main() -> None:

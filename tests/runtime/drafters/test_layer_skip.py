@@ -1,4 +1,4 @@
-"""A model of some of another's layers computes what those layers compute, and drafts for the whole."""
+"""A model of some layers computes what those layers compute, and drafts for the whole model."""
 
 import json
 from pathlib import Path

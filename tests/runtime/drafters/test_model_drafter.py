@@ -46,7 +46,7 @@ class Counting(ToyModel):
 def test_its_cache_never_shows(
     history: list[tuple[int, int, int]], seed: int, temperature: float
 ) -> None:
-    """After any growth and commits, each guess is what the model says of that very text. The toy checks all positions."""
+    """After any growth and commits, each guess is the model's own for that text."""
     model, random = ToyModel(vocabulary=12), Random(seed)
     drafter, text = ModelDrafter(model, branches=2), text_of(PROMPT, temperature=temperature)
     tree, tokens = text.tree, text.tokens
@@ -82,7 +82,7 @@ def test_its_cache_never_shows(
 
 
 def test_after_a_hit_nothing_is_computed_twice() -> None:
-    """Commits along its own guesses: every token of the text and of the tree goes through the model once."""
+    """With commits along its guesses, every token goes through the model once."""
 
     model = Counting(vocabulary=12)
     drafter, text = ModelDrafter(model, branches=1), text_of(PROMPT)

@@ -1,4 +1,4 @@
-"""S3D: some of the target's layers, an adapter on them, and mask rows that guess further than the next place."""
+"""S3D drafts with some of the target's layers, an adapter, and mask rows for later places."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def text_of(tokens: Sequence[int], **sampling: Any) -> Text:
 
 
 def levels(found: DraftNodes) -> list[DraftNodes]:
-    """The guesses themselves, those below them, and so on; the parents of each are places in the level before it."""
+    """Returns guesses level by level; parents are places in the level before."""
     places = [np.arange(len(found.tokens))[level] for level in found.levels()]
     parents = [found.parents[places[0]]]
     parents += [
@@ -75,7 +75,7 @@ def changed_module() -> Any:
 
 
 def straight(tokens: Sequence[int]) -> Tensor:
-    """Logits (1 + MASKS, vocabulary) of the last token and of the masks behind it, as one plain text."""
+    """Returns logits (1 + MASKS, vocabulary) of the last token and its masks, as plain text."""
     module = changed_module()
     with torch.inference_mode():
         embedded = torch.cat(
@@ -191,7 +191,7 @@ def test_one_pass_brings_a_chain() -> None:
 
 
 def test_what_masks_have_guessed_is_read_in_one_pass_with_what_is_above() -> None:
-    """Leaves below leaves, hits on guesses that nobody has read, misses: each guess is what a drafter says that reads the text anew."""
+    """After nested leaves, hits and misses, each guess equals that of a fresh drafter."""
     sent: list[Reply] = []
     draft_engine, anew = DraftEngine(drafter(tiny()), "d", 4), drafter(tiny())
     anew.finished = PrefixCache(0)
@@ -248,7 +248,7 @@ def test_what_is_barred_is_not_guessed() -> None:
 
 
 class Chains:
-    """Says two tokens for each leaf, and below the second of them, then below the first of those, two more each."""
+    """Returns two tokens for each leaf, then two below the second and two below the first."""
 
     def expand(self, requests: Sequence[ExpandRequest]) -> list[DraftNodes]:
         below = [children([(1, 7, -0.2), (1, 8, -0.3)]), children([(0, 9, -0.1), (1, 10, -0.4)])]

@@ -1,4 +1,4 @@
-"""What heads look at in a pass: hidden states, and pseudo rows that no row feels; and the trees that are made of what these say."""
+"""Heads see hidden states and pseudo rows that no other row sees, and build trees of them."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -21,7 +21,7 @@ from tests.support.static_pass import LONG, give, recorded
 def naive(
     model: HFModel, text: Sequence[int], layers: Sequence[int], maps: Sequence[torch.nn.Linear]
 ) -> torch.Tensor:
-    """Logits (maps, vocabulary) of the pseudo states behind the last of `text`, through transformers' own layers and a mask by hand."""
+    """Returns logits (maps, vocabulary) of the pseudo states after `text`, by transformers."""
     body: Any = model.module.model
     with torch.inference_mode():
         states = model.module(
@@ -48,7 +48,7 @@ def naive(
 
 @pytest.mark.parametrize("layers", [(1, 1, 1), (1, 2, 2), (2, 3)])
 def test_pseudo_rows_pass_the_remaining_layers(layers: tuple[int, ...]) -> None:
-    """In one pass with trees of two texts, beside several rows, as alone; and no row of a token feels them."""
+    """A pass with other trees and rows gives the same result, and no token row changes."""
     model = deep()
     maps = [torch.nn.Linear(32, 32) for _ in layers]
     output_spec = OutputSpec(
@@ -123,7 +123,7 @@ def test_what_fails_leaves_the_caches_as_they_were() -> None:
 
 
 def test_what_heads_look_at_is_shown_as_by_the_short_pass() -> None:
-    """Recorded for hidden states, as it is for pseudo rows, and the recording that leaves no hidden states beside the one that does."""
+    """Passes with hidden states, with pseudo rows and with neither are recorded separately."""
     kind, options = SHAPES["qwen3 sliding"]
     counts: list[int] = []
     quick, static = (HFModel(spread(tiny(kind, **options)), "m") for _ in range(2))

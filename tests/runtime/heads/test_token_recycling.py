@@ -52,7 +52,7 @@ def test_candidates_of_every_row_are_kept_and_the_accepted_rows_win() -> None:
 
 
 def test_the_tree_follows_the_table() -> None:
-    """Token t is followed by t + 1, then by t + 2, ...: every node's token is its parent's and its rank plus 1."""
+    """Token t is followed by t + 1, t + 2, ...: a node's token is its parent's plus rank + 1."""
     head = TokenRecycling(64)
     logits = np.full((64, 64), -50.0)
     for token, rank in itertools.product(range(64), range(CANDIDATES_PER_TOKEN)):

@@ -1,4 +1,4 @@
-"""A product by a copy of the matrix is the product: in panels, and by oneDNN where there are none."""
+"""Products with a repacked matrix equal the plain product, by panels and by oneDNN."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Products by panels are the products, the same for a row whatever rows are beside it, on however many threads and on each processor."""
+"""Panel products do not depend on other rows, the number of threads or the processor."""
 
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace

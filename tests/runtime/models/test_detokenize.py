@@ -64,7 +64,7 @@ def byte(tokenizer: Tokenizer, value: int) -> int:
 @given(st.text(max_size=30), st.floats(0, 1))
 @settings(max_examples=150, deadline=None)
 def test_real_text(tokenizer: Tokenizer, text: str, where: float) -> None:
-    """Wherever the prompt ends, prompt and output together are the text, and no piece holds half a character."""
+    """Wherever the prompt ends, both texts join, and no piece holds half a character."""
     tokens = tokenizer.encode("x" + text).ids
     cut = 1 + round(where * (len(tokens) - 1))
     given_out, whole, before = (
@@ -129,7 +129,7 @@ def test_any_tokens_of_a_byte_level_vocabulary(
 def test_any_tokens_of_a_byte_fallback_vocabulary(
     stories: Tokenizer, prompt: list[int], output: list[int]
 ) -> None:
-    """Its decoder takes characters back when an invalid byte follows them; what was given out stays, and nothing is lost."""
+    """The decoder withdraws characters before an invalid byte; what was emitted stays."""
     given_out = "".join(pieces(stories, prompt, output))
     whole, before = decoded(stories, prompt + output), decoded(stories, prompt)
     kept = [char for char in whole if char != REPLACEMENT]

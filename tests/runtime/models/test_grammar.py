@@ -1,4 +1,4 @@
-"""Grammars by the tokenizer that ships: what they let through, what they cost, and which are refused."""
+"""Grammars on the bundled tokenizer: what they allow, what they cost, which are refused."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Folders of trained heads: whole or not at all, and nothing but what the method and the target say."""
+"""A folder of a trained head is complete and matches its method and its target."""
 
 import asyncio
 import json
@@ -180,7 +180,7 @@ def test_layers_that_fall_are_refused(tmp_path: Path) -> None:
 
 
 def test_composed_from_a_configuration(tmp_path: Path) -> None:
-    """With everything as in a deployment but in one process: threads, scheduler, tokenizer, folders."""
+    """Runs threads, scheduler, tokenizer and folders in one process as a deployment would."""
     folder = save_model(tmp_path / "target")
     identity = target_identity(AutoConfig.from_pretrained(folder), load_tokenizer(str(folder)))
     write_checkpoint(

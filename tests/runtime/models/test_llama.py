@@ -1,4 +1,4 @@
-"""The short pass computes what transformers' code computes, from the same memory; where it does not, it is not used."""
+"""The fast pass computes what transformers computes; otherwise it is not used."""
 
 import logging
 

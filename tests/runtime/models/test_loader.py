@@ -149,7 +149,7 @@ def test_a_missing_file(folder: Path, file: str, message: str) -> None:
 def test_a_text_that_is_too_long_is_not_the_tokenizers_affair(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who refuses it says so in one line; a warning of transformers on standard error would be another."""
+    """The error is one line; a warning of transformers would be another."""
     warned: list[tuple[object, ...]] = []
     monkeypatch.setattr(
         tokenization_utils_base.logger, "warning", lambda *said: warned.append(said)

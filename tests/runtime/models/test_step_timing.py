@@ -6,7 +6,7 @@ from runtime.models.toy import ToyModel
 
 
 class Slow(ToyModel):
-    """Takes as many seconds as it has rows; every third turn is disturbed, and the first pass is far slower."""
+    """Takes one second per row; every third turn is disturbed, the first pass much slower."""
 
     def __init__(self) -> None:
         super().__init__(context=32)

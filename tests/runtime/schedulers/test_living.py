@@ -43,7 +43,7 @@ def test_time_is_linear_between_and_beyond_what_was_measured() -> None:
 def test_rows_are_the_best_that_any_choice_of_rows_could_be(
     trees: list[list[float]], rate: float
 ) -> None:
-    """Against all ways to take the best n of each session; a rate below that of plain decoding is not believed."""
+    """Compares with every choice of the best n per session; a rate below plain is ignored."""
     found, views = living(rate), [view(tree) for tree in trees]
     rate = max(rate, len(views) / float(found.pass_seconds(len(views))))
 
@@ -148,7 +148,7 @@ def test_step_times_follow_what_is_seen_and_stay_monotone() -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 8, 16])
 def test_a_step_that_the_machine_held_up_does_not_end_speculation(rows: int) -> None:
-    """A second at this width, then each step takes as long as ever: its rows are soon those of before."""
+    """One second at this width, then normal steps: the number of rows soon recovers."""
     found, tree = Living(TIMES), [view([0.9**n for n in range(1, 12)])]
 
     def steps(count: int) -> list[int]:

@@ -47,7 +47,7 @@ class Step:
 
 
 class Drafter:
-    """Expands the best leaves of the tree as its style says. `silent`: from this time on nothing comes any more."""
+    """Expands the best leaves of the tree; from `silent` on it sends nothing."""
 
     def __init__(
         self, tree: TokenTree, style: Style, t: float, ranks: Ranks, length: int, silent: float
@@ -79,7 +79,7 @@ class Drafter:
             tree.expanded[node] = True
 
     def grow(self) -> bool:
-        """The end of a pass; True where something new came of it. Leaves that have died meanwhile give nothing."""
+        """Ends a pass; returns True if it gave new nodes. Leaves that died give none."""
         grown, now = False, self.ends
         alive = {key: node for node, key in enumerate(self.tree.key)}
         for leaf in [alive[key] for key in self.leaves if key in alive]:
@@ -234,7 +234,7 @@ def test_a_round_of_a_chain_that_is_cut_short_takes_as_long() -> None:
 
 
 def test_a_tree_accepts_what_a_chain_misses() -> None:
-    """The target's token is always the second guess. Two levels of a full binary tree are six nodes, after two passes."""
+    """The target's token is always the second guess: two binary levels are six nodes, two passes."""
     tree, chain = (
         Race(policy, 2, 7, lambda _: 1, 36) for policy in (Sync(2, 2, 2, 6, 2), Sync(1, 1, 2, 2, 2))
     )
@@ -243,7 +243,7 @@ def test_a_tree_accepts_what_a_chain_misses() -> None:
 
 
 def test_a_tree_is_drafted_anew_after_a_hit_beyond_its_rows() -> None:
-    """Two rows of six nodes: one level is verified, the target's own token is a node of the other, and yet two passes follow."""
+    """Two rows of six nodes: one level is verified and one node reused, yet two passes follow."""
     assert timeline(Race(Sync(2, 2, 2, 2, 2), t=2, step=17, length=36))[:6] == repeated(
         4, 4 + 17, 2, 2, 6
     )
@@ -269,7 +269,7 @@ def test_a_drafter_slower_than_said_is_waited_for_when_that_is_known() -> None:
 
 
 def test_amusd_keeps_up_with_a_perfect_drafter() -> None:
-    """Two passes, then all that was drafted during a step is verified in the next: T/t tokens in T, so one in t."""
+    """After two passes each step verifies what was drafted in the last: T/t tokens per T."""
     assert timeline(Race(Amusd(2), t=2, step=8, length=43)) == [
         (4, 2, 3),
         *repeated(12, 8, 3, 4, 10),
@@ -291,7 +291,7 @@ def test_without_a_least_length_amusd_never_waits() -> None:
 
 @pytest.mark.parametrize(("step", "period"), [(6, 8), (8, 8), (10, 10)])
 def test_pearl_brings_gamma_tokens_a_round(step: int, period: int) -> None:
-    """The first round verifies the first token only (pre-verify), the others what the round before has drafted (post-verify)."""
+    """The first round verifies the first token (pre-verify), the others the last round's draft."""
     assert timeline(Race(Pearl(4, 2), t=2, step=step, length=41)) == [
         (0, 0, 1),
         *repeated(period, period, 3, 4, 10),

@@ -70,7 +70,7 @@ def test_before_anything_was_seen_an_opposed_guess_is_worth_what_it_is_alone_and
 
 
 def test_an_opposed_guess_is_worth_what_became_of_such() -> None:
-    """The table is right in half of the places where the draft has not guessed; where it has, the draft is right."""
+    """The table is right at half of the places without a draft guess; else the draft is."""
     bucket, against = TemperatureBucket(), place(table=[(7, 0.5)], draft=[(5, 0.5)])
     alone = place(table=[(7, 0.5)])
     for _ in range(50):

@@ -54,7 +54,7 @@ def test_a_head_must_bring_more_than_its_time_is_worth() -> None:
 
 
 def test_what_a_drafter_has_guessed_as_well_is_not_owed_to_a_head() -> None:
-    """5 by both, the head first; 6 by the head alone; 7 by the drafter alone; 8 by both, the drafter first."""
+    """Has 5 by both, the head first; 6 by the head; 7 by the drafter; 8 by both, drafter first."""
     tree = TokenTree(text_key([1]), 1, 10, 10)
     for name, tokens in (("h-0", [5, 6]), ("d-0", [5, 7, 8]), ("h-0", [8]), ("h-1", [6])):
         parents, raw_logprob = (

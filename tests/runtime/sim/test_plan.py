@@ -1,4 +1,4 @@
-"""The planner: the runtime on a virtual clock, where formulas say what must come out; and the command around it."""
+"""The planner runs the runtime on a virtual clock and meets the formulas; and its command."""
 
 import json
 import sys
@@ -73,7 +73,7 @@ def test_a_perfect_chain_in_turns_takes_k_passes_a_round_trip_and_a_step(
 
 
 def test_who_runs_ahead_of_a_target_that_never_waits_gives_it_what_a_step_leaves_time_for() -> None:
-    """A step of 15 passes, of which 3 are lost on the way: the tokens of a second are those of the drafter, or the rows."""
+    """A step lasts 15 passes, 3 of them lost: tokens per second come from drafter or rows."""
     pair = profile(target={1: T}, draft={1: SMALL_T}, positions=PERFECT, rtt=0.0)
     found = simulate(pair, lambda: Fixed(4), Setting(tokens=200, width=1))
     assert found.tokens_per_second == pytest.approx(5 / T, rel=0.02)

@@ -1,4 +1,4 @@
-"""Heads and drafters without a model in the planner: how they are measured, and what comes of it on the virtual clock."""
+"""The planner measures heads and model-free drafters and simulates their effect."""
 
 import importlib
 import sys
@@ -54,7 +54,7 @@ def test_beside_a_drafter_it_fills_what_that_has_not_guessed() -> None:
 
 
 def test_the_way_that_the_target_took_through_a_growth() -> None:
-    """Of the root's children 7 and 5 (the better), the target took 7, below it 8, and then what was not guessed."""
+    """The target takes 7 of the root's children 7 and 5, then 8, then an unguessed token."""
     growth = DraftNodes(
         np.array([0, 0, 1, 1, 4]),
         np.array([7, 5, 9, 8, 1]),
@@ -153,7 +153,7 @@ class Chain:
 
 
 def test_a_drafter_that_guesses_several_places_in_a_pass() -> None:
-    """Its second guess of the second place is right; the third place hangs on that one, not on the best, so it is not heard of."""
+    """The second guess at the second place is right; the third place hangs on it and is unseen."""
     prompt, answer = tuple(range(4)), (4, 5, 6)
     _, places = measure_drafter(Chain(), [(prompt, answer)], SamplingParams())
     assert [place.rank for place in places] == [0, 0, 0]
@@ -168,7 +168,7 @@ def test_a_drafter_that_guesses_several_places_in_a_pass() -> None:
 
 
 def test_several_places_in_a_pass_are_worth_several_passes() -> None:
-    """A pass as long as a step, so that the drafter makes about one for each: the places behind its guess are what makes the tree deep."""
+    """A pass takes as long as a step, so places behind a guess make the tree deep."""
     one = {"rank": 0, "scores": [-0.001]}
     pair = {"target": {1: 0.03}, "draft": {1: 0.03}, "rtt": 0.0}
     found = [

@@ -1,4 +1,4 @@
-"""Many sessions on one target: who begins when, what is computed together, and what nobody notices of the others."""
+"""Many sessions share a target's passes without noticing each other."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,7 +26,7 @@ PROMPT = (3, 1, 4, 1, 5)
 
 
 class Watched(ToyModel):
-    """Remembers the rows of each pass, part by part. A part of more than `most` rows fails, and its pass with it."""
+    """Records the rows of each part of a pass; a part of more than `most` rows fails it."""
 
     def __init__(self, most: int = 10**6) -> None:
         super().__init__(vocabulary=24, memory=3, context=600)
@@ -122,7 +122,7 @@ def test_several_prompts_are_read_in_one_pass_but_not_what_a_cache_will_have() -
 
 
 def test_what_a_cache_has_already_is_waited_for_by_nobody() -> None:
-    """Sessions that come from a lost target, of a prompt that is served here, are read in one pass, whatever they have in common."""
+    """Sessions from a lost target read their prompts in one pass, whatever they share."""
     model, alike = Watched(), tuple(n % 23 for n in range(MIN_SHARED_TOKENS + 8))
     at = desk(model)
     at.admit(asking(alike, "here", max_tokens=40))
@@ -143,7 +143,7 @@ def test_what_a_cache_has_already_is_waited_for_by_nobody() -> None:
 
 
 def test_many_short_texts_and_those_begun_elsewhere_wait_for_no_step_between_their_passes() -> None:
-    """Each gets a piece before the others' next step; what is longer than that holds them up no longer than any text would."""
+    """Each text gets one piece before the others' step, so a longer one delays no more."""
     model = Watched()
     at = desk(model)
     at.admit(asking(PROMPT, "here", max_tokens=40))

@@ -115,7 +115,7 @@ def test_a_fault_in_the_loop_leaves_no_caller_waiting() -> None:
 
 
 def test_nobody_is_waited_for_at_the_last_token() -> None:
-    """Fixed waits where a drafter is there and has said nothing; the clock of the rig would let it wait for ever."""
+    """Fixed waits for a drafter that has sent nothing; this clock would let it wait forever."""
     engine = Engine(TOY, Verifier(reference_sample, NOBODY), Fixed(8, 1e9), lambda: 0.0)
     (found,) = Lockstep(engine, DraftEngine(Mute(), "d")).run(asking(PROMPT, max_tokens=1))
     assert found.tokens == tuple(TEXT[5:6])
@@ -179,7 +179,7 @@ def test_cancelling_ends_a_wait_at_once(waiting: tuple[Engine, Waiting]) -> None
 def test_another_session_of_the_same_name_is_another_session(
     waiting: tuple[Engine, Waiting],
 ) -> None:
-    """Cancelled and begun anew while the engine waits for growth: what was left of the first one does not go on."""
+    """A request is cancelled and restarted during a wait: nothing of the first one continues."""
     engine, scheduler = waiting
     first = admitted(engine, asking(PROMPT))
     scheduler.asked.get(timeout=20.0)

@@ -1,4 +1,4 @@
-"""The target's loop by hand: what is decided, who is told, and what becomes of it when others misbehave."""
+"""The target's loop, stepped by hand, decides, informs drafters and survives faults."""
 
 import itertools
 from collections.abc import Callable, Iterable

@@ -66,7 +66,7 @@ def paths(of: Session) -> set[tuple[int, ...]]:
 def test_merging_needs_no_order_and_bears_repetition(
     leaves: list[tuple[int, ...]], cuts: list[int], random: object
 ) -> None:
-    """Drafts of whole paths, in any order and some of them twice, make the same tree as one draft of all of it."""
+    """Drafts of paths in any order, some repeated, make the same tree as one draft."""
     nodes = sorted({leaf[:n] for leaf in leaves for n in range(1, len(leaf) + 1)}, key=len)
     whole, parts = session(), session()
     added = whole.merge_drafts(draft(*((path[:-1], path[-1]) for path in nodes)))

@@ -32,7 +32,7 @@ PIECES = [
 
 @dataclass
 class Decoder:
-    """Token ids to pieces; with `slow`, a piece comes out one token late, as an incomplete character would."""
+    """Decodes ids to pieces; with `slow`, one token late, as an incomplete character would be."""
 
     slow: bool = False
     waiting: list[str] = field(default_factory=list)
@@ -142,7 +142,7 @@ def test_how_a_text_is_cut_into_tokens_does_not_matter(
 def test_a_decoder_that_lags_loses_no_text(
     tokens: list[int], stops: tuple[str, ...], most: int
 ) -> None:
-    """What it still holds when the text ends comes with the last token, and stop strings are found in it."""
+    """Text held back at the end comes with the last token and is searched for stop strings."""
     sampling = SamplingParams(stop=stops, max_tokens=most)
     shown, count, reason = run(sampling, tokens, slow=True)
     text, expected_count, expected_reason = oracle(sampling, tokens)
@@ -169,7 +169,7 @@ def test_a_decoder_that_lags_loses_no_text(
         ({"stop": ("aaé",)}, [1, 1, EOS], ("aa", 3, "stop")),
         ({"stop": ("aaé",), "max_tokens": 2}, [1, 1], ("aa", 2, "length")),
         ({"stop": ("éa",)}, [8, 1], ("a", 2, "stop")),
-        # under a constraint an end is chosen where nothing else may follow: it is the end, come what may
+        # Under a constraint an end is chosen only if nothing else may follow: it always ends the text.
         ({"constraint": ANYTHING, "ignore_eos": True}, [1, EOS], ("a", 2, "stop")),
         ({"constraint": ANYTHING, "min_tokens": 5}, [1, EOS], ("a", 2, "stop")),
     ],

@@ -1,4 +1,4 @@
-"""A target with its thread, on an event loop: requests, links that come and go, and the rounds that a perfect drafter saves."""
+"""A target with its thread on an event loop: requests, links, and the rounds drafts save."""
 
 import asyncio
 import logging
@@ -68,7 +68,7 @@ def test_a_perfect_chain_of_depth_d_saves_d_of_d_plus_one_steps(attach: Attach, 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_the_target_drafting_for_itself_is_perfect(attach: Attach, temperature: float) -> None:
-    """Through everything that is real: cache, tree, noise, calibration, threads and both transports."""
+    """Uses real caches, trees, noise, calibration and threads, over both transports."""
 
     async def main() -> None:
         request = asking(PROMPT, max_tokens=40, temperature=temperature, seed=3)

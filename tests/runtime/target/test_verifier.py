@@ -1,4 +1,4 @@
-"""Match-then-emit: whatever was verified, the tokens are those that the target would write one by one."""
+"""Match-then-emit: for every draft, the tokens are those the target would write one by one."""
 
 import pytest
 from hypothesis import given

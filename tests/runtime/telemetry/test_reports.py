@@ -1,4 +1,4 @@
-"""What target and drafter say of themselves adds up, whatever happened, and may be asked for from any thread."""
+"""Reports of target and drafter add up and can be read from any thread."""
 
 import asyncio
 import threading
@@ -54,7 +54,7 @@ def reported(engine: Engine) -> TargetReport:
 
 
 def adds_up(report: TargetReport, outputs: Sequence[Output]) -> None:
-    """Nothing is under way: every node that arrived has met its end, and the sums are those of the sessions."""
+    """At rest every node that arrived has ended, and the sums are those of the sessions."""
     assert report.drafted == report.accepted + report.rejected + report.expired
     assert min(report.accepted, report.rejected, report.expired) >= 0
     assert (report.live, report.waiting) == (0, 0)

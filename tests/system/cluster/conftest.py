@@ -11,6 +11,6 @@ CPUS = 16  # Ray's, not the machine's: enough for all actors that any test here 
 
 @pytest.fixture(scope="package")
 def cluster() -> Iterator[None]:
-    """This process is in a Ray of its own. What a test starts in it, it stops; names of actors begin with a prefix of the test's."""
+    """Joins a Ray of its own. A test stops what it starts; actor names begin with its prefix."""
     with ray_cluster(None, cpus=CPUS):
         yield

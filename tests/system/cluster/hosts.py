@@ -41,7 +41,7 @@ def missing() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Hosts:
-    """`processes`: the first process of each host, as the machine numbers it. `switch`: the process that holds the network between them."""
+    """`processes` are the hosts' first processes, by real id; `switch` holds their network."""
 
     addresses: Mapping[str, str]
     processes: Mapping[str, int]
@@ -72,7 +72,7 @@ class Hosts:
         return [*inside, *clean, "bash", "-c", f"cd; . ~/.bashrc; {command}"]
 
     def run(self, host: str, command: str, patience: float = 600.0) -> str:
-        """Its output. Raises CalledProcessError where it fails, TimeoutExpired where it lasts longer than `patience` seconds."""
+        """Returns the output. Raises CalledProcessError, or TimeoutExpired after `patience` seconds."""
         done = subprocess.run(
             self.command(host, command),
             stdout=subprocess.PIPE,
@@ -97,7 +97,10 @@ class Hosts:
 
 @contextlib.contextmanager
 def hosts(addresses: Mapping[str, str]) -> Iterator[Hosts]:
-    """Hosts of these names (at most 10 letters) and IPv4 addresses in one network of 24 bits, that answer SSH. They end with the block."""
+    """Makes hosts of these names (at most 10 letters) and IPv4 addresses in one /24 network.
+
+    They answer SSH and end with the block.
+    """
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="outrider-hosts-"))
         stack.callback(shutil.rmtree, folder)
@@ -160,7 +163,10 @@ def hosts(addresses: Mapping[str, str]) -> Iterator[Hosts]:
 
 
 def first_process(stack: contextlib.ExitStack, command: Sequence[str]) -> int:
-    """Start `unshare --fork ...` and return its child's id. It is killed with the stack, and with this process, whatever ends that."""
+    """Starts `unshare --fork ...` and returns its child's id.
+
+    It is killed with the stack and with this process.
+    """
     running = subprocess.Popen(
         ["setpriv", "--pdeathsig", "KILL", *command], stdin=subprocess.DEVNULL
     )

@@ -39,7 +39,7 @@ def alerts() -> list[str]:
 
 
 def found(url: str, expression: str) -> int:
-    """Series that are the answer; those without a number are none. Raises HTTPError where Prometheus does not understand it."""
+    """Returns the series in the answer; those without a number do not count. Raises HTTPError."""
     with urllib.request.urlopen(
         f"{url}/api/v1/query?{urllib.parse.urlencode({'query': expression})}", timeout=10
     ) as answer:

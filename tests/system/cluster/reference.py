@@ -1,4 +1,4 @@
-"""Requests for /v1/completions, with what plain decoding answers to each: in this process, without Ray and without drafters."""
+"""Computes the plain-decoding answers to requests, in this process without drafters."""
 
 import asyncio
 from typing import Any

@@ -1,4 +1,4 @@
-"""The fleet as `outrider top --json` tells of it, line by line: `outrider status` again and again would be a process each time."""
+"""Follows the fleet through `outrider top --json`, one process for all readings."""
 
 import json
 import subprocess

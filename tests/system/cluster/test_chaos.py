@@ -1,4 +1,7 @@
-"""Targets and drafters that are killed, stopped, added and removed while clients compare every token. The full size: `make test-chaos`."""
+"""Targets and drafters die, come and go while clients compare every token.
+
+The full size is `make test-chaos`.
+"""
 
 from dataclasses import replace
 
@@ -12,7 +15,7 @@ pytestmark = pytest.mark.cluster
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> ChaosOptions:
-    """The draft is the target itself, so that its guesses are right. The first blow of this seed falls on a target."""
+    """The draft is the target itself, so its guesses are right. The first fault hits a target."""
     folder = str(save_model(tmp_path_factory.mktemp("models") / "tiny", context=512))
     return ChaosOptions(
         folder,

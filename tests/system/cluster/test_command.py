@@ -1,4 +1,4 @@
-"""The command itself on a Ray of its own: the same tokens as without Ray, and nothing left after Ctrl-C."""
+"""The command on a Ray of its own writes the same tokens and leaves nothing after Ctrl-C."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A served fleet on a local Ray: drafters come and go, targets die, deployments change, while a stream runs; no token changes."""
+"""Drafters, targets and deployments change under a stream without changing a token."""
 
 import asyncio
 import os
@@ -79,7 +79,7 @@ def drafters(fleet: Fleet) -> list[tuple[str, str]]:
 
 
 async def meanwhile(address: str, name: str, work: Callable[[], None]) -> None:
-    """The tokens of a text during which something is done are those of plain decoding, which goes on beside it."""
+    """A text that is written while something is done to the fleet equals plain decoding."""
     async with (
         stream(address, name) as text,
         stream(address, f"{name}-plain", speculation=False) as plain,

@@ -9,7 +9,8 @@ from actors.rpc.common import CALLER_SILENCE_MS
 from runtime.core.messages import Request
 from runtime.core.sampling_params import SamplingParams
 
-PATIENCE_S = 600.0  # a wait that takes so long is a fault; starts took 225 on two cores that had five times too much to do
+# A longer wait is a fault; starts took 225 s on two cores with a fivefold overload.
+PATIENCE_S = 600.0
 
 
 class Text:
