@@ -141,7 +141,7 @@ def main(control: socket.socket) -> None:
         tokenizer = LLTokenizer(
             setup["tokenizer"], n_vocab=setup["vocabulary"], eos_token=setup["eos"]
         )
-    except BaseException as error:  # noqa: BLE001 - a panic of the library is no Exception
+    except BaseException as error:  # noqa: BLE001 - a panic of the library is not an Exception
         send(control, ERROR, str(error).encode(errors="replace"))
         return
     send(control, MASK)

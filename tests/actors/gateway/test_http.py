@@ -290,7 +290,7 @@ def test_a_form_that_never_compiles_is_refused_and_other_texts_go_on(
     client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The check by name lets it through here: the process that compiles it has to end."""
-    monkeypatch.setattr(grammar_check, "PRODUCT", 10**99)
+    monkeypatch.setattr(grammar_check, "MAX_REGEX_PRODUCT", 10**99)
     strings = [{"type": "string", "pattern": f"^(a|b)*a(a|b){{{i}}}$"} for i in range(1, 32)]
     good: Any = {
         "model": MODEL,

@@ -53,7 +53,7 @@ def grammars(tokenizer: Any) -> Iterator[GrammarCompiler]:
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process is all that holds up a product of expressions."""
-    monkeypatch.setattr(grammar_check, "PRODUCT", 10**99)
+    monkeypatch.setattr(grammar_check, "MAX_REGEX_PRODUCT", 10**99)
 
 
 def children(pid: int) -> list[int]:

@@ -127,7 +127,7 @@ def test_a_pass_that_cannot_be_made_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = HFModel(tiny("llama"), "odd")
-    monkeypatch.delattr(LlamaPass, "_lane")
+    monkeypatch.delattr(LlamaPass, "_view")
     with caplog.at_level(logging.WARNING):
         enable_fast_path(model)
     assert model.step is model.generic
