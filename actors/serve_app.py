@@ -57,7 +57,7 @@ def build(arguments: Arguments) -> Any:
     options = {
         "num_cpus": 0,
         "resources": {"node:__internal_head__": 0.001},
-    }  # where the deployment file lies
+    }  # the head node has the deployment file
     return serve.deployment(DeploymentWatcher, num_replicas=1, ray_actor_options=options).bind(
         str(arguments.deployment)
     )

@@ -33,7 +33,7 @@ CLIENT_PROBE_PERIOD_S = 0.25  # between two checks of a half-closed client
 
 
 class Phase(Enum):
-    """What a connection waits for."""
+    """Names what a connection waits for."""
 
     REQUEST = auto()  # the client sends the TLS handshake and the head of a request
     SERVICE = auto()  # the gateway reads the body and answers
