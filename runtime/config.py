@@ -1,4 +1,7 @@
-"""What is started where. Checked here, at the edge; trusted inside. The only place that reads files or the machine's shape."""
+"""Defines and validates a deployment: its models, drafters, schedule, gateway and placement.
+
+Values are checked here, at the edge, and trusted everywhere else.
+"""
 
 from collections import Counter
 from pathlib import Path
@@ -24,21 +27,22 @@ MAX_DRAFTERS = 64
 POOL_NAME = r"^[a-z0-9][a-z0-9._-]{0,40}$"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Policy = Literal["living", "plain", "sync", "amusd", "pearl"]
-TRAINED_METHODS = frozenset(
-    {"s3d"}
-)  # drafting methods whose model is a folder that was trained for this target
-LANES = ("target", "wire")  # of a trace; every other lane is a drafter's
-ROLES = (*LANES, "controller", "gateway")  # actors that are no drafters
+# Drafting methods whose model is a folder trained for this target
+TRAINED_METHODS = frozenset({"s3d"})
+LANES = ("target", "wire")  # trace lanes that do not belong to a drafter
+ROLES = (*LANES, "controller", "gateway")  # names that a pool cannot have
 
 
 class StrictModel(BaseModel):
-    """Unknown keys are errors; values do not change."""
+    """Rejects unknown keys; instances are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Placement(StrictModel):
-    """Where an actor runs: what it takes from Ray, and what it uses of the machine it lands on."""
+    """Says where an actor runs: the resources it reserves in Ray, and what it uses on its
+    machine.
+    """
 
     num_cpus: float = Field(default=1.0, ge=0)
     num_gpus: float = Field(default=0.0, ge=0)
@@ -57,9 +61,10 @@ class Placement(StrictModel):
 
 
 class ScheduleConfig(StrictModel):
-    """When the target verifies what (runtime/schedulers). The living tree is the product; the others are what it is compared with.
+    """Selects the scheduling policy of a target (runtime/schedulers).
 
-    `width`, `branches`, `passes` and `rows` shape the tree of `sync`; `passes` is also the gamma of `pearl`.
+    `living` is the product; the other policies are baselines. `width`, `branches`, `passes` and
+    `rows` shape the tree of `sync`; `passes` is also the gamma of `pearl`.
     """
 
     policy: Policy = "living"
@@ -71,12 +76,16 @@ class ScheduleConfig(StrictModel):
 
 def check_head_method(method: str) -> str:
     if method not in head_methods():
-        raise ValueError(f"{method!r} is no head: give one of {', '.join(head_methods())}")
+        raise ValueError(f"unknown head {method!r}: give one of {', '.join(head_methods())}")
     return method
 
 
 class HeadConfig(StrictModel):
-    """One head of a target; they are called METHOD-0, METHOD-1, ... `folder`: what was trained for this target; default: what ships."""
+    """Configures one head of a target.
+
+    Heads are named METHOD-0, METHOD-1, ... `folder` holds the weights trained for this target; by
+    default the bundled ones are used.
+    """
 
     method: Annotated[
         str, AfterValidator(check_head_method), Field(description="a file in runtime/heads")
@@ -112,7 +121,7 @@ class TargetConfig(StrictModel):
 def check_method(method: str) -> str:
     if method not in drafting_methods():
         raise ValueError(
-            f"{method!r} is no drafting method: give one of {', '.join(drafting_methods())}"
+            f"unknown drafting method {method!r}: give one of {', '.join(drafting_methods())}"
         )
     return method
 
@@ -131,7 +140,10 @@ Layers = Annotated[
 
 
 class DrafterConfig(StrictModel):
-    """One drafter. `model` is the draft model of the methods that have one, or the folder of what was trained for this target."""
+    """Configures one drafter.
+
+    `model` is the draft model, for methods that have one, or the folder trained for this target.
+    """
 
     name: str
     method: Method = "model"
@@ -143,7 +155,7 @@ class DrafterConfig(StrictModel):
         default=None,
         ge=1,
         le=64,
-        description="leaves expanded in one forward pass; default: as many as cost little more than one",
+        description="leaves expanded in one forward pass; default: as many as cost little extra",
     )
     placement: Placement = Placement()
 
@@ -151,23 +163,22 @@ class DrafterConfig(StrictModel):
     @classmethod
     def free(cls, name: str) -> str:
         if name in LANES:
-            raise ValueError(
-                f"{name!r} has a meaning of its own in traces: give the drafter another name"
-            )
+            raise ValueError(f"drafter name {name!r} is reserved in traces: give another name")
         return name
 
 
 class PoolConfig(StrictModel):
-    """Drafters of one kind, as many as are wanted at the time. They are called NAME-0, NAME-1, ...
+    """Configures a pool of equal drafters, named NAME-0, NAME-1, ...
 
-    `min` and `max` bound how many there are; `count` is how many there are at first, and stays unless `auto` is set or somebody scales.
+    The pool starts with `count` drafters. The number changes only by `outrider scale`, or with
+    `auto` on, and stays between `min` and `max`.
     """
 
     name: str = Field(pattern=POOL_NAME)
     method: Method = "model"
     model: str = Field(
         default="",
-        description="draft model of the methods that have one: a folder or a hub name; or what was trained",
+        description="draft model (a folder or a hub name), or the folder trained for the method",
     )
     layers: Layers = ()
     dtype: Dtype = "auto"
@@ -176,7 +187,7 @@ class PoolConfig(StrictModel):
         default=None,
         ge=1,
         le=64,
-        description="leaves expanded in one forward pass; default: as many as cost little more than one",
+        description="leaves expanded in one forward pass; default: as many as cost little extra",
     )
     min: int = Field(default=0, ge=0, le=MAX_DRAFTERS)
     max: int = Field(default=MAX_DRAFTERS, ge=0, le=MAX_DRAFTERS)
@@ -190,21 +201,24 @@ class PoolConfig(StrictModel):
     @classmethod
     def free(cls, name: str) -> str:
         if name in ROLES:
-            raise ValueError(
-                f"{name!r} names actors that are no drafters: give the pool another name"
-            )
+            raise ValueError(f"pool name {name!r} is reserved: give another name")
         return name
 
     @model_validator(mode="after")
     def ordered(self) -> Self:
         if not self.min <= self.count <= self.max:
             raise ValueError(
-                f"count {self.count} is not between min {self.min} and max {self.max}: change one of them"
+                f"count {self.count} is not between min {self.min} and max {self.max}: "
+                "change one of them"
             )
         return self
 
     def member(self, index: int) -> DrafterConfig:
-        """The drafter NAME-`index`. The first `count` of them divide the pool's cores; those beyond sit beside them, in turn."""
+        """Return the configuration of drafter NAME-`index`.
+
+        The first `count` drafters divide the cores of the pool; later ones share these cores in
+        rotation.
+        """
         of = self.count or 1
         cores = share_of(self.placement.cores, index % of, of)
         return DrafterConfig(
@@ -220,8 +234,10 @@ class PoolConfig(StrictModel):
 
 
 class TlsConfig(StrictModel):
-    """PEM files, on every node at the same path; under `security`, "{role}" in a path stands for target, drafter or gateway. Made by
-    `outrider certs`."""
+    """Names PEM files, at the same path on every node. `outrider certs` makes them.
+
+    Under `security`, "{role}" in a path stands for target, drafter or gateway.
+    """
 
     ca: Path
     cert: Path
@@ -229,7 +245,11 @@ class TlsConfig(StrictModel):
 
 
 class GatewayConfig(StrictModel):
-    """The OpenAI-compatible HTTP server: one on each of `nodes` (IP addresses; none: one, wherever Ray puts it)."""
+    """Configures the OpenAI-compatible HTTP server.
+
+    One gateway runs on each of `nodes` (IP addresses). Without `nodes` a single one runs, wherever
+    Ray places it.
+    """
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
@@ -243,7 +263,9 @@ class GatewayConfig(StrictModel):
 
 
 class LimitsConfig(StrictModel):
-    """Of the gateway. What is beyond is refused early, never dropped later."""
+    """Limits the load of a gateway. Requests beyond a limit are refused early, never
+    dropped later.
+    """
 
     requests: int = Field(
         default=256, ge=1, description="under way at one time in one gateway; beyond: 503"
@@ -258,13 +280,16 @@ class LimitsConfig(StrictModel):
 
 
 class SecurityConfig(StrictModel):
-    """Between actors. Without `tls` they talk in the clear: for a machine or a network of one's own."""
+    """Secures the connections between actors.
+
+    Without `tls` they talk in plain text, which suits a single machine or a private network.
+    """
 
     tls: TlsConfig | None = None
 
 
 class Deployment(StrictModel):
-    """Everything that is served together."""
+    """Describes everything that is served together."""
 
     target: TargetConfig
     pools: tuple[PoolConfig, ...] = ()
@@ -277,7 +302,7 @@ class Deployment(StrictModel):
     def distinct(cls, pools: tuple[PoolConfig, ...]) -> tuple[PoolConfig, ...]:
         twice = [name for name, count in Counter(pool.name for pool in pools).items() if count > 1]
         if twice:
-            raise ValueError(f"name {twice[0]!r} is given twice: name each pool differently")
+            raise ValueError(f"duplicate pool name {twice[0]!r}: name each pool differently")
         return pools
 
     @model_validator(mode="after")
@@ -285,23 +310,30 @@ class Deployment(StrictModel):
         for name in {pool.name for pool in self.pools} & {
             head.method for head in self.target.heads
         }:
-            raise ValueError(f"name {name!r} is that of a head: name the pool differently")
+            raise ValueError(f"pool name {name!r} is the name of a head: give another name")
         return self
 
     def served_model(self) -> str:
-        """What clients ask for: as configured; else the model's name on the hub, or the last part of its folder's."""
+        """Return the model name that clients request.
+
+        It is the configured name, or else the model's name on the hub or the last part of its
+        folder's path.
+        """
         model = self.target.model
         return self.gateway.served_model or (
             Path(model).resolve().name if Path(model).is_dir() else model
         )
 
     def drafters(self) -> tuple[DrafterConfig, ...]:
-        """Those that there are at first, pool after pool."""
+        """Return the drafters that exist at the start, pool by pool."""
         return tuple(pool.member(index) for pool in self.pools for index in range(pool.count))
 
 
 def load_deployment(file: Path) -> Deployment:
-    """A deployment from a YAML file. Raises InvalidRequest that names the first wrong key or value."""
+    """Read a deployment from a YAML file.
+
+    Raises InvalidRequest, which names the first wrong key or value.
+    """
     try:
         return Deployment.model_validate(yaml.safe_load(file.read_text()))
     except FileNotFoundError as error:
@@ -315,7 +347,7 @@ def load_deployment(file: Path) -> Deployment:
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InvalidRequest(
-            f"{file} is not YAML: {str(error).splitlines()[0]}", "config"
+            f"{file}: invalid YAML: {str(error).splitlines()[0]}", "config"
         ) from error
     except ValidationError as error:
         first = error.errors()[0]

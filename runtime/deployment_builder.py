@@ -1,4 +1,4 @@
-"""Builds a deployment from command-line arguments: a target, and names of methods or models."""
+"""Builds a deployment from the arguments of a command: a target, and names of methods or models."""
 
 import itertools
 import json
@@ -35,9 +35,11 @@ def build_deployment(
     local: bool,
     policy: Policy = "living",
 ) -> Deployment:
-    """A pool of `drafters` actors for each of `drafts` (a method's name or a model), beside one target with those of them that are heads.
+    """Build one target with a pool of `drafters` actors for each entry of `drafts`.
 
-    With `local`, target and pools share this machine's cores between them and listen on loopback alone; Ray has nothing to ration.
+    An entry is the name of a method or a model. Entries that are heads run inside the target. With
+    `local`, target and pools divide the cores of this machine, listen on loopback only, and reserve
+    nothing in Ray. Raises InvalidRequest if `drafters` is out of range.
     """
     here = Placement(num_cpus=0, listen="127.0.0.1") if local else Placement()
     check_int("drafters", drafters, 0, MAX_DRAFTERS)
@@ -79,7 +81,10 @@ def build_deployment(
 
 
 def resolve_head(draft: str) -> HeadConfig | None:
-    """The head that is meant: by its name, or by a folder that was trained to be one. None for what is a drafter or a model."""
+    """Return the head that `draft` means: a head's name, or a folder trained to be one.
+
+    Returns None for a drafter or a model.
+    """
     if draft in head_methods():
         return HeadConfig(method=draft)
     method = trained_method(draft)
@@ -87,7 +92,10 @@ def resolve_head(draft: str) -> HeadConfig | None:
 
 
 def resolve_drafter(draft: str) -> tuple[str, str, tuple[int, ...]]:
-    """Method, model and layers of what is no head: a method's name, what was tuned or trained for one, or a model."""
+    """Return the method, model and layers that `draft` means.
+
+    `draft` is a method's name, the result of tuning or training one, or a model.
+    """
     if layers := read_layers(draft):
         return "layer-skip", "", layers
     if draft in drafting_methods() and draft != "model":
@@ -97,7 +105,7 @@ def resolve_drafter(draft: str) -> tuple[str, str, tuple[int, ...]]:
 
 
 def read_layers(draft: str) -> tuple[int, ...]:
-    """What `outrider tune layers` has written into a file; empty for anything else."""
+    """Read the layers that `outrider tune layers` wrote to a file; empty for any other file."""
     try:
         found = json.loads(Path(draft).read_bytes())
         layers = tuple(int(layer) for layer in found["layers"])
@@ -107,7 +115,7 @@ def read_layers(draft: str) -> tuple[int, ...]:
 
 
 def pool_name(draft: str, taken: Container[str]) -> str:
-    """The last part of a model's name, as far as a pool may be called so; with a number where it is taken already."""
+    """Derive a pool's name from the last part of a model's name; add a number if it is taken."""
     stem = re.sub(r"[^a-z0-9._-]+", "-", Path(draft).name.lower()).lstrip("._-")[:32] or "draft"
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
     return next(name for name in names if name not in taken and name not in ROLES)

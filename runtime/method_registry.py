@@ -1,4 +1,4 @@
-"""Names of the drafting methods and heads: the modules in runtime/drafters and runtime/heads."""
+"""Lists the drafting methods and the heads: the modules in runtime/drafters and runtime/heads."""
 
 import pkgutil
 from collections.abc import Iterable
@@ -8,12 +8,12 @@ import runtime.heads
 
 
 def drafting_methods() -> list[str]:
-    """Names of the drafting methods: the files in runtime/drafters."""
+    """Return the names of the drafting methods: the files in runtime/drafters."""
     return module_names(runtime.drafters.__path__)
 
 
 def head_methods() -> list[str]:
-    """Names of the heads: the files in runtime/heads."""
+    """Return the names of the heads: the files in runtime/heads."""
     return module_names(runtime.heads.__path__)
 
 
@@ -26,5 +26,5 @@ def module_names(folders: Iterable[str]) -> list[str]:
 
 
 def module_name(method: str) -> str:
-    """The file's name of a drafting method or a head."""
+    """Return the module that implements a drafting method or a head."""
     return method.replace("-", "_")

@@ -1,4 +1,4 @@
-"""Locates files: bundled models, what was trained for a target, and what is kept between runs."""
+"""Locates files: bundled models, folders trained for a target, and state kept between runs."""
 
 import hashlib
 import importlib.resources
@@ -11,24 +11,27 @@ from runtime.config import DrafterConfig, HeadConfig, PoolConfig
 
 
 def bundled_model(name: Literal["target", "draft"]) -> str:
-    """Folder of a model that comes with the project."""
+    """Return the folder of a model that ships with the project."""
     return str(importlib.resources.files("models") / name)
 
 
 def head_folder(head: HeadConfig) -> Path | None:
-    """As configured, or of the head that comes with the project, trained for the target that does; None where none does."""
+    """Return the configured folder of a head, or else the bundled one.
+
+    Bundled heads are trained for the bundled target. Returns None if the method has none.
+    """
     folder = Path(head.folder or str(importlib.resources.files("models") / "heads" / head.method))
     return folder if head.folder or folder.is_dir() else None
 
 
 def draft_model(drafter: DrafterConfig | PoolConfig) -> str:
-    """The model, or the folder of what was trained, that it drafts with: as configured, or what comes with the project for its method."""
+    """Return what a drafter loads: the configured model or folder, or what ships for its method."""
     folder = importlib.resources.files("models") / drafter.method
     return drafter.model or (str(folder) if folder.is_dir() else "")
 
 
 def trained_method(folder: str) -> str:
-    """The method that something was trained for; nothing for any other folder or name."""
+    """Return the method that a folder was trained for; empty for any other folder or name."""
     try:
         return str(json.loads((Path(folder) / "config.json").read_bytes())["method"])
     except (OSError, ValueError, LookupError, TypeError):
@@ -36,12 +39,12 @@ def trained_method(folder: str) -> str:
 
 
 def cache_folder() -> Path:
-    """What this project keeps between its runs: beside the user's other caches."""
+    """Return the folder for state kept between runs, inside the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outrider"
 
 
 def calibration_file(model: str, role: Literal["target", "drafter"], method: str = "") -> Path:
-    """The file in which a target or a drafter keeps what it has learned of one model."""
+    """Return the file in which a target or a drafter keeps its calibrations for one model."""
     name = hashlib.sha256(
         f"{Path(model).resolve() if Path(model).is_dir() else model}\n{method}".encode()
     ).hexdigest()[:16]
@@ -49,7 +52,7 @@ def calibration_file(model: str, role: Literal["target", "drafter"], method: str
 
 
 def drafter_calibration_file(config: DrafterConfig, target: str) -> Path:
-    """As memory_of: what this kind of drafter has learned of this target."""
+    """Return the file in which drafters of this kind keep their calibrations for a target."""
     return calibration_file(
         target,
         "drafter",

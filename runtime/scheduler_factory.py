@@ -1,4 +1,4 @@
-"""A scheduler from its configuration."""
+"""Builds a scheduler from its configuration."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,11 @@ from runtime.schedulers.sync import Sync
 
 
 def make_scheduler(config: ScheduleConfig, times: Mapping[int, float]) -> Scheduler:
-    """`times`: T, seconds of a pass by its rows. A drafter's step is taken to last a fourth of T until one has been seen."""
+    """Build the configured policy.
+
+    `times` maps the rows of a pass to its seconds (T). A drafter's step is assumed to take a
+    quarter of T(1) until one has been measured.
+    """
     t = times[1] / 4
     match config.policy:
         case "living":

@@ -1,4 +1,4 @@
-"""Verification by match-then-emit: the output is what the target chose, whatever the drafters proposed."""
+"""Verifies by match-then-emit: the output is what the target chose, whatever drafters guess."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,18 +8,21 @@ from runtime.core.tree import TokenTree
 
 @dataclass(frozen=True, slots=True)
 class AcceptedPath:
-    """`path`: the accepted nodes, from the root's child down. `token`: the target's own choice after the last of them."""
+    """The accepted nodes, from the root's child down, and the target's own token after the last
+    one.
+    """
 
     path: tuple[int, ...]
     token: int
 
 
 def accept_path(tree: TokenTree, nodes: Sequence[int], choices: Sequence[int]) -> AcceptedPath:
-    """Descend from the root along the target's choices for as long as they lead to a verified node.
+    """Descend from the root along the target's choices while they lead to verified nodes.
 
-    `choices[0]` is what the target chose after the root, `choices[i + 1]` what it chose after `nodes[i]`. A choice that
-    leads nowhere is the last committed token itself: it is never drawn again (cf. SpecInfer's naive sampling, arXiv
-    2305.09781), so the output has exactly the target's distribution for any tree.
+    `choices[0]` is the target's token after the root, `choices[i + 1]` the one after `nodes[i]`. A
+    choice that leads to no node becomes the last committed token and is never drawn again (cf.
+    SpecInfer's naive sampling, arXiv 2305.09781), so the output has exactly the target's
+    distribution for any tree.
     """
     return accept_path_by_row(tree, nodes, choices.__getitem__)
 
@@ -27,7 +30,9 @@ def accept_path(tree: TokenTree, nodes: Sequence[int], choices: Sequence[int]) -
 def accept_path_by_row(
     tree: TokenTree, nodes: Sequence[int], choose: Callable[[int], int]
 ) -> AcceptedPath:
-    """As match, where a choice is made when it is needed: `choose(row)` is called once for each row on the way down, in order."""
+    """Do the same with choices made on demand: `choose(row)` is called once per row on the path, in
+    order.
+    """
     row_of = {node: row for row, node in enumerate(nodes, start=1)}
     path: list[int] = []
     node, row = 0, 0

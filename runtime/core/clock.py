@@ -1,4 +1,4 @@
-"""Time is handed in, so that a simulator can hand in its own."""
+"""Defines the clock as a callable, so that a simulator can pass its own."""
 
 from collections.abc import Callable
 

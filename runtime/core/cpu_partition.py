@@ -1,10 +1,11 @@
-"""Which of a machine's cores are whose."""
+"""Divides the cores of one machine between a target and its drafters."""
 
 
 def split_cores(cores: list[int], pools: int) -> list[tuple[int, ...]]:
-    """Cores of the target, then of each pool: the target has half of them, the pools share the rest in turn.
+    """Return the cores of the target, then those of each pool.
 
-    With a single core all use it; without pools the target has one half too, so that a comparison is fair.
+    The target gets one half, and the pools share the other in rotation. On a single core everybody
+    uses it. Without pools the target still gets only one half, so that comparisons are fair.
     """
     half = max(1, len(cores) // 2)
     mine, rest = tuple(cores[:half]), tuple(cores[half:] or cores)
@@ -12,5 +13,8 @@ def split_cores(cores: list[int], pools: int) -> list[tuple[int, ...]]:
 
 
 def share_of(cores: tuple[int, ...], index: int, of: int) -> tuple[int, ...]:
-    """The part of number `index` where `of` divide the cores in turn; several are on one core where there are too few."""
+    """Return share `index` when `of` members divide the cores in rotation.
+
+    If there are fewer cores than members, several members share a core.
+    """
     return cores[index::of] or cores[index % len(cores) :][:1] if cores else ()

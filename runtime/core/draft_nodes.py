@@ -1,4 +1,4 @@
-"""Guesses as drafting methods and heads return them: nodes that continue a text's tree."""
+"""Holds the output of drafting methods and heads: nodes that continue the tree of a text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ import numpy.typing as npt
 class DraftNodes:
     """New nodes as parallel arrays (n,), parents before their children.
 
-    parents  below `roots` a node of the text's tree, by its index; `roots` + i the i-th of these nodes
+    parents  below `roots`: index of a node in the tree; `roots` + i: the i-th of these nodes
     tokens   token ids
-    scores   log of the estimated acceptance of a node once its parent is accepted, at most 0
-    roots    nodes of the tree that these may hang on; None: all that there are, and none hangs on another of these
+    scores   log of the estimated acceptance once the parent is accepted; at most 0
+    roots    number of tree nodes that may be parents; None: all, and no node here is a parent
     """
 
     parents: npt.NDArray[np.integer]
@@ -24,7 +24,7 @@ class DraftNodes:
     roots: int | None = None
 
     def children_of(self, place: int) -> npt.NDArray[np.int64]:
-        """The places of those that hang on the node at `place` among these."""
+        """Return the positions of the children of the node at `place`."""
         return (
             np.flatnonzero(self.parents == self.roots + place)
             if self.roots is not None
@@ -32,7 +32,7 @@ class DraftNodes:
         )
 
     def levels(self) -> "list[npt.NDArray[np.int64] | slice]":
-        """Return the places of the nodes that hang on the tree, of those that hang on these, and so on.
+        """Return positions by level: the children of tree nodes, then their children, and so on.
 
         Raises ValueError for a node that comes before its parent.
         """
@@ -58,8 +58,10 @@ NO_NODES = DraftNodes(np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, 
 
 
 def stack(levels: Sequence[DraftNodes], roots: int) -> DraftNodes:
-    """Put levels together: the first hangs on the tree, whose nodes are `roots`; the parents of each
-    other are places in the level before it, from 0."""
+    """Combine levels into one. The first hangs on the tree, which has `roots` nodes.
+
+    The parents of every later level are positions in the level before it, from 0.
+    """
     parents, begin = [levels[0].parents], roots
     for above, level in pairwise(levels):
         parents.append(level.parents + begin)

@@ -1,23 +1,23 @@
-"""Everything that can go wrong, named by what the caller can do about it.
+"""Defines the errors, grouped by what the caller can do about them.
 
 OutriderError
 ├── InvalidRequest      change the request
 ├── ModelRefused        choose another model, or repair its folder
 ├── PairMismatch        choose another draft for this target
-├── LinkLost            nothing: the runtime goes on without that drafter
+├── LinkLost            nothing: the runtime continues without that drafter
 ├── Overloaded          try again later
 ├── TargetsLost         change the request, or repair the cluster
 └── Unavailable         start or repair the cluster
-    └── TargetDied      nothing, as long as another target goes on
+    └── TargetDied      nothing, while another target is running
 """
 
 
 class OutriderError(Exception):
-    """One line that names the value and the way out."""
+    """Carries one line that names the offending value and the way out."""
 
 
 class InvalidRequest(OutriderError):
-    """A parameter, a prompt or a message is outside what is allowed."""
+    """A parameter, a prompt or a message is out of range. `param` names it, if known."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -29,31 +29,31 @@ class ModelRefused(OutriderError):
 
 
 class PairMismatch(OutriderError):
-    """Target and draft do not speak the same vocabulary."""
+    """Target and draft model have different vocabularies."""
 
 
 class LinkLost(OutriderError):
-    """A drafter cannot be reached, or broke the protocol."""
+    """A drafter is unreachable or violated the protocol."""
 
 
 class Overloaded(OutriderError):
-    """A bound is reached: too many sessions, a full queue."""
+    """A limit is reached: too many sessions, or a full queue."""
 
 
 class TargetsLost(OutriderError):
-    """Targets died one after the other while they held the request. No other target is given it."""
+    """Several targets died in turn while they ran the request; it is not retried again."""
 
 
 class Unavailable(OutriderError):
-    """No cluster, no port, no target."""
+    """The cluster, a port or a target is missing."""
 
 
 class TargetDied(Unavailable):
-    """The target was lost while it held the request, which may be the cause."""
+    """The target died while it ran the request, which may be the cause."""
 
 
-# What a request, a model, a tokenizer or a drafting method may raise: it ends that session alone.
-# Any other error is a fault of the loop that meets it.
+# Errors that a request, a model, a tokenizer or a drafting method may raise: they end only the
+# session in question. Any other error is a bug in the loop that catches it.
 SESSION_FAULTS = (
     OutriderError,
     RuntimeError,

@@ -1,4 +1,4 @@
-"""The seam between a target and a drafter: one method, wherever the drafter runs."""
+"""Defines the interface between a target and a drafter: one method, wherever the drafter runs."""
 
 from collections.abc import AsyncIterator
 from typing import Protocol
@@ -7,13 +7,13 @@ from runtime.core.messages import Event, Reply
 
 
 class DraftLink(Protocol):
-    """A drafter, seen from a target."""
+    """A drafter as a target sees it."""
 
     def speculate(self, events: AsyncIterator[Event]) -> AsyncIterator[Reply]:
-        """Turn the events of all sessions into guesses, for as long as `events` goes on.
+        """Turn the events of all sessions into guesses until `events` ends.
 
-        The replies come when they come: none is owed for any event. Ends when `events` ends or the caller closes the
-        iterator; after that the drafter holds nothing of these sessions. Raises LinkLost where the drafter is gone or
-        breaks the protocol.
+        Replies come at any time; no event is owed one. The iterator ends when `events` ends or the
+        caller closes it. The drafter then holds no state of these sessions. Raises LinkLost if the
+        drafter is gone or violates the protocol.
         """
         ...

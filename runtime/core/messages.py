@@ -1,4 +1,7 @@
-"""The values that travel between target and drafters, and out of the target. Frozen; arrays in them are never written to."""
+"""Defines the messages between targets and drafters, and the output of a target.
+
+All are frozen; nobody writes to their arrays.
+"""
 
 from dataclasses import dataclass, field, fields
 from itertools import zip_longest
@@ -16,7 +19,10 @@ FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Which part of the tree a drafter owns: branch roots whose key is `index` modulo `of`. With `of` 0 it owns none, and rests."""
+    """The part of a tree that a drafter owns: branches whose root's key is `index` modulo `of`.
+
+    With `of` 0 the drafter owns nothing and rests.
+    """
 
     session: str
     index: int
@@ -25,11 +31,13 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How a schedule wants the tree to grow; 0 leaves the choice to the drafter. The living tree leaves all of it.
+    """Sets how a scheduler wants the tree to grow; 0 leaves a value to the drafter.
 
     width     leaves expanded in one forward pass
     branches  children of a leaf
-    passes    forward passes after a commit, or after the opening; then the drafter rests until the next commit
+    passes    forward passes after an open or a commit; the drafter then waits for the next commit
+
+    The living tree leaves all three to the drafter.
     """
 
     width: int = 0
@@ -42,9 +50,9 @@ DEFAULT_STYLE = Style()
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """A session begins, or begins again for a drafter that has lost it.
+    """Starts a session, or restarts it for a drafter that has lost it.
 
-    `tokens` are all tokens committed so far, prompt included; `prompt` is how many of them came from the user.
+    `tokens` are all committed tokens, prompt included; the first `prompt` of them are the user's.
     """
 
     session: str
@@ -58,7 +66,10 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Tokens that the target has decided: they follow the first `base` tokens; `key` names the text they make."""
+    """Tokens that the target has decided, which follow the first `base` tokens.
+
+    `key` is the key of the resulting text.
+    """
 
     session: str
     epoch: int
@@ -69,7 +80,7 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """The session is over; nothing of it need be kept."""
+    """Ends a session; the drafter drops its state."""
 
     session: str
 
@@ -79,11 +90,11 @@ Event = Open | Commit | Share | Close
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Growth: new nodes of one session's tree, as parallel arrays of equal length. Parents come before their children.
+    """New nodes of one session's tree, as parallel arrays, parents before their children.
 
-    parents  uint64 (n,)   key of each node's parent
-    tokens   int32 (n,)    its token id
-    scores   float32 (n,)  log of the drafter's own estimate that the target chooses it after its parent; at most 0
+    parents  uint64 (n,)   key of the parent
+    tokens   int32 (n,)    token id
+    scores   float32 (n,)  log of the drafter's estimate of acceptance after the parent; at most 0
     """
 
     session: str
@@ -96,7 +107,7 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Resync:
-    """A drafter has noticed that its text is not the target's: please open the session again."""
+    """Asks for a new Open: the drafter's text differs from the target's."""
 
     session: str
     drafter: str
@@ -107,12 +118,12 @@ Reply = Draft | Resync
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a caller asks of a target.
+    """A request to a target.
 
-    committed  output tokens decided before, by a target that is gone
-    epoch      which life of the session: one more with each target that takes it over
-    deadline   seconds after which nobody wants the rest any more; None: whenever
-    max_rows   tree nodes that a step may verify for it; None: as many as pay
+    committed  output tokens decided earlier, by a target that has died
+    epoch      incarnation of the session: one more with each target that takes it over
+    deadline   seconds until the request expires; None: never
+    max_rows   most tree nodes to verify in a step; None: as many as pay off
     """
 
     session: str
@@ -127,8 +138,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """Natural logarithms of the target's own probabilities, before temperature and filters: of the token that was chosen, and of the
-    most likely ones (token id, logprob), falling."""
+    """Natural logarithms of the target's probabilities, before temperature and filters.
+
+    `chosen` is for the output token; `top` lists the most likely tokens as (token id, logprob),
+    highest first.
+    """
 
     chosen: float
     top: tuple[tuple[int, float], ...] = ()
@@ -138,9 +152,10 @@ class Logprob:
 class Chunk:
     """A piece of output, as parallel tuples.
 
-    pieces    the text that became certain with each token (held back or inside a character: "")
-    drafters  who guessed each token; "" = nobody, the target's own
-    logprobs  of each token, where the request asked for them; else empty
+    pieces    text that became final with each token; "" while it is held back or incomplete
+    tokens    token ids
+    drafters  who guessed each token; "" for the target itself
+    logprobs  one per token if the request asked for them; else empty
     """
 
     pieces: tuple[str, ...]
@@ -154,13 +169,13 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One target step of one session; times in seconds. The only record that metrics are made of."""
+    """One target step of one session, times in seconds. All metrics derive from these records."""
 
     session: str
     number: int
-    width: int  # rows beside the root
-    accepted: int  # of them, on the path that the target took
-    hit: bool  # the new root was already a node of the mirror
+    width: int  # rows in addition to the root
+    accepted: int  # rows on the path that the target took
+    hit: bool  # the new root was already a node of the tree
     waited: float
     computed: float
     bookkeeping: float
@@ -169,29 +184,28 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What a finished session cost and gained; times in seconds."""
+    """Cost and benefit of a finished session, times in seconds."""
 
     prompt_tokens: int
     completion_tokens: int
     rounds: int
-    drafted: int  # nodes that arrived from drafters and were put into the mirror
-    verified: int  # of them, given a row
-    accepted: int  # of them, delivered
+    drafted: int  # nodes that drafters added to the tree
+    verified: int  # drafted nodes that got a row
+    accepted: int  # verified nodes that were delivered
     hits: int
-    histogram: tuple[
-        int, ...
-    ]  # rounds in which guesses were verified, by how many of them were accepted
-    by_drafter: dict[str, int] = field(default_factory=dict)  # accepted tokens of each
-    ignored: dict[str, int] = field(default_factory=dict)  # messages without effect, by reason
-    elapsed: float = 0.0  # from the taking of the request to its last token
+    # Rounds that verified guesses, by the number of guesses accepted
+    histogram: tuple[int, ...]
+    by_drafter: dict[str, int] = field(default_factory=dict)  # accepted tokens
+    ignored: dict[str, int] = field(default_factory=dict)  # nodes without effect, by reason
+    elapsed: float = 0.0  # from the arrival of the request to its last token
     prefill: float = 0.0
-    reused: int = 0  # prompt tokens whose keys and values were there already
+    reused: int = 0  # prompt tokens found in a KV cache
     waited: float = 0.0
     computed: float = 0.0
     bookkeeping: float = 0.0
 
     def __add__(self, other: "Stats") -> "Stats":
-        """Adds field by field, elapsed times too; histograms by place, dicts by key."""
+        """Add field by field: times are summed, histograms position by position, dicts by key."""
         return Stats(
             *(
                 add_values(getattr(self, each.name), getattr(other, each.name))
@@ -204,7 +218,7 @@ NO_STATS = Stats(0, 0, 0, 0, 0, 0, 0, ())
 
 
 def add_values(one: Any, other: Any) -> Any:
-    """Adds two values of a field of Stats."""
+    """Add two values of one field of Stats."""
     match one:
         case tuple():
             return tuple(map(sum, zip_longest(one, other, fillvalue=0)))

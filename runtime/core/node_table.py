@@ -1,4 +1,4 @@
-"""The nodes of a token tree as a table: a row for each, in order of arrival, the root first."""
+"""Stores the nodes of a token tree as columns, in order of arrival, the root first."""
 
 from array import array
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,8 @@ import numpy as np
 
 from runtime.core.node_keys import Floats, Ints, Keys
 
-# The type of each column and the root's value. Arrays of the standard library are quick to read and
-# to append to one by one, and numpy sees them without a copy.
+# Type of each column and the root's value. Arrays of the standard library are fast to read and
+# append to one by one, and numpy views them without a copy.
 COLUMNS: dict[str, tuple[str, float]] = {
     "key": ("Q", 0),
     "token": ("q", 0),
@@ -25,27 +25,27 @@ COLUMNS: dict[str, tuple[str, float]] = {
     "off_top_logprob": ("d", 0.0),
     "off_top_count": ("q", 0),
 }
-PATH_SUM_COLUMNS = ("depth", "path", "off_top_logprob", "off_top_count")  # sums over the way down
-EDGE_COLUMNS = ("parent", "rank", "raw_logprob", "score")  # the root has none of these any more
+PATH_SUM_COLUMNS = ("depth", "path", "off_top_logprob", "off_top_count")  # sums along the path
+EDGE_COLUMNS = ("parent", "rank", "raw_logprob", "score")  # meaningless for a root
 
 
 class NodeTable:
-    """A parent always stands before its children.
+    """A table of nodes, in which a parent always comes before its children.
 
-    key       uint64, the node's name
-    token     its token id
-    parent    row of its parent, -1 for the root
-    depth     tokens from the root to it
-    rank      which of its drafter's guesses for that place it is, from 0 on
-    fanout    number of its children
-    expanded  whether somebody was asked for its children
-    said      log of the drafter's estimate that the target takes it once it is at the parent
-    score     log of what is believed of that
-    top       the highest score of its children, -inf without any
-    path      sum of scores from the root
-    aside     the part of `path` by nodes that were not the best of their siblings when scored
-    turns     number of those nodes
-    drafter   who guessed it first
+    key              uint64, hash of the text that ends in the node
+    token            token id
+    parent           row of the parent, -1 for the root
+    depth            tokens from the root to the node
+    rank             position among its drafter's guesses for this place, from 0
+    fanout           number of children
+    expanded         whether somebody was asked for its children
+    raw_logprob      log of the drafter's own estimate of acceptance after the parent
+    score            log of the calibrated estimate
+    top              highest score of its children, -inf without any
+    path             sum of scores from the root
+    off_top_logprob  part of `path` from nodes that were not the best of their siblings
+    off_top_count    number of those nodes
+    drafter          who guessed it first
     """
 
     __slots__ = (*COLUMNS, "drafter")
@@ -69,11 +69,11 @@ class NodeTable:
         self.clear(root_key, root_token)
 
     def __len__(self) -> int:
-        """The number of nodes, the root included."""
+        """Return the number of nodes, the root included."""
         return len(self.key)
 
     def clear(self, root_key: int, root_token: int) -> None:
-        """Keep nothing; begin anew with this root."""
+        """Drop all nodes and start again with this root."""
         for name, (kind, value) in COLUMNS.items():
             setattr(self, name, array(kind, (value,)))
         self.key[0], self.token[0], self.drafter = root_key, root_token, [""]
@@ -88,7 +88,7 @@ class NodeTable:
         scores: Floats,
         drafter: str,
     ) -> None:
-        """Add nodes (n,) of one drafter in their order; a parent may be one of those before."""
+        """Add nodes (n,) of one drafter in order; a parent may be one of the nodes before."""
         self.key.frombytes(keys.tobytes())
         self.token.frombytes(tokens.tobytes())
         self.raw_logprob.frombytes(raw_logprob.tobytes())
@@ -114,9 +114,9 @@ class NodeTable:
                 top[parent] = score
 
     def keep(self, rows: Ints) -> Ints:
-        """Keep these rows alone, the first of which is above all others and becomes the root.
+        """Keep only these rows; the first is an ancestor of all others and becomes the root.
 
-        Returns the new row of each old one, -1 for those that are gone. No sum is computed again.
+        Returns the new row of each old one, -1 for dropped rows. Sums are not recomputed.
         """
         moved = np.full(len(self), -1)
         moved[rows] = np.arange(len(rows))
@@ -134,9 +134,9 @@ class NodeTable:
         return moved
 
     def rescore(self, scores: Mapping[int, float]) -> None:
-        """Believe something else of these nodes.
+        """Change the scores of these nodes and recompute all sums.
 
-        All turns are judged anew: of equals the oldest is the best.
+        The best sibling is chosen again everywhere; of equal siblings the oldest is the best.
         """
         for node, score in scores.items():
             self.score[node] = score

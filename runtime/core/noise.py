@@ -1,12 +1,16 @@
-"""Gumbel noise without a state: a pure function of (seed, position, token id), the same bits on every device.
+"""Generates Gumbel noise as a pure function of (seed, position, token id).
 
-argmax(logits + gumbel) is a draw from softmax(logits) (Gumbel 1954; Maddison et al., "A* Sampling", 2014). A counter in
-place of a stream means that a draw depends neither on what was drawn before nor on how rows were grouped.
+The noise has the same bits on every device.
 
-Only operations that IEEE 754 and two's complement define to the last bit are used: integer add, multiply, shift, and, or,
-xor with wrap-around, and float64 + - * /. numpy and torch both have them under the same names, so the array namespace is
-an argument (`xp`); a library's own log() would differ in the last place between devices. One operation is one kernel in
-either library, so no compiler can fuse a multiplication with an addition.
+argmax(logits + gumbel) is a draw from softmax(logits) (Gumbel 1954; Maddison et al., "A* Sampling",
+2014). A counter instead of a stream makes a draw independent of earlier draws and of how rows are
+batched.
+
+The code uses only operations that IEEE 754 and two's complement define to the last bit: integer
+add, multiply, shift, and, or, xor with wrap-around, and float64 + - * /. numpy and torch have them
+under the same names, so the array namespace is an argument (`xp`). A library's own log() would
+differ in the last place between devices. Each operation is one kernel in either library, so no
+compiler can fuse a multiplication with an addition.
 """
 
 from collections.abc import Sequence
@@ -20,9 +24,8 @@ from runtime.core.node_keys import mix64
 Array = Any  # numpy array or torch tensor: whatever `xp` computes on
 
 SIGN_BIT = 1 << 63
-GOLDEN = 0x9E3779B97F4A7C15 - (
-    1 << 64
-)  # as int64; the constants are SplitMix64's (Steele et al. 2014)
+# Constants of SplitMix64 (Steele et al. 2014), as int64
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 MIX_2 = 0x94D049BB133111EB - (1 << 64)
 ONE_BITS = 0x3FF0000000000000  # bits of 1.0
@@ -33,15 +36,16 @@ ARTANH_TERMS = tuple(2.0 / (2 * k + 1) for k in range(11))  # of 2 artanh(s) / s
 
 
 def row_key(seed: int, position: int) -> int:
-    """64 well mixed bits (as int64) that stand for one position of one seed."""
+    """Return 64 well mixed bits, as int64, for one position of one seed."""
     key = mix64(mix64(seed, 0), position)
     return (key ^ SIGN_BIT) - SIGN_BIT
 
 
 def random_bits(seed: int, positions: Sequence[int], tokens: Array, xp: Any = np) -> Array:
-    """64 random bits, int64 (rows, n), for each position and each of its token ids.
+    """Return 64 random bits, int64 (rows, n), for each position and each of its token ids.
 
-    `tokens` is int64 (n,), the same for all rows, or (rows, n); the result is of its namespace and on its device.
+    `tokens` is int64 (n,), shared by all rows, or (rows, n). The result has its namespace and
+    device.
     """
     keys = xp.asarray(
         [row_key(seed, position) for position in positions], dtype=xp.int64, device=tokens.device
@@ -56,22 +60,29 @@ def random_bits(seed: int, positions: Sequence[int], tokens: Array, xp: Any = np
 
 
 def gumbel_from_bits(x: Array, xp: Any = np) -> Array:
-    """Standard Gumbel noise, float64, out of 64 random bits (the upper 51 count): -log(-log(u)), between -3.6 and 36.1.
+    """Convert 64 random bits, of which the upper 51 count, to standard Gumbel noise in float64.
 
-    u is an odd multiple of 2**-52, never 0 or 1. Within 1e-14 of the exact value, and that relative to it in the upper tail.
+    The noise is -log(-log(u)), between -3.6 and 36.1; u is an odd multiple of 2**-52, never 0 or 1.
+    The absolute error is below 1e-14; in the upper tail the relative error is.
     """
     return -_log(-_log(_one_plus_uniform(x, xp) - 1.0, xp), xp)
 
 
 def gumbel(seed: int, positions: Sequence[int], tokens: Array, xp: Any = np) -> Array:
-    """Standard Gumbel noise, float64 (rows, n): one row for each position, one column for each token id (see `random_bits`)."""
+    """Return standard Gumbel noise, float64 (rows, n): a row per position, a column per token id.
+
+    See `random_bits` for the arguments.
+    """
     return gumbel_from_bits(random_bits(seed, positions, tokens, xp), xp)
 
 
 def approx_gumbel(
     seed: int, positions: Sequence[int], tokens: npt.NDArray[np.integer[Any]]
 ) -> npt.NDArray[np.float64]:
-    """What `gumbel` finds on numpy, but for rounding, in a third of the time: for guesses, which need not be the same bits everywhere."""
+    """Return the noise of `gumbel` up to rounding, on numpy, in a third of the time.
+
+    It suits guesses, which need not be the same bits everywhere.
+    """
     noise: npt.NDArray[np.float64] = -np.log(
         -np.log(_one_plus_uniform(random_bits(seed, positions, tokens), np) - 1.0)
     )
@@ -79,9 +90,10 @@ def approx_gumbel(
 
 
 def gumbel_upper_bound(x: Array, xp: Any = np) -> Array:
-    """An upper bound of gumbel_from_bits(x), in three operations: less than 0.07 above it where that is 5 or more.
+    """Return an upper bound of gumbel_from_bits(x), in three operations.
 
-    -log(-log(1 - w)) <= -log(w), and the bits of a float, read as a number, are a lower bound of its base-2 logarithm.
+    Where the noise is 5 or more, the bound is less than 0.07 above it: -log(-log(1 - w)) <=
+    -log(w), and the bits of a float, read as a number, bound its base-2 logarithm from below.
     """
     bound = xp.asarray((2.0 - _one_plus_uniform(x, xp)).view(xp.int64), dtype=xp.float64)
     bound *= -LN_2 / (MANTISSA_MASK + 1)
@@ -92,10 +104,11 @@ def gumbel_upper_bound(x: Array, xp: Any = np) -> Array:
 def gumbel_argmax(
     scores: npt.NDArray[np.floating[Any]], seed: int, positions: Sequence[int]
 ) -> npt.NDArray[np.int64]:
-    """argmax(scores + gumbel) of each row of `scores` (rows, vocabulary), the lowest token id where two are equal.
+    """Return argmax(scores + gumbel) of each row of `scores` (rows, vocabulary).
 
-    Logarithms cost six times as much as the bits, and few tokens can win: the exact noise of the token with the highest
-    upper bound is what the others' upper bounds must reach. -inf in `scores` is a token that is not allowed.
+    Equal values go to the lowest token id; -inf marks a token that is not allowed. Logarithms cost
+    six times as much as the bits, and few tokens can win: the exact noise of the token with the
+    highest upper bound is the value that the bounds of the others must reach.
     """
     x = random_bits(seed, positions, np.arange(scores.shape[1]))
     bound = gumbel_upper_bound(x)
@@ -104,7 +117,7 @@ def gumbel_argmax(
     guess: npt.NDArray[np.int64] = bound.argmax(axis=1)
     reached = scores[rows, guess] + gumbel_from_bits(x[rows, guess])
     row, token = np.nonzero(bound >= reached[:, None])
-    if len(row) == len(rows):  # nobody else's: so it is for most
+    if len(row) == len(rows):  # no other token can win, which is the usual case
         return guess
     bound.fill(-np.inf)
     bound[row, token] = scores[row, token] + gumbel_from_bits(x[row, token])
@@ -114,24 +127,27 @@ def gumbel_argmax(
 
 
 def _shift_right(x: Array, places: int) -> Array:
-    """Shift of int64 to the right with zeros moving in."""
+    """Shift int64 to the right, filling with zeros."""
     shifted = x >> places
     shifted &= (1 << (64 - places)) - 1
     return shifted
 
 
 def _one_plus_uniform(x: Array, xp: Any) -> Array:
-    """1 + u, exact: the upper 51 bits of x put below the leading 1 of a float64, the last bit always set."""
+    """Return 1 + u, exactly: the upper 51 bits of x below the leading 1 of a float64, last
+    bit set.
+    """
     f = _shift_right(x, 12)
     f |= ONE_BITS | 1
     return f.view(xp.float64)
 
 
 def _log(x: Array, xp: Any) -> Array:
-    """Natural logarithm of positive normal float64, relative error below 1e-15 also near 1.
+    """Return the natural logarithm of positive normal float64, relative error below 1e-15, also
+    near 1.
 
-    x = 2**e * m with m between the square roots of 1/2 and 2; log m = 2 artanh((m - 1) / (m + 1)), whose series is cut
-    where its terms fall below 2**-53.
+    x = 2**e * m with m between sqrt(1/2) and sqrt(2), and log m = 2 artanh((m - 1) / (m + 1)),
+    whose series is cut where its terms fall below 2**-53.
     """
     x = x.view(xp.int64)
     e = x - SQRT_HALF_BITS

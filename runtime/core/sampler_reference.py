@@ -1,7 +1,8 @@
-"""The rule by which a target chooses its tokens, in plain numpy: the oracle of every faster implementation.
+"""Samples tokens in plain numpy: the reference for every faster sampler.
 
-Order and meaning of the parameters are those of vLLM and of transformers' generate(): the constraint, logit_bias, the ban of
-min_tokens, repetition_penalty, frequency_penalty, presence_penalty; then, above temperature 0, temperature, top_k, top_p, min_p.
+Order and meaning of the parameters are those of vLLM and of transformers' generate(): constraint,
+logit_bias, the ban of min_tokens, repetition_penalty, frequency_penalty, presence_penalty; then,
+above temperature 0, temperature, top_k, top_p, min_p.
 """
 
 from collections.abc import Sequence
@@ -20,26 +21,33 @@ Allowed = npt.NDArray[np.bool_]
 
 
 class GrammarState(Protocol):
-    """A constraint after some text: what that may go on with. Belongs to one text; made by what knows grammars.
+    """The state of a constraint after some text. It belongs to one text.
 
-    A text that may end allows the tokens that end it, and one that is complete allows no other.
+    A text that may end allows the end-of-text tokens; a complete text allows nothing else.
     """
 
     def allowed(self) -> Allowed:
-        """For each token (vocabulary,) whether it may follow; some may. Raises InvalidRequest where that takes too much to find out."""
+        """Return the mask (vocabulary,) of tokens that may follow; at least one is set.
+
+        Raises InvalidRequest if the mask takes too long to compute.
+        """
         ...
 
     def accept_token(self, token: int) -> None:
-        """The text goes on with this token; one that ends it changes nothing. Raises InvalidRequest for one that is not allowed."""
+        """Advance by one token; an end-of-text token changes nothing.
+
+        Raises InvalidRequest for a token that is not allowed.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingInput:
-    """What is asked of a chooser: the token that follows each of some rows, all of one session.
+    """Everything but the logits that a sampler needs for some rows of one session.
 
-    Row i's text is `text`, all that is committed, continued by `paths[i]`. `prompt` of the tokens of `text` came from the
-    user; `eos` are the token ids that end a text. `allowed` (rows, vocabulary) are the tokens that a constraint leaves each row.
+    The text of row i is `text`, all committed tokens, continued by `paths[i]`. The first `prompt`
+    tokens of `text` are the user's. `eos` are the end-of-text tokens. `allowed` (rows, vocabulary)
+    masks the tokens that a constraint leaves to each row.
     """
 
     sampling: SamplingParams
@@ -50,14 +58,15 @@ class SamplingInput:
     allowed: Allowed | None = None
 
     def positions(self) -> list[int]:
-        """The place in its text, from 0, of the token that each row chooses."""
+        """Return, for each row, the position in its text, from 0, of the token to sample."""
         return [len(self.text) + len(path) for path in self.paths]
 
     def too_short(self) -> list[int]:
-        """Rows that may not end the text yet, because of min_tokens or, under a constraint, of ignore_eos.
+        """Return the rows that must not end the text yet, by min_tokens or, under a constraint,
+        ignore_eos.
 
-        A row that is left nothing but the end by its constraint may: there is no other token that it could choose. (In vLLM such a text
-        goes on with one end after the other up to max_tokens.)
+        A row whose constraint leaves nothing but the end may end: it has no other choice. (In vLLM
+        such a text continues with one end-of-text token after another up to max_tokens.)
         """
         most = self.sampling.min_tokens
         if self.allowed is None:
@@ -80,26 +89,35 @@ class SamplingInput:
 
 
 class Sampler(Protocol):
-    """`choose` below and its twins: pure functions, of which a row's token depends on that row and its text alone."""
+    """`reference_sample` and its equivalents: pure functions in which rows do not affect each
+    other.
+    """
 
     def __call__(self, logits: Any, inputs: SamplingInput, /) -> npt.NDArray[np.int64]:
-        """The token (rows,) that follows each row of `logits` (rows, vocabulary), which are left as they are."""
+        """Return the token (rows,) that follows each row of `logits` (rows, vocabulary).
+
+        The logits are not modified.
+        """
         ...
 
 
 class LogprobScorer(Protocol):
-    """`logprobs` below and its twins."""
+    """`logprobs` and its equivalents."""
 
     def __call__(self, logits: Any, tokens: Sequence[int], k: int) -> tuple[Logprob, ...]:
-        """What the target thought of the token chosen after each row of `logits` (rows, vocabulary), and its `k` favourites there.
+        """Return the logprobs of `tokens`, one per row of `logits` (rows, vocabulary), and of the
+        top `k`.
 
-        From the logits as they are, before constraint, bias, penalties and temperature: vLLM's `raw_logprobs`, its default.
+        They come from the raw logits, before constraint, bias, penalties and temperature: vLLM's
+        `raw_logprobs`, its default.
         """
         ...
 
 
 def reference_sample(logits: npt.ArrayLike, inputs: SamplingInput) -> npt.NDArray[np.int64]:
-    """The Chooser of numpy logits: argmax at temperature 0, else argmax of the scores and the noise of its position."""
+    """Sample from numpy logits: the argmax at temperature 0, else the argmax of scores
+    plus noise.
+    """
     scores = process_logits(logits, inputs)
     if inputs.sampling.temperature > 0:
         scores = scores + noise.gumbel(
@@ -110,7 +128,7 @@ def reference_sample(logits: npt.ArrayLike, inputs: SamplingInput) -> npt.NDArra
 
 
 def logprobs(logits: npt.ArrayLike, tokens: Sequence[int], k: int) -> tuple[Logprob, ...]:
-    """The Scorer of numpy logits."""
+    """Compute logprobs from numpy logits."""
     scores = np.asarray(logits, dtype=np.float64)
     high = scores.max(axis=1, keepdims=True)
     logs = scores - high - np.log(np.exp(scores - high).sum(axis=1, keepdims=True))
@@ -122,7 +140,10 @@ def logprobs(logits: npt.ArrayLike, tokens: Sequence[int], k: int) -> tuple[Logp
 def make_logprobs(
     chosen: npt.NDArray[Any], best: npt.NDArray[Any], values: npt.NDArray[Any]
 ) -> tuple[Logprob, ...]:
-    """Logprobs of the chosen tokens (rows,), and the best tokens with theirs (rows, k). Rounding lifts none above 0."""
+    """Combine the logprobs of chosen tokens (rows,) with the best tokens and theirs (rows, k).
+
+    Values that rounding lifted above 0 become 0.
+    """
     tops = zip(best.tolist(), np.minimum(values, 0.0).tolist(), strict=True)
     tuples = [tuple(zip(ids, logs, strict=True)) for ids, logs in tops]
     return tuple(
@@ -131,7 +152,10 @@ def make_logprobs(
 
 
 def process_logits(logits: npt.ArrayLike, inputs: SamplingInput) -> Scores:
-    """New scores (rows, vocabulary): softmax of them is the law of each row's token. At temperature 0 only the argmax counts."""
+    """Return new scores (rows, vocabulary) whose softmax is the distribution of each row's token.
+
+    At temperature 0 only their argmax is meaningful.
+    """
     sampling, scores = inputs.sampling, np.array(logits, dtype=np.float32)
     if inputs.allowed is not None:
         scores[~inputs.allowed] = -np.inf
@@ -154,7 +178,7 @@ def process_logits(logits: npt.ArrayLike, inputs: SamplingInput) -> Scores:
 
 
 def apply_repetition_penalty(row: Scores, text: Sequence[int], penalty: float) -> None:
-    """Divide the scores above 0, and multiply those below, of all tokens that are in the text."""
+    """Divide positive scores, and multiply negative ones, of all tokens in the text."""
     if penalty == 1:
         return
     seen = sorted({token for token in text if token < len(row)})
@@ -166,7 +190,7 @@ def apply_repetition_penalty(row: Scores, text: Sequence[int], penalty: float) -
 def apply_count_penalties(
     row: Scores, output: Sequence[int], frequency: float, presence: float
 ) -> None:
-    """Lower the scores of the output's tokens: `frequency` for each occurrence, `presence` once."""
+    """Lower the scores of output tokens: by `frequency` per occurrence, by `presence` once."""
     if frequency == presence == 0:
         return
     times = np.bincount(np.array(output, dtype=np.int64), minlength=len(row))[: len(row)].astype(
@@ -177,13 +201,15 @@ def apply_count_penalties(
 
 
 def apply_top_k(scores: Scores, top_k: int) -> None:
-    """Bar all scores of a row below its k-th highest."""
+    """Mask all scores of a row below its k-th highest."""
     if 0 < top_k < scores.shape[1]:
         scores[scores < np.sort(scores, axis=1)[:, [-top_k]]] = -np.inf
 
 
 def apply_top_p(scores: Scores, top_p: float) -> None:
-    """Bar all but the fewest most probable tokens of a row whose probabilities add up to `top_p` or more."""
+    """Mask all but the fewest most probable tokens whose probabilities add up to `top_p`
+    or more.
+    """
     if top_p < 1:
         ascending = np.argsort(scores, axis=1, kind="stable")
         barred = (
@@ -194,14 +220,14 @@ def apply_top_p(scores: Scores, top_p: float) -> None:
 
 
 def apply_min_p(scores: Scores, min_p: float) -> None:
-    """Bar all tokens less probable than `min_p` times the most probable of their row."""
+    """Mask all tokens less probable than `min_p` times the most probable token of their row."""
     if min_p > 0:
         p = softmax(scores)
         scores[p < min_p * p.max(axis=1, keepdims=True)] = -np.inf
 
 
 def softmax(scores: Scores) -> npt.NDArray[np.float64]:
-    """Probabilities of scores (rows, vocabulary), of which one at least in each row is finite."""
+    """Return probabilities of scores (rows, vocabulary); each row has at least one finite score."""
     raised = np.exp(scores.astype(np.float64) - scores.max(axis=1, keepdims=True))
     p: npt.NDArray[np.float64] = raised / raised.sum(axis=1, keepdims=True)
     return p

@@ -1,4 +1,4 @@
-"""Sampling parameters, checked once. What they do to the logits: runtime.core.sampler_reference."""
+"""Defines and validates sampling parameters."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -7,16 +7,15 @@ from runtime.core import limits
 from runtime.core.errors import InvalidRequest
 
 ConstraintKind = Literal["json_object", "json_schema", "regex"]
-MIN_TEMPERATURE = (
-    0.001  # lowest temperature above 0: below it, logits / temperature leave the range of float32
-)
+MIN_TEMPERATURE = 0.001  # above 0; logits / temperature would overflow float32 below it
 
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What form the output must have. `text`: the JSON schema, or the regular expression; empty for json_object.
+    """Constrains the form of the output to a JSON schema or a regular expression.
 
-    Raises InvalidRequest for a text that is not there or too long; whether it means anything: runtime.models.grammar.
+    `text` is the schema or the expression; it is empty for json_object. Raises InvalidRequest for a
+    text that is missing or too long. runtime.models.grammar checks its meaning.
     """
 
     kind: ConstraintKind
@@ -25,7 +24,8 @@ class Constraint:
     def __post_init__(self) -> None:
         if self.kind not in get_args(ConstraintKind):
             raise InvalidRequest(
-                f"constraint {str(self.kind)[:64]!r} is not known: give {', '.join(get_args(ConstraintKind))}",
+                f"unknown constraint {str(self.kind)[:64]!r}: "
+                f"give {', '.join(get_args(ConstraintKind))}",
                 "response_format",
             )
         if (size := len(self.text.encode(errors="replace"))) > limits.CONSTRAINT_BYTES:
@@ -39,13 +39,15 @@ class Constraint:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the target chooses tokens and when it ends. Names and meanings as in vLLM's SamplingParams.
+    """Sets how the target samples and when it stops. Names and meanings follow vLLM's class of
+    that name.
 
-    temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch those filters off. repetition_penalty looks at prompt
-    and output, presence_penalty and frequency_penalty at the output alone. min_tokens bans the end-of-text token before
-    that many output tokens. `stop` strings end the text before them. `logit_bias` pairs are (token id, added value).
+    temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 disable these filters. repetition_penalty
+    applies to prompt and output, presence_penalty and frequency_penalty to the output alone. The
+    end-of-text token is banned for the first min_tokens output tokens. The output ends before any
+    of the `stop` strings. `logit_bias` pairs are (token id, added value).
 
-    Raises InvalidRequest, naming the parameter, for values outside their range.
+    Raises InvalidRequest, which names the parameter, for values out of range.
     """
 
     temperature: float = 0.0
@@ -61,16 +63,15 @@ class SamplingParams:
     max_tokens: int = 128
     min_tokens: int = 0
     ignore_eos: bool = False
-    logprobs: int | None = (
-        None  # how many of the most likely tokens are reported beside the chosen one; None: not even that
-    )
+    logprobs: int | None = None  # top tokens to report per token; None: no logprobs at all
     constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         check_range("temperature", self.temperature, 0.0, 100.0)
         if 0.0 < self.temperature < MIN_TEMPERATURE:
             raise InvalidRequest(
-                f"temperature {self.temperature} is not allowed: give 0 or {MIN_TEMPERATURE:g} to 100",
+                f"temperature {self.temperature} is not allowed: "
+                f"give 0 or {MIN_TEMPERATURE:g} to 100",
                 "temperature",
             )
         check_int("top_k", self.top_k, 0)
@@ -97,12 +98,14 @@ class SamplingParams:
                 raise InvalidRequest(f"stop {string!r} is not allowed: give strings", "stop")
             if not 0 < len(string) <= limits.STOP_LENGTH:
                 raise InvalidRequest(
-                    f"stop string of {len(string)} characters: allowed are 1 to {limits.STOP_LENGTH}",
+                    f"stop string of {len(string)} characters: "
+                    f"allowed are 1 to {limits.STOP_LENGTH}",
                     "stop",
                 )
         if len(self.logit_bias) > limits.LOGIT_BIAS:
             raise InvalidRequest(
-                f"logit_bias has {len(self.logit_bias)} entries: at most {limits.LOGIT_BIAS} are allowed",
+                f"logit_bias has {len(self.logit_bias)} entries: "
+                f"at most {limits.LOGIT_BIAS} are allowed",
                 "logit_bias",
             )
         for token, bias in self.logit_bias:
@@ -113,6 +116,9 @@ class SamplingParams:
 
 
 def check_range(name: str, value: float, low: float, high: float, above: bool = False) -> None:
+    """Raise InvalidRequest unless `value` is a number from `low` (exclusive if `above`) to
+    `high`.
+    """
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
@@ -120,12 +126,14 @@ def check_range(name: str, value: float, low: float, high: float, above: bool = 
         or (above and value == low)
     ):
         raise InvalidRequest(
-            f"{name} {value} is not allowed: give a number {'above' if above else 'from'} {low:g} to {high:g}",
+            f"{name} {value} is not allowed: "
+            f"give a number {'above' if above else 'from'} {low:g} to {high:g}",
             name,
         )
 
 
 def check_int(name: str, value: int, low: int, high: int = 2**31 - 1) -> None:
+    """Raise InvalidRequest unless `value` is an integer from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise InvalidRequest(
             f"{name} {value} is not allowed: give a whole number from {low} to {high}", name

@@ -1,7 +1,7 @@
 """The token tree: guesses that continue the committed tokens.
 
 A node is its parent and its token, so equal guesses of different drafters are one node. Drafters
-refer to nodes by the names of runtime.core.node_keys, and each drafter has names of its own here: what
+refer to nodes by the keys of runtime.core.node_keys. Each drafter has a key map of its own, so what
 one of them sends cannot change what another one means.
 """
 
@@ -16,21 +16,20 @@ import numpy.typing as npt
 from runtime.core.node_keys import Floats, Ints, Keys, child_key, child_keys, text_key
 from runtime.core.node_table import NodeTable
 
-Estimate = Callable[[Ints, Floats], Floats]  # ranks and what was said of nodes -> their scores
+Estimate = Callable[[Ints, Floats], Floats]  # ranks and raw logprobs -> scores
 
 
 @dataclass(frozen=True, slots=True)
 class MergeResult:
-    """What became of nodes that were offered.
+    """Tells what happened to the nodes of a merge.
 
-    rows        places of those that are new, in order
-    stale       places of those whose parent this drafter has not guessed, in order
-    repeated    number of those that were there
-    full        number of those beyond the limit of nodes or depth
-    collisions  number of those that have the name of another node which the same drafter has
-                guessed: no honest drafter sends them
-    shared      the nodes whose children more than one drafter has guessed now, as far as these
-                nodes have changed that
+    rows        positions of new nodes, in order
+    stale       positions of nodes whose parent this drafter has not guessed, in order
+    repeated    number of nodes that existed
+    full        number of nodes beyond the limit of nodes or depth
+    collisions  number of nodes with the key of another node of the same drafter; no honest
+                drafter sends them
+    shared      nodes whose children several drafters have guessed, if this merge changed that
     """
 
     rows: list[int]
@@ -42,8 +41,9 @@ class MergeResult:
 
 
 class Proposal(NamedTuple):
-    """Who has guessed a node, as which of its own guesses for that place (from 0 on), and the log
-    of the estimate that it sent."""
+    """A drafter's guess of a node: its rank among its own guesses for that place, from 0, and the
+    log of the estimate that it sent.
+    """
 
     drafter: str
     rank: int
@@ -51,17 +51,19 @@ class Proposal(NamedTuple):
 
 
 class TokenTree(NodeTable):
-    """A table of nodes that finds them by parent and token, and by what a drafter calls them.
+    """A node table that finds nodes by parent and token, and by each drafter's keys.
 
-    below   the nodes by parent << 32 | token; None from a re-root until somebody asks
-    named   for each drafter, the root and the nodes that it has guessed, by name
-    echoes  for each node, who has guessed it after its first drafter
+    child_index      nodes by parent << 32 | token; None from a re-root until the next lookup
+    nodes_by_key     for each drafter, the root and the nodes it has guessed, by key
+    later_proposals  for each node, the proposals after that of its first drafter
     """
 
     __slots__ = ("child_index", "later_proposals", "max_depth", "max_nodes", "nodes_by_key")
 
     def __init__(self, root_key: int, root_token: int, max_nodes: int, max_depth: int) -> None:
-        """Make a tree of the root alone; `max_nodes` others fit at most, `max_depth` tokens deep."""
+        """Make a tree of the root alone, for up to `max_nodes` more nodes, `max_depth`
+        tokens deep.
+        """
         self.max_nodes, self.max_depth = max_nodes, max_depth
         super().__init__(root_key, root_token)
 
@@ -79,10 +81,10 @@ class TokenTree(NodeTable):
         raw_logprob: float | None = None,
         drafter: str = "",
     ) -> int | None:
-        """Add one node to a tree that one drafter grows alone.
+        """Add one node to a tree that a single drafter grows.
 
-        Returns its index; None if it is there already, its name is taken, or it is beyond the limit
-        of nodes or depth. `raw_logprob` is `score` before calibration; without it they are the same.
+        Returns its index, or None if the node exists, its key is taken, or a limit is reached.
+        `raw_logprob` is the score before calibration, by default `score` itself.
         """
         node, key, mine = len(self), child_key(self.key[parent], token), self.nodes_by_key[drafter]
         taken = self.child(parent, token) is not None or key in mine
@@ -100,14 +102,15 @@ class TokenTree(NodeTable):
     def merge(
         self, parents: Keys, tokens: Ints, raw_logprob: Floats, drafter: str, estimate: Estimate
     ) -> MergeResult:
-        """Add the nodes (n,) that one drafter has guessed, in order, by its names of their parents.
+        """Add the nodes (n,) of one drafter in order, by its keys of their parents.
 
-        A node's rank is its place among this drafter's own guesses there, its score is
-        estimate(rank, said). Nodes that others have guessed get an echo; `rescore` changes scores.
+        A node's rank is its position among this drafter's own guesses for that place; its score is
+        estimate(rank, raw_logprob). A node that others have guessed gets a later proposal;
+        `rescore` changes scores.
         """
         keys = child_keys(parents, tokens)
         mine, depth_of = self.nodes_by_key[drafter], self.depth
-        alone = len(self.nodes_by_key) == 1  # nobody else has named a node
+        alone = len(self.nodes_by_key) == 1  # no other drafter has guessed a node
         old = size = len(self)
         repeated = full = collisions = 0
         rows, stale, placed, ranks = list[int](), list[int](), list[int](), list[int]()
@@ -174,38 +177,38 @@ class TokenTree(NodeTable):
         scores: Floats,
         drafter: str,
     ) -> None:
-        """Add nodes as `append` does. Every node comes in here; the caller makes its name known."""
+        """Add nodes as `append` does. Every node enters here; the caller registers its key."""
         old = len(self)
         self.append(keys, tokens, parents, ranks, raw_logprob, scores, drafter)
         if self.child_index is not None:
             self.child_index.update(self._child_entries(old))
 
     def _child_entries(self, first: int) -> Iterator[tuple[int, int]]:
-        """The entries of `child_index` from this node on."""
+        """Return the entries of `child_index` from node `first` on."""
         parents = np.frombuffer(self.parent, np.int64)[first:]
         tokens = np.frombuffer(self.token, np.int64)[first:]
         return zip((parents << 32 | tokens).tolist(), range(first, len(self)), strict=True)
 
     def drafters_of(self, node: int) -> list[str]:
-        """All who have guessed it, the first of them first."""
+        """Return all drafters that guessed a node, the first one first."""
         return [
             self.drafter[node],
             *(proposal.drafter for proposal in self.later_proposals.get(node, ())),
         ]
 
     def proposals(self, node: int) -> list[Proposal]:
-        """The same, with what they said."""
+        """Return all proposals of a node, the first one first."""
         first = Proposal(self.drafter[node], self.rank[node], self.raw_logprob[node])
         return [first, *self.later_proposals.get(node, ())]
 
     def child(self, node: int, token: int) -> int | None:
-        """The child of `node` with this token; None where there is none."""
+        """Return the child of `node` with this token, or None."""
         if self.child_index is None:
             self.child_index = dict(self._child_entries(1))
         return self.child_index.get(node << 32 | token)
 
     def children(self, node: int) -> list[int]:
-        """In order of arrival."""
+        """Return the children of `node` in order of arrival."""
         found: list[int] = (
             np.flatnonzero(np.frombuffer(self.parent, dtype=np.int64) == node).tolist()
             if self.fanout[node]
@@ -214,7 +217,7 @@ class TokenTree(NodeTable):
         return found
 
     def descend(self, tokens: Sequence[int]) -> int | None:
-        """The node at the end of these tokens below the root; None if the tree does not have it."""
+        """Return the node at the end of these tokens below the root, or None."""
         node = 0
         for token in tokens:
             child = self.child(node, token)
@@ -224,7 +227,7 @@ class TokenTree(NodeTable):
         return node
 
     def tokens_to(self, node: int) -> list[int]:
-        """Token ids from the root's child down to `node`; empty for the root."""
+        """Return token ids from the root's child down to `node`; empty for the root."""
         found: list[int] = []
         while node > 0:
             found.append(self.token[node])
@@ -232,9 +235,9 @@ class TokenTree(NodeTable):
         return found[::-1]
 
     def reroot(self, tokens: Sequence[int]) -> bool:
-        """Move the root along newly committed tokens and drop all that is not below it.
+        """Move the root along newly committed tokens and drop all nodes outside the new subtree.
 
-        Returns whether the new root was a node (hit). It is found by descent, never by name.
+        Returns whether the new root was a node (hit). The root is found by descent, never by key.
         """
         node = self.descend(tokens)
         if node is None:
@@ -245,7 +248,7 @@ class TokenTree(NodeTable):
         return True
 
     def _keep_subtree(self, root: int) -> None:
-        """Make `root` the root. The nodes below it stay in their order."""
+        """Make `root` the root; its descendants keep their order."""
         if not self.fanout[root]:
             expanded = self.expanded[root]
             self.clear(self.key[root], self.token[root])
@@ -263,7 +266,7 @@ class TokenTree(NodeTable):
         self._rebuild_keys()
 
     def _rebuild_keys(self) -> None:
-        """Make `nodes_by_key` again from what it stands for."""
+        """Rebuild `nodes_by_key` from the table."""
         names = self.key.tolist()
         self.nodes_by_key = nodes_by_key = _empty_key_maps(names[0])
         if len(first := set(self.drafter[1:])) == 1:
@@ -277,9 +280,9 @@ class TokenTree(NodeTable):
                 nodes_by_key[drafter][name] = node
 
     def _subtree(self, root: int) -> Ints:
-        """Indices of `root` and all below it, in order.
+        """Return the indices of `root` and its descendants, in order.
 
-        By pointer doubling: after n rounds every node has looked 2^n ancestors up.
+        Uses pointer doubling: after n rounds every node has looked at 2^n ancestors.
         """
         inside = np.zeros(len(self), dtype=np.bool_)
         inside[root] = True
@@ -290,9 +293,10 @@ class TokenTree(NodeTable):
         return np.flatnonzero(inside)
 
     def best_nodes(self, count: int, values: Floats | None = None) -> list[int]:
-        """The `count` best nodes by path score, closed under parents, parents first; no root.
+        """Return the `count` best nodes by path score, parents first, without the root.
 
-        `values` (n,) are other scores of the paths; they too never rise on the way down.
+        The set is closed under parents. `values` (n,) replaces the path scores; they must not rise
+        from parent to child either.
         """
         n = len(self.key)
         if n - 1 <= count:
@@ -307,12 +311,13 @@ class TokenTree(NodeTable):
         return sorted(order.tolist())
 
     def ancestor_mask(self, nodes: Sequence[int]) -> npt.NDArray[np.bool_]:
-        """Ancestor mask (n, n) of `nodes`, which are closed under parents and in order.
+        """Return the mask (n, n) of ancestors of `nodes`, which are closed under parents and in
+        order.
 
-        The root counts as prefix.
+        The root counts as part of the prefix.
         """
         row_of: dict[int, int] = {}
-        lines: list[int] = []  # one bit for each row that is seen
+        lines: list[int] = []  # a bit per visible row
         for row, node in enumerate(nodes):
             above = row_of.get(self.parent[node])
             lines.append(1 << row if above is None else lines[above] | 1 << row)
@@ -325,5 +330,5 @@ class TokenTree(NodeTable):
 
 
 def _empty_key_maps(root_key: int) -> defaultdict[str, dict[int, int]]:
-    """What each drafter means by a name: everybody knows the root's."""
+    """Make a key map for each drafter that contains only the root."""
     return defaultdict(lambda: {root_key: 0})

@@ -1,4 +1,4 @@
-"""A tree out of guesses that were made place by place: the likeliest ways through them, each place as if it knew nothing of the others."""
+"""Builds a tree from guesses for consecutive positions, treating the positions as independent."""
 
 import heapq
 
@@ -17,7 +17,10 @@ def best_first(
     nodes: int = MAX_NODES,
     floor: float = MIN_PATH_LOGPROB,
 ) -> DraftNodes:
-    """The `nodes` likeliest nodes, parents first. `tokens` and `scores` (places, k), best first; a score of -inf is no guess."""
+    """Return the `nodes` most likely nodes, parents first.
+
+    `tokens` and `scores` are (positions, k), best first; a score of -inf is no guess.
+    """
     places, k = tokens.shape
     said, ids = scores.tolist(), tokens.tolist()
     parents: list[int] = []

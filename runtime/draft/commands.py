@@ -1,4 +1,4 @@
-"""What may be put into a draft engine's inbox, from any thread."""
+"""Defines the commands of a draft engine's inbox, which any thread may send."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ Send = Callable[[Reply], None]
 
 @dataclass(frozen=True, slots=True)
 class EventReceived:
-    """An event that came in on one stream; the names of its sessions are the stream's own."""
+    """An event from one stream. Session names are private to a stream."""
 
     stream: int
     event: Event
@@ -19,7 +19,7 @@ class EventReceived:
 
 @dataclass(frozen=True, slots=True)
 class GrowthDropped:
-    """Growth of a session was dropped on the way: what hangs on it means nothing to the target."""
+    """A draft of a session was dropped on the way, so the target cannot place later ones."""
 
     stream: int
     session: str
@@ -27,7 +27,7 @@ class GrowthDropped:
 
 @dataclass(frozen=True, slots=True)
 class StreamClosed:
-    """A stream is over, and with it all its sessions."""
+    """A stream has ended, and all its sessions with it."""
 
     stream: int
 

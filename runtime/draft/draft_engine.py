@@ -1,6 +1,6 @@
-"""The drafter's loop: apply the commits that have arrived, expand the best leaves, send the growth.
+"""The drafter's loop: applies commits, expands the best leaves, sends the new nodes.
 
-It runs on the model's thread and knows no event loop, like the target's engine.
+It runs on the model's thread and uses no event loop, like the target's engine.
 """
 
 import logging
@@ -29,14 +29,16 @@ from runtime.telemetry.tracing import LEAD, NO_TRACE, REROOT, STEP, Trace
 
 log = logging.getLogger(__name__)
 
-MAX_PASS_ROWS = 16  # leaves in one pass over several sessions: a pass with so many rows costs little more than one with a single row
+MAX_PASS_ROWS = 16  # leaves in one pass; such a pass costs little more than a single row
 
 
 class DraftEngine:
-    """`run` belongs to one thread; `inbox` may be filled from any. `states`: sessions by the name that the method knows them
-    by, in the order of their opening. `counters`: events without effect, by reason.
+    """Grows the trees of all sessions with one drafting method.
 
-    `width`: leaves of one session in a pass, where its style does not say; `rows`: of several sessions together.
+    `run` belongs to one thread; any thread may put commands into `inbox`. `states` maps session
+    keys, as the method knows them, to sessions in order of opening. `counters` counts events
+    without effect, by reason. `width` limits the leaves of one session per pass unless its style
+    does; `rows` limits those of all sessions together.
     """
 
     def __init__(
@@ -65,13 +67,13 @@ class DraftEngine:
         self.computed = 0.0  # seconds that the method took
 
     def report(self) -> DrafterReport:
-        """What it has done since its start. From any thread."""
+        """Return what the drafter has done since its start. Thread-safe."""
         return DrafterReport(
             len(self.states), self.passes, self.nodes, self.computed, dict(self.counters)
         )
 
     def run(self) -> None:
-        """Until Stop. Nothing is kept of any session then."""
+        """Serve until Stop, then drop all sessions."""
         idle = True
         while self.receive(block=idle):
             idle = not self.step()
@@ -79,7 +81,9 @@ class DraftEngine:
             self.forget(name)
 
     def receive(self, block: bool) -> bool:
-        """Apply all events that have arrived, waiting for the first if asked to; False once Stop was there."""
+        """Apply all commands that have arrived, waiting for the first if `block`; False
+        after Stop.
+        """
         try:
             while True:
                 match self.inbox.get(block):
@@ -99,7 +103,7 @@ class DraftEngine:
             return True
 
     def step(self) -> bool:
-        """One pass of the method over all sessions; False where there is nothing to expand until the next event."""
+        """Run one pass of the method over all sessions; False if there is nothing to expand."""
         requests = self.plan()
         self.send_unsent(requests)
         if requests:
@@ -112,7 +116,7 @@ class DraftEngine:
         return bool(requests)
 
     def plan(self) -> list[ExpandRequest]:
-        """What to expand now, of each session at most one wish. Changes nothing."""
+        """Choose the leaves to expand, at most one request per session. Changes nothing."""
         awake = [(name, state) for name, state in self.states.items() if not state.is_resting()]
         widths = [state.width(self.width) for _, state in awake]
         counts = allocate_rows(
@@ -125,7 +129,10 @@ class DraftEngine:
         ]
 
     def expand(self, requests: Sequence[ExpandRequest]) -> Sequence[DraftNodes | None]:
-        """The method's answers. Where it fails, each session is asked about alone: those that fail again are given up."""
+        """Return the method's answers.
+
+        If the call fails, each session is expanded alone; those that fail again are dropped.
+        """
         try:
             answers = self.drafter.expand(requests)
             if len(answers) != len(requests):
@@ -146,8 +153,10 @@ class DraftEngine:
     def insert_answers(
         self, requests: Sequence[ExpandRequest], answers: Sequence[DraftNodes | None]
     ) -> None:
-        """Put the answers to `plan` into the trees and send them, with no event taken in between. A session whose answer cannot be one
-        is given up."""
+        """Insert the answers to `plan` into the trees and send them; no event may come in between.
+
+        A session with an invalid answer is dropped.
+        """
         for request, children in zip(requests, answers, strict=True):
             state = self.states.get(request.text.session)
             if state is not None and children is not None:
@@ -162,7 +171,7 @@ class DraftEngine:
                 state.expandable().extend()
 
     def send_unsent(self, requests: Sequence[ExpandRequest]) -> None:
-        """What was held back of the sessions that are not wished for now."""
+        """Send the nodes held back for sessions that have no request now."""
         requested = {request.text.session for request in requests}
         for name, state in self.states.items():
             if state.unsent and name not in requested:
@@ -175,8 +184,10 @@ class DraftEngine:
         state.expandable().drop_expanded()
 
     def insert_levels(self, state: DraftState, nodes: DraftNodes) -> list[Draft]:
-        """Put new nodes into the tree, level by level; returns what is to be sent of them. What is below a guess that is left out is
-        left out too."""
+        """Insert new nodes level by level and return the drafts to send.
+
+        Nodes below a rejected guess are rejected too.
+        """
         levels = nodes.levels()
         placed = np.full(len(nodes.tokens), -1)  # where each is in the tree
         drafts = []
@@ -199,9 +210,10 @@ class DraftEngine:
         tokens: npt.NDArray[np.integer],
         scores: npt.NDArray[np.floating],
     ) -> Draft:
-        """Of guesses below these nodes, -1 for none.
+        """Insert guesses below these nodes; -1 marks a parent that was rejected.
 
-        Siblings that are hardly possible are left out, but not the first child: a node is asked about once, and may become the root.
+        Unlikely siblings are rejected, but never a first child: a node is expanded only once and
+        may become the root.
         """
         tree, calibration = state.tree, self.calibration(state).table(self.name)
         said = scores.astype(np.float64)
@@ -230,7 +242,7 @@ class DraftEngine:
         return Draft(state.opened.session, state.opened.epoch, self.name, parents, tokens, scores)
 
     def send(self, state: DraftState) -> None:
-        """All that the target has not heard of, in messages that it takes."""
+        """Send all unsent nodes, in messages of permitted size."""
         parents, tokens, scores = (
             np.concatenate(arrays)
             for arrays in zip(
@@ -287,7 +299,7 @@ class DraftEngine:
         self.states[name] = DraftState(stream, event, send, event.share, list(event.tokens), tree)
 
     def regrow(self, name: str) -> None:
-        """From the root, so that all is sent again."""
+        """Start again from the root, so that everything is sent again."""
         state = self.states.get(name)
         if state is not None:
             state.restart(new_tree(state.tree.key[0], state.tree.token[0]))
@@ -297,7 +309,11 @@ class DraftEngine:
             self.drafter.close(name)
 
     def commit(self, state: DraftState, event: Commit) -> None:
-        """Follow the target. A repeated or late commit changes nothing; after a lost one the text is asked for again."""
+        """Follow the target.
+
+        A repeated or late commit changes nothing. After a lost one the drafter asks for the text
+        again.
+        """
         have = len(state.tokens)
         if (
             state.lost
@@ -327,7 +343,7 @@ class DraftEngine:
 
 
 def find_children(tree: TokenTree, parents: Ints, tokens: npt.NDArray[np.integer]) -> Ints:
-    """Of children of these nodes, -1 for none; -1 where they are not in the tree."""
+    """Return the children of these nodes with these tokens; -1 for no parent or no child."""
     found = (
         tree.child(parent, token) if parent >= 0 else None
         for parent, token in zip(parents.tolist(), tokens.tolist(), strict=True)
@@ -336,7 +352,7 @@ def find_children(tree: TokenTree, parents: Ints, tokens: npt.NDArray[np.integer
 
 
 def run_positions(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """For each value, how many equal ones stand right before it."""
+    """Return, for each value, how many equal ones directly precede it."""
     places = np.arange(len(values))
     begins = (
         np.concatenate(([True], values[1:] != values[:-1]))
@@ -347,5 +363,5 @@ def run_positions(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 def session_key(stream: int, session: str) -> str:
-    """A session's name at the drafting method: unlike those of other streams."""
+    """Return a session's name at the drafting method, unique among all streams."""
     return f"{stream}/{session}"

@@ -1,4 +1,4 @@
-"""A drafter as a target sees it: the host of a drafting method is itself the in-process link."""
+"""Hosts a drafting method and is itself the in-process link to it."""
 
 import asyncio
 import itertools
@@ -9,11 +9,11 @@ from runtime.core.messages import Draft, Event, Reply
 from runtime.draft.commands import EventReceived, GrowthDropped, Stop, StreamClosed
 from runtime.draft.draft_engine import DraftEngine
 
-MAX_UNREAD_REPLIES = 256  # growth that nobody fetches is dropped beyond this
+MAX_UNREAD_REPLIES = 256  # further drafts are dropped
 
 
 class DraftHost:
-    """Implements DraftLink for any number of targets at a time. Owns the draft engine's thread."""
+    """Implements DraftLink for any number of targets. Owns the draft engine's thread."""
 
     def __init__(self, draft_engine: DraftEngine) -> None:
         self.draft_engine = draft_engine
@@ -25,18 +25,19 @@ class DraftHost:
 
     @property
     def alive(self) -> bool:
-        """False once the draft engine's thread has ended, by `stop` or by a fault."""
+        """Return False once the draft engine's thread has ended, by `stop` or by an error."""
         return self._thread.is_alive()
 
     async def stop(self) -> None:
-        """Returns when the draft engine's thread is over."""
+        """Return when the draft engine's thread has ended."""
         self.draft_engine.inbox.put(Stop())
         await asyncio.to_thread(self._thread.join)
 
     async def speculate(self, events: AsyncIterator[Event]) -> AsyncIterator[Reply]:
-        """See DraftLink. Growth that is not fetched in time is dropped and counted: it would be stale.
+        """See DraftLink. Drafts that are not read in time would be stale: they are dropped and
+        counted.
 
-        An error that `events` raises is raised here as it is.
+        Re-raises an error of `events`.
         """
         loop, stream = asyncio.get_running_loop(), next(self._streams)
         waiting: asyncio.Queue[Reply | None] = asyncio.Queue()

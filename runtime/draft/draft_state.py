@@ -1,4 +1,4 @@
-"""One session at a drafter: its text, its tree, and when its growth is sent."""
+"""The state of one session at a drafter, and when its new nodes are sent."""
 
 import math
 from dataclasses import dataclass, field
@@ -10,16 +10,18 @@ from runtime.draft.commands import Send
 from runtime.draft.frontier import Frontier
 from runtime.drafters.base import ExpandRequest, Text
 
-MAX_UNVERIFIED_NODES = 512  # nodes that wait for a commit
+MAX_UNVERIFIED_NODES = 512  # per tree
 MIN_PATH_LOGPROB = -7.0  # log of the least path probability worth a node
-# Of the passes since the last commit this part may be held back: their messages cost both sides more
-# than the newest guesses are worth.
+# Share of the passes since the last commit whose nodes may be held back: sending them costs both
+# sides more than the newest guesses are worth.
 MAX_HELD_BACK = 0.25
 
 
 @dataclass(slots=True)
 class DraftState:
-    """One session at the drafter: the text as far as it is known, and the tree that grows from it."""
+    """One session at the drafter: its text as far as it is known, and the tree that
+    continues it.
+    """
 
     stream: int
     opened: Open
@@ -27,29 +29,35 @@ class DraftState:
     share: Share
     tokens: list[int]
     tree: TokenTree
-    frontier: Frontier | None = None  # None where it is to be made anew
+    frontier: Frontier | None = None  # None: to be made
     passes: int = 0  # answered since the last commit
-    sent_passes: int = 0  # of them, those that the target has been told of
+    sent_passes: int = 0  # of them, those whose nodes were sent
     unsent: list[Draft] = field(default_factory=list)
     lost: bool = False  # has missed a commit and asked for the text again
 
     def restart(self, tree: TokenTree) -> None:
-        """Go on with this tree."""
+        """Continue with this tree."""
         self.tree, self.frontier, self.passes, self.sent_passes = tree, None, 0, 0
         self.unsent.clear()
 
     @property
     def should_send(self) -> bool:
-        """Whether the target should hear now: at once after a commit, when it may have little else, then ever more rarely."""
+        """Return True at once after a commit, when the target may have few nodes, then ever less
+        often.
+        """
         return self.passes - self.sent_passes >= MAX_HELD_BACK * self.passes
 
     @property
     def node_limit(self) -> int:
-        """Nodes. The mirror has room for the trees of all: one that is refused there takes all below it along."""
+        """Return the most nodes of the tree.
+
+        The target's tree has room for the trees of all drafters: a node refused there takes all
+        nodes below it along.
+        """
         return min(MAX_UNVERIFIED_NODES, limits.TREE_NODES // (self.share.of + 1))
 
     def is_resting(self) -> bool:
-        """Whether nothing is to be grown until the next event, whatever may be expanded."""
+        """Return True if nothing is to be grown until the next event."""
         passes = self.opened.style.passes
         return (
             self.lost
@@ -59,10 +67,10 @@ class DraftState:
         )
 
     def width(self, own: int) -> int:
-        """The most leaves for the next pass: as asked for, or at most `own`.
+        """Return the most leaves for the next pass: the number requested, or at most `own`.
 
-        A drafter's own choice: the fuller the tree, the nearer a leaf must come to the best. Where the target takes long, the
-        nodes that are left then go into depth.
+        Without a request, a leaf must be the closer to the best the fuller the tree is. If the
+        target takes long, the remaining nodes then add depth.
         """
         asked, expandable = self.opened.style.width, self.expandable().expandable
         if asked or not expandable:
@@ -71,12 +79,11 @@ class DraftState:
         return sum(path <= least for path, _ in expandable[:own]) or 1
 
     def expandable(self) -> Frontier:
-        """What may be expanded now."""
+        """Return the frontier, made anew after a re-root."""
         if self.frontier is None:
             room = self.opened.prompt + self.opened.sampling.max_tokens - len(self.tokens)
-            floor = (
-                -math.inf if self.opened.style.width else MIN_PATH_LOGPROB
-            )  # who asks for a chain wants it however unlikely it is
+            # A scheduler that requests a chain wants it however unlikely it is.
+            floor = -math.inf if self.opened.style.width else MIN_PATH_LOGPROB
             self.frontier = Frontier(self.tree, min(limits.TREE_DEPTH, room - 1), floor, self.share)
         return self.frontier
 

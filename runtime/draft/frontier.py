@@ -1,4 +1,4 @@
-"""Which nodes a drafter expands next: best first, within its share of each tree and a budget of rows for all of them."""
+"""Chooses the nodes to expand next, best first, within shares of trees and a budget of rows."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -10,13 +10,15 @@ WHOLE_TREE = Share("", 0, 1)
 
 
 class Frontier:
-    """The nodes of one tree that may be expanded, the most probable first, kept in order while the tree grows.
+    """The expandable nodes of one tree, most probable first, kept sorted while the tree grows.
 
-    They are those that nobody has expanded here, that do not belong to others, whose children lie no deeper than `deepest`,
-    and whose path score is at least `floor`. Of equals the older comes first. To be made anew after a re-root.
+    A node is expandable if it has not been expanded here, is not another drafter's, has a path
+    score of at least `floor`, and its children would not be deeper than `deepest`. Of equal nodes
+    the older comes first. Make a new frontier after a re-root.
 
-    The main line is the root, its first child, that one's first child, and so on: all drafters grow it. Every other node
-    belongs to the drafter that the name of its branch points to, its first ancestor off the main line.
+    The main line is the root, its first child, that node's first child, and so on; all drafters
+    grow it. Any other node belongs to the drafter selected by the key of its branch, its first
+    ancestor off the main line.
     """
 
     def __init__(
@@ -29,7 +31,7 @@ class Frontier:
         self.extend()
 
     def extend(self) -> None:
-        """See the nodes that the tree has got since."""
+        """Process the nodes added to the tree since the last call."""
         tree, owners, of = self.tree, self.owners, self.share.of
         before = len(self.expandable)
         for node in range(len(owners), len(tree)):
@@ -52,18 +54,19 @@ class Frontier:
             self.expandable.append((-path, node))
 
     def best(self, count: int) -> list[int]:
-        """The `count` first, or all where there are fewer."""
+        """Return the first `count` nodes, or all if there are fewer."""
         return [node for _, node in self.expandable[:count]]
 
     def drop_expanded(self) -> None:
-        """Forget the nodes that have been expanded since."""
+        """Remove nodes that have been expanded."""
         self.expandable = [entry for entry in self.expandable if not self.tree.expanded[entry[1]]]
 
 
 def allocate_rows(frontiers: Sequence[Frontier], widths: Sequence[int], rows: int) -> list[int]:
-    """How many nodes of each frontier are expanded in one pass over all of them.
+    """Return how many nodes of each frontier to expand in one pass over all of them.
 
-    One of each that has any; beyond that the most probable of all, at most widths[i] of frontier i and `rows` together.
+    Each non-empty frontier gets one; the rest goes to the most probable nodes of all, at most
+    widths[i] of frontier i and `rows` in total.
     """
     counts = [min(1, len(frontier.expandable)) for frontier in frontiers]
     others = [

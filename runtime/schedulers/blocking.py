@@ -1,7 +1,8 @@
-"""What schedules that wait for their drafter have in common: they say what they lack, and patience ends.
+"""Common base of schedules that wait for their drafter, with a limit on the wait.
 
-Their papers assume a drafter that always answers. Here it may be late, silent or dead, or have nothing left to guess near the
-end of the text, so each waits a multiple of the usual time at most, and then verifies what is there.
+Their papers assume a drafter that always answers. Here it may be late, silent or dead, or have
+nothing left to guess near the end of the text. So each schedule waits at most a multiple of the
+usual time, and then verifies the nodes it has.
 """
 
 from abc import ABC, abstractmethod
@@ -11,18 +12,21 @@ from runtime.core.messages import Round
 from runtime.schedulers.base import Plan, SessionView
 
 DELAY_EWMA_WEIGHT = 0.1  # weight of a new observation
-MAX_DELAY_RATIO = 1.5  # times the usual delay that an observation counts at most: some spans hold a rest of the drafter
-PATIENCE_FACTOR = 4.0  # how many times the usual delay a step waits for the next growth, and in all
+MAX_DELAY_RATIO = 1.5  # cap on an observed delay, in usual delays: a drafter may have rested
+PATIENCE_FACTOR = 4.0  # limit of a wait in usual delays, per growth and in total
 
 
 class Blocking(ABC):
-    """Of several sessions, each step serves all: it waits while any of them lacks something and is still patient.
+    """Each step serves all sessions; it waits while any of them needs growth and may still wait.
 
-    The papers treat one session at a time; this is the plainest reading for several, and the slowest drafter sets the pace of all.
+    The papers treat one session at a time. This is the plainest extension to several; the slowest
+    drafter sets the pace of all.
     """
 
     def __init__(self, t: float) -> None:
-        """`t`: seconds of a drafter's forward pass, more than 0: the delay expected of growth until some has been seen."""
+        """`t`: seconds of a drafter's forward pass, more than 0; the expected delay of growth until
+        some has been measured.
+        """
         self.first = self.gap = self.step = (
             t  # from a miss to growth, from growth to growth, of a target's step
         )
@@ -30,15 +34,15 @@ class Blocking(ABC):
     @property
     @abstractmethod
     def expected_growths(self) -> int:
-        """How many messages of growth a step waits for, at most."""
+        """Return how many messages of growth a step waits for, at most."""
 
     @abstractmethod
     def needs_growth(self, view: SessionView) -> bool:
-        """Whether the session should not be verified yet."""
+        """Return True if the session should not be verified yet."""
 
     @abstractmethod
     def rows_wanted(self, view: SessionView) -> int:
-        """Rows beside the root, were there enough nodes."""
+        """Return the rows in addition to the root, if there are enough nodes."""
 
     def plan(self, views: Sequence[SessionView]) -> Plan:
         rows = tuple(min(self.rows_wanted(view), len(view.gains)) for view in views)
@@ -55,11 +59,12 @@ class Blocking(ABC):
         )
 
     def wait_seconds(self, view: SessionView) -> float:
-        """Seconds still to wait for the session's next growth. A drafter that dribbles what nobody lacks gets no more time in all than
-        one that brings what it should.
+        """Return how long to wait for the session's next growth, in seconds.
 
-        As long as its tree is empty at least so many steps of the target: a drafter slower than expected would otherwise
-        never be heard, every guess being stale on arrival.
+        A drafter that sends useless growth in small pieces gets no more time in total than one that
+        sends what it should. While the tree is empty, the wait covers at least PATIENCE_FACTOR
+        steps of the target: otherwise a drafter slower than expected would never contribute, since
+        all its guesses would be stale on arrival.
         """
         usual, since = (
             (self.gap, view.since_growth) if view.growths else (self.first, view.since_commit)

@@ -1,4 +1,4 @@
-"""The naive twin: always the same number of rows for each session, a fixed patience while one has nothing to verify."""
+"""The simplest policy: a fixed number of rows, and a fixed wait while a tree is empty."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,16 +1,19 @@
-"""Rows by marginal gain across sessions, patience by the long-run rate.
+"""Allocates rows by marginal gain across sessions, and waits by the long-run rate.
 
-    rows   the n that maximises E(n) - rate * T(n),  E(n) = one token per session + the n highest path probabilities of all
-    wait   while the next growth of the only session is expected to bring twice what the target earns meanwhile:
-           promise * (sum of the path probabilities of the leaves that it will expand) > 2 * rate * time
+    rows   the n that maximises E(n) - rate * T(n); E(n) = one token per session + the sum of the
+           n highest path probabilities of all sessions
+    wait   while the next growth of the only session is expected to add twice the tokens that the
+           target produces meanwhile: coverage * (sum of the path probabilities of the leaves that
+           will be expanded) > 2 * rate * time
 
-Simulated with steps 3 to 40 times as long as a drafter's, the factor 2 is better than 1 by up to a tenth and than 3 by as much;
-with two sessions or more, not to wait is better than either.
+In simulations with steps 3 to 40 times as long as a drafter's, the factor 2 is better than 1 by up
+to a tenth, and than 3 by as much. With two sessions or more, not waiting is better than either.
 
-T(n) is measured at start and corrected by the steps themselves: those of the widths in use, by the ratio of what was seen to what was
-expected, and one that the machine held up counts as twice as long. Widths out of use go back to what was measured at start, or below that
-as far as those in use are faster now: else whatever was once seen to be slow would never be tried again. `rate` is the long-run tokens
-per second.
+T(n) is measured at start and corrected by the steps themselves. Widths in use follow the ratio of
+measured to expected times; a step delayed by the machine counts as at most twice as long. Unused
+widths drift back to the times measured at start, or below them if the widths in use are faster now;
+otherwise a width that was slow once would never be tried again. `rate` is the long-run tokens per
+second.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,19 +34,21 @@ MEASURED_ROWS = (
     32,
     33,
     64,
-)  # of a pass for which T is measured; kernels work in tiles of 16 rows
+)  # T is measured for these; kernels work in tiles of 16 rows
 MAX_STEP_NODES = 64  # nodes verified in one pass
 STEP_EWMA_WEIGHT = 0.05  # weight of a new observation
-PASS_TIME_EWMA_WEIGHT = 0.2  # the same for T: a shared machine is slower by half from one second to the next, and every row is paid for at that price
-MAX_SLOWDOWN = 2.0  # times what was expected, as which a step counts that took longer
-RECOVERY_WEIGHT = 0.01  # the weight of what was measured at start, for widths out of use
-LATE_FACTOR = 2.0  # times its usual delay: growth that has not come by then is not waited for
-INITIAL_WIDTH = 4.0  # leaves that a drafter is taken to expand at once, until some growth was seen
-WAIT_MARGIN = 2.0  # tokens gained per token forgone that waiting must exceed: much of what is waited for comes during the step anyway
+PASS_TIME_EWMA_WEIGHT = 0.2  # large: a shared machine slows by half within a second
+MAX_SLOWDOWN = 2.0  # cap on measured over expected time of a step
+RECOVERY_WEIGHT = 0.01  # of the time measured at start, for unused widths
+LATE_FACTOR = 2.0  # growth later than this many usual delays is not waited for
+INITIAL_WIDTH = 4.0  # leaves that a drafter is assumed to expand at once
+# Tokens gained per token forgone that waiting must exceed: much of the growth would arrive during
+# the step anyway.
+WAIT_MARGIN = 2.0
 
 
 class Living:
-    """See Scheduler. `times`: seconds of a pass by its rows, for some numbers of rows, 1 among them."""
+    """See Scheduler. `times` maps numbers of rows, 1 among them, to the seconds of a pass."""
 
     style = DEFAULT_STYLE
 
@@ -60,12 +65,12 @@ class Living:
 
     @property
     def rate(self) -> float:
-        """Tokens per second of all sessions together, over many steps."""
+        """Return the tokens per second of all sessions together, over many steps."""
         return self.tokens / self.seconds
 
     @property
     def times(self) -> npt.NDArray[np.float64]:
-        """T of the measured widths, which never falls from one to the next."""
+        """Return T of the measured widths, made monotonic."""
         return np.maximum.accumulate(self.seen)
 
     def plan(self, views: Sequence[SessionView]) -> Plan:
@@ -73,36 +78,38 @@ class Living:
         return Plan((0,) * len(views), wait) if wait > 0.0 else Plan(self.allocate_rows(views))
 
     def allocate_rows(self, views: Sequence[SessionView]) -> tuple[int, ...]:
-        """Rows for each session: the best nodes of all of them, as many as pay for the time that they add to the pass."""
+        """Return the rows of each session: the best nodes of all, while they pay for the time they
+        add.
+        """
         gains = np.concatenate([view.gains[:MAX_STEP_NODES] for view in views])
         owners = np.repeat(
             np.arange(len(views)), [min(MAX_STEP_NODES, len(view.gains)) for view in views]
         )
         order = np.argsort(-gains, kind="stable")[:MAX_STEP_NODES]
         times = self.pass_seconds(len(views) + np.arange(len(order) + 1))
-        rate = max(
-            self.rate, len(views) / times[0]
-        )  # plain decoding's is to be had in any case, also when the load has just risen
+        # Plain decoding is always possible, also when the load has just risen.
+        rate = max(self.rate, len(views) / times[0])
         value = np.concatenate([[0.0], np.cumsum(gains[order])]) - rate * times
         chosen = owners[order[: int(value.argmax())]]
         return tuple(np.bincount(chosen, minlength=len(views)).tolist())
 
     def wait_seconds(self, views: Sequence[SessionView]) -> float:
-        """Seconds to wait for the next growth; 0 where none is due or it would not pay."""
+        """Return the seconds to wait for the next growth; 0 if none is due or waiting does
+        not pay.
+        """
         if len(views) > 1 or not views[0].drafters:
             return 0.0
         (view,) = views
-        # Before any growth was seen half a step: a try, to learn it.
+        # Before any growth, wait for half a step, to measure the delay.
         usual = self.delay[view.growths == 0] or float(self.times[0]) / (2 * LATE_FACTOR)
-        left = min(
-            LATE_FACTOR * usual - view.since_growth, float(self.times[0]) - view.waited
-        )  # a step's time at most, whatever dribbles in
-        due = max(usual - view.since_growth, usual / 2)  # what is late is not there the next moment
+        # At most the time of a step in total
+        left = min(LATE_FACTOR * usual - view.since_growth, float(self.times[0]) - view.waited)
+        due = max(usual - view.since_growth, usual / 2)  # late growth is not imminent either
         promised = view.coverage * float(view.leaves[: max(1, round(self.width))].sum())
         return left if left > 0.0 and promised > WAIT_MARGIN * self.rate * due else 0.0
 
     def pass_seconds(self, rows: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """T, linear between and beyond the measured widths."""
+        """Return T, linear between and beyond the measured widths."""
         n, times = np.asarray(rows, dtype=np.float64), self.times
         inside: npt.NDArray[np.float64] = np.interp(n, self.rows, times)
         if len(self.rows) < 2:
@@ -121,7 +128,7 @@ class Living:
         self.seconds += STEP_EWMA_WEIGHT * (max(spent, 1e-9) - self.seconds)
 
     def update_pass_times(self, rows: int, computed: float) -> None:
-        """Move the measured widths on both sides towards what was seen, by their nearness, and all others on their way back."""
+        """Move the neighbouring measured widths towards the observed time, and all others back."""
         above = min(int(np.searchsorted(self.rows, rows)), len(self.rows) - 1)
         below = max(0, above - 1)
         span = max(1.0, self.rows[above] - self.rows[below])

@@ -1,4 +1,4 @@
-"""Plain decoding: a token a step, whatever the drafters say. What every speed-up is measured against."""
+"""Plain decoding: one token per step, ignoring drafters; the baseline of every speed-up."""
 
 from collections.abc import Sequence
 

@@ -1,10 +1,12 @@
-"""What a guess is worth where drafters of several kinds have guessed.
+"""Scores guesses of nodes that drafters of several kinds share or dispute.
 
-What two of them guess is likelier than either knows, and what is said against another may be hardly worth a row. So beside the tables of
-runtime.scoring.calibration, for who came first, there are two more for each kind: for guesses that somebody of another kind has echoed, and for
-those that are opposed by another kind's other guess for the same place. A node that several kinds have guessed is scored by the mean of
-their log odds: measured on 15,481 guesses of the pair that ships, its draft beside n-grams and token recycling, the log loss is 0.186 by
-the mean, 0.199 by the highest, and 0.222 where others are not looked at.
+A node guessed by two kinds is likelier than either kind knows; a node that another kind disputes
+may hardly be worth a row. So besides the tables of runtime.scoring.calibration for the first
+drafter of a node, each kind has two more: for guesses echoed by another kind, and for guesses
+opposed by another kind's different guess for the same position. A node guessed by several kinds is
+scored by the mean of their log odds. Measured on 15,481 guesses of the bundled pair, its draft
+model together with n-grams and token recycling, the log loss is 0.186 with the mean, 0.199 with the
+maximum, and 0.222 without looking at other drafters.
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,7 +33,7 @@ SharedPosition = dict[
 
 
 def shared_positions(tree: TokenTree, parents: Iterable[int]) -> list[SharedPosition]:
-    """Those of which more than one kind has guessed children."""
+    """Return the positions at which more than one kind has guessed children."""
     places = []
     for parent in parents:
         place = {
@@ -47,7 +49,7 @@ def shared_positions(tree: TokenTree, parents: Iterable[int]) -> list[SharedPosi
 
 
 def observe_path(bucket: TemperatureBucket, tree: TokenTree, decided: Sequence[int]) -> None:
-    """Count the children of shared places that the decided tokens passed."""
+    """Count the children of shared positions along the decided tokens."""
     if not tree.later_proposals and len(set(tree.drafter[1:])) < 2:
         return
     for node, taken in choices_along(tree, decided):
@@ -60,17 +62,18 @@ def observe_path(bucket: TemperatureBucket, tree: TokenTree, decided: Sequence[i
 
 
 def table_suffix(proposals: dict[str, Proposal]) -> str:
-    """What they have made of a guess at a shared place."""
+    """Return the suffix of the table for a guess at a shared position."""
     return ECHOED if len(proposals) > 1 else OPPOSED
 
 
 def combined_scores(
     bucket: TemperatureBucket, tree: TokenTree, parents: Iterable[int]
 ) -> dict[int, float]:
-    """Of the children of these, as far as the places are shared: logs of the estimated acceptance, below 0.
+    """Return log acceptance estimates, below 0, for children of shared positions below these
+    parents.
 
-    What a table has not seen is taken to be what the kind reaches where it comes first, as many times more or less as guesses of the same
-    rank have been right in that table than they are there.
+    What a table has not observed is extrapolated: the kind's rate when it comes first, scaled by
+    how much more or less often guesses of the same rank were right in this table.
     """
     nodes: list[int] = []
     groups: dict[tuple[str, str], int] = {}

@@ -1,8 +1,9 @@
-"""From a drafter's confidence to the acceptance that was observed.
+"""Maps a drafter's confidence to the observed acceptance.
 
-A small model is badly calibrated at temperature 0: the 0.25 of its first choice may mean 0.7. Nodes are therefore
-scored by what happened to earlier ones of the same drafter, rank (place among its own guesses there) and confidence, at a similar
-temperature. Where drafters of several kinds have guessed, runtime.scoring.agreement goes on from here.
+A small model is badly calibrated at temperature 0: its 0.25 for a first choice may mean 0.7. Nodes
+are therefore scored by the outcome of earlier ones of the same kind of drafter, rank (position
+among its guesses there) and confidence, at a similar temperature. runtime.scoring.agreement refines
+this where drafters of several kinds have guessed.
 """
 
 import math
@@ -17,28 +18,26 @@ from runtime.core.tree import TokenTree
 
 MAX_RANKS = 8
 BINS = 10
-PRIOR_WEIGHT = 8.0  # as many observations as the drafter's own number counts for
-MAX_OBSERVATIONS = (
-    1000.0  # observations of one kind; then old ones count half, so that a change is noticed
-)
-COVERAGE_EWMA_WEIGHT = 0.02  # weight of a new observation in `promise`
-INITIAL_COVERAGE = 0.7  # `promise` before anything was observed
+PRIOR_WEIGHT = 8.0  # observations that the drafter's own number is worth
+MAX_OBSERVATIONS = 1000.0  # per cell; the counts are then halved, so that a change is noticed
+COVERAGE_EWMA_WEIGHT = 0.02  # weight of a new observation
+INITIAL_COVERAGE = 0.7  # before anything was observed
 MIN_PROBABILITY = 1e-6  # probability
 
 
 def bin_index(score: float) -> int:
-    """Ten bins, finer near certainty: by the square root of the probability that it is wrong."""
+    """Return one of ten bins, finer near certainty: the square root of the probability of error."""
     return min(BINS - 1, int(BINS * math.sqrt(max(0.0, 1.0 - math.exp(score)))))
 
 
 def table_cells(ranks: Ints, scores: Floats) -> tuple[Ints, Ints]:
-    """Row and column of each in a table."""
+    """Return row and column of each score in a table."""
     columns = BINS * np.sqrt(np.maximum(1.0 - np.exp(scores), 0.0))
     return np.minimum(ranks, MAX_RANKS - 1), np.minimum(columns, BINS - 1).astype(np.int64)
 
 
 class Calibration:
-    """Counts by (rank, bin): how often such a child was the target's choice once its parent was on the path."""
+    """Counts by (rank, bin) how often such a child was chosen once its parent was on the path."""
 
     __slots__ = ("hits", "tries")
 
@@ -55,7 +54,10 @@ class Calibration:
         self.hits[cell] += taken
 
     def scores(self, ranks: Ints, scores: Floats) -> Floats:
-        """Logs (n,) of the estimated acceptance, at most 0: observed where there is enough, the drafter's own number before."""
+        """Return log acceptance estimates (n,), at most 0.
+
+        They move from the drafter's own number to the observed rate as observations accumulate.
+        """
         kind_of = table_cells(ranks, scores)
         estimates = (self.hits[kind_of] + PRIOR_WEIGHT * np.exp(scores)) / (
             self.tries[kind_of] + PRIOR_WEIGHT
@@ -65,7 +67,10 @@ class Calibration:
 
 
 class TemperatureBucket:
-    """What is known at one temperature. `promise`: how often the target's choice is among the children of an expanded node."""
+    """Calibrations at one temperature.
+
+    `coverage` is how often the target's choice is among the children of an expanded node.
+    """
 
     __slots__ = ("coverage", "tables")
 
@@ -74,12 +79,18 @@ class TemperatureBucket:
         self.coverage = INITIAL_COVERAGE
 
     def table(self, drafter: str, others: str = "") -> Calibration:
-        """The table of all drafters of this one's kind; for guesses beside those of `others`, as runtime.scoring.agreement names it, one apart."""
+        """Return the table for all drafters of this one's kind.
+
+        `others` selects a separate table for shared positions (runtime.scoring.agreement).
+        """
         return self.tables.setdefault(drafter_kind(drafter) + others, Calibration())
 
     def observe_path(self, tree: TokenTree, decided: Sequence[int]) -> None:
-        """Every node that the decided tokens pass, the root first, has seen one choice of the target: count its children by the kind that
-        came first. It was alone then, whatever others have guessed since; these are not counted here."""
+        """Count the children of each node on the decided path that come from the kind that guessed
+        first.
+
+        That kind was alone when it guessed; later proposals of others are not counted here.
+        """
         for node, taken in choices_along(tree, decided):
             if children := tree.children(node):
                 first = drafter_kind(tree.drafter[children[0]])
@@ -92,7 +103,9 @@ class TemperatureBucket:
 
 
 def choices_along(tree: TokenTree, decided: Sequence[int]) -> Iterator[tuple[int, int | None]]:
-    """The nodes at which the target has chosen one of these tokens, each with the child that has it; None where there is none."""
+    """Yield the nodes at which the target chose one of these tokens, with the chosen child
+    or None.
+    """
     node: int | None = 0
     for token in decided:
         if node is None:
@@ -103,9 +116,9 @@ def choices_along(tree: TokenTree, decided: Sequence[int]) -> Iterator[tuple[int
 
 
 class Calibrations:
-    """All buckets of one target or drafter. `saved` and `from_dict` are inverse; what is saved is plain JSON.
+    """All temperature buckets of one target or drafter. `to_dict` and `from_dict` are inverse.
 
-    `saved` may be called by another thread than the one that observes.
+    `to_dict` returns plain JSON values. It may run on another thread than the one that observes.
     """
 
     def __init__(self) -> None:
@@ -128,7 +141,7 @@ class Calibrations:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "Calibrations":
-        """Raises ValueError, KeyError or TypeError for what was not made by `saved`."""
+        """Raise ValueError, KeyError or TypeError for data that `to_dict` did not make."""
         found = cls()
         for name, bucket in saved.items():
             known = found.bucket(float(name))
@@ -147,6 +160,6 @@ def parse_counts(rows: Sequence[Sequence[float]]) -> npt.NDArray[np.float64]:
 
 
 def drafter_kind(drafter: str) -> str:
-    """The name without its number: drafters NAME-0, NAME-1 of one pool share what is known of them."""
+    """Return the name without its number: drafters NAME-0, NAME-1 of a pool share calibrations."""
     name, dash, number = drafter.rpartition("-")
     return name if dash and number.isdecimal() else drafter

@@ -1,15 +1,20 @@
-"""Which drafters get a share of the tree, and which heads are asked: all but those whose guesses have brought nothing for a while."""
+"""Suspends drafters and heads whose guesses have contributed nothing for a while.
+
+Only active drafters get a share of the tree, and only active heads are used.
+"""
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 
-TRIAL_COMMITS = 64  # commits that a drafter is given to show something
-REST_COMMITS = 512  # commits that it rests before it is tried again
-MIN_TOKENS_PER_COMMIT = 0.01  # tokens per commit that are worth a share
+TRIAL_COMMITS = 64  # commits before a drafter is judged
+REST_COMMITS = 512  # commits before a resting drafter is tried again
+MIN_TOKENS_PER_COMMIT = 0.01  # below it a drafter rests
 
 
 class DrafterUtility:
-    """Counts what each drafter was the first to guess and the target took. All sessions of a target count together."""
+    """Counts accepted tokens by the drafter that guessed them first, over all sessions of
+    a target.
+    """
 
     def __init__(self) -> None:
         self.commits: Counter[str] = Counter()  # since its trial or rest began
@@ -18,12 +23,12 @@ class DrafterUtility:
         self.resting: set[str] = set()
 
     def charge(self, heads: Collection[str], seconds: float) -> None:
-        """Charge the seconds that the target has waited for these together to each in equal parts."""
+        """Charge seconds for which the target waited for these heads, in equal parts."""
         for head in heads:
             self.spent[head] += seconds / len(heads)
 
     def reset(self) -> None:
-        """Let all show again what they are good for."""
+        """Restart the trial of every drafter and head."""
         self.commits.clear()
         self.tokens.clear()
         self.spent.clear()
@@ -32,9 +37,10 @@ class DrafterUtility:
     def observe(
         self, drafters: Iterable[str], guessed: Iterable[str], rate: float = 0.0
     ) -> set[str]:
-        """One commit to these drafters, with accepted tokens guessed by those; returns whose rest begins or ends.
+        """Record one commit sent to `drafters`, with accepted tokens guessed by `guessed`.
 
-        `rate`: tokens a second of the target. A head must bring more than the target would have written in the time that it took.
+        Returns those whose rest begins or ends. `rate` is the target's tokens per second: a head
+        must contribute more than the target could have generated in the time the head took.
         """
         changed: set[str] = set()
         self.tokens.update(name for name in guessed if name)
@@ -54,7 +60,7 @@ class DrafterUtility:
         return changed
 
     def forget(self, drafter: str) -> None:
-        """A drafter has gone: whoever comes under its name begins anew."""
+        """Remove a drafter that has left: its name starts afresh."""
         self.resting.discard(drafter)
         del self.commits[drafter], self.tokens[drafter]
 

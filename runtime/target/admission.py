@@ -1,4 +1,7 @@
-"""Who may begin: KV memory is a budget in slots (one per token), and who does not fit waits in order of arrival."""
+"""Admits sessions while KV memory lasts.
+
+KV memory is a budget of slots, one per token. Requests that do not fit wait in order of arrival.
+"""
 
 from collections import deque
 
@@ -9,12 +12,12 @@ from runtime.target.commands import AddRequest
 
 
 def slots_needed(request: Request, context: int) -> int:
-    """The most slots that a session will need: its longest text, and the rows of one step behind it."""
+    """Return the most slots that a session can need: its longest text plus the rows of one step."""
     return min(context, len(request.prompt) + request.sampling.max_tokens) + limits.STEP_ROWS
 
 
 class Admission:
-    """First come, first served: nobody overtakes, so nobody starves."""
+    """Admits first come, first served: nobody overtakes, so nobody starves."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
@@ -22,16 +25,20 @@ class Admission:
         self.waiting: deque[AddRequest] = deque()
 
     def check(self, request: Request, context: int) -> None:
-        """Raises InvalidRequest for a request that would not fit an idle target."""
+        """Raise InvalidRequest for a request that would not fit even an idle target."""
         if (need := slots_needed(request, context)) > self.budget:
             raise InvalidRequest(
-                f"prompt of {len(request.prompt)} tokens + max_tokens {request.sampling.max_tokens} need {need} slots of KV memory, "
+                f"prompt of {len(request.prompt)} tokens + max_tokens "
+                f"{request.sampling.max_tokens} need {need} slots of KV memory, "
                 f"the target has {self.budget}: lower max_tokens, or raise the target's kv_tokens",
                 "max_tokens",
             )
 
     def next(self, live: int, context: int) -> tuple[AddRequest, int] | None:
-        """The request that may begin now and the slots reserved for it; None where nobody waits, or the first has no room yet."""
+        """Return the next request that may begin, and the slots reserved for it.
+
+        Returns None if nobody waits or the first request does not fit yet.
+        """
         if not self.waiting or live >= limits.SESSIONS:
             return None
         need = slots_needed(self.waiting[0].request, context)
@@ -44,7 +51,7 @@ class Admission:
         self.reserved -= slots
 
     def withdraw(self, session: str) -> AddRequest | None:
-        """Take a waiting request back; None where it does not wait."""
+        """Remove a waiting request and return it; None if it is not waiting."""
         for admitted in self.waiting:
             if admitted.request.session == session:
                 self.waiting.remove(admitted)

@@ -1,4 +1,4 @@
-"""A packed pass: for each session its root, and the nodes of its tree that are verified."""
+"""Packs a forward pass: for each session its root and the tree nodes to verify."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +13,11 @@ from runtime.target.session import Session
 
 @dataclass(frozen=True, slots=True)
 class BatchItem:
-    """One session's share of a pass: the nodes that get a row beside its root, and `credited`,
-    parallel to them: who gets the credit for each that is accepted."""
+    """One session's share of a pass.
+
+    `nodes` get a row in addition to the root. `credited`, parallel to them, names who is credited
+    if the node is accepted.
+    """
 
     state: RequestState
     nodes: list[int]
@@ -24,7 +27,7 @@ class BatchItem:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One packed pass. Times are readings of the clock, or seconds."""
+    """One packed pass. Times are clock readings, or durations in seconds."""
 
     items: list[BatchItem]
     opened: float  # when its planning began
@@ -37,10 +40,9 @@ class Batch:
 
 
 def pack(session: Session, cache: KVCache, nodes: Sequence[int]) -> PassInput:
-    """Make the rows of one session: its root's, then those of `nodes`.
+    """Make the rows of one session: the root's, then those of `nodes`.
 
-    `nodes` are closed under parents and in order; the cache holds all of the text but its last
-    token.
+    `nodes` are closed under parents and in order. The cache holds the text without its last token.
     """
     tree, prefix, n = session.tree, len(session.tokens) - 1, len(nodes) + 1
     visible = np.zeros((n, n), dtype=np.bool_)
@@ -53,6 +55,6 @@ def pack(session: Session, cache: KVCache, nodes: Sequence[int]) -> PassInput:
 
 
 def keep_accepted(cache: KVCache, prefix: int, nodes: Sequence[int], path: Sequence[int]) -> None:
-    """Roll the cache back after a pass: of its slots the root's and those of `path` stay."""
+    """Roll the cache back after a pass: keep the slots of the root and of `path`."""
     row_of = {node: prefix + row for row, node in enumerate(nodes, start=1)}
     cache.keep(prefix + 1, [row_of[node] for node in path])

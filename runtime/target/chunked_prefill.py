@@ -1,4 +1,7 @@
-"""Prompts are read piece by piece between steps, those of several sessions in one pass; what some cache holds already is copied."""
+"""Prefills prompts in chunks between steps, several sessions in one pass.
+
+What another cache already holds is copied.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,16 +14,16 @@ from runtime.kv.prefix_cache import Ids, PrefixCache, common_length
 from runtime.models.base import Model, PassInput, causal
 from runtime.target.request_state import RequestState
 
-CHUNK_TOKENS = 512  # tokens that are read at once
-BUSY_CHUNK_TOKENS = 64  # of each text, where other sessions wait for their step meanwhile
-MIN_SHARED_TOKENS = (
-    32  # tokens that are worth waiting for, and by which texts are taken to begin alike
-)
+CHUNK_TOKENS = 512  # per pass
+BUSY_CHUNK_TOKENS = 64  # per text, while other sessions are decoding
+MIN_SHARED_TOKENS = 32  # shared beginning that is worth waiting for
 
 
 @dataclass(slots=True)
 class PrefillResult:
-    """`rows` were computed, `reused` tokens copied; who failed, and why; `done`: the clock after it."""
+    """`rows` were computed and `reused` tokens copied; `failed` lists sessions with their errors;
+    `done` is the clock reading at the end.
+    """
 
     done: float
     rows: int = 0
@@ -35,10 +38,10 @@ def prefill_next(
     began: float,
     clock: Clock,
 ) -> PrefillResult:
-    """Read on in what is not in the caches of `sessions`: all but the last token of each text.
+    """Continue the prefill of `sessions`: all tokens of each text but the last.
 
-    One pass. Where others wait for their step and many texts are in a hurry, as many as these need for a piece of each: else the last
-    of them would wait for a step of all those before it, again after each pass.
+    Runs one pass. While sessions are decoding, it runs enough passes to give every urgent prompt
+    one chunk; otherwise the last of these would wait for a step after each of the earlier passes.
     """
     found, stepping = PrefillResult(began), any(state.ready for state in sessions)
     left = (
@@ -55,12 +58,12 @@ def prefill_next(
 
 
 def unread_tokens(state: RequestState) -> int:
-    """Tokens that are yet to be read."""
+    """Return the number of tokens still to prefill."""
     return len(state.session.tokens) - 1 - state.cache.length
 
 
 def is_urgent(state: RequestState) -> bool:
-    """Whether its client waits in the midst of a text that was begun elsewhere, or it is read in one piece."""
+    """Return True if the text was begun on another target, or fits in one chunk."""
     return not state.ready and (
         bool(state.session.request.committed) or unread_tokens(state) <= BUSY_CHUNK_TOKENS
     )
@@ -77,8 +80,11 @@ def prefill_pass(
     found: PrefillResult,
     clock: Clock,
 ) -> None:
-    """One pass: what can be read in one piece first, then what was begun elsewhere, then the oldest. A text waits while one that is read
-    now has more in common with it than any cache: it can be copied next time."""
+    """Run one pass: texts that fit in one chunk first, then resumed texts, then the oldest.
+
+    A text waits while another one read in this pass shares a longer beginning with it than any
+    cache does: that beginning can be copied next time.
+    """
     began, reading = (
         found.done,
         sorted((state for state in sessions if not state.ready), key=prefill_order),
@@ -127,7 +133,7 @@ def prefill_pass(
 def forward_pieces(
     model: Model, pieces: Sequence[tuple[RequestState, PassInput]], found: PrefillResult
 ) -> None:
-    """One pass; where it fails, one for each text: what fails again is that text's own fault."""
+    """Run one pass. If it fails, run one per text: a text that fails again is at fault itself."""
     try:
         if parts := [part for _, part in pieces if len(part.rows.tokens)]:
             model.forward_all(parts)

@@ -1,4 +1,4 @@
-"""What may be put into an engine's inbox, from any thread."""
+"""Defines the commands of an engine's inbox, which any thread may send."""
 
 import math
 from collections.abc import Callable
@@ -10,35 +10,36 @@ from runtime.schedulers.base import Scheduler
 from runtime.target.stop_checker import StopChecker
 
 Send = Callable[[Event], None]
-Strike = Callable[
-    [str], object
-]  # counts a message that no honest drafter sends against its sender; says what is wrong with it
+# Counts a message that no honest drafter sends against its sender; the argument says what is wrong
+Strike = Callable[[str], object]
 DeliverChunk = Callable[[Chunk], None]
 
 
 def ignore_strike(why: str) -> bool:
-    """A Strike that counts nothing and never ends the link: a drafter in this very process is trusted as far as that."""
+    """A Strike that counts nothing and never ends the link, for drafters in this process."""
     return False
 
 
 @dataclass(frozen=True, slots=True)
 class AddRequest:
+    """Starts a request, or queues it."""
+
     request: Request
     stop_checker: StopChecker
     deliver: DeliverChunk
-    received_at: float = 0.0  # clock when the target took the request
-    grammar: GrammarState | None = None  # the request's constraint, after what is committed
+    received_at: float = 0.0  # clock reading
+    grammar: GrammarState | None = None  # state after the committed tokens
 
     @property
     def expires(self) -> float:
-        """Clock from which on nobody wants the rest."""
+        """Return the clock reading at which the request expires."""
         deadline = self.request.deadline
         return math.inf if deadline is None else self.received_at + deadline
 
 
 @dataclass(frozen=True, slots=True)
 class ReplyReceived:
-    """A drafter's reply, and the clock when it arrived."""
+    """A drafter's reply, and the clock reading of its arrival."""
 
     reply: Reply
     at: float
@@ -46,11 +47,15 @@ class ReplyReceived:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
+    """Ends a session, running or waiting."""
+
     session: str
 
 
 @dataclass(frozen=True, slots=True)
 class Join:
+    """Adds a drafter."""
+
     drafter: str
     send: Send
     strike: Strike = ignore_strike
@@ -58,13 +63,15 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
+    """Removes a drafter. One that has joined under the same name since then stays."""
+
     drafter: str
-    send: Send  # as at Join: who has joined under the same name since then stays
+    send: Send  # the one given at Join
 
 
 @dataclass(frozen=True, slots=True)
 class SetScheduler:
-    """Schedule like this from now on, and ask these heads; None: all that there are."""
+    """Changes the scheduler, and the heads to use; None: all heads."""
 
     scheduler: Scheduler
     heads: frozenset[str] | None = None
@@ -72,7 +79,7 @@ class SetScheduler:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    pass
+    """Ends the engine's loop."""
 
 
 Command = AddRequest | Cancel | ReplyReceived | Join | Leave | SetScheduler | Stop

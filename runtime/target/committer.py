@@ -1,4 +1,4 @@
-"""Carries out what the target has decided: roots move, drafters hear of it, callers get tokens."""
+"""Commits the target's decisions: moves roots, notifies drafters, delivers tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from runtime.telemetry.tracing import NODES, TARGET, Trace
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """A session whose root has moved. `guessed_by`: by whom each token was guessed ("": nobody)."""
+    """A session whose root has moved. `guessed_by` names who guessed each token; "" for nobody."""
 
     item: BatchItem
     decision: Decision
@@ -28,13 +28,13 @@ class Committed:
 
     @property
     def credited(self) -> list[str]:
-        """Who gets the credit for each accepted node."""
+        """Return who is credited for each accepted node."""
         nodes = self.item.nodes
         return [self.item.credited[nodes.index(node)] for node in self.decision.accepted.path]
 
 
 class Committer:
-    """Ends a step. The drafters hear first, so that they go on while the rest is done."""
+    """Finishes a step. Drafters are notified first, so that they continue during the rest."""
 
     def __init__(
         self,
@@ -55,8 +55,10 @@ class Committer:
         scheduler: Scheduler,
         trace: Trace,
     ) -> None:
-        """Commit `decisions`, one for each item of the batch (None: it has failed), which were made
-        at `decided` on the clock."""
+        """Commit `decisions`, one per item of the batch; None marks an item that failed.
+
+        They were made at `decided` on the clock.
+        """
         committed = [
             self._move_root(item, decision, trace)
             for item, decision in zip(batch.items, decisions, strict=True)
@@ -81,7 +83,7 @@ class Committer:
         trace.count(NODES, decided, nodes)
 
     def _move_root(self, item: BatchItem, decision: Decision, trace: Trace) -> Committed:
-        """Apply a decision to its session, and tell the drafters."""
+        """Apply a decision to its session and notify the drafters."""
         session, accepted = item.state.session, decision.accepted
         guessed_by = (*(session.tree.drafter[node] for node in accepted.path), "")
         nodes = len(session.tree)
@@ -92,7 +94,9 @@ class Committer:
         return Committed(item, decision, commit, guessed_by, hit)
 
     def _output(self, one: Committed) -> Chunk | None:
-        """Roll the cache back and make the output; None if that fails and so ends the session."""
+        """Roll the cache back and make the output chunk; None if that fails, which ends the
+        session.
+        """
         state, base = one.item.state, one.commit.base - 1
         try:
             keep_accepted(state.cache, base, one.item.nodes, one.decision.accepted.path)
@@ -117,7 +121,7 @@ class Committer:
 
 
 def make_round(one: Committed, batch: Batch, decided: float, done: float, ridden: float) -> Round:
-    """The record of one session in a step that was decided and `done` at these readings."""
+    """Make the record of one session in a step; `decided` and `done` are clock readings."""
     state, planned = one.item.state, batch.began - batch.opened - batch.waited
     return Round(
         session=state.session.id,

@@ -1,4 +1,4 @@
-"""The drafters of a target: who is there, which part of a tree is whose, and what each has brought; and what its own heads have."""
+"""Tracks drafters, assigns tree partitions, and suspends unproductive drafters and heads."""
 
 from collections.abc import Collection, Iterable, Sequence
 
@@ -12,9 +12,11 @@ from runtime.telemetry.metrics import TargetMetrics
 
 
 class DrafterManager:
-    """`sends`: how to reach those that are there now, in the order of their coming. What they bring is written into `metrics`.
+    """Manages the drafters of a target.
 
-    `heads`: names of those that sit on the target. Nobody tells them anything and they have no share, but they rest by the same rule.
+    `sends` holds the channel of each present drafter, in order of joining. `metrics` records what
+    drafters contribute. `heads` are the names of the target's own heads: they receive no messages
+    and own no share, but rest by the same rule.
     """
 
     def __init__(
@@ -35,14 +37,14 @@ class DrafterManager:
         self.assign_shares(sessions, joined=name)
 
     def leave(self, name: str, send: Send, sessions: Iterable[RequestState]) -> None:
-        """Who has joined under the same name since then stays."""
+        """Remove a drafter. One that has joined under the same name since then stays."""
         if self.sends.get(name) is send:
             del self.sends[name], self.strikes[name]
             self.utility.forget(name)
             self.assign_shares(sessions)
 
     def reset_utility(self, sessions: Iterable[RequestState]) -> None:
-        """Let all show again what they are good for."""
+        """Restart the trial of every drafter and head."""
         self.utility.reset()
         self.assign_shares(sessions)
 
@@ -57,13 +59,16 @@ class DrafterManager:
             send(event)
 
     def open(self, session: Session) -> None:
-        """A session begins."""
+        """Announce a new session."""
         for name, send in self.sends_for(session).items():
             send(session.open(self.share(session.id, name)))
 
     def reopen(self, state: RequestState, name: str) -> None:
-        """Once for each commit at most: a drafter that asks again and again would have the whole text sent
-        each time. One that rests has no use for the text yet: it gets it when its rest is over."""
+        """Send the text again to a drafter that lost it, at most once per commit.
+
+        Otherwise a drafter that keeps asking would have the whole text sent each time. A resting
+        drafter gets the text when its rest is over.
+        """
         session = state.session
         if name not in self.sends_for(session):
             return
@@ -74,8 +79,10 @@ class DrafterManager:
             self.sends[name](session.open(self.share(session.id, name)))
 
     def assign_shares(self, sessions: Iterable[RequestState], joined: str = "") -> None:
-        """Tell every drafter its part of every session. The one that has joined learns the whole text, and
-        so does one that lost it while it rested."""
+        """Send every drafter its share of every session.
+
+        A drafter that has joined, or that lost a text while it rested, gets the whole text.
+        """
         for state in sessions:
             for name, send in self.sends_for(state.session).items():
                 share = self.share(state.session.id, name)
@@ -92,8 +99,11 @@ class DrafterManager:
         )
 
     def merge(self, state: RequestState | None, name: str, drafts: Sequence[Draft]) -> int:
-        """Offer growth to its session's tree; returns how many nodes were new. None is where nobody asked for it. A drafter that has given
-        one name to two texts gets a strike: who does not look for such texts never meets them."""
+        """Merge drafts into their session's tree and return the number of new nodes.
+
+        `state` is None for an unknown session. A drafter that gives one key to two texts gets a
+        strike: a drafter never meets such texts unless it searches for them.
+        """
         guesses = self.metrics.guesses[name]
         if state is None or not state.session.request.speculation or name in self.utility.resting:
             guesses.stale += sum(len(draft.tokens) for draft in drafts)
@@ -111,7 +121,7 @@ class DrafterManager:
         return new
 
     def record_leads(self, ready: Iterable[RequestState]) -> None:
-        """How far the drafters are ahead as a step begins, and what it goes without."""
+        """Record, as a step begins, how far drafters are ahead and what the step lacks."""
         everyone = [*self.sends, *self.heads]
         awake = self.utility.active(everyone)
         for state in ready:
@@ -122,7 +132,11 @@ class DrafterManager:
                 self.metrics.guesses[name].lead(state.lead(name))
 
     def credited_to(self, tree: TokenTree, nodes: Sequence[int]) -> list[str]:
-        """To whom: to a drafter, where one has guessed the node as well as a head. Without that head it would be there all the same."""
+        """Return who is credited for each node.
+
+        If a drafter and a head guessed the same node, the drafter is credited: the node would exist
+        without the head.
+        """
         return [
             next(
                 (name for name in tree.drafters_of(node) if name not in self.heads),
@@ -132,7 +146,9 @@ class DrafterManager:
         ]
 
     def update_resting(self, thanks: Iterable[str], sessions: Iterable[RequestState]) -> None:
-        """After a step: its tokens are owed to these. Who has brought nothing for long rests, or is tried again."""
+        """Credit the tokens of a step, then suspend drafters that contributed nothing for long, or
+        wake them.
+        """
         if (
             self.utility.observe([*self.sends, *self.heads], thanks, self.metrics.rate)
             & self.sends.keys()

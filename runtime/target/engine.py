@@ -1,8 +1,8 @@
-"""The target's loop: take in growth, verify the best of all trees in one pass, commit, tell the
-drafters; wait only when waiting pays.
+"""The target's loop: merges drafts, verifies the best nodes of all trees in one pass, commits, and
+notifies drafters; it waits only when waiting pays.
 
-It runs on the model's thread and knows no event loop: what comes in is a queue, what goes out are
-callables. All that may take long is `decide`, so that a simulator can put a virtual clock around it.
+It runs on the model's thread and uses no event loop: input comes from a queue, output goes to
+callables. Only `decide` may take long, so a simulator can put a virtual clock around it.
 """
 
 import queue
@@ -39,12 +39,14 @@ from runtime.telemetry.metrics import TargetMetrics
 from runtime.telemetry.reports import TargetReport
 from runtime.telemetry.tracing import NO_TRACE, PREFILL, TARGET, Trace
 
-KV_SLOTS = 1 << 20  # unless a target is told its memory
+KV_SLOTS = 1 << 20  # default
 
 
 class Engine:
-    """Serves requests with one model and any drafters. `run` belongs to one thread; `inbox` may be
-    filled from any."""
+    """Serves requests with one model and any number of drafters.
+
+    `run` belongs to one thread; any thread may put commands into `inbox`.
+    """
 
     def __init__(
         self,
@@ -77,10 +79,12 @@ class Engine:
         self.committer = Committer(
             self.requests, self.drafter_manager, self.heads, self.metrics, clock
         )
-        self.over = False  # `run` has ended: nobody answers any more
+        self.over = False  # `run` has ended
 
     def run(self) -> None:
-        """Serve until Stop. Sessions that run or wait then, or when the thread ends by a fault, end as cancelled."""
+        """Serve until Stop. Remaining sessions end as cancelled, also when the thread ends by an
+        error.
+        """
         wait: float | None = None
         try:
             while self.receive(wait):
@@ -93,25 +97,25 @@ class Engine:
             self.requests.publish()
 
     def step(self) -> float | None:
-        """Read on in prompts and verify once.
+        """Prefill and verify once.
 
-        Returns how many seconds to wait for the inbox before the next step (None: until it has
-        something).
+        Returns the seconds to wait for the inbox before the next step; None: until something
+        arrives.
         """
         batch = self.schedule()
         if not isinstance(batch, Batch):
             return batch
         decisions = self.decide(batch)
         decided = self.clock()
-        # What was guessed during the pass hangs on the old root: taken in before the root moves,
-        # it may hold the new one.
+        # Nodes guessed during the pass hang on the old root. Merged before the root moves, they
+        # may include the new one.
         if not self.receive(0.0):
             self.inbox.put(Stop())
         self.commit(batch, decisions, decided)
         return self.idle()
 
     def schedule(self) -> Batch | float | None:
-        """Begin sessions, read on in their prompts, and plan: what to verify, or how long to wait."""
+        """Begin sessions, prefill, and plan: a batch to verify, or the seconds to wait."""
         self.requests.start(self.scheduler.style)
         self.prefill()
         ready = self.requests.ready()
@@ -128,7 +132,7 @@ class Engine:
         return None if self.requests.idle else 0.0
 
     def prefill(self) -> None:
-        """Read on in the prompts: all but the last token of each, the root row of its first step."""
+        """Prefill prompts up to their last token, which is the root row of the first step."""
         states = self.requests.states()
         if all(state.ready for state in states):
             return
@@ -141,7 +145,7 @@ class Engine:
         self.trace.span(TARGET, PREFILL, began, found.done, rows=found.rows)
 
     def decide(self, batch: Batch) -> list[Decision | None]:
-        """Make the pass. A session that fails in it ends, and has no decision."""
+        """Run the pass. A session that fails in it ends, and its decision is None."""
         outcomes = self.runner.run(batch)
         for item, outcome in zip(batch.items, outcomes, strict=True):
             if isinstance(outcome, Exception):
@@ -149,11 +153,11 @@ class Engine:
         return [None if isinstance(outcome, Exception) else outcome for outcome in outcomes]
 
     def commit(self, batch: Batch, decisions: Sequence[Decision | None], decided: float) -> None:
-        """Carry out decisions that were made at `decided` on the clock."""
+        """Commit decisions that were made at `decided` on the clock."""
         self.committer.commit(batch, decisions, decided, self.scheduler, self.trace)
 
     def receive(self, wait: float | None) -> bool:
-        """Handle all that has arrived, waiting so long for the first of it; False once Stop is there."""
+        """Handle all messages, waiting at most `wait` seconds for the first; False after Stop."""
         for arrived in drain(self.inbox, wait):
             if isinstance(arrived, Stop):
                 return False
@@ -183,7 +187,9 @@ class Engine:
                 self.drafter_manager.reset_utility(self.requests.states())
 
     def merge(self, growth: GrowthReceived) -> None:
-        """Put a drafter's growth into its session's tree, and let the scheduler learn when it came."""
+        """Merge a drafter's growth into its session's tree and report its arrival to the
+        scheduler.
+        """
         state = self.requests.running.get(growth.session)
         drafts = [draft for draft, _ in growth.drafts]
         if not self.drafter_manager.merge(state, growth.drafter, drafts) or state is None:
@@ -198,11 +204,13 @@ class Engine:
 
     @property
     def drafters(self) -> Mapping[str, Send]:
-        """Those that are there now."""
+        """Return the drafters that are present."""
         return self.drafter_manager.sends
 
     def report(self) -> TargetReport:
-        """As of the last step, or of the last session that has come or gone. From any thread."""
+        """Return the report of the last step, or of the last session to begin or end.
+        Thread-safe.
+        """
         return self.requests.report
 
     def _never_taken_in(self) -> list[AddRequest]:

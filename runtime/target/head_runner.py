@@ -1,4 +1,4 @@
-"""Runs the heads of a target: they look at each pass, and guess from it when it is over."""
+"""Runs the heads of a target: they observe each pass and guess from its output."""
 
 import logging
 from collections.abc import Container, Mapping, Sequence
@@ -35,18 +35,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class MountedHead:
-    """A head, and the seconds by which its pseudo rows prolong a pass in which PRICED_BRANCH_ROWS rows are ridden (0 where it has none)."""
+    """A head, and the seconds that PRICED_BRANCH_ROWS branch rows add to a pass; 0 without
+    branches.
+    """
 
     head: Head
     seconds: float = 0.0
 
 
 class HeadRunner:
-    """Owns the heads of a target, by name: those that were `built`, of them those `selected`, and of these those `active` in the
-    present step. Without any a pass is the model's own, and nothing else happens.
+    """Owns the heads of a target by name: `built`, the `selected` ones, and the `active` of these.
 
-    A head that fails is disabled, logged and counted in `metrics`: the target goes on without it. What heads cost is charged to them
-    in `utility`, by which they rest.
+    Active heads take part in the current step. Without any, a pass is the model's own. A head that
+    fails is disabled, logged and counted in `metrics`, and the target continues without it. The
+    cost of heads is charged to them in `utility`, which makes them rest.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class HeadRunner:
         metrics: TargetMetrics,
         clock: Clock,
     ) -> None:
-        """Raises InvalidRequest for two heads whose branches would meet."""
+        """Raise InvalidRequest if two heads need branch rows."""
         self.model, self.utility, self.metrics, self.clock = model, utility, metrics, clock
         self.built = dict(heads)
         self.selected: dict[str, Head] = {}
@@ -66,7 +68,9 @@ class HeadRunner:
         self.select(None)
 
     def select(self, names: Container[str] | None) -> None:
-        """Ask only these from now on (None: all that there are). Raises InvalidRequest as at first."""
+        """Use only these heads from now on; None: all. Raises InvalidRequest as the constructor
+        does.
+        """
         chosen = {
             name: mounted.head
             for name, mounted in self.built.items()
@@ -78,15 +82,16 @@ class HeadRunner:
         self._look_with([name for name in self.active if name in chosen])
 
     def activate(self) -> None:
-        """Let those that do not rest look at the next pass, and guess after it."""
+        """Let heads that do not rest observe the next pass and guess after it."""
         self._look_with(self.utility.active(self.selected))
 
     def with_branch_rows(
         self, session: Session, nodes: Sequence[int], part: PassInput
     ) -> PassInput:
-        """Let pseudo rows ride in a session's part of a step where a head wants them and they are worth their time.
+        """Add branch rows to a session's part of a step if a head needs them and they are worth
+        their time.
 
-        Beside a row at which the target stops they bring about a token.
+        A branch row brings about one token if the target stops at the row it belongs to.
         """
         branches = len(self.output_spec.branches)
         if not branches or not can_use_drafts(session):
@@ -99,11 +104,13 @@ class HeadRunner:
         return replace(part, branch_rows=sorted(rows[:MAX_BRANCH_ROWS]))
 
     def price(self, name: str) -> float:
-        """Seconds for each row that is ridden."""
+        """Return the seconds per branch row."""
         return self.built[name].seconds / PRICED_BRANCH_ROWS
 
     def forward(self, parts: Sequence[PassInput]) -> list[PassOutput]:
-        """One pass with all that the heads look at. Raises what the model raises where nobody looks."""
+        """Run one pass with the outputs that heads need. Raises the model's errors if no head needs
+        any.
+        """
         if self.output_spec != NO_OUTPUTS:
             try:
                 return cast(HiddenStateModel, self.model).forward_outputs(parts, self.output_spec)
@@ -118,21 +125,21 @@ class HeadRunner:
         return [PassOutput(logits) for logits in self.model.forward_all(parts)]
 
     def branch_row_time(self, parts: Sequence[PassInput]) -> dict[str, float]:
-        """Seconds that a pass over these takes longer for the pseudo rows of heads, by head."""
+        """Return, by head, the seconds that branch rows add to a pass over these parts."""
         ridden = sum(len(part.branch_rows) for part in parts)
         return {
             name: ridden * price for name in self.active if ridden and (price := self.price(name))
         }
 
     def charge(self, parts: Sequence[PassInput]) -> None:
-        """Charge the heads for the pseudo rows of a pass."""
+        """Charge the heads for the branch rows of a pass."""
         for name, seconds in self.branch_row_time(parts).items():
             self.utility.charge({name}, seconds)
 
     def guess(self, going: Sequence[tuple[BatchItem, Decision]], trace: Trace) -> None:
-        """Let the active heads guess how these sessions go on from their new roots.
+        """Let the active heads guess from the new roots of these sessions.
 
-        The guesses are kept with each session until a step waits for nobody better.
+        Each session keeps the guesses until a step that does not wait for a better drafter.
         """
         if not self.active:
             return
@@ -147,7 +154,7 @@ class HeadRunner:
             trace.span(name, STEP, began, ended, sessions=len(seen))
 
     def disable(self, name: str, error: Exception) -> None:
-        """Go on without this head."""
+        """Continue without this head."""
         log.warning("head %s is disabled: %s: %s", name, type(error).__name__, error)
         del self.built[name]
         self.select(self.selected.keys() - {name})
@@ -170,7 +177,7 @@ class HeadRunner:
     def _propose(
         self, name: str, states: Sequence[RequestState], seen: Sequence[VerifiedStep]
     ) -> list[tuple[RequestState, Draft]]:
-        """What one head guesses, as a drafter would send it."""
+        """Return the guesses of one head as drafts."""
         try:
             growths = self.selected[name].propose(seen)
             found = [
@@ -185,22 +192,22 @@ class HeadRunner:
 
 
 def merge_looks(output_specs: Sequence[OutputSpec]) -> OutputSpec:
-    """All that they want. Raises InvalidRequest where two have branches: a pass has those of one."""
+    """Combine what the heads need of a pass. Raises InvalidRequest if two of them need branches."""
     branched = [output_spec.branches for output_spec in output_specs if output_spec.branches]
     if len(branched) > 1:
-        raise InvalidRequest("two heads want pseudo rows in one pass: give one of them", "draft")
+        raise InvalidRequest("two heads need branch rows in one pass: give one of them", "draft")
     return OutputSpec(
         any(output_spec.hidden for output_spec in output_specs), branched[0] if branched else ()
     )
 
 
 def can_use_drafts(session: Session) -> bool:
-    """Whether anybody can help: not with the last token."""
+    """Return True if guesses can help: the last token needs none."""
     return session.request.speculation and min(session.room, session.max_step_nodes) > 0
 
 
 def make_seen(item: BatchItem, decision: Decision) -> VerifiedStep:
-    """What a step has shown of a session, whose root has moved since."""
+    """Return what a step has computed for a session, whose root has moved since."""
     session, row_of = (
         item.state.session,
         {node: row for row, node in enumerate(item.nodes, start=1)},
@@ -211,8 +218,11 @@ def make_seen(item: BatchItem, decision: Decision) -> VerifiedStep:
 
 
 def make_draft(session: Session, growth: DraftNodes, name: str) -> Draft:
-    """Nodes by the names of their parents. Raises ValueError for a parent that does not come before its child, and for arrays of unequal
-    length."""
+    """Convert nodes to a draft, which refers to parents by key.
+
+    Raises ValueError for a parent that does not come before its child, and for arrays of unequal
+    length.
+    """
     if len(growth.scores) != len(growth.tokens):
         raise ValueError(
             f"{len(growth.scores)} scores of {len(growth.tokens)} nodes: give one of each"
@@ -234,7 +244,9 @@ def make_draft(session: Session, growth: DraftNodes, name: str) -> Draft:
 
 
 def end_probabilities(tree: TokenTree, nodes: Sequence[int]) -> npt.NDArray[np.float64]:
-    """(rows,) of a step, root and `nodes`: how likely the target's way ends at each."""
+    """Return, for the root and each of `nodes`, the probability (rows,) that the target stops
+    there.
+    """
     taken: npt.NDArray[np.float64] = np.exp(np.frombuffer(tree.path)[[0, *nodes]])
     found, row_of = taken.copy(), {node: row for row, node in enumerate([0, *nodes])}
     for row, node in enumerate(nodes, start=1):
@@ -243,6 +255,6 @@ def end_probabilities(tree: TokenTree, nodes: Sequence[int]) -> npt.NDArray[np.f
 
 
 def rows_by_end_probability(tree: TokenTree, nodes: Sequence[int]) -> list[int]:
-    """All rows of a step, in the order of how likely the target's way ends there."""
+    """Return all rows of a step, those where the target most likely stops first."""
     order: list[int] = np.argsort(-end_probabilities(tree, nodes), kind="stable").tolist()
     return order

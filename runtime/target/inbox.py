@@ -1,4 +1,4 @@
-"""Takes what has arrived out of the engine's queue, and puts a drafter's growth of one session together."""
+"""Drains the engine's queue and groups a drafter's growth by session."""
 
 import queue
 from collections.abc import Iterator
@@ -10,7 +10,9 @@ from runtime.target.commands import Command, ReplyReceived, Stop
 
 @dataclass(frozen=True, slots=True)
 class GrowthReceived:
-    """Growth of one session from one drafter, and the clock when each draft of it arrived."""
+    """Growth of one session from one drafter; each draft comes with the clock reading of its
+    arrival.
+    """
 
     session: str
     drafter: str
@@ -20,11 +22,11 @@ class GrowthReceived:
 def drain(
     inbox: "queue.SimpleQueue[Command]", wait: float | None
 ) -> Iterator[Command | GrowthReceived]:
-    """Yield what has arrived, waiting at most `wait` seconds (None: for ever) for the first of it.
+    """Yield all messages, waiting at most `wait` seconds (None: forever) for the first.
 
-    Growth comes last, one piece for each session and drafter: merging it at once costs a third.
-    What arrives meanwhile is left for the next call, so a drafter that floods the target does not
-    keep it from its steps. Nothing follows a Stop, and what arrived after it stays in the queue.
+    Growth comes last, grouped by session and drafter: merging a group at once costs a third.
+    Messages that arrive meanwhile are left for the next call, so a drafter that floods the target
+    cannot stall its steps. Nothing follows a Stop; later messages stay in the queue.
     """
     try:
         arrived = inbox.get(wait != 0.0, wait or None)

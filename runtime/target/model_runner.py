@@ -1,4 +1,4 @@
-"""Runs one pass of the target's model over a batch, and decides for each session from its logits."""
+"""Runs one pass of the target's model over a batch and decides for each session."""
 
 from runtime.core.errors import SESSION_FAULTS
 from runtime.models.base import PassOutput
@@ -9,15 +9,15 @@ from runtime.telemetry.metrics import TargetMetrics
 
 
 class ModelRunner:
-    """Makes passes in which a session that fails harms no other. The heads see what they look at."""
+    """Isolates failures: a session that fails in a pass does not affect the others."""
 
     def __init__(self, heads: HeadRunner, verifier: Verifier, metrics: TargetMetrics) -> None:
         self.heads, self.verifier, self.metrics = heads, verifier, metrics
 
     def run(self, batch: Batch) -> list[Decision | Exception]:
-        """The decision for each item of the batch, or why its session has failed.
+        """Return the decision for each item of the batch, or the error that ends its session.
 
-        If the pass over all of them fails, each of them gets one of its own.
+        If the pass over all items fails, each item gets a pass to itself.
         """
         self.heads.charge(batch.parts)
         try:

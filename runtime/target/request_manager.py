@@ -1,4 +1,4 @@
-"""Which sessions a target serves: they begin when KV memory is free, and end once."""
+"""Manages the sessions of a target: each begins when KV memory is free, and ends once."""
 
 import math
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ from runtime.telemetry.metrics import SessionMetrics, TargetMetrics
 class RequestManager:
     """Owns the sessions of a target, from the queue to the last chunk, and the KV memory they hold.
 
-    `running`: those under way, by name, in order of their beginning. `admission` holds the others.
-    A quarter of the `kv_slots` keeps what finished texts have computed.
+    `running` maps names to active sessions, in order of their start. `admission` holds the waiting
+    ones. A quarter of `kv_slots` keeps the KV of finished texts.
     """
 
     def __init__(
@@ -44,15 +44,15 @@ class RequestManager:
         self.report = self.metrics.report(0, 0, 0, kv_slots, ())  # read from any thread
 
     def add(self, request: AddRequest, style: Style) -> None:
-        """Let a request wait for its turn, or begin at once."""
+        """Queue a request, or begin it at once."""
         self.admission.waiting.append(request)
         self.soonest = min(self.soonest, request.expires)
         self.start(style)
 
     def start(self, style: Style) -> None:
-        """Begin those for which there is room now; those whose deadline is over end instead.
+        """Begin the sessions that fit now, and end those whose deadline has passed.
 
-        Drafters are asked to let their trees of these sessions grow in this style.
+        Drafters are asked to grow their trees of these sessions in this style.
         """
         self.expire()
         while (admitted := self.admission.next(len(self.running), self.model.context)) is not None:
@@ -70,11 +70,11 @@ class RequestManager:
         return list(self.running.values())
 
     def ready(self) -> list[RequestState]:
-        """Those whose prompt has been read."""
+        """Return the sessions whose prompt has been read."""
         return [state for state in self.running.values() if state.ready]
 
     def is_running(self, state: RequestState) -> bool:
-        """False once the session is over, even if another one of its name has begun."""
+        """Return False once the session is over, even if another one has its name."""
         return self.running.get(state.session.id) is state
 
     @property
@@ -82,7 +82,10 @@ class RequestManager:
         return not self.running and not self.admission.waiting
 
     def finish(self, state: RequestState, last: Chunk) -> None:
-        """Forget the session everywhere, then say so. What it has computed stays for texts that begin alike."""
+        """Remove the session everywhere, then deliver its last chunk.
+
+        Its KV stays cached for texts with the same beginning.
+        """
         session = state.session
         del self.running[session.id]
         self.admission.release(state.slots)
@@ -95,12 +98,12 @@ class RequestManager:
         self._answer(state.admitted, last)
 
     def fail(self, state: RequestState, error: Exception) -> None:
-        """End the session with the words of an error."""
+        """End the session with an error."""
         said = f"{type(error).__name__}: {error}"
         self.finish(state, Chunk((), (), (), "error", state.stats(self.clock()), error=said))
 
     def abort(self, name: str, reason: FinishReason) -> None:
-        """End a session as it is, running or waiting; no error if there is none of that name."""
+        """End a session, running or waiting; no error if the name is unknown."""
         state, waiting = self.running.get(name), self.admission.withdraw(name)
         if state is not None:
             self.finish(state, Chunk((), (), (), reason, state.stats(self.clock())))
@@ -110,14 +113,16 @@ class RequestManager:
             self._answer(waiting, Chunk((), (), (), reason, stats))
 
     def abort_all(self, arrived: Sequence[AddRequest]) -> None:
-        """End all sessions as cancelled, and these with them, which nobody has let wait yet."""
+        """End all sessions, and the requests in `arrived`, which are not queued yet, as
+        cancelled.
+        """
         self.admission.waiting.extend(arrived)
         waiting = [command.request.session for command in self.admission.waiting]
         for name in [*self.running, *waiting]:
             self.abort(name, "cancelled")
 
     def expire(self) -> None:
-        """End the sessions whose deadline is over."""
+        """End the sessions whose deadline has passed."""
         if self.soonest == math.inf or (now := self.clock()) < self.soonest:
             return
         commands = [*(state.admitted for state in self.states()), *self.admission.waiting]
@@ -128,13 +133,13 @@ class RequestManager:
         self.soonest = min(left, default=math.inf)
 
     def until_deadline(self, wait: float) -> float:
-        """The part of `wait`, in seconds, in which no deadline ends."""
+        """Shorten `wait`, in seconds, so that it ends at the next deadline."""
         if self.soonest == math.inf:
             return wait
         return min(wait, max(0.0, self.soonest - self.clock()))
 
     def publish(self) -> None:
-        """Bring the report up to date."""
+        """Update the report."""
         used = self.admission.reserved + self.kv_kept
         live, waiting = len(self.running), len(self.admission.waiting)
         resting = self.drafters.utility.resting
@@ -142,12 +147,14 @@ class RequestManager:
 
     @property
     def has_changed(self) -> bool:
-        """True if sessions have come or gone since the last report."""
+        """Return True if sessions have begun or ended since the last report."""
         waiting = len(self.admission.waiting)
         return (self.report.live, self.report.waiting) != (len(self.running), waiting)
 
     def _answer(self, command: AddRequest, last: Chunk) -> None:
-        """Deliver the last chunk. The report has it before: who has waited for it finds it there."""
+        """Deliver the last chunk, after updating the report: a caller that gets it finds it
+        counted.
+        """
         if last.finish_reason is not None:
             self.metrics.finished[last.finish_reason] += 1
         self.publish()

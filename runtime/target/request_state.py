@@ -1,4 +1,4 @@
-"""A session under way, with what belongs to it on the target's device."""
+"""The state of a running session, including what it holds on the target's device."""
 
 from collections import Counter
 from collections.abc import Sized
@@ -16,7 +16,7 @@ from runtime.telemetry.metrics import SessionMetrics
 
 @dataclass(slots=True)
 class RequestState:
-    """Times are readings of the engine's clock, or seconds."""
+    """Times are readings of the engine's clock, or durations in seconds."""
 
     session: Session
     cache: KVCache
@@ -78,19 +78,21 @@ class RequestState:
         self.reopened.clear()
 
     def record_growth(self, at: float) -> tuple[float, bool]:
-        """Seconds since the commit or the growth before this one, and whether it was a commit."""
+        """Return the seconds since the previous commit or growth, and True if it was a commit."""
         delay, first = max(0.0, at - self.growth_at), self.growths == 0
         self.growth_at = at
         self.growths += 1
         return delay, first
 
     def record_reach(self, drafter: str, new: int) -> None:
-        """`new` nodes, the newest of the tree, came from this drafter."""
+        """Record that the newest `new` nodes of the tree came from this drafter."""
         length = len(self.session.tokens) + max(self.session.tree.depth[-new:])
         self.reach[drafter] = max(length, self.reach.get(drafter, 0))
 
     def round_trip(self, draft: Draft, at: float) -> float | None:
-        """Seconds from the last commit to this growth, where it is this drafter's first to follow it."""
+        """Return the seconds from the last commit to the drafter's first growth on it,
+        else None.
+        """
         if (
             draft.drafter in self.answered
             or not (draft.parents == np.uint64(self.session.tree.key[0])).any()
@@ -100,11 +102,17 @@ class RequestState:
         return max(0.0, at - self.committed_at)
 
     def lead(self, drafter: str) -> int:
-        """Tokens that the drafter is ahead: at most those that the tree is, for what it guessed may be gone."""
+        """Return how many tokens the drafter is ahead.
+
+        The value is at most the depth of the tree, because guesses may have been dropped.
+        """
         return max(0, min(self.depth, self.reach.get(drafter, 0) - len(self.session.tokens)))
 
     def fallback_cause(self, drafters: Sized, active: Sized) -> str | None:
-        """What this step lacks, in the words of TargetReport; None where it lacks nothing, or nothing could help."""
+        """Return what this step lacks, in the words of TargetReport; None if nothing is missing.
+
+        Also None if nothing could help.
+        """
         session = self.session
         if not session.request.speculation or min(session.room, session.max_step_nodes) <= 0:
             return None
@@ -117,7 +125,7 @@ class RequestState:
     def make_chunk(
         self, commit: Commit, guessed: tuple[str, ...], logprobs: tuple[Logprob, ...] = ()
     ) -> Chunk:
-        """Tokens one by one through the finish function: what comes after the end is not handed out."""
+        """Feed tokens one by one to the stop checker; tokens after the end are not delivered."""
         pieces: list[str] = []
         reason = None
         for token in commit.tokens:

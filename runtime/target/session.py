@@ -1,4 +1,4 @@
-"""One generation as a state machine without I/O: growth is offered, rows are selected, a accepted is applied."""
+"""One generation as a state machine without I/O: merges drafts, selects rows, applies decisions."""
 
 import math
 from collections import Counter, deque
@@ -17,20 +17,18 @@ from runtime.scoring.calibration import TemperatureBucket
 
 Floats = npt.NDArray[np.float64]
 
-ACCURACY_EWMA_WEIGHT = 0.05  # weight of a new position in what is known of this text
-INITIAL_ACCURACY = (
-    0.8  # share of first guesses that are right, before anything was seen of the text
-)
-MIN_CONFIDENCE_SCALE, MAX_CONFIDENCE_SCALE = 0.3, 2.0  # of the tilt
+ACCURACY_EWMA_WEIGHT = 0.05  # weight of a new position
+INITIAL_ACCURACY = 0.8  # of first guesses
+MIN_CONFIDENCE_SCALE, MAX_CONFIDENCE_SCALE = 0.3, 2.0
 MIN_BRANCH_PENALTY = -3.0
 
 
 class Session:
-    """The committed tokens of one request and the target's mirror of its token tree.
+    """The committed tokens of one request, and the target's copy of its token tree.
 
-    `drafted` counts the nodes that were merged, `ignored` those that changed nothing, by reason: `late` where their parent is a text
-    that was decided to go on meanwhile, `stale` where it is none that was decided, `collision` where the drafter has given their name
-    to another node.
+    `drafted` counts merged nodes; `ignored` counts nodes without effect, by reason. `late`: the
+    text of their parent has been committed and passed meanwhile. `stale`: their parent is unknown.
+    `collision`: the drafter has given their key to another node.
     """
 
     def __init__(
@@ -49,28 +47,25 @@ class Session:
         self.bucket = bucket
         self.tokens = [*request.prompt, *request.committed]
         self.prompt = len(request.prompt)
-        self.end = min(
-            context, self.prompt + request.sampling.max_tokens
-        )  # length of the longest text allowed
+        # Length of the longest text allowed
+        self.end = min(context, self.prompt + request.sampling.max_tokens)
         self.max_step_nodes = (
             limits.STEP_ROWS
             if request.max_rows is None
             else min(limits.STEP_ROWS, request.max_rows)
-        )  # nodes of a step
+        )
         self.tree = TokenTree(
             text_key(self.tokens), self.tokens[-1], limits.TREE_NODES, limits.TREE_DEPTH
         )
-        self.accuracy = self.expected_accuracy = (
-            INITIAL_ACCURACY  # moving averages: first guesses that were right, and what they were scored
-        )
-        self.passed_keys: deque[Key] = deque(
-            maxlen=limits.TREE_DEPTH
-        )  # names of the texts that the root has left behind
+        # Moving averages over first guesses: share that was right, and probability by score
+        self.accuracy = self.expected_accuracy = INITIAL_ACCURACY
+        # Keys of former roots
+        self.passed_keys: deque[Key] = deque(maxlen=limits.TREE_DEPTH)
         self.drafted = 0
         self.ignored: Counter[str] = Counter()
 
     def open(self, share: Share) -> Open:
-        """What a drafter must know to join now."""
+        """Return what a drafter needs to join now."""
         return Open(
             self.id,
             self.epoch,
@@ -82,10 +77,10 @@ class Session:
         )
 
     def merge_drafts(self, *drafts: Draft) -> int:
-        """Merge growth of one drafter into the mirror; returns how many nodes were new.
+        """Merge drafts of one drafter into the tree and return the number of new nodes.
 
-        Idempotent and, between messages, free of order: a node whose parent is not alive is dropped. Nothing in a draft
-        can do more than add nodes.
+        Merging is idempotent, and independent of the order of messages: a node whose parent is not
+        alive is dropped. A draft can do nothing but add nodes.
         """
         fitting = [draft for draft in drafts if self.is_mergeable(draft)]
         if not fitting:
@@ -125,7 +120,7 @@ class Session:
         return len(merged.rows)
 
     def is_mergeable(self, draft: Draft) -> bool:
-        """Whether it may be merged; counted where it may not."""
+        """Return True if a draft may be merged; otherwise count its nodes as ignored."""
         if draft.epoch == self.epoch and len(draft.tokens) <= limits.DRAFT_NODES:
             return True
         self.ignored["stale" if draft.epoch != self.epoch else "oversize"] += len(draft.tokens)
@@ -133,14 +128,19 @@ class Session:
 
     @property
     def room(self) -> int:
-        """Depth of the deepest node whose token could be delivered: one token more comes from the target in any case."""
+        """Return the depth of the deepest node whose token could be delivered.
+
+        One more token always comes from the target itself.
+        """
         return self.end - len(self.tokens) - 1
 
     @property
     def confidence_scale(self) -> float:
-        """How much likelier this text's first guesses are right than scores say: their probability is exp(tilt * score), so 1 is neutral.
+        """Return how to scale scores of first guesses in this text: their probability is exp(scale
+        * score).
 
-        Easy passages are easy for a while: scores are right on average over texts, and too low in one, too high in another.
+        1 is neutral. Scores are right on average over texts but too low in one and too high in
+        another: easy passages stay easy for a while.
         """
         return min(
             MAX_CONFIDENCE_SCALE,
@@ -149,15 +149,21 @@ class Session:
 
     @property
     def branch_penalty(self) -> float:
-        """What a path loses where it leaves the first guess, beside the score of the guess that it takes: the likelier the first are
-        right, the less is left for others. Never above 0: no node is worth more than its parent."""
+        """Return what a path loses when it leaves the first guess, in addition to the score of the
+        node.
+
+        The more often first guesses are right, the less probability is left for others. The value
+        is at most 0: no node is worth more than its parent.
+        """
         return max(
             MIN_BRANCH_PENALTY,
             min(0.0, math.log((1.0 - self.accuracy) / (1.0 - self.expected_accuracy))),
         )
 
     def values(self) -> Floats:
-        """Logs of the path probabilities of all nodes, (n,), as far as this text is like its last positions."""
+        """Return the log path probabilities (n,) of all nodes, adapted to the recent part of this
+        text.
+        """
         off_top_logprob, off_top_count = (
             np.frombuffer(self.tree.off_top_logprob),
             np.frombuffer(self.tree.off_top_count, np.int64),
@@ -170,9 +176,12 @@ class Session:
         return found
 
     def marginal_gains(self) -> tuple[Floats, Floats, int]:
-        """Path probabilities of all nodes that could be verified, and of those among them that could still get children,
-        falling; the depth of the deepest. With an empty tree the leaf is the root, of probability 1. No more nodes than may be
-        verified in one step."""
+        """Return path probabilities of verifiable nodes and of expandable leaves, and the maximum
+        depth.
+
+        Both arrays are falling. In an empty tree the only leaf is the root, of probability 1. No
+        more nodes are returned than one step may verify.
+        """
         tree, room, values = self.tree, self.room, self.values()
         depths, fanout = np.frombuffer(tree.depth, np.int64), np.frombuffer(tree.fanout, np.int64)
         inside = depths <= room
@@ -183,9 +192,9 @@ class Session:
         return gains, leaves, int(depths[inside].max(initial=0))
 
     def select(self, count: int) -> list[int]:
-        """At most `count` nodes to verify, most probable first to be chosen, parents before children.
+        """Return up to `count` nodes to verify, the most probable ones, parents before children.
 
-        Nodes so deep that their token could not be delivered are left out.
+        Nodes too deep to be delivered are left out.
         """
         if (max_step_nodes := min(count, self.max_step_nodes)) == 0:
             return []
@@ -197,11 +206,16 @@ class Session:
         ]
 
     def paths(self, nodes: Sequence[int]) -> list[list[int]]:
-        """Token ids below the root for each row of a step: the root's own (empty), then those of `nodes`."""
+        """Return the token ids below the root for each row of a step: [] for the root, then the
+        nodes'.
+        """
         return [[], *(self.tree.tokens_to(node) for node in nodes)]
 
     def apply(self, accepted: AcceptedPath) -> tuple[Commit, bool]:
-        """Append what the target decided and move the root; the second value is whether the new root was a node (hit)."""
+        """Append the decided tokens and move the root.
+
+        Returns the commit, and True if the new root was a node (hit).
+        """
         tree, base = self.tree, len(self.tokens)
         decided = [tree.token[node] for node in accepted.path] + [accepted.token]
         self.bucket.observe_path(tree, decided)
@@ -213,7 +227,7 @@ class Session:
         return Commit(self.id, self.epoch, base, tuple(decided), tree.key[0]), hit
 
     def observe(self, decided: Sequence[int]) -> None:
-        """Compare the best guesses that the decided tokens passed with their scores."""
+        """Compare the best guess at each decided position with its score."""
         tree, node = self.tree, 0
         for token in decided:
             children = tree.children(node)

@@ -1,4 +1,4 @@
-"""Decides what the next step verifies, or how long it waits for growth first, and times it."""
+"""Plans and times the next step: what to verify, or how long to wait for growth first."""
 
 from collections.abc import Sequence
 
@@ -11,23 +11,23 @@ from runtime.target.request_state import RequestState
 
 
 class StepPlanner:
-    """Owns the step to come, from the first question about it until its batch is made."""
+    """Owns the upcoming step from the first question about it until its batch is made."""
 
     def __init__(self, drafters: DrafterManager, heads: HeadRunner, clock: Clock) -> None:
         self.drafters, self.heads, self.clock = drafters, heads, clock
         self.reset()
 
     def reset(self) -> None:
-        """Plan anew: no step is under way."""
+        """Start over: no step is being planned."""
         self.opened: float | None = None  # clock when its planning began
         self.waited = 0.0  # seconds
         self.pausing: float | None = None  # clock when the present wait began
 
     def plan(self, scheduler: Scheduler, ready: Sequence[RequestState]) -> Plan:
-        """Ask the scheduler; the clock runs for the next step from the first time it is asked.
+        """Ask the scheduler. The step's time runs from the first time it is asked.
 
-        What heads have guessed comes into the trees only when nothing is waited for: it must not
-        keep the target from waiting for a drafter that knows better.
+        Guesses of heads enter the trees only when nothing is waited for: they must not keep the
+        target from waiting for a drafter with better guesses.
         """
         now = self.clock()
         if self.opened is None:
@@ -43,7 +43,7 @@ class StepPlanner:
         return plan
 
     def batch(self, ready: Sequence[RequestState], plan: Plan) -> Batch:
-        """Make the batch of a plan that waits for nothing. The next step begins after it."""
+        """Make the batch of a plan without a wait. The next step begins after it."""
         self.drafters.record_leads(ready)
         self.heads.activate()
         items = [self._item(state, rows) for state, rows in zip(ready, plan.rows, strict=True)]

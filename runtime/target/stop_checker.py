@@ -1,4 +1,7 @@
-"""Where a text ends, and what of it may be shown: one token at a time, so that grouping cannot matter."""
+"""Decides where a text ends and which part of it may be shown.
+
+It works token by token, so grouping does not matter.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,23 +12,29 @@ from runtime.core.sampling_params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one token adds: text that is now certain, and why the text ends, where it does. The token counts in any case."""
+    """The effect of one token: text that is now final, and the reason if the text ends.
+
+    The token counts in any case.
+    """
 
     text: str
     reason: Literal["stop", "length"] | None = None
 
 
 class StopChecker:
-    """Takes the tokens of one output in order, decides its end, and hands out its text.
+    """Takes the tokens of one output in order, decides where it ends, and returns its text.
 
-    - a token of `eos` ends it ("stop"), unless ignore_eos; its own text is none of the output. Under a constraint it ends the text
-      in any case, the first min_tokens tokens included: it is chosen there only where nothing else is allowed;
-    - a stop string ends it ("stop") with the token that completes it; the text is cut before the string. Where one
-      character completes several, the cut is before the longest. Neither rule holds for the first min_tokens tokens;
-    - the max_tokens-th token ends it ("length"), unless it ends for one of the reasons above.
+    - An `eos` token ends it ("stop"), unless ignore_eos; the token's own text is not output.
+      Under a constraint it always ends the text, even within the first min_tokens tokens: the
+      target samples it there only if nothing else is allowed.
+    - A stop string ends it ("stop") with the token that completes it; the text is cut before the
+      string. If one character completes several, the cut is before the longest. This rule and the
+      first one do not apply to the first min_tokens tokens.
+    - The max_tokens-th token ends it ("length"), unless it ends for one of the reasons above.
 
-    Text that may be the beginning of a stop string is held back until that is certain. `decode` gives the text that a
-    token adds (perhaps "", where a character is not complete), `flush` what it still holds when the tokens end.
+    Text that may be the beginning of a stop string is held back until that is decided. `decode`
+    returns the text that a token adds, "" while a character is incomplete. `flush` returns the text
+    still held when the tokens end.
     """
 
     def __init__(
@@ -41,7 +50,10 @@ class StopChecker:
         self.reason: Literal["stop", "length"] | None = None
 
     def feed(self, token: int) -> Delta:
-        """The next token, counted in `count`. Raises RuntimeError where the text has ended (`reason` is not None)."""
+        """Process the next token; `count` counts them.
+
+        Raises RuntimeError after the end of the text (`reason` is not None).
+        """
         if self.reason is not None:
             raise RuntimeError(f"token {token} follows the end of the text")
         self.count += 1
@@ -68,7 +80,10 @@ class StopChecker:
 
 
 def find_stop(text: str, old: int, stops: tuple[str, ...]) -> int | None:
-    """Where the stop string begins that is complete first, beyond the first `old` characters; None where there is none."""
+    """Return where the first completed stop string begins, or None.
+
+    Matches within the first `old` characters are ignored.
+    """
     found = [
         (start + len(stop), start)
         for stop in stops
@@ -78,7 +93,9 @@ def find_stop(text: str, old: int, stops: tuple[str, ...]) -> int | None:
 
 
 def held_length(text: str, stops: tuple[str, ...]) -> int:
-    """Length of the longest end of `text` that a stop string goes on from."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of a stop
+    string.
+    """
     longest = min(len(text), max(map(len, stops), default=1) - 1)
     return next(
         (

@@ -1,4 +1,7 @@
-"""A target as its callers and its drafters see it: `generate(request)` out, links in. The deciding is the engine's, on its own thread."""
+"""A target as its callers and drafters see it: `generate(request)` and attached links.
+
+The engine decides, on a thread of its own.
+"""
 
 import asyncio
 import logging
@@ -35,12 +38,14 @@ GrammarCompiler = Callable[
     [Constraint], GrammarState
 ]  # the beginning of a text; may take a while, and be called from any thread
 
-MAX_INBOX_MESSAGES = 4096  # messages that the engine has not taken in; beyond, links are not read: a flood holds up its sender
-MAX_PENDING_EVENTS = 1024  # a link that lets so many pile up is mute
+MAX_INBOX_MESSAGES = (
+    4096  # links are not read while the inbox is longer, so a flood stalls its sender
+)
+MAX_PENDING_EVENTS = 1024  # unsent events after which a link ends
 
 
 def check(request: Request, vocabulary: int, context: int) -> None:
-    """Raises InvalidRequest where the model could not serve the request to its end."""
+    """Raise InvalidRequest if the model could not serve the request to its end."""
     check_tokens(request.committed, vocabulary)
     check_prompt(request.prompt, request.sampling, vocabulary, context)
     if request.max_rows is not None:
@@ -50,14 +55,15 @@ def check(request: Request, vocabulary: int, context: int) -> None:
 
 
 def check_prompt(prompt: Tokens, sampling: SamplingParams, vocabulary: int, context: int) -> None:
-    """Raises InvalidRequest if the model cannot continue this prompt by `max_tokens`."""
+    """Raise InvalidRequest if the model cannot continue this prompt by `max_tokens`."""
     if not prompt:
         raise InvalidRequest("the prompt is empty: give at least one token", "prompt")
     check_tokens(prompt, vocabulary)
     for token, _ in sampling.logit_bias:
         if token >= vocabulary:
             raise InvalidRequest(
-                f"logit_bias token {token} is not in the vocabulary: ids go from 0 to {vocabulary - 1}",
+                f"logit_bias token {token} is not in the vocabulary: "
+                f"ids go from 0 to {vocabulary - 1}",
                 "logit_bias",
             )
     length, most = len(prompt), sampling.max_tokens
@@ -68,13 +74,14 @@ def check_prompt(prompt: Tokens, sampling: SamplingParams, vocabulary: int, cont
         )
     if length + most > context:
         raise InvalidRequest(
-            f"prompt of {length} tokens + max_tokens {most} is over the context of {context}: lower max_tokens to {context - length}",
+            f"prompt of {length} tokens + max_tokens {most} is over the context of {context}: "
+            f"lower max_tokens to {context - length}",
             "max_tokens",
         )
 
 
 def check_tokens(tokens: Tokens, vocabulary: int) -> None:
-    """Raises InvalidRequest for the first token id that the vocabulary does not have."""
+    """Raise InvalidRequest for the first token id outside the vocabulary."""
     for token in tokens:
         if not 0 <= token < vocabulary:
             raise InvalidRequest(
@@ -84,11 +91,13 @@ def check_tokens(tokens: Tokens, vocabulary: int) -> None:
 
 
 def resume_stop_checker(stop_checker: StopChecker, request: Request) -> StopChecker:
-    """`stop_checker` after the tokens that were decided before. Raises InvalidRequest where they end the text already."""
+    """Feed the committed tokens to `stop_checker`. Raises InvalidRequest if they already end the
+    text.
+    """
     for token in request.committed:
         if stop_checker.feed(token).reason is not None:
             raise InvalidRequest(
-                f"the text ended with token {stop_checker.count} of those committed: nothing follows it",
+                f"the text ended with committed token {stop_checker.count}: nothing follows it",
                 "committed",
             )
     return stop_checker
@@ -97,23 +106,26 @@ def resume_stop_checker(stop_checker: StopChecker, request: Request) -> StopChec
 def resume_grammar(
     grammar: GrammarCompiler, constraint: Constraint, request: Request
 ) -> GrammarState:
-    """The constraint after the tokens that were decided before. Raises InvalidRequest where they break it."""
+    """Compile the constraint and feed it the committed tokens.
+
+    Raises InvalidRequest if they break it.
+    """
     guide = grammar(constraint)
     for place, token in enumerate(request.committed):
         try:
             guide.accept_token(token)
         except InvalidRequest as error:
             raise InvalidRequest(
-                f"token {token}, number {place} of those committed, breaks the response_format",
+                f"committed token {token}, at index {place}, breaks the response_format",
                 "committed",
             ) from error
     return guide
 
 
 class Target:
-    """Owns the engine's thread. All methods are called on one event loop, the one that was running at `start`.
+    """Owns the engine's thread. All methods run on the event loop that was running at `start`.
 
-    `grammar` compiles constraints; without it, requests that have one are refused. `on_stop` runs
+    `grammar` compiles constraints; without it, constrained requests are refused. `on_stop` runs
     when the last session is over.
     """
 
@@ -137,7 +149,7 @@ class Target:
         self._thread.start()
 
     async def stop(self) -> None:
-        """Ends links and sessions; returns when the engine's thread is over."""
+        """End links and sessions; return when the engine's thread has ended."""
         self._stopping = True
         for name in tuple(self._links):
             await self.detach(name)
@@ -147,36 +159,37 @@ class Target:
             await asyncio.to_thread(self.on_stop)
 
     async def drain(self) -> None:
-        """Take no more sessions, from now on; returns when those that were admitted, waiting ones included, have ended."""
+        """Refuse new sessions; return when all admitted ones, waiting ones included, have ended."""
         self._draining = True
         while self._sessions:
             self._idle.clear()
             await self._idle.wait()
 
     def report(self) -> TargetReport:
-        """What the target has done since its start, as of its last step. From any thread."""
+        """Return what the target has done since its start, as of its last step. Thread-safe."""
         return replace(self.engine.report(), lost_links=dict(self.lost))
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
-        """The output in pieces; the last has a finish reason and the session's figures.
+        """Yield the output in chunks; the last one has a finish reason and the session's stats.
 
-        Raises InvalidRequest, Overloaded or Unavailable before the first piece. Closing the iterator frees all that the session holds,
-        here and at the drafters.
+        Raises InvalidRequest, Overloaded or Unavailable before the first chunk. Closing the
+        iterator frees everything that the session holds, here and at the drafters.
         """
         asked = self.engine.clock()
         check(request, self.engine.model.vocabulary, self.engine.model.context)
         if request.session in self._sessions:
             raise InvalidRequest(
-                f"session {request.session!r} is under way: give another name", "session"
+                f"session {request.session!r} is running: give another name", "session"
             )
         if self._stopping or not self._thread.is_alive():
             raise Unavailable("the target has stopped: start it again")
         if self._draining:
-            raise Unavailable("the target is draining: ask another one")
+            raise Unavailable("the target is draining: use another one")
         self.engine.requests.admission.check(request, self.engine.model.context)
         if len(self._sessions) >= (most := limits.SESSIONS + limits.QUEUED_REQUESTS):
             raise Overloaded(
-                f"{len(self._sessions)} sessions are under way or waiting, the most is {most}: try again later"
+                f"server at capacity: {len(self._sessions)} sessions are running or waiting, "
+                f"the limit is {most}; try again later"
             )
         stop_checker = resume_stop_checker(self.finish(request), request)
         chunks: asyncio.Queue[Chunk] = asyncio.Queue()
@@ -202,33 +215,39 @@ class Target:
                 self.engine.inbox.put(Cancel(request.session))
 
     async def _guide(self, request: Request) -> GrammarState | None:
-        """Made on a thread of its own: neither the event loop nor the model waits for a grammar."""
+        """Compile the constraint on a separate thread, so that neither event loop nor
+        model waits.
+        """
         constraint = request.sampling.constraint
         if constraint is None:
             return None
         if self.grammar is None:
             raise InvalidRequest(
-                "this target knows no grammars: ask without response_format", "response_format"
+                "this target does not support response_format: send the request without it",
+                "response_format",
             )
         return await asyncio.to_thread(resume_grammar, self.grammar, constraint, request)
 
     def schedule(self, scheduler: Scheduler, heads: frozenset[str] | None = None) -> None:
-        """From now on, with these heads (None: all that there are); sessions under way keep the style in which their drafters grow."""
+        """Change the scheduler and the heads (None: all) from now on.
+
+        Running sessions keep the style in which their drafters grow trees.
+        """
         self.engine.inbox.put(SetScheduler(scheduler, heads))
 
     def attach(
         self, name: str, link: DraftLink, on_strike: Callable[[str], bool] = ignore_strike
     ) -> None:
-        """Let this drafter guess for all sessions, those under way included. A link that ends is detached and counted.
+        """Let this drafter guess for all sessions, running ones included.
 
-        `on_strike` hears, on the event loop, what was wrong with a message that no honest drafter sends. Where it returns True
-        the link ends.
+        A link that ends is detached and counted. `on_strike` is called on the event loop with what
+        was wrong with a message that no honest drafter sends; if it returns True the link ends.
         """
         if name not in self._links:
             self._links[name] = self._loop.create_task(self._follow(name, link, on_strike))
 
     async def detach(self, name: str) -> None:
-        """Go on without this drafter; no error where it is not attached."""
+        """Continue without this drafter; no error if it is not attached."""
         task = self._links.pop(name, None)
         if task is not None:
             task.cancel()
@@ -236,7 +255,7 @@ class Target:
 
     @property
     def drafters(self) -> tuple[str, ...]:
-        """Names of those attached now."""
+        """Return the names of the attached drafters."""
         return tuple(self._links)
 
     async def _follow(self, name: str, link: DraftLink, on_strike: Callable[[str], bool]) -> None:
@@ -251,7 +270,7 @@ class Target:
 
         def count(why: str) -> None:
             if on_strike(why):
-                end(f"in quarantine, since it sends what no drafter may; the last was {why}")
+                end(f"in quarantine for messages that no drafter may send, the last: {why}")
 
         def end(why: str) -> None:
             if this is not None and not this.cancelling():
@@ -272,9 +291,9 @@ class Target:
         self.engine.inbox.put(Join(name, send, strike))
         try:
             async for reply in replies:
-                while self.engine.inbox.qsize() > MAX_INBOX_MESSAGES:  # noqa: ASYNC110 - the engine's thread sets no event here
+                while self.engine.inbox.qsize() > MAX_INBOX_MESSAGES:  # noqa: ASYNC110
                     await asyncio.sleep(0.001)
-                # Who speaks is known from the link, not from the message.
+                # The link names the drafter; the message is not trusted.
                 self.engine.inbox.put(
                     ReplyReceived(replace(reply, drafter=name), self.engine.clock())
                 )

@@ -1,4 +1,4 @@
-"""The target's decision for one session of a step, from its logits to a accepted."""
+"""Decides one session of a step: from its logits to the accepted path."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,10 @@ from runtime.target.session import Session
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """`logprobs`: of the accepted's tokens, the target's own included; empty where nobody asked for them. `output`: what it was made of."""
+    """`logprobs` cover the accepted tokens and the target's own; empty if they were not requested.
+
+    `output` is the model output that the decision was made from.
+    """
 
     accepted: AcceptedPath
     logprobs: tuple[Logprob, ...]
@@ -28,7 +31,7 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Verifier:
-    """How the logits of one family of models are read; `eos` are the tokens that end a text."""
+    """Samples from the logits of one family of models; `eos` are the end-of-text tokens."""
 
     sample: Sampler
     eos: frozenset[int]
@@ -41,9 +44,9 @@ class Verifier:
         nodes: Sequence[int],
         output: PassOutput,
     ) -> Decision:
-        """`output` is of the rows of the root and of `nodes`. `grammar` goes along with what is decided.
+        """Decide from the output for the rows of the root and of `nodes`, advancing `grammar`.
 
-        Nothing else changes, and each decision is committed: so the state of a constraint needs no rollback.
+        Nothing else changes. Every decision is committed, so the grammar needs no rollback.
         """
         logits = output.logits
         accepted = (
@@ -67,10 +70,11 @@ class Verifier:
     def _accept_constrained(
         self, session: Session, grammar: GrammarState, nodes: Sequence[int], logits: Any
     ) -> AcceptedPath:
-        """Row by row down the path that the target takes: one mask for each token that is decided, however many nodes there are.
+        """Decide row by row along the accepted path: one mask per decided token, however many
+        nodes.
 
-        A guess that breaks the constraint is never chosen, so nothing below it is looked at. Drafters know of no constraint: where
-        it bites, their guesses are wrong.
+        A guess that breaks the constraint is never chosen, so nothing below it is examined.
+        Drafters do not know the constraint: their guesses are wrong wherever it excludes them.
         """
         sampling, path = session.request.sampling, list[int]()
 

@@ -1,8 +1,10 @@
-"""Recordings of several processes as one Chrome trace, which ui.perfetto.dev opens.
+"""Merges recordings of several processes into one Chrome trace, for ui.perfetto.dev.
 
-Format: "Trace Event Format", https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU. Perfetto's reader adds rules
-(its json_trace_parser_impl.cc and slice_tracker.cc): a thread's name belongs to its tid alone, so tids are unique among all processes;
-slices of one thread must not overlap in part; a flow binds to the slice that is open at its time.
+Format: "Trace Event Format",
+https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU. Perfetto's reader
+adds rules (its json_trace_parser_impl.cc and slice_tracker.cc): a thread's name belongs to its tid
+alone, so tids are unique among all processes; slices of one thread must not overlap in part; a flow
+binds to the slice that is open at its time.
 """
 
 import bisect
@@ -38,10 +40,11 @@ class FlowArrow(NamedTuple):
 
 
 def to_chrome_trace(parts: Sequence[Recording]) -> TraceEvent:
-    """The trace as a JSON object. Times begin at 0 with the earliest event; content names are replaced by running numbers.
+    """Return the trace as a JSON object.
 
-    Lanes stand in the order target, drafters by name, wire. Growth and commits become arrows and spans on the wire where both ends
-    were recorded; `otherData.unanswered` counts those that nobody has taken in.
+    Times begin at 0 with the earliest event; keys are replaced by running numbers. Lanes are in the
+    order target, drafters by name, wire. Growth and commits become arrows and spans on the wire if
+    both ends were recorded; `otherData.unanswered` counts those that nobody received.
     """
     ordered = sorted(parts, key=lambda part: (not is_target(part), part.process))
     shifts = [
@@ -166,9 +169,10 @@ def complete_event(
 def match_flows(
     flows: Iterable[tuple[LaneId, Flow, int]],
 ) -> tuple[list[FlowArrow], dict[str, int]]:
-    """Pairs of sent and taken in, by time of sending; and how many of each kind were sent and not taken in by anybody.
+    """Return pairs of sent and received messages by time of sending, and counts of unreceived ones.
 
-    The n-th end in a lane belongs to the n-th beginning of that name: what is sent again has the same name again.
+    The n-th end in a lane belongs to the n-th beginning with that key: a message sent again has the
+    same key.
     """
     begun: defaultdict[tuple[str, int], list[FlowEnd]] = defaultdict(list)
     ended: defaultdict[tuple[str, int, LaneId], list[FlowEnd]] = defaultdict(list)
@@ -198,7 +202,10 @@ def match_flows(
 def flow_events(
     arrows: Sequence[FlowArrow], made: Sequence[TraceEvent], threads: Mapping[LaneId, int]
 ) -> list[TraceEvent]:
-    """Flow events, each at a time when a slice of its lane is open; none for an arrow that would run backwards then."""
+    """Return flow events, each at a time when a slice of its lane is open.
+
+    An arrow that would then run backwards is left out.
+    """
     slices: dict[int, tuple[list[int], list[int]]] = {tid: ([], []) for tid in threads.values()}
     for event in sorted((event for event in made if event["ph"] == "X"), key=itemgetter("ts")):
         begins, ends = slices[event["tid"]]
@@ -224,13 +231,17 @@ def flow_events(
 
 
 def open_before(begins: Sequence[int], ends: Sequence[int], at: int) -> int | None:
-    """`at`, or the last moment before it when a slice was open: what is sent follows from the work before."""
+    """Return `at`, or the last moment before it with an open slice: a message follows from earlier
+    work.
+    """
     last = bisect.bisect_right(begins, at) - 1
     return None if last < 0 else max(begins[last], min(at, ends[last] - 1))
 
 
 def open_after(begins: Sequence[int], ends: Sequence[int], at: int) -> int | None:
-    """`at`, or the first moment after it when a slice was open: what is taken in enters into the work after."""
+    """Return `at`, or the first moment after it with an open slice: a message affects
+    later work.
+    """
     last = bisect.bisect_right(begins, at) - 1
     if last >= 0 and at < ends[last]:
         return at
@@ -238,7 +249,7 @@ def open_after(begins: Sequence[int], ends: Sequence[int], at: int) -> int | Non
 
 
 def wire_events(arrows: Sequence[FlowArrow], pid: int, numbers: Iterable[int]) -> list[TraceEvent]:
-    """A span for each arrow, in as many threads as there are messages under way at one time."""
+    """Return a span for each arrow, on as many threads as there are concurrent messages."""
     made = process_metadata(pid, WIRE)
     free = iter(numbers)
     for kind in sorted({arrow.kind for arrow in arrows}, reverse=True):
@@ -251,7 +262,7 @@ def wire_events(arrows: Sequence[FlowArrow], pid: int, numbers: Iterable[int]) -
                     rows.append((next(free), 0))
                     made += thread_metadata(pid, rows[row][0], kind)
                 rows[row] = (rows[row][0], max(taken, sent))
-                # Clocks of two machines may disagree by more than the way takes: `ms` is below 0 then.
+                # `ms` is negative if the clocks of two machines differ too much.
                 figures = {
                     "from": arrow.sent.place[1],
                     "to": arrow.taken.place[1],

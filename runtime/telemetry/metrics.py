@@ -1,4 +1,4 @@
-"""Rounds folded into the figures of a session and of a target. Everything reported is derived from these records."""
+"""Aggregates rounds into the metrics of a session, a drafter and a target."""
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -11,7 +11,7 @@ ROUND_TRIP_EWMA_WEIGHT = 0.1  # weight of a new round trip
 
 
 class SessionMetrics:
-    """The running sums of one session."""
+    """Running sums of one session."""
 
     def __init__(self) -> None:
         self.rounds: list[Round] = []
@@ -30,7 +30,9 @@ class SessionMetrics:
         elapsed: float,
         reused: int = 0,
     ) -> Stats:
-        """Times in seconds. `elapsed` runs from the taking of the request to its last token."""
+        """Return the stats. Times are in seconds; `elapsed` runs from the arrival of the request to
+        its last token.
+        """
         histogram = Counter(done.accepted for done in self.rounds if done.width)
         return Stats(
             prompt_tokens=prompt_tokens,
@@ -54,7 +56,7 @@ class SessionMetrics:
 
 @dataclass(slots=True)
 class DrafterMetrics:
-    """The running figures of one drafter; see GuessReport."""
+    """Running sums of one drafter; see GuessReport."""
 
     proposed: int = 0
     accepted: int = 0
@@ -89,7 +91,7 @@ class DrafterMetrics:
 
 
 class TargetMetrics:
-    """The running sums of one target since its start, kept by one thread; `report` freezes them."""
+    """Running sums of one target since its start, updated by one thread; `report` freezes them."""
 
     def __init__(self) -> None:
         self.steps = self.rounds = self.rows = self.verified = self.dropped = 0
@@ -102,12 +104,12 @@ class TargetMetrics:
 
     @property
     def rate(self) -> float:
-        """Tokens of all sessions in a second of steps."""
+        """Return the tokens of all sessions per second of steps."""
         seconds = self.waited + self.computed + self.bookkeeping
         return self.completion / seconds if seconds else 0.0
 
     def step(self, rounds: Sequence[Round]) -> None:
-        """The rounds of one step, which share its times."""
+        """Add the rounds of one step, which share its times."""
         self.steps += 1
         self.rounds += len(rounds)
         width = sum(done.width for done in rounds)
@@ -119,7 +121,7 @@ class TargetMetrics:
             self.bookkeeping += done.bookkeeping
 
     def delivered(self, drafters: Sequence[str]) -> None:
-        """Tokens of one round, by who had guessed them: those that somebody had come first."""
+        """Add the delivered tokens of one round, by who guessed them; guessed tokens come first."""
         self.completion += len(drafters)
         guessed = [name for name in drafters if name]
         self.places += [0] * (len(guessed) - len(self.places))
@@ -159,10 +161,11 @@ class TargetMetrics:
 
 
 def speculative_decoding(stats: Stats) -> dict[str, object]:
-    """The object that vLLM reports under this name.
+    """Return the object that vLLM reports under this name.
 
-    mean_acceptance_length counts the target's own token, as there; num_drafts is the rounds in which something was speculated. A tree
-    spends several rows on one position, so draft_acceptance_rate (accepted over verified nodes) is lower than for a chain of the same use.
+    mean_acceptance_length includes the target's own token, as in vLLM; num_drafts counts rounds
+    that verified guesses. A tree spends several rows on one position, so draft_acceptance_rate
+    (accepted over verified nodes) is lower than for an equally useful chain.
     """
     return {
         "mean_acceptance_length": stats.completion_tokens / stats.rounds if stats.rounds else 0.0,

@@ -1,6 +1,6 @@
-"""What targets and drafters say of themselves since they started, for status, metrics and scaling.
+"""Reports of targets and drafters since their start, for status, metrics and scaling.
 
-Times are in seconds. A field says with its definition how it is exposed as a metric.
+Times are in seconds. Each field defines how it is exposed as a metric.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +11,9 @@ MetricKind = Literal["counter", "gauge"]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """How a field is exposed. `label` says what its keys or places are, "" for a single value."""
+    """Defines how a field is exposed. `label` names its keys or positions; "" for a single
+    value.
+    """
 
     name: str
     kind: MetricKind
@@ -20,7 +22,7 @@ class Metric:
 
 
 def counter(name: str, meaning: str, label: str = "") -> dict[str, Metric]:
-    """Returns metadata of a field that only grows."""
+    """Return the metadata of a field that only grows."""
     return {"metric": Metric(name, "counter", meaning, label)}
 
 
@@ -30,9 +32,10 @@ def gauge(name: str, meaning: str) -> dict[str, Metric]:
 
 @dataclass(frozen=True, slots=True)
 class GuessReport:
-    """What one drafter has brought to one target, in tokens (nodes of trees).
+    """Reports what one drafter contributed to one target, in tokens (nodes of trees).
 
-    `stale` counts what it sent while it rests, too. `lead` is from a root to its deepest node.
+    `stale` includes what it sent while it rested. `lead` is the distance from a root to its deepest
+    node.
     """
 
     proposed: int = field(
@@ -77,16 +80,16 @@ class GuessReport:
 
 @dataclass(frozen=True, slots=True)
 class TargetReport:
-    """Counters since the start, and what is under way now.
+    """Counters since the start, and the current state.
 
-    `rounds` counts a step once for each session in it. While nothing is under way,
-    drafted = accepted + rejected + expired; before, living trees hold the rest. `kv_used` and
-    `kv_slots` count slots, one for a token. `fallbacks` counts what went on without something:
+    `rounds` counts a step once for each session in it. While no session is running, drafted =
+    accepted + rejected + expired; otherwise living trees hold the rest. `kv_used` and `kv_slots`
+    count slots, one per token. `fallbacks` counts what went without something:
 
-    no drafter   rounds of sessions that want guesses while nobody is there to guess
-    all resting  rounds while all drafters rest, having brought nothing for long
-    empty tree   rounds for which no guess was there in time
-    alone        packed passes that failed and were made again session by session
+    no drafter   rounds of sessions that want guesses while there is no drafter
+    all resting  rounds while all drafters rest, having contributed nothing for long
+    empty tree   rounds for which no guess arrived in time
+    alone        packed passes that failed and were repeated session by session
     head lost    heads that failed and were disabled
     """
 
@@ -188,7 +191,7 @@ class TargetReport:
 
 @dataclass(frozen=True, slots=True)
 class DrafterReport:
-    """Counters since the drafter started, and its sessions now."""
+    """Counters since the drafter started, and its current sessions."""
 
     sessions: int = field(default=0, metadata=gauge("sessions", "Sessions that it guesses for"))
     passes: int = field(default=0, metadata=counter("passes_total", "Forward passes"))

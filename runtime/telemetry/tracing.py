@@ -1,13 +1,14 @@
-"""A recorder of what happens when, cheap enough to be left in the loops; `chrome_trace` puts several processes' recordings together.
+"""Records events with times, cheaply enough to stay in the loops; chrome_trace merges processes.
 
-| lane             | spans and their figures                    | instants  | counters, of the recording process |
-|------------------|--------------------------------------------|-----------|------------------------------------|
-| TARGET           | COMPUTE (rows, sessions, accepted), WAIT,  |           | ROWS, NODES                        |
-|                  | BOOKKEEPING, PREFILL (rows)                |           |                                    |
-| a drafter's name | STEP (leaves, sessions)                    | REROOT    | LEAD                               |
-| WIRE             | made when recordings are put together: one for each growth and each commit, from sent to taken in |
+| lane             | spans (values)                  | instants | counters of the process |
+|------------------|---------------------------------|----------|-------------------------|
+| TARGET           | COMPUTE (rows, sessions,        |          | ROWS, NODES             |
+|                  | accepted), WAIT, BOOKKEEPING,   |          |                         |
+|                  | PREFILL (rows)                  |          |                         |
+| a drafter's name | STEP (leaves, sessions)         | REROOT   | LEAD                    |
+| WIRE             | made by the merge: one per growth and commit, from sent to received |
 
-A recording holds times, counts and content names; no text and no tokens.
+A recording holds times, counts and keys; no text and no tokens.
 """
 
 import time
@@ -30,7 +31,7 @@ MAX_EVENTS = 200_000  # the newest that a recorder keeps; half an hour of 100 st
 
 
 class Span(NamedTuple):
-    """Something that took time. Spans of one lane follow each other or lie within each other."""
+    """An event with a duration. Spans of one lane are disjoint or nested."""
 
     lane: str
     name: str
@@ -47,7 +48,7 @@ class Instant(NamedTuple):
 
 
 class Count(NamedTuple):
-    """`name` has this value until the next count of that name."""
+    """`name` has this value until its next count."""
 
     name: str
     at: float
@@ -55,7 +56,9 @@ class Count(NamedTuple):
 
 
 class Flow(NamedTuple):
-    """One end of an arrow: a message is sent (`begins`) or taken in. The ends of an arrow have the same kind and key."""
+    """One end of an arrow: a message is sent (`begins`) or received. Both ends share kind
+    and key.
+    """
 
     lane: str
     kind: str
@@ -69,7 +72,11 @@ Event = Span | Instant | Count | Flow
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """What one recorder has seen. `offset` added to its times gives seconds since 1970; `cut`: it was full, older events may be gone."""
+    """The events of one recorder.
+
+    `offset` added to its times gives seconds since 1970. `cut` is True if older events may be lost
+    because the recorder was full.
+    """
 
     process: str
     offset: float
@@ -78,7 +85,7 @@ class Recording:
 
 
 class StepTimes(Protocol):
-    """What the target knows of a step when its forward pass begins: readings of the clock, and seconds."""
+    """The times of a step when its forward pass begins: clock readings, and `waited` in seconds."""
 
     @property
     def opened(self) -> float: ...
@@ -89,9 +96,9 @@ class StepTimes(Protocol):
 
 
 class Trace:
-    """The newest `most` events of one process; times are seconds of its `time.monotonic`.
+    """Keeps the newest `most` events of one process; times are seconds of its `time.monotonic`.
 
-    Any thread may record, one at a time may take.
+    Any thread may record; one thread at a time may drain.
     """
 
     __slots__ = ("_events", "offset", "process")
@@ -111,7 +118,10 @@ class Trace:
         self._events.append(Count(name, at, value))
 
     def flow(self, kind: str, key: Key, at: float, lane: str, begins: bool) -> None:
-        """A message to several receivers begins once. `sent` and `taken` find kind and key."""
+        """Record one end of an arrow. A message to several receivers begins once.
+
+        `sent` and `taken` derive kind and key from a message.
+        """
         self._events.append(Flow(lane, kind, key, at, begins))
 
     def sent(self, message: Draft | Commit, at: float, lane: str) -> None:
@@ -121,7 +131,9 @@ class Trace:
         self.flow(*flow_key(message), at, lane, begins=False)
 
     def step(self, step: StepTimes, rounds: Sequence[Round], decided: float, done: float) -> None:
-        """The target's: its waits, which are drawn as one at the beginning, the forward pass, and the bookkeeping around it."""
+        """Record a target's step: its waits, drawn as one at the start, the pass, and
+        bookkeeping.
+        """
         packing = min(step.opened + step.waited, step.began)
         rows = len(rounds) + sum(round_.width for round_ in rounds)
         if step.waited > 0.0:
@@ -135,7 +147,9 @@ class Trace:
         self.count(ROWS, step.began, rows)
 
     def drain(self) -> Recording:
-        """What was recorded since the last call. It pickles, without any of the caller's objects."""
+        """Return the events since the last call. The recording pickles, without objects of the
+        caller.
+        """
         count = len(self._events)
         # One by one from the left, which is safe beside appends; copying the deque would not be.
         events = [self._events.popleft() for _ in range(count)]
@@ -176,7 +190,10 @@ NO_TRACE = NullTrace()
 
 
 def flow_key(message: Draft | Commit) -> tuple[str, Key]:
-    """Kind and key of a message's arrow, the same wherever it is asked; equal guesses of other drafters and sessions have other keys."""
+    """Return kind and key of a message's arrow, the same in every process.
+
+    Equal guesses of other drafters and sessions have other keys.
+    """
     if isinstance(message, Commit):
         return COMMIT, mix64(message.key, zlib.crc32(message.session.encode()))
     first = mix64(int(message.parents[0]), int(message.tokens[0])) if len(message.tokens) else 0
@@ -184,7 +201,7 @@ def flow_key(message: Draft | Commit) -> tuple[str, Key]:
 
 
 def wall_offset(tries: int = 8) -> float:
-    """Seconds from `time.monotonic` to `time.time`, by the reading that was disturbed least."""
+    """Return the seconds from `time.monotonic` to `time.time`, by the least disturbed reading."""
     readings = []
     for _ in range(tries):
         before, wall, after = time.monotonic(), time.time(), time.monotonic()

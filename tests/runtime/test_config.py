@@ -63,11 +63,11 @@ def test_the_heads_are_the_files_and_sit_on_the_target(tmp_path: Path) -> None:
 
 def test_a_pool_is_not_called_as_a_head_is() -> None:
     mounted = TargetConfig(model="t", heads=(HeadConfig(method="medusa"),))
-    with pytest.raises(ValidationError, match="'medusa' is that of a head"):
+    with pytest.raises(ValidationError, match="'medusa' is the name of a head"):
         Deployment(target=mounted, pools=(PoolConfig(name="medusa", method="ngram"),))
     made = build_deployment("big", ("medusa", "org/medusa"), 1, "auto", "cpu", local=False)
     assert [pool.name for pool in made.pools] == ["medusa-2"]
-    with pytest.raises(ValidationError, match="'ngram' is no head"):
+    with pytest.raises(ValidationError, match="unknown head 'ngram'"):
         HeadConfig(method="ngram")
 
 
@@ -217,8 +217,8 @@ def test_a_deployment_file(tmp_path: Path) -> None:
     [
         ("", "content"),
         ("- 1", "content"),
-        ("target: {model: big", "is not YAML"),
-        ("\x00", "is not YAML"),
+        ("target: {model: big", "invalid YAML"),
+        ("\x00", "invalid YAML"),
         ("pools: []", "target: Field required"),
         ("target: {model: big, dtyp: float32}", "target.dtyp: Extra inputs"),
         ("target: {model: big, dtype: float64}", "target.dtype: Input should be"),
@@ -226,12 +226,12 @@ def test_a_deployment_file(tmp_path: Path) -> None:
         ("target: {model: big}\npools: [{name: a, width: 0}]", "pools.0.width"),
         (
             "target: {model: big}\npools: [{name: a, method: telepathy}]",
-            "'telepathy' is no drafting method: give one of",
+            "unknown drafting method 'telepathy': give one of",
         ),
-        ("target: {model: big}\npools: [{name: a}, {name: a}]", "name 'a' is given twice"),
+        ("target: {model: big}\npools: [{name: a}, {name: a}]", "duplicate pool name 'a'"),
         (
             "target: {model: big}\npools: [{name: target}]",
-            "'target' names actors that are no drafters",
+            "pool name 'target' is reserved",
         ),
         ("target: {model: big}\npools: [{name: A b}]", "pools.0.name"),
         (
@@ -259,7 +259,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="cannot be read"):
         load_deployment(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"target: \xff")
-    with pytest.raises(InvalidRequest, match="is not YAML"):
+    with pytest.raises(InvalidRequest, match="invalid YAML"):
         load_deployment(tmp_path / "latin.yaml")
 
 

@@ -288,7 +288,7 @@ def test_a_text_decided_in_part_is_gone_on_with_where_its_constraint_stands(
                 assert (found.tokens, found.reason) == (whole.tokens[cut:], whole.reason)
             with pytest.raises(
                 InvalidRequest,
-                match="token 9, number 1 of those committed, breaks the response_format",
+                match="committed token 9, at index 1, breaks the response_format",
             ) as caught:
                 await answer(asked, Request("s", PROMPT, sampling, committed=(whole.tokens[0], 9)))
             assert caught.value.param == "committed"
@@ -304,7 +304,7 @@ def test_a_constraint_that_cannot_be_used_is_refused_before_the_first_piece(
             running(TOY, Fixed(8), EOS, grammar=grammars) as asked,
             running(TOY, Fixed(8), EOS) as ignorant,
         ):
-            for target, says in ((asked, "unclosed group"), (ignorant, "knows no grammars")):
+            for target, says in ((asked, "unclosed group"), (ignorant, "does not support response_format")):
                 with pytest.raises(InvalidRequest, match=says) as caught:
                     await anext(
                         target.generate(asking(PROMPT, constraint=Constraint("regex", "(")))

@@ -67,7 +67,7 @@ def test_accepted(parameters: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("kind", "text", "says"),
     [
-        ("xml", "a", "constraint 'xml' is not known: give json_object, json_schema, regex"),
+        ("xml", "a", "unknown constraint 'xml': give json_object, json_schema, regex"),
         ("regex", "", "regex is empty"),
         ("json_schema", "", "json_schema is empty"),
         ("regex", "a" * (limits.CONSTRAINT_BYTES + 1), "regex of 16385 bytes: at most 16384"),

@@ -200,7 +200,7 @@ def test_heads_become_active_and_inactive() -> None:
 
 
 def test_two_heads_with_branches_are_refused() -> None:
-    with pytest.raises(InvalidRequest, match="two heads want pseudo rows"):
+    with pytest.raises(InvalidRequest, match="two heads need branch rows"):
         headed(TOY, Branched(TEXT, 1), Branched(TEXT, 1))
 
 

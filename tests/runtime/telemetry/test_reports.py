@@ -286,7 +286,7 @@ def test_a_drained_target_ends_what_it_has_and_takes_nothing_new() -> None:
             await soon(lambda: asked.report().live == 1)
             draining = asyncio.create_task(asked.drain())
             await asyncio.sleep(0)
-            with pytest.raises(Unavailable, match="the target is draining: ask another one"):
+            with pytest.raises(Unavailable, match="the target is draining: use another one"):
                 await anext(asked.generate(asking(PROMPT, "late")))
             assert not draining.done()
             await asked.detach("d")
