@@ -286,7 +286,7 @@ def test_doctor_measures_a_pair(
 ) -> None:
     assert outrider(monkeypatch, "doctor", "--target", tiny, "--draft", tiny) == 0
     shown = capsys.readouterr().out
-    assert "The pair fits: 4096 tokens" in shown
+    assert "The pair matches: 4096 tokens" in shown
     assert "first 1: 1.00" in shown
 
 

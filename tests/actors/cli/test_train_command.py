@@ -53,8 +53,8 @@ def test_a_head_from_the_command_line_is_the_same_twice(
         )
         told.append(capsys.readouterr())
     assert "is ready" in told[0].out
-    assert "the target writes" in told[0].err
-    assert "the target writes" not in told[1].err  # what it wrote is still there
+    assert "generating training texts" in told[0].err
+    assert "generating training texts" not in told[1].err  # they are cached
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
     assert all(bool((one[name] == two[name]).all()) for name in one)
     assert json.loads((tmp_path / "a" / "config.json").read_text())["settings"] == {
@@ -214,25 +214,25 @@ def test_a_draft_of_a_given_shape(
         (["medusa", "--out", "OUT", "--target", "TAKEN"], "has no config.json"),
         (
             ["hidden-transfer", "--out", "OUT", "--layers", "2", "--layers", "1"],
-            "layers 2, 1 are not allowed",
+            "layers 2, 1 are invalid",
         ),
         (
             ["hidden-transfer", "--out", "OUT", "--layers", "3"],
-            "layers 3 are not allowed: give rising numbers from 1 to 2",
+            "layers 3 are invalid: give rising numbers from 1 to 2",
         ),
         (
             ["s3d", "--out", "OUT", "--skip", "1-3"],
-            "skip '1-3' is not allowed: give some of layers 0 to 2",
+            "skip '1-3' is invalid: give some of layers 0 to 2",
         ),
-        (["s3d", "--out", "OUT", "--skip", "0-2"], "skip '0-2' is not allowed"),
-        (["s3d", "--out", "OUT", "--skip", "1-"], "skip '1-' is not allowed"),
-        (["s3d", "--out", "OUT", "--skip", "2-1"], "skip '2-1' is not allowed"),
+        (["s3d", "--out", "OUT", "--skip", "0-2"], "skip '0-2' is invalid"),
+        (["s3d", "--out", "OUT", "--skip", "1-"], "skip '1-' is invalid"),
+        (["s3d", "--out", "OUT", "--skip", "2-1"], "skip '2-1' is invalid"),
         (["s3d", "--out", "OUT", "--masks", "0"], "masks 0"),
         (["s3d", "--out", "OUT", "--rank", "1025"], "rank 1025"),
         (["draft", "--out", "OUT"], "exactly one of --latency, --shape and --start"),
         (["draft", "--out", "OUT", "--shape", "64x1", "--latency", "1"], "exactly one"),
         (["draft", "--out", "OUT", "--latency", "0"], "latency 0"),
-        (["draft", "--out", "OUT", "--shape", "65x1"], "shape '65x1' is not allowed"),
+        (["draft", "--out", "OUT", "--shape", "65x1"], "shape '65x1' is invalid"),
         (["draft", "--out", "OUT", "--shape", "64x1", "--loss", "hinge"], "hinge"),
         (["draft", "--out", "OUT", "--start", "/nowhere/draft"], "/nowhere/draft"),
         (["eagle", "--out", "OUT"], "eagle"),
@@ -358,7 +358,7 @@ def test_layers_are_found_and_written_down(
     assert found["layers"] in [other["layers"] for other in found["others"]]
     assert "layer-skip" in capsys.readouterr().out
     assert outrider(monkeypatch, *command) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists: give another --out" in capsys.readouterr().err
 
 
 def test_shapes_of_one_size_are_trained_and_compared(
@@ -389,9 +389,9 @@ def test_shapes_of_one_size_are_trained_and_compared(
         shape["promise"] >= 1.0 and set(shape["times"]) >= {"1", "4"} for shape in found["shapes"]
     )
     assert (tmp_path / "shapes" / "shapes.png").read_bytes().startswith(b"\x89PNG")
-    assert f"{found['best']} is the draft to take" in " ".join(
+    assert f"{found['best']} is the best draft model" in " ".join(
         capsys.readouterr().out.split()
     )  # lines are wrapped
     (tmp_path / "shapes" / "64x1" / "training.json").write_text("{}")
     assert outrider(monkeypatch, *command) == 2
-    assert "does not hold the figures of a training" in capsys.readouterr().err
+    assert "has no training measurements" in capsys.readouterr().err

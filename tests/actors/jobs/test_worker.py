@@ -107,7 +107,7 @@ def test_an_outage_without_end_is_given_up_and_nothing_is_lost(tmp_path: Path) -
             raise Unavailable("no target")
 
     file, out, hours = batch(tmp_path / "in.jsonl"), tmp_path / "out.jsonl", Hours()
-    with pytest.raises(Unavailable, match=r"no target.*go on"):
+    with pytest.raises(Unavailable, match=r"no target.*resume"):
         run(file, out, Scripted(script), hours=hours)
     assert hours.time > NO_ANSWER_TIMEOUT_S
     assert max(hours.slept) == MAX_PAUSE_S

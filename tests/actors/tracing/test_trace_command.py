@@ -127,7 +127,7 @@ def test_clocks_that_disagree_are_named(
     )
     assert outrider(monkeypatch, "trace", tmp_path / "run.json") == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "clocks disagree: the least is -1.00 ms" in shown
+    assert "clocks disagree: the minimum is -1.00 ms" in shown
     assert "the recording was full" in shown
 
 
@@ -137,8 +137,8 @@ EMPTY = {"traceEvents": [], "otherData": {"format": "outrider", "cut": False, "u
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        (b"{", "is not JSON"),
-        (b"\xff\xfe", "is not JSON"),
+        (b"{", "invalid JSON"),
+        (b"\xff\xfe", "invalid JSON"),
         (b"[]", "is not a trace of outrider"),
         (b'{"traceEvents": []}', "otherData"),
         (json.dumps(EMPTY | {"otherData": {"format": "other"}}).encode(), "otherData.format"),
