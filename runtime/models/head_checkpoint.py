@@ -116,16 +116,18 @@ def write_checkpoint(
     folder: Path, method: str, identity: ModelIdentity, settings: Settings, tensors: Tensors
 ) -> None:
     """Write a checkpoint atomically, replacing an existing folder. Raises OSError."""
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    beside.mkdir(parents=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
     try:
         config = {"method": method, "target": asdict(identity), "settings": settings}
-        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (temporary / "config.json").write_text(
+            json.dumps(config, indent=2) + "\n", encoding="utf-8"
+        )
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            beside / "model.safetensors",
+            temporary / "model.safetensors",
         )
         shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
+        temporary.rename(folder)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -221,8 +221,7 @@ class LlamaPass:
     ) -> torch.Tensor:
         """Return (rows, heads * dim), from (rows, heads of queries, of keys, of values, dim).
 
-        With many texts the calls per text dominate a small model's pass, so as much as possible is
-        done for all texts at once.
+        Calls per text dominate a small model's pass, so most work is done for all texts at once.
         """
         places = (
             torch.cat([view.places for view in views if view.places is not None])
@@ -328,9 +327,9 @@ class LlamaPass:
         )
 
     def _rope_table(self, positions: int) -> torch.Tensor:
-        """Return (positions, 2, 1, dim): cosines and sines.
+        """Return (positions, 2, 1, dim): cosines, and sines with a negated first half.
 
-        The first half of the sines is negative, so that a rotation is x cos + roll(x, dim / 2) sin.
+        A rotation is then x cos + roll(x, dim / 2) sin.
         """
         with torch.inference_mode():
             cos, sin = self._rotary(
@@ -387,10 +386,7 @@ def norm(module: Any) -> RMSNorm:
 
 
 def fused(*linears: nn.Linear, pack: bool) -> LinearOp:
-    """Fuse linear layers with the same input into one product.
-
-    The parameters of `linears` become views of the fused ones, so no memory is taken twice.
-    """
+    """Fuse linear layers with the same input; their parameters become views of the fused ones."""
     if len(linears) == 1:
         return LinearOp(linears[0].weight, linears[0].bias, pack)
     weight = torch.cat([linear.weight.detach() for linear in linears])

@@ -152,14 +152,14 @@ def jobs(profile: PairProfile, configs: dict[str, ScheduleConfig], setting: Sett
 def head_jobs(profile: PairProfile, heads: Sequence[HeadProfile], setting: Setting) -> list[Job]:
     """Return jobs for each head without drafters and together with them."""
     living = ScheduleConfig()
-    beside = [
+    with_drafters = [
         Job("heads", "living", number, profile, living, replace(setting, head=head))
         for number, head in enumerate(heads)
     ]
     return [
         replace(job, group="heads alone", setting=replace(job.setting, drafters=0))
-        for job in beside
-    ] + beside
+        for job in with_drafters
+    ] + with_drafters
 
 
 def with_half_draft_time(profile: PairProfile) -> PairProfile:

@@ -304,7 +304,10 @@ def test_a_constraint_that_cannot_be_used_is_refused_before_the_first_piece(
             running(TOY, Fixed(8), EOS, grammar=grammars) as asked,
             running(TOY, Fixed(8), EOS) as ignorant,
         ):
-            for target, says in ((asked, "unclosed group"), (ignorant, "does not support response_format")):
+            for target, says in (
+                (asked, "unclosed group"),
+                (ignorant, "does not support response_format"),
+            ):
                 with pytest.raises(InvalidRequest, match=says) as caught:
                     await anext(
                         target.generate(asking(PROMPT, constraint=Constraint("regex", "(")))
