@@ -48,8 +48,8 @@ def life(file: Path, out: str, answerer: Echo, last: int) -> bool:
         return Destination(DoomedOutput(FileOutput(Path(path)), doom), Path(path))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, "Index", Mortal)
-        patch.setattr(jobs, "destination", destination)
+        patch.setattr(jobs, "JobIndex", Mortal)
+        patch.setattr(jobs, "resolve_output", destination)
         try:
             return live(file, out, answerer)
         except Killed:

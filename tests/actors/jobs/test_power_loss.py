@@ -58,7 +58,7 @@ def test_what_is_kept_survives_the_loss_of_power(
         Forgetful(tmp_path / "out"),
     )
     monkeypatch.setattr(
-        jobs, "destination", lambda url: Destination(FileOutput(out, disk.sync), out)
+        jobs, "resolve_output", lambda url: Destination(FileOutput(out, disk.sync), out)
     )
 
     def life(answerer: Echo, limit: int) -> int:
