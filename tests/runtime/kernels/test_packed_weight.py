@@ -200,7 +200,7 @@ def test_other_shapes_are_refused() -> None:
     product = PackedWeight(matrix((40, 30), torch.bfloat16), None, torch.bfloat16)
     with pytest.raises(ValueError, match="the matrix is 40 x 30"):
         product(torch.zeros(2, 31))
-    with pytest.raises(ValueError, match="onto \\(1, 40\\)"):
+    with pytest.raises(ValueError, match="addend \\(1, 40\\)"):
         product(torch.zeros(2, 30), torch.zeros(1, 40))
 
 
