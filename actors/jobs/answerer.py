@@ -1,4 +1,4 @@
-"""The interface between jobs and what answers their items: a deployment, or any gateway over HTTP."""
+"""The interface of what answers the items of jobs: a deployment, or a gateway over HTTP."""
 
 from typing import Protocol
 

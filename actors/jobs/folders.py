@@ -32,7 +32,7 @@ def state_folder(output: str, local: Path | None) -> Path:
 
 
 def register_job(folder: Path) -> None:
-    """Links a job's folder so that `outrider jobs` finds it; does nothing if that is not possible."""
+    """Links a job's folder so that `outrider jobs` finds it, if that is possible."""
     link = jobs_folder() / _short_hash(str(folder))
     if folder.parent != jobs_folder():
         with suppress(OSError):

@@ -106,7 +106,7 @@ def read_key(file: Path) -> str:
 
 
 def load_authority(file: Path) -> ssl.SSLContext:
-    """Returns a TLS context that trusts only the authority in the PEM file. Raises InvalidRequest."""
+    """Returns a TLS context that trusts only this authority. Raises InvalidRequest."""
     try:
         return ssl.create_default_context(cafile=file)
     except OSError as error:  # includes SSLError
@@ -146,7 +146,7 @@ def parse_answer(response: httpx2.Response) -> Answer:
 
 
 def json_object(response: httpx2.Response) -> dict[str, Any] | None:
-    """Returns the body; None if it is not a JSON object or has a number that JSON cannot represent."""
+    """Returns the body; None if it is not an object, or has numbers that JSON cannot represent."""
     try:
         body = response.json()
         json.dumps(body, allow_nan=False)

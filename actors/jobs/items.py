@@ -62,7 +62,7 @@ class Answer:
 
 
 def parse_custom_id(line: int, raw: bytes) -> str:
-    """Returns the custom_id of a line. Raises InvalidRequest, with the line number, if it has none."""
+    """Returns the custom_id of a line. Raises InvalidRequest if it has none."""
     return _checked_custom_id(line, _parse_object(line, raw))
 
 

@@ -40,8 +40,7 @@ class Job:
         self._difference = ""  # of the file since the job started, found by `remaining`
 
     def remaining(self) -> Iterator[Item | InvalidItem]:
-        """Yields the items without an answer in the order of the file, which is read as they are
-        taken.
+        """Yields the items without an answer, in order; the file is read as they are taken.
 
         Stops at a line that has changed since the job started; `finish` then raises.
         """

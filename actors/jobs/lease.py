@@ -81,9 +81,7 @@ class Lease:
                 self._fs.rm_file(self._file)
 
     def _owner(self) -> LeaseOwner | None:
-        """Returns the holder; None if there is none, or the object is torn and will be written
-        again.
-        """
+        """Returns the holder; None if there is none, or a crash has torn the object."""
         try:
             found = read_json(self._fs, self._file)
             return (

@@ -304,9 +304,7 @@ def resolve_output(url: str) -> Destination:
 
 
 def _hash_prefix(file: IO[bytes], size: int) -> "hashlib._Hash":
-    """Returns the SHA-256 of the first `size` bytes, or of all if there are fewer, and seeks behind
-    them.
-    """
+    """Returns the SHA-256 of at most `size` bytes, and leaves the file positioned behind them."""
     digest = hashlib.sha256()
     while size and (piece := file.read(min(size, CHUNK_BYTES))):
         digest.update(piece)
