@@ -49,8 +49,10 @@ def shared() -> Path:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: "Producer") -> "LoadFileScheduling":
-    """In several processes (`make test`) each file is run by one of them, and all that starts Ray by one: it shares a Ray, and waits
-    more than it computes. It comes first, beside everything else."""
+    """Runs each file in one process of several (`make test`), and all files that start Ray in one.
+
+    These share a Ray and wait more than they compute, so they start first.
+    """
     from xdist.scheduler import LoadFileScheduling
 
     class ByFile(LoadFileScheduling):

@@ -185,7 +185,8 @@ def test_facts_say_what_a_method_is() -> None:
 
 def test_the_machine_tells_its_processor() -> None:
     facts = cpu_facts(
-        "processor\t: 0\nmodel name\t: A: B\nflags\t\t: fpu amx_bf16\n\nprocessor\t: 1\nmodel name\t: C\n"
+        "processor\t: 0\nmodel name\t: A: B\nflags\t\t: fpu amx_bf16\n\n"
+        "processor\t: 1\nmodel name\t: C\n"
     )
     assert (facts["model name"], facts["flags"]) == ("A: B", "fpu amx_bf16")
     assert machine(2).memory_gib > 0.1

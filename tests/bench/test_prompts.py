@@ -49,7 +49,8 @@ def test_more_prompts_than_files_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 FILES = {
     "a.jsonl": (
-        '{"prompt": "def f(", "id": 1}\n\n{"turns": ["first", "second"]}\n{"question": "why?"}\n"bare"\n',
+        '{"prompt": "def f(", "id": 1}\n\n{"turns": ["first", "second"]}\n'
+        '{"question": "why?"}\n"bare"\n',
         {"a.jsonl:1": "def f(", "a.jsonl:3": "first", "a.jsonl:4": "why?", "a.jsonl:5": "bare"},
     ),
     "b.json": ('["one\\ntwo", {"text": "three"}]', {"b.json:1": "one\ntwo", "b.json:2": "three"}),

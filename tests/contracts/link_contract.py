@@ -58,7 +58,7 @@ def process_of(module: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 async def soon(condition: Callable[[], bool]) -> None:
     """Returns when it holds; raises TimeoutError where it does not within the test's patience."""
     async with asyncio.timeout(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110 - the other side may be a thread, which sets no event here
+        while not condition():  # noqa: ASYNC110 - a thread sets no event here
             await asyncio.sleep(0.002)
 
 

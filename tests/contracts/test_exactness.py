@@ -55,7 +55,7 @@ COUNT = 24
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A tree of `depth` levels: a pass expands `width` leaves by `branches`; `rows` are verified."""
+    """A tree of `depth` levels: a pass expands `width` leaves; `rows` are verified."""
 
     width: int
     branches: int
@@ -85,8 +85,8 @@ DRAFTERS: dict[str, Callable[[Sequence[int], int], Drafter]] = {
 }
 
 
-# `make test` runs a covering subset of families x drafters x trees: every pair of the three occurs in
-# it. `make test-exactness` runs the whole product before a release.
+# `make test` runs a covering subset of families x drafters x trees, with every pair of the three.
+# `make test-exactness` runs the whole product before a release.
 EXHAUSTIVE = os.environ.get("OUTRIDER_TEST_EXHAUSTIVE") == "1"
 COMBINATIONS = [
     (family, drafter, tree)

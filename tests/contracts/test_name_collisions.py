@@ -279,7 +279,7 @@ class Collider:
         return self.random.choice([[message, self.collision()], [self.collision(), message]])
 
     def collision(self, session: str = "s") -> Draft:
-        """Returns the true text below the newest root, up to a colliding key, and the other text."""
+        """Returns the true text below the newest root, up to a collision, and the other text."""
         key, true = text_key(self.text[: self.length]), self.text[self.length : self.length + 4]
         alike = [
             text

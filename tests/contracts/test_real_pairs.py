@@ -35,8 +35,11 @@ from training.stdlib_corpus import prompts
 def in_lockstep(
     target: str, draft: str, asked: Sequence[Sequence[int]], count: int, generated: int, passes: int
 ) -> float:
-    """Asserts that on is off, and transformers' own: what it generates to the first `generated` prompts, and what it would generate
-    to all. The first prompt is answered alone, all of them beside each other. Returns the tokens for each step of the target."""
+    """Asserts that drafts change nothing and that the output is that of transformers.
+
+    transformers generates for the first `generated` prompts and scores the output of all. The
+    first prompt runs alone, then all of them together. Returns the tokens per target step.
+    """
     model, eos = load_model(target, "float32", "cpu"), end_of_text(target)
     drafter = ModelDrafter(load_model(draft, "float32", "cpu"), branches=2)
     requests = [

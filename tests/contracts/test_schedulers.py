@@ -229,7 +229,7 @@ TREE = Sync(2, 2, 2, 5, 1.0)
         (CHAIN, [view(4, growths=4)], Plan((4,))),
         (CHAIN, [view(3, drafters=0)], Plan((3,))),
         (CHAIN, [view(4, growths=1, hit=True)], Plan((4,))),  # long enough, whenever that grew
-        # A tree is finished after its growths, at any depth or size; what a re-root left does not count.
+        # A tree is finished after its growths, at any depth; what a re-root left does not count.
         (TREE, [view(9, growths=1)], Plan((5,), 4.0)),
         (TREE, [view(2, growths=2)], Plan((2,))),
         # one step for all: the session with most patience left decides
@@ -245,7 +245,7 @@ TREE = Sync(2, 2, 2, 5, 1.0)
         (Amusd(1.0), [view(64, growths=64), view(9)], Plan((64, 9))),
         (Amusd(1.0, rows=8), [view(64)], Plan((8,))),
         (Amusd(1.0, least=0), [view(), view(1)], Plan((0, 1))),
-        # After a rejection: at once and without rows. After acceptance: all but one of a round's tokens.
+        # After a rejection: at once, without rows. After acceptance: all but one of the tokens.
         (Pearl(4, 1.0), [view(), view(2)], Plan((0, 0))),
         (Pearl(4, 1.0), [view(2, hit=True)], Plan((2,), 4.0)),
         (Pearl(4, 1.0), [view(2, hit=True, since_commit=4.0)], Plan((2,))),

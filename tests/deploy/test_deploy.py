@@ -119,7 +119,10 @@ def test_the_scripts_are_shell_that_stops_at_a_fault(name: str) -> None:
 def test_ray_is_started_again_until_it_is_there(
     starts_at: int, tries: int, code: int, tmp_path: Path
 ) -> None:
-    ray = f'echo "$@" >>"{tmp_path}/calls"\n[ "$1" = stop ] || [ "$(grep -c ^start "{tmp_path}/calls")" -ge {starts_at} ]\n'
+    ray = (
+        f'echo "$@" >>"{tmp_path}/calls"\n'
+        f'[ "$1" = stop ] || [ "$(grep -c ^start "{tmp_path}/calls")" -ge {starts_at} ]\n'
+    )
     for name, body in (("ray", ray), ("sleep", "")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}", "utf-8")
         (tmp_path / name).chmod(0o755)

@@ -322,7 +322,8 @@ def test_no_file_of_deploy_switches_something_off(path: Path) -> None:
     text = path.read_text("utf-8")
     assert (
         re.findall(
-            r"RAY_AUTH_MODE=(?!token)\S*|RAY_USE_TLS=0|--insecure|insecure: true|verify=False|BEGIN [A-Z ]*PRIVATE",
+            r"RAY_AUTH_MODE=(?!token)\S*|RAY_USE_TLS=0|--insecure|insecure: true|verify=False"
+            r"|BEGIN [A-Z ]*PRIVATE",
             text,
         )
         == []

@@ -185,7 +185,10 @@ def test_the_shipped_pair_lies_in_the_project() -> None:
 
 
 GOOD = """
-target: {model: big, dtype: float32, placement: {num_gpus: 0.5, resources: {fast: 1}, cores: [0, 1]}}
+target:
+  model: big
+  dtype: float32
+  placement: {num_gpus: 0.5, resources: {fast: 1}, cores: [0, 1]}
 pools:
   - {name: a, model: small, width: 8, count: 2, min: 1, max: 4, auto: true}
   - {name: b, method: ngram, placement: {node: 10.0.0.7, listen: 10.0.0.7, threads: 2}}

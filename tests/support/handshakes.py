@@ -1,7 +1,8 @@
-"""Callers who connect to one server at the same time, while its certificates are renewed.
+"""Many callers connect to one server while its certificates are renewed.
 
-As a process of its own, since gRPC ends the process where it fails at this: `python -m tests.support.handshakes FOLDER`. It lays certificates into
-FOLDER and prints how many calls were answered afterwards.
+It is a process of its own, since gRPC ends the process if it fails here. Run
+`python -m tests.support.handshakes FOLDER`: it writes certificates to FOLDER and prints how many
+calls were answered afterwards.
 """
 
 import asyncio

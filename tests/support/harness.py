@@ -174,8 +174,11 @@ def engine_of(
 
 
 class Lockstep:
-    """An engine and its draft engines on one thread. In each round every draft engine hears what is there for it, makes `passes` passes,
-    and is heard; then the target makes one step."""
+    """Runs an engine and its draft engines on one thread.
+
+    In each round every draft engine receives its events, makes `passes` passes and sends its
+    replies; then the target makes one step.
+    """
 
     def __init__(
         self,
@@ -278,9 +281,9 @@ def continued(
 
 @dataclass(frozen=True, slots=True)
 class Patient:
-    """Waits until `rows` nodes are there, however long it takes: makes the number of rounds a matter of the drafter alone.
+    """Waits for `rows` nodes without a limit, so the number of rounds depends on the drafter alone.
 
-    To be used with outputs of a multiple of rows + 1 tokens: at their end a shorter tree would be waited for in vain.
+    The output must be a multiple of rows + 1 tokens: at its end the tree stays shorter.
     """
 
     rows: int

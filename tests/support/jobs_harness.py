@@ -32,9 +32,9 @@ def batch(path: Path, count: int = 5) -> Path:
 
 
 class Echo:
-    """Answers with the prompt and the seed; `asked` counts by custom_id. An answer comes when the loop has turned once.
+    """Answers with prompt and seed after one turn of the loop; `asked` counts by custom_id.
 
-    Lines of a longer `request_id` are longer: what is left of a torn one shows behind a shorter one.
+    A longer `request_id` gives longer lines, so the rest of a torn one shows after a shorter one.
     """
 
     def __init__(self, request_id: str = "") -> None:

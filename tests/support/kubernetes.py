@@ -1,7 +1,8 @@
-"""Schemas of the Kubernetes objects in deploy/kubernetes: every field that is used there, and no other.
+"""Schemas of the Kubernetes objects in deploy/kubernetes, with exactly the fields used there.
 
-A field that is misspelt, misplaced or of the wrong kind is noticed; a wrong value is noticed where it is said here. That these fields are
-those of KubeRay was checked against its whole CRDs (2026-08) when the manifests were written. No cluster has run them.
+They find a misspelt or misplaced field or one of the wrong kind, and wrong values that are listed
+here. The fields were checked against KubeRay's whole CRDs (2026-08) when the manifests were
+written. No cluster has run them.
 """
 
 from typing import Any

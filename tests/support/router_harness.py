@@ -66,11 +66,13 @@ def finish_of(request: Request) -> StopChecker:
 
 @dataclass(eq=False)
 class Scripted:
-    """One life of a target: says `answer` from where the request has come to, and dies before the token numbered `cut`.
+    """One life of a target: continues `answer` from the request's place, dies before token `cut`.
 
     sizes     tokens of its chunks, in turn
     refuses   what it says to every request
-    open      calls that are not over;  silent  set when it has fallen silent;  closed  its connection is
+    open      calls that are not over
+    silent    set when it has fallen silent
+    closed    set when its connection is closed
     """
 
     answer: Sequence[int]

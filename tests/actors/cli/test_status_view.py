@@ -115,8 +115,8 @@ def test_status_shows_targets_drafters_and_pools() -> None:
         "0",
     ]
     assert (
-        "pool small: 2 -> 1 drafters (not worth it; gain 1.5 tokens/s, worth 2.5 tokens/s, of 80.0 tokens/s)"
-        in said
+        "pool small: 2 -> 1 drafters (not worth it; gain 1.5 tokens/s, worth 2.5 tokens/s, "
+        "of 80.0 tokens/s)" in said
     )
 
 

@@ -146,7 +146,8 @@ def test_a_drafter_that_fails_soon_after_each_start_waits_longer_each_time_and_i
     ).drafters
     assert (shown.state, shown.restarts) == ("failed", 0)
     assert shown.trouble == (
-        "given up after 10 failures in a row, the last: its thread has ended; `outrider scale small=N` tries again"
+        "given up after 10 failures in a row, the last: its thread has ended; "
+        "`outrider scale small=N` tries again"
     )
 
 

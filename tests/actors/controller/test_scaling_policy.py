@@ -21,7 +21,11 @@ BUSY = 0.9  # of the time, with sessions
 
 @dataclass
 class World:
-    """Targets that accept `accepted(drafters)` tokens in a round, `rate` rounds a second; drafters join after `delay` seconds."""
+    """Simulates targets and drafters.
+
+    A round accepts `accepted(drafters)` tokens; there are `rate` rounds a second. A new drafter
+    joins after `delay` seconds.
+    """
 
     accepted: Callable[[int], float]
     most: int = 4

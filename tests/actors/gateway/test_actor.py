@@ -1,4 +1,4 @@
-"""The gateway in its actor's thread reaches targets by gRPC, with keys and TLS, and logs nothing."""
+"""In its actor, the gateway reaches targets by gRPC with keys and TLS, and its log is silent."""
 
 import datetime
 import logging

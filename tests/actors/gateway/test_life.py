@@ -71,7 +71,8 @@ def body(**fields: Any) -> dict[str, Any]:
 def raw(url: str, value: dict[str, Any]) -> bytes:
     data = json.dumps(value).encode()
     return (
-        f"POST {url} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+        f"POST {url} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(data)}\r\n\r\n".encode()
         + data
     )
 
@@ -124,8 +125,8 @@ def test_who_leaves_closes_all_choices_at_once(gate: Gate, stream: bool) -> None
         with gateway.http() as client:
             text = client.get("/metrics").text
         assert (
-            f'outrider:http_responses_total{{code="499",model_name="toy",route="{COMPLETIONS}"}} 1.0'
-            in text
+            'outrider:http_responses_total{code="499",model_name="toy",'
+            f'route="{COMPLETIONS}"}} 1.0' in text
         )
         assert (
             'outrider:request_success_total{finished_reason="abort",model_name="toy"} 8.0' in text
@@ -298,7 +299,7 @@ def test_readiness_follows_the_targets() -> None:
 
 
 def test_what_comes_twice_runs_once(gate: Gate) -> None:
-    """Concurrent callers share the run and later callers its answer; other bodies and keys do not."""
+    """Concurrent callers share the run, later ones its answer; other bodies and keys do not."""
     scripted = Scripted(gate.speak)
     with serving(scripted) as gateway, ThreadPoolExecutor(8) as pool, gateway.http() as client:
 

@@ -103,7 +103,8 @@ def table() -> str:
             [label for label in family.samples[0].labels if label != "le"] if family.samples else []
         )
         lines.append(
-            f"| `{name}` | {family.type} | {', '.join(f'`{label}`' for label in labels)} | {family.documentation} |\n"
+            f"| `{name}` | {family.type} | {', '.join(f'`{label}`' for label in labels)} "
+            f"| {family.documentation} |\n"
         )
     return HEAD + "".join(lines)
 

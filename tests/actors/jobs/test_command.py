@@ -78,8 +78,8 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def log_message(self, format: str, *arguments: Any) -> None:  # noqa: A002 - as in the standard library
-        """Nothing."""
+    def log_message(self, format: str, *arguments: Any) -> None:  # noqa: A002 - of http.server
+        """Logs nothing."""
 
 
 @pytest.fixture

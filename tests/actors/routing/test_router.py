@@ -116,8 +116,8 @@ def test_the_parts_figures_are_joined() -> None:
         )
         stats = (await all_of(router.generate(ASKED)))[-1].stats
         assert stats is not None
-        # Of the first life, three rounds with a guessed token each were seen. The second life reported
-        # two of them, the third one.
+        # Of the first life, three rounds with a guessed token each were seen. The second life
+        # reported two of them, the third one.
         assert (stats.rounds, stats.histogram) == (3 + 2 + 1, (2 + 1, 3))
         assert (stats.prompt_tokens, stats.completion_tokens) == (len(PROMPT), COUNT)
         assert (stats.verified, stats.drafted) == (3 + 4 + 2, 3 + 4 + 2)

@@ -1,5 +1,7 @@
-"""Thousands of malformed messages to a target, to a drafter, and from a drafter to a target: each is refused as what it is, and a
-stream beside them says what it would have said. `OUTRIDER_FUZZ=5000` sends more of them."""
+"""Malformed messages to targets and drafters are refused and leave other streams alone.
+
+`OUTRIDER_FUZZ=5000` sends more of them.
+"""
 
 import asyncio
 import logging

@@ -145,7 +145,8 @@ EMPTY = {"traceEvents": [], "otherData": {"format": "outrider", "cut": False, "u
         (json.dumps(EMPTY | {"traceEvents": [{"ph": "X"}]}).encode(), "traceEvents.0"),
         (json.dumps(EMPTY | {"traceEvents": [{"ph": "?"}]}).encode(), "traceEvents.0"),
         (
-            b'{"traceEvents": [{"ph": "i", "name": "n", "pid": 1, "tid": 2, "ts": NaN}], "otherData": {}}',
+            b'{"traceEvents": [{"ph": "i", "name": "n", "pid": 1, "tid": 2, "ts": NaN}], '
+            b'"otherData": {}}',
             "traceEvents.0",
         ),
         (json.dumps(EMPTY).encode(), "empty trace"),

@@ -184,7 +184,8 @@ def test_numpy_and_torch_agree_and_rows_do_not_touch_each_other(number: int) -> 
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, initializer_range=0.7,
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, initializer_range=0.7,
         bos_token_id=1, eos_token_id=sorted(EOS), pad_token_id=0,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()

@@ -11,15 +11,21 @@ from runtime.core.sampling_params import Constraint, SamplingParams
 
 build: Callable[..., SamplingParams] = SamplingParams
 BAD: list[tuple[str, object]] = [
-    *((name, value) for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    *((name, value) for name in ("temperature", "top_p", "min_p", "repetition_penalty",
+                                     "presence_penalty", "frequency_penalty")
       for value in (float("nan"), float("inf"), float("-inf"), 10**400, "1", True, None)),
-    *((name, value) for name in ("top_k", "seed", "max_tokens", "min_tokens") for value in (1.5, True, "5", None, 10**18 * 100)),
+    *((name, value) for name in ("top_k", "seed", "max_tokens", "min_tokens")
+      for value in (1.5, True, "5", None, 10**18 * 100)),
     ("temperature", -0.1), ("temperature", 100.1), ("temperature", 1e-300), ("temperature", 0.0009),
     ("top_k", -1), ("top_p", 0.0), ("top_p", 1.01), ("min_p", -0.1), ("min_p", 1.1),
-    ("repetition_penalty", 0.0), ("repetition_penalty", -1.0), ("presence_penalty", 2.1), ("frequency_penalty", -2.1),
-    ("seed", 2**63), ("seed", -(2**63) - 1), ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 2**31), ("min_tokens", -1),
+    ("repetition_penalty", 0.0), ("repetition_penalty", -1.0),
+    ("presence_penalty", 2.1), ("frequency_penalty", -2.1),
+    ("seed", 2**63), ("seed", -(2**63) - 1), ("max_tokens", 0), ("max_tokens", -1),
+    ("max_tokens", 2**31), ("min_tokens", -1),
     ("min_tokens", 129),
-    ("stop", ("",)), ("stop", ("x" * (limits.STOP_LENGTH + 1),)), ("stop", ("a", "b", "c", "d", "e")), ("stop", (7,)),
+    ("stop", ("",)), ("stop", ("x" * (limits.STOP_LENGTH + 1),)),
+    ("stop", ("a", "b", "c", "d", "e")),
+    ("stop", (7,)),
     ("logit_bias", ((1, float("nan")),)), ("logit_bias", ((1, 101.0),)),
     ("logit_bias", tuple((i, 0.0) for i in range(limits.LOGIT_BIAS + 1))),
     ("logit_bias token", ((-1, 0.0),)), ("logit_bias token", ((1.0, 0.0),)),

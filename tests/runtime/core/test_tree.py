@@ -21,8 +21,12 @@ Path = tuple[int, ...]
 
 
 class TreeMachine(RuleBasedStateMachine):
-    """`paths` is the oracle: the score and whether it is expanded, of every path below the root, in order of arrival; `proposals` who has
-    guessed it, each as which of its guesses there and with what it said; `nodes_by_key` what each of them means by a name."""
+    """Compares a tree with oracles.
+
+    `paths` holds score and expansion of every path below the root, in order of arrival.
+    `proposals` holds who guessed it, with rank and score. `nodes_by_key` holds what each drafter
+    means by a key.
+    """
 
     bits = 64  # of names
 
@@ -82,8 +86,11 @@ class TreeMachine(RuleBasedStateMachine):
         drafter=st.sampled_from(["d0", "many"]),
     )
     def merge(self, paths: list[Path], drafter: str) -> None:
-        """A draft by name, each node twice; where a parent is not there, or there is no room, its children are none either. What others
-        have guessed is echoed and keeps its score. A name stands for the first that its drafter has called so."""
+        """Merges a draft by key, each node twice.
+
+        Children without a parent, or without room, are dropped. Nodes that others guessed are
+        echoed and keep their scores. A key stands for the first node its drafter gave it.
+        """
         nodes = sorted({path[:n] for path in paths for n in range(1, len(path) + 1)}, key=len)
         offered = [*nodes, *nodes]
         above = np.array([self.name(path[:-1]) for path in offered], dtype=np.uint64)

@@ -163,7 +163,8 @@ def test_special_tokens_are_no_text(tokenizer: Tokenizer) -> None:
 
 
 def test_a_character_of_four_tokens(tokenizer: Tokenizer) -> None:
-    prompt, output = tokenizer.encode("x").ids, [byte(tokenizer, value) for value in "𝄞é".encode()]
+    prompt = tokenizer.encode("x").ids
+    output = [byte(tokenizer, value) for value in "𝄞é".encode()]
     assert pieces(tokenizer, prompt, output) == ["", "", "", "𝄞", "", "é", ""]
 
 

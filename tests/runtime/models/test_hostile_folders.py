@@ -132,8 +132,10 @@ def test_a_file_of_a_gigabyte_is_not_read(
     "template",
     [
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% if messages|length == 3 %}{{ 9 ** (9 ** 9) }}{% else %}{{ raise_exception('system first') }}{% endif %}",
-        "{% set x = namespace(s='aaaaaaaaaaaaaaaa') %}{% for i in range(40) %}{% set x.s = x.s ~ x.s %}{% endfor %}",
+        "{% if messages|length == 3 %}{{ 9 ** (9 ** 9) }}"
+        "{% else %}{{ raise_exception('system first') }}{% endif %}",
+        "{% set x = namespace(s='aaaaaaaaaaaaaaaa') %}"
+        "{% for i in range(40) %}{% set x.s = x.s ~ x.s %}{% endfor %}",
         "{{ 'long' * 1000000 }}",
     ],
     ids=["loops", "power", "memory", "long"],

@@ -1,7 +1,8 @@
-"""The schedules as timelines: who works when, against numbers worked out by hand from the papers' formulas.
+"""The schedules match timelines worked out by hand from the papers' formulas.
 
-One session, one drafter, no network: a forward pass of the drafter takes t, a step of the target T (`step`), whole numbers, so that
-every time is exact. What is drafted is there when its pass ends; a commit is heard at once, but a pass under way is finished.
+There is one session, one drafter and no network. A forward pass of the drafter takes t and a step
+of the target T (`step`), both whole numbers, so every time is exact. A draft arrives when its pass
+ends; a commit arrives at once, but a running pass is finished.
 """
 
 import itertools
@@ -234,7 +235,7 @@ def test_a_round_of_a_chain_that_is_cut_short_takes_as_long() -> None:
 
 
 def test_a_tree_accepts_what_a_chain_misses() -> None:
-    """The target's token is always the second guess: two binary levels are six nodes, two passes."""
+    """The target's token is the second guess: two binary levels are six nodes, two passes."""
     tree, chain = (
         Race(policy, 2, 7, lambda _: 1, 36) for policy in (Sync(2, 2, 2, 6, 2), Sync(1, 1, 2, 2, 2))
     )

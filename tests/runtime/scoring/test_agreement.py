@@ -60,9 +60,7 @@ def test_nothing_changes_where_one_kind_guesses() -> None:
     assert bucket.tables == {}
 
 
-def test_before_anything_was_seen_an_opposed_guess_is_worth_what_it_is_alone_and_an_echoed_one_the_mean_of_the_odds() -> (
-    None
-):
+def test_without_observations_opposed_guesses_keep_their_worth_and_echoes_average_odds() -> None:
     found = chances(
         TemperatureBucket(), place(draft=[(5, 0.8), (6, 0.1)], table=[(5, 0.2), (7, 0.3)])
     )

@@ -104,8 +104,10 @@ def grown() -> TokenTree:
 
 
 def test_only_nodes_that_the_decision_passed_are_counted() -> None:
-    """Decided: 5, 8, 1. Passed: the root, 5 and 8; 6 and 7 were not. At the root 5 and 6 are of different kinds: who came second was
-    never alone."""
+    """The decision is 5, 8, 1; it passes the root, 5 and 8, but not 6 and 7.
+
+    At the root 5 and 6 are of different kinds, so the second was never alone.
+    """
     bucket = TemperatureBucket()
     bucket.observe_path(grown(), [5, 8, 1])
     agreement.observe_path(bucket, grown(), [5, 8, 1])

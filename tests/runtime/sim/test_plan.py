@@ -281,7 +281,8 @@ def test_the_command(
             "colour",
         ),
         (
-            '{"target": {"1": 0.03}, "draft": {"1": 0.002}, "positions": [{"rank": 0, "scores": [0.5]}]}',
+            '{"target": {"1": 0.03}, "draft": {"1": 0.002}, '
+            '"positions": [{"rank": 0, "scores": [0.5]}]}',
             "positions",
         ),
     ],

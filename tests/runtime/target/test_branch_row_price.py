@@ -104,7 +104,7 @@ def test_the_head_is_charged_for_them_in_each_step(price: float) -> None:
     ("seconds", "branch_rows"), [(0.0, (0, 1, 2, 3)), (0.15, (1, 2, 3)), (0.3, (2,)), (0.5, ())]
 )
 def test_only_rows_that_are_worth_it_are_ridden(seconds: float, branch_rows: Sequence[int]) -> None:
-    """One token a second. It stops at the root's row with probability 0.1, then 0.18, 0.45, 0.27."""
+    """It stops at the root's row with probability 0.1, then 0.18, 0.45 and 0.27."""
     model = hf_model("llama")
     engine = Engine(
         model,

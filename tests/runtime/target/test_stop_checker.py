@@ -169,7 +169,7 @@ def test_a_decoder_that_lags_loses_no_text(
         ({"stop": ("aaé",)}, [1, 1, EOS], ("aa", 3, "stop")),
         ({"stop": ("aaé",), "max_tokens": 2}, [1, 1], ("aa", 2, "length")),
         ({"stop": ("éa",)}, [8, 1], ("a", 2, "stop")),
-        # Under a constraint an end is chosen only if nothing else may follow: it always ends the text.
+        # Under a constraint an end is chosen only if nothing else may follow, so it ends the text.
         ({"constraint": ANYTHING, "ignore_eos": True}, [1, EOS], ("a", 2, "stop")),
         ({"constraint": ANYTHING, "min_tokens": 5}, [1, EOS], ("a", 2, "stop")),
     ],

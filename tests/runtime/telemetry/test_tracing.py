@@ -63,8 +63,11 @@ def rounds(width: int, accepted: int) -> list[Round]:
 def synthetic(
     steps: int, drafters: Sequence[str] = ("draft-0",), start: float = 50.0
 ) -> list[Recording]:
-    """A run of `steps` target steps of 20 ms: 2 ms wait, 16 ms forward pass, 2 ms bookkeeping; with each, every drafter steps for 8 ms,
-    which begin 4 ms into the pass of the first, 5 ms into that of the second; growth needs 1 ms, a commit 3 ms. On two machines.
+    """Records `steps` target steps of 20 ms on two machines.
+
+    A target step is 2 ms of waiting, 16 ms of forward pass and 2 ms of bookkeeping. With each,
+    every drafter steps for 8 ms: the first 4 ms into the pass, the second 5 ms into it. Growth
+    takes 1 ms, a commit 3 ms.
     """
     target = Trace(TARGET, offset=1.7e9)
     helpers = [Trace(name, offset=1.7e9 + SKEW) for name in drafters]

@@ -29,9 +29,18 @@ KEYS = "/root/.outrider"
 PATIENCE_S = 600.0  # for any step; only a failure takes that long
 
 DEPLOYMENT = f"""
-target: {{model: {bundled_model("target")}, dtype: float32, kv_tokens: 8192, replicas: 2, placement: {{resources: {{target: 1}}, threads: 1}}}}
+target:
+  model: {bundled_model("target")}
+  dtype: float32
+  kv_tokens: 8192
+  replicas: 2
+  placement: {{resources: {{target: 1}}, threads: 1}}
 pools:
-  - {{name: draft, model: {bundled_model("draft")}, dtype: float32, max: 4, placement: {{resources: {{drafter: 1}}, num_cpus: 0.5, threads: 1}}}}
+  - name: draft
+    model: {bundled_model("draft")}
+    dtype: float32
+    max: 4
+    placement: {{resources: {{drafter: 1}}, num_cpus: 0.5, threads: 1}}
 gateway:
   host: {HEAD}
   port: 8443
@@ -39,7 +48,10 @@ gateway:
   api_keys: {KEYS}/api-keys
   tls: {{ca: {KEYS}/certs/ca.pem, cert: {KEYS}/certs/https.pem, key: {KEYS}/certs/https-key.pem}}
 security:
-  tls: {{ca: {KEYS}/certs/ca.pem, cert: "{KEYS}/certs/{{role}}.pem", key: "{KEYS}/certs/{{role}}-key.pem"}}
+  tls:
+    ca: {KEYS}/certs/ca.pem
+    cert: "{KEYS}/certs/{{role}}.pem"
+    key: "{KEYS}/certs/{{role}}-key.pem"
 """
 
 # Succeeds when the gateway takes requests.
@@ -115,7 +127,8 @@ class Operator:
         """Counts the series that each query finds; empty before Prometheus answers."""
         said = self.made.run(
             "client",
-            f"cd {ROOT} && {BIN}/python -m tests.system.cluster.queries http://127.0.0.1:9090 2>/dev/null || echo '{{}}'",
+            f"cd {ROOT} && {BIN}/python -m tests.system.cluster.queries http://127.0.0.1:9090"
+            " 2>/dev/null || echo '{}'",
         )
         answers: dict[str, int] = json.loads(said.splitlines()[-1])
         return answers
@@ -126,10 +139,16 @@ class Operator:
 
     def logs(self) -> str:
         """Returns the ends of the logs on every host that still answers."""
-        names = "{gcs_server.out,raylet.out,raylet.err,dashboard_agent.log,monitor.log,monitor.err,worker*.err}"
+        names = (
+            "{gcs_server.out,raylet.out,raylet.err,dashboard_agent.log,"
+            "monitor.log,monitor.err,worker*.err}"
+        )
         # Stack frames and counters are left out: they would hide the lines before them.
         one = "grep -vE '^/|total|state-dump|num_|^ *$' $log | tail -n 25 | cut -c 1-300"
-        tail = f'cd /tmp/ray/session_latest/logs && for log in {names}; do [ ! -s $log ] || {{ echo "==> $log"; {one}; }}; done'
+        tail = (
+            f"cd /tmp/ray/session_latest/logs && for log in {names}; "
+            f'do [ ! -s $log ] || {{ echo "==> $log"; {one}; }}; done'
+        )
         found = [f"--- {host}\n{self._try(host, tail)}" for host in ADDRESSES if host != "client"]
         return "\n".join(found)
 

@@ -1,7 +1,8 @@
-"""Several hosts out of one machine: each has its own network, processes, mounts, name and SSH server, and can reach nothing but the others.
+"""Makes several hosts out of one machine.
 
-Everything hangs on processes started here: the namespaces have no names, and vanish with them. Needs root, Linux with overlayfs,
-iproute2, util-linux, openssh-server and rsync.
+Each host has its own network, processes, mounts, name and SSH server, and reaches only the others.
+Everything depends on processes started here: the namespaces have no names and end with them. It
+needs root, Linux with overlayfs, iproute2, util-linux, openssh-server and rsync.
 """
 
 import contextlib
@@ -24,12 +25,13 @@ PATIENCE_S = 20.0  # for a host to answer
 
 
 def missing() -> str:
-    """Why hosts cannot be made here; empty where they can."""
+    """Returns why hosts cannot be made here; empty if they can."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         return "needs root on Linux"
     absent = [tool for tool in NEEDED if shutil.which(tool) is None]
     if absent:
-        return f"needs {', '.join(absent)}: apt-get install iproute2 util-linux openssh-client openssh-server rsync"
+        packages = "iproute2 util-linux openssh-client openssh-server rsync"
+        return f"needs {', '.join(absent)}: apt-get install {packages}"
     done = subprocess.run(
         ["unshare", "--net", "--mount", "--pid", "--fork", "true"],
         capture_output=True,
@@ -72,7 +74,7 @@ class Hosts:
         return [*inside, *clean, "bash", "-c", f"cd; . ~/.bashrc; {command}"]
 
     def run(self, host: str, command: str, patience: float = 600.0) -> str:
-        """Returns the output. Raises CalledProcessError, or TimeoutExpired after `patience` seconds."""
+        """Returns the output; raises CalledProcessError or, after `patience` s, TimeoutExpired."""
         done = subprocess.run(
             self.command(host, command),
             stdout=subprocess.PIPE,

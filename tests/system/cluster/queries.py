@@ -1,4 +1,7 @@
-"""All queries of the dashboard and the rules. `python -m tests.system.cluster.queries URL` puts them to a Prometheus: how many series has each?"""
+"""All queries of the dashboard and the rules.
+
+`python -m tests.system.cluster.queries URL` prints how many series each finds in a Prometheus.
+"""
 
 import json
 import sys

@@ -31,8 +31,10 @@ LONG = SamplingParams(
 
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Deployment:
-    """The draft is the target itself, so that its tokens are right, and waited for, since it is no faster; deep, so that its output
-    outlasts a restart."""
+    """Uses the target as its own draft, so its tokens are right and the target waits for them.
+
+    The model is deep, so that its output outlasts a restart.
+    """
     folder = str(
         save_model(tmp_path_factory.mktemp("models") / "deep", context=16_384, num_hidden_layers=24)
     )

@@ -1,8 +1,9 @@
-"""A client that asks again and again with the `openai` package, and compares every answer.
+"""A client sends requests with the `openai` package again and again, and compares every answer.
 
-As a program, on a host: `python -m tests.system.cluster.traffic CASES URL KEYS CA STREAMS`, until its standard input closes. CASES is a JSON file
-of requests for /v1/completions, each with the `text` that must come back. One line of JSON for each answer: was it right, how long
-it took, the longest silence within. What was asked before the end is answered before the end.
+As a program, on a host, it is `python -m tests.system.cluster.traffic CASES URL KEYS CA STREAMS`
+and runs until its standard input closes. CASES is a JSON file of requests for /v1/completions, each
+with the `text` that must come back. It prints one line of JSON for each answer: if it was right,
+how long it took and its longest silence. Requests sent before the end are answered before the end.
 """
 
 import json
@@ -40,8 +41,10 @@ class Traffic:
         self.reader.start()
 
     def more(self, count: int, patience: float = 600.0) -> str:
-        """Wait for so many further answers; says what all were like that came since it was last said. Raises AssertionError where one
-        differs."""
+        """Waits for `count` more answers and describes all since the last description.
+
+        Raises AssertionError if one differs.
+        """
         before = len(self.answers)
         await_(
             lambda: len(self.answers) >= before + count or not self.reader.is_alive(),
@@ -56,9 +59,14 @@ class Traffic:
         wrong = [answer for answer in seen if not answer["right"]]
         assert seen, f"there were no answers: {''.join(self.other)}"
         assert not wrong, (
-            f"{len(wrong)} of {len(seen)} answers were not as plain decoding: {json.dumps(wrong[0])}"
+            f"{len(wrong)} of {len(seen)} answers were not as plain decoding: "
+            f"{json.dumps(wrong[0])}"
         )
-        return f"{len(seen)} answers, all as plain decoding; the longest silence in one lasted {max(one['gap'] for one in seen):.2f} s"
+        gap = max(one["gap"] for one in seen)
+        return (
+            f"{len(seen)} answers, all as plain decoding; "
+            f"the longest silence in one lasted {gap:.2f} s"
+        )
 
     def end(self) -> str:
         assert self.running.stdin is not None

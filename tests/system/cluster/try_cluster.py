@@ -174,12 +174,16 @@ def watch(operator: Operator) -> bool:
         )
         operator.made.run(
             "client",
-            f"mkdir -p /etc/prometheus; cut -d: -f2 {KEYS}/api-keys | tr -d '\\n' >/etc/prometheus/outrider-key",
+            "mkdir -p /etc/prometheus; "
+            f"cut -d: -f2 {KEYS}/api-keys | tr -d '\\n' >/etc/prometheus/outrider-key",
         )
         operator.made.run("client", f"cp {KEYS}/certs/ca.pem /etc/prometheus/outrider-ca.pem")
         operator.made.run("client", f"cp {ROOT}/deploy/prometheus/rules.yml /etc/prometheus/")
         operator.put("/etc/prometheus/prometheus.yml", text)
-        options = "--config.file=/etc/prometheus/prometheus.yml --storage.tsdb.path=/tmp/prometheus --web.listen-address=127.0.0.1:9090"
+        options = (
+            "--config.file=/etc/prometheus/prometheus.yml --storage.tsdb.path=/tmp/prometheus "
+            "--web.listen-address=127.0.0.1:9090"
+        )
         operator.made.run(
             "client", f"setsid prometheus {options} >/tmp/prometheus.log 2>&1 </dev/null &"
         )
@@ -202,9 +206,8 @@ def ask_prometheus(operator: Operator) -> None:
             f"no data for {without}"
         )
         more.append(f"{len(shown()) - len(without)} of {len(shown())}")
-        more.append(
-            f"alerts that would be on: {', '.join(rule['alert'] for rule in rules() if answered[rule['expr']]) or 'none'}"
-        )
+        alerts = [rule["alert"] for rule in rules() if answered[rule["expr"]]]
+        more.append(f"alerts that would be on: {', '.join(alerts) or 'none'}")
 
 
 def scale(operator: Operator, traffic: Traffic, looks: Looks) -> None:

@@ -1,4 +1,4 @@
-"""`serve --trace`: the file holds what was recorded from the start to the interruption, and the service is left as it was."""
+"""`serve --trace` records from its start to the interruption and leaves the service as it was."""
 
 from pathlib import Path
 from typing import Any
