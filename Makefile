@@ -1,10 +1,10 @@
-# Every target that runs something begins with `install`, which does nothing when nothing has changed.
+# Every target that runs something depends on `install`, which does nothing if nothing has changed.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-# The interpreter that .venv is made with: by default the first of these that is 3.11 or newer and can make one.
+# The interpreter of .venv: by default the first of these that is 3.11 or newer and has venv.
 PYTHON ?=
 PYTHONS := python3.11 python3.12 python3.13 python3.14 python3
 FITS := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
@@ -14,28 +14,28 @@ UNUSED := /(tests?|testing|rllib|sympy|_inductor|onnx|transformers/models)/
 
 .PHONY: help install demo bench bench-methods test test-exactness test-chaos test-load test-cluster check format proto train audit sbom clean
 
-help: ## this list
+help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: .venv/installed ## make .venv with the command .venv/bin/outrider in it
+install: .venv/installed ## create .venv with the command .venv/bin/outrider
 
-demo: install ## the pair that ships writes Python code, guessed ahead and then plainly: same text, the speed-up
+demo: install ## generate with the shipped pair, with and without speculation: same text, and the speed-up
 	@$(BIN)/python -m actors.cli.demo
 
-bench: install ## compare with every other way to use the same models and cores: about half an hour on two cores
+bench: install ## compare all ways to use the same models and cores; 30 minutes on two cores
 	@$(BIN)/python -m bench
 
-bench-methods: install ## compare all ways to guess, alone and beside the draft model: about twenty minutes
+bench-methods: install ## compare all drafting methods, alone and with the draft model; 20 minutes
 	@$(BIN)/python -m bench.methods
 	@$(BIN)/python -m experiments.same_tree
 
-test: install ## all tests, on up to four cores
+test: install ## run all tests on up to four cores
 	$(BIN)/pytest -q --durations=10 --numprocesses auto --maxprocesses 4
 
-test-exactness: install ## the whole product of model families, drafters and trees, before a release; 5 minutes
+test-exactness: install ## test exactness for all model families, drafters and trees, before a release; 5 minutes
 	OUTRIDER_TEST_EXHAUSTIVE=1 $(BIN)/pytest -q --durations=10 --numprocesses auto --maxprocesses 4 --dist load tests/contracts/test_exactness.py
 
-# Sizes of these two, to be had smaller: make test-chaos CHAOS_SECONDS=60
+# Sizes of the next two. Smaller: make test-chaos CHAOS_SECONDS=60
 CHAOS_STREAMS ?= 200
 CHAOS_SECONDS ?= 240
 SCALE_SECONDS ?= 205
@@ -44,7 +44,7 @@ BATCH_KILLS ?= 5
 LOAD_CLIENTS ?= 1000
 LOAD_MALFORMED ?= 5000
 
-test-chaos: install ## kill and stop targets and drafters under 200 streams, change their number under 20, kill everything under a batch; 20 minutes
+test-chaos: install ## kill and stop processes under 200 streams, scale drafters under 20, kill all under a batch; 20 minutes
 	@mkdir -p build
 	@failed=0; \
 	$(BIN)/python -m bench.chaos --streams $(CHAOS_STREAMS) --seconds $(CHAOS_SECONDS) --json build/chaos-blows.json || failed=1; \
@@ -52,7 +52,7 @@ test-chaos: install ## kill and stop targets and drafters under 200 streams, cha
 	$(BIN)/python -m bench.chaos.batch --items $(BATCH_ITEMS) --kills $(BATCH_KILLS) --json build/chaos-batch.json || failed=1; \
 	exit $$failed
 
-test-load: install ## what the gateway adds, ten times too many requests, clients that leave; thousands of malformed ones; 15 minutes
+test-load: install ## test gateway overhead, tenfold overload, disconnects and malformed requests; 15 minutes
 	@mkdir -p build
 	@failed=0; \
 	$(BIN)/python -m bench.load --clients $(LOAD_CLIENTS) --json build/load.json || failed=1; \
@@ -60,41 +60,42 @@ test-load: install ## what the gateway adds, ten times too many requests, client
 	  -o faulthandler_timeout=0 tests/actors/gateway/test_life.py tests/actors/gateway/test_fuzz.py tests/actors/rpc/test_fuzz_wire.py || failed=1; \
 	exit $$failed
 
-CLUSTER ?= # make test-cluster CLUSTER=short is a part of it, in some three minutes
+CLUSTER ?= # make test-cluster CLUSTER=short runs a part in about three minutes
 
-test-cluster: install ## the on-premise cluster file for real, on hosts made of namespaces (needs root): 25 minutes
+test-cluster: install ## run the on-premise cluster file on hosts made of network namespaces (needs root); 25 minutes
 	$(BIN)/python -m tests.system.cluster.try_cluster $(CLUSTER)
 
-check: install ## format, lint, types, import layers, freshness of generated code; changes nothing
+check: install ## check format, lint, types, import layers and generated code; changes nothing
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/test_layers.py
 	$(BIN)/python -m protos.generate --check
 
-format: install ## rewrite the sources in the project's format, with the lint's safe repairs
+format: install ## format the sources and apply safe lint fixes
 	$(BIN)/ruff check --fix-only --quiet
 	$(BIN)/ruff format
 
-proto: install ## write the code generated from protos/*.proto anew
+proto: install ## regenerate the code from protos/*.proto
 	$(BIN)/python -m protos.generate
 
-train: install ## train the pair that ships (hours; goes on where it was interrupted)
+train: install ## train the shipped pair; takes hours, resumes after an interruption
 	$(BIN)/python -m training.shipped
 
-# The tools for these two know more packages than the project does, so they live in an environment of their own. ADVISORIES names who is
-# asked: pypi (an index that serves advisories too; many mirrors do not) or osv. A package that nobody knows of is a failure, not a pass.
+# The tools of these two have more dependencies than the project, so they get a separate
+# environment. ADVISORIES names the source: pypi (an index with advisories; many mirrors have none)
+# or osv. A package without advisory data is a failure, not a pass.
 AUDITORS := pip-audit==2.10.1 cyclonedx-bom==7.5.0
 ADVISORIES ?= pypi
 
-audit: build/audit/installed ## known vulnerabilities of the pinned packages; needs the network
+audit: build/audit/installed ## list known vulnerabilities of the pinned packages; needs the network
 	@build/audit/bin/pip-audit --strict --progress-spinner off -s $(ADVISORIES) --no-deps --disable-pip -r constraints.txt || \
-	  { echo "make audit: not audited, or not clean, see above; without advisories at the index try ADVISORIES=osv" >&2; exit 1; }
+	  { echo "make audit: vulnerabilities or missing advisories, see above; if the index has no advisories, try ADVISORIES=osv" >&2; exit 1; }
 
-sbom: install build/audit/installed ## build/sbom.json (CycloneDX): every package of .venv with version and licence
+sbom: install build/audit/installed ## write build/sbom.json (CycloneDX): every package of .venv with version and licence
 	build/audit/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --of JSON -o build/sbom.json
 
-clean: ## remove .venv, caches and build results (not build/train, which holds hours of training)
+clean: ## remove .venv, caches and build results (not build/train with hours of training)
 	rm -rf .venv dist build/lib build/bdist.* *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis build/audit build/sbom.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -109,13 +110,13 @@ build/audit/installed: Makefile | install
 	  if [[ -z $$python ]] && $$candidate -c '$(FITS)' 2>/dev/null; then python=$$candidate; fi; \
 	done; \
 	if [[ -z $$python ]] || ! $$python -c '$(FITS)'; then \
-	  echo "outrider needs Python 3.11 or newer with venv; none of [$(or $(PYTHON),$(PYTHONS))] is: make PYTHON=/path/to/python3.11" >&2; \
+	  echo "outrider needs Python 3.11 or newer with venv; not found among [$(or $(PYTHON),$(PYTHONS))]: run make PYTHON=/path/to/python3.11" >&2; \
 	  exit 2; \
 	fi; \
 	if [[ ! -x $(BIN)/pip ]]; then echo "$$python -m venv .venv"; $$python -m venv .venv; fi
-	@echo 'installing the pinned packages: one to three minutes, more where torch has to be fetched'
+	@echo 'installing the pinned packages: one to three minutes, longer if torch must be downloaded'
 	$(BIN)/pip install -q --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
-	@# Compiled on all cores, where pip would use one, and without what no start loads. Ray gives its agents only seconds to start.
-	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m compileall -qq -j 0 -x '$(UNUSED)' .venv/lib || true # some files are for other Pythons
+	@# Compile on all cores (pip uses one), without modules that no start loads. Ray gives its agents only seconds to start.
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m compileall -qq -j 0 -x '$(UNUSED)' .venv/lib || true # some files need other Python versions
 	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c 'import ray, transformers.models.llama.modeling_llama'
 	@touch $@

@@ -1,4 +1,4 @@
-"""`python -m bench` is `outrider bench`."""
+"""`python -m bench` runs `outrider bench`."""
 
 import sys
 

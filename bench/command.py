@@ -1,4 +1,5 @@
-"""`outrider bench`: what asynchronous speculation brings on this machine, beside every other way to use the same models and cores."""
+"""The command `outrider bench` compares asynchronous speculation with every other way to use the
+same models and cores of this machine."""
 
 import sys
 from enum import StrEnum
@@ -21,52 +22,58 @@ def bench(
     target: Annotated[
         str | None,
         typer.Option(
-            help="folder of a model; default: the one that ships, widened to the cost of 88M"
+            help="model folder; default: the shipped target, widened to the cost of 88M parameters"
         ),
     ] = None,
     draft: Annotated[
-        str | None, typer.Option(help="folder of a model; default: the one that ships")
+        str | None, typer.Option(help="model folder; default: the shipped draft")
     ] = None,
     widen: Annotated[
         bool,
-        typer.Option("--widen", help="widen --target too (Llama models): same function, more work"),
+        typer.Option(
+            "--widen", help="also widen --target (Llama models): same outputs, more computation"
+        ),
     ] = False,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="file (text, .json, .jsonl) or folder; default: held-out files"),
+        typer.Option(help="prompt file (text, .json, .jsonl) or folder; default: held-out files"),
     ] = None,
-    count: Annotated[int | None, typer.Option(help="prompts [default: 5]")] = None,
+    count: Annotated[int | None, typer.Option(help="number of prompts [default: 5]")] = None,
     repetitions: Annotated[
-        int | None, typer.Option(help="of our own methods at the lowest temperature [default: 2]")
+        int | None,
+        typer.Option(help="runs of our own methods at the lowest temperature [default: 2]"),
     ] = None,
-    new_tokens: Annotated[int | None, typer.Option(help="[default: 128]")] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(help="new tokens per prompt [default: 128]")
+    ] = None,
     temperature: Annotated[
-        list[float] | None, typer.Option(help="repeatable [default: 0 and 0.8]")
+        list[float] | None,
+        typer.Option(help="sampling temperature, repeatable [default: 0 and 0.8]"),
     ] = None,
     batch: Annotated[
         list[int] | None,
-        typer.Option(help="prompts at a time, repeatable [default: 4, 8, 16]; 0: none"),
+        typer.Option(help="batch size, repeatable [default: 4, 8, 16]; 0: no batches"),
     ] = None,
     dtype: Annotated[
         Precision,
-        typer.Option(help="auto: bfloat16 where the processor multiplies it, else float32"),
+        typer.Option(help="auto: bfloat16 if the processor supports it natively, else float32"),
     ] = Precision.auto,
-    seed: Annotated[int, typer.Option(help="of prompts and sampling")] = 1,
+    seed: Annotated[int, typer.Option(help="seed of prompts and sampling")] = 1,
     quick: Annotated[
-        bool, typer.Option("--quick", help="a little of everything, to see that it works")
+        bool, typer.Option("--quick", help="a small run of every part, to check that it works")
     ] = False,
     folder: Annotated[
         Path | None,
         typer.Option(
-            help="for results and page; default: bench/results, of a quick run build/bench"
+            help="folder of the results; default: bench/results, or build/bench with --quick"
         ),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="of results and page; default: pair and dtype")
+        str | None, typer.Option(help="name of the results; default: pair and dtype")
     ] = None,
 ) -> None:
-    """Measure all methods on two cores, in turns, and compare them."""
-    from bench.core import options as sizes  # torch and Ray: `--help` and a wrong flag need neither
+    """Measure all methods on two cores, interleaved, and compare them."""
+    from bench.core import options as sizes  # imports torch and Ray, not needed for --help
     from bench.core.machine import machine
     from bench.reports import report
     from bench.run import benchmark, differing_methods
@@ -103,5 +110,5 @@ def bench(
     report.print_report(found, console)
     console.print(f"{wanted.folder / wanted.name}.md", highlight=False)
     if kind == "float32" and (others := differing_methods(found)):
-        console.print(f"not the text of plain decoding: {', '.join(others)}", style="red")
+        console.print(f"text differs from plain decoding: {', '.join(others)}", style="red")
         sys.exit(1)

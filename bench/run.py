@@ -1,4 +1,4 @@
-"""A benchmark from its options to its page: the pair is prepared, the stages are done one after the other, the page is written."""
+"""A benchmark from its options to its page: prepare the pair, run the stages, write the page."""
 
 import contextlib
 import os
@@ -47,7 +47,8 @@ from runtime.telemetry.tracing import Recording
 
 
 class CombinedRunner:
-    """A Runner for all methods: ours on the cluster, transformers' in the process of their cores."""
+    """A Runner for all methods: ours on the cluster, transformers' in the process of their
+    cores."""
 
     def __init__(self, cluster: OutriderRunner, rivals: dict[Cores, TransformersRunner]) -> None:
         self.cluster, self.rivals = cluster, rivals
@@ -62,7 +63,10 @@ class CombinedRunner:
 
 
 def benchmark(options: BenchOptions, console: Console) -> Results:
-    """Does all of it, and writes NAME.json, NAME.md and pictures; what was measured until then is kept where it is interrupted."""
+    """Run the benchmark and write NAME.json, NAME.md and the pictures.
+
+    An interruption keeps everything measured so far.
+    """
     cores = two_cores()
     file = options.folder / f"{options.name}.json"
     with keep_off(cores), console.status("preparing the pair") as status:
@@ -70,7 +74,8 @@ def benchmark(options: BenchOptions, console: Console) -> Results:
     step, draft_step = state.results.profile.target[1], state.results.profile.draft[1]
     minutes = expected_seconds(plan.suite, options.size, step) / 60
     console.print(
-        f"T = {1e3 * step:.1f} ms, t = {1e3 * draft_step:.2f} ms, {options.dtype}: about {minutes:.0f} minutes more"
+        f"T = {1e3 * step:.1f} ms, t = {1e3 * draft_step:.2f} ms, {options.dtype}: about "
+        f"{minutes:.0f} minutes more"
     )
     pair = ModelPair(plan.pair.target, options.draft, options.dtype, cores)
     with (
@@ -98,7 +103,10 @@ def benchmark(options: BenchOptions, console: Console) -> Results:
 def prepare(
     options: BenchOptions, cores: tuple[int, ...], note: Callable[[str], None]
 ) -> tuple[BenchPlan, BenchState]:
-    """What is to be measured, and the results with nothing but the pair in them. Raises what is wrong with the pair or the options."""
+    """Return the plan, and a state whose results contain only the pair.
+
+    Raises an error if the pair or the options are invalid.
+    """
     target = (
         str(call_in_subprocess(widen_to_small, (options.target, options.dtype)))
         if options.widen
@@ -116,9 +124,10 @@ def prepare(
 
 
 def choose_prompts(options: BenchOptions, target: str) -> tuple[list[Prompt], list[Prompt]]:
-    """Those that are measured, and those for the sweep, for warming up and for learning.
+    """Return the measured prompts, and those for sweep, warm-up and learning.
 
-    Raises PairMismatch for models that cannot be used together, InvalidRequest where their context has no room for prompts.
+    Raises PairMismatch if the models do not fit together, InvalidRequest if their context has no
+    room for prompts.
     """
     tokenizer = load_tokenizer(target)
     contexts = (context_length(target), context_length(options.draft))
@@ -126,7 +135,8 @@ def choose_prompts(options: BenchOptions, target: str) -> tuple[list[Prompt], li
     most = min(contexts) - options.size.new_tokens
     if most < 1:
         raise InvalidRequest(
-            f"new_tokens {options.size.new_tokens} leave no room in a context of {min(contexts)}",
+            f"new_tokens {options.size.new_tokens} leaves no room in a context of {min(contexts)}: "
+            "ask for fewer",
             "new_tokens",
         )
     others = SWEEP_PROMPTS + WARM_UP_PROMPTS + (0 if options.quick else LEARNING_PROMPTS)
@@ -142,13 +152,13 @@ def choose_prompts(options: BenchOptions, target: str) -> tuple[list[Prompt], li
         else sample_prompts(of_file, wanted + others, options.seed)
     )
     prompts, other_prompts = drawn[:wanted], drawn[wanted:]
-    if len(other_prompts) < others:  # the file has not enough for both
+    if len(other_prompts) < others:  # the file has too few prompts for both
         other_prompts = held_out_prompts(tokenizer, others, options.seed)
     return prompts, other_prompts
 
 
 def draw_recording(options: BenchOptions, recordings: Sequence[Recording]) -> Path:
-    """The picture of the recorded run, its trace kept in the cache."""
+    """Draw the recorded run; its trace stays in the cache."""
     CACHE.mkdir(parents=True, exist_ok=True)
     trace, picture = (
         CACHE / f"{options.name}-trace.json",
@@ -163,7 +173,7 @@ def draw_recording(options: BenchOptions, recordings: Sequence[Recording]) -> Pa
 def empty_results(
     options: BenchOptions, target: str, measured: ProfileResult, count: int
 ) -> Results:
-    """Results with nothing but the pair in them."""
+    """Return results that contain only the pair."""
     source = (
         "held-out files of the standard library"
         if options.prompts is None
@@ -197,7 +207,7 @@ def empty_results(
 
 @contextlib.contextmanager
 def start_runners(pair: ModelPair, which: Suite, console: Console) -> Iterator[CombinedRunner]:
-    """All that is compared, loaded and at rest. It ends with the block."""
+    """Load everything that is compared; stop it at the end of the block."""
     with contextlib.ExitStack() as stack:
         rivals: dict[Cores, TransformersRunner] = {}
         with console.status("starting target, drafters and transformers"):
@@ -213,7 +223,7 @@ def start_runners(pair: ModelPair, which: Suite, console: Console) -> Iterator[C
                     rivals[cores] = stack.enter_context(TransformersRunner(place))
                     rivals[cores].run(
                         first, [Prompt("", LOADING_PROMPT)], SamplingParams(max_tokens=2)
-                    )  # answers when it has loaded
+                    )  # returns once the models are loaded
             cluster = stack.enter_context(running_cluster(pair, which.all))
         yield CombinedRunner(cluster, rivals)
 
@@ -223,7 +233,7 @@ LOADING_PROMPT: Tokens = tuple(range(1, 9))
 
 @contextlib.contextmanager
 def keep_off(cores: Sequence[int]) -> Iterator[None]:
-    """Keeps this process, and what of its children asks for no cores, off these where there are others."""
+    """Keep this process and its unpinned children off these cores, if there are others."""
     usable = os.sched_getaffinity(0)
     os.sched_setaffinity(0, usable - set(cores) or usable)
     try:
@@ -233,7 +243,8 @@ def keep_off(cores: Sequence[int]) -> Iterator[None]:
 
 
 def differing_methods(found: Results) -> list[str]:
-    """Our methods that did not write plain's text in every run: in float32 there are none."""
+    """Return our methods whose text differs from plain decoding in some run; in float32 there are
+    none."""
     names = [facts.name for facts in found.methods if facts.who == "ours"]
     keys = {(run.temperature, run.batch) for run in found.runs}
     counts = {

@@ -1,6 +1,6 @@
 """The stages of a benchmark.
 
-Each stage takes what has been found so far and returns it with its own part added; `bench/run.py` does one after the other.
+Each stage takes the state and returns it with its results added; `bench/run.py` runs them in order.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,11 +31,11 @@ from runtime.core.sampling_params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class BenchPlan:
-    """What is measured, and on which prompts.
+    """The measured methods and their prompts.
 
-    pair     the job that profiles the pair by itself
-    prompts  enough for the runs and for the largest batch
-    other_prompts   others for the sweep, for warming up and for learning
+    pair           the job that profiles the pair alone
+    prompts        enough for the runs and for the largest batch
+    other_prompts  prompts for sweep, warm-up and learning
     """
 
     options: BenchOptions
@@ -66,7 +66,7 @@ class BenchPlan:
 
     @property
     def warm_up_tokens(self) -> int:
-        """New tokens of a text that only warms up."""
+        """The new tokens of a warm-up text."""
         return max(2, self.options.size.new_tokens // 4)
 
     def cases(
@@ -75,7 +75,7 @@ class BenchPlan:
         temperatures: Sequence[float],
         new_tokens: int | None = None,
     ) -> list[Case]:
-        """Each prompt by itself, once at each temperature."""
+        """Return one case per prompt and temperature."""
         return cases(
             prompts,
             1,
@@ -88,20 +88,22 @@ class BenchPlan:
 
 @dataclass(frozen=True, slots=True)
 class BenchState:
-    """What has been found. `methods` are known once the sweep has chosen the best setting of each."""
+    """What has been measured so far. `methods` is set once the sweep has chosen the best
+    settings."""
 
     results: Results
     methods: tuple[Method, ...] = ()
     profiles: tuple[Profile, ...] = ()
 
     def updated(self, **changes: object) -> "BenchState":
-        """With these fields of the results changed."""
+        """Return the state with these fields of the results changed."""
         return replace(self, results=self.results.model_copy(update=changes))
 
 
 @dataclass(frozen=True, slots=True)
 class BenchTools:
-    """What stages measure with. `keep` gets the results after each round; `profile` measures the pair by itself."""
+    """The tools of the stages: `keep` stores the results after each round; `profile` measures the
+    pair alone."""
 
     runner: Runner
     progress: Progress
@@ -109,12 +111,12 @@ class BenchTools:
     profile: Callable[[], Profile]
 
     def discard(self, plan: Sequence[Round], note: str) -> None:
-        """Do the rounds for their effect on caches and on what methods learn."""
+        """Run the rounds only to warm caches and to let methods learn."""
         for _ in loop.measure(plan, self.runner, self.progress, note):
             pass
 
     def add(self, results: Results, plan: Sequence[Round], note: str) -> Results:
-        """The results with the runs of these rounds, kept round by round."""
+        """Return the results with the runs of these rounds, stored round by round."""
         return loop.collect(
             results, loop.measure(plan, self.runner, self.progress, note), self.keep
         )
@@ -124,7 +126,7 @@ Stage = Callable[[BenchPlan, BenchState, BenchTools], BenchState]
 
 
 def run_each_once(plan: BenchPlan, state: BenchState, lab: BenchTools) -> BenchState:
-    """Every runner has run before anything is measured."""
+    """Run every runner once before anything is measured."""
     first = [group[0] for group in plan.suite.groups.values()]
     methods = [*plan.suite.fixed, *first, *plan.suite.rivals]
     lab.discard(
@@ -138,7 +140,7 @@ def run_each_once(plan: BenchPlan, state: BenchState, lab: BenchTools) -> BenchS
 
 
 def sweep(plan: BenchPlan, state: BenchState, lab: BenchTools) -> BenchState:
-    """Tries all settings on prompts that are not measured, and chooses the fastest of each method."""
+    """Try all settings on prompts that are not measured, and choose the fastest of each method."""
     tried = tuple(method for group in plan.suite.groups.values() for method in group)
     without_keeping = replace(lab, keep=lambda results: None)
     found = without_keeping.add(
@@ -163,7 +165,7 @@ def warm_up(plan: BenchPlan, state: BenchState, lab: BenchTools) -> BenchState:
 
 
 def learn(plan: BenchPlan, state: BenchState, lab: BenchTools) -> BenchState:
-    """The living methods learn what guesses are worth, as they do in a target that serves."""
+    """Let the living methods calibrate their guesses, as a serving target does."""
     lab.discard(
         rounds(plan.cases(plan.learning_prompts, plan.options.size.temperatures), LIVING_METHODS),
         "learning",
@@ -177,7 +179,7 @@ def run_all(plan: BenchPlan, state: BenchState, lab: BenchTools) -> BenchState:
 
 
 def profile(plan: BenchPlan, state: BenchState, lab: BenchTools) -> BenchState:
-    """Measures the pair by itself again: the profile speaks of the machine as the runs met it."""
+    """Profile the pair again, so that the profile reflects the machine during the runs."""
     return replace(state, profiles=(*state.profiles, lab.profile()))
 
 
@@ -199,7 +201,7 @@ def batches(plan: BenchPlan, state: BenchState, lab: BenchTools) -> BenchState:
 
 
 def record_living(plan: BenchPlan, state: BenchState, lab: BenchTools) -> BenchState:
-    """Makes the last run one of the living schedule: its recording is drawn."""
+    """Make a run of the living schedule the last one, because its recording is drawn."""
     lab.discard(
         rounds(plan.cases(plan.warm_up_prompts[:1], (plan.lowest_temperature,)), [LIVING]),
         "a recorded run",
@@ -208,7 +210,7 @@ def record_living(plan: BenchPlan, state: BenchState, lab: BenchTools) -> BenchS
 
 
 def locate_profile(plan: BenchPlan, state: BenchState, lab: BenchTools) -> BenchState:
-    """The profile is the middle of all that were measured, moved to where the methods ran."""
+    """Combine all profiles by their medians, and scale them to the recorded passes."""
     alone = profiling.median_profile((state.results.profile, *state.profiles))
     like = {method.name for method in own_methods(state.methods) if is_forecastable(method.how)}
     where = costs_in_place(alone, [run for run in state.results.runs if run.method in like])
@@ -232,7 +234,7 @@ MEASURING: tuple[Stage, ...] = (
 
 
 def add_acceptance(plan: BenchPlan, state: BenchState) -> BenchState:
-    """Finds how often the draft guesses what plain decoding wrote."""
+    """Measure how often the draft guesses the texts of plain decoding."""
     plain = tuple(run for run in state.results.runs if run.method == PLAIN.name)
     guessed = call_in_subprocess(
         profiling.measure_acceptance, AnsweredRuns(plan.pair, plan.options.seed, plain)
@@ -245,7 +247,7 @@ def add_forecasts(plan: BenchPlan, state: BenchState) -> BenchState:
 
 
 def drop_texts(plan: BenchPlan, state: BenchState) -> BenchState:
-    """Texts and passes have served their purpose; files do not hold them."""
+    """Remove texts and passes, which are not stored."""
     return state.updated(
         runs=tuple(
             run.model_copy(update={"answers": (), "passes": None}) for run in state.results.runs
@@ -261,7 +263,7 @@ FINISHING: tuple[Callable[[BenchPlan, BenchState], BenchState], ...] = (
 
 
 def sweep_results(found: Results, which: Suite, temperature: float) -> tuple[SweepResult, ...]:
-    """The settings that the sweep tried and measured."""
+    """Return the settings that the sweep measured."""
     speeds = {
         (name, method): speed
         for name, group in which.groups.items()

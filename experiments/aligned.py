@@ -1,6 +1,7 @@
-"""`python -m experiments.aligned FOLDER...`: draft models that were trained alike but for what they were drawn to, side by side.
+"""`python -m experiments.aligned FOLDER...` compares draft models that differ only in their
+training loss.
 
-Each FOLDER is what `outrider train draft --loss ...` has made; the others are compared with the first.
+Each FOLDER is the output of `outrider train draft --loss ...`; the first is the reference.
 """
 
 import argparse
@@ -21,13 +22,18 @@ from runtime.core.errors import InvalidRequest, OutriderError
 from training.draft import KL_SHARE
 from training.loop import smooth
 
-MIN_GAIN = 0.05  # more of the first guesses right than with next-token training
+MIN_GAIN = 0.05  # required gain in correct first guesses over next-token training
 CARD, FIGURES = "README.md", "training.json"
 
 
 @dataclass(frozen=True, slots=True)
 class TrainedDraft:
-    """`settings`: as its card says. `rates`: by temperature, of the first k guesses the share that holds the target's choice."""
+    """A trained draft.
+
+    settings  as on its card
+    rates     by temperature and k: the share of positions whose first k guesses contain the
+              target's choice
+    """
 
     name: str
     settings: str
@@ -38,7 +44,8 @@ class TrainedDraft:
 
 
 def read_trained(folder: Path) -> TrainedDraft:
-    """Raises InvalidRequest for a folder that no training of a draft has made."""
+    """Read a trained draft. Raises InvalidRequest if the folder is not the output of a draft
+    training."""
     try:
         found = json.loads((folder / FIGURES).read_bytes())
         rates = {
@@ -51,11 +58,11 @@ def read_trained(folder: Path) -> TrainedDraft:
         least = min(losses)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InvalidRequest(
-            f"{folder} holds no figures of a training: give what `outrider train draft` has made",
+            f"{folder} has no training figures: give an output folder of `outrider train draft`",
             "folder",
         ) from error
     if not rates or not least < float("inf"):
-        raise InvalidRequest(f"{folder} was not measured: train it again", "folder")
+        raise InvalidRequest(f"{folder} has no acceptance figures: train it again", "folder")
     return TrainedDraft(
         folder.name,
         card_value(folder / CARD, "settings"),
@@ -67,7 +74,7 @@ def read_trained(folder: Path) -> TrainedDraft:
 
 
 def results_grid(trained: Sequence[TrainedDraft]) -> Grid:
-    """Acceptance in percent; behind it the difference to the first in points."""
+    """Return acceptance in percent, followed by the difference to the first draft in points."""
     first, lines = trained[0], []
     for temperature, known in sorted(first.rates.items()):
         for one in trained:
@@ -98,14 +105,15 @@ def results_grid(trained: Sequence[TrainedDraft]) -> Grid:
 
 
 def verdict_lines(trained: Sequence[TrainedDraft]) -> list[str]:
-    """Of each but the first, whether its first guess is right as much more often as wanted."""
+    """State for every draft but the first whether its first guess gains as much as required."""
     first, found = trained[0], []
     for one in trained[1:]:
         for temperature in sorted(one.rates.keys() & first.rates.keys()):
             more = one.rates[temperature][1] - first.rates[temperature][1]
             verdict = "met" if more >= MIN_GAIN else "missed"
             found.append(
-                f"{one.name} over {first.name} at temperature {temperature:g}: first guess right {100 * more:+.1f} points (goal "
+                f"{one.name} over {first.name} at temperature {temperature:g}: first guess "
+                f"right {100 * more:+.1f} points (goal "
                 f"{100 * MIN_GAIN:+.0f}: {verdict})"
             )
     return found
@@ -114,11 +122,14 @@ def verdict_lines(trained: Sequence[TrainedDraft]) -> list[str]:
 def results_page(trained: Sequence[TrainedDraft], picture: str) -> str:
     how = "\n".join(f"| {one.name} | {one.settings} | {one.steps} |" for one in trained)
     parts = [
-        "# Draft models drawn to their target",
-        "The same shape, data, seed and steps; the difference is what the draft is drawn to (`outrider train draft --loss`). How often its "
-        "first k guesses hold the token that the target chooses, in percent, on the target's own answers to held-out beginnings, by the "
-        f"rule of the runtime; in brackets the difference to {trained[0].name} in points. The losses are distances of different kinds: "
-        f"only their courses can be compared (tvd and tvd++ follow forward KL for {KL_SHARE:.0%} of the steps, then their loss jumps).",
+        "# Draft models aligned with their target",
+        "All drafts have the same shape, data, seed and steps; only the training loss differs "
+        "(`outrider train draft --loss`). The table shows how often the first k guesses "
+        "contain the "
+        "token that the target chooses, in percent, on the target's own continuations of held-out "
+        f"texts, by the rule of the runtime. In brackets: the difference to {trained[0].name} in "
+        "points. The losses are distances of different kinds, so only their trends can be compared "
+        f"(tvd and tvd++ use forward KL for {KL_SHARE:.0%} of the steps, then their loss jumps).",
         results_grid(trained).markdown(),
         "\n".join(f"- {verdict}" for verdict in verdict_lines(trained)),
         f"![loss by step]({picture})",
@@ -128,7 +139,7 @@ def results_page(trained: Sequence[TrainedDraft], picture: str) -> str:
 
 
 def draw_losses(trained: Sequence[TrainedDraft], file: Path) -> None:
-    """The loss of each, by step: as it was, and smoothed."""
+    """Draw the loss of each draft by step, raw and smoothed."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5 * len(trained), 3.2))
         for axis, one in zip(
@@ -149,9 +160,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=Path,
         nargs="+",
         metavar="FOLDER",
-        help="the first is what the others are compared with",
+        help="trained drafts; the first is the reference",
     )
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="for the page and its picture")
+    parser.add_argument(
+        "--folder", type=Path, default=RESULTS, help="output folder of the page and its picture"
+    )
     given = parser.parse_args(arguments)
     try:
         trained = [read_trained(folder) for folder in given.trained]

@@ -1,8 +1,9 @@
-"""Where bfloat16 lets speculation write another text than plain decoding: `python -m experiments.divergence`.
+"""`python -m experiments.divergence` shows when speculation in bfloat16 changes the text.
 
-A pass over several rows adds up in another order than a pass over one. In float32 that has never changed a choice here; in bfloat16,
-whose numbers have eight digits, two tokens that are nearly equal may change places. So each first difference must
-be a near-tie: in a replay that is given the common text, the two tokens' logits lie a few such steps apart.
+A pass over several rows sums in another order than a pass over one row. In float32 this has never
+changed a choice here. In bfloat16, which has eight significant bits, two nearly equal tokens may
+swap. So each first difference must be a near-tie: in a replay of the common text the two logits are
+only a few bfloat16 steps apart.
 """
 
 import argparse
@@ -29,15 +30,14 @@ from runtime.models.base import causal
 from runtime.models.hf import HFModel
 from runtime.models.loader import load_model, load_tokenizer
 
-BF16_STEP = (
-    2.0**-7
-)  # between neighbouring bfloat16 numbers, in relation to the power of two below them
-MAX_TIE_STEPS = 8  # such steps: logits are sums over many rounded numbers
+BF16_STEP = 2.0**-7  # spacing of bfloat16 numbers relative to the power of two below them
+MAX_TIE_STEPS = 8  # logits are sums of many rounded numbers
 
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """The first difference of two outputs: how many tokens are equal before it, and the two logits in the replay."""
+    """The first difference of two outputs: its position, the two tokens, and their logits in the
+    replay."""
 
     place: int
     tokens: tuple[int, int]
@@ -45,7 +45,7 @@ class Divergence:
 
     @property
     def steps(self) -> float:
-        """How far apart, in steps of bfloat16 numbers of their size."""
+        """The distance of the logits in bfloat16 steps of their magnitude."""
         first, second = self.logits
         return abs(first - second) / (
             BF16_STEP * 2.0 ** math.floor(math.log2(max(abs(first), abs(second), 1e-30)))
@@ -59,7 +59,11 @@ class Divergence:
 def first_divergence(
     model: HFModel, prompt: Sequence[int], one: Sequence[int], other: Sequence[int]
 ) -> Divergence | None:
-    """None where the outputs are equal, or one only longer. The replay is one causal pass over the text that both have."""
+    """Return the first difference, or None if the outputs are equal or one is a prefix of the
+    other.
+
+    The replay is one causal pass over the common text.
+    """
     place = next(
         (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None
     )
@@ -74,7 +78,7 @@ def first_divergence(
 async def answer_both_ways(
     deployment: config.Deployment, prompts: Sequence[Tokens], sampling: SamplingParams
 ) -> list[tuple[Tokens, Tokens]]:
-    """Of each prompt, with speculation and without."""
+    """Answer each prompt with speculation and without."""
     found = []
     async with local_service(deployment, lambda note: None) as service:
         for prompt in track(prompts, "writing", console=Console(stderr=True)):
@@ -94,7 +98,7 @@ def main() -> None:
     parser.add_argument("--draft", default=bundled_model("draft"))
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--count", type=int, default=20, help="held-out prompts")
-    parser.add_argument("--tokens", type=int, default=128, help="of each output")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens per output")
     given = parser.parse_args()
     deployment = build_deployment(
         given.target, (given.draft,), 1, given.dtype, "auto", local=True, policy="sync"
@@ -129,7 +133,8 @@ def main() -> None:
     console.print(table)
     differ = [one for _, one in found if one is not None]
     console.print(
-        f"{len(differ)} of {len(prompts)} texts differ; {sum(one.near_tie for one in differ)} of these at a near-tie"
+        f"{len(differ)} of {len(prompts)} texts differ; "
+        f"{sum(one.near_tie for one in differ)} of these at a near-tie"
     )
     raise SystemExit(any(not one.near_tie for one in differ))
 

@@ -1,8 +1,9 @@
-"""`python -m experiments.same_tree`: tokens per step of each head where every step verifies as many rows, whatever they cost.
+"""`python -m experiments.same_tree` counts each head's tokens per step with trees of equal size.
 
-The living schedule verifies as many rows as make it fastest, fewer where a head makes its rows dear: so what it reaches says as much of
-the machine as of the head. Papers measure where a step of many rows takes as long as one of one. Here only tokens are counted, and no
-pseudo row is left out for its price: on any machine the same.
+The living schedule verifies as many rows as make it fastest, and fewer if a head makes rows
+expensive. Its results therefore depend on the machine as well as on the head. Papers measure on
+hardware on which a step of many rows takes as long as a step of one. This experiment only counts
+tokens, and drops no pseudo row for its cost, so the result is the same on any machine.
 """
 
 import argparse
@@ -33,13 +34,13 @@ from runtime.target.head_runner import MountedHead
 from runtime.target.target import Target
 from runtime.target.verifier import Verifier
 
-ROW_COUNTS = (4, 8, 16)  # verified in a step, beside the root
+ROW_COUNTS = (4, 8, 16)  # verified per step, besides the root
 FILE = "same-tree.md"
 
 
 @dataclass(frozen=True, slots=True)
 class StepCount:
-    """Tokens per step of one head, once it has learned what its guesses are worth."""
+    """The tokens and steps of one head after its guesses have been calibrated."""
 
     head: str
     temperature: float
@@ -55,7 +56,7 @@ class StepCount:
 async def collect_stats(
     engine: Engine, prompts: Sequence[Prompt], sampling: SamplingParams
 ) -> list[Stats]:
-    """The figures of each text, one after the other."""
+    """Return the stats of each text, decoded one after the other."""
     target, found = (
         Target(engine, stop_checker_factory(load_tokenizer(bundled_model("target")), frozenset())),
         [],
@@ -75,7 +76,7 @@ async def collect_stats(
 def count_steps(
     model: HFModel, name: str, temperature: float, rows: int, prompts: Sequence[Prompt]
 ) -> StepCount:
-    """The clock stands: heads that take long are asked all the same."""
+    """Count the steps; the clock is frozen, so slow heads are queried too."""
     head = build_head(HeadConfig(method=name), model, load_tokenizer(bundled_model("target")))
     engine = Engine(
         model,
@@ -98,7 +99,7 @@ def count_steps(
 
 
 def results_grid(all_: Sequence[StepCount]) -> Grid:
-    """A line for each head and temperature, a column for each number of rows."""
+    """Return a row per head and temperature, and a column per number of rows."""
     by = {(one.temperature, one.head, one.rows): f"{one.tokens_per_step:.2f}" for one in all_}
     lines = dict.fromkeys((one.temperature, one.head) for one in all_)
     cells = tuple(
@@ -116,9 +117,12 @@ def results_grid(all_: Sequence[StepCount]) -> Grid:
 def results_page(all_: Sequence[StepCount], prompts: int) -> str:
     return (
         "# Heads with the same tree\n\n"
-        f"Tokens per step where every step verifies so many rows beside the root, on the target that ships, alone; {prompts} held-out "
-        f"prompts, {NEW_TOKENS} new tokens of each (`python -m experiments.same_tree`). Only counted: the figures are the same on a slower "
-        "machine. What comes of it where each row has its price is in [methods.md](methods.md).\n\n"
+        "Tokens per step if every step verifies the given number of rows besides the root, on the "
+        f"shipped target without a drafter; {prompts} held-out prompts, {NEW_TOKENS} new "
+        "tokens each "
+        "(`python -m experiments.same_tree`). Tokens are only counted, so the figures do not "
+        "depend "
+        "on the machine. [methods.md](methods.md) shows the speed if every row costs time.\n\n"
         + results_grid(all_).markdown()
         + "\n"
     )

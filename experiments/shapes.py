@@ -1,6 +1,8 @@
-"""`python -m experiments.shapes FOLDER` finds the fastest of draft models of one size and several depths.
+"""`python -m experiments.shapes FOLDER` finds the fastest of draft models of one size and several
+depths.
 
-`outrider tune shapes` makes them, and estimates the speed-up by a rule of thumb; here each drafts for the target that ships, widened.
+`outrider tune shapes` makes the models and estimates their speed-up by a rule of thumb. Here each
+drafts for the widened shipped target.
 """
 
 import argparse
@@ -45,7 +47,8 @@ METHODS = (
 
 @dataclass(frozen=True, slots=True)
 class MeasuredShape:
-    """A draft model: its folder, millions of parameters, milliseconds of a pass by rows, acceptance by number of guesses."""
+    """A draft model: its folder, millions of parameters, milliseconds of a pass by rows, and
+    acceptance by number of guesses."""
 
     folder: Path
     million: float
@@ -55,7 +58,7 @@ class MeasuredShape:
 
 @dataclass(frozen=True, slots=True)
 class ShapeResult:
-    """`speeds` and `gains` (times plain decoding) by temperature."""
+    """The measured speeds, and the gains over plain decoding, by temperature."""
 
     shape: MeasuredShape
     speeds: dict[float, float]
@@ -63,7 +66,8 @@ class ShapeResult:
 
 
 def read_shapes(folder: Path) -> list[MeasuredShape]:
-    """Raises InvalidRequest for a folder that `outrider tune shapes` has not made."""
+    """Read the shapes. Raises InvalidRequest if the folder is not the output of `outrider tune
+    shapes`."""
     try:
         return [
             MeasuredShape(
@@ -76,7 +80,7 @@ def read_shapes(folder: Path) -> list[MeasuredShape]:
         ]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InvalidRequest(
-            f"{folder} holds no shapes: give the folder that `outrider tune shapes` has made",
+            f"{folder} has no shapes: give an output folder of `outrider tune shapes`",
             "folder",
         ) from error
 
@@ -122,9 +126,12 @@ def results_page(all_: Sequence[ShapeResult], prompts: int, picture: str) -> str
     facts, best = machine(2), max(all_, key=lambda one: one.gains[TEMPERATURES[0]])
     parts = [
         "# Draft models of one size",
-        "The same parameters as few wide or many narrow layers, trained alike by `outrider tune shapes`; then each drafts for the target "
-        f"that ships, widened, as the only drafter of the living schedule. {facts.processor}, {facts.date}; {prompts} prompts, "
-        f"{NEW_TOKENS} new tokens. Acceptance is at temperature 0, on the target's own answers to held-out beginnings.",
+        "The same number of parameters as few wide or many narrow layers, trained alike by "
+        "`outrider "
+        "tune shapes`. Each drafts for the widened shipped target, as the only drafter of "
+        "the living "
+        f"schedule. {facts.processor}, {facts.date}; {prompts} prompts, {NEW_TOKENS} new tokens. "
+        "Acceptance is at temperature 0, on the target's own continuations of held-out texts.",
         results_grid(all_).markdown(),
         f"Fastest end to end at temperature 0: {best.shape.folder.name}.",
         f"![latency against acceptance, and speed]({picture})",
@@ -133,7 +140,7 @@ def results_page(all_: Sequence[ShapeResult], prompts: int, picture: str) -> str
 
 
 def draw_shapes(all_: Sequence[ShapeResult], file: Path) -> None:
-    """Left the trade-off, latency against acceptance; right what it comes to."""
+    """Draw latency against acceptance on the left, and the resulting speed on the right."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11, 3.8))
         left, right = figure.subplots(1, 2)
@@ -181,10 +188,12 @@ def draw_shapes(all_: Sequence[ShapeResult], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "shapes", type=Path, metavar="FOLDER", help="as `outrider tune shapes` has left it"
+        "shapes", type=Path, metavar="FOLDER", help="output folder of `outrider tune shapes`"
     )
     parser.add_argument("--count", type=int, default=3, help="prompts")
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="for the page and its picture")
+    parser.add_argument(
+        "--folder", type=Path, default=RESULTS, help="output folder of the page and its picture"
+    )
     arguments = parser.parse_args()
     try:
         shapes = read_shapes(arguments.shapes)

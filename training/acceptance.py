@@ -1,4 +1,5 @@
-"""How often guesses hold the token that the target chooses, on its own held-out texts, by the runtime's own coupled rule."""
+"""Acceptance: how often guesses contain the token that the target chooses, on its own held-out
+texts, by the runtime's coupled rule."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,16 +14,19 @@ from runtime.models.acceptance import RANKS
 from runtime.models.sampler import candidates
 from training.outputs import TargetText
 
-# Logits (positions, context, vocabulary) of a text (context,): row p of position i says what is at p + offset + i.
+# Logits (positions, context, vocabulary) of a text (context,): row p of position i predicts the
+# token at p + offset + i.
 Guess = Callable[[Sequence[int]], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOutAcceptance:
-    """At one temperature.
+    """The acceptance at one temperature.
 
-    rates  of each position ahead: share of the target's choices among the first k guesses, by k of RANKS
-    chain  tokens of a step that verifies the best guess of each position, one behind the other, and no tree: from 1 to positions + 1
+    rates  for each position ahead: share of the target's choices among the first k guesses, by k of
+           RANKS
+    chain  mean tokens of a step that verifies a chain of the best guess of each position, without a
+           tree: from 1 to positions + 1
     """
 
     temperature: float
@@ -40,7 +44,11 @@ class HeldOutAcceptance:
 def measure_acceptance(
     texts: Sequence[TargetText], guess: Guess, offset: int
 ) -> list[HeldOutAcceptance]:
-    """By temperature, rising. `offset`: 1 for a draft, whose row says what comes next, 2 for a head, whose target says that itself."""
+    """Return the acceptance by rising temperature.
+
+    `offset` is 1 for a draft, whose row predicts the next token, and 2 for a head, because the
+    target itself predicts the next token.
+    """
     temperatures = sorted({text.sampling.temperature for text in texts})
     return [
         acceptance_at(
@@ -68,9 +76,11 @@ def acceptance_at(
 
 
 def ranks_of(text: TargetText, logits: Tensor, offset: int) -> npt.NDArray[np.int64]:
-    """(positions, n): place of the target's choice among the guesses, from 0, or -1. Column m is of a step whose guesses begin at output m.
+    """Return (positions, n) ranks of the target's choice among the guesses, from 0, or -1 if
+    absent.
 
-    The last steps, whose guesses reach beyond the text, are left out.
+    Column m belongs to a step whose guesses begin at output m. The last steps, whose guesses reach
+    beyond the text, are excluded.
     """
     positions, prompt, output = len(logits), len(text.prompt), np.asarray(text.output)
     n = len(output) - positions + 1
@@ -78,7 +88,7 @@ def ranks_of(text: TargetText, logits: Tensor, offset: int) -> npt.NDArray[np.in
     for i in range(positions):
         rows = logits[
             i, prompt - offset : prompt - offset + n
-        ]  # row p guesses place p + offset + i, which is output p + offset + i - prompt
+        ]  # row p guesses position p + offset + i, which is output p + offset + i - prompt
         paths = [text.output[: m + i] for m in range(n)]
         tokens, _ = candidates(
             rows, SamplingInput(text.sampling, prompt, text.prompt, paths, frozenset()), max(RANKS)

@@ -1,4 +1,4 @@
-"""The card of something trained: README.md beside it."""
+"""The card of a trained model: the README.md in its folder."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,22 +25,24 @@ base_model: {base}
 
 # {title} for {base}
 
-Guesses ahead of its target and changes none of its tokens. Use it: `outrider generate --target {base} --draft FOLDER`.
+Drafts for its target without changing any of its tokens. Use it:
+`outrider generate --target {base} --draft FOLDER`.
 
 | | |
 |---|---|
 | settings | {settings} |
-| data | {documents} documents, {tokens:.2f} million tokens to learn from, {held_out:.2f} million held out |
+| data | {documents} documents, {tokens:.2f}M training tokens, {held_out:.2f}M held out |
 | the target's own texts | {own} |
-| steps | {steps} of {batch} texts of {context} tokens, {passed:.2f} million tokens together |
+| steps | {steps} of {batch} texts of {context} tokens, {passed:.2f} million tokens in total |
 | loss at the end | {loss:.3f} |
 | time of the last run | {minutes:.1f} minutes |
 | seed | {seed} |
 
 ## Acceptance
 
-How often the first k guesses for a place hold the token that the target chooses there, on the target's own continuations of held-out
-beginnings, by the rule of the runtime (at temperature > 0 guesses and choices share their noise).
+How often the first k guesses for a position contain the token that the target chooses there, on the
+target's own continuations of held-out texts, by the rule of the runtime (at temperature > 0 guesses
+and choices share their noise).
 
 {acceptance}
 
@@ -59,7 +61,10 @@ def render_card(
     seconds: float,
     measured: Sequence[HeldOutAcceptance],
 ) -> str:
-    """`seconds`: of the last run of the training, which may have gone on where another was interrupted."""
+    """Return the card.
+
+    `seconds` is the time of the last run, which may have resumed an interrupted training.
+    """
     own = order["own"]
     return TEMPLATE.format(
         title=TITLES[method],
@@ -85,7 +90,7 @@ def render_card(
 
 def acceptance_table(measured: Sequence[HeldOutAcceptance]) -> str:
     rows = [
-        "| temperature | place ahead | "
+        "| temperature | position | "
         + " | ".join(f"k = {rank}" for rank in RANKS)
         + " | tokens per step, one guess each |"
     ]
@@ -94,13 +99,14 @@ def acceptance_table(measured: Sequence[HeldOutAcceptance]) -> str:
         for place, rates in enumerate(at.rates, start=1):
             cells = " | ".join(f"{rates[rank]:.3f}" for rank in RANKS)
             rows.append(
-                f"| {at.temperature:g} | {place} | {cells} | {f'{at.chain:.2f}' if place == 1 else ''} |"
+                f"| {at.temperature:g} | {place} | {cells} | "
+                f"{f'{at.chain:.2f}' if place == 1 else ''} |"
             )
     return "\n".join(rows)
 
 
 def loss_curve(losses: list[float]) -> str:
-    """The loss, smoothed, at evenly spread steps."""
+    """Return a table of the smoothed loss at evenly spaced steps."""
     smoothed, last = smooth(losses), len(losses) - 1
     steps = sorted({round(index * last / (CURVE_POINTS - 1)) for index in range(CURVE_POINTS)})
     head = "| step | " + " | ".join(str(step + 1) for step in steps) + " |"
@@ -114,7 +120,8 @@ def loss_curve(losses: list[float]) -> str:
 
 
 def shapes_table(curve: Mapping[DraftShape, Times], vocabulary: int) -> str:
-    """A section of the card with what shapes of one size take, or nothing where none was measured."""
+    """Return a card section with the pass times of shapes of one size, or "" if none was
+    measured."""
     if not curve:
         return ""
     widths = sorted(next(iter(curve.values())))
@@ -122,7 +129,7 @@ def shapes_table(curve: Mapping[DraftShape, Times], vocabulary: int) -> str:
         "",
         "## Shape",
         "",
-        "Milliseconds of a pass, by its rows, of shapes of about the same size; the first was chosen.",
+        "Milliseconds of a pass by rows, for shapes of about the same size; the first was chosen.",
         "",
     ]
     rows.append(
@@ -134,6 +141,7 @@ def shapes_table(curve: Mapping[DraftShape, Times], vocabulary: int) -> str:
     for shape, times in curve.items():
         cells = " | ".join(f"{1e3 * times[width]:.2f}" for width in widths)
         rows.append(
-            f"| {shape.layers} | {shape.hidden} | {shape.parameters(vocabulary) / 1e6:.2f} | {cells} |"
+            f"| {shape.layers} | {shape.hidden} | {shape.parameters(vocabulary) / 1e6:.2f} | "
+            f"{cells} |"
         )
     return "\n".join(rows) + "\n"

@@ -1,4 +1,5 @@
-"""Draft models: a small language model drawn towards a target, on the target's own texts and on the data."""
+"""Training of draft models: a small language model distilled from a target, on the target's own
+texts and on the data."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -23,8 +24,10 @@ DISTANCES = {
     LossKind.tvd: losses.tvd,
     LossKind.tvd_plus_plus: losses.tvd_plus_plus,
 }
-KL_SHARE = 0.8  # share of the steps in which tvd and tvd++ follow KL: at first their gradient is almost nothing, and they narrow a draft down
-CONTINUED_RATE_FACTOR = 0.1  # of the learning rates, for a draft that knows something already
+# share of the steps for which tvd and tvd++ use KL: their initial gradient is almost zero, and they
+# narrow the draft's distribution
+KL_SHARE = 0.8
+CONTINUED_RATE_FACTOR = 0.1  # learning rate factor for a pretrained draft
 PROPOSAL_FILE = "shape.json"
 
 
@@ -42,7 +45,7 @@ def draft_settings(steps: int, seed: int, fresh: bool) -> TrainingSettings:
 
 
 def new_draft(shape: DraftShape, teacher: Teacher, seed: int) -> PreTrainedModel:
-    """Of random weights, with the target's vocabulary and context."""
+    """Create a randomly initialised draft with the target's vocabulary and context."""
     torch.manual_seed(seed)
     config = shape.config(
         teacher.model.vocabulary, teacher.model.context, teacher.tokenizer.eos_token_id
@@ -51,7 +54,7 @@ def new_draft(shape: DraftShape, teacher: Teacher, seed: int) -> PreTrainedModel
 
 
 def load_start(start: str, device: torch.device) -> PreTrainedModel:
-    """A model to go on from, in float32. Raises ModelRefused."""
+    """Load a model to continue training from, in float32. Raises ModelRefused."""
     folder = find_folder(start)
     module: PreTrainedModel = read_weights(
         folder, start, read_config(folder, start), torch.float32, device
@@ -60,7 +63,10 @@ def load_start(start: str, device: torch.device) -> PreTrainedModel:
 
 
 def distillation(teacher: Teacher, draft: PreTrainedModel, goal: LossKind) -> Loss:
-    """Towards `goal`; tvd and tvd++ begin with forward KL. Token ids that one of the two has no logit for are left out."""
+    """Return the loss towards `goal`; tvd and tvd++ begin with forward KL.
+
+    Token ids for which one of the two models has no logit are ignored.
+    """
 
     def loss(rows: Tensor, done: float) -> Tensor:
         rows = rows.to(teacher.model.device)
@@ -78,7 +84,7 @@ def distillation(teacher: Teacher, draft: PreTrainedModel, goal: LossKind) -> Lo
 
 
 def draft_guesser(draft: PreTrainedModel) -> Callable[[Sequence[int]], Tensor]:
-    """Logits (1, context, vocabulary) of a text, on the CPU."""
+    """Return a function from a text to its logits (1, context, vocabulary) on the CPU."""
 
     def guess(text: Sequence[int]) -> Tensor:
         with torch.no_grad():
@@ -93,7 +99,10 @@ def draft_guesser(draft: PreTrainedModel) -> Callable[[Sequence[int]], Tensor]:
 def settle_shape(
     work: Path, budget: float, vocabulary: int, measure: Measure
 ) -> tuple[DraftShape, dict[DraftShape, Times]]:
-    """The proposed shape and what was measured for it: measured once, so that an interrupted training goes on with the same."""
+    """Return the proposed shape and its measurements.
+
+    The measurement is stored, so that a resumed training uses the same shape.
+    """
     file = work / PROPOSAL_FILE
     if not file.exists():
         shape, curve = propose_shape(budget, vocabulary, measure)
@@ -113,7 +122,10 @@ def settle_shape(
 
 
 def save_draft(draft: PreTrainedModel, teacher: Teacher, folder: Path) -> None:
-    """A Hugging Face folder with the target's tokenizer; weights in bfloat16, to which those of `draft` are rounded too."""
+    """Save a Hugging Face folder with the target's tokenizer.
+
+    The weights are bfloat16; those of `draft` are rounded to bfloat16 too.
+    """
     draft.to(torch.bfloat16).save_pretrained(folder)
     draft.float()
     teacher.tokenizer.save_pretrained(folder)

@@ -1,4 +1,5 @@
-"""Training of heads: what a head guesses at each place ahead is drawn towards what the target itself says there, later."""
+"""Training of heads: each position's guess is distilled from what the target predicts there
+later."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,20 +10,25 @@ from training.loop import Loss
 from training.losses import forward_kl
 from training.teacher import States, Teacher
 
-# Of a batch of texts: states after the final norm (positions, batch, context, hidden), for each position ahead; and a loss of their own.
+# States after the final norm (positions, batch, context, hidden) for a batch of texts, one for each
+# position ahead, and an additional loss.
 Forward = Callable[[States], tuple[Tensor, Tensor]]
 
 DRAFT_OFFSET, HEAD_OFFSET = (
     1,
     2,
-)  # offsets: how far behind its row the first place is that is guessed. What is at 1 the target itself says in the row
-POSITION_DECAY = 0.8  # weight of each position against the one before: what is further ahead is reached less often (Medusa, arXiv 2401.10774)
+)  # offset of the first guessed position from its row; the target itself predicts offset 1
+# weight of each position relative to the one before, because later ones are reached less often
+# (Medusa, arXiv 2401.10774)
+POSITION_DECAY = 0.8
 
 
 def distillation(teacher: Teacher, forward: Forward, offset: int = HEAD_OFFSET) -> Loss:
-    """Forward KL to the target's own distribution at each position, plus what `forward` itself asks for.
+    """Return the forward KL to the target's distribution at each position, plus the loss of
+    `forward`.
 
-    The state of position i in row p says what is at p + offset + i; so does the target's own state in row p + offset - 1 + i.
+    The state of position i in row p predicts the token at p + offset + i; so does the target's own
+    state in row p + offset - 1 + i.
     """
 
     def loss(rows: Tensor, _: float) -> Tensor:
@@ -41,7 +47,8 @@ def distillation(teacher: Teacher, forward: Forward, offset: int = HEAD_OFFSET) 
 
 
 def head_guesser(teacher: Teacher, forward: Forward) -> Callable[[Sequence[int]], Tensor]:
-    """Logits (positions, context, vocabulary) of a text's heads, on the CPU."""
+    """Return a function from a text to the heads' logits (positions, context, vocabulary) on the
+    CPU."""
 
     def guess(text: Sequence[int]) -> Tensor:
         with torch.no_grad():

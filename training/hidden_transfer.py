@@ -1,4 +1,5 @@
-"""Hidden transfer (arXiv 2404.12022): pseudo states of places ahead, which pass the upper layers of the frozen target beside its own."""
+"""Training of hidden transfer (arXiv 2404.12022): pseudo states of later positions pass through the
+frozen target's upper layers together with its own states."""
 
 from typing import Any
 
@@ -12,11 +13,16 @@ from runtime.models.llama import is_llama
 from training.heads import Forward
 from training.teacher import States, Teacher
 
-STATE_LOSS_WEIGHT = 0.5  # weight of the distance between pseudo states and true ones, layer by layer, beside the distance of what they say
+# weight of the layer-wise distance between pseudo and true states, relative to the distance of
+# their predictions
+STATE_LOSS_WEIGHT = 0.5
 
 
 class ReadOnlyCache:
-    """The target's own keys and values of a text, for rows that read them and leave none. Has the method of a cache that layers call."""
+    """A cache with the target's keys and values of a text, for rows that read but add none.
+
+    It has the one cache method that layers call.
+    """
 
     def __init__(self, cache: Any) -> None:
         self.cache = cache
@@ -27,28 +33,31 @@ class ReadOnlyCache:
 
 
 def check_target(teacher: Teacher, context: int) -> None:
-    """Raises ModelRefused for a target whose layers cannot be run one by one over a text of so many tokens."""
+    """Raise ModelRefused if the target's layers cannot be run one by one over a text of this
+    length."""
     name, config = teacher.model.name, teacher.module.config
     if not is_llama(teacher.module):
         raise ModelRefused(
-            f"model {name} ({config.model_type}) is not built as Llama is: train medusa for it"
+            f"model {name} ({config.model_type}) is not a Llama-like model: train medusa for it"
         )
     if any(window is not None and window <= context for window in layer_windows(config).values()):
         raise ModelRefused(
-            f"model {name} looks back over less than {context} tokens: give a smaller --context"
+            f"model {name} attends to fewer than {context} tokens: give a smaller --context"
         )
 
 
 def default_layers(layers: int, positions: int) -> list[int]:
-    """Where the pseudo states of each position enter: a third of the way up, those further ahead a layer later."""
+    """Return the layer at which each position's pseudo states enter: a third of the way up, and one
+    layer later for each further position."""
     return [min(layers - 1, max(1, layers // 3) + i) for i in range(positions)]
 
 
 def make_forward(maps: HiddenTransfer, teacher: Teacher) -> Forward:
-    """The pseudo row i of the row at p enters layer l_i and stands at place p + 1 + i. It sees what that row sees, the row, the pseudo
-    rows before it, itself.
+    """Return the forward pass of the pseudo rows.
 
-    The loss of its own: the squared distance of pseudo from true states after each layer, relative to the size of the true ones.
+    Pseudo row i of row p enters layer l_i at position p + 1 + i. It sees everything that row p
+    sees, row p, the pseudo rows before it, and itself. The additional loss is the squared distance
+    of pseudo from true states after each layer, relative to the size of the true states.
     """
     body: Any = teacher.module.model
     lowest, positions = min(maps.layers), len(maps.layers)
@@ -94,7 +103,8 @@ def make_forward(maps: HiddenTransfer, teacher: Teacher) -> Forward:
 
 
 def pseudo_row_mask(context: int, positions: int, device: torch.device) -> Tensor:
-    """bool (1, 1, positions * context, (1 + positions) * context): which keys, of the text, then of pseudo rows, a pseudo row sees."""
+    """Return the attention mask of pseudo rows: bool (1, 1, positions * context, (1 + positions) *
+    context). The keys are those of the text, followed by those of the pseudo rows."""
     text = torch.ones(context, context, dtype=torch.bool, device=device).tril()
     own = torch.eye(context, dtype=torch.bool, device=device)
     none = torch.zeros_like(own)
@@ -103,8 +113,11 @@ def pseudo_row_mask(context: int, positions: int, device: torch.device) -> Tenso
 
 
 def state_distance(pseudo: Tensor, true: Tensor) -> Tensor:
-    """Mean over positions of the squared distance, relative to the true states' squares. pseudo (batch, positions, context, hidden) stands
-    one further to the right than true (batch, context, hidden) for each position."""
+    """Return the squared distance relative to the true states' squares, averaged over positions.
+
+    `pseudo` (batch, positions, context, hidden) is shifted right by one more than `true` (batch,
+    context, hidden) for each position.
+    """
     total = torch.zeros((), device=true.device)
     for i in range(pseudo.shape[1]):
         wanted = true[:, 1 + i :].float()

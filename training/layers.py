@@ -1,7 +1,8 @@
-"""Which of the target's layers make the best drafter: a search over skipped layers on calibration text.
+"""A search for the subset of the target's layers that drafts best, on calibration text.
 
-Draft & Verify (arXiv 2309.08168) and LayerSkip (2404.16710) draft with some of the target's own layers. The search takes away, one after
-the other, the layer without which the rest still says most often what the whole target says: a greedy path through all numbers of layers.
+Draft & Verify (arXiv 2309.08168) and LayerSkip (2404.16710) draft with some of the target's own
+layers. The search is greedy: it removes one layer after the other, each time the layer without
+which the rest agrees most often with the whole target. The path covers every number of layers.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,16 +22,17 @@ from runtime.sim.forecast import Setting, forecast
 from runtime.sim.pair_profile import PairProfile
 from training.teacher import Teacher
 
-FORECAST_TOKENS = 200  # of a forecast
+FORECAST_TOKENS = 200  # tokens of a forecast
 
 Score = Callable[
     [Sequence[int]], float
-]  # layers that are kept -> share of tokens on which they agree with all
+]  # kept layers -> share of tokens on which they agree with the whole target
 
 
 @dataclass(frozen=True, slots=True)
 class Subset:
-    """layers: numbers of those kept, rising. acceptance: share of tokens that they choose as the whole target does."""
+    """The kept layers, in rising order, and the share of tokens that they choose as the whole
+    target does."""
 
     layers: tuple[int, ...]
     acceptance: float
@@ -39,7 +41,10 @@ class Subset:
 def search_layers(
     count: int, score: Score, tell: Callable[[int], None] = lambda more: None
 ) -> list[Subset]:
-    """From all of `count` layers but one down to a single one; each is its predecessor less a layer. `tell` hears of each trial."""
+    """Return subsets from `count` - 1 layers down to one; each is its predecessor minus a layer.
+
+    `tell` is called after each trial.
+    """
     kept, found = tuple(range(count)), []
     while len(kept) > 1:
         trials = []
@@ -54,18 +59,19 @@ def search_layers(
 
 
 def count_trials(count: int) -> int:
-    """How many subsets a search looks at."""
+    """Return the number of subsets that a search evaluates."""
     return count * (count + 1) // 2 - 1
 
 
 def forecast_speed_up(
     rates: Mapping[int, float], share: float, times: Mapping[int, float]
 ) -> float:
-    """What the planner expects of layers that draft on a device of their own while the target computes, over plain decoding.
+    """Return the planner's speed-up for layers that draft on a separate device while the target
+    computes.
 
-    rates  how often their first k guesses hold the target's choice, by k
-    share  of the time of a pass of the target
-    times  seconds of a pass of the target, by rows
+    rates  how often their first k guesses contain the target's choice, by k
+    share  time of a draft pass relative to a target pass
+    times  seconds of a target pass, by rows
     """
     draft = {rows: share * seconds for rows, seconds in times.items()}
     pair = PairProfile(target=dict(times), draft=draft, acceptance=dict(rates), rtt=0.0)
@@ -76,12 +82,12 @@ def forecast_speed_up(
 
 
 def best_subset(promises: Mapping[Subset, float]) -> Subset:
-    """That with the greatest speed-up."""
+    """Return the subset with the greatest speed-up."""
     return max(promises, key=lambda subset: promises[subset])
 
 
 def as_json(identity: ModelIdentity, promises: Mapping[Subset, float]) -> dict[str, Any]:
-    """What `--draft layer-skip` reads, `layers`, and how it was found."""
+    """Return the `layers` that `--draft layer-skip` reads, and how they were found."""
 
     def told(subset: Subset) -> dict[str, Any]:
         return {
@@ -100,18 +106,20 @@ def as_json(identity: ModelIdentity, promises: Mapping[Subset, float]) -> dict[s
 
 
 def layers_of(teacher: Teacher) -> nn.ModuleList:
-    """Raises ModelRefused where they are not to be found, or there is one alone."""
+    """Return the target's layers. Raises ModelRefused if they cannot be found or there is only
+    one."""
     found: Any = getattr(getattr(teacher.module, "model", None), "layers", None)
     if not isinstance(found, nn.ModuleList) or len(found) < 2:
         raise ModelRefused(
-            f"model {teacher.model.name} has no layers in model.layers to choose from: choose a target built as Llama is"
+            f"model {teacher.model.name} has no layers to choose from in model.layers: "
+            "choose a Llama-like target"
         )
     return found
 
 
 @contextmanager
 def keep_layers(teacher: Teacher, layers: Sequence[int]) -> Iterator[None]:
-    """The target without its other layers, for as long as the block lasts."""
+    """Remove the target's other layers inside the block."""
     whole = layers_of(teacher)
     teacher.module.model.layers = nn.ModuleList(whole[layer] for layer in layers)
     try:
@@ -121,7 +129,10 @@ def keep_layers(teacher: Teacher, layers: Sequence[int]) -> Iterator[None]:
 
 
 def agreement_score(teacher: Teacher, texts: Sequence[Tensor]) -> Score:
-    """On texts (batch, context) each: how often the kept layers' most likely token is the whole target's."""
+    """Score kept layers by how often their most likely token is the whole target's.
+
+    `texts` are batches (batch, context).
+    """
     found = rank_rates(teacher, texts, (1,))
     return lambda layers: found(layers)[1]
 
@@ -129,7 +140,10 @@ def agreement_score(teacher: Teacher, texts: Sequence[Tensor]) -> Score:
 def rank_rates(
     teacher: Teacher, texts: Sequence[Tensor], ranks: Sequence[int] = RANKS
 ) -> Callable[[Sequence[int]], dict[int, float]]:
-    """On texts (batch, context) each: how often the kept layers' first k guesses hold the whole target's choice, by k."""
+    """Score kept layers by how often their first k guesses contain the whole target's choice, by k.
+
+    `texts` are batches (batch, context).
+    """
     wanted = [top_tokens(teacher, rows, 1) for rows in texts]
 
     def found(layers: Sequence[int]) -> dict[int, float]:
@@ -146,14 +160,15 @@ def rank_rates(
 
 
 def pass_share(teacher: Teacher, layers: Sequence[int]) -> float:
-    """Share of a pass of the whole target, by the weights that are read: the layers and the unembedding."""
+    """Return the cost of a pass relative to the whole target's, by the weights of layers and
+    unembedding."""
     unembedding = teacher.module.get_output_embeddings().weight.numel()
     sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in layers_of(teacher)]
     return float((sum(sizes[layer] for layer in layers) + unembedding) / (sum(sizes) + unembedding))
 
 
 def top_tokens(teacher: Teacher, rows: Tensor, most: int) -> Tensor:
-    """(batch, context, most), most likely first."""
+    """Return the top tokens (batch, context, most), most likely first."""
     try:
         with torch.no_grad():
             found: Tensor = (
@@ -164,5 +179,6 @@ def top_tokens(teacher: Teacher, rows: Tensor, most: int) -> Tensor:
         return found
     except MODEL_ERRORS as misfit:
         raise ModelRefused(
-            f"model {teacher.model.name} does not run without some of its layers ({misfit}): choose another"
+            f"model {teacher.model.name} does not run without some layers ({misfit}): choose "
+            "another model"
         ) from misfit

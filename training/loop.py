@@ -1,4 +1,5 @@
-"""One training loop for everything that is trained: it resumes where it was interrupted, to the same bits on a CPU."""
+"""The training loop of all methods. It resumes an interrupted training with identical bits on a
+CPU."""
 
 import io
 import math
@@ -16,9 +17,9 @@ from training.folder import write_atomically
 
 Loss = Callable[
     [Tensor, float], Tensor
-]  # token ids (batch, context), share of the steps that are done -> scalar
+]  # token ids (batch, context), share of finished steps -> scalar
 Batches = Callable[[int], Tensor]  # step -> token ids (batch, context)
-StepCallback = Callable[[int, float], None]  # steps done, loss of the last
+StepCallback = Callable[[int, float], None]  # finished steps, last loss
 
 CHECKPOINT_EVERY = 50  # steps
 WARM_UP = 0.02  # shares of all steps
@@ -27,7 +28,12 @@ DECAY = 0.35
 
 @dataclass(frozen=True, slots=True)
 class TrainingSettings:
-    """`matrix_rate` is Muon's learning rate, for matrices; `other_rate` AdamW's, for all else; `decay` draws matrices towards nothing."""
+    """The settings of a training.
+
+    matrix_rate  Muon's learning rate, for matrices
+    other_rate   AdamW's learning rate, for everything else
+    decay        weight decay of the matrices
+    """
 
     steps: int
     seed: int = 0
@@ -37,14 +43,18 @@ class TrainingSettings:
 
 
 def learning_rate_at(step: int, steps: int) -> float:
-    """Warm up, hold, then decay linearly to a twentieth (the warm-up/stable/decay schedule, arXiv 2404.06395)."""
+    """Return the factor of the learning rate: warm up, hold, then decay linearly to a twentieth.
+
+    This is the warm-up/stable/decay schedule (arXiv 2404.06395).
+    """
     warm = min(1.0, (step + 1) / max(1.0, WARM_UP * steps))
     left = min(1.0, (steps - step) / max(1.0, DECAY * steps))
     return min(warm, max(0.05, left))
 
 
 def optimizers(module: nn.Module, settings: TrainingSettings) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices (kellerjordan.github.io/posts/muon), AdamW for embeddings, unembedding and the rest."""
+    """Return Muon for the matrices (kellerjordan.github.io/posts/muon) and AdamW for embeddings,
+    unembedding and the rest."""
     learned = [
         (name, parameter)
         for name, parameter in module.named_parameters()
@@ -69,7 +79,8 @@ def is_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 def low_precision(device: torch.device) -> torch.autocast:
-    """Inside it products are of bfloat16 where the device multiplies that natively; elsewhere it would be slower than float32."""
+    """Return an autocast to bfloat16 if the device multiplies it natively; otherwise it would be
+    slower."""
     if device.type == "cuda":
         return torch.autocast(
             "cuda", torch.bfloat16, enabled=torch.cuda.is_bf16_supported(including_emulation=False)
@@ -86,11 +97,13 @@ def train(
     checkpoint: Path,
     tell: StepCallback,
 ) -> list[float]:
-    """Run to `settings.steps`, from `checkpoint` where there is one. Returns the losses of all steps.
+    """Train up to `settings.steps`, resuming from `checkpoint` if it exists; return the losses of
+    all steps.
 
-    Interrupted and begun again it ends with the same bits as without a break, on the same machine, device CPU, and number of threads:
-    what a step does depends on parameters, optimizers, seed and step alone. Only parameters that require a gradient are kept.
-    Raises InvalidRequest where the loss is no number any more, or the checkpoint is not one.
+    A resumed training ends with the same bits as an uninterrupted one on the same machine, on a CPU
+    and with the same number of threads, because a step depends only on parameters, optimizers, seed
+    and step number. Only parameters that require a gradient are saved. Raises InvalidRequest if the
+    loss becomes non-finite or the checkpoint is invalid.
     """
     optims = optimizers(module, settings)
     rates = [group["lr"] for optim in optims for group in optim.param_groups]
@@ -134,7 +147,7 @@ def save_checkpoint(
         "optimizers": [optim.state_dict() for optim in optims],
         "losses": losses,
     }
-    buffer = io.BytesIO()  # torch's own writer turns a full disk into an error without a name
+    buffer = io.BytesIO()  # torch's own writer reports a full disk without errno
     torch.save(state, buffer)
     write_atomically(checkpoint, buffer.getvalue())
 
@@ -142,7 +155,7 @@ def save_checkpoint(
 def load_checkpoint(
     checkpoint: Path, learned: dict[str, nn.Parameter], optims: list[torch.optim.Optimizer]
 ) -> list[float]:
-    """The losses so far; parameters and optimizers are as they were then."""
+    """Restore parameters and optimizers, and return the losses so far."""
     if not checkpoint.exists():
         return []
     try:
@@ -162,13 +175,14 @@ def load_checkpoint(
         pickle.UnpicklingError,
     ) as error:
         raise InvalidRequest(
-            f"{checkpoint} is no checkpoint of this training: remove {checkpoint.parent} to begin anew",
+            f"{checkpoint} is not a checkpoint of this training: remove {checkpoint.parent} "
+            "to start over",
             "out",
         ) from error
 
 
 def smooth(losses: list[float], over: int = 20) -> list[float]:
-    """Means over the last `over` losses."""
+    """Return running means over the last `over` losses."""
     return [
         sum(losses[max(0, i + 1 - over) : i + 1]) / min(i + 1, over) for i in range(len(losses))
     ]

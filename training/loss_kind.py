@@ -1,10 +1,11 @@
-"""What a draft model can be trained towards. Apart from the losses, so that a command line that names them needs no torch."""
+"""The losses of draft training, in a module of their own because the command line needs no
+torch."""
 
 from enum import StrEnum
 
 
 class LossKind(StrEnum):
-    """The distance to the target's distribution that is made small; or the next token alone, as language models are trained."""
+    """The distance to the target's distribution to minimise, or plain next-token training."""
 
     kl = "kl"
     tvd = "tvd"

@@ -1,4 +1,4 @@
-"""Medusa heads (arXiv 2401.10774, its first form: the target stays as it is)."""
+"""Training of Medusa heads (arXiv 2401.10774, Medusa-1: the target is frozen)."""
 
 import torch
 from torch import Tensor

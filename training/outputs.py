@@ -1,7 +1,7 @@
-"""What the target itself writes: texts to distil from and, of held-out beginnings, texts to be measured on.
+"""The target's own texts: for distillation and, continuing held-out texts, for measuring.
 
-They come out of the runtime, as users get them, and are kept in the user's cache by target, data and seed: the next method that is
-trained for this target finds them there, and who is interrupted goes on.
+The runtime generates them, as for users. They are kept in the user's cache by target, data and
+seed, so the next method trained for this target reuses them, and an interrupted run resumes.
 """
 
 import asyncio
@@ -22,15 +22,15 @@ from training.text import Corpus, excerpts, windows
 
 Generate = Callable[[Request], AsyncIterator[Chunk]]
 
-TEMPERATURES = (0.0, 0.5, 1.0)  # of the texts to learn from, in turn
-HELD_OUT_TEMPERATURES = (0.0, 0.8)  # of the held-out ones
-HELD_OUT_COUNT, MAX_ANSWER_TOKENS = 16, 96  # beginnings, and tokens of each answer
-GROUP_SIZE = 16  # texts under way at one time, and in one file
+TEMPERATURES = (0.0, 0.5, 1.0)  # of the training texts, in rotation
+HELD_OUT_TEMPERATURES = (0.0, 0.8)  # of the held-out texts
+HELD_OUT_COUNT, MAX_ANSWER_TOKENS = 16, 96  # held-out prompts, and maximum tokens of an answer
+GROUP_SIZE = 16  # concurrent texts, stored in one file
 
 
 @dataclass(frozen=True, slots=True)
 class TargetText:
-    """What the target answered to a prompt."""
+    """A prompt with the target's answer."""
 
     prompt: Tokens
     output: Tokens
@@ -38,7 +38,10 @@ class TargetText:
 
 
 def training_requests(corpus: Corpus, tokens: int, context: int, seed: int) -> list[Request]:
-    """Requests whose answers have about `tokens` tokens together; prompt and answer are `context` tokens long."""
+    """Return requests with about `tokens` answer tokens in total.
+
+    Prompt and answer together have `context` tokens.
+    """
     prompt = context // 4
     window = windows(corpus.train, prompt, seed)
     count = -(-tokens // (context - prompt))
@@ -53,7 +56,7 @@ def training_requests(corpus: Corpus, tokens: int, context: int, seed: int) -> l
 
 
 def held_out_requests(corpus: Corpus, context: int, seed: int) -> list[Request]:
-    """The same held-out beginnings at each of MEASURED."""
+    """Return the same held-out prompts at each of HELD_OUT_TEMPERATURES."""
     prompt = context // 4
     beginnings = excerpts(corpus.held_out, HELD_OUT_COUNT, prompt)
     return [
@@ -72,7 +75,7 @@ def sampling(temperature: float, seed: int, tokens: int) -> SamplingParams:
 
 
 def folder_name(fingerprint: str, requests: Sequence[Request]) -> str:
-    """Of the folder that keeps the answers."""
+    """Return the name of the folder that keeps the answers."""
     return hashlib.sha256(
         f"{fingerprint} {[(request.prompt, request.sampling) for request in requests]}".encode()
     ).hexdigest()[:16]
@@ -83,7 +86,7 @@ def groups_of(requests: Sequence[Request]) -> list[Sequence[Request]]:
 
 
 def count_missing(folder: Path, requests: Sequence[Request]) -> int:
-    """How many answers are not there yet."""
+    """Count the answers that are still missing."""
     return sum(
         len(group)
         for number, group in enumerate(groups_of(requests))
@@ -94,7 +97,10 @@ def count_missing(folder: Path, requests: Sequence[Request]) -> int:
 async def write_answers(
     generate: Generate, requests: Sequence[Request], folder: Path, tell: Callable[[int], None]
 ) -> None:
-    """Write the answers that are missing; `tell` hears how many more there are. Raises Unavailable where the target fails."""
+    """Write the missing answers; `tell` receives the number of new ones.
+
+    Raises Unavailable if the target fails.
+    """
     for number, group in enumerate(groups_of(requests)):
         if not has_answers(folder, number):
             save_answers(
@@ -114,7 +120,8 @@ async def generate_one(generate: Generate, request: Request) -> list[int]:
         if chunk.finish_reason is not None:
             break
     raise Unavailable(
-        "the target failed while it wrote texts to learn from: see its log, then give the same command again"
+        "the target failed while it wrote training texts: see its log, then run the same "
+        "command again"
     )
 
 
@@ -137,7 +144,7 @@ def save_answers(folder: Path, number: int, answers: Sequence[Sequence[int]]) ->
 
 
 def read_answers(folder: Path, requests: Sequence[Request]) -> list[TargetText]:
-    """All answers, in order of the requests."""
+    """Return all answers in the order of the requests."""
     found = [
         row
         for number in range(len(groups_of(requests)))
@@ -155,5 +162,5 @@ def load_rows(file: Path) -> npt.NDArray[np.int32]:
 
 
 def rows_of(written: Sequence[TargetText]) -> npt.NDArray[np.int32]:
-    """Prompts and answers as texts of equal length (n, context)."""
+    """Return prompts with answers as texts of equal length (n, context)."""
     return np.array([[*text.prompt, *text.output] for text in written], dtype=np.int32)

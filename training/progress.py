@@ -1,4 +1,4 @@
-"""What people see of a training: a bar at a terminal, else a line now and then."""
+"""The progress of a training: a bar on a terminal, otherwise a line now and then."""
 
 import time
 from collections.abc import Callable
@@ -9,11 +9,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from training.loop import StepCallback
 
-LINE_PERIOD_S = 10.0  # seconds between two lines where there is no terminal
+LINE_PERIOD_S = 10.0  # without a terminal
 
 
 class ProgressBar:
-    """Progress on standard error: what is done, how much of it, how long it will take; a line now and then where that is no terminal."""
+    """A progress bar on standard error with the time left; without a terminal, a line now and
+    then."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
@@ -45,7 +46,7 @@ class ProgressBar:
         self._begin(what, None)
 
     def counts(self, what: str, total: int) -> Callable[[int], None]:
-        """Told how many more are done."""
+        """Return a function that advances the bar by a number of finished items."""
         self._begin(what, total)
         return lambda more: self._show(what, more)
 

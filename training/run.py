@@ -1,4 +1,4 @@
-"""What every training has in common: what it is given to learn from, and how its result becomes a folder."""
+"""The common part of every training: its job, its data, and how its result becomes a folder."""
 
 import json
 import time
@@ -30,10 +30,11 @@ CHECKPOINT = "checkpoint.pt"
 
 @dataclass(frozen=True, slots=True)
 class TrainingJob:
-    """What is asked for, whatever the method.
+    """The requested training of any method.
 
-    batch, context  texts of a step, and tokens of each
-    own             so many tokens are written by the target itself to learn from, half of each batch; 0: the data alone
+    batch, context  texts per step, and tokens per text
+    own             tokens that the target itself writes for training, half of each batch;
+                    0: only the data
     """
 
     method: str
@@ -47,14 +48,18 @@ class TrainingJob:
     seed: int
 
     def recipe(self, fingerprint: str, digest: str) -> dict[str, Any]:
-        """All that decides the result. `fingerprint` stands for the target's files, `digest` for the data."""
+        """Return everything that determines the result.
+
+        `fingerprint` identifies the target's files, `digest` the data.
+        """
         asked = {key: value for key, value in asdict(self).items() if key not in ("out", "target")}
         return {**asked, "target": fingerprint, "data": digest}
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:
-    """own: texts of the target (n, context); held_out: its answers to beginnings that it has not seen."""
+    """The data of a training: `own` are the target's texts (n, context), `held_out` its answers to
+    held-out prompts."""
 
     teacher: Teacher
     corpus: text.Corpus
@@ -69,7 +74,8 @@ class TrainingData:
 
 
 def check_context(wanted: int, model: int) -> int:
-    """Raises InvalidRequest for a context that the model has not, or that is too short to be cut into beginning and answer."""
+    """Return the context. Raises InvalidRequest if it is too short to split, or exceeds the
+    model's."""
     if not 16 <= wanted <= model:
         raise InvalidRequest(
             f"context {wanted} is not allowed: this target reads 16 to {model} tokens", "context"
@@ -86,7 +92,7 @@ def run_training(
     work: Path,
     tell: StepCallback,
 ) -> tuple[list[float], float]:
-    """Train `module`; the losses, and the seconds that this run of it took."""
+    """Train `module`; return the losses and the seconds of this run."""
     began = time.monotonic()
     losses = train(module, loss, material.batches(order), settings, work / CHECKPOINT, tell)
     return losses, time.monotonic() - began
@@ -102,7 +108,10 @@ def train_head(
     offset: int = HEAD_OFFSET,
     settings: TrainingSettings | None = None,
 ) -> list[HeldOutAcceptance]:
-    """Train, measure, and leave the folder of the head at `order.out`. `offset`: as of training.heads; `settings`: the usual ones."""
+    """Train, measure and publish a head at `order.out`.
+
+    `offset` is that of training.heads; `settings` default to the usual ones.
+    """
     teacher, how = material.teacher, settings or TrainingSettings(order.steps, order.seed)
     head.to(teacher.model.device)
     losses, seconds = run_training(
@@ -126,7 +135,7 @@ def train_draft(
     work: Path,
     tell: StepCallback,
 ) -> list[HeldOutAcceptance]:
-    """As train_head, for a draft model. `curve`: what was measured when its shape was chosen."""
+    """Train, measure and publish a draft model. `curve` is the measurement that chose its shape."""
     teacher = material.teacher
     settings = draft.draft_settings(order.steps, order.seed, fresh=not order.settings.get("start"))
     losses, seconds = run_training(
@@ -135,7 +144,7 @@ def train_draft(
     draft.save_draft(module, teacher, work / FINISHED)
     measured = measure_acceptance(
         material.held_out, draft.draft_guesser(module), offset=1
-    )  # of the weights as they are kept
+    )  # of the weights as saved
     publish_result(
         order,
         material,
@@ -157,7 +166,7 @@ def publish_result(
     work: Path,
     more: str = "",
 ) -> None:
-    """The card beside what was learned, and its figures as JSON; then the folder gets its name."""
+    """Write the card and the figures as JSON, and rename the folder to its final name."""
     about = render_card(
         order.method, order.target, asdict(order), material.corpus, losses, seconds, measured
     )

@@ -1,4 +1,5 @@
-"""S3D (arXiv 2405.20314): mask rows behind each token of a text, through the layers that stay, with an adapter on these."""
+"""Training of S3D (arXiv 2405.20314): mask rows follow each token and pass through the kept layers,
+which have an adapter."""
 
 from typing import Any
 
@@ -12,7 +13,9 @@ from training.hidden_transfer import pseudo_row_mask
 from training.loop import TrainingSettings
 from training.teacher import States, Teacher
 
-ADAPTER_RATE = 0.007  # Muon's: the two matrices of an adapter multiply each other, and the weights that they change are trained already
+# for Muon: an adapter's two matrices multiply each other, and they change weights that are already
+# trained
+ADAPTER_RATE = 0.007
 
 
 def s3d_settings(steps: int, seed: int) -> TrainingSettings:
@@ -20,12 +23,13 @@ def s3d_settings(steps: int, seed: int) -> TrainingSettings:
 
 
 def default_skipped(layers: int) -> list[int]:
-    """Those that are skipped where nobody says which: a quarter stays before them, one layer behind."""
+    """Return the layers skipped by default: a quarter is kept before them, and one layer after
+    them."""
     return list(range(max(1, layers // 4), layers - 1))
 
 
 def new_s3d(teacher: Teacher, layers: list[int], masks: int, rank: int, seed: int) -> S3D:
-    """Untrained. Mask rows begin as strange tokens of the usual size."""
+    """Create an untrained drafter. Mask rows start as random embeddings of the usual magnitude."""
     torch.manual_seed(seed)
     body: Any = teacher.module.model
     made = S3D([body.layers[layer] for layer in layers], teacher.hidden_size, masks, rank)
@@ -35,7 +39,11 @@ def new_s3d(teacher: Teacher, layers: list[int], masks: int, rank: int, seed: in
 
 
 def make_forward(made: S3D, teacher: Teacher, layers: list[int]) -> Forward:
-    """State 0 of the row at p is its own, behind the layers that stay; state i that of its mask row i, which stands at place p + i."""
+    """Return the forward pass of the drafter.
+
+    State 0 of row p is the row's own state after the kept layers. State i is that of its mask row i
+    at position p + i.
+    """
     body: Any = teacher.module.model
     kept: list[nn.Module] = [body.layers[layer] for layer in layers]
 
@@ -63,7 +71,11 @@ def make_forward(made: S3D, teacher: Teacher, layers: list[int]) -> Forward:
 
 
 def s3d_mask(context: int, masks: int, device: torch.device) -> Tensor:
-    """bool (1, 1, n, n), n rows of the text and then of masks, place by place: a text's row sees the text so far, no mask row."""
+    """Return the attention mask, bool (1, 1, n, n), for n rows: the text's, then the masks' by
+    position.
+
+    A row of the text sees the preceding text and no mask row.
+    """
     text = torch.ones(context, context, dtype=torch.bool, device=device).tril()
     none = torch.zeros(context, masks * context, dtype=torch.bool, device=device)
     return torch.cat(

@@ -1,6 +1,8 @@
-"""What a draft model should look like: as fast as a budget of milliseconds asks, shallow and wide rather than deep and narrow.
+"""The shape of a draft model: within a latency budget, shallow and wide rather than deep and
+narrow.
 
-"Decoding Speculative Decoding" (arXiv 2402.01528): what a draft costs is its depth, what it guesses right follows its size.
+"Decoding Speculative Decoding" (arXiv 2402.01528) finds that a draft's latency follows its depth,
+and its acceptance its size.
 """
 
 import math
@@ -22,9 +24,11 @@ DEPTHS = (
     4,
     6,
     8,
-)  # one layer alone cannot look up what followed an earlier occurrence, which takes two
-WIDTHS = (1, 2, 4, 8)  # rows of a pass that are measured
-BUDGET_ROWS = 4  # of the pass that the budget is for: the children of one leaf
+    # at least two: an induction head, which copies what followed an earlier occurrence, needs two
+    # layers
+)
+WIDTHS = (1, 2, 4, 8)  # measured rows of a pass
+BUDGET_ROWS = 4  # rows of the budgeted pass: the children of one leaf
 HEAD_SIZE = 64  # dimensions of an attention head
 HIDDEN_STEP = 64  # hidden sizes are multiples of it
 MAX_HIDDEN = 4096
@@ -37,11 +41,11 @@ class DraftShape:
 
     @property
     def intermediate(self) -> int:
-        """Of the gated MLP: eight thirds of the hidden size, in multiples of 64."""
+        """The size of the gated MLP: eight thirds of the hidden size, in multiples of 64."""
         return max(64, round(self.hidden * 8 / 3 / 64) * 64)
 
     def parameters(self, vocabulary: int) -> int:
-        """Of all matrices; the embedding counts once, it is the unembedding too."""
+        """Return the size of all matrices; the tied embedding counts once."""
         return (
             self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.intermediate)
             + vocabulary * self.hidden
@@ -54,7 +58,7 @@ class DraftShape:
 def llama_config(
     hidden: int, layers: int, intermediate: int, vocabulary: int, context: int, end: int | None
 ) -> LlamaConfig:
-    """Of heads of HEAD dimensions; embedding and unembedding are one."""
+    """Return a config with heads of HEAD_SIZE dimensions and tied embeddings."""
     heads = max(1, hidden // HEAD_SIZE)
     return LlamaConfig(
         vocab_size=vocabulary,
@@ -76,7 +80,8 @@ Measure = Callable[[DraftShape], Times]
 
 
 def make_measure(vocabulary: int, device: torch.device) -> Measure:
-    """t(w) of untrained models: what a pass takes does not depend on what the weights are."""
+    """Return a function that measures t(w) of untrained models; the weights do not affect the
+    time."""
 
     def measure(shape: DraftShape) -> Times:
         module = LlamaForCausalLM(shape.config(vocabulary, 128, None)).to(device)
@@ -88,7 +93,7 @@ def make_measure(vocabulary: int, device: torch.device) -> Measure:
 
 
 def shapes_of_size(parameters: int, vocabulary: int) -> list[DraftShape]:
-    """For each depth the shape whose size is nearest to so many parameters."""
+    """Return, for each depth, the shape whose size is closest to `parameters`."""
     hidden = range(HIDDEN_STEP, MAX_HIDDEN + 1, HIDDEN_STEP)
     return [
         min(
@@ -100,9 +105,10 @@ def shapes_of_size(parameters: int, vocabulary: int) -> list[DraftShape]:
 
 
 def widest_within(budget: float, depth: int, measure: Measure) -> tuple[DraftShape, Times] | None:
-    """The widest shape of so many layers whose pass of ROWS rows takes at most `budget` seconds; None where the narrowest takes longer.
+    """Return the widest shape of this depth whose pass of BUDGET_ROWS rows fits `budget` seconds.
 
-    Twice as wide as long as that fits, then halfway between what fits and what does not: no model far beyond the budget is made.
+    Return None if even the narrowest is too slow. The search doubles the width while it fits and
+    then bisects, so no model far beyond the budget is built.
     """
     fitting, good, bad = None, 0, MAX_HIDDEN // HIDDEN_STEP + 1
     while bad - good > 1:
@@ -123,9 +129,11 @@ def widest_within(budget: float, depth: int, measure: Measure) -> tuple[DraftSha
 def propose_shape(
     budget: float, vocabulary: int, measure: Measure
 ) -> tuple[DraftShape, dict[DraftShape, Times]]:
-    """The largest shape within `budget` seconds, and t(w) of the shapes of its size at every depth.
+    """Return the largest shape within `budget` seconds, and t(w) of shapes of its size at every
+    depth.
 
-    Of shapes that are about as large (a tenth less), the shallowest. Raises InvalidRequest for a budget that nothing fits into.
+    Among shapes of about the same size (up to a tenth smaller) it chooses the shallowest. Raises
+    InvalidRequest if nothing fits the budget.
     """
     fitting = [
         found for depth in DEPTHS if (found := widest_within(budget, depth, measure)) is not None
@@ -133,7 +141,8 @@ def propose_shape(
     if not fitting:
         least = measure(DraftShape(HIDDEN_STEP, DEPTHS[0]))[BUDGET_ROWS]
         raise InvalidRequest(
-            f"latency {1e3 * budget:g} ms is below what the smallest shape takes here ({1e3 * least:.2f} ms): raise it",
+            f"latency {1e3 * budget:g} ms is less than the smallest shape takes here "
+            f"({1e3 * least:.2f} ms): raise it",
             "latency",
         )
     largest = max(shape.parameters(vocabulary) for shape, _ in fitting)

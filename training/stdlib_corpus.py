@@ -1,7 +1,7 @@
-"""The text that the shipped pair learns from: the Python standard library of the interpreter that runs this.
+"""The corpus of the shipped pair: the standard library of the running Python interpreter.
 
-A file belongs to the held-out split by a hash of its path, so the split is the same on every machine and for every
-Python version that has the file.
+A hash of its path assigns a file to the held-out split, so the split is the same on every machine
+and for every Python version that has the file.
 """
 
 import sysconfig
@@ -31,7 +31,7 @@ def standard_library() -> Path:
 
 
 def library_files(held_out: bool) -> list[str]:
-    """Paths relative to the standard library, sorted."""
+    """Return paths relative to the standard library, sorted."""
     root = standard_library()
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
     return [
@@ -49,7 +49,7 @@ def is_wanted(name: str) -> bool:
 
 
 def read_source(name: str) -> str:
-    """The source text, or nothing where a file is broken on purpose (some tests are)."""
+    """Return the source text, or "" if the file is invalid on purpose, as some tests are."""
     try:
         with tokenize.open(standard_library() / name) as file:
             return file.read()
@@ -58,14 +58,17 @@ def read_source(name: str) -> str:
 
 
 def token_stream(tokenizer: Tokenizer, names: Sequence[str]) -> npt.NDArray[np.uint16]:
-    """All files as one run of token ids, each file followed by the end-of-text token."""
+    """Return all files as one stream of token ids, each followed by the end-of-text token."""
     end = tokenizer.token_to_id(END_OF_TEXT)
     texts = tokenizer.encode_batch([read_source(name) for name in names])
     return np.concatenate([np.array([*text.ids, end], dtype=np.uint16) for text in texts])
 
 
 def prompts(tokenizer: Tokenizer, count: int, length: int) -> list[list[int]]:
-    """The first `count` held-out excerpts of `length` tokens, one a file, each starting at a top-level definition."""
+    """Return the first `count` held-out excerpts of `length` tokens, one per file.
+
+    Each starts at a top-level definition.
+    """
     found: list[list[int]] = []
     for name in library_files(held_out=True):
         text = read_source(name)

@@ -1,4 +1,4 @@
-"""The frozen target as training sees it: hidden states of whole texts, and what its unembedding makes of any such state."""
+"""The frozen target as seen by training: hidden states of whole texts, and their logits."""
 
 import hashlib
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ from runtime.models.hf import (
 )
 from runtime.models.loader import find_folder, load_model, load_tokenizer
 
-FINGERPRINT_BYTES = 1 << 20  # bytes of a weight file that are looked at on either side
+FINGERPRINT_BYTES = 1 << 20  # bytes read at either end of a weight file
 
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """Of a batch of texts.
+    """The states of a batch of texts.
 
-    layers  what goes into each layer, from layer 0 on: (batch, context, hidden) each
-    last    after the final norm: what the unembedding gets
+    layers  the input of each layer, from layer 0 on: (batch, context, hidden) each
+    last    the states after the final norm, which are the input of the unembedding
     cache   transformers' cache with the keys and values of all layers
     """
 
@@ -37,9 +37,10 @@ class States:
 
 
 class Teacher:
-    """No parameter of it is ever changed.
+    """A target whose parameters never change.
 
-    Raises ModelRefused for a model whose logits are not its unembedding of its last hidden state: no head could be trained on that.
+    Raises ModelRefused if the logits are not the unembedding of the last hidden state, because no
+    head could be trained on such a model.
     """
 
     def __init__(self, model: HFModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -53,15 +54,18 @@ class Teacher:
                 error = relative_error(self.unembed(self.states(probe).last[0]), logits)
         except MODEL_ERRORS as misfit:
             raise ModelRefused(
-                f"model {model.name} does not show its hidden states ({misfit}): choose another target"
+                f"model {model.name} does not show its hidden states ({misfit}): choose "
+                "another target"
             ) from misfit
         if not error <= ROUNDING_TOLERANCE[model.dtype == torch.float32]:
             raise ModelRefused(
-                f"model {model.name} changes its logits after the unembedding: choose a target that does not"
+                f"model {model.name} changes its logits after the unembedding: choose "
+                "another target"
             )
 
     def states(self, rows: Tensor) -> States:
-        """Of token ids (batch, context), on the model's device, without gradients."""
+        """Return the states of token ids (batch, context) on the model's device, without
+        gradients."""
         with torch.no_grad():
             found = self.module(rows, use_cache=True, output_hidden_states=True, logits_to_keep=1)
         return States(
@@ -69,18 +73,23 @@ class Teacher:
         )
 
     def unembed(self, states: Tensor) -> Tensor:
-        """Logits in float32 (..., vocabulary) of states after the final norm; gradients go through to the states."""
+        """Return float32 logits (..., vocabulary) of states after the final norm; gradients flow to
+        the states."""
         logits: Tensor = self.module.get_output_embeddings()(states.to(self.model.dtype)).float()
         return logits
 
 
 def load_teacher(target: str, device: str = "auto") -> Teacher:
-    """In float32 on a CPU, in the checkpoint's own type on a GPU. Raises ModelRefused."""
+    """Load the target in float32 on a CPU, or in the checkpoint's own type on a GPU. Raises
+    ModelRefused."""
     return Teacher(load_model(target, "auto", device, step="generic"), load_tokenizer(target))
 
 
 def fingerprint(target: str) -> str:
-    """A hash that other weights, or another tokenizer, would not have. Of a weight file it sees length and ends: a model may be large."""
+    """Return a hash that changes with the weights or the tokenizer.
+
+    Of a weight file it reads only the length and both ends, because a model may be large.
+    """
     found = hashlib.sha256()
     for file in sorted(find_folder(target).iterdir(), key=lambda file: file.name):
         if file.name in ("config.json", "tokenizer.json") or file.suffix == ".safetensors":

@@ -1,4 +1,5 @@
-"""Texts to learn from: documents as token ids, one in twenty held out, and batches that depend on seed and step alone."""
+"""Training texts: documents as token ids, one in twenty held out, and batches that depend only on
+seed and step."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +17,13 @@ from runtime.core.errors import InvalidRequest
 Stream = npt.NDArray[np.int32]
 
 HELD_OUT_SHARE = 20  # one document in twenty
-MAX_BYTES = 1 << 30  # of all documents together: they are held in memory
+MAX_BYTES = 1 << 30  # of all documents, which are held in memory
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """`name` decides whether it is held out, so it should be the same on every machine."""
+    """A document; `name` decides whether it is held out, so it should be the same on every
+    machine."""
 
     name: str
     text: str
@@ -29,7 +31,8 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Documents as one run of token ids each, the end-of-text token behind every document where the tokenizer has one."""
+    """Documents as two streams of token ids, with the end-of-text token, if any, after every
+    document."""
 
     train: Stream
     held_out: Stream
@@ -38,9 +41,10 @@ class Corpus:
 
 
 def read_documents(paths: Sequence[Path]) -> list[Document]:
-    """The files, and those of folders at any depth (hidden ones and what is not UTF-8 left out there), sorted by name.
+    """Read files, and folders recursively, sorted by name.
 
-    Raises InvalidRequest for a path that is not there or cannot be read, a named file that is not UTF-8, and no text at all.
+    In folders, hidden files and files that are not UTF-8 are skipped. Raises InvalidRequest for a
+    missing or unreadable path, a given file that is not UTF-8, and if there is no text.
     """
     found = [
         document
@@ -49,7 +53,8 @@ def read_documents(paths: Sequence[Path]) -> list[Document]:
     ]
     if not any(document.text.strip() for document in found):
         raise InvalidRequest(
-            f"no text in {', '.join(map(str, paths))[:200] or 'no files'}: give files or folders of UTF-8 text",
+            f"no text in {', '.join(map(str, paths))[:200] or 'no files'}: give files or "
+            "folders of UTF-8 text",
             "data",
         )
     if (size := sum(len(document.text) for document in found)) > MAX_BYTES:
@@ -70,7 +75,7 @@ def read_folder(folder: Path) -> Iterator[Document]:
 
 
 class NotUtf8(InvalidRequest, UnicodeError):
-    """A file that is not UTF-8."""
+    """The file is not UTF-8."""
 
 
 def read_file(path: Path, name: str) -> Document:
@@ -87,12 +92,16 @@ def read_file(path: Path, name: str) -> Document:
 
 
 def hash_bucket(name: str, of: int) -> int:
-    """A number in [0, of) that depends on the name alone."""
+    """Return a number in [0, of) that depends only on the name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % of
 
 
 def split_documents(documents: Sequence[Document]) -> tuple[list[str], list[str]]:
-    """Texts to learn from and held-out ones: one document in twenty by a hash of its name, or the ends of all where there are few."""
+    """Return training texts and held-out texts.
+
+    One document in twenty is held out, by a hash of its name; if there are few documents, the end
+    of each.
+    """
     parts: tuple[list[str], list[str]] = ([], [])
     if len(documents) >= 2 * HELD_OUT_SHARE:
         for document in documents:
@@ -118,12 +127,16 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], end: int | None) ->
 def build_corpus(
     documents: Sequence[Document], tokenizer: Tokenizer, end: int | None, least: int
 ) -> Corpus:
-    """Raises InvalidRequest where there are fewer than `least` tokens to learn from, or to be measured on."""
+    """Tokenize the documents.
+
+    Raises InvalidRequest if there are fewer than `least` tokens to train on or held out.
+    """
     train, held_out = (encode_texts(tokenizer, texts, end) for texts in split_documents(documents))
     if len(train) < least or len(held_out) < least:
         short = "to learn from" if len(train) < least else "held out"
         raise InvalidRequest(
-            f"{len(train)} tokens to learn from and {len(held_out)} held out: at least {least} {short} are needed",
+            f"{len(train)} tokens to learn from and {len(held_out)} held out: at least "
+            f"{least} {short} are needed",
             "data",
         )
     digest = hashlib.sha256(train.tobytes() + b"|" + held_out.tobytes()).hexdigest()
@@ -131,16 +144,17 @@ def build_corpus(
 
 
 def excerpts(stream: Stream, count: int, length: int) -> list[tuple[int, ...]]:
-    """Up to `count` excerpts of `length` tokens, evenly spread, that do not overlap."""
+    """Return up to `count` evenly spaced excerpts of `length` tokens that do not overlap."""
     count = min(count, len(stream) // length)
     starts = [index * (len(stream) // count) for index in range(count)]
     return [tuple(stream[start : start + length].tolist()) for start in starts]
 
 
 def windows(stream: Stream, context: int, seed: int) -> Callable[[int], Stream]:
-    """Window number i of `context` tokens, for any i: every epoch cuts the stream at another offset, in another order.
+    """Return a function from i to window number i of `context` tokens.
 
-    `stream` has at least twice as many tokens as a window.
+    Every epoch cuts the stream at another offset, in another order. `stream` must have at least
+    twice as many tokens as a window.
     """
     count = len(stream) // context - 1
 
@@ -158,7 +172,10 @@ def windows(stream: Stream, context: int, seed: int) -> Callable[[int], Stream]:
 
 
 def text_rows(rows: npt.NDArray[np.int32], seed: int) -> Callable[[int], Stream]:
-    """Row number i of texts of equal length (n, context), for any i: each epoch in another order."""
+    """Return a function from i to row number i of texts of equal length (n, context).
+
+    Every epoch has another order.
+    """
 
     @lru_cache(maxsize=2)
     def epoch(number: int) -> npt.NDArray[np.int64]:
@@ -170,7 +187,8 @@ def text_rows(rows: npt.NDArray[np.int32], seed: int) -> Callable[[int], Stream]
 def make_batches(
     sources: Sequence[Callable[[int], Stream]], size: int
 ) -> Callable[[int], torch.Tensor]:
-    """Batch number i, int64 (size, context): rows of all sources in turn. A pure function of i."""
+    """Return a function from i to batch number i, int64 (size, context), which alternates the
+    sources."""
 
     def batch(step: int) -> torch.Tensor:
         numbers = range(step * size, (step + 1) * size)

@@ -1,4 +1,5 @@
-"""`python -m bench.chaos`: kill and stop targets and drafters, or change their number, while clients compare every token."""
+"""`python -m bench.chaos` kills and stops targets and drafters, or changes their number, while
+clients compare every token."""
 
 import json
 import logging
@@ -14,18 +15,18 @@ from runtime.model_paths import bundled_model
 
 
 def main(
-    streams: Annotated[int, typer.Option(min=1, help="clients that ask at one time")] = 200,
-    seconds: Annotated[float, typer.Option(min=1, help="how long it goes on")] = 120.0,
+    streams: Annotated[int, typer.Option(min=1, help="concurrent clients")] = 200,
+    seconds: Annotated[float, typer.Option(min=1, help="duration")] = 120.0,
     targets: Annotated[int, typer.Option(min=1)] = 2,
     drafters: Annotated[int, typer.Option(min=0)] = 3,
-    seed: Annotated[int, typer.Option(help="of requests and blows")] = 1,
-    tokens: Annotated[int, typer.Option(min=1, help="of each answer")] = 96,
+    seed: Annotated[int, typer.Option(help="seed of requests and faults")] = 1,
+    tokens: Annotated[int, typer.Option(min=1, help="tokens per answer")] = 96,
     every: Annotated[
-        float, typer.Option(min=0.01, help="seconds between two blows or changes")
+        float, typer.Option(min=0.01, help="seconds between two faults or changes")
     ] = 1.0,
     scale: Annotated[
         int | None,
-        typer.Option(min=1, help="no blows: change the number of drafters, from 0 to this"),
+        typer.Option(min=1, help="inject no faults; vary the drafters from 0 to this number"),
     ] = None,
     target: Annotated[str, typer.Option(help="model")] = bundled_model("target"),
     draft: Annotated[str, typer.Option(help="model")] = bundled_model("draft"),
@@ -33,8 +34,8 @@ def main(
         Path | None, typer.Option("--json", help="write the result into this file")
     ] = None,
 ) -> None:
-    """Exit code 1 where an answer failed, differed or did not come."""
-    logging.disable(logging.WARNING)  # losses are counted here
+    """Exit with code 1 if an answer failed, differed or did not arrive."""
+    logging.disable(logging.WARNING)  # losses are counted instead
     console = Console(highlight=False)
     options = ChaosOptions(
         target, draft, streams, seconds, targets, drafters, tokens, seed, every, scale

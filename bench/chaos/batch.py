@@ -1,8 +1,10 @@
-"""A batch whose every process is killed at random moments: each item once, tokens as without kills.
+"""Check a batch whose processes are all killed at random moments: each item is answered once, with
+the same tokens as without kills.
 
-`python -m bench.chaos.batch --items 500 --kills 5` serves the pair that ships on a Ray of its own, answers the items by plain decoding,
-and then again with drafters: at random moments the command and all of Ray (head, controller, target, drafter, gateway) are killed, and
-both are started anew. Exit code 1 where the goal is missed.
+`python -m bench.chaos.batch --items 500 --kills 5` serves the shipped pair on its own Ray. It
+answers the items by plain decoding, and then again with drafters. At random moments it kills the
+command and all of Ray (head, controller, target, drafter, gateway) and starts both again. The exit
+code is 1 if the goal is missed.
 """
 
 import argparse
@@ -23,14 +25,14 @@ from actors.launch import local_ray
 from bench.reports.grid import Grid
 
 OUTRIDER = [sys.executable, "-c", "from actors.cli import main; main()"]
-POLL_PERIOD_S = 0.05  # seconds between two looks at the output
+POLL_PERIOD_S = 0.05
 PROMPTS = ("def f{}(self, path):", "import os\nclass A{}:", "for item{} in ", "# {} is")
 TEMPERATURES = (0.0, 0.7, 1.0)
-FAILURE_KINDS = ("missing", "doubled", "failed", "differing")  # each is to be 0
+FAILURE_KINDS = ("missing", "doubled", "failed", "differing")  # each must be 0
 
 
 def request_body(number: int, tokens: int, speculation: bool) -> dict[str, Any]:
-    """Of an item, greedy or sampled."""
+    """Return the body of an item, greedy or sampled."""
     prompt = PROMPTS[number % len(PROMPTS)].format(number)
     return {
         "model": "target",
@@ -69,7 +71,7 @@ def submit(file: Path, out: Path) -> subprocess.Popen[bytes]:
 
 
 def kill_all(running: subprocess.Popen[bytes]) -> int:
-    """SIGKILL to the command and to every process of Ray; returns how many."""
+    """Send SIGKILL to the command and to every process of Ray; return the number of processes."""
     running.kill()
     running.wait()
     ray = local_ray.find()
@@ -78,7 +80,7 @@ def kill_all(running: subprocess.Popen[bytes]) -> int:
     while ray is not None and local_ray.session_processes(ray.session):
         time.sleep(POLL_PERIOD_S)
     if ray is not None:
-        local_ray.end(ray)  # what is left of it on disk
+        local_ray.end(ray)  # remove its files
     return len(members) + 1
 
 
@@ -87,7 +89,7 @@ def count_answers(out: Path) -> int:
 
 
 def read_answers(out: Path) -> tuple[dict[str, Any], int]:
-    """What is said to each item, and how many lines there are."""
+    """Return the answer to each item, and the number of lines."""
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     found = {}
     for line in lines:
@@ -101,7 +103,10 @@ def read_answers(out: Path) -> tuple[dict[str, Any], int]:
 
 
 def run(items: int, kills: int, tokens: int, seed: int, folder: Path) -> dict[str, Any]:
-    """The figures of the goal; `killed` counts processes at each kill, `at` the items that were answered then."""
+    """Run the check and return its figures.
+
+    `killed` lists the processes of each kill, `at` the items that had been answered by then.
+    """
     plain_in, plain_out, chaos_in, chaos_out = (
         folder / f"{name}.jsonl" for name in ("plain", "plain-out", "chaos", "chaos-out")
     )
@@ -109,7 +114,7 @@ def run(items: int, kills: int, tokens: int, seed: int, folder: Path) -> dict[st
     write_items(chaos_in, items, tokens, speculation=True)
     serve()
     if submit(plain_in, plain_out).wait():
-        raise SystemExit("the batch without kills has failed")
+        raise SystemExit("the batch without kills failed: see its message above")
     moments = sorted(random.Random(seed).sample(range(items * 9 // 10), kills))
     killed, at, began = [], [], time.monotonic()
     for moment in moments:
@@ -144,7 +149,7 @@ def results_grid(found: dict[str, Any]) -> Grid:
             ", ".join(str(found[what]) for what in FAILURE_KINDS),
         ),
         ("processes killed each time", ", ".join(map(str, found["killed"]))),
-        ("after so many answers", ", ".join(map(str, found["at"]))),
+        ("answers before each kill", ", ".join(map(str, found["at"]))),
         ("from the first start to the last answer", f"{found['seconds']:.0f} s"),
     )
     return Grid("a batch whose every process is killed", ("what", "result"), rows, ("result",))
@@ -154,13 +159,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--items", type=int, default=500)
     parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=24, help="at most so many for each item")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--tokens", type=int, default=24, help="maximum for each item")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kill times")
     parser.add_argument("--json", type=Path, help="write the result into this file")
     options = parser.parse_args()
     signal.signal(
         signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
-    )  # Ray ends with us then too
+    )  # so that Ray is stopped too
     with tempfile.TemporaryDirectory(prefix="outrider-batch-") as folder:
         os.environ |= {"XDG_CACHE_HOME": f"{folder}/cache", "XDG_DATA_HOME": f"{folder}/data"}
         os.environ.pop("RAY_ADDRESS", None)

@@ -1,4 +1,4 @@
-"""What a run under blows has come to: as a table, and as JSON."""
+"""The result of a chaos run, as a table and as JSON."""
 
 import math
 from collections.abc import Sequence
@@ -12,12 +12,15 @@ PERCENTILES = (50, 99, 100)
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """What a client waited when its target was struck, in seconds: from the blow, or from the last piece where that came later, to the
-    next piece.
+    """A client's wait when its target was hit, in seconds.
 
-    noticed   until its session left the target
-    placed    from then until the target was asked that went on with it: others that failed meanwhile are in here
-    answered  from then until its first piece;  read  the part of it in which its text was read in, None where not known
+    The gap lasts from the fault, or from the last piece if that came later, to the next piece.
+
+    noticed   until the session left the target
+    placed    from then until the request reached the target that continued; includes other targets
+              that failed meanwhile
+    answered  from then until the first piece
+    prefill   the part of `answered` spent reading the text, or None if unknown
     """
 
     noticed: float
@@ -32,8 +35,12 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class ChaosReport:
-    """Times in seconds. `blows` by role and signal; `returned`: from the loss of a member to its next life; `load`: of the machine, the
-    mean of a minute."""
+    """The figures of a run; times in seconds.
+
+    blows     faults by role and signal
+    returned  from the loss of a member to its return
+    load      load average of the machine over one minute
+    """
 
     streams: int
     targets: int
@@ -55,11 +62,11 @@ class ChaosReport:
 
     @property
     def passed(self) -> bool:
-        """Nothing was lost, repeated or changed."""
+        """True if answers came and none was lost, repeated or changed."""
         return self.failed == self.differing == self.unfinished == 0 < self.finished
 
     def parts(self) -> dict[str, list[float]]:
-        """The gaps, and what they consist of."""
+        """Return the gaps and their parts, by name."""
         read = [gap.prefill for gap in self.gaps if gap.prefill is not None]
         found = {
             "gap at a target's death": [gap.total for gap in self.gaps],
@@ -95,12 +102,12 @@ class ChaosReport:
                 f"{self.failed}, {self.differing}, {self.unfinished}",
             ),
             (
-                "blows",
+                "faults",
                 ", ".join(f"{count} {what}" for what, count in sorted(self.blows.items()))
                 or "none",
             ),
             ("changes of the number of drafters", str(self.changes)),
-            ("lives replaced", str(self.replaced)),
+            ("actors replaced", str(self.replaced)),
             ("continuations (goal: p99 at most 3 s)", str(len(self.gaps))),
             *parts,
             ("load of the machine", f"{self.load:.1f}"),
@@ -109,6 +116,6 @@ class ChaosReport:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that `share` percent of all are not above."""
+    """Return the smallest value that is at least as large as `share` percent of the values."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(len(ordered) * share / 100) - 1)]

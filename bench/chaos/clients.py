@@ -1,4 +1,5 @@
-"""Clients that ask again and again, compare every answer with plain decoding, and measure what they see of a target's death."""
+"""Clients that send requests in a loop, compare every answer with plain decoding, and measure what
+they see of a target's death."""
 
 import asyncio
 import math
@@ -41,7 +42,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceCase:
-    """A request, and what plain decoding answers to it."""
+    """A request with the answer of plain decoding."""
 
     prompt: Tokens
     sampling: SamplingParams
@@ -50,7 +51,7 @@ class ReferenceCase:
 
 @dataclass(slots=True)
 class Call:
-    """Of a session at one target: when it was asked, and when that was over."""
+    """The time during which a session was at one target."""
 
     address: str
     began: float
@@ -59,14 +60,14 @@ class Call:
 
 @dataclass(slots=True)
 class Observations:
-    """What all clients have seen. Times are the event loop's, or seconds.
+    """The observations of all clients. Times are the event loop's, or seconds.
 
-    calls     of each session under way, one after the other
-    fault_times    by a target's address, when it was fault_times
-    gaps      of all sessions, one for each target that they left
-    down      by the name of each member that is lost, since when
-    returned  how long those were away that are back
-    wrong     one line for each answer that failed or differed
+    calls        the calls of each running session, in order
+    fault_times  when each target was hit, by address
+    gaps         of all sessions, one for each target they left
+    down         since when each lost member is away, by name
+    returned     how long each returned member was away
+    wrong        one line for each answer that failed or differed
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
@@ -82,7 +83,7 @@ class Observations:
     async def record_call(
         self, address: str, session: str, chunks: AsyncGenerator[Chunk, None]
     ) -> AsyncGenerator[Chunk, None]:
-        """What this target says to this session, with when it was asked and when that was over."""
+        """Pass on a target's chunks for a session and record the start and end of the call."""
         now = asyncio.get_running_loop().time
         call = Call(address, now())
         self.calls.setdefault(session, []).append(call)
@@ -94,7 +95,7 @@ class Observations:
             call.ended = now()
 
     def update_downtime(self, fleet: Fleet, now: float) -> None:
-        """Who is away, and who is back."""
+        """Note which members are away and which have returned."""
         members: list[TargetState | DrafterState] = [*fleet.targets, *fleet.drafters]
         for member in members:
             if member.restarts and member.state == "starting":
@@ -104,7 +105,7 @@ class Observations:
 
 
 class ObservedTarget(GrpcTarget):
-    """A target that notes which sessions it is given, and how long it has them."""
+    """A target client that records which sessions it gets, and for how long."""
 
     def __init__(self, address: str, seen: Observations) -> None:
         super().__init__(address)
@@ -117,7 +118,7 @@ class ObservedTarget(GrpcTarget):
 async def build_cases(
     config: TargetConfig, count: int, tokens: int, seed: int
 ) -> list[ReferenceCase]:
-    """So many requests, each answered by this target alone, in this process."""
+    """Build `count` requests and answer each with this target alone, in this process."""
     tokenizer = await asyncio.to_thread(load_tokenizer, config.model)
     target = (await asyncio.to_thread(build_target, config)).target
     target.start()
@@ -169,7 +170,8 @@ async def run_client(
     over: asyncio.Event,
     seen: Observations,
 ) -> None:
-    """Ask one case after the other until it is over; what was asked before is answered to its end."""
+    """Send one case after the other until `over` is set; the last request still gets its full
+    answer."""
     while not over.is_set():
         case, session = known[number % len(known)], f"chaos-{number}"
         try:
@@ -178,7 +180,7 @@ async def run_client(
             seen.counts["failed"] += 1
             seen.wrong.append(f"{session}: {type(error).__name__}: {error}")
         del seen.calls[session]
-        number += len(known) * 1000 + 1  # a name of its own, the next case
+        number += len(known) * 1000 + 1  # a new session name and the next case
 
 
 async def ask_and_compare(
@@ -186,7 +188,7 @@ async def ask_and_compare(
 ) -> None:
     now = asyncio.get_running_loop().time
     chunks, gaps = list[Chunk](), list[Gap]()
-    last, served = now(), 0  # the last piece, and which of the calls it came by
+    last, served = now(), 0  # time and call index of the last piece
     calls = seen.calls[session] = list[Call]()
     async with aclosing(
         router.generate(Request(session, case.prompt, case.sampling, deadline=DEADLINE_S))
@@ -204,7 +206,7 @@ async def ask_and_compare(
     if len(gaps) == 1 and (stats := chunks[-1].stats) is not None:
         gaps = [
             replace(gaps[0], prefill=stats.prefill)
-        ]  # a lost target takes its own figures along: this is of the other
+        ]  # the stats come from the second target alone: the lost one reported none
     seen.gaps += gaps
     answer = join_chunks(chunks)
     seen.counts["tokens"] += len(answer.tokens)
@@ -224,5 +226,6 @@ async def ask_and_compare(
         )
         targets = [call.address for call in calls]
         seen.wrong.append(
-            f"{session}: differs at token {place}, on targets {targets}, temperature {case.sampling.temperature:g}"
+            f"{session}: differs at token {place}, on targets {targets}, temperature "
+            f"{case.sampling.temperature:g}"
         )

@@ -1,4 +1,4 @@
-"""What is done to the members of a fleet: blows to their processes, and changes of their number."""
+"""The faults injected into a fleet: signals to its processes, and changes of its size."""
 
 import os
 import random
@@ -25,8 +25,11 @@ class Fault:
 
 
 def next_fault(fleet: Fleet, already_hit: Collection[Victim], draw: random.Random) -> Fault | None:
-    """Against any member that serves and was not already_hit yet in this life. The last such target is spared: there must be something to go on
-    at. None where nobody is left."""
+    """Choose a ready member that was not hit in this incarnation, and a signal.
+
+    The last such target is spared, since sessions need one to continue at. Return None if nobody is
+    left.
+    """
     targets, drafters = healthy(fleet.targets, already_hit), healthy(fleet.drafters, already_hit)
     chosen: list[TargetState | DrafterState] = [*(targets if len(targets) > 1 else []), *drafters]
     if not chosen:
@@ -45,7 +48,7 @@ def healthy(members: Sequence[MemberState], already_hit: Collection[Victim]) -> 
 
 
 def inject(fault: Fault, places: Mapping[str, ActorLocation]) -> bool:
-    """False where the process is not there any more."""
+    """Send the signal; return False if the process no longer exists."""
     place = places.get(fault.name)
     if place is None or place.address != fault.address:
         return False
@@ -57,5 +60,5 @@ def inject(fault: Fault, places: Mapping[str, ActorLocation]) -> bool:
 
 
 def next_count(before: int, most: int, draw: random.Random) -> int:
-    """Another number of drafters, from 0 to `most`."""
+    """Draw another number of drafters from 0 to `most`."""
     return draw.choice([count for count in range(most + 1) if count != before])

@@ -1,4 +1,5 @@
-"""A deployment under blows: clients ask, processes die, the controller replaces them; then everybody counts."""
+"""Run a deployment under faults: clients send requests, processes die, the controller replaces
+them, and everything is counted."""
 
 import asyncio
 import contextlib
@@ -27,15 +28,19 @@ from runtime.core.cpu_partition import split_cores
 
 LOOPBACK = Placement(num_cpus=1, threads=1, listen="127.0.0.1")
 POOL = "chaos"
-CONTROLLER_TIMEOUT_S = 5.0  # seconds for an answer of the controller
-SHUTDOWN_TIMEOUT_S = 30.0  # seconds for actors to be told that it is over
+CONTROLLER_TIMEOUT_S = 5.0  # for an answer of the controller
+SHUTDOWN_TIMEOUT_S = 30.0  # for the actors to stop
 
-Notify = Callable[[str], None]  # told what is being done, and how far it is
+Notify = Callable[[str], None]  # receives the current step and its progress
 
 
 @dataclass(frozen=True, slots=True)
 class ChaosOptions:
-    """`every`: seconds between two blows or, with `most`, between two changes of the number of drafters, from 0 to `most`, and no blows."""
+    """The options of a chaos run.
+
+    `period_s` is the time between two faults. If `max_drafters` is set, there are no faults: the
+    number of drafters changes every `period_s`, from 0 to `max_drafters`.
+    """
 
     target: str
     draft: str
@@ -51,7 +56,8 @@ class ChaosOptions:
 
 
 def chaos_deployment(options: ChaosOptions) -> Deployment:
-    """Targets on one half of the cores, drafters on the other, as where they have devices of their own."""
+    """Place targets on one half of the cores and drafters on the other, as if on separate
+    devices."""
     mine, others = split_cores(sorted(os.sched_getaffinity(0)), 1)
     here, there = (LOOPBACK.model_copy(update={"cores": cores}) for cores in (mine, others))
     target = TargetConfig(
@@ -73,13 +79,16 @@ def chaos_deployment(options: ChaosOptions) -> Deployment:
 
 
 def run(options: ChaosOptions, note: Notify) -> ChaosReport:
-    """On a Ray of its own, which ends with it. Raises Unavailable, ModelRefused where the deployment does not start."""
+    """Run on a private Ray, which ends with the run.
+
+    Raises Unavailable or ModelRefused if the deployment does not start.
+    """
     with ray_cluster(None, cpus=options.targets + max(options.drafters, options.max_drafters or 0)):
         return run_in_cluster(options, note)
 
 
 def run_in_cluster(options: ChaosOptions, note: Notify) -> ChaosReport:
-    """As `run`, in the cluster that this process has joined."""
+    """Run in the cluster that this process has joined; see `run`."""
     kind = ray.remote(Controller).options(num_cpus=0, max_concurrency=8)
     controller = kind.remote(chaos_deployment(options), prefix=f"chaos-{uuid.uuid4().hex[:6]}-")
     try:
@@ -92,7 +101,7 @@ def run_in_cluster(options: ChaosOptions, note: Notify) -> ChaosReport:
 
 
 async def run_under_faults(options: ChaosOptions, controller: Any, note: Notify) -> ChaosReport:
-    note("answering each request plainly")
+    note("answering each request by plain decoding")
     config = TargetConfig(model=options.target, dtype="float32", device="cpu", placement=LOOPBACK)
     known = await build_cases(config, options.cases, options.tokens, options.seed)
     seen, over, blows = Observations(), asyncio.Event(), Counter[str]()
@@ -100,7 +109,7 @@ async def run_under_faults(options: ChaosOptions, controller: Any, note: Notify)
     def look() -> Sequence[TargetState]:
         with translate_ray_errors():
             fleet: Fleet = ray.get(controller.fleet.remote(), timeout=CONTROLLER_TIMEOUT_S)
-        seen.update_downtime(fleet, time.monotonic())  # as the event loop's
+        seen.update_downtime(fleet, time.monotonic())  # the event loop's clock
         return fleet.targets
 
     async with updated_router(
@@ -121,7 +130,7 @@ async def run_under_faults(options: ChaosOptions, controller: Any, note: Notify)
                     note(progress_line(seen, blows, changes))
         except TimeoutError:
             over.set()
-        note("the last answers")
+        note("waiting for the last answers")
         finished, unfinished = await asyncio.wait(streams, timeout=DEADLINE_S)
         seconds = asyncio.get_running_loop().time() - began
         for task in unfinished:
@@ -151,13 +160,16 @@ async def run_under_faults(options: ChaosOptions, controller: Any, note: Notify)
 
 
 def progress_line(seen: Observations, blows: Counter[str], changes: int) -> str:
-    done = f"{changes} changes" if changes else f"{blows.total()} blows"
+    done = f"{changes} changes" if changes else f"{blows.total()} faults"
     bad = seen.counts["failed"] + seen.counts["differing"]
-    return f"{done}, {seen.counts['finished']} answers, {bad} of them wrong, {len(seen.gaps)} continuations"
+    return (
+        f"{done}, {seen.counts['finished']} answers, {bad} of them wrong, {len(seen.gaps)} "
+        "continuations"
+    )
 
 
 async def call_controller(method: Any, *arguments: object) -> Any:
-    """The controller's answer; None where there is none in time."""
+    """Return the controller's answer, or None after a timeout."""
     try:
         return await asyncio.to_thread(
             ray.get, method.remote(*arguments), timeout=CONTROLLER_TIMEOUT_S
@@ -169,7 +181,7 @@ async def call_controller(method: Any, *arguments: object) -> Any:
 async def inject_faults(
     options: ChaosOptions, controller: Any, seen: Observations
 ) -> AsyncIterator[str]:
-    """A fault every so many seconds; yields the role and signal of each."""
+    """Inject a fault every `period_s` seconds; yield the role and signal of each."""
     draw, already_hit = random.Random(options.seed), set[Victim]()
     while True:
         await asyncio.sleep(options.period_s)
@@ -187,7 +199,7 @@ async def inject_faults(
 async def vary_drafters(
     options: ChaosOptions, controller: Any, seen: Observations
 ) -> AsyncIterator[str]:
-    """Another number of drafters every so many seconds; yields after each change."""
+    """Change the number of drafters every `period_s` seconds; yield after each change."""
     draw, count = random.Random(options.seed), options.drafters
     while True:
         await asyncio.sleep(options.period_s)

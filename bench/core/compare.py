@@ -1,4 +1,4 @@
-"""Questions to the results of a benchmark: how fast, how many times as fast, where the time went."""
+"""Queries on the results of a benchmark: speeds, speed-ups, and how the time was spent."""
 
 import statistics
 from collections.abc import Iterable
@@ -24,7 +24,10 @@ def runs_of(results: Results, method: str, temperature: float = 0.0, batch: int 
 
 
 def decode_rate(run: Run) -> float | None:
-    """Tokens per second after the first ones, reading of the prompt not counted. None where nothing followed them."""
+    """Return tokens per second after the first tokens, excluding the prefill.
+
+    Return None if no tokens followed the first ones.
+    """
     if run.tokens <= run.first_tokens:
         return None
     return (run.tokens - run.first_tokens) / (run.seconds - run.first_seconds)
@@ -43,14 +46,14 @@ def decode_rates(
 def decode_speed(
     results: Results, method: str, temperature: float = 0.0, batch: int = 1
 ) -> Spread | None:
-    """Tokens per second of decoding."""
+    """Return the spread of decoding speed over prompts, in tokens per second."""
     return over_prompts(decode_rates(results, method, temperature, batch))
 
 
 def overall_speed(
     results: Results, method: str, temperature: float = 0.0, batch: int = 1
 ) -> Spread | None:
-    """Tokens per second from the call to the last token, reading of the prompt included."""
+    """Return tokens per second from the call to the last token, including the prefill."""
     return over_prompts(
         {
             (run.prompt, run.repetition): run.tokens / run.seconds
@@ -62,7 +65,10 @@ def overall_speed(
 def speed_ratio(
     results: Results, above: str, below: str, temperature: float = 0.0, batch: int = 1
 ) -> Spread | None:
-    """How many times as fast `above` is as `below`, on the same prompts in the same repetitions. None where they have none in common."""
+    """Return the speed-up of `above` over `below`, paired by prompt and repetition.
+
+    Return None if the two methods have no run in common.
+    """
     return over_prompts(
         paired_ratios(
             decode_rates(results, above, temperature, batch),
@@ -74,7 +80,7 @@ def speed_ratio(
 def aggregate_rate(
     results: Results, method: str, temperature: float = 0.0, batch: int = 1
 ) -> float | None:
-    """Tokens of all runs over the time of all runs, decoding alone."""
+    """Return the decoded tokens of all runs divided by their total decoding time."""
     runs = [
         run for run in runs_of(results, method, temperature, batch) if run.tokens > run.first_tokens
     ]
@@ -85,7 +91,7 @@ def aggregate_rate(
 def fastest_method(
     results: Results, methods: Iterable[str], temperature: float = 0.0, batch: int = 1
 ) -> str | None:
-    """The method of the highest median speed; None where none of them was measured."""
+    """Return the method with the highest median speed, or None if none was measured."""
     speeds = {
         method: found.median
         for method in methods
@@ -95,7 +101,7 @@ def fastest_method(
 
 
 def transformers_methods(results: Results) -> list[str]:
-    """transformers' speculative methods, whatever their cores."""
+    """Return the speculative methods of transformers, on any number of cores."""
     return [
         facts.name
         for facts in results.methods
@@ -114,7 +120,7 @@ def batches(results: Results) -> list[int]:
 def agreement(
     results: Results, method: str, reference: str, temperature: float = 0.0, batch: int = 1
 ) -> tuple[int, int]:
-    """Runs with the very tokens of `reference`, and runs that have one to compare with."""
+    """Count the runs whose tokens equal those of `reference`, and the runs that can be compared."""
     known = {
         (run.prompt, run.repetition): run.text
         for run in runs_of(results, reference, temperature, batch)
@@ -130,7 +136,10 @@ def agreement(
 def time_shares(
     results: Results, method: str, temperature: float = 0.0, batch: int = 1
 ) -> dict[str, float] | None:
-    """Where the target's time of decoding went, as parts of 1; `rest` is what no step accounts for. None where there are no figures."""
+    """Return the shares of the target's decoding time, which add up to 1.
+
+    `rest` is the time that no step accounts for. Return None if no steps were recorded.
+    """
     runs = [run for run in runs_of(results, method, temperature, batch) if run.steps]
     seconds = sum(run.seconds - run.first_seconds for run in runs)
     if not seconds:
@@ -147,7 +156,7 @@ def time_shares(
 def total_steps(
     results: Results, method: str, temperature: float = 0.0, batch: int = 1
 ) -> Steps | None:
-    """The steps of all runs together; `lead` is their mean, by runs."""
+    """Sum the steps of all runs; `lead` is the mean over runs."""
     steps = [run.steps for run in runs_of(results, method, temperature, batch) if run.steps]
     if not steps:
         return None
@@ -168,7 +177,10 @@ def total_steps(
 
 
 def step_times_in_place(results: Results, temperature: float = 0.0) -> dict[int, float]:
-    """T(n) where the methods ran, one prompt at a time; that of the pair by itself where no passes were recorded."""
+    """Return T(n) as measured during the runs, one prompt at a time.
+
+    If no passes were recorded, return T(n) of the pair measured alone.
+    """
     found = (
         place.target
         for place in results.profile.places
@@ -178,7 +190,8 @@ def step_times_in_place(results: Results, temperature: float = 0.0) -> dict[int,
 
 
 def bound_of(results: Results, temperature: float = 0.0) -> Bound | None:
-    """The bound of the measured step times and acceptance. None where one of them is missing."""
+    """Return the bound given by the measured step times and acceptance, or None if either is
+    missing."""
     ranks = next(
         (
             found.ranks
@@ -194,16 +207,17 @@ def bound_of(results: Results, temperature: float = 0.0) -> Bound | None:
 
 
 def bound_share(results: Results, method: str, temperature: float = 0.0) -> float | None:
-    """Share of the bound, which is that of all texts together."""
+    """Return the share of the bound that a method reaches over all texts together."""
     found, most = aggregate_rate(results, method, temperature), bound_of(results, temperature)
     return found / most.rate if found and most else None
 
 
 def forecasts_and_measured(results: Results) -> dict[tuple[str, float, int], tuple[float, float]]:
-    """By (method, temperature, batch): what the planner expected and what was measured, where both are there.
+    """Return (forecast, measured) tokens per second by (method, temperature, batch).
 
-    The planner lets a method write all the texts one after the other, so that is what it is held to: all tokens over all time, where
-    a hard text weighs more than in a median over prompts.
+    The planner models a method that writes all texts one after the other. The measured value is
+    therefore all tokens divided by all time, in which a hard text weighs more than it does in a
+    median over prompts.
     """
     found = {}
     for forecast in results.forecasts:

@@ -1,4 +1,4 @@
-"""What the planner expects of the methods that were measured, from what the pair costs where it ran and what the draft guesses."""
+"""The planner's forecasts for the measured methods, from the pair's costs and acceptance."""
 
 from collections.abc import Iterable
 from typing import TypeGuard
@@ -11,7 +11,7 @@ from runtime.sim.pair_profile import PairProfile
 
 
 def forecast_methods(results: Results, methods: Iterable[Method]) -> tuple[Forecast, ...]:
-    """For each method, temperature and batch that was measured, of those that the planner knows."""
+    """Forecast each measured method, temperature and batch that the planner supports."""
     found = []
     for method in methods:
         how = method.how
@@ -22,7 +22,7 @@ def forecast_methods(results: Results, methods: Iterable[Method]) -> tuple[Forec
         ):
             pair = measured_pair(results, temperature, batch)
             if pair is not None:
-                together = batch > 1  # texts that end leave others alone
+                together = batch > 1  # as texts end, the batch shrinks
                 length = results.settings.new_tokens if together else 0
                 setting = Setting(
                     drafters=len(how.drafters), sessions=batch, length=length, once=together
@@ -40,7 +40,7 @@ def forecast_methods(results: Results, methods: Iterable[Method]) -> tuple[Forec
 
 
 def is_forecastable(how: OutriderMethod | TransformersMethod) -> TypeGuard[OutriderMethod]:
-    """The target on the first core, and on the second a model drafter or none."""
+    """Accept a target on the first core with one model drafter, or none, on the second."""
     return (
         isinstance(how, OutriderMethod)
         and how.target_cores == FIRST
@@ -50,7 +50,10 @@ def is_forecastable(how: OutriderMethod | TransformersMethod) -> TypeGuard[Outri
 
 
 def measured_pair(results: Results, temperature: float, batch: int) -> PairProfile | None:
-    """The pair as the planner wants it, by itself where nothing is known of its place; None where its profile is not complete."""
+    """Return the pair's costs for the planner, or None if its profile is incomplete.
+
+    Costs measured during the runs take precedence over those of the pair measured alone.
+    """
     profile, key = results.profile, (temperature, batch)
     guesses = next(
         (found for found in profile.acceptance if (found.temperature, found.batch) == key), None

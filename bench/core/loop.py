@@ -1,4 +1,5 @@
-"""The order of the runs, and the doing of them: interleaved, so that whatever else the machine does meets all methods alike."""
+"""The order and execution of the runs: interleaved, so that noise of the machine affects all
+methods alike."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from runtime.core.sampling_params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What every method of a round does: these prompts at a time, with this sampling."""
+    """The work of every method in a round: these prompts as one batch, with this sampling."""
 
     name: str
     prompts: tuple[Prompt, ...]
@@ -33,7 +34,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """A case and the methods that do it, in this order."""
+    """A case and the methods that run it, in this order."""
 
     case: Case
     methods: tuple[Method, ...]
@@ -47,9 +48,10 @@ def cases(
     new_tokens: int,
     seed: int,
 ) -> list[Case]:
-    """All prompts in groups of `batch`, at each temperature, all of it `repetitions` times; a last group that is not full is left out.
+    """Build cases: prompts in groups of `batch`, at each temperature, `repetitions` times.
 
-    Every repetition samples with another seed, all methods with the same.
+    An incomplete last group is dropped. Every repetition samples with another seed; all methods of
+    a repetition use the same one.
     """
     groups = [
         tuple(prompts[start : start + batch]) for start in range(0, len(prompts) - batch + 1, batch)
@@ -72,7 +74,7 @@ def group_name(group: Sequence[Prompt]) -> str:
 
 
 def rounds(cases: Sequence[Case], methods: Sequence[Method]) -> list[Round]:
-    """Each case with all methods; the order is rotated by one from case to case."""
+    """Combine each case with all methods; the order rotates by one from case to case."""
     found = []
     for number, case in enumerate(cases):
         shift = number % max(1, len(methods))
@@ -102,7 +104,7 @@ def run_of(method: Method, case: Case, outcome: Outcome) -> Run:
 
 
 def digest(outcome: Outcome) -> str:
-    """Equal for equal output tokens."""
+    """Return a hash of the output tokens; equal outputs have equal hashes."""
     found = hashlib.sha256()
     for output in outcome.outputs:
         found.update(np.asarray([len(output), *output], dtype=np.int64).tobytes())
@@ -112,7 +114,10 @@ def digest(outcome: Outcome) -> str:
 def measure(
     plan: Sequence[Round], runner: Runner, progress: Progress, note: str
 ) -> Iterator[tuple[Run, ...]]:
-    """Does the rounds in order and yields the runs of each when all methods have done it. Shows what is running, and the time left."""
+    """Run the rounds in order and yield the runs of each round once all methods have finished it.
+
+    The progress bar shows the running method and the time left.
+    """
     task = progress.add_task(note, total=sum(len(round_.methods) for round_ in plan))
     for round_ in plan:
         found = []
@@ -133,7 +138,10 @@ def measure(
 def collect(
     results: Results, runs: Iterator[tuple[Run, ...]], keep: Callable[[Results], None]
 ) -> Results:
-    """`results` with the runs added; `keep` gets it after each round, so that an interruption loses one round at most."""
+    """Return `results` with the runs added.
+
+    `keep` gets the results after each round, so an interruption loses at most one round.
+    """
     for found in runs:
         results = results.model_copy(update={"runs": (*results.runs, *found)})
         keep(results)
@@ -141,7 +149,10 @@ def collect(
 
 
 def best_settings(results: Results, candidates: Mapping[str, Sequence[Method]]) -> list[Method]:
-    """Of each group of candidates that was measured the fastest, at the lowest temperature there is, under the group's name."""
+    """Return the fastest measured candidate of each group, under the group's name.
+
+    Candidates are compared at the lowest measured temperature.
+    """
     found = []
     for name, methods in candidates.items():
         best = fastest_method(
@@ -164,4 +175,4 @@ def progress_bar() -> Progress:
     )
     return Progress(
         *columns, speed_estimate_period=600, refresh_per_second=1
-    )  # drawing takes time from what is measured
+    )  # frequent redraws would disturb the measurement

@@ -1,4 +1,4 @@
-"""Facts of the machine that a result depends on."""
+"""Facts about the machine that affect the results."""
 
 import datetime
 import os
@@ -19,18 +19,21 @@ SPEED_FLAGS = (
     "bf16",
     "i8mm",
     "sve",
-)  # flags that decide how fast rows are
+)  # CPU flags that determine the cost of a row
 
 
-BF16_FLAGS = {"avx512_bf16", "amx_bf16"}  # flags of a processor that multiplies bf16
+BF16_FLAGS = {"avx512_bf16", "amx_bf16"}  # CPU flags of native bf16 multiplication
 
 
 def two_cores() -> tuple[int, int]:
-    """Numbers of two cores that this process may use, not two threads of one core where that can be had. Raises InvalidRequest."""
+    """Return two cores that this process may use, avoiding two threads of one core if possible.
+
+    Raises InvalidRequest if fewer than two cores are available.
+    """
     usable = sorted(os.sched_getaffinity(0))
     if len(usable) < 2:
         raise InvalidRequest(
-            f"the benchmark needs two cores and may use {len(usable)}: run it where there are two",
+            f"the benchmark needs two cores and may use {len(usable)}: allow it two",
             "cores",
         )
     twins = read_text(f"/sys/devices/system/cpu/cpu{usable[0]}/topology/thread_siblings_list")
@@ -40,7 +43,7 @@ def two_cores() -> tuple[int, int]:
 
 
 def machine(cores: int, gpu: str = "") -> Machine:
-    """This one, now. `cores` are those that the benchmark uses, `gpu` the name of its GPU."""
+    """Describe this machine; `cores` are those the benchmark uses, `gpu` is the name of its GPU."""
     facts = cpu_facts(read_text("/proc/cpuinfo"))
     flags = facts.get("flags", facts.get("Features", "")).split()
     return Machine(
@@ -57,7 +60,7 @@ def machine(cores: int, gpu: str = "") -> Machine:
 
 
 def cpu_facts(text: str) -> dict[str, str]:
-    """Of the first processor in /proc/cpuinfo."""
+    """Parse the entry of the first processor in /proc/cpuinfo."""
     lines = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
     return {name.strip(): value.strip() for name, _, value in lines}
 

@@ -1,4 +1,5 @@
-"""What is compared, as data: ways to decode, ours and transformers', each with the cores that it may use."""
+"""The compared methods, as data: ways to decode, ours and those of transformers, with their
+cores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from bench.core.results import MethodFacts, Passes, Steps
 from runtime.core.messages import Tokens
 from runtime.core.sampling_params import SamplingParams
 
-Cores = tuple[int, ...]  # places in the list of cores that the benchmark may use
+Cores = tuple[int, ...]  # indices into the list of the benchmark's cores
 FIRST, SECOND, BOTH = (0,), (1,), (0, 1)
 
 
@@ -19,7 +20,8 @@ class OutriderMethod:
 
     schedule  a file in runtime/schedulers
     options   its settings, by name
-    drafters  drafting methods (files in runtime/drafters), or "wrong": the draft model with every guess spoilt
+    drafters  drafting methods (files in runtime/drafters), or "wrong": the draft model with every
+              guess replaced by a wrong one
     heads     files in runtime/heads
     """
 
@@ -37,7 +39,11 @@ class OutriderMethod:
 
 @dataclass(frozen=True, slots=True)
 class TransformersMethod:
-    """transformers' generate. `guesses` is the constant number of tokens that its assistant guesses; 0 leaves its default schedule."""
+    """A call of transformers' generate.
+
+    `guesses` is the constant number of tokens that the assistant guesses; 0 keeps its default
+    schedule.
+    """
 
     kind: Literal["greedy", "assisted", "lookup"]
     guesses: int = 0
@@ -46,7 +52,11 @@ class TransformersMethod:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """`name` is unique within a benchmark, and the same in all of them (bench/reports/goals.py compares by name)."""
+    """A named way to decode.
+
+    `name` is unique within a benchmark and stable across benchmarks, since bench/reports/goals.py
+    compares by name.
+    """
 
     name: str
     how: OutriderMethod | TransformersMethod
@@ -77,12 +87,12 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one run gave; times in seconds, from the call to the last token.
+    """The result of one run; times in seconds from the call on.
 
-    outputs        the tokens of each prompt, an end-of-text token included
-    seconds        all of it
-    first_seconds  of them, until every prompt had been read and had its first token
-    first_tokens   tokens of all prompts that were out by then
+    outputs        the tokens of each prompt, including an end-of-text token
+    seconds        total time
+    first_seconds  time until every prompt had its first token
+    first_tokens   tokens of all prompts that had been produced by then
     """
 
     outputs: tuple[Tokens, ...]
@@ -95,7 +105,10 @@ class Outcome:
 
 class Runner(Protocol):
     def run(self, method: Method, prompts: Sequence[Prompt], sampling: SamplingParams) -> Outcome:
-        """Continue all prompts at the same time, alone on the machine. Raises OutriderError where the method cannot."""
+        """Continue all prompts as one batch, alone on the machine.
+
+        Raises OutriderError if the method does not support the request.
+        """
         ...
 
 
@@ -130,7 +143,7 @@ TRANSFORMERS_METHODS = tuple(
     for cores in (FIRST, BOTH)
     for name, how in TRANSFORMERS_KINDS.items()
 )
-# The methods that are measured with several prompts at a time.
+# Methods that are measured in batches.
 BATCHED = (PLAIN, LIVING, GREEDY)
 
 CHAINS = tuple(
@@ -156,10 +169,11 @@ TREES = tuple(
 
 
 def sweep_candidates(gamma: int) -> dict[str, tuple[Method, ...]]:
-    """The methods that have settings by name, each in all that the sweep tries; the best setting then bears the name alone.
+    """Return the methods whose settings are swept, by name, each with all candidate settings.
 
-    `gamma` is the one that PEARL's authors recommend for this pair. A drafter that waits while the target works on both cores may
-    use both as well, or the second alone.
+    The best candidate then takes over the name. `gamma` is the value that PEARL's authors recommend
+    for this pair. A drafter that waits while the target works on both cores may use both cores too,
+    or the second alone.
     """
     both = [
         replace(how, target_cores=BOTH, drafter_cores=cores)

@@ -1,4 +1,4 @@
-"""What a benchmark is to do, checked; how large it is by default; how long it will take."""
+"""The options of a benchmark: validation, default sizes, and the expected duration."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ from runtime.core.sampling_params import SamplingParams, check_int
 from runtime.model_paths import bundled_model
 
 RESULTS = Path(__file__).parents[1] / "results"
-# Prompts for the sweep, for warming up, and for those methods that learn what guesses are worth: a target keeps that from one life to
-# the next, here it begins with nothing. None of them is measured.
+# Prompts for the sweep, for the warm-up, and for the methods that calibrate their guesses. A served
+# target keeps its calibration across restarts; here it starts empty. None of these is measured.
 SWEEP_PROMPTS, WARM_UP_PROMPTS, LEARNING_PROMPTS = 2, 2, 4
 DtypeChoice = Literal["auto", "float32", "bfloat16"]
 
@@ -37,7 +37,7 @@ DtypeChoice = Literal["auto", "float32", "bfloat16"]
 @dataclass(frozen=True, slots=True)
 class Size:
     count: int
-    repetitions: int  # of our own methods at the lowest temperature; once otherwise
+    repetitions: int  # runs of our methods at the lowest temperature; all others run once
     new_tokens: int
     temperatures: tuple[float, ...]
     batches: tuple[int, ...]
@@ -49,7 +49,11 @@ QUICK = Size(count=2, repetitions=1, new_tokens=32, temperatures=(0.0,), batches
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """`prompts`: a file or folder, None for held-out files. `folder`: for the results and the page, both called `name`."""
+    """The validated options of a benchmark.
+
+    `prompts` is a file or folder, or None for held-out files. The results and the page are written
+    to `folder` under the name `name`.
+    """
 
     target: str
     draft: str
@@ -64,20 +68,27 @@ class BenchOptions:
 
 
 def choose_dtype(wanted: DtypeChoice, flags: Iterable[str]) -> Literal["float32", "bfloat16"]:
-    """bf16 where the processor multiplies it. Elsewhere rows cost too much: on AVX-512 without it 16 of them took 7 times as long as
-    one, in float32 1.4 times."""
+    """Choose bfloat16 if the processor multiplies it natively, else float32.
+
+    Without native support rows cost too much: on AVX-512 16 rows took 7 times as long as one, in
+    float32 1.4 times.
+    """
     if wanted != "auto":
         return wanted
     return "bfloat16" if BF16_FLAGS & set(flags) else "float32"
 
 
 def validated(size: Size) -> Size:
-    """Raises InvalidRequest. Temperatures and batches in rising order, none twice; a batch of one is the main run itself."""
+    """Return the size with temperatures and batches sorted and deduplicated; a batch of 1 is
+    dropped.
+
+    A batch of 1 is the main run. Raises InvalidRequest for values out of range.
+    """
     check_int("count", size.count, 1)
     check_int("repetitions", size.repetitions, 1, 100)
     check_int("new_tokens", size.new_tokens, 2)
     if not size.temperatures:
-        raise InvalidRequest("no temperature is given: give at least one", "temperature")
+        raise InvalidRequest("no temperature given: give at least one", "temperature")
     for temperature in size.temperatures:
         SamplingParams(temperature=temperature)
     for batch in size.batches:
@@ -97,13 +108,19 @@ def shipped_pair() -> tuple[str, str]:
 
 
 def folder_for(quick: bool) -> Path:
-    """Results of a quick run are not for keeping."""
+    """Return the default output folder; results of a quick run go to the cache."""
     return CACHE / "results" if quick else RESULTS
 
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """The methods of a benchmark; `groups` by name, in all settings that the sweep tries; `batched` those that take several prompts."""
+    """The methods of a benchmark.
+
+    fixed    methods without settings to sweep
+    groups   methods by name, each with all settings that the sweep tries
+    rivals   methods of transformers
+    batched  methods that are also measured with several prompts at a time
+    """
 
     fixed: tuple[Method, ...]
     groups: Mapping[str, tuple[Method, ...]]
@@ -119,12 +136,12 @@ class Suite:
         )
 
     def final(self, best: Sequence[Method]) -> tuple[Method, ...]:
-        """With the best settings in place of the groups."""
+        """Return the methods with each group replaced by its best setting."""
         return (*self.fixed, *best, *self.rivals)
 
 
 def choose_suite(quick: bool, gamma: int) -> Suite:
-    """`gamma`: PEARL's, for this pair."""
+    """Return the methods to measure; `gamma` is PEARL's parameter for this pair."""
     groups = sweep_candidates(gamma)
     if not quick:
         return Suite((*PLAIN_METHODS, *LIVING_METHODS, AMUSD), groups, TRANSFORMERS_METHODS)
@@ -137,7 +154,7 @@ def choose_suite(quick: bool, gamma: int) -> Suite:
 def main_rounds(
     prompts: Sequence[Prompt], size: Size, seed: int, methods: Sequence[Method]
 ) -> list[Round]:
-    """All methods once; then again, at the lowest temperature, those of ours."""
+    """Run every method once, then repeat our own methods at the lowest temperature."""
     every = cases(prompts, 1, size.temperatures, size.repetitions, size.new_tokens, seed)
     again = [
         case
@@ -155,7 +172,7 @@ def own_methods(methods: Sequence[Method]) -> list[Method]:
 
 
 def batch_cases(prompts: Sequence[Prompt], size: Size, seed: int) -> list[Case]:
-    """One group of each size, greedy; sizes beyond the number of prompts are left out."""
+    """Return one greedy case per batch size; sizes beyond the number of prompts are dropped."""
     return [
         case
         for batch in size.batches
@@ -164,7 +181,8 @@ def batch_cases(prompts: Sequence[Prompt], size: Size, seed: int) -> list[Case]:
     ]
 
 
-# Seconds of a token in steps of one row on one core, as they were found on two machines; for the time left to wait, and nothing else.
+# Time of a token in units of a one-row step on one core, as measured on two machines. Used only to
+# estimate the duration.
 RELATIVE_COSTS = {"plain": 1.0, "greedy": 1.4, "lookup": 1.1, "assisted": 0.9}
 COST_WITH_DRAFTS, COST_WITHOUT_DRAFTS, TWO_CORE_FACTOR = (
     0.5,
@@ -188,7 +206,10 @@ def relative_cost(method: Method) -> float:
 
 
 def expected_seconds(which: Suite, size: Size, step: float) -> float:
-    """Of everything after the profile, where a step of one row takes `step` seconds. A prompt is read in about ten steps."""
+    """Estimate the time of everything after the profile, if a step of one row takes `step` seconds.
+
+    Reading a prompt takes about ten steps.
+    """
     methods, one = (
         which.final([group[0] for group in which.groups.values()]),
         (size.new_tokens + 10) * step,

@@ -1,4 +1,5 @@
-"""Our methods as they are used: target and drafters are Ray actors on cores of their own and talk gRPC; requests come from this process."""
+"""The runner for our methods: target and drafters are Ray actors on separate cores that talk gRPC;
+requests come from this process."""
 
 import asyncio
 import contextlib
@@ -36,18 +37,19 @@ DRAFTER_NAMES = {
     "wrong": "wrong-0",
     "layer-skip": "layer-skip-0",
     "s3d": "s3d-0",
-}  # of drafters, by method
-MAX_TRIES = 3  # of a run on whose way a drafter is lost
-ATTACH_TIMEOUT_S = 10.0  # seconds until a target has its drafters
-POLL_PERIOD_S = 0.01  # seconds between two looks
+}  # drafter names by method
+MAX_TRIES = 3  # of a run during which a drafter is lost
+ATTACH_TIMEOUT_S = 10.0  # for the target to attach its drafters
+POLL_PERIOD_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class ModelPair:
-    """Folders or names of target and draft, and the numbers of the cores that may be used: `Cores` are places among these.
+    """The target and draft (folders or names) and the core numbers that `Cores` index into.
 
-    `heads`: their folders by method, "" for what needs none. `layers`: those that layer-skip keeps; default: every second.
-    `trained`: folders of drafters that were trained for the target, by method.
+    heads    head folders by method; "" for a head without weights
+    layers   the layers that layer-skip keeps; default: every second
+    trained  folders of drafters trained for the target, by method
     """
 
     target: str
@@ -93,7 +95,8 @@ def schedule_config(how: OutriderMethod) -> ScheduleConfig:
 
 
 class MethodTarget(TargetActor):
-    """A target that takes one method after the other, and lets none of them profit or suffer from what another has learned or read."""
+    """A target that switches between methods and isolates each from what another has learned or
+    cached."""
 
     def __init__(self, config: TargetConfig, record: bool = False) -> None:
         super().__init__(config, record)
@@ -101,10 +104,11 @@ class MethodTarget(TargetActor):
         self.known: dict[tuple[str, ...], Calibrations] = {}
 
     def use_method(self, how: OutriderMethod, peers: list[Endpoint]) -> None:
-        """From the next request on; to be called when none is under way.
+        """Use this method from the next request on. Call it only if no request is running.
 
-        A method that comes back knows what it had learned: a schedule of its own for each, calibrations for each policy with
-        these drafters. Prompts are read anew, as the others read them.
+        A method that returns finds its state again: each has its own scheduler, and each policy
+        with these drafters its own calibration. The prefix cache starts empty, so prompts are read
+        again.
         """
         engine = self.target.engine
         if how not in self.policies:
@@ -117,7 +121,7 @@ class MethodTarget(TargetActor):
         self.drafters(peers)
 
     def learned(self) -> dict[str, Any]:
-        """What guesses of the present method were worth so far, as Calibrations saves it."""
+        """Return the calibration of the current method, in the format of `Calibrations.saved`."""
         return self.target.engine.requests.calibrations.to_dict()
 
 
@@ -127,7 +131,7 @@ class Service(Protocol):
 
 @dataclass(slots=True)
 class TimedAnswer:
-    """Of one request: its tokens, and how many of them were there at each moment (`time.perf_counter`)."""
+    """The tokens of one request, and how many were there at each moment (`time.perf_counter`)."""
 
     tokens: list[int] = field(default_factory=list)
     moments: list[tuple[float, int]] = field(default_factory=list)
@@ -137,7 +141,10 @@ class TimedAnswer:
 async def ask_all(
     service: Service, prompts: Sequence[Tokens], sampling: SamplingParams
 ) -> tuple[float, list[TimedAnswer]]:
-    """All prompts at the same time; returns also when that began. Raises Unavailable where one of them ends by an error."""
+    """Send all prompts at once; return the start time and the answers.
+
+    Raises Unavailable if a request ends with an error.
+    """
     requests = [Request(uuid.uuid4().hex, prompt, sampling) for prompt in prompts]
     began = time.perf_counter()
     return began, list(
@@ -150,7 +157,8 @@ async def time_answer(service: Service, request: Request) -> TimedAnswer:
     async for chunk in service.generate(request):
         if chunk.finish_reason in ("error", "cancelled"):
             raise Unavailable(
-                f"the target did not finish ({chunk.error or chunk.finish_reason}): see the message above"
+                f"the target did not finish ({chunk.error or chunk.finish_reason}): see the "
+                "message above"
             )
         answer.tokens += chunk.tokens
         answer.moments.append((time.perf_counter(), len(answer.tokens)))
@@ -159,7 +167,7 @@ async def time_answer(service: Service, request: Request) -> TimedAnswer:
 
 
 def outcome_of(began: float, answers: Sequence[TimedAnswer]) -> Outcome:
-    """Of requests that were made when it `began`; without the figures of the steps."""
+    """Summarise requests that were sent at `began`, without the figures of the steps."""
     first = max(next(at for at, count in answer.moments if count) for answer in answers)
     return Outcome(
         outputs=tuple(tuple(answer.tokens) for answer in answers),
@@ -172,13 +180,16 @@ def outcome_of(began: float, answers: Sequence[TimedAnswer]) -> Outcome:
 
 
 class OutriderRunner:
-    """A Runner for the methods that it was started for. `recordings`: of the last run, target first, then its drafters; `learned`: as of
-    MethodTarget, after it."""
+    """A Runner for the methods that it was started for.
+
+    recordings  those of the last run: the target's, then its drafters'
+    learned     the calibration after the last run (`MethodTarget.learned`)
+    """
 
     def __init__(
         self, targets: Mapping[Cores, Any], drafters: Mapping[tuple[str, Cores], Any]
     ) -> None:
-        """Handles of actors that have started, MethodTarget and DraftActor."""
+        """Take the handles of started MethodTarget and DraftActor actors."""
         self.targets, self.drafters = targets, drafters
         self.recordings: list[Recording] = []
         self.learned: dict[str, Any] = {}
@@ -192,10 +203,14 @@ class OutriderRunner:
         sampling: SamplingParams,
         tries: int = MAX_TRIES,
     ) -> Outcome:
-        """Raises InvalidRequest for a method of others, Unavailable where an actor has ended or a drafter was lost on the way each time."""
+        """Run a method and keep its recordings.
+
+        Raises InvalidRequest for a method of transformers. Raises Unavailable if an actor has
+        ended, or if a drafter was lost in every try.
+        """
         if not isinstance(method.how, OutriderMethod):
             raise InvalidRequest(
-                f"method {method.name!r} is transformers': run it with its own runner", "method"
+                f"method {method.name!r} is transformers': run it with TransformersRunner", "method"
             )
         how, target = method.how, self.targets[method.how.target_cores]
         drafters = {
@@ -209,18 +224,19 @@ class OutriderRunner:
             ray.get(target.use_method.remote(how, peers))
             self._await_drafters(target, sorted(drafters))
             actors = [target, *drafters.values()]
-            ray.get([actor.trace.remote() for actor in actors])  # what came after the last run
+            ray.get(
+                [actor.trace.remote() for actor in actors]
+            )  # drop what was recorded since the last run
             address = ray.get(target.where.remote()).address
             began, answers = self._loop.run(
                 self._ask(address, [prompt.tokens for prompt in prompts], sampling)
             )
             if (left := sorted(ray.get(target.attached.remote()))) != sorted(drafters):
-                if (
-                    tries > 1
-                ):  # the machine stood still for a while, perhaps: the run does not count
+                if tries > 1:  # perhaps the machine stalled: discard the run
                     return self.run(method, prompts, sampling, tries - 1)
                 raise Unavailable(
-                    f"of the drafters {sorted(drafters)} only {left} were left after {method.name}: see the message above"
+                    f"of the drafters {sorted(drafters)} only {left} were left after "
+                    f"{method.name}: see the message above"
                 )
             self.recordings = ray.get([actor.trace.remote() for actor in actors])
             self.learned = ray.get(target.learned.remote())
@@ -243,7 +259,7 @@ class OutriderRunner:
         return await ask_all(self._services[address], prompts, sampling)
 
     def close(self) -> None:
-        """Ends the connections, not the actors."""
+        """Close the connections; the actors keep running."""
         for service in self._services.values():
             self._loop.run(service.close())
         self._loop.close()
@@ -252,7 +268,10 @@ class OutriderRunner:
 def with_steps(
     found: Outcome, answers: Sequence[TimedAnswer], parts: Sequence[Recording]
 ) -> Outcome:
-    """With the passes, and the figures of the target's steps where it served one prompt: several share theirs."""
+    """Add the passes and, for a single prompt, the figures of the target's steps.
+
+    Several prompts share their steps, so they have no figures of their own.
+    """
     target, *drafters = parts
     stats = answers[0].stats if len(answers) == 1 else None
     steps = None if stats is None else recording_stats.recorded_steps(stats, target, drafters)
@@ -261,10 +280,12 @@ def with_steps(
 
 @contextlib.contextmanager
 def running_cluster(pair: ModelPair, methods: Iterable[Method]) -> Iterator[OutriderRunner]:
-    """A Ray cluster on this machine with the actors that these methods need. All of it ends with the block.
+    """Start a Ray cluster on this machine with the actors that these methods need; stop it at the
+    end of the block.
 
-    Targets start one by one, before any drafter: each measures its T(n) then, alone on its cores. All of them record, which
-    costs some microseconds a step. Raises what an actor's own start raised, Unavailable where Ray does not start.
+    Targets start one by one before any drafter, because each measures T(n) at start and must be
+    alone on its cores. All actors record, which costs a few microseconds per step. Raises the error
+    of an actor's start, or Unavailable if Ray does not start.
     """
     hows = [method.how for method in methods if isinstance(method.how, OutriderMethod)]
     wanted_targets = sorted({how.target_cores for how in hows})

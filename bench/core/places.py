@@ -1,7 +1,9 @@
-"""What passes cost where they ran: T(n) of the pair by itself, moved to what the passes of many runs took.
+"""The cost of passes during the runs: T(n) of the pair measured alone, scaled to the recorded
+passes.
 
-A shared machine has quick minutes and slow ones: 8 rows took 25 ms or 35 for seconds to minutes on end, whichever process asked, while
-its neighbours multiplied too. A profile that is measured in other minutes than the runs says little of them; their own passes do.
+A shared machine has fast and slow minutes. While neighbours were busy, 8 rows took 25 ms or 35 ms
+for seconds to minutes on end, for any process. A profile measured at another time says little about
+the runs, so their own passes are used.
 """
 
 import statistics
@@ -12,11 +14,14 @@ import numpy as np
 
 from bench.core.results import InPlace, Passes, Profile, Run
 
-MIN_PASSES = 8  # passes of about so many rows, from which on their time counts
+MIN_PASSES = 8  # passes of a width needed to use their time
 
 
 def costs_in_place(profile: Profile, runs: Sequence[Run]) -> tuple[InPlace, ...]:
-    """For each temperature and batch of these runs, which used the same cores; those whose passes were not recorded say nothing."""
+    """Return the costs for each temperature and batch of these runs, which used the same cores.
+
+    Runs without recorded passes are ignored.
+    """
     found: defaultdict[tuple[float, int], list[Passes]] = defaultdict(list)
     for run in runs:
         if run.passes is not None:
@@ -52,17 +57,20 @@ def cost_in_place(
 
 
 def bookkeeping_per_session(seen: Sequence[Passes]) -> float:
-    """Seconds for each session of a pass."""
+    """Return the seconds of bookkeeping per session and pass."""
     return sum(one.bookkeeping for one in seen) / max(1, sum(map(count_sessions, seen)))
 
 
 def count_sessions(passes: Passes) -> int:
-    """Of all passes together."""
+    """Sum the sessions over all passes."""
     return sum(count for _, count, _ in passes.target)
 
 
 def draft_pass_gap(profile: Profile, passes: Passes) -> float:
-    """Seconds from the end of a drafter's pass to the next, as a median, where its model takes what it takes alone."""
+    """Return the median seconds from the end of a drafter's pass to the start of the next.
+
+    The model's own time is taken from the profile of the pair measured alone.
+    """
     return max(
         0.0,
         statistics.median(
@@ -72,9 +80,11 @@ def draft_pass_gap(profile: Profile, passes: Passes) -> float:
 
 
 def scaled_step_times(profile: Profile, seen: Sequence[Passes]) -> dict[int, float]:
-    """T(n): each measured width times the ratio, of the passes with about as many rows, of all their seconds to those of the profile.
+    """Return T(n): each profiled time multiplied by the measured slow-down of passes of about that
+    width.
 
-    Widths with few passes take the ratio between those of their neighbours.
+    The slow-down is the total time of those passes divided by the profile's. Widths with few passes
+    interpolate between their neighbours.
     """
     widths = np.asarray(sorted(profile.target), dtype=np.float64)
     took, expected, count = np.zeros(len(widths)), np.zeros(len(widths)), np.zeros(len(widths))

@@ -1,4 +1,5 @@
-"""The pair by itself: T(n), t(w) and acceptance, one model after the other on one core."""
+"""The profile of the pair measured alone: T(n), t(w) and acceptance, one model at a time on one
+core."""
 
 import os
 import statistics
@@ -15,7 +16,7 @@ TEXT_COUNT = 8
 REPEATS = 7
 BANDWIDTH_NUMBERS = (
     1 << 26
-)  # float32 numbers read at once to find the memory's bandwidth: more than any cache holds
+)  # float32 values read to measure the memory bandwidth: more than any cache holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +29,15 @@ class ProfileJob:
 
 @dataclass(frozen=True, slots=True)
 class ProfileResult:
-    """`parameters` of target and draft."""
+    """The profile, and the parameter counts of target and draft."""
 
     profile: Profile
     parameters: tuple[int, int]
 
 
 def profile_pair(job: ProfileJob) -> ProfileResult:
-    """Stays on its core from then on: to be called in a process of its own (bench/core/subprocess_call.py)."""
+    """Measure the pair. It pins the process to its core, so call it through
+    `call_in_subprocess`."""
     os.sched_setaffinity(0, (job.core,))
     from runtime.models.loader import load_model
     from runtime.models.step_timing import step_times, text_time
@@ -54,7 +56,10 @@ def profile_pair(job: ProfileJob) -> ProfileResult:
 
 
 def median_profile(profiles: Sequence[Profile]) -> Profile:
-    """The medians of what was measured at several times: on a shared machine a core may be twice as fast in one minute as in the next."""
+    """Return the medians of profiles measured at different times.
+
+    On a shared machine a core may be twice as fast in one minute as in the next.
+    """
 
     def times(of: Callable[[Profile], dict[int, float]]) -> dict[int, float]:
         return {
@@ -78,7 +83,7 @@ def median_profile(profiles: Sequence[Profile]) -> Profile:
 
 @dataclass(frozen=True, slots=True)
 class AnsweredRuns:
-    """`runs` of plain decoding. `seed`: of their first repetition."""
+    """Runs of plain decoding; `seed` is that of their first repetition."""
 
     job: ProfileJob
     seed: int
@@ -86,8 +91,10 @@ class AnsweredRuns:
 
 
 def measure_acceptance(answered: AnsweredRuns) -> tuple[Acceptance, ...]:
-    """What the draft guesses along these answers, by temperature and batch; a text that was repeated counts once. As `measure`, for a
-    process of its own."""
+    """Return how often the draft guesses these answers, by temperature and batch.
+
+    A repeated text counts once. Call it through `call_in_subprocess`, as `profile_pair`.
+    """
     job, firsts = answered.job, [run for run in answered.runs if run.repetition == 0]
     os.sched_setaffinity(0, (job.core,))
     from runtime.models.acceptance import replay_draft
@@ -113,7 +120,7 @@ def measure_acceptance(answered: AnsweredRuns) -> tuple[Acceptance, ...]:
 
 
 def memory_bandwidth() -> float:
-    """Bytes per second that one core reads from memory, in order."""
+    """Return the bytes per second that one core reads sequentially from memory."""
     import torch
 
     numbers = torch.ones(BANDWIDTH_NUMBERS)

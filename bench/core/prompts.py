@@ -1,4 +1,5 @@
-"""What the benchmark's models go on from: held-out files of the standard library, or a user's file. None was chosen for its figures."""
+"""The benchmark's prompts: held-out files of the standard library, or a user's file. None was
+selected for its results."""
 
 import json
 import random
@@ -13,28 +14,29 @@ from runtime.core.errors import InvalidRequest
 from runtime.core.messages import Tokens
 from training import stdlib_corpus
 
-MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS = 64, 256  # tokens of context
+MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS = 64, 256  # of a held-out prompt
 PROMPT_FIELDS = (
     "prompt",
     "question",
     "turns",
     "text",
-)  # where the sets in use keep it: HumanEval, GSM8K, MT-Bench and Spec-Bench, plain text
-MAX_FILE_BYTES = 1 << 26  # bytes of a prompt file
+)  # in HumanEval, GSM8K, MT-Bench and Spec-Bench, plain text
+MAX_FILE_BYTES = 1 << 26  # of a prompt file
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """`name` says where it is from, and is the same in every run."""
+    """A prompt; `name` gives its origin and is the same in every run."""
 
     name: str
     tokens: Tokens
 
 
 def held_out_prompts(tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> list[Prompt]:
-    """Excerpts of SHORTEST to LONGEST tokens, of as many different held-out files, that begin and end where a line does.
+    """Draw excerpts of whole lines from `count` different held-out files.
 
-    Files, places and lengths are drawn with `seed` alone. Raises InvalidRequest where there are fewer files than `count`.
+    An excerpt has MIN_PROMPT_TOKENS to MAX_PROMPT_TOKENS tokens. Files, positions and lengths
+    depend only on `seed`. Raises InvalidRequest if there are fewer files than `count`.
     """
     draw = random.Random(seed)
     names = stdlib_corpus.library_files(held_out=True)
@@ -49,7 +51,7 @@ def held_out_prompts(tokenizer: PreTrainedTokenizerFast, count: int, seed: int) 
             found.append(Prompt(f"{name}:{line}", tokens))
     if len(found) < count:
         raise InvalidRequest(
-            f"{count} prompts are more than the {len(found)} held-out files hold: ask for fewer",
+            f"{count} prompts are more than the {len(found)} held-out files provide: ask for fewer",
             "count",
         )
     return found
@@ -58,7 +60,11 @@ def held_out_prompts(tokenizer: PreTrainedTokenizerFast, count: int, seed: int) 
 def excerpt(
     tokenizer: PreTrainedTokenizerFast, text: str, draw: random.Random
 ) -> tuple[int, Tokens] | None:
-    """Whole lines from a drawn one on, as many as fit into a drawn length; with its number. None for a text too short for that."""
+    """Return whole lines from a random line on, up to a random number of tokens, with the line
+    number.
+
+    Return None if the text is too short.
+    """
     lines = text.splitlines(keepends=True)
     most = draw.randint(MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS)
     first = draw.randrange(max(1, len(lines)))
@@ -72,12 +78,13 @@ def excerpt(
 
 
 def read_prompts(path: Path) -> dict[str, str]:
-    """Texts by name, in the order of the file.
+    """Return texts by name, in the order of the file.
 
-    - .jsonl: an object a line, with the prompt under `prompt`, `question`, `turns` (a list: its first) or `text`; or a string a line;
+    - .jsonl: one object per line with the prompt under `prompt`, `question`, `turns` (a list; its
+      first entry) or `text`; or one string per line;
     - .json: a list of such objects or strings;
-    - a folder: each file in it is a prompt;
-    - anything else: each line that is not blank is a prompt.
+    - a folder: each file is a prompt;
+    - any other file: each non-blank line is a prompt.
 
     Raises InvalidRequest that names file and line.
     """
@@ -90,7 +97,7 @@ def read_prompts(path: Path) -> dict[str, str]:
     if path.suffix == ".json":
         values = parse_json(text, str(path))
         if not isinstance(values, list):
-            raise InvalidRequest(f"{path} holds no list: give a list of prompts", "prompts")
+            raise InvalidRequest(f"{path} is not a JSON list: give a list of prompts", "prompts")
         return drop_empty(
             {
                 f"{path.name}:{number}": prompt_of(value, f"{path}, entry {number}")
@@ -116,17 +123,17 @@ def read_text(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise InvalidRequest(
-                f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB: give a smaller file of prompts",
+                f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB: give a smaller prompt file",
                 "prompts",
             )
         return path.read_text("utf-8")
     except OSError as error:
         raise InvalidRequest(
-            f"{path} cannot be read ({error.strerror}): give a file of prompts", "prompts"
+            f"{path} cannot be read ({error.strerror}): give a prompt file", "prompts"
         ) from error
     except UnicodeDecodeError as error:
         raise InvalidRequest(
-            f"{path} is not UTF-8 text: give a file of prompts", "prompts"
+            f"{path} is not UTF-8 text: give a prompt file in UTF-8", "prompts"
         ) from error
 
 
@@ -135,7 +142,7 @@ def parse_json(text: str, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(
-            f"{where} is not JSON ({str(error).splitlines()[0]}): mend it", "prompts"
+            f"{where} is invalid JSON ({str(error).splitlines()[0]}): fix it", "prompts"
         ) from error
 
 
@@ -144,7 +151,8 @@ def prompt_of(value: object, where: str) -> str:
         field = next((field for field in PROMPT_FIELDS if field in value), None)
         if field is None:
             raise InvalidRequest(
-                f"{where} has no prompt: name the field {', '.join(PROMPT_FIELDS[:-1])} or {PROMPT_FIELDS[-1]}",
+                f"{where} has no prompt: add the field {', '.join(PROMPT_FIELDS[:-1])} or "
+                f"{PROMPT_FIELDS[-1]}",
                 "prompts",
             )
         value, where = value[field], f"{where}, {field}"
@@ -152,7 +160,7 @@ def prompt_of(value: object, where: str) -> str:
             value = value[0]
     if not isinstance(value, str) or not value:
         raise InvalidRequest(
-            f"{where} is {type(value).__name__}, not a text: give a string that is not empty",
+            f"{where} is not a non-empty string ({type(value).__name__}): give a text",
             "prompts",
         )
     return value
@@ -161,18 +169,19 @@ def prompt_of(value: object, where: str) -> str:
 def drop_empty(texts: dict[str, str], path: Path) -> dict[str, str]:
     full = {name: text for name, text in texts.items() if text}
     if not full:
-        raise InvalidRequest(f"{path} holds no prompt: give a file of prompts", "prompts")
+        raise InvalidRequest(f"{path} holds no prompt: give a file with prompts", "prompts")
     return full
 
 
 def encode_prompts(
     tokenizer: PreTrainedTokenizerFast, texts: dict[str, str], most: int
 ) -> list[Prompt]:
-    """The texts as tokens; of one that is longer than `most` the beginning is cut away, as the output continues its end."""
+    """Tokenize the texts; a text longer than `most` tokens keeps its end, which the output
+    continues."""
     return [Prompt(name, tuple(tokenizer.encode(text))[-most:]) for name, text in texts.items()]
 
 
 def sample_prompts(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
-    """`count` of them, drawn with `seed` alone, in the order of the file; all where there are no more."""
+    """Draw `count` prompts by `seed`, in file order; return all if there are fewer."""
     chosen = sorted(random.Random(seed).sample(range(len(prompts)), min(count, len(prompts))))
     return [prompts[index] for index in chosen]

@@ -1,4 +1,5 @@
-"""What the recordings of one run tell of it: the target's time after the first tokens, the lead of the drafters, the delay of the wire."""
+"""Figures from the recordings of one run: the target's decoding time, the drafters' lead, the delay
+of the wire."""
 
 import bisect
 import itertools
@@ -25,7 +26,11 @@ from runtime.telemetry.tracing import (
 
 
 def recorded_steps(stats: Stats, target: Recording, drafters: Sequence[Recording]) -> Steps:
-    """Of a run of one prompt. Counts are those of all steps; times those of decoding, the first step left out as in compare.decoding."""
+    """Return the step figures of a run with one prompt.
+
+    Counts cover all steps. Times cover decoding only: the first step is excluded, as in
+    compare.decode_rate.
+    """
     spans = [event for event in target.events if isinstance(event, Span)]
     first = next((number for number, span in enumerate(spans) if span.name == COMPUTE), len(spans))
     times = {
@@ -43,7 +48,11 @@ def recorded_steps(stats: Stats, target: Recording, drafters: Sequence[Recording
 
 
 def mean_lead(target: Recording, drafters: Sequence[Recording]) -> float | None:
-    """Tokens by which the deepest drafter's tree was ahead when a pass of the target began, on average. None without drafters."""
+    """Return the mean tokens by which the deepest drafter's tree was ahead when a target pass
+    began.
+
+    Return None without drafters.
+    """
     begins = [
         event.began + target.offset
         for event in target.events
@@ -63,13 +72,16 @@ def mean_lead(target: Recording, drafters: Sequence[Recording]) -> float | None:
 
 
 def value_at(counts: Sequence[tuple[float, float]], at: float) -> float:
-    """The last value that was counted by then; 0 before the first."""
+    """Return the last value counted by then, or 0 before the first."""
     place = bisect.bisect_right(counts, at, key=lambda count: count[0])
     return counts[place - 1][1] if place else 0.0
 
 
 def round_trip(parts: Sequence[Recording]) -> float | None:
-    """Seconds from target to drafter and back: medians of the commits and the growths that arrived. None where there were none."""
+    """Return the median seconds from target to drafter and back, or None if nothing was exchanged.
+
+    The result is the sum of the medians over commits and over growths that arrived.
+    """
     delays = []
     for kind in (COMMIT, GROWTH):
         sent, taken = (
@@ -105,7 +117,7 @@ def recorded_passes(target: Recording, drafters: Sequence[Recording]) -> Passes:
 
 
 def time_between(one: Span, after: Span, apart: Iterable[Span]) -> float:
-    """Seconds from the end of a span to the beginning of another, without what lies there of the spans `apart`."""
+    """Return the seconds between two spans, minus the overlap with the spans `apart`."""
     inside = (min(other.ended, after.began) - max(other.began, one.ended) for other in apart)
     return after.began - one.ended - sum(seconds for seconds in inside if seconds > 0.0)
 
@@ -119,7 +131,7 @@ def spans_by_name(part: Recording) -> defaultdict[str, list[Span]]:
 
 
 def message_times(parts: Sequence[Recording], kind: str, begins: bool) -> dict[int, float]:
-    """When each message of this kind was sent, or first taken in, by its key; seconds since 1970."""
+    """Return when each message of this kind was sent, or first received, by key; in Unix time."""
     found: dict[int, float] = {}
     for part in parts:
         for event in part.events:

@@ -1,4 +1,4 @@
-"""What a benchmark found, as it is kept in bench/results/NAME.json. Times are in seconds."""
+"""The results of a benchmark, as stored in bench/results/NAME.json. Times are in seconds."""
 
 from pathlib import Path
 from typing import Literal
@@ -12,7 +12,10 @@ from runtime.sim.pair_profile import Position
 
 
 class Machine(StrictModel):
-    """`cores` are those that the benchmark used; `flags` those of the processor that decide how fast bf16 is."""
+    """The machine of a benchmark.
+
+    `cores` counts the cores used; `flags` are the CPU flags that determine the speed of bf16.
+    """
 
     processor: str
     flags: tuple[str, ...]
@@ -26,7 +29,7 @@ class Machine(StrictModel):
 
 
 class PairFacts(StrictModel):
-    """Names, parameters and data type of the two models."""
+    """Names, parameter counts and data type of the two models."""
 
     target: str
     draft: str
@@ -36,7 +39,7 @@ class PairFacts(StrictModel):
 
 
 class RunSettings(StrictModel):
-    prompts: str  # where they are from
+    prompts: str  # their source
     count: int
     new_tokens: int
     repetitions: int
@@ -51,7 +54,10 @@ class MethodFacts(StrictModel):
 
 
 class Steps(StrictModel):
-    """Of the target's steps in one run of ours. `lead` is the mean number of tokens by which drafting was ahead when a step began."""
+    """The target's steps in one run of ours.
+
+    `lead` is the mean number of tokens by which drafting was ahead when a step began.
+    """
 
     rounds: int
     drafted: int
@@ -66,13 +72,13 @@ class Steps(StrictModel):
 
 
 class Passes(StrictModel):
-    """What one run of ours recorded of its costs.
+    """The costs that one run of ours recorded.
 
-    target       rows, sessions and seconds of each pass of the target
-    bookkeeping  seconds from each to the next, without waits and the reading of prompts, all together
-    messages     of growth that the target took in
-    drafting     leaves of each pass of a drafter, and seconds until its next one began
-    round_trip   from target to drafter and back; None without a drafter
+    target       rows, sessions and seconds of each target pass
+    bookkeeping  total seconds between passes, without waits and prefill
+    messages     growth messages that the target received
+    drafting     leaves of each drafter pass, and seconds until its next one began
+    round_trip   seconds from target to drafter and back; None without a drafter
     """
 
     target: tuple[tuple[int, int, float], ...]
@@ -83,10 +89,15 @@ class Passes(StrictModel):
 
 
 class Run(StrictModel):
-    """One run of one method. `prompt` names the prompt, or where `batch` is above 1 the group of them; `text` is a digest of the output.
+    """One run of one method.
 
-    `first_seconds` and `first_tokens` end with the first token of every prompt: what is left of the run is decoding. `answers`: each
-    prompt and its output; the file of results does not keep them, nor the passes.
+    prompt   name of the prompt, or of the group if `batch` is above 1
+    text     a digest of the output
+    answers  each prompt with its output; not stored
+    passes   recorded costs; not stored
+
+    `first_seconds` and `first_tokens` end with the first token of every prompt; the rest of the run
+    is decoding.
     """
 
     method: str
@@ -105,8 +116,11 @@ class Run(StrictModel):
 
 
 class Acceptance(StrictModel):
-    """Along plain decoding's texts of one temperature and batch. By number k of guesses: the share of positions at which the draft's
-    first k hold the target's choice; and position by position."""
+    """The draft's acceptance on the texts of plain decoding at one temperature and batch.
+
+    `ranks` maps k to the share of positions at which the first k guesses contain the target's
+    choice; `positions` lists each position.
+    """
 
     temperature: float
     batch: int = 1
@@ -115,10 +129,13 @@ class Acceptance(StrictModel):
 
 
 class InPlace(StrictModel):
-    """What passes and bookkeeping cost where they ran, of all runs of one temperature and batch.
+    """Costs measured during all runs of one temperature and batch.
 
-    `target` is T(n) of one text, a drafter at work beside it. `round_trip` is from target to drafter and back; `step` the target's
-    bookkeeping for each session of a pass, `message` more of it for each growth taken in, `draft_pass` a drafter's between two passes.
+    target      T(n) of one text while a drafter is working
+    step        the target's bookkeeping per session and pass
+    message     additional bookkeeping per growth received
+    round_trip  from target to drafter and back
+    draft_pass  a drafter's time between two passes
     """
 
     temperature: float
@@ -131,11 +148,12 @@ class InPlace(StrictModel):
 
 
 class Profile(StrictModel):
-    """The pair on one core each (or on the GPU): medians of three times, before, between and after the runs. Step times by rows, the
-    root included.
+    """The pair on one core each (or on the GPU); step times by rows, including the root.
 
-    `floor` is the time that the memory alone needs for a step with one row: bytes of weights over the measured bandwidth.
-    `text` is what each further text adds to a pass of the target.
+    Values are medians of three measurements: before, between and after the runs.
+
+    floor  time of a one-row step if only memory limits it: bytes of weights over measured bandwidth
+    text   what each further text adds to a target pass
     """
 
     target: dict[int, float] = Field(default_factory=dict)
@@ -147,7 +165,10 @@ class Profile(StrictModel):
 
 
 class SweepResult(StrictModel):
-    """A setting that the sweep tried, on prompts that were not measured later; `name` is the method's if it was the best."""
+    """A setting that the sweep tried on prompts that are not measured later.
+
+    `name` is the method's name if this setting wins.
+    """
 
     name: str
     detail: str
@@ -155,7 +176,7 @@ class SweepResult(StrictModel):
 
 
 class Forecast(StrictModel):
-    """What the planner expects of a method, decoding alone, all prompts of the batch together."""
+    """The planner's expected decoding speed of a method, over all prompts of the batch."""
 
     method: str
     temperature: float
@@ -192,7 +213,7 @@ def steps_of(stats: Stats, lead: float | None = None) -> Steps:
 
 
 def write_results(results: Results, file: Path) -> None:
-    """Replaces the file at once: who reads or interrupts sees the old content or the new."""
+    """Replace the file atomically: a reader or an interruption sees the old content or the new."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
     partial.write_text(results.model_dump_json(indent=1) + "\n", "utf-8")
@@ -204,12 +225,13 @@ def read_results(file: Path) -> Results:
         return Results.model_validate_json(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(
-            f"{file} cannot be read: give a file that the benchmark wrote", "results"
+            f"{file} cannot be read: give a results file of the benchmark", "results"
         ) from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InvalidRequest(
-            f"{file} holds no results ({where or 'content'}: {first['msg']}): run the benchmark again",
+            f"{file} is not a results file ({where or 'content'}: {first['msg']}): run the "
+            "benchmark again",
             "results",
         ) from error

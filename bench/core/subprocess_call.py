@@ -1,4 +1,5 @@
-"""A call in a process of its own: pinned, with its own threads, and gone afterwards."""
+"""Call a function in a separate process, which has its own cores and threads and ends with the
+call."""
 
 import multiprocessing
 import signal
@@ -13,7 +14,10 @@ Found = TypeVar("Found")
 
 
 def call_in_subprocess(function: Callable[[Given], Found], given: Given) -> Found:
-    """`function(given)`, both of which can be pickled. Raises the OutriderError that it raises; Unavailable where the process dies."""
+    """Return `function(given)` from a new process; both must be picklable.
+
+    Raises the OutriderError that the function raises, or Unavailable if the process dies.
+    """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(
@@ -37,7 +41,9 @@ def call_in_subprocess(function: Callable[[Given], Found], given: Given) -> Foun
 
 
 def serve_call(connection: Connection, function: Callable[[Given], Found], given: Given) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who ends this process
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C goes to the caller, which ends this process
     try:
         connection.send(function(given))
     except OutriderError as error:

@@ -1,4 +1,4 @@
-"""Figures from numbers: spread, ratios, what a tree of guesses is worth, and what no scheme can beat."""
+"""Summary statistics: spreads, ratios, the value of a tree of guesses, and the speed bound."""
 
 import heapq
 import statistics
@@ -10,7 +10,7 @@ RunValues = dict[tuple[str, int], float]  # by prompt and repetition
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Quartiles of `count` values; with one value all three are that."""
+    """The quartiles of `count` values; for a single value all three are equal."""
 
     low: float
     median: float
@@ -19,7 +19,7 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """None where there are no values."""
+    """Return the quartiles of the values, or None if there are none."""
     if not values:
         return None
     if len(values) == 1:
@@ -29,7 +29,7 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 
 def over_prompts(values: RunValues) -> Spread | None:
-    """The median of each prompt's repetitions, and their spread over the prompts."""
+    """Take the median of each prompt's repetitions and return their spread over prompts."""
     prompts: dict[str, list[float]] = {}
     for (prompt, _), value in values.items():
         prompts.setdefault(prompt, []).append(value)
@@ -37,14 +37,15 @@ def over_prompts(values: RunValues) -> Spread | None:
 
 
 def paired_ratios(above: RunValues, below: RunValues) -> RunValues:
-    """Ratios of what was measured in both."""
+    """Return the ratio for every key that was measured in both."""
     return {key: value / below[key] for key, value in above.items() if below.get(key)}
 
 
 def rank_probabilities(shares: Mapping[int, float]) -> list[float]:
-    """Probability that the target's choice is the draft's first, second, ... guess.
+    """Return the probability that the target's choice is the draft's first, second, ... guess.
 
-    `shares` are those of positions whose choice is among the first k guesses, by k; between measured k the gain is shared evenly.
+    `shares` maps k to the share of positions whose choice is among the first k guesses. Between two
+    measured values of k the gain is split evenly.
     """
     found: list[float] = []
     before, reached = 0, 0.0
@@ -55,16 +56,17 @@ def rank_probabilities(shares: Mapping[int, float]) -> list[float]:
 
 
 def expected_tokens(ranks: Sequence[float], rows: int) -> float:
-    """E(n): tokens that a step commits on average with the best tree of n = `rows` rows, the root's included.
+    """Return E(n), the mean number of tokens that a step commits with the best tree of n rows.
 
-    Positions are taken as independent, so a node is worth the product of its ranks' probabilities on the path to it, and the
-    best tree is made of the most valuable nodes: a parent is never worth less than its child. The same optimum as that of
-    Sequoia's dynamic programming (arXiv 2402.12374) without a limit of depth.
+    `rows` is n and includes the root. Positions are assumed to be independent, so the value of a
+    node is the product of its ranks' probabilities on the path to it. The best tree consists of the
+    most valuable nodes, since a parent is never worth less than its child. This is the optimum of
+    Sequoia's dynamic program (arXiv 2402.12374) without a depth limit.
     """
     order = sorted((p for p in ranks if p > 0), reverse=True)
     heap = (
         [(-order[0], 1.0, 0)] if order else []
-    )  # (-value, value of the parent, place among the siblings)
+    )  # (-value, value of the parent, index among the siblings)
     total = 1.0
     for _ in range(rows - 1):
         if not heap:
@@ -79,11 +81,12 @@ def expected_tokens(ranks: Sequence[float], rows: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """Tokens per second that no scheme beats (ALGORITHM.md, section 6): the lower of the two limits.
+    """The tokens per second that no scheme exceeds: the lower of two limits.
 
-    drafting   1/t + 1/T(1): an autoregressive drafter that is always right, and the target's own tokens
-    verifying  the most that E(n) / T(n) reaches, at `rows` rows
-    chain      the same for chains, which guess one token for each place: what verifying is above it, trees can gain
+    drafting   1/t + 1/T(1): an autoregressive drafter that is always right, plus the target
+    verifying  the maximum of E(n) / T(n), reached at `rows` rows
+    chain      the same maximum for chains, which guess one token per position; trees can gain the
+               difference between `verifying` and `chain`
     """
 
     drafting: float
@@ -97,9 +100,10 @@ class Bound:
 
 
 def bound(draft_step: float, target_steps: Mapping[int, float], ranks: Sequence[float]) -> Bound:
-    """`draft_step` is t, the drafter's time for one row; `target_steps` T(n) by rows, 1 among them; seconds.
+    """Compute the bound from step times in seconds.
 
-    E(n) is that of independent positions (`expected_tokens`).
+    `draft_step` is t, the drafter's time for one row. `target_steps` maps rows to T(n) and includes
+    1. E(n) assumes independent positions (`expected_tokens`).
     """
     rates = {rows: expected_tokens(ranks, rows) / seconds for rows, seconds in target_steps.items()}
     chain = max(

@@ -1,4 +1,5 @@
-"""transformers' own generate, called as its documentation says, in a process of its own that stays on its cores."""
+"""The runner for transformers: generate() as documented, in a separate process pinned to its
+cores."""
 
 import copy
 import multiprocessing
@@ -21,7 +22,11 @@ from runtime.core.sampling_params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """`cores` are numbers of the machine's cores; there are as many threads. `device` is cpu, cuda or cuda:0, of both models."""
+    """The models and cores of a worker.
+
+    `cores` are the machine's core numbers; there are as many threads. Both models run on `device`
+    (cpu, cuda or cuda:0).
+    """
 
     target: Path
     draft: Path
@@ -38,7 +43,8 @@ class GenerateJob:
 
 
 class TransformersRunner:
-    """A worker process that has loaded the pair; a Runner for methods of transformers. Use it as a context manager."""
+    """A worker process that has loaded the pair, as a Runner for transformers' methods and a
+    context manager."""
 
     def __init__(self, place: WorkerSpec) -> None:
         context = multiprocessing.get_context("spawn")
@@ -53,10 +59,14 @@ class TransformersRunner:
         return self
 
     def run(self, method: Method, prompts: Sequence[Prompt], sampling: SamplingParams) -> Outcome:
-        """Raises InvalidRequest for what generate() cannot do, Unavailable where the process has ended."""
+        """Run a method in the worker.
+
+        Raises InvalidRequest for what generate() does not support, Unavailable if the process has
+        ended.
+        """
         if not isinstance(method.how, TransformersMethod):
             raise InvalidRequest(
-                f"method {method.name!r} is not transformers': run it with its own runner", "method"
+                f"method {method.name!r} is not transformers': run it with OutriderRunner", "method"
             )
         if len(prompts) > 1 and method.how.kind != "greedy":
             raise InvalidRequest(
@@ -70,13 +80,14 @@ class TransformersRunner:
         except (EOFError, OSError) as error:
             self._process.join()
             raise Unavailable(
-                f"transformers' process ended with code {self._process.exitcode}: see its message above"
+                f"transformers' process ended with code {self._process.exitcode}: see its "
+                "message above"
             ) from error
         return outcome
 
     def close(self) -> None:
         self._connection.close()
-        self._process.terminate()  # it may be in the middle of a job that nobody waits for
+        self._process.terminate()  # it may be running a job whose result nobody needs
         self._process.join()
 
     def __exit__(
@@ -89,8 +100,10 @@ class TransformersRunner:
 
 
 def serve_jobs(connection: Connection, place: WorkerSpec) -> None:
-    """Answers jobs until the other end closes. An error ends the process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who ends this process
+    """Answer jobs until the other end closes. An error ends the process."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C goes to the caller, which ends this process
     os.sched_setaffinity(0, place.cores)
     import torch
 
@@ -105,7 +118,7 @@ def serve_jobs(connection: Connection, place: WorkerSpec) -> None:
 
 
 class LoadedPair:
-    """Target and assistant in this process."""
+    """The target and the assistant, loaded in this process."""
 
     def __init__(self, place: WorkerSpec) -> None:
         from transformers import AutoModelForCausalLM
@@ -138,7 +151,11 @@ class LoadedPair:
         return Outcome(outputs, ended - began, first.at - began, first.count)
 
     def arguments(self, how: TransformersMethod, sampling: SamplingParams) -> dict[str, Any]:
-        """Of generate(), which reads the number of guesses from the assistant's own settings. A constant number has no other limit."""
+        """Return the arguments of generate().
+
+        generate() reads the number of guesses from the assistant's generation config. A constant
+        number disables its other limit, the confidence threshold.
+        """
         found: dict[str, Any] = {
             "max_new_tokens": sampling.max_tokens,
             "do_sample": sampling.temperature > 0,
@@ -166,7 +183,10 @@ class LoadedPair:
 
 
 class FirstTokens:
-    """A streamer (generate() asks for no more than these two methods): when the first tokens came after the prompt, and how many."""
+    """A streamer that records when the first tokens after the prompt came, and how many.
+
+    generate() needs only these two methods.
+    """
 
     def __init__(self) -> None:
         self.calls, self.at, self.count = 0, 0.0, 0
@@ -181,7 +201,7 @@ class FirstTokens:
 
 
 def pad_left(prompts: Sequence[Tokens]) -> tuple[Any, Any]:
-    """Token ids and attention mask, int64 (prompts, longest), padded on the left."""
+    """Return token ids and attention mask, int64 (prompts, longest), padded on the left."""
     import torch
 
     longest = max(map(len, prompts))
@@ -191,6 +211,6 @@ def pad_left(prompts: Sequence[Tokens]) -> tuple[Any, Any]:
 
 
 def until_end(tokens: Sequence[int], ends: set[int]) -> Tokens:
-    """The tokens as far as the first that ends a text, with it: generate() pads what has ended."""
+    """Return the tokens up to and including the first end token; generate() pads finished texts."""
     last = next((index for index, token in enumerate(tokens) if token in ends), len(tokens) - 1)
     return tuple(tokens[: last + 1])

@@ -1,14 +1,16 @@
-"""A small Llama model with the cost of a large one: real acceptance at a realistic cost ratio of target to draft.
+"""A small Llama model with the cost of a large one: real acceptance at a realistic cost ratio.
 
-Channels, heads, neurons and layers are added whose outputs are multiplied by zero. The work that they cause is real; the function stays the
-same up to rounding. Three facts make that so:
+Widening adds channels, heads, neurons and layers whose outputs are multiplied by zero. Their
+computation is real, and the model's function stays the same up to rounding, for three reasons:
 
-- the added channels of the residual stream stay zero, so RMSNorm sees the same sum of squares over more channels: its weight is scaled by
-  sqrt(old / new), its epsilon by old / new;
-- grouped key and value heads are repeated until each query head has one of its own, so that any number of heads can be added behind them;
-- a head, a neuron or a layer writes into the residual stream only through o_proj or down_proj, whose added entries are zero.
+- The added channels of the residual stream stay zero, so RMSNorm sees the same sum of squares over
+  more channels: its weight is scaled by sqrt(old / new), its epsilon by old / new.
+- Grouped key and value heads are repeated until each query head has its own, so any number of
+  heads can be appended.
+- A head, a neuron or a layer writes to the residual stream only through o_proj or down_proj, whose
+  added entries are zero.
 
-Like the weights of nearly every published model those that are added are in bfloat16, whatever type they are kept in.
+The added weights are bfloat16 values, as in nearly every published model, whatever the stored type.
 """
 
 import hashlib
@@ -31,14 +33,17 @@ from runtime.models.head_checkpoint import target_identity, write_checkpoint
 from runtime.models.loader import DTYPES, load_tokenizer
 
 CACHE = Path(__file__).parents[2] / "build" / "bench"
-WEIGHT_STD = 0.02  # standard deviation of the weights that only cost time
-NOISE_COUNT = 1 << 20  # of them drawn, then repeated: billions would take minutes
-WIDEN_VERSION = 2  # of what `widen` computes; part of the name in the cache
+WEIGHT_STD = 0.02  # standard deviation of the added weights
+NOISE_COUNT = 1 << 20  # random values drawn, then repeated: billions would take minutes
+WIDEN_VERSION = 2  # of the result of `widen`; part of the cache name
 
 
 @dataclass(frozen=True, slots=True)
 class WideShape:
-    """Heads keep the size that they have in the source; without a number there are as many as the hidden size holds."""
+    """The shape of a widened model.
+
+    Heads keep the size of the source; `heads` defaults to as many as the hidden size holds.
+    """
 
     hidden: int
     layers: int
@@ -58,9 +63,9 @@ def head_size(config: LlamaConfig) -> int:
 def widen(
     source: LlamaForCausalLM, hidden: int, layers: int, ffn: int, heads: int, seed: int = 0
 ) -> LlamaForCausalLM:
-    """A new float32 model of this shape with the function of `source`, which is left as it is.
+    """Return a new float32 model of this shape that computes the same function as `source`.
 
-    Raises InvalidRequest where the shape is smaller than the source's anywhere.
+    `source` is unchanged. Raises InvalidRequest if any size is below the source's.
     """
     old = source.config
     check_shape(old, hidden, layers, ffn, heads)
@@ -126,7 +131,11 @@ def fill_weight(
     ungroup: Callable[[Tensor], Tensor],
     noise: Tensor,
 ) -> None:
-    """One weight of the wide model, in place: the source's in its corner, `noise` in the rest, but zero where that would be heard."""
+    """Fill one weight of the wide model in place.
+
+    The source's weight goes into its corner. The rest is `noise`, or zero if noise would change the
+    function.
+    """
     source = given.get(name)
     writes = name.endswith(
         (
@@ -152,23 +161,20 @@ def fill_weight(
     elif "k_proj" in name or "v_proj" in name:
         source = ungroup(source)
     if source.ndim == 2:
-        tensor[: source.shape[0]] = (
-            0.0  # the rows that carry the function see the old channels only
-        )
+        tensor[: source.shape[0]] = 0.0  # the original rows read only the original channels
         tensor[: source.shape[0], : source.shape[1]] = source
     else:
         tensor[: source.shape[0]] = source
 
 
 def widen_folder(folder: Path, shape: WideShape, dtype: str) -> Path:
-    """The folder, in the cache, of the model in `folder` given this shape: written where it is not there, named by source, shape and dtype.
+    """Return the cached folder of the model in `folder` widened to this shape; write it if missing.
 
-    Raises ModelRefused where the source is no Llama model, InvalidRequest for a shape or dtype that does not fit it.
+    The name contains source, shape and dtype. Raises ModelRefused if the source is not a Llama
+    model, InvalidRequest for an unsuitable shape or dtype.
     """
     if dtype not in DTYPES:
-        raise InvalidRequest(
-            f"dtype {dtype!r} is not known: give one of {', '.join(DTYPES)}", "dtype"
-        )
+        raise InvalidRequest(f"unknown dtype {dtype!r}: give one of {', '.join(DTYPES)}", "dtype")
     done = CACHE / cache_name(folder, shape, dtype)
     if done.is_dir():
         return done
@@ -190,13 +196,13 @@ def widen_folder(folder: Path, shape: WideShape, dtype: str) -> Path:
 
 
 def widen_to_small(given: tuple[str, str]) -> Path:
-    """`widened` to SMALL, by folder and dtype; for bench.core.subprocess_call."""
+    """Widen to SMALL_SHAPE; the argument is (folder, dtype), for `call_in_subprocess`."""
     folder, dtype = given
     return widen_folder(Path(folder), SMALL_SHAPE, dtype)
 
 
 def cache_name(folder: Path, shape: WideShape, dtype: str) -> str:
-    """Equal for equal content: a hash of the configuration, the weights and what is made of them."""
+    """Return a name that is equal for equal content: it hashes configuration, weights and shape."""
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -204,11 +210,11 @@ def cache_name(folder: Path, shape: WideShape, dtype: str) -> str:
             f"{folder}/config.json cannot be read: give the folder of a Llama model"
         ) from error
     if not isinstance(config, dict) or config.get("model_type") != "llama":
-        raise ModelRefused(f"{folder} is no Llama model: only that family can be widened")
+        raise ModelRefused(f"{folder} is not a Llama model: only that family can be widened")
     digest = hashlib.sha256(f"{WIDEN_VERSION} {shape} {dtype}".encode())
     files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
     if not any(file.suffix == ".safetensors" for file in files):
-        raise ModelRefused(f"{folder} has no safetensors: give the folder of a whole model")
+        raise ModelRefused(f"{folder} has no safetensors: give a complete model folder")
     for file in files:
         digest.update(file.name.encode())
         with file.open("rb") as content:
@@ -219,8 +225,12 @@ def cache_name(folder: Path, shape: WideShape, dtype: str) -> str:
 
 
 def widen_head(folder: Path, target: Path) -> Path:
-    """The folder, in the cache, of a trained head or S3D made to fit `target`, which `widened` has made of the target that it was trained
-    for: the channels that were added are zero, and stay so. Of an S3D's target, keys have as many heads as queries."""
+    """Return the cached folder of a trained head or S3D drafter padded to fit a widened target.
+
+    `target` comes from `widen_folder`, applied to the target that the head was trained for. The
+    added channels are zero and stay zero. The target of an S3D drafter must have as many key heads
+    as query heads.
+    """
     config, tensors = (
         json.loads((folder / "config.json").read_text("utf-8")),
         load_file(folder / "model.safetensors"),
@@ -234,7 +244,10 @@ def widen_head(folder: Path, target: Path) -> Path:
 
 
 def pad_tensor(name: str, tensor: Tensor, shape: LlamaConfig) -> Tensor:
-    """One tensor of something trained, with zeros behind. Of an adapter's pair, (rank, inner) and (outer, rank), the rank stays."""
+    """Pad one trained tensor with zeros at the end.
+
+    An adapter's pair has the shapes (rank, inner) and (outer, rank); the rank is kept.
+    """
     heads, ffn = shape.num_attention_heads * head_size(shape), shape.intermediate_size
     reads = {"o_proj": heads, "down_proj": ffn}
     writes = {

@@ -1,4 +1,5 @@
-"""`python -m bench.load`: what the gateway adds, ten times more requests than it has room for, and clients that leave."""
+"""`python -m bench.load` measures the gateway's overhead, tenfold overload, and clients that
+disconnect."""
 
 import asyncio
 import json
@@ -26,43 +27,39 @@ TURNS = 4
 
 
 def main(
-    streams: Annotated[
-        int, typer.Option(min=1, help="at one time, for what the gateway adds")
-    ] = 16,
-    places: Annotated[
-        int, typer.Option(min=24, help="of the gateway: requests that may be under way")
-    ] = 24,
-    rounds: Annotated[int, typer.Option(min=1, help="each way")] = 8,
+    streams: Annotated[int, typer.Option(min=1, help="concurrent streams, for the overhead")] = 16,
+    places: Annotated[int, typer.Option(min=24, help="capacity of the gateway in requests")] = 24,
+    rounds: Annotated[int, typer.Option(min=1, help="rounds each way, for the overhead")] = 8,
     seconds: Annotated[
         float,
-        typer.Option(
-            min=1, help="of overload, in turns with as many of a gateway that is just full"
-        ),
+        typer.Option(min=1, help="duration of the overload, alternating with as long at capacity"),
     ] = 30.0,
-    times: Annotated[float, typer.Option(min=1, help="as many requests as are answered")] = 10.0,
-    clients: Annotated[int, typer.Option(min=8, help="that leave")] = 1000,
-    seed: Annotated[int, typer.Option(help="of what clients do")] = 1,
+    times: Annotated[
+        float, typer.Option(min=1, help="offered load as a multiple of capacity")
+    ] = 10.0,
+    clients: Annotated[int, typer.Option(min=8, help="clients that disconnect")] = 1000,
+    seed: Annotated[int, typer.Option(help="seed of the clients")] = 1,
     target: Annotated[str, typer.Option(help="model")] = bundled_model("target"),
     draft: Annotated[str, typer.Option(help="model")] = bundled_model("draft"),
     out: Annotated[
         Path | None, typer.Option("--json", help="write the result into this file")
     ] = None,
 ) -> None:
-    """Exit code 1 where a goal is missed."""
+    """Exit with code 1 if a goal is missed."""
     console = Console(highlight=False)
 
     async def loaded(
         site: ServedFleet, known: list[ReferenceCase]
     ) -> tuple[GatewayOverhead, Overload, Disconnects]:
-        console.log("what the gateway adds")
+        console.log("gateway overhead")
         cost = await gateway_overhead(site, known, streams, rounds)
         console.log("overload")
         crowd = await overload(site, known, places, times, seconds / TURNS, TURNS)
-        console.log("clients that leave")
+        console.log("disconnecting clients")
         return cost, crowd, await disconnects(site, known, clients, WARM_UP_CLIENTS, seed)
 
     try:
-        console.log("answering each request plainly")
+        console.log("answering each request by plain decoding")
         here = Placement(num_cpus=1, threads=1, listen="127.0.0.1")
         known = asyncio.run(
             build_cases(

@@ -1,4 +1,5 @@
-"""Clients that leave at any byte, of what they send or of what they hear: everything is freed at once, and memory does not grow."""
+"""Clients that disconnect at any byte, while sending or receiving: everything is freed at once, and
+memory does not grow."""
 
 import asyncio
 import contextlib
@@ -14,16 +15,20 @@ from bench.load.served_fleet import ServedFleet, anonymous_memory
 
 MAX_FREED_S, MAX_GROWTH_BYTES = 1.0, 20 << 20
 GROUP_SIZE = 8
-MAX_LISTEN_S = 0.3  # the longest that a client listens before it leaves
-POLL_PERIOD_S = 0.005  # between two looks at whether all is freed
+MAX_LISTEN_S = 0.3  # before a client disconnects
+POLL_PERIOD_S = 0.005  # between two checks that all is freed
 FREED_TIMEOUT_S = 30.0
-LINGER_RESET = b"\1\0\0\0\0\0\0\0"  # for SO_LINGER: a reset in place of a goodbye
+LINGER_RESET = b"\1\0\0\0\0\0\0\0"  # for SO_LINGER: reset instead of close
 
 
 @dataclass(frozen=True, slots=True)
 class Disconnects:
-    """`freed`: seconds from the end of a group of clients until nothing was under way any more, here and at the target; `grown`: bytes
-    by process; `right`: whether an answer was afterwards what it was before."""
+    """The result of disconnecting clients.
+
+    freed  seconds from the end of each group until nothing ran in the gateway and the target
+    grown  growth in bytes, by process
+    right  True if an answer afterwards was the same as before
+    """
 
     clients: int
     freed: tuple[float, ...]
@@ -32,7 +37,7 @@ class Disconnects:
 
     @property
     def growth(self) -> int:
-        """Of those that have grown."""
+        """Sum the growth of the processes that grew."""
         return sum(max(0, grown) for grown in self.grown.values())
 
     @property
@@ -47,7 +52,7 @@ class Disconnects:
             f"{name} {grown / 2**20:+.1f}" for name, grown in sorted(self.grown.items())
         )
         return [
-            (f"{self.clients} clients leave: all freed after p50, p99, longest (goal: 1 s)", times),
+            (f"{self.clients} clients disconnect: freed after p50, p99, max (goal: 1 s)", times),
             (
                 "memory, MiB (goal: growth at most 20)",
                 f"{memory}; growth {self.growth / 2**20:.1f}",
@@ -58,7 +63,10 @@ class Disconnects:
 async def disconnects(
     site: ServedFleet, cases: Sequence[ReferenceCase], clients: int, warm: int, seed: int
 ) -> Disconnects:
-    """In groups. `warm` clients leave before memory is looked at: by then all code and all caches have been used."""
+    """Disconnect clients in groups and measure.
+
+    `warm` clients disconnect before memory is measured, so that all code and caches are in use.
+    """
     draw = random.Random(seed)
     for _ in range(0, warm, GROUP_SIZE):
         await disconnect_group(site, cases, draw)
@@ -72,13 +80,14 @@ async def disconnects(
 async def disconnect_group(
     site: ServedFleet, cases: Sequence[ReferenceCase], draw: random.Random
 ) -> float:
-    """Clients that leave, all at one time; returns how long it took until they were forgotten."""
+    """Disconnect a group of clients at once; return the time until they were freed."""
     await asyncio.gather(*(disconnect(site, draw.choice(cases), draw) for _ in range(GROUP_SIZE)))
     return await wait_until_free(site)
 
 
 async def disconnect(site: ServedFleet, case: ReferenceCase, draw: random.Random) -> None:
-    """After any part of the request, or after all of it and any part of the answer; by a goodbye or a reset."""
+    """Leave after a part of the request, or after all of it and a part of the answer; close or
+    reset."""
     data = http_request(
         completion_body(site.model, case, stream=draw.random() < 0.7, n=draw.choice([1, 1, 3]))
     )
@@ -97,7 +106,7 @@ async def disconnect(site: ServedFleet, case: ReferenceCase, draw: random.Random
 
 
 async def wait_until_free(site: ServedFleet) -> float:
-    """Seconds until nothing is under way; `GIVE_UP_S` where that does not come."""
+    """Return the seconds until nothing is running, or FREED_TIMEOUT_S if that does not happen."""
     now = asyncio.get_running_loop().time
     began = now()
     while now() - began < FREED_TIMEOUT_S:
@@ -109,7 +118,7 @@ async def wait_until_free(site: ServedFleet) -> float:
 
 
 async def requests_in_flight(port: int) -> int:
-    """Generations of this gateway, by its own metrics."""
+    """Return the gateway's running and waiting requests, from its metrics."""
     async with connection(port) as (reader, writer):
         writer.write(b"GET /metrics HTTP/1.1\r\nHost: load\r\nConnection: close\r\n\r\n")
         text = (await reader.read()).decode()

@@ -1,4 +1,5 @@
-"""What the gateway adds to the time of a token: the same streams from the target itself, then through the gateway, in turns."""
+"""The time that the gateway adds to each token: the same streams from the target itself and through
+the gateway, in alternation."""
 
 import asyncio
 import statistics
@@ -19,12 +20,15 @@ MAX_SHARE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class GatewayOverhead:
-    """Of plain decoding, where each token is a step and an event of its own: the most that a gateway can have to do. In seconds.
+    """The overhead for plain decoding, in seconds.
 
-    step     of the target, with all streams in it
-    direct   from token to token of a stream, asked of the target;  through  the same through the gateway
-    gateway  processor time of the gateway's process for each token
-    wrong    answers that were not those of plain decoding
+    In plain decoding each token is one step and one event, which is the most work for a gateway.
+
+    step     the target's step with all streams in it
+    direct   time between tokens of a stream from the target
+    through  the same through the gateway
+    gateway  the gateway's processor time per token
+    wrong    answers that differed from plain decoding
     """
 
     streams: int
@@ -46,21 +50,21 @@ class GatewayOverhead:
         times = f"{1e3 * self.direct:.2f} ms, {1e3 * self.through:.2f} ms"
         return [
             (
-                f"token to token at {self.streams} streams: from the target, through the gateway",
+                f"inter-token time at {self.streams} streams: target, through the gateway",
                 times,
             ),
             (
-                "the target's step; processor time of the gateway for a token",
+                "the target's step; the gateway's processor time per token",
                 f"{1e3 * self.step:.2f} ms; {1e3 * self.gateway:.2f} ms",
             ),
-            (f"added / step (goal: at most {MAX_SHARE:.0%})", f"{self.share:.1%}"),
+            (f"overhead / step (goal: at most {MAX_SHARE:.0%})", f"{self.share:.1%}"),
         ]
 
 
 async def gateway_overhead(
     site: ServedFleet, cases: Sequence[ReferenceCase], streams: int, rounds: int
 ) -> GatewayOverhead:
-    """`rounds` of so many streams at one time each way; of all streams the median."""
+    """Measure `rounds` rounds of concurrent streams each way; report medians over all streams."""
     asked = [cases[number % len(cases)] for number in range(streams)]
     direct, through = list[float](), list[float]()
     tokens, spent, wrong = 0, 0.0, 0
@@ -109,7 +113,7 @@ async def time_stream(target: GrpcTarget, case: ReferenceCase) -> float:
 
 
 def inter_token_time(piece_times: Sequence[float], case: ReferenceCase) -> float:
-    """Seconds from token to token."""
+    """Return the mean seconds between tokens."""
     return (
         (piece_times[-1] - piece_times[0]) / (len(case.expected.tokens) - 1) if piece_times else 0.0
     )

@@ -1,4 +1,4 @@
-"""A client of the gateway that costs little beside it: plain HTTP/1.1 over a socket, one connection for each request."""
+"""A cheap client for the gateway: plain HTTP/1.1 over a socket, one connection per request."""
 
 import asyncio
 import json
@@ -15,9 +15,12 @@ URL = "/v1/completions"
 
 @dataclass(slots=True)
 class Reply:
-    """Of one request. Times are the event loop's: when it was sent, when each piece of text piece_times, when all was over.
+    """The reply to one request. Times are the event loop's.
 
-    `reason`: OpenAI's finish reason, or the code of the error that ended the stream.
+    sent         when the request was sent
+    reason       OpenAI's finish reason, or the code of the error that ended the stream
+    piece_times  when each piece of text arrived
+    ended        when the connection ended
     """
 
     sent: float
@@ -28,7 +31,7 @@ class Reply:
     ended: float = 0.0
 
     def is_correct(self, case: ReferenceCase) -> bool:
-        """Whether it is what plain decoding says."""
+        """Check the reply against plain decoding."""
         return (self.status, self.text, self.reason) == (
             200,
             case.expected.text,
@@ -49,7 +52,10 @@ def completion_body(model: str, case: ReferenceCase, **fields: Any) -> dict[str,
 
 def http_request(value: dict[str, Any]) -> bytes:
     data = json.dumps(value).encode()
-    head = f"POST {URL} HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = (
+        f"POST {URL} HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\nContent-Type: "
+        f"application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
     return head.encode() + data
 
 
@@ -63,7 +69,7 @@ async def connection(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asy
 
 
 async def ask(port: int, data: bytes) -> Reply:
-    """A stream to its end, or the refusal; status 0 where the connection is lost before."""
+    """Read a stream to its end, or the refusal; status 0 means that the connection was lost."""
     now = asyncio.get_running_loop().time
     reply = Reply(sent=now())
     try:

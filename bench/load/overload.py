@@ -1,4 +1,5 @@
-"""Ten times more requests than there is room for: who is refused hears it at once, who is admitted does not notice."""
+"""Tenfold overload: refused requests are answered at once, and admitted requests are not slowed
+down."""
 
 import asyncio
 import itertools
@@ -13,18 +14,19 @@ from bench.load.http_client import Reply, ask, completion_body, http_request
 from bench.load.served_fleet import ServedFleet
 
 MAX_REFUSAL_S = 0.05
-MAX_SLOWDOWN = 1.25  # times the pace of a gateway that is just full: more would be harm
+MAX_SLOWDOWN = 1.25  # relative to a gateway at capacity
 AT_CAPACITY = 503
 
 
 @dataclass(frozen=True, slots=True)
 class Overload:
-    """In seconds.
+    """The result of an overload; times in seconds.
 
-    offered   requests a second: `times` as many as were answered where all places were taken and nobody was refused
-    refused   how long each of those waited for its answer that there was no room for
-    calm      from token to token, with all places taken and nobody refused;  stormy  the same under overload
-    wrong     admitted requests whose answer was not that of plain decoding, and refusals that were none
+    offered  requests per second: `times` as many as are answered at capacity without refusals
+    refused  how long each refused request waited for its refusal
+    calm     time between tokens at capacity
+    stormy   the same under overload
+    wrong    admitted requests whose answer differed from plain decoding, or that failed
     """
 
     times: float
@@ -52,16 +54,16 @@ class Overload:
         )
         return [
             (
-                f"requests a second, {self.times:g} times what is answered; admitted, refused",
+                f"requests per second, {self.times:g} x capacity; admitted, refused",
                 f"{self.offered:.0f}; {self.admitted}, {len(self.refused)}",
             ),
             ("admitted or refused wrongly", str(self.wrong)),
             (
-                f"refusals: p50, p99, longest (goal: p99 at most {1e3 * MAX_REFUSAL_S:.0f} ms)",
+                f"time to refuse: p50, p99, max (goal: p99 at most {1e3 * MAX_REFUSAL_S:.0f} ms)",
                 waits,
             ),
             (
-                f"token to token of those admitted: just full, overload (goal: at most {MAX_SLOWDOWN:g} times)",
+                f"inter-token time: at capacity, overload (goal: at most {MAX_SLOWDOWN:g} x)",
                 f"{1e3 * self.calm:.2f} ms, {1e3 * self.stormy:.2f} ms",
             ),
         ]
@@ -75,8 +77,11 @@ async def overload(
     seconds: float,
     turns: int,
 ) -> Overload:
-    """In turns, each for so many seconds: as many clients as there are places, each asking again when it is answered; then requests at
-    `times` that rate, whoever has been answered."""
+    """Alternate between load at capacity and overload, for `seconds` each.
+
+    At capacity there are as many clients as places, and each sends again when it is answered. Under
+    overload requests arrive at `times` that rate, regardless of the answers.
+    """
     numbers, offered = itertools.count(), list[float]()
     calm, stormy = Exchanges(), Exchanges()
     for _ in range(turns):
@@ -142,7 +147,7 @@ async def exchange(
 
 
 def median_inter_token_time(served: Exchanges) -> float:
-    """Seconds from token to token: the median of all streams."""
+    """Return the median over all streams of the seconds between tokens."""
     return (
         statistics.median(inter_token_time(reply.piece_times, case) for reply, case in served)
         if served

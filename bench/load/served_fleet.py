@@ -1,4 +1,4 @@
-"""What the load falls on: a served fleet, and what can be seen of it from outside."""
+"""A served fleet under load, and what can be observed from outside."""
 
 import contextlib
 import os
@@ -26,15 +26,19 @@ from runtime.config import (
 from runtime.core.cpu_partition import split_cores
 from runtime.telemetry.reports import TargetReport
 
-KV_TOKENS = 6144  # enough for all places; finished texts are kept up to a quarter of it: it is full soon, and memory grows no more by that
-SHUTDOWN_TIMEOUT_S = 30.0  # seconds for actors to be told that it is over
+# Enough for all requests. Finished texts may take a quarter of it, which fills soon, so the cache
+# does not add to the growth of memory.
+KV_TOKENS = 6144
+SHUTDOWN_TIMEOUT_S = 30.0  # for the actors to stop
 
 
 @dataclass(frozen=True, slots=True)
 class ServedFleet:
-    """A gateway on this machine's loopback with one target behind it.
+    """A gateway on loopback with one target behind it.
 
-    target  its gRPC address;  report  what it says of itself now;  pids  of the processes that serve, by name
+    target  the target's gRPC address
+    report  returns the target's current report
+    pids    the serving processes, by name
     """
 
     port: int
@@ -46,9 +50,10 @@ class ServedFleet:
 
 @contextlib.contextmanager
 def serving(target: str, draft: str, requests: int) -> Iterator[ServedFleet]:
-    """One target, one drafter and a gateway with room for so many requests, on a Ray of their own, which ends with the block.
+    """Serve one target, one drafter and a gateway with this capacity on a private Ray, until the
+    block ends.
 
-    Raises Unavailable, ModelRefused where they do not start.
+    Raises Unavailable or ModelRefused if they do not start.
     """
     with ray_cluster(None, cpus=3):
         kind = ray.remote(Controller).options(
@@ -64,7 +69,7 @@ def serving(target: str, draft: str, requests: int) -> Iterator[ServedFleet]:
 
 
 def load_deployment(target: str, draft: str, requests: int) -> Deployment:
-    """The target on one half of the cores, the drafter and whatever else there is on the other."""
+    """Place the target on one half of the cores and everything else on the other."""
     mine, others = split_cores(sorted(os.sched_getaffinity(0)), 1)
     here, there = (
         Placement(num_cpus=1, threads=1, listen="127.0.0.1", cores=cores)
@@ -95,7 +100,8 @@ def locate(fleet: Fleet, places: Mapping[str, ActorLocation]) -> ServedFleet:
 
 
 def anonymous_memory(pid: int) -> int:
-    """Bytes of memory that a process has of its own: without the pages of files, which the system drops and brings back as it likes."""
+    """Return the process's own memory in bytes, without file pages, which the system drops at
+    will."""
     fields = dict(
         line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
     )
@@ -103,6 +109,6 @@ def anonymous_memory(pid: int) -> int:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Seconds of processor time that a process has had."""
+    """Return the processor time that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

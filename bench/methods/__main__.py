@@ -1,4 +1,4 @@
-"""`python -m bench.methods`: the comparison of all drafting methods, `make bench-methods`."""
+"""`python -m bench.methods` compares all drafting methods (`make bench-methods`)."""
 
 from bench.methods.study import main
 

@@ -1,4 +1,4 @@
-"""The goals of the ways to guess, each with the figure that decides it."""
+"""The goals of the drafting methods, each with the figure that decides it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,14 +9,16 @@ from bench.reports.grid import Grid
 MODEL = "model"
 WITH_MODEL = f"{MODEL} + "
 
-StatsByMethod = Mapping[
-    str, MethodStats
-]  # what was measured of one target at one temperature, by method
+StatsByMethod = Mapping[str, MethodStats]  # of one target at one temperature
 
 
 @dataclass(frozen=True, slots=True)
 class MethodGoal:
-    """`find` is None where it was not measured. Met at or above `least`; above it alone where `more`."""
+    """A goal for a figure.
+
+    `find` returns None if the figure was not measured. The goal is met at `threshold` or above, and
+    with `is_strict` only above.
+    """
 
     what: str
     threshold: float
@@ -28,7 +30,10 @@ class MethodGoal:
 
 
 def gain_with_model(*others: str) -> Callable[[StatsByMethod], float | None]:
-    """The best of these combinations with the model against the model alone; all that there are if none is named."""
+    """Return the best speed-up of these combinations with the model over the model alone.
+
+    Without names, all measured combinations count.
+    """
 
     def find(rows: StatsByMethod) -> float | None:
         names = [WITH_MODEL + name for name in others] or [
@@ -49,7 +54,7 @@ def tokens_per_step(name: str) -> Callable[[StatsByMethod], float | None]:
 
 
 def token_gain(name: str, other: str) -> Callable[[StatsByMethod], float | None]:
-    """Tokens per step of the one less those of the other."""
+    """Return the tokens per step of `name` minus those of `other`."""
     return lambda rows: (
         rows[name].tokens_per_step - rows[other].tokens_per_step
         if {name, other} <= rows.keys()
@@ -72,7 +77,7 @@ METHOD_GOALS = (
 
 
 def goals_grid(by_temperature: Mapping[float, StatsByMethod]) -> Grid:
-    """A line for each goal, a column for each temperature."""
+    """Return a grid with a row per goal and a column per temperature."""
     lines = []
     for goal in METHOD_GOALS:
         values = (goal.find(rows) for rows in by_temperature.values())

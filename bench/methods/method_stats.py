@@ -1,4 +1,4 @@
-"""What runs have told of one way to guess, and the figures that are made of it."""
+"""The statistics of one drafting method, and the figures derived from them."""
 
 import statistics
 from collections import Counter
@@ -14,14 +14,16 @@ FIRST_RANKS = 4
 
 @dataclass(slots=True)
 class MethodStats:
-    """Of one method at one temperature, summed over prompts where nothing else is said.
+    """One method at one temperature; values are summed over prompts unless stated otherwise.
 
     rates       tokens per second of decoding, by prompt
-    times       milliseconds of a step by prompt: the target's pass and its bookkeeping, what it waited left out
-    seconds     of their own passes that guessed, by who guessed;  passes  how many these were
-    nodes       that were new to the target's trees, by who guessed;  accepted  of them, delivered
-    acceptance  by kind of who guessed (a name without its number): of the first ranks
-    same        the tokens are those of plain decoding
+    times       milliseconds per step by prompt: the target's pass and bookkeeping, without waits
+    seconds     time of the passes that guessed, by guesser
+    passes      the number of these passes, by guesser
+    nodes       nodes that were new to the target's trees, by guesser
+    accepted    the delivered ones of these nodes, by guesser
+    acceptance  of the first ranks, by kind of guesser (its name without the number)
+    same        True if the tokens are those of plain decoding
     """
 
     name: str
@@ -46,7 +48,7 @@ class MethodStats:
         return self.tokens / self.steps
 
     def per_node(self, who: str) -> float | None:
-        """Milliseconds of its own for each new node; None where there was none."""
+        """Return the guesser's milliseconds per new node, or None if there was none."""
         return (
             1e3 * self.seconds[who] / self.nodes[who]
             if self.nodes.get(who) and who in self.seconds
@@ -62,7 +64,7 @@ def add_run(
     learned: Mapping[str, Any],
     nodes: Mapping[str, int],
 ) -> None:
-    """A run more. Nothing is learned of a run that ended with its first tokens."""
+    """Add a run. A run that ended with its first tokens is ignored."""
     tokens, seconds = (
         sum(map(len, outcome.outputs)) - outcome.first_tokens,
         outcome.seconds - outcome.first_seconds,
@@ -73,7 +75,7 @@ def add_run(
     one.rates[prompt] = tokens / seconds
     one.times[prompt] = (
         1e3 * (steps.computed + steps.bookkeeping) / (steps.rounds - 1)
-    )  # of decoding: the first step is not in them
+    )  # of decoding: the first step is excluded
     one.tokens += sum(map(len, outcome.outputs))
     one.steps += steps.rounds
     one.accepted = sum_counts(one.accepted, steps.by_drafter)
@@ -93,7 +95,8 @@ def sum_counts(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, in
 
 
 def acceptance_by_rank(band: Mapping[str, Any]) -> dict[str, list[float]]:
-    """How often a guess was right once its parent was, for the first ranks of each kind of who guessed."""
+    """Return how often a guess was right once its parent was, for the first ranks of each guesser
+    kind."""
     found = {}
     for who, (tries, hits) in band.get("tables", {}).items():
         sums = [(sum(tries[rank]), sum(hits[rank])) for rank in range(FIRST_RANKS)]
@@ -102,7 +105,7 @@ def acceptance_by_rank(band: Mapping[str, Any]) -> dict[str, list[float]]:
 
 
 def median_ratio(above: MethodStats, below: MethodStats) -> float:
-    """How many times as fast: the median over the prompts of both."""
+    """Return the median speed-up over the prompts that both have."""
     return statistics.median(
         above.rates[prompt] / below.rates[prompt]
         for prompt in above.rates.keys() & below.rates.keys()
@@ -110,7 +113,8 @@ def median_ratio(above: MethodStats, below: MethodStats) -> float:
 
 
 def extra_step_ms(one: MethodStats, plain: MethodStats) -> float:
-    """Milliseconds that a step takes beyond one of plain decoding: the median over the prompts of both."""
+    """Return the median milliseconds that a step takes beyond one of plain decoding, over shared
+    prompts."""
     return statistics.median(
         one.times[prompt] - plain.times[prompt] for prompt in one.times.keys() & plain.times.keys()
     )

@@ -1,4 +1,4 @@
-"""The table of ways to guess: as Markdown, in a terminal, and as a picture."""
+"""The comparison of drafting methods as Markdown, in a terminal, and as a picture."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ PLAIN = "plain"
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """What was found with one target. `about` it in a sentence or two; `costs` by method."""
+    """The results for one target: `about` describes it, `costs` is by method."""
 
     name: str
     about: str
@@ -28,13 +28,14 @@ class Study:
     costs: Mapping[str, Cost]
 
     def at(self, temperature: float) -> dict[str, MethodStats]:
-        """What was measured at that temperature, by method; nothing where plain decoding was not."""
+        """Return the statistics at a temperature, by method; empty if plain decoding was not
+        measured."""
         rows = {one.name: one for one in self.found if one.temperature == temperature and one.rates}
         return rows if PLAIN in rows else {}
 
     @property
     def temperatures(self) -> list[float]:
-        """Those at which something was measured."""
+        """The temperatures at which something was measured."""
         return [at for at in sorted({one.temperature for one in self.found}) if self.at(at)]
 
     @property
@@ -43,7 +44,7 @@ class Study:
 
 
 def methods_grid(study: Study, temperature: float) -> Grid:
-    """A line for each way to guess: by itself, and beside the draft model."""
+    """Return a row per drafting method: alone, and together with the draft model."""
     rows = study.at(temperature)
     lines = []
     for name, cost in study.costs.items():
@@ -89,7 +90,7 @@ def methods_grid(study: Study, temperature: float) -> Grid:
 
 
 def runs_grid(study: Study, temperature: float) -> Grid:
-    """A line for all that was run."""
+    """Return a row per measured method."""
     rows = study.at(temperature)
     lines = [
         (
@@ -130,7 +131,7 @@ def runs_grid(study: Study, temperature: float) -> Grid:
 
 
 def papers_grid(study: Study) -> Grid:
-    """What each paper reports beside what was measured at the lowest temperature."""
+    """Compare each paper's report with the measurement at the lowest temperature."""
     rows = study.at(min(study.temperatures, default=0.0))
     lines = []
     for paper in PAPERS:
@@ -148,7 +149,7 @@ def papers_grid(study: Study) -> Grid:
                 "-" if reached else paper.difference,
             )
         )
-    columns = ("method", "paper", "it reports", "on", "here, alone", "where that is less: why")
+    columns = ("method", "paper", "it reports", "on", "here, alone", "why it is less here")
     return Grid("papers", columns, tuple(lines), columns)
 
 
@@ -157,23 +158,28 @@ def format_number(value: float | None, digits: int) -> str:
 
 
 LEGEND = (
-    "*right, 1.*: how often the first guess was right once its parent was; *2.* the second, and so on. *ms/node*: of the guesser's own "
-    "time, for each node that was new to the target's tree. *extra ms/step*: what a step of the target (its pass and its bookkeeping) "
-    "takes beyond one of plain decoding. *x plain*, *x model*: times as fast as plain decoding, and as the draft model alone; medians over "
-    "prompts, paired by prompt. *MB*: weights (16 bits a number, of heads 32) or tables that it keeps beside the target's own. *own ms*: a "
-    "head's time in a step, a drafter's pass. What its guesses are worth each method has learned from other prompts."
+    "*right, 1.*: how often the first guess was right once its parent was; *2.*: the second guess, "
+    "and so on. *ms/node*: the guesser's time per node that was new to the target's tree. "
+    "*extra ms/step*: the time of a target step (pass and bookkeeping) beyond a step of plain "
+    "decoding. *x plain*, *x model*: speed-up over plain decoding and over the draft model alone; "
+    "medians over prompts, paired by prompt. *MB*: weights (16 bits per number, heads 32) or "
+    "tables "
+    "in addition to the target's. *own ms*: a head's time per step, or the time of a drafter's "
+    "pass. Each method has calibrated its guesses on other prompts."
 )
 
 TREE_NOTE = (
-    "Tokens per step are those of the trees that the living schedule chose to be fast, smaller where rows are dear; what heads reach with "
-    "the same tree, whatever it costs, `python -m experiments.same_tree` counts ([same-tree.md](same-tree.md))."
+    "Tokens per step are those of the trees that the living schedule chose for speed; they are "
+    "smaller if rows are expensive. `python -m experiments.same_tree` counts what heads reach with "
+    "the same tree, regardless of its cost ([same-tree.md](same-tree.md))."
 )
 
 
 def methods_page(studies: Sequence[Study], machine: Machine, picture: str) -> str:
     parts = [
-        "# Ways to guess",
-        f"{machine.processor}, {machine.date}: the target on one core, drafters on another (`make bench-methods`). {LEGEND}",
+        "# Drafting methods",
+        f"{machine.processor}, {machine.date}: the target on one core, drafters on another "
+        f"(`make bench-methods`). {LEGEND}",
         f"![tokens per second by method]({picture})",
     ]
     for study in studies:
@@ -196,7 +202,7 @@ def methods_page(studies: Sequence[Study], machine: Machine, picture: str) -> st
 
 
 def draw_methods(study: Study, file: Path) -> None:
-    """Tokens per second by method, a panel for each temperature."""
+    """Draw tokens per second by method, one panel per temperature."""
     with mpl.rc_context(STYLE):
         names = list(study.at(study.temperatures[0]))
         figure = Figure(figsize=(6.6 * len(study.temperatures), 0.31 * len(names) + 1.1))
@@ -228,5 +234,6 @@ def draw_methods(study: Study, file: Path) -> None:
 
 
 def bar_colour(name: str) -> str:
-    """Of what is alone, of what is beside the model, of plain decoding."""
+    """Return the colour of plain decoding, of a combination with the model, or of a method
+    alone."""
     return OTHERS if name == PLAIN else LIVING if name.startswith(WITH_MODEL) else OURS

@@ -1,12 +1,18 @@
-"""What the papers of the drafting methods report, to be set beside what is measured here."""
+"""The speed-ups that the papers of the drafting methods report, for comparison with the
+measurements."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Paper:
-    """`method` is its name in the table. `least`: the smallest speed-up over plain decoding that is claimed, where one is; `difference`:
-    why ours may stay below it."""
+    """A paper's report.
+
+    method        its name in the table
+    min_speed_up  the smallest claimed speed-up over plain decoding, or None
+    setup         the models, hardware and tasks of the paper
+    difference    why ours may be slower
+    """
 
     method: str
     title: str
@@ -25,16 +31,21 @@ PAPERS = (
         None,
         "up to 2.4 x, 2.3 tokens per step",
         "Llama-2-chat 7B with a draft of 115M",
-        "the claim is a best case; at temperature 0.8 the draft that ships guesses half of the tokens, for it is small and briefly trained",
+        "the claim is a best case; at temperature 0.8 the shipped draft guesses half of the "
+        "tokens, "
+        "because it is small and briefly trained",
     ),
     Paper(
         "model",
         "Decoding speculative decoding",
         "arXiv 2402.01528",
         None,
-        "throughput up by as much as 111% with a draft shaped for the hardware instead of one that was at hand",
+        "throughput up by as much as 111% with a draft shaped for the hardware instead of an "
+        "existing "
+        "one",
         "LLaMA-65B, OPT-66B",
-        "not a comparison with plain decoding; `outrider tune shapes` draws the curve of latency against acceptance",
+        "not a comparison with plain decoding; `outrider tune shapes` draws the curve of latency "
+        "against acceptance",
     ),
     Paper(
         "ngram",
@@ -42,8 +53,9 @@ PAPERS = (
         "github.com/apoorvumang/prompt-lookup-decoding",
         2.0,
         "2 to 4 x where the answer repeats the prompt",
-        "Mistral-7B-Instruct, one A100 of 40 GB, greedy; summaries, questions on a text, chats of several turns",
-        "going on in a file repeats less of it than a summary or an edit does",
+        "Mistral-7B-Instruct, one A100 of 40 GB, greedy; summaries, questions on a text, chats of "
+        "several turns",
+        "continuing a file repeats less of it than a summary or an edit does",
     ),
     Paper(
         "layer-skip",
@@ -52,7 +64,9 @@ PAPERS = (
         None,
         "up to 1.99 x",
         "Llama-2 and its variants; layers by Bayesian search, no training",
-        "the target has 9 layers that all count: half of them agree with the whole far more seldom than 40 or more out of 80 do",
+        "all 9 layers of the target matter: half of them agree with the whole far less often "
+        "than 40 "
+        "or more out of 80 do",
     ),
     Paper(
         "layer-skip",
@@ -70,7 +84,9 @@ PAPERS = (
         None,
         "1.4 to 2 x as fast as EAGLE, both quantized",
         "Phi-3 and Llama-2, GPUs with little memory (A10G)",
-        "no comparison with plain decoding in its summary; here it is trained for minutes, on a target of few layers",
+        "its summary does not compare with plain decoding; here it is trained for minutes, "
+        "on a target "
+        "with few layers",
     ),
     Paper(
         "token-recycling",
@@ -79,17 +95,22 @@ PAPERS = (
         2.0,
         "about 2 x at every size",
         "Vicuna 7B to 33B, a tree of some 80 nodes, less than 2 MB",
-        "there a step of 80 rows takes hardly longer than one of a single row; on a core that computes float32 each row has its price, and "
-        "the table begins empty",
+        "there a step of 80 rows takes hardly longer than a step of one row; on a core that "
+        "computes "
+        "in float32 every row costs time, and the table starts empty",
     ),
     Paper(
         "medusa",
         "Medusa",
         "arXiv 2401.10774",
         2.2,
-        "Medusa-1, whose target is frozen as here, more than 2.2 x; Medusa-2 2.3 to 2.8 x (3.6 x in the first version)",
+        "Medusa-1, whose target is frozen as here, more than 2.2 x; Medusa-2 2.3 to 2.8 x "
+        "(3.6 x in "
+        "the first version)",
         "Vicuna 7B and 13B, a batch of one",
-        "heads here share the target's unembedding and saw 0.9 million tokens; rows cost time on a CPU, where they are free on a GPU",
+        "the heads here share the target's unembedding and saw 0.9 million tokens; rows cost "
+        "time on a "
+        "CPU but are almost free on a GPU",
     ),
     Paper(
         "hidden-transfer",
@@ -98,7 +119,7 @@ PAPERS = (
         None,
         "faster than Medusa and self-speculative decoding",
         "Llama-2-chat and Vicuna models",
-        "maps saw 0.3 million tokens of text, and pseudo rows cost the CPU what verified ones do",
+        "the maps saw 0.3 million tokens, and on a CPU pseudo rows cost as much as verified rows",
     ),
     Paper(
         "hidden-transfer",

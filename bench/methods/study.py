@@ -1,4 +1,5 @@
-"""`make bench-methods`: every way to guess, alone and beside the draft model, on widened targets; one table."""
+"""The study of `make bench-methods`: every drafting method, alone and together with the draft
+model, on widened targets."""
 
 import argparse
 import json
@@ -38,30 +39,33 @@ from runtime.model_paths import bundled_model
 from runtime.models.layer_subset import every_second_layer
 from runtime.models.loader import load_tokenizer, read_config, read_json
 
-DRAFTERS = (MODEL, "ngram", "layer-skip")  # and, where they ship, those that were trained
+DRAFTERS = (MODEL, "ngram", "layer-skip")  # and the trained ones that ship
 HEADS = ("token-recycling", "medusa", "hidden-transfer")
 UNTRAINED = ("ngram", "layer-skip", "token-recycling")
-LEARNING_PROMPTS = (
-    2  # prompts from which each method learns what its guesses are worth; they are not measured
-)
+LEARNING_PROMPTS = 2  # prompts on which each method calibrates its guesses; not measured
 NEW_TOKENS = 96
 TEMPERATURES = (0.0, 0.8)
 SHIPPED = "the target that ships"
-LAYERS_FILE = (
-    RESULTS / "layers.json"
-)  # as `outrider tune layers` has found them for the target that ships
+LAYERS_FILE = RESULTS / "layers.json"  # the result of `outrider tune layers` for the shipped target
 SHARED_FOLDER = Path(__file__).parents[3] / "shared"
 OTHER_PAIRS = (
     ("babyllama361-as105", "babyllama105"),
     ("stories260K", "llama2xs-500it"),
-)  # targets and drafts in SHARED / "models"
+)  # targets and drafts in SHARED_FOLDER / "models"
 STORY_PROMPTS = SHARED_FOLDER / "prompts" / "tinystories_20_openings.json"
-STORY_COUNT, MAX_PROMPT_TOKENS = 2, 128  # prompts of each of these that are measured; tokens of one
+STORY_COUNT, MAX_PROMPT_TOKENS = (
+    2,
+    128,
+)  # measured prompts of each of these, and their maximum length
 
 
 @dataclass(frozen=True, slots=True)
 class StudyTarget:
-    """One target to be measured. `source`: its folder before it was widened; the first LEARNING of the `prompts` are not measured."""
+    """A target to measure.
+
+    `source` is its folder before widening. The first LEARNING_PROMPTS of the `prompts` are not
+    measured.
+    """
 
     name: str
     source: Path
@@ -73,14 +77,18 @@ class StudyTarget:
     def about(self) -> str:
         model = read_config(Path(self.pair.target), self.pair.target)
         return (
-            f"{self.source.name}, widened to {model.hidden_size}x{model.num_hidden_layers} without changing its function "
-            f"({count_parameters(Path(self.pair.target)) / 1e6:.0f} million parameters), float32; draft model: {Path(self.pair.draft).name}. "
-            f"{len(self.prompts) - LEARNING_PROMPTS} prompts, {NEW_TOKENS} new tokens, all methods in turns."
+            f"{self.source.name}, widened to {model.hidden_size}x{model.num_hidden_layers} "
+            "without changing its function "
+            f"({count_parameters(Path(self.pair.target)) / 1e6:.0f} million parameters), "
+            f"float32; draft model: {Path(self.pair.draft).name}. "
+            f"{len(self.prompts) - LEARNING_PROMPTS} prompts, {NEW_TOKENS} new tokens, all "
+            "methods in turns."
         )
 
 
 def methods_of(which: Sequence[str]) -> list[Method]:
-    """Plain decoding; the model; each other way to guess alone, then beside the model; and what costs next to nothing together with it."""
+    """Return plain decoding, the model, each other method alone and with the model, and the cheap
+    combination of model, ngram and token recycling."""
 
     def guessing(*names: str) -> OutriderMethod:
         drafters, heads = (
@@ -113,7 +121,7 @@ def measure_rounds(
                 before = proposed_nodes(cluster)
                 try:
                     outcome = cluster.run(method, round_.case.prompts, round_.case.sampling)
-                except Unavailable as error:  # of one prompt: the others are measured all the same
+                except Unavailable as error:  # only this prompt is lost
                     progress.console.print(
                         f"{method.name}, {round_.case.name}: not measured: {error}"
                     )
@@ -133,7 +141,7 @@ def measure_rounds(
 
 
 def proposed_nodes(cluster: OutriderRunner) -> dict[str, int]:
-    """Nodes that were new to the target's trees since its start, by who guessed."""
+    """Return the nodes that were new to the target's trees since its start, by guesser."""
     report = ray.get(cluster.targets[FIRST].report.remote())
     return {who: guesses.proposed for who, guesses in report.guesses.items()}
 
@@ -182,7 +190,7 @@ def study_targets(count: int) -> list[StudyTarget]:
 
 
 def costs_of(bench: StudyTarget) -> dict[str, Cost]:
-    """By method, in the order of the table."""
+    """Return the costs by method, in the order of the table."""
     target, pair = Path(bench.pair.target), bench.pair
     model = read_config(target, pair.target)
     table = TokenRecycling(model.vocab_size)
@@ -217,7 +225,10 @@ def costs_of(bench: StudyTarget) -> dict[str, Cost]:
 
 
 def rounds_of(prompts: Sequence[Prompt], which: Sequence[Method]) -> list[loop.Round]:
-    """Every text goes on for NEW_TOKENS, also where the target would end it: one that ends at once tells nothing."""
+    """Return rounds in which every text has NEW_TOKENS tokens, ignoring end-of-text tokens.
+
+    A text that ends at once would carry no information.
+    """
     every = cases(prompts, 1, TEMPERATURES, 1, NEW_TOKENS, 1)
     return rounds(
         [replace(case, sampling=replace(case.sampling, ignore_eos=True)) for case in every], which
@@ -235,7 +246,7 @@ def run_study(bench: StudyTarget) -> Study:
 
 
 def write_study(studies: Sequence[Study], folder: Path) -> Path:
-    """methods.json, methods.md and methods.png; returns the page."""
+    """Write methods.json, methods.md and methods.png; return the page."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = machine(2)
     content: Mapping[str, object] = {
@@ -251,7 +262,7 @@ def write_study(studies: Sequence[Study], folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=3, help="prompts")
-    parser.add_argument("--shipped", action="store_true", help="the target that ships alone")
+    parser.add_argument("--shipped", action="store_true", help="measure only the shipped target")
     parser.add_argument("--folder", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     console, studies = Console(), []
@@ -261,7 +272,7 @@ def main() -> None:
         studies.append(run_study(bench))
         file = write_study(
             studies, arguments.folder
-        )  # after each: an interruption loses one target
+        )  # after each target, so an interruption loses only one
     for one in studies:
         for temperature in one.temperatures:
             console.print(methods_grid(one, temperature).terminal())

@@ -1,4 +1,4 @@
-"""What each way to guess keeps in memory, and what it took to train it."""
+"""The memory that each drafting method needs, and the cost of its training."""
 
 import json
 from collections.abc import Container
@@ -10,14 +10,18 @@ LAYER_PREFIX = "model.layers."
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """`keeps`: bytes of weights or tables, beyond the target's own; `training` in words."""
+    """The costs of a method: `keeps` in bytes of weights or tables besides the target's; `training`
+    in words."""
 
     keeps: int
     training: str
 
 
 def count_parameters(folder: Path, layers: Container[int] | None = None) -> int:
-    """Numbers in the weights of a folder; with `layers` only in these layers of a Llama model, and in what lies outside of its layers."""
+    """Count the parameters in a folder's weights.
+
+    With `layers`, count only these layers of a Llama model and everything outside its layers.
+    """
     count = 0
     for file in sorted(folder.glob("*.safetensors")):
         for name, size in tensor_sizes(file).items():
@@ -28,7 +32,7 @@ def count_parameters(folder: Path, layers: Container[int] | None = None) -> int:
 
 
 def tensor_sizes(file: Path) -> dict[str, int]:
-    """Numbers in each tensor, from the head of the file alone."""
+    """Return the number of elements of each tensor, read from the file's header."""
     with file.open("rb") as stream:
         head = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     found = {}
@@ -42,7 +46,7 @@ def tensor_sizes(file: Path) -> dict[str, int]:
 
 
 def card_value(card: Path, name: str, column: int = 1) -> str:
-    """What a card's table says of `name`; nothing where there is no card."""
+    """Return the value of `name` in a card's table, or "" if there is no card."""
     lines = card.read_text("utf-8").splitlines() if card.is_file() else []
     return next(
         (line.split("|")[1 + column].strip() for line in lines if line.startswith(f"| {name} |")),
@@ -51,7 +55,7 @@ def card_value(card: Path, name: str, column: int = 1) -> str:
 
 
 def training_cost(folder: Path) -> str:
-    """Steps and time, as the card of a training says."""
+    """Return steps and time from the card of a training."""
     steps, time = (
         card_value(folder / "README.md", "steps"),
         card_value(folder / "README.md", "time of the last run"),

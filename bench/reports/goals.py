@@ -1,4 +1,5 @@
-"""The goals, each with the figure that decides it. Ratios are medians over prompts, within one run of the benchmark."""
+"""The goals of the benchmark, each with the figure that decides it. Ratios are medians over prompts
+within one run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,11 @@ from bench.core.results import Results
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """`find` is None where it was not measured. Met at or above `limit`, or with `most` at or below it."""
+    """A goal for a figure.
+
+    `find` returns None if the figure was not measured. The goal is met at `limit` or above, with
+    `at_most` at `limit` or below.
+    """
 
     what: str
     limit: float

@@ -1,4 +1,4 @@
-"""A table of text that is shown in a terminal or written as Markdown."""
+"""A text table for the terminal and for Markdown."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from rich.table import Table
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Cells of text; the first column and those named in `words` are flush left, the others flush right."""
+    """Cells of text. The first column and those in `words` are aligned left, all others right."""
 
     title: str
     columns: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The pictures of a benchmark. OutriderMethod are in colour, others in grey; living is the darkest."""
+"""The pictures of a benchmark. Our methods are coloured, others grey; living is the darkest."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ DPI = 130
 
 
 def draw_pictures(results: Results, folder: Path) -> dict[str, Path]:
-    """Writes NAME-speed.png and so on for what was measured; returns the files by what they show."""
+    """Write NAME-speed.png and so on for everything measured; return the files by subject."""
     pictures = {
         "speed": speed_figure,
         "steps": steps_figure,
@@ -64,7 +64,7 @@ def method_colour(facts: MethodFacts) -> str:
 
 
 def speed_figure(results: Results) -> Figure | None:
-    """Bars by method, a panel for each temperature, whiskers from quartile to quartile over prompts."""
+    """Draw bars by method, one panel per temperature, with quartiles over prompts as whiskers."""
     temperatures = [
         t
         for t in compare.temperatures(results)
@@ -124,7 +124,7 @@ def speed_bars(axis: Axes, results: Results, temperature: float) -> None:
 
 
 def steps_figure(results: Results) -> Figure | None:
-    """T(n) and t(n), each on its own scale; what is flat is free."""
+    """Draw T(n) and t(n), each on its own scale; a flat curve means that rows are free."""
     times = {"target: T(n)": results.profile.target, "draft: t(n)": results.profile.draft}
     shown = {name: found for name, found in times.items() if found}
     if not shown:
@@ -154,7 +154,7 @@ def steps_figure(results: Results) -> Figure | None:
 
 
 def time_figure(results: Results) -> Figure | None:
-    """Where the target's time went, of our methods, at the lowest temperature."""
+    """Draw the shares of the target's time at the lowest temperature, for our methods."""
     temperature = min(compare.temperatures(results), default=0.0)
     found = [
         (facts.name, parts)
@@ -200,7 +200,7 @@ def time_figure(results: Results) -> Figure | None:
 
 
 def batches_figure(results: Results) -> Figure | None:
-    """Tokens per second of all texts together, and how many times as fast as plain decoding, over the batch size."""
+    """Draw tokens per second of the batch, and the speed-up over plain decoding, by batch size."""
     sizes = compare.batches(results)
     batched = [
         facts

@@ -1,4 +1,4 @@
-"""From results to what people read: tables in the terminal, a Markdown page with pictures."""
+"""The report of a benchmark: tables in the terminal, and a Markdown page with pictures."""
 
 from pathlib import Path
 
@@ -31,7 +31,10 @@ def print_report(results: Results, console: Console) -> None:
 
 
 def write_report(results: Results, folder: Path, trace: Path | None = None) -> Path:
-    """NAME.md and its pictures, beside the results. `trace`: the picture of a recorded run, in the same folder. Returns the page."""
+    """Write NAME.md and its pictures next to the results and return the page.
+
+    `trace` is the picture of a recorded run, in the same folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     pictures = plots.draw_pictures(results, folder) | ({"trace": trace} if trace else {})
     page = folder / f"{results.name}.md"
@@ -42,7 +45,7 @@ def write_report(results: Results, folder: Path, trace: Path | None = None) -> P
 
 
 def report_page(results: Results, pictures: dict[str, str]) -> str:
-    """`pictures` are file names beside the page, by what they show."""
+    """Return the page; `pictures` maps subjects to file names next to the page."""
     parts = [f"# Benchmark: {results.name}", introduction(results)]
     parts += section("Goals", "", tables.goals(results))
     speeds = [tables.speeds(results, temperature) for temperature in compare.temperatures(results)]
@@ -68,31 +71,34 @@ def report_page(results: Results, pictures: dict[str, str]) -> str:
 
 
 SPEED = (
-    "Tokens per second of decoding, from the first token to the last: median, and quartiles over prompts. Each prompt counts with the "
-    "median of its repetitions; ratios are paired by prompt and repetition. *With prompt* counts the reading of the prompt too; no target "
-    "has kept it from an earlier run. What guesses are worth, living has learned from other prompts, as a target does that has served "
-    "before."
+    "Tokens per second of decoding, from the first token to the last: median and quartiles over "
+    "prompts. Each prompt counts with the median of its repetitions; ratios are paired by prompt "
+    "and repetition. *With prompt* includes the prefill; no prompt is cached from an earlier run. "
+    "Living has calibrated its guesses on other prompts, like a target that has already served."
 )
 FORECAST = (
-    "Tokens of all texts over the time of all, at one batch, expected and measured: decoding alone."
+    "Tokens of all texts divided by their total time, for each batch, expected and measured; "
+    "decoding only."
 )
 BATCHES = "Tokens per second of all texts together, at temperature 0."
-SWEEP = (
-    "On prompts that are not measured; the best setting of each method is the one that is measured."
-)
+SWEEP = "Measured on separate prompts; the best setting of each method is used for the main runs."
 STEPS = (
-    "Shares of the time of decoding. *Accepted*: of the nodes that were verified, those on the target's path. *Hits*: steps whose new "
-    "root had been guessed. *Lead*: tokens by which drafting was ahead when a step began."
+    "Shares of the decoding time. *Accepted*: the share of verified nodes on the target's path. "
+    "*Hits*: steps whose new root had been guessed. *Lead*: tokens by which drafting was "
+    "ahead when "
+    "a step began."
 )
 PAIR = (
-    "The first two columns: each model by itself on one core, before, between and after the runs, medians. The others: T(n) as the passes "
-    "of the runs had it, of plain decoding and of all schedules with the draft together; a shared machine is slower in some minutes "
-    "than in others, so the bound and the forecasts are reckoned with these. "
+    "The first two columns are medians of each model alone on one core, before, between and after "
+    "the runs. The others are T(n) from the passes of the runs, of plain decoding and of all "
+    "schedules with the draft together. A shared machine is slower in some minutes than in others, "
+    "so the bound and the forecasts use these values. "
 )
 BOUND = (
-    "With an autoregressive drafter no scheme exceeds 1/t + 1/T tokens per second, and none with n rows E(n)/T(n), where E(n) is what the "
-    "best tree of n rows commits on average if positions are independent. The lower of the two is the bound. "
-    "*Of chains alone*: where each place has one guess; no schedule of trees can be faster than one of chains by more than that."
+    "With an autoregressive drafter no scheme exceeds 1/t + 1/T tokens per second, and none with n "
+    "rows exceeds E(n)/T(n), where E(n) is the mean number of tokens that the best tree of n rows "
+    "commits if positions are independent. The lower of the two is the bound. *Of chains alone*: "
+    "the same with one guess per position; trees gain at most the difference."
 )
 
 
@@ -100,16 +106,19 @@ def introduction(results: Results) -> str:
     machine, pair, settings = results.machine, results.pair, results.settings
     native = sorted(BF16_FLAGS & set(machine.flags))
     facts = {
-        "processor": f"{machine.processor}, {machine.cores} cores used, {machine.memory_gib:.0f} GiB"
+        "processor": f"{machine.processor}, {machine.cores} cores used, "
+        f"{machine.memory_gib:.0f} GiB"
         + (f"; {', '.join(machine.flags)}" if machine.flags else "")
         + ("" if native else "; no native bf16"),
         "GPU": machine.gpu or "none used",
-        "software": f"Python {machine.python}, torch {machine.torch}, transformers {machine.transformers}",
+        "software": f"Python {machine.python}, torch {machine.torch}, "
+        f"transformers {machine.transformers}",
         "target": f"{pair.target}, {pair.target_parameters / 1e6:.1f}M parameters, {pair.dtype}",
         "draft": f"{pair.draft}, {pair.draft_parameters / 1e6:.1f}M parameters, {pair.dtype}",
         "prompts": f"{settings.count} from {settings.prompts}, drawn with seed {settings.seed}",
-        "output": f"at most {settings.new_tokens} tokens, an end-of-text token ends it",
-        "repetitions": f"{settings.repetitions} of ours at the lowest temperature, else 1; methods interleaved, order rotated",
+        "output": f"at most {settings.new_tokens} tokens, or until an end-of-text token",
+        "repetitions": f"{settings.repetitions} of ours at the lowest temperature, else 1; methods "
+        "interleaved, order rotated",
         "date": machine.date,
     }
     return "\n".join(
@@ -118,7 +127,7 @@ def introduction(results: Results) -> str:
 
 
 def section(title: str, text: str, *grids: Grid) -> list[str]:
-    """Nothing at all where there is nothing to show."""
+    """Return a section, or nothing if no grid has rows."""
     full = [grid for grid in grids if grid.rows]
     if not full:
         return []
@@ -139,11 +148,15 @@ def cost_ratio(results: Results) -> str:
         return ""
     floor = results.profile.floor
     alone = (
-        f" Memory alone would need {1e3 * floor:.1f} ms for a step of the target: it takes {target / floor:.2f} times that."
+        f" Memory bandwidth alone allows {1e3 * floor:.1f} ms for a target step, which takes "
+        f"{target / floor:.2f} times as long."
         if floor
         else ""
     )
-    return f"Steps of one row: T = {1e3 * target:.1f} ms, t = {1e3 * draft:.2f} ms, c = T/t = {target / draft:.1f}.{alone}"
+    return (
+        f"Steps of one row: T = {1e3 * target:.1f} ms, t = {1e3 * draft:.2f} ms, c = T/t = "
+        f"{target / draft:.1f}.{alone}"
+    )
 
 
 def methods(results: Results) -> Grid:

@@ -1,4 +1,4 @@
-"""The tables of a benchmark: made once, shown in a terminal or written as Markdown."""
+"""The tables of a benchmark, for the terminal and for Markdown."""
 
 from bench.core import compare
 from bench.core.results import Results
@@ -18,7 +18,7 @@ def goals(results: Results) -> Grid:
 
 
 def speeds(results: Results, temperature: float, batch: int = 1) -> Grid:
-    """Methods by falling speed; the ratios are paired by prompt and repetition."""
+    """Return the methods by falling speed; ratios are paired by prompt and repetition."""
     rows = []
     for facts in results.methods:
         found = compare.decode_speed(results, facts.name, temperature, batch)
@@ -34,7 +34,7 @@ def speeds(results: Results, temperature: float, batch: int = 1) -> Grid:
         same, of = compare.agreement(results, facts.name, "plain", temperature, batch)
         text = (
             f"{same} of {of}" if of and (facts.who == "ours" or temperature == 0) else "-"
-        )  # others draw other noise
+        )  # transformers samples with other noise
         row = (
             facts.name,
             facts.who,
@@ -62,7 +62,7 @@ def speeds(results: Results, temperature: float, batch: int = 1) -> Grid:
 
 
 def format_spread(found: Spread | None, digits: int) -> str:
-    """Median and quartiles."""
+    """Format median and quartiles."""
     return (
         f"{found.median:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
         if found
@@ -71,7 +71,7 @@ def format_spread(found: Spread | None, digits: int) -> str:
 
 
 def steps(results: Results, temperature: float) -> Grid:
-    """What the target's steps did, of our methods."""
+    """Return the step figures of our methods."""
     rows = []
     for facts in results.methods:
         found, parts = (
@@ -115,14 +115,14 @@ def steps(results: Results, temperature: float) -> Grid:
 
 
 def sweep(results: Results) -> Grid:
-    """The settings that were tried, by falling speed within each method."""
+    """Return the settings that were tried, by falling speed within each method."""
     tried = sorted(results.sweep, key=lambda one: (one.name, -one.tokens_per_second))
     rows = [(one.name, one.detail, f"{one.tokens_per_second:.1f}") for one in tried]
     return Grid("settings tried", ("method", "setting", "tokens/s"), tuple(rows), ("setting",))
 
 
 def batches(results: Results, temperature: float = 0.0) -> Grid:
-    """Tokens per second of all texts together."""
+    """Return tokens per second of each batch as a whole."""
     names = [
         facts.name
         for facts in results.methods
@@ -143,7 +143,7 @@ def batches(results: Results, temperature: float = 0.0) -> Grid:
 
 
 def profile(results: Results) -> Grid:
-    """The pair by itself, then the target where the methods ran."""
+    """Return the step times of the pair alone, then of the target during the runs."""
     places = results.profile.places
     columns = [results.profile.target, results.profile.draft, *(place.target for place in places)]
     head = [

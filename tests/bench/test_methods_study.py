@@ -270,7 +270,9 @@ def test_what_ships_can_be_measured() -> None:
 
 
 def test_results_are_left_in_the_folder(tmp_path: Path) -> None:
-    assert write_study([whole()], tmp_path / "new").read_text("utf-8").startswith("# Ways to guess")
+    assert (
+        write_study([whole()], tmp_path / "new").read_text("utf-8").startswith("# Drafting methods")
+    )
     assert {file.name for file in (tmp_path / "new").iterdir()} == {
         "methods.md",
         "methods.json",

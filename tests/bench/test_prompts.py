@@ -84,12 +84,12 @@ def test_a_folder_holds_a_prompt_in_each_file(tmp_path: Path) -> None:
 
 
 BAD = {
-    "a.jsonl": ('{"prompt": "x"}\n{"prompt": \n', "line 2 is not JSON"),
+    "a.jsonl": ('{"prompt": "x"}\n{"prompt": \n', "line 2 is invalid JSON"),
     "b.jsonl": ('{"answer": "x"}\n', "line 1 has no prompt"),
-    "c.jsonl": ('{"turns": []}\n', "turns is list, not a text"),
-    "d.json": ('{"prompt": "x"}', "holds no list"),
-    "e.json": ('["x", 3]', "entry 2 is int"),
-    "f.json": ("[" * 100_000, "is not JSON"),
+    "c.jsonl": ('{"turns": []}\n', "turns is not a non-empty string"),
+    "d.json": ('{"prompt": "x"}', "is not a JSON list"),
+    "e.json": ('["x", 3]', "entry 2 is not a non-empty string"),
+    "f.json": ("[" * 100_000, "is invalid JSON"),
     "g.txt": ("\n \n", "holds no prompt"),
 }
 

@@ -151,7 +151,7 @@ def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04" + 40 * b"x"])
 def test_a_checkpoint_that_is_none_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(InvalidRequest, match="is no checkpoint of this training: remove"):
+    with pytest.raises(InvalidRequest, match="is not a checkpoint of this training: remove"):
         learn(tmp_path / "a", 3, [])
 
 
@@ -277,7 +277,7 @@ def test_a_result_is_there_once_it_is_whole(tmp_path: Path) -> None:
     assert (out / "a").read_bytes() == b"1"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
     with (
-        pytest.raises(InvalidRequest, match="out is there already: give another --out"),
+        pytest.raises(InvalidRequest, match="out already exists: give another --out"),
         folder.open_work(out, {"steps": 1}),
     ):
         pass
@@ -292,7 +292,7 @@ def test_work_under_other_settings_is_refused_and_under_the_same_gone_on_with(
             (work / "checkpoint.pt").touch()
     with (
         pytest.raises(
-            InvalidRequest, match=r"unfinished work under other settings \(steps was 1 and is 2\)"
+            InvalidRequest, match=r"unfinished work with other settings \(steps was 1 and is 2\)"
         ),
         folder.open_work(out, {"steps": 2, "layers": (1, 2)}),
     ):
@@ -304,7 +304,7 @@ def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path, content: str) -> 
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "recipe.json").write_text(content)
     with (
-        pytest.raises(InvalidRequest, match="is not readable: remove"),
+        pytest.raises(InvalidRequest, match="is invalid JSON: remove"),
         folder.open_work(tmp_path / "out", {}),
     ):
         pass
@@ -314,20 +314,20 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.tex").write_text("years")
     with (
-        pytest.raises(InvalidRequest, match=r"holds something else \(thesis.tex\)"),
+        pytest.raises(InvalidRequest, match=r"contains other files \(thesis.tex\)"),
         folder.open_work(tmp_path / "out", {}),
     ):
         pass
     (tmp_path / "file").touch()
     for taken in (tmp_path / "file", tmp_path):
-        with pytest.raises(InvalidRequest, match="is there already"):
+        with pytest.raises(InvalidRequest, match="already exists"):
             folder.check_out_is_free(taken)
 
 
 def test_two_trainings_do_not_share_a_folder(tmp_path: Path) -> None:
     with folder.open_work(tmp_path / "out", {}):
         with (
-            pytest.raises(InvalidRequest, match="worked on by another training"),
+            pytest.raises(InvalidRequest, match="in use by another training"),
             folder.open_work(tmp_path / "out", {}),
         ):
             pass
@@ -341,7 +341,7 @@ def test_a_full_disk_is_named_and_leaves_what_was_there(tmp_path: Path) -> None:
             raise OSError(28, "No space left on device")
 
     with pytest.raises(
-        InvalidRequest, match=r"cannot write .*out \(No space left on device\): make room"
+        InvalidRequest, match=r"cannot write .*out \(No space left on device\): free space"
     ):
         fill()
     assert (tmp_path / "out.partial" / "checkpoint.pt").read_bytes() == b"whole"

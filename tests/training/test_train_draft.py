@@ -96,7 +96,7 @@ def test_the_shallowest_of_the_largest_shapes_within_the_budget_is_proposed() ->
 def test_a_budget_that_nothing_fits_into_is_refused() -> None:
     with pytest.raises(
         InvalidRequest,
-        match=r"latency 0.01 ms is below what the smallest shape takes here \(0.37 ms\): raise it",
+        match=r"latency 0.01 ms is less than the smallest shape takes here \(0.37 ms\): raise it",
     ):
         shapes.propose_shape(1e-5, 1000, by_parameters)
 

@@ -145,7 +145,7 @@ def test_hidden_transfer_wants_a_target_that_it_can_run(teacher: Teacher, target
     hidden_transfer.check_target(teacher, CONTEXT)
     other = load_teacher(str(target), "cpu")
     other.module.config.hidden_act = "gelu"
-    with pytest.raises(ModelRefused, match="is not built as Llama is: train medusa for it"):
+    with pytest.raises(ModelRefused, match="is not a Llama-like model: train medusa for it"):
         hidden_transfer.check_target(other, CONTEXT)
 
 

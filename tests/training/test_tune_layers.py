@@ -107,5 +107,5 @@ def test_all_layers_are_back_afterwards(teacher: Teacher) -> None:
 
 def test_a_target_of_one_layer_has_nothing_to_choose(tmp_path: Path) -> None:
     single = load_teacher(str(save_model(tmp_path / "one", num_hidden_layers=1)), "cpu")
-    with pytest.raises(ModelRefused, match="layers to choose from: choose a target"):
+    with pytest.raises(ModelRefused, match="has no layers to choose from"):
         layers_of(single)

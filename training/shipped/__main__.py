@@ -1,14 +1,14 @@
-"""Train the pair that ships: `python -m training.shipped` (all stages), or one of them by name.
+"""Train the shipped pair: `python -m training.shipped` runs all stages, or those given by name.
 
     tokenizer   byte-level BPE on the training files
     target      next-token training of the target
     outputs     the target's own continuations of training excerpts
     draft       distillation of the draft on them
-    medusa, hidden-transfer    heads on the target, trained on the same: models/heads
-    s3d         masks and an adapter for some of the target's layers, on the same: models/s3d
+    medusa, hidden-transfer    heads on the target, trained on the same texts: models/heads
+    s3d         masks and an adapter for some of the target's layers, likewise: models/s3d
     card        acceptance, perplexity, curves: models/README.md
 
-Each stage leaves its result under build/train and starts again where it was interrupted.
+Each stage leaves its result under build/train and resumes after an interruption.
 """
 
 import json
@@ -102,7 +102,10 @@ def training_stream() -> text.Stream:
 
 
 def context_at(step: int, steps: int) -> int:
-    """Half the context for the first three quarters, since attention's share of a step grows with it; then all of it."""
+    """Return half the context for the first three quarters of the steps, then the whole context.
+
+    Attention's share of a step grows with the context.
+    """
     return CONTEXT // 2 if step < 0.75 * steps else CONTEXT
 
 
@@ -113,7 +116,8 @@ def train_model(
     streams: Sequence[text.Stream],
     settings: loop.TrainingSettings,
 ) -> None:
-    """Batches of all streams in equal parts; what was learned goes into models/NAME, the log of losses beside the checkpoint."""
+    """Train on equal parts of all streams; save to models/NAME, with the losses next to the
+    checkpoint."""
     folder = WORK / name
     folder.mkdir(parents=True, exist_ok=True)
     by_context = {
@@ -142,7 +146,7 @@ def train_model(
 
 
 def save_model(model: LlamaForCausalLM, folder: Path) -> None:
-    """A Hugging Face folder with bf16 safetensors."""
+    """Save a Hugging Face folder with bf16 safetensors."""
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
@@ -161,7 +165,8 @@ def train_target(steps: int, compiled: bool) -> None:
 
 
 def write_outputs(tokens: int) -> None:
-    """Continue training excerpts at several temperatures; what comes out is what the draft will meet at work."""
+    """Continue training excerpts at several temperatures; the draft will meet such texts when it
+    drafts."""
     model = LlamaForCausalLM.from_pretrained(MODELS / "target", dtype=torch.float32)
     stream, generator = training_stream(), np.random.default_rng(1)
     batch, prompt, new = 64, 64, 192
@@ -190,7 +195,8 @@ def write_outputs(tokens: int) -> None:
 
 
 def train_draft(steps: int, compiled: bool) -> None:
-    """Forward KL to the target's distribution, on its own outputs and on corpus windows in equal parts."""
+    """Minimise the forward KL to the target on equal parts of its own outputs and corpus
+    windows."""
     teacher = LlamaForCausalLM.from_pretrained(MODELS / "target", dtype=torch.float32).eval()
     model = new_model(DRAFT, seed=1)
     teach, forward = (
@@ -224,7 +230,7 @@ def main(
     draft_steps: int = 900,
     output_tokens: int = 1_000_000,
     compiled: Annotated[
-        bool, typer.Option(help="torch.compile: about 1.5 times as fast; wants a C++ compiler")
+        bool, typer.Option(help="torch.compile: about 1.5 times as fast; needs a C++ compiler")
     ] = shutil.which("g++") is not None,
 ) -> None:
     for stage in stages or list(TrainingStage):

@@ -1,4 +1,4 @@
-"""The last stage of training: what was learned, in figures. Writes models/README.md and models/loss.png."""
+"""The last training stage: it measures the pair and writes models/README.md and models/loss.png."""
 
 import json
 import math
@@ -23,16 +23,16 @@ from training.shipped.pair_shapes import CONTEXT, DRAFT, MODELS, TARGET, VOCABUL
 TEMPERATURES = (0.0, 0.5, 1.0)
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 40, 64, 128
 
-TEMPLATE = """# The pair that ships
+TEMPLATE = """# The shipped pair
 
-Two small Llama models that continue Python code, made so that everything here can be tried, tested and measured without a
-download. They know Python's looks, not its meaning: do not use what they write.
+Two small Llama models that continue Python code, so that everything here can be tried, tested and
+measured without a download. They imitate Python's look, not its meaning: do not use their code.
 
 | | target (`models/target`) | draft (`models/draft`) |
 |---|---|---|
 | parameters | {target_size:.2f} million | {draft_size:.2f} million |
 | shape (hidden, layers, feed-forward) | {target_shape} | {draft_shape} |
-| trained on | {target_tokens:.1f} million tokens, next-token loss | {draft_tokens:.1f} million tokens, KL to the target's distribution |
+| trained on | {target_tokens:.1f}M tokens, next-token | {draft_tokens:.1f}M tokens, KL to target |
 | final training loss | {target_loss:.3f} nats per token | {draft_loss:.3f} nats per token (KL) |
 | held-out perplexity | {target_perplexity:.1f} | {draft_perplexity:.1f} |
 | file | bf16 safetensors, {target_bytes:.1f} MB | bf16 safetensors, {draft_bytes:.1f} MB |
@@ -41,33 +41,39 @@ Both share one byte-level BPE tokenizer of {vocabulary} tokens and a context of 
 
 ## Data
 
-The sources of the Python {python} standard library, as installed with the interpreter that ran the training: {files} files for
-training, {held_out} held out (one in twenty, by a hash of the path, so the split is the same everywhere). Of the test modules one in
-four takes part; tables of encodings are left out. The draft learned from the target: half of its text is the target's own
-continuations of training excerpts (temperatures 0, 0.5 and 1), half is the library.
+The sources of the Python {python} standard library of the interpreter that ran the training:
+{files} files for training and {held_out} held out (one in twenty, by a hash of the path, so the
+split is the same everywhere). One test module in four is included; encoding tables are excluded.
+The draft learned from the target: half of its text is the target's own continuations of training
+excerpts (temperatures 0, 0.5 and 1), half is the library.
 
-Licence: the Python standard library is under the PSF License Agreement, version 2 (<https://docs.python.org/3/license.html>),
-which permits derived works; the weights are published under the project's Apache-2.0.
+Licence: the Python standard library is under the PSF License Agreement, version 2
+(<https://docs.python.org/3/license.html>), which permits derived works; the weights are published
+under the project's Apache-2.0.
 
 ## Acceptance
 
-How often the draft's first k guesses hold the token that the target chooses, on {prompts} excerpts of {prompt_tokens} tokens from held-out
-files, continued by the target for up to {new_tokens} tokens. At temperature > 0 draft and target use the same noise, as in the runtime.
+How often the draft's first k guesses contain the token that the target chooses, on {prompts}
+excerpts of {prompt_tokens} tokens from held-out files, continued by the target for up to
+{new_tokens} tokens. At temperature > 0 draft and target use the same noise, as in the runtime.
 
 {acceptance}
 
 ## Heads
 
-Beside the draft, heads on the target itself, trained on the same texts by `python -m training.shipped medusa hidden-transfer`, each with a
-card of its own: [medusa](heads/medusa/README.md), [hidden-transfer](heads/hidden-transfer/README.md).
-A drafter out of three of the target's layers is trained by `python -m training.shipped s3d`: [s3d](s3d/README.md).
+Besides the draft there are heads on the target, trained on the same texts by
+`python -m training.shipped medusa hidden-transfer`, each with its card:
+[medusa](heads/medusa/README.md), [hidden-transfer](heads/hidden-transfer/README.md).
+`python -m training.shipped s3d` trains a drafter from three of the target's layers:
+[s3d](s3d/README.md).
 
 ## Loss
 
 ![training loss](loss.png)
 
-Made by `make train` (`python -m training.shipped`): Muon for the matrices, AdamW for embeddings and norms, warm-up, hold and linear
-decay, in float32 where the processor does not multiply bf16 natively. It resumes where it was interrupted; this page is its last stage.
+`make train` (`python -m training.shipped`) uses Muon for the matrices and AdamW for embeddings and
+norms, with warm-up, hold and linear decay, in float32 unless the processor multiplies bf16
+natively. It resumes after an interruption; this page is its last stage.
 """
 
 
@@ -131,7 +137,7 @@ def acceptance_table(target: HFModel, draft: HFModel, prompts: Sequence[Sequence
 
 
 def perplexity(model: HFModel, stream: npt.NDArray[np.uint16]) -> float:
-    """exp of the mean next-token loss over windows of the whole context."""
+    """Return exp of the mean next-token loss over windows of the whole context."""
     rows = torch.from_numpy(stream[: len(stream) // CONTEXT * CONTEXT].astype(np.int64)).view(
         -1, CONTEXT
     )
@@ -147,7 +153,7 @@ def perplexity(model: HFModel, stream: npt.NDArray[np.uint16]) -> float:
 
 
 def read_log(file: Path) -> list[tuple[int, float]]:
-    """(tokens, loss) of each step; a step that was done again after an interruption counts once."""
+    """Return (tokens, loss) of each step; a step repeated after an interruption counts once."""
     steps = {
         entry["step"]: (entry["tokens"], entry["loss"])
         for entry in map(json.loads, file.read_text().splitlines())

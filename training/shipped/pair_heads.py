@@ -1,4 +1,4 @@
-"""What ships beside the pair, trained on what its draft was trained on: heads under models/heads, and models/s3d."""
+"""The training of what ships besides the pair, on the draft's data: models/heads and models/s3d."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ KEPT_LAYERS, MASKS, RANK = (
     [0, 1, 6],
     3,
     16,
-)  # of S3D; these three layers are what `outrider tune layers` finds
+)  # of S3D; `outrider tune layers` finds these three layers
 
 
 def job_of(method: str) -> TrainingJob:
@@ -69,7 +69,8 @@ def job_of(method: str) -> TrainingJob:
 
 
 def build(method: str, teacher: Teacher) -> tuple[nn.Module, Forward, int]:
-    """What is trained, what it guesses, and the offset of the first place that it guesses."""
+    """Return the module to train, its forward pass, and the offset of its first guessed
+    position."""
     settings = job_of(method).settings
     if method == "medusa":
         heads = Medusa(teacher.hidden_size, settings["heads"], settings["blocks"])
@@ -82,7 +83,8 @@ def build(method: str, teacher: Teacher) -> tuple[nn.Module, Forward, int]:
 
 
 def train_pair_head(method: str, own: Path) -> None:
-    """`own`: the folder with the target's own texts, as the stage `outputs` has left them."""
+    """Train one head; `own` is the folder with the target's texts that the stage `outputs`
+    wrote."""
     rows = np.concatenate([np.load(file) for file in sorted(own.glob("*.npy"))]).astype(np.int32)
     asked = replace(job_of(method), own=rows.size)
     teacher = load_teacher(asked.target, "cpu")
@@ -106,7 +108,7 @@ def train_pair_head(method: str, own: Path) -> None:
 
 
 def held_out_texts(target: str, data: text.Corpus, folder: Path) -> list[outputs.TargetText]:
-    """The target's answers to beginnings of held-out files: written once, under `folder`."""
+    """Return the target's answers to held-out prompts; they are written once, under `folder`."""
     requests = outputs.held_out_requests(data, CONTEXT, seed=0)
     place = folder / outputs.folder_name(fingerprint(target), requests)
     if left := outputs.count_missing(place, requests):

@@ -1,4 +1,4 @@
-"""The two models of the pair: where they are kept and what they are made of."""
+"""The folder and the shapes of the two models of the pair."""
 
 import importlib.resources
 from dataclasses import dataclass

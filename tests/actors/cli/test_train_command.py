@@ -78,7 +78,7 @@ def test_a_head_from_the_command_line_is_the_same_twice(
         )
         == 2
     )
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_an_interrupted_training_goes_on(
@@ -209,7 +209,7 @@ def test_a_draft_of_a_given_shape(
             ["medusa", "--out", "OUT", "--context", "24", "--data", "/nowhere"],
             "cannot read /nowhere",
         ),
-        (["medusa", "--out", "TAKEN"], "is there already"),
+        (["medusa", "--out", "TAKEN"], "already exists"),
         (["medusa", "--out", "OUT", "--target", "/nowhere/model"], "/nowhere/model"),
         (["medusa", "--out", "OUT", "--target", "TAKEN"], "has no config.json"),
         (
