@@ -76,7 +76,7 @@ class HeadRunner:
             for name, mounted in self.built.items()
             if names is None or name in names
         }
-        merge_looks([head.output_spec for head in chosen.values()])
+        merge_output_specs([head.output_spec for head in chosen.values()])
         self.selected.clear()
         self.selected.update(chosen)
         self._look_with([name for name in self.active if name in chosen])
@@ -171,7 +171,7 @@ class HeadRunner:
     def _look_with(self, names: list[str]) -> None:
         self.active, self.output_spec = (
             names,
-            merge_looks([self.selected[name].output_spec for name in names]),
+            merge_output_specs([self.selected[name].output_spec for name in names]),
         )
 
     def _propose(
@@ -191,7 +191,7 @@ class HeadRunner:
             return []
 
 
-def merge_looks(output_specs: Sequence[OutputSpec]) -> OutputSpec:
+def merge_output_specs(output_specs: Sequence[OutputSpec]) -> OutputSpec:
     """Combine what the heads need of a pass. Raises InvalidRequest if two of them need branches."""
     branched = [output_spec.branches for output_spec in output_specs if output_spec.branches]
     if len(branched) > 1:

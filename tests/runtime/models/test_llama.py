@@ -14,6 +14,8 @@ from runtime.models.rollback_check import check_rollback
 from tests.support.families import FAMILIES, tiny
 from tests.support.llama_shapes import SHAPES, TEXT, spread, tree
 
+ROUNDING = 4e-6  # of the largest value: sums of float32 in another order; AMD's kernels reach 2e-6
+
 
 def pair(shape: str, dtype: torch.dtype = torch.float32) -> tuple[HFModel, HFModel]:
     """The model with transformers' pass, and a copy with the short one."""
@@ -52,7 +54,8 @@ def test_the_short_pass_is_the_long_one(shape: str) -> None:
     assert [len(logits) for logits in found[1][:8]] == [9, 1, 5, 1, 0, 5, 2, 1]
     for expected, got in zip(*found, strict=True):
         assert got.dtype == torch.float32
-        torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+        scale = expected.abs().max().item() if expected.numel() else 0.0
+        torch.testing.assert_close(got, expected, atol=ROUNDING * scale, rtol=0)
 
 
 @pytest.mark.parametrize("shape", ["llama", "llama3", "yarn"])
@@ -87,11 +90,10 @@ def test_the_module_stays_whole_and_takes_no_more_memory(shape: str) -> None:
         )
     attention = quick.module.model.layers[0].self_attn
     assert isinstance(quick.step, LlamaPass)
-    merge_looks = quick.step._layers[0].qkv.weight
-    assert merge_looks.data_ptr() == attention.q_proj.weight.data_ptr()
+    fused = quick.step._layers[0].qkv.weight
+    assert fused.data_ptr() == attention.q_proj.weight.data_ptr()
     assert (
-        merge_looks.untyped_storage().data_ptr()
-        == attention.v_proj.weight.untyped_storage().data_ptr()
+        fused.untyped_storage().data_ptr() == attention.v_proj.weight.untyped_storage().data_ptr()
     )
     assert quick.step._head.weight.data_ptr() == quick.module.lm_head.weight.data_ptr()
 
