@@ -22,12 +22,15 @@ TABLE = ROOT / "deploy" / "METRICS.md"
 
 HEAD = """# Metrics
 
-Each gateway answers `GET /metrics` in Prometheus's text format; with API keys configured, Prometheus needs one (`authorization` in its
-scrape configuration). Nothing of a request's content, of keys or of addresses is in them.
+Each gateway answers `GET /metrics` in Prometheus's text format. If API keys are configured,
+Prometheus needs one (`authorization` in its scrape configuration). Metrics hold no content of
+requests, no keys and no addresses.
 
-Metrics with the label `model_name` are of the one gateway's own requests: add them up over gateways. They have vLLM's names behind
-another prefix, and its meaning. All others are of the fleet, as targets and drafters report themselves: every gateway says the same of
-them, so take one gateway's (`max by (target)`, not `sum`). The table is written by `.venv/bin/python -m tests.actors.gateway.test_metrics`.
+Metrics with the label `model_name` count the requests of one gateway: add them up over gateways.
+They have vLLM's names with another prefix, and vLLM's meaning. All other metrics describe the fleet,
+as targets and drafters report themselves. Every gateway reports the same figures for the fleet, so
+take those of one gateway (`max by (target)`, not `sum`). This table is written by
+`.venv/bin/python -m tests.actors.gateway.test_metrics`.
 
 | name | type | labels | meaning |
 |---|---|---|---|
