@@ -27,9 +27,9 @@ Prometheus needs one (`authorization` in its scrape configuration). Metrics hold
 requests, no keys and no addresses.
 
 Metrics with the label `model_name` count the requests of one gateway: add them up over gateways.
-They have vLLM's names with another prefix, and vLLM's meaning. All other metrics describe the fleet,
-as targets and drafters report themselves. Every gateway reports the same figures for the fleet, so
-take those of one gateway (`max by (target)`, not `sum`). This table is written by
+They have vLLM's names with another prefix, and vLLM's meaning. All other metrics describe the
+fleet, as targets and drafters report themselves. Every gateway reports the same figures for the
+fleet, so take those of one gateway (`max by (target)`, not `sum`). This table is written by
 `.venv/bin/python -m tests.actors.gateway.test_metrics`.
 
 | name | type | labels | meaning |
