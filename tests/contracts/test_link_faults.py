@@ -167,7 +167,7 @@ def test_events_without_sense_change_nothing_and_are_counted() -> None:
     ("frame", "code", "says"),
     [
         (drafting_codec.encode_event(opening()), grpc.StatusCode.INVALID_ARGUMENT, "not hello"),
-        (GARBAGE, grpc.StatusCode.INVALID_ARGUMENT, "no frame"),
+        (GARBAGE, grpc.StatusCode.INVALID_ARGUMENT, "not a valid frame"),
         (bytes(limits.MESSAGE_BYTES + 1), grpc.StatusCode.RESOURCE_EXHAUSTED, ""),
         (
             drafting_codec.encode_hello_to_drafter(replace(HELLO, protocol=9)),
