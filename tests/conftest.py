@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 import runtime
 
@@ -28,8 +28,14 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 ROOT = Path(__file__).parents[1]
 
-# The same examples in every run, and no limit of time for one: a slow machine is not a fault.
-settings.register_profile("outrider", deadline=None, derandomize=True)
+# The same examples in every run, and no limit of time for running or drawing one: a slow machine is
+# not a fault.
+settings.register_profile(
+    "outrider",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("outrider")
 
 # The packages have general names: another `runtime` on the path would be tested instead.

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -132,6 +133,27 @@ def over(reading: asyncio.Future[list[Chunk]], life: Mortal) -> bool:
     return reading.done() or life.left < 0
 
 
+@dataclass(eq=False)
+class Paced:
+    """Is a target that says a piece of a session only when the test permits it.
+
+    So no session ends before its target does, however slow the machine is.
+    """
+
+    body: Target
+    permits: defaultdict[str, asyncio.Semaphore]
+
+    async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
+        async with aclosing(self.body.generate(request)) as chunks:
+            async for chunk in chunks:
+                await self.permits[request.session].acquire()
+                yield chunk
+
+
+def permits() -> defaultdict[str, asyncio.Semaphore]:
+    return defaultdict(lambda: asyncio.Semaphore(0))
+
+
 @dataclass(slots=True)
 class Served:
     """A target behind its own server."""
@@ -142,9 +164,12 @@ class Served:
 
 
 @asynccontextmanager
-async def served() -> AsyncIterator[Served]:
+async def served(
+    paced: defaultdict[str, asyncio.Semaphore] | None = None,
+) -> AsyncIterator[Served]:
     async with target() as body:
-        server, port = await serve([TargetService(body)], HOST)
+        speaker = body if paced is None else Paced(body, paced)
+        server, port = await serve([TargetService(speaker)], HOST)
         try:
             yield Served(body, server, f"{HOST}:{port}")
         finally:
@@ -157,8 +182,14 @@ def test_servers_that_go_are_followed_and_drop_what_they_held() -> None:
 
     async def main() -> None:
         plain = [await plainly(request.sampling) for request in asked]
+        paced = permits()
+
+        async def next_piece(request: Request, stream: AsyncGenerator[Chunk, None]) -> Chunk:
+            paced[request.session].release()
+            return await anext(stream)
+
         async with AsyncExitStack() as stack:
-            targets = [await stack.enter_async_context(served()) for _ in range(3)]
+            targets = [await stack.enter_async_context(served(paced)) for _ in range(3)]
             router = Router(GrpcTarget)
             stack.push_async_callback(router.close)
             router.update(
@@ -168,12 +199,16 @@ def test_servers_that_go_are_followed_and_drop_what_they_held() -> None:
                 ]
             )
             streams = [router.generate(request) for request in asked]
-            said: list[list[Chunk]] = [[await anext(stream)] for stream in streams]
+            pairs = list(zip(asked, streams, strict=True))
+            said: list[list[Chunk]] = [[await next_piece(*pair)] for pair in pairs]
             assert [len(one.body._sessions) for one in targets] == [2, 2, 2]
             for one in targets[:2]:
                 await one.server.stop(None)
-                for stream, chunks in zip(streams, said, strict=True):
-                    chunks.append(await anext(stream))
+                for pair, chunks in zip(pairs, said, strict=True):
+                    chunks.append(await next_piece(*pair))
+            for request in asked:
+                for _ in range(TOKENS):
+                    paced[request.session].release()
             found = [
                 heard([*chunks, *await all_of(stream)])
                 for stream, chunks in zip(streams, said, strict=True)
