@@ -120,7 +120,7 @@ def test_the_parts_figures_are_joined() -> None:
         # reported two of them, the third one.
         assert (stats.rounds, stats.histogram) == (3 + 2 + 1, (2 + 1, 3))
         assert (stats.prompt_tokens, stats.completion_tokens) == (len(PROMPT), COUNT)
-        assert (stats.verified, stats.drafted) == (3 + 4 + 2, 3 + 4 + 2)
+        assert stats.verified == stats.drafted == 3 + (6 + 2) + (COUNT - 15 + 1)
 
     played(main())
 
