@@ -96,7 +96,12 @@ class BenchState:
     profiles: tuple[Profile, ...] = ()
 
     def updated(self, **changes: object) -> "BenchState":
-        """Return the state with these fields of the results changed."""
+        """Return the state with these fields of the results changed.
+
+        Raises TypeError for a name that is no field: `model_copy` would store it unseen.
+        """
+        if unknown := changes.keys() - Results.model_fields.keys():
+            raise TypeError(f"results have no field {', '.join(sorted(unknown))}")
         return replace(self, results=self.results.model_copy(update=changes))
 
 
@@ -243,7 +248,7 @@ def add_acceptance(plan: BenchPlan, state: BenchState) -> BenchState:
 
 
 def add_forecasts(plan: BenchPlan, state: BenchState) -> BenchState:
-    return state.updated(forecast_methods=forecast_methods(state.results, state.methods))
+    return state.updated(forecasts=forecast_methods(state.results, state.methods))
 
 
 def drop_texts(plan: BenchPlan, state: BenchState) -> BenchState:
