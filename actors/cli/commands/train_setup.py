@@ -143,7 +143,7 @@ def target_texts(
 
 def print_report(order: "TrainingJob", measured: "list[HeldOutAcceptance]") -> None:
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{order.out} is ready: see its model card")
+    console.print(f"{order.out} is ready: see its model card", soft_wrap=True)
     for at in measured:
         rates = "  ".join(f"{rates[1]:.2f}" for rates in at.rates)
         console.print(

@@ -208,4 +208,7 @@ def print_shapes(points: list[MeasuredShape], best: MeasuredShape, out: Path) ->
         )
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"{out / best.name} is the best draft model; {out / PICTURE} shows all")
+    console.print(
+        f"{out / best.name} is the best draft model; {out / PICTURE} shows all",
+        soft_wrap=True,  # a path that is cut into two lines cannot be copied
+    )

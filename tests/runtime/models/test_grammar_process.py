@@ -286,13 +286,13 @@ def test_masks_that_are_slow_again_and_again_end_their_text(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No single one is over the limit, but the model's thread waits for all of them."""
-    monkeypatch.setattr(grammar, "MASKS_CPU_S", 0.1)
+    monkeypatch.setattr(grammar, "MASKS_CPU_S", 0.01)
     monkeypatch.setattr(grammar, "TOKEN_CPU_S", 0.0)
     monkeypatch.setattr(grammar, "MEMORY_BYTES", 1 << 40)
     monkeypatch.setattr(grammar, "MAX_LEXER_STATES", 10**7)
     grammars = GrammarCompiler(tokenizer, 4096, EOS)
     matcher = grammars(MANY_STATES)
-    with pytest.raises(InvalidRequest, match=r"over 0\.1 s for its masks"):
+    with pytest.raises(InvalidRequest, match=r"over 0\.01 s for its masks"):
         wander(tokenizer, matcher)
     grammars.close()
 
