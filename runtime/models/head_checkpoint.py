@@ -11,7 +11,7 @@ Other files, such as a model card, are ignored.
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,11 @@ def whole_number(folder: Path, settings: Settings, name: str, least: int, most: 
     return value
 
 
-def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
-    """Read exactly these tensors, in their stored type.
+def read_tensors(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], whole: Sequence[str] = ()
+) -> Tensors:
+    """Read exactly these tensors, in their stored type; those named in `whole` are int64, all
+    others floating point.
 
     Raises ModelRefused if the file contains anything else, before reading it.
     """
@@ -103,10 +106,13 @@ def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Tensors
             f"{folder}/model.safetensors cannot be read ({one_line(error)}): copy it again"
         ) from error
     if not all(
-        tensor.is_floating_point() and tensor.isfinite().all() for tensor in tensors.values()
+        tensor.dtype == torch.int64
+        if name in whole
+        else tensor.is_floating_point() and tensor.isfinite().all()
+        for name, tensor in tensors.items()
     ):
         raise ModelRefused(
-            f"{folder}/model.safetensors contains non-finite numbers: "
+            f"{folder}/model.safetensors contains non-finite numbers or another type: "
             f"copy it again, or {TRAIN_HINT}"
         )
     return tensors
