@@ -38,6 +38,7 @@ LAYERS = (
         "core/cpu_partition",
         "core/draft_nodes",
         "core/errors",
+        "core/features",
         "core/limits",
         "core/messages",
         "core/node_keys",

@@ -8,6 +8,7 @@ TREE_DEPTH = 64  # tokens from the root to the deepest node
 STEP_ROWS = 64  # nodes per session that a target verifies in one step
 SESSIONS = 256  # concurrent sessions per target or drafter
 QUEUED_REQUESTS = 1024  # per target
+FEATURE_LAYERS = 8  # that a drafter asks for
 NAME_LENGTH = 256  # characters in the name of a session, a model or a drafter
 STOP_STRINGS = 4
 STOP_LENGTH = 64  # characters

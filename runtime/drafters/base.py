@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from runtime.core.draft_nodes import DraftNodes
+from runtime.core.features import FeatureRows, FeatureSpec
 from runtime.core.sampling_params import SamplingParams
 from runtime.core.tree import TokenTree
 from runtime.models.base import HiddenStateModel, Model
@@ -19,6 +20,8 @@ class Text:
     prompt    number of tokens that came from the user
     sampling  the session's sampling parameters
     tree      guesses that continue the text; the root is the last of `tokens`
+    features  the target's hidden states, as far as they have arrived: of consecutive tokens, never
+              of the last one, which the target has not read yet; None without any
     """
 
     session: str
@@ -26,6 +29,7 @@ class Text:
     prompt: int
     sampling: SamplingParams
     tree: TokenTree
+    features: FeatureRows | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,13 @@ class ExpandRequest:
 
 class Drafter(Protocol):
     """Proposes continuations. It may be wrong or silent; the target trusts nothing it returns."""
+
+    @property
+    def feature_spec(self) -> FeatureSpec | None:
+        """Return the hidden states of the target that the method needs, which never change; None if
+        it needs none.
+        """
+        ...
 
     def expand(self, requests: Sequence[ExpandRequest]) -> Sequence[DraftNodes | None]:
         """Guess the children of leaves of several sessions, with at most one request per session.

@@ -114,6 +114,8 @@ class ModelDrafter:
     Caches of finished sessions, up to `finished` slots, serve texts with the same prefix.
     """
 
+    feature_spec = None
+
     def __init__(
         self,
         model: Model,

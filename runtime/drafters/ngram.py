@@ -18,6 +18,8 @@ LOOK_BACK_TOKENS = 1024  # tokens searched
 class NgramDrafter:
     """Stateless: each answer is computed from the text."""
 
+    feature_spec = None
+
     def expand(self, requests: Sequence[ExpandRequest]) -> list[DraftNodes]:
         return [self.guess(request.text, request.leaves) for request in requests]
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from runtime.core.draft_nodes import DraftNodes
+from runtime.core.features import FeatureSpec
 from runtime.drafters.base import Drafter, DrafterContext, ExpandRequest
 from runtime.drafters.model import ModelDrafter
 
@@ -19,6 +20,10 @@ class NoisyDrafter:
 
     def __init__(self, inner: Drafter, vocabulary: int, wrong: float = WRONG_RATE) -> None:
         self.inner, self.vocabulary, self.wrong = inner, vocabulary, wrong
+
+    @property
+    def feature_spec(self) -> FeatureSpec | None:
+        return self.inner.feature_spec
 
     def expand(self, requests: Sequence[ExpandRequest]) -> list[DraftNodes | None]:
         answers = self.inner.expand(requests)

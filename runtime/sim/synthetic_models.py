@@ -107,6 +107,8 @@ class SyntheticDrafter:
     text.
     """
 
+    feature_spec = None
+
     def __init__(self, guesses: DraftSamples) -> None:
         self.guesses = guesses
         self.path: dict[str, set[int]] = {}  # names on the target's path, by session

@@ -116,6 +116,8 @@ def asking(
 class Known:
     """Knows the output: its first guess is right; the others and all below them are wrong."""
 
+    feature_spec = None
+
     def __init__(self, text: Sequence[int], vocabulary: int, branches: int = 1) -> None:
         self.text, self.vocabulary, self.branches = list(text), vocabulary, branches
 
@@ -141,6 +143,8 @@ class Known:
 
 
 class Mute:
+    feature_spec = None
+
     def expand(self, requests: Sequence[ExpandRequest]) -> list[DraftNodes]:
         return [children([]) for _ in requests]
 

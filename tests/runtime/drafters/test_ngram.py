@@ -71,6 +71,8 @@ def test_ngrams_look_along_the_tree() -> None:
 class Same:
     """Says one token, whatever it is asked."""
 
+    feature_spec = None
+
     def __init__(self) -> None:
         self.closed: list[str] = []
 

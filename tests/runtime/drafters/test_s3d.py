@@ -250,6 +250,8 @@ def test_what_is_barred_is_not_guessed() -> None:
 class Chains:
     """Returns two tokens for each leaf, then two below the second and two below the first."""
 
+    feature_spec = None
+
     def expand(self, requests: Sequence[ExpandRequest]) -> list[DraftNodes]:
         below = [children([(1, 7, -0.2), (1, 8, -0.3)]), children([(0, 9, -0.1), (1, 10, -0.4)])]
         near = [

@@ -136,6 +136,8 @@ def test_the_command_takes_all_kinds(
 class Chain:
     """A drafter that guesses three places in each pass: the first two right."""
 
+    feature_spec = None
+
     def expand(self, requests: Sequence[ExpandRequest]) -> list[DraftNodes]:
         return [self.guess(len(request.text.tokens)) for request in requests]
 
