@@ -124,7 +124,7 @@ def hosts(addresses: Mapping[str, str]) -> Iterator[Hosts]:
         for name, address in addresses.items():
             script = [
                 "bash",
-                str(ROOT / "tests" / "cluster" / "host.sh"),
+                str(Path(__file__).with_name("host.sh")),
                 name,
                 str(folder),
                 str(ROOT),
