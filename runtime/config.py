@@ -178,7 +178,7 @@ class PoolConfig(StrictModel):
     method: Method = "model"
     model: str = Field(
         default="",
-        description="draft model (a folder or a hub name), or the folder trained for the method",
+        description="draft model (folder, .gguf file, name), or the folder trained for the method",
     )
     layers: Layers = ()
     dtype: Dtype = "auto"
@@ -317,12 +317,13 @@ class Deployment(StrictModel):
         """Return the model name that clients request.
 
         It is the configured name, or else the model's name on the hub or the last part of its
-        folder's path.
+        folder's path, or of its file's without the ending.
         """
         model = self.target.model
-        return self.gateway.served_model or (
-            Path(model).resolve().name if Path(model).is_dir() else model
-        )
+        path = Path(model)
+        if self.gateway.served_model or not path.exists():
+            return self.gateway.served_model or model
+        return path.stem if path.is_file() else path.resolve().name
 
     def drafters(self) -> tuple[DrafterConfig, ...]:
         """Return the drafters that exist at the start, pool by pool."""

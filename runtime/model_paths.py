@@ -3,11 +3,11 @@
 import hashlib
 import importlib.resources
 import json
-import os
 from pathlib import Path
 from typing import Literal
 
 from runtime.config import DrafterConfig, HeadConfig, PoolConfig
+from runtime.core.cache_folder import cache_folder
 
 
 def bundled_model(name: Literal["target", "draft"]) -> str:
@@ -38,15 +38,10 @@ def trained_method(folder: str) -> str:
         return ""
 
 
-def cache_folder() -> Path:
-    """Return the folder for state kept between runs, inside the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outrider"
-
-
 def calibration_file(model: str, role: Literal["target", "drafter"], method: str = "") -> Path:
     """Return the file in which a target or a drafter keeps its calibrations for one model."""
     name = hashlib.sha256(
-        f"{Path(model).resolve() if Path(model).is_dir() else model}\n{method}".encode()
+        f"{Path(model).resolve() if Path(model).exists() else model}\n{method}".encode()
     ).hexdigest()[:16]
     return cache_folder() / f"{role}-{name}.json"
 

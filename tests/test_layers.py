@@ -34,6 +34,7 @@ SOURCES = [file for file in FILES if "_pb2" not in file]
 LAYERS = (
     (
         "*__init__",
+        "core/cache_folder",
         "core/clock",
         "core/cpu_partition",
         "core/draft_nodes",
@@ -64,6 +65,7 @@ LAYERS = (
         "target/session",
         "core/tree_builder",
         "drafters/ngram",
+        "models/catalogue",
         "models/prefill",
         "models/toy",
         "models/vocab_check",
@@ -94,6 +96,8 @@ LIBRARIES: tuple[set[str], ...] = (
         "tokenizers",
         "safetensors",
         "huggingface_hub",
+        "gguf",
+        "filelock",
         "llguidance",
         "llvmlite",
     },

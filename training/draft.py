@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from runtime.models.loader import find_folder, read_config, read_weights
+from runtime.models.loader import read_config, read_weights
+from runtime.models.model_folder import find_folder
 from training import losses
 from training.folder import write_atomically
 from training.loop import Loss, TrainingSettings, low_precision

@@ -17,7 +17,8 @@ from runtime.models.hf import (
     HFModel,
     relative_error,
 )
-from runtime.models.loader import find_folder, load_model, load_tokenizer
+from runtime.models.loader import load_model, load_tokenizer
+from runtime.models.model_folder import find_folder
 
 FINGERPRINT_BYTES = 1 << 20  # bytes read at either end of a weight file
 

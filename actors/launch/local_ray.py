@@ -20,8 +20,8 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from actors.fleet.ray_session import ENVIRONMENT, OBJECT_STORE_BYTES
+from runtime.core.cache_folder import cache_folder
 from runtime.core.errors import Unavailable
-from runtime.model_paths import cache_folder
 
 HOST = "127.0.0.2"  # Ray replaces 127.0.0.1 by the machine's address
 LOGICAL_CPUS = 256  # as Ray counts them, so that no actor waits for a CPU on the only machine

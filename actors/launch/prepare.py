@@ -11,7 +11,8 @@ from runtime.core.sampling_params import SamplingParams
 from runtime.model_paths import draft_model, head_folder
 from runtime.models.head_checkpoint import read_settings, target_identity
 from runtime.models.hf import max_context
-from runtime.models.loader import check_weights, find_folder, load_tokenizer, read_config
+from runtime.models.loader import check_weights, load_tokenizer, read_config
+from runtime.models.model_folder import find_folder
 from runtime.models.vocab_check import check_pair
 from runtime.target.target import check_prompt
 

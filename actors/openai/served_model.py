@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from runtime.config import Deployment
 from runtime.models.hf import max_context
-from runtime.models.loader import find_folder, load_tokenizer, read_config
+from runtime.models.loader import load_tokenizer, read_config
+from runtime.models.model_folder import find_folder
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,8 +30,9 @@ from runtime.models.head_checkpoint import (
     target_identity,
     whole_number,
 )
-from runtime.models.loader import find_folder, load_tokenizer, read_config
+from runtime.models.loader import load_tokenizer, read_config
 from runtime.models.lora import make_adapter, merge
+from runtime.models.model_folder import find_folder
 from runtime.models.sampler import Candidates, candidates_all
 
 BRANCHES = 2  # guesses per mask row

@@ -23,7 +23,8 @@ from transformers import PreTrainedConfig
 
 from runtime.core.errors import ModelRefused
 from runtime.models.base import ModelIdentity
-from runtime.models.loader import one_line, read_json, reject_remote_code
+from runtime.models.loader import read_json, reject_remote_code
+from runtime.models.quiet import one_line
 from runtime.models.vocab_check import Vocabulary, vocabulary_hash
 
 TRAIN_HINT = "train one with `outrider train`"

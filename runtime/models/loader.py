@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     CONFIG_MAPPING,
@@ -24,21 +23,19 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import logging
 
 from runtime.core.errors import InvalidRequest, ModelRefused
 from runtime.models.fast_path import enable_fast_path, enable_static_path
 from runtime.models.hf import MODEL_ERRORS, HFModel, check_config
 from runtime.models.layer_subset import every_second_layer, keep_layers, truncated_config
+from runtime.models.model_folder import find_folder
+from runtime.models.quiet import one_line, quiet_transformers
 from runtime.models.rollback_check import check_rollback
 from runtime.models.template_probe import check_template
 
 Step = Literal["auto", "generic", "static"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-HUB_FILE_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-HUB_TIMEOUT_S = 5.0  # seconds
 INDEX_FILE = "model.safetensors.index.json"
 # Maximum size of each file that is read in full, and of a template.
 MAX_FILE_BYTES = {
@@ -178,36 +175,6 @@ def find_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
             f"unknown dtype {dtype[:64]!r}: give auto, {', '.join(DTYPES)}", "dtype"
         )
     return DTYPES[dtype]
-
-
-def find_folder(name: str) -> Path:
-    """Return the folder itself, or the hub's local copy, downloading it if necessary."""
-    if not name or "\0" in name or len(name) > 1024:
-        raise ModelRefused(
-            f"invalid model name {name[:64]!r}: give a folder or a name on the Hugging Face hub"
-        )
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise ModelRefused(
-            f"{name} is a file: give the folder that holds config.json and the weights"
-        )
-    if not HUB_NAME.fullmatch(name):
-        raise ModelRefused(
-            f"model folder {name[:256]!r} does not exist: "
-            "give a folder with config.json and *.safetensors"
-        )
-    try:
-        return Path(
-            snapshot_download(name, allow_patterns=HUB_FILE_PATTERNS, etag_timeout=HUB_TIMEOUT_S)
-        )
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise ModelRefused(
-            f"model {name} is not a folder and not available from the Hugging Face hub "
-            f"({type(error).__name__}): "
-            "check the name or the network, or give a folder"
-        ) from error
 
 
 def reject_remote_code(folder: Path, name: str) -> None:
@@ -367,32 +334,21 @@ def read_weights(
 
     transformers only warns about missing weights and fills them with random numbers.
     """
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     try:
         reader: Any = AutoModelForCausalLM
         safely = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
-        module, report = reader.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True, **safely
-        )
+        with quiet_transformers():
+            module, report = reader.from_pretrained(
+                folder, config=config, dtype=dtype, output_loading_info=True, **safely
+            )
         module.to(device)
     except (OSError, ImportError, StrictDataclassError, *MODEL_ERRORS) as error:
         raise ModelRefused(
             f"{name} cannot be loaded ({one_line(error)}): copy it again or choose another model"
         ) from error
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
     wrong = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
     if wrong:
         raise ModelRefused(
             f"{name} lacks {len(wrong)} of its weights, {wrong[0][:100]} among them: copy it again"
         )
     return module
-
-
-def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}"

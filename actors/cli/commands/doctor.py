@@ -22,10 +22,12 @@ PROMPTS = (
 
 def doctor(
     target: Annotated[
-        str | None, typer.Option(help="model name or folder; default: the one that ships")
+        str | None,
+        typer.Option(help="model name, folder or .gguf file; default: the one that ships"),
     ] = None,
     draft: Annotated[
-        str | None, typer.Option(help="model name or folder; default: the one that ships")
+        str | None,
+        typer.Option(help="model name, folder or .gguf file; default: the one that ships"),
     ] = None,
     dtype: Annotated[
         Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's own on CUDA")

@@ -44,7 +44,7 @@ FILE_OPTIONS = ("target", "draft", "drafters", "dtype", "device", "schedule")
 def generate(
     context: typer.Context,
     target: Annotated[
-        str | None, typer.Option(help="model name or folder; default: the bundled one")
+        str | None, typer.Option(help="model name, folder or .gguf file; default: the bundled one")
     ] = None,
     draft: Annotated[
         list[str] | None,

@@ -35,7 +35,7 @@ SCHEDULES_GROUP = "schedules"
 
 def plan(
     target: Annotated[
-        str | None, typer.Option(help="model name or folder; default: the bundled one")
+        str | None, typer.Option(help="model name, folder or .gguf file; default: the bundled one")
     ] = None,
     draft: Annotated[
         list[str] | None,

@@ -48,7 +48,7 @@ def serve(
         Path | None, typer.Argument(help="deployment file; see `outrider config --example`")
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="model name or folder; default: the bundled one")
+        str | None, typer.Option(help="model name, folder or .gguf file; default: the bundled one")
     ] = None,
     draft: Annotated[
         list[str] | None,

@@ -53,7 +53,8 @@ def check_vocabulary(target: str, start: str) -> None:
 
 def depth_of(target: str) -> int:
     """Returns the number of layers. Raises ModelRefused."""
-    from runtime.models.loader import find_folder, read_config
+    from runtime.models.loader import read_config
+    from runtime.models.model_folder import find_folder
 
     depth: int = (
         read_config(find_folder(target), target).get_text_config(decoder=True).num_hidden_layers

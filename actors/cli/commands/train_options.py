@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-Target = Annotated[str | None, typer.Option(help="model name or folder; default: the bundled one")]
+Target = Annotated[
+    str | None, typer.Option(help="model name, folder or .gguf file; default: the bundled one")
+]
 Data = Annotated[
     list[Path] | None,
     typer.Option(

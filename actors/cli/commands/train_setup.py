@@ -10,9 +10,10 @@ from rich.console import Console
 
 from actors.cli.commands.options import Device
 from actors.launch.serving import serving
+from runtime.core.cache_folder import cache_folder
 from runtime.core.sampling_params import check_int
 from runtime.deployment_builder import build_deployment
-from runtime.model_paths import bundled_model, cache_folder
+from runtime.model_paths import bundled_model
 
 if TYPE_CHECKING:
     from runtime.core.messages import Request

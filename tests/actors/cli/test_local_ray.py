@@ -9,8 +9,8 @@ import pytest
 
 from actors.launch import local_ray
 from actors.launch.local_ray import LocalRay
+from runtime.core.cache_folder import cache_folder
 from runtime.core.errors import Unavailable
-from runtime.model_paths import cache_folder
 
 
 def test_a_local_ray_is_found_while_one_of_its_processes_runs(nobody: None, tmp_path: Path) -> None:

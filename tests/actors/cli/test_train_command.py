@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from runtime.model_paths import cache_folder
+from runtime.core.cache_folder import cache_folder
 from tests.support.command import outrider
 from tests.support.pair import save_model
 from training.folder import LOCK
