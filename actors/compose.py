@@ -174,7 +174,16 @@ def build_drafter(config: DrafterConfig, target: str, record: bool = False) -> D
 
     method = importlib.import_module(f"runtime.drafters.{module_name(config.method)}")
     drafter = method.build(
-        DrafterContext(target, draft_model(config), load, load_layers, load_changed)
+        DrafterContext(
+            target,
+            draft_model(config),
+            load,
+            load_layers,
+            load_changed,
+            config.dtype,
+            config.device,
+            thread_count(config.placement),
+        )
     )
     known = load_calibrations(drafter_calibration_file(config, target))
     trace = Trace(config.name) if record else NO_TRACE

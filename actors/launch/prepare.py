@@ -1,7 +1,6 @@
 """Validates models, prompts and lengths before anything is started."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
@@ -9,7 +8,7 @@ from runtime.config import TRAINED_METHODS, Deployment
 from runtime.core.messages import Tokens
 from runtime.core.sampling_params import SamplingParams
 from runtime.model_paths import draft_model, head_folder
-from runtime.models.head_checkpoint import read_settings, target_identity
+from runtime.models.head_checkpoint import find_checkpoint, target_identity
 from runtime.models.hf import max_context
 from runtime.models.loader import check_weights, load_tokenizer, read_config
 from runtime.models.model_folder import find_folder
@@ -39,15 +38,15 @@ def check_models(plan: Deployment) -> CheckedModels:
     """
     target = plan.target.model
     context, tokenizer = context_length(target), load_tokenizer(target)
-    trained = [(head.method, folder) for head in plan.target.heads if (folder := head_folder(head))]
-    trained += [
-        (pool.method, Path(draft_model(pool)))
-        for pool in plan.pools
-        if pool.method in TRAINED_METHODS
+    trained = [
+        (head.method, str(folder)) for head in plan.target.heads if (folder := head_folder(head))
     ]
-    for method, folder in trained:
-        read_settings(
-            folder, method, target_identity(read_config(find_folder(target), target), tokenizer)
+    trained += [
+        (pool.method, draft_model(pool)) for pool in plan.pools if pool.method in TRAINED_METHODS
+    ]
+    for method, place in trained:
+        find_checkpoint(
+            place, method, target_identity(read_config(find_folder(target), target), tokenizer)
         )
     warnings: list[str] = []
     for draft in dict.fromkeys(

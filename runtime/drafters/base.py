@@ -86,6 +86,8 @@ class DrafterContext:
     load          loads a whole model
     load_layers   loads the configured layers, by default every second one
     load_changed  loads the layers with the given numbers, then lets a function change the module
+    dtype, device, threads
+                  as in runtime.models.loader.load_model, for methods that load parts of a model
     """
 
     target: str
@@ -93,3 +95,6 @@ class DrafterContext:
     load: Callable[[str], Model]
     load_layers: Callable[[str], Model]
     load_changed: Callable[[str, Sequence[int], Callable[[Any], None]], HiddenStateModel]
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int | None = None

@@ -97,14 +97,7 @@ class SessionStep:
                 kept.slots[tree.key[leaf]] = slot
 
     def sampling_input(self) -> SamplingInput:
-        text = self.request.text
-        return SamplingInput(
-            text.sampling,
-            text.prompt,
-            text.tokens,
-            [text.tree.tokens_to(leaf) for leaf in self.leaves],
-            frozenset(),
-        )
+        return sampling_input(self.request.text, self.leaves)
 
 
 class ModelDrafter:
@@ -251,15 +244,31 @@ def limit_prefill(steps: Sequence[SessionStep], tokens: int) -> list[SessionStep
 
     A step that needs more reads a part and has no leaves in this pass.
     """
-    found = list(steps)
-    for place in sorted(range(len(steps)), key=lambda place: len(steps[place].missing)):
-        step = steps[place]
-        if len(step.missing) > tokens:
-            found[place] = replace(
-                step, missing=step.missing[:tokens], leaves=[], ancestor_slots=[], reading=True
-            )
-        tokens -= len(found[place].missing)
+    counts = prefill_counts([len(step.missing) for step in steps], tokens)
+    return [
+        step
+        if count == len(step.missing)
+        else replace(step, missing=step.missing[:count], leaves=[], ancestor_slots=[], reading=True)
+        for step, count in zip(steps, counts, strict=True)
+    ]
+
+
+def prefill_counts(missing: Sequence[int], tokens: int) -> list[int]:
+    """Return how many of its missing tokens each text reads in a pass of at most `tokens`.
+
+    The shortest texts come first, so that other sessions go on.
+    """
+    found = list(missing)
+    for place in sorted(range(len(missing)), key=missing.__getitem__):
+        found[place] = min(missing[place], tokens)
+        tokens -= found[place]
     return found
+
+
+def sampling_input(text: Text, nodes: Sequence[int]) -> SamplingInput:
+    """Return the sampling input of the children of these nodes."""
+    paths = [text.tree.tokens_to(node) for node in nodes]
+    return SamplingInput(text.sampling, text.prompt, text.tokens, paths, frozenset())
 
 
 def children(leaves: Sequence[int], tokens: np.ndarray, scores: np.ndarray) -> DraftNodes:

@@ -8,6 +8,7 @@
 Other files, such as a model card, are ignored.
 """
 
+import importlib.resources
 import json
 import os
 import shutil
@@ -66,6 +67,31 @@ def read_settings(folder: Path, method: str, identity: ModelIdentity) -> Setting
                 f"{TRAIN_HINT} for this one"
             )
     return settings
+
+
+def shipped_folders(method: str) -> list[Path]:
+    """Return the folders trained for the method that ship, for one target each."""
+    models = Path(str(importlib.resources.files("models")))
+    return sorted(file.parent for file in models.glob(f"*/{method}/config.json"))
+
+
+def find_checkpoint(folder: str, method: str, identity: ModelIdentity) -> Path:
+    """Return the folder, or else the shipped one that was trained for this target.
+
+    Raises ModelRefused as `read_settings` does, or if none ships for it.
+    """
+    for place in [Path(folder)] if folder else shipped_folders(method):
+        try:
+            read_settings(place, method, identity)
+        except ModelRefused:
+            if folder:
+                raise
+        else:
+            return place
+    raise ModelRefused(
+        f"no {method} drafter ships for this target: train one with `outrider train {method}` "
+        "and give its folder"
+    )
 
 
 def whole_number(folder: Path, settings: Settings, name: str, least: int, most: int) -> int:

@@ -79,6 +79,16 @@ def _apply_penalties(logits: torch.Tensor, ask: SamplingInput) -> torch.Tensor:
     return scores
 
 
+def edits_logits(sampling: SamplingParams) -> bool:
+    """Return whether logits of single tokens are edited: by a bias or a penalty."""
+    return bool(
+        sampling.logit_bias
+        or sampling.repetition_penalty != 1
+        or sampling.frequency_penalty
+        or sampling.presence_penalty
+    )
+
+
 def candidates(
     logits: torch.Tensor, ask: SamplingInput, k: int, pool: int = CANDIDATE_POOL
 ) -> Candidates:
@@ -95,10 +105,15 @@ def candidates(
 
 
 def candidates_all(
-    questions: Sequence[tuple[torch.Tensor, SamplingInput, int]], pool: int = CANDIDATE_POOL
+    questions: Sequence[tuple[torch.Tensor, SamplingInput, int]],
+    pool: int = CANDIDATE_POOL,
+    ids: npt.NDArray[np.int64] | None = None,
 ) -> list[Candidates]:
     """Return `candidates` of several (logits, input, k) with one pass over the vocabulary and one
     transfer.
+
+    With `ids`, the token ids of their columns, the logits cover a part of the vocabulary; no input
+    may then edit logits, see `edits_logits`.
     """
     if not questions:
         return []
@@ -109,6 +124,8 @@ def candidates_all(
     width = max(k if ask.sampling.temperature == 0 else max(pool, k) for _, ask, k in questions)
     best = topk(scores, min(width, scores.shape[1]))
     values, places = best[0].cpu().numpy(), best[1].cpu().numpy()
+    if ids is not None:
+        places = ids[places]
     totals = np.zeros((len(values), 1), dtype=np.float32)
     if any(ask.sampling.temperature > 0 and ask.sampling.top_p < 1 for _, ask, _ in questions):
         temperatures = [

@@ -1,0 +1,204 @@
+"""The pass of an EAGLE draft layer over rows of several texts: what a drafter computes.
+
+A row has a token and the feature of the token before it, see runtime.models.eagle. Its slot of the
+cache holds its keys, its values and its state, which is the feature of the rows below it. So a text
+can be read with the target's features, and continued from the layer's own states in any tree.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from runtime.core import limits
+from runtime.core.features import FeatureBits, FeatureSpec
+from runtime.kernels.linear import LinearOp, has_room
+from runtime.kv.store import TorchCache
+from runtime.models.eagle import Eagle, rotary_angles
+from runtime.models.llama import RMSNorm, fused
+
+Slots = npt.NDArray[np.int64]
+INITIAL_POSITIONS = 512  # in the first table of angles
+
+
+@dataclass(frozen=True, slots=True)
+class EagleInput:
+    """One text's share of a pass: m rows of its text, then guesses. The cache has slots for all.
+
+    cache      of `EaglePass.new_cache`
+    tokens     int64 (n,)
+    positions  int64 (n,) of the tokens in the text
+    features   bfloat16 bits (m, width): the target's, of the tokens before the first m rows
+    parents    int64 (n - m,): slots whose states are the features of the other rows
+    begin      slot of the first row; the rows of the text follow one another from there, and the
+               other rows take the last n - m slots
+    first      slots before it are hidden from all rows
+    visible    bool (n, length - first): the slots that each row attends to, its own included
+    wanted     int64 (w,): rows whose children are asked for
+    """
+
+    cache: TorchCache
+    tokens: Slots
+    positions: Slots
+    features: FeatureBits
+    parents: Slots
+    begin: int
+    first: int
+    visible: npt.NDArray[np.bool_]
+    wanted: Slots
+
+
+class EaglePass:
+    """Computes what `module` does, in `dtype` on `device`.
+
+    embedding    (vocabulary, d), the target's
+    unembedding  (vocabulary, d), the target's; the layer guesses some of its tokens only
+    context      most tokens of a text
+    """
+
+    def __init__(
+        self,
+        module: Eagle,
+        embedding: torch.Tensor,
+        unembedding: torch.Tensor,
+        context: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = module.shape
+        self.context, self.dtype, self.device = context, dtype, device
+        self.feature_spec = FeatureSpec(shape.layers)
+        self.width = module.fuse.in_features
+        self.vocabulary = len(embedding)
+        self.draft_tokens = module.draft_tokens.to(device)
+        module = module.to(device, dtype)
+        pack = has_room(module)
+        self._heads, self._kv, self._dim = shape.heads, shape.kv_heads, shape.head_dim
+        self._theta = shape.rope_theta
+        self._state = 1, embedding.shape[1]
+        self._embedding = embedding.to(device)
+        self._fuse = fused(module.fuse, pack=pack)
+        self._token_norm, self._feature_norm, self._mlp_norm, self._final_norm = (
+            RMSNorm(norm.weight, norm.eps)
+            for norm in (
+                module.token_norm,
+                module.feature_norm,
+                module.mlp_norm,
+                module.final_norm,
+            )
+        )
+        self._qkv = fused(module.q, module.k, module.v, pack=pack)
+        self._out = fused(module.o, pack=pack)
+        self._gate_up = fused(module.gate, module.up, pack=pack)
+        self._down = fused(module.down, pack=pack)
+        rows = unembedding[module.draft_tokens.to(unembedding.device)].to(device, dtype)
+        self._head = LinearOp(rows, None, pack)
+        self._rope = self._rope_table(min(INITIAL_POSITIONS, context))
+
+    def new_cache(self) -> TorchCache:
+        """Return a cache for the whole context and a full tree; memory grows with use."""
+        slots = self.context + limits.TREE_NODES
+        pair = (2 * self._kv, self._dim), self._state
+        return TorchCache([pair], slots, self.dtype, self.device)
+
+    def __call__(self, parts: Sequence[EagleInput]) -> list[torch.Tensor]:
+        """Return float32 logits (w, K) of each part's wanted rows over the draft tokens."""
+        with torch.inference_mode():
+            return self._run(parts)
+
+    def _run(self, parts: Sequence[EagleInput]) -> list[torch.Tensor]:
+        counts = [len(part.tokens) for part in parts]
+        tokens = self._index([part.tokens for part in parts])
+        embedded = self._embedding.index_select(0, tokens).to(self.dtype)
+        features = self._features(parts)
+        x = torch.cat([self._token_norm(embedded), self._feature_norm(features)], dim=-1)
+        middle = self._heads + self._kv
+        qkv = self._qkv(x).view(len(x), middle + self._kv, self._dim)
+        qk = qkv.narrow(1, 0, middle)
+        cos, sin = self._cos_sin(np.concatenate([part.positions for part in parts]))
+        torch.addcmul(qk * cos, qk.roll(self._dim // 2, -1), sin, out=qk)
+        attended = [
+            self._attend(part, rows) for part, rows in zip(parts, qkv.split(counts), strict=True)
+        ]
+        x = self._out(attended[0] if len(parts) == 1 else torch.cat(attended), features)
+        gate, up = self._gate_up(self._mlp_norm(x)).chunk(2, -1)
+        states = self._down(F.silu(gate).mul_(up), x)
+        wanted = []
+        for part, rows in zip(parts, states.split(counts), strict=True):
+            plane = part.cache.plane(self._state, 0)[0, 0]
+            self._write(part, plane, rows)
+            wanted.append(rows.index_select(0, self._index([part.wanted])))
+        kept = wanted[0] if len(parts) == 1 else torch.cat(wanted)
+        logits = self._head(self._final_norm(kept)).float()
+        return list(logits.split([len(rows) for rows in wanted]))
+
+    def spread(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return logits (n, vocabulary) of the target's tokens; those never guessed have -inf."""
+        found = logits.new_full((len(logits), self.vocabulary), -torch.inf)
+        return found.index_copy_(1, self.draft_tokens, logits)
+
+    def _features(self, parts: Sequence[EagleInput]) -> torch.Tensor:
+        """Return the feature of each row, (rows, d)."""
+        bits = [part.features for part in parts if len(part.features)]
+        fused_rows = None
+        if bits:
+            joined = np.ascontiguousarray(bits[0] if len(bits) == 1 else np.concatenate(bits))
+            states = torch.from_numpy(joined.view(np.int16)).view(torch.bfloat16)
+            fused_rows = self._fuse(states.to(self.device, self.dtype))
+        found, used = [], 0
+        for part in parts:
+            if count := len(part.features):
+                assert fused_rows is not None
+                found.append(fused_rows[used : used + count])
+                used += count
+            if len(part.parents):
+                plane = part.cache.plane(self._state, 0)[0, 0]
+                found.append(plane.index_select(0, self._index([part.parents])))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _attend(self, part: EagleInput, qkv: torch.Tensor) -> torch.Tensor:
+        """Return (rows, heads * dim), from (rows, heads of queries, of keys, of values, dim)."""
+        plane = part.cache.plane((2 * self._kv, self._dim), 0)[0]
+        by_head = qkv.transpose(0, 1)
+        self._write(part, plane.transpose(0, 1), qkv.narrow(1, self._heads, 2 * self._kv))
+        seen = plane[None, :, part.first :]
+        mask = torch.zeros(part.visible.shape, dtype=self.dtype)
+        mask.masked_fill_(torch.from_numpy(~part.visible), -torch.inf)
+        output = F.scaled_dot_product_attention(
+            by_head[None, : self._heads],
+            seen[:, : self._kv],
+            seen[:, self._kv :],
+            attn_mask=mask.to(self.device),
+            enable_gqa=self._heads != self._kv,
+        )
+        return output[0].transpose(0, 1).reshape(len(qkv), -1)
+
+    def _write(self, part: EagleInput, plane: torch.Tensor, rows: torch.Tensor) -> None:
+        """Write rows (n, ...) into their slots of `plane` (slots, ...)."""
+        text, guesses = len(part.features), len(part.parents)
+        if text:
+            plane[part.begin : part.begin + text] = rows[:text]
+        if guesses:
+            plane[len(plane) - guesses :] = rows[text:]
+
+    def _index(self, arrays: Sequence[Slots]) -> torch.Tensor:
+        joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        return torch.from_numpy(np.ascontiguousarray(joined)).to(self.device)
+
+    def _cos_sin(self, positions: Slots) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosines and sines of each row, (rows, 1, dim)."""
+        if (longest := int(positions.max())) >= len(self._rope):
+            self._rope = self._rope_table(min(2 * longest, self.context))
+        cos, sin = self._rope.index_select(0, self._index([positions])).unbind(1)
+        return cos, sin
+
+    def _rope_table(self, positions: int) -> torch.Tensor:
+        """Return (positions, 2, 1, dim), as LlamaPass does."""
+        with torch.inference_mode():
+            angles = rotary_angles(torch.arange(positions), self._dim, self._theta)[0]
+            cos, sin = angles.cos(), angles.sin()
+            table = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], dim=1)
+            return table[:, :, None].to(self.device, self.dtype)
