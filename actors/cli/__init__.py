@@ -14,6 +14,7 @@ from actors.cli.commands.generate import generate
 from actors.cli.commands.jobs import jobs
 from actors.cli.commands.logs import logs
 from actors.cli.commands.plan import plan
+from actors.cli.commands.pull import pull
 from actors.cli.commands.scale import scale
 from actors.cli.commands.serve import serve
 from actors.cli.commands.status import status
@@ -33,6 +34,7 @@ app = typer.Typer(
     "and the output is exactly the target's.",
 )
 app.command()(generate)
+app.command()(pull)
 app.command()(doctor)
 app.command()(plan)
 app.command()(trace)
