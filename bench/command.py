@@ -26,7 +26,18 @@ def bench(
         ),
     ] = None,
     draft: Annotated[
-        str | None, typer.Option(help="model folder; default: the shipped draft")
+        str | None,
+        typer.Option(
+            help="model folder, or a drafting method or its trained folder, such as eagle; "
+            "default: the shipped draft"
+        ),
+    ] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(
+            help="GGUF file of the same target: llama.cpp takes part, in an environment of its own "
+            "that is compiled at the first use (15 minutes)"
+        ),
     ] = None,
     widen: Annotated[
         bool,
@@ -77,6 +88,7 @@ def bench(
     from bench.core.machine import machine
     from bench.reports import report
     from bench.run import benchmark, differing_methods
+    from runtime.deployment_builder import resolve_drafter
 
     default = sizes.QUICK if quick else sizes.FULL
     size = sizes.Size(
@@ -91,11 +103,20 @@ def bench(
             "--widen without --target: the default target is widened anyway", "widen"
         )
     ours, theirs = sizes.shipped_pair()
+    method, model, layers = resolve_drafter(draft or theirs)
+    if layers:
+        raise InvalidRequest(
+            f"draft {draft!r} is a choice of layers: give another drafter", "draft"
+        )
+    if gguf is not None and not gguf.is_file():
+        raise InvalidRequest(f"{gguf} is no file: give the target as a GGUF file", "gguf")
     kind = sizes.choose_dtype(dtype.value, machine(2).flags)
     stem = "shipped" if target is None and draft is None else Path(target or ours).name
     wanted = sizes.BenchOptions(
         target=target or ours,
-        draft=draft or theirs,
+        draft=model,
+        method=method,
+        gguf=gguf,
         widen=widen or target is None,
         dtype=kind,
         prompts=prompts,

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -11,14 +11,26 @@ from actors.launch.prepare import context_length
 from actors.tracing.trace_plot import draw_trace
 from actors.tracing.trace_reader import middle_window, read_trace, save_trace
 from bench.core import compare, loop, profiling, results
+from bench.core.llama_cpp_runner import (
+    LlamaCppRunner,
+    LlamaCppSpec,
+    bfloat16_file,
+    build_environment,
+)
 from bench.core.machine import machine, two_cores
-from bench.core.methods import BOTH, FIRST, Cores, Method, Outcome, Runner, TransformersMethod
+from bench.core.methods import (
+    Cores,
+    Method,
+    Outcome,
+    OutriderMethod,
+    Runner,
+    TransformersMethod,
+)
 from bench.core.options import (
     LEARNING_PROMPTS,
     SWEEP_PROMPTS,
     WARM_UP_PROMPTS,
     BenchOptions,
-    Suite,
     choose_suite,
     expected_seconds,
 )
@@ -40,24 +52,26 @@ from bench.stages import FINISHING, MEASURING, BenchPlan, BenchState, BenchTools
 from runtime.core.errors import InvalidRequest
 from runtime.core.messages import Tokens
 from runtime.core.sampling_params import SamplingParams
-from runtime.models.loader import load_tokenizer
+from runtime.models.loader import find_folder, load_tokenizer
 from runtime.models.vocab_check import check_pair
 from runtime.schedulers.pearl import gamma
 from runtime.telemetry.tracing import Recording
 
 
 class CombinedRunner:
-    """A Runner for all methods: ours on the cluster, transformers' in the process of their
-    cores."""
+    """A Runner for all methods: ours on the cluster, those of others in processes of their own, by
+    kind of method and cores."""
 
-    def __init__(self, cluster: OutriderRunner, rivals: dict[Cores, TransformersRunner]) -> None:
+    def __init__(
+        self, cluster: OutriderRunner, rivals: Mapping[tuple[type, Cores], Runner]
+    ) -> None:
         self.cluster, self.rivals = cluster, rivals
 
     def run(self, method: Method, prompts: Sequence[Prompt], sampling: SamplingParams) -> Outcome:
-        runner: Runner = (
-            self.rivals[method.how.cores]
-            if isinstance(method.how, TransformersMethod)
-            else self.cluster
+        runner = (
+            self.cluster
+            if isinstance(method.how, OutriderMethod)
+            else self.rivals[type(method.how), method.how.cores]
         )
         return runner.run(method, prompts, sampling)
 
@@ -71,16 +85,17 @@ def benchmark(options: BenchOptions, console: Console) -> Results:
     file = options.folder / f"{options.name}.json"
     with keep_off(cores), console.status("preparing the pair") as status:
         plan, state = prepare(options, cores, status.update)
-    step, draft_step = state.results.profile.target[1], state.results.profile.draft[1]
+    step, draft_step = state.results.profile.target[1], state.results.profile.draft.get(1)
     minutes = expected_seconds(plan.suite, options.size, step) / 60
     console.print(
-        f"T = {1e3 * step:.1f} ms, t = {1e3 * draft_step:.2f} ms, {options.dtype}: about "
-        f"{minutes:.0f} minutes more"
+        f"T = {1e3 * step:.1f} ms, "
+        + (f"t = {1e3 * draft_step:.2f} ms, " if draft_step else "")
+        + f"{options.dtype}: about {minutes:.0f} minutes more"
     )
-    pair = ModelPair(plan.pair.target, options.draft, options.dtype, cores)
+    pair = ModelPair(plan.pair.target, options.draft, options.dtype, cores, method=options.method)
     with (
         keep_off(cores),
-        start_runners(pair, plan.suite, console) as runner,
+        start_runners(pair, options, plan, console) as runner,
         loop.progress_bar() as progress,
     ):
         lab = BenchTools(
@@ -114,10 +129,15 @@ def prepare(
     )
     prompts, other_prompts = choose_prompts(options, target)
     note("measuring the pair by itself")
-    pair = ProfileJob(target, options.draft, options.dtype, cores[0])
+    has_model = options.method == "model"
+    pair = ProfileJob(target, options.draft if has_model else None, options.dtype, cores[0])
     measured = call_in_subprocess(profiling.profile_pair, pair)
+    times = measured.profile
     which = choose_suite(
-        options.quick, gamma(measured.profile.target[1], measured.profile.draft[1])
+        options.quick,
+        gamma(times.target[1], times.draft[1]) if has_model else None,
+        has_model,
+        options.gguf is not None,
     )
     plan = BenchPlan(options, which, pair, prompts, other_prompts)
     return plan, BenchState(empty_results(options, target, measured, len(plan.measured_prompts)))
@@ -130,12 +150,15 @@ def choose_prompts(options: BenchOptions, target: str) -> tuple[list[Prompt], li
     room for prompts.
     """
     tokenizer = load_tokenizer(target)
-    contexts = (context_length(target), context_length(options.draft))
-    check_pair(tokenizer, load_tokenizer(options.draft), (target, options.draft), contexts)
-    most = min(contexts) - options.size.new_tokens
+    context = context_length(target)
+    if options.method == "model":
+        contexts = context, context_length(options.draft)
+        check_pair(tokenizer, load_tokenizer(options.draft), (target, options.draft), contexts)
+        context = min(contexts)
+    most = context - options.size.new_tokens
     if most < 1:
         raise InvalidRequest(
-            f"new_tokens {options.size.new_tokens} leaves no room in a context of {min(contexts)}: "
+            f"new_tokens {options.size.new_tokens} leaves no room in a context of {context}: "
             "ask for fewer",
             "new_tokens",
         )
@@ -183,10 +206,11 @@ def empty_results(
     facts = PairFacts(
         target=Path(options.target).name
         + (f", widened to {SMALL_SHAPE.hidden}x{SMALL_SHAPE.layers}" if options.widen else ""),
-        draft=Path(options.draft).name,
+        draft=Path(options.draft).name or options.method,
         target_parameters=measured.parameters[0],
         draft_parameters=measured.parameters[1],
         dtype=options.dtype,
+        method=options.method,
     )
     settings = RunSettings(
         prompts=source,
@@ -206,26 +230,41 @@ def empty_results(
 
 
 @contextlib.contextmanager
-def start_runners(pair: ModelPair, which: Suite, console: Console) -> Iterator[CombinedRunner]:
+def start_runners(
+    pair: ModelPair, options: BenchOptions, plan: BenchPlan, console: Console
+) -> Iterator[CombinedRunner]:
     """Load everything that is compared; stop it at the end of the block."""
+    if options.gguf is not None:
+        console.print("llama.cpp: preparing its environment and the weights in bfloat16")
+    slots = options.size.new_tokens + max(len(prompt.tokens) for prompt in plan.all_prompts)
     with contextlib.ExitStack() as stack:
-        rivals: dict[Cores, TransformersRunner] = {}
-        with console.status("starting target, drafters and transformers"):
-            for cores in (FIRST, BOTH):
-                first = next((method for method in which.rivals if method.how.cores == cores), None)
-                if first is not None:
-                    place = WorkerSpec(
-                        Path(pair.target),
-                        Path(pair.draft),
-                        pair.dtype,
-                        tuple(pair.cores[core] for core in cores),
+        rivals: dict[tuple[type, Cores], Runner] = {}
+        with console.status("starting target, drafters and the others"):
+            for method in plan.suite.rivals:
+                key = type(method.how), method.how.cores
+                if key not in rivals:
+                    place = tuple(pair.cores[core] for core in method.how.cores)
+                    rivals[key] = (
+                        stack.enter_context(transformers_runner(pair, place))
+                        if isinstance(method.how, TransformersMethod)
+                        else stack.enter_context(llama_cpp_runner(options.gguf, place, slots))
                     )
-                    rivals[cores] = stack.enter_context(TransformersRunner(place))
-                    rivals[cores].run(
-                        first, [Prompt("", LOADING_PROMPT)], SamplingParams(max_tokens=2)
+                    rivals[key].run(
+                        method, [Prompt("", LOADING_PROMPT)], SamplingParams(max_tokens=2)
                     )  # returns once the models are loaded
-            cluster = stack.enter_context(running_cluster(pair, which.all))
+            cluster = stack.enter_context(running_cluster(pair, plan.suite.all))
         yield CombinedRunner(cluster, rivals)
+
+
+def transformers_runner(pair: ModelPair, cores: Cores) -> TransformersRunner:
+    draft = Path(pair.draft) if pair.method == "model" else None
+    return TransformersRunner(WorkerSpec(find_folder(pair.target), draft, pair.dtype, cores))
+
+
+def llama_cpp_runner(gguf: Path | None, cores: Cores, slots: int) -> LlamaCppRunner:
+    assert gguf is not None
+    python = build_environment()
+    return LlamaCppRunner(LlamaCppSpec(python, bfloat16_file(gguf, python, cores), cores, slots))
 
 
 LOADING_PROMPT: Tokens = tuple(range(1, 9))

@@ -49,6 +49,10 @@ class BenchPlan:
         return self.prompts[: self.options.size.count]
 
     @property
+    def all_prompts(self) -> Sequence[Prompt]:
+        return [*self.prompts, *self.other_prompts]
+
+    @property
     def sweep_prompts(self) -> Sequence[Prompt]:
         return self.other_prompts[:SWEEP_PROMPTS]
 
@@ -172,7 +176,10 @@ def warm_up(plan: BenchPlan, state: BenchState, lab: BenchTools) -> BenchState:
 def learn(plan: BenchPlan, state: BenchState, lab: BenchTools) -> BenchState:
     """Let the living methods calibrate their guesses, as a serving target does."""
     lab.discard(
-        rounds(plan.cases(plan.learning_prompts, plan.options.size.temperatures), LIVING_METHODS),
+        rounds(
+            plan.cases(plan.learning_prompts, plan.options.size.temperatures),
+            [method for method in LIVING_METHODS if method in plan.suite.fixed],
+        ),
         "learning",
     )
     return state

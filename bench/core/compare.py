@@ -1,8 +1,10 @@
 """Queries on the results of a benchmark: speeds, speed-ups, and how the time was spent."""
 
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable
 
+from bench.core.prompts import category
 from bench.core.results import Results, Run, Steps
 from bench.core.summary_stats import (
     Bound,
@@ -102,11 +104,30 @@ def fastest_method(
 
 def transformers_methods(results: Results) -> list[str]:
     """Return the speculative methods of transformers, on any number of cores."""
-    return [
-        facts.name
-        for facts in results.methods
-        if facts.who == "transformers" and "greedy" not in facts.name
-    ]
+    return [name for name in methods_by(results, "transformers") if "greedy" not in name]
+
+
+def methods_by(results: Results, who: str) -> list[str]:
+    return [facts.name for facts in results.methods if facts.who == who]
+
+
+def worst_ratio(results: Results, above: str, below: str, temperature: float = 0.0) -> float | None:
+    """Return the lowest speed-up of any prompt, each the median over its repetitions.
+
+    Return None if the two methods have no run in common.
+    """
+    by_prompt: defaultdict[str, list[float]] = defaultdict(list)
+    rates = (decode_rates(results, name, temperature) for name in (above, below))
+    for (prompt, _), ratio in paired_ratios(*rates).items():
+        by_prompt[prompt].append(ratio)
+    return min(map(statistics.median, by_prompt.values()), default=None)
+
+
+def of_category(results: Results, wanted: str) -> Results:
+    """Return the results with the runs of one category of prompts only."""
+    return results.model_copy(
+        update={"runs": tuple(run for run in results.runs if category(run.prompt) == wanted)}
+    )
 
 
 def temperatures(results: Results) -> list[float]:

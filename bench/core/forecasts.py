@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import TypeGuard
 
-from bench.core.methods import FIRST, SECOND, Method, OutriderMethod, TransformersMethod
+from bench.core.methods import DRAFT, FIRST, SECOND, Method, MethodSpec, OutriderMethod
 from bench.core.outrider_runner import schedule_config
 from bench.core.results import Forecast, Results
 from runtime.sim.forecast import Setting, forecast
@@ -39,12 +39,13 @@ def forecast_methods(results: Results, methods: Iterable[Method]) -> tuple[Forec
     return tuple(found)
 
 
-def is_forecastable(how: OutriderMethod | TransformersMethod) -> TypeGuard[OutriderMethod]:
-    """Accept a target on the first core with one model drafter, or none, on the second."""
+def is_forecastable(how: MethodSpec) -> TypeGuard[OutriderMethod]:
+    """Accept a warm target on the first core with the pair's drafter, or none, on the second."""
     return (
         isinstance(how, OutriderMethod)
         and how.target_cores == FIRST
-        and how.drafters in ((), ("model",))
+        and how.drafters in ((), (DRAFT,))
+        and not how.cold
         and how.drafter_cores == SECOND
     )
 

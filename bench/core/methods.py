@@ -12,6 +12,7 @@ from runtime.core.sampling_params import SamplingParams
 
 Cores = tuple[int, ...]  # indices into the list of the benchmark's cores
 FIRST, SECOND, BOTH = (0,), (1,), (0, 1)
+DRAFT = "draft"  # the pair's own drafter: a draft model, or a method trained for the target
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +21,10 @@ class OutriderMethod:
 
     schedule  a file in runtime/schedulers
     options   its settings, by name
-    drafters  drafting methods (files in runtime/drafters), or "wrong": the draft model with every
-              guess replaced by a wrong one
+    drafters  DRAFT, or drafting methods (files in runtime/drafters); "wrong" is the draft model
+              with every guess replaced by a wrong one
     heads     files in runtime/heads
+    cold      each run starts with nothing learned, as the first run of a process does
     """
 
     schedule: str
@@ -31,6 +33,7 @@ class OutriderMethod:
     target_cores: Cores = FIRST
     drafter_cores: Cores = SECOND
     heads: tuple[str, ...] = ()
+    cold: bool = False
 
     @property
     def cores(self) -> Cores:
@@ -51,6 +54,17 @@ class TransformersMethod:
 
 
 @dataclass(frozen=True, slots=True)
+class LlamaCppMethod:
+    """Decoding by llama.cpp; `guesses` is the number of tokens that prompt lookup guesses, or 0."""
+
+    guesses: int = 0
+    cores: Cores = FIRST
+
+
+MethodSpec = OutriderMethod | TransformersMethod | LlamaCppMethod
+
+
+@dataclass(frozen=True, slots=True)
 class Method:
     """A named way to decode.
 
@@ -59,13 +73,14 @@ class Method:
     """
 
     name: str
-    how: OutriderMethod | TransformersMethod
+    how: MethodSpec
 
     @property
     def facts(self) -> MethodFacts:
         match self.how:
-            case OutriderMethod(schedule, options, drafters, heads=heads):
+            case OutriderMethod(schedule, options, drafters, heads=heads, cold=cold):
                 settings = [f"{name} {value:g}" for name, value in options]
+                settings += ["nothing learned before"] if cold else []
                 helpers = f"drafters: {' and '.join(drafters)}" if drafters else "no drafter"
                 detail = ", ".join(
                     [schedule, *settings, helpers, *(f"head: {head}" for head in heads)]
@@ -82,6 +97,11 @@ class Method:
                 }[kind]
                 return MethodFacts(
                     name=self.name, who="transformers", cores=len(self.how.cores), detail=detail
+                )
+            case LlamaCppMethod(guesses):
+                detail = f"prompt lookup, {guesses} guesses" if guesses else "plain decoding"
+                return MethodFacts(
+                    name=self.name, who="llama.cpp", cores=len(self.how.cores), detail=detail
                 )
 
 
@@ -117,7 +137,7 @@ def cores_suffix(cores: Cores) -> str:
 
 
 PLAIN = Method("plain", OutriderMethod("plain"))
-LIVING = Method("living", OutriderMethod("living", drafters=("model",)))
+LIVING = Method("living", OutriderMethod("living", drafters=(DRAFT,)))
 GREEDY = Method("transformers greedy", TransformersMethod("greedy"))
 PLAIN_METHODS = (
     PLAIN,
@@ -125,11 +145,12 @@ PLAIN_METHODS = (
 )
 LIVING_METHODS = (
     LIVING,
-    Method("living + ngram", OutriderMethod("living", drafters=("model", "ngram"))),
+    Method("living + ngram", OutriderMethod("living", drafters=(DRAFT, "ngram"))),
+    Method("living, cold", OutriderMethod("living", drafters=(DRAFT,), cold=True)),
     Method("living, no drafter", OutriderMethod("living")),
     Method("living, wrong drafter", OutriderMethod("living", drafters=("wrong",))),
 )
-AMUSD = Method("amusd", OutriderMethod("amusd", drafters=("model",)))
+AMUSD = Method("amusd", OutriderMethod("amusd", drafters=(DRAFT,)))
 TRANSFORMERS_KINDS = {
     "transformers greedy": TransformersMethod("greedy"),
     "assisted": TransformersMethod("assisted"),
@@ -143,18 +164,28 @@ TRANSFORMERS_METHODS = tuple(
     for cores in (FIRST, BOTH)
     for name, how in TRANSFORMERS_KINDS.items()
 )
+LLAMA_CPP_METHODS = tuple(
+    Method(name + cores_suffix(cores), LlamaCppMethod(guesses, cores))
+    for cores in (FIRST, BOTH)
+    for name, guesses in (
+        ("llama.cpp", 0),
+        ("llama.cpp lookup 2", 2),
+        ("llama.cpp lookup 10", 10),
+    )
+)
 # Methods that are measured in batches.
 BATCHED = (PLAIN, LIVING, GREEDY)
 
+UNKNOWN_GAMMA = 8  # of PEARL; half and a quarter of it are tried too
 CHAINS = tuple(
-    OutriderMethod("sync", (("width", 1), ("branches", 1), ("passes", k), ("rows", k)), ("model",))
+    OutriderMethod("sync", (("width", 1), ("branches", 1), ("passes", k), ("rows", k)), (DRAFT,))
     for k in (2, 3, 4, 5, 6, 8, 12)
 )
 TREES = tuple(
     OutriderMethod(
         "sync",
         (("width", width), ("branches", branches), ("passes", passes), ("rows", rows)),
-        ("model",),
+        (DRAFT,),
     )
     for width, branches, passes, rows in (
         (2, 2, 4, 8),
@@ -168,20 +199,20 @@ TREES = tuple(
 )
 
 
-def sweep_candidates(gamma: int) -> dict[str, tuple[Method, ...]]:
+def sweep_candidates(gamma: int | None) -> dict[str, tuple[Method, ...]]:
     """Return the methods whose settings are swept, by name, each with all candidate settings.
 
     The best candidate then takes over the name. `gamma` is the value that PEARL's authors recommend
-    for this pair. A drafter that waits while the target works on both cores may use both cores too,
-    or the second alone.
+    for this pair; None if the time of a draft pass is not known before the runs. A drafter that
+    waits while the target works on both cores may use both cores too, or the second alone.
     """
     both = [
         replace(how, target_cores=BOTH, drafter_cores=cores)
         for how in TREES
         for cores in (SECOND, BOTH)
     ]
-    gammas = sorted({max(1, gamma // part) for part in (1, 2, 4)})
-    pearl = tuple(OutriderMethod("pearl", (("passes", k),), ("model",)) for k in gammas)
+    gammas = sorted({max(1, (gamma or UNKNOWN_GAMMA) // part) for part in (1, 2, 4)})
+    pearl = tuple(OutriderMethod("pearl", (("passes", k),), (DRAFT,)) for k in gammas)
     groups = {
         "sync chain": CHAINS,
         "sync tree": TREES,

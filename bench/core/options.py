@@ -11,14 +11,17 @@ from bench.core.methods import (
     AMUSD,
     BATCHED,
     BOTH,
+    DRAFT,
     GREEDY,
     LIVING,
     LIVING_METHODS,
+    LLAMA_CPP_METHODS,
     PLAIN,
     PLAIN_METHODS,
     TRANSFORMERS_METHODS,
     Method,
     OutriderMethod,
+    TransformersMethod,
     sweep_candidates,
 )
 from bench.core.prompts import Prompt
@@ -51,6 +54,8 @@ QUICK = Size(count=2, repetitions=1, new_tokens=32, temperatures=(0.0,), batches
 class BenchOptions:
     """The validated options of a benchmark.
 
+    `draft` is what `method` reads: a draft model, or what was trained for the target. `gguf` is the
+    file of the same target for llama.cpp, or None to leave it out.
     `prompts` is a file or folder, or None for held-out files. The results and the page are written
     to `folder` under the name `name`.
     """
@@ -65,6 +70,8 @@ class BenchOptions:
     quick: bool
     folder: Path
     name: str
+    method: str = "model"
+    gguf: Path | None = None
 
 
 def choose_dtype(wanted: DtypeChoice, flags: Iterable[str]) -> Literal["float32", "bfloat16"]:
@@ -140,15 +147,43 @@ class Suite:
         return (*self.fixed, *best, *self.rivals)
 
 
-def choose_suite(quick: bool, gamma: int) -> Suite:
-    """Return the methods to measure; `gamma` is PEARL's parameter for this pair."""
+def choose_suite(
+    quick: bool, gamma: int | None, has_model: bool = True, llama_cpp: bool = False
+) -> Suite:
+    """Return the methods to measure.
+
+    gamma      PEARL's parameter for this pair; None if it is not known
+    has_model  the drafter is a draft model, which transformers' assisted generation needs too
+    llama_cpp  llama.cpp takes part
+    """
     groups = sweep_candidates(gamma)
+    rivals = (*TRANSFORMERS_METHODS, *(LLAMA_CPP_METHODS if llama_cpp else ()))
+    if not has_model:
+        rivals = tuple(method for method in rivals if not needs_model(method))
     if not quick:
-        return Suite((*PLAIN_METHODS, *LIVING_METHODS, AMUSD), groups, TRANSFORMERS_METHODS)
-    rivals = tuple(
-        method for method in TRANSFORMERS_METHODS if method.name in (GREEDY.name, "assisted 5")
+        fixed = (*PLAIN_METHODS, *LIVING_METHODS, AMUSD)
+        return Suite(
+            tuple(method for method in fixed if has_model or not needs_model(method)),
+            groups,
+            rivals,
+        )
+    few = (GREEDY.name, "assisted 5", LLAMA_CPP_METHODS[0].name)
+    return Suite(
+        (PLAIN, LIVING),
+        {"sync tree": groups["sync tree"][1:3]},
+        tuple(method for method in rivals if method.name in few),
     )
-    return Suite((PLAIN, LIVING), {"sync tree": groups["sync tree"][1:3]}, rivals)
+
+
+def needs_model(method: Method) -> bool:
+    """Return whether the method needs a draft model."""
+    match method.how:
+        case OutriderMethod(drafters=drafters):
+            return "wrong" in drafters
+        case TransformersMethod(kind=kind):
+            return kind == "assisted"
+        case _:
+            return False
 
 
 def main_rounds(
@@ -198,11 +233,12 @@ def relative_cost(method: Method) -> float:
             RELATIVE_COSTS["plain"]
             if how.schedule == "plain"
             else COST_WITH_DRAFTS
-            if set(how.drafters) & {"model", "ngram"}
+            if set(how.drafters) & {DRAFT, "ngram"}
             else COST_WITHOUT_DRAFTS
         )
         return found * (TWO_CORE_FACTOR if how.target_cores == BOTH else 1.0)
-    return RELATIVE_COSTS[how.kind] * (TWO_CORE_FACTOR if how.cores == BOTH else 1.0)
+    kind = how.kind if isinstance(how, TransformersMethod) else "plain"
+    return RELATIVE_COSTS[kind] * (TWO_CORE_FACTOR if how.cores == BOTH else 1.0)
 
 
 def expected_seconds(which: Suite, size: Size, step: float) -> float:

@@ -19,7 +19,7 @@ from actors.rpc.common import CALLER_SILENCE_MS
 from actors.rpc.endpoints import Endpoint
 from actors.target import TargetActor
 from bench.core import recording_stats
-from bench.core.methods import Cores, Method, Outcome, OutriderMethod
+from bench.core.methods import DRAFT, Cores, Method, Outcome, OutriderMethod
 from bench.core.prompts import Prompt
 from runtime.config import DrafterConfig, Dtype, HeadConfig, Placement, ScheduleConfig, TargetConfig
 from runtime.core.errors import InvalidRequest, Unavailable
@@ -32,6 +32,7 @@ from runtime.scoring.calibration import Calibrations
 from runtime.telemetry.tracing import Recording
 
 DRAFTER_NAMES = {
+    DRAFT: "draft-0",
     "model": "draft-0",
     "ngram": "ngram-0",
     "wrong": "wrong-0",
@@ -47,6 +48,7 @@ POLL_PERIOD_S = 0.01
 class ModelPair:
     """The target and draft (folders or names) and the core numbers that `Cores` index into.
 
+    method   the drafting method that reads `draft`, which is a draft model for "model"
     heads    head folders by method; "" for a head without weights
     layers   the layers that layer-skip keeps; default: every second
     trained  folders of drafters trained for the target, by method
@@ -59,6 +61,7 @@ class ModelPair:
     heads: Mapping[str, str] = field(default_factory=dict)
     layers: tuple[int, ...] = ()
     trained: Mapping[str, str] = field(default_factory=dict)
+    method: str = "model"
 
     def placement(self, cores: Cores) -> Placement:
         return Placement(cores=tuple(self.cores[place] for place in cores), listen="127.0.0.1")
@@ -80,7 +83,7 @@ class ModelPair:
         layers = self.layers if method == "layer-skip" else ()
         named = {
             "name": DRAFTER_NAMES[method],
-            "method": method,
+            "method": self.method if method == DRAFT else method,
             "model": model,
             "layers": layers,
             "dtype": self.dtype,
@@ -111,11 +114,13 @@ class MethodTarget(TargetActor):
         again.
         """
         engine = self.target.engine
-        if how not in self.policies:
+        if how.cold or how not in self.policies:
             self.policies[how] = make_scheduler(schedule_config(how), self.times)
         self.target.schedule(self.policies[how], frozenset(f"{head}-0" for head in how.heads))
-        engine.requests.calibrations = self.known.setdefault(
-            (how.schedule, *how.drafters, *how.heads), Calibrations()
+        engine.requests.calibrations = (
+            Calibrations()
+            if how.cold
+            else self.known.setdefault((how.schedule, *how.drafters, *how.heads), Calibrations())
         )
         engine.requests.prefixes = PrefixCache(engine.requests.prefixes.max_slots)
         self.drafters(peers)

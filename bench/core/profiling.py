@@ -21,15 +21,17 @@ BANDWIDTH_NUMBERS = (
 
 @dataclass(frozen=True, slots=True)
 class ProfileJob:
+    """The models to measure; `draft` is None if the drafter is no model of its own."""
+
     target: str
-    draft: str
+    draft: str | None
     dtype: str
     core: int
 
 
 @dataclass(frozen=True, slots=True)
 class ProfileResult:
-    """The profile, and the parameter counts of target and draft."""
+    """The profile, and the parameter counts of target and draft (0 without a draft model)."""
 
     profile: Profile
     parameters: tuple[int, int]
@@ -43,16 +45,19 @@ def profile_pair(job: ProfileJob) -> ProfileResult:
     from runtime.models.step_timing import step_times, text_time
 
     target, draft = (
-        load_model(name, job.dtype, "cpu", threads=1) for name in (job.target, job.draft)
+        None if name is None else load_model(name, job.dtype, "cpu", threads=1)
+        for name in (job.target, job.draft)
     )
+    assert target is not None
     size = sum(weight.nbytes for weight in target.module.parameters())
     profile = Profile(
         target=step_times(target, TARGET_ROWS, time.monotonic, REPEATS),
-        draft=step_times(draft, DRAFT_ROWS, time.monotonic, REPEATS),
+        draft={} if draft is None else step_times(draft, DRAFT_ROWS, time.monotonic, REPEATS),
         floor=size / memory_bandwidth(),
         text=text_time(target, TEXT_COUNT, time.monotonic, REPEATS),
     )
-    return ProfileResult(profile, (target.module.num_parameters(), draft.module.num_parameters()))
+    counts = [0 if model is None else model.module.num_parameters() for model in (target, draft)]
+    return ProfileResult(profile, (counts[0], counts[1]))
 
 
 def median_profile(profiles: Sequence[Profile]) -> Profile:
@@ -93,9 +98,12 @@ class AnsweredRuns:
 def measure_acceptance(answered: AnsweredRuns) -> tuple[Acceptance, ...]:
     """Return how often the draft guesses these answers, by temperature and batch.
 
-    A repeated text counts once. Call it through `call_in_subprocess`, as `profile_pair`.
+    Without a draft model there is nothing to replay. A repeated text counts once. Call it through
+    `call_in_subprocess`, as `profile_pair`.
     """
     job, firsts = answered.job, [run for run in answered.runs if run.repetition == 0]
+    if job.draft is None:
+        return ()
     os.sched_setaffinity(0, (job.core,))
     from runtime.models.acceptance import replay_draft
     from runtime.models.loader import load_model

@@ -3,8 +3,10 @@ selected for its results."""
 
 import json
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,28 @@ PROMPT_FIELDS = (
     "text",
 )  # in HumanEval, GSM8K, MT-Bench and Spec-Bench, plain text
 MAX_FILE_BYTES = 1 << 26  # of a prompt file
+MT_BENCH = "mt-bench"
+MT_BENCH_CATEGORIES = frozenset(
+    ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt; `name` gives its origin and is the same in every run."""
+    """A prompt; `name` gives its origin (category or file, then the line) and is the same in every
+    run."""
 
     name: str
     tokens: Tokens
+
+    @property
+    def category(self) -> str:
+        return category(self.name)
+
+
+def category(name: str) -> str:
+    """Return the category or file in a prompt's name; "" if there is none."""
+    return name.rpartition(":")[0]
 
 
 def held_out_prompts(tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> list[Prompt]:
@@ -80,8 +96,8 @@ def excerpt(
 def read_prompts(path: Path) -> dict[str, str]:
     """Return texts by name, in the order of the file.
 
-    - .jsonl: one object per line with the prompt under `prompt`, `question`, `turns` (a list; its
-      first entry) or `text`; or one string per line;
+    - .jsonl: one object per line, named by its `category` if it has one, with the prompt under
+      `prompt`, `question`, `turns` (a list; its first entry) or `text`; or one string per line;
     - .json: a list of such objects or strings;
     - a folder: each file is a prompt;
     - any other file: each non-blank line is a prompt.
@@ -107,12 +123,11 @@ def read_prompts(path: Path) -> dict[str, str]:
         )
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if path.suffix == ".jsonl":
+        values = {n: parse_json(line, f"{path}, line {n}") for n, line in lines}
         return drop_empty(
             {
-                f"{path.name}:{n}": prompt_of(
-                    parse_json(line, f"{path}, line {n}"), f"{path}, line {n}"
-                )
-                for n, line in lines
+                f"{category_of(value) or path.name}:{n}": prompt_of(value, f"{path}, line {n}")
+                for n, value in values.items()
             },
             path,
         )
@@ -146,6 +161,14 @@ def parse_json(text: str, where: str) -> Any:
         ) from error
 
 
+def category_of(value: object) -> str:
+    """Return the category that the prompt's object names, or ""; MT-bench's eight are one."""
+    found = value.get("category") if isinstance(value, dict) else None
+    if not isinstance(found, str):
+        return ""
+    return MT_BENCH if found in MT_BENCH_CATEGORIES else found
+
+
 def prompt_of(value: object, where: str) -> str:
     if isinstance(value, dict):
         field = next((field for field in PROMPT_FIELDS if field in value), None)
@@ -176,12 +199,33 @@ def drop_empty(texts: dict[str, str], path: Path) -> dict[str, str]:
 def encode_prompts(
     tokenizer: PreTrainedTokenizerFast, texts: dict[str, str], most: int
 ) -> list[Prompt]:
-    """Tokenize the texts; a text longer than `most` tokens keeps its end, which the output
-    continues."""
-    return [Prompt(name, tuple(tokenizer.encode(text))[-most:]) for name, text in texts.items()]
+    """Tokenize the texts, as a user's message if the tokenizer has a chat template.
+
+    A text longer than `most` tokens keeps its end, which the output continues.
+    """
+    return [
+        Prompt(name, tuple(encode_prompt(tokenizer, text))[-most:]) for name, text in texts.items()
+    ]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    if tokenizer.chat_template is None:
+        return list(tokenizer.encode(text))
+    messages = [{"role": "user", "content": text}]
+    found = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    return [int(token) for token in found]
 
 
 def sample_prompts(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
-    """Draw `count` prompts by `seed`, in file order; return all if there are fewer."""
-    chosen = sorted(random.Random(seed).sample(range(len(prompts)), min(count, len(prompts))))
-    return [prompts[index] for index in chosen]
+    """Draw `count` prompts by `seed`, as many of each category as there are, in turns.
+
+    Every beginning of the result holds the categories in equal parts, so it can be divided. All
+    prompts are returned if there are fewer.
+    """
+    draw, groups = random.Random(seed), defaultdict[str, list[Prompt]](list)
+    for prompt in draw.sample(list(prompts), len(prompts)):
+        groups[prompt.category].append(prompt)
+    turns = zip_longest(*(groups[name] for name in sorted(groups)))
+    return [prompt for turn in turns for prompt in turn if prompt is not None][:count]

@@ -29,13 +29,17 @@ class Machine(StrictModel):
 
 
 class PairFacts(StrictModel):
-    """Names, parameter counts and data type of the two models."""
+    """Names, parameter counts and data type of the two models.
+
+    `method` is the drafting method. A draft that is no model of its own has 0 parameters.
+    """
 
     target: str
     draft: str
     target_parameters: int
     draft_parameters: int
     dtype: str
+    method: str = "model"
 
 
 class RunSettings(StrictModel):
@@ -48,7 +52,7 @@ class RunSettings(StrictModel):
 
 class MethodFacts(StrictModel):
     name: str
-    who: Literal["ours", "transformers"]
+    who: Literal["ours", "transformers", "llama.cpp"]
     cores: int
     detail: str
 

@@ -22,14 +22,14 @@ from runtime.core.sampling_params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """The models and cores of a worker.
+    """The models and cores of a worker; without a draft there is no assisted generation.
 
     `cores` are the machine's core numbers; there are as many threads. Both models run on `device`
     (cpu, cuda or cuda:0).
     """
 
     target: Path
-    draft: Path
+    draft: Path | None
     dtype: str
     cores: tuple[int, ...]
     device: str = "cpu"
@@ -127,11 +127,15 @@ class LoadedPair:
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         safely = {"use_safetensors": True, "local_files_only": True, "dtype": place.dtype}
+        self.target: Any
+        self.draft: Any
         self.target, self.draft = (
-            AutoModelForCausalLM.from_pretrained(folder, **safely).to(place.device).eval()
+            None
+            if folder is None
+            else AutoModelForCausalLM.from_pretrained(folder, **safely).to(place.device).eval()
             for folder in (place.target, place.draft)
         )
-        self.usual = copy.deepcopy(self.draft.generation_config)
+        self.usual = None if self.draft is None else copy.deepcopy(self.draft.generation_config)
 
     def run(self, job: GenerateJob) -> Outcome:
         import torch

@@ -8,9 +8,13 @@ from bench.core.compare import (
     bound_share,
     fastest_method,
     forecasts_and_measured,
+    methods_by,
+    runs_of,
     speed_ratio,
     time_shares,
+    total_steps,
     transformers_methods,
+    worst_ratio,
 )
 from bench.core.results import Results
 
@@ -46,10 +50,30 @@ def times(
     return find
 
 
-def over_the_best_rival(results: Results) -> float | None:
-    best = fastest_method(results, transformers_methods(results))
-    found = speed_ratio(results, "living", best) if best else None
-    return found.median if found else None
+def over_best(rivals: Callable[[Results], list[str]]) -> Callable[[Results], float | None]:
+    """Return living over the fastest of these methods."""
+
+    def find(results: Results) -> float | None:
+        best = fastest_method(results, rivals(results))
+        found = speed_ratio(results, "living", best) if best else None
+        return found.median if found else None
+
+    return find
+
+
+def over_all_of(who: str) -> Callable[[Results], float | None]:
+    """Return living over the fastest way of others, plain or speculative."""
+    return over_best(lambda results: methods_by(results, who))
+
+
+def tokens_per_step(results: Results) -> float | None:
+    steps = total_steps(results, "living")
+    tokens = sum(run.tokens for run in runs_of(results, "living"))
+    return tokens / steps.rounds if steps and steps.rounds else None
+
+
+def worst(below: str) -> Callable[[Results], float | None]:
+    return lambda results: worst_ratio(results, "living", below)
 
 
 def share(part: str) -> Callable[[Results], float | None]:
@@ -77,7 +101,7 @@ GOALS = (
     Goal(
         "living / best of transformers' assisted and prompt lookup, on one core or two",
         1.5,
-        over_the_best_rival,
+        over_best(transformers_methods),
     ),
     Goal(
         "living / best sync tree with both cores given to the target (cost-matched)",
@@ -115,6 +139,25 @@ GOALS = (
 )
 
 
+# The goals for a drafter that was trained for its target, on a real language model.
+TRAINED_GOALS = (
+    Goal("living / plain", 2.0, times("living", "plain")),
+    Goal("living / plain at temperature 0.8", 1.6, times("living", "plain", 0.8)),
+    Goal("living / amusd", 1.15, times("living", "amusd")),
+    Goal("living / pearl", 1.15, times("living", "pearl")),
+    Goal("living / best sync tree", 1.15, times("living", "sync tree")),
+    Goal("living / amusd on the worst prompt", 0.98, worst("amusd")),
+    Goal("living / best of transformers on one core or two", 4.0, over_all_of("transformers")),
+    Goal("living / best of llama.cpp on one core or two", 1.3, over_all_of("llama.cpp")),
+    Goal("tokens per step of living", 2.4, tokens_per_step),
+    Goal("living / plain, batch 8", 1.3, times("living", "plain", batch=8)),
+    Goal("living / plain, batch 16", 0.98, times("living", "plain", batch=16)),
+    Goal("living without a drafter / plain", 0.98, times("living, no drafter", "plain")),
+    Goal("living with nothing learned before / plain", 0.98, times("living, cold", "plain")),
+    Goal("living / plain on the worst prompt", 0.98, worst("plain")),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     goal: Goal
@@ -136,4 +179,5 @@ class Finding:
 
 
 def findings(results: Results) -> list[Finding]:
-    return [Finding(goal, goal.find(results)) for goal in GOALS]
+    goals = GOALS if results.pair.method == "model" else TRAINED_GOALS
+    return [Finding(goal, goal.find(results)) for goal in goals]

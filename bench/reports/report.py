@@ -15,7 +15,7 @@ def print_report(results: Results, console: Console) -> None:
     by_temperature = [
         kind(results, temperature)
         for temperature in compare.temperatures(results)
-        for kind in (tables.speeds, tables.steps)
+        for kind in (tables.speeds, tables.categories, tables.steps)
     ]
     others = (
         tables.batches,
@@ -50,6 +50,10 @@ def report_page(results: Results, pictures: dict[str, str]) -> str:
     parts += section("Goals", "", tables.goals(results))
     speeds = [tables.speeds(results, temperature) for temperature in compare.temperatures(results)]
     parts += section("Speed", image(pictures, "speed") + SPEED, *speeds)
+    by_category = [
+        tables.categories(results, temperature) for temperature in compare.temperatures(results)
+    ]
+    parts += section("By category of the prompts", "", *by_category)
     parts += section(
         "Many texts at a time", image(pictures, "batches") + BATCHES, tables.batches(results)
     )
@@ -114,7 +118,9 @@ def introduction(results: Results) -> str:
         "software": f"Python {machine.python}, torch {machine.torch}, "
         f"transformers {machine.transformers}",
         "target": f"{pair.target}, {pair.target_parameters / 1e6:.1f}M parameters, {pair.dtype}",
-        "draft": f"{pair.draft}, {pair.draft_parameters / 1e6:.1f}M parameters, {pair.dtype}",
+        "draft": f"{pair.draft}, {pair.draft_parameters / 1e6:.1f}M parameters, {pair.dtype}"
+        if pair.draft_parameters
+        else f"{pair.method} ({pair.draft})",
         "prompts": f"{settings.count} from {settings.prompts}, drawn with seed {settings.seed}",
         "output": f"at most {settings.new_tokens} tokens, or until an end-of-text token",
         "repetitions": f"{settings.repetitions} of ours at the lowest temperature, else 1; methods "

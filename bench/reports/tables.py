@@ -1,6 +1,8 @@
 """The tables of a benchmark, for the terminal and for Markdown."""
 
 from bench.core import compare
+from bench.core.methods import LIVING, PLAIN
+from bench.core.prompts import category
 from bench.core.results import Results
 from bench.core.summary_stats import Spread
 from bench.reports.goals import findings
@@ -58,6 +60,40 @@ def speeds(results: Results, temperature: float, batch: int = 1) -> Grid:
     title = f"temperature {temperature:g}" + (f", batch {batch}" if batch > 1 else "")
     return Grid(
         title, columns, tuple(row for _, row in sorted(rows, key=lambda pair: -pair[0])), ("by",)
+    )
+
+
+def categories(results: Results, temperature: float) -> Grid:
+    """Return plain and living decoding by category of the prompts.
+
+    There are no rows if all prompts are of one category, or each of its own.
+    """
+    prompts = {run.prompt for run in results.runs if run.batch == 1}
+    names = sorted({category(prompt) for prompt in prompts})
+    rows = []
+    for name in names if 1 < len(names) < len(prompts) else ():
+        found = compare.of_category(results, name)
+        steps = compare.total_steps(found, LIVING.name, temperature)
+        runs = compare.runs_of(found, LIVING.name, temperature)
+        if not runs or not steps:
+            continue
+        speeds = (
+            compare.decode_speed(found, method, temperature) for method in (PLAIN.name, LIVING.name)
+        )
+        ratio = compare.speed_ratio(found, LIVING.name, PLAIN.name, temperature)
+        rows.append(
+            (
+                name,
+                str(len({run.prompt for run in runs})),
+                *(format_spread(speed, 1) for speed in speeds),
+                format_spread(ratio, 2),
+                f"{sum(run.tokens for run in runs) / steps.rounds:.2f}",
+            )
+        )
+    return Grid(
+        f"by category, temperature {temperature:g}",
+        ("prompts", "number", "plain, tokens/s", "living, tokens/s", "x plain", "tokens/step"),
+        tuple(rows),
     )
 
 

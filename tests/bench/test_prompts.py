@@ -1,6 +1,7 @@
 """Prompts of the benchmark: held-out excerpts, and files in the formats that are in use."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from bench.core.prompts import (
     MAX_PROMPT_TOKENS,
     MIN_PROMPT_TOKENS,
+    Prompt,
     encode_prompts,
     held_out_prompts,
     read_prompts,
@@ -118,15 +120,45 @@ def test_a_long_text_keeps_its_end() -> None:
     assert list(long.tokens) == tokenizer.encode(texts["long"])[-20:]
 
 
-def test_picking_keeps_the_order_and_depends_on_the_seed_alone() -> None:
-    all_of_them = encode_prompts(
-        load_tokenizer(str(SHIPPED)), {str(number): "import os\n" for number in range(20)}, 20
+def test_a_sample_depends_on_the_seed_alone() -> None:
+    every = [Prompt(f"file.txt:{number}", (number,)) for number in range(20)]
+    some = sample_prompts(every, 5, seed=1)
+    assert len({prompt.name for prompt in some}) == 5
+    assert some == sample_prompts(every, 5, seed=1) != sample_prompts(every, 5, seed=2)
+    assert sorted(sample_prompts(every, 50, seed=1), key=lambda prompt: prompt.tokens) == every
+
+
+def test_a_sample_holds_the_categories_in_equal_parts() -> None:
+    every = [Prompt(f"{name}:{n}", (n,)) for name in ("qa", "rag", "maths") for n in range(40)]
+    every += [Prompt("rare:1", (1,))]
+    some = sample_prompts(every, 10, seed=3)
+    assert Counter(prompt.category for prompt in some) == {
+        "qa": 3,
+        "rag": 3,
+        "maths": 3,
+        "rare": 1,
+    }
+    assert {prompt.category for prompt in some[:4]} == {"qa", "rag", "maths", "rare"}
+
+
+def test_categories_name_their_prompts_and_mt_bench_is_one(tmp_path: Path) -> None:
+    lines = [
+        {"category": "roleplay", "turns": ["You are a ship."]},
+        {"category": "qa", "turns": ["Why?"]},
+        {"question": "How?"},
+    ]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert list(read_prompts(tmp_path / "x.jsonl")) == ["mt-bench:1", "qa:2", "x.jsonl:3"]
+
+
+def test_a_chat_template_makes_the_prompt_a_message() -> None:
+    tokenizer = load_tokenizer(str(SHIPPED))
+    tokenizer.chat_template = (
+        "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    some = sample_prompts(all_of_them, 5, seed=1)
-    assert some == sorted(some, key=lambda prompt: int(prompt.name))
-    assert len(some) == 5
-    assert some == sample_prompts(all_of_them, 5, seed=1) != sample_prompts(all_of_them, 5, seed=2)
-    assert sample_prompts(all_of_them, 50, seed=1) == all_of_them
+    (prompt,) = encode_prompts(tokenizer, {"x": "import os"}, 64)
+    assert tokenizer.decode(list(prompt.tokens)) == "<user>import os<assistant>"
 
 
 def test_the_prompt_sets_of_others_are_read(shared: Path) -> None:

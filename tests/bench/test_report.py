@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from bench.core import compare, results
-from bench.core.results import Results
+from bench.core.methods import LIVING, LLAMA_CPP_METHODS, PLAIN
+from bench.core.results import Results, Run
 from bench.core.summary_stats import Spread
 from bench.reports import report, tables
 from bench.reports.goals import GOALS, findings
@@ -140,6 +141,48 @@ def test_goals_compare_methods_that_there_are() -> None:
     measured = [found.goal.what for found in findings(synthetic()) if found.value is not None]
     assert len(measured) == len(GOALS)
     assert set(tables.REFERENCES) < names
+
+
+def test_a_trained_drafter_has_goals_of_its_own() -> None:
+    found = of(
+        run("plain", 40.0),
+        run("plain", 40.0, 1),
+        run("living", 90.0, steps=steps(127 / 90)),
+        run("living", 38.0, 1, steps=steps(127 / 38)),
+        run("llama.cpp", 50.0),
+        run("llama.cpp", 50.0, 1),
+        methods=tuple(method.facts for method in (PLAIN, LIVING, LLAMA_CPP_METHODS[0])),
+    )
+    pair = found.pair.model_copy(update={"method": "eagle"})
+    shown = {
+        one.goal.what: one.measured
+        for one in findings(found.model_copy(update={"pair": pair}))
+        if one.value is not None
+    }
+    assert shown == {
+        "living / plain": "1.60",
+        "living / best of llama.cpp on one core or two": "1.28",
+        "tokens per step of living": "3.20",
+        "living / plain on the worst prompt": "0.95",
+    }
+
+
+def test_categories_have_rows_if_they_hold_several_prompts() -> None:
+    def runs(name: str, prompts: dict[str, float]) -> list[Run]:
+        return [
+            run(name, rate, steps=steps(127 / rate)).model_copy(update={"prompt": prompt})
+            for prompt, rate in prompts.items()
+        ]
+
+    plain = dict.fromkeys(("qa:1", "qa:2", "rag:7"), 40.0)
+    found = of(*runs("plain", plain), *runs("living", {"qa:1": 60, "qa:2": 100, "rag:7": 160}))
+    rows = tables.categories(found, 0.0).rows
+    assert [(row[0], row[1], row[4], row[5]) for row in rows] == [
+        ("qa", "2", "2.00 (1.75 to 2.25)", "3.20"),
+        ("rag", "1", "4.00 (4.00 to 4.00)", "3.20"),
+    ]
+    alone = of(*runs("plain", {"qa:1": 40.0}), *runs("living", {"qa:1": 60.0}))
+    assert tables.categories(alone, 0.0).rows == ()
 
 
 def test_results_survive_the_file(tmp_path: Path) -> None:

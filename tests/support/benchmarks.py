@@ -4,6 +4,7 @@ import numpy as np
 
 from bench.core.methods import (
     AMUSD,
+    DRAFT,
     GREEDY,
     LIVING_METHODS,
     PLAIN_METHODS,
@@ -33,6 +34,7 @@ SPEEDS = {  # tokens per second at temperature 0
     "pearl": 91.0,
     "living": 116.0,
     "living + ngram": 119.0,
+    "living, cold": 105.0,
     "living, no drafter": 39.6,
     "living, wrong drafter": 38.0,
     "transformers greedy": 25.0,
@@ -49,12 +51,10 @@ SPEEDS = {  # tokens per second at temperature 0
     "prompt lookup, 2 cores": 45.0,
 }
 SYNC = (
-    Method("sync chain", OutriderMethod("sync", (("rows", 4),), ("model",))),
-    Method("sync tree", OutriderMethod("sync", (("rows", 15),), ("model",))),
-    Method(
-        "sync tree, 2 cores", OutriderMethod("sync", (("rows", 15),), ("model",), (0, 1), (0, 1))
-    ),
-    Method("pearl", OutriderMethod("pearl", (("passes", 12),), ("model",))),
+    Method("sync chain", OutriderMethod("sync", (("rows", 4),), (DRAFT,))),
+    Method("sync tree", OutriderMethod("sync", (("rows", 15),), (DRAFT,))),
+    Method("sync tree, 2 cores", OutriderMethod("sync", (("rows", 15),), (DRAFT,), (0, 1), (0, 1))),
+    Method("pearl", OutriderMethod("pearl", (("passes", 12),), (DRAFT,))),
 )
 METHODS = (*PLAIN_METHODS, *SYNC, AMUSD, *LIVING_METHODS, *TRANSFORMERS_METHODS)
 TOKENS, PROMPTS, REPETITIONS, PREFILL = 128, 6, 3, 0.25
