@@ -16,12 +16,14 @@ from runtime.core.messages import Request
 from runtime.draft.draft_engine import DraftEngine
 from runtime.draft.draft_host import DraftHost
 from runtime.drafters.base import Drafter, DrafterContext
+from runtime.drafters.eagle import EagleDrafter
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.noisy import NoisyDrafter
 from runtime.heads.base import Head, HeadContext
 from runtime.method_registry import module_name
 from runtime.model_paths import calibration_file, draft_model, drafter_calibration_file, head_folder
 from runtime.models.detokenize import Detokenizer
+from runtime.models.eagle_pass import guess_times
 from runtime.models.grammar import GrammarCompiler
 from runtime.models.head_checkpoint import target_identity
 from runtime.models.hf import HFModel
@@ -205,6 +207,8 @@ def draft_width(drafter: Drafter) -> int:
     """
     if isinstance(drafter, NoisyDrafter):
         return draft_width(drafter.inner)
+    if isinstance(drafter, EagleDrafter):
+        return knee(guess_times(drafter.model, MEASURED_WIDTHS, time.monotonic))
     if not isinstance(drafter, ModelDrafter):
         return DEFAULT_WIDTH
     return knee(step_times(drafter.model, MEASURED_WIDTHS, time.monotonic))

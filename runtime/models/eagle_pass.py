@@ -5,6 +5,7 @@ cache holds its keys, its values and its state, which is the feature of the rows
 can be read with the target's features, and continued from the layer's own states in any tree.
 """
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,11 +15,13 @@ import torch
 import torch.nn.functional as F
 
 from runtime.core import limits
+from runtime.core.clock import Clock
 from runtime.core.features import FeatureBits, FeatureSpec
 from runtime.kernels.linear import LinearOp, has_room
 from runtime.kv.store import TorchCache
 from runtime.models.eagle import Eagle, rotary_angles
 from runtime.models.llama import RMSNorm, fused
+from runtime.models.step_timing import TEXT_TOKENS
 
 Slots = npt.NDArray[np.int64]
 INITIAL_POSITIONS = 512  # in the first table of angles
@@ -202,3 +205,34 @@ class EaglePass:
             cos, sin = angles.cos(), angles.sin()
             table = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], dim=1)
             return table[:, :, None].to(self.device, self.dtype)
+
+
+def guess_times(
+    model: EaglePass, widths: Sequence[int], clock: Clock, repeats: int = 20
+) -> dict[int, float]:
+    """Return median seconds of a pass over so many guesses after a text of TEXT_TOKENS tokens.
+
+    Widths are interleaved, as in `step_times`; the first round is not counted.
+    """
+    text = min(TEXT_TOKENS, model.context - 1)
+    cache, tokens = model.new_cache(), np.zeros(text, dtype=np.int64)
+    cache.append(text)
+    none = np.zeros(0, dtype=np.int64)
+    bits = np.zeros((text, model.width), dtype=np.uint16)
+    seen = np.tri(text, dtype=np.bool_)
+    model([EagleInput(cache, tokens, np.arange(text), bits, none, 0, 0, seen, none)])
+    seconds: dict[int, list[float]] = {width: [] for width in widths}
+    for _ in range(repeats + 1):
+        for width, found in seconds.items():
+            cache.append(width)
+            rows, above = np.zeros(width, dtype=np.int64), np.full(width, text - 1)
+            seen = np.ones((width, text + width), dtype=np.bool_)
+            seen[:, text:] = np.eye(width)
+            guesses = EagleInput(
+                cache, rows, above + 1, bits[:0], above, text, 0, seen, np.arange(width)
+            )
+            began = clock()
+            float(model([guesses])[0][0, 0])  # waits for the device
+            found.append(clock() - began)
+            cache.truncate(text)
+    return {width: statistics.median(found[1:]) for width, found in seconds.items()}

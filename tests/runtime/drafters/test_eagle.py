@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from runtime.core.features import FeatureRows
 from runtime.core.noise import gumbel
 from runtime.drafters.base import ExpandRequest, Text
 from runtime.drafters.eagle import EagleDrafter
+from runtime.models.eagle_pass import guess_times
 from tests.support.drafters import text_of
 from tests.support.eagles import drafter, features_of, straight, tiny
 
@@ -241,3 +243,16 @@ def test_features_of_another_width_are_an_error() -> None:
     text = replace(text_of(PROMPT), features=FeatureRows(0, np.zeros((29, 64), np.uint16)))
     with pytest.raises((RuntimeError, ValueError)):
         drafter(tiny()).expand([ExpandRequest(text, [0])])
+
+
+def test_the_time_of_a_pass_is_measured_by_its_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, now = drafter(tiny()).model, 0.0
+
+    def run(parts: Any) -> list[Any]:
+        nonlocal now
+        now += len(parts[0].tokens)
+        return [np.zeros((max(1, len(parts[0].wanted)), 1))]
+
+    assert all(seconds > 0 for seconds in guess_times(model, [1, 4], perf_counter).values())
+    monkeypatch.setattr(model, "_run", run)
+    assert guess_times(model, [1, 4], lambda: now) == {1: 1.0, 4: 4.0}
