@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from llvmlite import binding
 
+from runtime.kernels.llvm_bf16 import PairProgram
 from runtime.kernels.llvm_ir import Arguments, Program, Registers
 
 log = logging.getLogger(__name__)
@@ -54,16 +55,27 @@ def is_supported() -> bool:
 
 
 @functools.cache
-def load_kernel(dtype: torch.dtype) -> Kernel:
+def has_pairs() -> bool:
+    """Return whether this processor multiplies pairs of bfloat16, by compiling a kernel."""
+    try:
+        return is_supported() and load_kernel(torch.bfloat16, pairs=True) is not None
+    except (LookupError, RuntimeError):
+        return False
+
+
+@functools.cache
+def load_kernel(dtype: torch.dtype, pairs: bool = False) -> Kernel:
     """Return the kernel for matrices of this type; the first call takes half a second.
 
-    Raises LookupError for an unknown processor, RuntimeError if LLVM does not support it.
+    With `pairs` the rows are in bfloat16 like the matrix, else in float32. Raises LookupError for a
+    processor without kernels of this kind, RuntimeError if LLVM does not support it.
     """
     features = binding.get_host_cpu_features()
     registers = registers_of(features)
-    if registers is None:
+    if registers is None or (pairs and not features.get("avx512bf16")):
         raise LookupError("no kernel is known for this processor")
-    return compile_kernel(dtype, registers, binding.get_host_cpu_name(), features.flatten())
+    program = PairProgram(registers) if pairs else Program(dtype, registers)
+    return compile_kernel(program, binding.get_host_cpu_name(), features.flatten())
 
 
 def registers_of(features: Mapping[str, bool]) -> Registers | None:
@@ -81,9 +93,7 @@ def openmp_library() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
-def compile_kernel(
-    dtype: torch.dtype, registers: Registers, processor: str, features: str
-) -> Kernel:
+def compile_kernel(program: Program, processor: str, features: str) -> Kernel:
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     machine = binding.Target.from_default_triple().create_target_machine(
@@ -91,7 +101,7 @@ def compile_kernel(
         features=f"{features},-prefer-256-bit",  # or vectors of 512 bits would be split in two
         opt=3,
     )
-    module = binding.parse_assembly(str(Program(dtype, registers).module))
+    module = binding.parse_assembly(str(program.module))
     module.verify()
     passes = binding.create_pass_builder(
         machine, binding.create_pipeline_tuning_options(speed_level=3)
@@ -101,4 +111,4 @@ def compile_kernel(
     engine.finalize_object()
     call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
     transpose, work = (call(engine.get_function_address(name)) for name in ("transpose", "work"))
-    return Kernel(2 * registers.lanes, transpose, work, engine)
+    return Kernel(2 * program.lanes, transpose, work, engine)

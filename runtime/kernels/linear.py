@@ -20,57 +20,63 @@ A call costs a few microseconds more than a call of torch, so torch handles smal
 """
 
 import os
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from runtime.kernels.jit import is_supported
+from runtime.kernels.jit import has_pairs, is_supported
+from runtime.kernels.kernel_choice import KernelChoice, Product, choose_kernel
 from runtime.kernels.packed_weight import PackedWeight, smallest_exact_dtype
 
-MIN_PANEL_WEIGHTS = 1 << 16  # smaller matrices are not packed
+MIN_PANEL_WEIGHTS = 1 << 16  # smaller matrices in float32 are not packed
 MIN_ONEDNN_WEIGHTS = 1 << 19  # the same for oneDNN
 ONEDNN_ROWS_HINT = 16  # row count that oneDNN optimizes for; any other works too
 ONEDNN_MIN_ROWS = {torch.float32: 4, torch.bfloat16: 1}  # fewer rows bypass oneDNN
 
 
-def native_bf16() -> bool:
-    """Return whether this processor multiplies bfloat16."""
-    found: bool = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return found
+def candidates(weight: torch.Tensor) -> tuple[str, ...]:
+    """Return the kernels that may compute products with this matrix, in order of preference.
 
-
-def uses_panels(weight: torch.Tensor) -> bool:
-    """Return whether a PackedWeight would be used."""
-    fits = weight.dtype in (torch.float32, torch.float16) or (
-        weight.dtype == torch.bfloat16 and not native_bf16()
-    )
-    return (
-        fits
-        and weight.device.type == "cpu"
-        and weight.numel() >= MIN_PANEL_WEIGHTS
-        and is_supported()
-    )
-
-
-def uses_onednn(weight: torch.Tensor) -> bool:
-    """Return whether oneDNN's copy would be used, which requires that PackedWeight is not."""
-    fits = torch.backends.mkldnn.is_available() and (
-        weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and native_bf16())
-    )
-    return (
-        fits
-        and weight.device.type == "cpu"
+    Only kernels by which a row's result does not depend on its neighbours are candidates, if there
+    are any: "pairs" and "panels". The others are "onednn" and "torch".
+    """
+    if weight.device.type != "cpu":
+        return ("torch",)
+    if is_supported():
+        if weight.dtype == torch.bfloat16:  # small ones too: rounding would show their neighbours
+            return ("pairs", "panels") if has_pairs() else ("panels",)
+        if weight.dtype in (torch.float32, torch.float16) and weight.numel() >= MIN_PANEL_WEIGHTS:
+            return ("panels",)
+    elif (
+        torch.backends.mkldnn.is_available()
+        and weight.dtype in ONEDNN_MIN_ROWS
         and weight.numel() >= MIN_ONEDNN_WEIGHTS
-        and not uses_panels(weight)
+    ):
+        return ("onednn", "torch")
+    return ("torch",)
+
+
+def kernel_of(weight: torch.Tensor) -> KernelChoice:
+    """Return the kernel for this matrix; measures candidates that were never measured here."""
+    outer, inner = weight.shape
+    return choose_kernel(
+        weight.dtype,
+        (outer, inner),
+        candidates(weight),
+        lambda kernel, matrix: PRODUCTS[kernel](matrix, None),
     )
 
 
 def copy_bytes(weight: torch.Tensor) -> int:
     """Return the size of the copy that would be used; 0 if there is none."""
-    if uses_panels(weight):
-        return weight.numel() * smallest_exact_dtype(weight).itemsize
-    return weight.numel() * weight.element_size() if uses_onednn(weight) else 0
+    match candidates(weight)[0]:  # alternatives in bfloat16 are of the same size
+        case "panels":
+            return weight.numel() * smallest_exact_dtype(weight).itemsize
+        case "pairs" | "onednn":
+            return weight.numel() * weight.element_size()
+    return 0
 
 
 def has_room(module: nn.Module) -> bool:
@@ -79,44 +85,66 @@ def has_room(module: nn.Module) -> bool:
     return needed <= os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
+class TorchProduct:
+    """Computes rows @ weight.T + bias by torch, in the type of the matrix."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._bias, self._transposed = bias, weight.t()
+
+    def __call__(self, rows: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
+        if addend is None:
+            added = self._bias
+        else:
+            added = addend if self._bias is None else addend + self._bias
+        own = rows.to(self._transposed.dtype)
+        if added is None:
+            return torch.mm(own, self._transposed).to(rows.dtype)
+        return torch.addmm(added.to(own.dtype), own, self._transposed).to(rows.dtype)
+
+
+class OneDnnProduct:
+    """Computes rows @ weight.T + bias by oneDNN, from a copy in its own order."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._few, self._bias, self._dtype = TorchProduct(weight, bias), bias, weight.dtype
+        self._min_rows = ONEDNN_MIN_ROWS[weight.dtype]
+        self._matrix = torch.ops.mkldnn._reorder_linear_weight(
+            weight.contiguous(), ONEDNN_ROWS_HINT
+        )
+
+    def __call__(self, rows: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
+        if len(rows) < self._min_rows:
+            return self._few(rows, addend)
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+            rows.to(self._dtype), self._matrix, self._bias, "none", [], ""
+        ).to(rows.dtype)
+        return result if addend is None else result.add_(addend)
+
+
+PRODUCTS: dict[str, Callable[[torch.Tensor, torch.Tensor | None], Product]] = {
+    "pairs": lambda weight, bias: PackedWeight(weight, bias, torch.bfloat16, pairs=True),
+    "panels": lambda weight, bias: PackedWeight(weight, bias, smallest_exact_dtype(weight)),
+    "onednn": OneDnnProduct,
+    "torch": TorchProduct,
+}
+
+
 class LinearOp:
-    """Computes rows @ weight.T + bias, (n, inner) -> (n, outer).
+    """Computes rows @ weight.T + bias, (n, inner) -> (n, outer), in the type of the rows.
 
     With `pack` it uses an arranged copy of the matrix if that is faster.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, pack: bool) -> None:
         self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
-        self._transposed, self._min_rows = self.weight.t(), ONEDNN_MIN_ROWS.get(weight.dtype, 1)
-        self._panels = (
-            PackedWeight(self.weight, self.bias, smallest_exact_dtype(self.weight))
-            if pack and uses_panels(self.weight)
-            else None
-        )
-        reorder = pack and uses_onednn(self.weight)
-        self._onednn = (
-            torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), ONEDNN_ROWS_HINT)
-            if reorder
-            else None
-        )
+        outer, inner = self.weight.shape
+        unpacked = KernelChoice("torch", (outer, inner), {})
+        self.choice = kernel_of(self.weight) if pack else unpacked
+        self._product = PRODUCTS[self.choice.kernel](self.weight, self.bias)
 
     def __call__(self, rows: torch.Tensor, addend: torch.Tensor | None = None) -> torch.Tensor:
         """Compute the product and add `addend` to it."""
-        if self._panels is not None:
-            return self._panels(rows, addend)
-        if self._onednn is not None and len(rows) >= self._min_rows:
-            result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-                rows, self._onednn, self.bias, "none", [], ""
-            )
-            return result if addend is None else result.add_(addend)
-        addend = (
-            self.bias if addend is None else addend if self.bias is None else addend + self.bias
-        )
-        return (
-            torch.mm(rows, self._transposed)
-            if addend is None
-            else torch.addmm(addend, rows, self._transposed)
-        )
+        return self._product(rows, addend)
 
 
 class PackedLinear(nn.Linear):
@@ -140,7 +168,5 @@ def pack(module: nn.Module) -> None:
     """Replace the linear layers of a model that benefit from packing; parameters stay in place."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and (
-                uses_panels(child.weight) or uses_onednn(child.weight)
-            ):
+            if type(child) is nn.Linear and kernel_of(child.weight).kernel != "torch":
                 setattr(parent, name, PackedLinear(child))

@@ -74,11 +74,7 @@ class Program:
             2 * registers.lanes * dtype.itemsize,
         )
         self.vector = ir.VectorType(F32, self.lanes)
-        self.fma = ir.Function(
-            self.module,
-            ir.FunctionType(self.vector, [self.vector] * 3),
-            f"llvm.fma.v{self.lanes}f32",
-        )
+        self.declare()
         self.prefetch = ir.Function(
             self.module,
             ir.FunctionType(ir.VoidType(), [PTR, I32, I32, I32]),
@@ -90,6 +86,14 @@ class Program:
         self.blocks = [self.block(rows) for rows in range(1, registers.rows + 1)]
         self.transpose()
         self.work()
+
+    def declare(self) -> None:
+        """Declare the instruction that multiplies and adds."""
+        self.fma = ir.Function(
+            self.module,
+            ir.FunctionType(self.vector, [self.vector] * 3),
+            f"llvm.fma.v{self.lanes}f32",
+        )
 
     def block(self, rows: int) -> ir.Function:
         """Return a function that multiplies `rows` rows with `lines` lines of a panel.
@@ -151,20 +155,23 @@ class Program:
                         I32(1),
                     ],
                 )
-            weights = self.widen(at, element_ptr(at, panel, I8, at.mul(line, I64(self.line))))
+            weights = self.weights(at, element_ptr(at, panel, I8, at.mul(line, I64(self.line))))
             numbers = element_ptr(at, transposed, F32, at.mul(line, count))
             for index, (row, half) in enumerate(places):
-                number = self.broadcast(
-                    at, at.load(element_ptr(at, numbers, F32, I64(row)), typ=F32, align=4)
-                )
-                sums[index] = at.call(self.fma, [weights[half], number, sums[index]])
+                number = self.broadcast(at, element_ptr(at, numbers, F32, I64(row)))
+                sums[index] = self.multiply_add(at, weights[half], number, sums[index])
         for total, where in zip(sums, places, strict=True):
             more = at.load(place(addend, addend_stride, *where), typ=self.vector, align=4)
             at.store(at.fadd(total, more), place(out, out_stride, *where), align=4)
         at.ret_void()
         return function
 
-    def widen(self, at: ir.IRBuilder, line: ir.Value) -> list[ir.Value]:
+    def multiply_add(
+        self, at: ir.IRBuilder, weights: ir.Value, number: ir.Value, total: ir.Value
+    ) -> ir.Value:
+        return at.call(self.fma, [weights, number, total])
+
+    def weights(self, at: ir.IRBuilder, line: ir.Value) -> list[ir.Value]:
         """Return the two float vectors of a line.
 
         In bfloat16 they are the lower and upper halves of 32-bit words: the upper halves of floats.
@@ -188,8 +195,12 @@ class Program:
             else halves
         )
 
-    def broadcast(self, at: ir.IRBuilder, number: ir.Value) -> ir.Value:
-        nothing = ir.Constant(self.vector, ir.Undefined)
+    def broadcast(self, at: ir.IRBuilder, address: ir.Value) -> ir.Value:
+        """Return a vector of the row's element at `address`."""
+        return self.repeat(at, at.load(address, typ=F32, align=4))
+
+    def repeat(self, at: ir.IRBuilder, number: ir.Value) -> ir.Value:
+        nothing = ir.Constant(ir.VectorType(number.type, self.lanes), ir.Undefined)
         return at.shuffle_vector(
             at.insert_element(nothing, number, I32(0)),
             nothing,

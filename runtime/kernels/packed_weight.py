@@ -48,32 +48,47 @@ def allocate(shape: torch.Size, kind: torch.dtype) -> torch.Tensor:
 
 
 class PackedWeight:
-    """Computes rows @ weight.T + bias on a CPU in float32, (n, inner) -> (n, outer).
+    """Computes rows @ weight.T + bias on a CPU, summed in float32, (n, inner) -> (n, outer).
 
-    The result has the type of the rows. Each row's result depends bit for bit on that row alone.
-    Raises ValueError for other shapes.
+    Each row's result depends bit for bit on that row alone. Raises ValueError for other shapes.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, kind: torch.dtype) -> None:
-        """Pack the weights; `kind` must hold them exactly. Raises what `load_kernel` raises."""
-        self._kernel = load_kernel(kind)
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        kind: torch.dtype,
+        pairs: bool = False,
+    ) -> None:
+        """Pack the weights; `kind` must hold them exactly. Raises what `load_kernel` raises.
+
+        With `pairs`, where `kind` is bfloat16, the rows are rounded to bfloat16.
+        """
+        self._kernel = load_kernel(kind, pairs)
         self._outer, self._inner = weight.shape
+        self._element = torch.bfloat16 if pairs else torch.float32
+        depth = 2 if pairs else 1  # elements of a row in a 32-bit word
+        self._words = -(-self._inner // depth)
+        self._odd = self._words * depth - self._inner
         panels = -(-self._outer // self._kernel.width)
         self._width = panels * self._kernel.width
         self._spare = self._width - self._outer
-        halves = F.pad(weight.to(kind), (0, 0, 0, self._spare)).reshape(
-            panels, 2, self._kernel.width // 2, self._inner
+        halves = F.pad(weight.to(kind), (0, self._odd, 0, self._spare)).reshape(
+            panels, 2, self._kernel.width // 2, self._words, depth
         )
-        # In bfloat16 the halves of a line are interleaved: see `Program.widen`.
-        lines = halves.permute((0, 3, 2, 1) if kind == torch.bfloat16 else (0, 3, 1, 2))
+        # In bfloat16 without pairs the halves of a line are interleaved: see `Program.weights`.
+        interleaved = kind == torch.bfloat16 and not pairs
+        lines = halves.permute((0, 3, 2, 1, 4) if interleaved else (0, 3, 1, 2, 4))
         self._matrix = allocate(lines.shape, kind).copy_(lines)
         self._bias = None if bias is None else F.pad(bias.float(), (0, self._spare))
         self._zeros = torch.zeros(self._width)
 
     def __call__(self, rows: torch.Tensor, addend: torch.Tensor | None = None) -> torch.Tensor:
-        """Compute the product and add `addend` to it."""
-        if rows.dtype != torch.float32:
-            return self(rows.float(), None if addend is None else addend.float()).to(rows.dtype)
+        """Compute the product and add `addend` to it. The result has the type of the rows."""
+        return self.to_float(rows, addend).to(rows.dtype)
+
+    def to_float(self, rows: torch.Tensor, addend: torch.Tensor | None = None) -> torch.Tensor:
+        """As a call; the result is in float32, whatever the type of the rows."""
         count, inner = rows.shape
         if inner != self._inner or (addend is not None and addend.shape != (count, self._outer)):
             added = "nothing" if addend is None else tuple(addend.shape)
@@ -81,17 +96,19 @@ class PackedWeight:
                 f"rows {tuple(rows.shape)} and addend {added} do not fit: "
                 f"the matrix is {self._outer} x {self._inner}"
             )
-        rows = rows.contiguous()
+        rows = rows.to(self._element)
+        rows = F.pad(rows, (0, self._odd)) if self._odd else rows.contiguous()
         addends, stride = self._addend(addend)
-        out = rows.new_empty(count, self._width)
-        transposed = rows if count == 1 else rows.new_empty(min(count, MAX_ROWS), self._inner)
+        out = torch.empty(count, self._width)
+        block = min(count, MAX_ROWS)
+        transposed = rows if count == 1 else torch.empty(block, self._words)
         for first in range(0, count, MAX_ROWS):
             self._kernel(
                 Arguments(
-                    rows=rows.data_ptr() + 4 * first * self._inner,
+                    rows=rows.data_ptr() + 4 * first * self._words,
                     transposed=transposed.data_ptr(),
                     count=min(MAX_ROWS, count - first),
-                    inner=self._inner,
+                    inner=self._words,
                     matrix=self._matrix.data_ptr(),
                     panels=self._matrix.shape[0],
                     addend=addends.data_ptr() + 4 * first * stride,
@@ -109,5 +126,5 @@ class PackedWeight:
         """
         if addend is None:
             return self._zeros if self._bias is None else self._bias, 0
-        wide = F.pad(addend, (0, self._spare)) if self._spare else addend
+        wide = F.pad(addend.float(), (0, self._spare)) if self._spare else addend.float()
         return (wide if self._bias is None else wide + self._bias).contiguous(), self._width

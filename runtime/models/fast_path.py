@@ -3,20 +3,23 @@
 import logging
 import os
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
 
 from runtime.kernels.cuda_graph import GraphCapture, run_eagerly
-from runtime.kernels.linear import has_room, pack
+from runtime.kernels.kernel_choice import KernelChoice
+from runtime.kernels.linear import PackedLinear, has_room, pack
 from runtime.kv.arena import Arena
 from runtime.models.base import PassInput, causal
-from runtime.models.hf import MODEL_ERRORS, ROUNDING_TOLERANCE, ForwardPass, HFModel, relative_error
+from runtime.models.hf import MODEL_ERRORS, ForwardPass, HFModel, row_errors
+from runtime.models.layer_subset import float32_sample
 from runtime.models.llama import LlamaPass, is_llama
 from runtime.models.static_pass import StaticPass
 
 PROBE_LENGTHS = (24, 7)  # tokens of the texts compared
+EXACT_TOLERANCE = 1e-4  # relative error of logits in float32
+ROUNDED_TOLERANCE = 0.25  # of the median row in 16 bits: rounding alone reaches 0.1 in some models
 MAX_SEATS = 8  # texts per static pass, memory permitting
 MAX_SEAT_SLOTS = 8192  # per text; the generic pass serves longer ones
 FREE_MEMORY_DIVISOR = 8  # seats take at most this fraction of the free memory
@@ -33,7 +36,7 @@ def enable_fast_path(model: HFModel) -> None:
     if model.device.type == "cuda":
         enable_static_path(model)
     elif model.device.type == "cpu":
-        fast = is_llama(model.module) and install_if_equal(model, partial(LlamaPass, model.module))
+        fast = is_llama(model.module) and install_if_equal(model, llama_pass)
         if not fast and has_room(model.module):
             pack(model.module)
 
@@ -58,9 +61,10 @@ def enable_static_path(model: HFModel) -> bool:
         )
         return False
 
-    def make() -> StaticPass:
+    def make(model: HFModel) -> StaticPass:
         record = GraphCapture(model.device) if model.device.type == "cuda" else run_eagerly
-        return StaticPass(model.module, Arena(like, seats, slots), model.generic, record)
+        arena = Arena(model.new_cache(), seats, slots)
+        return StaticPass(model.module, arena, model.generic, record)
 
     return install_if_equal(model, make)
 
@@ -81,32 +85,55 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def install_if_equal(model: HFModel, make: Callable[[], ForwardPass]) -> bool:
-    """Install the pass that `make` creates; restore the old one if the results differ."""
+def kernels_of(model: HFModel) -> list[KernelChoice]:
+    """Return the kernels of a pass; none if transformers' code computes all products."""
+    if isinstance(model.step, LlamaPass):
+        return [product.choice for product in model.step.products()]
+    layers = model.module.modules()
+    return [layer.product.choice for layer in layers if isinstance(layer, PackedLinear)]
+
+
+def llama_pass(model: HFModel) -> LlamaPass:
+    return LlamaPass(model.module)
+
+
+def install_if_equal(model: HFModel, make: Callable[[HFModel], ForwardPass]) -> bool:
+    """Install the pass that `make` creates if its results are those of the model's own pass.
+
+    A model in 16 bits is compared by a sample in float32 first: rounding would hide a fault.
+    """
+    try:
+        if model.dtype != torch.float32:
+            sample = HFModel(float32_sample(model.module), model.name)
+            error = install(sample, make).max()
+            if not error <= EXACT_TOLERANCE:
+                return refuse(model, f"the faster one is off by {error:.2g} in float32")
+            del sample
+        errors = install(model, make)
+    except MODEL_ERRORS as misfit:
+        return refuse(model, f"the faster one does not fit it ({misfit})")
+    exact = model.dtype == torch.float32
+    error = errors.max() if exact else errors.median()
+    if not error <= (EXACT_TOLERANCE if exact else ROUNDED_TOLERANCE):
+        return refuse(model, f"the faster one is off by {error:.2g}")
+    return True
+
+
+def install(model: HFModel, make: Callable[[HFModel], ForwardPass]) -> torch.Tensor:
+    """Install the pass that `make` creates; return the relative error of each row."""
     tokens = np.random.default_rng(0).integers(
         0, model.vocabulary, min(PROBE_LENGTHS[0], model.context)
     )
     expected = probe_logits(model, tokens)
-    try:
-        model.step = make()
-        error = relative_error(probe_logits(model, tokens), expected)
-    except MODEL_ERRORS as misfit:
-        log.warning(
-            "model %s keeps transformers' own pass: the faster one does not fit it (%s)",
-            model.name,
-            misfit,
-        )
-        model.step = model.generic
-        return False
-    if not error <= (1e-4 if model.dtype == torch.float32 else ROUNDING_TOLERANCE[False]):
-        log.warning(
-            "model %s keeps transformers' own pass: the faster one is off by %.2g",
-            model.name,
-            error,
-        )
-        model.step = model.generic
-        return False
-    return True
+    model.step = make(model)
+    return row_errors(probe_logits(model, tokens), expected)
+
+
+def refuse(model: HFModel, reason: str) -> bool:
+    """Restore the model's own pass, and say why."""
+    log.warning("model %s keeps transformers' own pass: %s", model.name, reason)
+    model.step = model.generic
+    return False
 
 
 def probe_logits(

@@ -229,13 +229,15 @@ def positions_of(part: PassInput, branches: int) -> npt.NDArray[np.int64]:
 
 
 def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the worst row's root mean square error, relative to the spread of `expected`."""
+    """Return the worst of `row_errors`."""
+    return float(row_errors(logits, expected).max())
+
+
+def row_errors(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Return each row's root mean square error, relative to the spread of `expected`."""
     centred = expected - expected.mean(dim=1, keepdim=True)
-    return float(
-        ((logits - expected).square().mean(dim=1) / centred.square().mean(dim=1).clamp_min(1e-12))
-        .max()
-        .sqrt()
-    )
+    errors = (logits - expected).square().mean(dim=1)
+    return (errors / centred.square().mean(dim=1).clamp_min(1e-12)).sqrt()
 
 
 def check_config(config: PreTrainedConfig, kind: type[PreTrainedModel], name: str) -> None:

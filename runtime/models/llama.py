@@ -10,7 +10,7 @@ once for both.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -25,41 +25,10 @@ from runtime.models.attention_mask import additive_mask, layer_windows
 from runtime.models.base import OutputSpec, PassInput, PassOutput, Rows
 from runtime.models.generic import logit_rows, torch_cache
 from runtime.models.hf import max_context
+from runtime.models.llama_layers import fused, norm, read_layer
 
 MODEL_TYPES = {"llama", "mistral", "qwen2", "qwen3"}
 INITIAL_POSITIONS = 512  # in the first table of angles
-
-
-class RMSNorm:
-    """Computes x * weight / sqrt(mean(x^2) + eps) over the last dimension in float32.
-
-    It evaluates x / hypot(|x|, sqrt(d eps)) * (sqrt(d) weight), which takes four calls; F.rms_norm
-    makes ten.
-    """
-
-    def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        size = weight.shape[-1]
-        self.weight = weight.detach().float() * size**0.5
-        self.least = torch.tensor((size * eps) ** 0.5, dtype=torch.float32)
-
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        size = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32).hypot_(
-            self.least
-        )
-        scaled: torch.Tensor = (rows / size).mul_(self.weight)
-        return scaled.to(rows.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class LlamaLayer:
-    before: RMSNorm
-    qkv: LinearOp
-    heads: RMSNorm | None  # of queries and keys, head by head
-    out: LinearOp
-    after: RMSNorm
-    gate_up: LinearOp
-    down: LinearOp
-    kind: str  # names the window
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +67,8 @@ class LlamaPass:
         self._embedding: torch.Tensor = body.embed_tokens.weight.detach()
         kinds = getattr(config, "layer_types", None) or [""] * len(body.layers)
         self._layers = [
-            self._layer(layer, kind, pack) for layer, kind in zip(body.layers, kinds, strict=True)
+            read_layer(layer, kind, self._heads, self._kv, pack)
+            for layer, kind in zip(body.layers, kinds, strict=True)
         ]
         self._norm = norm(body.norm)
         self._head = fused(module.lm_head, pack=pack)
@@ -183,6 +153,11 @@ class LlamaPass:
 
     def unembed(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._head(hidden.to(self._dtype)).float()
+
+    def products(self) -> list[LinearOp]:
+        """Return the products of a pass."""
+        layers = [(one.qkv, one.out, one.gate_up, one.down) for one in self._layers]
+        return [*chain.from_iterable(layers), self._head]
 
     def _embed(self, parts: Sequence[PassInput]) -> torch.Tensor:
         return self._embedding.index_select(
@@ -306,26 +281,6 @@ class LlamaPass:
             },
         )
 
-    def _layer(self, layer: Any, kind: str, pack: bool) -> LlamaLayer:
-        attention, mlp = layer.self_attn, layer.mlp
-        heads = None
-        if hasattr(attention, "q_norm"):
-            q, k = (
-                half.weight.detach().expand(count, -1)
-                for half, count in ((attention.q_norm, self._heads), (attention.k_norm, self._kv))
-            )
-            heads = RMSNorm(torch.cat([q, k]), attention.q_norm.variance_epsilon)
-        return LlamaLayer(
-            norm(layer.input_layernorm),
-            fused(attention.q_proj, attention.k_proj, attention.v_proj, pack=pack),
-            heads,
-            fused(attention.o_proj, pack=pack),
-            norm(layer.post_attention_layernorm),
-            fused(mlp.gate_proj, mlp.up_proj, pack=pack),
-            fused(mlp.down_proj, pack=pack),
-            kind,
-        )
-
     def _rope_table(self, positions: int) -> torch.Tensor:
         """Return (positions, 2, 1, dim): cosines, and sines with a negated first half.
 
@@ -379,20 +334,3 @@ def concat_ids(arrays: Sequence[npt.NDArray[np.int64]]) -> torch.Tensor:
     return torch.from_numpy(
         np.ascontiguousarray(arrays[0]) if len(arrays) == 1 else np.concatenate(arrays)
     )
-
-
-def norm(module: Any) -> RMSNorm:
-    return RMSNorm(module.weight, module.variance_epsilon)
-
-
-def fused(*linears: nn.Linear, pack: bool) -> LinearOp:
-    """Fuse linear layers with the same input; their parameters become views of the fused ones."""
-    if len(linears) == 1:
-        return LinearOp(linears[0].weight, linears[0].bias, pack)
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    for linear, view in zip(
-        linears, weight.split([linear.out_features for linear in linears]), strict=True
-    ):
-        linear.weight.data = view
-    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-    return LinearOp(weight, torch.cat(biases) if biases else None, pack)

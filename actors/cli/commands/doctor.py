@@ -1,7 +1,7 @@
 """`outrider doctor`: checks a pair of models, and estimates its speed-up."""
 
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -10,6 +10,9 @@ from rich.table import Table
 from actors.cli.commands.options import Dtype
 from runtime.core.sampling_params import SamplingParams
 from runtime.model_paths import bundled_model
+
+if TYPE_CHECKING:
+    from runtime.models.hf import HFModel
 
 ROW_COUNTS = (1, 4, 8, 16, 32)
 PROMPTS = (
@@ -68,12 +71,34 @@ def doctor(
     for warning in warnings:
         console.print(f"note: {warning}", style="yellow")
     console.print(steps_table(large_times, small_times))
+    console.print(f"kernel      {kernel_line(large)}", soft_wrap=True)
     console.print("acceptance  " + "  ".join(f"first {rank}: {rates[rank]:.2f}" for rank in RANKS))
     ratio = large_times[1] / small_times[1]
     console.print(f"c = T/t     {ratio:.1f}: the speed-up cannot exceed {1 + ratio:.1f}")
     console.print(
         f"expected    {expected_speedup(rates, large_times, small_times):.1f} times, with a device "
         "each"
+    )
+
+
+def kernel_line(model: "HFModel") -> str:
+    """Name the kernels of a model's products, and the times by which they were chosen."""
+    from runtime.kernels.kernel_choice import ROW_COUNTS as MEASURED_ROWS
+    from runtime.models.fast_path import kernels_of
+
+    kernels = kernels_of(model)
+    names = sorted({choice.kernel for choice in kernels}) or ["torch"]
+    line = f"{str(model.dtype).removeprefix('torch.')}, {' and '.join(names)}"
+    measured = [choice for choice in kernels if choice.times]
+    if not measured:
+        return f"{line}: no other serves this type here"
+    largest = max(measured, key=lambda choice: choice.shape[0] * choice.shape[1])
+    times = ", ".join(
+        f"{name} {'/'.join(f'{ms:.2f}' for ms in found)}" for name, found in largest.times.items()
+    )
+    return (
+        f"{line}: ms for {'/'.join(map(str, MEASURED_ROWS))} rows of a "
+        f"{largest.shape[0]} x {largest.shape[1]} matrix: {times}"
     )
 
 

@@ -288,6 +288,7 @@ def test_doctor_measures_a_pair(
     shown = capsys.readouterr().out
     assert "The pair matches: 4096 tokens" in shown
     assert "first 1: 1.00" in shown
+    assert "kernel      float32, " in shown
 
 
 def test_without_arguments_there_is_help(

@@ -13,11 +13,10 @@ from runtime.kernels.linear import (
     ONEDNN_MIN_ROWS,
     LinearOp,
     PackedLinear,
+    candidates,
     copy_bytes,
     has_room,
     pack,
-    uses_onednn,
-    uses_panels,
 )
 
 LARGE = (1024, 512)
@@ -61,22 +60,49 @@ def test_a_row_is_the_same_whatever_stands_beside_it(ways: bool) -> None:
     torch.testing.assert_close(whole, part, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("native", [False, True])
-def test_copies_are_for_large_matrices(
-    ways: bool, native: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("has_pairs", [False, True])
+def test_only_kernels_with_independent_rows_are_candidates_where_there_are_any(
+    ways: bool, has_pairs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "native_bf16", lambda: native)
+    monkeypatch.setattr(linear, "has_pairs", lambda: has_pairs)
     large, short, half = (
         torch.empty(LARGE, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)
     )
-    assert [uses_panels(weight) for weight in (large, short, half)] == [
-        ways,
-        ways and not native,
-        ways,
-    ]
-    assert [uses_onednn(weight) for weight in (large, short, half)] == [not ways, native, False]
-    assert not uses_panels(torch.empty(MIN_PANEL_WEIGHTS // 256 - 1, 256))
-    assert not uses_onednn(torch.empty(MIN_ONEDNN_WEIGHTS // 256 - 1, 256))
+    if ways:
+        in_16_bits = ("pairs", "panels") if has_pairs else ("panels",)
+        assert [candidates(weight) for weight in (large, short, half)] == [
+            ("panels",),
+            in_16_bits,
+            ("panels",),
+        ]
+        assert candidates(short[:8]) == in_16_bits
+    else:
+        assert [candidates(weight) for weight in (large, short, half)] == [
+            ("onednn", "torch"),
+            ("onednn", "torch"),
+            ("torch",),
+        ]
+        assert candidates(short[:8]) == ("torch",)
+    assert candidates(torch.empty(MIN_PANEL_WEIGHTS // 256 - 1, 256)) == ("torch",)
+    below = torch.empty(MIN_ONEDNN_WEIGHTS // 256 - 1, 256)
+    assert candidates(below) == (("panels",) if ways else ("torch",))
+
+
+@pytest.mark.parametrize("kernel", ["pairs", "panels"])
+@pytest.mark.parametrize("shape", [LARGE, (24, 17)])
+def test_a_bfloat16_row_is_the_same_whatever_stands_beside_it(
+    kernel: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(shape).bfloat16()
+    if kernel not in candidates(weight):
+        pytest.skip("no such kernel for this processor")
+    monkeypatch.setattr(linear, "candidates", lambda weight: (kernel,))
+    product, x = LinearOp(weight, None, pack=True), torch.randn(33, shape[1]).bfloat16()
+    assert product.choice.kernel == kernel
+    with torch.inference_mode():
+        alone = torch.cat([product(row) for row in x.split(1)])
+        for count in (1, 2, 8, 16, 33):
+            assert torch.equal(product(x[:count]), alone[:count])
 
 
 def test_a_copy_takes_what_the_shortest_exact_type_needs(ways: bool) -> None:
@@ -92,7 +118,7 @@ def test_without_units_for_it_16_bits_go_through_panels(
 ) -> None:
     if not is_supported():
         pytest.skip("no kernel for this processor")
-    monkeypatch.setattr(linear, "native_bf16", lambda: False)
+    monkeypatch.setattr(linear, "has_pairs", lambda: False)
     weight, x = (torch.randn(LARGE) / 16).to(dtype), torch.randn(3, 512).to(dtype)
     found = LinearOp(weight, None, pack=True)(x)
     assert torch.equal(found, LinearOp(weight.float(), None, pack=True)(x.float()).to(dtype))

@@ -12,8 +12,15 @@ from llvmlite import binding
 
 from runtime.kernels import jit as kernels
 from runtime.kernels import packed_weight
-from runtime.kernels.jit import Kernel, compile_kernel, is_supported, load_kernel, registers_of
-from runtime.kernels.llvm_ir import Registers
+from runtime.kernels.jit import (
+    Kernel,
+    compile_kernel,
+    has_pairs,
+    is_supported,
+    load_kernel,
+    registers_of,
+)
+from runtime.kernels.llvm_ir import Program, Registers
 from runtime.kernels.packed_weight import MAX_ROWS, PackedWeight, smallest_exact_dtype
 
 KINDS = (torch.bfloat16, torch.float16, torch.float32)
@@ -25,6 +32,7 @@ SHAPES = (
 )  # one line; less than a panel; two pieces; three, and a panel of one output
 
 pytestmark = pytest.mark.skipif(not is_supported(), reason="no kernel for this processor")
+pairs = pytest.mark.skipif(not has_pairs(), reason="no AVX512_BF16")
 
 
 @pytest.fixture(autouse=True)
@@ -96,8 +104,7 @@ def test_a_processor_with_shorter_registers_computes_the_same(
     registers = registers_of(older)
     assert registers == Registers(8, 6)
     shorter = compile_kernel(
-        kind,
-        registers,
+        Program(kind, registers),
         "haswell",
         ",".join(f"{'+' if has else '-'}{name}" for name, has in older.items()),
     )
@@ -105,7 +112,7 @@ def test_a_processor_with_shorter_registers_computes_the_same(
         weight, x = matrix(shape, kind), torch.randn(MAX_ROWS + 1, shape[1])
         expected = PackedWeight(weight, None, kind)(x)
         with monkeypatch.context() as patched:
-            patched.setattr(packed_weight, "load_kernel", lambda _: shorter)
+            patched.setattr(packed_weight, "load_kernel", lambda *_: shorter)
             assert torch.equal(PackedWeight(weight, None, kind)(x), expected)
 
 
@@ -144,6 +151,58 @@ def test_models_of_16_bits_are_computed_in_float32(kind: torch.dtype) -> None:
         atol=2e-5,
         rtol=torch.finfo(kind).eps,
     )
+
+
+@pairs
+@settings(max_examples=60, deadline=None)
+@given(
+    outer=st.integers(1, 130),
+    inner=st.integers(1, 1100),
+    rows=st.integers(1, 2 * MAX_ROWS + 2),
+    bias=st.booleans(),
+    addend=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_pairs_are_the_product_of_bfloat16_rows(
+    outer: int, inner: int, rows: int, bias: bool, addend: bool, seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed + 1)
+    weight, x = matrix((outer, inner), torch.bfloat16, seed), torch.randn(rows, inner)
+    offset = torch.randn(outer, generator=random) if bias else None
+    old = torch.randn(rows, outer, generator=random) if addend else None
+    rounded = x.bfloat16()
+    exact = (
+        rounded.double() @ weight.double().t()
+        + (0.0 if offset is None else offset)
+        + (0.0 if old is None else old)
+    )
+    product = PackedWeight(weight, offset, torch.bfloat16, pairs=True)
+    torch.testing.assert_close(product(x, old).double(), exact, atol=1e-5, rtol=1e-6)
+    assert torch.equal(product.to_float(rounded, old), product(x, old))
+    assert product(rounded, old).dtype == torch.bfloat16
+
+
+@pairs
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_of_pairs_is_the_same_whatever_is_beside_it(shape: tuple[int, int]) -> None:
+    product = PackedWeight(
+        matrix(shape, torch.bfloat16), torch.ones(shape[0]), torch.bfloat16, pairs=True
+    )
+    x = torch.randn(2 * MAX_ROWS + 1, shape[1]).bfloat16()
+    torch.set_num_threads(1)
+    alone = torch.cat([product.to_float(row) for row in x.split(1)])
+    for count in (1, 2, 3, 13, 14, 15, 29, MAX_ROWS, MAX_ROWS + 1, len(x)):
+        for several in (1, 2, 5):
+            torch.set_num_threads(several)
+            assert torch.equal(product.to_float(x[:count]), alone[:count])
+
+
+def test_an_older_processor_has_no_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        kernels, "binding", SimpleNamespace(get_host_cpu_features=lambda: {"avx512f": True})
+    )
+    with pytest.raises(LookupError, match="no kernel"):
+        load_kernel.__wrapped__(torch.bfloat16, pairs=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
