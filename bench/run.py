@@ -52,7 +52,8 @@ from bench.stages import FINISHING, MEASURING, BenchPlan, BenchState, BenchTools
 from runtime.core.errors import InvalidRequest
 from runtime.core.messages import Tokens
 from runtime.core.sampling_params import SamplingParams
-from runtime.models.loader import find_folder, load_tokenizer
+from runtime.models.loader import load_tokenizer
+from runtime.models.model_folder import find_folder
 from runtime.models.vocab_check import check_pair
 from runtime.schedulers.pearl import gamma
 from runtime.telemetry.tracing import Recording

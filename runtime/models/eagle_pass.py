@@ -20,7 +20,7 @@ from runtime.core.features import FeatureBits, FeatureSpec
 from runtime.kernels.linear import LinearOp, has_room
 from runtime.kv.store import TorchCache
 from runtime.models.eagle import Eagle, rotary_angles
-from runtime.models.llama import RMSNorm, fused
+from runtime.models.llama_layers import RMSNorm, fused
 from runtime.models.step_timing import TEXT_TOKENS
 
 Slots = npt.NDArray[np.int64]
