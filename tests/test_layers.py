@@ -59,6 +59,7 @@ LAYERS = (
         "draft/frontier",
         "scoring/agreement",
         "scoring/calibration",
+        "scoring/speculation_gate",
         "target/stop_checker",
     ),
     (

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.core.messages import Round, Style
+from runtime.scoring.speculation_gate import SpeculationGate
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,11 @@ class Scheduler(Protocol):
 
     @property
     def style(self) -> Style: ...
+
+    @property
+    def gate(self) -> SpeculationGate | None:
+        """Return what makes drafters rest while plain decoding is faster; None: they never do."""
+        ...
 
     def plan(self, views: Sequence[SessionView]) -> Plan:
         """Plan for the sessions that are ready. Called again after a wait, or when growth

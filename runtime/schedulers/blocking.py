@@ -23,6 +23,8 @@ class Blocking(ABC):
     drafter sets the pace of all.
     """
 
+    gate = None
+
     def __init__(self, t: float) -> None:
         """`t`: seconds of a drafter's forward pass, more than 0; the expected delay of growth until
         some has been measured.

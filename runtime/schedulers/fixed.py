@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from runtime.core.messages import Round, Style
 from runtime.schedulers.base import Plan, SessionView
@@ -11,6 +12,7 @@ from runtime.schedulers.base import Plan, SessionView
 class Fixed:
     rows: int
     patience: float = 0.0  # seconds
+    gate: ClassVar[None] = None
 
     @property
     def style(self) -> Style:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from runtime.core.messages import DEFAULT_STYLE, Round
 from runtime.schedulers.base import Plan, SessionView
+from runtime.scoring.speculation_gate import SpeculationGate
 
 MEASURED_ROWS = (
     1,
@@ -53,6 +54,7 @@ class Living:
     style = DEFAULT_STYLE
 
     def __init__(self, times: Mapping[int, float]) -> None:
+        self.gate = SpeculationGate(times)
         self.rows = np.asarray(sorted(times), dtype=np.float64)
         self.measured = np.asarray([times[int(rows)] for rows in self.rows])
         self.seen = self.measured.copy()

@@ -8,6 +8,7 @@ from runtime.schedulers.base import Plan, SessionView
 
 class Plain:
     style = Style(width=1, branches=1, passes=1)  # the least that drafters can be asked to do
+    gate = None
 
     def plan(self, views: Sequence[SessionView]) -> Plan:
         return Plan((0,) * len(views))

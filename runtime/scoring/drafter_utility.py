@@ -21,6 +21,7 @@ class DrafterUtility:
         self.tokens: Counter[str] = Counter()
         self.spent: defaultdict[str, float] = defaultdict(float)  # seconds of the target's
         self.resting: set[str] = set()
+        self.paused: set[str] = set()  # by the speculation gate; not judged meanwhile
 
     def charge(self, heads: Collection[str], seconds: float) -> None:
         """Charge seconds for which the target waited for these heads, in equal parts."""
@@ -45,6 +46,8 @@ class DrafterUtility:
         changed: set[str] = set()
         self.tokens.update(name for name in guessed if name)
         for name in drafters:
+            if name in self.paused:
+                continue
             self.commits[name] += 1
             resting = name in self.resting
             if self.commits[name] < (REST_COMMITS if resting else TRIAL_COMMITS):
@@ -62,7 +65,8 @@ class DrafterUtility:
     def forget(self, drafter: str) -> None:
         """Remove a drafter that has left: its name starts afresh."""
         self.resting.discard(drafter)
+        self.paused.discard(drafter)
         del self.commits[drafter], self.tokens[drafter]
 
     def active(self, drafters: Iterable[str]) -> list[str]:
-        return [name for name in drafters if name not in self.resting]
+        return [name for name in drafters if name not in self.resting | self.paused]

@@ -13,6 +13,7 @@ from runtime.draft.draft_engine import DraftEngine
 from runtime.scheduler_factory import make_scheduler
 from runtime.schedulers.base import Plan, Scheduler, SessionView
 from runtime.scoring.calibration import Calibrations
+from runtime.scoring.speculation_gate import SpeculationGate
 from runtime.sim import draft_samples
 from runtime.sim.pair_profile import PairProfile
 from runtime.sim.replayed_head import HeadProfile, ReplayedHead
@@ -119,6 +120,10 @@ class RecordingScheduler:
     @property
     def style(self) -> Style:
         return self.inner.style
+
+    @property
+    def gate(self) -> SpeculationGate | None:
+        return self.inner.gate
 
     def plan(self, views: Sequence[SessionView]) -> Plan:
         return self.inner.plan(views)

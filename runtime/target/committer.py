@@ -71,8 +71,10 @@ class Committer:
         self.heads.guess(going, trace)
         done = self.clock()
         rounds = [make_round(one, batch, decided, done, ridden) for one, _ in outputs]
-        scheduler.observe(rounds)
+        if not self.drafters.plain:  # other steps are no measure of speculation
+            scheduler.observe(rounds)
         self.metrics.step(rounds)
+        self.drafters.judge(rounds, self.requests.states())
         for (one, chunk), round_ in zip(outputs, rounds, strict=True):
             one.item.state.record_commit(round_, decided)
             self.metrics.delivered(chunk.drafters)

@@ -2,9 +2,10 @@
 
 from collections.abc import Collection, Iterable, Sequence
 
-from runtime.core.messages import Draft, Event, Share
+from runtime.core.messages import Draft, Event, Round, Share
 from runtime.core.tree import TokenTree
 from runtime.scoring.drafter_utility import DrafterUtility
+from runtime.scoring.speculation_gate import PLAIN, SpeculationGate, Way
 from runtime.target.commands import Send, Strike, ignore_strike
 from runtime.target.request_state import RequestState
 from runtime.target.session import Session
@@ -25,6 +26,7 @@ class DrafterManager:
         self.sends: dict[str, Send] = {}
         self.strikes: dict[str, Strike] = {}
         self.metrics, self.utility, self.heads = metrics, utility, heads
+        self.gate: SpeculationGate | None = None
 
     def join(
         self,
@@ -34,6 +36,7 @@ class DrafterManager:
         strike: Strike = ignore_strike,
     ) -> None:
         self.sends[name], self.strikes[name] = send, strike
+        self._pause()
         self.assign_shares(sessions, joined=name)
 
     def leave(self, name: str, send: Send, sessions: Iterable[RequestState]) -> None:
@@ -47,6 +50,63 @@ class DrafterManager:
         """Restart the trial of every drafter and head."""
         self.utility.reset()
         self.assign_shares(sessions)
+
+    def set_gate(self, gate: SpeculationGate | None, sessions: Iterable[RequestState]) -> None:
+        """Obey this gate from now on; None: drafters never pause. Restarts every trial."""
+        self.gate = gate
+        self._pause()
+        self.reset_utility(sessions)
+
+    @property
+    def plain(self) -> bool:
+        """Return True while speculation does not pay: no guess gets a row."""
+        return self.gate is not None and self.gate.way == PLAIN
+
+    def begin(self, sessions: Sequence[RequestState]) -> None:
+        """Let drafters pause before the first step of all, whose time is that of plain decoding."""
+        if self.gate is not None and self.gate.begin(self._ways(sessions)):
+            self._pause()
+            self.assign_shares(sessions)
+
+    def judge(self, rounds: Sequence[Round], sessions: Sequence[RequestState]) -> None:
+        """Tell the gate of a step, and let drafters pause or go on as it decides."""
+        if self.gate is None or not rounds:
+            return
+        one, before = rounds[0], self.gate.way  # their times are the same
+        self.gate.observe(
+            self._ways(sessions),
+            len(rounds),
+            sum(done.accepted + 1 for done in rounds),
+            one.waited + one.computed + one.bookkeeping,
+            self._settling_time(),
+        )
+        self.metrics.gate(self.gate.probes, self.gate.speedup, self.plain)
+        if self.gate.way != before:
+            self._pause()
+            self.assign_shares(sessions)
+
+    def _pause(self) -> None:
+        way = "all" if self.gate is None else self.gate.way
+        drafters = self.sends if way != "all" else ()
+        self.utility.paused = {*drafters, *(self.heads if way == PLAIN else ())}
+
+    def _ways(self, sessions: Iterable[RequestState]) -> tuple[Way, ...]:
+        """Return the ways to speculate that exist: without drafters that rest for good."""
+        if not any(state.session.request.speculation for state in sessions):
+            return ()
+        heads, drafters = (
+            [name for name in names if name not in self.utility.resting]
+            for names in (self.heads, self.sends)
+        )
+        if heads and drafters:
+            return ("heads", "all")
+        return ("all",) if heads or drafters else ()
+
+    def _settling_time(self) -> float | None:
+        """Return the seconds until all drafters rest once they are told to; None if unknown."""
+        trips = [self.metrics.guesses[name].round_trip for name in self.sends]
+        known = [trip for trip in trips if trip is not None]
+        return max(known, default=0.0) if len(known) == len(trips) else None
 
     def sends_for(self, session: Session) -> dict[str, Send]:
         return self.sends if session.request.speculation else {}
@@ -72,7 +132,7 @@ class DrafterManager:
         session = state.session
         if name not in self.sends_for(session):
             return
-        if name in self.utility.resting:
+        if not self.utility.active([name]):
             state.lost.add(name)
         elif name not in state.reopened:
             state.reopened.add(name)
@@ -126,7 +186,7 @@ class DrafterManager:
         awake = self.utility.active(everyone)
         for state in ready:
             active = self.active(state.session)
-            if (cause := state.fallback_cause(everyone, awake)) is not None:
+            if (cause := state.fallback_cause(everyone, awake, self.plain)) is not None:
                 self.metrics.fallbacks[cause] += 1
             for name in active:
                 self.metrics.guesses[name].lead(state.lead(name))

@@ -74,6 +74,7 @@ class Engine:
             kv_slots,
             calibrations or Calibrations(),
         )
+        self.drafter_manager.set_gate(scheduler.gate, ())
         self.planner = StepPlanner(self.drafter_manager, self.heads, clock)
         self.runner = ModelRunner(self.heads, verifier, self.metrics)
         self.committer = Committer(
@@ -184,7 +185,7 @@ class Engine:
             case SetScheduler(scheduler=scheduler, heads=heads):
                 self.scheduler = scheduler
                 self.heads.select(heads)
-                self.drafter_manager.reset_utility(self.requests.states())
+                self.drafter_manager.set_gate(scheduler.gate, self.requests.states())
 
     def merge(self, growth: GrowthReceived) -> None:
         """Merge a drafter's growth into its session's tree and report its arrival to the

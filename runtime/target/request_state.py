@@ -108,7 +108,7 @@ class RequestState:
         """
         return max(0, min(self.depth, self.reach.get(drafter, 0) - len(self.session.tokens)))
 
-    def fallback_cause(self, drafters: Sized, active: Sized) -> str | None:
+    def fallback_cause(self, drafters: Sized, active: Sized, paused: bool = False) -> str | None:
         """Return what this step lacks, in the words of TargetReport; None if nothing is missing.
 
         Also None if nothing could help.
@@ -118,6 +118,8 @@ class RequestState:
             return None
         if not len(drafters):
             return "no drafter"
+        if paused:
+            return "plain faster"
         if not len(active):
             return "all resting"
         return "empty tree" if len(session.tree) == 1 else None

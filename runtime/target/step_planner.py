@@ -35,6 +35,9 @@ class StepPlanner:
         if self.pausing is not None:
             self.waited += now - self.pausing
             self.pausing = None
+        self.drafters.begin(ready)
+        if self.drafters.plain:
+            return Plan((0,) * len(ready))
         plan = self._ask(scheduler, ready, now)
         if plan.wait == 0.0 and any(state.head_drafts for state in ready):
             plan = self._ask_with_heads(scheduler, ready, now)

@@ -101,6 +101,7 @@ class TargetMetrics:
         self.finished: Counter[str] = Counter()  # by FinishReason
         self.fallbacks: Counter[str] = Counter()
         self.guesses: defaultdict[str, DrafterMetrics] = defaultdict(DrafterMetrics)
+        self.probes, self.speedup, self.active = 0, 1.0, True  # see TargetReport
 
     @property
     def rate(self) -> float:
@@ -129,6 +130,10 @@ class TargetMetrics:
             self.places[place] += 1
             self.guesses[name].accepted += 1
 
+    def gate(self, probes: int, speedup: float, plain: bool) -> None:
+        """Record what the speculation gate has decided."""
+        self.probes, self.speedup, self.active = probes, speedup, not plain
+
     def report(
         self, live: int, waiting: int, kv_used: int, kv_slots: int, resting: Collection[str]
     ) -> TargetReport:
@@ -156,6 +161,9 @@ class TargetMetrics:
             prefilled=self.prefilled,
             finished=dict(self.finished),
             fallbacks=dict(self.fallbacks),
+            probes=self.probes,
+            speedup=self.speedup,
+            active=self.active,
             guesses={name: of_one.report(name in resting) for name, of_one in self.guesses.items()},
         )
 

@@ -88,6 +88,7 @@ class TargetReport:
 
     no drafter   rounds of sessions that want guesses while there is no drafter
     all resting  rounds while all drafters rest, having contributed nothing for long
+    plain faster rounds while all drafters pause: for a probe, or since plain decoding is faster
     empty tree   rounds for which no guess arrived in time
     alone        packed passes that failed and were repeated session by session
     head lost    heads that failed and were disabled
@@ -177,6 +178,26 @@ class TargetReport:
     fallbacks: dict[str, int] = field(
         default_factory=dict,
         metadata=counter("fallbacks_total", "Steps that did without something, by cause", "cause"),
+    )
+    probes: int = field(
+        default=0,
+        metadata=counter(
+            "spec_decode_probes_total",
+            "Times that drafters paused for a few steps, to measure plain decoding",
+        ),
+    )
+    speedup: float = field(
+        default=1.0,
+        metadata=gauge(
+            "spec_decode_speedup",
+            "Speed with drafts over plain decoding with drafters at rest, as last measured",
+        ),
+    )
+    active: bool = field(
+        default=True,
+        metadata=gauge(
+            "spec_decode_active", "0 while drafters pause: for a probe, or since plain is faster"
+        ),
     )
     lost_links: dict[str, int] = field(
         default_factory=dict,

@@ -292,6 +292,7 @@ class Patient:
 
     rows: int
     style: ClassVar[Style] = Style()
+    gate: ClassVar[None] = None
 
     def plan(self, views: Sequence[SessionView]) -> Plan:
         rows = tuple(min(self.rows, len(view.gains)) for view in views)

@@ -125,6 +125,7 @@ class Waiting:
     """Waits as long as it is let. `asked` is fed at each question."""
 
     style = Style()
+    gate = None
 
     def __init__(self) -> None:
         self.asked: queue.SimpleQueue[Sequence[SessionView]] = queue.SimpleQueue()

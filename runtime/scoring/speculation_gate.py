@@ -1,0 +1,300 @@
+"""Decides whether speculation pays, against plain decoding with the drafters at rest.
+
+A drafter next door takes memory bandwidth, cache and power from the target, so a plain step while
+it computes says nothing about plain decoding. The gate therefore compares ways to decode that are
+measured in turns: PLAIN (drafters and heads rest), HEADS (drafters rest) and ALL.
+
+It is a conservative bandit (Wu, Shariff, Lattimore and Szepesvari, arXiv 1602.04282): the loss
+against plain decoding is bounded by an account, kept in tokens of plain decoding.
+
+    gain of a step   tokens per session - seconds / seconds of a plain step
+    budget           what speculation may still lose before it stops; plain decoding adds 1 %
+    reserve          what speculation has earned beyond that; it pays for early new trials
+
+The gate starts with a budget for a trial of a few steps, and without knowledge it first measures
+plain steps. When the budget is spent, drafters rest; each failed trial in a row doubles the rest.
+While speculation is on, probes of a few plain steps keep the comparison up to date. They are as
+rare as their cost demands, at most 1 % of the tokens.
+
+Each order of load (1, 2, 3-4, 5-8, ... sessions) has an account of its own, for what pays with one
+session may not pay with eight.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+Way = Literal["plain", "heads", "all"]
+PLAIN: Way = "plain"
+
+ALLOWANCE = 0.01  # tokens that may be lost per token
+TRIAL_BUDGET = 0.8  # tokens that a trial may lose
+MAX_BUDGET = 4.0  # more goes to the reserve
+MAX_RESERVE = 8.0
+MAX_SLOWDOWN = 3.0  # a longer step is counted as so many usual ones: the machine was busy
+PROBE_STEPS = 3  # plain steps of a probe, after it has settled
+FIRST_PROBE_STEPS = 4  # of the first one: nothing is known yet
+VISIT_STEPS = 12  # steps of a probe of another way than plain decoding
+UNKNOWN_SETTLE_STEPS = 4  # until a drafter that has never answered is expected to be at rest
+FIRST_PERIOD, MAX_PERIOD = 16, 128  # steps between two probes that cost nothing
+FIRST_REST, MAX_REST = 16, 512  # plain steps before the next trial
+MEMORY = {PLAIN: 12.0, "heads": 48.0, "all": 48.0}  # steps that a record remembers
+MIN_LEAD = 1.03  # speed by which another way must lead to take over
+
+
+@dataclass(slots=True)
+class Record:
+    """Decayed sums over the steps of one way to decode, per session.
+
+    `seconds` are relative to the profile's time of a plain step with as many sessions.
+    """
+
+    steps: float = 0.0
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, tokens: float, seconds: float, memory: float) -> None:
+        if self.steps >= 2.0:
+            seconds = min(seconds, MAX_SLOWDOWN * self.seconds / self.steps)
+        keep = 1.0 - 1.0 / memory
+        self.steps = keep * self.steps + 1.0
+        self.tokens = keep * self.tokens + tokens
+        self.seconds = keep * self.seconds + seconds
+
+    @property
+    def speed(self) -> float:
+        """Return the tokens per (relative) second; 0 if nothing is known."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass(slots=True)
+class Account:
+    """What is known, and what is being done, at one order of load."""
+
+    records: dict[Way, Record] = field(default_factory=dict)
+    way: Way = "all"
+    home: Way = "all"  # what is used between probes
+    budget: float = 0.0
+    reserve: float = 0.0
+    age: int = 0  # steps since the way has changed
+    seconds: float = 0.0  # since then
+    measured: int = 0  # steps since then that count as measurements of plain decoding
+    since_probe: int = 0
+    period: int = FIRST_PERIOD
+    rest: int = FIRST_REST // 2  # of the last failure; the next one doubles it
+    visits: int = 0
+    probed: bool = False  # plain decoding has been measured
+
+    def record(self, way: Way) -> Record:
+        return self.records.setdefault(way, Record())
+
+    def speedup(self, way: Way) -> float:
+        """Return the speed of a way relative to plain decoding; 1 if either is unknown."""
+        plain, other = self.record(PLAIN).speed, self.record(way).speed
+        return other / plain if plain and other else 1.0
+
+    def turn(self, way: Way) -> None:
+        self.way, self.age, self.seconds, self.measured = way, 0, 0.0, 0
+
+
+class SpeculationGate:
+    """Chooses the way of the next steps from the steps so far. It has no clock of its own.
+
+    `times` maps rows to the seconds of a pass, 1 among them: how plain steps grow with the number
+    of sessions. Their level is measured. `probes` counts probes of plain decoding.
+    """
+
+    def __init__(self, times: Mapping[int, float]) -> None:
+        self.rows = np.asarray(sorted(times), dtype=np.float64)
+        self.seconds = np.asarray([times[int(rows)] for rows in self.rows])
+        self.accounts: dict[int, Account] = {}
+        self.sessions = 1  # in the last step
+        self.probes = 0
+
+    @property
+    def account(self) -> Account:
+        """Return the account of the present load; a new one begins as the nearest one goes on."""
+        load = load_of(self.sessions)
+        if load not in self.accounts:
+            self.accounts[load] = self._new_account(load)
+        return self.accounts[load]
+
+    def _new_account(self, load: int) -> Account:
+        if not self.accounts:
+            return Account(budget=TRIAL_BUDGET)
+        near = self.accounts[min(self.accounts, key=lambda known: abs(known - load))]
+        budget = 0.0 if near.home == PLAIN else TRIAL_BUDGET
+        return Account(way=near.home, home=near.home, rest=near.rest, budget=budget)
+
+    @property
+    def way(self) -> Way:
+        return self.account.way
+
+    @property
+    def speedup(self) -> float:
+        """Return the measured speed of speculation relative to plain decoding; 1 if unknown."""
+        account = self.account
+        ways = [way for way in account.records if way != PLAIN]
+        return max((account.speedup(way) for way in ways), default=1.0)
+
+    def begin(self, ways: Sequence[Way]) -> bool:
+        """Start a probe if nothing is known of plain decoding; return True if it has started.
+
+        To be asked before a step. The first steps of all then measure plain decoding.
+        """
+        account = self.account
+        if not ways or account.way == PLAIN or account.record(PLAIN).speed:
+            return False
+        self._probe(account)
+        return True
+
+    def observe(
+        self,
+        ways: Sequence[Way],
+        sessions: int,
+        tokens: int,
+        seconds: float,
+        settle: float | None = 0.0,
+    ) -> None:
+        """Learn from a step of all sessions, and choose the way of the next.
+
+        ways      ways to speculate that exist now, the most helpers last; none: the step was plain
+        sessions  sessions in the step
+        tokens    tokens of all of them
+        seconds   the step took, waiting and bookkeeping included
+        settle    seconds until drafters that were told to rest do; None: they have never answered
+        """
+        before, self.sessions = self.account, sessions
+        account = self.account
+        if account is not before:  # the step was taken in the other account's way
+            account.turn(account.way)
+            return
+        scale = float(np.interp(sessions, self.rows, self.seconds))
+        settled = not ways or is_settled(account, settle)
+        account.age += 1
+        account.seconds += seconds
+        self._learn(
+            account, account.way if ways else PLAIN, tokens / sessions, seconds / scale, settled
+        )
+        if not ways:
+            return
+        if account.home not in (PLAIN, *ways):
+            account.home = ways[-1]
+        if account.way not in (PLAIN, *ways):
+            account.turn(account.home)
+        if account.way == PLAIN:
+            self._while_plain(account, ways)
+        else:
+            self._while_speculating(account, ways)
+
+    def _learn(
+        self, account: Account, way: Way, tokens: float, seconds: float, settled: bool
+    ) -> None:
+        record = account.record(way)
+        if way == PLAIN:
+            account.budget = min(MAX_BUDGET, account.budget + ALLOWANCE * tokens)
+            if settled:
+                account.measured += 1
+                record.add(tokens, seconds, MEMORY[way])
+            elif record.speed:  # drafters that still compute cost time too
+                usual = record.seconds / record.steps
+                account.budget += tokens - min(seconds, MAX_SLOWDOWN * usual) * record.speed
+            return
+        record.add(tokens, seconds, MEMORY[way])
+        if (plain := account.record(PLAIN)).speed:
+            usual = record.seconds / record.steps
+            gain = tokens - min(seconds, MAX_SLOWDOWN * usual) * plain.speed
+            account.budget += gain
+            over = max(0.0, account.budget - MAX_BUDGET)
+            account.budget -= over
+            account.reserve = min(MAX_RESERVE, account.reserve + over)
+        account.since_probe += 1
+
+    def _while_plain(self, account: Account, ways: Sequence[Way]) -> None:
+        if account.home != PLAIN:
+            if account.measured >= (PROBE_STEPS if account.probed else FIRST_PROBE_STEPS):
+                self._after_probe(account)
+            return
+        if account.age < account.rest:
+            return
+        trial = self._next_trial(account, ways)
+        if account.speedup(trial) > 1.0 or account.rest <= FIRST_REST:
+            wanted = max(0.0, TRIAL_BUDGET - account.budget)
+            paid = min(wanted, account.reserve)
+            account.budget, account.reserve = account.budget + paid, account.reserve - paid
+        if account.budget >= TRIAL_BUDGET:
+            account.records[trial] = Record()
+            account.home, account.since_probe = trial, 0
+            account.turn(trial)
+
+    def _after_probe(self, account: Account) -> None:
+        """Go on as before the probe, unless the new measurement says that it does not pay."""
+        known = account.record(account.home)
+        account.since_probe, account.probed = 0, True
+        if known.steps >= FIRST_PERIOD / 2 and account.speedup(account.home) < 1.0:
+            self._fail(account)
+        else:
+            account.turn(account.home)
+
+    def _while_speculating(self, account: Account, ways: Sequence[Way]) -> None:
+        if not account.record(PLAIN).speed:
+            self._probe(account)
+        elif account.budget < 0.0:
+            self._fail(account)
+        elif account.way != account.home:
+            if account.age >= VISIT_STEPS:
+                self._after_visit(account)
+        elif account.since_probe >= self._probe_period(account):
+            account.rest = FIRST_REST // 2  # it has paid for that long
+            account.period = min(MAX_PERIOD, 2 * account.period)
+            others = [way for way in ways if way != account.home]
+            account.visits += 1
+            if others and account.visits % 2 == 0:
+                account.since_probe = 0
+                account.turn(others[account.visits // 2 % len(others)])
+            else:
+                self._probe(account)
+
+    def _probe_period(self, account: Account) -> float:
+        """Return the steps between two probes: the tokens forgone are at most 1 %."""
+        record = account.record(account.home)
+        tokens = record.tokens / record.steps
+        forgone = (PROBE_STEPS + 1) * tokens * max(0.0, 1.0 - 1.0 / account.speedup(account.home))
+        return max(account.period, forgone / (ALLOWANCE * tokens))
+
+    def _probe(self, account: Account) -> None:
+        self.probes += 1
+        account.turn(PLAIN)
+
+    def _after_visit(self, account: Account) -> None:
+        here, home = account.record(account.way).speed, account.record(account.home).speed
+        if here > MIN_LEAD * home:
+            account.home = account.way
+        account.turn(account.home)
+
+    def _fail(self, account: Account) -> None:
+        """Let the drafters rest: longer than last time, unless speculation has paid meanwhile."""
+        account.rest = min(MAX_REST, 2 * account.rest)
+        account.period = FIRST_PERIOD
+        account.home = PLAIN
+        account.turn(PLAIN)
+
+    def _next_trial(self, account: Account, ways: Sequence[Way]) -> Way:
+        """Return the way that was fastest; one that was never tried comes first."""
+        return max(
+            ways, key=lambda way: account.record(way).speed if way in account.records else np.inf
+        )
+
+
+def load_of(sessions: int) -> int:
+    """Return the order of load: 0 for one session, 1 for two, 2 for three and four, and so on."""
+    return (sessions - 1).bit_length()
+
+
+def is_settled(account: Account, settle: float | None) -> bool:
+    """Return True if drafters told to rest when the way changed do rest by now."""
+    if settle is None:
+        return account.age >= UNKNOWN_SETTLE_STEPS
+    return account.age > 0 and account.seconds >= settle
