@@ -8,11 +8,31 @@ from typing import Literal
 
 from runtime.config import DrafterConfig, HeadConfig, PoolConfig
 from runtime.core.cache_folder import cache_folder
+from runtime.models.catalogue import CATALOGUE
+
+# Methods whose weights may ship for a model of the catalogue, the best first
+SHIPPED_METHODS = ("eagle",)
 
 
 def bundled_model(name: Literal["target", "draft"]) -> str:
     """Return the folder of a model that ships with the project."""
     return str(importlib.resources.files("models") / name)
+
+
+def default_drafts(target: str | None) -> tuple[str, ...]:
+    """Return what drafts for a target if the user does not say.
+
+    It is the bundled draft for the bundled target, what ships for a model of the catalogue, or
+    token recycling, which needs no training and fits every vocabulary.
+    """
+    if target is None or target == bundled_model("target"):
+        return (bundled_model("draft"),)
+    if target in CATALOGUE:
+        trained = Path(str(importlib.resources.files("models"))) / target
+        shipped = (trained / method for method in SHIPPED_METHODS)
+        if best := next((folder for folder in shipped if folder.is_dir()), None):
+            return (str(best),)
+    return ("token-recycling",)
 
 
 def head_folder(head: HeadConfig) -> Path | None:

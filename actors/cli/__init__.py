@@ -5,6 +5,7 @@ import sys
 import typer
 
 from actors.cli.commands.certs import certs
+from actors.cli.commands.chat import chat
 from actors.cli.commands.compare import compare
 from actors.cli.commands.configure import configure
 from actors.cli.commands.doctor import doctor
@@ -34,6 +35,7 @@ app = typer.Typer(
     "and the output is exactly the target's.",
 )
 app.command()(generate)
+app.command()(chat)
 app.command()(pull)
 app.command()(doctor)
 app.command()(plan)

@@ -11,17 +11,14 @@ from typing import Annotated
 
 import typer
 
-from actors.cli.commands.inlined import refuse_with_file
 from actors.cli.commands.options import Device, Dtype
+from actors.cli.commands.plan_options import make_plan
 from actors.cli.views.generation_view import Progress, Stream, generation_json
 from actors.launch.serving import OpenService, serving
 from actors.tracing.trace_reader import save_trace
-from runtime import config
 from runtime.core.errors import InvalidRequest, Unavailable
 from runtime.core.messages import Chunk, Request
 from runtime.core.sampling_params import SamplingParams
-from runtime.deployment_builder import build_deployment
-from runtime.model_paths import bundled_model
 from runtime.telemetry.tracing import Recording
 
 
@@ -38,9 +35,6 @@ class Schedule(StrEnum):
     pearl = "pearl"
 
 
-FILE_OPTIONS = ("target", "draft", "drafters", "dtype", "device", "schedule")
-
-
 def generate(
     context: typer.Context,
     target: Annotated[
@@ -48,7 +42,10 @@ def generate(
     ] = None,
     draft: Annotated[
         list[str] | None,
-        typer.Option(help="draft model, method or head (repeatable); default: the bundled model"),
+        typer.Option(
+            help="draft model, method or head (repeatable); default: what ships for the target, "
+            "else token-recycling"
+        ),
     ] = None,
     drafters: Annotated[int, typer.Option(help="drafters for each --draft")] = 1,
     prompt: Annotated[str | None, typer.Option(help="text to continue")] = None,
@@ -119,20 +116,18 @@ def generate(
         ignore_eos=ignore_eos,
     )
     wanted = speculation is Switch.on
-    if deployment is None:
-        drafts = tuple(draft or (bundled_model("draft"),)) if wanted else ()
-        plan = build_deployment(
-            target or bundled_model("target"),
-            drafts,
-            drafters,
-            dtype.value,
-            device.value,
-            address is None,
-            schedule.value,
-        )
-    else:
-        refuse_with_file(context, str(deployment), *FILE_OPTIONS)
-        plan = config.load_deployment(deployment)
+    plan = make_plan(
+        context,
+        deployment,
+        target,
+        draft,
+        drafters,
+        dtype,
+        device,
+        address is None,
+        wanted,
+        schedule.value,
+    )
     from actors.launch.prepare import prepare  # torch and transformers are slow to import
 
     prepared = prepare(plan, prompt_text(prompt, prompt_file), sampling)

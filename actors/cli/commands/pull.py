@@ -36,4 +36,4 @@ def pull(
     if as_json:
         sys.stdout.write(json.dumps({"name": name, "folder": str(folder)}) + "\n")
     else:
-        sys.stdout.write(f"{name} is ready: outrider generate --target {name} --prompt TEXT\n")
+        sys.stdout.write(f"{name} is ready: outrider chat --target {name}\n")

@@ -25,7 +25,7 @@ from runtime import config
 from runtime.config import Deployment, GatewayConfig
 from runtime.core.sampling_params import check_int
 from runtime.deployment_builder import build_deployment
-from runtime.model_paths import bundled_model
+from runtime.model_paths import bundled_model, default_drafts
 
 HEAD_NODE = {"node:__internal_head__": 0.001}  # the controller lives as long as the cluster
 FILE_OPTIONS = (
@@ -52,7 +52,10 @@ def serve(
     ] = None,
     draft: Annotated[
         list[str] | None,
-        typer.Option(help="draft model or method (repeatable); default: the bundled model"),
+        typer.Option(
+            help="draft model or method (repeatable); default: what ships for the target, "
+            "else token-recycling"
+        ),
     ] = None,
     drafters: Annotated[int, typer.Option(help="drafters for each --draft")] = 1,
     dtype: Annotated[
@@ -94,7 +97,7 @@ def serve(
             api_keys=api_key_file and api_key_file.resolve(),
             insecure=insecure,
         )
-        drafts = tuple(draft or (bundled_model("draft"),))
+        drafts = tuple(draft or default_drafts(target))
         pair = build_deployment(
             target or bundled_model("target"),
             drafts,

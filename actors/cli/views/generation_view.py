@@ -75,6 +75,27 @@ class Stream:
             errors.print(f"note: {warning}", style="yellow")
         errors.print(stats_table(last.stats, last.finish_reason or ""))
 
+    def one_line_summary(self, last: Chunk | None) -> None:
+        """Ends an answer with a line of its stats. `last` is None if the user ended it."""
+        self.console.print()
+        sys.stdout.flush()
+        stats = None if last is None else last.stats
+        text = "stopped" if last is None or stats is None else stats_line(stats, last.finish_reason)
+        Console(stderr=True, highlight=False, soft_wrap=True).print(text, style="dim")
+
+
+def stats_line(stats: Stats, reason: str | None) -> str:
+    """Returns speed, tokens per step and accepted guesses in a few words."""
+    parts = [
+        f"{tokens_per_second(stats):.1f} tokens/s",
+        f"{stats.completion_tokens / max(stats.rounds, 1):.2f} tokens per step",
+        f"{stats.accepted} of {stats.verified} guesses accepted"
+        + (f" ({stats.accepted / stats.verified:.0%})" if stats.verified else ""),
+    ]
+    if reason == "length":
+        parts.append(f"cut after {stats.completion_tokens} tokens")
+    return ", ".join(parts)
+
 
 def stats_table(stats: Stats, reason: str) -> Table:
     """Returns the summary under the text."""
