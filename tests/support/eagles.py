@@ -132,3 +132,49 @@ def straight(
             state = eagle.finish(feature, attended)
         logits: torch.Tensor = eagle.logits(state, unembedding)[0]
     return logits
+
+
+def trained(found: Tiny, texts: torch.Tensor, steps: int = 100) -> Tiny:
+    """An EAGLE that knows these texts of the target, int64 (texts, tokens), from its features."""
+    features = torch.stack(
+        [
+            torch.from_numpy(features_of(found, text).rows.view(np.int16)).view(torch.bfloat16)
+            for text in texts.tolist()
+        ]
+    )[:, :-1].float()
+    table, unembedding = (
+        layer.weight.detach().clone()
+        for layer in (
+            found.module.get_input_embeddings(),
+            found.module.get_output_embeddings(),
+        )
+    )
+    torch.manual_seed(0)
+    eagle = Eagle(32, EagleShape(**{**as_dict(SHAPE), "draft_vocabulary": len(table)}))
+    optimizer = torch.optim.AdamW(eagle.parameters(), 5e-3)
+    for _ in range(steps):
+        fused = eagle.fuse(features)
+        places = torch.arange(1, features.shape[1] + 1)
+        q, k, v = eagle.project(table[texts[:, 1:-1]], fused, places)
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True
+        )
+        logits = eagle.logits(eagle.finish(fused, attended), unembedding)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), texts[:, 2:].flatten()).backward()
+        optimizer.step()
+    folder = found.folder.with_name("trained")
+    identity = target_identity(found.module.config, load_tokenizer(str(found.target)))
+    write_eagle(folder, eagle, identity)
+    return Tiny(found.target, folder, found.module, eagle.bfloat16().float().eval())
+
+
+def greedy_texts(found: Tiny, count: int, tokens: int) -> torch.Tensor:
+    """Random beginnings of 8 tokens, continued by the target."""
+    vocabulary = found.module.config.vocab_size
+    texts = torch.from_numpy(np.random.default_rng(0).integers(0, vocabulary, (count, 8)))
+    with torch.no_grad():
+        while texts.shape[1] < tokens:
+            chosen = found.module(texts).logits[:, -1:].argmax(-1)
+            texts = torch.cat([texts, chosen], dim=1)
+    return texts

@@ -16,7 +16,7 @@ from runtime.drafters.base import ExpandRequest, Text
 from runtime.drafters.eagle import EagleDrafter
 from runtime.models.eagle_pass import guess_times
 from tests.support.drafters import text_of
-from tests.support.eagles import drafter, features_of, straight, tiny
+from tests.support.eagles import drafter, features_of, greedy_texts, straight, tiny, trained
 
 PROMPT = [int(token) for token in np.random.default_rng(5).integers(0, 4096, 30)]
 
@@ -256,3 +256,24 @@ def test_the_time_of_a_pass_is_measured_by_its_guesses(monkeypatch: pytest.Monke
     assert all(seconds > 0 for seconds in guess_times(model, [1, 4], perf_counter).values())
     monkeypatch.setattr(model, "_run", run)
     assert guess_times(model, [1, 4], lambda: now) == {1: 1.0, 4: 4.0}
+
+
+def test_features_are_what_it_is_right_by() -> None:
+    """A trained one guesses the target's tokens, with the features of each token, not of others."""
+    found = tiny(16)
+    texts = greedy_texts(found, 6, 28)
+    known = drafter(trained(found, texts))
+    right = {"true": 0, "others": 0}
+    for number, tokens in enumerate(texts.tolist()):
+        for length in (14, 18, 22, 26):
+            text = text_of(tokens[:length], f"{number} {length}")
+            features = features_of(found, text.tokens)
+            mixed = np.roll(features.rows, 5, axis=0)
+            for name, rows in (("true", features.rows), ("others", mixed)):
+                asked = replace(text, session=name, features=FeatureRows(0, rows))
+                nodes = expand(known, asked, [0])
+                right[name] += int(nodes.tokens[0]) == tokens[length]
+                known.close(name)
+                known.finished.kept.clear()
+    assert right["true"] >= 22
+    assert right["others"] <= 12
