@@ -20,11 +20,14 @@ from protos.fields import (
 from protos.handshake import Hello
 from runtime.core import limits
 from runtime.core.errors import InvalidRequest
+from runtime.core.features import FeatureRows, FeatureSpec, all_finite
 from runtime.core.messages import (
     Close,
     Commit,
     Draft,
     Event,
+    FeatureRequest,
+    Features,
     Open,
     Reply,
     Resync,
@@ -34,6 +37,7 @@ from runtime.core.messages import (
 
 DRAFTING_SERVICE: str = pb.DESCRIPTOR.services_by_name["Drafting"].full_name
 KEY_DTYPE, TOKEN_DTYPE, SCORE_DTYPE = np.dtype("<u8"), np.dtype("<i4"), np.dtype("<f4")
+FEATURE_DTYPE = np.dtype("<u2")  # the bits of a bfloat16
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,10 @@ def encode_event(event: Event) -> Message:
             )
         case Share(session, index, of):
             return pb.ToDrafter(share=pb.Share(session=session, index=index, of=of))
+        case Features(session, epoch, FeatureRows(start, rows)):
+            features = pb.Features(session=session, epoch=epoch, start=start, width=rows.shape[1])
+            features.rows = np.asarray(rows, FEATURE_DTYPE).tobytes()
+            return pb.ToDrafter(features=features)
         case Close(session):
             return pb.ToDrafter(close=pb.Close(session=session))
 
@@ -102,6 +110,8 @@ def decode_event(data: bytes) -> Event | None:
             )
         case "share":
             return _share_from_pb(frame.share.index, frame.share.of, session_name(frame.share))
+        case "features":
+            return _features_from_pb(frame.features)
         case "close":
             return Close(session_name(frame.close))
         case None:
@@ -122,6 +132,8 @@ def encode_reply(reply: Reply | Bye) -> Message:
             return pb.FromDrafter(draft=draft)
         case Resync(session):
             return pb.FromDrafter(resync=pb.Resync(session=session))
+        case FeatureRequest(spec):
+            return pb.FromDrafter(feature_request=pb.FeatureRequest(layers=spec.layers))
         case Bye():
             return pb.FromDrafter(bye=pb.Bye())
 
@@ -138,6 +150,8 @@ def decode_reply(data: bytes) -> Reply | Bye | None:
             return _draft_from_pb(frame.draft)
         case "resync":
             return Resync(session_name(frame.resync), "")
+        case "feature_request":
+            return FeatureRequest(FeatureSpec(tuple(frame.feature_request.layers)), "")
         case "bye":
             return Bye()
         case None:
@@ -204,6 +218,25 @@ def _share_from_pb(index: int, of: int, session: str) -> Share:
     if index >= max(of, 1):
         raise InvalidRequest(f"share {index} of {of} is not allowed: count from 0", "share")
     return Share(session, index, of)
+
+
+def _features_from_pb(features: pb.Features) -> Features:
+    session, width = session_name(features), features.width
+    row, size = width * FEATURE_DTYPE.itemsize, len(features.rows)
+    if not row or not size or size % row:
+        raise InvalidRequest(
+            f"{size} bytes of features are no whole number of rows of width {width}:"
+            " send all of them",
+            "features",
+        )
+    if size > limits.FEATURE_BYTES:
+        raise InvalidRequest(
+            f"{size} bytes of features: at most {limits.FEATURE_BYTES} are allowed", "features"
+        )
+    rows = _array(features.rows, FEATURE_DTYPE, "features").reshape(-1, width)
+    if not all_finite(rows):
+        raise InvalidRequest("features that are not finite: send numbers", "features")
+    return Features(session, features.epoch, FeatureRows(features.start, rows))
 
 
 def _draft_from_pb(draft: pb.Draft) -> Draft:

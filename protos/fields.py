@@ -110,7 +110,14 @@ def token_ids(ids: Iterable[int], name: str) -> Tokens:
 
 
 def session_name(
-    message: pb.Open | pb.Commit | pb.Share | pb.Close | pb.Draft | pb.Resync | pb.GenerateRequest,
+    message: pb.Open
+    | pb.Commit
+    | pb.Features
+    | pb.Share
+    | pb.Close
+    | pb.Draft
+    | pb.Resync
+    | pb.GenerateRequest,
 ) -> str:
     return checked_name(message.session, "session")
 

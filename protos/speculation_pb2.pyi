@@ -34,34 +34,38 @@ FINISH_REASON_ERROR: FinishReason
 FINISH_REASON_DEADLINE: FinishReason
 
 class ToDrafter(_message.Message):
-    __slots__ = ("hello", "open", "commit", "share", "close", "bundle")
+    __slots__ = ("hello", "open", "commit", "share", "close", "bundle", "features")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
     SHARE_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     open: Open
     commit: Commit
     share: Share
     close: Close
     bundle: Bundle
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., share: _Optional[_Union[Share, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., bundle: _Optional[_Union[Bundle, _Mapping]] = ...) -> None: ...
+    features: Features
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., share: _Optional[_Union[Share, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., bundle: _Optional[_Union[Bundle, _Mapping]] = ..., features: _Optional[_Union[Features, _Mapping]] = ...) -> None: ...
 
 class FromDrafter(_message.Message):
-    __slots__ = ("hello", "draft", "resync", "bye", "bundle")
+    __slots__ = ("hello", "draft", "resync", "bye", "bundle", "feature_request")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     DRAFT_FIELD_NUMBER: _ClassVar[int]
     RESYNC_FIELD_NUMBER: _ClassVar[int]
     BYE_FIELD_NUMBER: _ClassVar[int]
     BUNDLE_FIELD_NUMBER: _ClassVar[int]
+    FEATURE_REQUEST_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     draft: Draft
     resync: Resync
     bye: Bye
     bundle: Bundle
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., draft: _Optional[_Union[Draft, _Mapping]] = ..., resync: _Optional[_Union[Resync, _Mapping]] = ..., bye: _Optional[_Union[Bye, _Mapping]] = ..., bundle: _Optional[_Union[Bundle, _Mapping]] = ...) -> None: ...
+    feature_request: FeatureRequest
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., draft: _Optional[_Union[Draft, _Mapping]] = ..., resync: _Optional[_Union[Resync, _Mapping]] = ..., bye: _Optional[_Union[Bye, _Mapping]] = ..., bundle: _Optional[_Union[Bundle, _Mapping]] = ..., feature_request: _Optional[_Union[FeatureRequest, _Mapping]] = ...) -> None: ...
 
 class Bundle(_message.Message):
     __slots__ = ("frames",)
@@ -127,6 +131,20 @@ class Commit(_message.Message):
     key: int
     def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., base: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., key: _Optional[int] = ...) -> None: ...
 
+class Features(_message.Message):
+    __slots__ = ("session", "epoch", "start", "width", "rows")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    epoch: int
+    start: int
+    width: int
+    rows: bytes
+    def __init__(self, session: _Optional[str] = ..., epoch: _Optional[int] = ..., start: _Optional[int] = ..., width: _Optional[int] = ..., rows: _Optional[bytes] = ...) -> None: ...
+
 class Share(_message.Message):
     __slots__ = ("session", "index", "of")
     SESSION_FIELD_NUMBER: _ClassVar[int]
@@ -162,6 +180,12 @@ class Resync(_message.Message):
     SESSION_FIELD_NUMBER: _ClassVar[int]
     session: str
     def __init__(self, session: _Optional[str] = ...) -> None: ...
+
+class FeatureRequest(_message.Message):
+    __slots__ = ("layers",)
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    layers: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layers: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Bye(_message.Message):
     __slots__ = ()

@@ -76,6 +76,7 @@ LAYERS = (
         "target/batch",
         "target/commands",
         "target/drafter_manager",
+        "target/feature_sender",
         "target/request_state",
         "target/verifier",
         "telemetry/metrics",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from protos.drafting_codec import KEY_DTYPE, SCORE_DTYPE, TOKEN_DTYPE
 from runtime.core import limits
-from runtime.core.messages import DEFAULT_STYLE, Close, Commit, Event, Open, Share, Style
+from runtime.core.messages import DEFAULT_STYLE, Close, Commit, Event, Features, Open, Share, Style
 
 NODE_BYTES = KEY_DTYPE.itemsize + TOKEN_DTYPE.itemsize + SCORE_DTYPE.itemsize
 FRAME_BYTES = 64  # size of a frame without its nodes and its session's name
@@ -59,6 +59,8 @@ class ReplyBudget:
             case Share():
                 self.rest(event)
             case Commit(session=session) if session in self.resting:
+                return
+            case Features():  # make nothing new worth guessing
                 return
             case Close(session=session):
                 self.styles.pop(session, None)

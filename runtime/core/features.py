@@ -60,3 +60,74 @@ class FeatureRows:
 def all_finite(rows: FeatureBits) -> bool:
     """Return False if any number is infinite or NaN."""
     return not bool((rows & EXPONENT_BITS == EXPONENT_BITS).any())
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFeatures:
+    """Hidden states of several layers, side by side.
+
+    layers  rising
+    rows    bfloat16 bits (n, number of layers x hidden size)
+    """
+
+    layers: tuple[int, ...]
+    rows: FeatureBits
+
+    def of(self, layers: tuple[int, ...]) -> FeatureBits | None:
+        """Return the columns of these layers; None if one of them is missing."""
+        if layers == self.layers:
+            return self.rows
+        if not set(layers) <= set(self.layers):
+            return None
+        by_layer = self.rows.reshape(len(self.rows), len(self.layers), -1)
+        places = [self.layers.index(layer) for layer in layers]
+        return by_layer[:, places].reshape(len(self.rows), -1)
+
+
+class FeatureBuffer:
+    """The features of one text, of consecutive tokens from `start` on; rows are only appended.
+
+    Committed tokens never change, so nothing is ever rolled back.
+    """
+
+    def __init__(self, layers: tuple[int, ...], start: int = 0) -> None:
+        self.layers, self.start, self.end = layers, start, start
+        self._rows: FeatureBits = np.empty((0, 0), np.uint16)
+
+    @property
+    def width(self) -> int:
+        """Return the numbers per row; 0 before the first row."""
+        width: int = self._rows.shape[1]
+        return width
+
+    def append(self, rows: FeatureRows) -> bool:
+        """Append rows; those that are known already are skipped.
+
+        Returns False, and changes nothing, if rows are missing in between or the width differs.
+        """
+        if self.start == self.end:
+            self.start = self.end = rows.start
+        if rows.start > self.end or self.width not in (0, rows.rows.shape[1]):
+            return False
+        new = rows.rows[self.end - rows.start :]
+        used, needed = self.end - self.start, self.end - self.start + len(new)
+        if needed > len(self._rows):
+            grown = np.empty((max(needed, 2 * len(self._rows)), rows.rows.shape[1]), np.uint16)
+            if used:
+                grown[:used] = self._rows[:used]
+            self._rows = grown
+        self._rows[used:needed] = new
+        self.end += len(new)
+        return True
+
+    def between(self, start: int, end: int) -> FeatureRows:
+        """Return the rows of positions [start, end), as far as they are known, without a copy."""
+        start = max(start, self.start)
+        end = max(start, min(end, self.end))
+        return FeatureRows(start, self._rows[start - self.start : end - self.start])
+
+    def fork(self, length: int) -> "FeatureBuffer":
+        """Return a copy without the positions from `length` on, and without spare memory."""
+        other = FeatureBuffer(self.layers)
+        other.append(self.between(0, length))
+        return other

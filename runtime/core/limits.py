@@ -9,6 +9,7 @@ STEP_ROWS = 64  # nodes per session that a target verifies in one step
 SESSIONS = 256  # concurrent sessions per target or drafter
 QUEUED_REQUESTS = 1024  # per target
 FEATURE_LAYERS = 8  # that a drafter asks for
+FEATURE_BYTES = 256 << 10  # of hidden states per message, and at most of one token
 NAME_LENGTH = 256  # characters in the name of a session, a model or a drafter
 STOP_STRINGS = 4
 STOP_LENGTH = 64  # characters

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from runtime.core.features import FeatureRows, FeatureSpec
 from runtime.core.sampling_params import SamplingParams
 
 Key = int  # 64-bit content name of a token prefix (runtime.core.tree)
@@ -85,7 +86,19 @@ class Close:
     session: str
 
 
-Event = Open | Commit | Share | Close
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Hidden states of the target, for a drafter that has asked for them.
+
+    They arrive in order of position, those of a committed text before the Commit that follows it.
+    """
+
+    session: str
+    epoch: int
+    rows: FeatureRows
+
+
+Event = Open | Commit | Share | Close | Features
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +126,17 @@ class Resync:
     drafter: str
 
 
-Reply = Draft | Resync
+@dataclass(frozen=True, slots=True)
+class FeatureRequest:
+    """Asks for hidden states of the target: the first reply of a drafter that needs them, and sent
+    once. A target that cannot serve it ends the link.
+    """
+
+    spec: FeatureSpec
+    drafter: str
+
+
+Reply = Draft | Resync | FeatureRequest
 
 
 @dataclass(frozen=True, slots=True)

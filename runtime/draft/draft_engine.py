@@ -16,7 +16,8 @@ from runtime.core import limits
 from runtime.core.clock import Clock
 from runtime.core.draft_nodes import DraftNodes
 from runtime.core.errors import SESSION_FAULTS
-from runtime.core.messages import Close, Commit, Draft, Event, Open, Resync, Share
+from runtime.core.features import FeatureBuffer
+from runtime.core.messages import Close, Commit, Draft, Event, Features, Open, Resync, Share
 from runtime.core.node_keys import Ints, Keys, text_key
 from runtime.core.tree import TokenTree
 from runtime.draft.commands import Command, EventReceived, GrowthDropped, Send, Stop, StreamClosed
@@ -159,6 +160,8 @@ class DraftEngine:
         """
         for request, children in zip(requests, answers, strict=True):
             state = self.states.get(request.text.session)
+            if state is not None and children is None:
+                state.waits = state.lacks_features
             if state is not None and children is not None:
                 self.mark_expanded(state, request.leaves)
                 try:
@@ -274,6 +277,8 @@ class DraftEngine:
     def handle(self, stream: int, event: Event, send: Send) -> None:
         name = session_key(stream, event.session)
         known = self.states.get(name)
+        if known is not None:
+            known.waits = False
         match event:
             case Open():
                 self.open(name, stream, event, send)
@@ -283,6 +288,11 @@ class DraftEngine:
                 known.share, known.frontier = event, None
             case Commit() if known is not None:
                 self.commit(known, event)
+            case Features() if known is not None:
+                if (why := known.add_features(event)) == "lost features":
+                    self.ask_again(known)
+                elif why is not None:
+                    self.counters[why] += 1
             case _:
                 self.counters["unknown session"] += 1
 
@@ -296,7 +306,9 @@ class DraftEngine:
             self.counters["refused"] += 1
             return
         tree = new_tree(text_key(event.tokens), event.tokens[-1])
-        self.states[name] = DraftState(stream, event, send, event.share, list(event.tokens), tree)
+        spec, tokens = self.drafter.feature_spec, list(event.tokens)
+        features = None if spec is None else FeatureBuffer(spec.layers)
+        self.states[name] = DraftState(stream, event, send, event.share, tokens, tree, features)
 
     def regrow(self, name: str) -> None:
         """Start again from the root, so that everything is sent again."""
@@ -334,9 +346,13 @@ class DraftEngine:
             self.trace.taken(event, now, self.name)
             self.trace.instant(self.name, REROOT, now)
         if state.tree.key[0] != event.key:
-            state.lost = True
-            self.counters["resync"] += 1
-            state.send(Resync(state.opened.session, self.name))
+            self.ask_again(state)
+
+    def ask_again(self, state: DraftState) -> None:
+        """Ask for the whole text: something got lost on the way."""
+        state.lost = True
+        self.counters["resync"] += 1
+        state.send(Resync(state.opened.session, self.name))
 
     def calibration(self, state: DraftState) -> TemperatureBucket:
         return self.calibrations.bucket(state.opened.sampling.temperature)

@@ -5,7 +5,7 @@ import itertools
 import threading
 from collections.abc import AsyncIterator
 
-from runtime.core.messages import Draft, Event, Reply
+from runtime.core.messages import Draft, Event, FeatureRequest, Reply
 from runtime.draft.commands import EventReceived, GrowthDropped, Stop, StreamClosed
 from runtime.draft.draft_engine import DraftEngine
 
@@ -35,13 +35,15 @@ class DraftHost:
 
     async def speculate(self, events: AsyncIterator[Event]) -> AsyncIterator[Reply]:
         """See DraftLink. Drafts that are not read in time would be stale: they are dropped and
-        counted.
+        counted. A method that needs hidden states of the target asks for them first.
 
         Re-raises an error of `events`.
         """
         loop, stream = asyncio.get_running_loop(), next(self._streams)
         waiting: asyncio.Queue[Reply | None] = asyncio.Queue()
         dropped: set[str] = set()
+        if (spec := self.draft_engine.drafter.feature_spec) is not None:
+            waiting.put_nowait(FeatureRequest(spec, self.draft_engine.name))
 
         def push(reply: Reply) -> None:
             if isinstance(reply, Draft) and waiting.qsize() >= MAX_UNREAD_REPLIES:

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass, field
 
 from runtime.core import limits
-from runtime.core.messages import Draft, Open, Share
+from runtime.core.features import FeatureBuffer
+from runtime.core.messages import Draft, Features, Open, Share
 from runtime.core.tree import TokenTree
 from runtime.draft.commands import Send
 from runtime.draft.frontier import Frontier
@@ -29,11 +30,33 @@ class DraftState:
     share: Share
     tokens: list[int]
     tree: TokenTree
+    features: FeatureBuffer | None = None  # of the target; None: the method asks for none
     frontier: Frontier | None = None  # None: to be made
     passes: int = 0  # answered since the last commit
     sent_passes: int = 0  # of them, those whose nodes were sent
     unsent: list[Draft] = field(default_factory=list)
     lost: bool = False  # has missed a commit and asked for the text again
+    waits: bool = False  # the method has no answer before more features arrive
+
+    @property
+    def lacks_features(self) -> bool:
+        """Return True if the method asks for features and some of the text have not arrived."""
+        return self.features is not None and self.features.end < len(self.tokens) - 1
+
+    def add_features(self, event: Features) -> str | None:
+        """Append hidden states of the target; repeated rows change nothing.
+
+        Returns what is wrong with them, as the drafter counts it, or None.
+        """
+        kept, rows = self.features, event.rows
+        width = rows.rows.shape[1]
+        if self.lost or event.epoch != self.opened.epoch:
+            return "stale features"
+        if kept is None or width % len(kept.layers) or kept.width not in (0, width):
+            return "refused features"
+        if rows.end > len(self.tokens) + limits.TREE_DEPTH:  # of no commit that can follow
+            return "refused features"
+        return None if kept.append(rows) else "lost features"
 
     def restart(self, tree: TokenTree) -> None:
         """Continue with this tree."""
@@ -61,6 +84,7 @@ class DraftState:
         passes = self.opened.style.passes
         return (
             self.lost
+            or self.waits
             or len(self.tree) > self.node_limit
             or self.share.of == 0
             or 0 < passes <= self.passes
@@ -90,7 +114,10 @@ class DraftState:
 
 def expand_request(name: str, state: DraftState, count: int) -> ExpandRequest:
     opened = state.opened
-    text = Text(name, state.tokens, opened.prompt, opened.sampling, state.tree)
+    # Those of the next commit may be here before it.
+    kept, read = state.features, len(state.tokens) - 1
+    features = None if kept is None or kept.start >= min(kept.end, read) else kept.between(0, read)
+    text = Text(name, state.tokens, opened.prompt, opened.sampling, state.tree, features)
     return ExpandRequest(text, state.expandable().best(count), opened.style.branches)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from runtime.core.features import FeatureBuffer
 from runtime.kv.base import KVCache
 
 Ids = npt.NDArray[np.int64]
@@ -21,6 +22,7 @@ class CachedText:
     prefix_key: PrefixKey
     ids: Ids
     cache: KVCache
+    features: FeatureBuffer | None = None
 
 
 class PrefixCache:
@@ -39,7 +41,9 @@ class PrefixCache:
         """Slots with allocated memory."""
         return sum(kept.cache.room for kept in self.kept)
 
-    def keep(self, tokens: Sequence[int], cache: KVCache) -> None:
+    def keep(
+        self, tokens: Sequence[int], cache: KVCache, features: FeatureBuffer | None = None
+    ) -> None:
         """Take ownership of a cache whose first slots hold `tokens`, and drop the slots after them.
 
         A text that extends a cached one replaces it; a prefix of a cached one adds nothing. Raises
@@ -62,7 +66,10 @@ class PrefixCache:
         # The cache of a text that was longer may be mostly empty now.
         self.kept.append(
             CachedText(
-                prefix_key, ids, cache.fork(len(ids)) if cache.room > 2 * len(ids) else cache
+                prefix_key,
+                ids,
+                cache.fork(len(ids)) if cache.room > 2 * len(ids) else cache,
+                None if features is None else features.fork(len(ids)),
             )
         )
         while self.slots > self.max_slots:
@@ -91,6 +98,10 @@ class PrefixCache:
         if place is not None:
             self.kept.append(self.kept.pop(place))
         return None if found is None else (found, best)
+
+    def features_of(self, cache: KVCache) -> FeatureBuffer | None:
+        """Return the features kept beside a cache that `longest` has found."""
+        return next((kept.features for kept in self.kept if kept.cache is cache), None)
 
     def prefix_key(self, tokens: Sequence[int]) -> PrefixKey:
         """Return the tokens that two texts must share to have a common prefix that counts."""

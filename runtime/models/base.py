@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from runtime.core.features import LayerFeatures
 from runtime.kv.base import KVCache
 
 # Logits stay on the model's device, as a torch tensor (rows, vocabulary) in float32, or as a
@@ -71,10 +72,12 @@ class OutputSpec:
 
     hidden    return the states from which the logits are computed
     branches  pseudo rows to compute, with layers that do not fall
+    features  rising layers whose states to return, see runtime.core.features.FeatureSpec
     """
 
     hidden: bool = False
     branches: tuple[Branch, ...] = ()
+    features: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +87,13 @@ class PassOutput:
     logits         (rows, vocabulary), as `Model.forward` returns them
     hidden         (rows, d) if requested: the input of `unembed`
     branch_logits  (branch rows, branches, vocabulary) float32 of pseudo rows; None without any
+    features       of all rows of the part, whatever `last` is, if requested
     """
 
     logits: Logits
     hidden: Any = None
     branch_logits: Any = None
+    features: LayerFeatures | None = None
 
 
 class Model(Protocol):
@@ -128,6 +133,7 @@ class Model(Protocol):
         ...
 
 
+@runtime_checkable
 class HiddenStateModel(Model, Protocol):
     """A Model in torch that returns hidden states and pseudo rows as well as logits."""
 
@@ -137,6 +143,11 @@ class HiddenStateModel(Model, Protocol):
     @property
     def dtype(self) -> Any:
         """Type of the hidden states."""
+        ...
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of a layer's state."""
         ...
 
     def check(self, output_spec: OutputSpec) -> None:

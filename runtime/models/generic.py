@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -27,6 +28,7 @@ from runtime.kv.packed import PackedCache
 from runtime.kv.store import TorchCache
 from runtime.models.attention_mask import additive_mask, layer_windows
 from runtime.models.base import OutputSpec, PassInput, PassOutput
+from runtime.models.layer_states import check_layers, decoder_layers, recorded, split_features
 
 ATTENTION_NAME = "outrider"  # of our function in AttentionInterface
 
@@ -62,9 +64,20 @@ class TransformersPass:
             raise LookupError("transformers' own pass takes no pseudo rows")
         if output_spec.hidden and self.module.get_output_embeddings() is None:
             raise LookupError("nothing is known to turn its hidden states into logits")
+        if output_spec.features:
+            check_layers(output_spec.features, len(decoder_layers(self.module)))
 
     def show(self, parts: Sequence[PassInput], output_spec: OutputSpec) -> list[PassOutput]:
         """Return the inputs of the unembedding as hidden states. Pseudo rows are not supported."""
+        if output_spec.features:
+            layers, counts = output_spec.features, [len(part.rows.tokens) for part in parts]
+            with recorded(self.module, layers) as states:
+                outputs = self.show(parts, replace(output_spec, features=()))
+            features = split_features(layers, [torch.cat(pieces) for pieces in states], counts)
+            return [
+                replace(output, features=shown)
+                for output, shown in zip(outputs, features, strict=True)
+            ]
         if not output_spec.hidden:
             return [PassOutput(logits) for logits in self(parts)]
         given: list[torch.Tensor] = []

@@ -132,6 +132,11 @@ class HFModel:
     def dtype(self) -> torch.dtype:
         return self._dtype
 
+    @property
+    def hidden_size(self) -> int:
+        size: int = self.module.config.get_text_config(decoder=True).hidden_size
+        return size
+
     def new_cache(self) -> TorchCache:
         """Return a cache for the whole context and a full tree; memory grows with use."""
         return TorchCache(

@@ -25,6 +25,7 @@ from runtime.models.attention_mask import additive_mask, layer_windows
 from runtime.models.base import OutputSpec, PassInput, PassOutput, Rows
 from runtime.models.generic import logit_rows, torch_cache
 from runtime.models.hf import max_context
+from runtime.models.layer_states import check_layers, split_features
 from runtime.models.llama_layers import fused, norm, read_layer
 
 MODEL_TYPES = {"llama", "mistral", "qwen2", "qwen3"}
@@ -76,14 +77,12 @@ class LlamaPass:
         self._rope = self._rope_table(min(INITIAL_POSITIONS, self._context))
 
     def __call__(self, parts: Sequence[PassInput]) -> list[torch.Tensor]:
-        views, ends = self._views(parts), row_ends(parts)
+        views = self._views(parts)
         cos, sin = self._cos_sin(np.concatenate([part.rows.positions for part in parts]))
         x = self._embed(parts)
         for index in range(len(self._layers)):
             x = self._run_layer(index, x, cos, sin, views)
-        kept = [logit_rows(part) for part in parts]
-        if sum(kept) < len(x):
-            x = torch.cat([x[end - count : end] for end, count in zip(ends, kept, strict=True)])
+        x, kept = last_rows(x, parts)
         return list(self._head(self._norm(x)).float().split(kept))
 
     def check(self, output_spec: OutputSpec) -> None:
@@ -91,13 +90,12 @@ class LlamaPass:
         layers = [branch.layer for branch in output_spec.branches]
         if layers != sorted(layers) or not all(0 <= layer < len(self._layers) for layer in layers):
             raise LookupError(f"pseudo rows that enter at layers {layers} of {len(self._layers)}")
+        check_layers(output_spec.features, len(self._layers))
 
     def show(self, parts: Sequence[PassInput], output_spec: OutputSpec) -> list[PassOutput]:
         """Implement ForwardPass."""
-        counts, branch_rows = (
-            [len(part.rows.tokens) for part in parts],
-            [len(part.branch_rows) if output_spec.branches else 0 for part in parts],
-        )
+        counts = [len(part.rows.tokens) for part in parts]
+        branch_rows = [len(part.branch_rows) if output_spec.branches else 0 for part in parts]
         n, m = sum(counts), sum(branch_rows)
         branches = output_spec.branches if m else ()
         beginnings = [end - count for end, count in zip(row_ends(parts), counts, strict=True)]
@@ -116,26 +114,20 @@ class LlamaPass:
             )
         )
         ridden = torch.from_numpy(sources).to(self._embedding.device)
-        views, x = self._views(parts), self._embed(parts)
+        views, x, states = self._views(parts), self._embed(parts), list[torch.Tensor]()
         for index in range(len(self._layers)):
+            if index in output_spec.features:
+                states.append(x[:n].to(torch.bfloat16, copy=True))
             if entering := [branch for branch in branches if branch.layer == index]:
-                states = x.index_select(0, ridden)
-                x = torch.cat([x, *(branch.map(states).to(x.dtype) for branch in entering)])
+                sprout = x.index_select(0, ridden)
+                x = torch.cat([x, *(branch.map(sprout).to(x.dtype) for branch in entering)])
                 views = self._views_with_branches(parts, (len(x) - n) // m, len(branches))
             x = self._run_layer(index, x, cos[: len(x)], sin[: len(x)], views)
-        kept = [logit_rows(part) for part in parts]
-        if sum(kept) < n:
-            x = torch.cat(
-                [
-                    *(
-                        x[end - count : end]
-                        for end, count in zip(row_ends(parts), kept, strict=True)
-                    ),
-                    x[n:],
-                ]
-            )
-            n = sum(kept)
-        hidden = self._norm(x)
+        if len(self._layers) in output_spec.features:
+            states.append(x[:n].to(torch.bfloat16))
+        features = split_features(output_spec.features, states, counts)
+        x, kept = last_rows(x, parts)
+        n, hidden = sum(kept), self._norm(x)
         logits = self._head(hidden).float()
         of_rows = hidden[:n].split(kept) if output_spec.hidden else [None] * len(parts)
         pseudo = (
@@ -148,7 +140,7 @@ class LlamaPass:
         ]
         return [
             PassOutput(*of_one)
-            for of_one in zip(logits[:n].split(kept), of_rows, of_pseudo, strict=True)
+            for of_one in zip(logits[:n].split(kept), of_rows, of_pseudo, features, strict=True)
         ]
 
     def unembed(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -312,6 +304,15 @@ def is_llama(module: PreTrainedModel) -> bool:
 def row_ends(parts: Sequence[PassInput]) -> list[int]:
     """Return the end of each part's rows among those of all parts."""
     return list(accumulate(len(part.rows.tokens) for part in parts))
+
+
+def last_rows(x: torch.Tensor, parts: Sequence[PassInput]) -> tuple[torch.Tensor, list[int]]:
+    """Return the rows that get logits, then the pseudo rows, and the logits of each part."""
+    ends, kept = row_ends(parts), [logit_rows(part) for part in parts]
+    if sum(kept) < ends[-1]:
+        last = [x[end - count : end] for end, count in zip(ends, kept, strict=True)]
+        x = torch.cat([*last, x[ends[-1] :]])
+    return x, kept
 
 
 def with_pseudo_rows(part: PassInput, branches: int) -> Rows:

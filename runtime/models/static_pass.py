@@ -7,7 +7,7 @@ not by arithmetic, and linear layers process no row twice.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -22,10 +22,12 @@ from runtime.models.attention_mask import additive_mask
 from runtime.models.base import OutputSpec, PassInput, PassOutput
 from runtime.models.generic import logit_rows, torch_cache
 from runtime.models.hf import ForwardPass
+from runtime.models.layer_states import split_features
 from runtime.models.llama import LlamaPass, row_ends
 
 MAX_ROWS = 128  # over all texts; a step of one text has at most limits.STEP_ROWS + 1 = 65
 MIN_SLOTS = 256
+NO_OUTPUTS = OutputSpec()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +77,14 @@ class StaticPass(LlamaPass):
             (MAX_ROWS, self._embedding.shape[1]), dtype=self._dtype, device=module.device
         )
         self._buffers: dict[PassShape, InputBuffers] = {}
-        self._runs: dict[tuple[PassShape, bool], Run] = {}  # by whether they return hidden states
+        # Rows of the layers that somebody asked for, (MAX_ROWS, d) in bfloat16
+        self._states: dict[int, torch.Tensor] = {}
+        self._runs: dict[tuple[PassShape, bool, tuple[int, ...]], Run] = {}  # and by their outputs
 
     def __call__(self, parts: Sequence[PassInput]) -> list[torch.Tensor]:
         if not self.has_room(parts):
             return self._fallback(parts)
-        logits, ends = self._replay(parts, hidden=False), row_ends(parts)
+        logits, ends = self._replay(parts, NO_OUTPUTS), row_ends(parts)
         return [
             logits[end - logit_rows(part) : end].clone()
             for part, end in zip(parts, ends, strict=True)
@@ -89,11 +93,11 @@ class StaticPass(LlamaPass):
     def show(self, parts: Sequence[PassInput], output_spec: OutputSpec) -> list[PassOutput]:
         """Implement ForwardPass. Parts that go to `fallback` have no pseudo rows there."""
         if not self.has_room(parts):
-            return self._fallback.show(parts, OutputSpec(output_spec.hidden))
+            return self._fallback.show(parts, replace(output_spec, branches=()))
         if output_spec.branches and any(part.branch_rows for part in parts):
             return super().show(parts, output_spec)
         logits, counts = (
-            self._replay(parts, output_spec.hidden),
+            self._replay(parts, output_spec),
             [len(part.rows.tokens) for part in parts],
         )
         hidden = (
@@ -101,12 +105,16 @@ class StaticPass(LlamaPass):
             if output_spec.hidden
             else [None] * len(parts)
         )
+        layers = output_spec.features
+        features = split_features(layers, [self._states[layer] for layer in layers], counts)
         return [
-            PassOutput(*of_one)
-            for of_one in zip(logits[: sum(counts)].clone().split(counts), hidden, strict=True)
+            PassOutput(own, states, features=shown)
+            for own, states, shown in zip(
+                logits[: sum(counts)].clone().split(counts), hidden, features, strict=True
+            )
         ]
 
-    def _replay(self, parts: Sequence[PassInput], hidden: bool) -> torch.Tensor:
+    def _replay(self, parts: Sequence[PassInput], output_spec: OutputSpec) -> torch.Tensor:
         """Return the logits of all rows, followed by padding rows; valid until the next pass."""
         seats = self._arena.assign([torch_cache(part) for part in parts])
         shape = shape_of(parts, seats, self._arena.slots)
@@ -117,10 +125,14 @@ class StaticPass(LlamaPass):
             strict=True,
         ):
             buffer.copy_(torch.from_numpy(values))
-        run = self._runs.get((shape, hidden))
+        hidden, features = output_spec.hidden, output_spec.features
+        run = self._runs.get((shape, hidden, features))
         if run is None:
-            run = self._runs[shape, hidden] = self._record(
-                partial(self._compute, shape, buffers, hidden)
+            for layer in features:
+                if layer not in self._states:
+                    self._states[layer] = torch.zeros_like(self._hidden, dtype=torch.bfloat16)
+            run = self._runs[shape, hidden, features] = self._record(
+                partial(self._compute, shape, buffers, hidden, features)
             )
         return run()
 
@@ -147,11 +159,14 @@ class StaticPass(LlamaPass):
             )
         return self._buffers[shape]
 
-    def _compute(self, shape: PassShape, buffers: InputBuffers, hidden: bool) -> torch.Tensor:
+    def _compute(
+        self, shape: PassShape, buffers: InputBuffers, hidden: bool, features: tuple[int, ...] = ()
+    ) -> torch.Tensor:
         """Return the float32 logits (rows, vocabulary) of all rows in the buffers.
 
         They are valid until the next call for any shape. With `hidden` the hidden states are kept
-        too. The operations do not depend on the content of the buffers.
+        too, and those of the layers in `features`. The operations do not depend on the content of
+        the buffers.
         """
         tokens, positions, places, own = buffers.ids.unbind(0)
         n, middle = shape.rows, self._heads + self._kv
@@ -159,6 +174,8 @@ class StaticPass(LlamaPass):
         cos, sin = self._rope.index_select(0, positions).unbind(1)
         x = self._embedding.index_select(0, tokens)
         for index, layer in enumerate(self._layers):
+            if index in features:
+                self._states[index][:n].copy_(x)
             qkv = layer.qkv(layer.before(x)).view(n, middle + self._kv, self._dim)
             qk = qkv.narrow(1, 0, middle)
             plain = qk if layer.heads is None else layer.heads(qk)
@@ -170,6 +187,8 @@ class StaticPass(LlamaPass):
             x = layer.out(self._attend_seats(index, shape, queries, masks[layer.kind], own), x)
             gate, up = layer.gate_up(layer.after(x)).chunk(2, -1)
             x = layer.down(F.silu(gate).mul_(up), x)
+        if len(self._layers) in features:
+            self._states[len(self._layers)][:n].copy_(x)
         x = self._norm(x)
         if hidden:
             self._hidden[:n].copy_(x)

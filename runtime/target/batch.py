@@ -54,7 +54,12 @@ def pack(session: Session, cache: KVCache, nodes: Sequence[int]) -> PassInput:
     return PassInput(cache, Rows(tokens, positions, prefix, visible))
 
 
+def accepted_rows(nodes: Sequence[int], path: Sequence[int]) -> list[int]:
+    """Return the rows of the root and of an accepted path, in a pass over the root and `nodes`."""
+    row_of = {node: row for row, node in enumerate(nodes, start=1)}
+    return [0, *(row_of[node] for node in path)]
+
+
 def keep_accepted(cache: KVCache, prefix: int, nodes: Sequence[int], path: Sequence[int]) -> None:
     """Roll the cache back after a pass: keep the slots of the root and of `path`."""
-    row_of = {node: prefix + row for row, node in enumerate(nodes, start=1)}
-    cache.keep(prefix + 1, [row_of[node] for node in path])
+    cache.keep(prefix + 1, [prefix + row for row in accepted_rows(nodes, path)[1:]])

@@ -10,8 +10,11 @@ import numpy as np
 
 from runtime.core.clock import Clock
 from runtime.core.errors import SESSION_FAULTS
+from runtime.core.features import FeatureBuffer
+from runtime.kv.base import KVCache
 from runtime.kv.prefix_cache import Ids, PrefixCache, common_length
 from runtime.models.base import Model, PassInput, causal
+from runtime.target.drafter_manager import DrafterManager
 from runtime.target.request_state import RequestState
 
 CHUNK_TOKENS = 512  # per pass
@@ -34,6 +37,7 @@ class PrefillResult:
 def prefill_next(
     model: Model,
     prefixes: PrefixCache,
+    drafters: DrafterManager,
     sessions: Sequence[RequestState],
     began: float,
     clock: Clock,
@@ -51,7 +55,7 @@ def prefill_next(
     )
     while True:
         before = found.rows
-        prefill_pass(model, prefixes, sessions, found, clock)
+        prefill_pass(model, prefixes, drafters, sessions, found, clock)
         left -= found.rows - before
         if left <= 0 or found.failed or not any(map(is_urgent, sessions)):
             return found
@@ -76,6 +80,7 @@ def prefill_order(state: RequestState) -> tuple[bool, bool]:
 def prefill_pass(
     model: Model,
     prefixes: PrefixCache,
+    drafters: DrafterManager,
     sessions: Sequence[RequestState],
     found: PrefillResult,
     clock: Clock,
@@ -111,6 +116,7 @@ def prefill_pass(
                 ):
                     continue
                 if cached is not None:
+                    drafters.features.reuse(state, features_of(cached[0], sessions, prefixes), most)
                     state.cache, state.reused = cached[0].fork(most), most
                     found.reused += most
         except SESSION_FAULTS as error:
@@ -121,25 +127,44 @@ def prefill_pass(
         tokens = text[start : start + budget]
         budget -= len(tokens)
         pieces.append((state, PassInput(state.cache, causal(tokens, start), last=0)))
-    forward_pieces(model, pieces, found)
+    forward_pieces(model, drafters, pieces, found)
     found.done = clock()
     for state, part in pieces:
         found.rows += len(part.rows.tokens)
         state.ready = state.cache.length == len(state.session.tokens) - 1
         state.prefilled += found.done - began
         state.committed_at = state.growth_at = found.done
+        drafters.send_features(state, part.rows.prefix)
+
+
+def features_of(
+    cache: KVCache, sessions: Sequence[RequestState], prefixes: PrefixCache
+) -> FeatureBuffer | None:
+    """Return the features of the text in a cache, of a running session or of a finished text."""
+    for state in sessions:
+        if state.cache is cache:
+            return state.features
+    return prefixes.features_of(cache)
 
 
 def forward_pieces(
-    model: Model, pieces: Sequence[tuple[RequestState, PassInput]], found: PrefillResult
+    model: Model,
+    drafters: DrafterManager,
+    pieces: Sequence[tuple[RequestState, PassInput]],
+    found: PrefillResult,
 ) -> None:
     """Run one pass. If it fails, run one per text: a text that fails again is at fault itself."""
+    reading = [(state, part) for state, part in pieces if len(part.rows.tokens)]
     try:
-        if parts := [part for _, part in pieces if len(part.rows.tokens)]:
-            model.forward_all(parts)
+        if reading:
+            shown = drafters.features.read(
+                model, [part for _, part in reading], [state for state, _ in reading]
+            )
+            for (state, part), features in zip(reading, shown, strict=True):
+                drafters.features.record(state, part.rows.prefix, features)
     except SESSION_FAULTS as error:
         if len(pieces) > 1:
             for one in pieces:
-                forward_pieces(model, [one], found)
+                forward_pieces(model, drafters, [one], found)
         else:
             found.failed.append((pieces[0][0], error))

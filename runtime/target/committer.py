@@ -7,7 +7,7 @@ from runtime.core.clock import Clock
 from runtime.core.errors import SESSION_FAULTS
 from runtime.core.messages import Chunk, Commit, Round
 from runtime.schedulers.base import Scheduler
-from runtime.target.batch import Batch, BatchItem, keep_accepted
+from runtime.target.batch import Batch, BatchItem, accepted_rows, keep_accepted
 from runtime.target.drafter_manager import DrafterManager
 from runtime.target.head_runner import HeadRunner
 from runtime.target.request_manager import RequestManager
@@ -91,9 +91,17 @@ class Committer:
         nodes = len(session.tree)
         commit, hit = session.apply(accepted)
         self.metrics.dropped += nodes - len(session.tree)
+        self._send_features(item, decision, commit.base - 1)
         self.drafters.notify(session, commit)
         trace.sent(commit, self.clock(), TARGET)
         return Committed(item, decision, commit, guessed_by, hit)
+
+    def _send_features(self, item: BatchItem, decision: Decision, start: int) -> None:
+        """Keep and send what the pass has shown of the tokens from position `start` on."""
+        if item.state.features is not None:
+            rows = accepted_rows(item.nodes, decision.accepted.path)
+            self.drafters.features.record(item.state, start, decision.output.features, rows)
+            self.drafters.send_features(item.state, start)
 
     def _output(self, one: Committed) -> Chunk | None:
         """Roll the cache back and make the output chunk; None if that fails, which ends the

@@ -2,11 +2,13 @@
 
 from collections.abc import Collection, Iterable, Sequence
 
+from runtime.core.features import FeatureSpec
 from runtime.core.messages import Draft, Event, Round, Share
 from runtime.core.tree import TokenTree
 from runtime.scoring.drafter_utility import DrafterUtility
 from runtime.scoring.speculation_gate import PLAIN, SpeculationGate, Way
 from runtime.target.commands import Send, Strike, ignore_strike
+from runtime.target.feature_sender import FeatureSender
 from runtime.target.request_state import RequestState
 from runtime.target.session import Session
 from runtime.telemetry.metrics import TargetMetrics
@@ -17,7 +19,7 @@ class DrafterManager:
 
     `sends` holds the channel of each present drafter, in order of joining. `metrics` records what
     drafters contribute. `heads` are the names of the target's own heads: they receive no messages
-    and own no share, but rest by the same rule.
+    and own no share, but rest by the same rule. `features` are sent to drafters that ask for them.
     """
 
     def __init__(
@@ -26,23 +28,26 @@ class DrafterManager:
         self.sends: dict[str, Send] = {}
         self.strikes: dict[str, Strike] = {}
         self.metrics, self.utility, self.heads = metrics, utility, heads
+        self.features = FeatureSender(metrics)
         self.gate: SpeculationGate | None = None
 
     def join(
         self,
         name: str,
         send: Send,
-        sessions: Iterable[RequestState],
+        sessions: Collection[RequestState],
         strike: Strike = ignore_strike,
     ) -> None:
+        self.features.forget(name, sessions)  # of a drafter that had the name before
         self.sends[name], self.strikes[name] = send, strike
         self._pause()
         self.assign_shares(sessions, joined=name)
 
-    def leave(self, name: str, send: Send, sessions: Iterable[RequestState]) -> None:
+    def leave(self, name: str, send: Send, sessions: Collection[RequestState]) -> None:
         """Remove a drafter. One that has joined under the same name since then stays."""
         if self.sends.get(name) is send:
             del self.sends[name], self.strikes[name]
+            self.features.forget(name, sessions)
             self.utility.forget(name)
             self.assign_shares(sessions)
 
@@ -118,10 +123,26 @@ class DrafterManager:
         for send in self.sends_for(session).values():
             send(event)
 
-    def open(self, session: Session) -> None:
+    def ask_features(self, name: str, spec: FeatureSpec, sessions: Iterable[RequestState]) -> None:
+        """Send this drafter these hidden states from now on."""
+        self.features.ask(name, spec, sessions, self.sends)
+
+    def open(self, state: RequestState) -> None:
         """Announce a new session."""
-        for name, send in self.sends_for(session).items():
-            send(session.open(self.share(session.id, name)))
+        self.features.begin(state)
+        for name in self.sends_for(state.session):
+            self._open(state, name)
+
+    def _open(self, state: RequestState, name: str) -> None:
+        """Send the whole text, and the features that are known of it."""
+        send = self.sends[name]
+        send(state.session.open(self.share(state.session.id, name)))
+        state.features_sent.pop(name, None)
+        self.features.send(state, {name: send})
+
+    def send_features(self, state: RequestState, fresh: int) -> None:
+        """Send what a pass has shown of a session from position `fresh` on."""
+        self.features.send(state, self.sends_for(state.session), fresh)
 
     def reopen(self, state: RequestState, name: str) -> None:
         """Send the text again to a drafter that lost it, at most once per commit.
@@ -136,7 +157,7 @@ class DrafterManager:
             state.lost.add(name)
         elif name not in state.reopened:
             state.reopened.add(name)
-            self.sends[name](session.open(self.share(session.id, name)))
+            self._open(state, name)
 
     def assign_shares(self, sessions: Iterable[RequestState], joined: str = "") -> None:
         """Send every drafter its share of every session.
@@ -148,7 +169,10 @@ class DrafterManager:
                 share = self.share(state.session.id, name)
                 anew = name == joined or (share.of > 0 and name in state.lost)
                 state.lost -= {name} if anew else set()
-                send(state.session.open(share) if anew else share)
+                if anew:
+                    self._open(state, name)
+                else:
+                    send(share)
 
     def share(self, session: str, name: str) -> Share:
         active = self.utility.active(self.sends)

@@ -9,7 +9,7 @@ import queue
 from collections.abc import Mapping, Sequence
 
 from runtime.core.clock import Clock
-from runtime.core.messages import Draft, Resync
+from runtime.core.messages import Draft, FeatureRequest, Resync
 from runtime.models.base import Model
 from runtime.schedulers.base import Scheduler
 from runtime.scoring.calibration import Calibrations
@@ -76,7 +76,7 @@ class Engine:
         )
         self.drafter_manager.set_gate(scheduler.gate, ())
         self.planner = StepPlanner(self.drafter_manager, self.heads, clock)
-        self.runner = ModelRunner(self.heads, verifier, self.metrics)
+        self.runner = ModelRunner(self.heads, verifier, self.metrics, self.drafter_manager.features)
         self.committer = Committer(
             self.requests, self.drafter_manager, self.heads, self.metrics, clock
         )
@@ -138,7 +138,10 @@ class Engine:
         if all(state.ready for state in states):
             return
         began = self.clock()
-        found = prefill_next(self.model, self.requests.prefixes, states, began, self.clock)
+        self.drafter_manager.features.next_step()
+        found = prefill_next(
+            self.model, self.requests.prefixes, self.drafter_manager, states, began, self.clock
+        )
         for state, error in found.failed:
             self.requests.fail(state, error)
         self.metrics.prefilled += found.done - began
@@ -155,6 +158,7 @@ class Engine:
 
     def commit(self, batch: Batch, decisions: Sequence[Decision | None], decided: float) -> None:
         """Commit decisions that were made at `decided` on the clock."""
+        self.drafter_manager.features.next_step()
         self.committer.commit(batch, decisions, decided, self.scheduler, self.trace)
 
     def receive(self, wait: float | None) -> bool:
@@ -174,6 +178,8 @@ class Engine:
             case ReplyReceived(reply=Resync(session=name, drafter=drafter)):
                 if (state := self.requests.running.get(name)) is not None:
                     self.drafter_manager.reopen(state, drafter)
+            case ReplyReceived(reply=FeatureRequest(spec=spec, drafter=drafter)):
+                self.drafter_manager.ask_features(drafter, spec, self.requests.states())
             case AddRequest():
                 self.requests.add(arrived, self.scheduler.style)
             case Cancel(session=name):

@@ -18,7 +18,7 @@ from runtime.drafters.base import Text
 from runtime.heads.base import Head, VerifiedStep
 from runtime.models.base import HiddenStateModel, Model, OutputSpec, PassInput, PassOutput
 from runtime.scoring.drafter_utility import DrafterUtility
-from runtime.target.batch import BatchItem
+from runtime.target.batch import BatchItem, accepted_rows
 from runtime.target.request_state import RequestState
 from runtime.target.session import Session
 from runtime.target.verifier import Decision
@@ -107,13 +107,16 @@ class HeadRunner:
         """Return the seconds per branch row."""
         return self.built[name].seconds / PRICED_BRANCH_ROWS
 
-    def forward(self, parts: Sequence[PassInput]) -> list[PassOutput]:
-        """Run one pass with the outputs that heads need. Raises the model's errors if no head needs
-        any.
+    def forward(self, parts: Sequence[PassInput], layers: tuple[int, ...] = ()) -> list[PassOutput]:
+        """Run one pass with the outputs that heads need, and with features of `layers`.
+
+        Raises the model's errors if nothing but logits is needed. If a pass fails that one without
+        these outputs survives, the heads that need them are disabled, and features are None.
         """
-        if self.output_spec != NO_OUTPUTS:
+        output_spec = merge_output_specs([self.output_spec, OutputSpec(features=layers)])
+        if output_spec != NO_OUTPUTS:
             try:
-                return cast(HiddenStateModel, self.model).forward_outputs(parts, self.output_spec)
+                return cast(HiddenStateModel, self.model).forward_outputs(parts, output_spec)
             except SESSION_FAULTS as error:
                 failure = error
             found = [PassOutput(logits) for logits in self.model.forward_all(parts)]
@@ -196,8 +199,11 @@ def merge_output_specs(output_specs: Sequence[OutputSpec]) -> OutputSpec:
     branched = [output_spec.branches for output_spec in output_specs if output_spec.branches]
     if len(branched) > 1:
         raise InvalidRequest("two heads need branch rows in one pass: give one of them", "draft")
+    features = {layer for output_spec in output_specs for layer in output_spec.features}
     return OutputSpec(
-        any(output_spec.hidden for output_spec in output_specs), branched[0] if branched else ()
+        any(output_spec.hidden for output_spec in output_specs),
+        branched[0] if branched else (),
+        tuple(sorted(features)),
     )
 
 
@@ -208,12 +214,9 @@ def can_use_drafts(session: Session) -> bool:
 
 def make_seen(item: BatchItem, decision: Decision) -> VerifiedStep:
     """Return what a step has computed for a session, whose root has moved since."""
-    session, row_of = (
-        item.state.session,
-        {node: row for row, node in enumerate(item.nodes, start=1)},
-    )
+    session = item.state.session
     text = Text(session.id, session.tokens, session.prompt, session.request.sampling, session.tree)
-    path = [0, *(row_of[node] for node in decision.accepted.path)]
+    path = accepted_rows(item.nodes, decision.accepted.path)
     return VerifiedStep(text, item.part.rows.tokens, path, decision.output, item.part.branch_rows)
 
 

@@ -60,11 +60,11 @@ class RequestManager:
             request, now = command.request, self.clock()
             bucket = self.calibrations.bucket(request.sampling.temperature)
             session = Session(request, self.model.vocabulary, self.model.context, bucket, style)
-            self.running[session.id] = RequestState(
+            state = self.running[session.id] = RequestState(
                 session, self.model.new_cache(), command, slots, committed_at=now, growth_at=now
             )
             self.metrics.prompt += session.prompt
-            self.drafters.open(session)
+            self.drafters.open(state)
 
     def states(self) -> list[RequestState]:
         return list(self.running.values())
@@ -90,7 +90,7 @@ class RequestManager:
         del self.running[session.id]
         self.admission.release(state.slots)
         length = min(state.cache.length, len(session.tokens) - 1)
-        self.prefixes.keep(session.tokens[:length], state.cache)
+        self.prefixes.keep(session.tokens[:length], state.cache, state.features)
         self.kv_kept = self.prefixes.slots
         self.metrics.dropped += len(session.tree) - 1
         self.drafters.notify(session, Close(session.id))

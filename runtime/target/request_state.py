@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from runtime.core.features import FeatureBuffer
 from runtime.core.messages import Chunk, Commit, Draft, Logprob, Round, Stats
 from runtime.kv.base import KVCache
 from runtime.schedulers.base import SessionView
@@ -47,6 +48,10 @@ class RequestState:
     head_drafts: list[Draft] = field(
         default_factory=list
     )  # what heads guess from the root, to be offered before the next step
+    features: FeatureBuffer | None = None  # of its committed tokens; None: no drafter has asked
+    features_sent: dict[str, int] = field(
+        default_factory=dict
+    )  # position of the first row that each drafter still lacks
     accepted: Counter[str] = field(
         default_factory=Counter
     )  # delivered tokens by the drafter that guessed them

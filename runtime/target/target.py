@@ -12,9 +12,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
 
 from runtime.core import limits
-from runtime.core.errors import InvalidRequest, LinkLost, Overloaded, Unavailable
+from runtime.core.errors import InvalidRequest, LinkLost, ModelRefused, Overloaded, Unavailable
 from runtime.core.links import DraftLink
-from runtime.core.messages import Chunk, Event, Request, Tokens
+from runtime.core.messages import Chunk, Event, FeatureRequest, Request, Tokens
 from runtime.core.sampler_reference import GrammarState
 from runtime.core.sampling_params import Constraint, SamplingParams, check_int
 from runtime.schedulers.base import Scheduler
@@ -29,6 +29,7 @@ from runtime.target.commands import (
     ignore_strike,
 )
 from runtime.target.engine import Engine
+from runtime.target.feature_sender import check_features
 from runtime.target.stop_checker import StopChecker
 from runtime.telemetry.reports import TargetReport
 
@@ -287,17 +288,23 @@ class Target:
         def strike(why: str) -> None:
             self._loop.call_soon_threadsafe(count, why)
 
-        replies = link.speculate(events())
+        replies, has_asked = link.speculate(events()), False
         self.engine.inbox.put(Join(name, send, strike))
         try:
             async for reply in replies:
                 while self.engine.inbox.qsize() > MAX_INBOX_MESSAGES:  # noqa: ASYNC110
                     await asyncio.sleep(0.001)
+                if isinstance(reply, FeatureRequest):
+                    if has_asked:
+                        count("features asked for twice")
+                        continue
+                    check_features(self.engine.model, reply.spec)
+                    has_asked = True
                 # The link names the drafter; the message is not trusted.
                 self.engine.inbox.put(
                     ReplyReceived(replace(reply, drafter=name), self.engine.clock())
                 )
-        except LinkLost as error:
+        except (LinkLost, ModelRefused) as error:
             log.warning("drafter %s lost: %s", name, error)
         finally:
             self.engine.inbox.put(Leave(name, send))

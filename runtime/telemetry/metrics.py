@@ -64,6 +64,7 @@ class DrafterMetrics:
     stale: int = 0
     ahead: int = 0  # sum over `begun`
     begun: int = 0  # rounds for which it could guess
+    feature_bytes: int = 0
     round_trip: float | None = None
 
     def lead(self, tokens: int) -> None:
@@ -87,6 +88,7 @@ class DrafterMetrics:
             lead,
             self.round_trip or 0.0,
             resting,
+            self.feature_bytes,
         )
 
 

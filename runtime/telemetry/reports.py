@@ -76,6 +76,10 @@ class GuessReport:
             "resting", "1 where it has brought nothing for long and has no share at present"
         ),
     )
+    feature_bytes: int = field(
+        default=0,
+        metadata=counter("feature_bytes_total", "Bytes of hidden states that were sent to it"),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,8 @@ class TargetReport:
     empty tree   rounds for which no guess arrived in time
     alone        packed passes that failed and were repeated session by session
     head lost    heads that failed and were disabled
+    features lost
+                 the model could not show hidden states: drafters get none any more
     """
 
     live: int = field(

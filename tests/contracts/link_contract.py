@@ -112,6 +112,7 @@ class LinkContract(ABC):
                     await draft_for(replies, "s")
                     feed.end()
                     async for reply in replies:
+                        assert isinstance(reply, Draft)
                         assert reply.session == "s"
                     await soon(lambda: self.held(body) == 0)
 

@@ -13,12 +13,15 @@ from protos import speculation_pb2 as pb
 from protos.handshake import PROTOCOL, Hello, mismatch
 from runtime.core import limits
 from runtime.core.errors import InvalidRequest
+from runtime.core.features import EXPONENT_BITS, FeatureRows, FeatureSpec
 from runtime.core.messages import (
     Chunk,
     Close,
     Commit,
     Draft,
     Event,
+    FeatureRequest,
+    Features,
     Logprob,
     Open,
     Request,
@@ -163,6 +166,37 @@ def test_draft_round_trip(draft: Draft) -> None:
         assert here.dtype == there.dtype
         np.testing.assert_array_equal(here, there)
         assert not here.flags.writeable
+
+
+@st.composite
+def features(draw: st.DrawFn) -> Features:
+    random, shape = np.random.default_rng(draw(ids)), (draw(st.integers(1, 20)), draw(widths) + 1)
+    rows = random.integers(0, EXPONENT_BITS, shape, dtype=np.uint16)
+    return Features(draw(names), draw(epochs), FeatureRows(draw(counts), rows))
+
+
+@quick
+@given(features())
+def test_features_round_trip(event: Features) -> None:
+    found = drafting_codec.decode_event(drafting_codec.encode_event(event))
+    assert isinstance(found, Features)
+    assert (found.session, found.epoch, found.rows.start) == (
+        event.session,
+        event.epoch,
+        event.rows.start,
+    )
+    assert found.rows.rows.dtype == np.uint16
+    np.testing.assert_array_equal(found.rows.rows, event.rows.rows)
+    assert not found.rows.rows.flags.writeable
+
+
+@quick
+@given(st.sets(counts, min_size=1, max_size=limits.FEATURE_LAYERS))
+def test_a_request_for_features_round_trips(layers: set[int]) -> None:
+    spec = FeatureSpec(tuple(sorted(layers)))
+    assert drafting_codec.decode_reply(
+        drafting_codec.encode_reply(FeatureRequest(spec, DRAFTER))
+    ) == FeatureRequest(spec, "")
 
 
 @quick

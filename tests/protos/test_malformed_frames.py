@@ -13,6 +13,7 @@ from runtime.core import limits
 from runtime.core.errors import InvalidRequest
 from runtime.core.messages import (
     Draft,
+    Features,
 )
 
 
@@ -70,9 +71,36 @@ def test_one_bad_score_among_good_ones_is_found() -> None:
         drafting_codec.decode_reply(growth(bytes(24), bytes(12), floats(-1, math.nan, -2)))
 
 
+def features(rows: bytes, width: int = 2, session: str = "s") -> pb.ToDrafter:
+    return pb.ToDrafter(features=pb.Features(session=session, width=width, rows=rows))
+
+
+def test_features_at_the_limit_are_taken() -> None:
+    frame = features(bytes(limits.FEATURE_BYTES), 16).SerializeToString()
+    found = drafting_codec.decode_event(frame)
+    assert isinstance(found, Features)
+    assert found.rows.rows.shape == (limits.FEATURE_BYTES // 32, 16)
+
+
+@pytest.mark.parametrize("layers", [[], [2, 1], [1, 1], list(range(limits.FEATURE_LAYERS + 1))])
+def test_malformed_requests_for_features_are_refused(layers: list[int]) -> None:
+    frame = pb.FromDrafter(feature_request=pb.FeatureRequest(layers=layers)).SerializeToString()
+    with pytest.raises(InvalidRequest, match="layers"):
+        drafting_codec.decode_reply(frame)
+
+
 @pytest.mark.parametrize(
     ("frame", "says"),
     [
+        (features(bytes(6)), "6 bytes of features are no whole number of rows of width 2"),
+        (features(bytes(5)), "5 bytes of features"),
+        (features(b""), "0 bytes of features"),
+        (features(bytes(8), 0), "width 0"),
+        (features(bytes(8), 2**32 - 1), "width 4294967295"),
+        (features(bytes(limits.FEATURE_BYTES + 4)), f"at most {limits.FEATURE_BYTES}"),
+        (features(b"\x00\x00\x80\x7f"), "not finite"),
+        (features(b"\xc0\xff\x00\x00"), "not finite"),
+        (features(bytes(4), session=""), "session of 0"),
         (pb.ToDrafter(open=pb.Open(session="s", prompt=1, share_of=1)), "prompt 1 of 0 tokens"),
         (
             pb.ToDrafter(open=pb.Open(session="s", tokens=[1], prompt=0, share_of=1)),

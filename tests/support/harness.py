@@ -16,6 +16,7 @@ from runtime.core.links import DraftLink
 from runtime.core.messages import (
     Chunk,
     Event,
+    FeatureRequest,
     FinishReason,
     Logprob,
     Reply,
@@ -212,6 +213,9 @@ class Lockstep:
         self.draft_engines.append(draft_engine)
         self.sends[draft_engine.name] = send
         self.engine.handle(Join(draft_engine.name, send))
+        if (spec := draft_engine.drafter.feature_spec) is not None:
+            reply(FeatureRequest(spec, draft_engine.name))
+            self.engine.receive(0.0)
 
     def leave(self, draft_engine: DraftEngine) -> None:
         self.draft_engines.remove(draft_engine)

@@ -106,7 +106,10 @@ def hostile_event(random: Random) -> bytes:
         key=pick((0, 2**64 - 1)),
     )
     share = pb.Share(session=pick(TEXTS), index=pick(BIG), of=pick(BIG))
+    features = pb.Features(session=pick(TEXTS), epoch=pick(BIG), start=pick(BIG), width=pick(BIG))
+    features.rows = random.randbytes(pick((0, 2, 4096, limits.FEATURE_BYTES + 2)))
     frames = (
+        pb.ToDrafter(features=features),
         pb.ToDrafter(open=opened),
         pb.ToDrafter(commit=commit),
         pb.ToDrafter(share=share),
@@ -116,6 +119,10 @@ def hostile_event(random: Random) -> bytes:
 
 
 def hostile_reply(random: Random) -> bytes:
+    if random.random() < 0.2:
+        layers = [random.choice(BIG) for _ in range(random.choice((0, 1, 3, 10_000)))]
+        asked = pb.FromDrafter(feature_request=pb.FeatureRequest(layers=layers))
+        return bytes(asked.SerializeToString())
     nodes = random.choice([0, 1, 3, limits.DRAFT_NODES, limits.DRAFT_NODES + 1])
     parents, tokens, scores = (
         random.randbytes(8 * nodes),
