@@ -341,12 +341,20 @@ class DraftEngine:
             self.calibration(state).observe_path(state.tree, decided)
             state.tree.reroot(decided)
             state.tokens.extend(decided)
-            state.restart(state.tree)
+            state.restart(self.tree_after(state.tree))
             now = self.clock()
             self.trace.taken(event, now, self.name)
             self.trace.instant(self.name, REROOT, now)
         if state.tree.key[0] != event.key:
             self.ask_again(state)
+
+    def tree_after(self, tree: TokenTree) -> TokenTree:
+        """Return the tree to grow after a commit: what is left of the old one.
+
+        A method that reads features has new ones, so it guesses everything again from the root. The
+        target keeps the old guesses beside the new ones.
+        """
+        return tree if self.drafter.feature_spec is None else new_tree(tree.key[0], tree.token[0])
 
     def ask_again(self, state: DraftState) -> None:
         """Ask for the whole text: something got lost on the way."""
