@@ -22,7 +22,11 @@ install: .venv/installed ## create .venv with the command .venv/bin/outrider
 demo: install ## generate with the shipped pair, with and without speculation: same text, and the speed-up
 	@$(BIN)/python -m actors.cli.demo
 
-bench: install ## compare all ways to use the same models and cores; 30 minutes on two cores
+# Prompts of the real model: by default those in bench/chat_prompts.jsonl
+BENCH ?= --count 12 --batch 8 --batch 16
+bench: install ## compare all ways to use the same models and cores, on a real model first; 90 minutes on two cores
+	@if $(BIN)/outrider pull smollm2-135m; then $(BIN)/python -m bench --target smollm2-135m --draft eagle --llama-cpp $(BENCH); \
+	else echo "SmolLM2 cannot be fetched: the pair that ships is measured alone"; fi
 	@$(BIN)/python -m bench
 
 bench-methods: install ## compare all drafting methods, alone and with the draft model; 20 minutes

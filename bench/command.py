@@ -32,13 +32,14 @@ def bench(
             "default: the shipped draft"
         ),
     ] = None,
-    gguf: Annotated[
-        Path | None,
+    llama_cpp: Annotated[
+        bool,
         typer.Option(
-            help="GGUF file of the same target: llama.cpp takes part, in an environment of its own "
-            "that is compiled at the first use (15 minutes)"
+            "--llama-cpp",
+            help="llama.cpp takes part, on the GGUF file that --target names; it is compiled in an "
+            "environment of its own at the first use (15 minutes)",
         ),
-    ] = None,
+    ] = False,
     widen: Annotated[
         bool,
         typer.Option(
@@ -47,7 +48,10 @@ def bench(
     ] = False,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="prompt file (text, .json, .jsonl) or folder; default: held-out files"),
+        typer.Option(
+            help="prompt file (text, .json, .jsonl) or folder; default: questions for a chat "
+            "model, held-out files for others"
+        ),
     ] = None,
     count: Annotated[int | None, typer.Option(help="number of prompts [default: 5]")] = None,
     repetitions: Annotated[
@@ -87,7 +91,7 @@ def bench(
     from bench.core import options as sizes  # imports torch and Ray, not needed for --help
     from bench.core.machine import machine
     from bench.reports import report
-    from bench.run import benchmark, differing_methods
+    from bench.run import benchmark, differing_methods, gguf_of
     from runtime.deployment_builder import resolve_drafter
 
     default = sizes.QUICK if quick else sizes.FULL
@@ -108,8 +112,7 @@ def bench(
         raise InvalidRequest(
             f"draft {draft!r} is a choice of layers: give another drafter", "draft"
         )
-    if gguf is not None and not gguf.is_file():
-        raise InvalidRequest(f"{gguf} is no file: give the target as a GGUF file", "gguf")
+    gguf = gguf_of(target or ours) if llama_cpp else None
     kind = sizes.choose_dtype(dtype.value, machine(2).flags)
     stem = "shipped" if target is None and draft is None else Path(target or ours).name
     wanted = sizes.BenchOptions(

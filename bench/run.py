@@ -52,11 +52,16 @@ from bench.stages import FINISHING, MEASURING, BenchPlan, BenchState, BenchTools
 from runtime.core.errors import InvalidRequest
 from runtime.core.messages import Tokens
 from runtime.core.sampling_params import SamplingParams
+from runtime.models.catalogue import CATALOGUE
+from runtime.models.gguf_model import is_gguf
 from runtime.models.loader import load_tokenizer
 from runtime.models.model_folder import find_folder
 from runtime.models.vocab_check import check_pair
 from runtime.schedulers.pearl import gamma
 from runtime.telemetry.tracing import Recording
+
+CHAT_PROMPTS = Path(__file__).with_name("chat_prompts.jsonl")
+HELD_OUT = "held-out files of the standard library"
 
 
 class CombinedRunner:
@@ -128,7 +133,7 @@ def prepare(
         if options.widen
         else options.target
     )
-    prompts, other_prompts = choose_prompts(options, target)
+    source, prompts, other_prompts = choose_prompts(options, target)
     note("measuring the pair by itself")
     has_model = options.method == "model"
     pair = ProfileJob(target, options.draft if has_model else None, options.dtype, cores[0])
@@ -141,11 +146,26 @@ def prepare(
         options.gguf is not None,
     )
     plan = BenchPlan(options, which, pair, prompts, other_prompts)
-    return plan, BenchState(empty_results(options, target, measured, len(plan.measured_prompts)))
+    results = empty_results(options, measured, source, len(plan.measured_prompts))
+    return plan, BenchState(results)
 
 
-def choose_prompts(options: BenchOptions, target: str) -> tuple[list[Prompt], list[Prompt]]:
-    """Return the measured prompts, and those for sweep, warm-up and learning.
+def gguf_of(target: str) -> Path:
+    """Return the GGUF file that a target's name means. Raises InvalidRequest if it means none."""
+    model = CATALOGUE.get(target)
+    file = Path(target) if model is None else model.file()
+    if not is_gguf(file):
+        raise InvalidRequest(
+            f"target {target[:256]!r} is no GGUF file, which llama.cpp needs: give a .gguf file, "
+            f"or pull and give {', '.join(CATALOGUE)}",
+            "llama_cpp",
+        )
+    return file
+
+
+def choose_prompts(options: BenchOptions, target: str) -> tuple[str, list[Prompt], list[Prompt]]:
+    """Return where the prompts come from, the measured ones, and those for sweep, warm-up and
+    learning.
 
     Raises PairMismatch if the models do not fit together, InvalidRequest if their context has no
     room for prompts.
@@ -165,11 +185,8 @@ def choose_prompts(options: BenchOptions, target: str) -> tuple[list[Prompt], li
         )
     others = SWEEP_PROMPTS + WARM_UP_PROMPTS + (0 if options.quick else LEARNING_PROMPTS)
     wanted = max((options.size.count, *options.size.batches))
-    of_file = (
-        None
-        if options.prompts is None
-        else encode_prompts(tokenizer, read_prompts(options.prompts), most)
-    )
+    file = options.prompts or (CHAT_PROMPTS if tokenizer.chat_template else None)
+    of_file = None if file is None else encode_prompts(tokenizer, read_prompts(file), most)
     drawn = (
         held_out_prompts(tokenizer, wanted + others, options.seed)
         if of_file is None
@@ -178,7 +195,8 @@ def choose_prompts(options: BenchOptions, target: str) -> tuple[list[Prompt], li
     prompts, other_prompts = drawn[:wanted], drawn[wanted:]
     if len(other_prompts) < others:  # the file has too few prompts for both
         other_prompts = held_out_prompts(tokenizer, others, options.seed)
-    return prompts, other_prompts
+    source = HELD_OUT if file is None else file.name
+    return source, prompts, other_prompts
 
 
 def draw_recording(options: BenchOptions, recordings: Sequence[Recording]) -> Path:
@@ -195,14 +213,9 @@ def draw_recording(options: BenchOptions, recordings: Sequence[Recording]) -> Pa
 
 
 def empty_results(
-    options: BenchOptions, target: str, measured: ProfileResult, count: int
+    options: BenchOptions, measured: ProfileResult, source: str, count: int
 ) -> Results:
     """Return results that contain only the pair."""
-    source = (
-        "held-out files of the standard library"
-        if options.prompts is None
-        else options.prompts.name
-    )
     size = options.size
     facts = PairFacts(
         target=Path(options.target).name

@@ -10,11 +10,13 @@ from bench.core.prompts import (
     MAX_PROMPT_TOKENS,
     MIN_PROMPT_TOKENS,
     Prompt,
+    category,
     encode_prompts,
     held_out_prompts,
     read_prompts,
     sample_prompts,
 )
+from bench.run import CHAT_PROMPTS, gguf_of
 from runtime.core.errors import InvalidRequest
 from runtime.models.loader import load_tokenizer
 from tests.support.pair import SHIPPED
@@ -118,6 +120,21 @@ def test_a_long_text_keeps_its_end() -> None:
     short, long = encode_prompts(tokenizer, texts, 20)
     assert tokenizer.decode(list(short.tokens)) == "import os\n"
     assert list(long.tokens) == tokenizer.encode(texts["long"])[-20:]
+
+
+def test_the_chat_prompts_that_ship_have_categories_of_equal_size() -> None:
+    names = list(read_prompts(CHAT_PROMPTS))
+    assert len(names) == 24
+    assert set(Counter(map(category, names)).values()) == {3}
+
+
+def test_llama_cpp_needs_a_gguf_file(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    assert gguf_of(str(file)) == file
+    for other in (str(tmp_path), "nothing.gguf", "smollm2-135m-not-pulled"):
+        with pytest.raises(InvalidRequest, match="is no GGUF file"):
+            gguf_of(other)
 
 
 def test_a_sample_depends_on_the_seed_alone() -> None:
