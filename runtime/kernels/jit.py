@@ -3,7 +3,7 @@
 import ctypes
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,15 +30,17 @@ class Kernel:
         address = ctypes.addressof(arguments)
         if arguments.transposed != arguments.rows:
             self.transpose(address)
-        if arguments.work_items == 1:
-            self.work(address)
-        else:
-            openmp_library().GOMP_parallel(
-                self.work,
-                ctypes.c_void_p(address),
-                ctypes.c_uint(arguments.work_items),
-                ctypes.c_uint(0),
-            )
+        run_shares(self.work, address, arguments.work_items)
+
+
+def run_shares(work: Any, address: int, work_items: int) -> None:
+    """Call `work` on so many of torch's threads, without the GIL."""
+    if work_items == 1:
+        work(address)
+    else:
+        openmp_library().GOMP_parallel(
+            work, ctypes.c_void_p(address), ctypes.c_uint(work_items), ctypes.c_uint(0)
+        )
 
 
 @functools.cache
@@ -94,6 +96,15 @@ def openmp_library() -> ctypes.CDLL:
 
 
 def compile_kernel(program: Program, processor: str, features: str) -> Kernel:
+    names = ("transpose", "work")
+    engine, (transpose, work) = compile_module(program.module, names, processor, features)
+    return Kernel(2 * program.lanes, transpose, work, engine)
+
+
+def compile_module(
+    source: Any, names: Sequence[str], processor: str, features: str
+) -> tuple[object, list[Any]]:
+    """Return the owner of the machine code, and the functions of these names."""
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     machine = binding.Target.from_default_triple().create_target_machine(
@@ -101,7 +112,7 @@ def compile_kernel(program: Program, processor: str, features: str) -> Kernel:
         features=f"{features},-prefer-256-bit",  # or vectors of 512 bits would be split in two
         opt=3,
     )
-    module = binding.parse_assembly(str(program.module))
+    module = binding.parse_assembly(str(source))
     module.verify()
     passes = binding.create_pass_builder(
         machine, binding.create_pipeline_tuning_options(speed_level=3)
@@ -110,5 +121,4 @@ def compile_kernel(program: Program, processor: str, features: str) -> Kernel:
     engine = binding.create_mcjit_compiler(module, machine)
     engine.finalize_object()
     call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-    transpose, work = (call(engine.get_function_address(name)) for name in ("transpose", "work"))
-    return Kernel(2 * program.lanes, transpose, work, engine)
+    return engine, [call(engine.get_function_address(name)) for name in names]

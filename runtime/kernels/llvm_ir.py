@@ -247,7 +247,7 @@ class Program:
         at.cbranch(at.icmp_unsigned("<", number, args["work_items"]), work, done)
         at.position_at_end(work)
         first, panels = even_share(at, args["panels"], number, args["work_items"])
-        with at.if_then(at.icmp_unsigned(">", panels, I64(0))), loop(at, panels) as (index, _):
+        with repeat(at, panels) as (index, _):
             self.panel(at, args, at.add(first, index))
         at.branch(take)
         at.position_at_end(done)
@@ -351,6 +351,13 @@ def loop(
         phi.add_incoming(left, at.block)
     at.cbranch(at.icmp_unsigned("<", leaving[0], count), body, after)
     at.position_at_end(after)
+
+
+@contextmanager
+def repeat(at: ir.IRBuilder, count: ir.Value) -> Iterator[tuple[ir.Value, list[ir.Value]]]:
+    """Repeat the body `count` times, which may be 0. Yields as `loop` does, without values."""
+    with at.if_then(at.icmp_unsigned(">", count, I64(0))), loop(at, count) as found:
+        yield found
 
 
 def element_ptr(at: ir.IRBuilder, base: ir.Value, unit: ir.Type, count: ir.Value) -> ir.Value:

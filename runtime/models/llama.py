@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from runtime.kernels.attention import Attention, has_attention, load_attention
 from runtime.kernels.linear import LinearOp, has_room
 from runtime.models.attention_mask import additive_mask, layer_windows
 from runtime.models.base import OutputSpec, PassInput, PassOutput, Rows
@@ -38,8 +39,9 @@ class PartView:
 
     start, end    its rows among those of all parts
     new           (2, heads, rows, dim): destination of a layer's new keys and values
-    keys, values  (1, heads, slots, dim)
-    masks         by layer type
+    keys, values  (heads, slots, dim)
+    masks         by layer type, for torch's attention
+    kernels       by layer type; None: torch computes attention
     places        its rows if they are not [start, end): pseudo rows follow the rows of all parts
     """
 
@@ -49,13 +51,18 @@ class PartView:
     keys: Sequence[torch.Tensor]
     values: Sequence[torch.Tensor]
     masks: dict[str, torch.Tensor | None]
+    kernels: dict[str, Attention] | None = None
     places: torch.Tensor | None = None
 
 
 class LlamaPass:
-    """A ForwardPass that shares the memory of the parameters with `module`."""
+    """A ForwardPass that shares the memory of the parameters with `module`.
 
-    def __init__(self, module: PreTrainedModel) -> None:
+    Between products it computes in `stream`: by default in float32 on a CPU, where shorter types
+    are slower, and in the module's type elsewhere.
+    """
+
+    def __init__(self, module: PreTrainedModel, stream: torch.dtype | None = None) -> None:
         pack = has_room(module)
         body: Any = module.model
         first, config = body.layers[0].self_attn, module.config
@@ -64,6 +71,8 @@ class LlamaPass:
         self._kv: int = config.num_key_value_heads
         self._heads: int = config.num_attention_heads
         self._dtype: torch.dtype = module.dtype
+        on_cpu = module.device.type == "cpu"
+        self._stream = stream or (torch.float32 if on_cpu else self._dtype)
         self._windows = layer_windows(config)
         self._embedding: torch.Tensor = body.embed_tokens.weight.detach()
         kinds = getattr(config, "layer_types", None) or [""] * len(body.layers)
@@ -120,7 +129,8 @@ class LlamaPass:
                 states.append(x[:n].to(torch.bfloat16, copy=True))
             if entering := [branch for branch in branches if branch.layer == index]:
                 sprout = x.index_select(0, ridden)
-                x = torch.cat([x, *(branch.map(sprout).to(x.dtype) for branch in entering)])
+                sprouts = (branch.map(sprout.to(self._dtype)) for branch in entering)
+                x = torch.cat([x, *(sprout.to(x.dtype) for sprout in sprouts)])
                 views = self._views_with_branches(parts, (len(x) - n) // m, len(branches))
             x = self._run_layer(index, x, cos[: len(x)], sin[: len(x)], views)
         if len(self._layers) in output_spec.features:
@@ -129,7 +139,9 @@ class LlamaPass:
         x, kept = last_rows(x, parts)
         n, hidden = sum(kept), self._norm(x)
         logits = self._head(hidden).float()
-        of_rows = hidden[:n].split(kept) if output_spec.hidden else [None] * len(parts)
+        of_rows = (
+            hidden[:n].to(self._dtype).split(kept) if output_spec.hidden else [None] * len(parts)
+        )
         pseudo = (
             logits[n:].unflatten(0, (len(branches), m)).transpose(0, 1).split(branch_rows)
             if m
@@ -152,9 +164,8 @@ class LlamaPass:
         return [*chain.from_iterable(layers), self._head]
 
     def _embed(self, parts: Sequence[PassInput]) -> torch.Tensor:
-        return self._embedding.index_select(
-            0, concat_ids([part.rows.tokens for part in parts]).to(self._embedding.device)
-        )
+        ids = concat_ids([part.rows.tokens for part in parts]).to(self._embedding.device)
+        return self._embedding.index_select(0, ids).to(self._stream)
 
     def _cos_sin(self, positions: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosines and sines of each row, (rows, 1, dim)."""
@@ -195,25 +206,39 @@ class LlamaPass:
             if views[0].places is not None
             else None
         )
-        by_head = (qkv if places is None else qkv.index_select(0, places)).transpose(0, 1)
-        queries = by_head.narrow(0, 0, self._heads).unsqueeze(0)
-        new = by_head.narrow(0, self._heads, 2 * self._kv).unflatten(0, (2, self._kv))
-        outputs, start = [], 0
+        rows = qkv if places is None else qkv.index_select(0, places)
+        queries = rows.narrow(1, 0, self._heads)
+        new = rows.narrow(1, self._heads, 2 * self._kv).unflatten(1, (2, self._kv))
+        new, outputs, start = new.permute(1, 2, 0, 3), [], 0
         for view in views:
             count = view.end - view.start
             view.new[index].copy_(new.narrow(2, start, count))
-            output = F.scaled_dot_product_attention(
-                queries.narrow(2, start, count),
-                view.keys[index],
-                view.values[index],
-                attn_mask=view.masks[kind],
-                scale=self._scale,
-                enable_gqa=self._heads != self._kv,
-            )
-            outputs.append(output.transpose(1, 2))
+            keys, values = view.keys[index], view.values[index]
+            own = queries.narrow(0, start, count)
+            if view.kernels is None:
+                outputs.append(self._attend_by_torch(own, keys, values, view.masks[kind]))
+            else:
+                outputs.append(view.kernels[kind](own, keys, values))
             start += count
-        joined = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)).reshape(start, -1)
+        joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return joined if places is None else torch.empty_like(joined).index_copy_(0, places, joined)
+
+    def _attend_by_torch(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        output = F.scaled_dot_product_attention(
+            queries.transpose(0, 1)[None].to(keys.dtype),
+            keys[None],
+            values[None],
+            attn_mask=mask,
+            scale=self._scale,
+            enable_gqa=self._heads != self._kv,
+        )
+        return output[0].transpose(0, 1).reshape(len(queries), -1).to(queries.dtype)
 
     def _views(self, parts: Sequence[PassInput]) -> list[PartView]:
         """Return views of the rows alone, without pseudo rows."""
@@ -260,17 +285,27 @@ class LlamaPass:
             for kind, window in self._windows.items()
         }
         planes = cache.planes()
-        in_use = planes.narrow(2, 0, slots).unsqueeze(1).unbind(0)
+        in_use = planes.narrow(2, 0, slots).unbind(0)
+        kernels = None
+        if self._stream == torch.float32 and has_attention(
+            device, planes.dtype, self._dim, self._scale
+        ):
+            kernel = load_attention(planes.dtype, self._dim, self._scale)
+            shape = count, self._heads, self._kv, self._dim
+            kernels = {kind: Attention(kernel, shape, slots, mask) for kind, mask in masks.items()}
         return PartView(
             end - count,
             end,
             planes.narrow(2, cache.start, count).unflatten(0, (-1, 2)).unbind(0),
             in_use[::2],
             in_use[1::2],
-            {
+            {}
+            if kernels
+            else {
                 kind: None if mask is None else torch.from_numpy(mask).to(device, self._dtype)
                 for kind, mask in masks.items()
             },
+            kernels,
         )
 
     def _rope_table(self, positions: int) -> torch.Tensor:
@@ -279,9 +314,8 @@ class LlamaPass:
         A rotation is then x cos + roll(x, dim / 2) sin.
         """
         with torch.inference_mode():
-            cos, sin = self._rotary(
-                self._embedding, torch.arange(positions, device=self._embedding.device)[None]
-            )
+            like = torch.empty(0, dtype=self._stream, device=self._embedding.device)
+            cos, sin = self._rotary(like, torch.arange(positions, device=like.device)[None])
             sin[..., : self._dim // 2].neg_()
             return torch.stack([cos[0], sin[0]], dim=1)[:, :, None]
 

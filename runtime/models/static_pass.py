@@ -66,7 +66,7 @@ class StaticPass(LlamaPass):
     ) -> None:
         # LlamaPass creates tensors on the default device.
         with module.device:
-            super().__init__(module)
+            super().__init__(module, stream=module.dtype)
             self._rope = self._rope_table(min(arena.slots, self._context))
         self._arena, self._fallback, self._record = arena, fallback, record
         self._child_entries = arena.memory.flatten(2, 3).unflatten(0, (-1, 2)).unbind(0)
