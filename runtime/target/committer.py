@@ -92,7 +92,7 @@ class Committer:
         commit, hit = session.apply(accepted)
         self.metrics.dropped += nodes - len(session.tree)
         self._send_features(item, decision, commit.base - 1)
-        self.drafters.notify(session, commit)
+        self.drafters.notify_commit(item.state, commit)
         trace.sent(commit, self.clock(), TARGET)
         return Committed(item, decision, commit, guessed_by, hit)
 

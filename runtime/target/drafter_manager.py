@@ -2,8 +2,9 @@
 
 from collections.abc import Collection, Iterable, Sequence
 
+from runtime.core import limits
 from runtime.core.features import FeatureSpec
-from runtime.core.messages import Draft, Event, Round, Share
+from runtime.core.messages import Commit, Draft, Event, Round, Share
 from runtime.core.tree import TokenTree
 from runtime.scoring.drafter_utility import DrafterUtility
 from runtime.scoring.speculation_gate import PLAIN, SpeculationGate, Way
@@ -123,6 +124,35 @@ class DrafterManager:
         for send in self.sends_for(session).values():
             send(event)
 
+    def notify_commit(self, state: RequestState, commit: Commit) -> None:
+        """Send a commit to the active drafters. Others get one for all when their rest is over.
+
+        Each message takes time from the target.
+        """
+        active = self.active(state.session)
+        for name, send in self.sends_for(state.session).items():
+            if name in active:
+                send(commit)
+            else:
+                state.untold.setdefault(name, commit.base)
+
+    def _catch_up(self, state: RequestState, name: str) -> None:
+        """Send what a drafter has missed while it rested."""
+        session, base = state.session, state.untold.get(name)
+        if base is None:
+            return
+        if name in self.features.specs and len(session.tokens) - base > limits.TREE_DEPTH:
+            self._open(state, name)  # it refuses features that are so far ahead of its text
+            return
+        del state.untold[name]
+        send = self.sends[name]
+        self.features.send(state, {name: send})
+        send(
+            Commit(
+                session.id, session.epoch, base, tuple(session.tokens[base:]), session.tree.key[0]
+            )
+        )
+
     def ask_features(self, name: str, spec: FeatureSpec, sessions: Iterable[RequestState]) -> None:
         """Send this drafter these hidden states from now on."""
         self.features.ask(name, spec, sessions, self.sends)
@@ -138,11 +168,13 @@ class DrafterManager:
         send = self.sends[name]
         send(state.session.open(self.share(state.session.id, name)))
         state.features_sent.pop(name, None)
+        state.untold.pop(name, None)
         self.features.send(state, {name: send})
 
     def send_features(self, state: RequestState, fresh: int) -> None:
-        """Send what a pass has shown of a session from position `fresh` on."""
-        self.features.send(state, self.sends_for(state.session), fresh)
+        """Send active drafters what a pass has shown of a session from position `fresh` on."""
+        active = self.active(state.session)
+        self.features.send(state, {name: self.sends[name] for name in active}, fresh)
 
     def reopen(self, state: RequestState, name: str) -> None:
         """Send the text again to a drafter that lost it, at most once per commit.
@@ -172,6 +204,8 @@ class DrafterManager:
                 if anew:
                     self._open(state, name)
                 else:
+                    if share.of > 0:
+                        self._catch_up(state, name)
                     send(share)
 
     def share(self, session: str, name: str) -> Share:

@@ -42,6 +42,9 @@ class RequestState:
     reopened: set[str] = field(
         default_factory=set
     )  # drafters that were told the whole text since the last commit
+    untold: dict[str, int] = field(
+        default_factory=dict
+    )  # position of the first token that each resting drafter has not been told
     lost: set[str] = field(
         default_factory=set
     )  # drafters that have asked for the text while they rested

@@ -8,6 +8,7 @@ import pytest
 
 from runtime.core.errors import InvalidRequest
 from runtime.core.messages import Chunk, Commit, Event, Open, Request, Resync, Share, Style
+from runtime.core.node_keys import text_key
 from runtime.core.sampler_reference import reference_sample
 from runtime.models.base import PassInput
 from runtime.models.toy import ToyModel
@@ -324,27 +325,36 @@ def test_a_resting_drafter_that_asks_for_the_text_gets_it_when_its_rest_is_over(
     events: list[Event] = []
     engine = engine_of(ToyModel(24, memory=3, context=4000))
     at = Desk(engine)
-
-    def asks(event: Event) -> None:
-        events.append(event)
-        engine.inbox.put(ReplyReceived(Resync("s", "mute"), 0.0))
-
     at.admit(asking(PROMPT, max_tokens=TRIAL_COMMITS + REST_COMMITS + 10))
-    while engine.drafter_manager.utility.resting != {"mute"}:
-        if not events:
-            engine.handle(Join("mute", events.append))
-        at.engine.step()
-    engine.drafter_manager.sends["mute"] = asks
-    while at.engine.requests.running:
+    engine.handle(Join("mute", events.append))
+    while engine.requests.running:
+        if engine.drafter_manager.utility.resting:
+            engine.inbox.put(ReplyReceived(Resync("s", "mute"), 0.0))
         engine.receive(0.0)
         at.engine.step()
-    opened = [event for event in events if isinstance(event, Open)]
-    assert [event.share.of for event in opened[:2]] == [1, 1]
-    assert len(opened[1].tokens) == len(PROMPT) + TRIAL_COMMITS + REST_COMMITS
-    place = events.index(opened[1])
-    assert all(
-        isinstance(event, Commit | Share) and event != Share("s", 0, 1) for event in events[1:place]
-    )
+    rested = events.index(Share("s", 0, 0))
+    again = events[rested + 1]
+    assert isinstance(again, Open)
+    assert again.share == Share("s", 0, 1)
+    assert len(again.tokens) == len(PROMPT) + TRIAL_COMMITS + REST_COMMITS
+    assert sum(isinstance(event, Open) for event in events) == 2
+
+
+def test_a_resting_drafter_is_told_at_its_end_what_it_has_missed() -> None:
+    """In one message: each commit would cost the target time."""
+    events: list[Event] = []
+    engine = engine_of(ToyModel(24, memory=3, context=4000))
+    at = Desk(engine)
+    engine.handle(Join("mute", events.append))
+    at.admit(asking(PROMPT, max_tokens=TRIAL_COMMITS + REST_COMMITS + 10))
+    tokens = at.run()["s"].tokens
+    rested = events.index(Share("s", 0, 0))
+    missed, share = events[rested + 1 : rested + 3]
+    assert isinstance(missed, Commit)
+    assert missed.base == len(PROMPT) + TRIAL_COMMITS
+    assert missed.tokens == tokens[TRIAL_COMMITS : TRIAL_COMMITS + REST_COMMITS]
+    assert missed.key == text_key([*PROMPT, *tokens[: TRIAL_COMMITS + REST_COMMITS]])
+    assert share == Share("s", 0, 1)
 
 
 def test_a_new_policy_holds_from_the_next_step_and_its_style_for_new_sessions() -> None:
