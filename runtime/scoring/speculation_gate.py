@@ -22,6 +22,7 @@ session may not pay with eight.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Literal
 
 import numpy as np
@@ -33,7 +34,8 @@ ALLOWANCE = 0.01  # tokens that may be lost per token
 TRIAL_BUDGET = 0.8  # tokens that a trial may lose
 MAX_BUDGET = 4.0  # more goes to the reserve
 MAX_RESERVE = 8.0
-MAX_SLOWDOWN = 3.0  # a longer step is counted as so many usual ones: the machine was busy
+MAX_SLOWDOWN = 1.6  # a longer step is counted as so many usual ones: the machine was busy
+USUAL_STEPS = 15  # whose median is usual
 PROBE_STEPS = 3  # plain steps of a probe, after it has settled
 FIRST_PROBE_STEPS = 4  # of the first one: nothing is known yet
 VISIT_STEPS = 12  # steps of a probe of another way than plain decoding
@@ -54,10 +56,18 @@ class Record:
     steps: float = 0.0
     tokens: float = 0.0
     seconds: float = 0.0
+    ratios: list[float] = field(default_factory=list)  # of the last steps to their expected times
+
+    def clip(self, seconds: float, expected: float) -> float:
+        """Return `seconds`, or less if the step took much longer than most do.
+
+        `expected` is the profile's time of as many rows. A busy machine delays single steps by a
+        multiple, in every way to decode.
+        """
+        self.ratios = [*self.ratios[1 - USUAL_STEPS :], seconds / expected]
+        return min(seconds, MAX_SLOWDOWN * median(self.ratios) * expected)
 
     def add(self, tokens: float, seconds: float, memory: float) -> None:
-        if self.steps >= 2.0:
-            seconds = min(seconds, MAX_SLOWDOWN * self.seconds / self.steps)
         keep = 1.0 - 1.0 / memory
         self.steps = keep * self.steps + 1.0
         self.tokens = keep * self.tokens + tokens
@@ -154,6 +164,7 @@ class SpeculationGate:
         self,
         ways: Sequence[Way],
         sessions: int,
+        rows: int,
         tokens: int,
         seconds: float,
         settle: float | None = 0.0,
@@ -162,6 +173,7 @@ class SpeculationGate:
 
         ways      ways to speculate that exist now, the most helpers last; none: the step was plain
         sessions  sessions in the step
+        rows      rows of all of them, roots included
         tokens    tokens of all of them
         seconds   the step took, waiting and bookkeeping included
         settle    seconds until drafters that were told to rest do; None: they have never answered
@@ -171,13 +183,13 @@ class SpeculationGate:
         if account is not before:  # the step was taken in the other account's way
             account.turn(account.way)
             return
-        scale = float(np.interp(sessions, self.rows, self.seconds))
+        plain, expected = np.interp([sessions, rows], self.rows, self.seconds)
         settled = not ways or is_settled(account, settle)
-        account.age += 1
+        way = account.way if ways else PLAIN
+        clipped = account.record(way).clip(seconds / plain, expected / plain)
+        account.age += len(ways) > 0
         account.seconds += seconds
-        self._learn(
-            account, account.way if ways else PLAIN, tokens / sessions, seconds / scale, settled
-        )
+        self._learn(account, way, tokens / sessions, clipped, settled, allowed=bool(ways))
         if not ways:
             return
         if account.home not in (PLAIN, *ways):
@@ -190,27 +202,29 @@ class SpeculationGate:
             self._while_speculating(account, ways)
 
     def _learn(
-        self, account: Account, way: Way, tokens: float, seconds: float, settled: bool
+        self,
+        account: Account,
+        way: Way,
+        tokens: float,
+        seconds: float,
+        settled: bool,
+        allowed: bool,
     ) -> None:
-        record = account.record(way)
+        record, plain = account.record(way), account.record(PLAIN)
+        if way != PLAIN or settled:
+            record.add(tokens, seconds, MEMORY[way])
         if way == PLAIN:
-            account.budget = min(MAX_BUDGET, account.budget + ALLOWANCE * tokens)
-            if settled:
-                account.measured += 1
-                record.add(tokens, seconds, MEMORY[way])
-            elif record.speed:  # drafters that still compute cost time too
-                usual = record.seconds / record.steps
-                account.budget += tokens - min(seconds, MAX_SLOWDOWN * usual) * record.speed
-            return
-        record.add(tokens, seconds, MEMORY[way])
-        if (plain := account.record(PLAIN)).speed:
-            usual = record.seconds / record.steps
-            gain = tokens - min(seconds, MAX_SLOWDOWN * usual) * plain.speed
-            account.budget += gain
-            over = max(0.0, account.budget - MAX_BUDGET)
-            account.budget -= over
+            account.measured += settled
+            account.budget += ALLOWANCE * tokens * allowed
+        else:
+            account.since_probe += 1
+        if plain.speed and (way != PLAIN or not settled):
+            # Drafters that still compute after they were told to rest cost time too.
+            account.budget += tokens - seconds * plain.speed
+        over = max(0.0, account.budget - MAX_BUDGET)
+        account.budget -= over
+        if way != PLAIN:
             account.reserve = min(MAX_RESERVE, account.reserve + over)
-        account.since_probe += 1
 
     def _while_plain(self, account: Account, ways: Sequence[Way]) -> None:
         if account.home != PLAIN:

@@ -82,6 +82,7 @@ class DrafterManager:
         self.gate.observe(
             self._ways(sessions),
             len(rounds),
+            sum(done.width + 1 for done in rounds),
             sum(done.accepted + 1 for done in rounds),
             one.waited + one.computed + one.bookkeeping,
             self._settling_time(),
