@@ -19,7 +19,7 @@ help: ## list the commands
 
 install: .venv/installed ## create .venv with the command .venv/bin/outrider
 
-demo: install ## generate with the shipped pair, with and without speculation: same text, and the speed-up
+demo: install ## show a chat model (fetched, else the shipped pair) with and without speculation: same text, two speeds
 	@$(BIN)/python -m actors.cli.demo
 
 # Prompts of the real model: by default those in bench/chat_prompts.jsonl

@@ -1,6 +1,7 @@
-"""`make demo`: compares the bundled target alone with the target and its drafter.
+"""`make demo`: compares a target alone with the target and what drafts for it.
 
-Both generate the same Python; only the speed differs.
+The target is a chat model, which is fetched if it can be had, or else the bundled target. Both
+ways generate the same text; only the speed differs.
 """
 
 import argparse
@@ -13,28 +14,32 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from actors.cli.conversation import Conversation
+from actors.cli.views.download_view import DownloadProgress
 from actors.cli.views.generation_view import Progress, Stream, stats_table
-from actors.launch.prepare import prepare
+from actors.launch.model_download import pull
+from actors.launch.prepare import check_models, prepare
 from actors.launch.serving import OpenService, Service, serving
 from actors.openai.usage import tokens_per_second
 from bench.core.subprocess_call import call_in_subprocess
 from bench.core.widen import widen_to_small
-from runtime.core.messages import Chunk, Request, Stats
+from runtime.config import Deployment
+from runtime.core.errors import ModelRefused
+from runtime.core.messages import Chunk, Request, Stats, Tokens
 from runtime.core.sampling_params import SamplingParams
 from runtime.deployment_builder import build_deployment
-from runtime.model_paths import bundled_model
+from runtime.model_paths import bundled_model, default_drafts
+from runtime.models.catalogue import CATALOGUE, CHAT_MODEL
 
-PROMPTS = (
+# Another question than those that count: token recycling remembers what it has read.
+WARM_UP_QUESTION = "What is a glacier, and how does it form?"
+QUESTIONS = ("Explain step by step how a bicycle stays upright, in simple words.",)
+PYTHON = (
     'def read_config(path):\n    """Read the configuration from a file."""',
     'def copy_file(src, dst):\n    with open(src, "rb") as f:',
     "import os\nimport sys\n\n\ndef main(args):\n    if not args:",
 )
-MAX_TOKENS = 96
-# Small models repeat themselves in greedy decoding; a mild penalty avoids that.
-SETTINGS = {
-    "greedy": SamplingParams(repetition_penalty=1.1, max_tokens=MAX_TOKENS),
-    "temperature 0.8": SamplingParams(temperature=0.8, seed=1, max_tokens=MAX_TOKENS),
-}
+MAX_TOKENS = {"chat": 160, "python": 96}
 WARM_UP = 2  # uncounted runs, which fill caches and the runtime's measurements
 
 
@@ -47,27 +52,45 @@ class Comparison:
     fast: Stats
 
 
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """What is shown.
+
+    texts     what stands above each output
+    prompts   the same as token ids
+    settings  sampling parameters by name
+    warm_up   the prompt of the uncounted runs
+    """
+
+    plan: Deployment
+    texts: tuple[str, ...]
+    prompts: tuple[Tokens, ...]
+    settings: dict[str, SamplingParams]
+    warm_up: Tokens
+
+
 async def run(
-    opener: OpenService, prompts: Sequence[tuple[int, ...]], console: Console, progress: Progress
+    opener: OpenService, demo: Demo, console: Console, progress: Progress
 ) -> list[Comparison]:
     """Returns the stats of every prompt under every setting. Exits if the tokens differ."""
+    prompts = demo.prompts
     found: list[Comparison] = []
     async with opener() as service:
         for number in range(WARM_UP):
             progress.note("warming up")
-            for name, sampling in SETTINGS.items():
+            for name, sampling in demo.settings.items():
                 for speculation in (False, True):
                     await collect_stats(
                         service,
                         Request(
                             f"warm-{number}-{name}-{speculation}",
-                            prompts[number],
+                            demo.warm_up,
                             sampling,
                             speculation,
                         ),
                         Stream(progress, quiet=True),
                     )
-        for name, sampling in SETTINGS.items():
+        for name, sampling in demo.settings.items():
             for number, prompt in enumerate(prompts):
                 alone, drafted = Stream(progress, quiet=True), Stream(progress, quiet=False)
                 console.rule(f"{name}, prompt {number + 1} of {len(prompts)}", style="dim")
@@ -76,7 +99,9 @@ async def run(
                     Request(f"off-{name}-{number}", prompt, sampling, speculation=False),
                     alone,
                 )
-                console.print(PROMPTS[number], style="dim", end="", highlight=False, markup=False)
+                console.print(
+                    demo.texts[number], style="dim", end="", highlight=False, markup=False
+                )
                 fast = await collect_stats(
                     service, Request(f"on-{name}-{number}", prompt, sampling), drafted
                 )
@@ -100,7 +125,7 @@ async def collect_stats(service: Service, request: Request, stream: Stream) -> S
 
 
 def summary_table(results: Sequence[Comparison]) -> Table:
-    found = Table(title="the same tokens, with and without the drafter", title_justify="left")
+    found = Table(title="the same tokens, with and without drafts", title_justify="left")
     for name in ("", "target alone", "with drafts", "speed-up", "tokens/step"):
         found.add_column(name, justify="right")
     for pair in results:
@@ -125,18 +150,27 @@ def summary_table(results: Sequence[Comparison]) -> Table:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--in-process", action="store_true", help="run without Ray and sockets")
-    parser.add_argument(
-        "--small",
-        action="store_true",
-        help="use the bundled target as it is, which is hardly slower than the draft",
+def chat_demo(console: Console) -> Demo:
+    """Fetches the chat model unless it is here. Raises ModelRefused if it cannot be had."""
+    with DownloadProgress(quiet=False) as progress:
+        pull(CHAT_MODEL, progress.note, progress.report)
+    plan = build_deployment(CHAT_MODEL, default_drafts(CHAT_MODEL), 1, "auto", "auto", local=True)
+    found = check_models(plan)
+    settings = settings_of(MAX_TOKENS["chat"])
+    talk = Conversation(found.tokenizer, found.context, MAX_TOKENS["chat"])
+    warm_up, *prompts = (
+        talk.tokens([{"role": "user", "content": question}])
+        for question in (WARM_UP_QUESTION, *QUESTIONS)
     )
-    arguments = parser.parse_args()
+    model = CATALOGUE[CHAT_MODEL]
+    console.print(f"{model.summary}. {describe(plan)}")
+    texts = tuple(f"{question}\n\n" for question in QUESTIONS)
+    return Demo(plan, texts, tuple(prompts), settings, warm_up)
+
+
+def bundled_demo(console: Console, small: bool) -> Demo:
     target, draft = bundled_model("target"), bundled_model("draft")
-    console = Console()
-    if not arguments.small:
+    if not small:
         with console.status("widening the target"):
             target = str(call_in_subprocess(widen_to_small, (target, "float32")))
         console.print(
@@ -144,16 +178,60 @@ def main() -> None:
             "are zero."
         )
     plan = build_deployment(target, (draft,), 1, "auto", "auto", local=True)
-    prompts = [prepare(plan, prompt, SETTINGS["greedy"]).prompt for prompt in PROMPTS]
-    console.print(
-        "Target and drafter are Ray actors with a core each, connected by gRPC. "
+    settings = settings_of(MAX_TOKENS["python"])
+    prompts = tuple(prepare(plan, prompt, settings["greedy"]).prompt for prompt in PYTHON)
+    console.print(describe(plan))
+    return Demo(plan, PYTHON, prompts, settings, prompts[0])
+
+
+def settings_of(max_tokens: int) -> dict[str, SamplingParams]:
+    # Small models repeat themselves in greedy decoding; a mild penalty avoids that.
+    return {
+        "greedy": SamplingParams(repetition_penalty=1.1, max_tokens=max_tokens),
+        "temperature 0.8": SamplingParams(temperature=0.8, seed=1, max_tokens=max_tokens),
+    }
+
+
+def describe(plan: Deployment) -> str:
+    """Says where target and drafters run, and what the colours mean."""
+    names = [*(head.method for head in plan.target.heads), *(pool.name for pool in plan.pools)]
+    where = (
+        "Target and drafter are Ray actors with cores of their own, connected by gRPC."
+        if plan.pools
+        else "The target is a Ray actor; the drafting method runs inside it."
+    )
+    return (
+        f"{where} Drafts come from {', '.join(names)}. "
         "Green: guessed by the drafter. White: by the target."
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--in-process", action="store_true", help="run without Ray and sockets")
+    parser.add_argument(
+        "--shipped", action="store_true", help="use the bundled pair, and no network"
+    )
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="use the bundled target as it is, which is hardly slower than the draft",
+    )
+    arguments = parser.parse_args()
+    console = Console()
+    if arguments.shipped or arguments.small:
+        demo = bundled_demo(console, arguments.small)
+    else:
+        try:
+            demo = chat_demo(console)
+        except ModelRefused as error:
+            console.print(f"{error}. This demo uses the bundled pair instead.", style="yellow")
+            demo = bundled_demo(console, small=False)
     with (
         Progress(quiet=False) as progress,
-        serving(plan, None, arguments.in_process, progress.note) as opener,
+        serving(demo.plan, None, arguments.in_process, progress.note) as opener,
     ):
-        results = asyncio.run(run(opener, prompts, console, progress))
+        results = asyncio.run(run(opener, demo, console, progress))
     console.print(summary_table(results))
 
 

@@ -46,3 +46,5 @@ CATALOGUE = {
         ),
     )
 }
+
+CHAT_MODEL = "smollm2-135m"  # of `outrider chat` and `make demo`, unless told otherwise

@@ -20,7 +20,13 @@ from runtime.core.cpu_partition import split_cores
 from runtime.core.errors import InvalidRequest
 from runtime.deployment_builder import build_deployment
 from runtime.method_registry import drafting_methods, head_methods
-from runtime.model_paths import bundled_model, head_folder
+from runtime.model_paths import (
+    SHIPPED_METHODS,
+    bundled_model,
+    default_drafts,
+    head_folder,
+    trained_method,
+)
 
 
 def named(*drafts: str, drafters: int = 1) -> list[str]:
@@ -269,3 +275,11 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 def test_values_do_not_change() -> None:
     with pytest.raises(ValidationError):
         Placement().cores = (1,)  # type: ignore[misc]
+
+
+def test_what_drafts_for_a_target_by_default(tmp_path: Path) -> None:
+    assert default_drafts(None) == default_drafts(bundled_model("target"))
+    assert default_drafts(None) == (bundled_model("draft"),)
+    assert default_drafts(str(tmp_path)) == ("token-recycling",)
+    (chosen,) = default_drafts("smollm2-135m")
+    assert chosen == "token-recycling" or trained_method(chosen) in SHIPPED_METHODS

@@ -21,8 +21,8 @@ from actors.rpc.loop_thread import LoopThread
 from runtime.core.errors import InvalidRequest, Unavailable
 from runtime.core.messages import Chunk, Request
 from runtime.core.sampling_params import SamplingParams
+from runtime.models.catalogue import CHAT_MODEL
 
-DEFAULT_MODEL = "smollm2-135m"  # what ships writes Python and has no chat template
 DEFAULT_MAX_TOKENS = 512
 PROMPT = "> "
 CANCEL_TIMEOUT_S = 10.0
@@ -32,7 +32,7 @@ def chat(
     context: typer.Context,
     target: Annotated[
         str, typer.Option(help="model name, folder or .gguf file, with a chat template")
-    ] = DEFAULT_MODEL,
+    ] = CHAT_MODEL,
     draft: Annotated[
         list[str] | None,
         typer.Option(
