@@ -83,7 +83,7 @@ class BuiltTarget(NamedTuple):
 
 def kv_slots(model: HFModel) -> int:
     """Returns how many tokens fit into a quarter of the free memory of the model's device."""
-    return int(free_bytes(model.device) // 4 // model.new_cache().slot_bytes)
+    return int(free_bytes(model.device) // 4 // model.slot_bytes)
 
 
 def free_bytes(device: torch.device) -> int:

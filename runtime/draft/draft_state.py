@@ -40,8 +40,12 @@ class DraftState:
 
     @property
     def lacks_features(self) -> bool:
-        """Return True if the method asks for features and some of the text have not arrived."""
-        return self.features is not None and self.features.end < len(self.tokens) - 1
+        """Return True if the method asks for features and some of the text have not arrived.
+
+        A text of one token has none before it goes on.
+        """
+        kept, read = self.features, len(self.tokens) - 1
+        return kept is not None and (kept.end < read or read == 0)
 
     def add_features(self, event: Features) -> str | None:
         """Append hidden states of the target; repeated rows change nothing.

@@ -1,5 +1,6 @@
 """Keeps caches of finished texts, so that texts with the same prefix skip part of the prefill."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -34,12 +35,14 @@ class PrefixCache:
 
     def __init__(self, max_slots: int, min_tokens: int = 16) -> None:
         self.max_slots, self.min_tokens = max_slots, min_tokens
+        self.feature_slots = 0.0  # slots whose memory the features of one token take
         self.kept: list[CachedText] = []  # the least recently used first
 
     @property
     def slots(self) -> int:
-        """Slots with allocated memory."""
-        return sum(kept.cache.room for kept in self.kept)
+        """Slots with allocated memory, and those whose memory the features take."""
+        rows = sum(len(kept.ids) for kept in self.kept if kept.features is not None)
+        return sum(kept.cache.room for kept in self.kept) + math.ceil(rows * self.feature_slots)
 
     def keep(
         self, tokens: Sequence[int], cache: KVCache, features: FeatureBuffer | None = None

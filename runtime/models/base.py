@@ -150,6 +150,11 @@ class HiddenStateModel(Model, Protocol):
         """Numbers of a layer's state."""
         ...
 
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the keys and values of one token."""
+        ...
+
     def check(self, output_spec: OutputSpec) -> None:
         """Raises ModelRefused where this cannot be shown."""
         ...

@@ -137,6 +137,10 @@ class HFModel:
         size: int = self.module.config.get_text_config(decoder=True).hidden_size
         return size
 
+    @property
+    def slot_bytes(self) -> int:
+        return self.new_cache().slot_bytes
+
     def new_cache(self) -> TorchCache:
         """Return a cache for the whole context and a full tree; memory grows with use."""
         return TorchCache(

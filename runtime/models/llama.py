@@ -132,7 +132,8 @@ class LlamaPass:
                 sprouts = (branch.map(sprout.to(self._dtype)) for branch in entering)
                 x = torch.cat([x, *(sprout.to(x.dtype) for sprout in sprouts)])
                 views = self._views_with_branches(parts, (len(x) - n) // m, len(branches))
-            x = self._run_layer(index, x, cos[: len(x)], sin[: len(x)], views)
+            angles = (cos[: len(x)], sin[: len(x)]) if branches else (cos, sin)
+            x = self._run_layer(index, x, *angles, views)
         if len(self._layers) in output_spec.features:
             states.append(x[:n].to(torch.bfloat16))
         features = split_features(output_spec.features, states, counts)

@@ -3,6 +3,7 @@
 KV memory is a budget of slots, one per token. Requests that do not fit wait in order of arrival.
 """
 
+import math
 from collections import deque
 
 from runtime.core import limits
@@ -11,22 +12,29 @@ from runtime.core.messages import Request
 from runtime.target.commands import AddRequest
 
 
-def slots_needed(request: Request, context: int) -> int:
-    """Return the most slots that a session can need: its longest text plus the rows of one step."""
-    return min(context, len(request.prompt) + request.sampling.max_tokens) + limits.STEP_ROWS
+def slots_needed(request: Request, context: int, feature_slots: float = 0.0) -> int:
+    """Return the most slots that a session can need: its longest text plus the rows of one step.
+
+    The features of a token take the memory of `feature_slots` slots.
+    """
+    longest = min(context, len(request.prompt) + request.sampling.max_tokens)
+    return longest + limits.STEP_ROWS + math.ceil(longest * feature_slots)
 
 
 class Admission:
-    """Admits first come, first served: nobody overtakes, so nobody starves."""
+    """Admits first come, first served: nobody overtakes, so nobody starves.
+
+    feature_slots  slots whose memory the features of one token take; 0 if nobody asks for features
+    """
 
     def __init__(self, budget: int) -> None:
-        self.budget = budget
+        self.budget, self.feature_slots = budget, 0.0
         self.reserved = 0
         self.waiting: deque[AddRequest] = deque()
 
     def check(self, request: Request, context: int) -> None:
         """Raise InvalidRequest for a request that would not fit even an idle target."""
-        if (need := slots_needed(request, context)) > self.budget:
+        if (need := slots_needed(request, context, self.feature_slots)) > self.budget:
             raise InvalidRequest(
                 f"prompt of {len(request.prompt)} tokens + max_tokens "
                 f"{request.sampling.max_tokens} need {need} slots of KV memory, "
@@ -41,8 +49,9 @@ class Admission:
         """
         if not self.waiting or live >= limits.SESSIONS:
             return None
-        need = slots_needed(self.waiting[0].request, context)
-        if self.reserved + need > self.budget:
+        need = slots_needed(self.waiting[0].request, context, self.feature_slots)
+        # One that was let in before a drafter asked for features may be too large with them.
+        if self.reserved and self.reserved + need > self.budget:
             return None
         self.reserved += need
         return self.waiting.popleft(), need

@@ -29,6 +29,7 @@ from runtime.target.commands import (
 )
 from runtime.target.committer import Committer
 from runtime.target.drafter_manager import DrafterManager
+from runtime.target.feature_sender import row_bytes
 from runtime.target.head_runner import HeadRunner, MountedHead
 from runtime.target.inbox import GrowthReceived, drain
 from runtime.target.model_runner import ModelRunner
@@ -180,6 +181,8 @@ class Engine:
                     self.drafter_manager.reopen(state, drafter)
             case ReplyReceived(reply=FeatureRequest(spec=spec, drafter=drafter)):
                 self.drafter_manager.ask_features(drafter, spec, self.requests.states())
+                layers = self.drafter_manager.features.layers
+                self.requests.count_features(row_bytes(self.model, layers))
             case AddRequest():
                 self.requests.add(arrived, self.scheduler.style)
             case Cancel(session=name):

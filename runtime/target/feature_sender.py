@@ -31,6 +31,12 @@ VALUE_BYTES = 2  # of a bfloat16
 log = logging.getLogger(__name__)
 
 
+def row_bytes(model: Model, layers: Sequence[int]) -> int:
+    """Return the bytes of the features of one token; 0 for a model without hidden states."""
+    size = model.hidden_size if isinstance(model, HiddenStateModel) else 0
+    return len(layers) * size * VALUE_BYTES
+
+
 def check_features(model: Model, spec: FeatureSpec) -> None:
     """Raise ModelRefused if the model cannot show these hidden states."""
     if not isinstance(model, HiddenStateModel):
@@ -39,8 +45,7 @@ def check_features(model: Model, spec: FeatureSpec) -> None:
             " choose a drafting method without features"
         )
     model.check(OutputSpec(features=spec.layers))
-    row = len(spec.layers) * model.hidden_size * VALUE_BYTES
-    if row > limits.FEATURE_BYTES:
+    if (row := row_bytes(model, spec.layers)) > limits.FEATURE_BYTES:
         raise ModelRefused(
             f"features of layers {list(spec.layers)} of model {model.name} are {row} bytes a token:"
             f" at most {limits.FEATURE_BYTES} are allowed, ask for fewer layers"

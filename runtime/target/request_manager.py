@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from runtime.core.clock import Clock
 from runtime.core.messages import Chunk, Close, FinishReason, Style
 from runtime.kv.prefix_cache import PrefixCache
-from runtime.models.base import Model
+from runtime.models.base import HiddenStateModel, Model
 from runtime.scoring.calibration import Calibrations
 from runtime.target.admission import Admission
 from runtime.target.commands import AddRequest
@@ -65,6 +65,12 @@ class RequestManager:
             )
             self.metrics.prompt += session.prompt
             self.drafters.open(state)
+
+    def count_features(self, row_bytes: int) -> None:
+        """Count features of so many bytes a token as KV memory from now on."""
+        if isinstance(self.model, HiddenStateModel):
+            slots = row_bytes / self.model.slot_bytes
+            self.admission.feature_slots = self.prefixes.feature_slots = slots
 
     def states(self) -> list[RequestState]:
         return list(self.running.values())

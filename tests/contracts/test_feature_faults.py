@@ -1,6 +1,7 @@
 """What goes wrong with hidden states costs speed only, and what cannot be served is refused."""
 
 import asyncio
+import itertools
 import logging
 import random
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from runtime.core import limits
+from runtime.core.errors import InvalidRequest
 from runtime.core.features import FeatureSpec
 from runtime.core.messages import FeatureRequest, Features, Reply
 from runtime.core.sampler_reference import reference_sample
@@ -20,16 +22,21 @@ from runtime.models.sampler import choose
 from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
 from runtime.target import feature_sender
-from runtime.target.commands import ReplyReceived
+from runtime.target.admission import Admission
+from runtime.target.commands import AddRequest, ReplyReceived
+from runtime.target.engine import Engine
+from runtime.target.verifier import Verifier
 from tests.contracts.link_contract import TRANSPORTS, soon
 from tests.support.families import VOCABULARY, hf_model, tiny
 from tests.support.features import LAYERS, PROMPT, Watching, check_seen, lockstep, misled
 from tests.support.harness import (
     Known,
+    Lockstep,
     answer,
     asking,
     continued,
     hosted,
+    lettering,
     plain,
     running,
 )
@@ -263,3 +270,38 @@ def test_replies_beside_features_are_as_before() -> None:
 
     assert asyncio.run(main(Known([], 9))) == []
     assert asyncio.run(main(Watching([]))) == [FeatureRequest(FeatureSpec(LAYERS), "d")]
+
+
+def test_features_count_as_kv_memory() -> None:
+    """A text of 30 + 34 tokens needs 64 slots and 64 rows of a step, and half as much for features.
+
+    A slot has 256 bytes here, the features of two layers 128.
+    """
+    model = hf_model("llama")
+    ticks = itertools.count()
+    engine = Engine(
+        model, Verifier(choose, frozenset()), Fixed(2), lambda: float(next(ticks)), kv_slots=440
+    )
+    both = Lockstep(engine, DraftEngine(Watching([], (0, 1)), "d", 4))
+    assert (model.slot_bytes, model.hidden_size) == (2 * 2 * 2 * 8 * 4, 32)
+    request = asking(PROMPT[:30], max_tokens=34)
+    both.admit(request)
+    admission = engine.requests.admission
+    assert admission.reserved == 64 + 64 + 32
+    both.run(replace(request, session="t"))
+    assert admission.reserved == 0
+    assert engine.requests.kv_kept >= 63 + 31
+    with pytest.raises(InvalidRequest, match="need 334 slots"):
+        admission.check(replace(request, prompt=tuple(PROMPT * 2)[:146]), model.context)
+
+
+def test_a_request_that_waits_while_features_are_asked_for_does_not_starve() -> None:
+    admission = Admission(200)
+    request = asking(PROMPT[:30], max_tokens=90)
+    admission.check(request, 512)
+    admission.waiting.append(AddRequest(request, lettering()(request), lambda chunk: None))
+    admission.feature_slots = 0.5
+    with pytest.raises(InvalidRequest):
+        admission.check(request, 512)
+    assert admission.next(0, 512) is not None
+    assert admission.next(0, 512) is None
