@@ -46,7 +46,9 @@ def check_models(plan: Deployment) -> CheckedModels:
     ]
     for method, place in trained:
         find_checkpoint(
-            place, method, target_identity(read_config(find_folder(target), target), tokenizer)
+            place,
+            method.removesuffix("-head"),
+            target_identity(read_config(find_folder(target), target), tokenizer),
         )
     warnings: list[str] = []
     for draft in dict.fromkeys(

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.core.draft_nodes import DraftNodes
+from runtime.core.features import FeatureBuffer
 from runtime.core.sampler_reference import SamplingInput
 from runtime.drafters.base import Text
 from runtime.models.base import HiddenStateModel, ModelIdentity, OutputSpec, PassOutput
@@ -29,6 +30,8 @@ class VerifiedStep:
                  is the new root
     output       logits of each row, and the outputs requested by `output_spec`
     branch_rows  rows that pseudo rows branched from
+    features     of all committed tokens but the last, if a head's `output_spec` has features; of
+                 these layers and perhaps others
     """
 
     text: Text
@@ -36,6 +39,7 @@ class VerifiedStep:
     path: Sequence[int]
     output: PassOutput
     branch_rows: Sequence[int] = ()
+    features: FeatureBuffer | None = None
 
 
 class Head(Protocol):

@@ -168,6 +168,13 @@ class HiddenStateModel(Model, Protocol):
         """
         ...
 
+    def embeddings(self) -> tuple[Any, Any]:
+        """Return the token embeddings and the unembedding, each (vocabulary, d).
+
+        Raises ModelRefused if there are none.
+        """
+        ...
+
     def unembed(self, hidden: Any) -> Logits:
         """Return float32 logits (rows, vocabulary) of hidden states (rows, d) from
         `forward_outputs`.

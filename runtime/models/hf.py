@@ -177,6 +177,15 @@ class HFModel:
             parts, len(output_spec.branches), lambda parts: self.step.show(parts, output_spec)
         )
 
+    def embeddings(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Implement HiddenStateModel."""
+        given, taken = self.module.get_input_embeddings(), self.module.get_output_embeddings()
+        if taken is None:
+            raise ModelRefused(
+                f"model {self._name} has no unembedding of its own: choose another method"
+            )
+        return given.weight.detach(), taken.weight.detach()
+
     def unembed(self, hidden: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
             return self.step.unembed(hidden)

@@ -66,6 +66,7 @@ class Engine:
         self.metrics, utility = TargetMetrics(), DrafterUtility()
         self.heads = HeadRunner(model, heads or {}, utility, self.metrics, clock)
         self.drafter_manager = DrafterManager(self.metrics, utility, self.heads.selected)
+        self.drafter_manager.features.of_heads = self.heads.feature_layers
         self.requests = RequestManager(
             model,
             self.drafter_manager,

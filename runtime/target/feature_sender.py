@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import cast
 
 import numpy as np
@@ -55,8 +55,9 @@ def check_features(model: Model, spec: FeatureSpec) -> None:
 class FeatureSender:
     """Knows which drafters ask for features, keeps those of each session, and sends them.
 
-    specs   what each present drafter asks for
-    layers  the layers that a pass returns for sessions that keep features
+    specs     what each present drafter asks for
+    layers    the layers that a pass returns for sessions that keep features
+    of_heads  returns the layers that the target's own heads read
 
     A session keeps features if a drafter asked before it ended, and then to its end, so that a
     drafter that reconnects gets all of them. Without a request nothing is computed or kept.
@@ -66,6 +67,7 @@ class FeatureSender:
         self.metrics = metrics
         self.specs: dict[str, FeatureSpec] = {}
         self.layers: tuple[int, ...] = ()
+        self.of_heads: Callable[[], set[int]] = set
         self.lost = False  # the model has failed to show them
         self._backlog: Counter[str] = Counter()  # messages in this step, by drafter
 
@@ -81,10 +83,7 @@ class FeatureSender:
             return
         if not self.specs:
             self.layers = ()
-        wanted = {layer for each in (*self.specs.values(), spec) for layer in each.layers}
         self.specs[name] = spec
-        if not wanted <= set(self.layers):
-            self.layers = tuple(sorted(wanted))
         for state in states:
             state.features_sent.pop(name, None)
             self.begin(state)
@@ -97,9 +96,12 @@ class FeatureSender:
                 state.features_sent.pop(name, None)
 
     def begin(self, state: RequestState) -> None:
-        """Keep features of this session if a drafter has asked for them."""
-        if not self.specs or not state.session.request.speculation:
+        """Keep features of this session if a drafter has asked for them, or a head reads them."""
+        wanted = {layer for spec in self.specs.values() for layer in spec.layers} | self.of_heads()
+        if not wanted or self.lost or not state.session.request.speculation:
             return
+        if not wanted <= set(self.layers):
+            self.layers = tuple(sorted(wanted))
         if state.features is None or state.features.layers != self.layers:
             state.features = FeatureBuffer(self.layers)
 

@@ -103,6 +103,10 @@ class HeadRunner:
         rows = [row for row in rows_by_end_probability(session.tree, nodes) if worth[row]]
         return replace(part, branch_rows=sorted(rows[:MAX_BRANCH_ROWS]))
 
+    def feature_layers(self) -> set[int]:
+        """Return the layers whose states the selected heads read for whole texts."""
+        return {layer for head in self.selected.values() for layer in head.output_spec.features}
+
     def price(self, name: str) -> float:
         """Return the seconds per branch row."""
         return self.built[name].seconds / PRICED_BRANCH_ROWS
@@ -217,7 +221,14 @@ def make_seen(item: BatchItem, decision: Decision) -> VerifiedStep:
     session = item.state.session
     text = Text(session.id, session.tokens, session.prompt, session.request.sampling, session.tree)
     path = accepted_rows(item.nodes, decision.accepted.path)
-    return VerifiedStep(text, item.part.rows.tokens, path, decision.output, item.part.branch_rows)
+    return VerifiedStep(
+        text,
+        item.part.rows.tokens,
+        path,
+        decision.output,
+        item.part.branch_rows,
+        item.state.features,
+    )
 
 
 def make_draft(session: Session, growth: DraftNodes, name: str) -> Draft:

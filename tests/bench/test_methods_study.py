@@ -77,7 +77,7 @@ def whole() -> Study:
 
 def test_every_head_and_every_drafter_that_ships_is_in_it() -> None:
     hows = [way.how for way in methods_of(EVERY) if isinstance(way.how, OutriderMethod)]
-    assert {head for how in hows for head in how.heads} == set(head_methods())
+    assert {head for how in hows for head in how.heads} == set(head_methods()) - {"eagle-head"}
     assert {drafter for how in hows for drafter in how.drafters} >= set(drafting_methods()) - {
         "noisy",
         "wrong",

@@ -1,7 +1,7 @@
 """Every head keeps the target's output, is bounded, and forgets closed sessions."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from runtime.heads.hidden_transfer import HiddenTransfer
 from runtime.heads.medusa import Medusa
 from runtime.method_registry import head_methods, module_name
 from runtime.models.base import ModelIdentity, OutputSpec, causal
+from runtime.models.eagle import Eagle, write_eagle
 from runtime.models.head_checkpoint import write_checkpoint
 from runtime.models.hf import HFModel
 from runtime.models.llama import is_llama
 from runtime.models.sampler import choose
 from tests.support.drafters import holds
+from tests.support.eagles import SHAPE
 from tests.support.families import FAMILIES, VOCABULARY, hf_model
 from tests.support.harness import Lockstep, asking, output, plain
 from tests.support.heads import PROMPT, headed
@@ -50,6 +52,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         write_checkpoint(
             folders[method], method, IDENTITY, SETTINGS[method], dict(module.state_dict())
         )
+    shape = replace(SHAPE, layers=(0, 1, 2), draft_vocabulary=VOCABULARY)
+    folders["eagle-head"] = tmp_path_factory.mktemp("heads") / "eagle"
+    write_eagle(folders["eagle-head"], Eagle(32, shape), IDENTITY)
     return folders
 
 
@@ -196,8 +201,13 @@ def test_an_untrained_head_is_refused(method: str) -> None:
         built(method, {})
 
 
+def test_no_eagle_ships_for_an_unknown_target() -> None:
+    with pytest.raises(ModelRefused, match="outrider train eagle"):
+        built("eagle-head", {})
+
+
 def test_the_contract_covers_the_folder() -> None:
-    assert {"token-recycling", "medusa", "hidden-transfer"} <= set(head_methods())
+    assert {"token-recycling", "medusa", "hidden-transfer", "eagle-head"} <= set(head_methods())
     assert "base" not in head_methods()
 
 

@@ -4,6 +4,7 @@ import atexit
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +51,7 @@ def tiny(vocabulary: int = 4096, context: int = 4096) -> Tiny:
     module: Any = load_model(str(target), step="generic").module
     torch.manual_seed(1)
     guessed = vocabulary // 2  # every second token
-    eagle = Eagle(32, EagleShape(**{**as_dict(SHAPE), "draft_vocabulary": guessed}))
+    eagle = Eagle(32, replace(SHAPE, draft_vocabulary=guessed))
     eagle.draft_tokens = torch.arange(guessed) * 2
     with torch.no_grad():
         for parameter in eagle.parameters():
@@ -60,10 +61,6 @@ def tiny(vocabulary: int = 4096, context: int = 4096) -> Tiny:
     identity = target_identity(module.config, load_tokenizer(str(target)))
     write_eagle(root / "eagle", eagle, identity)
     return Tiny(target, root / "eagle", module, eagle.float().eval())
-
-
-def as_dict(shape: EagleShape) -> dict[str, Any]:
-    return {name: getattr(shape, name) for name in EagleShape.__slots__}
 
 
 def drafter(found: Tiny) -> EagleDrafter:
@@ -150,7 +147,7 @@ def trained(found: Tiny, texts: torch.Tensor, steps: int = 100) -> Tiny:
         )
     )
     torch.manual_seed(0)
-    eagle = Eagle(32, EagleShape(**{**as_dict(SHAPE), "draft_vocabulary": len(table)}))
+    eagle = Eagle(32, replace(SHAPE, draft_vocabulary=len(table)))
     optimizer = torch.optim.AdamW(eagle.parameters(), 5e-3)
     for _ in range(steps):
         fused = eagle.fuse(features)
