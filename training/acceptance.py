@@ -14,9 +14,9 @@ from runtime.models.acceptance import RANKS
 from runtime.models.sampler import candidates
 from training.outputs import TargetText
 
-# Logits (positions, context, vocabulary) of a text (context,): row p of position i predicts the
+# Logits (positions, rows, vocabulary) of a text from a row on: row p of position i predicts the
 # token at p + offset + i.
-Guess = Callable[[Sequence[int]], Tensor]
+Guess = Callable[[Sequence[int], int], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,30 +65,31 @@ def acceptance_at(
     temperature: float, texts: Sequence[TargetText], guess: Guess, offset: int
 ) -> HeldOutAcceptance:
     ranks = np.concatenate(
-        [ranks_of(text, guess((*text.prompt, *text.output)), offset) for text in texts], axis=1
+        [
+            ranks_of(text, guess((*text.prompt, *text.output), len(text.prompt) - offset))
+            for text in texts
+        ],
+        axis=1,
     )
-    rates = tuple({k: float(((of >= 0) & (of < k)).mean()) for k in RANKS} for of in ranks)
-    return HeldOutAcceptance(
-        temperature,
-        rates,
-        1.0 + float(np.logical_and.accumulate(ranks == 0, axis=0).sum(axis=0).mean()),
-    )
+    steps = max(1, ranks.shape[1])  # none if all answers are shorter than the positions
+    rates = tuple({k: float(((of >= 0) & (of < k)).sum() / steps) for k in RANKS} for of in ranks)
+    chain = np.logical_and.accumulate(ranks == 0, axis=0).sum() / steps
+    return HeldOutAcceptance(temperature, rates, 1.0 + float(chain))
 
 
-def ranks_of(text: TargetText, logits: Tensor, offset: int) -> npt.NDArray[np.int64]:
+def ranks_of(text: TargetText, logits: Tensor) -> npt.NDArray[np.int64]:
     """Return (positions, n) ranks of the target's choice among the guesses, from 0, or -1 if
     absent.
 
-    Column m belongs to a step whose guesses begin at output m. The last steps, whose guesses reach
-    beyond the text, are excluded.
+    `logits` begin with the row that guesses the first output at position 0. Column m belongs to a
+    step whose guesses begin at output m. The last steps, whose guesses reach beyond the text, are
+    excluded.
     """
     positions, prompt, output = len(logits), len(text.prompt), np.asarray(text.output)
-    n = len(output) - positions + 1
+    n = max(0, len(output) - positions + 1)
     found = np.empty((positions, n), dtype=np.int64)
     for i in range(positions):
-        rows = logits[
-            i, prompt - offset : prompt - offset + n
-        ]  # row p guesses position p + offset + i, which is output p + offset + i - prompt
+        rows = logits[i, :n]  # row m guesses output m + i
         paths = [text.output[: m + i] for m in range(n)]
         tokens, _ = candidates(
             rows, SamplingInput(text.sampling, prompt, text.prompt, paths, frozenset()), max(RANKS)

@@ -15,6 +15,7 @@ TITLES = {
     "hidden-transfer": "Hidden transfer",
     "s3d": "S3D",
     "draft": "Draft model",
+    "eagle": "EAGLE drafter",
 }
 CURVE_POINTS = 8  # of the loss curve
 
@@ -66,6 +67,7 @@ def render_card(
     `seconds` is the time of the last run, which may have resumed an interrupted training.
     """
     own = order["own"]
+    share = "with their prompts" if order["method"] == "eagle" else "half of each batch"
     return TEMPLATE.format(
         title=TITLES[method],
         base=Path(target).name if Path(target).is_dir() else target,
@@ -75,7 +77,7 @@ def render_card(
         documents=corpus.documents,
         tokens=len(corpus.train) / 1e6,
         held_out=len(corpus.held_out) / 1e6,
-        own=f"about {own / 1e6:.2f} million tokens, half of each batch" if own else "none",
+        own=f"about {own / 1e6:.2f} million tokens, {share}" if own else "none",
         steps=order["steps"],
         batch=order["batch"],
         context=order["context"],

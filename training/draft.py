@@ -84,15 +84,15 @@ def distillation(teacher: Teacher, draft: PreTrainedModel, goal: LossKind) -> Lo
     return loss
 
 
-def draft_guesser(draft: PreTrainedModel) -> Callable[[Sequence[int]], Tensor]:
-    """Return a function from a text to its logits (1, context, vocabulary) on the CPU."""
+def draft_guesser(draft: PreTrainedModel) -> Callable[[Sequence[int], int], Tensor]:
+    """Return a function from a text and a first row to logits (1, rows, vocabulary) on the CPU."""
 
-    def guess(text: Sequence[int]) -> Tensor:
+    def guess(text: Sequence[int], first: int) -> Tensor:
         with torch.no_grad():
             logits: Tensor = draft(
                 input_ids=torch.tensor([text], device=draft.device), use_cache=False
             ).logits
-        return logits.float().cpu()
+        return logits[:, first:].float().cpu()
 
     return guess
 

@@ -46,13 +46,13 @@ def distillation(teacher: Teacher, forward: Forward, offset: int = HEAD_OFFSET) 
     return loss
 
 
-def head_guesser(teacher: Teacher, forward: Forward) -> Callable[[Sequence[int]], Tensor]:
-    """Return a function from a text to the heads' logits (positions, context, vocabulary) on the
-    CPU."""
+def head_guesser(teacher: Teacher, forward: Forward) -> Callable[[Sequence[int], int], Tensor]:
+    """Return a function from a text and a first row to the heads' logits (positions, rows,
+    vocabulary) on the CPU."""
 
-    def guess(text: Sequence[int]) -> Tensor:
+    def guess(text: Sequence[int], first: int) -> Tensor:
         with torch.no_grad():
             states, _ = forward(teacher.states(torch.tensor([text], device=teacher.model.device)))
-            return teacher.unembed(states[:, 0]).cpu()
+            return teacher.unembed(states[:, 0, first:]).cpu()
 
     return guess

@@ -85,8 +85,11 @@ def low_precision(device: torch.device) -> torch.autocast:
         return torch.autocast(
             "cuda", torch.bfloat16, enabled=torch.cuda.is_bf16_supported(including_emulation=False)
         )
-    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast("cpu", torch.bfloat16, enabled=native)
+    return torch.autocast("cpu", torch.bfloat16, enabled=cpu_multiplies_bfloat16())
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def train(

@@ -70,6 +70,28 @@ def held_out_requests(corpus: Corpus, context: int, seed: int) -> list[Request]:
     ]
 
 
+def prompt_requests(prompts: Sequence[Tokens], name: str, context: int, seed: int) -> list[Request]:
+    """Return requests for answers, until they end, to each prompt at each of
+    HELD_OUT_TEMPERATURES.
+
+    Prompts that leave no room in a context of `context` tokens are left out.
+    """
+    return [
+        Request(
+            f"{name}-{temperature}-{index}",
+            prompt,
+            SamplingParams(
+                temperature=temperature,
+                seed=seed + index,
+                max_tokens=min(MAX_ANSWER_TOKENS, context - len(prompt)),
+            ),
+        )
+        for temperature in HELD_OUT_TEMPERATURES
+        for index, prompt in enumerate(prompts)
+        if len(prompt) < context
+    ]
+
+
 def sampling(temperature: float, seed: int, tokens: int) -> SamplingParams:
     return SamplingParams(temperature=temperature, seed=seed, max_tokens=tokens, ignore_eos=True)
 
@@ -115,7 +137,7 @@ async def generate_one(generate: Generate, request: Request) -> list[int]:
     tokens: list[int] = []
     async for chunk in generate(request):
         tokens += chunk.tokens
-        if chunk.finish_reason == "length":
+        if chunk.finish_reason in ("length", "stop"):
             return tokens
         if chunk.finish_reason is not None:
             break

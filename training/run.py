@@ -122,7 +122,7 @@ def train_head(
     write_checkpoint(
         work / FINISHED, order.method, identity, order.settings, dict(head.state_dict())
     )
-    publish_result(order, material, losses, seconds, measured, work)
+    publish_result(order, material.corpus, losses, seconds, measured, work)
     return measured
 
 
@@ -147,7 +147,7 @@ def train_draft(
     )  # of the weights as saved
     publish_result(
         order,
-        material,
+        material.corpus,
         losses,
         seconds,
         measured,
@@ -159,7 +159,7 @@ def train_draft(
 
 def publish_result(
     order: TrainingJob,
-    material: TrainingData,
+    corpus: text.Corpus,
     losses: list[float],
     seconds: float,
     measured: Sequence[HeldOutAcceptance],
@@ -168,7 +168,7 @@ def publish_result(
 ) -> None:
     """Write the card and the figures as JSON, and rename the folder to its final name."""
     about = render_card(
-        order.method, order.target, asdict(order), material.corpus, losses, seconds, measured
+        order.method, order.target, asdict(order), corpus, losses, seconds, measured
     )
     write_atomically(work / FINISHED / "README.md", (about + more).encode())
     figures = {

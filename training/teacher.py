@@ -1,5 +1,6 @@
 """The frozen target as seen by training: hidden states of whole texts, and their logits."""
 
+import copy
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from runtime.models.hf import (
 )
 from runtime.models.loader import load_model, load_tokenizer
 from runtime.models.model_folder import find_folder
+from training.loop import cpu_multiplies_bfloat16
 
 FINGERPRINT_BYTES = 1 << 20  # bytes read at either end of a weight file
 
@@ -84,6 +86,13 @@ def load_teacher(target: str, device: str = "auto") -> Teacher:
     """Load the target in float32 on a CPU, or in the checkpoint's own type on a GPU. Raises
     ModelRefused."""
     return Teacher(load_model(target, "auto", device, step="generic"), load_tokenizer(target))
+
+
+def fast_copy(teacher: Teacher) -> Any:
+    """Return the target's module, in bfloat16 on a CPU that multiplies it natively."""
+    if teacher.model.device.type == "cpu" and cpu_multiplies_bfloat16():
+        return copy.deepcopy(teacher.module).to(torch.bfloat16)
+    return teacher.module
 
 
 def fingerprint(target: str) -> str:

@@ -196,10 +196,10 @@ def test_the_target_is_left_as_it_is(teacher: Teacher) -> None:
 
 def knowing(
     answer: outputs.TargetText, positions: int, offset: int, right: Sequence[bool]
-) -> Callable[[Sequence[int]], Tensor]:
+) -> Callable[[Sequence[int], int], Tensor]:
     """Guesses that hold the truth first, or, where they are wrong, second."""
 
-    def guess(tokens: Sequence[int]) -> Tensor:
+    def guess(tokens: Sequence[int], first: int) -> Tensor:
         found = torch.zeros(positions, len(tokens), 16)
         for i in range(positions):
             for p in range(len(tokens)):
@@ -207,7 +207,7 @@ def knowing(
                     found[i, p, tokens[place]] = 5.0
                     if not right[i]:
                         found[i, p, (tokens[place] + 1) % 16] = 9.0
-        return found
+        return found[:, first:]
 
     return guess
 
@@ -235,5 +235,7 @@ def test_guesses_share_the_targets_noise_above_temperature_0() -> None:
         )
     assert len(set(tokens)) > 4
     answer = outputs.TargetText((1, 2), tuple(tokens), sampling)
-    (at,) = measure_acceptance([answer], lambda text: torch.zeros(1, len(text), 16), 1)
+    (at,) = measure_acceptance(
+        [answer], lambda text, first: torch.zeros(1, len(text) - first, 16), 1
+    )
     assert at.rates[0][1] == 1.0

@@ -1,5 +1,6 @@
 """`outrider train METHOD`: trains draft models, drafters and heads for a target."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,9 +13,15 @@ from actors.cli.commands.train_arguments import (
     kept_layers,
     parse_shape,
     short_fingerprint,
+    tapped_layers,
 )
 from actors.cli.commands.train_options import Batch, Context, Data, Out, Own, Seed, Steps, Target
-from actors.cli.commands.train_setup import make_order, prepare_training, print_report
+from actors.cli.commands.train_setup import (
+    make_order,
+    prepare_eagle,
+    prepare_training,
+    print_report,
+)
 from runtime.core.errors import InvalidRequest
 from runtime.core.sampling_params import check_int, check_range
 from runtime.model_paths import bundled_model
@@ -158,6 +165,67 @@ def s3d(
         print_report(
             order, train_head(order, material, made, forward, work, tell, DRAFT_OFFSET, settings)
         )
+
+
+@train.command()
+def eagle(
+    out: Out,
+    target: Target = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="files or folders of UTF-8 text to learn from too (repeatable); a target without "
+            "a chat template takes Python's standard library by default"
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON Lines with "prompt" or "turns": the acceptance is measured on them too'
+        ),
+    ] = None,
+    layers: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="layers of the target whose inputs are fused (repeatable, rising); default: a "
+            "low, a middle and a high one"
+        ),
+    ] = None,
+    intermediate: Annotated[int, typer.Option(help="size of the layer's MLP")] = 1024,
+    vocabulary: Annotated[
+        int, typer.Option(help="number of tokens that can be guessed: the most frequent ones")
+    ] = 8192,
+    unroll: Annotated[
+        int, typer.Option(help="steps that the layer is trained on with its own states")
+    ] = 4,
+    steps: Steps = 2000,
+    batch: Batch = 8,
+    context: Context = 512,
+    own: Annotated[
+        int, typer.Option(help="tokens of conversations that the target writes first")
+    ] = 500_000,
+    seed: Seed = 0,
+    device: Device = Device.auto,
+) -> None:
+    """Train a drafter that goes on from the target's hidden states (EAGLE-3, arXiv 2503.01840).
+
+    Its guesses are better than those of a draft model of the same size.
+    """
+    check_int("intermediate", intermediate, 1, 1 << 20)
+    check_int("vocabulary", vocabulary, 1, 1 << 20)
+    check_int("unroll", unroll, 1, 16)
+    settings = {
+        "layers": tapped_layers(target or bundled_model("target"), layers),
+        "intermediate": intermediate,
+        "draft_vocabulary": vocabulary,
+        "unroll": unroll,
+    }
+    order = make_order("eagle", target, out, settings, steps, batch, context, own, seed)
+    with prepare_eagle(order, data, prompts, device) as (material, work, bar):
+        from training.eagle_run import train_eagle
+
+        for title, measured in train_eagle(order, material, work, bar).items():
+            print_report(order, measured, f"{out}: {title}")
 
 
 @train.command()

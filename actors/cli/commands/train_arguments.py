@@ -99,3 +99,18 @@ def entry_layers(target: str, layers: list[int] | None, positions: int) -> list[
             "layers",
         )
     return chosen
+
+
+def tapped_layers(target: str, layers: list[int] | None) -> list[int]:
+    """Returns the layers whose inputs EAGLE fuses. Raises InvalidRequest for invalid ones."""
+    from training.eagle import default_layers
+
+    depth = depth_of(target)
+    chosen = layers or default_layers(depth)
+    if chosen != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] <= depth:
+        raise InvalidRequest(
+            f"layers {', '.join(map(str, chosen))} are invalid: give rising numbers from 0 to "
+            f"{depth}",
+            "layers",
+        )
+    return chosen

@@ -235,7 +235,7 @@ def test_a_draft_of_a_given_shape(
         (["draft", "--out", "OUT", "--shape", "65x1"], "shape '65x1' is invalid"),
         (["draft", "--out", "OUT", "--shape", "64x1", "--loss", "hinge"], "hinge"),
         (["draft", "--out", "OUT", "--start", "/nowhere/draft"], "/nowhere/draft"),
-        (["eagle", "--out", "OUT"], "eagle"),
+        (["falcon", "--out", "OUT"], "falcon"),
     ],
 )
 def test_bad_training_is_one_line_and_leaves_nothing(
