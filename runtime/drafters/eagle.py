@@ -168,9 +168,14 @@ class EagleDrafter:
         planned = [None if step is None else next(limited) for step in steps]
         passing = [step for step in planned if step is not None and (step.missing or step.leaves)]
         found = dict(zip(map(id, passing), self.guess(passing), strict=True))
+        # A text of one token has no row: there is nothing to wait for.
         return [
-            None if step is None or step.reading else found.get(id(step), NO_NODES)
-            for step in planned
+            (None if len(request.text.tokens) > FIRST else NO_NODES)
+            if step is None
+            else None
+            if step.reading
+            else found.get(id(step), NO_NODES)
+            for request, step in zip(requests, planned, strict=True)
         ]
 
     def guess(self, steps: Sequence[EagleStep]) -> list[DraftNodes]:

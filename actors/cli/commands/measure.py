@@ -12,6 +12,7 @@ from actors.launch.prepare import context_length
 from runtime.config import DrafterConfig, Dtype, HeadConfig, Placement
 from runtime.core.sampling_params import SamplingParams
 from runtime.models.acceptance import continuation, replay_draft
+from runtime.models.hf import HFModel
 from runtime.models.loader import load_model, load_tokenizer
 from runtime.models.step_timing import step_times, text_time
 from runtime.models.vocab_check import check_pair
@@ -76,7 +77,7 @@ def measure_models(
             "target": times,
             "text": text,
             "rtt": rtt,
-            **measure_draft(drafter, target, dtype, answers, sampling),
+            **measure_draft(drafter, target, dtype, answers, sampling, large),
         }
         found.append(PairProfile.model_validate(known))
     return found, sitting, warnings
@@ -88,6 +89,7 @@ def measure_draft(
     dtype: Dtype,
     answers: Sequence[TargetAnswer],
     sampling: SamplingParams,
+    large: HFModel,
 ) -> dict[str, object]:
     """Returns the draft's step times by rows, in seconds, and its guesses.
 
@@ -106,5 +108,6 @@ def measure_draft(
         build_drafter(drafter.model_copy(update={"placement": here}), target).draft_engine.drafter,
         answers,
         sampling,
+        large,
     )
     return {"draft": seconds, "positions": places}

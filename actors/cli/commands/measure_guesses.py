@@ -9,13 +9,14 @@ import numpy as np
 
 from runtime.core import limits
 from runtime.core.draft_nodes import DraftNodes
+from runtime.core.features import FeatureBuffer, FeatureRows
 from runtime.core.messages import Tokens
 from runtime.core.node_keys import text_key
 from runtime.core.sampling_params import SamplingParams
 from runtime.core.tree import TokenTree
 from runtime.drafters.base import Drafter, ExpandRequest, Text
 from runtime.heads.base import Head, VerifiedStep
-from runtime.models.base import PassInput, causal
+from runtime.models.base import OutputSpec, PassInput, causal
 from runtime.models.hf import HFModel
 from runtime.sim.draft_samples import RankedScores
 from runtime.sim.pair_profile import Position
@@ -38,6 +39,7 @@ def measure_head(
     without, passes, own = [], [], []
     for number, (prompt, output) in enumerate(answers):
         cache = model.new_cache()
+        shown = answer_features(model, (prompt, output), head.output_spec.features)
         if len(prompt) > 1:
             model.forward(cache, causal(np.asarray(prompt[:-1]), 0), last=0)
         for place in range(len(output) - 1):
@@ -64,6 +66,7 @@ def measure_head(
                         (0,),
                         pass_output,
                         part.branch_rows,
+                        shown,
                     )
                 ]
             )[0]
@@ -79,23 +82,32 @@ def measure_head(
 
 
 def measure_drafter(
-    drafter: Drafter, answers: Sequence[TargetAnswer], sampling: SamplingParams
+    drafter: Drafter,
+    answers: Sequence[TargetAnswer],
+    sampling: SamplingParams,
+    model: HFModel | None = None,
 ) -> tuple[dict[int, float], tuple[Position, ...]]:
-    """Returns the median seconds of a pass by leaves, and the guesses at each place."""
+    """Returns the median seconds of a pass by leaves, and the guesses at each place.
+
+    The target `model` shows the features that the drafter asks for, if it does.
+    """
     seconds, found = [], []
+    layers = () if drafter.feature_spec is None else drafter.feature_spec.layers
     for number, (prompt, output) in enumerate(answers):
+        shown = answer_features(model, (prompt, output), layers)
         for place in range(len(output)):
-            guessed, took = timed_expand(
-                drafter,
-                ExpandRequest(new_text(number, (*prompt, *output[:place]), prompt, sampling), [0]),
-            )
+            text = new_text(number, (*prompt, *output[:place]), prompt, sampling, shown)
+            guessed, took = timed_expand(drafter, ExpandRequest(text, [0]))
             seconds.append(took)
             near, *below = rank_positions(guessed, output[place:]) or [
                 Position(rank=None, scores=(NO_GUESS_LOGPROB,))
             ]
             found.append(near.model_copy(update={"below": tuple(below)}))
         drafter.close(str(number))
-    wider = {width: expand_seconds(drafter, answers[0], sampling, width) for width in LEAF_COUNTS}
+    shown = answer_features(model, answers[0], layers)
+    wider = {
+        width: expand_seconds(drafter, answers[0], sampling, width, shown) for width in LEAF_COUNTS
+    }
     return {1: statistics.median(seconds), **wider}, tuple(found)
 
 
@@ -109,13 +121,17 @@ def timed_expand(drafter: Drafter, request: ExpandRequest) -> tuple[DraftNodes, 
 
 
 def expand_seconds(
-    drafter: Drafter, answer: TargetAnswer, sampling: SamplingParams, width: int
+    drafter: Drafter,
+    answer: TargetAnswer,
+    sampling: SamplingParams,
+    width: int,
+    shown: FeatureBuffer | None,
 ) -> float:
     """Returns the median seconds of a pass below `width` children of a text's last token."""
     prompt, output = answer
     seconds = []
     for place in range(min(REPEATS, len(output))):
-        text = new_text(width, (*prompt, *output[:place]), prompt, sampling)
+        text = new_text(width, (*prompt, *output[:place]), prompt, sampling, shown)
         timed_expand(drafter, ExpandRequest(text, [0]))
         leaves = [
             leaf
@@ -145,7 +161,31 @@ def rank_positions(guessed: DraftNodes, text: Sequence[int]) -> list[Position]:
     return found
 
 
-def new_text(number: int, tokens: Tokens, prompt: Sequence[int], sampling: SamplingParams) -> Text:
-    """Returns a text without guesses."""
+def new_text(
+    number: int,
+    tokens: Tokens,
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    shown: FeatureBuffer | None = None,
+) -> Text:
+    """Returns a text without guesses, with the features of all tokens but the last."""
     tree = TokenTree(text_key(tokens), tokens[-1], limits.TREE_NODES, limits.TREE_DEPTH)
-    return Text(str(number), tokens, len(prompt), sampling, tree)
+    features = None if shown is None else shown.between(0, len(tokens) - 1)
+    return Text(str(number), tokens, len(prompt), sampling, tree, features)
+
+
+def answer_features(
+    model: HFModel | None, answer: TargetAnswer, layers: tuple[int, ...]
+) -> FeatureBuffer | None:
+    """Returns the hidden states of these layers along a prompt and its answer, if there are any."""
+    if not layers or model is None:
+        return None
+    prompt, output = answer
+    rows = causal(np.asarray((*prompt, *output)), 0)
+    (shown,) = model.forward_outputs(
+        [PassInput(model.new_cache(), rows, last=0)], OutputSpec(features=layers)
+    )
+    found = FeatureBuffer(layers)
+    if shown.features is not None:
+        found.append(FeatureRows(0, shown.features.rows))
+    return found

@@ -148,6 +148,9 @@ def test_without_features_it_waits() -> None:
     found = drafter(tiny())
     text = text_of(PROMPT)
     assert found.expand([ExpandRequest(text, [0])]) == [None]
+    (nothing,) = found.expand([ExpandRequest(text_of([5], "one token"), [0])])
+    assert nothing is not None
+    assert not len(nothing.tokens)
     none = FeatureRows(0, np.zeros((0, 96), np.uint16))
     assert found.expand([ExpandRequest(replace(text, features=none), [0])]) == [None]
 

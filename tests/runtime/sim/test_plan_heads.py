@@ -9,17 +9,20 @@ import numpy as np
 import pytest
 
 from actors import cli
-from actors.cli.commands.measure_guesses import NO_GUESS_LOGPROB, measure_drafter
+from actors.cli.commands.measure_guesses import NO_GUESS_LOGPROB, measure_drafter, measure_head
 from runtime.config import ScheduleConfig
 from runtime.core.draft_nodes import NO_NODES, DraftNodes, stack
 from runtime.core.sampling_params import SamplingParams
 from runtime.drafters.base import ExpandRequest
 from runtime.drafters.ngram import NgramDrafter
+from runtime.heads.eagle_head import EagleHead
+from runtime.models.loader import load_model
 from runtime.scoring.calibration import Calibrations
 from runtime.sim import draft_samples, sweep
 from runtime.sim.forecast import Setting, forecast
 from runtime.sim.pair_profile import PairProfile
 from runtime.sim.replayed_head import HeadProfile, head_step
+from tests.support.eagles import drafter, greedy_texts, tiny, trained
 
 T = 0.03
 PERFECT = HeadProfile("perfect", 0.0, (((0, (-0.001,)), (0, (-0.001,))),))
@@ -95,6 +98,17 @@ def test_a_drafter_without_a_model_is_asked_place_by_place() -> None:
     assert measure_drafter(NgramDrafter(), [((1, 2), (3,))], SamplingParams())[1][0].scores == (
         NO_GUESS_LOGPROB,
     )
+
+
+def test_what_reads_features_is_measured_with_the_targets() -> None:
+    found = tiny(16)
+    texts = greedy_texts(found, 6, 28)
+    known, model = trained(found, texts), load_model(str(found.target))
+    answers = [(text[:12], text[12:24]) for text in texts.tolist()[:2]]
+    _, places = measure_drafter(drafter(known), answers, SamplingParams(), model)
+    assert [place.rank for place in places].count(0) >= 20
+    head = measure_head("eagle-head", EagleHead(drafter(known)), model, answers, SamplingParams())
+    assert head.hit_rate(1) > 0.8
 
 
 @pytest.mark.slow
