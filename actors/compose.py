@@ -16,6 +16,7 @@ from runtime.core.messages import Request
 from runtime.draft.draft_engine import DraftEngine
 from runtime.draft.draft_host import DraftHost
 from runtime.drafters.base import Drafter, DrafterContext
+from runtime.drafters.block import BlockDrafter
 from runtime.drafters.eagle import EagleDrafter
 from runtime.drafters.model import ModelDrafter
 from runtime.drafters.noisy import NoisyDrafter
@@ -207,6 +208,8 @@ def draft_width(drafter: Drafter) -> int:
     """
     if isinstance(drafter, NoisyDrafter):
         return draft_width(drafter.inner)
+    if isinstance(drafter, BlockDrafter):
+        return max(MEASURED_WIDTHS)  # its light passes cost the same for any number of nodes
     if isinstance(drafter, EagleDrafter):
         return knee(guess_times(drafter.model, MEASURED_WIDTHS, time.monotonic))
     if not isinstance(drafter, ModelDrafter):

@@ -28,7 +28,7 @@ POOL_NAME = r"^[a-z0-9][a-z0-9._-]{0,40}$"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Policy = Literal["living", "plain", "sync", "amusd", "pearl"]
 # Drafting methods whose model is a folder trained for this target
-TRAINED_METHODS = frozenset({"eagle", "s3d"})
+TRAINED_METHODS = frozenset({"block", "eagle", "s3d"})
 LANES = ("target", "wire")  # trace lanes that do not belong to a drafter
 ROLES = (*LANES, "controller", "gateway")  # names that a pool cannot have
 

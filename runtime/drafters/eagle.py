@@ -6,9 +6,11 @@ these; the subtree that survives keeps its rows, which were computed from states
 embedding and the unembedding are the target's, read from its folder.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,8 @@ from runtime.drafters.model import (
 )
 from runtime.kv.prefix_cache import PrefixCache
 from runtime.kv.store import TorchCache
-from runtime.models.eagle import METHOD, read_eagle
+from runtime.models.base import ModelIdentity
+from runtime.models.eagle import METHOD, Layer, read_eagle
 from runtime.models.eagle_pass import EagleInput, EaglePass
 from runtime.models.embeddings import read_embeddings
 from runtime.models.head_checkpoint import find_checkpoint, target_identity
@@ -166,7 +169,7 @@ class EagleDrafter:
         counts = prefill_counts([step.missing for step in reading], self.chunk)
         limited = iter([step.limited(n) for step, n in zip(reading, counts, strict=True)])
         planned = [None if step is None else next(limited) for step in steps]
-        passing = [step for step in planned if step is not None and (step.missing or step.leaves)]
+        passing = [step for step in planned if step is not None and (step.missing or step.asked)]
         found = dict(zip(map(id, passing), self.guess(passing), strict=True))
         # A text of one token has no row: there is nothing to wait for.
         return [
@@ -182,15 +185,7 @@ class EagleDrafter:
         """Return the guesses of each step, computed in one pass."""
         if not steps:
             return []
-        lengths = [step.kept.cache.length for step in steps]
-        try:
-            passed = self.model([step.pass_input() for step in steps])
-        except BaseException:
-            for step, length in zip(steps, lengths, strict=True):
-                step.kept.cache.truncate(min(length, step.kept.cache.length))
-            raise
-        for step in steps:
-            step.commit_rows()
+        passed = self.logits(steps)
         asking = [(rows, step) for rows, step in zip(passed, steps, strict=True) if step.asked]
         spread = any(edits_logits(step.request.text.sampling) for _, step in asking)
         guesses = iter(
@@ -207,6 +202,14 @@ class EagleDrafter:
             )
         )
         return [self.answer(step, *next(guesses)) if step.asked else NO_NODES for step in steps]
+
+    def logits(self, steps: Sequence[EagleStep]) -> list[torch.Tensor]:
+        """Run one pass, and return logits (asked, K) of each step over the draft tokens."""
+        with undone_on_failure(steps):
+            passed = self.model([step.pass_input() for step in steps])
+        for step in steps:
+            step.commit_rows()
+        return passed
 
     def answer(self, step: EagleStep, *guesses: Any) -> DraftNodes:
         """Return the children of the step's nodes.
@@ -265,6 +268,18 @@ class EagleDrafter:
         cache = self.model.new_cache()
         cache.append(first)
         return EagleCache(cache, first, first, text_key(text.tokens[:first]))
+
+
+@contextmanager
+def undone_on_failure(steps: Sequence[EagleStep]) -> Iterator[None]:
+    """Take back the slots of a pass that fails."""
+    lengths = [step.kept.cache.length for step in steps]
+    try:
+        yield
+    except BaseException:
+        for step, length in zip(steps, lengths, strict=True):
+            step.kept.cache.truncate(min(length, step.kept.cache.length))
+        raise
 
 
 def reuse_cache(kept: EagleCache, text: Text, whole: bool, root: bool) -> None:
@@ -326,22 +341,30 @@ def build(context: DrafterContext) -> EagleDrafter:
     """Build the drafter. Raises ModelRefused for a checkpoint of another target, or if none ships
     for this one.
     """
+    return EagleDrafter(EaglePass(*pass_arguments(context, METHOD, read_eagle)))
+
+
+def pass_arguments(
+    context: DrafterContext, method: str, read: Callable[[Path, ModelIdentity], Layer]
+) -> tuple[Layer, torch.Tensor, torch.Tensor, int, torch.dtype, torch.device]:
+    """Return the arguments of an EaglePass or a BlockPass.
+
+    Raises ModelRefused for a checkpoint of another target, or if none ships for this one.
+    """
     target = context.target
     config = read_config(find_folder(target), target)
     identity = target_identity(config, load_tokenizer(target))
-    folder = find_checkpoint(context.draft, METHOD, identity)
+    folder = find_checkpoint(context.draft, method, identity)
     embedding, unembedding = read_embeddings(target)
     device = find_device(context.device)
     dtype = find_dtype(context.dtype, device)
     if context.threads is not None:
         torch.set_num_threads(context.threads)
-    return EagleDrafter(
-        EaglePass(
-            read_eagle(folder, identity),
-            embedding,
-            unembedding,
-            max_context(config.get_text_config(decoder=True), target),
-            dtype if isinstance(dtype, torch.dtype) else embedding.dtype,
-            device,
-        )
+    return (
+        read(folder, identity),
+        embedding,
+        unembedding,
+        max_context(config.get_text_config(decoder=True), target),
+        dtype if isinstance(dtype, torch.dtype) else embedding.dtype,
+        device,
     )

@@ -13,7 +13,7 @@ leading dimensions are free. Used by the drafter, by the target (`fuse` alone) a
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from runtime.core.errors import ModelRefused
 from runtime.models.base import ModelIdentity
 from runtime.models.head_checkpoint import (
     TRAIN_HINT,
+    Settings,
     read_settings,
     read_tensors,
     whole_number,
@@ -122,6 +123,9 @@ class Eagle(nn.Module):
         return F.linear(self.final_norm(states), unembedding)
 
 
+Layer = TypeVar("Layer", bound=Eagle)
+
+
 class RMSNorm(nn.Module):
     """Root mean square norm with a learned scale, as in Llama; computed in float32."""
 
@@ -150,9 +154,8 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def read_shape(folder: Path, identity: ModelIdentity) -> EagleShape:
-    """Read and check the settings of a checkpoint. Raises ModelRefused."""
-    settings = read_settings(folder, METHOD, identity)
+def layer_shape(folder: Path, settings: Settings, identity: ModelIdentity) -> EagleShape:
+    """Check the settings of a checkpoint. Raises ModelRefused."""
 
     def number(name: str, most: int = MAX_WIDTH) -> int:
         return whole_number(folder, settings, name, 1, most)
@@ -189,7 +192,7 @@ def tap_layers(folder: Path, value: object, depth: int) -> tuple[int, ...]:
     return tuple(value)
 
 
-def positive(folder: Path, settings: dict[str, Any], name: str) -> float:
+def positive(folder: Path, settings: Settings, name: str) -> float:
     value = settings.get(name)
     if isinstance(value, int | float) and 0 < value < 1e12:
         return float(value)
@@ -204,8 +207,14 @@ def read_eagle(folder: Path, identity: ModelIdentity) -> Eagle:
     Raises ModelRefused for another method or target, wrong or non-finite tensors, and draft tokens
     that the target does not have.
     """
+    shape = layer_shape(folder, read_settings(folder, METHOD, identity), identity)
     with torch.device("meta"):
-        module = Eagle(identity.hidden_size, read_shape(folder, identity))
+        module = Eagle(identity.hidden_size, shape)
+    return load_weights(folder, module, METHOD, identity)
+
+
+def load_weights(folder: Path, module: Layer, method: str, identity: ModelIdentity) -> Layer:
+    """Give a module on the meta device the tensors of a checkpoint. Raises ModelRefused."""
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     tensors = read_tensors(folder, shapes, whole=(DRAFT_TOKENS,))
     tokens = tensors[DRAFT_TOKENS]
@@ -214,7 +223,7 @@ def read_eagle(folder: Path, identity: ModelIdentity) -> Eagle:
     ) < len(tokens):
         raise ModelRefused(
             f"{folder}/model.safetensors: {DRAFT_TOKENS} are not different token ids below "
-            f"{identity.vocabulary}: copy it again, or {TRAIN_HINT} eagle"
+            f"{identity.vocabulary}: copy it again, or {TRAIN_HINT} {method}"
         )
     module.load_state_dict(tensors, assign=True)
     return module.eval().requires_grad_(False)
@@ -222,8 +231,12 @@ def read_eagle(folder: Path, identity: ModelIdentity) -> Eagle:
 
 def write_eagle(folder: Path, module: Eagle, identity: ModelIdentity) -> None:
     """Write a checkpoint in bfloat16. Raises OSError."""
-    tensors = {
+    write_checkpoint(folder, METHOD, identity, module.shape.as_settings(), bfloat16_tensors(module))
+
+
+def bfloat16_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a module, those of floating point in bfloat16."""
+    return {
         name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
         for name, tensor in module.state_dict().items()
     }
-    write_checkpoint(folder, METHOD, identity, module.shape.as_settings(), tensors)

@@ -113,10 +113,21 @@ class EaglePass:
             return self._run(parts)
 
     def _run(self, parts: Sequence[EagleInput]) -> list[torch.Tensor]:
-        counts = [len(part.tokens) for part in parts]
-        tokens = self._index([part.tokens for part in parts])
-        embedded = self._embedding.index_select(0, tokens).to(self.dtype)
-        features = self._features(parts)
+        states = self._layer(parts, self._embed(parts), self._features(parts))
+        wanted = []
+        for part, rows in zip(parts, states, strict=True):
+            plane = part.cache.plane(self._state, 0)[0, 0]
+            self._write(part, plane, rows)
+            wanted.append(rows.index_select(0, self._index([part.wanted])))
+        kept = wanted[0] if len(parts) == 1 else torch.cat(wanted)
+        logits = self._head(self._final_norm(kept)).float()
+        return list(logits.split([len(rows) for rows in wanted]))
+
+    def _layer(
+        self, parts: Sequence[EagleInput], embedded: torch.Tensor, features: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Return the states of each part's rows. Their keys and values are in the cache then."""
+        counts = [len(part.positions) for part in parts]
         x = torch.cat([self._token_norm(embedded), self._feature_norm(features)], dim=-1)
         middle = self._heads + self._kv
         qkv = self._qkv(x).view(len(x), middle + self._kv, self._dim)
@@ -129,14 +140,12 @@ class EaglePass:
         x = self._out(attended[0] if len(parts) == 1 else torch.cat(attended), features)
         gate, up = self._gate_up(self._mlp_norm(x)).chunk(2, -1)
         states = self._down(F.silu(gate).mul_(up), x)
-        wanted = []
-        for part, rows in zip(parts, states.split(counts), strict=True):
-            plane = part.cache.plane(self._state, 0)[0, 0]
-            self._write(part, plane, rows)
-            wanted.append(rows.index_select(0, self._index([part.wanted])))
-        kept = wanted[0] if len(parts) == 1 else torch.cat(wanted)
-        logits = self._head(self._final_norm(kept)).float()
-        return list(logits.split([len(rows) for rows in wanted]))
+        return list(states.split(counts))
+
+    def _embed(self, parts: Sequence[EagleInput]) -> torch.Tensor:
+        """Return the embedding of each part's tokens, (tokens, d)."""
+        tokens = self._index([part.tokens for part in parts])
+        return self._embedding.index_select(0, tokens).to(self.dtype)
 
     def spread(self, logits: torch.Tensor) -> torch.Tensor:
         """Return logits (n, vocabulary) of the target's tokens; those never guessed have -inf."""
@@ -145,22 +154,24 @@ class EaglePass:
 
     def _features(self, parts: Sequence[EagleInput]) -> torch.Tensor:
         """Return the feature of each row, (rows, d)."""
-        bits = [part.features for part in parts if len(part.features)]
-        fused_rows = None
-        if bits:
-            joined = np.ascontiguousarray(bits[0] if len(bits) == 1 else np.concatenate(bits))
-            states = torch.from_numpy(joined.view(np.int16)).view(torch.bfloat16)
-            fused_rows = self._fuse(states.to(self.device, self.dtype))
-        found, used = [], 0
-        for part in parts:
-            if count := len(part.features):
-                assert fused_rows is not None
-                found.append(fused_rows[used : used + count])
-                used += count
+        found = []
+        for part, rows in zip(parts, self._fused(parts), strict=True):
+            if len(rows):
+                found.append(rows)
             if len(part.parents):
                 plane = part.cache.plane(self._state, 0)[0, 0]
                 found.append(plane.index_select(0, self._index([part.parents])))
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _fused(self, parts: Sequence[EagleInput]) -> list[torch.Tensor]:
+        """Return the features of each part's rows of text, (m, d)."""
+        bits = [part.features for part in parts if len(part.features)]
+        if not bits:
+            return [torch.empty(0)] * len(parts)
+        joined = np.ascontiguousarray(bits[0] if len(bits) == 1 else np.concatenate(bits))
+        states = torch.from_numpy(joined.view(np.int16)).view(torch.bfloat16)
+        rows = self._fuse(states.to(self.device, self.dtype))
+        return list(rows.split([len(part.features) for part in parts]))
 
     def _attend(self, part: EagleInput, qkv: torch.Tensor) -> torch.Tensor:
         """Return (rows, heads * dim), from (rows, heads of queries, of keys, of values, dim)."""
@@ -181,7 +192,8 @@ class EaglePass:
 
     def _write(self, part: EagleInput, plane: torch.Tensor, rows: torch.Tensor) -> None:
         """Write rows (n, ...) into their slots of `plane` (slots, ...)."""
-        text, guesses = len(part.features), len(part.parents)
+        text = len(part.features)
+        guesses = len(rows) - text
         if text:
             plane[part.begin : part.begin + text] = rows[:text]
         if guesses:

@@ -81,6 +81,7 @@ def test_every_head_and_every_drafter_that_ships_is_in_it() -> None:
     assert {drafter for how in hows for drafter in how.drafters} >= set(drafting_methods()) - {
         "noisy",
         "wrong",
+        "block",
         "eagle",
         "s3d",
     }

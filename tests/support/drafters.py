@@ -18,7 +18,7 @@ from runtime.core.tree import TokenTree
 from runtime.drafters.base import Drafter, ExpandRequest, Text
 from runtime.method_registry import drafting_methods, module_name
 from runtime.models.toy import ToyModel
-from tests.support import eagles, masks
+from tests.support import blocks, eagles, masks
 
 PROMPT = [3, 1, 4, 1, 5, 9, 3, 1, 4, 1]
 # Its greedy output repeats itself, so every method finds something.
@@ -29,9 +29,11 @@ METHODS = pytest.mark.parametrize("method", drafting_methods())
 def built(method: str) -> Drafter:
     module = importlib.import_module(f"runtime.drafters.{module_name(method)}")
     # Some methods read the target's folder and weights that were trained for it.
-    place: masks.Tiny | eagles.Tiny = masks.tiny(LOOPING.vocabulary)
+    place: masks.Tiny | eagles.Tiny | blocks.Tiny = masks.tiny(LOOPING.vocabulary)
     if method == "eagle":
         place = eagles.tiny(LOOPING.vocabulary)
+    if method == "block":
+        place = blocks.tiny(LOOPING.vocabulary)
     given = masks.ingredients(place.target, place.folder)
     drafter: Drafter = module.build(
         replace(given, load=lambda name: LOOPING, load_layers=lambda name: LOOPING)
