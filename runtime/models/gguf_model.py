@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import __version__ as transformers_version
@@ -40,6 +41,7 @@ PARSE_ERRORS = (
     AttributeError,
     ArithmeticError,
     AssertionError,
+    StrictDataclassError,
 )
 
 log = logging.getLogger(__name__)

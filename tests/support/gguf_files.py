@@ -52,11 +52,12 @@ def write_gguf(
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     architecture: str = "llama",
     layers: int = LAYERS,
+    heads: int = HEADS,
     without: str = "",
 ) -> Path:
     """Write a model and the shipped tokenizer.
 
-    `layers` may differ from what is there, and `without` names a tensor that is left out.
+    `layers` and `heads` may differ from what is there; `without` names a tensor to leave out.
     """
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_name("tiny")
@@ -64,7 +65,7 @@ def write_gguf(
     writer.add_embedding_length(HIDDEN)
     writer.add_block_count(layers)
     writer.add_feed_forward_length(INNER)
-    writer.add_head_count(HEADS)
+    writer.add_head_count(heads)
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(10000.0)

@@ -159,6 +159,7 @@ def test_unknown_architectures_and_missing_weights(tmp_path: Path, cache: Path) 
         write_gguf(tmp_path / "a.gguf", architecture="teapot"),
         "(architecture 'teapot') cannot be read by transformers",
     )
+    refused(write_gguf(tmp_path / "h.gguf", heads=7), "cannot be read by transformers")
     refused(write_gguf(tmp_path / "b.gguf", layers=10**9), "1000000000 layers in 20 tensors")
     refused(write_gguf(tmp_path / "c.gguf", layers=3), "weights that it describes")
     refused(
