@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from actors.calibration_store import load_calibrations
+from actors.calibration_store import load_calibrations, load_target_state, target_state_file
 from runtime.config import DrafterConfig, HeadConfig, Placement, TargetConfig
 from runtime.core.messages import Request
 from runtime.draft.draft_engine import DraftEngine
@@ -22,7 +22,7 @@ from runtime.drafters.model import ModelDrafter
 from runtime.drafters.noisy import NoisyDrafter
 from runtime.heads.base import Head, HeadContext
 from runtime.method_registry import module_name
-from runtime.model_paths import calibration_file, draft_model, drafter_calibration_file, head_folder
+from runtime.model_paths import draft_model, drafter_calibration_file, head_folder
 from runtime.models.detokenize import Detokenizer
 from runtime.models.eagle_pass import guess_times
 from runtime.models.grammar import GrammarCompiler
@@ -101,7 +101,8 @@ def build_target(config: TargetConfig, record: bool = False) -> BuiltTarget:
     eos = eos_tokens(model, tokenizer)
     times = step_times(model, MEASURED_ROWS, time.monotonic)
     slots = config.kv_tokens or kv_slots(model)
-    known = load_calibrations(calibration_file(config.model, "target"))
+    scheduler = make_scheduler(config.schedule, times)
+    known = load_target_state(target_state_file(config), scheduler)
     trace = Trace(TARGET) if record else NO_TRACE
     heads = {
         name: mount_head(head, model, tokenizer) for name, head in config.named_heads().items()
@@ -109,7 +110,7 @@ def build_target(config: TargetConfig, record: bool = False) -> BuiltTarget:
     engine = Engine(
         model,
         Verifier(choose, eos, logprobs),
-        make_scheduler(config.schedule, times),
+        scheduler,
         time.monotonic,
         kv_slots=slots,
         calibrations=known,

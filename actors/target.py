@@ -4,7 +4,7 @@ import threading
 
 import grpc
 
-from actors.calibration_store import save_calibrations
+from actors.calibration_store import save_target_state, target_state_file
 from actors.cpu_affinity import import_at_low_priority, pin
 from actors.rpc.client import GrpcLink
 from actors.rpc.endpoints import ActorLocation, Endpoint, own_host, own_location
@@ -13,7 +13,6 @@ from actors.rpc.server import TargetService, serve
 from protos.handshake import Hello
 from runtime.config import ScheduleConfig, TargetConfig, TlsConfig
 from runtime.core.errors import Unavailable
-from runtime.model_paths import calibration_file
 from runtime.models.vocab_check import vocabulary_hash
 from runtime.scheduler_factory import make_scheduler
 from runtime.schedulers.base import Scheduler
@@ -131,8 +130,10 @@ class TargetActor:
 
     def save_calibrations(self) -> None:
         """Saves what was learned about the drafters for the next process."""
-        save_calibrations(
-            calibration_file(self.config.model, "target"), self.target.engine.requests.calibrations
+        save_target_state(
+            target_state_file(self.config),
+            self.target.engine.requests.calibrations,
+            tuple(self.schedulers.values()),
         )
 
     def attached(self) -> list[str]:

@@ -6,13 +6,13 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from typing import Protocol
 
-from actors.calibration_store import save_calibrations
+from actors.calibration_store import save_calibrations, save_target_state, target_state_file
 from actors.fleet.fleet_state import Fleet, TargetState
 from actors.fleet.ray_session import ray_cluster, translate_ray_errors
 from runtime.config import Deployment, TlsConfig
 from runtime.core.messages import Chunk, Request
 from runtime.draft.draft_host import DraftHost
-from runtime.model_paths import calibration_file, drafter_calibration_file
+from runtime.model_paths import drafter_calibration_file
 from runtime.telemetry.tracing import Recording
 
 Note = Callable[[str], None]  # gets a short progress message
@@ -72,8 +72,11 @@ async def local_service(
         await target.stop()
         for host in hosts:
             await host.stop()
-        save_calibrations(
-            calibration_file(deployment.target.model, "target"), target.engine.requests.calibrations
+        engine = target.engine
+        save_target_state(
+            target_state_file(deployment.target),
+            engine.requests.calibrations,
+            [engine.scheduler],
         )
         for host, config in zip(hosts, deployment.drafters(), strict=False):
             save_calibrations(

@@ -17,6 +17,7 @@ second.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +65,34 @@ class Living:
             True: None,
             False: None,
         }  # of the first growth after a commit, of others
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was learned as plain JSON values; times relative to those at start."""
+        return {
+            "gate": self.gate.to_dict(),
+            "slowdown": dict(
+                zip(
+                    map(str, self.rows.astype(int)),
+                    (self.seen / self.measured).tolist(),
+                    strict=True,
+                )
+            ),
+            "tokens": self.tokens,
+            "seconds": self.seconds / float(self.measured[0]),
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Begin with what `to_dict` has returned in an earlier process.
+
+        Raises ValueError, KeyError, TypeError or AttributeError for anything else.
+        """
+        slowdown = np.array([float(saved["slowdown"][str(int(rows))]) for rows in self.rows])
+        tokens, seconds = float(saved["tokens"]), float(saved["seconds"])
+        if not (np.isfinite(slowdown).all() and 1.0 <= tokens < 1e3 and 0.0 < seconds < 1e3):
+            raise ValueError("a step's tokens and times are positive numbers")
+        self.gate.restore(saved["gate"])
+        self.seen = self.measured * np.clip(slowdown, 1.0 / MAX_SLOWDOWN, MAX_SLOWDOWN)
+        self.tokens, self.seconds = tokens, seconds * float(self.measured[0])
 
     @property
     def rate(self) -> float:

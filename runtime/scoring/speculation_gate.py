@@ -20,15 +20,16 @@ Each order of load (1, 2, 3-4, 5-8, ... sessions) has an account of its own, for
 session may not pay with eight.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 Way = Literal["plain", "heads", "all"]
 PLAIN: Way = "plain"
+WAYS: dict[str, Way] = {"plain": "plain", "heads": "heads", "all": "all"}
 
 ALLOWANCE = 0.01  # tokens that may be lost per token
 TRIAL_BUDGET = 0.8  # tokens that a trial may lose
@@ -42,6 +43,9 @@ VISIT_STEPS = 12  # steps of a probe of another way than plain decoding
 UNKNOWN_SETTLE_STEPS = 4  # until a drafter that has never answered is expected to be at rest
 FIRST_PERIOD, MAX_PERIOD = 16, 128  # steps between two probes that cost nothing
 FIRST_REST, MAX_REST = 16, 512  # plain steps before the next trial
+MAX_OLD_REST = 128  # rest that an earlier process can cause
+OLD_STEPS = 3.0  # steps that the measurements of an earlier process are worth
+MAX_SUM = 1e9
 MEMORY = {PLAIN: 12.0, "heads": 48.0, "all": 48.0}  # steps that a record remembers
 MIN_LEAD = 1.03  # speed by which another way must lead to take over
 
@@ -105,6 +109,40 @@ class Account:
         plain, other = self.record(PLAIN).speed, self.record(way).speed
         return other / plain if plain and other else 1.0
 
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "home": self.home,
+            "budget": self.budget,
+            "rest": self.rest,
+            "age": self.age,
+            "ways": {
+                way: [one.steps, one.tokens, one.seconds]
+                for way, one in tuple(self.records.items())
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "Account":
+        """Take over what was decided; new measurements soon outweigh the old ones.
+
+        Where plain decoding was faster, the next trial comes no later than after MAX_OLD_REST.
+        """
+        home = WAYS[saved["home"]]
+        found = cls(
+            way=home,
+            home=home,
+            budget=number(saved["budget"], MAX_BUDGET) if home == PLAIN else TRIAL_BUDGET,
+            rest=int(number(saved["rest"], MAX_OLD_REST)),
+            age=int(number(saved["age"], MAX_REST)) if home == PLAIN else 0,
+            probed=True,
+        )
+        for way, sums in saved["ways"].items():
+            steps, tokens, seconds = (number(value, MAX_SUM) for value in sums)
+            if steps > 0.0 and tokens > 0.0 and seconds > 0.0:
+                keep = min(1.0, OLD_STEPS / steps)
+                found.records[WAYS[way]] = Record(keep * steps, keep * tokens, keep * seconds)
+        return found
+
     def turn(self, way: Way) -> None:
         self.way, self.age, self.seconds, self.measured = way, 0, 0.0, 0
 
@@ -119,9 +157,19 @@ class SpeculationGate:
     def __init__(self, times: Mapping[int, float]) -> None:
         self.rows = np.asarray(sorted(times), dtype=np.float64)
         self.seconds = np.asarray([times[int(rows)] for rows in self.rows])
-        self.accounts: dict[int, Account] = {}
+        self.known: dict[str, dict[int, Account]] = {}  # by helpers, and by order of load
+        self.helpers = ""
         self.sessions = 1  # in the last step
         self.probes = 0
+
+    @property
+    def accounts(self) -> dict[int, Account]:
+        """Return the accounts of the present helpers, by order of load."""
+        return self.known.setdefault(self.helpers, {})
+
+    def use(self, kinds: Iterable[str]) -> None:
+        """Decide about helpers of these kinds from now on. Each set of them has its accounts."""
+        self.helpers = ",".join(sorted(set(kinds)))
 
     @property
     def account(self) -> Account:
@@ -300,6 +348,28 @@ class SpeculationGate:
         return max(
             ways, key=lambda way: account.record(way).speed if way in account.records else np.inf
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is known as plain JSON values. May run on another thread."""
+        return {
+            helpers: {str(load): account.to_dict() for load, account in tuple(accounts.items())}
+            for helpers, accounts in tuple(self.known.items())
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Begin with what `to_dict` has returned in an earlier process.
+
+        Raises ValueError, KeyError, TypeError or AttributeError for anything else.
+        """
+        self.known = {
+            str(helpers): {int(load): Account.from_dict(one) for load, one in accounts.items()}
+            for helpers, accounts in saved.items()
+        }
+
+
+def number(value: Any, most: float) -> float:
+    """Return a number from 0 to `most`. Raises TypeError for anything else than a number."""
+    return float(min(most, max(0.0, value)))
 
 
 def load_of(sessions: int) -> int:

@@ -6,6 +6,7 @@ from runtime.core import limits
 from runtime.core.features import FeatureSpec
 from runtime.core.messages import Commit, Draft, Event, Round, Share
 from runtime.core.tree import TokenTree
+from runtime.scoring.calibration import drafter_kind
 from runtime.scoring.drafter_utility import DrafterUtility
 from runtime.scoring.speculation_gate import PLAIN, SpeculationGate, Way
 from runtime.target.commands import Send, Strike, ignore_strike
@@ -50,6 +51,7 @@ class DrafterManager:
             del self.sends[name], self.strikes[name]
             self.features.forget(name, sessions)
             self.utility.forget(name)
+            self._pause()
             self.assign_shares(sessions)
 
     def reset_utility(self, sessions: Iterable[RequestState]) -> None:
@@ -93,6 +95,9 @@ class DrafterManager:
             self.assign_shares(sessions)
 
     def _pause(self) -> None:
+        """Let those pause that the gate does not want now."""
+        if self.gate is not None:
+            self.gate.use(map(drafter_kind, (*self.sends, *self.heads)))
         way = "all" if self.gate is None else self.gate.way
         drafters = self.sends if way != "all" else ()
         self.utility.paused = {*drafters, *(self.heads if way == PLAIN else ())}
