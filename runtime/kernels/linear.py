@@ -28,7 +28,7 @@ from torch import nn
 
 from runtime.kernels.jit import has_pairs, is_supported
 from runtime.kernels.kernel_choice import KernelChoice, Product, choose_kernel
-from runtime.kernels.packed_weight import PackedWeight, smallest_exact_dtype
+from runtime.kernels.packed_weight import HALF_DTYPES, PackedWeight, smallest_exact_dtype
 
 MIN_PANEL_WEIGHTS = 1 << 16  # smaller matrices in float32 are not packed
 MIN_ONEDNN_WEIGHTS = 1 << 19  # the same for oneDNN
@@ -45,9 +45,12 @@ def candidates(weight: torch.Tensor) -> tuple[str, ...]:
     if weight.device.type != "cpu":
         return ("torch",)
     if is_supported():
-        if weight.dtype == torch.bfloat16:  # small ones too: rounding would show their neighbours
-            return ("pairs", "panels") if has_pairs() else ("panels",)
-        if weight.dtype in (torch.float32, torch.float16) and weight.numel() >= MIN_PANEL_WEIGHTS:
+        if weight.dtype == torch.bfloat16 and has_pairs():
+            return ("pairs", "panels")
+        # Small matrices in 16 bits too: rounding would show a row's neighbours.
+        if weight.dtype in HALF_DTYPES or (
+            weight.dtype == torch.float32 and weight.numel() >= MIN_PANEL_WEIGHTS
+        ):
             return ("panels",)
     elif (
         torch.backends.mkldnn.is_available()

@@ -27,7 +27,7 @@ from runtime.models.base import OutputSpec, PassInput, PassOutput, Rows
 from runtime.models.generic import logit_rows, torch_cache
 from runtime.models.hf import max_context
 from runtime.models.layer_states import check_layers, split_features
-from runtime.models.llama_layers import fused, norm, read_layer
+from runtime.models.llama_layers import fused, gated, norm, read_layer, turn
 
 MODEL_TYPES = {"llama", "mistral", "qwen2", "qwen3"}
 INITIAL_POSITIONS = 512  # in the first table of angles
@@ -87,10 +87,10 @@ class LlamaPass:
 
     def __call__(self, parts: Sequence[PassInput]) -> list[torch.Tensor]:
         views = self._views(parts)
-        cos, sin = self._cos_sin(np.concatenate([part.rows.positions for part in parts]))
+        angles = self._angles(np.concatenate([part.rows.positions for part in parts]))
         x = self._embed(parts)
         for index in range(len(self._layers)):
-            x = self._run_layer(index, x, cos, sin, views)
+            x = self._run_layer(index, x, angles, views)
         x, kept = last_rows(x, parts)
         return list(self._head(self._norm(x)).float().split(kept))
 
@@ -117,7 +117,7 @@ class LlamaPass:
             dtype=np.int64,
         )
         positions = np.concatenate([part.rows.positions for part in parts])
-        cos, sin = self._cos_sin(
+        angles = self._angles(
             np.concatenate(
                 [positions, *(positions[sources] + ahead for ahead in range(1, len(branches) + 1))]
             )
@@ -132,8 +132,8 @@ class LlamaPass:
                 sprouts = (branch.map(sprout.to(self._dtype)) for branch in entering)
                 x = torch.cat([x, *(sprout.to(x.dtype) for sprout in sprouts)])
                 views = self._views_with_branches(parts, (len(x) - n) // m, len(branches))
-            angles = (cos[: len(x)], sin[: len(x)]) if branches else (cos, sin)
-            x = self._run_layer(index, x, *angles, views)
+            entered = angles[: len(x)] if branches else angles
+            x = self._run_layer(index, x, entered, views)
         if len(self._layers) in output_spec.features:
             states.append(x[:n].to(torch.bfloat16))
         features = split_features(output_spec.features, states, counts)
@@ -168,32 +168,21 @@ class LlamaPass:
         ids = concat_ids([part.rows.tokens for part in parts]).to(self._embedding.device)
         return self._embedding.index_select(0, ids).to(self._stream)
 
-    def _cos_sin(self, positions: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cosines and sines of each row, (rows, 1, dim)."""
+    def _angles(self, positions: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Return cosines and sines of each row, (rows, 2, 1, dim)."""
         if len(self._rope) < self._context and (longest := int(positions.max())) >= len(self._rope):
             self._rope = self._rope_table(min(2 * longest, self._context))
-        cos, sin = self._rope.index_select(
-            0, torch.from_numpy(positions).to(self._rope.device)
-        ).unbind(1)
-        return cos, sin
+        return self._rope.index_select(0, torch.from_numpy(positions).to(self._rope.device))
 
     def _run_layer(
-        self,
-        index: int,
-        x: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        views: Sequence[PartView],
+        self, index: int, x: torch.Tensor, angles: torch.Tensor, views: Sequence[PartView]
     ) -> torch.Tensor:
         """Return the rows after layer `index`."""
         layer, middle = self._layers[index], self._heads + self._kv
         qkv = layer.qkv(layer.before(x)).view(len(x), middle + self._kv, self._dim)
-        qk = qkv.narrow(1, 0, middle)
-        plain = qk if layer.heads is None else layer.heads(qk)
-        torch.addcmul(plain * cos, plain.roll(self._dim // 2, -1), sin, out=qk)
+        turn(qkv.narrow(1, 0, middle), layer.heads, angles)
         x = layer.out(self._attend(index, layer.kind, qkv, views), x)
-        gate, up = layer.gate_up(layer.after(x)).chunk(2, -1)
-        return layer.down(F.silu(gate).mul_(up), x)
+        return layer.down(gated(layer.gate_up(layer.after(x))), x)
 
     def _attend(
         self, index: int, kind: str, qkv: torch.Tensor, views: Sequence[PartView]

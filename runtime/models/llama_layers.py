@@ -4,28 +4,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from runtime.kernels.linear import LinearOp
+from runtime.kernels.rowwise import has_kernel, rms_norm, rotate, silu_gate
 
 
 class RMSNorm:
     """Computes x * weight / sqrt(mean(x^2) + eps) over the last dimension in float32.
 
-    It evaluates x / hypot(|x|, sqrt(d eps)) * (sqrt(d) weight), which takes four calls; F.rms_norm
-    makes ten.
+    By torch it evaluates x / hypot(|x|, sqrt(d eps)) * (sqrt(d) weight), which takes four calls;
+    F.rms_norm makes ten.
     """
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         size = weight.shape[-1]
-        self.weight = weight.detach().float() * size**0.5
-        self.least = torch.tensor((size * eps) ** 0.5, dtype=torch.float32)
+        self._weight, self._eps = weight.detach().float().contiguous(), eps
+        self._scaled = self._weight * size**0.5
+        self._least = torch.tensor((size * eps) ** 0.5, dtype=torch.float32)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        if has_kernel(rows, rows.shape[-1]):
+            return rms_norm(rows, self._weight, self._eps)
         size = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32).hypot_(
-            self.least
+            self._least
         )
-        scaled: torch.Tensor = (rows / size).mul_(self.weight)
+        scaled: torch.Tensor = (rows / size).mul_(self._scaled)
         return scaled.to(rows.dtype)
 
 
@@ -61,6 +66,29 @@ def read_layer(layer: Any, kind: str, heads: int, kv_heads: int, pack: bool) -> 
         fused(mlp.down_proj, pack=pack),
         kind,
     )
+
+
+def gated(rows: torch.Tensor) -> torch.Tensor:
+    """Return silu(first half) * second half of each row: (n, 2 size) -> (n, size)."""
+    if has_kernel(rows, rows.shape[1] // 2):
+        return silu_gate(rows)
+    gate, up = rows.chunk(2, -1)
+    return F.silu(gate).mul_(up)
+
+
+def turn(heads: torch.Tensor, norms: RMSNorm | None, angles: torch.Tensor) -> None:
+    """Normalise and rotate heads (n, heads, dim) in place: x cos + roll(x, dim / 2) sin.
+
+    angles  (n, 2, 1, dim): cosines, and sines with a negated first half
+    """
+    plain = heads if norms is None else norms(heads)
+    if not has_kernel(heads, heads.shape[-1]):
+        cos, sin = angles.unbind(1)
+        torch.addcmul(plain * cos, plain.roll(heads.shape[-1] // 2, -1), sin, out=heads)
+        return
+    if norms is not None:
+        heads.copy_(plain)
+    rotate(heads, angles)
 
 
 def norm(module: Any) -> RMSNorm:

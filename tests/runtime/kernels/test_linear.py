@@ -76,6 +76,7 @@ def test_only_kernels_with_independent_rows_are_candidates_where_there_are_any(
             ("panels",),
         ]
         assert candidates(short[:8]) == in_16_bits
+        assert candidates(half[:8]) == ("panels",)
     else:
         assert [candidates(weight) for weight in (large, short, half)] == [
             ("onednn", "torch"),

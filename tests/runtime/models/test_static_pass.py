@@ -244,7 +244,7 @@ def test_every_input_is_on_the_device_of_the_module() -> None:
             if norm is not None
         ),
     ]
-    assert {norm.least.device.type for norm in norms} == {"meta"}
+    assert {norm._least.device.type for norm in norms} == {"meta"}
 
 
 def test_the_smallest_fitting_shape_is_chosen() -> None:
