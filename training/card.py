@@ -16,6 +16,7 @@ TITLES = {
     "s3d": "S3D",
     "draft": "Draft model",
     "eagle": "EAGLE drafter",
+    "block": "Block drafter",
 }
 CURVE_POINTS = 8  # of the loss curve
 
@@ -67,7 +68,7 @@ def render_card(
     `seconds` is the time of the last run, which may have resumed an interrupted training.
     """
     own = order["own"]
-    share = "with their prompts" if order["method"] == "eagle" else "half of each batch"
+    share = "with their prompts" if order["method"] in ("block", "eagle") else "half of each batch"
     return TEMPLATE.format(
         title=TITLES[method],
         base=Path(target).name if Path(target).is_dir() else target,

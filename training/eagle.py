@@ -24,6 +24,19 @@ def new_eagle(
 ) -> Eagle:
     """Create an untrained draft layer with the attention of the target's layers.
 
+    Raises ModelRefused as `layer_shape` does.
+    """
+    torch.manual_seed(seed)
+    made = Eagle(teacher.hidden_size, layer_shape(teacher, layers, intermediate, len(draft_tokens)))
+    initialize(made, draft_tokens)
+    return made
+
+
+def layer_shape(
+    teacher: Teacher, layers: Sequence[int], intermediate: int, draft_vocabulary: int
+) -> EagleShape:
+    """Return the shape of a draft layer with the attention of the target's layers.
+
     Raises ModelRefused for a target whose attention is not described as Llama's is.
     """
     config = teacher.module.config.get_text_config(decoder=True)
@@ -34,7 +47,7 @@ def new_eagle(
             "train medusa for it"
         )
     rope = getattr(config, "rope_parameters", None) or {}
-    shape = EagleShape(
+    return EagleShape(
         tuple(layers),
         intermediate,
         heads,
@@ -42,15 +55,16 @@ def new_eagle(
         getattr(config, "head_dim", None) or config.hidden_size // heads,
         float(rope.get("rope_theta", 1e4)),
         float(getattr(config, "rms_norm_eps", 1e-5)),
-        len(draft_tokens),
+        draft_vocabulary,
     )
-    torch.manual_seed(seed)
-    made = Eagle(teacher.hidden_size, shape)
-    made.draft_tokens.copy_(draft_tokens)
+
+
+def initialize(module: Eagle, draft_tokens: Tensor) -> None:
+    """Set the draft tokens, and let the layer begin as the identity."""
+    module.draft_tokens.copy_(draft_tokens)
     with torch.no_grad():
-        made.o.weight.zero_()
-        made.down.weight.zero_()
-    return made
+        module.o.weight.zero_()
+        module.down.weight.zero_()
 
 
 def default_layers(depth: int) -> list[int]:

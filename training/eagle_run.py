@@ -1,23 +1,26 @@
-"""A whole training of an EAGLE drafter: features, training, acceptance, folder."""
+"""A whole training of an EAGLE or block drafter: features, training, acceptance, folder."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from runtime.core.errors import InvalidRequest
 from runtime.core.messages import Tokens
-from runtime.models.eagle import Eagle, write_eagle
+from runtime.models.base import ModelIdentity
+from runtime.models.eagle import Eagle, Layer, write_eagle
 from runtime.models.head_checkpoint import target_identity
 from training import eagle
-from training.acceptance import HeldOutAcceptance, measure_acceptance
+from training.acceptance import Guess, HeldOutAcceptance, measure_acceptance
 from training.card import acceptance_table
 from training.features import Features, open_features
 from training.folder import FINISHED
-from training.loop import TrainingSettings, train
+from training.loop import Loss, TrainingSettings, train
 from training.outputs import TargetText
 from training.progress import ProgressBar
 from training.run import CHECKPOINT, TrainingJob, publish_result
@@ -42,31 +45,68 @@ class EagleData:
     digest: str
 
 
+@dataclass(frozen=True, slots=True)
+class LayerMethod(Generic[Layer]):
+    """What differs between the methods whose drafter is a draft layer.
+
+    new    makes an untrained module that guesses the given tokens
+    loss   of a module on known features, whose states are divided by the given sizes
+    guess  makes a Guess of a module; row p of position i guesses token p + LOOK_AHEAD + i
+    write  writes a checkpoint
+    """
+
+    new: Callable[[Tensor], Layer]
+    loss: Callable[[Layer, Features, Tensor], Loss]
+    guess: Callable[[Layer], Guess]
+    write: Callable[[Path, Layer, ModelIdentity], None]
+
+
 def train_eagle(
     order: TrainingJob, material: EagleData, work: Path, bar: ProgressBar
 ) -> dict[str, list[HeldOutAcceptance]]:
     """Train, measure and publish a draft layer at `order.out`; return the acceptance by title."""
+    teacher, asked = material.teacher, order.settings
+    method = LayerMethod(
+        lambda tokens: eagle.new_eagle(
+            teacher, asked["layers"], asked["intermediate"], tokens, order.seed
+        ),
+        lambda module, known, scales: eagle.distillation(
+            teacher, module, known, scales, order.context, asked["unroll"]
+        ),
+        lambda module: eagle.eagle_guesser(teacher, module, SHOWN_STEPS),
+        write_eagle,
+    )
+    return train_layer(order, material, method, work, bar)
+
+
+def train_layer(
+    order: TrainingJob,
+    material: EagleData,
+    method: LayerMethod[Layer],
+    work: Path,
+    bar: ProgressBar,
+) -> dict[str, list[HeldOutAcceptance]]:
+    """Train, measure and publish what `method` makes, as `train_eagle` does."""
     began, teacher, asked = time.monotonic(), material.teacher, order.settings
     tell = bar.counts("reading the texts with the target", len(material.texts))
     known = open_features(teacher, asked["layers"], material.texts, work / FEATURES, tell)
     check_size(known, order)
-    tokens = eagle.frequent_tokens(known.tokens, asked["draft_vocabulary"])
-    module = eagle.new_eagle(teacher, asked["layers"], asked["intermediate"], tokens, order.seed)
+    module = method.new(eagle.frequent_tokens(known.tokens, asked["draft_vocabulary"]))
     module.to(teacher.model.device)
     scales = eagle.tap_scales(known.taps, len(asked["layers"]))
-    loss = eagle.distillation(teacher, module, known, scales, order.context, asked["unroll"])
     losses = train(
         module,
-        loss,
+        method.loss(module, known, scales),
         eagle.window_starts(len(known.tokens), order.context, order.batch, order.seed),
         TrainingSettings(order.steps, order.seed, MATRIX_RATE, OTHER_RATE),
         work / CHECKPOINT,
         bar.steps(order.steps),
     )
     eagle.scale_taps(module, scales)
-    write_eagle(work / FINISHED, module, target_identity(teacher.module.config, teacher.tokenizer))
+    identity = target_identity(teacher.module.config, teacher.tokenizer)
+    method.write(work / FINISHED, module, identity)
     module.to(torch.bfloat16).float()  # measured as it was saved
-    guess = eagle.eagle_guesser(teacher, module, SHOWN_STEPS)
+    guess = method.guess(module)
     measured = {
         title: measure_acceptance(texts, guess, eagle.LOOK_AHEAD)
         for title, texts in material.held_out.items()

@@ -52,8 +52,9 @@ class Block(Eagle):
     """The draft layer with masks and the Markov head.
 
     `mask_embed` (B - 1, d) stand for the embeddings of the tokens that nobody knows yet. Logits of
-    place j after token t are `logits(state) + markov(gates(state), embedding of t) @ unembedding.T`
-    for j > 0, and `logits(state)` for place 0, whose row knows its token.
+    place j after token t are `logits_after(state, embedding of t, unembedding)` for j > 0, and
+    `logits(state, unembedding)` for place 0, whose row knows its token. The former are a sum: of
+    the place's own logits, and of a product of rank r.
     """
 
     def __init__(self, hidden_size: int, shape: BlockShape) -> None:
@@ -75,6 +76,11 @@ class Block(Eagle):
         """
         corrected: Tensor = self.markov_out(gates * self.markov_in(self.token_norm(embeddings)))
         return corrected
+
+    def logits_after(self, states: Tensor, embeddings: Tensor, unembedding: Tensor) -> Tensor:
+        """Return logits (..., K) of a place above 0, given the tokens at the place before."""
+        corrected = self.markov(self.gates(states), embeddings)
+        return F.linear(self.final_norm(states) + corrected, unembedding)
 
 
 def read_block(folder: Path, identity: ModelIdentity) -> Block:

@@ -77,8 +77,8 @@ def straight(
             enable_gqa=True,
         )[0]
         state = block.finish(fused[-1:], attended)
-        logits: torch.Tensor = block.logits(state, unembedding)[0]
-        if path:
-            before = table[path[-1]][None]
-            logits = logits + (block.markov(block.gates(state), before) @ unembedding.T)[0]
+        if not path:
+            logits: torch.Tensor = block.logits(state, unembedding)[0]
+        else:
+            logits = block.logits_after(state, table[path[-1]][None], unembedding)[0]
     return logits

@@ -229,6 +229,71 @@ def eagle(
 
 
 @train.command()
+def block(
+    out: Out,
+    target: Target = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="files or folders of UTF-8 text to learn from too (repeatable); a target without "
+            "a chat template takes Python's standard library by default"
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON Lines with "prompt" or "turns": the acceptance is measured on them too'
+        ),
+    ] = None,
+    layers: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="layers of the target whose inputs are fused (repeatable, rising); default: a "
+            "low, a middle and a high one"
+        ),
+    ] = None,
+    intermediate: Annotated[int, typer.Option(help="size of the layer's MLP")] = 448,
+    vocabulary: Annotated[
+        int, typer.Option(help="number of tokens that can be guessed: the most frequent ones")
+    ] = 8192,
+    places: Annotated[int, typer.Option(help="next tokens that one pass guesses")] = 8,
+    rank: Annotated[
+        int, typer.Option(help="rank of the head that orders a place's guesses by the token before")
+    ] = 128,
+    steps: Steps = 2000,
+    batch: Batch = 8,
+    context: Context = 512,
+    own: Annotated[
+        int, typer.Option(help="tokens of conversations that the target writes first")
+    ] = 500_000,
+    seed: Seed = 0,
+    device: Device = Device.auto,
+) -> None:
+    """Train a drafter that guesses all next tokens in one pass (DFlash, arXiv 2602.06036).
+
+    It reads the target's hidden states as EAGLE does, and costs one pass for each step of the
+    target instead of one for each token ahead.
+    """
+    check_int("intermediate", intermediate, 1, 1 << 20)
+    check_int("vocabulary", vocabulary, 1, 1 << 20)
+    check_int("places", places, 2, 32)
+    check_int("rank", rank, 1, 4096)
+    settings = {
+        "layers": tapped_layers(target or bundled_model("target"), layers),
+        "intermediate": intermediate,
+        "draft_vocabulary": vocabulary,
+        "places": places,
+        "rank": rank,
+    }
+    order = make_order("block", target, out, settings, steps, batch, context, own, seed)
+    with prepare_eagle(order, data, prompts, device) as (material, work, bar):
+        from training.block import train_block
+
+        for title, measured in train_block(order, material, work, bar).items():
+            print_report(order, measured, f"{out}: {title}")
+
+
+@train.command()
 def draft(
     out: Out,
     target: Target = None,

@@ -1,4 +1,4 @@
-"""`outrider train eagle` turns flags into a drafter."""
+"""`outrider train eagle` and `train block` turn flags into drafters."""
 
 import json
 from pathlib import Path
@@ -55,6 +55,35 @@ def test_an_eagle_of_a_target_without_a_chat_template_learns_from_data(
     command = ("train", "eagle", "--target", tiny, "--data", data, "--out", tmp_path / "a")
     assert outrider(monkeypatch, *command, *SMALL, "--intermediate", 32, "--vocabulary", 99) == 0
     assert "99 tokens, which are" in (tmp_path / "a" / "README.md").read_text()
+
+
+def test_a_block_drafter_is_trained_as_an_eagle_is(
+    monkeypatch: pytest.MonkeyPatch, tiny: Path, data: Path, tmp_path: Path
+) -> None:
+    command = ("train", "block", "--target", tiny, "--data", data, "--out", tmp_path / "a")
+    sizes = ("--intermediate", 32, "--vocabulary", 99, "--places", 3, "--rank", 4)
+    assert outrider(monkeypatch, *command, *SMALL, *sizes) == 0
+    assert "99 tokens, which are" in (tmp_path / "a" / "README.md").read_text()
+    settings = json.loads((tmp_path / "a" / "config.json").read_text())["settings"]
+    assert (settings["places"], settings["rank"], settings["draft_vocabulary"]) == (3, 4, 99)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"), [(("--places", 1), "places 1"), (("--rank", 0), "rank 0")]
+)
+def test_a_block_drafter_that_cannot_be_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny: Path,
+    data: Path,
+    tmp_path: Path,
+    flags: tuple[object, ...],
+    says: str,
+) -> None:
+    command = ("train", "block", "--target", tiny, "--data", data, "--out", tmp_path / "a")
+    assert outrider(monkeypatch, *command, *SMALL, *flags) == 2
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
