@@ -87,7 +87,8 @@ class PassOutput:
     logits         (rows, vocabulary), as `Model.forward` returns them
     hidden         (rows, d) if requested: the input of `unembed`
     branch_logits  (branch rows, branches, vocabulary) float32 of pseudo rows; None without any
-    features       of all rows of the part, whatever `last` is, if requested
+    features       of all rows of the part, whatever `last` is, if requested; they may have more
+                   layers than this caller asked for: `features.of(layers)` picks its own
     """
 
     logits: Logits

@@ -192,6 +192,8 @@ class Engine:
                 self.drafter_manager.join(name, send, self.requests.states(), strike)
             case Leave(drafter=name, send=send):
                 self.drafter_manager.leave(name, send, self.requests.states())
+                if not self.drafter_manager.features.specs:
+                    self.requests.admission.feature_slots = 0.0
             case SetScheduler(scheduler=scheduler, heads=heads):
                 self.scheduler = scheduler
                 self.heads.select(heads)

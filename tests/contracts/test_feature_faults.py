@@ -291,8 +291,11 @@ def test_features_count_as_kv_memory() -> None:
     both.run(replace(request, session="t"))
     assert admission.reserved == 0
     assert engine.requests.kv_kept >= 63 + 31
+    longer = replace(request, prompt=tuple(PROMPT * 2)[:146])
     with pytest.raises(InvalidRequest, match="need 334 slots"):
-        admission.check(replace(request, prompt=tuple(PROMPT * 2)[:146]), model.context)
+        admission.check(longer, model.context)
+    both.leave(both.draft_engines[0])
+    admission.check(longer, model.context)
 
 
 def test_a_request_that_waits_while_features_are_asked_for_does_not_starve() -> None:

@@ -1,11 +1,14 @@
 """A drafter that asks for hidden states sees those of the target's own pass over the text."""
 
 import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from runtime.core import limits
 from runtime.draft.draft_engine import DraftEngine
+from runtime.models.base import OutputSpec, PassInput, PassOutput
 from runtime.models.sampler import choose
 from runtime.schedulers.fixed import Fixed
 from tests.contracts.link_contract import TRANSPORTS, Attach, soon
@@ -169,3 +172,41 @@ def test_two_drafters_get_the_layers_that_each_asked_for() -> None:
     assert check_seen(model, one.seen, (0, 2)) > 30
     assert check_seen(model, two.seen, (1, 2)) > 30
     assert {rows.start for _, rows in (*one.complete(), *two.complete())} == {0}
+
+
+def test_a_text_that_another_target_began_brings_all_its_states() -> None:
+    """The target that takes it over reads the committed tokens again."""
+    model, drafter = hf_model("llama"), Watching([])
+    request = asking(PROMPT[:20], max_tokens=30)
+    expected = plain(model, request, chooser=choose)
+    taken_over = replace(request, committed=expected.tokens[:12], epoch=3)
+    (found,) = lockstep(model, drafter).run(taken_over)
+    assert found.tokens[:18] == expected.tokens[12:]
+    assert check_seen(model, drafter.seen) > 32
+    assert {rows.start for _, rows in drafter.complete()} == {0}
+    assert min(len(tokens) for tokens, _ in drafter.complete()) == 32
+
+
+def test_a_head_and_a_drafter_share_a_pass() -> None:
+    """Each picks its layers from those that the pass shows for both."""
+    model, drafter = hf_model("llama"), Watching([], (0, 2))
+    both = lockstep(model, drafter)
+    both.admit(asking(PROMPT[:20], max_tokens=9))
+    shown: list[tuple[int, ...]] = []
+    heads, forward = both.engine.heads, both.engine.heads.forward
+    heads.output_spec = OutputSpec(hidden=True, features=(1,))
+
+    def watched(parts: Sequence[PassInput], layers: tuple[int, ...] = ()) -> list[PassOutput]:
+        found = forward(parts, layers)
+        for one in found:
+            assert one.features is not None
+            assert one.hidden is not None
+            shown.append(one.features.layers)
+        return found
+
+    heads.forward = watched  # type: ignore[method-assign]
+    heads.activate = lambda: None  # type: ignore[method-assign]
+    while both.engine.requests.running:
+        both.round()
+    assert set(shown) == {(0, 1, 2)}
+    assert check_seen(model, drafter.seen, (0, 2)) > 20
