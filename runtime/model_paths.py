@@ -11,7 +11,7 @@ from runtime.core.cache_folder import cache_folder
 from runtime.models.catalogue import CATALOGUE
 
 # Methods whose weights may ship for a model of the catalogue, the best first
-SHIPPED_METHODS = ("eagle",)
+SHIPPED_METHODS = ("eagle", "block")
 
 
 def bundled_model(name: Literal["target", "draft"]) -> str:
