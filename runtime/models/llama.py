@@ -58,11 +58,11 @@ class PartView:
 class LlamaPass:
     """A ForwardPass that shares the memory of the parameters with `module`.
 
-    Between products it computes in `stream`: by default in float32 on a CPU, where shorter types
-    are slower, and in the module's type elsewhere.
+    On a CPU it computes in float32 between products, where shorter types are slower, and by code
+    compiled for the processor; elsewhere, or if not `compiled`, in the module's type by torch.
     """
 
-    def __init__(self, module: PreTrainedModel, stream: torch.dtype | None = None) -> None:
+    def __init__(self, module: PreTrainedModel, compiled: bool = True) -> None:
         pack = has_room(module)
         body: Any = module.model
         first, config = body.layers[0].self_attn, module.config
@@ -71,16 +71,16 @@ class LlamaPass:
         self._kv: int = config.num_key_value_heads
         self._heads: int = config.num_attention_heads
         self._dtype: torch.dtype = module.dtype
-        on_cpu = module.device.type == "cpu"
-        self._stream = stream or (torch.float32 if on_cpu else self._dtype)
+        self._compiled = compiled and module.device.type == "cpu"
+        self._stream = torch.float32 if self._compiled else self._dtype
         self._windows = layer_windows(config)
         self._embedding: torch.Tensor = body.embed_tokens.weight.detach()
         kinds = getattr(config, "layer_types", None) or [""] * len(body.layers)
         self._layers = [
-            read_layer(layer, kind, self._heads, self._kv, pack)
+            read_layer(layer, kind, self._heads, self._kv, pack, self._compiled)
             for layer, kind in zip(body.layers, kinds, strict=True)
         ]
-        self._norm = norm(body.norm)
+        self._norm = norm(body.norm, self._compiled)
         self._head = fused(module.lm_head, pack=pack)
         self._rotary, self._context = body.rotary_emb, max_context(config, config.model_type)
         self._rope = self._rope_table(min(INITIAL_POSITIONS, self._context))
@@ -277,9 +277,7 @@ class LlamaPass:
         planes = cache.planes()
         in_use = planes.narrow(2, 0, slots).unbind(0)
         kernels = None
-        if self._stream == torch.float32 and has_attention(
-            device, planes.dtype, self._dim, self._scale
-        ):
+        if self._compiled and has_attention(device, planes.dtype, self._dim, self._scale):
             kernel = load_attention(planes.dtype, self._dim, self._scale)
             shape = count, self._heads, self._kv, self._dim
             kernels = {kind: Attention(kernel, shape, slots, mask) for kind, mask in masks.items()}

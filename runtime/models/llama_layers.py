@@ -15,17 +15,17 @@ class RMSNorm:
     """Computes x * weight / sqrt(mean(x^2) + eps) over the last dimension in float32.
 
     By torch it evaluates x / hypot(|x|, sqrt(d eps)) * (sqrt(d) weight), which takes four calls;
-    F.rms_norm makes ten.
+    F.rms_norm makes ten. Without `compiled` it always does.
     """
 
-    def __init__(self, weight: torch.Tensor, eps: float) -> None:
-        size = weight.shape[-1]
+    def __init__(self, weight: torch.Tensor, eps: float, compiled: bool = True) -> None:
+        size, self._compiled = weight.shape[-1], compiled
         self._weight, self._eps = weight.detach().float().contiguous(), eps
         self._scaled = self._weight * size**0.5
         self._least = torch.tensor((size * eps) ** 0.5, dtype=torch.float32)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        if has_kernel(rows, rows.shape[-1]):
+        if self._compiled and has_kernel(rows, rows.shape[-1]):
             return rms_norm(rows, self._weight, self._eps)
         size = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32).hypot_(
             self._least
@@ -46,7 +46,9 @@ class LlamaLayer:
     kind: str  # names the window
 
 
-def read_layer(layer: Any, kind: str, heads: int, kv_heads: int, pack: bool) -> LlamaLayer:
+def read_layer(
+    layer: Any, kind: str, heads: int, kv_heads: int, pack: bool, compiled: bool
+) -> LlamaLayer:
     """Return the norms and products of a layer of transformers' module."""
     attention, mlp = layer.self_attn, layer.mlp
     of_heads = None
@@ -55,13 +57,13 @@ def read_layer(layer: Any, kind: str, heads: int, kv_heads: int, pack: bool) -> 
             half.weight.detach().expand(count, -1)
             for half, count in ((attention.q_norm, heads), (attention.k_norm, kv_heads))
         )
-        of_heads = RMSNorm(torch.cat([q, k]), attention.q_norm.variance_epsilon)
+        of_heads = RMSNorm(torch.cat([q, k]), attention.q_norm.variance_epsilon, compiled)
     return LlamaLayer(
-        norm(layer.input_layernorm),
+        norm(layer.input_layernorm, compiled),
         fused(attention.q_proj, attention.k_proj, attention.v_proj, pack=pack),
         of_heads,
         fused(attention.o_proj, pack=pack),
-        norm(layer.post_attention_layernorm),
+        norm(layer.post_attention_layernorm, compiled),
         fused(mlp.gate_proj, mlp.up_proj, pack=pack),
         fused(mlp.down_proj, pack=pack),
         kind,
@@ -91,8 +93,8 @@ def turn(heads: torch.Tensor, norms: RMSNorm | None, angles: torch.Tensor) -> No
     rotate(heads, angles)
 
 
-def norm(module: Any) -> RMSNorm:
-    return RMSNorm(module.weight, module.variance_epsilon)
+def norm(module: Any, compiled: bool) -> RMSNorm:
+    return RMSNorm(module.weight, module.variance_epsilon, compiled)
 
 
 def fused(*linears: nn.Linear, pack: bool) -> LinearOp:

@@ -64,9 +64,9 @@ class StaticPass(LlamaPass):
     def __init__(
         self, module: PreTrainedModel, arena: Arena, fallback: ForwardPass, record: Record
     ) -> None:
-        # LlamaPass creates tensors on the default device.
+        # LlamaPass creates tensors on the default device. Only calls of torch can be recorded.
         with module.device:
-            super().__init__(module, stream=module.dtype)
+            super().__init__(module, compiled=False)
             self._rope = self._rope_table(min(arena.slots, self._context))
         self._arena, self._fallback, self._record = arena, fallback, record
         self._child_entries = arena.memory.flatten(2, 3).unflatten(0, (-1, 2)).unbind(0)
