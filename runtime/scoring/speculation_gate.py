@@ -37,6 +37,7 @@ MAX_BUDGET = 4.0  # more goes to the reserve
 MAX_RESERVE = 8.0
 MAX_SLOWDOWN = 1.6  # a longer step is counted as so many usual ones: the machine was busy
 USUAL_STEPS = 15  # whose median is usual
+MIN_STEPS = 2  # of a trial: the first one may have met another program
 PROBE_STEPS = 3  # plain steps of a probe, after it has settled
 FIRST_PROBE_STEPS = 4  # of the first one: nothing is known yet
 VISIT_STEPS = 12  # steps of a probe of another way than plain decoding
@@ -62,14 +63,16 @@ class Record:
     seconds: float = 0.0
     ratios: list[float] = field(default_factory=list)  # of the last steps to their expected times
 
-    def clip(self, seconds: float, expected: float) -> float:
+    def clip(self, seconds: float, expected: float, plain: Sequence[float]) -> float:
         """Return `seconds`, or less if the step took much longer than most do.
 
         `expected` is the profile's time of as many rows. A busy machine delays single steps by a
-        multiple, in every way to decode.
+        multiple, in every way to decode. The first steps of a way are compared with those of
+        `plain` decoding.
         """
         self.ratios = [*self.ratios[1 - USUAL_STEPS :], seconds / expected]
-        return min(seconds, MAX_SLOWDOWN * median(self.ratios) * expected)
+        usual = self.ratios if len(self.ratios) >= MIN_STEPS or not plain else plain
+        return min(seconds, MAX_SLOWDOWN * median(usual) * expected)
 
     def add(self, tokens: float, seconds: float, memory: float) -> None:
         keep = 1.0 - 1.0 / memory
@@ -234,7 +237,9 @@ class SpeculationGate:
         plain, expected = np.interp([sessions, rows], self.rows, self.seconds)
         settled = not ways or is_settled(account, settle)
         way = account.way if ways else PLAIN
-        clipped = account.record(way).clip(seconds / plain, expected / plain)
+        clipped = account.record(way).clip(
+            seconds / plain, expected / plain, account.record(PLAIN).ratios
+        )
         account.age += len(ways) > 0
         account.seconds += seconds
         self._learn(account, way, tokens / sessions, clipped, settled, allowed=bool(ways))
@@ -287,7 +292,7 @@ class SpeculationGate:
             paid = min(wanted, account.reserve)
             account.budget, account.reserve = account.budget + paid, account.reserve - paid
         if account.budget >= TRIAL_BUDGET:
-            account.records[trial] = Record()
+            account.records[trial] = Record(ratios=account.record(trial).ratios)
             account.home, account.since_probe = trial, 0
             account.turn(trial)
 
@@ -303,7 +308,7 @@ class SpeculationGate:
     def _while_speculating(self, account: Account, ways: Sequence[Way]) -> None:
         if not account.record(PLAIN).speed:
             self._probe(account)
-        elif account.budget < 0.0:
+        elif account.budget < 0.0 and account.age >= MIN_STEPS:
             self._fail(account)
         elif account.way != account.home:
             if account.age >= VISIT_STEPS:

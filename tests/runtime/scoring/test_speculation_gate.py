@@ -56,14 +56,17 @@ def mean_speed(step: Step, tokens: int, noise: float = 0.2) -> float:
     return float(np.mean([world.run(tokens) for world in worlds]))
 
 
-@pytest.mark.parametrize(("tokens", "least"), [(64, 0.965), (256, 0.975), (1000, 0.985)])
+@pytest.mark.parametrize(("tokens", "least"), [(64, 0.95), (256, 0.975), (1000, 0.985)])
 @pytest.mark.parametrize(
     "step",
     [(1.0, 1.0), (1.0, 1.1), (1.0, 1.4), (1.0, 2.5), (1.3, 1.5), (1.4, 1.45), (2.0, 2.6)],
     ids=str,
 )
-def test_no_drafter_costs_more_than_two_percent(step: Step, tokens: int, least: float) -> None:
-    """From the first token on, with steps that vary by a fifth, and nothing known before."""
+def test_no_drafter_costs_much(step: Step, tokens: int, least: float) -> None:
+    """From the first token on, with steps that vary by a fifth, and nothing known before.
+
+    Two steps of a trial that take 2.5 times as long are already 5 % of 64 tokens.
+    """
     assert mean_speed(step, tokens) > least
 
 
