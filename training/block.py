@@ -21,7 +21,7 @@ from training.teacher import Teacher
 
 # weight of each place relative to the one before, because later ones are reached less often
 PLACE_DECAY = 0.8
-ROOT_SHARE = 8  # one row in so many is a root with a block
+ROOT_SHARE = 8  # one row in so many guesses the further places
 
 
 def new_block(
@@ -45,8 +45,9 @@ def new_block(
 
 def block_states(
     module: Block, embeddings: Tensor, taps: Tensor, texts: Tensor, roots: Tensor
-) -> Tensor:
-    """Return the states (batch, m, B, d) of all places after the rows `roots`.
+) -> tuple[Tensor, Tensor]:
+    """Return the states (batch, n - 1, d) of place 0 of all rows, and (batch, m, B - 1, d) of the
+    further places after the rows `roots`.
 
     embeddings  (batch, n, d) of the tokens
     taps        (batch, n, T * d) of the same tokens
@@ -57,25 +58,24 @@ def block_states(
     block's mask rows.
     """
     features = module.fuse(taps[:, :-1])
-    seen = (texts[:, :-1, None] == texts[:, None, :-1]).tril()[:, roots]
+    seen = (texts[:, :-1, None] == texts[:, None, :-1]).tril()
     bias = torch.zeros(seen.shape, device=texts.device).masked_fill(~seen, -torch.inf)
     rows = torch.arange(1, len(texts[0]), device=texts.device)
     q, k, v = module.project(embeddings[:, 1:], features, rows)
     group = module.shape.heads // module.shape.kv_heads
     k, v = k.repeat_interleave(group, -3), v.repeat_interleave(group, -3)
-    known = features[:, roots]  # (batch, m, d)
-    first = module.finish(known, eagle.attend(q[:, :, roots], [(k, v)], bias[:, None]))
+    first = module.finish(features, eagle.attend(q, [(k, v)], bias[:, None]))
     masks = module.block_shape.places - 1
-    given = known[:, :, None].expand(-1, -1, masks, -1)
+    given = features[:, roots, None].expand(-1, -1, masks, -1)
     after = roots[:, None] + 2 + torch.arange(masks, device=roots.device)
     q, own_k, own_v = module.project(module.mask_embed.expand_as(given), given, after)
     own_k, own_v = own_k.repeat_interleave(group, -3), own_v.repeat_interleave(group, -3)
-    scale = q.shape[-1] ** -0.5
-    true = torch.einsum("bmhqd,bhnd->bmhqn", q, k).float() * scale + bias[:, :, None, None]
+    scale, bias = q.shape[-1] ** -0.5, bias[:, roots, None, None]
+    true = torch.einsum("bmhqd,bhnd->bmhqn", q, k).float() * scale + bias
     shares = torch.cat([true, (q @ own_k.mT).float() * scale], dim=-1).softmax(-1).to(q.dtype)
     n = bias.shape[-1]
     attended = torch.einsum("bmhqn,bhnd->bmhqd", shares[..., :n], v) + shares[..., n:] @ own_v
-    return torch.cat([first[:, :, None], module.finish(given, attended)], dim=2)
+    return first, module.finish(given, attended)
 
 
 def place_logits(
@@ -91,7 +91,11 @@ def distillation(
     teacher: Teacher, module: Block, known: Features, scales: Tensor, context: int
 ) -> Loss:
     """Return the forward KL from the target's distribution over the draft vocabulary, averaged over
-    places with falling weights. It takes the starts of windows; some of their rows are roots."""
+    places with falling weights. It takes the starts of windows.
+
+    All rows guess place 0; one in ROOT_SHARE, at random, guesses the further places too, which
+    costs less and is the same on average.
+    """
     device = teacher.model.device
     table = teacher.module.get_input_embeddings().weight.detach()
     unembedding = teacher.module.get_output_embeddings().weight.detach()[module.draft_tokens]
@@ -109,14 +113,15 @@ def distillation(
                 logs = logs.float().log_softmax(-1)
             embeddings = table[tokens].float()
             taps = seen.taps.to(device).float() / sizes
-            states = block_states(module, embeddings, taps, texts, roots)
+            first, after = block_states(module, embeddings, taps, texts, roots)
             total = torch.zeros((), device=device)
             for place in range(places):
-                valid = texts[:, roots] == texts[:, roots + place + LOOK_AHEAD]
-                before = (embeddings[:, roots + place + 1])[valid]
-                state = states[:, :, place][valid]
+                at = roots if place else torch.arange(context - LOOK_AHEAD, device=device)
+                valid = texts[:, at] == texts[:, at + place + LOOK_AHEAD]
+                before = (embeddings[:, at + place + 1])[valid]
+                state = (after[:, :, place - 1] if place else first[:, : len(at)])[valid]
                 guess = place_logits(module, state, place, before, unembedding).float()
-                wanted = logs[:, roots + place + 1][valid]
+                wanted = logs[:, at + place + 1][valid]
                 total = total + PLACE_DECAY**place * F.kl_div(
                     guess.log_softmax(-1), wanted, reduction="batchmean", log_target=True
                 )
@@ -140,7 +145,10 @@ def block_guesser(teacher: Teacher, module: Block) -> Callable[[Sequence[int], i
             taps, _ = read_features(teacher.module, module.shape.layers, rows)
             roots = torch.arange(first, len(text) - 1, device=device)
             embeddings = table[rows].float()
-            states = block_states(module, embeddings, taps.float(), torch.zeros_like(rows), roots)
+            known, after = block_states(
+                module, embeddings, taps.float(), torch.zeros_like(rows), roots
+            )
+            states = torch.cat([known[:, roots, None], after], dim=2)
             found = torch.full(
                 (places, len(text) - first, teacher.model.vocabulary), -torch.inf, device=device
             )

@@ -64,12 +64,13 @@ def test_guesses_are_those_of_the_drafter() -> None:
 def test_a_text_sees_no_other() -> None:
     module, embeddings, taps = made(), torch.randn(1, 9, 16), torch.randn(1, 9, 48)
     texts = torch.tensor([[4, 4, 4, 5, 5, 5, 5, 5, 5]])
-    together = block.block_states(module, embeddings, taps, texts, torch.tensor([4, 6]))
+    first, after = block.block_states(module, embeddings, taps, texts, torch.tensor([4, 6]))
     alone = block.block_states(
         module, embeddings[:, 3:], taps[:, 3:], texts[:, 3:], torch.tensor([1, 3])
     )
-    assert together.shape == (1, 2, 4, 16)
-    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+    assert first.shape == (1, 8, 16)
+    assert after.shape == (1, 2, 3, 16)
+    torch.testing.assert_close((first[:, 3:], after), alone, atol=1e-4, rtol=1e-4)
 
 
 def test_the_loss_falls_at_all_places(teacher: Teacher, tmp_path: Path) -> None:
