@@ -3,8 +3,8 @@
     rows   the n that maximises E(n) - rate * T(n); E(n) = one token per session + the sum of the
            n highest path probabilities of all sessions
     wait   while the next growth of the only session is expected to add twice the tokens that the
-           target produces meanwhile: coverage * (sum of the path probabilities of the leaves that
-           will be expanded) > 2 * rate * time
+           target produces meanwhile: response * coverage * (sum of the path probabilities of the
+           leaves that will be expanded) > 2 * rate * time; response is how often growth comes
 
 In simulations with steps 3 to 40 times as long as a drafter's, the factor 2 is better than 1 by up
 to a tenth, and than 3 by as much. With two sessions or more, not waiting is better than either.
@@ -42,6 +42,7 @@ STEP_EWMA_WEIGHT = 0.05  # weight of a new observation
 PASS_TIME_EWMA_WEIGHT = 0.2  # large: a shared machine slows by half within a second
 MAX_SLOWDOWN = 2.0  # cap on measured over expected time of a step
 RECOVERY_WEIGHT = 0.01  # of the time measured at start, for unused widths
+RESPONSE_EWMA_WEIGHT = 0.1  # a drafter that has nothing to say is soon not waited for
 LATE_FACTOR = 2.0  # growth later than this many usual delays is not waited for
 INITIAL_WIDTH = 4.0  # leaves that a drafter is assumed to expand at once
 # Tokens gained per token forgone that waiting must exceed: much of the growth would arrive during
@@ -61,6 +62,8 @@ class Living:
         self.seen = self.measured.copy()
         self.tokens, self.seconds = 1.0, float(self.measured[0])  # moving averages, of a step
         self.width = INITIAL_WIDTH
+        self.response = 1.0  # how often growth comes in a step that waits for it
+        self.grown = False  # in this step
         self.delay: dict[bool, float | None] = {
             True: None,
             False: None,
@@ -136,7 +139,9 @@ class Living:
         # At most the time of a step in total
         left = min(LATE_FACTOR * usual - view.since_growth, float(self.times[0]) - view.waited)
         due = max(usual - view.since_growth, usual / 2)  # late growth is not imminent either
-        promised = view.coverage * float(view.leaves[: max(1, round(self.width))].sum())
+        promised = (
+            self.response * view.coverage * float(view.leaves[: max(1, round(self.width))].sum())
+        )
         return left if left > 0.0 and promised > WAIT_MARGIN * self.rate * due else 0.0
 
     def pass_seconds(self, rows: npt.ArrayLike) -> npt.NDArray[np.float64]:
@@ -154,6 +159,9 @@ class Living:
             return
         one = step[0]  # their times are the same
         self.update_pass_times(sum(done.width + 1 for done in step), one.computed - one.ridden)
+        if one.waited or self.grown:
+            self.response += RESPONSE_EWMA_WEIGHT * (self.grown - self.response)
+        self.grown = False
         spent = one.waited + one.computed + one.bookkeeping
         self.tokens += STEP_EWMA_WEIGHT * (sum(done.accepted + 1 for done in step) - self.tokens)
         self.seconds += STEP_EWMA_WEIGHT * (max(spent, 1e-9) - self.seconds)
@@ -176,6 +184,7 @@ class Living:
         )
 
     def on_growth(self, delay: float, first: bool, leaves: int) -> None:
+        self.grown = True
         self.width += STEP_EWMA_WEIGHT * (leaves - self.width)
         old = self.delay[first]
         self.delay[first] = delay if old is None else old + STEP_EWMA_WEIGHT * (delay - old)

@@ -197,3 +197,20 @@ def test_delays_are_learned_apart() -> None:
         found.on_growth(0.001, first=False, leaves=2)
     assert found.delay == {True: pytest.approx(0.004), False: pytest.approx(0.001)}
     assert found.width == pytest.approx(5.0, abs=0.2)
+
+
+def test_a_silent_drafter_is_soon_not_waited_for() -> None:
+    """An n-gram drafter often has nothing to propose, and says so by silence."""
+    found = Living(TIMES)
+    empty = view([], drafters=1, coverage=0.7)
+    assert found.plan([empty]).wait > 0.0
+    silent = Round("s", 0, 0, 0, False, waited=0.01, computed=0.02, bookkeeping=0.0)
+    steps = 0
+    while found.plan([empty]).wait > 0.0:
+        found.observe([silent])
+        steps += 1
+    assert 0 < steps < 20
+    for _ in range(20):
+        found.on_growth(0.002, first=True, leaves=4)
+        found.observe([replace(silent, waited=0.0)])
+    assert found.plan([empty]).wait > 0.0
