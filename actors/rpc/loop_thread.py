@@ -2,11 +2,14 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
+
+SIGNAL_POLL_S = 0.1
 
 
 class LoopThread:
@@ -42,7 +45,7 @@ class LoopThread:
         """
         future = self.submit(coroutine)
         try:
-            return future.result(timeout)
+            return result_of(future, timeout)
         finally:
             future.cancel()
 
@@ -51,3 +54,17 @@ class LoopThread:
         if self._thread.is_alive():
             self.loop.call_soon_threadsafe(self._stopping.set)
             self._thread.join()
+
+
+def result_of(future: Future[Result], timeout: float | None = None) -> Result:
+    """Waits for the result on the main thread, where Ctrl-C always ends the wait.
+
+    A signal that comes just before a wait without end does not wake it, so the wait is cut into
+    short ones. Raises TimeoutError after `timeout` seconds.
+    """
+    began = time.monotonic()
+    while timeout is None or time.monotonic() - began < timeout:
+        left = SIGNAL_POLL_S if timeout is None else timeout - (time.monotonic() - began)
+        if wait([future], min(SIGNAL_POLL_S, max(0.0, left))).done:
+            break
+    return future.result(0)

@@ -17,7 +17,7 @@ from actors.cli.commands.options import Device, Dtype
 from actors.cli.commands.plan_options import make_plan
 from actors.cli.views.generation_view import Progress, Stream
 from actors.launch.serving import OpenService, Service, serving
-from actors.rpc.loop_thread import LoopThread
+from actors.rpc.loop_thread import LoopThread, result_of
 from runtime.core.errors import InvalidRequest, Unavailable
 from runtime.core.messages import Chunk, Request
 from runtime.core.sampling_params import SamplingParams
@@ -181,7 +181,7 @@ class Talker:
         over = threading.Event()
         future = self._loop.submit(self._stream(request, show, over))
         try:
-            last = future.result()
+            last = result_of(future)
         except KeyboardInterrupt:
             future.cancel()
             over.wait(CANCEL_TIMEOUT_S)
