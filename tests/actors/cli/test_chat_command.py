@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pytest
 
 from actors.cli.commands.chat import Talker
 from actors.cli.conversation import Conversation, answer_room
+from actors.launch.serving import OpenService
 from runtime.core.errors import InvalidRequest, Unavailable
 from runtime.core.messages import NO_STATS, Chunk, Request
 from runtime.core.sampling_params import SamplingParams
@@ -181,6 +182,14 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat() -> None:
     def interrupt(_: Chunk) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist ignores it
+    try:
+        talk(opener, service, interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def talk(opener: OpenService, service: Endless, interrupt: Callable[[Chunk], None]) -> None:
     with Talker(opener) as talker:
         assert talker.answer(ask(0), interrupt) is None
         assert service.closed == 1
