@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -204,7 +205,9 @@ def test_at_a_terminal(model: Path) -> None:
     """Ctrl-C at the prompt and Ctrl-D, in a process at a terminal of its own."""
     ours, theirs = pty.openpty()
     command = (
-        "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "  # so Ctrl-C reaches it
+        "import fcntl, signal, termios; "
+        "fcntl.ioctl(0, termios.TIOCSCTTY, 0); "  # so Ctrl-C reaches it
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "  # xdist ignores it
         "from actors.cli import main; main()"
     )
     process = subprocess.Popen(
@@ -236,7 +239,8 @@ def read_until(terminal: int, *marks: bytes) -> bytes:
     found, place, until = b"", 0, time.monotonic() + 120
     for mark in marks:
         while (at := found.find(mark, place)) < 0:
-            assert time.monotonic() < until, found
+            ready, _, _ = select.select([terminal], [], [], until - time.monotonic())
+            assert ready, found
             found += os.read(terminal, 4096)
         place = at + len(mark)
     return found
