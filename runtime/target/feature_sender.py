@@ -84,6 +84,7 @@ class FeatureSender:
         if not self.specs:
             self.layers = ()
         self.specs[name] = spec
+        self._widen()
         for state in states:
             state.features_sent.pop(name, None)
             self.begin(state)
@@ -97,13 +98,17 @@ class FeatureSender:
 
     def begin(self, state: RequestState) -> None:
         """Keep features of this session if a drafter has asked for them, or a head reads them."""
-        wanted = {layer for spec in self.specs.values() for layer in spec.layers} | self.of_heads()
-        if not wanted or self.lost or not state.session.request.speculation:
+        if not self._widen() or self.lost or not state.session.request.speculation:
             return
-        if not wanted <= set(self.layers):
-            self.layers = tuple(sorted(wanted))
         if state.features is None or state.features.layers != self.layers:
             state.features = FeatureBuffer(self.layers)
+
+    def _widen(self) -> bool:
+        """Let `layers` contain all that is wanted; return False if nothing is."""
+        wanted = {layer for spec in self.specs.values() for layer in spec.layers} | self.of_heads()
+        if not wanted <= set(self.layers):
+            self.layers = tuple(sorted(wanted))
+        return bool(wanted)
 
     def next_step(self) -> None:
         self._backlog.clear()

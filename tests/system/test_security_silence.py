@@ -19,7 +19,7 @@ from actors.target import TargetActor
 from protos import drafting_codec
 from protos import speculation_pb2 as pb
 from protos.handshake import PROTOCOL
-from runtime.config import DrafterConfig, Placement, TargetConfig, TlsConfig
+from runtime.config import DrafterConfig, Placement, ScheduleConfig, TargetConfig, TlsConfig
 from runtime.core.errors import InvalidRequest, Unavailable
 from runtime.core.messages import Request
 from runtime.core.sampling_params import SamplingParams
@@ -53,9 +53,11 @@ def deployed(model: str, tls: TlsConfig) -> Iterator[tuple[TargetActor, DraftAct
     drafter = DraftActor(
         DrafterConfig(name="lookup", method="ngram", placement=HERE), model, record=True, tls=tls
     )
-    target = TargetActor(
-        TargetConfig(model=model, device="cpu", placement=HERE), record=True, tls=tls
+    # A schedule that never lets its drafters rest, whatever they cost.
+    config = TargetConfig(
+        model=model, device="cpu", placement=HERE, schedule=ScheduleConfig(policy="amusd")
     )
+    target = TargetActor(config, record=True, tls=tls)
     try:
         place = drafter.start()
         target.start()
