@@ -51,11 +51,31 @@ def alive(pid: int) -> bool:
 
 
 def test_with_and_without_ray_and_drafter_the_tokens_are_the_same(
-    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """The schedule is one that always drafts: the living one rests what does not pay."""
+    plan = {
+        "target": {
+            "model": model,
+            "device": "cpu",
+            "schedule": {"policy": "sync"},
+            "placement": {"num_cpus": 0, "listen": "127.0.0.1"},
+        },
+        "pools": [
+            {
+                "name": "small",
+                "model": model,
+                "device": "cpu",
+                "placement": {"num_cpus": 0, "listen": "127.0.0.1"},
+            }
+        ],
+    }
+    file = tmp_path / "deployment.yaml"
+    file.write_text(json.dumps(plan))  # JSON is YAML
     common = (
-        "--target",
-        model,
         "--prompt",
         "def f(",
         "--max-tokens",
@@ -66,7 +86,7 @@ def test_with_and_without_ray_and_drafter_the_tokens_are_the_same(
         4,
         "--json",
     )
-    call = command(*common, "--draft", model)
+    call = command(*common, "--deployment", file)
     elsewhere = os.environ | {
         "RAY_ADDRESS": "127.0.0.1:1"
     }  # it starts a Ray of its own all the same
@@ -80,7 +100,8 @@ def test_with_and_without_ray_and_drafter_the_tokens_are_the_same(
         check=True,
     )
     found = [json.loads(done.stdout)]
-    for more in (["--draft", model, "--in-process"], ["--speculation", "off", "--in-process"]):
+    without = ["--target", model, "--speculation", "off"]
+    for more in (["--deployment", file, "--in-process"], [*without, "--in-process"]):
         capsys.readouterr()
         assert outrider(monkeypatch, "generate", *common, *more) == 0
         found.append(json.loads(capsys.readouterr().out))
