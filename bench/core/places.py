@@ -51,7 +51,7 @@ def cost_in_place(
         message=max(0.0, more) / messages if messages else None,
         round_trip=statistics.median(waits) if waits else None,
         draft_pass=statistics.median(draft_pass_gap(profile, one) for one in drafted)
-        if drafted
+        if drafted and profile.draft  # the passes of a draft model were measured alone
         else None,
     )
 

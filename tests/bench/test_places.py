@@ -100,3 +100,10 @@ def test_the_planner_is_given_the_place_of_the_runs() -> None:
         PROFILE.text,
         where[0].step,
     )
+
+
+def test_a_drafter_that_is_no_model_has_no_passes_measured_alone() -> None:
+    drafted = run("living", 50.0).model_copy(update={"passes": DRAFTED})
+    (place,) = costs_in_place(PROFILE.model_copy(update={"draft": {}}), [drafted])
+    assert place.draft_pass is None
+    assert place.round_trip == pytest.approx(0.003)
