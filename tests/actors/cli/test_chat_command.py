@@ -236,11 +236,13 @@ def test_at_a_terminal(model: Path) -> None:
 def press(terminal: int, key: bytes, mark: bytes) -> None:
     """Presses a key until the mark comes: readline loses a signal that comes before it waits."""
     found, until = b"", time.monotonic() + 120
+    os.write(terminal, key)
     while mark not in found:
         assert time.monotonic() < until, found
-        os.write(terminal, key)
-        if select.select([terminal], [], [], 2.0)[0]:
+        if select.select([terminal], [], [], 5.0)[0]:
             found += os.read(terminal, 4096)
+        else:
+            os.write(terminal, key)
 
 
 def read_until(terminal: int, *marks: bytes) -> bytes:
