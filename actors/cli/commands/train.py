@@ -1,6 +1,5 @@
 """`outrider train METHOD`: trains draft models, drafters and heads for a target."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,7 +14,22 @@ from actors.cli.commands.train_arguments import (
     short_fingerprint,
     tapped_layers,
 )
-from actors.cli.commands.train_options import Batch, Context, Data, Out, Own, Seed, Steps, Target
+from actors.cli.commands.train_options import (
+    Batch,
+    Context,
+    Data,
+    DraftVocabulary,
+    FusedLayers,
+    Intermediate,
+    MoreData,
+    Out,
+    Own,
+    OwnConversations,
+    Prompts,
+    Seed,
+    Steps,
+    Target,
+)
 from actors.cli.commands.train_setup import (
     make_order,
     prepare_eagle,
@@ -171,39 +185,18 @@ def s3d(
 def eagle(
     out: Out,
     target: Target = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="files or folders of UTF-8 text to learn from too (repeatable); a target without "
-            "a chat template takes Python's standard library by default"
-        ),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help='JSON Lines with "prompt" or "turns": the acceptance is measured on them too'
-        ),
-    ] = None,
-    layers: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="layers of the target whose inputs are fused (repeatable, rising); default: a "
-            "low, a middle and a high one"
-        ),
-    ] = None,
-    intermediate: Annotated[int, typer.Option(help="size of the layer's MLP")] = 1024,
-    vocabulary: Annotated[
-        int, typer.Option(help="number of tokens that can be guessed: the most frequent ones")
-    ] = 8192,
+    data: MoreData = None,
+    prompts: Prompts = None,
+    layers: FusedLayers = None,
+    intermediate: Intermediate = 1024,
+    vocabulary: DraftVocabulary = 8192,
     unroll: Annotated[
         int, typer.Option(help="steps that the layer is trained on with its own states")
     ] = 4,
     steps: Steps = 2000,
     batch: Batch = 8,
     context: Context = 512,
-    own: Annotated[
-        int, typer.Option(help="tokens of conversations that the target writes first")
-    ] = 500_000,
+    own: OwnConversations = 500_000,
     seed: Seed = 0,
     device: Device = Device.auto,
 ) -> None:
@@ -232,30 +225,11 @@ def eagle(
 def block(
     out: Out,
     target: Target = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="files or folders of UTF-8 text to learn from too (repeatable); a target without "
-            "a chat template takes Python's standard library by default"
-        ),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help='JSON Lines with "prompt" or "turns": the acceptance is measured on them too'
-        ),
-    ] = None,
-    layers: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="layers of the target whose inputs are fused (repeatable, rising); default: a "
-            "low, a middle and a high one"
-        ),
-    ] = None,
-    intermediate: Annotated[int, typer.Option(help="size of the layer's MLP")] = 448,
-    vocabulary: Annotated[
-        int, typer.Option(help="number of tokens that can be guessed: the most frequent ones")
-    ] = 8192,
+    data: MoreData = None,
+    prompts: Prompts = None,
+    layers: FusedLayers = None,
+    intermediate: Intermediate = 448,
+    vocabulary: DraftVocabulary = 8192,
     places: Annotated[int, typer.Option(help="next tokens that one pass guesses")] = 8,
     rank: Annotated[
         int, typer.Option(help="rank of the head that orders a place's guesses by the token before")
@@ -263,9 +237,7 @@ def block(
     steps: Steps = 2000,
     batch: Batch = 8,
     context: Context = 512,
-    own: Annotated[
-        int, typer.Option(help="tokens of conversations that the target writes first")
-    ] = 500_000,
+    own: OwnConversations = 500_000,
     seed: Seed = 0,
     device: Device = Device.auto,
 ) -> None:

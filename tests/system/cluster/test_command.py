@@ -52,30 +52,13 @@ def alive(pid: int) -> bool:
 
 def test_with_and_without_ray_and_drafter_the_tokens_are_the_same(
     model: str,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The schedule is one that always drafts: the living one rests what does not pay."""
-    plan = {
-        "target": {
-            "model": model,
-            "device": "cpu",
-            "schedule": {"policy": "sync"},
-            "placement": {"num_cpus": 0, "listen": "127.0.0.1"},
-        },
-        "pools": [
-            {
-                "name": "small",
-                "model": model,
-                "device": "cpu",
-                "placement": {"num_cpus": 0, "listen": "127.0.0.1"},
-            }
-        ],
-    }
-    file = tmp_path / "deployment.yaml"
-    file.write_text(json.dumps(plan))  # JSON is YAML
     common = (
+        "--target",
+        model,
         "--prompt",
         "def f(",
         "--max-tokens",
@@ -86,7 +69,7 @@ def test_with_and_without_ray_and_drafter_the_tokens_are_the_same(
         4,
         "--json",
     )
-    call = command(*common, "--deployment", file)
+    call = command(*common, "--draft", model, "--schedule", "sync")
     elsewhere = os.environ | {
         "RAY_ADDRESS": "127.0.0.1:1"
     }  # it starts a Ray of its own all the same
@@ -100,10 +83,9 @@ def test_with_and_without_ray_and_drafter_the_tokens_are_the_same(
         check=True,
     )
     found = [json.loads(done.stdout)]
-    without = ["--target", model, "--speculation", "off"]
-    for more in (["--deployment", file, "--in-process"], [*without, "--in-process"]):
+    for more in (["--draft", model, "--schedule", "sync"], ["--speculation", "off"]):
         capsys.readouterr()
-        assert outrider(monkeypatch, "generate", *common, *more) == 0
+        assert outrider(monkeypatch, "generate", *common, *more, "--in-process") == 0
         found.append(json.loads(capsys.readouterr().out))
     assert found[0]["token_ids"] == found[1]["token_ids"] == found[2]["token_ids"]
     assert found[0]["text"] == found[2]["text"]
