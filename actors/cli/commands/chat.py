@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from actors.cli.commands.generate import Switch
-from actors.cli.commands.options import Device, Dtype
+from actors.cli.commands.options import Device, Dtype, InProcess, ModelDtype, NewCluster
 from actors.cli.commands.plan_options import make_plan
 from actors.cli.views.generation_view import Progress, Stream
 from actors.launch.serving import OpenService, Service, serving
@@ -53,23 +53,14 @@ def chat(
             "the context"
         ),
     ] = None,
-    dtype: Annotated[
-        Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's dtype on CUDA")
-    ] = Dtype.auto,
+    dtype: ModelDtype = Dtype.auto,
     device: Device = Device.auto,
     speculation: Annotated[Switch, typer.Option(help="off: target alone")] = Switch.on,
     deployment: Annotated[
         Path | None, typer.Option(help="YAML file with models and placement, in place of options")
     ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            help="Ray cluster, such as auto or ray://host:10001; default: a new local one"
-        ),
-    ] = None,
-    in_process: Annotated[
-        bool, typer.Option("--in-process", help="run the same code without Ray and sockets")
-    ] = False,
+    address: NewCluster = None,
+    in_process: InProcess = False,
 ) -> None:
     """Talk with a model. Ctrl-C ends an answer, Ctrl-D the chat.
 

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from actors.cli.commands.options import Dtype
+from actors.cli.commands.options import Dtype, ModelDtype
 from runtime.core.sampling_params import SamplingParams
 from runtime.model_paths import bundled_model
 
@@ -32,9 +32,7 @@ def doctor(
         str | None,
         typer.Option(help="model name, folder or .gguf file; default: the one that ships"),
     ] = None,
-    dtype: Annotated[
-        Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's own on CUDA")
-    ] = Dtype.auto,
+    dtype: ModelDtype = Dtype.auto,
     temperature: float = 0.0,
 ) -> None:
     """Check whether target and draft match, time their steps, and estimate the speed-up.

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from actors.cli.commands.options import Device, Dtype
+from actors.cli.commands.options import Device, Dtype, InProcess, ModelDtype, NewCluster
 from actors.cli.commands.plan_options import make_plan
 from actors.cli.views.generation_view import Progress, Stream, generation_json
 from actors.launch.serving import OpenService, serving
@@ -71,9 +71,7 @@ def generate(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="continue after the end-of-text token")
     ] = False,
-    dtype: Annotated[
-        Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's dtype on CUDA")
-    ] = Dtype.auto,
+    dtype: ModelDtype = Dtype.auto,
     device: Device = Device.auto,
     speculation: Annotated[Switch, typer.Option(help="off: target alone")] = Switch.on,
     schedule: Annotated[
@@ -87,15 +85,8 @@ def generate(
         Path | None,
         typer.Option(help="YAML file with models, schedule and placement, in place of options"),
     ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            help="Ray cluster, such as auto or ray://host:10001; default: a new local one"
-        ),
-    ] = None,
-    in_process: Annotated[
-        bool, typer.Option("--in-process", help="run the same code without Ray and sockets")
-    ] = False,
+    address: NewCluster = None,
+    in_process: InProcess = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="print only a JSON object on standard output")
     ] = False,

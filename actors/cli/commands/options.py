@@ -25,3 +25,15 @@ class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
+
+
+ModelDtype = Annotated[
+    Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's dtype on CUDA")
+]
+NewCluster = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster, such as auto or ray://host:10001; default: a new local one"),
+]
+InProcess = Annotated[
+    bool, typer.Option("--in-process", help="run the same code without Ray and sockets")
+]

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from actors.cli.commands.options import Dtype
+from actors.cli.commands.options import Dtype, ModelDtype
 from actors.cli.views.plan_view import Plan, plan_json, plan_tables, plot_plan, recommendations
 from runtime import config
 from runtime.core.errors import InvalidRequest
@@ -43,9 +43,7 @@ def plan(
             help="model, method or head as for generate (repeatable); default: the bundled model"
         ),
     ] = None,
-    dtype: Annotated[
-        Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's dtype on CUDA")
-    ] = Dtype.auto,
+    dtype: ModelDtype = Dtype.auto,
     temperature: float = 0.0,
     measured: Annotated[
         list[Path] | None,

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from actors.cli.commands.inlined import refuse_with_file
-from actors.cli.commands.options import Address, Device, Dtype, Json
+from actors.cli.commands.options import Address, Device, Dtype, Json, ModelDtype
 from actors.cli.views.generation_view import Progress
 from actors.fleet import client
 from actors.fleet.fleet_state import Fleet
@@ -58,9 +58,7 @@ def serve(
         ),
     ] = None,
     drafters: Annotated[int, typer.Option(help="drafters for each --draft")] = 1,
-    dtype: Annotated[
-        Dtype, typer.Option(help="auto: float32 on CPU, the checkpoint's dtype on CUDA")
-    ] = Dtype.auto,
+    dtype: ModelDtype = Dtype.auto,
     device: Device = Device.auto,
     host: Annotated[str, typer.Option(help="listening address of the gateway")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port of the gateway; 0: any free port")] = 8000,
