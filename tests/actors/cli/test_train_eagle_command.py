@@ -69,43 +69,28 @@ def test_a_block_drafter_is_trained_as_an_eagle_is(
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"), [(("--places", 1), "places 1"), (("--rank", 0), "rank 0")]
-)
-def test_a_block_drafter_that_cannot_be_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tiny: Path,
-    data: Path,
-    tmp_path: Path,
-    flags: tuple[object, ...],
-    says: str,
-) -> None:
-    command = ("train", "block", "--target", tiny, "--data", data, "--out", tmp_path / "a")
-    assert outrider(monkeypatch, *command, *SMALL, *flags) == 2
-    assert says in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("flags", "says"),
+    ("method", "flags", "says"),
     [
-        (("--layers", 2, "--layers", 1), "layers 2, 1 are invalid"),
-        (("--layers", 9), "from 0 to 3"),
-        (("--vocabulary", 0), "vocabulary"),
-        (("--unroll", 99), "unroll"),
-        (("--prompts", "/nowhere.jsonl"), "cannot read /nowhere.jsonl"),
+        ("eagle", ("--layers", 2, "--layers", 1), "layers 2, 1 are invalid"),
+        ("eagle", ("--layers", 9), "from 0 to 3"),
+        ("eagle", ("--vocabulary", 0), "vocabulary"),
+        ("eagle", ("--unroll", 99), "unroll"),
+        ("eagle", ("--prompts", "/nowhere.jsonl"), "cannot read /nowhere.jsonl"),
+        ("block", ("--places", 1), "places 1"),
+        ("block", ("--rank", 0), "rank 0"),
     ],
 )
-def test_an_eagle_that_cannot_be_is_refused(
+def test_a_drafter_that_cannot_be_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tiny: Path,
     data: Path,
     tmp_path: Path,
+    method: str,
     flags: tuple[object, ...],
     says: str,
 ) -> None:
-    command = ("train", "eagle", "--target", tiny, "--data", data, "--out", tmp_path / "a")
+    command = ("train", method, "--target", tiny, "--data", data, "--out", tmp_path / "a")
     assert outrider(monkeypatch, *command, *SMALL, *flags) == 2
     assert says in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

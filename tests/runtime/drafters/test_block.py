@@ -13,13 +13,13 @@ from runtime.core.features import FeatureRows
 from runtime.core.noise import gumbel
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.base import ExpandRequest, Text
-from runtime.drafters.block import BlockDrafter
 from runtime.models.loader import load_model
 from runtime.models.sampler import choose
 from tests.support.blocks import PLACES, drafter, straight, tiny
 from tests.support.drafters import text_of
 from tests.support.eagles import features_of
 from tests.support.eagles import tiny as tiny_eagle
+from tests.support.expansions import expand, insert, text_with
 from tests.support.harness import Lockstep, asking, engine_of, plain
 
 PROMPT = [int(token) for token in np.random.default_rng(5).integers(0, 4096, 30)]
@@ -27,29 +27,6 @@ PROMPT = [int(token) for token in np.random.default_rng(5).integers(0, 4096, 30)
 
 def features_after(tokens: Sequence[int], start: int = 0) -> FeatureRows:
     return features_of(tiny_eagle(), tokens, start)
-
-
-def text_with(tokens: Sequence[int], start: int = 0, session: str = "s", **sampling: Any) -> Text:
-    return replace(text_of(tokens, session, **sampling), features=features_after(tokens, start))
-
-
-def expand(found: BlockDrafter, text: Text, leaves: Sequence[int]) -> DraftNodes:
-    (nodes,) = found.expand([ExpandRequest(text, leaves)])
-    assert nodes is not None
-    return nodes
-
-
-def insert(text: Text, nodes: DraftNodes) -> list[int]:
-    """Adds guesses to the tree; returns their places."""
-    places = [
-        text.tree.add(parent, token, score)
-        for parent, token, score in zip(
-            nodes.parents.tolist(), nodes.tokens.tolist(), nodes.scores.tolist(), strict=True
-        )
-    ]
-    for parent in set(nodes.parents.tolist()):
-        text.tree.expanded[parent] = True
-    return [place for place in places if place is not None]
 
 
 def check_children(text: Text, nodes: DraftNodes, leaf: int) -> None:

@@ -17,32 +17,9 @@ from runtime.drafters.eagle import EagleDrafter
 from runtime.models.eagle_pass import guess_times
 from tests.support.drafters import text_of
 from tests.support.eagles import drafter, features_of, greedy_texts, straight, tiny, trained
+from tests.support.expansions import expand, insert, text_with
 
 PROMPT = [int(token) for token in np.random.default_rng(5).integers(0, 4096, 30)]
-
-
-def text_with(tokens: Sequence[int], start: int = 0, session: str = "s", **sampling: Any) -> Text:
-    text = text_of(tokens, session, **sampling)
-    return replace(text, features=features_of(tiny(), tokens, start))
-
-
-def expand(found: EagleDrafter, text: Text, leaves: Sequence[int]) -> DraftNodes:
-    (nodes,) = found.expand([ExpandRequest(text, leaves)])
-    assert nodes is not None
-    return nodes
-
-
-def insert(text: Text, nodes: DraftNodes) -> list[int]:
-    """Adds guesses to the tree; returns their places."""
-    places = [
-        text.tree.add(parent, token, score)
-        for parent, token, score in zip(
-            nodes.parents.tolist(), nodes.tokens.tolist(), nodes.scores.tolist(), strict=True
-        )
-    ]
-    for parent in set(nodes.parents.tolist()):
-        text.tree.expanded[parent] = True
-    return [place for place in places if place is not None]
 
 
 def check_children(text: Text, nodes: DraftNodes, leaf: int, tokens: Sequence[int]) -> None:
