@@ -2,10 +2,12 @@
 
 import contextlib
 import secrets
+import signal
 import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +19,7 @@ from actors.cli.commands.options import Device, Dtype, InProcess, ModelDtype, Ne
 from actors.cli.commands.plan_options import make_plan
 from actors.cli.views.generation_view import Progress, Stream
 from actors.launch.serving import OpenService, Service, serving
-from actors.rpc.loop_thread import LoopThread, result_of
+from actors.rpc.loop_thread import SIGNAL_POLL_S, LoopThread
 from runtime.core.errors import InvalidRequest, Unavailable
 from runtime.core.messages import Chunk, Request
 from runtime.core.sampling_params import SamplingParams
@@ -148,6 +150,24 @@ def read_line() -> str:
     return line
 
 
+@contextlib.contextmanager
+def interrupt_event() -> Iterator[threading.Event]:
+    """Yields an event that Ctrl-C sets, in place of an exception that could come anywhere.
+
+    A process that ignores Ctrl-C goes on ignoring it. To be used on the main thread.
+    """
+    event = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_IGN:
+        yield event
+        return
+    signal.signal(signal.SIGINT, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Talker:
     """Runs the service on a loop of its own, so that drafters rest while the user types."""
 
@@ -170,13 +190,14 @@ class Talker:
         Raises Unavailable if the target fails.
         """
         over = threading.Event()
-        future = self._loop.submit(self._stream(request, show, over))
-        try:
-            last = result_of(future)
-        except KeyboardInterrupt:
-            future.cancel()
-            over.wait(CANCEL_TIMEOUT_S)
-            return None
+        with interrupt_event() as interrupted:
+            future = self._loop.submit(self._stream(request, show, over))
+            while not wait([future], SIGNAL_POLL_S).done:
+                if interrupted.is_set():
+                    future.cancel()
+                    over.wait(CANCEL_TIMEOUT_S)
+                    return None
+        last = future.result()
         if last.finish_reason == "error":
             raise Unavailable(f"the target failed: {last.error}")
         return last
