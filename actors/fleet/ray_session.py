@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from runtime.core.errors import OutriderError, Unavailable
@@ -14,11 +15,14 @@ if TYPE_CHECKING:
 
 OBJECT_STORE_BYTES = 100 * 2**20  # the project stores nothing in it
 NAMESPACE = "outrider"
+NODE_TIMED_OUT = "timed out during startup"  # in the text of Ray's plain Exception
 PROBE_TIMEOUT_S = 3.0  # for a cluster to accept a connection
 ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray 2.60 warns without it
     "RAY_worker_niceness": "0",  # with Ray's 15, any other process would delay target and drafters
 }
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -38,21 +42,39 @@ def ray_cluster(address: str | None, cpus: int = 1) -> Iterator[None]:
             probe(address)
             ray.init(address=address, **quiet)
         else:
-            # "local" ignores RAY_ADDRESS and a cluster started by `ray start`.
-            ray.init(
-                address="local",
+            start_local(
                 num_cpus=cpus,
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 **quiet,
             )
-    except (RuntimeError, ValueError, OSError, OverflowError) as error:
+    except Exception as error:  # Ray raises plain Exception if a node does not come up
         raise Unavailable(unreachable(address, str(error))) from error
     try:
         with translate_ray_errors():
             yield
     finally:
         ray.shutdown()
+
+
+def start_local(**options: Any) -> None:
+    """Starts a private cluster; tries again once if its node does not come up.
+
+    Ray forks its processes. A child hangs before it starts if another thread of this process held
+    a lock just then, as those of gRPC do; Ray gives up after 30 seconds. Raises what Ray raises.
+    """
+    import ray
+
+    # "local" ignores RAY_ADDRESS and a cluster started by `ray start`.
+    start = partial(ray.init, address="local", **options)
+    try:
+        start()
+    except Exception as error:
+        if NODE_TIMED_OUT not in str(error):
+            raise
+        log.warning("Ray's node did not come up: starting Ray again")
+        ray.shutdown()
+        start()
 
 
 def probe(address: str) -> None:
