@@ -8,10 +8,6 @@ from typing import Literal
 
 from runtime.config import DrafterConfig, HeadConfig, PoolConfig
 from runtime.core.cache_folder import cache_folder
-from runtime.models.catalogue import CATALOGUE
-
-# Methods whose weights may ship for a model of the catalogue, the best first
-SHIPPED_METHODS = ("eagle", "block")
 
 
 def bundled_model(name: Literal["target", "draft"]) -> str:
@@ -22,16 +18,11 @@ def bundled_model(name: Literal["target", "draft"]) -> str:
 def default_drafts(target: str | None) -> tuple[str, ...]:
     """Return what drafts for a target if the user does not say.
 
-    It is the bundled draft for the bundled target, what ships for a model of the catalogue, or
-    token recycling, which needs no training and fits every vocabulary.
+    It is the bundled draft for the bundled target, or token recycling, which needs no training and
+    fits every vocabulary. The EAGLE drafter that ships for SmolLM2 is slower than that so far.
     """
     if target is None or target == bundled_model("target"):
         return (bundled_model("draft"),)
-    if target in CATALOGUE:
-        trained = Path(str(importlib.resources.files("models"))) / target
-        shipped = (trained / method for method in SHIPPED_METHODS)
-        if best := next((folder for folder in shipped if folder.is_dir()), None):
-            return (str(best),)
     return ("token-recycling",)
 
 

@@ -22,8 +22,6 @@ def test_the_chat_model_with_and_without_drafts(
     monkeypatch.setitem(CATALOGUE, CHAT_MODEL, tiny)
     tiny.file().parent.mkdir(parents=True)
     tiny.file().write_bytes(content)
-    # What ships for the model of that name fits no other.
-    monkeypatch.setattr(demo, "default_drafts", lambda target: ("token-recycling",))
     monkeypatch.setitem(demo.MAX_TOKENS, "chat", 8)
     monkeypatch.setattr(sys, "argv", ["demo", "--in-process"])
     demo.main()
