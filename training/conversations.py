@@ -27,7 +27,7 @@ from training.teacher import Teacher, fast_copy
 
 ROWS = 128  # conversations that are written at once; a file holds those of `context` passes
 PROMPT_TEMPERATURE = 1.0
-MAX_PROMPT_TOKENS = 160
+MAX_PROMPT_TOKENS = 160  # the user's text is cut there, and answered as it is
 MIN_ANSWER = 16  # tokens
 LOOP_WINDOW, LOOP_CHECK = 64, 32  # tokens that are looked at, and how often
 RUN, MIN_DISTINCT = 4, 0.6  # length of the sequences counted in a window; least share of new ones
@@ -77,11 +77,10 @@ class Conversation:
         ended = token in self.opening.ends
         if self.start:
             return not ended and not (len(self.tokens) % LOOP_CHECK == 0 and loops(self.answer))
-        if ended:
-            self.tokens[-1:] = self.opening.bridge
+        if ended or len(self.tokens) - len(self.opening.before) >= MAX_PROMPT_TOKENS:
+            self.tokens[len(self.tokens) - ended :] = self.opening.bridge
             self.start, self.temperature = len(self.tokens), self.answer_temperature
-            return True
-        return len(self.tokens) - len(self.opening.before) < MAX_PROMPT_TOKENS
+        return True
 
     @property
     def answer(self) -> list[int]:
@@ -96,12 +95,15 @@ def loops(tokens: Sequence[int]) -> bool:
 
 
 def usable(found: Iterable[Conversation]) -> list[Conversation]:
-    """Return the conversations with an answer that does not loop, each prompt once."""
+    """Return the conversations with an answer, each prompt once, without the loops that end
+    them."""
     prompts: set[Tokens] = set()
     kept = []
     for one in found:
         prompt = tuple(one.tokens[: one.start])
-        if one.start and len(one.answer) >= MIN_ANSWER and not loops(one.answer):
+        if one.start and loops(one.answer):
+            del one.tokens[-LOOP_WINDOW:]
+        if one.start and len(one.answer) >= MIN_ANSWER:
             if prompt not in prompts:
                 kept.append(one)
             prompts.add(prompt)

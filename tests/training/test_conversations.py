@@ -21,7 +21,7 @@ from training.conversations import (
     packed,
     usable,
 )
-from training.row_sampler import write_texts
+from training.row_sampler import pick, write_texts
 from training.teacher import Teacher, load_teacher
 
 OPENING = Opening((7, 8), (0, 5, 6), frozenset({0}))
@@ -67,6 +67,17 @@ def test_rows_of_different_texts_read_what_each_alone_would(tmp_path: Path) -> N
         assert finished[tuple(start[:1])] == tokens
 
 
+@pytest.mark.parametrize("count", [1, 64, 65, 1000])
+def test_a_draw_is_that_of_the_whole_running_sum(count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    shares = torch.rand(50, count, generator=generator, dtype=torch.float64)
+    shares[:, ::3] = 0 if count > 1 else 1
+    drawn = torch.rand(50, generator=generator, dtype=torch.float64)
+    sums = shares.cumsum(-1)
+    whole = torch.searchsorted(sums, drawn[:, None] * sums[:, -1:], right=True)[:, 0]
+    assert pick(shares, drawn).equal(whole)
+
+
 def test_a_prompt_that_ends_is_followed_by_the_answers_opening() -> None:
     one = Conversation(OPENING, 0.5)
     assert one.temperature == 1.0
@@ -77,13 +88,23 @@ def test_a_prompt_that_ends_is_followed_by_the_answers_opening() -> None:
     assert one.answer == [9, 0]
 
 
-def test_a_prompt_without_end_and_an_answer_in_a_loop_are_given_up() -> None:
-    endless, looping = Conversation(OPENING, 0.0), Conversation(OPENING, 0.0)
-    assert [endless.add(3) for _ in range(400)].index(False) == conversations.MAX_PROMPT_TOKENS - 1
-    looping.add(0)
-    steps = [looping.add(3 + number % 5) for number in range(200)]
-    assert not all(steps[:100])
-    assert usable([endless, looping]) == []
+def test_a_prompt_without_end_is_cut_and_answered() -> None:
+    endless = Conversation(OPENING, 0.5)
+    assert all(endless.add(3) for _ in range(conversations.MAX_PROMPT_TOKENS))
+    written = [3] * conversations.MAX_PROMPT_TOKENS
+    assert endless.tokens == [*OPENING.before, *written, *OPENING.bridge]
+    assert (endless.start, endless.temperature) == (len(endless.tokens), 0.5)
+
+
+def test_an_answer_ends_where_it_loops_and_is_kept_without_the_loop() -> None:
+    looping, useless = Conversation(OPENING, 0.0), Conversation(OPENING, 0.0)
+    for one, varied in ((looping, 40), (useless, 2)):
+        one.add(0)
+        answer = [*range(20, 20 + varied), *(3 + number % 5 for number in range(200))]
+        assert not all(one.add(token) for token in answer)
+    assert usable([looping, useless]) == [looping]
+    assert looping.answer == [*range(20, 60)][: len(looping.answer)]
+    assert len(looping.answer) >= conversations.MIN_ANSWER
 
 
 def test_loops_are_told_from_varied_texts() -> None:
@@ -147,7 +168,7 @@ def test_conversations_are_written_once(
     assert rows.flatten()[: len(made[0].tokens)].tolist() == list(made[0].tokens)
 
 
-def test_a_target_that_never_ends_a_prompt_is_refused(
+def test_a_target_without_answers_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conversations, "ROWS", 8)
