@@ -6,7 +6,8 @@ adds the slots in order, and hidden slots add nothing. So a row's result depends
 query and on the keys and values that it sees, in their order: not on the other rows, on hidden
 slots between, or on the number of threads.
 
-Keys and values of 16 bits are widened to float32 in blocks that stay in the first-level cache.
+Keys and values are copied, as float32, in blocks that stay in the first-level cache: the products
+read eight slots at once, which the processor does not fetch ahead from memory.
 """
 
 import ctypes
@@ -277,14 +278,11 @@ class AttentionProgram(VectorProgram):
             whole = at.icmp_unsigned("<", left, I64(BLOCK_SLOTS))
             count = at.select(whole, left, I64(BLOCK_SLOTS))
             source = self.address(at, base, at.mul(first, I64(self.dim)))
-            if self.dtype == torch.float32:
-                body(first, count, source)
-            else:
-                self.widen(at, source, at.mul(count, I64(self.dim)), wide)
-                body(first, count, wide)
+            self.widen(at, source, at.mul(count, I64(self.dim)), wide)
+            body(first, count, wide)
 
     def widen(self, at: ir.IRBuilder, source: ir.Value, count: ir.Value, goal: ir.Value) -> None:
-        """Emit the conversion of `count` numbers of 16 bits to float32."""
+        """Emit a copy of `count` numbers as float32."""
         vectors = at.udiv(count, I64(self.lanes))
         with repeat(at, vectors) as (index, _):
             place = at.mul(index, I64(self.lanes))
@@ -296,8 +294,10 @@ class AttentionProgram(VectorProgram):
     def widen_one(
         self, at: ir.IRBuilder, source: ir.Value, goal: ir.Value, place: ir.Value, lanes: int
     ) -> None:
-        address = element_ptr(at, source, I16, place)
-        if self.dtype == torch.float16:
+        address = self.address(at, source, place)
+        if self.dtype == torch.float32:
+            found = at.load(address, typ=ir.VectorType(F32, lanes), align=4)
+        elif self.dtype == torch.float16:
             stored = at.load(address, typ=ir.VectorType(HALF, lanes), align=2)
             found = at.fpext(stored, ir.VectorType(F32, lanes))
         else:
