@@ -14,6 +14,7 @@ from training.acceptance import HeldOutAcceptance
 from training.eagle import LOOK_AHEAD
 from training.eagle_run import EagleData, LayerMethod, train_layer
 from training.features import Features, read_features
+from training.frozen_kl import frozen_kl
 from training.loop import Loss, low_precision
 from training.progress import ProgressBar
 from training.run import TrainingJob
@@ -78,13 +79,10 @@ def block_states(
     return first, module.finish(given, attended)
 
 
-def place_logits(
-    module: Block, state: Tensor, place: int, embeddings: Tensor, unembedding: Tensor
-) -> Tensor:
-    """Return logits (..., K) of a place; `embeddings` (..., d) are of the tokens before it."""
-    if place == 0:
-        return module.logits(state, unembedding)
-    return module.logits_after(state, embeddings, unembedding)
+def place_rows(module: Block, state: Tensor, place: int, embeddings: Tensor) -> Tensor:
+    """Return the rows (..., d) whose products with the unembedding are the logits of a place;
+    `embeddings` (..., d) are of the tokens before it."""
+    return module.rows_after(state, embeddings) if place else module.final_norm(state)
 
 
 def distillation(
@@ -107,10 +105,8 @@ def distillation(
         tokens, texts = seen.tokens.to(device), seen.texts.to(device)
         rows = context - places - 1  # those whose guesses are all of known tokens
         roots = torch.randperm(rows)[: -(-rows // ROOT_SHARE)].sort().values.to(device)
+        last = seen.last.to(device)
         with low_precision(device):
-            with torch.no_grad():
-                logs = F.linear(seen.last.to(device, unembedding.dtype), unembedding)
-                logs = logs.float().log_softmax(-1)
             embeddings = table[tokens].float()
             taps = seen.taps.to(device).float() / sizes
             first, after = block_states(module, embeddings, taps, texts, roots)
@@ -120,11 +116,9 @@ def distillation(
                 valid = texts[:, at] == texts[:, at + place + LOOK_AHEAD]
                 before = (embeddings[:, at + place + 1])[valid]
                 state = (after[:, :, place - 1] if place else first[:, : len(at)])[valid]
-                guess = place_logits(module, state, place, before, unembedding).float()
-                wanted = logs[:, at + place + 1][valid]
-                total = total + PLACE_DECAY**place * F.kl_div(
-                    guess.log_softmax(-1), wanted, reduction="batchmean", log_target=True
-                )
+                guess = place_rows(module, state, place, before)
+                truth = last[:, at + place + 1][valid]
+                total = total + PLACE_DECAY**place * frozen_kl(guess, truth, unembedding)
         return total / sum(PLACE_DECAY**place for place in range(places))
 
     return loss
@@ -155,7 +149,7 @@ def block_guesser(teacher: Teacher, module: Block) -> Callable[[Sequence[int], i
             for place in range(places):
                 before = embeddings[0, first + 1 + place :]
                 state = states[0, : len(before), place]
-                logits = place_logits(module, state, place, before, unembedding)
+                logits = F.linear(place_rows(module, state, place, before), unembedding)
                 found[place][: len(logits)][:, module.draft_tokens] = logits
         return found.cpu()
 

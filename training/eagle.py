@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from runtime.core.errors import ModelRefused
 from runtime.models.eagle import Eagle, EagleShape
 from training.features import Features, read_features
+from training.frozen_kl import frozen_kl
 from training.loop import Batches, Loss, low_precision
 from training.teacher import Teacher
 
@@ -179,21 +179,17 @@ def distillation(
         tokens, texts = seen.tokens.to(device), seen.texts.to(device)
         rows = context - steps - 1  # those whose guesses are all of known tokens
         starts = torch.randperm(rows)[: -(-rows // LATER_SHARE)].sort().values.to(device)
+        last = seen.last.to(device)
         with low_precision(device):
-            with torch.no_grad():
-                logs = F.linear(seen.last.to(device, unembedding.dtype), unembedding)
-                logs = logs.float().log_softmax(-1)
-                truth = logs.exp()
-                least = (truth * logs).sum(-1)
             taps = seen.taps.to(device).float() / sizes
             states = unroll(module, table[tokens].float(), taps, texts, starts, steps)
             total = torch.zeros((), device=device)
             for step, state in enumerate(states):
                 at = starts if step else torch.arange(context - LOOK_AHEAD, device=device)
                 valid = texts[:, at] == texts[:, at + step + LOOK_AHEAD]
-                guess = module.logits(state[:, : len(at)][valid], unembedding).float()
-                wanted, own = (of[:, at + step + 1][valid] for of in (truth, least))
-                total = total + STEP_DECAY**step * (F.cross_entropy(guess, wanted) + own.mean())
+                guess = module.final_norm(state[:, : len(at)][valid])
+                truth = last[:, at + step + 1][valid]
+                total = total + STEP_DECAY**step * frozen_kl(guess, truth, unembedding)
         return total / sum(STEP_DECAY**step for step in range(steps))
 
     return loss

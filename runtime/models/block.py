@@ -79,8 +79,13 @@ class Block(Eagle):
 
     def logits_after(self, states: Tensor, embeddings: Tensor, unembedding: Tensor) -> Tensor:
         """Return logits (..., K) of a place above 0, given the tokens at the place before."""
+        return F.linear(self.rows_after(states, embeddings), unembedding)
+
+    def rows_after(self, states: Tensor, embeddings: Tensor) -> Tensor:
+        """Return the rows (..., d) whose products with the unembedding are `logits_after`."""
         corrected = self.markov(self.gates(states), embeddings)
-        return F.linear(self.final_norm(states) + corrected, unembedding)
+        rows: Tensor = self.final_norm(states) + corrected
+        return rows
 
 
 def read_block(folder: Path, identity: ModelIdentity) -> Block:
