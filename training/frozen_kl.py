@@ -21,8 +21,11 @@ def frozen_kl(guess: Tensor, truth: Tensor, unembedding: Tensor) -> Tensor:
     The gradient goes to `guess` alone.
 
     guess, truth  (n, d), states after the final norm
-    unembedding   U (K, d); its type is that of the products
+    unembedding   U (K, d); its type is that of the products, unless autocast names another
     """
+    device = guess.device.type
+    if torch.is_autocast_enabled(device):
+        unembedding = unembedding.to(torch.get_autocast_dtype(device))
     loss: Tensor = FrozenKL.apply(guess, truth, unembedding)  # type: ignore[no-untyped-call]
     return loss
 

@@ -34,3 +34,16 @@ def test_no_rows_have_no_divergence() -> None:
     value.backward()
     assert value == 0
     assert none.grad is not None
+
+
+def test_products_are_of_the_type_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+    apply = frozen_kl.FrozenKL.apply
+    monkeypatch.setattr(
+        frozen_kl.FrozenKL, "apply", lambda *args: (seen.append(args[2].dtype), apply(*args))[1]
+    )
+    rows = torch.ones(3, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        frozen_kl.frozen_kl(rows, rows, torch.ones(300, 16))
+    frozen_kl.frozen_kl(rows, rows, torch.ones(300, 16))
+    assert seen == [torch.bfloat16, torch.float32]
