@@ -32,6 +32,9 @@ class RoutedSession:
     died_with_it    incarnations of targets that died while they held it and delivered no token,
                     since the last token of another target
     excluded_until  incarnations that it does not ask before a time
+    delays          seconds before it asks each incarnation that has refused it, or was lost, since
+                    the last token
+    waited          seconds in which it was with no target, since the last token
     """
 
     request: Request
@@ -47,6 +50,8 @@ class RoutedSession:
     brought_tokens: bool = False
     died_with_it: set[TargetLife] = field(default_factory=set)
     excluded_until: dict[TargetLife, float] = field(default_factory=dict)
+    delays: dict[TargetLife, float] = field(default_factory=dict)
+    waited: float = 0.0
     over: bool = False
 
     def __post_init__(self) -> None:
@@ -90,19 +95,21 @@ class RoutedSession:
         """Appends a chunk; returns what the client may see.
 
         Raises Unavailable if the chunk does not fit, TargetDied if the target cancels the session.
+        Tokens of a chunk that cancels are not appended: the client does not see them, so the next
+        target generates them again.
         """
+        if chunk.finish_reason == "cancelled":  # by the target: after its own cancellation the
+            self.leave(chunk.stats)  # router does not read on
+            raise TargetDied("it has ended the session")
         if not self.append(epoch, self.position, chunk.tokens):
             raise Unavailable("its output does not continue the previous output")
         self.position += len(chunk.tokens)
-        if (
-            chunk.finish_reason == "cancelled"
-        ):  # by the target: the router does not read on after it cancels
-            self.leave(chunk.stats)
-            raise TargetDied("it has ended the session")
         self.guessed.append(chunk.drafters)
         if chunk.tokens:
             self.failed_targets.clear()
             self.died_with_it.clear()
+            self.delays.clear()
+            self.waited = 0.0
             self.brought_tokens = True
         self.over = chunk.finish_reason is not None
         if self.over and self.stats:

@@ -22,11 +22,12 @@ from runtime.core.messages import Chunk, Request
 
 log = logging.getLogger(__name__)
 
-TARGET_WAIT_S = 300.0  # for a session without a deadline
+TARGET_WAIT_S = 300.0  # in all since its last token, for a session without a deadline
 DEADLINE_GRACE_S = 2.0  # for a target to end a session itself after its deadline
 # A lost target is chosen after all others for this time: it looks idle until the next `update`.
 SUSPECT_S = 3.0
-RETRY_DELAY_S = 0.5  # before a session asks the same target again
+# Before a session asks the same target again. The delay doubles until the session gets a token.
+RETRY_DELAY_S, MAX_RETRY_DELAY_S = 0.5, 8.0
 POLL_PERIOD_S = 0.5  # between two updates of the targets
 MAX_FAILED_TARGETS = 8  # lost or unreachable in a row, without a token in between
 MAX_DEATHS = 2  # of targets that held the session and delivered no token: it may be the cause
@@ -111,7 +112,8 @@ class TargetLink:
 class Router:
     """Routes sessions. All methods must be called on one event loop.
 
-    target_wait_s  seconds that a session without a deadline waits for a target
+    target_wait_s  seconds that a session without a deadline waits for targets, all its waits
+                   since its last token together
     lost           sessions that had to leave a target, by its name
     """
 
@@ -191,19 +193,21 @@ class Router:
         Raises Unavailable if no target is available in time.
         """
         now = asyncio.get_running_loop().time
-        until = session.ends if session.ends < math.inf else now() + self.target_wait_s
+        began, limited = now(), session.ends < math.inf
+        patience = session.ends - session.began if limited else self.target_wait_s
+        until = session.ends if limited else began + patience - session.waited
         while (at := now()) < until:
             if (link := self._choose(session)) is not None:
+                session.waited += at - began
                 return link
             again = min([until, *(time for time in session.excluded_until.values() if time > at)])
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(again):
                     await self._changed.wait()
-        if session.was_heard and until == session.ends:
+        if session.was_heard and limited:
             return None
         raise Unavailable(
-            f"no target accepted the session within {until - session.began:.1f} s:"
-            " see `outrider status`"
+            f"no target accepted the session within {patience:.1f} s: see `outrider status`"
         )
 
     def _choose(self, session: RoutedSession) -> TargetLink | None:
@@ -256,11 +260,10 @@ class Router:
             link.sessions -= 1
 
     def _exclude(self, link: TargetLink, session: RoutedSession) -> None:
-        """Excludes the target for a new session; delays the next call for a session that
-        has begun.
-        """
-        now = asyncio.get_running_loop().time()
-        session.excluded_until[link.life] = now + RETRY_DELAY_S if session.begun else math.inf
+        """Delays the session's next call to this target, each time twice as long."""
+        delay = session.delays.get(link.life, RETRY_DELAY_S)
+        session.delays[link.life] = min(MAX_RETRY_DELAY_S, 2.0 * delay)
+        session.excluded_until[link.life] = asyncio.get_running_loop().time() + delay
 
     def _lose(self, link: TargetLink, session: RoutedSession, error: Unavailable) -> None:
         now = asyncio.get_running_loop().time()
@@ -272,7 +275,7 @@ class Router:
             )
         self.lost[link.state.name] += 1
         link.suspect_until = now + SUSPECT_S
-        session.excluded_until[link.life] = now + RETRY_DELAY_S
+        self._exclude(link, session)
         session.failed_targets.add(link.life)
         if isinstance(error, TargetDied) and not session.brought_tokens:
             session.died_with_it.add(link.life)

@@ -2,15 +2,25 @@
 
 import asyncio
 import logging
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.routing.router import DEADLINE_GRACE_S, MAX_DEATHS, RETRY_DELAY_S, Router
-from runtime.core.errors import InvalidRequest, Overloaded, Unavailable
+from actors.openai.errors import to_api_error
+from actors.routing.router import (
+    DEADLINE_GRACE_S,
+    MAX_DEATHS,
+    MAX_RETRY_DELAY_S,
+    RETRY_DELAY_S,
+    Router,
+)
+from runtime.core.errors import InvalidRequest, OutriderError, Overloaded, Unavailable
+from runtime.core.messages import Chunk, Request
 from tests.support.router_harness import (
     ANSWER,
     ASKED,
@@ -103,6 +113,29 @@ def test_life_after_life_the_figures_add_up(deaths: list[tuple[int, Death, int]]
         )
         assert stats.accepted <= stats.verified <= stats.drafted
         assert sum(life.open for life in lives.values()) == 0
+
+    played(main())
+
+
+class Brimming(Scripted):
+    """Cancels with the tokens that it has not delivered yet."""
+
+    async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
+        async with aclosing(super().generate(request)) as chunks:
+            async for chunk in chunks:
+                if chunk.finish_reason == "cancelled":
+                    _, more = next(spoken(ANSWER, replace(request, committed=ANSWER[:9]), (2,)))
+                    yield replace(more, finish_reason="cancelled", stats=chunk.stats)
+                else:
+                    yield chunk
+
+
+def test_tokens_that_come_with_a_cancellation_are_generated_again() -> None:
+    async def main() -> None:
+        first, second = Brimming(ANSWER, cut=9, death="cancelled"), Scripted(ANSWER)
+        router, _ = stage(first, second)
+        assert heard(await all_of(router.generate(ASKED))) == PLAIN
+        assert second.asked[0].committed == ANSWER[:9]
 
     played(main())
 
@@ -240,6 +273,83 @@ def test_a_session_that_has_begun_waits_until_an_overloaded_target_has_room() ->
         reading = asyncio.ensure_future(all_of(router.generate(ASKED)))
         await asyncio.sleep(10 * RETRY_DELAY_S)
         assert len(full.asked) > 2
+        full.refuses = None
+        assert heard(await reading) == PLAIN
+
+    played(main())
+
+
+def asked_at(target: Scripted) -> list[float]:
+    """Records when the target is asked from now on."""
+    times: list[float] = []
+    generate = target.generate
+
+    def recorded(request: Request) -> AsyncGenerator[Chunk, None]:
+        times.append(asyncio.get_running_loop().time())
+        return generate(request)
+
+    target.generate = recorded  # type: ignore[method-assign]
+    return times
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        Overloaded("full"),
+        InvalidRequest("session 's' is under way", "session"),
+        Unavailable("connection refused"),
+    ],
+)
+def test_a_session_that_has_begun_does_not_wait_for_ever(refusal: OutriderError) -> None:
+    """Each wait counts, and each is twice the one before."""
+
+    async def main() -> None:
+        first, full = Scripted(ANSWER, cut=9), Scripted(ANSWER, refuses=refusal)
+        router, named = stage(first, full)
+        router.target_wait_s, times = 60.0, asked_at(full)
+        chunks = router.generate(ASKED)
+        said = [await anext(chunks) for _ in range(9)]
+        router.update(named[1:])
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(Unavailable, match="no target accepted the session within 60") as found:
+            await anext(chunks)
+        assert asyncio.get_running_loop().time() - began == pytest.approx(60.0)
+        waits = [later - earlier for earlier, later in pairwise(times)]
+        assert waits[:5] == pytest.approx([RETRY_DELAY_S, 1.0, 2.0, 4.0, MAX_RETRY_DELAY_S])
+        assert waits[5:] == pytest.approx([MAX_RETRY_DELAY_S] * 5)
+        assert tuple(token for chunk in said for token in chunk.tokens) == PLAIN.tokens[:9]
+        answer = to_api_error(found.value)
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+
+    played(main())
+
+
+def test_a_token_renews_what_a_session_waits() -> None:
+    async def main() -> None:
+        full = Scripted(ANSWER, cut=9)
+        router, _ = stage(full)
+        router.target_wait_s, times = 40.0, asked_at(full)
+        reading = asyncio.ensure_future(all_of(router.generate(ASKED)))
+        for cut in (12, 15, None):
+            await asyncio.sleep(1.0)
+            full.refuses = Overloaded("full")
+            await asyncio.sleep(20.0)
+            full.cut, full.refuses = cut, None
+            await asyncio.sleep(MAX_RETRY_DELAY_S)
+        assert heard(await reading) == PLAIN
+        assert len(times) > 12
+
+    played(main())
+
+
+def test_a_target_that_refused_a_session_is_asked_again_once_another_is_lost() -> None:
+    async def main() -> None:
+        full, other = Scripted(ANSWER, refuses=Overloaded("full")), Scripted(ANSWER, cut=5)
+        router, named = stage(full, other)
+        reading = asyncio.ensure_future(all_of(router.generate(ASKED)))
+        await asyncio.sleep(RETRY_DELAY_S / 2)
+        assert (len(full.asked), len(other.asked)) == (1, 1)
+        router.update(named[:1])
         full.refuses = None
         assert heard(await reading) == PLAIN
 
