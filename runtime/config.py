@@ -336,7 +336,7 @@ def load_deployment(file: Path) -> Deployment:
     Raises InvalidRequest, which names the first wrong key or value.
     """
     try:
-        return Deployment.model_validate(yaml.safe_load(file.read_text()))
+        return Deployment.model_validate(yaml.safe_load(file.read_text("utf-8")))
     except FileNotFoundError as error:
         raise InvalidRequest(
             f"{file} does not exist: give the path of a deployment file", "config"

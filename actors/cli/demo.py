@@ -17,6 +17,7 @@ from rich.table import Table
 from actors.cli.conversation import Conversation
 from actors.cli.views.download_view import DownloadProgress
 from actors.cli.views.generation_view import Progress, Stream, stats_table
+from actors.launch.command_line import escape_unencodable
 from actors.launch.model_download import pull
 from actors.launch.prepare import check_models, prepare
 from actors.launch.serving import OpenService, Service, serving
@@ -218,6 +219,7 @@ def main() -> None:
         help="use the bundled target as it is, which is hardly slower than the draft",
     )
     arguments = parser.parse_args()
+    escape_unencodable()
     console = Console()
     if arguments.shipped or arguments.small:
         demo = bundled_demo(console, arguments.small)

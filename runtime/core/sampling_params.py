@@ -102,6 +102,10 @@ class SamplingParams:
                     f"allowed are 1 to {limits.STOP_LENGTH}",
                     "stop",
                 )
+            if any("\ud800" <= character <= "\udfff" for character in string):
+                raise InvalidRequest(
+                    f"stop {string!a} has a lone surrogate: give valid Unicode", "stop"
+                )
         if len(self.logit_bias) > limits.LOGIT_BIAS:
             raise InvalidRequest(
                 f"logit_bias has {len(self.logit_bias)} entries: "

@@ -15,7 +15,14 @@ from typing import Annotated
 import typer
 
 from actors.cli.commands.generate import Switch
-from actors.cli.commands.options import Device, Dtype, InProcess, ModelDtype, NewCluster
+from actors.cli.commands.options import (
+    Device,
+    Dtype,
+    InProcess,
+    ModelDtype,
+    NewCluster,
+    check_utf8,
+)
 from actors.cli.commands.plan_options import make_plan
 from actors.cli.views.generation_view import Progress, Stream
 from actors.launch.serving import OpenService, Service, serving
@@ -91,7 +98,7 @@ def chat(
     room = answer_room(max_tokens, DEFAULT_MAX_TOKENS, found.context)
     history = Conversation(found.tokenizer, found.context, room)
     if system is not None:
-        history.messages.append({"role": "system", "content": system})
+        history.messages.append({"role": "system", "content": check_utf8(system, "system")})
     params = replace(sampling, max_tokens=room)
     with (
         Progress(quiet=False) as progress,
@@ -127,7 +134,7 @@ def questions(terminal: bool) -> Iterator[str]:
             import readline  # noqa: F401  input() edits lines and keeps a history with it
     while True:
         try:
-            line = input(PROMPT) if terminal else read_line()
+            line = check_utf8(input(PROMPT) if terminal else read_line(), "prompt")
         except KeyboardInterrupt:
             sys.stdout.write("\n")
             continue
@@ -137,7 +144,9 @@ def questions(terminal: bool) -> Iterator[str]:
             return
         except UnicodeDecodeError as error:
             raise InvalidRequest(
-                f"standard input is not UTF-8 (byte {error.start}): convert it first", "prompt"
+                f"standard input is not {error.encoding} (byte {error.start}): convert it first, "
+                "or set PYTHONIOENCODING to its encoding",
+                "prompt",
             ) from error
         if line.strip():
             yield line.strip()

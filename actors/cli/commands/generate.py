@@ -11,7 +11,14 @@ from typing import Annotated
 
 import typer
 
-from actors.cli.commands.options import Device, Dtype, InProcess, ModelDtype, NewCluster
+from actors.cli.commands.options import (
+    Device,
+    Dtype,
+    InProcess,
+    ModelDtype,
+    NewCluster,
+    check_utf8,
+)
 from actors.cli.commands.plan_options import make_plan
 from actors.cli.views.generation_view import Progress, Stream, generation_json
 from actors.launch.serving import OpenService, serving
@@ -161,7 +168,7 @@ def prompt_text(prompt: str | None, prompt_file: str | None) -> str:
             "prompt",
         )
     if prompt is not None:
-        text = prompt
+        text = check_utf8(prompt, "prompt")
     else:
         try:
             raw = (

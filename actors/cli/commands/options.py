@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from runtime.core.errors import InvalidRequest
+
 ADDRESS = (
     "Ray cluster, such as auto or ray://host:10001; "
     "default: RAY_ADDRESS, else the local one of `outrider serve`"
@@ -37,3 +39,14 @@ NewCluster = Annotated[
 InProcess = Annotated[
     bool, typer.Option("--in-process", help="run the same code without Ray and sockets")
 ]
+
+
+def check_utf8(text: str, name: str) -> str:
+    """Returns the text. Raises InvalidRequest if it has bytes that could not be decoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{name} is not UTF-8 (character {error.start}): convert it first", name
+        ) from error
+    return text

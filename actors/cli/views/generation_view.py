@@ -5,15 +5,18 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.segment import Segment, Segments
 from rich.status import Status
+from rich.style import Style
 from rich.table import Table
-from rich.text import Text
 
 from actors.openai.usage import metrics, tokens_per_second, usage
 from runtime.config import Deployment
 from runtime.core.messages import Chunk, Request, Stats
 
-DRAFTED, OWN = "green", "bold white"
+DRAFTED, OWN = Style.parse("green"), Style.parse("bold white")
+# A model must not move the cursor of a terminal, or send it commands.
+UNSHOWN = dict.fromkeys([*range(0x20), *range(0x7F, 0xA0)]) | {9: "\t", 10: "\n"}
 
 
 class Progress:
@@ -47,7 +50,11 @@ class Progress:
 
 
 class Stream:
-    """Prints the pieces of an output as they come, in colour at a terminal, and collects them."""
+    """Prints the pieces of an output as they come, and collects them.
+
+    A terminal gets colours, and no control characters but tabs and newlines. A file or a pipe gets
+    exactly the text.
+    """
 
     def __init__(self, progress: Progress, quiet: bool) -> None:
         self.progress, self.quiet = progress, quiet
@@ -63,7 +70,10 @@ class Stream:
         self.drafters.extend(chunk.drafters)
         if not self.quiet:
             for piece, drafter in zip(chunk.pieces, chunk.drafters, strict=True):
-                self.console.print(Text(piece, style=DRAFTED if drafter else OWN), end="")
+                shown = piece.translate(UNSHOWN) if self.console.is_terminal else piece
+                # Text of rich would lose control characters and make spaces of tabs.
+                segment = Segment(shown, DRAFTED if drafter else OWN)
+                self.console.print(Segments([segment]), end="")
             sys.stdout.flush()
 
     def summary(self, warnings: tuple[str, ...], last: Chunk) -> None:
