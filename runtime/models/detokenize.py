@@ -7,6 +7,9 @@ from tokenizers import Tokenizer
 # Decoders emit it for invalid or incomplete bytes.
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 MAX_TOKENS_PER_CHAR = 4  # at most one per byte
+# Tokens that are decoded again at each step. Of a prompt so many are enough: what they lack before
+# them changes only their own beginning. Bytes that are no character after so many never become one.
+MAX_WINDOW_TOKENS = 64
 
 
 class Detokenizer:
@@ -15,24 +18,24 @@ class Detokenizer:
     The pieces of `decode` and `flush` together are decode(prompt + output) without decode(prompt),
     special tokens left out. If the output completes a character that the prompt began, the whole
     character belongs to the output. Bytes that never become a character turn into U+FFFD when a
-    character follows them, or at `flush`. (tokenizers' DecodeStream has no flush, repeats the
-    prompt if it ends inside a character, and raises on some sequences of byte tokens.)
+    character follows them, at `flush`, or when there are more than MAX_WINDOW_TOKENS of them. The
+    work for a token depends on the length of neither prompt nor output. (tokenizers' DecodeStream
+    has no flush, repeats the prompt if it ends inside a character, and raises on some sequences of
+    byte tokens.)
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._window = list(
-            prompt
-        )  # the tokens from the last certain border on, behind some that are their context
-        self._known = self._text(
-            self._window
-        )  # of the window's text, what was handed out or is the prompt's
-        self._border, self._whole = (
-            len(prompt),
-            self._known,
-        )  # without a character that the prompt may have begun
+        # The tokens from the last certain border on, behind some that are their context
+        self._window = self._context(prompt)
+        # Of the window's text, what was handed out or is the prompt's
+        self._known = self._text(self._window)
+        # Border and text without a character that the prompt may have begun
+        self._border, self._whole = len(self._window), self._known
+        self._last = self._known  # the window's text
         if self._known.endswith(REPLACEMENT):
-            for border in range(len(prompt) - 1, max(len(prompt) - MAX_TOKENS_PER_CHAR, -1), -1):
+            end = len(self._window)
+            for border in range(end - 1, max(end - MAX_TOKENS_PER_CHAR, -1), -1):
                 text = self._text(self._window[:border])
                 if not text.endswith(REPLACEMENT):
                     self._border, self._whole = border, text
@@ -42,15 +45,42 @@ class Detokenizer:
         """Return the text that this token makes certain; "" while a character is incomplete."""
         self._window.append(token)
         text = self._aligned()
+        if text and text == self._last and not self._text([token]):
+            self._window.pop()  # a special token: what follows is decoded as if it were not there
+            return ""
         sure = text.rstrip(REPLACEMENT)
         piece = sure[len(self._known) :]
+        if len(self._window) - self._border > MAX_WINDOW_TOKENS and sure != text:
+            return self._shorten(text, sure)
         if piece and sure == text:
             self._window = self._window[self._border :]
             self._border = len(self._window)
-            sure = self._text(self._window)
+            text = sure = self._text(self._window)
         if piece:
             self._known = self._whole = sure
+        self._last = text
         return piece
+
+    def _shorten(self, text: str, sure: str) -> str:
+        """Reduce the window to what may still become a character; return the text before that."""
+        border = len(self._window) - MAX_TOKENS_PER_CHAR
+        sure = max(sure, self._text(self._window[:border]), key=len)
+        piece = sure[len(self._known) :]
+        self._window = self._window[border:]
+        self._last = self._text(self._window)
+        left = min(len(self._last), len(text) - len(sure))
+        self._known = self._whole = self._last[: len(self._last) - left]
+        self._border = 0
+        return piece
+
+    def _context(self, prompt: Sequence[int]) -> list[int]:
+        """Return the end of the prompt, as far back as what follows depends on it."""
+        count = MAX_WINDOW_TOKENS
+        window = list(prompt[-count:])
+        while count < len(prompt) and not self._text(window):  # special tokens
+            count *= 2
+            window = [token for token in prompt[-count:] if self._text([token])]
+        return window[-MAX_WINDOW_TOKENS:]
 
     def flush(self) -> str:
         """Return the remaining text after the last token."""

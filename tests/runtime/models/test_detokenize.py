@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from runtime.models.detokenize import REPLACEMENT, Detokenizer
+from runtime.models.detokenize import MAX_WINDOW_TOKENS, REPLACEMENT, Detokenizer
 from tests.support.paths import ROOT
 
 SHIPPED = ROOT / "models" / "target" / "tokenizer.json"
@@ -200,6 +200,75 @@ def test_the_work_does_not_grow_with_the_text(shipped: Tokenizer) -> None:
     for token in shipped.encode("def f(x):\n    return x\n" * 200).ids:
         detokenizer.decode(token)
     assert len(detokenizer._window) < 8
+
+
+class Counting:
+    """Counts the tokens that a tokenizer decodes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.tokens = tokenizer, 0
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        self.tokens += len(tokens)
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
+        return text
+
+
+@pytest.mark.parametrize("end", ["text", "special", "bytes"])
+@pytest.mark.parametrize("said", ["special", "incomplete", "invalid", "half"])
+def test_tokens_without_text_cost_the_same_after_any_prompt(
+    tokenizer: Tokenizer, end: str, said: str
+) -> None:
+    """A prompt of 32k tokens and an output of as many are decoded in short windows."""
+    e, half, ff = (byte(tokenizer, value) for value in (0xE4, 0xBD, 0xFF))
+    text = tokenizer.encode("x = größe(y)\n" * 40).ids * 200
+    prompt = text + {"text": [], "special": [0] * 2000, "bytes": [ff] * 2000}[end]
+    counting = Counting(tokenizer)
+    detokenizer = Detokenizer(counting, prompt[-32_768:])  # type: ignore[arg-type]
+    assert counting.tokens < (10_000 if end == "special" else 500)
+    output = {"special": [0], "incomplete": [e], "invalid": [ff], "half": [e, half]}[said]
+    for count in range(1000):
+        counting.tokens = 0
+        detokenizer.decode(output[count % len(output)])
+        assert counting.tokens < 5 * MAX_WINDOW_TOKENS
+
+
+def test_special_tokens_inside_a_character(tokenizer: Tokenizer) -> None:
+    first, *rest = (byte(tokenizer, value) for value in "𝄞".encode())
+    prompt = tokenizer.encode("x").ids
+    output = [first, *[0] * 100, rest[0], *[0] * 100, *rest[1:]]
+    assert "".join(pieces(tokenizer, prompt, output)) == "𝄞"
+
+
+def test_many_invalid_bytes_are_replaced_in_time(tokenizer: Tokenizer) -> None:
+    """What they are followed by is whole."""
+    ff, *char = (byte(tokenizer, value) for value in b"\xff" + "𝄞".encode())
+    prompt = tokenizer.encode("x").ids
+    found = pieces(tokenizer, prompt, [*[ff] * 500, *char, *tokenizer.encode("y").ids[-1:]])
+    said = "".join(found)
+    assert said.startswith(REPLACEMENT * 500)
+    assert "".join(found[:500]).count(REPLACEMENT) > 400
+    assert said.strip(REPLACEMENT + " ") in ("𝄞y", "y")  # some take a run of bytes as one
+
+
+def test_a_prompt_that_ends_in_many_special_tokens(tokenizer: Tokenizer) -> None:
+    """The output begins with its space, as in the whole."""
+    prompt, output = tokenizer.encode("x").ids, tokenizer.encode("a time").ids[1:]
+    assert pieces(tokenizer, prompt + [0] * 500, output) == pieces(tokenizer, prompt, output)
+
+
+@given(st.text(min_size=1, max_size=20), st.integers(0, 200), st.integers(0, 3))
+@settings(max_examples=150, deadline=None)
+def test_a_long_prompt_gives_the_output_of_the_whole(
+    tokenizer: Tokenizer, text: str, repeats: int, cut: int
+) -> None:
+    """Also where it ends inside a character."""
+    tokens = tokenizer.encode(("größe 𝄞" + text) * repeats + "x").ids
+    char = [byte(tokenizer, value) for value in "𝄞".encode()]
+    prompt, output = tokens + char[:cut], char[cut:] + tokenizer.encode("x" + text).ids[1:]
+    before = decoded(tokenizer, tokens)
+    whole = decoded(tokenizer, prompt + output)
+    assert before + "".join(pieces(tokenizer, prompt, output)) == whole
 
 
 def test_no_prompt(tokenizer: Tokenizer) -> None:
