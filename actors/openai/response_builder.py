@@ -3,7 +3,7 @@
 Pure: callers pass names and times.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +14,18 @@ from actors.openai.protocol import AnyBody, ChatBody
 from actors.openai.served_model import ServedModel
 from actors.openai.usage import merge_stats, metrics, usage
 from runtime.core.messages import Chunk, FinishReason, Logprob, Request, Stats
+from runtime.models.detokenize import TextOffsets
 
 
 @dataclass(slots=True)
 class ChoiceOutput:
-    """The output of one choice. `offsets`: characters of text before each token."""
+    """The output of one choice.
 
+    offset_of  returns the characters of text before the next token, which it is given
+    offsets    of each token; empty if no offsets are asked for
+    """
+
+    offset_of: Callable[[int], int] | None = None
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
@@ -28,10 +34,10 @@ class ChoiceOutput:
     stats: Stats | None = None
 
     def add(self, chunk: Chunk) -> None:
-        for piece in chunk.pieces:
-            self.offsets.append(len(self.text))
-            self.text += piece
+        self.text += "".join(chunk.pieces)
         self.tokens += chunk.tokens
+        if self.offset_of is not None:
+            self.offsets += map(self.offset_of, chunk.tokens)
         self.logprobs += chunk.logprobs
         if chunk.finish_reason is not None:
             self.reason, self.stats = chunk.finish_reason, chunk.stats
@@ -54,13 +60,19 @@ class ResponseBuilder:
         created: int,
     ) -> None:
         self.body, self.served, self.requests = body, served, requests
-        self.outputs = [ChoiceOutput() for _ in requests]
         self.chat = isinstance(body, ChatBody)
+        self.outputs = [ChoiceOutput(self.offset_counter(request)) for request in requests]
         self.head = {
             "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{name}",
             "created": created,
             "model": served.name,
         }
+
+    def offset_counter(self, request: Request) -> Callable[[int], int] | None:
+        """Returns what counts text offsets; None if the response has none."""
+        if self.chat or request.sampling.logprobs is None:
+            return None
+        return TextOffsets(self.served.tokenizer.backend_tokenizer, request.prompt).next
 
     @property
     def finished(self) -> bool:

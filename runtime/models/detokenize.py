@@ -1,5 +1,6 @@
 """Decodes tokens to text one at a time, without ever splitting a character."""
 
+import re
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
@@ -10,6 +11,7 @@ MAX_TOKENS_PER_CHAR = 4  # at most one per byte
 # Tokens that are decoded again at each step. Of a prompt so many are enough: what they lack before
 # them changes only their own beginning. Bytes that are no character after so many never become one.
 MAX_WINDOW_TOKENS = 64
+CONTINUATION_BYTE = re.compile(r"<0x[89AB][0-9A-F]>")  # byte tokens within a character
 
 
 class Detokenizer:
@@ -40,6 +42,11 @@ class Detokenizer:
                 if not text.endswith(REPLACEMENT):
                     self._border, self._whole = border, text
                     break
+
+    @property
+    def pending(self) -> int:
+        """Return how many characters of the text are not certain yet: U+FFFD of single bytes."""
+        return len(self._last) - len(self._known)
 
     def decode(self, token: int) -> str:
         """Return the text that this token makes certain; "" while a character is incomplete."""
@@ -105,3 +112,37 @@ class Detokenizer:
         self._window = self._window[self._border :]
         self._border, self._known, self._whole = 0, "", ""
         return self._text(self._window)
+
+
+class TextOffsets:
+    """Counts the characters of an output before the text of each of its tokens.
+
+    A token that completes a character begins where the character begins. Stop strings do not
+    matter: they decide which text is shown, not where a token stands.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+        self._tokenizer, self._detokenizer = tokenizer, Detokenizer(tokenizer, prompt)
+        self._decoded = self._last = 0
+
+    def next(self, token: int) -> int:
+        """Return the offset of the next token's text."""
+        before = self._detokenizer.pending
+        piece = self._detokenizer.decode(token)
+        fresh = piece + REPLACEMENT * self._detokenizer.pending
+        invalid = len(fresh) - len(fresh.lstrip(REPLACEMENT))
+        if invalid < len(fresh):  # it shows how many pending bytes have become no character
+            found = self._decoded + min(before, invalid)
+        elif before and (invalid == before or self._continues(token)):
+            found = self._last
+        else:
+            found = self._decoded + before
+        self._decoded, self._last = self._decoded + len(piece), found
+        return found
+
+    def _continues(self, token: int) -> bool:
+        """Return True for a byte token that can only continue a character.
+
+        Decoders of byte tokens show one replacement character for each byte.
+        """
+        return bool(CONTINUATION_BYTE.fullmatch(self._tokenizer.id_to_token(token) or ""))

@@ -53,7 +53,7 @@ def test_logprobs_of_completions() -> None:
         assert found is not None
         assert found.tokens == [word(token) for token in IDS]
         assert found.token_logprobs == [-0.5, -3.0, -0.125]
-        assert found.text_offset == [0, 6, 6]
+        assert found.text_offset == [0, 6, 8]
         assert found.top_logprobs == [
             {word(619): -0.5, word(580): -1.0},
             {word(580): -0.25, word(619): -2.0, word(261): -3.0},

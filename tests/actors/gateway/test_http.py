@@ -261,6 +261,25 @@ def test_logprobs_do_not_depend_on_how_they_come(client: openai.OpenAI) -> None:
     ] == whole.token_logprobs
 
 
+def test_text_offsets_do_not_depend_on_stop_strings(client: openai.OpenAI) -> None:
+    """A stop string that begins often and never ends holds text back, but moves no token."""
+    body: Any = {"model": MODEL, "prompt": "import os", "max_tokens": 24, "seed": 5, "logprobs": 0}
+    free = client.completions.create(**body).choices[0]
+    assert free.logprobs is not None
+    words = free.logprobs.tokens or []
+    sizes = [len(word) for word in words]
+    assert free.logprobs.text_offset == [sum(sizes[:place]) for place in range(len(sizes))]
+    stops = [free.text[start : start + 40] + "QQQ" for start in (0, 30, 60)]
+    stopped = client.completions.create(**body, stop=stops).choices[0]
+    assert (stopped.text, stopped.logprobs) == (free.text, free.logprobs)
+    streamed = [
+        offset
+        for event in client.completions.create(**body, stop=stops, stream=True)
+        for offset in (event.choices[0].logprobs and event.choices[0].logprobs.text_offset) or ()
+    ]
+    assert streamed == free.logprobs.text_offset
+
+
 @pytest.mark.parametrize("speculation", [True, False], ids=["on", "off"])
 def test_the_output_has_the_form_that_was_asked_for(
     client: openai.OpenAI, speculation: bool

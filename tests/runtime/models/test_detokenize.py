@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from runtime.models.detokenize import MAX_WINDOW_TOKENS, REPLACEMENT, Detokenizer
+from runtime.models.detokenize import MAX_WINDOW_TOKENS, REPLACEMENT, Detokenizer, TextOffsets
 from tests.support.paths import ROOT
 
 SHIPPED = ROOT / "models" / "target" / "tokenizer.json"
@@ -275,3 +275,47 @@ def test_no_prompt(tokenizer: Tokenizer) -> None:
     output = tokenizer.encode("Hello you").ids
     assert "".join(pieces(tokenizer, [], output)) == decoded(tokenizer, output)
     assert pieces(tokenizer, [], []) == [""]
+
+
+def offsets(tokenizer: Tokenizer, prompt: list[int], output: list[int]) -> list[int]:
+    return list(map(TextOffsets(tokenizer, prompt).next, output))
+
+
+def test_offsets_of_whole_words(shipped: Tokenizer) -> None:
+    output = shipped.encode("def copy_file(src, dst):").ids
+    assert offsets(shipped, shipped.encode("x = 1\n").ids, output) == [
+        0,
+        3,
+        8,
+        9,
+        13,
+        14,
+        17,
+        18,
+        22,
+    ]
+
+
+@given(st.text(min_size=1, max_size=12))
+@settings(max_examples=150, deadline=None)
+def test_the_offset_of_a_byte_is_that_of_its_character(tokenizer: Tokenizer, text: str) -> None:
+    text = text.replace(REPLACEMENT, "")
+    output = [byte(tokenizer, value) for value in text.encode()]
+    assert offsets(tokenizer, tokenizer.encode("x").ids, output) == [
+        place for place, char in enumerate(text) for _ in char.encode()
+    ]
+
+
+def test_offsets_beside_invalid_bytes(shipped: Tokenizer, tokenizer: Tokenizer) -> None:
+    """Each byte that becomes no character has an offset of its own."""
+    prompt, letter = tokenizer.encode("x").ids, tokenizer.token_to_id("o")
+    assert letter is not None
+    c3, a9, ff = (byte(tokenizer, value) for value in (0xC3, 0xA9, 0xFF))
+    assert offsets(tokenizer, prompt, [ff, ff, letter, letter]) == [0, 1, 2, 3]
+    assert offsets(tokenizer, prompt, [letter, c3, letter]) == [0, 1, 2]
+    assert offsets(tokenizer, prompt, [letter, c3, a9, letter, c3, 0, a9]) == [0, 1, 1, 2, 3, 3, 3]
+    assert offsets(tokenizer, [*prompt, c3], [a9, letter]) == [0, 1]
+    ids = [byte(shipped, value) for value in (0xE2, 0x82, 0xFF, 0xC3, 0xC3, 0xA9)]
+    assert offsets(shipped, prompt, ids) == [0, 0, 1, 2, 3, 3]
+    many = [c3] * (2 * MAX_WINDOW_TOKENS)
+    assert offsets(tokenizer, prompt, [*many, letter]) == list(range(len(many) + 1))
