@@ -7,7 +7,7 @@ from runtime.core import limits
 from runtime.core.errors import InvalidRequest
 
 ConstraintKind = Literal["json_object", "json_schema", "regex"]
-MIN_TEMPERATURE = 0.001  # above 0; logits / temperature would overflow float32 below it
+MIN_TEMPERATURE = 0.001  # lower ones count as 0; logits / temperature would overflow float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,8 @@ class SamplingParams:
     """Sets how the target samples and when it stops. Names and meanings follow vLLM's class of
     that name.
 
-    temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 disable these filters. repetition_penalty
+    temperature 0 is greedy; so is one below MIN_TEMPERATURE, which becomes 0. top_k 0, top_p 1 and
+    min_p 0 disable these filters; top_p 0 leaves the most probable token. repetition_penalty
     applies to prompt and output, presence_penalty and frequency_penalty to the output alone. The
     end-of-text token is banned for the first min_tokens output tokens. The output ends before any
     of the `stop` strings. `logit_bias` pairs are (token id, added value).
@@ -68,14 +69,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         check_range("temperature", self.temperature, 0.0, 100.0)
-        if 0.0 < self.temperature < MIN_TEMPERATURE:
-            raise InvalidRequest(
-                f"temperature {self.temperature} is not allowed: "
-                f"give 0 or {MIN_TEMPERATURE:g} to 100",
-                "temperature",
-            )
+        if self.temperature < MIN_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
         check_int("top_k", self.top_k, 0)
-        check_range("top_p", self.top_p, 0.0, 1.0, above=True)
+        check_range("top_p", self.top_p, 0.0, 1.0)
         check_range("min_p", self.min_p, 0.0, 1.0)
         check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
         check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)

@@ -332,6 +332,14 @@ def test_greedy_takes_the_first_of_equals(choose: Sampler) -> None:
     ).tolist() == [1]
 
 
+@chooser
+@pytest.mark.parametrize("sampling", [{"top_p": 0.0}, {"temperature": 1e-8}], ids=str)
+def test_the_least_values_are_greedy(choose: Sampler, sampling: dict[str, float]) -> None:
+    logits = np.tile(LOGITS, (ROWS, 1))
+    inputs = ask(build(**{"temperature": 1.0, **sampling}), [[]] * ROWS)
+    assert set(choose(logits, inputs).tolist()) == {int(LOGITS.argmax())}
+
+
 def test_greedy_without_penalties_leaves_the_logits_alone() -> None:
     logits = torch.randn(3, 20)
     assert fast.shape(logits, ask(build(top_k=3, top_p=0.5), [[], [], []])) is logits

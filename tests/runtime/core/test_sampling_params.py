@@ -16,8 +16,8 @@ BAD: list[tuple[str, object]] = [
       for value in (float("nan"), float("inf"), float("-inf"), 10**400, "1", True, None)),
     *((name, value) for name in ("top_k", "seed", "max_tokens", "min_tokens")
       for value in (1.5, True, "5", None, 10**18 * 100)),
-    ("temperature", -0.1), ("temperature", 100.1), ("temperature", 1e-300), ("temperature", 0.0009),
-    ("top_k", -1), ("top_p", 0.0), ("top_p", 1.01), ("min_p", -0.1), ("min_p", 1.1),
+    ("temperature", -0.1), ("temperature", 100.1),
+    ("top_k", -1), ("top_p", -0.1), ("top_p", 1.01), ("min_p", -0.1), ("min_p", 1.1),
     ("repetition_penalty", 0.0), ("repetition_penalty", -1.0),
     ("presence_penalty", 2.1), ("frequency_penalty", -2.1),
     ("seed", 2**63), ("seed", -(2**63) - 1), ("max_tokens", 0), ("max_tokens", -1),
@@ -53,6 +53,7 @@ def test_refused_with_the_name(param: str, value: object) -> None:
         {"temperature": 0.001},
         {"temperature": 100},
         {"top_p": 1, "min_p": 1, "top_k": 1},
+        {"top_p": 0},
         {"seed": -(2**63)},
         {"seed": 2**63 - 1},
         {"max_tokens": 1, "min_tokens": 1},
@@ -68,6 +69,11 @@ def test_refused_with_the_name(param: str, value: object) -> None:
 )
 def test_accepted(parameters: dict[str, object]) -> None:
     assert {name: getattr(build(**parameters), name) for name in parameters} == parameters
+
+
+@pytest.mark.parametrize("temperature", [1e-8, 1e-300, 5e-324, 0.000999])
+def test_a_temperature_of_almost_nothing_is_greedy(temperature: float) -> None:
+    assert SamplingParams(temperature=temperature) == SamplingParams(temperature=0.0)
 
 
 @pytest.mark.parametrize(
