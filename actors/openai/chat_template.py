@@ -22,7 +22,7 @@ MAX_TEMPLATE_CHARACTERS = 256 << 10
 MAX_TEXT_CHARACTERS = 8 << 20  # twice the limit of a body
 COMPILED_TEMPLATE_NAME = "<template>"  # Jinja's file name for compiled templates
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 class RenderTimeout(Exception):
@@ -79,6 +79,28 @@ def check_template(template: str) -> None:
         (kind, value) == ("operator", "**") for _, kind, value in jinja2.Environment().lex(template)
     ):
         raise template_error("it computes powers")
+
+
+def template_words(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
+    """Returns the names and strings in the code of the chat template: roles and fields that the
+    template does not name, it does not know.
+    """
+    if tokenizer.chat_template is None:
+        return frozenset()
+    return words_of(tokenizer.get_chat_template())
+
+
+@lru_cache
+def words_of(template: str) -> frozenset[str]:
+    check_template(template)
+    try:
+        return frozenset(
+            value.strip("'\"")
+            for _, kind, value in jinja2.Environment().lex(template)
+            if kind in ("name", "string")
+        )
+    except jinja2.TemplateError as error:
+        raise template_error(sanitize(str(error))) from error
 
 
 def template_error(why: str) -> ApiError:

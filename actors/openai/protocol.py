@@ -4,7 +4,7 @@ Types are strict: "5", true and 1.5 are not accepted as a number of tokens.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -31,10 +31,53 @@ ALWAYS_REFUSED = frozenset(
 
 MAX_UNKNOWN_FIELDS = 1000  # in all messages of a body
 
+# Fields of OpenAI and vLLM that this server lacks, with the values that mean the same as leaving
+# them out. Such a field is left out; with another value it is unknown, and refused by name.
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "suffix": ("",),
+    "verbosity": ("medium",),
+    "reasoning_effort": ("none",),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "early_stopping": (False,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "detokenize": (True,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "priority": (0,),
+    "chat_template_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "logits_processors": ([],),
+}
+NEUTRAL_CHAT_VALUES = NEUTRAL_VALUES | {
+    "echo": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "add_special_tokens": (False,),
+    "documents": ([],),
+}
+NEUTRAL_COMPLETION_VALUES = NEUTRAL_VALUES | {"add_special_tokens": (True,)}
+NEUTRAL_MESSAGE_VALUES: dict[str, tuple[Any, ...]] = {
+    "type": ("text", "message"),
+    "annotations": ([],),
+}
+# In what clients define themselves, null is a value.
+OPAQUE_FIELDS = frozenset({"schema", "json", "arguments"})
+
 EXPECTED = {
     "prompt": f"a string, a list of token ids, or a list of up to {limits.PROMPTS} of either",
     "stop": f"a string, or a list of up to {limits.STOP_STRINGS}",
-    "messages": "a list of objects with role (system, developer, user or assistant)"
+    "messages": "a list of objects with role (system, developer, user, assistant or tool)"
     " and content (text)",
 }
 
@@ -44,7 +87,11 @@ class StrictModel(BaseModel):
 
 
 class StreamOptions(StrictModel):
+    """OpenAI's stream_options, and vLLM's `continuous_usage_stats`: usage so far in all events."""
+
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
 
 
 class Speculative(StrictModel):
@@ -86,6 +133,7 @@ class CommonBody(StrictModel):
 
     model: str
     n: int = Field(default=1, ge=1, le=limits.CHOICES)
+    best_of: int | None = Field(default=None, ge=1, description="n, if given")
     max_tokens: int | None = Field(default=None, ge=1)
     min_tokens: int = Field(default=0, ge=0)
     temperature: Finite = 1.0
@@ -130,13 +178,15 @@ class CompletionBody(CommonBody):
 
 
 class Message(StrictModel):
-    """A chat message. `content` is text, or parts of type "text" (request_adapter.py
-    checks them).
+    """A chat message. `content` is text, or parts of type "text"; an assistant that calls tools
+    needs none. request_adapter.py checks parts and calls.
     """
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     name: str | None = None
+    tool_calls: Annotated[list[dict[str, Any]], Field(fail_fast=True)] = []
+    tool_call_id: str | None = None
 
 
 class ChatBody(CommonBody):
@@ -158,12 +208,12 @@ def parse_body(
 ) -> tuple[AnyBody, tuple[str, ...]]:
     """Returns the body of a request to `url` (a key of BODY_TYPES), and its unknown fields.
 
-    With `strict`, an unknown field is an error. A field that is null counts as absent. Raises
-    ApiError (400).
+    With `strict`, an unknown field is an error. A field that is null or asks for nothing counts as
+    absent. Raises ApiError (400).
     """
-    value = drop_nulls(value)
-    check_unknown(value)
     kind = BODY_TYPES[url]
+    value = drop_neutral(drop_nulls(value), kind)
+    check_unknown(value)
     try:
         return kind.model_validate(value), ()
     except ValidationError as error:
@@ -224,16 +274,47 @@ def check_unknown(value: dict[str, Any]) -> None:
 
 
 def drop_nulls(value: dict[str, Any]) -> dict[str, Any]:
-    found = {name: field for name, field in value.items() if field is not None}
+    """Returns the object without members that are null, at any depth."""
+    return {
+        name: field if name in OPAQUE_FIELDS else drop_inner_nulls(field)
+        for name, field in value.items()
+        if field is not None
+    }
+
+
+def drop_inner_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return drop_nulls(value)
+    if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        return [drop_inner_nulls(item) for item in value]
+    return value
+
+
+def drop_neutral(value: dict[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
+    """Returns the body without fields that ask for nothing."""
+    chat = kind is ChatBody
+    found = without_values(value, NEUTRAL_CHAT_VALUES if chat else NEUTRAL_COMPLETION_VALUES)
     messages = found.get("messages")
     if isinstance(messages, list):
         found["messages"] = [
-            {name: field for name, field in message.items() if field is not None}
+            without_values(message, NEUTRAL_MESSAGE_VALUES)
             if isinstance(message, dict)
             else message
             for message in messages
         ]
     return found
+
+
+def without_values(value: dict[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """Returns the object without the members that have one of the values given for their name."""
+    return {
+        name: field
+        for name, field in value.items()
+        if not any(
+            field == same and isinstance(field, bool) == isinstance(same, bool)
+            for same in neutral.get(name, ())
+        )
+    }
 
 
 def delete_at(value: Any, loc: Sequence[int | str]) -> None:

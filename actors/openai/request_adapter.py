@@ -5,11 +5,12 @@ The way back is in response_builder.py.
 
 import json
 import re
+from collections.abc import Collection
 from typing import Any
 
-from actors.openai.chat_template import render
+from actors.openai.chat_template import render, template_words
 from actors.openai.errors import ApiError, sanitize
-from actors.openai.protocol import AnyBody, ChatBody, CompletionBody, Message
+from actors.openai.protocol import AnyBody, ChatBody, CompletionBody, Message, StreamOptions
 from actors.openai.served_model import ServedModel
 from runtime.core import limits
 from runtime.core.messages import Request, Tokens
@@ -25,7 +26,14 @@ def build_requests(
     body's seed + i, or with `seed` + i if the body has none. Raises InvalidRequest; ApiError if
     OpenAI has a code for the error.
     """
-    if body.stream_options is not None and not body.stream:
+    if body.best_of not in (None, body.n):
+        raise ApiError(
+            400,
+            "invalid_value",
+            f"best_of {sanitize(str(body.best_of))} is not supported: leave it out, or give n",
+            "best_of",
+        )
+    if body.stream_options not in (None, StreamOptions()) and not body.stream:
         raise ApiError(
             400,
             "invalid_value",
@@ -57,7 +65,11 @@ def build_requests(
 
 def tokenize_prompts(body: AnyBody, served: ServedModel) -> list[Tokens]:
     if isinstance(body, ChatBody):
-        text = render(served.tokenizer, [template_message(message) for message in body.messages])
+        known = template_words(served.tokenizer)
+        messages = [
+            template_message(message, index, known) for index, message in enumerate(body.messages)
+        ]
+        text = render(served.tokenizer, messages)
         return [tuple(served.tokenizer.encode(text, add_special_tokens=False))]
     given = body.prompt
     several = isinstance(given, list) and not isinstance(given[0], int)
@@ -80,12 +92,47 @@ def tokenize(prompt: Any, served: ServedModel) -> Tokens:
     return tuple(prompt)
 
 
-def template_message(message: Message) -> dict[str, str]:
-    """Returns the message in the form that templates expect. Raises ApiError if it is not text."""
-    role = "system" if message.role == "developer" else message.role
-    name = {} if message.name is None else {"name": message.name}
+def template_message(message: Message, index: int, known: Collection[str]) -> dict[str, Any]:
+    """Returns message `index` in the form that templates expect. Raises ApiError if it is not text.
+
+    `known` are the words of the template. A developer that it does not name is a system to it;
+    tools that it does not name are refused.
+    """
+    role = message.role
+    if role == "developer" and role not in known:
+        role = "system"
+    if role == "tool" and role not in known:
+        raise unknown_to_template(f"messages.{index}: role tool")
+    found: dict[str, Any] = {"role": role, "content": message_text(message, index)}
+    if message.name is not None:
+        found["name"] = message.name
+    if message.tool_call_id is not None:
+        found["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        if "tool_calls" not in known:
+            raise unknown_to_template(f"messages.{index}.tool_calls")
+        found["tool_calls"] = [template_call(call, index) for call in message.tool_calls]
+    return found
+
+
+def unknown_to_template(what: str) -> ApiError:
+    return ApiError(
+        400,
+        "invalid_value",
+        f"{what} is not supported: the model's chat template does not know it",
+        "messages",
+    )
+
+
+def message_text(message: Message, index: int) -> str:
+    """Returns the content as one text. Raises ApiError if it is missing, or is not text."""
     if isinstance(message.content, str):
-        return {"role": role, "content": message.content} | name
+        return message.content
+    if message.content is None:
+        if message.role == "assistant" and message.tool_calls:
+            return ""
+        name = f"messages.{index}.content"
+        raise ApiError(400, "missing_field", f"{name} is missing: give it", name)
     for part in message.content:
         if part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = sanitize(str(part.get("type")))
@@ -95,7 +142,34 @@ def template_message(message: Message) -> dict[str, str]:
                 f"content of type {kind} is not supported: give text",
                 "messages",
             )
-    return {"role": role, "content": "\n".join(part["text"] for part in message.content)} | name
+    return "\n".join(part["text"] for part in message.content)
+
+
+def template_call(call: dict[str, Any], index: int) -> dict[str, Any]:
+    """Returns a call of a tool, its arguments as an object: templates write them as JSON."""
+    function = call.get("function")
+    name, given = (
+        (function.get("name"), function.get("arguments", {}))
+        if isinstance(function, dict)
+        else (None, None)
+    )
+    try:
+        arguments = json.loads(given or "{}") if isinstance(given, str) else given
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise ApiError(
+            400,
+            "invalid_value",
+            f"messages.{index}.tool_calls is not allowed: give calls of functions, each with a name"
+            " and a JSON object of arguments",
+            "messages",
+        )
+    return {
+        "id": str(call.get("id", "")),
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
 
 
 def choice_seed(seed: int, choice: int) -> int:

@@ -3,6 +3,7 @@
 Pure: callers pass names and times.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 from llguidance import LLTokenizer
 
 from actors.openai.errors import ApiError
-from actors.openai.protocol import AnyBody, ChatBody
+from actors.openai.protocol import AnyBody, ChatBody, StreamOptions
 from actors.openai.served_model import ServedModel
 from actors.openai.usage import merge_stats, metrics, usage
 from runtime.core.messages import Chunk, FinishReason, Logprob, Request, Stats
 from runtime.models.detokenize import TextOffsets
+
+OBFUSCATED_BYTES = 64  # sizes of obfuscated events are multiples of it, plus a constant
 
 
 @dataclass(slots=True)
@@ -60,7 +63,7 @@ class ResponseBuilder:
         created: int,
     ) -> None:
         self.body, self.served, self.requests = body, served, requests
-        self.chat = isinstance(body, ChatBody)
+        self.chat, self.options = isinstance(body, ChatBody), body.stream_options or StreamOptions()
         self.outputs = [ChoiceOutput(self.offset_counter(request)) for request in requests]
         self.head = {
             "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{name}",
@@ -178,20 +181,21 @@ class ResponseBuilder:
         )
         found = [self.event([self.choice(index, output, logprobs, chunk.finish_reason)])]
         if self.finished:
-            if self.wants_usage:
+            if self.options.include_usage:
                 found.append(self.event([]) | {"usage": self.usage()})
             found[-1] |= self.generation_info()
         return found
 
-    @property
-    def wants_usage(self) -> bool:
-        return self.body.stream_options is not None and self.body.stream_options.include_usage
-
     def event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """Returns an event of a stream, with what its stream_options ask for."""
         kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return {**self.head, "object": kind, "choices": choices} | (
-            {"usage": None} if self.wants_usage else {}
-        )
+        found = {**self.head, "object": kind, "choices": choices}
+        if self.options.include_usage or self.options.continuous_usage_stats:
+            found["usage"] = self.usage() if self.options.continuous_usage_stats else None
+        if self.options.include_obfuscation:
+            size = len(json.dumps(found, ensure_ascii=False).encode())
+            found["obfuscation"] = "x" * (-size % OBFUSCATED_BYTES)
+        return found
 
     def choice(
         self,

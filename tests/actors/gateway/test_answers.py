@@ -162,14 +162,14 @@ def test_what_is_asked_of_targets() -> None:
             "n": 2,
             "seed": 2**63 - 1,
             "speculative": {"max_rows": 0},
-            "tools": [],
+            "more": [],
             "top_k": -1,
             "logprobs": True,
         },
         strict=False,
     )
     first, second = build_requests(body, served(), "name", 0, 7.5)
-    assert ignored == ("tools",)
+    assert ignored == ("more",)
     assert (first.session, second.session) == ("name-0", "name-1")
     assert (first.sampling.seed, second.sampling.seed) == (2**63 - 1, -(2**63))
     assert (
@@ -283,7 +283,7 @@ def test_unknown_fields_are_counted_where_they_are_not_refused() -> None:
             json={
                 "model": MODEL,
                 "messages": [{"role": "user", "content": "x", "odd": 1}],
-                "tools": [],
+                "tools": [{}],
                 "more": {"a": 1},
             },
         )
