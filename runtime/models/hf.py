@@ -287,7 +287,8 @@ def max_context(config: PreTrainedConfig, name: str) -> int:
 
     With `longrope` the angles of all positions change when the text outgrows the original context.
     Cached keys would then differ from those of a fresh prefill, so the original context is the
-    limit.
+    limit. The angles of `yarn` are fixed and made for the original context times the factor, which
+    is the limit, as in vLLM, also if max_position_embeddings is the original.
     """
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:
@@ -297,6 +298,10 @@ def max_context(config: PreTrainedConfig, name: str) -> int:
         )
     rope = getattr(config, "rope_parameters", None) or {}
     for variant in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        if variant.get("rope_type") == "longrope":
-            limit = min(limit, variant.get("original_max_position_embeddings") or limit)
+        original = variant.get("original_max_position_embeddings") or limit
+        match variant:
+            case {"rope_type": "longrope"}:
+                limit = min(limit, original)
+            case {"rope_type": "yarn", "factor": float() | int() as factor} if factor >= 1:
+                limit = int(original * factor)
     return limit

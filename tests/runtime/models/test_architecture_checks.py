@@ -1,11 +1,17 @@
 """Architectures that cannot be rolled back exactly are refused."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from runtime.core.errors import ModelRefused
-from runtime.models.hf import HFModel, check_config, max_context
+from runtime.models.base import causal
+from runtime.models.fast_path import enable_fast_path
+from runtime.models.hf import HFModel, check_config, max_context, relative_error
+from runtime.models.prefill import prefill
 from runtime.models.rollback_check import check_rollback
 from tests.support.families import FAMILIES, tiny
 
@@ -70,6 +76,52 @@ def test_longrope_is_limited_to_its_original_context() -> None:
     )
     assert model.context == 64
     assert check_rollback(model) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("stated", "rope", "context"),
+    [
+        (64, {"factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        (64, {"factor": 4.0}, 256),  # the original context is the stated one
+        (256, {"factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        (96, {"factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        (160, {"factor": None, "original_max_position_embeddings": 64}, 160),
+    ],
+)
+def test_yarn_has_its_original_context_times_the_factor(
+    stated: int, rope: dict[str, Any], context: int
+) -> None:
+    config = LlamaConfig(
+        max_position_embeddings=stated,
+        rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0, **rope},
+    )
+    assert max_context(config, "yarn") == context
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "linear"])
+def test_other_scaled_positions_keep_the_stated_context(rope_type: str) -> None:
+    """Angles of `dynamic` change with the length; with `linear` the stated one may be scaled."""
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 4.0}
+    config = LlamaConfig(max_position_embeddings=64, rope_parameters=rope)
+    assert max_context(config, rope_type) == 64
+
+
+def test_yarn_beyond_the_original_context_is_what_transformers_computes() -> None:
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    model = HFModel(tiny("qwen2", max_position_embeddings=64, rope_parameters=rope), "yarn")
+    enable_fast_path(model)
+    tokens = np.random.default_rng(3).integers(1, model.vocabulary, 250)
+    cache = model.new_cache()
+    prefill(model, cache, tokens[:200])
+    got = model.forward(cache, causal(tokens[200:], 200))
+    with torch.inference_mode():
+        expected = model.module(torch.from_numpy(tokens)[None]).logits[0, 200:].float()
+    assert relative_error(got, expected) < 1e-4
 
 
 def test_no_context_length_is_refused() -> None:
