@@ -8,14 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llguidance import LLTokenizer
-
 from actors.openai.errors import ApiError
 from actors.openai.protocol import AnyBody, ChatBody, StreamOptions
 from actors.openai.served_model import ServedModel
 from actors.openai.usage import merge_stats, metrics, usage
 from runtime.core.messages import Chunk, FinishReason, Logprob, Request, Stats
 from runtime.models.detokenize import TextOffsets
+from runtime.models.token_bytes import TokenBytes
 
 OBFUSCATED_BYTES = 64  # sizes of obfuscated events are multiples of it, plus a constant
 
@@ -216,7 +215,7 @@ class ResponseBuilder:
 
 
 def chat_logprobs(
-    pieces: LLTokenizer, tokens: Sequence[int], logprobs: Sequence[Logprob], offsets: Sequence[int]
+    pieces: TokenBytes, tokens: Sequence[int], logprobs: Sequence[Logprob], offsets: Sequence[int]
 ) -> dict[str, Any]:
     def entry(token: int, logprob: float) -> dict[str, Any]:
         data = pieces.decode_bytes([token])
@@ -232,7 +231,7 @@ def chat_logprobs(
 
 
 def completion_logprobs(
-    pieces: LLTokenizer, tokens: Sequence[int], logprobs: Sequence[Logprob], offsets: Sequence[int]
+    pieces: TokenBytes, tokens: Sequence[int], logprobs: Sequence[Logprob], offsets: Sequence[int]
 ) -> dict[str, Any]:
     """Returns the logprobs object of a completion.
 

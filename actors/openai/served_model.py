@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 
-from llguidance import LLTokenizer
-from llguidance.hf import from_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from runtime.config import Deployment
 from runtime.models.hf import max_context
 from runtime.models.loader import load_tokenizer, read_config
 from runtime.models.model_folder import find_folder
+from runtime.models.token_bytes import TokenBytes, token_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +24,7 @@ class ServedModel:
 
     name: str
     tokenizer: PreTrainedTokenizerFast
-    byte_tokenizer: LLTokenizer
+    byte_tokenizer: TokenBytes
     context: int
     vocabulary: int
     created: int
@@ -39,7 +38,7 @@ def load_served_model(plan: Deployment, created: int) -> ServedModel:
     return ServedModel(
         plan.served_model(),
         tokenizer,
-        from_tokenizer(tokenizer),
+        token_bytes(tokenizer),
         max_context(text, model),
         text.vocab_size,
         created,

@@ -19,12 +19,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from runtime.core import limits
-from runtime.core.errors import Overloaded
+from runtime.core.errors import InvalidRequest, Overloaded
 from runtime.core.sampler_reference import Allowed
 from runtime.core.sampling_params import Constraint
 from runtime.models.grammar_check import check_regex, check_schema, refusal
 from runtime.models.grammar_process import ForkServer
 from runtime.models.grammar_worker import BUSY, ERROR, TOKEN, receive, send
+from runtime.models.quiet import one_line
 
 COMPILE_CPU_S = 0.2  # of processor time, until the first mask is there
 MASKS_CPU_S = 0.2  # of processor time, for all masks after it; the model's thread waits for them
@@ -105,7 +106,7 @@ class GrammarCompiler:
         """`size` is the number of columns of the model's logits; tokens of `eos` end a text."""
         self._tokenizer, self._size, self._eos = tokenizer, size, eos
         self._server: ForkServer | None = None
-        self._unusable = False  # llguidance does not take the tokenizer
+        self._unusable = ""  # why llguidance does not take the tokenizer
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()  # held while the server starts, never while one compiles
 
@@ -117,7 +118,7 @@ class GrammarCompiler:
         """
         kind, text = constraint.kind, constraint.text
         if not self._eos:
-            raise refusal(kind, "the model has no end-of-text token")
+            raise unusable(kind, "it has no end-of-text token")
         if kind == "json_schema":
             check_schema(text)
         elif kind == "regex":
@@ -164,9 +165,9 @@ class GrammarCompiler:
             try:
                 self._server = ForkServer(self._setup())
                 return self._server.fork()
-            except ValueError:
-                self._unusable = True
-        raise refusal(kind, "llguidance does not support the model's tokenizer")
+            except ValueError as error:
+                self._unusable = f"llguidance does not read its tokenizer: {one_line(error)}"
+        raise unusable(kind, self._unusable)
 
     def _setup(self) -> dict[str, Any]:
         words = copy(self._tokenizer.backend_tokenizer)
@@ -185,6 +186,13 @@ class GrammarCompiler:
                 "parser": {"max_lexer_states": MAX_LEXER_STATES, "max_items_in_row": MAX_ROW_ITEMS},
             },
         }
+
+
+def unusable(kind: str, why: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"{kind} cannot be used with this model ({why}): ask without response_format",
+        "response_format",
+    )
 
 
 def release(channel: socket.socket, among: set[socket.socket]) -> None:

@@ -21,6 +21,7 @@ from runtime.models import grammar, grammar_check
 from runtime.models.grammar import GrammarCompiler, GrammarMatcher
 from runtime.models.loader import load_tokenizer
 from tests.support.harness import HANG_S
+from tests.support.odd_tokenizers import ODD_TOKENIZERS
 
 EOS = frozenset({0})
 
@@ -188,6 +189,23 @@ def test_as_many_properties_as_are_allowed_can_be_written(
     matcher = grammars(schema(objects(*counts)))
     write(tokenizer, matcher, '{"7":"a","9":"b","249":"b"}')
     assert matcher.allowed()[0]
+
+
+@pytest.mark.parametrize("family", ODD_TOKENIZERS)
+def test_a_tokenizer_that_the_library_does_not_read_costs_only_grammars(family: str) -> None:
+    """The compiler is made; each grammar is refused with the reason, and no process is left."""
+    made = GrammarCompiler(ODD_TOKENIZERS[family](), 8, frozenset({1}))
+    for _ in range(2):
+        with pytest.raises(InvalidRequest) as refused:
+            made(GOOD)
+        assert refused.value.param == "response_format"
+        assert str(refused.value).startswith(
+            "regex cannot be used with this model (llguidance does not read its tokenizer: "
+            "ValueError: can't determine decoder type: "
+        )
+        assert str(refused.value).endswith("): ask without response_format")
+    assert made._server is None
+    made.close()
 
 
 @pytest.mark.usefixtures("unchecked")
