@@ -67,6 +67,7 @@ class DrafterUtility:
         self.resting.discard(drafter)
         self.paused.discard(drafter)
         del self.commits[drafter], self.tokens[drafter]
+        self.spent.pop(drafter, None)
 
     def active(self, drafters: Iterable[str]) -> list[str]:
         return [name for name in drafters if name not in self.resting | self.paused]

@@ -243,6 +243,50 @@ def test_beyond_the_bounds_all_are_refused_at_once_and_those_inside_are_unharmed
         gateway.eventually(gateway.free)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"n": 2}, {"prompt": ["a", "b"]}, {"n": 3}, {"prompt": [[5], [6], [7]]}],
+    ids=["n", "prompts", "n-alone", "prompts-alone"],
+)
+@pytest.mark.parametrize("limit", ["per_key", "requests"])
+def test_each_choice_of_each_prompt_counts(
+    gate: Gate, tmp_path: Any, fields: dict[str, Any], limit: str
+) -> None:
+    """Beside two others only one more may run, of the same key or of all."""
+    file = tmp_path / "keys"
+    file.write_text("one:a-key-for-user-one\ntwo:a-key-for-user-two")
+    file.chmod(0o600)
+    scripted, limits = Scripted(gate.speak), LimitsConfig(**{"per_key": 9, limit: 3})
+    with (
+        serving(scripted, limits, ApiKeys(file)) as gateway,
+        ThreadPoolExecutor(4) as pool,
+        gateway.http() as client,
+    ):
+
+        def ask(user: str, **fields: Any) -> httpx.Response:
+            headers = {"authorization": f"Bearer a-key-for-user-{user}"}
+            return client.post(COMPLETIONS, json=body(**fields), headers=headers)
+
+        try:
+            inside = [pool.submit(ask, "one", prompt=["a", "b"])]
+            gateway.eventually(lambda: scripted.open == 2)
+            asking = pool.submit(ask, "one" if limit == "per_key" else "two", **fields)
+            gateway.eventually(lambda: asking.done() or scripted.open > 2)
+            assert scripted.open == 2
+            inside.append(pool.submit(ask, "one"))
+            gateway.eventually(lambda: scripted.open == 3)
+        finally:
+            let(gateway, gate)
+        refused = asking.result()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (
+            (429, "rate_limit_exceeded") if limit == "per_key" else (503, "overloaded")
+        )
+        assert refused.headers["retry-after"] == "1"
+        assert {found.result().status_code for found in inside} == {200}
+        assert ask("one", n=3).status_code == 200
+        gateway.eventually(gateway.free)
+
+
 def test_a_full_gateway_refuses_before_it_reads_the_body(gate: Gate) -> None:
     scripted = Scripted(gate.speak)
     with (
@@ -323,6 +367,31 @@ def test_what_comes_twice_runs_once(gate: Gate) -> None:
         assert (
             'outrider:idempotent_replays_total{model_name="toy"} 6.0' in client.get("/metrics").text
         )
+
+
+def test_no_tenant_gets_what_another_one_was_answered(tmp_path: Any) -> None:
+    """Their Idempotency-Keys may be equal, and their requests too."""
+    file = tmp_path / "keys"
+    file.write_text("one:a-key-for-user-one\ntwo:a-key-for-user-two")
+    file.chmod(0o600)
+
+    async def count(request: Request) -> AsyncGenerator[Chunk, None]:
+        number = str(len(scripted.asked))
+        yield Chunk((number,), (5,), ("",), "stop", stats())
+
+    scripted = Scripted(count)
+    with serving(scripted, keys=ApiKeys(file)) as gateway, gateway.http() as client:
+
+        def ask(user: str, **fields: Any) -> str:
+            headers = {"authorization": f"Bearer a-key-for-user-{user}", "idempotency-key": "k"}
+            answer = client.post(COMPLETIONS, json=body(**fields), headers=headers)
+            assert answer.status_code == 200
+            text: str = answer.json()["choices"][0]["text"]
+            return text
+
+        assert [ask("one"), ask("two"), ask("one"), ask("two")] == ["1", "2", "1", "2"]
+        assert scripted.asked[0].sampling.seed == scripted.asked[1].sampling.seed == 1
+        assert len(scripted.asked) == 2
 
 
 def test_a_run_goes_on_while_somebody_listens_and_ends_with_the_last(gate: Gate) -> None:

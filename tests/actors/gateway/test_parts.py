@@ -1,6 +1,8 @@
 """The gateway's parts that need no server: JSON, keys, replays, templates, addresses."""
 
 import asyncio
+import hashlib
+import hmac
 import json
 import logging
 import os
@@ -19,6 +21,7 @@ from actors.gateway import idempotency
 from actors.gateway.api_keys import ApiKeys, is_open, read_keys
 from actors.gateway.idempotency import IdempotencyCache
 from actors.gateway.server import build_server, check_exposure, is_loopback, listen
+from actors.gateway.streams import merge_chunks
 from actors.openai import chat_template
 from actors.openai.chat_template import render
 from actors.openai.errors import ApiError
@@ -27,7 +30,8 @@ from actors.openai.protocol import parse_body
 from actors.openai.usage import merge_stats
 from runtime.config import GatewayConfig, TlsConfig
 from runtime.core.errors import InvalidRequest, Unavailable
-from runtime.core.messages import Round, Stats
+from runtime.core.messages import Chunk, Request, Round, Stats
+from runtime.core.sampling_params import SamplingParams
 from runtime.telemetry.metrics import SessionMetrics, speculative_decoding
 from tests.support.gateway import tokenizer
 
@@ -128,6 +132,26 @@ def test_keys(tmp_path: Path) -> None:
     assert you is not None
     assert (me.name, me.models) == ("me", None)
     assert (you.name, you.models) == ("you", frozenset({"a/b", "c:d"}))
+
+
+@pytest.mark.parametrize("given", [LONG, f"{LONG}1", f"{LONG}2", "unknown", ""])
+def test_every_key_is_compared_in_constant_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    """Neither where a key differs nor which one it is shows in the time that it takes."""
+    keys = ApiKeys(keys_file(tmp_path, f"a:{LONG}\nb:{LONG}1\nc:{LONG}2\n"))
+    compared: list[tuple[bytes, bytes]] = []
+    compare = hmac.compare_digest
+
+    def recorded(one: bytes, other: bytes) -> bool:
+        compared.append((one, other))
+        return compare(one, other)
+
+    monkeypatch.setattr(hmac, "compare_digest", recorded)
+    keys.find(given)
+    known = [hashlib.sha256(key.encode()).digest() for key in (LONG, f"{LONG}1", f"{LONG}2")]
+    asked = hashlib.sha256(given.encode()).digest()
+    assert [sorted(pair) for pair in compared] == [sorted((key, asked)) for key in known]
 
 
 def test_a_key_that_is_taken_back_is_none_at_once(
@@ -269,6 +293,29 @@ def test_an_answer_that_failed_half_way_is_not_taken_for_whole(fault: Exception)
         assert list(ends) == [fault, fault]
         assert first == second == [b"1"]
         assert await all_of(replays, "a", said=[b"2"]) == [b"2"]
+
+    asyncio.run(main())
+
+
+# Streams
+
+
+def test_chunks_of_each_request_stay_in_order_for_a_reader_that_is_slow() -> None:
+    class Counter:
+        async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
+            for token in range(20):
+                yield Chunk((str(token),), (token,), ("",))
+                await asyncio.sleep(0)
+
+    async def main() -> None:
+        requests = [Request(name, (1,), SamplingParams()) for name in "ab"]
+        said: dict[int, list[int]] = {0: [], 1: []}
+        async with aclosing(merge_chunks(Counter(), requests)) as chunks:
+            async for index, chunk in chunks:
+                said[index].extend(chunk.tokens)
+                for _ in range(5):
+                    await asyncio.sleep(0)
+        assert said == {0: [*range(20)], 1: [*range(20)]}
 
     asyncio.run(main())
 

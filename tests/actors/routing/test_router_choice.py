@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from actors.fleet.fleet_state import TargetState
 from actors.routing.router import Load, Router, least_loaded, updated_router
-from runtime.core.errors import Unavailable
+from runtime.core.errors import InvalidRequest, Overloaded, Unavailable
 from tests.support.router_harness import (
     ANSWER,
     ASKED,
@@ -49,6 +49,57 @@ def test_sessions_are_spread_evenly() -> None:
     played(main())
 
 
+def test_a_router_counts_its_own_sessions_once() -> None:
+    """A target reports them too: beside them only the rest is somebody else's."""
+
+    async def main() -> None:
+        targets = [Scripted(ANSWER, cut=0, death="silent") for _ in range(2)]
+        router, named = stage(*targets)
+        router.update(named[:1])
+        reading = [
+            asyncio.ensure_future(all_of(router.generate(replace(ASKED, session=str(number)))))
+            for number in range(4)
+        ]
+        await asyncio.sleep(1.0)
+        router.update([there("t0", sessions=4), there("t1", sessions=5)])
+        reading.append(asyncio.ensure_future(all_of(router.generate(ASKED))))
+        await asyncio.sleep(1.0)
+        assert [target.open for target in targets] == [5, 0]
+        router.update([there("t0", sessions=3), there("t1", sessions=5)])  # from before the last
+        assert [link.others for link in router._links.values()] == [0, 5]
+        for task in reading:
+            task.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
+
+    played(main())
+
+
+def test_a_full_target_is_asked_once_though_it_seems_the_least_loaded() -> None:
+    async def main() -> None:
+        full, other = Scripted(ANSWER, refuses=Overloaded("full")), Scripted(ANSWER)
+        router, _ = stage(full, other)
+        router.update([there("t0"), there("t1", sessions=50)])
+        assert heard(await all_of(router.generate(ASKED))) == PLAIN
+        assert (len(full.asked), len(other.asked)) == (1, 1)
+
+    played(main())
+
+
+def test_a_new_session_whose_name_is_taken_is_refused_at_once() -> None:
+    """The session of this name is somebody else's: it is not waited for."""
+
+    async def main() -> None:
+        taken = InvalidRequest("session 's' is running: give another name", "session")
+        targets = [Scripted(ANSWER, refuses=taken), Scripted(ANSWER)]
+        router, _ = stage(*targets)
+        with pytest.raises(InvalidRequest, match="give another name"):
+            await all_of(router.generate(ASKED))
+        assert [len(target.asked) for target in targets] == [1, 0]
+        assert asyncio.get_running_loop().time() == 0.0
+
+    played(main())
+
+
 def test_it_follows_whoever_knows_who_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first life is lost before anybody knows the second; sometimes nobody knows one at all."""
     monkeypatch.setattr("actors.routing.router.POLL_PERIOD_S", 0.001)
@@ -76,6 +127,9 @@ def test_the_choice() -> None:
     assert least_loaded({"a": Load(3), "b": Load(2)}) == "b"
     assert least_loaded({"a": Load(3, 4000), "b": Load(2, 1000)}) == "a", "fewer for its size"
     assert least_loaded({"a": Load(3, 4000), "b": Load(2)}) == "b", "perhaps as large"
+    assert least_loaded({"a": Load(0, 1000), "b": Load(0, 4000, last_assigned=9)}) == "b", (
+        "with one session more it has fewer for its size"
+    )
     assert least_loaded({"a": Load(1, last_assigned=7), "b": Load(1, last_assigned=2)}) == "b", (
         "its turn"
     )

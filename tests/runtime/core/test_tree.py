@@ -18,6 +18,17 @@ TEXT = (3, 1, 4)
 MAX_NODES, MAX_DEPTH = 12, 4
 TOKENS = st.integers(0, 3)
 Path = tuple[int, ...]
+# What a root says of itself, also one that was a guess before: no sum begins above it.
+ROOT_VALUES = {
+    "parent": -1,
+    "depth": 0,
+    "rank": 0,
+    "raw_logprob": 0.0,
+    "score": 0.0,
+    "path": 0.0,
+    "off_top_logprob": 0.0,
+    "off_top_count": 0,
+}
 
 
 class TreeMachine(RuleBasedStateMachine):
@@ -192,6 +203,7 @@ class TreeMachine(RuleBasedStateMachine):
         assert found.keys() == self.paths.keys()
         assert len(tree) == 1 + len(self.paths) <= 1 + MAX_NODES
         assert tree.expanded[0] == self.root_expanded
+        assert {name: getattr(tree, name)[0] for name in ROOT_VALUES} == ROOT_VALUES
         for path, node in found.items():
             score, expanded = self.paths[path]
             assert tree.descend(path) == node

@@ -168,6 +168,29 @@ def test_an_unproductive_head_rests_and_costs_nothing() -> None:
     assert engine.report().guesses["h-0"].resting
 
 
+@pytest.mark.parametrize("slow", [0, 1])
+def test_each_head_pays_for_its_own_time(slow: int) -> None:
+    """Both guess right as long as the other does; one takes the time of a thousand tokens."""
+
+    class Slow(Oracle):
+        def propose(self, seen: Sequence[VerifiedStep]) -> list[DraftNodes]:
+            for _ in range(100_000):
+                engine.clock()
+            return super().propose(seen)
+
+    text = continued(TOY, PROMPT, 4 * TRIAL_COMMITS)
+    heads = [Oracle(text, 1), Oracle(text, 2)]
+    heads[slow] = Slow(text, 1 + slow)
+    engine = headed(TOY, *heads, chooser=reference_sample)
+    found = Lockstep(engine)
+    found.admit(asking(PROMPT, max_tokens=4 * TRIAL_COMMITS))
+    for _ in range(10):
+        found.round()
+    spent = engine.drafter_manager.utility.spent
+    assert spent[f"h-{slow}"] > 900_000.0
+    assert 0.0 < spent[f"h-{1 - slow}"] < 100.0
+
+
 class Branched(Oracle):
     output_spec = OutputSpec(branches=(Branch(1, lambda states: states),))
 

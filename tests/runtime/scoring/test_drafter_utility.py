@@ -43,6 +43,22 @@ def test_all_may_rest_and_a_newcomer_does_not_inherit_that() -> None:
     utility.forget("never seen")
 
 
+def test_one_that_comes_back_under_its_name_has_a_trial_of_its_own() -> None:
+    """It inherits neither the commits nor the tokens nor the costs of the one before."""
+    utility = DrafterUtility()
+    after(utility, TRIAL_COMMITS - 1, ["a", ""])
+    utility.forget("a")
+    assert after(utility, TRIAL_COMMITS - 1, [""]) == [1]  # the end of b's trial
+    assert utility.active(["a"]) == ["a"]
+    assert after(utility, 1, [""]) == [1]
+    assert utility.active(["a"]) == []
+    utility.charge({"a"}, 1e9)
+    utility.forget("a")
+    for _ in range(TRIAL_COMMITS):
+        utility.observe(["a"], ["a", ""], rate=1.0)
+    assert utility.active(["a"]) == ["a"]
+
+
 def test_a_head_must_bring_more_than_its_time_is_worth() -> None:
     """It is right of one token in each step, which takes as long as two others."""
     for price, rests in ((0.5, False), (2.0, True)):

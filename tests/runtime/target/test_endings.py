@@ -12,7 +12,7 @@ from runtime.core.sampler_reference import reference_sample
 from runtime.draft.draft_engine import DraftEngine
 from runtime.drafters.model import ModelDrafter
 from runtime.models.base import PassInput
-from runtime.models.toy import ToyModel
+from runtime.models.toy import ToyCache, ToyModel
 from runtime.schedulers.base import Plan, SessionView
 from runtime.schedulers.fixed import Fixed
 from runtime.target.commands import AddRequest, Cancel, Join, ReplyReceived, Stop
@@ -78,6 +78,40 @@ def test_an_error_ends_its_session_and_no_other(error: Exception) -> None:
     assert found[1].tokens == plain(TOY, asking((23, *PROMPT))).tokens[: len(found[1].tokens)]
     assert [one.said() for one in (found[0], found[2])] == [alone(asking(PROMPT))] * 2
     assert draft_engine.states == {}
+
+
+class TornCache(ToyCache):
+    """Cannot be rolled back."""
+
+    def keep(self, prefix: int, slots: Sequence[int]) -> None:
+        raise RuntimeError("out of memory")
+
+
+class Torn(ToyModel):
+    """Has one such cache, the first."""
+
+    torn = False
+
+    def new_cache(self) -> ToyCache:
+        first, self.torn = not self.torn, True
+        return TornCache(self.context + 512) if first else super().new_cache()
+
+
+def test_what_a_failed_session_leaves_in_its_cache_is_read_by_nobody() -> None:
+    """A wrong guess and the right one are in it, in no order. The next text begins in that way."""
+    prompt = tuple(TEXT[:20])
+    right = TEXT[20]
+    engine = engine_of(Torn(vocabulary=24, memory=3))
+    lockstep = Lockstep(engine)
+    chunks = lockstep.admit(asking(prompt))
+    engine.handle(Join("d", lambda event: None))
+    engine.handle(ReplyReceived(draft([(prompt, (right + 1) % 24), (prompt, right)]), 0.0))
+    lockstep.round()
+    assert [chunk.finish_reason for chunk in chunks] == ["error"]
+    request = asking(TEXT[:22], "next")
+    (found,) = lockstep.run(request)
+    assert found.said() == plain(TOY, request).said()
+    assert found.stats.reused == len(prompt) - 1
 
 
 def test_an_error_while_reading_the_prompt() -> None:

@@ -166,6 +166,10 @@ def test_a_decoder_that_lags_loses_no_text(
         ({"stop": ("b",), "min_tokens": 2}, [2, 2, 1, 3], ("bbaa", 4, "stop")),
         ({"stop": ("ba",), "min_tokens": 1}, [2, 1], ("", 2, "stop")),
         ({"stop": ("ab", "b")}, [6, 3], ("é", 2, "stop")),
+        # Of several in one token, the one that is complete first, though another began before it.
+        ({"stop": ("abab", "b")}, [11], ("a", 1, "stop")),
+        ({"stop": ("b", "abab")}, [11], ("a", 1, "stop")),
+        ({"stop": ("aabé", "b")}, [1, 3, 6], ("aa", 2, "stop")),
         ({"stop": ("aaé",)}, [1, 1, EOS], ("aa", 3, "stop")),
         ({"stop": ("aaé",), "max_tokens": 2}, [1, 1], ("aa", 2, "length")),
         ({"stop": ("éa",)}, [8, 1], ("a", 2, "stop")),

@@ -2,25 +2,30 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import cast
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 from runtime.core import limits
 from runtime.core.errors import InvalidRequest, Overloaded, Unavailable
-from runtime.core.messages import Event, Reply, Request
+from runtime.core.messages import Chunk, Event, Reply, Request, Resync
 from runtime.core.sampling_params import SamplingParams
 from runtime.drafters.model import ModelDrafter
+from runtime.models.base import PassInput
 from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
 from runtime.target import target
 from runtime.target.engine import Engine
 from runtime.target.target import Target, check
 from runtime.target.verifier import Verifier
-from tests.contracts.link_contract import PATIENCE_S, TRANSPORTS, Attach, soon
+from tests.contracts.link_contract import TRANSPORTS, Attach, soon
 from tests.support.harness import (
+    HANG_S,
     Dying,
     Known,
     Mute,
@@ -104,24 +109,42 @@ def test_a_link_that_is_lost_costs_speed_and_is_counted(caplog: pytest.LogCaptur
     assert "drafter d lost: killed by the test" in caplog.text
 
 
-def test_a_drafter_joins_and_leaves_in_mid_stream(attach: Attach) -> None:
-    text = continued(TOY, PROMPT, 500)  # so long that it is under way when the drafter comes
+class Paced(ToyModel):
+    """Makes only as many passes as it may, so a text waits for what happens beside it."""
 
+    def __init__(self) -> None:
+        super().__init__(vocabulary=24, memory=3, context=2048)
+        self.passes = threading.Semaphore(0)
+
+    def forward_all(self, parts: Sequence[PassInput]) -> list[npt.NDArray[np.float32]]:
+        assert self.passes.acquire(timeout=HANG_S)
+        return super().forward_all(parts)
+
+
+def test_a_drafter_joins_and_leaves_in_mid_stream(attach: Attach) -> None:
     async def main() -> None:
+        model = Paced()
         async with (
-            running(TOY, Fixed(3, PATIENCE_S)) as asked,
-            hosted(Known(text, 24)) as host,
+            running(model, Patient(3)) as asked,
+            hosted(Known(TEXT, 24)) as host,
             attach(host) as link,
         ):
-            async with aclosing(asked.generate(asking(PROMPT, max_tokens=400))) as chunks:
-                found = [await anext(chunks)]
-                await attached(asked, "d", link)
+            async with aclosing(asked.generate(asking(PROMPT, max_tokens=90))) as chunks:
+
+                async def next_chunk() -> Chunk:
+                    model.passes.release()
+                    return await anext(chunks)
+
+                model.passes.release()  # for the prompt
+                found = [await next_chunk()]
+                asked.attach("d", link)
                 while not any(found[-1].drafters):
-                    found.append(await anext(chunks))
+                    found.append(await next_chunk())
                 await asked.detach("d")
                 assert asked.drafters == ()
+                model.passes.release(1000)
                 found += [chunk async for chunk in chunks]
-            assert tuple(token for chunk in found for token in chunk.tokens) == tuple(text[5:405])
+            assert tuple(token for chunk in found for token in chunk.tokens) == tuple(TEXT[5:95])
             assert found[0].drafters == ("",)
             await asked.detach("d")
             await soon(lambda: not host.draft_engine.states)
@@ -171,11 +194,49 @@ def test_a_link_whose_events_pile_up_is_dropped(
             await soon(lambda: not asked.drafters)
             assert deaf.over
             assert asked.lost == {"deaf": 1}
-            assert not asked.engine.drafters
+            await soon(lambda: not asked.engine.drafters)
 
     with caplog.at_level(logging.WARNING):
         asyncio.run(main())
     assert "drafter deaf lost: it has not taken its last 10 events" in caplog.text
+
+
+class Flood:
+    """Sends guesses one after the other, and counts those that were taken."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.taken = count, 0
+
+    async def speculate(self, events: AsyncIterator[Event]) -> AsyncIterator[Reply]:
+        await anext(aiter(events))
+        for _ in range(self.count):
+            yield Resync("s", "d")
+            self.taken += 1
+        await asyncio.Event().wait()
+
+
+def test_a_link_is_not_read_while_the_engine_has_much_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A flood waits at its sender, whatever the engine is at, and is taken in afterwards."""
+    monkeypatch.setattr(target, "MAX_INBOX_MESSAGES", 10)
+
+    async def main() -> None:
+        model, flood = Paced(), Flood(1000)
+        async with running(model, Fixed(4)) as asked:
+            try:
+                await attached(asked, "d", flood)
+                reading = asyncio.create_task(answer(asked, asking(PROMPT)))
+                await soon(lambda: flood.taken >= 10)
+                for _ in range(100):
+                    await asyncio.sleep(0)
+                assert 10 <= flood.taken <= asked.engine.inbox.qsize() <= 12
+            finally:
+                model.passes.release(1000)
+            assert (await reading).tokens == tuple(TEXT[5:29])
+            await soon(lambda: flood.taken == flood.count)
+
+    asyncio.run(main())
 
 
 def test_a_mute_drafter_costs_its_patience_alone() -> None:
@@ -200,6 +261,21 @@ def test_what_is_generated_is_streamed_and_the_name_is_free_again() -> None:
                 assert [chunk.tokens for chunk in chunks] == [(token,) for token in TEXT[5:10]]
                 assert [chunk.finish_reason for chunk in chunks] == [None] * 4 + ["length"]
                 assert [chunk.stats is None for chunk in chunks] == [True] * 4 + [False]
+
+    asyncio.run(main())
+
+
+def test_chunks_wait_in_order_for_a_reader_that_is_slow() -> None:
+    async def main() -> None:
+        async with (
+            running(TOY, Fixed(4)) as asked,
+            aclosing(asked.generate(asking(PROMPT, max_tokens=90))) as chunks,
+        ):
+            found = [await anext(chunks)]
+            await soon(lambda: not asked.engine.requests.running)
+            found += [chunk async for chunk in chunks]
+        assert tuple(token for chunk in found for token in chunk.tokens) == tuple(TEXT[5:95])
+        assert len(found) > 2
 
     asyncio.run(main())
 
