@@ -57,7 +57,7 @@ class BlockPass(EaglePass):
         super().__init__(module, embedding, unembedding, context, dtype, device)
         self.place_count = module.block_shape.places
         pack = self._head.choice.kernel != "torch"
-        self._masks = module.mask_embed.detach().to(device, dtype)
+        self._masks = module.mask_embed.detach().to(device, self._stream)
         self._gate = fused(module.markov_gate, pack=pack)
         self._token_in = fused(module.markov_in, pack=pack)
         with torch.inference_mode(False), torch.no_grad():
@@ -109,7 +109,7 @@ class BlockPass(EaglePass):
                 )
             )
             tokens = self._index([np.concatenate([part.tokens for part in parts])])
-            embedded = self._embedding.index_select(0, tokens).to(self.dtype)
+            embedded = self._embedding.index_select(0, tokens).to(self._stream)
             rows = gates * self._token_in(self._token_norm(embedded))
             found = self._markov(rows, logits).float()
             return list(found.split([len(part.tokens) for part in parts]))

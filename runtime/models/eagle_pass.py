@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from runtime.core import limits
 from runtime.core.clock import Clock
 from runtime.core.features import FeatureBits, FeatureSpec
+from runtime.kernels.attention import Attention, has_attention, load_attention
 from runtime.kernels.linear import LinearOp, has_room
 from runtime.kv.store import TorchCache
 from runtime.models.eagle import Eagle, rotary_angles
-from runtime.models.llama_layers import RMSNorm, fused
+from runtime.models.llama_layers import RMSNorm, fused, gated, turn
 from runtime.models.step_timing import TEXT_TOKENS
 
 Slots = npt.NDArray[np.int64]
@@ -55,7 +56,10 @@ class EagleInput:
 
 
 class EaglePass:
-    """Computes what `module` does, in `dtype` on `device`.
+    """Computes what `module` does, with weights and cache in `dtype` on `device`.
+
+    On a CPU it computes in float32 between products, by code compiled for the processor, as
+    LlamaPass does; elsewhere in `dtype`, by torch.
 
     embedding    (vocabulary, d), the target's
     unembedding  (vocabulary, d), the target's; the layer guesses some of its tokens only
@@ -80,12 +84,15 @@ class EaglePass:
         module = module.to(device, dtype)
         pack = has_room(module)
         self._heads, self._kv, self._dim = shape.heads, shape.kv_heads, shape.head_dim
-        self._theta = shape.rope_theta
+        self._theta, self._scale = shape.rope_theta, shape.head_dim**-0.5
+        compiled = device.type == "cpu"
+        self._stream = torch.float32 if compiled else dtype
+        self._compiled = compiled and has_attention(device, dtype, self._dim, self._scale)
         self._state = 1, embedding.shape[1]
         self._embedding = embedding.to(device)
         self._fuse = fused(module.fuse, pack=pack)
         self._token_norm, self._feature_norm, self._mlp_norm, self._final_norm = (
-            RMSNorm(norm.weight, norm.eps)
+            RMSNorm(norm.weight, norm.eps, compiled)
             for norm in (
                 module.token_norm,
                 module.feature_norm,
@@ -131,21 +138,19 @@ class EaglePass:
         x = torch.cat([self._token_norm(embedded), self._feature_norm(features)], dim=-1)
         middle = self._heads + self._kv
         qkv = self._qkv(x).view(len(x), middle + self._kv, self._dim)
-        qk = qkv.narrow(1, 0, middle)
-        cos, sin = self._cos_sin(np.concatenate([part.positions for part in parts]))
-        torch.addcmul(qk * cos, qk.roll(self._dim // 2, -1), sin, out=qk)
+        angles = self._angles(np.concatenate([part.positions for part in parts]))
+        turn(qkv.narrow(1, 0, middle), None, angles)
         attended = [
             self._attend(part, rows) for part, rows in zip(parts, qkv.split(counts), strict=True)
         ]
         x = self._out(attended[0] if len(parts) == 1 else torch.cat(attended), features)
-        gate, up = self._gate_up(self._mlp_norm(x)).chunk(2, -1)
-        states = self._down(F.silu(gate).mul_(up), x)
+        states = self._down(gated(self._gate_up(self._mlp_norm(x))), x)
         return list(states.split(counts))
 
     def _embed(self, parts: Sequence[EagleInput]) -> torch.Tensor:
         """Return the embedding of each part's tokens, (tokens, d)."""
         tokens = self._index([part.tokens for part in parts])
-        return self._embedding.index_select(0, tokens).to(self.dtype)
+        return self._embedding.index_select(0, tokens).to(self._stream)
 
     def spread(self, logits: torch.Tensor) -> torch.Tensor:
         """Return logits (n, vocabulary) of the target's tokens; those never guessed have -inf."""
@@ -160,7 +165,7 @@ class EaglePass:
                 found.append(rows)
             if len(part.parents):
                 plane = part.cache.plane(self._state, 0)[0, 0]
-                found.append(plane.index_select(0, self._index([part.parents])))
+                found.append(plane.index_select(0, self._index([part.parents])).to(self._stream))
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _fused(self, parts: Sequence[EagleInput]) -> list[torch.Tensor]:
@@ -170,25 +175,28 @@ class EaglePass:
             return [torch.empty(0)] * len(parts)
         joined = np.ascontiguousarray(bits[0] if len(bits) == 1 else np.concatenate(bits))
         states = torch.from_numpy(joined.view(np.int16)).view(torch.bfloat16)
-        rows = self._fuse(states.to(self.device, self.dtype))
+        rows = self._fuse(states.to(self.device, self._stream))
         return list(rows.split([len(part.features) for part in parts]))
 
     def _attend(self, part: EagleInput, qkv: torch.Tensor) -> torch.Tensor:
         """Return (rows, heads * dim), from (rows, heads of queries, of keys, of values, dim)."""
         plane = part.cache.plane((2 * self._kv, self._dim), 0)[0]
-        by_head = qkv.transpose(0, 1)
         self._write(part, plane.transpose(0, 1), qkv.narrow(1, self._heads, 2 * self._kv))
-        seen = plane[None, :, part.first :]
-        mask = torch.zeros(part.visible.shape, dtype=self.dtype)
-        mask.masked_fill_(torch.from_numpy(~part.visible), -torch.inf)
+        seen, queries = plane[:, part.first :], qkv.narrow(1, 0, self._heads)
+        mask = np.where(part.visible, np.float32(0), np.float32(-np.inf))
+        if self._compiled:
+            shape = len(qkv), self._heads, self._kv, self._dim
+            kernel = load_attention(self.dtype, self._dim, self._scale)
+            attention = Attention(kernel, shape, seen.shape[1], mask)
+            return attention(queries, seen[: self._kv], seen[self._kv :])
         output = F.scaled_dot_product_attention(
-            by_head[None, : self._heads],
-            seen[:, : self._kv],
-            seen[:, self._kv :],
-            attn_mask=mask.to(self.device),
+            queries.transpose(0, 1)[None].to(self.dtype),
+            seen[None, : self._kv],
+            seen[None, self._kv :],
+            attn_mask=torch.from_numpy(mask).to(self.device, self.dtype),
             enable_gqa=self._heads != self._kv,
         )
-        return output[0].transpose(0, 1).reshape(len(qkv), -1)
+        return output[0].transpose(0, 1).reshape(len(qkv), -1).to(qkv.dtype)
 
     def _write(self, part: EagleInput, plane: torch.Tensor, rows: torch.Tensor) -> None:
         """Write rows (n, ...) into their slots of `plane` (slots, ...)."""
@@ -203,12 +211,11 @@ class EaglePass:
         joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
         return torch.from_numpy(np.ascontiguousarray(joined)).to(self.device)
 
-    def _cos_sin(self, positions: Slots) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cosines and sines of each row, (rows, 1, dim)."""
+    def _angles(self, positions: Slots) -> torch.Tensor:
+        """Return cosines and sines of each row, (rows, 2, 1, dim)."""
         if (longest := int(positions.max())) >= len(self._rope):
             self._rope = self._rope_table(min(2 * longest, self.context))
-        cos, sin = self._rope.index_select(0, self._index([positions])).unbind(1)
-        return cos, sin
+        return self._rope.index_select(0, self._index([positions]))
 
     def _rope_table(self, positions: int) -> torch.Tensor:
         """Return (positions, 2, 1, dim), as LlamaPass does."""
@@ -216,7 +223,7 @@ class EaglePass:
             angles = rotary_angles(torch.arange(positions), self._dim, self._theta)[0]
             cos, sin = angles.cos(), angles.sin()
             table = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], dim=1)
-            return table[:, :, None].to(self.device, self.dtype)
+            return table[:, :, None].to(self.device, self._stream)
 
 
 def guess_times(
