@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from actors.calibration_store import load_calibrations, load_target_state, target_state_file
-from runtime.config import DrafterConfig, HeadConfig, Placement, TargetConfig
+from runtime.config import TRAINED_METHODS, DrafterConfig, HeadConfig, Placement, TargetConfig
 from runtime.core.messages import Request
 from runtime.draft.draft_engine import DraftEngine
 from runtime.draft.draft_host import DraftHost
@@ -31,6 +31,7 @@ from runtime.models.hf import HFModel
 from runtime.models.loader import load_model, load_tokenizer
 from runtime.models.sampler import choose, logprobs
 from runtime.models.step_timing import branch_row_time, knee, step_times
+from runtime.models.vocab_check import vocabulary_size
 from runtime.scheduler_factory import make_scheduler
 from runtime.schedulers.living import MEASURED_ROWS
 from runtime.target.engine import Engine
@@ -177,6 +178,8 @@ def build_drafter(config: DrafterConfig, target: str, record: bool = False) -> D
         )
 
     method = importlib.import_module(f"runtime.drafters.{module_name(config.method)}")
+    own = config.model if config.method not in TRAINED_METHODS else ""
+    tokens, unknown = draft_vocabulary(load_tokenizer(own)) if own else (None, 0)
     drafter = method.build(
         DrafterContext(
             target,
@@ -187,6 +190,8 @@ def build_drafter(config: DrafterConfig, target: str, record: bool = False) -> D
             config.dtype,
             config.device,
             thread_count(config.placement),
+            tokens,
+            unknown,
         )
     )
     known = load_calibrations(drafter_calibration_file(config, target))
@@ -200,6 +205,13 @@ def build_drafter(config: DrafterConfig, target: str, record: bool = False) -> D
             trace=trace,
         )
     )
+
+
+def draft_vocabulary(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
+    """Returns the size of the vocabulary, and the id that stands for unknown tokens."""
+    special = (tokenizer.unk_token_id, tokenizer.eos_token_id, 0)
+    unknown = next(token for token in special if token is not None)
+    return vocabulary_size(tokenizer), unknown
 
 
 def draft_width(drafter: Drafter) -> int:

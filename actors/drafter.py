@@ -14,7 +14,7 @@ from runtime.config import TRAINED_METHODS, DrafterConfig, TlsConfig
 from runtime.core.errors import Unavailable
 from runtime.draft.draft_host import DraftHost
 from runtime.model_paths import drafter_calibration_file
-from runtime.models.vocab_check import vocabulary_hash
+from runtime.models.vocab_check import vocabulary_hash, vocabulary_size
 from runtime.telemetry.reports import DrafterReport
 from runtime.telemetry.tracing import NO_TRACE, Recording, Trace
 
@@ -69,11 +69,17 @@ class DraftActor:
         own = (
             config.model if config.method not in TRAINED_METHODS else ""
         )  # a drafter trained for the target uses the target's tokenizer
-        vocabulary = vocabulary_hash(load_tokenizer(own or self.target))
+        tokenizer = load_tokenizer(own or self.target)
         freeze_gc()
         self.network = LoopThread()
         host = config.placement.listen or own_host()
-        hello = Hello(vocabulary, config.model or config.method, config.name, self.incarnation)
+        hello = Hello(
+            vocabulary_hash(tokenizer),
+            config.model or config.method,
+            config.name,
+            self.incarnation,
+            tokens=vocabulary_size(tokenizer),
+        )
         self.host.start()
         self.server, port = self.network.run(
             serve([DraftingService(self.host, hello)], host, tls=self.tls)

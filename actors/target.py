@@ -1,6 +1,7 @@
 """The process that hosts a target: its model runs on one thread, its gRPC server on another."""
 
 import threading
+from functools import lru_cache, partial
 
 import grpc
 
@@ -13,7 +14,7 @@ from actors.rpc.server import TargetService, serve
 from protos.handshake import Hello
 from runtime.config import ScheduleConfig, TargetConfig, TlsConfig
 from runtime.core.errors import Unavailable
-from runtime.models.vocab_check import vocabulary_hash
+from runtime.models.vocab_check import vocabulary_hash, vocabulary_size
 from runtime.scheduler_factory import make_scheduler
 from runtime.schedulers.base import Scheduler
 from runtime.target.target import Target
@@ -34,7 +35,7 @@ class TargetActor:
         self.address = ""
         self.lock = threading.Lock()  # Ray calls from several threads
         self.schedulers: dict[ScheduleConfig, Scheduler] = {}
-        self.tokens: int | None = None  # of the vocabulary
+        self.tokens: int | None = None  # columns of the logits
         self.peers: dict[str, Endpoint] = {}
         self.links: dict[Endpoint, GrpcLink] = {}
 
@@ -60,10 +61,9 @@ class TargetActor:
 
         self.target, tokenizer, self.times = build_target(self.config, self.record)
         self.schedulers[self.config.schedule] = self.target.engine.scheduler
-        self.vocabulary, self.tokens = (
-            vocabulary_hash(tokenizer),
-            self.target.engine.model.vocabulary,
-        )
+        self.hash_below = lru_cache(maxsize=8)(partial(vocabulary_hash, tokenizer))
+        self.vocabulary_size = vocabulary_size(tokenizer)
+        self.tokens = self.target.engine.model.vocabulary
         freeze_gc()
         self.network = LoopThread()
         host = self.config.placement.listen or own_host()
@@ -109,8 +109,16 @@ class TargetActor:
             self.peers = wanted
 
     def _link(self, peer: Endpoint) -> GrpcLink:
-        hello = Hello(self.vocabulary, self.config.model, peer.name, peer.incarnation)
-        return GrpcLink(peer.address, hello, tls=self.tls, tokens=self.tokens)
+        hello = Hello(
+            self.hash_below(self.vocabulary_size),
+            self.config.model,
+            peer.name,
+            peer.incarnation,
+            tokens=self.vocabulary_size,
+        )
+        return GrpcLink(
+            peer.address, hello, tls=self.tls, tokens=self.tokens, hash_below=self.hash_below
+        )
 
     def schedule(self, config: ScheduleConfig) -> None:
         """Uses this schedule from the next step on. A schedule that was used before keeps what it

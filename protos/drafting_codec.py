@@ -167,6 +167,7 @@ def _hello_to_pb(hello: Hello) -> pb.Hello:
         model=hello.model,
         incarnation=hello.incarnation,
         drafter=hello.drafter,
+        tokens=hello.tokens,
     )
 
 
@@ -181,7 +182,7 @@ def _hello_from_pb(frame: pb.ToDrafter | pb.FromDrafter) -> Hello:
         checked_name(hello.model, "model"),
         checked_name(hello.drafter, "drafter"),
     )
-    return Hello(*names, hello.incarnation, hello.protocol)
+    return Hello(*names, hello.incarnation, hello.protocol, hello.tokens)
 
 
 def _open_from_pb(open_: pb.Open) -> Open:

@@ -74,18 +74,20 @@ class Bundle(_message.Message):
     def __init__(self, frames: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "vocabulary", "model", "drafter", "incarnation")
+    __slots__ = ("protocol", "vocabulary", "model", "drafter", "incarnation", "tokens")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     VOCABULARY_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DRAFTER_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     vocabulary: str
     model: str
     drafter: str
     incarnation: int
-    def __init__(self, protocol: _Optional[int] = ..., vocabulary: _Optional[str] = ..., model: _Optional[str] = ..., drafter: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
+    tokens: int
+    def __init__(self, protocol: _Optional[int] = ..., vocabulary: _Optional[str] = ..., model: _Optional[str] = ..., drafter: _Optional[str] = ..., incarnation: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class Open(_message.Message):
     __slots__ = ("session", "epoch", "tokens", "prompt", "sampling", "share_index", "share_of", "style")

@@ -60,17 +60,19 @@ class GrpcLink:
         now: Callable[[], float] = time.monotonic,
         tls: TlsConfig | None = None,
         tokens: int | None = None,
+        hash_below: Callable[[int], str] | None = None,
     ) -> None:
         """Creates the link.
 
-        `tokens` is the size of the target's vocabulary: guesses beyond it are malformed. None
-        disables the check.
+        `tokens` is the number of columns of the target's logits: guesses beyond it are malformed.
+        None disables the check. `hash_below` checks a drafter that lacks the target's last tokens,
+        see protos.handshake.mismatch; None leaves that unchecked.
         """
         self.address = address
         self.hello = hello
         self.peer: Hello | None = None
         self.counters: Counter[str] = Counter()
-        self._tls, self._tokens = tls, tokens
+        self._tls, self._tokens, self._hash_below = tls, tokens, hash_below
         self._handshake_s = handshake_s
         self._now = now
         self._strikes: deque[float] = deque(maxlen=MAX_STRIKES)
@@ -140,7 +142,7 @@ class GrpcLink:
             self.peer = drafting_codec.decode_hello_from_drafter(data)
         except InvalidRequest as error:
             raise self._lost(str(error)) from error
-        if (why := mismatch(self.hello, self.peer)) is not None:
+        if (why := mismatch(self.hello, self.peer, self._hash_below)) is not None:
             raise self._lost(f"FAILED_PRECONDITION: {why}")
 
     async def _forward(

@@ -88,6 +88,8 @@ class DrafterContext:
     load_changed  loads the layers with the given numbers, then lets a function change the module
     dtype, device, threads
                   as in runtime.models.loader.load_model, for methods that load parts of a model
+    tokens        size of the draft's own vocabulary; None: as large as the model
+    unknown       id that the draft reads for tokens that it does not know
     """
 
     target: str
@@ -98,3 +100,5 @@ class DrafterContext:
     dtype: str = "auto"
     device: str = "auto"
     threads: int | None = None
+    tokens: int | None = None
+    unknown: int = 0

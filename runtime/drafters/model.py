@@ -101,7 +101,10 @@ class SessionStep:
 
 
 class ModelDrafter:
-    """Drafts with any Model that has the target's vocabulary. It is silent beyond its own context.
+    """Drafts with any Model whose ids mean the same tokens in the target.
+
+    It never guesses an id outside its vocabulary, and reads it as `unknown`. It is silent beyond
+    its own context.
 
     It prefills at most `chunk` tokens per pass, shortest texts first, so that other sessions go on.
     Caches of finished sessions, up to `finished` slots, serve texts with the same prefix.
@@ -115,8 +118,12 @@ class ModelDrafter:
         branches: int = BRANCHES,
         chunk: int = CHUNK_TOKENS,
         finished: int = FINISHED_SLOTS,
+        tokens: int | None = None,
+        unknown: int = 0,
     ) -> None:
+        """`tokens` is the size of the vocabulary if the model's logits are padded beyond it."""
         self.model, self.branches, self.chunk = model, branches, chunk
+        self.vocabulary, self.unknown = min(tokens or model.vocabulary, model.vocabulary), unknown
         self.kept: dict[str, SessionCache] = {}
         self.finished = PrefixCache(finished)
 
@@ -128,15 +135,24 @@ class ModelDrafter:
 
     def guess(self, steps: Sequence[SessionStep]) -> list[DraftNodes]:
         """Return the children of the leaves of each step, computed in one pass."""
-        passed = self.model.forward_all([step.pass_input() for step in steps]) if steps else []
+        inputs = [self.readable(step.pass_input()) for step in steps]
+        passed = self.model.forward_all(inputs) if steps else []
         for step in steps:
             step.commit_rows()
         return self.children(steps, passed)
 
+    def readable(self, part: PassInput) -> PassInput:
+        """Replace ids outside the vocabulary."""
+        tokens = part.rows.tokens
+        if (tokens < self.vocabulary).all():
+            return part
+        known = np.where(tokens < self.vocabulary, tokens, self.unknown)
+        return replace(part, rows=replace(part.rows, tokens=known))
+
     def children(self, steps: Sequence[SessionStep], passed: Sequence[Logits]) -> list[DraftNodes]:
         """Turn the logits of the leaves of each step into children."""
         asking = [
-            (torch.as_tensor(rows), step)
+            (torch.as_tensor(rows)[:, : self.vocabulary], step)
             for step, rows in zip(steps, passed, strict=True)
             if step.leaves
         ]
@@ -282,4 +298,4 @@ def children(leaves: Sequence[int], tokens: np.ndarray, scores: np.ndarray) -> D
 
 
 def build(context: DrafterContext) -> ModelDrafter:
-    return ModelDrafter(context.load(context.draft))
+    return ModelDrafter(context.load(context.draft), tokens=context.tokens, unknown=context.unknown)

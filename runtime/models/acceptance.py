@@ -65,6 +65,7 @@ def replay_draft(
     for prompt, output in texts:
         if output:
             text = np.asarray([*prompt, *output])
+            text = np.where(text < draft.vocabulary, text, 0)  # it may lack tokens of the target
             logits = draft.forward(draft.new_cache(), causal(text[:-1], 0), last=len(output))
             paths = [output[:i] for i in range(len(output))]
             guesses, said = candidates(

@@ -211,7 +211,11 @@ def _apply_filters(scores: torch.Tensor, sampling: SamplingParams) -> torch.Tens
 
 
 def _apply_bias(scores: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
-    biased: torch.Tensor = _bias(sampling.logit_bias, str(scores.device), scores.shape[1])(
+    # A draft may lack tokens of the target.
+    pairs = tuple(pair for pair in sampling.logit_bias if pair[0] < scores.shape[1])
+    if not pairs:
+        return scores
+    biased: torch.Tensor = _bias(pairs, str(scores.device), scores.shape[1])(
         _empty_text(scores), scores
     )
     return biased
@@ -245,7 +249,7 @@ def _seen_tokens(ask: SamplingInput, vocabulary: int) -> torch.Tensor:
     seen[:, : len(text)] = text
     for row, path in zip(seen, ask.paths, strict=True):
         row[len(text) : len(text) + len(path)] = path
-    return torch.from_numpy(seen)
+    return torch.from_numpy(np.minimum(seen, vocabulary))
 
 
 def _token_counts(ask: SamplingInput, vocabulary: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Checks that a target and a draft have the same vocabulary, token by token."""
+"""Checks that every id of a draft is the same token in the target."""
 
 import hashlib
 import json
@@ -13,10 +13,22 @@ class Vocabulary(Protocol):
     def get_vocab(self) -> dict[str, int]: ...
 
 
-def vocabulary_hash(tokenizer: Vocabulary) -> str:
-    """Return the hex sha256 of all (id, token) pairs, added tokens included."""
-    pairs = sorted((number, token) for token, number in tokenizer.get_vocab().items())
+def vocabulary_hash(tokenizer: Vocabulary, below: int | None = None) -> str:
+    """Return the hex sha256 of all (id, token) pairs, added tokens included.
+
+    With `below`, only ids below it count.
+    """
+    pairs = sorted(
+        (number, token)
+        for token, number in tokenizer.get_vocab().items()
+        if below is None or number < below
+    )
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+
+def vocabulary_size(tokenizer: Vocabulary) -> int:
+    """Return the lowest number above all ids, added tokens included."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def check_pair(
@@ -24,23 +36,32 @@ def check_pair(
 ) -> list[str]:
     """Raise PairMismatch, naming both models, if an id means different tokens.
 
-    Embeddings padded to different sizes do not matter. `names` and `contexts` are of target and
-    draft. Returns warnings, for example that a draft with a shorter context is silent beyond it.
+    Embeddings padded to different sizes do not matter, and the draft may lack the target's last
+    tokens. `names` and `contexts` are of target and draft. Returns warnings, for example that a
+    draft with a shorter context is silent beyond it.
     """
-    ours, theirs = target.get_vocab(), draft.get_vocab()
-    if ours != theirs:
+    ours, theirs, size = target.get_vocab(), draft.get_vocab(), vocabulary_size(draft)
+    lacking = [token for token, number in ours.items() if number >= size]
+    if {token: number for token, number in ours.items() if number < size} != theirs:
         raise PairMismatch(
             f"{names[0]} and {names[1]} differ in vocabulary "
             f"({len(ours)} and {len(theirs)} tokens; "
             f"{first_difference(ours, theirs)}): "
             "choose a draft that was trained with the target's tokenizer"
         )
+    warnings = []
+    if lacking:
+        warnings.append(
+            f"{names[1]} lacks {len(lacking)} of the {len(ours)} tokens of {names[0]}, "
+            f"{min(lacking, key=ours.__getitem__)[:32]!r} among them: "
+            "it never guesses them, and reads them as unknown"
+        )
     if contexts[1] < contexts[0]:
-        return [
+        warnings.append(
             f"{names[1]} reads at most {contexts[1]} tokens, {names[0]} {contexts[0]}: "
             "texts beyond that get no guesses from it"
-        ]
-    return []
+        )
+    return warnings
 
 
 def first_difference(ours: dict[str, int], theirs: dict[str, int]) -> str:

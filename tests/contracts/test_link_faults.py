@@ -88,7 +88,7 @@ def test_events_that_the_wire_cannot_carry_cost_only_their_session() -> None:
         huge = Open(
             "huge", 1, (10**6,) * limits.MESSAGE_BYTES, 1, SamplingParams(), opening("huge").share
         )
-        alien = replace(opening("alien"), sampling=SamplingParams(stop=("\udcff",)))
+        alien = opening("alien\udcff")
         async with (
             over_grpc(body) as link,
             closing(link.speculate(Feed(huge, alien, opening()))) as replies,

@@ -262,7 +262,7 @@ def test_a_frame_of_a_later_protocol_is_neither_a_value_nor_an_error() -> None:
     ("request_", "says"),
     [
         (Request("s", (2**31,), SamplingParams()), "2147483648"),
-        (Request("s", (1,), SamplingParams(stop=("\udcff",))), "surrogates"),
+        (Request("s\udcff", (1,), SamplingParams()), "surrogates"),
         (Request("s", (1000,) * limits.MESSAGE_BYTES, SamplingParams()), "at most 1048576"),
     ],
 )
@@ -294,6 +294,35 @@ def test_a_mismatch_names_both_values(other: Hello, values: tuple[str, str]) -> 
 
 def test_models_of_one_vocabulary_match() -> None:
     assert mismatch(HELLO, Hello("abc", "small", "d0", 3)) is None
+
+
+def hash_below(size: int) -> str:
+    return {4: "four", 6: "six"}[size]
+
+
+@pytest.mark.parametrize(
+    ("drafter", "fits"),
+    [
+        (Hello("four", "small", "d0", tokens=4), True),  # it lacks the target's last two tokens
+        (Hello("other", "small", "d0", tokens=4), False),
+        (Hello("six", "small", "d0", tokens=6), True),
+        (Hello("other", "small", "d0", tokens=6), False),
+        (Hello("eight", "small", "d0", tokens=8), False),  # it knows tokens that the target lacks
+        (Hello("six", "small", "d0"), True),  # an older drafter, which states no size
+        (Hello("four", "small", "d0"), False),
+    ],
+)
+def test_a_drafter_may_lack_the_last_tokens(drafter: Hello, fits: bool) -> None:
+    target = Hello("six", "big", "d0", tokens=6)
+    assert (mismatch(target, drafter, hash_below) is None) is fits
+    left_to_the_target = drafter.tokens == 4
+    assert (mismatch(target, drafter) is None) is (fits or left_to_the_target)
+
+
+def test_a_hello_keeps_its_size() -> None:
+    hello = Hello("six", "big", "d0", 2, tokens=6)
+    data = drafting_codec.encode_hello_to_drafter(hello)
+    assert drafting_codec.decode_hello_to_drafter(data) == hello
 
 
 def test_generated_code_is_fresh() -> None:

@@ -43,12 +43,10 @@ def check_vocabulary(target: str, start: str) -> None:
     from runtime.models.loader import load_tokenizer
     from runtime.models.vocab_check import check_pair
 
-    check_pair(
-        load_tokenizer(target),
-        load_tokenizer(start),
-        (target, start),
-        (context_length(target), context_length(start)),
-    )
+    ours, theirs = load_tokenizer(target), load_tokenizer(start)
+    contexts = context_length(target), context_length(start)
+    check_pair(ours, theirs, (target, start), contexts)
+    check_pair(theirs, ours, (start, target), contexts)  # training needs every token
 
 
 def depth_of(target: str) -> int:

@@ -102,7 +102,8 @@ def test_a_target_does_not_call_a_drafter_in_quarantine() -> None:
         run = staticmethod(asyncio.run)
 
     actor: Any = TargetActor(TargetConfig(model="m"))
-    actor.target, actor.network, actor.vocabulary = Attached(), Network(), "v"
+    actor.target, actor.network = Attached(), Network()
+    actor.hash_below, actor.vocabulary_size = str, 3
     peers = [Endpoint("bad-0", "h:1", 0), Endpoint("good-0", "h:2", 0)]
     actor.drafters(peers)
     assert list(Attached.links) == ["bad-0", "good-0"]

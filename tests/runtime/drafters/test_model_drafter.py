@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,7 +175,7 @@ def test_a_beginning_that_was_read_is_not_read_again(closed: bool) -> None:
 
 
 def test_a_session_whose_pass_fails_is_given_up_alone() -> None:
-    """Its text has a token that its model has not: the pass of all fails, and then its own."""
+    """Its model fails on a token of its text: the pass of all fails, and then its own."""
 
     class StrictModel(ToyModel):
         def forward_all(self, parts: Sequence[PassInput]) -> list[np.ndarray]:
@@ -183,7 +184,7 @@ def test_a_session_whose_pass_fails_is_given_up_alone() -> None:
             return super().forward_all(parts)
 
     sent: list[Reply] = []
-    draft_engine = DraftEngine(ModelDrafter(StrictModel(vocabulary=12), branches=1), "d", 4)
+    draft_engine = DraftEngine(ModelDrafter(StrictModel(vocabulary=100), branches=1), "d", 4)
     for session, text in (("a", PROMPT), ("bad", [1, 99]), ("b", PROMPT[:-1])):
         draft_engine.handle(
             0,
@@ -195,6 +196,53 @@ def test_a_session_whose_pass_fails_is_given_up_alone() -> None:
     assert [reply.session for reply in sent if isinstance(reply, Draft)] == ["a", "b"] * 2
     assert list(draft_engine.states) == ["0/a", "0/b"]
     assert draft_engine.counters == {"failed": 1}
+
+
+class Narrow(ToyModel):
+    """The first columns of another model's logits; an id beyond them is an error, as for tables."""
+
+    def __init__(self, whole: ToyModel, columns: int) -> None:
+        super().__init__(columns, memory=whole.memory)
+        self.whole = whole
+
+    def forward_all(self, parts: Sequence[PassInput]) -> list[np.ndarray]:
+        if any((part.rows.tokens >= self.vocabulary).any() for part in parts):
+            raise InvalidRequest("a token outside the vocabulary")
+        return super().forward_all(parts)
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        return self.whole.logits(tokens)[: self.vocabulary]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 1.0, "seed": 5},
+        {"temperature": 0.8, "seed": 6, "top_p": 0.9, "repetition_penalty": 1.3},
+        {"presence_penalty": 0.5, "frequency_penalty": 0.3, "repetition_penalty": 1.1},
+        {"logit_bias": ((23, 3.0), (2, 1.0))},
+        {"logit_bias": ((23, 3.0),)},
+    ],
+)
+@pytest.mark.parametrize("columns", [16, 20])
+def test_a_draft_that_lacks_tokens_of_the_target(params: dict[str, Any], columns: int) -> None:
+    """It knows 16 of 24: it stays, its guesses are taken, and none is beyond what it knows."""
+    whole = ToyModel(vocabulary=24, memory=2)
+    draft = DraftEngine(ModelDrafter(Narrow(whole, columns), 2, tokens=16, unknown=7), "d", 4)
+    guessed: list[int] = []
+
+    def look(message: Any) -> list[Any]:
+        guessed.extend(message.tokens.tolist() if isinstance(message, Draft) else ())
+        return [message]
+
+    request = asking([3, 23, 4, 1], max_tokens=120, **params)
+    (drafted,) = Lockstep(engine_of(whole), draft, tamper=look).run(request)
+    assert drafted.said() == plain(whole, request).said()
+    assert max(drafted.tokens) > 15
+    assert drafted.stats.accepted > 5
+    assert max(guessed) == 15
+    assert not draft.counters
 
 
 def test_what_the_filters_bar_is_not_proposed() -> None:

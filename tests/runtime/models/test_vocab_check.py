@@ -3,7 +3,7 @@
 import pytest
 
 from runtime.core.errors import PairMismatch
-from runtime.models.vocab_check import check_pair, vocabulary_hash
+from runtime.models.vocab_check import check_pair, vocabulary_hash, vocabulary_size
 
 
 class Words:
@@ -34,7 +34,7 @@ def test_equal_vocabularies_fit() -> None:
     ("theirs", "difference"),
     [
         (Words("a", "c", "b"), r"3 and 3 tokens; id 1 is 'b' in one and 'c' in the other"),
-        (Words("a", "b"), r"3 and 2 tokens; id 2 is 'c' in one and nothing in the other"),
+        (Words("a", "c"), r"3 and 2 tokens; id 1 is 'b' in one and 'c' in the other"),
         (Words("a", "b", "c", "d"), r"3 and 4 tokens; id 3 is nothing in one and 'd' in the other"),
     ],
 )
@@ -43,6 +43,20 @@ def test_a_mismatch_names_both_sides(theirs: Words, difference: str) -> None:
         PairMismatch, match=rf"^big and small differ in vocabulary \({difference}\): choose a draft"
     ):
         check(Words("a", "b", "c"), theirs)
+
+
+def test_a_draft_may_lack_the_last_tokens_and_that_is_told() -> None:
+    assert check(Words("a", "b", "c", "d"), Words("a", "b")) == [
+        "small lacks 2 of the 4 tokens of big, 'c' among them: it never guesses them, "
+        "and reads them as unknown"
+    ]
+
+
+def test_the_hash_of_a_part_is_that_of_a_shorter_vocabulary() -> None:
+    whole = Words("a", "b", "c")
+    assert vocabulary_hash(whole, 2) == vocabulary_hash(Words("a", "b")) != vocabulary_hash(whole)
+    assert vocabulary_hash(whole, vocabulary_size(whole)) == vocabulary_hash(whole)
+    assert (vocabulary_size(whole), vocabulary_size(Words())) == (3, 0)
 
 
 def test_a_shorter_draft_is_allowed_and_told() -> None:
