@@ -39,7 +39,7 @@ class Gateway:
     """Serves HTTP.
 
     `get_fleet` returns the current fleet and is called on another thread; it raises Unavailable if
-    the fleet is unknown.
+    the fleet is unknown. After any error it is asked again.
     """
 
     def __init__(self, plan: Deployment, get_fleet: GetFleet) -> None:
@@ -92,17 +92,19 @@ class Gateway:
     def _watch(self) -> None:
         while not self._stopping.is_set():
             try:
-                self.fleet = self.get_fleet()
+                self._update()
             except Unavailable as error:
                 log.warning("the fleet cannot be updated: %s", error)
-            else:
-                # While a deployment changes, the fleet may have targets of another model too.
-                self.network.run(
-                    update_router(
-                        self.router, targets_of_model(self.fleet.targets, self.plan.target.model)
-                    )
-                )
+            except Exception as error:
+                # Asked again: the view must not freeze for good.
+                log.error("the fleet cannot be updated: %s", type(error).__name__, exc_info=error)
             self._stopping.wait(FLEET_POLL_PERIOD_S)
+
+    def _update(self) -> None:
+        self.fleet = self.get_fleet()
+        # While a deployment changes, the fleet may have targets of another model too.
+        targets = targets_of_model(self.fleet.targets, self.plan.target.model)
+        self.network.run(update_router(self.router, targets))
 
 
 async def update_router(router: Router, targets: Sequence[TargetState]) -> None:

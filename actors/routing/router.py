@@ -335,8 +335,8 @@ async def next_chunk(
 async def updated_router(router: Router, get_targets: GetTargets) -> AsyncIterator[Router]:
     """Yields the router and updates it periodically; closes it at the end of the block.
 
-    `get_targets` is called on another thread. While it raises Unavailable, the targets stay as they
-    were.
+    `get_targets` is called on another thread. While it raises an error, the targets stay as they
+    were; an error other than Unavailable is logged.
     """
     watching = asyncio.create_task(poll_targets(router, get_targets))
     try:
@@ -349,6 +349,11 @@ async def updated_router(router: Router, get_targets: GetTargets) -> AsyncIterat
 
 async def poll_targets(router: Router, get_targets: GetTargets) -> None:
     while True:
-        with contextlib.suppress(Unavailable):
+        try:
             router.update(await asyncio.to_thread(get_targets))
+        except Unavailable:
+            pass  # the sessions that wait for a target say so
+        except Exception as error:
+            # Asked again: the view must not freeze for good.
+            log.error("the targets cannot be updated: %s", type(error).__name__, exc_info=error)
         await asyncio.sleep(POLL_PERIOD_S)

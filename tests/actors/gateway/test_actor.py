@@ -84,6 +84,23 @@ def ready(gateway: Gateway) -> None:
         time.sleep(0.01)
 
 
+def test_an_unexpected_error_does_not_end_the_watch(
+    behind: Behind, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("actors.gateway.actor.FLEET_POLL_PERIOD_S", 0.01)
+    said: list[Exception] = [KeyError("a fault of ours"), Unavailable("no answer")]
+
+    def look() -> Fleet:
+        if said:
+            raise said.pop(0)
+        return behind.fleet
+
+    with started(GatewayConfig(port=0), look) as gateway:
+        ready(gateway)
+        assert gateway.service.ready
+    assert "the fleet cannot be updated: KeyError" in caplog.text
+
+
 def test_from_the_url_to_the_target_and_back_in_secret(
     behind: Behind, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -100,17 +100,26 @@ def test_a_new_session_whose_name_is_taken_is_refused_at_once() -> None:
     played(main())
 
 
-def test_it_follows_whoever_knows_who_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first life is lost before anybody knows the second; sometimes nobody knows one at all."""
+def test_it_follows_whoever_knows_who_is_there(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first life is lost before anybody knows the second; sometimes nobody knows one at all.
+
+    An error that nobody expects is logged, and does not end the watch.
+    """
     monkeypatch.setattr("actors.routing.router.POLL_PERIOD_S", 0.001)
     first, second = Scripted(ANSWER, cut=5), Scripted(ANSWER)
     bodies = {"t/0": first, "t/1": second}
-    said: list[TargetState | None] = [None, there("t"), None]
+    said: list[TargetState | Exception] = [
+        Unavailable("the controller does not answer"),
+        there("t"),
+        KeyError("a fault of ours"),
+    ]
 
     def look() -> list[TargetState]:
         known = said.pop(0) if said else there("t", int(bool(first.asked)))
-        if known is None:
-            raise Unavailable("the controller does not answer")
+        if isinstance(known, Exception):
+            raise known
         return [known]
 
     async def main() -> None:
@@ -120,6 +129,7 @@ def test_it_follows_whoever_knows_who_is_there(monkeypatch: pytest.MonkeyPatch) 
         assert second.closed
 
     asyncio.run(main())
+    assert "the targets cannot be updated: KeyError" in caplog.text
 
 
 def test_the_choice() -> None:
