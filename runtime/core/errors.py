@@ -63,4 +63,6 @@ SESSION_FAULTS = (
     TypeError,
     AttributeError,
     ArithmeticError,
+    AssertionError,
+    OSError,
 )

@@ -96,7 +96,12 @@ class Detokenizer:
         return piece
 
     def _text(self, tokens: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        try:
+            text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of the library, which is no Exception
+                raise
+            raise RuntimeError(f"the tokenizer has failed: {error}") from error
         return text
 
     def _aligned(self) -> str:

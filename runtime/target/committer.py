@@ -60,9 +60,10 @@ class Committer:
         They were made at `decided` on the clock.
         """
         committed = [
-            self._move_root(item, decision, trace)
+            one
             for item, decision in zip(batch.items, decisions, strict=True)
             if decision is not None and self.requests.is_running(item.state)
+            if (one := self._move_root(item, decision, trace)) is not None
         ]
         outputs = [(one, chunk) for one in committed if (chunk := self._output(one)) is not None]
         self._credit(committed)
@@ -84,17 +85,29 @@ class Committer:
         nodes = sum(len(item.state.session.tree) - 1 for item in batch.items)
         trace.count(NODES, decided, nodes)
 
-    def _move_root(self, item: BatchItem, decision: Decision, trace: Trace) -> Committed:
-        """Apply a decision to its session and notify the drafters."""
+    def _move_root(self, item: BatchItem, decision: Decision, trace: Trace) -> Committed | None:
+        """Apply a decision to its session and notify the drafters; None if that fails, which ends
+        the session.
+        """
         session, accepted = item.state.session, decision.accepted
         guessed_by = (*(session.tree.drafter[node] for node in accepted.path), "")
-        nodes = len(session.tree)
-        commit, hit = session.apply(accepted)
+        nodes, base = len(session.tree), len(session.tokens) - 1
+        try:
+            commit, hit = session.apply(accepted)
+            self._send_features(item, decision, base)
+        except SESSION_FAULTS as error:
+            self._fail(item, base, error)
+            return None
         self.metrics.dropped += nodes - len(session.tree)
-        self._send_features(item, decision, commit.base - 1)
         self.drafters.notify_commit(item.state, commit)
         trace.sent(commit, self.clock(), TARGET)
         return Committed(item, decision, commit, guessed_by, hit)
+
+    def _fail(self, item: BatchItem, base: int, error: Exception) -> None:
+        """End a session in a step that began with `base` slots in its cache."""
+        cache = item.state.cache
+        cache.truncate(min(cache.length, base))  # what is behind is in no order
+        self.requests.fail(item.state, error)
 
     def _send_features(self, item: BatchItem, decision: Decision, start: int) -> None:
         """Keep and send what the pass has shown of the tokens from position `start` on."""
@@ -112,9 +125,7 @@ class Committer:
             keep_accepted(state.cache, base, one.item.nodes, one.decision.accepted.path)
             return state.make_chunk(one.commit, one.guessed_by, one.decision.logprobs)
         except SESSION_FAULTS as error:
-            # What is behind is in no order.
-            state.cache.truncate(min(state.cache.length, base))
-            self.requests.fail(state, error)
+            self._fail(one.item, base, error)
             return None
 
     def _credit(self, committed: Sequence[Committed]) -> None:

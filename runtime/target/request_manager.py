@@ -1,9 +1,11 @@
 """Manages the sessions of a target: each begins when KV memory is free, and ends once."""
 
+import logging
 import math
 from collections.abc import Sequence
 
 from runtime.core.clock import Clock
+from runtime.core.errors import SESSION_FAULTS
 from runtime.core.messages import Chunk, Close, FinishReason, Style
 from runtime.kv.prefix_cache import PrefixCache
 from runtime.models.base import HiddenStateModel, Model
@@ -15,6 +17,8 @@ from runtime.target.head_runner import HeadRunner
 from runtime.target.request_state import RequestState
 from runtime.target.session import Session
 from runtime.telemetry.metrics import SessionMetrics, TargetMetrics
+
+log = logging.getLogger(__name__)
 
 
 class RequestManager:
@@ -57,14 +61,25 @@ class RequestManager:
         self.expire()
         while (admitted := self.admission.next(len(self.running), self.model.context)) is not None:
             command, slots = admitted
-            request, now = command.request, self.clock()
-            bucket = self.calibrations.bucket(request.sampling.temperature)
-            session = Session(request, self.model.vocabulary, self.model.context, bucket, style)
-            state = self.running[session.id] = RequestState(
-                session, self.model.new_cache(), command, slots, committed_at=now, growth_at=now
-            )
-            self.metrics.prompt += session.prompt
-            self.drafters.open(state)
+            try:
+                self._begin(command, slots, style)
+            except SESSION_FAULTS as error:
+                if (state := self.running.get(command.request.session)) is not None:
+                    self.fail(state, error)
+                else:
+                    self.admission.release(slots)
+                    self._refuse(command, "error", describe(error))
+
+    def _begin(self, command: AddRequest, slots: int, style: Style) -> None:
+        """Begin a session. Raises what the model's cache raises."""
+        request, now = command.request, self.clock()
+        bucket = self.calibrations.bucket(request.sampling.temperature)
+        session = Session(request, self.model.vocabulary, self.model.context, bucket, style)
+        state = self.running[session.id] = RequestState(
+            session, self.model.new_cache(), command, slots, committed_at=now, growth_at=now
+        )
+        self.metrics.prompt += session.prompt
+        self.drafters.open(state)
 
     def count_features(self, row_bytes: int) -> None:
         """Count features of so many bytes a token as KV memory from now on."""
@@ -88,25 +103,34 @@ class RequestManager:
         return not self.running and not self.admission.waiting
 
     def finish(self, state: RequestState, last: Chunk) -> None:
-        """Remove the session everywhere, then deliver its last chunk.
+        """Remove the session everywhere, then deliver its last chunk, whatever happens.
 
         Its KV stays cached for texts with the same beginning.
         """
         session = state.session
         del self.running[session.id]
         self.admission.release(state.slots)
-        length = min(state.cache.length, len(session.tokens) - 1)
-        self.prefixes.keep(session.tokens[:length], state.cache, state.features)
+        try:
+            self._keep(state)
+            self.metrics.dropped += len(session.tree) - 1
+            self.drafters.notify(session, Close(session.id))
+            self.heads.close(session.id)
+        finally:
+            self._answer(state.admitted, last)
+
+    def _keep(self, state: RequestState) -> None:
+        """Cache the KV of a session that is over."""
+        length = min(state.cache.length, len(state.session.tokens) - 1)
+        try:
+            self.prefixes.keep(state.session.tokens[:length], state.cache, state.features)
+        except SESSION_FAULTS as error:
+            log.warning("the cache of a text is not kept: %s", describe(error))
         self.kv_kept = self.prefixes.slots
-        self.metrics.dropped += len(session.tree) - 1
-        self.drafters.notify(session, Close(session.id))
-        self.heads.close(session.id)
-        self._answer(state.admitted, last)
 
     def fail(self, state: RequestState, error: Exception) -> None:
         """End the session with an error."""
-        said = f"{type(error).__name__}: {error}"
-        self.finish(state, Chunk((), (), (), "error", state.stats(self.clock()), error=said))
+        stats = state.stats(self.clock())
+        self.finish(state, Chunk((), (), (), "error", stats, error=describe(error)))
 
     def abort(self, name: str, reason: FinishReason) -> None:
         """End a session, running or waiting; no error if the name is unknown."""
@@ -114,18 +138,25 @@ class RequestManager:
         if state is not None:
             self.finish(state, Chunk((), (), (), reason, state.stats(self.clock())))
         elif waiting is not None:
-            prompt, elapsed = len(waiting.request.prompt), self.clock() - waiting.received_at
-            stats = SessionMetrics().stats(prompt, 0, 0, {}, {}, 0.0, elapsed)
-            self._answer(waiting, Chunk((), (), (), reason, stats))
+            self._refuse(waiting, reason)
+
+    def _refuse(self, command: AddRequest, reason: FinishReason, error: str = "") -> None:
+        """End a request that has not begun."""
+        prompt, elapsed = len(command.request.prompt), self.clock() - command.received_at
+        stats = SessionMetrics().stats(prompt, 0, 0, {}, {}, 0.0, elapsed)
+        self._answer(command, Chunk((), (), (), reason, stats, error=error))
 
     def abort_all(self, arrived: Sequence[AddRequest]) -> None:
         """End all sessions, and the requests in `arrived`, which are not queued yet, as
-        cancelled.
+        cancelled. An error in one of them leaves no other without its last chunk.
         """
         self.admission.waiting.extend(arrived)
         waiting = [command.request.session for command in self.admission.waiting]
         for name in [*self.running, *waiting]:
-            self.abort(name, "cancelled")
+            try:
+                self.abort(name, "cancelled")
+            except SESSION_FAULTS as error:
+                log.error("session %s could not be ended in order: %s", name, describe(error))
 
     def expire(self) -> None:
         """End the sessions whose deadline has passed."""
@@ -165,3 +196,7 @@ class RequestManager:
             self.metrics.finished[last.finish_reason] += 1
         self.publish()
         command.deliver(last)
+
+
+def describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -271,6 +271,23 @@ def test_a_long_prompt_gives_the_output_of_the_whole(
     assert before + "".join(pieces(tokenizer, prompt, output)) == whole
 
 
+class PanicException(BaseException):
+    """Named as what a library of Rust raises, which is no Exception."""
+
+
+def test_a_panic_of_the_library_is_an_error_of_the_text(shipped: Tokenizer) -> None:
+    class Panicking(Counting):
+        def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+            if 7 in tokens:
+                raise PanicException("index out of bounds")
+            return super().decode(tokens, skip_special_tokens)
+
+    detokenizer = Detokenizer(Panicking(shipped), [5])  # type: ignore[arg-type]
+    detokenizer.decode(6)
+    with pytest.raises(RuntimeError, match="the tokenizer has failed: index out of bounds"):
+        detokenizer.decode(7)
+
+
 def test_no_prompt(tokenizer: Tokenizer) -> None:
     output = tokenizer.encode("Hello you").ids
     assert "".join(pieces(tokenizer, [], output)) == decoded(tokenizer, output)

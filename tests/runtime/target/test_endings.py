@@ -64,7 +64,14 @@ class Breaking(ToyModel):
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("out of memory"), ValueError("shape"), MemoryError("cache")]
+    "error",
+    [
+        RuntimeError("out of memory"),
+        ValueError("shape"),
+        MemoryError("cache"),
+        AssertionError("torch"),
+        OSError("mapped file"),
+    ],
 )
 def test_an_error_ends_its_session_and_no_other(error: Exception) -> None:
     model = Breaking(vocabulary=24, memory=3)
@@ -112,6 +119,84 @@ def test_what_a_failed_session_leaves_in_its_cache_is_read_by_nobody() -> None:
     (found,) = lockstep.run(request)
     assert found.said() == plain(TOY, request).said()
     assert found.stats.reused == len(prompt) - 1
+
+
+class Spent(ToyModel):
+    """Has no memory for its second cache."""
+
+    caches = 0
+
+    def new_cache(self) -> ToyCache:
+        self.caches += 1
+        if self.caches == 2:
+            raise MemoryError("cache")
+        return super().new_cache()
+
+
+def test_an_error_while_a_session_begins_ends_it_and_no_other() -> None:
+    lockstep = Lockstep(engine_of(Spent(vocabulary=24, memory=3)))
+    found = lockstep.run(*(asking(PROMPT, name) for name in "abc"))
+    assert [one.reason for one in found] == ["length", "error", "length"]
+    assert (found[1].error, found[1].tokens) == ("MemoryError: cache", ())
+    assert [one.said() for one in (found[0], found[2])] == [alone(asking(PROMPT))] * 2
+    requests = lockstep.engine.requests
+    assert requests.idle
+    assert requests.admission.reserved == 0
+
+
+def failing(*arguments: Any, **options: Any) -> Any:
+    raise AssertionError("a fault of ours")
+
+
+@pytest.mark.parametrize("what", ["apply", "_send_features"])
+def test_an_error_while_a_root_moves_ends_its_session_and_no_other(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lockstep = Lockstep(engine_of(TOY))
+    chunks = [lockstep.admit(asking(PROMPT, name)) for name in "abc"]
+    lockstep.round()
+    committer, state = lockstep.engine.committer, lockstep.engine.requests.running["b"]
+    if what == "apply":
+        monkeypatch.setattr(state.session, "apply", failing)
+    else:
+        send = committer._send_features
+        monkeypatch.setattr(
+            committer,
+            "_send_features",
+            lambda item, *rest: failing() if item.state is state else send(item, *rest),
+        )
+    while lockstep.engine.requests.running:
+        lockstep.round()
+    found = [output(one) for one in chunks]
+    assert [one.reason for one in found] == ["length", "error", "length"]
+    assert found[1].tokens == tuple(TEXT[5:6])
+    assert [one.said() for one in (found[0], found[2])] == [alone(asking(PROMPT))] * 2
+    later = asking(TEXT[:20], "later")
+    assert lockstep.run(later)[0].said() == plain(TOY, later).said()
+
+
+def test_a_cache_that_cannot_be_kept_takes_no_answer_along(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = engine_of(TOY)
+    monkeypatch.setattr(engine.requests.prefixes, "keep", failing)
+    found = Lockstep(engine).run(asking(PROMPT, "a"), asking(PROMPT, "b"))
+    assert [one.said() for one in found] == [alone(asking(PROMPT))] * 2
+    assert "is not kept: AssertionError" in caplog.text
+
+
+def test_a_fault_at_the_end_of_all_leaves_no_caller_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chunks: list[list[Chunk]] = [[], [], []]
+    engine = engine_of(TOY)
+    monkeypatch.setattr(engine.heads, "close", failing)
+    for name, into in zip("abc", chunks, strict=True):
+        request = asking(PROMPT, name)
+        engine.inbox.put(AddRequest(request, lettering()(request), into.append))
+    engine.inbox.put(Stop())
+    engine.run()
+    assert [[chunk.finish_reason for chunk in into] for into in chunks] == [["cancelled"]] * 3
 
 
 def test_an_error_while_reading_the_prompt() -> None:
