@@ -4,7 +4,6 @@ There is no access log, because it would contain addresses and keys.
 """
 
 import asyncio
-import ipaddress
 import logging
 import socket
 from functools import partial
@@ -14,6 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from actors.gateway.connection import ClientConnection, ConnectionTable
+from actors.rpc.endpoints import is_loopback
 from runtime.config import GatewayConfig
 from runtime.core import limits
 from runtime.core.errors import InvalidRequest, Unavailable
@@ -58,13 +58,6 @@ def check_exposure(config: GatewayConfig) -> None:
             "gateway",
         )
     log.warning("insecure, as configured: other hosts can reach the gateway without %s", lacking)
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def listen(host: str, port: int) -> socket.socket:

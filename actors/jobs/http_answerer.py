@@ -11,6 +11,7 @@ from typing import Any
 import httpx2
 
 from actors.jobs.items import Answer, Item
+from actors.jobs.proxies import proxy_note, proxy_of
 from runtime.core.errors import InvalidRequest, Overloaded, Unavailable
 
 CONNECT_TIMEOUT_S = 10.0
@@ -66,14 +67,12 @@ async def open_gateway(
     """
     url = url.rstrip("/")
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
     timeout = httpx2.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+    via = proxy_note(url)
     async with httpx2.AsyncClient(
         headers=headers,
         timeout=timeout,
-        limits=limits,
-        transport=transport,
-        verify=True if authority is None else authority,
+        transport=transport or direct_or_proxied(url, authority),
     ) as client:
         try:
             response = await client.get(f"{url}/models", timeout=CONNECT_TIMEOUT_S)
@@ -82,10 +81,30 @@ async def open_gateway(
         if response.status_code == UNAUTHORIZED:
             raise InvalidRequest(wrong_key_message(url), "api_key_file")
         if not response.is_success and response.status_code not in RETRIED_STATUSES:
-            raise Unavailable(f"{url}/models answers {response.status_code}: {URL_HINT}")
+            raise Unavailable(f"{url}/models answers {response.status_code}{via}: {URL_HINT}")
         if response.is_success and "data" not in (json_object(response) or {}):
-            raise Unavailable(f"{url}/models answers without a list of models: {URL_HINT}")
+            raise Unavailable(f"{url}/models answers without a list of models{via}: {URL_HINT}")
         yield HttpAnswerer(client, url)
+
+
+def direct_or_proxied(url: str, authority: ssl.SSLContext | None) -> httpx2.AsyncHTTPTransport:
+    """Returns a transport to the gateway, through the proxy of the environment if one applies.
+
+    Raises InvalidRequest if that proxy cannot be used.
+    """
+    try:
+        return httpx2.AsyncHTTPTransport(
+            verify=True if authority is None else authority,
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
+            proxy=proxy_of(url),
+        )
+    except (ValueError, ImportError, httpx2.InvalidURL) as error:
+        why = str(error).splitlines()[0]
+        raise InvalidRequest(
+            f"{url} cannot be reached{proxy_note(url)} ({why}): change http_proxy, or name the host"
+            " in no_proxy",
+            "url",
+        ) from error
 
 
 def read_key(file: Path) -> str:
@@ -156,8 +175,9 @@ def json_object(response: httpx2.Response) -> dict[str, Any] | None:
 
 
 def unreachable_message(url: str, error: Exception) -> str:
-    why = str(error) or type(error).__name__
-    return f"no gateway answers at {url} ({why}): start it, or give another --url"
+    why, via = str(error) or type(error).__name__, proxy_note(url)
+    past = ", or name its host in no_proxy" if via else ""
+    return f"no gateway answers at {url}{via} ({why}): start it, or give another --url{past}"
 
 
 def wrong_key_message(url: str) -> str:

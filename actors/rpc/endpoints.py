@@ -1,5 +1,6 @@
 """The addresses by which actors find each other."""
 
+import ipaddress
 import os
 from dataclasses import dataclass
 
@@ -38,3 +39,11 @@ def own_location(address: str) -> ActorLocation:
 
     node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
     return ActorLocation(address, os.getpid(), node)
+
+
+def is_loopback(host: str) -> bool:
+    """Tells whether the host, an IP address or a name, is this machine's loopback."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

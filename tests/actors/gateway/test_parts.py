@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from actors.gateway import idempotency
 from actors.gateway.api_keys import ApiKeys, is_open, read_keys
 from actors.gateway.idempotency import IdempotencyCache
-from actors.gateway.server import build_server, check_exposure, is_loopback, listen
+from actors.gateway.server import build_server, check_exposure, listen
 from actors.gateway.streams import merge_chunks
 from actors.openai import chat_template
 from actors.openai.chat_template import render
@@ -28,6 +28,7 @@ from actors.openai.errors import ApiError
 from actors.openai.json_body import parse_json
 from actors.openai.protocol import parse_body
 from actors.openai.usage import merge_stats
+from actors.rpc.endpoints import is_loopback
 from runtime.config import GatewayConfig, TlsConfig
 from runtime.core.errors import InvalidRequest, Unavailable
 from runtime.core.messages import Chunk, Request, Round, Stats

@@ -178,6 +178,106 @@ def test_a_url_where_nobody_is_is_named(url: str) -> None:
     assert url in str(caught.value)
 
 
+PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in PROXY_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    return monkeypatch
+
+
+class Listener:
+    """An HTTP server on a loopback port that answers everything alike; `seen` are request lines."""
+
+    def __init__(self, body: bytes) -> None:
+        self.body, self.seen = body, list[str]()
+
+    async def __aenter__(self) -> "Listener":
+        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+        self.port = self.server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.server.close()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        self.seen.append(head.decode().splitlines()[0])
+        size = len(self.body)
+        writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % size)
+        writer.write(self.body)
+        await writer.drain()
+        writer.close()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.9.9.9"])
+def test_loopback_goes_past_proxies(environment: pytest.MonkeyPatch, host: str) -> None:
+    """Whatever the variables say: one names a proxy of a kind that nobody knows."""
+
+    async def enter() -> None:
+        async with Listener(b'{"data": []}') as gateway, Listener(b"") as proxy:
+            environment.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
+            environment.setenv("all_proxy", "gopher://proxy:70")
+            url = f"http://{host}:{gateway.port}/v1"
+            if host == "127.9.9.9":
+                gateway.server.close()
+                with pytest.raises(Unavailable) as caught:
+                    await open_gateway(url).__aenter__()
+                assert "proxy" not in str(caught.value)
+                assert not proxy.seen
+                return
+            async with open_gateway(url):
+                pass
+            assert gateway.seen == ["GET /v1/models HTTP/1.1"]
+            assert not proxy.seen
+
+    asyncio.run(enter())
+
+
+def test_other_hosts_are_reached_through_the_proxy(environment: pytest.MonkeyPatch) -> None:
+    async def enter() -> None:
+        async with Listener(b'{"data": []}') as proxy:
+            environment.setenv("HTTP_PROXY", f"me:SECRET@127.0.0.1:{proxy.port}")
+            async with open_gateway(URL):
+                pass
+            assert proxy.seen == [f"GET {URL}/models HTTP/1.1"]
+            proxy.body = b"<html>who are you?</html>"
+            named = f"through the proxy http://127.0.0.1:{proxy.port}"
+            with pytest.raises(Unavailable, match=named) as caught:
+                await open_gateway(URL).__aenter__()
+            assert "SECRET" not in str(caught.value)
+
+    asyncio.run(enter())
+
+
+@pytest.mark.parametrize(
+    ("proxy", "error"),
+    [
+        ("http://127.0.0.1:1", Unavailable),
+        ("gopher://127.0.0.1:70", InvalidRequest),
+        ("socks9://a", InvalidRequest),
+    ],
+)
+def test_a_proxy_that_does_not_work_is_named(
+    environment: pytest.MonkeyPatch, proxy: str, error: type[OutriderError]
+) -> None:
+    async def enter() -> None:
+        async with open_gateway(URL):
+            pytest.fail("somebody answered")
+
+    environment.setenv("all_proxy", proxy)
+    with pytest.raises(error, match=f"through the proxy {proxy}") as caught:
+        asyncio.run(enter())
+    assert "no_proxy" in str(caught.value)
+    environment.setenv("no_proxy", "example.org,gateway.test")
+    with pytest.raises(Unavailable) as direct:
+        asyncio.run(enter())
+    assert "proxy" not in str(direct.value)
+
+
 def test_a_retry_after_is_obeyed_within_reason() -> None:
     assert [
         retry_after_seconds(given)
