@@ -71,6 +71,7 @@ def encode_chunk(chunk: Chunk) -> Message:
         else pb.Stats(**{name: getattr(chunk.stats, name) for name in STATS_FIELDS}),
         error=chunk.error,
         logprobs=_logprobs_to_pb(chunk.logprobs) if chunk.logprobs else None,
+        prompt_logprobs=_logprobs_to_pb(chunk.prompt_logprobs) if chunk.prompt_logprobs else None,
     )
 
 
@@ -95,6 +96,7 @@ def decode_chunk(data: bytes) -> Chunk:
         _stats_from_pb(chunk.stats) if chunk.HasField("stats") else None,
         chunk.error,
         _logprobs_from_pb(chunk.logprobs, len(chunk.tokens)) if chunk.HasField("logprobs") else (),
+        _logprobs_from_pb(chunk.prompt_logprobs, len(chunk.prompt_logprobs.chosen)),
     )
 
 

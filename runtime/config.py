@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from runtime.core import limits
 from runtime.core.cpu_partition import share_of
 from runtime.core.errors import InvalidRequest
 from runtime.method_registry import drafting_methods, head_methods
@@ -271,6 +272,18 @@ class LimitsConfig(StrictModel):
         default=256, ge=1, description="under way at one time in one gateway; beyond: 503"
     )
     per_key: int = Field(default=64, ge=1, description="of one key at one time; beyond: 429")
+    prompts: int = Field(
+        default=128, ge=1, le=limits.PROMPTS, description="of one completion; beyond: 400"
+    )
+    choices: int = Field(
+        default=limits.CHOICES, ge=1, le=limits.CHOICES, description="n of a prompt; beyond: 400"
+    )
+    prompt_logprobs: int = Field(
+        default=1 << 18,
+        ge=1,
+        description="log-probabilities of prompts in one answer (echo): prompt tokens times"
+        " 1 + logprobs, of all choices; beyond: 400",
+    )
     request_seconds: float = Field(
         default=600.0, gt=0, description="deadline of a request that names none"
     )

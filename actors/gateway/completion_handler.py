@@ -25,14 +25,15 @@ from actors.gateway.idempotency import check_key
 from actors.gateway.metrics import CLIENT_CLOSED, RequestTimer
 from actors.gateway.state import Service, now
 from actors.gateway.streams import DONE, Pieces, merge_chunks, run_until_disconnect, sse, to_json
+from actors.openai.echo import Echo, build_echoes
 from actors.openai.errors import ApiError, to_api_error
 from actors.openai.json_body import ClientDisconnected, parse_json, read_body
-from actors.openai.protocol import AnyBody, parse_body
+from actors.openai.protocol import AnyBody, CompletionBody, parse_body
 from actors.openai.request_adapter import build_requests
 from actors.openai.response_builder import ResponseBuilder
 from runtime.core import limits
 from runtime.core.errors import InvalidRequest, OutriderError
-from runtime.core.messages import Request
+from runtime.core.messages import Chunk, Request
 
 # A target ends a late session itself. This grace period ends responses that a client does not read.
 DEADLINE_GRACE_S = 5.0
@@ -49,6 +50,7 @@ class ParsedRequest:
 
     body: AnyBody
     requests: list[Request]
+    echoes: list[Echo]
     arrived: float
     until: float
 
@@ -112,8 +114,15 @@ class CompletionHandler(Response):
                 hashlib.sha256(f"{key and key.name}\n{repeated}".encode()).digest()[:8], signed=True
             )
         left = max(arrived + seconds - now(), 0.001)
-        found = await asyncio.to_thread(build_requests, body, self.service.served, name, seed, left)
-        return ParsedRequest(body, found, arrived, arrived + seconds)
+        found = await asyncio.to_thread(
+            build_requests, body, self.service.served, name, seed, left, self.service.limits
+        )
+        echoes = (
+            await asyncio.to_thread(build_echoes, body, self.service.served, found)
+            if isinstance(body, CompletionBody) and body.echo
+            else []
+        )
+        return ParsedRequest(body, found, echoes, arrived, arrived + seconds)
 
     def _deduplicated(
         self,
@@ -142,7 +151,12 @@ class CompletionHandler(Response):
         Nothing is yielded before a target has accepted the request.
         """
         answer = ResponseBuilder(
-            parsed.body, self.service.served, parsed.requests, uuid.uuid4().hex, int(time.time())
+            parsed.body,
+            self.service.served,
+            parsed.requests,
+            uuid.uuid4().hex,
+            int(time.time()),
+            parsed.echoes,
         )
         timer = RequestTimer(
             self.service.metrics, parsed.requests, parsed.body.n, parsed.arrived, now
@@ -158,7 +172,11 @@ class CompletionHandler(Response):
                     if not parsed.body.stream:
                         answer.add(index, chunk)
                         continue
-                    events = b"".join(map(sse, answer.delta(index, chunk)))
+                    events = (
+                        await asyncio.to_thread(sse_events, answer, index, chunk)
+                        if chunk.prompt_logprobs
+                        else sse_events(answer, index, chunk)
+                    )
                     if held is None:
                         if events:
                             yield events
@@ -178,7 +196,12 @@ class CompletionHandler(Response):
         self.service.limiter.release(
             entry
         )  # before the client sees the end and may send its next request
-        yield DONE if parsed.body.stream else to_json(answer.response())
+        if parsed.body.stream:
+            yield DONE
+        elif parsed.echoes:  # may have many logprobs
+            yield await asyncio.to_thread(lambda: to_json(answer.response()))
+        else:
+            yield to_json(answer.response())
 
 
 class ResponseWriter:
@@ -228,6 +251,10 @@ class ResponseWriter:
         self.started = True
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
         await self.send({"type": "http.response.start", "status": status, "headers": raw})
+
+
+def sse_events(answer: ResponseBuilder, index: int, chunk: Chunk) -> bytes:
+    return b"".join(map(sse, answer.delta(index, chunk)))
 
 
 def request_timeout_s(header: str | None, field: Any) -> float | None:

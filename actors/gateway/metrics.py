@@ -218,8 +218,7 @@ class RequestTimer:
                 if not any(self.counts):
                     metrics.first.observe(now - self.arrived)
                 self.begun[index] = now
-                if index % self.n == 0:
-                    metrics.prompts.inc(len(self.requests[index].prompt))
+                self._count_prompt(index)
             else:
                 metrics.between.observe(now - self.last[index])
             self.last[index] = now
@@ -228,8 +227,14 @@ class RequestTimer:
         if chunk.finish_reason is not None:
             self._ended(index, chunk, now)
 
+    def _count_prompt(self, index: int) -> None:
+        if index % self.n == 0:
+            self.metrics.prompts.inc(len(self.requests[index].prompt))
+
     def _ended(self, index: int, chunk: Chunk, now: float) -> None:
         metrics, begun, count = self.metrics, self.begun[index], self.counts[index]
+        if chunk.finish_reason == "length" and begun is None:  # only its prompt was read
+            self._count_prompt(index)
         self.open -= 1
         metrics.ended(str(chunk.finish_reason))
         if begun is not None and count > 1:

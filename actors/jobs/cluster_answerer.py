@@ -16,11 +16,13 @@ from actors.fleet.ray_session import translate_ray_errors
 from actors.gateway.streams import GenerationBackend, merge_chunks
 from actors.jobs.items import Answer, Item
 from actors.openai import protocol, request_adapter, response_builder
+from actors.openai.echo import Echo, build_echoes
 from actors.openai.errors import ApiError, to_api_error
+from actors.openai.request_adapter import DEFAULT_LIMITS
 from actors.openai.served_model import ServedModel, load_served_model
 from actors.routing.router import Router, updated_router
 from actors.rpc.client import GrpcTarget
-from runtime.config import Deployment
+from runtime.config import Deployment, LimitsConfig
 from runtime.core.errors import InvalidRequest, TargetsLost, Unavailable
 from runtime.core.messages import Request
 
@@ -31,9 +33,13 @@ class ClusterAnswerer:
     """Answers items with `targets`, which serve `served`. Created by `open_deployment`."""
 
     def __init__(
-        self, targets: GenerationBackend, served: ServedModel, now: Callable[[], float] = time.time
+        self,
+        targets: GenerationBackend,
+        served: ServedModel,
+        now: Callable[[], float] = time.time,
+        limits: LimitsConfig = DEFAULT_LIMITS,
     ) -> None:
-        self._targets, self._served, self._now = targets, served, now
+        self._targets, self._served, self._now, self._limits = targets, served, now, limits
 
     async def answer(self, item: Item) -> Answer:
         """Answers an item as `Answerer` specifies."""
@@ -47,14 +53,18 @@ class ClusterAnswerer:
             return Answer(found.status, found.body(), name)
 
     async def _answered(self, item: Item, name: str) -> dict[str, Any]:
-        body, asked = await asyncio.to_thread(self._translated, item, name)
-        answer = response_builder.ResponseBuilder(body, self._served, asked, name, int(self._now()))
+        body, asked, echoes = await asyncio.to_thread(self._translated, item, name)
+        answer = response_builder.ResponseBuilder(
+            body, self._served, asked, name, int(self._now()), echoes
+        )
         async with aclosing(merge_chunks(self._targets, asked)) as chunks:
             async for index, chunk in chunks:
                 answer.add(index, chunk)
         return answer.response()
 
-    def _translated(self, item: Item, name: str) -> tuple[protocol.AnyBody, list[Request]]:
+    def _translated(
+        self, item: Item, name: str
+    ) -> tuple[protocol.AnyBody, list[Request], list[Echo]]:
         body, _ = protocol.parse_body(item.url, item.body)
         if body.model != self._served.name:
             raise ApiError(
@@ -63,9 +73,10 @@ class ClusterAnswerer:
                 f"unknown model: ask for {self._served.name}",
                 "model",
             )
-        return body, request_adapter.build_requests(
-            body, self._served, name, item.body["seed"], body.timeout
+        asked = request_adapter.build_requests(
+            body, self._served, name, item.body["seed"], body.timeout, self._limits
         )
+        return body, asked, build_echoes(body, self._served, asked)
 
 
 @asynccontextmanager
@@ -82,7 +93,7 @@ async def open_deployment() -> AsyncIterator[ClusterAnswerer]:
     served = await asyncio.to_thread(load_served_model, plan, int(time.time()))
     router = Router(lambda address: GrpcTarget(address, plan.security.tls))
     async with updated_router(router, lambda: poll_targets(plan.target.model)):
-        yield ClusterAnswerer(router, served)
+        yield ClusterAnswerer(router, served, limits=plan.limits)
 
 
 def poll_targets(model: str) -> list[TargetState]:

@@ -173,8 +173,15 @@ class CompletionBody(CommonBody):
         | Annotated[list[Ids], Field(min_length=1, max_length=limits.PROMPTS, fail_fast=True)]
         | Annotated[list[str | Ids], Field(min_length=1, max_length=limits.PROMPTS, fail_fast=True)]
     )
+    max_tokens: int | None = Field(default=None, ge=0, description="0 only with echo")
     logprobs: int | None = Field(default=None, ge=0, le=limits.LOGPROBS)
-    echo: Literal[False] = False
+    echo: bool = False
+
+    def prompts(self) -> list[str] | list[list[int]] | list[str | list[int]]:
+        """Returns the prompts; one that stands alone as a list of one."""
+        given: Any = self.prompt
+        alone = isinstance(given, str) or isinstance(given[0], int)
+        return [given] if alone else given
 
 
 class Message(StrictModel):

@@ -12,19 +12,27 @@ from actors.openai.chat_template import render, template_words
 from actors.openai.errors import ApiError, sanitize
 from actors.openai.protocol import AnyBody, ChatBody, CompletionBody, Message, StreamOptions
 from actors.openai.served_model import ServedModel
+from runtime.config import LimitsConfig
 from runtime.core import limits
 from runtime.core.messages import Request, Tokens
 from runtime.core.sampling_params import Constraint, SamplingParams
 
+DEFAULT_LIMITS = LimitsConfig()
+
 
 def build_requests(
-    body: AnyBody, served: ServedModel, name: str, seed: int, deadline: float | None = None
+    body: AnyBody,
+    served: ServedModel,
+    name: str,
+    seed: int,
+    deadline: float | None = None,
+    bounds: LimitsConfig = DEFAULT_LIMITS,
 ) -> list[Request]:
     """Returns a request for each choice: `n` for the first prompt, `n` for the second, and so on.
 
     Their sessions are called `name`-0, `name`-1, ... Choice i of a prompt is sampled with the
     body's seed + i, or with `seed` + i if the body has none. Raises InvalidRequest; ApiError if
-    OpenAI has a code for the error.
+    OpenAI has a code for the error, or one of `bounds` is exceeded.
     """
     if body.best_of not in (None, body.n):
         raise ApiError(
@@ -40,8 +48,16 @@ def build_requests(
             "stream_options without stream: leave them out, or set stream",
             "stream_options",
         )
+    echo = isinstance(body, CompletionBody) and body.echo
+    if body.max_tokens == 0 and not echo:
+        raise ApiError(
+            400,
+            "invalid_value",
+            "max_tokens 0 is not allowed: give at least 1, or set echo",
+            "max_tokens",
+        )
     found: list[Request] = []
-    for prompt in tokenize_prompts(body, served):
+    for prompt in tokenize_prompts(body, served, bounds):
         for choice in range(body.n):
             parameters = sampling_params(
                 body,
@@ -63,7 +79,12 @@ def build_requests(
     return found
 
 
-def tokenize_prompts(body: AnyBody, served: ServedModel) -> list[Tokens]:
+def tokenize_prompts(body: AnyBody, served: ServedModel, bounds: LimitsConfig) -> list[Tokens]:
+    """Returns the token ids of each prompt. Raises ApiError if a limit of the configuration is
+    exceeded.
+    """
+    if body.n > bounds.choices:
+        raise over_limit("n", body.n, "choices", bounds.choices)
     if isinstance(body, ChatBody):
         known = template_words(served.tokenizer)
         messages = [
@@ -71,9 +92,29 @@ def tokenize_prompts(body: AnyBody, served: ServedModel) -> list[Tokens]:
         ]
         text = render(served.tokenizer, messages)
         return [tuple(served.tokenizer.encode(text, add_special_tokens=False))]
-    given = body.prompt
-    several = isinstance(given, list) and not isinstance(given[0], int)
-    return [tokenize(prompt, served) for prompt in (given if several else [given])]
+    prompts = body.prompts()
+    if len(prompts) > bounds.prompts:
+        raise over_limit("prompt", len(prompts), "prompts", bounds.prompts)
+    found = [tokenize(prompt, served) for prompt in prompts]
+    if body.echo and body.logprobs is not None:
+        values = sum(map(len, found)) * body.n * (1 + body.logprobs)
+        if values > bounds.prompt_logprobs:
+            raise over_limit("logprobs", values, "prompt_logprobs", bounds.prompt_logprobs)
+    return found
+
+
+def over_limit(param: str, given: int, limit: str, most: int) -> ApiError:
+    what = {
+        "choices": f"n {given} is",
+        "prompts": f"{given} prompts are",
+        "prompt_logprobs": f"{given} log-probabilities of prompts are",
+    }[limit]
+    return ApiError(
+        400,
+        "invalid_value",
+        f"{what} over limits.{limit} of this server, {most}: ask for fewer at a time",
+        param,
+    )
 
 
 def tokenize(prompt: Any, served: ServedModel) -> Tokens:
@@ -182,7 +223,7 @@ def sampling_params(body: AnyBody, served: ServedModel, length: int, seed: int) 
     given = body.max_tokens
     if isinstance(body, ChatBody) and body.max_completion_tokens is not None:
         given = body.max_completion_tokens
-    room = served.context - length
+    room, least = served.context - length, 1 if given is None else given
     if length == 0:
         raise ApiError(
             400,
@@ -190,12 +231,12 @@ def sampling_params(body: AnyBody, served: ServedModel, length: int, seed: int) 
             "the prompt is empty: give at least one token",
             "messages" if isinstance(body, ChatBody) else "prompt",
         )
-    if room < (given or 1):
+    if room < least:
         raise ApiError(
             400,
             "context_length_exceeded",
             f"the model's context is {served.context} tokens; the prompt has {length} and"
-            f" {given or 1} are asked for: lower one of them",
+            f" {least} are asked for: lower one of them",
             "max_tokens" if room > 0 else "prompt",
         )
     return SamplingParams(
@@ -211,11 +252,14 @@ def sampling_params(body: AnyBody, served: ServedModel, length: int, seed: int) 
         ),
         seed=seed,
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop),
-        max_tokens=given or min(room, max(limits.DEFAULT_MAX_TOKENS, body.min_tokens)),
+        max_tokens=min(room, max(limits.DEFAULT_MAX_TOKENS, body.min_tokens))
+        if given is None
+        else given,
         min_tokens=body.min_tokens,
         ignore_eos=body.ignore_eos,
         logprobs=logprob_count(body),
         constraint=parse_constraint(body),
+        prompt_logprobs=prompt_logprob_count(body),
     )
 
 
@@ -241,6 +285,16 @@ def logprob_count(body: AnyBody) -> int | None:
             400, "invalid_value", "top_logprobs without logprobs: set logprobs", "top_logprobs"
         )
     return body.top_logprobs if body.logprobs else None
+
+
+def prompt_logprob_count(body: AnyBody) -> int | None:
+    """Returns how many top tokens to report with each token of the prompt; None for no logprobs.
+
+    A request that only has its prompt read asks for some in any case.
+    """
+    if not isinstance(body, CompletionBody) or not body.echo:
+        return None
+    return 0 if body.logprobs is None and body.max_tokens == 0 else body.logprobs
 
 
 def parse_constraint(body: AnyBody) -> Constraint | None:

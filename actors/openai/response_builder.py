@@ -6,8 +6,10 @@ Pure: callers pass names and times.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
+from actors.openai.echo import Echo
 from actors.openai.errors import ApiError
 from actors.openai.protocol import AnyBody, ChatBody, StreamOptions
 from actors.openai.served_model import ServedModel
@@ -21,28 +23,49 @@ OBFUSCATED_BYTES = 64  # sizes of obfuscated events are multiples of it, plus a 
 
 @dataclass(slots=True)
 class ChoiceOutput:
-    """The output of one choice.
+    """The output of one choice, behind its prompt if that is echoed.
 
     offset_of  returns the characters of text before the next token, which it is given
+    echo       the prompt, until it is part of the output
+    shown      characters of the prompt in the output
     offsets    of each token; empty if no offsets are asked for
+    logprobs   of each token, None for the first one of a prompt; empty if none are asked for
+    generated  tokens without those of the prompt
     """
 
     offset_of: Callable[[int], int] | None = None
+    echo: Echo | None = None
     text: str = ""
     tokens: list[int] = field(default_factory=list)
-    logprobs: list[Logprob] = field(default_factory=list)
+    logprobs: list[Logprob | None] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
+    prompt_logprobs: list[Logprob] = field(default_factory=list)
+    shown: int = 0
+    generated: int = 0
     reason: FinishReason | None = None
     stats: Stats | None = None
 
     def add(self, chunk: Chunk) -> None:
+        if self.echo is not None:
+            self._add_prompt(self.echo, chunk)
         self.text += "".join(chunk.pieces)
         self.tokens += chunk.tokens
+        self.generated += len(chunk.tokens)
         if self.offset_of is not None:
-            self.offsets += map(self.offset_of, chunk.tokens)
+            self.offsets += (self.shown + self.offset_of(token) for token in chunk.tokens)
         self.logprobs += chunk.logprobs
         if chunk.finish_reason is not None:
             self.reason, self.stats = chunk.finish_reason, chunk.stats
+
+    def _add_prompt(self, echo: Echo, chunk: Chunk) -> None:
+        """Adds the prompt, once its logprobs are complete if the response has some."""
+        self.prompt_logprobs += chunk.prompt_logprobs
+        if echo.offsets and len(self.prompt_logprobs) < len(echo.tokens) - 1:
+            return
+        self.text, self.shown, self.echo = echo.text, len(echo.text), None
+        if echo.offsets:
+            self.tokens, self.offsets = [*echo.tokens], [*echo.offsets]
+            self.logprobs = [None, *self.prompt_logprobs]
 
 
 class ResponseBuilder:
@@ -50,7 +73,8 @@ class ResponseBuilder:
 
     Either `add` all chunks, in any order of choices, and then call `response`; or send what `delta`
     returns for each. `name` is the response's id without its prefix, `created` is in seconds since
-    1970. Usage counts the tokens delivered.
+    1970. `echoes` are the prompts to show before each output, if any. Usage counts the tokens
+    delivered.
     """
 
     def __init__(
@@ -60,10 +84,14 @@ class ResponseBuilder:
         requests: Sequence[Request],
         name: str,
         created: int,
+        echoes: Sequence[Echo] = (),
     ) -> None:
         self.body, self.served, self.requests = body, served, requests
         self.chat, self.options = isinstance(body, ChatBody), body.stream_options or StreamOptions()
-        self.outputs = [ChoiceOutput(self.offset_counter(request)) for request in requests]
+        self.outputs = [
+            ChoiceOutput(self.offset_counter(request), echo)
+            for request, echo in zip_longest(requests, echoes)
+        ]
         self.head = {
             "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{name}",
             "created": created,
@@ -123,7 +151,7 @@ class ResponseBuilder:
             if (stats := self.outputs[first].stats) is not None
         )
         prompt = sum(len(self.requests[first].prompt) for first in firsts)
-        return usage(prompt, sum(len(output.tokens) for output in self.outputs), sum(reused))
+        return usage(prompt, sum(output.generated for output in self.outputs), sum(reused))
 
     def generation_info(self) -> dict[str, Any]:
         """Returns the first choice's seed, which reproduces the response, and the metrics of all
@@ -169,16 +197,17 @@ class ResponseBuilder:
 
     def delta(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
         """Adds a chunk and returns its events, possibly none. Raises like `add`."""
-        first = len(self.outputs[index].tokens)
+        output = self.outputs[index]
+        known, first = len(output.text), len(output.logprobs)
         self.add(index, chunk)
-        text = "".join(chunk.pieces)
-        if not text and not chunk.logprobs and chunk.finish_reason is None:
+        text, fresh = output.text[known:], output.logprobs[first:]
+        if not text and not fresh and chunk.finish_reason is None:
             return []
-        logprobs = self.logprobs(chunk.tokens, chunk.logprobs, self.outputs[index].offsets[first:])
-        output: dict[str, Any] = (
+        logprobs = self.logprobs(output.tokens[first:], fresh, output.offsets[first:])
+        content: dict[str, Any] = (
             {"delta": {"content": text} if text else {}} if self.chat else {"text": text}
         )
-        found = [self.event([self.choice(index, output, logprobs, chunk.finish_reason)])]
+        found = [self.event([self.choice(index, content, logprobs, chunk.finish_reason)])]
         if self.finished:
             if self.options.include_usage:
                 found.append(self.event([]) | {"usage": self.usage()})
@@ -206,7 +235,7 @@ class ResponseBuilder:
         return {"index": index, **output, "logprobs": logprobs, "finish_reason": reason}
 
     def logprobs(
-        self, tokens: Sequence[int], logprobs: Sequence[Logprob], offsets: Sequence[int]
+        self, tokens: Sequence[int], logprobs: Sequence[Logprob | None], offsets: Sequence[int]
     ) -> dict[str, Any] | None:
         if not logprobs:
             return None
@@ -215,7 +244,10 @@ class ResponseBuilder:
 
 
 def chat_logprobs(
-    pieces: TokenBytes, tokens: Sequence[int], logprobs: Sequence[Logprob], offsets: Sequence[int]
+    pieces: TokenBytes,
+    tokens: Sequence[int],
+    logprobs: Sequence[Logprob | None],
+    offsets: Sequence[int],
 ) -> dict[str, Any]:
     def entry(token: int, logprob: float) -> dict[str, Any]:
         data = pieces.decode_bytes([token])
@@ -225,31 +257,39 @@ def chat_logprobs(
         "content": [
             entry(token, found.chosen) | {"top_logprobs": [entry(*top) for top in found.top]}
             for token, found in zip(tokens, logprobs, strict=True)
+            if found is not None
         ],
         "refusal": None,
     }
 
 
 def completion_logprobs(
-    pieces: TokenBytes, tokens: Sequence[int], logprobs: Sequence[Logprob], offsets: Sequence[int]
+    pieces: TokenBytes,
+    tokens: Sequence[int],
+    logprobs: Sequence[Logprob | None],
+    offsets: Sequence[int],
 ) -> dict[str, Any]:
     """Returns the logprobs object of a completion.
 
     The chosen token is always among the top ones. Of tokens with equal text, the likeliest counts.
+    The first token of a prompt has no logprob: its entries are null.
     """
 
     def text(token: int) -> str:
         return pieces.decode_bytes([token]).decode(errors="replace")
 
-    tops: list[dict[str, float]] = []
+    tops: list[dict[str, float] | None] = []
     for token, found in zip(tokens, logprobs, strict=True):
+        if found is None:
+            tops.append(None)
+            continue
         top: dict[str, float] = {}
         for other, logprob in (*found.top, (token, found.chosen)):
             top.setdefault(text(other), logprob)
         tops.append(top)
     return {
         "tokens": [text(token) for token in tokens],
-        "token_logprobs": [found.chosen for found in logprobs],
+        "token_logprobs": [None if found is None else found.chosen for found in logprobs],
         "top_logprobs": tops,
         "text_offset": list(offsets),
     }

@@ -25,6 +25,8 @@ class RoutedSession:
     epoch           epoch of the current target
     calls           targets asked so far
     position        position in the output after the last token of the current target
+    scored          prompt tokens whose logprobs the client may have seen
+    scored_here     prompt tokens whose logprobs the current target has delivered
     guessed         for each chunk of the current target, the drafters of its tokens
     stats           statistics of the targets that it has left
     failed_targets  incarnations of targets that were lost since the last token
@@ -44,6 +46,8 @@ class RoutedSession:
     epoch: int = field(init=False)
     calls: int = 0
     position: int = 0
+    scored: int = 0
+    scored_here: int = 0
     guessed: list[tuple[str, ...]] = field(default_factory=list)
     stats: list[Stats] = field(default_factory=list)
     failed_targets: set[TargetLife] = field(default_factory=set)
@@ -88,8 +92,18 @@ class RoutedSession:
         self.calls += 1
         self.brought_tokens = False
         self.position = len(self.output)
+        self.scored_here = 0
         left = None if self.request.deadline is None else max(MIN_DEADLINE_S, self.ends - now)
-        return replace(self.request, committed=tuple(self.output), epoch=epoch, deadline=left)
+        sampling = self.request.sampling
+        if self.scored == len(self.request.prompt) - 1 and sampling.max_tokens:
+            sampling = replace(sampling, prompt_logprobs=None)  # the client has them all
+        return replace(
+            self.request,
+            sampling=sampling,
+            committed=tuple(self.output),
+            epoch=epoch,
+            deadline=left,
+        )
 
     def take(self, chunk: Chunk, epoch: int, now: float) -> Chunk:
         """Appends a chunk; returns what the client may see.
@@ -104,8 +118,9 @@ class RoutedSession:
         if not self.append(epoch, self.position, chunk.tokens):
             raise Unavailable("its output does not continue the previous output")
         self.position += len(chunk.tokens)
+        chunk = self.without_seen_logprobs(chunk)
         self.guessed.append(chunk.drafters)
-        if chunk.tokens:
+        if chunk.tokens or chunk.prompt_logprobs:
             self.failed_targets.clear()
             self.died_with_it.clear()
             self.delays.clear()
@@ -115,6 +130,18 @@ class RoutedSession:
         if self.over and self.stats:
             return replace(chunk, stats=self.total(chunk.stats, now))
         return chunk
+
+    def without_seen_logprobs(self, chunk: Chunk) -> Chunk:
+        """Returns the chunk without logprobs of the prompt that an earlier target has delivered.
+
+        Each target scores the whole prompt.
+        """
+        if not chunk.prompt_logprobs:
+            return chunk
+        seen = self.scored - self.scored_here
+        self.scored_here += len(chunk.prompt_logprobs)
+        self.scored = max(self.scored, self.scored_here)
+        return replace(chunk, prompt_logprobs=chunk.prompt_logprobs[seen:])
 
     def leave(self, stats: Stats | None = None) -> None:
         """Ends the current target's part, with its own statistics or reconstructed ones."""
@@ -156,7 +183,7 @@ def reconstruct_stats(prompt_tokens: int, guessed: Sequence[Sequence[str]]) -> S
     return Stats(
         prompt_tokens=prompt_tokens,
         completion_tokens=sum(map(len, guessed)),
-        rounds=len(guessed),
+        rounds=sum(map(bool, guessed)),
         drafted=total,
         verified=total,
         accepted=total,

@@ -179,6 +179,9 @@ class Chunk:
     tokens    token ids
     drafters  who guessed each token; "" for the target itself
     logprobs  one per token if the request asked for them; else empty
+
+    `prompt_logprobs`, if the request asked for them, are those of the next tokens of the prompt.
+    They come while the prompt is read, from its second token on, before all tokens.
     """
 
     pieces: tuple[str, ...]
@@ -188,6 +191,7 @@ class Chunk:
     stats: "Stats | None" = None
     error: str = ""
     logprobs: tuple[Logprob, ...] = ()
+    prompt_logprobs: tuple[Logprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,8 @@ class SamplingParams:
     min_p 0 disable these filters; top_p 0 leaves the most probable token. repetition_penalty
     applies to prompt and output, presence_penalty and frequency_penalty to the output alone. The
     end-of-text token is banned for the first min_tokens output tokens. The output ends before any
-    of the `stop` strings. `logit_bias` pairs are (token id, added value).
+    of the `stop` strings. `logit_bias` pairs are (token id, added value). With `prompt_logprobs`,
+    max_tokens may be 0: the target then only reads the prompt.
 
     Raises InvalidRequest, which names the parameter, for values out of range.
     """
@@ -66,6 +67,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # top tokens to report per token; None: no logprobs at all
     constraint: Constraint | None = None
+    prompt_logprobs: int | None = None  # the same for each token of the prompt but the first
 
     def __post_init__(self) -> None:
         check_range("temperature", self.temperature, 0.0, 100.0)
@@ -78,7 +80,7 @@ class SamplingParams:
         check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         check_int("seed", self.seed, -(2**63), 2**63 - 1)
-        check_int("max_tokens", self.max_tokens, 1)
+        check_int("max_tokens", self.max_tokens, 1 if self.prompt_logprobs is None else 0)
         check_int("min_tokens", self.min_tokens, 0)
         if self.min_tokens > self.max_tokens:
             raise InvalidRequest(
@@ -112,8 +114,9 @@ class SamplingParams:
         for token, bias in self.logit_bias:
             check_int("logit_bias token", token, 0)
             check_range("logit_bias", bias, -100.0, 100.0)
-        if self.logprobs is not None:
-            check_int("logprobs", self.logprobs, 0, limits.LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (count := getattr(self, name)) is not None:
+                check_int(name, count, 0, limits.LOGPROBS)
 
 
 def check_range(name: str, value: float, low: float, high: float, above: bool = False) -> None:

@@ -1,6 +1,6 @@
 """Prefills prompts in chunks between steps, several sessions in one pass.
 
-What another cache already holds is copied.
+What another cache already holds is copied, unless log-probabilities of the prompt are asked for.
 """
 
 from collections.abc import Sequence
@@ -11,27 +11,32 @@ import numpy as np
 from runtime.core.clock import Clock
 from runtime.core.errors import SESSION_FAULTS
 from runtime.core.features import FeatureBuffer
+from runtime.core.messages import Logprob
+from runtime.core.sampler_reference import LogprobScorer
 from runtime.kv.base import KVCache
 from runtime.kv.prefix_cache import Ids, PrefixCache, common_length
-from runtime.models.base import Model, PassInput, causal
+from runtime.models.base import Model, PassInput, PassOutput, causal
 from runtime.target.drafter_manager import DrafterManager
 from runtime.target.request_state import RequestState
 
 CHUNK_TOKENS = 512  # per pass
 BUSY_CHUNK_TOKENS = 64  # per text, while other sessions are decoding
 MIN_SHARED_TOKENS = 32  # shared beginning that is worth waiting for
+MAX_LOGITS = 1 << 24  # of prompts, per pass: 64 MiB in float32
 
 
 @dataclass(slots=True)
 class PrefillResult:
     """`rows` were computed and `reused` tokens copied; `failed` lists sessions with their errors;
-    `done` is the clock reading at the end.
+    `scored` lists sessions with the logprobs of their next prompt tokens; `done` is the clock
+    reading at the end.
     """
 
     done: float
     rows: int = 0
     reused: int = 0
     failed: list[tuple[RequestState, Exception]] = field(default_factory=list)
+    scored: list[tuple[RequestState, tuple[Logprob, ...]]] = field(default_factory=list)
 
 
 def prefill_next(
@@ -39,6 +44,7 @@ def prefill_next(
     prefixes: PrefixCache,
     drafters: DrafterManager,
     sessions: Sequence[RequestState],
+    score: LogprobScorer,
     began: float,
     clock: Clock,
 ) -> PrefillResult:
@@ -55,7 +61,7 @@ def prefill_next(
     )
     while True:
         before = found.rows
-        prefill_pass(model, prefixes, drafters, sessions, found, clock)
+        prefill_pass(model, prefixes, drafters, sessions, score, found, clock)
         left -= found.rows - before
         if left <= 0 or found.failed or not any(map(is_urgent, sessions)):
             return found
@@ -64,6 +70,13 @@ def prefill_next(
 def unread_tokens(state: RequestState) -> int:
     """Return the number of tokens still to prefill."""
     return len(state.session.tokens) - 1 - state.cache.length
+
+
+def unscored_rows(state: RequestState) -> int:
+    """Return the number of tokens still to prefill whose logits give logprobs of the prompt."""
+    if state.session.request.sampling.prompt_logprobs is None:
+        return 0
+    return max(0, state.session.prompt - 1 - state.cache.length)
 
 
 def is_urgent(state: RequestState) -> bool:
@@ -82,13 +95,15 @@ def prefill_pass(
     prefixes: PrefixCache,
     drafters: DrafterManager,
     sessions: Sequence[RequestState],
+    score: LogprobScorer,
     found: PrefillResult,
     clock: Clock,
 ) -> None:
     """Run one pass: texts that fit in one chunk first, then resumed texts, then the oldest.
 
     A text waits while another one read in this pass shares a longer beginning with it than any
-    cache does: that beginning can be copied next time.
+    cache does: that beginning can be copied next time. Rows that score a prompt have at most
+    MAX_LOGITS logits in all; what has more waits too.
     """
     began, reading = (
         found.done,
@@ -99,6 +114,7 @@ def prefill_pass(
         if len(reading) == len(sessions)
         else min(CHUNK_TOKENS, BUSY_CHUNK_TOKENS * len(reading))
     )
+    scored_rows = max(1, MAX_LOGITS // model.vocabulary)
     others = [(other.session.tokens[:-1], other.cache) for other in sessions if other.ready]
     pieces, read_now = list[tuple[RequestState, PassInput]](), dict[tuple[int, ...], list[Ids]]()
     for state in reading:
@@ -106,8 +122,12 @@ def prefill_pass(
             break
         text = np.asarray(state.session.tokens[:-1], dtype=np.int64)
         alike = read_now.setdefault(tuple(state.session.tokens[:MIN_SHARED_TOKENS]), [])
+        unscored = unscored_rows(state)
+        count = min(budget, unscored, scored_rows) if unscored else budget
+        if count <= 0:
+            continue
         try:
-            if state.cache.length == 0:
+            if state.cache.length == 0 and not unscored:
                 cached = prefixes.longest(state.session.tokens, others)
                 most = 0 if cached is None else cached[1]
                 if (
@@ -124,10 +144,13 @@ def prefill_pass(
             continue
         alike.append(text)
         start = state.cache.length
-        tokens = text[start : start + budget]
+        tokens = text[start : start + count]
         budget -= len(tokens)
-        pieces.append((state, PassInput(state.cache, causal(tokens, start), last=0)))
-    forward_pieces(model, drafters, pieces, found)
+        if unscored:
+            scored_rows -= len(tokens)
+        last = None if unscored else 0
+        pieces.append((state, PassInput(state.cache, causal(tokens, start), last)))
+    forward_pieces(model, drafters, pieces, score, found)
     found.done = clock()
     for state, part in pieces:
         found.rows += len(part.rows.tokens)
@@ -151,6 +174,7 @@ def forward_pieces(
     model: Model,
     drafters: DrafterManager,
     pieces: Sequence[tuple[RequestState, PassInput]],
+    score: LogprobScorer,
     found: PrefillResult,
 ) -> None:
     """Run one pass. If it fails, run one per text: a text that fails again is at fault itself."""
@@ -160,11 +184,30 @@ def forward_pieces(
             shown = drafters.features.read(
                 model, [part for _, part in reading], [state for state, _ in reading]
             )
-            for (state, part), features in zip(reading, shown, strict=True):
-                drafters.features.record(state, part.rows.prefix, features)
+            for (state, part), output in zip(reading, shown, strict=True):
+                drafters.features.record(state, part.rows.prefix, output.features)
+                if part.last is None:
+                    score_prompt(state, part, output, score, found)
     except SESSION_FAULTS as error:
         if len(pieces) > 1:
             for one in pieces:
-                forward_pieces(model, drafters, [one], found)
+                forward_pieces(model, drafters, [one], score, found)
         else:
             found.failed.append((pieces[0][0], error))
+
+
+def score_prompt(
+    state: RequestState,
+    part: PassInput,
+    output: PassOutput,
+    score: LogprobScorer,
+    found: PrefillResult,
+) -> None:
+    """Add the logprobs of the tokens that follow the rows of a pass."""
+    first, count = part.rows.prefix + 1, len(part.rows.tokens)
+    tokens = state.session.tokens[first : first + count]
+    try:
+        k = state.session.request.sampling.prompt_logprobs or 0
+        found.scored.append((state, score(output.logits[:count], tokens, k)))
+    except SESSION_FAULTS as error:
+        found.failed.append((state, error))

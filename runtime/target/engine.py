@@ -9,7 +9,7 @@ import queue
 from collections.abc import Mapping, Sequence
 
 from runtime.core.clock import Clock
-from runtime.core.messages import Draft, FeatureRequest, Resync
+from runtime.core.messages import Chunk, Draft, FeatureRequest, Resync
 from runtime.models.base import Model
 from runtime.schedulers.base import Scheduler
 from runtime.scoring.calibration import Calibrations
@@ -142,10 +142,23 @@ class Engine:
         began = self.clock()
         self.drafter_manager.features.next_step()
         found = prefill_next(
-            self.model, self.requests.prefixes, self.drafter_manager, states, began, self.clock
+            self.model,
+            self.requests.prefixes,
+            self.drafter_manager,
+            states,
+            self.runner.verifier.score,
+            began,
+            self.clock,
         )
+        for state, logprobs in found.scored:
+            state.admitted.deliver(Chunk((), (), (), prompt_logprobs=logprobs))
         for state, error in found.failed:
             self.requests.fail(state, error)
+        for state in states:
+            only_read = state.session.request.sampling.max_tokens == 0
+            if only_read and state.ready and self.requests.is_running(state):
+                last = Chunk((), (), (), "length", state.stats(self.clock()))
+                self.requests.finish(state, last)
         self.metrics.prefilled += found.done - began
         self.metrics.reused += found.reused
         self.trace.span(TARGET, PREFILL, began, found.done, rows=found.rows)

@@ -18,7 +18,7 @@ from runtime.core.features import (
     LayerFeatures,
 )
 from runtime.core.messages import Features
-from runtime.models.base import HiddenStateModel, Model, OutputSpec, PassInput
+from runtime.models.base import HiddenStateModel, Model, OutputSpec, PassInput, PassOutput
 from runtime.target.commands import Send
 from runtime.target.request_state import RequestState
 from runtime.telemetry.metrics import TargetMetrics
@@ -194,24 +194,23 @@ class FeatureSender:
 
     def read(
         self, model: Model, parts: Sequence[PassInput], states: Iterable[RequestState]
-    ) -> Sequence[LayerFeatures | None]:
-        """Run a pass without logits that shows what these sessions keep.
+    ) -> Sequence[PassOutput]:
+        """Run a pass that also shows what these sessions keep.
 
         Raises the model's errors.
         """
         layers = self.layers_for(states)
         if layers:
             try:
-                shown = cast(HiddenStateModel, model).forward_outputs(
+                return cast(HiddenStateModel, model).forward_outputs(
                     parts, OutputSpec(features=layers)
                 )
-                return [output.features for output in shown]
             except SESSION_FAULTS:
                 log.debug("a pass with hidden states failed", exc_info=True)
-        model.forward_all(parts)
+        output = [PassOutput(logits) for logits in model.forward_all(parts)]
         if layers:
             self.disable()
-        return [None] * len(parts)
+        return output
 
     def disable(self) -> None:
         """Continue without features: a pass that was to show them failed, and one without did

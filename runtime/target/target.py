@@ -68,7 +68,7 @@ def check_prompt(prompt: Tokens, sampling: SamplingParams, vocabulary: int, cont
                 "logit_bias",
             )
     length, most = len(prompt), sampling.max_tokens
-    if length >= context:
+    if length >= context + (most == 0):
         raise InvalidRequest(
             f"the prompt has {length} tokens, the model's context {context}: shorten the prompt",
             "prompt",

@@ -62,6 +62,7 @@ samplings = st.builds(
     min_tokens=st.integers(0, 10),
     ignore_eos=st.booleans(),
     logprobs=st.none() | st.integers(0, limits.LOGPROBS),
+    prompt_logprobs=st.none() | st.integers(0, limits.LOGPROBS),
     constraint=st.none() | constraints,
 )
 widths = st.integers(0, limits.TREE_NODES)
@@ -118,7 +119,9 @@ def chunks(draw: st.DrawFn) -> Chunk:
     logged = draw(
         st.just(()) | st.lists(logprobs, min_size=len(ids_), max_size=len(ids_)).map(tuple)
     )
-    return Chunk(pieces, ids_, by, reason, draw(st.none() | stats), draw(st.text()), logged)
+    of_prompt = draw(st.lists(logprobs, max_size=3).map(tuple))
+    last, error = draw(st.none() | stats), draw(st.text())
+    return Chunk(pieces, ids_, by, reason, last, error, logged, of_prompt)
 
 
 @st.composite

@@ -153,7 +153,7 @@ def test_malformed_events_are_refused(frame: Any, says: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"sampling": pb.Sampling(top_p=0.0)}, "top_p"),
+        ({"sampling": pb.Sampling(top_p=-0.5)}, "top_p"),
         ({"sampling": pb.Sampling(bias_tokens=[1])}, "logit_bias"),
         ({"sampling": pb.Sampling(stop=[""])}, "stop"),
         ({"prompt": [1, -1]}, "prompt"),

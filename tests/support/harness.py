@@ -77,7 +77,8 @@ def output(chunks: Iterable[Chunk]) -> Output:
     """Chunks joined; nothing follows the one with a finish reason."""
     *others, last = chunks
     assert last.stats is not None
-    assert all(chunk.finish_reason is None and chunk.tokens for chunk in others)
+    assert all(chunk.finish_reason is None for chunk in others)
+    assert all(chunk.tokens or chunk.prompt_logprobs for chunk in others)
     pieces, tokens, drafters = (
         tuple(itertools.chain(*parts))
         for parts in zip(*map(parallel, (*others, last)), strict=True)

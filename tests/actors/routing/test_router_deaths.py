@@ -1,11 +1,15 @@
 """The router ends a session that may be what ends its targets, and no other one."""
 
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.routing.router import MAX_DEATHS, MAX_FAILED_TARGETS
-from runtime.core.errors import TargetsLost, Unavailable
+from runtime.core.errors import TargetDied, TargetsLost, Unavailable
+from runtime.core.messages import Chunk, Logprob, Request
 from tests.support.router_harness import (
     ANSWER,
     ASKED,
@@ -82,5 +86,64 @@ def test_a_session_that_reaches_no_target_is_given_up() -> None:
             await all_of(router.generate(ASKED))
         assert sum(len(life.asked) for life in lives) == MAX_FAILED_TARGETS
         assert sum(router.lost.values()) == MAX_FAILED_TARGETS
+
+    played(main())
+
+
+def of_prompt(token: int) -> Logprob:
+    return Logprob(-token / 9, ((token, -token / 9),))
+
+
+PROMPT_LOGPROBS = tuple(map(of_prompt, ASKED.prompt[1:]))
+
+
+class Reader(Scripted):
+    """Scores the prompt in chunks of two before it answers; dies after `scores` of these chunks."""
+
+    scores: int | None = None
+
+    async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
+        if request.sampling.prompt_logprobs is not None:
+            for number, start in enumerate(range(0, len(PROMPT_LOGPROBS), 2)):
+                if number == self.scores:
+                    self.asked.append(request)
+                    self.refuses = Unavailable("connection refused")
+                    raise TargetDied("connection reset")
+                yield Chunk((), (), (), prompt_logprobs=PROMPT_LOGPROBS[start : start + 2])
+        async for chunk in super().generate(request):
+            yield chunk
+
+
+@pytest.mark.parametrize("scores", [[0], [1], [2, 0], [1, 1, 2], [2, 1, 3], [0, 99]])
+def test_each_logprob_of_a_prompt_comes_once_whatever_targets_die(scores: list[int]) -> None:
+    async def main() -> None:
+        lives = [Reader(ANSWER, cut=3) for _ in scores]
+        for life, count in zip(lives, scores, strict=True):
+            life.scores = count
+        last = Reader(ANSWER)
+        router, _ = stage(*lives, last)
+        asked = replace(ASKED, sampling=replace(ASKED.sampling, prompt_logprobs=1))
+        chunks = await all_of(router.generate(asked))
+        found = [logprob for chunk in chunks for logprob in chunk.prompt_logprobs]
+        assert tuple(found) == PROMPT_LOGPROBS
+        assert heard(chunk for chunk in chunks if chunk.tokens) == PLAIN
+        assert last.asked[0].sampling.prompt_logprobs == (None if 99 in scores else 1)
+
+    assert len(PROMPT_LOGPROBS) > 4
+    played(main())
+
+
+def test_targets_that_die_while_they_read_a_prompt_again_are_witnesses() -> None:
+    """What was delivered before is no progress."""
+
+    async def main() -> None:
+        lives = [Reader(ANSWER) for _ in range(6)]
+        for life in lives:
+            life.scores = 2
+        router, _ = stage(*lives)
+        asked = replace(ASKED, sampling=replace(ASKED.sampling, prompt_logprobs=1))
+        with pytest.raises(TargetsLost):
+            await all_of(router.generate(asked))
+        assert sum(bool(life.asked) for life in lives) == MAX_DEATHS + 1
 
     played(main())

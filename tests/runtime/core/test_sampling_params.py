@@ -30,6 +30,7 @@ BAD: list[tuple[str, object]] = [
     ("logit_bias", tuple((i, 0.0) for i in range(limits.LOGIT_BIAS + 1))),
     ("logit_bias token", ((-1, 0.0),)), ("logit_bias token", ((1.0, 0.0),)),
     ("logprobs", -1), ("logprobs", limits.LOGPROBS + 1), ("logprobs", True), ("logprobs", 1.0),
+    ("prompt_logprobs", -1), ("prompt_logprobs", limits.LOGPROBS + 1),
 ]  # fmt: skip
 
 
@@ -61,6 +62,8 @@ def test_refused_with_the_name(param: str, value: object) -> None:
         {"logit_bias": ((0, -100.0), (2**31 - 1, 100))},
         {"presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 0.01},
         {"logprobs": None},
+        {"prompt_logprobs": 0, "max_tokens": 0},
+        {"prompt_logprobs": limits.LOGPROBS},
         {"logprobs": 0},
         {"logprobs": limits.LOGPROBS, "constraint": Constraint("json_object")},
         {"constraint": Constraint("regex", "a" * limits.CONSTRAINT_BYTES)},
