@@ -245,6 +245,9 @@ class TlsConfig(StrictModel):
     key: Path
 
 
+Origin = Annotated[str, Field(pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^\s/?#@,*A-Z]+)$")]
+
+
 class GatewayConfig(StrictModel):
     """Configures the OpenAI-compatible HTTP server.
 
@@ -261,6 +264,9 @@ class GatewayConfig(StrictModel):
     api_keys: Path | None = Field(default=None, description="file of `NAME:KEY[:MODEL,...]` lines")
     tls: TlsConfig | None = None
     insecure: bool = Field(default=False, description="allow a public address without keys or TLS")
+    cors_origins: tuple[Origin, ...] = Field(
+        default=(), description='of web pages that may use it; "*": of all'
+    )
 
 
 class LimitsConfig(StrictModel):

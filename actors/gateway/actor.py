@@ -63,7 +63,7 @@ class Gateway:
             lambda: self.router.ready,
             lambda: self.fleet,
         )
-        self.server = build_server(build_app(self.service), config)
+        self.server = build_server(build_app(self.service, config.cors_origins), config)
         socket = listen(config.host, config.port)
         port = socket.getsockname()[1]
         self.network = LoopThread("gateway")

@@ -1,5 +1,6 @@
 """The routes of the OpenAI-compatible HTTP server."""
 
+from collections.abc import Collection
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -25,9 +26,9 @@ TELEMETRY_OFF: TelemetryConfig = {
 }
 
 
-def build_app(service: Service) -> FastAPI:
+def build_app(service: Service, origins: Collection[str] = ()) -> FastAPI:
     """Returns the application, without pages that load external content and without any
-    telemetry.
+    telemetry. Web pages of `origins` may use it.
     """
     app = FastAPI(
         title="Outrider",
@@ -87,6 +88,7 @@ def build_app(service: Service) -> FastAPI:
     app.add_middleware(
         GatewayMiddleware,
         service=service,
+        origins=frozenset(origins),
         routes=frozenset(getattr(route, "path", "") for route in app.routes),
     )
     add_body_schemas(app)

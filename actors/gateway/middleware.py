@@ -1,19 +1,20 @@
 """Checks every HTTP request before it is routed.
 
-It limits the head, checks the API key, and adds an id to the response. A connection ends if its
-request's body was not read to the end.
+It limits the head, checks the API key, adds an id to the response, and tells browsers which pages
+may read it. A connection ends if its request's body was not read to the end.
 """
 
 import asyncio
 import re
 import uuid
-from collections.abc import MutableMapping
+from collections.abc import Collection, MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from actors.gateway.completion_handler import ResponseWriter
+from actors.gateway.cors import cors_headers, is_preflight
 from actors.gateway.state import Service, now
 from actors.openai.errors import ApiError
 from runtime.core import limits
@@ -27,10 +28,15 @@ Message = MutableMapping[str, Any]
 
 
 class GatewayMiddleware:
-    """The middleware. `routes` are the paths that metrics name; others count as "other"."""
+    """The middleware. `routes` are the paths that metrics name; others count as "other".
 
-    def __init__(self, app: ASGIApp, service: Service, routes: frozenset[str]) -> None:
-        self.app, self.service, self.routes = app, service, routes
+    `origins` are those of the web pages that may use the gateway.
+    """
+
+    def __init__(
+        self, app: ASGIApp, service: Service, routes: frozenset[str], origins: Collection[str]
+    ) -> None:
+        self.app, self.service, self.routes, self.origins = app, service, routes, origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -39,12 +45,14 @@ class GatewayMiddleware:
         given = headers.get("x-request-id", "")
         answer_id = given if REQUEST_ID_PATTERN.fullmatch(given) else uuid.uuid4().hex
         body = BodyReader(headers, receive)
+        shared = cors_headers(self.origins, scope["method"], headers)
 
         async def answering(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [
                     *message.get("headers", ()),
                     (b"x-request-id", answer_id.encode()),
+                    *shared,
                 ]
                 if not body.whole:
                     message["headers"].append((b"connection", b"close"))
@@ -59,6 +67,8 @@ class GatewayMiddleware:
 
         try:
             check_head(scope)
+            if self.origins and is_preflight(scope["method"], headers):
+                return await ResponseWriter(answering).write_all(200, {}, b"")
             key = self.service.authenticate(path, headers.get("authorization", ""))
         except ApiError as error:
             return await ResponseWriter(answering).write_error(error)

@@ -160,7 +160,7 @@ def serving(
         service = network.run(
             made(served(template), body, limits or LimitsConfig(), keys, ready, fleet)
         )
-        app = build_app(service)
+        app = build_app(service, config.cors_origins)
         http = build_server(app, config)
         socket = listen(config.host, 0)
         serving = network.submit(http.serve(sockets=[socket]))
