@@ -4,8 +4,10 @@ import contextlib
 import logging
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runtime.core.errors import OutriderError, Unavailable
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
 OBJECT_STORE_BYTES = 100 * 2**20  # the project stores nothing in it
 NAMESPACE = "outrider"
 NODE_TIMED_OUT = "timed out during startup"  # in the text of Ray's plain Exception
+PATH_TOO_LONG = "AF_UNIX path length"  # in the text of Ray's error
+MAX_SOCKET_PATH_BYTES = 107  # of Linux
+# /session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store, below Ray's folder
+SOCKET_NAME_BYTES = 64
 PROBE_TIMEOUT_S = 3.0  # for a cluster to accept a connection
 ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray 2.60 warns without it
@@ -65,6 +71,10 @@ def start_local(**options: Any) -> None:
     """
     import ray
 
+    if "RAY_TMPDIR" not in os.environ and (folder := socket_folder("ray")).parent != Path(
+        tempfile.gettempdir()
+    ):
+        options["_temp_dir"] = str(folder)
     # "local" ignores RAY_ADDRESS and a cluster started by `ray start`.
     start = partial(ray.init, address="local", **options)
     try:
@@ -75,6 +85,16 @@ def start_local(**options: Any) -> None:
         log.warning("Ray's node did not come up: starting Ray again")
         ray.shutdown()
         start()
+
+
+def socket_folder(name: str) -> Path:
+    """Returns the path of a folder in which Ray can keep its sockets.
+
+    It is in the folder for temporary files, or in /tmp if the paths of sockets would be too long.
+    """
+    folder = Path(tempfile.gettempdir(), name)
+    fits = len(os.fsencode(folder)) + SOCKET_NAME_BYTES <= MAX_SOCKET_PATH_BYTES
+    return folder if fits else Path("/tmp", name)
 
 
 def probe(address: str) -> None:
@@ -93,6 +113,8 @@ def unreachable(address: str | None, why: str) -> str:
             f"no Ray cluster at {address} ({first}): start one with `ray start --head`,"
             " or leave --address out for a local one"
         )
+    if PATH_TOO_LONG in first:
+        return "Ray does not start on this machine: set RAY_TMPDIR to a path of at most 40 bytes"
     return (
         f"Ray does not start on this machine ({first}):"
         " see /tmp/ray/session_latest/logs, or use --in-process"

@@ -11,20 +11,21 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import mkdtemp
 
 from pydantic import TypeAdapter, ValidationError
 
-from actors.fleet.ray_session import ENVIRONMENT, OBJECT_STORE_BYTES
+from actors.fleet.ray_session import ENVIRONMENT, OBJECT_STORE_BYTES, socket_folder
 from runtime.core.cache_folder import cache_folder
 from runtime.core.errors import Unavailable
 
 HOST = "127.0.0.2"  # Ray replaces 127.0.0.1 by the machine's address
 LOGICAL_CPUS = 256  # as Ray counts them, so that no actor waits for a CPU on the only machine
+FOLDER_PREFIX = "outrider-"
 START_TIMEOUT_S, END_TIMEOUT_S = 120.0, 10.0
 
 
@@ -71,9 +72,8 @@ def start() -> LocalRay:
 
     Raises Unavailable if Ray does not start. If it is interrupted, it ends what it has started.
     """
-    folder = Path(
-        tempfile.mkdtemp(prefix="outrider-")
-    )  # a short path, since Ray keeps sockets in it
+    place = socket_folder(f"{FOLDER_PREFIX}12345678").parent  # as long as mkdtemp's name
+    folder = Path(mkdtemp(prefix=FOLDER_PREFIX, dir=place))
     token = folder / "token"
     with token.open("x") as file:
         file.write(secrets.token_hex(32))

@@ -2,8 +2,10 @@
 
 import os
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,9 +43,32 @@ def test_a_ray_that_fails_to_start_leaves_nothing_behind(
     python.write_text("#!/bin/sh\necho no luck today\nexit 3\n")
     python.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(python))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", None)
+    made: list[str] = []
+
+    def make(**options: Any) -> str:
+        made.append(tempfile.mkdtemp(**options))
+        return made[-1]
+
+    monkeypatch.setattr(local_ray, "mkdtemp", make)
     with pytest.raises(Unavailable, match="no luck today"):
         local_ray.start()
     assert local_ray.find() is None
-    assert list(tmp_path.glob("outrider-*")) == []
+    (folder,) = made
+    assert not Path(folder).exists()
+
+
+def test_a_long_folder_for_temporary_files_is_not_used(
+    nobody: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Exception):
+        pass
+
+    def make(**options: Any) -> str:
+        raise Asked(options["dir"])
+
+    monkeypatch.setattr(local_ray, "mkdtemp", make)
+    for length, place in ((20, "/" + "x" * 19), (90, "/tmp")):
+        monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * (length - 1))
+        with pytest.raises(Asked) as asked:
+            local_ray.start()
+        assert asked.value.args == (Path(place),)
