@@ -12,13 +12,13 @@ import grpc
 
 from actors.rpc.common import (
     DRAFTER_SILENCE_MS,
-    ERROR_NAME,
     HANDSHAKE_TIMEOUT_S,
     REQUEST_TAKEN,
     TARGET_SILENCE_MS,
     client_options,
     closing,
     describe_status,
+    is_from_peer,
     to_outrider_error,
 )
 from actors.rpc.frames import coalesce, count_discarded, decode_frames, encode_frames
@@ -27,7 +27,14 @@ from actors.rpc.tls import channel
 from protos import bundle, drafting_codec, target_codec
 from protos.handshake import Hello, mismatch
 from runtime.config import TlsConfig
-from runtime.core.errors import InvalidRequest, LinkLost, TargetDied, Unavailable
+from runtime.core.errors import (
+    InvalidRequest,
+    LinkLost,
+    OutriderError,
+    Overloaded,
+    TargetDied,
+    Unavailable,
+)
 from runtime.core.messages import Chunk, Draft, Event, Reply, Request
 
 logger = logging.getLogger(__name__)
@@ -258,8 +265,10 @@ class GrpcTarget:
                 yield self._chunk(data)
         except grpc.aio.AioRpcError as error:
             found = to_outrider_error(error, "the target")
-            if isinstance(found, Unavailable) and await target_died(call, error):
-                found = TargetDied(str(found))
+            if not is_from_peer(error):
+                found = grpc_error(
+                    error, found, REQUEST_TAKEN in tuple(await call.initial_metadata())
+                )
             raise found from error
         finally:
             call.cancel()
@@ -277,11 +286,15 @@ class GrpcTarget:
         await self._channel.close()
 
 
-async def target_died(call: Any, error: grpc.aio.AioRpcError) -> bool:
-    """Tells whether the target had accepted the request and was then lost without an error of its
-    own.
+def grpc_error(error: grpc.aio.AioRpcError, found: OutriderError, has_taken: bool) -> OutriderError:
+    """Returns `found`, or what gRPC's own error of a call says more exactly.
+
+    A target that had taken the request and is gone has died with it. A server that refuses a call
+    before the target sees it has too many.
     """
-    if error.code() is not grpc.StatusCode.UNAVAILABLE:
-        return False
-    spoken = any(name == ERROR_NAME for name, _ in error.trailing_metadata() or ())
-    return not spoken and REQUEST_TAKEN in tuple(await call.initial_metadata())
+    match error.code(), has_taken:
+        case grpc.StatusCode.UNAVAILABLE, True:
+            return TargetDied(str(found))
+        case grpc.StatusCode.RESOURCE_EXHAUSTED, False:
+            return Overloaded(describe_status(error))
+    return found

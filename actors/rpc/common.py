@@ -131,9 +131,14 @@ def printable(said: str) -> str:
     )
 
 
+def is_from_peer(error: grpc.aio.AioRpcError) -> bool:
+    """Tells whether the peer raised the error; otherwise it is of gRPC, there or here."""
+    return any(name == ERROR_NAME for name, _ in error.trailing_metadata() or ())
+
+
 def to_outrider_error(error: grpc.aio.AioRpcError, peer: str) -> OutriderError:
     """Returns the error that `abort_on_error` sent; Unavailable for an error of gRPC itself."""
-    match error.code():
+    match error.code() if is_from_peer(error) else StatusCode.UNAVAILABLE:
         case StatusCode.INVALID_ARGUMENT:
             return InvalidRequest(
                 error.details() or "", dict(error.trailing_metadata() or ()).get(ERROR_PARAM)

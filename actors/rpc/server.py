@@ -34,7 +34,7 @@ from runtime.core.messages import Chunk, Event, Request
 logger = logging.getLogger(__name__)
 
 # Concurrent calls of all kinds. The bodies refuse excess sessions first, with a better message.
-MAX_CALLS = 2 * limits.SESSIONS
+MAX_CALLS = limits.SESSIONS + limits.QUEUED_REQUESTS + 256
 
 
 class TargetBackend(Protocol):
@@ -157,7 +157,12 @@ async def serve(
     credentials = (
         None if tls is None else server_credentials(tls, "target" if for_callers else "drafter")
     )
-    options = server_options(CALLER_SILENCE_MS if for_callers else DRAFTER_SILENCE_MS)
+    options = [
+        *server_options(CALLER_SILENCE_MS if for_callers else DRAFTER_SILENCE_MS),
+        # gRPC cancels calls at random if more than so many arrive before it has begun them.
+        ("grpc.server.max_pending_requests", MAX_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", MAX_CALLS),
+    ]
     server = grpc.aio.server(options=options, maximum_concurrent_rpcs=MAX_CALLS)
     server.add_generic_rpc_handlers(
         [service.handler(secured=tls is not None) for service in services]

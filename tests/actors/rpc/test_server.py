@@ -13,14 +13,21 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from actors.rpc.client import GrpcTarget
-from actors.rpc.common import closing
+from actors.rpc.common import REQUEST_TAKEN, closing
 from actors.rpc.server import DraftingService, TargetService, serve
 from protos import speculation_pb2 as pb
 from protos import target_codec
 from protos.handshake import PROTOCOL
 from protos.speculation_pb2_grpc import DraftingStub, TargetStub
 from runtime.core import limits
-from runtime.core.errors import InvalidRequest, OutriderError, Overloaded, PairMismatch, Unavailable
+from runtime.core.errors import (
+    InvalidRequest,
+    OutriderError,
+    Overloaded,
+    PairMismatch,
+    TargetDied,
+    Unavailable,
+)
 from runtime.core.messages import Chunk, Request
 from runtime.core.sampling_params import SamplingParams
 from tests.contracts.link_contract import PATIENCE_S, soon
@@ -100,6 +107,63 @@ def test_errors_cross_as_what_they_are(raised: Exception, kind: type[Exception],
                 await anext(chunks)
             assert type(caught.value) is kind
             assert getattr(caught.value, "param", None) == getattr(raised, "param", None)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("code", "taken", "kind"),
+    [
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, False, Overloaded),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, True, Unavailable),
+        (grpc.StatusCode.UNAVAILABLE, False, Unavailable),
+        (grpc.StatusCode.UNAVAILABLE, True, TargetDied),
+        (grpc.StatusCode.INVALID_ARGUMENT, True, Unavailable),
+        (grpc.StatusCode.FAILED_PRECONDITION, True, Unavailable),
+        (grpc.StatusCode.INTERNAL, True, Unavailable),
+    ],
+)
+def test_an_error_of_grpc_itself_is_not_taken_for_the_targets(
+    code: grpc.StatusCode, taken: bool, kind: type[Exception]
+) -> None:
+    """A call that breaks in mid-stream is no refusal of the target, whatever its status is."""
+
+    async def generate(_: bytes, context: Any) -> None:
+        if taken:
+            await context.send_initial_metadata((REQUEST_TAKEN,))
+        await context.abort(code, "of gRPC")
+
+    async def main() -> None:
+        server = grpc.aio.server()
+        handler = grpc.unary_stream_rpc_method_handler(generate)
+        server.add_generic_rpc_handlers(
+            [
+                grpc.method_handlers_generic_handler(
+                    target_codec.TARGET_SERVICE, {"Generate": handler}
+                )
+            ]
+        )
+        target = GrpcTarget(f"{HOST}:{server.add_insecure_port(f'{HOST}:0')}")
+        await server.start()
+        with pytest.raises(kind, match="of gRPC") as caught:
+            await anext(target.generate(REQUEST))
+        assert type(caught.value) is kind
+        await target.close()
+        await server.stop(None)
+
+    asyncio.run(main())
+
+
+def test_all_that_a_target_lets_wait_reach_it() -> None:
+    async def main() -> None:
+        body = ScriptedTarget(hangs=True)
+        count = limits.SESSIONS + limits.QUEUED_REQUESTS + 1  # the last is the target's to refuse
+        async with target_over_grpc(body) as target:
+            reading = [asyncio.ensure_future(anext(target.generate(REQUEST))) for _ in range(count)]
+            await soon(lambda: body.running == count)
+            for one in reading:
+                one.cancel()
+            await asyncio.gather(*reading, return_exceptions=True)
 
     asyncio.run(main())
 
