@@ -65,17 +65,15 @@ class ConcurrencyLimiter:
         """Sets the number of its sessions. Raises as `admit`; 400 if it exceeds the limit on its
         own.
         """
-        most = (
-            self.limits.requests
-            if entry.key is None
-            else min(self.limits.requests, self.limits.per_key)
-        )
+        most, name = self.limits.requests, "requests"
+        if entry.key is not None and self.limits.per_key < most:
+            most, name = self.limits.per_key, "per_key"
         if sessions > most:
             raise ApiError(
                 400,
                 "too_many_choices",
-                f"{sessions} choices of all prompts: at most {most} may run at once,"
-                " lower n or send fewer",
+                f"{sessions} choices of all prompts are over limits.{name} of this server, {most}:"
+                " lower n or send fewer prompts",
                 "n",
             )
         self._check(entry.key, sessions - entry.sessions)

@@ -163,6 +163,7 @@ class CommonBody(StrictModel):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
 
 
 class CompletionBody(CommonBody):

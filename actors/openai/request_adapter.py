@@ -65,7 +65,7 @@ def build_requests(
                 len(prompt),
                 choice_seed(seed if body.seed is None else body.seed, choice),
             )
-            rows = body.speculative.max_rows
+            rows = body.speculative.max_rows if parameters.max_tokens else 0  # nothing to guess
             found.append(
                 Request(
                     session=f"{name}-{len(found)}",

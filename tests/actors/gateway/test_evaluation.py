@@ -198,7 +198,11 @@ def test_many_prompts_and_choices(gateway: Running, client: openai.OpenAI) -> No
             "logprobs",
             "84 log-probabilities of prompts are over limits.prompt_logprobs of this server, 80",
         ),
-        ({"prompt": ["a"] * 3, "n": 2}, "n", "6 choices of all prompts: at most 5"),
+        (
+            {"prompt": ["a"] * 3, "n": 2},
+            "n",
+            "6 choices of all prompts are over limits.requests of this server, 5",
+        ),
     ],
     ids=["prompts", "choices", "logprobs", "together"],
 )

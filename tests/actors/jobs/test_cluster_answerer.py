@@ -14,8 +14,9 @@ from actors.fleet.fleet_state import Fleet, TargetState
 from actors.jobs import cluster_answerer
 from actors.jobs.cluster_answerer import ClusterAnswerer
 from actors.jobs.items import Answer, Item
+from runtime.config import LimitsConfig
 from runtime.core.errors import InvalidRequest, OutriderError, Overloaded, TargetsLost, Unavailable
-from runtime.core.messages import Chunk, Request
+from runtime.core.messages import Chunk, Logprob, Request
 from tests.support.gateway import MODEL, Scripted, served
 
 Speak = Callable[[Request], AsyncGenerator[Chunk, None]]
@@ -72,6 +73,34 @@ def test_a_completion_is_answered_as_by_the_gateway() -> None:
     assert found.body["id"] == f"cmpl-{found.request_id}"
     assert [request.sampling.seed for request in body.asked] == [5, 6]
     assert len({request.session for request in body.asked}) == 2
+
+
+async def reading(request: Request) -> AsyncGenerator[Chunk, None]:
+    scored = tuple(Logprob(-float(token)) for token in request.prompt[1:])
+    assert (request.sampling.max_tokens, request.speculation) == (0, False)
+    yield Chunk((), (), (), prompt_logprobs=scored[:1])
+    yield Chunk((), (), (), prompt_logprobs=scored[1:])
+    yield Chunk((), (), (), "length")
+
+
+def test_a_prompt_is_scored_as_by_the_gateway() -> None:
+    changes: dict[str, Any] = {
+        "prompt": [[1, 2, 3], [4, 5]],
+        "echo": True,
+        "logprobs": 0,
+        "max_tokens": 0,
+    }
+    found, _ = asked(reading, item(**changes))
+    scores = [choice["logprobs"]["token_logprobs"] for choice in found.body["choices"]]
+    assert scores == [[None, -2.0, -3.0], [None, -5.0]]
+    assert found.body["usage"]["prompt_tokens"] == found.body["usage"]["total_tokens"] == 5
+
+
+def test_limits_of_the_deployment_hold_for_items() -> None:
+    answerer = ClusterAnswerer(Scripted(two), served(), limits=LimitsConfig(choices=2, prompts=3))
+    for one, param in (item(n=3), "n"), (item(prompt=["a"] * 4), "prompt"):
+        found = asyncio.run(answerer.answer(one))
+        assert (found.status, found.body["error"]["param"]) == (400, param)
 
 
 def test_a_chat_is_answered_as_by_the_gateway() -> None:
