@@ -77,7 +77,8 @@ def encode_chunk(chunk: Chunk) -> Message:
 
 def decode_chunk(data: bytes) -> Chunk:
     chunk = parse(pb.GenerateChunk.FromString, data)
-    if not len(chunk.tokens) == len(chunk.drafters) == len(chunk.pieces):
+    pieces = len(chunk.tokens) or min(1, len(chunk.pieces))  # text held back comes without a token
+    if len(chunk.drafters) != len(chunk.tokens) or len(chunk.pieces) != pieces:
         sizes = (
             f"{len(chunk.tokens)} tokens, {len(chunk.drafters)} drafters"
             f" and {len(chunk.pieces)} pieces"

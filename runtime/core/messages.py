@@ -180,6 +180,8 @@ class Chunk:
     drafters  who guessed each token; "" for the target itself
     logprobs  one per token if the request asked for them; else empty
 
+    A chunk without tokens may have one piece: the text that was held back, at the deadline.
+
     `prompt_logprobs`, if the request asked for them, are those of the next tokens of the prompt.
     They come while the prompt is read, from its second token on, before all tokens.
     """

@@ -133,9 +133,15 @@ class RequestManager:
         self.finish(state, Chunk((), (), (), "error", stats, error=describe(error)))
 
     def abort(self, name: str, reason: FinishReason) -> None:
-        """End a session, running or waiting; no error if the name is unknown."""
+        """End a session, running or waiting; no error if the name is unknown.
+
+        At its deadline a chunk brings the text that was held back: its tokens count, and nobody
+        goes on with it.
+        """
         state, waiting = self.running.get(name), self.admission.withdraw(name)
         if state is not None:
+            if reason == "deadline" and (text := state.admitted.stop_checker.close()):
+                state.admitted.deliver(Chunk((text,), (), ()))
             self.finish(state, Chunk((), (), (), reason, state.stats(self.clock())))
         elif waiting is not None:
             self._refuse(waiting, reason)

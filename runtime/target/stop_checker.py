@@ -74,6 +74,10 @@ class StopChecker:
         self._held = text[sure:]
         return Delta(text[:sure])
 
+    def close(self) -> str:
+        """Return the text that is held back, when no token follows: the session's time is over."""
+        return self._end(self._held + self._flush(), "length").text if self.reason is None else ""
+
     def _end(self, text: str, reason: Literal["stop", "length"]) -> Delta:
         self._held, self.reason = "", reason
         return Delta(text, reason)

@@ -115,7 +115,8 @@ def chunks(draw: st.DrawFn) -> Chunk:
     ids_ = draw(tokens)
     by = draw(st.lists(st.text(max_size=8), min_size=len(ids_), max_size=len(ids_)).map(tuple))
     reason = draw(st.sampled_from(list(target_codec.FINISH_REASONS)))
-    pieces = draw(st.lists(st.text(max_size=8), min_size=len(ids_), max_size=len(ids_)).map(tuple))
+    most = max(1, len(ids_))  # without tokens, text that was held back
+    pieces = draw(st.lists(st.text(max_size=8), min_size=len(ids_), max_size=most).map(tuple))
     logged = draw(
         st.just(()) | st.lists(logprobs, min_size=len(ids_), max_size=len(ids_)).map(tuple)
     )

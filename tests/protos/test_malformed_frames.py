@@ -197,6 +197,8 @@ def logged(**fields: Any) -> pb.GenerateChunk:
             "2 tokens, 2 drafters and 1 pieces",
         ),
         (pb.GenerateChunk(pieces=["a", "b"], tokens=[1, 2], drafters=[""]), "1 drafters"),
+        (pb.GenerateChunk(pieces=["a", "b"]), "0 tokens, 0 drafters and 2 pieces"),
+        (pb.GenerateChunk(drafters=[""]), "1 drafters"),
         (pb.GenerateChunk(pieces=["a"], tokens=[-1], drafters=[""]), "token id -1"),
         (pb.GenerateChunk(finish_reason=99), "finish_reason 99"),  # type: ignore[arg-type]
         (logged(chosen=[-1.0]), "logprobs of 1 tokens and 0 others"),

@@ -78,7 +78,7 @@ def output(chunks: Iterable[Chunk]) -> Output:
     *others, last = chunks
     assert last.stats is not None
     assert all(chunk.finish_reason is None for chunk in others)
-    assert all(chunk.tokens or chunk.prompt_logprobs for chunk in others)
+    assert all(chunk.tokens or chunk.prompt_logprobs or any(chunk.pieces) for chunk in others)
     pieces, tokens, drafters = (
         tuple(itertools.chain(*parts))
         for parts in zip(*map(parallel, (*others, last)), strict=True)
@@ -90,7 +90,8 @@ def output(chunks: Iterable[Chunk]) -> Output:
 
 
 def parallel(chunk: Chunk) -> tuple[tuple[str, ...], tuple[int, ...], tuple[str, ...]]:
-    assert len(chunk.pieces) == len(chunk.tokens) == len(chunk.drafters)
+    assert len(chunk.tokens) == len(chunk.drafters)
+    assert len(chunk.pieces) == (len(chunk.tokens) or len(chunk.pieces[:1]))  # text held back
     assert len(chunk.logprobs) in (0, len(chunk.tokens))
     return chunk.pieces, chunk.tokens, chunk.drafters
 

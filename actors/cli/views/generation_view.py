@@ -1,6 +1,7 @@
 """Shows a generation at a terminal, or formats it as a JSON object."""
 
 import sys
+from itertools import zip_longest
 from types import TracebackType
 from typing import Any
 
@@ -69,7 +70,7 @@ class Stream:
         self.tokens.extend(chunk.tokens)
         self.drafters.extend(chunk.drafters)
         if not self.quiet:
-            for piece, drafter in zip(chunk.pieces, chunk.drafters, strict=True):
+            for piece, drafter in zip_longest(chunk.pieces, chunk.drafters, fillvalue=""):
                 shown = piece.translate(UNSHOWN) if self.console.is_terminal else piece
                 # Text of rich would lose control characters and make spaces of tabs.
                 segment = Segment(shown, DRAFTED if drafter else OWN)

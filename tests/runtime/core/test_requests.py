@@ -39,6 +39,7 @@ from tests.support.harness import (
     continued,
     engine_of,
     hosted,
+    letter,
     output,
     plain,
     running,
@@ -223,6 +224,18 @@ def test_a_session_ends_with_its_deadline_and_keeps_what_it_has() -> None:
     assert hasty.stats.completion_tokens == len(hasty.tokens)
     assert hasty.stats.elapsed >= 10.0
     assert at.engine.requests.admission.reserved == 0
+
+
+def test_text_that_is_held_back_comes_at_the_deadline() -> None:
+    """It may have become a stop string; its tokens count, so the client gets it."""
+    clock = Hand()
+    at = desk(clock)
+    stop = "".join(map(letter, TEXT[len(PROMPT) : len(PROMPT) + 20])) + "never"
+    at.admit(replace(asking(PROMPT, stop=(stop,)), deadline=10.0))
+    found = at.run()["s"]
+    assert found.reason == "deadline"
+    assert 0 < len(found.tokens) < 10
+    assert found.text == "".join(map(letter, found.tokens))
 
 
 def test_the_earliest_of_several_deadlines_is_looked_at_first_and_then_the_next() -> None:

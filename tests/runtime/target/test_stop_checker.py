@@ -186,6 +186,15 @@ def test_cases(
     assert ("".join(shown), count, reason) == expected
 
 
+@pytest.mark.parametrize("slow", [False, True])
+def test_what_is_held_back_comes_when_no_token_follows(slow: bool) -> None:
+    end = finish(SamplingParams(stop=("ababé",)), slow)
+    shown = "".join(end.feed(token).text for token in (6, 1, 2, 1))
+    assert shown == "é"
+    assert end.close() == "aba"
+    assert end.close() == ""
+
+
 def test_nothing_follows_the_end() -> None:
     end = finish(SamplingParams(max_tokens=1))
     assert end.feed(1).reason == "length"
