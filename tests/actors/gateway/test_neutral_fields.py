@@ -1,14 +1,16 @@
 """What asks for nothing is accepted; what asks for something that is not there is refused."""
 
 import json
+import time
 from typing import Any
 
 import pytest
 
+from actors.openai import chat_template
 from actors.openai.errors import ApiError
 from actors.openai.protocol import parse_body
 from actors.openai.request_adapter import build_requests
-from tests.support.gateway import MODEL, served, serving
+from tests.support.gateway import MODEL, served, serving, tokenizer
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 COMPLETION: dict[str, Any] = {"model": MODEL, "prompt": "import os", "max_tokens": 6, "seed": 1}
@@ -169,6 +171,20 @@ def test_developers_are_systems_to_a_template_that_does_not_know_them() -> None:
     assert prompt_of(messages) == "<system>Be brief.;<assistant>"
     known = TOOLS.replace("'tool'", "'tool' or m.role == 'developer' and false")
     assert prompt_of(messages, known) == "<developer>Be brief.;<assistant>"
+
+
+def test_a_machine_that_is_busy_refuses_no_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what the template computes counts, not that it has to wait for the processor."""
+    found, render = tokenizer(), tokenizer().apply_chat_template
+
+    def wait(*given: Any, **options: Any) -> Any:
+        time.sleep(0.3)
+        return render(*given, **options)
+
+    monkeypatch.setattr(chat_template, "RENDER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(found, "apply_chat_template", wait)
+    messages = [{"role": "user", "content": "hello"}]
+    assert chat_template.render(found, messages) == "<user>hello\n<assistant>"
 
 
 def test_streams_have_usage_so_far_and_equal_sizes_if_asked_for() -> None:
