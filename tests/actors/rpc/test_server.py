@@ -28,8 +28,9 @@ from runtime.core.errors import (
     TargetDied,
     Unavailable,
 )
-from runtime.core.messages import Chunk, Request
+from runtime.core.messages import Chunk, Logprob, Request
 from runtime.core.sampling_params import SamplingParams
+from runtime.target.chunked_prefill import CHUNK_TOKENS
 from tests.contracts.link_contract import PATIENCE_S, soon
 from tests.support.fakes import DRAFTER, HELLO, HOST, ScriptedDrafter, ScriptedTarget
 
@@ -59,6 +60,17 @@ def test_a_request_arrives_whole_and_its_output_comes_back() -> None:
         async with target_over_grpc(body) as target:
             assert tuple([chunk async for chunk in target.generate(REQUEST)]) == CHUNKS
         assert body.asked == [REQUEST]
+
+    asyncio.run(main())
+
+
+def test_the_logprobs_of_a_whole_chunk_of_a_prompt_fit_in_a_message() -> None:
+    most = Logprob(-0.1, tuple((2**31 - 1 - rank, -0.1 * rank) for rank in range(limits.LOGPROBS)))
+    chunk = Chunk((), (), (), prompt_logprobs=(most,) * CHUNK_TOKENS)
+
+    async def main() -> None:
+        async with target_over_grpc(ScriptedTarget(chunk, *CHUNKS)) as target:
+            assert tuple([found async for found in target.generate(REQUEST)]) == (chunk, *CHUNKS)
 
     asyncio.run(main())
 
