@@ -11,7 +11,7 @@ from actors.rpc.loop_thread import LoopThread
 from actors.rpc.server import DraftingService, serve
 from protos.handshake import Hello
 from runtime.config import TRAINED_METHODS, DrafterConfig, TlsConfig
-from runtime.core.errors import Unavailable
+from runtime.core.errors import Unavailable, naming
 from runtime.draft.draft_host import DraftHost
 from runtime.model_paths import drafter_calibration_file
 from runtime.models.vocab_check import vocabulary_hash, vocabulary_size
@@ -65,7 +65,8 @@ class DraftActor:
         from runtime.models.loader import load_tokenizer
 
         config = self.config
-        self.host = build_drafter(config, self.target, self.record)
+        with naming(config.model or self.target):
+            self.host = build_drafter(config, self.target, self.record)
         own = (
             config.model if config.method not in TRAINED_METHODS else ""
         )  # a drafter trained for the target uses the target's tokenizer

@@ -13,7 +13,7 @@ from actors.rpc.loop_thread import LoopThread
 from actors.rpc.server import TargetService, serve
 from protos.handshake import Hello
 from runtime.config import ScheduleConfig, TargetConfig, TlsConfig
-from runtime.core.errors import Unavailable
+from runtime.core.errors import Unavailable, naming
 from runtime.models.vocab_check import vocabulary_hash, vocabulary_size
 from runtime.scheduler_factory import make_scheduler
 from runtime.schedulers.base import Scheduler
@@ -59,7 +59,8 @@ class TargetActor:
             freeze_gc,
         )  # loads torch, which only this process needs
 
-        self.target, tokenizer, self.times = build_target(self.config, self.record)
+        with naming(self.config.model):
+            self.target, tokenizer, self.times = build_target(self.config, self.record)
         self.schedulers[self.config.schedule] = self.target.engine.scheduler
         self.hash_below = lru_cache(maxsize=8)(partial(vocabulary_hash, tokenizer))
         self.vocabulary_size = vocabulary_size(tokenizer)

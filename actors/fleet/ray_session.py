@@ -142,7 +142,9 @@ def cause_of(error: "RayTaskError") -> OutriderError:
     """
     if isinstance(error.cause, OutriderError):
         return error.cause
-    return Unavailable(f"an actor failed: {str(error).strip().splitlines()[-1]}")
+    return Unavailable(
+        f"an actor failed ({str(error).strip().splitlines()[-1]}): see its log with `outrider logs`"
+    )
 
 
 def first_line(error: BaseException) -> str:

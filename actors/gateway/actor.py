@@ -23,7 +23,7 @@ from actors.rpc.client import GrpcTarget
 from actors.rpc.endpoints import ActorLocation, own_host
 from actors.rpc.loop_thread import LoopThread
 from runtime.config import Deployment
-from runtime.core.errors import Unavailable
+from runtime.core.errors import Unavailable, naming
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,8 @@ class Gateway:
         config = self.plan.gateway
         check_exposure(config)
         keys = None if config.api_keys is None else ApiKeys(config.api_keys)
-        served = load_served_model(self.plan, int(time.time()))
+        with naming(self.plan.target.model):
+            served = load_served_model(self.plan, int(time.time()))
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         self.router = Router(lambda address: GrpcTarget(address, self.plan.security.tls))
         self.service = Service(

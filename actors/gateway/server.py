@@ -12,6 +12,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
+from actors.gateway.api_keys import read_keys
 from actors.gateway.connection import ClientConnection, ConnectionTable
 from actors.rpc.endpoints import is_loopback
 from runtime.config import GatewayConfig
@@ -58,6 +59,23 @@ def check_exposure(config: GatewayConfig) -> None:
             "gateway",
         )
     log.warning("insecure, as configured: other hosts can reach the gateway without %s", lacking)
+
+
+def check_gateway(config: GatewayConfig, starts: bool) -> None:
+    """Raises what a gateway on this machine would raise at its start.
+
+    With `starts`, the address has to be free: no other gateway of the deployment has it.
+    """
+    check_exposure(config)
+    if config.api_keys is not None:
+        read_keys(config.api_keys)
+    build_server(no_app, config)
+    if starts:
+        listen(config.host, config.port).close()
+
+
+async def no_app(scope: object, receive: object, send: object) -> None:
+    """Stands for an application that is never asked."""
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -10,7 +10,13 @@ from runtime.core.sampling_params import SamplingParams
 from runtime.model_paths import draft_model, head_folder
 from runtime.models.head_checkpoint import find_checkpoint, target_identity
 from runtime.models.hf import max_context
-from runtime.models.loader import check_weights, load_tokenizer, read_config
+from runtime.models.loader import (
+    check_loadable,
+    check_weights,
+    find_device,
+    load_tokenizer,
+    read_config,
+)
 from runtime.models.model_folder import find_folder
 from runtime.models.vocab_check import check_pair
 from runtime.target.target import check_prompt
@@ -31,11 +37,14 @@ class PreparedPrompt:
     warnings: tuple[str, ...]
 
 
-def check_models(plan: Deployment) -> CheckedModels:
-    """Validates the target, its heads and its drafters.
+def check_models(plan: Deployment, local: bool = True) -> CheckedModels:
+    """Validates the target, its heads and its drafters; if they run here (`local`), devices too.
 
-    Raises ModelRefused and PairMismatch, as loading the models would.
+    Raises ModelRefused, PairMismatch and InvalidRequest, as loading the models would.
     """
+    if local:
+        for device in dict.fromkeys([plan.target.device, *(pool.device for pool in plan.pools)]):
+            find_device(device)
     target = plan.target.model
     context, tokenizer = context_length(target), load_tokenizer(target)
     trained = [
@@ -60,20 +69,27 @@ def check_models(plan: Deployment) -> CheckedModels:
     return CheckedModels(tokenizer, context, tuple(warnings))
 
 
-def prepare(plan: Deployment, text: str, sampling: SamplingParams) -> PreparedPrompt:
+def prepare(
+    plan: Deployment, text: str, sampling: SamplingParams, local: bool = True
+) -> PreparedPrompt:
     """Tokenizes the prompt.
 
     Raises as `check_models` does, and InvalidRequest as the target would.
     """
-    found = check_models(plan)
+    found = check_models(plan, local)
     prompt = tuple(found.tokenizer.encode(text))
     check_prompt(prompt, sampling, len(found.tokenizer), found.context)
     return PreparedPrompt(prompt, found.warnings)
 
 
 def context_length(model: str) -> int:
-    """Returns a model's context length in tokens; checks its files without reading the weights."""
+    """Returns a model's context length in tokens; checks its files without reading the weights.
+
+    Raises ModelRefused, also if weights are missing or have other shapes.
+    """
     folder = find_folder(model)
     config = read_config(folder, model)
     check_weights(folder, model)
-    return max_context(config.get_text_config(decoder=True), model)
+    context = max_context(config.get_text_config(decoder=True), model)
+    check_loadable(folder, model, config)
+    return context

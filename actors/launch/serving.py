@@ -10,6 +10,7 @@ from actors.calibration_store import save_calibrations, save_target_state, targe
 from actors.fleet.fleet_state import Fleet, TargetState
 from actors.fleet.ray_session import ray_cluster, translate_ray_errors
 from runtime.config import Deployment, TlsConfig
+from runtime.core.errors import naming
 from runtime.core.messages import Chunk, Request
 from runtime.draft.draft_host import DraftHost
 from runtime.model_paths import drafter_calibration_file
@@ -57,13 +58,17 @@ async def local_service(
 
     record = recordings is not None
     note(f"loading {deployment.target.model}")
-    target = (await asyncio.to_thread(build_target, deployment.target, record)).target
+    with naming(deployment.target.model):
+        target = (await asyncio.to_thread(build_target, deployment.target, record)).target
     target.start()
     hosts: list[DraftHost] = []
     try:
         for config in deployment.drafters():
             note(f"loading drafter {config.name}")
-            host = await asyncio.to_thread(build_drafter, config, deployment.target.model, record)
+            with naming(config.model or deployment.target.model):
+                host = await asyncio.to_thread(
+                    build_drafter, config, deployment.target.model, record
+                )
             host.start()
             hosts.append(host)
             target.attach(config.name, host)

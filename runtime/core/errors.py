@@ -11,6 +11,9 @@ OutriderError
     └── TargetDied      nothing, while another target is running
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class OutriderError(Exception):
     """Carries one line that names the offending value and the way out."""
@@ -66,3 +69,18 @@ SESSION_FAULTS = (
     AssertionError,
     OSError,
 )
+
+
+@contextmanager
+def naming(model: str) -> Iterator[None]:
+    """Makes a failure of another library in the block a ModelRefused that names the model."""
+    try:
+        yield
+    except OutriderError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise ModelRefused(
+            f"model {model} cannot be started ({why}): choose another model, "
+            "or give it more memory if that is the reason"
+        ) from error

@@ -19,6 +19,7 @@ from runtime.kv.store import TorchCache, layout_of
 from runtime.models.base import OutputSpec, PassInput, PassOutput, Rows, causal
 from runtime.models.generic import TransformersPass, torch_cache
 
+MIN_CONTEXT_TOKENS = 9  # what the check of rollbacks reads
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # transformers' modelling code raises these for models that reject our masks, positions or cache.
 MODEL_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
@@ -285,6 +286,8 @@ def check_config(config: PreTrainedConfig, kind: type[PreTrainedModel], name: st
 def max_context(config: PreTrainedConfig, name: str) -> int:
     """Return the maximum text length at which keys do not depend on the later length of the text.
 
+    Raises ModelRefused if there is none, or one below MIN_CONTEXT_TOKENS.
+
     With `longrope` the angles of all positions change when the text outgrows the original context.
     Cached keys would then differ from those of a fresh prefill, so the original context is the
     limit. The angles of `yarn` are fixed and made for the original context times the factor, which
@@ -304,4 +307,9 @@ def max_context(config: PreTrainedConfig, name: str) -> int:
                 limit = min(limit, original)
             case {"rope_type": "yarn", "factor": float() | int() as factor} if factor >= 1:
                 limit = int(original * factor)
+    if limit < MIN_CONTEXT_TOKENS:
+        raise ModelRefused(
+            f"model {name} has a context of {limit} tokens: "
+            f"choose one with at least {MIN_CONTEXT_TOKENS}"
+        )
     return limit

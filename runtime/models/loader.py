@@ -323,6 +323,19 @@ def read_index(index: Path, name: str) -> list[str]:
         ) from error
 
 
+def check_loadable(folder: Path, name: str, config: PreTrainedConfig) -> None:
+    """Raise ModelRefused unless the module can be made and its weights have the right shapes.
+
+    It reads only the headers of the weight files.
+    """
+    try:
+        read_weights(folder, name, config, torch.float32, torch.device("meta"))
+    except ModelRefused as error:
+        # Some architecture might need values while it is made: then loading decides.
+        if not isinstance(error.__cause__, NotImplementedError):
+            raise
+
+
 def read_weights(
     folder: Path,
     name: str,
@@ -330,25 +343,43 @@ def read_weights(
     dtype: torch.dtype | str,
     device: torch.device,
 ) -> Any:
-    """Load the module with all of its weights.
+    """Load the module with all of its weights; on the device "meta" without their values.
 
-    transformers only warns about missing weights and fills them with random numbers.
+    transformers only warns about missing and misshapen weights and fills them with random numbers.
     """
     try:
         reader: Any = AutoModelForCausalLM
-        safely = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
+        safely: dict[str, Any] = {
+            "use_safetensors": True,
+            "trust_remote_code": False,
+            "local_files_only": True,
+        }
+        if device.type == "meta":
+            safely["device_map"] = "meta"
         with quiet_transformers():
             module, report = reader.from_pretrained(
-                folder, config=config, dtype=dtype, output_loading_info=True, **safely
+                folder,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # the report has them
+                **safely,
             )
         module.to(device)
     except (OSError, ImportError, StrictDataclassError, *MODEL_ERRORS) as error:
         raise ModelRefused(
             f"{name} cannot be loaded ({one_line(error)}): copy it again or choose another model"
         ) from error
-    wrong = sorted(str(key) for key in (*report["missing_keys"], *report["mismatched_keys"]))
-    if wrong:
+    if missing := sorted(map(str, report["missing_keys"])):
         raise ModelRefused(
-            f"{name} lacks {len(wrong)} of its weights, {wrong[0][:100]} among them: copy it again"
+            f"{name} lacks {len(missing)} of its weights, {missing[0][:100]} among them: "
+            "copy it again"
+        )
+    if misshapen := sorted(report["mismatched_keys"]):
+        key, found, expected = misshapen[0]
+        raise ModelRefused(
+            f"{name} has {len(misshapen)} weights of other shapes than its config.json says, "
+            f"{str(key)[:100]} of {list(found)} in place of {list(expected)} among them: "
+            "copy it again"
         )
     return module

@@ -25,11 +25,6 @@ def check_rollback(model: HFModel) -> float:
     rounding does not explain it. Several texts are tried: one may lie at the border between two
     experts, which rounding alone can change.
     """
-    if model.context < PREFIX_TOKENS + 4:
-        raise ModelRefused(
-            f"model {model.name} has a context of {model.context} tokens: "
-            f"choose one with at least {PREFIX_TOKENS + 4}"
-        )
     allowed = ROUNDING_TOLERANCE[model.dtype == torch.float32]
     error = float("inf")
     for seed in range(MAX_TRIES):

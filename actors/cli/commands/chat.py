@@ -88,7 +88,7 @@ def chat(
     from actors.cli.conversation import Conversation, answer_room
     from actors.launch.prepare import check_models
 
-    found = check_models(plan)
+    found = check_models(plan, local=address is None)
     if found.tokenizer.chat_template is None:
         raise InvalidRequest(
             f"{plan.target.model} has no chat template: choose an instruct model, "

@@ -128,7 +128,7 @@ def generate(
     )
     from actors.launch.prepare import prepare  # torch and transformers are slow to import
 
-    prepared = prepare(plan, prompt_text(prompt, prompt_file), sampling)
+    prepared = prepare(plan, prompt_text(prompt, prompt_file), sampling, local=address is None)
     request = Request(uuid.uuid4().hex, prepared.prompt, sampling, speculation=wanted)
     recordings: list[Recording] | None = [] if trace else None
     with (

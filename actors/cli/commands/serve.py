@@ -106,7 +106,7 @@ def serve(
         )
         plan = pair.model_copy(update={"gateway": gateway})
     with Progress(quiet=as_json) as progress, exit_on_signals(), ExitStack() as undoing:
-        warnings = check_plan(plan, chosen is None, progress)
+        warnings = check_plan(plan, chosen is None, fresh, progress)
         progress.note("joining Ray" if chosen or not fresh else "starting Ray")
         if fresh:
             undoing.callback(end_local)
@@ -153,17 +153,21 @@ def end_local() -> None:
         local_ray.end(started)
 
 
-def check_plan(plan: Deployment, local: bool, progress: Progress) -> tuple[str, ...]:
-    """Validates the deployment before anything is started, and models if they are local.
+def check_plan(plan: Deployment, local: bool, fresh: bool, progress: Progress) -> tuple[str, ...]:
+    """Validates the deployment before anything is started.
 
-    Returns warnings about the models.
+    If it is local, that includes models and the gateway's files; if it is fresh too, also the
+    gateway's address. Returns warnings about the models.
     """
     progress.note("checking the deployment")
-    from actors.gateway.server import check_exposure
+    from actors.gateway.server import check_exposure, check_gateway
     from actors.launch.prepare import check_models  # torch and transformers are slow to import
 
-    check_exposure(plan.gateway)
-    return check_models(plan).warnings if local else ()
+    if not local:
+        check_exposure(plan.gateway)
+        return ()
+    check_gateway(plan.gateway, starts=fresh)
+    return check_models(plan).warnings
 
 
 def deploy(plan: Deployment) -> Fleet:

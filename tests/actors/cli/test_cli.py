@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--prompt", "a", "--target", "/nowhere/model"], "/nowhere/model"),
         (["--prompt", "a", "--temperature", "-1"], "temperature -1"),
         (["--prompt", "a", "--temperature", "nan"], "temperature nan"),
-        (["--prompt", "a", "--top-p", "0"], "top_p 0"),
+        (["--prompt", "a", "--top-p", "-1"], "top_p -1"),
         (["--prompt", "a", "--top-p", "inf"], "top_p inf"),
         (["--prompt", "a", "--min-p", "1.5"], "min_p 1.5"),
         (["--prompt", "a", "--top-k", "-3"], "top_k -3"),
@@ -201,6 +202,69 @@ def test_an_address_of_no_cluster(
         )
         assert outrider(monkeypatch, *call) == 2
     assert_one_error_line(address, capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"intermediate_size": 72}, "of other shapes than its config.json says"),
+        ({"max_position_embeddings": 6}, "has a context of 6 tokens"),
+        ({"num_hidden_layers": 3}, "lacks 9 of its weights"),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "serve"])
+def test_a_model_that_does_not_load_is_told_before_ray_starts(
+    command: str,
+    change: dict[str, int],
+    named: str,
+    nobody: None,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "odd"
+    shutil.copytree(tiny, folder)
+    settings = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(settings | change), "utf-8")
+    monkeypatch.setattr("ray.init", None)
+    monkeypatch.setattr("actors.launch.local_ray.start", None)
+    prompt = ["--prompt", "a", "--max-tokens", 2] if command == "generate" else ["--port", 0]
+    for models in (("--target", folder, "--draft", "ngram"), ("--target", tiny, "--draft", folder)):
+        assert outrider(monkeypatch, command, *models, *prompt) == 2
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1
+        assert str(folder) in captured.err
+        assert named in captured.err
+        assert ": " in captured.err.partition(named)[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--device", "cuda"], "device cuda not found"),
+        (["--api-key-file", "/nowhere/keys"], "/nowhere/keys"),
+        (["--port", "TAKEN"], "choose another port"),
+    ],
+)
+def test_what_the_gateway_and_the_device_lack_is_told_before_ray_starts(
+    arguments: list[str],
+    named: str,
+    nobody: None,
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("ray.init", None)
+    monkeypatch.setattr("actors.launch.local_ray.start", None)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    call = ["serve", "--target", tiny, "--draft", "ngram"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        given = [port if word == "TAKEN" else word for word in arguments]
+        ports = [] if "--port" in given else ["--port", "0"]
+        assert outrider(monkeypatch, *call, *given, *ports) == 2
+    assert_one_error_line(named, capsys)
 
 
 def test_ray_that_cannot_start(tiny: Path, tmp_path: Path) -> None:

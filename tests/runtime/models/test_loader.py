@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, tokenization_utils_base
 
-from runtime.core.errors import InvalidRequest
+from runtime.core.errors import InvalidRequest, ModelRefused
 from runtime.models.base import causal
 from runtime.models.llama import LlamaPass
-from runtime.models.loader import load_model, load_tokenizer
+from runtime.models.loader import check_loadable, load_model, load_tokenizer, read_config
 from runtime.models.vocab_check import vocabulary_hash
 from tests.support.families import FAMILIES, VOCABULARY, hf_model, tiny
 from tests.support.model_folders import WEIGHTS, edit, refused
@@ -186,7 +186,25 @@ def test_missing_and_misshapen_weights(folder: Path) -> None:
         folder / WEIGHTS,
         {"format": "pt"},
     )
-    refused(folder, "cannot be loaded")
+    refused(
+        folder,
+        "has 1 weights of other shapes than its config.json says, lm_head.weight of [5, 5] "
+        "in place of [96, 32] among them",
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_of_every_family_are_checked_without_being_read(
+    family: str, tmp_path: Path
+) -> None:
+    FAMILIES[family]().save_pretrained(tmp_path)
+    config = read_config(tmp_path, family)
+    check_loadable(tmp_path, family, config)
+    weights = load_file(tmp_path / WEIGHTS)
+    del weights[next(name for name in weights if "norm" in name or "ln_" in name)]
+    save_file(weights, tmp_path / WEIGHTS, {"format": "pt"})
+    with pytest.raises(ModelRefused, match=f"{family} lacks 1 of its weights"):
+        check_loadable(tmp_path, family, config)
 
 
 def test_a_model_without_positions_of_its_own(tmp_path: Path) -> None:
