@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.gateway import idempotency
 from actors.gateway.api_keys import ApiKeys, is_open, read_keys
-from actors.gateway.idempotency import IdempotencyCache
 from actors.gateway.server import build_server, check_exposure, listen
 from actors.gateway.streams import merge_chunks
 from actors.openai import chat_template
@@ -216,86 +214,6 @@ def test_when_a_file_of_keys_is_open(mode: int, owner: int, reader: int, it_is: 
 def test_a_file_of_keys_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="cannot be read"):
         ApiKeys(tmp_path / "none")
-
-
-# Replays
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-async def pieces(*said: bytes) -> AsyncGenerator[bytes, None]:
-    for piece in said:
-        yield piece
-
-
-async def all_of(
-    replays: IdempotencyCache, key: str, digest: bytes = b"", said: Sequence[bytes] = (b"x",)
-) -> list[bytes]:
-    async with aclosing(replays.share((None, key), digest, lambda: pieces(*said))) as shared:
-        return [piece async for piece in shared]
-
-
-def test_answers_are_kept_for_a_time_and_while_there_is_room(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    async def main() -> None:
-        clock = Clock()
-        replayed: list[None] = []
-        replays = IdempotencyCache(clock, lambda: replayed.append(None))
-        assert await all_of(replays, "a", said=[b"1", b"2"]) == [b"1", b"2"]
-        assert await all_of(replays, "a", said=[b"3"]) == [b"1", b"2"]
-        assert len(replayed) == 1
-        with pytest.raises(ApiError) as refused:
-            await all_of(replays, "a", digest=b"other")
-        assert refused.value.status == 409
-        clock.now = idempotency.CACHE_TTL_S
-        assert await all_of(replays, "a", digest=b"other", said=[b"3"]) == [b"3"]
-        monkeypatch.setattr(idempotency, "MAX_CACHE_BYTES", 10)
-        for name in "bcdefg":
-            await all_of(replays, name, said=[b"12345"])
-        assert len(replays.responses) <= 3
-        monkeypatch.setattr(idempotency, "MAX_CACHE_ENTRIES", 2)
-        for name in "hijk":
-            await all_of(replays, name, said=[b"1"])
-        assert list(replays.responses) == [(None, "j"), (None, "k")]
-
-    asyncio.run(main())
-
-
-@pytest.mark.parametrize("fault", [KeyError("ours"), ApiError(503, "unavailable", "not now")])
-def test_an_answer_that_failed_half_way_is_not_taken_for_whole(fault: Exception) -> None:
-    """All that listen hear of it, and the next one under its key begins anew."""
-
-    async def failing() -> AsyncGenerator[bytes, None]:
-        yield b"1"
-        await asyncio.sleep(0)
-        raise fault
-
-    async def heard(replays: IdempotencyCache, pieces: list[bytes]) -> None:
-        async with aclosing(replays.share((None, "a"), b"", failing)) as shared:
-            async for piece in shared:
-                pieces += [piece]
-
-    async def main() -> None:
-        replays, first, second = (
-            IdempotencyCache(Clock(), lambda: None),
-            list[bytes](),
-            list[bytes](),
-        )
-        ends = await asyncio.gather(
-            heard(replays, first), heard(replays, second), return_exceptions=True
-        )
-        assert list(ends) == [fault, fault]
-        assert first == second == [b"1"]
-        assert await all_of(replays, "a", said=[b"2"]) == [b"2"]
-
-    asyncio.run(main())
 
 
 # Streams
