@@ -29,9 +29,12 @@ bench: install ## compare all ways to use the same models and cores, on a real m
 	else echo "SmolLM2 cannot be fetched: the pair that ships is measured alone"; fi
 	@$(BIN)/python -m bench
 
-bench-methods: install ## compare all drafting methods, alone and with the draft model; 20 minutes
+bench-methods: install ## compare all drafting methods, alone and combined; 20 minutes
 	@$(BIN)/python -m bench.methods
 	@$(BIN)/python -m experiments.same_tree
+
+bench-methods-chat: install ## compare the drafting methods on SmolLM2, 24 questions; 15 minutes
+	@$(BIN)/outrider pull smollm2-135m && $(BIN)/python -m bench.methods --target smollm2-135m --count 24
 
 test: install ## run all tests on up to four cores
 	$(BIN)/pytest -q --durations=10 --numprocesses auto --maxprocesses 4

@@ -37,6 +37,7 @@ from bench.core.options import (
 from bench.core.outrider_runner import ModelPair, OutriderRunner, running_cluster
 from bench.core.profiling import ProfileJob, ProfileResult
 from bench.core.prompts import (
+    CHAT_PROMPTS,
     Prompt,
     encode_prompts,
     held_out_prompts,
@@ -60,7 +61,6 @@ from runtime.models.vocab_check import check_pair
 from runtime.schedulers.pearl import gamma
 from runtime.telemetry.tracing import Recording
 
-CHAT_PROMPTS = Path(__file__).with_name("chat_prompts.jsonl")
 HELD_OUT = "held-out files of the standard library"
 
 

@@ -31,14 +31,6 @@ from runtime.schedulers.base import Scheduler
 from runtime.scoring.calibration import Calibrations
 from runtime.telemetry.tracing import Recording
 
-DRAFTER_NAMES = {
-    DRAFT: "draft-0",
-    "model": "draft-0",
-    "ngram": "ngram-0",
-    "wrong": "wrong-0",
-    "layer-skip": "layer-skip-0",
-    "s3d": "s3d-0",
-}  # drafter names by method
 MAX_TRIES = 3  # of a run during which a drafter is lost
 ATTACH_TIMEOUT_S = 10.0  # for the target to attach its drafters
 POLL_PERIOD_S = 0.01
@@ -82,7 +74,7 @@ class ModelPair:
         model = self.trained.get(method, "" if method in ("ngram", "layer-skip") else self.draft)
         layers = self.layers if method == "layer-skip" else ()
         named = {
-            "name": DRAFTER_NAMES[method],
+            "name": drafter_name(method),
             "method": self.method if method == DRAFT else method,
             "model": model,
             "layers": layers,
@@ -91,6 +83,10 @@ class ModelPair:
         return DrafterConfig.model_validate(
             {**named, "device": "cpu", "placement": self.placement(cores)}
         )
+
+
+def drafter_name(method: str) -> str:
+    return f"{DRAFT if method == 'model' else method}-0"
 
 
 def schedule_config(how: OutriderMethod) -> ScheduleConfig:
@@ -219,7 +215,7 @@ class OutriderRunner:
             )
         how, target = method.how, self.targets[method.how.target_cores]
         drafters = {
-            DRAFTER_NAMES[name]: self.drafters[name, how.drafter_cores] for name in how.drafters
+            drafter_name(name): self.drafters[name, how.drafter_cores] for name in how.drafters
         }
         with translate_ray_errors():
             peers = [

@@ -16,6 +16,7 @@ from runtime.core.errors import InvalidRequest
 from runtime.core.messages import Tokens
 from training import stdlib_corpus
 
+CHAT_PROMPTS = Path(__file__).parents[1] / "chat_prompts.jsonl"  # questions for a chat model
 MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS = 64, 256  # of a held-out prompt
 PROMPT_FIELDS = (
     "prompt",

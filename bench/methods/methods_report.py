@@ -187,7 +187,7 @@ def methods_page(studies: Sequence[Study], machine: Machine, picture: str) -> st
         for temperature in study.temperatures:
             for grid in (methods_grid(study, temperature), runs_grid(study, temperature)):
                 parts += [f"**{grid.title}**", grid.markdown()]
-    if studies:
+    if studies and MODEL in studies[0].costs:
         parts += [
             "## Goals",
             f"On {studies[0].name}. {TREE_NOTE}",

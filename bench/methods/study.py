@@ -14,9 +14,16 @@ from bench.core import loop
 from bench.core.loop import cases, rounds
 from bench.core.machine import machine, two_cores
 from bench.core.methods import FIRST, Method, OutriderMethod
-from bench.core.options import RESULTS
+from bench.core.options import RESULTS, choose_dtype
 from bench.core.outrider_runner import ModelPair, OutriderRunner, running_cluster
-from bench.core.prompts import Prompt, encode_prompts, held_out_prompts, read_prompts
+from bench.core.prompts import (
+    CHAT_PROMPTS,
+    Prompt,
+    encode_prompts,
+    held_out_prompts,
+    read_prompts,
+    sample_prompts,
+)
 from bench.core.subprocess_call import call_in_subprocess
 from bench.core.widen import widen_head, widen_to_small
 from bench.methods.method_goals import MODEL, WITH_MODEL, goals_grid
@@ -28,6 +35,7 @@ from bench.methods.methods_report import (
     methods_grid,
     methods_page,
     papers_grid,
+    runs_grid,
 )
 from bench.methods.weights import Cost, card_value, count_parameters, training_cost
 from runtime import config
@@ -38,6 +46,7 @@ from runtime.method_registry import head_methods
 from runtime.model_paths import bundled_model
 from runtime.models.layer_subset import every_second_layer
 from runtime.models.loader import load_tokenizer, read_config, read_json
+from runtime.models.model_folder import find_folder
 
 DRAFTERS = (MODEL, "ngram", "layer-skip")  # and the trained ones that ship
 HEADS = ("token-recycling", "medusa", "hidden-transfer")
@@ -53,6 +62,8 @@ OTHER_PAIRS = (
     ("stories260K", "llama2xs-500it"),
 )  # targets and drafts in SHARED_FOLDER / "models"
 STORY_PROMPTS = SHARED_FOLDER / "prompts" / "tinystories_20_openings.json"
+MODELS = Path(bundled_model("target")).parent
+MAX_QUESTION_TOKENS = 1024
 STORY_COUNT, MAX_PROMPT_TOKENS = (
     2,
     128,
@@ -76,27 +87,32 @@ class StudyTarget:
     @property
     def about(self) -> str:
         model = read_config(Path(self.pair.target), self.pair.target)
-        return (
+        size = f"{count_parameters(Path(self.pair.target)) / 1e6:.0f} million parameters"
+        what = (
             f"{self.source.name}, widened to {model.hidden_size}x{model.num_hidden_layers} "
-            "without changing its function "
-            f"({count_parameters(Path(self.pair.target)) / 1e6:.0f} million parameters), "
-            f"float32; draft model: {Path(self.pair.draft).name}. "
-            f"{len(self.prompts) - LEARNING_PROMPTS} prompts, {NEW_TOKENS} new tokens, all "
+            f"without changing its function ({size}), {self.pair.dtype}; draft model: "
+            f"{Path(self.pair.draft).name}"
+            if self.pair.draft
+            else f"{self.name} ({size}), {self.pair.dtype}"
+        )
+        return (
+            f"{what}. {len(self.prompts) - LEARNING_PROMPTS} prompts, {NEW_TOKENS} new tokens, all "
             "methods in turns."
         )
+
+
+def guessing(*names: str) -> OutriderMethod:
+    """Return the living schedule with these drafters and heads."""
+    drafters, heads = (
+        tuple(name for name in names if (name in head_methods()) == is_head)
+        for is_head in (False, True)
+    )
+    return OutriderMethod("living", drafters=drafters, heads=heads)
 
 
 def methods_of(which: Sequence[str]) -> list[Method]:
     """Return plain decoding, the model, each other method alone and with the model, and the cheap
     combination of model, ngram and token recycling."""
-
-    def guessing(*names: str) -> OutriderMethod:
-        drafters, heads = (
-            tuple(name for name in names if (name in head_methods()) == is_head)
-            for is_head in (False, True)
-        )
-        return OutriderMethod("living", drafters=drafters, heads=heads)
-
     others = [name for name in which if name != MODEL]
     together = Method(
         f"{WITH_MODEL}ngram + token-recycling", guessing(MODEL, "ngram", "token-recycling")
@@ -189,6 +205,41 @@ def study_targets(count: int) -> list[StudyTarget]:
     return found
 
 
+def chat_target(name: str, prompts: Path, count: int) -> StudyTarget:
+    """Return a chat model with the drafters that ship for it, on questions from a file."""
+    folder, cores = find_folder(name), two_cores()
+    trained = {
+        method: str(found)
+        for method in sorted(config.TRAINED_METHODS)
+        if (found := MODELS / name / method).is_dir()
+    }
+    heads = {"token-recycling": ""} | (
+        {"eagle-head": trained["eagle"]} if "eagle" in trained else {}
+    )
+    dtype = choose_dtype("auto", machine(2).flags)
+    pair = ModelPair(str(folder), "", dtype, cores, heads, (), trained)
+    tokenizer = load_tokenizer(name)
+    questions = encode_prompts(tokenizer, read_prompts(prompts), MAX_QUESTION_TOKENS)
+    chosen = sample_prompts(questions, LEARNING_PROMPTS + count, 2)
+    return StudyTarget(name, folder, pair, chosen, (*trained, "ngram", *heads))
+
+
+def chat_methods(which: Sequence[str]) -> list[Method]:
+    """Return plain decoding, each method alone, and each drafter with heads."""
+    heads = [name for name in which if name in head_methods()]
+    drafters = [name for name in which if name not in heads]
+    groups = [
+        *((name,) for name in which),
+        *((drafter, head) for drafter in drafters for head in heads),
+        tuple(heads),
+    ]
+    groups = [group for group in dict.fromkeys(groups) if group]
+    return [
+        Method(PLAIN, OutriderMethod("plain")),
+        *(Method(" + ".join(group), guessing(*group)) for group in groups),
+    ]
+
+
 def costs_of(bench: StudyTarget) -> dict[str, Cost]:
     """Return the costs by method, in the order of the table."""
     target, pair = Path(bench.pair.target), bench.pair
@@ -201,7 +252,6 @@ def costs_of(bench: StudyTarget) -> dict[str, Cost]:
     )
     searched = bench.name == SHIPPED and LAYERS_FILE.is_file()
     known = {
-        MODEL: Cost(2 * count_parameters(Path(pair.draft)), own or "by others"),
         "ngram": Cost(0, "none"),
         "layer-skip": Cost(
             2 * count_parameters(target, pair.layers),
@@ -209,13 +259,18 @@ def costs_of(bench: StudyTarget) -> dict[str, Cost]:
         ),
         "token-recycling": Cost(table.tokens.nbytes + table.scores.nbytes, "none"),
     }
+    if pair.draft:
+        known[MODEL] = Cost(2 * count_parameters(Path(pair.draft)), own or "by others")
     for name, folder in pair.heads.items():
         if folder:
-            known[name] = Cost(
-                4 * count_parameters(Path(folder)),
-                training_cost(Path(bundled_model("target")).parent / "heads" / name),
-            )
+            source = Path(bundled_model("target")).parent / "heads" / name
+            if bench.name != SHIPPED:
+                source = Path(folder)
+            known[name] = Cost(4 * count_parameters(Path(folder)), training_cost(source))
     for name, folder in pair.trained.items():
+        if bench.name != SHIPPED:
+            known[name] = Cost(2 * count_parameters(Path(folder)), training_cost(Path(folder)))
+            continue
         stay = read_json(Path(folder) / "config.json", folder)["settings"]["layers"]
         known[name] = Cost(
             2 * count_parameters(target, stay),
@@ -235,8 +290,7 @@ def rounds_of(prompts: Sequence[Prompt], which: Sequence[Method]) -> list[loop.R
     )
 
 
-def run_study(bench: StudyTarget) -> Study:
-    which = methods_of(bench.method_names)
+def run_study(bench: StudyTarget, which: Sequence[Method]) -> Study:
     found: dict[tuple[str, float], MethodStats] = {}
     learned, measuring = bench.prompts[:LEARNING_PROMPTS], bench.prompts[LEARNING_PROMPTS:]
     with running_cluster(bench.pair, which) as cluster:
@@ -245,37 +299,51 @@ def run_study(bench: StudyTarget) -> Study:
     return Study(bench.name, bench.about, tuple(found.values()), costs_of(bench))
 
 
-def write_study(studies: Sequence[Study], folder: Path) -> Path:
-    """Write methods.json, methods.md and methods.png; return the page."""
+def write_study(studies: Sequence[Study], folder: Path, name: str = "methods") -> Path:
+    """Write NAME.json, NAME.md and NAME.png; return the page."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = machine(2)
     content: Mapping[str, object] = {
         "machine": facts.model_dump(),
         "studies": [asdict(one) for one in studies],
     }
-    (folder / "methods.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    draw_methods(studies[0], folder / "methods.png")
-    (folder / "methods.md").write_text(methods_page(studies, facts, "methods.png"), "utf-8")
-    return folder / "methods.md"
+    page, picture = folder / f"{name}.md", folder / f"{name}.png"
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    draw_methods(studies[0], picture)
+    page.write_text(methods_page(studies, facts, picture.name), "utf-8")
+    return page
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=3, help="prompts")
     parser.add_argument("--shipped", action="store_true", help="measure only the shipped target")
+    parser.add_argument("--target", help="measure this chat model alone, with what ships for it")
+    parser.add_argument("--prompts", type=Path, default=CHAT_PROMPTS, help="with --target")
     parser.add_argument("--folder", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     console, studies = Console(), []
+    if arguments.target:
+        bench = chat_target(arguments.target, arguments.prompts, arguments.count)
+        one = run_study(bench, chat_methods(bench.method_names))
+        print_study(console, one)
+        console.print(write_study([one], arguments.folder, f"methods-{arguments.target}"))
+        return
     with console.status("widening targets and heads"):
         chosen = study_targets(arguments.count)[: 1 if arguments.shipped else None]
     for bench in chosen:
-        studies.append(run_study(bench))
+        studies.append(run_study(bench, methods_of(bench.method_names)))
         file = write_study(
             studies, arguments.folder
         )  # after each target, so an interruption loses only one
     for one in studies:
-        for temperature in one.temperatures:
-            console.print(methods_grid(one, temperature).terminal())
+        print_study(console, one)
     console.print(goals_grid(studies[0].by_temperature).terminal())
     console.print(papers_grid(studies[0]).terminal())
     console.print(file)
+
+
+def print_study(console: Console, one: Study) -> None:
+    for temperature in one.temperatures:
+        console.print(methods_grid(one, temperature).terminal())
+        console.print(runs_grid(one, temperature).terminal())

@@ -32,6 +32,7 @@ from bench.methods.study import (
     SHIPPED,
     TEMPERATURES,
     UNTRAINED,
+    chat_methods,
     costs_of,
     methods_of,
     study_targets,
@@ -311,3 +312,20 @@ def test_goals_are_decided_by_what_was_measured() -> None:
     assert [line[3] for line in grid.rows] == ["-"] * len(METHOD_GOALS)
     rows["medusa"].tokens = 140
     assert goals_grid({0.0: rows}).rows[-1][2] == "0.00, missed"
+
+
+def test_a_chat_model_is_measured_with_what_ships_for_it() -> None:
+    which = ("eagle", "ngram", "token-recycling", "eagle-head")
+    methods = {method.name: method.how for method in chat_methods(which)}
+    assert next(iter(methods)) == PLAIN
+    assert set(which) < set(methods)
+    both = methods["eagle + eagle-head"]
+    assert isinstance(both, OutriderMethod)
+    assert (both.drafters, both.heads) == (("eagle",), ("eagle-head",))
+    assert "token-recycling + eagle-head" in methods
+    page = methods_page(
+        [Study("chat", "About it.", (found(PLAIN, 0.0, {"x": 10.0}),), {"eagle": Cost(1, "none")})],
+        machine(2),
+        "p.png",
+    )
+    assert "Goals" not in page

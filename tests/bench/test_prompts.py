@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench.core.prompts import (
+    CHAT_PROMPTS,
     MAX_PROMPT_TOKENS,
     MIN_PROMPT_TOKENS,
     MT_BENCH,
@@ -17,7 +18,7 @@ from bench.core.prompts import (
     read_prompts,
     sample_prompts,
 )
-from bench.run import CHAT_PROMPTS, gguf_of
+from bench.run import gguf_of
 from runtime.core.errors import InvalidRequest
 from runtime.models.loader import load_tokenizer
 from tests.support.pair import SHIPPED
