@@ -1,4 +1,4 @@
-"""The gateway's parts that need no server: JSON, keys, replays, templates, addresses."""
+"""The gateway's parts that need no server: JSON, keys, streams, templates, figures, addresses."""
 
 import asyncio
 import hashlib

@@ -1,4 +1,4 @@
-"""A target with its thread on an event loop: requests, links, and the rounds drafts save."""
+"""A target with its thread on an event loop: requests, and the rounds drafts save."""
 
 import asyncio
 from contextlib import aclosing
