@@ -18,12 +18,14 @@ def bundled_model(name: Literal["target", "draft"]) -> str:
 def default_drafts(target: str | None) -> tuple[str, ...]:
     """Return what drafts for a target if the user does not say.
 
-    It is the bundled draft for the bundled target, or token recycling, which needs no training and
-    fits every vocabulary. The EAGLE drafter that ships for SmolLM2 is slower than that so far.
+    It is the bundled draft for the bundled target; elsewhere token recycling, which needs no
+    training and fits every vocabulary, beside the EAGLE drafter if one ships.
     """
     if target is None or target == bundled_model("target"):
         return (bundled_model("draft"),)
-    return ("token-recycling",)
+    models = Path(bundled_model("target")).parent
+    trained_for = {folder.parent.name for folder in models.glob("*/eagle")}
+    return ("eagle", "token-recycling") if target in trained_for else ("token-recycling",)
 
 
 def head_folder(head: HeadConfig) -> Path | None:

@@ -9,12 +9,12 @@ against plain decoding is bounded by an account, kept in tokens of plain decodin
 
     gain of a step   tokens per session - seconds / seconds of a plain step
     budget           what speculation may still lose before it stops; plain decoding adds 1 %
-    reserve          what speculation has earned beyond that; it pays for early new trials
+    reserve          what speculation has earned beyond that; it pays for new trials
 
-The gate starts with a budget for a trial of a few steps, and without knowledge it first measures
-plain steps. When the budget is spent, drafters rest; each failed trial in a row doubles the rest.
-While speculation is on, probes of a few plain steps keep the comparison up to date. They are as
-rare as their cost demands, at most 1 % of the tokens.
+The gate starts with a budget for a trial of a few steps, which is larger for trained methods, and
+without knowledge it first measures plain steps. When the budget is spent, drafters rest; each
+failed trial in a row doubles the rest. While speculation is on, probes of a few plain steps keep
+the comparison up to date. They are as rare as their cost demands, at most 1 % of the tokens.
 
 Each order of load (1, 2, 3-4, 5-8, ... sessions) has an account of its own, for what pays with one
 session may not pay with eight.
@@ -33,6 +33,10 @@ WAYS: dict[str, Way] = {"plain": "plain", "heads": "heads", "all": "all"}
 
 ALLOWANCE = 0.01  # tokens that may be lost per token
 TRIAL_BUDGET = 0.8  # tokens that a trial may lose
+# Methods whose weights were trained for the target, which is checked when they are loaded. They
+# are less likely to be useless, and a small budget would end half of the trials of good ones.
+TRAINED = frozenset({"block", "eagle", "eagle-head", "hidden-transfer", "medusa", "s3d"})
+TRAINED_BUDGET = 2.4
 MAX_BUDGET = 4.0  # more goes to the reserve
 MAX_RESERVE = 8.0
 MAX_SLOWDOWN = 1.6  # a longer step is counted as so many usual ones: the machine was busy
@@ -134,7 +138,7 @@ class Account:
         found = cls(
             way=home,
             home=home,
-            budget=number(saved["budget"], MAX_BUDGET) if home == PLAIN else TRIAL_BUDGET,
+            budget=max(TRIAL_BUDGET if home != PLAIN else 0.0, number(saved["budget"], MAX_BUDGET)),
             rest=int(number(saved["rest"], MAX_OLD_REST)),
             age=int(number(saved["age"], MAX_REST)) if home == PLAIN else 0,
             probed=True,
@@ -184,10 +188,15 @@ class SpeculationGate:
 
     def _new_account(self, load: int) -> Account:
         if not self.accounts:
-            return Account(budget=TRIAL_BUDGET)
+            return Account(budget=self.trial_budget)
         near = self.accounts[min(self.accounts, key=lambda known: abs(known - load))]
-        budget = 0.0 if near.home == PLAIN else TRIAL_BUDGET
+        budget = 0.0 if near.home == PLAIN else self.trial_budget
         return Account(way=near.home, home=near.home, rest=near.rest, budget=budget)
+
+    @property
+    def trial_budget(self) -> float:
+        """Return the tokens that a trial of the present helpers may lose."""
+        return TRIAL_BUDGET if TRAINED.isdisjoint(self.helpers.split(",")) else TRAINED_BUDGET
 
     @property
     def way(self) -> Way:
@@ -287,10 +296,8 @@ class SpeculationGate:
         if account.age < account.rest:
             return
         trial = self._next_trial(account, ways)
-        if account.speedup(trial) > 1.0 or account.rest <= FIRST_REST:
-            wanted = max(0.0, TRIAL_BUDGET - account.budget)
-            paid = min(wanted, account.reserve)
-            account.budget, account.reserve = account.budget + paid, account.reserve - paid
+        paid = min(max(0.0, self.trial_budget - account.budget), account.reserve)
+        account.budget, account.reserve = account.budget + paid, account.reserve - paid
         if account.budget >= TRIAL_BUDGET:
             account.records[trial] = Record(ratios=account.record(trial).ratios)
             account.home, account.since_probe = trial, 0

@@ -279,4 +279,4 @@ def test_what_drafts_for_a_target_by_default(tmp_path: Path) -> None:
     assert default_drafts(None) == default_drafts(bundled_model("target"))
     assert default_drafts(None) == (bundled_model("draft"),)
     assert default_drafts(str(tmp_path)) == ("token-recycling",)
-    assert default_drafts("smollm2-135m") == ("token-recycling",)
+    assert default_drafts("smollm2-135m") == ("eagle", "token-recycling")

@@ -7,6 +7,7 @@ import pytest
 
 from runtime.scoring.speculation_gate import (
     FIRST_PROBE_STEPS,
+    MAX_RESERVE,
     MAX_REST,
     PLAIN,
     PROBE_STEPS,
@@ -173,3 +174,35 @@ def test_a_pause_of_the_machine_is_no_fault_of_the_drafter() -> None:
     world.run(200)
     world.gate.observe(ALL, 1, 1, 2, 100 * TIMES[1])
     assert world.gate.account.home == "all"
+
+
+def test_a_trained_method_has_a_longer_trial() -> None:
+    taken = []
+    for kinds in (["token-recycling"], ["eagle-head", "token-recycling"]):
+        gate = SpeculationGate(TIMES)
+        gate.use(kinds)
+        world = World(gate, {"all": (1.0, 1.4)}, noise=0.0)
+        world.run(30)
+        taken.append(world.taken.count("all"))
+    assert taken == [3, 7]  # 0.4 tokens each, of 0.8 and of 2.4
+
+
+def test_what_was_earned_is_kept_by_the_next_process() -> None:
+    world = World(SpeculationGate(TIMES), {"all": (2.4, 1.3)})
+    world.run(300)
+    earned = world.gate.account.budget
+    assert earned > TRIAL_BUDGET
+    again = SpeculationGate(TIMES)
+    again.restore(world.gate.to_dict())
+    assert again.account.budget == pytest.approx(earned)
+
+
+def test_earned_tokens_pay_for_a_new_trial() -> None:
+    world = World(SpeculationGate(TIMES), {"all": (2.6, 1.3)}, noise=0.0)
+    world.run(400)
+    assert world.gate.account.reserve == MAX_RESERVE
+    world.steps["all"] = (1.0, 1.6)
+    world.run(300)
+    assert world.gate.account.home == PLAIN
+    assert world.gate.account.reserve < MAX_RESERVE
+    assert world.taken[-300:].count("all") > TRIAL_BUDGET / 0.6 + 2
