@@ -12,7 +12,7 @@ FITS := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 BIN := .venv/bin
 UNUSED := /(tests?|testing|rllib|sympy|_inductor|onnx|transformers/models)/
 
-.PHONY: help install demo bench bench-methods test test-exactness test-chaos test-load test-cluster check format proto train audit sbom clean
+.PHONY: help install demo bench bench-methods bench-methods-chat test test-exactness test-chaos test-load test-cluster check format proto train audit sbom clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
