@@ -23,7 +23,7 @@ from runtime.drafters.eagle import (
 from runtime.drafters.model import BRANCHES, CHUNK_TOKENS, FINISHED_SLOTS
 from runtime.models.block import METHOD, read_block
 from runtime.models.block_pass import BlockPass, PlacedNodes, Places
-from runtime.models.eagle_pass import EagleInput
+from runtime.models.eagle_pass import EagleInput, Slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +74,17 @@ class BlockDrafter(EagleDrafter):
         """Return the number of mask rows after a text: fewer at the end of the context."""
         return min(self.model.place_count - 1, self.model.context - length)
 
-    def logits(self, steps: Sequence[EagleStep]) -> list[torch.Tensor]:
+    def logits(self, steps: Sequence[EagleStep]) -> tuple[list[torch.Tensor], Slots]:
         """Run a heavy pass over the texts with new tokens, and a light one over all nodes."""
         heavy = [step for step in steps if step.missing]
         if heavy:
             self.read(heavy)
         asking = [step for step in steps if step.asked]
         if not asking:
-            return [torch.empty(0)] * len(steps)
+            return [torch.empty(0)] * len(steps), self.model.draft_tokens
         below = iter(self.model.below([self.placed_nodes(step) for step in asking]))
-        return [next(below) if step.asked else torch.empty(0) for step in steps]
+        found = [next(below) if step.asked else torch.empty(0) for step in steps]
+        return found, self.model.draft_tokens
 
     def read(self, steps: Sequence[EagleStep]) -> None:
         """Read the new tokens of each text, and guess the places after those read to their end."""

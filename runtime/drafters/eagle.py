@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from runtime.core.draft_nodes import NO_NODES, DraftNodes
@@ -33,7 +34,7 @@ from runtime.kv.prefix_cache import PrefixCache
 from runtime.kv.store import TorchCache
 from runtime.models.base import ModelIdentity
 from runtime.models.eagle import METHOD, Layer, read_eagle
-from runtime.models.eagle_pass import EagleInput, EaglePass
+from runtime.models.eagle_pass import EagleInput, EaglePass, Slots, no_tokens
 from runtime.models.embeddings import read_embeddings
 from runtime.models.head_checkpoint import find_checkpoint, target_identity
 from runtime.models.hf import max_context
@@ -47,6 +48,7 @@ from runtime.models.model_folder import find_folder
 from runtime.models.sampler import candidates_all, edits_logits
 
 FIRST = 1  # position of the first row: no token comes before token 0
+MAX_OWN_TOKENS = 1024  # of a text, outside of the draft vocabulary: each costs a product of a row
 
 
 @dataclass(slots=True)
@@ -57,6 +59,7 @@ class EagleCache:
     prefix  slots [first, prefix) hold rows of the text with the target's features
     key     of the text up to `prefix`
     slots   node key -> slot of the tree's nodes, in order of slots
+    own     tokens of the text outside of the draft vocabulary, among the first `listed` ones
     """
 
     cache: TorchCache
@@ -65,6 +68,16 @@ class EagleCache:
     key: int
     text: Sequence[int] = ()
     slots: dict[int, int] = field(default_factory=dict)
+    own: Slots = field(default_factory=no_tokens)
+    listed: int = 0
+
+    def list_own(self, tokens: Sequence[int], common: npt.NDArray[np.bool_]) -> None:
+        """Take in the new tokens; `common` (vocabulary,) tells those of the draft vocabulary."""
+        new = np.unique(np.asarray(tokens[self.listed :], dtype=np.int64))
+        self.listed = len(tokens)
+        own = new[~common[new]]
+        if len(own):
+            self.own = np.union1d(self.own, own)[:MAX_OWN_TOKENS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +140,7 @@ class EagleStep:
             kept.first,
             visible,
             np.arange(m - self.root, m + k),
+            kept.own,
         )
 
     def commit_rows(self) -> None:
@@ -155,7 +169,8 @@ class EagleDrafter:
         finished: int = FINISHED_SLOTS,
     ) -> None:
         self.model, self.branches, self.chunk = model, branches, chunk
-        self.ids = model.draft_tokens.cpu().numpy()
+        self.common = np.zeros(model.vocabulary, dtype=np.bool_)
+        self.common[model.draft_tokens] = True
         self.kept: dict[str, EagleCache] = {}
         self.finished = PrefixCache(finished)
 
@@ -185,31 +200,32 @@ class EagleDrafter:
         """Return the guesses of each step, computed in one pass."""
         if not steps:
             return []
-        passed = self.logits(steps)
+        passed, tokens = self.logits(steps)
         asking = [(rows, step) for rows, step in zip(passed, steps, strict=True) if step.asked]
         spread = any(edits_logits(step.request.text.sampling) for _, step in asking)
         guesses = iter(
             candidates_all(
                 [
                     (
-                        self.model.spread(rows) if spread else rows,
+                        self.model.spread(rows, tokens) if spread else rows,
                         sampling_input(step.request.text, step.asked),
                         step.request.branches or self.branches,
                     )
                     for rows, step in asking
                 ],
-                ids=None if spread else self.ids,
+                ids=None if spread else tokens,
             )
         )
         return [self.answer(step, *next(guesses)) if step.asked else NO_NODES for step in steps]
 
-    def logits(self, steps: Sequence[EagleStep]) -> list[torch.Tensor]:
-        """Run one pass, and return logits (asked, K) of each step over the draft tokens."""
+    def logits(self, steps: Sequence[EagleStep]) -> tuple[list[torch.Tensor], Slots]:
+        """Run one pass; return logits (asked, k) of each step, and the k tokens."""
         with undone_on_failure(steps):
-            passed = self.model([step.pass_input() for step in steps])
+            parts = [step.pass_input() for step in steps]
+            passed = self.model(parts)
         for step in steps:
             step.commit_rows()
-        return passed
+        return passed, self.model.guessable(parts)
 
     def answer(self, step: EagleStep, *guesses: Any) -> DraftNodes:
         """Return the children of the step's nodes.
@@ -237,6 +253,7 @@ class EagleDrafter:
         kept = self.kept.get(text.session)
         if kept is None or kept.prefix <= features.start:
             kept = self.kept[text.session] = self.new_session(text, features)
+        kept.list_own(text.tokens, self.common)
         length, context = len(text.tokens), self.model.context
         readable = max(kept.prefix, min(length, context, features.end + 1))
         whole = readable == length

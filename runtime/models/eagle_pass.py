@@ -7,7 +7,7 @@ can be read with the target's features, and continued from the layer's own state
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,10 @@ Slots = npt.NDArray[np.int64]
 INITIAL_POSITIONS = 512  # in the first table of angles
 
 
+def no_tokens() -> Slots:
+    return np.zeros(0, dtype=np.int64)
+
+
 @dataclass(frozen=True, slots=True)
 class EagleInput:
     """One text's share of a pass: m rows of its text, then guesses. The cache has slots for all.
@@ -42,6 +46,7 @@ class EagleInput:
     first      slots before it are hidden from all rows
     visible    bool (n, length - first): the slots that each row attends to, its own included
     wanted     int64 (w,): rows whose children are asked for
+    own        int64 (e,): tokens outside of the draft vocabulary that can be guessed too
     """
 
     cache: TorchCache
@@ -53,6 +58,7 @@ class EagleInput:
     first: int
     visible: npt.NDArray[np.bool_]
     wanted: Slots
+    own: Slots = field(default_factory=no_tokens)
 
 
 class EaglePass:
@@ -62,7 +68,8 @@ class EaglePass:
     LlamaPass does; elsewhere in `dtype`, by torch.
 
     embedding    (vocabulary, d), the target's
-    unembedding  (vocabulary, d), the target's; the layer guesses some of its tokens only
+    unembedding  (vocabulary, d), the target's; the layer guesses its draft vocabulary only, and
+                 what a text has of its own
     context      most tokens of a text
     """
 
@@ -80,7 +87,7 @@ class EaglePass:
         self.feature_spec = FeatureSpec(shape.layers)
         self.width = module.fuse.in_features
         self.vocabulary = len(embedding)
-        self.draft_tokens = module.draft_tokens.to(device)
+        self.draft_tokens = module.draft_tokens.cpu().numpy()
         module = module.to(device, dtype)
         pack = has_room(module)
         self._heads, self._kv, self._dim = shape.heads, shape.kv_heads, shape.head_dim
@@ -104,6 +111,7 @@ class EaglePass:
         self._out = fused(module.o, pack=pack)
         self._gate_up = fused(module.gate, module.up, pack=pack)
         self._down = fused(module.down, pack=pack)
+        self._unembedding = unembedding.to(device)
         rows = unembedding[module.draft_tokens.to(unembedding.device)].to(device, dtype)
         self._head = LinearOp(rows, None, pack)
         self._rope = self._rope_table(min(INITIAL_POSITIONS, context))
@@ -115,7 +123,7 @@ class EaglePass:
         return TorchCache([pair], slots, self.dtype, self.device)
 
     def __call__(self, parts: Sequence[EagleInput]) -> list[torch.Tensor]:
-        """Return float32 logits (w, K) of each part's wanted rows over the draft tokens."""
+        """Return float32 logits (w, k) of each part's wanted rows over `guessable(parts)`."""
         with torch.inference_mode():
             return self._run(parts)
 
@@ -127,8 +135,17 @@ class EaglePass:
             self._write(part, plane, rows)
             wanted.append(rows.index_select(0, self._index([part.wanted])))
         kept = wanted[0] if len(parts) == 1 else torch.cat(wanted)
-        logits = self._head(self._final_norm(kept)).float()
+        final = self._final_norm(kept)
+        logits = self._head(final).float()
+        if len(own := own_tokens(parts)):
+            rows = self._unembedding.index_select(0, self._index([own])).to(self.dtype)
+            logits = torch.cat([logits, F.linear(final.to(self.dtype), rows).float()], dim=-1)
         return list(logits.split([len(rows) for rows in wanted]))
+
+    def guessable(self, parts: Sequence[EagleInput]) -> Slots:
+        """Return the tokens (k,) that a pass over these parts can guess: the draft vocabulary, and
+        then the parts' own."""
+        return np.concatenate([self.draft_tokens, own_tokens(parts)])
 
     def _layer(
         self, parts: Sequence[EagleInput], embedded: torch.Tensor, features: torch.Tensor
@@ -152,10 +169,11 @@ class EaglePass:
         tokens = self._index([part.tokens for part in parts])
         return self._embedding.index_select(0, tokens).to(self._stream)
 
-    def spread(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return logits (n, vocabulary) of the target's tokens; those never guessed have -inf."""
+    def spread(self, logits: torch.Tensor, tokens: Slots) -> torch.Tensor:
+        """Return logits (n, vocabulary) of the target's tokens, from those of some; others have
+        -inf."""
         found = logits.new_full((len(logits), self.vocabulary), -torch.inf)
-        return found.index_copy_(1, self.draft_tokens, logits)
+        return found.index_copy_(1, self._index([tokens]), logits)
 
     def _features(self, parts: Sequence[EagleInput]) -> torch.Tensor:
         """Return the feature of each row, (rows, d)."""
@@ -224,6 +242,14 @@ class EaglePass:
             cos, sin = angles.cos(), angles.sin()
             table = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], dim=1)
             return table[:, :, None].to(self.device, self._stream)
+
+
+def own_tokens(parts: Sequence[EagleInput]) -> Slots:
+    """Return the own tokens of all parts, each once."""
+    if len(parts) == 1:
+        return parts[0].own
+    found: Slots = np.unique(np.concatenate([part.own for part in parts]))
+    return found
 
 
 def guess_times(

@@ -100,15 +100,22 @@ def causal_mask(rows: int) -> torch.Tensor:
     return torch.full((rows, rows), -torch.inf).triu(1)[None, None]
 
 
+def guessable(found: Tiny, tokens: Sequence[int]) -> torch.Tensor:
+    """Returns the draft vocabulary, and then the other tokens of the text."""
+    common = found.eagle.draft_tokens.tolist()
+    return torch.tensor([*common, *sorted(set(tokens) - set(common))])
+
+
 def straight(
     found: Tiny, features: FeatureRows, tokens: Sequence[int], path: Sequence[int]
 ) -> torch.Tensor:
-    """Returns logits (draft vocabulary,) after the text and a path of guesses, by the module alone.
+    """Returns logits of the guessable tokens after the text and a path of guesses, by the module
+    alone.
 
     Every token has a row but those before the features; a guess's feature is its parent's state.
     """
     eagle, table = found.eagle, found.module.get_input_embeddings().weight
-    unembedding = found.module.get_output_embeddings().weight[eagle.draft_tokens]
+    unembedding = found.module.get_output_embeddings().weight[guessable(found, tokens)]
     first = features.start + 1
     text = [*tokens, *path]
     true = torch.from_numpy(features.rows.view(np.int16)).view(torch.bfloat16).float()

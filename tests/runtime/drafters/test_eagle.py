@@ -12,11 +12,20 @@ from runtime.core.draft_nodes import DraftNodes
 from runtime.core.errors import ModelRefused
 from runtime.core.features import FeatureRows
 from runtime.core.noise import gumbel
+from runtime.drafters import eagle
 from runtime.drafters.base import ExpandRequest, Text
 from runtime.drafters.eagle import EagleDrafter
 from runtime.models.eagle_pass import guess_times
 from tests.support.drafters import text_of
-from tests.support.eagles import drafter, features_of, greedy_texts, straight, tiny, trained
+from tests.support.eagles import (
+    drafter,
+    features_of,
+    greedy_texts,
+    guessable,
+    straight,
+    tiny,
+    trained,
+)
 from tests.support.expansions import expand, insert, text_with
 
 PROMPT = [int(token) for token in np.random.default_rng(5).integers(0, 4096, 30)]
@@ -29,7 +38,7 @@ def check_children(text: Text, nodes: DraftNodes, leaf: int, tokens: Sequence[in
     logits = straight(tiny(), text.features, tokens, path).log_softmax(-1)
     best = logits.topk(4)
     of_leaf = nodes.parents == leaf
-    ids = tiny().eagle.draft_tokens[best.indices]
+    ids = guessable(tiny(), tokens)[best.indices]
     assert nodes.tokens[of_leaf].tolist() == ids.tolist()
     np.testing.assert_allclose(nodes.scores[of_leaf], best.values, atol=2e-3)
 
@@ -82,7 +91,7 @@ def test_after_a_hit_the_root_is_guessed_anew_from_true_features() -> None:
     nodes = expand(found, text, [leaf])
     assert text.features is not None
     logits = straight(tiny(), text.features, text.tokens, [])
-    best = tiny().eagle.draft_tokens[logits.topk(4).indices].tolist()
+    best = guessable(tiny(), text.tokens)[logits.topk(4).indices].tolist()
     assert nodes.tokens[nodes.parents == 0].tolist() == [
         token for token in best if token not in before
     ]
@@ -133,7 +142,7 @@ def test_without_features_it_waits() -> None:
 
 
 def test_several_texts_share_a_pass() -> None:
-    texts = [text_with(PROMPT[:n], session=str(n)) for n in (9, 30, 17)]
+    texts = [text_with([*PROMPT, *PROMPT[:n]], session=str(n)) for n in (9, 0, 17)]
     found = drafter(tiny())
     together = found.expand([ExpandRequest(text, [0]) for text in texts])
     for text, nodes in zip(texts, together, strict=True):
@@ -156,10 +165,9 @@ def test_it_is_coupled_to_the_targets_noise() -> None:
     text = text_with(PROMPT, temperature=0.7, seed=3)
     nodes = expand(drafter(tiny()), text, [0])
     assert text.features is not None
-    eagle = tiny().eagle
     logits = straight(tiny(), text.features, PROMPT, [])
     top = logits.topk(64).indices
-    ids = eagle.draft_tokens[top].numpy()
+    ids = guessable(tiny(), PROMPT)[top].numpy()
     noisy = logits[top].numpy() / 0.7 + gumbel(3, [len(PROMPT)], ids)[0]
     assert nodes.tokens.tolist() == ids[np.argsort(-noisy)][:4].tolist()
 
@@ -180,6 +188,31 @@ def test_penalties_and_biases_count(sampling: dict[str, Any]) -> None:
         assert nodes.tokens[0] == 8
     assert not set(nodes.tokens.tolist()) & {9}
     assert len(nodes.tokens) == 4
+
+
+def test_a_texts_own_tokens_are_guessed_too() -> None:
+    """Those outside of the draft vocabulary, of the prompt and of the answer."""
+    tokens = [*PROMPT, 8, 8, 8, 8]
+    bias: dict[str, Any] = {"logit_bias": ((9, 99.0), (11, 98.0))}
+    assert expand(drafter(tiny()), text_with(tokens, **bias), [0]).tokens[0] not in (9, 11)
+    found = drafter(tiny())
+    texts = [text_with([*tokens, 9], session="a", **bias), text_with(tokens, session="b", **bias)]
+    first, second = found.expand([ExpandRequest(text, [0]) for text in texts])
+    assert first is not None
+    assert second is not None
+    assert first.tokens[0] == 9
+    assert 11 not in [*first.tokens, *second.tokens]
+    assert found.kept["a"].own.tolist() == sorted({9, *(one for one in PROMPT if one % 2)})
+    assert found.kept["b"].own.tolist() == sorted({one for one in PROMPT if one % 2})
+    after = committed(texts[0], [11])
+    assert expand(found, after, [0]).tokens[:2].tolist() == [9, 11]
+
+
+def test_own_tokens_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eagle, "MAX_OWN_TOKENS", 3)
+    found, text = drafter(tiny()), text_with(PROMPT)
+    assert len(expand(found, text, [0]).tokens) == 4
+    assert len(found.kept["s"].own) == 3
 
 
 def test_a_failed_pass_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
