@@ -22,6 +22,8 @@ def test_the_chat_model_with_and_without_drafts(
     monkeypatch.setitem(CATALOGUE, CHAT_MODEL, tiny)
     tiny.file().parent.mkdir(parents=True)
     tiny.file().write_bytes(content)
+    # What ships was trained for the real model.
+    monkeypatch.setattr(demo, "default_drafts", lambda _: ("token-recycling",))
     monkeypatch.setitem(demo.MAX_TOKENS, "chat", 8)
     monkeypatch.setattr(sys, "argv", ["demo", "--in-process"])
     demo.main()
