@@ -42,6 +42,10 @@ MAX_RESERVE = 8.0
 MAX_SLOWDOWN = 1.6  # a longer step is counted as so many usual ones: the machine was busy
 USUAL_STEPS = 15  # whose median is usual
 MIN_STEPS = 2  # of a trial: the first one may have met another program
+# Steps of a trial that verified guesses: until then a drafter has only cost its start, unless that
+# exceeds the budget by OVERDRAFT of a trial's.
+MIN_VERIFIED = 3
+OVERDRAFT = 0.5
 PROBE_STEPS = 3  # plain steps of a probe, after it has settled
 FIRST_PROBE_STEPS = 4  # of the first one: nothing is known yet
 VISIT_STEPS = 12  # steps of a probe of another way than plain decoding
@@ -102,6 +106,7 @@ class Account:
     age: int = 0  # steps since the way has changed
     seconds: float = 0.0  # since then
     measured: int = 0  # steps since then that count as measurements of plain decoding
+    verified: int = 0  # steps since then that verified guesses
     since_probe: int = 0
     period: int = FIRST_PERIOD
     rest: int = FIRST_REST // 2  # of the last failure; the next one doubles it
@@ -151,7 +156,7 @@ class Account:
         return found
 
     def turn(self, way: Way) -> None:
-        self.way, self.age, self.seconds, self.measured = way, 0, 0.0, 0
+        self.way, self.age, self.seconds, self.measured, self.verified = way, 0, 0.0, 0, 0
 
 
 class SpeculationGate:
@@ -250,6 +255,7 @@ class SpeculationGate:
             seconds / plain, expected / plain, account.record(PLAIN).ratios
         )
         account.age += len(ways) > 0
+        account.verified += rows > sessions
         account.seconds += seconds
         self._learn(account, way, tokens / sessions, clipped, settled, allowed=bool(ways))
         if not ways:
@@ -315,7 +321,7 @@ class SpeculationGate:
     def _while_speculating(self, account: Account, ways: Sequence[Way]) -> None:
         if not account.record(PLAIN).speed:
             self._probe(account)
-        elif account.budget < 0.0 and account.age >= MIN_STEPS:
+        elif account.budget < 0.0 and account.age >= MIN_STEPS and self._is_known(account):
             self._fail(account)
         elif account.way != account.home:
             if account.age >= VISIT_STEPS:
@@ -330,6 +336,11 @@ class SpeculationGate:
                 account.turn(others[account.visits // 2 % len(others)])
             else:
                 self._probe(account)
+
+    def _is_known(self, account: Account) -> bool:
+        """Return whether the trial has shown what the guesses are worth, or has cost too much."""
+        overdrawn = account.budget < -OVERDRAFT * self.trial_budget
+        return account.verified >= MIN_VERIFIED or overdrawn
 
     def _probe_period(self, account: Account) -> float:
         """Return the steps between two probes: the tokens forgone are at most 1 %."""

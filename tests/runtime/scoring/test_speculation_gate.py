@@ -184,7 +184,7 @@ def test_a_trained_method_has_a_longer_trial() -> None:
         world = World(gate, {"all": (1.0, 1.4)}, noise=0.0)
         world.run(30)
         taken.append(world.taken.count("all"))
-    assert taken == [3, 7]  # 0.4 tokens each, of 0.8 and of 2.4
+    assert taken == [4, 10]  # 0.4 tokens each, of 0.8 and of 2.4, and half as much again
 
 
 def test_what_was_earned_is_kept_by_the_next_process() -> None:
