@@ -59,6 +59,7 @@ LAYERS = (
         "draft/frontier",
         "scoring/agreement",
         "scoring/calibration",
+        "scoring/gate_account",
         "scoring/speculation_gate",
         "target/stop_checker",
     ),

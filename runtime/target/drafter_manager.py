@@ -8,7 +8,8 @@ from runtime.core.messages import Commit, Draft, Event, Round, Share
 from runtime.core.tree import TokenTree
 from runtime.scoring.calibration import drafter_kind
 from runtime.scoring.drafter_utility import DrafterUtility
-from runtime.scoring.speculation_gate import PLAIN, SpeculationGate, Way
+from runtime.scoring.gate_account import PLAIN, Way
+from runtime.scoring.speculation_gate import SpeculationGate
 from runtime.target.commands import Send, Strike, ignore_strike
 from runtime.target.feature_sender import FeatureSender
 from runtime.target.request_state import RequestState

@@ -18,7 +18,7 @@ from runtime.model_paths import calibration_file
 from runtime.schedulers.living import Living
 from runtime.schedulers.plain import Plain
 from runtime.scoring.calibration import Calibrations
-from runtime.scoring.speculation_gate import PLAIN
+from runtime.scoring.gate_account import PLAIN
 
 
 def learned() -> Calibrations:

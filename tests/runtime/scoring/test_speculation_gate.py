@@ -5,15 +5,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from runtime.scoring.gate_account import MAX_REST, PLAIN, TRIAL_BUDGET, Way
 from runtime.scoring.speculation_gate import (
     FIRST_PROBE_STEPS,
     MAX_RESERVE,
-    MAX_REST,
-    PLAIN,
     PROBE_STEPS,
-    TRIAL_BUDGET,
     SpeculationGate,
-    Way,
     load_of,
 )
 
