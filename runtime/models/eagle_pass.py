@@ -140,7 +140,12 @@ class EaglePass:
         if len(own := own_tokens(parts)):
             rows = self._unembedding.index_select(0, self._index([own])).to(self.dtype)
             logits = torch.cat([logits, F.linear(final.to(self.dtype), rows).float()], dim=-1)
-        return list(logits.split([len(rows) for rows in wanted]))
+        found = list(logits.split([len(rows) for rows in wanted]))
+        for part, rows in zip(parts, found, strict=True):
+            others = np.flatnonzero(~np.isin(own, part.own))  # no text shows in another one
+            if len(others):
+                rows[:, self._index([others]) + len(self.draft_tokens)] = -torch.inf
+        return found
 
     def guessable(self, parts: Sequence[EagleInput]) -> Slots:
         """Return the tokens (k,) that a pass over these parts can guess: the draft vocabulary, and

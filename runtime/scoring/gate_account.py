@@ -105,7 +105,9 @@ class Account:
         found = cls(
             way=home,
             home=home,
-            budget=max(TRIAL_BUDGET if home != PLAIN else 0.0, number(saved["budget"], MAX_BUDGET)),
+            budget=number(
+                saved["budget"], MAX_BUDGET, -MAX_BUDGET if home == PLAIN else TRIAL_BUDGET
+            ),
             rest=int(number(saved["rest"], MAX_OLD_REST)),
             age=int(number(saved["age"], MAX_REST)) if home == PLAIN else 0,
             probed=True,
@@ -121,6 +123,6 @@ class Account:
         self.way, self.age, self.seconds, self.measured, self.verified = way, 0, 0.0, 0, 0
 
 
-def number(value: Any, most: float) -> float:
-    """Return a number from 0 to `most`. Raises TypeError for anything else than a number."""
-    return float(min(most, max(0.0, value)))
+def number(value: Any, most: float, least: float = 0.0) -> float:
+    """Return a number from `least` to `most`. Raises TypeError for anything else than a number."""
+    return float(min(most, max(least, value)))
