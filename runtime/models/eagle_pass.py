@@ -141,10 +141,10 @@ class EaglePass:
             rows = self._unembedding.index_select(0, self._index([own])).to(self.dtype)
             logits = torch.cat([logits, F.linear(final.to(self.dtype), rows).float()], dim=-1)
         found = list(logits.split([len(rows) for rows in wanted]))
-        for part, rows in zip(parts, found, strict=True):
-            others = np.flatnonzero(~np.isin(own, part.own))  # no text shows in another one
-            if len(others):
-                rows[:, self._index([others]) + len(self.draft_tokens)] = -torch.inf
+        if len(parts) > 1:  # no text shows in another one
+            for part, rows in zip(parts, found, strict=True):
+                others = np.flatnonzero(~np.isin(own, part.own)) + len(self.draft_tokens)
+                rows[:, self._index([others])] = -torch.inf
         return found
 
     def guessable(self, parts: Sequence[EagleInput]) -> Slots:
