@@ -16,7 +16,7 @@ from runtime.schedulers.fixed import Fixed
 from runtime.target.engine import Engine
 from runtime.target.target import Target, check
 from runtime.target.verifier import Verifier
-from tests.contracts.link_contract import TRANSPORTS, Attach, soon
+from tests.contracts.link_contract import Attach, soon
 from tests.support.harness import (
     Known,
     Mute,
@@ -34,11 +34,6 @@ from tests.support.harness import (
 PROMPT = (3, 1, 4, 1, 5)
 TOY = ToyModel(vocabulary=24, memory=3, context=2048)
 TEXT = continued(TOY, PROMPT, 100)
-
-
-@pytest.fixture(params=TRANSPORTS)
-def attach(request: pytest.FixtureRequest) -> Attach:
-    return TRANSPORTS[request.param]
 
 
 # Speed, where it can be asserted: rounds

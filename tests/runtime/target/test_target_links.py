@@ -16,7 +16,7 @@ from runtime.models.base import PassInput
 from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
 from runtime.target import target
-from tests.contracts.link_contract import TRANSPORTS, Attach, soon
+from tests.contracts.link_contract import Attach, soon
 from tests.support.harness import (
     HANG_S,
     Dying,
@@ -34,11 +34,6 @@ from tests.support.harness import (
 PROMPT = (3, 1, 4, 1, 5)
 TOY = ToyModel(vocabulary=24, memory=3, context=2048)
 TEXT = continued(TOY, PROMPT, 100)
-
-
-@pytest.fixture(params=TRANSPORTS)
-def attach(request: pytest.FixtureRequest) -> Attach:
-    return TRANSPORTS[request.param]
 
 
 def test_a_link_that_is_lost_costs_speed_and_is_counted(caplog: pytest.LogCaptureFixture) -> None:
