@@ -186,7 +186,7 @@ def methods_page(studies: Sequence[Study], machine: Machine, picture: str) -> st
         parts += [f"## {study.name}", study.about]
         for temperature in study.temperatures:
             for grid in (methods_grid(study, temperature), runs_grid(study, temperature)):
-                parts += [f"**{grid.title}**", grid.markdown()]
+                parts += [f"**{grid.title}**", grid.without_empty_columns().markdown()]
     if studies and MODEL in studies[0].costs:
         parts += [
             "## Goals",

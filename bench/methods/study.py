@@ -3,7 +3,7 @@ model, on widened targets."""
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from bench.methods.methods_report import (
     runs_grid,
 )
 from bench.methods.weights import Cost, card_value, count_parameters, training_cost
+from bench.reports.grid import Grid
 from runtime import config
 from runtime.core.errors import Unavailable
 from runtime.deployment_builder import read_layers
@@ -261,21 +262,20 @@ def costs_of(bench: StudyTarget) -> dict[str, Cost]:
     }
     if pair.draft:
         known[MODEL] = Cost(2 * count_parameters(Path(pair.draft)), own or "by others")
+
+    def card(name: str, folder: str, kind: str = "") -> str:
+        """Return the cost in the card; a widened folder has none, but what it was made from."""
+        return training_cost(MODELS / kind / name if bench.name == SHIPPED else Path(folder))
+
     for name, folder in pair.heads.items():
         if folder:
-            source = Path(bundled_model("target")).parent / "heads" / name
-            if bench.name != SHIPPED:
-                source = Path(folder)
-            known[name] = Cost(4 * count_parameters(Path(folder)), training_cost(source))
+            known[name] = Cost(4 * count_parameters(Path(folder)), card(name, folder, "heads"))
     for name, folder in pair.trained.items():
-        if bench.name != SHIPPED:
-            known[name] = Cost(2 * count_parameters(Path(folder)), training_cost(Path(folder)))
-            continue
-        stay = read_json(Path(folder) / "config.json", folder)["settings"]["layers"]
-        known[name] = Cost(
-            2 * count_parameters(target, stay),
-            training_cost(Path(bundled_model("target")).parent / name),
-        )
+        size = count_parameters(Path(folder))
+        if name == "s3d":  # layers of the target, of which some are trained
+            stay = read_json(Path(folder) / "config.json", folder)["settings"]["layers"]
+            size = count_parameters(target, stay)
+        known[name] = Cost(2 * size, card(name, folder))
     return {name: known[name] for name in bench.method_names}
 
 
@@ -326,7 +326,7 @@ def main() -> None:
     if arguments.target:
         bench = chat_target(arguments.target, arguments.prompts, arguments.count)
         one = run_study(bench, chat_methods(bench.method_names))
-        print_study(console, one)
+        print_study(console, one, runs_grid)
         console.print(write_study([one], arguments.folder, f"methods-{arguments.target}"))
         return
     with console.status("widening targets and heads"):
@@ -337,13 +337,12 @@ def main() -> None:
             studies, arguments.folder
         )  # after each target, so an interruption loses only one
     for one in studies:
-        print_study(console, one)
+        print_study(console, one, methods_grid)
     console.print(goals_grid(studies[0].by_temperature).terminal())
     console.print(papers_grid(studies[0]).terminal())
     console.print(file)
 
 
-def print_study(console: Console, one: Study) -> None:
+def print_study(console: Console, one: Study, grid: Callable[[Study, float], Grid]) -> None:
     for temperature in one.temperatures:
-        console.print(methods_grid(one, temperature).terminal())
-        console.print(runs_grid(one, temperature).terminal())
+        console.print(grid(one, temperature).without_empty_columns().terminal())

@@ -1,6 +1,6 @@
 """A text table for the terminal and for Markdown."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.table import Table
 
@@ -16,6 +16,19 @@ class Grid:
 
     def is_left(self, column: str) -> bool:
         return column in (self.columns[0], *self.words)
+
+    def without_empty_columns(self) -> "Grid":
+        """Return the grid without the columns in which no row has a value."""
+        kept = [
+            place
+            for place in range(len(self.columns))
+            if not self.rows or any(row[place] != "-" for row in self.rows)
+        ]
+        return replace(
+            self,
+            columns=tuple(self.columns[place] for place in kept),
+            rows=tuple(tuple(row[place] for place in kept) for row in self.rows),
+        )
 
     def markdown(self) -> str:
         lines = [

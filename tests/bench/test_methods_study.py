@@ -39,6 +39,7 @@ from bench.methods.study import (
     write_study,
 )
 from bench.methods.weights import Cost, card_value, count_parameters, training_cost
+from bench.reports.grid import Grid
 from runtime.method_registry import drafting_methods, head_methods
 from runtime.telemetry.tracing import STEP, Recording, Trace
 
@@ -329,3 +330,9 @@ def test_a_chat_model_is_measured_with_what_ships_for_it() -> None:
         "p.png",
     )
     assert "Goals" not in page
+
+
+def test_columns_without_a_value_are_left_out() -> None:
+    grid = Grid("t", ("a", "b", "c"), (("x", "-", "1"), ("-", "-", "2")), ("c",))
+    assert grid.without_empty_columns() == Grid("t", ("a", "c"), (("x", "1"), ("-", "2")), ("c",))
+    assert Grid("t", ("a",), ()).without_empty_columns().columns == ("a",)
