@@ -2,8 +2,9 @@
 
 import hashlib
 import os
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -12,7 +13,10 @@ from runtime.core.errors import InvalidRequest, Unavailable
 
 SUFFIX = ".job"
 INDEX = "index.sqlite"
+INDEX_FILES = (INDEX, f"{INDEX}-journal", f"{INDEX}-shm", f"{INDEX}-wal")  # those of SQLite
+JOB_TABLE = "job"
 LOCK = "owner"
+PID_BYTES = b"0123456789\0"  # of a lock file, which a power loss may have filled with zeros
 LOCK_TIMEOUT_S = 0.2  # `is_locked` in another process may hold the lock for a moment
 LOCK_POLL_PERIOD_S = 0.05
 
@@ -53,9 +57,10 @@ def lock_job(folder: Path) -> Iterator[None]:
     index at the end, it is left as it was found.
 
     Raises Unavailable if another process holds the lock, and InvalidRequest if the folder cannot be
-    created.
+    created, or has files of the user under the names of a job's own.
     """
     made = not folder.exists()
+    _check_names(folder)
     lock = FileLock(
         folder / LOCK,
         timeout=LOCK_TIMEOUT_S,
@@ -108,8 +113,34 @@ def is_locked(folder: Path) -> bool:
 
 def delete_index(folder: Path) -> None:
     """Deletes the index from the folder, and nothing else."""
-    for file in folder.glob(f"{INDEX}*"):
-        file.unlink()
+    for name in INDEX_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _check_names(folder: Path) -> None:
+    """Raises InvalidRequest if the folder has a lock file or an index that no job has made."""
+    index, lock = folder / INDEX, folder / LOCK
+    with suppress(OSError):
+        foreign = None
+        if index.exists():
+            foreign = index if _is_foreign_database(index) else None
+        elif lock.exists():
+            foreign = lock if lock.read_bytes().strip(PID_BYTES) else None
+        if foreign is not None:
+            raise InvalidRequest(
+                f"{foreign} does not belong to a job: move it, or give another -o", "o"
+            )
+
+
+def _is_foreign_database(file: Path) -> bool:
+    """Tells whether it has tables, but not a job's. What SQLite cannot read is found out later."""
+    with (
+        suppress(sqlite3.Error),
+        closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as base,
+    ):
+        tables = {name for (name,) in base.execute("SELECT name FROM sqlite_master")}
+        return bool(tables) and JOB_TABLE not in tables
+    return False
 
 
 def _clean_up(folder: Path, made: bool) -> None:

@@ -1,7 +1,9 @@
 """Torn, foreign or shared outputs, leases and owner files are refused and left alone."""
 
 import os
+import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import fsspec
@@ -19,7 +21,7 @@ from tests.actors.jobs.changes import (
     appended,
     check,
 )
-from tests.support.jobs_harness import Echo, answers, batch, live
+from tests.support.jobs_harness import Echo, answers, batch, line, live
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
@@ -115,6 +117,50 @@ def test_an_existing_folder_keeps_its_files(tmp_path: Path) -> None:
         with pytest.raises(InvalidRequest, match="line 1"):
             live(file, tmp_path / "out.jsonl", Echo())
         assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+
+
+@pytest.mark.parametrize("name", ["owner", "index.sqlite"])
+@pytest.mark.parametrize("text", ["nonsense\n", line("item-0") + "\n"])
+def test_a_users_file_under_the_name_of_a_jobs_own_is_left_alone(
+    text: str, name: str, tmp_path: Path
+) -> None:
+    """Before, the owner file was overwritten, and both were deleted if the batch was refused."""
+    file, folder = tmp_path / "in.jsonl", tmp_path / "out.jsonl.job"
+    file.write_text(text)
+    folder.mkdir()
+    if name == "owner":
+        (folder / name).write_text("Alice, since 1999")
+    else:
+        with closing(sqlite3.connect(folder / name)) as base:
+            base.execute("CREATE TABLE mine (value)")
+    (folder / "index.sqlite.notes").write_text("mine")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(InvalidRequest, match=f"{name} does not belong to a job"):
+        live(file, tmp_path / "out.jsonl", Echo())
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_refused_batch_deletes_the_files_of_its_index_and_no_others(tmp_path: Path) -> None:
+    file, folder = tmp_path / "in.jsonl", tmp_path / "out.jsonl.job"
+    file.write_text("nonsense\n")
+    folder.mkdir()
+    (folder / "index.sqlite.notes").write_text("mine")
+    with pytest.raises(InvalidRequest, match="line 1"):
+        live(file, tmp_path / "out.jsonl", Echo())
+    assert [path.name for path in folder.iterdir()] == ["index.sqlite.notes"]
+
+
+def test_a_killed_first_start_can_be_repeated(tmp_path: Path) -> None:
+    """It leaves a database without tables, and a lock file that may be torn."""
+    file, folder = batch(tmp_path / "in.jsonl"), tmp_path / "out.jsonl.job"
+    for torn in (b"", b"\0\0\0", b"123\0"):
+        folder.mkdir(exist_ok=True)
+        (folder / folders.LOCK).write_bytes(torn)
+        folders.delete_index(folder)
+        (folder / folders.INDEX).touch()
+        (tmp_path / "out.jsonl").unlink(missing_ok=True)
+        assert live(file, tmp_path / "out.jsonl", Echo())
 
 
 def test_the_error_names_the_current_owner_of_a_job(tmp_path: Path) -> None:
