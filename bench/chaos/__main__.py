@@ -38,7 +38,7 @@ def main(
     logging.disable(logging.WARNING)  # losses are counted instead
     console = Console(highlight=False)
     options = ChaosOptions(
-        target, draft, streams, seconds, targets, drafters, tokens, seed, every, scale
+        target, draft, streams, seconds, targets, drafters, tokens, seed, every, scale, streams
     )
     try:
         with console.status("starting Ray") as status:

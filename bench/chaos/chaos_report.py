@@ -21,12 +21,14 @@ class Gap:
               that failed meanwhile
     answered  from then until the first piece
     prefill   the part of `answered` spent reading the text, or None if unknown
+    cause     name of the signal that hit the target, "" if none did: it was left by mistake
     """
 
     noticed: float
     placed: float
     answered: float
     prefill: float | None = None
+    cause: str = ""
 
     @property
     def total(self) -> float:
@@ -65,11 +67,22 @@ class ChaosReport:
         """True if answers came and none was lost, repeated or changed."""
         return self.failed == self.differing == self.unfinished == 0 < self.finished
 
+    @property
+    def left_by_mistake(self) -> int:
+        """Number of continuations away from a target that no fault had hit."""
+        return sum(not gap.cause for gap in self.gaps)
+
     def parts(self) -> dict[str, list[float]]:
         """Return the gaps and their parts, by name."""
         read = [gap.prefill for gap in self.gaps if gap.prefill is not None]
+        causes = sorted({gap.cause for gap in self.gaps if gap.cause})
+        by_cause = {
+            f"gap at {cause}": [gap.total for gap in self.gaps if gap.cause == cause]
+            for cause in causes
+        }
         found = {
             "gap at a target's death": [gap.total for gap in self.gaps],
+            **by_cause,
             "noticed": [gap.noticed for gap in self.gaps],
             "placed": [gap.placed for gap in self.gaps],
             "answered": [gap.answered for gap in self.gaps],
@@ -83,7 +96,11 @@ class ChaosReport:
             name: {f"p{share}": round(percentile(found, share), 3) for share in PERCENTILES}
             for name, found in self.parts().items()
         }
-        told = asdict(self) | {"gaps": len(self.gaps), "returned": len(self.returned)}
+        told = asdict(self) | {
+            "gaps": len(self.gaps),
+            "left_by_mistake": self.left_by_mistake,
+            "returned": len(self.returned),
+        }
         return {**told, "parts": parts, "right": self.passed}
 
     def grid(self) -> Grid:
@@ -109,6 +126,7 @@ class ChaosReport:
             ("changes of the number of drafters", str(self.changes)),
             ("actors replaced", str(self.replaced)),
             ("continuations (goal: p99 at most 3 s)", str(len(self.gaps))),
+            ("of them away from a target that nothing had hit", str(self.left_by_mistake)),
             *parts,
             ("load of the machine", f"{self.load:.1f}"),
         )

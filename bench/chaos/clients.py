@@ -58,12 +58,20 @@ class Call:
     ended: float = math.inf
 
 
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """When a fault hit a target, and the name of the signal."""
+
+    at: float
+    signal: str
+
+
 @dataclass(slots=True)
 class Observations:
     """The observations of all clients. Times are the event loop's, or seconds.
 
     calls        the calls of each running session, in order
-    fault_times  when each target was hit, by address
+    hits         the fault of each target that was hit, by address
     gaps         of all sessions, one for each target they left
     down         since when each lost member is away, by name
     returned     how long each returned member was away
@@ -71,7 +79,7 @@ class Observations:
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
-    fault_times: dict[str, float] = field(default_factory=dict)
+    hits: dict[str, Hit] = field(default_factory=dict)
     gaps: list[Gap] = field(default_factory=list)
     down: dict[str, float] = field(default_factory=dict)
     returned: list[float] = field(default_factory=list)
@@ -118,14 +126,17 @@ class ObservedTarget(GrpcTarget):
 async def build_cases(
     config: TargetConfig, count: int, tokens: int, seed: int
 ) -> list[ReferenceCase]:
-    """Build `count` requests and answer each with this target alone, in this process."""
+    """Build `count` requests and answer each with this target alone, in this process.
+
+    No two share their beginning: a cache of one text does not help another.
+    """
     tokenizer = await asyncio.to_thread(load_tokenizer, config.model)
     target = (await asyncio.to_thread(build_target, config)).target
     target.start()
     try:
         asked = [
             (
-                tuple(tokenizer.encode(PROMPTS[number % len(PROMPTS)])),
+                tuple(tokenizer.encode(f"# {number}\n{PROMPTS[number % len(PROMPTS)]}")),
                 SamplingParams(
                     temperature=TEMPERATURES[number % len(TEMPERATURES)],
                     seed=seed + number,
@@ -197,9 +208,17 @@ async def ask_and_compare(
             at = now()
             if len(calls) - 1 > served:
                 left = calls[served]
-                since = max(last, min(seen.fault_times.get(left.address, last), left.ended))
+                hit = seen.hits.get(left.address)
+                if hit is not None and hit.at > left.ended:  # after the session had left it
+                    hit = None
+                since = last if hit is None else max(last, hit.at)
                 gaps.append(
-                    Gap(left.ended - since, calls[-1].began - left.ended, at - calls[-1].began)
+                    Gap(
+                        left.ended - since,
+                        calls[-1].began - left.ended,
+                        at - calls[-1].began,
+                        cause="" if hit is None else hit.signal,
+                    )
                 )
             last, served = at, len(calls) - 1
             chunks.append(chunk)

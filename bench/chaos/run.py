@@ -21,7 +21,14 @@ from actors.fleet.ray_session import ray_cluster, translate_ray_errors
 from actors.routing.router import Router, updated_router
 from actors.rpc.endpoints import ActorLocation
 from bench.chaos.chaos_report import ChaosReport
-from bench.chaos.clients import DEADLINE_S, Observations, ObservedTarget, build_cases, run_client
+from bench.chaos.clients import (
+    DEADLINE_S,
+    Hit,
+    Observations,
+    ObservedTarget,
+    build_cases,
+    run_client,
+)
 from bench.chaos.faults import Victim, inject, next_count, next_fault
 from runtime.config import Deployment, Placement, PoolConfig, TargetConfig
 from runtime.core.cpu_partition import split_cores
@@ -190,7 +197,8 @@ async def inject_faults(
         fault = next_fault(fleet, already_hit, draw) if fleet else None
         if fault is not None and places and inject(fault, places):
             already_hit.add((fault.name, fault.incarnation))
-            seen.fault_times[fault.address] = asyncio.get_running_loop().time()
+            now = asyncio.get_running_loop().time()
+            seen.hits[fault.address] = Hit(now, fault.signal.name)
             yield f"{fault.role} {fault.signal.name}"
         else:
             yield ""

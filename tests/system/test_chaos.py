@@ -12,7 +12,7 @@ from actors.fleet.fleet_state import DrafterState, Fleet
 from actors.routing.router import Router
 from actors.rpc.endpoints import ActorLocation
 from bench.chaos.chaos_report import ChaosReport, Gap, percentile
-from bench.chaos.clients import Answer, Observations, ReferenceCase, run_client
+from bench.chaos.clients import Answer, Hit, Observations, ReferenceCase, run_client
 from bench.chaos.faults import Fault, inject, next_count, next_fault
 from runtime.core.errors import Unavailable
 from runtime.core.messages import Chunk, Request
@@ -29,7 +29,11 @@ FLEET = Fleet(
     (),
     0,
 )
-GAPS = (Gap(0.25, 0.0, 0.25), Gap(0.0, 0.5, 0.5, 0.25), Gap(2.0, 0.0, 0.5, 0.125))
+GAPS = (
+    Gap(0.25, 0.0, 0.25),
+    Gap(0.0, 0.5, 0.5, 0.25, cause="SIGKILL"),
+    Gap(2.0, 0.0, 0.5, 0.125, cause="SIGSTOP"),
+)
 OUTCOME = ChaosReport(8, 2, 1, 0, 10.0, 30, 0, 0, 0, 900, 3, 0, {"target SIGKILL": 1}, GAPS)
 
 
@@ -79,11 +83,13 @@ def test_an_outcome_is_right_only_where_all_of_it_is(bad: dict[str, int]) -> Non
         parts["noticed"]["p50"],
         parts["read in"]["p99"],
     ) == (2.5, 0.25, 0.25)
+    assert (parts["gap at SIGKILL"]["p99"], parts["gap at SIGSTOP"]["p99"]) == (1.0, 2.5)
+    assert OUTCOME.as_json()["left_by_mistake"] == 1
     assert "1.00 s, 2.50 s, 2.50 s" in OUTCOME.grid().markdown()
 
 
 def test_a_client_compares_and_measures() -> None:
-    """A target falls silent after 9 tokens and is fault_times then; 4 s later it is missed."""
+    """A target falls silent after 9 tokens and is hit 2 s later; 4 s later it is missed."""
 
     async def main(expected: Answer) -> Observations:
         seen, over = Observations(), asyncio.Event()
@@ -107,7 +113,7 @@ def test_a_client_compares_and_measures() -> None:
         )
         await lives["t0/0"].silent.wait()
         await asyncio.sleep(2.0)
-        seen.fault_times["t0/0"] = asyncio.get_running_loop().time()
+        seen.hits["t0/0"] = Hit(asyncio.get_running_loop().time(), "SIGSTOP")
         await asyncio.sleep(4.0)
         over.set()
         router.update([there("t1")])
@@ -123,6 +129,7 @@ def test_a_client_compares_and_measures() -> None:
     )
     (gap,) = seen.gaps
     assert [gap.noticed, gap.placed, gap.answered] == pytest.approx([4.0, 0.0, 0.0])
+    assert gap.cause == "SIGSTOP"
     assert not seen.wrong
     seen = played(main(replace(right, tokens=(*right.tokens[:-1], 5))))
     assert seen.counts["differing"] == 1
