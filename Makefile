@@ -12,7 +12,7 @@ FITS := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 BIN := .venv/bin
 UNUSED := /(tests?|testing|rllib|sympy|_inductor|onnx|transformers/models)/
 
-.PHONY: help install demo bench bench-methods bench-methods-chat test test-exactness test-chaos test-load test-cluster check format proto train audit sbom clean
+.PHONY: help install demo bench bench-methods bench-methods-chat test test-exactness test-chaos test-load test-cluster mutants check format proto train audit sbom clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,13 @@ CLUSTER ?= # make test-cluster CLUSTER=short runs a part in about three minutes
 
 test-cluster: install ## run the on-premise cluster file on hosts made of network namespaces (needs root); 25 minutes
 	$(BIN)/python -m tests.system.cluster.try_cluster $(CLUSTER)
+
+# Which files: FILES="tree actors/jobs/*", FILES=all; by default those changed since BASE
+FILES ?=
+BASE ?= main
+MUTANTS ?= 100
+mutants: install ## change the code in one place at a time and look whether its tests notice; changed files only
+	@$(BIN)/python -m tests.mutation --files "$(FILES)" --base $(BASE) --most $(MUTANTS)
 
 check: install ## check format, lint, types, import layers and generated code; changes nothing
 	$(BIN)/ruff format --check
