@@ -12,7 +12,7 @@ FITS := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 BIN := .venv/bin
 UNUSED := /(tests?|testing|rllib|sympy|_inductor|onnx|transformers/models)/
 
-.PHONY: help install demo bench bench-methods bench-methods-chat test test-exactness test-chaos test-load test-cluster mutants check format proto train audit sbom clean
+.PHONY: help install demo bench bench-methods bench-methods-chat test test-exactness test-chaos test-load test-cluster mutants check format proto train audit sbom clean test-random
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,15 @@ bench-methods-chat: install ## compare the drafting methods on SmolLM2, 24 quest
 
 test: install ## run all tests on up to four cores
 	$(BIN)/pytest -q --durations=10 --numprocesses auto --maxprocesses 4
+
+SEED ?= # make test-random SEED=7 repeats a run
+
+test-random: install ## run the property tests on examples of a random seed, which is printed; nightly; 5 minutes
+	@seed='$(SEED)'; seed=$${seed:-$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')}; \
+	echo "seed $$seed; to repeat: make test-random SEED=$$seed"; \
+	$(BIN)/pytest -q --durations=10 --numprocesses auto --maxprocesses 4 --hypothesis-seed="$$seed" \
+	  $$(grep -rlE '^(from|import) hypothesis' tests --include='test_*.py') || \
+	  { echo "make test-random: failed with seed $$seed; to repeat: make test-random SEED=$$seed" >&2; exit 1; }
 
 test-exactness: install ## test exactness for all model families, drafters and trees, before a release; 5 minutes
 	OUTRIDER_TEST_EXHAUSTIVE=1 $(BIN)/pytest -q --durations=10 --numprocesses auto --maxprocesses 4 --dist load tests/contracts/test_exactness.py

@@ -28,13 +28,16 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 ROOT = Path(__file__).parents[1]
 
-# The same examples in every run, and no limit of time for running or drawing one: a slow machine is
-# not a fault.
+# The same examples in every run, or those of `--hypothesis-seed` (`make test-random`). No limit of
+# time for running or drawing one: a slow machine is not a fault.
 settings.register_profile(
     "outrider",
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile(
+    "seeded", settings.get_profile("outrider"), derandomize=False, database=None, print_blob=True
 )
 settings.load_profile("outrider")
 
@@ -42,6 +45,12 @@ settings.load_profile("outrider")
 assert Path(str(runtime.__file__)).parent == ROOT / "runtime", (
     f"runtime is imported from {runtime.__file__}, not from {ROOT}"
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hypothesis itself ignores a seed where examples are the same in every run."""
+    if config.getoption("--hypothesis-seed") is not None:
+        settings.load_profile("seeded")
 
 
 @pytest.fixture(scope="session")

@@ -327,11 +327,5 @@ def test_any_history_reads_as_a_fresh_prefill(family: str) -> None:
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
     run_state_machine_as_test(
         machine,
-        settings=settings(
-            max_examples=25,
-            stateful_step_count=15,
-            deadline=None,
-            derandomize=True,
-            suppress_health_check=checks,
-        ),
+        settings=settings(max_examples=25, stateful_step_count=15, suppress_health_check=checks),
     )
