@@ -259,6 +259,14 @@ class GenerateRequest(_message.Message):
     max_rows: int
     def __init__(self, session: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., speculation: _Optional[bool] = ..., committed: _Optional[_Iterable[int]] = ..., epoch: _Optional[int] = ..., deadline: _Optional[float] = ..., max_rows: _Optional[int] = ...) -> None: ...
 
+class HeartbeatsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Heartbeat(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class GenerateChunk(_message.Message):
     __slots__ = ("pieces", "tokens", "drafters", "finish_reason", "stats", "error", "logprobs", "prompt_logprobs")
     PIECES_FIELD_NUMBER: _ClassVar[int]

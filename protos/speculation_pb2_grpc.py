@@ -115,6 +115,11 @@ class TargetStub:
                 request_serializer=protos_dot_speculation__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=protos_dot_speculation__pb2.GenerateChunk.FromString,
                 _registered_method=True)
+        self.Heartbeats = channel.unary_stream(
+                '/outrider.v1.Target/Heartbeats',
+                request_serializer=protos_dot_speculation__pb2.HeartbeatsRequest.SerializeToString,
+                response_deserializer=protos_dot_speculation__pb2.Heartbeat.FromString,
+                _registered_method=True)
 
 
 class TargetServicer:
@@ -127,6 +132,13 @@ class TargetServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Heartbeats(self, request, context):
+        """Ten a second while the target lives, whatever its model does: a caller that misses them need not wait for a timeout.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TargetServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -134,6 +146,11 @@ def add_TargetServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=protos_dot_speculation__pb2.GenerateRequest.FromString,
                     response_serializer=protos_dot_speculation__pb2.GenerateChunk.SerializeToString,
+            ),
+            'Heartbeats': grpc.unary_stream_rpc_method_handler(
+                    servicer.Heartbeats,
+                    request_deserializer=protos_dot_speculation__pb2.HeartbeatsRequest.FromString,
+                    response_serializer=protos_dot_speculation__pb2.Heartbeat.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -164,6 +181,33 @@ class Target:
             '/outrider.v1.Target/Generate',
             protos_dot_speculation__pb2.GenerateRequest.SerializeToString,
             protos_dot_speculation__pb2.GenerateChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Heartbeats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/outrider.v1.Target/Heartbeats',
+            protos_dot_speculation__pb2.HeartbeatsRequest.SerializeToString,
+            protos_dot_speculation__pb2.Heartbeat.FromString,
             options,
             channel_credentials,
             insecure,

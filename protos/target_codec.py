@@ -19,6 +19,8 @@ from runtime.core.messages import (
 )
 
 TARGET_SERVICE: str = pb.DESCRIPTOR.services_by_name["Target"].full_name
+HEARTBEAT: bytes = pb.Heartbeat().SerializeToString()
+HEARTBEATS_REQUEST: bytes = pb.HeartbeatsRequest().SerializeToString()
 STATS_FIELDS = tuple(field.name for field in fields(Stats))
 FINISH_REASONS: dict[FinishReason | None, pb.FinishReason] = {
     None: pb.FINISH_REASON_UNSPECIFIED,

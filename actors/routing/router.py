@@ -10,13 +10,18 @@ import contextlib
 import logging
 import math
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
 
 from actors.fleet.fleet_state import TargetState
 from actors.routing.routed_session import RoutedSession, TargetLife
+from actors.routing.target_link import (
+    RemoteTarget,
+    TargetLink,
+    least_loaded,
+    listen,
+    next_chunk,
+)
 from runtime.core.errors import InvalidRequest, Overloaded, TargetDied, TargetsLost, Unavailable
 from runtime.core.messages import Chunk, Request
 
@@ -32,81 +37,8 @@ POLL_PERIOD_S = 0.5  # between two updates of the targets
 MAX_FAILED_TARGETS = 8  # lost or unreachable in a row, without a token in between
 MAX_DEATHS = 2  # of targets that held the session and delivered no token: it may be the cause
 
-Key = TypeVar("Key")
-
-
-class RemoteTarget(Protocol):
-    """A target in another process, as actors.rpc.client.GrpcTarget."""
-
-    def generate(self, request: Request) -> AsyncGenerator[Chunk, None]: ...
-
-    async def close(self) -> None:
-        """Closes the connection and ends every call on it."""
-        ...
-
-
 Connect = Callable[[str], RemoteTarget]  # from a target's address
 GetTargets = Callable[[], Sequence[TargetState]]
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """A target's load.
-
-    sessions       running and waiting
-    capacity       slots of KV memory, 0 if unknown
-    suspect        lost a moment ago
-    last_assigned  number of the session that it got last; rises with every assignment
-    """
-
-    sessions: int
-    capacity: int = 0
-    suspect: bool = False
-    last_assigned: int = 0
-
-
-def least_loaded(loads: Mapping[Key, Load]) -> Key | None:
-    """Returns the target with the fewest sessions for its capacity; None without targets.
-
-    Of equals it is the one that has waited longest for a session. Suspects come last. An unknown
-    capacity counts as the largest known one.
-    """
-    most = max((load.capacity for load in loads.values()), default=0) or 1
-
-    def rank(key: Key) -> tuple[bool, float, int]:
-        load = loads[key]
-        return load.suspect, (load.sessions + 1) / (load.capacity or most), load.last_assigned
-
-    return min(loads, key=rank, default=None)
-
-
-@dataclass(slots=True, eq=False)
-class TargetLink:
-    """A connection to one incarnation of a target.
-
-    sessions  this router's
-    others    those of other callers, when `state` was reported
-    reading   timeouts of the readers of its next chunk, rescheduled to wake them when it is removed
-    """
-
-    life: TargetLife
-    remote: RemoteTarget
-    state: TargetState
-    sessions: int = 0
-    others: int = 0
-    last_assigned: int = 0
-    suspect_until: float = -math.inf
-    removed: bool = False
-    reading: set[asyncio.Timeout] = field(default_factory=set)
-
-    def load(self, now: float) -> Load:
-        report = self.state.report
-        return Load(
-            self.sessions + self.others,
-            report.kv_slots if report else 0,
-            now < self.suspect_until,
-            self.last_assigned,
-        )
 
 
 class Router:
@@ -149,6 +81,11 @@ class Router:
                 link.state, link.others = state, max(0, state.sessions - link.sessions)
             elif state.state == "ready":
                 self._add_link(life, state)
+        for link in self._links.values():
+            if link.listening is None or link.listening.done():
+                link.listening = asyncio.get_running_loop().create_task(
+                    listen(link, self._hears_another)
+                )
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -291,44 +228,22 @@ class Router:
         ) as error:  # certificates expired or just being replaced; retried later
             log.warning("target %s cannot be called: %s", state.name, error)
 
+    def _hears_another(self, link: TargetLink) -> bool:
+        return any(
+            other.silence.is_heard
+            for other in self._links.values()
+            if other is not link and other.state.state == "ready" and other.silence is not None
+        )
+
     def _remove_link(self, link: TargetLink) -> None:
         """Wakes its readers and closes its connection, which ends the calls that nobody reads right
         now.
         """
         link.removed = True
-        now = asyncio.get_running_loop().time()
-        for scope in link.reading:
-            scope.reschedule(now)
-        closing = asyncio.get_running_loop().create_task(link.remote.close())
+        link.wake_readers()
+        closing = asyncio.get_running_loop().create_task(link.close())
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
-
-
-async def next_chunk(
-    link: TargetLink, call: AsyncGenerator[Chunk, None], until: float
-) -> Chunk | None:
-    """Returns the call's next chunk; None if it does not arrive by `until`.
-
-    Raises Unavailable if the target is removed, TargetDied if its stream ends early.
-    """
-    if link.removed:
-        raise Unavailable("it has left the cluster")
-    scope = asyncio.timeout_at(until if until < math.inf else None)
-    try:
-        async with scope:
-            link.reading.add(scope)
-            try:
-                return await anext(call)
-            finally:
-                link.reading.discard(scope)
-    except StopAsyncIteration as error:
-        raise TargetDied("its stream ended early") from error
-    except TimeoutError as error:
-        if link.removed:
-            raise Unavailable("it has left the cluster") from error
-        if scope.expired():
-            return None
-        raise
 
 
 @asynccontextmanager

@@ -251,6 +251,7 @@ class GrpcTarget:
             address, client_options(silence_ms), tls, own="gateway", peer="target"
         )
         self._generate = self._channel.unary_stream(f"/{target_codec.TARGET_SERVICE}/Generate")
+        self._heartbeats = self._channel.unary_stream(f"/{target_codec.TARGET_SERVICE}/Heartbeats")
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
         """Yields the output in chunks.
@@ -270,6 +271,17 @@ class GrpcTarget:
                     error, found, REQUEST_TAKEN in tuple(await call.initial_metadata())
                 )
             raise found from error
+        finally:
+            call.cancel()
+
+    async def heartbeats(self) -> AsyncGenerator[None, None]:
+        """Yields at each heartbeat. Raises Unavailable if the target is lost, or sends none."""
+        call = self._heartbeats(target_codec.HEARTBEATS_REQUEST)
+        try:
+            while await call.read() is not grpc.aio.EOF:
+                yield
+        except grpc.aio.AioRpcError as error:
+            raise Unavailable(describe_status(error)) from error
         finally:
             call.cancel()
 

@@ -32,6 +32,7 @@ REQUEST_TAKEN = (
 ERROR_NAME = "outrider-error"  # trailing metadata: the class of the error that the peer raised
 ERROR_PARAM = "outrider-param"  # trailing metadata: the parameter at fault
 
+HEARTBEAT_PERIOD_S = 0.1  # between two heartbeats of a target
 KEEPALIVE_MS = 500  # of silence until a peer is pinged
 # How long a peer may leave a ping unanswered. To lose a drafter by mistake costs only speed, and so
 # it is for a router that loses a target: the peer is back at once, and others go on meanwhile. A

@@ -16,6 +16,7 @@ from actors.rpc.common import (
     CALLER_SILENCE_MS,
     DRAFTER_SILENCE_MS,
     HANDSHAKE_TIMEOUT_S,
+    HEARTBEAT_PERIOD_S,
     REQUEST_TAKEN,
     abort_on_error,
     closing,
@@ -125,9 +126,15 @@ class TargetService:
 
     def handler(self, secured: bool = False) -> grpc.GenericRpcHandler:
         """Returns the gRPC handler. With `secured`, only gateways may call it."""
-        method = require_role("gateway", self._generate) if secured else self._generate
+        methods = {"Generate": self._generate, "Heartbeats": self._heartbeats}
         return grpc.method_handlers_generic_handler(
-            self.name, {"Generate": grpc.unary_stream_rpc_method_handler(method)}
+            self.name,
+            {
+                name: grpc.unary_stream_rpc_method_handler(
+                    require_role("gateway", method) if secured else method
+                )
+                for name, method in methods.items()
+            },
         )
 
     async def _generate(self, data: bytes, context: Any) -> None:
@@ -138,6 +145,11 @@ class TargetService:
         ):
             async for chunk in chunks:
                 await context.write(target_codec.encode_chunk(chunk))
+
+    async def _heartbeats(self, _: bytes, context: Any) -> None:
+        while True:
+            await context.write(target_codec.HEARTBEAT)
+            await asyncio.sleep(HEARTBEAT_PERIOD_S)
 
 
 async def serve(

@@ -64,8 +64,16 @@ def finish_of(request: Request) -> StopChecker:
     return StopChecker(request.sampling, frozenset(), text.decode, text.flush)
 
 
+class NoHeartbeats:
+    """A target whose silence is noticed by other means."""
+
+    async def heartbeats(self) -> AsyncGenerator[None, None]:
+        for _ in ():
+            yield
+
+
 @dataclass(eq=False)
-class Scripted:
+class Scripted(NoHeartbeats):
     """One life of a target: continues `answer` from the request's place, dies before token `cut`.
 
     sizes     tokens of its chunks, in turn

@@ -26,7 +26,15 @@ from runtime.target.target import Target
 from tests.contracts.link_contract import PATIENCE_S, process_of, soon
 from tests.support.fakes import HOST
 from tests.support.harness import Known, attached, hosted, running
-from tests.support.router_harness import PROMPT, Heard, all_of, finish_of, heard, there
+from tests.support.router_harness import (
+    PROMPT,
+    Heard,
+    NoHeartbeats,
+    all_of,
+    finish_of,
+    heard,
+    there,
+)
 
 TOKENS = 40
 MODEL = ToyModel(vocabulary=1024, sharpness=3.0)
@@ -54,7 +62,7 @@ async def plainly(sampling: SamplingParams) -> Heard:
 
 
 @dataclass(eq=False)
-class Mortal:
+class Mortal(NoHeartbeats):
     """Is a target in this process that is lost after `left` tokens, within the next piece."""
 
     body: Target

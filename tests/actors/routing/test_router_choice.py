@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.fleet.fleet_state import TargetState
-from actors.routing.router import Load, Router, least_loaded, updated_router
+from actors.routing.router import Router, updated_router
+from actors.routing.target_link import Load, least_loaded
 from runtime.core.errors import InvalidRequest, Overloaded, Unavailable
 from tests.support.router_harness import (
     ANSWER,

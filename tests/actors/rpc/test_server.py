@@ -180,6 +180,35 @@ def test_all_that_a_target_lets_wait_reach_it() -> None:
     asyncio.run(main())
 
 
+def test_heartbeats_come_until_the_server_stops() -> None:
+    async def main() -> None:
+        server, port = await serve([TargetService(ScriptedTarget(hangs=True))], HOST)
+        target = GrpcTarget(f"{HOST}:{port}")
+        heartbeats = target.heartbeats()
+        for _ in range(3):
+            await anext(heartbeats)
+        await server.stop(None)
+        with pytest.raises(Unavailable):
+            async for _ in heartbeats:
+                pass
+        await target.close()
+
+    asyncio.run(main())
+
+
+def test_a_target_of_an_older_version_has_no_heartbeats() -> None:
+    async def main() -> None:
+        server = grpc.aio.server()
+        target = GrpcTarget(f"{HOST}:{server.add_insecure_port(f'{HOST}:0')}")
+        await server.start()
+        with pytest.raises(Unavailable, match="UNIMPLEMENTED"):
+            await anext(target.heartbeats())
+        await target.close()
+        await server.stop(None)
+
+    asyncio.run(main())
+
+
 def test_a_malformed_request_is_refused_by_the_server() -> None:
     async def main() -> None:
         body = ScriptedTarget(*CHUNKS)

@@ -30,10 +30,9 @@ from tests.support.certificates import (
 from tests.support.fakes import HELLO, HOST, ScriptedDrafter, ScriptedTarget
 from tests.support.paths import ROOT
 
-METHODS = {
-    "target": f"/{target_codec.TARGET_SERVICE}/Generate",
-    "drafter": f"/{drafting_codec.DRAFTING_SERVICE}/Speculate",
-}
+GENERATE = f"/{target_codec.TARGET_SERVICE}/Generate"
+HEARTBEATS = f"/{target_codec.TARGET_SERVICE}/Heartbeats"
+METHODS = {"target": GENERATE, "drafter": f"/{drafting_codec.DRAFTING_SERVICE}/Speculate"}
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +47,12 @@ async def status(
     address: str,
     service: Role,
     open_channel: Callable[[str, list[tuple[str, int]]], grpc.aio.Channel],
+    method: str = "",
 ) -> grpc.StatusCode:
-    """Calls the method of this service over the channel and returns the status code."""
+    """Calls a method of this service over the channel and returns the status code."""
     async with open_channel(address, []) as connection, asyncio.timeout(PATIENCE_S):
         make = connection.unary_stream if service == "target" else connection.stream_stream
-        call = make(METHODS[service])(
+        call = make(method or METHODS[service])(
             *([target_codec.encode_request(REQUEST)] if service == "target" else [])
         )
         code: grpc.StatusCode = await call.code()
@@ -70,10 +70,18 @@ def test_tokens_go_over_mutual_tls(tls: TlsConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    ("service", "role"),
-    [("target", "target"), ("target", "drafter"), ("drafter", "drafter"), ("drafter", "gateway")],
+    ("service", "role", "method"),
+    [
+        ("target", "target", GENERATE),
+        ("target", "drafter", GENERATE),
+        ("target", "target", HEARTBEATS),
+        ("drafter", "drafter", ""),
+        ("drafter", "gateway", ""),
+    ],
 )
-def test_a_certificate_of_another_role_is_denied(service: Role, role: Role, tls: TlsConfig) -> None:
+def test_a_certificate_of_another_role_is_denied(
+    service: Role, role: Role, method: str, tls: TlsConfig
+) -> None:
     async def main() -> None:
         target, drafter = ScriptedTarget(CHUNK), ScriptedDrafter()
         async with served(
@@ -83,6 +91,7 @@ def test_a_certificate_of_another_role_is_denied(service: Role, role: Role, tls:
                 address,
                 service,
                 lambda address, options: channel(address, options, tls, role, service),
+                method,
             )
             assert code is grpc.StatusCode.PERMISSION_DENIED
         assert (target.asked, drafter.seen) == ([], [])
