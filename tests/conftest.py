@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 import runtime
 
@@ -29,12 +29,14 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 ROOT = Path(__file__).parents[1]
 
 # The same examples in every run, or those of `--hypothesis-seed` (`make test-random`). No limit of
-# time for running or drawing one: a slow machine is not a fault.
+# time for running or drawing one: a slow machine is not a fault. A mutant is killed by the first
+# example that fails: nobody reads the smallest one.
 settings.register_profile(
     "outrider",
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
+    phases=[Phase.explicit, Phase.generate] if "OUTRIDER_TEST_MUTANTS" in os.environ else Phase,
 )
 settings.register_profile(
     "seeded", settings.get_profile("outrider"), derandomize=False, database=None, print_blob=True

@@ -82,7 +82,7 @@ def main(
     table = Table()
     table.add_column("file", no_wrap=True, min_width=max(len(file) for file, _ in todo))
     for heading in ("mutants", "run", "killed", "survived", "equal", "share"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", min_width=len(heading))
     rows = summary(results)
     for row in rows:
         table.add_row(*row, end_section=row is rows[-2])
@@ -176,7 +176,11 @@ def run_mutants(folder: Path, file: str, mutants: list[Mutant], console: Console
     """
     names, log = [mutant.name for mutant in mutants], folder / "mutmut.log"
     command = [str(Path(sys.executable).parent / "mutmut"), "run", "--max-children", "1", *names]
-    environment = os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": "",
+        "OMP_NUM_THREADS": "1",
+        "OUTRIDER_TEST_MUTANTS": "1",
+    }
     with (
         log.open("w") as output,
         subprocess.Popen(

@@ -276,3 +276,34 @@ def test_where_first_guesses_are_right_more_often_others_are_worth_less() -> Non
     harder = np.exp(session.values())
     assert harder[1] < 0.8
     assert harder[2] == pytest.approx(0.15), "no node is worth more than its parent"
+
+
+@pytest.mark.parametrize(
+    ("asked", "most"), [(None, limits.STEP_ROWS), (3, 3), (1000, limits.STEP_ROWS)]
+)
+def test_a_step_has_no_more_rows_than_its_request_and_the_limit_allow(
+    asked: int | None, most: int
+) -> None:
+    request = Request("s", PROMPT, SamplingParams(max_tokens=20), max_rows=asked)
+    of = Session(request, 1000, 100, TemperatureBucket())
+    of.merge_drafts(draft(*(((), token) for token in range(100))))
+    assert len(of.select(1000)) == len(of.marginal_gains()[0]) == most
+    assert of.select(2) == [1, 2]
+
+
+def test_nodes_without_effect_add_up_over_all_drafts() -> None:
+    of = session()
+    for _ in range(3):
+        of.merge_drafts(draft(((), 5), ((7,), 5)))
+        of.merge_drafts(draft(((), 5), ((), 6), epoch=1))
+    assert of.ignored == Counter({"repeated": 2, "stale": 3 + 6})
+
+
+def test_guesses_below_a_text_that_was_passed_long_ago_are_stale() -> None:
+    """A session remembers no more of its former roots than the deepest tree has tokens."""
+    of = session(max_tokens=400, context=1000)
+    for _ in range(limits.TREE_DEPTH + 1):
+        of.apply(AcceptedPath((), 1))
+    of.merge_drafts(draft(((1,), 5), ((), 5)))
+    assert of.ignored == Counter({"late": 1, "stale": 1})
+    assert len(of.passed_keys) == limits.TREE_DEPTH

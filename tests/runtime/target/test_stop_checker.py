@@ -201,3 +201,20 @@ def test_nothing_follows_the_end() -> None:
     with pytest.raises(RuntimeError, match="token 2 follows"):
         end.feed(2)
     assert end.count == 1
+
+
+def test_a_closed_text_is_at_its_length_and_nothing_follows() -> None:
+    end = finish(SamplingParams(stop=("ab",)))
+    assert end.feed(1).text == ""
+    assert end.close() == "a"
+    assert end.reason == "length"
+    with pytest.raises(RuntimeError, match="token 2 follows"):
+        end.feed(2)
+
+
+def test_closing_a_text_that_has_ended_changes_nothing() -> None:
+    end = finish(SamplingParams(stop=("a",)), slow=True)
+    assert [end.feed(token).text for token in (6, 1, 2)] == ["", "é", ""]  # "b" is not decoded yet
+    assert end.reason == "stop"
+    assert end.close() == ""
+    assert end.reason == "stop"
