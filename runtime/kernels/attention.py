@@ -78,7 +78,7 @@ class Attention:
         rows, heads, kv_heads, dim = shape
         group, lanes = heads // kv_heads, kernel.lanes
         blocks = -(-rows * group // lanes)
-        self._kernel, self._shape = kernel, (rows, heads * dim)
+        self.kernel, self._shape = kernel, (rows, heads * dim)
         self._ends = np.full(blocks, slots, dtype=np.int64)
         self._mask, first = np.zeros((0, blocks * lanes), dtype=np.float32), slots
         if mask is not None:
@@ -93,7 +93,7 @@ class Attention:
         shares = min(torch.get_num_threads(), kv_heads * blocks)
         room = scratch_floats(lanes, dim, slots)
         self._scratch = torch.empty(shares * room)
-        self._arguments = AttentionArguments(
+        self.arguments = AttentionArguments(
             mask=self._mask.ctypes.data,
             mask_stride=blocks * lanes,
             first=first,
@@ -107,7 +107,7 @@ class Attention:
             scratch_stride=room,
             work_items=shares,
         )
-        self._address = ctypes.addressof(self._arguments)
+        self._address = ctypes.addressof(self.arguments)
 
     def __call__(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -118,10 +118,10 @@ class Attention:
         keys, values  (kv heads, slots or more, dim), dense but for the stride of a head
         """
         out = torch.empty(self._shape)
-        arguments = self._arguments
+        arguments = self.arguments
         arguments.queries, arguments.query_stride = queries.data_ptr(), queries.stride(0)
         arguments.keys, arguments.values = keys.data_ptr(), values.data_ptr()
         arguments.head_stride, arguments.out = keys.stride(0), out.data_ptr()
         arguments.next = 0
-        run_shares(self._kernel.work, self._address, arguments.work_items)
+        run_shares(self.kernel.work, self._address, arguments.work_items)
         return out

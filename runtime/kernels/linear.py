@@ -148,11 +148,11 @@ class LinearOp:
         outer, inner = self.weight.shape
         unpacked = KernelChoice("torch", (outer, inner), {})
         self.choice = kernel_of(self.weight) if pack else unpacked
-        self._product = PRODUCTS[self.choice.kernel](self.weight, self.bias)
+        self.product = PRODUCTS[self.choice.kernel](self.weight, self.bias)
 
     def __call__(self, rows: torch.Tensor, addend: torch.Tensor | None = None) -> torch.Tensor:
         """Compute the product and add `addend` to it."""
-        return self._product(rows, addend)
+        return self.product(rows, addend)
 
 
 class PackedLinear(nn.Linear):

@@ -19,10 +19,12 @@ from llvmlite import ir
 from runtime.kernels.llvm_ir import (
     F32,
     I8,
+    I16,
     I32,
     I64,
     PTR,
     ceil_div,
+    each_share,
     element_ptr,
     even_share,
     loop,
@@ -33,7 +35,6 @@ from runtime.kernels.llvm_math import VectorProgram
 BLOCK_SLOTS = 32  # widened at a time
 CHAINS = 8  # sums computed at a time: latency of an FMA x FMAs per cycle
 TILE = 16  # elements of a value summed at a time, one register each
-I16 = ir.IntType(16)
 HALF = ir.HalfType()
 
 
@@ -41,6 +42,7 @@ class AttentionArguments(ctypes.Structure):
     """Arguments of `attend`. Strides are in elements; a block is a vector of queries."""
 
     _fields_ = [
+        ("next", ctypes.c_int64),
         ("queries", ctypes.c_int64),  # float32 (rows, heads, dim)
         ("query_stride", ctypes.c_int64),  # of a row
         ("keys", ctypes.c_int64),  # (kv heads, slots, dim)
@@ -59,7 +61,6 @@ class AttentionArguments(ctypes.Structure):
         ("scratch", ctypes.c_int64),  # see scratch_floats, for each work item
         ("scratch_stride", ctypes.c_int64),
         ("work_items", ctypes.c_int64),
-        ("next", ctypes.c_int64),
     ]
 
 
@@ -93,20 +94,12 @@ class AttentionProgram(VectorProgram):
             )
             for index, field in enumerate(fields)
         }
-        take, work, done = (at.append_basic_block(name) for name in ("take", "work", "done"))
-        at.branch(take)
-        at.position_at_end(take)
-        counter = element_ptr(at, function.args[0], I64, I64(len(fields) - 1))
-        number = at.atomic_rmw("add", counter, I64(1), "monotonic")
-        at.cbranch(at.icmp_unsigned("<", number, args["work_items"]), work, done)
-        at.position_at_end(work)
-        scratch = element_ptr(at, args["scratch"], F32, at.mul(number, args["scratch_stride"]))
         items = at.mul(args["kv_heads"], args["blocks"])
-        first, count = even_share(at, items, number, args["work_items"])
-        with repeat(at, count) as (index, _):
-            self.item(at, args, at.add(first, index), scratch)
-        at.branch(take)
-        at.position_at_end(done)
+        with each_share(at, args["work_items"]) as share:
+            scratch = element_ptr(at, args["scratch"], F32, at.mul(share, args["scratch_stride"]))
+            first, count = even_share(at, items, share, args["work_items"])
+            with repeat(at, count) as (index, _):
+                self.item(at, args, at.add(first, index), scratch)
         at.ret_void()
 
     def item(

@@ -20,6 +20,7 @@ from llvmlite import ir
 
 I64 = ir.IntType(64)
 I32 = ir.IntType(32)
+I16 = ir.IntType(16)
 I8 = ir.IntType(8)
 F32 = ir.FloatType()
 PTR = ir.PointerType()
@@ -34,6 +35,7 @@ class Arguments(ctypes.Structure):
     """Arguments of `transpose` and `work`, which run in this order. Strides are in floats."""
 
     _fields_ = [
+        ("next", ctypes.c_int64),  # next share; the first field of all arguments
         ("rows", ctypes.c_int64),  # (count, inner), dense
         ("transposed", ctypes.c_int64),  # room for (inner, count)
         ("count", ctypes.c_int64),
@@ -48,7 +50,6 @@ class Arguments(ctypes.Structure):
         ("out", ctypes.c_int64),  # (count, outputs of all panels)
         ("out_stride", ctypes.c_int64),
         ("work_items", ctypes.c_int64),  # shares of the panels, one per thread
-        ("next", ctypes.c_int64),  # next share
     ]
 
 
@@ -235,22 +236,10 @@ class Program:
     def work(self) -> None:
         """Emit a function in which threads take shares until none is left."""
         at, args = self.entry("work")
-        take, work, done = (at.append_basic_block(name) for name in ("take", "work", "done"))
-        at.branch(take)
-        at.position_at_end(take)
-        number = at.atomic_rmw(
-            "add",
-            element_ptr(at, at.function.args[0], I64, I64(len(Arguments._fields_) - 1)),
-            I64(1),
-            "monotonic",
-        )
-        at.cbranch(at.icmp_unsigned("<", number, args["work_items"]), work, done)
-        at.position_at_end(work)
-        first, panels = even_share(at, args["panels"], number, args["work_items"])
-        with repeat(at, panels) as (index, _):
-            self.panel(at, args, at.add(first, index))
-        at.branch(take)
-        at.position_at_end(done)
+        with each_share(at, args["work_items"]) as share:
+            first, panels = even_share(at, args["panels"], share, args["work_items"])
+            with repeat(at, panels) as (index, _):
+                self.panel(at, args, at.add(first, index))
         at.ret_void()
 
     def panel(self, at: ir.IRBuilder, args: Mapping[str, ir.Value], panel: ir.Value) -> None:
@@ -358,6 +347,23 @@ def repeat(at: ir.IRBuilder, count: ir.Value) -> Iterator[tuple[ir.Value, list[i
     """Repeat the body `count` times, which may be 0. Yields as `loop` does, without values."""
     with at.if_then(at.icmp_unsigned(">", count, I64(0))), loop(at, count) as found:
         yield found
+
+
+@contextmanager
+def each_share(at: ir.IRBuilder, shares: ir.Value) -> Iterator[ir.Value]:
+    """Repeat the body for the shares that this thread takes, until none is left.
+
+    Yields the number of a share. The first field of the function's arguments counts them.
+    """
+    take, work, done = (at.append_basic_block(name) for name in ("take", "work", "done"))
+    at.branch(take)
+    at.position_at_end(take)
+    share = at.atomic_rmw("add", at.function.args[0], I64(1), "monotonic")
+    at.cbranch(at.icmp_unsigned("<", share, shares), work, done)
+    at.position_at_end(work)
+    yield share
+    at.branch(take)
+    at.position_at_end(done)
 
 
 def element_ptr(at: ir.IRBuilder, base: ir.Value, unit: ir.Type, count: ir.Value) -> ir.Value:

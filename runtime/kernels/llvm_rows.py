@@ -5,15 +5,28 @@ its loops by other code than the rest, so a row's result may depend on how many 
 """
 
 import ctypes
+import functools
 from collections.abc import Callable, Mapping
 
 from llvmlite import ir
 
-from runtime.kernels.llvm_ir import F32, I32, I64, PTR, element_ptr, even_share, loop, repeat
+from runtime.kernels.llvm_ir import (
+    F32,
+    I16,
+    I32,
+    I64,
+    PTR,
+    each_share,
+    element_ptr,
+    even_share,
+    loop,
+    repeat,
+)
 from runtime.kernels.llvm_math import VectorProgram
 
 LANES = 16  # on every processor, so that all add in the same order
 FIELDS: list[tuple[str, type[ctypes.c_int64] | type[ctypes.c_double]]] = [
+    ("next", ctypes.c_int64),
     ("rows", ctypes.c_int64),
     ("stride", ctypes.c_int64),  # of a row
     ("parameters", ctypes.c_int64),  # norm: weights (pieces, size); rotate: (rows, 2, size)
@@ -21,11 +34,40 @@ FIELDS: list[tuple[str, type[ctypes.c_int64] | type[ctypes.c_double]]] = [
     ("count", ctypes.c_int64),  # rows
     ("pieces", ctypes.c_int64),  # of a row; 1 for `gate`
     ("size", ctypes.c_int64),  # of a piece; at least LANES
+    ("out_stride", ctypes.c_int64),  # of a row of what is converted, in elements of the result
+    ("piece_stride", ctypes.c_int64),  # of a piece of it
     ("epsilon", ctypes.c_double),
     ("work_items", ctypes.c_int64),
-    ("next", ctypes.c_int64),
 ]
 ADDRESSES = ("rows", "parameters", "out")
+
+
+def to_bfloat16(at: ir.IRBuilder, numbers: ir.Value) -> ir.Value:
+    """Emit the bits of bfloat16 numbers: the nearest, an even one if there are two."""
+    lanes = numbers.type.count
+    words, halves = (ir.VectorType(kind, lanes) for kind in (I32, I16))
+    bits = at.bitcast(numbers, words)
+    odd = at.and_(at.lshr(bits, words([16] * lanes)), words([1] * lanes))
+    rounded = at.add(bits, at.add(odd, words([0x7FFF] * lanes)))
+    no_number = at.fcmp_unordered("uno", numbers, numbers)
+    rounded = at.select(no_number, words([0x7FC00000] * lanes), rounded)
+    return at.trunc(at.lshr(rounded, words([16] * lanes)), halves)
+
+
+def to_float16(at: ir.IRBuilder, numbers: ir.Value) -> ir.Value:
+    return at.fptrunc(numbers, ir.VectorType(ir.HalfType(), numbers.type.count))
+
+
+def to_float32(_: ir.IRBuilder, numbers: ir.Value) -> ir.Value:
+    return numbers
+
+
+Round = Callable[[ir.IRBuilder, ir.Value], ir.Value]
+CONVERTED: dict[str, Round] = {
+    "to_bfloat16": to_bfloat16,
+    "to_float16": to_float16,
+    "to_float32": to_float32,
+}
 
 
 class RowArguments(ctypes.Structure):
@@ -35,7 +77,9 @@ class RowArguments(ctypes.Structure):
 
 
 class RowProgram(VectorProgram):
-    """The IR module, with the functions `norm`, `gate` and `rotate` of RowArguments."""
+    """The IR module, with functions of RowArguments: `norm`, `gate`, `rotate`, and one that
+    converts to each type of CONVERTED.
+    """
 
     def __init__(self) -> None:
         super().__init__(LANES)
@@ -44,6 +88,8 @@ class RowProgram(VectorProgram):
         self.function("norm", self.norm)
         self.function("gate", self.gate)
         self.function("rotate", self.rotate)
+        for name, round_to in CONVERTED.items():
+            self.function(name, functools.partial(self.convert, round_to))
 
     def function(
         self,
@@ -58,18 +104,10 @@ class RowProgram(VectorProgram):
             number = ir.DoubleType() if kind is ctypes.c_double else I64
             address = element_ptr(at, function.args[0], I64, I64(index))
             args[field] = at.load(address, typ=PTR if field in ADDRESSES else number, align=8)
-        take, work, done = (at.append_basic_block(name) for name in ("take", "work", "done"))
-        at.branch(take)
-        at.position_at_end(take)
-        counter = element_ptr(at, function.args[0], I64, I64(len(FIELDS) - 1))
-        share = at.atomic_rmw("add", counter, I64(1), "monotonic")
-        at.cbranch(at.icmp_unsigned("<", share, args["work_items"]), work, done)
-        at.position_at_end(work)
-        first, count = even_share(at, args["count"], share, args["work_items"])
-        with repeat(at, count) as (index, _), loop(at, args["pieces"]) as (piece, _):
-            body(at, args, at.add(first, index), piece)
-        at.branch(take)
-        at.position_at_end(done)
+        with each_share(at, args["work_items"]) as share:
+            first, count = even_share(at, args["count"], share, args["work_items"])
+            with repeat(at, count) as (index, _), loop(at, args["pieces"]) as (piece, _):
+                body(at, args, at.add(first, index), piece)
         at.ret_void()
 
     def each_vector(
@@ -163,6 +201,27 @@ class RowProgram(VectorProgram):
                 )
                 turned = at.fadd(at.fmul(own, cos), at.fmul(other, sin))
                 at.store(turned, element_ptr(at, x, F32, one), align=4)
+
+    def convert(
+        self,
+        round_to: Round,
+        at: ir.IRBuilder,
+        args: Mapping[str, ir.Value],
+        row: ir.Value,
+        piece: ir.Value,
+    ) -> None:
+        """Emit out = x, rounded to the nearest number of the type."""
+        size = args["size"]
+        place = at.add(at.mul(row, args["stride"]), at.mul(piece, size))
+        source = element_ptr(at, args["rows"], F32, place)
+        goal = at.add(at.mul(row, args["out_stride"]), at.mul(piece, args["piece_stride"]))
+
+        def one(begin: ir.Value) -> None:
+            found = round_to(at, self.get(at, element_ptr(at, source, F32, begin)))
+            kind = found.type.element
+            at.store(found, element_ptr(at, args["out"], kind, at.add(goal, begin)), align=2)
+
+        self.each_vector(at, size, one)
 
     def repeat(self, at: ir.IRBuilder, number: ir.Value) -> ir.Value:
         nothing = ir.Constant(ir.VectorType(number.type, LANES), ir.Undefined)

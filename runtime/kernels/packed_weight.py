@@ -64,24 +64,24 @@ class PackedWeight:
 
         With `pairs`, where `kind` is bfloat16, the rows are rounded to bfloat16.
         """
-        self._kernel = load_kernel(kind, pairs)
-        self._outer, self._inner = weight.shape
-        self._element = torch.bfloat16 if pairs else torch.float32
+        self.kernel = load_kernel(kind, pairs)
+        self.outer, self.inner = weight.shape
+        self.element = torch.bfloat16 if pairs else torch.float32
         depth = 2 if pairs else 1  # elements of a row in a 32-bit word
-        self._words = -(-self._inner // depth)
-        self._odd = self._words * depth - self._inner
-        panels = -(-self._outer // self._kernel.width)
-        self._width = panels * self._kernel.width
-        self._spare = self._width - self._outer
+        self.words = -(-self.inner // depth)
+        self._odd = self.words * depth - self.inner
+        panels = -(-self.outer // self.kernel.width)
+        self.width = panels * self.kernel.width
+        self._spare = self.width - self.outer
         halves = F.pad(weight.to(kind), (0, self._odd, 0, self._spare)).reshape(
-            panels, 2, self._kernel.width // 2, self._words, depth
+            panels, 2, self.kernel.width // 2, self.words, depth
         )
         # In bfloat16 without pairs the halves of a line are interleaved: see `Program.weights`.
         interleaved = kind == torch.bfloat16 and not pairs
         lines = halves.permute((0, 3, 2, 1, 4) if interleaved else (0, 3, 1, 2, 4))
-        self._matrix = allocate(lines.shape, kind).copy_(lines)
-        self._bias = None if bias is None else F.pad(bias.float(), (0, self._spare))
-        self._zeros = torch.zeros(self._width)
+        self.matrix = allocate(lines.shape, kind).copy_(lines)
+        self.bias = None if bias is None else F.pad(bias.float(), (0, self._spare))
+        self.constant = torch.zeros(self.width) if self.bias is None else self.bias
 
     def __call__(self, rows: torch.Tensor, addend: torch.Tensor | None = None) -> torch.Tensor:
         """Compute the product and add `addend` to it. The result has the type of the rows."""
@@ -90,41 +90,41 @@ class PackedWeight:
     def to_float(self, rows: torch.Tensor, addend: torch.Tensor | None = None) -> torch.Tensor:
         """As a call; the result is in float32, whatever the type of the rows."""
         count, inner = rows.shape
-        if inner != self._inner or (addend is not None and addend.shape != (count, self._outer)):
+        if inner != self.inner or (addend is not None and addend.shape != (count, self.outer)):
             added = "nothing" if addend is None else tuple(addend.shape)
             raise ValueError(
                 f"rows {tuple(rows.shape)} and addend {added} do not fit: "
-                f"the matrix is {self._outer} x {self._inner}"
+                f"the matrix is {self.outer} x {self.inner}"
             )
-        rows = rows.to(self._element)
+        rows = rows.to(self.element)
         rows = F.pad(rows, (0, self._odd)) if self._odd else rows.contiguous()
         addends, stride = self._addend(addend)
-        out = torch.empty(count, self._width)
+        out = torch.empty(count, self.width)
         block = min(count, MAX_ROWS)
-        transposed = rows if count == 1 else torch.empty(block, self._words)
+        transposed = rows if count == 1 else torch.empty(block, self.words)
         for first in range(0, count, MAX_ROWS):
-            self._kernel(
+            self.kernel(
                 Arguments(
-                    rows=rows.data_ptr() + 4 * first * self._words,
+                    rows=rows.data_ptr() + 4 * first * self.words,
                     transposed=transposed.data_ptr(),
                     count=min(MAX_ROWS, count - first),
-                    inner=self._words,
-                    matrix=self._matrix.data_ptr(),
-                    panels=self._matrix.shape[0],
+                    inner=self.words,
+                    matrix=self.matrix.data_ptr(),
+                    panels=self.matrix.shape[0],
                     addend=addends.data_ptr() + 4 * first * stride,
                     addend_stride=stride,
-                    out=out.data_ptr() + 4 * first * self._width,
-                    out_stride=self._width,
+                    out=out.data_ptr() + 4 * first * self.width,
+                    out_stride=self.width,
                     work_items=torch.get_num_threads(),
                 )
             )
-        return out[:, : self._outer].contiguous() if self._spare else out
+        return out[:, : self.outer].contiguous() if self._spare else out
 
     def _addend(self, addend: torch.Tensor | None) -> tuple[torch.Tensor, int]:
         """Return what is added to each row's sums, and its stride: 0 if it is the same for all
         rows.
         """
         if addend is None:
-            return self._zeros if self._bias is None else self._bias, 0
+            return self.constant, 0
         wide = F.pad(addend.float(), (0, self._spare)) if self._spare else addend.float()
-        return (wide if self._bias is None else wide + self._bias).contiguous(), self._width
+        return (wide if self.bias is None else wide + self.bias).contiguous(), self.width

@@ -5,6 +5,7 @@ One call does what torch does in three to five, and a row's result depends on th
 
 import ctypes
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from llvmlite import binding
 
 from runtime.kernels.jit import compile_module, is_supported, run_shares
-from runtime.kernels.llvm_rows import LANES, RowArguments, RowProgram
+from runtime.kernels.llvm_rows import CONVERTED, LANES, RowArguments, RowProgram
 
 FLOATS_PER_THREAD = 1 << 15  # fewer are not worth waking another thread
 
@@ -24,19 +25,21 @@ class RowKernels:
     norm: Any
     gate: Any
     rotate: Any
+    convert: Mapping[torch.dtype, Any]  # from float32
     engine: object  # owns the machine code
 
 
 @functools.cache
 def load_row_kernels() -> RowKernels:
     """Compile the functions. Raises RuntimeError if LLVM does not support the processor."""
-    engine, (norm, gate, rotate) = compile_module(
+    engine, (norm, gate, rotate, *convert) = compile_module(
         RowProgram().module,
-        ("norm", "gate", "rotate"),
+        ("norm", "gate", "rotate", *CONVERTED),
         binding.get_host_cpu_name(),
         binding.get_host_cpu_features().flatten(),
     )
-    return RowKernels(norm, gate, rotate, engine)
+    types = (getattr(torch, name.removeprefix("to_")) for name in CONVERTED)
+    return RowKernels(norm, gate, rotate, dict(zip(types, convert, strict=True)), engine)
 
 
 def has_kernel(rows: torch.Tensor, size: int) -> bool:
@@ -85,7 +88,7 @@ def run(
     epsilon: float = 0.0,
 ) -> None:
     """Run a function of RowProgram over all rows."""
-    threads = min(torch.get_num_threads(), 1 + rows.numel() // FLOATS_PER_THREAD)
+    threads = threads_for(rows.numel())
     arguments = RowArguments(
         rows=rows.data_ptr(),
         stride=rows.stride(0),
@@ -98,3 +101,8 @@ def run(
         work_items=threads,
     )
     run_shares(function, ctypes.addressof(arguments), threads)
+
+
+def threads_for(floats: int) -> int:
+    """Return the threads that share work on so many numbers."""
+    return min(torch.get_num_threads(), 1 + floats // FLOATS_PER_THREAD)

@@ -4,13 +4,14 @@ products.
 It supports rotary positions, grouped heads, a gated MLP and RMS norms; also biases, norms of
 queries and keys, and sliding windows. It computes what transformers' code computes, from the same
 parameters. Products with the same input are fused, angles come from a table, and a layer's keys and
-values are written at once. Pseudo rows (see Branch) follow all other rows, so each matrix is read
-once for both.
+values are written at once. On a CPU a list of compiled calls does all that (LlamaCalls), without
+Python between them. Pseudo rows (see Branch) follow all other rows, so each matrix is read once for
+both.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,14 @@ from transformers import PreTrainedModel
 
 from runtime.kernels.attention import Attention, has_attention, load_attention
 from runtime.kernels.linear import LinearOp, has_room
+from runtime.kernels.packed_weight import MAX_ROWS
 from runtime.models.attention_mask import additive_mask, layer_windows
-from runtime.models.base import OutputSpec, PassInput, PassOutput, Rows
+from runtime.models.base import Branch, OutputSpec, PassInput, PassOutput, Rows
 from runtime.models.generic import logit_rows, torch_cache
 from runtime.models.hf import max_context
 from runtime.models.layer_states import check_layers, split_features
-from runtime.models.llama_layers import fused, gated, norm, read_layer, turn
+from runtime.models.llama_calls import CachedText, LlamaCalls, can_list
+from runtime.models.llama_layers import HeadShape, fused, gated, norm, read_layer, turn
 
 MODEL_TYPES = {"llama", "mistral", "qwen2", "qwen3"}
 INITIAL_POSITIONS = 512  # in the first table of angles
@@ -37,19 +40,18 @@ INITIAL_POSITIONS = 512  # in the first table of angles
 class PartView:
     """The rows of one part in a pass, and per-layer views of its cache.
 
-    start, end    its rows among those of all parts
-    new           (2, heads, rows, dim): destination of a layer's new keys and values
-    keys, values  (heads, slots, dim)
-    masks         by layer type, for torch's attention
-    kernels       by layer type; None: torch computes attention
-    places        its rows if they are not [start, end): pseudo rows follow the rows of all parts
+    start, end  its rows among those of all parts
+    planes      (2 x layers, heads, slots, dim), keys and values
+    slot        of the first row
+    masks       by layer type, for torch's attention
+    kernels     by layer type; None: torch computes attention
+    places      its rows if they are not [start, end): pseudo rows follow the rows of all parts
     """
 
     start: int
     end: int
-    new: Sequence[torch.Tensor]
-    keys: Sequence[torch.Tensor]
-    values: Sequence[torch.Tensor]
+    planes: torch.Tensor
+    slot: int
     masks: dict[str, torch.Tensor | None]
     kernels: dict[str, Attention] | None = None
     places: torch.Tensor | None = None
@@ -80,6 +82,9 @@ class LlamaPass:
             read_layer(layer, kind, self._heads, self._kv, pack, self._compiled)
             for layer, kind in zip(body.layers, kinds, strict=True)
         ]
+        shape = HeadShape(self._heads, self._kv, self._dim)
+        listed = self._compiled and can_list(self._layers, shape)
+        self._calls = LlamaCalls(self._layers, shape) if listed else None
         self._norm = norm(body.norm, self._compiled)
         self._head = fused(module.lm_head, pack=pack)
         self._rotary, self._context = body.rotary_emb, max_context(config, config.model_type)
@@ -88,9 +93,7 @@ class LlamaPass:
     def __call__(self, parts: Sequence[PassInput]) -> list[torch.Tensor]:
         views = self._views(parts)
         angles = self._angles(np.concatenate([part.rows.positions for part in parts]))
-        x = self._embed(parts)
-        for index in range(len(self._layers)):
-            x = self._run_layer(index, x, angles, views)
+        x = self._run_layers(range(len(self._layers)), self._embed(parts), angles, views)
         x, kept = last_rows(x, parts)
         return list(self._head(self._norm(x)).float().split(kept))
 
@@ -124,7 +127,7 @@ class LlamaPass:
         )
         ridden = torch.from_numpy(sources).to(self._embedding.device)
         views, x, states = self._views(parts), self._embed(parts), list[torch.Tensor]()
-        for index in range(len(self._layers)):
+        for index, end in pairwise(self._stops(output_spec.features, branches)):
             if index in output_spec.features:
                 states.append(x[:n].to(torch.bfloat16, copy=True))
             if entering := [branch for branch in branches if branch.layer == index]:
@@ -133,7 +136,7 @@ class LlamaPass:
                 x = torch.cat([x, *(sprout.to(x.dtype) for sprout in sprouts)])
                 views = self._views_with_branches(parts, (len(x) - n) // m, len(branches))
             entered = angles[: len(x)] if branches else angles
-            x = self._run_layer(index, x, entered, views)
+            x = self._run_layers(range(index, end), x, entered, views)
         if len(self._layers) in output_spec.features:
             states.append(x[:n].to(torch.bfloat16))
         features = split_features(output_spec.features, states, counts)
@@ -174,6 +177,27 @@ class LlamaPass:
             self._rope = self._rope_table(min(2 * longest, self._context))
         return self._rope.index_select(0, torch.from_numpy(positions).to(self._rope.device))
 
+    def _stops(self, features: Sequence[int], branches: Sequence[Branch]) -> list[int]:
+        """Return the layers between which nothing but layers runs: the first one, ..., the end."""
+        layers = len(self._layers)
+        return sorted({0, *features, *(branch.layer for branch in branches), layers})
+
+    def _run_layers(
+        self, layers: range, x: torch.Tensor, angles: torch.Tensor, views: Sequence[PartView]
+    ) -> torch.Tensor:
+        """Return the rows after these layers."""
+        if self._calls is not None and len(x) <= MAX_ROWS and views[0].places is None:
+            texts = [
+                CachedText(view.planes, view.slot, view.end - view.start, view.kernels)
+                for view in views
+                if view.kernels is not None
+            ]
+            if len(texts) == len(views):
+                return self._calls.run(layers, x, angles, texts)
+        for index in layers:
+            x = self._run_layer(index, x, angles, views)
+        return x
+
     def _run_layer(
         self, index: int, x: torch.Tensor, angles: torch.Tensor, views: Sequence[PartView]
     ) -> torch.Tensor:
@@ -202,8 +226,9 @@ class LlamaPass:
         new, outputs, start = new.permute(1, 2, 0, 3), [], 0
         for view in views:
             count = view.end - view.start
-            view.new[index].copy_(new.narrow(2, start, count))
-            keys, values = view.keys[index], view.values[index]
+            pair = view.planes.narrow(0, 2 * index, 2).narrow(2, 0, view.slot + count)
+            pair.narrow(2, view.slot, count).copy_(new.narrow(2, start, count))
+            keys, values = pair.unbind(0)
             own = queries.narrow(0, start, count)
             if view.kernels is None:
                 outputs.append(self._attend_by_torch(own, keys, values, view.masks[kind]))
@@ -275,7 +300,6 @@ class LlamaPass:
             for kind, window in self._windows.items()
         }
         planes = cache.planes()
-        in_use = planes.narrow(2, 0, slots).unbind(0)
         kernels = None
         if self._compiled and has_attention(device, planes.dtype, self._dim, self._scale):
             kernel = load_attention(planes.dtype, self._dim, self._scale)
@@ -284,9 +308,8 @@ class LlamaPass:
         return PartView(
             end - count,
             end,
-            planes.narrow(2, cache.start, count).unflatten(0, (-1, 2)).unbind(0),
-            in_use[::2],
-            in_use[1::2],
+            planes,
+            cache.start,
             {}
             if kernels
             else {

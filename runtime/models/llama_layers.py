@@ -19,19 +19,28 @@ class RMSNorm:
     """
 
     def __init__(self, weight: torch.Tensor, eps: float, compiled: bool = True) -> None:
-        size, self._compiled = weight.shape[-1], compiled
-        self._weight, self._eps = weight.detach().float().contiguous(), eps
-        self._scaled = self._weight * size**0.5
+        size, self.compiled = weight.shape[-1], compiled
+        self.weight, self.eps = weight.detach().float().contiguous(), eps
+        self._scaled = self.weight * size**0.5
         self._least = torch.tensor((size * eps) ** 0.5, dtype=torch.float32)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        if self._compiled and has_kernel(rows, rows.shape[-1]):
-            return rms_norm(rows, self._weight, self._eps)
+        if self.compiled and has_kernel(rows, rows.shape[-1]):
+            return rms_norm(rows, self.weight, self.eps)
         size = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float32).hypot_(
             self._least
         )
         scaled: torch.Tensor = (rows / size).mul_(self._scaled)
         return scaled.to(rows.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """Heads of queries, heads of keys, and numbers of a head."""
+
+    heads: int
+    kv_heads: int
+    dim: int
 
 
 @dataclass(frozen=True, slots=True)

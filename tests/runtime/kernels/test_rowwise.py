@@ -1,5 +1,6 @@
 """Norms, gates and rotations are those of torch; a row does not depend on others."""
 
+import ctypes
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.kernels.jit import is_supported
-from runtime.kernels.rowwise import has_kernel, rms_norm, rotate, silu_gate
+from runtime.kernels.llvm_rows import RowArguments
+from runtime.kernels.rowwise import has_kernel, load_row_kernels, rms_norm, rotate, silu_gate
 
 pytestmark = pytest.mark.skipif(not is_supported(), reason="no kernel for this processor")
 EPSILON = 1e-5
@@ -54,6 +56,31 @@ def test_rotations(half: int, rows: int, heads: int) -> None:
     expected[:, :heads] = own * angles[:, 0] + own.roll(half, -1) * angles[:, 1]
     rotate(x[:, :heads], angles)
     torch.testing.assert_close(x, expected, atol=2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [16, 17, 40, 129])
+def test_conversions_are_those_of_torch(dtype: torch.dtype, size: int) -> None:
+    numbers = torch.randn(3, 2, size) * torch.logspace(-44, 38, size)
+    numbers[0, 0, :4] = torch.tensor([torch.inf, -torch.inf, 65520.0, -0.0])
+    numbers[1] = numbers[1].bfloat16() * (1 + 2**-8)  # halfway between two in bfloat16
+    numbers[2, 1, -1] = torch.nan
+    out = torch.full((2, 5, size + 3), 7, dtype=dtype)  # pieces, rows
+    arguments = RowArguments(
+        rows=numbers.data_ptr(),
+        stride=numbers.stride(0),
+        out=out[:, 1].data_ptr(),
+        count=3,
+        pieces=2,
+        size=size,
+        out_stride=out.stride(1),
+        piece_stride=out.stride(0),
+        work_items=1,
+    )
+    load_row_kernels().convert[dtype](ctypes.addressof(arguments))
+    expected = torch.full_like(out, 7)
+    expected[:, 1:4, :size] = numbers.to(dtype).transpose(0, 1)
+    torch.testing.assert_close(out, expected, atol=0, rtol=0, equal_nan=True)
 
 
 def test_no_number_stays_none() -> None:
