@@ -16,7 +16,7 @@ from runtime.core.errors import InvalidRequest, Unavailable
 SQLITE_TIMEOUT_S = 30.0  # for a process that reads the index or cancels the job
 MIN_ERROR_STATUS = 400
 PAGE_SIZE = 1000  # items read at once
-SCHEMA_VERSION = 1  # of the tables below below below below below
+SCHEMA_VERSION = 1  # of the tables below
 SCHEMA = f"""
 PRAGMA user_version = {SCHEMA_VERSION};
 CREATE TABLE job (

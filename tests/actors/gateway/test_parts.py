@@ -6,6 +6,7 @@ import hmac
 import json
 import logging
 import os
+import stat
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -17,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.gateway import api_keys
 from actors.gateway.api_keys import ApiKeys, is_open, read_keys
 from actors.gateway.server import build_server, check_exposure, listen
 from actors.gateway.streams import merge_chunks
@@ -167,7 +169,9 @@ def test_a_key_that_is_taken_back_is_none_at_once(
         assert keys.find(f"{LONG}1") is not None  # what cannot be read changes nothing
         keys_file(tmp_path, "nonsense")
         assert keys.find(f"{LONG}1") is not None
-    assert len(caplog.records) == 2
+    unread, nonsense = [record.getMessage() for record in caplog.records]
+    assert f"the API keys in {file} cannot be read (FileNotFoundError)" in unread
+    assert "line 1 of the API keys is not NAME:KEY" in nonsense
     assert LONG not in caplog.text
 
 
@@ -193,6 +197,7 @@ def test_a_file_of_keys_that_is_none(tmp_path: Path, text: str, mode: int, why: 
     with pytest.raises(InvalidRequest, match=why) as caught:
         read_keys(file)
     assert LONG not in str(caught.value)
+    assert caught.value.param == "api_keys"
 
 
 @pytest.mark.parametrize(
@@ -211,9 +216,24 @@ def test_when_a_file_of_keys_is_open(mode: int, owner: int, reader: int, it_is: 
     assert is_open(mode, owner, reader) == it_is
 
 
+def test_a_secret_of_root_is_read_by_the_user_that_it_is_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, asked = keys_file(tmp_path, f"me:{LONG}\n", 0o440), list[tuple[int, int, int]]()
+
+    def closed(mode: int, owner: int, reader: int) -> bool:
+        asked.append((stat.S_IMODE(mode), owner, reader))
+        return is_open(mode, 0, 1000)
+
+    monkeypatch.setattr(api_keys, "is_open", closed)
+    assert [key.name for key in read_keys(file)] == ["me"]
+    assert asked == [(0o440, file.stat().st_uid, os.geteuid())]
+
+
 def test_a_file_of_keys_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="cannot be read"):
+    with pytest.raises(InvalidRequest, match="cannot be read") as caught:
         ApiKeys(tmp_path / "none")
+    assert caught.value.param == "api_keys"
 
 
 # Streams

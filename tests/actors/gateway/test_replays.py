@@ -14,7 +14,7 @@ import pytest
 
 from actors.gateway import idempotency
 from actors.gateway.api_keys import ApiKeys
-from actors.gateway.idempotency import IdempotencyCache
+from actors.gateway.idempotency import IdempotencyCache, check_key
 from actors.openai.errors import ApiError
 from runtime.core.messages import Chunk, Request
 from tests.actors.gateway.test_life import COMPLETIONS, Gate, body, let, raw, stats
@@ -102,6 +102,69 @@ def test_an_answer_that_failed_half_way_is_not_taken_for_whole(fault: Exception)
         assert await all_of(replays, "a", said=[b"2"]) == [b"2"]
 
     asyncio.run(main())
+
+
+def test_what_is_kept_stays_within_its_bytes_and_the_oldest_goes_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(idempotency, "MAX_CACHE_BYTES", 10)
+
+    async def main() -> None:
+        replays = IdempotencyCache(Clock(), lambda: None)
+        for name, said in zip("abcd", ([b"12", b"34"], [b"1234"], [b"12"], [b"1"]), strict=True):
+            assert await all_of(replays, name, said=said) == said
+        await all_of(replays, "e", said=[])  # looks at what is there: 11 bytes, one too many
+        assert [key for _, key in replays.responses] == ["b", "c", "d", "e"]
+        await all_of(replays, "f", said=[b"1234567890"])
+        await all_of(replays, "g", said=[])
+        assert [key for _, key in replays.responses] == ["e", "f", "g"]
+        await all_of(replays, "h", said=[b"1"])
+        await all_of(replays, "i", said=[])
+        assert [key for _, key in replays.responses] == ["g", "h", "i"]
+
+    asyncio.run(main())
+
+
+def test_while_an_abandoned_answer_is_still_being_cancelled_its_key_begins_anew() -> None:
+    async def main() -> None:
+        replays, cleaned = IdempotencyCache(Clock(), lambda: None), asyncio.Event()
+
+        async def slow_to_end() -> AsyncGenerator[bytes, None]:
+            try:
+                yield b"1"
+                await asyncio.Event().wait()
+            finally:
+                await cleaned.wait()
+
+        first = replays.share((None, "a"), b"", slow_to_end)
+        assert await anext(first) == b"1"
+        leaving = asyncio.create_task(first.aclose())
+        await asyncio.sleep(0)
+        assert not leaving.done()
+        assert await all_of(replays, "a", said=[b"2"]) == [b"2"]
+        cleaned.set()
+        await leaving
+        assert await all_of(replays, "a", said=[b"3"]) == [b"2"]
+
+    asyncio.run(main())
+
+
+def test_errors_name_the_key_and_the_way_out() -> None:
+    async def main() -> None:
+        replays = IdempotencyCache(Clock(), lambda: None)
+        await all_of(replays, "a")
+        with pytest.raises(ApiError, match="used with another request: use a new one") as refused:
+            await all_of(replays, "a", digest=b"other")
+        assert (refused.value.status, refused.value.code) == (409, "idempotency_key_reused")
+
+    asyncio.run(main())
+    for key in ("", "x" * 129, "a b", "é", "a\n"):
+        with pytest.raises(ApiError, match="give 1 to 128 printable characters") as invalid:
+            check_key(key)
+        assert (invalid.value.status, invalid.value.code) == (400, "invalid_value")
+        assert invalid.value.param == "Idempotency-Key"
+    for key in ("x", "!~" * 64):
+        assert check_key(key) == key
 
 
 # Over HTTP

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.rpc import reply_budget
 from actors.rpc.reply_budget import (
+    FRAME_BYTES,
     FRAMES_PER_EVENT,
     INITIAL_GRANT,
     MAX_SAVED_EVENTS,
@@ -17,12 +19,14 @@ from actors.rpc.reply_budget import (
 )
 from protos import drafting_codec
 from runtime.core import limits
+from runtime.core.features import FeatureRows
 from runtime.core.messages import (
     DEFAULT_STYLE,
     Close,
     Commit,
     Draft,
     Event,
+    Features,
     Open,
     Resync,
     Share,
@@ -224,3 +228,45 @@ def test_growth_of_a_whole_tree_is_within_one_event_of_a_wide_schedule() -> None
     budget.grant(Open("s", 1, opened.tokens, 1, opened.sampling, opened.share, style))
     draft = drafting_codec.encode_reply(chain("s", 1, 7, limits.DRAFT_NODES))
     assert spent(budget, 1, len(draft)) >= limits.TREE_NODES // limits.DRAFT_NODES
+
+
+def test_a_message_is_let_in_whole_or_not_at_all() -> None:
+    budget = ReplyBudget()
+    frames, size = budget.frames, budget.size
+    assert (frames, size) == INITIAL_GRANT
+    assert not budget.spend(frames + 1, 0)
+    assert not budget.spend(0, size + 1)
+    assert (budget.frames, budget.size) == (frames, size)
+    assert budget.spend(frames, size)
+    assert (budget.frames, budget.size) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("style", "nodes"),
+    [(Style(), limits.TREE_NODES // 2), (Style(width=8), limits.TREE_NODES)],
+)
+def test_an_event_grants_frames_with_their_names_and_a_tree(style: Style, nodes: int) -> None:
+    name = "größe"  # seven bytes
+    frame = FRAME_BYTES + 7
+    assert grant_for(name, style, True) == (1, frame)
+    assert grant_for(name, style, False) == (
+        FRAMES_PER_EVENT,
+        FRAMES_PER_EVENT * frame + nodes * NODE_BYTES,
+    )
+    assert grant_for("\udcff", style, True) == (1, FRAME_BYTES + 1)
+    assert grant_for(name, style, True).times(3) == (3, 3 * frame)
+
+
+def test_features_and_ends_grant_nothing_and_an_end_forgets_its_session() -> None:
+    budget = ReplyBudget()
+    for name in "ab":
+        budget.grant(opening(name))
+        budget.grant(Share(name, 0, 0))
+    assert budget.resting == {"a", "b"} == set(budget.styles)
+    before = budget.frames, budget.size
+    rows = FeatureRows(0, np.zeros((1, 4), np.uint16))
+    budget.grant(Features("b", 0, rows))
+    budget.grant(Close("a"))
+    budget.grant(Close("never opened"))
+    assert (budget.frames, budget.size) == before
+    assert budget.resting == {"b"} == set(budget.styles)

@@ -85,3 +85,42 @@ def test_reservations_never_exceed_the_budget_and_all_are_served(steps: list[int
             served += 1
         assert admission.reserved == sum(slots for _, slots in live) <= 400
     assert served == asked
+
+
+def test_features_of_a_text_take_memory_too_and_are_rounded_up() -> None:
+    request = admit("s", 20).request
+    assert slots_needed(request, CONTEXT, 0.5) == 21 + limits.STEP_ROWS + 11
+    admission = Admission(21 + limits.STEP_ROWS)
+    admission.check(request, CONTEXT)
+    admission.feature_slots = 0.01
+    with pytest.raises(InvalidRequest) as refused:
+        admission.check(request, CONTEXT)
+    assert refused.value.param == "max_tokens"
+    assert f"need {22 + limits.STEP_ROWS} slots" in str(refused.value)
+
+
+def test_a_request_that_features_made_too_large_begins_when_it_is_alone() -> None:
+    """It was let in before a drafter asked for them, and must not wait for ever."""
+    admission = Admission(100 + limits.STEP_ROWS)
+    admission.waiting.extend([admit("small", 9), admit("large", 90)])
+    admission.feature_slots = 1.0
+    small = admission.next(0, CONTEXT)
+    assert small is not None
+    assert small[1] == admission.reserved == 20 + limits.STEP_ROWS
+    assert admission.next(1, CONTEXT) is None
+    admission.release(small[1])
+    assert admission.reserved == 0
+    large = admission.next(0, CONTEXT)
+    assert large is not None
+    assert large[0].request.session == "large"
+    assert large[1] == admission.reserved == 182 + limits.STEP_ROWS > admission.budget
+    assert admission.next(0, CONTEXT) is None
+
+
+def test_only_the_request_of_that_name_is_withdrawn() -> None:
+    admission = Admission(1000)
+    admission.waiting.extend([admit("a", 9), admit("b", 9), admit("c", 9)])
+    found = admission.withdraw("b")
+    assert found is not None
+    assert found.request.session == "b"
+    assert [waiting.request.session for waiting in admission.waiting] == ["a", "c"]
