@@ -12,10 +12,10 @@ FITS := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 BIN := .venv/bin
 UNUSED := /(tests?|testing|rllib|sympy|_inductor|onnx|transformers/models)/
 
-.PHONY: help install demo bench bench-methods bench-methods-chat test test-exactness test-chaos test-load test-cluster mutants check format proto train audit sbom clean test-random
+.PHONY: help install demo bench bench-methods bench-methods-chat test test-exactness test-chaos test-load test-cluster simulate simulate-planted mutants check format proto train audit sbom clean test-random
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: .venv/installed ## create .venv with the command .venv/bin/outrider
 
@@ -75,6 +75,14 @@ test-load: install ## test gateway overhead, tenfold overload, disconnects and m
 	OUTRIDER_TEST_DISCONNECTS=$(LOAD_CLIENTS) OUTRIDER_TEST_MALFORMED=$(LOAD_MALFORMED) OUTRIDER_FUZZ=$(LOAD_MALFORMED) $(BIN)/pytest -q --durations=10 \
 	  -o faulthandler_timeout=0 tests/actors/gateway/test_life.py tests/actors/gateway/test_fuzz.py tests/actors/rpc/test_fuzz_wire.py || failed=1; \
 	exit $$failed
+
+SEEDS ?= 10000
+
+simulate: install ## simulate deployments with faults on a virtual clock, SEEDS=10000 of them, on all cores
+	$(BIN)/python -m tests.simulation --seeds $(SEEDS)
+
+simulate-planted: install ## plant each known fault in the product: the simulation must find it within 10,000 seeds
+	$(BIN)/python -m tests.simulation --plant all
 
 CLUSTER ?= # make test-cluster CLUSTER=short runs a part in about three minutes
 
