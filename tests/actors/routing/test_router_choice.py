@@ -160,3 +160,32 @@ def test_shares_are_those_of_the_capacities(sizes: list[int], sessions: int) -> 
         assert sum(held) == number + 1
     fair = [sessions * size / sum(sizes) for size in sizes]
     assert all(abs(have - share) < len(sizes) + 1 for have, share in zip(held, fair, strict=True))
+
+
+def test_a_target_whose_certificates_do_not_fit_yet_is_called_once_they_do(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ours, other, fits = Scripted(ANSWER), Scripted(ANSWER), False
+
+    def connect(address: str) -> Scripted:
+        if address == "t0/0" and not fits:
+            raise InvalidRequest("gateway.pem expired", "tls")
+        return ours if address == "t0/0" else other
+
+    async def main() -> None:
+        nonlocal fits
+        router = Router(connect)
+        named = [there("t0"), there("t1", sessions=50)]
+        router.update(named)
+        assert router.ready
+        assert heard(await all_of(router.generate(ASKED))) == PLAIN
+        assert [len(target.asked) for target in (ours, other)] == [0, 1]
+        fits = True
+        router.update(named)
+        assert heard(await all_of(router.generate(ASKED))) == PLAIN
+        assert [len(target.asked) for target in (ours, other)] == [1, 1]
+
+    played(main())
+    assert [record.getMessage() for record in caplog.records] == [
+        "target t0 cannot be called: gateway.pem expired"
+    ]

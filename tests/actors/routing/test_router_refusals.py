@@ -180,3 +180,26 @@ def test_draining_targets_keep_their_sessions_and_get_no_new_ones() -> None:
         assert (len(first.asked), len(second.asked)) == (1, 1)
 
     played(main())
+
+
+class Slow(Scripted):
+    """Takes a second for each token."""
+
+    async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
+        async with aclosing(super().generate(request)) as chunks:
+            async for chunk in chunks:
+                await asyncio.sleep(1.0)
+                yield chunk
+
+
+def test_a_session_that_loses_its_target_late_ends_by_its_deadline_all_the_same() -> None:
+    """Time with a target counts: what is left is what it may wait for another one."""
+
+    async def main() -> None:
+        router, _ = stage(Slow(ANSWER, cut=6))
+        chunks = await all_of(router.generate(replace(ASKED, deadline=9.0)))
+        assert chunks[-1].finish_reason == "deadline"
+        assert sum(len(chunk.tokens) for chunk in chunks) == 6
+        assert asyncio.get_running_loop().time() == 9.0
+
+    played(main())

@@ -2,16 +2,27 @@
 
 import asyncio
 import datetime
+import ipaddress
 import logging
 import ssl
 from pathlib import Path
 
+import grpc
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID as Purpose
 
-from actors.rpc.certificate_authority import CertificateAuthority
-from actors.rpc.tls import ROLES, read_credentials, role_uri, roles_in, warn_if_plaintext
+from actors.rpc.certificate_authority import CertificateAuthority, general_name
+from actors.rpc.tls import (
+    ROLES,
+    read_credentials,
+    require_role,
+    role_uri,
+    roles_in,
+    warn_if_plaintext,
+)
 from runtime.config import TlsConfig
 from runtime.core.errors import InvalidRequest
 from tests.support.certificates import NOW, write_certificates
@@ -48,6 +59,7 @@ def test_unusable_files_are_named_in_the_error(
             tls.model_copy(update={name: folder / file for name, file in files.items()}), "target"
         )
     assert "\n" not in str(caught.value)
+    assert caught.value.param == "tls"
 
 
 def test_an_expired_certificate_is_refused(tmp_path: Path) -> None:
@@ -137,4 +149,142 @@ def test_several_nodes_without_tls_log_one_warning(
         warn_if_plaintext(nodes, tls)
         assert caplog.records == []
         warn_if_plaintext(nodes, None)
-    assert len(caplog.records) == lines
+    assert [record.getMessage() for record in caplog.records] == [
+        "actors on 2 nodes talk without TLS: set certificates under security.tls,"
+        " or isolate the network"
+    ] * lines
+
+
+def test_a_certificate_says_who_it_is_and_what_it_is_for(tls: TlsConfig) -> None:
+    """Nothing in it lets a leaf sign others, or a website act as an actor."""
+    signed = {
+        name: x509.load_pem_x509_certificate(tls.ca.with_name(f"{name}.pem").read_bytes())
+        for name in (*ROLES, "https", "ca")
+    }
+    authority = signed["ca"]
+    (deployment,) = {
+        str(attribute.value).removesuffix(" authority") for attribute in authority.subject
+    }
+    for name, certificate in signed.items():
+        said = "authority" if name == "ca" else name
+        assert certificate.subject.rfc4514_string() == f"CN={deployment} {said}"
+        assert certificate.issuer == authority.subject
+        certificate.verify_directly_issued_by(authority)
+        assert isinstance(certificate.signature_hash_algorithm, hashes.SHA256)
+        own = x509.SubjectKeyIdentifier.from_public_key(certificate.public_key())
+        above = x509.SubjectKeyIdentifier.from_public_key(authority.public_key())
+        assert extension(certificate, x509.SubjectKeyIdentifier).value == own
+        assert not extension(certificate, x509.SubjectKeyIdentifier).critical
+        by = extension(certificate, x509.AuthorityKeyIdentifier)
+        assert isinstance(by.value, x509.AuthorityKeyIdentifier)
+        assert (by.value.key_identifier, by.critical) == (above.digest, False)
+        usage = extension(certificate, x509.KeyUsage).value
+        assert usage == x509.KeyUsage(
+            digital_signature=name != "ca",
+            key_cert_sign=name == "ca",
+            crl_sign=name == "ca",
+            content_commitment=False,
+            key_encipherment=False,
+            data_encipherment=False,
+            key_agreement=False,
+            encipher_only=False,
+            decipher_only=False,
+        )
+        if name == "ca":
+            continue
+        purposes = extension(certificate, x509.ExtendedKeyUsage)
+        wanted = [Purpose.SERVER_AUTH] + [Purpose.CLIENT_AUTH] * (name != "https")
+        assert (purposes.value, purposes.critical) == (x509.ExtendedKeyUsage(wanted), False)
+        names = extension(certificate, x509.SubjectAlternativeName)
+        expected: list[x509.GeneralName] = (
+            [x509.IPAddress(ipaddress.ip_address(HOST))]
+            if name == "https"
+            else [
+                x509.UniformResourceIdentifier(f"outrider://{name}/{deployment}"),
+                x509.DNSName(f"{name}.outrider.internal"),
+            ]
+        )
+        assert (names.value, names.critical) == (x509.SubjectAlternativeName(expected), False)
+
+
+def test_a_name_is_an_address_or_a_host() -> None:
+    assert general_name("::1") == x509.IPAddress(ipaddress.ip_address("::1"))
+    assert general_name("gateway.example") == x509.DNSName("gateway.example")
+    with pytest.raises(ValueError, match="A-label"):
+        general_name("größe.example")
+
+
+def test_a_key_is_written_as_it_is_read_and_belongs_to_its_certificate() -> None:
+    signed = CertificateAuthority("ours", NOW, 30).role("drafter")
+    assert signed.key.startswith(b"-----BEGIN PRIVATE KEY-----\n")
+    key = serialization.load_pem_private_key(signed.key, password=None)
+    certificate = x509.load_pem_x509_certificate(signed.certificate)
+    assert key.public_key() == certificate.public_key()
+
+
+class Caller:
+    """A call whose certificate has these alternative names; `refused` is how it was ended."""
+
+    def __init__(self, *names: bytes) -> None:
+        self.names, self.refused = names, list[tuple[grpc.StatusCode, str]]()
+
+    def auth_context(self) -> dict[str, tuple[bytes, ...]]:
+        return {"x509_subject_alternative_name": self.names} if self.names else {}
+
+    async def abort(self, code: grpc.StatusCode, message: str) -> None:
+        self.refused.append((code, message))
+        raise grpc.aio.AbortError
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ([b"outrider://gateway/a"], None),
+        ([b"\xff", b"outrider://drafter/a", b"outrider://gateway/a"], None),
+        ([], "the caller is of no role"),
+        ([b"gateway.outrider.internal"], "the caller is of no role"),
+        ([b"outrider://target/a", b"outrider://drafter/a"], "the caller is drafter and target"),
+    ],
+)
+def test_a_method_is_for_callers_of_its_role_alone(names: list[bytes], said: str | None) -> None:
+    async def main() -> None:
+        heard: list[tuple[object, object]] = []
+
+        async def method(request: object, context: object) -> None:
+            heard.append((request, context))
+
+        caller = Caller(*names)
+        guarded = require_role("gateway", method)
+        if said is None:
+            await guarded("request", caller)
+            assert heard == [("request", caller)]
+            return
+        with pytest.raises(grpc.aio.AbortError):
+            await guarded("request", caller)
+        assert heard == []
+        why = f"{said}: a certificate of role gateway is needed"
+        assert caller.refused == [(grpc.StatusCode.PERMISSION_DENIED, why)]
+
+    asyncio.run(main())
+
+
+def test_a_certificate_of_several_roles_is_refused_by_their_names(
+    tls: TlsConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.rpc.tls.roles_in", lambda names: frozenset({"target", "gateway"}))
+    with pytest.raises(InvalidRequest, match="is for role gateway and target, not drafter") as said:
+        read_credentials(tls, "drafter")
+    assert said.value.param == "tls"
+
+
+def test_a_certificate_expires_at_its_last_second(tmp_path: Path) -> None:
+    ends = datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=1)
+    day = datetime.timedelta(days=1)
+    valid = write_certificates(tmp_path / "valid", CertificateAuthority("a", ends - day, 1))
+    read_credentials(valid, "target")
+    passed = ends - datetime.timedelta(minutes=2) - day
+    with pytest.raises(InvalidRequest, match="expired on") as said:
+        read_credentials(
+            write_certificates(tmp_path / "passed", CertificateAuthority("a", passed, 1)), "target"
+        )
+    assert said.value.param == "tls"

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.core.features import FeatureBuffer, FeatureRows
 from runtime.kv.prefix_cache import PrefixCache, common_length
 from runtime.models.base import causal
 from runtime.models.toy import ToyCache, ToyModel
@@ -113,3 +114,81 @@ def test_a_fork_reads_as_a_fresh_prefill_would() -> None:
     logits = model.forward(fork, causal(np.asarray([7]), length))
     assert np.array_equal(logits[0], model.logits([1, 2, 3, 7]))
     assert prefixes.slots == 6
+
+
+class Roomy(ToyCache):
+    """A cache that keeps the memory that it has taken once."""
+
+    def __init__(self, capacity: int, taken: int = 0) -> None:
+        super().__init__(capacity)
+        self.taken = taken
+
+    @property
+    def room(self) -> int:
+        return max(self.taken, self.length)
+
+
+@pytest.mark.parametrize(("taken", "kept"), [(6, 6), (7, 3)])
+def test_a_text_takes_at_most_twice_the_memory_that_it_needs(taken: int, kept: int) -> None:
+    cache = Roomy(100, taken)
+    cache.append(6)
+    cache.tokens[:3] = [1, 2, 3]
+    prefixes = PrefixCache(100, min_tokens=2)
+    prefixes.keep([1, 2, 3], cache)
+    assert prefixes.slots == kept
+    found = prefixes.longest([1, 2, 3, 4])
+    assert found is not None
+    assert found[1] == 3
+    assert isinstance(found[0], ToyCache)
+    assert found[0].tokens == [1, 2, 3]
+    assert (found[0] is cache) == (kept == taken)
+
+
+def features_of(tokens: int) -> FeatureBuffer:
+    features = FeatureBuffer((0,))
+    features.append(FeatureRows(0, np.arange(2 * tokens, dtype=np.uint16).reshape(tokens, 2)))
+    return features
+
+
+def test_features_are_kept_for_the_tokens_of_their_text_and_found_by_its_cache() -> None:
+    prefixes = PrefixCache(100, min_tokens=2)
+    prefixes.keep([1, 2, 3], cache_of([1, 2, 3]), features_of(5))
+    prefixes.keep([4, 5, 6], cache_of([4, 5, 6]))
+    with_features, without = prefixes.longest([1, 2, 3, 9]), prefixes.longest([4, 5, 6, 9])
+    assert with_features is not None
+    assert without is not None
+    found = prefixes.features_of(with_features[0])
+    assert found is not None
+    assert found.between(0, 9).rows.tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert found.end == 3
+    assert prefixes.features_of(without[0]) is None
+    assert prefixes.features_of(cache_of([1, 2, 3])) is None
+
+
+def test_features_take_slots_too_rounded_up_and_push_out_what_is_old() -> None:
+    prefixes = PrefixCache(12, min_tokens=2)
+    prefixes.feature_slots = 0.5
+    prefixes.keep([4, 5, 6], cache_of([4, 5, 6]))
+    assert prefixes.slots == 3
+    prefixes.keep([1, 2, 3], cache_of([1, 2, 3]), features_of(3))
+    assert prefixes.slots == 3 + 3 + 2
+    prefixes.keep([7, 8, 9], cache_of([7, 8, 9]), features_of(3))
+    assert prefixes.slots == 9 + 3
+    prefixes.keep([1, 1, 1], cache_of([1, 1, 1]))
+    assert [kept.ids.tolist() for kept in prefixes.kept] == [[1, 2, 3], [7, 8, 9], [1, 1, 1]]
+    assert prefixes.slots == 12
+
+
+def test_a_common_beginning_of_too_few_tokens_is_not_looked_for() -> None:
+    assert PrefixCache(100).min_tokens == 16
+    prefixes = PrefixCache(100)
+    long = list(range(20))
+    prefixes.keep(long, cache_of(long))
+    prefixes.keep(long[:15], cache_of(long[:15]))
+    assert len(prefixes.kept) == 1
+    found = prefixes.longest([*long[:16], 99, 99])
+    assert found is not None
+    assert found[1] == 16
+    assert prefixes.longest([*long[:15], 99, 99]) is None
+    assert prefixes.longest(long[:16]) is None, "the last token is always read"
+    assert prefixes.longest(long[:17]) is not None
