@@ -31,7 +31,9 @@ COMPILE_CPU_S = 0.2  # of processor time, until the first mask is there
 MASKS_CPU_S = 0.2  # of processor time, for all masks after it; the model's thread waits for them
 TOKEN_CPU_S = 0.005  # that each token adds to what is left of MASKS_CPU_S
 MEMORY_BYTES = 128 << 20  # bytes that one grammar may take
-ANSWER_TIMEOUT_S = 5.0  # of the clock, for a machine that gives little processor time
+# Of the clock, for a machine that gives little processor time; the model's thread waits for a mask.
+COMPILE_TIMEOUT_S = 30.0
+MASK_TIMEOUT_S = 5.0
 MAX_LEXER_STATES = 20_000  # of one text; 1 to 2 kB each
 MAX_ROW_ITEMS = 10_000  # of the parser; a property takes about 4 (limits.SCHEMA_PROPERTIES)
 JSON_WHITESPACE = (
@@ -51,12 +53,24 @@ class GrammarMatcher:
         self._channel, self._kind, self._size, self._eos = channel, kind, size, eos
         self._mask: Allowed | None = None
         self._limit = f"{COMPILE_CPU_S:g} s"
+        self._compiled = False
 
     def begin(self, text: str) -> None:
-        """Has the process compile a grammar. Raises as `allowed` does."""
-        with self._alive():
-            send(self._channel, json.dumps({"kind": self._kind, "text": text}).encode())
-        self.allowed()
+        """Has the process compile a grammar.
+
+        Raises as `allowed` does, and Overloaded if the machine gives the process no time.
+        """
+        try:
+            with self._alive():
+                send(self._channel, json.dumps({"kind": self._kind, "text": text}).encode())
+            self.allowed()
+        except TimeoutError as error:
+            raise Overloaded(
+                f"the machine is too busy to compile {self._kind} within {COMPILE_TIMEOUT_S:g} s: "
+                "try again later"
+            ) from error
+        self._channel.settimeout(MASK_TIMEOUT_S)
+        self._compiled = True
 
     def allowed(self) -> Allowed:
         if self._mask is None:
@@ -87,10 +101,17 @@ class GrammarMatcher:
 
     @contextlib.contextmanager
     def _alive(self) -> Iterator[None]:
-        """Raises InvalidRequest if the process has gone over its limits."""
+        """Raises InvalidRequest if the process has gone over its limits.
+
+        A grammar that does not compile in time is no fault of its own: TimeoutError.
+        """
         try:
             yield
         except OSError as error:
+            if isinstance(error, TimeoutError):
+                if not self._compiled:
+                    raise
+                raise refusal(self._kind, f"no mask within {MASK_TIMEOUT_S:g} s") from error
             why = f"too complex: over {self._limit} or {MEMORY_BYTES >> 20} MiB"
             raise refusal(self._kind, why) from error
 
@@ -114,7 +135,7 @@ class GrammarCompiler:
         """Return a matcher at the beginning of a text.
 
         Raises InvalidRequest for an invalid or too expensive grammar, Overloaded if too many texts
-        have a grammar at the same time.
+        have a grammar at the same time, or the machine is too busy.
         """
         kind, text = constraint.kind, constraint.text
         if not self._eos:
@@ -125,8 +146,12 @@ class GrammarCompiler:
             check_regex(text)
         channel = self._channel(kind)
         matcher = GrammarMatcher(channel, kind, self._size, self._eos)
-        weakref.finalize(matcher, release, channel, self._open)
-        matcher.begin(text)
+        end = weakref.finalize(matcher, release, channel, self._open)
+        try:
+            matcher.begin(text)
+        except BaseException:
+            end()  # the error's traceback keeps the matcher alive
+            raise
         return matcher
 
     def close(self) -> None:
@@ -151,7 +176,7 @@ class GrammarCompiler:
             except OSError as error:
                 raise Overloaded("cannot start the grammar server: try again later") from error
             self._open.add(channel)
-        channel.settimeout(ANSWER_TIMEOUT_S)
+        channel.settimeout(COMPILE_TIMEOUT_S)
         return channel
 
     def _fork(self, kind: str) -> socket.socket:

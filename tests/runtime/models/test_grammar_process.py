@@ -216,7 +216,7 @@ def test_a_grammar_that_never_compiles_is_refused_while_others_are_served(
     first = grammars(GOOD)
     server = server_of(before)
     with ThreadPoolExecutor() as pool, monkeypatch.context() as patient:
-        patient.setattr(grammar, "ANSWER_TIMEOUT_S", HANG_S)
+        patient.setattr(grammar, "COMPILE_TIMEOUT_S", HANG_S)
         attack = pool.submit(refused, grammars, ATTACK)
         write(tokenizer, first, "ab" * 10)
         write(tokenizer, grammars(GOOD), "abc")
@@ -239,7 +239,7 @@ def test_a_grammar_that_compiles_waits_for_no_other(
     """The attack may take minutes here: it is under way until everything is closed."""
     monkeypatch.setattr(grammar, "COMPILE_CPU_S", 600.0)
     monkeypatch.setattr(grammar, "MEMORY_BYTES", 1 << 40)
-    monkeypatch.setattr(grammar, "ANSWER_TIMEOUT_S", 600.0)
+    monkeypatch.setattr(grammar, "COMPILE_TIMEOUT_S", 600.0)
     before = set(children(os.getpid()))
     grammars = GrammarCompiler(tokenizer, 4096, EOS)
     with ThreadPoolExecutor() as pool:
