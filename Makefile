@@ -12,7 +12,7 @@ FITS := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 BIN := .venv/bin
 UNUSED := /(tests?|testing|rllib|sympy|_inductor|onnx|transformers/models)/
 
-.PHONY: help install demo bench bench-methods bench-methods-chat test test-exactness test-chaos test-load test-cluster simulate simulate-planted mutants check format proto train audit sbom clean test-random
+.PHONY: help install demo bench bench-methods bench-methods-chat test test-exactness test-chaos test-load test-cluster simulate simulate-planted mutants check format proto train audit sbom clean test-random soak
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,6 +83,11 @@ simulate: install ## simulate deployments with faults on a virtual clock, SEEDS=
 
 simulate-planted: install ## plant each known fault in the product: the simulation must find it within 10,000 seeds
 	$(BIN)/python -m tests.simulation --plant all
+
+HOURS ?= 12 # make soak HOURS=0.5
+
+soak: install ## mixed traffic with a fault each minute for HOURS; fails if memory, files, threads or sessions grow, or a text differs
+	$(BIN)/python -m bench.soak --hours $(HOURS) --out build/soak
 
 CLUSTER ?= # make test-cluster CLUSTER=short runs a part in about three minutes
 

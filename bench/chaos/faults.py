@@ -24,14 +24,20 @@ class Fault:
     address: str
 
 
-def next_fault(fleet: Fleet, already_hit: Collection[Victim], draw: random.Random) -> Fault | None:
+def next_fault(
+    fleet: Fleet,
+    already_hit: Collection[Victim],
+    draw: random.Random,
+    spared: Collection[str] = (),
+) -> Fault | None:
     """Choose a ready member that was not hit in this incarnation, and a signal.
 
-    The last such target is spared, since sessions need one to continue at. Return None if nobody is
-    left.
+    The last such target is spared, since sessions need one to continue at, and so are members with
+    the names `spared`. Return None if nobody is left.
     """
     targets, drafters = healthy(fleet.targets, already_hit), healthy(fleet.drafters, already_hit)
-    chosen: list[TargetState | DrafterState] = [*(targets if len(targets) > 1 else []), *drafters]
+    members: list[TargetState | DrafterState] = [*(targets if len(targets) > 1 else []), *drafters]
+    chosen = [state for state in members if state.name not in spared]
     if not chosen:
         return None
     state = draw.choice(chosen)

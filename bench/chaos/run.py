@@ -8,7 +8,7 @@ import random
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,15 +186,21 @@ async def call_controller(method: Any, *arguments: object) -> Any:
 
 
 async def inject_faults(
-    options: ChaosOptions, controller: Any, seen: Observations
+    options: ChaosOptions,
+    controller: Any,
+    seen: Observations,
+    spared: Collection[str] = (),
 ) -> AsyncIterator[str]:
-    """Inject a fault every `period_s` seconds; yield the role and signal of each."""
+    """Inject a fault every `period_s` seconds; yield the role and signal of each.
+
+    Members with the names `spared` are not hit.
+    """
     draw, already_hit = random.Random(options.seed), set[Victim]()
     while True:
         await asyncio.sleep(options.period_s)
         fleet: Fleet | None = await call_controller(controller.fleet)
         places: dict[str, ActorLocation] | None = await call_controller(controller.places)
-        fault = next_fault(fleet, already_hit, draw) if fleet else None
+        fault = next_fault(fleet, already_hit, draw, spared) if fleet else None
         if fault is not None and places and inject(fault, places):
             already_hit.add((fault.name, fault.incarnation))
             now = asyncio.get_running_loop().time()
