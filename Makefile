@@ -94,7 +94,7 @@ CLUSTER ?= # make test-cluster CLUSTER=short runs a part in about three minutes
 test-cluster: install ## run the on-premise cluster file on hosts made of network namespaces (needs root); 25 minutes
 	$(BIN)/python -m tests.system.cluster.try_cluster $(CLUSTER)
 
-# Which files: FILES="tree actors/jobs/*", FILES=all; by default those changed since BASE
+# Which files: FILES="tree runtime/kv/*", FILES=all; by default those changed since BASE
 FILES ?=
 BASE ?= main
 MUTANTS ?= 100

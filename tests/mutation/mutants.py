@@ -78,13 +78,13 @@ def read_equal(text: str) -> list[Equal]:
 
 
 def chosen(modules: Sequence[Module], patterns: Iterable[str]) -> list[tuple[str, Module]]:
-    """Return the files that match a pattern or belong to a module of that name, in order."""
+    """Return the files whose path, or whose module's name, matches a pattern, in order."""
     wanted = list(patterns)
     return [
         (file, module)
         for module in modules
         for file in module.files
-        if any(fnmatch(file, pattern) or module.name == pattern for pattern in wanted)
+        if any(fnmatch(name, pattern) for name in (file, module.name) for pattern in wanted)
     ]
 
 

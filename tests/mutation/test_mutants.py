@@ -52,6 +52,7 @@ def test_an_equal_mutant_is_one_of_a_line_that_is_there() -> None:
         (["a/table.py", "README.md"], ["a/table.py"]),
         (["jobs"], ["b/jobs/worker.py"]),
         (["b/*"], ["b/jobs/worker.py"]),
+        (["j*s", "tr"], ["b/jobs/worker.py"]),
         (["*"], ["a/tree.py", "a/table.py", "b/jobs/worker.py"]),
         (["docs/tree.md"], []),
     ],

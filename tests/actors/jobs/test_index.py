@@ -18,8 +18,9 @@ from actors.jobs.index import (
     Totals,
     open_index,
 )
+from actors.jobs.items import Answer
 from actors.jobs.outputs import PartsOutput
-from runtime.core.errors import InvalidRequest
+from runtime.core.errors import InvalidRequest, Unavailable
 
 
 @pytest.fixture
@@ -75,3 +76,71 @@ def test_parts_of_a_job_on_another_file_are_refused_without_an_index_too() -> No
     with pytest.raises(InvalidRequest, match="another file"):
         PartsOutput(fs, "/index/out").begin("job-2", "another print")
     fs.rm("/index", recursive=True)
+
+
+def test_a_job_is_found_again_as_it_was_recorded(tmp_path: Path) -> None:
+    file = tmp_path / "index.sqlite"
+    record = JobRecord("job", "in.jsonl", "out.jsonl", "print", 1234.5)
+    with open_index(file) as index:
+        assert index.record() is None
+        with index.creating():
+            index.add(7, "a", b"digest")
+            assert index.name(record) == record
+    with open_index(file) as index:
+        assert index.record() == record
+        assert index.mark() == OutputMark(0, "")
+        assert index.totals() == Totals(1, 0, 0, 0)
+        assert list(index.unanswered()) == [(7, b"digest")]
+        assert (index.finished(), index.cancelled()) == (False, False)
+        index.save([ItemResult("a", 200, 5)], OutputMark(9, "abc"))
+        index.cancel()
+        index.finish()
+    with open_index(file) as index:
+        assert index.mark() == OutputMark(9, "abc")
+        assert index.totals() == Totals(1, 1, 0, 5)
+        assert (index.finished(), index.cancelled()) == (True, True)
+        index.cancel(False)
+        assert (index.finished(), index.cancelled()) == (True, False)
+
+
+def add_twice(index: JobIndex) -> None:
+    for line in (1, 3):
+        index.add(line, "a", b"digest")
+
+
+def test_what_cannot_be_recorded_is_named_and_leaves_the_index_empty(tmp_path: Path) -> None:
+    with open_index(tmp_path / "index.sqlite") as index:
+        with pytest.raises(InvalidRequest) as refused, index.creating():
+            add_twice(index)
+        said = "line 3 has the custom_id of line 1, 'a': make each unique"
+        assert (str(refused.value), refused.value.param) == (said, "custom_id")
+        assert index.record() is None
+        with pytest.raises(InvalidRequest) as refused, index.creating():
+            index.name(JobRecord("job", "in.jsonl", "out", "print", 0.0))
+        said = "in.jsonl has no items: give at least one line"
+        assert (str(refused.value), refused.value.param) == (said, "file")
+        assert index.record() is None
+
+
+def test_answers_to_unknown_items_name_the_output_and_change_nothing(index: JobIndex) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        index.save([ItemResult("item-2", 200, 1), ItemResult("none", 200, 1)], OutputMark(5))
+    said = "the output has answers to unknown items: restore it as the job left it"
+    assert (str(refused.value), refused.value.param) == (said, "o")
+    assert index.totals() == Totals(7, 0, 0, 0)
+    assert index.mark() == OutputMark()
+
+
+def test_totals_count_answers_errors_and_tokens() -> None:
+    usage = {"usage": {"completion_tokens": 4}}
+    answers = [Answer(200, usage), Answer(399, usage), Answer(400, {}), Answer(500, {})]
+    assert Totals(9, 2, 1, 10).plus(answers) == Totals(9, 6, 3, 18)
+
+
+def test_a_state_that_cannot_be_used_names_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "index.sqlite"
+    file.write_bytes(b"nonsense" * 200)
+    with pytest.raises(
+        Unavailable, match=r"cannot use the job state in .*index\.sqlite \(.*\): fr"
+    ):
+        JobIndex(file)
