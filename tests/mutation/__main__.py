@@ -7,10 +7,11 @@ checkout is touched. The tests of a file are those of its module in modules.toml
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from contextlib import chdir
+from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -61,7 +62,11 @@ def main(
     most: Annotated[int, typer.Option(min=0, help="mutants per file, evenly spread; 0: all")] = 100,
     base: Annotated[str, typer.Option(help="files changed since this branch's base")] = "main",
 ) -> None:
-    """Run mutants of some files and print how many their tests kill."""
+    """Run mutants of some files and print how many their tests kill.
+
+    Ctrl-C or SIGTERM ends the run; what was run until then is printed.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(soft_wrap=True)
     modules = read_modules((HERE / "modules.toml").read_text())
     equal = read_equal((HERE / "equal.toml").read_text())
@@ -74,11 +79,14 @@ def main(
         raise typer.Exit(2 if files else 0)
     results = []
     for file, module in todo:
-        result = run_file(file, module, equal, most, console)
+        result, interrupted = run_file(file, module, equal, most, console)
         results.append(result)
         for survivor in result.survivors:
             text = f"  survived: - {survivor.line}\n            + {survivor.mutant}"
             console.print(text, markup=False, highlight=False)
+        if interrupted:
+            console.print(f"interrupted after {result.run} mutants of {file}")
+            break
     table = Table()
     table.add_column("file", no_wrap=True, min_width=max(len(file) for file, _ in todo))
     for heading in ("mutants", "run", "killed", "survived", "equal", "share"):
@@ -110,17 +118,18 @@ def git(*arguments: str) -> list[str]:
 
 def run_file(
     file: str, module: Module, equal: list[Equal], most: int, console: Console
-) -> FileResult:
-    """Make and run the mutants of one file."""
+) -> tuple[FileResult, bool]:
+    """Make and run the mutants of one file; tell whether the run was interrupted."""
     folder = prepare(file, module)
     with chdir(folder):
         everything = make_mutants(file)
     open_ones = [mutant for mutant in everything if not is_wording(mutant)]
     unequal = [mutant for mutant in open_ones if not is_equal(mutant, equal)]
-    tried = sample(unequal, most)
-    codes = run_mutants(folder, file, tried, console) if tried else {}
+    wanted = sample(unequal, most)
+    codes = run_mutants(folder, file, wanted, console) if wanted else {}
+    tried = [mutant for mutant in wanted if mutant.name in codes]
     survivors = [mutant for mutant in tried if verdict(codes[mutant.name]) == "survived"]
-    return FileResult(
+    result = FileResult(
         file,
         made=len(open_ones),
         run=len(tried),
@@ -128,6 +137,7 @@ def run_file(
         equal=len(open_ones) - len(unequal),
         survivors=tuple(survivors),
     )
+    return result, len(tried) < len(wanted)
 
 
 def prepare(file: str, module: Module) -> Path:
@@ -172,9 +182,11 @@ def make_mutants(file: str) -> list[Mutant]:
 def run_mutants(folder: Path, file: str, mutants: list[Mutant], console: Console) -> dict[str, int]:
     """Run mutants one at a time and return the exit codes of their tests, by name.
 
-    Raises typer.Exit if mutmut fails, above all because the tests fail without a mutant.
+    Interrupted, it returns those that are known. Raises typer.Exit if mutmut fails, above all
+    because the tests fail without a mutant.
     """
     names, log = [mutant.name for mutant in mutants], folder / "mutmut.log"
+    interrupted = False
     command = [str(Path(sys.executable).parent / "mutmut"), "run", "--max-children", "1", *names]
     environment = os.environ | {
         "PYTHONPATH": "",
@@ -184,7 +196,12 @@ def run_mutants(folder: Path, file: str, mutants: list[Mutant], console: Console
     with (
         log.open("w") as output,
         subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT
+            command,
+            cwd=folder,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         ) as process,
         Progress(
             TextColumn("{task.description}"),
@@ -199,10 +216,12 @@ def run_mutants(folder: Path, file: str, mutants: list[Mutant], console: Console
             while process.poll() is None:
                 time.sleep(POLL_PERIOD_S)
                 progress.update(task, completed=len(exit_codes(folder, file, names)))
-        finally:
-            process.terminate()
-    codes = exit_codes(folder, file, names)
-    if process.returncode or len(codes) < len(names):
+        except KeyboardInterrupt:
+            interrupted = True
+        codes = exit_codes(folder, file, names)
+        with suppress(ProcessLookupError):  # its workers too
+            os.killpg(process.pid, signal.SIGKILL)
+    if not interrupted and (process.returncode or len(codes) < len(names)):
         console.print(log.read_text()[-4000:], markup=False)
         console.print(f"{file}: mutmut has run {len(codes)} of {len(names)} mutants; see {log}")
         raise typer.Exit(3)
