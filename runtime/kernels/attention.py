@@ -16,16 +16,21 @@ import torch
 from llvmlite import binding
 
 from runtime.kernels.jit import compile_module, is_supported, registers_of, run_shares
-from runtime.kernels.llvm_attention import AttentionArguments, AttentionProgram, scratch_floats
+from runtime.kernels.llvm_attention import (
+    AttentionArguments,
+    AttentionProgram,
+    scratch_floats,
+    weight_floats,
+)
 
+BLOCK_QUERIES = 16  # of a head of keys, computed at a time: their weights stay in the cache
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionKernel:
-    """Computes attention with blocks of `lanes` queries."""
+    """The compiled function of AttentionProgram."""
 
-    lanes: int
     work: Any  # a C function
     engine: object  # owns the machine code
 
@@ -37,14 +42,13 @@ def load_attention(dtype: torch.dtype, dim: int, scale: float) -> AttentionKerne
     Raises LookupError for an unknown processor or type, RuntimeError if LLVM does not support it.
     """
     features = binding.get_host_cpu_features()
-    registers = registers_of(features)
-    if registers is None or dtype not in DTYPES:
+    if registers_of(features) is None or dtype not in DTYPES:
         raise LookupError(f"no attention kernel for {dtype} on this processor")
-    program = AttentionProgram(dtype, registers.lanes, dim, scale)
+    program = AttentionProgram(dtype, dim, scale)
     engine, (work,) = compile_module(
         program.module, ("attend",), binding.get_host_cpu_name(), features.flatten()
     )
-    return AttentionKernel(registers.lanes, work, engine)
+    return AttentionKernel(work, engine)
 
 
 @functools.cache
@@ -76,32 +80,33 @@ class Attention:
         mask: npt.NDArray[np.float32] | None,
     ) -> None:
         rows, heads, kv_heads, dim = shape
-        group, lanes = heads // kv_heads, kernel.lanes
-        blocks = -(-rows * group // lanes)
+        group = heads // kv_heads
         self.kernel, self._shape = kernel, (rows, heads * dim)
+        blocks = -(-rows * group // max(group, BLOCK_QUERIES))
+        starts = rows * np.arange(blocks + 1) // blocks
         self._ends = np.full(blocks, slots, dtype=np.int64)
-        self._mask, first = np.zeros((0, blocks * lanes), dtype=np.float32), slots
-        if mask is not None:
-            hidden = mask < 0
-            first = int(hidden.any(axis=0).argmax()) if hidden.any() else slots
-            # Lanes without a query repeat the last one.
-            of_lane = np.minimum(np.arange(blocks * lanes) // group, rows - 1)
-            self._mask = np.ascontiguousarray(mask[of_lane, first:].T)
-            for block in range(blocks):
-                seen = ~hidden[of_lane[block * lanes] : of_lane[(block + 1) * lanes - 1] + 1]
-                self._ends[block] = 1 + int(np.flatnonzero(seen.any(axis=0))[-1])
+        self._mask, first = np.zeros((rows, 0), dtype=np.float32), slots
+        if mask is not None and (hidden := mask < 0).any():
+            first = int(hidden.any(axis=0).argmax())
+            self._mask = np.zeros((rows, weight_floats(slots - first)), dtype=np.float32)
+            self._mask[:, : slots - first] = mask[:, first:]
+            of_rows = slots - (~hidden[:, ::-1]).argmax(axis=1)
+            self._ends = np.maximum.reduceat(of_rows, starts[:-1])
+        block_queries = group * int(np.diff(starts).max())
         shares = min(torch.get_num_threads(), kv_heads * blocks)
-        room = scratch_floats(lanes, dim, slots)
+        room = scratch_floats(block_queries, dim, slots)
         self._scratch = torch.empty(shares * room)
         self.arguments = AttentionArguments(
             mask=self._mask.ctypes.data,
-            mask_stride=blocks * lanes,
+            mask_stride=self._mask.shape[1],
             first=first,
             ends=self._ends.ctypes.data,
             rows=rows,
             kv_heads=kv_heads,
             group=group,
             blocks=blocks,
+            block_queries=block_queries,
+            weight_stride=weight_floats(slots),
             out_stride=heads * dim,
             scratch=self._scratch.data_ptr(),
             scratch_stride=room,

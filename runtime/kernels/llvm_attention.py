@@ -1,25 +1,24 @@
 """Generates LLVM IR for attention of the rows of one text over its cache.
 
-A query is a row and one of its heads. The queries that share a head of keys lie side by side in a
-vector, so a key or value is broadcast to all of them, and no sum runs across a vector. Each sum
-adds the slots in order, and hidden slots add nothing. So a row's result depends bit for bit on its
+A query is a row and one of its heads. Its products with keys run along the numbers of a head, and
+so do the sums of its values: a vector holds numbers of one query, so few queries leave no lane
+idle. A score adds 16 partial sums in an order that is the same for every slot, and a sum of values
+adds the slots in order; hidden slots add nothing. So a row's result depends bit for bit on its
 query and on the keys and values that it sees, in their order: not on the other rows, on hidden
-slots between, or on the number of threads.
+slots between, on the number of threads, or on the length of the processor's registers.
 
-Keys and values are copied, as float32, in blocks that stay in the first-level cache: the products
-read eight slots at once, which the processor does not fetch ahead from memory.
+Keys and values are copied, as float32, in blocks that stay in the first-level cache, once for all
+queries that share them.
 """
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from llvmlite import ir
 
 from runtime.kernels.llvm_ir import (
     F32,
-    I8,
-    I16,
     I32,
     I64,
     PTR,
@@ -30,16 +29,14 @@ from runtime.kernels.llvm_ir import (
     loop,
     repeat,
 )
-from runtime.kernels.llvm_math import VectorProgram
+from runtime.kernels.llvm_widen import BLOCK_SLOTS, LANES, WideProgram, padded
 
-BLOCK_SLOTS = 32  # widened at a time
-CHAINS = 8  # sums computed at a time: latency of an FMA x FMAs per cycle
-TILE = 16  # elements of a value summed at a time, one register each
-HALF = ir.HalfType()
+TILE_QUERIES = 4  # whose values are summed at a time: latency of an FMA x FMAs per cycle / vectors
+TILE_VECTORS = 4  # of each of these queries, one register each
 
 
 class AttentionArguments(ctypes.Structure):
-    """Arguments of `attend`. Strides are in elements; a block is a vector of queries."""
+    """Arguments of `attend`. Strides are in elements; a block is a share of the rows."""
 
     _fields_ = [
         ("next", ctypes.c_int64),
@@ -48,8 +45,8 @@ class AttentionArguments(ctypes.Structure):
         ("keys", ctypes.c_int64),  # (kv heads, slots, dim)
         ("values", ctypes.c_int64),
         ("head_stride", ctypes.c_int64),  # of keys and values
-        ("mask", ctypes.c_int64),  # float32 (slots - first, queries): 0, or negative for hidden
-        ("mask_stride", ctypes.c_int64),
+        ("mask", ctypes.c_int64),  # float32 (rows, slots - first): 0, or negative for hidden
+        ("mask_stride", ctypes.c_int64),  # with room for a vector after the last slot
         ("first", ctypes.c_int64),  # slots before it are visible to all rows
         ("ends", ctypes.c_int64),  # int64 (blocks,): a block sees no slot from there on
         ("out", ctypes.c_int64),  # float32 (rows, heads, dim)
@@ -58,26 +55,34 @@ class AttentionArguments(ctypes.Structure):
         ("kv_heads", ctypes.c_int64),
         ("group", ctypes.c_int64),  # heads that share keys
         ("blocks", ctypes.c_int64),
+        ("block_queries", ctypes.c_int64),  # at most, of a head of keys
+        ("weight_stride", ctypes.c_int64),  # of a query: room for all slots, see weight_floats
         ("scratch", ctypes.c_int64),  # see scratch_floats, for each work item
         ("scratch_stride", ctypes.c_int64),
         ("work_items", ctypes.c_int64),
     ]
 
 
-def scratch_floats(lanes: int, dim: int, slots: int) -> int:
-    """Return the floats of a work item's queries, sums, widened block and weights of slots."""
-    return lanes * (2 * dim + slots) + BLOCK_SLOTS * dim
+def weight_floats(slots: int) -> int:
+    """Return the room for the weights of a query: vectors may begin at any slot."""
+    return -(-slots // LANES) * LANES + LANES
 
 
-class AttentionProgram(VectorProgram):
+def scratch_floats(queries: int, dim: int, slots: int) -> int:
+    """Return the floats of a work item: of its queries, sums, totals, widened block and weights."""
+    room = queries * (2 * padded(dim) + LANES + weight_floats(slots))
+    return room + BLOCK_SLOTS * padded(dim)
+
+
+class AttentionProgram(WideProgram):
     """The IR module, with the function `attend`, for keys and values of `dtype` and size `dim`.
 
     The pointers of AttentionArguments need no alignment beyond that of their elements.
     """
 
-    def __init__(self, dtype: torch.dtype, lanes: int, dim: int, scale: float) -> None:
-        super().__init__(lanes)
-        self.dtype, self.dim, self.scale = dtype, dim, scale
+    def __init__(self, dtype: torch.dtype, dim: int, scale: float) -> None:
+        super().__init__(dtype, dim)
+        self.scale = scale
         self.attend()
 
     def attend(self) -> None:
@@ -105,201 +110,239 @@ class AttentionProgram(VectorProgram):
     def item(
         self, at: ir.IRBuilder, args: Mapping[str, ir.Value], item: ir.Value, scratch: ir.Value
     ) -> None:
-        """Emit the attention of one block of queries over one head of keys."""
+        """Emit the attention of one block of rows over one head of keys."""
         head, block = at.udiv(item, args["blocks"]), at.urem(item, args["blocks"])
-        size = self.lanes * self.dim
-        queries, sums = scratch, element_ptr(at, scratch, F32, I64(size))
-        wide = element_ptr(at, scratch, F32, I64(2 * size))
-        weights = element_ptr(at, wide, F32, I64(BLOCK_SLOTS * self.dim))
+        row, rows = even_share(at, args["rows"], block, args["blocks"])
+        count, most = at.mul(rows, args["group"]), args["block_queries"]
+        size = I64(padded(self.dim))
+        queries = scratch
+        sums = element_ptr(at, queries, F32, at.mul(most, size))
+        totals = element_ptr(at, sums, F32, at.mul(most, size))
+        wide = element_ptr(at, totals, F32, at.mul(most, I64(LANES)))
+        weights = element_ptr(at, wide, F32, I64(BLOCK_SLOTS * padded(self.dim)))
+        stride = args["weight_stride"]
         start = at.mul(head, args["head_stride"])
+        keys, values = (self.address(at, args[name], start) for name in ("keys", "values"))
         end = at.load(element_ptr(at, args["ends"], I64, block), typ=I64, align=8)
-        self.each_query(at, args, head, block, queries, gather=True)
-        self.scores(at, self.address(at, args["keys"], start), end, queries, wide, weights)
-        self.hide(at, args, block, end, weights)
-        total = self.exponentials(at, end, weights)
-        self.weigh(at, self.address(at, args["values"], start), end, wide, weights, sums)
-        with loop(at, I64(self.dim)) as (place, _):
-            here = self.lane_ptr(at, sums, place)
-            self.put(at, at.fdiv(self.get(at, here), total), here)
-        self.each_query(at, args, head, block, sums, gather=False)
 
-    def each_query(
-        self,
-        at: ir.IRBuilder,
-        args: Mapping[str, ir.Value],
-        head: ir.Value,
-        block: ir.Value,
-        vectors: ir.Value,
-        gather: bool,
-    ) -> None:
-        """Emit copies of the queries into vectors, scaled, or of the vectors to the results.
+        def place(query: ir.Value, name: str) -> ir.Value:
+            """Return where a query of the block, or its result, lies."""
+            of_row = at.add(row, at.udiv(query, args["group"]))
+            of_head = at.add(at.mul(head, args["group"]), at.urem(query, args["group"]))
+            line = at.mul(of_row, args["query_stride" if name == "queries" else "out_stride"])
+            return element_ptr(at, args[name], F32, at.add(line, at.mul(of_head, I64(self.dim))))
 
-        Lanes without a query repeat the last one, and write its result again.
-        """
-        last = at.sub(at.mul(args["rows"], args["group"]), I64(1))
-        with loop(at, I64(self.lanes)) as (lane, _):
-            query = at.add(at.mul(block, I64(self.lanes)), lane)
-            query = at.select(at.icmp_unsigned("<", query, last), query, last)
-            row, within = at.udiv(query, args["group"]), at.urem(query, args["group"])
-            place = at.mul(at.add(at.mul(head, args["group"]), within), I64(self.dim))
-            base, stride = ("queries", "query_stride") if gather else ("out", "out_stride")
-            dense = element_ptr(at, args[base], F32, at.add(at.mul(row, args[stride]), place))
-            with loop(at, I64(self.dim)) as (index, _):
-                one = element_ptr(at, dense, F32, index)
-                strided = element_ptr(
-                    at, vectors, F32, at.add(at.mul(index, I64(self.lanes)), lane)
+        with loop(at, count) as (query, _):
+            self.scale_query(
+                at, place(query, "queries"), element_ptr(at, queries, F32, at.mul(query, size))
+            )
+        with self.each_block(at, keys, end, wide) as (first, _), loop(at, count) as (query, _):
+            own = element_ptr(at, queries, F32, at.mul(query, size))
+            goal = element_ptr(at, weights, F32, at.add(at.mul(query, stride), first))
+            self.scores(at, own, wide, goal)
+        with loop(at, count) as (query, _):
+            own = element_ptr(at, weights, F32, at.mul(query, stride))
+            of_row = at.mul(at.add(row, at.udiv(query, args["group"])), args["mask_stride"])
+            self.hide(at, element_ptr(at, args["mask"], F32, of_row), args["first"], end, own)
+            self.exponentials(at, end, own)
+        with loop(at, at.mul(count, size)) as (index, _):
+            at.store(F32(0), element_ptr(at, sums, F32, index), align=4)
+        with loop(at, at.mul(count, I64(LANES))) as (index, _):
+            at.store(F32(0), element_ptr(at, totals, F32, index), align=4)
+        with self.each_block(at, values, end, wide) as (first, slots):
+            tiles = ceil_div(at, count, TILE_QUERIES)
+            with loop(at, tiles) as (tile, _):
+                query, many = even_share(at, count, tile, tiles)
+                pointers = (
+                    element_ptr(at, weights, F32, at.add(at.mul(query, stride), first)),
+                    element_ptr(at, sums, F32, at.mul(query, size)),
+                    element_ptr(at, totals, F32, at.mul(query, I64(LANES))),
                 )
-                if gather:
-                    scaled = at.fmul(at.load(one, typ=F32, align=4), F32(self.scale))
-                    at.store(scaled, strided, align=4)
-                else:
-                    at.store(at.load(strided, typ=F32, align=4), one, align=4)
+                self.weigh(at, many, slots, wide, stride, *pointers)
+        with loop(at, count) as (query, _):
+            total = self.get(at, self.lane_ptr(at, totals, query))
+            self.divide(
+                at,
+                element_ptr(at, sums, F32, at.mul(query, size)),
+                total,
+                place(query, "out"),
+            )
 
-    def scores(
-        self,
-        at: ir.IRBuilder,
-        keys: ir.Value,
-        end: ir.Value,
-        queries: ir.Value,
-        wide: ir.Value,
-        weights: ir.Value,
-    ) -> None:
-        """Emit `weights` = products of all slots' keys with the queries."""
+    def scale_query(self, at: ir.IRBuilder, query: ir.Value, goal: ir.Value) -> None:
+        """Emit a copy of a query, scaled, and padded with zeros."""
+        whole, rest = divmod(self.dim, LANES)
+        for index in range(whole):
+            numbers = self.get(at, self.lane_ptr(at, query, I64(index)))
+            scaled = at.fmul(numbers, self.vector_of(self.scale))
+            self.put(at, scaled, self.lane_ptr(at, goal, I64(index)))
+        if rest:
+            zeros = ir.Constant(self.vector, None)
+            self.put(at, zeros, self.lane_ptr(at, goal, I64(whole)))
+            with loop(at, I64(rest)) as (index, _):
+                one = at.add(index, I64(whole * LANES))
+                number = at.load(element_ptr(at, query, F32, one), typ=F32, align=4)
+                scaled = at.fmul(number, F32(self.scale))
+                at.store(scaled, element_ptr(at, goal, F32, one), align=4)
 
-        def products(first: ir.Value, slots: int, block: ir.Value, within: ir.Value) -> None:
-            base = element_ptr(at, block, F32, at.mul(within, I64(self.dim)))
-            zeros = [ir.Constant(self.vector, None)] * slots
-            with loop(at, I64(self.dim), zeros) as (place, sums):
-                query = self.get(at, self.lane_ptr(at, queries, place))
-                for slot in range(slots):
-                    key = element_ptr(at, base, F32, at.add(place, I64(slot * self.dim)))
-                    sums[slot] = at.call(self.fma, [query, self.broadcast(at, key), sums[slot]])
-            for slot, total in enumerate(sums):
-                goal = at.add(at.add(first, within), I64(slot))
-                self.put(at, total, self.lane_ptr(at, weights, goal))
+    def divide(self, at: ir.IRBuilder, sums: ir.Value, total: ir.Value, out: ir.Value) -> None:
+        """Emit out = sums / total."""
+        whole, rest = divmod(self.dim, LANES)
+        for index in range(self.vectors):
+            here = self.lane_ptr(at, sums, I64(index))
+            share = at.fdiv(self.get(at, here), total)
+            self.put(at, share, self.lane_ptr(at, out, I64(index)) if index < whole else here)
+        if rest:
+            with loop(at, I64(rest)) as (index, _):
+                one = at.add(index, I64(whole * LANES))
+                number = at.load(element_ptr(at, sums, F32, one), typ=F32, align=4)
+                at.store(number, element_ptr(at, out, F32, one), align=4)
 
-        def whole(first: ir.Value, count: ir.Value, block: ir.Value) -> None:
-            chains = at.udiv(count, I64(CHAINS))
-            with repeat(at, chains) as (index, _):
-                products(first, CHAINS, block, at.mul(index, I64(CHAINS)))
-            done = at.mul(chains, I64(CHAINS))
-            with repeat(at, at.sub(count, done)) as (index, _):
-                products(first, 1, block, at.add(done, index))
+    def scores(self, at: ir.IRBuilder, query: ir.Value, keys: ir.Value, goal: ir.Value) -> None:
+        """Emit the products of a query with a block of keys."""
+        with loop(at, I64(BLOCK_SLOTS // LANES)) as (part, _):
+            first = at.mul(part, I64(LANES))
+            base = element_ptr(at, keys, F32, at.mul(first, I64(padded(self.dim))))
+            sums: list[ir.Value] = []
+            for index in range(self.vectors):
+                numbers = self.get(at, self.lane_ptr(at, query, I64(index)))
+                for slot in range(LANES):
+                    key = self.get(at, self.lane_ptr(at, base, I64(slot * self.vectors + index)))
+                    if index:
+                        sums[slot] = at.call(self.fma, [numbers, key, sums[slot]])
+                    else:
+                        sums.append(at.fmul(numbers, key))
+            self.put(at, self.sum_each(at, sums), element_ptr(at, goal, F32, first))
 
-        self.each_block(at, keys, end, wide, whole)
+    def sum_each(self, at: ir.IRBuilder, vectors: Sequence[ir.Value]) -> ir.Value:
+        """Return the sum of each of LANES vectors: halves are added until one lane is left."""
+        width = LANES
+        while width > 1:
+            width //= 2
+            order = [
+                source * LANES + lane
+                for source in (0, 1)
+                for begin in range(0, LANES, 2 * width)
+                for lane in range(begin, begin + width)
+            ]
+            lower, upper = self.ints(order), self.ints([lane + width for lane in order])
+            vectors = [
+                at.fadd(at.shuffle_vector(one, two, lower), at.shuffle_vector(one, two, upper))
+                for one, two in zip(vectors[::2], vectors[1::2], strict=True)
+            ]
+        return vectors[0]
 
     def hide(
         self,
         at: ir.IRBuilder,
-        args: Mapping[str, ir.Value],
-        block: ir.Value,
+        mask: ir.Value,
+        first: ir.Value,
         end: ir.Value,
         weights: ir.Value,
     ) -> None:
         """Emit that hidden slots get the score -inf, whatever their keys are."""
-        begins = at.select(at.icmp_unsigned("<", args["first"], end), args["first"], end)
-        column = at.mul(block, I64(self.lanes))
-        with repeat(at, at.sub(end, begins)) as (index, _):
-            place = at.add(at.mul(index, args["mask_stride"]), column)
-            mask = self.get(at, element_ptr(at, args["mask"], F32, place))
-            here = self.lane_ptr(at, weights, at.add(begins, index))
-            hidden = at.fcmp_ordered("<", mask, self.vector_of(0.0))
+        begins = at.select(at.icmp_unsigned("<", first, end), first, end)
+        with repeat(at, ceil_div(at, at.sub(end, begins), LANES)) as (index, _):
+            here = element_ptr(at, weights, F32, at.add(begins, at.mul(index, I64(LANES))))
+            hides = self.get(at, self.lane_ptr(at, mask, index))
+            hidden = at.fcmp_ordered("<", hides, self.vector_of(0.0))
             self.put(at, at.select(hidden, self.vector_of(-float("inf")), self.get(at, here)), here)
 
-    def exponentials(self, at: ir.IRBuilder, end: ir.Value, weights: ir.Value) -> ir.Value:
-        """Emit `weights` = exp(weights - their maximum); return their sum."""
-        with loop(at, end, [self.vector_of(-float("inf"))]) as (slot, best):
-            score = self.get(at, self.lane_ptr(at, weights, slot))
-            best[0] = at.select(at.fcmp_ordered(">", score, best[0]), score, best[0])
-        with loop(at, end, [ir.Constant(self.vector, None)]) as (slot, total):
-            here = self.lane_ptr(at, weights, slot)
-            weight = self.exponential(at, at.fsub(self.get(at, here), best[0]))
-            self.put(at, weight, here)
-            total[0] = at.fadd(total[0], weight)
-        return total[0]
+    def exponentials(self, at: ir.IRBuilder, end: ir.Value, weights: ir.Value) -> None:
+        """Emit `weights` = exp(weights - their maximum); those from slot `end` on do not count."""
+        vectors = ceil_div(at, end, LANES)
+        last = at.mul(at.sub(vectors, I64(1)), I64(LANES))
+        lanes = ir.VectorType(I64, LANES)(list(range(LANES)))
+        counts = at.icmp_unsigned("<", lanes, splat(at, at.sub(end, last), LANES))
+        here = element_ptr(at, weights, F32, last)
+        self.put(at, at.select(counts, self.get(at, here), self.vector_of(-float("inf"))), here)
+        with loop(at, vectors, [self.vector_of(-float("inf"))]) as (index, found):
+            score = self.get(at, self.lane_ptr(at, weights, index))
+            found[0] = at.select(at.fcmp_ordered(">", score, found[0]), score, found[0])
+        best, width = found[0], LANES
+        while width > 1:
+            width //= 2
+            turned = self.ints([(lane + width) % LANES for lane in range(LANES)])
+            other = at.shuffle_vector(best, best, turned)
+            best = at.select(at.fcmp_ordered(">", other, best), other, best)
+        with loop(at, vectors) as (index, _):
+            here = self.lane_ptr(at, weights, index)
+            self.put(at, self.exponential(at, at.fsub(self.get(at, here), best)), here)
 
     def weigh(
         self,
         at: ir.IRBuilder,
+        queries: ir.Value,
+        slots: ir.Value,
         values: ir.Value,
-        end: ir.Value,
-        wide: ir.Value,
+        stride: ir.Value,
         weights: ir.Value,
         sums: ir.Value,
+        totals: ir.Value,
     ) -> None:
-        """Emit `sums` = the slots' values by their weights; those of weight 0 are left out."""
-        with loop(at, I64(self.dim)) as (place, _):
-            self.put(at, ir.Constant(self.vector, None), self.lane_ptr(at, sums, place))
+        """Emit `sums` += the slots' values by their weights, `totals` += the weights, for at most
+        TILE_QUERIES queries; slots of weight 0 are left out.
+        """
+        after = at.append_basic_block()
+        switch = at.switch(queries, after)
+        for count in range(1, TILE_QUERIES + 1):
+            case = at.append_basic_block()
+            switch.add_case(I64(count), case)
+            at.position_at_end(case)
+            for begin in range(0, self.vectors, TILE_VECTORS):
+                tile = range(begin, min(self.vectors, begin + TILE_VECTORS))
+                self.weigh_tile(at, count, tile, slots, values, stride, weights, sums, totals)
+            at.branch(after)
+        at.position_at_end(after)
 
-        def tile(
-            first: ir.Value, count: ir.Value, block: ir.Value, start: ir.Value, size: int
-        ) -> None:
-            places = [self.lane_ptr(at, sums, at.add(start, I64(one))) for one in range(size)]
-            with loop(at, count, [self.get(at, place) for place in places]) as (slot, totals):
-                weight = self.get(at, self.lane_ptr(at, weights, at.add(first, slot)))
-                counts = at.fcmp_ordered(">", weight, self.vector_of(0.0))
-                row = element_ptr(at, block, F32, at.add(at.mul(slot, I64(self.dim)), start))
-                for one in range(size):
-                    value = self.broadcast(at, element_ptr(at, row, F32, I64(one)))
-                    more = at.call(self.fma, [weight, value, totals[one]])
-                    totals[one] = at.select(counts, more, totals[one])
-            for place, total in zip(places, totals, strict=True):
-                self.put(at, total, place)
-
-        def whole(first: ir.Value, count: ir.Value, block: ir.Value) -> None:
-            tiles, rest = divmod(self.dim, TILE)
-            if tiles:
-                with loop(at, I64(tiles)) as (index, _):
-                    tile(first, count, block, at.mul(index, I64(TILE)), TILE)
-            if rest:
-                tile(first, count, block, I64(tiles * TILE), rest)
-
-        self.each_block(at, values, end, wide, whole)
-
-    def each_block(
+    def weigh_tile(
         self,
         at: ir.IRBuilder,
-        base: ir.Value,
-        end: ir.Value,
-        wide: ir.Value,
-        body: Callable[[ir.Value, ir.Value, ir.Value], None],
+        queries: int,
+        tile: range,
+        slots: ir.Value,
+        values: ir.Value,
+        stride: ir.Value,
+        weights: ir.Value,
+        sums: ir.Value,
+        totals: ir.Value,
     ) -> None:
-        """Emit `body` for each block of slots: its first slot, their number, and float32 rows."""
-        with loop(at, ceil_div(at, end, BLOCK_SLOTS)) as (index, _):
-            first = at.mul(index, I64(BLOCK_SLOTS))
-            left = at.sub(end, first)
-            whole = at.icmp_unsigned("<", left, I64(BLOCK_SLOTS))
-            count = at.select(whole, left, I64(BLOCK_SLOTS))
-            source = self.address(at, base, at.mul(first, I64(self.dim)))
-            self.widen(at, source, at.mul(count, I64(self.dim)), wide)
-            body(first, count, wide)
+        """Emit the sums of these vectors, with the first ones the totals."""
+        places = [
+            [self.lane_ptr(at, sums, I64(query * self.vectors + index)) for index in tile]
+            + ([] if tile.start else [self.lane_ptr(at, totals, I64(query))])
+            for query in range(queries)
+        ]
+        width = len(places[0])
+        entering = [self.get(at, place) for of_query in places for place in of_query]
+        rows = [element_ptr(at, weights, F32, at.mul(stride, I64(q))) for q in range(queries)]
+        with loop(at, slots, entering) as (slot, found):
+            base = self.lane_ptr(at, values, at.mul(slot, I64(self.vectors)))
+            numbers = [self.get(at, self.lane_ptr(at, base, I64(index))) for index in tile]
+            for query, row in enumerate(rows):
+                weight = element_ptr(at, row, F32, slot)
+                own = slice(query * width, (query + 1) * width)
+                before, old = at.block, found[own]
+                # Its bits are compared: no register of vectors is needed. It is never -0.
+                with at.if_then(at.icmp_unsigned("!=", at.load(weight, typ=I32, align=4), I32(0))):
+                    factor = self.broadcast(at, weight)
+                    new = [
+                        at.call(self.fma, [factor, value, total])
+                        for value, total in zip(numbers, old, strict=False)
+                    ]
+                    if not tile.start:
+                        new.append(at.fadd(old[-1], factor))
+                    inside = at.block
+                for index, (one, other) in enumerate(zip(old, new, strict=True)):
+                    phi = at.phi(self.vector)
+                    phi.add_incoming(one, before)
+                    phi.add_incoming(other, inside)
+                    found[query * width + index] = phi
+        for place, total in zip((p for of_query in places for p in of_query), found, strict=True):
+            self.put(at, total, place)
 
-    def widen(self, at: ir.IRBuilder, source: ir.Value, count: ir.Value, goal: ir.Value) -> None:
-        """Emit a copy of `count` numbers as float32."""
-        vectors = at.udiv(count, I64(self.lanes))
-        with repeat(at, vectors) as (index, _):
-            place = at.mul(index, I64(self.lanes))
-            self.widen_one(at, source, goal, place, self.lanes)
-        done = at.mul(vectors, I64(self.lanes))
-        with repeat(at, at.sub(count, done)) as (index, _):
-            self.widen_one(at, source, goal, at.add(done, index), 1)
 
-    def widen_one(
-        self, at: ir.IRBuilder, source: ir.Value, goal: ir.Value, place: ir.Value, lanes: int
-    ) -> None:
-        address = self.address(at, source, place)
-        if self.dtype == torch.float32:
-            found = at.load(address, typ=ir.VectorType(F32, lanes), align=4)
-        elif self.dtype == torch.float16:
-            stored = at.load(address, typ=ir.VectorType(HALF, lanes), align=2)
-            found = at.fpext(stored, ir.VectorType(F32, lanes))
-        else:
-            words = ir.VectorType(I32, lanes)
-            stored = at.load(address, typ=ir.VectorType(I16, lanes), align=2)
-            shifted = at.shl(at.zext(stored, words), words([16] * lanes))
-            found = at.bitcast(shifted, ir.VectorType(F32, lanes))
-        at.store(found, element_ptr(at, goal, F32, place), align=4)
-
-    def address(self, at: ir.IRBuilder, base: ir.Value, count: ir.Value) -> ir.Value:
-        """Return the address `count` keys' or values' elements after `base`."""
-        return element_ptr(at, base, I8, at.mul(count, I64(self.dtype.itemsize)))
+def splat(at: ir.IRBuilder, number: ir.Value, lanes: int) -> ir.Value:
+    """Return a vector of a number."""
+    nothing = ir.Constant(ir.VectorType(number.type, lanes), ir.Undefined)
+    one = at.insert_element(nothing, number, I32(0))
+    return at.shuffle_vector(one, nothing, ir.VectorType(I32, lanes)([0] * lanes))

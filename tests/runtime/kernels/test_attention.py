@@ -156,6 +156,6 @@ def test_other_devices_and_types_have_torchs_attention() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_program_compiles_for_shorter_registers(dtype: torch.dtype) -> None:
-    module = AttentionProgram(dtype, 8, 24, 0.2).module
+    module = AttentionProgram(dtype, 24, 0.2).module
     _, functions = compile_module(module, ("attend",), "haswell", "+avx2,+fma,+f16c")
     assert len(functions) == 1
