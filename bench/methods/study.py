@@ -50,8 +50,9 @@ from runtime.models.loader import load_tokenizer, read_config, read_json
 from runtime.models.model_folder import find_folder
 
 DRAFTERS = (MODEL, "ngram", "layer-skip")  # and the trained ones that ship
-HEADS = ("token-recycling", "medusa", "hidden-transfer")
-UNTRAINED = ("ngram", "layer-skip", "token-recycling")
+UNTRAINED_HEADS = ("ngram-head", "token-recycling")
+HEADS = (*UNTRAINED_HEADS, "medusa", "hidden-transfer")
+UNTRAINED = ("ngram", "layer-skip", *UNTRAINED_HEADS)
 LEARNING_PROMPTS = 2  # prompts on which each method calibrates its guesses; not measured
 NEW_TOKENS = 96
 TEMPERATURES = (0.0, 0.8)
@@ -200,7 +201,12 @@ def study_targets(count: int) -> list[StudyTarget]:
             )[: LEARNING_PROMPTS + min(count, STORY_COUNT)]
             layers = every_second_layer(read_config(source, name))
             pair = ModelPair(
-                str(target), str(small), "float32", cores, {"token-recycling": ""}, tuple(layers)
+                str(target),
+                str(small),
+                "float32",
+                cores,
+                dict.fromkeys(UNTRAINED_HEADS, ""),
+                tuple(layers),
             )
             found.append(StudyTarget(name, source, pair, openings, (MODEL, *UNTRAINED)))
     return found
@@ -214,7 +220,7 @@ def chat_target(name: str, prompts: Path, count: int) -> StudyTarget:
         for method in sorted(config.TRAINED_METHODS)
         if (found := MODELS / name / method).is_dir()
     }
-    heads = {"token-recycling": ""} | (
+    heads = dict.fromkeys(UNTRAINED_HEADS, "") | (
         {"eagle-head": trained["eagle"]} if "eagle" in trained else {}
     )
     dtype = choose_dtype("auto", machine(2).flags)
@@ -226,14 +232,10 @@ def chat_target(name: str, prompts: Path, count: int) -> StudyTarget:
 
 
 def chat_methods(which: Sequence[str]) -> list[Method]:
-    """Return plain decoding, each method alone, and each drafter with heads."""
-    heads = [name for name in which if name in head_methods()]
-    drafters = [name for name in which if name not in heads]
-    groups = [
-        *((name,) for name in which),
-        *((drafter, head) for drafter in drafters for head in heads),
-        tuple(heads),
-    ]
+    """Return plain decoding, each method alone, and each beside all heads without training."""
+    free = tuple(name for name in which if name in UNTRAINED_HEADS)
+    others = [name for name in which if name not in free]
+    groups = [*((name,) for name in which), free, *((name, *free) for name in others)]
     groups = [group for group in dict.fromkeys(groups) if group]
     return [
         Method(PLAIN, OutriderMethod("plain")),
@@ -254,6 +256,7 @@ def costs_of(bench: StudyTarget) -> dict[str, Cost]:
     searched = bench.name == SHIPPED and LAYERS_FILE.is_file()
     known = {
         "ngram": Cost(0, "none"),
+        "ngram-head": Cost(0, "none"),
         "layer-skip": Cost(
             2 * count_parameters(target, pair.layers),
             "a search" if searched else "none: every second layer",

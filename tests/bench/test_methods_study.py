@@ -316,14 +316,14 @@ def test_goals_are_decided_by_what_was_measured() -> None:
 
 
 def test_a_chat_model_is_measured_with_what_ships_for_it() -> None:
-    which = ("eagle", "ngram", "token-recycling", "eagle-head")
+    which = ("eagle", "ngram", "ngram-head", "token-recycling", "eagle-head")
     methods = {method.name: method.how for method in chat_methods(which)}
     assert next(iter(methods)) == PLAIN
     assert set(which) < set(methods)
-    both = methods["eagle + eagle-head"]
+    both = methods["eagle + ngram-head + token-recycling"]
     assert isinstance(both, OutriderMethod)
-    assert (both.drafters, both.heads) == (("eagle",), ("eagle-head",))
-    assert "token-recycling + eagle-head" in methods
+    assert (both.drafters, both.heads) == (("eagle",), ("ngram-head", "token-recycling"))
+    assert "eagle-head + ngram-head + token-recycling" in methods
     page = methods_page(
         [Study("chat", "About it.", (found(PLAIN, 0.0, {"x": 10.0}),), {"eagle": Cost(1, "none")})],
         machine(2),
