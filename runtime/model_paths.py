@@ -18,14 +18,12 @@ def bundled_model(name: Literal["target", "draft"]) -> str:
 def default_drafts(target: str | None) -> tuple[str, ...]:
     """Return what drafts for a target if the user does not say.
 
-    It is the bundled draft for the bundled target; elsewhere token recycling, which needs no
-    training and fits every vocabulary, beside the EAGLE drafter if one ships.
+    It is the bundled draft for the bundled target; elsewhere prompt lookup and token recycling on
+    the target, which need no training and no second device, and fit every vocabulary.
     """
     if target is None or target == bundled_model("target"):
         return (bundled_model("draft"),)
-    models = Path(bundled_model("target")).parent
-    trained_for = {folder.parent.name for folder in models.glob("*/eagle")}
-    return ("eagle", "token-recycling") if target in trained_for else ("token-recycling",)
+    return ("ngram-head", "token-recycling")
 
 
 def head_folder(head: HeadConfig) -> Path | None:

@@ -46,6 +46,7 @@ LAYERS = (
         "core/node_table",
         "core/sampling_params",
         "core/tree",
+        "scoring/expected_tokens",
         "telemetry/chrome_trace",
         "telemetry/reports",
         "telemetry/tracing",
@@ -120,6 +121,7 @@ HIDDEN = {
     "runtime/drafters/*": ("target/session", "core/accepted_path", "target/*"),
     "runtime/heads/*": ("target/session", "core/accepted_path", "target/*"),
     "runtime/schedulers/*": ("target/session", "core/tree", "core/accepted_path"),
+        "scoring/expected_tokens",
 }
 
 

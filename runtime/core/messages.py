@@ -209,6 +209,7 @@ class Round:
     computed: float
     bookkeeping: float
     ridden: float = 0.0  # of `computed`, for pseudo rows
+    expected: float = 0.0  # rows on the path, by what was known before the step
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Literal
 
+from runtime.scoring.expected_tokens import ExpectedTokens
+
 Way = Literal["plain", "heads", "all"]
 PLAIN: Way = "plain"
 WAYS: dict[str, Way] = {"plain": "plain", "heads": "heads", "all": "all"}
@@ -74,6 +76,7 @@ class Account:
     rest: int = FIRST_REST // 2  # of the last failure; the next one doubles it
     visits: int = 0
     probed: bool = False  # plain decoding has been measured
+    expected: ExpectedTokens = field(default_factory=ExpectedTokens)
 
     def record(self, way: Way) -> Record:
         return self.records.setdefault(way, Record())

@@ -11,7 +11,8 @@ against plain decoding is bounded by an account, kept in tokens of plain decodin
     budget           what speculation may still lose before it stops; plain decoding adds 1 %
     reserve          what speculation has earned beyond that; it pays for new trials
 
-The gate starts with a budget for a trial of a few steps, which is larger for trained methods, and
+A step counts for the tokens that were to be expected of it, as long as these come true (see
+runtime.scoring.expected_tokens). The gate starts with a budget for a trial of a few steps, and
 without knowledge it first measures plain steps. When the budget is spent, drafters rest; each
 failed trial in a row doubles the rest. While speculation is on, probes of a few plain steps keep
 the comparison up to date. They are as rare as their cost demands, at most 1 % of the tokens.
@@ -40,10 +41,6 @@ from runtime.scoring.gate_account import (
 )
 
 ALLOWANCE = 0.01  # tokens that may be lost per token
-# Methods whose weights were trained for the target, which is checked when they are loaded. They
-# are less likely to be useless, and a small budget would end half of the trials of good ones.
-TRAINED = frozenset({"block", "eagle", "eagle-head", "hidden-transfer", "medusa", "s3d"})
-TRAINED_BUDGET = 2.4
 MAX_RESERVE = 8.0
 # Steps of a trial that verified guesses: until then a drafter has only cost its start, unless that
 # exceeds the budget by OVERDRAFT of a trial's.
@@ -91,15 +88,10 @@ class SpeculationGate:
 
     def _new_account(self, load: int) -> Account:
         if not self.accounts:
-            return Account(budget=self.trial_budget)
+            return Account(budget=TRIAL_BUDGET)
         near = self.accounts[min(self.accounts, key=lambda known: abs(known - load))]
-        budget = 0.0 if near.home == PLAIN else self.trial_budget
+        budget = 0.0 if near.home == PLAIN else TRIAL_BUDGET
         return Account(way=near.home, home=near.home, rest=near.rest, budget=budget)
-
-    @property
-    def trial_budget(self) -> float:
-        """Return the tokens that a trial of the present helpers may lose."""
-        return TRIAL_BUDGET if TRAINED.isdisjoint(self.helpers.split(",")) else TRAINED_BUDGET
 
     @property
     def way(self) -> Way:
@@ -131,6 +123,7 @@ class SpeculationGate:
         tokens: int,
         seconds: float,
         settle: float | None = 0.0,
+        expected: float | None = None,
     ) -> None:
         """Learn from a step of all sessions, and choose the way of the next.
 
@@ -139,6 +132,7 @@ class SpeculationGate:
         rows      rows of all of them, roots included
         tokens    tokens of all of them
         seconds   the step took, waiting and bookkeeping included
+        expected  tokens that were to be expected of all of them; None: not known
         settle    seconds until drafters that were told to rest do; None: they have never answered
         """
         before, self.sessions = self.account, sessions
@@ -146,16 +140,20 @@ class SpeculationGate:
         if account is not before:  # the step was taken in the other account's way
             account.turn(account.way)
             return
-        plain, expected = np.interp([sessions, rows], self.rows, self.seconds)
+        plain, usual = np.interp([sessions, rows], self.rows, self.seconds)
         settled = not ways or is_settled(account, settle)
         way = account.way if ways else PLAIN
         clipped = account.record(way).clip(
-            seconds / plain, expected / plain, account.record(PLAIN).ratios
+            seconds / plain, usual / plain, account.record(PLAIN).ratios
         )
         account.age += len(ways) > 0
         account.verified += rows > sessions
         account.seconds += seconds
-        self._learn(account, way, tokens / sessions, clipped, settled, allowed=bool(ways))
+        judged = tokens / sessions
+        if way != PLAIN and expected is not None:
+            guesses, too_much = account.expected.judge(expected / sessions - 1.0, judged - 1.0)
+            judged, account.budget = 1.0 + guesses, account.budget - too_much
+        self._learn(account, way, judged, clipped, settled, allowed=bool(ways))
         if not ways:
             return
         if account.home not in (PLAIN, *ways):
@@ -200,7 +198,7 @@ class SpeculationGate:
         if account.age < account.rest:
             return
         trial = self._next_trial(account, ways)
-        paid = min(max(0.0, self.trial_budget - account.budget), account.reserve)
+        paid = min(max(0.0, TRIAL_BUDGET - account.budget), account.reserve)
         account.budget, account.reserve = account.budget + paid, account.reserve - paid
         if account.budget >= TRIAL_BUDGET:
             account.records[trial] = Record(ratios=account.record(trial).ratios)
@@ -237,7 +235,7 @@ class SpeculationGate:
 
     def _is_known(self, account: Account) -> bool:
         """Return whether the trial has shown what the guesses are worth, or has cost too much."""
-        overdrawn = account.budget < -OVERDRAFT * self.trial_budget
+        overdrawn = account.budget < -OVERDRAFT * TRIAL_BUDGET
         return account.verified >= MIN_VERIFIED or overdrawn
 
     def _probe_period(self, account: Account) -> float:

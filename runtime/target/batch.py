@@ -16,13 +16,15 @@ class BatchItem:
     """One session's share of a pass.
 
     `nodes` get a row in addition to the root. `credited`, parallel to them, names who is credited
-    if the node is accepted.
+    if the node is accepted. `expected` is the number of `nodes` that will be accepted, by their
+    path probabilities.
     """
 
     state: RequestState
     nodes: list[int]
     credited: list[str]
     part: PassInput
+    expected: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,4 +154,5 @@ def make_round(one: Committed, batch: Batch, decided: float, done: float, ridden
         computed=decided - batch.began,
         bookkeeping=max(0.0, planned) + done - decided,
         ridden=ridden,
+        expected=one.item.expected,
     )

@@ -89,6 +89,7 @@ class DrafterManager:
             sum(done.accepted + 1 for done in rounds),
             one.waited + one.computed + one.bookkeeping,
             self._settling_time(),
+            sum(done.expected + 1.0 for done in rounds),
         )
         self.metrics.gate(self.gate.probes, self.gate.speedup, self.plain)
         if self.gate.way != before:

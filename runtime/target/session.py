@@ -191,6 +191,10 @@ class Session:
         leaves = np.exp(-np.sort(-values[ends]))
         return gains, leaves, int(depths[inside].max(initial=0))
 
+    def expected_accepted(self, nodes: Sequence[int]) -> float:
+        """Return how many of these nodes will be accepted, by their path probabilities."""
+        return float(np.exp(self.values()[nodes]).sum()) if nodes else 0.0
+
     def select(self, count: int) -> list[int]:
         """Return up to `count` nodes to verify, the most probable ones, parents before children.
 

@@ -80,4 +80,5 @@ class StepPlanner:
         nodes = session.select(rows)
         part = pack(session, state.cache, nodes)
         part = self.heads.with_branch_rows(session, nodes, part)
-        return BatchItem(state, nodes, self.drafters.credited_to(session.tree, nodes), part)
+        credited = self.drafters.credited_to(session.tree, nodes)
+        return BatchItem(state, nodes, credited, part, session.expected_accepted(nodes))

@@ -42,7 +42,7 @@ def test_the_methods_are_the_files() -> None:
 
 
 def test_the_heads_are_the_files_and_sit_on_the_target(tmp_path: Path) -> None:
-    assert {"token-recycling", "medusa", "hidden-transfer"} <= set(head_methods())
+    assert {"ngram-head", "token-recycling", "medusa", "hidden-transfer"} <= set(head_methods())
     trained, model = tmp_path / "trained", tmp_path / "model"
     for folder, config in ((trained, {"method": "medusa"}), (model, {"model_type": "llama"})):
         folder.mkdir()
@@ -278,5 +278,5 @@ def test_values_do_not_change() -> None:
 def test_what_drafts_for_a_target_by_default(tmp_path: Path) -> None:
     assert default_drafts(None) == default_drafts(bundled_model("target"))
     assert default_drafts(None) == (bundled_model("draft"),)
-    assert default_drafts(str(tmp_path)) == ("token-recycling",)
-    assert default_drafts("smollm2-135m") == ("eagle", "token-recycling")
+    for target in (str(tmp_path), "smollm2-135m"):
+        assert default_drafts(target) == ("ngram-head", "token-recycling")
