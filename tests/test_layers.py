@@ -121,7 +121,6 @@ HIDDEN = {
     "runtime/drafters/*": ("target/session", "core/accepted_path", "target/*"),
     "runtime/heads/*": ("target/session", "core/accepted_path", "target/*"),
     "runtime/schedulers/*": ("target/session", "core/tree", "core/accepted_path"),
-        "scoring/expected_tokens",
 }
 
 
