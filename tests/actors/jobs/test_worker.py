@@ -336,3 +336,36 @@ def test_the_window_grows_by_answers_and_shrinks_to_what_was_not_refused() -> No
     assert window.pause == 0
     assert window.free(0) == 2
     assert AimdWindow(1).free(0) == 1
+
+
+def test_a_fault_of_this_process_is_answered_in_openais_body_and_quotes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def script(echo: Scripted, item: Item) -> None:
+        if item.custom_id == "item-1":
+            raise KeyError("a secret of the item")
+
+    out = tmp_path / "out.jsonl"
+    run(batch(tmp_path / "in.jsonl", 2), out, Scripted(script))
+    assert answers(out.read_bytes())["item-1"]["response"]["body"] == {
+        "error": {
+            "message": "internal error",
+            "type": "server_error",
+            "param": None,
+            "code": "internal_error",
+        }
+    }
+    said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert said == ["an item has failed: KeyError"] * MAX_ATTEMPTS
+
+
+def test_what_was_refused_is_asked_before_what_is_new(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    async def script(echo: Scripted, item: Item) -> None:
+        asked.append(item.custom_id)
+        if asked == ["item-0"]:
+            raise Overloaded("full")
+
+    run(batch(tmp_path / "in.jsonl", 4), tmp_path / "out.jsonl", Scripted(script), most=1)
+    assert asked == ["item-0", "item-0", "item-1", "item-2", "item-3"]
