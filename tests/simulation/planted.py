@@ -15,7 +15,7 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
-QUICK_SEEDS = 60
+QUICK_SEEDS = 20
 MANY_SEEDS = 10_000
 
 
@@ -46,6 +46,7 @@ PLANTED = {
         "position != len(self.output)",
         "False",
         ("extend(tokens)", "extend(tokens[:1])"),
+        seeds=MANY_SEEDS,
     ),
     "journal not handed on": plant(
         f"{ROUTED}.next_request",
@@ -61,7 +62,9 @@ PLANTED = {
     "more sessions than memory": plant(
         "runtime.target.admission:Admission.next", "self.reserved + need > self.budget", "False"
     ),
-    "the last waits least": plant("runtime.target.admission:Admission.next", "popleft()", "pop()"),
+    "the last waits least": plant(
+        "runtime.target.admission:Admission.next", "popleft()", "pop()", seeds=MANY_SEEDS
+    ),
     "cancelled work goes on": plant(
         "runtime.target.target:Target.generate", "if not over:", "if False:"
     ),
@@ -74,9 +77,14 @@ PLANTED = {
     "name of a session never free": plant(
         "runtime.target.target:Target.generate", "self._sessions.discard(request.session)", "pass"
     ),
-    "deadline not kept": plant(f"{REQUESTS}.expire", "command.expires <= now", "False"),
+    "deadline not kept": plant(
+        f"{REQUESTS}.expire", "command.expires <= now", "False", seeds=MANY_SEEDS
+    ),
     "drafter not told of an end": plant(
-        f"{REQUESTS}.finish", "self.drafters.notify(session, Close(session.id))", "pass"
+        f"{REQUESTS}.finish",
+        "self.drafters.notify(session, Close(session.id))",
+        "pass",
+        seeds=MANY_SEEDS,
     ),
     "stream's end not told": plant(
         "runtime.draft.draft_host:DraftHost.speculate",
@@ -157,6 +165,63 @@ PLANTED = {
         "FRAMES_PER_EVENT,",
         "1,",
         seeds=MANY_SEEDS,
+    ),
+    "client hears that a target ends": plant(
+        f"{ROUTED}.take", 'if chunk.finish_reason == "cancelled":', "if False:"
+    ),
+    "prompt counted by each target": plant(f"{ROUTED}.total", "prompt_tokens=prompt,", ""),
+    "drafter never left": plant(
+        "runtime.target.target:Target._follow",
+        "self.engine.inbox.put(Leave(name, send))",
+        "pass",
+    ),
+    "drafter keeps what has ended": plant(
+        "runtime.draft.draft_engine:DraftEngine.handle",
+        "case Close():\n            self.forget(name)",
+        "case Close():\n            pass",
+        seeds=MANY_SEEDS,
+    ),
+    "call of a lost client goes on": plant(
+        "actors.rpc.client:GrpcTarget.generate", "call.cancel()", "pass", seeds=MANY_SEEDS
+    ),
+    "call to a drafter left open": plant(
+        "actors.rpc.client:GrpcLink.speculate",
+        "await asyncio.gather(forwarding, return_exceptions=True)\n            call.cancel()",
+        "await asyncio.gather(forwarding, return_exceptions=True)",
+        seeds=MANY_SEEDS,
+    ),
+    "events lost when the wire is busy": plant(
+        "actors.rpc.frames:coalesce",
+        "some = waiting.copy()",
+        "some = waiting[:1]",
+        seeds=MANY_SEEDS,
+    ),
+    "stop lost in a step": plant(
+        "runtime.target.engine:Engine.step", "self.inbox.put(Stop())", "pass"
+    ),
+    "withdrawn request begins": plant(
+        "runtime.target.admission:Admission.withdraw", "self.waiting.remove(admitted)", "pass"
+    ),
+    "cached texts without a bound": plant(
+        "runtime.kv.prefix_cache:PrefixCache.keep",
+        "while self.slots > self.max_slots:",
+        "while 0:",
+        seeds=MANY_SEEDS,
+    ),
+    "torn end of an output kept": plant(
+        "actors.jobs.outputs:FileOutput.resume", "opened.truncate(mark.position)", "pass"
+    ),
+    "answers recorded before they are written": plant(
+        "actors.jobs.job:Job.save",
+        'mark = self._output.append(b"".join(lines))',
+        "mark = self._index.mark()",
+        (
+            "self.totals = self.totals.plus(",
+            'self._output.append(b"".join(lines)); self.totals = self.totals.plus(',
+        ),
+    ),
+    "answers written and not recorded": plant(
+        "actors.jobs.index:JobIndex._transaction", '"COMMIT"', '"ROLLBACK"'
     ),
 }
 

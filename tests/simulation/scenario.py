@@ -11,6 +11,7 @@ from typing import Literal
 
 from runtime.core.messages import Request
 from runtime.core.sampling_params import SamplingParams
+from tests.simulation.batch import BatchSpec
 from tests.simulation.machines import DrafterSpec, TargetSpec
 from tests.simulation.network import Noise
 from tests.simulation.toys import VOCABULARY
@@ -64,13 +65,15 @@ class Scenario:
     faults: dict[str, Fault]
     noise: Noise
     key_bits: int
+    batch: BatchSpec | None = None
     left_out: frozenset[str] = field(default_factory=frozenset)
 
     @property
     def parts(self) -> list[str]:
         """Return the names of all parts that can be left out."""
         noises = [f"noise-{kind}" for kind in NOISES if getattr(self.noise, kind)]
-        return [*self.faults, *noises, *self.sessions, *self.drafters]
+        batch = ["batch"] if self.batch else []
+        return [*self.faults, *noises, *batch, *self.sessions, *self.drafters]
 
     def without(self, names: frozenset[str]) -> "Scenario":
         noises = {kind: 0.0 for kind in NOISES if f"noise-{kind}" in names}
@@ -80,6 +83,7 @@ class Scenario:
             sessions={name: plan for name, plan in self.sessions.items() if name not in names},
             faults={name: fault for name, fault in self.faults.items() if name not in names},
             noise=replace(self.noise, **noises),
+            batch=None if "batch" in names else self.batch,
             left_out=self.left_out | names,
         )
 
@@ -117,7 +121,19 @@ def draw(seed: int, left_out: frozenset[str] = frozenset()) -> Scenario:
     drawn = {kind: random.choice(rates[kind]) for kind in NOISES}
     noise = Noise(**drawn, delay=random.choice((0.001, 0.005, 0.02)))
     key_bits = random.choice((64, 64, 64, 64, 12, 16))
-    scenario = Scenario(seed, targets, drafters, sessions, faults, noise, key_bits)
+    batch = None
+    if random.random() < 0.2:
+        batch = BatchSpec(
+            random.randint(2, 8),
+            random.randint(1, 4),
+            random.choice((0.0, 0.05, 0.3)),
+            random.choice((0.0, 0.0, 0.1)),
+        )
+        for number in range(random.choice((0, 1, 2, 3))):
+            kind: FaultKind = random.choice(("kill", "kill", "stop"))
+            at, seconds = random.uniform(0.5, HORIZON_S), random.choice((0.2, 2.5))
+            faults[f"fault-batch-{number}"] = Fault(kind, "batch", at, seconds)
+    scenario = Scenario(seed, targets, drafters, sessions, faults, noise, key_bits, batch)
     return scenario.without(left_out) if left_out else scenario
 
 

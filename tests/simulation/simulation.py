@@ -2,8 +2,10 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 import pytest
@@ -14,6 +16,7 @@ from runtime.core import limits, node_keys
 from runtime.draft.draft_state import DraftState
 from runtime.target.request_state import RequestState
 from runtime.target.target import MAX_INBOX_MESSAGES
+from tests.simulation.batch import BatchMachine
 from tests.simulation.clients import Client
 from tests.simulation.machines import Controller, DrafterMachine, Machine, TargetMachine
 from tests.simulation.network import Network
@@ -22,6 +25,7 @@ from tests.simulation.virtual_time import FaultFoundError, ProcessLoop, World
 
 SomeMachine = TypeVar("SomeMachine", bound=Machine)
 
+FOLDER = "/dev/shm" if Path("/dev/shm").is_dir() else None  # memory is faster than a disk
 SESSION_LIMIT_S = 60.0  # for a session without a deadline: faults last five seconds at most
 END_S = HORIZON_S + SESSION_LIMIT_S + 1.0
 ORPHAN_S = 0.5  # for a target to end a session whose caller has gone
@@ -41,15 +45,16 @@ class Result:
 
 def run(scenario: Scenario) -> Result:
     """Simulate a scenario."""
-    simulation = Simulation(scenario)
-    with patched(simulation):
-        try:
-            simulation.run()
-        except FaultFoundError as error:
-            simulation.world.fail(str(error))
-        finally:
-            failure = simulation.world.failure or ""
-            simulation.world.reap()
+    with ExitStack() as files:
+        simulation = Simulation(scenario, files)
+        with patched(simulation):
+            try:
+                simulation.run()
+            except FaultFoundError as error:
+                simulation.world.fail(str(error))
+            finally:
+                failure = simulation.world.failure or ""
+                simulation.world.reap()
     return Result(
         scenario,
         failure,
@@ -87,7 +92,7 @@ class TimelineHandler(logging.Handler):
 class Simulation:
     """A deployment: a gateway with a router and its clients, targets, drafters, a controller."""
 
-    def __init__(self, scenario: Scenario) -> None:
+    def __init__(self, scenario: Scenario, files: ExitStack) -> None:
         self.scenario = scenario
         self.world = world = World(f"{scenario.seed}/world")
         self.network = Network(world, scenario.noise)
@@ -109,6 +114,12 @@ class Simulation:
         self.machines: dict[str, Machine] = {
             machine.name: machine for machine in (*self.targets, *self.drafters)
         }
+        self.batch: BatchMachine | None = None
+        if scenario.batch is not None:
+            folder = Path(files.enter_context(TemporaryDirectory(dir=FOLDER)))
+            self.batch = self.machines["batch"] = BatchMachine(
+                world, self.network, scenario.batch, folder, self.plain, target_faults
+            )
         self.checked: dict[int, tuple[RequestState, int]] = {}
         self.known_texts: dict[int, tuple[DraftState, int]] = {}
         self.epochs: dict[str, int] = {}
@@ -123,6 +134,8 @@ class Simulation:
                 self.router.update(targets)
 
         self.gateway.call_later(0.001, update)
+        if self.batch is not None and self.batch.router is not None:
+            self.batch.loop.call_later(0.001, self.batch.router.update, targets)
 
     # The course of a run
 
@@ -132,11 +145,17 @@ class Simulation:
         self.gateway.call_soon(self.open_gateway)
         for fault in self.scenario.faults.values():
             world.fate.call_at(fault.at, self.begin_fault, fault)
-        if not world.run(lambda: all(client.outcome for client in self.clients), END_S):
+        if not world.run(self.is_over, END_S):
             waiting = [client.name for client in self.clients if not client.outcome]
+            waiting += ["batch"] if self.batch and not self.batch.finished else []
             world.fail(f"{', '.join(waiting)}: not ended after {END_S:g} s")
         if world.failure is None:
             self.settle()
+
+    def is_over(self) -> bool:
+        return all(client.outcome for client in self.clients) and (
+            self.batch is None or self.batch.finished
+        )
 
     def open_gateway(self) -> None:
         self.router = Router(GrpcTarget)
@@ -340,6 +359,8 @@ class Simulation:
             self.check_empty(drafter.name, left)
         self.check_empty("the network", {"calls": self.network.open_calls()})
         self.check_empty("gateway", {"tasks": self.gateway.tasks()})
+        if self.batch is not None:
+            self.check_empty("batch", {"tasks": self.batch.loop.tasks()})
 
     def check_empty(self, who: str, left: dict[str, object]) -> None:
         for what, remains in left.items():

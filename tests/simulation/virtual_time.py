@@ -200,7 +200,7 @@ class ProcessLoop(asyncio.BaseEventLoop):
         for thread in self.threads:
             thread.kill()
 
-    def reap(self) -> None:
+    def reap(self, close: bool = True) -> None:
         """End the tasks of a dead process, unheard."""
         for _ in range(50):
             if not self.kept:
@@ -212,7 +212,8 @@ class ProcessLoop(asyncio.BaseEventLoop):
         self._ready.clear()  # type: ignore[attr-defined]
         for thread in self.threads:
             thread.kill()
-        self.close()
+        if close:
+            self.close()
 
     def tasks(self) -> list[str]:
         """Return the coroutines that have not ended."""
