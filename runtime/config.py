@@ -281,6 +281,12 @@ class LimitsConfig(StrictModel):
     prompts: int = Field(
         default=128, ge=1, le=limits.PROMPTS, description="of one completion; beyond: 400"
     )
+    prompt_ids: int = Field(
+        default=1 << 18,
+        ge=1,
+        le=limits.PROMPT_IDS,
+        description="token ids in all prompts of one completion; beyond: 400",
+    )
     choices: int = Field(
         default=limits.CHOICES, ge=1, le=limits.CHOICES, description="n of a prompt; beyond: 400"
     )
@@ -289,6 +295,13 @@ class LimitsConfig(StrictModel):
         ge=1,
         description="log-probabilities of prompts in one answer (echo): prompt tokens times"
         " 1 + logprobs, of all choices; beyond: 400",
+    )
+    logprobs: int = Field(
+        default=1 << 20,
+        ge=1,
+        description="log-probabilities of outputs under way at one time in one gateway, which"
+        " answers may have to hold: max_tokens times 1 + logprobs, of all choices; beyond: 503,"
+        " and 400 if one request is",
     )
     request_seconds: float = Field(
         default=600.0, gt=0, description="deadline of a request that names none"

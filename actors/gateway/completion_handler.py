@@ -59,6 +59,16 @@ class ParsedRequest:
         """Returns the index of the longest prompt: a target that accepts it accepts the others."""
         return max(range(len(self.requests)), key=lambda index: len(self.requests[index].prompt))
 
+    @property
+    def logprobs(self) -> int:
+        """Returns the number of log-probabilities that the outputs may have."""
+        asked = (request.sampling for request in self.requests)
+        return sum(
+            sampling.max_tokens * (1 + sampling.logprobs)
+            for sampling in asked
+            if sampling.logprobs is not None
+        )
+
 
 class CompletionHandler(Response):
     """The response to a request to `url`, generated while it is sent."""
@@ -75,7 +85,7 @@ class CompletionHandler(Response):
                 arrived = now()
                 raw = await read_body(headers, receive)
                 parsed = await self._parse(raw, headers, key, arrived)
-                self.service.limiter.resize(entry, len(parsed.requests))
+                self.service.limiter.resize(entry, len(parsed.requests), parsed.logprobs)
                 writer.stream = parsed.body.stream
                 pieces = self._deduplicated(parsed, headers, key, raw, entry)
                 await run_until_disconnect(
@@ -198,7 +208,7 @@ class CompletionHandler(Response):
         )  # before the client sees the end and may send its next request
         if parsed.body.stream:
             yield DONE
-        elif parsed.echoes:  # may have many logprobs
+        elif parsed.echoes or parsed.logprobs:  # many take seconds
             yield await asyncio.to_thread(lambda: to_json(answer.response()))
         else:
             yield to_json(answer.response())

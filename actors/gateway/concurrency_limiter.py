@@ -20,11 +20,13 @@ class ActiveRequest:
 
     key        name of its API key
     sessions   its choices, known once its body is parsed
+    logprobs   log-probabilities that its answer may have to hold, known then too
     has_token  a token has arrived
     """
 
     key: str | None
     sessions: int = 1
+    logprobs: int = 0
     has_token: bool = False
 
 
@@ -61,9 +63,9 @@ class ConcurrencyLimiter:
         self.active.discard(entry)
         self._left.set()
 
-    def resize(self, entry: ActiveRequest, sessions: int) -> None:
-        """Sets the number of its sessions. Raises as `admit`; 400 if it exceeds the limit on its
-        own.
+    def resize(self, entry: ActiveRequest, sessions: int, logprobs: int = 0) -> None:
+        """Sets the number of its sessions and log-probabilities. Raises as `admit`; 400 if it
+        exceeds a limit on its own.
         """
         most, name = self.limits.requests, "requests"
         if entry.key is not None and self.limits.per_key < most:
@@ -76,8 +78,19 @@ class ConcurrencyLimiter:
                 " lower n or send fewer prompts",
                 "n",
             )
+        if logprobs > self.limits.logprobs:
+            raise ApiError(
+                400,
+                "too_many_logprobs",
+                f"{logprobs} log-probabilities of all choices are over limits.logprobs of this"
+                f" server, {self.limits.logprobs}: lower max_tokens, logprobs or n",
+                "logprobs",
+            )
         self._check(entry.key, sessions - entry.sessions)
-        entry.sessions = sessions
+        held = sum(other.logprobs for other in self.active)
+        if logprobs and held + logprobs > self.limits.logprobs:
+            raise at_capacity()
+        entry.sessions, entry.logprobs = sessions, logprobs
 
     def sessions(self, key: str | None = None) -> int:
         """Returns the number of active sessions, of one key or of all."""
@@ -98,9 +111,10 @@ class ConcurrencyLimiter:
                 retry_after=RETRY_AFTER_S,
             )
         if self.sessions() + more > self.limits.requests:
-            raise ApiError(
-                503,
-                "overloaded",
-                "server at capacity: try again later",
-                retry_after=RETRY_AFTER_S,
-            )
+            raise at_capacity()
+
+
+def at_capacity() -> ApiError:
+    return ApiError(
+        503, "overloaded", "server at capacity: try again later", retry_after=RETRY_AFTER_S
+    )

@@ -10,7 +10,7 @@ import socket
 import ssl
 import sys
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from enum import Enum, auto
 from http import HTTPStatus
@@ -19,6 +19,7 @@ from typing import Any, cast
 import h11
 from starlette.types import Receive, Scope, Send
 from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from actors.gateway.completion_handler import ResponseWriter
@@ -29,6 +30,7 @@ from runtime.core.errors import Overloaded
 
 STALL_TIMEOUT_S = 30.0  # for a client that reads nothing of what is sent
 CLOSE_TIMEOUT_S = 5.0  # for a client to close its side
+MAX_PIPELINED_BYTES = 64 << 10  # read ahead of the request that is being answered
 CLIENT_PROBE_PERIOD_S = 0.25  # between two checks of a half-closed client
 
 
@@ -88,12 +90,29 @@ class ConnectionTable:
                 connection.cut()
 
 
+class BoundedFlow(FlowControl):
+    """Reads on only while at most MAX_PIPELINED_BYTES wait for their turn.
+
+    uvicorn reads on in each request, to learn whether its client has disconnected: what pipelined
+    requests bring would pile up. `waiting` returns how many bytes do.
+    """
+
+    def __init__(self, transport: asyncio.Transport, waiting: Callable[[], int]) -> None:
+        super().__init__(transport)
+        self._waiting = waiting
+
+    def resume_reading(self) -> None:
+        if self._waiting() <= MAX_PIPELINED_BYTES:
+            super().resume_reading()
+
+
 class ClientConnection(H11Protocol):
-    """Extends uvicorn's protocol in four ways.
+    """Extends uvicorn's protocol in five ways.
 
     - `ConnectionTable` can check its progress: `last_progress` is the last new one, made at the
       event loop's time `since`.
     - It counts as open from the first byte of the TLS handshake, not from its end.
+    - It reads no more than MAX_PIPELINED_BYTES, and what one read brings, ahead of its answers.
     - It answers invalid HTTP in OpenAI's form.
     - It answers a client that has half-closed the connection (plain HTTP/1.1 only).
     """
@@ -112,7 +131,7 @@ class ClientConnection(H11Protocol):
         self.last_progress, self.since = self.progress(), self.loop.time()
         self.table.make_room(self.connections)
         if self.table.tls is None:
-            super().connection_made(transport)
+            self._begin(transport)
         else:
             self._securing = self.loop.create_task(self._secure(transport, self.table.tls))
 
@@ -131,8 +150,12 @@ class ClientConnection(H11Protocol):
             self.connections.discard(self)
             transport.abort()
             return
-        super().connection_made(secured)
+        self._begin(secured)
         self.handle_events()
+
+    def _begin(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.flow = BoundedFlow(transport, lambda: len(self.conn.trailing_data[0]))
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         if len(self.connections) > self.table.max_connections:

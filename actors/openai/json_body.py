@@ -14,6 +14,7 @@ from runtime.core import limits
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 OPENERS = (b",", b"[", b"{")  # each precedes one value
+INTEGERS = re.compile(rb"\[[-0-9,\s]*\]")  # a list of them: token ids, if they are of a prompt
 LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (limits.JSON_NUMBER_LENGTH + 1))
 
 
@@ -75,11 +76,17 @@ def is_json(content_type: str) -> bool:
 def parse_json(body: bytes) -> dict[str, Any]:
     """Returns the JSON object in the body. Raises ApiError: invalid_json, too_complex.
 
-    Values and digits are counted before anything is built.
+    Values and digits are counted before anything is built; lists of integers have a limit of their
+    own.
     """
     bare = without_strings(body)
-    if sum(map(bare.count, OPENERS)) > limits.JSON_VALUES:
-        raise too_complex(f"there are more than {limits.JSON_VALUES} values")
+    values = sum(map(bare.count, OPENERS))
+    if values > limits.JSON_VALUES:
+        integers = sum(found.group().count(b",") for found in INTEGERS.finditer(bare))
+        if integers > limits.PROMPT_IDS:
+            raise too_complex(f"there are more than {limits.PROMPT_IDS} token ids")
+        if values - integers > limits.JSON_VALUES:
+            raise too_complex(f"there are more than {limits.JSON_VALUES} values")
     if LONG_NUMBER.search(bare):
         raise too_complex(f"a number has more than {limits.JSON_NUMBER_LENGTH} digits")
     try:
@@ -96,11 +103,14 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 
 def without_strings(body: bytes) -> bytes:
-    """Returns the body without its strings. Raises ApiError (too_complex) for too many strings."""
+    """Returns the body with a mark in place of each string.
+
+    Raises ApiError (too_complex) for too many strings.
+    """
     plain = body.replace(rb"\\", b"").replace(rb"\"", b"")
     if plain.count(b'"') > 4 * limits.JSON_VALUES:  # each value may be a string, and have a key
         raise too_complex(f"there are more than {2 * limits.JSON_VALUES} strings")
-    return b"".join(plain.split(b'"')[::2])
+    return b'"'.join(plain.split(b'"')[::2])
 
 
 def count_members(value: dict[str, Any]) -> int:
@@ -111,7 +121,7 @@ def count_members(value: dict[str, Any]) -> int:
         depth += 1
         if depth > limits.JSON_DEPTH:
             raise too_deep()
-        if max(map(len, level)) > limits.JSON_ITEMS:
+        if any(len(found) > limits.JSON_ITEMS and not is_integers(found) for found in level):
             raise too_complex(f"an array or object has more than {limits.JSON_ITEMS} items")
         objects = [found for found in level if isinstance(found, dict)]
         members += sum(map(len, objects))
@@ -120,6 +130,11 @@ def count_members(value: dict[str, Any]) -> int:
         )
         level = [item for item in items if isinstance(item, dict | list)]
     return members
+
+
+def is_integers(value: Any) -> bool:
+    """Tells whether the value is a list of integers alone."""
+    return isinstance(value, list) and set(map(type, value)) == {int}
 
 
 def invalid_json(why: str) -> ApiError:

@@ -13,7 +13,7 @@ from actors.openai.errors import ApiError, sanitize
 from runtime.core import limits
 
 # Validation of a long list stops at its first error: each costs pydantic microseconds.
-Ids = Annotated[list[int], Field(min_length=1, max_length=limits.JSON_ITEMS, fail_fast=True)]
+Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 # These are rejected even if unknown fields are ignored: a client that sends them needs their

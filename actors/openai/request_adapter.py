@@ -95,6 +95,9 @@ def tokenize_prompts(body: AnyBody, served: ServedModel, bounds: LimitsConfig) -
     prompts = body.prompts()
     if len(prompts) > bounds.prompts:
         raise over_limit("prompt", len(prompts), "prompts", bounds.prompts)
+    ids = sum(len(prompt) for prompt in prompts if not isinstance(prompt, str))
+    if ids > bounds.prompt_ids:
+        raise over_limit("prompt", ids, "prompt_ids", bounds.prompt_ids)
     found = [tokenize(prompt, served) for prompt in prompts]
     if body.echo and body.logprobs is not None:
         values = sum(map(len, found)) * body.n * (1 + body.logprobs)
@@ -107,6 +110,7 @@ def over_limit(param: str, given: int, limit: str, most: int) -> ApiError:
     what = {
         "choices": f"n {given} is",
         "prompts": f"{given} prompts are",
+        "prompt_ids": f"{given} token ids of prompts are",
         "prompt_logprobs": f"{given} log-probabilities of prompts are",
     }[limit]
     return ApiError(

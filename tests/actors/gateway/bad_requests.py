@@ -222,8 +222,12 @@ def bad_requests() -> Iterator[Any]:
         "deep": deep(33),
         "very-deep": deep(1_000_000),
         "opened": b"[" * 1_000_000,
-        "items": json.dumps(completion(prompt=[1] * 10_001)).encode(),
-        "values": json.dumps(completion(prompt=[[1] * 9000] * 12)).encode(),
+        "items": json.dumps(completion(prompt=["a"] * 10_001)).encode(),
+        "mixed": json.dumps(completion(prompt=[1] * 10_000 + ["a"])).encode(),
+        "values": json.dumps(completion(prompt=[["a"] * 9000] * 12)).encode(),
+        "ids": json.dumps(completion(prompt=[[1] * 1030] * 1024)).encode(),
+        "one-list": b'{"model":"toy","prompt":[' + b"1," * 1_100_000 + b"1]}",
+        "booleans": b'{"model":"toy","prompt":[' + b"true," * 200_000 + b"1]}",
         "digits": b'{"model":"toy","prompt":"x","seed":' + b"9" * 5000 + b"}",
     }.items():
         yield pytest.param(COMPLETIONS, data, {}, 400, "too_complex", None, id=f"complex-{what}")

@@ -1,6 +1,7 @@
 """How the body of a request is read: its headers, its size, its time, its JSON."""
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -176,8 +177,9 @@ def test_each_limit_of_json_is_named_and_what_is_at_it_is_accepted(
     monkeypatch.setattr(limits, "JSON_VALUES", 6)
     values = (400, "too_complex", "the body is too complex: there are more than 6 values")
     assert refusal(b'{"a":[1,2],"b":1}') is None  # two openers and three commas, less one
-    assert refusal(b'{"a":[1,2],"b":[1,2]}') is None
-    assert refusal(b'{"a":[1,2],"b":[1,2],"c":1}') == values
+    assert refusal(b'{"a":["1",2],"b":["1",2]}') is None
+    assert refusal(b'{"a":["1",2],"b":["1",2],"c":1}') == values
+    assert refusal(b'{"a":[1,2],"b":[1,2],"c":1}') is None  # lists of integers
     keys = b'"":"",' * 5 + b'"":""'  # 24 marks
     assert (refusal(b"{%s}" % keys) or ("", "", ""))[2].endswith("an object has a duplicate key")
     assert refusal(b'{%s,""' % keys) == (
@@ -207,4 +209,28 @@ def test_what_is_no_json_is_refused_with_the_reason(body: bytes, why: str) -> No
 def test_what_stands_in_strings_is_no_structure() -> None:
     body = b'{"a":"[,{:\\"\\\\","b\\"{:":{"c":[{"d":1}]}}'
     assert parse_json(body) == {"a": '[,{:"\\', 'b"{:': {"c": [{"d": 1}]}}
-    assert json_body.without_strings(body) == b"{:,:{:[{:1}]}}"
+    assert json_body.without_strings(body) == b'{":",":{":[{":1}]}}'
+
+
+@pytest.mark.parametrize("ids", [[[5] * 2048] * 64, [-7] * 131_072, [[1]] * 9000 + [[2] * 95_000]])
+def test_lists_of_integers_have_a_limit_of_their_own(ids: list[Any]) -> None:
+    assert parse_json(json.dumps({"prompt": ids}).encode()) == {"prompt": ids}
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ([5] * 10_000 + [True], "an array or object has more than 10000 items"),
+        ([5] * 10_000 + [0.5], "an array or object has more than 10000 items"),
+        ([5] * 10_000 + ["5"], "an array or object has more than 10000 items"),
+        ({str(key): 1 for key in range(10_001)}, "an array or object has more than 10000 items"),
+        ([["5"] * 9000] * 12, "more than 100000 values"),
+        ([[True] * 9000] * 12, "more than 100000 values"),
+        ([[5]] * 100_000, "more than 100000 values"),
+        ([[5] * 1030] * 1024, "more than 1048576 token ids"),
+    ],
+)
+def test_other_values_keep_theirs(value: Any, why: str) -> None:
+    status, code, message = refusal(json.dumps({"prompt": value}).encode()) or (0, "", "")
+    assert (status, code) == (400, "too_complex")
+    assert why in message

@@ -191,6 +191,16 @@ def test_many_prompts_and_choices(gateway: Running, client: openai.OpenAI) -> No
 @pytest.mark.parametrize(
     ("fields", "param", "limit"),
     [
+        (
+            {"prompt": [[1] * 30, [1] * 21]},
+            "prompt",
+            "51 token ids of prompts are over limits.prompt_ids of this server, 50",
+        ),
+        (
+            {"prompt": [5], "max_tokens": 7, "n": 2, "logprobs": 2},
+            "logprobs",
+            "42 log-probabilities of all choices are over limits.logprobs of this server, 41",
+        ),
         ({"prompt": ["a"] * 4}, "prompt", "limits.prompts of this server, 3"),
         ({"n": 3}, "n", "limits.choices of this server, 2"),
         (
@@ -204,12 +214,14 @@ def test_many_prompts_and_choices(gateway: Running, client: openai.OpenAI) -> No
             "6 choices of all prompts are over limits.requests of this server, 5",
         ),
     ],
-    ids=["prompts", "choices", "logprobs", "together"],
+    ids=["prompt_ids", "logprobs", "prompts", "choices", "prompt_logprobs", "together"],
 )
 def test_limits_have_the_names_of_the_configuration(
     fields: dict[str, Any], param: str, limit: str
 ) -> None:
-    limits = LimitsConfig(prompts=3, choices=2, prompt_logprobs=80, requests=5)
+    limits = LimitsConfig(
+        prompts=3, prompt_ids=50, choices=2, prompt_logprobs=80, logprobs=41, requests=5
+    )
     with serving(limits=limits) as gateway, gateway.http() as http:
         answer = http.post(COMPLETIONS, json={"model": MODEL, "prompt": "x", **fields})
         assert answer.status_code == 400
@@ -222,3 +234,11 @@ def test_limits_have_the_names_of_the_configuration(
 def within(http: httpx.Client, fields: dict[str, Any]) -> bool:
     body = {"model": MODEL, "max_tokens": 1, **fields}
     return bool(http.post(COMPLETIONS, json=body).status_code == 200)
+
+
+@pytest.mark.parametrize("prompt", [[[5] * 2048] * 64, [5] * 131_072, [[5] * 131_072]])
+def test_many_token_ids_are_not_too_complex(client: openai.OpenAI, prompt: Any) -> None:
+    """64 prompts of 2,048 ids were; here they are only too long for the toy's context."""
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model=MODEL, prompt=prompt, max_tokens=1)
+    assert refused.value.code == "context_length_exceeded"
