@@ -124,3 +124,12 @@ def test_only_the_request_of_that_name_is_withdrawn() -> None:
     assert found is not None
     assert found.request.session == "b"
     assert [waiting.request.session for waiting in admission.waiting] == ["a", "c"]
+
+
+def test_what_just_fits_beside_others_begins() -> None:
+    each = 10 + limits.STEP_ROWS
+    for budget, begins in ((2 * each, True), (2 * each - 1, False)):
+        admission = Admission(budget)
+        admission.waiting.extend([admit("a", 9), admit("b", 9)])
+        assert admission.next(0, CONTEXT) is not None
+        assert (admission.next(1, CONTEXT) is not None) == begins
