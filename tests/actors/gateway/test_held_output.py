@@ -77,7 +77,6 @@ def test_an_answer_with_logprobs_is_built_beside_the_event_loop(
 
 def test_pipelined_answers_that_nobody_reads_stop_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gateway answers one request at a time, and reads no more while an answer waits."""
-    monkeypatch.setattr(connection, "STALL_TIMEOUT_S", 1.5)
     long = Chunk(("x" * 200_000,), (5,), ("",), "stop", STATS)
 
     async def speak(request: Request) -> AsyncGenerator[Chunk, None]:
@@ -89,12 +88,13 @@ def test_pipelined_answers_that_nobody_reads_stop_and_end(monkeypatch: pytest.Mo
         b"Content-Length: %d\r\n\r\n" % len(data)
     ) + data
     with serving(Scripted(speak)) as gateway, connected(gateway, 4096) as client:
-        client.settimeout(0.7)
+        client.settimeout(1.0)
         with contextlib.suppress(TimeoutError):
             flood(client, request * 1000)
         (found,) = gateway.connections()
         assert 0 < found.transport.get_write_buffer_size() < 1 << 20
         assert len(found.conn.trailing_data[0]) < 1 << 20
         assert 0 < len(gateway.body.asked) < 50
+        monkeypatch.setattr(connection, "STALL_TIMEOUT_S", 0.5)
         gateway.eventually(lambda: not gateway.connections())
         gateway.eventually(gateway.free)
