@@ -117,7 +117,8 @@ def session_name(
     | pb.Close
     | pb.Draft
     | pb.Resync
-    | pb.GenerateRequest,
+    | pb.GenerateRequest
+    | pb.StandbyText,
 ) -> str:
     return checked_name(message.session, "session")
 

@@ -259,6 +259,28 @@ class GenerateRequest(_message.Message):
     max_rows: int
     def __init__(self, session: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., speculation: _Optional[bool] = ..., committed: _Optional[_Iterable[int]] = ..., epoch: _Optional[int] = ..., deadline: _Optional[float] = ..., max_rows: _Optional[int] = ...) -> None: ...
 
+class StandbyText(_message.Message):
+    __slots__ = ("session", "start", "tokens", "over")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OVER_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    start: int
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    over: bool
+    def __init__(self, session: _Optional[str] = ..., start: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., over: _Optional[bool] = ...) -> None: ...
+
+class StandbyUpdate(_message.Message):
+    __slots__ = ("texts",)
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    texts: _containers.RepeatedCompositeFieldContainer[StandbyText]
+    def __init__(self, texts: _Optional[_Iterable[_Union[StandbyText, _Mapping]]] = ...) -> None: ...
+
+class StandbyReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class HeartbeatsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

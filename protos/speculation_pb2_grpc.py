@@ -120,6 +120,11 @@ class TargetStub:
                 request_serializer=protos_dot_speculation__pb2.HeartbeatsRequest.SerializeToString,
                 response_deserializer=protos_dot_speculation__pb2.Heartbeat.FromString,
                 _registered_method=True)
+        self.Standby = channel.stream_stream(
+                '/outrider.v1.Target/Standby',
+                request_serializer=protos_dot_speculation__pb2.StandbyUpdate.SerializeToString,
+                response_deserializer=protos_dot_speculation__pb2.StandbyReply.FromString,
+                _registered_method=True)
 
 
 class TargetServicer:
@@ -139,6 +144,13 @@ class TargetServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Standby(self, request_iterator, context):
+        """Texts that other targets write: this one prepares to take them over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TargetServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -151,6 +163,11 @@ def add_TargetServicer_to_server(servicer, server):
                     servicer.Heartbeats,
                     request_deserializer=protos_dot_speculation__pb2.HeartbeatsRequest.FromString,
                     response_serializer=protos_dot_speculation__pb2.Heartbeat.SerializeToString,
+            ),
+            'Standby': grpc.stream_stream_rpc_method_handler(
+                    servicer.Standby,
+                    request_deserializer=protos_dot_speculation__pb2.StandbyUpdate.FromString,
+                    response_serializer=protos_dot_speculation__pb2.StandbyReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -208,6 +225,33 @@ class Target:
             '/outrider.v1.Target/Heartbeats',
             protos_dot_speculation__pb2.HeartbeatsRequest.SerializeToString,
             protos_dot_speculation__pb2.Heartbeat.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Standby(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/outrider.v1.Target/Standby',
+            protos_dot_speculation__pb2.StandbyUpdate.SerializeToString,
+            protos_dot_speculation__pb2.StandbyReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,6 +1,7 @@
 """Encodes and decodes the messages between a target and its callers. Contract: see fields.py."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import fields
 from itertools import islice
 from typing import Any
@@ -15,6 +16,7 @@ from runtime.core.messages import (
     FinishReason,
     Logprob,
     Request,
+    StandbyText,
     Stats,
 )
 
@@ -100,6 +102,25 @@ def decode_chunk(data: bytes) -> Chunk:
         chunk.error,
         _logprobs_from_pb(chunk.logprobs, len(chunk.tokens)) if chunk.HasField("logprobs") else (),
         _logprobs_from_pb(chunk.prompt_logprobs, len(chunk.prompt_logprobs.chosen)),
+    )
+
+
+@encoder
+def encode_standby(texts: Sequence[StandbyText]) -> Message:
+    return pb.StandbyUpdate(
+        texts=[
+            pb.StandbyText(
+                session=text.session, start=text.start, tokens=text.tokens, over=text.over
+            )
+            for text in texts
+        ]
+    )
+
+
+def decode_standby(data: bytes) -> tuple[StandbyText, ...]:
+    return tuple(
+        StandbyText(session_name(text), text.start, token_ids(text.tokens, "tokens"), text.over)
+        for text in parse(pb.StandbyUpdate.FromString, data).texts
     )
 
 

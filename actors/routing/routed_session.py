@@ -37,6 +37,7 @@ class RoutedSession:
     delays          seconds before it asks each incarnation that has refused it, or was lost, since
                     the last token
     waited          seconds in which it was with no target, since the last token
+    standby         target that is told its text, to take it over
     """
 
     request: Request
@@ -56,6 +57,7 @@ class RoutedSession:
     excluded_until: dict[TargetLife, float] = field(default_factory=dict)
     delays: dict[TargetLife, float] = field(default_factory=dict)
     waited: float = 0.0
+    standby: TargetLife | None = None
     over: bool = False
 
     def __post_init__(self) -> None:
@@ -70,6 +72,16 @@ class RoutedSession:
     def was_heard(self) -> bool:
         """Tells whether the client has received a token."""
         return len(self.output) > len(self.request.committed)
+
+    @property
+    def text_length(self) -> int:
+        return len(self.request.prompt) + len(self.output)
+
+    def text_from(self, start: int, most: int) -> Tokens:
+        """Returns at most `most` tokens of prompt and output, from position `start` on."""
+        prompt = self.request.prompt
+        end, after = start + most, max(0, start - len(prompt))
+        return (*prompt[start:end], *self.output[after : max(0, end - len(prompt))])
 
     def fence(self) -> int:
         """Begins the next epoch: whatever an older one still sends is ignored."""

@@ -12,12 +12,15 @@ import math
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+from functools import partial
 
 from actors.fleet.fleet_state import TargetState
 from actors.routing.routed_session import RoutedSession, TargetLife
 from actors.routing.target_link import (
     RemoteTarget,
     TargetLink,
+    feed_standby,
     least_loaded,
     listen,
     next_chunk,
@@ -81,11 +84,14 @@ class Router:
                 link.state, link.others = state, max(0, state.sessions - link.sessions)
             elif state.state == "ready":
                 self._add_link(life, state)
+        loop = asyncio.get_running_loop()
         for link in self._links.values():
-            if link.listening is None or link.listening.done():
-                link.listening = asyncio.get_running_loop().create_task(
-                    listen(link, self._hears_another)
-                )
+            for name, work in (
+                ("heartbeats", partial(listen, link, self._hears_another)),
+                ("standby", partial(feed_standby, link)),
+            ):
+                if name not in link.tasks or link.tasks[name].done():
+                    link.tasks[name] = loop.create_task(work())
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -108,20 +114,24 @@ class Router:
         now = asyncio.get_running_loop().time
         ends = math.inf if request.deadline is None else now() + request.deadline
         session = RoutedSession(request, now(), ends)
-        while not session.over:
-            link = await self._next_target(session)
-            if link is None:
-                yield session.deadline_chunk(now())
-                return
-            asked = session.next_request(now())
-            async with self._calling(link, session, asked) as call:
-                while not session.over:
-                    chunk = await next_chunk(link, call, session.ends + DEADLINE_GRACE_S)
-                    yield (
-                        session.deadline_chunk(now())
-                        if chunk is None
-                        else session.take(chunk, asked.epoch, now())
-                    )
+        try:
+            while not session.over:
+                link = await self._next_target(session)
+                if link is None:
+                    yield session.deadline_chunk(now())
+                    return
+                asked = session.next_request(now())
+                async with self._calling(link, session, asked) as call:
+                    while not session.over:
+                        chunk = await next_chunk(link, call, session.ends + DEADLINE_GRACE_S)
+                        if chunk is None:
+                            yield session.deadline_chunk(now())
+                            continue
+                        shown = session.take(chunk, asked.epoch, now())
+                        self._tell_standby(link, session)
+                        yield shown
+        finally:
+            self._leave_standby(session)
 
     async def _next_target(self, session: RoutedSession) -> TargetLink | None:
         """Returns a target for the session, or None if its deadline passes after it has delivered
@@ -155,8 +165,35 @@ class Router:
             for life, link in self._links.items()
             if link.state.state == "ready" and session.excluded_until.get(life, -math.inf) <= now
         }
+        if (standby := session.standby) in open_to and not open_to[standby].suspect:
+            return self._links[standby]
         life = least_loaded(open_to)
         return None if life is None else self._links[life]
+
+    def _tell_standby(self, link: TargetLink, session: RoutedSession) -> None:
+        """Tells a target other than `link` what is new of the session, so that it could take it
+        over. With a single target nobody is told.
+        """
+        standby = self._links.get(session.standby) if session.standby else None
+        if standby is None or standby is link or standby.state.state != "ready":
+            self._leave_standby(session)
+            now = asyncio.get_running_loop().time()
+            others = {
+                life: replace(load, sessions=load.sessions + len(other.feed.texts))
+                for life, other in self._links.items()
+                if other is not link and other.state.state == "ready"
+                for load in (other.load(now),)
+                if not load.suspect
+            }
+            session.standby = least_loaded(others)
+            standby = self._links.get(session.standby) if session.standby else None
+        if standby is not None and not session.over:
+            standby.feed.update(session)
+
+    def _leave_standby(self, session: RoutedSession) -> None:
+        if session.standby and (link := self._links.get(session.standby)) is not None:
+            link.feed.remove(session)
+        session.standby = None
 
     @asynccontextmanager
     async def _calling(

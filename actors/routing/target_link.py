@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import math
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -11,8 +11,9 @@ from typing import Protocol, TypeVar
 from actors.fleet.fleet_state import TargetState
 from actors.routing.routed_session import TargetLife
 from actors.routing.silence import CHECK_PERIOD_S, Silence
-from runtime.core.errors import TargetDied, Unavailable
-from runtime.core.messages import Chunk, Request
+from actors.routing.standby_feed import StandbyFeed
+from runtime.core.errors import InvalidRequest, TargetDied, Unavailable
+from runtime.core.messages import Chunk, Request, StandbyText
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,12 @@ class RemoteTarget(Protocol):
 
     def heartbeats(self) -> AsyncGenerator[None, None]:
         """Yields at each heartbeat; ends, or raises Unavailable, where there are none."""
+        ...
+
+    async def standby(self, updates: AsyncGenerator[Sequence[StandbyText], None]) -> None:
+        """Tells it texts that other targets write. Raises Unavailable if it is lost, or does not
+        listen.
+        """
         ...
 
     async def close(self) -> None:
@@ -71,6 +78,8 @@ class TargetLink:
     sessions  this router's
     others    those of other callers, when `state` was reported
     reading   timeouts of the readers of its next chunk, rescheduled to wake them when it is lost
+    feed      texts of other targets, which it could take over
+    tasks     what runs as long as the connection: its heartbeats and its feed
     silence   what its heartbeats tell, None without heartbeats
     silent    its silence is a loss, and another target is heard: sessions leave it
     """
@@ -84,7 +93,8 @@ class TargetLink:
     suspect_until: float = -math.inf
     removed: bool = False
     reading: set[asyncio.Timeout] = field(default_factory=set)
-    listening: asyncio.Task[None] | None = None
+    feed: StandbyFeed = field(default_factory=StandbyFeed)
+    tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     silence: Silence | None = None
     silent: bool = False
 
@@ -95,11 +105,10 @@ class TargetLink:
 
     async def close(self) -> None:
         """Closes the connection, which ends the calls that nobody reads right now."""
-        if self.listening is not None:
-            self.listening.cancel()
+        for task in self.tasks.values():
+            task.cancel()
         await self.remote.close()
-        if self.listening is not None:
-            await asyncio.gather(self.listening, return_exceptions=True)
+        await asyncio.gather(*self.tasks.values(), return_exceptions=True)
 
     def load(self, now: float) -> Load:
         report = self.state.report
@@ -129,6 +138,15 @@ async def listen(link: TargetLink, hears_another: Callable[[TargetLink], bool]) 
         if checking is not None:
             checking.cancel()
         link.silence, link.silent = None, False
+
+
+async def feed_standby(link: TargetLink) -> None:
+    """Tells a target the texts of its feed until it does not listen any more."""
+    try:
+        async with aclosing(link.feed.updates()) as updates:
+            await link.remote.standby(updates)
+    except (Unavailable, InvalidRequest) as error:
+        log.debug("target %s keeps no texts of others: %s", link.state.name, error)
 
 
 async def check_silence(

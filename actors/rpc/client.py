@@ -1,6 +1,7 @@
 """Clients of both services: a target's link to a drafter, and a caller's connection to a target."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import Counter, deque
@@ -35,7 +36,7 @@ from runtime.core.errors import (
     TargetDied,
     Unavailable,
 )
-from runtime.core.messages import Chunk, Draft, Event, Reply, Request
+from runtime.core.messages import Chunk, Draft, Event, Reply, Request, StandbyText
 
 logger = logging.getLogger(__name__)
 
@@ -251,6 +252,7 @@ class GrpcTarget:
             address, client_options(silence_ms), tls, own="gateway", peer="target"
         )
         self._generate = self._channel.unary_stream(f"/{target_codec.TARGET_SERVICE}/Generate")
+        self._standby = self._channel.stream_stream(f"/{target_codec.TARGET_SERVICE}/Standby")
         self._heartbeats = self._channel.unary_stream(f"/{target_codec.TARGET_SERVICE}/Heartbeats")
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
@@ -273,6 +275,28 @@ class GrpcTarget:
             raise found from error
         finally:
             call.cancel()
+
+    async def standby(self, updates: AsyncGenerator[Sequence[StandbyText], None]) -> None:
+        """Tells the target texts that others write, until `updates` ends.
+
+        Raises Unavailable if the target is lost or does not listen, InvalidRequest for an update
+        that it refuses.
+        """
+        call = None
+        try:
+            with contextlib.suppress(asyncio.InvalidStateError):  # ended: the call knows why
+                async for texts in updates:
+                    call = call or self._standby()
+                    await call.write(target_codec.encode_standby(texts))
+                if call is not None:
+                    await call.done_writing()
+            while call is not None and await call.read() is not grpc.aio.EOF:
+                pass
+        except grpc.aio.AioRpcError as error:
+            raise to_outrider_error(error, "the target") from error
+        finally:
+            if call is not None:
+                call.cancel()
 
     async def heartbeats(self) -> AsyncGenerator[None, None]:
         """Yields at each heartbeat. Raises Unavailable if the target is lost, or sends none."""

@@ -5,7 +5,7 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
 import grpc
@@ -23,14 +23,14 @@ from actors.rpc.common import (
     server_options,
 )
 from actors.rpc.frames import coalesce, count_discarded, decode_frames, encode_frames
-from actors.rpc.tls import require_role, server_credentials
+from actors.rpc.tls import Method, require_role, server_credentials
 from protos import bundle, drafting_codec, target_codec
 from protos.handshake import Hello, mismatch
 from runtime.config import TlsConfig
 from runtime.core import limits
 from runtime.core.errors import InvalidRequest, PairMismatch, Unavailable
 from runtime.core.links import DraftLink
-from runtime.core.messages import Chunk, Event, Request
+from runtime.core.messages import Chunk, Event, Request, StandbyText
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ class TargetBackend(Protocol):
     """A target, as its callers see it."""
 
     def generate(self, request: Request) -> AsyncIterator[Chunk]: ...
+
+    async def standby(self, updates: AsyncIterator[Sequence[StandbyText]]) -> None: ...
 
 
 class DraftingService:
@@ -126,14 +128,16 @@ class TargetService:
 
     def handler(self, secured: bool = False) -> grpc.GenericRpcHandler:
         """Returns the gRPC handler. With `secured`, only gateways may call it."""
-        methods = {"Generate": self._generate, "Heartbeats": self._heartbeats}
+        methods: dict[str, tuple[Method, Callable[[Method], Any]]] = {
+            "Generate": (self._generate, grpc.unary_stream_rpc_method_handler),
+            "Heartbeats": (self._heartbeats, grpc.unary_stream_rpc_method_handler),
+            "Standby": (self._standby, grpc.stream_stream_rpc_method_handler),
+        }
         return grpc.method_handlers_generic_handler(
             self.name,
             {
-                name: grpc.unary_stream_rpc_method_handler(
-                    require_role("gateway", method) if secured else method
-                )
-                for name, method in methods.items()
+                name: kind(require_role("gateway", method) if secured else method)
+                for name, (method, kind) in methods.items()
             },
         )
 
@@ -145,6 +149,14 @@ class TargetService:
         ):
             async for chunk in chunks:
                 await context.write(target_codec.encode_chunk(chunk))
+
+    async def _standby(self, _: AsyncIterator[bytes], context: Any) -> None:
+        async def updates() -> AsyncIterator[Sequence[StandbyText]]:
+            while (data := await context.read()) is not grpc.aio.EOF:
+                yield target_codec.decode_standby(data)
+
+        async with abort_on_error(context):
+            await self.body.standby(updates())
 
     async def _heartbeats(self, _: bytes, context: Any) -> None:
         while True:

@@ -160,6 +160,19 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class StandbyText:
+    """More of a text that another target writes: the tokens from position `start` on.
+
+    over  the text is not needed any more; there are no tokens
+    """
+
+    session: str
+    start: int = 0
+    tokens: Tokens = ()
+    over: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Logprob:
     """Natural logarithms of the target's probabilities, before temperature and filters.
 

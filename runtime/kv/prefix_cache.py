@@ -27,7 +27,8 @@ class CachedText:
 
 
 class PrefixCache:
-    """Owns caches of at most `max_slots` slots in total, evicting the least recently used ones.
+    """Owns caches of at most `max_slots` - `reserved` slots in total, evicting the least recently
+    used ones.
 
     Common prefixes shorter than `min_tokens` do not count, because reading them is faster than
     searching.
@@ -36,6 +37,7 @@ class PrefixCache:
     def __init__(self, max_slots: int, min_tokens: int = 16) -> None:
         self.max_slots, self.min_tokens = max_slots, min_tokens
         self.feature_slots = 0.0  # slots whose memory the features of one token take
+        self.reserved = 0  # of max_slots, for others
         self.kept: list[CachedText] = []  # the least recently used first
 
     @property
@@ -75,11 +77,19 @@ class PrefixCache:
                 None if features is None else features.fork(len(ids)),
             )
         )
-        while self.slots > self.max_slots:
+        self._evict()
+
+    def reserve(self, slots: int) -> None:
+        """Leave so many of `max_slots` to others from now on."""
+        self.reserved = slots
+        self._evict()
+
+    def _evict(self) -> None:
+        while self.kept and self.slots > self.max_slots - self.reserved:
             self.kept.pop(0)
 
     def longest(
-        self, tokens: Sequence[int], others: Iterable[tuple[Sequence[int], KVCache]] = ()
+        self, tokens: Sequence[int], others: Iterable[tuple[Sequence[int] | Ids, KVCache]] = ()
     ) -> tuple[KVCache, int] | None:
         """Find the cache with the longest common prefix, at most all tokens but the last.
 
@@ -106,7 +116,7 @@ class PrefixCache:
         """Return the features kept beside a cache that `longest` has found."""
         return next((kept.features for kept in self.kept if kept.cache is cache), None)
 
-    def prefix_key(self, tokens: Sequence[int]) -> PrefixKey:
+    def prefix_key(self, tokens: Sequence[int] | Ids) -> PrefixKey:
         """Return the tokens that two texts must share to have a common prefix that counts."""
         return tuple(tokens[: self.min_tokens])
 

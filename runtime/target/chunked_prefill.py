@@ -18,6 +18,7 @@ from runtime.kv.prefix_cache import Ids, PrefixCache, common_length
 from runtime.models.base import Model, PassInput, PassOutput, causal
 from runtime.target.drafter_manager import DrafterManager
 from runtime.target.request_state import RequestState
+from runtime.target.standby import StandbyTexts
 
 CHUNK_TOKENS = 512  # per pass
 BUSY_CHUNK_TOKENS = 64  # per text, while other sessions are decoding
@@ -42,6 +43,7 @@ class PrefillResult:
 def prefill_next(
     model: Model,
     prefixes: PrefixCache,
+    standby: StandbyTexts,
     drafters: DrafterManager,
     sessions: Sequence[RequestState],
     score: LogprobScorer,
@@ -61,7 +63,7 @@ def prefill_next(
     )
     while True:
         before = found.rows
-        prefill_pass(model, prefixes, drafters, sessions, score, found, clock)
+        prefill_pass(model, prefixes, standby, drafters, sessions, score, found, clock)
         left -= found.rows - before
         if left <= 0 or found.failed or not any(map(is_urgent, sessions)):
             return found
@@ -93,6 +95,7 @@ def prefill_order(state: RequestState) -> tuple[bool, bool]:
 def prefill_pass(
     model: Model,
     prefixes: PrefixCache,
+    standby: StandbyTexts,
     drafters: DrafterManager,
     sessions: Sequence[RequestState],
     score: LogprobScorer,
@@ -115,7 +118,10 @@ def prefill_pass(
         else min(CHUNK_TOKENS, BUSY_CHUNK_TOKENS * len(reading))
     )
     scored_rows = max(1, MAX_LOGITS // model.vocabulary)
-    others = [(other.session.tokens[:-1], other.cache) for other in sessions if other.ready]
+    others: list[tuple[Sequence[int] | Ids, KVCache]] = [
+        *((other.session.tokens[:-1], other.cache) for other in sessions if other.ready),
+        *standby.in_use(),
+    ]
     pieces, read_now = list[tuple[RequestState, PassInput]](), dict[tuple[int, ...], list[Ids]]()
     for state in reading:
         if budget <= 0:

@@ -1,10 +1,10 @@
 """Defines the commands of an engine's inbox, which any thread may send."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from runtime.core.messages import Chunk, Event, Reply, Request
+from runtime.core.messages import Chunk, Event, Reply, Request, StandbyText
 from runtime.core.sampler_reference import GrammarState
 from runtime.schedulers.base import Scheduler
 from runtime.target.stop_checker import StopChecker
@@ -78,8 +78,33 @@ class SetScheduler:
 
 
 @dataclass(frozen=True, slots=True)
+class StandbyReceived:
+    """More of texts that other targets write, from one caller."""
+
+    source: int
+    texts: Sequence[StandbyText]
+
+
+@dataclass(frozen=True, slots=True)
+class StandbyOver:
+    """Drops all texts of this caller."""
+
+    source: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Ends the engine's loop."""
 
 
-Command = AddRequest | Cancel | ReplyReceived | Join | Leave | SetScheduler | Stop
+Command = (
+    AddRequest
+    | Cancel
+    | ReplyReceived
+    | Join
+    | Leave
+    | SetScheduler
+    | StandbyReceived
+    | StandbyOver
+    | Stop
+)

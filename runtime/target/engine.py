@@ -25,6 +25,8 @@ from runtime.target.commands import (
     ReplyReceived,
     Send,
     SetScheduler,
+    StandbyOver,
+    StandbyReceived,
     Stop,
 )
 from runtime.target.committer import Committer
@@ -115,6 +117,8 @@ class Engine:
         if not self.receive(0.0):
             self.inbox.put(Stop())
         self.commit(batch, decisions, decided)
+        if not self.requests.idle and len(self.requests.ready()) == len(self.requests.running):
+            self.requests.read_standby()
         return self.idle()
 
     def schedule(self) -> Batch | float | None:
@@ -132,7 +136,10 @@ class Engine:
         return self.requests.until_deadline(plan.wait) if all_ready else 0.0
 
     def idle(self) -> float | None:
-        return None if self.requests.idle else 0.0
+        """Return the seconds to wait for the inbox, after reading texts of other targets if there
+        is nothing else to do.
+        """
+        return None if self.requests.idle and not self.requests.read_standby() else 0.0
 
     def prefill(self) -> None:
         """Prefill prompts up to their last token, which is the root row of the first step."""
@@ -144,6 +151,7 @@ class Engine:
         found = prefill_next(
             self.model,
             self.requests.prefixes,
+            self.requests.standby,
             self.drafter_manager,
             states,
             self.runner.verifier.score,
@@ -207,6 +215,13 @@ class Engine:
                 self.drafter_manager.leave(name, send, self.requests.states())
                 if not self.drafter_manager.features.specs:
                     self.requests.admission.feature_slots = 0.0
+            case StandbyReceived(source=source, texts=texts):
+                for text in texts:
+                    self.requests.standby.update(source, text)
+                self.requests.note_standby()
+            case StandbyOver(source=source):
+                self.requests.standby.forget(source)
+                self.requests.note_standby()
             case SetScheduler(scheduler=scheduler, heads=heads):
                 self.scheduler = scheduler
                 self.heads.select(heads)

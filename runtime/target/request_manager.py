@@ -16,6 +16,7 @@ from runtime.target.drafter_manager import DrafterManager
 from runtime.target.head_runner import HeadRunner
 from runtime.target.request_state import RequestState
 from runtime.target.session import Session
+from runtime.target.standby import StandbyTexts
 from runtime.telemetry.metrics import SessionMetrics, TargetMetrics
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,8 @@ class RequestManager:
     """Owns the sessions of a target, from the queue to the last chunk, and the KV memory they hold.
 
     `running` maps names to active sessions, in order of their start. `admission` holds the waiting
-    ones. A quarter of `kv_slots` keeps the KV of finished texts.
+    ones. A quarter of `kv_slots` keeps the KV of finished texts, and that of texts of other
+    targets, of at most half as many tokens.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class RequestManager:
         self.running: dict[str, RequestState] = {}
         self.admission = Admission(kv_slots - kv_slots // 4)
         self.prefixes = PrefixCache(kv_slots // 4)
+        self.standby = StandbyTexts(model, clock, kv_slots // 8)
         self.kv_slots, self.kv_kept = kv_slots, 0  # the latter hold finished texts
         self.soonest = math.inf  # clock when the first deadline ends
         self.report = self.metrics.report(0, 0, 0, kv_slots, ())  # read from any thread
@@ -86,6 +89,31 @@ class RequestManager:
         if isinstance(self.model, HiddenStateModel):
             slots = row_bytes / self.model.slot_bytes
             self.admission.feature_slots = self.prefixes.feature_slots = slots
+
+    def read_standby(self) -> bool:
+        """Read texts of other targets if there is time; return True if there may be more."""
+        standby = self.standby
+        if not standby.unread:
+            return False
+        others = ((state.session.tokens[:-1], state.cache) for state in self.ready())
+        if self.idle:
+            ran = standby.read_idle(self.prefixes)
+        else:
+            steps = self.metrics.steps
+            step_s = self.metrics.computed / steps if steps else 0.0
+            ran = standby.read_busy(self.prefixes, others, step_s)
+        if ran:
+            self.note_standby()
+        return ran
+
+    def note_standby(self) -> None:
+        """Count the memory of the texts of other targets."""
+        self.metrics.standby_tokens, self.metrics.standby_slots = (
+            self.standby.read,
+            self.standby.slots,
+        )
+        self.prefixes.reserve(self.standby.slots)
+        self.kv_kept = self.prefixes.slots
 
     def states(self) -> list[RequestState]:
         return list(self.running.values())
@@ -183,7 +211,7 @@ class RequestManager:
 
     def publish(self) -> None:
         """Update the report."""
-        used = self.admission.reserved + self.kv_kept
+        used = self.admission.reserved + self.kv_kept + self.metrics.standby_slots
         live, waiting = len(self.running), len(self.admission.waiting)
         resting = self.drafters.utility.resting
         self.report = self.metrics.report(live, waiting, used, self.kv_slots, resting)

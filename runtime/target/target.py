@@ -4,17 +4,18 @@ The engine decides, on a thread of its own.
 """
 
 import asyncio
+import itertools
 import logging
 import math
 import threading
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import replace
 
 from runtime.core import limits
 from runtime.core.errors import InvalidRequest, LinkLost, ModelRefused, Overloaded, Unavailable
 from runtime.core.links import DraftLink
-from runtime.core.messages import Chunk, Event, FeatureRequest, Request, Tokens
+from runtime.core.messages import Chunk, Event, FeatureRequest, Request, StandbyText, Tokens
 from runtime.core.sampler_reference import GrammarState
 from runtime.core.sampling_params import Constraint, SamplingParams, check_int
 from runtime.schedulers.base import Scheduler
@@ -25,6 +26,8 @@ from runtime.target.commands import (
     Leave,
     ReplyReceived,
     SetScheduler,
+    StandbyOver,
+    StandbyReceived,
     Stop,
     ignore_strike,
 )
@@ -141,6 +144,7 @@ class Target:
         self.lost: Counter[str] = Counter()  # links that ended, by drafter
         self._links: dict[str, asyncio.Task[None]] = {}
         self._sessions: set[str] = set()
+        self._sources = itertools.count()
         self._idle = asyncio.Event()
         self._draining = self._stopping = False
         self._thread = threading.Thread(target=engine.run, name="target", daemon=True)
@@ -228,6 +232,22 @@ class Target:
                 "response_format",
             )
         return await asyncio.to_thread(resume_grammar, self.grammar, constraint, request)
+
+    async def standby(self, updates: AsyncIterator[Sequence[StandbyText]]) -> None:
+        """Prepare to take over texts that other targets write, until `updates` ends.
+
+        Raises InvalidRequest for a token outside the vocabulary.
+        """
+        source = next(self._sources)
+        try:
+            async for texts in updates:
+                for text in texts:
+                    check_tokens(text.tokens, self.engine.model.vocabulary)
+                while self.engine.inbox.qsize() > MAX_INBOX_MESSAGES:  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)
+                self.engine.inbox.put(StandbyReceived(source, texts))
+        finally:
+            self.engine.inbox.put(StandbyOver(source))
 
     def schedule(self, scheduler: Scheduler, heads: frozenset[str] | None = None) -> None:
         """Change the scheduler and the heads (None: all) from now on.

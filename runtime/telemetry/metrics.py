@@ -104,6 +104,7 @@ class TargetMetrics:
         self.fallbacks: Counter[str] = Counter()
         self.guesses: defaultdict[str, DrafterMetrics] = defaultdict(DrafterMetrics)
         self.probes, self.speedup, self.active = 0, 1.0, True  # see TargetReport
+        self.standby_tokens = self.standby_slots = 0
 
     @property
     def rate(self) -> float:
@@ -166,6 +167,8 @@ class TargetMetrics:
             probes=self.probes,
             speedup=self.speedup,
             active=self.active,
+            standby_slots=self.standby_slots,
+            standby_tokens=self.standby_tokens,
             guesses={name: of_one.report(name in resting) for name, of_one in self.guesses.items()},
         )
 

@@ -205,6 +205,18 @@ class TargetReport:
             "spec_decode_active", "0 while drafters pause: for a probe, or since plain is faster"
         ),
     )
+    standby_slots: int = field(
+        default=0,
+        metadata=gauge(
+            "standby_slots", "KV memory that holds texts of other targets' sessions, in tokens"
+        ),
+    )
+    standby_tokens: int = field(
+        default=0,
+        metadata=counter(
+            "standby_tokens_total", "Tokens of other targets' sessions that were read in advance"
+        ),
+    )
     lost_links: dict[str, int] = field(
         default_factory=dict,
         metadata=counter(

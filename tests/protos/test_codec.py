@@ -27,6 +27,7 @@ from runtime.core.messages import (
     Request,
     Resync,
     Share,
+    StandbyText,
     Stats,
     Style,
 )
@@ -160,6 +161,12 @@ def test_chunk_round_trip(chunk: Chunk) -> None:
 
 
 @quick
+@given(st.lists(st.builds(StandbyText, names, st.integers(0, 2**32 - 1), tokens, st.booleans())))
+def test_standby_round_trip(texts: list[StandbyText]) -> None:
+    assert target_codec.decode_standby(target_codec.encode_standby(texts)) == tuple(texts)
+
+
+@quick
 @given(drafts())
 def test_draft_round_trip(draft: Draft) -> None:
     found = drafting_codec.decode_reply(drafting_codec.encode_reply(draft))
@@ -235,6 +242,7 @@ def test_any_bytes_are_a_value_or_an_invalid_request(data: bytes) -> None:
         drafting_codec.decode_event,
         target_codec.decode_request,
         target_codec.decode_chunk,
+        target_codec.decode_standby,
         drafting_codec.decode_hello_to_drafter,
         drafting_codec.decode_hello_from_drafter,
         drafting_codec.decode_reply,

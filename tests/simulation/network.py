@@ -53,7 +53,7 @@ class Network:
         """Serve these gRPC services, as actors.rpc.server.serve does."""
         handlers = {}
         for service in services:
-            for method in ("Speculate", "Generate", "Heartbeats"):
+            for method in ("Speculate", "Generate", "Heartbeats", "Standby"):
                 path = f"/{service.name}/{method}"
                 found = service.handler().service(SimpleNamespace(method=path))
                 if found is not None:

@@ -1,7 +1,7 @@
 """Minimal implementations of interfaces. As a program, it serves a scripted drafter."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -11,7 +11,18 @@ import numpy as np
 from actors.rpc.server import DraftingService, serve
 from protos import drafting_codec
 from protos.handshake import Hello
-from runtime.core.messages import Chunk, Commit, Draft, Event, Open, Reply, Request, Resync, Share
+from runtime.core.messages import (
+    Chunk,
+    Commit,
+    Draft,
+    Event,
+    Open,
+    Reply,
+    Request,
+    Resync,
+    Share,
+    StandbyText,
+)
 from runtime.core.node_keys import child_key, text_key
 from runtime.core.sampling_params import SamplingParams
 
@@ -99,12 +110,20 @@ class ScriptedDrafter:
 
 
 class ScriptedTarget:
-    """Sends these pieces, then raises `fails` or hangs; `running` counts open calls."""
+    """Sends these pieces, then raises `fails` or hangs; `running` counts open calls.
+
+    `told` are the updates of texts that others write.
+    """
 
     def __init__(self, *chunks: Chunk, fails: Exception | None = None, hangs: bool = False) -> None:
         self.chunks, self.fails, self.hangs = chunks, fails, hangs
         self.asked: list[Request] = []
+        self.told: list[Sequence[StandbyText]] = []
         self.running = 0
+
+    async def standby(self, updates: AsyncIterator[Sequence[StandbyText]]) -> None:
+        async for texts in updates:
+            self.told.append(texts)
 
     async def generate(self, request: Request) -> AsyncIterator[Chunk]:
         self.asked.append(request)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from actors.fleet.fleet_state import TargetState
 from actors.routing.router import Router
 from runtime.core.errors import OutriderError, TargetDied, Unavailable
-from runtime.core.messages import Chunk, Logprob, Request, Stats
+from runtime.core.messages import Chunk, Logprob, Request, StandbyText, Stats
 from runtime.core.sampling_params import SamplingParams
 from runtime.models.detokenize import Detokenizer
 from runtime.target.stop_checker import StopChecker
@@ -64,16 +64,19 @@ def finish_of(request: Request) -> StopChecker:
     return StopChecker(request.sampling, frozenset(), text.decode, text.flush)
 
 
-class NoHeartbeats:
-    """A target whose silence is noticed by other means."""
+class Bare:
+    """A target without heartbeats, which keeps no texts of others."""
 
     async def heartbeats(self) -> AsyncGenerator[None, None]:
         for _ in ():
             yield
 
+    async def standby(self, updates: AsyncGenerator[Sequence[StandbyText], None]) -> None:
+        pass
+
 
 @dataclass(eq=False)
-class Scripted(NoHeartbeats):
+class Scripted(Bare):
     """One life of a target: continues `answer` from the request's place, dies before token `cut`.
 
     sizes     tokens of its chunks, in turn

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from actors.rpc.loop_thread import LoopThread
 from actors.rpc.server import TargetService
 from actors.rpc.server import serve as serve_grpc
 from runtime.config import Deployment, GatewayConfig, TargetConfig
-from runtime.core.messages import Chunk, Request
+from runtime.core.messages import Chunk, Request, StandbyText
 from runtime.target.target import Target
 from tests.support.gateway import toy_target
 from tests.support.harness import HANG_S
@@ -37,6 +37,9 @@ class Held:
     def __init__(self, body: Target) -> None:
         self.body, self.open, self.waiting = body, 0, 0
         self.go_on = asyncio.Event()
+
+    async def standby(self, updates: AsyncIterator[Sequence[StandbyText]]) -> None:
+        await self.body.standby(updates)
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
         self.open += 1

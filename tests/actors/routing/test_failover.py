@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
@@ -18,7 +18,7 @@ from actors.routing.router import Router
 from actors.rpc.client import GrpcTarget
 from actors.rpc.server import TargetService, serve
 from runtime.core.errors import TargetDied, TargetsLost, Unavailable
-from runtime.core.messages import Chunk, Request
+from runtime.core.messages import Chunk, Request, StandbyText
 from runtime.core.sampling_params import SamplingParams
 from runtime.models.toy import ToyModel
 from runtime.schedulers.fixed import Fixed
@@ -28,8 +28,8 @@ from tests.support.fakes import HOST
 from tests.support.harness import Known, attached, hosted, running
 from tests.support.router_harness import (
     PROMPT,
+    Bare,
     Heard,
-    NoHeartbeats,
     all_of,
     finish_of,
     heard,
@@ -62,7 +62,7 @@ async def plainly(sampling: SamplingParams) -> Heard:
 
 
 @dataclass(eq=False)
-class Mortal(NoHeartbeats):
+class Mortal(Bare):
     """Is a target in this process that is lost after `left` tokens, within the next piece."""
 
     body: Target
@@ -156,6 +156,9 @@ class Paced:
             async for chunk in chunks:
                 await self.permits[request.session].acquire()
                 yield chunk
+
+    async def standby(self, updates: AsyncIterator[Sequence[StandbyText]]) -> None:
+        await self.body.standby(updates)
 
 
 def permits() -> defaultdict[str, asyncio.Semaphore]:
@@ -334,6 +337,10 @@ class Halting:
         async with target() as body, aclosing(body.generate(request)) as chunks:
             yield await anext(chunks)
             await asyncio.Event().wait()
+
+    async def standby(self, updates: AsyncIterator[Sequence[StandbyText]]) -> None:
+        async for _ in updates:
+            pass
 
 
 async def halting() -> None:

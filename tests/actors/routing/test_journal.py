@@ -19,7 +19,7 @@ from tests.support.router_harness import (
     ASKED,
     COUNT,
     PLAIN,
-    NoHeartbeats,
+    Bare,
     VirtualLoop,
     heard,
     spoken,
@@ -99,7 +99,7 @@ class Histories(RuleBasedStateMachine):
         assert all(token == choice(tokens[:place]) for place, token in enumerate(tokens))
 
 
-class Puppet(NoHeartbeats):
+class Puppet(Bare):
     """Is one life of a target that sends its next chunk on request; `calls` are its open calls."""
 
     def __init__(self) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -28,11 +28,14 @@ from runtime.core.errors import (
     TargetDied,
     Unavailable,
 )
-from runtime.core.messages import Chunk, Logprob, Request
+from runtime.core.messages import Chunk, Logprob, Request, StandbyText
 from runtime.core.sampling_params import SamplingParams
+from runtime.models.toy import ToyModel
+from runtime.schedulers.fixed import Fixed
 from runtime.target.chunked_prefill import CHUNK_TOKENS
 from tests.contracts.link_contract import PATIENCE_S, soon
 from tests.support.fakes import DRAFTER, HELLO, HOST, ScriptedDrafter, ScriptedTarget
+from tests.support.harness import running
 
 GARBAGE = b"\xff" * 20
 
@@ -176,6 +179,49 @@ def test_all_that_a_target_lets_wait_reach_it() -> None:
             for one in reading:
                 one.cancel()
             await asyncio.gather(*reading, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+def test_texts_that_others_write_arrive_whole() -> None:
+    told = [
+        (StandbyText("1", 0, (1, 2, 3)), StandbyText("2", 0, (4,))),
+        (StandbyText("1", 3, (5,)), StandbyText("2", over=True)),
+    ]
+
+    async def updates() -> AsyncGenerator[Sequence[StandbyText], None]:
+        for texts in told:
+            yield texts
+
+    async def main() -> None:
+        body = ScriptedTarget()
+        async with target_over_grpc(body) as target:
+            await target.standby(updates())
+        assert body.told == told
+
+    asyncio.run(main())
+
+
+def test_a_target_that_refuses_texts_of_others_or_is_gone_says_so() -> None:
+    async def updates(token: int) -> AsyncGenerator[Sequence[StandbyText], None]:
+        while True:
+            yield (StandbyText("1", 0, (token,)),)
+            await asyncio.sleep(0.01)
+
+    async def main() -> None:
+        async with running(ToyModel(vocabulary=24), Fixed(4)) as body:
+            server, port = await serve([TargetService(body)], HOST)
+            target = GrpcTarget(f"{HOST}:{port}")
+            with pytest.raises(InvalidRequest, match="token id 24 is not in the vocabulary"):
+                await target.standby(updates(24))
+            telling = asyncio.ensure_future(target.standby(updates(3)))
+            await asyncio.sleep(0.1)
+            assert not telling.done()
+            await server.stop(None)
+            with pytest.raises(Unavailable):
+                await telling
+            await target.close()
+            await soon(lambda: not body.engine.requests.standby.texts)
 
     asyncio.run(main())
 

@@ -32,6 +32,7 @@ from tests.support.paths import ROOT
 
 GENERATE = f"/{target_codec.TARGET_SERVICE}/Generate"
 HEARTBEATS = f"/{target_codec.TARGET_SERVICE}/Heartbeats"
+STANDBY = f"/{target_codec.TARGET_SERVICE}/Standby"
 METHODS = {"target": GENERATE, "drafter": f"/{drafting_codec.DRAFTING_SERVICE}/Speculate"}
 
 
@@ -75,6 +76,7 @@ def test_tokens_go_over_mutual_tls(tls: TlsConfig) -> None:
         ("target", "target", GENERATE),
         ("target", "drafter", GENERATE),
         ("target", "target", HEARTBEATS),
+        ("target", "target", STANDBY),
         ("drafter", "drafter", ""),
         ("drafter", "gateway", ""),
     ],
