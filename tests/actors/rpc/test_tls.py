@@ -215,7 +215,10 @@ def test_new_files_are_used_from_the_next_connection_on(
                 await answered(address, old)
             (tmp_path / "target.pem").write_text("half of a certific")
             assert await answered(address, strangers) == [CHUNK]
-        assert "the old ones stay in use" in caplog.text
+        assert "new certificates cannot be used, the old ones stay in use: " in caplog.text
+        assert (
+            f"{tmp_path / 'target.pem'} or {tmp_path / 'target-key.pem'} is invalid" in caplog.text
+        )
 
     asyncio.run(main())
 
