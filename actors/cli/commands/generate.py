@@ -50,8 +50,8 @@ def generate(
     draft: Annotated[
         list[str] | None,
         typer.Option(
-            help="draft model, method or head (repeatable); default: the bundled draft for the bundled "
-            "target, else ngram-head and token-recycling"
+            help="draft model, method or head (repeatable); default: the bundled draft "
+            "for the bundled target, else ngram-head and token-recycling"
         ),
     ] = None,
     drafters: Annotated[int, typer.Option(help="drafters for each --draft")] = 1,

@@ -53,8 +53,8 @@ def serve(
     draft: Annotated[
         list[str] | None,
         typer.Option(
-            help="draft model or method (repeatable); default: the bundled draft for the bundled "
-            "target, else ngram-head and token-recycling"
+            help="draft model or method (repeatable); default: the bundled draft "
+            "for the bundled target, else ngram-head and token-recycling"
         ),
     ] = None,
     drafters: Annotated[int, typer.Option(help="drafters for each --draft")] = 1,
