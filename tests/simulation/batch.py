@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from actors.fleet.fleet_state import TargetState
 from actors.jobs import job as jobs
 from actors.jobs.index import JobIndex, OutputMark
 from actors.jobs.items import Answer, Item, item_seed
@@ -75,6 +76,16 @@ class BatchMachine(Machine):
         self.finished = False
         super().__init__(world, network, "batch")
 
+    def tell(self, targets: list[TargetState]) -> None:
+        """Tell its router who is there."""
+
+        def update() -> None:
+            if self.router is not None:
+                self.router.update(targets)
+
+        if not self.loop.dead:
+            self.loop.call_later(0.001, update)
+
     def line(self, name: str) -> str:
         body = {"model": "toy", "prompt": self.prompts[name]}
         item = {"custom_id": name, "method": "POST", "url": "/v1/completions", "body": body}
@@ -97,8 +108,8 @@ class BatchMachine(Machine):
         else:
             self.world.log(self.name, "has answered all items")
         finally:
+            self.router = None  # nobody tells it of targets any more
             await router.close()
-            self.router = None
 
     def kill(self) -> None:
         if not self.loop.dead and not self.finished:

@@ -71,7 +71,9 @@ class End:
             self.transmit(lambda: self.peer.fail("connection reset"))
 
     def transmit(self, arrive: Callable[[], None], ordered: bool = True) -> None:
-        """Let something arrive at the peer, after a delay."""
+        """Let something arrive at the peer, after a delay. A dead process sends nothing."""
+        if self.loop.dead:
+            return
         if self.is_cut:
             self.held.append(arrive)
             return
@@ -186,6 +188,11 @@ class Call:
                 loop.call_later(CONNECT_TIMEOUT_S, self._connect_timeout)
             self.client.transmit(self._accept)
             self.client.watch()
+
+    @property
+    def is_accepted(self) -> bool:
+        """Tell whether the server knows of it."""
+        return self.task is not None
 
     def _connect_timeout(self) -> None:
         if self.task is None and self.client.is_cut:

@@ -102,7 +102,8 @@ class Network:
         return [
             call.path
             for call in self.calls
-            if any(end.status is None and not end.loop.dead for end in (call.client, call.server))
+            if (call.client.status is None and not call.client.loop.dead)
+            or (call.is_accepted and call.server.status is None and not call.server.loop.dead)
         ]
 
     def garble(self, call: Call, data: bytes, is_first: bool) -> list[tuple[bytes, bool]]:

@@ -122,7 +122,7 @@ class Simulation:
             )
         self.checked: dict[int, tuple[RequestState, int]] = {}
         self.known_texts: dict[int, tuple[DraftState, int]] = {}
-        self.epochs: dict[str, int] = {}
+        self.epochs: set[tuple[str, int]] = set()
         self.queues: dict[str, list[str]] = {}
         self.orphans: dict[int, tuple[RequestState, float]] = {}
         self.router: Router | None = None
@@ -134,8 +134,8 @@ class Simulation:
                 self.router.update(targets)
 
         self.gateway.call_later(0.001, update)
-        if self.batch is not None and self.batch.router is not None:
-            self.batch.loop.call_later(0.001, self.batch.router.update, targets)
+        if self.batch is not None:
+            self.batch.tell(targets)
 
     # The course of a run
 
@@ -145,6 +145,7 @@ class Simulation:
         self.gateway.call_soon(self.open_gateway)
         for fault in self.scenario.faults.values():
             world.fate.call_at(fault.at, self.begin_fault, fault)
+        world.run(lambda: self.router is not None, END_S)
         if not world.run(self.is_over, END_S):
             waiting = [client.name for client in self.clients if not client.outcome]
             waiting += ["batch"] if self.batch and not self.batch.finished else []
@@ -298,12 +299,11 @@ class Simulation:
         """Check a running session's tokens, and that its epoch is new."""
         session, known = state.session, self.checked.get(id(state))
         if known is None:
-            last = self.epochs.get(session.id, -1)
-            if session.epoch <= last:
+            if (session.id, session.epoch) in self.epochs:
                 self.world.fail(
                     f"{machine.name} begins {session.id} in epoch {session.epoch} again"
                 )
-            self.epochs[session.id] = max(session.epoch, last)
+            self.epochs.add((session.id, session.epoch))
             if session.epoch > MAX_CALLS:
                 self.world.fail(f"{session.id} was offered to targets {session.epoch} times")
             known = state, session.prompt
