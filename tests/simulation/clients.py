@@ -1,6 +1,7 @@
 """Clients of a simulated deployment, each of which checks all that it hears."""
 
 import asyncio
+from collections.abc import Callable
 from contextlib import aclosing
 
 from actors.routing.router import DEADLINE_GRACE_S, Router
@@ -15,11 +16,19 @@ class Client:
     """One request and its answer, compared token by token with plain decoding.
 
     outcome        how it ended, "" while it runs
-    target_faults  number of faults of targets in the scenario, which explain some ends
+    target_faults  number of faults of targets and the gateway, which explain some ends
+    paused_since   tells for how long the gateway has been stopped since a time
     """
 
-    def __init__(self, world: World, plan: SessionPlan, target_faults: int) -> None:
+    def __init__(
+        self,
+        world: World,
+        plan: SessionPlan,
+        target_faults: int,
+        paused_since: Callable[[float], float],
+    ) -> None:
         self.world, self.plan, self.target_faults = world, plan, target_faults
+        self.paused_since = paused_since
         self.name = plan.request.session
         self.plain = PlainOutput(plan.request)
         self.tokens = 0
@@ -125,7 +134,8 @@ class Client:
         deadline = self.plan.request.deadline
         late = DEADLINE_GRACE_S + 0.5 if self.target_faults else 0.7
         most = limit if deadline is None else min(limit, deadline + late)
-        if not self.outcome and self.world.now > self.plan.at + most:
+        paused = self.paused_since(self.plan.at)
+        if not self.outcome and self.world.now > self.plan.at + most + paused:
             self.fail(f"has not ended within {most:g} s")
 
     def end(self, how: str) -> None:

@@ -138,6 +138,23 @@ class Machine:
         self.loop.call_later(0.001, lambda: VirtualThread(self.loop, run).start())
 
 
+class GatewayMachine(Machine):
+    """The process of the router and its clients. It may be stopped, but lives for the whole run."""
+
+    def __init__(self, world: World, network: Network, open_gateway: Callable[[], object]) -> None:
+        self.open_gateway = open_gateway
+        super().__init__(world, network, "gateway")
+
+    def build(self) -> None:
+        self.open_gateway()
+
+    def kill(self) -> None:
+        """Its clients would only hear that it is gone."""
+
+    async def close(self) -> None:
+        """It does not end before its clients."""
+
+
 class LoopOfProcess:
     """An actors.rpc.loop_thread.LoopThread whose loop is the simulated process's own."""
 

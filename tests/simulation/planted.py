@@ -209,7 +209,10 @@ PLANTED = {
         seeds=MANY_SEEDS,
     ),
     "torn end of an output kept": plant(
-        "actors.jobs.outputs:FileOutput.resume", "opened.truncate(mark.position)", "pass"
+        "actors.jobs.outputs:FileOutput.resume",
+        "opened.truncate(mark.position)",
+        "pass",
+        seeds=MANY_SEEDS,
     ),
     "answers recorded before they are written": plant(
         "actors.jobs.job:Job.save",
@@ -219,6 +222,7 @@ PLANTED = {
             "self.totals = self.totals.plus(",
             'self._output.append(b"".join(lines)); self.totals = self.totals.plus(',
         ),
+        seeds=MANY_SEEDS,
     ),
     "answers written and not recorded": plant(
         "actors.jobs.index:JobIndex._transaction", '"COMMIT"', '"ROLLBACK"'

@@ -194,6 +194,8 @@ def draw_fault(random: Random, targets: list[str], drafters: list[str]) -> Fault
         who, seconds = target, random.choice((0.2, 1.8, 2.6, 5.0))
     if kind == "pause":
         seconds = random.uniform(0.01, 0.4)
+    if kind in ("pause", "stop") and random.random() < 0.2:
+        who = "gateway"
     if kind == "drain":
         who = target
     if kind == "leave" and drafter is not None:

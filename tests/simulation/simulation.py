@@ -18,7 +18,13 @@ from runtime.target.request_state import RequestState
 from runtime.target.target import MAX_INBOX_MESSAGES
 from tests.simulation.batch import BatchMachine
 from tests.simulation.clients import Client
-from tests.simulation.machines import Controller, DrafterMachine, Machine, TargetMachine
+from tests.simulation.machines import (
+    Controller,
+    DrafterMachine,
+    GatewayMachine,
+    Machine,
+    TargetMachine,
+)
 from tests.simulation.network import Network
 from tests.simulation.scenario import HORIZON_S, NOISES, Fault, Scenario
 from tests.simulation.virtual_time import FaultFoundError, ProcessLoop, World
@@ -27,7 +33,9 @@ SomeMachine = TypeVar("SomeMachine", bound=Machine)
 
 FOLDER = "/dev/shm" if Path("/dev/shm").is_dir() else None  # memory is faster than a disk
 SESSION_LIMIT_S = 60.0  # for a session without a deadline: faults last five seconds at most
-END_S = HORIZON_S + SESSION_LIMIT_S + 1.0
+# The same where the schedule is one of the baselines, which wait in each step for lost guesses.
+BASELINE_LIMIT_S = 180.0
+END_S = HORIZON_S + BASELINE_LIMIT_S + 1.0
 ORPHAN_S = 0.5  # for a target to end a session whose caller has gone
 MAX_CALLS = 40  # of a session to targets
 
@@ -94,14 +102,20 @@ class Simulation:
 
     def __init__(self, scenario: Scenario, files: ExitStack) -> None:
         self.scenario = scenario
+        waits = scenario.targets[0].policy not in ("living", "fixed")
+        self.session_limit = BASELINE_LIMIT_S if waits else SESSION_LIMIT_S
         self.world = world = World(f"{scenario.seed}/world")
         self.network = Network(world, scenario.noise)
-        self.gateway = ProcessLoop(world, "gateway")
+        host = GatewayMachine(world, self.network, self.open_gateway)
+        self.gateway = host.loop
         target_faults = sum(
-            "target" in fault.who and "drafter" not in fault.other
+            "drafter" not in fault.who + fault.other and fault.who != "batch"
             for fault in scenario.faults.values()
         )
-        self.clients = [Client(world, plan, target_faults) for plan in scenario.sessions.values()]
+        self.clients = [
+            Client(world, plan, target_faults, host.paused_since)
+            for plan in scenario.sessions.values()
+        ]
         self.plain = {client.name: client.plain for client in self.clients}
         self.targets = [
             TargetMachine(world, self.network, f"target-{number}", spec)
@@ -112,7 +126,7 @@ class Simulation:
             for name, spec in scenario.drafters.items()
         ]
         self.machines: dict[str, Machine] = {
-            machine.name: machine for machine in (*self.targets, *self.drafters)
+            machine.name: machine for machine in (host, *self.targets, *self.drafters)
         }
         self.batch: BatchMachine | None = None
         if scenario.batch is not None:
@@ -142,7 +156,6 @@ class Simulation:
     def run(self) -> None:
         world = self.world
         world.after_turn = self.check
-        self.gateway.call_soon(self.open_gateway)
         for fault in self.scenario.faults.values():
             world.fate.call_at(fault.at, self.begin_fault, fault)
         world.run(lambda: self.router is not None, END_S)
@@ -201,7 +214,7 @@ class Simulation:
                 drafter.loop.create_task(drafter.host.stop())
         world.run(lambda: False, world.now + 1.0)
         machines = living(list(self.machines.values()))
-        for loop in (self.gateway, *(machine.loop for machine in machines)):
+        for loop in (machine.loop for machine in machines):
             if loop.tasks() or loop.threads:
                 world.fail(f"{loop.name} has ended, with {loop.tasks()} and {loop.threads} left")
 
@@ -209,7 +222,7 @@ class Simulation:
 
     def begin_fault(self, fault: Fault) -> None:
         machine = self.machines.get(fault.who)
-        if machine is None or (fault.other and fault.other not in {*self.machines, "gateway"}):
+        if machine is None or (fault.other and fault.other not in self.machines):
             return
         self.world.log("fault", str(fault))
         match fault.kind:
@@ -240,7 +253,7 @@ class Simulation:
             self.check_drafter(machine)
         if loop is self.gateway:
             for client in self.clients:
-                client.check_time(SESSION_LIMIT_S)
+                client.check_time(self.session_limit)
 
     def check_drafter(self, machine: DrafterMachine) -> None:
         """Check that it knows each text, or knows that it does not."""
