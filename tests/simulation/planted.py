@@ -203,8 +203,8 @@ PLANTED = {
         "runtime.target.admission:Admission.withdraw", "self.waiting.remove(admitted)", "pass"
     ),
     "cached texts without a bound": plant(
-        "runtime.kv.prefix_cache:PrefixCache.keep",
-        "while self.slots > self.max_slots:",
+        "runtime.kv.prefix_cache:PrefixCache._evict",
+        "while self.kept and self.slots > self.max_slots - self.reserved:",
         "while 0:",
         seeds=MANY_SEEDS,
     ),
