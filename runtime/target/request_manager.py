@@ -156,7 +156,9 @@ class RequestManager:
         self.kv_kept = self.prefixes.slots
 
     def fail(self, state: RequestState, error: Exception) -> None:
-        """End the session with an error."""
+        """End the session with an error. The log names its kind: its words may quote the text."""
+        log.warning("a session ends by %s", kinds(error))
+        log.debug("the fault, whose words may quote the session", exc_info=error)
         stats = state.stats(self.clock())
         self.finish(state, Chunk((), (), (), "error", stats, error=describe(error)))
 
@@ -230,6 +232,12 @@ class RequestManager:
             self.metrics.finished[last.finish_reason] += 1
         self.publish()
         command.deliver(last)
+
+
+def kinds(error: BaseException) -> str:
+    """Return the class of an error, and those of its causes."""
+    cause = error.__cause__
+    return type(error).__name__ + ("" if cause is None else f" from {kinds(cause)}")
 
 
 def describe(error: Exception) -> str:

@@ -336,3 +336,22 @@ def test_a_flood_does_not_keep_the_target_from_its_steps() -> None:
         assert engine.receive(0.0)
         engine.step()
     assert output(chunks).said() == alone(asking(PROMPT))
+
+
+def test_the_log_names_the_kind_of_a_fault_and_none_of_its_words(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Clients are told to see it there; its words may quote their text."""
+
+    class Failing(ToyModel):
+        def forward_all(self, parts: Sequence[PassInput]) -> Any:
+            if parts[0].cache.length > len(PROMPT):
+                raise ValueError("secret words") from TimeoutError("more of them")
+            return super().forward_all(parts)
+
+    model = Failing(TOY.vocabulary, memory=TOY.memory)
+    with caplog.at_level("WARNING"):
+        (found,) = Lockstep(engine_of(model, 4)).run(asking(PROMPT))
+    assert found.reason == "error"
+    assert "a session ends by ValueError from TimeoutError" in caplog.text
+    assert "secret" not in "".join(record.getMessage() for record in caplog.records)
